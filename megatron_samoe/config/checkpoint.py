@@ -1,0 +1,33 @@
+"""Saving and loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints: where, how often, what is loaded."""
+
+    save: str | None = None
+    """Folder to save checkpoints in."""
+    load: str | None = None
+    """Folder to load the newest checkpoint from; a fresh start if it has none."""
+    save_interval: int | None = None
+    """Steps between checkpoints; only at the end if not given."""
+    save_retain_interval: int | None = None
+    """Keep checkpoints whose iteration is divisible by this; others give way to newer ones."""
+    keep_last: int | None = None
+    """Newest checkpoints to keep besides; all if neither this nor --save-retain-interval is given."""
+    ckpt_step: int | None = None
+    """Iteration to load in place of the newest."""
+    finetune: bool = False
+    """Load weights only and start at iteration 0."""
+    no_save_optim: bool = False
+    """Leave optimizer state out of checkpoints."""
+    no_load_optim: bool = False
+    """Do not load optimizer state."""
+    use_checkpoint_args: bool = False
+    """Take the model's configuration from the checkpoint in --load."""
+    exit_on_missing_checkpoint: bool = False
+    """Stop when --load has no checkpoint."""

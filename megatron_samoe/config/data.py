@@ -1,0 +1,50 @@
+"""Corpora and tokenizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training data in Megatron's indexed format, and the tokenizer that made it."""
+
+    data_path: tuple[str, ...] = ()
+    """Dataset prefix (path without .bin/.idx), or weight prefix weight prefix ... for a blend."""
+    split: str = "969,30,1"
+    """Shares of training, validation and test documents in --data-path."""
+    train_data_path: tuple[str, ...] = ()
+    """Prefixes of the training split alone, in place of --data-path."""
+    valid_data_path: tuple[str, ...] = ()
+    """Prefixes of the validation split alone."""
+    test_data_path: tuple[str, ...] = ()
+    """Prefixes of the test split alone."""
+    data_cache_path: str | None = None
+    """Folder for sample indices; beside the data if not given."""
+    mock_data: bool = False
+    """Train on random tokens, to measure speed without a corpus."""
+    num_workers: int = 1
+    """Threads that read samples ahead; 0 to read them in the training loop."""
+    dataloader_type: Literal["single", "cyclic"] = "single"
+    """single: the dataset's order, as Megatron; cyclic: shuffled anew each epoch."""
+    no_mmap_bin_files: bool = False
+    """Read .bin files with ordinary reads rather than memory maps."""
+    reset_position_ids: bool = False
+    """Count positions from 0 after every end-of-document token."""
+    reset_attention_mask: bool = False
+    """Let no token attend to an earlier document."""
+    eod_mask_loss: bool = False
+    """Leave the prediction that follows an end-of-document token out of the loss."""
+    tokenizer_type: Literal[
+        "SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteTokenizer"
+    ] = "ByteTokenizer"
+    """Kind of the tokenizer."""
+    tokenizer_model: str | None = None
+    """SentencePiece .model, or tokenizer.json."""
+    vocab_file: str | None = None
+    """GPT-2 vocabulary (JSON)."""
+    merge_file: str | None = None
+    """GPT-2 merges."""
+    vocab_size: int | None = None
+    """Vocabulary before padding. Derived if not given: the tokenizer's."""

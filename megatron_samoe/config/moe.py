@@ -1,0 +1,68 @@
+"""Experts: how many, in which layers, how tokens reach them, and SaMoE's shared pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts and the shared pool (SaMoE)."""
+
+    expert_layout: Literal["dense", "moe", "samoe"] = "dense"
+    """dense: no experts; moe: every MoE layer owns its experts; samoe: all MoE layers combine one pool of banks."""
+    num_experts: int = 8
+    """Routed experts of each MoE layer (E)."""
+    moe_layer_freq: str = "1"
+    """An integer N (every N-th layer is MoE, starting with layer N-1, as GShard places them), or a pattern with one
+    0 or 1 per layer such as 0101 or [0,1]*4."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of one expert. Derived if not given: the dense MLP's."""
+    moe_router_topk: int = 1
+    """Experts per token (K)."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become scores."""
+    moe_router_pre_softmax: bool | None = None
+    """Weigh experts by their score among all experts (Switch) rather than among the chosen (GShard). Derived if not
+    given: true for top-1, where scores among the chosen would always be 1 and teach the router nothing."""
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
+    """aux_loss: balance over the global batch, with expert loads of the step before; seq_aux_loss: within each
+    sequence; none. Each is the same number under every parallel layout."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the load-balance loss."""
+    moe_z_loss_coeff: float = 0.0
+    """Weight of the router's z-loss (ST-MoE), 0 for none."""
+    moe_input_jitter_eps: float = 0.0
+    """Multiply router inputs by uniform noise in [1 - eps, 1 + eps] while training, 0 for none."""
+    moe_expert_capacity_factor: float | None = None
+    """Most tokens of one sequence that an expert takes, as a multiple of S * K / E; more are dropped. Dropless if not
+    given. Evaluation never drops."""
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    """Which tokens an expert over its capacity keeps: the most probable or the first."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Width of an expert that every token passes besides the routed ones; none if not given."""
+    num_expert_banks: int = 2
+    """Banks of the shared pool (P): full sets of E experts that all MoE layers combine."""
+    samoe_combine: Literal["step", "layer"] = "step"
+    """step: combine all layers' experts once per optimizer step (fast); layer: while each layer runs (small memory).
+    Both compute the same gradients."""
+    samoe_granularity: Literal["layer", "expert"] = "layer"
+    """One set of coefficients per layer, or one per layer and expert."""
+    samoe_normalization: Literal["none", "l2", "softmax"] = "none"
+    """How raw coefficients become the combination."""
+    samoe_init: Literal["cyclic", "block", "uniform"] = "cyclic"
+    """Initial coefficients. cyclic: MoE layer l starts as bank l mod P; block: as bank floor(l * P / L); uniform:
+    1/sqrt(P) for every bank plus a little noise."""
+    samoe_freeze_coefficients: bool = False
+    """Never train the coefficients: hard sharing, the essential control."""
+
+    @property
+    def pre_softmax(self) -> bool:
+        """Whether weights are scores among all experts."""
+        return self.moe_router_topk == 1 if self.moe_router_pre_softmax is None else self.moe_router_pre_softmax
+
+    @property
+    def has_pool(self) -> bool:
+        """Whether the experts come from a shared pool."""
+        return self.expert_layout == "samoe"
