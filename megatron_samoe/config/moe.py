@@ -15,8 +15,8 @@ class MoEConfig:
     num_experts: int = 8
     """Routed experts of each MoE layer (E)."""
     moe_layer_freq: str = "1"
-    """An integer N (every N-th layer is MoE, starting with layer N-1, as GShard places them), or a pattern with one
-    0 or 1 per layer such as 0101 or [0,1]*4."""
+    """An integer N (layer i is MoE where N divides i, counted from 0), or a pattern with one 0 or 1 per layer such as
+    0101 or [0,1]*4."""
     moe_ffn_hidden_size: int | None = None
     """Width of one expert. Derived if not given: the dense MLP's."""
     moe_router_topk: int = 1

@@ -1,0 +1,177 @@
+"""The configuration as flat Megatron flags and YAML files, through tyro.
+
+Precedence, lowest first: defaults, the YAML file of --config, the checkpoint's configuration (with
+--use-checkpoint-args), flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.errors import ConfigError, nearest
+
+#: Groups, and single fields of other groups, that describe the model rather than a run of it.
+CHECKPOINT_GROUPS = ("model", "moe")
+CHECKPOINT_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
+
+
+def parse_pretrain_args(
+    argv: Sequence[str],
+    read_checkpoint_config: Callable[[PretrainConfig], Mapping[str, Any] | None] | None = None,
+    prog: str = "python -m megatron_samoe.cli.pretrain",
+) -> PretrainConfig:
+    """Returns the configuration that a command line describes.
+
+    Args:
+        argv: arguments without the program's name.
+        read_checkpoint_config: returns the saved configuration of the checkpoint that a first reading of the command
+            line names, or None where there is none; called with --use-checkpoint-args only.
+
+    Raises:
+        ConfigError: a YAML key is unknown or its value has the wrong type.
+        SystemExit: a flag is unknown or malformed (the message went to standard error), or help was asked for.
+    """
+    args, yaml_path = _take_config_flag(list(argv))
+    base = PretrainConfig()
+    if yaml_path is not None:
+        base = apply_mapping(base, read_yaml(yaml_path), str(yaml_path))
+    config = _parse_flags(args, base, prog)
+    if config.checkpoint.use_checkpoint_args and read_checkpoint_config is not None:
+        saved = read_checkpoint_config(config.with_run_dir())
+        if saved is not None:
+            config = _parse_flags(args, apply_mapping(base, _model_part(saved), "the checkpoint's config.yaml"), prog)
+    return config.with_run_dir()
+
+
+def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str) -> PretrainConfig:
+    return tyro.cli(
+        PretrainConfig,
+        args=args,
+        default=base,
+        prog=prog,
+        description="Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
+        "--config FILE.yaml sets any of these options; flags override it.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _take_config_flag(args: list[str]) -> tuple[list[str], Path | None]:
+    path = None
+    rest: list[str] = []
+    while args:
+        arg = args.pop(0)
+        if arg == "--config":
+            if not args:
+                raise ConfigError("--config", None, "needs the path of a YAML file")
+            path = Path(args.pop(0))
+        elif arg.startswith("--config="):
+            path = Path(arg.partition("=")[2])
+        else:
+            rest.append(arg)
+    return rest, path
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """Returns the mapping in a YAML file; ConfigError where there is none."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError("--config", str(path), f"cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError("--config", str(path), f"is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError("--config", str(path), f"must hold a mapping of option to value, not {type(content).__name__}")
+    return content
+
+
+def to_mapping(config: PretrainConfig) -> dict[str, dict[str, Any]]:
+    """Returns the complete configuration as group -> field -> plain value, fit for YAML."""
+    return {
+        group: {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+        for group, fields in dataclasses.asdict(config).items()
+    }
+
+
+def from_mapping(mapping: Mapping[str, Any], source: str) -> PretrainConfig:
+    """Returns the configuration of a mapping that `to_mapping` made, or a user wrote."""
+    return apply_mapping(PretrainConfig(), mapping, source)
+
+
+def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str) -> PretrainConfig:
+    """Returns `base` with the options of a mapping put in; keys may stand flat or under their group's name.
+
+    Args:
+        source: name of the file for error messages.
+    """
+    groups = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    home = {f.name: g for g, value in groups.items() for f in dataclasses.fields(value)}
+    changes: dict[str, dict[str, Any]] = {g: {} for g in groups}
+    for key, value in mapping.items():
+        name = str(key).replace("-", "_").lstrip("_")
+        if name in groups and (isinstance(value, Mapping) or value is None):
+            for sub_key, sub_value in (value or {}).items():
+                sub_name = str(sub_key).replace("-", "_")
+                if home.get(sub_name) != name:
+                    own = [n for n, g in home.items() if g == name]
+                    raise ConfigError(f"{name}.{sub_key}", sub_value, f"unknown option in {source}.{nearest(sub_name, own)}")
+                changes[name][sub_name] = sub_value
+        elif name in home:
+            changes[home[name]][name] = value
+        else:
+            raise ConfigError(str(key), value, f"unknown option in {source}.{nearest(name, [*home, *groups])}")
+    updated = {}
+    for group, fields in changes.items():
+        hints = get_type_hints(type(groups[group]))
+        checked = {name: _convert(value, hints[name], name, source) for name, value in fields.items()}
+        updated[group] = dataclasses.replace(groups[group], **checked)
+    return dataclasses.replace(base, **updated)
+
+
+def _model_part(saved: Mapping[str, Any]) -> dict[str, Any]:
+    part = {group: saved[group] for group in CHECKPOINT_GROUPS if group in saved}
+    part["data"] = {k: v for k, v in saved.get("data", {}).items() if k in CHECKPOINT_FIELDS}
+    return part
+
+
+def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
+    """Returns a YAML value as the field's type, or raises a ConfigError that says what is allowed."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        options = [t for t in get_args(hint) if t is not type(None)]
+        if value is None:
+            return None
+        return _convert(value, options[0], name, source)
+    if origin is Literal:
+        if value in get_args(hint) and type(value) in {type(a) for a in get_args(hint)}:
+            return value
+        allowed = ", ".join(map(repr, get_args(hint)))
+        raise ConfigError(name, value, f"must be one of {allowed} (in {source}).{nearest(str(value), get_args(hint))}")
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in items):
+            return tuple(str(v) for v in items)
+    elif hint is str and isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
+    elif hint is bool and isinstance(value, bool):
+        return value
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif hint is float and not isinstance(value, bool):
+        # YAML reads 3e-4, without a dot, as a string.
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    expected = typing.get_args(hint)[0].__name__ + " list" if origin is tuple else hint.__name__
+    raise ConfigError(name, value, f"must be of type {expected} (in {source})")
