@@ -1,0 +1,67 @@
+"""Shapes of the compiled ops' results, for fake and meta tensors (torch.compile, torch.export, deferred initialisation)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _topk_gate(
+    logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, num_experts = logits_TE.shape
+    return (
+        logits_TE.new_empty(num_tokens, topk),
+        logits_TE.new_empty(num_tokens, topk, dtype=torch.int64),
+        logits_TE.new_empty(num_groups, num_experts, dtype=torch.int64),
+        logits_TE.new_empty(num_groups, num_experts),
+        logits_TE.new_empty(()),
+        logits_TE.new_empty(num_tokens),
+    )
+
+
+def _topk_gate_backward(logits_TE: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(logits_TE)
+
+
+def _make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    # How many slots are kept is in the data.
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    return ids_TK.new_empty(num_rows), torch.empty_like(ids_TK), ids_TK.new_empty(num_experts)
+
+
+def _permute(x_TH: Tensor, slot_of_row_N: Tensor, topk: int) -> Tensor:
+    return x_TH.new_empty(slot_of_row_N.shape[0], x_TH.shape[1])
+
+
+def _unpermute(rows_NH: Tensor, probs_TK: Tensor | None, row_of_slot_TK: Tensor) -> Tensor:
+    return rows_NH.new_empty(row_of_slot_TK.shape[0], rows_NH.shape[1])
+
+
+def _unpermute_backward(
+    dy_TH: Tensor, rows_NH: Tensor, probs_TK: Tensor, slot_of_row_N: Tensor, row_of_slot_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rows_NH), torch.empty_like(probs_TK)
+
+
+def _combine_banks(coefficients_LGP: Tensor, banks_PGN: Tensor, out_LGN: Tensor) -> None:
+    return None
+
+
+def _combine_banks_backward(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: Tensor, dbanks_PGN: Tensor) -> Tensor:
+    return torch.empty_like(coefficients_LGP)
+
+
+def register() -> None:
+    """Registers them; called once, when the library has been loaded."""
+    for function in (
+        _topk_gate,
+        _topk_gate_backward,
+        _make_permutation,
+        _permute,
+        _unpermute,
+        _unpermute_backward,
+        _combine_banks,
+        _combine_banks_backward,
+    ):
+        torch.library.register_fake(f"megatron_samoe::{function.__name__[1:]}", function)

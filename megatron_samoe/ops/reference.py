@@ -1,0 +1,92 @@
+"""The slow twin of every op: the specification, the fallback without the compiled extension, and the oracle of its tests.
+
+Plain torch, differentiable through autograd, any floating dtype. Sums are accumulated in fp32, or in fp64 for fp64 tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.ops.extension import accumulation_dtype
+
+
+def topk_gate(
+    logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns probs_TK, ids_TK, counts_GE, score_sum_GE and z_sum of the router; see ops/topk_gate.py for their meaning.
+
+    Experts are ordered by logit, NaN above everything, equal logits by the lower expert id.
+    """
+    num_tokens, num_experts = logits_TE.shape
+    ids_TK = torch.sort(logits_TE.detach(), dim=1, descending=True, stable=True).indices[:, :topk]
+    if sigmoid:
+        scores_TE = torch.sigmoid(logits_TE)
+        distribution_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True)
+        probs_TK = scores_TE.gather(1, ids_TK)
+        if not pre_softmax:
+            probs_TK = probs_TK / probs_TK.sum(dim=1, keepdim=True)
+    else:
+        distribution_TE = torch.softmax(logits_TE, dim=1)
+        if pre_softmax:
+            probs_TK = distribution_TE.gather(1, ids_TK)
+        else:
+            probs_TK = torch.softmax(logits_TE.gather(1, ids_TK), dim=1)
+    score_sum_GE = distribution_TE.view(num_groups, num_tokens // num_groups, num_experts).sum(dim=1)
+    ids_GN = ids_TK.reshape(num_groups, num_tokens // num_groups * topk)
+    counts_GE = torch.zeros(num_groups, num_experts, dtype=torch.int64, device=logits_TE.device)
+    counts_GE.scatter_add_(1, ids_GN, torch.ones_like(ids_GN))
+    z_sum = torch.logsumexp(logits_TE, dim=1).square().sum()
+    return probs_TK, ids_TK.contiguous(), counts_GE, score_sum_GE, z_sum
+
+
+def make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns slot_of_row_N, row_of_slot_TK and counts_E: slots (token-major) stably sorted by expert, -1 dropped."""
+    ids_S = ids_TK.reshape(-1)
+    order_S = torch.sort(ids_S, stable=True).indices
+    num_dropped = int((ids_S < 0).sum())
+    slot_of_row_N = order_S[num_dropped:]
+    row_of_slot_S = torch.full_like(ids_S, -1)
+    row_of_slot_S[slot_of_row_N] = torch.arange(slot_of_row_N.numel(), device=ids_S.device)
+    counts_E = torch.bincount(ids_S[slot_of_row_N], minlength=num_experts)
+    return slot_of_row_N, row_of_slot_S.view_as(ids_TK), counts_E
+
+
+def permute(x_TH: Tensor, slot_of_row_N: Tensor, topk: int) -> Tensor:
+    """Returns rows_NH: row r is a copy of the token that owns its slot."""
+    token_of_row_N = torch.div(slot_of_row_N, topk, rounding_mode="floor")
+    # The detour through the accumulation type is for the backward: index_select sums gradients in its input's type.
+    return x_TH.to(accumulation_dtype(x_TH.dtype)).index_select(0, token_of_row_N).to(x_TH.dtype)
+
+
+def unpermute(rows_NH: Tensor, probs_TK: Tensor, slot_of_row_N: Tensor) -> Tensor:
+    """Returns y_TH in the rows' dtype: for each token the sum of its rows, each times its probability."""
+    num_tokens, topk = probs_TK.shape
+    dtype = accumulation_dtype(rows_NH.dtype)
+    prob_of_row_N = probs_TK.to(dtype).reshape(-1).index_select(0, slot_of_row_N)
+    token_of_row_N = torch.div(slot_of_row_N, topk, rounding_mode="floor")
+    y_TH = torch.zeros(num_tokens, rows_NH.shape[1], dtype=dtype, device=rows_NH.device)
+    return y_TH.index_add(0, token_of_row_N, rows_NH.to(dtype) * prob_of_row_N[:, None]).to(rows_NH.dtype)
+
+
+def gather_rows(x_RH: Tensor, index_R: Tensor) -> Tensor:
+    """Returns y_RH with y[r] = x[index[r]]; index is a bijection."""
+    return x_RH.index_select(0, index_R)
+
+
+def combine_banks(coefficients_LGP: Tensor, banks_PGN: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Returns W_LGN: W[l, g] = sum over p of coefficients[l, g, p] * banks[p, g]."""
+    dtype = accumulation_dtype(banks_PGN.dtype)
+    return torch.einsum("lgp,pgn->lgn", coefficients_LGP.to(dtype), banks_PGN.to(dtype)).to(out_dtype)
+
+
+def combine_banks_backward(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradients dbanks_PGN and dcoefficients_LGP of combine_banks for dW_LGN.
+
+    dbanks[p, g] = sum over l of coefficients[l, g, p] * dW[l, g]; dcoefficients[l, g, p] = <dW[l, g], banks[p, g]>.
+    """
+    dtype = accumulation_dtype(banks_PGN.dtype)
+    dW_LGN = dW_LGN.to(dtype)
+    dbanks_PGN = torch.einsum("lgp,lgn->pgn", coefficients_LGP.to(dtype), dW_LGN)
+    dcoefficients_LGP = torch.einsum("lgn,pgn->lgp", dW_LGN, banks_PGN.to(dtype))
+    return dbanks_PGN, dcoefficients_LGP

@@ -1,0 +1,97 @@
+"""The router's arithmetic in one op: scores, top-k choice, counts, and the sums that the balancing losses need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_samoe.ops import extension, reference
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the router decided for T tokens.
+
+    probs_TK: weight of each chosen expert, in the logits' dtype; differentiable.
+    ids_TK: chosen experts by falling logit, int64; equal logits by the lower id.
+    counts_GE: routed slots per group and expert, int64.
+    score_sum_GE: sum over the group's tokens of the full distribution over experts; differentiable.
+    z_sum: sum over all tokens of logsumexp(logits)^2; differentiable.
+    """
+
+    probs_TK: Tensor
+    ids_TK: Tensor
+    counts_GE: Tensor
+    score_sum_GE: Tensor
+    z_sum: Tensor
+
+
+class _TopkGate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int
+    ) -> tuple[Tensor, ...]:
+        probs_TK, ids_TK, counts_GE, score_sum_GE, z_sum, logsumexp_T = torch.ops.megatron_samoe.topk_gate(
+            logits_TE, topk, sigmoid, pre_softmax, num_groups
+        )
+        ctx.save_for_backward(logits_TE, logsumexp_T, probs_TK, ids_TK)
+        ctx.flags = (sigmoid, pre_softmax, num_groups)
+        ctx.mark_non_differentiable(ids_TK, counts_GE)
+        ctx.set_materialize_grads(False)
+        return probs_TK, ids_TK, counts_GE, score_sum_GE, z_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dprobs_TK: Tensor | None, _ids: None, _counts: None, dscore_sum_GE: Tensor | None, dz: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        logits_TE, logsumexp_T, probs_TK, ids_TK = ctx.saved_tensors
+        dlogits_TE = torch.ops.megatron_samoe.topk_gate_backward(
+            logits_TE,
+            logsumexp_T,
+            probs_TK,
+            ids_TK,
+            None if dprobs_TK is None else dprobs_TK.contiguous(),
+            None if dscore_sum_GE is None else dscore_sum_GE.contiguous(),
+            dz,
+            *ctx.flags,
+        )
+        return dlogits_TE, None, None, None, None
+
+
+def topk_gate(
+    logits_TE: Tensor, topk: int, score_function: str = "softmax", pre_softmax: bool = False, num_groups: int = 1
+) -> GateResult:
+    """Scores the experts of every token and chooses the best `topk`.
+
+    Args:
+        logits_TE: router logits, fp32 in training (a bf16 router is cast by the caller), or fp64.
+        score_function: "softmax", or "sigmoid" (DeepSeek-V3, arXiv:2412.19437, equation 15).
+        pre_softmax: True: probs are the chosen experts' scores as they are (Switch Transformer's top-1, arXiv:2101.03961).
+            False: they are normalised over the chosen experts, by a softmax over their logits or, for sigmoid scores, by
+            their sum (GShard's top-2, arXiv:2006.16668).
+        num_groups: G; group g is the g-th run of T / G consecutive tokens.
+
+    A NaN logit is chosen first and makes the token's probabilities NaN; ids stay in range.
+
+    Errors: ValueError where topk is not in 1..E, G does not divide T, or the logits are not a floating-point matrix.
+    """
+    if logits_TE.dim() != 2 or not logits_TE.is_floating_point():
+        raise ValueError(f"logits_TE must be a floating-point matrix, not {logits_TE.dtype} {tuple(logits_TE.shape)}")
+    if score_function not in SCORE_FUNCTIONS:
+        raise ValueError(f"score_function = {score_function!r}: one of {', '.join(SCORE_FUNCTIONS)}")
+    num_tokens, num_experts = logits_TE.shape
+    if not 1 <= topk <= num_experts:
+        raise ValueError(f"topk = {topk}: from 1 to the number of experts, {num_experts}")
+    if num_groups < 1 or num_tokens % num_groups:
+        raise ValueError(f"num_groups = {num_groups}: a divisor of the number of tokens, {num_tokens}")
+    sigmoid = score_function == "sigmoid"
+    if logits_TE.dtype == torch.float32 and extension.serves(logits_TE):
+        return GateResult(*_TopkGate.apply(logits_TE.contiguous(), topk, sigmoid, pre_softmax, num_groups))
+    return GateResult(*reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, num_groups))
