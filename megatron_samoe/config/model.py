@@ -55,7 +55,8 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     """Dropout probability of embeddings and of each sub-layer's output."""
     make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    """The vocabulary is padded to a multiple of this, whatever the layout; the tensor-parallel size must divide it.
+    Padding takes no part in the softmax."""
 
     @property
     def mlp_size(self) -> int:

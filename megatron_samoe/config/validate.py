@@ -202,7 +202,8 @@ def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
     tp, ep, etp = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size, parallel.expert_tp
     if min(tp, ep, etp) < 1:
         return
-    checks = [("num_attention_heads", model.num_attention_heads, tp), ("ffn_hidden_size", model.mlp_size, tp)]
+    checks = [("num_attention_heads", model.num_attention_heads, tp), ("ffn_hidden_size", model.mlp_size, tp),
+              ("make_vocab_size_divisible_by", model.make_vocab_size_divisible_by, tp)]  # fmt: skip
     if model.group_query_attention:
         checks.append(("num_query_groups", model.num_query_groups, tp))
     for name, value, size in checks:

@@ -1,0 +1,185 @@
+"""Expert MLPs over rows that are sorted by expert: two products per expert, activation between.
+
+On a CPU each expert is one call of the BLAS, which is already at the machine's limit; on CUDA in bf16 the products go
+through torch's grouped matrix product. Weight gradients are added straight into fp32 main gradients where the caller
+has them: fresh gradient tensors of all experts would cost more page faults than the products cost time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Activation = Literal["gelu", "swiglu"]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights of e experts, or anything of that shape (gradients, banks with leading dims).
+
+    Attributes:
+        w1: [e, F, H] for GELU; [e, 2, F, H] for SwiGLU, gate first.
+        w2: [e, H, F].
+        b1: [e, F] or [e, 2, F], or None.
+        b2: [e, H], or None.
+    """
+
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor | None = None
+    b2: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ExpertWeights:
+        """Returns the result of a function of each tensor."""
+        return ExpertWeights(**{name: function(t) for name, t in self.items()})
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        """Returns the (name, tensor) pairs that exist."""
+        return [(f.name, t) for f in fields(self) if (t := getattr(self, f.name)) is not None]
+
+
+def grouped_mlp(
+    x_RH: Tensor,
+    rows_per_expert: Sequence[int],
+    weights: ExpertWeights,
+    activation: Activation,
+    main_grads: ExpertWeights | None = None,
+) -> Tensor:
+    """Returns y_RH: each expert's MLP applied to its rows.
+
+    Args:
+        x_RH: rows sorted by expert.
+        rows_per_expert: e counts that sum to R; zeros are fine.
+        weights: of e experts, in the dtype of x.
+        main_grads: if given, weight gradients are added there (any float dtype) and autograd gets none.
+    """
+    parts = (weights.w1, weights.w2, weights.b1, weights.b2)
+    return _GroupedMLP.apply(x_RH, list(rows_per_expert), activation, main_grads, *parts)
+
+
+class _GroupedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_RH: Tensor, rows: list[int], activation: Activation, main_grads: ExpertWeights | None,
+        w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        weights = ExpertWeights(w1, w2, b1, b2)
+        y_RH, h_RF, a_RF = grouped_mlp_forward(x_RH, rows, weights, activation)
+        ctx.save_for_backward(x_RH, h_RF, a_RF, w1, w2, b1, b2)
+        ctx.rows, ctx.activation, ctx.main_grads = rows, activation, main_grads
+        return y_RH
+
+    @staticmethod
+    def backward(ctx: Any, dy_RH: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x_RH, h_RF, a_RF, *parts = ctx.saved_tensors
+        weights = ExpertWeights(*parts)
+        grads = ctx.main_grads or weights.map(torch.zeros_like)
+        dx_RH = grouped_mlp_backward(dy_RH, x_RH, h_RF, a_RF, ctx.rows, weights, ctx.activation, grads)
+        returned = (None,) * 4 if ctx.main_grads else (grads.w1, grads.w2, grads.b1, grads.b2)
+        return dx_RH, None, None, None, *returned
+
+
+def grouped_mlp_forward(
+    x_RH: Tensor, rows: Sequence[int], weights: ExpertWeights, activation: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (y_RH, h, a_RF): outputs, pre-activations ([R, F], or [R, 2F] for SwiGLU) and activations."""
+    h = _products(x_RH, rows, weights.w1.flatten(1, -2), _flat_bias(weights.b1))
+    a_RF = activate(h, activation)
+    return _products(a_RF, rows, weights.w2, weights.b2), h, a_RF
+
+
+def grouped_mlp_backward(
+    dy_RH: Tensor, x_RH: Tensor, h: Tensor, a_RF: Tensor, rows: Sequence[int], weights: ExpertWeights,
+    activation: Activation, grads: ExpertWeights,
+) -> Tensor:  # fmt: skip
+    """Adds the weights' gradients to `grads` and returns dx_RH."""
+    dy_RH = dy_RH.contiguous()
+    w1 = weights.w1.flatten(1, -2)
+    da_RF = _products(dy_RH, rows, weights.w2.transpose(1, 2), None)
+    add_outer_products(grads.w2, dy_RH, a_RF, rows)
+    dh = activation_backward(da_RF, h, activation)
+    add_outer_products(grads.w1.flatten(1, -2), dh, x_RH, rows)
+    for bias_grad, d in ((grads.b1, dh), (grads.b2, dy_RH)):
+        if bias_grad is not None:
+            for e, (d_e, grad_e) in enumerate(zip(d.split(list(rows)), bias_grad.flatten(1), strict=True)):
+                if rows[e]:
+                    grad_e += d_e.sum(0, dtype=grad_e.dtype)
+    return _products(dh, rows, w1.transpose(1, 2), None)
+
+
+def activate(h: Tensor, activation: Activation) -> Tensor:
+    """Returns a_RF: GELU (its tanh form, as GPT-2 and GPT-3) of h, or SiLU of the first half times the second."""
+    if activation == "gelu":
+        return F.gelu(h, approximate="tanh")
+    gate, up = h.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def activation_backward(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
+    """Returns the gradient of h."""
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(da, h, approximate="tanh")
+    gate, up = h.chunk(2, -1)
+    dh = torch.empty_like(h)
+    d_gate, d_up = dh.chunk(2, -1)
+    torch.mul(da, F.silu(gate), out=d_up)
+    d_gate.copy_(torch.ops.aten.silu_backward(da * up, gate))
+    return dh
+
+
+def _flat_bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.flatten(1)
+
+
+def _products(x_RK: Tensor, rows: Sequence[int], w_eMK: Tensor, b_eM: Tensor | None) -> Tensor:
+    """Returns [R, M]: expert e's rows times w[e] transposed, plus b[e]."""
+    if use_grouped_mm(x_RK):
+        y_RM = F.grouped_mm(x_RK, w_eMK.transpose(1, 2), offs=_ends(rows, x_RK.device))
+        return y_RM if b_eM is None else y_RM + b_eM.repeat_interleave(_counts(rows, x_RK.device), 0)
+    y_RM = x_RK.new_empty(x_RK.shape[0], w_eMK.shape[1])
+    start = 0
+    for e, n in enumerate(rows):
+        if n == 0:
+            continue
+        part = slice(start, start + n)
+        if b_eM is None:
+            torch.mm(x_RK[part], w_eMK[e].t(), out=y_RM[part])
+        else:
+            torch.addmm(b_eM[e], x_RK[part], w_eMK[e].t(), out=y_RM[part])
+        start += n
+    return y_RM
+
+
+def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: Sequence[int]) -> None:
+    """Adds d_e^T x_e to grad[e] for each expert's rows."""
+    if use_grouped_mm(x_RK):
+        grad_eMK += F.grouped_mm(d_RM.t(), x_RK, offs=_ends(rows, x_RK.device))
+        return
+    start = 0
+    for e, n in enumerate(rows):
+        if n == 0:
+            continue
+        part = slice(start, start + n)
+        if grad_eMK.dtype == x_RK.dtype:
+            grad_eMK[e].addmm_(d_RM[part].t(), x_RK[part])
+        else:
+            grad_eMK[e] += d_RM[part].t() @ x_RK[part]
+        start += n
+
+
+def use_grouped_mm(x: Tensor) -> bool:
+    """Whether torch's grouped product serves: bf16 on CUDA. On a CPU it is no faster than a call per expert."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _counts(rows: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(rows, device=device)
+
+
+def _ends(rows: Sequence[int], device: torch.device) -> Tensor:
+    return _counts(rows, device).cumsum(0, dtype=torch.int32)

@@ -1,0 +1,67 @@
+"""Where this process runs: device, communication backend, threads, and its part in a torchrun job."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.errors import ConfigError
+
+
+def world_size_from_environment() -> int:
+    """Returns the number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(config: ParallelConfig) -> torch.device:
+    """Returns the device of this rank: its own GPU with NCCL, else the CPU.
+
+    Raises:
+        ConfigError: NCCL is demanded and there is no CUDA device.
+    """
+    wants_cuda = config.distributed_backend == "nccl" or (
+        config.distributed_backend == "auto" and torch.cuda.is_available()
+    )
+    if not wants_cuda:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("--distributed-backend", "nccl", "needs a CUDA device; use gloo (or auto) on a CPU")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"),
+            f"must be at most the {torch.cuda.device_count()} CUDA devices of this host",
+        )  # fmt: skip
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def initialize_distributed(config: ParallelConfig, device: torch.device) -> None:
+    """Joins torchrun's job, if this process is in one and has not joined."""
+    if dist.is_initialized() or world_size_from_environment() == 1:
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "gloo":
+        # All ranks of a one-host job can talk over loopback even where the host's name does not resolve.
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == world_size_from_environment():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(backend, timeout=timedelta(minutes=config.distributed_timeout_minutes))
+
+
+def set_num_threads(num_threads: int | None) -> int:
+    """Sets CPU threads of this process and returns their number.
+
+    Ranks that together use more threads than cores run at half speed: OpenMP barriers wait for descheduled threads.
+
+    Args:
+        num_threads: as configured; None for the host's cores divided by its ranks.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    threads = num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads)
+    return threads

@@ -1,0 +1,87 @@
+"""Which ranks form which group: pure arithmetic, no torch.
+
+The world is seen as two grids over the same ranks, both with the first axis fastest (neighbouring ranks):
+
+    dense    tp  x dp        x pp      attention, norms, embeddings, dense MLPs
+    expert   etp x ep x edp  x pp      routed experts and the shared pool
+
+so `tp * dp = etp * ep * edp`. With etp = tp an expert-parallel group lies inside a data-parallel one; with etp = 1 it
+may also span tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+#: Named groups: the axes along which members differ, and the grid these axes belong to.
+GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "tp": ("dense", ("tp",)),
+    "dp": ("dense", ("dp",)),
+    "pp": ("dense", ("pp",)),
+    "etp": ("expert", ("etp",)),
+    "ep": ("expert", ("ep",)),
+    "edp": ("expert", ("edp",)),
+    # Parameters whose gradient is a partial sum over expert-tensor ranks (output biases, per-expert coefficients).
+    "etp_edp": ("expert", ("etp", "edp")),
+    # All ranks of one pipeline stage: combination coefficients are summed over it.
+    "stage": ("expert", ("etp", "ep", "edp")),
+    # Every stage uses the pool, so its replicas stand over expert-data-parallel ranks of all stages.
+    "pool_dp": ("expert", ("edp", "pp")),
+    "etp_pool_dp": ("expert", ("etp", "edp", "pp")),
+    "world": ("dense", ("tp", "dp", "pp")),
+}
+
+
+@dataclass(frozen=True)
+class RankGrid:
+    """Sizes of all axes. Raises ValueError where they do not fill the world."""
+
+    world_size: int
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in (("tp x pp", self.tp * self.pp), ("etp x ep x pp", self.etp * self.ep * self.pp)):
+            if size < 1 or self.world_size % size:
+                raise ValueError(f"{name} = {size} does not divide the world of {self.world_size} ranks")
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size of dense parameters."""
+        return self.world_size // (self.tp * self.pp)
+
+    @property
+    def edp(self) -> int:
+        """Data-parallel size of expert parameters."""
+        return self.world_size // (self.etp * self.ep * self.pp)
+
+    def axes(self, grid: str) -> dict[str, int]:
+        """Returns axis -> size of the "dense" or "expert" grid, fastest axis first."""
+        if grid == "dense":
+            return {"tp": self.tp, "dp": self.dp, "pp": self.pp}
+        return {"etp": self.etp, "ep": self.ep, "edp": self.edp, "pp": self.pp}
+
+    def coordinates(self, rank: int, grid: str) -> dict[str, int]:
+        """Returns axis -> position of a rank."""
+        position = {}
+        for axis, size in self.axes(grid).items():
+            rank, position[axis] = divmod(rank, size)
+        return position
+
+    def groups(self, name: str) -> list[tuple[int, ...]]:
+        """Returns the rank lists of a named group, in order of their first rank; together they hold each rank once."""
+        grid, varying = GROUPS[name]
+        members: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            position = self.coordinates(rank, grid)
+            members.setdefault(tuple(p for a, p in position.items() if a not in varying), []).append(rank)
+        return [tuple(ranks) for ranks in members.values()]
+
+    def size(self, name: str) -> int:
+        """Returns the number of ranks in each instance of a named group."""
+        grid, varying = GROUPS[name]
+        return math.prod(self.axes(grid)[axis] for axis in varying)

@@ -1,0 +1,148 @@
+"""The rank's place in the world, as a frozen value that is passed, never stored in a module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
+
+
+@dataclass(frozen=True)
+class Group:
+    """One process group as this rank sees it. Collectives of a group of one return at once.
+
+    Attributes:
+        ranks: global ranks of the members, in group order.
+        rank: this process's place in `ranks`.
+        handle: torch's process group; None where the group has one member.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    rank: int
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.ranks)
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Reduces a tensor over the group in place and returns it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=op, group=self.handle)
+        return tensor
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Copies the first member's tensor to all, in place, and returns it."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=self.ranks[0], group=self.handle)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Returns [size * n, ...]: the members' equally shaped [n, ...] tensors along the first dim, in group order."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        gathered = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        dist.all_gather_into_tensor(gathered, tensor, group=self.handle)
+        return gathered
+
+    def all_gather_object(self, value: object) -> list:
+        """Returns the members' values in group order."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value, group=self.handle)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for all members."""
+        if self.size > 1:
+            dist.barrier(group=self.handle)
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """All groups this rank is in, and where it runs.
+
+    Attributes:
+        tp, dp, pp: tensor, data and pipeline parallel groups of dense parameters.
+        etp, ep, edp: expert-tensor, expert and expert-data parallel groups.
+        etp_edp: data-parallel ranks of expert parameters with gradients that are partial over expert-tensor ranks.
+        stage: all ranks of this pipeline stage.
+        pool_dp: holders of the same slice of the shared pool, over expert-data-parallel ranks of all stages; etp_pool_dp:
+            the same where gradients are partial over expert-tensor ranks.
+    """
+
+    grid: RankGrid
+    rank: int
+    device: torch.device
+    tp: Group
+    dp: Group
+    pp: Group
+    etp: Group
+    ep: Group
+    edp: Group
+    etp_edp: Group
+    stage: Group
+    pool_dp: Group
+    etp_pool_dp: Group
+    world: Group
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.grid.world_size
+
+    def group(self, name: str) -> Group:
+        """Returns a group by its name in `rank_grid.GROUPS`."""
+        return getattr(self, name)
+
+
+def single_process_state(device: torch.device | str = "cpu") -> ParallelState:
+    """Returns the state of a world of one rank; needs no torch.distributed."""
+    groups = {name: Group(name, (0,), 0) for name in GROUPS}
+    return ParallelState(RankGrid(1), 0, torch.device(device), **groups)
+
+
+def initialize_model_parallel(
+    config: ParallelConfig, device: torch.device | str = "cpu", timeout: timedelta | None = None
+) -> ParallelState:
+    """Makes the process groups of a layout and returns this rank's place in them.
+
+    Every rank of the initialized default group must call it. Groups of the same ranks share one process group.
+
+    Args:
+        timeout: longest wait in a collective; config.distributed_timeout_minutes if not given.
+
+    Raises:
+        ValueError: the sizes do not divide the world.
+    """
+    if not dist.is_initialized():
+        return single_process_state(device)
+    grid = RankGrid(
+        dist.get_world_size(),
+        tp=config.tensor_model_parallel_size,
+        pp=config.pipeline_model_parallel_size,
+        ep=config.expert_model_parallel_size,
+        etp=config.expert_tp,
+    )
+    rank = dist.get_rank()
+    timeout = timeout or timedelta(minutes=config.distributed_timeout_minutes)
+    handles: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(grid.world_size)): dist.group.WORLD}
+    groups = {}
+    for name in GROUPS:
+        for ranks in grid.groups(name):
+            if len(ranks) > 1 and ranks not in handles:
+                handles[ranks] = dist.new_group(list(ranks), timeout=timeout)
+            if rank in ranks:
+                handle = handles[ranks] if len(ranks) > 1 else None
+                groups[name] = Group(name, ranks, ranks.index(rank), handle)
+    return ParallelState(grid, rank, torch.device(device), **groups)

@@ -1,0 +1,73 @@
+"""Region borders of tensor parallelism: each a communication forwards and its conjugate backwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.parallel_state.state import Group
+
+
+def copy_to_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
+    """Returns x; its gradient is summed over the group."""
+    return x if group.size == 1 else _Copy.apply(x, group)
+
+
+def reduce_from_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
+    """Returns the sum of x over the group; its gradient passes unchanged."""
+    return x if group.size == 1 else _Reduce.apply(x, group)
+
+
+def scatter_tokens(x: Tensor, group: Group) -> Tensor:
+    """Returns this rank's share of a replicated x along dim 0; gradients are gathered."""
+    return x if group.size == 1 else _Scatter.apply(x, group)
+
+
+def gather_tokens(x: Tensor, group: Group) -> Tensor:
+    """Returns all ranks' x along dim 0; each rank's gradient is its own share of a replicated one."""
+    return x if group.size == 1 else _Gather.apply(x, group)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.group.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return group.all_reduce(x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.chunk(group.size)[group.rank].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.group.all_gather(grad), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return group.all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.chunk(ctx.group.size)[ctx.group.rank].contiguous(), None

@@ -1,0 +1,69 @@
+"""Noise that depends on what it is for, never on the layout, and recomputation of activations.
+
+Every draw is seeded by (seed, iteration, sample, layer, site). So the same sample meets the same dropout mask whichever
+rank and micro-batch it falls into, a recomputed layer meets it again, and a resumed run needs no saved generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+
+def derived_seed(*parts: int | str) -> int:
+    """Returns a 63-bit seed that is the same in every process for the same parts."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class SampleRandom:
+    """Noise for one micro-batch.
+
+    Attributes:
+        seed: of the run.
+        iteration: optimizer step, from 0.
+        samples: the micro-batch's sequences, as places in the global batch.
+    """
+
+    seed: int
+    iteration: int
+    samples: tuple[int, ...]
+
+    def uniform(self, shape_per_sample: tuple[int, ...], device: torch.device, layer: int, site: str) -> Tensor:
+        """Returns [B * n, ...] fp32 draws from [0, 1), where shape_per_sample is (n, ...)."""
+        draws = torch.empty((len(self.samples), *shape_per_sample), device=device)
+        generator = torch.Generator(device=device)
+        for row, sample in zip(draws, self.samples, strict=True):
+            generator.manual_seed(derived_seed(self.seed, self.iteration, sample, layer, site))
+            row.uniform_(generator=generator)
+        return draws.flatten(0, 1)
+
+    def dropout(self, x_TH: Tensor, probability: float, layer: int, site: str) -> Tensor:
+        """Returns x with elements dropped and the rest scaled by 1 / (1 - probability)."""
+        if probability == 0.0:
+            return x_TH
+        per_sample = (x_TH.shape[0] // len(self.samples), *x_TH.shape[1:])
+        keep = self.uniform(per_sample, x_TH.device, layer, site) >= probability
+        return x_TH * keep.to(x_TH.dtype).div_(1.0 - probability)
+
+    def attention_seed(self, layer: int, tensor_rank: int) -> int:
+        """Returns the seed of a fused attention kernel, which draws in an order of its own.
+
+        This is the one noise that does depend on the layout: on how heads and samples are grouped.
+        """
+        return derived_seed(self.seed, self.iteration, self.samples[0], layer, f"attention{tensor_rank}")
+
+
+def recompute(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns function(*args), keeping only args for the backward pass, which runs the function again.
+
+    Noise comes from `SampleRandom`, so no generator state needs to be saved.
+    """
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
