@@ -59,7 +59,14 @@ def grouped_mlp(
         main_grads: if given, weight gradients are added there (any float dtype) and autograd gets none.
     """
     parts = (weights.w1, weights.w2, weights.b1, weights.b2)
+    if main_grads is not None:
+        x_RH = with_backward(x_RH)
     return _GroupedMLP.apply(x_RH, list(rows_per_expert), activation, main_grads, *parts)
+
+
+def with_backward(x: Tensor) -> Tensor:
+    """Returns x such that autograd visits the op it enters, for ops whose backward has effects besides its result."""
+    return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
 
 
 class _GroupedMLP(torch.autograd.Function):

@@ -27,12 +27,14 @@ class Init:
 
     Attributes:
         std: of a normal distribution; only with kind "normal".
+        mean: of the same; a number, or this rank's part as a tensor.
         num_indexed_dims: leading dims whose every index has a seed of its own, so that a rank makes only the experts
             it holds.
     """
 
     kind: Literal["normal", "zeros", "ones"] = "normal"
     std: float = 0.0
+    mean: float | Tensor = 0.0
     num_indexed_dims: int = 0
 
 

@@ -1,0 +1,92 @@
+"""Causal self-attention with heads split over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.models.norms import Norm
+from megatron_samoe.models.rotary import apply_rotary
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.tensor_parallel.layers import ColumnParallelLinear, Init, RowParallelLinear
+from megatron_samoe.tensor_parallel.random import recompute
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What all layers' attention shares in one forward pass.
+
+    Attributes:
+        rotary: cos and sin tables, or None without rotary positions.
+        mask_B1SS: True where a query may look, or None for plain causal attention.
+    """
+
+    rotary: tuple[Tensor, Tensor] | None = None
+    mask_B1SS: Tensor | None = None
+
+
+def document_mask(document_ids_BS: Tensor) -> Tensor:
+    """Returns mask_B1SS: True where key is not after query and in the same document."""
+    length = document_ids_BS.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
+    return (causal & (document_ids_BS[:, :, None] == document_ids_BS[:, None, :]))[:, None]
+
+
+class SelfAttention(nn.Module):
+    """Fused query-key-value projection ([key-value heads, queries per head + 2, D, H]), SDPA, output projection."""
+
+    def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype,
+                 recompute_core: bool):  # fmt: skip
+        super().__init__()
+        self.config, self.layer, self.tensor_rank = config, layer, state.tp.rank
+        self.recompute_core = recompute_core
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_kv_heads, config.head_dim
+        self.queries_per_kv = heads // kv_heads
+        self.qkv = ColumnParallelLinear(
+            config.hidden_size, (kv_heads, self.queries_per_kv + 2, head_dim), 0, bias=config.qkv_bias,
+            init=Init(std=config.init_method_std), state=state, dtype=dtype,
+        )  # fmt: skip
+        self.output = RowParallelLinear(
+            heads * head_dim, config.hidden_size, bias=not config.disable_bias_linear,
+            init=Init(std=config.init_method_std / (2 * config.num_layers) ** 0.5), state=state, dtype=dtype,
+        )  # fmt: skip
+        self.q_norm = Norm(config, head_dim, state, dtype) if config.qk_layernorm else None
+        self.k_norm = Norm(config, head_dim, state, dtype) if config.qk_layernorm else None
+
+    def forward(self, x_TH: Tensor, inputs: AttentionInputs, context: ForwardContext) -> Tensor:
+        """Returns y_TH."""
+        batch, head_dim = context.batch_size, self.config.head_dim
+        qkv = self.qkv(x_TH).view(batch, x_TH.shape[0] // batch, -1, self.queries_per_kv + 2, head_dim)
+        q_BSAD = qkv[:, :, :, :-2].flatten(2, 3)
+        k_BSGD, v_BSGD = qkv[:, :, :, -2], qkv[:, :, :, -1]
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSAD, k_BSGD = self.q_norm(q_BSAD), self.k_norm(k_BSGD)
+        if inputs.rotary is not None:
+            q_BSAD, k_BSGD = apply_rotary(q_BSAD, inputs.rotary), apply_rotary(k_BSGD, inputs.rotary)
+        core = (q_BSAD, k_BSGD, v_BSGD, inputs, context)
+        y_TF = recompute(self._core, *core) if self.recompute_core and context.training else self._core(*core)
+        return self.output(y_TF)
+
+    def _core(
+        self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
+    ) -> Tensor:
+        dropout = self.config.attention_dropout if context.training else 0.0
+        query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
+        arguments = {
+            "attn_mask": inputs.mask_B1SS, "is_causal": inputs.mask_B1SS is None, "dropout_p": dropout,
+            "enable_gqa": self.queries_per_kv > 1,
+        }  # fmt: skip
+        if dropout == 0.0:
+            y_BASD = F.scaled_dot_product_attention(query, key, value, **arguments)
+        else:
+            assert context.random is not None
+            devices = [query.device] if query.is_cuda else []
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(context.random.attention_seed(self.layer, self.tensor_rank))
+                y_BASD = F.scaled_dot_product_attention(query, key, value, **arguments)
+        return y_BASD.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -1,0 +1,29 @@
+"""LayerNorm and RMSNorm over the last dim."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.parallel_state.shard_spec import ShardSpec
+from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.tensor_parallel.layers import ONES, ZEROS, new_parameter
+
+
+class Norm(nn.Module):
+    """The configured normalisation; weights are whole on every tensor-parallel rank."""
+
+    def __init__(self, config: ModelConfig, size: int, state: ParallelState, dtype: torch.dtype):
+        super().__init__()
+        self.epsilon = config.norm_epsilon
+        self.weight = new_parameter((size,), ShardSpec(), ONES, state, dtype)
+        has_bias = config.normalization == "LayerNorm"
+        self.bias = new_parameter((size,), ShardSpec(), ZEROS, state, dtype) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x normalised over its last dim."""
+        if self.bias is None:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)

@@ -1,0 +1,84 @@
+"""Everything of the model that one rank holds: its stages and, if experts are shared, its part of the pool."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.models.gpt_stage import GPTStage
+from megatron_samoe.models.initialize import initialize_parameters
+from megatron_samoe.models.layer_layout import all_layers
+from megatron_samoe.models.transformer_layer import expert_shape, output_init_std
+from megatron_samoe.moe.expert_pool import ExpertPool, make_combination
+from megatron_samoe.moe.types import ForwardContext, MoEStats
+from megatron_samoe.parallel_state.state import ParallelState
+
+
+class RankModel(nn.Module):
+    """The rank's stages (one, until there are pipeline stages) and the one pool that it lends to them."""
+
+    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype):
+        super().__init__()
+        self.config, self.state, self.vocab_size = config, state, vocab_size
+        places = all_layers(config)
+        self.num_moe_layers = sum(place.moe_index is not None for place in places)
+        self.chunks = nn.ModuleList([GPTStage(config, places, self.num_moe_layers, vocab_size, state, dtype)])
+        self.expert_pool: ExpertPool | None = None
+        self.combination = None
+        if config.moe.has_pool:
+            stds = (config.model.init_method_std, output_init_std(config))
+            self.expert_pool = ExpertPool(config.moe, expert_shape(config), *stds, state, dtype)
+            coefficients = [layer.moe.combination for layer in self.layers() if layer.is_moe]
+            self.combination = make_combination(config.moe, self.expert_pool, coefficients, state, dtype)
+
+    def layers(self) -> list[nn.Module]:
+        """Returns this rank's transformer layers in order."""
+        return [layer for chunk in self.chunks for layer in chunk.layers.values()]
+
+    def global_parameters(self) -> dict[str, nn.Parameter]:
+        """Returns parameters under names that are the same in every layout."""
+        return {re.sub(r"^chunks\.\d+\.", "", name): p for name, p in self.named_parameters()}
+
+    def begin_step(self) -> None:
+        """Makes the pool's current weights take effect; to be called after they change and before a forward pass."""
+        if self.combination is not None:
+            self.combination.begin_step()
+
+    def finish_step(self) -> None:
+        """Completes this rank's gradients of the pool, before they are reduced."""
+        if self.combination is not None:
+            self.combination.finish_step()
+
+    def forward(
+        self, tokens_BS: Tensor, context: ForwardContext, positions_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
+    ) -> tuple[Tensor, list[MoEStats]]:  # fmt: skip
+        """Returns logits [T, this rank's part of the vocabulary] and the statistics of MoE layers."""
+        (stage,) = self.chunks
+        return stage(tokens_BS, context, self.combination, positions_BS, document_ids_BS)
+
+    def loss(self, logits_TV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Returns loss_T."""
+        return self.chunks[-1].loss(logits_TV, labels_BS)
+
+
+def compute_dtype(config: PretrainConfig) -> torch.dtype:
+    """Returns the dtype of weights and activations."""
+    return torch.bfloat16 if config.training.bf16 else torch.float16 if config.training.fp16 else torch.float32
+
+
+def build_model(
+    config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype | None = None
+) -> RankModel:
+    """Returns this rank's model with initial weights.
+
+    Args:
+        vocab_size: tokens that exist, before padding.
+        dtype: of weights and activations; the configured precision if not given.
+    """
+    model = RankModel(config, vocab_size, state, dtype or compute_dtype(config))
+    initialize_parameters(model.global_parameters(), state, config.training.seed)
+    return model

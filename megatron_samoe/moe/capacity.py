@@ -1,0 +1,43 @@
+"""Expert capacity: which tokens an overloaded expert does not take.
+
+Capacity counts within one sequence (GShard's group, arXiv:2006.16668, section 2.2), so that which token is dropped does
+not depend on how sequences are spread over micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.config.moe import MoEConfig
+
+
+def expert_capacity(slots_per_sequence: int, config: MoEConfig) -> int:
+    """Returns the most tokens of one sequence that one expert takes: ceil(factor * S * K / E), at least 1."""
+    assert config.moe_expert_capacity_factor is not None
+    return max(1, math.ceil(config.moe_expert_capacity_factor * slots_per_sequence / config.num_experts))
+
+
+def drop_over_capacity(
+    ids_TK: Tensor, probs_TK: Tensor, capacity: int, batch_size: int, config: MoEConfig
+) -> Tensor:
+    """Returns ids_TK with -1 where a token is over its expert's capacity.
+
+    Experts keep their most probable tokens, or those that stand first (all first choices before all second choices).
+    """
+    num_tokens, topk = ids_TK.shape
+    sequence_T = torch.arange(num_tokens, device=ids_TK.device).div(num_tokens // batch_size, rounding_mode="floor")
+    queue_N = (ids_TK + config.num_experts * sequence_T[:, None]).t().flatten()
+    if config.moe_token_drop_policy == "probs":
+        order_N = probs_TK.detach().t().flatten().argsort(descending=True, stable=True)
+        order_N = order_N[queue_N[order_N].argsort(stable=True)]
+    else:
+        order_N = queue_N.argsort(stable=True)
+    lengths = torch.bincount(queue_N, minlength=batch_size * config.num_experts)
+    starts = lengths.cumsum(0) - lengths
+    place_N = torch.empty_like(queue_N)
+    place_N[order_N] = torch.arange(queue_N.numel(), device=queue_N.device) - starts[queue_N[order_N]]
+    over_TK = (place_N >= capacity).view(topk, num_tokens).t()
+    return ids_TK.masked_fill(over_TK, -1)

@@ -1,0 +1,89 @@
+"""One MoE layer: route, dispatch, compute, combine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
+from megatron_samoe.moe.combination import coefficient_init, coefficient_spec
+from megatron_samoe.moe.expert_pool import Combination
+from megatron_samoe.moe.experts import ExpertShape, OwnExperts
+from megatron_samoe.moe.router import Router
+from megatron_samoe.moe.routing_losses import attach_loss
+from megatron_samoe.moe.types import ForwardContext, MoEStats
+from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.tensor_parallel.layers import new_parameter
+from megatron_samoe.tensor_parallel.mappings import (
+    copy_to_tensor_parallel_region,
+    gather_tokens,
+    reduce_from_tensor_parallel_region,
+    scatter_tokens,
+)
+
+
+class MoELayer(nn.Module):
+    """Routed experts, own or borrowed from the pool, and an optional shared expert.
+
+    Args:
+        shape: global sizes of the routed experts.
+        layer, moe_index, num_moe_layers: place among all layers, among MoE layers, and the number of those.
+        shared_expert: maps x_TH to y_TH for every token.
+    """
+
+    def __init__(
+        self, config: MoEConfig, shape: ExpertShape, *, init_std: float, output_init_std: float, layer: int,
+        moe_index: int, num_moe_layers: int, shared_expert: nn.Module | None, state: ParallelState, dtype: torch.dtype,
+    ):  # fmt: skip
+        super().__init__()
+        self.moe_index = moe_index
+        self.state = state
+        self.router = Router(config, shape.hidden_size, init_std, layer, moe_index, state, dtype)
+        self.dispatcher = AllToAllDispatcher(config.num_experts, state.ep)
+        self.shared_expert = shared_expert
+        if config.has_pool:
+            groups = config.num_experts if config.samoe_granularity == "expert" else 1
+            self.combination = new_parameter(
+                (2, groups, config.num_expert_banks),
+                coefficient_spec(config),
+                coefficient_init(config, moe_index, num_moe_layers),
+                state,
+                torch.promote_types(dtype, torch.float32),
+            )
+            self.combination.requires_grad_(not config.samoe_freeze_coefficients)
+        else:
+            self.experts = OwnExperts(shape, init_std, output_init_std, state, dtype)
+
+    def forward(self, x_TH: Tensor, context: ForwardContext, pool: Combination | None) -> tuple[Tensor, MoEStats]:
+        """Returns y_TH and the layer's statistics; `pool` lends the experts where the layer owns none."""
+        experts = self.experts if pool is None else pool.experts(self.moe_index)
+        routing = self.router(x_TH, context)
+        probs_TK = routing.probs_TK
+        if routing.auxiliary_loss is not None:
+            probs_TK = attach_loss(probs_TK, routing.auxiliary_loss, context.gradient_scale)
+        rows_TH, ids_TK, probs_TK = self._enter(x_TH, routing.ids_TK, probs_TK)
+        dispatched = self.dispatcher.dispatch(rows_TH, ids_TK)
+        y_RH = experts(dispatched.rows_RH, dispatched.rows_per_expert)
+        y_TH = self._leave(self.dispatcher.combine(y_RH, probs_TK, dispatched))
+        if self.shared_expert is not None:
+            y_TH = y_TH + self.shared_expert(x_TH)
+        return y_TH, routing.stats
+
+    def _enter(self, x_TH: Tensor, ids_TK: Tensor, probs_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From what all tensor-parallel ranks hold to what this one's experts need.
+
+        Experts split over the same ranks see every token and give parts of a sum; whole experts see a share of tokens.
+        """
+        tp = self.state.tp
+        if tp.size == 1:
+            return x_TH, ids_TK, probs_TK
+        if self.state.etp.size == tp.size:
+            return copy_to_tensor_parallel_region(x_TH, tp), ids_TK, copy_to_tensor_parallel_region(probs_TK, tp)
+        return scatter_tokens(x_TH, tp), ids_TK.chunk(tp.size)[tp.rank], scatter_tokens(probs_TK, tp)
+
+    def _leave(self, y_TH: Tensor) -> Tensor:
+        tp = self.state.tp
+        if self.state.etp.size == tp.size:
+            return reduce_from_tensor_parallel_region(y_TH, tp)
+        return gather_tokens(y_TH, tp)
