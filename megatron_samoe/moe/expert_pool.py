@@ -42,7 +42,8 @@ class ExpertPool(nn.Module):
         super().__init__()
         factor = bank_std_factor(config)
         dtype = torch.promote_types(dtype, torch.float32)
-        self.bank = shape.parameters(config.num_expert_banks, init_std * factor, output_init_std * factor, state, dtype)
+        stds = (init_std * factor, output_init_std * factor)
+        self.bank = nn.ParameterDict(shape.parameters(config.num_expert_banks, *stds, state, dtype))
         self.activation = shape.activation
 
 

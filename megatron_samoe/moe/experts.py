@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,7 @@ class ExpertShape:
 
     def parameters(
         self, num_banks: int | None, init_std: float, output_init_std: float, state: ParallelState, dtype: torch.dtype
-    ) -> nn.ParameterDict:
+    ) -> dict[str, nn.Parameter]:
         """Returns w1, w2 and maybe b1, b2: experts split over ep, F over etp; a leading bank dim for the pool."""
         E, H, F = self.num_experts, self.hidden_size, self.ffn_size
         up = (2, F) if self.activation == "swiglu" else (F,)
@@ -47,15 +48,15 @@ class ExpertShape:
             parameters["b1"] = ((*leading, E, *up), ShardSpec(family, inner), ZEROS)
             # Every expert-tensor rank holds the output bias, one adds it: gradients are parts of a sum.
             parameters["b2"] = ((*leading, E, H), ShardSpec(family, (by_expert,), partial=("etp",)), ZEROS)
-        return nn.ParameterDict({name: new_parameter(*made, state, dtype) for name, made in parameters.items()})
+        return {name: new_parameter(*made, state, dtype) for name, made in parameters.items()}
 
 
-def weights_of(parameters: nn.ParameterDict) -> ExpertWeights:
+def weights_of(parameters: Mapping[str, nn.Parameter] | nn.ParameterDict) -> ExpertWeights:
     """Returns the parameters as expert weights."""
     return ExpertWeights(**dict(parameters.items()))
 
 
-def main_grads_of(parameters: nn.ParameterDict) -> ExpertWeights | None:
+def main_grads_of(parameters: Mapping[str, nn.Parameter] | nn.ParameterDict) -> ExpertWeights | None:
     """Returns the parameters' main gradients; None where no gradient buffer holds them."""
     if not all(hasattr(p, "main_grad") for p in parameters.values()):
         return None
@@ -67,18 +68,21 @@ def without_repeated_bias(weights: ExpertWeights, state: ParallelState) -> Exper
     return weights if state.etp.rank == 0 else replace(weights, b2=None)
 
 
-class OwnExperts(nn.ParameterDict):
+class OwnExperts(nn.Module):
     """The experts of a standard MoE layer: parameters of that layer alone."""
 
     def __init__(self, shape: ExpertShape, init_std: float, output_init_std: float, state: ParallelState,
                  dtype: torch.dtype):  # fmt: skip
-        super().__init__(shape.parameters(None, init_std, output_init_std, state, dtype))
-        self._activation, self._state = shape.activation, state
+        super().__init__()
+        for name, parameter in shape.parameters(None, init_std, output_init_std, state, dtype).items():
+            self.register_parameter(name, parameter)
+        self.activation, self.state = shape.activation, state
 
     def forward(self, x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
         """Returns y_RH; see `types.Experts`."""
-        weights = without_repeated_bias(weights_of(self), self._state)
-        grads = main_grads_of(self)
+        parameters = dict(self.named_parameters())
+        weights = without_repeated_bias(weights_of(parameters), self.state)
+        grads = main_grads_of(parameters)
         if grads is not None:
-            grads = without_repeated_bias(grads, self._state)
-        return grouped_mlp(x_RH, rows_per_expert, weights, self._activation, grads)
+            grads = without_repeated_bias(grads, self.state)
+        return grouped_mlp(x_RH, rows_per_expert, weights, self.activation, grads)
