@@ -1,0 +1,173 @@
+"""Where the tokens of a dataset come from: a memory map, ordinary reads, or ranges of a remote object."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_samoe.errors import DataError
+
+
+class BinReader(Protocol):
+    """Reads tokens by byte offset. `num_bytes` is the size of the .bin file."""
+
+    num_bytes: int
+
+    def read(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
+        """Returns `count` tokens of `dtype` from byte `offset_bytes` on; DataError outside the file."""
+        ...
+
+
+def _check_range(name: str, num_bytes: int, size: int, offset: int) -> None:
+    if size < 0 or offset < 0 or offset + size > num_bytes:
+        raise DataError(
+            f"{name}: bytes {offset} to {offset + size} were asked for, but the file has {num_bytes}. "
+            "The index and the data do not belong together, or the data were truncated after the start."
+        )
+
+
+class MMapBinReader:
+    """Memory-mapped reads: no copy, the kernel caches."""
+
+    def __init__(self, path: str):
+        self.path = path
+        with open(path, "rb") as file:
+            self.num_bytes = os.fstat(file.fileno()).st_size
+            # An empty file cannot be mapped.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.num_bytes else b""
+        self.buffer = np.frombuffer(mapped, dtype=np.uint8)
+
+    def read(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
+        size = count * dtype.itemsize
+        _check_range(self.path, self.num_bytes, size, offset_bytes)
+        return self.buffer[offset_bytes : offset_bytes + size].view(dtype)
+
+
+class FileBinReader:
+    """Positioned reads: for file systems where memory maps are slow or unreliable. Safe to share among threads."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY)
+        self.num_bytes = os.fstat(self._fd).st_size
+
+    def read(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
+        size = count * dtype.itemsize
+        _check_range(self.path, self.num_bytes, size, offset_bytes)
+        out = np.empty(count, dtype=dtype)
+        view, done = memoryview(out).cast("B") if count else memoryview(b""), 0
+        while done < size:
+            got = os.preadv(self._fd, [view[done:]], offset_bytes + done)
+            if got == 0:
+                raise DataError(f"{self.path} ended at byte {offset_bytes + done}: it was truncated while in use.")
+            done += got
+        return out
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            os.close(self._fd)
+
+
+class RemoteBinReader:
+    """Ranges of an object behind an fsspec URL (s3://, gs://, memory://, ...), in cached blocks.
+
+    Sequences are read whole blocks at a time, since one request costs about the same for a kilobyte and a
+    megabyte. At most `max_blocks` blocks are kept (least recently used are dropped).
+    """
+
+    def __init__(self, url: str, block_bytes: int = 1 << 20, max_blocks: int = 64):
+        self.url = url
+        self.block_bytes, self.max_blocks = block_bytes, max_blocks
+        self._fs, self._key = filesystem(url)
+        self.num_bytes = int(self._fs.size(self._key))
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _block(self, number: int) -> bytes:
+        with self._lock:
+            if number in self._blocks:
+                self._blocks.move_to_end(number)
+                return self._blocks[number]
+        start = number * self.block_bytes
+        data = self._fs.cat_file(self._key, start=start, end=min(start + self.block_bytes, self.num_bytes))
+        with self._lock:
+            self._blocks[number] = data
+            while len(self._blocks) > self.max_blocks:
+                self._blocks.popitem(last=False)
+        return data
+
+    def read(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
+        size = count * dtype.itemsize
+        _check_range(self.url, self.num_bytes, size, offset_bytes)
+        if size == 0:
+            return np.empty(0, dtype=dtype)
+        first, last = offset_bytes // self.block_bytes, (offset_bytes + size - 1) // self.block_bytes
+        data = b"".join(self._block(number) for number in range(first, last + 1))
+        start = offset_bytes - first * self.block_bytes
+        if len(data) < start + size:
+            raise DataError(f"{self.url} returned fewer bytes than its size of {self.num_bytes} promises.")
+        return np.frombuffer(data, dtype=np.uint8, count=size, offset=start).view(dtype)
+
+
+def is_remote(path: str) -> bool:
+    """Returns whether `path` is a URL of a remote store rather than a file."""
+    return "://" in path and not path.startswith("file://")
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """Returns the fsspec file system of `url` and the path inside it; DataError if a package is missing."""
+    try:
+        import fsspec
+
+        fs, key = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        scheme = url.split("://", 1)[0]
+        raise DataError(
+            f"{url} needs a package for {scheme}:// that is not installed ({error}). "
+            "Install the extra: pip install 'megatron_samoe[remote]'."
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{url} cannot be opened: {error}") from error
+    return fs, key
+
+
+def fetch_index(url: str, cache_path: str | None) -> str:
+    """Downloads a remote index once and returns the local file.
+
+    The local name holds the object's size and tag, so a changed object is fetched again; the file appears
+    atomically, so processes of one node may fetch at the same time.
+    """
+    fs, key = filesystem(url)
+    try:
+        info = fs.info(key)
+    except FileNotFoundError as error:
+        raise DataError(f"{url} does not exist.") from error
+    tag = str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created") or "")
+    name = hashlib.sha256(f"{url}\n{info.get('size')}\n{tag}".encode()).hexdigest()[:32]
+    folder = cache_path or os.path.join(tempfile.gettempdir(), f"megatron_samoe_index_{os.getuid()}")
+    os.makedirs(folder, exist_ok=True)
+    local = os.path.join(folder, f"{name}.idx")
+    if not os.path.exists(local):
+        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
+        os.close(handle)
+        try:
+            fs.get_file(key, partial)
+            os.replace(partial, local)
+        finally:
+            if os.path.exists(partial):
+                os.unlink(partial)
+    return local
+
+
+def open_bin(path: str, use_mmap: bool) -> BinReader:
+    """Returns the reader for a .bin path or URL."""
+    if is_remote(path):
+        return RemoteBinReader(path)
+    return MMapBinReader(path) if use_mmap else FileBinReader(path)

@@ -1,0 +1,80 @@
+"""Several datasets drawn from in given proportions, in the order of Megatron-core's BlendedDataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_samoe.datasets import index_cache, sample_index
+from megatron_samoe.errors import DataError
+
+MAX_DATASETS = 32766  # dataset numbers are stored as int16
+
+
+def normalize(weights: Sequence[float]) -> np.ndarray:
+    """Returns weights divided by their sum, float64; DataError if one is negative or not finite, or all are zero."""
+    values = np.array(weights, dtype=np.float64)
+    if not np.isfinite(values).all() or (values < 0).any() or values.sum() <= 0:
+        raise DataError(
+            f"Blend weights {list(weights)} are not usable: each must be a finite number of at least 0, "
+            "and one must be above 0."
+        )
+    return values / np.sum(values)
+
+
+def blend_indices(
+    weights: Sequence[float] | None, sizes: Sequence[int] | None, size: int | None, cache_path: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (dataset_index int16, dataset_sample_index int64), from the cache where possible.
+
+    With `weights`, `size` samples in those proportions; else `size` samples in proportion to `sizes`, or, where
+    `size` is None, every sample of every dataset once.
+    """
+    if weights is None and size is None:
+        assert sizes is not None
+        key: dict[str, Any] = {"kind": "exhaustive blend", "sizes": [int(s) for s in sizes]}
+        arrays = index_cache.load_or_build(
+            cache_path, key, lambda: sample_index.build_exhaustive_blending_indices(np.array(sizes, dtype=np.int64))
+        )
+    else:
+        shares = normalize(weights if weights is not None else [float(s) for s in sizes or ()])
+        assert size is not None
+        key = {"kind": "blend", "weights": [w.hex() for w in shares.tolist()], "size": size}
+        arrays = index_cache.load_or_build(cache_path, key, lambda: sample_index.build_blending_indices(shares, size))
+    return arrays[0], arrays[1]
+
+
+class BlendedDataset(torch.utils.data.Dataset):
+    """The datasets joined in the order given by `blend_indices`.
+
+    Raises DataError when a dataset is asked for more samples than it has.
+    """
+
+    def __init__(self, datasets: Sequence[Any], indices: tuple[np.ndarray, np.ndarray]):
+        if len(datasets) > MAX_DATASETS:
+            raise DataError(f"A blend of {len(datasets)} datasets is too large; at most {MAX_DATASETS} are allowed.")
+        self.datasets = list(datasets)
+        self.dataset_index, self.dataset_sample_index = indices
+        drawn = np.bincount(self.dataset_index, minlength=len(datasets))
+        for number, (dataset, count) in enumerate(zip(self.datasets, drawn.tolist(), strict=True)):
+            if count > len(dataset):
+                raise DataError(f"The blend draws {count} samples from dataset {number}, which has {len(dataset)}.")
+
+    def __len__(self) -> int:
+        return len(self.dataset_index)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        number, sample = self.locate(index)
+        return self.datasets[number][sample]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Returns (dataset number, sample number in it) of sample `index`."""
+        return int(self.dataset_index[index]), int(self.dataset_sample_index[index])
+
+    def get_batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Returns the samples `indices` stacked: each value is [B, S]."""
+        rows = [self[i] for i in indices]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,219 @@
+"""Builds the training, validation and test datasets of a run from its configuration."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.datasets import blends, manifest
+from megatron_samoe.datasets.bin_readers import is_remote
+from megatron_samoe.datasets.blended_dataset import BlendedDataset, blend_indices, normalize
+from megatron_samoe.datasets.gpt_dataset import GPTDataset, MockGPTDataset, SampleFormat
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset, require_dataset
+from megatron_samoe.datasets.tokenizer import Tokenizer
+from megatron_samoe.errors import DataError
+
+# Of each dataset of a weighted blend this much more is prepared than its weight asks for, as Megatron-core does
+# (it decides at which epoch the order of a dataset is drawn, so the same samples need the same figure).
+BLEND_SURPLUS = 0.005
+# Without a manifest, this many bytes of a dataset are searched for ids outside the vocabulary at the start.
+SCAN_BYTES = 1 << 26
+
+Dataset = GPTDataset | BlendedDataset | MockGPTDataset
+
+
+def build_train_valid_test_datasets(
+    data: DataConfig,
+    num_samples: tuple[int | None, int | None, int | None],
+    seq_length: int,
+    seed: int,
+    tokenizer: Tokenizer,
+    barrier: Callable[[], None] | None = None,
+    is_builder: bool = True,
+) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
+    """Returns the datasets of the three splits; None for a split of which 0 samples are needed.
+
+    Args:
+        data: paths, split and sample options.
+        num_samples: samples needed of train, valid, test; None for one epoch.
+        seq_length: tokens per sample.
+        seed: of the sample order.
+        tokenizer: the one that made the data.
+        barrier: waits for all ranks. Given, one rank per cache folder (`is_builder`) builds the indices while the
+            others wait, then those read them; a rank that cannot see them (node-local disk) builds its own.
+        is_builder: see `barrier`.
+
+    Raises:
+        DataError: a dataset is missing, damaged, made with another tokenizer, too short, or a needed split is empty.
+    """
+    sample_format = SampleFormat(
+        seq_length, tokenizer.eod, data.vocab_size or tokenizer.vocab_size,
+        data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss,
+    )  # fmt: skip
+    builder = _Builder(data, seed, sample_format, tokenizer)
+    if barrier is None:
+        return builder.build(num_samples)
+    if is_builder:
+        try:
+            return builder.build(num_samples)
+        finally:
+            # Also after an error: the others meet the same one rather than wait for ever.
+            barrier()
+    barrier()
+    return builder.build(num_samples)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    data: DataConfig
+    seed: int
+    format: SampleFormat
+    tokenizer: Tokenizer
+
+    def build(self, num_samples: tuple[int | None, ...]) -> Any:
+        """Returns the three datasets."""
+        if self.data.mock_data:
+            return tuple(
+                None if count == 0 else MockGPTDataset(count or 100_000, self.seed + 1000 * place, self.format)
+                for place, count in enumerate(num_samples)
+            )
+        sources = self._sources()
+        datasets = []
+        for place, (name, count) in enumerate(zip(blends.SPLITS, num_samples, strict=True)):
+            if count == 0:
+                datasets.append(None)
+                continue
+            if sources[place] is None:
+                flag = f"--{name}-data-path"
+                raise DataError(
+                    f"The {name} split is needed ({count} samples) but has no data: give {flag}, or --data-path."
+                )
+            datasets.append(self._build_split(name, *sources[place], count))
+        return tuple(datasets)
+
+    def _sources(self) -> list[Any]:
+        """Returns for each split None, or (blend, share of each dataset or None, whether the blend is its own)."""
+        per_split = (self.data.train_data_path, self.data.valid_data_path, self.data.test_data_path)
+        if self.data.data_path and any(per_split):
+            raise DataError(
+                "--data-path and --train-data-path, --valid-data-path, --test-data-path exclude each other."
+            )
+        if any(per_split):
+            sources: list[Any] = []
+            for name, words in zip(blends.SPLITS, per_split, strict=True):
+                blend = blends.parse_blend(words) if words else None
+                if isinstance(blend, dict):
+                    raise DataError(
+                        f"--{name}-data-path takes a list of datasets; a file with splits goes to --data-path."
+                    )
+                sources.append((blend, (0.0, 1.0), True) if blend else None)
+            return sources
+        if not self.data.data_path:
+            raise DataError("No data: give --data-path, or --train-data-path and its sisters, or --mock-data.")
+        blend = blends.parse_blend(self.data.data_path)
+        if isinstance(blend, dict):
+            return [(blend[name], (0.0, 1.0), True) if name in blend else None for name in blends.SPLITS]
+        return [(blend, share, False) for share in blends.split_bounds(self.data.split)]
+
+    def _build_split(
+        self, name: str, blend: blends.Blend, share: tuple[float, float] | None, own_data: bool, count: int | None
+    ) -> Dataset:
+        if share is None:
+            raise DataError(
+                f"The {name} split is needed ({'one epoch' if count is None else f'{count} samples'}) but "
+                f"--split {self.data.split} gives it nothing."
+            )
+        blend = blend.without_zero_weights()
+        for prefix in blend.prefixes:
+            require_dataset(prefix)
+        self._check_one_tokenizer(blend.prefixes)
+        if len(blend.prefixes) == 1 and (blend.weights is None or own_data):
+            return self._build_one(name, blend.prefixes[0], share, count)
+        if blend.weights is None:
+            parts = [self._build_one(name, prefix, share, None) for prefix in blend.prefixes]
+            sizes = [len(part) for part in parts]
+            size = None if count is None else min(count, sum(sizes))
+            return BlendedDataset(parts, blend_indices(None, sizes, size, self._cache(blend.prefixes[0])))
+        if count is None:
+            raise DataError(
+                f"The {name} blend has weights, which need a number of samples; leave the weights out for one epoch."
+            )
+        shares = normalize(blend.weights).tolist()
+        targets = [math.ceil(count * weight) for weight in shares]
+        indices = blend_indices(shares, None, sum(targets), self._cache(blend.prefixes[0]))
+        drawn = np.bincount(indices[0], minlength=len(shares)).tolist()
+        prepared = [
+            max(math.ceil(target * (1 + BLEND_SURPLUS)), used) for target, used in zip(targets, drawn, strict=True)
+        ]
+        parts = [self._build_one(name, p, share, n) for p, n in zip(blend.prefixes, prepared, strict=True)]
+        return BlendedDataset(parts, indices)
+
+    def _build_one(self, name: str, prefix: str, share: tuple[float, float], count: int | None) -> GPTDataset:
+        indexed = IndexedDataset(prefix, not self.data.no_mmap_bin_files, self.data.data_cache_path)
+        check_vocabulary(indexed, self.tokenizer, self.format.vocab_size)
+        first, last = (int(round(bound * float(len(indexed)))) for bound in share)
+        if first >= last:
+            raise DataError(
+                f"The {name} split of {prefix} is needed but empty: --split {self.data.split} of its {len(indexed)} sequences "
+                f"leaves it none. Split the corpus into more documents, change --split, or give --{name}-data-path."
+            )
+        try:
+            return GPTDataset(indexed, first, last, count, self.seed, self.format, self._cache(prefix))
+        except DataError as error:
+            raise DataError(f"The {name} split of {prefix} cannot be used. {error}") from error
+
+    def _cache(self, prefix: str) -> str | None:
+        if self.data.data_cache_path is not None or is_remote(prefix):
+            return self.data.data_cache_path
+        return os.path.join(os.path.dirname(prefix) or ".", "index_cache")
+
+    def _check_one_tokenizer(self, prefixes: tuple[str, ...]) -> None:
+        """Raises DataError when the manifests of a blend name different tokenizers."""
+        prints = {p: m.tokenizer_fingerprint for p in prefixes if (m := manifest.read(p)) is not None}
+        if len(set(prints.values())) > 1:
+            listing = ", ".join(f"{prefix} ({value[:12]})" for prefix, value in prints.items())
+            raise DataError(f"The datasets of one blend were made with different tokenizers: {listing}.")
+
+
+def check_vocabulary(indexed: IndexedDataset, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises DataError if the data were visibly made with another tokenizer.
+
+    The manifest beside the data says so at once. Without one, up to SCAN_BYTES spread over the data are searched
+    for ids outside the vocabulary; reading checks every id again.
+    """
+    record = manifest.read(indexed.path_prefix)
+    if record is not None and record.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{indexed.path_prefix} was made with another tokenizer ({record.tokenizer_type}, {record.vocab_size} entries, "
+            f"fingerprint {record.tokenizer_fingerprint[:12]}) than the one of this run ({tokenizer.vocab_size} entries, "
+            f"fingerprint {tokenizer.fingerprint[:12]})."
+        )
+    if indexed.dtype.kind not in "iu":
+        raise DataError(f"{indexed.path_prefix} holds {indexed.dtype} values, which are no token ids.")
+    top = record.max_token_id if record is not None else _largest_id(indexed)
+    if top >= vocab_size:
+        raise DataError(
+            f"{indexed.path_prefix} holds token id {top}, outside the vocabulary of {vocab_size}: it was made with another "
+            "tokenizer, or --vocab-size is too small."
+        )
+
+
+def _largest_id(indexed: IndexedDataset) -> int:
+    if is_remote(indexed.path_prefix):
+        return -1
+    itemsize, num_bytes = indexed.dtype.itemsize, indexed.bin_reader.num_bytes
+    num_items = num_bytes // itemsize
+    block = (1 << 20) // itemsize
+    num_blocks = min(-(-num_items // block), SCAN_BYTES >> 20)
+    largest = -1
+    for number in range(num_blocks):
+        start = min(number * num_items // num_blocks, max(num_items - block, 0))
+        values = indexed.bin_reader.read(indexed.dtype, min(block, num_items - start), start * itemsize)
+        largest = max(largest, int(values.max(initial=0)))
+    return largest

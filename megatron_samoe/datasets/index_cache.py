@@ -1,0 +1,108 @@
+"""A cache of sample indices, keyed by the content they were built from, safe on shared and node-local disks.
+
+One file holds the arrays of one index. Its name is a hash of everything that decides them: the lengths of the
+sequences themselves rather than the path of the dataset, so a dataset that changed under its path, or moved, can
+never meet a stale index. A file appears atomically; a damaged one is rebuilt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from megatron_samoe.log import say_once
+
+_MAGIC = b"SAMOEIX1"
+_ALIGN = 64
+
+
+def content_key(array: np.ndarray) -> str:
+    """Returns a hash of an array's shape, dtype and bytes (about 1 GB/s)."""
+    digest = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=16)
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    for start in range(0, len(flat), 1 << 24):
+        digest.update(flat[start : start + (1 << 24)].data)
+    return digest.hexdigest()
+
+
+def load_or_build(
+    folder: str | None, key: dict[str, Any], build: Callable[[], tuple[np.ndarray, ...]]
+) -> tuple[np.ndarray, ...]:
+    """Returns the arrays for `key`: mapped from the cache, or built (and stored there when `folder` is given).
+
+    A folder that cannot be written is not an error: the arrays then stay in memory, and one line says so.
+    """
+    if folder is None:
+        return build()
+    text = json.dumps(key, sort_keys=True)
+    path = os.path.join(folder, hashlib.blake2b(text.encode(), digest_size=16).hexdigest() + ".index")
+    arrays = _load(path, text)
+    if arrays is not None:
+        return arrays
+    arrays = build()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        _store(folder, path, text, arrays)
+    except OSError as error:
+        say_once(f"Sample indices are kept in memory: {folder} cannot be written ({error.strerror}).")
+        return arrays
+    return _load(path, text) or arrays
+
+
+def _layout(arrays_header: list[dict[str, Any]], start: int) -> list[tuple[int, int]]:
+    """Returns (offset, size) in bytes of each array, aligned."""
+    places, offset = [], start
+    for entry in arrays_header:
+        offset = -(-offset // _ALIGN) * _ALIGN
+        size = int(np.prod(entry["shape"], dtype=np.int64)) * np.dtype(entry["dtype"]).itemsize
+        places.append((offset, size))
+        offset += size
+    return places
+
+
+def _store(folder: str, path: str, key: str, arrays: tuple[np.ndarray, ...]) -> None:
+    entries = [{"dtype": array.dtype.str, "shape": array.shape} for array in arrays]
+    header = json.dumps({"key": key, "arrays": entries}).encode()
+    handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
+            for array, (offset, _) in zip(arrays, _layout(entries, 16 + len(header)), strict=True):
+                file.write(b"\0" * (offset - file.tell()))
+                file.write(np.ascontiguousarray(array).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
+def _load(path: str, key: str) -> tuple[np.ndarray, ...] | None:
+    """Returns the mapped arrays, or None if there is no whole file for `key`."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(16)
+            header_bytes = int.from_bytes(head[8:16], "little")
+            if head[:8] != _MAGIC or header_bytes > size - 16:
+                return None
+            header = json.loads(file.read(header_bytes))
+            places = _layout(header["arrays"], 16 + header_bytes)
+            if header["key"] != key or max(offset + length for offset, length in places) != size:
+                return None
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tuple(
+        np.frombuffer(mapped, dtype=np.uint8, count=length, offset=offset).view(entry["dtype"]).reshape(entry["shape"])
+        for entry, (offset, length) in zip(header["arrays"], places, strict=True)
+    )

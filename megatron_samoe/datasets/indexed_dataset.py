@@ -1,0 +1,240 @@
+"""Megatron's indexed dataset: token sequences in `.bin`, their places in `.idx`, byte for byte the same format."""
+
+from __future__ import annotations
+
+import array
+import difflib
+import mmap
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_samoe.datasets import index_format
+from megatron_samoe.datasets.bin_readers import fetch_index, filesystem, is_remote, open_bin
+from megatron_samoe.errors import DataError
+
+# Indices up to this many sequences are checked row by row when opened (about 10 ms); of larger ones only the
+# ends, and every read is checked anyway. `tools/inspect_dataset.py verify` checks all rows of any index.
+CHECK_ROWS_UP_TO = 1 << 20
+
+
+def get_bin_path(path_prefix: str) -> str:
+    """Returns the path of the tokens of the dataset at `path_prefix`."""
+    return path_prefix + ".bin"
+
+
+def get_idx_path(path_prefix: str) -> str:
+    """Returns the path of the index of the dataset at `path_prefix`."""
+    return path_prefix + ".idx"
+
+
+class IndexedDataset:
+    """Random access to the sequences of a dataset.
+
+    `dataset[i]` is sequence i, `dataset[a:b]` a list of sequences, `dataset.get(i, offset, length)` a part of
+    one; all numpy arrays of the stored dtype (views of the map: do not write).
+
+    Args:
+        path_prefix: path or fsspec URL without `.bin` and `.idx`.
+        mmap: map the .bin file; False reads it with ordinary reads.
+        index_cache_path: folder for downloaded indices of remote datasets.
+
+    Raises:
+        DataError: a file is missing, truncated, foreign, or its header lies.
+    """
+
+    def __init__(self, path_prefix: str, mmap: bool = True, index_cache_path: str | None = None):
+        path_prefix = str(path_prefix)
+        self.path_prefix, self.mmap, self._index_cache_path = path_prefix, mmap, index_cache_path
+        require_dataset(path_prefix)
+        idx_path = get_idx_path(path_prefix)
+        local = fetch_index(idx_path, index_cache_path) if is_remote(path_prefix) else idx_path
+        buffer, header = _map_index(local, idx_path)
+        self.dtype, self.num_sequences = header.dtype, header.num_sequences
+        self.sequence_lengths = np.frombuffer(buffer, "<i4", header.num_sequences, header.lengths_offset)
+        self.sequence_pointers = np.frombuffer(buffer, "<i8", header.num_sequences, header.pointers_offset)
+        self.document_indices = np.frombuffer(buffer, "<i8", header.num_boundaries, header.boundaries_offset)
+        self.bin_reader = open_bin(get_bin_path(path_prefix), mmap)
+        self._check(idx_path)
+
+    def _check(self, idx_path: str) -> None:
+        rows = self.num_sequences
+        if rows <= CHECK_ROWS_UP_TO:
+            ends = [(self.sequence_lengths, self.sequence_pointers)]
+        else:
+            ends = [(self.sequence_lengths[part], self.sequence_pointers[part]) for part in (slice(1), slice(-1, None))]
+        boundaries = self.document_indices if rows <= CHECK_ROWS_UP_TO else self.document_indices[[0, -1]]
+        for lengths, pointers in ends:
+            index_format.check_arrays(
+                lengths, pointers, np.array([0, len(lengths)]), self.dtype.itemsize, self.bin_reader.num_bytes, idx_path
+            )
+        index_format.check_boundaries(boundaries, rows, idx_path)
+
+    def verify(self) -> None:
+        """Checks every row of the index against the data; DataError names the first bad one."""
+        index_format.check_arrays(
+            self.sequence_lengths,
+            self.sequence_pointers,
+            self.document_indices,
+            self.dtype.itemsize,
+            self.bin_reader.num_bytes,
+            get_idx_path(self.path_prefix),
+        )
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.sequence_lengths.sum(dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __getitem__(self, index: int | np.integer | slice) -> Any:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise ValueError("slices of an indexed dataset must be contiguous")
+            return [self.get(i) for i in range(start, stop)]
+        return self.get(int(index))
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Returns `length` tokens (all that are left if None) of sequence `index` from token `offset` on."""
+        if not -self.num_sequences <= index < self.num_sequences:
+            raise IndexError(f"sequence {index} of {self.num_sequences}")
+        available = int(self.sequence_lengths[index])
+        length = available - offset if length is None else length
+        if offset < 0 or length < 0 or offset + length > available:
+            raise IndexError(f"tokens {offset} to {offset + length} of the {available} in sequence {index}")
+        start = int(self.sequence_pointers[index]) + offset * self.dtype.itemsize
+        return self.bin_reader.read(self.dtype, length, start)
+
+    def document(self, number: int) -> np.ndarray:
+        """Returns all tokens of document `number`, its sequences joined."""
+        if not 0 <= number < self.num_documents:
+            raise IndexError(f"document {number} of {self.num_documents}")
+        first, last = int(self.document_indices[number]), int(self.document_indices[number + 1])
+        return np.concatenate([np.empty(0, self.dtype), *(self.get(i) for i in range(first, last))])
+
+    def __getstate__(self) -> tuple[str, bool, str | None]:
+        return self.path_prefix, self.mmap, self._index_cache_path
+
+    def __setstate__(self, state: tuple[str, bool, str | None]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    @staticmethod
+    def exists(path_prefix: str) -> bool:
+        """Returns whether both files of the dataset exist."""
+        paths = (get_idx_path(path_prefix), get_bin_path(path_prefix))
+        if is_remote(path_prefix):
+            return all(fs.exists(key) for fs, key in map(filesystem, paths))
+        return all(map(os.path.isfile, paths))
+
+
+def _map_index(local: str, shown: str) -> tuple[Any, index_format.IndexHeader]:
+    """Returns the mapped bytes of an index and its checked header."""
+    with open(local, "rb") as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        header = index_format.parse_header(file.read(index_format.HEADER_BYTES), num_bytes, shown)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), header
+
+
+def require_dataset(path_prefix: str) -> None:
+    """Raises DataError, naming the nearest dataset that exists, unless both files of `path_prefix` do."""
+    if IndexedDataset.exists(path_prefix):
+        return
+    if is_remote(path_prefix):
+        raise DataError(f"There is no dataset at {path_prefix}: the .bin or the .idx object does not exist.")
+    missing = [p for p in (get_bin_path(path_prefix), get_idx_path(path_prefix)) if not os.path.isfile(p)]
+    folder = os.path.dirname(path_prefix) or "."
+    known = []
+    if os.path.isdir(folder):
+        known = [os.path.join(os.path.dirname(path_prefix), f[:-4]) for f in os.listdir(folder) if f.endswith(".idx")]
+    hint = ""
+    for suffix in (".bin", ".idx"):
+        if path_prefix.endswith(suffix) and path_prefix[:-4] in known:
+            hint = f" Leave out the suffix: {path_prefix[:-4]!r}."
+    if not hint and (near := difflib.get_close_matches(path_prefix, sorted(known), n=3, cutoff=0.3)):
+        hint = f" The nearest existing are {', '.join(map(repr, near))}."
+    elif not hint:
+        hint = f" There is no dataset in {folder!r}." if os.path.isdir(folder) else f" {folder!r} is not a folder."
+    if len(missing) == 1 and missing[0].endswith(".idx"):
+        hint += " tools/inspect_dataset.py repair can rebuild the index from the .bin file."
+    raise DataError(f"There is no dataset {path_prefix!r}: {' and '.join(missing)} not found.{hint}")
+
+
+class IndexedDatasetBuilder:
+    """Writes a dataset. The .bin appears under its name only when `finalize` succeeds.
+
+    Args:
+        bin_path: the `.bin` file to make.
+        dtype: of the stored tokens; see `index_format.optimal_dtype`.
+    """
+
+    def __init__(self, bin_path: str | os.PathLike, dtype: object = np.int32):
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        index_format.dtype_code(self.dtype)
+        self._bin_path, self._partial = str(bin_path), f"{bin_path}.partial"
+        self._file = open(self._partial, "wb")
+        self._lengths = array.array("i")
+        self._boundaries = array.array("q", [0])
+
+    def add_item(self, tokens: Any) -> None:
+        """Appends one sequence to the current document."""
+        values = self._convert(tokens)
+        self._file.write(values.data)
+        self._lengths.append(values.size)
+
+    def add_document(self, tokens: Any, lengths: Sequence[int]) -> None:
+        """Appends a whole document: its tokens, and how many belong to each of its sequences."""
+        values = self._convert(tokens)
+        if sum(lengths) != values.size:
+            raise DataError(f"A document has {values.size} tokens but its sequence lengths add up to {sum(lengths)}.")
+        self._file.write(values.data)
+        self._lengths.extend(lengths)
+        self.end_document()
+
+    def end_document(self) -> None:
+        """Ends the document made by `add_item`."""
+        self._boundaries.append(len(self._lengths))
+
+    def add_index(self, path_prefix: str) -> None:
+        """Appends a whole dataset of the same dtype."""
+        other = IndexedDataset(path_prefix)
+        if other.dtype != self.dtype:
+            raise DataError(f"{path_prefix} stores {other.dtype} tokens and cannot be joined to {self.dtype} ones.")
+        offset = len(self._lengths)
+        self._lengths.frombytes(np.ascontiguousarray(other.sequence_lengths).tobytes())
+        self._boundaries.frombytes((other.document_indices[1:] + offset).tobytes())
+        with open(get_bin_path(path_prefix), "rb") as source:
+            shutil.copyfileobj(source, self._file, 1 << 22)
+
+    def finalize(self, idx_path: str | os.PathLike) -> None:
+        """Writes the index and gives both files their names."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        boundaries = np.frombuffer(self._boundaries, dtype=np.int64)
+        index_format.write_index(f"{idx_path}.partial", self.dtype, lengths, boundaries)
+        os.replace(self._partial, self._bin_path)
+        os.replace(f"{idx_path}.partial", idx_path)
+
+    def _convert(self, tokens: Any) -> np.ndarray:
+        values = np.asarray(tokens)
+        if values.size and self.dtype.kind in "iu":
+            if values.dtype.kind not in "iu":
+                raise DataError(f"Tokens must be integers, not {values.dtype}.")
+            if values.dtype != self.dtype:
+                info, low, high = np.iinfo(self.dtype), int(values.min()), int(values.max())
+                if low < info.min or high > info.max:
+                    raise DataError(
+                        f"Token id {low if low < info.min else high} does not fit {self.dtype} "
+                        f"({info.min} to {info.max}): choose a wider dtype."
+                    )
+        return np.ascontiguousarray(values.reshape(-1), dtype=self.dtype)

@@ -1,0 +1,84 @@
+"""The record that the preprocessor leaves beside a dataset: who made it, from what, and checksums to verify it by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_samoe.datasets.bin_readers import filesystem, is_remote
+from megatron_samoe.errors import DataError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known about one dataset. It does not depend on the number of workers or on the time it took."""
+
+    tokenizer_type: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eod: int
+    num_documents: int
+    num_sequences: int
+    num_tokens: int
+    max_token_id: int
+    """Largest id in the data, -1 if there is none."""
+    bin_bytes: int
+    bin_crc32: int
+    idx_crc32: int
+    options: dict[str, Any] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    """Lines read, lines left out and why."""
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """Returns the text of the manifest file."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+def get_manifest_path(path_prefix: str) -> str:
+    """Returns the path of the manifest of the dataset at `path_prefix`."""
+    return path_prefix + ".manifest.json"
+
+
+def read(path_prefix: str) -> Manifest | None:
+    """Returns the manifest of a dataset, None if it has none (a dataset made by Megatron); DataError if damaged."""
+    path = get_manifest_path(path_prefix)
+    try:
+        if is_remote(path):
+            fs, key = filesystem(path)
+            text = fs.cat_file(key).decode()
+        else:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    try:
+        values = json.loads(text)
+        known = {f.name for f in dataclasses.fields(Manifest)}
+        record = Manifest(**{name: value for name, value in values.items() if name in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a manifest ({error}). Remove it if the dataset is known to be good.") from error
+    integers = ("vocab_size", "eod", "num_documents", "num_sequences", "num_tokens", "max_token_id", "bin_bytes")
+    if not all(isinstance(getattr(record, name), int) for name in (*integers, "bin_crc32", "idx_crc32")):
+        raise DataError(f"{path} is damaged: one of its counts is no integer.")
+    if not isinstance(record.tokenizer_fingerprint, str):
+        raise DataError(f"{path} is damaged: its tokenizer fingerprint is no text.")
+    return record
+
+
+def write(path_prefix: str, record: Manifest) -> None:
+    """Writes the manifest of a dataset atomically."""
+    path = get_manifest_path(path_prefix)
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        file.write(record.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.partial", path)

@@ -1,0 +1,233 @@
+"""Tokenizers behind one small interface, each on its fastest engine.
+
+Types carry Megatron's names: SentencePieceTokenizer, HuggingFaceTokenizer (a tokenizer.json), GPT2BPETokenizer
+(vocab.json + merges.txt) and ByteTokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from megatron_samoe.errors import DataError, nearest
+
+EOD_NAMES = ("<|endoftext|>", "<eod>", "<|eod|>", "<EOD>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+        vocab_size: entries, not padded; ids are below it.
+        eod: id of the end-of-document token.
+        fingerprint: hash of everything that decides the ids.
+    """
+
+    vocab_size: int
+    eod: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`; no special token is added."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text."""
+        return [self.encode(text) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (ids of all texts joined, ids per text), int32 and int64: what the preprocessor writes."""
+        rows = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        return np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(lengths.sum())), lengths
+
+
+def _join(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    ids = np.concatenate(rows) if rows else np.empty(0, dtype=np.int32)
+    return ids.astype(np.int32, copy=False), lengths
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, and 256 as the end of a document."""
+
+    vocab_size = 257
+    eod = 256
+    fingerprint = hashlib.sha256(b"ByteTokenizer").hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _join([np.frombuffer(text.encode(), dtype=np.uint8) for text in texts])
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model (unigram or BPE); the end of a document is <eod> or the like if it has one, else </s>."""
+
+    def __init__(self, model: str):
+        import sentencepiece
+
+        content = _read(model, "--tokenizer-model")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self.vocab_size = int(self._processor.vocab_size())
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{model} is not a SentencePiece model: {error}.") from error
+        self.fingerprint = hashlib.sha256(b"SentencePieceTokenizer\0" + content).hexdigest()
+        named = [self._processor.piece_to_id(name) for name in EOD_NAMES]
+        candidates = [i for i in named if i >= 0 and i != self._processor.unk_id()] + [self._processor.eos_id()]
+        self.eod = candidates[0]
+        if self.eod < 0:
+            raise DataError(f"{model} has no end-of-document token; one of {', '.join(EOD_NAMES)} is needed.")
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text, out_type=int)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts), out_type=int, num_threads=1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json of the `tokenizers` library; byte-level BPE runs on tiktoken's engine where ids are identical."""
+
+    def __init__(self, path: str):
+        import tokenizers
+
+        if os.path.isdir(path):
+            path = os.path.join(path, "tokenizer.json")
+        content = _read(path, "--tokenizer-model")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{path} is not a tokenizer.json: {error}") from error
+        self._start(tokenizer, hashlib.sha256(b"HuggingFaceTokenizer\0" + content).hexdigest(), path)
+
+    def _start(self, tokenizer: Any, fingerprint: str, shown: str) -> None:
+        from megatron_samoe.datasets.byte_bpe import tiktoken_encoding
+
+        self._tokenizer, self.fingerprint = tokenizer, fingerprint
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        # Ids may have holes; what counts is the largest.
+        self.vocab_size = max(vocab.values()) + 1
+        found = [vocab[name] for name in EOD_NAMES if name in vocab]
+        if not found:
+            raise DataError(f"{shown} has no end-of-document token; one of {', '.join(EOD_NAMES)} is needed.")
+        self.eod = found[0]
+        self._fast = tiktoken_encoding(tokenizer)
+
+    @property
+    def engine(self) -> str:
+        """Returns "tiktoken" or "tokenizers"."""
+        return "tiktoken" if self._fast is not None else "tokenizers"
+
+    def encode(self, text: str) -> list[int]:
+        if self._fast is not None:
+            return self._fast.encode(text, allowed_special="all", disallowed_special=())
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._fast is not None:
+            return [self.encode(text) for text in texts]
+        return [row.ids for row in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self._fast is None:
+            return super().encode_arrays(texts)
+        encode = self._fast.encode_to_numpy
+        return _join([encode(text, allowed_special="all", disallowed_special=()) for text in texts])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+class GPT2BPETokenizer(HuggingFaceTokenizer):
+    """GPT-2's format: a vocabulary (JSON) and merges. `<|endoftext|>` inside a text is text, not the token."""
+
+    def __init__(self, vocab_file: str, merge_file: str):
+        import json
+
+        import tokenizers
+
+        vocab_bytes, merge_bytes = _read(vocab_file, "--vocab-file"), _read(merge_file, "--merge-file")
+        try:
+            vocab = json.loads(vocab_bytes)
+            lines = [line for line in merge_bytes.decode().split("\n") if line and not line.startswith("#version")]
+            merges = [tuple(line.rstrip("\r").split(" ")) for line in lines]
+            model = tokenizers.models.BPE(vocab=vocab, merges=merges)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{vocab_file} and {merge_file} are no GPT-2 vocabulary and merges: {error}") from error
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        digest = hashlib.sha256(b"GPT2BPETokenizer\0" + vocab_bytes + b"\0" + merge_bytes).hexdigest()
+        self._start(tokenizer, digest, vocab_file)
+
+    def encode(self, text: str) -> list[int]:
+        if self._fast is not None:
+            return self._fast.encode_ordinary(text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self._fast is None:
+            return super().encode_arrays(texts)
+        return _join([self._fast.encode_to_numpy(text, disallowed_special=()) for text in texts])
+
+
+TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteTokenizer")
+
+
+def build_tokenizer(
+    tokenizer_type: str,
+    tokenizer_model: str | None = None,
+    vocab_file: str | None = None,
+    merge_file: str | None = None,
+) -> Tokenizer:
+    """Returns the tokenizer of a type; DataError if its files are missing or of another kind."""
+    if tokenizer_type == "ByteTokenizer":
+        return ByteTokenizer()
+    if tokenizer_type == "SentencePieceTokenizer":
+        return SentencePieceTokenizer(_given(tokenizer_model, "--tokenizer-model", tokenizer_type))
+    if tokenizer_type == "HuggingFaceTokenizer":
+        return HuggingFaceTokenizer(_given(tokenizer_model, "--tokenizer-model", tokenizer_type))
+    if tokenizer_type == "GPT2BPETokenizer":
+        return GPT2BPETokenizer(
+            _given(vocab_file, "--vocab-file", tokenizer_type), _given(merge_file, "--merge-file", tokenizer_type)
+        )
+    raise DataError(
+        f"--tokenizer-type {tokenizer_type!r} is not known; allowed are {', '.join(TOKENIZER_TYPES)}."
+        + nearest(tokenizer_type, TOKENIZER_TYPES)
+    )
+
+
+def _given(path: str | None, flag: str, tokenizer_type: str) -> str:
+    if not path:
+        raise DataError(f"{tokenizer_type} needs {flag}.")
+    return path
+
+
+def _read(path: str, flag: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        siblings = os.listdir(os.path.dirname(path) or ".") if os.path.isdir(os.path.dirname(path) or ".") else []
+        hint = nearest(os.path.basename(path), siblings)
+        raise DataError(f"{flag} {path!r} cannot be read: {error.strerror}.{hint}") from error
