@@ -1,6 +1,6 @@
 """Pool combination: a layer's expert weights as a weighted sum of the pool's banks, for all layers in one pass.
 
-Letters: L layers, G groups (experts times tensor kinds, whatever shares one coefficient vector), P banks, N elements of a group.
+Letters: L layers, G groups (experts, tensor kinds: what shares a coefficient vector), P banks, N elements a group.
 Both are plain functions, not recorded by autograd: the pool calls them once a step, around the layers' own gradients.
 """
 
@@ -37,7 +37,8 @@ def combine_banks(
     """Returns W_LGN, W[l, g, n] = sum over p of coefficients[l, g, p] * banks[p, g, n], accumulated in fp32.
 
     Args:
-        coefficients_LGP, banks_PGN: fp32 (or fp64); dims 0 and 1 may be strided. A bank whose coefficient is 0 is not read.
+        coefficients_LGP, banks_PGN: fp32 (or fp64); dims 0 and 1 may be strided. A coefficient of 0 leaves its bank
+            unread.
         out_LGN: where to write, fp32 or bf16; returned.
         out_dtype: dtype of a fresh result, the banks' by default.
 

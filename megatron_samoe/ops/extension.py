@@ -1,8 +1,9 @@
 """Finds the compiled extension and says plainly what is used.
 
-Nothing happens at import. The first op that runs loads `megatron_samoe/_C*.so`, if it is there and was built for the running torch;
-otherwise the slow twins of ops/reference.py do the work, and one line says so. MEGATRON_SAMOE_EXTENSION=off never loads it,
-=require raises ExtensionError instead of falling back, =auto (the default) falls back.
+Nothing happens at import. The first op that runs loads `megatron_samoe/_C*.so`, if it is there and was built for the
+running torch; otherwise the slow twins of ops/reference.py do the work, and one line says so.
+MEGATRON_SAMOE_EXTENSION=off never loads it, =require raises ExtensionError instead of falling back, =auto (the default)
+falls back.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def available() -> bool:
 
 
 def build_info() -> dict[str, Any]:
-    """Returns what the build recorded (torch, compiler, flags, instruction sets, CUDA, time) and what this CPU uses of it.
+    """Returns what the build recorded (torch, compiler, flags, instruction sets) and what this CPU uses of it.
 
     Empty where there is no library.
     """
@@ -117,7 +118,7 @@ def build_info() -> dict[str, Any]:
 
 
 def serves(*tensors: torch.Tensor | None) -> bool:
-    """Returns whether the compiled CPU ops take these tensors: on the CPU and fp32 or bf16 (integers are not looked at)."""
+    """Returns whether the compiled CPU ops take these tensors: on the CPU, and fp32 or bf16 where floating."""
     for tensor in tensors:
         if tensor is None:
             continue

@@ -1,4 +1,4 @@
-"""Shapes of the compiled ops' results, for fake and meta tensors (torch.compile, torch.export, deferred initialisation)."""
+"""Shapes of the compiled ops' results, for fake and meta tensors (torch.compile, torch.export)."""
 
 from __future__ import annotations
 

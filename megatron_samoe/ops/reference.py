@@ -1,6 +1,6 @@
-"""The slow twin of every op: the specification, the fallback without the compiled extension, and the oracle of its tests.
+"""The slow twin of every op: the specification, the fallback without the extension, and the oracle of its tests.
 
-Plain torch, differentiable through autograd, any floating dtype. Sums are accumulated in fp32, or in fp64 for fp64 tensors.
+Plain torch, differentiable through autograd, any floating dtype. Sums are held in fp32, or in fp64 for fp64 tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_samoe.ops.extension import accumulation_dtype
 def topk_gate(
     logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns probs_TK, ids_TK, counts_GE, score_sum_GE and z_sum of the router; see ops/topk_gate.py for their meaning.
+    """Returns probs_TK, ids_TK, counts_GE, score_sum_GE and z_sum of the router, as ops/topk_gate.py defines them.
 
     Experts are ordered by logit, NaN above everything, equal logits by the lower expert id.
     """
@@ -88,5 +88,9 @@ def combine_banks_backward(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: 
     dtype = accumulation_dtype(banks_PGN.dtype)
     dW_LGN = dW_LGN.to(dtype)
     dbanks_PGN = torch.einsum("lgp,lgn->pgn", coefficients_LGP.to(dtype), dW_LGN)
-    dcoefficients_LGP = torch.einsum("lgn,pgn->lgp", dW_LGN, banks_PGN.to(dtype))
+    # Millions of products: an fp32 sum would lose three digits.
+    sums_LP = [
+        [(dW_GN * bank_GN).sum(dim=1, dtype=torch.float64) for bank_GN in banks_PGN.to(dtype)] for dW_GN in dW_LGN
+    ]
+    dcoefficients_LGP = torch.stack([torch.stack(sums_P, dim=1) for sums_P in sums_LP]).to(dtype)
     return dbanks_PGN, dcoefficients_LGP

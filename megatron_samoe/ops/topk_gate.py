@@ -73,8 +73,8 @@ def topk_gate(
     Args:
         logits_TE: router logits, fp32 in training (a bf16 router is cast by the caller), or fp64.
         score_function: "softmax", or "sigmoid" (DeepSeek-V3, arXiv:2412.19437, equation 15).
-        pre_softmax: True: probs are the chosen experts' scores as they are (Switch Transformer's top-1, arXiv:2101.03961).
-            False: they are normalised over the chosen experts, by a softmax over their logits or, for sigmoid scores, by
+        pre_softmax: True: probs are the chosen experts' scores as they are (Switch's top-1, arXiv:2101.03961). False:
+            they are normalised over the chosen experts, by a softmax over their logits or, for sigmoid scores, by
             their sum (GShard's top-2, arXiv:2006.16668).
         num_groups: G; group g is the g-th run of T / G consecutive tokens.
 

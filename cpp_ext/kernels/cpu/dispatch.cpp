@@ -1,0 +1,52 @@
+// Chooses the kernels' instruction set once, from what this CPU has.
+#include <cstdlib>
+#include <cstring>
+
+#include "../kernels.h"
+
+namespace samoe {
+namespace cpu {
+
+#define SAMOE_DECLARE(isa)                          \
+  namespace isa {                                   \
+  void gate_forward(const GateForward&);            \
+  void gate_backward(const GateBackward&);          \
+  void unpermute(const Unpermute&);                 \
+  void unpermute_backward(const UnpermuteBackward&); \
+  void combine(const Combine&);                     \
+  void combine_backward(const CombineBackward&);    \
+  }                                                 \
+  static const Kernels k_##isa = {#isa,           isa::gate_forward,       isa::gate_backward, isa::unpermute, \
+                                  isa::unpermute_backward, isa::combine, isa::combine_backward};
+
+SAMOE_DECLARE(portable)
+#if defined(SAMOE_WITH_X86_SETS)
+SAMOE_DECLARE(avx2)
+SAMOE_DECLARE(avx512)
+#endif
+
+namespace {
+
+const Kernels* choose() {
+#if defined(SAMOE_WITH_X86_SETS)
+  const char* asked = std::getenv("MEGATRON_SAMOE_ISA");
+  const bool allow_avx512 = asked == nullptr || std::strcmp(asked, "avx512") == 0;
+  const bool allow_avx2 = allow_avx512 || std::strcmp(asked, "avx2") == 0;
+  if (allow_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return &k_avx512;
+  }
+  if (allow_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &k_avx2;
+#endif
+  return &k_portable;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = choose();
+  return *chosen;
+}
+
+}  // namespace cpu
+}  // namespace samoe

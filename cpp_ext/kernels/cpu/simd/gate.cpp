@@ -1,0 +1,288 @@
+// The router: scores, top-k, counts and the sums of the balancing losses, forward and backward.
+#include <cmath>
+#include <cstdlib>
+
+#include "../../kernels.h"
+#include "vec.h"
+
+namespace samoe {
+namespace cpu {
+namespace SAMOE_ISA {
+namespace {
+
+constexpr int64_t kBlockTokens = 64;  // sums are formed per block and added in block order: no dependence on threads
+
+int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+float* aligned_floats(int64_t count) {
+  return static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((count * 4 + 64 + 63) / 64 * 64)));
+}
+
+// One thread's rows, padded to whole vectors.
+struct Scratch {
+  explicit Scratch(int64_t num_experts) : width(padded(num_experts)), base(aligned_floats(4 * width)) {}
+  ~Scratch() { std::free(base); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* row(int i) { return base + i * width; }
+  int64_t width;
+  float* base;
+};
+
+// Copies E logits to a padded row; the padding scores nothing.
+void copy_logits(const float* logits_E, int64_t num_experts, float* row, int64_t width) {
+  memcpy(row, logits_E, static_cast<size_t>(num_experts) * sizeof(float));
+  for (int64_t e = num_experts; e < width; ++e) row[e] = -__builtin_inff();
+}
+
+// Integers that order as floats do: NaN above infinity, the zeros equal. INT32_MIN marks padding and taken experts.
+void make_keys(const float* row, int64_t num_experts, int64_t width, int32_t* keys) {
+  for (int64_t e = 0; e < width; e += kLanes) {
+    const vf x = load(row + e) + 0.0f;
+    const vi bits = (vi)x;
+    const vi key = select((vi)(x != x), splat_int(INT32_MAX), bits ^ ((bits >> 31) & INT32_MAX));
+    memcpy(keys + e, &key, sizeof key);
+  }
+  for (int64_t e = num_experts; e < width; ++e) keys[e] = INT32_MIN;
+}
+
+// Takes the best key, the lowest expert among equals, and marks it taken.
+int64_t take_best(int32_t* keys, int64_t width) {
+  vi lane_index;
+  for (int64_t i = 0; i < kLanes; ++i) lane_index[i] = static_cast<int32_t>(i);
+  vi best_key, best_index = lane_index;
+  memcpy(&best_key, keys, sizeof best_key);
+  vi index = lane_index;
+  for (int64_t e = kLanes; e < width; e += kLanes) {
+    index += static_cast<int32_t>(kLanes);
+    vi key;
+    memcpy(&key, keys + e, sizeof key);
+    const vi better = (vi)(key > best_key);
+    best_key = select(better, key, best_key);
+    best_index = select(better, index, best_index);
+  }
+  int32_t key_of[kLanes], index_of[kLanes];
+  memcpy(key_of, &best_key, sizeof best_key);
+  memcpy(index_of, &best_index, sizeof best_index);
+  int64_t best = 0;
+  for (int64_t i = 1; i < kLanes; ++i) {
+    const bool better = key_of[i] > key_of[best] || (key_of[i] == key_of[best] && index_of[i] < index_of[best]);
+    best = better ? i : best;
+  }
+  keys[index_of[best]] = INT32_MIN;
+  return index_of[best];
+}
+
+// Writes exp(logit - max) of a row; returns logsumexp and sets *sum_out to the exponentials' sum.
+float exponentials(const float* row, int64_t width, float* out, float* sum_out) {
+  vf max = load(row);
+  for (int64_t e = kLanes; e < width; e += kLanes) {
+    const vf x = load(row + e);
+    max = select((vi)(x > max), x, max);
+  }
+  const float top = max_lanes(max);
+  vf sum = vf{};
+  for (int64_t e = 0; e < width; e += kLanes) {
+    const vf y = exp(load(row + e) - top);
+    store(out + e, y);
+    sum += y;
+  }
+  *sum_out = sum_lanes(sum);
+  return top + std::log(*sum_out);
+}
+
+// Sigmoid scores of a row (padding scores 0); returns their sum.
+float sigmoids(const float* row, int64_t width, float* out) {
+  vf sum = vf{};
+  for (int64_t e = 0; e < width; e += kLanes) {
+    const vf y = 1.0f / (1.0f + exp(-load(row + e)));
+    store(out + e, y);
+    sum += y;
+  }
+  return sum_lanes(sum);
+}
+
+// Probabilities of the chosen experts; scale turns a score into its share of the whole row.
+void chosen_probs(const GateForward& a, const float* scores, float scale, const int64_t* ids, float* probs) {
+  float sum = 0.0f;
+  for (int64_t k = 0; k < a.topk; ++k) {
+    probs[k] = scores[ids[k]];
+    sum += probs[k];
+  }
+  if (a.sigmoid && a.pre_softmax) return;
+  if (!a.pre_softmax) scale = 1.0f / sum;  // the best chosen expert is the row's best: the sum cannot vanish in a softmax
+  for (int64_t k = 0; k < a.topk; ++k) probs[k] *= scale;
+}
+
+// One token: writes its probs, ids and logsumexp, and adds its distribution to sums.
+float gate_token(const GateForward& a, int64_t t, Scratch& s, float* sums) {
+  float* row = s.row(0);
+  float* scores = s.row(1);
+  int32_t* keys = reinterpret_cast<int32_t*>(s.row(2));
+  copy_logits(a.logits_TE + t * a.num_experts, a.num_experts, row, s.width);
+  make_keys(row, a.num_experts, s.width, keys);
+  int64_t* ids = a.ids_TK + t * a.topk;
+  for (int64_t k = 0; k < a.topk; ++k) ids[k] = take_best(keys, s.width);
+  float sum;
+  const float logsumexp = exponentials(row, s.width, scores, &sum);
+  if (a.sigmoid) sum = sigmoids(row, s.width, scores);
+  const float scale = 1.0f / sum;
+  for (int64_t e = 0; e < s.width; e += kLanes) store(sums + e, load(sums + e) + load(scores + e) * scale);
+  chosen_probs(a, scores, scale, ids, a.probs_TK + t * a.topk);
+  a.logsumexp_T[t] = logsumexp;
+  return logsumexp;
+}
+
+}  // namespace
+
+void gate_forward(const GateForward& a) {
+  const int64_t width = padded(a.num_experts);
+  const int64_t group_tokens = a.num_tokens / a.num_groups;
+  const int64_t blocks_per_group = (group_tokens + kBlockTokens - 1) / kBlockTokens;
+  const int64_t num_blocks = a.num_groups * blocks_per_group;
+  float* block_sums = aligned_floats(num_blocks * width);
+  double* block_z = static_cast<double*>(std::malloc(static_cast<size_t>(num_blocks + 1) * sizeof(double)));
+#pragma omp parallel num_threads(a.num_threads)
+  {
+    Scratch scratch(a.num_experts);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < num_blocks; ++block) {
+      const int64_t group = block / blocks_per_group;
+      const int64_t first = block % blocks_per_group * kBlockTokens;
+      const int64_t last = first + kBlockTokens < group_tokens ? first + kBlockTokens : group_tokens;
+      float* sums = block_sums + block * width;
+      memset(sums, 0, static_cast<size_t>(width) * sizeof(float));
+      double z = 0.0;
+      for (int64_t t = first; t < last; ++t) {
+        const double logsumexp = gate_token(a, group * group_tokens + t, scratch, sums);
+        z += logsumexp * logsumexp;
+      }
+      block_z[block] = z;
+    }
+  }
+  double z = 0.0;
+  for (int64_t group = 0; group < a.num_groups; ++group) {
+    float* sums = a.score_sum_GE + group * a.num_experts;
+    for (int64_t e = 0; e < a.num_experts; ++e) sums[e] = 0.0f;
+    for (int64_t b = group * blocks_per_group; b < (group + 1) * blocks_per_group; ++b) {
+      for (int64_t e = 0; e < a.num_experts; ++e) sums[e] += block_sums[b * width + e];
+      z += block_z[b];
+    }
+    int64_t* counts = a.counts_GE + group * a.num_experts;
+    for (int64_t e = 0; e < a.num_experts; ++e) counts[e] = 0;
+    const int64_t* ids = a.ids_TK + group * group_tokens * a.topk;
+    for (int64_t i = 0; i < group_tokens * a.topk; ++i) ++counts[ids[i]];
+  }
+  *a.z_sum = static_cast<float>(z);
+  std::free(block_sums);
+  std::free(block_z);
+}
+
+namespace {
+
+// Adds the gradient through the chosen probabilities, where they were normalised among themselves.
+// softmax over chosen logits: dl = q (dq - <q, dq>). Sigmoid scores over their sum c: ds = (dq - <q, dq>) / c.
+void add_normalised(const GateBackward& a, int64_t t, const float* scores, float* gradient) {
+  const float* q = a.probs_TK + t * a.topk;
+  const float* dq = a.dprobs_TK + t * a.topk;
+  const int64_t* ids = a.ids_TK + t * a.topk;
+  float dot = 0.0f, sum = 0.0f;
+  for (int64_t k = 0; k < a.topk; ++k) {
+    dot += q[k] * dq[k];
+    sum += scores[ids[k]];
+  }
+  for (int64_t k = 0; k < a.topk; ++k) {
+    gradient[ids[k]] += a.sigmoid ? (dq[k] - dot) / sum : q[k] * (dq[k] - dot);
+  }
+}
+
+// Softmax: dl = p (d - <p, d>) + 2 dz lse p, with d the gradient of the distribution, chosen experts' included.
+void backward_softmax(const GateBackward& a, int64_t t, const float* d_group, Scratch& s) {
+  float* row = s.row(0);
+  float* p = s.row(1);
+  const float logsumexp = a.logsumexp_T[t];
+  const bool add_chosen = a.dprobs_TK != nullptr && a.pre_softmax;
+  const int64_t* ids = a.ids_TK + t * a.topk;
+  for (int64_t e = 0; e < s.width; e += kLanes) store(p + e, exp(load(row + e) - logsumexp));
+  float dot = 0.0f;
+  if (d_group != nullptr) {
+    vf sum = vf{};
+    for (int64_t e = 0; e < s.width; e += kLanes) sum += load(p + e) * load(d_group + e);
+    dot = sum_lanes(sum);
+  }
+  if (add_chosen)
+    for (int64_t k = 0; k < a.topk; ++k) dot += p[ids[k]] * a.dprobs_TK[t * a.topk + k];
+  const float shift = (a.dz != nullptr ? 2.0f * *a.dz * logsumexp : 0.0f) - dot;
+  for (int64_t e = 0; e < s.width; e += kLanes) {
+    const vf d = d_group != nullptr ? load(d_group + e) + shift : splat(shift);
+    store(row + e, load(p + e) * d);
+  }
+  if (add_chosen)
+    for (int64_t k = 0; k < a.topk; ++k) row[ids[k]] += p[ids[k]] * a.dprobs_TK[t * a.topk + k];
+  if (a.dprobs_TK != nullptr && !a.pre_softmax) add_normalised(a, t, p, row);
+}
+
+// Sigmoid: the distribution is s / sum(s), so ds = (d - <n, d>) / sum(s), then dl = ds s (1 - s); z as for softmax.
+void backward_sigmoid(const GateBackward& a, int64_t t, const float* d_group, Scratch& s) {
+  float* row = s.row(0);
+  float* scores = s.row(1);
+  float* dscores = s.row(2);
+  const float scale = 1.0f / sigmoids(row, s.width, scores);
+  vf sum = vf{};
+  if (d_group != nullptr)
+    for (int64_t e = 0; e < s.width; e += kLanes) sum += load(scores + e) * load(d_group + e);
+  const float dot = sum_lanes(sum) * scale;
+  for (int64_t e = 0; e < s.width; e += kLanes) {
+    store(dscores + e, d_group != nullptr ? (load(d_group + e) - dot) * scale : vf{});
+  }
+  if (a.dprobs_TK != nullptr) {
+    const int64_t* ids = a.ids_TK + t * a.topk;
+    if (a.pre_softmax) {
+      for (int64_t k = 0; k < a.topk; ++k) dscores[ids[k]] += a.dprobs_TK[t * a.topk + k];
+    } else {
+      add_normalised(a, t, scores, dscores);
+    }
+  }
+  const float logsumexp = a.logsumexp_T[t];
+  const float dz = a.dz != nullptr ? 2.0f * *a.dz * logsumexp : 0.0f;
+  for (int64_t e = 0; e < s.width; e += kLanes) {
+    const vf score = load(scores + e);
+    vf gradient = load(dscores + e) * score * (1.0f - score);
+    if (a.dz != nullptr) gradient += dz * exp(load(row + e) - logsumexp);
+    store(row + e, gradient);
+  }
+}
+
+}  // namespace
+
+void gate_backward(const GateBackward& a) {
+  const int64_t width = padded(a.num_experts);
+  const int64_t group_tokens = a.num_tokens / a.num_groups;
+  float* d_groups = nullptr;  // [G, width], padded with zeros
+  if (a.dscore_sum_GE != nullptr) {
+    d_groups = aligned_floats(a.num_groups * width);
+    memset(d_groups, 0, static_cast<size_t>(a.num_groups * width) * sizeof(float));
+    for (int64_t g = 0; g < a.num_groups; ++g)
+      memcpy(d_groups + g * width, a.dscore_sum_GE + g * a.num_experts, static_cast<size_t>(a.num_experts) * 4);
+  }
+#pragma omp parallel num_threads(a.num_threads)
+  {
+    Scratch scratch(a.num_experts);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < a.num_tokens; ++t) {
+      copy_logits(a.logits_TE + t * a.num_experts, a.num_experts, scratch.row(0), width);
+      const float* d_group = d_groups == nullptr ? nullptr : d_groups + t / group_tokens * width;
+      if (a.sigmoid) {
+        backward_sigmoid(a, t, d_group, scratch);
+      } else {
+        backward_softmax(a, t, d_group, scratch);
+      }
+      memcpy(a.dlogits_TE + t * a.num_experts, scratch.row(0), static_cast<size_t>(a.num_experts) * sizeof(float));
+    }
+  }
+  std::free(d_groups);
+}
+
+}  // namespace SAMOE_ISA
+}  // namespace cpu
+}  // namespace samoe

@@ -1,0 +1,118 @@
+// Launchers of the CPU kernels on raw pointers. No torch header below this line.
+//
+// Shapes are named as in the Python package: T tokens, K top-k, E experts, N rows, H hidden, G groups, L layers, P banks.
+// bf16 is passed as raw 16-bit words. Every kernel gives the same bits whatever num_threads is.
+#pragma once
+
+#include <cstdint>
+
+namespace samoe {
+
+enum class DType { f32, bf16 };
+
+namespace cpu {
+
+struct GateForward {
+  const float* logits_TE;
+  int64_t num_tokens, num_experts, topk, num_groups;
+  bool sigmoid, pre_softmax;
+  float* probs_TK;
+  int64_t* ids_TK;
+  int64_t* counts_GE;
+  float* score_sum_GE;
+  float* z_sum;
+  float* logsumexp_T;
+  int num_threads;
+};
+
+struct GateBackward {
+  const float* logits_TE;
+  const float* logsumexp_T;
+  const float* probs_TK;
+  const int64_t* ids_TK;
+  const float* dprobs_TK;      // may be null: no gradient arrives
+  const float* dscore_sum_GE;  // may be null
+  const float* dz;             // one value; may be null
+  int64_t num_tokens, num_experts, topk, num_groups;
+  bool sigmoid, pre_softmax;
+  float* dlogits_TE;
+  int num_threads;
+};
+
+struct Unpermute {
+  DType dtype;
+  const void* rows_NH;
+  const float* probs_TK;  // null: all ones
+  const int64_t* row_of_slot_TK;
+  int64_t num_tokens, topk, hidden;
+  void* y_TH;
+  int num_threads;
+};
+
+struct UnpermuteBackward {
+  DType dtype;
+  const void* dy_TH;
+  const void* rows_NH;
+  const float* probs_TK;
+  const int64_t* row_of_slot_TK;
+  int64_t num_tokens, topk, hidden;
+  void* drows_NH;
+  float* dprobs_TK;
+  int num_threads;
+};
+
+// A [L or P, G, N] tensor whose last dim is contiguous.
+template <typename T>
+struct Strided3 {
+  T* data;
+  int64_t stride0, stride1;  // in elements
+  T* at(int64_t i, int64_t j) const { return data + i * stride0 + j * stride1; }
+};
+
+struct Combine {
+  const float* coefficients_LGP;
+  Strided3<const float> banks_PGN;
+  DType out_dtype;
+  Strided3<char> out_LGN;  // strides in bytes
+  int64_t num_layers, num_groups, num_banks, num_elements;
+  int num_threads;
+};
+
+struct CombineBackward {
+  const float* coefficients_LGP;
+  Strided3<const float> banks_PGN, dweights_LGN;
+  Strided3<float> dbanks_PGN;
+  float* dcoefficients_LGP;
+  int64_t num_layers, num_groups, num_banks, num_elements;
+  int num_threads;
+};
+
+// The kernels compiled for one instruction set.
+struct Kernels {
+  const char* instruction_set;
+  void (*gate_forward)(const GateForward&);
+  void (*gate_backward)(const GateBackward&);
+  void (*unpermute)(const Unpermute&);
+  void (*unpermute_backward)(const UnpermuteBackward&);
+  void (*combine)(const Combine&);
+  void (*combine_backward)(const CombineBackward&);
+};
+
+// The best set for this CPU, chosen once. MEGATRON_SAMOE_ISA=portable|avx2|avx512 asks for a lesser one.
+const Kernels& kernels();
+
+// Copies row index[r] / divisor of x to row r.
+void gather_rows(const char* x, const int64_t* index_N, int64_t num_rows, int64_t divisor, int64_t row_bytes, char* out,
+                 int num_threads);
+
+// Counting sort of num_slots expert ids, in two steps because the caller allocates what the first one counts.
+// count_slots fills counts_E and cursor (num_chunks x E, where each chunk of slots starts writing in each expert) and
+// returns the number of kept slots, or -1 with *bad_id set where an id lies outside -1..E-1.
+int64_t num_slot_chunks(int64_t num_slots, int64_t num_experts, int num_threads);
+int64_t count_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t num_chunks, int64_t* counts_E,
+                    int64_t* cursor, int64_t* bad_id, int num_threads);
+void place_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t num_chunks, int64_t* cursor,
+                 int64_t* slot_of_row_N, int64_t* row_of_slot_S, int num_threads);
+
+}  // namespace cpu
+}  // namespace samoe

@@ -1,0 +1,30 @@
+"""Builds the package, and with it the compiled extension where a C++ compiler is at hand.
+
+MEGATRON_SAMOE_BUILD=auto (default) builds what the machine allows and installs the pure-Python package otherwise;
+cpu and cuda insist and fail where they cannot be built; none builds nothing.
+
+Use `pip install --no-build-isolation -e .` or `python setup.py build_ext --inplace`: the extension is compiled against
+the torch of the running environment, which an isolated build does not see.
+"""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "cpp_ext"))  # build back ends do not put the project on the path
+
+import builder  # noqa: E402
+
+
+def sources() -> list[str]:
+    found = sorted((ROOT / "cpp_ext").rglob("*.cpp"))
+    return [str(path.relative_to(ROOT)) for path in found if "testing" not in path.parts]
+
+
+# optional: an extension that could not be built must not stop the installation.
+setup(
+    ext_modules=[Extension("megatron_samoe._C", sources(), optional=True)],
+    cmdclass={"build_ext": builder.BuildExtension},
+)

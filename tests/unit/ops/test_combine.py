@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_samoe.ops import reference
+from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
+
+
+def _inputs(num_layers, num_groups, num_banks, num_elements, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    coefficients_LGP = torch.randn(num_layers, num_groups, num_banks, generator=generator, dtype=dtype)
+    banks_PGN = torch.randn(num_banks, num_groups, num_elements, generator=generator, dtype=dtype)
+    dW_LGN = torch.randn(num_layers, num_groups, num_elements, generator=generator, dtype=dtype)
+    return coefficients_LGP, banks_PGN, dW_LGN
+
+
+def _check(coefficients_LGP, banks_PGN, dW_LGN):
+    exact = reference.combine_banks(coefficients_LGP.double(), banks_PGN.double(), torch.float64)
+    bound = coefficients_LGP.double().abs()
+    scale = reference.combine_banks(bound, banks_PGN.double().abs(), torch.float64)
+    for dtype, unit in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
+        got = combine_banks(coefficients_LGP, banks_PGN, out_dtype=dtype)
+        assert got.dtype == dtype and got.shape == dW_LGN.shape
+        assert ((got.double() - exact).abs() <= unit * scale + 1e-30).all()
+    start_PGN = torch.randn(banks_PGN.shape, generator=torch.Generator().manual_seed(9))
+    dbanks_PGN = start_PGN.clone()
+    dcoefficients_LGP = combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, dbanks_PGN)
+    exact_dbanks, exact_dcoefficients = reference.combine_banks_backward(
+        coefficients_LGP.double(), banks_PGN.double(), dW_LGN.double()
+    )
+    torch.testing.assert_close(dbanks_PGN.double(), start_PGN.double() + exact_dbanks, rtol=1e-5, atol=1e-5)
+    root = max(1, banks_PGN.shape[2]) ** 0.5
+    torch.testing.assert_close(dcoefficients_LGP.double(), exact_dcoefficients, rtol=1e-5, atol=2e-6 * root)
+
+
+@pytest.mark.parametrize("num_elements", [0, 1, 7, 257, 1024, 17_000])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (12, 1, 4), (3, 2, 8), (5, 3, 2), (1, 2, 11), (2, 1, 20)])
+def test_equals_the_twin(shape, num_elements):
+    _check(*_inputs(*shape, num_elements))
+
+
+@given(
+    num_layers=st.integers(1, 6),
+    num_groups=st.integers(1, 4),
+    num_banks=st.integers(1, 18),
+    num_elements=st.integers(0, 600),
+    zeros=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=80)
+def test_equals_the_twin_for_any_shape(num_layers, num_groups, num_banks, num_elements, zeros, seed):
+    coefficients_LGP, banks_PGN, dW_LGN = _inputs(num_layers, num_groups, num_banks, num_elements, seed)
+    if zeros:
+        coefficients_LGP[coefficients_LGP < 0.3] = 0.0
+    _check(coefficients_LGP, banks_PGN, dW_LGN)
+
+
+def test_large_results_written_past_the_cache():
+    _check(*_inputs(6, 2, 4, 400_003))
+    _check(*_inputs(6, 2, 4, 400_016))
+
+
+def test_strided_banks_outputs_and_gradients():
+    coefficients_LGP, banks_PGN, dW_LGN = _inputs(3, 4, 5, 48)
+    wide_banks = torch.zeros(5, 4, 100)
+    wide_banks[:, :, 20:68] = banks_PGN
+    strided_banks = wide_banks[:, :, 20:68]
+    swapped_banks = banks_PGN.transpose(0, 1).contiguous().transpose(0, 1)
+    expected = combine_banks(coefficients_LGP, banks_PGN)
+    out_GLN = torch.full((4, 3, 48), 7.0)
+    for banks in (strided_banks, swapped_banks):
+        assert torch.equal(combine_banks(coefficients_LGP, banks), expected)
+        returned = combine_banks(coefficients_LGP, banks, out_LGN=out_GLN.transpose(0, 1))
+        assert returned.data_ptr() == out_GLN.data_ptr() and torch.equal(out_GLN.transpose(0, 1), expected)
+    dbanks_PGN = torch.zeros_like(banks_PGN)
+    dcoefficients = combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, dbanks_PGN)
+    wide_gradient = torch.zeros(5, 4, 100)
+    again = combine_banks_backward(
+        coefficients_LGP, strided_banks, dW_LGN.transpose(0, 1).contiguous().transpose(0, 1), wide_gradient[:, :, 20:68]
+    )
+    torch.testing.assert_close(again, dcoefficients)
+    torch.testing.assert_close(wide_gradient[:, :, 20:68], dbanks_PGN)
+    assert wide_gradient[:, :, :20].abs().sum() == 0 and wide_gradient[:, :, 68:].abs().sum() == 0
+
+
+def test_one_hot_coefficients_copy_their_bank():
+    _, banks_PGN, _ = _inputs(1, 3, 4, 100)
+    coefficients_LGP = torch.eye(4)[[2, 0, 3]][:, None, :].expand(3, 3, 4).contiguous()
+    assert torch.equal(combine_banks(coefficients_LGP, banks_PGN), banks_PGN[[2, 0, 3]])
+    assert torch.equal(combine_banks(torch.zeros(3, 3, 4), banks_PGN), torch.zeros(3, 3, 100))
+
+
+def test_coefficient_gradient_is_summed_in_double():
+    num_elements = 1 << 20
+    coefficients_LGP, banks_PGN, dW_LGN = _inputs(2, 1, 2, num_elements)
+    banks_PGN = banks_PGN.abs()
+    dcoefficients = combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN.abs(), torch.zeros_like(banks_PGN))
+    exact = torch.einsum("lgn,pgn->lgp", dW_LGN.abs().double(), banks_PGN.double())
+    torch.testing.assert_close(dcoefficients.double(), exact, rtol=2e-7, atol=0)
+
+
+def test_the_gradients_are_those_of_autograd_in_double():
+    coefficients_LGP, banks_PGN, dW_LGN = _inputs(3, 2, 4, 5, dtype=torch.float64)
+    a, t = coefficients_LGP.clone().requires_grad_(), banks_PGN.clone().requires_grad_()
+    reference.combine_banks(a, t, torch.float64).backward(dW_LGN)
+    dbanks_PGN = torch.zeros_like(banks_PGN)
+    dcoefficients = combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, dbanks_PGN)
+    torch.testing.assert_close(dcoefficients, a.grad)
+    torch.testing.assert_close(dbanks_PGN, t.grad)
+
+
+def test_the_result_does_not_depend_on_threads():
+    arguments = _inputs(4, 2, 4, 50_000)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            dbanks = torch.zeros_like(arguments[1])
+            results.append((combine_banks(*arguments[:2]), combine_banks_backward(*arguments, dbanks), dbanks))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-6, atol=1e-4)
+        assert torch.equal(result[0], results[0][0])
+
+
+def test_bad_shapes_are_named():
+    coefficients_LGP, banks_PGN, dW_LGN = _inputs(3, 2, 4, 5)
+    with pytest.raises(ValueError, match=r"\[4, 2, N\] fits"):
+        combine_banks(coefficients_LGP, banks_PGN[:3])
+    with pytest.raises(ValueError, match="out_LGN"):
+        combine_banks(coefficients_LGP, banks_PGN, out_LGN=torch.empty(3, 2, 6))
+    with pytest.raises(ValueError, match="out_dtype"):
+        combine_banks(coefficients_LGP, banks_PGN, out_LGN=torch.empty(3, 2, 5), out_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="dW_LGN"):
+        combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN[:2], torch.zeros_like(banks_PGN))
+    with pytest.raises(ValueError, match="dbanks_PGN"):
+        combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, torch.zeros(4, 2, 6))

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from megatron_samoe.ops import extension, reference
+from megatron_samoe.ops.topk_gate import topk_gate
+
+FLAVOURS = list(itertools.product(("softmax", "sigmoid"), (False, True)))
+
+
+def _gradient(gate, logits_TE, weights):
+    """Gradient of a random function of everything differentiable that the gate returns."""
+    x_TE = logits_TE.clone().requires_grad_()
+    probs_TK, _ids, _counts, score_sum_GE, z_sum = gate(x_TE)
+    loss = (probs_TK * weights[0]).sum() + (score_sum_GE * weights[1]).sum() + z_sum * weights[2]
+    return torch.autograd.grad(loss, x_TE)[0]
+
+
+def _compare(logits_TE, topk, score_function, pre_softmax, num_groups):
+    twin_arguments = (topk, score_function == "sigmoid", pre_softmax, num_groups)
+
+    def fast(x_TE):
+        result = topk_gate(x_TE, topk, score_function, pre_softmax, num_groups)
+        return result.probs_TK, result.ids_TK, result.counts_GE, result.score_sum_GE, result.z_sum
+
+    got = fast(logits_TE)
+    expected = reference.topk_gate(logits_TE.double(), *twin_arguments)
+    assert torch.equal(got[1], expected[1]) and torch.equal(got[2], expected[2])
+    for index in (0, 3, 4):
+        assert got[index].dtype == torch.float32 and got[index].shape == expected[index].shape
+        torch.testing.assert_close(got[index].double(), expected[index], rtol=2e-5, atol=1e-6)
+    num_tokens, num_experts = logits_TE.shape
+    generator = torch.Generator().manual_seed(7)
+    weights = [
+        torch.randn(num_tokens, topk, generator=generator),
+        torch.randn(num_groups, num_experts, generator=generator),
+        torch.randn((), generator=generator),
+    ]
+    gradient = _gradient(fast, logits_TE, weights)
+    exact = _gradient(
+        lambda x: reference.topk_gate(x, *twin_arguments), logits_TE.double(), [w.double() for w in weights]
+    )
+    torch.testing.assert_close(gradient.double(), exact, rtol=5e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("score_function, pre_softmax", FLAVOURS)
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 513])
+@pytest.mark.parametrize("topk, num_experts", [(1, 1), (1, 5), (2, 8), (2, 64), (8, 33), (3, 3)])
+def test_equals_the_twin(num_tokens, topk, num_experts, score_function, pre_softmax):
+    logits_TE = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(num_tokens + topk)) * 3
+    _compare(logits_TE, topk, score_function, pre_softmax, 1)
+
+
+@given(
+    num_groups=st.integers(1, 5),
+    group_tokens=st.integers(0, 70),
+    num_experts=st.integers(1, 70),
+    topk=st.integers(1, 9),
+    flavour=st.sampled_from(FLAVOURS),
+    coarse=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=60)
+def test_equals_the_twin_for_any_shape_and_ties(num_groups, group_tokens, num_experts, topk, flavour, coarse, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = torch.randn(num_groups * group_tokens, num_experts, generator=generator)
+    if coarse:  # few distinct values, so that ties are the rule
+        logits_TE = torch.round(logits_TE)
+    _compare(logits_TE, min(topk, num_experts), *flavour, num_groups)
+
+
+def test_ties_go_to_the_lowest_expert():
+    logits_TE = torch.tensor([[0.0, 1.0, 1.0, -0.0, 1.0], [0.0, -0.0, 0.0, -0.0, 0.0]])
+    assert topk_gate(logits_TE, 3).ids_TK.tolist() == [[1, 2, 4], [0, 1, 2]]
+
+
+def test_counts_and_sums_belong_to_the_group():
+    logits_TE = torch.full((4, 3), -5.0)
+    logits_TE[0, 2] = logits_TE[1, 2] = logits_TE[2, 0] = logits_TE[3, 1] = 5.0
+    result = topk_gate(logits_TE, 1, pre_softmax=True, num_groups=2)
+    assert result.counts_GE.tolist() == [[0, 0, 2], [1, 1, 0]]
+    torch.testing.assert_close(result.score_sum_GE.sum(dim=1), torch.tensor([2.0, 2.0]))
+    assert result.probs_TK.min() > 0.99
+
+
+@pytest.mark.parametrize("score_function, pre_softmax", FLAVOURS)
+def test_masked_experts_and_large_logits(score_function, pre_softmax):
+    logits_TE = torch.tensor([[-torch.inf, 90.0, -90.0, 0.0], [-torch.inf, -torch.inf, 2.0, 1.0]])
+    _ = topk_gate(logits_TE, 2, score_function, pre_softmax)
+    assert _.ids_TK.tolist() == [[1, 3], [2, 3]]
+    assert torch.isfinite(_.probs_TK).all() and torch.isfinite(_.score_sum_GE).all()
+    expected = reference.topk_gate(logits_TE.double(), 2, score_function == "sigmoid", pre_softmax, 1)
+    torch.testing.assert_close(_.probs_TK.double(), expected[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("score_function, pre_softmax", FLAVOURS)
+def test_nan_logits_are_seen_and_do_no_harm(score_function, pre_softmax):
+    logits_TE = torch.zeros(5, 6)
+    logits_TE[1, 3] = torch.nan
+    logits_TE[2] = torch.nan
+    logits_TE.requires_grad_()
+    result = topk_gate(logits_TE, 2, score_function, pre_softmax)
+    assert result.ids_TK[1].tolist() == [3, 0] and result.ids_TK[2].tolist() == [0, 1]
+    assert result.probs_TK[1].isnan().any() and result.z_sum.isnan()
+    assert not result.probs_TK[0].isnan().any()
+    result.probs_TK.sum().backward()
+    assert not logits_TE.grad[0].isnan().any()
+
+
+@pytest.mark.parametrize("score_function, pre_softmax", FLAVOURS)
+def test_gradcheck_of_the_twin(score_function, pre_softmax):
+    logits_TE = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+
+    def function(x_TE):
+        result = topk_gate(x_TE, 2, score_function, pre_softmax, 3)
+        return result.probs_TK, result.score_sum_GE, result.z_sum
+
+    assert torch.autograd.gradcheck(function, logits_TE)
+
+
+def test_only_some_outputs_have_gradients():
+    logits_TE = torch.randn(9, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    for select in (lambda r: r.probs_TK.sum(), lambda r: r.score_sum_GE[0, 1], lambda r: r.z_sum):
+        result = topk_gate(logits_TE, 2)
+        gradient = torch.autograd.grad(select(result), logits_TE)[0]
+        twin = reference.topk_gate(logits_TE, 2, False, False, 1)
+        expected = torch.autograd.grad(select(type(result)(*twin)), logits_TE)[0]
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_under_recompute(use_reentrant):
+    logits_TE = torch.randn(20, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+    def function(x_TE):
+        result = topk_gate(x_TE, 2)
+        return result.probs_TK, result.z_sum
+
+    probs_TK, z_sum = checkpoint(function, logits_TE, use_reentrant=use_reentrant)
+    (probs_TK.square().sum() + z_sum).backward()
+    result = topk_gate(logits_TE.detach().requires_grad_(), 2)
+    expected = logits_TE.detach().clone().requires_grad_()
+    result = topk_gate(expected, 2)
+    (result.probs_TK.square().sum() + result.z_sum).backward()
+    assert torch.equal(logits_TE.grad, expected.grad)
+
+
+def test_the_result_does_not_depend_on_threads():
+    logits_TE = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append(topk_gate(logits_TE, 2, num_groups=4))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert torch.equal(result.score_sum_GE, results[0].score_sum_GE) or not extension.available()
+        assert torch.equal(result.probs_TK, results[0].probs_TK)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"topk": 0}, "topk = 0"),
+        ({"topk": 9}, "from 1 to the number of experts, 8"),
+        ({"topk": 2, "num_groups": 3}, "a divisor of the number of tokens, 4"),
+        ({"topk": 2, "score_function": "tanh"}, "softmax, sigmoid"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        topk_gate(torch.zeros(4, 8), **arguments)
