@@ -1,0 +1,196 @@
+"""A rank's tensors as parts of global tensors, for torch.distributed.checkpoint.
+
+A checkpoint knows global names, shapes and offsets only. Saving writes each part once, from its first replica; loading
+reads whatever overlaps this rank's part, so the layout that saved does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.parallel_state.shard_spec import ShardSpec
+from megatron_samoe.parallel_state.state import ParallelState
+
+
+@dataclass(frozen=True)
+class ShardedTensor:
+    """One rank's part of a global tensor.
+
+    Attributes:
+        local: the part; loading writes into it.
+        is_owner: whether this rank saves it.
+    """
+
+    local: Tensor
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    is_owner: bool
+
+    @staticmethod
+    def of(local: Tensor, spec: ShardSpec, state: ParallelState) -> ShardedTensor:
+        """Returns the description of a tensor that lies over the ranks as `spec` says."""
+        return ShardedTensor(
+            local.detach(), spec.global_shape(local.shape, state), spec.offsets(local.shape, state),
+            spec.is_first_replica(state),
+        )  # fmt: skip
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """The part's place in the global tensor."""
+        return ChunkStorageMetadata(torch.Size(self.offsets), self.local.shape)
+
+
+ShardedState = Mapping[str, ShardedTensor]
+
+
+class SavePlanner(DefaultSavePlanner):
+    """Plans to write the parts that this rank owns."""
+
+    def __init__(self, state: ShardedState):
+        super().__init__()
+        self.sharded = state
+
+    def create_local_plan(self) -> SavePlan:
+        """Returns one write item per owned part."""
+        items = [
+            WriteItem(
+                index=MetadataIndex(name, torch.Size(t.offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=t.chunk,
+                    properties=TensorProperties.create_from_tensor(t.local),
+                    size=torch.Size(t.global_shape),
+                ),
+            )
+            for name, t in self.sharded.items()
+            if t.is_owner
+        ]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """Returns the tensor to write."""
+        return self.sharded[write_item.index.fqn].local
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """Plans to read what overlaps this rank's parts."""
+
+    def __init__(self, state: ShardedState):
+        super().__init__()
+        self.sharded = state
+
+    def create_local_plan(self) -> LoadPlan:
+        """Returns the reads that fill all parts.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape.
+        """
+        assert self.metadata is not None
+        check_tensors(self.sharded, self.metadata.state_dict_metadata)
+        items: list[ReadItem] = []
+        for name, t in self.sharded.items():
+            items += create_read_items_for_chunk_list(name, self.metadata.state_dict_metadata[name], [t.chunk])
+        return LoadPlan(items)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """Returns the place in this rank's part where a read goes."""
+        tensor = self.sharded[read_item.dest_index.fqn].local
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: `resolve_tensor` gave a view of the part."""
+
+
+def check_tensors(state: ShardedState, stored: Mapping[str, object]) -> None:
+    """Raises CheckpointError naming tensors that the checkpoint lacks or holds in another shape."""
+    missing = [name for name in state if name not in stored]
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint has no tensor {_some(missing)}: it is of a model with other layers, experts or options "
+            "(compare its config.yaml)."
+        )
+    shaped = [
+        f"{name} is {list(meta.size)} in the checkpoint and {list(t.global_shape)} in the model"
+        for name, t in state.items()
+        if isinstance(meta := stored[name], TensorStorageMetadata) and tuple(meta.size) != t.global_shape
+    ]
+    if shaped:
+        raise CheckpointError(f"The checkpoint does not fit the model: {_some(shaped)}.")
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def write_sharded(state: ShardedState, directory: str, parallel: ParallelState) -> None:
+    """Writes a state into an existing folder; all ranks call it together."""
+    writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
+    dcp.save(
+        {}, storage_writer=writer, planner=SavePlanner(state), process_group=parallel.world.handle,
+        no_dist=parallel.world_size == 1,
+    )  # fmt: skip
+
+
+def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -> None:
+    """Fills a state's local parts from a folder; all ranks call it together.
+
+    Raises:
+        CheckpointError: tensors are missing, have other shapes, or files are damaged.
+    """
+    try:
+        dcp.load(
+            {}, storage_reader=dcp.FileSystemReader(directory), planner=LoadPlanner(state),
+            process_group=parallel.world.handle, no_dist=parallel.world_size == 1,
+        )  # fmt: skip
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise _as_checkpoint_error(error, directory) from error
+
+
+def _as_checkpoint_error(error: Exception, directory: str) -> CheckpointError:
+    failures = getattr(error, "failures", {})
+    for failure in failures.values():
+        cause = failure[0] if isinstance(failure, tuple) else failure
+        if isinstance(cause, CheckpointError):
+            return cause
+    causes = "; ".join(sorted({str(f[0] if isinstance(f, tuple) else f) for f in failures.values()})) or str(error)
+    return CheckpointError(f"The checkpoint in {directory} cannot be read: {causes}")
+
+
+def stored_names(directory: str) -> set[str]:
+    """Returns the names of all tensors in a checkpoint folder."""
+    return set(dcp.FileSystemReader(directory).read_metadata().state_dict_metadata)
+
+
+def replicated(tensor: Tensor, state: ParallelState) -> ShardedTensor:
+    """Returns the description of a tensor that every rank holds whole."""
+    return ShardedTensor(tensor, tuple(tensor.shape), (0,) * tensor.dim(), state.rank == 0)
+
+

@@ -1,0 +1,203 @@
+"""A folder of checkpoints: which are there, which is newest, and how one appears whole or not at all.
+
+    DIR/latest_checkpointed_iteration.txt       the newest iteration, as Megatron writes it
+    DIR/iter_0000100/                           one checkpoint: .metadata and *.distcp (torch.distributed.checkpoint),
+                                                config.yaml, train_state.json
+
+A checkpoint is written under another name, flushed to disk, and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, read_sharded, write_sharded
+from megatron_samoe.errors import CheckpointError, MegatronSamoeError
+from megatron_samoe.log import logger
+from megatron_samoe.parallel_state.state import ParallelState
+
+LATEST = "latest_checkpointed_iteration.txt"
+CONFIG, TRAIN_STATE = "config.yaml", "train_state.json"
+FORMAT_VERSION = 1
+
+
+def iteration_dir(root: str | Path, iteration: int) -> Path:
+    """Returns the folder of one checkpoint."""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def whole_iterations(root: str | Path) -> list[int]:
+    """Returns the iterations of complete checkpoints in rising order."""
+    names = os.listdir(root) if os.path.isdir(root) else []
+    found = [int(m[1]) for name in names if (m := re.fullmatch(r"iter_(\d{7,})", name))]
+    return sorted(i for i in found if (iteration_dir(root, i) / TRAIN_STATE).is_file())
+
+
+def find_checkpoint(config: CheckpointConfig) -> Path | None:
+    """Returns the folder that --load and --ckpt-step name; None where --load has no checkpoint.
+
+    Raises:
+        CheckpointError: the asked iteration is not there, or none is and --exit-on-missing-checkpoint is given.
+    """
+    if config.load is None:
+        return None
+    iterations = whole_iterations(config.load)
+    if config.ckpt_step is not None:
+        if config.ckpt_step not in iterations:
+            raise CheckpointError(f"--ckpt-step {config.ckpt_step}: {config.load} has iterations {iterations or 'none'}.")
+        return iteration_dir(config.load, config.ckpt_step)
+    if not iterations:
+        _refuse_foreign(Path(config.load))
+        if config.exit_on_missing_checkpoint:
+            raise CheckpointError(f"--load {config.load} has no checkpoint.")
+        return None
+    latest = _read_latest(Path(config.load))
+    if latest is not None and latest not in iterations:
+        logger.warning(f"{config.load}/{LATEST} names iteration {latest}, which is not there; loading {iterations[-1]}.")
+    return iteration_dir(config.load, latest if latest in iterations else iterations[-1])
+
+
+def _read_latest(root: Path) -> int | None:
+    try:
+        return int((root / LATEST).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _refuse_foreign(root: Path) -> None:
+    if root.is_file():
+        raise CheckpointError(f"--load {root} is a file; it must be a folder of checkpoints.")
+    foreign = sorted(p.name for p in root.glob("iter_*")) if root.is_dir() else []
+    if foreign:
+        raise CheckpointError(
+            f"{root}/{foreign[-1]} is not a checkpoint of this program (no {TRAIN_STATE}); "
+            "a fresh start would leave it unused. Give another --load, or convert it."
+        )
+
+
+def read_config(directory: Path) -> Mapping[str, Any]:
+    """Returns the configuration saved with a checkpoint."""
+    try:
+        content = yaml.safe_load((directory / CONFIG).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{directory / CONFIG} cannot be read: {error}") from None
+    return content
+
+
+def read_train_state(directory: Path) -> dict[str, Any]:
+    """Returns the plain values saved with a checkpoint."""
+    try:
+        content = json.loads((directory / TRAIN_STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory / TRAIN_STATE} cannot be read: {error}") from None
+    if content.get("format_version", 0) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{directory} has format version {content['format_version']}; this program reads up to {FORMAT_VERSION}."
+        )
+    return content
+
+
+def save_checkpoint(
+    config: CheckpointConfig, iteration: int, state: ShardedState, full_config: Mapping[str, Any],
+    train_state: Mapping[str, Any], parallel: ParallelState,
+) -> Path:  # fmt: skip
+    """Saves one checkpoint, deletes those that retention no longer keeps, and returns its folder.
+
+    All ranks call it together.
+
+    Raises:
+        CheckpointError: it could not be written; earlier checkpoints are as they were.
+    """
+    assert config.save is not None
+    root, final = Path(config.save), iteration_dir(config.save, iteration)
+    unfinished = root / f".{final.name}.unfinished"
+    _all_ranks(lambda: _make_empty(unfinished), parallel, only_first=True, what=f"create {unfinished}")
+    _all_ranks(lambda: write_sharded(state, str(unfinished), parallel), parallel, what=f"write {unfinished}")
+
+    def publish() -> None:
+        _write_durably(unfinished / CONFIG, yaml.safe_dump(dict(full_config), sort_keys=False))
+        _write_durably(unfinished / TRAIN_STATE, json.dumps({"format_version": FORMAT_VERSION, **train_state}, indent=1))
+        _fsync_dir(unfinished)
+        if final.exists():
+            replaced = root / f".{final.name}.replaced"
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        unfinished.rename(final)
+        _fsync_dir(root)
+        _write_durably(root / f".{LATEST}.tmp", str(iteration))
+        (root / f".{LATEST}.tmp").rename(root / LATEST)
+        _fsync_dir(root)
+        _apply_retention(config, iteration)
+
+    _all_ranks(publish, parallel, only_first=True, what=f"complete {final}")
+    return final
+
+
+def load_checkpoint(directory: Path, state: ShardedState, parallel: ParallelState) -> None:
+    """Fills a state's tensors from a checkpoint folder; all ranks call it together."""
+    read_sharded(state, str(directory), parallel)
+
+
+def _all_ranks(action: Any, parallel: ParallelState, what: str, only_first: bool = False) -> None:
+    """Runs an action and raises the same CheckpointError on all ranks if it failed on any."""
+    problem = None
+    if parallel.rank == 0 or not only_first:
+        try:
+            action()
+        except MegatronSamoeError as error:
+            problem = str(error)
+        except Exception as error:
+            failures = getattr(error, "failures", {}) or {0: error}
+            causes = {str(f[0] if isinstance(f, tuple) else f) for f in failures.values()}
+            problem = f"cannot {what}: {'; '.join(sorted(causes))}"
+    problems = [p for p in parallel.world.all_gather_object(problem) if p]
+    if problems:
+        raise CheckpointError(f"{problems[0]} Earlier checkpoints are as they were.")
+
+
+def _make_empty(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync_dir(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _apply_retention(config: CheckpointConfig, newest: int) -> None:
+    assert config.save is not None
+    root = Path(config.save)
+    for leftover in root.glob(".iter_*.replaced"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if config.keep_last is None and config.save_retain_interval is None:
+        return
+    older = [i for i in whole_iterations(root) if i < newest]
+    kept = set(older[len(older) - (config.keep_last or 1) + 1 :])
+    if config.save_retain_interval is not None:
+        kept |= {i for i in older if i % config.save_retain_interval == 0}
+    for iteration in older:
+        if iteration not in kept:
+            doomed = root / f".iter_{iteration:07d}.replaced"
+            iteration_dir(root, iteration).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)

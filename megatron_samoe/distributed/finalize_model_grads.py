@@ -1,0 +1,25 @@
+"""The end of a step's backward passes: every gradient becomes that of the global batch, once."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from megatron_samoe.distributed.grad_buffer import GradBuffers
+
+
+class HasPool(Protocol):
+    """A model whose shared experts' gradients are completed at the end of a step."""
+
+    def finish_step(self) -> None:
+        """Completes this rank's gradients of the pool."""
+
+
+def finalize_model_grads(model: HasPool, buffers: GradBuffers, gradient_scale: float = 1.0) -> None:
+    """Completes the pool's gradients, sums all gradients over their groups and takes the loss scale out.
+
+    To be called exactly once per optimizer step, after the last backward pass.
+    """
+    model.finish_step()
+    buffers.reduce()
+    if gradient_scale != 1.0:
+        buffers.scale(1.0 / gradient_scale)

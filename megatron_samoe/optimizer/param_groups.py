@@ -1,0 +1,55 @@
+"""Which parameters are decayed, and at what learning rate: by pattern of the global name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from megatron_samoe.config.training import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    """Parameters whose global name matches get these factors on weight decay and learning rate."""
+
+    pattern: str
+    weight_decay_mult: float = 1.0
+    lr_mult: float = 1.0
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that are treated alike."""
+
+    names: tuple[str, ...]
+    weight_decay: float
+    lr_mult: float
+
+
+def default_rules(config: OptimizerConfig) -> tuple[ParamRule, ...]:
+    """Returns the rules of the configuration; the first that matches a name holds."""
+    return (
+        ParamRule(r"\.moe\.combination$", weight_decay_mult=0.0, lr_mult=config.samoe_coefficient_lr_mult),
+        ParamRule(r"(\.|_)bias$|\.b[12]$|norm\.weight$", weight_decay_mult=0.0),
+        ParamRule(r""),
+    )
+
+
+def build_param_groups(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, rules: tuple[ParamRule, ...] | None = None
+) -> list[ParamGroup]:
+    """Returns groups that together hold each parameter once; groups without members are left out."""
+    rules = default_rules(config) if rules is None else rules
+    members: dict[ParamRule, list[str]] = {rule: [] for rule in rules}
+    for name in parameters:
+        rule = next((r for r in rules if re.search(r.pattern, name)), None)
+        assert rule is not None, f"no rule for parameter {name}"
+        members[rule].append(name)
+    return [
+        ParamGroup(tuple(names), config.weight_decay * rule.weight_decay_mult, rule.lr_mult)
+        for rule, names in members.items()
+        if names
+    ]

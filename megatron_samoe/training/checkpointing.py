@@ -1,0 +1,117 @@
+"""A run's tensors under global names, and the saving and loading of a whole run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_samoe.config.cli import CHECKPOINT_GROUPS, to_mapping
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.log import logger
+from megatron_samoe.parallel_state.shard_spec import get_shard_spec
+from megatron_samoe.training.setup import TrainSetup
+from megatron_samoe.training.state import TrainState
+
+#: Options of the model's groups that may differ between a checkpoint and the run that loads it.
+FREE_FIELDS = frozenset(
+    ("seq_length", "max_position_embeddings", "init_method_std", "attention_dropout", "hidden_dropout",
+     "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps",
+     "moe_expert_capacity_factor", "moe_token_drop_policy", "samoe_combine", "samoe_init", "samoe_freeze_coefficients")
+)  # fmt: skip
+EXPERT_FRACTIONS = "training.expert_fractions"
+
+
+def model_state(setup: TrainSetup) -> dict[str, ShardedTensor]:
+    """Returns the model's parameters."""
+    return {
+        name: ShardedTensor.of(p, get_shard_spec(p), setup.parallel)
+        for name, p in setup.model.global_parameters().items()
+    }
+
+
+def optimizer_state(setup: TrainSetup) -> dict[str, ShardedTensor]:
+    """Returns master weights and moments, each under optimizer.<kind>.<parameter>."""
+    optimizer, state = setup.optimizer, {}
+    for name, p in optimizer.parameters.items():
+        spec = get_shard_spec(p)
+        for moment, tensor in optimizer.moments(name).items():
+            state[f"optimizer.{moment}.{name}"] = ShardedTensor.of(tensor, spec, setup.parallel)
+    for name, tensor in optimizer.own_masters().items():
+        spec = get_shard_spec(optimizer.parameters[name])
+        state[f"optimizer.master.{name}"] = ShardedTensor.of(tensor, spec, setup.parallel)
+    return state
+
+
+def save_run(setup: TrainSetup, state: TrainState) -> Path:
+    """Saves a checkpoint and returns its folder; all ranks call it together."""
+    checkpoint = setup.config.checkpoint
+    tensors = model_state(setup)
+    plain: dict[str, Any] = {**state.plain(), "vocab_size": setup.model.vocab_size}
+    if state.expert_fractions_LE is not None:
+        tensors[EXPERT_FRACTIONS] = replicated(state.expert_fractions_LE, setup.parallel)
+    if not checkpoint.no_save_optim:
+        tensors |= optimizer_state(setup)
+        plain["optimizer_steps"] = setup.optimizer.num_steps
+    return store.save_checkpoint(
+        checkpoint, state.iteration, tensors, to_mapping(setup.config), plain, setup.parallel
+    )
+
+
+def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainState:
+    """Fills model and optimizer from a checkpoint and returns the state to go on from.
+
+    Args:
+        state: that of a fresh run, which --finetune keeps.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model, lacks optimizer state, or is damaged.
+    """
+    checkpoint = setup.config.checkpoint
+    saved = store.read_train_state(directory)
+    check_same_model(setup, store.read_config(directory), saved, directory)
+    with_optimizer = not (checkpoint.finetune or checkpoint.no_load_optim)
+    if with_optimizer and "optimizer_steps" not in saved:
+        raise CheckpointError(f"{directory} has no optimizer state; give --no-load-optim or --finetune to go without.")
+    tensors = model_state(setup)
+    fractions = None if state.expert_fractions_LE is None else state.expert_fractions_LE.clone()
+    if fractions is not None and not checkpoint.finetune:
+        tensors[EXPERT_FRACTIONS] = replicated(fractions, setup.parallel)
+    if with_optimizer:
+        tensors |= optimizer_state(setup)
+    store.load_checkpoint(directory, tensors, setup.parallel)
+    if with_optimizer:
+        setup.optimizer.set_num_steps(saved["optimizer_steps"])
+    else:
+        setup.optimizer.refresh_masters()
+    logger.info(f"loaded {directory}" + (" (weights only)" if checkpoint.finetune else ""))
+    if checkpoint.finetune:
+        return state
+    loaded = TrainState.from_plain(saved, fractions)
+    if not setup.config.training.fp16 or math.isclose(loaded.loss_scale.value, 1.0):
+        loaded = replace(loaded, loss_scale=state.loss_scale)
+    return loaded
+
+
+def check_same_model(
+    setup: TrainSetup, saved_config: Mapping[str, Any], saved_state: Mapping[str, Any], directory: Path
+) -> None:
+    """Raises CheckpointError naming the options in which a checkpoint's model differs from the run's."""
+    current = to_mapping(setup.config)
+    differences = [
+        f"{name} is {saved_value!r} there and {current[group].get(name)!r} here"
+        for group in CHECKPOINT_GROUPS
+        for name, saved_value in saved_config.get(group, {}).items()
+        if name not in FREE_FIELDS and current[group].get(name) != saved_value
+    ]
+    if saved_state.get("vocab_size") != setup.model.vocab_size:
+        differences.append(f"the vocabulary has {saved_state.get('vocab_size')} entries there, {setup.model.vocab_size} here")
+    if differences:
+        raise CheckpointError(
+            f"The checkpoint in {directory} is of another model: {'; '.join(differences)}. "
+            "Give --use-checkpoint-args to take its options, or another --load."
+        )

@@ -1,0 +1,77 @@
+"""Finding where a number first stopped being one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_samoe.errors import NonFiniteLossError
+from megatron_samoe.training.setup import TrainSetup
+from megatron_samoe.training.state import TrainState
+from megatron_samoe.training.train_step import Batch, StepResult, micro_batch_context
+
+
+def raise_non_finite(setup: TrainSetup, state: TrainState, batches: Sequence[Batch], result: StepResult) -> None:
+    """Raises NonFiniteLossError naming step, place and rank; all ranks call it together.
+
+    The forward passes are run again with every layer watched. If all are finite, the backward pass was at fault, and
+    the parameters whose gradients are not finite are named.
+    """
+    found = _first_in_forward(setup, state, batches) or _first_gradient(setup)
+    reports = setup.parallel.world.all_gather_object(found)
+    ranked = sorted((*report, rank) for rank, report in enumerate(reports) if report is not None)
+    place = "no rank finds it again in a second pass"
+    if ranked:
+        micro_batch, _, where, rank = ranked[0]
+        place = f"first seen in {where} on rank {rank}" + (f", micro-batch {micro_batch}" if micro_batch >= 0 else "")
+    raise NonFiniteLossError(
+        f"Iteration {state.iteration + 1}: loss {result.lm_loss}, gradient norm {result.grad_norm}; {place}. "
+        "No weight was changed and the last checkpoint is intact. A lower --lr, more warm-up or --clip-grad may help; "
+        "so may looking at the data of this step."
+    )
+
+
+def _first_in_forward(setup: TrainSetup, state: TrainState, batches: Sequence[Batch]) -> tuple[int, int, str] | None:
+    """Returns (micro-batch, order, place) of the first non-finite output on this rank."""
+    watched: list[tuple[str, nn.Module]] = []
+    for chunk in setup.model.chunks:
+        watched += [("the embedding", chunk.embedding)] if chunk.is_first else []
+        watched += [(f"layer {index}", layer) for index, layer in chunk.layers.items()]
+    seen: list[tuple[int, str]] = []
+
+    def watch(order: int, name: str, module: nn.Module) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            x = output[0] if isinstance(output, tuple) else output
+            if not torch.isfinite(x).all():
+                seen.append((order, name))
+
+        return module.register_forward_hook(hook)
+
+    handles = [watch(order, name, module) for order, (name, module) in enumerate(watched)]
+    first = None
+    try:
+        for number, batch in enumerate(batches):
+            with torch.no_grad():
+                context = micro_batch_context(setup, state, number)
+                logits, _ = setup.model(batch["tokens"], context, batch.get("position_ids"), batch.get("document_ids"))
+                finite_loss = _is_finite(setup.model.loss(logits, batch["labels"]))
+            if not finite_loss:
+                seen.append((len(watched), "the output layer"))
+            if seen and first is None:
+                first = (number, *min(seen))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return first
+
+
+def _first_gradient(setup: TrainSetup) -> tuple[int, int, str] | None:
+    bad = [name for name, p in setup.buffers.parameters.items() if not _is_finite(p.main_grad)]
+    return (-1, 0, f"the gradient of {bad[-1]}") if bad else None
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())

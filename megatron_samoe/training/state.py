@@ -1,0 +1,44 @@
+"""What a run carries from step to step besides weights and optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_samoe.optimizer.mixed_precision import LossScale
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Progress of a run. Noise and sample order are functions of it, so no generator state exists.
+
+    Attributes:
+        iteration: optimizer steps done.
+        expert_fractions_LE: share of routed tokens per MoE layer and expert in the last step; uniform at the start.
+    """
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    loss_scale: LossScale
+    expert_fractions_LE: Tensor | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Returns all but tensors, as JSON values."""
+        return {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.consumed_tokens,
+            "loss_scale": asdict(self.loss_scale),
+        }
+
+    @staticmethod
+    def from_plain(values: Mapping[str, Any], expert_fractions_LE: Tensor | None) -> TrainState:
+        """Returns the state that `plain` described."""
+        return TrainState(
+            values["iteration"], values["consumed_samples"], values["consumed_tokens"],
+            LossScale(**values["loss_scale"]), expert_fractions_LE,
+        )  # fmt: skip

@@ -1,0 +1,161 @@
+"""One optimizer step: forward and backward over micro-batches, one reduction, one update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.distributed.finalize_model_grads import finalize_model_grads
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.optimizer.clip_grads import clip_gradients, global_grad_norm
+from megatron_samoe.optimizer.schedule import learning_rate
+from megatron_samoe.tensor_parallel.random import SampleRandom
+from megatron_samoe.training.setup import TrainSetup
+from megatron_samoe.training.state import TrainState
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """Routing of one global batch, per MoE layer (L) and expert (E).
+
+    Attributes:
+        counts_LE: tokens that chose each expert, before dropping.
+        load_balance_loss: mean over layers of the balance loss, unweighted: 1 is perfect balance.
+        z_loss: mean over layers and tokens of the squared log-sum-exp of router logits.
+        dropped_fraction: share of routed tokens that found no place.
+    """
+
+    counts_LE: Tensor
+    load_balance_loss: float
+    z_loss: float
+    dropped_fraction: float
+
+    def fractions_LE(self) -> Tensor:
+        """Returns the share of routed tokens of each expert."""
+        return (self.counts_LE / self.counts_LE.sum(1, keepdim=True)).float()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank. `grad_norm` is before clipping; `skipped` is fp16's overflow."""
+
+    lm_loss: float
+    grad_norm: float
+    learning_rate: float
+    num_loss_tokens: int
+    routing: RoutingStats | None
+    loss_scale: float
+    skipped: bool = False
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are numbers; an overflow that the loss scale handles counts as such."""
+        return math.isfinite(self.lm_loss) and (self.skipped or math.isfinite(self.grad_norm))
+
+
+def micro_batch_context(setup: TrainSetup, state: TrainState, number: int) -> ForwardContext:
+    """Returns the context of this rank's micro-batch `number` of the next step."""
+    size, dp = setup.config.training.micro_batch_size, setup.parallel.dp
+    first = (number * dp.size + dp.rank) * size
+    return ForwardContext(
+        batch_size=size,
+        training=True,
+        tokens_per_step=setup.tokens_per_step,
+        gradient_scale=state.loss_scale.value,
+        expert_fractions_LE=state.expert_fractions_LE,
+        random=SampleRandom(setup.config.training.seed, state.iteration, tuple(range(first, first + size))),
+    )
+
+
+def compute_gradients(
+    setup: TrainSetup, state: TrainState, batches: Sequence[Batch]
+) -> tuple[float, int, RoutingStats | None]:
+    """Leaves the global batch's gradients in the main gradients of all parameters, before any scaling or clipping.
+
+    Args:
+        batches: this rank's micro-batches of the step.
+
+    Returns:
+        The mean loss per predicted token, the number of these tokens, and the routing.
+    """
+    model = setup.model
+    num_tokens = _num_loss_tokens(setup, batches)
+    setup.buffers.zero()
+    model.begin_step()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=setup.parallel.device)
+    rows: Tensor | None = None
+    for number, batch in enumerate(batches):
+        context = micro_batch_context(setup, state, number)
+        logits_TV, stats = model(batch["tokens"], context, batch.get("position_ids"), batch.get("document_ids"))
+        losses_T = model.loss(logits_TV, batch["labels"]) * batch["loss_mask"].flatten()
+        loss = losses_T.sum()
+        loss_sum += loss.detach()
+        (loss * (state.loss_scale.value / num_tokens)).backward()
+        if stats:
+            new_rows = torch.stack([s.as_row() for s in stats])
+            rows = new_rows if rows is None else rows + new_rows
+    finalize_model_grads(model, setup.buffers, state.loss_scale.value)
+    sums = loss_sum[None] if rows is None else torch.cat((loss_sum[None], rows.flatten()))
+    sums = setup.parallel.dp.all_reduce(sums)
+    routing = None if rows is None else _routing_stats(sums[1:].view_as(rows), setup)
+    return sums[0].item() / num_tokens, num_tokens, routing
+
+
+def train_step(setup: TrainSetup, state: TrainState, batches: Sequence[Batch]) -> tuple[StepResult, TrainState]:
+    """Runs one optimizer step and returns what happened and the state after it.
+
+    If the result is not finite no parameter has changed.
+    """
+    lm_loss, num_tokens, routing = compute_gradients(setup, state, batches)
+    norm = global_grad_norm(setup.buffers, setup.parallel)
+    optimizer = setup.config.optimizer
+    lr = learning_rate(optimizer, setup.config.training.train_iters, state.iteration)
+    overflow = setup.config.training.fp16 and math.isfinite(lm_loss) and not math.isfinite(norm)
+    result = StepResult(lm_loss, norm, lr, num_tokens, routing, state.loss_scale.value, skipped=overflow)
+    if not result.is_finite:
+        return result, state
+    if not overflow:
+        clip_gradients(setup.buffers, norm, optimizer.clip_grad)
+        setup.optimizer.step(lr)
+    return result, replace(
+        state,
+        iteration=state.iteration + 1,
+        consumed_samples=state.consumed_samples + setup.batch_size,
+        consumed_tokens=state.consumed_tokens + setup.tokens_per_step,
+        loss_scale=state.loss_scale.after(overflow),
+        expert_fractions_LE=state.expert_fractions_LE if routing is None else routing.fractions_LE(),
+    )
+
+
+def _num_loss_tokens(setup: TrainSetup, batches: Sequence[Batch]) -> int:
+    if not setup.config.data.eod_mask_loss:
+        return setup.tokens_per_step
+    count = torch.stack([batch["loss_mask"].double().sum() for batch in batches]).sum()
+    return max(int(setup.parallel.dp.all_reduce(count)), 1)
+
+
+def _routing_stats(rows: Tensor, setup: TrainSetup) -> RoutingStats:
+    moe: MoEConfig = setup.config.moe
+    counts_LE, score_sums_LE, rest = rows.split((moe.num_experts, moe.num_experts, 3), dim=1)
+    z_sum_L, sequence_balance_L, dropped_L = rest.unbind(1)
+    tokens = setup.tokens_per_step
+    if moe.moe_router_load_balancing_type == "seq_aux_loss":
+        balance_L = sequence_balance_L / setup.batch_size
+    else:
+        shares_LE = counts_LE / counts_LE.sum(1, keepdim=True)
+        balance_L = moe.num_experts * (shares_LE * score_sums_LE / tokens).sum(1)
+    return RoutingStats(
+        counts_LE,
+        load_balance_loss=balance_L.mean().item(),
+        z_loss=(z_sum_L / tokens).mean().item(),
+        dropped_fraction=(dropped_L.sum() / counts_LE.sum()).item(),
+    )
+
+
