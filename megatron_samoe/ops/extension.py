@@ -105,12 +105,15 @@ def available() -> bool:
 def build_info() -> dict[str, Any]:
     """Returns what the build recorded (torch, compiler, flags, instruction sets) and what this CPU uses of it.
 
-    Empty where there is no library.
+    Empty where there is no library of this project.
     """
     path = _library_path()
     if path is None:
         return {}
-    info = _read_build_info(path)
+    try:
+        info = _read_build_info(path)
+    except ExtensionError:
+        return {}
     info["library"] = path.name
     if available():
         info["instruction_set"] = torch.ops.megatron_samoe.instruction_set()

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_samoe
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.ops import extension
+
+PACKAGE = Path(megatron_samoe.__file__).parent
+ROUTE = """
+import torch
+from megatron_samoe.log import configure_logging
+from megatron_samoe.ops import extension
+from megatron_samoe.ops.permute import make_permutation, permute, unpermute
+from megatron_samoe.ops.topk_gate import topk_gate
+configure_logging()
+gate = topk_gate(torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), 2)
+permutation = make_permutation(gate.ids_TK, 4)
+x = torch.randn(12, 8)
+y = unpermute(permute(x, permutation), gate.probs_TK, permutation)
+assert torch.allclose(x, y, atol=1e-5)
+print("available", extension.available(), bool(extension.build_info().get("instruction_set")))
+"""
+
+
+def _run(code: str, package_parent: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(package_parent), "OMP_NUM_THREADS": "1", **environment},
+        cwd=package_parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def _copy_package(folder: Path, with_library: bool) -> Path:
+    """A copy of the package, so that tests can damage its library."""
+    ignore = None if with_library else shutil.ignore_patterns("*.so")
+    shutil.copytree(PACKAGE, folder / "megatron_samoe", ignore=ignore)
+    return folder
+
+
+def test_off_uses_the_twins_silently():
+    result = _run(ROUTE, MEGATRON_SAMOE_EXTENSION="off")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "available False False"
+
+
+def test_nothing_is_loaded_at_import():
+    code = (
+        "import sys, torch, megatron_samoe.ops.topk_gate, megatron_samoe.ops.permute, megatron_samoe.ops.combine\n"
+        "from megatron_samoe.ops import extension\n"
+        "assert extension.load.cache_info().currsize == 0\n"
+        "assert not any('megatron_samoe' in path for path in torch.ops.loaded_libraries)"
+    )
+    result = _run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_missing_library_is_said_once_and_replaced(tmp_path):
+    folder = _copy_package(tmp_path, with_library=False)
+    result = _run(ROUTE, folder)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("The compiled extension is not used: it is not built.") == 1
+    assert "apt-get install g++" in result.stdout and "available False False" in result.stdout
+    result = _run(ROUTE, folder, MEGATRON_SAMOE_EXTENSION="require")
+    assert result.returncode != 0 and "ExtensionError" in result.stderr and "it is not built" in result.stderr
+
+
+def test_a_file_that_is_no_library_is_named(tmp_path):
+    folder = _copy_package(tmp_path, with_library=False)
+    (folder / "megatron_samoe" / "_C.so").write_bytes(b"not a library")
+    result = _run(ROUTE, folder)
+    assert result.returncode == 0, result.stderr
+    assert "_C.so holds no build record" in result.stdout
+
+
+def test_a_wrong_mode_is_refused():
+    result = _run(ROUTE, MEGATRON_SAMOE_EXTENSION="requre")
+    assert result.returncode != 0
+    assert "ConfigError" in result.stderr and "Did you mean 'require'?" in result.stderr
+
+
+needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
+
+
+@needs_library
+def test_a_library_of_another_torch_is_not_loaded(tmp_path):
+    folder = _copy_package(tmp_path, with_library=True)
+    (library,) = (folder / "megatron_samoe").glob("_C*.so")
+    content = library.read_bytes()
+    name = json.dumps(torch.__version__).encode()
+    assert name in content
+    other = json.dumps("9" + torch.__version__[1:]).encode()
+    library.write_bytes(content.replace(name, other))
+    result = _run(ROUTE, folder)
+    assert result.returncode == 0, result.stderr
+    assert f"it was built for torch 9{torch.__version__[1:]} and torch {torch.__version__} is running" in result.stdout
+    assert "available False False" in result.stdout
+
+
+@needs_library
+def test_a_damaged_library_is_not_loaded(tmp_path):
+    folder = _copy_package(tmp_path, with_library=True)
+    (library,) = (folder / "megatron_samoe").glob("_C*.so")
+    content = library.read_bytes()
+    start = content.index(b"MEGATRON_SAMOE_BUILD_INFO=")
+    library.write_bytes(content[start : start + 4096])
+    result = _run(ROUTE, folder)
+    assert result.returncode == 0, result.stderr
+    assert "does not load" in result.stdout and "available False False" in result.stdout
+
+
+@needs_library
+def test_build_info_tells_the_build_and_the_cpu():
+    info = extension.build_info()
+    assert info["torch"] == torch.__version__
+    assert info["instruction_set"] in info["instruction_sets"]
+    assert "portable" in info["instruction_sets"] and info["compiler"]
+
+
+@needs_library
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_routes(instruction_set):
+    if instruction_set not in extension.build_info()["instruction_sets"]:
+        pytest.skip(f"{instruction_set} is not in this build")
+    code = ROUTE + "print(extension.build_info()['instruction_set'])"
+    result = _run(code, MEGATRON_SAMOE_ISA=instruction_set)
+    assert result.returncode == 0, result.stderr
+    order = ["portable", "avx2", "avx512"]
+    used = result.stdout.split()[-1]
+    assert order.index(used) <= order.index(instruction_set)
+
+
+@needs_library
+def test_fake_tensors_pass_through_the_ops():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ops = torch.ops.megatron_samoe
+    with FakeTensorMode():
+        logits_TE = torch.empty(10, 4)
+        probs_TK, ids_TK, counts_GE, score_sum_GE, z_sum, logsumexp_T = ops.topk_gate(logits_TE, 2, False, True, 5)
+        assert probs_TK.shape == ids_TK.shape == (10, 2) and ids_TK.dtype == counts_GE.dtype == torch.int64
+        assert counts_GE.shape == score_sum_GE.shape == (5, 4) and z_sum.shape == () and logsumexp_T.shape == (10,)
+        slot_of_row_N = torch.empty(20, dtype=torch.int64)
+        rows_NH = ops.permute(torch.empty(10, 6, dtype=torch.bfloat16), slot_of_row_N, 2)
+        assert rows_NH.shape == (20, 6) and rows_NH.dtype == torch.bfloat16
+        assert ops.unpermute(rows_NH, probs_TK, ids_TK).shape == (10, 6)
+        assert ops.combine_banks_backward(
+            torch.empty(3, 2, 4), torch.empty(4, 2, 8), torch.empty(3, 2, 8), torch.empty(4, 2, 8)
+        ).shape == (3, 2, 4)
+
+
+@needs_library
+def test_the_schemas_tell_the_truth():
+    """torch's own check of schema, aliasing and fake implementation, on real arguments."""
+    ops = torch.ops.megatron_samoe
+    generator = torch.Generator().manual_seed(0)
+    checks = ("test_schema", "test_faketensor")
+    logits_TE = torch.randn(8, 4, generator=generator)
+    torch.library.opcheck(ops.topk_gate.default, (logits_TE, 2, True, False, 2), test_utils=checks)
+    ids_TK = torch.tensor([[0, 1], [3, -1], [1, 2]])
+    slot_of_row_N, row_of_slot_TK, _counts = ops.make_permutation(ids_TK, 4)
+    torch.library.opcheck(ops.make_permutation.default, (ids_TK, 4), test_utils=("test_schema",))
+    x_TH, probs_TK = torch.randn(3, 5, generator=generator), torch.rand(3, 2, generator=generator)
+    rows_NH = torch.randn(5, 5, generator=generator)
+    torch.library.opcheck(ops.permute.default, (x_TH, slot_of_row_N, 2), test_utils=checks)
+    torch.library.opcheck(ops.unpermute.default, (rows_NH, probs_TK, row_of_slot_TK), test_utils=checks)
+    arguments = (x_TH, rows_NH, probs_TK, slot_of_row_N, row_of_slot_TK)
+    torch.library.opcheck(ops.unpermute_backward.default, arguments, test_utils=checks)
+    a, t, w = (torch.randn(shape, generator=generator) for shape in ((3, 2, 4), (4, 2, 8), (3, 2, 8)))
+    torch.library.opcheck(ops.combine_banks.default, (a, t, w), test_utils=checks)
+    torch.library.opcheck(ops.combine_banks_backward.default, (a, t, w, torch.zeros_like(t)), test_utils=checks)
+
+
+def test_an_unknown_mode_raises_in_this_process_too(monkeypatch):
+    monkeypatch.setenv(extension.ENVIRONMENT_VARIABLE, "always")
+    with pytest.raises(ConfigError, match="auto, require, off"):
+        extension.load.__wrapped__()
