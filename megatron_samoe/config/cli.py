@@ -28,6 +28,7 @@ def parse_pretrain_args(
     argv: Sequence[str],
     read_checkpoint_config: Callable[[PretrainConfig], Mapping[str, Any] | None] | None = None,
     prog: str = "python -m megatron_samoe.cli.pretrain",
+    quiet: bool = False,
 ) -> PretrainConfig:
     """Returns the configuration that a command line describes.
 
@@ -35,6 +36,7 @@ def parse_pretrain_args(
         argv: arguments without the program's name.
         read_checkpoint_config: returns the saved configuration of the checkpoint that a first reading of the command
             line names, or None where there is none; called with --use-checkpoint-args only.
+        quiet: print no messages about wrong flags: another rank does.
 
     Raises:
         ConfigError: a YAML key is unknown or its value has the wrong type.
@@ -44,19 +46,21 @@ def parse_pretrain_args(
     base = PretrainConfig()
     if yaml_path is not None:
         base = apply_mapping(base, read_yaml(yaml_path), str(yaml_path))
-    config = _parse_flags(args, base, prog)
+    config = _parse_flags(args, base, prog, quiet)
     if config.checkpoint.use_checkpoint_args and read_checkpoint_config is not None:
         saved = read_checkpoint_config(config.with_run_dir())
         if saved is not None:
-            config = _parse_flags(args, apply_mapping(base, _model_part(saved), "the checkpoint's config.yaml"), prog)
+            base = apply_mapping(base, _model_part(saved), "the checkpoint's config.yaml")
+            config = _parse_flags(args, base, prog, quiet)
     return config.with_run_dir()
 
 
-def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str) -> PretrainConfig:
+def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str, quiet: bool) -> PretrainConfig:
     return tyro.cli(
         PretrainConfig,
         args=args,
         default=base,
+        console_outputs=not quiet,
         prog=prog,
         description="Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
         "--config FILE.yaml sets any of these options; flags override it.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,12 +75,13 @@ def micro_batch_context(setup: TrainSetup, state: TrainState, number: int) -> Fo
 
 
 def compute_gradients(
-    setup: TrainSetup, state: TrainState, batches: Sequence[Batch]
+    setup: TrainSetup, state: TrainState, batches: Sequence[Batch], observe: Callable[[], None] | None = None
 ) -> tuple[float, int, RoutingStats | None]:
     """Leaves the global batch's gradients in the main gradients of all parameters, before any scaling or clipping.
 
     Args:
         batches: this rank's micro-batches of the step.
+        observe: called after the last backward pass, before this rank's gradients are completed and reduced.
 
     Returns:
         The mean loss per predicted token, the number of these tokens, and the routing.
@@ -101,6 +102,8 @@ def compute_gradients(
         if stats:
             new_rows = torch.stack([s.as_row() for s in stats])
             rows = new_rows if rows is None else rows + new_rows
+    if observe is not None:
+        observe()
     finalize_model_grads(model, setup.buffers, state.loss_scale.value)
     sums = loss_sum[None] if rows is None else torch.cat((loss_sum[None], rows.flatten()))
     sums = setup.parallel.dp.all_reduce(sums)
@@ -108,12 +111,14 @@ def compute_gradients(
     return sums[0].item() / num_tokens, num_tokens, routing
 
 
-def train_step(setup: TrainSetup, state: TrainState, batches: Sequence[Batch]) -> tuple[StepResult, TrainState]:
-    """Runs one optimizer step and returns what happened and the state after it.
+def train_step(
+    setup: TrainSetup, state: TrainState, batches: Sequence[Batch], observe: Callable[[], None] | None = None
+) -> tuple[StepResult, TrainState]:
+    """Runs one optimizer step and returns what happened and the state after it; `observe` as in `compute_gradients`.
 
     If the result is not finite no parameter has changed.
     """
-    lm_loss, num_tokens, routing = compute_gradients(setup, state, batches)
+    lm_loss, num_tokens, routing = compute_gradients(setup, state, batches, observe)
     norm = global_grad_norm(setup.buffers, setup.parallel)
     optimizer = setup.config.optimizer
     lr = learning_rate(optimizer, setup.config.training.train_iters, state.iteration)

@@ -1,0 +1,99 @@
+"""Pretrain a GPT: `torchrun --nproc-per-node N -m megatron_samoe.cli.pretrain --config FILE.yaml [flags]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_samoe.config.cli import parse_pretrain_args
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import validate
+from megatron_samoe.datasets.tokenizer import build_tokenizer
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.log import configure_logging, logger
+from megatron_samoe.models.accounting import count_parameters
+from megatron_samoe.parallel_state import backend
+from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
+from megatron_samoe.training.batches import build_run_data
+from megatron_samoe.training.hooks import default_hooks
+from megatron_samoe.training.setup import build_setup
+from megatron_samoe.training.trainer import Trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit status."""
+    rank = int(os.environ.get("RANK", "0"))
+    configure_logging(rank)
+    try:
+        config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
+        validate(config, backend.world_size_from_environment())
+        pretrain(config)
+    except MegatronSamoeError as error:
+        return _report(error, rank)
+    except SystemExit as error:
+        _let_rank_0_speak(rank)
+        return int(error.code or 0)
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+    return 0
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Trains as the configuration says, on the ranks of this torchrun job or this process alone."""
+    device = backend.choose_device(config.parallel)
+    if device.type == "cpu":
+        backend.keep_freed_memory()
+    backend.set_num_threads(config.training.num_threads)
+    if config.training.fp16 and device.type != "cuda":
+        raise ConfigError("--fp16", True, "needs a CUDA device; use --bf16 or fp32 on a CPU")
+    data = config.data
+    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
+    vocab_size = data.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError("--vocab-size", vocab_size, f"must be at least the tokenizer's {tokenizer.vocab_size} entries")
+    backend.initialize_distributed(config.parallel, device)
+    parallel = initialize_model_parallel(config.parallel, device)
+    is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    run_data = build_run_data(config, tokenizer, parallel, is_builder)
+    setup = build_setup(config, vocab_size, parallel)
+    _describe(config, vocab_size, parallel)
+    Trainer(setup, run_data, default_hooks(config, setup.batch_size)).run()
+
+
+def _saved_config(config: PretrainConfig) -> Mapping[str, Any] | None:
+    directory = store.find_checkpoint(config.checkpoint)
+    return None if directory is None else store.read_config(directory)
+
+
+def _describe(config: PretrainConfig, vocab_size: int, parallel: ParallelState) -> None:
+    count, grid = count_parameters(config, vocab_size), parallel.grid
+    logger.info(
+        f"{config.moe.expert_layout} model: {count.total:,} parameters, {count.expert:,} of them expert, "
+        f"{count.active:,} active per token; {grid.world_size} ranks on {parallel.device.type}: tensor {grid.tp}, "
+        f"expert {grid.ep} (x tensor {grid.etp}), data {grid.dp}"
+    )
+
+
+def _report(error: MegatronSamoeError, rank: int) -> int:
+    if rank == 0 or not isinstance(error, ConfigError):
+        where = f" (rank {rank})" if rank else ""
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    _let_rank_0_speak(rank)
+    return error.exit_status
+
+
+def _let_rank_0_speak(rank: int) -> None:
+    """A launcher stops all ranks at the first that leaves; the one that explains should be done by then."""
+    if rank != 0:
+        time.sleep(2.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""What hangs from the training loop: console, metrics file, TensorBoard, progress bar. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.log import logger
+from megatron_samoe.training.metrics import Record
+
+
+class Hook:
+    """Called by the trainer on rank 0; every method may be left as it is."""
+
+    def start(self, iteration: int) -> None:
+        """Training begins, or goes on, after `iteration` steps."""
+
+    def step(self, iteration: int) -> None:
+        """A step is done."""
+
+    def record(self, record: Record) -> None:
+        """A step is logged."""
+
+    def close(self) -> None:
+        """Training ends, for whatever reason."""
+
+
+class ConsoleLog(Hook):
+    """Megatron's log line, with tokens per second."""
+
+    def __init__(self, train_iters: int, batch_size: int):
+        self.train_iters, self.batch_size = train_iters, batch_size
+
+    def record(self, record: Record) -> None:
+        """Prints one line, and one more after an evaluation."""
+        fields = [
+            f"iteration {record['iteration']:8d}/{self.train_iters:8d}",
+            f"consumed samples: {record['consumed_samples']:12d}",
+            f"elapsed time per iteration (ms): {record['step_time_s'] * 1000:.1f}",
+            f"tokens/s: {record['tokens_per_s']:.0f}",
+            f"learning rate: {record['learning_rate']:.6E}",
+            f"global batch size: {self.batch_size:5d}",
+            f"lm loss: {record['lm_loss']:.6E}",
+        ]
+        if "load_balance_loss" in record:
+            fields.append(f"load balancing loss: {record['load_balance_loss']:.6E}")
+            fields.append(f"z loss: {record['z_loss']:.6E}")
+        fields += [f"loss scale: {record['loss_scale']:.1f}", f"grad norm: {record['grad_norm']:.3f}"]
+        if "mfu" in record:
+            fields.append(f"MFU: {record['mfu']:.1%}")
+        logger.info(f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] " + " | ".join(fields) + " |")
+        if "validation_loss" in record:
+            logger.info(
+                f" validation loss at iteration {record['iteration']} | lm loss value: {record['validation_loss']:.6E} | "
+                f"lm loss PPL: {record['validation_perplexity']:.6E} |"
+            )
+
+
+class MetricsFile(Hook):
+    """One JSON object per logged step. A resumed run first drops what the killed one logged beyond its checkpoint."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self.file: Any = None
+
+    def start(self, iteration: int) -> None:
+        """Opens the file and cuts it back to the iteration that training goes on from."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _iteration_of(line) <= iteration]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, self.path)
+        self.file = open(self.path, "a")
+
+    def record(self, record: Record) -> None:
+        """Writes one line."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.file is not None:
+            self.file.close()
+
+
+def _iteration_of(line: str) -> float:
+    try:
+        return json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that a kill cut off
+
+
+class TensorBoard(Hook):
+    """Scalars of every record, and combination coefficients and expert load per layer where they are recorded."""
+
+    def __init__(self, directory: str):
+        self.directory = directory
+        self.writer: Any = None
+
+    def start(self, iteration: int) -> None:
+        """Opens the events file."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(self.directory, purge_step=iteration + 1 if iteration else None)
+
+    def record(self, record: Record) -> None:
+        """Writes the record's numbers."""
+        for key, value in record.items():
+            if isinstance(value, (int, float)) and key != "iteration":
+                self.writer.add_scalar(key.replace("_", "-"), value, record["iteration"])
+        for layer, loads in enumerate(record.get("expert_load", [])):
+            self.writer.add_scalar(f"max-expert-load/moe-layer-{layer}", max(loads) * len(loads), record["iteration"])
+        for layer, (inputs, _) in enumerate(record.get("combination", [])):
+            for bank in range(len(inputs[0])):
+                mean = sum(group[bank] for group in inputs) / len(inputs)
+                self.writer.add_scalar(f"combination/moe-layer-{layer}-bank-{bank}", mean, record["iteration"])
+
+    def close(self) -> None:
+        """Flushes and closes the events file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class ProgressBar(Hook):
+    """A bar over iterations, in place of the console's lines."""
+
+    def __init__(self, train_iters: int, description: str):
+        self.train_iters, self.description = train_iters, description
+        self.bar: Any = None
+
+    def start(self, iteration: int) -> None:
+        """Draws the bar."""
+        self.bar = tqdm(total=self.train_iters, initial=iteration, desc=self.description, unit="step", mininterval=1.0)
+
+    def step(self, iteration: int) -> None:
+        """Moves the bar."""
+        self.bar.update(1)
+
+    def record(self, record: Record) -> None:
+        """Shows loss and speed."""
+        shown = {"loss": f"{record['lm_loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:.0f}"}
+        if "validation_loss" in record:
+            shown["valid"] = f"{record['validation_loss']:.3f}"
+        self.bar.set_postfix(shown, refresh=False)
+
+    def close(self) -> None:
+        """Leaves the bar on the screen."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def default_hooks(config: PretrainConfig, batch_size: int) -> list[Hook]:
+    """Returns the hooks that the configuration asks for."""
+    logs, iters = config.logging, config.training.train_iters
+    hooks: list[Hook] = []
+    if logs.log_progress:
+        name = Path(logs.run_dir).name if logs.run_dir else config.moe.expert_layout
+        hooks.append(ProgressBar(iters, name))
+    else:
+        hooks.append(ConsoleLog(iters, batch_size))
+    if logs.metrics_file:
+        hooks.append(MetricsFile(logs.metrics_file))
+    if logs.tensorboard_dir:
+        hooks.append(TensorBoard(logs.tensorboard_dir))
+    return hooks

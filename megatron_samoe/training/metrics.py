@@ -1,0 +1,107 @@
+"""What is recorded of a step: one flat record per logged step, the same keys everywhere.
+
+docs/metrics.md lists the keys; hooks write the record to the console, metrics.jsonl and TensorBoard.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_samoe.models.accounting import train_flops_per_token
+from megatron_samoe.training.moe_diagnostics import MoEDiagnostics
+from megatron_samoe.training.setup import TrainSetup
+from megatron_samoe.training.state import TrainState
+from megatron_samoe.training.train_step import StepResult
+
+Record = dict[str, Any]
+
+#: Dense bf16 matrix rate of known devices, FLOP/s, from their data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "V100": 125e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Returns the rate of a known CUDA device; None for others."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in PEAK_FLOPS.items() if all(word in name for word in part.split())), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Returns the most memory this process has held: on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass
+class Stopwatch:
+    """Time and steps since the last record, evaluation and saving not counted."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def begin(self) -> None:
+        """Starts a step."""
+        self.started = time.perf_counter()
+
+    def end(self) -> None:
+        """Ends a step."""
+        self.seconds += time.perf_counter() - self.started
+        self.steps += 1
+
+    def take(self) -> float:
+        """Returns seconds per step since the last call and starts anew."""
+        per_step = self.seconds / max(self.steps, 1)
+        self.seconds, self.steps = 0.0, 0
+        return per_step
+
+
+def make_record(
+    setup: TrainSetup, state: TrainState, result: StepResult, step_time_s: float, validation_loss: float | None,
+    diagnostics: MoEDiagnostics | None,
+) -> Record:  # fmt: skip
+    """Returns the record of a step; all ranks call it together."""
+    device = setup.parallel.device
+    memory = torch.tensor(peak_memory_bytes(device), dtype=torch.float64, device=device)
+    tokens_per_s = setup.tokens_per_step / step_time_s if step_time_s > 0 else 0.0
+    record: Record = {
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+        "consumed_tokens": state.consumed_tokens,
+        "lm_loss": result.lm_loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "loss_scale": result.loss_scale,
+        "skipped": result.skipped,
+        "tokens_per_s": tokens_per_s,
+        "step_time_s": step_time_s,
+        "peak_memory_bytes": int(setup.parallel.world.all_reduce(memory, dist.ReduceOp.MAX)),
+    }
+    if result.routing is not None:
+        record["load_balance_loss"] = result.routing.load_balance_loss
+        record["z_loss"] = result.routing.z_loss
+        record["dropped_token_fraction"] = result.routing.dropped_fraction
+    rate = peak_flops(device)
+    if rate is not None:
+        flops = train_flops_per_token(setup.config, setup.model.vocab_size) * tokens_per_s
+        record["mfu"] = flops / (rate * setup.parallel.world_size)
+    if validation_loss is not None:
+        record["validation_loss"] = validation_loss
+        record["validation_perplexity"] = math.exp(min(validation_loss, 700.0))
+    if diagnostics is not None:
+        record |= diagnostics.plain()
+    return record

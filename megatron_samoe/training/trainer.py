@@ -1,0 +1,139 @@
+"""The training loop: step, evaluate, record, save, leave."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.log import logger
+from megatron_samoe.training.batches import RunData
+from megatron_samoe.training.checkpointing import load_run, save_run
+from megatron_samoe.training.evaluate import evaluate
+from megatron_samoe.training.exit_signals import ExitSignals
+from megatron_samoe.training.hooks import Hook
+from megatron_samoe.training.metrics import Stopwatch, make_record
+from megatron_samoe.training.moe_diagnostics import expert_grad_norms, make_diagnostics
+from megatron_samoe.training.non_finite import raise_non_finite
+from megatron_samoe.training.setup import TrainSetup, initial_state
+from megatron_samoe.training.state import TrainState
+from megatron_samoe.training.train_step import Batch, StepResult, train_step
+
+
+class Trainer:
+    """Trains from the newest checkpoint, or from the start, to --train-iters or an earlier exit.
+
+    Args:
+        hooks: called on rank 0.
+    """
+
+    def __init__(self, setup: TrainSetup, data: RunData, hooks: list[Hook]):
+        self.setup, self.data = setup, data
+        self.config = setup.config
+        self.hooks = hooks if setup.parallel.rank == 0 else []
+        self.stopwatch = Stopwatch()
+        self.began = time.monotonic()
+
+    def run(self) -> TrainState:
+        """Trains and returns the last state; it has been saved if there is a place to save to."""
+        state = self._start()
+        saved_at = state.iteration if self.config.checkpoint.load == self.config.checkpoint.save else None
+        with ExitSignals() as signals:
+            try:
+                for hook in self.hooks:
+                    hook.start(state.iteration)
+                batches = self._batches(state)
+                while state.iteration < self.config.training.train_iters:
+                    state = self._one_step(state, next(batches))
+                    reason = self._exit_reason(state, signals)
+                    if self._is_due(state, self.config.checkpoint.save_interval) or reason:
+                        saved_at = self._save(state, saved_at)
+                    if reason:
+                        logger.info(f"exiting after iteration {state.iteration}: {reason}")
+                        return state
+                self._save(state, saved_at)
+            finally:
+                for hook in self.hooks:
+                    hook.close()
+        return state
+
+    def _start(self) -> TrainState:
+        state = initial_state(self.setup)
+        found = store.find_checkpoint(self.config.checkpoint)
+        if found is None:
+            if self.config.checkpoint.load:
+                logger.info(f"no checkpoint in {self.config.checkpoint.load}: starting from the beginning")
+            return state
+        return load_run(self.setup, state, found)
+
+    def _batches(self, state: TrainState) -> Iterator[list[Batch]]:
+        if state.iteration >= self.config.training.train_iters:
+            logger.info(f"all {self.config.training.train_iters} iterations are done; nothing to train")
+            return iter(())
+        return self.data.train_batches(state.consumed_samples)
+
+    def _one_step(self, state: TrainState, batches: list[Batch]) -> TrainState:
+        setup, logs = self.setup, self.config.logging
+        last = state.iteration + 1 == self.config.training.train_iters
+        will_log = last or (state.iteration + 1) % logs.log_interval == 0
+        norms: list[torch.Tensor | None] = []
+
+        def observe() -> None:
+            norms.append(expert_grad_norms(setup, state.loss_scale.value))
+
+        wants_layers = will_log and logs.moe_per_layer_logging and setup.model.num_moe_layers > 0
+        self.stopwatch.begin()
+        result, new_state = train_step(setup, state, batches, observe if wants_layers else None)
+        if not result.is_finite:
+            raise_non_finite(setup, state, batches, result)
+        self.stopwatch.end()
+        for hook in self.hooks:
+            hook.step(new_state.iteration)
+        validation_loss = self._maybe_evaluate(new_state, last)
+        if will_log or validation_loss is not None:
+            diagnostics = None
+            if wants_layers:
+                assert result.routing is not None
+                diagnostics = make_diagnostics(setup, result.routing, norms[0])
+            record = make_record(setup, new_state, result, self.stopwatch.take(), validation_loss, diagnostics)
+            for hook in self.hooks:
+                hook.record(record)
+        self._warn_if_skipped(result)
+        return new_state
+
+    def _maybe_evaluate(self, state: TrainState, last: bool) -> float | None:
+        training = self.config.training
+        if training.eval_iters == 0 or not (last or state.iteration % training.eval_interval == 0):
+            return None
+        return evaluate(self.setup, self.data.valid_batches())
+
+    def _warn_if_skipped(self, result: StepResult) -> None:
+        if result.skipped:
+            logger.info(f"gradient overflow at loss scale {result.loss_scale}: the step was skipped")
+
+    def _is_due(self, state: TrainState, interval: int | None) -> bool:
+        return interval is not None and state.iteration % interval == 0
+
+    def _save(self, state: TrainState, saved_at: int | None) -> int | None:
+        if self.config.checkpoint.save is None or saved_at == state.iteration:
+            return saved_at
+        path = save_run(self.setup, state)
+        if not self.config.logging.log_progress:
+            logger.info(f"saved {path}")
+        return state.iteration
+
+    def _exit_reason(self, state: TrainState, signals: ExitSignals) -> str | None:
+        """Returns why to leave now, the same on all ranks; None to go on."""
+        training = self.config.training
+        if self._is_due(state, training.exit_interval):
+            return f"--exit-interval {training.exit_interval}"
+        minutes = (time.monotonic() - self.began) / 60
+        late = training.exit_duration_in_mins is not None and minutes >= training.exit_duration_in_mins
+        flags = torch.tensor([signals.received or 0, late], dtype=torch.int32, device=self.setup.parallel.device)
+        number, is_late = self.setup.parallel.world.all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        if number:
+            return f"signal {number} received"
+        return f"--exit-duration-in-mins {training.exit_duration_in_mins}" if is_late else None
