@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -69,7 +70,7 @@ class SavePlanner(DefaultSavePlanner):
     """Plans to write the parts that this rank owns."""
 
     def __init__(self, state: ShardedState):
-        super().__init__()
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.sharded = state
 
     def create_local_plan(self) -> SavePlan:
@@ -99,7 +100,7 @@ class LoadPlanner(DefaultLoadPlanner):
     """Plans to read what overlaps this rank's parts."""
 
     def __init__(self, state: ShardedState):
-        super().__init__()
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.sharded = state
 
     def create_local_plan(self) -> LoadPlan:
@@ -170,18 +171,18 @@ def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -
         )  # fmt: skip
     except CheckpointError:
         raise
-    except Exception as error:
-        raise _as_checkpoint_error(error, directory) from error
+    except (Exception, CheckpointException) as error:
+        causes = causes_of(error)
+        known = next((cause for cause in causes if isinstance(cause, CheckpointError)), None)
+        reasons = "; ".join(sorted({str(cause) or type(cause).__name__ for cause in causes}))
+        raise known or CheckpointError(f"The checkpoint in {directory} cannot be read: {reasons}.") from error
 
 
-def _as_checkpoint_error(error: Exception, directory: str) -> CheckpointError:
-    failures = getattr(error, "failures", {})
-    for failure in failures.values():
-        cause = failure[0] if isinstance(failure, tuple) else failure
-        if isinstance(cause, CheckpointError):
-            return cause
-    causes = "; ".join(sorted({str(f[0] if isinstance(f, tuple) else f) for f in failures.values()})) or str(error)
-    return CheckpointError(f"The checkpoint in {directory} cannot be read: {causes}")
+def causes_of(error: BaseException) -> list[BaseException]:
+    """Returns what went wrong on each rank: torch wraps it in an exception that `except Exception` does not catch."""
+    if isinstance(error, CheckpointException):
+        return [failure[0] for failure in error.failures.values()]
+    return [error]
 
 
 def stored_names(directory: str) -> set[str]:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
-from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, read_sharded, write_sharded
-from megatron_samoe.errors import CheckpointError, MegatronSamoeError
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, causes_of, read_sharded, write_sharded
+from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import ParallelState
 
@@ -153,12 +154,8 @@ def _all_ranks(action: Any, parallel: ParallelState, what: str, only_first: bool
     if parallel.rank == 0 or not only_first:
         try:
             action()
-        except MegatronSamoeError as error:
-            problem = str(error)
-        except Exception as error:
-            failures = getattr(error, "failures", {}) or {0: error}
-            causes = {str(f[0] if isinstance(f, tuple) else f) for f in failures.values()}
-            problem = f"cannot {what}: {'; '.join(sorted(causes))}"
+        except (Exception, CheckpointException) as error:
+            problem = f"cannot {what}: {'; '.join(sorted({str(cause) for cause in causes_of(error)}))}."
     problems = [p for p in parallel.world.all_gather_object(problem) if p]
     if problems:
         raise CheckpointError(f"{problems[0]} Earlier checkpoints are as they were.")

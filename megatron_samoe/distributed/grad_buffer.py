@@ -32,6 +32,8 @@ class GradBuffer:
 
 
 def _move_to_main_grad(parameter: Tensor) -> None:
+    if parameter.grad is None:
+        return  # an op has added to the main gradient itself
     parameter.main_grad += parameter.grad  # type: ignore[attr-defined]
     parameter.grad = None
 

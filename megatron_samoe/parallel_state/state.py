@@ -12,6 +12,9 @@ from torch import Tensor
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
 
+# torch 2.13 renames the collective and warns at the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Group:
@@ -51,7 +54,7 @@ class Group:
             return tensor
         tensor = tensor.contiguous()
         gathered = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
-        dist.all_gather_into_tensor(gathered, tensor, group=self.handle)
+        _all_gather(gathered, tensor, group=self.handle)
         return gathered
 
     def all_gather_object(self, value: object) -> list:
