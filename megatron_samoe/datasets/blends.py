@@ -59,8 +59,8 @@ def parse_blend(words: Sequence[str]) -> Blend | dict[str, Blend]:
         return Blend(tuple(words[1::2]), tuple(float(n) for n in numbers[::2] if n is not None))
     if any(n is not None and not os.path.exists(word + ".idx") for word, n in zip(words, numbers, strict=True)):
         raise DataError(
-            f"The data path {' '.join(words)!r} mixes weights and prefixes: write only prefixes, or a weight in front of "
-            "every prefix (30 a_text_document 70 b_text_document)."
+            f"The data path {' '.join(words)!r} mixes weights and prefixes: write only prefixes, or a weight in front "
+            "of every prefix (30 a_text_document 70 b_text_document)."
         )
     return Blend(tuple(words))
 
@@ -110,7 +110,7 @@ def _blend_from_list(entries: Any, path: str) -> Blend:
 
 
 def split_bounds(split: str) -> list[tuple[float, float] | None]:
-    """Returns the (begin, end) shares of train, valid and test for a string such as "969,30,1"; None for an empty one."""
+    """Returns the (begin, end) shares of train, valid and test, None for an empty one, of a split like "969,30,1"."""
     words = re.split(r"[,/ ]+", split.strip())
     numbers = [_number(word) for word in words]
     if not 1 <= len(words) <= 3 or any(n is None or not math.isfinite(n) or n < 0 for n in numbers):

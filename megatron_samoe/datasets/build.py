@@ -157,10 +157,11 @@ class _Builder:
     def _build_one(self, name: str, prefix: str, share: tuple[float, float], count: int | None) -> GPTDataset:
         indexed = IndexedDataset(prefix, not self.data.no_mmap_bin_files, self.data.data_cache_path)
         check_vocabulary(indexed, self.tokenizer, self.format.vocab_size)
-        first, last = (int(round(bound * float(len(indexed)))) for bound in share)
+        first, last = (round(bound * float(len(indexed))) for bound in share)
         if first >= last:
             raise DataError(
-                f"The {name} split of {prefix} is needed but empty: --split {self.data.split} of its {len(indexed)} sequences "
+                f"The {name} split of {prefix} is needed but empty: --split {self.data.split} of its {len(indexed)} "
+                "sequences "
                 f"leaves it none. Split the corpus into more documents, change --split, or give --{name}-data-path."
             )
         try:
@@ -190,8 +191,10 @@ def check_vocabulary(indexed: IndexedDataset, tokenizer: Tokenizer, vocab_size: 
     record = manifest.read(indexed.path_prefix)
     if record is not None and record.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(
-            f"{indexed.path_prefix} was made with another tokenizer ({record.tokenizer_type}, {record.vocab_size} entries, "
-            f"fingerprint {record.tokenizer_fingerprint[:12]}) than the one of this run ({tokenizer.vocab_size} entries, "
+            f"{indexed.path_prefix} was made with another tokenizer ({record.tokenizer_type}, {record.vocab_size} "
+            "entries, "
+            f"fingerprint {record.tokenizer_fingerprint[:12]}) than the one of this run ({tokenizer.vocab_size} "
+            "entries, "
             f"fingerprint {tokenizer.fingerprint[:12]})."
         )
     if indexed.dtype.kind not in "iu":
@@ -199,7 +202,8 @@ def check_vocabulary(indexed: IndexedDataset, tokenizer: Tokenizer, vocab_size: 
     top = record.max_token_id if record is not None else _largest_id(indexed)
     if top >= vocab_size:
         raise DataError(
-            f"{indexed.path_prefix} holds token id {top}, outside the vocabulary of {vocab_size}: it was made with another "
+            f"{indexed.path_prefix} holds token id {top}, outside the vocabulary of {vocab_size}: it was made with "
+            "another "
             "tokenizer, or --vocab-size is too small."
         )
 

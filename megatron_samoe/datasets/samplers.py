@@ -32,11 +32,13 @@ class PretrainingSampler:
             raise DataError(f"Data-parallel rank {data_parallel_rank} is not in 0 to {data_parallel_size - 1}.")
         if micro_batch_size < 1 or consumed_samples < 0:
             raise DataError(
-                f"micro_batch_size = {micro_batch_size} must be at least 1, consumed_samples = {consumed_samples} at least 0."
+                f"micro_batch_size = {micro_batch_size} must be at least 1, consumed_samples = {consumed_samples} at "
+                "least 0."
             )
         if consumed_samples >= total_samples:
             raise DataError(
-                f"All {total_samples} samples of the dataset are consumed ({consumed_samples} so far): nothing is left to "
+                f"All {total_samples} samples of the dataset are consumed ({consumed_samples} so far): nothing is "
+                "left to "
                 "read. Ask for more samples (--train-iters or --train-samples) or more data."
             )
         self.total_samples, self.consumed_samples = total_samples, consumed_samples

@@ -104,7 +104,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json of the `tokenizers` library; byte-level BPE runs on tiktoken's engine where ids are identical."""
+    """A tokenizer.json of the `tokenizers` library; byte-level BPE runs on tiktoken's engine if ids are identical."""
 
     def __init__(self, path: str):
         import tokenizers

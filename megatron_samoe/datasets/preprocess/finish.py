@@ -1,0 +1,162 @@
+"""The end of a run: index, manifest, names. Every step can be repeated, so a kill here is harmless too."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_samoe.datasets import index_format, manifest
+from megatron_samoe.datasets.preprocess import checksums, journal
+from megatron_samoe.datasets.preprocess.inputs import InputFile
+from megatron_samoe.datasets.preprocess.options import PreprocessOptions
+from megatron_samoe.datasets.preprocess.worker import TokenizerFacts
+from megatron_samoe.datasets.preprocess.writer import partial_paths
+
+# Options that say where things are, not what the data are.
+_PLACES = ("input", "output_prefix", "tokenizer_model", "vocab_file", "merge_file", "chunk_bytes")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run made."""
+
+    prefixes: list[str]
+    num_documents: int
+    num_tokens: int
+    num_lines: int
+    num_text_bytes: int
+    num_bad: int
+    first_bad: list[tuple[str, int, str]] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    engine: str = ""
+
+    def describe(self) -> str:
+        """Returns a few lines for the user."""
+        lines = [f"{self.num_documents:,} documents, {self.num_tokens:,} tokens -> {', '.join(self.prefixes)}"]
+        lines += [f"{count:,} documents left out: {reason}" for reason, count in sorted(self.left_out.items())]
+        if self.num_bad:
+            lines.append(f"{self.num_bad:,} bad lines or documents left out; the first of them:")
+            lines += [f"  {file}:{line}: {reason}" for file, line, reason in self.first_bad]
+        return "\n".join(lines)
+
+
+def describe_losses(totals: journal.Totals) -> str:
+    """Returns a sentence on what was left out, empty if nothing was."""
+    parts = [f"{count} {reason}" for reason, count in sorted(totals.left_out.items())]
+    if totals.num_bad:
+        file, line, reason = totals.first_bad[0]
+        parts.append(f"{totals.num_bad} bad (first {file}:{line}: {reason})")
+    return f" Left out: {', '.join(parts)}." if parts else ""
+
+
+def keys_path(options: PreprocessOptions) -> str:
+    """Returns the file that holds the de-duplication keys of a run under way."""
+    return f"{options.output_prefix}.preprocess.keys"
+
+
+def append_keys(options: PreprocessOptions, keys: np.ndarray) -> None:
+    """Stores the keys of the documents that stayed, for --resume."""
+    with open(keys_path(options), "ab") as file:
+        file.write(np.ascontiguousarray(keys, dtype="<u8").tobytes())
+
+
+def load_keys(options: PreprocessOptions, entries: list[dict[str, Any]]) -> np.ndarray:
+    """Returns the keys that belong to the chunks of `entries`, and cuts off those of later ones."""
+    count = sum(entry["kept_keys"] for entry in entries)
+    path = keys_path(options)
+    os.truncate(path, 8 * count)
+    return np.fromfile(path, dtype="<u8", count=count)
+
+
+def finish(
+    options: PreprocessOptions,
+    files: list[InputFile],
+    facts: TokenizerFacts,
+    totals: journal.Totals,
+    log: journal.Journal,
+) -> Report:
+    """Writes the indices, marks the journal complete, and gives all files their names."""
+    prefixes = [options.dataset_prefix(key) for key in options.json_keys]
+    _, entries = log.read()
+    if not (entries and entries[-1].get("complete")):
+        for prefix, place in zip(prefixes, totals.places, strict=True):
+            _make_index(prefix, place, facts)
+        log.append({"complete": True})
+        log.sync()
+    for key, prefix in enumerate(prefixes):
+        bin_partial, lengths, boundaries = partial_paths(prefix)
+        if os.path.exists(f"{prefix}.idx.partial"):
+            record = _manifest(options, files, facts, totals, key, f"{prefix}.idx.partial")
+            manifest.write(prefix, record)
+            if os.path.exists(bin_partial):
+                os.replace(bin_partial, f"{prefix}.bin")
+            os.replace(f"{prefix}.idx.partial", f"{prefix}.idx")
+        for path in (lengths, boundaries):
+            if os.path.exists(path):
+                os.unlink(path)
+    _write_bad_report(options, totals)
+    if os.path.exists(keys_path(options)):
+        os.unlink(keys_path(options))
+    tokens = sum(place.num_bytes for place in totals.places) // facts.itemsize
+    return Report(
+        prefixes, totals.places[0].num_documents, tokens, totals.num_lines, totals.num_bytes, totals.num_bad,
+        totals.first_bad, totals.left_out, facts.engine,
+    )  # fmt: skip
+
+
+def _make_index(prefix: str, place: Any, facts: TokenizerFacts) -> None:
+    bin_partial, lengths, boundaries = partial_paths(prefix)
+    sizes = (place.num_bytes, 4 * place.num_sequences, 8 * (1 + place.num_documents))
+    for path, size in zip((bin_partial, lengths, boundaries), sizes, strict=True):
+        # A killed run may have written beyond what its successor needs.
+        with open(path, "r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+    length_rows = np.memmap(lengths, dtype="<i4", mode="r") if place.num_sequences else np.empty(0, dtype="<i4")
+    index_format.write_index(
+        f"{prefix}.idx.partial", facts.dtype, length_rows, np.memmap(boundaries, dtype="<i8", mode="r")
+    )
+
+
+def _manifest(
+    options: PreprocessOptions,
+    files: list[InputFile],
+    facts: TokenizerFacts,
+    totals: journal.Totals,
+    key: int,
+    index_path: str,
+) -> manifest.Manifest:
+    place = totals.places[key]
+    kept = {name: value for name, value in options.output_options().items() if name not in _PLACES}
+    return manifest.Manifest(
+        tokenizer_type=options.tokenizer_type,
+        tokenizer_fingerprint=facts.fingerprint,
+        vocab_size=facts.vocab_size,
+        eod=facts.eod,
+        num_documents=place.num_documents,
+        num_sequences=place.num_sequences,
+        num_tokens=place.num_bytes // facts.itemsize,
+        max_token_id=totals.max_token_ids[key],
+        bin_bytes=place.num_bytes,
+        bin_crc32=totals.crcs[key],
+        idx_crc32=checksums.file_crc32(index_path),
+        options=kept | {"key": options.json_keys[key]},
+        inputs=[{"name": os.path.basename(file.path), "bytes": file.num_bytes} for file in files],
+        counts={"lines": totals.num_lines, "bad": totals.num_bad, **totals.left_out},
+    )
+
+
+def _write_bad_report(options: PreprocessOptions, totals: journal.Totals) -> None:
+    path = f"{options.output_prefix}.bad_input.json"
+    if not totals.num_bad:
+        if os.path.exists(path):
+            os.unlink(path)
+        return
+    first = [{"file": file, "line": line, "reason": reason} for file, line, reason in totals.first_bad]
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        json.dump({"count": totals.num_bad, "first": first}, file, indent=1)
+    os.replace(f"{path}.partial", path)

@@ -1,0 +1,321 @@
+"""Finds the input files and cuts them into numbered chunks, the same ones whatever the number of workers.
+
+Plain JSONL on a local disk is cut into byte ranges that workers read themselves. Everything else (compressed,
+standard input, remote, text, Parquet) is read here, as a stream, and sent to the workers in pieces of about
+`chunk_bytes`; nothing ever holds a whole file.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from megatron_samoe.datasets.bin_readers import filesystem, is_remote
+from megatron_samoe.datasets.preprocess.options import PreprocessOptions
+from megatron_samoe.errors import DataError, nearest
+
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+FORMATS = {
+    ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
+    ".txt": "text", ".text": "text", ".md": "text",
+    ".parquet": "parquet", ".pq": "parquet",
+}  # fmt: skip
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One input: a path, a URL, or "-"."""
+
+    path: str
+    format: str
+    compression: str
+    num_bytes: int
+    mtime_ns: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of input. `kind` says which of the fields hold it.
+
+    range: lines of `file` that start in bytes [start, end), to be read by the worker.
+    lines: `data` is whole JSONL lines.
+    texts: `rows` is a list of documents as bytes.
+    rows: `rows` is a list of tuples, one text (or None) per key.
+    error: reading `file` failed for `reason` after what earlier chunks hold.
+    """
+
+    number: int
+    file: str
+    kind: str
+    start: int = 0
+    end: int = 0
+    data: bytes = b""
+    rows: tuple[Any, ...] = ()
+    reason: str = ""
+    raw_bytes: int = 0
+    """How far this chunk brings the reading of its file, in bytes on disk: for the progress bar."""
+    new_file: bool = False
+    """Whether this is the first chunk of its file: line numbers start again."""
+
+
+def find_inputs(options: PreprocessOptions) -> list[InputFile]:
+    """Returns the input files, in the order given, folders and globs sorted; DataError if one is missing."""
+    paths: list[str] = []
+    for word in options.input:
+        paths.extend(_expand(word))
+    number, count = options.shard()
+    if count > len(paths):
+        raise DataError(f"--input-shard asks for {count} shards of {len(paths)} input files; give at most that many.")
+    mine = paths[number * len(paths) // count : (number + 1) * len(paths) // count]
+    return [_describe(path, options.input_format) for path in mine]
+
+
+def _expand(word: str) -> list[str]:
+    if word == STDIN or (is_remote(word) and not glob.has_magic(word)):
+        return [word]
+    if is_remote(word):
+        fs, key = filesystem(word)
+        found = sorted(fs.unstrip_protocol(name) for name in fs.glob(key))
+    elif os.path.isdir(word):
+        walked = (os.path.join(folder, name) for folder, _, names in os.walk(word) for name in names)
+        found = sorted(path for path in walked if _format_of(path)[0] is not None)
+    elif os.path.exists(word):
+        return [word]
+    else:
+        found = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
+    if not found:
+        folder = os.path.dirname(word) or "."
+        siblings = os.listdir(folder) if os.path.isdir(folder) else []
+        hint = nearest(os.path.basename(word), siblings)
+        raise DataError(f"--input {word!r} matches no file.{hint}")
+    return found
+
+
+def _format_of(path: str) -> tuple[str | None, str]:
+    """Returns (format or None if the suffix tells nothing, compression suffix or "")."""
+    stem, suffix = os.path.splitext(path)
+    compression = suffix if suffix in COMPRESSIONS else ""
+    return FORMATS.get(os.path.splitext(stem if compression else path)[1].lower()), compression
+
+
+def _describe(path: str, wanted: str) -> InputFile:
+    format_, compression = _format_of(path)
+    if wanted != "auto":
+        format_ = wanted
+    if path == STDIN:
+        if format_ is None:
+            raise DataError("Standard input needs --input-format jsonl, text or parquet.")
+        return InputFile(path, format_, "", 0)
+    if is_remote(path):
+        fs, key = filesystem(path)
+        try:
+            size, mtime = int(fs.size(key)), 0
+        except FileNotFoundError as error:
+            raise DataError(f"--input {path!r} does not exist.") from error
+    else:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise DataError(f"--input {path!r} cannot be read: {error.strerror}.") from error
+        size, mtime = status.st_size, status.st_mtime_ns
+    if format_ is None:
+        with open_stream(InputFile(path, "", compression, size)) as stream:
+            format_ = "jsonl" if stream.read(4096).lstrip()[:1] == b"{" else "text"
+    return InputFile(path, format_, compression, size, mtime)
+
+
+def open_stream(file: InputFile) -> BinaryIO:
+    """Returns the decompressed bytes of an input as a stream; DataError if it cannot be opened."""
+    try:
+        if file.path == STDIN:
+            return sys.stdin.buffer
+        if is_remote(file.path):
+            fs, key = filesystem(file.path)
+            raw: Any = fs.open(key, "rb")
+        else:
+            raw = open(file.path, "rb")
+    except OSError as error:
+        raise DataError(f"{file.path} cannot be read: {error}.") from error
+    if file.compression == ".gz":
+        import gzip
+
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if file.compression == ".bz2":
+        import bz2
+
+        return bz2.BZ2File(raw)  # type: ignore[return-value]
+    if file.compression == ".xz":
+        import lzma
+
+        return lzma.LZMAFile(raw)  # type: ignore[return-value]
+    if file.compression == ".zst":
+        return _open_zstd(raw, file.path)
+    return raw
+
+
+def _open_zstd(raw: Any, path: str) -> BinaryIO:
+    try:
+        from compression import zstd  # Python 3.14 and newer
+
+        return zstd.ZstdFile(raw)
+    except ImportError:
+        pass
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DataError(f"{path} needs the package zstandard: pip install 'megatron_samoe[data]'.") from error
+    # The window a frame may ask for is bounded (its default limit): a lying header cannot demand gigabytes.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+    return io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True), 1 << 20)  # type: ignore
+
+
+def read_errors() -> tuple[type[BaseException], ...]:
+    """Returns what a damaged compressed or Parquet stream may raise."""
+    import lzma
+    import zlib
+
+    kinds: list[type[BaseException]] = [OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, MemoryError]
+    if "zstandard" in sys.modules:
+        kinds.append(sys.modules["zstandard"].ZstdError)
+    if "compression.zstd" in sys.modules:
+        kinds.append(sys.modules["compression.zstd"].ZstdError)
+    if "pyarrow" in sys.modules:
+        kinds.append(sys.modules["pyarrow"].ArrowException)
+    return tuple(kinds)
+
+
+def cut(files: list[InputFile], options: PreprocessOptions) -> Iterator[Chunk]:
+    """Yields the chunks of all files, numbered from 0."""
+    number = 0
+    for file in files:
+        new_file = True
+        try:
+            for fields in _cut_file(file, options):
+                yield Chunk(number, file.path, new_file=new_file, **fields)
+                number, new_file = number + 1, False
+        except read_errors() as error:
+            reason = f"cannot be read any further: {str(error) or type(error).__name__}"
+            yield Chunk(number, file.path, "error", reason=reason, new_file=new_file)
+            number += 1
+
+
+def _cut_file(file: InputFile, options: PreprocessOptions) -> Iterator[dict[str, Any]]:
+    plain = not file.compression and file.path != STDIN and not is_remote(file.path)
+    if file.format == "parquet":
+        yield from _cut_parquet(file, options, plain)
+    elif file.format == "jsonl" and plain:
+        for start in range(0, file.num_bytes, options.chunk_bytes):
+            end = min(start + options.chunk_bytes, file.num_bytes)
+            yield {"kind": "range", "start": start, "end": end, "raw_bytes": end}
+    else:
+        with open_stream(file) as stream:
+            if file.format == "jsonl":
+                yield from _cut_lines(stream, options)
+            else:
+                yield from _cut_text(stream, options)
+
+
+def _position(stream: BinaryIO) -> int:
+    """Returns how far the file under a decompressing stream was read, 0 if it does not say."""
+    inner = getattr(stream, "fileobj", None) or getattr(stream, "_fp", None) or stream
+    try:
+        return int(inner.tell())
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def _cut_lines(stream: BinaryIO, options: PreprocessOptions) -> Iterator[dict[str, Any]]:
+    """Yields pieces of at least chunk_bytes that end with a line; longer only where one line is."""
+    pieces: list[bytes] = []
+    held = 0
+    while True:
+        block = stream.read(options.chunk_bytes)
+        if not block:
+            break
+        cut_at = block.rfind(b"\n") + 1
+        if cut_at == 0 and held + len(block) <= 2 * options.max_document_bytes:
+            pieces.append(block)
+            held += len(block)
+            continue
+        # A line beyond twice the limit is passed on in parts: each part is refused by the reader of lines.
+        cut_at = cut_at or len(block)
+        yield {"kind": "lines", "data": b"".join([*pieces, block[:cut_at]]), "raw_bytes": _position(stream)}
+        pieces, held = [block[cut_at:]], len(block) - cut_at
+    if held:
+        yield {"kind": "lines", "data": b"".join(pieces), "raw_bytes": _position(stream)}
+
+
+def _cut_text(stream: BinaryIO, options: PreprocessOptions) -> Iterator[dict[str, Any]]:
+    """Yields lists of documents of a text file, about chunk_bytes together."""
+    batch: list[bytes] = []
+    held = 0
+    for document in _text_documents(stream, options):
+        batch.append(document)
+        held += len(document)
+        if held >= options.chunk_bytes:
+            yield {"kind": "texts", "rows": tuple(batch), "raw_bytes": _position(stream)}
+            batch, held = [], 0
+    if batch:
+        yield {"kind": "texts", "rows": tuple(batch), "raw_bytes": _position(stream)}
+
+
+def _text_documents(stream: BinaryIO, options: PreprocessOptions) -> Iterator[bytes]:
+    """Yields the documents of a text file; one longer than the limit comes as its first bytes (and is refused)."""
+    separator, limit = options.separator(), options.max_document_bytes + 1
+    if separator is None:
+        document = stream.read(limit)
+        if document.strip():
+            yield document
+        return
+    lines: list[bytes] = []
+    held = 0
+    while line := stream.readline(limit):
+        if separator.match(line):
+            if document := b"".join(lines).strip(b"\r\n"):
+                yield document
+            lines, held = [], 0
+            if not line.strip():
+                continue
+        if held < limit:
+            lines.append(line)
+            held += len(line)
+    if document := b"".join(lines).strip(b"\r\n"):
+        yield document
+
+
+def _cut_parquet(file: InputFile, options: PreprocessOptions, plain: bool) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{file.path} needs the package pyarrow: pip install 'megatron_samoe[data]'.") from error
+    with tempfile.TemporaryFile(dir=os.path.dirname(options.output_prefix) or ".") as spool:
+        if plain:
+            source: Any = file.path
+        else:  # Parquet is read from its end: a stream goes to disk first
+            with open_stream(file) as stream:
+                shutil.copyfileobj(stream, spool, 1 << 20)
+            source = spool
+        parquet = pyarrow.parquet.ParquetFile(source, memory_map=False)
+        missing = [key for key in options.json_keys if key not in parquet.schema_arrow.names]
+        if missing:
+            columns = ", ".join(parquet.schema_arrow.names)
+            raise DataError(f"{file.path} has no column {missing[0]!r}; its columns are {columns}.")
+        total = max(parquet.metadata.num_rows, 1)
+        row_bytes = max(file.num_bytes // total, 1)
+        size, done = max(1, min(8192, options.chunk_bytes // row_bytes)), 0
+        for batch in parquet.iter_batches(batch_size=size, columns=list(options.json_keys)):
+            columns_ = [batch.column(batch.schema.get_field_index(key)).to_pylist() for key in options.json_keys]
+            done += batch.num_rows
+            yield {
+                "kind": "rows",
+                "rows": tuple(zip(*columns_, strict=True)),
+                "raw_bytes": file.num_bytes * done // total,
+            }

@@ -1,0 +1,154 @@
+"""The journal of a run: which chunks are in the output, so that a killed run goes on where it was.
+
+One JSON line per event, appended: a header that says what the run is, a line per chunk in order (sizes and
+checksums per key, counts, bad lines), and one that says that everything is written. A last line cut short by a kill is
+ignored. On resuming, the chunks' bytes are compared with their checksums, so what a crash of the machine took from
+the disk is simply done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from megatron_samoe.datasets.preprocess import checksums
+from megatron_samoe.datasets.preprocess.writer import Place, Written, partial_paths
+from megatron_samoe.errors import DataError
+
+REPORTED_BAD_LINES = 20
+
+
+@dataclass
+class Totals:
+    """Sums over the chunks in the output."""
+
+    places: list[Place]
+    crcs: list[int]
+    max_token_ids: list[int]
+    num_chunks: int = 0
+    num_bytes: int = 0
+    num_lines: int = 0
+    num_bad: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    first_bad: list[tuple[str, int, str]] = field(default_factory=list)
+    """(file, line from 1, reason) of the first bad lines."""
+    line_in_file: int = 0
+    """Lines of the current file in front of the next chunk."""
+
+    @classmethod
+    def start(cls, num_keys: int) -> Totals:
+        return cls([Place()] * num_keys, [0] * num_keys, [-1] * num_keys)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Adds the journal entry of the next chunk."""
+        for key, values in enumerate(entry["keys"]):
+            written = Written(*values)
+            self.places[key] = self.places[key].after(written.num_bytes, written.num_sequences, written.num_documents)
+            self.crcs[key] = checksums.combine(self.crcs[key], written.bin_crc32, written.num_bytes)
+            self.max_token_ids[key] = max(self.max_token_ids[key], written.max_token_id)
+        if entry["new_file"]:
+            self.line_in_file = 0
+        for line, reason in entry["bad"]:
+            if len(self.first_bad) < REPORTED_BAD_LINES:
+                self.first_bad.append((entry["file"], self.line_in_file + line + 1, reason))
+        self.line_in_file += entry["lines"]
+        self.num_chunks += 1
+        self.num_bytes += entry["bytes"]
+        self.num_lines += entry["lines"]
+        self.num_bad += entry["num_bad"]
+        for reason, count in entry["left_out"].items():
+            self.left_out[reason] = self.left_out.get(reason, 0) + count
+
+
+class Journal:
+    """An open journal, locked against a second run with the same output."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._file: TextIO = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"Another run is writing the same output ({path} is locked).") from error
+
+    def restart(self, header: dict[str, Any]) -> None:
+        """Forgets everything and begins with `header`."""
+        self._file.seek(0)
+        self._file.truncate()
+        self.append(header)
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Adds a line."""
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Makes what was appended survive a crash of the machine."""
+        os.fsync(self._file.fileno())
+
+    def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+        """Returns (header or None, later entries), and cuts off a damaged tail."""
+        self._file.seek(0)
+        entries, good = [], 0
+        for line in self._file.read().split("\n")[:-1]:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+            good += len(line.encode()) + 1
+        self._file.seek(0, os.SEEK_END)
+        os.ftruncate(self._file.fileno(), good)
+        return (entries[0], entries[1:]) if entries else (None, [])
+
+    def keep(self, header: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+        """Goes on after `entries`: what followed them is forgotten."""
+        text = "".join(json.dumps(entry) + "\n" for entry in [header, *entries])
+        if os.fstat(self._file.fileno()).st_size != len(text.encode()):
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.write(text)
+            self._file.flush()
+
+    def close(self, remove: bool) -> None:
+        """Ends the lock, and removes the file if the run is complete or never began."""
+        if remove or os.fstat(self._file.fileno()).st_size == 0:
+            os.unlink(self.path)
+        self._file.close()
+
+
+def verified(entries: list[dict[str, Any]], prefixes: list[str]) -> list[dict[str, Any]]:
+    """Returns the leading chunk entries whose bytes are in the partial files."""
+    if not all(os.path.exists(path) for prefix in prefixes for path in partial_paths(prefix)):
+        return []
+    totals = Totals.start(len(prefixes))
+    for number, entry in enumerate(entries):
+        if entry.get("chunk") != number:
+            return entries[:number]
+        for prefix, values, place in zip(prefixes, entry["keys"], totals.places, strict=True):
+            written = Written(*values)
+            parts = (
+                (place.num_bytes, written.num_bytes, written.bin_crc32),
+                (4 * place.num_sequences, 4 * written.num_sequences, written.lengths_crc32),
+                (8 * (1 + place.num_documents), 8 * written.num_documents, written.boundaries_crc32),
+            )
+            for path, (start, size, crc) in zip(partial_paths(prefix), parts, strict=True):
+                if os.path.getsize(path) < start + size or checksums.file_crc32(path, start, size) != crc:
+                    return entries[:number]
+        totals.add(entry)
+    return entries
+
+
+def chunk_entry(
+    number: int, file: str, new_file: bool, written: list[Written], lines: int, num_bytes: int,
+    bad: list[tuple[int, str]], left_out: dict[str, int],
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the journal line of a chunk."""
+    return {
+        "chunk": number, "file": file, "new_file": new_file,
+        "keys": [list(dataclasses.astuple(w)) for w in written],
+        "lines": lines, "bytes": num_bytes, "num_bad": len(bad), "bad": bad[:REPORTED_BAD_LINES], "left_out": left_out,
+    }  # fmt: skip

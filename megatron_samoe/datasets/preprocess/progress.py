@@ -1,0 +1,55 @@
+"""Shows how far a run is: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from megatron_samoe.datasets.preprocess.journal import Totals
+
+
+class Progress:
+    """Prints to standard error.
+
+    Args:
+        total_bytes: of the inputs on disk; 0 if unknown (standard input).
+        itemsize: bytes per token.
+        log_interval: documents between lines where the output is no terminal.
+        quiet: print nothing.
+    """
+
+    def __init__(self, total_bytes: int, itemsize: int, log_interval: int, quiet: bool):
+        self._total, self._itemsize, self._interval = total_bytes, itemsize, log_interval
+        self._quiet, self._terminal = quiet, sys.stderr.isatty()
+        self._start = self._shown = time.monotonic()
+        self._shown_documents = self._first_bytes = self._first_documents = -1
+        self._done = 0
+
+    def show(self, totals: Totals, raw_bytes: int, last: bool = False) -> None:
+        """Shows the state after a chunk; `raw_bytes` counts input on disk."""
+        documents = totals.places[0].num_documents
+        if self._first_bytes < 0:
+            self._first_bytes, self._first_documents = totals.num_bytes, documents
+        now = time.monotonic()
+        due = now - self._shown >= 0.2 if self._terminal else documents - self._shown_documents >= self._interval
+        if not self._terminal and now - self._shown < 1.0:
+            due = False
+        if self._quiet or not (due or last):
+            return
+        elapsed = max(now - self._start, 1e-6)
+        share = min(raw_bytes / self._total, 1.0) if self._total else 0.0
+        tokens = sum(place.num_bytes for place in totals.places) // self._itemsize
+        left = f", {elapsed * (1 - share) / share:.0f} s left" if 0 < share < 1 else ""
+        text = (
+            f"{documents:,} documents, {tokens:,} tokens, {(documents - self._first_documents) / elapsed:,.0f} "
+            "documents/s, "
+            f"{(totals.num_bytes - self._first_bytes) / 1e6 / elapsed:.1f} MB/s{left}"
+        )
+        if self._terminal:
+            filled = int(30 * share)
+            bar = f"[{'#' * filled}{'.' * (30 - filled)}] {share:4.0%} " if self._total else ""
+            sys.stderr.write(f"\r\x1b[K{bar}{text}" + ("\n" if last else ""))
+        else:
+            sys.stderr.write((f"{share:4.0%} " if self._total else "") + text + "\n")
+        sys.stderr.flush()
+        self._shown, self._shown_documents = now, documents

@@ -1,0 +1,156 @@
+"""A worker: takes messages, encodes chunks, writes them. Runs in a process of its own, in-process, or as a Ray actor.
+
+Messages in, one answer each:
+
+    ("chunk", Chunk)                      -> ("done", Summary)
+    ("write", number, places, keep mask)  -> ("written", number, [Written per key])
+
+A worker ends when its connection closes, so none outlives a coordinator that was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from megatron_samoe.datasets.preprocess.encode import Encoded, Encoder
+from megatron_samoe.datasets.preprocess.options import PreprocessOptions
+from megatron_samoe.datasets.preprocess.writer import ShardWriter
+from megatron_samoe.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What the coordinator must know of the tokenizer, which only the workers load."""
+
+    fingerprint: str
+    vocab_size: int
+    eod: int
+    itemsize: int
+    dtype: str
+    engine: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the coordinator must know of an encoded chunk to give it a place."""
+
+    number: int
+    sizes: list[tuple[int, int, int]]
+    """Per key: bytes of tokens, sequences, documents."""
+    num_lines: int
+    num_bytes: int
+    bad: list[tuple[int, str]]
+    left_out: dict[str, int]
+    keys: np.ndarray | None
+    document_sizes: list[np.ndarray] | None
+    """With de-duplication, per key: [documents, 2] of bytes and sequences, to know the sizes after it."""
+
+
+class Worker:
+    """Encodes chunks, keeps them until they have a place, writes them."""
+
+    def __init__(self, options: PreprocessOptions):
+        self.encoder = Encoder(options)
+        self._writers = [ShardWriter(options.dataset_prefix(key)) for key in options.json_keys]
+        self._held: dict[int, Encoded] = {}
+
+    def facts(self) -> TokenizerFacts:
+        tokenizer = self.encoder.tokenizer
+        return TokenizerFacts(
+            tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod,
+            self.encoder.dtype.itemsize, self.encoder.dtype.str, getattr(tokenizer, "engine", type(tokenizer).__name__),
+        )  # fmt: skip
+
+    def handle(self, message: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns the answer to one message; what went wrong is an answer too."""
+        try:
+            if message[0] == "chunk":
+                return ("done", self._encode(message[1]))
+            assert message[0] == "write"
+            return ("written", message[1], self._write(*message[1:]))
+        except DataError as error:
+            return ("refused", str(error))
+        except OSError as error:
+            return ("refused", f"The output cannot be written: {error}.")
+        except Exception:
+            return ("crashed", traceback.format_exc())
+
+    def _encode(self, chunk: Any) -> Summary:
+        encoded = self.encoder.encode(chunk)
+        self._held[encoded.number] = encoded
+        sizes = [(c.tokens.nbytes, len(c.lengths), len(c.sequences)) for c in encoded.columns]
+        per_document = None
+        if encoded.keys is not None:
+            per_document = []
+            for column in encoded.columns:
+                owners = np.repeat(np.arange(len(column.sequences)), column.sequences)
+                tokens = np.bincount(owners, weights=column.lengths, minlength=len(column.sequences)).astype(np.int64)
+                per_document.append(np.stack([tokens * self.encoder.dtype.itemsize, column.sequences], axis=1))
+        return Summary(
+            encoded.number, sizes, encoded.num_lines, encoded.num_bytes,
+            encoded.bad, encoded.left_out, encoded.keys, per_document,
+        )  # fmt: skip
+
+    def _write(self, number: int, places: list[Any], keep: np.ndarray | None) -> list[Any]:
+        columns = self._held.pop(number).columns
+        if keep is not None:
+            columns = [column.keep(keep) for column in columns]
+        return [writer.write(*pair) for writer, *pair in zip(self._writers, columns, places, strict=True)]
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def serve(connection: Connection) -> None:
+    """Answers messages until the connection closes. Writes come before chunks: they free memory."""
+    try:
+        worker = Worker(connection.recv())
+        connection.send(("ready", worker.facts()))
+    except DataError as error:
+        connection.send(("refused", str(error)))
+        return
+    chunks: queue.Queue[Any] = queue.Queue()
+    writes: queue.Queue[Any] = queue.Queue()
+    # Messages are taken in by a thread of its own, so that the coordinator never waits while a chunk is encoded.
+    threading.Thread(target=_take_in, args=(connection, chunks, writes), daemon=True).start()
+    while True:
+        chunk = chunks.get()
+        while not writes.empty():
+            connection.send(worker.handle(writes.get()))
+        if chunk is not None:
+            connection.send(worker.handle(chunk))
+
+
+def _take_in(connection: Connection, chunks: queue.Queue[Any], writes: queue.Queue[Any]) -> None:
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            # Nobody is left to answer. What is half done was never promised.
+            os._exit(0)
+        if message[0] == "chunk":
+            chunks.put(message)
+        else:
+            writes.put(message)
+            chunks.put(None)  # wakes the loop
+
+
+def main(handle: int) -> None:
+    """Serves the coordinator at the other end of an inherited socket until it closes."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # The coordinator decides what an interrupt means; its end closes the connection.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        serve(Connection(handle))
+    except (BrokenPipeError, ConnectionResetError, EOFError):
+        pass

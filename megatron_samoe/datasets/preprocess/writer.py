@@ -1,0 +1,71 @@
+"""The files under construction. Workers write to places the coordinator gives them; nobody writes in between."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_samoe.datasets.preprocess.encode import Column
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the next chunk of one key goes: counts of what is in front of it."""
+
+    num_bytes: int = 0
+    num_sequences: int = 0
+    num_documents: int = 0
+
+    def after(self, num_bytes: int, num_sequences: int, num_documents: int) -> Place:
+        """Returns the place after a chunk of these sizes."""
+        return Place(self.num_bytes + num_bytes, self.num_sequences + num_sequences, self.num_documents + num_documents)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Sizes and checksums of one key of one chunk, for the journal."""
+
+    num_bytes: int
+    num_sequences: int
+    num_documents: int
+    max_token_id: int
+    bin_crc32: int
+    lengths_crc32: int
+    boundaries_crc32: int
+
+
+def partial_paths(prefix: str) -> tuple[str, str, str]:
+    """Returns the paths of tokens, sequence lengths and document boundaries while a dataset is made."""
+    return f"{prefix}.bin.partial", f"{prefix}.lengths.partial", f"{prefix}.boundaries.partial"
+
+
+class ShardWriter:
+    """Writes chunks of one key at given places of the three files, which it opens at the first write."""
+
+    def __init__(self, prefix: str):
+        self._paths = partial_paths(prefix)
+        self._files: list[int] = []
+
+    def write(self, column: Column, place: Place) -> Written:
+        """Writes one chunk and returns its sizes and checksums."""
+        if not self._files:
+            self._files = [os.open(path, os.O_WRONLY) for path in self._paths]
+        boundaries = np.cumsum(column.sequences, dtype=np.int64) + place.num_sequences
+        offsets = (place.num_bytes, 4 * place.num_sequences, 8 * (1 + place.num_documents))
+        crcs = []
+        for file, array, offset in zip(self._files, (column.tokens, column.lengths, boundaries), offsets, strict=True):
+            view = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+            crcs.append(zlib.crc32(view))
+            done = 0
+            while done < len(view):
+                done += os.pwrite(file, view[done:], offset + done)
+        top = int(column.tokens.max()) if column.tokens.size else -1
+        return Written(column.tokens.nbytes, len(column.lengths), len(boundaries), top, *crcs)
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+        self._files = []

@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Makes indexed datasets (.bin and .idx) from text: see --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_samoe.datasets.preprocess.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
