@@ -1,0 +1,115 @@
+"""Every layout trains the model of one process: losses, norms, gradients and updated weights."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.train_step import compute_gradients, train_step
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+    "one process": (1, {}),
+    "dp2": (2, {}),
+    "tp2": (2, {"tp": 2}),
+    "ep2": (2, {"ep": 2}),
+    "tp2 etp1": (2, {"tp": 2, "etp": 1}),
+    "tp2 ep2": (4, {"tp": 2, "ep": 2}),
+    "tp2 etp1 ep4": (4, {"tp": 2, "etp": 1, "ep": 4}),
+    "ep2 edp2": (4, {"ep": 2}),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"layout": "dense"},
+    "moe": {"layout": "moe"},
+    "samoe step": {"layout": "samoe", "samoe_combine": "step"},
+    "samoe layer": {"layout": "samoe", "samoe_combine": "layer"},
+    "moe top2 llama": {"layout": "moe", "style": "llama", "moe_router_topk": 2, "moe_z_loss_coeff": 0.01,
+                       "moe_shared_expert_intermediate_size": 16},
+    "samoe per expert": {"layout": "samoe", "style": "llama", "samoe_granularity": "expert", "samoe_init": "uniform",
+                         "samoe_normalization": "softmax", "moe_router_topk": 2, "moe_layer_freq": "2"},
+    "samoe noisy": {"layout": "samoe", "hidden_dropout": 0.1, "moe_input_jitter_eps": 0.05,
+                    "moe_expert_capacity_factor": 1.0, "recompute_granularity": "full"},
+    "moe sequence balance": {"layout": "moe", "moe_router_load_balancing_type": "seq_aux_loss",
+                             "moe_router_topk": 2, "moe_router_score_function": "sigmoid",
+                             "recompute_granularity": "selective"},
+}  # fmt: skip
+
+IN_DOUBLE = ("samoe step", "samoe layer", "samoe per expert")
+
+
+def train(config: PretrainConfig, dtype: torch.dtype = torch.float32, steps: int = 5) -> dict[str, Any]:
+    """Returns the losses and norms of a few steps, the first step's gradients and the last weights, all whole."""
+    parallel = initialize_model_parallel(config.parallel)
+    setup = build_setup(config, VOCAB_SIZE, parallel, dtype)
+    state = initial_state(setup)
+    compute_gradients(setup, state, micro_batches(setup, 0))
+    named = setup.model.global_parameters()
+    gradients = gather_global({n: (p, p.main_grad) for n, p in named.items() if p.requires_grad}, parallel)
+    losses, norms, balance = [], [], []
+    for step in range(steps):
+        result, state = train_step(setup, state, micro_batches(setup, step))
+        losses.append(result.lm_loss)
+        norms.append(result.grad_norm)
+        balance.append(result.routing.load_balance_loss if result.routing else 0.0)
+    weights = gather_global({n: (p, p) for n, p in named.items()}, parallel)
+    return {"losses": losses, "norms": norms, "balance": balance, "gradients": gradients, "weights": weights}
+
+
+def layout_config(layout: str, model: str) -> PretrainConfig:
+    sizes = dict(LAYOUTS[layout][1])
+    if model == "dense":
+        sizes = {axis: size for axis, size in sizes.items() if axis == "tp"}
+    return with_layout(tiny_config(**MODELS[model]), **sizes)
+
+
+def train_each(configs: list[PretrainConfig], dtype: torch.dtype) -> list[dict[str, Any]] | None:
+    """Trains one model after the other on the same processes; the first rank has the results."""
+    results = [train(config, dtype) for config in configs]
+    return results if not dist.is_initialized() or dist.get_rank() == 0 else None
+
+
+@cache
+def results_of(layout: str, dtype: torch.dtype, models: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    configs = [layout_config(layout, model) for model in models]
+    results = run_ranks(train_each, LAYOUTS[layout][0], configs, dtype, timeout_s=300)[0]
+    return dict(zip(models, results, strict=True))
+
+
+def assert_same(actual: dict[str, Any], expected: dict[str, Any], rtol: float) -> None:
+    for key in ("losses", "norms", "balance"):
+        torch.testing.assert_close(torch.tensor(actual[key]), torch.tensor(expected[key]), rtol=rtol, atol=0.0)
+    assert actual["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(
+            actual["gradients"][name], gradient, rtol=rtol, atol=rtol * scale,
+            msg=lambda m, n=name: f"gradient of {n}: {m}",
+        )  # fmt: skip
+    assert expected["weights"].keys() == actual["weights"].keys()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
+def test_layout_equals_one_process(layout: str, model: str) -> None:
+    expected = results_of("one process", torch.float32, tuple(MODELS))[model]
+    assert_same(results_of(layout, torch.float32, tuple(MODELS))[model], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", IN_DOUBLE)
+@pytest.mark.parametrize("layout", ["tp2 ep2", "tp2 etp1 ep4"])
+def test_layout_equals_one_process_in_double_precision(layout: str, model: str) -> None:
+    expected = results_of("one process", torch.float64, IN_DOUBLE)[model]
+    result = results_of(layout, torch.float64, IN_DOUBLE)[model]
+    assert_same(result, expected, rtol=1e-11)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=1e-9, atol=1e-11)

@@ -1,0 +1,98 @@
+"""Runs a function on several rank processes inside one pytest function.
+
+Processes come from a fork server that has torch and the package loaded, talk over gloo through a file store, use one
+thread each, and bring back their results or the first failure's traceback.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "megatron_samoe.training.trainer"])
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or hung; the message has its traceback."""
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Returns [function(*args) on rank r for r in range(world_size)], with torch.distributed initialized for more than
+    one rank.
+
+    Args:
+        function: importable from its module; its result must be picklable.
+
+    Raises:
+        RankFailure: with the traceback of the rank that failed first.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes, pipes = [], []
+        for rank in range(world_size):
+            here, there = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_rank_main, args=(function, rank, world_size, os.path.join(folder, "store"), there, timeout_s, args)
+            )
+            process.start()
+            there.close()
+            processes.append(process)
+            pipes.append(here)
+        try:
+            return _collect(processes, pipes, time.monotonic() + timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(processes: list[Any], pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        open_pipes = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+        ready = wait(list(open_pipes), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankFailure(f"ranks {sorted(open_pipes.values())} did not finish in time")
+        for pipe in ready:
+            rank = open_pipes[pipe]
+            try:
+                ok, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                processes[rank].join(5)
+                raise RankFailure(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+            if not ok:
+                raise RankFailure(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(
+    function: Callable[..., Any], rank: int, world_size: int, store: str, pipe: Connection, timeout_s: float, args: Any
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    try:
+        if world_size > 1:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
+                timeout=timedelta(seconds=timeout_s),
+            )  # fmt: skip
+        # Plain pickle copies tensors; multiprocessing's own would share memory that dies with this process.
+        pipe.send_bytes(pickle.dumps((True, function(*args))))
+    except BaseException:
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+    finally:
+        pipe.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,89 @@
+"""Tiny models and batches for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.config import MoEConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainingConfig
+from megatron_samoe.parallel_state import ParallelState, get_shard_spec
+from megatron_samoe.training.setup import TrainSetup
+
+VOCAB_SIZE = 103
+
+GPT3_STYLE = ModelConfig(
+    num_layers=4, hidden_size=32, num_attention_heads=4, seq_length=16, make_vocab_size_divisible_by=8
+)
+LLAMA_STYLE = replace(
+    GPT3_STYLE, swiglu=True, normalization="RMSNorm", position_embedding_type="rope", disable_bias_linear=True,
+    group_query_attention=True, num_query_groups=2, untie_embeddings_and_output_weights=True, ffn_hidden_size=48,
+)  # fmt: skip
+
+
+def tiny_config(layout: str = "samoe", **options: Any) -> PretrainConfig:
+    """Returns a small configuration; options are field names of any group, `style` picks GPT-3's or LLaMA's."""
+    model = LLAMA_STYLE if options.pop("style", "gpt3") == "llama" else GPT3_STYLE
+    config = PretrainConfig(
+        model=model,
+        moe=MoEConfig(expert_layout=layout, num_experts=4, num_expert_banks=2),
+        training=TrainingConfig(micro_batch_size=2, global_batch_size=8, train_iters=10, eval_iters=1),
+    )
+    return with_options(config, **options)
+
+
+def with_options(config: PretrainConfig, **options: Any) -> PretrainConfig:
+    """Returns the configuration with fields replaced, whichever group they are in."""
+    for name, value in options.items():
+        group = next(g for g, v in vars(config).items() if hasattr(v, name) and name in v.__dataclass_fields__)
+        config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+    return config
+
+
+def with_layout(config: PretrainConfig, **sizes: int) -> PretrainConfig:
+    """Returns the configuration with a parallel layout: tp, ep, etp."""
+    names = {"tp": "tensor_model_parallel_size", "ep": "expert_model_parallel_size", "etp": "expert_tensor_parallel_size"}
+    return replace(config, parallel=ParallelConfig(**{names[k]: v for k, v in sizes.items()}))
+
+
+def global_batch(config: PretrainConfig, step: int, batch_size: int = 8) -> dict[str, Tensor]:
+    """Returns a step's whole batch, the same in every layout."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    ids = torch.randint(0, VOCAB_SIZE, (batch_size, config.model.seq_length + 1), generator=generator)
+    return {
+        "tokens": ids[:, :-1].contiguous(),
+        "labels": ids[:, 1:].contiguous(),
+        "loss_mask": torch.ones(batch_size, config.model.seq_length),
+    }
+
+
+def micro_batches(setup: TrainSetup, step: int) -> list[dict[str, Tensor]]:
+    """Returns this rank's micro-batches of a step, dealt out as the sampler does."""
+    whole = global_batch(setup.config, step, setup.batch_size)
+    size, dp = setup.config.training.micro_batch_size, setup.parallel.dp
+    starts = range(dp.rank * size, setup.batch_size, size * dp.size)
+    return [{name: t[start : start + size] for name, t in whole.items()} for start in starts]
+
+
+def gather_global(parts: dict[str, tuple[Any, Tensor]], parallel: ParallelState) -> dict[str, Tensor]:
+    """Returns whole tensors, put together from all ranks' parts {name: (parameter, tensor)}; every copy must agree."""
+    own = {
+        name: (spec.global_shape(t.shape, parallel), spec.offsets(t.shape, parallel), t.detach())
+        for name, (parameter, t) in parts.items()
+        for spec in [get_shard_spec(parameter)]
+    }
+    whole: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for ranks_parts in parallel.world.all_gather_object(own):
+        for name, (shape, offsets, part) in ranks_parts.items():
+            target = whole.setdefault(name, torch.zeros(shape, dtype=part.dtype))
+            filled = seen.setdefault(name, torch.zeros(shape, dtype=torch.bool))
+            place = tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))
+            if filled[place].all() and part.numel():
+                torch.testing.assert_close(target[place], part, rtol=1e-5, atol=1e-8, msg=f"replicas of {name} differ")
+            target[place] = part
+            filled[place] = True
+    assert all(f.all() for f in seen.values())
+    return whole
