@@ -119,9 +119,9 @@ Tensor permute(const Tensor& x, const Tensor& slot_of_row, int64_t topk) {
   const int64_t num_rows = slot_of_row.size(0);
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
   Tensor rows = at::empty({num_rows, x.size(1)}, x.options());
-  samoe::cpu::gather_rows(static_cast<const char*>(x.const_data_ptr()), slot_of_row.const_data_ptr<int64_t>(), num_rows,
-                          topk, row_bytes, static_cast<char*>(rows.mutable_data_ptr()),
-                          threads_for(2 * num_rows * row_bytes));
+  samoe::cpu::kernels().gather_rows(
+      {static_cast<const char*>(x.const_data_ptr()), slot_of_row.const_data_ptr<int64_t>(), num_rows, topk, row_bytes,
+       static_cast<char*>(rows.mutable_data_ptr()), threads_for(2 * num_rows * row_bytes)});
   return rows;
 }
 
@@ -153,10 +153,11 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& dy, const Tensor& ro
   TORCH_CHECK_VALUE(dy.size(0) == row_of_slot.size(0) && dy.size(1) == rows.size(1), "dy is ", dy.sizes());
   TORCH_CHECK_VALUE(slot_of_row.numel() == rows.size(0), "slot_of_row has ", slot_of_row.numel(), " rows");
   Tensor drows = at::empty(rows.sizes(), rows.options()), dprobs = at::empty(probs.sizes(), probs.options());
-  samoe::cpu::kernels().unpermute_backward(
-      {dtype_of(rows), dy.const_data_ptr(), rows.const_data_ptr(), probs.const_data_ptr<float>(),
-       row_of_slot.const_data_ptr<int64_t>(), row_of_slot.size(0), row_of_slot.size(1), rows.size(1),
-       drows.mutable_data_ptr(), dprobs.mutable_data_ptr<float>(), threads_for(static_cast<int64_t>(2 * rows.nbytes()))});
+  samoe::cpu::kernels().unpermute_backward({dtype_of(rows), dy.const_data_ptr(), rows.const_data_ptr(),
+                                            probs.const_data_ptr<float>(), row_of_slot.const_data_ptr<int64_t>(),
+                                            row_of_slot.size(0), row_of_slot.size(1), rows.size(1),
+                                            drows.mutable_data_ptr(), dprobs.mutable_data_ptr<float>(),
+                                            threads_for(static_cast<int64_t>(2 * rows.nbytes()))});
   return {drows, dprobs};
 }
 

@@ -1,7 +1,7 @@
 // Launchers of the CPU kernels on raw pointers. No torch header below this line.
 //
-// Shapes are named as in the Python package: T tokens, K top-k, E experts, N rows, H hidden, G groups, L layers, P banks.
-// bf16 is passed as raw 16-bit words. Every kernel gives the same bits whatever num_threads is.
+// Shapes are named as in the Python package: T tokens, K top-k, E experts, N rows, H hidden, G groups, L layers, P
+// banks. bf16 is passed as raw 16-bit words. Every kernel gives the same bits whatever num_threads is.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +36,15 @@ struct GateBackward {
   int64_t num_tokens, num_experts, topk, num_groups;
   bool sigmoid, pre_softmax;
   float* dlogits_TE;
+  int num_threads;
+};
+
+// Row r of out is row index[r] / divisor of x.
+struct GatherRows {
+  const char* x;
+  const int64_t* index_N;
+  int64_t num_rows, divisor, row_bytes;
+  char* out;
   int num_threads;
 };
 
@@ -92,6 +101,7 @@ struct Kernels {
   const char* instruction_set;
   void (*gate_forward)(const GateForward&);
   void (*gate_backward)(const GateBackward&);
+  void (*gather_rows)(const GatherRows&);
   void (*unpermute)(const Unpermute&);
   void (*unpermute_backward)(const UnpermuteBackward&);
   void (*combine)(const Combine&);
@@ -100,10 +110,6 @@ struct Kernels {
 
 // The best set for this CPU, chosen once. MEGATRON_SAMOE_ISA=portable|avx2|avx512 asks for a lesser one.
 const Kernels& kernels();
-
-// Copies row index[r] / divisor of x to row r.
-void gather_rows(const char* x, const int64_t* index_N, int64_t num_rows, int64_t divisor, int64_t row_bytes, char* out,
-                 int num_threads);
 
 // Counting sort of num_slots expert ids, in two steps because the caller allocates what the first one counts.
 // count_slots fills counts_E and cursor (num_chunks x E, where each chunk of slots starts writing in each expert) and

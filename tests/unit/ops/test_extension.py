@@ -34,7 +34,13 @@ print("available", extension.available(), bool(extension.build_info().get("instr
 def _run(code: str, package_parent: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(package_parent), "OMP_NUM_THREADS": "1", **environment},
+        env={
+            **os.environ,
+            extension.ENVIRONMENT_VARIABLE: "auto",
+            "PYTHONPATH": str(package_parent),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
         cwd=package_parent,
         capture_output=True,
         text=True,

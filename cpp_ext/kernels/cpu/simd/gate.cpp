@@ -110,7 +110,8 @@ void chosen_probs(const GateForward& a, const float* scores, float scale, const 
     sum += probs[k];
   }
   if (a.sigmoid && a.pre_softmax) return;
-  if (!a.pre_softmax) scale = 1.0f / sum;  // the best chosen expert is the row's best: the sum cannot vanish in a softmax
+  if (!a.pre_softmax)
+    scale = 1.0f / sum;  // the best chosen expert is the row's best: the sum cannot vanish in a softmax
   for (int64_t k = 0; k < a.topk; ++k) probs[k] *= scale;
 }
 

@@ -1,7 +1,7 @@
 // Vectors of one instruction set, written with the compilers' vector types: one source, compiled once per set.
 //
-// SAMOE_ISA names the set and the namespace. The files of this directory use no standard-library template: a weak symbol
-// compiled here with AVX-512 could be the one that the linker keeps for code that runs on every CPU.
+// SAMOE_ISA names the set and the namespace. The files of this directory use no standard-library template: a weak
+// symbol compiled here with AVX-512 could be the one that the linker keeps for code that runs on every CPU.
 #pragma once
 
 #include <cstdint>

@@ -1,19 +1,10 @@
-// Row copies and the counting sort behind a permutation.
+// The counting sort behind a permutation.
 #include <cstring>
 
 #include "../kernels.h"
 
 namespace samoe {
 namespace cpu {
-
-void gather_rows(const char* x, const int64_t* index_N, int64_t num_rows, int64_t divisor, int64_t row_bytes, char* out,
-                 int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const int64_t source = divisor == 1 ? index_N[r] : index_N[r] / divisor;
-    std::memcpy(out + r * row_bytes, x + source * row_bytes, static_cast<size_t>(row_bytes));
-  }
-}
 
 int64_t num_slot_chunks(int64_t num_slots, int64_t num_experts, int num_threads) {
   // A chunk pays for its own counters: many slots per expert, or one chunk is faster.

@@ -1,4 +1,4 @@
-// Weighted un-permutation and its backward: whole tokens per thread, each output row written once.
+// Rows to experts and back: whole rows or tokens per thread, each output row written once.
 #include <cstdlib>
 
 #include "../../kernels.h"
@@ -23,7 +23,8 @@ SAMOE_INLINE void put(T* p, vf v, bool streamed) {
 
 // y = sum over i of weight[i] * rows[i], for a number of rows known to the compiler (0: known at run time).
 template <typename T, int COUNT>
-SAMOE_INLINE void weighted_sum(const T* const* rows, const float* weights, int64_t num, int64_t hidden, T* y, bool streamed) {
+SAMOE_INLINE void weighted_sum(const T* const* rows, const float* weights, int64_t num, int64_t hidden, T* y,
+                               bool streamed) {
   const int64_t count = COUNT > 0 ? COUNT : num;
   const int64_t whole = hidden / kLanes * kLanes;
   for (int64_t h = 0; h < whole; h += kLanes) {
@@ -121,6 +122,28 @@ void unpermute_backward_typed(const UnpermuteBackward& a) {
 }
 
 }  // namespace
+
+void gather_rows(const GatherRows& a) {
+  const bool streamed =
+      a.num_rows * a.row_bytes >= kStreamBytes && can_stream(a.out) && a.row_bytes % SAMOE_VECTOR_BYTES == 0;
+#pragma omp parallel num_threads(a.num_threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < a.num_rows; ++r) {
+      const int64_t source = a.divisor == 1 ? a.index_N[r] : a.index_N[r] / a.divisor;
+      const char* from = a.x + source * a.row_bytes;
+      char* to = a.out + r * a.row_bytes;
+      if (!streamed) {
+        memcpy(to, from, static_cast<size_t>(a.row_bytes));
+        continue;
+      }
+      for (int64_t i = 0; i < a.row_bytes; i += SAMOE_VECTOR_BYTES) {
+        stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+      }
+    }
+    if (streamed) fence();
+  }
+}
 
 void unpermute(const Unpermute& a) {
   if (a.dtype == DType::f32) {
