@@ -1,0 +1,49 @@
+# make quickstart   the main job on real text        make test    every test
+# Both install first: a virtual environment in .venv, the dependencies, the compiled extension.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find cpp_ext -type f -not -path '*/__pycache__/*')
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: install quickstart test test-unit test-distributed lint check-python clean
+
+install: $(VENV)/.installed
+
+check-python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed, this is $$($(PYTHON) --version); make PYTHON=python3.11 chooses another"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || echo "note: no C++ compiler, so the slower pure-Python path is used: apt-get install g++ brings one"
+
+# The extension is compiled against the environment's torch, so torch comes first and the build is not isolated.
+$(VENV)/.installed: $(SOURCES) | check-python
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "torch>=2.11,<3" numpy "setuptools>=68" wheel ninja
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	@$(BIN)/python -c 'from megatron_samoe.ops import extension; print("compiled extension:", "yes" if extension.available() else "no, the pure-Python path is used")'
+	@touch $@
+
+$(VENV)/.installed-tests: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,dev]"
+	@touch $@
+
+quickstart: install
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.installed-tests
+	$(PYTEST) tests
+
+test-unit: $(VENV)/.installed-tests
+	$(PYTEST) tests/architecture tests/unit tests/parity
+
+test-distributed: $(VENV)/.installed-tests
+	$(PYTEST) tests/distributed
+
+lint: $(VENV)/.installed-tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy megatron_samoe
+
+clean:
+	rm -rf $(VENV) build *.egg-info megatron_samoe/_C*.so

@@ -1,0 +1,89 @@
+"""What a finished run came to, read from its folder."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.models.accounting import ParameterCount, count_parameters
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run.
+
+    Attributes:
+        records: the lines of metrics.jsonl.
+        checkpoint_bytes: size of the last checkpoint, optimizer state included.
+        tokens_per_s: median over logged steps.
+    """
+
+    name: str
+    config: PretrainConfig
+    parameters: ParameterCount
+    records: list[dict[str, Any]]
+    checkpoint_bytes: int
+    tokens_per_s: float
+
+    @property
+    def validation(self) -> dict[str, Any]:
+        """The last record with a validation loss."""
+        return next(r for r in reversed(self.records) if "validation_loss" in r)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most memory that any rank held."""
+        return max(r["peak_memory_bytes"] for r in self.records)
+
+
+def read_run(run_dir: Path) -> RunSummary:
+    """Returns the summary of a run folder.
+
+    Raises:
+        CheckpointError: it has no checkpoint or no metrics.
+    """
+    iterations = store.whole_iterations(run_dir / "checkpoints")
+    metrics = run_dir / "metrics.jsonl"
+    if not iterations or not metrics.is_file():
+        raise CheckpointError(f"{run_dir} is not the folder of a run: it needs checkpoints/ and metrics.jsonl.")
+    directory = store.iteration_dir(run_dir / "checkpoints", iterations[-1])
+    config = from_mapping(store.read_config(directory), str(directory))
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if not any("validation_loss" in r for r in records):
+        raise CheckpointError(f"{metrics} has no validation loss: was the run stopped before its first evaluation?")
+    vocab_size = store.read_train_state(directory)["vocab_size"]
+    return RunSummary(
+        run_dir.name, config, count_parameters(config, vocab_size), records,
+        checkpoint_bytes=sum(f.stat().st_size for f in directory.iterdir()),
+        tokens_per_s=statistics.median(r["tokens_per_s"] for r in records),
+    )  # fmt: skip
+
+
+def summary_table(runs: list[RunSummary]) -> list[list[str]]:
+    """Returns rows of text, the first the heading."""
+    rows = [["model", "parameters", "expert", "active", "checkpoint", "valid. loss", "perplexity", "tokens/s", "peak memory/rank"]]
+    for run in runs:
+        count, last = run.parameters, run.validation
+        rows.append([
+            run.name, f"{count.total / 1e6:.2f} M", f"{count.expert / 1e6:.2f} M", f"{count.active / 1e6:.2f} M",
+            f"{run.checkpoint_bytes / 1e6:.1f} MB", f"{last['validation_loss']:.4f}",
+            f"{last['validation_perplexity']:.2f}", f"{run.tokens_per_s:,.0f}", f"{run.peak_memory_bytes / 1e6:.0f} MB",
+        ])  # fmt: skip
+    return rows
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Returns rows as aligned text, first column left, others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,59 @@
+"""A trained model from a checkpoint folder, ready to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor
+from megatron_samoe.models.rank_model import RankModel, build_model
+from megatron_samoe.parallel_state.shard_spec import get_shard_spec
+from megatron_samoe.parallel_state.state import ParallelState
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Weights, the tokenizer they were trained with, and where they come from."""
+
+    model: RankModel
+    tokenizer: Tokenizer
+    config: PretrainConfig
+    directory: Path
+
+
+def load_model(
+    load: str, parallel: ParallelState, layout: ParallelConfig | None = None, ckpt_step: int | None = None
+) -> LoadedModel:
+    """Returns the model of the newest checkpoint in a folder, in this rank's layout.
+
+    Args:
+        load: folder of checkpoints.
+        layout: of the ranks in `parallel`; one process if not given.
+        ckpt_step: iteration to load in place of the newest.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+        DataError: its tokenizer is not where it was in training.
+    """
+    directory = store.find_checkpoint(CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True))
+    assert directory is not None
+    config = from_mapping(store.read_config(directory), str(directory / store.CONFIG))
+    config = replace(config, parallel=layout or ParallelConfig())
+    data = config.data
+    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
+    vocab_size = store.read_train_state(directory)["vocab_size"]
+    model = build_model(config, vocab_size, parallel)
+    tensors = {n: ShardedTensor.of(p, get_shard_spec(p), parallel) for n, p in model.global_parameters().items()}
+    store.load_checkpoint(directory, tensors, parallel)
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        model.begin_step()
+    return LoadedModel(model, tokenizer, config, directory)
