@@ -45,9 +45,8 @@ def run(command: list[str], step: str) -> None:
     shown[0] = "python" if shown[0] == sys.executable else shown[0]
     print(f"\n== {step}\n$ {shlex.join(shown)}", flush=True)
     started = time.monotonic()
-    # Transparent huge pages and, below, one thread per rank: what two ranks on two cores do best with.
-    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    # Said here, torchrun does not warn that it sets it; each rank then takes its share of the cores.
+    status = subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
     if status != 0:
         sys.exit(f"error: {step} ended with status {status}; its message stands above.")
     print(f"   ({time.monotonic() - started:.0f} s)", flush=True)

@@ -1,0 +1,19 @@
+#!/bin/bash
+#SBATCH --job-name=samoe
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --signal=SIGUSR1@300
+#SBATCH --requeue
+# One torchrun agent per node, 8 ranks each. SIGUSR1 five minutes before the limit reaches every rank (srun passes it to
+# the agents' process groups), which save and leave; the requeued job goes on from there.
+# Usage: sbatch examples/pretrain_slurm.sh examples/configs/gpt_1.3b_samoe128.yaml RUN_DIR [flags]
+set -euo pipefail
+CONFIG=$1 RUN_DIR=$2
+shift 2
+MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+srun --kill-on-bad-exit=1 .venv/bin/torchrun \
+    --nnodes "$SLURM_NNODES" --nproc-per-node 8 --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$MASTER:29500" \
+    -m megatron_samoe.cli.pretrain --config "$CONFIG" --run-dir "$RUN_DIR" --save-interval 500 --keep-last 2 "$@"
