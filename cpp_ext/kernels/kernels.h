@@ -104,6 +104,7 @@ struct Kernels {
   void (*gather_rows)(const GatherRows&);
   void (*unpermute)(const Unpermute&);
   void (*unpermute_backward)(const UnpermuteBackward&);
+  void (*copy_streamed)(const char* from, char* to, int64_t num_bytes);  // written past the cache
   void (*combine)(const Combine&);
   void (*combine_backward)(const CombineBackward&);
 };

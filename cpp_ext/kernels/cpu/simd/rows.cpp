@@ -145,6 +145,22 @@ void gather_rows(const GatherRows& a) {
   }
 }
 
+void copy_streamed(const char* from, char* to, int64_t num_bytes) {
+  const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % SAMOE_VECTOR_BYTES);
+  const int64_t head = misaligned == 0 ? 0 : SAMOE_VECTOR_BYTES - misaligned;
+  if (num_bytes < head + 4 * SAMOE_VECTOR_BYTES) {
+    memcpy(to, from, static_cast<size_t>(num_bytes));
+    return;
+  }
+  memcpy(to, from, static_cast<size_t>(head));
+  int64_t i = head;
+  for (; i + SAMOE_VECTOR_BYTES <= num_bytes; i += SAMOE_VECTOR_BYTES) {
+    stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  }
+  memcpy(to + i, from + i, static_cast<size_t>(num_bytes - i));
+  fence();
+}
+
 void unpermute(const Unpermute& a) {
   if (a.dtype == DType::f32) {
     unpermute_typed<float>(a);
