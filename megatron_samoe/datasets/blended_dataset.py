@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from megatron_samoe.datasets import index_cache, sample_index
+from megatron_samoe.datasets.gpt_dataset import GPTDataset, make_sample
 from megatron_samoe.errors import DataError
 
 MAX_DATASETS = 32766  # dataset numbers are stored as int16
@@ -53,7 +54,7 @@ class BlendedDataset(torch.utils.data.Dataset):
     Raises DataError when a dataset is asked for more samples than it has.
     """
 
-    def __init__(self, datasets: Sequence[Any], indices: tuple[np.ndarray, np.ndarray]):
+    def __init__(self, datasets: Sequence[GPTDataset], indices: tuple[np.ndarray, np.ndarray]):
         if len(datasets) > MAX_DATASETS:
             raise DataError(f"A blend of {len(datasets)} datasets is too large; at most {MAX_DATASETS} are allowed.")
         self.datasets = list(datasets)
@@ -76,5 +77,6 @@ class BlendedDataset(torch.utils.data.Dataset):
 
     def get_batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Returns the samples `indices` stacked: each value is [B, S]."""
-        rows = [self[i] for i in indices]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        places = [self.locate(index) for index in indices]
+        rows = [self.datasets[number].get_tokens((sample,)) for number, sample in places]
+        return make_sample(torch.from_numpy(np.concatenate(rows)), self.datasets[0].format)

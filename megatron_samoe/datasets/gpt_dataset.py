@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from megatron_samoe.datasets import index_cache, sample_index
+from megatron_samoe.datasets import index_cache, index_format, sample_index
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.errors import DataError
 
@@ -84,23 +85,24 @@ class GPTDataset(torch.utils.data.Dataset):
         return len(self.sample_index) - 1
 
     def __getitem__(self, index: int) -> Sample:
-        return {name: value[0] for name, value in self.get_batch([index]).items()}
+        return make_sample(torch.from_numpy(self.get_tokens((index,))[0]), self.format)
 
     def get_batch(self, indices: Sequence[int]) -> Sample:
         """Returns the samples `indices` stacked: each value is [B, S]."""
-        return make_batch(torch.from_numpy(self.get_tokens(indices)), self.format)
+        return make_sample(torch.from_numpy(self.get_tokens(indices)), self.format)
 
     def get_tokens(self, indices: Sequence[int]) -> np.ndarray:
         """Returns the raw tokens of the samples, int64 [B, S + 1]."""
-        numbers = np.asarray(indices, dtype=np.int64)
-        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
-            raise IndexError(f"sample {numbers.min()} or {numbers.max()} of {len(self)}")
-        text = self._gather(numbers)
-        top = int(text.max()) if text.size else 0
-        if top >= self.format.vocab_size or (text.size and int(text.min()) < 0):
+        count = len(self)
+        for index in indices:
+            if not 0 <= index < count:
+                raise IndexError(f"sample {index} of {count}")
+        numbers = np.array([self.shuffle_index[index] for index in indices], dtype=np.int64)
+        text, low, high = self._gather(numbers)
+        if low < 0 or high >= self.format.vocab_size:
             raise DataError(
-                f"{self.dataset.path_prefix} holds token id {top if top >= self.format.vocab_size else text.min()}, "
-                f"outside the vocabulary of {self.format.vocab_size}: the data were made with another tokenizer."
+                f"{self.dataset.path_prefix} holds token id {low if low < 0 else high}, outside the vocabulary of "
+                f"{self.format.vocab_size}: the data were made with another tokenizer."
             )
         return text
 
@@ -123,6 +125,7 @@ class _Gatherer:
     def __init__(self, owner: GPTDataset):
         self._owner = owner
         self._tensors: tuple[torch.Tensor, ...] | None = None
+        self._dtype_code = index_format.dtype_code(owner.dataset.dtype)
         ops = sample_index._compiled()
         buffer = getattr(owner.dataset.bin_reader, "buffer", None)
         if ops is not None and buffer is not None and owner.dataset.dtype.kind in "iu":
@@ -130,21 +133,24 @@ class _Gatherer:
                       owner.document_index, owner.sample_index)  # fmt: skip
             with sample_index._quiet_readonly():
                 self._tensors = tuple(torch.from_numpy(array) for array in arrays)
+            self._op = ops.gather_samples.default
 
-    def __call__(self, numbers: np.ndarray) -> np.ndarray:
+    def __call__(self, numbers: np.ndarray) -> tuple[np.ndarray, int, int]:
+        """Returns the tokens of samples (numbers after the shuffle), int64 [B, S + 1], their smallest and largest."""
         owner = self._owner
         out = np.empty((len(numbers), owner.format.seq_length + 1), dtype=np.int64)
-        samples = owner.shuffle_index[numbers].astype(np.int64)
-        if self._tensors is not None:
-            from megatron_samoe.datasets.index_format import dtype_code
-
-            torch.ops.megatron_samoe.gather_samples(
-                *self._tensors, torch.from_numpy(samples), dtype_code(owner.dataset.dtype), torch.from_numpy(out)
-            )
-            return out
-        for row, sample in zip(out, samples, strict=True):
-            self._fill(row, int(sample))
-        return out
+        if self._tensors is None:
+            for row, number in zip(out, numbers.tolist(), strict=True):
+                self._fill(row, number)
+            return out, int(out.min(initial=0)), int(out.max(initial=0))
+        try:
+            low, high = self._op(*self._tensors, torch.from_numpy(numbers), self._dtype_code, torch.from_numpy(out))
+        except IndexError as error:
+            raise DataError(
+                f"{owner.dataset.path_prefix}: one of the samples lies outside the data. The index, the data or the "
+                "cached sample index is damaged."
+            ) from error
+        return out, low, high
 
     def _fill(self, row: np.ndarray, sample: int) -> None:
         owner = self._owner
@@ -159,12 +165,19 @@ class _Gatherer:
             raise DataError(f"Sample {sample} has {filled} tokens, not {len(row)}: the sample index is damaged.")
 
 
-def make_batch(text: torch.Tensor, sample_format: SampleFormat) -> Sample:
-    """Returns the model's inputs from raw tokens [B, S + 1]: each value is [B, S]."""
-    tokens, labels = text[:, :-1], text[:, 1:]
-    num_rows, seq_length = tokens.shape
-    position_ids = torch.arange(seq_length, dtype=torch.int64).expand(num_rows, seq_length)
-    loss_mask = torch.ones(num_rows, seq_length, dtype=torch.float32)
+@functools.lru_cache(maxsize=8)
+def _positions(seq_length: int) -> torch.Tensor:
+    return torch.arange(seq_length, dtype=torch.int64)
+
+
+def make_sample(text: torch.Tensor, sample_format: SampleFormat) -> Sample:
+    """Returns the model's inputs from raw tokens [..., S + 1]: each value is [..., S].
+
+    tokens and labels are views of `text`, position_ids may be shared between samples: do not write to them.
+    """
+    tokens, labels = text[..., :-1], text[..., 1:]
+    position_ids = _positions(tokens.shape[-1]).expand(tokens.shape)
+    loss_mask = torch.ones(tokens.shape, dtype=torch.float32)
     sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
     if not (sample_format.reset_position_ids or sample_format.reset_attention_mask or sample_format.eod_mask_loss):
         return sample
@@ -173,12 +186,12 @@ def make_batch(text: torch.Tensor, sample_format: SampleFormat) -> Sample:
         loss_mask.masked_fill_(is_eod, 0.0)
     if sample_format.reset_position_ids:
         # A position counts from the token after the last end-of-document token in front of it.
-        restarts = torch.zeros_like(position_ids, memory_format=torch.contiguous_format)
-        restarts[:, 1:] = torch.where(is_eod[:, :-1], position_ids[:, 1:], 0)
-        sample["position_ids"] = position_ids - restarts.cummax(dim=1).values
+        restarts = torch.zeros(tokens.shape, dtype=torch.int64)
+        restarts[..., 1:] = torch.where(is_eod[..., :-1], position_ids[..., 1:], 0)
+        sample["position_ids"] = position_ids - restarts.cummax(dim=-1).values
     if sample_format.reset_attention_mask:
-        document_ids = torch.zeros(num_rows, seq_length, dtype=torch.int32)
-        document_ids[:, 1:] = is_eod[:, :-1].cumsum(dim=1)
+        document_ids = torch.zeros(tokens.shape, dtype=torch.int32)
+        document_ids[..., 1:] = is_eod[..., :-1].cumsum(dim=-1)
         sample["document_ids"] = document_ids
     return sample
 
@@ -201,4 +214,4 @@ class MockGPTDataset(torch.utils.data.Dataset):
         rows = [
             np.random.default_rng([self.seed, int(i)]).integers(self.format.vocab_size, size=shape) for i in indices
         ]
-        return make_batch(torch.from_numpy(np.stack(rows)), self.format)
+        return make_sample(torch.from_numpy(np.stack(rows)), self.format)

@@ -96,12 +96,11 @@ def build_sample_index(
         import torch
 
         with _quiet_readonly():
-            ops.build_sample_index(
-                torch.from_numpy(sequence_lengths),
-                torch.from_numpy(document_index),
-                seq_length,
-                torch.from_numpy(out),
-            )
+            arguments = [torch.from_numpy(array) for array in (sequence_lengths, document_index, out)]
+        try:
+            ops.build_sample_index(*arguments[:2], seq_length, arguments[2])
+        except ValueError as error:
+            raise DataError(f"The index of the dataset is damaged: {str(error).splitlines()[0]}.") from error
         return out
     ends = np.cumsum(sequence_lengths[document_index], dtype=np.int64)
     if len(ends) and (np.diff(ends) < 0).any():
