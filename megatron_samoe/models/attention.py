@@ -55,8 +55,8 @@ class SelfAttention(nn.Module):
             heads * head_dim, config.hidden_size, bias=not config.disable_bias_linear,
             init=Init(std=config.init_method_std / (2 * config.num_layers) ** 0.5), state=state, dtype=dtype,
         )  # fmt: skip
-        self.q_norm = Norm(config, head_dim, state, dtype) if config.qk_layernorm else None
-        self.k_norm = Norm(config, head_dim, state, dtype) if config.qk_layernorm else None
+        self.q_norm = Norm(config, head_dim, state, dtype, split_input=True) if config.qk_layernorm else None
+        self.k_norm = Norm(config, head_dim, state, dtype, split_input=True) if config.qk_layernorm else None
 
     def forward(self, x_TH: Tensor, inputs: AttentionInputs, context: ForwardContext) -> Tensor:
         """Returns y_TH."""

@@ -13,14 +13,22 @@ from megatron_samoe.tensor_parallel.layers import ONES, ZEROS, new_parameter
 
 
 class Norm(nn.Module):
-    """The configured normalisation; weights are whole on every tensor-parallel rank."""
+    """The configured normalisation; weights are whole on every tensor-parallel rank.
 
-    def __init__(self, config: ModelConfig, size: int, state: ParallelState, dtype: torch.dtype):
+    Args:
+        split_input: whether tensor-parallel ranks normalise different vectors (heads), so that each has a part of the
+            weights' gradient.
+    """
+
+    def __init__(
+        self, config: ModelConfig, size: int, state: ParallelState, dtype: torch.dtype, split_input: bool = False
+    ):
         super().__init__()
         self.epsilon = config.norm_epsilon
-        self.weight = new_parameter((size,), ShardSpec(), ONES, state, dtype)
+        spec = ShardSpec(partial=("tp",) if split_input else ())
+        self.weight = new_parameter((size,), spec, ONES, state, dtype)
         has_bias = config.normalization == "LayerNorm"
-        self.bias = new_parameter((size,), ShardSpec(), ZEROS, state, dtype) if has_bias else None
+        self.bias = new_parameter((size,), spec, ZEROS, state, dtype) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x normalised over its last dim."""

@@ -20,6 +20,8 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "tp": ("dense", ("tp",)),
     "dp": ("dense", ("dp",)),
     "pp": ("dense", ("pp",)),
+    # Dense parameters whose gradient is a partial sum over tensor-parallel ranks (norms of split heads).
+    "tp_dp": ("dense", ("tp", "dp")),
     "etp": ("expert", ("etp",)),
     "ep": ("expert", ("ep",)),
     "edp": ("expert", ("edp",)),

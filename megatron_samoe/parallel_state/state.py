@@ -77,6 +77,7 @@ class ParallelState:
 
     Attributes:
         tp, dp, pp: tensor, data and pipeline parallel groups of dense parameters.
+        tp_dp: all ranks of this pipeline stage, for dense parameters with gradients partial over tensor-parallel ranks.
         etp, ep, edp: expert-tensor, expert and expert-data parallel groups.
         etp_edp: data-parallel ranks of expert parameters with gradients that are partial over expert-tensor ranks.
         stage: all ranks of this pipeline stage.
@@ -90,6 +91,7 @@ class ParallelState:
     tp: Group
     dp: Group
     pp: Group
+    tp_dp: Group
     etp: Group
     ep: Group
     edp: Group

@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "samoe step": {"layout": "samoe", "samoe_combine": "step"},
     "samoe layer": {"layout": "samoe", "samoe_combine": "layer"},
     "moe top2 llama": {"layout": "moe", "style": "llama", "moe_router_topk": 2, "moe_z_loss_coeff": 0.01,
+                       "qk_layernorm": True,
                        "moe_shared_expert_intermediate_size": 16},
     "samoe per expert": {"layout": "samoe", "style": "llama", "samoe_granularity": "expert", "samoe_init": "uniform",
                          "samoe_normalization": "softmax", "moe_router_topk": 2, "moe_layer_freq": "2"},
