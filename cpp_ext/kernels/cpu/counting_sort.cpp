@@ -7,8 +7,9 @@ namespace samoe {
 namespace cpu {
 
 int64_t num_slot_chunks(int64_t num_slots, int64_t num_experts, int num_threads) {
-  // A chunk pays for its own counters: many slots per expert, or one chunk is faster.
-  const int64_t useful = num_slots / (16 * (num_experts + 64));
+  // A chunk pays for its own counters and for waking its thread, which on a busy machine costs more than the sort.
+  const int64_t by_counters = num_slots / (16 * (num_experts + 64)), by_work = num_slots / 32768;
+  const int64_t useful = by_counters < by_work ? by_counters : by_work;
   return useful < 1 ? 1 : (useful < num_threads ? useful : num_threads);
 }
 

@@ -1,0 +1,251 @@
+// A program without torch that runs the CPU kernels and the shared-memory exchange over random shapes, for the
+// sanitizers (tools/sanitize.sh). Buffers have their exact size on the heap, so that a step outside is seen; values are
+// compared with plain loops. Prints what it ran; ends with status 1 at the first difference.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../comm/shm_all_to_all.h"
+#include "../kernels/kernels.h"
+
+namespace {
+
+using samoe::DType;
+using samoe::cpu::kernels;
+
+std::mt19937 random_bits(1);
+
+int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
+
+std::vector<float> floats(int64_t n) {
+  std::vector<float> values(static_cast<size_t>(n));
+  for (float& value : values) value = std::normal_distribution<float>()(random_bits);
+  return values;
+}
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "difference: %s\n", what);
+  std::exit(1);
+}
+
+bool near(double a, double b, double tolerance) { return std::fabs(a - b) <= tolerance * (1.0 + std::fabs(b)); }
+
+void check_gate() {
+  const int64_t groups = pick(1, 3), tokens = groups * pick(0, 90), experts = pick(1, 70);
+  const int64_t topk = pick(1, experts < 9 ? experts : 9);
+  const bool sigmoid = pick(0, 1) == 1, pre_softmax = pick(0, 1) == 1;
+  const auto logits = floats(tokens * experts);
+  std::vector<float> probs(tokens * topk), sums(groups * experts), logsumexp(tokens), gradient(tokens * experts);
+  std::vector<int64_t> ids(tokens * topk), counts(groups * experts);
+  float z = 0;
+  kernels().gate_forward({logits.data(), tokens, experts, topk, groups, sigmoid, pre_softmax, probs.data(), ids.data(),
+                          counts.data(), sums.data(), &z, logsumexp.data(), 2});
+  double expected_z = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    double sum = 0;
+    int64_t best = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+      sum += std::exp(static_cast<double>(logits[t * experts + e]));
+      if (logits[t * experts + e] > logits[t * experts + best]) best = e;
+    }
+    expect(ids[t * topk] == best, "best expert");
+    expect(near(logsumexp[t], std::log(sum), 1e-5), "logsumexp");
+    expected_z += std::log(sum) * std::log(sum);
+  }
+  expect(near(z, expected_z, 1e-5), "z");
+  int64_t routed = 0;
+  for (const int64_t count : counts) routed += count;
+  expect(routed == tokens * topk, "counts");
+  const auto dprobs = floats(tokens * topk), dsums = floats(groups * experts);
+  const float dz = 0.1f;
+  kernels().gate_backward({logits.data(), logsumexp.data(), probs.data(), ids.data(), dprobs.data(), dsums.data(), &dz,
+                           tokens, experts, topk, groups, sigmoid, pre_softmax, gradient.data(), 2});
+  for (const float value : gradient) expect(std::isfinite(value), "gate gradient");
+}
+
+template <typename T>
+void check_rows(DType dtype) {
+  const int64_t tokens = pick(0, 60), topk = pick(1, 5), experts = pick(1, 9), hidden = pick(1, 150);
+  std::vector<int64_t> ids(tokens * topk), counts(experts), row_of_slot(tokens * topk);
+  for (int64_t& id : ids) id = pick(-1, experts - 1);
+  const int64_t chunks = pick(1, 4);
+  std::vector<int64_t> cursor(chunks * experts);
+  int64_t bad = 0;
+  const int64_t rows = samoe::cpu::count_slots(ids.data(), tokens * topk, experts, chunks, counts.data(), cursor.data(),
+                                               &bad, static_cast<int>(chunks));
+  std::vector<int64_t> slot_of_row(rows);
+  samoe::cpu::place_slots(ids.data(), tokens * topk, experts, chunks, cursor.data(), slot_of_row.data(),
+                          row_of_slot.data(), static_cast<int>(chunks));
+  for (int64_t row = 1; row < rows; ++row) {
+    const int64_t before = slot_of_row[row - 1], here = slot_of_row[row];
+    expect(ids[before] < ids[here] || (ids[before] == ids[here] && before < here), "order of rows");
+  }
+  std::vector<T> x(tokens * hidden), moved(rows * hidden), y(tokens * hidden), drows(rows * hidden);
+  for (T& value : x) value = static_cast<T>(pick(0, 15000));
+  kernels().gather_rows({reinterpret_cast<const char*>(x.data()), slot_of_row.data(), rows, topk,
+                         hidden * static_cast<int64_t>(sizeof(T)), reinterpret_cast<char*>(moved.data()), 2});
+  for (int64_t row = 0; row < rows; ++row) {
+    expect(std::memcmp(&moved[row * hidden], &x[slot_of_row[row] / topk * hidden], hidden * sizeof(T)) == 0, "gather");
+  }
+  const std::vector<float> probs(tokens * topk, 1.0f);
+  std::vector<float> dprobs(tokens * topk, -1.0f);
+  kernels().unpermute({dtype, moved.data(), probs.data(), row_of_slot.data(), tokens, topk, hidden, y.data(), 2});
+  for (int64_t t = 0; t < tokens; ++t) {
+    int64_t kept = 0;
+    for (int64_t k = 0; k < topk; ++k) kept += row_of_slot[t * topk + k] >= 0;
+    if (kept == 1) expect(std::memcmp(&y[t * hidden], &x[t * hidden], hidden * sizeof(T)) == 0, "unpermute of one row");
+  }
+  kernels().unpermute_backward({dtype, x.data(), moved.data(), probs.data(), row_of_slot.data(), tokens, topk, hidden,
+                                drows.data(), dprobs.data(), 2});
+  expect(rows == 0 || std::memcmp(drows.data(), moved.data(), rows * hidden * sizeof(T)) == 0, "unpermute backward");
+  for (int64_t slot = 0; slot < tokens * topk; ++slot) expect(row_of_slot[slot] >= 0 || dprobs[slot] == 0, "dropped");
+}
+
+void check_combine() {
+  const int64_t layers = pick(1, 6), groups = pick(1, 3), banks = pick(1, 19), n = pick(0, 2300);
+  auto a = floats(layers * groups * banks);
+  for (float& value : a) value = pick(0, 3) == 0 ? 0.0f : value;
+  const auto t = floats(banks * groups * n), dw = floats(layers * groups * n);
+  std::vector<float> w(layers * groups * n), dt(banks * groups * n, 0.0f), da(layers * groups * banks);
+  std::vector<uint16_t> w16(layers * groups * n);
+  kernels().combine({a.data(),
+                     {t.data(), groups * n, n},
+                     DType::f32,
+                     {reinterpret_cast<char*>(w.data()), groups * n * 4, n * 4},
+                     layers,
+                     groups,
+                     banks,
+                     n,
+                     2});
+  kernels().combine({a.data(),
+                     {t.data(), groups * n, n},
+                     DType::bf16,
+                     {reinterpret_cast<char*>(w16.data()), groups * n * 2, n * 2},
+                     layers,
+                     groups,
+                     banks,
+                     n,
+                     2});
+  kernels().combine_backward({a.data(),
+                              {t.data(), groups * n, n},
+                              {dw.data(), groups * n, n},
+                              {dt.data(), groups * n, n},
+                              da.data(),
+                              layers,
+                              groups,
+                              banks,
+                              n,
+                              2});
+  for (int64_t l = 0; l < layers; ++l) {
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t j = 0; j < n; j += 37) {
+        double expected = 0;
+        for (int64_t p = 0; p < banks; ++p)
+          expected += static_cast<double>(a[(l * groups + g) * banks + p]) * t[(p * groups + g) * n + j];
+        expect(near(w[(l * groups + g) * n + j], expected, 1e-5), "combine");
+        const uint32_t bits = static_cast<uint32_t>(w16[(l * groups + g) * n + j]) << 16;
+        float rounded;
+        std::memcpy(&rounded, &bits, 4);
+        expect(near(rounded, expected, 1e-2), "combine to bf16");
+      }
+      for (int64_t p = 0; p < banks; ++p) {
+        double expected = 0;
+        for (int64_t j = 0; j < n; ++j)
+          expected += static_cast<double>(dw[(l * groups + g) * n + j]) * t[(p * groups + g) * n + j];
+        expect(near(da[(l * groups + g) * banks + p], expected, 1e-4), "coefficient gradient");
+      }
+    }
+  }
+}
+
+// One rank's exchanges; every byte says who sent it to whom.
+int exchange_rank(int rank, int world, const int* to_parent, const int* from_parent) {
+  samoe::comm::ShmAllToAll communicator(rank, world, 50);
+  if (!communicator.create().empty()) return 2;
+  char line[128] = {};
+  std::snprintf(line, sizeof line, "%s", communicator.address().c_str());
+  if (write(to_parent[1], line, sizeof line) != sizeof line) return 3;
+  std::vector<std::string> addresses;
+  for (int r = 0; r < world; ++r) {
+    if (read(from_parent[0], line, sizeof line) != sizeof line) return 4;
+    addresses.emplace_back(line);
+  }
+  const std::string problem = communicator.connect(addresses);
+  if (!problem.empty()) {
+    std::fprintf(stderr, "connect: %s\n", problem.c_str());
+    return 5;
+  }
+  std::mt19937 shared(5);  // the same on all ranks
+  for (int exchange = 0; exchange < 40; ++exchange) {
+    std::vector<int64_t> sizes(static_cast<size_t>(world * world));
+    for (auto& size : sizes)
+      size = shared() % 4 == 0 ? 0 : static_cast<int64_t>(shared() % (exchange % 8 == 0 ? 3000000 : 5000));
+    std::vector<int64_t> send, receive;
+    std::vector<char> input, output;
+    for (int r = 0; r < world; ++r) {
+      send.push_back(sizes[static_cast<size_t>(rank * world + r)]);
+      receive.push_back(sizes[static_cast<size_t>(r * world + rank)]);
+      input.insert(input.end(), static_cast<size_t>(send.back()), static_cast<char>(16 * rank + r));
+    }
+    int64_t total = 0;
+    for (const int64_t bytes : receive) total += bytes;
+    output.resize(static_cast<size_t>(total));
+    if (!communicator.start(input.data(), output.data(), send, receive).empty()) return 6;
+    while (communicator.run(0.2, 60) == samoe::comm::Progress::pending) continue;
+    if (!communicator.error().empty()) {
+      std::fprintf(stderr, "%s\n", communicator.error().c_str());
+      return 7;
+    }
+    const char* place = output.data();
+    for (int r = 0; r < world; ++r)
+      for (int64_t i = 0; i < receive[static_cast<size_t>(r)]; ++i)
+        if (*place++ != static_cast<char>(16 * r + rank)) return 8;
+  }
+  return 0;
+}
+
+void check_exchange(int world) {
+  std::vector<int> up(static_cast<size_t>(2 * world)), down(static_cast<size_t>(2 * world));
+  for (int r = 0; r < world; ++r) expect(pipe(&up[2 * r]) == 0 && pipe(&down[2 * r]) == 0, "pipe");
+  std::vector<pid_t> children;
+  for (int r = 0; r < world; ++r) {
+    const pid_t child = fork();
+    if (child == 0) std::exit(exchange_rank(r, world, &up[2 * r], &down[2 * r]));
+    children.push_back(child);
+  }
+  std::vector<char> lines(static_cast<size_t>(128 * world));
+  for (int r = 0; r < world; ++r) expect(read(up[2 * r], &lines[128 * r], 128) == 128, "a rank's address");
+  for (int r = 0; r < world; ++r)
+    for (int i = 0; i < world; ++i) expect(write(down[2 * r + 1], &lines[128 * i], 128) == 128, "write");
+  for (const pid_t child : children) {
+    int status = 0;
+    waitpid(child, &status, 0);
+    if (status != 0) std::fprintf(stderr, "a rank ended with status %d\n", WEXITSTATUS(status));
+    expect(status == 0, "exchange");
+  }
+  for (const int fd : up) close(fd);
+  for (const int fd : down) close(fd);
+}
+
+}  // namespace
+
+int main() {
+  // Processes first: a fork after threads were started would carry their locks.
+  for (const int world : {1, 2, 4}) check_exchange(world);
+  for (int round = 0; round < 60; ++round) {
+    check_gate();
+    check_rows<float>(DType::f32);
+    check_rows<uint16_t>(DType::bf16);
+    check_combine();
+  }
+  std::printf("exchanges of 1, 2 and 4 ranks and 60 rounds of every kernel agree (%s)\n", kernels().instruction_set);
+  return 0;
+}
