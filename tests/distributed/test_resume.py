@@ -1,0 +1,238 @@
+"""A run that was killed, however often and wherever, ends as the run that was never killed, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness.program import (
+    NOISE,
+    ProgramRun,
+    Sabotage,
+    arguments,
+    assert_same_checkpoint,
+    checkpoint_tensors,
+    iterations,
+    losses,
+    records,
+    start,
+    start_command,
+    write_corpus,
+)
+
+pytestmark = pytest.mark.distributed
+
+#: ranks -> number of kills: ten in all.
+KILLS = {1: 6, 2: 4}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("resume") / "data" / "corpus")
+
+
+def noisy(corpus: Path, run_dir: Path, num_ranks: int = 1, **options: object) -> list[str]:
+    """Returns the command line of a SaMoE run with dropout and jitter, its experts spread over the ranks."""
+    return arguments(
+        data_path=corpus, run_dir=run_dir, expert_model_parallel_size=num_ranks, **{**NOISE, **options}
+    )  # fmt: skip
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """Asserts that two runs recorded the same steps and ended in the same checkpoint."""
+    assert records(run / "metrics.jsonl") == records(expected / "metrics.jsonl")
+    last = iterations(expected / "checkpoints")[-1]
+    assert_same_checkpoint(run / "checkpoints" / f"iter_{last:07d}", expected / "checkpoints" / f"iter_{last:07d}")
+
+
+def reached(run: ProgramRun) -> int:
+    """Returns the last iteration that a run has logged, 0 for none."""
+    found = re.findall(r"iteration +(\d+)/", run.output())
+    return int(found[-1]) if found else 0
+
+
+@pytest.mark.parametrize("num_ranks", KILLS)
+def test_run_killed_at_random_points_ends_as_the_run_that_was_not(num_ranks: int, corpus: Path, tmp_path: Path) -> None:
+    options = {"train_iters": 24, "save_interval": num_ranks, "keep_last": 2}
+    start(noisy(corpus, tmp_path / "whole", num_ranks, **options), tmp_path / "out", num_ranks).succeed()
+    draw = random.Random(num_ranks)
+    at = 0
+    for kill in range(KILLS[num_ranks]):
+        run = start(noisy(corpus, tmp_path / "killed", num_ranks, **options), tmp_path / "out", num_ranks)
+        target = at + draw.randint(1, 2)
+        assert run.wait_until(lambda run=run, target=target: reached(run) >= target), run.output()
+        time.sleep(draw.uniform(0.0, 0.06))
+        number, rank = (signal.SIGTERM, signal.SIGKILL)[kill % 2], draw.randrange(num_ranks)
+        run.signal(number, rank)
+        statuses = run.wait(30)  # the other rank must notice by itself
+        if number == signal.SIGTERM:
+            assert set(statuses) == {0}, run.output()
+            assert f"exiting after iteration {reached(run)}: signal {signal.SIGTERM:d} received" in run.output()
+        else:
+            assert statuses[rank] == -signal.SIGKILL and 0 not in statuses, (statuses, run.output())
+        at = iterations(tmp_path / "killed/checkpoints")[-1] if (tmp_path / "killed/checkpoints").exists() else 0
+    assert 0 < at < 24
+    start(noisy(corpus, tmp_path / "killed", num_ranks, **options), tmp_path / "out", num_ranks).succeed()
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_kill_at_any_file_operation_of_saving_loses_nothing(corpus: Path, tmp_path: Path) -> None:
+    """The process dies before its n-th change to the checkpoint folder, for every n of a save with retention."""
+    options = {"train_iters": 3, "save_interval": 1, "keep_last": 1, "eval_iters": 0}
+    start(noisy(corpus, tmp_path / "begun", exit_interval=1, **options), tmp_path / "out").succeed()
+    start(noisy(corpus, tmp_path / "whole", **options), tmp_path / "out").succeed()
+    victims: list[Path] = []
+    for event in range(1, 40):
+        folder = tmp_path / f"killed-{event}"
+        shutil.copytree(tmp_path / "begun", folder)
+        sabotage = Sabotage(die_at_file_event=event, in_folder=str(folder / "checkpoints"))
+        run = start(noisy(corpus, folder, exit_interval=2, **options), folder, sabotage=sabotage)
+        if run.wait() == (0,):
+            break
+        assert run.wait() == (-signal.SIGKILL,), run.output()
+        assert iterations(folder / "checkpoints"), f"no checkpoint is left after a kill at file operation {event}"
+        victims.append(folder)
+    assert len(victims) >= 10, "a save with retention changes the folder more often than this"
+    for folder in victims[::3]:
+        output = start(noisy(corpus, folder, **options), folder).succeed()
+        assert "loaded" in output
+        assert_same_run(folder, tmp_path / "whole")
+        assert {p.name for p in (folder / "checkpoints").iterdir()} == {
+            "iter_0000003",
+            "latest_checkpointed_iteration.txt",
+        }
+
+
+def test_run_under_torchrun_leaves_at_sigterm_and_resumes(corpus: Path, tmp_path: Path) -> None:
+    options = {"train_iters": 400, "save_interval": 100, "log_interval": 1, "lr_decay_iters": 400}
+    run = start_command(noisy(corpus, tmp_path / "run", 2, **options), tmp_path / "out", num_ranks=2)
+    assert run.wait_until(lambda: reached(run) >= 3), run.output()
+    run.signal(signal.SIGTERM)
+    run.wait(60)  # torchrun's own status after a signal is not ours
+    stopped = iterations(tmp_path / "run/checkpoints")
+    assert len(stopped) == 1 and f"exiting after iteration {stopped[0]}: signal 15 received" in run.output(), (
+        run.output()
+    )
+    end = stopped[0] + 2
+    again = noisy(corpus, tmp_path / "run", 2, **options, exit_interval=end)
+    start(again, tmp_path / "out", num_ranks=2).succeed()
+    start(noisy(corpus, tmp_path / "whole", 2, **options, exit_interval=end), tmp_path / "out", num_ranks=2).succeed()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_layouts_take_over_each_others_checkpoints(corpus: Path, tmp_path: Path) -> None:
+    """Data parallel, then expert parallel, then one process: the losses are those of one process throughout."""
+    options = {"train_iters": 9, "exit_interval": 3, "save_interval": 3}
+    start(noisy(corpus, tmp_path / "one", train_iters=9), tmp_path / "out").succeed()
+    start(arguments(data_path=corpus, run_dir=tmp_path / "moved", **NOISE, **options), tmp_path / "out", 2).succeed()
+    start(noisy(corpus, tmp_path / "moved", 2, **options), tmp_path / "out", 2).succeed()
+    start(noisy(corpus, tmp_path / "moved", 1, **options), tmp_path / "out").succeed()
+    ours, expected = records(tmp_path / "moved/metrics.jsonl"), records(tmp_path / "one/metrics.jsonl")
+    assert [r["iteration"] for r in ours] == list(range(1, 10)) == [r["iteration"] for r in expected]
+    for key in ("lm_loss", "grad_norm", "load_balance_loss"):
+        values, wanted = ([r[key] for r in rs] for rs in (ours, expected))
+        assert values == pytest.approx(wanted, rel=1e-5)
+    assert ours[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the run folder of six steps with checkpoints after 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("trained")
+    start(noisy(corpus, folder / "run", save_interval=2), folder / "out").succeed()
+    return folder / "run"
+
+
+def test_checkpoint_args_replace_the_model_options(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    args = arguments(
+        model=False, data_path=corpus, load=trained / "checkpoints", train_iters=7, use_checkpoint_args=True,
+        metrics_file=tmp_path / "metrics.jsonl", exit_on_missing_checkpoint=True,
+    )  # fmt: skip
+    output = start(args, tmp_path / "out").succeed()
+    assert "23,976 parameters" in output and "loaded" in output
+    assert [r["iteration"] for r in records(tmp_path / "metrics.jsonl")] == [7]
+
+
+def test_flags_win_over_checkpoint_args(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    args = arguments(
+        model=False, data_path=corpus, load=trained / "checkpoints", use_checkpoint_args=True, hidden_size=32,
+    )  # fmt: skip
+    paragraph = start(args, tmp_path / "out").fail()
+    assert "hidden_size is 16 there and 32 here" in paragraph
+
+
+def test_finetune_takes_weights_and_starts_at_zero(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    args = arguments(
+        data_path=corpus, load=trained / "checkpoints", finetune=True, save=tmp_path / "tuned", train_iters=2, lr=0.0,
+        metrics_file=tmp_path / "metrics.jsonl",
+    )  # fmt: skip
+    start(args, tmp_path / "out").succeed()
+    assert [r["iteration"] for r in records(tmp_path / "metrics.jsonl")] == [1, 2]
+    before, after = (
+        checkpoint_tensors(trained / "checkpoints/iter_0000006"),
+        checkpoint_tensors(tmp_path / "tuned/iter_0000002"),
+    )
+    weights = [name for name in before if not name.startswith(("optimizer.", "training."))]
+    assert weights and all(
+        torch.equal(before[name], after[name]) for name in weights
+    )  # a learning rate of 0 keeps them
+    moments = [name for name in before if name.startswith("optimizer.") and before[name].any()]
+    assert any(not torch.equal(before[name], after[name]) for name in moments)
+
+
+def test_no_load_optim_goes_on_with_fresh_moments(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    common = {"data_path": corpus, "load": trained / "checkpoints", "ckpt_step": 4, "lr_decay_iters": 6, **NOISE}
+    for name, options in {"with": {}, "without": {"no_load_optim": True}}.items():
+        metrics = tmp_path / f"{name}.jsonl"
+        start(arguments(**common, **options, metrics_file=metrics), tmp_path / "out").succeed()
+    full, fresh, original = (
+        losses(p) for p in (tmp_path / "with.jsonl", tmp_path / "without.jsonl", trained / "metrics.jsonl")
+    )
+    assert full == original[4:]
+    assert fresh[0] == full[0] and fresh[1] != full[1]  # the first loss comes before the first update
+
+
+def test_checkpoint_without_optimizer_is_refused_unless_told(corpus: Path, tmp_path: Path) -> None:
+    common = {"data_path": corpus, "eval_iters": 0}
+    start(
+        arguments(**common, save=tmp_path / "light", train_iters=1, no_save_optim=True), tmp_path / "out"
+    ).succeed()  # fmt: skip
+    assert not [n for n in checkpoint_tensors(tmp_path / "light/iter_0000001") if n.startswith("optimizer.")]
+    paragraph = start(arguments(**common, load=tmp_path / "light", train_iters=2), tmp_path / "out").fail()
+    assert "no optimizer state" in paragraph and "--no-load-optim" in paragraph
+    start(arguments(**common, load=tmp_path / "light", train_iters=2, no_load_optim=True), tmp_path / "out").succeed()
+
+
+def test_ckpt_step_goes_back_and_trains_the_same_again(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    output = start(noisy(corpus, tmp_path / "run", save_interval=2, ckpt_step=2), tmp_path / "out").succeed()
+    assert "iter_0000002" in output
+    assert_same_run(tmp_path / "run", trained)
+    missing = start(noisy(corpus, tmp_path / "run", ckpt_step=5), tmp_path / "out").fail()
+    assert "--ckpt-step 5" in missing and "[2, 4, 6]" in missing
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [({}, [1, 2, 3, 4, 5, 6]), ({"keep_last": 2}, [5, 6]), ({"save_retain_interval": 3}, [3, 6]),
+     ({"save_retain_interval": 2, "keep_last": 2}, [2, 4, 5, 6])],
+)  # fmt: skip
+def test_retention(retention: dict[str, int], kept: list[int], corpus: Path, tmp_path: Path) -> None:
+    args = arguments(data_path=corpus, save=tmp_path / "kept", save_interval=1, eval_iters=0, **retention)
+    start(args, tmp_path / "out").succeed()
+    assert iterations(tmp_path / "kept") == kept
+    assert (tmp_path / "kept/latest_checkpointed_iteration.txt").read_text().strip() == "6"
+
+
+def test_a_finished_run_started_again_changes_nothing(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    output = start(noisy(corpus, tmp_path / "run", save_interval=2), tmp_path / "out").succeed()
+    assert "nothing to train" in output
+    assert_same_run(tmp_path / "run", trained)

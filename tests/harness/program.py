@@ -1,0 +1,317 @@
+"""Drives the pretrain program as a user does: command lines, exit statuses, output, signals.
+
+`start` runs the program's `main` in processes of a fork server that has everything imported (half a second a run rather
+than five), each a process of its own with its own output, so signals and kills are real. `start_command` runs the true
+command line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
+from tests.harness import ranks  # its fork server serves both: the list of modules loaded there is set once more below
+
+ranks._context.set_forkserver_preload(
+    ["torch", "torch.distributed.checkpoint", "torch.utils.tensorboard", "megatron_samoe.cli.pretrain"]
+)
+REPOSITORY = Path(__file__).resolve().parents[2]
+#: What a record tells about the machine rather than about the model.
+MACHINE_KEYS = ("tokens_per_s", "step_time_s", "peak_memory_bytes")
+TINY_MODEL = {
+    "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 16, "make_vocab_size_divisible_by": 8,
+    "expert_layout": "samoe", "num_experts": 4, "num_expert_banks": 2,
+}  # fmt: skip
+TINY_RUN = {
+    "micro_batch_size": 2, "global_batch_size": 8, "train_iters": 6, "eval_iters": 1, "eval_interval": 3,
+    "log_interval": 1, "split": "90,10,0", "num_threads": 1,
+}  # fmt: skip
+NOISE = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "moe_input_jitter_eps": 0.05}
+
+
+def write_corpus(prefix: Path, num_documents: int = 40, document_tokens: int = 150, vocab_size: int = 256) -> Path:
+    """Writes an indexed dataset of random tokens and returns its prefix."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(7)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", np.uint16)
+    for _ in range(num_documents):
+        builder.add_item(random.integers(0, vocab_size, size=document_tokens))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def arguments(*, model: bool = True, **options: Any) -> list[str]:
+    """Returns the command line of a tiny run; options are field names, True for a bare flag, None to leave out.
+
+    Args:
+        model: whether the tiny model's own options are given.
+    """
+    words = []
+    for name, value in {**(TINY_MODEL if model else {}), **TINY_RUN, **options}.items():
+        if value is None:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return words
+
+
+class ProgramRun:
+    """A running or finished program: its processes, one per rank (or one launcher), and what they printed."""
+
+    def __init__(self, processes: Sequence[Any], outputs: Sequence[Path], store: Any = None):
+        self.processes, self.outputs = processes, outputs
+        self._store = store
+
+    def output(self) -> str:
+        """Returns standard output and error of all ranks, one after the other."""
+        return "".join(path.read_text(errors="replace") for path in self.outputs if path.exists())
+
+    def signal(self, number: signal.Signals, rank: int | None = None) -> None:
+        """Sends a signal to one rank, or to all; ranks that have left are passed over."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
+        """Returns True as soon as the condition holds, False if the program ends first.
+
+        Raises:
+            AssertionError: neither happens in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            if all(process.exitcode is not None for process in self.processes):
+                return condition()
+            time.sleep(0.0005)
+        self._give_up(f"nothing of what was waited for within {timeout_s} s")
+        return False
+
+    def wait(self, timeout_s: float = 60.0) -> tuple[int, ...]:
+        """Returns the exit status of each rank, negative for a signal.
+
+        Raises:
+            AssertionError: the program is still running after the time; it is killed.
+        """
+        deadline = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        if any(process.exitcode is None for process in self.processes):
+            self._give_up(f"still running after {timeout_s} s")
+        return tuple(process.exitcode for process in self.processes)
+
+    def succeed(self, timeout_s: float = 60.0) -> str:
+        """Waits, asserts that every rank ended with status 0, and returns the output."""
+        statuses = self.wait(timeout_s)
+        assert set(statuses) == {0}, f"exit statuses {statuses}:\n{self.output()}"
+        return self.output()
+
+    def fail(self, timeout_s: float = 60.0) -> str:
+        """Waits, asserts a failure explained in one paragraph and without a traceback, and returns the paragraph."""
+        statuses = self.wait(timeout_s)
+        output = self.output()
+        assert 0 not in statuses and min(statuses) > 0, f"exit statuses {statuses}:\n{output}"
+        assert "Traceback" not in output, output
+        paragraphs = re.findall(r"^error.*?: (.*(?:\n  .*)*)", output, re.MULTILINE)
+        assert len(set(paragraphs)) == 1, output
+        return paragraphs[0]
+
+    def _give_up(self, problem: str) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join(10)
+        raise AssertionError(f"{problem}:\n{self.output()}")
+
+
+class _Command:
+    """A subprocess with the methods of multiprocessing's processes."""
+
+    def __init__(self, words: Sequence[str], output: Path, environment: dict[str, str]):
+        with open(output, "wb") as file:
+            self._popen = subprocess.Popen(
+                words, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY
+            )
+        self.pid = self._popen.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._popen.poll()
+
+    def join(self, timeout_s: float) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(timeout_s)
+
+    def kill(self) -> None:
+        self._popen.kill()
+
+
+@dataclass(frozen=True)
+class Sabotage:
+    """What goes wrong in a run's first rank.
+
+    Attributes:
+        die_at_file_event: kill the process just before its n-th change to the folder `in_folder`.
+        file_limit_bytes: no file can grow beyond this.
+    """
+
+    die_at_file_event: int | None = None
+    in_folder: str = ""
+    file_limit_bytes: int | None = None
+
+    def begin(self) -> None:
+        """Takes effect in the calling process."""
+        if self.file_limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_limit_bytes, self.file_limit_bytes))
+        if self.die_at_file_event is not None:
+            seen = 0
+
+            def watch(event: str, args: tuple[Any, ...]) -> None:
+                nonlocal seen
+                if is_change(event, args) and self.in_folder in str(args[0]):
+                    seen += 1
+                    if seen == self.die_at_file_event:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(watch)
+
+
+def is_change(event: str, args: tuple[Any, ...]) -> bool:
+    """Returns whether an audit event of Python announces a change to a folder or file."""
+    if event == "open":
+        mode = args[1]
+        return isinstance(mode, str) and any(letter in mode for letter in "wax+")
+    return event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "os.truncate")
+
+
+def start(
+    args: Sequence[str], folder: Path, num_ranks: int = 1, sabotage: Sabotage | None = None, cwd: Path | None = None
+) -> ProgramRun:
+    """Starts the program on one or more ranks of this host.
+
+    Args:
+        folder: where the output goes.
+        cwd: the program's working directory.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    store, common = None, {}
+    if num_ranks > 1:
+        # As torchrun does it, the store lives outside the ranks, so its port is never a guess.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        common = {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
+        }  # fmt: skip
+    processes, outputs = [], []
+    number = len(list(folder.glob("output-*")))
+    for rank in range(num_ranks):
+        own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
+        output = folder / f"output-{number:03d}-rank{rank}.txt"
+        process = ranks._context.Process(
+            target=_run_main,
+            args=(list(args), own, str(output), sabotage if rank == 0 else None, str(cwd or REPOSITORY)),
+        )
+        process.start()
+        processes.append(process)
+        outputs.append(output)
+    return ProgramRun(processes, outputs, store)
+
+
+def start_command(args: Sequence[str], folder: Path, num_ranks: int | None = None) -> ProgramRun:
+    """Starts `python -m megatron_samoe.cli.pretrain`, under torchrun if a number of ranks is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / f"output-{len(list(folder.glob('output-*'))):03d}.txt"
+    launcher = (
+        [] if num_ranks is None else ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "-m"]
+    )
+    words = [sys.executable, "-m", *launcher, "megatron_samoe.cli.pretrain", *args]
+    return ProgramRun([_Command(words, output, {**os.environ, "OMP_NUM_THREADS": "1"})], [output])
+
+
+def _run_main(args: list[str], environment: dict[str, str], output: str, sabotage: Sabotage | None, cwd: str) -> None:
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    # As in a fresh interpreter whose output goes to a file.
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+    os.environ.update(environment)
+    os.chdir(cwd)
+    from megatron_samoe.cli.pretrain import main
+
+    if sabotage is not None:
+        sabotage.begin()
+    try:
+        status = main(args)
+    finally:
+        sys.stdout.flush()
+    sys.exit(status)
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Returns what a metrics file says of the model, line by line."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in MACHINE_KEYS} for line in lines]
+
+
+def losses(path: Path) -> list[float]:
+    """Returns the training losses of a metrics file."""
+    return [record["lm_loss"] for record in records(path)]
+
+
+def iterations(checkpoints: Path) -> list[int]:
+    """Returns the iterations of the visible checkpoints in a folder."""
+    return sorted(int(path.name.removeprefix("iter_")) for path in checkpoints.glob("iter_*"))
+
+
+def checkpoint_tensors(directory: Path) -> dict[str, Tensor]:
+    """Returns all tensors of a checkpoint, read by torch.distributed.checkpoint itself."""
+    reader = dcp.FileSystemReader(str(directory))
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for name, meta in stored.items()
+        if isinstance(meta, TensorStorageMetadata)
+    }
+    logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False  # it would fill the report of a failed test
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def assert_same_checkpoint(actual: Path, expected: Path) -> None:
+    """Asserts that two checkpoints hold the same tensors and training state, bit for bit."""
+    ours, theirs = checkpoint_tensors(actual), checkpoint_tensors(expected)
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, f"{len(different)} of {len(ours)} tensors differ: {different[:5]}"
+    states = [json.loads((folder / "train_state.json").read_text()) for folder in (actual, expected)]
+    assert states[0] == states[1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Returns every file below a folder with its bytes, to show that nothing was touched."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
