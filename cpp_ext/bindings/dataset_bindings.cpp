@@ -64,14 +64,13 @@ void build_blending_index(const Tensor& weights, const Tensor& limits, Tensor da
 }
 
 template <typename Start>
-bool gather_rows(const datasets::TokenSource& source, const Start* starts, int64_t num_samples, const Tensor& samples,
+bool gather_rows(const datasets::TokenSource& source, const Start* starts, int64_t num_samples, at::IntArrayRef samples,
                  int64_t dtype_code, Tensor& out, int64_t* low, int64_t* high) {
-  const int64_t* numbers = samples.const_data_ptr<int64_t>();
   int64_t* row = out.mutable_data_ptr<int64_t>();
   const int64_t row_tokens = out.size(1);
-  for (int64_t k = 0; k < samples.numel(); ++k, row += row_tokens) {
-    if (numbers[k] < 0 || numbers[k] >= num_samples) return false;
-    const Start* start = starts + 2 * numbers[k];
+  for (const int64_t sample : samples) {
+    if (sample < 0 || sample >= num_samples) return false;
+    const Start* start = starts + 2 * sample;
     const auto gather = [&](auto token) {
       return datasets::gather_row<decltype(token)>(source, start[0], start[1], start[2], start[3], row, row_tokens, low,
                                                    high);
@@ -87,22 +86,22 @@ bool gather_rows(const datasets::TokenSource& source, const Start* starts, int64
       default: TORCH_CHECK_VALUE(false, "dtype code ", dtype_code, " is no integer type");
     }
     if (!whole) return false;
+    row += row_tokens;
   }
   return true;
 }
 
 std::tuple<int64_t, int64_t> gather_samples(const Tensor& bin, const Tensor& pointers, const Tensor& lengths,
-                                            const Tensor& documents, const Tensor& starts, const Tensor& samples,
+                                            const Tensor& documents, const Tensor& starts, at::IntArrayRef samples,
                                             int64_t dtype_code, Tensor out) {
   check_contiguous(bin, "bin", 1, at::kByte);
   check_contiguous(pointers, "pointers", 1, at::kLong);
   check_contiguous(lengths, "lengths", 1, at::kInt);
   check_contiguous(documents, "documents", 1, at::kInt);
   check_contiguous(starts, "starts", 2, starts.scalar_type() == at::kLong ? at::kLong : at::kInt);
-  check_contiguous(samples, "samples", 1, at::kLong);
   check_contiguous(out, "out", 2, at::kLong);
   TORCH_CHECK_VALUE(starts.size(0) >= 1 && starts.size(1) == 2 && pointers.numel() == lengths.numel() &&
-                        out.size(0) == samples.numel(),
+                        out.size(0) == static_cast<int64_t>(samples.size()),
                     "sizes do not match");
   const datasets::TokenSource source{bin.const_data_ptr<uint8_t>(),       bin.numel(),
                                      pointers.const_data_ptr<int64_t>(),  lengths.const_data_ptr<int32_t>(),
@@ -128,7 +127,7 @@ TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
       "build_blending_index(Tensor weights, Tensor limits, Tensor(a!) dataset_index, Tensor(b!) dataset_sample_index)"
       " -> ()");
   m.def(
-      "gather_samples(Tensor bin, Tensor pointers, Tensor lengths, Tensor documents, Tensor starts, Tensor samples,"
+      "gather_samples(Tensor bin, Tensor pointers, Tensor lengths, Tensor documents, Tensor starts, int[] samples,"
       " int dtype_code, Tensor(a!) out) -> (int, int)");
 }
 

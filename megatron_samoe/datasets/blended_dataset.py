@@ -79,4 +79,4 @@ class BlendedDataset(torch.utils.data.Dataset):
         """Returns the samples `indices` stacked: each value is [B, S]."""
         places = [self.locate(index) for index in indices]
         rows = [self.datasets[number].get_tokens((sample,)) for number, sample in places]
-        return make_sample(torch.from_numpy(np.concatenate(rows)), self.datasets[0].format)
+        return make_sample(torch.cat(rows), self.datasets[0].format)

@@ -82,23 +82,22 @@ class GPTDataset(torch.utils.data.Dataset):
         self._gather = _Gatherer(self)
 
     def __len__(self) -> int:
-        return len(self.sample_index) - 1
+        return self.plan.num_samples
 
     def __getitem__(self, index: int) -> Sample:
-        return make_sample(torch.from_numpy(self.get_tokens((index,))[0]), self.format)
+        return make_sample(self.get_tokens((index,)).view(-1), self.format)
 
     def get_batch(self, indices: Sequence[int]) -> Sample:
         """Returns the samples `indices` stacked: each value is [B, S]."""
-        return make_sample(torch.from_numpy(self.get_tokens(indices)), self.format)
+        return make_sample(self.get_tokens(indices), self.format)
 
-    def get_tokens(self, indices: Sequence[int]) -> np.ndarray:
+    def get_tokens(self, indices: Sequence[int]) -> torch.Tensor:
         """Returns the raw tokens of the samples, int64 [B, S + 1]."""
-        count = len(self)
+        count = self.plan.num_samples
         for index in indices:
             if not 0 <= index < count:
                 raise IndexError(f"sample {index} of {count}")
-        numbers = np.array([self.shuffle_index[index] for index in indices], dtype=np.int64)
-        text, low, high = self._gather(numbers)
+        text, low, high = self._gather([int(self.shuffle_index[index]) for index in indices])
         if low < 0 or high >= self.format.vocab_size:
             raise DataError(
                 f"{self.dataset.path_prefix} holds token id {low if low < 0 else high}, outside the vocabulary of "
@@ -135,16 +134,17 @@ class _Gatherer:
                 self._tensors = tuple(torch.from_numpy(array) for array in arrays)
             self._op = ops.gather_samples.default
 
-    def __call__(self, numbers: np.ndarray) -> tuple[np.ndarray, int, int]:
+    def __call__(self, numbers: list[int]) -> tuple[torch.Tensor, int, int]:
         """Returns the tokens of samples (numbers after the shuffle), int64 [B, S + 1], their smallest and largest."""
         owner = self._owner
-        out = np.empty((len(numbers), owner.format.seq_length + 1), dtype=np.int64)
+        out = torch.empty((len(numbers), owner.format.seq_length + 1), dtype=torch.int64)
         if self._tensors is None:
-            for row, number in zip(out, numbers.tolist(), strict=True):
+            rows = out.numpy()
+            for row, number in zip(rows, numbers, strict=True):
                 self._fill(row, number)
-            return out, int(out.min(initial=0)), int(out.max(initial=0))
+            return out, int(rows.min(initial=0)), int(rows.max(initial=0))
         try:
-            low, high = self._op(*self._tensors, torch.from_numpy(numbers), self._dtype_code, torch.from_numpy(out))
+            low, high = self._op(*self._tensors, numbers, self._dtype_code, out)
         except IndexError as error:
             raise DataError(
                 f"{owner.dataset.path_prefix}: one of the samples lies outside the data. The index, the data or the "
@@ -175,9 +175,11 @@ def make_sample(text: torch.Tensor, sample_format: SampleFormat) -> Sample:
 
     tokens and labels are views of `text`, position_ids may be shared between samples: do not write to them.
     """
-    tokens, labels = text[..., :-1], text[..., 1:]
-    position_ids = _positions(tokens.shape[-1]).expand(tokens.shape)
-    loss_mask = torch.ones(tokens.shape, dtype=torch.float32)
+    seq_length = sample_format.seq_length
+    tokens, labels = text.narrow(-1, 0, seq_length), text.narrow(-1, 1, seq_length)
+    position_ids, loss_mask = _positions(seq_length), torch.ones(tokens.shape)
+    if text.dim() > 1:
+        position_ids = position_ids.expand_as(tokens)
     sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
     if not (sample_format.reset_position_ids or sample_format.reset_attention_mask or sample_format.eod_mask_loss):
         return sample

@@ -63,7 +63,10 @@ def build_document_index(first: int, last: int, plan: EpochPlan, random_state: n
     """Returns the shuffled sequence numbers [first, last) of all epochs, int32 [num_epochs * (last - first)]."""
     count = last - first
     index = np.empty(plan.num_epochs * count, dtype=np.int32)
-    index.reshape(plan.num_epochs, count)[:] = np.arange(first, last, dtype=np.int32)
+    epochs = index.reshape(plan.num_epochs, count)
+    for start in range(0, count, 1 << 20):  # in pieces: a second array of this size would be the peak of memory
+        stop = min(start + (1 << 20), count)
+        epochs[:, start:stop] = np.arange(first + start, first + stop, dtype=np.int32)
     if plan.separate_final_epoch:
         shuffle(index[: len(index) - count], random_state)
         shuffle(index[len(index) - count :], random_state)

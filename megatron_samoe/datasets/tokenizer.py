@@ -99,6 +99,11 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), out_type=int, num_threads=1)
 
+    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if not texts or not hasattr(self._processor, "encode_as_numpy"):  # sentencepiece before 0.2.2
+            return super().encode_arrays(texts)
+        return _join(self._processor.encode_as_numpy(list(texts), num_threads=1))
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
 

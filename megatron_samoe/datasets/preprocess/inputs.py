@@ -212,9 +212,13 @@ def _cut_file(file: InputFile, options: PreprocessOptions) -> Iterator[dict[str,
     if file.format == "parquet":
         yield from _cut_parquet(file, options, plain)
     elif file.format == "jsonl" and plain:
-        for start in range(0, file.num_bytes, options.chunk_bytes):
-            end = min(start + options.chunk_bytes, file.num_bytes)
+        start = 0
+        while start < file.num_bytes:
+            # Small pieces first: all workers are busy, and the first tokens written, at once.
+            size = options.chunk_bytes if start >= options.chunk_bytes else max(options.chunk_bytes // 8, 1)
+            end = min(start + size, file.num_bytes)
             yield {"kind": "range", "start": start, "end": end, "raw_bytes": end}
+            start = end
     else:
         with open_stream(file) as stream:
             if file.format == "jsonl":
