@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures the data tools beside their peers, alternating in one run: preprocess, index, reads. Prints a table or JSON."""
+"""Measures the data tools beside their peers, alternating in one run; prints a table, and JSON if asked."""
 
 import argparse
 import json
@@ -317,7 +317,7 @@ def benchmark_reads(args: argparse.Namespace) -> dict[str, Any]:
     medians = {which: round(statistics.median(values)) for which, values in rates.items()}
     return {
         "samples_s": medians, "ratio": round(medians["ours"] / medians["megatron-core"], 2),
-        "wait_per_20_ms_step_ms": {"in the loop": round(waits[0] * 1e3, 3), "one thread ahead": round(waits[1] * 1e3, 3)},
+        "wait_per_20_ms_step_ms": {"in the loop": round(waits[0] * 1e3, 3), "a thread ahead": round(waits[1] * 1e3, 3)},
     }  # fmt: skip
 
 

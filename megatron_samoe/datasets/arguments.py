@@ -24,12 +24,23 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: object = None) -> argparse.Namespace:  # type: ignore
         found, unknown = self.parse_known_args(args)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
+            flags = _all_flags(self)
             self.error(f"{unknown[0]} is not known.{nearest(unknown[0].split('=')[0], flags)}")
         return found
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _all_flags(parser: argparse.ArgumentParser) -> list[str]:
+    """Returns the flags of a parser and of its sub-commands."""
+    flags = []
+    for action in parser._actions:
+        flags.extend(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                flags.extend(_all_flags(command))
+    return flags
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

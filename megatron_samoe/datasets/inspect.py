@@ -1,0 +1,248 @@
+"""Looks at datasets: statistics, histograms, single documents, verification, and repair of a lost index."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_samoe.datasets import index_format, manifest
+from megatron_samoe.datasets.arguments import Parser, add_tokenizer_arguments, run
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron_samoe.datasets.preprocess import checksums
+from megatron_samoe.errors import DataError
+
+# Bytes of .bin looked at together.
+BLOCK_BYTES = 1 << 24
+
+
+def document_lengths(data: IndexedDataset) -> np.ndarray:
+    """Returns the tokens of each document, int64 [documents]."""
+    ends = np.concatenate(([0], np.cumsum(data.sequence_lengths, dtype=np.int64)))
+    return np.diff(ends[data.document_indices])
+
+
+def token_counts(data: IndexedDataset) -> np.ndarray:
+    """Returns how often each id occurs, int64 [largest id + 1]; DataError if an id is negative."""
+    counts = np.zeros(0, dtype=np.int64)
+    block = BLOCK_BYTES // data.dtype.itemsize
+    for start in range(0, data.bin_reader.num_bytes // data.dtype.itemsize, block):
+        size = min(block, data.bin_reader.num_bytes // data.dtype.itemsize - start)
+        tokens = data.bin_reader.read(data.dtype, size, start * data.dtype.itemsize)
+        if tokens.size and int(tokens.min()) < 0:
+            raise DataError(f"{get_bin_path(data.path_prefix)} holds the negative id {int(tokens.min())}.")
+        if tokens.size and int(tokens.max()) > 1 << 28:
+            raise DataError(
+                f"{get_bin_path(data.path_prefix)} holds the id {int(tokens.max())}, which no vocabulary has."
+            )
+        found = np.bincount(tokens)
+        if len(found) > len(counts):
+            counts = np.concatenate((counts, np.zeros(len(found) - len(counts), dtype=np.int64)))
+        counts[: len(found)] += found
+    return counts
+
+
+def statistics(data: IndexedDataset) -> dict[str, Any]:
+    """Returns counts and quantiles of a dataset."""
+    lengths, counts = document_lengths(data), token_counts(data)
+    total = int(counts.sum())
+    quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int).tolist() if len(lengths) else []
+    shares = counts[counts > 0] / max(total, 1)
+    return {
+        "dtype": str(data.dtype),
+        "documents": data.num_documents,
+        "empty_documents": int((lengths == 0).sum()),
+        "sequences": len(data),
+        "tokens": data.num_tokens,
+        "bin_bytes": data.bin_reader.num_bytes,
+        "document_tokens": dict(zip(("min", "p10", "median", "p90", "max"), quantiles, strict=False)),
+        "mean_document_tokens": round(float(lengths.mean()), 2) if len(lengths) else 0.0,
+        "distinct_ids": int((counts > 0).sum()),
+        "max_token_id": len(counts) - 1,
+        "unigram_entropy_nats": round(float(-(shares * np.log(shares)).sum()), 4),
+    }
+
+
+def plot(data: IndexedDataset, path: str) -> None:
+    """Draws histograms of document lengths and of ids (frequency by rank) to a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lengths, counts = document_lengths(data), token_counts(data)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    filled = lengths[lengths > 0]
+    if len(filled):
+        top = max(int(filled.max()), 2)
+        left.hist(filled, bins=np.unique(np.geomspace(1, top + 1, 50).astype(int)))
+    left.set(xscale="log", xlabel="tokens per document", ylabel="documents")
+    ranked = np.sort(counts[counts > 0])[::-1]
+    if len(ranked):
+        right.loglog(np.arange(1, len(ranked) + 1), ranked)
+    right.set(xlabel="rank of the id", ylabel="occurrences")
+    figure.suptitle(os.path.basename(data.path_prefix))
+    figure.savefig(path, dpi=120)
+
+
+def verify(prefix: str) -> list[str]:
+    """Returns what was checked; DataError names the first thing that is wrong.
+
+    Every row of the index is held against the size of the data, gaps and overlaps are looked for, and, where a manifest
+    is there, counts and checksums are compared.
+    """
+    data = IndexedDataset(prefix)
+    data.verify()
+    done = [
+        f"header, {len(data)} sequences and {data.num_documents} documents lie inside {data.bin_reader.num_bytes} bytes"
+    ]
+    itemsize = data.dtype.itemsize
+    if data.bin_reader.num_bytes % itemsize:
+        raise DataError(f"{get_bin_path(prefix)} has {data.bin_reader.num_bytes} bytes, no multiple of {itemsize}.")
+    _check_no_gaps(data)
+    done.append("sequences follow each other without gaps and fill the data")
+    record = manifest.read(prefix)
+    if record is None:
+        return [*done, "no manifest: checksums are not known"]
+    found = (len(data), data.num_documents, data.num_tokens)
+    if found != (record.num_sequences, record.num_documents, record.num_tokens):
+        raise DataError(
+            f"{prefix} holds {found[0]} sequences, {found[1]} documents, {found[2]} tokens; its manifest says "
+            f"{record.num_sequences}, {record.num_documents}, {record.num_tokens}."
+        )
+    for path, crc in ((get_bin_path(prefix), record.bin_crc32), (get_idx_path(prefix), record.idx_crc32)):
+        if checksums.file_crc32(path) != crc:
+            raise DataError(f"{path} differs from what was written: its checksum is not that of the manifest.")
+    return [*done, "counts and checksums are those of the manifest"]
+
+
+def _check_no_gaps(data: IndexedDataset) -> None:
+    expected, itemsize = 0, data.dtype.itemsize
+    for start in range(0, len(data), index_format.CHUNK_ROWS):
+        rows = slice(start, start + index_format.CHUNK_ROWS)
+        sizes = data.sequence_lengths[rows].astype(np.int64) * itemsize
+        ends = np.cumsum(sizes) + expected
+        wrong = np.flatnonzero(data.sequence_pointers[rows] != ends - sizes)
+        if wrong.size:
+            row = int(wrong[0])
+            raise DataError(
+                f"{get_idx_path(data.path_prefix)}: sequence {start + row} begins at byte "
+                f"{int(data.sequence_pointers[start + row])}, but the one in front of it ends at "
+                f"{int((ends - sizes)[row])}."
+            )
+        expected = int(ends[-1])
+    if expected != data.bin_reader.num_bytes:
+        raise DataError(
+            f"{get_bin_path(data.path_prefix)} has {data.bin_reader.num_bytes} bytes, but its index describes "
+            f"{expected}."
+        )
+
+
+def repair(prefix: str, dtype: str, eod: int) -> tuple[int, int]:
+    """Rebuilds `.idx` from `.bin`: a document ends with each `eod`; returns (documents, tokens).
+
+    What the data cannot tell is lost: sentence borders and documents without tokens. The old index, if any, is kept
+    as `.idx.broken`. Refuses data whose size is no multiple of the dtype's, or that hold no `eod`.
+    """
+    path = get_bin_path(prefix)
+    kind = np.dtype(dtype).newbyteorder("<")
+    index_format.dtype_code(kind)
+    if not os.path.isfile(path):
+        raise DataError(f"{path} does not exist: there is nothing to rebuild the index from.")
+    num_bytes = os.path.getsize(path)
+    if num_bytes == 0 or num_bytes % kind.itemsize:
+        raise DataError(f"{path} has {num_bytes} bytes, no multiple of the {kind.itemsize} that a {dtype} token takes.")
+    tokens = np.memmap(path, dtype=kind, mode="r")
+    block = BLOCK_BYTES // kind.itemsize
+    ends = [np.flatnonzero(tokens[s : s + block] == eod) + s + 1 for s in range(0, len(tokens), block)]
+    borders = np.concatenate(ends)
+    if not len(borders):
+        raise DataError(f"{path} holds no end-of-document token {eod}: its documents cannot be told apart.")
+    if borders[-1] != len(tokens):
+        borders = np.append(borders, len(tokens))
+    lengths = np.diff(borders, prepend=0)
+    if int(lengths.max()) > np.iinfo(np.int32).max:
+        raise DataError(f"{path}: a document would have {int(lengths.max())} tokens, more than the format holds.")
+    index = get_idx_path(prefix)
+    index_format.write_index(f"{index}.partial", kind, lengths.astype("<i4"), np.arange(len(lengths) + 1, dtype="<i8"))
+    if os.path.exists(index):
+        os.replace(index, f"{index}.broken")
+    os.replace(f"{index}.partial", index)
+    return len(lengths), len(tokens)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = Parser("Looks at a dataset.", prog="inspect_dataset.py")
+    commands = parser.add_subparsers(
+        dest="command", required=True, parser_class=lambda **k: Parser(k.pop("help", ""), **k)
+    )
+    for name, text in (
+        ("stats", "counts and quantiles, as JSON; --plot draws histograms"),
+        ("verify", "check index, data and manifest"),
+        ("decode", "print a document"),
+        ("repair", "rebuild a missing or broken .idx from .bin and the end-of-document token"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("prefix", help="path of the dataset without .bin and .idx")
+        if name == "stats":
+            command.add_argument("--plot", metavar="PNG", help="file for histograms of document lengths and ids")
+        elif name == "decode":
+            command.add_argument("--document", type=int, default=0, help="number of the document, from 0")
+            command.add_argument("--max-tokens", type=int, default=2000, help="print at most this many tokens")
+            add_tokenizer_arguments(command, required=False)
+        elif name == "repair":
+            command.add_argument(
+                "--dtype", default=None, help="of the tokens: uint16, int32, ...; default: the manifest's"
+            )
+            command.add_argument("--eod", type=int, default=None, help="end-of-document id; default: the manifest's")
+    return parser
+
+
+def _main(arguments: Sequence[str] | None) -> None:
+    args = make_parser().parse_args(arguments)
+    prefix = args.prefix.removesuffix(".bin").removesuffix(".idx")
+    if args.command == "stats":
+        data = IndexedDataset(prefix)
+        print(json.dumps(statistics(data), indent=1))
+        if args.plot:
+            plot(data, args.plot)
+    elif args.command == "verify":
+        print("\n".join(f"ok: {line}" for line in verify(prefix)))
+    elif args.command == "decode":
+        _decode(prefix, args)
+    else:
+        record = manifest.read(prefix)
+        if record is None and (args.dtype is None or args.eod is None):
+            raise DataError(f"{prefix} has no manifest: give --dtype and --eod.")
+        dtype = args.dtype or str(index_format.optimal_dtype(record.vocab_size if record else None))
+        documents, tokens = repair(prefix, dtype, record.eod if args.eod is None and record else args.eod)
+        print(f"{get_idx_path(prefix)}: {documents:,} documents, {tokens:,} tokens")
+
+
+def _decode(prefix: str, args: argparse.Namespace) -> None:
+    from megatron_samoe.datasets.tokenizer import build_tokenizer
+
+    data = IndexedDataset(prefix)
+    if not 0 <= args.document < data.num_documents:
+        raise DataError(f"--document {args.document} is not in 0 to {data.num_documents - 1}.")
+    ids = data.document(args.document)[: args.max_tokens].tolist()
+    if args.tokenizer_type is None:
+        print(" ".join(map(str, ids)))
+        return
+    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_file, args.merge_file)
+    record = manifest.read(prefix)
+    if record is not None and record.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise DataError(f"{prefix} was made with another tokenizer ({record.tokenizer_type}).")
+    if ids and max(ids) >= tokenizer.vocab_size:
+        raise DataError(f"{prefix} holds id {max(ids)}, outside the {tokenizer.vocab_size} entries of this tokenizer.")
+    print(tokenizer.decode(ids))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    return run(_main, arguments)

@@ -1,0 +1,173 @@
+"""Joins datasets into one by streaming: the memory does not grow with the data."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_samoe.datasets import index_format, manifest
+from megatron_samoe.datasets.arguments import Parser, run
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset, get_bin_path
+from megatron_samoe.datasets.preprocess import checksums
+from megatron_samoe.errors import DataError
+
+
+def find_datasets(words: Sequence[str]) -> list[str]:
+    """Returns the prefixes that words name: prefixes as they are, folders as their datasets, sorted by name."""
+    prefixes: list[str] = []
+    for word in words:
+        if os.path.isdir(word):
+            found = sorted(os.path.join(word, name[:-4]) for name in os.listdir(word) if name.endswith(".idx"))
+            if not found:
+                raise DataError(f"The folder {word!r} holds no dataset (no .idx file).")
+            prefixes.extend(found)
+        else:
+            prefixes.append(word.removesuffix(".idx").removesuffix(".bin"))
+    return prefixes
+
+
+def merge(prefixes: Sequence[str], output_prefix: str) -> None:
+    """Writes the documents of the datasets, in order, as one dataset. It appears only when complete.
+
+    Raises DataError if a dataset is missing or damaged, if dtypes or tokenizers differ, or if the output is an input.
+    """
+    if not prefixes:
+        raise DataError("There is nothing to merge.")
+    if os.path.abspath(output_prefix) in map(os.path.abspath, prefixes):
+        raise DataError(f"The output {output_prefix!r} is also an input.")
+    records = [manifest.read(prefix) for prefix in prefixes]
+    _check_alike(prefixes, records)
+    crc, rows = 0, np.zeros(2, dtype=np.int64)
+    parts = [f"{output_prefix}.{part}.partial" for part in ("bin", "lengths", "boundaries")]
+    with open(parts[0], "wb") as tokens, open(parts[1], "wb") as lengths, open(parts[2], "wb") as boundaries:
+        boundaries.write(b"\0" * 8)
+        for prefix in prefixes:
+            data = IndexedDataset(prefix)
+            data.verify()
+            crc = _append_tokens(data, tokens, crc)
+            for start in range(0, len(data), index_format.CHUNK_ROWS):
+                lengths.write(data.sequence_lengths[start : start + index_format.CHUNK_ROWS].tobytes())
+            for start in range(1, data.num_documents + 1, index_format.CHUNK_ROWS):
+                boundaries.write((data.document_indices[start : start + index_format.CHUNK_ROWS] + rows[0]).tobytes())
+            rows += len(data), data.num_documents
+        tokens.flush()
+        os.fsync(tokens.fileno())
+    dtype = data.dtype
+    length_rows = np.memmap(parts[1], dtype="<i4", mode="r") if rows[0] else np.empty(0, dtype="<i4")
+    index_path = f"{output_prefix}.idx.partial"
+    index_format.write_index(index_path, dtype, length_rows, np.memmap(parts[2], dtype="<i8", mode="r"))
+    _write_manifest(output_prefix, prefixes, records, crc, os.path.getsize(parts[0]), index_path)
+    os.replace(parts[0], f"{output_prefix}.bin")
+    os.replace(index_path, f"{output_prefix}.idx")
+    for part in parts[1:]:
+        os.unlink(part)
+
+
+def _check_alike(prefixes: Sequence[str], records: Sequence[manifest.Manifest | None]) -> None:
+    dtypes = {prefix: IndexedDataset(prefix).dtype for prefix in prefixes}
+    if len(set(dtypes.values())) > 1:
+        listing = ", ".join(f"{prefix} ({dtype})" for prefix, dtype in dtypes.items())
+        raise DataError(f"Datasets of different token dtypes cannot be merged: {listing}.")
+    prints = {p: r.tokenizer_fingerprint[:12] for p, r in zip(prefixes, records, strict=True) if r is not None}
+    if len(set(prints.values())) > 1:
+        listing = ", ".join(f"{prefix} ({value})" for prefix, value in prints.items())
+        raise DataError(f"Datasets of different tokenizers cannot be merged: {listing}.")
+
+
+def _append_tokens(data: IndexedDataset, target: object, crc: int) -> int:
+    """Copies the tokens of a dataset and returns the checksum of all so far.
+
+    A dataset whose sequences follow each other is copied as it lies; others (Megatron's format allows gaps and any
+    order) sequence by sequence.
+    """
+    import zlib
+
+    contiguous = _is_contiguous(data)
+    if contiguous:
+        end = data.num_tokens * data.dtype.itemsize
+        with open(get_bin_path(data.path_prefix), "rb") as source:
+            left = end
+            while left:
+                block = source.read(min(1 << 22, left))
+                if not block:
+                    raise DataError(f"{get_bin_path(data.path_prefix)} was truncated while it was read.")
+                crc = zlib.crc32(block, crc)
+                target.write(block)  # type: ignore[attr-defined]
+                left -= len(block)
+        return crc
+    for number in range(len(data)):
+        block = data.get(number).tobytes()
+        crc = zlib.crc32(block, crc)
+        target.write(block)  # type: ignore[attr-defined]
+    return crc
+
+
+def _is_contiguous(data: IndexedDataset) -> bool:
+    expected = 0
+    for start in range(0, len(data), index_format.CHUNK_ROWS):
+        rows = slice(start, start + index_format.CHUNK_ROWS)
+        sizes = data.sequence_lengths[rows].astype(np.int64) * data.dtype.itemsize
+        ends = np.cumsum(sizes) + expected
+        if not np.array_equal(data.sequence_pointers[rows], ends - sizes):
+            return False
+        expected = int(ends[-1])
+    return True
+
+
+def _write_manifest(
+    output_prefix: str, prefixes: Sequence[str], records: Sequence[manifest.Manifest | None],
+    crc: int, bin_bytes: int, index_path: str,
+) -> None:  # fmt: skip
+    """Writes the manifest of the result where all inputs have one; otherwise removes an old one."""
+    known = [record for record in records if record is not None]
+    if len(known) < len(records):
+        path = manifest.get_manifest_path(output_prefix)
+        if os.path.exists(path):
+            os.unlink(path)
+        return
+    counts: dict[str, int] = {}
+    for record in known:
+        for name, value in record.counts.items():
+            counts[name] = counts.get(name, 0) + value
+    joined = replace(
+        known[0],
+        num_documents=sum(r.num_documents for r in known),
+        num_sequences=sum(r.num_sequences for r in known),
+        num_tokens=sum(r.num_tokens for r in known),
+        max_token_id=max(r.max_token_id for r in known),
+        bin_bytes=bin_bytes,
+        bin_crc32=crc,
+        idx_crc32=checksums.file_crc32(index_path),
+        options={"merged": [os.path.basename(prefix) for prefix in prefixes]},
+        inputs=[entry for record in known for entry in record.inputs],
+        counts=counts,
+    )
+    manifest.write(output_prefix, joined)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = Parser("Joins datasets into one, by streaming.", prog="merge_datasets.py")
+    parser.add_argument("--input", nargs="+", required=True, help="prefixes, or folders (all their datasets, by name)")
+    parser.add_argument("--output-prefix", required=True, help="path of the result without .bin and .idx")
+    return parser
+
+
+def _main(arguments: Sequence[str] | None) -> None:
+    args = make_parser().parse_args(arguments)
+    prefixes = find_datasets(args.input)
+    merge(prefixes, args.output_prefix)
+    result = IndexedDataset(args.output_prefix)
+    print(
+        f"{len(prefixes)} datasets -> {args.output_prefix}: {result.num_documents:,} documents, "
+        f"{result.num_tokens:,} tokens"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    return run(_main, arguments)
