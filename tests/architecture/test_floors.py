@@ -1,0 +1,175 @@
+"""The house: imports only go down, packages form no cycle, files stay small, every option is explained."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import megatron_samoe
+from megatron_samoe.config import PretrainConfig
+
+ROOT = Path(megatron_samoe.__file__).parent
+
+#: Bottom first; packages of one floor do not know each other.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "log", "timers", "__init__"),
+    ("config",),
+    ("parallel_state",),
+    ("ops",),
+    ("tensor_parallel",),
+    ("moe",),
+    ("models",),
+    ("pipeline_parallel",),
+    ("distributed",),
+    ("optimizer",),
+    ("dist_checkpointing",),
+    ("datasets",),
+    ("training", "inference", "interop", "evaluation"),
+    ("cli",),
+)
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+MAX_LINES = 400
+#: Files that have outgrown a page, by path in the repository; a name leaves the list when its file has shrunk.
+LONG_FILES: frozenset[str] = frozenset()
+
+
+def sources() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def package_of(path: Path) -> str:
+    """Returns the package (or module) directly below megatron_samoe that a file is part of."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_modules(tree: ast.AST, module: str) -> list[tuple[int, str]]:
+    """Returns (line, dotted name) of all imports in a module, wherever they stand."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")[: -node.level]
+                base = ".".join([*parts, base] if base else parts)
+            # `from package import module` may name a module, `from module import name` does not: both are kept.
+            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+    return found
+
+
+def edges(path: Path) -> list[tuple[int, str]]:
+    """Returns (line, package) of a file's imports of other packages of megatron_samoe."""
+    module = ".".join(("megatron_samoe", *path.relative_to(ROOT).with_suffix("").parts))
+    found = []
+    for line, name in imported_modules(ast.parse(path.read_text()), module):
+        parts = name.split(".")
+        if parts[0] == "megatron_samoe":
+            known = len(parts) > 1 and parts[1] in FLOOR_OF
+            found.append((line, parts[1] if known else "__init__"))
+    return [(line, package) for line, package in found if package != package_of(path)]
+
+
+def rising_imports(path: Path) -> list[str]:
+    own = FLOOR_OF[package_of(path)]
+    return [
+        f"{path.relative_to(ROOT)}:{line} (floor {own}) imports {package} (floor {FLOOR_OF[package]})"
+        for line, package in edges(path)
+        if FLOOR_OF[package] >= own
+    ]
+
+
+def test_every_package_has_a_floor() -> None:
+    assert {package_of(path) for path in sources()} <= set(FLOOR_OF)
+
+
+def test_imports_only_go_down() -> None:
+    rising = [fault for path in sources() for fault in rising_imports(path)]
+    assert not rising, "\n".join(rising)
+
+
+@pytest.mark.parametrize(
+    ("statement", "rises"),
+    [
+        ("from megatron_samoe.errors import ConfigError", False),
+        ("from megatron_samoe.config import PretrainConfig", False),
+        ("import megatron_samoe.moe.router", True),
+        ("from megatron_samoe import training", True),
+        ("def f():\n    from megatron_samoe.models import attention", True),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..cli import pretrain", True),
+        ("from .reference import topk_gate", False),
+    ],
+)
+def test_the_rule_sees_every_kind_of_import(
+    statement: str, rises: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ops").mkdir()
+    path = tmp_path / "ops" / "new.py"
+    path.write_text(statement)
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert bool(rising_imports(path)) == rises
+
+
+def test_packages_form_no_cycle() -> None:
+    graph: dict[str, set[str]] = {name: set() for name in FLOOR_OF}
+    for path in sources():
+        graph[package_of(path)] |= {package for _, package in edges(path)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"packages import each other: {' -> '.join(error.args[1])}")
+
+
+def test_files_stay_small() -> None:
+    repository = ROOT.parent
+    files = [*sources(), *(repository / "tools").glob("*.py"), *(repository / "cpp_ext").rglob("*.cpp")]
+    lengths = {str(p.relative_to(repository)): len(p.read_text().splitlines()) for p in files}
+    long = {name: n for name, n in lengths.items() if n > MAX_LINES}
+    assert set(long) == LONG_FILES, f"files of more than {MAX_LINES} lines: {long}; listed: {sorted(LONG_FILES)}"
+
+
+def documented_fields(cls: type) -> set[str]:
+    """Returns the fields of a dataclass that a docstring follows."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = set()
+    for field, text in zip(definition.body, definition.body[1:], strict=False):
+        is_text = (
+            isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+        )
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+            found.add(field.target.id)
+    return found
+
+
+def test_every_option_has_a_docstring() -> None:
+    classes = [PretrainConfig, *(type(getattr(PretrainConfig(), f.name)) for f in dataclasses.fields(PretrainConfig))]
+    for cls in classes:
+        names = {f.name for f in dataclasses.fields(cls)}
+        assert documented_fields(cls) >= names, f"{cls.__name__}: {sorted(names - documented_fields(cls))}"
+
+
+def test_public_functions_and_classes_have_docstrings() -> None:
+    bare = []
+    for path in sources():
+        for node in ast.parse(path.read_text()).body:
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            if isinstance(node, kinds) and not node.name.startswith("_") and ast.get_docstring(node) is None:
+                bare.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert not bare, "\n".join(bare)
+
+
+def test_importing_a_module_needs_no_optional_library() -> None:
+    deferred = {"apex", "transformers", "megatron", "lm_eval"}
+    for path in sources():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                used = {name.split(".")[0] for name in names} & deferred
+                assert not used, f"{path.relative_to(ROOT)}:{node.lineno} imports {used} when it is loaded"

@@ -1,0 +1,189 @@
+"""Flags, YAML files and checkpoints fill the same configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config.cli import from_mapping, parse_pretrain_args, read_yaml, to_mapping
+from megatron_samoe.errors import ConfigError
+from tests.harness.tiny import tiny_config, with_options
+
+
+def write(folder: Path, content: str) -> str:
+    path = folder / "run.yaml"
+    path.write_text(content)
+    return str(path)
+
+
+def test_flags_are_megatrons() -> None:
+    config = parse_pretrain_args(
+        ["--num-layers", "3", "--tensor-model-parallel-size", "2", "--swiglu", "--data-path", "0.3", "a", "0.7", "b",
+         "--expert-layout", "samoe", "--samoe-init", "block", "--moe-expert-capacity-factor", "1.25",
+         "--lr-decay-style", "WSD", "--save", "here", "--bf16"]
+    )  # fmt: skip
+    assert config.model.num_layers == 3 and config.model.swiglu
+    assert config.parallel.tensor_model_parallel_size == 2
+    assert config.data.data_path == ("0.3", "a", "0.7", "b")
+    assert config.moe.expert_layout == "samoe" and config.moe.samoe_init == "block"
+    assert config.moe.moe_expert_capacity_factor == 1.25
+    assert config.optimizer.lr_decay_style == "WSD" and config.checkpoint.save == "here" and config.training.bf16
+
+
+def test_no_two_groups_share_a_flag() -> None:
+    groups = [getattr(PretrainConfig(), f.name) for f in dataclasses.fields(PretrainConfig)]
+    names = [f.name for group in groups for f in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+
+
+def test_help_has_a_line_for_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse_pretrain_args(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    for group in dataclasses.fields(PretrainConfig):
+        for f in dataclasses.fields(getattr(PretrainConfig(), group.name)):
+            assert "--" + f.name.replace("_", "-") in shown, f.name
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("--hiden-size", "--hidden-size"), ("--num-expert", "--num-experts")])
+def test_misspelt_flag_is_refused_with_the_nearest(wrong: str, right: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse_pretrain_args([wrong, "16"])
+    assert left.value.code == 2
+    captured = capsys.readouterr()
+    message = captured.out + captured.err
+    assert wrong in message and right in message.split("Perhaps you meant")[1]
+
+
+@pytest.mark.parametrize("args", [["--train-iters", "many"], ["--lr-decay-style", "wsd"], ["--bf16", "True"]])
+def test_malformed_flag_is_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse_pretrain_args(args)
+    assert left.value.code == 2
+    assert args[-1] in "".join(capsys.readouterr())
+
+
+def test_quiet_rank_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_pretrain_args(["--hiden-size", "16"], quiet=True)
+    assert "".join(capsys.readouterr()) == ""
+
+
+def test_flags_override_yaml(tmp_path: Path) -> None:
+    path = write(tmp_path, "num_layers: 3\nmodel: {hidden-size: 64}\nlr: 3e-4\ndata_path: [0.5, a, 1, b]\nsplit: 100\n")
+    config = parse_pretrain_args([f"--config={path}", "--num-layers", "5"])
+    assert config.model.num_layers == 5 and config.model.hidden_size == 64
+    assert config.optimizer.lr == 3e-4
+    assert config.data.data_path == ("0.5", "a", "1", "b") and config.data.split == "100"
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "said"),
+    [
+        ("hiden_size: 5", "hiden_size", "Did you mean 'hidden_size'?"),
+        ("model: {num_layer: 5}", "model.num_layer", "Did you mean 'num_layers'?"),
+        ("model: {lr: 5}", "model.lr", "unknown option"),
+        ("modle: {num_layers: 5}", "modle", "Did you mean 'model'?"),
+        ("hidden_size: 64.0", "hidden_size", "must be of type int"),
+        ("hidden_size: true", "hidden_size", "must be of type int"),
+        ("swiglu: 1", "swiglu", "must be of type bool"),
+        ("lr: abc", "lr", "must be of type float"),
+        ("num_layers:", "num_layers", "must be of type int"),
+        ("lr_decay_style: cosin", "lr_decay_style", "Did you mean 'cosine'?"),
+        ("data_path: {a: 1}", "data_path", "must be of type str list"),
+        ("tokenizer_model: [a]", "tokenizer_model", "must be of type str"),
+        ("- a", "--config", "must hold a mapping of option to value, not list"),
+        ("a: [", "--config", "is not YAML"),
+    ],
+)
+def test_wrong_yaml_is_refused(content: str, field: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_pretrain_args(["--config", write(tmp_path, content)])
+    assert raised.value.field == field
+    assert said in str(raised.value)
+
+
+def test_empty_yaml_changes_nothing_and_missing_is_named(tmp_path: Path) -> None:
+    assert read_yaml(Path(write(tmp_path, ""))) == {}
+    with pytest.raises(ConfigError, match=r"absent\.yaml.*cannot be read"):
+        parse_pretrain_args(["--config", str(tmp_path / "absent.yaml")])
+    with pytest.raises(ConfigError, match="needs the path"):
+        parse_pretrain_args(["--config"])
+
+
+def options() -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "num_layers": st.integers(1, 99),
+            "ffn_hidden_size": st.none() | st.integers(1, 10**6),
+            "lr": st.floats(allow_nan=False),
+            "moe_expert_capacity_factor": st.none() | st.floats(0.1, 10),
+            "bf16": st.booleans(),
+            "samoe_normalization": st.sampled_from(["none", "l2", "softmax"]),
+            "recompute_granularity": st.sampled_from([None, "full", "selective"]),
+            "data_path": st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["C"]))).map(tuple),
+            "save": st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["C"])),
+            "moe_layer_freq": st.sampled_from(["1", "01", "0101", "010", "[0,1]*4", "10"]),
+            "moe_router_pre_softmax": st.none() | st.booleans(),
+        },
+    )
+
+
+@settings(deadline=None, max_examples=150)
+@given(options())
+def test_configuration_survives_yaml(changes: dict[str, Any]) -> None:
+    config = with_options(PretrainConfig(), **changes)
+    text = yaml.safe_dump(to_mapping(config), sort_keys=False)
+    assert from_mapping(yaml.safe_load(text), "config.yaml") == config
+
+
+def test_saved_configuration_is_complete() -> None:
+    mapping = to_mapping(tiny_config("samoe"))
+    for group in dataclasses.fields(PretrainConfig):
+        value = getattr(PretrainConfig(), group.name)
+        assert set(mapping[group.name]) == {f.name for f in dataclasses.fields(value)}
+
+
+def test_checkpoint_arguments_lie_between_yaml_and_flags(tmp_path: Path) -> None:
+    saved = with_options(
+        tiny_config("samoe"), num_layers=6, hidden_size=48, train_iters=77, vocab_size=300, data_path=("theirs",),
+        tensor_model_parallel_size=2,
+    )  # fmt: skip
+    asked: list[PretrainConfig] = []
+
+    def read(config: PretrainConfig) -> dict[str, Any]:
+        asked.append(config)
+        return to_mapping(saved)
+
+    path = write(tmp_path, "hidden_size: 80\nlr: 0.5\nnum_layers: 9\n")
+    args = ["--config", path, "--load", "somewhere", "--num-layers", "7"]
+    config = parse_pretrain_args([*args, "--use-checkpoint-args"], read)
+    assert [c.checkpoint.load for c in asked] == ["somewhere"]
+    assert config.model.num_layers == 7, "a flag beats the checkpoint"
+    assert config.model.hidden_size == 48, "the checkpoint beats the file"
+    assert config.moe == saved.moe and config.data.vocab_size == 300
+    assert config.optimizer.lr == 0.5 and config.training.train_iters == 100, "the run's own options stay"
+    assert config.data.data_path == () and config.parallel.tensor_model_parallel_size == 1
+    assert parse_pretrain_args(args, read).model.hidden_size == 80, "without --use-checkpoint-args it is not read"
+    assert len(asked) == 1
+
+
+def test_checkpoint_arguments_without_a_checkpoint_change_nothing() -> None:
+    config = parse_pretrain_args(["--load", "x", "--use-checkpoint-args", "--num-layers", "7"], lambda _: None)
+    assert config.model.num_layers == 7
+
+
+def test_run_dir_fills_paths_that_are_not_given() -> None:
+    config = parse_pretrain_args(["--run-dir", "runs/x", "--save", "elsewhere"])
+    assert (config.checkpoint.save, config.checkpoint.load) == ("elsewhere", "runs/x/checkpoints")
+    assert config.logging.tensorboard_dir == "runs/x/tensorboard"
+    assert config.logging.metrics_file == "runs/x/metrics.jsonl"

@@ -1,0 +1,177 @@
+"""Every rule of a configuration is broken once, and says so."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from typing import Any
+
+import pytest
+
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config import validate as rules
+from megatron_samoe.errors import ConfigError, ConfigErrors
+from tests.harness.tiny import with_options
+
+VALID = with_options(PretrainConfig(), mock_data=True)
+MOE = {"expert_layout": "moe"}
+SAMOE = {"expert_layout": "samoe"}
+
+#: options, world size, the flag that is named, a part of what is allowed
+BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
+    ({"num_layers": 0}, 1, "--num-layers", "positive"),
+    ({"hidden_size": -8}, 1, "--hidden-size", "positive"),
+    ({"num_threads": 0}, 1, "--num-threads", "positive"),
+    ({"save_interval": 0, "save": "x"}, 1, "--save-interval", "positive"),
+    ({"hidden_dropout": 1.0}, 1, "--hidden-dropout", "at least 0 and below 1"),
+    ({"adam_beta2": float("nan")}, 1, "--adam-beta2", "at least 0 and below 1"),
+    ({"moe_input_jitter_eps": -0.1, **MOE}, 1, "--moe-input-jitter-eps", "at least 0 and below 1"),
+    ({"lr": float("inf")}, 1, "--lr", "finite number, 0 or more"),
+    ({"train_iters": -1}, 1, "--train-iters", "0 or more"),
+    ({"norm_epsilon": 0.0}, 1, "--norm-epsilon", "above 0"),
+    ({"moe_expert_capacity_factor": 0.0, **MOE}, 1, "--moe-expert-capacity-factor", "above 0"),
+    ({"num_attention_heads": 7}, 1, "--num-attention-heads", "--hidden-size 256"),
+    ({"group_query_attention": True, "num_query_groups": 3}, 1, "--num-query-groups", "must divide"),
+    ({"num_query_groups": 2}, 1, "--num-query-groups", "--group-query-attention"),
+    ({"position_embedding_type": "rope", "kv_channels": 7}, 1, "--rotary-percent", "even"),
+    ({"position_embedding_type": "rope", "rotary_percent": 1.5}, 1, "--rotary-percent", "32 head channels"),
+    ({"max_position_embeddings": 8}, 1, "--max-position-embeddings", "--seq-length 256"),
+    ({"moe_layer_freq": "012", **MOE}, 1, "--moe-layer-freq", "8 zeros and ones"),
+    ({"moe_layer_freq": "[0,1]*3", **MOE}, 1, "--moe-layer-freq", "this one has 6 entries"),
+    ({"moe_layer_freq": "00000000", **MOE}, 1, "--moe-layer-freq", "at least one layer"),
+    ({"moe_router_topk": 9, **MOE}, 1, "--moe-router-topk", "--num-experts 8"),
+    ({"moe_router_pre_softmax": False, **MOE}, 1, "--moe-router-pre-softmax", "always 1"),
+    ({"num_expert_banks": 9, **SAMOE}, 1, "--num-expert-banks", "number of MoE layers, 8"),
+    ({"samoe_combine": "layer", **MOE}, 1, "--samoe-combine", "--expert-layout samoe, not moe"),
+    ({"samoe_freeze_coefficients": True}, 1, "--samoe-freeze-coefficients", "--expert-layout samoe, not dense"),
+    ({"moe_ffn_hidden_size": 64}, 1, "--moe-ffn-hidden-size", "--expert-layout moe or samoe"),
+    ({"moe_token_drop_policy": "position", **MOE}, 1, "--moe-token-drop-policy", "--moe-expert-capacity-factor"),
+    ({"add_qkv_bias": True}, 1, "--add-qkv-bias", "--disable-bias-linear"),
+    ({"recompute_num_layers": 2}, 1, "--recompute-num-layers", "--recompute-granularity full"),
+    ({"lr_wsd_decay_iters": 5}, 1, "--lr-wsd-decay-iters", "--lr-decay-style WSD"),
+    ({"loss_scale": 128.0}, 1, "--loss-scale", "--fp16"),
+    ({"pipeline_model_parallel_size": 2}, 2, "--pipeline-model-parallel-size", "must be 1"),
+    ({"tensor_model_parallel_size": 4}, 6, "--tensor-model-parallel-size", "[1, 2, 3, 6]"),
+    ({"tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 2, **MOE}, 4, "--expert-tensor-parallel-size",
+     "1 or --tensor-model-parallel-size 4"),
+    ({"expert_model_parallel_size": 4, **MOE}, 6, "--expert-model-parallel-size", "one of [1, 2, 3, 6]"),
+    ({"num_attention_heads": 4, "tensor_model_parallel_size": 8}, 8, "--num-attention-heads", "divisible by"),
+    ({"group_query_attention": True, "num_query_groups": 1, "tensor_model_parallel_size": 2}, 2, "--num-query-groups",
+     "divisible by --tensor-model-parallel-size 2"),
+    ({"make_vocab_size_divisible_by": 5, "tensor_model_parallel_size": 2}, 2, "--make-vocab-size-divisible-by",
+     "divisible by"),
+    ({"expert_model_parallel_size": 2}, 2, "--expert-model-parallel-size", "must be 1 with --expert-layout dense"),
+    ({"num_experts": 6, "expert_model_parallel_size": 4, **MOE}, 4, "--num-experts", "divisible by"),
+    ({"moe_ffn_hidden_size": 33, "tensor_model_parallel_size": 2, **MOE}, 2, "--moe-ffn-hidden-size", "divisible by"),
+    ({"moe_shared_expert_intermediate_size": 33, "tensor_model_parallel_size": 2, **MOE}, 2,
+     "--moe-shared-expert-intermediate-size", "divisible by"),
+    ({"micro_batch_size": 1, "seq_length": 15, "tensor_model_parallel_size": 2,
+      "expert_tensor_parallel_size": 1, **MOE}, 2, "--micro-batch-size", "15 tokens"),
+    ({"global_batch_size": 12, "micro_batch_size": 4}, 2, "--global-batch-size", "= 8"),
+    ({"min_lr": 1.0}, 1, "--min-lr", "--lr 0.001"),
+    ({"lr_warmup_fraction": 1.5}, 1, "--lr-warmup-fraction", "from 0 to 1"),
+    ({"lr_warmup_fraction": 0.5, "lr_warmup_iters": 3}, 1, "--lr-warmup-fraction", "excludes --lr-warmup-iters"),
+    ({"lr_warmup_iters": 101}, 1, "--lr-warmup-iters", "100 decay steps"),
+    ({"bf16": True, "fp16": True}, 1, "--fp16", "excludes --bf16"),
+    ({"data_path": ("x",)}, 1, "--mock-data", "excludes --data-path"),
+    ({"mock_data": False, "data_path": ("x",), "train_data_path": ("y",)}, 1, "--data-path", "excludes"),
+    ({"mock_data": False}, 1, "--data-path", "must name a dataset"),
+    ({"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v"}, 1, "--tokenizer-type", "--merge-file"),
+    ({"tokenizer_type": "HuggingFaceTokenizer"}, 1, "--tokenizer-type", "--tokenizer-model"),
+    ({"save_interval": 5}, 1, "--save-interval", "--save or --run-dir"),
+    ({"finetune": True}, 1, "--finetune", "--load or --run-dir"),
+    ({"ckpt_step": 3}, 1, "--ckpt-step", "--load or --run-dir"),
+]  # fmt: skip
+
+
+def errors_of(options: dict[str, Any], world_size: int) -> list[ConfigError]:
+    try:
+        rules.validate(with_options(VALID, **options), world_size)
+    except ConfigErrors as error:
+        return error.errors
+    return []
+
+
+@pytest.mark.parametrize(("options", "world_size", "flag", "allowed"), BROKEN)
+def test_broken_rule_names_flag_value_and_what_is_allowed(
+    options: dict[str, Any], world_size: int, flag: str, allowed: str
+) -> None:
+    found = [error for error in errors_of(options, world_size) if error.field == flag]
+    assert found, f"nothing is said about {flag}"
+    assert any(allowed in error.allowed for error in found), [str(error) for error in found]
+    field = flag[2:].replace("-", "_")
+    if field in options:
+        assert f"{flag} = {options[field]!r}: " in str(found[0])
+
+
+def test_every_error_of_every_rule_is_raised_by_a_case_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised_at: set[int] = set()
+
+    class RecordedError(ConfigError):
+        def __init__(self, *args: Any):
+            super().__init__(*args)
+            raised_at.add(sys._getframe(1).f_lineno)
+
+    monkeypatch.setattr(rules, "ConfigError", RecordedError)
+    for options, world_size, _, _ in BROKEN:
+        errors_of(options, world_size)
+    tree = ast.parse(inspect.getsource(rules))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "ConfigError"]
+    assert len(calls) > 30
+    silent = [c.lineno for c in calls if not any(c.lineno <= line <= (c.end_lineno or 0) for line in raised_at)]
+    assert not silent, f"no case reaches the errors at lines {silent} of validate.py"
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size"),
+    [
+        ({}, 1),
+        ({}, 7),
+        ({"tensor_model_parallel_size": 4}, 8),
+        ({"expert_model_parallel_size": 8, **MOE}, 8),
+        (
+            {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 8, **MOE},
+            8,
+        ),
+        ({"num_expert_banks": 8, **SAMOE}, 1),
+        ({"num_expert_banks": 64, "samoe_granularity": "expert", **SAMOE}, 1),
+        ({"train_iters": 0, "eval_iters": 0}, 1),
+        ({"lr_warmup_fraction": 1.0}, 1),
+    ],
+)
+def test_legal_configurations_pass(options: dict[str, Any], world_size: int) -> None:
+    assert errors_of(options, world_size) == []
+
+
+def test_all_broken_rules_are_reported_together() -> None:
+    with pytest.raises(ConfigErrors) as raised:
+        rules.validate(with_options(VALID, bf16=True, fp16=True, lr=-1.0, num_layers=0), 1)
+    fields = [error.field for error in raised.value.errors]
+    assert {"--fp16", "--lr", "--num-layers"} <= set(fields)
+    assert len(str(raised.value).strip().splitlines()) == len(fields)
+    assert raised.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "num_layers", "expected"),
+    [
+        ("1", 3, "111"), ("2", 5, "10101"), ("4", 4, "1000"), ("0101", 4, "0101"), ("[0,1]*2", 4, "0101"),
+        ("([0, 1, 1])*2", 6, "011011"), ("[1]", 1, "1"), ("10", 10, "1000000000"), ("10", 2, "10"),
+    ],
+)  # fmt: skip
+def test_moe_layer_freq(text: str, num_layers: int, expected: str) -> None:
+    assert "".join(str(int(b)) for b in rules.parse_moe_layer_freq(text, num_layers)) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "5", "abc", "[0,2]*2", "01012", "[0,1]*0", "1.0"])
+def test_wrong_moe_layer_freq_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--moe-layer-freq"):
+        rules.parse_moe_layer_freq(text, 4)
+
+
+def test_batch_and_data_parallel_sizes() -> None:
+    config = with_options(VALID, tensor_model_parallel_size=2, micro_batch_size=3)
+    assert rules.data_parallel_size(config, 8) == 4
+    assert rules.global_batch_size(config, 8) == 12
+    assert rules.global_batch_size(with_options(config, global_batch_size=24), 8) == 24
