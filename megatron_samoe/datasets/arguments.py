@@ -22,11 +22,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: object = None) -> argparse.Namespace:  # type: ignore
-        found, unknown = self.parse_known_args(args)
-        if unknown:
-            flags = _all_flags(self)
-            self.error(f"{unknown[0]} is not known.{nearest(unknown[0].split('=')[0], flags)}")
-        return found
+        words = list(sys.argv[1:] if args is None else args)
+        flags = _all_flags(self)
+        for word in words:
+            name = word.split("=")[0]
+            # Before argparse, which would first complain of the flag that the misspelt one was meant to be.
+            if name.startswith("--") and name != "--" and name not in flags:
+                self.error(f"{name} is not known.{nearest(name, flags)}")
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")

@@ -56,7 +56,7 @@ def _language_identifier() -> Any:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise DataError("--languages needs the package py3langid: pip install 'megatron_samoe[clean]'.") from error
-    return LanguageIdentifier.from_pickled_model(MODEL_FILE)
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
 class Cleaner:

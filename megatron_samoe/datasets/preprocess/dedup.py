@@ -16,7 +16,6 @@ import regex
 NUM_PERMUTATIONS = 112
 SHINGLE_WORDS = 5
 _WORDS = regex.compile(r"\w+")
-_PRIME = np.uint64((1 << 61) - 1)
 
 
 def exact_key(texts: tuple[str, ...]) -> np.ndarray:
@@ -33,25 +32,26 @@ def choose_bands(threshold: float) -> tuple[int, int]:
 
 
 @functools.cache
-def _permutations() -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(20240229)
-    high = 1 << 29  # products stay below 2^61 with 32-bit shingle hashes
-    return (
-        random.integers(1, high, NUM_PERMUTATIONS, dtype=np.uint64),
-        random.integers(0, high, NUM_PERMUTATIONS, dtype=np.uint64),
-    )
+def _seeds() -> np.ndarray:
+    return np.random.default_rng(20240229).integers(0, 1 << 64, NUM_PERMUTATIONS, dtype=np.uint64)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Returns a well-spread hash of uint64 values (the finalizer of SplitMix64; products wrap)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
 
 
 def signature(text: str) -> np.ndarray:
     """Returns the MinHash signature of the sets of SHINGLE_WORDS consecutive words, uint64 [NUM_PERMUTATIONS]."""
     words = _WORDS.findall(text.lower())
     shingles = {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
-    hashed = b"".join(hashlib.blake2b(shingle.encode(), digest_size=4).digest() for shingle in sorted(shingles))
-    values = np.frombuffer(hashed, dtype="<u4").astype(np.uint64)
-    factors, offsets = _permutations()
-    smallest = np.full(NUM_PERMUTATIONS, _PRIME, dtype=np.uint64)
+    hashed = b"".join(hashlib.blake2b(shingle.encode(), digest_size=8).digest() for shingle in shingles)
+    values = np.frombuffer(hashed, dtype="<u8")
+    smallest = np.full(NUM_PERMUTATIONS, np.iinfo(np.uint64).max, dtype=np.uint64)
     for start in range(0, len(values), 4096):
-        block = (factors[:, None] * values[None, start : start + 4096] + offsets[:, None]) % _PRIME
+        block = _mix(values[None, start : start + 4096] ^ _seeds()[:, None])
         smallest = np.minimum(smallest, block.min(axis=1))
     return smallest
 

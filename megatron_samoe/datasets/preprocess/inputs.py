@@ -172,9 +172,39 @@ def _open_zstd(raw: Any, path: str) -> BinaryIO:
         import zstandard
     except ImportError as error:
         raise DataError(f"{path} needs the package zstandard: pip install 'megatron_samoe[data]'.") from error
-    # The window a frame may ask for is bounded (its default limit): a lying header cannot demand gigabytes.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-    return io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True), 1 << 20)  # type: ignore
+    return io.BufferedReader(_ZstdStream(raw, zstandard), 1 << 20)  # type: ignore
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompresses zstd frames; a file that ends inside one is an error (zstandard's own reader stays silent)."""
+
+    def __init__(self, raw: BinaryIO, zstandard: Any):
+        self.fileobj = raw
+        # The window a frame may ask for is bounded: a lying header cannot demand gigabytes.
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        self._frame: Any = None
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            # Small pieces: a few bytes may stand for 128 KB.
+            self._input = self._input or self.fileobj.read(4096)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._output = self._frame.decompress(self._input)
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
 
 
 def read_errors() -> tuple[type[BaseException], ...]:
@@ -229,7 +259,7 @@ def _cut_file(file: InputFile, options: PreprocessOptions) -> Iterator[dict[str,
 
 def _position(stream: BinaryIO) -> int:
     """Returns how far the file under a decompressing stream was read, 0 if it does not say."""
-    inner = getattr(stream, "fileobj", None) or getattr(stream, "_fp", None) or stream
+    inner = getattr(getattr(stream, "raw", stream), "fileobj", None) or getattr(stream, "_fp", None) or stream
     try:
         return int(inner.tell())
     except (OSError, ValueError, AttributeError):

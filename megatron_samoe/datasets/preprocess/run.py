@@ -7,6 +7,7 @@ yet written, so memory is bounded: about (MAX_HELD + 1) * (chunk + its ids) per 
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 from collections import deque
@@ -99,11 +100,12 @@ class _Run:
 
     def execute(self) -> finish.Report:
         """Does what is left of the run."""
-        header = {
+        header: dict[str, Any] = {
             "options": self._options.output_options(),
             "inputs": [[file.path, file.format, file.num_bytes, file.mtime_ns] for file in self._files],
             "tokenizer": self._facts.fingerprint,
         }
+        header = json.loads(json.dumps(header))  # as it will be read back
         finished = self._resume(header) if self._options.resume else self._start(header)
         if not finished:
             self._encode_all()

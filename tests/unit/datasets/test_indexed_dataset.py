@@ -1,0 +1,177 @@
+"""The indexed format: round trips, damaged files, readers."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_samoe.datasets import index_format
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron_samoe.errors import DataError
+
+RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Mutations tried per kind of file; 10000 with SAMOE_FUZZ=10000.
+NUM_MUTATIONS = int(os.environ.get("SAMOE_FUZZ", "300"))
+
+
+def build(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> str:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype)
+    for tokens in documents:
+        builder.add_document(tokens, [len(tokens)] if tokens else [])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@RELAXED
+@given(
+    st.lists(st.lists(st.integers(0, 65535), max_size=9), max_size=9), st.sampled_from([np.uint16, np.int32, np.int64])
+)
+def test_round_trip(tmp_path: Path, documents: list[list[int]], dtype: type) -> None:
+    prefix = build(tmp_path / "d", documents, dtype)
+    for mmap in (True, False):
+        data = IndexedDataset(prefix, mmap=mmap)
+        assert data.num_documents == len(documents)
+        assert [data.document(i).tolist() for i in range(len(documents))] == documents
+        assert [row.tolist() for row in data[:]] == [tokens for tokens in documents if tokens]
+        data.verify()
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_parts_and_limits(tmp_path: Path, mmap: bool) -> None:
+    data = IndexedDataset(build(tmp_path / "d", [[1, 2, 3], [4, 5]]), mmap=mmap)
+    assert data.get(0, 1).tolist() == [2, 3] and data.get(1, 0, 1).tolist() == [4] and data[-1].tolist() == [4, 5]
+    for index, offset, length in ((2, 0, None), (-3, 0, None), (0, 4, None), (0, 1, 3), (0, -1, 1), (0, 0, -1)):
+        with pytest.raises(IndexError):
+            data.get(index, offset, length)
+    assert pickle.loads(pickle.dumps(data))[1].tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("dtype, value", [(np.uint16, 65536), (np.uint16, -1), (np.int32, 2**31), (np.uint8, 256)])
+def test_ids_that_do_not_fit_are_refused(tmp_path: Path, dtype: type, value: int) -> None:
+    builder = IndexedDatasetBuilder(tmp_path / "d.bin", dtype)
+    with pytest.raises(DataError, match="does not fit"):
+        builder.add_item([value])
+
+
+def test_builder_refuses_nonsense(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be stored"):
+        IndexedDatasetBuilder(tmp_path / "d.bin", np.complex64)
+    builder = IndexedDatasetBuilder(tmp_path / "d.bin", np.uint16)
+    with pytest.raises(DataError, match="add up to 3"):
+        builder.add_document([1, 2], [3])
+    with pytest.raises(DataError, match="must be integers"):
+        builder.add_item([0.5])
+    assert not (tmp_path / "d.bin").exists(), "an unfinished dataset must not appear"
+
+
+def test_dtype_threshold_is_megatrons() -> None:
+    assert index_format.optimal_dtype(65499) == np.uint16
+    assert index_format.optimal_dtype(65500) == np.int32
+    assert index_format.optimal_dtype(None) == np.int32
+
+
+def _head(count: int = 1, boundaries: int = 2, code: int = 8, magic: bytes = b"MMIDIDX\0\0", version: int = 1) -> bytes:
+    return magic + struct.pack("<QBQQ", version, code, count, boundaries)
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (b"", "is not a dataset index"),
+        (b"MMIDIDX\0\0", "34"),
+        (_head(magic=b"TNTIDX\0\0\0") + bytes(28), "starts with"),
+        (_head(version=2) + bytes(28), "version 2"),
+        (_head(code=77) + bytes(28), "dtype code 77"),
+        (_head() + bytes(12), "truncated"),
+        (_head() + bytes(99), "too long"),
+        (_head(count=2**63, boundaries=2**62) + bytes(28), "truncated"),
+        (_head(count=0, boundaries=0), "no document boundary"),
+        (_head() + struct.pack("<iqqq", 2, 0, 0, 5), "boundaries run from"),
+        (_head() + struct.pack("<iqqq", -1, 0, 0, 1), "claims -1 tokens"),
+        (_head() + struct.pack("<iqqq", 2, 2, 0, 1), "outside the 4 bytes"),
+        (_head() + struct.pack("<iqqq", 2, 2**63 - 1, 0, 1), "outside the 4 bytes"),
+        (_head() + struct.pack("<iqqq", 2, -4, 0, 1), "outside the 4 bytes"),
+        (_head(boundaries=3) + struct.pack("<iqqqq", 2, 0, 0, 2, 1), "is before the one"),
+    ],
+)
+def test_damaged_indices(tmp_path: Path, index: bytes, message: str) -> None:
+    (tmp_path / "d.bin").write_bytes(bytes(4))
+    (tmp_path / "d.idx").write_bytes(index)
+    with pytest.raises(DataError, match=message):
+        IndexedDataset(str(tmp_path / "d"))
+
+
+def test_missing_datasets_name_the_nearest(tmp_path: Path) -> None:
+    build(tmp_path / "wiki_text_document", [[1]])
+    with pytest.raises(DataError, match="wiki_text_document"):
+        IndexedDataset(str(tmp_path / "wikki_text_document"))
+    with pytest.raises(DataError, match="Leave out the suffix"):
+        IndexedDataset(str(tmp_path / "wiki_text_document.bin"))
+    with pytest.raises(DataError, match="is not a folder"):
+        IndexedDataset(str(tmp_path / "none" / "x"))
+    (tmp_path / "wiki_text_document.idx").unlink()
+    with pytest.raises(DataError, match="repair"):
+        IndexedDataset(str(tmp_path / "wiki_text_document"))
+
+
+def test_a_file_cut_while_open_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    data = IndexedDataset(build(tmp_path / "d", [[1] * 50]), mmap=False)
+    os.truncate(tmp_path / "d.bin", 10)
+    with pytest.raises(DataError, match="truncated"):
+        data.get(0)
+
+
+def mutate(content: bytes, random: np.random.Generator) -> bytes:
+    """Returns content with a few bytes changed, cut, repeated or replaced by extreme numbers."""
+    data = bytearray(content)
+    for _ in range(int(random.integers(1, 4))):
+        kind, at = int(random.integers(5)), int(random.integers(len(data) + 1))
+        if kind == 0 and data:
+            data[at % len(data)] = int(random.integers(256))
+        elif kind == 1:
+            del data[at:]
+        elif kind == 2:
+            del data[at : at + int(random.integers(1, 9))]
+        elif kind == 3:
+            data[at:at] = data[: int(random.integers(1, 20))]
+        else:
+            extreme = random.choice([b"\xff" * 8, b"\0" * 8, b"\xff" * 7 + b"\x7f", b"\0\0\0\x80", b"\xff\xff\xff\x7f"])
+            data[at : at + len(extreme)] = extreme
+    return bytes(data)
+
+
+def test_mutated_datasets_give_an_error_or_an_answer(tmp_path: Path) -> None:
+    """No crash and no large allocation whatever the bytes: reads stay inside what the files hold."""
+    prefix = build(tmp_path / "d", [[1, 2, 3], [], [4], [5, 6, 7, 8, 9]])
+    good = {suffix: Path(prefix + suffix).read_bytes() for suffix in (".bin", ".idx")}
+    random, outcomes = np.random.default_rng(1), {"error": 0, "answer": 0}
+    for number in range(NUM_MUTATIONS):
+        changed = ".idx" if number % 4 else ".bin"
+        for suffix, content in good.items():
+            Path(prefix + suffix).write_bytes(mutate(content, random) if suffix == changed else content)
+        try:
+            data = IndexedDataset(prefix)
+            data.verify()
+            total = sum(len(data.document(i)) for i in range(data.num_documents))
+            assert total * data.dtype.itemsize <= len(data) * data.bin_reader.num_bytes
+            outcomes["answer"] += 1
+        except DataError:
+            outcomes["error"] += 1
+    assert min(outcomes.values()) > 0, outcomes
+
+
+def test_index_of_many_rows_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.arange(1, 100, dtype=np.int32)
+    index_format.write_index(tmp_path / "whole.idx", np.uint16, lengths, np.arange(100))
+    monkeypatch.setattr(index_format, "CHUNK_ROWS", 7)
+    index_format.write_index(tmp_path / "pieces.idx", np.uint16, lengths, np.arange(100))
+    assert (tmp_path / "whole.idx").read_bytes() == (tmp_path / "pieces.idx").read_bytes()
+    (tmp_path / "pieces.bin").write_bytes(bytes(2 * int(lengths.sum())))
+    IndexedDataset(str(tmp_path / "pieces")).verify()

@@ -1,0 +1,395 @@
+"""The preprocessor: formats, bad input, cleaning, resuming, and output that does not depend on how it was made."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_samoe.datasets import manifest
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset
+from megatron_samoe.datasets.inspect import verify
+from megatron_samoe.datasets.preprocess import cleaning, dedup, journal, run
+from megatron_samoe.datasets.preprocess.command import main
+from megatron_samoe.datasets.preprocess.executors import InlineExecutor
+from megatron_samoe.datasets.preprocess.options import PreprocessOptions
+from megatron_samoe.errors import DataError
+
+# Kills of the preprocessor by signal; 100 with SAMOE_KILLS=100.
+NUM_KILLS = int(os.environ.get("SAMOE_KILLS", "8"))
+TEXTS = ["Emma Woodhouse, handsome", "", "née – 日本 🙂", "a\nb\r\nc", "x" * 300, " ", 'quote " and \\']
+
+
+def options(tmp_path: Path, *names: str, **values: object) -> PreprocessOptions:
+    """Returns options for files of tmp_path, one inline worker, small chunks."""
+    defaults: dict[str, object] = {"executor": "inline", "chunk_bytes": 256, "quiet": True}
+    return PreprocessOptions(
+        input=tuple(str(tmp_path / name) for name in names), output_prefix=str(tmp_path / "out"), **(defaults | values)
+    )  # type: ignore[arg-type]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text, "n": number}) + "\n" for number, text in enumerate(texts)).encode()
+
+
+def decoded(prefix: Path | str) -> list[str]:
+    data = IndexedDataset(str(prefix))
+    return [bytes(t for t in data.document(i).tolist() if t < 256).decode() for i in range(data.num_documents)]
+
+
+def compressed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".zst":
+        import zstandard
+
+        return zstandard.ZstdCompressor().compress(data[: len(data) // 2]) + zstandard.ZstdCompressor().compress(
+            data[len(data) // 2 :]
+        )
+    return {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix](data)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
+def test_jsonl_plain_and_compressed(tmp_path: Path, suffix: str) -> None:
+    texts = TEXTS * 9
+    (tmp_path / f"in.jsonl{suffix}").write_bytes(compressed(jsonl(texts), suffix))
+    report = run.preprocess(options(tmp_path, f"in.jsonl{suffix}"))
+    assert decoded(tmp_path / "out_text_document") == texts
+    assert report.num_documents == len(texts) == report.num_lines and report.num_bad == 0
+    assert len(verify(str(tmp_path / "out_text_document"))) == 3
+    assert sorted(path.suffix for path in tmp_path.glob("out*")) == [".bin", ".idx", ".json"], "nothing is left over"
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_parquet(tmp_path: Path, suffix: str) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    sink = io.BytesIO()
+    table = pyarrow.table({"text": [*TEXTS, None], "other": ["o"] * 8})
+    parquet.write_table(table, sink, row_group_size=3)
+    (tmp_path / f"in.parquet{suffix}").write_bytes(compressed(sink.getvalue(), suffix))
+    with pytest.raises(DataError, match="null in the column 'text'"):
+        run.preprocess(options(tmp_path, f"in.parquet{suffix}"))
+    report = run.preprocess(options(tmp_path, f"in.parquet{suffix}", on_bad_input="skip", json_keys=("text", "other")))
+    assert decoded(tmp_path / "out_text_document") == TEXTS and report.num_bad == 1
+    assert decoded(tmp_path / "out_other_document") == ["o"] * 7
+    with pytest.raises(DataError, match="no column 'txet'; its columns are text, other"):
+        run.preprocess(options(tmp_path, f"in.parquet{suffix}", json_keys=("txet",)))
+
+
+def test_text_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Title\n\nCHAPTER I\nOne.\n\nCHAPTER II\nTwo.\n")
+    (tmp_path / "b.txt").write_text("\ufeffwhole")
+    run.preprocess(options(tmp_path, "*.txt"))
+    assert decoded(tmp_path / "out_text_document") == ["Title\n\nCHAPTER I\nOne.\n\nCHAPTER II\nTwo.\n", "whole"]
+    run.preprocess(options(tmp_path, "a.txt", document_separator="CHAPTER"))
+    assert decoded(tmp_path / "out_text_document") == ["Title", "CHAPTER I\nOne.", "CHAPTER II\nTwo."]
+    run.preprocess(options(tmp_path, "a.txt", document_separator="blank-line"))
+    assert decoded(tmp_path / "out_text_document") == ["Title", "CHAPTER I\nOne.", "CHAPTER II\nTwo."]
+
+
+def test_end_of_document_and_empty_documents(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["ab", "", "c"]))
+    run.preprocess(options(tmp_path, "in.jsonl", append_eod=True))
+    data = IndexedDataset(str(tmp_path / "out_text_document"))
+    assert [data.document(i).tolist() for i in range(3)] == [[97, 98, 256], [], [99, 256]]
+    assert data.document_indices.tolist() == [0, 1, 1, 2]
+
+
+def test_sentences(tmp_path: Path) -> None:
+    text = 'Mr. Knightley came. "Was it late?" It was 9 p.m. or so!\n\nNew paragraph'
+    sentences = ["Mr. Knightley came.", '"Was it late?"', "It was 9 p.m. or so!", "New paragraph"]
+    assert cleaning.split_sentences(text, False) == sentences
+    assert "".join(cleaning.split_sentences(text, True)) == text
+    (tmp_path / "in.jsonl").write_bytes(jsonl([text, "", "One"]))
+    run.preprocess(options(tmp_path, "in.jsonl", split_sentences=True, append_eod=True))
+    data = IndexedDataset(str(tmp_path / "out_text_sentence"))
+    assert data.document_indices.tolist() == [0, 4, 4, 5]
+    assert bytes(data[2].tolist()).decode() == sentences[2], "only the last sentence has the end of the document"
+    assert data[3].tolist()[-1] == 256 and data[4].tolist()[-1] == 256
+
+
+BAD = {
+    b'{"text": "cut': "not JSON",
+    b'["text"]': "a JSON object was expected, not list",
+    b'{"txt": "x"}': "no key 'text'",
+    b'{"text": 5}': "int under the key 'text'",
+    b'{"text": "\xff"}': "is not UTF-8",
+    b'{"text": "\\ud800"}': "half of a surrogate pair",
+    b'{"text": ' + b"[" * 100_000: "not",
+    b'{"text": 1' + b"0" * 5000 + b"}": "",
+}
+
+
+@pytest.mark.parametrize("line, reason", BAD.items(), ids=range(len(BAD)))
+@pytest.mark.parametrize("chunk_bytes", [64, 1 << 20])
+def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, line: bytes, reason: str, chunk_bytes: int) -> None:
+    good = jsonl(TEXTS * 3)
+    (tmp_path / "a.jsonl").write_bytes(good)
+    (tmp_path / "b.jsonl").write_bytes(good + b"\n" + line + b"\n" + good + line)
+    where = rf"b\.jsonl:{len(TEXTS) * 3 + 2}: .*{reason}"
+    with pytest.raises(DataError, match=where):
+        run.preprocess(options(tmp_path, "a.jsonl", "b.jsonl", chunk_bytes=chunk_bytes))
+    assert not list(tmp_path.glob("out*.bin")), "no output after a failure"
+    report = run.preprocess(options(tmp_path, "a.jsonl", "b.jsonl", chunk_bytes=chunk_bytes, on_bad_input="skip"))
+    assert decoded(tmp_path / "out_text_document") == TEXTS * 9
+    assert [line for _, line, _ in report.first_bad] == [len(TEXTS) * 3 + 2, len(TEXTS) * 6 + 3]
+    saved = json.loads((tmp_path / "out.bad_input.json").read_text())
+    assert saved["count"] == 2 and reason in saved["first"][0]["reason"]
+
+
+def test_lines_that_are_too_long(tmp_path: Path) -> None:
+    long = b'{"text": "' + b"y" * 9000 + b'"}\n'
+    for name, data in (("in.jsonl", long), ("in.jsonl.gz", gzip.compress(jsonl(["a"]) + long + jsonl(["b"])))):
+        (tmp_path / name).write_bytes(data if name.endswith("gz") else jsonl(["a"]) + long + jsonl(["b"]))
+        report = run.preprocess(options(tmp_path, name, max_document_bytes=1000, on_bad_input="skip"))
+        assert decoded(tmp_path / "out_text_document") == ["a", "b"] and report.num_bad >= 1
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_truncated_archive(tmp_path: Path, suffix: str) -> None:
+    random = np.random.default_rng(0)
+    texts = [bytes(random.integers(32, 127, 200).astype(np.uint8)).decode() for _ in range(400)]
+    whole = compressed(jsonl(texts), suffix)
+    (tmp_path / f"in.jsonl{suffix}").write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(DataError):
+        run.preprocess(options(tmp_path, f"in.jsonl{suffix}", chunk_bytes=4096))
+    (tmp_path / "more.jsonl").write_bytes(jsonl(["last"]))
+    report = run.preprocess(options(tmp_path, f"in.jsonl{suffix}", "more.jsonl", on_bad_input="skip", chunk_bytes=4096))
+    kept = decoded(tmp_path / "out_text_document")
+    assert kept[:-1] == texts[: len(kept) - 1] and kept[-1] == "last" and report.num_bad >= 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
+def test_an_empty_corpus(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "in.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="The corpus is empty"):
+        run.preprocess(options(tmp_path, "in.jsonl"))
+
+
+def test_inputs_and_options_that_do_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_bytes(jsonl(["a"]))
+    (tmp_path / "a.txt").write_text("a")
+    for values, message in (
+        ({"input": (str(tmp_path / "corpos.jsonl"),)}, "matches no file. Did you mean 'corpus.jsonl'"),
+        ({"output_prefix": str(tmp_path / "no/out")}, "does not exist"),
+        ({"tokenizer_type": "ByteTokeniser"}, "Did you mean 'ByteTokenizer'"),
+        ({"tokenizer_type": "SentencePieceTokenizer"}, "needs --tokenizer-model"),
+        ({"workers": 0}, "at least 1"),
+        ({"input_shard": "2/2"}, "must be i/n"),
+        ({"input_shard": "0/2"}, "2 shards of 1 input"),
+        ({"document_separator": "("}, "no regular expression"),
+        ({"json_keys": ("text", "text")}, "each key once"),
+        ({"keep_newlines": True}, "--split-sentences"),
+        ({"input": (str(tmp_path / "a.txt"),), "json_keys": ("a", "b")}, "one column"),
+    ):
+        with pytest.raises(DataError) as caught:
+            run.preprocess(replace(options(tmp_path, "corpus.jsonl"), **values))  # type: ignore[arg-type]
+        assert message in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["a"]) + b"broken\n")
+    words = ["--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out"), "--executor", "inline"]
+    words += ["--tokenizer-type", "ByteTokenizer", "--quiet"]
+    assert main(words) == 1
+    assert "in.jsonl:2: not JSON" in capsys.readouterr().err
+    assert main([*words, "--on-bad-input", "skip"]) == 0
+    assert "1 bad lines" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--apend-eod"])
+    assert caught.value.code == 2 and "Did you mean '--append-eod'" in capsys.readouterr().err
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("out*")}
+
+
+def test_output_does_not_depend_on_workers_or_chunks(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS * 40))
+    (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS * 40)))
+    wanted = None
+    for executor, workers, chunk in (("inline", 1, 1 << 20), ("inline", 1, 37), ("process", 3, 500)):
+        run.preprocess(
+            options(tmp_path, "*.jsonl*", executor=executor, workers=workers, chunk_bytes=chunk, append_eod=True,
+                    deduplicate="exact", json_keys=("text",))
+        )  # fmt: skip
+        wanted = wanted or outputs(tmp_path)
+        assert outputs(tmp_path) == wanted
+    assert len(decoded(tmp_path / "out_text_document")) == len(TEXTS)
+
+
+def test_cleaning(tmp_path: Path) -> None:
+    pytest.importorskip("ftfy")
+    english = "It is a truth universally acknowledged, that a single man must be in want of a wife."
+    german = "Es ist eine allgemein anerkannte Wahrheit, dass ein Junggeselle eine Frau braucht."
+    (tmp_path / "in.jsonl").write_bytes(
+        jsonl([english, german, "short", "x" * 500, "cafÃ© olÃ©, the woman in the house."])
+    )
+    report = run.preprocess(
+        options(tmp_path, "in.jsonl", fix_unicode=True, min_chars=10, max_chars=400, languages=("en",))
+    )
+    assert decoded(tmp_path / "out_text_document") == [english, "café olé, the woman in the house."]
+    assert report.left_out == {"another language": 1, "too short": 1, "too long": 1}
+    assert manifest.read(str(tmp_path / "out_text_document")).counts["too short"] == 1
+    with pytest.raises(DataError, match="'xx' is not known"):
+        run.preprocess(options(tmp_path, "in.jsonl", languages=("xx",)))
+
+
+def test_near_duplicates(tmp_path: Path) -> None:
+    words = [f"word{n}" for n in range(200)]
+    near = [*words[:100], "changed", *words[101:]]
+    other = [f"other{n}" for n in range(200)]
+    (tmp_path / "in.jsonl").write_bytes(jsonl([" ".join(words), " ".join(near), " ".join(other), " ".join(words)]))
+    run.preprocess(options(tmp_path, "in.jsonl", deduplicate="exact"))
+    assert len(decoded(tmp_path / "out_text_document")) == 3
+    report = run.preprocess(options(tmp_path, "in.jsonl", deduplicate="minhash"))
+    assert decoded(tmp_path / "out_text_document") == [" ".join(words), " ".join(other)]
+    assert report.left_out == {"duplicate": 2}
+
+
+def test_minhash_estimates_the_overlap() -> None:
+    words = [f"w{n}" for n in range(600)]
+    for kept in (150, 300, 450):
+        pair = " ".join(words[:kept]), " ".join(words)
+        shingles = [len(set(zip(*(text.split()[i:] for i in range(5)), strict=False))) for text in pair]
+        same = (dedup.signature(pair[0]) == dedup.signature(pair[1])).mean()
+        assert abs(same - shingles[0] / shingles[1]) < 0.15
+    bands, rows = dedup.choose_bands(0.8)
+    assert bands * rows <= dedup.NUM_PERMUTATIONS and abs((1 / bands) ** (1 / rows) - 0.8) < 0.05
+
+
+def test_key_set_is_a_set() -> None:
+    random, mine, wanted = np.random.default_rng(0), dedup.KeySet(), set()
+    for _ in range(60):
+        keys = random.integers(0, 2000, int(random.integers(0, 50))).astype(np.uint64)
+        assert mine.contains(keys).tolist() == [int(key) in wanted for key in keys]
+        new = np.array(sorted({int(k) for k in keys} - wanted), dtype=np.uint64)
+        mine.add(new)
+        wanted.update(new.tolist())
+    assert len(mine) == len(wanted)
+
+
+class _StopAfter(InlineExecutor):
+    """Fails after a number of messages, as a killed run would."""
+
+    left = 0
+
+    def send(self, worker: int, message: tuple) -> None:
+        type(self).left -= 1
+        if type(self).left < 0:
+            raise KeyboardInterrupt
+        super().send(worker, message)
+
+
+@pytest.mark.parametrize("deduplicate", ["none", "exact"])
+def test_resuming_at_every_point_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deduplicate: str
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl([f"{n} {text}" for n, text in enumerate(TEXTS * 4)] + TEXTS) + b"bad\n")
+    wanted_options = options(tmp_path, "in.jsonl", on_bad_input="skip", deduplicate=deduplicate)
+    run.preprocess(wanted_options)
+    wanted = outputs(tmp_path)
+    monkeypatch.setattr(run, "make_executor", _StopAfter)
+    for stop in range(0, 40, 3):
+        for path in tmp_path.glob("out*"):
+            path.unlink()
+        _StopAfter.left = stop
+        for _ in range(50):
+            try:
+                run.preprocess(replace(wanted_options, resume=True))
+                break
+            except KeyboardInterrupt:
+                _StopAfter.left = stop + 4
+        assert outputs(tmp_path) == wanted
+
+
+def test_resume_detects_lost_bytes_and_other_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS * 8))
+    run.preprocess(options(tmp_path, "in.jsonl"))
+    wanted = outputs(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "make_executor", _StopAfter)
+        _StopAfter.left = 15
+        with pytest.raises(KeyboardInterrupt):
+            run.preprocess(options(tmp_path, "in.jsonl"))
+    partial = tmp_path / "out_text_document.bin.partial"
+    data = bytearray(partial.read_bytes())
+    data[len(data) // 2] ^= 1
+    partial.write_bytes(bytes(data))
+    with pytest.raises(DataError, match="other options"):
+        run.preprocess(options(tmp_path, "in.jsonl", resume=True, append_eod=True))
+    with open(tmp_path / "out.preprocess.journal", "a") as file:
+        file.write('{"chunk": 99, "torn')
+    run.preprocess(options(tmp_path, "in.jsonl", resume=True))
+    assert outputs(tmp_path) == wanted
+
+
+def test_two_runs_cannot_share_an_output(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl(TEXTS))
+    held = journal.Journal(str(tmp_path / "out.preprocess.journal"))
+    with pytest.raises(DataError, match="Another run"):
+        run.preprocess(options(tmp_path, "in.jsonl"))
+    held.close(remove=True)
+
+
+def _command(tmp_path: Path, *more: str) -> list[str]:
+    root = Path(__file__).resolve().parents[3]
+    return [
+        sys.executable, str(root / "tools/preprocess_data.py"), "--input", str(tmp_path / "in.jsonl"), "--quiet",
+        "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "ByteTokenizer", "--workers", "2",
+        "--chunk-kb", "16", *more,
+    ]  # fmt: skip
+
+
+def test_kill_9_at_random_points_then_resume(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl([f"{n} {'text ' * 60}" for n in range(12_000)]))
+    start = time.monotonic()
+    subprocess.run(_command(tmp_path), check=True, stdout=subprocess.DEVNULL)
+    whole_s = time.monotonic() - start
+    wanted = outputs(tmp_path)
+    random, killed = np.random.default_rng(int(time.time())), 0
+    for path in tmp_path.glob("out*"):
+        path.unlink()
+    while killed < NUM_KILLS:
+        process = subprocess.Popen(_command(tmp_path, "--resume"), stdout=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=float(random.uniform(0.2, 0.2 + whole_s)))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+            continue
+        assert process.returncode == 0 and outputs(tmp_path) == wanted
+        for path in tmp_path.glob("out*"):
+            path.unlink()
+    subprocess.run(_command(tmp_path, "--resume"), check=True, stdout=subprocess.DEVNULL)
+    assert outputs(tmp_path) == wanted
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(jsonl([f"{n} {'text ' * 60}" for n in range(12_000)]))
+    subprocess.run(_command(tmp_path), check=True, stdout=subprocess.DEVNULL)
+    wanted = outputs(tmp_path)
+    process = subprocess.Popen(_command(tmp_path), stdout=subprocess.DEVNULL)
+    while not (tmp_path / "out_text_document.bin.partial").exists():
+        time.sleep(0.005)
+    os.kill(_children(process.pid)[0], signal.SIGKILL)
+    assert process.wait(timeout=60) == 0
+    assert outputs(tmp_path) == wanted
