@@ -1,0 +1,90 @@
+#include "nccl_api.h"
+
+#include <dlfcn.h>
+
+#include <climits>
+#include <cstdlib>
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace samoe {
+namespace comm {
+namespace {
+
+constexpr int kOldestVersion = 21800;  // the first with the non-blocking configuration used here
+
+struct Search {
+  std::unique_ptr<NcclApi> api;
+  std::string why;
+};
+
+template <typename F>
+bool find(void* library, const char* name, F* function) {
+  *function = reinterpret_cast<F>(dlsym(library, name));
+  return *function != nullptr;
+}
+
+// Fills the table from a library; returns an empty string, or what is missing.
+std::string fill(void* library, NcclApi* api) {
+  const bool complete =
+      find(library, "ncclGetVersion", &api->get_version) && find(library, "ncclGetUniqueId", &api->get_unique_id) &&
+      find(library, "ncclCommInitRankConfig", &api->comm_init_rank_config) &&
+      find(library, "ncclCommGetAsyncError", &api->comm_get_async_error) &&
+      find(library, "ncclCommAbort", &api->comm_abort) && find(library, "ncclGetErrorString", &api->get_error_string) &&
+      find(library, "ncclGetLastError", &api->get_last_error) && find(library, "ncclGroupStart", &api->group_start) &&
+      find(library, "ncclGroupEnd", &api->group_end) && find(library, "ncclSend", &api->send) &&
+      find(library, "ncclRecv", &api->recv);
+  if (!complete) return "it lacks a function of NCCL 2.18";
+  if (api->get_version(&api->version) != kNcclSuccess) return "ncclGetVersion fails";
+  if (api->version < kOldestVersion) return "its version " + std::to_string(api->version) + " is older than 2.18";
+  api->takes_host_memory = dlsym(library, "megatron_samoe_fake_nccl") != nullptr;
+  return "";
+}
+
+Search search() {
+  Search result;
+  std::vector<std::pair<std::string, int>> candidates;
+  const char* asked = std::getenv("MEGATRON_SAMOE_NCCL_LIB");
+  if (asked != nullptr) {
+    candidates.emplace_back(asked, RTLD_NOW | RTLD_LOCAL);  // who names a library wants that one
+  } else {
+    candidates.emplace_back("libnccl.so.2", RTLD_NOW | RTLD_NOLOAD);
+    candidates.emplace_back("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+  }
+  for (const auto& [name, flags] : candidates) {
+    void* library = dlopen(name.c_str(), flags);
+    std::string problem;
+    if (library == nullptr) {
+      const char* error = dlerror();
+      problem = (flags & RTLD_NOLOAD) != 0 ? "torch has not loaded it" : (error != nullptr ? error : "not found");
+    } else {
+      auto api = std::make_unique<NcclApi>();
+      api->library = name;
+      problem = fill(library, api.get());
+      if (problem.empty()) {
+        result.api = std::move(api);
+        return result;
+      }
+    }
+    result.why += (result.why.empty() ? "" : "; ") + name + ": " + problem;
+  }
+  result.why = "no usable NCCL library; tried " + result.why;
+  return result;
+}
+
+}  // namespace
+
+NcclConfig nonblocking_config() {
+  constexpr unsigned int kMagic = 0xcafebeef;
+  return {sizeof(NcclConfig), kMagic, kOldestVersion, 0, INT_MIN, INT_MIN, INT_MIN, nullptr, INT_MIN};
+}
+
+const NcclApi* nccl_api(std::string* why) {
+  static const Search found = search();
+  if (why != nullptr) *why = found.why;
+  return found.api.get();
+}
+
+}  // namespace comm
+}  // namespace samoe
