@@ -1,0 +1,372 @@
+"""Bad input ends in one paragraph that names what is wrong and what is allowed, and costs nothing that was there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
+from tests.harness.program import Sabotage, arguments, contents, iterations, start, start_command, write_corpus
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("bad") / "data" / "corpus")
+
+
+@pytest.fixture(scope="module")
+def _trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    start(arguments(data_path=corpus, run_dir=folder / "run", save_interval=3), folder / "out").succeed()
+    return folder / "run"
+
+
+@pytest.fixture
+def trained(_trained: Path, tmp_path: Path) -> Iterator[Path]:
+    """Yields a run folder with checkpoints after 3 and 6 steps; whatever the test does, these must survive it."""
+    copy = tmp_path / "trained"
+    shutil.copytree(_trained, copy)
+    yield copy
+    before, after = contents(_trained / "checkpoints"), contents(copy / "checkpoints")
+    assert {name: after.get(name) for name in before} == before
+
+
+def refused(tmp_path: Path, num_ranks: int = 1, model: bool = True, extra: tuple[str, ...] = (), **options: Any) -> str:
+    """Returns the paragraph with which the program refuses a command line."""
+    args = arguments(model=model, **options) + list(extra)
+    return start(args, tmp_path / "out", num_ranks=num_ranks).fail()
+
+
+SIZES: list[tuple[int, dict[str, Any], tuple[str, ...]]] = [
+    (1, {"tensor_model_parallel_size": 3}, ("--tensor-model-parallel-size = 3", "world of 1 ranks")),
+    (1, {"expert_model_parallel_size": 2}, ("--expert-model-parallel-size = 2", "world of 1 ranks", "one of [1]")),
+    (2, {"expert_model_parallel_size": 3}, ("--expert-model-parallel-size = 3", "world of 2 ranks", "one of [1, 2]")),
+    (2, {"tensor_model_parallel_size": 2, "num_attention_heads": 1}, ("--num-attention-heads = 1", "divisible by")),
+    (
+        2,
+        {"expert_model_parallel_size": 2, "num_experts": 5},
+        ("--num-experts = 5", "divisible by --expert-model-paral"),
+    ),
+    (1, {"pipeline_model_parallel_size": 2}, ("--pipeline-model-parallel-size = 2", "must be 1")),
+    (1, {"micro_batch_size": 3}, ("--global-batch-size = 8", "multiple of", "--micro-batch-size 3")),
+    (1, {"micro_batch_size": 0, "num_layers": -1}, ("--micro-batch-size = 0", "--num-layers = -1", "positive integer")),
+    (1, {"num_expert_banks": 3}, ("--num-expert-banks = 3", "at most the number of MoE layers, 2")),
+    (1, {"moe_router_topk": 5}, ("--moe-router-topk = 5", "at most --num-experts 4")),
+    (1, {"lr": "nan"}, ("--lr = nan", "finite number")),
+    (1, {"hidden_dropout": 1.5}, ("--hidden-dropout = 1.5", "below 1")),
+]
+
+
+@pytest.mark.parametrize(("num_ranks", "options", "named"), SIZES, ids=lambda v: str(v)[:40])
+def test_sizes_that_do_not_fit(
+    num_ranks: int, options: dict[str, Any], named: tuple[str, ...], corpus: Path, trained: Path, tmp_path: Path
+) -> None:
+    paragraph = refused(tmp_path, num_ranks, data_path=corpus, run_dir=trained, **options)
+    assert all(part in paragraph for part in named), paragraph
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"data_path": None}, ("--data-path", "--mock-data")),
+        (
+            {"expert_layout": "moe", "num_expert_banks": None, "samoe_combine": "layer"},
+            ("--samoe-combine = 'layer'", "needs --expert-layout samoe"),
+        ),
+        ({"load": None, "finetune": True}, ("--finetune", "needs --load")),
+        ({"save_interval": 2}, ("--save-interval = 2", "needs --save")),
+        ({"tokenizer_type": "SentencePieceTokenizer"}, ("--tokenizer-type", "needs --tokenizer-model")),
+        ({"num_query_groups": 2}, ("--num-query-groups = 2", "needs --group-query-attention")),
+        ({"bf16": True, "fp16": True}, ("--fp16", "excludes --bf16")),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_options_without_effect_or_in_conflict(
+    options: dict[str, Any], named: tuple[str, ...], corpus: Path, tmp_path: Path
+) -> None:
+    paragraph = refused(tmp_path, **{"data_path": corpus, **options})
+    assert all(part in paragraph for part in named), paragraph
+
+
+def damage_bin(prefix: Path) -> None:
+    os.truncate(f"{prefix}.bin", 1000)
+
+
+def damage_idx(prefix: Path) -> None:
+    os.truncate(f"{prefix}.idx", 200)
+
+
+def remove_idx(prefix: Path) -> None:
+    os.unlink(f"{prefix}.idx")
+
+
+def foreign_idx(prefix: Path) -> None:
+    Path(f"{prefix}.idx").write_bytes(b"PK\3\4" + bytes(500))
+
+
+def foreign_bin(prefix: Path) -> None:
+    Path(f"{prefix}.bin").write_bytes(b"\xfe" * 40 * 150 * 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (damage_bin, ("victim.idx", "outside the 1000 bytes of the .bin")),
+        (damage_idx, ("victim.idx is truncated", "40 sequences", "the file has 200")),
+        (remove_idx, ("victim.idx not found", "repair")),
+        (foreign_idx, ("victim.idx is not a dataset index", "MMIDIDX")),
+        (foreign_bin, ("victim", "65278", "outside the vocabulary of 257")),
+    ],
+)
+def test_damaged_dataset(damage: Callable[[Path], None], named: tuple[str, ...], trained: Path, tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "data" / "victim")
+    damage(prefix)
+    paragraph = refused(tmp_path, data_path=prefix, run_dir=trained, train_iters=9)
+    assert all(part in paragraph for part in named), paragraph
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_missing_dataset_names_the_nearest(num_ranks: int, corpus: Path, trained: Path, tmp_path: Path) -> None:
+    wrong = corpus.with_name("corpsu")
+    paragraph = refused(tmp_path, num_ranks, data_path=wrong, run_dir=trained, train_iters=9)
+    assert str(wrong) in paragraph and f"nearest existing are '{corpus}'" in paragraph
+
+
+@pytest.mark.parametrize(
+    ("num_documents", "document_tokens", "named"),
+    [(0, 1, "0 sequences"), (30, 0, "0 tokens, fewer than one sample"), (3, 2, "fewer than one sample of 16 + 1")],
+)
+def test_empty_corpus(num_documents: int, document_tokens: int, named: str, trained: Path, tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "data" / "empty", num_documents, document_tokens)
+    paragraph = refused(tmp_path, data_path=prefix, run_dir=trained, train_iters=9)
+    assert named in paragraph and "train split" in paragraph
+
+
+def test_split_that_leaves_validation_nothing(corpus: Path, tmp_path: Path) -> None:
+    paragraph = refused(tmp_path, data_path=corpus, split="100,0,0")
+    assert "valid split" in paragraph and "--split 100,0,0" in paragraph
+
+
+def test_data_of_another_tokenizer(trained: Path, tmp_path: Path) -> None:
+    """One id beyond the vocabulary, in the last document, is found before the first step."""
+    prefix = write_corpus(tmp_path / "data" / "plain")
+    builder = IndexedDatasetBuilder(f"{prefix}2.bin", np.uint16)
+    builder.add_index(str(prefix))
+    builder.add_item(np.array([4999]))
+    builder.end_document()
+    builder.finalize(f"{prefix}2.idx")
+    paragraph = refused(tmp_path, data_path=f"{prefix}2", run_dir=trained, train_iters=9)
+    assert "token id 4999" in paragraph and "vocabulary of 257" in paragraph
+
+
+def test_vocabulary_smaller_than_the_tokenizers(corpus: Path, tmp_path: Path) -> None:
+    assert "at least the tokenizer's 257" in refused(tmp_path, data_path=corpus, vocab_size=100)
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def test_tokenizer_file_missing_or_foreign(kind: str, corpus: Path, tmp_path: Path) -> None:
+    model = tmp_path / "tokenizer.model"
+    common = {"data_path": corpus, "tokenizer_type": kind, "tokenizer_model": model}
+    assert "cannot be read: No such file" in refused(tmp_path, **common)
+    model.write_text("neither protobuf nor JSON")
+    assert f"{model} is not a " in refused(tmp_path, **common)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"hidden_size": 32}, "hidden_size is 16 there and 32 here"),
+        ({"num_layers": 3}, "num_layers is 2 there and 3 here"),
+        ({"num_expert_banks": 1}, "num_expert_banks is 2 there and 1 here"),
+        ({"expert_layout": "moe", "num_expert_banks": None}, "expert_layout is 'samoe' there and 'moe' here"),
+        ({"vocab_size": 300}, "the vocabulary has 257 entries there, 300 here"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_checkpoint_of_another_configuration(
+    options: dict[str, Any], difference: str, corpus: Path, trained: Path, tmp_path: Path
+) -> None:
+    paragraph = refused(tmp_path, data_path=corpus, run_dir=trained, train_iters=9, **options)
+    assert difference in paragraph and "--use-checkpoint-args" in paragraph and "iter_0000006" in paragraph
+
+
+def test_checkpoint_of_another_configuration_on_two_ranks(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    paragraph = refused(tmp_path, 2, data_path=corpus, run_dir=trained, expert_model_parallel_size=2, num_experts=8)
+    assert "num_experts is 4 there and 8 here" in paragraph
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_truncated_checkpoint(num_ranks: int, corpus: Path, _trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(_trained, tmp_path / "run")
+    os.truncate(tmp_path / "run/checkpoints/iter_0000006/__0_0.distcp", 3000)
+    damaged = contents(tmp_path / "run/checkpoints")
+    paragraph = refused(tmp_path, num_ranks, data_path=corpus, run_dir=tmp_path / "run", train_iters=9)
+    assert f"The checkpoint in {tmp_path / 'run/checkpoints/iter_0000006'} cannot be read" in paragraph
+    assert contents(tmp_path / "run/checkpoints") == damaged
+    rescue = arguments(data_path=corpus, run_dir=tmp_path / "run", ckpt_step=3)
+    start(rescue, tmp_path / "out").succeed()  # the older checkpoint is a way out
+
+
+def test_checkpoint_without_its_configuration(corpus: Path, _trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(_trained, tmp_path / "run")
+    (tmp_path / "run/checkpoints/iter_0000006/config.yaml").unlink()
+    paragraph = refused(tmp_path, data_path=corpus, run_dir=tmp_path / "run", train_iters=9)
+    assert "config.yaml cannot be read" in paragraph
+
+
+def test_checkpoint_of_a_newer_format(corpus: Path, _trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(_trained, tmp_path / "run")
+    (tmp_path / "run/checkpoints/iter_0000006/train_state.json").write_text('{"format_version": 99}')
+    assert "format version 99; this program reads up to" in refused(
+        tmp_path, data_path=corpus, run_dir=tmp_path / "run", train_iters=9
+    )
+
+
+def test_load_folder_of_another_program(corpus: Path, tmp_path: Path) -> None:
+    """Megatron's own checkpoints look alike from outside; a silent fresh start would hide the mistake."""
+    (tmp_path / "megatron/iter_0000100/mp_rank_00").mkdir(parents=True)
+    (tmp_path / "megatron/latest_checkpointed_iteration.txt").write_text("100")
+    paragraph = refused(tmp_path, data_path=corpus, load=tmp_path / "megatron")
+    assert "iter_0000100 is not a checkpoint of this program" in paragraph
+
+
+def test_load_that_is_a_file(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    assert "is a file; it must be a folder" in refused(tmp_path, data_path=corpus, load=tmp_path / "model.pt")
+
+
+def test_missing_checkpoint_is_an_error_if_asked(corpus: Path, tmp_path: Path) -> None:
+    paragraph = refused(tmp_path, data_path=corpus, load=tmp_path / "none", exit_on_missing_checkpoint=True)
+    assert f"--load {tmp_path / 'none'} has no checkpoint" in paragraph
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_loss_that_is_no_number(num_ranks: int, corpus: Path, trained: Path, tmp_path: Path) -> None:
+    options = {"lr": 1e30, "clip_grad": 0, "train_iters": 30, "run_dir": trained}
+    paragraph = refused(tmp_path, num_ranks, data_path=corpus, expert_model_parallel_size=num_ranks, **options)
+    for part in ("Iteration 8", "loss nan", "layer 0", "rank 0", "last checkpoint is intact"):
+        assert part in paragraph
+    assert iterations(trained / "checkpoints") == [3, 6]
+    healthy = arguments(data_path=corpus, load=trained / "checkpoints", train_iters=7)
+    assert "loaded" in start(healthy, tmp_path / "out").succeed()
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"), [(("--trian-iters", "4"), "--train-iters"), (("--num-expert", "4"), "--num-experts")]
+)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_misspelt_flag(num_ranks: int, words: tuple[str, ...], nearest: str, corpus: Path, tmp_path: Path) -> None:
+    run = start(arguments(data_path=corpus, num_experts=None) + list(words), tmp_path / "out", num_ranks=num_ranks)
+    assert set(run.wait()) == {2}
+    output = run.output()
+    assert output.count("Unrecognized options: ") == 1 and words[0] in output
+    assert nearest in output.partition("Perhaps you meant")[2]
+    assert "Traceback" not in output
+
+
+def test_flag_with_a_value_of_the_wrong_kind(corpus: Path, tmp_path: Path) -> None:
+    for words, named in (
+        (["--lr", "fast"], ("--lr", "'fast'")),
+        (["--normalization", "BatchNorm"], ("--normalization", "'LayerNorm', 'RMSNorm'")),
+        (["--num-layers"], ("--num-layers",)),
+    ):
+        run = start(arguments(data_path=corpus) + words, tmp_path / "out")
+        assert run.wait() == (2,)
+        assert all(part in " ".join(run.output().split()) for part in named), run.output()
+        assert "Traceback" not in run.output()
+
+
+YAML = {
+    "misspelt key": ("trian_iters: 5\n", ("trian_iters = 5", "Did you mean 'train_iters'?")),
+    "misspelt key in a group": ("training:\n  trian_iters: 5\n", ("training.trian_iters", "'train_iters'")),
+    "key of another group": ("model:\n  train_iters: 5\n", ("model.train_iters", "unknown option")),
+    "value of the wrong type": ("train_iters: five\n", ("train_iters = 'five'", "type int")),
+    "value outside the choices": ("normalization: LayerNrom\n", ("'LayerNorm'", "'RMSNorm'", "Did you mean")),
+    "no YAML": ("a: [1,\n b: }\n", ("is not YAML", "line 2")),
+    "no mapping": ("- 1\n- 2\n", ("must hold a mapping", "list")),
+}
+
+
+@pytest.mark.parametrize("case", YAML)
+def test_yaml_file_with_a_mistake(case: str, corpus: Path, tmp_path: Path) -> None:
+    text, named = YAML[case]
+    (tmp_path / "run.yaml").write_text(text)
+    extra = ("--config", str(tmp_path / "run.yaml"))
+    paragraph = refused(tmp_path, data_path=corpus, train_iters=None, extra=extra)
+    assert "run.yaml" in paragraph and all(part in paragraph for part in named), paragraph
+
+
+def test_yaml_file_that_cannot_be_read(corpus: Path, tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "Is a directory")):
+        paragraph = refused(tmp_path, data_path=corpus, extra=("--config", str(path)))
+        assert f"--config = '{path}'" in paragraph and reason in paragraph
+    assert "needs the path of a YAML file" in refused(tmp_path, data_path=corpus, extra=("--config",))
+
+
+def test_place_to_save_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    paragraph = refused(tmp_path, data_path=corpus, save=tmp_path / "file/save", save_interval=1)
+    assert str(tmp_path / "file/save") in paragraph and "cannot create" in paragraph
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_checkpoint_that_cannot_be_written_whole(num_ranks: int, corpus: Path, trained: Path, tmp_path: Path) -> None:
+    """The system refuses to let a file grow, as a quota does."""
+    options = {"data_path": corpus, "train_iters": 9, "save_interval": 1, "expert_model_parallel_size": num_ranks}
+    args = arguments(**options, run_dir=trained)
+    paragraph = start(args, tmp_path / "out", num_ranks, Sabotage(file_limit_bytes=20_000)).fail()
+    for part in ("cannot write", ".iter_0000007.unfinished", "Earlier checkpoints are as they were"):
+        assert part in paragraph
+    assert iterations(trained / "checkpoints") == [3, 6]
+    shutil.copytree(trained, tmp_path / "more room")
+    start(arguments(**options, run_dir=tmp_path / "more room"), tmp_path / "out", num_ranks).succeed()
+    assert {p.name for p in (tmp_path / "more room/checkpoints").iterdir()} == {
+        "latest_checkpointed_iteration.txt", *(f"iter_{i:07d}" for i in (3, 6, 7, 8, 9))
+    }  # fmt: skip
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Yields a file system with room for the first checkpoints only."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if sys.platform != "linux" or mount is None or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs Linux and root")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("this system does not let root mount a tmpfs")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_disk_that_is_full(small_disk: Path, corpus: Path, _trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(_trained / "checkpoints", small_disk / "checkpoints")
+    args = arguments(data_path=corpus, save=small_disk / "checkpoints", load=small_disk / "checkpoints",
+                     train_iters=30, save_interval=1)  # fmt: skip
+    paragraph = start(args, tmp_path / "out").fail()
+    assert "No space left on device" in paragraph and "Earlier checkpoints are as they were" in paragraph
+    kept = iterations(small_disk / "checkpoints")
+    assert kept[:2] == [3, 6]
+    before = contents(_trained / "checkpoints/iter_0000006")
+    assert contents(small_disk / "checkpoints/iter_0000006") == before
+    goes_on = arguments(data_path=corpus, load=small_disk / "checkpoints", train_iters=kept[-1] + 1)
+    assert f"iter_{kept[-1]:07d}" in start(goes_on, tmp_path / "out").succeed()
+
+
+def test_true_command_line_explains_itself(corpus: Path, tmp_path: Path) -> None:
+    run = start_command(arguments(data_path=corpus, micro_batch_size=3), tmp_path / "out")
+    assert "--global-batch-size = 8" in run.fail()
+    assert run.wait() == (2,)

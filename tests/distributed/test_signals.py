@@ -1,0 +1,105 @@
+"""Leaving early: signals, --exit-interval, --exit-duration-in-mins. Every way out saves first."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.harness.program import ProgramRun, arguments, iterations, records, start, start_command, write_corpus
+
+pytestmark = pytest.mark.distributed
+
+LONG = {"train_iters": 2000, "eval_iters": 0}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("signals") / "data" / "corpus")
+
+
+def after_third_step(run: ProgramRun) -> ProgramRun:
+    """Returns the run once its third iteration is logged."""
+    assert run.wait_until(lambda: "iteration        3/" in run.output()), run.output()
+    return run
+
+
+def assert_left_with_checkpoint(run: ProgramRun, checkpoints: Path, reason: str) -> int:
+    """Asserts an orderly exit for a reason, with the last state saved; returns its iteration."""
+    output = run.succeed()
+    left = re.search(r"exiting after iteration (\d+): (.*)", output)
+    assert left is not None and left[2] == reason, output
+    assert iterations(checkpoints)[-1] == int(left[1])
+    assert "Traceback" not in output
+    return int(left[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_saves_and_leaves(number: signal.Signals, corpus: Path, tmp_path: Path) -> None:
+    run = after_third_step(start(arguments(data_path=corpus, save=tmp_path / "save", **LONG), tmp_path / "out"))
+    run.signal(number)
+    left_at = assert_left_with_checkpoint(run, tmp_path / "save", f"signal {number:d} received")
+    assert 3 <= left_at < 30
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_signal_to_one_rank_takes_all_along(rank: int, corpus: Path, tmp_path: Path) -> None:
+    args = arguments(data_path=corpus, save=tmp_path / "save", expert_model_parallel_size=2, **LONG)
+    run = after_third_step(start(args, tmp_path / "out", num_ranks=2))
+    run.signal(signal.SIGUSR1, rank)
+    assert_left_with_checkpoint(run, tmp_path / "save", f"signal {signal.SIGUSR1:d} received")
+
+
+def test_signal_without_a_place_to_save_just_leaves(corpus: Path, tmp_path: Path) -> None:
+    run = after_third_step(start(arguments(data_path=corpus, **LONG), tmp_path / "out"))
+    run.signal(signal.SIGTERM)
+    assert "exiting after iteration" in run.succeed()
+
+
+def test_signal_before_training_ends_at_once(corpus: Path, tmp_path: Path) -> None:
+    """While the program only starts there is nothing to save, and the signal's usual effect is right."""
+    run = start_command(arguments(data_path=corpus, save=tmp_path / "save", **LONG), tmp_path / "out")
+    run.signal(signal.SIGTERM)
+    assert run.wait(20) == (-signal.SIGTERM,)
+    assert not (tmp_path / "save").exists()
+
+
+def test_command_line_leaves_in_good_order(corpus: Path, tmp_path: Path) -> None:
+    """The true interpreter, with its own start and end, not the fork server's."""
+    run = after_third_step(start_command(arguments(data_path=corpus, save=tmp_path / "save", **LONG), tmp_path / "out"))
+    run.signal(signal.SIGTERM)
+    assert_left_with_checkpoint(run, tmp_path / "save", "signal 15 received")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_peer_that_dies_ends_the_others(victim: int, corpus: Path, tmp_path: Path) -> None:
+    """No rank waits for ever for one that is gone, and what was saved stays whole."""
+    args = arguments(data_path=corpus, run_dir=tmp_path / "run", save_interval=2, **LONG)
+    run = after_third_step(start(args, tmp_path / "out", num_ranks=2))
+    run.signal(signal.SIGKILL, victim)
+    statuses = run.wait(20)
+    assert statuses[victim] == -signal.SIGKILL and 0 not in statuses
+    last = iterations(tmp_path / "run/checkpoints")[-1]
+    again = arguments(data_path=corpus, run_dir=tmp_path / "run", **{**LONG, "train_iters": last + 1})
+    start(again, tmp_path / "out").succeed()
+    assert [r["iteration"] for r in records(tmp_path / "run/metrics.jsonl")] == list(range(1, last + 2))
+
+
+def test_exit_interval_stops_where_it_divides(corpus: Path, tmp_path: Path) -> None:
+    args = arguments(data_path=corpus, run_dir=tmp_path / "run", exit_interval=4, train_iters=10, eval_iters=0)
+    for stop in (4, 8):
+        run = start(args, tmp_path / "out")
+        assert assert_left_with_checkpoint(run, tmp_path / "run/checkpoints", "--exit-interval 4") == stop
+    output = start(args, tmp_path / "out").succeed()
+    assert "exiting" not in output
+    assert iterations(tmp_path / "run/checkpoints") == [4, 8, 10]
+    assert [r["iteration"] for r in records(tmp_path / "run/metrics.jsonl")] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_exit_duration_stops_all_ranks(num_ranks: int, corpus: Path, tmp_path: Path) -> None:
+    args = arguments(data_path=corpus, save=tmp_path / "save", exit_duration_in_mins=0.01, **LONG)
+    run = start(args, tmp_path / "out", num_ranks=num_ranks)
+    assert_left_with_checkpoint(run, tmp_path / "save", "--exit-duration-in-mins 0.01")
