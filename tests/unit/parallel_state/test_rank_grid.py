@@ -1,0 +1,107 @@
+"""Groups of ranks, up to worlds of 4096."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_samoe.parallel_state import RankGrid
+from megatron_samoe.parallel_state.rank_grid import GROUPS
+
+
+def sizes_of(product: int) -> st.SearchStrategy[int]:
+    return st.sampled_from([d for d in range(1, product + 1) if product % d == 0])
+
+
+@st.composite
+def grids(draw: st.DrawFn, largest: int = 4096) -> RankGrid:
+    world = draw(st.sampled_from([1, 2, 3, 6, 8, 12, 30, 64, 96, 256, 1000, 1024, 4096]).filter(lambda n: n <= largest))
+    pp = draw(sizes_of(world))
+    tp = draw(sizes_of(world // pp))
+    etp = draw(st.sampled_from([1, tp]))
+    ep = draw(sizes_of(world // pp // etp))
+    return RankGrid(world, tp=tp, pp=pp, ep=ep, etp=etp)
+
+
+@settings(deadline=None, max_examples=60)
+@given(grids())
+def test_every_group_partitions_the_world(grid: RankGrid) -> None:
+    assert grid.tp * grid.dp * grid.pp == grid.etp * grid.ep * grid.edp * grid.pp == grid.world_size
+    for name in GROUPS:
+        groups = grid.groups(name)
+        assert sorted(rank for ranks in groups for rank in ranks) == list(range(grid.world_size)), name
+        assert {len(ranks) for ranks in groups} == {grid.size(name)}, name
+        assert all(list(ranks) == sorted(ranks) for ranks in groups), "members are in the order of their ranks"
+        assert [ranks[0] for ranks in groups] == sorted(ranks[0] for ranks in groups)
+
+
+@settings(deadline=None, max_examples=60)
+@given(grids(256))
+def test_members_of_a_group_differ_in_its_axes_only(grid: RankGrid) -> None:
+    for name, (axes_grid, varying) in GROUPS.items():
+        for ranks in grid.groups(name):
+            places = [grid.coordinates(rank, axes_grid) for rank in ranks]
+            for axis in grid.axes(axes_grid):
+                if axis not in varying:
+                    assert len({place[axis] for place in places}) == 1
+            assert len({tuple(place[axis] for axis in varying) for place in places}) == len(ranks)
+
+
+@settings(deadline=None, max_examples=60)
+@given(grids(256))
+def test_rank_of_coordinates(grid: RankGrid) -> None:
+    for axes_grid in ("dense", "expert"):
+        axes = grid.axes(axes_grid)
+        for rank in range(grid.world_size):
+            place, stride, again = grid.coordinates(rank, axes_grid), 1, 0
+            for axis, size in axes.items():
+                assert 0 <= place[axis] < size
+                again += place[axis] * stride
+                stride *= size
+            assert again == rank
+
+
+@settings(deadline=None, max_examples=60)
+@given(grids(96))
+def test_wide_groups_are_unions_of_narrow_ones(grid: RankGrid) -> None:
+    """A stage is its tensor x data ranks, and no group but those that cross stages leaves it."""
+    stages = [set(ranks) for ranks in grid.groups("stage")]
+    assert stages == [set(ranks) for ranks in grid.groups("tp_dp")]
+    for name in ("tp", "dp", "etp", "ep", "edp", "etp_edp"):
+        for ranks in grid.groups(name):
+            assert sum(set(ranks) <= stage for stage in stages) == 1
+    for wide, narrow in (("pool_dp", "edp"), ("etp_pool_dp", "pool_dp"), ("world", "pool_dp"), ("pool_dp", "pp")):
+        for ranks in grid.groups(narrow):
+            assert sum(set(ranks) <= set(other) for other in grid.groups(wide)) == 1
+    if grid.etp == grid.tp:
+        assert all(sum(set(ranks) <= set(dp) for dp in grid.groups("dp")) == 1 for ranks in grid.groups("ep")), (
+            "experts split like the dense part exchange tokens within a data-parallel group"
+        )
+
+
+def test_groups_by_hand() -> None:
+    grid = RankGrid(8, tp=2, ep=2, etp=2)
+    assert grid.groups("tp") == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert grid.groups("dp") == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert grid.groups("ep") == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert grid.groups("edp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    whole_experts = RankGrid(8, tp=2, ep=4, etp=1)
+    assert whole_experts.groups("ep") == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    stages = RankGrid(8, tp=2, pp=2, ep=2, etp=2)
+    assert stages.groups("pp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert stages.groups("pool_dp") == stages.groups("pp")
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 3}, {"ep": 3}, {"pp": 16}, {"tp": 2, "etp": 2, "ep": 8}, {"tp": 0}])
+def test_sizes_that_do_not_fill_the_world_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="does not divide the world of 8 ranks"):
+        RankGrid(8, **sizes)
+
+
+def test_size_needs_no_list_of_ranks() -> None:
+    grid = RankGrid(2**20, tp=8, pp=16, ep=64, etp=1)
+    assert grid.size("world") == 2**20 and grid.size("ep") == 64
+    assert grid.size("stage") == 2**20 // 16 == math.prod((grid.etp, grid.ep, grid.edp))

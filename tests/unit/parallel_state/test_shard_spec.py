@@ -1,0 +1,141 @@
+"""From one tag: parts, owners and gradient groups, seen by all ranks of a world at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.parallel_state import (
+    Group,
+    ParallelState,
+    RankGrid,
+    ShardSpec,
+    get_shard_spec,
+    single_process_state,
+)
+from megatron_samoe.parallel_state.rank_grid import GROUPS
+from megatron_samoe.parallel_state.shard_spec import gradient_group_name
+from tests.harness.tiny import VOCAB_SIZE, tiny_config
+
+GRIDS = [
+    RankGrid(1), RankGrid(2, tp=2), RankGrid(4, ep=4), RankGrid(8, tp=2, ep=2), RankGrid(8, tp=2, etp=1, ep=4),
+    RankGrid(8, tp=2, pp=2, ep=2, etp=2), RankGrid(12, pp=3, ep=2), RankGrid(16, tp=4, ep=2, etp=4, pp=2),
+]  # fmt: skip
+SPECS = [
+    ShardSpec(),
+    ShardSpec(partition=((0, "tp"),)),
+    ShardSpec(partition=((1, "tp"),)),
+    ShardSpec(partial=("tp",)),
+    ShardSpec("expert", ((0, "ep"), (1, "etp"))),
+    ShardSpec("expert", ((0, "ep"),), partial=("etp",)),
+    ShardSpec("expert", partial=("etp", "ep")),
+    ShardSpec("pool", ((1, "ep"), (2, "etp"))),
+    ShardSpec("pool", ((1, "ep"),), partial=("etp",)),
+]
+
+
+def state_of(grid: RankGrid, rank: int) -> ParallelState:
+    """Returns a rank's state without any process group."""
+    groups = {}
+    for name in GROUPS:
+        (ranks,) = (ranks for ranks in grid.groups(name) if rank in ranks)
+        groups[name] = Group(name, ranks, ranks.index(rank))
+    return ParallelState(grid, rank, torch.device("cpu"), **groups)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_parts_rebuild_the_whole_and_have_one_owner_each(grid: RankGrid, spec: ShardSpec) -> None:
+    whole = (
+        torch.arange(3 * 8 * 16 * 4).view(24, 16, 4) if spec.family != "pool" else torch.arange(3072).view(3, 16, 64)
+    )
+    owners: dict[tuple[int, ...], int] = {}
+    for stage in range(grid.pp):
+        rebuilt = torch.full_like(whole, -1)
+        for rank in range(grid.world_size):
+            if grid.coordinates(rank, "dense")["pp"] != stage:
+                continue
+            state = state_of(grid, rank)
+            part = spec.local_slice(whole, state)
+            offsets = spec.offsets(part.shape, state)
+            assert spec.global_shape(part.shape, state) == tuple(whole.shape)
+            place = tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))
+            assert torch.equal(whole[place], part)
+            rebuilt[place] = part
+            key = offsets if spec.family == "pool" else (stage, *offsets)
+            owners[key] = owners.get(key, 0) + spec.is_first_replica(state)
+        assert torch.equal(rebuilt, whole)
+    assert set(owners.values()) == {1}, "each part is written, and counted in norms, exactly once"
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_gradient_group_holds_replicas_with_other_data_or_partial_sums(grid: RankGrid, spec: ShardSpec) -> None:
+    name = gradient_group_name(spec)
+    own_grid = GROUPS[name][0]
+    for ranks in grid.groups(name):
+        states = [state_of(grid, rank) for rank in ranks]
+        assert len({spec.offsets((24, 16, 4), state) for state in states}) == 1, "all hold the same part"
+    # Outside the group there are only the same part's true copies (equal gradients) and other parts.
+    covered = set(GROUPS[name][1]) | {axis for _, axis in spec.partition}
+    rest = {axis for axis, size in grid.axes(own_grid).items() if size > 1} - covered
+    allowed = {"tp", "pp"} if spec.family == "dense" else {"pp"} if spec.family == "expert" else set()
+    assert rest <= allowed
+
+
+@pytest.mark.parametrize(
+    ("spec", "group"),
+    [
+        (ShardSpec(), "dp"),
+        (ShardSpec(partial=("tp",)), "tp_dp"),
+        (ShardSpec("expert", ((0, "ep"), (1, "etp"))), "edp"),
+        (ShardSpec("expert", ((0, "ep"),), partial=("etp",)), "etp_edp"),
+        (ShardSpec("expert", partial=("ep", "etp")), "stage"),
+        (ShardSpec("pool", ((1, "ep"), (2, "etp"))), "pool_dp"),
+        (ShardSpec("pool", ((1, "ep"),), partial=("etp",)), "etp_pool_dp"),
+    ],
+)
+def test_gradient_groups_by_name(spec: ShardSpec, group: str) -> None:
+    assert gradient_group_name(spec) == group
+
+
+def test_a_spec_without_a_group_is_an_error_of_ours() -> None:
+    with pytest.raises(AssertionError, match="no process group"):
+        gradient_group_name(ShardSpec("expert", partial=("ep",)))
+
+
+@pytest.mark.parametrize("style", ["gpt3", "llama"])
+@pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
+def test_every_parameter_of_every_model_has_a_tag_with_a_group(layout: str, style: str) -> None:
+    for granularity in ("layer", "expert") if layout == "samoe" else ("layer",):
+        config = tiny_config(layout, style=style, samoe_granularity=granularity, qk_layernorm=True)
+        if layout != "dense":
+            config = tiny_config(
+                layout, style=style, samoe_granularity=granularity, moe_shared_expert_intermediate_size=16,
+                moe_layer_freq="2",
+            )  # fmt: skip
+        model = RankModel(config, VOCAB_SIZE, single_process_state("meta"), torch.float32)
+        families = set()
+        for name, parameter in model.global_parameters().items():
+            spec = get_shard_spec(parameter)
+            assert gradient_group_name(spec) in GROUPS, name
+            assert all(dim < parameter.dim() for dim, _ in spec.partition), name
+            families.add(spec.family)
+        assert (
+            families == {"dense": {"dense"}, "moe": {"dense", "expert"}, "samoe": {"dense", "expert", "pool"}}[layout]
+        )
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.sampled_from(GRIDS), st.sampled_from(SPECS), st.lists(st.integers(1, 5), min_size=3, max_size=3))
+def test_global_shape_and_offsets_fit_together(grid: RankGrid, spec: ShardSpec, shape: list[int]) -> None:
+    local = tuple(shape)
+    for rank in range(grid.world_size):
+        state = state_of(grid, rank)
+        whole, offsets = spec.global_shape(local, state), spec.offsets(local, state)
+        for dim in range(3):
+            assert 0 <= offsets[dim] <= whole[dim] - local[dim]
+            assert whole[dim] % local[dim] == 0 and offsets[dim] % local[dim] == 0

@@ -1,0 +1,82 @@
+"""Cross-entropy over a split vocabulary against torch's own over the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_samoe.config import ParallelConfig
+from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
+from megatron_samoe.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from tests.harness.ranks import run_ranks
+
+V, T = 13, 40
+#: Widths of the ranks' parts of the vocabulary.
+SPLITS = ([7, 6], [13, 0], [0, 13], [1, 12])
+
+
+def example(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    logits = (torch.randn(T, V, generator=generator, dtype=torch.float64) * 5).to(dtype)
+    labels = torch.randint(V, (T,), generator=generator)
+    labels[:V] = torch.arange(V)
+    return logits, labels, torch.randn(T, generator=generator, dtype=torch.float64)
+
+
+def run_split(dtype: torch.dtype, shift: float) -> list[tuple[Tensor, Tensor]]:
+    group = initialize_model_parallel(ParallelConfig(tensor_model_parallel_size=2)).tp
+    results = []
+    for widths in SPLITS:
+        logits, labels, weights = example(dtype)
+        first = sum(widths[: group.rank])
+        part = (logits + shift)[:, first : first + widths[group.rank]].clone().requires_grad_()
+        losses = vocab_parallel_cross_entropy(part, labels, first, group)
+        (losses * weights.to(losses.dtype)).sum().backward()
+        assert part.grad is not None
+        results.append((losses.detach(), part.grad))
+    return results
+
+
+def check(losses: Tensor, grads: Tensor, dtype: torch.dtype, tolerance: float) -> None:
+    logits, labels, weights = example(dtype)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, labels, reduction="none")
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=tolerance, atol=tolerance)
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)
+    loose = 1e-2 if dtype == torch.bfloat16 else tolerance
+    torch.testing.assert_close(grads.double(), exact.grad, rtol=loose, atol=loose)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "shift"),
+    [(torch.float64, 1e-12, 0.0), (torch.float32, 1e-5, 0.0), (torch.float64, 1e-10, 1e4), (torch.bfloat16, 1e-5, 0.0)],
+)
+def test_two_ranks_equal_torch_on_uneven_and_empty_parts(dtype: torch.dtype, tolerance: float, shift: float) -> None:
+    ranks: Any = run_ranks(run_split, 2, dtype, shift)
+    for (left, left_grad), (right, right_grad) in zip(*ranks, strict=True):
+        assert torch.equal(left, right), "all ranks have the same losses"
+        check(left, torch.cat((left_grad, right_grad), 1), dtype, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)]
+)
+def test_one_rank_equals_torch(dtype: torch.dtype, tolerance: float) -> None:
+    logits, labels, weights = example(dtype)
+    logits.requires_grad_()
+    losses = vocab_parallel_cross_entropy(logits, labels, 0, single_process_state().tp)
+    (losses * weights.to(losses.dtype)).sum().backward()
+    assert logits.grad is not None
+    check(losses.detach(), logits.grad, dtype, tolerance)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-torch.inf, 0.0, -torch.inf]])
+    losses = vocab_parallel_cross_entropy(logits, torch.tensor([1, 1]), 0, single_process_state().tp)
+    torch.testing.assert_close(losses, torch.tensor([2e4, 0.0]))
