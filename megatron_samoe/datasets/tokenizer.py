@@ -123,6 +123,9 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"{path} is not a tokenizer.json: {error}") from error
         self._start(tokenizer, hashlib.sha256(b"HuggingFaceTokenizer\0" + content).hexdigest(), path)
 
+    # Whether the text <|endoftext|> stands for the token, as the `tokenizers` library reads it.
+    _specials_in_text = True
+
     def _start(self, tokenizer: Any, fingerprint: str, shown: str) -> None:
         from megatron_samoe.datasets.byte_bpe import tiktoken_encoding
 
@@ -143,9 +146,19 @@ class HuggingFaceTokenizer(Tokenizer):
         """Returns "tiktoken" or "tokenizers"."""
         return "tiktoken" if self._fast is not None else "tokenizers"
 
+    def _encode_fast(self, text: str) -> np.ndarray:
+        """Returns the ids of a text from tiktoken's engine, uint32."""
+        try:
+            if self._specials_in_text:
+                return self._fast.encode_to_numpy(text, allowed_special="all", disallowed_special=())
+            return self._fast.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            # Its regular expressions give up on about a million white-space characters in a row.
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
     def encode(self, text: str) -> list[int]:
         if self._fast is not None:
-            return self._fast.encode(text, allowed_special="all", disallowed_special=())
+            return self._encode_fast(text).tolist()
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -156,8 +169,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._fast is None:
             return super().encode_arrays(texts)
-        encode = self._fast.encode_to_numpy
-        return _join([encode(text, allowed_special="all", disallowed_special=()) for text in texts])
+        return _join([self._encode_fast(text) for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -165,6 +177,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 class GPT2BPETokenizer(HuggingFaceTokenizer):
     """GPT-2's format: a vocabulary (JSON) and merges. `<|endoftext|>` inside a text is text, not the token."""
+
+    _specials_in_text = False
 
     def __init__(self, vocab_file: str, merge_file: str):
         import json
@@ -184,16 +198,6 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
         tokenizer.decoder = tokenizers.decoders.ByteLevel()
         digest = hashlib.sha256(b"GPT2BPETokenizer\0" + vocab_bytes + b"\0" + merge_bytes).hexdigest()
         self._start(tokenizer, digest, vocab_file)
-
-    def encode(self, text: str) -> list[int]:
-        if self._fast is not None:
-            return self._fast.encode_ordinary(text)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if self._fast is None:
-            return super().encode_arrays(texts)
-        return _join([self._fast.encode_to_numpy(text, disallowed_special=()) for text in texts])
 
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteTokenizer")

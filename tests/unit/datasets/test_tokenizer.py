@@ -1,0 +1,193 @@
+"""Tokenizers: round trips, equal ids on the fast engine, refusals."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_samoe.datasets.byte_bpe import tiktoken_encoding
+from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
+from megatron_samoe.datasets.train_tokenizer import main
+from megatron_samoe.errors import DataError
+
+CORPUS = Path(__file__).resolve().parents[3] / "examples/data/austen_emma_mansfield.txt"
+RELAXED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Text that meets every branch of the splitting pattern, and all of Unicode.
+AWKWARD = st.text(
+    st.sampled_from("  \n\t\r\u3000\u00a0'sdtlmve|<>endoftext") | st.sampled_from(string.printable) | st.characters(codec="utf-8"),
+    max_size=60,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Returns small trained tokenizers by type."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "part.txt").write_text(CORPUS.read_text()[:200_000])
+    for kind in ("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe"):
+        words = ["--type", kind, "--input", str(folder / "part.txt"), "--vocab-size", "700", "--num-threads", "1"]
+        assert main([*words, "--output-prefix", str(folder / kind)]) == 0
+    return {
+        "sentencepiece-bpe": folder / "sentencepiece-bpe.model",
+        "sentencepiece-unigram": folder / "sentencepiece-unigram.model",
+        "byte-bpe": folder / "byte-bpe.json",
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizers_by_name(trained: dict[str, Path]) -> dict[str, Tokenizer]:
+    bpe = str(trained["byte-bpe"]).removesuffix(".json")
+    return {
+        "ByteTokenizer": build_tokenizer("ByteTokenizer"),
+        "bpe": build_tokenizer("SentencePieceTokenizer", str(trained["sentencepiece-bpe"])),
+        "unigram": build_tokenizer("SentencePieceTokenizer", str(trained["sentencepiece-unigram"])),
+        "hf": build_tokenizer("HuggingFaceTokenizer", str(trained["byte-bpe"])),
+        "gpt2": build_tokenizer("GPT2BPETokenizer", None, f"{bpe}-vocab.json", f"{bpe}-merges.txt"),
+    }
+
+
+NAMES = ("ByteTokenizer", "bpe", "unigram", "hf", "gpt2")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@RELAXED
+@given(text=AWKWARD)
+def test_round_trip(tokenizers_by_name: dict[str, Tokenizer], name: str, text: str) -> None:
+    tokenizer = tokenizers_by_name[name]
+    if name in ("bpe", "unigram"):
+        text = text.replace("\u2581", "").replace("\0", "")  # SentencePiece's own sign for a space, and its end of text
+    ids = tokenizer.encode(text)
+    assert all(0 <= number < tokenizer.vocab_size for number in ids)
+    assert tokenizer.decode(ids) == text
+    flat, lengths = tokenizer.encode_arrays([text, "", "x", text])
+    assert flat.dtype == np.int32 and lengths.tolist() == [len(ids), 0, len(tokenizer.encode("x")), len(ids)]
+    assert flat.tolist() == ids + tokenizer.encode("x") + ids
+    assert tokenizer.encode_batch([text, "x"]) == [ids, tokenizer.encode("x")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_facts(tokenizers_by_name: dict[str, Tokenizer], name: str) -> None:
+    tokenizer = tokenizers_by_name[name]
+    assert 0 <= tokenizer.eod < tokenizer.vocab_size
+    assert tokenizer.eod not in tokenizer.encode("Emma Woodhouse, handsome, clever, and rich")
+    assert len({t.fingerprint for t in tokenizers_by_name.values()}) == len(NAMES)
+    assert tokenizer.vocab_size == (257 if name == "ByteTokenizer" else 700)
+
+
+def test_end_of_document_inside_a_text(tokenizers_by_name: dict[str, Tokenizer]) -> None:
+    hf, gpt2 = tokenizers_by_name["hf"], tokenizers_by_name["gpt2"]
+    assert hf.encode("a<|endoftext|>b").count(hf.eod) == 1, "as the tokenizers library reads it"
+    assert gpt2.eod not in gpt2.encode("a<|endoftext|>b"), "text stays text"
+
+
+@RELAXED
+@given(text=AWKWARD)
+def test_the_fast_engine_gives_the_same_ids(tokenizers_by_name: dict[str, Tokenizer], text: str) -> None:
+    for name in ("hf", "gpt2"):
+        tokenizer = tokenizers_by_name[name]
+        assert tokenizer.engine == "tiktoken"  # type: ignore[attr-defined]
+        slow = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[attr-defined]
+        assert tokenizer.encode(text) == slow
+
+
+def test_the_fast_engine_on_the_novels_and_on_all_of_unicode(tokenizers_by_name: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers_by_name["hf"]
+    points = [chr(c) for c in range(0x30000) if not 0xD800 <= c < 0xE000]
+    texts = [CORPUS.read_text()[:300_000]]
+    texts += ["".join(f" a{c}1 {c}{c}b" for c in points[start : start + 4096]) for start in range(0, len(points), 4096)]
+    for text in texts[:1] + texts[1::4]:
+        slow = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[attr-defined]
+        assert tokenizer.encode(text) == slow
+
+
+def test_a_million_spaces(tokenizers_by_name: dict[str, Tokenizer]) -> None:
+    ids = tokenizers_by_name["hf"].encode(" " * 1_000_000 + "x")
+    assert tokenizers_by_name["hf"].decode(ids) == " " * 1_000_000 + "x"
+
+
+def _tokenizer(vocab: list[str], merges: list[tuple[str, str]], **options: object) -> object:
+    import tokenizers
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    table = {token: number for number, token in enumerate([*alphabet, *vocab])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=table, merges=merges, **options))
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    return made
+
+
+def test_a_vocabulary_on_which_the_engines_differ_stays_on_the_slow_one() -> None:
+    # "abc" is listed as ab + c, but (bc) is merged first: tiktoken would join a + bc, `tokenizers` does not.
+    differs = _tokenizer(["bc", "ab", "abc"], [("b", "c"), ("a", "b"), ("ab", "c")])
+    assert tiktoken_encoding(differs) is None
+    assert len(differs.encode("abc").ids) == 2  # type: ignore[attr-defined]
+    agrees = _tokenizer(["ab", "abc"], [("a", "b"), ("ab", "c")])
+    assert tiktoken_encoding(agrees) is not None
+    assert tiktoken_encoding(_tokenizer(["ab", "bc"], [("b", "c"), ("a", "b")])) is None, "ids against the merge order"
+    assert tiktoken_encoding(_tokenizer(["ab"], [("a", "b")], dropout=0.1)) is None
+    normalized = _tokenizer(["ab"], [("a", "b")])
+    import tokenizers
+
+    normalized.normalizer = tokenizers.normalizers.Lowercase()  # type: ignore[attr-defined]
+    assert tiktoken_encoding(normalized) is None
+
+
+@RELAXED
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=14), st.text("abcd", max_size=30))
+def test_whenever_the_fast_engine_is_chosen_ids_are_equal(pairs: list[tuple[int, int]], text: str) -> None:
+    """Random merge lists over four letters, most of them ambiguous."""
+    tokens, merges = list("abcd"), []
+    for left, right in pairs:
+        x, y = tokens[left % len(tokens)], tokens[right % len(tokens)]
+        if x + y not in tokens and len(x + y) <= 8:
+            tokens.append(x + y)
+            merges.append((x, y))
+    tokenizer = _tokenizer(tokens[4:], merges)
+    fast = tiktoken_encoding(tokenizer)
+    if fast is not None:
+        assert fast.encode_ordinary(text) == tokenizer.encode(text).ids  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def test_files_that_are_no_tokenizers(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "model").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="is not a"):
+        build_tokenizer(kind, str(tmp_path / "model"))
+    with pytest.raises(DataError, match="Did you mean 'model'"):
+        build_tokenizer(kind, str(tmp_path / "modell"))
+    with pytest.raises(DataError, match="needs --tokenizer-model"):
+        build_tokenizer(kind)
+    with pytest.raises(DataError, match="Did you mean 'ByteTokenizer'"):
+        build_tokenizer("BytTokenizer")
+
+
+def test_gpt2_files_that_do_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "v.json").write_text(json.dumps({"a": 0}))
+    (tmp_path / "m.txt").write_text("x y\n")
+    with pytest.raises(DataError, match="no GPT-2 vocabulary"):
+        build_tokenizer("GPT2BPETokenizer", None, str(tmp_path / "v.json"), str(tmp_path / "m.txt"))
+    (tmp_path / "m.txt").write_text("")
+    with pytest.raises(DataError, match="no end-of-document token"):
+        build_tokenizer("GPT2BPETokenizer", None, str(tmp_path / "v.json"), str(tmp_path / "m.txt"))
+
+
+def test_training_refuses_what_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("hello world\n")
+    words = ["--input", str(tmp_path / "a.txt"), "--output-prefix", str(tmp_path / "t")]
+    for kind, size, message in (
+        ("byte-bpe", "200", "need 257"),
+        ("sentencepiece-bpe", "5000", "--vocab-size 5000 does not fit"),
+        ("sentencepiece-unigram", "100", "--vocab-size 100 does not fit"),
+    ):
+        assert main(["--type", kind, "--vocab-size", size, *words]) == 1
+        assert message in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("")
+    assert main(["--type", "byte-bpe", "--vocab-size", "300", *words]) == 1
+    assert "empty" in capsys.readouterr().err
+    assert not list(tmp_path.glob("t*.json"))
