@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
+from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
 from megatron_samoe.ops.topk_gate import topk_gate
 
@@ -132,6 +133,29 @@ def time_combine(args: argparse.Namespace) -> dict[str, float]:
     )
 
 
+def time_cross_entropy(args: argparse.Namespace) -> dict[str, float]:
+    """Loss and gradient of logits over a vocabulary of GPT-2's size."""
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    logits_TV = torch.randn(args.tokens // 4, 50_304).to(dtype).requires_grad_()
+    labels_T = torch.randint(0, 50_257, (args.tokens // 4,))
+    dloss_T = torch.full((args.tokens // 4,), 1 / args.tokens)
+
+    def compiled() -> Tensor:
+        peak_T, sum_T, target_T = cross_entropy_parts(logits_TV, labels_T)
+        logsumexp_T = sum_T.log() + peak_T
+        assert (logsumexp_T - target_T).isfinite().all()
+        return cross_entropy_backward(logits_TV, labels_T, 0, logsumexp_T, dloss_T)
+
+    def plain() -> Tensor:
+        loss_T = functional.cross_entropy(logits_TV, labels_T, reduction="none")
+        return torch.autograd.grad(loss_T, logits_TV, dloss_T.to(loss_T.dtype))[0]
+
+    return alternate({"compiled": compiled, "torch": plain}, max(3, args.repeats // 2))
+
+
+TIMERS = {"route": time_route, "parts": time_parts, "combine": time_combine, "cross_entropy": time_cross_entropy}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -152,8 +176,7 @@ def main() -> None:
     torch.manual_seed(0)
     if not extension.load():
         raise SystemExit("There is nothing to compare: the compiled extension is not usable.")
-    timers = {"route": time_route, "parts": time_parts, "combine": time_combine}
-    report = {name: {k: round(v, 3) for k, v in timers[name](args).items()} for name in args.only}
+    report = {name: {k: round(v, 3) for k, v in TIMERS[name](args).items()} for name in args.only}
     print(json.dumps({"arguments": vars(args), "milliseconds": report, "build": extension.build_info()}, indent=1))
 
 

@@ -25,4 +25,6 @@ TORCH_LIBRARY(megatron_samoe, m) {
       " -> (Tensor drows, Tensor dprobs)");
   m.def("combine_banks(Tensor coefficients, Tensor banks, Tensor(a!) out) -> ()");
   m.def("combine_banks_backward(Tensor coefficients, Tensor banks, Tensor dweights, Tensor(a!) dbanks) -> Tensor");
+  m.def("cross_entropy_parts(Tensor logits, Tensor labels, int first_id) -> (Tensor peak, Tensor sum, Tensor target)");
+  m.def("cross_entropy_backward(Tensor logits, Tensor labels, int first_id, Tensor logsumexp, Tensor dloss) -> Tensor");
 }

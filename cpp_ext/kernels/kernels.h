@@ -96,6 +96,31 @@ struct CombineBackward {
   int num_threads;
 };
 
+// Over columns first_id .. first_id + width - 1 of the vocabulary: the largest logit, the sum of exp(logit - peak), and
+// the label's logit, or 0 where the label is another part's.
+struct CrossEntropyForward {
+  DType dtype;
+  const void* logits_TV;
+  const int64_t* labels_T;
+  int64_t num_tokens, width, first_id;
+  float* peak_T;
+  float* sum_T;
+  float* target_T;
+  int num_threads;
+};
+
+// dlogits = (exp(logit - logsumexp) - [is the label]) * dloss.
+struct CrossEntropyBackward {
+  DType dtype;
+  const void* logits_TV;
+  const int64_t* labels_T;
+  const float* logsumexp_T;
+  const float* dloss_T;
+  int64_t num_tokens, width, first_id;
+  void* dlogits_TV;
+  int num_threads;
+};
+
 // The kernels compiled for one instruction set.
 struct Kernels {
   const char* instruction_set;
@@ -107,6 +132,8 @@ struct Kernels {
   void (*copy_streamed)(const char* from, char* to, int64_t num_bytes);  // written past the cache
   void (*combine)(const Combine&);
   void (*combine_backward)(const CombineBackward&);
+  void (*cross_entropy_forward)(const CrossEntropyForward&);
+  void (*cross_entropy_backward)(const CrossEntropyBackward&);
 };
 
 // The best set for this CPU, chosen once. MEGATRON_SAMOE_ISA=portable|avx2|avx512 asks for a lesser one.

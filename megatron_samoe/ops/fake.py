@@ -52,6 +52,17 @@ def _combine_banks_backward(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN:
     return torch.empty_like(coefficients_LGP)
 
 
+def _cross_entropy_parts(logits_TV: Tensor, labels_T: Tensor, first_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    peak_T = logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
+    return peak_T, torch.empty_like(peak_T), torch.empty_like(peak_T)
+
+
+def _cross_entropy_backward(
+    logits_TV: Tensor, labels_T: Tensor, first_id: int, logsumexp_T: Tensor, dloss_T: Tensor
+) -> Tensor:
+    return torch.empty_like(logits_TV)
+
+
 def register() -> None:
     """Registers them; called once, when the library has been loaded."""
     for function in (
@@ -63,5 +74,7 @@ def register() -> None:
         _unpermute_backward,
         _combine_banks,
         _combine_banks_backward,
+        _cross_entropy_parts,
+        _cross_entropy_backward,
     ):
         torch.library.register_fake(f"megatron_samoe::{function.__name__[1:]}", function)

@@ -94,3 +94,34 @@ def combine_banks_backward(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: 
     ]
     dcoefficients_LGP = torch.stack([torch.stack(sums_P, dim=1) for sums_P in sums_LP]).to(dtype)
     return dbanks_PGN, dcoefficients_LGP
+
+
+def cross_entropy_parts(logits_TV: Tensor, labels_T: Tensor, first_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns peak_T, sum_T and target_T over the columns first_id .. first_id + V - 1 of the vocabulary.
+
+    The largest logit (-inf without columns), the sum of exp(logit - peak), and the label's logit, or 0 where the label
+    is in another part.
+    """
+    num_tokens, width = logits_TV.shape
+    logits_TV = logits_TV.to(accumulation_dtype(logits_TV.dtype))
+    if not width:
+        zeros_T = logits_TV.new_zeros(num_tokens)
+        return torch.full_like(zeros_T, -torch.inf), zeros_T, zeros_T.clone()
+    peak_T = logits_TV.amax(dim=1)
+    sum_T = (logits_TV - peak_T[:, None]).exp_().sum(dim=1)
+    local_T = labels_T - first_id
+    target_T = logits_TV.gather(1, local_T.clamp(0, width - 1)[:, None]).squeeze(1)
+    return peak_T, sum_T, target_T.masked_fill((local_T < 0) | (local_T >= width), 0.0)
+
+
+def cross_entropy_backward(
+    logits_TV: Tensor, labels_T: Tensor, first_id: int, logsumexp_T: Tensor, dloss_T: Tensor
+) -> Tensor:
+    """Returns dlogits_TV = (exp(logit - logsumexp) - [is the label]) * dloss, in the logits' dtype."""
+    width = logits_TV.shape[1]
+    probs_TV = (logits_TV.to(logsumexp_T.dtype) - logsumexp_T[:, None]).exp_()
+    local_T = labels_T - first_id
+    mine_T = (local_T >= 0) & (local_T < width)
+    if width:
+        probs_TV.scatter_add_(1, local_T.clamp(0, width - 1)[:, None], -mine_T.to(probs_TV.dtype)[:, None])
+    return probs_TV.mul_(dloss_T[:, None]).to(logits_TV.dtype)

@@ -7,26 +7,30 @@
 namespace samoe {
 namespace cpu {
 
-#define SAMOE_DECLARE(isa)                                 \
-  namespace isa {                                          \
-  void gate_forward(const GateForward&);                   \
-  void gate_backward(const GateBackward&);                 \
-  void gather_rows(const GatherRows&);                     \
-  void unpermute(const Unpermute&);                        \
-  void unpermute_backward(const UnpermuteBackward&);       \
-  void copy_streamed(const char*, char*, int64_t);         \
-  void combine(const Combine&);                            \
-  void combine_backward(const CombineBackward&);           \
-  }                                                        \
-  static const Kernels k_##isa = {#isa,                    \
-                                  isa::gate_forward,       \
-                                  isa::gate_backward,      \
-                                  isa::gather_rows,        \
-                                  isa::unpermute,          \
-                                  isa::unpermute_backward, \
-                                  isa::copy_streamed,      \
-                                  isa::combine,            \
-                                  isa::combine_backward};
+#define SAMOE_DECLARE(isa)                                    \
+  namespace isa {                                             \
+  void gate_forward(const GateForward&);                      \
+  void gate_backward(const GateBackward&);                    \
+  void gather_rows(const GatherRows&);                        \
+  void unpermute(const Unpermute&);                           \
+  void unpermute_backward(const UnpermuteBackward&);          \
+  void copy_streamed(const char*, char*, int64_t);            \
+  void combine(const Combine&);                               \
+  void combine_backward(const CombineBackward&);              \
+  void cross_entropy_forward(const CrossEntropyForward&);     \
+  void cross_entropy_backward(const CrossEntropyBackward&);   \
+  }                                                           \
+  static const Kernels k_##isa = {#isa,                       \
+                                  isa::gate_forward,          \
+                                  isa::gate_backward,         \
+                                  isa::gather_rows,           \
+                                  isa::unpermute,             \
+                                  isa::unpermute_backward,    \
+                                  isa::copy_streamed,         \
+                                  isa::combine,               \
+                                  isa::combine_backward,      \
+                                  isa::cross_entropy_forward, \
+                                  isa::cross_entropy_backward};
 
 SAMOE_DECLARE(portable)
 #if defined(SAMOE_WITH_X86_SETS)

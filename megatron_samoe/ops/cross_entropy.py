@@ -1,0 +1,63 @@
+"""Softmax cross-entropy over a part of the vocabulary, without keeping the probabilities.
+
+The forward leaves three numbers a token, from which ranks that hold other parts of the vocabulary make the loss; the
+backward makes the gradient from the logits. Plain functions, not recorded by autograd: tensor_parallel/cross_entropy.py
+puts the ranks' reductions between them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.ops import extension, reference
+
+
+def _check(logits_TV: Tensor, labels_T: Tensor) -> None:
+    if logits_TV.dim() != 2 or labels_T.shape != logits_TV.shape[:1] or labels_T.dtype != torch.int64:
+        raise ValueError(
+            f"labels_T is {labels_T.dtype} {tuple(labels_T.shape)}: one int64 a token of logits {tuple(logits_TV.shape)}"
+        )
+
+
+@torch.no_grad()
+def cross_entropy_parts(logits_TV: Tensor, labels_T: Tensor, first_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns peak_T, sum_T, target_T in fp32 (fp64 for fp64 logits); with all columns here,
+    loss = log(sum) + peak - target.
+
+    Args:
+        logits_TV: columns first_id .. first_id + V - 1 of the vocabulary, fp32, bf16 or fp64; V may be 0 (then peak is
+            -inf and sum 0).
+        labels_T: ids in the whole vocabulary; target is 0 where the label lies in another part.
+
+    Errors: ValueError where the labels do not fit the logits.
+    """
+    _check(logits_TV, labels_T)
+    if extension.serves(logits_TV, labels_T):
+        peak_T, sum_T, target_T = torch.ops.megatron_samoe.cross_entropy_parts(
+            logits_TV.contiguous(), labels_T.contiguous(), first_id
+        )
+        return peak_T, sum_T, target_T
+    return reference.cross_entropy_parts(logits_TV, labels_T, first_id)
+
+
+@torch.no_grad()
+def cross_entropy_backward(
+    logits_TV: Tensor, labels_T: Tensor, first_id: int, logsumexp_T: Tensor, dloss_T: Tensor
+) -> Tensor:
+    """Returns dlogits_TV in the logits' dtype.
+
+    Args:
+        logits_TV, labels_T, first_id: as in the forward.
+        logsumexp_T: over the whole vocabulary, fp32 (fp64 for fp64 logits).
+        dloss_T: gradient of each token's loss, of the same dtype.
+
+    Errors: ValueError where the labels do not fit the logits.
+    """
+    _check(logits_TV, labels_T)
+    if extension.serves(logits_TV, labels_T, logsumexp_T, dloss_T):
+        dlogits_TV: Tensor = torch.ops.megatron_samoe.cross_entropy_backward(
+            logits_TV.contiguous(), labels_T.contiguous(), first_id, logsumexp_T.contiguous(), dloss_T.contiguous()
+        )
+        return dlogits_TV
+    return reference.cross_entropy_backward(logits_TV, labels_T, first_id, logsumexp_T, dloss_T)
