@@ -1,0 +1,232 @@
+"""Routing against formulas and slow loops: weights, jitter, capacity, auxiliary losses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from megatron_samoe.config import MoEConfig
+from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
+from megatron_samoe.moe.router import Router, Routing
+from megatron_samoe.moe.routing_losses import attach_loss
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.tensor_parallel.random import SampleRandom
+
+B, S, H, E = 3, 8, 6, 5
+T = B * S
+QUIET = MoEConfig(expert_layout="moe", num_experts=E, moe_aux_loss_coeff=0.0)
+EVALUATION = ForwardContext(batch_size=B)
+
+
+def training_context(**options: Any) -> ForwardContext:
+    return ForwardContext(batch_size=B, training=True, random=SampleRandom(1, 2, tuple(range(B))), **options)
+
+
+def make_router(config: MoEConfig, dtype: torch.dtype = torch.float64) -> Router:
+    router = Router(config, H, 1.0, 3, 1, single_process_state(), dtype)
+    nn.init.normal_(router.weight, std=1.0, generator=torch.Generator().manual_seed(0))
+    return router
+
+
+def inputs(seed: int = 1) -> Tensor:
+    return torch.randn(T, H, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 3])
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("pre_softmax", [None, True, False])
+def test_weights_equal_the_formula(topk: int, function: Any, pre_softmax: bool | None) -> None:
+    config = replace(
+        QUIET, moe_router_topk=topk, moe_router_score_function=function, moe_router_pre_softmax=pre_softmax
+    )
+    router, x = make_router(config), inputs()
+    routing = router(x, EVALUATION)
+    switch = topk == 1 if pre_softmax is None else pre_softmax
+    for t in range(T):
+        logits = [float(router.weight.detach()[e] @ x[t]) for e in range(E)]
+        chosen = sorted(range(E), key=lambda e: -logits[e])[:topk]
+        assert routing.ids_TK[t].tolist() == chosen
+        scores = [1 / (1 + math.exp(-z)) if function == "sigmoid" else math.exp(z) for z in logits]
+        if function == "softmax" or not switch:
+            total = sum(scores[e] for e in (range(E) if switch else chosen))
+            scores = [score / total for score in scores]
+        assert routing.probs_TK[t].tolist() == pytest.approx([scores[e] for e in chosen], rel=1e-9)
+    if not switch:
+        torch.testing.assert_close(routing.probs_TK.sum(1), torch.ones(T, dtype=torch.float64))
+
+
+def test_router_works_in_fp32_whatever_its_input() -> None:
+    router = make_router(QUIET, torch.bfloat16)
+    assert router.weight.dtype == torch.float32
+    routing = router(inputs().bfloat16(), EVALUATION)
+    assert routing.probs_TK.dtype == torch.float32
+    expected = router(inputs().bfloat16().float(), EVALUATION)
+    assert torch.equal(routing.probs_TK, expected.probs_TK)
+
+
+def test_jitter_multiplies_inputs_by_noise_of_their_sample_while_training() -> None:
+    config = replace(QUIET, moe_input_jitter_eps=0.3, moe_router_topk=2)
+    router, x = make_router(config), inputs()
+    context = training_context()
+    routing = router(x, context)
+    assert context.random is not None
+    noise = context.random.uniform((S, H), x.device, 3, "jitter").double()
+    factors = 0.7 + 0.6 * noise
+    assert factors.min() < 0.75 and factors.max() > 1.25
+    expected = make_router(replace(config, moe_input_jitter_eps=0.0))((x * factors.float().double()), EVALUATION)
+    torch.testing.assert_close(routing.probs_TK, expected.probs_TK, rtol=1e-5, atol=1e-6)
+    assert torch.equal(
+        router(x, EVALUATION).probs_TK, make_router(replace(config, moe_input_jitter_eps=0.0))(x, EVALUATION).probs_TK
+    )
+
+
+def drop_slowly(ids: list[list[int]], probs: list[list[float]], capacity: int, policy: str) -> list[list[int]]:
+    """Returns ids with -1 for dropped slots, as a careful reader of the documentation would do it."""
+    tokens, topk = len(ids), len(ids[0])
+    kept = [row[:] for row in ids]
+    for sequence in range(B):
+        mine = range(sequence * tokens // B, (sequence + 1) * tokens // B)
+        for expert in range(E):
+            slots = [(k, t) for k in range(topk) for t in mine if ids[t][k] == expert]
+            if policy == "probs":
+                slots.sort(key=lambda slot: -probs[slot[1]][slot[0]])
+            for k, t in slots[capacity:]:
+                kept[t][k] = -1
+    return kept
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data(), st.sampled_from(["probs", "position"]), st.integers(1, 6), st.integers(1, 3))
+def test_capacity_drops_what_a_slow_loop_drops(data: st.DataObject, policy: Any, capacity: int, topk: int) -> None:
+    ids = [data.draw(st.permutations(range(E)))[:topk] for _ in range(T)]
+    # Ties are frequent, so the order of equally probable tokens is tested too.
+    probs = [[data.draw(st.sampled_from([0.1, 0.25, 0.5])) for _ in range(topk)] for _ in range(T)]
+    config = replace(QUIET, moe_token_drop_policy=policy)
+    result = drop_over_capacity(torch.tensor(ids), torch.tensor(probs), capacity, B, config)
+    assert result.tolist() == drop_slowly([list(row) for row in ids], probs, capacity, policy)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, 4), (1.3, 5), (0.01, 1), (2.0, 7), (10.0, 32)])
+def test_capacity_is_rounded_up_and_at_least_one(factor: float, expected: int) -> None:
+    assert expert_capacity(S * 2, replace(QUIET, moe_expert_capacity_factor=factor)) == expected
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_only_training_drops(policy: Any) -> None:
+    config = replace(QUIET, moe_expert_capacity_factor=0.5, moe_token_drop_policy=policy, moe_router_topk=2)
+    router = make_router(config)
+    free, limited = router(inputs(), EVALUATION), router(inputs(), training_context())
+    assert int(free.stats.num_dropped) == 0 and (free.ids_TK >= 0).all()
+    dropped = limited.ids_TK < 0
+    assert int(limited.stats.num_dropped) == dropped.sum() > 0
+    assert torch.equal(limited.ids_TK[~dropped], free.ids_TK[~dropped])
+    assert torch.equal(limited.stats.counts_E, free.stats.counts_E), "loads are counted before dropping"
+    for sequence in limited.ids_TK.view(B, -1):
+        assert torch.bincount(sequence[sequence >= 0], minlength=E).max() <= expert_capacity(S * 2, config)
+
+
+def test_dropping_does_not_depend_on_how_sequences_are_batched() -> None:
+    config = replace(QUIET, moe_expert_capacity_factor=0.7)
+    router, x = make_router(config), inputs()
+    whole = router(x, training_context()).ids_TK
+    alone = [router(x[b * S : (b + 1) * S], ForwardContext(batch_size=1, training=True)).ids_TK for b in range(B)]
+    assert torch.equal(whole, torch.cat(alone))
+
+
+def distribution(router: Router, x: Tensor) -> Tensor:
+    logits = x @ router.weight.T
+    if router.config.moe_router_score_function == "softmax":
+        return logits.softmax(1)
+    scores = logits.sigmoid()
+    return scores / scores.sum(1, keepdim=True)
+
+
+def gradient_of_auxiliary_loss(router: Router, x: Tensor, context: ForwardContext) -> tuple[Tensor, Routing]:
+    routing = router(x, context)
+    assert routing.auxiliary_loss is not None
+    (gradient,) = torch.autograd.grad(routing.auxiliary_loss, router.weight)
+    return gradient, routing
+
+
+@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
+def test_balance_loss_of_the_global_batch(function: Any) -> None:
+    """alpha * E * sum_e f_e P_e, f_e the shares of the step before, P_e over the tokens of the whole step."""
+    config = replace(QUIET, moe_aux_loss_coeff=0.3, moe_router_topk=2, moe_router_score_function=function)
+    router, x = make_router(config), inputs()
+    fractions = torch.rand(4, E, generator=torch.Generator().manual_seed(2))
+    context = training_context(tokens_per_step=4 * T, expert_fractions_LE=fractions)
+    gradient, routing = gradient_of_auxiliary_loss(router, x, context)
+    expected = 0.3 * E * (fractions[1].double() * distribution(router, x).sum(0) / (4 * T)).sum()
+    torch.testing.assert_close(routing.auxiliary_loss, expected, rtol=1e-6, atol=1e-9)
+    (wanted,) = torch.autograd.grad(expected, router.weight)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(routing.stats.score_sum_E, distribution(router, x).detach().sum(0), rtol=1e-9, atol=1e-9)
+
+
+def test_balance_loss_within_sequences() -> None:
+    config = replace(QUIET, moe_aux_loss_coeff=0.3, moe_router_topk=2, moe_router_load_balancing_type="seq_aux_loss")
+    router, x = make_router(config), inputs()
+    gradient, routing = gradient_of_auxiliary_loss(router, x, training_context(tokens_per_step=4 * T))
+    scores = distribution(router, x).view(B, S, E)
+    balances = []
+    for b in range(B):
+        load = torch.bincount(routing.ids_TK.view(B, -1)[b], minlength=E) / (S * 2)
+        balances.append(E * (load * scores[b].mean(0)).sum())
+    balance = torch.stack(balances)
+    # A step of 4 such micro-batches has 4 B sequences, over which the balance is averaged.
+    expected = 0.3 * balance.sum() / (4 * B)
+    torch.testing.assert_close(routing.auxiliary_loss, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(routing.stats.sequence_balance, balance.detach().sum(), rtol=1e-6, atol=1e-9)
+    (wanted,) = torch.autograd.grad(expected, router.weight)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_z_loss() -> None:
+    config = replace(QUIET, moe_z_loss_coeff=0.2)
+    router, x = make_router(config), inputs()
+    gradient, routing = gradient_of_auxiliary_loss(router, x, training_context(tokens_per_step=2 * T))
+    z_sum = (x @ router.weight.T).exp().sum(1).log().square().sum()
+    torch.testing.assert_close(routing.auxiliary_loss, 0.2 * z_sum / (2 * T), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(routing.stats.z_sum, z_sum.detach(), rtol=1e-9, atol=1e-9)
+    (wanted,) = torch.autograd.grad(0.2 * z_sum / (2 * T), router.weight)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-12)
+
+
+def test_losses_of_two_kinds_add_up_and_none_costs_nothing() -> None:
+    fractions = torch.full((2, E), 1 / E)
+    context = training_context(tokens_per_step=T, expert_fractions_LE=fractions)
+    balance, z_loss = {"moe_aux_loss_coeff": 0.5}, {"moe_z_loss_coeff": 0.1}
+    single = [
+        make_router(replace(QUIET, **options))(inputs(), context).auxiliary_loss
+        for options in (balance, z_loss, balance | z_loss)
+    ]
+    torch.testing.assert_close(single[0] + single[1], single[2])
+    assert make_router(QUIET)(inputs(), context).auxiliary_loss is None
+    off = replace(QUIET, moe_aux_loss_coeff=0.5, moe_router_load_balancing_type="none")
+    assert make_router(off)(inputs(), context).auxiliary_loss is None
+    assert make_router(replace(QUIET, moe_aux_loss_coeff=0.5))(inputs(), EVALUATION).auxiliary_loss is None
+
+
+def test_even_load_makes_a_balance_loss_of_one() -> None:
+    config = replace(QUIET, moe_aux_loss_coeff=1.0)
+    context = training_context(tokens_per_step=T, expert_fractions_LE=torch.full((2, E), 1 / E))
+    loss = make_router(config)(inputs(), context).auxiliary_loss
+    torch.testing.assert_close(loss, torch.tensor(1.0, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_an_attached_loss_gets_the_gradient_of_a_term_of_the_training_loss() -> None:
+    x = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    y = attach_loss(x * 2, (w * w).sum(), 8.0)
+    assert torch.equal(y, x * 2), "the forward value does not change"
+    (y.sum() * 3).backward()
+    torch.testing.assert_close(x.grad, torch.full((4,), 6.0, dtype=torch.float64))
+    torch.testing.assert_close(w.grad, 8.0 * 2 * w.detach()), "whatever the gradient of y is"
