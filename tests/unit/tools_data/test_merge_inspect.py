@@ -1,0 +1,190 @@
+"""merge_datasets.py and inspect_dataset.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_samoe.datasets import inspect, manifest, merge
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron_samoe.datasets.preprocess import checksums
+from megatron_samoe.datasets.preprocess.options import PreprocessOptions
+from megatron_samoe.datasets.preprocess.run import preprocess
+
+ROOT = Path(__file__).resolve().parents[3]
+NUM_KILLS = int(os.environ.get("SAMOE_KILLS", "8"))
+DOCUMENTS = [[1, 2, 3, 256], [256], [7, 8, 256], [9] * 20 + [256]]
+
+
+def build(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> str:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype)
+    for tokens in documents:
+        builder.add_document(tokens, [len(tokens)] if tokens else [])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def text_dataset(folder: Path, name: str, texts: list[str]) -> str:
+    """Makes a dataset with the preprocessor, so that it has a manifest."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = PreprocessOptions((str(folder / f"{name}.jsonl"),), str(folder / name), executor="inline", quiet=True)
+    preprocess(replace(options, append_eod=True))
+    return str(folder / f"{name}_text_document")
+
+
+def test_merging_equals_preprocessing_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "parts").mkdir()
+    text_dataset(tmp_path / "parts", "a", ["one", "", "two"])
+    text_dataset(tmp_path / "parts", "b", ["three", "four"])
+    whole = text_dataset(tmp_path, "whole", ["one", "", "two", "three", "four"])
+    out = str(tmp_path / "merged")
+    assert merge.main(["--input", str(tmp_path / "parts"), "--output-prefix", out]) == 0
+    assert "5 documents" in capsys.readouterr().out
+    for suffix in (".bin", ".idx"):
+        assert Path(out + suffix).read_bytes() == Path(whole + suffix).read_bytes()
+    assert "those of the manifest" in inspect.verify(out)[-1]
+    mine, yours = manifest.read(out), manifest.read(whole)
+    assert mine is not None and yours is not None
+    for name in ("num_tokens", "max_token_id", "bin_crc32", "idx_crc32", "counts", "tokenizer_fingerprint"):
+        assert getattr(mine, name) == getattr(yours, name), name
+    assert len(list(tmp_path.glob("merged*"))) == 3, "nothing is left over"
+
+
+def test_merging_a_dataset_with_gaps(tmp_path: Path) -> None:
+    from megatron_samoe.datasets.index_format import IndexHeader
+
+    header = IndexHeader(np.dtype("<u2"), 2, 2)
+    rows = np.array([2, 1], "<i4").tobytes() + np.array([6, 0], "<i8").tobytes() + np.array([0, 2], "<i8").tobytes()
+    (tmp_path / "g.idx").write_bytes(header.pack() + rows)
+    (tmp_path / "g.bin").write_bytes(np.arange(5, dtype="<u2").tobytes())
+    out = str(tmp_path / "out")
+    merge.merge([str(tmp_path / "g"), build(tmp_path / "d", [[9]])], out)
+    assert [row.tolist() for row in IndexedDataset(out)[:]] == [[3, 4], [0], [9]]
+
+
+def test_what_cannot_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = build(tmp_path / "a", DOCUMENTS), build(tmp_path / "b", DOCUMENTS, np.int32)
+    c = text_dataset(tmp_path, "c", ["x"])
+    d = text_dataset(tmp_path, "d", ["x"])
+    record = manifest.read(d)
+    assert record is not None
+    manifest.write(d, replace(record, tokenizer_fingerprint="0" * 64))
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        ([a, b], "different token dtypes"),
+        ([c, d], "different tokenizers"),
+        ([str(tmp_path / "empty")], "holds no dataset"),
+        ([a, str(tmp_path / "aa")], "The nearest existing"),
+        ([a, str(tmp_path / "out")], "also an input"),
+    ):
+        assert merge.main(["--input", *words, "--output-prefix", str(tmp_path / "out")]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.bin").exists()
+
+
+def test_kill_9_while_merging_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    part = build(tmp_path / "part", [[1] * 1_500_000, [2] * 1_500_000])
+    command = [sys.executable, str(ROOT / "tools/merge_datasets.py"), "--input", *[part] * 12]
+    command += ["--output-prefix", str(tmp_path / "out")]
+    start = time.monotonic()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    whole_s = time.monotonic() - start
+    wanted = {suffix: checksums.file_crc32(f"{tmp_path}/out{suffix}") for suffix in (".bin", ".idx")}
+    random, killed = np.random.default_rng(int(time.time())), 0
+    while killed < NUM_KILLS:
+        (tmp_path / "out.bin").unlink(missing_ok=True)
+        (tmp_path / "out.idx").unlink(missing_ok=True)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=float(random.uniform(0.1, 0.1 + whole_s)))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+        if (tmp_path / "out.idx").exists():
+            assert {suffix: checksums.file_crc32(f"{tmp_path}/out{suffix}") for suffix in (".bin", ".idx")} == wanted
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert {suffix: checksums.file_crc32(f"{tmp_path}/out{suffix}") for suffix in (".bin", ".idx")} == wanted
+
+
+def test_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = build(tmp_path / "d", [[1, 1, 1, 1], [], [2, 2, 2, 2]])
+    assert inspect.main(["stats", prefix, "--plot", str(tmp_path / "d.png")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["documents"], found["empty_documents"], found["tokens"], found["distinct_ids"]) == (3, 1, 8, 2)
+    assert found["max_token_id"] == 2 and abs(found["unigram_entropy_nats"] - np.log(2)) < 1e-4
+    assert found["document_tokens"] == {"min": 0, "p10": 0, "median": 4, "p90": 4, "max": 4}
+    assert (tmp_path / "d.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = text_dataset(tmp_path, "d", ["one", "née"])
+    assert inspect.main(["decode", prefix, "--document", "1"]) == 0
+    assert capsys.readouterr().out.split() == [*map(str, "née".encode()), "256"]
+    assert inspect.main(["decode", prefix + ".idx", "--document", "1", "--tokenizer-type", "ByteTokenizer"]) == 0
+    assert capsys.readouterr().out == "née\n"
+    assert inspect.main(["decode", prefix, "--document", "2"]) == 1
+    assert "not in 0 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix, at", [(".bin", 3), (".idx", 60)])
+def test_verify_finds_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, at: int) -> None:
+    prefix = text_dataset(tmp_path, "d", ["one", "two", "three"])
+    assert inspect.main(["verify", prefix]) == 0
+    data = bytearray(Path(prefix + suffix).read_bytes())
+    data[at] ^= 4
+    Path(prefix + suffix).write_bytes(bytes(data))
+    assert inspect.main(["verify", prefix]) == 1
+    assert prefix in capsys.readouterr().err
+
+
+def test_verify_finds_gaps_and_wrong_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = build(tmp_path / "d", DOCUMENTS)
+    with open(prefix + ".bin", "ab") as file:
+        file.write(b"\0\0")
+    assert inspect.main(["verify", prefix]) == 1
+    assert "its index describes" in capsys.readouterr().err
+    prefix = text_dataset(tmp_path, "t", ["one"])
+    record = manifest.read(prefix)
+    assert record is not None
+    manifest.write(prefix, replace(record, num_tokens=9))
+    assert inspect.main(["verify", prefix]) == 1
+    assert "its manifest says" in capsys.readouterr().err
+
+
+def test_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = build(tmp_path / "d", DOCUMENTS)
+    wanted = Path(prefix + ".idx").read_bytes()
+    Path(prefix + ".idx").write_bytes(wanted[:50])
+    monkeypatch.setattr(inspect, "BLOCK_BYTES", 10)
+    assert inspect.main(["repair", prefix]) == 1
+    assert "give --dtype and --eod" in capsys.readouterr().err
+    assert inspect.main(["repair", prefix, "--dtype", "uint16", "--eod", "256"]) == 0
+    assert Path(prefix + ".idx").read_bytes() == wanted
+    assert Path(prefix + ".idx.broken").read_bytes() == wanted[:50]
+    assert inspect.main(["repair", prefix, "--dtype", "uint16", "--eod", "99"]) == 1
+    assert "cannot be told apart" in capsys.readouterr().err
+    assert inspect.main(["repair", str(tmp_path / "none"), "--dtype", "uint16", "--eod", "99"]) == 1
+    prefix = text_dataset(tmp_path, "t", ["one", "two"])
+    wanted = Path(prefix + ".idx").read_bytes()
+    Path(prefix + ".idx").unlink()
+    assert inspect.main(["repair", prefix]) == 0
+    assert Path(prefix + ".idx").read_bytes() == wanted
+
+
+@pytest.mark.parametrize("tool", ["preprocess_data", "merge_datasets", "inspect_dataset", "train_tokenizer"])
+def test_tools_start_alone_and_name_the_nearest_flag(tool: str) -> None:
+    command = [sys.executable, str(ROOT / f"tools/{tool}.py")]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd="/")
+    assert shown.returncode == 0 and "usage" in shown.stdout
+    wrong = subprocess.run([*command, "--hepl"], capture_output=True, text=True, cwd="/")
+    assert wrong.returncode == 2 and "Did you mean '--help'" in wrong.stderr and "Traceback" not in wrong.stderr
