@@ -158,9 +158,7 @@ TIMERS = {"route": time_route, "parts": time_parts, "combine": time_combine, "cr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", choices=("route", "parts", "combine"), nargs="*", default=["route", "parts", "combine"]
-    )
+    parser.add_argument("--only", choices=tuple(TIMERS), nargs="*", default=list(TIMERS))
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)

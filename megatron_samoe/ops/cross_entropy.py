@@ -16,7 +16,7 @@ from megatron_samoe.ops import extension, reference
 def _check(logits_TV: Tensor, labels_T: Tensor) -> None:
     if logits_TV.dim() != 2 or labels_T.shape != logits_TV.shape[:1] or labels_T.dtype != torch.int64:
         raise ValueError(
-            f"labels_T is {labels_T.dtype} {tuple(labels_T.shape)}: one int64 a token of logits {tuple(logits_TV.shape)}"
+            f"labels_T is {labels_T.dtype} {tuple(labels_T.shape)}, logits_TV {tuple(logits_TV.shape)}: one int64 a token"
         )
 
 
