@@ -1,0 +1,108 @@
+"""Counts of parameters against built models, and FLOPs against products counted one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_samoe.models.accounting import count_parameters, train_flops_per_token
+from megatron_samoe.models.layer_layout import all_layers
+from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.parallel_state import single_process_state
+from tests.harness.tiny import tiny_config
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    layout = draw(st.sampled_from(["dense", "moe", "samoe"]))
+    options: dict[str, Any] = {
+        "layout": layout,
+        "style": draw(st.sampled_from(["gpt3", "llama"])),
+        "num_layers": draw(st.integers(1, 5)),
+        "ffn_hidden_size": draw(st.none() | st.integers(1, 50)),
+        "hidden_size": draw(st.sampled_from([16, 32, 48])),
+        "kv_channels": draw(st.none() | st.sampled_from([2, 10])),
+        "normalization": draw(st.sampled_from(["LayerNorm", "RMSNorm"])),
+        "swiglu": draw(st.booleans()),
+        "disable_bias_linear": draw(st.booleans()),
+        "qk_layernorm": draw(st.booleans()),
+        "untie_embeddings_and_output_weights": draw(st.booleans()),
+        "position_embedding_type": draw(st.sampled_from(["learned_absolute", "rope", "none"])),
+        "max_position_embeddings": draw(st.none() | st.integers(16, 40)),
+        "make_vocab_size_divisible_by": draw(st.sampled_from([1, 8, 128])),
+    }
+    if options["disable_bias_linear"]:
+        options["add_qkv_bias"] = draw(st.booleans())
+    if layout != "dense":
+        options |= {
+            "num_experts": draw(st.integers(1, 5)),
+            "moe_router_topk": 1,
+            "moe_ffn_hidden_size": draw(st.none() | st.integers(1, 20)),
+            "moe_shared_expert_intermediate_size": draw(st.none() | st.integers(1, 20)),
+            "moe_layer_freq": draw(st.sampled_from(["1", "2"])) if options["num_layers"] > 1 else "1",
+        }
+    if layout == "samoe":
+        options |= {
+            "num_expert_banks": draw(st.integers(1, 4)),
+            "samoe_granularity": draw(st.sampled_from(["layer", "expert"])),
+            "samoe_freeze_coefficients": draw(st.booleans()),
+        }
+    return options
+
+
+@settings(deadline=None, max_examples=80)
+@given(configurations(), st.integers(1, 300))
+def test_counts_equal_the_built_models(options: dict[str, Any], vocab_size: int) -> None:
+    config = tiny_config(**options)
+    parameters = RankModel(config, vocab_size, single_process_state("meta"), torch.float32).global_parameters()
+    count = count_parameters(config, vocab_size)
+    assert count.total == sum(p.numel() for p in parameters.values())
+    experts = {n: p for n, p in parameters.items() if n.startswith("expert_pool.") or ".moe.experts." in n}
+    assert count.expert == sum(p.numel() for p in experts.values())
+    moe_layers = sum(place.moe_index is not None for place in all_layers(config))
+    sets = config.moe.num_expert_banks if config.moe.has_pool else moe_layers
+    one_expert = count.expert // (sets * config.moe.num_experts) if count.expert else 0
+    assert count.active == count.total - count.expert + moe_layers * config.moe.moe_router_topk * one_expert
+
+
+def test_a_pool_divides_expert_parameters_by_layers_over_banks_and_keeps_active_ones() -> None:
+    moe, samoe = (count_parameters(tiny_config(layout, num_layers=8), 100) for layout in ("moe", "samoe"))
+    assert moe.expert == 4 * samoe.expert
+    assert samoe.active - moe.active == 8 * 2 * 2, "only the coefficients are new"
+
+
+def test_topk_counts_in_active_parameters_alone() -> None:
+    one, two = (count_parameters(tiny_config("moe", moe_router_topk=k), 100) for k in (1, 2))
+    assert one.total == two.total and one.expert == two.expert
+    assert two.active - one.active == 4 * one.expert // (4 * 4)
+
+
+def products(layout: str, **options: Any) -> float:
+    """Returns forward multiply-adds x 2 per token of a tiny model without biases and norms, product by product."""
+    config = tiny_config(layout, **options)
+    m = config.model
+    h, f, s, v = m.hidden_size, m.mlp_size, m.seq_length, 104
+    attention = h * 3 * h + h * h + 2 * h * s / 2
+    mlp = (config.moe.moe_router_topk * 2 * h * f + h * config.moe.num_experts) if layout != "dense" else 2 * h * f
+    return 2 * (m.num_layers * (attention + mlp) + h * v)
+
+
+@pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
+@pytest.mark.parametrize("options", [{}, {"seq_length": 512}, {"untie_embeddings_and_output_weights": True}])
+def test_flops_are_three_times_the_forward_products(layout: str, options: dict[str, Any]) -> None:
+    options = {"disable_bias_linear": True, "normalization": "RMSNorm", "hidden_size": 128, **options}
+    flops = train_flops_per_token(tiny_config(layout, **options), 103)
+    # Norm weights and coefficients count as products here; they are a few in a thousand.
+    assert flops == pytest.approx(3 * products(layout, **options), rel=2e-3)
+
+
+def test_positions_are_looked_up_for_free() -> None:
+    with_table, without = (
+        train_flops_per_token(tiny_config("dense", position_embedding_type=kind), 103)
+        for kind in ("learned_absolute", "none")
+    )
+    assert with_table == without
