@@ -165,6 +165,7 @@ class RayExecutor:
         self._ray, self._options, self.num_workers = ray, options, num_workers
         self._actors: list[Any] = []
         self._pending: dict[Any, int] = {}
+        self._started_ray = False
 
     def _actor(self) -> Any:
         return self._ray.remote(num_cpus=1)(Worker).remote(self._options)
@@ -174,6 +175,7 @@ class RayExecutor:
             address = os.environ.get("RAY_ADDRESS")
             local: dict[str, Any] = {} if address else {"num_cpus": self.num_workers, "include_dashboard": False}
             self._ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
+            self._started_ray = True
         self._actors = [self._actor() for _ in range(self.num_workers)]
         try:
             return self._ray.get([actor.facts.remote() for actor in self._actors])[0]
@@ -204,6 +206,8 @@ class RayExecutor:
     def close(self) -> None:
         for actor in self._actors:
             self._ray.kill(actor)
+        if self._started_ray:
+            self._ray.shutdown()
 
 
 def make_executor(options: PreprocessOptions) -> Executor:

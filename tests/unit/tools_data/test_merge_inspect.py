@@ -188,3 +188,32 @@ def test_tools_start_alone_and_name_the_nearest_flag(tool: str) -> None:
     assert shown.returncode == 0 and "usage" in shown.stdout
     wrong = subprocess.run([*command, "--hepl"], capture_output=True, text=True, cwd="/")
     assert wrong.returncode == 2 and "Did you mean '--help'" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_the_slurm_array_and_a_merge_give_the_bytes_of_one_run(tmp_path: Path) -> None:
+    """Runs the example's tasks one after another, as Slurm would."""
+    tokenizer = tmp_path / "t"
+    (tmp_path / "corpus").mkdir()
+    for number in range(5):
+        text = "".join(json.dumps({"text": f"file {number} document {n}"}) + "\n" for n in range(9))
+        (tmp_path / f"corpus/{number}.jsonl").write_text(text)
+    trainer = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), "--type", "byte-bpe", "--vocab-size", "280"]
+    subprocess.run([*trainer, "--input", str(tmp_path / "corpus"), "--output-prefix", str(tokenizer)], check=True)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+    arguments = [str(tmp_path / "corpus"), "*.jsonl", str(tmp_path / "web"), f"{tokenizer}.json"]
+    for task in range(2):
+        slurm = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
+        command = ["sh", str(ROOT / "examples/preprocess_slurm.sh"), *arguments]
+        subprocess.run(command, check=True, env=environment | slurm, cwd=ROOT, stdout=subprocess.DEVNULL)
+    assert merge.main(["--input", str(tmp_path / "web_parts"), "--output-prefix", str(tmp_path / "merged")]) == 0
+    options = PreprocessOptions(
+        (str(tmp_path / "corpus"),), str(tmp_path / "whole"), "HuggingFaceTokenizer", f"{tokenizer}.json",
+        executor="inline", quiet=True, append_eod=True,
+    )  # fmt: skip
+    preprocess(options)
+    for suffix in (".bin", ".idx"):
+        merged, whole = tmp_path / f"merged{suffix}", tmp_path / f"whole_text_document{suffix}"
+        assert merged.read_bytes() == whole.read_bytes()
