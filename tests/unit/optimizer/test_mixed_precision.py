@@ -1,0 +1,214 @@
+"""AdamW on main gradients against torch's, master weights, groups, loss scale, clipping."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from megatron_samoe.config import OptimizerConfig, TrainingConfig
+from megatron_samoe.distributed.finalize_model_grads import finalize_model_grads
+from megatron_samoe.distributed.grad_buffer import GradBuffers
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.optimizer.clip_grads import clip_gradients, global_grad_norm
+from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
+from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups
+from megatron_samoe.parallel_state import ShardSpec, set_shard_spec, single_process_state
+from tests.harness.tiny import VOCAB_SIZE, tiny_config
+
+STATE = single_process_state()
+CONFIG = OptimizerConfig(weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.9, adam_eps=1e-6)
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"layers.0.mlp.fc1.weight": (5, 3), "layers.0.mlp.fc1.bias": (5,), "layers.0.moe.combination": (2, 1, 3)}
+    made = {}
+    for name, shape in shapes.items():
+        own = torch.float32 if name.endswith("combination") else dtype
+        made[name] = set_shard_spec(nn.Parameter(torch.randn(shape, generator=generator).to(own)), ShardSpec())
+    return made
+
+
+def torchs(named: dict[str, nn.Parameter], lr: float, lr_mult: float) -> torch.optim.AdamW:
+    weight, bias, coefficient = named.values()
+    groups = [
+        {"params": [weight]},
+        {"params": [bias], "weight_decay": 0.0},
+        {"params": [coefficient], "weight_decay": 0.0, "lr": lr * lr_mult},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_equal_torchs_adamw(dtype: torch.dtype) -> None:
+    ours, theirs = parameters(dtype), parameters(dtype)
+    buffers = GradBuffers(ours, STATE)
+    optimizer = MixedPrecisionOptimizer(buffers.parameters, replace(CONFIG, samoe_coefficient_lr_mult=3.0))
+    reference = torchs(theirs, 0.01, 3.0)
+    for step in range(5):
+        lr = 0.01 / (step + 1)
+        for p, q in zip(ours.values(), theirs.values(), strict=True):
+            q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step)).to(q.dtype)
+            p.main_grad.copy_(q.grad)
+        for group, mult in zip(reference.param_groups, (1, 1, 3), strict=True):
+            group["lr"] = lr * mult
+        optimizer.step(lr)
+        reference.step()
+        for name, p in ours.items():
+            torch.testing.assert_close(p, theirs[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+    assert optimizer.num_steps == 5
+    for name, p in theirs.items():
+        for moment, value in optimizer.moments(name).items():
+            torch.testing.assert_close(value, reference.state[p][moment], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_masters_that_small_steps_move(dtype: torch.dtype) -> None:
+    named = parameters(dtype)
+    buffers = GradBuffers(named, STATE)
+    optimizer = MixedPrecisionOptimizer(buffers.parameters, replace(CONFIG, weight_decay=0.0))
+    assert set(optimizer.own_masters()) == {"layers.0.mlp.fc1.weight", "layers.0.mlp.fc1.bias"}
+    weight = named["layers.0.mlp.fc1.weight"]
+    master = optimizer.masters["layers.0.mlp.fc1.weight"]
+    before, begun = weight.detach().clone(), master.clone()
+    for _ in range(3):
+        weight.main_grad.fill_(1.0)
+        optimizer.step(1e-6)
+        assert torch.equal(weight, master.to(dtype))
+    assert torch.equal(weight, before), "three millionths are lost in half precision"
+    torch.testing.assert_close(master, begun - 3e-6, rtol=0, atol=8e-7)
+    assert weight.main_grad.dtype == torch.float32
+    for _ in range(100):
+        optimizer.step(1e-2)
+    assert not torch.equal(weight, before)
+
+
+def test_step_count_decides_the_bias_correction() -> None:
+    moved = []
+    for steps in (0, 1000):
+        named = parameters()
+        buffers = GradBuffers(named, STATE)
+        optimizer = MixedPrecisionOptimizer(buffers.parameters, replace(CONFIG, weight_decay=0.0))
+        optimizer.set_num_steps(steps)
+        weight = named["layers.0.mlp.fc1.weight"]
+        begun = weight.detach().clone()
+        weight.main_grad.fill_(1.0)
+        optimizer.step(0.1)
+        moved.append((begun - weight).mean().item())
+    # m = 0.2 g, v = 0.1 g^2: the first step is corrected to 1, a late one is 0.2 / sqrt(0.1).
+    assert moved == pytest.approx([0.1, 0.1 * 0.2 / math.sqrt(0.1)], rel=1e-4)
+
+
+def test_masters_follow_weights_that_were_loaded_without_them() -> None:
+    named = parameters(torch.bfloat16)
+    optimizer = MixedPrecisionOptimizer(GradBuffers(named, STATE).parameters, CONFIG)
+    with torch.no_grad():
+        named["layers.0.mlp.fc1.weight"].fill_(2.0)
+    optimizer.refresh_masters()
+    assert (optimizer.masters["layers.0.mlp.fc1.weight"] == 2.0).all()
+
+
+def test_apex_that_is_demanded_and_absent_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"--optimizer-backend = 'apex'.*not importable"):
+        MixedPrecisionOptimizer(GradBuffers(parameters(), STATE).parameters, replace(CONFIG, optimizer_backend="apex"))
+
+
+@pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
+def test_matrices_decay_and_nothing_else(layout: str) -> None:
+    config = tiny_config(layout, qk_layernorm=True)
+    model = RankModel(config, VOCAB_SIZE, single_process_state("meta"), torch.float32)
+    named = model.global_parameters()
+    groups = build_param_groups(named, replace(CONFIG, samoe_coefficient_lr_mult=5.0))
+    names = [name for group in groups for name in group.names]
+    assert sorted(names) == sorted(named), "each parameter is in one group"
+    for group in groups:
+        for name in group.names:
+            vector = name.endswith(("bias", ".b1", ".b2")) or "norm." in name
+            coefficient = name.endswith("moe.combination")
+            assert group.weight_decay == (0.0 if vector or coefficient else 0.3), name
+            assert group.lr_mult == (5.0 if coefficient else 1.0), name
+
+
+def test_the_first_rule_that_matches_holds() -> None:
+    rules = (ParamRule("fc1", lr_mult=2.0), ParamRule("bias", weight_decay_mult=0.0), ParamRule(""))
+    groups = build_param_groups(parameters(), CONFIG, rules)
+    assert [(g.names, g.lr_mult, g.weight_decay) for g in groups] == [
+        (("layers.0.mlp.fc1.weight", "layers.0.mlp.fc1.bias"), 2.0, 0.3), (("layers.0.moe.combination",), 1.0, 0.3),
+    ]  # fmt: skip
+    with pytest.raises(AssertionError, match="no rule"):
+        build_param_groups(parameters(), CONFIG, rules[:1])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=26, max_size=26), st.floats(0, 100))
+def test_norm_and_clipping(values: list[float], limit: float) -> None:
+    named = parameters()
+    buffers = GradBuffers(named, STATE)
+    (buffer,) = buffers.buffers
+    buffer.flat.copy_(torch.tensor(values))
+    norm = global_grad_norm(buffers, STATE)
+    exact = math.sqrt(sum(v * v for v in values))
+    assert norm == pytest.approx(exact, rel=1e-5, abs=1e-6)
+    clip_gradients(buffers, norm, limit)
+    after = buffer.flat.double().norm().item()
+    if 0 < limit < norm:
+        assert after == pytest.approx(limit, rel=1e-5, abs=1e-6)
+    else:
+        assert torch.equal(buffer.flat, torch.tensor(values)), "a limit of 0 means none, small gradients stay exact"
+
+
+def test_gradients_are_collected_scaled_and_cleared() -> None:
+    class Pool:
+        finished = 0
+
+        def finish_step(self) -> None:
+            self.finished += 1
+
+    named: dict[str, Any] = parameters(torch.bfloat16)
+    named["frozen"] = set_shard_spec(nn.Parameter(torch.ones(2), requires_grad=False), ShardSpec())
+    buffers = GradBuffers(named, STATE)
+    assert "frozen" not in buffers.parameters
+    buffers.zero()
+    for _ in range(3):
+        sum(p.float().sum() for p in buffers.parameters.values()).backward()
+    pool = Pool()
+    finalize_model_grads(pool, buffers, 2.0)
+    assert pool.finished == 1
+    for p in buffers.parameters.values():
+        assert p.grad is None and p.main_grad.dtype == torch.float32
+        assert torch.equal(p.main_grad, torch.full(p.shape, 1.5))
+    buffers.zero()
+    assert all(not p.main_grad.any() for p in buffers.parameters.values())
+
+
+def test_small_gradients_of_many_micro_batches_are_not_lost_in_bf16() -> None:
+    named = {"w": set_shard_spec(nn.Parameter(torch.ones(1, dtype=torch.bfloat16)), ShardSpec())}
+    GradBuffers(named, STATE).zero()
+    for _ in range(1000):
+        (named["w"] * 1.0).sum().backward()
+    assert named["w"].main_grad.item() == 1000.0, "bf16 would stop at 256"
+
+
+def test_dynamic_loss_scale() -> None:
+    scale = LossScale.of(TrainingConfig(fp16=True, initial_loss_scale=8.0))
+    assert (scale.value, scale.growth_interval) == (8.0, 1000)
+    scale = replace(scale, growth_interval=3)
+    seen = []
+    for overflow in (False, False, True, False, False, False, False, True, True, True, True, True, True):
+        scale = scale.after(overflow)
+        seen.append(scale.value)
+    assert seen == [8, 8, 4, 4, 4, 8, 8, 4, 2, 1, 1, 1, 1], "halved at an overflow, doubled after three good steps"
+
+
+def test_fixed_and_absent_loss_scales_never_change() -> None:
+    fixed = LossScale.of(TrainingConfig(fp16=True, loss_scale=128.0))
+    assert fixed.after(True).after(False) == fixed and fixed.value == 128.0
+    assert LossScale.of(TrainingConfig(bf16=True)).value == 1.0
