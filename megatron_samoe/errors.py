@@ -52,6 +52,10 @@ class NonFiniteLossError(MegatronSamoeError):
     """Training met a loss or gradient that is not a number."""
 
 
+class ReplicaDriftError(MegatronSamoeError):
+    """Ranks that should hold equal weights do not."""
+
+
 class CommunicationError(MegatronSamoeError):
     """Ranks could not exchange data: a peer died, timed out or disagrees."""
 

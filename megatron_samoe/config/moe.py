@@ -54,6 +54,11 @@ class MoEConfig:
     samoe_init: Literal["cyclic", "block", "uniform"] = "cyclic"
     """Initial coefficients. cyclic: MoE layer l starts as bank l mod P; block: as bank floor(l * P / L); uniform:
     1/sqrt(P) for every bank plus a little noise."""
+    samoe_pool_placement: Literal["sharded", "replicated"] = "sharded"
+    """sharded: banks and their optimizer state lie in parts on the ranks that would hold replicas (expert-data-parallel
+    ranks of all pipeline stages), gathered once per step; replicated: whole on each."""
+    pool_replica_check_interval: int | None = None
+    """Steps between checks that all copies of banks are equal."""
     samoe_freeze_coefficients: bool = False
     """Never train the coefficients: hard sharing, the essential control."""
 

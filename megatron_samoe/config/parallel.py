@@ -13,7 +13,18 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     """Ranks that split each layer's matrices."""
     pipeline_model_parallel_size: int = 1
-    """Ranks that split the layers. Only 1 is supported so far."""
+    """Ranks that split the layers."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Interleave: each pipeline rank holds several runs of so many layers in place of one run."""
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of each (virtual) stage as Megatron writes them: stages between |, with E the embedding, t a layer, L the
+    head, t*3 and (tt|)*2 repetitions, such as Et*3|t*4|t*4|t*3L. Even runs if not given."""
+    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of micro-batches: one forward, one backward (interleaved with virtual stages), or all forwards first."""
+    sequence_parallel: bool = False
+    """Split the residual stream, norms and dropout over tensor-parallel ranks along tokens."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
     expert_model_parallel_size: int = 1
     """Ranks that split the experts of a layer and exchange tokens."""
     expert_tensor_parallel_size: int | None = None

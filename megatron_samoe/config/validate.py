@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 
 from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError, ConfigErrors
 
@@ -58,6 +59,40 @@ def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
     return tuple(c == "1" for c in pattern)
 
 
+def parse_stage_layout(text: str) -> tuple[int, ...]:
+    """Returns the layers of each virtual stage in a --pipeline-model-parallel-layout, such as Et*3|t*4|t*3L.
+
+    Raises:
+        ConfigError: it is not one E, then t, then one L, with | between stages.
+    """
+    flag_name = "--pipeline-model-parallel-layout"
+    allowed = "must be stages between |: E (embedding) first, t for each layer, L (head) last; t*3 and (tt|)*2 repeat"
+    expanded = re.sub(r"[\s,]", "", text)
+    while (unrolled := re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m[1] * int(m[2]), expanded)) != expanded:
+        expanded = unrolled
+    expanded = re.sub(r"([EtL])\*(\d+)", lambda m: m[1] * int(m[2]), expanded)
+    if not re.fullmatch(r"E[t|]*L", expanded):
+        raise ConfigError(flag_name, text, allowed)
+    return tuple(stage.count("t") for stage in expanded.split("|"))
+
+
+def virtual_stages(parallel: ParallelConfig, num_layers: int) -> int:
+    """Returns the number of runs that the layers are cut into; 0 where they cannot be cut as configured."""
+    pp = parallel.pipeline_model_parallel_size
+    if parallel.pipeline_model_parallel_layout is not None:
+        return len(parse_stage_layout(parallel.pipeline_model_parallel_layout))
+    per_stage = parallel.num_layers_per_virtual_pipeline_stage
+    if per_stage is None:
+        return pp if num_layers % pp == 0 else 0
+    return num_layers // per_stage if num_layers % (pp * per_stage) == 0 else 0
+
+
+def num_micro_batches(config: PretrainConfig, world_size: int) -> int:
+    """Returns the forward passes of one optimizer step on each rank."""
+    per_pass = config.training.micro_batch_size * data_parallel_size(config, world_size)
+    return global_batch_size(config, world_size) // per_pass
+
+
 def num_moe_layers(config: PretrainConfig) -> int:
     """Returns L, the number of MoE layers (0 for the dense layout)."""
     if config.moe.expert_layout == "dense":
@@ -70,9 +105,9 @@ def _positive_sizes(config: PretrainConfig, world_size: int) -> Problems:
         "model": ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups",
                   "seq_length", "max_position_embeddings", "make_vocab_size_divisible_by"),
         "moe": ("num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size",
-                "num_expert_banks"),
+                "num_expert_banks", "pool_replica_check_interval"),
         "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-                     "expert_tensor_parallel_size"),
+                     "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage"),
         "training": ("micro_batch_size", "global_batch_size", "exit_interval", "eval_interval", "num_threads",
                      "recompute_num_layers"),
         "optimizer": ("lr_decay_iters", "lr_wsd_decay_iters"),
@@ -160,7 +195,7 @@ def _options_without_effect(config: PretrainConfig, world_size: int) -> Problems
     moe, default = config.moe, MoEConfig()
     if not moe.has_pool:
         for name in ("num_expert_banks", "samoe_combine", "samoe_granularity", "samoe_normalization", "samoe_init",
-                     "samoe_freeze_coefficients"):  # fmt: skip
+                     "samoe_freeze_coefficients", "samoe_pool_placement", "pool_replica_check_interval"):  # fmt: skip
             if getattr(moe, name) != getattr(default, name):
                 yield ConfigError(flag(name), getattr(moe, name), f"needs --expert-layout samoe, not {moe.expert_layout}")
     if moe.expert_layout == "dense":
@@ -171,6 +206,9 @@ def _options_without_effect(config: PretrainConfig, world_size: int) -> Problems
         yield ConfigError("--moe-token-drop-policy", moe.moe_token_drop_policy, "needs --moe-expert-capacity-factor")
     if config.model.add_qkv_bias and not config.model.disable_bias_linear:
         yield ConfigError("--add-qkv-bias", True, "needs --disable-bias-linear; without it every projection has a bias")
+    if moe.pool_replica_check_interval is not None and moe.samoe_pool_placement != "replicated":
+        yield ConfigError("--pool-replica-check-interval", moe.pool_replica_check_interval,
+                          "needs --samoe-pool-placement replicated: a shared-out pool has no copies to compare")  # fmt: skip
     if config.training.recompute_num_layers is not None and config.training.recompute_granularity != "full":
         yield ConfigError("--recompute-num-layers", config.training.recompute_num_layers, "needs --recompute-granularity full")
     if config.optimizer.lr_wsd_decay_iters is not None and config.optimizer.lr_decay_style != "WSD":
@@ -183,18 +221,22 @@ def _world_divides(config: PretrainConfig, world_size: int) -> Problems:
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tp
-    if pp != 1:
-        yield ConfigError("--pipeline-model-parallel-size", pp, "must be 1: pipeline stages are not available yet")
-    if min(tp, ep, etp) < 1:
+    if min(tp, ep, etp, pp) < 1:
         return
-    if world_size % (tp * max(pp, 1)):
-        yield ConfigError("--tensor-model-parallel-size", tp, f"must divide the world of {world_size} ranks "
-                          f"(start a multiple of {tp} processes, or set it to one of {divisors(world_size)})")  # fmt: skip
+    if world_size % pp:
+        yield ConfigError("--pipeline-model-parallel-size", pp, f"must divide the world of {world_size} ranks "
+                          f"(start a multiple of {pp} processes, or set it to one of {divisors(world_size)})")  # fmt: skip
+        return
+    if world_size % (tp * pp):
+        over = f" over --pipeline-model-parallel-size {pp}" if pp > 1 else ""
+        yield ConfigError("--tensor-model-parallel-size", tp, f"must divide the world of {world_size} ranks{over} "
+                          f"(start a multiple of {tp * pp} processes, or set it to one of {divisors(world_size // pp)})")  # fmt: skip
     if etp not in (1, tp):
         yield ConfigError("--expert-tensor-parallel-size", etp, f"must be 1 or --tensor-model-parallel-size {tp}")
-    elif world_size % (etp * ep * max(pp, 1)):
+    elif world_size % (etp * ep * pp):
         yield ConfigError("--expert-model-parallel-size", ep, f"must divide the world of {world_size} ranks over "
-                          f"--expert-tensor-parallel-size {etp}: one of {divisors(max(world_size // etp, 1))}")  # fmt: skip
+                          f"--expert-tensor-parallel-size {etp} and --pipeline-model-parallel-size {pp}: "
+                          f"one of {divisors(max(world_size // (etp * pp), 1))}")  # fmt: skip
 
 
 def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
@@ -227,6 +269,64 @@ def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
         yield ConfigError("--micro-batch-size", config.training.micro_batch_size,
                           f"micro batch x sequence = {tokens} tokens must be divisible by --tensor-model-parallel-size {tp} "
                           "with --expert-tensor-parallel-size 1")  # fmt: skip
+
+
+def _pipeline(config: PretrainConfig, world_size: int) -> Problems:
+    parallel, layers = config.parallel, config.model.num_layers
+    pp, per_stage = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
+    if pp < 1 or layers < 1 or (per_stage is not None and per_stage < 1):
+        return
+    if pp == 1:
+        for name in ("num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"):
+            if getattr(parallel, name) is not None:
+                yield ConfigError(flag(name), getattr(parallel, name), "needs --pipeline-model-parallel-size above 1")
+        if parallel.pipeline_schedule != "1f1b":
+            yield ConfigError("--pipeline-schedule", parallel.pipeline_schedule, "needs --pipeline-model-parallel-size above 1")
+        return
+    layout = parallel.pipeline_model_parallel_layout
+    if layout is not None:
+        if per_stage is not None:
+            yield ConfigError("--num-layers-per-virtual-pipeline-stage", per_stage, "excludes --pipeline-model-parallel-layout")
+        try:
+            counts = parse_stage_layout(layout)
+        except ConfigError as error:
+            yield error
+            return
+        if sum(counts) != layers:
+            yield ConfigError("--pipeline-model-parallel-layout", layout, f"has {sum(counts)} layers; --num-layers is {layers}")
+        if len(counts) % pp:
+            yield ConfigError("--pipeline-model-parallel-layout", layout, f"has {len(counts)} stages; a multiple of "
+                              f"--pipeline-model-parallel-size {pp} is needed")  # fmt: skip
+        stages = len(counts)
+    else:
+        stages = virtual_stages(parallel, layers)
+        if stages == 0 and per_stage is None:
+            yield ConfigError("--pipeline-model-parallel-size", pp, f"must divide --num-layers {layers} "
+                              f"(one of {divisors(layers)}), or give --pipeline-model-parallel-layout")  # fmt: skip
+        elif stages == 0:
+            legal = [d for d in divisors(layers) if layers % (pp * d) == 0]
+            yield ConfigError("--num-layers-per-virtual-pipeline-stage", per_stage,
+                              f"times --pipeline-model-parallel-size {pp} must divide --num-layers {layers}: one of {legal}")  # fmt: skip
+    if stages > pp and parallel.pipeline_schedule == "gpipe":
+        yield ConfigError("--pipeline-schedule", "gpipe", "has no virtual stages; use 1f1b")
+    micro_batches = num_micro_batches(config, world_size) if config.training.micro_batch_size > 0 else 0
+    if stages > pp and micro_batches % pp:
+        yield ConfigError("--global-batch-size", global_batch_size(config, world_size),
+                          f"makes {micro_batches} micro-batches per step; interleaved virtual stages need a multiple of "
+                          f"--pipeline-model-parallel-size {pp}")  # fmt: skip
+
+
+def _sequence_parallel(config: PretrainConfig, world_size: int) -> Problems:
+    tp = config.parallel.tensor_model_parallel_size
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    if not config.parallel.sequence_parallel:
+        return
+    if tp == 1:
+        yield ConfigError("--sequence-parallel", True, "needs --tensor-model-parallel-size above 1")
+    elif tp > 1 and tokens % tp:
+        yield ConfigError("--micro-batch-size", config.training.micro_batch_size,
+                          f"micro batch x sequence = {tokens} tokens must be divisible by --tensor-model-parallel-size {tp} "
+                          "with --sequence-parallel")  # fmt: skip
 
 
 def _batches_divide(config: PretrainConfig, world_size: int) -> Problems:
@@ -293,6 +393,8 @@ RULES = (
     _options_without_effect,
     _world_divides,
     _matrices_divide,
+    _pipeline,
+    _sequence_parallel,
     _batches_divide,
     _schedule_fits,
     _precision,

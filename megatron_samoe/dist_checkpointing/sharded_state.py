@@ -6,7 +6,8 @@ reads whatever overlaps this rank's part, so the layout that saved does not matt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_samoe.errors import CheckpointError
-from megatron_samoe.parallel_state.shard_spec import ShardSpec
+from megatron_samoe.parallel_state.shard_spec import FlatPart, ShardSpec, is_counted_here
 from megatron_samoe.parallel_state.state import ParallelState
 
 
@@ -40,7 +41,7 @@ class ShardedTensor:
     """One rank's part of a global tensor.
 
     Attributes:
-        local: the part; loading writes into it.
+        local: the part, a view that loading writes into.
         is_owner: whether this rank saves it.
     """
 
@@ -49,21 +50,37 @@ class ShardedTensor:
     offsets: tuple[int, ...]
     is_owner: bool
 
-    @staticmethod
-    def of(local: Tensor, spec: ShardSpec, state: ParallelState) -> ShardedTensor:
-        """Returns the description of a tensor that lies over the ranks as `spec` says."""
-        return ShardedTensor(
-            local.detach(), spec.global_shape(local.shape, state), spec.offsets(local.shape, state),
-            spec.is_first_replica(state),
-        )  # fmt: skip
-
     @property
     def chunk(self) -> ChunkStorageMetadata:
         """The part's place in the global tensor."""
         return ChunkStorageMetadata(torch.Size(self.offsets), self.local.shape)
 
 
-ShardedState = Mapping[str, ShardedTensor]
+#: The parts of each global tensor that this rank holds.
+ShardedState = Mapping[str, Sequence[ShardedTensor]]
+
+
+def sharded(
+    local: Tensor, spec: ShardSpec, state: ParallelState, part: FlatPart | None = None, is_owner: bool | None = None
+) -> list[ShardedTensor]:
+    """Returns the parts of a tensor that lies over the ranks as `spec` says.
+
+    Args:
+        local: this rank's part, or the run of its elements that `part` says.
+        is_owner: whether this rank saves it; derived if not given: the first of its replicas does.
+    """
+    shape = part.shape if part is not None else tuple(local.shape)
+    whole, base = spec.global_shape(shape, state), spec.offsets(shape, state)
+    owner = is_counted_here(spec, state, shared_out=part is not None) if is_owner is None else is_owner
+    if part is None:
+        return [ShardedTensor(local.detach(), whole, base, owner)]
+    parts, start = [], 0
+    for offsets, sizes in part.boxes():
+        count = math.prod(sizes)
+        place = tuple(b + o for b, o in zip(base, offsets, strict=True))
+        parts.append(ShardedTensor(local.detach()[start : start + count].view(sizes), whole, place, owner))
+        start += count
+    return parts
 
 
 class SavePlanner(DefaultSavePlanner):
@@ -85,7 +102,8 @@ class SavePlanner(DefaultSavePlanner):
                     size=torch.Size(t.global_shape),
                 ),
             )
-            for name, t in self.sharded.items()
+            for name, parts in self.sharded.items()
+            for t in parts
             if t.is_owner
         ]
         self.plan = SavePlan(items)
@@ -93,7 +111,7 @@ class SavePlanner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Returns the tensor to write."""
-        return self.sharded[write_item.index.fqn].local
+        return _find(self.sharded, write_item.index).local
 
 
 class LoadPlanner(DefaultLoadPlanner):
@@ -112,19 +130,24 @@ class LoadPlanner(DefaultLoadPlanner):
         assert self.metadata is not None
         check_tensors(self.sharded, self.metadata.state_dict_metadata)
         items: list[ReadItem] = []
-        for name, t in self.sharded.items():
-            items += create_read_items_for_chunk_list(name, self.metadata.state_dict_metadata[name], [t.chunk])
+        for name, parts in self.sharded.items():
+            stored = self.metadata.state_dict_metadata[name]
+            items += create_read_items_for_chunk_list(name, stored, [t.chunk for t in parts])
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         """Returns the place in this rank's part where a read goes."""
-        tensor = self.sharded[read_item.dest_index.fqn].local
+        tensor = _find(self.sharded, read_item.dest_index).local
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             tensor = tensor.narrow(dim, start, length)
         return tensor
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing is left to do: `resolve_tensor` gave a view of the part."""
+
+
+def _find(state: ShardedState, index: MetadataIndex) -> ShardedTensor:
+    return next(t for t in state[index.fqn] if torch.Size(t.offsets) == index.offset)
 
 
 def check_tensors(state: ShardedState, stored: Mapping[str, object]) -> None:
@@ -137,7 +160,8 @@ def check_tensors(state: ShardedState, stored: Mapping[str, object]) -> None:
         )
     shaped = [
         f"{name} is {list(meta.size)} in the checkpoint and {list(t.global_shape)} in the model"
-        for name, t in state.items()
+        for name, parts in state.items()
+        for t in parts[:1]
         if isinstance(meta := stored[name], TensorStorageMetadata) and tuple(meta.size) != t.global_shape
     ]
     if shaped:
@@ -190,8 +214,8 @@ def stored_names(directory: str) -> set[str]:
     return set(dcp.FileSystemReader(directory).read_metadata().state_dict_metadata)
 
 
-def replicated(tensor: Tensor, state: ParallelState) -> ShardedTensor:
+def replicated(tensor: Tensor, state: ParallelState) -> list[ShardedTensor]:
     """Returns the description of a tensor that every rank holds whole."""
-    return ShardedTensor(tensor, tuple(tensor.shape), (0,) * tensor.dim(), state.rank == 0)
+    return [ShardedTensor(tensor, tuple(tensor.shape), (0,) * tensor.dim(), state.rank == 0)]
 
 

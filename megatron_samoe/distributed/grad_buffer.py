@@ -1,14 +1,44 @@
-"""Main gradients: flat fp32 buffers, one per group of ranks over which gradients are summed."""
+"""Main gradients: flat fp32 buffers, one per group of ranks over which gradients are summed.
+
+With a distributed optimizer (ZeRO-1, arXiv:1910.02054) each rank of the group updates a run of the buffer's elements:
+gradients are reduced and scattered, and weights, which then lie in one flat tensor too, are gathered after the update.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from megatron_samoe.parallel_state.shard_spec import get_shard_spec, gradient_group_name
+from megatron_samoe.parallel_state.shard_spec import (
+    FlatPart,
+    ShardSpec,
+    get_flat_part,
+    get_shard_spec,
+    gradient_group_name,
+    is_counted_here,
+)
 from megatron_samoe.parallel_state.state import Group, ParallelState
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank updates of one parameter: all of its local part, or a run of elements.
+
+    Attributes:
+        part: the run in the local part's elements; None for all of it, in its shape.
+        weight, grad: the elements, as views.
+        counts: whether this rank stands for them in norms and checkpoints.
+    """
+
+    name: str
+    spec: ShardSpec
+    part: FlatPart | None
+    weight: Tensor
+    grad: Tensor
+    counts: bool
 
 
 class GradBuffer:
@@ -16,19 +46,73 @@ class GradBuffer:
 
     Each parameter gets `main_grad`, a view into the buffer. What autograd leaves in `grad` is added to it as soon as it
     is complete and freed; ops that know main gradients (experts) add to them directly.
+
+    Args:
+        group: over which gradients are summed; None for parameters that are runs of elements already, whose gradients
+            come reduced.
+        shared_out: whether the group's ranks update a run of elements each.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], group: Group):
-        self.group = group
-        self.parameters = dict(parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], group: Group | None, shared_out: bool):
+        self.parameters, self.group = dict(parameters), group
+        self.shared_out = shared_out and group is not None and group.size > 1
         first = next(iter(parameters.values()))
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        self.flat = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=dtype, device=first.device)
+        self.numel = sum(p.numel() for p in parameters.values())
+        size = group.size if self.shared_out and group is not None else 1
+        self.run = -(-self.numel // size)
+        grad_dtype = torch.promote_types(first.dtype, torch.float32)
+        self.flat = torch.zeros(self.run * size, dtype=grad_dtype, device=first.device)
+        self.weights = torch.zeros(self.run * size, dtype=first.dtype, device=first.device) if self.shared_out else None
+        self.starts: dict[str, int] = {}
         start = 0
-        for p in parameters.values():
-            p.main_grad = self.flat[start : start + p.numel()].view(p.shape)  # type: ignore[attr-defined]
-            start += p.numel()
+        for name, p in parameters.items():
+            self.starts[name] = start
+            stop = start + p.numel()
+            p.main_grad = self.flat[start:stop].view(p.shape)  # type: ignore[attr-defined]
+            if self.weights is not None:
+                home = self.weights[start:stop].view(p.shape)
+                home.copy_(p.detach())
+                p.data = home
             p.register_post_accumulate_grad_hook(_move_to_main_grad)
+            start = stop
+
+    def reduce(self) -> None:
+        """Sums the buffer over its group; where elements are shared out, this rank's run only."""
+        if self.group is None:
+            return
+        if self.shared_out:
+            self.own(self.flat).copy_(self.group.reduce_scatter(self.flat))
+        else:
+            self.group.all_reduce(self.flat)
+
+    def gather_weights(self) -> None:
+        """Takes in the runs of weights that other ranks have updated."""
+        if self.weights is not None and self.group is not None:
+            self.weights.copy_(self.group.all_gather(self.own(self.weights).clone()))
+
+    def own(self, flat: Tensor) -> Tensor:
+        """Returns this rank's run of a flat tensor."""
+        if not self.shared_out or self.group is None:
+            return flat
+        return flat[self.run * self.group.rank : self.run * (self.group.rank + 1)]
+
+    def pieces(self, state: ParallelState) -> list[Piece]:
+        """Returns what this rank updates."""
+        pieces = []
+        for name, p in self.parameters.items():
+            spec, part = get_shard_spec(p), get_flat_part(p)
+            counts = is_counted_here(spec, state, shared_out=part is not None or self.shared_out)
+            if self.weights is None:
+                pieces.append(Piece(name, spec, part, p.detach(), p.main_grad, counts))  # type: ignore[attr-defined]
+                continue
+            assert self.group is not None
+            start, stop = self.starts[name], self.starts[name] + p.numel()
+            low = max(start, self.run * self.group.rank)
+            high = min(stop, self.run * (self.group.rank + 1))
+            if low < high:
+                run = FlatPart(tuple(p.shape), low - start, high - start)
+                pieces.append(Piece(name, spec, run, self.weights[low:high], self.flat[low:high], counts))
+        return pieces
 
 
 def _move_to_main_grad(parameter: Tensor) -> None:
@@ -43,17 +127,21 @@ class GradBuffers:
 
     Args:
         parameters: by global name; those without requires_grad are left out.
+        shared_out: whether each rank updates a run of each buffer (ZeRO-1).
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], state: ParallelState):
-        self.state = state
-        by_group: dict[tuple[str, torch.dtype], dict[str, nn.Parameter]] = {}
+    def __init__(self, parameters: Mapping[str, nn.Parameter], state: ParallelState, shared_out: bool = False):
+        by_group: dict[tuple[str | None, torch.dtype], dict[str, nn.Parameter]] = {}
         for name, p in parameters.items():
             if p.requires_grad:
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                by_group.setdefault((gradient_group_name(get_shard_spec(p)), dtype), {})[name] = p
-        self.buffers = [GradBuffer(members, state.group(name)) for (name, _), members in by_group.items()]
+                group = None if get_flat_part(p) is not None else gradient_group_name(get_shard_spec(p))
+                by_group.setdefault((group, p.dtype), {})[name] = p
+        self.buffers = [
+            GradBuffer(members, None if name is None else state.group(name), shared_out)
+            for (name, _), members in by_group.items()
+        ]
         self.parameters = {name: p for buffer in self.buffers for name, p in buffer.parameters.items()}
+        self.pieces = [piece for buffer in self.buffers for piece in buffer.pieces(state)]
 
     def zero(self) -> None:
         """Clears all gradients."""
@@ -63,9 +151,14 @@ class GradBuffers:
     def reduce(self) -> None:
         """Sums each buffer over its group. Losses are divided by global token counts, so no averaging follows."""
         for buffer in self.buffers:
-            buffer.group.all_reduce(buffer.flat)
+            buffer.reduce()
 
     def scale(self, factor: float) -> None:
-        """Multiplies all gradients."""
+        """Multiplies the gradients that this rank updates with."""
         for buffer in self.buffers:
-            buffer.flat.mul_(factor)
+            buffer.own(buffer.flat).mul_(factor)
+
+    def gather_weights(self) -> None:
+        """Takes in the weights that other ranks have updated."""
+        for buffer in self.buffers:
+            buffer.gather_weights()

@@ -29,6 +29,7 @@ def generate_ids(
         raise ConfigError("--prompt", "", "must hold at least one token")
     if temperature < 0 or top_k < 0 or max_new_tokens < 0:
         raise ConfigError("--temperature/--top-k/--max-new-tokens", (temperature, top_k, max_new_tokens), "must be 0 or more")
+    assert loaded.model.state.pp.size == 1, "generation runs the whole model on each rank"
     device = loaded.model.state.device
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)

@@ -13,9 +13,9 @@ from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor
+from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.models.rank_model import RankModel, build_model
-from megatron_samoe.parallel_state.shard_spec import get_shard_spec
+from megatron_samoe.parallel_state.shard_spec import get_flat_part, get_shard_spec
 from megatron_samoe.parallel_state.state import ParallelState
 
 
@@ -51,7 +51,7 @@ def load_model(
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
     vocab_size = store.read_train_state(directory)["vocab_size"]
     model = build_model(config, vocab_size, parallel)
-    tensors = {n: ShardedTensor.of(p, get_shard_spec(p), parallel) for n, p in model.global_parameters().items()}
+    tensors = {n: sharded(p, get_shard_spec(p), parallel, get_flat_part(p)) for n, p in model.global_parameters().items()}
     store.load_checkpoint(directory, tensors, parallel)
     model.eval().requires_grad_(False)
     with torch.no_grad():

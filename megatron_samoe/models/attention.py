@@ -61,7 +61,8 @@ class SelfAttention(nn.Module):
     def forward(self, x_TH: Tensor, inputs: AttentionInputs, context: ForwardContext) -> Tensor:
         """Returns y_TH."""
         batch, head_dim = context.batch_size, self.config.head_dim
-        qkv = self.qkv(x_TH).view(batch, x_TH.shape[0] // batch, -1, self.queries_per_kv + 2, head_dim)
+        qkv = self.qkv(x_TH)
+        qkv = qkv.view(batch, qkv.shape[0] // batch, -1, self.queries_per_kv + 2, head_dim)
         q_BSAD = qkv[:, :, :, :-2].flatten(2, 3)
         k_BSGD, v_BSGD = qkv[:, :, :, -2], qkv[:, :, :, -1]
         if self.q_norm is not None and self.k_norm is not None:

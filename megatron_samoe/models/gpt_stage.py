@@ -8,41 +8,57 @@ from torch import Tensor, nn
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.models.attention import AttentionInputs, document_mask
-from megatron_samoe.models.layer_layout import LayerPlace
+from megatron_samoe.models.layer_layout import StagePlan
 from megatron_samoe.models.norms import Norm
 from megatron_samoe.models.rotary import rotary_tables
 from megatron_samoe.models.transformer_layer import TransformerLayer
 from megatron_samoe.moe.expert_pool import Combination
 from megatron_samoe.moe.types import ForwardContext, MoEStats
-from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron_samoe.tensor_parallel.layers import Init, VocabParallelEmbedding, new_parameter, padded_vocab_size
+from megatron_samoe.tensor_parallel.layers import (
+    Init,
+    VocabParallelEmbedding,
+    new_parameter,
+    padded_vocab_size,
+    token_wise_spec,
+)
 from megatron_samoe.tensor_parallel.random import recompute
 
 
 class Embedding(nn.Module):
-    """Token embedding plus learned positions, where the model has them."""
+    """Token embedding plus learned positions, where the model has them.
 
-    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype):
+    Args:
+        words_only: hold only the token embedding, as the last stage of a pipeline does that shares it with the first.
+    """
+
+    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype,
+                 words_only: bool = False):  # fmt: skip
         super().__init__()
+        self.state = state
         model = config.model
         init = Init(std=model.init_method_std)
         padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by)
-        self.word = VocabParallelEmbedding(vocab_size, padded, model.hidden_size, init=init, state=state, dtype=dtype)
+        family = "dense" if model.untie_embeddings_and_output_weights else "embedding"
+        self.word = VocabParallelEmbedding(
+            vocab_size, padded, model.hidden_size, init=init, state=state, dtype=dtype, family=family
+        )
         self.position = None
-        if model.position_embedding_type == "learned_absolute":
-            self.position = new_parameter((model.max_positions, model.hidden_size), ShardSpec(), init, state, dtype)
+        if model.position_embedding_type == "learned_absolute" and not words_only:
+            shape = (model.max_positions, model.hidden_size)
+            self.position = new_parameter(shape, token_wise_spec(state), init, state, dtype)
         self.dropout = model.hidden_dropout
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor, context: ForwardContext) -> Tensor:
-        """Returns x_TH."""
+        """Returns x_TH, with sequence parallelism this rank's share of tokens."""
         x_TH = self.word(tokens_BS.flatten())
+        part, parts = (self.state.tp.rank, self.state.tp.size) if self.state.sequence_parallel else (0, 1)
         if self.position is not None:
-            x_TH = x_TH + F.embedding(positions_BS.flatten(), self.position)
+            x_TH = x_TH + F.embedding(positions_BS.flatten().chunk(parts)[part], self.position)
         if context.training and self.dropout:
             assert context.random is not None
-            x_TH = context.random.dropout(x_TH, self.dropout, -1, "embedding")
+            x_TH = context.random.dropout(x_TH, self.dropout, -1, "embedding", part, parts)
         return x_TH
 
 
@@ -52,17 +68,16 @@ class GPTStage(nn.Module):
     Layers are named by their index in the whole model, so that parameter names do not depend on the layout.
     """
 
-    def __init__(self, config: PretrainConfig, places: tuple[LayerPlace, ...], num_moe_layers: int, vocab_size: int,
+    def __init__(self, config: PretrainConfig, plan: StagePlan, num_moe_layers: int, vocab_size: int,
                  state: ParallelState, dtype: torch.dtype):  # fmt: skip
         super().__init__()
-        self.config = config
-        self.is_first = places[0].index == 0
-        self.is_last = places[-1].index == config.model.num_layers - 1
-        self.tp = state.tp
-        if self.is_first:
-            self.embedding = Embedding(config, vocab_size, state, dtype)
+        self.config, self.state = config, state
+        self.is_first, self.is_last = plan.has_embedding, plan.has_head
+        tied = not config.model.untie_embeddings_and_output_weights
+        if self.is_first or (self.is_last and tied):
+            self.embedding = Embedding(config, vocab_size, state, dtype, words_only=not self.is_first)
         self.layers = nn.ModuleDict(
-            {str(place.index): TransformerLayer(config, place, num_moe_layers, state, dtype) for place in places}
+            {str(place.index): TransformerLayer(config, place, num_moe_layers, state, dtype) for place in plan.layers}
         )
         if self.is_last:
             model = config.model
@@ -89,8 +104,9 @@ class GPTStage(nn.Module):
         """
         batch = context.batch_size
         if positions_BS is None:
-            positions_BS = torch.arange(x.numel() // batch if self.is_first else x.shape[0] // batch, device=x.device)
-            positions_BS = positions_BS.expand(batch, -1)
+            parts = self.state.tp.size if self.state.sequence_parallel and not self.is_first else 1
+            tokens = x.numel() if self.is_first else x.shape[0] * parts
+            positions_BS = torch.arange(tokens // batch, device=x.device).expand(batch, -1)
         if self.is_first:
             x = self.embedding(x, positions_BS, context)
         uses_rotary = self.config.model.position_embedding_type == "rope"
@@ -108,7 +124,7 @@ class GPTStage(nn.Module):
 
     def loss(self, logits_TV: Tensor, labels_BS: Tensor) -> Tensor:
         """Returns loss_T, the cross-entropy of each token's label."""
-        return vocab_parallel_cross_entropy(logits_TV, labels_BS.flatten(), self._head().first_id, self.tp)
+        return vocab_parallel_cross_entropy(logits_TV, labels_BS.flatten(), self._head().first_id, self.state.tp)
 
     def _head(self) -> VocabParallelEmbedding:
         return self.output if self.config.model.untie_embeddings_and_output_weights else self.embedding.word

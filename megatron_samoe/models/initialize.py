@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from megatron_samoe.parallel_state.shard_spec import ShardSpec, get_shard_spec
+from megatron_samoe.parallel_state.shard_spec import ShardSpec, get_flat_part, get_shard_spec
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import Init
 from megatron_samoe.tensor_parallel.random import derived_seed
@@ -26,17 +27,23 @@ def initialize_parameters(parameters: Mapping[str, nn.Parameter], state: Paralle
         if init.kind != "normal":
             parameter.fill_(1.0 if init.kind == "ones" else 0.0)
             continue
-        spec = get_shard_spec(parameter)
+        spec, part = get_shard_spec(parameter), get_flat_part(parameter)
+        shape = part.shape if part is not None else tuple(parameter.shape)
+        start, stop = (part.start, part.stop) if part is not None else (0, parameter.numel())
         indexed = init.num_indexed_dims
-        first = spec.offsets(parameter.shape, state)[:indexed]
+        first = spec.offsets(shape, state)[:indexed]
         inner_spec = ShardSpec(partition=tuple((d - indexed, axis) for d, axis in spec.partition if d >= indexed))
-        inner_shape = inner_spec.global_shape(parameter.shape[indexed:], state)
-        for local in itertools.product(*(range(n) for n in parameter.shape[:indexed])):
-            place = tuple(start + i for start, i in zip(first, local, strict=True))
+        inner_shape = inner_spec.global_shape(shape[indexed:], state)
+        size = math.prod(shape[indexed:])
+        flat = parameter.view(-1)
+        for number, local in enumerate(itertools.product(*(range(n) for n in shape[:indexed]))):
+            low, high = max(start, number * size), min(stop, (number + 1) * size)
+            if low >= high:
+                continue
+            place = tuple(offset + i for offset, i in zip(first, local, strict=True))
             whole = _draw(inner_shape, init, derived_seed(seed, name, *place))
-            mean = init.mean.to(parameter) if isinstance(init.mean, Tensor) else init.mean
-            parameter[local].copy_(inner_spec.local_slice(whole, state))
-            parameter[local].add_(mean)
+            values = inner_spec.local_slice(whole, state) + init.mean
+            flat[low - start : high - start] = values.reshape(-1)[low - number * size : high - number * size].to(flat)
 
 
 def _draw(shape: tuple[int, ...], init: Init, seed: int) -> Tensor:

@@ -1,11 +1,12 @@
-"""Which layers are MoE, and which layers a rank holds: pure arithmetic."""
+"""Which layers are MoE, and which layers each pipeline stage holds: pure arithmetic."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import parse_moe_layer_freq
+from megatron_samoe.config.validate import parse_moe_layer_freq, parse_stage_layout, virtual_stages
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,15 @@ class LayerPlace:
     moe_index: int | None
 
 
+@dataclass(frozen=True)
+class StagePlan:
+    """What one (virtual) pipeline stage holds; it may be no layer at all."""
+
+    layers: tuple[LayerPlace, ...]
+    has_embedding: bool
+    has_head: bool
+
+
 def all_layers(config: PretrainConfig) -> tuple[LayerPlace, ...]:
     """Returns the layers of the whole model in order."""
     num_layers = config.model.num_layers
@@ -31,3 +41,33 @@ def all_layers(config: PretrainConfig) -> tuple[LayerPlace, ...]:
         places.append(LayerPlace(i, moe_index if is_moe else None))
         moe_index += is_moe
     return tuple(places)
+
+
+def stage_plans(config: PretrainConfig) -> tuple[StagePlan, ...]:
+    """Returns the plans of all virtual stages in the order that a token passes them.
+
+    Virtual stage v is chunk v // pp of pipeline rank v % pp.
+    """
+    counts = layers_per_stage(config.parallel, config.model.num_layers)
+    places = all_layers(config)
+    plans, start = [], 0
+    for stage, count in enumerate(counts):
+        layers = places[start : start + count]
+        plans.append(StagePlan(layers, has_embedding=stage == 0, has_head=stage == len(counts) - 1))
+        start += count
+    return tuple(plans)
+
+
+def layers_per_stage(parallel: ParallelConfig, num_layers: int) -> tuple[int, ...]:
+    """Returns the number of layers of each virtual stage of a configuration that keeps the rules."""
+    if parallel.pipeline_model_parallel_layout is not None:
+        return parse_stage_layout(parallel.pipeline_model_parallel_layout)
+    stages = virtual_stages(parallel, num_layers)
+    return (num_layers // stages,) * stages
+
+
+def rank_plans(config: PretrainConfig, pipeline_rank: int) -> tuple[StagePlan, ...]:
+    """Returns the plans of one pipeline rank's chunks."""
+    return stage_plans(config)[pipeline_rank :: config.parallel.pipeline_model_parallel_size]
+
+

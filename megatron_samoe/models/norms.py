@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.tensor_parallel.layers import ONES, ZEROS, new_parameter
+from megatron_samoe.tensor_parallel.layers import ONES, ZEROS, new_parameter, token_wise_spec
 
 
 class Norm(nn.Module):
@@ -25,7 +25,7 @@ class Norm(nn.Module):
     ):
         super().__init__()
         self.epsilon = config.norm_epsilon
-        spec = ShardSpec(partial=("tp",) if split_input else ())
+        spec = ShardSpec(partial=("tp",)) if split_input else token_wise_spec(state)
         self.weight = new_parameter((size,), spec, ONES, state, dtype)
         has_bias = config.normalization == "LayerNorm"
         self.bias = new_parameter((size,), spec, ZEROS, state, dtype) if has_bias else None

@@ -8,35 +8,38 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import num_moe_layers
 from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.initialize import initialize_parameters
-from megatron_samoe.models.layer_layout import all_layers
-from megatron_samoe.models.transformer_layer import expert_shape, output_init_std
+from megatron_samoe.models.layer_layout import rank_plans
+from megatron_samoe.models.transformer_layer import TransformerLayer, expert_shape, output_init_std
 from megatron_samoe.moe.expert_pool import ExpertPool, make_combination
 from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.parallel_state.state import ParallelState
 
 
 class RankModel(nn.Module):
-    """The rank's stages (one, until there are pipeline stages) and the one pool that it lends to them."""
+    """The rank's chunks (one, or several with virtual pipeline stages) and the one pool that it lends to them."""
 
     def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype):
         super().__init__()
-        self.config, self.state, self.vocab_size = config, state, vocab_size
-        places = all_layers(config)
-        self.num_moe_layers = sum(place.moe_index is not None for place in places)
-        self.chunks = nn.ModuleList([GPTStage(config, places, self.num_moe_layers, vocab_size, state, dtype)])
+        self.config, self.state, self.vocab_size, self.dtype = config, state, vocab_size, dtype
+        self.num_moe_layers = num_moe_layers(config)
+        self.chunks = nn.ModuleList(
+            GPTStage(config, plan, self.num_moe_layers, vocab_size, state, dtype)
+            for plan in rank_plans(config, state.pp.rank)
+        )
         self.expert_pool: ExpertPool | None = None
         self.combination = None
         if config.moe.has_pool:
             stds = (config.model.init_method_std, output_init_std(config))
             self.expert_pool = ExpertPool(config.moe, expert_shape(config), *stds, state, dtype)
-            coefficients = [layer.moe.combination for layer in self.layers() if layer.is_moe]
+            coefficients = {layer.moe.moe_index: layer.moe.combination for layer in self.moe_layers()}
             self.combination = make_combination(config.moe, self.expert_pool, coefficients, state, dtype)
 
-    def layers(self) -> list[nn.Module]:
-        """Returns this rank's transformer layers in order."""
-        return [layer for chunk in self.chunks for layer in chunk.layers.values()]
+    def moe_layers(self) -> list[TransformerLayer]:
+        """Returns this rank's MoE layers in order."""
+        return [layer for chunk in self.chunks for layer in chunk.layers.values() if layer.is_moe]
 
     def global_parameters(self) -> dict[str, nn.Parameter]:
         """Returns parameters under names that are the same in every layout."""
@@ -53,15 +56,14 @@ class RankModel(nn.Module):
             self.combination.finish_step()
 
     def forward(
-        self, tokens_BS: Tensor, context: ForwardContext, positions_BS: Tensor | None = None,
-        document_ids_BS: Tensor | None = None,
+        self, x: Tensor, context: ForwardContext, positions_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None, chunk: int = 0,
     ) -> tuple[Tensor, list[MoEStats]]:  # fmt: skip
-        """Returns logits [T, this rank's part of the vocabulary] and the statistics of MoE layers."""
-        (stage,) = self.chunks
-        return stage(tokens_BS, context, self.combination, positions_BS, document_ids_BS)
+        """Returns what a chunk makes of its input, and the statistics of its MoE layers: see `GPTStage.forward`."""
+        return self.chunks[chunk](x, context, self.combination, positions_BS, document_ids_BS)
 
     def loss(self, logits_TV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Returns loss_T."""
+        """Returns loss_T, on the last stage."""
         return self.chunks[-1].loss(logits_TV, labels_BS)
 
 

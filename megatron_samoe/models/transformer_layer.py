@@ -38,7 +38,7 @@ class TransformerLayer(nn.Module):
                  dtype: torch.dtype):  # fmt: skip
         super().__init__()
         model, stds = config.model, (config.model.init_method_std, output_init_std(config))
-        self.index, self.dropout = place.index, model.hidden_dropout
+        self.index, self.dropout, self.state = place.index, model.hidden_dropout, state
         selective = config.training.recompute_granularity == "selective"
         self.attention_norm = Norm(model, model.hidden_size, state, dtype)
         self.attention = SelfAttention(model, place.index, state, dtype, recompute_core=selective)
@@ -76,4 +76,5 @@ class TransformerLayer(nn.Module):
         if not context.training or self.dropout == 0.0:
             return y_TH
         assert context.random is not None
-        return context.random.dropout(y_TH, self.dropout, self.index, site)
+        part, parts = (self.state.tp.rank, self.state.tp.size) if self.state.sequence_parallel else (0, 1)
+        return context.random.dropout(y_TH, self.dropout, self.index, site, part, parts)

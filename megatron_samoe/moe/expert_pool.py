@@ -13,18 +13,22 @@ Banks and coefficients are fp32 whatever the compute dtype: they are their own m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.moe.bank_store import BankStore, meta_state, share_out
 from megatron_samoe.moe.combination import ROW_OF_WEIGHT, bank_std_factor, normalize_coefficients
-from megatron_samoe.moe.experts import ExpertShape, main_grads_of, weights_of, without_repeated_bias
+from megatron_samoe.moe.experts import ExpertShape, without_repeated_bias
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.grouped_mlp import (
+    Activation,
     ExpertWeights,
     grouped_mlp,
     grouped_mlp_backward,
@@ -35,7 +39,11 @@ from megatron_samoe.parallel_state.state import ParallelState
 
 
 class ExpertPool(nn.Module):
-    """P banks of E experts each: `bank.w1` is [P, e, F, H] (or [P, e, 2, F, H]), and so on."""
+    """P banks of E experts each: `bank.w1` is [P, e, F, H] (or [P, e, 2, F, H]), and so on.
+
+    With more than one holder of the same banks, and unless --samoe-pool-placement is replicated, each holds a run of
+    their elements only.
+    """
 
     def __init__(self, config: MoEConfig, shape: ExpertShape, init_std: float, output_init_std: float,
                  state: ParallelState, dtype: torch.dtype):  # fmt: skip
@@ -43,8 +51,17 @@ class ExpertPool(nn.Module):
         factor = bank_std_factor(config)
         dtype = torch.promote_types(dtype, torch.float32)
         stds = (init_std * factor, output_init_std * factor)
-        self.bank = nn.ParameterDict(shape.parameters(config.num_expert_banks, *stds, state, dtype))
+        shared_out = config.samoe_pool_placement == "sharded" and state.pool_dp.size > 1
+        banks = shape.parameters(config.num_expert_banks, *stds, meta_state(state) if shared_out else state, dtype)
+        if shared_out:
+            banks = {name: share_out(bank, state) for name, bank in banks.items()}
+        self.bank = nn.ParameterDict(banks)
+        self.stores = {name: BankStore(bank, state) for name, bank in banks.items()}
         self.activation = shape.activation
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of whole banks, by name."""
+        return {name: store.shape for name, store in self.stores.items()}
 
 
 class Combination(Protocol):
@@ -61,47 +78,49 @@ class Combination(Protocol):
 
 
 def make_combination(
-    config: MoEConfig, pool: ExpertPool, coefficients: Sequence[nn.Parameter], state: ParallelState, dtype: torch.dtype
+    config: MoEConfig, pool: ExpertPool, coefficients: Mapping[int, nn.Parameter], state: ParallelState,
+    dtype: torch.dtype,
 ) -> StepCombination | LayerCombination:
     """Returns the combination that --samoe-combine asks for.
 
     Args:
-        coefficients: of each MoE layer on this rank, [2, G, P].
+        coefficients: [2, G, P] by index of the MoE layer, of those on this rank; maybe none.
         dtype: of the effective weights.
     """
     kind = StepCombination if config.samoe_combine == "step" else LayerCombination
-    return kind(pool, list(coefficients), config.samoe_normalization, state, dtype)
+    return kind(pool, coefficients, config.samoe_normalization, state, dtype)
 
 
 class StepCombination:
     """Effective weights of all layers, made once per step; their gradients, contracted once per step."""
 
-    def __init__(self, pool: ExpertPool, coefficients: list[nn.Parameter], normalization: str, state: ParallelState,
-                 dtype: torch.dtype):  # fmt: skip
-        self._pool, self._coefficients, self._normalization = pool, coefficients, normalization
+    def __init__(self, pool: ExpertPool, coefficients: Mapping[int, nn.Parameter], normalization: str,
+                 state: ParallelState, dtype: torch.dtype):  # fmt: skip
+        self._pool, self._coefficients, self._normalization = pool, dict(coefficients), normalization
+        self._row_of_layer = {moe_index: row for row, moe_index in enumerate(self._coefficients)}
         self._state, self._dtype = state, dtype
         self._weights: ExpertWeights | None = None
         self._grads: ExpertWeights | None = None
 
     def begin_step(self) -> None:
         """Combines all layers' weights, one pass over the banks."""
-        banks = weights_of(self._pool.bank)
         if self._weights is None:
-            layers = len(self._coefficients)
-            self._weights = banks.map(lambda t: t.new_empty((layers, *t.shape[1:]), dtype=self._dtype))
-        a_2LGP = self._normalized().detach()
+            self._weights = self._per_layer(torch.empty, self._dtype)
         for name, weight in self._weights.items():
-            combine(a_2LGP[ROW_OF_WEIGHT[name]], getattr(banks, name).detach(), weight)
+            bank = self._pool.stores[name].whole()
+            if self._coefficients:
+                combine(self._normalized().detach()[ROW_OF_WEIGHT[name]], bank, weight)
 
     def experts(self, moe_index: int) -> Experts:
         """Returns a layer's experts, plain weights with a gradient buffer of their own."""
         assert self._weights is not None, "begin_step comes first"
+        row = self._row_of_layer[moe_index]
         if torch.is_grad_enabled() and self._grads is None:
-            self._grads = self._weights.map(lambda t: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)))
-        weights = without_repeated_bias(self._weights.map(lambda t: t[moe_index]), self._state)
+            self._grads = self._per_layer(torch.zeros, torch.promote_types(self._dtype, torch.float32))
+        weights = without_repeated_bias(self._weights.map(lambda t: t[row]), self._state)
         grads = None
         if self._grads is not None:
-            grads = without_repeated_bias(self._grads.map(lambda t: t[moe_index]), self._state)
+            grads = without_repeated_bias(self._grads.map(lambda t: t[row]), self._state)
         activation = self._pool.activation
 
         def run(x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
@@ -112,17 +131,18 @@ class StepCombination:
     def finish_step(self) -> None:
         """Contracts the layers' summed weight gradients and clears them."""
         if self._grads is None:
-            return
-        banks, bank_grads = weights_of(self._pool.bank), main_grads_of(self._pool.bank)
-        assert bank_grads is not None, "a gradient buffer holds the pool's main gradients"
+            self._grads = self._per_layer(torch.zeros, torch.promote_types(self._dtype, torch.float32))
         with torch.enable_grad():
-            a_2LGP = self._normalized()
-        da_2LGP = torch.zeros_like(a_2LGP)
+            a_2LGP = self._normalized() if self._coefficients else None
+        da_2LGP = None if a_2LGP is None else torch.zeros_like(a_2LGP)
         for name, grad in self._grads.items():
-            row = ROW_OF_WEIGHT[name]
-            da_2LGP[row] += contract(a_2LGP[row].detach(), getattr(banks, name).detach(), grad, getattr(bank_grads, name))
+            store, row = self._pool.stores[name], ROW_OF_WEIGHT[name]
+            with store.gradient() as bank_grad:
+                bank = store.whole()
+                if a_2LGP is not None and da_2LGP is not None:
+                    da_2LGP[row] += contract(a_2LGP[row].detach(), bank, grad, bank_grad)
             grad.zero_()
-        trained = [c for c in self._coefficients if c.requires_grad]
+        trained = [c for c in self._coefficients.values() if c.requires_grad]
         if trained:
             for c, dc in zip(trained, torch.autograd.grad(a_2LGP, trained, da_2LGP), strict=True):
                 c.main_grad += dc  # type: ignore[attr-defined]
@@ -131,76 +151,107 @@ class StepCombination:
         """Returns this rank's gradients of the effective weights so far, [L, e, ...]; None before the first backward."""
         return self._grads
 
+    def _per_layer(self, make: Callable[..., Tensor], dtype: torch.dtype) -> ExpertWeights:
+        layers, device = len(self._coefficients), self._state.device
+        shapes = self._pool.shapes()
+        return ExpertWeights(**{n: make((layers, *shape[1:]), dtype=dtype, device=device) for n, shape in shapes.items()})
+
     def _normalized(self) -> Tensor:
-        raw_2LGP = torch.stack(list(self._coefficients), dim=1)
+        raw_2LGP = torch.stack(list(self._coefficients.values()), dim=1)
         return normalize_coefficients(raw_2LGP, self._normalization)
 
 
 class LayerCombination:
-    """Effective weights of one layer at a time, made when it runs and again in its backward."""
+    """Effective weights of one layer at a time, made when it runs and again in its backward.
 
-    def __init__(self, pool: ExpertPool, coefficients: list[nn.Parameter], normalization: str, state: ParallelState,
-                 dtype: torch.dtype):  # fmt: skip
-        self._pool, self._coefficients, self._normalization = pool, coefficients, normalization
+    Shared-out banks are gathered once per step and kept whole until its end, with their gradients.
+    """
+
+    def __init__(self, pool: ExpertPool, coefficients: Mapping[int, nn.Parameter], normalization: str,
+                 state: ParallelState, dtype: torch.dtype):  # fmt: skip
+        self._pool, self._coefficients, self._normalization = pool, dict(coefficients), normalization
         self._state, self._dtype = state, dtype
+        self._banks: ExpertWeights | None = None
+        self._grads: ExpertWeights | None = None
+        self._exits = ExitStack()
 
     def begin_step(self) -> None:
-        """Nothing to prepare."""
+        """Takes in the banks."""
+        self._banks = ExpertWeights(**{name: store.whole() for name, store in self._pool.stores.items()})
 
     def experts(self, moe_index: int) -> Experts:
         """Returns a layer's experts, combined when called."""
-        pool, state, dtype = self._pool, self._state, self._dtype
+        assert self._banks is not None, "begin_step comes first"
+        if torch.is_grad_enabled():
+            self._open_gradients()
         raw, normalization = self._coefficients[moe_index], self._normalization
+        work = _LayerWork(self._banks, self._grads, self._pool.activation, self._state, self._dtype)
 
         def run(x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
             a_2GP = normalize_coefficients(raw, normalization)
-            return _CombinedMLP.apply(with_backward(x_RH), a_2GP, rows_per_expert, pool, state, dtype)
+            return _CombinedMLP.apply(with_backward(x_RH), a_2GP, rows_per_expert, work)
 
         return run
 
     def finish_step(self) -> None:
-        """Nothing is left to do: every backward has contracted its own gradients."""
+        """Reduces the gradients of shared-out banks; every backward has contracted its own."""
+        self._open_gradients()
+        self._exits.close()
+        self._grads = None
+
+    def _open_gradients(self) -> None:
+        if self._grads is None:
+            stores = self._pool.stores.items()
+            self._grads = ExpertWeights(**{name: self._exits.enter_context(s.gradient()) for name, s in stores})
+
+
+@dataclass(frozen=True)
+class _LayerWork:
+    """Whole banks, their gradients (None without gradients), and how a layer computes with them."""
+
+    banks: ExpertWeights
+    bank_grads: ExpertWeights | None
+    activation: Activation
+    state: ParallelState
+    dtype: torch.dtype
+
+    def combined(self, a_2GP: Tensor) -> ExpertWeights:
+        """Returns one layer's effective weights, [e, ...]."""
+
+        def one(name: str, bank: Tensor) -> Tensor:
+            weight = bank.new_empty((1, *bank.shape[1:]), dtype=self.dtype)
+            return combine(a_2GP[ROW_OF_WEIGHT[name]].detach()[None], bank, weight)[0]
+
+        return ExpertWeights(**{name: one(name, bank) for name, bank in self.banks.items()})
 
 
 class _CombinedMLP(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_RH: Tensor, a_2GP: Tensor, rows: list[int], pool: ExpertPool, state: ParallelState, dtype: torch.dtype
+        ctx: Any, x_RH: Tensor, a_2GP: Tensor, rows: list[int], work: _LayerWork
     ) -> Tensor:
-        weights = without_repeated_bias(combined_layer(pool, a_2GP, dtype), state)
-        y_RH, h, a_RF = grouped_mlp_forward(x_RH, rows, weights, pool.activation)
+        weights = without_repeated_bias(work.combined(a_2GP), work.state)
+        y_RH, h, a_RF = grouped_mlp_forward(x_RH, rows, weights, work.activation)
         ctx.save_for_backward(x_RH, a_2GP, h, a_RF)
-        ctx.rest = rows, pool, state, dtype
+        ctx.rest = rows, work
         return y_RH
 
     @staticmethod
     def backward(ctx: Any, dy_RH: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x_RH, a_2GP, h, a_RF = ctx.saved_tensors
-        rows, pool, state, dtype = ctx.rest
-        weights = combined_layer(pool, a_2GP, dtype)
+        rows, work = ctx.rest
+        weights = work.combined(a_2GP)
         grads = weights.map(lambda t: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)))
         dx_RH = grouped_mlp_backward(
-            dy_RH, x_RH, h, a_RF, rows, without_repeated_bias(weights, state), pool.activation,
-            without_repeated_bias(grads, state),
+            dy_RH, x_RH, h, a_RF, rows, without_repeated_bias(weights, work.state), work.activation,
+            without_repeated_bias(grads, work.state),
         )  # fmt: skip
-        banks, bank_grads = weights_of(pool.bank), main_grads_of(pool.bank)
-        assert bank_grads is not None, "a gradient buffer holds the pool's main gradients"
         da_2GP = torch.zeros_like(a_2GP)
         for name, grad in grads.items():
             row = ROW_OF_WEIGHT[name]
-            bank, bank_grad = getattr(banks, name).detach(), getattr(bank_grads, name)
+            bank, bank_grad = getattr(work.banks, name), getattr(work.bank_grads, name)
             da_2GP[row] += contract(a_2GP[row].detach()[None], bank, grad[None], bank_grad)[0]
-        return dx_RH, da_2GP, None, None, None, None
-
-
-def combined_layer(pool: ExpertPool, a_2GP: Tensor, dtype: torch.dtype) -> ExpertWeights:
-    """Returns one layer's effective weights, [e, ...]."""
-
-    def one(name: str, bank: Tensor) -> Tensor:
-        weight = bank.new_empty((1, *bank.shape[1:]), dtype=dtype)
-        return combine(a_2GP[ROW_OF_WEIGHT[name]].detach()[None], bank.detach(), weight)[0]
-
-    return ExpertWeights(**{name: one(name, bank) for name, bank in weights_of(pool.bank).items()})
+        return dx_RH, da_2GP, None, None
 
 
 def combine(a_LGP: Tensor, bank: Tensor, out: Tensor) -> Tensor:

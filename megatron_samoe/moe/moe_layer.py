@@ -17,8 +17,9 @@ from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import new_parameter
 from megatron_samoe.tensor_parallel.mappings import (
     copy_to_tensor_parallel_region,
+    enter_tensor_parallel_region,
     gather_tokens,
-    reduce_from_tensor_parallel_region,
+    leave_tensor_parallel_region,
     scatter_tokens,
 )
 
@@ -71,19 +72,23 @@ class MoELayer(nn.Module):
         return y_TH, routing.stats
 
     def _enter(self, x_TH: Tensor, ids_TK: Tensor, probs_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From what all tensor-parallel ranks hold to what this one's experts need.
+        """From what tensor-parallel ranks hold to what this one's experts need. Routing is known for all tokens.
 
-        Experts split over the same ranks see every token and give parts of a sum; whole experts see a share of tokens.
+        Experts split over the same ranks see every token and give parts of a sum; whole experts see a share of tokens,
+        which with sequence parallelism is the share that x already is.
         """
-        tp = self.state.tp
+        state, tp = self.state, self.state.tp
         if tp.size == 1:
             return x_TH, ids_TK, probs_TK
-        if self.state.etp.size == tp.size:
-            return copy_to_tensor_parallel_region(x_TH, tp), ids_TK, copy_to_tensor_parallel_region(probs_TK, tp)
-        return scatter_tokens(x_TH, tp), ids_TK.chunk(tp.size)[tp.rank], scatter_tokens(probs_TK, tp)
+        if state.etp.size == tp.size:
+            return enter_tensor_parallel_region(x_TH, state), ids_TK, copy_to_tensor_parallel_region(probs_TK, tp)
+        ids_TK = ids_TK.chunk(tp.size)[tp.rank]
+        if state.sequence_parallel:
+            # Other rows' gradients arise on other ranks, and the router's logits are gathered, each rank its own.
+            return x_TH, ids_TK, probs_TK.chunk(tp.size)[tp.rank]
+        return scatter_tokens(x_TH, tp), ids_TK, scatter_tokens(probs_TK, tp)
 
     def _leave(self, y_TH: Tensor) -> Tensor:
-        tp = self.state.tp
-        if self.state.etp.size == tp.size:
-            return reduce_from_tensor_parallel_region(y_TH, tp)
-        return gather_tokens(y_TH, tp)
+        if self.state.etp.size == self.state.tp.size:
+            return leave_tensor_parallel_region(y_TH, self.state)
+        return y_TH if self.state.sequence_parallel else gather_tokens(y_TH, self.state.tp)

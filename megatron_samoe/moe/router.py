@@ -13,9 +13,9 @@ from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
 from megatron_samoe.moe.routing_losses import auxiliary_loss, sequence_balance
 from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.ops.topk_gate import topk_gate
-from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.tensor_parallel.layers import Init, new_parameter
+from megatron_samoe.tensor_parallel.layers import Init, new_parameter, token_wise_spec
+from megatron_samoe.tensor_parallel.mappings import gather_tokens
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,22 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig, hidden_size: int, init_std: float, layer: int, moe_index: int,
                  state: ParallelState, dtype: torch.dtype):  # fmt: skip
         super().__init__()
-        self.config, self.layer, self.moe_index = config, layer, moe_index
+        self.config, self.layer, self.moe_index, self.state = config, layer, moe_index, state
         dtype = torch.promote_types(dtype, torch.float32)
         shape = (config.num_experts, hidden_size)
-        self.weight = new_parameter(shape, ShardSpec(), Init(std=init_std), state, dtype)
+        self.weight = new_parameter(shape, token_wise_spec(state), Init(std=init_std), state, dtype)
 
     def forward(self, x_TH: Tensor, context: ForwardContext) -> Routing:
-        """Returns the routing of T = B * S tokens."""
+        """Returns the routing of T = B * S tokens, also where x_TH is this rank's share of them."""
         config = self.config
         x_TH = x_TH.to(self.weight.dtype)
         if context.training and config.moe_input_jitter_eps:
             x_TH = self._jitter(x_TH, context)
+        logits_TE = F.linear(x_TH, self.weight)
+        if self.state.sequence_parallel:
+            logits_TE = gather_tokens(logits_TE, self.state.tp)
         gate = topk_gate(
-            F.linear(x_TH, self.weight),
+            logits_TE,
             config.moe_router_topk,
             config.moe_router_score_function,
             config.pre_softmax,
@@ -70,6 +73,7 @@ class Router(nn.Module):
             capacity = expert_capacity(ids_TK.numel() // context.batch_size, config)
             ids_TK = drop_over_capacity(ids_TK, gate.probs_TK, capacity, context.batch_size, config)
         stats = MoEStats(
+            moe_index=self.moe_index,
             counts_E=gate.counts_GE.sum(0),
             score_sum_E=gate.score_sum_GE.detach().sum(0),
             z_sum=gate.z_sum.detach(),
@@ -82,6 +86,7 @@ class Router(nn.Module):
     def _jitter(self, x_TH: Tensor, context: ForwardContext) -> Tensor:
         assert context.random is not None
         eps = self.config.moe_input_jitter_eps
-        shape = (x_TH.shape[0] // context.batch_size, x_TH.shape[1])
-        noise = context.random.uniform(shape, x_TH.device, self.layer, "jitter")
+        parts, part = (self.state.tp.size, self.state.tp.rank) if self.state.sequence_parallel else (1, 0)
+        shape = (x_TH.shape[0] * parts // context.batch_size, x_TH.shape[1])
+        noise = context.random.uniform(shape, x_TH.device, self.layer, "jitter").chunk(parts)[part]
         return x_TH * noise.mul_(2 * eps).add_(1 - eps).to(x_TH.dtype)

@@ -37,6 +37,7 @@ class MoEStats:
     """Sums over the micro-batch's tokens of one MoE layer, detached; sums of sums describe a global batch.
 
     Attributes:
+        moe_index: of the layer, among all MoE layers.
         counts_E: tokens that chose each expert, before dropping.
         score_sum_E: sum of each expert's score.
         z_sum: sum of squared log-sum-exp of logits.
@@ -44,6 +45,7 @@ class MoEStats:
         num_dropped: routed tokens over an expert's capacity.
     """
 
+    moe_index: int
     counts_E: Tensor
     score_sum_E: Tensor
     z_sum: Tensor

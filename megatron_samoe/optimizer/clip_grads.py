@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 
 from megatron_samoe.distributed.grad_buffer import GradBuffers
-from megatron_samoe.parallel_state.shard_spec import get_shard_spec
 from megatron_samoe.parallel_state.state import ParallelState
 
 
 def global_grad_norm(buffers: GradBuffers, state: ParallelState) -> float:
     """Returns the 2-norm of the whole model's gradient; to be called after the gradients are reduced."""
-    grads = [p.main_grad for p in buffers.parameters.values() if get_shard_spec(p).is_first_replica(state)]
+    grads = [piece.grad for piece in buffers.pieces if piece.counts and piece.grad.numel()]
     total = torch.zeros((), dtype=torch.float64, device=state.device)
     if grads:
-        total += torch.stack(torch._foreach_norm(grads)).double().square().sum()
+        total += torch.stack([norm.double() for norm in torch._foreach_norm(grads)]).square().sum()
     return state.world.all_reduce(total).sqrt().item()
 
 

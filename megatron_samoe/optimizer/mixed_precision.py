@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_samoe.config.training import OptimizerConfig, TrainingConfig
+from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.optimizer.param_groups import build_param_groups
 
@@ -16,66 +16,71 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MixedPrecisionOptimizer:
-    """AdamW on main gradients. Parameters in fp32 (and the pool, always) are their own master weights.
+    """AdamW on main gradients. Weights in fp32 (and the pool, always) are their own master weights.
 
     Args:
-        parameters: by global name, with main gradients.
+        buffers: the gradients; what this rank updates are their pieces.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig):
-        self.parameters = dict(parameters)
+    def __init__(self, buffers: GradBuffers, config: OptimizerConfig):
+        self.buffers = buffers
+        self.pieces = {piece.name: piece for piece in buffers.pieces}
         self.masters: dict[str, Tensor] = {}
-        for name, p in self.parameters.items():
-            is_own_master = p.dtype in (torch.float32, torch.float64)
-            self.masters[name] = p.detach() if is_own_master else p.detach().float()
+        for name, piece in self.pieces.items():
+            is_own_master = piece.weight.dtype in (torch.float32, torch.float64)
+            self.masters[name] = piece.weight if is_own_master else piece.weight.float()
         groups = [
             {"params": [self.masters[n] for n in g.names], "weight_decay": g.weight_decay, "lr_mult": g.lr_mult}
-            for g in build_param_groups(self.parameters, config)
+            for g in build_param_groups(list(self.pieces), config)
         ]
-        self.inner = _make_adam(groups, config)
+        self.inner = _make_adam(groups, config) if groups else None
         self.num_steps = 0
-        for master in self.masters.values():
-            self.inner.state[master] = {
+        self._states: dict[str, dict[str, Tensor]] = {}
+        for name, master in self.masters.items():
+            self._states[name] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 **{moment: torch.zeros_like(master) for moment in MOMENTS},
             }
+            assert self.inner is not None
+            self.inner.state[master] = self._states[name]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Updates all parameters from their main gradients."""
-        for group in self.inner.param_groups:
-            group["lr"] = lr * group["lr_mult"]
-        for name, master in self.masters.items():
-            master.grad = self.parameters[name].main_grad  # type: ignore[attr-defined]
-        self.inner.step()
-        for name, master in self.masters.items():
-            master.grad = None
-            if master.dtype != self.parameters[name].dtype:
-                self.parameters[name].copy_(master)
+        """Updates all parameters from their main gradients; ranks that share elements out call it together."""
+        if self.inner is not None:
+            for group in self.inner.param_groups:
+                group["lr"] = lr * group["lr_mult"]
+            for name, master in self.masters.items():
+                master.grad = self.pieces[name].grad
+            self.inner.step()
+            for name, master in self.masters.items():
+                master.grad = None
+                if master.dtype != self.pieces[name].weight.dtype:
+                    self.pieces[name].weight.copy_(master)
+        self.buffers.gather_weights()
         self.num_steps += 1
 
     def moments(self, name: str) -> dict[str, Tensor]:
-        """Returns a parameter's moments, shaped like the parameter."""
-        state = self.inner.state[self.masters[name]]
-        return {moment: state[moment] for moment in MOMENTS}
+        """Returns the moments of what this rank updates of a parameter."""
+        return {moment: self._states[name][moment] for moment in MOMENTS}
 
     def own_masters(self) -> dict[str, Tensor]:
-        """Returns master weights that are not the parameters themselves."""
-        return {n: m for n, m in self.masters.items() if m.dtype != self.parameters[n].dtype}
+        """Returns master weights that are not the weights themselves."""
+        return {n: m for n, m in self.masters.items() if m.dtype != self.pieces[n].weight.dtype}
 
     def set_num_steps(self, num_steps: int) -> None:
         """Sets the step count that Adam's bias correction uses, after loading."""
         self.num_steps = num_steps
-        for master in self.masters.values():
-            self.inner.state[master]["step"].fill_(float(num_steps))
-        for group in self.inner.param_groups:
+        for state in self._states.values():
+            state["step"].fill_(float(num_steps))
+        for group in self.inner.param_groups if self.inner is not None else []:
             if "step" in group or type(self.inner).__module__.startswith("apex"):
                 group["step"] = num_steps
 
     def refresh_masters(self) -> None:
-        """Takes master weights from the parameters, after weights were loaded without optimizer state."""
+        """Takes master weights from the weights, after those were loaded without optimizer state."""
         for name, master in self.own_masters().items():
-            master.copy_(self.parameters[name])
+            master.copy_(self.pieces[name].weight)
 
 
 def _make_adam(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:

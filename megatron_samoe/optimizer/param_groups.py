@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import nn
 
 from megatron_samoe.config.training import OptimizerConfig
 
@@ -39,9 +37,9 @@ def default_rules(config: OptimizerConfig) -> tuple[ParamRule, ...]:
 
 
 def build_param_groups(
-    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, rules: tuple[ParamRule, ...] | None = None
+    parameters: Iterable[str], config: OptimizerConfig, rules: tuple[ParamRule, ...] | None = None
 ) -> list[ParamGroup]:
-    """Returns groups that together hold each parameter once; groups without members are left out."""
+    """Returns groups that together hold each of the global names once; groups without members are left out."""
     rules = default_rules(config) if rules is None else rules
     members: dict[ParamRule, list[str]] = {rule: [] for rule in rules}
     for name in parameters:

@@ -54,6 +54,11 @@ def initialize_distributed(config: ParallelConfig, device: torch.device) -> None
     dist.init_process_group(backend, timeout=timedelta(minutes=config.distributed_timeout_minutes))
 
 
+def is_communication_failure(error: RuntimeError) -> bool:
+    """Whether torch raised because another rank died, hung or could not be reached."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "Connection closed by peer" in str(error)
+
+
 def set_num_threads(num_threads: int | None) -> int:
     """Sets CPU threads of this process and returns their number.
 

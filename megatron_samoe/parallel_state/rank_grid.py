@@ -11,7 +11,6 @@ may also span tensor-parallel ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,6 +31,8 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     # Every stage uses the pool, so its replicas stand over expert-data-parallel ranks of all stages.
     "pool_dp": ("expert", ("edp", "pp")),
     "etp_pool_dp": ("expert", ("etp", "edp", "pp")),
+    # Tied embeddings live on the first and the last stage.
+    "embed_dp": ("dense", ("dp", "pp")),
     "world": ("dense", ("tp", "dp", "pp")),
 }
 
@@ -80,10 +81,12 @@ class RankGrid:
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             position = self.coordinates(rank, grid)
-            members.setdefault(tuple(p for a, p in position.items() if a not in varying), []).append(rank)
+            key = tuple(p for a, p in position.items() if a not in varying)
+            if name == "embed_dp" and 0 < position["pp"] < self.pp - 1:
+                key += (position["pp"],)  # stages between hold no embedding
+            members.setdefault(key, []).append(rank)
         return [tuple(ranks) for ranks in members.values()]
 
     def size(self, name: str) -> int:
-        """Returns the number of ranks in each instance of a named group."""
-        grid, varying = GROUPS[name]
-        return math.prod(self.axes(grid)[axis] for axis in varying)
+        """Returns the number of ranks in the first instance of a named group."""
+        return len(self.groups(name)[0])

@@ -6,6 +6,7 @@ tag, so that no other attribute of a parameter says anything about layouts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.parallel_state.rank_grid import GROUPS
-from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.parallel_state.state import Group, ParallelState
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,14 @@ class ShardSpec:
     """How one parameter lies over the ranks.
 
     Attributes:
-        family: dense parameters live on the dense grid, expert and pool parameters on the expert grid; the pool is
-            shared by all pipeline stages besides.
+        family: dense and embedding parameters live on the dense grid, expert and pool parameters on the expert grid.
+            The pool is shared by all pipeline stages; a tied embedding by the first and the last.
         partition: (tensor dim, axis) pairs: the dim is split in equal, consecutive parts over the axis. Over all other
             axes of its grid the parameter is a replica.
         partial: axes of replicas whose gradients are parts of a sum rather than equal.
     """
 
-    family: Literal["dense", "expert", "pool"] = "dense"
+    family: Literal["dense", "embedding", "expert", "pool"] = "dense"
     partition: tuple[tuple[int, str], ...] = ()
     partial: tuple[str, ...] = ()
 
@@ -38,7 +39,7 @@ class ShardSpec:
 
         Losses are divided by the token count of the global batch, so that data-parallel gradients are summed too.
         """
-        data = {"dense": ("dp",), "expert": ("edp",), "pool": ("edp", "pp")}[self.family]
+        data = {"dense": ("dp",), "embedding": ("dp", "pp"), "expert": ("edp",), "pool": ("edp", "pp")}[self.family]
         return tuple(sorted({*data, *self.partial}))
 
     def global_shape(self, local_shape: torch.Size | tuple[int, ...], state: ParallelState) -> tuple[int, ...]:
@@ -62,21 +63,83 @@ class ShardSpec:
             whole = whole.chunk(group.size, dim)[group.rank]
         return whole
 
-    def is_first_replica(self, state: ParallelState) -> bool:
-        """Whether this rank stands for its part: exactly one rank of each set of replicas does.
-
-        Pipeline stages hold different dense and expert parameters, but the same pool.
-        """
-        split = {axis for _, axis in self.partition}
-        own_grid = "dense" if self.family == "dense" else "expert"
-        axes = set(state.grid.axes(own_grid)) - split
-        if self.family != "pool":
+    def replica_axes(self, state: ParallelState) -> set[str]:
+        """Returns the axes along which ranks hold the same part."""
+        own_grid = "dense" if self.family in ("dense", "embedding") else "expert"
+        axes = set(state.grid.axes(own_grid)) - {axis for _, axis in self.partition}
+        if self.family not in ("pool", "embedding"):
             axes.discard("pp")
-        return all(state.group(axis).rank == 0 for axis in axes)
+        return axes
+
+
+@dataclass(frozen=True)
+class FlatPart:
+    """A run of elements of this rank's part of a parameter, flattened: what a rank holds when ranks that would hold
+    replicas share the elements out.
+
+    Attributes:
+        shape: of the rank's part, before flattening.
+        start, stop: the run; empty where start = stop.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @staticmethod
+    def of_rank(shape: tuple[int, ...], group: Group) -> FlatPart:
+        """Returns this member's run when a group shares a tensor out evenly; the last runs may be short or empty."""
+        total = math.prod(shape)
+        size = -(-total // group.size)
+        return FlatPart(tuple(shape), min(size * group.rank, total), min(size * (group.rank + 1), total))
+
+    def boxes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Returns (offsets, sizes) of the fewest boxes that make up the run, in its order."""
+        return _boxes(self.shape, self.start, self.stop)
+
+
+def _boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    if start >= stop:
+        return []
+    if len(shape) <= 1:
+        return [((start,), (stop - start,))] if shape else [((), ())]
+    row = math.prod(shape[1:])
+    first, last = start // row, (stop - 1) // row
+    if first == last:
+        inner = _boxes(shape[1:], start - first * row, stop - first * row)
+        return [((first, *offsets), (1, *sizes)) for offsets, sizes in inner]
+    boxes = []
+    if start % row:
+        boxes += _boxes(shape, start, (first + 1) * row)
+        first += 1
+    whole = stop // row
+    if whole > first:
+        boxes.append(((first, *(0,) * (len(shape) - 1)), (whole - first, *shape[1:])))
+    if stop % row:
+        boxes += _boxes(shape, whole * row, stop)
+    return boxes
+
+
+def get_flat_part(parameter: Tensor) -> FlatPart | None:
+    """Returns the run of elements that a parameter holds, or None where it holds this rank's whole part."""
+    return getattr(parameter, "flat_part", None)
+
+
+def is_counted_here(spec: ShardSpec, state: ParallelState, shared_out: bool) -> bool:
+    """Whether this rank stands for the elements it holds in norms and checkpoints.
+
+    Args:
+        shared_out: whether the ranks over which gradients are summed hold different elements.
+    """
+    axes = spec.replica_axes(state) - (set(spec.gradient_axes) if shared_out else set())
+    return all(state.group(axis).rank == 0 for axis in axes)
 
 
 def gradient_group_name(spec: ShardSpec) -> str:
     """Returns the named group over which a parameter's gradient is summed."""
+    if spec.family == "embedding":
+        assert spec.gradient_axes == ("dp", "pp")
+        return "embed_dp"
     for name, (_, axes) in GROUPS.items():
         if tuple(sorted(axes)) == spec.gradient_axes:
             return name

@@ -14,6 +14,7 @@ from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
 
 # torch 2.13 renames the collective and warns at the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ class Group:
         _all_gather(gathered, tensor, group=self.handle)
         return gathered
 
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """Returns this rank's part, along the first dim, of the sum of all members' tensors [size * n, ...]."""
+        if self.size == 1:
+            return tensor
+        part = tensor.new_empty((tensor.shape[0] // self.size, *tensor.shape[1:]))
+        _reduce_scatter(part, tensor.contiguous(), group=self.handle)
+        return part
+
     def all_gather_object(self, value: object) -> list:
         """Returns the members' values in group order."""
         if self.size == 1:
@@ -83,6 +92,8 @@ class ParallelState:
         stage: all ranks of this pipeline stage.
         pool_dp: holders of the same slice of the shared pool, over expert-data-parallel ranks of all stages; etp_pool_dp:
             the same where gradients are partial over expert-tensor ranks.
+        embed_dp: data-parallel ranks of the first and the last pipeline stage, for tied embeddings.
+        sequence_parallel: whether hidden states between blocks are split over tensor-parallel ranks along tokens.
     """
 
     grid: RankGrid
@@ -99,7 +110,9 @@ class ParallelState:
     stage: Group
     pool_dp: Group
     etp_pool_dp: Group
+    embed_dp: Group
     world: Group
+    sequence_parallel: bool = False
 
     @property
     def world_size(self) -> int:
@@ -150,4 +163,6 @@ def initialize_model_parallel(
             if rank in ranks:
                 handle = handles[ranks] if len(ranks) > 1 else None
                 groups[name] = Group(name, ranks, ranks.index(rank), handle)
-    return ParallelState(grid, rank, torch.device(device), **groups)
+    return ParallelState(
+        grid, rank, torch.device(device), sequence_parallel=config.sequence_parallel and grid.tp > 1, **groups
+    )

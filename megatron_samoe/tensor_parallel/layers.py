@@ -15,10 +15,7 @@ from torch import Tensor, nn
 
 from megatron_samoe.parallel_state.shard_spec import ShardSpec, set_shard_spec
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.tensor_parallel.mappings import (
-    copy_to_tensor_parallel_region,
-    reduce_from_tensor_parallel_region,
-)
+from megatron_samoe.tensor_parallel.mappings import enter_tensor_parallel_region, leave_tensor_parallel_region
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,12 @@ def new_parameter(
     return set_shard_spec(parameter, spec)
 
 
+def token_wise_spec(state: ParallelState) -> ShardSpec:
+    """Returns the spec of weights that act on each token alike: with sequence parallelism each tensor-parallel rank has
+    only its tokens' part of the gradient."""
+    return ShardSpec(partial=("tp",) if state.sequence_parallel else ())
+
+
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with W's output dims split over tensor-parallel ranks; y stays split.
 
@@ -68,14 +71,14 @@ class ColumnParallelLinear(nn.Module):
         state: ParallelState, dtype: torch.dtype,
     ):  # fmt: skip
         super().__init__()
-        self.group = state.tp
+        self.state = state
         spec = ShardSpec(partition=((partition_dim, "tp"),))
         self.weight = new_parameter((*out_dims, in_features), spec, init, state, dtype)
         self.bias = new_parameter(out_dims, spec, ZEROS, state, dtype) if bias else None
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Returns [T, local outputs]."""
-        x_TH = copy_to_tensor_parallel_region(x_TH, self.group)
+        x_TH = enter_tensor_parallel_region(x_TH, self.state)
         bias = None if self.bias is None else self.bias.flatten()
         return F.linear(x_TH, self.weight.flatten(0, -2), bias)
 
@@ -87,16 +90,16 @@ class RowParallelLinear(nn.Module):
         self, in_features: int, out_features: int, *, bias: bool, init: Init, state: ParallelState, dtype: torch.dtype
     ):
         super().__init__()
-        self.group = state.tp
+        self.state = state
         spec = ShardSpec(partition=((1, "tp"),))
         self.weight = new_parameter((out_features, in_features), spec, init, state, dtype)
-        self.bias = new_parameter((out_features,), ShardSpec(), ZEROS, state, dtype) if bias else None
+        self.bias = new_parameter((out_features,), token_wise_spec(state), ZEROS, state, dtype) if bias else None
 
     def forward(self, x_TF: Tensor) -> Tensor:
         """Returns [T, out_features]."""
-        if self.group.size == 1:
+        if self.state.tp.size == 1:
             return F.linear(x_TF, self.weight, self.bias)
-        y_TH = reduce_from_tensor_parallel_region(F.linear(x_TF, self.weight), self.group)
+        y_TH = leave_tensor_parallel_region(F.linear(x_TF, self.weight), self.state)
         return y_TH if self.bias is None else y_TH + self.bias
 
 
@@ -105,32 +108,33 @@ class VocabParallelEmbedding(nn.Module):
 
     Args:
         vocab_size: tokens that exist; rows from there to padded_vocab_size are never used.
+        family: "embedding" where the first and the last pipeline stage both hold the weights.
     """
 
     def __init__(
         self, vocab_size: int, padded_vocab_size: int, hidden_size: int, *, init: Init, state: ParallelState,
-        dtype: torch.dtype,
+        dtype: torch.dtype, family: Literal["dense", "embedding"] = "dense",
     ):  # fmt: skip
         super().__init__()
-        self.group = state.tp
-        spec = ShardSpec(partition=((0, "tp"),))
+        self.state = state
+        spec = ShardSpec(family, partition=((0, "tp"),))
         self.weight = new_parameter((padded_vocab_size, hidden_size), spec, init, state, dtype)
         rows = self.weight.shape[0]
         self.first_id = rows * state.tp.rank
         self.num_used_rows = max(0, min(rows, vocab_size - self.first_id))
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        """Returns x_TH."""
-        if self.group.size == 1:
+        """Returns x_TH, with sequence parallelism this rank's share of tokens."""
+        if self.state.tp.size == 1:
             return F.embedding(ids_T, self.weight)
         local_T = ids_T - self.first_id
         mine_T = (local_T >= 0) & (local_T < self.weight.shape[0])
         x_TH = F.embedding(local_T.masked_fill(~mine_T, 0), self.weight) * mine_T[:, None]
-        return reduce_from_tensor_parallel_region(x_TH, self.group)
+        return leave_tensor_parallel_region(x_TH, self.state)
 
     def logits(self, x_TH: Tensor) -> Tensor:
         """Returns this rank's logits [T, num_used_rows]: no column for padding, so it takes no probability."""
-        x_TH = copy_to_tensor_parallel_region(x_TH, self.group)
+        x_TH = enter_tensor_parallel_region(x_TH, self.state)
         return F.linear(x_TH, self.weight[: self.num_used_rows])
 
 

@@ -7,17 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.parallel_state.state import Group, ParallelState
+
+
+def enter_tensor_parallel_region(x_TH: Tensor, state: ParallelState) -> Tensor:
+    """Returns all tokens, for a layer whose matrices are split; gradients of the parts are summed.
+
+    With sequence parallelism x holds this rank's share of tokens, and gets its share of the gradient back.
+    """
+    if state.tp.size == 1:
+        return x_TH
+    return _GatherPartial.apply(x_TH, state.tp) if state.sequence_parallel else _Copy.apply(x_TH, state.tp)
+
+
+def leave_tensor_parallel_region(y_TH: Tensor, state: ParallelState) -> Tensor:
+    """Returns the sum of all ranks' parts of y: whole, or with sequence parallelism this rank's share of tokens."""
+    if state.tp.size == 1:
+        return y_TH
+    return _ReduceScatter.apply(y_TH, state.tp) if state.sequence_parallel else _Reduce.apply(y_TH, state.tp)
 
 
 def copy_to_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
     """Returns x; its gradient is summed over the group."""
     return x if group.size == 1 else _Copy.apply(x, group)
-
-
-def reduce_from_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
-    """Returns the sum of x over the group; its gradient passes unchanged."""
-    return x if group.size == 1 else _Reduce.apply(x, group)
 
 
 def scatter_tokens(x: Tensor, group: Group) -> Tensor:
@@ -71,3 +83,27 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad.chunk(ctx.group.size)[ctx.group.rank].contiguous(), None
+
+
+class _GatherPartial(torch.autograd.Function):
+    """Gather, for users of the result that each give only a part of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return group.all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.group.reduce_scatter(grad), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return group.reduce_scatter(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.group.all_gather(grad), None

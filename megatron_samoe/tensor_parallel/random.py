@@ -45,12 +45,18 @@ class SampleRandom:
             row.uniform_(generator=generator)
         return draws.flatten(0, 1)
 
-    def dropout(self, x_TH: Tensor, probability: float, layer: int, site: str) -> Tensor:
-        """Returns x with elements dropped and the rest scaled by 1 / (1 - probability)."""
+    def dropout(
+        self, x_TH: Tensor, probability: float, layer: int, site: str, part: int = 0, num_parts: int = 1
+    ) -> Tensor:
+        """Returns x with elements dropped and the rest scaled by 1 / (1 - probability).
+
+        Args:
+            part, num_parts: x is this part of the micro-batch's tokens.
+        """
         if probability == 0.0:
             return x_TH
-        per_sample = (x_TH.shape[0] // len(self.samples), *x_TH.shape[1:])
-        keep = self.uniform(per_sample, x_TH.device, layer, site) >= probability
+        per_sample = (x_TH.shape[0] * num_parts // len(self.samples), *x_TH.shape[1:])
+        keep = self.uniform(per_sample, x_TH.device, layer, site).chunk(num_parts)[part] >= probability
         return x_TH * keep.to(x_TH.dtype).div_(1.0 - probability)
 
     def attention_seed(self, layer: int, tensor_rank: int) -> int:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from megatron_samoe.config.validate import global_batch_size
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import global_batch_size, num_micro_batches
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
+from megatron_samoe.datasets.loader import DataLoader
 from megatron_samoe.datasets.samplers import PretrainingRandomSampler, PretrainingSampler
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.training.train_step import Batch
+from megatron_samoe.training.micro_batches import Batch
 
 
 @dataclass(frozen=True)
@@ -27,41 +28,36 @@ class RunData:
 
     def train_batches(self, consumed_samples: int) -> Iterator[list[Batch]]:
         """Yields for each step this rank's micro-batches, from where a run stands."""
-        training, dp = self.config.training, self.parallel.dp
-        per_step = self._batch_size // (training.micro_batch_size * dp.size)
-        micro_batches = self._micro_batches(self.train, consumed_samples)
-        while batches := list(islice(micro_batches, per_step)):
+        training, place = self.config.training, self._place
+        if self.config.data.dataloader_type == "cyclic":
+            sampler = PretrainingRandomSampler(len(self.train), consumed_samples, *place, training.seed)
+        else:
+            sampler = PretrainingSampler(len(self.train), consumed_samples, *place)
+        micro_batches = iter(DataLoader(self.train, sampler, self.config.data.num_workers, transform=self._pin))
+        while batches := [self._to_device(batch) for batch in islice(micro_batches, self._num_micro_batches)]:
             yield batches
 
     def valid_batches(self) -> Iterator[Batch]:
         """Yields this rank's micro-batches of one evaluation: always the first samples of the validation split."""
-        training = self.config.training
-        per_step = self._batch_size // (training.micro_batch_size * self.parallel.dp.size)
-        sampler = PretrainingSampler(
-            len(self.valid), 0, training.micro_batch_size, self.parallel.dp.rank, self.parallel.dp.size
-        )
-        for indices in islice(sampler, training.eval_iters * per_step):
-            yield self._to_device(self.valid.get_batch(indices))
+        count = self.config.training.eval_iters * self._num_micro_batches
+        sampler = islice(PretrainingSampler(len(self.valid), 0, *self._place), count)
+        for batch in DataLoader(self.valid, sampler, self.config.data.num_workers, transform=self._pin):
+            yield self._to_device(batch)
 
     @property
-    def _batch_size(self) -> int:
-        return global_batch_size(self.config, self.parallel.world_size)
+    def _place(self) -> tuple[int, int, int]:
+        return self.config.training.micro_batch_size, self.parallel.dp.rank, self.parallel.dp.size
 
-    def _micro_batches(self, dataset: Any, consumed_samples: int) -> Iterator[Batch]:
-        training, dp = self.config.training, self.parallel.dp
-        place = (training.micro_batch_size, dp.rank, dp.size)
-        if self.config.data.dataloader_type == "cyclic":
-            sampler = PretrainingRandomSampler(len(dataset), consumed_samples, *place, training.seed)
-        else:
-            sampler = PretrainingSampler(len(dataset), consumed_samples, *place)
-        for indices in sampler:
-            yield self._to_device(dataset.get_batch(indices))
+    @property
+    def _num_micro_batches(self) -> int:
+        return num_micro_batches(self.config, self.parallel.world_size)
+
+    def _pin(self, batch: Batch) -> Batch:
+        return batch if self.parallel.device.type == "cpu" else {name: t.pin_memory() for name, t in batch.items()}
 
     def _to_device(self, batch: Batch) -> Batch:
         device = self.parallel.device
-        if device.type == "cpu":
-            return batch
-        return {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch.items()}
+        return {name: t.to(device, non_blocking=True) for name, t in batch.items()}
 
 
 def build_run_data(config: PretrainConfig, tokenizer: Tokenizer, parallel: ParallelState, is_builder: bool) -> RunData:

@@ -10,10 +10,11 @@ from typing import Any
 
 from megatron_samoe.config.cli import CHECKPOINT_GROUPS, to_mapping
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, sharded
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
-from megatron_samoe.parallel_state.shard_spec import get_shard_spec
+from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.parallel_state.shard_spec import get_flat_part, get_shard_spec
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
 
@@ -21,36 +22,36 @@ from megatron_samoe.training.state import TrainState
 FREE_FIELDS = frozenset(
     ("seq_length", "max_position_embeddings", "init_method_std", "attention_dropout", "hidden_dropout",
      "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps",
-     "moe_expert_capacity_factor", "moe_token_drop_policy", "samoe_combine", "samoe_init", "samoe_freeze_coefficients")
+     "moe_expert_capacity_factor", "moe_token_drop_policy", "samoe_combine", "samoe_init", "samoe_freeze_coefficients",
+     "samoe_pool_placement", "pool_replica_check_interval")
 )  # fmt: skip
 EXPERT_FRACTIONS = "training.expert_fractions"
 
 
-def model_state(setup: TrainSetup) -> dict[str, ShardedTensor]:
+def model_state(model: RankModel) -> dict[str, list[ShardedTensor]]:
     """Returns the model's parameters."""
     return {
-        name: ShardedTensor.of(p, get_shard_spec(p), setup.parallel)
-        for name, p in setup.model.global_parameters().items()
+        name: sharded(p, get_shard_spec(p), model.state, get_flat_part(p)) for name, p in model.global_parameters().items()
     }
 
 
-def optimizer_state(setup: TrainSetup) -> dict[str, ShardedTensor]:
+def optimizer_state(setup: TrainSetup) -> dict[str, list[ShardedTensor]]:
     """Returns master weights and moments, each under optimizer.<kind>.<parameter>."""
     optimizer, state = setup.optimizer, {}
-    for name, p in optimizer.parameters.items():
-        spec = get_shard_spec(p)
-        for moment, tensor in optimizer.moments(name).items():
-            state[f"optimizer.{moment}.{name}"] = ShardedTensor.of(tensor, spec, setup.parallel)
-    for name, tensor in optimizer.own_masters().items():
-        spec = get_shard_spec(optimizer.parameters[name])
-        state[f"optimizer.master.{name}"] = ShardedTensor.of(tensor, spec, setup.parallel)
+    for name, piece in optimizer.pieces.items():
+        tensors = optimizer.moments(name)
+        if name in optimizer.own_masters():
+            tensors["master"] = optimizer.masters[name]
+        for kind, tensor in tensors.items():
+            parts = sharded(tensor, piece.spec, setup.parallel, piece.part, piece.counts)
+            state[f"optimizer.{kind}.{name}"] = parts
     return state
 
 
 def save_run(setup: TrainSetup, state: TrainState) -> Path:
     """Saves a checkpoint and returns its folder; all ranks call it together."""
     checkpoint = setup.config.checkpoint
-    tensors = model_state(setup)
+    tensors = model_state(setup.model)
     plain: dict[str, Any] = {**state.plain(), "vocab_size": setup.model.vocab_size}
     if state.expert_fractions_LE is not None:
         tensors[EXPERT_FRACTIONS] = replicated(state.expert_fractions_LE, setup.parallel)
@@ -77,7 +78,7 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     with_optimizer = not (checkpoint.finetune or checkpoint.no_load_optim)
     if with_optimizer and "optimizer_steps" not in saved:
         raise CheckpointError(f"{directory} has no optimizer state; give --no-load-optim or --finetune to go without.")
-    tensors = model_state(setup)
+    tensors = model_state(setup.model)
     fractions = None if state.expert_fractions_LE is None else state.expert_fractions_LE.clone()
     if fractions is not None and not checkpoint.finetune:
         tensors[EXPERT_FRACTIONS] = replicated(fractions, setup.parallel)

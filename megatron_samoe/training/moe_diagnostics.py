@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,21 +46,27 @@ def expert_grad_norms(setup: TrainSetup, gradient_scale: float) -> Tensor | None
     layers = _layer_gradients(setup)
     if layers is None:
         return None
-    squares_Le = torch.stack([_squared_norms(grads, setup) for grads in layers])
-    setup.parallel.etp.all_reduce(squares_Le)
+    experts = setup.config.moe.num_experts // setup.parallel.ep.size
+    squares_Le = torch.zeros(setup.model.num_moe_layers, experts, dtype=torch.float64, device=setup.parallel.device)
+    for moe_index, grads in layers.items():
+        squares_Le[moe_index] = _squared_norms(grads, setup)
+    setup.parallel.pp.all_reduce(setup.parallel.etp.all_reduce(squares_Le))
     squares_eL = setup.parallel.ep.all_gather(squares_Le.t().contiguous())
     return squares_eL.t().sqrt() / gradient_scale
 
 
-def _layer_gradients(setup: TrainSetup) -> Sequence[ExpertWeights] | None:
-    combination = setup.model.combination
-    if combination is None:
-        own = [main_grads_of(dict(layer.moe.experts.named_parameters())) for layer in setup.model.layers() if layer.is_moe]
-        return [grads for grads in own if grads is not None]
-    grads = combination.layer_gradients() if isinstance(combination, StepCombination) else None
-    if grads is None:
+def _layer_gradients(setup: TrainSetup) -> dict[int, ExpertWeights] | None:
+    """Returns this stage's gradients by index of the MoE layer; None where they are not kept."""
+    model = setup.model
+    if model.combination is None:
+        own = {m.moe.moe_index: main_grads_of(dict(m.moe.experts.named_parameters())) for m in model.moe_layers()}
+        return {moe_index: grads for moe_index, grads in own.items() if grads is not None}
+    if not isinstance(model.combination, StepCombination):
         return None
-    return [grads.map(lambda t, i=i: t[i]) for i in range(setup.model.num_moe_layers)]
+    grads = model.combination.layer_gradients()
+    if grads is None:
+        return {}
+    return {m.moe.moe_index: grads.map(lambda t, i=i: t[i]) for i, m in enumerate(model.moe_layers())}
 
 
 def _squared_norms(grads: ExpertWeights, setup: TrainSetup) -> Tensor:
@@ -80,13 +85,14 @@ def make_diagnostics(setup: TrainSetup, routing: RoutingStats, grad_norms_LE: Te
     combination = None
     moe = setup.config.moe
     if moe.has_pool:
-        weights = []
-        for layer in setup.model.layers():
-            if layer.is_moe:
-                a_2GP = normalize_coefficients(layer.moe.combination.detach(), moe.samoe_normalization)
-                if moe.samoe_granularity == "expert":
-                    a_2GP = setup.parallel.ep.all_gather(a_2GP.transpose(0, 1).contiguous()).transpose(0, 1)
-                weights.append(a_2GP.tolist())
-        combination = weights
+        groups = moe.num_experts if moe.samoe_granularity == "expert" else 1
+        shape = (setup.model.num_moe_layers, 2, groups, moe.num_expert_banks)
+        a_L2GP = torch.zeros(shape, dtype=torch.float64, device=setup.parallel.device)
+        for layer in setup.model.moe_layers():
+            a_2GP = normalize_coefficients(layer.moe.combination.detach(), moe.samoe_normalization)
+            if moe.samoe_granularity == "expert":
+                a_2GP = setup.parallel.ep.all_gather(a_2GP.transpose(0, 1).contiguous()).transpose(0, 1)
+            a_L2GP[layer.moe.moe_index] = a_2GP
+        combination = setup.parallel.pp.all_reduce(a_L2GP).tolist()
     norms = None if grad_norms_LE is None else grad_norms_LE.tolist()
     return MoEDiagnostics(routing.fractions_LE().tolist(), norms, combination)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.errors import NonFiniteLossError
+from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
+from megatron_samoe.training.micro_batches import Batch, run_micro_batches
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
-from megatron_samoe.training.train_step import Batch, StepResult, micro_batch_context
+from megatron_samoe.training.train_step import StepResult, micro_batch_context
 
 
 def raise_non_finite(setup: TrainSetup, state: TrainState, batches: Sequence[Batch], result: StepResult) -> None:
@@ -36,36 +38,37 @@ def raise_non_finite(setup: TrainSetup, state: TrainState, batches: Sequence[Bat
 
 def _first_in_forward(setup: TrainSetup, state: TrainState, batches: Sequence[Batch]) -> tuple[int, int, str] | None:
     """Returns (micro-batch, order, place) of the first non-finite output on this rank."""
-    watched: list[tuple[str, nn.Module]] = []
-    for chunk in setup.model.chunks:
-        watched += [("the embedding", chunk.embedding)] if chunk.is_first else []
-        watched += [(f"layer {index}", layer) for index, layer in chunk.layers.items()]
-    seen: list[tuple[int, str]] = []
+    seen: list[tuple[int, int, str]] = []
+    current = [0]
 
     def watch(order: int, name: str, module: nn.Module) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             x = output[0] if isinstance(output, tuple) else output
-            if not torch.isfinite(x).all():
-                seen.append((order, name))
+            if not _is_finite(x):
+                seen.append((current[0], order, name))
 
         return module.register_forward_hook(hook)
 
-    handles = [watch(order, name, module) for order, (name, module) in enumerate(watched)]
-    first = None
+    def take_losses(number: int, _batch: Batch, losses_T: Tensor) -> Tensor:
+        if not _is_finite(losses_T):
+            seen.append((number, setup.config.model.num_layers + 1, "the output layer"))
+        return losses_T.sum()
+
+    handles = []
+    for chunk in setup.model.chunks:
+        handles += [watch(0, "the embedding", chunk.embedding)] if chunk.is_first else []
+        handles += [watch(1 + int(index), f"layer {index}", layer) for index, layer in chunk.layers.items()]
     try:
-        for number, batch in enumerate(batches):
-            with torch.no_grad():
+        with torch.no_grad():
+            for number, batch in enumerate(batches):
+                current[0] = number
                 context = micro_batch_context(setup, state, number)
-                logits, _ = setup.model(batch["tokens"], context, batch.get("position_ids"), batch.get("document_ids"))
-                finite_loss = _is_finite(setup.model.loss(logits, batch["labels"]))
-            if not finite_loss:
-                seen.append((len(watched), "the output layer"))
-            if seen and first is None:
-                first = (number, *min(seen))
+                plan = forward_plan(setup.pipeline.num_chunks, 1)
+                run_micro_batches(setup, plan, [batch], [context], take_losses)
     finally:
         for handle in handles:
             handle.remove()
-    return first
+    return min(seen, default=None)
 
 
 def _first_gradient(setup: TrainSetup) -> tuple[int, int, str] | None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import global_batch_size
+from megatron_samoe.config.validate import global_batch_size, num_micro_batches
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
 from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec, open_channel
+from megatron_samoe.pipeline_parallel.schedules import Pipeline
 from megatron_samoe.training.state import TrainState
 
 
@@ -24,6 +27,7 @@ class TrainSetup:
     model: RankModel
     buffers: GradBuffers
     optimizer: MixedPrecisionOptimizer
+    pipeline: Pipeline
 
     @property
     def batch_size(self) -> int:
@@ -33,7 +37,14 @@ class TrainSetup:
     @property
     def num_micro_batches(self) -> int:
         """Forward passes per optimizer step on each rank."""
-        return self.batch_size // (self.config.training.micro_batch_size * self.parallel.dp.size)
+        return num_micro_batches(self.config, self.parallel.world_size)
+
+    def boundary(self, batch_size: int) -> TensorSpec:
+        """Returns what pipeline stages hand over for a micro-batch of so many sequences."""
+        tokens = batch_size * self.config.model.seq_length
+        if self.parallel.sequence_parallel:
+            tokens //= self.parallel.tp.size
+        return TensorSpec((tokens, self.config.model.hidden_size), self.model.dtype, self.parallel.device)
 
     @property
     def tokens_per_step(self) -> int:
@@ -52,8 +63,11 @@ def build_setup(
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     model = build_model(config, vocab_size, parallel, dtype)
-    buffers = GradBuffers(model.global_parameters(), parallel)
-    return TrainSetup(config, parallel, model, buffers, MixedPrecisionOptimizer(buffers.parameters, config.optimizer))
+    buffers = GradBuffers(model.global_parameters(), parallel, config.parallel.use_distributed_optimizer)
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    pp = parallel.pp
+    pipeline = Pipeline(pp.rank, pp.size, len(model.chunks), open_channel(parallel, timeout))
+    return TrainSetup(config, parallel, model, buffers, MixedPrecisionOptimizer(buffers, config.optimizer), pipeline)
 
 
 def initial_state(setup: TrainSetup) -> TrainState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +15,10 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.optimizer.clip_grads import clip_gradients, global_grad_norm
 from megatron_samoe.optimizer.schedule import learning_rate
 from megatron_samoe.tensor_parallel.random import SampleRandom
+from megatron_samoe.pipeline_parallel.schedule_plan import make_plan
+from megatron_samoe.training.micro_batches import Batch, run_micro_batches
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,27 +86,27 @@ def compute_gradients(
     Returns:
         The mean loss per predicted token, the number of these tokens, and the routing.
     """
-    model = setup.model
+    model, scale = setup.model, state.loss_scale.value
     num_tokens = _num_loss_tokens(setup, batches)
     setup.buffers.zero()
     model.begin_step()
     loss_sum = torch.zeros((), dtype=torch.float64, device=setup.parallel.device)
-    rows: Tensor | None = None
-    for number, batch in enumerate(batches):
-        context = micro_batch_context(setup, state, number)
-        logits_TV, stats = model(batch["tokens"], context, batch.get("position_ids"), batch.get("document_ids"))
-        losses_T = model.loss(logits_TV, batch["labels"]) * batch["loss_mask"].flatten()
+
+    def take_losses(_number: int, _batch: Batch, losses_T: Tensor) -> Tensor:
         loss = losses_T.sum()
-        loss_sum += loss.detach()
-        (loss * (state.loss_scale.value / num_tokens)).backward()
-        if stats:
-            new_rows = torch.stack([s.as_row() for s in stats])
-            rows = new_rows if rows is None else rows + new_rows
+        loss_sum.add_(loss.detach())
+        return loss * (scale / num_tokens)
+
+    pipeline = setup.pipeline
+    schedule = setup.config.parallel.pipeline_schedule
+    plan = make_plan(schedule, pipeline.size, pipeline.rank, pipeline.num_chunks, len(batches))
+    contexts = [micro_batch_context(setup, state, number) for number in range(len(batches))]
+    rows = run_micro_batches(setup, plan, batches, contexts, take_losses)
     if observe is not None:
         observe()
-    finalize_model_grads(model, setup.buffers, state.loss_scale.value)
+    finalize_model_grads(model, setup.buffers, scale)
     sums = loss_sum[None] if rows is None else torch.cat((loss_sum[None], rows.flatten()))
-    sums = setup.parallel.dp.all_reduce(sums)
+    sums = setup.parallel.pp.all_reduce(setup.parallel.dp.all_reduce(sums))
     routing = None if rows is None else _routing_stats(sums[1:].view_as(rows), setup)
     return sums[0].item() / num_tokens, num_tokens, routing
 

@@ -9,18 +9,22 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.errors import CommunicationError
 from megatron_samoe.log import logger
+from megatron_samoe.parallel_state.backend import is_communication_failure
 from megatron_samoe.training.batches import RunData
 from megatron_samoe.training.checkpointing import load_run, save_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.exit_signals import ExitSignals
 from megatron_samoe.training.hooks import Hook
+from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.metrics import Stopwatch, make_record
 from megatron_samoe.training.moe_diagnostics import expert_grad_norms, make_diagnostics
 from megatron_samoe.training.non_finite import raise_non_finite
+from megatron_samoe.training.replica_check import check_pool_replicas
 from megatron_samoe.training.setup import TrainSetup, initial_state
 from megatron_samoe.training.state import TrainState
-from megatron_samoe.training.train_step import Batch, StepResult, train_step
+from megatron_samoe.training.train_step import StepResult, train_step
 
 
 class Trainer:
@@ -36,9 +40,26 @@ class Trainer:
         self.hooks = hooks if setup.parallel.rank == 0 else []
         self.stopwatch = Stopwatch()
         self.began = time.monotonic()
+        self.doing = "loading"
 
     def run(self) -> TrainState:
-        """Trains and returns the last state; it has been saved if there is a place to save to."""
+        """Trains and returns the last state; it has been saved if there is a place to save to.
+
+        Raises:
+            CommunicationError: another rank died or hung; the last checkpoint is intact.
+        """
+        try:
+            return self._run()
+        except RuntimeError as error:
+            if not is_communication_failure(error):
+                raise
+            parallel = self.setup.parallel
+            raise CommunicationError(
+                f"Rank {parallel.rank} of {parallel.world_size} lost another rank while {self.doing}: "
+                f"{str(error).splitlines()[0]} The last checkpoint is intact."
+            ) from error
+
+    def _run(self) -> TrainState:
         state = self._start()
         saved_at = state.iteration if self.config.checkpoint.load == self.config.checkpoint.save else None
         with ExitSignals() as signals:
@@ -85,6 +106,7 @@ class Trainer:
             norms.append(expert_grad_norms(setup, state.loss_scale.value))
 
         wants_layers = will_log and logs.moe_per_layer_logging and setup.model.num_moe_layers > 0
+        self.doing = f"computing iteration {state.iteration + 1}"
         self.stopwatch.begin()
         result, new_state = train_step(setup, state, batches, observe if wants_layers else None)
         if not result.is_finite:
@@ -92,6 +114,9 @@ class Trainer:
         self.stopwatch.end()
         for hook in self.hooks:
             hook.step(new_state.iteration)
+        interval = self.config.moe.pool_replica_check_interval
+        if interval is not None and new_state.iteration % interval == 0:
+            check_pool_replicas(setup, new_state.iteration)
         validation_loss = self._maybe_evaluate(new_state, last)
         if will_log or validation_loss is not None:
             diagnostics = None
@@ -108,6 +133,7 @@ class Trainer:
         training = self.config.training
         if training.eval_iters == 0 or not (last or state.iteration % training.eval_interval == 0):
             return None
+        self.doing = f"evaluating after iteration {state.iteration}"
         return evaluate(self.setup, self.data.valid_batches())
 
     def _warn_if_skipped(self, result: StepResult) -> None:
@@ -120,6 +146,7 @@ class Trainer:
     def _save(self, state: TrainState, saved_at: int | None) -> int | None:
         if self.config.checkpoint.save is None or saved_at == state.iteration:
             return saved_at
+        self.doing = f"saving iteration {state.iteration}"
         path = save_run(self.setup, state)
         if not self.config.logging.log_progress:
             logger.info(f"saved {path}")

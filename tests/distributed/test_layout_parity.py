@@ -10,15 +10,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.config import PretrainConfig
+from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.training.checkpointing import model_state
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients, train_step
 from tests.harness.ranks import run_ranks
-from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout
+from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "dp2": (2, {}),
     "tp2": (2, {"tp": 2}),
@@ -27,6 +29,25 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "tp2 ep2": (4, {"tp": 2, "ep": 2}),
     "tp2 etp1 ep4": (4, {"tp": 2, "etp": 1, "ep": 4}),
     "ep2 edp2": (4, {"ep": 2}),
+    "tp2 sp": (2, {"tp": 2, "sp": True}),
+    "tp2 sp etp1 ep2": (4, {"tp": 2, "sp": True, "etp": 1, "ep": 2}),
+    "pp2": (2, {"pp": 2}),
+    "zero dp2": (2, {"zero": True}),
+    "pp2 vpp2 dp1": (2, {"pp": 2, "vpp": 1}),
+    "pp2 ep2 zero": (4, {"pp": 2, "ep": 2, "zero": True}),
+    "pp4 uneven": (4, {"pp": 4, "stages": "Et|tt||tL"}),
+    "pp2 gpipe": (2, {"pp": 2, "schedule": "gpipe"}),
+    "pp2 ep2 replicated pool": (4, {"pp": 2, "ep": 2, "pool": "replicated"}),
+    "dp4 zero": (4, {"zero": True}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}),
+    "tp2 pp2 sp etp1 zero": (4, {"tp": 2, "pp": 2, "sp": True, "etp": 1, "zero": True}),
+    "tp2 sp dp2 zero": (4, {"tp": 2, "sp": True, "zero": True}),
+    "tp2 etp1 ep2": (4, {"tp": 2, "etp": 1, "ep": 2}),
+    "pp2 vpp2 ep2": (4, {"pp": 2, "stages": "Et|t|t|tL", "ep": 2}),
+    "tp2 pp2 ep2 sp zero": (8, {"tp": 2, "pp": 2, "ep": 2, "sp": True, "zero": True}),
+    "pp2 ep4": (8, {"pp": 2, "ep": 4}),
+    "pp2 ep2 edp2 zero replicated pool": (8, {"pp": 2, "ep": 2, "zero": True, "pool": "replicated"}),
+    "tp2 etp1 ep4 pp2 sp": (8, {"tp": 2, "etp": 1, "ep": 4, "pp": 2, "sp": True}),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"layout": "dense"},
@@ -54,23 +75,27 @@ def train(config: PretrainConfig, dtype: torch.dtype = torch.float32, steps: int
     setup = build_setup(config, VOCAB_SIZE, parallel, dtype)
     state = initial_state(setup)
     compute_gradients(setup, state, micro_batches(setup, 0))
-    named = setup.model.global_parameters()
-    gradients = gather_global({n: (p, p.main_grad) for n, p in named.items() if p.requires_grad}, parallel)
+    pieces = {p.name: sharded(p.grad, p.spec, parallel, p.part) for p in setup.buffers.pieces}
+    gradients = gather_global(pieces, parallel)
     losses, norms, balance = [], [], []
     for step in range(steps):
         result, state = train_step(setup, state, micro_batches(setup, step))
         losses.append(result.lm_loss)
         norms.append(result.grad_norm)
         balance.append(result.routing.load_balance_loss if result.routing else 0.0)
-    weights = gather_global({n: (p, p) for n, p in named.items()}, parallel)
+    weights = gather_global(model_state(setup.model), parallel)
     return {"losses": losses, "norms": norms, "balance": balance, "gradients": gradients, "weights": weights}
 
 
 def layout_config(layout: str, model: str) -> PretrainConfig:
     sizes = dict(LAYOUTS[layout][1])
     if model == "dense":
-        sizes = {axis: size for axis, size in sizes.items() if axis == "tp"}
-    return with_layout(tiny_config(**MODELS[model]), **sizes)
+        sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
+    pool = sizes.pop("pool", "sharded")
+    config = tiny_config(**MODELS[model])
+    if config.moe.has_pool:
+        config = with_options(config, samoe_pool_placement=pool)
+    return with_layout(config, **sizes)
 
 
 def train_each(configs: list[PretrainConfig], dtype: torch.dtype) -> list[dict[str, Any]] | None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config import MoEConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainingConfig
-from megatron_samoe.parallel_state import ParallelState, get_shard_spec
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor
+from megatron_samoe.parallel_state import ParallelState
 from megatron_samoe.training.setup import TrainSetup
 
 VOCAB_SIZE = 103
@@ -42,9 +43,13 @@ def with_options(config: PretrainConfig, **options: Any) -> PretrainConfig:
     return config
 
 
-def with_layout(config: PretrainConfig, **sizes: int) -> PretrainConfig:
-    """Returns the configuration with a parallel layout: tp, ep, etp."""
-    names = {"tp": "tensor_model_parallel_size", "ep": "expert_model_parallel_size", "etp": "expert_tensor_parallel_size"}
+def with_layout(config: PretrainConfig, **sizes: Any) -> PretrainConfig:
+    """Returns the configuration with a parallel layout: tp, pp, vpp (layers per virtual stage), ep, etp, sp, zero."""
+    names = {
+        "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size", "vpp": "num_layers_per_virtual_pipeline_stage", "sp": "sequence_parallel",
+        "zero": "use_distributed_optimizer", "stages": "pipeline_model_parallel_layout", "schedule": "pipeline_schedule",
+    }  # fmt: skip
     return replace(config, parallel=ParallelConfig(**{names[k]: v for k, v in sizes.items()}))
 
 
@@ -67,17 +72,13 @@ def micro_batches(setup: TrainSetup, step: int) -> list[dict[str, Tensor]]:
     return [{name: t[start : start + size] for name, t in whole.items()} for start in starts]
 
 
-def gather_global(parts: dict[str, tuple[Any, Tensor]], parallel: ParallelState) -> dict[str, Tensor]:
-    """Returns whole tensors, put together from all ranks' parts {name: (parameter, tensor)}; every copy must agree."""
-    own = {
-        name: (spec.global_shape(t.shape, parallel), spec.offsets(t.shape, parallel), t.detach())
-        for name, (parameter, t) in parts.items()
-        for spec in [get_shard_spec(parameter)]
-    }
+def gather_global(parts: dict[str, list[ShardedTensor]], parallel: ParallelState) -> dict[str, Tensor]:
+    """Returns whole tensors, put together from all ranks' parts; every copy must agree."""
+    own = [(name, t.global_shape, t.offsets, t.local) for name, ts in parts.items() for t in ts]
     whole: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
     for ranks_parts in parallel.world.all_gather_object(own):
-        for name, (shape, offsets, part) in ranks_parts.items():
+        for name, shape, offsets, part in ranks_parts:
             target = whole.setdefault(name, torch.zeros(shape, dtype=part.dtype))
             filled = seen.setdefault(name, torch.zeros(shape, dtype=torch.bool))
             place = tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))

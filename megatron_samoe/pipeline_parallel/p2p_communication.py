@@ -1,0 +1,115 @@
+"""Activations to the next stage, gradients to the one before: asynchronous, of known shape, with a time-out that says
+what was waited for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_samoe.errors import CommunicationError
+from megatron_samoe.parallel_state.state import ParallelState
+
+Direction = Literal["forward", "backward"]
+WRAP_SUFFIX = " wrap"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, dtype and device of what stages exchange."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> Tensor:
+        """Returns a tensor to receive into."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass
+class _Pending:
+    work: dist.Work
+    tensor: Tensor
+    what: str
+
+
+@dataclass
+class PipelineChannel:
+    """This rank's connections to its neighbours.
+
+    Each direction has process groups of its own, and so has the way from the last rank back to the first that virtual
+    stages need: within one of them both ends post their operations in the same order, so none can block another.
+
+    Args:
+        groups: by direction, maybe with WRAP_SUFFIX; see `parallel_state.state.pipeline_channels`.
+    """
+
+    parallel: ParallelState
+    groups: dict[str, dist.ProcessGroup]
+    timeout: timedelta
+    _sends: list[_Pending] = field(default_factory=list)
+    _receives: dict[str, _Pending] = field(default_factory=dict)
+
+    def send(self, tensor: Tensor, direction: Direction, what: str) -> None:
+        """Starts sending to the neighbour and returns; `finish` waits for all sends."""
+        peer, group = self._route(direction, sending=True)
+        tensor = tensor.contiguous()
+        self._drop_finished()
+        self._sends.append(_Pending(dist.isend(tensor, peer, group=group), tensor, f"{what} to rank {peer}"))
+
+    def post_receive(self, spec: TensorSpec, direction: Direction, what: str) -> None:
+        """Starts receiving from the neighbour, once for each `what`."""
+        if what not in self._receives:
+            peer, group = self._route(direction, sending=False)
+            tensor = spec.empty()
+            self._receives[what] = _Pending(dist.irecv(tensor, peer, group=group), tensor, f"{what} from rank {peer}")
+
+    def take(self, what: str) -> Tensor:
+        """Returns what was posted, when it is there."""
+        pending = self._receives.pop(what)
+        self._wait(pending)
+        return pending.tensor
+
+    def finish(self) -> None:
+        """Waits until everything sent has been taken."""
+        for pending in self._sends:
+            self._wait(pending)
+        self._sends.clear()
+
+    def _drop_finished(self) -> None:
+        self._sends = [p for p in self._sends if not p.work.is_completed()]
+
+    def _wait(self, pending: _Pending) -> None:
+        pp = self.parallel.pp
+        try:
+            pending.work.wait(self.timeout)
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"Pipeline stage {pp.rank} of {pp.size} (rank {self.parallel.rank}) waited in vain, at most "
+                f"{self.timeout.total_seconds():.0f} s, for the {pending.what}: {str(error).splitlines()[0]}"
+            ) from error
+
+    def _route(self, direction: Direction, sending: bool) -> tuple[int, dist.ProcessGroup]:
+        pp = self.parallel.pp
+        step = 1 if (direction == "forward") == sending else -1
+        place = pp.rank + step
+        wraps = not 0 <= place < pp.size
+        return pp.ranks[place % pp.size], self.groups[direction + (WRAP_SUFFIX if wraps else "")]
+
+
+def open_channel(parallel: ParallelState, timeout: timedelta) -> PipelineChannel | None:
+    """Returns this rank's channel, or None in a pipeline of one stage; all ranks call it together."""
+    if parallel.pp.size == 1:
+        return None
+    groups = {}
+    for direction in ("forward", "backward", "forward" + WRAP_SUFFIX, "backward" + WRAP_SUFFIX):
+        for ranks in parallel.grid.groups("pp"):
+            handle = dist.new_group(list(ranks), timeout=timeout)
+            if parallel.rank in ranks:
+                groups[direction] = handle
+    return PipelineChannel(parallel, groups, timeout)

@@ -1,0 +1,30 @@
+"""Whether ranks that should hold the same banks do."""
+
+from __future__ import annotations
+
+import hashlib
+
+from megatron_samoe.errors import ReplicaDriftError
+from megatron_samoe.parallel_state.shard_spec import get_shard_spec, gradient_group_name
+from megatron_samoe.training.setup import TrainSetup
+
+
+def check_pool_replicas(setup: TrainSetup, iteration: int) -> None:
+    """Compares hashes of the pool's banks between all holders of copies, over stages and data; all ranks call it.
+
+    Raises:
+        ReplicaDriftError: two copies differ; on every rank that holds one of them.
+    """
+    pool = setup.model.expert_pool
+    assert pool is not None
+    for name, bank in pool.bank.items():
+        group = setup.parallel.group(gradient_group_name(get_shard_spec(bank)))
+        digest = hashlib.blake2b(bank.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+        digests = group.all_gather_object(digest)
+        if len(set(digests)) > 1:
+            odd = [rank for rank, d in zip(group.ranks, digests, strict=True) if d != digests[0]]
+            raise ReplicaDriftError(
+                f"Iteration {iteration}: copies of the pool's {name} differ: ranks {odd} against rank {group.ranks[0]}. "
+                "Weights are no longer those of one model; go on from the last checkpoint, and look for faulty memory "
+                "or a broken link on these ranks."
+            )
