@@ -7,11 +7,13 @@ never meet a stale index. A file appears atomically; a damaged one is rebuilt.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ from megatron_samoe.log import say_once
 
 _MAGIC = b"SAMOEIX1"
 _ALIGN = 64
+STALE_AFTER_S = 6 * 3600
 
 
 def content_key(array: np.ndarray) -> str:
@@ -67,9 +70,19 @@ def _layout(arrays_header: list[dict[str, Any]], start: int) -> list[tuple[int, 
     return places
 
 
+def _remove_stale(folder: str) -> None:
+    """Removes what killed processes left half written; younger files may be another rank's work."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError):
+            if name.endswith(".partial") and time.time() - os.path.getmtime(path) > STALE_AFTER_S:
+                os.unlink(path)
+
+
 def _store(folder: str, path: str, key: str, arrays: tuple[np.ndarray, ...]) -> None:
     entries = [{"dtype": array.dtype.str, "shape": array.shape} for array in arrays]
     header = json.dumps({"key": key, "arrays": entries}).encode()
+    _remove_stale(folder)
     handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -20,6 +20,7 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from megatron_samoe.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER_BYTES = 34
-DTYPES = {
+DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype("<u1"),
     2: np.dtype("<i1"),
     3: np.dtype("<i2"),
@@ -45,12 +46,12 @@ UINT16_VOCAB_LIMIT = 65500
 CHUNK_ROWS = 1 << 20
 
 
-def optimal_dtype(vocab_size: int | None) -> np.dtype:
+def optimal_dtype(vocab_size: int | None) -> np.dtype[Any]:
     """Returns the dtype that Megatron's tools choose for a vocabulary: uint16 below 65500 entries, else int32."""
     return DTYPES[8] if vocab_size is not None and vocab_size < UINT16_VOCAB_LIMIT else DTYPES[4]
 
 
-def dtype_code(dtype: object) -> int:
+def dtype_code(dtype: Any) -> int:
     """Returns the code that stands for `dtype` in an index; DataError if the format has none."""
     wanted = np.dtype(dtype).newbyteorder("<")
     if wanted not in CODES:
@@ -63,7 +64,7 @@ def dtype_code(dtype: object) -> int:
 class IndexHeader:
     """The fixed part of an index, and where its arrays begin (offsets in bytes)."""
 
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     num_sequences: int
     num_boundaries: int
 
@@ -157,7 +158,7 @@ def check_boundaries(boundaries: np.ndarray, num_sequences: int, path: str) -> N
 
 
 def write_index(
-    path: str | os.PathLike, dtype: object, lengths: np.ndarray, boundaries: np.ndarray | Iterable[np.ndarray]
+    path: str | os.PathLike, dtype: Any, lengths: np.ndarray, boundaries: np.ndarray | Iterable[np.ndarray]
 ) -> None:
     """Writes an index for sequences that follow each other in .bin without gaps.
 

@@ -176,7 +176,7 @@ class IndexedDatasetBuilder:
         dtype: of the stored tokens; see `index_format.optimal_dtype`.
     """
 
-    def __init__(self, bin_path: str | os.PathLike, dtype: object = np.int32):
+    def __init__(self, bin_path: str | os.PathLike, dtype: Any = np.int32):
         self.dtype = np.dtype(dtype).newbyteorder("<")
         index_format.dtype_code(self.dtype)
         self._bin_path, self._partial = str(bin_path), f"{bin_path}.partial"

@@ -78,11 +78,11 @@ def finish(
     facts: TokenizerFacts,
     totals: journal.Totals,
     log: journal.Journal,
+    has_indices: bool,
 ) -> Report:
-    """Writes the indices, marks the journal complete, and gives all files their names."""
+    """Writes the indices (unless a run before did), marks the journal complete, and gives all files their names."""
     prefixes = [options.dataset_prefix(key) for key in options.json_keys]
-    _, entries = log.read()
-    if not (entries and entries[-1].get("complete")):
+    if not has_indices:
         for prefix, place in zip(prefixes, totals.places, strict=True):
             _make_index(prefix, place, facts)
         log.append({"complete": True})

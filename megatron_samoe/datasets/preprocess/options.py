@@ -11,6 +11,7 @@ from typing import Any
 from megatron_samoe.datasets.tokenizer import TOKENIZER_TYPES
 from megatron_samoe.errors import DataError, nearest
 
+DEFAULT_CHUNK_BYTES = 1 << 20
 INPUT_FORMATS = ("auto", "jsonl", "text", "parquet")
 # These change how a run goes, not what it writes.
 _NOT_IN_OUTPUT = ("workers", "resume", "on_bad_input", "executor", "log_interval", "quiet")
@@ -43,7 +44,7 @@ class PreprocessOptions:
     deduplicate: str = "none"
     minhash_threshold: float = 0.8
     input_shard: str = "0/1"
-    chunk_bytes: int = 1 << 20
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
     max_document_bytes: int = 256 << 20
     log_interval: int = 1000
     quiet: bool = False

@@ -12,7 +12,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from megatron_samoe.datasets.preprocess import dedup, finish, inputs, journal
 from megatron_samoe.datasets.preprocess.executors import Executor, make_executor
 from megatron_samoe.datasets.preprocess.inputs import Chunk
-from megatron_samoe.datasets.preprocess.options import PreprocessOptions
+from megatron_samoe.datasets.preprocess.options import DEFAULT_CHUNK_BYTES, PreprocessOptions
 from megatron_samoe.datasets.preprocess.progress import Progress
 from megatron_samoe.datasets.preprocess.worker import Summary, TokenizerFacts
 from megatron_samoe.datasets.preprocess.writer import Written, partial_paths
@@ -29,6 +29,7 @@ from megatron_samoe.errors import DataError
 MAX_HELD = 2
 # A chunk during which this many workers died is not tried again.
 MAX_DEATHS = 2
+LARGE_CORPUS_BYTES = 16 << 30
 
 
 def preprocess(options: PreprocessOptions) -> finish.Report:
@@ -42,6 +43,9 @@ def preprocess(options: PreprocessOptions) -> finish.Report:
         raise DataError("Text files have one column: give one name to --json-keys.")
     if options.resume and any(file.path == inputs.STDIN for file in files):
         raise DataError("--resume cannot be used with standard input, which is gone when it was read.")
+    if options.chunk_bytes == DEFAULT_CHUNK_BYTES and sum(file.num_bytes for file in files) > LARGE_CORPUS_BYTES:
+        # The journal has a line per chunk: a terabyte should not make a million.
+        options = replace(options, chunk_bytes=8 * DEFAULT_CHUNK_BYTES)
     log = journal.Journal(options.journal_path())
     executor = make_executor(options)
     try:
@@ -111,7 +115,7 @@ class _Run:
             self._encode_all()
             self._check_not_empty()
         self._progress.show(self._totals, 1 << 62, last=True)
-        return finish.finish(self._options, self._files, self._facts, self._totals, self._log)
+        return finish.finish(self._options, self._files, self._facts, self._totals, self._log, finished)
 
     def _start(self, header: dict[str, Any]) -> bool:
         self._log.restart(header)

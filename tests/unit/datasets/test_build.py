@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +31,8 @@ from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import DataError
 
 BYTES = ByteTokenizer()
+# Kills while an index is built; 100 with SAMOE_KILLS=100.
+NUM_KILLS = min(int(os.environ.get("SAMOE_KILLS", "3")), 100)
 
 
 def make(prefix: Path, lengths: list[int], top: int = 257, seed: int = 0) -> str:
@@ -344,3 +349,41 @@ def test_damaged_lengths_are_refused_by_both_bodies(monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(sample_index, "_compiled", lambda: None)
         with pytest.raises(DataError, match="negative length"):
             sample_index.build_sample_index(lengths, documents, 4, 2)
+
+
+def test_kill_9_while_an_index_is_built_leaves_a_whole_one_or_none(tmp_path: Path) -> None:
+    prefix = make(tmp_path / "d", [20] * 20_000)
+    program = f"""
+import itertools, os, shutil
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.datasets.build import build_train_valid_test_datasets
+from megatron_samoe.datasets.tokenizer import ByteTokenizer
+print("ready", flush=True)
+for number in itertools.count():
+    data = DataConfig(data_path=({prefix!r},), split="1", data_cache_path={str(tmp_path / "cache")!r})
+    build_train_valid_test_datasets(data, (60_000 + number % 3, 0, 0), 16, 1, ByteTokenizer())
+    shutil.rmtree(data.data_cache_path)
+"""
+    root = Path(__file__).resolve().parents[3]
+    cache, random = tmp_path / "cache", np.random.default_rng(int(time.time()))
+    for _ in range(NUM_KILLS):
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=root)
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(float(random.uniform(0, 0.3)))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        for count in range(60_000, 60_003):
+            data = DataConfig(data_path=(prefix,), split="1", data_cache_path=str(cache))
+            fresh = build(
+                DataConfig(data_path=(prefix,), split="1", data_cache_path=str(tmp_path / "other")), (count, 0, 0)
+            )
+            found = build(data, (count, 0, 0))
+            for name in ("document_index", "sample_index", "shuffle_index"):
+                np.testing.assert_array_equal(getattr(found[0], name), getattr(fresh[0], name))
+        assert not [path for path in cache.iterdir() if path.suffix not in (".index", ".partial")]
+        for path in cache.glob("*"):
+            os.utime(path, (0, 0))
+        build(data, (70_000, 0, 0))
+        assert not list(cache.glob("*.partial")), "what a kill left is removed when it is old"
+        shutil.rmtree(cache)
