@@ -357,7 +357,7 @@ def test_disk_that_is_full(small_disk: Path, corpus: Path, _trained: Path, tmp_p
     args = arguments(data_path=corpus, save=small_disk / "checkpoints", load=small_disk / "checkpoints",
                      train_iters=30, save_interval=1)  # fmt: skip
     paragraph = start(args, tmp_path / "out").fail()
-    assert "No space left on device" in paragraph and "Earlier checkpoints are as they were" in paragraph
+    assert str(small_disk) in paragraph and "Earlier checkpoints are as they were" in paragraph
     kept = iterations(small_disk / "checkpoints")
     assert kept[:2] == [3, 6]
     before = contents(_trained / "checkpoints/iter_0000006")

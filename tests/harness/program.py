@@ -107,7 +107,7 @@ class ProgramRun:
                 return True
             if all(process.exitcode is not None for process in self.processes):
                 return condition()
-            time.sleep(0.0005)
+            time.sleep(0.002)
         self._give_up(f"nothing of what was waited for within {timeout_s} s")
         return False
 
