@@ -84,6 +84,22 @@ class IndexedDataset:
             get_idx_path(self.path_prefix),
         )
 
+    def first_gap(self) -> tuple[int, int] | None:
+        """Returns (sequence, byte where it should begin) of the first that does not follow the one in front of it.
+
+        None if all do; a gap behind the last sequence counts as sequence len(self).
+        """
+        expected = 0
+        for start in range(0, len(self), index_format.CHUNK_ROWS):
+            rows = slice(start, start + index_format.CHUNK_ROWS)
+            sizes = self.sequence_lengths[rows].astype(np.int64) * self.dtype.itemsize
+            ends = np.cumsum(sizes) + expected
+            wrong = np.flatnonzero(self.sequence_pointers[rows] != ends - sizes)
+            if wrong.size:
+                return start + int(wrong[0]), int((ends - sizes)[wrong[0]])
+            expected = int(ends[-1])
+        return None if expected == self.bin_reader.num_bytes else (len(self), expected)
+
     @property
     def num_documents(self) -> int:
         return len(self.document_indices) - 1

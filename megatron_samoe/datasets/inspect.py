@@ -121,25 +121,19 @@ def verify(prefix: str) -> list[str]:
 
 
 def _check_no_gaps(data: IndexedDataset) -> None:
-    expected, itemsize = 0, data.dtype.itemsize
-    for start in range(0, len(data), index_format.CHUNK_ROWS):
-        rows = slice(start, start + index_format.CHUNK_ROWS)
-        sizes = data.sequence_lengths[rows].astype(np.int64) * itemsize
-        ends = np.cumsum(sizes) + expected
-        wrong = np.flatnonzero(data.sequence_pointers[rows] != ends - sizes)
-        if wrong.size:
-            row = int(wrong[0])
-            raise DataError(
-                f"{get_idx_path(data.path_prefix)}: sequence {start + row} begins at byte "
-                f"{int(data.sequence_pointers[start + row])}, but the one in front of it ends at "
-                f"{int((ends - sizes)[row])}."
-            )
-        expected = int(ends[-1])
-    if expected != data.bin_reader.num_bytes:
+    gap = data.first_gap()
+    if gap is None:
+        return
+    row, expected = gap
+    if row == len(data):
         raise DataError(
             f"{get_bin_path(data.path_prefix)} has {data.bin_reader.num_bytes} bytes, but its index describes "
             f"{expected}."
         )
+    raise DataError(
+        f"{get_idx_path(data.path_prefix)}: sequence {row} begins at byte {int(data.sequence_pointers[row])}, but the "
+        f"one in front of it ends at {expected}."
+    )
 
 
 def repair(prefix: str, dtype: str, eod: int) -> tuple[int, int]:

@@ -86,8 +86,8 @@ def _append_tokens(data: IndexedDataset, target: object, crc: int) -> int:
     """
     import zlib
 
-    contiguous = _is_contiguous(data)
-    if contiguous:
+    gap = data.first_gap()
+    if gap is None or gap[0] == len(data):
         end = data.num_tokens * data.dtype.itemsize
         with open(get_bin_path(data.path_prefix), "rb") as source:
             left = end
@@ -104,18 +104,6 @@ def _append_tokens(data: IndexedDataset, target: object, crc: int) -> int:
         crc = zlib.crc32(block, crc)
         target.write(block)  # type: ignore[attr-defined]
     return crc
-
-
-def _is_contiguous(data: IndexedDataset) -> bool:
-    expected = 0
-    for start in range(0, len(data), index_format.CHUNK_ROWS):
-        rows = slice(start, start + index_format.CHUNK_ROWS)
-        sizes = data.sequence_lengths[rows].astype(np.int64) * data.dtype.itemsize
-        ends = np.cumsum(sizes) + expected
-        if not np.array_equal(data.sequence_pointers[rows], ends - sizes):
-            return False
-        expected = int(ends[-1])
-    return True
 
 
 def _write_manifest(

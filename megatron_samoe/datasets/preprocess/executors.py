@@ -84,7 +84,7 @@ class ProcessExecutor:
 
     def _launch(self) -> tuple[subprocess.Popen[bytes], Connection]:
         ours, theirs = socket.socketpair()
-        environment = dict(os.environ)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         root = str(Path(__file__).resolve().parents[3])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
         program = "import sys; from megatron_samoe.datasets.preprocess.worker import main; main(int(sys.argv[1]))"
