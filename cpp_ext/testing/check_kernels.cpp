@@ -166,6 +166,31 @@ void check_combine() {
   }
 }
 
+void check_cross_entropy() {
+  const int64_t tokens = pick(0, 9), width = pick(0, 300), first_id = pick(0, 20);
+  const auto logits = floats(tokens * width), dloss = floats(tokens);
+  std::vector<float> peak(tokens), sum(tokens), target(tokens), logsumexp(tokens), gradient(tokens * width);
+  std::vector<int64_t> labels(tokens);
+  for (int64_t& label : labels) label = pick(0, first_id + width + 5);
+  kernels().cross_entropy_forward(
+      {DType::f32, logits.data(), labels.data(), tokens, width, first_id, peak.data(), sum.data(), target.data(), 2});
+  for (int64_t t = 0; t < tokens; ++t) {
+    double expected = 0;
+    for (int64_t v = 0; v < width; ++v) expected += std::exp(static_cast<double>(logits[t * width + v]) - peak[t]);
+    expect(near(sum[t], expected, 1e-5), "sum of exponentials");
+    logsumexp[t] = peak[t] + std::log(sum[t]);
+  }
+  kernels().cross_entropy_backward({DType::f32, logits.data(), labels.data(), logsumexp.data(), dloss.data(), tokens,
+                                    width, first_id, gradient.data(), 2});
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t v = 0; v < width; ++v) {
+      const double p = std::exp(static_cast<double>(logits[t * width + v]) - logsumexp[t]);
+      const double expected = (p - (labels[t] - first_id == v ? 1.0 : 0.0)) * dloss[t];
+      expect(near(gradient[t * width + v], expected, 1e-5), "logits' gradient");
+    }
+  }
+}
+
 // One rank's exchanges; every byte says who sent it to whom.
 int exchange_rank(int rank, int world, const int* to_parent, const int* from_parent) {
   samoe::comm::ShmAllToAll communicator(rank, world, 50);
@@ -245,6 +270,7 @@ int main() {
     check_rows<float>(DType::f32);
     check_rows<uint16_t>(DType::bf16);
     check_combine();
+    check_cross_entropy();
   }
   std::printf("exchanges of 1, 2 and 4 ranks and 60 rounds of every kernel agree (%s)\n", kernels().instruction_set);
   return 0;

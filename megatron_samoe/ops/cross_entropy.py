@@ -15,9 +15,8 @@ from megatron_samoe.ops import extension, reference
 
 def _check(logits_TV: Tensor, labels_T: Tensor) -> None:
     if logits_TV.dim() != 2 or labels_T.shape != logits_TV.shape[:1] or labels_T.dtype != torch.int64:
-        raise ValueError(
-            f"labels_T is {labels_T.dtype} {tuple(labels_T.shape)}, logits_TV {tuple(logits_TV.shape)}: one int64 a token"
-        )
+        labels = f"{labels_T.dtype} {tuple(labels_T.shape)}"
+        raise ValueError(f"labels_T is {labels}, logits_TV {tuple(logits_TV.shape)}: one int64 a token")
 
 
 @torch.no_grad()
