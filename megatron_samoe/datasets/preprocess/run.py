@@ -258,20 +258,19 @@ class _Run:
     def _replace(self, worker: int, why: str) -> None:
         """Starts a new worker and gives it what the dead one held."""
         lost = [f for _, f in sorted(self._flight.items()) if f.worker == worker and f.written is None]
-        for flight in lost:
+        # A worker takes its chunks in order: the first that it did not finish is the one it died of.
+        for flight in [f for f in lost if f.summary is None][:1] or lost[:1]:
             flight.deaths += 1
             if flight.deaths >= MAX_DEATHS:
-                where = (
-                    f"{flight.chunk.file} from byte {flight.chunk.start}"
-                    if flight.chunk.kind == "range"
-                    else flight.chunk.file
-                )
+                chunk = flight.chunk
+                where = f"{chunk.file} from byte {chunk.start}" if chunk.kind == "range" else chunk.file
                 raise DataError(
-                    f"Workers died {flight.deaths} times while they held chunk {flight.chunk.number} ({where}): {why}. "
+                    f"Workers died {flight.deaths} times while they held chunk {chunk.number} ({where}): {why}. "
                     "If memory ran out, use fewer --workers or a smaller --max-document-mb; --resume goes on from here."
                 )
         self._executor.restart(worker)
         for flight in lost:
+            flight.summary = None
             self._executor.send(worker, ("chunk", flight.chunk))
 
     def _check_not_empty(self) -> None:
