@@ -98,7 +98,10 @@ def report(out: Path) -> None:
     table = format_table(summary_table(runs))
     fewer = runs[0].parameters.expert / runs[1].parameters.expert
     gap = runs[1].validation["validation_loss"] - runs[0].validation["validation_loss"]
-    notes = (f"SaMoE has {fewer:.1f}x fewer expert parameters; its validation loss is {gap:+.4f} nats from the MoE's.", *NOTES)
+    notes = (
+        f"SaMoE has {fewer:.1f}x fewer expert parameters; its validation loss is {gap:+.4f} nats from the MoE's.",
+        *NOTES,
+    )
     print(f"{table}\n\n" + "\n".join(notes))
     samples = {}
     for name in MODELS:

@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from megatron_samoe.config import MoEConfig, ModelConfig, PretrainConfig, TrainingConfig
+from megatron_samoe.config import ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.models.accounting import count_parameters, train_flops_per_token
+from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.transformer_layer import expert_shape
 from megatron_samoe.moe.moe_layer import MoELayer
 from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import backend, single_process_state
 from megatron_samoe.training.setup import build_setup, initial_state
@@ -210,7 +210,10 @@ def main() -> None:
     torch.manual_seed(1)
     results = options.run(options)
     rows = [list(results[0])]
-    rows += [[f"{v:,.2f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v) for v in r.values()] for r in results]
+    rows += [
+        [f"{v:,.2f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v) for v in r.values()]
+        for r in results
+    ]
     print(f"{threads} threads, torch {torch.__version__}, extension {'yes' if extension.available() else 'no'}\n")
     print(format_table(rows))
     if options.json:

@@ -57,7 +57,9 @@ def pretrain(config: PretrainConfig) -> None:
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
     vocab_size = data.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
-        raise ConfigError("--vocab-size", vocab_size, f"must be at least the tokenizer's {tokenizer.vocab_size} entries")
+        raise ConfigError(
+            "--vocab-size", vocab_size, f"must be at least the tokenizer's {tokenizer.vocab_size} entries"
+        )
     backend.initialize_distributed(config.parallel, device)
     parallel = initialize_model_parallel(config.parallel, device)
     is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0

@@ -95,7 +95,9 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError("--config", str(path), f"must hold a mapping of option to value, not {type(content).__name__}")
+        raise ConfigError(
+            "--config", str(path), f"must hold a mapping of option to value, not {type(content).__name__}"
+        )
     return content
 
 
@@ -128,7 +130,9 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
                 sub_name = str(sub_key).replace("-", "_")
                 if home.get(sub_name) != name:
                     own = [n for n, g in home.items() if g == name]
-                    raise ConfigError(f"{name}.{sub_key}", sub_value, f"unknown option in {source}.{nearest(sub_name, own)}")
+                    raise ConfigError(
+                        f"{name}.{sub_key}", sub_value, f"unknown option in {source}.{nearest(sub_name, own)}"
+                    )
                 changes[name][sub_name] = sub_value
         elif name in home:
             changes[home[name]][name] = value

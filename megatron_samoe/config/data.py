@@ -36,9 +36,9 @@ class DataConfig:
     """Let no token attend to an earlier document."""
     eod_mask_loss: bool = False
     """Leave the prediction that follows an end-of-document token out of the loss."""
-    tokenizer_type: Literal[
-        "SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteTokenizer"
-    ] = "ByteTokenizer"
+    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteTokenizer"] = (
+        "ByteTokenizer"
+    )
     """Kind of the tokenizer."""
     tokenizer_model: str | None = None
     """SentencePiece .model, or tokenizer.json."""

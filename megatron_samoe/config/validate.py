@@ -43,7 +43,9 @@ def global_batch_size(config: PretrainConfig, world_size: int) -> int:
 
 def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
     """Returns for each layer whether it is MoE; ConfigError if the text is no frequency or pattern of that length."""
-    allowed = f"must be an integer from 1 to {num_layers}, or {num_layers} zeros and ones such as 01 repeated or [0,1]*4"
+    allowed = (
+        f"must be an integer from 1 to {num_layers}, or {num_layers} zeros and ones such as 01 repeated or [0,1]*4"
+    )
     compact = text.replace(" ", "")
     repeated = re.fullmatch(r"\(?\[([01](?:,[01])*)\]\)?(?:\*(\d+))?", compact)
     if repeated:
@@ -179,7 +181,9 @@ def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:
         yield error
         return
     if layers == 0:
-        yield ConfigError("--moe-layer-freq", moe.moe_layer_freq, "must make at least one layer MoE, or use --expert-layout dense")
+        yield ConfigError(
+            "--moe-layer-freq", moe.moe_layer_freq, "must make at least one layer MoE, or use --expert-layout dense"
+        )
     if moe.moe_router_topk > moe.num_experts:
         yield ConfigError("--moe-router-topk", moe.moe_router_topk, f"must be at most --num-experts {moe.num_experts}")
     if moe.moe_router_topk == 1 and not moe.pre_softmax:
@@ -197,7 +201,9 @@ def _options_without_effect(config: PretrainConfig, world_size: int) -> Problems
         for name in ("num_expert_banks", "samoe_combine", "samoe_granularity", "samoe_normalization", "samoe_init",
                      "samoe_freeze_coefficients", "samoe_pool_placement", "pool_replica_check_interval"):  # fmt: skip
             if getattr(moe, name) != getattr(default, name):
-                yield ConfigError(flag(name), getattr(moe, name), f"needs --expert-layout samoe, not {moe.expert_layout}")
+                yield ConfigError(
+                    flag(name), getattr(moe, name), f"needs --expert-layout samoe, not {moe.expert_layout}"
+                )
     if moe.expert_layout == "dense":
         for name in ("moe_ffn_hidden_size", "moe_expert_capacity_factor", "moe_shared_expert_intermediate_size"):
             if getattr(moe, name) is not None:
@@ -210,7 +216,9 @@ def _options_without_effect(config: PretrainConfig, world_size: int) -> Problems
         yield ConfigError("--pool-replica-check-interval", moe.pool_replica_check_interval,
                           "needs --samoe-pool-placement replicated: a shared-out pool has no copies to compare")  # fmt: skip
     if config.training.recompute_num_layers is not None and config.training.recompute_granularity != "full":
-        yield ConfigError("--recompute-num-layers", config.training.recompute_num_layers, "needs --recompute-granularity full")
+        yield ConfigError(
+            "--recompute-num-layers", config.training.recompute_num_layers, "needs --recompute-granularity full"
+        )
     if config.optimizer.lr_wsd_decay_iters is not None and config.optimizer.lr_decay_style != "WSD":
         yield ConfigError("--lr-wsd-decay-iters", config.optimizer.lr_wsd_decay_iters, "needs --lr-decay-style WSD")
     if config.training.loss_scale is not None and not config.training.fp16:
@@ -259,7 +267,9 @@ def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
         yield ConfigError("--num-experts", moe.num_experts, f"must be divisible by --expert-model-parallel-size {ep}")
     expert_size = moe.moe_ffn_hidden_size or model.mlp_size
     if expert_size % etp:
-        yield ConfigError("--moe-ffn-hidden-size", expert_size, f"must be divisible by --expert-tensor-parallel-size {etp}")
+        yield ConfigError(
+            "--moe-ffn-hidden-size", expert_size, f"must be divisible by --expert-tensor-parallel-size {etp}"
+        )
     shared = moe.moe_shared_expert_intermediate_size
     if shared is not None and shared % tp:
         yield ConfigError("--moe-shared-expert-intermediate-size", shared,
@@ -281,19 +291,25 @@ def _pipeline(config: PretrainConfig, world_size: int) -> Problems:
             if getattr(parallel, name) is not None:
                 yield ConfigError(flag(name), getattr(parallel, name), "needs --pipeline-model-parallel-size above 1")
         if parallel.pipeline_schedule != "1f1b":
-            yield ConfigError("--pipeline-schedule", parallel.pipeline_schedule, "needs --pipeline-model-parallel-size above 1")
+            yield ConfigError(
+                "--pipeline-schedule", parallel.pipeline_schedule, "needs --pipeline-model-parallel-size above 1"
+            )
         return
     layout = parallel.pipeline_model_parallel_layout
     if layout is not None:
         if per_stage is not None:
-            yield ConfigError("--num-layers-per-virtual-pipeline-stage", per_stage, "excludes --pipeline-model-parallel-layout")
+            yield ConfigError(
+                "--num-layers-per-virtual-pipeline-stage", per_stage, "excludes --pipeline-model-parallel-layout"
+            )
         try:
             counts = parse_stage_layout(layout)
         except ConfigError as error:
             yield error
             return
         if sum(counts) != layers:
-            yield ConfigError("--pipeline-model-parallel-layout", layout, f"has {sum(counts)} layers; --num-layers is {layers}")
+            yield ConfigError(
+                "--pipeline-model-parallel-layout", layout, f"has {sum(counts)} layers; --num-layers is {layers}"
+            )
         if len(counts) % pp:
             yield ConfigError("--pipeline-model-parallel-layout", layout, f"has {len(counts)} stages; a multiple of "
                               f"--pipeline-model-parallel-size {pp} is needed")  # fmt: skip
@@ -366,7 +382,9 @@ def _data_sources(config: PretrainConfig, world_size: int) -> Problems:
     if data.mock_data and (data.data_path or split_paths):
         yield ConfigError("--mock-data", True, "excludes --data-path and its per-split variants")
     if data.data_path and split_paths:
-        yield ConfigError("--data-path", data.data_path, "excludes --train-data-path, --valid-data-path, --test-data-path")
+        yield ConfigError(
+            "--data-path", data.data_path, "excludes --train-data-path, --valid-data-path, --test-data-path"
+        )
     if not (data.mock_data or data.data_path or data.train_data_path):
         yield ConfigError("--data-path", None, "must name a dataset (or give --train-data-path, or --mock-data)")
     if data.tokenizer_type == "GPT2BPETokenizer" and not (data.vocab_file and data.merge_file):

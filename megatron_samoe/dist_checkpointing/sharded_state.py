@@ -132,6 +132,7 @@ class LoadPlanner(DefaultLoadPlanner):
         items: list[ReadItem] = []
         for name, parts in self.sharded.items():
             stored = self.metadata.state_dict_metadata[name]
+            assert isinstance(stored, TensorStorageMetadata)
             items += create_read_items_for_chunk_list(name, stored, [t.chunk for t in parts])
         return LoadPlan(items)
 
@@ -217,5 +218,3 @@ def stored_names(directory: str) -> set[str]:
 def replicated(tensor: Tensor, state: ParallelState) -> list[ShardedTensor]:
     """Returns the description of a tensor that every rank holds whole."""
     return [ShardedTensor(tensor, tuple(tensor.shape), (0,) * tensor.dim(), state.rank == 0)]
-
-

@@ -54,7 +54,9 @@ def find_checkpoint(config: CheckpointConfig) -> Path | None:
     iterations = whole_iterations(config.load)
     if config.ckpt_step is not None:
         if config.ckpt_step not in iterations:
-            raise CheckpointError(f"--ckpt-step {config.ckpt_step}: {config.load} has iterations {iterations or 'none'}.")
+            raise CheckpointError(
+                f"--ckpt-step {config.ckpt_step}: {config.load} has iterations {iterations or 'none'}."
+            )
         return iteration_dir(config.load, config.ckpt_step)
     if not iterations:
         _refuse_foreign(Path(config.load))
@@ -63,7 +65,9 @@ def find_checkpoint(config: CheckpointConfig) -> Path | None:
         return None
     latest = _read_latest(Path(config.load))
     if latest is not None and latest not in iterations:
-        logger.warning(f"{config.load}/{LATEST} names iteration {latest}, which is not there; loading {iterations[-1]}.")
+        logger.warning(
+            f"{config.load}/{LATEST} names iteration {latest}, which is not there; loading {iterations[-1]}."
+        )
     return iteration_dir(config.load, latest if latest in iterations else iterations[-1])
 
 
@@ -126,7 +130,9 @@ def save_checkpoint(
 
     def publish() -> None:
         _write_durably(unfinished / CONFIG, yaml.safe_dump(dict(full_config), sort_keys=False))
-        _write_durably(unfinished / TRAIN_STATE, json.dumps({"format_version": FORMAT_VERSION, **train_state}, indent=1))
+        _write_durably(
+            unfinished / TRAIN_STATE, json.dumps({"format_version": FORMAT_VERSION, **train_state}, indent=1)
+        )
         _fsync_dir(unfinished)
         if final.exists():
             replaced = root / f".{final.name}.replaced"

@@ -87,9 +87,7 @@ def combinations(runs: Sequence[RunSummary]) -> bytes | None:
     shown = [(run, value) for run in runs if (value := _last(run, "combination")) is not None]
     if not shown:
         return None
-    figure, all_axes = plt.subplots(
-        len(shown), 2, figsize=(10, 4.2 * len(shown)), squeeze=False, layout="constrained"
-    )
+    figure, all_axes = plt.subplots(len(shown), 2, figsize=(10, 4.2 * len(shown)), squeeze=False, layout="constrained")
     for row, (run, nested) in zip(all_axes, shown, strict=True):
         a_2LP = np.stack([np.asarray(layer).mean(1) for layer in nested], axis=1)
         limit = np.abs(a_2LP).max()
@@ -111,6 +109,12 @@ def _grid(axes: Axes, values: np.ndarray, decimals: int = 2, **options: Any) -> 
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             axes.text(
-                column, row, f"{value:.{decimals}f}", ha="center", va="center", fontsize=7, color="white" if dark else "black"
+                column,
+                row,
+                f"{value:.{decimals}f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
             )
     return image

@@ -17,7 +17,11 @@ padding-left:1em;white-space:pre-wrap}"""
 
 
 def write_report(
-    path: Path, title: str, runs: Sequence[RunSummary], notes: Sequence[str] = (), samples: Mapping[str, str] | None = None
+    path: Path,
+    title: str,
+    runs: Sequence[RunSummary],
+    notes: Sequence[str] = (),
+    samples: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the page, and each plot as a PNG beside it.
 
@@ -38,7 +42,9 @@ def write_report(
             continue
         (path.parent / f"{name}.png").write_bytes(png)
         encoded = base64.b64encode(png).decode()
-        body.append(f'<h2>{html.escape(heading)}</h2><img alt="{html.escape(heading)}" src="data:image/png;base64,{encoded}">')
+        body.append(
+            f'<h2>{html.escape(heading)}</h2><img alt="{html.escape(heading)}" src="data:image/png;base64,{encoded}">'
+        )
     for name, text in (samples or {}).items():
         body.append(f"<h2>Sample of {html.escape(name)}</h2><blockquote>{html.escape(text)}</blockquote>")
     page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'

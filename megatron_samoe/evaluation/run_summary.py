@@ -68,7 +68,19 @@ def read_run(run_dir: Path) -> RunSummary:
 
 def summary_table(runs: list[RunSummary]) -> list[list[str]]:
     """Returns rows of text, the first the heading."""
-    rows = [["model", "parameters", "expert", "active", "checkpoint", "valid. loss", "perplexity", "tokens/s", "peak memory/rank"]]
+    rows = [
+        [
+            "model",
+            "parameters",
+            "expert",
+            "active",
+            "checkpoint",
+            "valid. loss",
+            "perplexity",
+            "tokens/s",
+            "peak memory/rank",
+        ]
+    ]
     for run in runs:
         count, last = run.parameters, run.validation
         rows.append([
@@ -83,7 +95,9 @@ def format_table(rows: list[list[str]]) -> str:
     """Returns rows as aligned text, first column left, others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -12,7 +12,13 @@ from megatron_samoe.moe.types import ForwardContext
 
 @torch.no_grad()
 def generate_ids(
-    loaded: LoadedModel, prompt: list[int], max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0, seed: int = 0
+    loaded: LoadedModel,
+    prompt: list[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
 ) -> list[int]:
     """Returns the ids that follow a prompt, up to an end-of-document token.
 
@@ -28,7 +34,9 @@ def generate_ids(
     if not prompt:
         raise ConfigError("--prompt", "", "must hold at least one token")
     if temperature < 0 or top_k < 0 or max_new_tokens < 0:
-        raise ConfigError("--temperature/--top-k/--max-new-tokens", (temperature, top_k, max_new_tokens), "must be 0 or more")
+        raise ConfigError(
+            "--temperature/--top-k/--max-new-tokens", (temperature, top_k, max_new_tokens), "must be 0 or more"
+        )
     assert loaded.model.state.pp.size == 1, "generation runs the whole model on each rank"
     device = loaded.model.state.device
     generator = torch.Generator().manual_seed(seed)

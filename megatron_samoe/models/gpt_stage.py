@@ -85,7 +85,12 @@ class GPTStage(nn.Module):
             if model.untie_embeddings_and_output_weights:
                 padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by)
                 self.output = VocabParallelEmbedding(
-                    vocab_size, padded, model.hidden_size, init=Init(std=model.init_method_std), state=state, dtype=dtype
+                    vocab_size,
+                    padded,
+                    model.hidden_size,
+                    init=Init(std=model.init_method_std),
+                    state=state,
+                    dtype=dtype,
                 )
 
     def forward(

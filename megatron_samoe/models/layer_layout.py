@@ -69,5 +69,3 @@ def layers_per_stage(parallel: ParallelConfig, num_layers: int) -> tuple[int, ..
 def rank_plans(config: PretrainConfig, pipeline_rank: int) -> tuple[StagePlan, ...]:
     """Returns the plans of one pipeline rank's chunks."""
     return stage_plans(config)[pipeline_rank :: config.parallel.pipeline_model_parallel_size]
-
-

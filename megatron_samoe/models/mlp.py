@@ -26,7 +26,13 @@ class MLP(nn.Module):
         out_dims = (2, ffn_size) if self.gated else (ffn_size,)
         bias = not config.disable_bias_linear
         self.fc1 = ColumnParallelLinear(
-            config.hidden_size, out_dims, len(out_dims) - 1, bias=bias, init=Init(std=init_std), state=state, dtype=dtype
+            config.hidden_size,
+            out_dims,
+            len(out_dims) - 1,
+            bias=bias,
+            init=Init(std=init_std),
+            state=state,
+            dtype=dtype,
         )
         self.fc2 = RowParallelLinear(
             ffn_size, config.hidden_size, bias=bias, init=Init(std=output_init_std), state=state, dtype=dtype

@@ -20,9 +20,7 @@ def expert_capacity(slots_per_sequence: int, config: MoEConfig) -> int:
     return max(1, math.ceil(config.moe_expert_capacity_factor * slots_per_sequence / config.num_experts))
 
 
-def drop_over_capacity(
-    ids_TK: Tensor, probs_TK: Tensor, capacity: int, batch_size: int, config: MoEConfig
-) -> Tensor:
+def drop_over_capacity(ids_TK: Tensor, probs_TK: Tensor, capacity: int, batch_size: int, config: MoEConfig) -> Tensor:
     """Returns ids_TK with -1 where a token is over its expert's capacity.
 
     Experts keep their most probable tokens, or those that stand first (all first choices before all second choices).

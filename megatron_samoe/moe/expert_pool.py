@@ -78,7 +78,10 @@ class Combination(Protocol):
 
 
 def make_combination(
-    config: MoEConfig, pool: ExpertPool, coefficients: Mapping[int, nn.Parameter], state: ParallelState,
+    config: MoEConfig,
+    pool: ExpertPool,
+    coefficients: Mapping[int, nn.Parameter],
+    state: ParallelState,
     dtype: torch.dtype,
 ) -> StepCombination | LayerCombination:
     """Returns the combination that --samoe-combine asks for.
@@ -143,7 +146,7 @@ class StepCombination:
                     da_2LGP[row] += contract(a_2LGP[row].detach(), bank, grad, bank_grad)
             grad.zero_()
         trained = [c for c in self._coefficients.values() if c.requires_grad]
-        if trained:
+        if trained and a_2LGP is not None:
             for c, dc in zip(trained, torch.autograd.grad(a_2LGP, trained, da_2LGP), strict=True):
                 c.main_grad += dc  # type: ignore[attr-defined]
 
@@ -154,7 +157,9 @@ class StepCombination:
     def _per_layer(self, make: Callable[..., Tensor], dtype: torch.dtype) -> ExpertWeights:
         layers, device = len(self._coefficients), self._state.device
         shapes = self._pool.shapes()
-        return ExpertWeights(**{n: make((layers, *shape[1:]), dtype=dtype, device=device) for n, shape in shapes.items()})
+        return ExpertWeights(
+            **{n: make((layers, *shape[1:]), dtype=dtype, device=device) for n, shape in shapes.items()}
+        )
 
     def _normalized(self) -> Tensor:
         raw_2LGP = torch.stack(list(self._coefficients.values()), dim=1)

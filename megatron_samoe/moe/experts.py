@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class ExpertShape:
         E, H, F = self.num_experts, self.hidden_size, self.ffn_size
         up = (2, F) if self.activation == "swiglu" else (F,)
         leading = () if num_banks is None else (num_banks,)
-        family = "expert" if num_banks is None else "pool"
+        family: Literal["expert", "pool"] = "expert" if num_banks is None else "pool"
         d = len(leading)
         by_expert, f_dim = (d, "ep"), d + len(up)
         inner = (by_expert, (f_dim, "etp"))
@@ -58,9 +59,8 @@ def weights_of(parameters: Mapping[str, nn.Parameter] | nn.ParameterDict) -> Exp
 
 def main_grads_of(parameters: Mapping[str, nn.Parameter] | nn.ParameterDict) -> ExpertWeights | None:
     """Returns the parameters' main gradients; None where no gradient buffer holds them."""
-    if not all(hasattr(p, "main_grad") for p in parameters.values()):
-        return None
-    return ExpertWeights(**{name: p.main_grad for name, p in parameters.items()})
+    grads = {name: getattr(p, "main_grad", None) for name, p in parameters.items()}
+    return None if None in grads.values() else ExpertWeights(**grads)  # type: ignore[arg-type]
 
 
 def without_repeated_bias(weights: ExpertWeights, state: ParallelState) -> ExpertWeights:

@@ -56,7 +56,9 @@ def initialize_distributed(config: ParallelConfig, device: torch.device) -> None
 
 def is_communication_failure(error: RuntimeError) -> bool:
     """Whether torch raised because another rank died, hung or could not be reached."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "Connection closed by peer" in str(error)
+    return (
+        isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "Connection closed by peer" in str(error)
+    )
 
 
 def set_num_threads(num_threads: int | None) -> int:

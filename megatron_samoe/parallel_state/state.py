@@ -164,5 +164,9 @@ def initialize_model_parallel(
                 handle = handles[ranks] if len(ranks) > 1 else None
                 groups[name] = Group(name, ranks, ranks.index(rank), handle)
     return ParallelState(
-        grid, rank, torch.device(device), sequence_parallel=config.sequence_parallel and grid.tp > 1, **groups
+        grid,
+        rank,
+        torch.device(device),
+        sequence_parallel=config.sequence_parallel and grid.tp > 1,
+        **groups,  # type: ignore[arg-type]
     )

@@ -54,7 +54,9 @@ class Pipeline:
     def outgoing(self, action: Action) -> tuple[Direction, str]:
         """Returns what an action sends on."""
         step = 1 if action.kind == "F" else -1
-        return self._name("forward" if action.kind == "F" else "backward", action, self.virtual_stage(action.chunk) + step)
+        return self._name(
+            "forward" if action.kind == "F" else "backward", action, self.virtual_stage(action.chunk) + step
+        )
 
     def _name(self, direction: Direction, action: Action, stage: int) -> tuple[Direction, str]:
         kind = "activation" if direction == "forward" else "gradient"

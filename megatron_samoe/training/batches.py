@@ -74,4 +74,3 @@ def build_run_data(config: PretrainConfig, tokenizer: Tokenizer, parallel: Paral
         barrier=parallel.world.barrier if parallel.world_size > 1 else None, is_builder=is_builder,
     )  # fmt: skip
     return RunData(train, valid, config, parallel)
-

@@ -31,7 +31,8 @@ EXPERT_FRACTIONS = "training.expert_fractions"
 def model_state(model: RankModel) -> dict[str, list[ShardedTensor]]:
     """Returns the model's parameters."""
     return {
-        name: sharded(p, get_shard_spec(p), model.state, get_flat_part(p)) for name, p in model.global_parameters().items()
+        name: sharded(p, get_shard_spec(p), model.state, get_flat_part(p))
+        for name, p in model.global_parameters().items()
     }
 
 
@@ -58,9 +59,7 @@ def save_run(setup: TrainSetup, state: TrainState) -> Path:
     if not checkpoint.no_save_optim:
         tensors |= optimizer_state(setup)
         plain["optimizer_steps"] = setup.optimizer.num_steps
-    return store.save_checkpoint(
-        checkpoint, state.iteration, tensors, to_mapping(setup.config), plain, setup.parallel
-    )
+    return store.save_checkpoint(checkpoint, state.iteration, tensors, to_mapping(setup.config), plain, setup.parallel)
 
 
 def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainState:
@@ -110,7 +109,9 @@ def check_same_model(
         if name not in FREE_FIELDS and current[group].get(name) != saved_value
     ]
     if saved_state.get("vocab_size") != setup.model.vocab_size:
-        differences.append(f"the vocabulary has {saved_state.get('vocab_size')} entries there, {setup.model.vocab_size} here")
+        differences.append(
+            f"the vocabulary has {saved_state.get('vocab_size')} entries there, {setup.model.vocab_size} here"
+        )
     if differences:
         raise CheckpointError(
             f"The checkpoint in {directory} is of another model: {'; '.join(differences)}. "

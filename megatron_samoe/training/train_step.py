@@ -14,8 +14,8 @@ from megatron_samoe.distributed.finalize_model_grads import finalize_model_grads
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.optimizer.clip_grads import clip_gradients, global_grad_norm
 from megatron_samoe.optimizer.schedule import learning_rate
-from megatron_samoe.tensor_parallel.random import SampleRandom
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan
+from megatron_samoe.tensor_parallel.random import SampleRandom
 from megatron_samoe.training.micro_batches import Batch, run_micro_batches
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
@@ -162,5 +162,3 @@ def _routing_stats(rows: Tensor, setup: TrainSetup) -> RoutingStats:
         z_loss=(z_sum_L / tokens).mean().item(),
         dropped_fraction=(dropped_L.sum() / counts_LE.sum()).item(),
     )
-
-

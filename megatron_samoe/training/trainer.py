@@ -17,8 +17,8 @@ from megatron_samoe.training.checkpointing import load_run, save_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.exit_signals import ExitSignals
 from megatron_samoe.training.hooks import Hook
-from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.metrics import Stopwatch, make_record
+from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.moe_diagnostics import expert_grad_norms, make_diagnostics
 from megatron_samoe.training.non_finite import raise_non_finite
 from megatron_samoe.training.replica_check import check_pool_replicas

@@ -40,7 +40,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         for rank in range(world_size):
             here, there = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_rank_main, args=(function, rank, world_size, os.path.join(folder, "store"), there, timeout_s, args)
+                target=_rank_main,
+                args=(function, rank, world_size, os.path.join(folder, "store"), there, timeout_s, args),
             )
             process.start()
             there.close()

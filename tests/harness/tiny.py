@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_samoe.config import MoEConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainingConfig
+from megatron_samoe.config import ModelConfig, MoEConfig, ParallelConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor
 from megatron_samoe.parallel_state import ParallelState
 from megatron_samoe.training.setup import TrainSetup
