@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_samoe.datasets import index_format
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron_samoe.errors import DataError
+from tests.unit.datasets.mutation import mutate
 
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Mutations tried per kind of file; 10000 with SAMOE_FUZZ=10000.
@@ -126,25 +127,6 @@ def test_a_file_cut_while_open_is_an_error_not_a_crash(tmp_path: Path) -> None:
     os.truncate(tmp_path / "d.bin", 10)
     with pytest.raises(DataError, match="truncated"):
         data.get(0)
-
-
-def mutate(content: bytes, random: np.random.Generator) -> bytes:
-    """Returns content with a few bytes changed, cut, repeated or replaced by extreme numbers."""
-    data = bytearray(content)
-    for _ in range(int(random.integers(1, 4))):
-        kind, at = int(random.integers(5)), int(random.integers(len(data) + 1))
-        if kind == 0 and data:
-            data[at % len(data)] = int(random.integers(256))
-        elif kind == 1:
-            del data[at:]
-        elif kind == 2:
-            del data[at : at + int(random.integers(1, 9))]
-        elif kind == 3:
-            data[at:at] = data[: int(random.integers(1, 20))]
-        else:
-            extreme = random.choice([b"\xff" * 8, b"\0" * 8, b"\xff" * 7 + b"\x7f", b"\0\0\0\x80", b"\xff\xff\xff\x7f"])
-            data[at : at + len(extreme)] = extreme
-    return bytes(data)
 
 
 def test_mutated_datasets_give_an_error_or_an_answer(tmp_path: Path) -> None:
