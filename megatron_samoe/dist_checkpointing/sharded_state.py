@@ -7,7 +7,9 @@ reads whatever overlaps this rank's part, so the layout that saved does not matt
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -174,13 +176,22 @@ def _some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Keeps torch from warning that without torch.distributed it saves and loads in a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def write_sharded(state: ShardedState, directory: str, parallel: ParallelState) -> None:
     """Writes a state into an existing folder; all ranks call it together."""
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
-    dcp.save(
-        {}, storage_writer=writer, planner=SavePlanner(state), process_group=parallel.world.handle,
-        no_dist=parallel.world_size == 1,
-    )  # fmt: skip
+    with _one_process_is_meant():
+        dcp.save(
+            {}, storage_writer=writer, planner=SavePlanner(state), process_group=parallel.world.handle,
+            no_dist=parallel.world_size == 1,
+        )  # fmt: skip
 
 
 def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -> None:
@@ -190,10 +201,11 @@ def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -
         CheckpointError: tensors are missing, have other shapes, or files are damaged.
     """
     try:
-        dcp.load(
-            {}, storage_reader=dcp.FileSystemReader(directory), planner=LoadPlanner(state),
-            process_group=parallel.world.handle, no_dist=parallel.world_size == 1,
-        )  # fmt: skip
+        with _one_process_is_meant():
+            dcp.load(
+                {}, storage_reader=dcp.FileSystemReader(directory), planner=LoadPlanner(state),
+                process_group=parallel.world.handle, no_dist=parallel.world_size == 1,
+            )  # fmt: skip
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:

@@ -8,6 +8,9 @@ from torch import Tensor
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec
+from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
+from megatron_samoe.pipeline_parallel.schedules import run_plan
 
 
 @torch.no_grad()
@@ -37,14 +40,10 @@ def generate_ids(
         raise ConfigError(
             "--temperature/--top-k/--max-new-tokens", (temperature, top_k, max_new_tokens), "must be 0 or more"
         )
-    assert loaded.model.state.pp.size == 1, "generation runs the whole model on each rank"
-    device = loaded.model.state.device
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
     for _ in range(max_new_tokens):
-        context_ids = torch.tensor([ids[-loaded.config.model.seq_length :]], device=device)
-        logits_TV, _ = loaded.model(context_ids, ForwardContext(batch_size=1))
-        logits_V = _whole_vocabulary(logits_TV[-1].float(), loaded).cpu()
+        logits_V = next_token_logits(loaded, ids[-loaded.config.model.seq_length :]).cpu()
         next_id = _choose(logits_V, temperature, top_k, generator)
         if next_id == loaded.tokenizer.eod:
             break
@@ -52,15 +51,34 @@ def generate_ids(
     return ids[len(prompt) :]
 
 
+@torch.no_grad()
+def next_token_logits(loaded: LoadedModel, ids: list[int]) -> Tensor:
+    """Returns fp32 logits_V of the token after `ids`, on every rank of the layout; all ranks call it together."""
+    model, parallel = loaded.model, loaded.model.state
+    # Tensor-parallel ranks may share tokens out evenly; tokens after the last one cannot influence it.
+    padded = ids + [ids[-1]] * (-len(ids) % parallel.tp.size)
+    tokens_BS = torch.tensor([padded], device=parallel.device)
+    logits_V = torch.zeros(model.vocab_size, device=parallel.device)
+
+    def forward(chunk: int, micro_batch: int, x: Tensor | None) -> Tensor:
+        y, _ = model(tokens_BS if x is None else x, ForwardContext(batch_size=1), chunk=chunk)
+        if model.chunks[chunk].is_last:
+            logits_V.copy_(_whole_vocabulary(y[len(ids) - 1].float(), loaded))
+        return y
+
+    spec = TensorSpec((len(padded), loaded.config.model.hidden_size), model.dtype, parallel.device)
+    run_plan(forward_plan(loaded.pipeline.num_chunks, 1), loaded.pipeline, forward, spec)
+    return parallel.pp.all_reduce(logits_V)
+
+
 def _whole_vocabulary(logits_V: Tensor, loaded: LoadedModel) -> Tensor:
     """Returns the logits of all tensor-parallel ranks; parts differ in width, so they are padded to travel."""
     tp = loaded.model.state.tp
     if tp.size == 1:
         return logits_V
-    widest = -(-loaded.model.vocab_size // tp.size) + loaded.config.model.make_vocab_size_divisible_by
-    padded = torch.full((1, widest), -torch.inf, device=logits_V.device)
-    padded[0, : logits_V.numel()] = logits_V
     widths = tp.all_gather(torch.tensor([logits_V.numel()], device=logits_V.device)).tolist()
+    padded = torch.full((1, max(widths)), -torch.inf, device=logits_V.device)
+    padded[0, : logits_V.numel()] = logits_V
     return torch.cat([row[:width] for row, width in zip(tp.all_gather(padded), widths, strict=True)])
 
 

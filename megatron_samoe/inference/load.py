@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,12 +12,15 @@ from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import validate
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.parallel_state.shard_spec import get_flat_part, get_shard_spec
 from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.pipeline_parallel.p2p_communication import open_channel
+from megatron_samoe.pipeline_parallel.schedules import Pipeline
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     config: PretrainConfig
     directory: Path
+    pipeline: Pipeline
 
 
 def load_model(
@@ -46,7 +51,10 @@ def load_model(
     directory = store.find_checkpoint(CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True))
     assert directory is not None
     config = from_mapping(store.read_config(directory), str(directory / store.CONFIG))
-    config = replace(config, parallel=layout or ParallelConfig())
+    # Only the model's part of the saved configuration counts here, on this run's ranks.
+    one_sequence = replace(config.training, micro_batch_size=1, global_batch_size=None)
+    config = replace(config, parallel=layout or ParallelConfig(), training=one_sequence)
+    validate(config, parallel.world_size)
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
     vocab_size = store.read_train_state(directory)["vocab_size"]
@@ -58,4 +66,6 @@ def load_model(
     model.eval().requires_grad_(False)
     with torch.no_grad():
         model.begin_step()
-    return LoadedModel(model, tokenizer, config, directory)
+    channel = open_channel(parallel, timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    pipeline = Pipeline(parallel.pp.rank, parallel.pp.size, len(model.chunks), channel)
+    return LoadedModel(model, tokenizer, config, directory, pipeline)

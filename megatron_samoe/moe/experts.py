@@ -60,7 +60,9 @@ def weights_of(parameters: Mapping[str, nn.Parameter] | nn.ParameterDict) -> Exp
 def main_grads_of(parameters: Mapping[str, nn.Parameter] | nn.ParameterDict) -> ExpertWeights | None:
     """Returns the parameters' main gradients; None where no gradient buffer holds them."""
     grads = {name: getattr(p, "main_grad", None) for name, p in parameters.items()}
-    return None if None in grads.values() else ExpertWeights(**grads)  # type: ignore[arg-type]
+    if any(grad is None for grad in grads.values()):
+        return None
+    return ExpertWeights(**grads)  # type: ignore[arg-type]
 
 
 def without_repeated_bias(weights: ExpertWeights, state: ParallelState) -> ExpertWeights:

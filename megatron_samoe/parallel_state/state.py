@@ -127,7 +127,7 @@ class ParallelState:
 def single_process_state(device: torch.device | str = "cpu") -> ParallelState:
     """Returns the state of a world of one rank; needs no torch.distributed."""
     groups = {name: Group(name, (0,), 0) for name in GROUPS}
-    return ParallelState(RankGrid(1), 0, torch.device(device), **groups)
+    return ParallelState(RankGrid(1), 0, torch.device(device), **groups)  # type: ignore[arg-type]
 
 
 def initialize_model_parallel(

@@ -1,0 +1,58 @@
+"""A checkpoint of one layout gives the same next-token logits and text in any other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
+from megatron_samoe.inference.generate import generate_ids, next_token_logits
+from megatron_samoe.inference.load import load_model
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.training.checkpointing import save_run
+from megatron_samoe.training.setup import build_setup, initial_state
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import tiny_config, with_layout
+
+pytestmark = pytest.mark.distributed
+
+PROMPT = [5, 17, 200, 3, 88]
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "tp2 etp1 ep2 pp2": (4, {"tp": 2, "etp": 1, "ep": 2, "pp": 2}),
+}
+
+
+def save(config: PretrainConfig) -> None:
+    setup = build_setup(config, 257, initialize_model_parallel(config.parallel))
+    save_run(setup, initial_state(setup))
+
+
+def run(folder: str, config: PretrainConfig) -> tuple[torch.Tensor, list[int], list[int]]:
+    parallel = initialize_model_parallel(config.parallel)
+    loaded = load_model(folder, parallel, config.parallel)
+    logits_V = next_token_logits(loaded, PROMPT)
+    greedy = generate_ids(loaded, PROMPT, 20, temperature=0.0)
+    return logits_V, greedy, generate_ids(loaded, PROMPT, 8, temperature=1.0, top_k=20, seed=3)
+
+
+@pytest.mark.parametrize("experts", ["moe", "samoe"])
+def test_every_layout_generates_the_same(tmp_path: Path, experts: str) -> None:
+    base = tiny_config(experts, style="llama", make_vocab_size_divisible_by=8)
+    base = replace(
+        base,
+        data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
+        checkpoint=CheckpointConfig(save=str(tmp_path)),
+    )
+    run_ranks(save, 2, with_layout(base, ep=2))
+    expected = run_ranks(run, 1, str(tmp_path), with_layout(base))[0]
+    for world_size, sizes in LAYOUTS.values():
+        for logits_V, greedy, sampled in run_ranks(run, world_size, str(tmp_path), with_layout(base, **sizes)):
+            torch.testing.assert_close(logits_V, expected[0], rtol=1e-4, atol=1e-6)
+            assert (greedy, sampled) == expected[1:]
+    assert len(expected[1]) == 20 and expected[0].shape == (257,)
