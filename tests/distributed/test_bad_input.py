@@ -57,7 +57,6 @@ SIZES: list[tuple[int, dict[str, Any], tuple[str, ...]]] = [
         {"expert_model_parallel_size": 2, "num_experts": 5},
         ("--num-experts = 5", "divisible by --expert-model-paral"),
     ),
-    (1, {"pipeline_model_parallel_size": 2}, ("--pipeline-model-parallel-size = 2", "must be 1")),
     (1, {"micro_batch_size": 3}, ("--global-batch-size = 8", "multiple of", "--micro-batch-size 3")),
     (1, {"micro_batch_size": 0, "num_layers": -1}, ("--micro-batch-size = 0", "--num-layers = -1", "positive integer")),
     (1, {"num_expert_banks": 3}, ("--num-expert-banks = 3", "at most the number of MoE layers, 2")),
