@@ -17,6 +17,7 @@ from tests.harness.tiny import with_options
 VALID = with_options(PretrainConfig(), mock_data=True)
 MOE = {"expert_layout": "moe"}
 SAMOE = {"expert_layout": "samoe"}
+PP2 = {"pipeline_model_parallel_size": 2}
 
 #: options, world size, the flag that is named, a part of what is allowed
 BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
@@ -51,7 +52,28 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"recompute_num_layers": 2}, 1, "--recompute-num-layers", "--recompute-granularity full"),
     ({"lr_wsd_decay_iters": 5}, 1, "--lr-wsd-decay-iters", "--lr-decay-style WSD"),
     ({"loss_scale": 128.0}, 1, "--loss-scale", "--fp16"),
-    ({"pipeline_model_parallel_size": 2}, 2, "--pipeline-model-parallel-size", "must be 1"),
+    ({"pipeline_model_parallel_size": 4}, 6, "--pipeline-model-parallel-size", "[1, 2, 3, 6]"),
+    ({"pipeline_model_parallel_size": 3}, 3, "--pipeline-model-parallel-size", "divide --num-layers 8"),
+    ({"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2}, 12, "--tensor-model-parallel-size",
+     "over --pipeline-model-parallel-size 2"),
+    ({"num_layers_per_virtual_pipeline_stage": 2}, 1, "--num-layers-per-virtual-pipeline-stage", "above 1"),
+    ({"pipeline_model_parallel_layout": "Et*8L"}, 1, "--pipeline-model-parallel-layout", "above 1"),
+    ({"pipeline_schedule": "gpipe"}, 1, "--pipeline-schedule", "above 1"),
+    ({**PP2, "num_layers_per_virtual_pipeline_stage": 2, "pipeline_model_parallel_layout": "Et*4|t*4L"}, 2,
+     "--num-layers-per-virtual-pipeline-stage", "excludes --pipeline-model-parallel-layout"),
+    ({**PP2, "pipeline_model_parallel_layout": "t*4|t*4"}, 2, "--pipeline-model-parallel-layout", "E (embedding)"),
+    ({**PP2, "pipeline_model_parallel_layout": "Et*4|t*3L"}, 2, "--pipeline-model-parallel-layout", "has 7 layers"),
+    ({**PP2, "pipeline_model_parallel_layout": "Et*4|t*3|tL"}, 2, "--pipeline-model-parallel-layout", "has 3 stages"),
+    ({**PP2, "num_layers_per_virtual_pipeline_stage": 3}, 2, "--num-layers-per-virtual-pipeline-stage",
+     "one of [1, 2, 4]"),
+    ({**PP2, "num_layers_per_virtual_pipeline_stage": 2, "pipeline_schedule": "gpipe", "global_batch_size": 8}, 2,
+     "--pipeline-schedule", "use 1f1b"),
+    ({**PP2, "num_layers_per_virtual_pipeline_stage": 2, "global_batch_size": 12}, 2, "--global-batch-size",
+     "makes 3 micro-batches"),
+    ({"sequence_parallel": True}, 1, "--sequence-parallel", "--tensor-model-parallel-size above 1"),
+    ({"sequence_parallel": True, "tensor_model_parallel_size": 2, "micro_batch_size": 1, "seq_length": 15}, 2,
+     "--micro-batch-size", "with --sequence-parallel"),
+    ({"pool_replica_check_interval": 5, **SAMOE}, 1, "--pool-replica-check-interval", "replicated"),
     ({"tensor_model_parallel_size": 4}, 6, "--tensor-model-parallel-size", "[1, 2, 3, 6]"),
     ({"tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 2, **MOE}, 4, "--expert-tensor-parallel-size",
      "1 or --tensor-model-parallel-size 4"),
@@ -137,6 +159,10 @@ def test_every_error_of_every_rule_is_raised_by_a_case_above(monkeypatch: pytest
         ({"num_expert_banks": 8, **SAMOE}, 1),
         ({"num_expert_banks": 64, "samoe_granularity": "expert", **SAMOE}, 1),
         ({"train_iters": 0, "eval_iters": 0}, 1),
+        ({"pipeline_model_parallel_size": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True}, 16),
+        ({**PP2, "num_layers_per_virtual_pipeline_stage": 2, "global_batch_size": 8}, 2),
+        ({**PP2, "pipeline_model_parallel_layout": "Et*8|||L", "global_batch_size": 16}, 2),
+        ({"pool_replica_check_interval": 5, "samoe_pool_placement": "replicated", **SAMOE}, 2),
         ({"lr_warmup_fraction": 1.0}, 1),
     ],
 )
@@ -168,6 +194,23 @@ def test_moe_layer_freq(text: str, num_layers: int, expected: str) -> None:
 def test_wrong_moe_layer_freq_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--moe-layer-freq"):
         rules.parse_moe_layer_freq(text, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("EttL", (2,)), ("Et*3|t*4|t*4|t*3L", (3, 4, 4, 3)), ("Et, (tt|)*2 tL", (3, 2, 1)), ("E||tL", (0, 0, 1)),
+        ("E(t*2|)*3L", (2, 2, 2, 0)), ("EL", (0,)),
+    ],
+)  # fmt: skip
+def test_stage_layout(text: str, expected: tuple[int, ...]) -> None:
+    assert rules.parse_stage_layout(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "tt", "Ett", "ttL", "EtEL", "EtLt", "Et*|L", "Et-L", "E(t|L"])
+def test_wrong_stage_layout_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--pipeline-model-parallel-layout"):
+        rules.parse_stage_layout(text)
 
 
 def test_batch_and_data_parallel_sizes() -> None:

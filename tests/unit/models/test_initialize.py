@@ -11,9 +11,10 @@ from torch import Tensor
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.rank_model import RankModel, build_model
-from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, get_shard_spec, single_process_state
+from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, single_process_state
 from megatron_samoe.parallel_state.rank_grid import GROUPS
-from tests.harness.tiny import VOCAB_SIZE, tiny_config
+from megatron_samoe.training.checkpointing import model_state
+from tests.harness.tiny import VOCAB_SIZE, tiny_config, with_options
 
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"layout": "dense"},
@@ -39,19 +40,26 @@ def weights(config: PretrainConfig, state: ParallelState) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "grid",
-    [RankGrid(2, tp=2, etp=2), RankGrid(4, ep=4), RankGrid(8, tp=2, ep=2, etp=2), RankGrid(4, tp=2, ep=4), RankGrid(2)],
+    [
+        RankGrid(2, tp=2, etp=2), RankGrid(4, ep=4), RankGrid(8, tp=2, ep=2, etp=2), RankGrid(4, tp=2, ep=4),
+        RankGrid(3), RankGrid(4, pp=2, ep=2), RankGrid(8, pp=4, tp=2), RankGrid(8, pp=2, tp=2, ep=2, etp=2),
+    ],
     ids=str,
-)
+)  # fmt: skip
 @pytest.mark.parametrize("model", MODELS)
 def test_every_rank_holds_its_part_of_the_one_process_weights_bit_for_bit(model: str, grid: RankGrid) -> None:
-    config = tiny_config(**MODELS[model])
-    whole = weights(config, single_process_state())
+    config = with_options(tiny_config(**MODELS[model]), pipeline_model_parallel_size=grid.pp)
+    whole = weights(tiny_config(**MODELS[model]), single_process_state())
+    unseen = {name: torch.ones_like(p, dtype=torch.bool) for name, p in whole.items()}
     for rank in range(grid.world_size):
-        state = rank_state(grid, rank)
-        parts = weights(config, state)
-        assert parts.keys() == whole.keys()
-        for name, part in parts.items():
-            assert torch.equal(part, get_shard_spec(part).local_slice(whole[name], state)), f"{name} on rank {rank}"
+        built = build_model(config, VOCAB_SIZE, rank_state(grid, rank))
+        for name, parts in model_state(built).items():
+            for part in parts:
+                assert part.global_shape == tuple(whole[name].shape)
+                place = tuple(slice(o, o + n) for o, n in zip(part.offsets, part.local.shape, strict=True))
+                assert torch.equal(part.local, whole[name][place]), f"{name} on rank {rank}"
+                unseen[name][place] = False
+    assert not any(mask.any() for mask in unseen.values()), "together the ranks hold everything"
 
 
 def test_weights_depend_on_seed_and_name() -> None:

@@ -120,8 +120,8 @@ def test_gradient_is_that_of_the_mean_loss_and_the_weighted_auxiliary_losses() -
 def test_moe_layers_stand_where_the_frequency_says(layout: str) -> None:
     config = tiny_config(layout, moe_layer_freq="0110")
     assert [(p.index, p.moe_index) for p in all_layers(config)] == [(0, None), (1, 0), (2, 1), (3, None)]
-    model = build_model(config, VOCAB_SIZE, STATE)
-    assert [layer.is_moe for layer in model.layers()] == [False, True, True, False]
+    (chunk,) = build_model(config, VOCAB_SIZE, STATE).chunks
+    assert [layer.is_moe for layer in chunk.layers.values()] == [False, True, True, False]
     assert [p.moe_index for p in all_layers(tiny_config("dense"))] == [None] * 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from megatron_samoe.config import MoEConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
-from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.combination import coefficient_spec
 from megatron_samoe.moe.expert_pool import ExpertPool, make_combination
 from megatron_samoe.moe.experts import ExpertShape
@@ -80,7 +80,7 @@ def test_gradients_equal_autograds_over_four_micro_batches(
     for parameter in pool.bank.values():
         nn.init.normal_(parameter, std=0.5)
     GradBuffers({**dict(pool.bank.items()), **{f"a{i}": a for i, a in enumerate(raw)}}, STATE).zero()
-    combination = make_combination(config, pool, raw, STATE, torch.float64)
+    combination = make_combination(config, pool, dict(enumerate(raw)), STATE, torch.float64)
 
     twin_banks = {name: p.detach().clone().requires_grad_() for name, p in pool.bank.items()}
     twin_raw = [a.detach().clone().requires_grad_() for a in raw]
@@ -122,7 +122,7 @@ def copy_shared_weights(source: TrainSetup, target: TrainSetup) -> None:
                 p.copy_(theirs[name])
         pool = source.model.expert_pool
         assert pool is not None
-        for layer in target.model.layers():
+        for layer in target.model.moe_layers():
             bank = layer.moe.moe_index % source.config.moe.num_expert_banks
             for name, p in layer.moe.experts.named_parameters():
                 p.copy_(pool.bank[name][bank])
@@ -179,13 +179,11 @@ def test_one_hot_coefficients_are_hard_sharing(combine: str) -> None:
     samoe = setup_of(
         layout="samoe", num_expert_banks=2, samoe_combine=combine, samoe_freeze_coefficients=True, **common
     )
-    model = build_model(tiny_config("moe", **common), VOCAB_SIZE, STATE, torch.float64)
-    layers = model.layers()
+    shared = setup_of(layout="moe", **common)
+    layers = shared.model.moe_layers()
     layers[2].moe.experts, layers[3].moe.experts = layers[0].moe.experts, layers[1].moe.experts
-    buffers = GradBuffers(model.global_parameters(), STATE)
-    shared = TrainSetup(
-        model.config, STATE, model, buffers, MixedPrecisionOptimizer(buffers.parameters, model.config.optimizer)
-    )
+    buffers = GradBuffers(shared.model.global_parameters(), STATE)
+    shared = replace(shared, buffers=buffers, optimizer=MixedPrecisionOptimizer(buffers, shared.config.optimizer))
     copy_shared_weights(samoe, shared)
     states = [initial_state(samoe), initial_state(shared)]
     for step in range(3):
@@ -222,14 +220,14 @@ def test_frozen_coefficients_never_change_and_others_do(combine: str, frozen: bo
 def test_experts_that_no_token_chooses_get_no_gradient() -> None:
     setup = setup_of(layout="moe", moe_aux_loss_coeff=0.0)
     with torch.no_grad():
-        for layer in setup.model.layers():
+        for layer in setup.model.moe_layers():
             # With a large constant input channel the last expert loses every token.
             layer.mlp_norm.bias.fill_(0.0)[0] = 100.0
             layer.moe.router.weight[:, 0] = torch.tensor([1.0, 1.0, 1.0, -1.0])
     *_, routing = compute_gradients(setup, initial_state(setup), micro_batches(setup, 0))
     assert routing is not None
     assert torch.equal(routing.counts_LE[:, 3], torch.zeros(4, dtype=torch.float64))
-    for layer in setup.model.layers():
+    for layer in setup.model.moe_layers():
         for name, p in layer.moe.experts.named_parameters():
             assert torch.equal(p.main_grad[3], torch.zeros_like(p.main_grad[3])), name
             assert p.main_grad[:3].abs().max() > 0

@@ -51,7 +51,7 @@ def torchs(named: dict[str, nn.Parameter], lr: float, lr_mult: float) -> torch.o
 def test_steps_equal_torchs_adamw(dtype: torch.dtype) -> None:
     ours, theirs = parameters(dtype), parameters(dtype)
     buffers = GradBuffers(ours, STATE)
-    optimizer = MixedPrecisionOptimizer(buffers.parameters, replace(CONFIG, samoe_coefficient_lr_mult=3.0))
+    optimizer = MixedPrecisionOptimizer(buffers, replace(CONFIG, samoe_coefficient_lr_mult=3.0))
     reference = torchs(theirs, 0.01, 3.0)
     for step in range(5):
         lr = 0.01 / (step + 1)
@@ -74,7 +74,7 @@ def test_steps_equal_torchs_adamw(dtype: torch.dtype) -> None:
 def test_half_precision_has_masters_that_small_steps_move(dtype: torch.dtype) -> None:
     named = parameters(dtype)
     buffers = GradBuffers(named, STATE)
-    optimizer = MixedPrecisionOptimizer(buffers.parameters, replace(CONFIG, weight_decay=0.0))
+    optimizer = MixedPrecisionOptimizer(buffers, replace(CONFIG, weight_decay=0.0))
     assert set(optimizer.own_masters()) == {"layers.0.mlp.fc1.weight", "layers.0.mlp.fc1.bias"}
     weight = named["layers.0.mlp.fc1.weight"]
     master = optimizer.masters["layers.0.mlp.fc1.weight"]
@@ -96,7 +96,7 @@ def test_step_count_decides_the_bias_correction() -> None:
     for steps in (0, 1000):
         named = parameters()
         buffers = GradBuffers(named, STATE)
-        optimizer = MixedPrecisionOptimizer(buffers.parameters, replace(CONFIG, weight_decay=0.0))
+        optimizer = MixedPrecisionOptimizer(buffers, replace(CONFIG, weight_decay=0.0))
         optimizer.set_num_steps(steps)
         weight = named["layers.0.mlp.fc1.weight"]
         begun = weight.detach().clone()
@@ -109,7 +109,7 @@ def test_step_count_decides_the_bias_correction() -> None:
 
 def test_masters_follow_weights_that_were_loaded_without_them() -> None:
     named = parameters(torch.bfloat16)
-    optimizer = MixedPrecisionOptimizer(GradBuffers(named, STATE).parameters, CONFIG)
+    optimizer = MixedPrecisionOptimizer(GradBuffers(named, STATE), CONFIG)
     with torch.no_grad():
         named["layers.0.mlp.fc1.weight"].fill_(2.0)
     optimizer.refresh_masters()
@@ -118,7 +118,7 @@ def test_masters_follow_weights_that_were_loaded_without_them() -> None:
 
 def test_apex_that_is_demanded_and_absent_is_named() -> None:
     with pytest.raises(ConfigError, match=r"--optimizer-backend = 'apex'.*not importable"):
-        MixedPrecisionOptimizer(GradBuffers(parameters(), STATE).parameters, replace(CONFIG, optimizer_backend="apex"))
+        MixedPrecisionOptimizer(GradBuffers(parameters(), STATE), replace(CONFIG, optimizer_backend="apex"))
 
 
 @pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
@@ -150,9 +150,7 @@ def test_the_first_rule_that_matches_holds() -> None:
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=26, max_size=26), st.floats(0, 100))
 def test_norm_and_clipping(values: list[float], limit: float) -> None:
-    named = parameters()
-    buffers = GradBuffers(named, STATE)
-    (buffer,) = buffers.buffers
+    (buffer,) = (buffers := GradBuffers(parameters(), STATE)).buffers
     buffer.flat.copy_(torch.tensor(values))
     norm = global_grad_norm(buffers, STATE)
     exact = math.sqrt(sum(v * v for v in values))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +21,7 @@ from megatron_samoe.parallel_state import (
     single_process_state,
 )
 from megatron_samoe.parallel_state.rank_grid import GROUPS
-from megatron_samoe.parallel_state.shard_spec import gradient_group_name
+from megatron_samoe.parallel_state.shard_spec import FlatPart, gradient_group_name, is_counted_here
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 
 GRIDS = [
@@ -29,6 +33,7 @@ SPECS = [
     ShardSpec(partition=((0, "tp"),)),
     ShardSpec(partition=((1, "tp"),)),
     ShardSpec(partial=("tp",)),
+    ShardSpec("embedding", ((0, "tp"),)),
     ShardSpec("expert", ((0, "ep"), (1, "etp"))),
     ShardSpec("expert", ((0, "ep"),), partial=("etp",)),
     ShardSpec("expert", partial=("etp", "ep")),
@@ -65,8 +70,8 @@ def test_parts_rebuild_the_whole_and_have_one_owner_each(grid: RankGrid, spec: S
             place = tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))
             assert torch.equal(whole[place], part)
             rebuilt[place] = part
-            key = offsets if spec.family == "pool" else (stage, *offsets)
-            owners[key] = owners.get(key, 0) + spec.is_first_replica(state)
+            key = offsets if spec.family in ("pool", "embedding") else (stage, *offsets)
+            owners[key] = owners.get(key, 0) + is_counted_here(spec, state, shared_out=False)
         assert torch.equal(rebuilt, whole)
     assert set(owners.values()) == {1}, "each part is written, and counted in norms, exactly once"
 
@@ -82,7 +87,7 @@ def test_gradient_group_holds_replicas_with_other_data_or_partial_sums(grid: Ran
     # Outside the group there are only the same part's true copies (equal gradients) and other parts.
     covered = set(GROUPS[name][1]) | {axis for _, axis in spec.partition}
     rest = {axis for axis, size in grid.axes(own_grid).items() if size > 1} - covered
-    allowed = {"tp", "pp"} if spec.family == "dense" else {"pp"} if spec.family == "expert" else set()
+    allowed = {"dense": {"tp", "pp"}, "embedding": {"tp"}, "expert": {"pp"}, "pool": set()}[spec.family]
     assert rest <= allowed
 
 
@@ -91,6 +96,7 @@ def test_gradient_group_holds_replicas_with_other_data_or_partial_sums(grid: Ran
     [
         (ShardSpec(), "dp"),
         (ShardSpec(partial=("tp",)), "tp_dp"),
+        (ShardSpec("embedding", ((0, "tp"),)), "embed_dp"),
         (ShardSpec("expert", ((0, "ep"), (1, "etp"))), "edp"),
         (ShardSpec("expert", ((0, "ep"),), partial=("etp",)), "etp_edp"),
         (ShardSpec("expert", partial=("ep", "etp")), "stage"),
@@ -124,9 +130,9 @@ def test_every_parameter_of_every_model_has_a_tag_with_a_group(layout: str, styl
             assert gradient_group_name(spec) in GROUPS, name
             assert all(dim < parameter.dim() for dim, _ in spec.partition), name
             families.add(spec.family)
-        assert (
-            families == {"dense": {"dense"}, "moe": {"dense", "expert"}, "samoe": {"dense", "expert", "pool"}}[layout]
-        )
+        expected = {"dense": {"dense"}, "moe": {"dense", "expert"}, "samoe": {"dense", "expert", "pool"}}[layout]
+        tied = not config.model.untie_embeddings_and_output_weights
+        assert families == expected | ({"embedding"} if tied else set())
 
 
 @settings(deadline=None, max_examples=50)
@@ -139,3 +145,41 @@ def test_global_shape_and_offsets_fit_together(grid: RankGrid, spec: ShardSpec, 
         for dim in range(3):
             assert 0 <= offsets[dim] <= whole[dim] - local[dim]
             assert whole[dim] % local[dim] == 0 and offsets[dim] % local[dim] == 0
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.integers(1, 5), max_size=4), st.data())
+def test_boxes_make_up_a_run_of_elements(shape: list[int], data: st.DataObject) -> None:
+    whole = torch.arange(math.prod(shape)).view(shape)
+    start = data.draw(st.integers(0, whole.numel()))
+    part = FlatPart(tuple(shape), start, data.draw(st.integers(start, whole.numel())))
+    boxes = part.boxes()
+    pieces = [whole[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))].flatten() for box in boxes]
+    run = torch.cat([torch.empty(0, dtype=torch.long), *pieces])
+    assert run.tolist() == list(range(part.start, part.stop))
+    assert len(boxes) <= max(1, 2 * len(shape) - 1), "few boxes: two ragged ends per dim"
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 5), max_size=3), st.integers(1, 9))
+def test_members_of_a_group_share_a_tensor_out(shape: list[int], size: int) -> None:
+    parts = [FlatPart.of_rank(tuple(shape), Group("g", tuple(range(size)), rank)) for rank in range(size)]
+    assert parts[0].start == 0 and parts[-1].stop == math.prod(shape)
+    assert all(left.stop == right.start for left, right in pairwise(parts))
+    assert all(part.stop - part.start <= -(-math.prod(shape) // size) for part in parts)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_shared_out_elements_are_counted_once(grid: RankGrid, spec: ShardSpec) -> None:
+    """With ranks of the gradient group holding different runs, each run has one owner among its true copies."""
+    name = gradient_group_name(spec)
+    owners: dict[Any, int] = {}
+    for rank in range(grid.world_size):
+        state = state_of(grid, rank)
+        if name == "embed_dp" and 0 < state.pp.rank < grid.pp - 1:
+            continue  # holds no embedding
+        stage = 0 if "pp" in GROUPS[name][1] else state.pp.rank
+        key = (stage, spec.offsets((24, 16, 4), state), state.group(name).rank)
+        owners[key] = owners.get(key, 0) + is_counted_here(spec, state, shared_out=True)
+    assert set(owners.values()) == {1}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_samoe.config import ParallelConfig
+from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.parallel_state import ParallelState, get_shard_spec, initialize_model_parallel, single_process_state
 from megatron_samoe.tensor_parallel.layers import (
@@ -65,8 +66,8 @@ def train(bias: bool) -> dict[str, Any]:
     named = dict(model.named_parameters())
     return {
         "logits": torch.cat(state.tp.all_gather_object(logits.detach()), 1),
-        "weights": gather_global({n: (p, p) for n, p in named.items()}, state),
-        "grads": gather_global({n: (p, p.grad) for n, p in named.items()}, state),
+        "weights": gather_global({n: sharded(p, get_shard_spec(p), state) for n, p in named.items()}, state),
+        "grads": gather_global({n: sharded(p.grad, get_shard_spec(p), state) for n, p in named.items()}, state),
     }
 
 

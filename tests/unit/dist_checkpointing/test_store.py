@@ -1,0 +1,260 @@
+"""The folder of checkpoints: what counts as whole, which is taken, what is kept, and what is said of damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from megatron_samoe.config import CheckpointConfig
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, stored_names
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.log import logger
+from megatron_samoe.parallel_state import single_process_state
+
+STATE = single_process_state()
+
+
+def tensors(value: float = 1.0) -> dict[str, list[ShardedTensor]]:
+    made: dict[str, Tensor] = {
+        "a": torch.full((3, 4), value),
+        "b": torch.full((5,), value, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(value, dtype=torch.float64),
+    }
+    return {name: replicated(t, STATE) for name, t in made.items()}
+
+
+def config(root: Path, **options: Any) -> CheckpointConfig:
+    return CheckpointConfig(save=str(root), load=str(root), **options)
+
+
+def save(root: Path, iteration: int, **options: Any) -> Path:
+    return store.save_checkpoint(
+        config(root, **options),
+        iteration,
+        tensors(float(iteration)),
+        {"model": {"x": 1}},
+        {"iteration": iteration},
+        STATE,
+    )
+
+
+def loaded(directory: Path) -> dict[str, Tensor]:
+    state = tensors(-1.0)
+    store.load_checkpoint(directory, state, STATE)
+    return {name: part.local for name, (part,) in state.items()}
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    path = save(tmp_path / "new" / "folder", 7)
+    assert path.name == "iter_0000007"
+    for name, t in loaded(path).items():
+        assert torch.equal(t, tensors(7.0)[name][0].local), name
+    assert store.read_config(path) == {"model": {"x": 1}}
+    assert store.read_train_state(path) == {"format_version": 1, "iteration": 7}
+    assert stored_names(str(path)) == set(tensors())
+    assert (path.parent / store.LATEST).read_text() == "7", "as Megatron writes it"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["iter_0000007", store.LATEST]
+
+
+def test_the_newest_is_loaded_and_any_can_be_asked_for(tmp_path: Path) -> None:
+    assert store.find_checkpoint(CheckpointConfig()) is None
+    assert store.find_checkpoint(config(tmp_path)) is None
+    for iteration in (5, 10, 12345678):
+        save(tmp_path, iteration)
+    assert store.whole_iterations(tmp_path) == [5, 10, 12345678]
+    newest = store.find_checkpoint(config(tmp_path))
+    assert newest is not None and newest.name == "iter_12345678"
+    asked = store.find_checkpoint(config(tmp_path, ckpt_step=5))
+    assert asked is not None and asked.name == "iter_0000005"
+    with pytest.raises(CheckpointError, match=r"--ckpt-step 6.*\[5, 10, 12345678\]"):
+        store.find_checkpoint(config(tmp_path, ckpt_step=6))
+
+
+def test_missing_checkpoint_is_a_fresh_start_or_an_error(tmp_path: Path) -> None:
+    assert store.find_checkpoint(config(tmp_path / "absent")) is None
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        store.find_checkpoint(config(tmp_path / "absent", exit_on_missing_checkpoint=True))
+
+
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(logger, "warning", lambda message: said.append(message))
+    return said
+
+
+@pytest.mark.parametrize("content", [None, "", "soon", "77"])
+def test_latest_file_that_is_missing_or_lies(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    said = messages(monkeypatch)
+    latest = tmp_path / store.LATEST
+    latest.unlink() if content is None else latest.write_text(content)
+    found = store.find_checkpoint(config(tmp_path))
+    assert found is not None and found.name == "iter_0000010"
+    assert bool(said) == (content == "77") and all("names iteration 77" in line for line in said)
+
+
+def test_latest_file_may_name_an_older_one(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    (tmp_path / store.LATEST).write_text("5")
+    found = store.find_checkpoint(config(tmp_path))
+    assert found is not None and found.name == "iter_0000005"
+
+
+@pytest.mark.parametrize(
+    "failing", ["write_sharded", "_write_durably", "_fsync_dir"], ids=["tensors", "description", "flush"]
+)
+def test_failed_save_is_never_taken_for_a_checkpoint(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, failing, fail)
+        with pytest.raises(CheckpointError, match=r"No space left on device.*Earlier checkpoints are as they were"):
+            save(tmp_path, 10)
+    found = store.find_checkpoint(config(tmp_path))
+    assert found is not None and found.name == "iter_0000005"
+    assert store.whole_iterations(tmp_path) == [5]
+    assert torch.equal(loaded(found)["a"], torch.full((3, 4), 5.0))
+    save(tmp_path, 10)
+    assert store.whole_iterations(tmp_path) == [5, 10]
+    assert not list(tmp_path.glob(".*")), "the unfinished folder was used anew"
+
+
+def test_unfinished_folder_of_a_killed_run_is_not_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    shutil.copytree(path, tmp_path / ".iter_0000010.unfinished")
+    assert store.whole_iterations(tmp_path) == [5]
+    save(tmp_path, 10)
+    assert torch.equal(loaded(store.iteration_dir(tmp_path, 10))["a"], torch.full((3, 4), 10.0))
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    store.save_checkpoint(config(tmp_path), 5, tensors(99.0), {}, {}, STATE)
+    assert torch.equal(loaded(store.iteration_dir(tmp_path, 5))["a"], torch.full((3, 4), 99.0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", store.LATEST]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot create .*file/sub"):
+        save(tmp_path / "file" / "sub", 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6, 7]),
+        ({"keep_last": 1}, [7]),
+        ({"keep_last": 2}, [6, 7]),
+        ({"keep_last": 3}, [5, 6, 7]),
+        ({"save_retain_interval": 3}, [3, 6, 7]),
+        ({"save_retain_interval": 3, "keep_last": 2}, [3, 6, 7]),
+        ({"save_retain_interval": 2, "keep_last": 2}, [2, 4, 6, 7]),
+    ],
+)
+def test_retention(options: dict[str, int], kept: list[int], tmp_path: Path) -> None:
+    for iteration in range(1, 8):
+        save(tmp_path, iteration, **options)
+        assert iteration in store.whole_iterations(tmp_path)
+    assert store.whole_iterations(tmp_path) == kept
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_retention_leaves_foreign_and_newer_things_alone(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 9)
+    (tmp_path / "iter_notes").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    save(tmp_path, 5, keep_last=1)
+    assert store.whole_iterations(tmp_path) == [5, 9]
+    assert (tmp_path / "iter_notes").is_dir() and (tmp_path / "notes.txt").exists()
+
+
+def test_foreign_folder_is_refused_rather_than_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"iter_0000100 is not a checkpoint of this program"):
+        store.find_checkpoint(config(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file; it must be a folder"):
+        store.find_checkpoint(config(tmp_path / "file"))
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    state = {**tensors(), "new.weight": replicated(torch.zeros(2), STATE)}
+    with pytest.raises(CheckpointError, match=r"has no tensor new\.weight"):
+        store.load_checkpoint(path, state, STATE)
+    state = {**tensors(), "a": replicated(torch.zeros(4, 4), STATE)}
+    with pytest.raises(CheckpointError, match=r"a is \[3, 4\] in the checkpoint and \[4, 4\] in the model"):
+        store.load_checkpoint(path, state, STATE)
+    many = {f"x{i}": replicated(torch.zeros(1), STATE) for i in range(9)}
+    with pytest.raises(CheckpointError, match=r"x0, x1, x2 and 6 more"):
+        store.load_checkpoint(path, many, STATE)
+
+
+def test_a_part_of_the_tensors_can_be_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    part = {"a": tensors(0.0)["a"]}
+    store.load_checkpoint(path, part, STATE)
+    assert torch.equal(part["a"][0].local, torch.full((3, 4), 5.0))
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "gone"])
+@pytest.mark.parametrize("file", ["*.distcp", ".metadata"])
+def test_damaged_files_are_reported(file: str, damage: str, tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    (victim,) = path.glob(file)
+    data = victim.read_bytes()
+    victim.unlink() if damage == "gone" else victim.write_bytes(data[: len(data) // 2 if damage == "half" else 0])
+    with pytest.raises(CheckpointError, match=r"iter_0000005 cannot be read: .+\."):
+        loaded(path)
+
+
+def test_newer_formats_and_unreadable_descriptions_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    description = path / store.TRAIN_STATE
+    description.write_text(json.dumps({"format_version": store.FORMAT_VERSION + 1}))
+    with pytest.raises(CheckpointError, match=f"format version {store.FORMAT_VERSION + 1}"):
+        store.read_train_state(path)
+    description.write_text("{")
+    with pytest.raises(CheckpointError, match=r"train_state\.json cannot be read"):
+        store.read_train_state(path)
+    (path / store.CONFIG).write_text("a: [")
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
+        store.read_config(path)
+    (path / store.CONFIG).unlink()
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
+        store.read_config(path)
+
+
+def test_a_folder_whose_description_is_missing_is_not_whole(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (save(tmp_path, 10) / store.TRAIN_STATE).unlink()
+    found = store.find_checkpoint(config(tmp_path))
+    assert found is not None and found.name == "iter_0000005"
+
+
+def test_only_owners_write(tmp_path: Path) -> None:
+    state = {name: [replace(t, is_owner=name == "a")] for name, (t,) in tensors().items()}
+    path = store.save_checkpoint(config(tmp_path), 1, state, {}, {}, STATE)
+    assert stored_names(str(path)) == {"a"}
+    assert yaml.safe_load((path / store.CONFIG).read_text()) == {}
