@@ -1,0 +1,241 @@
+"""One optimizer step, evaluation and the whole state of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_samoe.config.cli import to_mapping
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.optimizer.mixed_precision import LossScale
+from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.training.checkpointing import load_run, save_run
+from megatron_samoe.training.evaluate import evaluate
+from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
+from megatron_samoe.training.state import TrainState
+from megatron_samoe.training.train_step import compute_gradients, train_step
+from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_options
+
+STATE = single_process_state()
+
+
+def start(dtype: torch.dtype | None = None, **options: Any) -> tuple[TrainSetup, TrainState]:
+    setup = build_setup(tiny_config(**options), VOCAB_SIZE, STATE, dtype)
+    return setup, initial_state(setup)
+
+
+def test_loss_and_gradient_are_those_of_the_mean_over_predicted_tokens() -> None:
+    setup, state = start(torch.float64, layout="dense", eod_mask_loss=True)
+    batches = micro_batches(setup, 0)
+    for number, batch in enumerate(batches):
+        batch["loss_mask"] = (torch.rand(2, 16, generator=torch.Generator().manual_seed(number)) < 0.3).float()
+    tokens, labels, mask = (torch.cat([b[name] for b in batches]) for name in ("tokens", "labels", "loss_mask"))
+    logits, _ = setup.model(tokens, ForwardContext(8))
+    losses = F.cross_entropy(logits, labels.flatten(), reduction="none")
+    expected = (losses * mask.flatten()).sum() / mask.sum()
+    weights = list(setup.buffers.parameters.values())
+    gradients = torch.autograd.grad(expected, weights)
+    loss, num_tokens, routing = compute_gradients(setup, state, batches)
+    assert num_tokens == int(mask.sum()) and routing is None
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    for p, gradient in zip(weights, gradients, strict=True):
+        torch.testing.assert_close(p.main_grad, gradient, rtol=1e-10, atol=1e-13)
+
+
+def test_a_batch_without_predicted_tokens_changes_nothing_but_decay() -> None:
+    setup, state = start(layout="dense", eod_mask_loss=True, weight_decay=0.0)
+    batches = [{**batch, "loss_mask": torch.zeros(2, 16)} for batch in micro_batches(setup, 0)]
+    before = {n: p.detach().clone() for n, p in setup.model.global_parameters().items()}
+    result, state = train_step(setup, state, batches)
+    assert result.lm_loss == 0.0 and state.iteration == 1
+    assert all(torch.equal(p, before[n]) for n, p in setup.model.global_parameters().items())
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_clipping_and_schedule_reach_the_optimizer(clip: float) -> None:
+    options = {"layout": "moe", "clip_grad": clip, "lr": 0.5, "lr_warmup_iters": 4, "weight_decay": 0.0}
+    setup, state = start(**options)
+    seen = []
+    step = setup.optimizer.step
+
+    def watch(lr: float) -> None:
+        norm = math.sqrt(sum(float(p.main_grad.double().square().sum()) for p in setup.buffers.parameters.values()))
+        seen.append((lr, norm))
+        step(lr)
+
+    setup.optimizer.step = watch
+    result, state = train_step(setup, state, micro_batches(setup, 0))
+    ((lr, norm),) = seen
+    assert lr == result.learning_rate == 0.125
+    assert result.grad_norm > 0.05, "the norm before clipping is reported"
+    assert norm == pytest.approx(clip or result.grad_norm, rel=1e-5)
+    assert (state.iteration, state.consumed_samples, state.consumed_tokens) == (1, 8, 128)
+
+
+def test_routing_of_a_step_describes_the_global_batch() -> None:
+    setup, state = start(layout="moe", moe_router_topk=2, moe_expert_capacity_factor=0.5, moe_z_loss_coeff=0.1)
+    result, after = train_step(setup, state, micro_batches(setup, 0))
+    routing = result.routing
+    assert routing is not None
+    assert routing.counts_LE.shape == (4, 4)
+    assert routing.counts_LE.sum(1).tolist() == [8 * 16 * 2] * 4
+    assert 0.05 < routing.dropped_fraction < 0.6
+    assert 0.9 < routing.load_balance_loss < 2.0 and routing.z_loss == pytest.approx(math.log(4) ** 2, rel=0.2)
+    assert after.expert_fractions_LE is not None
+    torch.testing.assert_close(after.expert_fractions_LE.sum(1), torch.ones(4))
+    torch.testing.assert_close(after.expert_fractions_LE, (routing.counts_LE / 256).float())
+
+
+def test_the_balance_loss_of_a_step_uses_the_loads_of_the_step_before() -> None:
+    setup, state = start(torch.float64, layout="moe", moe_aux_loss_coeff=1.0)
+    lopsided = torch.tensor([0.7, 0.1, 0.1, 0.1]).expand(4, -1).clone()
+    gradients = []
+    for fractions in (state.expert_fractions_LE, lopsided):
+        compute_gradients(setup, replace(state, expert_fractions_LE=fractions), micro_batches(setup, 0))
+        gradients.append(setup.model.global_parameters()["layers.3.moe.router.weight"].main_grad.clone())
+    difference = gradients[1] - gradients[0]
+    assert difference.abs().max() > 1e-4
+    assert difference[0].abs().sum() > difference[1:].abs().sum(1).max(), "the loaded expert is pushed most"
+
+
+def test_overflow_in_half_precision_skips_the_update_and_lowers_the_scale() -> None:
+    setup, state = start(torch.float32, layout="dense", num_layers=1)
+    fp16 = replace(setup, config=with_options(setup.config, fp16=True))
+    state = replace(state, loss_scale=LossScale(2.0**120, growth_interval=1000))
+    before = {n: p.detach().clone() for n, p in setup.model.global_parameters().items()}
+    setup.model.global_parameters()["final_norm.weight"].register_hook(lambda g: g * 2.0**20)
+    result, after = train_step(fp16, state, micro_batches(setup, 0))
+    assert result.skipped and result.is_finite and math.isfinite(result.lm_loss)
+    assert after.loss_scale.value == 2.0**119 and after.iteration == 1
+    assert all(torch.equal(p, before[n]) for n, p in setup.model.global_parameters().items())
+
+
+def test_loss_scale_does_not_change_the_update() -> None:
+    weights = []
+    for scale in (1.0, 2.0**12):
+        setup, state = start(torch.float64, layout="samoe", moe_z_loss_coeff=0.1, moe_aux_loss_coeff=0.1)
+        result, _ = train_step(setup, replace(state, loss_scale=LossScale(scale)), micro_batches(setup, 0))
+        weights.append((result.grad_norm, {n: p.detach() for n, p in setup.model.global_parameters().items()}))
+    assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-9)
+    for name, p in weights[0][1].items():
+        torch.testing.assert_close(p, weights[1][1][name], rtol=1e-9, atol=1e-10)
+
+
+def test_evaluation_is_the_mean_loss_without_noise_or_dropped_tokens() -> None:
+    noise: dict[str, Any] = {"hidden_dropout": 0.5, "attention_dropout": 0.5, "moe_input_jitter_eps": 0.5}
+    setup, _ = start(torch.float64, layout="samoe", moe_expert_capacity_factor=0.3, **noise)
+    plain, _ = start(torch.float64, layout="samoe")
+    batches = micro_batches(setup, 0)
+    batches[0]["loss_mask"] = torch.zeros(2, 16)
+    first = evaluate(setup, batches)
+    assert first == evaluate(setup, batches) == evaluate(plain, batches)
+    tokens, labels = (torch.cat([b[name] for b in batches[1:]]) for name in ("tokens", "labels"))
+    logits, _ = plain.model(tokens, ForwardContext(6))
+    assert first == pytest.approx(F.cross_entropy(logits, labels.flatten()).item(), rel=1e-10)
+
+
+def saved(folder: Path, **options: Any) -> tuple[TrainSetup, TrainState]:
+    setup, state = start(save=str(folder), load=str(folder), **options)
+    for _ in range(2):
+        _, state = train_step(setup, state, micro_batches(setup, state.iteration))
+    save_run(setup, state)
+    return setup, state
+
+
+def resume(folder: Path, **options: Any) -> tuple[TrainSetup, TrainState]:
+    setup, state = start(save=str(folder), load=str(folder), **options)
+    found = store.find_checkpoint(setup.config.checkpoint)
+    assert found is not None
+    return setup, load_run(setup, state, found)
+
+
+@pytest.mark.parametrize("options", [{"layout": "samoe"}, {"layout": "dense", "bf16": True}], ids=["samoe", "bf16"])
+def test_a_resumed_run_goes_on_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
+    options = {"hidden_dropout": 0.1, "attention_dropout": 0.1, **options}
+    pairs = [saved(tmp_path, **options), resume(tmp_path, **options)]
+    ends = []
+    for setup, state in pairs:
+        assert state.iteration == 2 and setup.optimizer.num_steps == 2
+        results = []
+        for _ in range(3):
+            result, state = train_step(setup, state, micro_batches(setup, state.iteration))
+            results.append((result.lm_loss, result.grad_norm))
+        ends.append((results, state.plain(), {n: p.detach() for n, p in setup.model.global_parameters().items()}))
+    assert ends[0][:2] == ends[1][:2]
+    assert all(torch.equal(p, ends[1][2][n]) for n, p in ends[0][2].items())
+
+
+def test_finetuning_takes_weights_only(tmp_path: Path) -> None:
+    trained, _ = saved(tmp_path)
+    setup, state = resume(tmp_path, finetune=True)
+    assert state.iteration == 0 and state.consumed_samples == 0 and setup.optimizer.num_steps == 0
+    for name, p in trained.model.global_parameters().items():
+        assert torch.equal(p, setup.model.global_parameters()[name])
+    assert all(not t.any() for name in setup.optimizer.pieces for t in setup.optimizer.moments(name).values())
+
+
+def test_a_run_may_go_on_without_its_optimizer_state(tmp_path: Path) -> None:
+    trained, state = saved(tmp_path, bf16=True, no_save_optim=True)
+    with pytest.raises(CheckpointError, match="has no optimizer state; give --no-load-optim or --finetune"):
+        resume(tmp_path, bf16=True)
+    setup, again = resume(tmp_path, bf16=True, no_load_optim=True)
+    assert again.iteration == state.iteration and setup.optimizer.num_steps == 0
+    name = "layers.0.attention.qkv.weight"
+    weight = setup.model.global_parameters()[name]
+    assert torch.equal(weight, trained.model.global_parameters()[name])
+    assert torch.equal(setup.optimizer.masters[name].flatten(), weight.float().flatten())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_layers": 2}, "num_layers is 4 there and 2 here"),
+        ({"layout": "moe"}, "expert_layout is 'samoe' there and 'moe' here"),
+        ({"num_experts": 8, "swiglu": True}, "num_experts is 4 there and 8 here"),
+        ({"samoe_normalization": "l2"}, "samoe_normalization is 'none' there and 'l2' here"),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused_with_the_difference(
+    options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    saved(tmp_path)
+    with pytest.raises(CheckpointError, match="is of another model") as raised:
+        resume(tmp_path, **options)
+    assert said in str(raised.value) and "--use-checkpoint-args" in str(raised.value)
+
+
+def test_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    setup = build_setup(with_options(tiny_config(), load=str(tmp_path)), VOCAB_SIZE + 1, STATE)
+    found = store.find_checkpoint(setup.config.checkpoint)
+    assert found is not None
+    with pytest.raises(CheckpointError, match="the vocabulary has 103 entries there, 104 here"):
+        load_run(setup, initial_state(setup), found)
+
+
+def test_options_that_do_not_make_the_model_may_change(tmp_path: Path) -> None:
+    saved(tmp_path)
+    _, state = resume(
+        tmp_path, samoe_combine="layer", hidden_dropout=0.1, moe_z_loss_coeff=0.1, micro_batch_size=4, lr=0.1,
+        moe_router_load_balancing_type="seq_aux_loss", moe_expert_capacity_factor=2.0,
+    )  # fmt: skip
+    assert state.iteration == 2
+
+
+def test_description_of_a_checkpoint_is_complete(tmp_path: Path) -> None:
+    setup, state = saved(tmp_path)
+    found = store.find_checkpoint(setup.config.checkpoint)
+    assert found is not None
+    assert store.read_config(found) == to_mapping(setup.config)
+    description = json.loads((found / store.TRAIN_STATE).read_text())
+    assert description["vocab_size"] == VOCAB_SIZE and description["optimizer_steps"] == 2
+    assert TrainState.from_plain(description, state.expert_fractions_LE) == state
