@@ -29,6 +29,10 @@ class ParallelConfig:
     """Ranks that split the experts of a layer and exchange tokens."""
     expert_tensor_parallel_size: int | None = None
     """Ranks that split each expert's matrices: 1 or the tensor-parallel size, which it is if not given."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the step's last backward passes still run. The pool's are always reduced at the end."""
+    ddp_bucket_size: int | None = None
+    """Elements of one gradient buffer, which is reduced as a whole; 40 million if not given."""
     distributed_backend: Literal["auto", "gloo", "nccl"] = "auto"
     """auto: NCCL where CUDA is found, else gloo."""
     distributed_timeout_minutes: float = 10.0

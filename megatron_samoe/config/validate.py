@@ -109,7 +109,7 @@ def _positive_sizes(config: PretrainConfig, world_size: int) -> Problems:
         "moe": ("num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size",
                 "num_expert_banks", "pool_replica_check_interval"),
         "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-                     "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage"),
+                     "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage", "ddp_bucket_size"),
         "training": ("micro_batch_size", "global_batch_size", "exit_interval", "eval_interval", "num_threads",
                      "recompute_num_layers"),
         "optimizer": ("lr_decay_iters", "lr_wsd_decay_iters"),

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_samoe.parallel_state.shard_spec import (
@@ -21,6 +23,10 @@ from megatron_samoe.parallel_state.shard_spec import (
     is_counted_here,
 )
 from megatron_samoe.parallel_state.state import Group, ParallelState
+
+DEFAULT_BUCKET_SIZE = 40_000_000
+#: Groups over which several pipeline stages sum, or whose gradients are completed when a step's passes are done.
+STAGE_CROSSING_GROUPS = frozenset((None, "pool_dp", "etp_pool_dp", "embed_dp", "stage", "etp_edp"))
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,16 @@ class GradBuffer:
         group: over which gradients are summed; None for parameters that are runs of elements already, whose gradients
             come reduced.
         shared_out: whether the group's ranks update a run of elements each.
+        overlap: whether the reduction starts as soon as the last micro-batch has left its gradients.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], group: Group | None, shared_out: bool):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], group: Group | None, shared_out: bool,
+                 overlap: bool = False):  # fmt: skip
         self.parameters, self.group = dict(parameters), group
+        self.overlap = overlap and group is not None and group.size > 1
+        self._arrivals: dict[str, int] = {}
+        self._num_micro_batches = 0
+        self._started: tuple[dist.Work | None, Tensor | None] | None = None
         self.shared_out = shared_out and group is not None and group.size > 1
         first = next(iter(parameters.values()))
         self.numel = sum(p.numel() for p in parameters.values())
@@ -73,17 +85,48 @@ class GradBuffer:
                 home = self.weights[start:stop].view(p.shape)
                 home.copy_(p.detach())
                 p.data = home
-            p.register_post_accumulate_grad_hook(_move_to_main_grad)
+            p.register_post_accumulate_grad_hook(partial(self._arrived, name))
             start = stop
+
+    def zero(self, num_micro_batches: int) -> None:
+        """Clears the gradients for a step of so many micro-batches."""
+        assert self._started is None
+        self.flat.zero_()
+        self._num_micro_batches = num_micro_batches
+        self._arrivals = dict.fromkeys(self.parameters, 0)
+
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        """Called by autograd once per backward pass and parameter, when the pass has its whole gradient."""
+        if parameter.grad is not None:  # else an op has added to the main gradient itself
+            parameter.main_grad += parameter.grad  # type: ignore[attr-defined]
+            parameter.grad = None
+        if not self.overlap:
+            return
+        self._arrivals[name] += 1
+        if all(count == self._num_micro_batches for count in self._arrivals.values()):
+            self._start()
+
+    def _start(self) -> None:
+        assert self.group is not None and self._started is None
+        if self.shared_out:
+            part = torch.empty_like(self.own(self.flat))
+            self._started = self.group.start_reduce_scatter(part, self.flat), part
+        else:
+            self._started = self.group.start_all_reduce(self.flat), None
 
     def reduce(self) -> None:
         """Sums the buffer over its group; where elements are shared out, this rank's run only."""
         if self.group is None:
             return
-        if self.shared_out:
-            self.own(self.flat).copy_(self.group.reduce_scatter(self.flat))
-        else:
-            self.group.all_reduce(self.flat)
+        if self._started is None:
+            self._start()
+        assert self._started is not None
+        work, part = self._started
+        self._started = None
+        if work is not None:
+            work.wait()
+        if part is not None:
+            self.own(self.flat).copy_(part)
 
     def gather_weights(self) -> None:
         """Takes in the runs of weights that other ranks have updated."""
@@ -115,38 +158,37 @@ class GradBuffer:
         return pieces
 
 
-def _move_to_main_grad(parameter: Tensor) -> None:
-    if parameter.grad is None:
-        return  # an op has added to the main gradient itself
-    parameter.main_grad += parameter.grad  # type: ignore[attr-defined]
-    parameter.grad = None
-
-
 class GradBuffers:
     """All main gradients of a rank's model.
 
     Args:
         parameters: by global name; those without requires_grad are left out.
         shared_out: whether each rank updates a run of each buffer (ZeRO-1).
+        overlap: reduce buffers while the last backward passes run. The pool's and a tied embedding's wait for the end:
+            other stages' parts of their gradients arrive at other times.
+        bucket_size: elements of a buffer, from which the next parameter starts a new one.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], state: ParallelState, shared_out: bool = False):
-        by_group: dict[tuple[str | None, torch.dtype], dict[str, nn.Parameter]] = {}
-        for name, p in parameters.items():
-            if p.requires_grad:
-                group = None if get_flat_part(p) is not None else gradient_group_name(get_shard_spec(p))
-                by_group.setdefault((group, p.dtype), {})[name] = p
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], state: ParallelState, shared_out: bool = False,
+        overlap: bool = False, bucket_size: int | None = None,
+    ):  # fmt: skip
         self.buffers = [
-            GradBuffer(members, None if name is None else state.group(name), shared_out)
-            for (name, _), members in by_group.items()
+            GradBuffer(
+                members,
+                None if name is None else state.group(name),
+                shared_out,
+                overlap=overlap and name not in STAGE_CROSSING_GROUPS,
+            )
+            for name, members in _buckets(parameters, bucket_size or DEFAULT_BUCKET_SIZE)
         ]
         self.parameters = {name: p for buffer in self.buffers for name, p in buffer.parameters.items()}
         self.pieces = [piece for buffer in self.buffers for piece in buffer.pieces(state)]
 
-    def zero(self) -> None:
-        """Clears all gradients."""
+    def zero(self, num_micro_batches: int = 1) -> None:
+        """Clears all gradients for a step of so many micro-batches."""
         for buffer in self.buffers:
-            buffer.flat.zero_()
+            buffer.zero(num_micro_batches)
 
     def reduce(self) -> None:
         """Sums each buffer over its group. Losses are divided by global token counts, so no averaging follows."""
@@ -162,3 +204,22 @@ class GradBuffers:
         """Takes in the weights that other ranks have updated."""
         for buffer in self.buffers:
             buffer.gather_weights()
+
+
+def _buckets(
+    parameters: Mapping[str, nn.Parameter], bucket_size: int
+) -> list[tuple[str | None, dict[str, nn.Parameter]]]:
+    """Returns (gradient group, parameters) of each buffer: alike in group and dtype, in the model's order."""
+    open_buckets: dict[tuple[str | None, torch.dtype], dict[str, nn.Parameter]] = {}
+    buckets = []
+    for name, p in parameters.items():
+        if not p.requires_grad:
+            continue
+        group = None if get_flat_part(p) is not None else gradient_group_name(get_shard_spec(p))
+        key = (group, p.dtype)
+        members = open_buckets.get(key)
+        if members is None or sum(m.numel() for m in members.values()) >= bucket_size:
+            members = open_buckets[key] = {}
+            buckets.append((group, members))
+        members[name] = p
+    return buckets

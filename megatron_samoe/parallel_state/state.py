@@ -43,6 +43,17 @@ class Group:
             dist.all_reduce(tensor, op=op, group=self.handle)
         return tensor
 
+    def start_all_reduce(self, tensor: Tensor) -> dist.Work | None:
+        """Starts summing a tensor over the group, in place; wait on what is returned, if anything."""
+        return dist.all_reduce(tensor, group=self.handle, async_op=True) if self.size > 1 else None
+
+    def start_reduce_scatter(self, part: Tensor, tensor: Tensor) -> dist.Work | None:
+        """Starts summing [size * n, ...] over the group, this rank's part into `part`, as `start_all_reduce`."""
+        if self.size == 1:
+            part.copy_(tensor)
+            return None
+        return _reduce_scatter(part, tensor, group=self.handle, async_op=True)
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Copies the first member's tensor to all, in place, and returns it."""
         if self.size > 1:

@@ -63,7 +63,11 @@ def build_setup(
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
     model = build_model(config, vocab_size, parallel, dtype)
-    buffers = GradBuffers(model.global_parameters(), parallel, config.parallel.use_distributed_optimizer)
+    layout = config.parallel
+    buffers = GradBuffers(
+        model.global_parameters(), parallel, shared_out=layout.use_distributed_optimizer,
+        overlap=layout.overlap_grad_reduce, bucket_size=layout.ddp_bucket_size,
+    )  # fmt: skip
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     pp = parallel.pp
     pipeline = Pipeline(pp.rank, pp.size, len(model.chunks), open_channel(parallel, timeout))

@@ -88,7 +88,7 @@ def compute_gradients(
     """
     model, scale = setup.model, state.loss_scale.value
     num_tokens = _num_loss_tokens(setup, batches)
-    setup.buffers.zero()
+    setup.buffers.zero(len(batches))
     model.begin_step()
     loss_sum = torch.zeros((), dtype=torch.float64, device=setup.parallel.device)
 

@@ -49,6 +49,7 @@ def with_layout(config: PretrainConfig, **sizes: Any) -> PretrainConfig:
         "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "ep": "expert_model_parallel_size",
         "etp": "expert_tensor_parallel_size", "vpp": "num_layers_per_virtual_pipeline_stage", "sp": "sequence_parallel",
         "zero": "use_distributed_optimizer", "stages": "pipeline_model_parallel_layout", "schedule": "pipeline_schedule",
+        "overlap": "overlap_grad_reduce", "bucket": "ddp_bucket_size",
     }  # fmt: skip
     return replace(config, parallel=ParallelConfig(**{names[k]: v for k, v in sizes.items()}))
 
