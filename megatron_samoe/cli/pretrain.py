@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.models.accounting import count_parameters
+from megatron_samoe.ops.shm_communicator import with_exchange
 from megatron_samoe.parallel_state import backend
 from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
 from megatron_samoe.training.batches import build_run_data
@@ -62,6 +64,8 @@ def pretrain(config: PretrainConfig) -> None:
         )
     backend.initialize_distributed(config.parallel, device)
     parallel = initialize_model_parallel(config.parallel, device)
+    timeout_s = 60.0 * config.parallel.distributed_timeout_minutes
+    parallel = replace(parallel, ep=with_exchange(parallel.ep, device, timeout_s))
     is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
     run_data = build_run_data(config, tokenizer, parallel, is_builder)
     setup = build_setup(config, vocab_size, parallel)

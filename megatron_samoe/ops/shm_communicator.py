@@ -8,6 +8,7 @@ torch's process group does the work.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -96,3 +97,14 @@ def create_shm_communicator(group: Group, timeout_s: float = 600.0) -> ShmCommun
     if handle >= 0:
         torch.ops.megatron_samoe.shm_close(handle)
     return None
+
+
+def with_exchange(group: Group, device: torch.device, timeout_s: float = 600.0) -> Group:
+    """Returns the group with the fastest exchange of rows its ranks can have on a device. Collective.
+
+    On the CPU: shared memory where all ranks share a host, else torch's process group. On CUDA: the process group; the
+    NCCL exchange of ops/nccl_communicator.py is there for those who make it themselves.
+    """
+    if device.type != "cpu":
+        return group
+    return replace(group, exchange=create_shm_communicator(group, timeout_s))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,13 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+class RowExchange(Protocol):
+    """A faster uneven all-to-all than the process group's; see ops/communicator.py."""
+
+    def exchange(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
+        """Returns the rows that all members sent here, in group order."""
+
+
 @dataclass(frozen=True)
 class Group:
     """One process group as this rank sees it. Collectives of a group of one return at once.
@@ -25,12 +34,14 @@ class Group:
         ranks: global ranks of the members, in group order.
         rank: this process's place in `ranks`.
         handle: torch's process group; None where the group has one member.
+        exchange: what all-to-alls of rows go through, in place of the process group.
     """
 
     name: str
     ranks: tuple[int, ...]
     rank: int
     handle: dist.ProcessGroup | None = None
+    exchange: RowExchange | None = None
 
     @property
     def size(self) -> int:

@@ -1,0 +1,320 @@
+"""Bytes that each rank holds while it trains, by part: pure arithmetic, checked against built models.
+
+Weights, gradients and optimizer state are exact: they follow from the same tags as the buffers themselves (which ranks
+sum a gradient, which dims are split). Activations are counted from what autograd keeps of this package's layers, with
+evenly loaded experts and attention that does not keep its probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import num_micro_batches
+from megatron_samoe.models.activation_memory import activation_bytes
+from megatron_samoe.models.layer_layout import LayerPlace, StagePlan, rank_plans
+from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
+from megatron_samoe.tensor_parallel.layers import padded_vocab_size
+
+FP32_BYTES = 4
+#: AdamW's two moments in fp32.
+MOMENT_BYTES = 8
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """One rank's place in all groups, found without listing any group's ranks."""
+
+    grid: RankGrid
+    rank: int
+
+    def group_size(self, name: str) -> int:
+        """Returns the members of this rank's group."""
+        axes_grid, varying = GROUPS[name]
+        sizes = self.grid.axes(axes_grid)
+        if name == "embed_dp":
+            is_outer = self.grid.coordinates(self.rank, "dense")["pp"] in (0, self.grid.pp - 1)
+            return sizes["dp"] * (min(self.grid.pp, 2) if is_outer else 1)
+        return math.prod(sizes[axis] for axis in varying)
+
+    def group_rank(self, name: str) -> int:
+        """Returns this rank's place among the members, which are in rising order."""
+        axes_grid, varying = GROUPS[name]
+        position, stride, place = self.grid.coordinates(self.rank, axes_grid), 1, 0
+        for axis, size in self.grid.axes(axes_grid).items():
+            if axis not in varying:
+                continue
+            own = position[axis]
+            if name == "embed_dp" and axis == "pp":
+                own = 1 if 0 < own == self.grid.pp - 1 else 0
+            place, stride = place + own * stride, stride * size
+        return place
+
+    @property
+    def pipeline_rank(self) -> int:
+        """The rank's stage."""
+        return self.rank // (self.grid.world_size // self.grid.pp)
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """Parameters of a rank that are kept and reduced alike.
+
+    Attributes:
+        group: named group over which their gradients are summed.
+        numel: elements of this rank's part.
+        element_bytes: of the weights; gradients and optimizer state are fp32.
+        is_bank: whether they are one tensor of the shared pool.
+        is_shared_out: whether that tensor is shared out among its holders, by itself.
+        is_expert: whether they are routed experts, own or pooled.
+    """
+
+    group: str
+    numel: int
+    element_bytes: int
+    is_trained: bool = True
+    is_bank: bool = False
+    is_shared_out: bool = False
+    is_expert: bool = False
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank.
+
+    Attributes:
+        weights, gradients: the model's own, gradients in fp32.
+        optimizer: fp32 master weights (where the weights are no fp32 themselves) and two moments.
+        folded_weights, folded_gradients: experts that --samoe-combine step keeps combined, all layers of this rank.
+        gathered_banks: whole banks and their gradients that --samoe-combine layer holds through a step where the pool is
+            shared out.
+        activations: kept for backward passes at the schedule's peak, with the largest layer's workspace.
+        exchange: largest temporary of gathering and reducing, at the beginning or end of a step, when no activations
+            exist.
+        expert: the part of weights, gradients, optimizer and folded experts that belongs to routed experts.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    folded_weights: int
+    folded_gradients: int
+    gathered_banks: int
+    activations: int
+    exchange: int
+    expert: int
+
+    @property
+    def resident(self) -> int:
+        """What stays from step to step."""
+        return self.weights + self.gradients + self.optimizer + self.folded_weights + self.folded_gradients
+
+    @property
+    def total(self) -> int:
+        """The peak of a step."""
+        return self.resident + max(self.gathered_banks + self.activations, self.exchange)
+
+    def parts(self) -> dict[str, int]:
+        """Returns the parts by name, in the order of a step; the two that never coincide are both there."""
+        return {
+            "weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
+            "folded experts": self.folded_weights + self.folded_gradients, "gathered banks": self.gathered_banks,
+            "activations": self.activations, "exchange": self.exchange,
+        }  # fmt: skip
+
+
+def rank_grid(config: PretrainConfig, world_size: int) -> RankGrid:
+    """Returns the grid of a layout; ValueError where it does not fill the world."""
+    parallel = config.parallel
+    return RankGrid(
+        world_size, tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size,
+        ep=parallel.expert_model_parallel_size, etp=parallel.expert_tp,
+    )  # fmt: skip
+
+
+def compute_bytes(config: PretrainConfig) -> int:
+    """Returns the bytes of a weight or activation."""
+    return 2 if config.training.bf16 or config.training.fp16 else FP32_BYTES
+
+
+def rank_memory(config: PretrainConfig, vocab_size: int, world_size: int, rank: int = 0) -> RankMemory:
+    """Returns what one rank holds, for a configuration that keeps the rules.
+
+    Args:
+        vocab_size: tokens that exist, before padding.
+    """
+    place = RankPlace(rank_grid(config, world_size), rank)
+    plans = rank_plans(config, place.pipeline_rank)
+    parameters = local_parameters(config, vocab_size, place)
+    weights = gradients = optimizer = expert = exchange = 0
+    for buffer in _buffers(parameters):
+        held = _held(buffer, place, config)
+        weights, gradients, optimizer = weights + held.weights, gradients + held.gradients, optimizer + held.optimizer
+        exchange = max(exchange, held.exchange)
+        expert += held.expert
+    banks = [p for p in parameters if p.is_bank]
+    gathered, bank_exchange = _whole_banks(config, [p for p in banks if p.is_shared_out], place)
+    folded = _folded_elements(config, plans, banks)
+    folded_weights, folded_gradients = folded * compute_bytes(config), folded * FP32_BYTES
+    return RankMemory(
+        weights, gradients, optimizer, folded_weights, folded_gradients, gathered,
+        activation_bytes(config, vocab_size, place.grid, place.pipeline_rank, num_micro_batches(config, world_size)),
+        max(exchange, bank_exchange), expert + folded_weights + folded_gradients,
+    )  # fmt: skip
+
+
+def largest_rank_memory(config: PretrainConfig, vocab_size: int, world_size: int) -> tuple[int, RankMemory]:
+    """Returns the rank that needs most, and what it needs: the first rank of each stage holds the most of it."""
+    grid = rank_grid(config, world_size)
+    step = world_size // grid.pp
+    stages = [(stage * step, rank_memory(config, vocab_size, world_size, stage * step)) for stage in range(grid.pp)]
+    return max(stages, key=lambda pair: pair[1].total)
+
+
+def local_parameters(config: PretrainConfig, vocab_size: int, place: RankPlace) -> list[LocalParameter]:
+    """Returns all parameters of a rank, as the model's constructors make them."""
+    model, tp = config.model, place.grid.tp
+    size, hidden = compute_bytes(config), model.hidden_size
+    token_wise = _token_wise_group(config, place)
+    tied = not model.untie_embeddings_and_output_weights
+    words = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by) * hidden // tp
+    found = []
+    for plan in rank_plans(config, place.pipeline_rank):
+        if plan.has_embedding or (plan.has_head and tied):
+            found.append(LocalParameter("embed_dp" if tied else "dp", words, size))
+        if plan.has_embedding and model.position_embedding_type == "learned_absolute":
+            found.append(LocalParameter(token_wise, model.max_positions * hidden, size))
+        if plan.has_head:
+            found.append(LocalParameter(token_wise, _norm(config, hidden), size))
+            if not tied:
+                found.append(LocalParameter("dp", words, size))
+        for layer in plan.layers:
+            found += _layer_parameters(config, layer, place)
+    return found + _bank_parameters(config, place)
+
+
+def _token_wise_group(config: PretrainConfig, place: RankPlace) -> str:
+    return "tp_dp" if config.parallel.sequence_parallel and place.grid.tp > 1 else "dp"
+
+
+def _norm(config: PretrainConfig, size: int) -> int:
+    return size * (2 if config.model.normalization == "LayerNorm" else 1)
+
+
+def _layer_parameters(config: PretrainConfig, layer: LayerPlace, place: RankPlace) -> Iterable[LocalParameter]:
+    model, moe, tp = config.model, config.moe, place.grid.tp
+    size, hidden, token_wise = compute_bytes(config), model.hidden_size, _token_wise_group(config, place)
+    qkv = (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_dim
+    split = qkv * hidden + model.num_attention_heads * model.head_dim * hidden + (qkv if model.qkv_bias else 0)
+    whole = 2 * _norm(config, hidden) + (0 if model.disable_bias_linear else hidden)
+    if model.qk_layernorm:
+        yield LocalParameter("tp_dp", 2 * _norm(config, model.head_dim), size)
+    dense_width = model.mlp_size if layer.moe_index is None else moe.moe_shared_expert_intermediate_size
+    if dense_width is not None:
+        matrices, bias_in, bias_out = _mlp(config, dense_width)
+        split, whole = split + matrices + bias_in, whole + bias_out
+    yield LocalParameter("dp", split // tp, size)
+    yield LocalParameter(token_wise, whole, size)
+    if layer.moe_index is None:
+        return
+    yield LocalParameter(token_wise, moe.num_experts * hidden, FP32_BYTES)
+    local_experts = moe.num_experts // place.grid.ep
+    if not moe.has_pool:
+        matrices, bias_in, bias_out = _mlp(config, moe.moe_ffn_hidden_size or model.mlp_size)
+        yield LocalParameter("edp", local_experts * (matrices + bias_in) // place.grid.etp, size, is_expert=True)
+        yield LocalParameter("etp_edp", local_experts * bias_out, size, is_expert=True)
+        return
+    by_expert = moe.samoe_granularity == "expert"
+    coefficients = 2 * moe.num_expert_banks * (local_experts if by_expert else 1)
+    group = "etp_edp" if by_expert else "stage"
+    yield LocalParameter(group, coefficients, FP32_BYTES, is_trained=not moe.samoe_freeze_coefficients)
+
+
+def _mlp(config: PretrainConfig, width: int) -> tuple[int, int, int]:
+    """Returns the elements of an MLP's matrices, input bias and output bias."""
+    model = config.model
+    up, bias = (2 * width if model.swiglu else width), not model.disable_bias_linear
+    return (up + width) * model.hidden_size, up * bias, model.hidden_size * bias
+
+
+def _bank_parameters(config: PretrainConfig, place: RankPlace) -> list[LocalParameter]:
+    model, moe = config.model, config.moe
+    if not moe.has_pool:
+        return []
+    width = moe.moe_ffn_hidden_size or model.mlp_size
+    up = 2 * width if model.swiglu else width
+    experts = moe.num_expert_banks * moe.num_experts // place.grid.ep
+    etp = place.grid.etp
+    tensors = [
+        ("pool_dp", experts * up * model.hidden_size // etp),
+        ("pool_dp", experts * width * model.hidden_size // etp),
+    ]
+    if not model.disable_bias_linear:
+        tensors += [("pool_dp", experts * up // etp), ("etp_pool_dp", experts * model.hidden_size)]
+    shared_out = moe.samoe_pool_placement == "sharded" and place.group_size("pool_dp") > 1
+    return [
+        LocalParameter(group, numel, FP32_BYTES, is_bank=True, is_shared_out=shared_out, is_expert=True)
+        for group, numel in tensors
+    ]
+
+
+@dataclass(frozen=True)
+class _Held:
+    weights: int
+    gradients: int
+    optimizer: int
+    exchange: int
+    expert: int
+
+
+def _buffers(parameters: Iterable[LocalParameter]) -> list[list[LocalParameter]]:
+    """Returns the parameters by gradient buffer; frozen ones and shared-out banks each alone."""
+    buffers: dict[tuple, list[LocalParameter]] = {}
+    for number, p in enumerate(parameters):
+        key = (number,) if p.is_shared_out or not p.is_trained else (p.group, p.element_bytes)
+        buffers.setdefault(key, []).append(p)
+    return list(buffers.values())
+
+
+def _held(buffer: list[LocalParameter], place: RankPlace, config: PretrainConfig) -> _Held:
+    """Returns the bytes of one gradient buffer's parameters, with the largest temporary of its exchange."""
+    first, total = buffer[0], sum(p.numel for p in buffer)
+    element, size = first.element_bytes, place.group_size(first.group)
+    run = -(-total // size)
+    own = max(0, min(run, total - run * place.group_rank(first.group)))
+    exchange = 0
+    if not first.is_trained:
+        return _Held(total * element, 0, 0, 0, 0)
+    if first.is_shared_out:
+        weights, gradients = own * element, own * FP32_BYTES
+    elif config.parallel.use_distributed_optimizer and size > 1:
+        weights, gradients = run * size * element, run * size * FP32_BYTES
+        # The reduced run, or later the updated run with all members' runs.
+        exchange = max(run * FP32_BYTES, run * element + weights)
+    else:
+        own, weights, gradients = total, total * element, total * FP32_BYTES
+    optimizer = own * (MOMENT_BYTES + (FP32_BYTES if element < FP32_BYTES else 0))
+    share = sum(p.numel for p in buffer if p.is_expert) / max(total, 1)
+    return _Held(weights, gradients, optimizer, exchange, round(share * (weights + gradients + optimizer)))
+
+
+def _folded_elements(config: PretrainConfig, plans: Iterable[StagePlan], banks: list[LocalParameter]) -> int:
+    if not config.moe.has_pool or config.moe.samoe_combine != "step":
+        return 0
+    layers = sum(layer.moe_index is not None for plan in plans for layer in plan.layers)
+    return layers * sum(p.numel for p in banks) // config.moe.num_expert_banks
+
+
+def _whole_banks(config: PretrainConfig, banks: list[LocalParameter], place: RankPlace) -> tuple[int, int]:
+    """Returns the bytes of banks that are whole throughout a step, and the largest temporary of gathering them.
+
+    Step mode gathers one tensor at a time; at the step's end its gradient, and the run that is reduced of it, stand
+    beside it. Layer mode keeps all banks and all their gradients.
+    """
+    if not banks:
+        return 0, 0
+    if config.moe.samoe_combine == "layer":
+        return 2 * FP32_BYTES * sum(p.numel for p in banks), 0
+    return 0, max(FP32_BYTES * (2 * p.numel + -(-p.numel // place.group_size(p.group))) for p in banks)
