@@ -1,0 +1,223 @@
+"""Bytes per rank against models built for every rank of a world, and activations against what autograd keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.distributed.grad_buffer import GradBuffers
+from megatron_samoe.models.activation_memory import activation_bytes, layer_bytes, passes_in_flight
+from megatron_samoe.models.layer_layout import all_layers
+from megatron_samoe.models.memory import RankPlace, largest_rank_memory, rank_grid, rank_memory
+from megatron_samoe.models.rank_model import RankModel, build_model, compute_dtype
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
+from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, single_process_state
+from megatron_samoe.parallel_state.rank_grid import GROUPS
+from megatron_samoe.pipeline_parallel.schedule_plan import make_plan, max_in_flight
+from tests.harness.tiny import tiny_config, with_layout, with_options
+
+
+def states_of(config: PretrainConfig, world_size: int) -> list[ParallelState]:
+    """Returns all ranks' states, without any process group."""
+    grid = rank_grid(config, world_size)
+    by_name = {name: grid.groups(name) for name in GROUPS}
+    states = []
+    for rank in range(world_size):
+        groups = {}
+        for name, all_ranks in by_name.items():
+            (ranks,) = (ranks for ranks in all_ranks if rank in ranks)
+            groups[name] = Group(name, ranks, ranks.index(rank))
+        sequence_parallel = config.parallel.sequence_parallel and grid.tp > 1
+        states.append(ParallelState(grid, rank, torch.device("cpu"), sequence_parallel=sequence_parallel, **groups))
+    return states
+
+
+def storage_bytes(tensors: list[torch.Tensor]) -> int:
+    """Returns the bytes of tensors, memory that several share counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values())
+
+
+def built_bytes(config: PretrainConfig, vocab_size: int, state: ParallelState) -> tuple[int, int, int]:
+    """Returns the bytes of weights, main gradients and optimizer state of a rank's built model."""
+    model = RankModel(config, vocab_size, state, compute_dtype(config))
+    parameters = model.global_parameters()
+    buffers = GradBuffers(parameters, state, config.parallel.use_distributed_optimizer)
+    optimizer = MixedPrecisionOptimizer(buffers, config.optimizer)
+    moments = [t for name in optimizer.masters for t in optimizer.moments(name).values()]
+    return (
+        storage_bytes([p.detach() for p in parameters.values()]),
+        storage_bytes([b.flat for b in buffers.buffers]),
+        storage_bytes([*moments, *optimizer.own_masters().values()]),
+    )
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp3": (3, {}),
+    "dp3 zero": (3, {"zero": True}),
+    "tp2": (2, {"tp": 2}),
+    "tp2 sp zero": (4, {"tp": 2, "sp": True, "zero": True}),
+    "pp2": (2, {"pp": 2}),
+    "pp4 zero": (8, {"pp": 4, "zero": True}),
+    "pp4 uneven": (4, {"pp": 4, "stages": "Et|tt||tL"}),
+    "pp2 vpp zero": (4, {"pp": 2, "vpp": 1, "zero": True}),
+    "ep2 zero": (4, {"ep": 2, "zero": True}),
+    "tp2 etp1 ep4": (4, {"tp": 2, "etp": 1, "ep": 4}),
+    "tp2 ep2 sp zero": (8, {"tp": 2, "ep": 2, "sp": True, "zero": True}),
+    "tp2 pp2 ep2 zero": (8, {"tp": 2, "pp": 2, "ep": 2, "zero": True}),
+    "tp2 etp1 ep2 pp2 sp zero": (8, {"tp": 2, "etp": 1, "ep": 2, "pp": 2, "sp": True, "zero": True}),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"layout": "dense"},
+    "dense llama bf16": {"layout": "dense", "style": "llama", "bf16": True, "qk_layernorm": True},
+    "moe": {"layout": "moe", "moe_layer_freq": "2"},
+    "moe llama bf16": {"layout": "moe", "style": "llama", "bf16": True, "moe_shared_expert_intermediate_size": 16},
+    "samoe": {"layout": "samoe"},
+    "samoe bf16": {"layout": "samoe", "bf16": True, "moe_layer_freq": "0101"},
+    "samoe replicated": {"layout": "samoe", "samoe_pool_placement": "replicated", "samoe_combine": "layer"},
+    "samoe per expert": {"layout": "samoe", "style": "llama", "samoe_granularity": "expert", "bf16": True},
+    "samoe frozen": {"layout": "samoe", "samoe_freeze_coefficients": True, "num_expert_banks": 3},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_gradients_and_optimizer_equal_the_built_models(layout: str, model: str) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    if model.startswith("dense"):
+        sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
+    config = with_layout(tiny_config(**MODELS[model]), **sizes)
+    for state in states_of(config, world_size):
+        expected = rank_memory(config, 103, world_size, state.rank)
+        actual = built_bytes(config, 103, state)
+        assert actual == (expected.weights, expected.gradients, expected.optimizer), state.rank
+
+
+@st.composite
+def placed(draw: st.DrawFn) -> RankPlace:
+    sizes = st.integers(1, 4)
+    tp, pp = draw(sizes), draw(sizes)
+    etp = draw(st.sampled_from([1, tp]))
+    ep, more = draw(sizes), draw(sizes)
+    world = tp * pp * etp * ep * more  # divides over both grids
+    return RankPlace(RankGrid(world, tp=tp, pp=pp, ep=ep, etp=etp), draw(st.integers(0, world - 1)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(placed())
+def test_places_in_groups_equal_the_listed_ones(place: RankPlace) -> None:
+    assert place.pipeline_rank == place.grid.coordinates(place.rank, "dense")["pp"]
+    for name in GROUPS:
+        (ranks,) = (ranks for ranks in place.grid.groups(name) if place.rank in ranks)
+        assert place.group_size(name) == len(ranks), name
+        assert place.group_rank(name) == ranks.index(place.rank), name
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 16), st.integers(1, 4), st.integers(1, 12), st.sampled_from(["1f1b", "gpipe"]), st.data())
+def test_passes_in_flight_are_those_of_the_plan(
+    pp: int, chunks: int, number: int, schedule: str, data: st.DataObject
+) -> None:
+    if pp == 1:
+        assert passes_in_flight(schedule, 1, 0, 1, number) == 1
+        return
+    rank = data.draw(st.integers(0, pp - 1))
+    micro_batches = number * pp if chunks > 1 else number
+    plan = make_plan(schedule, pp, rank, chunks, micro_batches)
+    assert passes_in_flight(schedule, pp, rank, chunks, micro_batches) == max_in_flight(plan)
+
+
+def test_the_largest_rank_needs_no_less_than_any() -> None:
+    config = with_layout(tiny_config("samoe"), pp=2, ep=2, zero=True)
+    rank, most = largest_rank_memory(config, 103, 8)
+    assert most == rank_memory(config, 103, 8, rank)
+    assert most.total == max(rank_memory(config, 103, 8, r).total for r in range(8))
+
+
+def test_sharding_divides_optimizer_state_and_the_pool() -> None:
+    config = with_options(tiny_config("samoe", bf16=True), samoe_pool_placement="replicated")
+    alone, shared = (rank_memory(with_layout(config, zero=zero), 103, 8) for zero in (False, True))
+    assert shared.optimizer == pytest.approx(alone.optimizer / 8, rel=0.01)
+    assert shared.weights == pytest.approx(alone.weights, rel=0.01)
+    sharded = rank_memory(with_options(with_layout(config), samoe_pool_placement="sharded"), 103, 8)
+    banks, runs = (m.expert - m.folded_weights - m.folded_gradients for m in (alone, sharded))
+    assert runs == pytest.approx(banks / 8, rel=0.01)
+
+
+def kept_by_autograd(model: RankModel, config: PretrainConfig) -> int:
+    """Returns the bytes of all tensors that the first layer's forward pass keeps, weights left out."""
+    batch, length, hidden = config.training.micro_batch_size, config.model.seq_length, config.model.hidden_size
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *(b.flat for b in _buffers(model).buffers)]}
+    model.begin_step()
+    if model.combination is not None:
+        weights = getattr(model.combination, "_weights", None)
+        own |= {t.untyped_storage().data_ptr() for _, t in weights.items()} if weights is not None else set()
+    kept: dict[int, int] = {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    moe_layers = max(model.num_moe_layers, 1)
+    context = ForwardContext(
+        batch, training=True, tokens_per_step=batch * length,
+        expert_fractions_LE=torch.full((moe_layers, config.moe.num_experts), 1 / config.moe.num_experts),
+    )  # fmt: skip
+    from megatron_samoe.models.attention import AttentionInputs
+    from megatron_samoe.models.rotary import rotary_tables
+
+    positions_BS = torch.arange(length).expand(batch, -1)
+    rotary = (
+        rotary_tables(config.model, positions_BS, model.dtype)
+        if config.model.position_embedding_type == "rope"
+        else None
+    )
+    x_TH = torch.randn(batch * length, hidden, dtype=model.dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y_TH, _ = model.chunks[0].layers["0"](x_TH, AttentionInputs(rotary=rotary), context, model.combination)
+    assert y_TH.requires_grad
+    if rotary is not None:
+        for table in rotary:  # all layers share them
+            kept.pop(table.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def _buffers(model: RankModel) -> GradBuffers:
+    return GradBuffers(model.global_parameters(), model.state)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("style", ["gpt3", "llama"])
+@pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
+def test_layer_activations_are_what_autograd_keeps(layout: str, style: str, dtype: str) -> None:
+    config = tiny_config(
+        layout, style=style, hidden_size=64, seq_length=64, ffn_hidden_size=192, bf16=dtype == "bf16", moe_router_topk=1
+    )
+    model = build_model(config, 103, single_process_state())
+    expected = layer_bytes(config, all_layers(config)[0], RankGrid(1))
+    if style == "llama":
+        # On a CPU torch composes RMSNorm: it keeps an fp32 product, and for bf16 an fp32 copy in place of the input.
+        tokens_by_hidden = config.training.micro_batch_size * config.model.seq_length * config.model.hidden_size
+        expected += 2 * tokens_by_hidden * (4 if dtype == "fp32" else 4 + 2)
+    assert kept_by_autograd(model, config) == pytest.approx(expected, rel=0.05)
+
+
+def test_recomputing_keeps_layer_inputs_alone() -> None:
+    config = tiny_config("dense", num_layers=8)
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    none = activation_bytes(config, 103, RankGrid(1), 0, 4)
+    full = activation_bytes(with_options(config, recompute_granularity="full"), 103, RankGrid(1), 0, 4)
+    layer = layer_bytes(config, all_layers(config)[0], RankGrid(1))
+    assert none - full == 7 * layer - 8 * tokens * config.model.hidden_size * 4
+    half = replace(config, training=replace(config.training, recompute_granularity="full", recompute_num_layers=4))
+    assert full < activation_bytes(half, 103, RankGrid(1), 0, 4) < none
