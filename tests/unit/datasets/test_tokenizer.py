@@ -107,8 +107,9 @@ def test_the_fast_engine_on_the_novels_and_on_all_of_unicode(tokenizers_by_name:
 
 
 def test_a_million_spaces(tokenizers_by_name: dict[str, Tokenizer]) -> None:
-    ids = tokenizers_by_name["hf"].encode(" " * 1_000_000 + "x")
-    assert tokenizers_by_name["hf"].decode(ids) == " " * 1_000_000 + "x"
+    for end in ("", "x"):
+        ids = tokenizers_by_name["hf"].encode(" " * 1_000_000 + end)
+        assert tokenizers_by_name["hf"].decode(ids) == " " * 1_000_000 + end
 
 
 def _tokenizer(vocab: list[str], merges: list[tuple[str, str]], **options: object) -> object:
