@@ -166,11 +166,21 @@ def rank_memory(config: PretrainConfig, vocab_size: int, world_size: int, rank: 
 
 
 def largest_rank_memory(config: PretrainConfig, vocab_size: int, world_size: int) -> tuple[int, RankMemory]:
-    """Returns the rank that needs most, and what it needs: the first rank of each stage holds the most of it."""
+    """Returns the rank that needs most, and what it needs.
+
+    Of stages that hold alike the first holds the most passes in flight, and of a stage's ranks the first the longest runs,
+    so few ranks are looked at.
+    """
     grid = rank_grid(config, world_size)
-    step = world_size // grid.pp
-    stages = [(stage * step, rank_memory(config, vocab_size, world_size, stage * step)) for stage in range(grid.pp)]
-    return max(stages, key=lambda pair: pair[1].total)
+    per_stage = world_size // grid.pp
+    seen, found = set(), []
+    for stage in range(grid.pp):
+        plans = rank_plans(config, stage)
+        kind = tuple((p.has_embedding, p.has_head, *(x.moe_index is None for x in p.layers)) for p in plans)
+        if kind not in seen:
+            seen.add(kind)
+            found.append((stage * per_stage, rank_memory(config, vocab_size, world_size, stage * per_stage)))
+    return max(found, key=lambda pair: pair[1].total)
 
 
 def local_parameters(config: PretrainConfig, vocab_size: int, place: RankPlace) -> list[LocalParameter]:

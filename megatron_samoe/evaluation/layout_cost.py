@@ -1,0 +1,293 @@
+"""How long a training step takes in a layout, and what each rank sends: a model in closed form.
+
+    step = (m + (pp - 1) / chunks) * slowest stage's micro-batch + ramp + gradients + pool + optimizer
+
+A micro-batch's time is its products at a share of the peak, plus the exchanges between tensor and expert parallel ranks,
+which nothing hides. Collectives are rings: all-gather and reduce-scatter of n bytes send n (g - 1) / g, an all-reduce
+twice that. A group inside one node has the node's bandwidth, any other the network's; an all-to-all is split between both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import num_micro_batches
+from megatron_samoe.models.layer_layout import LayerPlace, StagePlan, rank_plans
+from megatron_samoe.models.memory import RankPlace, compute_bytes, local_parameters, rank_grid
+from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
+from megatron_samoe.tensor_parallel.layers import padded_vocab_size
+
+#: AdamW reads gradient, master and two moments and writes the last three and the weight: bytes per element it updates.
+OPTIMIZER_TRAFFIC_BYTES = 30
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines.
+
+    Attributes:
+        memory_bytes: of one GPU, as far as tensors may fill it.
+        flops: peak of one GPU's matrix products, per second, in the precision of training.
+        intra_bandwidth, inter_bandwidth: bytes per second that one GPU sends inside its node, and to other nodes.
+        memory_bandwidth: bytes per second of one GPU's memory.
+        efficiency: share of the peak that the model's products reach.
+        latency_s: of one hop of a collective.
+    """
+
+    world_size: int
+    gpus_per_node: int
+    memory_bytes: float
+    flops: float
+    intra_bandwidth: float
+    inter_bandwidth: float
+    memory_bandwidth: float = 2e12
+    efficiency: float = 0.45
+    latency_s: float = 1e-5
+
+
+@dataclass
+class Cost:
+    """Seconds of a step by part, and bytes that the busiest rank sends by kind."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    sent_bytes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def step_s(self) -> float:
+        """The whole step."""
+        return sum(self.seconds.values())
+
+    def add(self, part: str, seconds: float, sent_bytes: float | None = None) -> None:
+        """Adds to a part."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+        if sent_bytes is not None:
+            self.sent_bytes[part] = self.sent_bytes.get(part, 0.0) + sent_bytes
+
+
+def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost:
+    """Returns the cost of one optimizer step of a configuration that keeps the rules."""
+    grid = rank_grid(config, cluster.world_size)
+    links = Links(grid, cluster)
+    number = num_micro_batches(config, cluster.world_size)
+    stages = [_micro_batch(config, vocab_size, rank_plans(config, rank), links) for rank in _distinct_stages(config)]
+    slowest = max(stages, key=lambda stage: sum(stage.seconds.values()))
+    cost = Cost()
+    for part, seconds in slowest.seconds.items():
+        cost.add(part, number * seconds, number * slowest.sent_bytes[part] if part in slowest.sent_bytes else None)
+    chunks = len(rank_plans(config, 0))
+    if grid.pp > 1:
+        cost.add("bubble", (grid.pp - 1) / chunks * sum(slowest.seconds.values()))
+        boundary = _residual_elements(config, grid) * compute_bytes(config)
+        # Sends run beside the passes; what remains is their way through the empty pipeline, there and back.
+        ramp = 2 * (grid.pp - 1) * links.seconds("pp", boundary)
+        cost.add("pipeline", ramp, 2 * chunks * number * boundary)
+    _end_of_step(cost, config, vocab_size, links)
+    return cost
+
+
+def _distinct_stages(config: PretrainConfig) -> list[int]:
+    seen: dict[tuple, int] = {}
+    for rank in range(config.parallel.pipeline_model_parallel_size):
+        plans = rank_plans(config, rank)
+        kind = tuple((p.has_head, *(layer.moe_index is None for layer in p.layers)) for p in plans)
+        seen.setdefault(kind, rank)
+    return list(seen.values())
+
+
+@dataclass(frozen=True)
+class Links:
+    """Times of exchanges in the named groups of a grid."""
+
+    grid: RankGrid
+    cluster: Cluster
+
+    def size(self, name: str) -> int:
+        """Returns a group's members."""
+        return RankPlace(self.grid, 0).group_size(name)
+
+    def stride(self, name: str) -> int:
+        """Returns the distance of a group's first two ranks."""
+        axes_grid, varying = GROUPS[name]
+        stride = 1
+        for axis, size in self.grid.axes(axes_grid).items():
+            if axis in varying and size > 1:
+                return stride
+            stride *= size
+        return stride
+
+    def members_in_node(self, name: str) -> int:
+        """Returns how many members of a group share the first one's node."""
+        axes_grid, varying = GROUPS[name]
+        stride, members = 1, 1
+        for axis, size in self.grid.axes(axes_grid).items():
+            if axis in varying:
+                members *= max(1, min(size, self.cluster.gpus_per_node // stride))
+            stride *= size
+        return min(members, self.size(name))
+
+    def bandwidth(self, name: str) -> float:
+        """Returns the bytes per second of a ring through the group."""
+        inside = self.members_in_node(name) == self.size(name)
+        return self.cluster.intra_bandwidth if inside else self.cluster.inter_bandwidth
+
+    def seconds(self, name: str, sent_bytes: float) -> float:
+        """Returns the time of sending so many bytes along a ring."""
+        hops = max(1, math.ceil(math.log2(max(self.size(name), 2))))
+        return sent_bytes / self.bandwidth(name) + self.cluster.latency_s * hops
+
+    def gather(self, name: str, whole_bytes: float) -> tuple[float, float]:
+        """Returns (seconds, bytes sent) of an all-gather or reduce-scatter."""
+        size = self.size(name)
+        if size == 1:
+            return 0.0, 0.0
+        sent = whole_bytes * (size - 1) / size
+        return self.seconds(name, sent), sent
+
+    def all_to_all(self, name: str, own_bytes: float) -> tuple[float, float]:
+        """Returns (seconds, bytes sent) of an even all-to-all of a rank's bytes; both kinds of link work at once."""
+        size, near = self.size(name), self.members_in_node(name)
+        if size == 1:
+            return 0.0, 0.0
+        part = own_bytes / size
+        inside = (near - 1) * part / self.cluster.intra_bandwidth
+        outside = (size - near) * part / self.cluster.inter_bandwidth
+        return max(inside, outside) + self.cluster.latency_s, part * (size - 1)
+
+
+def _micro_batch(config: PretrainConfig, vocab_size: int, plans: tuple[StagePlan, ...], links: Links) -> Cost:
+    """Returns the cost of one micro-batch in one stage, forwards and backwards."""
+    cost = Cost()
+    granularity, limit = config.training.recompute_granularity, config.training.recompute_num_layers
+    for plan in plans:
+        for number, layer in enumerate(plan.layers):
+            again = granularity == "full" and (limit is None or number < limit)
+            forward, core = layer_flops(config, layer)
+            repeats = 4.0 if again else 3.0
+            flops = repeats * forward + (core if granularity == "selective" else 0.0)
+            _compute(cost, flops / links.grid.tp, links)
+            _tensor_exchanges(cost, config, layer, links, passes=3 if again else 2)
+            if layer.moe_index is not None:
+                _expert_exchanges(cost, config, links, passes=3 if again else 2)
+        if plan.has_head:
+            _compute(cost, 3.0 * head_flops(config, vocab_size) / links.grid.tp, links)
+    return cost
+
+
+def _compute(cost: Cost, flops: float, links: Links) -> None:
+    cost.add("compute", flops / (links.cluster.flops * links.cluster.efficiency))
+
+
+def _tokens(config: PretrainConfig) -> int:
+    return config.training.micro_batch_size * config.model.seq_length
+
+
+def _residual_elements(config: PretrainConfig, grid: RankGrid) -> int:
+    tokens = _tokens(config) // (grid.tp if config.parallel.sequence_parallel else 1)
+    return tokens * config.model.hidden_size
+
+
+def layer_flops(config: PretrainConfig, layer: LayerPlace) -> tuple[float, float]:
+    """Returns the multiply-adds x 2 of one layer's forward pass over a micro-batch, and the part of attention's core."""
+    model, moe, tokens = config.model, config.moe, _tokens(config)
+    heads, head_dim, hidden = model.num_attention_heads, model.head_dim, model.hidden_size
+    core = 2.0 * tokens * 2 * heads * head_dim * model.seq_length / 2
+    weights = (heads + 2 * model.num_kv_heads) * head_dim * hidden + heads * head_dim * hidden
+    products = 3 if model.swiglu else 2
+    if layer.moe_index is None:
+        weights += products * hidden * model.mlp_size
+    else:
+        width = moe.moe_router_topk * (moe.moe_ffn_hidden_size or model.mlp_size)
+        weights += (
+            products * hidden * (width + (moe.moe_shared_expert_intermediate_size or 0)) + hidden * moe.num_experts
+        )
+    return 2.0 * tokens * weights + core, core
+
+
+def head_flops(config: PretrainConfig, vocab_size: int) -> float:
+    """Returns the multiply-adds x 2 of the output projection over a micro-batch."""
+    padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
+    return 2.0 * _tokens(config) * config.model.hidden_size * padded
+
+
+def _tensor_exchanges(cost: Cost, config: PretrainConfig, layer: LayerPlace, links: Links, passes: int) -> None:
+    """All-reduces (or gathers and scatters, which send as much) around attention and the MLP, in each pass."""
+    grid = links.grid
+    if grid.tp == 1:
+        return
+    whole = _tokens(config) * config.model.hidden_size * compute_bytes(config)
+    regions = 1.0  # attention
+    if layer.moe_index is None or config.moe.moe_shared_expert_intermediate_size is not None:
+        regions += 1.0
+    if layer.moe_index is not None:
+        if grid.etp == grid.tp:
+            regions += 1.0
+        elif not config.parallel.sequence_parallel:
+            regions += 0.5  # one gather of the shares, no sum
+    seconds, sent = links.gather("tp", whole)
+    cost.add("tensor", 2 * regions * passes * seconds, 2 * regions * passes * sent)
+
+
+def _expert_exchanges(cost: Cost, config: PretrainConfig, links: Links, passes: int) -> None:
+    """Dispatch and combine in each pass; with whole experts a tensor-parallel rank sends its share of the tokens."""
+    grid = links.grid
+    if grid.ep == 1:
+        return
+    tokens = _tokens(config) if grid.etp == grid.tp else _tokens(config) // grid.tp
+    rows = tokens * config.moe.moe_router_topk
+    seconds, sent = links.all_to_all("ep", rows * config.model.hidden_size * compute_bytes(config))
+    cost.add("expert", 2 * passes * seconds, 2 * passes * sent)
+
+
+def _end_of_step(cost: Cost, config: PretrainConfig, vocab_size: int, links: Links) -> None:
+    """Reduction, update, gathering of weights and banks, and SaMoE's fold and contraction."""
+    memory_s = 1.0 / links.cluster.memory_bandwidth
+    stage_ranks = links.cluster.world_size // links.grid.pp
+    worst: Mapping[str, tuple[float, float]] = {}
+    updated = 0.0
+    for stage in _distinct_stages(config):
+        place = RankPlace(links.grid, stage * stage_ranks)
+        times: dict[str, tuple[float, float]] = {}
+        elements = 0.0
+        for p in local_parameters(config, vocab_size, place):
+            if not p.is_trained:
+                continue
+            size, zero = place.group_size(p.group), config.parallel.use_distributed_optimizer
+            shared = p.is_shared_out or (zero and size > 1)
+            elements += p.numel / size if shared else p.numel
+            # fp32 gradients; weights that other ranks have updated, and banks whenever they are combined or contracted.
+            gathers = 2 if p.is_shared_out and config.moe.samoe_combine == "step" else 1
+            moved = p.numel * (4 + gathers * p.element_bytes if shared else 2 * 4)
+            seconds, sent = links.gather(p.group, moved)
+            kind = "pool" if p.is_bank else "gradients"
+            before = times.get(kind, (0.0, 0.0))
+            # One buffer holds many tensors, so a tensor's share of the latency is nothing.
+            times[kind] = (before[0] + sent / links.bandwidth(p.group) if seconds else before[0], before[1] + sent)
+        if sum(t for t, _ in times.values()) >= sum(t for t, _ in worst.values()):
+            worst, updated = times, max(updated, elements)
+    for kind, (seconds, sent) in worst.items():
+        cost.add(kind, seconds, sent)
+    cost.add("optimizer", updated * OPTIMIZER_TRAFFIC_BYTES * memory_s)
+    if config.moe.has_pool:
+        cost.add("fold", fold_bytes(config, links.grid, num_micro_batches(config, links.cluster.world_size)) * memory_s)
+
+
+def fold_bytes(config: PretrainConfig, grid: RankGrid, micro_batches: int) -> float:
+    """Returns the bytes that combining and contracting move through a rank's memory in a step.
+
+    Step mode reads banks and writes folded weights once, and reads and clears folded gradients while it updates the banks'
+    once; layer mode does the like for each layer and micro-batch, the fold twice.
+    """
+    model, moe = config.model, config.moe
+    width = moe.moe_ffn_hidden_size or model.mlp_size
+    one_layer = moe.num_experts // grid.ep * (3 if model.swiglu else 2) * width * model.hidden_size / grid.etp
+    layers = max(
+        sum(layer.moe_index is not None for plan in rank_plans(config, rank) for layer in plan.layers)
+        for rank in _distinct_stages(config)
+    )
+    banks, element = moe.num_expert_banks, compute_bytes(config)
+    if moe.samoe_combine == "step":
+        return one_layer * (banks * 4 + layers * element + banks * 12 + layers * 8)
+    return one_layer * layers * micro_batches * (2 * (banks * 4 + element) + banks * 12 + 8)

@@ -1,0 +1,241 @@
+"""Which parallel layouts a model may run in on a cluster, what each needs, and which is fastest.
+
+Sizes (tensor, pipeline, virtual stages, expert, expert-tensor, micro-batch) are enumerated and those kept that
+`config.validate` accepts. Within one choice of sizes, options that trade memory for time (recomputation, when the pool is
+combined) are taken in the order of their cost, and the first that fits is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import (
+    data_parallel_size,
+    divisors,
+    flag,
+    global_batch_size,
+    num_micro_batches,
+    validate,
+)
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.evaluation.layout_cost import Cluster, Cost, step_cost
+from megatron_samoe.models.layer_layout import rank_plans
+from megatron_samoe.models.memory import RankMemory, largest_rank_memory
+
+#: More chunks than this on one rank send more often than they save.
+MAX_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class PlannedLayout:
+    """One legal layout.
+
+    Attributes:
+        rank, memory: the rank that needs most, and what it needs.
+        cost: of one step.
+    """
+
+    config: PretrainConfig
+    world_size: int
+    rank: int
+    memory: RankMemory
+    cost: Cost
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of the whole cluster per second."""
+        return global_batch_size(self.config, self.world_size) * self.config.model.seq_length / self.cost.step_s
+
+    def name(self) -> str:
+        """Returns the layout in a few letters: tp2sp pp4x2 ep8 etp1 dp16 mb1x32."""
+        parallel = self.config.parallel
+        chunks = len(rank_plans(self.config, 0))
+        words = [f"tp{parallel.tensor_model_parallel_size}{'sp' if parallel.sequence_parallel else ''}"]
+        words.append(f"pp{parallel.pipeline_model_parallel_size}{f'x{chunks}' if chunks > 1 else ''}")
+        if self.config.moe.expert_layout != "dense":
+            words.append(f"ep{parallel.expert_model_parallel_size}")
+            if parallel.tensor_model_parallel_size > 1:
+                words.append(f"etp{parallel.expert_tp}")
+        words.append(f"dp{data_parallel_size(self.config, self.world_size)}")
+        number = num_micro_batches(self.config, self.world_size)
+        return " ".join([*words, f"mb{self.config.training.micro_batch_size}x{number}"])
+
+    def options(self) -> str:
+        """Returns the options besides sizes in a few words."""
+        training, moe, parallel = self.config.training, self.config.moe, self.config.parallel
+        words = ["zero"] if parallel.use_distributed_optimizer else []
+        words += [f"recompute {training.recompute_granularity}"] if training.recompute_granularity else []
+        words += [moe.samoe_combine, moe.samoe_pool_placement] if moe.has_pool else []
+        return ", ".join(words)
+
+    def flags(self) -> list[str]:
+        """Returns the words that ask the pretrain program for this layout."""
+        default = PretrainConfig()
+        chosen: dict[str, Any] = {}
+        for group, names in PLANNED_FIELDS.items():
+            for name in names:
+                value = getattr(getattr(self.config, group), name)
+                if value != getattr(getattr(default, group), name):
+                    chosen[name] = value
+        words = []
+        for name, value in chosen.items():
+            words += [flag(name)] if value is True else [flag(name), str(value)]
+        return words
+
+
+PLANNED_FIELDS = {
+    "parallel": [f.name for f in fields(ParallelConfig) if not f.name.startswith("distributed")],
+    "moe": ["samoe_combine", "samoe_pool_placement"],
+    "training": ["micro_batch_size", "global_batch_size", "recompute_granularity", "recompute_num_layers"],
+}
+
+
+def plan_layouts(
+    config: PretrainConfig, vocab_size: int, cluster: Cluster, micro_batch_sizes: Sequence[int] = ()
+) -> list[PlannedLayout]:
+    """Returns the layouts that fit, fastest first.
+
+    Args:
+        config: the model and batch. Fields of the layout that differ from their defaults are kept as they are.
+        micro_batch_sizes: to choose from; the configured one if empty.
+
+    Raises:
+        ConfigError: no layout is legal, or none fits; the message names the smallest and what it misses.
+    """
+    base = replace(config, data=DataConfig(mock_data=True), checkpoint=CheckpointConfig())
+    fitting, smallest, problem = [], None, None
+    for sized in _sizes(base, cluster, micro_batch_sizes or (config.training.micro_batch_size,)):
+        try:
+            validate(sized, cluster.world_size)
+        except ConfigError as error:
+            problem = problem or error
+            continue
+        found = _best_options(sized, vocab_size, cluster)
+        for layout in found:
+            if layout.memory.total <= cluster.memory_bytes:
+                fitting.append(layout)
+            if smallest is None or layout.memory.total < smallest.memory.total:
+                smallest = layout
+    if smallest is None:
+        raise problem or ConfigError("--world-size", cluster.world_size, "has no layout that fills it")
+    if not fitting:
+        raise _too_large(smallest, cluster)
+    return sorted(fitting, key=lambda layout: -layout.tokens_per_s)
+
+
+def _too_large(smallest: PlannedLayout, cluster: Cluster) -> ConfigError:
+    need, parts = smallest.memory.total, smallest.memory.parts()
+    largest = max(parts, key=lambda name: parts[name])
+    return ConfigError(
+        "--memory-gb", cluster.memory_bytes / 1e9,
+        f"must be at least {need / 1e9:.2f} for any layout on {cluster.world_size} ranks: the smallest, "
+        f"{smallest.name()} ({smallest.options() or 'no options'}), misses {(need - cluster.memory_bytes) / 1e9:.2f} GB "
+        f"(most of it {largest}, {parts[largest] / 1e9:.2f} GB on rank {smallest.rank}); add ranks or make the model smaller",
+    )  # fmt: skip
+
+
+def _sizes(base: PretrainConfig, cluster: Cluster, micro_batch_sizes: Sequence[int]) -> Iterator[PretrainConfig]:
+    """Yields all choices of sizes that the user's fixed ones leave; most are legal."""
+    given, world, moe = base.parallel, cluster.world_size, base.moe
+    is_moe = moe.expert_layout != "dense"
+    fits_node = [d for d in divisors(world) if d <= cluster.gpus_per_node and base.model.num_attention_heads % d == 0]
+    for tp in _fixed(given, "tensor_model_parallel_size", fits_node):
+        stages = [d for d in divisors(world // tp) if d <= base.model.num_layers] if world % tp == 0 else [1]
+        for pp in _fixed(given, "pipeline_model_parallel_size", stages):
+            expert_tps = _fixed(given, "expert_tensor_parallel_size", sorted({1, tp})) if is_moe else [None]
+            for etp in expert_tps:
+                over = max(world // (pp * (etp or tp)), 1)
+                experts = [d for d in divisors(moe.num_experts) if over % d == 0] if is_moe else [1]
+                for ep in _fixed(given, "expert_model_parallel_size", experts):
+                    for vpp, layout in _stage_cuts(base, pp):
+                        parallel = replace(
+                            given, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+                            expert_model_parallel_size=ep, expert_tensor_parallel_size=etp if tp > 1 else None,
+                            num_layers_per_virtual_pipeline_stage=vpp, pipeline_model_parallel_layout=layout,
+                            sequence_parallel=given.sequence_parallel or tp > 1,
+                        )  # fmt: skip
+                        for size in micro_batch_sizes:
+                            yield replace(
+                                base, parallel=parallel, training=replace(base.training, micro_batch_size=size)
+                            )
+
+
+def _fixed(given: ParallelConfig, name: str, choices: list) -> list:
+    value = getattr(given, name)
+    return choices if value == getattr(ParallelConfig(), name) else [value]
+
+
+def _stage_cuts(base: PretrainConfig, pp: int) -> list[tuple[int | None, str | None]]:
+    """Returns (layers per virtual stage, stage layout) pairs for so many stages."""
+    given, layers = base.parallel, base.model.num_layers
+    if given.num_layers_per_virtual_pipeline_stage is not None or given.pipeline_model_parallel_layout is not None:
+        return [(given.num_layers_per_virtual_pipeline_stage, given.pipeline_model_parallel_layout)]
+    if pp == 1:
+        return [(None, None)]
+    if layers % pp:
+        return [(None, uneven_layout(layers, pp))]
+    per_stage = layers // pp
+    cuts: list[tuple[int | None, str | None]] = [(None, None)]
+    if given.pipeline_schedule == "1f1b":
+        cuts += [(d, None) for d in divisors(per_stage) if 1 < per_stage // d <= MAX_CHUNKS]
+    return cuts
+
+
+def uneven_layout(num_layers: int, pp: int) -> str:
+    """Returns a --pipeline-model-parallel-layout of almost even stages; the last, which has the head, and the first, which
+    has the embedding, get fewer."""
+    few, more = divmod(num_layers, pp)
+    order = [*range(1, pp - 1), 0, pp - 1]
+    counts = [few] * pp
+    for stage in order[:more]:
+        counts[stage] += 1
+    return "E" + "|".join("t" if n == 1 else f"t*{n}" if n else "" for n in counts) + "L"
+
+
+def _best_options(sized: PretrainConfig, vocab_size: int, cluster: Cluster) -> list[PlannedLayout]:
+    """Returns for each pool placement the cheapest options that fit, or the smallest where none do."""
+    found = []
+    dp = data_parallel_size(sized, cluster.world_size)
+    for placement in _placements(sized, cluster):
+        last = None
+        for combine, recompute in _memory_savings(sized):
+            config = replace(
+                sized,
+                parallel=replace(sized.parallel, use_distributed_optimizer=sized.parallel.use_distributed_optimizer or dp > 1),
+                moe=replace(sized.moe, samoe_combine=combine, samoe_pool_placement=placement),
+                training=replace(sized.training, recompute_granularity=recompute),
+            )  # fmt: skip
+            rank, memory = largest_rank_memory(config, vocab_size, cluster.world_size)
+            fits = memory.total <= cluster.memory_bytes
+            if last is None or fits or memory.total < last[2].total:
+                last = (config, rank, memory)
+            if fits:
+                break
+        assert last is not None
+        cost = step_cost(last[0], vocab_size, cluster)
+        found.append(PlannedLayout(last[0], cluster.world_size, last[1], last[2], cost))
+    return found
+
+
+def _placements(sized: PretrainConfig, cluster: Cluster) -> list[Any]:
+    moe, parallel = sized.moe, sized.parallel
+    holders = cluster.world_size // (parallel.expert_tp * parallel.expert_model_parallel_size)
+    if not moe.has_pool or holders == 1 or moe.samoe_pool_placement != "sharded":
+        return [moe.samoe_pool_placement]
+    return ["sharded", "replicated"]
+
+
+def _memory_savings(sized: PretrainConfig) -> list[tuple[Any, Any]]:
+    """Returns (combine, recompute) pairs from the fastest to the smallest."""
+    moe, training = sized.moe, sized.training
+    combines = ["step", "layer"] if moe.has_pool and moe.samoe_combine == "step" else [moe.samoe_combine]
+    recomputes = (
+        [None, "selective", "full"] if training.recompute_granularity is None else [training.recompute_granularity]
+    )
+    return [(combine, recompute) for combine in combines for recompute in recomputes]
