@@ -7,9 +7,17 @@ from collections.abc import Iterable
 
 
 class MegatronSamoeError(Exception):
-    """Base of every error that a command shows without a traceback."""
+    """Base of every error that a command shows without a traceback.
+
+    Args:
+        collective: every rank raises the same error, so that one of them is enough to show it.
+    """
 
     exit_status = 1
+
+    def __init__(self, message: str, collective: bool = False):
+        super().__init__(message)
+        self.collective = collective
 
 
 class ConfigError(MegatronSamoeError):
@@ -25,7 +33,7 @@ class ConfigError(MegatronSamoeError):
 
     def __init__(self, field: str, value: object, allowed: str):
         self.field, self.value, self.allowed = field, value, allowed
-        super().__init__(f"{field} = {value!r}: {allowed}")
+        super().__init__(f"{field} = {value!r}: {allowed}", collective=True)
 
 
 class ConfigErrors(ConfigError):
@@ -37,7 +45,7 @@ class ConfigErrors(ConfigError):
         first = errors[0]
         super().__init__(first.field, first.value, first.allowed)
         if len(errors) > 1:
-            self.args = ("\n".join(f"  {error}" for error in ["", *errors])[1:],)
+            self.args = ("\n  ".join(["the configuration breaks several rules:", *map(str, errors)]),)
 
 
 class DataError(MegatronSamoeError):

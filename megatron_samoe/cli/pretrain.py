@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 import time
@@ -41,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         _let_rank_0_speak(rank)
         return int(error.code or 0)
+    except KeyboardInterrupt:
+        print("interrupted before the step was done; the last checkpoint is intact", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
@@ -88,15 +93,26 @@ def _describe(config: PretrainConfig, vocab_size: int, parallel: ParallelState) 
 
 
 def _report(error: MegatronSamoeError, rank: int) -> int:
-    if rank == 0 or not isinstance(error, ConfigError):
-        where = f" (rank {rank})" if rank else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
     _let_rank_0_speak(rank)
+    if rank == 0 or not error.collective:
+        message = f"error{f' (rank {rank})' if rank else ''}: {error}"
+        print(message, file=sys.stderr, flush=True)
+        _tell_launcher(message)
     return error.exit_status
 
 
+def _tell_launcher(message: str) -> None:
+    """Leaves the message where torchrun looks for it, so that its own report shows it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            details = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+            json.dump({"message": details}, file)
+
+
 def _let_rank_0_speak(rank: int) -> None:
-    """A launcher stops all ranks at the first that leaves; the one that explains should be done by then."""
+    """Waits a little on other ranks: a launcher stops them all when the first leaves, so one of many equal messages
+    is shown."""
     if rank != 0:
         time.sleep(2.0)
 

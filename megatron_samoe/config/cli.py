@@ -84,12 +84,25 @@ def _take_config_flag(args: list[str]) -> tuple[list[str], Path | None]:
     return rest, path
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        repeated = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if repeated is not None:
+            raise yaml.YAMLError(f"the key {repeated!r} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """Returns the mapping in a YAML file; ConfigError where there is none."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ConfigError("--config", str(path), f"cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError("--config", str(path), "is not a text file in UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError("--config", str(path), f"is not YAML: {' '.join(str(error).split())}") from None
     if content is None:

@@ -9,9 +9,11 @@ import math
 import re
 from collections.abc import Iterator
 
+from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError, ConfigErrors
 
 Problems = Iterator[ConfigError]
@@ -154,6 +156,10 @@ def _number_ranges(config: PretrainConfig, world_size: int) -> Problems:
 def _attention_sizes(config: PretrainConfig, world_size: int) -> Problems:
     model = config.model
     heads, groups = model.num_attention_heads, model.num_kv_heads
+    if model.ffn_hidden_size is None and model.hidden_size > 0 and model.mlp_size < 1:
+        yield ConfigError(
+            "--hidden-size", model.hidden_size, "is too small for --swiglu's derived MLP; give --ffn-hidden-size"
+        )
     if model.kv_channels is None and heads > 0 and model.hidden_size % heads:
         yield ConfigError("--num-attention-heads", heads,
                           f"must divide --hidden-size {model.hidden_size}, or give --kv-channels")  # fmt: skip
@@ -205,8 +211,10 @@ def _options_without_effect(config: PretrainConfig, world_size: int) -> Problems
                     flag(name), getattr(moe, name), f"needs --expert-layout samoe, not {moe.expert_layout}"
                 )
     if moe.expert_layout == "dense":
-        for name in ("moe_ffn_hidden_size", "moe_expert_capacity_factor", "moe_shared_expert_intermediate_size"):
-            if getattr(moe, name) is not None:
+        for name in ("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_z_loss_coeff",
+                     "moe_input_jitter_eps", "moe_router_load_balancing_type", "moe_ffn_hidden_size",
+                     "moe_expert_capacity_factor", "moe_shared_expert_intermediate_size"):  # fmt: skip
+            if getattr(moe, name) != getattr(default, name):
                 yield ConfigError(flag(name), getattr(moe, name), "needs --expert-layout moe or samoe, not dense")
     if moe.moe_expert_capacity_factor is None and moe.moe_token_drop_policy != default.moe_token_drop_policy:
         yield ConfigError("--moe-token-drop-policy", moe.moe_token_drop_policy, "needs --moe-expert-capacity-factor")
@@ -221,8 +229,18 @@ def _options_without_effect(config: PretrainConfig, world_size: int) -> Problems
         )
     if config.optimizer.lr_wsd_decay_iters is not None and config.optimizer.lr_decay_style != "WSD":
         yield ConfigError("--lr-wsd-decay-iters", config.optimizer.lr_wsd_decay_iters, "needs --lr-decay-style WSD")
-    if config.training.loss_scale is not None and not config.training.fp16:
-        yield ConfigError("--loss-scale", config.training.loss_scale, "needs --fp16")
+    if not config.training.fp16:
+        for name in ("loss_scale", "initial_loss_scale"):
+            if getattr(config.training, name) != getattr(TrainingConfig(), name):
+                yield ConfigError(flag(name), getattr(config.training, name), "needs --fp16")
+    if config.model.position_embedding_type != "rope":
+        for name in ("rotary_base", "rotary_percent"):
+            if getattr(config.model, name) != getattr(ModelConfig(), name):
+                yield ConfigError(flag(name), getattr(config.model, name), "needs --position-embedding-type rope")
+    if config.data.tokenizer_type == "ByteTokenizer" and config.data.tokenizer_model is not None:
+        yield ConfigError(
+            "--tokenizer-model", config.data.tokenizer_model, "has no use with --tokenizer-type ByteTokenizer"
+        )
 
 
 def _world_divides(config: PretrainConfig, world_size: int) -> Problems:
@@ -236,9 +254,11 @@ def _world_divides(config: PretrainConfig, world_size: int) -> Problems:
                           f"(start a multiple of {pp} processes, or set it to one of {divisors(world_size)})")  # fmt: skip
         return
     if world_size % (tp * pp):
+        # Expert groups of a layout that does not fit would only repeat the complaint.
         over = f" over --pipeline-model-parallel-size {pp}" if pp > 1 else ""
         yield ConfigError("--tensor-model-parallel-size", tp, f"must divide the world of {world_size} ranks{over} "
                           f"(start a multiple of {tp * pp} processes, or set it to one of {divisors(world_size // pp)})")  # fmt: skip
+        return
     if etp not in (1, tp):
         yield ConfigError("--expert-tensor-parallel-size", etp, f"must be 1 or --tensor-model-parallel-size {tp}")
     elif world_size % (etp * ep * pp):
@@ -284,7 +304,8 @@ def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
 def _pipeline(config: PretrainConfig, world_size: int) -> Problems:
     parallel, layers = config.parallel, config.model.num_layers
     pp, per_stage = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
-    if pp < 1 or layers < 1 or (per_stage is not None and per_stage < 1):
+    tp = parallel.tensor_model_parallel_size
+    if min(pp, tp, layers, per_stage or 1) < 1 or world_size % (pp * tp):
         return
     if pp == 1:
         for name in ("num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"):
@@ -395,8 +416,10 @@ def _data_sources(config: PretrainConfig, world_size: int) -> Problems:
 
 def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
     checkpoint = config.checkpoint
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        yield ConfigError("--save-interval", checkpoint.save_interval, "needs --save or --run-dir")
+    if checkpoint.save is None:
+        for name in ("save_interval", "save_retain_interval", "keep_last", "no_save_optim"):
+            if getattr(checkpoint, name):
+                yield ConfigError(flag(name), getattr(checkpoint, name), "needs --save or --run-dir")
     if checkpoint.load is None:
         for name in ("ckpt_step", "finetune", "no_load_optim", "use_checkpoint_args", "exit_on_missing_checkpoint"):
             if getattr(checkpoint, name):

@@ -201,6 +201,7 @@ def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -
         CheckpointError: tensors are missing, have other shapes, or files are damaged.
     """
     try:
+        dcp.FileSystemReader(directory).read_metadata()  # torch would log a traceback of its own
         with _one_process_is_meant():
             dcp.load(
                 {}, storage_reader=dcp.FileSystemReader(directory), planner=LoadPlanner(state),

@@ -9,11 +9,12 @@ A checkpoint is written under another name, flushed to disk, and renamed when it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,21 @@ from megatron_samoe.parallel_state.state import ParallelState
 LATEST = "latest_checkpointed_iteration.txt"
 CONFIG, TRAIN_STATE = "config.yaml", "train_state.json"
 FORMAT_VERSION = 1
+#: What every train_state.json holds besides.
+PLAIN_KEYS = ("iteration", "consumed_samples", "consumed_tokens", "loss_scale", "vocab_size")
 
 
 def iteration_dir(root: str | Path, iteration: int) -> Path:
     """Returns the folder of one checkpoint."""
     return Path(root) / f"iter_{iteration:07d}"
+
+
+def repair(root: str | Path) -> None:
+    """Puts back a checkpoint that was about to be replaced by a newer save of its iteration when the run was killed."""
+    for replaced in Path(root).glob(".iter_*.replaced") if os.path.isdir(root) else ():
+        final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
+        if not final.exists() and (replaced / TRAIN_STATE).is_file():
+            replaced.rename(final)
 
 
 def whole_iterations(root: str | Path) -> list[int]:
@@ -51,6 +62,8 @@ def find_checkpoint(config: CheckpointConfig) -> Path | None:
     """
     if config.load is None:
         return None
+    with contextlib.suppress(OSError):  # of several ranks one is first; a read-only folder stays as it is
+        repair(config.load)
     iterations = whole_iterations(config.load)
     if config.ckpt_step is not None:
         if config.ckpt_step not in iterations:
@@ -79,35 +92,65 @@ def _read_latest(root: Path) -> int | None:
 
 
 def _refuse_foreign(root: Path) -> None:
+    """Raises CheckpointError where a fresh start would leave what --load holds unused."""
     if root.is_file():
         raise CheckpointError(f"--load {root} is a file; it must be a folder of checkpoints.")
-    foreign = sorted(p.name for p in root.glob("iter_*")) if root.is_dir() else []
-    if foreign:
+    if not root.is_dir():
+        return
+    hint = ""
+    if (root / TRAIN_STATE).is_file():
+        hint = f" It is itself a checkpoint: give its parent, {root.parent}."
+    elif whole_iterations(root / "checkpoints"):
+        hint = f" Give {root / 'checkpoints'}."
+    entries = sorted(
+        p.name for p in root.iterdir() if not re.fullmatch(r"\.iter_\d+\.(unfinished|replaced)|\..*\.tmp", p.name)
+    )
+    if entries:
         raise CheckpointError(
-            f"{root}/{foreign[-1]} is not a checkpoint of this program (no {TRAIN_STATE}); "
-            "a fresh start would leave it unused. Give another --load, or convert it."
+            f"--load {root} holds no checkpoint of this program, but {_listed(entries)}; a fresh start would leave that "
+            f"unused.{hint or ' Give another folder, or convert the checkpoint.'}"
         )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more entries" if len(names) > 3 else "")
+
+
+def probe_save_dir(root: str) -> None:
+    """Raises CheckpointError if checkpoints cannot be written to a folder, which is made if it is not there."""
+    probe = Path(root) / f".probe_{os.getpid()}.tmp"
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        probe.write_text("probe")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"--save {root} cannot be written to: {error.strerror or error}.") from None
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:
     """Returns the configuration saved with a checkpoint."""
-    try:
-        content = yaml.safe_load((directory / CONFIG).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{directory / CONFIG} cannot be read: {error}") from None
-    return content
+    return _read_mapping(directory / CONFIG, yaml.safe_load)
 
 
 def read_train_state(directory: Path) -> dict[str, Any]:
     """Returns the plain values saved with a checkpoint."""
+    content = _read_mapping(directory / TRAIN_STATE, json.loads)
+    version = content.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(f"{directory} has format version {version}; this program reads up to {FORMAT_VERSION}.")
+    missing = [key for key in ("format_version", *PLAIN_KEYS) if key not in content]
+    if missing:
+        raise CheckpointError(f"{directory / TRAIN_STATE} is damaged: it has no {', '.join(missing)}.")
+    return content
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = json.loads((directory / TRAIN_STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / TRAIN_STATE} cannot be read: {error}") from None
-    if content.get("format_version", 0) > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{directory} has format version {content['format_version']}; this program reads up to {FORMAT_VERSION}."
-        )
+        content = parse(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds {type(content).__name__} in place of a mapping.")
     return content
 
 
@@ -125,8 +168,13 @@ def save_checkpoint(
     assert config.save is not None
     root, final = Path(config.save), iteration_dir(config.save, iteration)
     unfinished = root / f".{final.name}.unfinished"
-    _all_ranks(lambda: _make_empty(unfinished), parallel, only_first=True, what=f"create {unfinished}")
-    _all_ranks(lambda: write_sharded(state, str(unfinished), parallel), parallel, what=f"write {unfinished}")
+    _all_ranks(lambda: _begin(root, unfinished), parallel, only_first=True, what=f"create {unfinished}")
+    try:
+        _all_ranks(lambda: write_sharded(state, str(unfinished), parallel), parallel, what=f"write {unfinished}")
+    except CheckpointError:
+        if parallel.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)  # it may be what fills the disk
+        raise
 
     def publish() -> None:
         _write_durably(unfinished / CONFIG, yaml.safe_dump(dict(full_config), sort_keys=False))
@@ -161,16 +209,29 @@ def _all_ranks(action: Any, parallel: ParallelState, what: str, only_first: bool
         try:
             action()
         except (Exception, CheckpointException) as error:
-            problem = f"cannot {what}: {'; '.join(sorted({str(cause) for cause in causes_of(error)}))}."
+            reasons = "; ".join(sorted({str(cause).splitlines()[0] for cause in causes_of(error) if str(cause)}))
+            problem = f"cannot {what}{_free_space(what)}: {reasons}."
     problems = [p for p in parallel.world.all_gather_object(problem) if p]
     if problems:
-        raise CheckpointError(f"{problems[0]} Earlier checkpoints are as they were.")
+        raise CheckpointError(f"{problems[0]} Earlier checkpoints are as they were.", collective=True)
 
 
-def _make_empty(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)
+def _free_space(what: str) -> str:
+    """Returns a remark if the disk is nearly full, which torch's own message does not tell."""
+    folder = Path(what.split(" ", 1)[1]).parent
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if free < 1 << 28:
+            return f" (the disk has {free / 1e6:.0f} MB left)"
+    return ""
+
+
+def _begin(root: Path, unfinished: Path) -> None:
+    """Clears what earlier saves that were cut off have left, and makes the folder to write to."""
+    repair(root)
+    for leftover in root.glob(".iter_*.unfinished"):
+        shutil.rmtree(leftover)
+    unfinished.mkdir(parents=True)
 
 
 def _write_durably(path: Path, text: str) -> None:
@@ -196,7 +257,7 @@ def _apply_retention(config: CheckpointConfig, newest: int) -> None:
     if config.keep_last is None and config.save_retain_interval is None:
         return
     older = [i for i in whole_iterations(root) if i < newest]
-    kept = set(older[len(older) - (config.keep_last or 1) + 1 :])
+    kept = set(older[max(0, len(older) - (config.keep_last or 1) + 1) :])
     if config.save_retain_interval is not None:
         kept |= {i for i in older if i % config.save_retain_interval == 0}
     for iteration in older:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_samoe.config.cli import CHECKPOINT_GROUPS, to_mapping
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, sharded
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, sharded, stored_names
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
 from megatron_samoe.models.rank_model import RankModel
@@ -81,9 +81,14 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     fractions = None if state.expert_fractions_LE is None else state.expert_fractions_LE.clone()
     if fractions is not None and not checkpoint.finetune:
         tensors[EXPERT_FRACTIONS] = replicated(fractions, setup.parallel)
+    other_precision: dict[str, list[ShardedTensor]] = {}
     if with_optimizer:
-        tensors |= optimizer_state(setup)
+        own = optimizer_state(setup)
+        other_precision = _of_other_precision(setup, own, stored_names(str(directory)))
+        tensors |= own
     store.load_checkpoint(directory, tensors, setup.parallel)
+    if setup.parallel.world.all_gather_object(bool(other_precision)).count(True):
+        store.load_checkpoint(directory, other_precision, setup.parallel)
     if with_optimizer:
         setup.optimizer.set_num_steps(saved["optimizer_steps"])
     else:
@@ -97,16 +102,42 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     return loaded
 
 
+def _of_other_precision(
+    setup: TrainSetup, own: dict[str, list[ShardedTensor]], stored: set[str]
+) -> dict[str, list[ShardedTensor]]:
+    """Returns what a checkpoint of another precision gives under other names, and takes these out of `own`.
+
+    Master weights that an fp32 run did not save are its weights; fp32 weights of a bf16 run are its master weights.
+
+    Raises:
+        CheckpointError: optimizer state of a parameter is not there at all.
+    """
+    other = {}
+    for name, piece in setup.optimizer.pieces.items():
+        master = f"optimizer.master.{name}"
+        if master in own and master not in stored:
+            other[name] = own.pop(master)
+        elif master not in own and master in stored:
+            other[master] = sharded(piece.weight, piece.spec, setup.parallel, piece.part, piece.counts)
+    missing = sorted(name.split(".", 2)[2] for name in own if name not in stored and ".exp_avg." in name)
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint has no optimizer state of {', '.join(missing[:3])}{' and others' if missing[3:] else ''}: "
+            "were these frozen there? Give --no-load-optim to begin with fresh optimizer state."
+        )
+    return other
+
+
 def check_same_model(
     setup: TrainSetup, saved_config: Mapping[str, Any], saved_state: Mapping[str, Any], directory: Path
 ) -> None:
     """Raises CheckpointError naming the options in which a checkpoint's model differs from the run's."""
     current = to_mapping(setup.config)
     differences = [
-        f"{name} is {saved_value!r} there and {current[group].get(name)!r} here"
+        f"{name} is {saved_value!r} there and {current[group][name]!r} here"
         for group in CHECKPOINT_GROUPS
         for name, saved_value in saved_config.get(group, {}).items()
-        if name not in FREE_FIELDS and current[group].get(name) != saved_value
+        if name not in FREE_FIELDS and name in current[group] and current[group][name] != saved_value
     ]
     if saved_state.get("vocab_size") != setup.model.vocab_size:
         differences.append(

@@ -6,11 +6,11 @@ import signal
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class ExitSignals:
-    """While active, notes the first of SIGTERM, SIGINT and SIGUSR1 in place of dying of it. A second SIGINT kills."""
+    """While active, notes the first of SIGTERM, SIGINT, SIGUSR1 and SIGHUP in place of dying of it. A second SIGINT kills."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

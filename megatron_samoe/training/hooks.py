@@ -18,6 +18,9 @@ from megatron_samoe.training.metrics import Record
 class Hook:
     """Called by the trainer on rank 0; every method may be left as it is."""
 
+    #: What it writes to, for messages.
+    place = "the console"
+
     def start(self, iteration: int) -> None:
         """Training begins, or goes on, after `iteration` steps."""
 
@@ -66,7 +69,7 @@ class MetricsFile(Hook):
     """One JSON object per logged step. A resumed run first drops what the killed one logged beyond its checkpoint."""
 
     def __init__(self, path: str):
-        self.path = Path(path)
+        self.path, self.place = Path(path), f"--metrics-file {path}"
         self.file: Any = None
 
     def start(self, iteration: int) -> None:
@@ -101,7 +104,7 @@ class TensorBoard(Hook):
     """Scalars of every record, and combination coefficients and expert load per layer where they are recorded."""
 
     def __init__(self, directory: str):
-        self.directory = directory
+        self.directory, self.place = directory, f"--tensorboard-dir {directory}"
         self.writer: Any = None
 
     def start(self, iteration: int) -> None:

@@ -32,7 +32,8 @@ def raise_non_finite(setup: TrainSetup, state: TrainState, batches: Sequence[Bat
     raise NonFiniteLossError(
         f"Iteration {state.iteration + 1}: loss {result.lm_loss}, gradient norm {result.grad_norm}; {place}. "
         "No weight was changed and the last checkpoint is intact. A lower --lr, more warm-up or --clip-grad may help; "
-        "so may looking at the data of this step."
+        "so may looking at the data of this step.",
+        collective=True,
     )
 
 

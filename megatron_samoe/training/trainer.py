@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.errors import CommunicationError
+from megatron_samoe.errors import CommunicationError, MegatronSamoeError
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.backend import is_communication_failure
 from megatron_samoe.training.batches import RunData
@@ -64,8 +65,7 @@ class Trainer:
         saved_at = state.iteration if self.config.checkpoint.load == self.config.checkpoint.save else None
         with ExitSignals() as signals:
             try:
-                for hook in self.hooks:
-                    hook.start(state.iteration)
+                self._tell(lambda hook: hook.start(state.iteration))
                 batches = self._batches(state)
                 while state.iteration < self.config.training.train_iters:
                     state = self._one_step(state, next(batches))
@@ -78,17 +78,29 @@ class Trainer:
                 self._save(state, saved_at)
             finally:
                 for hook in self.hooks:
-                    hook.close()
+                    with contextlib.suppress(OSError):
+                        hook.close()
         return state
 
     def _start(self) -> TrainState:
         state = initial_state(self.setup)
+        if self.config.checkpoint.save is not None and self.setup.parallel.rank == 0:
+            store.probe_save_dir(self.config.checkpoint.save)
         found = store.find_checkpoint(self.config.checkpoint)
         if found is None:
             if self.config.checkpoint.load:
                 logger.info(f"no checkpoint in {self.config.checkpoint.load}: starting from the beginning")
             return state
         return load_run(self.setup, state, found)
+
+    def _tell(self, message: Callable[[Hook], None]) -> None:
+        for hook in self.hooks:
+            try:
+                message(hook)
+            except OSError as error:
+                raise MegatronSamoeError(
+                    f"{hook.place} cannot be written: {error}. The last checkpoint is intact."
+                ) from error
 
     def _batches(self, state: TrainState) -> Iterator[list[Batch]]:
         if state.iteration >= self.config.training.train_iters:
@@ -112,8 +124,7 @@ class Trainer:
         if not result.is_finite:
             raise_non_finite(setup, state, batches, result)
         self.stopwatch.end()
-        for hook in self.hooks:
-            hook.step(new_state.iteration)
+        self._tell(lambda hook: hook.step(new_state.iteration))
         interval = self.config.moe.pool_replica_check_interval
         if interval is not None and new_state.iteration % interval == 0:
             check_pool_replicas(setup, new_state.iteration)
@@ -124,8 +135,7 @@ class Trainer:
                 assert result.routing is not None
                 diagnostics = make_diagnostics(setup, result.routing, norms[0])
             record = make_record(setup, new_state, result, self.stopwatch.take(), validation_loss, diagnostics)
-            for hook in self.hooks:
-                hook.record(record)
+            self._tell(lambda hook: hook.record(record))
         self._warn_if_skipped(result)
         return new_state
 
