@@ -159,6 +159,14 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         save(tmp_path / "file" / "sub", 5)
 
 
+@pytest.mark.parametrize("keep", [1, 2, 4, 5, 9])
+def test_as_many_are_kept_as_asked_for_at_every_step(keep: int, tmp_path: Path) -> None:
+    for iteration in range(1, 12):
+        state = {"a": replicated(torch.ones(1), STATE)}
+        store.save_checkpoint(config(tmp_path, keep_last=keep), iteration, state, {}, {}, STATE)
+        assert store.whole_iterations(tmp_path) == list(range(max(1, iteration - keep + 1), iteration + 1))
+
+
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
@@ -191,7 +199,7 @@ def test_retention_leaves_foreign_and_newer_things_alone(tmp_path: Path) -> None
 
 def test_foreign_folder_is_refused_rather_than_overwritten(tmp_path: Path) -> None:
     (tmp_path / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"iter_0000100 is not a checkpoint of this program"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint of this program, but iter_0000100"):
         store.find_checkpoint(config(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file; it must be a folder"):

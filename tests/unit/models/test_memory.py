@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.activation_memory import activation_bytes, layer_bytes, passes_in_flight
-from megatron_samoe.models.layer_layout import all_layers
+from megatron_samoe.models.layer_layout import rank_plans
 from megatron_samoe.models.memory import RankPlace, largest_rank_memory, rank_grid, rank_memory
 from megatron_samoe.models.rank_model import RankModel, build_model, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
@@ -204,7 +203,7 @@ def test_layer_activations_are_what_autograd_keeps(layout: str, style: str, dtyp
         layout, style=style, hidden_size=64, seq_length=64, ffn_hidden_size=192, bf16=dtype == "bf16", moe_router_topk=1
     )
     model = build_model(config, 103, single_process_state())
-    expected = layer_bytes(config, all_layers(config)[0], RankGrid(1))
+    expected = layer_bytes(config, layout != "dense", RankGrid(1))
     if style == "llama":
         # On a CPU torch composes RMSNorm: it keeps an fp32 product, and for bf16 an fp32 copy in place of the input.
         tokens_by_hidden = config.training.micro_batch_size * config.model.seq_length * config.model.hidden_size
@@ -214,10 +213,15 @@ def test_layer_activations_are_what_autograd_keeps(layout: str, style: str, dtyp
 
 def test_recomputing_keeps_layer_inputs_alone() -> None:
     config = tiny_config("dense", num_layers=8)
-    tokens = config.training.micro_batch_size * config.model.seq_length
-    none = activation_bytes(config, 103, RankGrid(1), 0, 4)
-    full = activation_bytes(with_options(config, recompute_granularity="full"), 103, RankGrid(1), 0, 4)
-    layer = layer_bytes(config, all_layers(config)[0], RankGrid(1))
-    assert none - full == 7 * layer - 8 * tokens * config.model.hidden_size * 4
-    half = replace(config, training=replace(config.training, recompute_granularity="full", recompute_num_layers=4))
-    assert full < activation_bytes(half, 103, RankGrid(1), 0, 4) < none
+    inputs = config.training.micro_batch_size * config.model.seq_length * config.model.hidden_size * 4
+
+    def activations(**options: Any) -> int:
+        changed = with_options(config, **options)
+        return activation_bytes(changed, 103, RankGrid(1), 0, rank_plans(changed, 0), 4)
+
+    layer = layer_bytes(config, False, RankGrid(1))
+    none, full = activations(), activations(recompute_granularity="full")
+    assert none - full == 7 * layer - 8 * inputs, "one layer at a time is whole again"
+    half = activations(recompute_granularity="full", recompute_num_layers=4)
+    assert none - half == 3 * layer - 4 * inputs
+    assert full < half < activations(recompute_granularity="selective") < none

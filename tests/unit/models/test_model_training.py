@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_samoe.models.layer_layout import all_layers
@@ -71,6 +72,26 @@ def test_full_recomputation_keeps_less() -> None:
             setup.model(batch["tokens"], micro_batch_context(setup, initial_state(setup), 0))
         kept.append(total)
     assert kept[1] < kept[0] / 4
+
+
+def test_selective_recomputation_runs_attention_again_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"attention": 0, "mlp": 0}
+    attend, activate = F.scaled_dot_product_attention, F.gelu
+
+    def count_attention(*args: Any, **options: Any) -> Tensor:
+        calls["attention"] += 1
+        return attend(*args, **options)
+
+    def count_mlp(*args: Any, **options: Any) -> Tensor:
+        calls["mlp"] += 1
+        return activate(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", count_attention)
+    monkeypatch.setattr(F, "gelu", count_mlp)
+    for granularity, attention, mlp in ((None, 1, 1), ("selective", 2, 1), ("full", 2, 2)):
+        calls.update(attention=0, mlp=0)
+        gradients(layout="dense", recompute_granularity=granularity)
+        assert calls == {"attention": 16 * attention, "mlp": 16 * mlp}, "4 layers, 4 micro-batches"
 
 
 @pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])

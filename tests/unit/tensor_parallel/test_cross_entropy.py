@@ -80,3 +80,18 @@ def test_extreme_logits_stay_finite() -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0], [-torch.inf, 0.0, -torch.inf]])
     losses = vocab_parallel_cross_entropy(logits, torch.tensor([1, 1]), 0, single_process_state().tp)
     torch.testing.assert_close(losses, torch.tensor([2e4, 0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients_of_sums_and_slices(dtype: torch.dtype) -> None:
+    """`losses.sum()` gives a gradient of stride 0, every second loss one with gaps; logits may be a slice."""
+    logits, labels, _ = example(dtype)
+    for scalar in (lambda t: t.sum(), lambda t: t[::2].sum(), lambda t: (t * 2).mean()):
+        whole = torch.cat((logits, logits), 1).requires_grad_()
+        exact = logits.double().clone().requires_grad_()
+        scalar(vocab_parallel_cross_entropy(whole[:, :V], labels, 0, single_process_state().tp)).backward()
+        scalar(F.cross_entropy(exact, labels, reduction="none")).backward()
+        assert whole.grad is not None
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(whole.grad[:, :V].double(), exact.grad, rtol=tolerance, atol=tolerance)
+        assert not whole.grad[:, V:].any()
