@@ -32,6 +32,18 @@ std::string Segment::map(size_t bytes) {
 }
 
 std::string Segment::create(int world, uint64_t mark) {
+  const std::string problem = try_create(world, mark);
+  if (!problem.empty()) release();
+  return problem;
+}
+
+std::string Segment::open(pid_t pid, int fd, int world, uint64_t mark) {
+  const std::string problem = try_open(pid, fd, world, mark);
+  if (!problem.empty()) release();
+  return problem;
+}
+
+std::string Segment::try_create(int world, uint64_t mark) {
   world_ = world;
   fd_ = static_cast<int>(syscall(SYS_memfd_create, "megatron_samoe", 1u /* MFD_CLOEXEC */));
   if (fd_ < 0) return failure("memfd_create");
@@ -47,7 +59,7 @@ std::string Segment::create(int world, uint64_t mark) {
   return "";
 }
 
-std::string Segment::open(pid_t pid, int fd, int world, uint64_t mark) {
+std::string Segment::try_open(pid_t pid, int fd, int world, uint64_t mark) {
   world_ = world;
   const std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd);
   fd_ = ::open(path.c_str(), O_RDWR | O_CLOEXEC);

@@ -52,7 +52,7 @@ class Segment {
   Segment(const Segment&) = delete;
   Segment& operator=(const Segment&) = delete;
 
-  // Both return an empty string, or why it failed.
+  // Both return an empty string, or why it failed; the segment is then as it was before.
   std::string create(int world, uint64_t mark);
   std::string open(pid_t pid, int fd, int world, uint64_t mark);
   void release();
@@ -63,6 +63,8 @@ class Segment {
   int fd() const { return fd_; }
 
  private:
+  std::string try_create(int world, uint64_t mark);
+  std::string try_open(pid_t pid, int fd, int world, uint64_t mark);
   std::string map(size_t bytes);
   void* base_ = nullptr;
   size_t bytes_ = 0;

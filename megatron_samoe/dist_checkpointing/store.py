@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from megatron_samoe.parallel_state.state import ParallelState
 LATEST = "latest_checkpointed_iteration.txt"
 CONFIG, TRAIN_STATE = "config.yaml", "train_state.json"
 FORMAT_VERSION = 1
-#: What every train_state.json holds besides.
-PLAIN_KEYS = ("iteration", "consumed_samples", "consumed_tokens", "loss_scale", "vocab_size")
 
 
 def iteration_dir(root: str | Path, iteration: int) -> Path:
@@ -132,13 +130,13 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     return _read_mapping(directory / CONFIG, yaml.safe_load)
 
 
-def read_train_state(directory: Path) -> dict[str, Any]:
-    """Returns the plain values saved with a checkpoint."""
+def read_train_state(directory: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the plain values saved with a checkpoint; CheckpointError where a needed key is not among them."""
     content = _read_mapping(directory / TRAIN_STATE, json.loads)
     version = content.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(f"{directory} has format version {version}; this program reads up to {FORMAT_VERSION}.")
-    missing = [key for key in ("format_version", *PLAIN_KEYS) if key not in content]
+    missing = [key for key in ("format_version", *needed) if key not in content]
     if missing:
         raise CheckpointError(f"{directory / TRAIN_STATE} is damaged: it has no {', '.join(missing)}.")
     return content

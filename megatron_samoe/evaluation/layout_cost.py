@@ -10,13 +10,23 @@ twice that. A group inside one node has the node's bandwidth, any other the netw
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import num_micro_batches
-from megatron_samoe.models.layer_layout import LayerPlace, StagePlan, rank_plans
-from megatron_samoe.models.memory import RankPlace, compute_bytes, local_parameters, rank_grid
+from megatron_samoe.models.layer_layout import StagePlan
+from megatron_samoe.models.memory import (
+    RankPlace,
+    compute_bytes,
+    distinct_stages,
+    local_parameters,
+    plans_by_rank,
+    rank_grid,
+    state_key,
+)
 from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
@@ -72,12 +82,12 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
     grid = rank_grid(config, cluster.world_size)
     links = Links(grid, cluster)
     number = num_micro_batches(config, cluster.world_size)
-    stages = [_micro_batch(config, vocab_size, rank_plans(config, rank), links) for rank in _distinct_stages(config)]
+    stages = [_micro_batch(config, vocab_size, plans_by_rank(config)[rank], links) for rank in distinct_stages(config)]
     slowest = max(stages, key=lambda stage: sum(stage.seconds.values()))
     cost = Cost()
     for part, seconds in slowest.seconds.items():
         cost.add(part, number * seconds, number * slowest.sent_bytes[part] if part in slowest.sent_bytes else None)
-    chunks = len(rank_plans(config, 0))
+    chunks = len(plans_by_rank(config)[0])
     if grid.pp > 1:
         cost.add("bubble", (grid.pp - 1) / chunks * sum(slowest.seconds.values()))
         boundary = _residual_elements(config, grid) * compute_bytes(config)
@@ -86,15 +96,6 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
         cost.add("pipeline", ramp, 2 * chunks * number * boundary)
     _end_of_step(cost, config, vocab_size, links)
     return cost
-
-
-def _distinct_stages(config: PretrainConfig) -> list[int]:
-    seen: dict[tuple, int] = {}
-    for rank in range(config.parallel.pipeline_model_parallel_size):
-        plans = rank_plans(config, rank)
-        kind = tuple((p.has_head, *(layer.moe_index is None for layer in p.layers)) for p in plans)
-        seen.setdefault(kind, rank)
-    return list(seen.values())
 
 
 @dataclass(frozen=True)
@@ -161,18 +162,21 @@ def _micro_batch(config: PretrainConfig, vocab_size: int, plans: tuple[StagePlan
     """Returns the cost of one micro-batch in one stage, forwards and backwards."""
     cost = Cost()
     granularity, limit = config.training.recompute_granularity, config.training.recompute_num_layers
-    for plan in plans:
-        for number, layer in enumerate(plan.layers):
-            again = granularity == "full" and (limit is None or number < limit)
-            forward, core = layer_flops(config, layer)
-            repeats = 4.0 if again else 3.0
-            flops = repeats * forward + (core if granularity == "selective" else 0.0)
-            _compute(cost, flops / links.grid.tp, links)
-            _tensor_exchanges(cost, config, layer, links, passes=3 if again else 2)
-            if layer.moe_index is not None:
-                _expert_exchanges(cost, config, links, passes=3 if again else 2)
-        if plan.has_head:
-            _compute(cost, 3.0 * head_flops(config, vocab_size) / links.grid.tp, links)
+    layers = Counter(
+        (layer.moe_index is not None, granularity == "full" and (limit is None or number < limit))
+        for plan in plans
+        for number, layer in enumerate(plan.layers)
+    )
+    for (is_moe, again), count in layers.items():
+        forward, core = layer_flops(config, is_moe)
+        flops = (4.0 if again else 3.0) * forward + (core if granularity == "selective" else 0.0)
+        _compute(cost, count * flops / links.grid.tp, links)
+        passes = (3 if again else 2) * count
+        _tensor_exchanges(cost, config, is_moe, links, passes)
+        if is_moe:
+            _expert_exchanges(cost, config, links, passes)
+    if any(plan.has_head for plan in plans):
+        _compute(cost, 3.0 * head_flops(config, vocab_size) / links.grid.tp, links)
     return cost
 
 
@@ -189,14 +193,14 @@ def _residual_elements(config: PretrainConfig, grid: RankGrid) -> int:
     return tokens * config.model.hidden_size
 
 
-def layer_flops(config: PretrainConfig, layer: LayerPlace) -> tuple[float, float]:
+def layer_flops(config: PretrainConfig, is_moe: bool) -> tuple[float, float]:
     """Returns the multiply-adds x 2 of one layer's forward pass over a micro-batch, and the part of attention's core."""
     model, moe, tokens = config.model, config.moe, _tokens(config)
     heads, head_dim, hidden = model.num_attention_heads, model.head_dim, model.hidden_size
     core = 2.0 * tokens * 2 * heads * head_dim * model.seq_length / 2
     weights = (heads + 2 * model.num_kv_heads) * head_dim * hidden + heads * head_dim * hidden
     products = 3 if model.swiglu else 2
-    if layer.moe_index is None:
+    if not is_moe:
         weights += products * hidden * model.mlp_size
     else:
         width = moe.moe_router_topk * (moe.moe_ffn_hidden_size or model.mlp_size)
@@ -212,16 +216,16 @@ def head_flops(config: PretrainConfig, vocab_size: int) -> float:
     return 2.0 * _tokens(config) * config.model.hidden_size * padded
 
 
-def _tensor_exchanges(cost: Cost, config: PretrainConfig, layer: LayerPlace, links: Links, passes: int) -> None:
+def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: Links, passes: int) -> None:
     """All-reduces (or gathers and scatters, which send as much) around attention and the MLP, in each pass."""
     grid = links.grid
     if grid.tp == 1:
         return
     whole = _tokens(config) * config.model.hidden_size * compute_bytes(config)
     regions = 1.0  # attention
-    if layer.moe_index is None or config.moe.moe_shared_expert_intermediate_size is not None:
+    if not is_moe or config.moe.moe_shared_expert_intermediate_size is not None:
         regions += 1.0
-    if layer.moe_index is not None:
+    if is_moe:
         if grid.etp == grid.tp:
             regions += 1.0
         elif not config.parallel.sequence_parallel:
@@ -244,34 +248,45 @@ def _expert_exchanges(cost: Cost, config: PretrainConfig, links: Links, passes: 
 def _end_of_step(cost: Cost, config: PretrainConfig, vocab_size: int, links: Links) -> None:
     """Reduction, update, gathering of weights and banks, and SaMoE's fold and contraction."""
     memory_s = 1.0 / links.cluster.memory_bandwidth
+    exchanges, updated = _exchanges(state_key(config, config.moe.samoe_combine), vocab_size, links)
+    for kind, (seconds, sent) in exchanges.items():
+        cost.add(kind, seconds, sent)
+    cost.add("optimizer", updated * OPTIMIZER_TRAFFIC_BYTES * memory_s)
+    if config.moe.has_pool:
+        cost.add("fold", fold_bytes(config, links.grid, num_micro_batches(config, links.cluster.world_size)) * memory_s)
+
+
+@lru_cache(maxsize=256)
+def _exchanges(
+    config: PretrainConfig, vocab_size: int, links: Links
+) -> tuple[Mapping[str, tuple[float, float]], float]:
+    """Returns, for the stage where it takes longest, (seconds, bytes sent) of gradients with weights, and of the pool; and
+    the most elements that a rank updates."""
     stage_ranks = links.cluster.world_size // links.grid.pp
     worst: Mapping[str, tuple[float, float]] = {}
     updated = 0.0
-    for stage in _distinct_stages(config):
+    for stage in distinct_stages(config):
         place = RankPlace(links.grid, stage * stage_ranks)
         times: dict[str, tuple[float, float]] = {}
         elements = 0.0
         for p in local_parameters(config, vocab_size, place):
             if not p.is_trained:
                 continue
-            size, zero = place.group_size(p.group), config.parallel.use_distributed_optimizer
-            shared = p.is_shared_out or (zero and size > 1)
+            size = place.group_size(p.group)
+            shared = p.is_shared_out or (config.parallel.use_distributed_optimizer and size > 1)
             elements += p.numel / size if shared else p.numel
-            # fp32 gradients; weights that other ranks have updated, and banks whenever they are combined or contracted.
+            # fp32 gradients; weights that other ranks have updated, or banks whenever they are combined or contracted.
             gathers = 2 if p.is_shared_out and config.moe.samoe_combine == "step" else 1
             moved = p.numel * (4 + gathers * p.element_bytes if shared else 2 * 4)
-            seconds, sent = links.gather(p.group, moved)
             kind = "pool" if p.is_bank else "gradients"
-            before = times.get(kind, (0.0, 0.0))
-            # One buffer holds many tensors, so a tensor's share of the latency is nothing.
-            times[kind] = (before[0] + sent / links.bandwidth(p.group) if seconds else before[0], before[1] + sent)
+            seconds, sent = times.get(kind, (0.0, 0.0))
+            # A buffer holds many tensors, so that none has a latency of its own.
+            more = moved * (size - 1) / size
+            times[kind] = (seconds + more / links.bandwidth(p.group), sent + more)
         if sum(t for t, _ in times.values()) >= sum(t for t, _ in worst.values()):
-            worst, updated = times, max(updated, elements)
-    for kind, (seconds, sent) in worst.items():
-        cost.add(kind, seconds, sent)
-    cost.add("optimizer", updated * OPTIMIZER_TRAFFIC_BYTES * memory_s)
-    if config.moe.has_pool:
-        cost.add("fold", fold_bytes(config, links.grid, num_micro_batches(config, links.cluster.world_size)) * memory_s)
+            worst = times
+        updated = max(updated, elements)
+    return worst, updated
 
 
 def fold_bytes(config: PretrainConfig, grid: RankGrid, micro_batches: int) -> float:
@@ -284,8 +299,8 @@ def fold_bytes(config: PretrainConfig, grid: RankGrid, micro_batches: int) -> fl
     width = moe.moe_ffn_hidden_size or model.mlp_size
     one_layer = moe.num_experts // grid.ep * (3 if model.swiglu else 2) * width * model.hidden_size / grid.etp
     layers = max(
-        sum(layer.moe_index is not None for plan in rank_plans(config, rank) for layer in plan.layers)
-        for rank in _distinct_stages(config)
+        sum(layer.moe_index is not None for plan in plans_by_rank(config)[rank] for layer in plan.layers)
+        for rank in distinct_stages(config)
     )
     banks, element = moe.num_expert_banks, compute_bytes(config)
     if moe.samoe_combine == "step":

@@ -25,8 +25,7 @@ from megatron_samoe.config.validate import (
 )
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.layout_cost import Cluster, Cost, step_cost
-from megatron_samoe.models.layer_layout import rank_plans
-from megatron_samoe.models.memory import RankMemory, largest_rank_memory
+from megatron_samoe.models.memory import RankMemory, largest_rank_memory, plans_by_rank
 
 #: More chunks than this on one rank send more often than they save.
 MAX_CHUNKS = 8
@@ -55,7 +54,7 @@ class PlannedLayout:
     def name(self) -> str:
         """Returns the layout in a few letters: tp2sp pp4x2 ep8 etp1 dp16 mb1x32."""
         parallel = self.config.parallel
-        chunks = len(rank_plans(self.config, 0))
+        chunks = len(plans_by_rank(self.config)[0])
         words = [f"tp{parallel.tensor_model_parallel_size}{'sp' if parallel.sequence_parallel else ''}"]
         words.append(f"pp{parallel.pipeline_model_parallel_size}{f'x{chunks}' if chunks > 1 else ''}")
         if self.config.moe.expert_layout != "dense":

@@ -58,7 +58,7 @@ def read_run(run_dir: Path) -> RunSummary:
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     if not any("validation_loss" in r for r in records):
         raise CheckpointError(f"{metrics} has no validation loss: was the run stopped before its first evaluation?")
-    vocab_size = store.read_train_state(directory)["vocab_size"]
+    vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
     return RunSummary(
         run_dir.name, config, count_parameters(config, vocab_size), records,
         checkpoint_bytes=sum(f.stat().st_size for f in directory.iterdir()),

@@ -57,7 +57,7 @@ def load_model(
     validate(config, parallel.world_size)
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
-    vocab_size = store.read_train_state(directory)["vocab_size"]
+    vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
     model = build_model(config, vocab_size, parallel)
     tensors = {
         n: sharded(p, get_shard_spec(p), parallel, get_flat_part(p)) for n, p in model.global_parameters().items()

@@ -16,7 +16,7 @@ from megatron_samoe.log import logger
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state.shard_spec import get_flat_part, get_shard_spec
 from megatron_samoe.training.setup import TrainSetup
-from megatron_samoe.training.state import TrainState
+from megatron_samoe.training.state import PLAIN_KEYS, TrainState
 
 #: Options of the model's groups that may differ between a checkpoint and the run that loads it.
 FREE_FIELDS = frozenset(
@@ -72,7 +72,7 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
         CheckpointError: the checkpoint is of another model, lacks optimizer state, or is damaged.
     """
     checkpoint = setup.config.checkpoint
-    saved = store.read_train_state(directory)
+    saved = store.read_train_state(directory, (*PLAIN_KEYS, "vocab_size"))
     check_same_model(setup, store.read_config(directory), saved, directory)
     with_optimizer = not (checkpoint.finetune or checkpoint.no_load_optim)
     if with_optimizer and "optimizer_steps" not in saved:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from megatron_samoe.optimizer.mixed_precision import LossScale
 
+#: Keys of `TrainState.plain`.
+PLAIN_KEYS = ("iteration", "consumed_samples", "consumed_tokens", "loss_scale")
+
 
 @dataclass(frozen=True)
 class TrainState:
