@@ -76,11 +76,11 @@ def sharded(
     owner = is_counted_here(spec, state, shared_out=part is not None) if is_owner is None else is_owner
     if part is None:
         return [ShardedTensor(local.detach(), whole, base, owner)]
-    parts, start = [], 0
+    parts, start, flat = [], 0, local.detach().view(-1)
     for offsets, sizes in part.boxes():
         count = math.prod(sizes)
         place = tuple(b + o for b, o in zip(base, offsets, strict=True))
-        parts.append(ShardedTensor(local.detach()[start : start + count].view(sizes), whole, place, owner))
+        parts.append(ShardedTensor(flat[start : start + count].view(sizes), whole, place, owner))
         start += count
     return parts
 

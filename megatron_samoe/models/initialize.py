@@ -30,20 +30,24 @@ def initialize_parameters(parameters: Mapping[str, nn.Parameter], state: Paralle
         spec, part = get_shard_spec(parameter), get_flat_part(parameter)
         shape = part.shape if part is not None else tuple(parameter.shape)
         start, stop = (part.start, part.stop) if part is not None else (0, parameter.numel())
+        num_whole = part.num_whole_dims if part is not None else 0
         indexed = init.num_indexed_dims
         first = spec.offsets(shape, state)[:indexed]
         inner_spec = ShardSpec(partition=tuple((d - indexed, axis) for d, axis in spec.partition if d >= indexed))
         inner_shape = inner_spec.global_shape(shape[indexed:], state)
         size = math.prod(shape[indexed:])
-        flat = parameter.view(-1)
+        rows = parameter.view(math.prod(shape[:num_whole]), -1)
+        per_row = math.prod(shape[num_whole:indexed])
         for number, local in enumerate(itertools.product(*(range(n) for n in shape[:indexed]))):
-            low, high = max(start, number * size), min(stop, (number + 1) * size)
+            row, place_in_row = divmod(number, per_row)
+            begin = place_in_row * size
+            low, high = max(start, begin), min(stop, begin + size)
             if low >= high:
                 continue
             place = tuple(offset + i for offset, i in zip(first, local, strict=True))
             whole = _draw(inner_shape, init, derived_seed(seed, name, *place))
-            values = inner_spec.local_slice(whole, state) + init.mean
-            flat[low - start : high - start] = values.reshape(-1)[low - number * size : high - number * size].to(flat)
+            values = (inner_spec.local_slice(whole, state) + init.mean).reshape(-1)
+            rows[row, low - start : high - start] = values[low - begin : high - begin].to(rows)
 
 
 def _draw(shape: tuple[int, ...], init: Init, seed: int) -> Tensor:

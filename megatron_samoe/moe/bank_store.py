@@ -7,6 +7,7 @@ gathered when they are combined, and their gradients are reduced and scattered w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,10 +20,11 @@ from megatron_samoe.parallel_state.state import Group, ParallelState
 
 
 def share_out(parameter: nn.Parameter, state: ParallelState) -> nn.Parameter:
-    """Returns the run of a bank's elements that this rank holds, as a parameter; the bank itself may be on "meta"."""
+    """Returns [P, n], the same run of elements of all banks, as a parameter; the whole tensor may be on "meta"."""
     spec = get_shard_spec(parameter)
-    part = FlatPart.of_rank(tuple(parameter.shape), state.group(gradient_group_name(spec)))
-    run = nn.Parameter(torch.empty(part.stop - part.start, dtype=parameter.dtype, device=state.device))
+    part = FlatPart.of_rank(tuple(parameter.shape), state.group(gradient_group_name(spec)), num_whole_dims=1)
+    shape = (parameter.shape[0], part.stop - part.start)
+    run = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=state.device))
     run.shard_spec, run.flat_part, run.init = spec, part, parameter.init  # type: ignore[attr-defined]
     return run
 
@@ -51,7 +53,9 @@ class BankStore:
         if self.part is None:
             return self.parameter.detach()
         gathered = self.group.all_gather(self._padded(self.parameter.detach()))
-        return gathered[: self._numel].view(self.part.shape)
+        num_banks, n = self.shape[0], self._run
+        columns = gathered.view(self.group.size, num_banks, n).transpose(0, 1).reshape(num_banks, -1)
+        return columns[:, : self.num_elements].reshape(self.shape)
 
     @contextmanager
     def gradient(self) -> Iterator[Tensor]:
@@ -63,18 +67,27 @@ class BankStore:
         if self.part is None:
             yield main_grad
             return
-        flat = main_grad.new_zeros(self._run * self.group.size)
-        yield flat[: self._numel].view(self.part.shape)
-        main_grad += self.group.reduce_scatter(flat)[: main_grad.numel()]
+        num_banks, n = self.shape[0], self._run
+        columns = main_grad.new_zeros(num_banks, self.group.size * n)
+        whole = main_grad.new_zeros(self.shape)
+        yield whole
+        columns[:, : self.num_elements] = whole.view(num_banks, -1)
+        by_member = columns.view(num_banks, self.group.size, n).transpose(0, 1).reshape(-1, n)
+        main_grad += self.group.reduce_scatter(by_member)[:, : main_grad.shape[1]]
 
     @property
-    def _numel(self) -> int:
-        return torch.Size(self.shape).numel()
+    def num_elements(self) -> int:
+        """Elements of one bank on this rank's experts."""
+        return math.prod(self.shape[1:])
+
+    def columns(self, member: int) -> slice:
+        """Returns the run of a bank's elements that a member of the group holds."""
+        return slice(min(member * self._run, self.num_elements), min((member + 1) * self._run, self.num_elements))
 
     @property
     def _run(self) -> int:
-        return -(-self._numel // self.group.size)
+        return -(-self.num_elements // self.group.size)
 
     def _padded(self, run: Tensor) -> Tensor:
-        missing = self._run - run.numel()
-        return torch.cat((run, run.new_zeros(missing))) if missing else run
+        missing = self._run - run.shape[1]
+        return torch.cat((run, run.new_zeros(run.shape[0], missing)), dim=1) if missing else run

@@ -6,6 +6,7 @@ tag, so that no other attribute of a parameter says anything about layouts.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -80,22 +81,36 @@ class FlatPart:
     Attributes:
         shape: of the rank's part, before flattening.
         start, stop: the run; empty where start = stop.
+        num_whole_dims: leading dims that are not flattened: the run is taken of each of their indices alike.
     """
 
     shape: tuple[int, ...]
     start: int
     stop: int
+    num_whole_dims: int = 0
 
     @staticmethod
-    def of_rank(shape: tuple[int, ...], group: Group) -> FlatPart:
+    def of_rank(shape: tuple[int, ...], group: Group, num_whole_dims: int = 0) -> FlatPart:
         """Returns this member's run when a group shares a tensor out evenly; the last runs may be short or empty."""
-        total = math.prod(shape)
+        total = math.prod(shape[num_whole_dims:])
         size = -(-total // group.size)
-        return FlatPart(tuple(shape), min(size * group.rank, total), min(size * (group.rank + 1), total))
+        start, stop = min(size * group.rank, total), min(size * (group.rank + 1), total)
+        return FlatPart(tuple(shape), start, stop, num_whole_dims)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The leading dims that are not flattened."""
+        return self.shape[: self.num_whole_dims]
 
     def boxes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Returns (offsets, sizes) of the fewest boxes that make up the run, in its order."""
-        return _boxes(self.shape, self.start, self.stop)
+        inner = _boxes(self.shape[self.num_whole_dims :], self.start, self.stop)
+        ones = (1,) * self.num_whole_dims
+        return [
+            ((*index, *offsets), (*ones, *sizes))
+            for index in itertools.product(*(range(n) for n in self.whole_shape))
+            for offsets, sizes in inner
+        ]
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
