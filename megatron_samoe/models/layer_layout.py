@@ -69,3 +69,9 @@ def layers_per_stage(parallel: ParallelConfig, num_layers: int) -> tuple[int, ..
 def rank_plans(config: PretrainConfig, pipeline_rank: int) -> tuple[StagePlan, ...]:
     """Returns the plans of one pipeline rank's chunks."""
     return stage_plans(config)[pipeline_rank :: config.parallel.pipeline_model_parallel_size]
+
+
+def moe_layers_of(config: PretrainConfig, pipeline_rank: int) -> tuple[int, ...]:
+    """Returns the indices, among MoE layers, of those that one pipeline rank holds."""
+    layers = [layer for plan in rank_plans(config, pipeline_rank) for layer in plan.layers]
+    return tuple(layer.moe_index for layer in layers if layer.moe_index is not None)

@@ -11,7 +11,7 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import num_moe_layers
 from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.initialize import initialize_parameters
-from megatron_samoe.models.layer_layout import rank_plans
+from megatron_samoe.models.layer_layout import moe_layers_of, rank_plans
 from megatron_samoe.models.transformer_layer import TransformerLayer, expert_shape, output_init_std
 from megatron_samoe.moe.expert_pool import ExpertPool, make_combination
 from megatron_samoe.moe.types import ForwardContext, MoEStats
@@ -35,7 +35,10 @@ class RankModel(nn.Module):
             stds = (config.model.init_method_std, output_init_std(config))
             self.expert_pool = ExpertPool(config.moe, expert_shape(config), *stds, state, dtype)
             coefficients = {layer.moe.moe_index: layer.moe.combination for layer in self.moe_layers()}
-            self.combination = make_combination(config.moe, self.expert_pool, coefficients, state, dtype)
+            layers_of_stage = tuple(moe_layers_of(config, stage) for stage in range(state.pp.size))
+            self.combination = make_combination(
+                config.moe, self.expert_pool, coefficients, state, dtype, layers_of_stage
+            )
 
     def moe_layers(self) -> list[TransformerLayer]:
         """Returns this rank's MoE layers in order."""

@@ -25,6 +25,7 @@ from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.moe.bank_store import BankStore, meta_state, share_out
 from megatron_samoe.moe.combination import ROW_OF_WEIGHT, bank_std_factor, normalize_coefficients
 from megatron_samoe.moe.experts import ExpertShape, without_repeated_bias
+from megatron_samoe.moe.owner_exchange import OwnerExchange, exchange_saves
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.grouped_mlp import (
@@ -58,6 +59,10 @@ class ExpertPool(nn.Module):
         self.bank = nn.ParameterDict(banks)
         self.stores = {name: BankStore(bank, state) for name, bank in banks.items()}
         self.activation = shape.activation
+        self.is_shared_out = shared_out
+        groups = config.num_experts // state.ep.size if config.samoe_granularity == "expert" else 1
+        #: [G, P] of a layer's coefficients on this rank.
+        self.coefficient_shape = (groups, config.num_expert_banks)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of whole banks, by name."""
@@ -83,23 +88,34 @@ def make_combination(
     coefficients: Mapping[int, nn.Parameter],
     state: ParallelState,
     dtype: torch.dtype,
+    layers_of_stage: tuple[tuple[int, ...], ...],
 ) -> StepCombination | LayerCombination:
     """Returns the combination that --samoe-combine asks for.
 
     Args:
         coefficients: [2, G, P] by index of the MoE layer, of those on this rank; maybe none.
         dtype: of the effective weights.
+        layers_of_stage: indices of the MoE layers of each pipeline stage.
     """
-    kind = StepCombination if config.samoe_combine == "step" else LayerCombination
-    return kind(pool, coefficients, config.samoe_normalization, state, dtype)
+    if config.samoe_combine == "layer":
+        return LayerCombination(pool, coefficients, config.samoe_normalization, state, dtype)
+    exchange = None
+    if pool.is_shared_out and exchange_saves(config.num_expert_banks, layers_of_stage):
+        exchange = OwnerExchange(state, layers_of_stage)
+    return StepCombination(pool, coefficients, config.samoe_normalization, state, dtype, exchange)
 
 
 class StepCombination:
-    """Effective weights of all layers, made once per step; their gradients, contracted once per step."""
+    """Effective weights of all layers, made once per step; their gradients, contracted once per step.
+
+    Args:
+        exchange: how holders of shared-out banks combine for each other; None to gather the banks instead.
+    """
 
     def __init__(self, pool: ExpertPool, coefficients: Mapping[int, nn.Parameter], normalization: str,
-                 state: ParallelState, dtype: torch.dtype):  # fmt: skip
+                 state: ParallelState, dtype: torch.dtype, exchange: OwnerExchange | None = None):  # fmt: skip
         self._pool, self._coefficients, self._normalization = pool, dict(coefficients), normalization
+        self._exchange = exchange
         self._row_of_layer = {moe_index: row for row, moe_index in enumerate(self._coefficients)}
         self._state, self._dtype = state, dtype
         self._weights: ExpertWeights | None = None
@@ -109,10 +125,17 @@ class StepCombination:
         """Combines all layers' weights, one pass over the banks."""
         if self._weights is None:
             self._weights = self._per_layer(torch.empty, self._dtype)
+        a_2LGP = self._normalized().detach()
+        if self._exchange is not None:
+            a_2LGP = self._exchange.all_coefficients(a_2LGP)
         for name, weight in self._weights.items():
-            bank = self._pool.stores[name].whole()
+            store, a_LGP = self._pool.stores[name], a_2LGP[ROW_OF_WEIGHT[name]]
+            if self._exchange is not None:
+                self._exchange.combine(store, a_LGP, weight)
+                continue
+            bank = store.whole()
             if self._coefficients:
-                combine(self._normalized().detach()[ROW_OF_WEIGHT[name]], bank, weight)
+                combine(a_LGP, bank, weight)
 
     def experts(self, moe_index: int) -> Experts:
         """Returns a layer's experts, plain weights with a gradient buffer of their own."""
@@ -136,23 +159,42 @@ class StepCombination:
         if self._grads is None:
             self._grads = self._per_layer(torch.zeros, torch.promote_types(self._dtype, torch.float32))
         with torch.enable_grad():
-            a_2LGP = self._normalized() if self._coefficients else None
-        da_2LGP = None if a_2LGP is None else torch.zeros_like(a_2LGP)
-        for name, grad in self._grads.items():
-            store, row = self._pool.stores[name], ROW_OF_WEIGHT[name]
-            with store.gradient() as bank_grad:
-                bank = store.whole()
-                if a_2LGP is not None and da_2LGP is not None:
-                    da_2LGP[row] += contract(a_2LGP[row].detach(), bank, grad, bank_grad)
+            a_2LGP = self._normalized()
+        da_2LGP = self._contract(a_2LGP.detach(), self._grads)
+        for _, grad in self._grads.items():
             grad.zero_()
         trained = [c for c in self._coefficients.values() if c.requires_grad]
-        if trained and a_2LGP is not None:
+        if trained:
             for c, dc in zip(trained, torch.autograd.grad(a_2LGP, trained, da_2LGP), strict=True):
                 c.main_grad += dc  # type: ignore[attr-defined]
+
+    def _contract(self, a_2lGP: Tensor, grads: ExpertWeights) -> Tensor:
+        """Adds the banks' gradients and returns this rank's part of the coefficients' gradient."""
+        da_2lGP = torch.zeros_like(a_2lGP)
+        exchange = self._exchange
+        a_2LGP = a_2lGP if exchange is None else exchange.all_coefficients(a_2lGP)
+        for name, grad in grads.items():
+            store, row = self._pool.stores[name], ROW_OF_WEIGHT[name]
+            if exchange is not None:
+                da_LGP = exchange.contract(store, a_2LGP[row], grad)
+                if exchange.is_first_of_stage(store):
+                    da_2lGP[row] += da_LGP[list(exchange.own_layers)]
+                continue
+            with store.gradient() as bank_grad:
+                bank = store.whole()
+                if self._coefficients:
+                    da_2lGP[row] += contract(a_2LGP[row], bank, grad, bank_grad)
+        return da_2lGP
 
     def layer_gradients(self) -> ExpertWeights | None:
         """Returns this rank's gradients of the effective weights so far, [L, e, ...]; None before the first backward."""
         return self._grads
+
+    def _no_coefficients(self) -> Tensor:
+        """Returns [2, 0, G, P], for a stage without MoE layers."""
+        bank = next(iter(self._pool.stores.values())).parameter
+        groups, num_banks = self._pool.coefficient_shape
+        return torch.zeros(2, 0, groups, num_banks, dtype=bank.dtype, device=self._state.device)
 
     def _per_layer(self, make: Callable[..., Tensor], dtype: torch.dtype) -> ExpertWeights:
         layers, device = len(self._coefficients), self._state.device
@@ -162,6 +204,8 @@ class StepCombination:
         )
 
     def _normalized(self) -> Tensor:
+        if not self._coefficients:
+            return self._no_coefficients()
         raw_2LGP = torch.stack(list(self._coefficients.values()), dim=1)
         return normalize_coefficients(raw_2LGP, self._normalization)
 

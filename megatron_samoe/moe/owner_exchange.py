@@ -120,4 +120,3 @@ def _segments(store: BankStore, own: slice, num_groups: int) -> list[tuple[int, 
 def exchange_saves(num_banks: int, layers_of_stage: Sequence[Sequence[int]]) -> bool:
     """Whether slices of combined weights are less than the banks on every stage."""
     return num_banks > max(map(len, layers_of_stage), default=0)
-

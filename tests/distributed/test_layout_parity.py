@@ -60,6 +60,9 @@ MODELS: dict[str, dict[str, Any]] = {
                        "moe_shared_expert_intermediate_size": 16},
     "samoe per expert": {"layout": "samoe", "style": "llama", "samoe_granularity": "expert", "samoe_init": "uniform",
                          "samoe_normalization": "softmax", "moe_router_topk": 2, "moe_layer_freq": "2"},
+    "samoe many banks": {"layout": "samoe", "num_expert_banks": 3, "samoe_init": "uniform"},
+    "samoe many banks per expert": {"layout": "samoe", "num_expert_banks": 5, "samoe_granularity": "expert",
+                                    "samoe_init": "uniform", "samoe_normalization": "l2", "style": "llama"},
     "samoe noisy": {"layout": "samoe", "hidden_dropout": 0.1, "moe_input_jitter_eps": 0.05,
                     "moe_expert_capacity_factor": 1.0, "recompute_granularity": "full"},
     "moe sequence balance": {"layout": "moe", "moe_router_load_balancing_type": "seq_aux_loss",
@@ -67,7 +70,7 @@ MODELS: dict[str, dict[str, Any]] = {
                              "recompute_granularity": "selective"},
 }  # fmt: skip
 
-IN_DOUBLE = ("samoe step", "samoe layer", "samoe per expert")
+IN_DOUBLE = ("samoe step", "samoe layer", "samoe per expert", "samoe many banks", "samoe many banks per expert")
 
 
 def train(config: PretrainConfig, dtype: torch.dtype = torch.float32, steps: int = 5) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def test_layout_equals_one_process(layout: str, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", IN_DOUBLE)
-@pytest.mark.parametrize("layout", ["tp2 ep2", "tp2 etp1 ep4"])
+@pytest.mark.parametrize("layout", ["tp2 ep2", "tp2 etp1 ep4", "pp2 ep2 zero", "tp2 pp2"])
 def test_layout_equals_one_process_in_double_precision(layout: str, model: str) -> None:
     expected = results_of("one process", torch.float64, IN_DOUBLE)[model]
     result = results_of(layout, torch.float64, IN_DOUBLE)[model]
