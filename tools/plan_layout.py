@@ -11,11 +11,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_samoe.config.cli import parse_pretrain_args
+from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.validate import flag
 from megatron_samoe.datasets.tokenizer import build_tokenizer
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
@@ -45,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--micro-batch-sizes", type=int, nargs="+", default=[], help="to choose from; default: --micro-batch-size"
     )
+    p.add_argument("--choose-all", action="store_true", help="choose also what the configuration says of the layout")
     p.add_argument("--top", type=int, default=10, help="layouts to show")
     p.add_argument("--json", action="store_true", help="print JSON instead of tables")
     p.add_argument("--plot", type=Path, help="draw the best layout's rank grid as a PNG")
@@ -115,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cluster = cluster_of(options)
         config = parse_pretrain_args(rest, prog="tools/plan_layout.py")
+        if options.choose_all:
+            config = replace(config, parallel=ParallelConfig())
         data = config.data
         vocab_size = (
             data.vocab_size

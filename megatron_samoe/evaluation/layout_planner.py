@@ -203,7 +203,10 @@ def _best_options(sized: PretrainConfig, vocab_size: int, cluster: Cluster) -> l
     dp = data_parallel_size(sized, cluster.world_size)
     for placement in _placements(sized, cluster):
         last = None
-        for combine, recompute in _memory_savings(sized):
+        savings = _memory_savings(sized)
+        for combine, recompute in savings:
+            if last is not None and _states(last[2]) > cluster.memory_bytes and (combine, recompute) != savings[-1]:
+                continue  # what no option makes smaller is too much: only the least is worth knowing
             config = replace(
                 sized,
                 parallel=replace(sized.parallel, use_distributed_optimizer=sized.parallel.use_distributed_optimizer or dp > 1),
@@ -220,6 +223,10 @@ def _best_options(sized: PretrainConfig, vocab_size: int, cluster: Cluster) -> l
         cost = step_cost(last[0], vocab_size, cluster)
         found.append(PlannedLayout(last[0], cluster.world_size, last[1], last[2], cost))
     return found
+
+
+def _states(memory: RankMemory) -> int:
+    return memory.weights + memory.gradients + memory.optimizer
 
 
 def _placements(sized: PretrainConfig, cluster: Cluster) -> list[Any]:

@@ -8,8 +8,11 @@ of the tokens; what enters a split matrix is gathered and kept whole.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.models.layer_layout import LayerPlace, rank_plans
+from megatron_samoe.models.layer_layout import StagePlan
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
@@ -17,24 +20,28 @@ FP32_BYTES = 4
 
 
 def activation_bytes(
-    config: PretrainConfig, vocab_size: int, grid: RankGrid, pipeline_rank: int, micro_batches: int
-) -> int:
-    """Returns the activations at a stage's peak: all passes in flight, one layer's recomputed ones, and the head's."""
-    plans = rank_plans(config, pipeline_rank)
+    config: PretrainConfig, vocab_size: int, grid: RankGrid, pipeline_rank: int, plans: Sequence[StagePlan],
+    micro_batches: int,
+) -> int:  # fmt: skip
+    """Returns the activations at a stage's peak: all passes in flight, one layer's recomputed ones, and the head's.
+
+    Args:
+        plans: of the stage's chunks.
+    """
     parallel = config.parallel
     passes = passes_in_flight(parallel.pipeline_schedule, grid.pp, pipeline_rank, len(plans), micro_batches)
-    per_chunk = [sum(kept_bytes(config, layer, i, grid) for i, layer in enumerate(p.layers)) for p in plans]
-    boundary = _residual_bytes(config, grid) if grid.pp > 1 else 0
-    kept = passes * (sum(per_chunk) // len(plans) + boundary)
-    recomputed = [
-        layer_bytes(config, layer, grid)
-        for plan in plans
-        for i, layer in enumerate(plan.layers)
-        if _is_recomputed(config, i)
-    ]
+    layers = Counter(
+        (x.moe_index is not None, _is_recomputed(config, i)) for p in plans for i, x in enumerate(p.layers)
+    )
+    whole = {is_moe: layer_bytes(config, is_moe, grid) for is_moe, _ in layers}
+    inputs = _residual_bytes(config, grid)
+    all_chunks = sum(n * (inputs if again else whole[is_moe]) for (is_moe, again), n in layers.items())
+    boundary = inputs if grid.pp > 1 else 0
+    kept = passes * (all_chunks // len(plans) + boundary)
+    recomputed = max((whole[is_moe] for is_moe, again in layers if again), default=0)
     head = head_bytes(config, vocab_size, grid) if any(p.has_head for p in plans) else 0
     heads = passes if parallel.pipeline_schedule == "gpipe" else 1
-    return kept + max(recomputed, default=0) + head * heads + _layer_mode_workspace(config, grid)
+    return kept + recomputed + head * heads + _layer_mode_workspace(config, grid)
 
 
 def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_micro_batches: int) -> int:
@@ -52,18 +59,9 @@ def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_mic
     return num_micro_batches if schedule == "gpipe" else min(pp - rank, num_micro_batches)
 
 
-def kept_bytes(config: PretrainConfig, layer: LayerPlace, number: int, grid: RankGrid) -> int:
-    """Returns what a pass keeps of one layer; `number` is its place in its stage."""
-    if _is_recomputed(config, number):
-        return _residual_bytes(config, grid)
-    return layer_bytes(config, layer, grid)
-
-
-def layer_bytes(config: PretrainConfig, layer: LayerPlace, grid: RankGrid) -> int:
+def layer_bytes(config: PretrainConfig, is_moe: bool, grid: RankGrid) -> int:
     """Returns what autograd keeps of one layer that is not recomputed."""
-    return _attention_bytes(config, grid) + (
-        _mlp_bytes(config, grid) if layer.moe_index is None else _moe_bytes(config, grid)
-    )
+    return _attention_bytes(config, grid) + (_moe_bytes(config, grid) if is_moe else _mlp_bytes(config, grid))
 
 
 def head_bytes(config: PretrainConfig, vocab_size: int, grid: RankGrid) -> int:

@@ -8,13 +8,20 @@ evenly loaded experts and attention that does not keep its probabilities.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
 
+from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.config.validate import num_micro_batches
 from megatron_samoe.models.activation_memory import activation_bytes
-from megatron_samoe.models.layer_layout import LayerPlace, StagePlan, rank_plans
+from megatron_samoe.models.layer_layout import StagePlan, stage_plans
 from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
@@ -134,6 +141,45 @@ def rank_grid(config: PretrainConfig, world_size: int) -> RankGrid:
     )  # fmt: skip
 
 
+Chunks = tuple[StagePlan, ...]
+
+
+def plans_by_rank(config: PretrainConfig) -> tuple[Chunks, ...]:
+    """Returns every pipeline rank's chunks; asked for over and over while layouts are compared, so kept."""
+    return _stages(*_stage_key(config))[0]
+
+
+def distinct_stages(config: PretrainConfig) -> tuple[int, ...]:
+    """Returns the first pipeline rank of each kind: those that hold as many layers of the same sorts, and the same ends."""
+    return _stages(*_stage_key(config))[1]
+
+
+def _stage_key(config: PretrainConfig) -> tuple[int, int | None, str | None, int, str, str]:
+    parallel, moe = config.parallel, config.moe
+    return (
+        parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage,
+        parallel.pipeline_model_parallel_layout, config.model.num_layers, moe.expert_layout, moe.moe_layer_freq,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _stages(
+    pp: int, per_stage: int | None, layout: str | None, num_layers: int, expert_layout: str, moe_layer_freq: str
+) -> tuple[tuple[Chunks, ...], tuple[int, ...]]:
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=pp, num_layers_per_virtual_pipeline_stage=per_stage,
+        pipeline_model_parallel_layout=layout,
+    )  # fmt: skip
+    moe = replace(MoEConfig(), expert_layout=expert_layout, moe_layer_freq=moe_layer_freq)
+    plans = stage_plans(PretrainConfig(model=ModelConfig(num_layers=num_layers), moe=moe, parallel=parallel))
+    by_rank = tuple(plans[rank::pp] for rank in range(pp))
+    seen: dict[tuple, int] = {}
+    for rank, chunks in enumerate(by_rank):
+        kind = tuple((c.has_embedding, c.has_head, *(x.moe_index is None for x in c.layers)) for c in chunks)
+        seen.setdefault(kind, rank)
+    return by_rank, tuple(seen.values())
+
+
 def compute_bytes(config: PretrainConfig) -> int:
     """Returns the bytes of a weight or activation."""
     return 2 if config.training.bf16 or config.training.fp16 else FP32_BYTES
@@ -146,22 +192,36 @@ def rank_memory(config: PretrainConfig, vocab_size: int, world_size: int, rank: 
         vocab_size: tokens that exist, before padding.
     """
     place = RankPlace(rank_grid(config, world_size), rank)
-    plans = rank_plans(config, place.pipeline_rank)
-    parameters = local_parameters(config, vocab_size, place)
-    weights = gradients = optimizer = expert = exchange = 0
-    for buffer in _buffers(parameters):
-        held = _held(buffer, place, config)
-        weights, gradients, optimizer = weights + held.weights, gradients + held.gradients, optimizer + held.optimizer
-        exchange = max(exchange, held.exchange)
-        expert += held.expert
-    banks = [p for p in parameters if p.is_bank]
+    held = _held_by_rank(state_key(config), vocab_size, place)
+    plans = plans_by_rank(config)[place.pipeline_rank]
+    banks = _bank_parameters(config, place)
     gathered, bank_exchange = _whole_banks(config, [p for p in banks if p.is_shared_out], place)
     folded = _folded_elements(config, plans, banks)
     folded_weights, folded_gradients = folded * compute_bytes(config), folded * FP32_BYTES
     return RankMemory(
-        weights, gradients, optimizer, folded_weights, folded_gradients, gathered,
-        activation_bytes(config, vocab_size, place.grid, place.pipeline_rank, num_micro_batches(config, world_size)),
-        max(exchange, bank_exchange), expert + folded_weights + folded_gradients,
+        held.weights, held.gradients, held.optimizer, folded_weights, folded_gradients, gathered,
+        activation_bytes(
+            config, vocab_size, place.grid, place.pipeline_rank, plans, num_micro_batches(config, world_size)
+        ),
+        max(held.exchange, bank_exchange), held.expert + folded_weights + folded_gradients,
+    )  # fmt: skip
+
+
+def state_key(config: PretrainConfig, combine: Literal["step", "layer"] = "step") -> PretrainConfig:
+    """Returns the configuration without what parameters do not depend on, so that layouts share what was counted."""
+    return PretrainConfig(
+        model=config.model, parallel=config.parallel, moe=replace(config.moe, samoe_combine=combine),
+        training=TrainingConfig(bf16=compute_bytes(config) < FP32_BYTES),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _held_by_rank(config: PretrainConfig, vocab_size: int, place: RankPlace) -> _Held:
+    """Returns the sums over all gradient buffers, and the largest exchange."""
+    parts = [_held(buffer, place, config) for buffer in _buffers(local_parameters(config, vocab_size, place))]
+    return _Held(
+        sum(p.weights for p in parts), sum(p.gradients for p in parts), sum(p.optimizer for p in parts),
+        max((p.exchange for p in parts), default=0), sum(p.expert for p in parts),
     )  # fmt: skip
 
 
@@ -171,16 +231,9 @@ def largest_rank_memory(config: PretrainConfig, vocab_size: int, world_size: int
     Of stages that hold alike the first holds the most passes in flight, and of a stage's ranks the first the longest runs,
     so few ranks are looked at.
     """
-    grid = rank_grid(config, world_size)
-    per_stage = world_size // grid.pp
-    seen, found = set(), []
-    for stage in range(grid.pp):
-        plans = rank_plans(config, stage)
-        kind = tuple((p.has_embedding, p.has_head, *(x.moe_index is None for x in p.layers)) for p in plans)
-        if kind not in seen:
-            seen.add(kind)
-            found.append((stage * per_stage, rank_memory(config, vocab_size, world_size, stage * per_stage)))
-    return max(found, key=lambda pair: pair[1].total)
+    per_stage = world_size // config.parallel.pipeline_model_parallel_size
+    ranks = [stage * per_stage for stage in distinct_stages(config)]
+    return max(((rank, rank_memory(config, vocab_size, world_size, rank)) for rank in ranks), key=lambda p: p[1].total)
 
 
 def local_parameters(config: PretrainConfig, vocab_size: int, place: RankPlace) -> list[LocalParameter]:
@@ -191,7 +244,8 @@ def local_parameters(config: PretrainConfig, vocab_size: int, place: RankPlace) 
     tied = not model.untie_embeddings_and_output_weights
     words = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by) * hidden // tp
     found = []
-    for plan in rank_plans(config, place.pipeline_rank):
+    plans = plans_by_rank(config)[place.pipeline_rank]
+    for plan in plans:
         if plan.has_embedding or (plan.has_head and tied):
             found.append(LocalParameter("embed_dp" if tied else "dp", words, size))
         if plan.has_embedding and model.position_embedding_type == "learned_absolute":
@@ -200,8 +254,9 @@ def local_parameters(config: PretrainConfig, vocab_size: int, place: RankPlace) 
             found.append(LocalParameter(token_wise, _norm(config, hidden), size))
             if not tied:
                 found.append(LocalParameter("dp", words, size))
-        for layer in plan.layers:
-            found += _layer_parameters(config, layer, place)
+    counts = Counter(layer.moe_index is not None for plan in plans for layer in plan.layers)
+    for is_moe, count in counts.items():
+        found += _layer_parameters(config, is_moe, count, place)
     return found + _bank_parameters(config, place)
 
 
@@ -213,31 +268,32 @@ def _norm(config: PretrainConfig, size: int) -> int:
     return size * (2 if config.model.normalization == "LayerNorm" else 1)
 
 
-def _layer_parameters(config: PretrainConfig, layer: LayerPlace, place: RankPlace) -> Iterable[LocalParameter]:
+def _layer_parameters(config: PretrainConfig, is_moe: bool, count: int, place: RankPlace) -> Iterable[LocalParameter]:
+    """Yields the parameters of so many layers of one sort."""
     model, moe, tp = config.model, config.moe, place.grid.tp
     size, hidden, token_wise = compute_bytes(config), model.hidden_size, _token_wise_group(config, place)
     qkv = (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_dim
     split = qkv * hidden + model.num_attention_heads * model.head_dim * hidden + (qkv if model.qkv_bias else 0)
     whole = 2 * _norm(config, hidden) + (0 if model.disable_bias_linear else hidden)
     if model.qk_layernorm:
-        yield LocalParameter("tp_dp", 2 * _norm(config, model.head_dim), size)
-    dense_width = model.mlp_size if layer.moe_index is None else moe.moe_shared_expert_intermediate_size
+        yield LocalParameter("tp_dp", count * 2 * _norm(config, model.head_dim), size)
+    dense_width = moe.moe_shared_expert_intermediate_size if is_moe else model.mlp_size
     if dense_width is not None:
         matrices, bias_in, bias_out = _mlp(config, dense_width)
         split, whole = split + matrices + bias_in, whole + bias_out
-    yield LocalParameter("dp", split // tp, size)
-    yield LocalParameter(token_wise, whole, size)
-    if layer.moe_index is None:
+    yield LocalParameter("dp", count * (split // tp), size)
+    yield LocalParameter(token_wise, count * whole, size)
+    if not is_moe:
         return
-    yield LocalParameter(token_wise, moe.num_experts * hidden, FP32_BYTES)
-    local_experts = moe.num_experts // place.grid.ep
+    yield LocalParameter(token_wise, count * moe.num_experts * hidden, FP32_BYTES)
+    experts = count * (moe.num_experts // place.grid.ep)
     if not moe.has_pool:
         matrices, bias_in, bias_out = _mlp(config, moe.moe_ffn_hidden_size or model.mlp_size)
-        yield LocalParameter("edp", local_experts * (matrices + bias_in) // place.grid.etp, size, is_expert=True)
-        yield LocalParameter("etp_edp", local_experts * bias_out, size, is_expert=True)
+        yield LocalParameter("edp", experts * (matrices + bias_in) // place.grid.etp, size, is_expert=True)
+        yield LocalParameter("etp_edp", experts * bias_out, size, is_expert=True)
         return
     by_expert = moe.samoe_granularity == "expert"
-    coefficients = 2 * moe.num_expert_banks * (local_experts if by_expert else 1)
+    coefficients = 2 * moe.num_expert_banks * (experts if by_expert else count)
     group = "etp_edp" if by_expert else "stage"
     yield LocalParameter(group, coefficients, FP32_BYTES, is_trained=not moe.samoe_freeze_coefficients)
 

@@ -1,0 +1,229 @@
+"""Layouts of a cluster: legal, complete, within memory, ranked; groups and volumes against what is listed or counted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_samoe.config import ParallelConfig, PretrainConfig
+from megatron_samoe.config.cli import parse_pretrain_args
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.validate import parse_stage_layout, validate
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.evaluation.layout_cost import Cluster, Links, head_flops, layer_flops, step_cost
+from megatron_samoe.evaluation.layout_planner import plan_layouts, uneven_layout
+from megatron_samoe.evaluation.layout_plot import draw_layout
+from megatron_samoe.models.accounting import count_parameters, train_flops_per_token
+from megatron_samoe.models.memory import largest_rank_memory
+from megatron_samoe.parallel_state import RankGrid
+from megatron_samoe.parallel_state.rank_grid import GROUPS
+from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction
+from tests.harness.tiny import tiny_config, with_layout, with_options
+
+CLUSTER = Cluster(8, 4, 1e9, 1e12, 1e11, 1e10)
+
+
+def with_world(world_size: int, **changes: Any) -> Cluster:
+    return replace(CLUSTER, world_size=world_size, **changes)
+
+
+@pytest.mark.parametrize("model", ["dense", "moe", "samoe"])
+@pytest.mark.parametrize("world_size", [1, 2, 6, 8])
+def test_layouts_are_legal_fit_and_come_fastest_first(model: str, world_size: int) -> None:
+    config = with_options(tiny_config(model), global_batch_size=48)
+    layouts = plan_layouts(config, 103, with_world(world_size))
+    for layout in layouts:
+        validate(replace(layout.config, data=DataConfig(mock_data=True)), world_size)
+        assert (layout.rank, layout.memory) == largest_rank_memory(layout.config, 103, world_size)
+        assert layout.memory.total <= CLUSTER.memory_bytes
+        assert layout.cost.step_s == pytest.approx(sum(layout.cost.seconds.values())) and layout.cost.step_s > 0
+    speeds = [layout.tokens_per_s for layout in layouts]
+    assert speeds == sorted(speeds, reverse=True)
+    assert len({(layout.name(), layout.options()) for layout in layouts}) == len(layouts)
+
+
+def test_every_legal_choice_of_sizes_is_among_them() -> None:
+    config = with_options(tiny_config("moe"), global_batch_size=16)
+    sizes = set()
+    for layout in plan_layouts(config, 103, with_world(8, gpus_per_node=8)):
+        p = layout.config.parallel
+        sizes.add(
+            (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.expert_model_parallel_size, p.expert_tp)
+        )
+    expected = set()
+    for tp in (1, 2, 4, 8):
+        for pp in (1, 2, 4):
+            for ep in (1, 2, 4, 8):
+                for etp in {1, tp}:
+                    parallel = ParallelConfig(tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+                    try:
+                        validate(replace(config, parallel=parallel, data=DataConfig(mock_data=True)), 8)
+                    except ConfigError:
+                        continue
+                    expected.add((tp, pp, ep, etp))
+    assert sizes == expected and len(expected) > 15
+
+
+def test_what_the_user_has_fixed_is_kept() -> None:
+    config = with_layout(tiny_config("samoe"), tp=2, ep=2, zero=True)
+    config = with_options(config, samoe_pool_placement="replicated", recompute_granularity="full")
+    for layout in plan_layouts(config, 103, with_world(8)):
+        parallel = layout.config.parallel
+        assert (parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size) == (2, 2)
+        assert layout.config.moe.samoe_pool_placement == "replicated"
+        assert layout.config.training.recompute_granularity == "full"
+
+
+def test_the_printed_flags_ask_for_the_layout() -> None:
+    config = with_options(tiny_config("samoe"), num_layers=6)
+    base = PretrainConfig(model=config.model, moe=config.moe, training=replace(config.training, global_batch_size=None))
+    tight = with_world(8, memory_bytes=plan_layouts(base, 103, with_world(8))[0].memory.total * 0.7)
+    for layout in plan_layouts(base, 103, tight, micro_batch_sizes=(1, 2)):
+        asked = parse_pretrain_args(layout.flags())
+        assert asked.parallel == layout.config.parallel
+        assert asked.moe.samoe_combine == layout.config.moe.samoe_combine
+        assert asked.moe.samoe_pool_placement == layout.config.moe.samoe_pool_placement
+        assert asked.training.recompute_granularity == layout.config.training.recompute_granularity
+        assert asked.training.micro_batch_size == layout.config.training.micro_batch_size
+
+
+def test_less_memory_leads_to_recomputation_and_then_to_a_refusal_that_says_by_how_much() -> None:
+    config = with_options(tiny_config("dense"), seq_length=64, micro_batch_size=8, global_batch_size=8)
+    roomy = plan_layouts(config, 103, with_world(1))[0]
+    assert roomy.config.training.recompute_granularity is None
+    tight = plan_layouts(config, 103, with_world(1, memory_bytes=roomy.memory.total * 0.8))[0]
+    assert tight.config.training.recompute_granularity == "full" and tight.cost.step_s > roomy.cost.step_s
+    with pytest.raises(ConfigError, match=r"--memory-gb = 1e-06.*smallest, tp1 pp1 dp1.*misses .* GB"):
+        plan_layouts(config, 103, with_world(1, memory_bytes=1000))
+
+
+def test_a_world_that_no_layout_fills_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--global-batch-size = 8"):
+        plan_layouts(tiny_config("dense", num_attention_heads=1), 103, with_world(512))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 60), st.data())
+def test_uneven_layouts_hold_every_layer_and_spare_the_ends(num_layers: int, data: st.DataObject) -> None:
+    pp = data.draw(st.integers(2, 32))
+    counts = parse_stage_layout(uneven_layout(num_layers, pp))
+    assert len(counts) == pp and sum(counts) == num_layers
+    assert max(counts) - min(counts) <= 1 and counts[-1] == min(counts)
+
+
+def test_sixteen_thousand_ranks_take_seconds() -> None:
+    config = with_options(
+        tiny_config("samoe", bf16=True), num_layers=48, hidden_size=8192, num_attention_heads=64, seq_length=2048,
+        num_experts=64, num_expert_banks=12, moe_layer_freq="2", micro_batch_size=1, global_batch_size=16384,
+    )  # fmt: skip
+    started = time.process_time()
+    layouts = plan_layouts(config, 51200, Cluster(16384, 8, 72e9, 1e15, 4.5e11, 5e10))
+    assert len(layouts) > 100
+    assert time.process_time() - started < 20
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 2), st.sampled_from([1, 2, 4, 8]))
+def test_node_mates_and_strides_equal_the_listed_groups(tp: int, pp: int, ep: int, more: int, node: int) -> None:
+    grid = RankGrid(2 ** (tp + pp + ep + more), tp=2**tp, pp=2**pp, ep=2**ep, etp=1 if more < tp else 2**tp)
+    links = Links(grid, with_world(grid.world_size, gpus_per_node=node))
+    for name in set(GROUPS) - {"embed_dp"}:
+        ranks = grid.groups(name)[0]
+        assert links.size(name) == len(ranks)
+        assert links.members_in_node(name) == sum(rank < node for rank in ranks), (name, ranks)
+
+
+def test_one_rank_computes_the_accounted_operations() -> None:
+    config = tiny_config("samoe", hidden_size=128, seq_length=64)
+    tokens = config.training.micro_batch_size * 64
+    forward = 4 * layer_flops(config, True)[0] + head_flops(config, 103)
+    assert 3 * forward / tokens == pytest.approx(train_flops_per_token(config, 103), rel=0.02)
+    cost = step_cost(config, 103, replace(CLUSTER, world_size=1, efficiency=1.0))
+    assert cost.seconds["compute"] == pytest.approx(4 * 3 * forward / CLUSTER.flops)
+    assert not any(cost.sent_bytes.values())
+
+
+def test_volumes_by_hand() -> None:
+    dense = tiny_config("dense")
+    parameters = count_parameters(dense, 103).total
+    tokens, hidden = 2 * 16, 32
+    two = step_cost(with_layout(dense), 103, with_world(2))
+    assert two.sent_bytes == {"gradients": pytest.approx(parameters * 4)}, "an all-reduce over two: n bytes, fp32"
+    zero = step_cost(with_layout(dense, zero=True), 103, with_world(2))
+    assert zero.sent_bytes == {"gradients": pytest.approx(parameters * 4)}, "half out, half back"
+    tensor = step_cost(with_layout(dense, tp=2), 103, with_world(2))
+    # 4 micro-batches, 4 layers, 2 regions, forwards and backwards, an all-reduce each (2 x half).
+    assert tensor.sent_bytes["tensor"] == pytest.approx(4 * 4 * 2 * 2 * tokens * hidden * 4)
+    pipe = step_cost(with_layout(dense, pp=2), 103, with_world(2))
+    assert pipe.sent_bytes["pipeline"] == pytest.approx(4 * 2 * tokens * hidden * 4)
+    moe = step_cost(with_layout(tiny_config("moe"), ep=2), 103, with_world(2))
+    # 2 micro-batches on each of two data-parallel ranks; half of the rows go away and come back, in both passes.
+    assert moe.sent_bytes["expert"] == pytest.approx(2 * 4 * 4 * tokens * hidden * 4 / 2)
+
+
+def test_the_pools_traffic_is_that_of_its_formula() -> None:
+    """Gather twice and reduce-scatter once, in fp32: 12 bytes an element over D holders times (D - 1) / D."""
+    config = tiny_config("samoe", disable_bias_linear=True)
+    banks = count_parameters(config, 103).expert
+    shared = step_cost(with_layout(config, pp=2), 103, with_world(4))
+    assert shared.sent_bytes["pool"] == pytest.approx(banks * 12 * 3 / 4)
+    layer = step_cost(with_layout(with_options(config, samoe_combine="layer"), pp=2), 103, with_world(4))
+    assert layer.sent_bytes["pool"] == pytest.approx(banks * 8 * 3 / 4)
+
+
+@pytest.mark.parametrize(("micro_batches", "vpp"), [(4, None), (8, None), (8, 1)])
+def test_the_bubbles_share_is_the_theoretical_one(micro_batches: int, vpp: int | None) -> None:
+    config = with_options(tiny_config("dense", num_layers=4), micro_batch_size=1, global_batch_size=micro_batches)
+    config = with_layout(config, pp=2) if vpp is None else with_layout(config, pp=2, vpp=vpp)
+    seconds = step_cost(config, 103, with_world(2, latency_s=0.0)).seconds
+    share = seconds["bubble"] / (seconds["bubble"] + seconds["compute"])
+    assert share == pytest.approx(bubble_fraction(2, 1 if vpp is None else 2, micro_batches))
+
+
+@pytest.mark.parametrize("world_size", [1, 64, 4096])
+def test_the_picture_is_a_png(world_size: int, tmp_path: Path) -> None:
+    config = tiny_config("moe", num_layers=4)
+    if world_size > 1:
+        config = with_layout(config, tp=2, pp=4, ep=2)
+    draw_layout(tmp_path / "layout.png", config, world_size, "layout", 8)
+    assert (tmp_path / "layout.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="--plot"):
+        draw_layout(tmp_path / "none" / "layout.png", config, world_size, "layout", 8)
+
+
+def run_tool(*words: str) -> subprocess.CompletedProcess[str]:
+    tool = Path(__file__).resolve().parents[3] / "tools" / "plan_layout.py"
+    model = ["--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"]
+    return subprocess.run([sys.executable, str(tool), *model, *words], capture_output=True, text=True, timeout=120)
+
+
+def test_the_tool_prints_what_it_found_as_json() -> None:
+    result = run_tool("--world-size", "8", "--expert-layout", "samoe", "--json", "--top", "3", "--vocab-size", "1000")
+    layouts = json.loads(result.stdout)
+    assert result.returncode == 0 and len(layouts) == 3
+    for layout in layouts:
+        assert layout["peak_bytes"] >= layout["bytes"]["weights"] > 0 and layout["step_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--world-size", "0"), "--world-size = 0"),
+        (("--world-size", "8", "--memory-gb", "1e-5"), "--memory-gb"),
+        (("--world-size", "8", "--tensor-model-parallel-size", "3"), "--tensor-model-parallel-size = 3"),
+        (("--world-size", "4", "--micro-batch-sizes", "0"), "--micro-batch-sizes"),
+    ],
+)
+def test_the_tool_explains_what_is_wrong(words: tuple[str, ...], named: str) -> None:
+    result = run_tool(*words)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and named in result.stderr
