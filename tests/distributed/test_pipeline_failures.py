@@ -1,0 +1,196 @@
+"""A rank that dies or hangs in a step ends the others in time, with a reason; bad layouts are refused before any exchange."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_samoe.cli.pretrain import main
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.errors import CommunicationError
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.training.setup import TrainSetup, build_setup
+from megatron_samoe.training.trainer import Trainer
+from tests.harness.mortal_ranks import run_mortal_ranks
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout, with_options
+
+pytestmark = pytest.mark.distributed
+
+TIMEOUT_S = 3.0
+HANG_S = 10.0
+#: Time for a loaded machine to notice, beyond the wait that is configured.
+SLACK_S = 6.0
+
+
+class Batches:
+    """Stands in for `RunData`."""
+
+    def __init__(self, setup: TrainSetup):
+        self.setup = setup
+
+    def train_batches(self, consumed_samples: int) -> Iterator[list[dict[str, Any]]]:
+        """Yields the micro-batches of each step from where a run stands."""
+        step = consumed_samples // self.setup.batch_size
+        while True:
+            yield micro_batches(self.setup, step)
+            step += 1
+
+
+class Trouble:
+    """Strikes before a forward pass, counted from 1 over all steps."""
+
+    def __init__(self, kind: str, at_pass: int):
+        self.kind, self.at_pass, self.passes = kind, at_pass, 0
+        self.began = 0.0
+
+    def __call__(self, *_: Any) -> None:
+        self.passes += 1
+        if self.passes != self.at_pass:
+            return
+        self.began = time.monotonic()
+        if self.kind == "exit":
+            os._exit(7)
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(HANG_S)
+
+
+def train_with_trouble(config: PretrainConfig, kind: str, victim: int, at_pass: int) -> dict[str, Any]:
+    """Trains until trouble strikes the victim; returns what this rank's trainer raised, and when."""
+    parallel = initialize_model_parallel(config.parallel)
+    setup = build_setup(config, VOCAB_SIZE, parallel)
+    trouble = Trouble(kind, at_pass)
+    if parallel.rank == victim:
+        setup.model.chunks[0].register_forward_pre_hook(trouble)
+    started = time.monotonic()
+    try:
+        Trainer(setup, Batches(setup), []).run()
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started}
+    return {"error": None, "message": "", "seconds": time.monotonic() - started}
+
+
+def troubled(layout: str, world: dict[str, Any], save: Path | None = None) -> PretrainConfig:
+    config = with_options(
+        with_layout(tiny_config(layout), **world),
+        distributed_timeout_minutes=TIMEOUT_S / 60,
+        train_iters=3,
+        eval_iters=0,
+    )
+    if save is None:
+        return config
+    return replace(config, checkpoint=CheckpointConfig(save=str(save), load=str(save), save_interval=1))
+
+
+CASES = {
+    "last stage dies in its first pass": ("dense", 2, {"pp": 2}, "kill", 1, 1),
+    "first stage leaves in its third pass": ("dense", 2, {"pp": 2}, "exit", 0, 3),
+    "middle stage hangs": ("dense", 3, {"pp": 3, "stages": "Et|tt|tL"}, "hang", 1, 2),
+    "interleaved stage dies": ("samoe", 2, {"pp": 2, "vpp": 1}, "kill", 1, 3),
+    "one of two pipelines hangs": ("samoe", 4, {"pp": 2}, "hang", 2, 2),
+    "an expert-parallel peer dies": ("moe", 2, {"ep": 2}, "kill", 1, 2),
+    "an expert-parallel peer hangs": ("samoe", 4, {"ep": 2}, "hang", 0, 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_others_end_in_time_and_say_why(case: str, tmp_path: Path) -> None:
+    layout, world_size, sizes, kind, victim, at_pass = CASES[case]
+    config = troubled(layout, sizes)
+    results = run_mortal_ranks(train_with_trouble, world_size, str(tmp_path), config, kind, victim, at_pass)
+    if kind != "hang":
+        assert results[victim] == (7 if kind == "exit" else -signal.SIGKILL)
+    for rank, result in enumerate(results):
+        if rank == victim:
+            continue
+        assert result["error"] == CommunicationError.__name__, result
+        assert f"ank {rank}" in result["message"], "which rank speaks"
+        assert result["seconds"] < TIMEOUT_S + SLACK_S, result
+    neighbours = [r["message"] for rank, r in enumerate(results) if rank != victim and "Pipeline stage" in r["message"]]
+    if "pp" in sizes:
+        assert any("micro-batch" in m and "virtual stage" in m for m in neighbours), results
+    else:
+        assert all("while computing iteration" in r["message"] for i, r in enumerate(results) if i != victim)
+
+
+def test_the_neighbour_names_who_it_waited_for(tmp_path: Path) -> None:
+    config = troubled("dense", {"pp": 2})
+    results = run_mortal_ranks(train_with_trouble, 2, str(tmp_path), config, "hang", 0, 2)
+    message = results[1]["message"]
+    for part in ("Pipeline stage 1 of 2 (rank 1)", "activation of micro-batch 1", "from rank 0", "at most 3 s"):
+        assert part in message, message
+
+
+def finish(config: PretrainConfig) -> int:
+    """Trains on from the last checkpoint and returns the iteration reached."""
+    parallel = initialize_model_parallel(config.parallel)
+    setup = build_setup(config, VOCAB_SIZE, parallel)
+    return Trainer(setup, Batches(setup), []).run().iteration
+
+
+def test_the_last_checkpoint_survives_and_is_trained_on_from(tmp_path: Path) -> None:
+    config = troubled("samoe", {"pp": 2}, save=tmp_path / "checkpoints")
+    (tmp_path / "store").mkdir()
+    # Four micro-batches a step: the sixth pass is in the second step.
+    results = run_mortal_ranks(train_with_trouble, 2, str(tmp_path / "store"), config, "kill", 1, 6)
+    assert results[0]["error"] == CommunicationError.__name__ and results[1] == -signal.SIGKILL
+    assert store.whole_iterations(tmp_path / "checkpoints") == [1]
+    roomy = with_options(config, distributed_timeout_minutes=1.0)
+    assert run_ranks(finish, 2, roomy) == [3, 3]
+
+
+BAD_LAYOUTS = {
+    "stages do not divide layers": (
+        ("--pipeline-model-parallel-size", "4", "--num-layers", "6"),
+        "--pipeline-model-parallel-size = 4", ("one of [1, 2, 3, 6]", "--pipeline-model-parallel-layout"),
+    ),
+    "stages do not divide the world": (
+        ("--pipeline-model-parallel-size", "3", "--num-layers", "6"),
+        "--pipeline-model-parallel-size = 3", ("[1, 2, 4, 8]", "multiple of 3"),
+    ),
+    "virtual stages without enough micro-batches": (
+        ("--pipeline-model-parallel-size", "4", "--num-layers", "8", "--num-layers-per-virtual-pipeline-stage", "1",
+         "--global-batch-size", "12"),
+        "--global-batch-size = 12", ("6 micro-batches", "multiple of --pipeline-model-parallel-size 4"),
+    ),
+    "virtual stages that do not divide": (
+        ("--pipeline-model-parallel-size", "2", "--num-layers", "8", "--num-layers-per-virtual-pipeline-stage", "3"),
+        "--num-layers-per-virtual-pipeline-stage = 3", ("one of [1, 2, 4]",),
+    ),
+    "a layout of other layers": (
+        ("--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Et*3|tL", "--num-layers", "6"),
+        "--pipeline-model-parallel-layout = 'Et*3|tL'", ("4 layers", "--num-layers is 6"),
+    ),
+    "expert ranks that do not divide the world": (
+        ("--expert-layout", "moe", "--expert-model-parallel-size", "3", "--num-experts", "6"),
+        "--expert-model-parallel-size = 3", ("[1, 2, 4, 8]",),
+    ),
+    "a pool check without copies": (
+        ("--expert-layout", "samoe", "--pool-replica-check-interval", "5"),
+        "--pool-replica-check-interval = 5", ("--samoe-pool-placement replicated",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_LAYOUTS)
+def test_a_bad_layout_is_refused_by_a_rank_that_is_alone(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other seven ranks do not exist: whoever waited for them would never answer."""
+    words, field, nearest = BAD_LAYOUTS[case]
+    for name, value in {"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    status = main(["--mock-data", "--micro-batch-size", "1", *words])
+    message = capsys.readouterr().err
+    assert status == 2 and field in message, message
+    assert all(part in message for part in nearest), message
