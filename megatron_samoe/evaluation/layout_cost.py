@@ -15,18 +15,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from megatron_samoe.config.derived import num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import num_micro_batches
 from megatron_samoe.models.layer_layout import StagePlan
-from megatron_samoe.models.memory import (
+from megatron_samoe.models.local_parameters import (
     RankPlace,
     compute_bytes,
     distinct_stages,
     local_parameters,
     plans_by_rank,
     rank_grid,
-    state_key,
 )
+from megatron_samoe.models.memory import holders_combine, state_key
 from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
@@ -95,6 +95,11 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
         ramp = 2 * (grid.pp - 1) * links.seconds("pp", boundary)
         cost.add("pipeline", ramp, 2 * chunks * number * boundary)
     _end_of_step(cost, config, vocab_size, links)
+    if config.parallel.overlap_grad_reduce and "gradients" in cost.seconds:
+        # Reduced while the last micro-batch's backward pass runs; ZeRO-1's gathering of weights stays.
+        reduction = 4 / (4 + compute_bytes(config)) if config.parallel.use_distributed_optimizer else 1.0
+        hidden = min(reduction * cost.seconds["gradients"], 2 / 3 * sum(slowest.seconds.values()))
+        cost.add("gradients", -hidden)
     return cost
 
 
@@ -263,6 +268,7 @@ def _exchanges(
     """Returns, for the stage where it takes longest, (seconds, bytes sent) of gradients with weights, and of the pool; and
     the most elements that a rank updates."""
     stage_ranks = links.cluster.world_size // links.grid.pp
+    exchanges_slices = config.moe.has_pool and holders_combine(config)
     worst: Mapping[str, tuple[float, float]] = {}
     updated = 0.0
     for stage in distinct_stages(config):
@@ -278,6 +284,10 @@ def _exchanges(
             # fp32 gradients; weights that other ranks have updated, or banks whenever they are combined or contracted.
             gathers = 2 if p.is_shared_out and config.moe.samoe_combine == "step" else 1
             moved = p.numel * (4 + gathers * p.element_bytes if shared else 2 * 4)
+            if p.is_shared_out and exchanges_slices:
+                # Combined weights come, fp32 gradients go, of this stage's layers.
+                layers = sum(x.moe_index is not None for c in plans_by_rank(config)[stage] for x in c.layers)
+                moved = p.numel // config.moe.num_expert_banks * layers * (compute_bytes(config) + 4)
             kind = "pool" if p.is_bank else "gradients"
             seconds, sent = times.get(kind, (0.0, 0.0))
             # A buffer holds many tensors, so that none has a latency of its own.

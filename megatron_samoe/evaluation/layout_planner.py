@@ -13,19 +13,14 @@ from typing import Any
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.derived import data_parallel_size, divisors, flag, global_batch_size, num_micro_batches
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import (
-    data_parallel_size,
-    divisors,
-    flag,
-    global_batch_size,
-    num_micro_batches,
-    validate,
-)
+from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.layout_cost import Cluster, Cost, step_cost
-from megatron_samoe.models.memory import RankMemory, largest_rank_memory, plans_by_rank
+from megatron_samoe.models.local_parameters import plans_by_rank
+from megatron_samoe.models.memory import RankMemory, largest_rank_memory
 
 #: More chunks than this on one rank send more often than they save.
 MAX_CHUNKS = 8
@@ -209,7 +204,10 @@ def _best_options(sized: PretrainConfig, vocab_size: int, cluster: Cluster) -> l
                 continue  # what no option makes smaller is too much: only the least is worth knowing
             config = replace(
                 sized,
-                parallel=replace(sized.parallel, use_distributed_optimizer=sized.parallel.use_distributed_optimizer or dp > 1),
+                parallel=replace(
+                    sized.parallel, use_distributed_optimizer=sized.parallel.use_distributed_optimizer or dp > 1,
+                    overlap_grad_reduce=sized.parallel.overlap_grad_reduce or dp > 1,
+                ),
                 moe=replace(sized.moe, samoe_combine=combine, samoe_pool_placement=placement),
                 training=replace(sized.training, recompute_granularity=recompute),
             )  # fmt: skip

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_samoe.config import ParallelConfig, PretrainConfig
+from megatron_samoe.config import MoEConfig, ParallelConfig, PretrainConfig
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.config.validate import parse_stage_layout, validate
+from megatron_samoe.config.derived import parse_stage_layout
+from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.layout_cost import Cluster, Links, head_flops, layer_flops, step_cost
 from megatron_samoe.evaluation.layout_planner import plan_layouts, uneven_layout
@@ -32,6 +33,12 @@ from tests.harness.tiny import tiny_config, with_layout, with_options
 CLUSTER = Cluster(8, 4, 1e9, 1e12, 1e11, 1e10)
 
 
+def plain(layout: str, **options: Any) -> PretrainConfig:
+    """Returns a tiny configuration without options that its layout would ignore."""
+    config = tiny_config(layout, **options)
+    return replace(config, moe=MoEConfig()) if layout == "dense" else config
+
+
 def with_world(world_size: int, **changes: Any) -> Cluster:
     return replace(CLUSTER, world_size=world_size, **changes)
 
@@ -39,7 +46,7 @@ def with_world(world_size: int, **changes: Any) -> Cluster:
 @pytest.mark.parametrize("model", ["dense", "moe", "samoe"])
 @pytest.mark.parametrize("world_size", [1, 2, 6, 8])
 def test_layouts_are_legal_fit_and_come_fastest_first(model: str, world_size: int) -> None:
-    config = with_options(tiny_config(model), global_batch_size=48)
+    config = with_options(plain(model), global_batch_size=48)
     layouts = plan_layouts(config, 103, with_world(world_size))
     for layout in layouts:
         validate(replace(layout.config, data=DataConfig(mock_data=True)), world_size)
@@ -97,7 +104,7 @@ def test_the_printed_flags_ask_for_the_layout() -> None:
 
 
 def test_less_memory_leads_to_recomputation_and_then_to_a_refusal_that_says_by_how_much() -> None:
-    config = with_options(tiny_config("dense"), seq_length=64, micro_batch_size=8, global_batch_size=8)
+    config = with_options(plain("dense"), seq_length=64, micro_batch_size=8, global_batch_size=8)
     roomy = plan_layouts(config, 103, with_world(1))[0]
     assert roomy.config.training.recompute_granularity is None
     tight = plan_layouts(config, 103, with_world(1, memory_bytes=roomy.memory.total * 0.8))[0]
@@ -108,7 +115,7 @@ def test_less_memory_leads_to_recomputation_and_then_to_a_refusal_that_says_by_h
 
 def test_a_world_that_no_layout_fills_is_refused() -> None:
     with pytest.raises(ConfigError, match="--global-batch-size = 8"):
-        plan_layouts(tiny_config("dense", num_attention_heads=1), 103, with_world(512))
+        plan_layouts(plain("dense", num_attention_heads=1), 103, with_world(512))
 
 
 @settings(deadline=None, max_examples=100)
@@ -153,7 +160,7 @@ def test_one_rank_computes_the_accounted_operations() -> None:
 
 
 def test_volumes_by_hand() -> None:
-    dense = tiny_config("dense")
+    dense = plain("dense")
     parameters = count_parameters(dense, 103).total
     tokens, hidden = 2 * 16, 32
     two = step_cost(with_layout(dense), 103, with_world(2))
@@ -171,9 +178,12 @@ def test_volumes_by_hand() -> None:
 
 
 def test_the_pools_traffic_is_that_of_its_formula() -> None:
-    """Gather twice and reduce-scatter once, in fp32: 12 bytes an element over D holders times (D - 1) / D."""
+    """Gather twice and reduce-scatter once, in fp32: 12 bytes an element over D holders times (D - 1) / D; or, with more
+    banks than a stage has layers, weights and gradients of those layers."""
     config = tiny_config("samoe", disable_bias_linear=True)
     banks = count_parameters(config, 103).expert
+    slices = step_cost(with_layout(config, pp=4), 103, with_world(8))
+    assert slices.sent_bytes["pool"] == pytest.approx(banks / 2 * 1 * 8 * 7 / 8)
     shared = step_cost(with_layout(config, pp=2), 103, with_world(4))
     assert shared.sent_bytes["pool"] == pytest.approx(banks * 12 * 3 / 4)
     layer = step_cost(with_layout(with_options(config, samoe_combine="layer"), pp=2), 103, with_world(4))
@@ -182,7 +192,7 @@ def test_the_pools_traffic_is_that_of_its_formula() -> None:
 
 @pytest.mark.parametrize(("micro_batches", "vpp"), [(4, None), (8, None), (8, 1)])
 def test_the_bubbles_share_is_the_theoretical_one(micro_batches: int, vpp: int | None) -> None:
-    config = with_options(tiny_config("dense", num_layers=4), micro_batch_size=1, global_batch_size=micro_batches)
+    config = with_options(plain("dense", num_layers=4), micro_batch_size=1, global_batch_size=micro_batches)
     config = with_layout(config, pp=2) if vpp is None else with_layout(config, pp=2, vpp=vpp)
     seconds = step_cost(config, 103, with_world(2, latency_s=0.0)).seconds
     share = seconds["bubble"] / (seconds["bubble"] + seconds["compute"])

@@ -13,7 +13,8 @@ from megatron_samoe.config import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.activation_memory import activation_bytes, layer_bytes, passes_in_flight
 from megatron_samoe.models.layer_layout import rank_plans
-from megatron_samoe.models.memory import RankPlace, largest_rank_memory, rank_grid, rank_memory
+from megatron_samoe.models.local_parameters import RankPlace, rank_grid
+from megatron_samoe.models.memory import largest_rank_memory, rank_memory
 from megatron_samoe.models.rank_model import RankModel, build_model, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
