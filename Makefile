@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py $(shell find cpp_ext -type f -not -path '*/__
 STRICT := $(addprefix megatron_samoe/,config parallel_state ops tensor_parallel moe dist_checkpointing errors.py log.py)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install quickstart test test-unit test-distributed lint check-python clean
+.PHONY: install quickstart test test-unit test-distributed sanitize lint check-python clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ test-unit: $(VENV)/.installed-tests
 
 test-distributed: $(VENV)/.installed-tests
 	$(PYTEST) tests/distributed
+
+# Address and undefined-behaviour sanitizers over the extension's torch-free part.
+sanitize:
+	sh tools/sanitize.sh
 
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy $(STRICT)

@@ -27,6 +27,7 @@ from megatron_samoe.parallel_state.state import ParallelState, initialize_model_
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hooks import default_hooks
 from megatron_samoe.training.setup import build_setup
+from megatron_samoe.training.state import PLAIN_KEYS
 from megatron_samoe.training.trainer import Trainer
 
 
@@ -72,10 +73,19 @@ def pretrain(config: PretrainConfig) -> None:
     timeout_s = 60.0 * config.parallel.distributed_timeout_minutes
     parallel = replace(parallel, ep=with_exchange(parallel.ep, device, timeout_s))
     is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    run_data = build_run_data(config, tokenizer, parallel, is_builder)
+    run_data = build_run_data(config, tokenizer, parallel, is_builder, _progress(config))
     setup = build_setup(config, vocab_size, parallel)
     _describe(config, vocab_size, parallel)
     Trainer(setup, run_data, default_hooks(config, setup.batch_size)).run()
+
+
+def _progress(config: PretrainConfig) -> tuple[int, int]:
+    """Returns iterations and samples of the checkpoint that training will go on from."""
+    directory = None if config.checkpoint.finetune else store.find_checkpoint(config.checkpoint)
+    if directory is None:
+        return 0, 0
+    saved = store.read_train_state(directory, PLAIN_KEYS)
+    return saved["iteration"], saved["consumed_samples"]
 
 
 def _saved_config(config: PretrainConfig) -> Mapping[str, Any] | None:

@@ -7,6 +7,7 @@ Precedence, lowest first: defaults, the YAML file of --config, the checkpoint's 
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +86,8 @@ def _take_config_flag(args: list[str]) -> tuple[list[str], Path | None]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which YAML would silently keep the last."""
+    """Refuses a mapping that has a key twice, of which YAML would silently keep the last, and reads digits that begin
+    with 0 as text: a pattern of layers such as 0101 is no octal number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
@@ -93,6 +95,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         if repeated is not None:
             raise yaml.YAMLError(f"the key {repeated!r} stands twice{node.start_mark}")
         return super().construct_mapping(node, deep)
+
+
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
@@ -147,6 +158,8 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
                         f"{name}.{sub_key}", sub_value, f"unknown option in {source}.{nearest(sub_name, own)}"
                     )
                 changes[name][sub_name] = sub_value
+        elif name in groups:
+            raise ConfigError(str(key), value, f"is a group of options in {source}; it must hold a mapping")
         elif name in home:
             changes[home[name]][name] = value
         else:
@@ -160,8 +173,8 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
 
 
 def _model_part(saved: Mapping[str, Any]) -> dict[str, Any]:
-    part = {group: saved[group] for group in CHECKPOINT_GROUPS if group in saved}
-    part["data"] = {k: v for k, v in saved.get("data", {}).items() if k in CHECKPOINT_FIELDS}
+    part = {group: saved.get(group) or {} for group in CHECKPOINT_GROUPS}
+    part["data"] = {k: v for k, v in (saved.get("data") or {}).items() if k in CHECKPOINT_FIELDS}
     return part
 
 

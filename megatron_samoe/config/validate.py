@@ -6,12 +6,20 @@ They are arithmetic on the configuration and the world size, run before any proc
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 
+from megatron_samoe.config.derived import (
+    data_parallel_size,
+    divisors,
+    flag,
+    global_batch_size,
+    num_micro_batches,
+    num_moe_layers,
+    parse_stage_layout,
+    virtual_stages,
+)
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError, ConfigErrors
@@ -19,89 +27,11 @@ from megatron_samoe.errors import ConfigError, ConfigErrors
 Problems = Iterator[ConfigError]
 
 
-def flag(field: str) -> str:
-    """Returns a field's name as the user writes it."""
-    return "--" + field.replace("_", "-")
-
-
 def validate(config: PretrainConfig, world_size: int) -> None:
     """Raises ConfigErrors naming every rule that the configuration breaks on `world_size` ranks."""
     problems = [problem for rule in RULES for problem in rule(config, world_size)]
     if problems:
         raise ConfigErrors(problems)
-
-
-def data_parallel_size(config: PretrainConfig, world_size: int) -> int:
-    """Returns the ranks that hold different data (dense parameters' data-parallel size)."""
-    parallel = config.parallel
-    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-
-
-def global_batch_size(config: PretrainConfig, world_size: int) -> int:
-    """Returns the sequences of one optimizer step."""
-    training = config.training
-    return training.global_batch_size or training.micro_batch_size * data_parallel_size(config, world_size)
-
-
-def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
-    """Returns for each layer whether it is MoE; ConfigError if the text is no frequency or pattern of that length."""
-    allowed = (
-        f"must be an integer from 1 to {num_layers}, or {num_layers} zeros and ones such as 01 repeated or [0,1]*4"
-    )
-    compact = text.replace(" ", "")
-    repeated = re.fullmatch(r"\(?\[([01](?:,[01])*)\]\)?(?:\*(\d+))?", compact)
-    if repeated:
-        pattern = repeated[1].replace(",", "") * int(repeated[2] or 1)
-    elif re.fullmatch(r"[01]{2,}", compact) and len(compact) == num_layers:
-        pattern = compact
-    elif re.fullmatch(r"[1-9]\d*", compact) and int(compact) <= num_layers:
-        pattern = "".join("1" if i % int(compact) == 0 else "0" for i in range(num_layers))
-    else:
-        raise ConfigError("--moe-layer-freq", text, allowed)
-    if len(pattern) != num_layers:
-        raise ConfigError("--moe-layer-freq", text, f"{allowed}; this one has {len(pattern)} entries")
-    return tuple(c == "1" for c in pattern)
-
-
-def parse_stage_layout(text: str) -> tuple[int, ...]:
-    """Returns the layers of each virtual stage in a --pipeline-model-parallel-layout, such as Et*3|t*4|t*3L.
-
-    Raises:
-        ConfigError: it is not one E, then t, then one L, with | between stages.
-    """
-    flag_name = "--pipeline-model-parallel-layout"
-    allowed = "must be stages between |: E (embedding) first, t for each layer, L (head) last; t*3 and (tt|)*2 repeat"
-    expanded = re.sub(r"[\s,]", "", text)
-    while (unrolled := re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m[1] * int(m[2]), expanded)) != expanded:
-        expanded = unrolled
-    expanded = re.sub(r"([EtL])\*(\d+)", lambda m: m[1] * int(m[2]), expanded)
-    if not re.fullmatch(r"E[t|]*L", expanded):
-        raise ConfigError(flag_name, text, allowed)
-    return tuple(stage.count("t") for stage in expanded.split("|"))
-
-
-def virtual_stages(parallel: ParallelConfig, num_layers: int) -> int:
-    """Returns the number of runs that the layers are cut into; 0 where they cannot be cut as configured."""
-    pp = parallel.pipeline_model_parallel_size
-    if parallel.pipeline_model_parallel_layout is not None:
-        return len(parse_stage_layout(parallel.pipeline_model_parallel_layout))
-    per_stage = parallel.num_layers_per_virtual_pipeline_stage
-    if per_stage is None:
-        return pp if num_layers % pp == 0 else 0
-    return num_layers // per_stage if num_layers % (pp * per_stage) == 0 else 0
-
-
-def num_micro_batches(config: PretrainConfig, world_size: int) -> int:
-    """Returns the forward passes of one optimizer step on each rank."""
-    per_pass = config.training.micro_batch_size * data_parallel_size(config, world_size)
-    return global_batch_size(config, world_size) // per_pass
-
-
-def num_moe_layers(config: PretrainConfig) -> int:
-    """Returns L, the number of MoE layers (0 for the dense layout)."""
-    if config.moe.expert_layout == "dense":
-        return 0
-    return sum(parse_moe_layer_freq(config.moe.moe_layer_freq, config.model.num_layers))
 
 
 def _positive_sizes(config: PretrainConfig, world_size: int) -> Problems:
@@ -168,7 +98,9 @@ def _attention_sizes(config: PretrainConfig, world_size: int) -> Problems:
     if model.num_query_groups != 1 and not model.group_query_attention:
         yield ConfigError("--num-query-groups", model.num_query_groups, "needs --group-query-attention")
     if model.position_embedding_type == "rope":
-        rotated = model.head_dim * model.rotary_percent if heads > 0 else 0
+        if heads < 1:
+            return
+        rotated = model.head_dim * model.rotary_percent
         if not 0 < model.rotary_percent <= 1 or rotated != int(rotated) or int(rotated) % 2:
             yield ConfigError("--rotary-percent", model.rotary_percent,
                               f"must leave an even, whole number of the {model.head_dim} head channels to rotate")  # fmt: skip
@@ -210,8 +142,17 @@ def _options_without_effect(config: PretrainConfig, world_size: int) -> Problems
                 yield ConfigError(
                     flag(name), getattr(moe, name), f"needs --expert-layout samoe, not {moe.expert_layout}"
                 )
+    trains_coefficients = moe.has_pool and not moe.samoe_freeze_coefficients
+    if config.optimizer.samoe_coefficient_lr_mult != 1.0 and not trains_coefficients:
+        yield ConfigError("--samoe-coefficient-lr-mult", config.optimizer.samoe_coefficient_lr_mult,
+                          "needs --expert-layout samoe with coefficients that are trained")  # fmt: skip
+    if moe.moe_router_load_balancing_type == "none" and moe.moe_aux_loss_coeff != default.moe_aux_loss_coeff:
+        yield ConfigError(
+            "--moe-aux-loss-coeff", moe.moe_aux_loss_coeff, "has no use with --moe-router-load-balancing-type none"
+        )
     if moe.expert_layout == "dense":
-        for name in ("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_z_loss_coeff",
+        for name in ("moe_router_topk", "moe_router_score_function",
+                     "moe_router_pre_softmax", "moe_z_loss_coeff",
                      "moe_input_jitter_eps", "moe_router_load_balancing_type", "moe_ffn_hidden_size",
                      "moe_expert_capacity_factor", "moe_shared_expert_intermediate_size"):  # fmt: skip
             if getattr(moe, name) != getattr(default, name):
@@ -381,6 +322,10 @@ def _batches_divide(config: PretrainConfig, world_size: int) -> Problems:
 def _schedule_fits(config: PretrainConfig, world_size: int) -> Problems:
     optimizer, training = config.optimizer, config.training
     decay = optimizer.lr_decay_iters or training.train_iters
+    if optimizer.lr_decay_style == "constant":
+        for name in ("min_lr", "lr_decay_iters"):
+            if getattr(optimizer, name):
+                yield ConfigError(flag(name), getattr(optimizer, name), "has no use with --lr-decay-style constant")
     if optimizer.min_lr > optimizer.lr:
         yield ConfigError("--min-lr", optimizer.min_lr, f"must be at most --lr {optimizer.lr}")
     if optimizer.lr_warmup_fraction is not None:
@@ -442,8 +387,3 @@ RULES = (
     _data_sources,
     _checkpoint_paths,
 )
-
-
-def divisors(n: int) -> list[int]:
-    """Returns the divisors of n in rising order."""
-    return [d for d in range(1, n + 1) if n % d == 0]

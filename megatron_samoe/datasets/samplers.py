@@ -39,7 +39,7 @@ class PretrainingSampler:
             raise DataError(
                 f"All {total_samples} samples of the dataset are consumed ({consumed_samples} so far): nothing is "
                 "left to "
-                "read. Ask for more samples (--train-iters or --train-samples) or more data."
+                "read. Lower --train-iters, or give more data."
             )
         self.total_samples, self.consumed_samples = total_samples, consumed_samples
         self.micro_batch_size = micro_batch_size

@@ -10,6 +10,7 @@ A checkpoint is written under another name, flushed to disk, and renamed when it
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -101,7 +102,9 @@ def _refuse_foreign(root: Path) -> None:
     elif whole_iterations(root / "checkpoints"):
         hint = f" Give {root / 'checkpoints'}."
     entries = sorted(
-        p.name for p in root.iterdir() if not re.fullmatch(r"\.iter_\d+\.(unfinished|replaced)|\..*\.tmp", p.name)
+        p.name
+        for p in root.iterdir()
+        if not re.fullmatch(r"\.iter_\d+\.(unfinished|replaced|deleted)|\..*\.tmp", p.name)
     )
     if entries:
         raise CheckpointError(
@@ -174,10 +177,13 @@ def save_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)  # it may be what fills the disk
         raise
 
+    digests = _digests_of_all(unfinished, parallel)
+
     def publish() -> None:
         _write_durably(unfinished / CONFIG, yaml.safe_dump(dict(full_config), sort_keys=False))
         _write_durably(
-            unfinished / TRAIN_STATE, json.dumps({"format_version": FORMAT_VERSION, **train_state}, indent=1)
+            unfinished / TRAIN_STATE,
+            json.dumps({"format_version": FORMAT_VERSION, **train_state, "digests": digests}, indent=1),
         )
         _fsync_dir(unfinished)
         if final.exists():
@@ -196,8 +202,50 @@ def save_checkpoint(
 
 
 def load_checkpoint(directory: Path, state: ShardedState, parallel: ParallelState) -> None:
-    """Fills a state's tensors from a checkpoint folder; all ranks call it together."""
+    """Fills a state's tensors from a checkpoint folder, whose files are verified first; all ranks call it together.
+
+    Raises:
+        CheckpointError: a file is missing or differs from what was written, or a tensor is missing or of another shape.
+    """
+    _verify_digests(directory, parallel)
     read_sharded(state, str(directory), parallel)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _share_of_files(names: Sequence[str], parallel: ParallelState) -> list[str]:
+    return sorted(names)[parallel.rank :: parallel.world_size]
+
+
+def _digests_of_all(directory: Path, parallel: ParallelState) -> dict[str, str]:
+    """Returns the digest of each file, each computed by one rank."""
+    names = [path.name for path in directory.iterdir()]
+    own = {name: _digest(directory / name) for name in _share_of_files(names, parallel)}
+    return {name: digest for part in parallel.world.all_gather_object(own) for name, digest in part.items()}
+
+
+def _verify_digests(directory: Path, parallel: ParallelState) -> None:
+    """Raises CheckpointError on all ranks if a file is not what was written; each file is read by one rank."""
+    digests = read_train_state(directory).get("digests", {})
+    bad = []
+    for name in _share_of_files(list(digests), parallel):
+        path = directory / name
+        if not path.is_file():
+            bad.append(f"{name} is missing")
+        elif _digest(path) != digests[name]:
+            bad.append(f"{name} differs from what was written")
+    found = [problem for part in parallel.world.all_gather_object(bad) for problem in part]
+    if found:
+        raise CheckpointError(
+            f"{directory} is damaged: {'; '.join(found[:3])}. Choose an earlier checkpoint with --ckpt-step.",
+            collective=True,
+        )
 
 
 def _all_ranks(action: Any, parallel: ParallelState, what: str, only_first: bool = False) -> None:
@@ -250,8 +298,9 @@ def _fsync_dir(path: Path) -> None:
 def _apply_retention(config: CheckpointConfig, newest: int) -> None:
     assert config.save is not None
     root = Path(config.save)
-    for leftover in root.glob(".iter_*.replaced"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for suffix in ("replaced", "deleted"):
+        for leftover in root.glob(f".iter_*.{suffix}"):
+            shutil.rmtree(leftover, ignore_errors=True)
     if config.keep_last is None and config.save_retain_interval is None:
         return
     older = [i for i in whole_iterations(root) if i < newest]
@@ -260,6 +309,6 @@ def _apply_retention(config: CheckpointConfig, newest: int) -> None:
         kept |= {i for i in older if i % config.save_retain_interval == 0}
     for iteration in older:
         if iteration not in kept:
-            doomed = root / f".iter_{iteration:07d}.replaced"
+            doomed = root / f".iter_{iteration:07d}.deleted"
             iteration_dir(root, iteration).rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)

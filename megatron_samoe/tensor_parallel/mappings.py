@@ -66,6 +66,7 @@ class _Reduce(torch.autograd.Function):
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        assert x.shape[0] % group.size == 0, f"{x.shape[0]} tokens do not divide over {group.size} ranks"
         ctx.group = group
         return x.chunk(group.size)[group.rank].contiguous()
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from megatron_samoe.config.derived import global_batch_size, num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import global_batch_size, num_micro_batches
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
 from megatron_samoe.datasets.loader import DataLoader
 from megatron_samoe.datasets.samplers import PretrainingRandomSampler, PretrainingSampler
 from megatron_samoe.datasets.tokenizer import Tokenizer
+from megatron_samoe.errors import DataError
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.training.micro_batches import Batch
 
@@ -34,7 +35,14 @@ class RunData:
         else:
             sampler = PretrainingSampler(len(self.train), consumed_samples, *place)
         micro_batches = iter(DataLoader(self.train, sampler, self.config.data.num_workers, transform=self._pin))
-        while batches := [self._to_device(batch) for batch in islice(micro_batches, self._num_micro_batches)]:
+        while True:
+            batches = [self._to_device(batch) for batch in islice(micro_batches, self._num_micro_batches)]
+            if len(batches) < self._num_micro_batches:
+                raise DataError(
+                    f"The training data end before the step after sample {consumed_samples}: {len(self.train)} samples are "
+                    "there. Lower --train-iters, or give more data."
+                )
+            consumed_samples += self._num_micro_batches * self.config.training.micro_batch_size * self.parallel.dp.size
             yield batches
 
     def valid_batches(self) -> Iterator[Batch]:
@@ -60,15 +68,20 @@ class RunData:
         return {name: t.to(device, non_blocking=True) for name, t in batch.items()}
 
 
-def build_run_data(config: PretrainConfig, tokenizer: Tokenizer, parallel: ParallelState, is_builder: bool) -> RunData:
+def build_run_data(
+    config: PretrainConfig, tokenizer: Tokenizer, parallel: ParallelState, is_builder: bool,
+    done: tuple[int, int] = (0, 0),
+) -> RunData:  # fmt: skip
     """Returns the datasets of a run, with enough samples for all its steps.
 
     Args:
+        done: iterations and samples that the run has behind it, maybe with batches of another size.
         is_builder: whether this rank writes sample indices that other ranks of its host wait for.
     """
     training = config.training
     batch = global_batch_size(config, parallel.world_size)
-    counts = (training.train_iters * batch, training.eval_iters * batch, 0)
+    iterations, samples = done
+    counts = (samples + max(training.train_iters - iterations, 0) * batch, training.eval_iters * batch, 0)
     train, valid, _ = build_train_valid_test_datasets(
         config.data, counts, config.model.seq_length, training.seed, tokenizer,
         barrier=parallel.world.barrier if parallel.world_size > 1 else None, is_builder=is_builder,

@@ -89,6 +89,7 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     store.load_checkpoint(directory, tensors, setup.parallel)
     if setup.parallel.world.all_gather_object(bool(other_precision)).count(True):
         store.load_checkpoint(directory, other_precision, setup.parallel)
+    setup.buffers.gather_weights()  # where weights came from master weights, each rank has filled its own run
     if with_optimizer:
         setup.optimizer.set_num_steps(saved["optimizer_steps"])
     else:
@@ -136,7 +137,7 @@ def check_same_model(
     differences = [
         f"{name} is {saved_value!r} there and {current[group][name]!r} here"
         for group in CHECKPOINT_GROUPS
-        for name, saved_value in saved_config.get(group, {}).items()
+        for name, saved_value in (saved_config.get(group) or {}).items()
         if name not in FREE_FIELDS and name in current[group] and current[group][name] != saved_value
     ]
     if saved_state.get("vocab_size") != setup.model.vocab_size:

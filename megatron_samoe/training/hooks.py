@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -66,7 +67,10 @@ class ConsoleLog(Hook):
 
 
 class MetricsFile(Hook):
-    """One JSON object per logged step. A resumed run first drops what the killed one logged beyond its checkpoint."""
+    """One JSON object per logged step.
+
+    A resumed run first drops what the killed one logged beyond its checkpoint; a fresh one sets aside an existing file.
+    """
 
     def __init__(self, path: str):
         self.path, self.place = Path(path), f"--metrics-file {path}"
@@ -75,12 +79,20 @@ class MetricsFile(Hook):
     def start(self, iteration: int) -> None:
         """Opens the file and cuts it back to the iteration that training goes on from."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
+        if iteration == 0 and self.path.exists() and self.path.stat().st_size:
+            self._set_aside()
+        elif self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _iteration_of(line) <= iteration]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, self.path)
         self.file = open(self.path, "a")
+
+    def _set_aside(self) -> None:
+        """Keeps the records of an earlier run under another name."""
+        number = next(n for n in itertools.count(1) if not Path(f"{self.path}.{n}").exists())
+        self.path.rename(f"{self.path}.{number}")
+        logger.info(f"{self.path} is of an earlier run; kept as {self.path}.{number}")
 
     def record(self, record: Record) -> None:
         """Writes one line."""

@@ -22,12 +22,14 @@ def raise_non_finite(setup: TrainSetup, state: TrainState, batches: Sequence[Bat
     The forward passes are run again with every layer watched. If all are finite, the backward pass was at fault, and
     the parameters whose gradients are not finite are named.
     """
-    found = _first_in_forward(setup, state, batches) or _first_gradient(setup)
-    reports = setup.parallel.world.all_gather_object(found)
+    world = setup.parallel.world
+    reports = world.all_gather_object(_first_in_forward(setup, state, batches))
+    if not any(reports):
+        reports = world.all_gather_object(_first_gradient(setup))
     ranked = sorted((*report, rank) for rank, report in enumerate(reports) if report is not None)
     place = "no rank finds it again in a second pass"
     if ranked:
-        micro_batch, _, where, rank = ranked[0]
+        micro_batch, _, _, where, rank = ranked[0]
         place = f"first seen in {where} on rank {rank}" + (f", micro-batch {micro_batch}" if micro_batch >= 0 else "")
     raise NonFiniteLossError(
         f"Iteration {state.iteration + 1}: loss {result.lm_loss}, gradient norm {result.grad_norm}; {place}. "
@@ -37,22 +39,30 @@ def raise_non_finite(setup: TrainSetup, state: TrainState, batches: Sequence[Bat
     )
 
 
-def _first_in_forward(setup: TrainSetup, state: TrainState, batches: Sequence[Batch]) -> tuple[int, int, str] | None:
-    """Returns (micro-batch, order, place) of the first non-finite output on this rank."""
-    seen: list[tuple[int, int, str]] = []
+#: Micro-batch, place in the model, 0 where the rank's own weights are at fault (1 where it may have got it from others), name.
+Finding = tuple[int, int, int, str]
+
+
+def _first_in_forward(setup: TrainSetup, state: TrainState, batches: Sequence[Batch]) -> Finding | None:
+    """Returns the first non-finite output on this rank."""
+    seen: list[Finding] = []
     current = [0]
+
+    def note(order: int, name: str, module: nn.Module) -> None:
+        weights_are_finite = all(_is_finite(p) for p in module.parameters())
+        seen.append((current[0], order, int(weights_are_finite), name))
 
     def watch(order: int, name: str, module: nn.Module) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             x = output[0] if isinstance(output, tuple) else output
             if not _is_finite(x):
-                seen.append((current[0], order, name))
+                note(order, name, module)
 
         return module.register_forward_hook(hook)
 
-    def take_losses(number: int, _batch: Batch, losses_T: Tensor) -> Tensor:
+    def take_losses(_number: int, _batch: Batch, losses_T: Tensor) -> Tensor:
         if not _is_finite(losses_T):
-            seen.append((number, setup.config.model.num_layers + 1, "the output layer"))
+            note(setup.config.model.num_layers + 1, "the output layer", setup.model.chunks[-1].final_norm)
         return losses_T.sum()
 
     handles = []
@@ -72,9 +82,9 @@ def _first_in_forward(setup: TrainSetup, state: TrainState, batches: Sequence[Ba
     return min(seen, default=None)
 
 
-def _first_gradient(setup: TrainSetup) -> tuple[int, int, str] | None:
+def _first_gradient(setup: TrainSetup) -> Finding | None:
     bad = [name for name, p in setup.buffers.parameters.items() if not _is_finite(p.main_grad)]
-    return (-1, 0, f"the gradient of {bad[-1]}") if bad else None
+    return (-1, 0, 0, f"the gradient of {bad[-1]}") if bad else None
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -7,8 +7,8 @@ from datetime import timedelta
 
 import torch
 
+from megatron_samoe.config.derived import global_batch_size, num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import global_batch_size, num_micro_batches
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer

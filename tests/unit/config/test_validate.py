@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config import PretrainConfig, derived
 from megatron_samoe.config import validate as rules
 from megatron_samoe.errors import ConfigError, ConfigErrors
 from tests.harness.tiny import with_options
@@ -25,6 +25,9 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"rotary_base": 5000.0}, 1, "--rotary-base", "needs --position-embedding-type rope"),
     ({"tokenizer_model": "x.model"}, 1, "--tokenizer-model", "has no use"),
     ({"keep_last": 2}, 1, "--keep-last", "needs --save"),
+    ({"samoe_coefficient_lr_mult": 2.0}, 1, "--samoe-coefficient-lr-mult", "that are trained"),
+    ({"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.1}, 1, "--moe-aux-loss-coeff", "no use"),
+    ({"lr_decay_style": "constant", "min_lr": 1e-5}, 1, "--min-lr", "no use"),
     ({"num_layers": 0}, 1, "--num-layers", "positive"),
     ({"hidden_size": -8}, 1, "--hidden-size", "positive"),
     ({"num_threads": 0}, 1, "--num-threads", "positive"),
@@ -139,7 +142,8 @@ def test_every_error_of_every_rule_is_raised_by_a_case_above(monkeypatch: pytest
             super().__init__(*args)
             raised_at.add(sys._getframe(1).f_lineno)
 
-    monkeypatch.setattr(rules, "ConfigError", RecordedError)
+    for module in (rules, derived):
+        monkeypatch.setattr(module, "ConfigError", RecordedError)
     for options, world_size, _, _ in BROKEN:
         errors_of(options, world_size)
     tree = ast.parse(inspect.getsource(rules))
@@ -191,13 +195,13 @@ def test_all_broken_rules_are_reported_together() -> None:
     ],
 )  # fmt: skip
 def test_moe_layer_freq(text: str, num_layers: int, expected: str) -> None:
-    assert "".join(str(int(b)) for b in rules.parse_moe_layer_freq(text, num_layers)) == expected
+    assert "".join(str(int(b)) for b in derived.parse_moe_layer_freq(text, num_layers)) == expected
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "5", "abc", "[0,2]*2", "01012", "[0,1]*0", "1.0"])
 def test_wrong_moe_layer_freq_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--moe-layer-freq"):
-        rules.parse_moe_layer_freq(text, 4)
+        derived.parse_moe_layer_freq(text, 4)
 
 
 @pytest.mark.parametrize(
@@ -208,17 +212,17 @@ def test_wrong_moe_layer_freq_is_refused(text: str) -> None:
     ],
 )  # fmt: skip
 def test_stage_layout(text: str, expected: tuple[int, ...]) -> None:
-    assert rules.parse_stage_layout(text) == expected
+    assert derived.parse_stage_layout(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "tt", "Ett", "ttL", "EtEL", "EtLt", "Et*|L", "Et-L", "E(t|L"])
 def test_wrong_stage_layout_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--pipeline-model-parallel-layout"):
-        rules.parse_stage_layout(text)
+        derived.parse_stage_layout(text)
 
 
 def test_batch_and_data_parallel_sizes() -> None:
     config = with_options(VALID, tensor_model_parallel_size=2, micro_batch_size=3)
     assert rules.data_parallel_size(config, 8) == 4
-    assert rules.global_batch_size(config, 8) == 12
-    assert rules.global_batch_size(with_options(config, global_batch_size=24), 8) == 24
+    assert derived.global_batch_size(config, 8) == 12
+    assert derived.global_batch_size(with_options(config, global_batch_size=24), 8) == 24

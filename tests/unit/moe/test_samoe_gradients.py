@@ -80,7 +80,7 @@ def test_gradients_equal_autograds_over_four_micro_batches(
     for parameter in pool.bank.values():
         nn.init.normal_(parameter, std=0.5)
     GradBuffers({**dict(pool.bank.items()), **{f"a{i}": a for i, a in enumerate(raw)}}, STATE).zero()
-    combination = make_combination(config, pool, dict(enumerate(raw)), STATE, torch.float64)
+    combination = make_combination(config, pool, dict(enumerate(raw)), STATE, torch.float64, (tuple(range(len(raw))),))
 
     twin_banks = {name: p.detach().clone().requires_grad_() for name, p in pool.bank.items()}
     twin_raw = [a.detach().clone().requires_grad_() for a in raw]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_samoe.config.validate import parse_stage_layout
+from megatron_samoe.config.derived import parse_stage_layout
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.pipeline_parallel.schedule_plan import (
     Action,

@@ -1,0 +1,92 @@
+"""What follows from a configuration by arithmetic: batches, layers, stages."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.errors import ConfigError
+
+
+def flag(field: str) -> str:
+    """Returns a field's name as the user writes it."""
+    return "--" + field.replace("_", "-")
+
+
+def data_parallel_size(config: PretrainConfig, world_size: int) -> int:
+    """Returns the ranks that hold different data (dense parameters' data-parallel size)."""
+    parallel = config.parallel
+    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+
+
+def global_batch_size(config: PretrainConfig, world_size: int) -> int:
+    """Returns the sequences of one optimizer step."""
+    training = config.training
+    return training.global_batch_size or training.micro_batch_size * data_parallel_size(config, world_size)
+
+
+def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
+    """Returns for each layer whether it is MoE; ConfigError if the text is no frequency or pattern of that length."""
+    allowed = (
+        f"must be an integer from 1 to {num_layers}, or {num_layers} zeros and ones such as 01 repeated or [0,1]*4"
+    )
+    compact = text.replace(" ", "")
+    repeated = re.fullmatch(r"\(?\[([01](?:,[01])*)\]\)?(?:\*(\d+))?", compact)
+    if repeated:
+        pattern = repeated[1].replace(",", "") * int(repeated[2] or 1)
+    elif re.fullmatch(r"[01]{2,}", compact) and len(compact) == num_layers:
+        pattern = compact
+    elif re.fullmatch(r"[1-9]\d*", compact) and int(compact) <= num_layers:
+        pattern = "".join("1" if i % int(compact) == 0 else "0" for i in range(num_layers))
+    else:
+        raise ConfigError("--moe-layer-freq", text, allowed)
+    if len(pattern) != num_layers:
+        raise ConfigError("--moe-layer-freq", text, f"{allowed}; this one has {len(pattern)} entries")
+    return tuple(c == "1" for c in pattern)
+
+
+def parse_stage_layout(text: str) -> tuple[int, ...]:
+    """Returns the layers of each virtual stage in a --pipeline-model-parallel-layout, such as Et*3|t*4|t*3L.
+
+    Raises:
+        ConfigError: it is not one E, then t, then one L, with | between stages.
+    """
+    flag_name = "--pipeline-model-parallel-layout"
+    allowed = "must be stages between |: E (embedding) first, t for each layer, L (head) last; t*3 and (tt|)*2 repeat"
+    expanded = re.sub(r"[\s,]", "", text)
+    while (unrolled := re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m[1] * int(m[2]), expanded)) != expanded:
+        expanded = unrolled
+    expanded = re.sub(r"([EtL])\*(\d+)", lambda m: m[1] * int(m[2]), expanded)
+    if not re.fullmatch(r"E[t|]*L", expanded):
+        raise ConfigError(flag_name, text, allowed)
+    return tuple(stage.count("t") for stage in expanded.split("|"))
+
+
+def virtual_stages(parallel: ParallelConfig, num_layers: int) -> int:
+    """Returns the number of runs that the layers are cut into; 0 where they cannot be cut as configured."""
+    pp = parallel.pipeline_model_parallel_size
+    if parallel.pipeline_model_parallel_layout is not None:
+        return len(parse_stage_layout(parallel.pipeline_model_parallel_layout))
+    per_stage = parallel.num_layers_per_virtual_pipeline_stage
+    if per_stage is None:
+        return pp if num_layers % pp == 0 else 0
+    return num_layers // per_stage if num_layers % (pp * per_stage) == 0 else 0
+
+
+def num_micro_batches(config: PretrainConfig, world_size: int) -> int:
+    """Returns the forward passes of one optimizer step on each rank."""
+    per_pass = config.training.micro_batch_size * data_parallel_size(config, world_size)
+    return global_batch_size(config, world_size) // per_pass
+
+
+def num_moe_layers(config: PretrainConfig) -> int:
+    """Returns L, the number of MoE layers (0 for the dense layout)."""
+    if config.moe.expert_layout == "dense":
+        return 0
+    return sum(parse_moe_layer_freq(config.moe.moe_layer_freq, config.model.num_layers))
+
+
+def divisors(n: int) -> list[int]:
+    """Returns the divisors of n in rising order."""
+    return [d for d in range(1, n + 1) if n % d == 0]
