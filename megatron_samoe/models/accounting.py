@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import num_moe_layers
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
 

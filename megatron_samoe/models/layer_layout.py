@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_samoe.config.derived import parse_moe_layer_freq, parse_stage_layout, virtual_stages
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import parse_moe_layer_freq, parse_stage_layout, virtual_stages
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import re
 import torch
 from torch import Tensor, nn
 
+from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import num_moe_layers
 from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.layer_layout import moe_layers_of, rank_plans
