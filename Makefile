@@ -23,7 +23,7 @@ check-python:
 $(VENV)/.installed: $(SOURCES) | check-python
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "torch>=2.11,<3" numpy "setuptools>=68" wheel ninja
+	$(BIN)/python -m pip install --quiet "torch>=2.11,<3" numpy "setuptools>=77" wheel ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	@$(BIN)/python -c 'from megatron_samoe.ops import extension; print("compiled extension:", "yes" if extension.available() else "no, the pure-Python path is used")'
 	@touch $@
