@@ -1,0 +1,401 @@
+#!/usr/bin/env python3
+"""Measures parallel layouts on this machine's CPUs, one process a rank, against what theory or the planner says.
+
+    bubble     idle share of a pipeline's passes against (pp - 1) / (chunks * micro-batches + pp - 1)
+    overhead   optimizer steps of SaMoE against the standard MoE with as many active parameters, same layout
+    memory     bytes per rank by part, MoE against SaMoE with a quarter of the expert parameters
+    step-time  steps in several layouts against the planner's model, calibrated in the same run
+
+Variants run in turn, and medians are reported, so that other load meets them alike. Only ratios of one run count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from megatron_samoe.config import ModelConfig, MoEConfig, ParallelConfig, PretrainConfig, TrainingConfig
+from megatron_samoe.evaluation.layout_cost import Cluster, head_flops, layer_flops, step_cost
+from megatron_samoe.evaluation.run_summary import format_table
+from megatron_samoe.models.memory import rank_memory
+from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
+from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction, make_plan
+from megatron_samoe.training.micro_batches import run_micro_batches
+from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
+from megatron_samoe.training.train_step import micro_batch_context, train_step
+
+VOCAB_SIZE = 512
+Rows = list[dict[str, object]]
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> Any:
+    """Returns what function(*args) gives on rank 0 of so many processes with one thread each, joined by gloo."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank_main, (function, world_size, folder, args), nprocs=world_size)
+        return torch.load(f"{folder}/result", weights_only=False)
+
+
+def _rank_main(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(minutes=10),
+        )
+    result = function(*args)
+    if rank == 0:
+        torch.save(result, f"{folder}/result")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def model_config(
+    options: argparse.Namespace, layout: str, num_micro_batches: int, dp: int = 1, **moe: Any
+) -> PretrainConfig:
+    """Returns the benchmark's model; a SaMoE has a bank for four layers unless told otherwise."""
+    expert_options = {} if layout == "dense" else {"expert_layout": layout, "num_experts": options.num_experts, **moe}
+    if layout == "samoe":
+        expert_options.setdefault("num_expert_banks", max(1, options.num_layers // 4))
+    return PretrainConfig(
+        model=ModelConfig(
+            num_layers=options.num_layers, hidden_size=options.hidden_size, num_attention_heads=options.hidden_size // 64,
+            seq_length=options.seq_length,
+        ),
+        moe=MoEConfig(**expert_options),
+        training=TrainingConfig(
+            micro_batch_size=options.micro_batch_size, global_batch_size=options.micro_batch_size * num_micro_batches * dp
+        ),
+    )  # fmt: skip
+
+
+def batches_of(setup: TrainSetup) -> list[dict[str, torch.Tensor]]:
+    """Returns random micro-batches of one step."""
+    shape = (setup.config.training.micro_batch_size, setup.config.model.seq_length)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, VOCAB_SIZE, shape, generator=generator)
+    batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(shape)}
+    return [batch] * setup.num_micro_batches
+
+
+def make_setup(config: PretrainConfig) -> TrainSetup:
+    """Returns the set-up of this rank."""
+    return build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+
+
+def synchronized() -> float:
+    """Returns the time when all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
+    return time.perf_counter()
+
+
+def alternate(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Returns each variant's seconds in each round; a first round warms up and is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, run in variants.items():
+            started = synchronized()
+            run()
+            if number:
+                times[name].append(synchronized() - started)
+    return times
+
+
+def one_pipeline(setup: TrainSetup) -> tuple[float, float]:
+    """Runs a step's passes; returns this rank's seconds, and those it waited for other stages."""
+    channel, waited = setup.pipeline.channel, [0.0]
+    assert channel is not None
+    batches, state = batches_of(setup), initial_state(setup)
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args)
+            waited[0] += time.perf_counter() - started
+            return result
+
+        return run
+
+    cls = type(channel)
+    channel.take, channel.finish = timed(cls.take.__get__(channel)), timed(cls.finish.__get__(channel))  # type: ignore[method-assign]
+    pipeline = setup.pipeline
+    plan = make_plan("1f1b", pipeline.size, pipeline.rank, pipeline.num_chunks, len(batches))
+    contexts = [micro_batch_context(setup, state, number) for number in range(len(batches))]
+    setup.buffers.zero(len(batches))
+    setup.model.begin_step()
+    started = synchronized()
+    run_micro_batches(setup, plan, batches, contexts, lambda _n, _b, losses: losses.sum() / 1e4)
+    timed(synchronized)()  # a stage that is done waits for the other, too
+    return time.perf_counter() - started, waited[0]
+
+
+def _bubbles(options: argparse.Namespace) -> Rows:
+    setups = {}
+    for chunks in (1, 2):
+        for number in options.micro_batches:
+            if chunks > 1 and number % 2:
+                continue
+            per_stage = options.num_layers // 4 if chunks > 1 else None
+            parallel = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=per_stage)
+            config = replace(model_config(options, "dense", number), parallel=parallel)
+            setups[chunks, number] = make_setup(config)
+    shares: dict[tuple[int, int], list[float]] = {key: [] for key in setups}
+    for round_number in range(options.rounds + 1):
+        for key, setup in setups.items():
+            pair = torch.tensor(one_pipeline(setup), dtype=torch.float64)
+            if dist.is_initialized():
+                dist.all_reduce(pair)
+            if round_number:
+                shares[key].append(float(pair[1] / pair[0]))
+    return [
+        {
+            "schedule": "1f1b" if chunks == 1 else f"interleaved x{chunks}", "micro_batches": number,
+            "idle_measured": statistics.median(values), "idle_in_theory": bubble_fraction(2, chunks, number),
+        }
+        for (chunks, number), values in shares.items()
+    ]  # fmt: skip
+
+
+def bubble(options: argparse.Namespace) -> Rows:
+    """Idle share of two stages, mean over both."""
+    return run_ranks(_bubbles, 2, options)
+
+
+LAYOUTS = {
+    "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+    "ep2": ParallelConfig(expert_model_parallel_size=2),
+    "dp2 zero": ParallelConfig(use_distributed_optimizer=True),
+    "tp2": ParallelConfig(tensor_model_parallel_size=2),
+}
+
+
+def _dp_of(parallel: ParallelConfig, world_size: int) -> int:
+    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+
+
+def _overhead(options: argparse.Namespace, name: str) -> Rows:
+    parallel, variants = LAYOUTS[name], {}
+    for layout, combine in (("moe", None), ("samoe", "step"), ("samoe", "layer")):
+        moe = {} if combine is None else {"samoe_combine": combine}
+        config = model_config(options, layout, 8, _dp_of(parallel, 2), **moe)
+        setup = make_setup(replace(config, parallel=parallel))
+        batches, state = batches_of(setup), initial_state(setup)
+        variants[f"{layout} {combine or ''}".strip()] = lambda s=setup, st=state, b=batches: train_step(s, st, b)
+    times = alternate(variants, options.rounds)
+    base = times["moe"]
+    return [
+        {
+            "layout": name, "model": model, "step_s": statistics.median(values),
+            "ratio_of_medians": statistics.median(values) / statistics.median(base),
+            "median_of_ratios": statistics.median(a / b for a, b in zip(values, base, strict=True)),
+        }
+        for model, values in times.items()
+    ]  # fmt: skip
+
+
+def overhead(options: argparse.Namespace) -> Rows:
+    """Steps of 8 micro-batches on two ranks."""
+    return [row for name in options.layouts for row in run_ranks(_overhead, 2, options, name)]
+
+
+def expert_tensors(setup: TrainSetup) -> dict[str, list[torch.Tensor]]:
+    """Returns what this rank holds for routed experts, by part."""
+    names = [n for n in setup.model.global_parameters() if n.startswith("expert_pool.") or ".moe.experts." in n]
+    parameters, optimizer = setup.model.global_parameters(), setup.optimizer
+    pieces = [n for n in names if n in optimizer.masters]
+    own_masters = optimizer.own_masters()
+    combination = setup.model.combination
+    kept = [getattr(combination, part, None) for part in ("_weights", "_grads", "_banks")]
+    return {
+        "weights": [parameters[n].detach() for n in names],
+        "gradients": [parameters[n].main_grad for n in names],
+        "optimizer": [t for n in pieces for t in [*optimizer.moments(n).values(), *([own_masters[n]] if n in own_masters else [])]],
+        "folded or gathered": [t for weights in kept if weights is not None for _, t in weights.items()],
+    }  # fmt: skip
+
+
+def num_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Returns the bytes of the elements; tensors that lie in one buffer count their own part."""
+    return sum(t.numel() * t.element_size() for t in {(t.data_ptr(), t.numel()): t for t in tensors}.values())
+
+
+def _memory(
+    options: argparse.Namespace, layout: str, combine: str | None, zero: bool, world_size: int
+) -> dict[str, Any]:
+    gc.collect()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    moe = {} if combine is None else {"samoe_combine": combine}
+    config = model_config(options, layout, 2, world_size // 2, **moe)
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=2, expert_model_parallel_size=2, use_distributed_optimizer=zero
+    )
+    config = replace(config, parallel=parallel, training=replace(config.training, bf16=True))
+    setup = make_setup(config)
+    inside: dict[str, int] = {}
+    grown: list[int] = []
+
+    def observe() -> None:
+        inside.update({part: num_bytes(tensors) for part, tensors in expert_tensors(setup).items()})
+        grown.append(process.memory_info().rss - before)
+
+    train_step(setup, initial_state(setup), batches_of(setup), observe)
+    planned = rank_memory(config, VOCAB_SIZE, world_size, 0)
+    return {
+        "measured": inside, "planned": planned, "config": config,
+        "rss_bytes": grown[0],
+    }  # fmt: skip
+
+
+def _memories(options: argparse.Namespace, world_size: int) -> dict[tuple[str, str | None, bool], dict[str, Any]]:
+    models = (("moe", None), ("samoe", "step"), ("samoe", "layer"))
+    return {(*model, zero): _memory(options, *model, zero, world_size) for zero in (False, True) for model in models}
+
+
+def formula_bytes(
+    layout: str, combine: str | None, share: float, stages: int, state_shards: int, pool_shards: int
+) -> float:  # fmt: skip
+    """Returns bytes per expert parameter that a standard MoE's stage would have (bf16, g = 4): see docs/parallelism.md.
+
+    Args:
+        share: banks over layers (P/L) of the whole model.
+        stages: pipeline stages, each with as many MoE layers.
+        state_shards, pool_shards: ranks that share optimizer state out with ZeRO-1, and the pool.
+    """
+    if layout == "moe":
+        return 2 + 4 + 12 / state_shards
+    own = 16 * share * stages / pool_shards
+    if combine == "step":
+        return 2 + 4 + own
+    return own + share * stages * 8
+
+
+def memory(options: argparse.Namespace) -> Rows:
+    """PP 2 x EP 2, with and without more data-parallel ranks; bytes per expert parameter of the standard MoE's rank."""
+    rows: Rows = []
+    for world_size in options.world_sizes:
+        edp = world_size // 4
+        for (layout, combine, zero), result in run_ranks(_memories, world_size, options, world_size).items():
+            config, parts = result["config"], result["measured"]
+            expert = 2 * 4 * options.hidden_size**2 + 4 * options.hidden_size + options.hidden_size
+            standard = options.num_layers // 2 * (options.num_experts // 2) * expert
+            share = config.moe.num_expert_banks / options.num_layers
+            formula = formula_bytes(layout, combine, share, 2, edp if zero else 1, 2 * edp)
+            measured = sum(parts.values()) / standard
+            rows.append({
+                "model": f"{layout} {combine or ''}".strip(), "ranks": world_size, "zero": zero,
+                **{part: count / standard for part, count in parts.items()}, "measured": measured,
+                "formula": formula, "ratio": measured / formula, "planned_total_mb": result["planned"].total / 1e6,
+                "rss_mb": result["rss_bytes"] / 1e6,
+            })  # fmt: skip
+    return rows
+
+
+def _calibrate(size: int = 1 << 21) -> float:
+    """Returns bytes per second of an all-reduce of 8 MB between two ranks (each sends its size once)."""
+    tensor, times = torch.ones(size), []
+    for _ in range(6):
+        started = synchronized()
+        dist.all_reduce(tensor)
+        times.append(time.perf_counter() - started)
+    return size * 4 / statistics.median(times[1:])
+
+
+def _step_seconds(options: argparse.Namespace, name: str | None, model: str) -> tuple[float, float]:
+    """Returns the median seconds of a step, and the bandwidth between ranks."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    parallel = LAYOUTS[name] if name else ParallelConfig()
+    if world_size == 1:
+        setup = build_setup(model_config(options, model, 8), VOCAB_SIZE, single_process_state())
+    else:
+        setup = make_setup(
+            replace(model_config(options, model, 8 // _dp_of(parallel, 2), _dp_of(parallel, 2)), parallel=parallel)
+        )
+    batches, state = batches_of(setup), initial_state(setup)
+    seconds = statistics.median(alternate({"step": lambda: train_step(setup, state, batches)}, options.rounds)["step"])
+    return seconds, _calibrate() if world_size > 1 else 0.0
+
+
+def step_time(options: argparse.Namespace) -> Rows:
+    """The same global batch of 8 micro-batches in each layout; products' speed from one rank, links' from an all-reduce."""
+    rows: Rows = []
+    for model in ("moe", "samoe"):
+        alone, _ = run_ranks(_step_seconds, 1, options, None, model)
+        config = model_config(options, model, 8)
+        flops = 8 * 3 * (options.num_layers * layer_flops(config, True)[0] + head_flops(config, VOCAB_SIZE))
+        for name in options.layouts:
+            seconds, bandwidth = run_ranks(_step_seconds, 2, options, name, model)
+            cluster = Cluster(2, 2, 1e12, flops / alone, bandwidth, bandwidth, memory_bandwidth=5e9, efficiency=1.0,
+                              latency_s=2e-4)  # fmt: skip
+            dp = _dp_of(LAYOUTS[name], 2)
+            planned = step_cost(
+                replace(model_config(options, model, 8 // dp, dp), parallel=LAYOUTS[name]), VOCAB_SIZE, cluster
+            )
+            rows.append({
+                "model": model, "layout": name, "one_rank_s": alone, "measured_s": seconds, "model_s": planned.step_s,
+                "model/measured": planned.step_s / seconds, "gb_per_s": bandwidth / 1e9,
+            })  # fmt: skip
+    return rows
+
+
+def arguments() -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run in (("bubble", bubble), ("overhead", overhead), ("memory", memory), ("step-time", step_time)):
+        command = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
+        command.set_defaults(run=run)
+        command.add_argument("--num-layers", type=int, default=8)
+        command.add_argument("--hidden-size", type=int, default=256)
+        command.add_argument("--seq-length", type=int, default=128)
+        command.add_argument("--micro-batch-size", type=int, default=4)
+        command.add_argument("--num-experts", type=int, default=8)
+        command.add_argument("--rounds", type=int, default=5, help="counted rounds; medians are reported")
+        command.add_argument("--json", type=Path, help="also write the results there")
+        if name == "bubble":
+            command.add_argument("--micro-batches", type=int, nargs="+", default=[2, 4, 8, 16])
+        if name in ("overhead", "step-time"):
+            default = ["pp2", "ep2"] if name == "overhead" else list(LAYOUTS)
+            command.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=default)
+        if name == "memory":
+            command.add_argument("--world-sizes", type=int, nargs="+", default=[4, 8], help="multiples of 4")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs one benchmark and prints its table."""
+    options = arguments()
+    results = options.run(options)
+    rows = [list(results[0])]
+    rows += [
+        [f"{v:,.3f}" if isinstance(v, float) else f"{v:,}" if type(v) is int else str(v) for v in r.values()]
+        for r in results
+    ]
+    print(format_table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
