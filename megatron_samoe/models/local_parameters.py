@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
@@ -21,6 +22,7 @@ from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
 FP32_BYTES = 4
 Chunks = tuple[StagePlan, ...]
+ExpertLayout = Literal["dense", "moe", "samoe"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def distinct_stages(config: PretrainConfig) -> tuple[int, ...]:
     return _stages(*_stage_key(config))[1]
 
 
-def _stage_key(config: PretrainConfig) -> tuple[int, int | None, str | None, int, str, str]:
+def _stage_key(config: PretrainConfig) -> tuple[int, int | None, str | None, int, ExpertLayout, str]:
     parallel, moe = config.parallel, config.moe
     return (
         parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage,
@@ -109,7 +111,12 @@ def _stage_key(config: PretrainConfig) -> tuple[int, int | None, str | None, int
 
 @lru_cache(maxsize=1024)
 def _stages(
-    pp: int, per_stage: int | None, layout: str | None, num_layers: int, expert_layout: str, moe_layer_freq: str
+    pp: int,
+    per_stage: int | None,
+    layout: str | None,
+    num_layers: int,
+    expert_layout: ExpertLayout,
+    moe_layer_freq: str,
 ) -> tuple[tuple[Chunks, ...], tuple[int, ...]]:
     parallel = ParallelConfig(
         pipeline_model_parallel_size=pp, num_layers_per_virtual_pipeline_stage=per_stage,
