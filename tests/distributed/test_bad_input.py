@@ -210,7 +210,7 @@ def test_truncated_checkpoint(num_ranks: int, corpus: Path, _trained: Path, tmp_
     os.truncate(tmp_path / "run/checkpoints/iter_0000006/__0_0.distcp", 3000)
     damaged = contents(tmp_path / "run/checkpoints")
     paragraph = refused(tmp_path, num_ranks, data_path=corpus, run_dir=tmp_path / "run", train_iters=9)
-    assert f"The checkpoint in {tmp_path / 'run/checkpoints/iter_0000006'} cannot be read" in paragraph
+    assert f"{tmp_path / 'run/checkpoints/iter_0000006'} is damaged: __0_0.distcp differs" in paragraph
     assert contents(tmp_path / "run/checkpoints") == damaged
     rescue = arguments(data_path=corpus, run_dir=tmp_path / "run", ckpt_step=3)
     start(rescue, tmp_path / "out").succeed()  # the older checkpoint is a way out

@@ -309,6 +309,8 @@ def assert_same_checkpoint(actual: Path, expected: Path) -> None:
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different, f"{len(different)} of {len(ours)} tensors differ: {different[:5]}"
     states = [json.loads((folder / "train_state.json").read_text()) for folder in (actual, expected)]
+    for state in states:
+        state.pop("digests")  # of files, in which equal tensors may stand in another order
     assert states[0] == states[1]
 
 
