@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_samoe.config.cli import parse_pretrain_args
+from megatron_samoe.config.derived import flag
 from megatron_samoe.config.parallel import ParallelConfig
-from megatron_samoe.config.validate import flag
 from megatron_samoe.datasets.tokenizer import build_tokenizer
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.layout_cost import Cluster
