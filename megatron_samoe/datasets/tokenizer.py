@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -19,7 +20,7 @@ from megatron_samoe.errors import DataError, nearest
 EOD_NAMES = ("<|endoftext|>", "<eod>", "<|eod|>", "<EOD>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
@@ -32,13 +33,13 @@ class Tokenizer:
     eod: int
     fingerprint: str
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`; no special token is added."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,102 +10,72 @@ from torch import Tensor
 
 from megatron_samoe.parallel_state.state import Group, ParallelState
 
+Communication = Callable[[Tensor, Group], Tensor]
+
 
 def enter_tensor_parallel_region(x_TH: Tensor, state: ParallelState) -> Tensor:
     """Returns all tokens, for a layer whose matrices are split; gradients of the parts are summed.
 
     With sequence parallelism x holds this rank's share of tokens, and gets its share of the gradient back.
     """
-    if state.tp.size == 1:
-        return x_TH
-    return _GatherPartial.apply(x_TH, state.tp) if state.sequence_parallel else _Copy.apply(x_TH, state.tp)
+    if state.sequence_parallel:
+        return _border(x_TH, state.tp, _all_tokens, _summed_share)
+    return copy_to_tensor_parallel_region(x_TH, state.tp)
 
 
 def leave_tensor_parallel_region(y_TH: Tensor, state: ParallelState) -> Tensor:
     """Returns the sum of all ranks' parts of y: whole, or with sequence parallelism this rank's share of tokens."""
-    if state.tp.size == 1:
-        return y_TH
-    return _ReduceScatter.apply(y_TH, state.tp) if state.sequence_parallel else _Reduce.apply(y_TH, state.tp)
+    if state.sequence_parallel:
+        return _border(y_TH, state.tp, _summed_share, _all_tokens)
+    return _border(y_TH, state.tp, _sum, _same)
 
 
 def copy_to_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
     """Returns x; its gradient is summed over the group."""
-    return x if group.size == 1 else _Copy.apply(x, group)
+    return _border(x, group, _same, _sum)
 
 
 def scatter_tokens(x: Tensor, group: Group) -> Tensor:
     """Returns this rank's share of a replicated x along dim 0; gradients are gathered."""
-    return x if group.size == 1 else _Scatter.apply(x, group)
+    return _border(x, group, _share, _all_tokens)
 
 
 def gather_tokens(x: Tensor, group: Group) -> Tensor:
     """Returns all ranks' x along dim 0; each rank's gradient is its own share of a replicated one."""
-    return x if group.size == 1 else _Gather.apply(x, group)
+    return _border(x, group, _all_tokens, _share)
 
 
-class _Copy(torch.autograd.Function):
+def _same(x: Tensor, _group: Group) -> Tensor:
+    return x.view_as(x)
+
+
+def _sum(x: Tensor, group: Group) -> Tensor:
+    return group.all_reduce(x.clone(memory_format=torch.contiguous_format))
+
+
+def _share(x: Tensor, group: Group) -> Tensor:
+    assert x.shape[0] % group.size == 0, f"{x.shape[0]} tokens do not divide over {group.size} ranks"
+    return x.chunk(group.size)[group.rank].contiguous()
+
+
+def _all_tokens(x: Tensor, group: Group) -> Tensor:
+    return group.all_gather(x)
+
+
+def _summed_share(x: Tensor, group: Group) -> Tensor:
+    return group.reduce_scatter(x)
+
+
+def _border(x: Tensor, group: Group, forward: Communication, backward: Communication) -> Tensor:
+    return x if group.size == 1 else _Border.apply(x, group, forward, backward)
+
+
+class _Border(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.group.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return group.all_reduce(x.clone(memory_format=torch.contiguous_format))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        assert x.shape[0] % group.size == 0, f"{x.shape[0]} tokens do not divide over {group.size} ranks"
-        ctx.group = group
-        return x.chunk(group.size)[group.rank].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.group.all_gather(grad), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return group.all_gather(x)
+    def forward(ctx: Any, x: Tensor, group: Group, forward: Communication, backward: Communication) -> Tensor:  # type: ignore[override]
+        ctx.group, ctx.conjugate = group, backward
+        return forward(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad.chunk(ctx.group.size)[ctx.group.rank].contiguous(), None
-
-
-class _GatherPartial(torch.autograd.Function):
-    """Gather, for users of the result that each give only a part of its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return group.all_gather(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.group.reduce_scatter(grad), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return group.reduce_scatter(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.group.all_gather(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.conjugate(grad, ctx.group), None, None, None
