@@ -4,10 +4,11 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
-#SBATCH --signal=SIGUSR1@300
+#SBATCH --signal=TERM@300
 #SBATCH --requeue
-# One torchrun agent per node, 8 ranks each. SIGUSR1 five minutes before the limit reaches every rank (srun passes it to
-# the agents' process groups), which save and leave; the requeued job goes on from there.
+# One torchrun agent per node, 8 ranks each. SIGTERM five minutes before the limit makes the agents pass it on; ranks save and
+# leave within the 30 seconds that torchrun grants them, and the requeued job goes on from there. Where saving takes longer,
+# give --exit-duration-in-mins instead. This script has not been run: no cluster was at hand.
 # Usage: sbatch examples/pretrain_slurm.sh examples/configs/gpt_1.3b_samoe128.yaml RUN_DIR [flags]
 set -euo pipefail
 CONFIG=$1 RUN_DIR=$2
