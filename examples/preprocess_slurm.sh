@@ -9,6 +9,7 @@
 #   python tools/merge_datasets.py --input /data/out/web_parts --output-prefix /data/out/web_text_document
 #
 # The parts are contiguous runs of the sorted file names, so the result is the same as that of one run over all files.
+# The tools it calls are tested part by part; the job array itself has not been run: no cluster was at hand.
 #SBATCH --job-name=preprocess
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
