@@ -1,7 +1,7 @@
 """Finds the compiled extension and says plainly what is used.
 
 Nothing happens at import. The first op that runs loads `megatron_samoe/_C*.so`, if it is there and was built for the
-running torch; otherwise the slow twins of ops/reference.py do the work, and one line says so.
+running torch and from these sources; otherwise the slow twins of ops/reference.py do the work, and one line says so.
 MEGATRON_SAMOE_EXTENSION=off never loads it, =require raises ExtensionError instead of falling back, =auto (the default)
 falls back.
 """
@@ -22,6 +22,7 @@ from megatron_samoe.log import say_once
 ENVIRONMENT_VARIABLE = "MEGATRON_SAMOE_EXTENSION"
 _MODES = ("auto", "require", "off")
 _BUILD_MARK = b"MEGATRON_SAMOE_BUILD_INFO="
+_BUILD_AGAIN = "Rebuild it with `make install` (or `pip install --no-build-isolation -e .`)."
 _HOW_TO_BUILD = "Build it with `pip install --no-build-isolation -e .` (it needs a C++ compiler: apt-get install g++)."
 
 
@@ -59,16 +60,16 @@ def _load_or_explain() -> str | None:
     except ExtensionError as error:
         return str(error)
     if info["torch"] != torch.__version__:
-        return (
-            f"it was built for torch {info['torch']} and torch {torch.__version__} is running. "
-            "Build it again with `pip install --no-build-isolation -e .`."
-        )
+        return f"it was built for torch {info['torch']} and torch {torch.__version__} is running. {_BUILD_AGAIN}"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}. {_HOW_TO_BUILD}"
-    from megatron_samoe.ops import fake
+    from megatron_samoe.ops import fake, schemas
 
+    difference = schemas.difference()
+    if difference:
+        return f"it was built from older sources than this Python code ({difference}). {_BUILD_AGAIN}"
     fake.register()
     return None
 

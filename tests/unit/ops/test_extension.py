@@ -12,8 +12,9 @@ import torch
 
 import megatron_samoe
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.ops import extension
+from megatron_samoe.ops import extension, schemas
 
+LINES = schemas.SCHEMAS.strip().splitlines()
 PACKAGE = Path(megatron_samoe.__file__).parent
 ROUTE = """
 import torch
@@ -124,6 +125,36 @@ def test_a_damaged_library_is_not_loaded(tmp_path):
     result = _run(ROUTE, folder)
     assert result.returncode == 0, result.stderr
     assert "does not load" in result.stdout and "available False False" in result.stdout
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        (b"cross_entropy_parts", b"cross_entropy_pieces"[:19], "it lacks the op cross_entropy_parts"),
+        (b"permute(Tensor x, ", b"permute(Tensor y, ", "its op permute has another form"),
+    ],
+)
+def test_a_library_of_older_sources_is_not_used(tmp_path, old, new, said):
+    """As after a `git pull` without a build: the library is of this torch and has the ops of another version."""
+    folder = _copy_package(tmp_path, with_library=True)
+    (library,) = (folder / "megatron_samoe").glob("_C*.so")
+    content = library.read_bytes()
+    assert old in content and len(old) == len(new)
+    library.write_bytes(content.replace(old, new))
+    result = _run(ROUTE, folder)
+    assert result.returncode == 0, result.stderr
+    assert said in result.stdout and "Rebuild it with `make install`" in result.stdout
+    assert "available False False" in result.stdout and "Traceback" not in result.stdout + result.stderr
+    result = _run(ROUTE, folder, MEGATRON_SAMOE_EXTENSION="require")
+    assert result.returncode != 0 and said in result.stderr
+
+
+@needs_library
+def test_the_table_of_schemas_is_the_librarys():
+    missing = set(schemas.registered()) - {f"megatron_samoe::{line.split('(')[0]}" for line in LINES}
+    assert not missing, f"ops/schemas.py has no line for {sorted(missing)}"
+    assert schemas.difference() == "" and LINES == list(dict.fromkeys(LINES))
 
 
 @needs_library

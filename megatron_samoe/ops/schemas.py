@@ -1,0 +1,66 @@
+"""The compiled ops as this Python code calls them. A library whose ops differ was built from other sources: it is not used.
+
+One line an op, as in cpp_ext/bindings; a test compares the table with the library of the same sources.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SCHEMAS = """
+instruction_set() -> str
+topk_gate(Tensor logits, int topk, bool sigmoid, bool pre_softmax, int num_groups) -> (Tensor probs, Tensor ids, Tensor counts, Tensor score_sum, Tensor z_sum, Tensor logsumexp)
+topk_gate_backward(Tensor logits, Tensor logsumexp, Tensor probs, Tensor ids, Tensor? dprobs, Tensor? dscore_sum, Tensor? dz, bool sigmoid, bool pre_softmax, int num_groups) -> Tensor
+make_permutation(Tensor ids, int num_experts) -> (Tensor slot_of_row, Tensor row_of_slot, Tensor counts)
+permute(Tensor x, Tensor slot_of_row, int topk) -> Tensor
+unpermute(Tensor rows, Tensor? probs, Tensor row_of_slot) -> Tensor
+unpermute_backward(Tensor dy, Tensor rows, Tensor probs, Tensor slot_of_row, Tensor row_of_slot) -> (Tensor drows, Tensor dprobs)
+combine_banks(Tensor coefficients, Tensor banks, Tensor(a!) out) -> ()
+combine_banks_backward(Tensor coefficients, Tensor banks, Tensor dweights, Tensor(a!) dbanks) -> Tensor
+cross_entropy_parts(Tensor logits, Tensor labels, int first_id) -> (Tensor peak, Tensor sum, Tensor target)
+cross_entropy_backward(Tensor logits, Tensor labels, int first_id, Tensor logsumexp, Tensor dloss) -> Tensor
+build_sample_index(Tensor lengths, Tensor documents, int seq_length, Tensor(a!) starts) -> ()
+build_blending_index(Tensor weights, Tensor limits, Tensor(a!) dataset_index, Tensor(b!) dataset_sample_index) -> ()
+gather_samples(Tensor bin, Tensor pointers, Tensor lengths, Tensor documents, Tensor starts, int[] samples, int dtype_code, Tensor(a!) out) -> (int, int)
+shuffle_legacy(Tensor(a!) values, Tensor(b!) key, int position) -> int
+shm_create(int rank, int world, int spins) -> int
+shm_address(int handle) -> str
+shm_connect(int handle, str[] addresses) -> str
+shm_all_to_all(int handle, Tensor input, Tensor(a!) output, int[] send_bytes, int[] recv_bytes, float seconds, float timeout_s) -> str
+shm_run(int handle, float seconds, float timeout_s) -> str
+shm_abort(int handle, str reason) -> ()
+shm_close(int handle) -> ()
+nccl_problem() -> str
+nccl_library() -> str
+nccl_unique_id() -> int[]
+nccl_create(int rank, int world) -> int
+nccl_connect(int handle, int[] unique_id, float timeout_s) -> str
+nccl_all_to_all(int handle, Tensor input, Tensor(a!) output, int[] send_bytes, int[] recv_bytes, float timeout_s) -> str
+nccl_abort(int handle, str reason) -> ()
+nccl_close(int handle) -> ()
+"""  # noqa: E501
+
+
+def _expected() -> dict[str, torch._C.FunctionSchema]:
+    schemas = [torch._C.parse_schema(f"megatron_samoe::{line}") for line in SCHEMAS.strip().splitlines()]
+    return {schema.name: schema for schema in schemas}
+
+
+def registered() -> dict[str, torch._C.FunctionSchema]:
+    """Returns the ops of this namespace that torch knows, by name."""
+    return {
+        schema.name: schema
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("megatron_samoe::") and not schema.name.endswith("all_to_all_rows")
+    }
+
+
+def difference() -> str:
+    """Returns what the loaded library lacks or does otherwise, as words; empty where it is what is called here."""
+    found = registered()
+    for name, schema in _expected().items():
+        if name not in found:
+            return f"it lacks the op {name.split('::')[1]}"
+        if str(found[name]) != str(schema):
+            return f"its op {name.split('::')[1]} has another form"
+    return ""
