@@ -19,6 +19,8 @@ class CheckpointConfig:
     """Keep checkpoints whose iteration is divisible by this; others give way to newer ones."""
     keep_last: int | None = None
     """Newest checkpoints to keep besides; all if neither this nor --save-retain-interval is given."""
+    async_save: bool = False
+    """Save in the background: training waits only while the state is copied."""
     ckpt_step: int | None = None
     """Iteration to load in place of the newest."""
     finetune: bool = False

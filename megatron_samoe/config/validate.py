@@ -362,7 +362,7 @@ def _data_sources(config: PretrainConfig, world_size: int) -> Problems:
 def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
     checkpoint = config.checkpoint
     if checkpoint.save is None:
-        for name in ("save_interval", "save_retain_interval", "keep_last", "no_save_optim"):
+        for name in ("save_interval", "save_retain_interval", "keep_last", "no_save_optim", "async_save"):
             if getattr(checkpoint, name):
                 yield ConfigError(flag(name), getattr(checkpoint, name), "needs --save or --run-dir")
     if checkpoint.load is None:

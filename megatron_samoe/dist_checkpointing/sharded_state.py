@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +32,13 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_samoe.dist_checkpointing.file_storage import Reader, Writer, read_metadata
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.parallel_state.shard_spec import FlatPart, ShardSpec, is_counted_here
 from megatron_samoe.parallel_state.state import ParallelState
+
+# torch warns at every save and load of a single process, where one process is meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,43 @@ class ShardedTensor:
         """The part's place in the global tensor."""
         return ChunkStorageMetadata(torch.Size(self.offsets), self.local.shape)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the part, as of the global tensor."""
+        return self.local.dtype
+
+
+@dataclass(frozen=True)
+class UnreadTensor:
+    """A whole global tensor that is made when it is about to be written, and let go after."""
+
+    read: Callable[[], Tensor]
+    global_shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_owner: bool = True
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where it begins: at the start of every dim."""
+        return (0,) * len(self.global_shape)
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """The whole tensor."""
+        return ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self.global_shape))
+
+    @property
+    def local(self) -> Tensor:
+        """The tensor, made anew at each call."""
+        tensor = self.read()
+        assert tuple(tensor.shape) == self.global_shape and tensor.dtype == self.dtype
+        return tensor
+
 
 #: The parts of each global tensor that this rank holds.
 ShardedState = Mapping[str, Sequence[ShardedTensor]]
+#: What is to be written: parts at hand, or tensors that are made one by one.
+WritableState = Mapping[str, Sequence[ShardedTensor | UnreadTensor]]
 
 
 def sharded(
@@ -88,7 +125,7 @@ def sharded(
 class SavePlanner(DefaultSavePlanner):
     """Plans to write the parts that this rank owns."""
 
-    def __init__(self, state: ShardedState):
+    def __init__(self, state: WritableState):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.sharded = state
 
@@ -100,7 +137,7 @@ class SavePlanner(DefaultSavePlanner):
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     chunk=t.chunk,
-                    properties=TensorProperties.create_from_tensor(t.local),
+                    properties=TensorProperties(dtype=t.dtype),
                     size=torch.Size(t.global_shape),
                 ),
             )
@@ -113,7 +150,9 @@ class SavePlanner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Returns the tensor to write."""
-        return _find(self.sharded, write_item.index).local
+        return next(
+            t for t in self.sharded[write_item.index.fqn] if torch.Size(t.offsets) == write_item.index.offset
+        ).local
 
 
 class LoadPlanner(DefaultLoadPlanner):
@@ -140,17 +179,14 @@ class LoadPlanner(DefaultLoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         """Returns the place in this rank's part where a read goes."""
-        tensor = _find(self.sharded, read_item.dest_index).local
+        index = read_item.dest_index
+        tensor = next(t for t in self.sharded[index.fqn] if torch.Size(t.offsets) == index.offset).local
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             tensor = tensor.narrow(dim, start, length)
         return tensor
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Nothing is left to do: `resolve_tensor` gave a view of the part."""
-
-
-def _find(state: ShardedState, index: MetadataIndex) -> ShardedTensor:
-    return next(t for t in state[index.fqn] if torch.Size(t.offsets) == index.offset)
 
 
 def check_tensors(state: ShardedState, stored: Mapping[str, object]) -> None:
@@ -176,22 +212,14 @@ def _some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-@contextmanager
-def _one_process_is_meant() -> Iterator[None]:
-    """Keeps torch from warning that without torch.distributed it saves and loads in a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def write_sharded(state: ShardedState, directory: str, parallel: ParallelState) -> None:
-    """Writes a state into an existing folder; all ranks call it together."""
-    writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
-    with _one_process_is_meant():
-        dcp.save(
-            {}, storage_writer=writer, planner=SavePlanner(state), process_group=parallel.world.handle,
-            no_dist=parallel.world_size == 1,
-        )  # fmt: skip
+def write_sharded(state: WritableState, directory: str, parallel: ParallelState) -> dict[str, str]:
+    """Writes a state into an existing folder and returns the digests of this rank's files; all ranks call it together."""
+    writer = Writer(directory)
+    dcp.save(
+        {}, storage_writer=writer, planner=SavePlanner(state), process_group=parallel.world.handle,
+        no_dist=parallel.world_size == 1,
+    )  # fmt: skip
+    return writer.digests
 
 
 def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -> None:
@@ -201,12 +229,11 @@ def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -
         CheckpointError: tensors are missing, have other shapes, or files are damaged.
     """
     try:
-        dcp.FileSystemReader(directory).read_metadata()  # torch would log a traceback of its own
-        with _one_process_is_meant():
-            dcp.load(
-                {}, storage_reader=dcp.FileSystemReader(directory), planner=LoadPlanner(state),
-                process_group=parallel.world.handle, no_dist=parallel.world_size == 1,
-            )  # fmt: skip
+        read_metadata(directory)  # torch would log a traceback of its own
+        dcp.load(
+            {}, storage_reader=Reader(directory), planner=LoadPlanner(state),
+            process_group=parallel.world.handle, no_dist=parallel.world_size == 1,
+        )  # fmt: skip
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:
@@ -225,7 +252,7 @@ def causes_of(error: BaseException) -> list[BaseException]:
 
 def stored_names(directory: str) -> set[str]:
     """Returns the names of all tensors in a checkpoint folder."""
-    return set(dcp.FileSystemReader(directory).read_metadata().state_dict_metadata)
+    return set(read_metadata(directory).state_dict_metadata)
 
 
 def replicated(tensor: Tensor, state: ParallelState) -> list[ShardedTensor]:

@@ -1,29 +1,27 @@
-"""A folder of checkpoints: which are there, which is newest, and how one appears whole or not at all.
+"""A folder of checkpoints: which are there, which is taken, and what is in one.
 
     DIR/latest_checkpointed_iteration.txt       the newest iteration, as Megatron writes it
     DIR/iter_0000100/                           one checkpoint: .metadata and *.distcp (torch.distributed.checkpoint),
                                                 config.yaml, train_state.json
 
-A checkpoint is written under another name, flushed to disk, and renamed when it is complete.
+A checkpoint is written under another name, flushed to disk, and renamed when it is complete (saving.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
-from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, causes_of, read_sharded, write_sharded
+from megatron_samoe.dist_checkpointing.file_storage import digest_of, new_digest
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, read_sharded
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import ParallelState
@@ -53,34 +51,65 @@ def whole_iterations(root: str | Path) -> list[int]:
     return sorted(i for i in found if (iteration_dir(root, i) / TRAIN_STATE).is_file())
 
 
-def find_checkpoint(config: CheckpointConfig) -> Path | None:
+def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list[str]] = lambda _: []) -> Path | None:
     """Returns the folder that --load and --ckpt-step name; None where --load has no checkpoint.
 
+    A damaged checkpoint is passed over for the next older one, and said so, unless --ckpt-step asks for it.
+
+    Args:
+        problems_of: what is wrong with the files of a checkpoint; only its descriptions are read if not given.
+
     Raises:
-        CheckpointError: the asked iteration is not there, or none is and --exit-on-missing-checkpoint is given.
+        CheckpointError: the asked iteration is not there or damaged, all are damaged, or none is there and
+            --exit-on-missing-checkpoint is given.
     """
     if config.load is None:
         return None
     with contextlib.suppress(OSError):  # of several ranks one is first; a read-only folder stays as it is
         repair(config.load)
     iterations = whole_iterations(config.load)
-    if config.ckpt_step is not None:
-        if config.ckpt_step not in iterations:
-            raise CheckpointError(
-                f"--ckpt-step {config.ckpt_step}: {config.load} has iterations {iterations or 'none'}."
-            )
-        return iteration_dir(config.load, config.ckpt_step)
+    if config.ckpt_step is not None and config.ckpt_step not in iterations:
+        raise CheckpointError(f"--ckpt-step {config.ckpt_step}: {config.load} has iterations {iterations or 'none'}.")
     if not iterations:
         _refuse_foreign(Path(config.load))
         if config.exit_on_missing_checkpoint:
             raise CheckpointError(f"--load {config.load} has no checkpoint.")
         return None
+    damaged: list[str] = []
+    for iteration in _in_order_of_choice(config, iterations):
+        directory = iteration_dir(config.load, iteration)
+        problems = _description_problems(directory) or problems_of(directory)
+        if not problems:
+            for line in damaged:
+                logger.warning(f"{line} It is passed over; loading iteration {iteration}.")
+            return directory
+        damaged.append(f"{directory} is damaged: {'; '.join(problems[:3]).rstrip('.')}.")
+    hint = "Choose another with --ckpt-step." if config.ckpt_step is not None and len(iterations) > 1 else ""
+    raise CheckpointError(" ".join([*damaged[:3], hint]).strip(), collective=True)
+
+
+def _in_order_of_choice(config: CheckpointConfig, iterations: list[int]) -> list[int]:
+    """Returns the iterations to try: the asked one alone; else the latest, as its file names it, and older ones."""
+    assert config.load is not None
+    if config.ckpt_step is not None:
+        return [config.ckpt_step]
     latest = _read_latest(Path(config.load))
     if latest is not None and latest not in iterations:
         logger.warning(
             f"{config.load}/{LATEST} names iteration {latest}, which is not there; loading {iterations[-1]}."
         )
-    return iteration_dir(config.load, latest if latest in iterations else iterations[-1])
+    newest = latest if latest in iterations else iterations[-1]
+    return [i for i in reversed(iterations) if i <= newest]
+
+
+def _description_problems(directory: Path) -> list[str]:
+    try:
+        read_config(directory)
+    except CheckpointError as error:
+        if isinstance(error, _NewerFormat):
+            raise
+        return [str(error)]
+    return []
 
 
 def _read_latest(root: Path) -> int | None:
@@ -128,9 +157,17 @@ def probe_save_dir(root: str) -> None:
         raise CheckpointError(f"--save {root} cannot be written to: {error.strerror or error}.") from None
 
 
+class _NewerFormat(CheckpointError):
+    """A checkpoint of a later version of this program: nothing is wrong with it, and an older one will not do."""
+
+
 def read_config(directory: Path) -> Mapping[str, Any]:
     """Returns the configuration saved with a checkpoint."""
-    return _read_mapping(directory / CONFIG, yaml.safe_load)
+    digest = read_train_state(directory).get("digests", {}).get(CONFIG)
+    config = _read_mapping(directory / CONFIG, yaml.safe_load)
+    if digest is not None and digest_of(directory / CONFIG) != digest:
+        raise CheckpointError(f"{directory / CONFIG} differs from what was written.")
+    return config
 
 
 def read_train_state(directory: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
@@ -138,11 +175,21 @@ def read_train_state(directory: Path, needed: Sequence[str] = ()) -> dict[str, A
     content = _read_mapping(directory / TRAIN_STATE, json.loads)
     version = content.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CheckpointError(f"{directory} has format version {version}; this program reads up to {FORMAT_VERSION}.")
+        raise _NewerFormat(f"{directory} has format version {version}; this program reads up to {FORMAT_VERSION}.")
+    digest = content.pop("digest", None)
+    if digest is not None and digest != digest_of_values(content):
+        raise CheckpointError(f"{directory / TRAIN_STATE} differs from what was written.")
     missing = [key for key in ("format_version", *needed) if key not in content]
     if missing:
         raise CheckpointError(f"{directory / TRAIN_STATE} is damaged: it has no {', '.join(missing)}.")
     return content
+
+
+def digest_of_values(content: Mapping[str, Any]) -> str:
+    """Returns the digest that a description keeps of its own other values."""
+    digest = new_digest()
+    digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -155,160 +202,26 @@ def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     return content
 
 
-def save_checkpoint(
-    config: CheckpointConfig, iteration: int, state: ShardedState, full_config: Mapping[str, Any],
-    train_state: Mapping[str, Any], parallel: ParallelState,
-) -> Path:  # fmt: skip
-    """Saves one checkpoint, deletes those that retention no longer keeps, and returns its folder.
-
-    All ranks call it together.
-
-    Raises:
-        CheckpointError: it could not be written; earlier checkpoints are as they were.
-    """
-    assert config.save is not None
-    root, final = Path(config.save), iteration_dir(config.save, iteration)
-    unfinished = root / f".{final.name}.unfinished"
-    _all_ranks(lambda: _begin(root, unfinished), parallel, only_first=True, what=f"create {unfinished}")
-    try:
-        _all_ranks(lambda: write_sharded(state, str(unfinished), parallel), parallel, what=f"write {unfinished}")
-    except CheckpointError:
-        if parallel.rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)  # it may be what fills the disk
-        raise
-
-    digests = _digests_of_all(unfinished, parallel)
-
-    def publish() -> None:
-        _write_durably(unfinished / CONFIG, yaml.safe_dump(dict(full_config), sort_keys=False))
-        _write_durably(
-            unfinished / TRAIN_STATE,
-            json.dumps({"format_version": FORMAT_VERSION, **train_state, "digests": digests}, indent=1),
-        )
-        _fsync_dir(unfinished)
-        if final.exists():
-            replaced = root / f".{final.name}.replaced"
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
-        unfinished.rename(final)
-        _fsync_dir(root)
-        _write_durably(root / f".{LATEST}.tmp", str(iteration))
-        (root / f".{LATEST}.tmp").rename(root / LATEST)
-        _fsync_dir(root)
-        _apply_retention(config, iteration)
-
-    _all_ranks(publish, parallel, only_first=True, what=f"complete {final}")
-    return final
-
-
 def load_checkpoint(directory: Path, state: ShardedState, parallel: ParallelState) -> None:
-    """Fills a state's tensors from a checkpoint folder, whose files are verified first; all ranks call it together.
+    """Fills a state's tensors from a checkpoint folder; all ranks call it together.
 
     Raises:
-        CheckpointError: a file is missing or differs from what was written, or a tensor is missing or of another shape.
+        CheckpointError: a file is unreadable, or a tensor is missing or of another shape.
     """
-    _verify_digests(directory, parallel)
     read_sharded(state, str(directory), parallel)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def damaged_files(directory: Path, parallel: ParallelState) -> list[str]:
+    """Returns a line for each file of a checkpoint that differs from what was written, the same on all ranks.
 
-
-def _share_of_files(names: Sequence[str], parallel: ParallelState) -> list[str]:
-    return sorted(names)[parallel.rank :: parallel.world_size]
-
-
-def _digests_of_all(directory: Path, parallel: ParallelState) -> dict[str, str]:
-    """Returns the digest of each file, each computed by one rank."""
-    names = [path.name for path in directory.iterdir()]
-    own = {name: _digest(directory / name) for name in _share_of_files(names, parallel)}
-    return {name: digest for part in parallel.world.all_gather_object(own) for name, digest in part.items()}
-
-
-def _verify_digests(directory: Path, parallel: ParallelState) -> None:
-    """Raises CheckpointError on all ranks if a file is not what was written; each file is read by one rank."""
+    All ranks call it together; each reads its share of the files.
+    """
     digests = read_train_state(directory).get("digests", {})
     bad = []
-    for name in _share_of_files(list(digests), parallel):
+    for name in sorted(digests)[parallel.rank :: parallel.world_size]:
         path = directory / name
         if not path.is_file():
             bad.append(f"{name} is missing")
-        elif _digest(path) != digests[name]:
+        elif digest_of(path) != digests[name]:
             bad.append(f"{name} differs from what was written")
-    found = [problem for part in parallel.world.all_gather_object(bad) for problem in part]
-    if found:
-        raise CheckpointError(
-            f"{directory} is damaged: {'; '.join(found[:3])}. Choose an earlier checkpoint with --ckpt-step.",
-            collective=True,
-        )
-
-
-def _all_ranks(action: Any, parallel: ParallelState, what: str, only_first: bool = False) -> None:
-    """Runs an action and raises the same CheckpointError on all ranks if it failed on any."""
-    problem = None
-    if parallel.rank == 0 or not only_first:
-        try:
-            action()
-        except (Exception, CheckpointException) as error:
-            reasons = "; ".join(sorted({str(cause).splitlines()[0] for cause in causes_of(error) if str(cause)}))
-            problem = f"cannot {what}{_free_space(what)}: {reasons}."
-    problems = [p for p in parallel.world.all_gather_object(problem) if p]
-    if problems:
-        raise CheckpointError(f"{problems[0]} Earlier checkpoints are as they were.", collective=True)
-
-
-def _free_space(what: str) -> str:
-    """Returns a remark if the disk is nearly full, which torch's own message does not tell."""
-    folder = Path(what.split(" ", 1)[1]).parent
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(folder).free
-        if free < 1 << 28:
-            return f" (the disk has {free / 1e6:.0f} MB left)"
-    return ""
-
-
-def _begin(root: Path, unfinished: Path) -> None:
-    """Clears what earlier saves that were cut off have left, and makes the folder to write to."""
-    repair(root)
-    for leftover in root.glob(".iter_*.unfinished"):
-        shutil.rmtree(leftover)
-    unfinished.mkdir(parents=True)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync_dir(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _apply_retention(config: CheckpointConfig, newest: int) -> None:
-    assert config.save is not None
-    root = Path(config.save)
-    for suffix in ("replaced", "deleted"):
-        for leftover in root.glob(f".iter_*.{suffix}"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    if config.keep_last is None and config.save_retain_interval is None:
-        return
-    older = [i for i in whole_iterations(root) if i < newest]
-    kept = set(older[max(0, len(older) - (config.keep_last or 1) + 1) :])
-    if config.save_retain_interval is not None:
-        kept |= {i for i in older if i % config.save_retain_interval == 0}
-    for iteration in older:
-        if iteration not in kept:
-            doomed = root / f".iter_{iteration:07d}.deleted"
-            iteration_dir(root, iteration).rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+    return [problem for part in parallel.world.all_gather_object(bad) for problem in part]

@@ -48,7 +48,8 @@ def load_model(
         CheckpointError: there is no checkpoint, or it is damaged.
         DataError: its tokenizer is not where it was in training.
     """
-    directory = store.find_checkpoint(CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True))
+    wanted = CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True)
+    directory = store.find_checkpoint(wanted, lambda d: store.damaged_files(d, parallel))
     assert directory is not None
     config = from_mapping(store.read_config(directory), str(directory / store.CONFIG))
     # Only the model's part of the saved configuration counts here, on this run's ranks.

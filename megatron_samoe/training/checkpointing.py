@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.cli import CHECKPOINT_GROUPS, to_mapping
 from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.saving import BackgroundSaver, save_checkpoint
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, sharded, stored_names
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
@@ -49,8 +50,19 @@ def optimizer_state(setup: TrainSetup) -> dict[str, list[ShardedTensor]]:
     return state
 
 
-def save_run(setup: TrainSetup, state: TrainState) -> Path:
-    """Saves a checkpoint and returns its folder; all ranks call it together."""
+def save_run(
+    setup: TrainSetup, state: TrainState, background: BackgroundSaver | None = None,
+    done: Callable[[Path], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """Saves a checkpoint; all ranks call it together.
+
+    Args:
+        background: what saves it while training goes on, if given.
+        done: called with the folder once it is complete.
+
+    Raises:
+        CheckpointError: it could not be written, or the one before in the background; earlier ones are as they were.
+    """
     checkpoint = setup.config.checkpoint
     tensors = model_state(setup.model)
     plain: dict[str, Any] = {**state.plain(), "vocab_size": setup.model.vocab_size}
@@ -59,7 +71,20 @@ def save_run(setup: TrainSetup, state: TrainState) -> Path:
     if not checkpoint.no_save_optim:
         tensors |= optimizer_state(setup)
         plain["optimizer_steps"] = setup.optimizer.num_steps
-    return store.save_checkpoint(checkpoint, state.iteration, tensors, to_mapping(setup.config), plain, setup.parallel)
+    what = (checkpoint, state.iteration, tensors, to_mapping(setup.config), plain)
+    if background is not None:
+        background.start(*what, done)
+    else:
+        done(save_checkpoint(*what, setup.parallel))
+
+
+def find_run(setup: TrainSetup) -> Path | None:
+    """Returns the checkpoint to load: the newest whole one, or that of --ckpt-step; all ranks call it together.
+
+    Raises:
+        CheckpointError: as `store.find_checkpoint`.
+    """
+    return store.find_checkpoint(setup.config.checkpoint, lambda d: store.damaged_files(d, setup.parallel))
 
 
 def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainState:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.errors import CommunicationError, MegatronSamoeError
+from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
+from megatron_samoe.dist_checkpointing.store import probe_save_dir
+from megatron_samoe.errors import CheckpointError, CommunicationError, MegatronSamoeError
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.backend import is_communication_failure
 from megatron_samoe.training.batches import RunData
-from megatron_samoe.training.checkpointing import load_run, save_run
+from megatron_samoe.training.checkpointing import find_run, load_run, save_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.exit_signals import ExitSignals
 from megatron_samoe.training.hooks import Hook
@@ -42,6 +45,10 @@ class Trainer:
         self.stopwatch = Stopwatch()
         self.began = time.monotonic()
         self.doing = "loading"
+        self.saver = None
+        if self.config.checkpoint.async_save:
+            limit = timedelta(minutes=self.config.parallel.distributed_timeout_minutes)
+            self.saver = BackgroundSaver(setup.parallel, limit)
 
     def run(self) -> TrainState:
         """Trains and returns the last state; it has been saved if there is a place to save to.
@@ -73,10 +80,14 @@ class Trainer:
                     if self._is_due(state, self.config.checkpoint.save_interval) or reason:
                         saved_at = self._save(state, saved_at)
                     if reason:
+                        self._finish_saving()
                         logger.info(f"exiting after iteration {state.iteration}: {reason}")
                         return state
                 self._save(state, saved_at)
+                self._finish_saving()
             finally:
+                with contextlib.suppress(CheckpointError):  # it has been logged
+                    self._finish_saving(timeout_s=60)
                 for hook in self.hooks:
                     with contextlib.suppress(OSError):
                         hook.close()
@@ -85,8 +96,8 @@ class Trainer:
     def _start(self) -> TrainState:
         state = initial_state(self.setup)
         if self.config.checkpoint.save is not None and self.setup.parallel.rank == 0:
-            store.probe_save_dir(self.config.checkpoint.save)
-        found = store.find_checkpoint(self.config.checkpoint)
+            probe_save_dir(self.config.checkpoint.save)
+        found = find_run(self.setup)
         if found is None:
             if self.config.checkpoint.load:
                 logger.info(f"no checkpoint in {self.config.checkpoint.load}: starting from the beginning")
@@ -157,10 +168,16 @@ class Trainer:
         if self.config.checkpoint.save is None or saved_at == state.iteration:
             return saved_at
         self.doing = f"saving iteration {state.iteration}"
-        path = save_run(self.setup, state)
+        save_run(self.setup, state, self.saver, self._report_saved)
+        return state.iteration
+
+    def _report_saved(self, path: Path) -> None:
         if not self.config.logging.log_progress:
             logger.info(f"saved {path}")
-        return state.iteration
+
+    def _finish_saving(self, timeout_s: float | None = None) -> None:
+        if self.saver is not None:
+            self.saver.wait(timeout_s)
 
     def _exit_reason(self, state: TrainState, signals: ExitSignals) -> str | None:
         """Returns why to leave now, the same on all ranks; None to go on."""

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing import saving, store
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.parallel_state import initialize_model_parallel
-from megatron_samoe.training.checkpointing import load_run, model_state, optimizer_state, save_run
+from megatron_samoe.training.checkpointing import find_run, load_run, model_state, optimizer_state, save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 from tests.harness.ranks import run_ranks
@@ -40,7 +40,7 @@ def go(config: PretrainConfig, steps: int, load: bool, save: bool) -> dict[str, 
     setup = build_setup(config, VOCAB_SIZE, parallel)
     state = initial_state(setup)
     if load:
-        found = store.find_checkpoint(config.checkpoint)
+        found = find_run(setup)
         assert found is not None
         with torch.no_grad():
             for parts in (*model_state(setup.model).values(), *optimizer_state(setup).values()):
@@ -110,21 +110,21 @@ def fail_on_rank_1(config: PretrainConfig, place: str) -> str:
     parallel = initialize_model_parallel(config.parallel)
     setup = build_setup(config, VOCAB_SIZE, parallel)
     if place == "save" and parallel.rank == 1:
-        real = store.write_sharded
+        real = saving.write_sharded
 
         def write(*args: Any) -> None:
             real(*args)
             raise OSError(28, "No space left on device")
 
-        store.write_sharded = write
+        saving.write_sharded = write
     try:
         save_run(setup, initial_state(setup))
-        found = store.find_checkpoint(config.checkpoint)
+        found = find_run(setup)
         assert found is not None
         if parallel.rank == 0:
             next(found.glob("__1_*.distcp")).write_bytes(b"")
         parallel.world.barrier()
-        load_run(setup, initial_state(setup), found)
+        find_run(setup)
     except CheckpointError as error:
         return str(error)
     return "nothing"

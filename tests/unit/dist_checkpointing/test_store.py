@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from megatron_samoe.config import CheckpointConfig
-from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing import saving, store
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, stored_names
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
@@ -38,7 +39,7 @@ def config(root: Path, **options: Any) -> CheckpointConfig:
 
 
 def save(root: Path, iteration: int, **options: Any) -> Path:
-    return store.save_checkpoint(
+    return saving.save_checkpoint(
         config(root, **options),
         iteration,
         tensors(float(iteration)),
@@ -61,7 +62,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
         assert torch.equal(t, tensors(7.0)[name][0].local), name
     assert store.read_config(path) == {"model": {"x": 1}}
     saved = store.read_train_state(path)
-    assert sorted(saved.pop("digests")) == sorted(p.name for p in path.iterdir() if p.suffix not in (".yaml", ".json"))
+    assert sorted(saved.pop("digests")) == sorted(p.name for p in path.iterdir() if p.name != store.TRAIN_STATE)
     assert saved == {"format_version": 1, "iteration": 7}
     assert stored_names(str(path)) == set(tensors())
     assert (path.parent / store.LATEST).read_text() == "7", "as Megatron writes it"
@@ -88,24 +89,22 @@ def test_missing_checkpoint_is_a_fresh_start_or_an_error(tmp_path: Path) -> None
         store.find_checkpoint(config(tmp_path / "absent", exit_on_missing_checkpoint=True))
 
 
-def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@pytest.fixture(name="messages")
+def recorded_messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
     monkeypatch.setattr(logger, "warning", lambda message: said.append(message))
     return said
 
 
 @pytest.mark.parametrize("content", [None, "", "soon", "77"])
-def test_latest_file_that_is_missing_or_lies(
-    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_latest_file_that_is_missing_or_lies(content: str | None, tmp_path: Path, messages: list[str]) -> None:
     save(tmp_path, 5)
     save(tmp_path, 10)
-    said = messages(monkeypatch)
     latest = tmp_path / store.LATEST
     latest.unlink() if content is None else latest.write_text(content)
     found = store.find_checkpoint(config(tmp_path))
     assert found is not None and found.name == "iter_0000010"
-    assert bool(said) == (content == "77") and all("names iteration 77" in line for line in said)
+    assert bool(messages) == (content == "77") and all("names iteration 77" in line for line in messages)
 
 
 def test_latest_file_may_name_an_older_one(tmp_path: Path) -> None:
@@ -128,7 +127,7 @@ def test_failed_save_is_never_taken_for_a_checkpoint(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, failing, fail)
+        patch.setattr(saving, failing, fail)
         with pytest.raises(CheckpointError, match=r"No space left on device.*Earlier checkpoints are as they were"):
             save(tmp_path, 10)
     found = store.find_checkpoint(config(tmp_path))
@@ -150,7 +149,7 @@ def test_unfinished_folder_of_a_killed_run_is_not_loaded(tmp_path: Path) -> None
 
 def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    store.save_checkpoint(config(tmp_path), 5, tensors(99.0), {}, {}, STATE)
+    saving.save_checkpoint(config(tmp_path), 5, tensors(99.0), {}, {}, STATE)
     assert torch.equal(loaded(store.iteration_dir(tmp_path, 5))["a"], torch.full((3, 4), 99.0))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", store.LATEST]
 
@@ -165,7 +164,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_as_many_are_kept_as_asked_for_at_every_step(keep: int, tmp_path: Path) -> None:
     for iteration in range(1, 12):
         state = {"a": replicated(torch.ones(1), STATE)}
-        store.save_checkpoint(config(tmp_path, keep_last=keep), iteration, state, {}, {}, STATE)
+        saving.save_checkpoint(config(tmp_path, keep_last=keep), iteration, state, {}, {}, STATE)
         assert store.whole_iterations(tmp_path) == list(range(max(1, iteration - keep + 1), iteration + 1))
 
 
@@ -228,15 +227,76 @@ def test_a_part_of_the_tensors_can_be_loaded(tmp_path: Path) -> None:
     assert torch.equal(part["a"][0].local, torch.full((3, 4), 5.0))
 
 
-@pytest.mark.parametrize("damage", ["half", "empty", "gone"])
-@pytest.mark.parametrize("file", ["*.distcp", ".metadata"])
-def test_damaged_files_are_reported(file: str, damage: str, tmp_path: Path) -> None:
-    path = save(tmp_path, 5)
+def whole(directory: Path) -> list[str]:
+    return store.damaged_files(directory, STATE)
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    elif how == "one bit":
+        middle = len(data) // 2
+        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    else:
+        path.write_bytes(data[: len(data) // 2 if how == "half" else 0])
+
+
+@pytest.mark.parametrize("how", ["half", "empty", "gone", "one bit"])
+@pytest.mark.parametrize("file", ["*.distcp", ".metadata", store.CONFIG, store.TRAIN_STATE])
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(
+    file: str, how: str, tmp_path: Path, messages: list[str]
+) -> None:
+    save(tmp_path, 3)
+    save(tmp_path, 5)
+    path = save(tmp_path, 9)
     (victim,) = path.glob(file)
-    data = victim.read_bytes()
-    victim.unlink() if damage == "gone" else victim.write_bytes(data[: len(data) // 2 if damage == "half" else 0])
-    with pytest.raises(CheckpointError, match=r"iter_0000005 is damaged: .+\."):
-        loaded(path)
+    damage(victim, how)
+    found = store.find_checkpoint(config(tmp_path), whole)
+    assert found == store.iteration_dir(tmp_path, 5)
+    if not (file == store.TRAIN_STATE and how == "gone"):  # then it is as a save that was cut off
+        assert any("iter_0000009 is damaged: " in m and "passed over; loading iteration 5" in m for m in messages)
+        with pytest.raises(CheckpointError, match=r"iter_0000009 is damaged: .+ Choose another with --ckpt-step\."):
+            store.find_checkpoint(config(tmp_path, ckpt_step=9), whole)
+
+
+def test_when_all_are_damaged_nothing_is_started(tmp_path: Path) -> None:
+    for iteration in (5, 9):
+        damage(next(save(tmp_path, iteration).glob("*.distcp")), "one bit")
+    with pytest.raises(CheckpointError, match=r"iter_0000009 is damaged.+iter_0000005 is damaged"):
+        store.find_checkpoint(config(tmp_path), whole)
+
+
+def test_a_newer_format_is_an_error_and_no_damage(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (save(tmp_path, 9) / store.TRAIN_STATE).write_text(json.dumps({"format_version": store.FORMAT_VERSION + 1}))
+    with pytest.raises(CheckpointError, match="format version"):
+        store.find_checkpoint(config(tmp_path), whole)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("touched"),))
+
+
+def test_a_table_of_contents_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, 5)
+    monkeypatch.chdir(tmp_path)
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    for read in (lambda: stored_names(str(path)), lambda: loaded(path)):
+        with pytest.raises(CheckpointError, match=r"names \S+, which no table of contents needs"):
+            read()
+    assert not Path("touched").exists()
+
+
+def test_room_is_looked_for_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 5)
+    usage = shutil.disk_usage(tmp_path)
+    needed = saving.bytes_to_write(tensors())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(CheckpointError, match=r"takes 0 MB and \S+ has 0 MB left; make room.*are as they were"):
+        save(tmp_path, 9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", store.LATEST]
 
 
 def test_newer_formats_and_unreadable_descriptions_are_refused(tmp_path: Path) -> None:
@@ -248,6 +308,7 @@ def test_newer_formats_and_unreadable_descriptions_are_refused(tmp_path: Path) -
     description.write_text("{")
     with pytest.raises(CheckpointError, match=r"train_state\.json cannot be read"):
         store.read_train_state(path)
+    path = save(tmp_path, 9)
     (path / store.CONFIG).write_text("a: [")
     with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
         store.read_config(path)
@@ -265,6 +326,6 @@ def test_a_folder_whose_description_is_missing_is_not_whole(tmp_path: Path) -> N
 
 def test_only_owners_write(tmp_path: Path) -> None:
     state = {name: [replace(t, is_owner=name == "a")] for name, (t,) in tensors().items()}
-    path = store.save_checkpoint(config(tmp_path), 1, state, {}, {}, STATE)
+    path = saving.save_checkpoint(config(tmp_path), 1, state, {}, {}, STATE)
     assert stored_names(str(path)) == {"a"}
     assert yaml.safe_load((path / store.CONFIG).read_text()) == {}

@@ -1,0 +1,151 @@
+"""Files of torch.distributed.checkpoint, written with their digests and read without trusting them.
+
+torch keeps a checkpoint's table of contents as a pickle, and unpickling runs whatever code the file names. Here the
+table may name the few classes that such tables are made of, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from megatron_samoe.errors import CheckpointError
+
+METADATA = ".metadata"
+
+_METADATA_NAMES = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},  # Python 3.13 says so
+    "torch": {"Size"},
+}  # fmt: skip
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = name in _METADATA_NAMES.get(module, ())
+        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            raise CheckpointError(
+                f"The checkpoint's {METADATA} names {module}.{name}, which no table of contents needs: it is not loaded, "
+                "since it could run any code."
+            )
+        return super().find_class(module, name)
+
+
+def read_metadata(directory: str | os.PathLike) -> Metadata:
+    """Returns a checkpoint's table of contents.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or names anything that does not belong there.
+    """
+    path = Path(directory) / METADATA
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except Exception as error:  # a damaged pickle may raise anything
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} is damaged: it holds {type(metadata).__name__}.")
+    return metadata
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's reader, with a table of contents that cannot run code; tensors it reads with weights_only as it is."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Returns the table of contents."""
+        metadata = read_metadata(self.path)
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _DigestedFile(io.RawIOBase):
+    """A file open for appending whose bytes are digested as they pass."""
+
+    def __init__(self, file: Any):
+        self.file, self.hash, self.position = file, new_digest(), 0
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.file.write(data)
+        self.position += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+
+class _DigestingFileSystem(FileSystem):
+    def __init__(self) -> None:
+        self.digests: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with open(path, "wb") as file:
+            digested = _DigestedFile(file)
+            yield digested
+            file.flush()
+        self.digests[os.path.basename(path)] = digested.hash.hexdigest()
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        if (digest := self.digests.pop(os.path.basename(path), None)) is not None:
+            self.digests[os.path.basename(new_path)] = digest
+
+
+class Writer(dcp.FileSystemWriter):
+    """torch's writer, one file per rank, flushed to disk; `digests` has the digest of each file this rank wrote."""
+
+    def __init__(self, directory: str | os.PathLike):
+        super().__init__(directory, single_file_per_rank=True, sync_files=True)
+        self.fs = _DigestingFileSystem()
+        #: Digests by file name, of files closed so far.
+        self.digests = self.fs.digests
+
+
+def new_digest() -> Any:
+    """Returns a new digest of a file's bytes."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def digest_of(path: Path) -> str:
+    """Returns a file's digest."""
+    digest = new_digest()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""A whole model, tensor by tensor, in one process: what conversion, surgery and inspection read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.dist_checkpointing import saving, store
+from megatron_samoe.dist_checkpointing.file_storage import read_metadata
+from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.parallel_state.state import single_process_state
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the elements."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class GlobalTensors(Protocol):
+    """A source of a model's tensors under their global names.
+
+    Attributes:
+        tensors: what there is, in the order to read it.
+        config: the run's configuration, as in a checkpoint's config.yaml.
+        train_state: plain values, as in its train_state.json.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, Any]
+    train_state: Mapping[str, Any]
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor, whole, on the CPU; nothing is kept."""
+
+
+class CheckpointReader:
+    """A checkpoint of this program as global tensors, whatever layout saved it.
+
+    Args:
+        directory: of one checkpoint (`iter_NNNNNNN`).
+
+    Raises:
+        CheckpointError: it is not a checkpoint of this program, is damaged, or of a newer format.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.config: Mapping[str, Any] = store.read_config(directory)
+        self.train_state: Mapping[str, Any] = store.read_train_state(directory)
+        metadata = read_metadata(directory)
+        self._stored = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self._places: Mapping[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self.tensors: Mapping[str, StoredTensor] = {
+            name: StoredTensor(tuple(entry.size), entry.properties.dtype) for name, entry in self._stored.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor; CheckpointError where its file is damaged, KeyError where there is no such tensor."""
+        stored = self._stored[name]
+        if len(stored.chunks) == 1 and stored.chunks[0].sizes == stored.size:
+            return self._read_chunk(name, stored.chunks[0])
+        whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+        for chunk in stored.chunks:
+            place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[place] = self._read_chunk(name, chunk)
+        return whole
+
+    def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._places[MetadataIndex(name, chunk.offsets)]
+        try:
+            with open(self.directory / place.relative_path, "rb") as file:
+                view = _create_file_view(file, place.offset, place.length)
+                tensor = torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        except Exception as error:  # torch raises several kinds for damaged files
+            raise CheckpointError(
+                f"{self.directory / place.relative_path} is damaged: {name} cannot be read "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+            ) from None
+        if tensor.shape != chunk.sizes:
+            raise CheckpointError(
+                f"{self.directory / place.relative_path} is damaged: {name} is {list(tensor.shape)} in place of "
+                f"{list(chunk.sizes)}."
+            )
+        return tensor
+
+    def verify(self) -> list[str]:
+        """Returns a line for each file that is missing or differs from what was written."""
+        return store.damaged_files(self.directory, single_process_state())
+
+
+def write_checkpoint(root: Path, iteration: int, source: GlobalTensors) -> Path:
+    """Writes a source as a checkpoint that training and inference load in any layout; returns its folder.
+
+    Tensors are read and written one at a time; the checkpoint appears whole or not at all.
+
+    Raises:
+        CheckpointError: `root` has that iteration already or cannot be written, or the disk is too small.
+    """
+    if store.iteration_dir(root, iteration).exists():
+        raise CheckpointError(f"{store.iteration_dir(root, iteration)} exists; give another folder to write to.")
+    store.probe_save_dir(str(root))
+
+    def unread(name: str, stored: StoredTensor) -> UnreadTensor:
+        return UnreadTensor(lambda: source.read(name), stored.shape, stored.dtype)
+
+    state = {name: [unread(name, stored)] for name, stored in source.tensors.items()}
+    train_state = {k: v for k, v in source.train_state.items() if k not in ("format_version", "digests", "digest")}
+    return saving.save_checkpoint(
+        CheckpointConfig(save=str(root)), iteration, state, source.config, train_state, single_process_state()
+    )

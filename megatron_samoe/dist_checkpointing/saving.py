@@ -1,0 +1,239 @@
+"""How a checkpoint appears whole or not at all, while training waits or in the background.
+
+A checkpoint is written under another name, flushed to disk, and renamed when it is complete; then older ones go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.dist_checkpointing.file_storage import digest_of
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, WritableState, causes_of, write_sharded
+from megatron_samoe.dist_checkpointing.store import (
+    CONFIG,
+    FORMAT_VERSION,
+    LATEST,
+    TRAIN_STATE,
+    digest_of_values,
+    iteration_dir,
+    repair,
+    whole_iterations,
+)
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.log import logger
+from megatron_samoe.parallel_state.state import ParallelState
+
+#: What torch adds to each tensor in a file, and to the table of contents, at most.
+OVERHEAD_BYTES_PER_PART = 4096
+
+
+def save_checkpoint(
+    config: CheckpointConfig, iteration: int, state: WritableState, full_config: Mapping[str, Any],
+    train_state: Mapping[str, Any], parallel: ParallelState,
+) -> Path:  # fmt: skip
+    """Saves one checkpoint, deletes those that retention no longer keeps, and returns its folder.
+
+    All ranks call it together.
+
+    Raises:
+        CheckpointError: the disk has too little room, or it could not be written; earlier checkpoints are as they were.
+    """
+    assert config.save is not None
+    root, final = Path(config.save), iteration_dir(config.save, iteration)
+    unfinished = root / f".{final.name}.unfinished"
+    needed_bytes = sum(parallel.world.all_gather_object(bytes_to_write(state)))
+    _all_ranks(lambda: _begin(root, unfinished, needed_bytes), parallel, only_first=True, what=f"create {unfinished}")
+    try:
+        written = _all_ranks(
+            lambda: write_sharded(state, str(unfinished), parallel), parallel, what=f"write {unfinished}"
+        )
+    except CheckpointError:
+        if parallel.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)  # it may be what fills the disk
+        raise
+    digests = {name: digest for part in written for name, digest in part.items()}
+
+    def publish() -> None:
+        _write_durably(unfinished / CONFIG, yaml.safe_dump(dict(full_config), sort_keys=False))
+        digests[CONFIG] = digest_of(unfinished / CONFIG)
+        content = {"format_version": FORMAT_VERSION, **train_state, "digests": digests}
+        content["digest"] = digest_of_values(json.loads(json.dumps(content)))
+        _write_durably(unfinished / TRAIN_STATE, json.dumps(content, indent=1))
+        _fsync_dir(unfinished)
+        if final.exists():
+            replaced = root / f".{final.name}.replaced"
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        unfinished.rename(final)
+        _fsync_dir(root)
+        _write_durably(root / f".{LATEST}.tmp", str(iteration))
+        (root / f".{LATEST}.tmp").rename(root / LATEST)
+        _fsync_dir(root)
+        _apply_retention(config, iteration)
+
+    _all_ranks(publish, parallel, only_first=True, what=f"complete {final}")
+    return final
+
+
+class BackgroundSaver:
+    """Saves while training goes on: training waits for a copy in CPU memory, and for the save before if it still runs.
+
+    The copy has this rank's share of the checkpoint; its memory is kept from save to save. All ranks make it together,
+    since saving needs a process group whose collectives do not mix with training's.
+    """
+
+    def __init__(self, parallel: ParallelState, timeout: timedelta):
+        world = parallel.world
+        if world.size > 1:
+            world = replace(world, handle=dist.new_group(backend="gloo", timeout=timeout))
+        self.parallel = replace(parallel, world=world, device=torch.device("cpu"))
+        self._copies: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(
+        self, config: CheckpointConfig, iteration: int, state: ShardedState, full_config: Mapping[str, Any],
+        train_state: Mapping[str, Any], done: Callable[[Path], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """Copies the state and begins to save it; all ranks call it together.
+
+        Args:
+            done: called with the folder when it is complete, from another thread.
+
+        Raises:
+            CheckpointError: the save before failed.
+        """
+        self.wait()
+        copied = {name: [self._copied(name, t) for t in parts if t.is_owner] for name, parts in state.items()}
+
+        def run() -> None:
+            try:
+                done(save_checkpoint(config, iteration, copied, full_config, train_state, self.parallel))
+            except BaseException as error:
+                self._error = error
+                if self.parallel.rank == 0:
+                    logger.warning(f"saving iteration {iteration} in the background failed: {error}")
+
+        self._thread = threading.Thread(target=run, name=f"save-{iteration}", daemon=True)
+        self._thread.start()
+
+    def _copied(self, name: str, part: Any) -> Any:
+        key = (name, part.offsets)
+        if key not in self._copies:
+            self._copies[key] = torch.empty(part.local.shape, dtype=part.local.dtype)
+        return replace(part, local=self._copies[key].copy_(part.local))
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Waits for the save that runs, if any.
+
+        Raises:
+            CheckpointError: it failed; the same on all ranks.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if not self._thread.is_alive():
+                self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def bytes_to_write(state: WritableState) -> int:
+    """Returns an upper bound of the bytes that this rank writes."""
+    return sum(
+        t.dtype.itemsize * t.chunk.sizes.numel() + OVERHEAD_BYTES_PER_PART
+        for parts in state.values()
+        for t in parts
+        if t.is_owner
+    )
+
+
+def _all_ranks(action: Callable[[], Any], parallel: ParallelState, what: str, only_first: bool = False) -> list[Any]:
+    """Runs an action, raises the same CheckpointError on all ranks if it failed on any, and returns all ranks' results."""
+    problem = result = None
+    if parallel.rank == 0 or not only_first:
+        try:
+            result = action()
+        except (Exception, CheckpointException) as error:
+            reasons = "; ".join(sorted({str(cause).splitlines()[0] for cause in causes_of(error) if str(cause)}))
+            problem = f"cannot {what}{_free_space(what)}: {reasons.rstrip('.')}."
+    ends = parallel.world.all_gather_object((problem, result))
+    problems = [p for p, _ in ends if p]
+    if problems:
+        raise CheckpointError(f"{problems[0]} Earlier checkpoints are as they were.", collective=True)
+    return [r for _, r in ends]
+
+
+def _free_space(what: str) -> str:
+    """Returns a remark if the disk is nearly full, which torch's own message does not tell."""
+    folder = Path(what.split(" ", 1)[1]).parent
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if free < 1 << 28:
+            return f" (the disk has {free / 1e6:.0f} MB left)"
+    return ""
+
+
+def _begin(root: Path, unfinished: Path, needed_bytes: int) -> None:
+    """Clears what earlier saves that were cut off have left, looks for room, and makes the folder to write to."""
+    repair(root)
+    for leftover in root.glob(".iter_*.unfinished"):
+        shutil.rmtree(leftover)
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    if needed_bytes > free:
+        raise CheckpointError(
+            f"the checkpoint takes {needed_bytes / 1e6:,.0f} MB and {root} has {free / 1e6:,.0f} MB left; make room, keep "
+            "fewer (--keep-last), or leave optimizer state out (--no-save-optim)"
+        )
+    unfinished.mkdir()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync_dir(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _apply_retention(config: CheckpointConfig, newest: int) -> None:
+    assert config.save is not None
+    root = Path(config.save)
+    for suffix in ("replaced", "deleted"):
+        for leftover in root.glob(f".iter_*.{suffix}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    if config.keep_last is None and config.save_retain_interval is None:
+        return
+    older = [i for i in whole_iterations(root) if i < newest]
+    kept = set(older[max(0, len(older) - (config.keep_last or 1) + 1) :])
+    if config.save_retain_interval is not None:
+        kept |= {i for i in older if i % config.save_retain_interval == 0}
+    for iteration in older:
+        if iteration not in kept:
+            doomed = root / f".iter_{iteration:07d}.deleted"
+            iteration_dir(root, iteration).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)

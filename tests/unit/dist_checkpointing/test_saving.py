@@ -1,0 +1,90 @@
+"""Saving in the background."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.config import CheckpointConfig
+from megatron_samoe.dist_checkpointing import saving, store
+from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
+from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import tiny_config, with_layout
+
+STATE = single_process_state()
+
+
+def test_what_is_saved_is_the_state_at_the_start_and_training_need_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, go_on, done = CheckpointConfig(save=str(tmp_path)), threading.Event(), []
+    real = saving.write_sharded
+
+    def slow(*args: Any) -> dict[str, str]:
+        assert go_on.wait(30)
+        return real(*args)
+
+    monkeypatch.setattr(saving, "write_sharded", slow)
+    saver, weight = BackgroundSaver(STATE, timedelta(minutes=1)), torch.ones(4)
+    saver.start(config, 5, {"w": replicated(weight, STATE)}, {}, {}, done.append)
+    weight.fill_(2.0)
+    assert store.whole_iterations(tmp_path) == [], "the disk has not finished, and we are here"
+    saver.wait(timeout_s=0.01)
+    assert done == []
+    go_on.set()
+    saver.start(config, 6, {"w": replicated(weight, STATE)}, {}, {}, done.append)
+    weight.fill_(3.0)
+    saver.wait()
+    assert done == [store.iteration_dir(tmp_path, 5), store.iteration_dir(tmp_path, 6)]
+    for iteration, value in ((5, 1.0), (6, 2.0)):
+        read = torch.zeros(4)
+        store.load_checkpoint(store.iteration_dir(tmp_path, iteration), {"w": replicated(read, STATE)}, STATE)
+        assert torch.equal(read, torch.full((4,), value))
+
+
+def test_failure_is_raised_at_the_next_wait_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    saver = BackgroundSaver(STATE, timedelta(minutes=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_sharded", fail)
+        saver.start(CheckpointConfig(save=str(tmp_path)), 5, {"w": replicated(torch.ones(4), STATE)}, {}, {})
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            saver.wait()
+    saver.wait()
+    saver.start(CheckpointConfig(save=str(tmp_path)), 6, {"w": replicated(torch.ones(4), STATE)}, {}, {})
+    saver.wait()
+    assert store.whole_iterations(tmp_path) == [6]
+
+
+def save_in_parts(folder: str) -> None:
+    parallel = initialize_model_parallel(with_layout(tiny_config(), ep=2).parallel)
+    saver, rank = BackgroundSaver(parallel, timedelta(minutes=1)), parallel.rank
+    part = ShardedTensor(torch.full((2, 3), float(rank)), (4, 3), (2 * rank, 0), True)
+    shared = replicated(torch.ones(2), parallel)
+    for iteration in (1, 2):
+        saver.start(CheckpointConfig(save=folder), iteration, {"x": [part], "y": shared}, {}, {})
+        for _ in range(50):  # collectives of training go on between the ranks meanwhile
+            total = parallel.world.all_reduce(torch.ones(1))
+            assert total.item() == 2
+        part.local.add_(10)
+    saver.wait()
+
+
+@pytest.mark.distributed
+def test_ranks_save_their_parts_while_they_train(tmp_path: Path) -> None:
+    run_ranks(partial(save_in_parts, str(tmp_path)), 2)
+    whole = {"x": replicated(torch.zeros(4, 3), STATE), "y": replicated(torch.zeros(2), STATE)}
+    store.load_checkpoint(store.iteration_dir(tmp_path, 2), whole, STATE)
+    assert whole["x"][0].local[:, 0].tolist() == [10.0, 10.0, 11.0, 11.0]
+    assert store.damaged_files(store.iteration_dir(tmp_path, 2), STATE) == []
