@@ -69,6 +69,9 @@ class SelfAttention(nn.Module):
             q_BSAD, k_BSGD = self.q_norm(q_BSAD), self.k_norm(k_BSGD)
         if inputs.rotary is not None:
             q_BSAD, k_BSGD = apply_rotary(q_BSAD, inputs.rotary), apply_rotary(k_BSGD, inputs.rotary)
+        if context.cache is not None:
+            q_TAD, k_TGD, v_TGD = (t.flatten(0, 1) for t in (q_BSAD, k_BSGD, v_BSGD))
+            return self.output(context.cache.attend(self.layer, q_TAD, k_TGD, v_TGD))
         core = (q_BSAD, k_BSGD, v_BSGD, inputs, context)
         y_TF = recompute(self._core, *core) if self.recompute_core and context.training else self._core(*core)
         return self.output(y_TF)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config.derived import num_moe_layers
+from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.layer_layout import moe_layers_of, rank_plans
 from megatron_samoe.models.transformer_layer import TransformerLayer, expert_shape, output_init_std
-from megatron_samoe.moe.expert_pool import ExpertPool, make_combination
+from megatron_samoe.moe.expert_pool import ExpertPool, LayerCombination, StepCombination, make_combination
 from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.parallel_state.state import ParallelState
 
@@ -30,15 +33,22 @@ class RankModel(nn.Module):
             for plan in rank_plans(config, state.pp.rank)
         )
         self.expert_pool: ExpertPool | None = None
-        self.combination = None
+        self.combination: StepCombination | LayerCombination | None = None
         if config.moe.has_pool:
             stds = (config.model.init_method_std, output_init_std(config))
             self.expert_pool = ExpertPool(config.moe, expert_shape(config), *stds, state, dtype)
-            coefficients = {layer.moe.moe_index: layer.moe.combination for layer in self.moe_layers()}
-            layers_of_stage = tuple(moe_layers_of(config, stage) for stage in range(state.pp.size))
-            self.combination = make_combination(
-                config.moe, self.expert_pool, coefficients, state, dtype, layers_of_stage
-            )
+            self.combination = self._combination(config.moe)
+
+    def combine_per(self, when: Literal["step", "layer"]) -> None:
+        """Combines the pool's banks from now on once per step or layer by layer, whatever was configured."""
+        if self.combination is not None:
+            self.combination = self._combination(replace(self.config.moe, samoe_combine=when))
+
+    def _combination(self, moe: MoEConfig) -> StepCombination | LayerCombination:
+        assert self.expert_pool is not None
+        coefficients = {layer.moe.moe_index: layer.moe.combination for layer in self.moe_layers()}
+        layers_of_stage = tuple(moe_layers_of(self.config, stage) for stage in range(self.state.pp.size))
+        return make_combination(moe, self.expert_pool, coefficients, self.state, self.dtype, layers_of_stage)
 
     def moe_layers(self) -> list[TransformerLayer]:
         """Returns this rank's MoE layers in order."""

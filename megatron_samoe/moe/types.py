@@ -11,6 +11,14 @@ from torch import Tensor
 from megatron_samoe.tensor_parallel.random import SampleRandom
 
 
+class KeyValueCache(Protocol):
+    """Keys and values of earlier tokens, for a forward pass over the new ones only."""
+
+    def attend(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+        """Stores the new tokens' keys and values; returns attention's output over all of their sequences, [T, A * D]."""
+        ...
+
+
 @dataclass(frozen=True)
 class ForwardContext:
     """What a forward pass needs to know besides its tokens.
@@ -22,6 +30,7 @@ class ForwardContext:
         gradient_scale: factor on all losses (the loss scale of fp16).
         expert_fractions_LE: share of each layer's routed tokens that each expert took in the step before.
         random: source of noise; required while training.
+        cache: where given, the tokens continue sequences whose earlier tokens it holds.
     """
 
     batch_size: int
@@ -30,6 +39,7 @@ class ForwardContext:
     gradient_scale: float = 1.0
     expert_fractions_LE: Tensor | None = None
     random: SampleRandom | None = None
+    cache: KeyValueCache | None = None
 
 
 @dataclass(frozen=True)

@@ -55,4 +55,5 @@ def test_every_layout_generates_the_same(tmp_path: Path, experts: str) -> None:
         for logits_V, greedy, sampled in run_ranks(run, world_size, str(tmp_path), with_layout(base, **sizes)):
             torch.testing.assert_close(logits_V, expected[0], rtol=1e-4, atol=1e-6)
             assert (greedy, sampled) == expected[1:]
-    assert len(expected[1]) == 20 and expected[0].shape == (257,)
+    # The context has 16 places, and after the last one more token can be chosen.
+    assert len(expected[1]) == 12 and expected[0].shape == (257,)

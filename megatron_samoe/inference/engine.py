@@ -1,0 +1,188 @@
+"""The engine: requests in, tokens out, one step of continuous batching at a time.
+
+engine = Engine(loaded, max_batch=8)
+request_id = engine.submit(Request(prompt_ids, SamplingOptions(max_new_tokens=50, temperature=0.8)))
+while engine.has_work:
+    for event in engine.step():
+        ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.inference.kv_cache import PAGE, PageTable, make_batch, pages_for
+from megatron_samoe.inference.load import LoadedModel
+from megatron_samoe.inference.rank_runner import RankRunner, Runner
+from megatron_samoe.inference.request import FinishReason, Request, TokenEvent
+from megatron_samoe.inference.sampling import Sampler, check_sampling
+from megatron_samoe.inference.scheduler import Scheduler, Sequence
+from megatron_samoe.inference.text_stream import TextStream
+
+#: How a SaMoE's experts are kept: combined for every layer; the pool, combined when hit; one bank per layer.
+Serving = Literal["folded", "on-the-fly", "selected"]
+Precision = Literal["fp32", "bf16", "int8"]
+SERVINGS: tuple[Serving, ...] = ("folded", "on-the-fly", "selected")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+
+
+class Engine:
+    """Generates for many requests at once. Not thread-safe: one thread calls it.
+
+    In a layout of several ranks, every rank makes the same calls in the same order and gets the same events.
+
+    Args:
+        loaded: weights, tokenizer and layout; see `load_model`.
+        max_batch: most requests that run at the same time; others wait.
+        max_tokens: tokens that the key-value cache holds over all running requests; each reserves its prompt and
+            max_new_tokens when it starts. Enough for max_batch full contexts if not given.
+        serving: how the experts of a shared pool are kept; other models have one way only, "folded".
+        dtype: of weights.
+        max_step_tokens: most tokens of one step, so that a long prompt does not hold up the others for long.
+
+    Raises:
+        ConfigError: a way of serving or precision that does not fit the model, or more memory than there is.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        max_batch: int = 8,
+        max_tokens: int | None = None,
+        serving: Serving = "folded",
+        dtype: Precision = "fp32",
+        max_step_tokens: int = 512,
+    ):
+        self.tokenizer, self.vocab_size = loaded.tokenizer, loaded.model.vocab_size
+        #: Most tokens of one sequence, prompt and result together.
+        self.context_length = loaded.config.model.max_positions
+        _check_sizes(max_batch, max_tokens, max_step_tokens)
+        if serving not in SERVINGS:
+            raise ConfigError("serving", serving, f"one of {', '.join(SERVINGS)}")
+        if dtype not in PRECISIONS:
+            raise ConfigError("dtype", dtype, f"one of {', '.join(PRECISIONS)}")
+        self.max_batch, self.serving, self.dtype = max_batch, serving, dtype
+        pages_per_slot = pages_for(self.context_length)
+        num_pages = max_batch * pages_per_slot if max_tokens is None else min(
+            max_batch * pages_per_slot, max_tokens // PAGE)  # fmt: skip
+        #: Tokens that the key-value cache holds.
+        self.max_tokens = num_pages * PAGE
+        self._world = loaded.model.state.world
+        self._runner: Runner = RankRunner(loaded, num_pages)
+        self._pages = PageTable(max_batch, num_pages, pages_per_slot, self._runner.device)
+        self._scheduler = Scheduler(self._pages, max(max_step_tokens, max_batch))
+        self._next_id = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.num_running + self.num_waiting > 0
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are being generated."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a place."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_free_tokens(self) -> int:
+        """Tokens of the key-value cache that no request has reserved."""
+        return self._pages.num_free_pages * PAGE
+
+    def submit(self, request: Request) -> int:
+        """Queues a request and returns its id, which events carry.
+
+        Raises:
+            ConfigError: the prompt is empty, too long or has unknown tokens, an option is out of range, or the request
+                could never fit into the key-value cache.
+        """
+        check_sampling(request.sampling)
+        self._check_prompt(request.prompt_ids)
+        # The last token needs no place in the context: nothing is computed after it.
+        length = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_length + 1)
+        if length - 1 > self.max_tokens:
+            raise ConfigError(
+                "max_new_tokens", request.sampling.max_new_tokens,
+                f"prompt and result may have {self.max_tokens} tokens together, as the key-value cache has no more; "
+                f"the prompt has {len(request.prompt_ids)}. A larger max_tokens of the engine helps.",
+            )  # fmt: skip
+        request_id = self._next_id
+        self._next_id += 1
+        sampler = Sampler(request.sampling, request.prompt_ids, self.vocab_size)
+        text = TextStream(self.tokenizer, request.prompt_ids, request.sampling.stop)
+        self._scheduler.add(Sequence(request_id, request, length, sampler, text))
+        return request_id
+
+    def cancel(self, request_id: int) -> bool:
+        """Ends a request without an event and frees its place; returns whether it was still there."""
+        return self._scheduler.remove(request_id)
+
+    def step(self) -> list[TokenEvent]:
+        """Runs one step and returns the new tokens; none where there was nothing to do or prompts are half read."""
+        plan = self._scheduler.plan()
+        if plan is None:
+            return []
+        rows = [row for _, row in plan.samples]
+        batch = make_batch(plan.spans, plan.tokens, self._pages.table, rows, self._runner.device)
+        logits_NV = self._runner.run(batch).numpy()
+        chosen = [
+            sequence.sampler.choose(logits_V) for (sequence, _), logits_V in zip(plan.samples, logits_NV, strict=True)
+        ]
+        if self._world.size > 1:
+            # Ranks hold equal logits up to rounding, so one of them decides.
+            chosen = self._world.broadcast(torch.tensor(chosen, device=self._runner.device)).tolist()
+        return [self._take(sequence, token) for (sequence, _), token in zip(plan.samples, chosen, strict=True)]
+
+    def _take(self, sequence: Sequence, token: int) -> TokenEvent:
+        sequence.ids.append(token)
+        options = sequence.request.sampling
+        reason: FinishReason | None = None
+        text = ""
+        if token == self.tokenizer.eod and not options.ignore_eod:
+            reason = "stop"
+        else:
+            text = sequence.text.push(token)
+            if sequence.text.stopped:
+                reason = "stop"
+            elif sequence.num_new >= options.max_new_tokens or len(sequence.ids) >= sequence.length:
+                reason = "length"
+        if reason is not None:
+            text += sequence.text.finish()
+            if sequence.text.stopped:
+                reason = "stop"
+            self._scheduler.remove(sequence.request_id)
+        return TokenEvent(sequence.request_id, token, reason, text)
+
+    def _check_prompt(self, ids: Collection[int]) -> None:
+        if not len(ids):
+            raise ConfigError("prompt", "", "must hold at least one token")
+        if len(ids) > self.context_length:
+            raise ConfigError(
+                "prompt", f"{len(ids)} tokens",
+                f"may have {self.context_length} tokens, the model's context",
+            )  # fmt: skip
+        for place, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ConfigError(
+                    "prompt",
+                    f"token {token!r} at place {place}",
+                    f"must be whole numbers from 0 to {self.vocab_size - 1}",
+                )
+
+
+def _check_sizes(max_batch: int, max_tokens: int | None, max_step_tokens: int) -> None:
+    for name, value, least in (
+        ("max_batch", max_batch, 1), ("max_tokens", max_tokens, PAGE), ("max_step_tokens", max_step_tokens, 1)
+    ):  # fmt: skip
+        if value is not None and (not math.isfinite(value) or value < least):
+            raise ConfigError(name, value, f"must be {least} or more")

@@ -1,0 +1,151 @@
+"""The key-value cache: a fixed number of pages, dealt out to sequences, and torch's way to attend over them.
+
+A page holds PAGE consecutive positions of one sequence in every layer. A request gets all its pages when it is admitted,
+so that a running request never waits for memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Positions of one page; the kernels of ops/decode.py take keys in runs of so many.
+PAGE = 16
+
+
+class Span(NamedTuple):
+    """New tokens of one sequence in a step, at consecutive positions."""
+
+    slot: int
+    first_position: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The tokens of one step, flat: span after span.
+
+    Attributes:
+        tokens_T, positions_T, slots_T: int64, int32, int32: id, place in its sequence, and row of the page table.
+        pages: [slots, pages of a sequence], int32.
+        logit_rows: the tokens after which logits are wanted.
+    """
+
+    spans: tuple[Span, ...]
+    tokens_T: Tensor
+    positions_T: Tensor
+    slots_T: Tensor
+    pages: Tensor
+    logit_rows: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.tokens_T.shape[0]
+
+
+def make_batch(
+    spans: Sequence[Span], tokens: Sequence[int], pages: Tensor, logit_rows: Sequence[int], device: torch.device
+) -> StepBatch:
+    """Returns the batch of some spans, whose tokens follow each other in `tokens`."""
+    positions = [p for span in spans for p in range(span.first_position, span.first_position + span.num_tokens)]
+    slots = [span.slot for span in spans for _ in range(span.num_tokens)]
+    assert len(tokens) == len(positions)
+    tokens_T = torch.tensor(tokens, dtype=torch.int64, device=device)
+    positions_T, slots_T = (torch.tensor(x, dtype=torch.int32, device=device) for x in (positions, slots))
+    return StepBatch(tuple(spans), tokens_T, positions_T, slots_T, pages, tuple(logit_rows))
+
+
+def pages_for(num_tokens: int) -> int:
+    """Returns the pages that hold so many positions."""
+    return -(-num_tokens // PAGE)
+
+
+class PageTable:
+    """Which pages each slot's sequence has."""
+
+    def __init__(self, num_slots: int, num_pages: int, pages_per_slot: int, device: torch.device | str = "cpu"):
+        self.num_pages = num_pages
+        self.table = torch.zeros(num_slots, pages_per_slot, dtype=torch.int32, device=device)
+        self._free_pages = list(range(num_pages - 1, -1, -1))
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._pages_of: dict[int, list[int]] = {}
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many positions can be admitted now."""
+        return bool(self._free_slots) and pages_for(num_tokens) <= len(self._free_pages)
+
+    def reserve(self, num_tokens: int) -> int:
+        """Returns a slot with pages for a sequence."""
+        assert self.fits(num_tokens)
+        slot = self._free_slots.pop()
+        pages = [self._free_pages.pop() for _ in range(pages_for(num_tokens))]
+        self._pages_of[slot] = pages
+        self.table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Takes back a slot and its pages."""
+        self._free_pages += reversed(self._pages_of.pop(slot))
+        self._free_slots.append(slot)
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free_pages)
+
+
+class TorchCache:
+    """Keys and values of some layers, [pages, PAGE, G, D] each, and attention over them by torch's own functions.
+
+    `begin` names the step's batch; then every layer's attention calls `attend` once.
+    """
+
+    def __init__(self, layers: Sequence[int], num_pages: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+                 device: torch.device):  # fmt: skip
+        shape = (num_pages, PAGE, num_kv_heads, head_dim)
+        self._keys = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
+        self._values = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
+        self._batch: StepBatch | None = None
+
+    def begin(self, batch: StepBatch) -> None:
+        """Sets the batch of the following calls."""
+        self._batch = batch
+
+    def attend(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+        """Stores the tokens' keys and values and returns attention's output, [T, A * D].
+
+        Rows after the batch's tokens belong to no sequence; their result is 0.
+        """
+        batch = self._batch
+        assert batch is not None, "begin comes first"
+        keys, values = self._keys[layer], self._values[layer]
+        num = batch.num_tokens
+        page_T = batch.pages[batch.slots_T.long(), (batch.positions_T // PAGE).long()].long()
+        place_T = (batch.positions_T % PAGE).long()
+        keys[page_T, place_T] = k_TGD[:num]
+        values[page_T, place_T] = v_TGD[:num]
+        y_TAD = torch.zeros_like(q_TAD)
+        start = 0
+        for span in batch.spans:
+            rows = slice(start, start + span.num_tokens)
+            y_TAD[rows] = self._attend_one(span, q_TAD[rows], keys, values)
+            start += span.num_tokens
+        return y_TAD.flatten(1)
+
+    def _attend_one(self, span: Span, q_SAD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        assert self._batch is not None
+        length = span.first_position + span.num_tokens
+        pages = self._batch.pages[span.slot, : pages_for(length)].long()
+        k_SGD, v_SGD = (t[pages].flatten(0, 1)[:length] for t in (keys, values))
+        mask_SS = torch.ones(span.num_tokens, length, dtype=torch.bool, device=q_SAD.device).tril(span.first_position)
+        query, key, value = (t.transpose(0, 1)[None] for t in (q_SAD, k_SGD, v_SGD))
+        y = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask_SS, enable_gqa=q_SAD.shape[1] != k_SGD.shape[1]
+        )
+        return y[0].transpose(0, 1)
