@@ -1,0 +1,147 @@
+"""Banks that stand for the experts of many layers as well as P banks can, found from inner products alone.
+
+With the experts of L layers as rows W[l], the best P-dimensional stand-in is the projection on the leading eigenvectors
+U of the matrix of inner products W W^T (Eckart and Young 1936), so weights need not be in memory together. Any P rows of
+U U^T W span the same space; we take those of P well-chosen layers, so that banks look like experts and these layers'
+coefficients are one-hot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_samoe.interop.assignment import best_assignment
+
+#: Coefficients nearer to 0 or 1 than this are rounding.
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class BankFit:
+    """The best P banks of G groups (all experts together, or each expert).
+
+    Attributes:
+        coefficients_LGP: W[l, g] is about sum_p coefficients[l, g, p] T[p, g].
+        mixture_PGL: T[p, g] = sum_l mixture[p, g, l] W[l, g].
+        lost_LG: share of the squared norm of W[l, g] that the banks do not reproduce.
+        norm_LG: squared norm of W[l, g].
+    """
+
+    coefficients_LGP: Tensor
+    mixture_PGL: Tensor
+    lost_LG: Tensor
+    norm_LG: Tensor
+
+    @property
+    def relative_error_L(self) -> Tensor:
+        """Norm of what each layer loses over the norm of its weights."""
+        lost_L, norm_L = (self.lost_LG * self.norm_LG).sum(1), self.norm_LG.sum(1)
+        return (lost_L / norm_L.clamp_min(1e-300)).sqrt()
+
+
+def fit_banks(gram_GLL: Tensor, num_banks: int) -> BankFit:
+    """Returns the best banks for inner products of layers, [G, L, L] in fp64."""
+    assert 1 <= num_banks <= gram_GLL.shape[1]
+    fits = [_fit_group(gram_LL.double(), num_banks) for gram_LL in gram_GLL]
+    return BankFit(*(torch.stack(parts, 1) for parts in zip(*fits, strict=True)))
+
+
+def _fit_group(gram_LL: Tensor, num_banks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    basis_LP = torch.linalg.eigh(gram_LL).eigenvectors[:, -num_banks:]
+    anchors_P = choose_anchors(basis_LP)
+    inverse_PP = torch.linalg.inv(basis_LP[anchors_P])
+    coefficients_LP = _rounded(basis_LP @ inverse_PP)
+    mixture_PL = _rounded(basis_LP[anchors_P] @ basis_LP.T)
+    norm_L = gram_LL.diagonal()
+    rest_LL = torch.eye(len(gram_LL), dtype=gram_LL.dtype) - basis_LP @ basis_LP.T
+    lost_L = torch.einsum("li,ij,lj->l", rest_LL, gram_LL, rest_LL).clamp_min(0)
+    return coefficients_LP, mixture_PL, lost_L / norm_L.clamp_min(1e-300), norm_L
+
+
+def _rounded(t: Tensor) -> Tensor:
+    return torch.where((t - t.round()).abs() < ROUNDING, t.round(), t)
+
+
+def choose_anchors(basis_LP: Tensor) -> Tensor:
+    """Returns P rows, rising, that are far from dependent: pivots of Gram-Schmidt on the rows."""
+    rest = basis_LP.clone()
+    chosen: list[int] = []
+    for _ in range(basis_LP.shape[1]):
+        lengths = rest.norm(dim=1)
+        lengths[chosen] = -1.0
+        # Of rows that are equal up to rounding the first, so that the choice does not hang on it.
+        pivot = int((lengths >= lengths.max() * (1 - 1e-9)).nonzero()[0])
+        chosen.append(pivot)
+        direction = rest[pivot] / rest[pivot].norm()
+        rest = rest - (rest @ direction)[:, None] * direction
+    return torch.tensor(sorted(chosen))
+
+
+def match_experts(gram_LELE: Tensor, num_banks: int, max_sweeps: int = 10) -> Tensor:
+    """Returns order_LE: expert order[l, e] of layer l plays role e, so that layers of one role share few directions.
+
+    Layers are placed one after another, the one that fits best first: a role's score for an expert is the squared norm
+    of the expert's projection on the P leading directions of the experts that play it so far. Then each layer is placed
+    again against all others until nothing changes, and the order that P banks reproduce best is kept.
+
+    Args:
+        gram_LELE: inner products of all experts of all layers, fp64.
+    """
+    num_layers, num_experts = gram_LELE.shape[:2]
+    order_LE = torch.arange(num_experts).repeat(num_layers, 1)
+    placed, waiting = [0], list(range(1, num_layers))
+    while waiting:
+        scores = {layer: _role_scores(gram_LELE, order_LE, placed, layer, num_banks) for layer in waiting}
+        best = max(waiting, key=lambda layer: float(scores[layer].amax(1).sum()))
+        order_LE[best] = _assign(scores[best])
+        placed.append(best)
+        waiting.remove(best)
+    kept, kept_loss = order_LE.clone(), _total_loss(gram_LELE, order_LE, num_banks)
+    for _ in range(max_sweeps):
+        before = order_LE.clone()
+        for layer in range(1, num_layers):
+            others = [other for other in range(num_layers) if other != layer]
+            order_LE[layer] = _assign(_role_scores(gram_LELE, order_LE, others, layer, num_banks))
+        loss = _total_loss(gram_LELE, order_LE, num_banks)
+        if loss < kept_loss:
+            kept, kept_loss = order_LE.clone(), loss
+        if torch.equal(order_LE, before):
+            break
+    return kept
+
+
+def _assign(score_EE: Tensor) -> Tensor:
+    # Equal scores keep the experts' own order.
+    own = torch.eye(len(score_EE), dtype=score_EE.dtype) * (1e-9 * float(score_EE.abs().max()) + 1e-300)
+    return torch.from_numpy(np.asarray(best_assignment((score_EE + own).numpy())))
+
+
+def _role_scores(gram_LELE: Tensor, order_LE: Tensor, placed: list[int], layer: int, num_banks: int) -> Tensor:
+    """Returns [expert of the layer, role]: squared norm of the projection on the role's leading directions."""
+    members = order_LE[placed]  # [m, role]
+    m = torch.tensor(placed)
+    among_EMM = gram_LELE[m[:, None, None], members[:, None, :], m[None, :, None], members[None, :, :]].permute(2, 0, 1)
+    values_EM, vectors_EMM = torch.linalg.eigh(among_EMM)
+    count = min(num_banks, len(placed))
+    values_EC, vectors_EMC = values_EM[:, -count:], vectors_EMM[:, :, -count:]
+    inner_EEM = gram_LELE[layer][:, m[:, None], members].permute(0, 2, 1)  # [expert, role, m]
+    along_EEC = torch.einsum("xrm,rmc->xrc", inner_EEM, vectors_EMC)
+    useful_EC = values_EC > 1e-10 * values_EM[:, -1:].clamp_min(1e-300)
+    return (along_EEC.square() / values_EC.clamp_min(1e-300) * useful_EC).sum(-1)
+
+
+def role_gram(gram_LELE: Tensor, order_LE: Tensor, per_expert: bool) -> Tensor:
+    """Returns inner products of layers, [G, L, L]: summed over roles (G = 1), or each role's (G = E)."""
+    layers = torch.arange(len(order_LE))
+    picked_LLE = gram_LELE[layers[:, None, None], order_LE[:, None, :], layers[None, :, None], order_LE[None, :, :]]
+    gram_ELL = picked_LLE.permute(2, 0, 1)
+    return gram_ELL if per_expert else gram_ELL.sum(0, keepdim=True)
+
+
+def _total_loss(gram_LELE: Tensor, order_LE: Tensor, num_banks: int) -> float:
+    fit = fit_banks(role_gram(gram_LELE, order_LE, per_expert=False), num_banks)
+    return float((fit.lost_LG * fit.norm_LG).sum())

@@ -1,0 +1,148 @@
+"""A model made from another, tensor by tensor: what every surgery returns.
+
+Nothing is computed when it is made; each tensor is read and changed when the writer asks for it, so that a model of any
+size passes through the memory of a few tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.config.cli import from_mapping, to_mapping
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import validate
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.models.layer_layout import LayerPlace, all_layers
+
+#: Names of one expert's tensors, in the order of reading that lets a bank be read once for all layers.
+EXPERT_WEIGHTS = ("w1", "b1", "w2", "b2")
+POOL = "expert_pool.bank."
+FRACTIONS = "training.expert_fractions"
+#: What a checkpoint holds besides the model.
+NOT_MODEL = ("optimizer.", "training.")
+
+
+@dataclass
+class EditedModel:
+    """A source of tensors of which each has its own recipe.
+
+    Attributes:
+        report: lines that tell a user what was done.
+    """
+
+    config: Mapping[str, Any]
+    train_state: Mapping[str, Any]
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    report: list[str] = field(default_factory=list)
+    _recipes: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor, made now."""
+        tensor = self._recipes[name]()
+        stored = self.tensors[name]
+        assert tuple(tensor.shape) == stored.shape, f"{name}: made {tuple(tensor.shape)}, promised {stored.shape}"
+        return tensor.to(stored.dtype).contiguous()
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, recipe: Callable[[], Tensor]) -> None:
+        """Adds a tensor that a recipe makes."""
+        self.tensors[name] = StoredTensor(tuple(shape), dtype)
+        self._recipes[name] = recipe
+
+    def keep(self, source: GlobalTensors, name: str) -> None:
+        """Adds a tensor as the source has it."""
+        self.add(name, source.tensors[name].shape, source.tensors[name].dtype, lambda: source.read(name))
+
+
+class ReadOnce:
+    """Reads tensors of a source and keeps the latest, for recipes that want the same one after another."""
+
+    def __init__(self, source: GlobalTensors):
+        self._source = source
+        self._latest: tuple[str, Tensor] | None = None
+
+    def __call__(self, name: str) -> Tensor:
+        """Returns a tensor that the caller must not change."""
+        if self._latest is None or self._latest[0] != name:
+            self._latest = None  # not two at a time
+            self._latest = name, self._source.read(name)
+        return self._latest[1]
+
+
+def begin_edit(source: GlobalTensors, config: PretrainConfig) -> EditedModel:
+    """Returns a model without tensors yet, with a new configuration and without optimizer state.
+
+    Raises:
+        ConfigErrors: the new configuration is not legal.
+    """
+    # Only the model counts here: where a run got its data, or its layout, is not the new model's matter.
+    validate(PretrainConfig(model=config.model, moe=config.moe, data=DataConfig(mock_data=True)), 1)
+    plain = {k: v for k, v in source.train_state.items() if k not in ("optimizer_steps", "digests", "format_version")}
+    return EditedModel(to_mapping(config), plain)
+
+
+def source_config(source: GlobalTensors) -> PretrainConfig:
+    """Returns the configuration of a source."""
+    return from_mapping(source.config, "the checkpoint's config.yaml")
+
+
+def require_family(config: PretrainConfig, needed: str, action: str) -> None:
+    """Raises ConfigError unless the source is of the family that an action takes."""
+    if config.moe.expert_layout != needed:
+        raise ConfigError(
+            "--load-dir", f"a checkpoint with expert_layout {config.moe.expert_layout}",
+            f"{action} needs a checkpoint with expert_layout {needed}",
+        )  # fmt: skip
+
+
+def model_names(source: GlobalTensors) -> list[str]:
+    """Returns the names of a source's model parameters, without what only training needs."""
+    return [name for name in source.tensors if not name.startswith(NOT_MODEL)]
+
+
+def moe_layers(config: PretrainConfig) -> list[LayerPlace]:
+    """Returns the layers that have experts, in order."""
+    return [place for place in all_layers(config) if place.moe_index is not None]
+
+
+def compute_dtype(source: GlobalTensors) -> torch.dtype:
+    """Returns the dtype that the model computes in, which its word embedding is stored in."""
+    return source.tensors["embedding.word.weight"].dtype
+
+
+def add_fractions(
+    edited: EditedModel, source: GlobalTensors, num_layers: int, num_experts: int, order_LE: Tensor | None = None
+) -> None:
+    """Adds the expert loads that a continued run starts from: the source's, reordered, or uniform."""
+
+    def recipe() -> Tensor:
+        if FRACTIONS not in source.tensors:
+            return torch.full((num_layers, num_experts), 1 / num_experts)
+        fractions_LE = source.read(FRACTIONS)
+        return fractions_LE if order_LE is None else fractions_LE.gather(1, order_LE)
+
+    edited.add(FRACTIONS, (num_layers, num_experts), torch.float32, recipe)
+
+
+def open_checkpoint(load_dir: str | Path, ckpt_step: int | None = None) -> CheckpointReader:
+    """Returns the newest checkpoint of a folder of checkpoints, or the one whose own folder is given.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(load_dir)
+    if (path / store.TRAIN_STATE).is_file() and ckpt_step is None:
+        return CheckpointReader(path)
+    checkpoint = CheckpointConfig(load=str(path), ckpt_step=ckpt_step, exit_on_missing_checkpoint=True)
+    directory = store.find_checkpoint(checkpoint)
+    assert directory is not None
+    return CheckpointReader(directory)

@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Upcycles, pools, folds or selects: makes a model of another family from a trained one. See --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_samoe.interop.edit import main
+
+if __name__ == "__main__":
+    sys.exit(main())
