@@ -206,21 +206,27 @@ def test_checkpoint_of_another_configuration_on_two_ranks(corpus: Path, trained:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_truncated_checkpoint(num_ranks: int, corpus: Path, _trained: Path, tmp_path: Path) -> None:
+    """An older whole checkpoint is taken and that is said; what was asked for by number is not replaced by another."""
     shutil.copytree(_trained, tmp_path / "run")
     os.truncate(tmp_path / "run/checkpoints/iter_0000006/__0_0.distcp", 3000)
     damaged = contents(tmp_path / "run/checkpoints")
-    paragraph = refused(tmp_path, num_ranks, data_path=corpus, run_dir=tmp_path / "run", train_iters=9)
-    assert f"{tmp_path / 'run/checkpoints/iter_0000006'} is damaged: __0_0.distcp differs" in paragraph
+    told = f"{tmp_path / 'run/checkpoints/iter_0000006'} is damaged: __0_0.distcp differs from what was written."
+    options = {"data_path": corpus, "run_dir": tmp_path / "run", "train_iters": 9}
+    assert told in refused(tmp_path, num_ranks, **options, ckpt_step=6)
     assert contents(tmp_path / "run/checkpoints") == damaged
-    rescue = arguments(data_path=corpus, run_dir=tmp_path / "run", ckpt_step=3)
-    start(rescue, tmp_path / "out").succeed()  # the older checkpoint is a way out
+    output = start(arguments(**options), tmp_path / "out", num_ranks=num_ranks).succeed()
+    assert f"{told} It is passed over; loading iteration 3." in output
+    assert iterations(tmp_path / "run/checkpoints")[-1] == 9
 
 
-def test_checkpoint_without_its_configuration(corpus: Path, _trained: Path, tmp_path: Path) -> None:
+def test_all_checkpoints_damaged(corpus: Path, _trained: Path, tmp_path: Path) -> None:
     shutil.copytree(_trained, tmp_path / "run")
-    (tmp_path / "run/checkpoints/iter_0000006/config.yaml").unlink()
+    for iteration in (3, 6):
+        (tmp_path / f"run/checkpoints/iter_000000{iteration}/config.yaml").unlink()
+    damaged = contents(tmp_path / "run/checkpoints")
     paragraph = refused(tmp_path, data_path=corpus, run_dir=tmp_path / "run", train_iters=9)
-    assert "config.yaml cannot be read" in paragraph
+    assert "iter_0000006 is damaged" in paragraph and "iter_0000003 is damaged" in paragraph
+    assert contents(tmp_path / "run/checkpoints") == damaged
 
 
 def test_checkpoint_of_a_newer_format(corpus: Path, _trained: Path, tmp_path: Path) -> None:

@@ -61,7 +61,12 @@ def reached(run: ProgramRun) -> int:
 @pytest.mark.parametrize("num_ranks", KILLS)
 def test_run_killed_at_random_points_ends_as_the_run_that_was_not(num_ranks: int, corpus: Path, tmp_path: Path) -> None:
     num_kills, num_iterations = KILLS[num_ranks]
-    options = {"train_iters": num_iterations, "save_interval": num_ranks, "keep_last": 2}
+    options = {
+        "train_iters": num_iterations,
+        "save_interval": num_ranks,
+        "keep_last": 2,
+        "async_save": num_ranks == 2 or None,
+    }
     start(noisy(corpus, tmp_path / "whole", num_ranks, **options), tmp_path / "out", num_ranks).succeed()
     draw = random.Random(num_ranks)
     at = 0
@@ -84,9 +89,10 @@ def test_run_killed_at_random_points_ends_as_the_run_that_was_not(num_ranks: int
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_kill_at_any_file_operation_of_saving_loses_nothing(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("async_save", [False, True], ids=["waiting", "background"])
+def test_kill_at_any_file_operation_of_saving_loses_nothing(async_save: bool, corpus: Path, tmp_path: Path) -> None:
     """The process dies before its n-th change to the checkpoint folder, for every n of a save with retention."""
-    options = {"train_iters": 3, "save_interval": 1, "keep_last": 1, "eval_iters": 0}
+    options = {"train_iters": 3, "save_interval": 1, "keep_last": 1, "eval_iters": 0, "async_save": async_save or None}
     start(noisy(corpus, tmp_path / "begun", exit_interval=1, **options), tmp_path / "out").succeed()
     start(noisy(corpus, tmp_path / "whole", **options), tmp_path / "out").succeed()
     victims: list[Path] = []
