@@ -24,6 +24,8 @@ class TrainingConfig:
     """Steps between evaluations; one more always follows the last step."""
     eval_iters: int = 10
     """Global batches of one evaluation; 0 for none."""
+    skip_train: bool = False
+    """Evaluate the checkpoint in --load and leave."""
     seed: int = 1234
     """Seed of initial weights, sample order, dropout and jitter."""
     bf16: bool = False

@@ -31,6 +31,9 @@ class Hook:
     def record(self, record: Record) -> None:
         """A step is logged."""
 
+    def evaluation(self, record: Record) -> None:
+        """A checkpoint is evaluated without training: iteration, validation_loss, validation_perplexity."""
+
     def close(self) -> None:
         """Training ends, for whatever reason."""
 
@@ -60,10 +63,14 @@ class ConsoleLog(Hook):
             fields.append(f"MFU: {record['mfu']:.1%}")
         logger.info(f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] " + " | ".join(fields) + " |")
         if "validation_loss" in record:
-            logger.info(
-                f" validation loss at iteration {record['iteration']} | lm loss value: {record['validation_loss']:.6E} | "
-                f"lm loss PPL: {record['validation_perplexity']:.6E} |"
-            )
+            self.evaluation(record)
+
+    def evaluation(self, record: Record) -> None:
+        """Prints one line."""
+        logger.info(
+            f" validation loss at iteration {record['iteration']} | lm loss value: {record['validation_loss']:.6E} | "
+            f"lm loss PPL: {record['validation_perplexity']:.6E} |"
+        )
 
 
 class MetricsFile(Hook):
@@ -98,6 +105,10 @@ class MetricsFile(Hook):
         """Writes one line."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+
+    def evaluation(self, record: Record) -> None:
+        """Writes one line."""
+        self.record(record)
 
     def close(self) -> None:
         """Closes the file."""

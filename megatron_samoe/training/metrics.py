@@ -100,8 +100,12 @@ def make_record(
         flops = train_flops_per_token(setup.config, setup.model.vocab_size) * tokens_per_s
         record["mfu"] = flops / (rate * setup.parallel.world_size)
     if validation_loss is not None:
-        record["validation_loss"] = validation_loss
-        record["validation_perplexity"] = math.exp(min(validation_loss, 700.0))
+        record |= validation_record(validation_loss)
     if diagnostics is not None:
         record |= diagnostics.plain()
     return record
+
+
+def validation_record(loss: float) -> Record:
+    """Returns what is recorded of an evaluation."""
+    return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}

@@ -21,7 +21,7 @@ from megatron_samoe.training.checkpointing import find_run, load_run, save_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.exit_signals import ExitSignals
 from megatron_samoe.training.hooks import Hook
-from megatron_samoe.training.metrics import Stopwatch, make_record
+from megatron_samoe.training.metrics import Stopwatch, make_record, validation_record
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.moe_diagnostics import expert_grad_norms, make_diagnostics
 from megatron_samoe.training.non_finite import raise_non_finite
@@ -73,6 +73,9 @@ class Trainer:
         with ExitSignals() as signals:
             try:
                 self._tell(lambda hook: hook.start(state.iteration))
+                if self.config.training.skip_train:
+                    self._evaluate_only(state)
+                    return state
                 batches = self._batches(state)
                 while state.iteration < self.config.training.train_iters:
                     state = self._one_step(state, next(batches))
@@ -156,6 +159,11 @@ class Trainer:
             return None
         self.doing = f"evaluating after iteration {state.iteration}"
         return evaluate(self.setup, self.data.valid_batches())
+
+    def _evaluate_only(self, state: TrainState) -> None:
+        self.doing = f"evaluating iteration {state.iteration}"
+        loss = evaluate(self.setup, self.data.valid_batches())
+        self._tell(lambda hook: hook.evaluation({"iteration": state.iteration, **validation_record(loss)}))
 
     def _warn_if_skipped(self, result: StepResult) -> None:
         if result.skipped:

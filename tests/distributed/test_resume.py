@@ -243,3 +243,17 @@ def test_a_finished_run_started_again_changes_nothing(corpus: Path, trained: Pat
     output = start(noisy(corpus, tmp_path / "run", save_interval=2), tmp_path / "out").succeed()
     assert "nothing to train" in output
     assert_same_run(tmp_path / "run", trained)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_skip_train_evaluates_what_is_loaded(num_ranks: int, corpus: Path, trained: Path, tmp_path: Path) -> None:
+    last = records(trained / "metrics.jsonl")[-1]
+    evaluate = arguments(
+        data_path=corpus, load=trained / "checkpoints", skip_train=True, metrics_file=tmp_path / "m.jsonl",
+        expert_model_parallel_size=num_ranks,
+    )  # fmt: skip
+    output = start(evaluate, tmp_path / "out", num_ranks).succeed()
+    (record,) = records(tmp_path / "m.jsonl")
+    assert record["iteration"] == last["iteration"]
+    assert record["validation_loss"] == pytest.approx(last["validation_loss"], rel=1e-6)
+    assert f"validation loss at iteration {last['iteration']}" in output

@@ -111,6 +111,7 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"save_interval": 5}, 1, "--save-interval", "--save or --run-dir"),
     ({"finetune": True}, 1, "--finetune", "--load or --run-dir"),
     ({"ckpt_step": 3}, 1, "--ckpt-step", "--load or --run-dir"),
+    ({"skip_train": True}, 1, "--skip-train", "needs --load"),
 ]  # fmt: skip
 
 
