@@ -1,17 +1,15 @@
 #include "shm_all_to_all.h"
 
-#include <fcntl.h>
-#include <linux/futex.h>
-#include <poll.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <random>
 
 #include "../kernels/kernels.h"
+#include "shm_wait.h"
 
 namespace samoe {
 namespace comm {
@@ -19,31 +17,6 @@ namespace {
 
 constexpr double kSliceSeconds = 0.05;      // of a sleep; how late a dead peer is noticed
 constexpr uint64_t kStreamBytes = 1 << 20;  // a larger exchange is written past the cache
-constexpr int kPidfdOpen = 434;             // SYS_pidfd_open, missing from older headers
-
-void futex_wait(std::atomic<uint32_t>& word, uint32_t value, double seconds) {
-  timespec time;
-  time.tv_sec = static_cast<time_t>(seconds);
-  time.tv_nsec = static_cast<long>((seconds - static_cast<double>(time.tv_sec)) * 1e9);
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, value, &time, nullptr, 0);
-}
-
-void futex_wake(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, 1, nullptr, nullptr, 0);
-}
-
-void pause_cpu() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
-// A pidfd becomes readable when its process has ended. kill(pid, 0) would take a zombie for alive.
-bool has_ended(int pidfd) {
-  if (pidfd < 0) return false;
-  pollfd request = {pidfd, POLLIN, 0};
-  return poll(&request, 1, 0) > 0;
-}
 
 }  // namespace
 
@@ -55,30 +28,48 @@ ShmAllToAll::ShmAllToAll(int rank, int world, int spins)
 
 ShmAllToAll::~ShmAllToAll() { close(); }
 
-std::string ShmAllToAll::create() { return peers_[static_cast<size_t>(rank_)].segment.create(world_, mark_); }
+std::string ShmAllToAll::create() {
+  Peer& self = peers_[static_cast<size_t>(rank_)];
+  const std::string problem = self.segment.create(world_, mark_);
+  return problem.empty() ? self.window.create() : problem;
+}
 
 std::string ShmAllToAll::address() const {
-  return std::to_string(owner_pid_) + " " + std::to_string(peers_[static_cast<size_t>(rank_)].segment.fd()) + " " +
-         std::to_string(mark_);
+  const Peer& self = peers_[static_cast<size_t>(rank_)];
+  return std::to_string(owner_pid_) + " " + std::to_string(self.segment.fd()) + " " + std::to_string(self.window.fd()) +
+         " " + std::to_string(mark_);
 }
 
 std::string ShmAllToAll::connect(const std::vector<std::string>& addresses) {
   for (int r = 0; r < world_; ++r) {
     if (r == rank_) continue;
     Peer& peer = peers_[static_cast<size_t>(r)];
-    int fd = -1;
+    int fd = -1, window_fd = -1;
     unsigned long long mark = 0;
-    if (std::sscanf(addresses[static_cast<size_t>(r)].c_str(), "%d %d %llu", &peer.pid, &fd, &mark) != 3) {
+    const char* address = addresses[static_cast<size_t>(r)].c_str();
+    if (std::sscanf(address, "%d %d %d %llu", &peer.pid, &fd, &window_fd, &mark) != 4) {
       return "rank " + std::to_string(r) + " has no segment";
     }
     // The pidfd comes first: once the mark is verified it is known to mean the peer, not a later process of that
     // number.
-    peer.pidfd = static_cast<int>(syscall(kPidfdOpen, peer.pid, 0));
+    peer.pidfd = open_pidfd(peer.pid);
     if (peer.pidfd < 0) return std::string("pidfd_open: ") + std::strerror(errno);
-    const std::string problem = peer.segment.open(peer.pid, fd, world_, mark);
+    std::string problem = peer.segment.open(peer.pid, fd, world_, mark);
+    if (problem.empty()) problem = peer.window.open(peer.pid, window_fd);
     if (!problem.empty()) return "rank " + std::to_string(r) + ": " + problem;
   }
   return "";
+}
+
+void ShmAllToAll::connect_threads(const std::vector<ShmAllToAll*>& all) {
+  for (int r = 0; r < world_; ++r) {
+    if (r == rank_) continue;
+    const Peer& theirs = all[static_cast<size_t>(r)]->peers_[static_cast<size_t>(r)];
+    Peer& peer = peers_[static_cast<size_t>(r)];
+    peer.pid = owner_pid_;
+    peer.segment.share(theirs.segment);
+    peer.window.share(theirs.window);
+  }
 }
 
 std::string ShmAllToAll::what() const {
@@ -86,8 +77,8 @@ std::string ShmAllToAll::what() const {
          std::to_string(operation_) + ": ";
 }
 
-std::string ShmAllToAll::start(const char* input, char* output, const std::vector<int64_t>& send_bytes,
-                               const std::vector<int64_t>& recv_bytes) {
+std::string ShmAllToAll::start(const char* input, char* output, const std::vector<Part>& send,
+                               const std::vector<Part>& recv) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (getpid() != owner_pid_) return what() + "the communicator belongs to the process that made it, not to its fork";
   if (!error_.empty()) return error_;
@@ -97,19 +88,20 @@ std::string ShmAllToAll::start(const char* input, char* output, const std::vecto
   ++operation_;
   for (int r = 0; r < world_; ++r) {
     Peer& peer = peers_[static_cast<size_t>(r)];
-    peer.input = input;
-    peer.output = output;
-    peer.send_bytes = static_cast<uint64_t>(send_bytes[static_cast<size_t>(r)]);
-    peer.recv_bytes = static_cast<uint64_t>(recv_bytes[static_cast<size_t>(r)]);
+    peer.input = input + send[static_cast<size_t>(r)].offset;
+    peer.output = output + recv[static_cast<size_t>(r)].offset;
+    peer.send_bytes = static_cast<uint64_t>(send[static_cast<size_t>(r)].bytes);
+    peer.recv_bytes = static_cast<uint64_t>(recv[static_cast<size_t>(r)].bytes);
     peer.sent = peer.received = 0;
-    input += peer.send_bytes;
-    output += peer.recv_bytes;
+    peer.pulled = nullptr;
   }
   Peer& self = peers_[static_cast<size_t>(rank_)];
   if (self.send_bytes != self.recv_bytes) {
     return what() + "sends itself " + std::to_string(self.send_bytes) + " bytes and expects " +
            std::to_string(self.recv_bytes);
   }
+  staged_ = self.window.place_of(input, 1, &staged_place_, &staged_capacity_);
+  staged_input_ = input;
   running_ = true;
   last_progress_ = last_look_ = Clock::now();
   return "";
@@ -124,6 +116,7 @@ void ShmAllToAll::ring_doorbell(int peer) {
 bool ShmAllToAll::send_piece(int to) {
   Peer& peer = peers_[static_cast<size_t>(to)];
   if (peer.sent == peer.send_bytes) return false;
+  if (staged_) return publish(to);
   Segment& own = peers_[static_cast<size_t>(rank_)].segment;
   Ring& ring = own.ring(to);
   const uint64_t piece = ring.written.load(std::memory_order_relaxed);
@@ -141,24 +134,63 @@ bool ShmAllToAll::send_piece(int to) {
   return true;
 }
 
+void ShmAllToAll::copy(const char* from, char* to, uint64_t bytes, bool streamed) const {
+  if (streamed) {
+    cpu::kernels().copy_streamed(from, to, static_cast<int64_t>(bytes));
+  } else {
+    std::memcpy(to, from, bytes);
+  }
+}
+
+bool ShmAllToAll::disagrees(int from, uint64_t message_bytes, uint64_t operation) {
+  const Peer& peer = peers_[static_cast<size_t>(from)];
+  if (operation == operation_ && message_bytes == peer.recv_bytes) return false;
+  fail("rank " + std::to_string(from) + " sent " + std::to_string(message_bytes) + " bytes in its exchange " +
+       std::to_string(operation) + " where " + std::to_string(peer.recv_bytes) +
+       " were expected: the ranks disagree about the splits");
+  return true;
+}
+
+// The way that the next message of a peer takes; `other` where only one of another exchange is there.
+ShmAllToAll::Way ShmAllToAll::next_message(int from) {
+  const Peer& peer = peers_[static_cast<size_t>(from)];
+  const Pull& pull = peer.segment.pull(rank_);
+  const Ring& ring = peer.segment.ring(rank_);
+  const uint64_t piece = ring.read.load(std::memory_order_relaxed);
+  // A later message that is seen makes all earlier ones visible, but perhaps after they were looked for: look again.
+  bool other = false;
+  for (int look = 0; look < 2; ++look) {
+    const bool rings = ring.written.load(std::memory_order_acquire) != piece;
+    if (rings && peer.segment.slot(rank_, piece).operation == operation_) return Way::ring;
+    const bool pulls = pull.pending();
+    if (pulls && pull.operation == operation_) return Way::pull;
+    if (look == 1 && other) return Way::other;
+    other = rings || pulls;
+  }
+  return Way::none;
+}
+
 bool ShmAllToAll::receive_piece(int from, bool streamed) {
   Peer& peer = peers_[static_cast<size_t>(from)];
   if (peer.received == peer.recv_bytes) return false;
   Ring& ring = peer.segment.ring(rank_);
   const uint64_t piece = ring.read.load(std::memory_order_relaxed);
-  if (ring.written.load(std::memory_order_acquire) == piece) return false;
   const Slot& slot = peer.segment.slot(rank_, piece);
-  if (slot.operation != operation_ || slot.message_bytes != peer.recv_bytes ||
-      slot.piece_bytes > peer.recv_bytes - peer.received) {
-    return fail("rank " + std::to_string(from) + " sent " + std::to_string(slot.message_bytes) +
-                " bytes in its exchange " + std::to_string(slot.operation) + " where " +
-                std::to_string(peer.recv_bytes) + " were expected: the ranks disagree about the splits");
+  switch (next_message(from)) {
+    case Way::none:
+      return false;
+    case Way::pull:
+      return pull_piece(from, streamed);
+    case Way::other:
+      if (peer.segment.pull(rank_).pending()) return pull_piece(from, streamed);
+      break;
+    case Way::ring:
+      break;
   }
-  if (streamed) {
-    cpu::kernels().copy_streamed(slot.data, peer.output + peer.received, static_cast<int64_t>(slot.piece_bytes));
-  } else {
-    std::memcpy(peer.output + peer.received, slot.data, slot.piece_bytes);
-  }
+  if (disagrees(from, slot.message_bytes, slot.operation)) return false;
+  if (slot.piece_bytes > peer.recv_bytes - peer.received)
+    return fail("rank " + std::to_string(from) + " sent more than it announced");
+  copy(slot.data, peer.output + peer.received, slot.piece_bytes, streamed);
   peer.received += slot.piece_bytes;
   ring.read.store(piece + 1, std::memory_order_release);
   // The sender cares only where its ring was full. The fences here and in send_piece order "I read" before "is it
@@ -172,11 +204,7 @@ bool ShmAllToAll::copy_own_piece(bool streamed) {
   Peer& self = peers_[static_cast<size_t>(rank_)];
   if (self.finished()) return false;
   const uint64_t bytes = std::min<uint64_t>(kPieceBytes, self.send_bytes - self.sent);
-  if (streamed) {
-    cpu::kernels().copy_streamed(self.input + self.sent, self.output + self.sent, static_cast<int64_t>(bytes));
-  } else {
-    std::memcpy(self.output + self.sent, self.input + self.sent, bytes);
-  }
+  copy(self.input + self.sent, self.output + self.sent, bytes, streamed);
   self.sent += bytes;
   self.received = self.sent;
   return true;
@@ -190,6 +218,7 @@ bool ShmAllToAll::fail(const std::string& reason) {
 }
 
 void ShmAllToAll::abort(const std::string& reason) {
+  std::lock_guard<std::mutex> lock(life_);
   Segment& own = peers_[static_cast<size_t>(rank_)].segment;
   if (own.fd() < 0) return;
   Header& header = own.header();
@@ -228,15 +257,17 @@ bool ShmAllToAll::peers_are_well(double timeout_s) {
     const auto state = static_cast<State>(header.state.load());
     const std::string name = "rank " + std::to_string(r) + " (process " + std::to_string(peer.pid) + ")";
     if (state == State::aborted) return fail(name + " gave up: " + header.reason);
-    if (!thorough || peer.finished()) continue;
+    const bool has_to_read = peers_[static_cast<size_t>(rank_)].segment.pull(r).pending();
+    if (!thorough || (peer.finished() && !has_to_read)) continue;
     // What a peer wrote before it left still counts: its ring is looked at after its end was seen.
     const bool gone = state == State::closed || has_ended(peer.pidfd);
     const bool has_data = peer.segment.ring(rank_).written.load(std::memory_order_acquire) !=
-                          peer.segment.ring(rank_).read.load(std::memory_order_relaxed);
+                              peer.segment.ring(rank_).read.load(std::memory_order_relaxed) ||
+                          peer.segment.pull(rank_).pending();
     const std::string where = ": " + std::to_string(peer.received) + " of " + std::to_string(peer.recv_bytes) +
                               " bytes received, " + std::to_string(peer.sent) + " of " +
                               std::to_string(peer.send_bytes) + " sent";
-    if (gone && !has_data)
+    if (gone && (!has_data || has_to_read))
       return fail(name + (state == State::closed ? " closed the communicator" : " has ended") + where);
     if (silent_s > timeout_s) {
       return fail("nothing came from " + name + " for " + std::to_string(static_cast<int64_t>(timeout_s)) + " s" +
@@ -281,6 +312,7 @@ Progress ShmAllToAll::run(double seconds, double timeout_s) {
 
 void ShmAllToAll::close() {
   std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<std::mutex> life(life_);
   Segment& own = peers_[static_cast<size_t>(rank_)].segment;
   if (own.fd() < 0) return;
   const bool is_owner = getpid() == owner_pid_;  // a fork only drops its mappings
@@ -293,7 +325,10 @@ void ShmAllToAll::close() {
     if (peer.pidfd >= 0) ::close(peer.pidfd);
     peer.pidfd = -1;
   }
-  for (Peer& peer : peers_) peer.segment.release();
+  for (Peer& peer : peers_) {
+    peer.segment.release();
+    peer.window.release();
+  }
   if (error_.empty()) error_ = what() + "the communicator is closed";
   running_ = false;
 }

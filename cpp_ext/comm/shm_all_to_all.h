@@ -1,23 +1,31 @@
 // All-to-all between the processes of one host through shared memory.
 //
 // Each pair of ranks has a ring of four pieces in the sender's segment. A rank fills the rings of its peers and empties
-// theirs in turn; it waits only when neither is possible, and only for its own pairs. Whoever writes or reads a piece
-// rings the other's doorbell. A wait spins for a moment, then sleeps in the kernel in short slices, in which it looks
+// theirs in turn; it waits only when neither is possible, and only for its own pairs. A message that lies in the sender's
+// window (stage) needs no ring: the receiver copies it from there. Which of the two a message takes is its sender's
+// choice; the receiver looks at both. Whoever writes or reads a piece rings the other's doorbell. A wait spins for a moment, then sleeps in the kernel in short slices, in which it looks
 // whether a peer gave up, died (pidfd) or stays silent for too long.
 #pragma once
 
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "shm_segment.h"
+#include "shm_window.h"
 
 namespace samoe {
 namespace comm {
 
 enum class Progress { done, pending, failed };
+
+// A rank's part of a buffer, in bytes.
+struct Part {
+  int64_t offset, bytes;
+};
 
 class ShmAllToAll {
  public:
@@ -29,16 +37,22 @@ class ShmAllToAll {
 
   // Makes this rank's segment. Returns an empty string, or why it failed.
   std::string create();
-  // Where peers find the segment: "pid fd mark".
+  // Where peers find segment and window: "pid fd window_fd mark".
   std::string address() const;
   // Opens the peers' segments; addresses are in rank order. Returns an empty string, or why it failed.
   std::string connect(const std::vector<std::string>& addresses);
 
-  // Begins an exchange: send_bytes[d] bytes of input go to rank d, recv_bytes[s] bytes of output come from rank s, each
-  // side in rank order. The memory must stay until run() returns something other than pending. Returns an empty string,
-  // or why it cannot begin.
-  std::string start(const char* input, char* output, const std::vector<int64_t>& send_bytes,
-                    const std::vector<int64_t>& recv_bytes);
+  // The same for ranks that are threads of one process, each with its own object; all[r] is rank r. For checks.
+  void connect_threads(const std::vector<ShmAllToAll*>& all);
+
+  // Memory in this rank's window for an input of so many bytes, of which peers make one copy in place of two. It is
+  // valid until the second next call. Waits until peers have read what lay there. failed: error() says why, or, where it
+  // is empty, *why says why there is no such memory; other exchanges still work.
+  Progress stage(int64_t bytes, double seconds, double timeout_s, std::shared_ptr<Mapping>* memory, std::string* why);
+
+  // Begins an exchange: send[d] of input goes to rank d, recv[s] of output comes from rank s. The memory must stay until
+  // run() returns something other than pending. Returns an empty string, or why it cannot begin.
+  std::string start(const char* input, char* output, const std::vector<Part>& send, const std::vector<Part>& recv);
   // Works on the exchange for up to `seconds`. After failed, error() says why and the communicator stays unusable.
   Progress run(double seconds, double timeout_s);
   // Gives up on all ranks; the first reason counts. May be called from any thread.
@@ -52,6 +66,8 @@ class ShmAllToAll {
   using Clock = std::chrono::steady_clock;
   struct Peer {
     Segment segment;
+    Window window;
+    const char* pulled = nullptr;  // the message in the peer's window, once it is mapped
     int pidfd = -1;
     int pid = 0;
     const char* input = nullptr;
@@ -60,8 +76,16 @@ class ShmAllToAll {
     bool finished() const { return sent == send_bytes && received == recv_bytes; }
   };
 
+  enum class Way { none, ring, pull, other };
+
+  Way next_message(int from);
   bool send_piece(int to);
+  bool publish(int to);
   bool receive_piece(int from, bool streamed);
+  bool pull_piece(int from, bool streamed);
+  bool disagrees(int from, uint64_t message_bytes, uint64_t operation);
+  bool window_is_read(int buffer) const;
+  void copy(const char* from, char* to, uint64_t bytes, bool streamed) const;
   bool copy_own_piece(bool streamed);  // what a rank sends itself, a piece a turn: its peers must not wait for it
   void ring_doorbell(int peer);
   void wait(uint32_t seen, Clock::time_point until);
@@ -71,11 +95,16 @@ class ShmAllToAll {
 
   int rank_, world_, spins_, owner_pid_;
   uint64_t mark_ = 0, operation_ = 0;
-  bool running_ = false;
+  bool running_ = false, staging_ = false;
+  bool staged_ = false;  // the exchange's input lies in the window
+  const char* staged_input_ = nullptr;
+  uint64_t staged_place_ = 0, staged_capacity_ = 0;
+  int next_buffer_ = 0;
   std::vector<Peer> peers_;  // peers_[rank_].segment is this rank's own
   std::string error_;
   Clock::time_point last_progress_, last_look_;
   std::mutex mutex_;
+  std::mutex life_;  // an abort may come from any thread, also while the segments are released
 };
 
 }  // namespace comm

@@ -13,10 +13,10 @@ namespace samoe {
 namespace comm {
 namespace {
 
-constexpr uint64_t kMagic = 0x53614d6f45613261;  // also tells a layout of another version: change it with the layout
+constexpr uint64_t kMagic = 0x53614d6f45613262;  // also tells a layout of another version: change it with the layout
 
 size_t segment_bytes(int world) {
-  return sizeof(Header) + static_cast<size_t>(world) * (sizeof(Ring) + kSlots * sizeof(Slot));
+  return sizeof(Header) + static_cast<size_t>(world) * (sizeof(Ring) + sizeof(Pull) + kSlots * sizeof(Slot));
 }
 
 std::string failure(const std::string& call) { return call + ": " + std::strerror(errno); }
@@ -50,6 +50,9 @@ std::string Segment::try_create(int world, uint64_t mark) {
   const size_t bytes = segment_bytes(world);
   if (ftruncate(fd_, static_cast<off_t>(bytes)) != 0)
     return failure("ftruncate to " + std::to_string(bytes) + " bytes");
+  // Memory that is not there is an error here, not a bus error at the first write.
+  if (fallocate(fd_, 0, 0, static_cast<off_t>(bytes)) != 0 && errno != EOPNOTSUPP)
+    return failure("fallocate of " + std::to_string(bytes) + " bytes");
   const std::string problem = map(bytes);
   if (!problem.empty()) return problem;
   // Fresh pages are zero: every counter starts at 0 and the state is open.
@@ -76,8 +79,15 @@ std::string Segment::try_open(pid_t pid, int fd, int world, uint64_t mark) {
   return "";
 }
 
+void Segment::share(const Segment& other) {
+  base_ = other.base_;
+  world_ = other.world_;
+  fd_ = dup(other.fd_);
+  shared_ = true;
+}
+
 void Segment::release() {
-  if (base_ != nullptr) munmap(base_, bytes_);
+  if (base_ != nullptr && !shared_) munmap(base_, bytes_);
   if (fd_ >= 0) close(fd_);
   base_ = nullptr;
   fd_ = -1;
@@ -88,8 +98,14 @@ Ring& Segment::ring(int peer) const {
   return reinterpret_cast<Ring*>(rings)[peer];
 }
 
+Pull& Segment::pull(int peer) const {
+  char* pulls = static_cast<char*>(base_) + sizeof(Header) + static_cast<size_t>(world_) * sizeof(Ring);
+  return reinterpret_cast<Pull*>(pulls)[peer];
+}
+
 Slot& Segment::slot(int peer, uint64_t piece) const {
-  char* slots = static_cast<char*>(base_) + sizeof(Header) + static_cast<size_t>(world_) * sizeof(Ring);
+  char* slots =
+      static_cast<char*>(base_) + sizeof(Header) + static_cast<size_t>(world_) * (sizeof(Ring) + sizeof(Pull));
   return reinterpret_cast<Slot*>(slots)[static_cast<uint64_t>(peer) * kSlots + piece % kSlots];
 }
 

@@ -35,6 +35,17 @@ struct Ring {
   alignas(64) std::atomic<uint64_t> read;
 };
 
+// A message that lies in the sender's window, from where the receiver copies it. One at a time: the sender publishes the
+// next when this one is consumed. Each counter has one writer.
+struct Pull {
+  alignas(64) std::atomic<uint64_t> published;
+  uint64_t operation, message_bytes, place, capacity;  // place and capacity: see shm_window.h
+  alignas(64) std::atomic<uint64_t> consumed;
+  bool pending() const {
+    return published.load(std::memory_order_acquire) != consumed.load(std::memory_order_acquire);
+  }
+};
+
 struct alignas(64) Slot {
   uint64_t operation;      // number of the exchange this piece belongs to
   uint64_t message_bytes;  // of the whole message
@@ -56,9 +67,12 @@ class Segment {
   std::string create(int world, uint64_t mark);
   std::string open(pid_t pid, int fd, int world, uint64_t mark);
   void release();
+  // For ranks that are threads: uses the other's mapping, which must outlive this.
+  void share(const Segment& other);
 
   Header& header() const { return *static_cast<Header*>(base_); }
   Ring& ring(int peer) const;
+  Pull& pull(int peer) const;
   Slot& slot(int peer, uint64_t piece) const;
   int fd() const { return fd_; }
 
@@ -70,6 +84,7 @@ class Segment {
   size_t bytes_ = 0;
   int fd_ = -1;
   int world_ = 0;
+  bool shared_ = false;
 };
 
 }  // namespace comm

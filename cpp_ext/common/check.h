@@ -23,4 +23,13 @@ inline void check_rows(const at::Tensor& tensor, const char* name) {
   check_contiguous(tensor, name, 2, tensor.scalar_type());
 }
 
+// Every entry must name a row: a wrong index would read foreign memory.
+inline void check_index(const at::Tensor& index, const char* name, int64_t low, int64_t high) {
+  const int64_t* values = index.const_data_ptr<int64_t>();
+  const int64_t num = index.numel();
+  bool bad = false;
+  for (int64_t i = 0; i < num; ++i) bad |= values[i] < low || values[i] >= high;
+  TORCH_CHECK_INDEX(!bad, name, " has an entry outside ", low, " to ", high - 1);
+}
+
 }  // namespace samoe

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_samoe.ops.all_to_all import all_to_all_rows, exchange_counts
-from megatron_samoe.ops.permute import Permutation, gather_rows, invert_index, make_permutation, permute, unpermute
+from megatron_samoe.ops.all_to_all import Route, dispatch_rows, exchange_counts, return_rows
+from megatron_samoe.ops.permute import Permutation, invert_index, make_permutation, permute, unpermute
 from megatron_samoe.parallel_state.state import Group
 
 
@@ -19,16 +19,13 @@ class Dispatched:
     Attributes:
         rows_RH: received tokens, sorted by local expert, then by sender.
         rows_per_expert: e counts that sum to R.
-        order_R: for each row its place in order of arrival, and inverse_R the other way; None where both are the same.
+        route: how the rows came; None where they did not travel.
     """
 
     rows_RH: Tensor
     rows_per_expert: list[int]
     permutation: Permutation
-    sent_rows: list[int]
-    received_rows: list[int]
-    order_R: Tensor | None
-    inverse_R: Tensor | None
+    route: Route | None
 
 
 class AllToAllDispatcher:
@@ -40,26 +37,22 @@ class AllToAllDispatcher:
     def dispatch(self, x_TH: Tensor, ids_TK: Tensor) -> Dispatched:
         """Sends every token to the experts it chose."""
         permutation = make_permutation(ids_TK, self.num_experts)
-        rows_NH = permute(x_TH, permutation)
         if self.group.size == 1:
-            counts = permutation.counts_E.tolist()
-            return Dispatched(rows_NH, counts, permutation, [], [], None, None)
+            return Dispatched(permute(x_TH, permutation), permutation.counts_E.tolist(), permutation, None)
         send_We = permutation.counts_E.view(self.group.size, -1)
         receive_We = exchange_counts(send_We, self.group)
         # The one place where the host waits for the device: an uneven exchange needs sizes on the host.
         table = torch.stack((send_We, receive_We)).cpu()
         sent, received = (part.sum(1).tolist() for part in table)
-        rows_RH = all_to_all_rows(rows_NH, sent, received, self.group)
         order_R = expert_major_order(table[1]).to(x_TH.device)
-        inverse_R = invert_index(order_R)
-        rows_RH = gather_rows(rows_RH, order_R, inverse_R)
-        return Dispatched(rows_RH, table[1].sum(0).tolist(), permutation, sent, received, order_R, inverse_R)
+        route = Route(sent, received, order_R, invert_index(order_R))
+        rows_RH = dispatch_rows(x_TH, permutation, route, self.group)
+        return Dispatched(rows_RH, table[1].sum(0).tolist(), permutation, route)
 
     def combine(self, y_RH: Tensor, probs_TK: Tensor, dispatched: Dispatched) -> Tensor:
         """Returns y_TH: the experts' results back at their tokens, weighted by probs_TK and summed."""
-        if dispatched.inverse_R is not None:
-            y_RH = gather_rows(y_RH, dispatched.inverse_R, dispatched.order_R)
-            y_RH = all_to_all_rows(y_RH, dispatched.received_rows, dispatched.sent_rows, self.group)
+        if dispatched.route is not None:
+            y_RH = return_rows(y_RH, dispatched.route, self.group)
         return unpermute(y_RH, probs_TK, dispatched.permutation)
 
 

@@ -1,15 +1,15 @@
-"""What the compiled all-to-alls have in common: checks, allocation, the gradient's way back, and an agreed start."""
+"""What the compiled all-to-alls have in common: checks, allocation, exchanges in the background, and an agreed start."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.log import say_once
@@ -23,10 +23,12 @@ class Communicator(ABC):
     """
 
     transport = ""  # as it is named in messages
+    device_type = "cpu"
 
     def __init__(self, group: Group, handle: int, timeout_s: float):
         self.group, self.timeout_s = group, timeout_s
         self._handle: int | None = handle
+        self._worker: ThreadPoolExecutor | None = None
 
     @abstractmethod
     def _exchange_bytes(
@@ -40,8 +42,8 @@ class Communicator(ABC):
     @abstractmethod
     def _close(self, handle: int) -> None: ...
 
-    def all_to_all_rows(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
-        """Returns the rows that all members sent here, in group order; differentiable.
+    def exchange(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
+        """Returns the rows that all members sent here, in group order; not recorded by autograd (see ops/all_to_all.py).
 
         Args:
             x: [sum(send_rows), ...], rows for member 0 first; any dtype.
@@ -49,30 +51,46 @@ class Communicator(ABC):
             receive_rows: rows from each member, as the others' send_rows say.
 
         Errors: CommunicationError where a peer dies, gives up, disagrees about the splits or is silent for timeout_s;
-        ValueError where the splits do not fit x.
+        ValueError, before anything is sent, where x is not on the right device or the splits do not fit it.
         """
-        received: Tensor = _AllToAllRows.apply(x, list(send_rows), list(receive_rows), self)
+        if self._worker is not None:  # exchanges keep their order
+            return self.start(x, send_rows, receive_rows).wait()
+        received = self._received(x, send_rows, receive_rows)
+        self._run(x, received, send_rows, receive_rows)
         return received
 
-    def exchange(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
-        """As all_to_all_rows, not recorded by autograd."""
+    def start(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Pending:
+        """As exchange, in the background: x must not change before wait() of what is returned, which has the rows."""
+        received = self._received(x, send_rows, receive_rows)
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, f"all-to-all {self.group.name}")
+        return Pending(received, self._worker.submit(self._run, x, received, send_rows, receive_rows))
+
+    def exchange_gathered(
+        self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int]
+    ) -> Tensor:
+        """Returns exchange(rows), where row r is x[index[r] // divisor]; the transport may save a copy of the rows."""
+        return self.exchange(torch.ops.megatron_samoe.permute(x, index, divisor), send_rows, receive_rows)
+
+    def _received(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
+        """Checks the arguments of an exchange and returns where its rows will be."""
         if self._handle is None:
             raise CommunicationError(f"The {self.transport} communicator of group {self.group.name!r} is closed.")
-        if len(send_rows) != self.group.size or len(receive_rows) != self.group.size or sum(send_rows) != x.shape[0]:
-            raise ValueError(
-                f"{x.shape[0]} rows in {self.group.size} ranks: send_rows = {list(send_rows)}, "
-                f"receive_rows = {list(receive_rows)}"
-            )
-        row_bytes = x.element_size()
-        for size in x.shape[1:]:
-            row_bytes *= size
-        received = x.new_empty((sum(receive_rows), *x.shape[1:]))
+        check_splits(x, send_rows, receive_rows, self.group.size)
+        if x.device.type != self.device_type:
+            raise ValueError(f"{self.transport} exchanges {self.device_type} tensors; x is on {x.device}")
+        return x.new_empty((sum(receive_rows), *x.shape[1:]))
+
+    def _run(self, x: Tensor, received: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> None:
+        row_bytes = x.element_size() * math.prod(x.shape[1:])
         send_bytes = [rows * row_bytes for rows in send_rows]
         recv_bytes = [rows * row_bytes for rows in receive_rows]
-        problem = self._exchange_bytes(self._handle, x.detach().contiguous(), received, send_bytes, recv_bytes)
+        assert self._handle is not None
+        self._raise(self._exchange_bytes(self._handle, x.detach().contiguous(), received, send_bytes, recv_bytes))
+
+    def _raise(self, problem: str) -> None:
         if problem:
             raise CommunicationError(f"All-to-all over group {self.group.name!r} through {self.transport}, {problem}")
-        return received
 
     def abort(self, reason: str) -> None:
         """Makes the exchange that this rank is in, and all later ones, fail with the reason."""
@@ -81,6 +99,9 @@ class Communicator(ABC):
 
     def close(self) -> None:
         """Frees what the communicator holds. A peer that still needs this rank gets a CommunicationError."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.shutdown(wait=True, cancel_futures=True)
         handle, self._handle = self._handle, None
         if handle is not None:
             self._close(handle)
@@ -96,19 +117,29 @@ class Communicator(ABC):
             self.close()
 
 
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, send_rows: list[int], receive_rows: list[int], communicator: Communicator
-    ) -> Tensor:
-        ctx.splits, ctx.communicator = (send_rows, receive_rows), communicator
-        return communicator.exchange(x, send_rows, receive_rows)
+class Pending:
+    """An exchange under way."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        send_rows, receive_rows = ctx.splits
-        return ctx.communicator.exchange(grad, receive_rows, send_rows), None, None, None
+    def __init__(self, received: Tensor, future: Future[None] | None):
+        self.received, self._future = received, future
+
+    def wait(self) -> Tensor:
+        """Returns the received rows; raises what the exchange raised."""
+        if self._future is not None:
+            self._future.result()
+        return self.received
+
+
+def check_splits(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], size: int) -> None:
+    """ValueError where rows do not fit the splits: a transport's own message would come late, or from another rank."""
+    if x.dim() < 1 or x.layout != torch.strided:
+        raise ValueError(f"an exchange takes dense rows, not {x.layout} {tuple(x.shape)}")
+    if not len(send_rows) == len(receive_rows) == size or sum(send_rows) != x.shape[0]:
+        raise ValueError(
+            f"{x.shape[0]} rows in {size} ranks: send_rows = {list(send_rows)}, receive_rows = {list(receive_rows)}"
+        )
+    if min(*send_rows, *receive_rows) < 0:
+        raise ValueError(f"send_rows = {list(send_rows)}, receive_rows = {list(receive_rows)}: none may be negative")
 
 
 def agreed(group: Group, problem: str, transport: str) -> bool:

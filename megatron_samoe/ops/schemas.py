@@ -26,7 +26,8 @@ shuffle_legacy(Tensor(a!) values, Tensor(b!) key, int position) -> int
 shm_create(int rank, int world, int spins) -> int
 shm_address(int handle) -> str
 shm_connect(int handle, str[] addresses) -> str
-shm_all_to_all(int handle, Tensor input, Tensor(a!) output, int[] send_bytes, int[] recv_bytes, float seconds, float timeout_s) -> str
+shm_all_to_all(int handle, Tensor input, Tensor(a!) output, int[] send_offsets, int[] send_bytes, int[] recv_offsets, int[] recv_bytes, float seconds, float timeout_s) -> str
+shm_stage_rows(int handle, Tensor x, Tensor index, int divisor, float seconds, float timeout_s) -> (Tensor rows, str state)
 shm_run(int handle, float seconds, float timeout_s) -> str
 shm_abort(int handle, str reason) -> ()
 shm_close(int handle) -> ()

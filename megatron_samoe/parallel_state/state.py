@@ -25,6 +25,11 @@ class RowExchange(Protocol):
     def exchange(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
         """Returns the rows that all members sent here, in group order."""
 
+    def exchange_gathered(
+        self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int]
+    ) -> Tensor:
+        """Returns exchange(rows), where row r is x[index[r] // divisor]."""
+
 
 @dataclass(frozen=True)
 class Group:

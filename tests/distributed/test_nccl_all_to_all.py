@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.ops import extension
+from megatron_samoe.ops.all_to_all import all_to_all_rows
 from megatron_samoe.ops.nccl_communicator import create_nccl_communicator, nccl_problem
 from megatron_samoe.parallel_state.state import Group
 from tests.harness.mortal_ranks import run_mortal_ranks
@@ -75,7 +77,7 @@ def _gradient(library: str) -> None:
     send, receive = rows_WW[rank].tolist(), rows_WW[:, rank].tolist()
     with _communicator(library) as communicator:
         x = torch.randn(sum(send), 4, requires_grad=True)
-        y = communicator.all_to_all_rows(x, send, receive)
+        y = all_to_all_rows(x, send, receive, replace(communicator.group, exchange=communicator))
         (dx,) = torch.autograd.grad(y, x, y.detach())
         assert torch.equal(dx, x)
         with pytest.raises(ValueError, match="rows in 2 ranks"):
@@ -174,7 +176,7 @@ def _many(library: str) -> int:
 
 
 def test_nothing_leaks(library):
-    assert run_ranks(_many, 2, library) == [0, 0]
+    assert max(run_ranks(_many, 2, library)) <= 0
 
 
 def _no_library(path: str) -> tuple[bool, str]:

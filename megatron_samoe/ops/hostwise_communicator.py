@@ -1,0 +1,93 @@
+"""All-to-all of a group whose ranks run on several hosts: shared memory inside a host, torch's sends between hosts."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_samoe.ops.communicator import Communicator
+from megatron_samoe.parallel_state.state import Group
+
+if TYPE_CHECKING:
+    from megatron_samoe.ops.shm_communicator import ShmCommunicator
+
+
+class HostwiseCommunicator(Communicator):
+    """All-to-all between processes of several hosts; CPU tensors.
+
+    Rows for ranks of other hosts are sent and received straight from and into the callers' tensors while the host's own
+    rows go through shared memory. An abort reaches the members on this host at once; others when their receives fail
+    or time out.
+
+    Args:
+        local: of the members on this host; closed with this.
+        here: their ranks in the group.
+    """
+
+    transport = "shared memory and torch"
+
+    def __init__(self, group: Group, local: ShmCommunicator, here: list[int], timeout_s: float):
+        super().__init__(group, 0, timeout_s)
+        self._local, self._here = local, here
+        self._failed = ""
+
+    def _exchange_bytes(
+        self, handle: int, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]
+    ) -> str:
+        if self._failed:
+            return self._failed
+        sends, receives = _bytes_of(x), _bytes_of(received)
+        send_offsets, recv_offsets = _starts(send_bytes), _starts(recv_bytes)
+        works = []
+        for step in range(1, self.group.size):
+            to, source = (self.group.rank + step) % self.group.size, (self.group.rank - step) % self.group.size
+            if recv_bytes[source] and source not in self._here:
+                part = receives[recv_offsets[source] : recv_offsets[source] + recv_bytes[source]]
+                works.append((source, "from", self._receive(part, source)))
+            if send_bytes[to] and to not in self._here:
+                part = sends[send_offsets[to] : send_offsets[to] + send_bytes[to]]
+                works.append((to, "to", self._send(part, to)))
+        own = [[values[rank] for rank in self._here] for values in (send_offsets, send_bytes, recv_offsets, recv_bytes)]
+        problem = self._local.exchange_parts(x, received, *own)
+        if not problem:
+            problem = _first_failure(works)
+            if problem:
+                self._local.abort(problem)
+        self._failed = problem
+        return problem
+
+    def _send(self, part: Tensor, to: int) -> dist.Work | None:
+        return dist.isend(part, self.group.ranks[to], group=self.group.handle)
+
+    def _receive(self, part: Tensor, source: int) -> dist.Work | None:
+        return dist.irecv(part, self.group.ranks[source], group=self.group.handle)
+
+    def _abort(self, handle: int, reason: str) -> None:
+        self._failed = self._failed or reason
+        self._local.abort(reason)
+
+    def _close(self, handle: int) -> None:
+        self._local.close()
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    return [0, *accumulate(sizes)][: len(sizes)]
+
+
+def _first_failure(works: list[tuple[int, str, dist.Work | None]]) -> str:
+    """Waits for all transfers; returns an empty string, or what failed."""
+    for peer, direction, work in works:
+        try:
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            return f"transfer {direction} rank {peer}: {str(error).splitlines()[0]}"
+    return ""
