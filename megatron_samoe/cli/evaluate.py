@@ -1,0 +1,294 @@
+"""Zero-shot tasks and perplexity: `python tools/evaluate.py --load runs/x/checkpoints --data-dir DIR --tasks piqa,boolq`.
+
+Under torchrun it spreads the model over the ranks; the checkpoint may have been saved by any other layout, and no layout
+changes the results. docs/evaluation.md has the tasks, the files they are read from, and what the figures mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.evaluation.zero_shot import tables
+from megatron_samoe.evaluation.zero_shot.lm_eval_adapter import run_harness
+from megatron_samoe.evaluation.zero_shot.predictors import CONSTANT, ConstantPredictor, ModelPredictor
+from megatron_samoe.evaluation.zero_shot.prepare import Questions, ask, prepare
+from megatron_samoe.evaluation.zero_shot.results import TaskResult, result_record, sample_records
+from megatron_samoe.evaluation.zero_shot.task import load_task, task_names
+from megatron_samoe.evaluation.zero_shot.variation import (
+    choose_iterations,
+    compare,
+    comparison_record,
+    variation_record,
+    variations,
+)
+from megatron_samoe.inference.load import load_model
+from megatron_samoe.log import configure_logging, logger
+from megatron_samoe.parallel_state import ParallelState, backend, initialize_model_parallel
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluated checkpoint, or predictor.
+
+    Attributes:
+        folder: of the checkpoint; empty for a predictor.
+    """
+
+    name: str
+    results: Sequence[TaskResult]
+    seq_length: int | None = None
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where models are loaded."""
+
+    parallel: ParallelState
+    layout: ParallelConfig
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    asked = parser.add_argument_group("what is asked")
+    asked.add_argument(
+        "--tasks", default="all", help="names and .yaml files between commas; all: every one that has data"
+    )
+    asked.add_argument("--list-tasks", action="store_true", help="show the tasks and leave")
+    asked.add_argument("--data-dir", type=Path, help="folder of the tasks' data; SAMOE_EVAL_DATA if not given")
+    asked.add_argument(
+        "--hub", action="store_true", help="fetch data that is not in --data-dir from the Hugging Face Hub"
+    )
+    asked.add_argument("--corpus", type=Path, nargs="+", default=[], metavar="FILE",
+                       help="texts whose perplexity is measured: .txt, or rows with a field \"text\"")  # fmt: skip
+    asked.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
+    who = parser.add_argument_group("who answers")
+    who.add_argument("--predictor", default="model", help=f"model, or without one {', '.join(CONSTANT)}")
+    who.add_argument("--load", help="folder of checkpoints, saved by any layout")
+    who.add_argument("--ckpt-step", type=int, metavar="N", help="iteration; the newest if not given")
+    who.add_argument(
+        "--checkpoints", metavar="LAST:N", help="mean, sd and range over the last N, or over a list such as 800,900"
+    )
+    who.add_argument(
+        "--compare-with", metavar="DIR", help="another folder of checkpoints, for paired tests on the same items"
+    )
+    for size in ("tensor", "pipeline", "expert"):
+        who.add_argument(f"--{size}-model-parallel-size", type=int, default=1, metavar="N")
+    who.add_argument(
+        "--batch-size", type=int, metavar="N", help="sequences of a forward pass; 4,096 tokens' worth if not given"
+    )
+    out = parser.add_argument_group("what is given out")
+    out.add_argument("--json", type=Path, metavar="FILE", help="results as JSON")
+    out.add_argument("--samples", type=Path, metavar="DIR", help="one .jsonl per task with every item and answer")
+    harness = parser.add_argument_group("lm-evaluation-harness (extra eval)")
+    harness.add_argument(
+        "--harness", action="store_true", help="run the harness's tasks of these names in place of ours"
+    )
+    harness.add_argument("--include-path", metavar="DIR", help="further task files in the harness's format")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit status."""
+    rank = int(os.environ.get("RANK", "0"))
+    configure_logging(rank)
+    options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        if options.list_tasks:
+            for name in task_names():
+                logger.info(f"{name:14} {load_task(name).description}")
+            return 0
+        _check(options)
+        _evaluate(options, rank)
+    except MegatronSamoeError as error:
+        if rank == 0 or not error.collective:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that do not go together."""
+    constant = options.predictor != "model"
+    if constant:
+        ConstantPredictor(options.predictor)
+    for name in ("load", "ckpt_step", "checkpoints", "compare_with", "batch_size", "harness"):
+        if constant and getattr(options, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}",
+                getattr(options, name),
+                f"has no effect with --predictor {options.predictor}",
+            )
+    if not constant and not options.load:
+        raise ConfigError(
+            "--load", None, f"must name a folder of checkpoints, or give --predictor {'|'.join(CONSTANT)}"
+        )
+    if options.checkpoints and options.ckpt_step is not None:
+        raise ConfigError("--ckpt-step", options.ckpt_step, "excludes --checkpoints")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ConfigError("--batch-size", options.batch_size, "must be 1 or more")
+    if options.harness:
+        if options.tasks == "all":
+            raise ConfigError("--tasks", "all", "with --harness must name tasks of the harness")
+        for name in ("data_dir", "hub", "corpus", "checkpoints", "compare_with", "samples"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "has no effect with --harness")
+    elif options.include_path:
+        raise ConfigError("--include-path", options.include_path, "needs --harness")
+
+
+def _evaluate(options: argparse.Namespace, rank: int) -> None:
+    if options.harness:
+        _run_harness(options, rank)
+        return
+    data_dir = options.data_dir or (Path(os.environ["SAMOE_EVAL_DATA"]) if os.environ.get("SAMOE_EVAL_DATA") else None)
+    wants_tasks = options.tasks != "all" or data_dir is not None or not options.corpus
+    questions = prepare(options.tasks if wants_tasks else "", data_dir, options.corpus, options.limit, options.hub)
+    if questions.skipped:
+        logger.info(f"no data, left out: {', '.join(questions.skipped)}")
+    if options.predictor != "model":
+        runs, other = [Run(options.predictor, ask(questions, ConstantPredictor(options.predictor), _tell))], []
+    else:
+        place = _join(options)
+        steps = _steps(options.load, options.checkpoints, options.ckpt_step)
+        runs = [_ask_model(options, place, options.load, step, questions) for step in steps]
+        other = [_ask_model(options, place, options.compare_with, None, questions)] if options.compare_with else []
+    if rank == 0:
+        _show(runs, other)
+        _write(options, runs, other)
+
+
+def _join(options: argparse.Namespace) -> Place:
+    """Joins the torchrun job, if this is one."""
+    layout = ParallelConfig(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        expert_model_parallel_size=options.expert_model_parallel_size,
+    )
+    device = backend.choose_device(layout)
+    backend.set_num_threads(None)
+    backend.initialize_distributed(layout, device)
+    return Place(initialize_model_parallel(layout, device), layout)
+
+
+def _steps(folder: str, checkpoints: str | None, ckpt_step: int | None) -> list[int | None]:
+    if checkpoints is None:
+        return [ckpt_step]
+    return list(choose_iterations(checkpoints, store.whole_iterations(folder), folder))
+
+
+def _ask_model(options: argparse.Namespace, place: Place, folder: str, step: int | None, questions: Questions) -> Run:
+    loaded = load_model(folder, place.parallel, place.layout, ckpt_step=step)
+    logger.info(f"{loaded.directory}")
+    predictor = ModelPredictor(loaded, options.batch_size, _bar)
+    return Run(
+        loaded.directory.name, ask(questions, predictor, _tell), loaded.config.model.seq_length, str(loaded.directory)
+    )
+
+
+def _tell(result: TaskResult) -> None:
+    first, measured = next(iter(result.metrics.items()))
+    scale = 100 if measured.metric.in_percent else 1
+    logger.info(f"  {result.task}: {first} {scale * measured.value:.4g}")
+
+
+@contextlib.contextmanager
+def _bar(name: str, total: int) -> Iterator[Callable[[int], Any]]:
+    """A progress bar on the first rank's terminal."""
+    from tqdm import tqdm
+
+    hidden = int(os.environ.get("RANK", "0")) != 0 or not sys.stderr.isatty()
+    with tqdm(total=total, desc=name, disable=hidden, leave=False) as bar:
+        yield bar.update
+
+
+_: Callable[[str, int], AbstractContextManager[Callable[[int], Any]]] = _bar
+
+
+def _show(runs: Sequence[Run], other: Sequence[Run]) -> None:
+    last = runs[-1]
+    logger.info(f"\n{last.folder or last.name}\n{tables.result_table(last.results)}")
+    for note in tables.notes(last.results, last.seq_length):
+        logger.info(note)
+    if len(runs) > 1:
+        names = ", ".join(run.name for run in runs)
+        logger.info(
+            f"\nover {len(runs)} checkpoints ({names})\n{tables.variation_table(variations([r.results for r in runs]))}"
+        )
+    for second in other:
+        comparisons = compare(last.results, second.results)
+        logger.info(f"\nfirst {last.folder}\nsecond {second.folder}\n{tables.comparison_table(comparisons)}")
+
+
+def _write(options: argparse.Namespace, runs: Sequence[Run], other: Sequence[Run]) -> None:
+    everyone = [*runs, *other]
+    if options.json:
+        content: dict[str, Any] = {
+            "runs": [
+                {"name": run.name, "checkpoint": run.folder, "seq_length": run.seq_length, "limit": options.limit,
+                 "results": [result_record(result) for result in run.results]}
+                for run in everyone
+            ]
+        }  # fmt: skip
+        if len(runs) > 1:
+            content["variation"] = [variation_record(v) for v in variations([run.results for run in runs])]
+        for second in other:
+            content["comparison"] = [comparison_record(c) for c in compare(runs[-1].results, second.results)]
+        _write_text(options.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    if options.samples:
+        for number, run in enumerate(everyone):
+            folder = options.samples if len(everyone) == 1 else options.samples / f"{number}_{run.name}"
+            for result in run.results:
+                if result.items:
+                    lines = [
+                        json.dumps(record, ensure_ascii=False, allow_nan=False) for record in sample_records(result)
+                    ]
+                    _write_text(folder / f"{result.task}.jsonl", "\n".join(lines) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError("--json/--samples", str(path), f"cannot be written: {error.strerror or error}") from None
+
+
+def _run_harness(options: argparse.Namespace, rank: int) -> None:
+    place = _join(options)
+    loaded = load_model(options.load, place.parallel, place.layout, ckpt_step=options.ckpt_step)
+    found = run_harness(
+        loaded, [name.strip() for name in options.tasks.split(",")], batch_size=options.batch_size, limit=options.limit,
+        include_path=options.include_path,
+    )  # fmt: skip
+    if rank == 0:
+        results = found["results"]
+        for task, metrics in results.items():
+            for name, value in metrics.items():
+                if isinstance(value, float):
+                    logger.info(f"{task:24} {name.removesuffix(',none'):20} {value:.6g}")
+        if options.json:
+            _write_text(options.json, json.dumps(results, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

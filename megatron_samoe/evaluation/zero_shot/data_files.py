@@ -1,0 +1,195 @@
+"""Finding and reading a task's data: files below a folder, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_samoe.errors import DataError, nearest
+from megatron_samoe.evaluation.zero_shot.items import Document
+from megatron_samoe.evaluation.zero_shot.task import Task
+
+KINDS = (".jsonl", ".json", ".parquet", ".txt")
+PACKINGS = ("", ".xz", ".gz")
+
+
+class NoDataError(DataError):
+    """A task's data is not there (as opposed to: is damaged)."""
+
+
+def find_data(task: Task, data_dir: Path) -> Path:
+    """Returns the first of a task's files (or folders of files) that is there.
+
+    Raises:
+        NoDataError: none is; the message names all that were looked for.
+    """
+    if not data_dir.is_dir():
+        siblings = [p.name for p in data_dir.parent.iterdir()] if data_dir.parent.is_dir() else []
+        raise NoDataError(
+            f"--data-dir {data_dir} is no folder.{nearest(data_dir.name, siblings)} Task {task.name} would look there for "
+            f"{_looked_for(task)}."
+        )
+    for name in task.files:
+        for ending in (kind + packing for kind in KINDS for packing in PACKINGS):
+            found = sorted(p for p in data_dir.glob(name + ending) if p.is_file())
+            if found:
+                return found[0]
+        folders = sorted(p for p in data_dir.glob(name) if p.is_dir() and _files_in(p))
+        if folders:
+            return folders[0]
+    raise NoDataError(
+        f"Task {task.name} has no data in {data_dir}: looked for {_looked_for(task)}. --hub would fetch it."
+        if task.hub
+        else f"Task {task.name} has no data in {data_dir}: looked for {_looked_for(task)}."
+    )
+
+
+def _looked_for(task: Task) -> str:
+    endings = "{" + ",".join(KINDS) + "}[" + "|".join(filter(None, PACKINGS)) + "]"
+    return ", ".join(f"{name}{endings}" for name in task.files)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(
+        p for p in folder.iterdir() if p.is_file() and p.name.removesuffix(".xz").removesuffix(".gz").endswith(KINDS)
+    )
+
+
+def read_rows(task: Task, data_dir: Path | None, hub: bool = False) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields (place, row) of a task's data as it stands in the files.
+
+    Raises:
+        DataError: there is no data, or it cannot be read.
+    """
+    if data_dir is None:
+        if not hub:
+            raise NoDataError(f"Task {task.name} needs --data-dir (or SAMOE_EVAL_DATA) or --hub.")
+        yield from _hub_rows(task)
+        return
+    try:
+        path = find_data(task, data_dir)
+    except NoDataError:
+        if not (hub and task.hub):
+            raise
+        yield from _hub_rows(task)
+        return
+    labels = _labels(task, path)
+    number = -1
+    for file in _files_in(path) if path.is_dir() else [path]:
+        for where, row in _file_rows(file):
+            number += 1
+            if labels is None:
+                yield where, row
+            elif number < len(labels):
+                yield where, {**row, "label": labels[number]}
+            else:
+                raise DataError(f"{where}: {task.labels} beside it has only {len(labels)} labels.")
+
+
+def _labels(task: Task, path: Path) -> list[str] | None:
+    """Returns the labels of a file of their own; None where the rows bring theirs."""
+    beside = path.parent / task.labels if task.labels else None
+    if beside is None or not beside.is_file():
+        return None
+    return beside.read_text().split()
+
+
+def read_text(path: Path) -> str:
+    """Returns a file's text, unpacked; DataError if it cannot be read."""
+    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            return file.read().decode("utf-8")
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    kind = Path(path.name.removesuffix(".xz").removesuffix(".gz")).suffix
+    if kind == ".parquet":
+        rows = _parquet_rows(path)
+    else:
+        rows = _text_rows(read_text(path), kind, path)
+    for number, row in rows:
+        where = f"{path.name}:{number}"
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where} is no row with fields, but {type(row).__name__}.")
+        yield where, row
+
+
+def _text_rows(text: str, kind: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields numbered rows of JSON lines, of one JSON document, or of plain lines ({"text": line}).
+
+    Files called .json may hold JSON lines, those called .jsonl or .txt one document: publishers do both.
+    """
+    lines = text.split("\n")
+    first = text.lstrip()[:1]
+    if kind == ".txt" and first != "{":
+        yield from ((n, {"text": line}) for n, line in enumerate(lines, 1) if line.strip())
+        return
+    try:
+        if kind == ".jsonl":
+            raise json.JSONDecodeError("as lines", text, 0)
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path.name}:{number} is no JSON: {error}.") from None
+        return
+    if isinstance(whole, Mapping):
+        listed = [whole[name] for name in ("Data", "data") if isinstance(whole.get(name), list)]
+        whole = listed[0] if listed else [whole]
+    yield from enumerate(whole, 1)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DataError(f"{path} needs pyarrow: pip install 'megatron_samoe[data]'.") from None
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
+    yield from enumerate(table.to_pylist(), 1)
+
+
+def _hub_rows(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if task.hub is None:
+        raise NoDataError(f"Task {task.name} names no data set on the Hub; give --data-dir.")
+    try:
+        import datasets
+    except ImportError:
+        raise DataError("--hub needs the datasets library: pip install 'megatron_samoe[eval]'.") from None
+    try:
+        rows = datasets.load_dataset(task.hub["path"], task.hub.get("name"), split=task.hub["split"])
+    except Exception as error:  # the library raises many kinds
+        raise NoDataError(f"Task {task.name}: the Hub's {task.hub['path']} cannot be had: {error}") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{task.hub['path']}:{number}", row
+
+
+def read_documents(path: Path, limit: int | None = None) -> list[Document]:
+    """Returns the texts of a file: the field "text" of each row, or a .txt file as one; DataError if there are none."""
+    if not path.is_file():
+        raise NoDataError(f"--corpus {path} is not there.")
+    kind = Path(path.name.removesuffix(".xz").removesuffix(".gz")).suffix
+    if kind not in (".jsonl", ".json", ".parquet"):
+        documents = [Document(path.name, read_text(path))]
+    else:
+        documents = []
+        for where, row in _file_rows(path):
+            if not isinstance(row.get("text"), str):
+                raise DataError(f'{where} has no field "text"; it has {", ".join(map(str, row))}.')
+            documents.append(Document(where, row["text"]))
+    documents = [document for document in documents if document.text][:limit]
+    if not documents:
+        raise DataError(f"{path} holds no text.")
+    return documents

@@ -1,0 +1,159 @@
+"""Metrics as statistics of sums.
+
+A metric turns items and responses into one vector per unit, x_UV (a unit is an item, or a question of several items), and
+is a function of the vectors' sum: accuracy is sum(right) / sum(1), F1 is 2 sum(hits) / (sum(yes) + sum(gold)). Resampling
+units, and comparing two models on the same units, then work for every metric in the same way.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_samoe.evaluation.zero_shot.items import Item, Response, groups_of
+
+Units = Callable[[Sequence[Item], Sequence[Response]], np.ndarray]
+RANKED = ("multiple_choice", "partial")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        units: gives x_UV in fp64.
+        finish: value [...] of sums [..., V].
+        kinds: kinds of task that it has a meaning for.
+        in_percent: shown times 100.
+        needs_group: counts whole questions.
+        binary: the value is a share of units that are right; its x_UV is (0 or 1, 1).
+    """
+
+    units: Units
+    finish: Callable[[np.ndarray], np.ndarray]
+    kinds: tuple[str, ...]
+    in_percent: bool = True
+    needs_group: bool = False
+    binary: bool = False
+
+
+def prediction(item: Item, response: Response) -> int:
+    """Returns the choice of highest log-likelihood, the first of equals."""
+    return int(np.argmax(response.loglikelihoods))
+
+
+def normalised_prediction(item: Item, response: Response) -> int:
+    """Returns the choice of highest log-likelihood per UTF-8 byte of its text."""
+    lengths = [max(1, len(text.encode())) for text in item.choice_texts]
+    return int(np.argmax(np.array(response.loglikelihoods) / lengths))
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = {ord(c): " " for c in string.punctuation + "‘’´`"}
+
+
+def normalise_answer(text: str) -> str:
+    """Returns an answer in lower case without punctuation, articles and spare white space (TriviaQA's own rule)."""
+    text = text.lower().replace("_", " ").translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def is_right(item: Item, response: Response) -> bool:
+    """Whether an item counts as answered by the plainest rule of its kind."""
+    if item.answers:
+        return normalise_answer(response.text) in set(map(normalise_answer, item.answers))
+    if len(item.pairs) == 1:
+        return response.is_greedy[0]
+    return prediction(item, response) == item.gold
+
+
+def _share(right: Callable[[Item, Response], bool]) -> Units:
+    def units(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
+        return np.array([(right(i, r), 1) for i, r in zip(items, responses, strict=True)], dtype=np.float64).reshape(
+            -1, 2
+        )
+
+    return units
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]
+
+
+def _loglikelihood(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
+    return np.array([(r.loglikelihoods[0], 1) for r in responses], dtype=np.float64).reshape(-1, 2)
+
+
+def _perplexity(sums: np.ndarray) -> np.ndarray:
+    return np.exp(-_ratio(sums))
+
+
+def _exact_questions(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
+    right = [is_right(i, r) for i, r in zip(items, responses, strict=True)]
+    return np.array([(all(right[n] for n in group), 1) for group in groups_of(items)], dtype=np.float64).reshape(-1, 2)
+
+
+def _answers_per_question(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
+    """Returns (right, answers, said yes, is yes, both) of each question; choice 1 is "yes"."""
+    said = np.array([prediction(i, r) == 1 for i, r in zip(items, responses, strict=True)], dtype=np.float64)
+    gold = np.array([i.gold == 1 for i in items], dtype=np.float64)
+    x_NV = np.stack((said == gold, np.ones_like(said), said, gold, said * gold), axis=1).astype(np.float64)
+    return np.stack([x_NV[group].sum(0) for group in groups_of(items)])
+
+
+def _f1(hits: np.ndarray, said: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """Returns 2 hits / (said + gold), 0 where that is 0 / 0."""
+    total = said + gold
+    return np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0)
+
+
+def _class_counts(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
+    """Returns (hits, said, gold) of each class, side by side."""
+    num_classes = max(len(item.pairs) for item in items)
+    x_UVC = np.zeros((len(items), 3, num_classes))
+    for row, (item, response) in enumerate(zip(items, responses, strict=True)):
+        said = prediction(item, response)
+        x_UVC[row, 0, said] = said == item.gold
+        x_UVC[row, 1, said] = 1
+        x_UVC[row, 2, item.gold] = 1
+    return x_UVC.reshape(len(items), -1)
+
+
+def _macro_f1(sums: np.ndarray) -> np.ndarray:
+    hits, said, gold = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, -1), -2, 0)
+    return _f1(hits, said, gold).mean(-1)
+
+
+METRICS: dict[str, Metric] = {
+    "acc": Metric(_share(is_right), _ratio, (*RANKED, "greedy_match"), binary=True),
+    "acc_norm": Metric(
+        _share(lambda item, response: normalised_prediction(item, response) == item.gold), _ratio, RANKED, binary=True
+    ),
+    "exact_match": Metric(_share(is_right), _ratio, ("generate",), binary=True),
+    "perplexity": Metric(_loglikelihood, _perplexity, ("greedy_match",), in_percent=False),
+    "f1_macro": Metric(_class_counts, _macro_f1, RANKED),
+    # MultiRC's four; see docs/evaluation.md for why they belong together.
+    "acc_per_answer": Metric(_answers_per_question, lambda s: s[..., 0] / s[..., 1], RANKED, needs_group=True),
+    "em": Metric(_exact_questions, _ratio, RANKED, needs_group=True, binary=True),
+    "f1a": Metric(_answers_per_question, lambda s: _f1(s[..., 4], s[..., 2], s[..., 3]), RANKED, needs_group=True),
+    "yes_share": Metric(_answers_per_question, lambda s: s[..., 2] / s[..., 1], RANKED, needs_group=True),
+}
+
+
+def _per(column: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda sums: np.exp(-sums[..., 0] / sums[..., column])
+
+
+#: Of whole texts; x_UV is (log-likelihood, tokens, bytes, words) of each document.
+CORPUS_METRICS: dict[str, Metric] = {
+    "token_perplexity": Metric(lambda *_: np.empty(0), _per(1), ("corpus",), in_percent=False),
+    "byte_perplexity": Metric(lambda *_: np.empty(0), _per(2), ("corpus",), in_percent=False),
+    "word_perplexity": Metric(lambda *_: np.empty(0), _per(3), ("corpus",), in_percent=False),
+    "bits_per_byte": Metric(
+        lambda *_: np.empty(0), lambda s: -s[..., 0] / s[..., 2] / np.log(2.0), ("corpus",), in_percent=False
+    ),
+}

@@ -1,0 +1,112 @@
+"""How sure a figure is: standard errors, spread over checkpoints, and whether two models differ on the same items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_CHUNK = 250
+
+
+def binomial_stderr(share: float, count: int) -> float:
+    """Returns sqrt(p (1 - p) / n)."""
+    return math.sqrt(share * (1 - share) / count)
+
+
+def _resampled_sums(x_UV: np.ndarray, num_samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yields sums [samples, V] over units drawn with replacement; equal seeds and sizes draw the same units."""
+    generator = np.random.default_rng(seed)
+    units = x_UV.shape[0]
+    for start in range(0, num_samples, _CHUNK):
+        count = min(_CHUNK, num_samples - start)
+        yield generator.multinomial(units, np.full(units, 1 / units), size=count).astype(np.float64) @ x_UV
+
+
+def bootstrap_stderr(
+    x_UV: np.ndarray, finish: Callable[[np.ndarray], np.ndarray], num_samples: int = 1000, seed: int = 0
+) -> float:
+    """Returns the standard deviation of a statistic over resampled units; nan with fewer than two units."""
+    if x_UV.shape[0] < 2:
+        return math.nan
+    values = np.concatenate([finish(sums) for sums in _resampled_sums(x_UV, num_samples, seed)])
+    return float(np.std(values, ddof=1))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure over nearby checkpoints.
+
+    Attributes:
+        sd: with n - 1; nan for one value.
+    """
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Returns mean, standard deviation and range."""
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return Spread(float(np.mean(values)), sd, min(values), max(values))
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """The exact test on units that just one of two models gets right.
+
+    Attributes:
+        only_first, only_second: number of such units.
+        p_value: two-sided, that the split of these is as uneven if both models are equally good.
+    """
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndarray) -> McNemar:
+    """Returns McNemar's exact (binomial) test of two models on the same units."""
+    first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    assert first.shape == second.shape
+    b, c = int((first & ~second).sum()), int((second & ~first).sum())
+    n = b + c
+    # Integers, so that thousands of units neither under- nor overflow.
+    tail = sum(math.comb(n, k) for k in range(min(b, c) + 1))
+    return McNemar(b, c, min(1.0, 2 * tail / 2**n) if n else 1.0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Second model less first, by paired bootstrap.
+
+    Attributes:
+        low, high: the middle 95 % of the resampled differences.
+        p_value: two-sided, from the share of resampled differences on either side of 0; at least 2 / (samples + 1).
+    """
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+
+
+def paired_bootstrap(
+    first_UV: np.ndarray, second_UV: np.ndarray, finish: Callable[[np.ndarray], np.ndarray], num_samples: int = 2000,
+    seed: int = 0,
+) -> Difference:  # fmt: skip
+    """Returns how two models' statistics differ over the same resampled units."""
+    assert first_UV.shape[0] == second_UV.shape[0]
+    value = float(finish(second_UV.sum(0)) - finish(first_UV.sum(0)))
+    pairs = zip(
+        _resampled_sums(first_UV, num_samples, seed), _resampled_sums(second_UV, num_samples, seed), strict=True
+    )
+    values = np.concatenate([finish(b) - finish(a) for a, b in pairs])
+    low, high = np.quantile(values, (0.025, 0.975))
+    below, above = int((values <= 0).sum()), int((values >= 0).sum())
+    p_value = min(1.0, 2 * (min(below, above) + 1) / (num_samples + 1))
+    return Difference(value, float(low), float(high), p_value)

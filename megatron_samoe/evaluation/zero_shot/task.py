@@ -1,0 +1,168 @@
+"""A task is a YAML file: where its data is, the prompt, the choices and the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+import yaml
+
+from megatron_samoe.errors import ConfigError, DataError, nearest
+from megatron_samoe.evaluation.zero_shot.layouts import LAYOUTS
+from megatron_samoe.evaluation.zero_shot.metrics import METRICS
+from megatron_samoe.evaluation.zero_shot.templates import fields_of
+
+TASK_DIR = Path(__file__).parent / "tasks"
+Kind = Literal["multiple_choice", "partial", "greedy_match", "generate"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task; the fields of its YAML file.
+
+    Attributes:
+        name: what --tasks calls it.
+        description: one line for --list-tasks.
+        files: names of the data below --data-dir without their ending, the first found counts; `*` as in a shell, and a
+            folder stands for all files in it.
+        kind: multiple_choice ranks continuations of one context, partial ranks contexts by one continuation,
+            greedy_match asks whether the continuation is what greedy decoding gives, generate decodes and compares.
+        context: template of what the model reads; for partial the name of a field that lists contexts.
+        choices: templates of the choices, or the name of the field that lists them.
+        gold: field with the index of the right choice (from 0).
+        target: template of the one continuation of partial and greedy_match.
+        answers: field that lists the texts that count as right (generate).
+        group: field whose value puts items into one question, where a metric counts whole questions.
+        metrics: names of `metrics.METRICS`; the first is what tables show first.
+        layout: function of `layouts.LAYOUTS` that reads the official forms of the data; none: rows are used as they are.
+        labels: file beside the data with one label per line, where the official form keeps them apart.
+        hub: path, name and split of the data set on the Hugging Face Hub.
+        always_yes, always_no: choices that the constant predictors take; the first and the last if not given.
+        delimiter: stands between context and continuation.
+        until: generation stops before the first of these.
+        max_new_tokens: longest answer that is generated.
+    """
+
+    name: str
+    description: str
+    files: tuple[str, ...]
+    kind: Kind
+    context: str
+    metrics: tuple[str, ...]
+    choices: tuple[str, ...] | str = ()
+    gold: str = ""
+    target: str = ""
+    answers: str = ""
+    group: str = ""
+    layout: str = ""
+    labels: str = ""
+    hub: Mapping[str, str] | None = None
+    always_yes: int | None = None
+    always_no: int | None = None
+    delimiter: str = " "
+    until: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+
+
+#: Fields that a kind of task needs besides those that all need; another kind's have no effect.
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "multiple_choice": ("choices", "gold"),
+    "partial": ("gold", "target"),
+    "greedy_match": ("target",),
+    "generate": ("answers", "until", "max_new_tokens"),
+}
+_MAY_HAVE = {"partial": ("choices",)}
+
+
+def task_names() -> list[str]:
+    """Returns the names of the tasks that come with the package."""
+    return sorted(path.stem for path in TASK_DIR.glob("*.yaml"))
+
+
+def load_task(name: str) -> Task:
+    """Returns the task of a name, or of a path that ends in .yaml.
+
+    Raises:
+        ConfigError: there is no such task.
+        DataError: the file is no task: a field is missing, unknown or of the wrong form.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError("--tasks", name, "names a task file that is not there")
+    else:
+        if name not in task_names():
+            known = task_names()
+            raise ConfigError(
+                "--tasks", name, f"must be one of {', '.join(known)}, or a .yaml file.{nearest(name, known)}"
+            )
+        path = TASK_DIR / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} is not a readable task file: {error}") from error
+    return parse_task(content, str(path))
+
+
+def parse_task(content: object, where: str) -> Task:
+    """Returns the task that a file's content describes; DataError as in `load_task`."""
+    if not isinstance(content, Mapping):
+        raise DataError(f"{where} is no task file: it must hold fields such as name, files, kind, context, metrics.")
+    known = {f.name: f for f in fields(Task)}
+    for key in content:
+        if key not in known:
+            raise DataError(f"{where}: {key!r} is no field of a task.{nearest(str(key), known)}")
+    needed = [name for name, f in known.items() if f.default is MISSING]
+    kind = content.get("kind")
+    if kind in _NEEDS:
+        needed += _NEEDS[kind]
+    missing = [name for name in needed if content.get(name) in (None, "", [], ())]
+    if missing:
+        raise DataError(f"{where}: a task needs the field{'s' * (len(missing) > 1)} {', '.join(missing)}.")
+    if kind not in _NEEDS:
+        raise DataError(f"{where}: kind {kind!r} is not known; allowed are {', '.join(get_args(Kind))}.")
+    idle = {name for names in _NEEDS.values() for name in names} - {*_NEEDS[kind], *_MAY_HAVE.get(kind, ())}
+    for name in sorted(idle & set(content)):
+        raise DataError(f"{where}: {name} has no effect on a task of kind {kind}.")
+    task = Task(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
+    _check(task, where)
+    return task
+
+
+def _check(task: Task, where: str) -> None:
+    for name in ("files", "metrics", "until"):
+        value = getattr(task, name)
+        if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
+            raise DataError(f"{where}: {name} must be a list of texts, not {value!r}.")
+    for metric in task.metrics:
+        if metric not in METRICS:
+            raise DataError(
+                f"{where}: metric {metric!r} is not known.{nearest(metric, METRICS)} There are {', '.join(METRICS)}."
+            )
+        if task.kind not in METRICS[metric].kinds:
+            raise DataError(f"{where}: metric {metric} has no meaning for kind {task.kind}.")
+        if METRICS[metric].needs_group and not task.group:
+            raise DataError(f"{where}: metric {metric} needs the field group.")
+    if task.layout and task.layout not in LAYOUTS:
+        raise DataError(f"{where}: layout {task.layout!r} is not known; allowed are {', '.join(sorted(LAYOUTS))}.")
+    if task.hub is not None and not (isinstance(task.hub, Mapping) and {"path", "split"} <= set(task.hub)):
+        raise DataError(f"{where}: hub must have path and split (and name, where the data set has several).")
+    templates = {"target": task.target, "context": task.context}
+    if isinstance(task.choices, tuple):
+        templates |= {f"choices[{number}]": text for number, text in enumerate(task.choices)}
+    for name, template in templates.items():
+        if not isinstance(template, str):
+            raise DataError(
+                f"{where}: {name} must be a text, not {template!r} (quote yes, no, true and false in YAML)."
+            )
+        try:
+            fields_of(template)
+        except ValueError as error:
+            raise DataError(f"{where}: {name} is no template: {error}.") from None
+    for name in ("always_yes", "always_no"):
+        value = getattr(task, name)
+        limit = len(task.choices) if isinstance(task.choices, tuple) and task.choices else None
+        if value is not None and not (isinstance(value, int) and 0 <= value < (limit or value + 1)):
+            raise DataError(f"{where}: {name} = {value!r} is not the index of a choice, counted from 0.")
