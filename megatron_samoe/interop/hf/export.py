@@ -1,0 +1,212 @@
+"""Export: a plan of what will be written, then the writing of it, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.interop.edited_model import FRACTIONS, source_config
+from megatron_samoe.interop.hf.folder import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
+from megatron_samoe.interop.hf.model_card import model_card
+from megatron_samoe.interop.hf.native import NativeModel
+from megatron_samoe.interop.hf.parts import Constant, Part, parts_of
+from megatron_samoe.interop.hf.remote_code import copy_code
+from megatron_samoe.interop.hf.safetensors_io import SafetensorsWriter
+from megatron_samoe.interop.hf.sidecar import SIDECAR, Remembered, write_sidecar
+from megatron_samoe.interop.hf.target import Target, choose_target
+from megatron_samoe.interop.hf.tokenizer_files import TokenizerFiles
+from megatron_samoe.interop.output_folder import new_folder, require_space
+from megatron_samoe.interop.unpool_surgery import fold_samoe
+
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export writes.
+
+    Attributes:
+        source: of native tensors, already folded where the target wants it.
+        native: what the source is.
+        parts: foreign tensors by native name, in the order in which the source is best read.
+        constants: foreign tensors that no native one makes up.
+        tensors: all of them, in the order of writing.
+        shards: for each weight file its tensors.
+        tokenizer: its files; None to write none.
+    """
+
+    source: GlobalTensors
+    native: NativeModel
+    target: Target
+    parts: Mapping[str, list[Part]]
+    constants: tuple[Constant, ...]
+    tensors: Mapping[str, StoredTensor]
+    shards: Mapping[str, Mapping[str, StoredTensor]]
+    tokenizer: TokenizerFiles | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights."""
+        return sum(t.num_bytes for t in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        embedding = next(iter(self.parts["embedding.word.weight"]))
+        return self.tensors[embedding.name].dtype
+
+
+def native_model(source: GlobalTensors) -> NativeModel:
+    """Returns what a source is; CheckpointError where it does not tell its vocabulary."""
+    vocab_size = source.train_state.get("vocab_size")
+    if not isinstance(vocab_size, int):
+        raise CheckpointError("The checkpoint's train_state.json has no vocab_size.")
+    return NativeModel(source_config(source), vocab_size)
+
+
+def plan_export(
+    source: GlobalTensors, wanted: str = "auto", *, fold: bool = False, dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000, tokenizer: TokenizerFiles | None = None,
+) -> ExportPlan:  # fmt: skip
+    """Returns the plan of an export; nothing is read or written yet.
+
+    Args:
+        wanted, fold: see `choose_target`.
+        dtype: of all tensors; each as it is stored if not given.
+        max_shard_bytes: of one weight file, unless a single tensor is larger.
+
+    Raises:
+        ConfigError: the target cannot compute the model.
+        CheckpointError: the checkpoint lacks tensors of its model.
+    """
+    target = choose_target(native_model(source), wanted, fold)
+    if target.fold:
+        source = fold_samoe(source)
+    native = native_model(source)
+    missing = [name for name in native.tensors if name not in source.tensors]
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint has no {missing[0]}, which its config.yaml says ({len(missing)} missing)."
+        )
+    parts = list(target.family.parts(native))
+    by_native = parts_of(parts)
+    ordered = {name: by_native[name] for name in source.tensors if name in by_native}
+    assert len(ordered) == len(native.tensors), f"without parts: {sorted(set(native.tensors) - set(ordered))}"
+    constants = tuple(part for part in parts if isinstance(part, Constant))
+    tensors = {
+        part.name: StoredTensor(part.shape, dtype or source.tensors[name].dtype)
+        for name, group in ordered.items()
+        for part in group
+    }
+    constant_dtype = dtype or source.tensors["embedding.word.weight"].dtype
+    tensors |= {c.name: StoredTensor(c.shape, constant_dtype) for c in constants}
+    shards = _shards(tensors, max_shard_bytes)
+    return ExportPlan(source, native, target, ordered, constants, tensors, shards, tokenizer)
+
+
+def _shards(tensors: Mapping[str, StoredTensor], max_bytes: int) -> dict[str, dict[str, StoredTensor]]:
+    groups: list[dict[str, StoredTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.num_bytes > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.num_bytes
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def write_export(plan: ExportPlan, directory: Path, progress: Progress = lambda _: None) -> None:
+    """Writes a planned export as a new folder, which appears when it is complete.
+
+    Args:
+        progress: called with the bytes of each tensor that is written.
+
+    Raises:
+        CheckpointError: the folder exists, the disk is too small, or a tensor cannot be read.
+    """
+    require_space(directory, plan.num_bytes)
+    with new_folder(directory) as folder:
+        _write_weights(plan, folder, progress)
+        _write_json(folder / CONFIG, _config(plan))
+        _write_json(folder / GENERATION_CONFIG, _generation_config(plan))
+        if plan.tokenizer is not None:
+            plan.tokenizer.write(folder, plan.native.model.max_positions)
+        if plan.target.family.name == "samoe":
+            copy_code(folder)
+        (folder / "README.md").write_text(model_card(plan))
+        write_sidecar(folder / SIDECAR, _remembered(plan))
+
+
+def _write_weights(plan: ExportPlan, folder: Path, progress: Progress) -> None:
+    files = iter(plan.shards.items())
+    writer, left = None, 0
+
+    def write(name: str, tensor: Tensor) -> None:
+        nonlocal writer, left
+        if not left:
+            if writer is not None:
+                writer.close()
+            file, contents = next(files)
+            writer, left = SafetensorsWriter(folder / file, contents), len(contents)
+        assert writer is not None
+        writer.add(name, tensor)
+        left -= 1
+        progress(plan.tensors[name].num_bytes)
+
+    try:
+        for native_name, parts in plan.parts.items():
+            native = plan.source.read(native_name)
+            for part in parts:
+                write(part.name, part.take(native).to(plan.tensors[part.name].dtype))
+            del native
+        for constant in plan.constants:
+            write(constant.name, torch.full(constant.shape, constant.value, dtype=plan.tensors[constant.name].dtype))
+        assert writer is not None
+        writer.close()
+    except BaseException:
+        if writer is not None:
+            writer.abandon()
+        raise
+    if len(plan.shards) > 1:
+        weight_map = {name: file for file, contents in plan.shards.items() for name in contents}
+        _write_json(folder / INDEX, {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map})
+
+
+def _token_ids(plan: ExportPlan) -> dict[str, int | None]:
+    eod = None if plan.tokenizer is None else plan.tokenizer.eod
+    return {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": None}
+
+
+def _config(plan: ExportPlan) -> dict[str, object]:
+    family = plan.target.family
+    dtype = _DTYPE_NAMES[plan.dtype]
+    return {
+        "architectures": [family.architecture], "model_type": family.name, **family.write_config(plan.native),
+        # The first name is transformers 4's, the second transformers 5's.
+        "torch_dtype": dtype, "dtype": dtype, "use_cache": True, **_token_ids(plan),
+    }  # fmt: skip
+
+
+def _generation_config(plan: ExportPlan) -> dict[str, object]:
+    return {"do_sample": False, "use_cache": True, **_token_ids(plan)}
+
+
+def _remembered(plan: ExportPlan) -> Remembered:
+    fractions = plan.source.read(FRACTIONS).tolist() if FRACTIONS in plan.source.tensors else None
+    return Remembered(plan.source.config, plan.source.train_state, fractions)
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

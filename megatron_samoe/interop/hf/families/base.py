@@ -1,0 +1,85 @@
+"""What a family of Hugging Face classes is, and the rules that say whether a native model fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_samoe.config.derived import flag
+from megatron_samoe.interop.hf.native import NativeModel
+from megatron_samoe.interop.hf.parts import Parts
+
+#: Returns why a native model is none of the family, or None.
+Rule = Callable[[NativeModel], str | None]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A class of models, as transformers knows it.
+
+    Attributes:
+        name: its model_type, which is also the name for --target.
+        architecture: the class for causal language modelling.
+        summary: what it computes, in a few words.
+        rules: all must hold for a native model to be exported to it.
+        write_config: config.json's entries for a native model that fits.
+        parts: its tensors.
+        read_config: native options, by group, of a config.json; ConfigError where we cannot compute it.
+        ignored: endings of tensors that files may hold besides, without effect on the result.
+    """
+
+    name: str
+    architecture: str
+    summary: str
+    rules: tuple[Rule, ...]
+    write_config: Callable[[NativeModel], dict[str, Any]]
+    parts: Callable[[NativeModel], Parts]
+    read_config: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]]
+    ignored: tuple[str, ...] = ()
+
+    def misfits(self, native: NativeModel) -> list[str]:
+        """Returns why a native model is none of this family; empty where it fits."""
+        return [reason for rule in self.rules if (reason := rule(native)) is not None]
+
+
+def needs(option: str, *allowed: object) -> Rule:
+    """Returns the rule that an option of the model or its experts has one of the allowed values."""
+
+    def rule(native: NativeModel) -> str | None:
+        group = native.model if hasattr(native.model, option) else native.moe
+        value = getattr(group, option)
+        return None if value in allowed else f"{_shown(option, value)} (it needs {_options(option, allowed)})"
+
+    return rule
+
+
+def _shown(option: str, value: object) -> str:
+    if isinstance(value, bool):
+        return flag(option) if value else f"no {flag(option)}"
+    return f"no {flag(option)}" if value is None else f"{flag(option)} {value}"
+
+
+def _options(option: str, allowed: tuple[object, ...]) -> str:
+    return " or ".join(_shown(option, value) for value in allowed)
+
+
+def plain_heads(native: NativeModel) -> str | None:
+    """The heads' sizes add up to the hidden size, and there is no other way to say it."""
+    model = native.model
+    if model.head_dim * model.num_attention_heads == model.hidden_size:
+        return None
+    return f"--kv-channels {model.head_dim} (it needs hidden size / heads)"
+
+
+def whole_heads(native: NativeModel) -> str | None:
+    """The number of heads divides the hidden size."""
+    model = native.model
+    if model.hidden_size % model.num_attention_heads == 0:
+        return None
+    return f"--num-attention-heads {model.num_attention_heads} (it must divide --hidden-size {model.hidden_size})"
+
+
+def all_layers_are_moe(native: NativeModel) -> str | None:
+    """Every layer has experts."""
+    return None if all(native.is_moe) else f"--moe-layer-freq {native.moe.moe_layer_freq} (all of its layers are MoE)"

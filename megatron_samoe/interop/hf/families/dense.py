@@ -1,0 +1,79 @@
+"""Dense descendants of LLaMA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.interop.hf.families.base import Family, needs, whole_heads
+from megatron_samoe.interop.hf.families.llama import (
+    SHARED_RULES,
+    read_shared_config,
+    shared_parts,
+    write_shared_config,
+)
+from megatron_samoe.interop.hf.families.reading import demand, no_sliding_window
+from megatron_samoe.interop.hf.native import NativeModel
+
+#: Endings of tensors that older files hold and that are computed anew.
+COMPUTED = ("rotary_emb.inv_freq",)
+
+
+def _dense(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {"model": model, "moe": {"expert_layout": "dense"}}
+
+
+def _write_llama(native: NativeModel) -> dict[str, Any]:
+    return {**write_shared_config(native), "attention_bias": native.has_bias, "mlp_bias": native.has_bias}
+
+
+def _read_llama(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    model = read_shared_config(config)
+    attention, mlp = bool(config.get("attention_bias", False)), bool(config.get("mlp_bias", False))
+    if attention != mlp:
+        raise ConfigError("config.json: attention_bias, mlp_bias", (attention, mlp),
+                          "our linear layers all have biases or none has")  # fmt: skip
+    return _dense({**model, "disable_bias_linear": not attention})
+
+
+LLAMA = Family(
+    "llama", "LlamaForCausalLM", "dense, RMSNorm, rotary positions, gated SiLU MLPs",
+    (needs("expert_layout", "dense"), *SHARED_RULES, needs("qk_layernorm", False), needs("add_qkv_bias", False),
+     whole_heads),
+    _write_llama, shared_parts, _read_llama, COMPUTED,
+)  # fmt: skip
+
+
+def _write_qwen2(native: NativeModel) -> dict[str, Any]:
+    return {**write_shared_config(native), "use_sliding_window": False}
+
+
+def _read_qwen2(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    no_sliding_window(config, "use_sliding_window")
+    return _dense({**read_shared_config(config), "add_qkv_bias": True})
+
+
+QWEN2 = Family(
+    "qwen2", "Qwen2ForCausalLM", "as llama, with a bias on queries, keys and values only",
+    (needs("expert_layout", "dense"), *SHARED_RULES, needs("qk_layernorm", False), needs("add_qkv_bias", True)),
+    _write_qwen2, shared_parts, _read_qwen2, COMPUTED,
+)  # fmt: skip
+
+
+def _write_qwen3(native: NativeModel) -> dict[str, Any]:
+    return {**write_shared_config(native), "attention_bias": False, "use_sliding_window": False}
+
+
+def _read_qwen3(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    no_sliding_window(config, "use_sliding_window")
+    demand(config, "attention_bias", (False,), False)
+    return _dense({**read_shared_config({"head_dim": 128, **config}), "qk_layernorm": True})
+
+
+QWEN3 = Family(
+    "qwen3", "Qwen3ForCausalLM", "as llama without biases, with norms of each head's queries and keys",
+    (needs("expert_layout", "dense"), *SHARED_RULES, needs("qk_layernorm", True), needs("add_qkv_bias", False),
+     needs("disable_bias_linear", True)),
+    _write_qwen3, shared_parts, _read_qwen3, COMPUTED,
+)  # fmt: skip

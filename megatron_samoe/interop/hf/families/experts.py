@@ -1,0 +1,190 @@
+"""Descendants of LLaMA whose layers have experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.interop.hf.families.base import Family, all_layers_are_moe, needs, plain_heads
+from megatron_samoe.interop.hf.families.dense import COMPUTED
+from megatron_samoe.interop.hf.families.llama import (
+    SHARED_RULES,
+    ExpertNames,
+    gated_mlp,
+    read_shared_config,
+    shared_parts,
+    write_shared_config,
+)
+from megatron_samoe.interop.hf.families.reading import demand, layer_pattern, no_sliding_window, number
+from megatron_samoe.interop.hf.native import NativeModel
+from megatron_samoe.interop.hf.parts import Constant, Part, Parts
+
+_RULES = (
+    needs("expert_layout", "moe"),
+    *SHARED_RULES,
+    needs("disable_bias_linear", True),
+    needs("moe_router_score_function", "softmax"),
+)
+_NO_SHARED_EXPERT = needs("moe_shared_expert_intermediate_size", None)
+
+
+def _weighs_among_chosen(native: NativeModel) -> str | None:
+    if not native.moe.pre_softmax:
+        return None
+    return "--moe-router-pre-softmax, which top-1 implies (it weighs by scores among the chosen experts)"
+
+
+def _read_moe(
+    config: Mapping[str, Any], model: dict[str, Any], num_experts: str, expert_size: str, pre_softmax: bool
+) -> dict[str, dict[str, Any]]:
+    """Returns native options; num_experts and expert_size are the entries that hold them."""
+    count, size = number(config, num_experts), number(config, expert_size)
+    moe = {
+        "expert_layout": "moe",
+        "num_experts": count,
+        "moe_ffn_hidden_size": size,
+        "moe_router_topk": number(config, "num_experts_per_tok"),
+        "moe_router_pre_softmax": pre_softmax,
+        "moe_aux_loss_coeff": float(number(config, "router_aux_loss_coef", 0.01)),
+    }
+    return {"model": model, "moe": moe}
+
+
+def _routing(native: NativeModel) -> dict[str, Any]:
+    moe = native.moe
+    balanced = moe.moe_router_load_balancing_type != "none"
+    return {
+        "num_experts_per_tok": moe.moe_router_topk,
+        "output_router_logits": False,
+        "router_aux_loss_coef": moe.moe_aux_loss_coeff if balanced else 0.0,
+    }
+
+
+def _write_mixtral(native: NativeModel) -> dict[str, Any]:
+    return {
+        **write_shared_config(native), **_routing(native), "intermediate_size": native.expert_size,
+        "num_local_experts": native.moe.num_experts, "router_jitter_noise": native.moe.moe_input_jitter_eps,
+        "sliding_window": None,
+    }  # fmt: skip
+
+
+def _read_mixtral(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    no_sliding_window(config)
+    model = read_shared_config(config, theta=1e6, eps=1e-5)
+    key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    return _read_moe(config, model, key, "intermediate_size", pre_softmax=False)
+
+
+MIXTRAL = Family(
+    "mixtral", "MixtralForCausalLM", "experts in every layer, weighed among the chosen ones",
+    (*_RULES, all_layers_are_moe, _weighs_among_chosen, _NO_SHARED_EXPERT, needs("qk_layernorm", False),
+     needs("add_qkv_bias", False)),
+    _write_mixtral,
+    lambda native: shared_parts(native, ExpertNames("block_sparse_moe", "w1", "w3", "w2")),
+    _read_mixtral, COMPUTED,
+)  # fmt: skip
+
+
+def _write_qwen_moe(native: NativeModel) -> dict[str, Any]:
+    dense = [i for i, is_moe in enumerate(native.is_moe) if not is_moe]
+    return {
+        **write_shared_config(native), **_routing(native), "num_experts": native.moe.num_experts,
+        "moe_intermediate_size": native.expert_size, "norm_topk_prob": not native.moe.pre_softmax,
+        "decoder_sparse_step": 1, "mlp_only_layers": dense, "use_sliding_window": False,
+    }  # fmt: skip
+
+
+def _read_qwen_moe(config: Mapping[str, Any], model: dict[str, Any], **moe: Any) -> dict[str, dict[str, Any]]:
+    no_sliding_window(config, "use_sliding_window")
+    key = "num_experts" if "num_experts" in config else "num_local_experts"
+    read = _read_moe(config, model, key, "moe_intermediate_size", not config.get("norm_topk_prob", False))
+    moe["moe_layer_freq"] = layer_pattern(config, model["num_layers"])
+    return {**read, "moe": {**read["moe"], **moe}}
+
+
+def _read_qwen3_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    demand(config, "attention_bias", (False,), False)
+    return _read_qwen_moe(config, {**read_shared_config(config), "qk_layernorm": True})
+
+
+QWEN3_MOE = Family(
+    "qwen3_moe", "Qwen3MoeForCausalLM", "experts in any layers, norms of each head's queries and keys",
+    (*_RULES, _NO_SHARED_EXPERT, needs("qk_layernorm", True), needs("add_qkv_bias", False)),
+    lambda native: {**_write_qwen_moe(native), "attention_bias": False},
+    lambda native: shared_parts(native, ExpertNames()),
+    _read_qwen3_moe, COMPUTED,
+)  # fmt: skip
+
+_SHARED = "shared_expert"
+_GATE_WHY = "our shared expert has no gate of its own"
+
+
+def _qwen2_shared_expert(native: NativeModel, theirs: str, ours: str) -> Iterator[Part | Constant]:
+    """Their shared expert has a gate, sigmoid(w x), and ours has none: with w = 0 the gate is always 1/2, which twice the
+    output projection undoes without rounding. Where we have no shared expert theirs is one channel wide and zero."""
+    hidden, width = native.model.hidden_size, native.moe.moe_shared_expert_intermediate_size
+    if width is not None:
+        yield from gated_mlp(f"{theirs}.{_SHARED}", f"{ours}.{_SHARED}", hidden, width, bias=False, down_scale=2.0)
+    else:
+        for name, shape in (("gate_proj", (1, hidden)), ("up_proj", (1, hidden)), ("down_proj", (hidden, 1))):
+            yield Constant(f"{theirs}.{_SHARED}.{name}.weight", shape, 0.0, "our model has no shared expert")
+    yield Constant(f"{theirs}.{_SHARED}_gate.weight", (1, hidden), 0.0, _GATE_WHY)
+
+
+def _qwen2_moe_parts(native: NativeModel) -> Parts:
+    return shared_parts(native, ExpertNames(), _qwen2_shared_expert)
+
+
+def _write_qwen2_moe(native: NativeModel) -> dict[str, Any]:
+    width = native.moe.moe_shared_expert_intermediate_size
+    return {
+        **_write_qwen_moe(native), "qkv_bias": native.model.qkv_bias,
+        "shared_expert_intermediate_size": 1 if width is None else width,
+    }  # fmt: skip
+
+
+def _read_qwen2_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    model = {**read_shared_config(config), "add_qkv_bias": bool(config.get("qkv_bias", True))}
+    width = number(config, "shared_expert_intermediate_size")
+    return _read_qwen_moe(config, model, moe_shared_expert_intermediate_size=width)
+
+
+QWEN2_MOE = Family(
+    "qwen2_moe", "Qwen2MoeForCausalLM", "experts in any layers, weighed either way, besides a shared expert",
+    (*_RULES, needs("qk_layernorm", False)),
+    _write_qwen2_moe, _qwen2_moe_parts, _read_qwen2_moe, COMPUTED,
+)  # fmt: skip
+
+
+def _one_head(native: NativeModel) -> str | None:
+    if native.model.num_attention_heads == 1:
+        return None
+    heads = native.model.num_attention_heads
+    return f"--num-attention-heads {heads} (it norms all heads' queries together, which is ours for one head only)"
+
+
+def _read_olmoe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    demand(config, "attention_bias", (False,), False)
+    demand(config, "clip_qkv", (None,))
+    model = {**read_shared_config(config, eps=1e-5), "qk_layernorm": True}
+    if model["num_attention_heads"] != 1:
+        raise ConfigError("config.json: num_attention_heads", model["num_attention_heads"],
+                          "OLMoE norms the queries and keys of all heads together, our --qk-layernorm those of each "
+                          "head; they are the same for one head only")  # fmt: skip
+    key = "num_experts" if "num_experts" in config else "num_local_experts"
+    return _read_moe(config, model, key, "intermediate_size", not config.get("norm_topk_prob", False))
+
+
+OLMOE = Family(
+    "olmoe", "OlmoeForCausalLM", "experts in every layer, one norm over all heads' queries and one over all keys",
+    (*_RULES, all_layers_are_moe, _NO_SHARED_EXPERT, needs("qk_layernorm", True), needs("add_qkv_bias", False),
+     plain_heads, _one_head),
+    lambda native: {
+        **write_shared_config(native), **_routing(native), "intermediate_size": native.expert_size,
+        "num_experts": native.moe.num_experts, "norm_topk_prob": not native.moe.pre_softmax, "attention_bias": False,
+        "clip_qkv": None,
+    },
+    lambda native: shared_parts(native, ExpertNames()),
+    _read_olmoe, COMPUTED,
+)  # fmt: skip

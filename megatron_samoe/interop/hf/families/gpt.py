@@ -1,0 +1,177 @@
+"""Classes of GPT-2's descent: LayerNorm, GELU MLPs and biases everywhere; learned positions, or rotary (GPT-NeoX)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.interop.hf.families.base import Family, needs, plain_heads
+from megatron_samoe.interop.hf.families.reading import CannotCompute, common, demand, number
+from megatron_samoe.interop.hf.native import NativeModel
+from megatron_samoe.interop.hf.parts import Part, rows, transposed, whole
+
+_RULES = (
+    needs("expert_layout", "dense"), needs("normalization", "LayerNorm"), needs("swiglu", False),
+    needs("disable_bias_linear", False), needs("qk_layernorm", False), needs("group_query_attention", False),
+    plain_heads,
+)  # fmt: skip
+#: Names of GELU's tanh form, the one that ours is.
+_GELU = ("gelu_new", "gelu_pytorch_tanh")
+
+
+def _query_first(t: Tensor) -> Tensor:
+    """From a fused projection [A, 3, D, ...] to [3, A, D, ...], all queries before all keys before all values."""
+    return t.transpose(0, 1)
+
+
+def _query_first_by_input(t: Tensor) -> Tensor:
+    """The same for a weight [A, 3, D, H], with its inputs first: GPT-2 stores the transpose."""
+    return t.permute(3, 1, 0, 2)
+
+
+def _norm(theirs: str, ours: str, size: int) -> Iterator[Part]:
+    for kind in ("weight", "bias"):
+        yield Part(f"{theirs}.{kind}", f"{ours}.{kind}", whole, (size,))
+
+
+def _write_gpt2(native: NativeModel) -> dict[str, Any]:
+    model = native.model
+    return {
+        "vocab_size": native.vocab_size, "n_positions": model.max_positions, "n_embd": model.hidden_size,
+        "n_layer": model.num_layers, "n_head": model.num_attention_heads, "n_inner": model.mlp_size,
+        "activation_function": "gelu_new", "resid_pdrop": model.hidden_dropout, "embd_pdrop": model.hidden_dropout,
+        "attn_pdrop": model.attention_dropout, "layer_norm_epsilon": model.norm_epsilon,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+    }  # fmt: skip
+
+
+def _gpt2_parts(native: NativeModel) -> Iterator[Part]:
+    model = native.model
+    hidden, width, embedding = model.hidden_size, model.mlp_size, (native.vocab_size, model.hidden_size)
+    yield Part("transformer.wte.weight", "embedding.word.weight", rows(native.vocab_size), embedding)
+    yield Part("transformer.wpe.weight", "embedding.position", whole, (model.max_positions, hidden))
+    for layer in range(model.num_layers):
+        ours, theirs = f"layers.{layer}", f"transformer.h.{layer}"
+        yield from _norm(f"{theirs}.ln_1", f"{ours}.attention_norm", hidden)
+        qkv = f"{ours}.attention.qkv"
+        yield Part(f"{theirs}.attn.c_attn.weight", f"{qkv}.weight", _query_first_by_input, (hidden, 3 * hidden))
+        yield Part(f"{theirs}.attn.c_attn.bias", f"{qkv}.bias", _query_first, (3 * hidden,))
+        yield from _conv1d(f"{theirs}.attn.c_proj", f"{ours}.attention.output", hidden, hidden)
+        yield from _norm(f"{theirs}.ln_2", f"{ours}.mlp_norm", hidden)
+        yield from _conv1d(f"{theirs}.mlp.c_fc", f"{ours}.mlp.fc1", hidden, width)
+        yield from _conv1d(f"{theirs}.mlp.c_proj", f"{ours}.mlp.fc2", width, hidden)
+    yield from _norm("transformer.ln_f", "final_norm", hidden)
+    if model.untie_embeddings_and_output_weights:
+        yield Part("lm_head.weight", "output.weight", rows(native.vocab_size), embedding)
+
+
+def _conv1d(theirs: str, ours: str, inputs: int, outputs: int) -> Iterator[Part]:
+    yield Part(f"{theirs}.weight", f"{ours}.weight", transposed, (inputs, outputs))
+    yield Part(f"{theirs}.bias", f"{ours}.bias", whole, (outputs,))
+
+
+def _read_gpt2(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    common(config)
+    demand(config, "activation_function", _GELU, "gelu_new")
+    demand(config, "scale_attn_weights", (True,), True)
+    demand(config, "scale_attn_by_inverse_layer_idx", (False,), False)
+    demand(config, "add_cross_attention", (False,), False)
+    hidden, positions = number(config, "n_embd", 768), number(config, "n_positions", 1024)
+    residual, embedding = number(config, "resid_pdrop", 0.1), number(config, "embd_pdrop", 0.1)
+    if residual != embedding:
+        raise ConfigError("config.json: resid_pdrop, embd_pdrop", (residual, embedding),
+                          "our --hidden-dropout is one for both; make them equal")  # fmt: skip
+    return _gpt(
+        config, "layer_norm_epsilon", tied=config.get("tie_word_embeddings", True),
+        num_layers=number(config, "n_layer", 12), hidden_size=hidden, num_attention_heads=number(config, "n_head", 12),
+        ffn_hidden_size=number(config, "n_inner", 4 * hidden), seq_length=positions,
+        max_position_embeddings=positions, attention_dropout=float(number(config, "attn_pdrop", 0.1)),
+        hidden_dropout=float(residual),
+    )  # fmt: skip
+
+
+def _gpt(config: Mapping[str, Any], epsilon: str, tied: bool, **model: Any) -> dict[str, dict[str, Any]]:
+    shared = {
+        "norm_epsilon": float(number(config, epsilon, 1e-5)),
+        "init_method_std": float(number(config, "initializer_range", 0.02)),
+        "untie_embeddings_and_output_weights": not tied,
+    }
+    return {"model": {**shared, **model}, "moe": {"expert_layout": "dense"}}
+
+
+GPT2 = Family(
+    "gpt2", "GPT2LMHeadModel", "dense, LayerNorm, learned positions, GELU MLPs, biases everywhere",
+    (*_RULES, needs("position_embedding_type", "learned_absolute")),
+    _write_gpt2, _gpt2_parts, _read_gpt2, (".attn.bias", ".attn.masked_bias"),
+)  # fmt: skip
+
+
+def _write_neox(native: NativeModel) -> dict[str, Any]:
+    model = native.model
+    rope = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_percent}
+    return {
+        "vocab_size": native.vocab_size, "hidden_size": model.hidden_size, "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads, "intermediate_size": model.mlp_size,
+        "hidden_act": "gelu_new", "attention_dropout": model.attention_dropout,
+        "hidden_dropout": model.hidden_dropout, "max_position_embeddings": model.max_positions,
+        "initializer_range": model.init_method_std, "layer_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights, "use_parallel_residual": False,
+        "attention_bias": True, "rotary_emb_base": model.rotary_base, "rotary_pct": model.rotary_percent,
+        "rope_parameters": {"rope_type": "default", **rope},
+    }  # fmt: skip
+
+
+def _neox_parts(native: NativeModel) -> Iterator[Part]:
+    model = native.model
+    hidden, width, embedding = model.hidden_size, model.mlp_size, (native.vocab_size, model.hidden_size)
+    yield Part("gpt_neox.embed_in.weight", "embedding.word.weight", rows(native.vocab_size), embedding)
+    for layer in range(model.num_layers):
+        ours, theirs = f"layers.{layer}", f"gpt_neox.layers.{layer}"
+        yield from _norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm", hidden)
+        # Theirs is fused head by head, as ours is.
+        yield from _linear(f"{theirs}.attention.query_key_value", f"{ours}.attention.qkv", hidden, 3 * hidden)
+        yield from _linear(f"{theirs}.attention.dense", f"{ours}.attention.output", hidden, hidden)
+        yield from _norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", hidden)
+        yield from _linear(f"{theirs}.mlp.dense_h_to_4h", f"{ours}.mlp.fc1", hidden, width)
+        yield from _linear(f"{theirs}.mlp.dense_4h_to_h", f"{ours}.mlp.fc2", width, hidden)
+    yield from _norm("gpt_neox.final_layer_norm", "final_norm", hidden)
+    if model.untie_embeddings_and_output_weights:
+        yield Part("embed_out.weight", "output.weight", rows(native.vocab_size), embedding)
+
+
+def _linear(theirs: str, ours: str, inputs: int, outputs: int) -> Iterator[Part]:
+    yield Part(f"{theirs}.weight", f"{ours}.weight", whole, (outputs, inputs))
+    yield Part(f"{theirs}.bias", f"{ours}.bias", whole, (outputs,))
+
+
+def _read_neox(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    common(config)
+    demand(config, "hidden_act", _GELU, "gelu")
+    demand(config, "use_parallel_residual", (False,), True)
+    demand(config, "attention_bias", (True,), True)
+    rope = {**(config.get("rope_parameters") or config.get("rope_scaling") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConfigError("config.json: rope_parameters", kind, f"{CannotCompute}; rope_type must be 'default'")
+    positions = number(config, "max_position_embeddings", 2048)
+    return _gpt(
+        config, "layer_norm_eps", tied=config.get("tie_word_embeddings", False),
+        num_layers=number(config, "num_hidden_layers"), hidden_size=number(config, "hidden_size"),
+        num_attention_heads=number(config, "num_attention_heads"),
+        ffn_hidden_size=number(config, "intermediate_size"), seq_length=positions, position_embedding_type="rope",
+        rotary_base=float(number(rope, "rope_theta", number(config, "rotary_emb_base", 10000.0))),
+        rotary_percent=float(number(rope, "partial_rotary_factor", number(config, "rotary_pct", 0.25))),
+        attention_dropout=float(number(config, "attention_dropout", 0.0)),
+        hidden_dropout=float(number(config, "hidden_dropout", 0.0)),
+    )  # fmt: skip
+
+
+GPT_NEOX = Family(
+    "gpt_neox", "GPTNeoXForCausalLM", "as gpt2, with rotary positions",
+    (*_RULES, needs("position_embedding_type", "rope")),
+    _write_neox, _neox_parts, _read_neox, ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+)  # fmt: skip

@@ -1,0 +1,173 @@
+"""Classes that descend from LLaMA: Llama, Qwen2, Qwen3, and with experts Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE.
+
+They share norms (RMSNorm), rotary positions, gated SiLU MLPs and their tensors' names; they differ in biases, in norms
+of queries and keys, and in how experts are named, weighed and placed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_samoe.interop.hf.families.base import needs
+from megatron_samoe.interop.hf.families.reading import common, demand, number, rotary_base
+from megatron_samoe.interop.hf.native import NativeModel
+from megatron_samoe.interop.hf.parts import Constant, Part, View, at, keys, queries, rows, values, whole
+
+#: What every one of them demands of a native model.
+SHARED_RULES = (
+    needs("normalization", "RMSNorm"),
+    needs("swiglu", True),
+    needs("position_embedding_type", "rope"),
+    needs("rotary_percent", 1.0),
+)
+
+
+SharedExpertParts = Callable[[NativeModel, str, str], Iterator[Part | Constant]]
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """How a family names the tensors of an MoE layer.
+
+    Attributes:
+        block: what stands in place of "mlp".
+        gate, up, down: matrices of one expert.
+    """
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+def write_shared_config(native: NativeModel) -> dict[str, Any]:
+    """Returns the entries that all of them share."""
+    model = native.model
+    return {
+        "vocab_size": native.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.mlp_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_positions,
+        "initializer_range": model.init_method_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "attention_dropout": model.attention_dropout,
+        # Both the name that transformers 4 knows and the one of transformers 5.
+        "rope_theta": model.rotary_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+    }
+
+
+def read_shared_config(config: Mapping[str, Any], theta: float = 10000.0, eps: float = 1e-6) -> dict[str, Any]:
+    """Returns the native model's options; ConfigError where there is something that it cannot compute.
+
+    Args:
+        theta, eps: the class's defaults.
+    """
+    common(config)
+    demand(config, "hidden_act", ("silu",), "silu")
+    heads = number(config, "num_attention_heads")
+    kv_heads = number(config, "num_key_value_heads", heads)
+    positions = number(config, "max_position_embeddings", 2048)
+    return {
+        "num_layers": number(config, "num_hidden_layers"),
+        "hidden_size": number(config, "hidden_size"),
+        "ffn_hidden_size": number(config, "intermediate_size"),
+        "num_attention_heads": heads,
+        "kv_channels": number(config, "head_dim", number(config, "hidden_size") // heads),
+        "group_query_attention": kv_heads != heads,
+        "num_query_groups": kv_heads if kv_heads != heads else 1,
+        "seq_length": positions,
+        "position_embedding_type": "rope",
+        "rotary_base": rotary_base(config, theta),
+        "normalization": "RMSNorm",
+        "norm_epsilon": float(number(config, "rms_norm_eps", eps)),
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "init_method_std": float(number(config, "initializer_range", 0.02)),
+        "attention_dropout": float(number(config, "attention_dropout", 0.0)),
+    }
+
+
+def shared_parts(
+    native: NativeModel, experts: ExpertNames | None = None, shared_expert: SharedExpertParts | None = None
+) -> Iterator[Part | Constant]:
+    """Yields a model's tensors in the order of its layers.
+
+    Args:
+        shared_expert: yields those of the expert that every token passes, for the names of their layer and of ours.
+    """
+    model = native.model
+    embedding = (native.vocab_size, model.hidden_size)
+    yield Part("model.embed_tokens.weight", "embedding.word.weight", rows(native.vocab_size), embedding)
+    for layer in range(model.num_layers):
+        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        yield _norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm", model.hidden_size)
+        yield from _attention(native, f"{theirs}.self_attn", f"{ours}.attention")
+        yield _norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", model.hidden_size)
+        if not native.is_moe[layer]:
+            yield from gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", model.hidden_size, model.mlp_size, native.has_bias)
+            continue
+        assert experts is not None
+        yield from _experts(native, f"{theirs}.{experts.block}", f"{ours}.moe", experts)
+        if shared_expert is not None:
+            yield from shared_expert(native, f"{theirs}.{experts.block}", f"{ours}.moe")
+    yield _norm("model.norm", "final_norm", model.hidden_size)
+    if model.untie_embeddings_and_output_weights:
+        yield Part("lm_head.weight", "output.weight", rows(native.vocab_size), embedding)
+
+
+def _norm(theirs: str, ours: str, size: int) -> Part:
+    return Part(f"{theirs}.weight", f"{ours}.weight", whole, (size,))
+
+
+def _attention(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
+    model = native.model
+    width, kv_width = model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    projections: tuple[tuple[str, View, int], ...] = (
+        ("q_proj", queries, width), ("k_proj", keys, kv_width), ("v_proj", values, kv_width)
+    )  # fmt: skip
+    for name, view, size in projections:
+        yield Part(f"{theirs}.{name}.weight", f"{ours}.qkv.weight", view, (size, model.hidden_size))
+    if model.qkv_bias:
+        for name, view, size in projections:
+            yield Part(f"{theirs}.{name}.bias", f"{ours}.qkv.bias", view, (size,))
+    yield Part(f"{theirs}.o_proj.weight", f"{ours}.output.weight", whole, (model.hidden_size, width))
+    if native.has_bias:
+        yield Part(f"{theirs}.o_proj.bias", f"{ours}.output.bias", whole, (model.hidden_size,))
+    if model.qk_layernorm:
+        for name in ("q_norm", "k_norm"):
+            yield _norm(f"{theirs}.{name}", f"{ours}.{name}", model.head_dim)
+
+
+def gated_mlp(
+    theirs: str, ours: str, hidden: int, width: int, bias: bool, down_scale: float = 1.0, names: ExpertNames = ExpertNames()
+) -> Iterator[Part]:  # fmt: skip
+    """Yields the tensors of a gated MLP that every token passes."""
+    for index, name in enumerate((names.gate, names.up)):
+        yield Part(f"{theirs}.{name}.weight", f"{ours}.fc1.weight", at(index), (width, hidden))
+    if bias:
+        for index, name in enumerate((names.gate, names.up)):
+            yield Part(f"{theirs}.{name}.bias", f"{ours}.fc1.bias", at(index), (width,))
+    yield Part(f"{theirs}.{names.down}.weight", f"{ours}.fc2.weight", whole, (hidden, width), down_scale)
+    if bias:
+        yield Part(f"{theirs}.{names.down}.bias", f"{ours}.fc2.bias", whole, (hidden,), down_scale)
+
+
+def _experts(native: NativeModel, theirs: str, ours: str, names: ExpertNames) -> Iterator[Part]:
+    hidden, width, count = native.model.hidden_size, native.expert_size, native.moe.num_experts
+    yield Part(f"{theirs}.gate.weight", f"{ours}.router.weight", whole, (count, hidden))
+    for expert in range(count):
+        for index, name in enumerate((names.gate, names.up)):
+            full = f"{theirs}.experts.{expert}.{name}.weight"
+            yield Part(full, f"{ours}.experts.w1", at(expert, index), (width, hidden))
+    for expert in range(count):
+        yield Part(f"{theirs}.experts.{expert}.{names.down}.weight", f"{ours}.experts.w2", at(expert), (hidden, width))

@@ -1,0 +1,60 @@
+"""README.md beside exported weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_samoe.models.accounting import count_parameters
+
+if TYPE_CHECKING:
+    from megatron_samoe.interop.hf.export import ExportPlan
+
+_USE = """```python
+from transformers import AutoModelForCausalLM{tokenizer_import}
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto"{trust})
+{tokenizer_use}```
+"""
+
+
+def model_card(plan: ExportPlan) -> str:
+    """Returns the text: what the model is, how it is loaded, how it was trained as far as the checkpoint tells."""
+    native, family = plan.native, plan.target.family
+    count = count_parameters(native.config, native.vocab_size)
+    own = family.name == "samoe"
+    with_tokenizer = plan.tokenizer is not None and "tokenizer.json" in plan.tokenizer.files
+    use = _USE.format(
+        tokenizer_import=", AutoTokenizer" if with_tokenizer else "",
+        trust=", trust_remote_code=True" if own else "",
+        tokenizer_use=_TOKENIZER_USE if with_tokenizer else "",
+    )
+    state = plan.source.train_state
+    rows = {
+        "class": family.architecture, "parameters": f"{count.total:,}",
+        "of experts": f"{count.expert:,}", "active per token": f"{count.active:,}",
+        "layers, hidden size": f"{native.model.num_layers}, {native.model.hidden_size}",
+        "vocabulary": f"{native.vocab_size:,}", "longest sequence": f"{native.model.max_positions:,}",
+        "experts": _experts(plan), "dtype": str(plan.dtype).removeprefix("torch."),
+        "trained": f"{state.get('iteration', 0):,} steps, {state.get('consumed_tokens', 0):,} tokens",
+    }  # fmt: skip
+    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    front = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- {family.name}\n- megatron_samoe\n---\n"
+    why = "".join(f"- {line}\n" for line in plan.target.why)
+    return (
+        f"{front}\n# A {native.moe.expert_layout} language model\n\nTrained with megatron_samoe and exported from its "
+        f"checkpoint.\n\n| | |\n|---|---|\n{table}\n{use}\nThe class was chosen so:\n\n{why}"
+    )
+
+
+_TOKENIZER_USE = """tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+"""
+
+
+def _experts(plan: ExportPlan) -> str:
+    moe, layers = plan.native.moe, sum(plan.native.is_moe)
+    if not layers:
+        return "none"
+    shared = f", one pool of {moe.num_expert_banks} banks for all layers" if moe.has_pool else ""
+    return f"{moe.num_experts} in each of {layers} layers, {moe.moe_router_topk} per token{shared}"

@@ -1,0 +1,144 @@
+"""Files in the safetensors format, written and read one tensor at a time.
+
+A file is the length of a JSON header (8 bytes, little endian), the header, and the tensors' bytes without holes. The
+library's own writer wants all tensors of a file at once, and its reader maps the file into memory; neither fits a
+conversion in the memory of two tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
+from megatron_samoe.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+def header_of(tensors: Mapping[str, StoredTensor]) -> bytes:
+    """Returns a file's header, its length in front, for tensors in the order in which they will be written."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape),
+            "data_offsets": [start, start + tensor.num_bytes],
+        }  # fmt: skip
+        start += tensor.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return struct.pack("<Q", len(text)) + text
+
+
+class SafetensorsWriter:
+    """A file that is written tensor by tensor, in the order in which they were announced."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, StoredTensor]):
+        self._expected = iter(tensors.items())
+        self._file: BinaryIO = open(path, "xb", buffering=0)
+        self._write(header_of(tensors))
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Writes the next tensor."""
+        expected, stored = next(self._expected)
+        shape = tuple(tensor.shape)
+        assert (name, shape, tensor.dtype) == (expected, stored.shape, stored.dtype), f"{name}: announced {expected}"
+        if tensor.numel():
+            self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        """Flushes the file to disk; every announced tensor must have been written."""
+        left = next(self._expected, None)
+        assert left is None, f"{left} was announced and not written"
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Closes a file that will be thrown away."""
+        self._file.close()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view.nbytes:
+            view = view[self._file.write(view) :]
+
+
+class SafetensorsReader:
+    """A file whose tensors are read one at a time.
+
+    Raises:
+        CheckpointError: it is no such file, or its header does not describe it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                header, self._start = self._read_header(file)
+                self._num_bytes = os.fstat(file.fileno()).st_size - self._start
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+        self._offsets: dict[str, int] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                self._add(name, entry)
+
+    def _read_header(self, file: BinaryIO) -> tuple[dict[str, object], int]:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= _MAX_HEADER_BYTES:
+            raise CheckpointError(f"{self.path} is not a safetensors file: it has no header.")
+        text = file.read(length)
+        try:
+            header = json.loads(text)
+        except ValueError:
+            header = None
+        if len(text) != length or not isinstance(header, dict):
+            raise CheckpointError(f"{self.path} is not a safetensors file, or is cut off: its header cannot be read.")
+        return header, 8 + length
+
+    def _add(self, name: str, entry: object) -> None:
+        try:
+            assert isinstance(entry, dict)
+            kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            assert all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        except (AssertionError, KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{self.path} is damaged: its header's entry for {name} is not legal.") from None
+        if kind not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {name} has dtype {kind}; {', '.join(DTYPES)} are read (quantized weights are not)."
+            )
+        stored = StoredTensor(shape, DTYPES[kind])
+        if end - begin != stored.num_bytes or end > self._num_bytes:
+            raise CheckpointError(f"{self.path} is damaged or cut off: {name} does not lie within it.")
+        self.tensors[name], self._offsets[name] = stored, begin
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor of its own memory; CheckpointError where the file has become shorter."""
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        if not tensor.numel():
+            return tensor
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._start + self._offsets[name])
+            while view.nbytes:
+                count = file.readinto(view)
+                if not count:
+                    raise CheckpointError(f"{self.path} is cut off within {name}.")
+                view = view[count:]
+        return tensor

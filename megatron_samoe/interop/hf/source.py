@@ -1,0 +1,172 @@
+"""A Hugging Face model as a source of native tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.config.cli import apply_mapping, to_mapping
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import validate
+from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
+from megatron_samoe.errors import CheckpointError, ConfigError, nearest
+from megatron_samoe.interop.edited_model import FRACTIONS
+from megatron_samoe.interop.hf.families import FAMILIES, Family
+from megatron_samoe.interop.hf.families.reading import number
+from megatron_samoe.interop.hf.folder import CONFIG, HFFolder
+from megatron_samoe.interop.hf.native import NativeModel
+from megatron_samoe.interop.hf.parts import Constant, Part, join, parts_of
+from megatron_samoe.interop.hf.sidecar import SIDECAR, Remembered, read_sidecar
+from megatron_samoe.optimizer.mixed_precision import LossScale
+
+#: The output matrix, which files may hold although it is the embedding.
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_PRECISION = {torch.float32: {}, torch.bfloat16: {"bf16": True}, torch.float16: {"fp16": True}}
+
+
+class HFSource:
+    """The native model that a folder of transformers describes; see `GlobalTensors`.
+
+    Attributes:
+        family: of the folder's class.
+        notes: lines that a user should know.
+
+    Raises:
+        ConfigError: the model does something that ours does not.
+        CheckpointError: tensors are missing, have other shapes, or are not known; or files are damaged.
+    """
+
+    def __init__(self, directory: Path):
+        self.folder = HFFolder(directory)
+        self.family = family_of(self.folder.config)
+        self.notes: list[str] = []
+        remembered = read_sidecar(directory / SIDECAR)
+        derived = derived_model(self.family, self.folder.config)
+        if remembered is not None and not _same_model(self.family, remembered, derived):
+            self.notes.append(f"{SIDECAR} describes another model than {CONFIG}, which is followed.")
+            remembered = None
+        native = derived if remembered is None else remembered.native
+        self._parts = list(self.family.parts(native))
+        self._stored = self._located(tied=not native.model.untie_embeddings_and_output_weights)
+        self.native = replace(native, config=self._with_precision(native.config))
+        validate(as_one_process(self.native.config), 1)
+        self._parts_of = parts_of(self._parts)
+        self._fractions_LE = self._expert_fractions(remembered)
+        self.tensors: dict[str, StoredTensor] = dict(self.native.tensors)
+        if self._fractions_LE is not None:
+            self.tensors[FRACTIONS] = StoredTensor(tuple(self._fractions_LE.shape), torch.float32)
+        self.config: Mapping[str, Any] = to_mapping(self.native.config)
+        self.train_state: Mapping[str, Any] = self._train_state(remembered)
+
+    def read(self, name: str) -> Tensor:
+        """Returns a native tensor, put together from the folder's."""
+        if name == FRACTIONS:
+            assert self._fractions_LE is not None
+            return self._fractions_LE
+        stored = self.tensors[name]
+        return join(self._parts_of[name], stored.shape, stored.dtype, self._read_part)
+
+    def _read_part(self, name: str) -> Tensor:
+        return self.folder.read(self._stored[name])
+
+    def _located(self, tied: bool) -> dict[str, str]:
+        """Returns under which name the folder has each part, after checking that it has all of them and no others."""
+        have, where = self.folder.tensors, self.folder.directory
+        located: dict[str, str] = {}
+        for part in self._parts:
+            # Older files of a bare model leave out the first word.
+            names = [name for name in (part.name, part.name.partition(".")[2]) if name in have]
+            if not names:
+                raise CheckpointError(
+                    f"{where} has no tensor {part.name}, which a {self.family.name} model of its {CONFIG} needs."
+                    + nearest(part.name, have)
+                )
+            located[part.name] = names[0]
+            if have[names[0]].shape != part.shape:
+                raise CheckpointError(
+                    f"{where}: {names[0]} is {list(have[names[0]].shape)}; its {CONFIG} says {list(part.shape)}."
+                )
+            if isinstance(part, Constant) and not bool((self.folder.read(names[0]) == part.value).all()):
+                raise CheckpointError(f"{where}: {names[0]} is not {part.value:g} everywhere, and {part.why}.")
+        known = set(located.values())
+        others = [
+            n for n in have if n not in known and not n.endswith(self.family.ignored) and not (tied and n in _HEADS)
+        ]
+        if others:
+            raise CheckpointError(
+                f"{where} holds {len(others)} tensors that a {self.family.name} model of its {CONFIG} has no place for: "
+                f"{', '.join(others[:3])}{' and others' if others[3:] else ''}."
+            )
+        return located
+
+    def _with_precision(self, config: PretrainConfig) -> PretrainConfig:
+        """Returns the configuration with the precision that the embedding is stored in."""
+        embedding = next(p for p in self._parts if isinstance(p, Part) and p.native == "embedding.word.weight")
+        dtype = self.folder.tensors[self._stored[embedding.name]].dtype
+        if dtype not in _PRECISION:
+            raise CheckpointError(
+                f"{self.folder.directory}: weights of dtype {dtype} are not known; save them as bf16."
+            )
+        flags = {"bf16": False, "fp16": False, **_PRECISION[dtype]}
+        if flags["fp16"] == config.training.fp16 and flags["bf16"] == config.training.bf16:
+            return config
+        return replace(config, training=replace(config.training, **flags))
+
+    def _expert_fractions(self, remembered: Remembered | None) -> Tensor | None:
+        """Returns the experts' loads that training goes on from; uniform where they are not known."""
+        layers, experts = sum(self.native.is_moe), self.native.moe.num_experts
+        if not layers:
+            return None
+        if remembered is not None and remembered.expert_fractions is not None:
+            fractions_LE = torch.tensor(remembered.expert_fractions, dtype=torch.float32)
+            if tuple(fractions_LE.shape) == (layers, experts):
+                return fractions_LE
+        return torch.full((layers, experts), 1.0 / experts)
+
+    def _train_state(self, remembered: Remembered | None) -> dict[str, Any]:
+        if remembered is not None:
+            return dict(remembered.train_state)
+        loss_scale = asdict(LossScale.of(self.native.config.training))
+        return {
+            "iteration": 0, "consumed_samples": 0, "consumed_tokens": 0, "loss_scale": loss_scale,
+            "vocab_size": self.native.vocab_size,
+        }  # fmt: skip
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Returns the family that config.json names; ConfigError where it is none that we know."""
+    kind = config.get("model_type")
+    names = [family.name for family in FAMILIES]
+    if kind not in names:
+        raise ConfigError(
+            f"{CONFIG}: model_type", kind,
+            f"is not a family that can be imported; these can: {', '.join(names)}." + nearest(str(kind), names),
+        )  # fmt: skip
+    return FAMILIES[names.index(kind)]
+
+
+def derived_model(family: Family, config: Mapping[str, Any]) -> NativeModel:
+    """Returns the native model that a config.json describes; ConfigError where ours cannot compute it."""
+    vocab_size = number(config, "vocab_size")
+    options = family.read_config(config)
+    # Whoever trains on gives data of his own; a configuration must name some.
+    base = replace(PretrainConfig(), data=DataConfig(mock_data=True, vocab_size=vocab_size))
+    return NativeModel(apply_mapping(base, options, CONFIG), vocab_size)
+
+
+def as_one_process(config: PretrainConfig) -> PretrainConfig:
+    """Returns what of a configuration counts for its model: neither the layout nor the batch of its run."""
+    default = PretrainConfig()
+    training = replace(config.training, micro_batch_size=1, global_batch_size=None)
+    return replace(config, parallel=default.parallel, checkpoint=default.checkpoint, training=training)
+
+
+def _same_model(family: Family, remembered: Remembered, derived: NativeModel) -> bool:
+    native = remembered.native
+    return not family.misfits(native) and family.write_config(native) == family.write_config(derived)

@@ -1,0 +1,75 @@
+"""Which class a native model is exported to, and why: rules only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_samoe.errors import ConfigError, nearest
+from megatron_samoe.interop.hf.families import FAMILIES, SAMOE, Family
+from megatron_samoe.interop.hf.native import NativeModel
+
+TARGETS = ("auto", *(family.name for family in FAMILIES))
+
+
+@dataclass(frozen=True)
+class Target:
+    """The class that an export is for.
+
+    Attributes:
+        fold: whether the shared pool is folded into each layer's own experts first.
+        why: lines that give the reasons.
+    """
+
+    family: Family
+    fold: bool
+    why: tuple[str, ...]
+
+
+def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False) -> Target:
+    """Returns the target of an export.
+
+    Args:
+        wanted: auto, or a family's name. auto takes the first stock class that computes the same function, or our own;
+            a model with a pool keeps it, unless `fold` is given.
+        fold: fold the pool, whatever the target; naming a stock class implies it.
+
+    Raises:
+        ConfigError: the family is not known or cannot compute the model, or there is no pool to fold.
+    """
+    if wanted not in TARGETS:
+        raise ConfigError("--target", wanted, f"must be one of {', '.join(TARGETS)}." + nearest(wanted, TARGETS))
+    pool = native.moe.has_pool
+    if fold and not pool:
+        raise ConfigError("--fold", True, f"needs a model with a pool, not --expert-layout {native.moe.expert_layout}")
+    if wanted == SAMOE.name or (wanted == "auto" and pool and not fold):
+        return Target(SAMOE, fold, (_own_class(pool and not fold),))
+    fold, folded = pool, folded_model(native) if pool else native
+    if wanted != "auto":
+        family = next(family for family in FAMILIES if family.name == wanted)
+        if misfits := family.misfits(folded):
+            others = [f.name for f in FAMILIES if not f.misfits(folded)]
+            raise ConfigError("--target", wanted, f"{family.architecture} does not compute {'; nor '.join(misfits)}. "
+                              f"These classes do: {', '.join(others)}")  # fmt: skip
+        return Target(family, fold, (f"{wanted} was asked for, and computes the same function", *_folding(fold)))
+    why = list(_folding(fold))
+    for family in FAMILIES:
+        misfits = family.misfits(folded)
+        if not misfits:
+            what = _own_class(False) if family is SAMOE else f"{family.name} computes the same function"
+            return Target(family, fold, (*why, what))
+        why.append(f"not {family.name}: {misfits[0]}{f' (and {len(misfits) - 1} more)' if misfits[1:] else ''}")
+    raise AssertionError("our own class fits every model")
+
+
+def folded_model(native: NativeModel) -> NativeModel:
+    """Returns what a model with a pool is when every layer has its own experts."""
+    return replace(native, config=replace(native.config, moe=replace(native.moe, expert_layout="moe")))
+
+
+def _folding(fold: bool) -> tuple[str, ...]:
+    return ("the pool is folded into each layer's own experts",) if fold else ()
+
+
+def _own_class(keeps_pool: bool) -> str:
+    kept = "keeps the pool and its saving (--fold gives each layer its own experts)" if keeps_pool else "computes it"
+    return f"our own class, to be loaded with trust_remote_code=True, {kept}"

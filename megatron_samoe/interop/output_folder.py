@@ -1,0 +1,75 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_samoe.errors import CheckpointError
+
+#: Room left besides what is written, for the file system's own needs.
+SPARE_BYTES = 32 << 20
+
+
+def require_new(directory: Path) -> None:
+    """Raises CheckpointError where there is something already, or no place to put a folder."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() or directory.is_symlink():
+        raise CheckpointError(
+            f"--save-dir {directory} exists; nothing is overwritten. Give a new folder, or remove it."
+        )
+
+
+def require_space(directory: Path, num_bytes: int) -> None:
+    """Raises CheckpointError where the disk cannot hold so many bytes more."""
+    parent = directory.resolve()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes + SPARE_BYTES:
+        raise CheckpointError(
+            f"--save-dir {directory}: {_shown(num_bytes)} are to be written, and the disk has {_shown(free)} left."
+        )
+
+
+@contextmanager
+def new_folder(directory: Path) -> Iterator[Path]:
+    """Gives an empty folder to fill, which becomes `directory` when the block ends; an error removes it.
+
+    Raises:
+        CheckpointError: `directory` exists, or the folder cannot be written.
+    """
+    require_new(directory)
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"--save-dir {directory} cannot be written: {error.strerror}.") from None
+    try:
+        yield unfinished
+        _sync(unfinished)
+        os.rename(unfinished, directory)
+        _sync(directory.parent)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(f"--save-dir {directory} cannot be written: {error.strerror or error}.") from None
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _shown(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
