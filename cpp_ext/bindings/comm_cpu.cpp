@@ -61,8 +61,8 @@ std::string shm_connect(int64_t handle, const std::vector<std::string>& addresse
 // A rank's parts of a tensor: at the given byte offsets, or one after the other and together all of it.
 std::vector<Part> parts_of(const std::vector<int64_t>& offsets, const std::vector<int64_t>& bytes, const Tensor& tensor,
                            int world, const char* name) {
-  TORCH_CHECK_VALUE(static_cast<int>(bytes.size()) == world && (offsets.empty() || offsets.size() == bytes.size()), name,
-                    " has ", bytes.size(), " splits for ", world, " ranks");
+  TORCH_CHECK_VALUE(static_cast<int>(bytes.size()) == world && (offsets.empty() || offsets.size() == bytes.size()),
+                    name, " has ", bytes.size(), " splits for ", world, " ranks");
   TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.is_contiguous(), name, " is not a contiguous CPU tensor");
   const int64_t size = static_cast<int64_t>(tensor.nbytes());
   std::vector<Part> parts;

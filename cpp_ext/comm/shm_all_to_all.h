@@ -1,10 +1,11 @@
 // All-to-all between the processes of one host through shared memory.
 //
 // Each pair of ranks has a ring of four pieces in the sender's segment. A rank fills the rings of its peers and empties
-// theirs in turn; it waits only when neither is possible, and only for its own pairs. A message that lies in the sender's
-// window (stage) needs no ring: the receiver copies it from there. Which of the two a message takes is its sender's
-// choice; the receiver looks at both. Whoever writes or reads a piece rings the other's doorbell. A wait spins for a moment, then sleeps in the kernel in short slices, in which it looks
-// whether a peer gave up, died (pidfd) or stays silent for too long.
+// theirs in turn; it waits only when neither is possible, and only for its own pairs. A message that lies in the
+// sender's window (stage) needs no ring: the receiver copies it from there. Which of the two a message takes is its
+// sender's choice; the receiver looks at both. Whoever writes or reads a piece rings the other's doorbell. A wait spins
+// for a moment, then sleeps in the kernel in short slices, in which it looks whether a peer gave up, died (pidfd) or
+// stays silent for too long.
 #pragma once
 
 #include <chrono>
@@ -46,12 +47,12 @@ class ShmAllToAll {
   void connect_threads(const std::vector<ShmAllToAll*>& all);
 
   // Memory in this rank's window for an input of so many bytes, of which peers make one copy in place of two. It is
-  // valid until the second next call. Waits until peers have read what lay there. failed: error() says why, or, where it
+  // valid until the next call. Waits until peers have read what lay there. failed: error() says why, or, where it
   // is empty, *why says why there is no such memory; other exchanges still work.
   Progress stage(int64_t bytes, double seconds, double timeout_s, std::shared_ptr<Mapping>* memory, std::string* why);
 
-  // Begins an exchange: send[d] of input goes to rank d, recv[s] of output comes from rank s. The memory must stay until
-  // run() returns something other than pending. Returns an empty string, or why it cannot begin.
+  // Begins an exchange: send[d] of input goes to rank d, recv[s] of output comes from rank s. The memory must stay
+  // until run() returns something other than pending. Returns an empty string, or why it cannot begin.
   std::string start(const char* input, char* output, const std::vector<Part>& send, const std::vector<Part>& recv);
   // Works on the exchange for up to `seconds`. After failed, error() says why and the communicator stays unusable.
   Progress run(double seconds, double timeout_s);
@@ -99,7 +100,7 @@ class ShmAllToAll {
   bool staged_ = false;  // the exchange's input lies in the window
   const char* staged_input_ = nullptr;
   uint64_t staged_place_ = 0, staged_capacity_ = 0;
-  int next_buffer_ = 0;
+  int buffer_ = 0;           // of the window, the last one used
   std::vector<Peer> peers_;  // peers_[rank_].segment is this rank's own
   std::string error_;
   Clock::time_point last_progress_, last_look_;

@@ -31,16 +31,20 @@ Progress ShmAllToAll::stage(int64_t bytes, double seconds, double timeout_s, std
   staging_ = true;
   for (;;) {
     const uint32_t seen = self.segment.header().doorbell.load(std::memory_order_acquire);
-    if (window_is_read(next_buffer_)) break;
+    // The buffer that is still in the cache, if peers are done with it, else the other.
+    if (window_is_read(buffer_)) break;
+    if (window_is_read(1 - buffer_)) {
+      buffer_ = 1 - buffer_;
+      break;
+    }
     if (!peers_are_well(timeout_s)) return Progress::failed;
     if (Clock::now() >= until) return Progress::pending;
     wait(seen, until);
   }
   staging_ = false;
-  *why = self.window.grow(next_buffer_, static_cast<uint64_t>(bytes));
+  *why = self.window.grow(buffer_, static_cast<uint64_t>(bytes));
   if (!why->empty()) return Progress::failed;
-  *memory = self.window.buffer(next_buffer_);
-  next_buffer_ = 1 - next_buffer_;
+  *memory = self.window.buffer(buffer_);
   return Progress::done;
 }
 

@@ -35,15 +35,13 @@ struct Ring {
   alignas(64) std::atomic<uint64_t> read;
 };
 
-// A message that lies in the sender's window, from where the receiver copies it. One at a time: the sender publishes the
-// next when this one is consumed. Each counter has one writer.
+// A message that lies in the sender's window, from where the receiver copies it. One at a time: the sender publishes
+// the next when this one is consumed. Each counter has one writer.
 struct Pull {
   alignas(64) std::atomic<uint64_t> published;
   uint64_t operation, message_bytes, place, capacity;  // place and capacity: see shm_window.h
   alignas(64) std::atomic<uint64_t> consumed;
-  bool pending() const {
-    return published.load(std::memory_order_acquire) != consumed.load(std::memory_order_acquire);
-  }
+  bool pending() const { return published.load(std::memory_order_acquire) != consumed.load(std::memory_order_acquire); }
 };
 
 struct alignas(64) Slot {

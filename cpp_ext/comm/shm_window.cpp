@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -13,6 +14,7 @@ namespace comm {
 namespace {
 
 constexpr uint64_t kUnit = uint64_t{2} << 20;  // sizes are multiples of a huge page
+constexpr int kPopulateWrite = 23;             // MADV_POPULATE_WRITE, missing from older headers
 
 std::string failure(const std::string& call) { return call + ": " + std::strerror(errno); }
 
@@ -37,11 +39,22 @@ std::string Window::open(pid_t pid, int fd) {
 
 std::string Window::map(int buffer, uint64_t bytes) {
   const off_t offset = static_cast<off_t>(static_cast<uint64_t>(buffer) * kBufferStride);
-  void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd_, offset);
-  if (base == MAP_FAILED) return failure("mmap of " + std::to_string(bytes) + " shared bytes");
+  // At a multiple of a huge page, which the kernel gives on advice and where it falls so.
+  void* space = mmap(nullptr, bytes + kUnit, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (space == MAP_FAILED) return failure("mmap of " + std::to_string(bytes) + " bytes of addresses");
+  char* start = static_cast<char*>(space);
+  char* base = start + (kUnit - reinterpret_cast<uintptr_t>(start) % kUnit) % kUnit;
+  if (base != start) munmap(start, static_cast<size_t>(base - start));
+  if (base + bytes != start + bytes + kUnit) munmap(base + bytes, static_cast<size_t>(start + kUnit - base));
+  if (mmap(base, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd_, offset) == MAP_FAILED) {
+    const std::string problem = failure("mmap of " + std::to_string(bytes) + " shared bytes");
+    munmap(base, bytes);
+    return problem;
+  }
+  madvise(base, bytes, MADV_HUGEPAGE);
   // The mapping before this one lives on with the tensors that lie in it.
   buffers_[buffer] = std::make_shared<Mapping>();
-  buffers_[buffer]->base = static_cast<char*>(base);
+  buffers_[buffer]->base = base;
   buffers_[buffer]->bytes = bytes;
   return "";
 }
@@ -52,10 +65,20 @@ std::string Window::grow(int buffer, uint64_t bytes) {
   const uint64_t capacity = rounded(bytes + bytes / 4);  // sizes of uneven exchanges vary from step to step
   if (capacity > kBufferStride) return std::to_string(bytes) + " bytes are more than a window holds";
   const off_t offset = static_cast<off_t>(static_cast<uint64_t>(buffer) * kBufferStride);
-  // Memory that is not there is an error here, not a bus error at the first write.
-  if (fallocate(fd_, 0, offset, static_cast<off_t>(capacity)) != 0)
-    return failure("fallocate of " + std::to_string(capacity) + " bytes");
-  return map(buffer, capacity);
+  struct stat status;
+  if (fstat(fd_, &status) != 0) return failure("fstat");
+  const off_t end = offset + static_cast<off_t>(capacity);
+  if (status.st_size < end && ftruncate(fd_, end) != 0)
+    return failure("ftruncate to " + std::to_string(capacity) + " bytes");
+  const std::string problem = map(buffer, capacity);
+  if (!problem.empty()) return problem;
+  // Memory that is not there is an error here, not a bus error at the first write. Older kernels know only the second
+  // way, which gives no huge pages.
+  if (madvise(buffers_[buffer]->base, capacity, kPopulateWrite) == 0) return "";
+  if (errno == EINVAL && fallocate(fd_, 0, offset, static_cast<off_t>(capacity)) == 0) return "";
+  const std::string missing = failure("memory for a window of " + std::to_string(capacity) + " bytes");
+  buffers_[buffer].reset();
+  return missing;
 }
 
 std::string Window::read(uint64_t place, uint64_t capacity, const char** data) {

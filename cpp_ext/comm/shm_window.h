@@ -1,7 +1,7 @@
 // Memory in which a rank lays out what it will send, so that its peers copy it from there: one copy in place of two.
 //
-// A window is an anonymous file with two buffers, used in turn: while peers still read one, the next message is written
-// into the other. A buffer grows when a larger message comes; peers map what they need when they need it. A message's
+// A window is an anonymous file with two buffers: while peers still read one, the next message is written into the
+// other. A buffer grows when a larger message comes; peers map what they need when they need it. A message's
 // place is its offset in the file, in which the second buffer begins at kBufferStride.
 #pragma once
 

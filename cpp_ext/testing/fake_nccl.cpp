@@ -192,7 +192,7 @@ bool run_exchange(Comm* comm) {
   return false;
 }
 
-int add(Comm* comm, std::vector<Transfer> Comm::*list, const void* data, size_t count, int datatype, int peer) {
+int add(Comm* comm, std::vector<Transfer> Comm::* list, const void* data, size_t count, int datatype, int peer) {
   if (group_depth == 0 || comm->state != kSuccess) return kInvalidUsage;
   if (datatype != 1 || peer < 0 || peer >= comm->world) return kInvalidArgument;
   Transfer transfer;

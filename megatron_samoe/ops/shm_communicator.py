@@ -72,7 +72,7 @@ class ShmCommunicator(Communicator):
     def gathered(self, x: Tensor, index: Tensor, divisor: int) -> Tensor:
         """Returns rows x[index // divisor] in shared memory, from where peers copy them when they are exchanged.
 
-        The memory is written again by the second next call; where there is none, the rows lie in this rank's own.
+        The memory is written again by the next call; where there is none, the rows lie in this rank's own.
         """
         state = "pending"
         while state == "pending":
