@@ -1,0 +1,235 @@
+"""The routes: OpenAI's completions and models, health, metrics and the page."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_samoe.inference.server.gate import ROUTES, Gate, GateLimits, gone, now_s, read_body, send_error
+from megatron_samoe.inference.server.jobs import CompletionService, Job
+from megatron_samoe.inference.server.metrics import ServerMetrics
+from megatron_samoe.inference.server.protocol import (
+    ApiError,
+    CompletionCall,
+    ModelFacts,
+    choice_body,
+    completion_body,
+    parse_body,
+    parse_completion,
+    usage_body,
+)
+from megatron_samoe.log import logger
+
+PAGE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What all pieces of one answer share."""
+
+    call_id: str
+    created: int
+    model: str
+
+    def body(self, choices: list[dict], usage: dict | None = None) -> dict:
+        return completion_body(self.call_id, self.created, self.model, choices, usage)
+
+
+class _Routes:
+    """The handlers; FastAPI's names are loaded with the first server, as it is an optional dependency."""
+
+    def __init__(
+        self, service: CompletionService, metrics: ServerMetrics, facts: ModelFacts, max_body_bytes: int,
+        body_timeout_s: float,
+    ):  # fmt: skip
+        from starlette import responses
+
+        self._responses = responses
+        self._service, self._metrics, self._facts = service, metrics, facts
+        self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
+        self._started = now_s()
+        self._page = PAGE.read_bytes()
+        self._page_headers = {"Content-Security-Policy": _content_policy(self._page.decode()),
+                              "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                              "Cache-Control": "no-cache"}  # fmt: skip
+
+    async def page(self, _: Any) -> Any:
+        return self._responses.Response(self._page, media_type="text/html", headers=self._page_headers)
+
+    async def health(self, _: Any) -> Any:
+        status = self._service.status
+        return self._responses.JSONResponse({"status": status}, 200 if status == "ready" else 503)
+
+    async def metrics(self, _: Any) -> Any:
+        return self._responses.Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self, _: Any) -> Any:
+        model = {"id": self._facts.name, "object": "model", "created": self._started, "owned_by": "megatron_samoe",
+                 "max_model_len": self._facts.context_length}  # fmt: skip
+        return self._responses.JSONResponse({"object": "list", "data": [model]})
+
+    async def completions(self, request: Any) -> Any:
+        self._service.check_open()
+        try:
+            raw = await read_body(request.headers, request.receive, self._max_body_bytes, self._body_timeout_s)
+        except ConnectionError:
+            return self._responses.Response(status_code=499)  # nobody reads it; servers log this number for it
+        # Tokenizers take their time over a long prompt, and other requests' tokens wait for this thread.
+        call = await asyncio.to_thread(lambda: parse_completion(parse_body(raw), self._facts))
+        job = self._service.open(call.requests, call.prompt_tokens)
+        answer = _Answer(f"cmpl-{secrets.token_hex(12)}", now_s(), self._facts.name)
+        if call.stream:
+            return _EventStream(self._stream(call, job, answer), job)
+        return await self._whole(call, job, answer, request.receive)
+
+    async def _whole(self, call: CompletionCall, job: Job, answer: _Answer, receive: Any) -> Any:
+        texts, num_tokens = list(call.heads), 0
+        reasons: list[str | None] = [None] * len(texts)
+
+        async def collect() -> None:
+            nonlocal num_tokens
+            async for index, event in job.tokens():
+                texts[index] += event.text
+                reasons[index] = event.finish_reason
+                num_tokens += 1
+
+        answered, left = asyncio.create_task(collect()), asyncio.create_task(gone(receive))
+        try:
+            await asyncio.wait((answered, left), return_when=asyncio.FIRST_COMPLETED)
+            if not answered.done():
+                return self._responses.Response(status_code=499)
+            answered.result()
+        finally:
+            job.close()
+            for task in (answered, left):
+                task.cancel()
+        choices = [choice_body(i, text, reason) for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))]
+        return self._responses.JSONResponse(answer.body(choices, usage_body(call.prompt_tokens, num_tokens)))
+
+    async def _stream(self, call: CompletionCall, job: Job, answer: _Answer) -> AsyncIterator[bytes]:
+        num_tokens = 0
+        for index, head in enumerate(call.heads):
+            if head:
+                yield _event(answer.body([choice_body(index, head, None)]))
+        try:
+            async for index, event in job.tokens():
+                num_tokens += 1
+                if event.text or event.finish_reason:
+                    yield _event(answer.body([choice_body(index, event.text, event.finish_reason)]))
+        except ApiError as error:
+            # The status is long sent, so the error comes as an event, and no [DONE] follows.
+            yield _event(error.body)
+            return
+        if call.include_usage:
+            yield _event(answer.body([], usage_body(call.prompt_tokens, num_tokens)))
+        yield b"data: [DONE]\n\n"
+
+
+class _EventStream:
+    """A response of server-sent events that ends, with its job, when the client goes or all is said."""
+
+    def __init__(self, events: AsyncIterator[bytes], job: Job):
+        self._events, self._job = events, job
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+
+        async def pump() -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for event in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        sent, left = asyncio.create_task(pump()), asyncio.create_task(gone(receive))
+        try:
+            await asyncio.wait((sent, left), return_when=asyncio.FIRST_COMPLETED)
+            if sent.done():
+                sent.result()
+        except OSError:
+            pass  # the client has gone while it was sent something
+        finally:
+            self._job.close()
+            for task in (sent, left):
+                task.cancel()
+
+
+class _Refusal:
+    """A response in OpenAI's shape of errors."""
+
+    def __init__(self, error: ApiError):
+        self._error = error
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send_error(self._error, send)
+
+
+def _event(body: dict) -> bytes:
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _content_policy(page: str) -> str:
+    """Returns a policy under which a browser runs the page's own script and style, and loads nothing else."""
+
+    def digests(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(t.encode()).digest()).decode()}'" for t in found)
+
+    return (
+        f"default-src 'none'; script-src {digests('script')}; style-src {digests('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+async def _answer_error(_: Any, error: Any) -> Any:
+    return _Refusal(error)
+
+
+async def _answer_http_error(request: Any, error: Any) -> Any:
+    """Answers for paths and methods that there are not."""
+    path, method = request.url.path[:80], request.method
+    message = {
+        404: f"There is no {path!r} here; there are {', '.join(ROUTES)}.",
+        405: f"{path!r} does not take {method}.",
+    }.get(error.status_code, str(error.detail))
+    return _Refusal(ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None))
+
+
+async def _answer_fault(_: Any, error: Any) -> Any:
+    logger.error("a request failed: %r", error)
+    return _Refusal(
+        ApiError(500, "The server has failed at this request; its log has the reason.", kind="server_error")
+    )
+
+
+def build_app(
+    service: CompletionService, metrics: ServerMetrics, facts: ModelFacts, gate: GateLimits, max_body_bytes: int,
+    body_timeout_s: float,
+) -> Any:  # fmt: skip
+    """Returns the ASGI application of a server."""
+    from fastapi import FastAPI
+    from starlette.exceptions import HTTPException
+    from starlette.routing import Route
+
+    routes = _Routes(service, metrics, facts, max_body_bytes, body_timeout_s)
+    app = FastAPI(
+        title="megatron_samoe", docs_url=None, redoc_url=None, openapi_url=None,
+        routes=[
+            Route("/", routes.page),
+            Route("/health", routes.health),
+            Route("/metrics", routes.metrics),
+            Route("/v1/models", routes.models),
+            Route("/v1/completions", routes.completions, methods=["POST"]),
+        ],
+    )  # fmt: skip
+    app.add_exception_handler(ApiError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(Exception, _answer_fault)
+    return Gate(app, gate, metrics)

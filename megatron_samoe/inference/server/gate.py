@@ -1,0 +1,160 @@
+"""What every HTTP request passes before it reaches a route: limits, who may ask, and a count of answers.
+
+Plain ASGI, because the usual wrappers hide from a route that its client has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from megatron_samoe.inference.server.metrics import ServerMetrics
+from megatron_samoe.inference.server.protocol import ApiError
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+#: Paths that need no token: the page asks for it, and balancers have none.
+OPEN_PATHS = ("/", "/health")
+ROUTES = ("/", "/health", "/metrics", "/v1/models", "/v1/completions")
+#: A body that is too large is still read up to so many times the limit, so that its sender hears the reason: many
+#: clients look for an answer only after they have sent everything.
+OVERREAD = 16
+
+
+@dataclass(frozen=True)
+class GateLimits:
+    """See `ServerOptions`."""
+
+    api_key: str | None
+    allowed_hosts: tuple[str, ...]
+    max_connections: int
+
+
+class Gate:
+    """Wraps an ASGI application."""
+
+    def __init__(self, app: App, limits: GateLimits, metrics: ServerMetrics):
+        self._app, self._limits, self._metrics = app, limits, metrics
+        self._key = None if limits.api_key is None else limits.api_key.encode()
+        self._num_open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one HTTP request or hands it on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        route = scope["path"] if scope["path"] in ROUTES else "other"
+
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.count_http(route, message["status"])
+            await send(message)
+
+        self._num_open += 1
+        try:
+            self._check(scope)
+        except ApiError as error:
+            await send_error(error, counted)
+        else:
+            await self._app(scope, receive, counted)
+        finally:
+            self._num_open -= 1
+
+    def _check(self, scope: Scope) -> None:
+        if self._num_open > self._limits.max_connections:
+            raise ApiError(
+                503, f"The server answers {self._limits.max_connections} HTTP requests at a time, and has as many.",
+                kind="service_unavailable_error", code="too_many_connections", retry_after_s=1,
+            )  # fmt: skip
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._limits.allowed_hosts and host_name(host) not in self._limits.allowed_hosts:
+            # A page of another site whose name was made to lead here comes with that name.
+            raise ApiError(
+                403, f"The server does not answer under the name {host[:80]!r}; --allowed-hosts adds names.",
+                code="host_not_allowed",
+            )  # fmt: skip
+        if self._key is None or scope["path"] in OPEN_PATHS:
+            return
+        kind, _, token = headers.get(b"authorization", b"").partition(b" ")
+        # Compared in a time that does not tell how much of it is right.
+        if kind.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._key):
+            what = "is wrong" if kind else 'is missing: the header "Authorization: Bearer ..." is needed'
+            raise ApiError(401, f"The access token {what}.", kind="authentication_error", code="invalid_api_key")
+
+
+def host_name(header: str) -> str:
+    """Returns a Host header's name without its port, in small letters."""
+    name = header.strip().lower()
+    if name.startswith("["):
+        return name[1 : name.find("]")]
+    return name.rsplit(":", 1)[0] if ":" in name else name
+
+
+async def read_body(headers: Any, receive: Receive, limit: int, timeout_s: float) -> bytes:
+    """Returns a request's body.
+
+    Raises:
+        ApiError: it is larger than the limit, is not JSON by its type, or does not come in time.
+        ConnectionError: the client has gone.
+    """
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # This also keeps pages of other sites out: a browser sends them this type only after it has asked.
+        raise ApiError(
+            415,
+            f"The request's Content-Type must be application/json, not {kind[:60]!r}.",
+            code="unsupported_media_type",
+        )
+    try:
+        return await asyncio.wait_for(_collect(receive, limit), timeout_s)
+    except (TimeoutError, asyncio.TimeoutError) as error:
+        raise ApiError(408, f"The request's body did not come within {timeout_s:g} s.", code="timeout") from error
+
+
+async def _collect(receive: Receive, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ConnectionError("the client has gone")
+        size += len(message.get("body", b""))
+        if size <= limit:
+            parts.append(message.get("body", b""))
+        else:
+            parts.clear()
+        if size > limit * OVERREAD or (size > limit and not message.get("more_body", False)):
+            raise ApiError(413, f"The request's body may have {limit} bytes, and has more.", code="body_too_large")
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def gone(receive: Receive) -> None:
+    """Returns when the client has closed its connection; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """Answers with an error in OpenAI's shape."""
+    body = json.dumps(error.body).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
+    if error.status in (408, 413):
+        headers["Connection"] = "close"  # part of the body may still be on its way
+    pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
+
+
+def now_s() -> int:
+    """Returns the time as OpenAI's "created" has it."""
+    return int(time.time())

@@ -1,0 +1,202 @@
+"""The event loop's side of the engine: who waits for which tokens, how much may wait, and the end of service."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.request import Request, TokenEvent
+from megatron_samoe.inference.server.metrics import ServerMetrics
+from megatron_samoe.inference.server.protocol import ApiError, api_error
+from megatron_samoe.inference.server.worker import Command, Ended, EngineWorker, Load, Notice
+from megatron_samoe.parallel_state.state import Group
+
+
+def draining_error() -> ApiError:
+    """What requests get that come when service is about to end, or would not end in time."""
+    return ApiError(
+        503, "The server is shutting down: send the request to another one.", kind="service_unavailable_error",
+        code="draining", retry_after_s=5,
+    )  # fmt: skip
+
+
+def failed_error() -> ApiError:
+    """What requests get when the engine has failed."""
+    return ApiError(
+        500, "The engine has failed, and the server is about to end; its log has the reason.", kind="server_error",
+        code="engine_failed",
+    )  # fmt: skip
+
+
+@dataclass
+class _Ticket:
+    job: Job
+    index: int
+    accepted: float
+    num_tokens: int = 0
+
+
+@dataclass
+class Job:
+    """The choices of one HTTP request; iterate over it for (choice's index, token) and close it in any case."""
+
+    service: CompletionService
+    tickets: set[int] = field(default_factory=set)
+    news: asyncio.Queue[tuple[int, TokenEvent] | ApiError] = field(default_factory=asyncio.Queue)
+
+    async def tokens(self) -> AsyncIterator[tuple[int, TokenEvent]]:
+        """Yields every choice's tokens as they come, until all choices are complete.
+
+        Raises:
+            ApiError: the engine refused or failed, or service ended before.
+        """
+        while self.tickets or not self.news.empty():
+            item = await self.news.get()
+            if isinstance(item, ApiError):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Cancels what is not complete: nobody waits for it any more."""
+        self.service.cancel(self.tickets)
+        self.tickets = set()
+
+
+class CompletionService:
+    """Takes requests while there is room, and brings each its tokens. All calls come from one event loop.
+
+    Args:
+        max_queue: most choices that wait beside those that the engine runs.
+    """
+
+    def __init__(self, engine: Engine, group: Group, metrics: ServerMetrics, max_queue: int):
+        self._capacity = engine.max_batch + max_queue
+        self._max_batch = engine.max_batch
+        self._metrics = metrics
+        self._worker = EngineWorker(engine, group, self._publish, self._publish_failure)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tickets: dict[int, _Ticket] = {}
+        self._numbers = itertools.count()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._mean_duration_s = 1.0
+        self.draining = False
+        #: Set when the engine has failed.
+        self.failed = asyncio.Event()
+        metrics.set_load(Load(num_free_tokens=engine.num_free_tokens))
+
+    @property
+    def num_open(self) -> int:
+        """Choices that the engine still knows."""
+        return len(self._tickets)
+
+    @property
+    def status(self) -> str:
+        """ready, draining or failed."""
+        return "failed" if self.failed.is_set() else "draining" if self.draining else "ready"
+
+    def start(self) -> None:
+        """Starts the engine's thread; the running event loop gets its news."""
+        self._loop = asyncio.get_running_loop()
+        self._worker.start()
+
+    def check_open(self) -> None:
+        """Raises ApiError if no requests are taken."""
+        if self.failed.is_set():
+            raise failed_error()
+        if self.draining:
+            raise draining_error()
+
+    def open(self, requests: Sequence[Request], prompt_tokens: int) -> Job:
+        """Queues the choices of a request, all or none.
+
+        Raises:
+            ApiError: service ends or has failed, or too many choices wait.
+        """
+        self.check_open()
+        if len(self._tickets) + len(requests) > self._capacity:
+            raise self._too_many(len(requests))
+        job = Job(self)
+        self._metrics.count_prompt(prompt_tokens)
+        now = time.monotonic()
+        for index, request in enumerate(requests):
+            number = next(self._numbers)
+            self._tickets[number] = _Ticket(job, index, now)
+            job.tickets.add(number)
+            self._worker.send(Command("submit", number, request))
+        self._empty.clear()
+        return job
+
+    def cancel(self, tickets: set[int]) -> None:
+        """Tells the engine to drop choices; they count until it has."""
+        for number in tickets:
+            self._worker.send(Command("cancel", number))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no more requests, and waits for those there are; then ends them. Returns whether all were complete."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except (TimeoutError, asyncio.TimeoutError):
+            jobs = {id(ticket.job): ticket.job for ticket in self._tickets.values()}
+            for job in jobs.values():
+                job.news.put_nowait(draining_error())
+            return False
+        return True
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Ends the engine's thread; returns whether it ended in time."""
+        return await asyncio.to_thread(self._worker.stop, timeout_s)
+
+    def _too_many(self, num_choices: int) -> ApiError:
+        # Once all that are open have been served there is room for any request; many come at the same moment, so
+        # the time is no promise.
+        wait_s = self._mean_duration_s * len(self._tickets) / self._max_batch
+        return ApiError(
+            429, f"The server is busy: it holds {len(self._tickets)} choices and takes at most {self._capacity}; the "
+            f"request asks for {num_choices} more. Try again later.", kind="rate_limit_error", code="queue_full",
+            retry_after_s=min(60, max(1, round(wait_s))),
+        )  # fmt: skip
+
+    def _publish(self, notices: list[Notice], load: Load) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._deliver, notices, load)
+
+    def _publish_failure(self, _: BaseException) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._deliver_failure)
+
+    def _deliver(self, notices: list[Notice], load: Load) -> None:
+        now = time.monotonic()
+        self._metrics.set_load(load)
+        for notice in notices:
+            if isinstance(notice, Ended):
+                ticket = self._tickets.pop(notice.ticket)
+                self._metrics.count_end("refused" if notice.error else "cancelled")
+                if notice.error is not None:
+                    ticket.job.tickets.discard(notice.ticket)
+                    ticket.job.news.put_nowait(api_error(notice.error))
+                continue
+            ticket = self._tickets[notice.request_id]
+            age_s = now - ticket.accepted
+            self._metrics.count_token(notice, age_s, is_first=ticket.num_tokens == 0)
+            ticket.num_tokens += 1
+            ticket.job.news.put_nowait((ticket.index, notice))
+            if notice.finish_reason is not None:
+                del self._tickets[notice.request_id]
+                ticket.job.tickets.discard(notice.request_id)
+                self._mean_duration_s += 0.1 * (age_s - self._mean_duration_s)
+        if not self._tickets:
+            self._empty.set()
+
+    def _deliver_failure(self) -> None:
+        self.failed.set()
+        for ticket in self._tickets.values():
+            self._metrics.count_end("failed")
+            ticket.job.news.put_nowait(failed_error())
+        self._tickets.clear()
+        self._empty.set()

@@ -1,0 +1,318 @@
+"""OpenAI's completions API as plain values: what a request body means, and the bodies of answers and errors.
+
+Nothing here knows of a web server or an engine, so every rule is tested without either. The field names and shapes are
+those of OpenAI's API reference for `/v1/completions`; `top_k`, `repetition_penalty` and `ignore_eos` are names that
+other servers of this API have added.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_samoe.datasets.tokenizer import Tokenizer
+from megatron_samoe.errors import ConfigError, ConfigErrors, nearest
+from megatron_samoe.inference.request import Request
+from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
+
+#: max_tokens where a request does not say, as OpenAI's.
+DEFAULT_MAX_TOKENS = 16
+MAX_STOPS = 4
+#: Fields with an effect, and "user", which names who asks and changes no answer.
+FIELDS = (
+    "model", "prompt", "max_tokens", "n", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "echo",
+    "stream", "stream_options", "ignore_eos", "user",
+)  # fmt: skip
+#: Fields of the API that this server has no code for, with the values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1), "frequency_penalty": (None, 0), "logit_bias": (None, {}), "logprobs": (None,),
+    "presence_penalty": (None, 0), "suffix": (None, ""),
+}  # fmt: skip
+#: How an option of the engine is called in this API.
+NAMES = {"max_new_tokens": "max_tokens", "ignore_eod": "ignore_eos"}
+
+
+class ApiError(Exception):
+    """A request that is not answered, as the client sees it.
+
+    Args:
+        status: of HTTP.
+        kind: OpenAI's "type".
+        param: field of the request that is at fault.
+        code: a word that programs can test.
+        retry_after_s: when to try again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.kind = status, message, kind
+        self.param, self.code, self.retry_after_s = param, code, retry_after_s
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error as OpenAI's clients expect it."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Header fields beside the body."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return {**headers, "WWW-Authenticate": "Bearer"} if self.status == 401 else headers
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What requests are checked against.
+
+    Attributes:
+        name: as in "model".
+        max_choices: most prompts times choices of one request.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    context_length: int
+    max_choices: int
+
+
+@dataclass(frozen=True)
+class CompletionCall:
+    """A checked request.
+
+    Attributes:
+        requests: one per choice of the answer: all choices of the first prompt, then of the second.
+        heads: text that each choice's answer begins with: its prompt where "echo" is set.
+        prompt_tokens: of all prompts, each counted once.
+        include_usage: whether a stream ends with the numbers of tokens.
+    """
+
+    requests: tuple[Request, ...]
+    heads: tuple[str, ...]
+    prompt_tokens: int
+    stream: bool
+    include_usage: bool
+
+
+def parse_body(raw: bytes) -> dict[str, Any]:
+    """Returns the JSON object of a request.
+
+    Raises:
+        ApiError: it is no JSON, or not an object.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        body = json.loads(raw, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ApiError(400, f"The request's body is not JSON in UTF-8: {reason}.", code="invalid_json") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, 'The request\'s body must be a JSON object such as {"prompt": "Once"}.')
+    return body
+
+
+def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCall:
+    """Returns the engine's requests that a body asks for.
+
+    Raises:
+        ApiError: a field is unknown or unsupported, has a value that is not allowed, or the prompt does not fit.
+    """
+    _check_fields(body)
+    model = body.get("model")
+    if model is not None and model != facts.name:
+        raise ApiError(
+            404, f"The model {_shown(model)} is not served here; this server has {facts.name!r}.", param="model",
+            code="model_not_found",
+        )  # fmt: skip
+    stream, echo, include_usage = _flag(body, "stream"), _flag(body, "echo"), _include_usage(body)
+    n = _value(body, "n", 1)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise _bad("n", n, "must be a whole number, 1 or more")
+    texts, prompts = _prompts(body, facts.tokenizer)
+    if len(prompts) * n > facts.max_choices:
+        raise ApiError(
+            400, f"The request asks for {len(prompts) * n} choices ({len(prompts)} prompts, n = {n}); this server makes "
+            f"at most {facts.max_choices} for one request.", param="n",
+        )  # fmt: skip
+    _check_tokens(prompts, facts.vocab_size)
+    options = _sampling(body)
+    requests, heads = [], []
+    for place, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
+        allowed = _max_tokens(body, len(ids), facts.context_length)
+        for choice in range(n):
+            seed = (options["seed"] + place * n + choice) % 2**64
+            requests.append(Request(ids, SamplingOptions(**{**options, "seed": seed, "max_new_tokens": allowed})))
+            heads.append((facts.tokenizer.decode(ids) if text is None else text) if echo else "")
+    return CompletionCall(tuple(requests), tuple(heads), sum(map(len, prompts)), stream, include_usage)
+
+
+def completion_body(call_id: str, created: int, model: str, choices: Sequence[dict], usage: dict | None) -> dict:
+    """Returns an answer, or one piece of a streamed answer."""
+    body = {"id": call_id, "object": "text_completion", "created": created, "model": model, "choices": list(choices)}
+    return body if usage is None else {**body, "usage": usage}
+
+
+def choice_body(index: int, text: str, finish_reason: str | None) -> dict:
+    """Returns one choice of an answer."""
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+
+def usage_body(prompt_tokens: int, completion_tokens: int) -> dict:
+    """Returns the numbers of tokens of an answer."""
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _bad(name: str, value: Any, allowed: str) -> ApiError:
+    return ApiError(400, f"{name} = {_shown(value)}: {allowed}.", param=name)
+
+
+def _value(body: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Returns a field; null means that it is not given."""
+    value = body.get(name)
+    return default if value is None else value
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = _value(body, name, False)
+    if not isinstance(value, bool):
+        raise _bad(name, value, "must be true or false")
+    return value
+
+
+def _check_fields(body: Mapping[str, Any]) -> None:
+    for name, value in body.items():
+        if name in UNSUPPORTED:
+            if isinstance(value, bool) or value not in UNSUPPORTED[name]:
+                raise ApiError(
+                    400, f"{name} is not supported by this server: leave it out.", param=name, code="unsupported_field"
+                )
+        elif name not in FIELDS:
+            raise ApiError(
+                400, f"{_shown(name)} is no field of a completion request.{nearest(name, FIELDS)} Known are "
+                f"{', '.join(FIELDS)}.", param=name[:60], code="unknown_field",
+            )  # fmt: skip
+    user = _value(body, "user", "")
+    if not isinstance(user, str):
+        raise _bad("user", user, "must be text")
+
+
+def _include_usage(body: Mapping[str, Any]) -> bool:
+    options = _value(body, "stream_options", {})
+    if not isinstance(options, dict) or set(options) - {"include_usage"}:
+        raise _bad("stream_options", options, 'may hold "include_usage" alone')
+    if options and not _flag(body, "stream"):
+        raise _bad("stream_options", options, 'needs "stream": true')
+    return _flag(options, "include_usage")
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
+
+
+def _prompts(body: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[str | None], list[list[int]]]:
+    """Returns each prompt's text (None where tokens were given) and tokens."""
+    value = body.get("prompt")
+    if value is None:
+        raise ApiError(400, "prompt is missing: a text, tokens, or a list of either.", param="prompt")
+    given = [value] if isinstance(value, str) or _is_tokens(value) else value
+    if not isinstance(given, list) or not given:
+        raise _bad("prompt", value, "must be a text, tokens, or a list of either")
+    texts, prompts = [], []
+    for prompt in given:
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(_encodable("prompt", prompt))
+            if not ids:
+                raise _bad("prompt", prompt, "must hold at least one token")
+        elif _is_tokens(prompt):
+            ids = prompt
+        else:
+            raise _bad("prompt", prompt, "each must be a text or a list of whole numbers that is not empty")
+        texts.append(prompt if isinstance(prompt, str) else None)
+        prompts.append(ids)
+    return texts, prompts
+
+
+def _encodable(name: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(
+            400, f"{name} has half a surrogate pair at character {error.start}, which is no text.", param=name
+        ) from error
+    return text
+
+
+def _check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    for ids in prompts:
+        outside = next((i for i in ids if not 0 <= i < vocab_size), None)
+        if outside is not None:
+            raise _bad("prompt", outside, f"tokens must be whole numbers from 0 to {vocab_size - 1}")
+
+
+def _max_tokens(body: Mapping[str, Any], prompt_tokens: int, context_length: int) -> int:
+    """Returns the most new tokens for a prompt, as OpenAI counts: prompt and answer share the context."""
+    room = context_length - prompt_tokens
+    given = body.get("max_tokens")
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+        raise _bad("max_tokens", given, "must be a whole number, 1 or more")
+    if room < 1 or (given is not None and given > room):
+        wanted = prompt_tokens + (given or 1)
+        raise ApiError(
+            400, f"The model's context has {context_length} tokens, and the request needs {wanted}: {prompt_tokens} of the "
+            f"prompt and {given or 1} to generate.", param="prompt" if room < 1 else "max_tokens",
+            code="context_length_exceeded",
+        )  # fmt: skip
+    return min(DEFAULT_MAX_TOKENS, room) if given is None else given
+
+
+def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the engine's options, but for max_new_tokens."""
+    stop = _value(body, "stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
+        raise _bad("stop", stop, f"must be a text or a list of at most {MAX_STOPS} texts, none of them empty")
+    top_k = _value(body, "top_k", 0)
+    options = {
+        "temperature": _value(body, "temperature", 1.0),
+        "top_p": _value(body, "top_p", 1.0),
+        "top_k": 0 if top_k == -1 and type(top_k) is int else top_k,  # -1 for all is what other servers take
+        "repetition_penalty": _value(body, "repetition_penalty", 1.0),
+        "stop": tuple(_encodable("stop", s) for s in stop),
+        "seed": _value(body, "seed", secrets.randbits(63)),
+        "ignore_eod": _flag(body, "ignore_eos"),
+    }
+    for name, value in options.items():
+        if isinstance(value, int) and abs(value) >= 2**64:
+            raise _bad(name, value, "is too large a number")
+    try:
+        check_sampling(SamplingOptions(**options))
+    except ConfigErrors as errors:
+        raise api_error(errors.errors[0]) from errors
+    return options
+
+
+def api_error(error: ConfigError) -> ApiError:
+    """Returns the engine's refusal of a request under the names of this API."""
+    name = NAMES.get(error.field, error.field)
+    return ApiError(400, f"{name} = {_shown(error.value)}: {error.allowed}.", param=name)

@@ -1,0 +1,251 @@
+"""A server from its options to its end: the socket, signals, draining, and the exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.server.app import build_app
+from megatron_samoe.inference.server.gate import GateLimits
+from megatron_samoe.inference.server.jobs import CompletionService
+from megatron_samoe.inference.server.metrics import ServerMetrics
+from megatron_samoe.inference.server.protocol import ModelFacts
+from megatron_samoe.log import logger
+from megatron_samoe.parallel_state.state import Group
+
+#: Where the access token is looked for if no file is given.
+KEY_VARIABLE = "MEGATRON_SAMOE_API_KEY"
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+#: For what is left after draining: an answer's last bytes, one engine step.
+LAST_WORDS_S = 3.0
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a server answers.
+
+    Attributes:
+        host, port: where it listens; port 0 takes a free one.
+        model_name: as clients name the model.
+        api_key: token that clients must send; None for no token.
+        allowed_hosts: names under which it answers; where empty, the loopback names on a loopback address, and any name
+            on another.
+        max_queue: choices that may wait beside those that run; more are refused with 429.
+        max_choices: most prompts times choices of one request.
+        max_connections: HTTP requests that are answered at a time; more are refused with 503.
+        max_body_bytes: of a request; more are refused with 413.
+        body_timeout_s: in which a request's body must have come.
+        drain_timeout_s: how long open requests may go on after SIGTERM or SIGINT.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_name: str = "megatron_samoe"
+    api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    max_queue: int = 64
+    max_choices: int = 16
+    max_connections: int = 256
+    max_body_bytes: int = 1 << 20
+    body_timeout_s: float = 30.0
+    drain_timeout_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("port", 0), ("max_queue", 0), ("max_choices", 1), ("max_connections", 1), ("max_body_bytes", 1),
+            ("body_timeout_s", 0), ("drain_timeout_s", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not least <= value < float("inf"):
+                raise ConfigError(_flag(name), value, f"must be {least} or more")
+        if self.port > 65535:
+            raise ConfigError("--port", self.port, "must be at most 65535")
+        if not self.model_name.strip():
+            raise ConfigError("--served-model-name", self.model_name, "must not be empty")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Host names to answer under; any if empty."""
+        if self.allowed_hosts or self.host not in LOOPBACK_NAMES:
+            return tuple(name.lower() for name in self.allowed_hosts)
+        return LOOPBACK_NAMES
+
+
+def _flag(field: str) -> str:
+    return "--" + field.removesuffix("_s").replace("_", "-")
+
+
+def read_api_key(path: Path | None) -> str | None:
+    """Returns the access token from a file, or from the environment, or None: never from the command line, which all
+    users of the machine can read.
+
+    Raises:
+        ConfigError: the file cannot be read, or the token is no single word of printable ASCII.
+    """
+    if path is None:
+        source, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE)
+        if key is None:
+            return None
+    else:
+        source = "--api-key-file"
+        try:
+            key = path.read_text(encoding="utf-8").strip()
+            mode = path.stat().st_mode
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(source, str(path), f"cannot be read: {error}") from error
+        if mode & 0o077:
+            logger.warning("note: %s can be read by other users of this machine (chmod 600 would end that)", path)
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(source, "(not shown)", "must hold one word of printable ASCII characters")
+    return key
+
+
+def check_installed() -> None:
+    """Raises ConfigError that says what to install, if the server's optional libraries are missing."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MegatronSamoeError(
+            f"The server needs a library that is not installed ({error.name}): pip install 'megatron_samoe[serve]'."
+        ) from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a bound socket, so that a port in use is known before a model is loaded.
+
+    Raises:
+        ConfigError: the address is not of this machine, or the port is taken or not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError("--host and --port", f"{host}:{port}", f"cannot be listened at: {error}") from error
+    return listener
+
+
+class Server:
+    """Serves an engine until it is told to end.
+
+    Args:
+        group: all ranks of the engine's layout; the others run `follow`.
+        listener: bound; see `listen`.
+    """
+
+    def __init__(self, engine: Engine, group: Group, options: ServerOptions, listener: socket.socket):
+        check_installed()
+        import uvicorn
+
+        self._options, self._listener = options, listener
+        metrics = ServerMetrics()
+        self._service = CompletionService(engine, group, metrics, options.max_queue)
+        most = min(options.max_choices, engine.max_batch + options.max_queue)
+        facts = ModelFacts(options.model_name, engine.tokenizer, engine.vocab_size, engine.context_length, most)
+        gate = GateLimits(options.api_key, options.names, options.max_connections)
+        app = build_app(self._service, metrics, facts, gate, options.max_body_bytes, options.body_timeout_s)
+        # Connections that send nothing cost little, so there may be many; the gate counts those that ask.
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="off", server_header=False, loop="asyncio", http="h11",
+            ws="none", timeout_keep_alive=30, limit_concurrency=4 * options.max_connections + 64,
+            timeout_graceful_shutdown=max(1, round(LAST_WORDS_S)),
+        )  # fmt: skip
+        self._uvicorn = _signalled(uvicorn.Server)(config, self._on_signal)
+        self._asked = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._num_signals = 0
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        host, port = self._listener.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self._options.host in LOOPBACK_NAMES
+
+    def run(self) -> int:
+        """Serves until SIGTERM, SIGINT, `end` or a failure of the engine; returns the exit status, 0 but for the last."""
+        return asyncio.run(self._run())
+
+    def end(self) -> None:
+        """Asks for the end, as SIGTERM does; any thread may."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._asked.set)
+
+    def _on_signal(self, number: int) -> None:
+        self._num_signals += 1
+        if self._num_signals > 1:
+            logger.warning("%s again: ending at once", signal.Signals(number).name)
+            self._uvicorn.force_exit = self._uvicorn.should_exit = True
+        self.end()
+
+    async def _run(self) -> int:
+        self._loop = asyncio.get_running_loop()
+        self._service.start()
+        serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
+        asked, failed = asyncio.create_task(self._asked.wait()), asyncio.create_task(self._service.failed.wait())
+        await asyncio.wait((serving, asked, failed), return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done() and not failed.done():
+            await self._drain(serving, failed)
+        self._uvicorn.should_exit = True
+        await serving
+        for task in (asked, failed):
+            task.cancel()
+        if self._service.failed.is_set():
+            return 1
+        if not await self._service.stop(10 * LAST_WORDS_S):
+            logger.warning("the engine's step has not ended; leaving without it")
+        return 0
+
+    async def _drain(self, serving: asyncio.Task, failed: asyncio.Task) -> None:
+        """Waits for the open requests; new ones are refused meanwhile, so the socket stays open."""
+        num_open, limit_s = self._service.num_open, self._options.drain_timeout_s
+        logger.info("shutting down: %d choices are open and have %g s", num_open, limit_s)
+        drained = asyncio.create_task(self._service.drain(limit_s))
+        await asyncio.wait((serving, failed, drained), return_when=asyncio.FIRST_COMPLETED)
+        if drained.done() and not drained.result():
+            logger.warning("%d choices were not complete after %g s and are cut off", self._service.num_open, limit_s)
+        drained.cancel()
+
+
+def _signalled(base: Any) -> Any:
+    """Returns uvicorn's server class with signals that only tell us: its own would close the socket at once, and end
+    the process by the signal at last."""
+
+    class SignalledServer(base):
+        def __init__(self, config: Any, tell: Callable[[int], None]):
+            super().__init__(config)
+            self._tell = tell
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            try:
+                before = {s: signal.signal(s, lambda n, _: self._tell(n)) for s in (signal.SIGTERM, signal.SIGINT)}
+            except ValueError:  # not the main thread, which alone may do it
+                before = {}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    return SignalledServer

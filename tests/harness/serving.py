@@ -1,0 +1,179 @@
+"""A tiny model, a server over it in a thread of this process, and an HTTP client: real sockets, a real web server."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_samoe.config import CheckpointConfig, DataConfig
+from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.load import LoadedModel, load_model
+from megatron_samoe.inference.request import Request
+from megatron_samoe.inference.sampling import SamplingOptions
+from megatron_samoe.inference.server.run import Server, ServerOptions, listen
+from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.training.checkpointing import save_run
+from megatron_samoe.training.setup import build_setup, initial_state
+from tests.harness.tiny import tiny_config
+
+#: Far apart logits: the order of additions, which the batch's size decides, does not change the largest.
+SHARP = {"init_method_std": 0.5}
+CONTEXT = 64
+
+
+def save_tiny(folder: Path, experts: str = "samoe", **options: Any) -> Path:
+    """Saves a model of random weights over bytes and returns its folder of checkpoints."""
+    given = {"style": "llama", "num_layers": 2, "seq_length": CONTEXT, **SHARP, **options}
+    config = replace(
+        tiny_config(experts, **given), data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
+        checkpoint=CheckpointConfig(save=str(folder)),
+    )  # fmt: skip
+    setup = build_setup(config, 257, single_process_state())
+    save_run(setup, initial_state(setup))
+    return folder
+
+
+def load_tiny(folder: Path) -> LoadedModel:
+    """Returns the model of `save_tiny`, in this process."""
+    return load_model(str(folder), single_process_state())
+
+
+def greedy_text(loaded: LoadedModel, prompt: str, max_tokens: int, stop: tuple[str, ...] = ()) -> str:
+    """Returns what an engine that has nothing else to do makes of a prompt."""
+    engine = Engine(loaded, max_batch=1)
+    options = SamplingOptions(max_tokens, temperature=0.0, stop=stop)
+    engine.submit(Request(loaded.tokenizer.encode(prompt), options))
+    text = ""
+    while engine.has_work:
+        text += "".join(event.text for event in engine.step())
+    return text
+
+
+@dataclass
+class Answer:
+    """What a server has said."""
+
+    status: int
+    headers: dict[str, str]
+    content: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON."""
+        return json.loads(self.content)
+
+    @property
+    def events(self) -> list[Any]:
+        """The data of server-sent events: JSON, or the text [DONE]."""
+        lines = [line.removeprefix("data: ") for line in self.content.decode().split("\n\n") if line]
+        return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+@dataclass
+class Client:
+    """Sends requests to a server."""
+
+    host: str
+    port: int
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """Sends one request, on a connection of its own, and returns the answer; bytes are sent as they are."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        own = {name.replace("_", "-"): value for name, value in headers.items()}
+        kind = {} if content is None else {"Content-Type": "application/json"}
+        try:
+            connection.request(method, path, content, {**kind, **self.headers, **own})
+            answer = connection.getresponse()
+            return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+        finally:
+            connection.close()
+
+    def complete(self, prompt: Any, **options: Any) -> Answer:
+        """Asks for a completion."""
+        return self.ask("POST", "/v1/completions", {"prompt": prompt, **options})
+
+    def begin(self, body: dict[str, Any]) -> socket.socket:
+        """Sends a completion request and returns the connection without reading."""
+        content = json.dumps(body).encode()
+        connection = socket.create_connection((self.host, self.port), timeout=60)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json\r\n"
+        connection.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        return connection
+
+    def metric(self, name: str) -> float:
+        """Returns the value of one line of the metrics; 0 where there is none."""
+        for line in self.ask("GET", "/metrics").content.decode().splitlines():
+            if line.rpartition(" ")[0] == f"megatron_samoe_{name}":
+                return float(line.rpartition(" ")[2])
+        return 0.0
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Waits until a condition holds; AssertionError if it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "what was waited for did not happen"
+        time.sleep(0.005)
+
+
+class RunningServer:
+    """A server in a thread."""
+
+    def __init__(self, engine: Engine, options: ServerOptions):
+        self.server = Server(engine, single_process_state().world, options, listen(options.host, options.port))
+        host, _, port = self.server.url.removeprefix("http://").rpartition(":")
+        self.client = Client(host, int(port))
+        self.status: int | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        wait_for(self._answers)
+
+    def _run(self) -> None:
+        self.status = self.server.run()
+
+    def _answers(self) -> bool:
+        try:
+            return self.client.ask("GET", "/health").status > 0
+        except OSError:
+            return False
+
+    def join(self, timeout_s: float = 30.0) -> int | None:
+        """Waits for the end and returns the exit status, None if it goes on."""
+        self._thread.join(timeout_s)
+        return self.status
+
+
+@contextmanager
+def serving(
+    loaded: LoadedModel, *, max_batch: int = 4, engine: Engine | None = None, **options: Any
+) -> Iterator[RunningServer]:
+    """Runs a server for a while; options are of `ServerOptions`."""
+    running = RunningServer(
+        engine or Engine(loaded, max_batch=max_batch), ServerOptions(**{"port": 0, "model_name": "tiny", **options})
+    )
+    try:
+        yield running
+    finally:
+        running.server.end()
+        assert running.join() is not None, "the server does not end"
+
+
+def texts(answer: Answer) -> Sequence[str]:
+    """Returns the choices' texts of a whole or a streamed answer."""
+    if not answer.headers["content-type"].startswith("text/event-stream"):
+        return [choice["text"] for choice in answer.json["choices"]]
+    pieces: dict[int, str] = {}
+    for event in answer.events[:-1]:
+        for choice in event["choices"]:
+            pieces[choice["index"]] = pieces.get(choice["index"], "") + choice["text"]
+    return [pieces[i] for i in sorted(pieces)]

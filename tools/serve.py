@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Serves a checkpoint with OpenAI's completions API; see docs/serving.md."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_samoe.cli.serve import main
+
+if __name__ == "__main__":
+    sys.exit(main())
