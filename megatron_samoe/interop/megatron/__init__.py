@@ -1,0 +1,15 @@
+"""Megatron-LM's per-rank checkpoints (format `torch`): written for any layout, read from any."""
+
+from megatron_samoe.interop.megatron.export import ExportPlan, MegatronLayout, plan_export, write_export
+from megatron_samoe.interop.megatron.names import MegatronStyle
+from megatron_samoe.interop.megatron.reader import MegatronReader, is_megatron_checkpoint
+
+__all__ = [
+    "ExportPlan",
+    "MegatronLayout",
+    "MegatronReader",
+    "MegatronStyle",
+    "is_megatron_checkpoint",
+    "plan_export",
+    "write_export",
+]

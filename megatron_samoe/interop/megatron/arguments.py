@@ -1,0 +1,191 @@
+"""Megatron-LM's arguments, as its checkpoints keep them, and our configuration: what each says of the other's model."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.derived import parse_moe_layer_freq
+from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.errors import CheckpointError, ConfigError
+
+TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer")
+#: Arguments under which Megatron computes something that our model does not, with the values that are harmless.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "apply_layernorm_1p": (False, None), "rotary_interleaved": (False, None), "use_rope_scaling": (False, None),
+    "rotary_seq_len_interpolation_factor": (None, 1), "multi_latent_attention": (False, None),
+    "squared_relu": (False, None), "quick_geglu": (False, None), "window_size": (None,), "mtp_num_layers": (None, 0),
+    "moe_router_topk_scaling_factor": (None, 1.0), "moe_router_enable_expert_bias": (False, None),
+    "moe_router_num_groups": (None,), "moe_shared_expert_gate": (False, None), "moe_latent_size": (None,),
+    "attention_output_gate": (False, None), "qk_l2_norm": (False, None), "heterogeneous_layers_config_path": (None,),
+    "experimental_attention_variant": (None,), "is_hybrid_model": (False, None), "softmax_type": ("vanilla-softmax", "vanilla", None),
+    "apply_residual_connection_post_layernorm": (False, None), "no_rope_freq": (None,),
+    "moe_apply_probs_on_input": (False, None), "add_position_embedding": (True, None),
+}  # fmt: skip
+
+
+def to_arguments(config: PretrainConfig, vocab_size: int, padded: int) -> argparse.Namespace:
+    """Returns the arguments with which Megatron-LM builds a model, layout apart, as plain values.
+
+    Args:
+        padded: rows of the word embedding.
+
+    Raises:
+        ConfigError: Megatron has no such model.
+    """
+    model, moe = config.model, config.moe
+    values: dict[str, Any] = {
+        "num_layers": model.num_layers, "hidden_size": model.hidden_size, "ffn_hidden_size": model.mlp_size,
+        "num_attention_heads": model.num_attention_heads, "kv_channels": model.head_dim,
+        "group_query_attention": model.group_query_attention, "num_query_groups": model.num_kv_heads,
+        "seq_length": model.seq_length, "encoder_seq_length": model.seq_length,
+        "max_position_embeddings": model.max_positions, "position_embedding_type": model.position_embedding_type,
+        "add_position_embedding": True, "use_rotary_position_embeddings": model.position_embedding_type == "rope",
+        "rotary_base": int(model.rotary_base) if model.rotary_base.is_integer() else model.rotary_base,
+        "rotary_percent": model.rotary_percent, "rotary_interleaved": False,
+        "normalization": model.normalization, "norm_epsilon": model.norm_epsilon, "apply_layernorm_1p": False,
+        "swiglu": model.swiglu, "add_bias_linear": not model.disable_bias_linear, "add_qkv_bias": model.add_qkv_bias,
+        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
+        "qk_layernorm": model.qk_layernorm, "init_method_std": model.init_method_std,
+        "attention_dropout": model.attention_dropout, "hidden_dropout": model.hidden_dropout,
+        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by, "vocab_size": vocab_size,
+        "padded_vocab_size": padded, "bf16": config.training.bf16, "fp16": config.training.fp16,
+        "tokenizer_type": config.data.tokenizer_type, "tokenizer_model": config.data.tokenizer_model,
+        "vocab_file": config.data.vocab_file, "merge_file": config.data.merge_file,
+        "data_parallel_random_init": False, "num_experts": None,
+    }  # fmt: skip
+    if moe.expert_layout != "dense":
+        values |= _moe_arguments(config)
+    return argparse.Namespace(**values)
+
+
+def _moe_arguments(config: PretrainConfig) -> dict[str, Any]:
+    moe, model = config.moe, config.model
+    if moe.moe_router_score_function == "sigmoid" and moe.pre_softmax and moe.moe_router_topk > 1:
+        raise ConfigError("--moe-router-pre-softmax", True, "cannot be exported with sigmoid scores and top-k above 1: "
+                          "Megatron always normalises such scores among the chosen")  # fmt: skip
+    if moe.moe_shared_expert_intermediate_size is not None and not model.disable_bias_linear:
+        raise ConfigError("--moe-shared-expert-intermediate-size", moe.moe_shared_expert_intermediate_size,
+                          "cannot be exported without --disable-bias-linear: Megatron's shared experts have no bias")  # fmt: skip
+    pattern = [int(is_moe) for is_moe in parse_moe_layer_freq(moe.moe_layer_freq, model.num_layers)]
+    return {
+        "num_experts": moe.num_experts, "moe_layer_freq": pattern,
+        "moe_ffn_hidden_size": moe.moe_ffn_hidden_size or model.mlp_size, "moe_router_topk": moe.moe_router_topk,
+        "moe_router_score_function": moe.moe_router_score_function, "moe_router_pre_softmax": moe.pre_softmax,
+        "moe_router_load_balancing_type": moe.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": moe.moe_aux_loss_coeff, "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
+        "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": False, "moe_input_jitter_eps": moe.moe_input_jitter_eps or None,
+    }  # fmt: skip
+
+
+def from_arguments(args: argparse.Namespace, where: str) -> PretrainConfig:
+    """Returns the configuration of the model that Megatron-LM's arguments describe.
+
+    Raises:
+        CheckpointError: our model cannot compute it, by the argument's name.
+    """
+    _refuse_unsupported(args, where)
+
+    def get(name: str, default: Any = None) -> Any:
+        value = getattr(args, name, None)
+        return default if value is None else value
+
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size"):
+        if not isinstance(get(name), int):
+            raise CheckpointError(f"{where} keeps no argument {name}: without it the model is not known.")
+    heads = get("num_attention_heads")
+    groups = get("num_query_groups", heads) if get("group_query_attention", False) else heads
+    swiglu, positions = bool(get("swiglu", False)), get("position_embedding_type", "learned_absolute")
+    default = ModelConfig()
+    model = ModelConfig(
+        num_layers=get("num_layers"), hidden_size=get("hidden_size"), num_attention_heads=heads,
+        ffn_hidden_size=get("ffn_hidden_size", 4 * get("hidden_size")), kv_channels=get("kv_channels"),
+        group_query_attention=groups != heads, num_query_groups=groups if groups != heads else 1,
+        seq_length=get("seq_length", default.seq_length), max_position_embeddings=get("max_position_embeddings"),
+        position_embedding_type=positions,
+        rotary_base=float(get("rotary_base", 10000)) if positions == "rope" else default.rotary_base,
+        rotary_percent=float(get("rotary_percent", 1.0)) if positions == "rope" else default.rotary_percent,
+        normalization=get("normalization", "LayerNorm"),
+        norm_epsilon=get("norm_epsilon", get("layernorm_epsilon", default.norm_epsilon)), swiglu=swiglu,
+        disable_bias_linear=not get("add_bias_linear", True),
+        add_qkv_bias=bool(get("add_qkv_bias", False)) and not get("add_bias_linear", True),
+        untie_embeddings_and_output_weights=bool(get("untie_embeddings_and_output_weights", False)),
+        qk_layernorm=bool(get("qk_layernorm", False)), init_method_std=get("init_method_std", default.init_method_std),
+        attention_dropout=get("attention_dropout", 0.0), hidden_dropout=get("hidden_dropout", 0.0),
+        make_vocab_size_divisible_by=get("make_vocab_size_divisible_by", 128),
+    )  # fmt: skip
+    model = _with_derived_sizes(model)
+    data = DataConfig(mock_data=True)
+    if get("tokenizer_type") in TOKENIZERS:
+        files = {name: get(name) for name in ("tokenizer_model", "vocab_file", "merge_file")}
+        data = replace(data, tokenizer_type=get("tokenizer_type"), **files)
+    config = PretrainConfig(model=model, moe=_moe_config(get, model, where), data=data)
+    return replace(
+        config, training=replace(config.training, bf16=bool(get("bf16", False)), fp16=bool(get("fp16", False)))
+    )
+
+
+def _with_derived_sizes(model: ModelConfig) -> ModelConfig:
+    """Returns the same model with sizes left out that follow from others, as a user would write it."""
+    plain = replace(model, ffn_hidden_size=None)
+    if plain.mlp_size == model.mlp_size:
+        model = plain
+    if model.kv_channels is not None and model.kv_channels * model.num_attention_heads == model.hidden_size:
+        model = replace(model, kv_channels=None)
+    return replace(model, max_position_embeddings=None) if model.max_positions == model.seq_length else model
+
+
+def _frequency(value: Any, num_layers: int) -> str:
+    """Returns --moe-layer-freq as an integer where one says the same."""
+    pattern = [bool(v) for v in value] if isinstance(value, (list, tuple)) else None
+    if pattern is None:
+        return str(value)
+    for every in range(1, num_layers + 1):
+        if pattern == [i % every == 0 for i in range(num_layers)]:
+            return str(every)
+    return "".join(str(int(is_moe)) for is_moe in pattern)
+
+
+def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
+    if get("num_experts") is None:
+        return MoEConfig()
+    topk, default = get("moe_router_topk", 2), MoEConfig()
+    sigmoid = get("moe_router_score_function", "softmax") == "sigmoid"
+    pre_softmax = bool(get("moe_router_pre_softmax", False)) and not (sigmoid and topk > 1)
+    balancing = get("moe_router_load_balancing_type", "aux_loss")
+    if balancing not in ("aux_loss", "seq_aux_loss", "none"):
+        raise CheckpointError(
+            f"{where}: moe_router_load_balancing_type is {balancing!r}; this model has aux_loss, seq_aux_loss and none."
+        )
+    ffn = get("moe_ffn_hidden_size", model.mlp_size)
+    coefficient = get("moe_aux_loss_coeff", 0.0) if balancing != "none" else default.moe_aux_loss_coeff
+    return MoEConfig(
+        expert_layout="moe", num_experts=get("num_experts"),
+        moe_layer_freq=_frequency(get("moe_layer_freq", 1), model.num_layers),
+        moe_ffn_hidden_size=None if ffn == model.mlp_size else ffn, moe_router_topk=topk,
+        moe_router_score_function="sigmoid" if sigmoid else "softmax",
+        moe_router_pre_softmax=None if pre_softmax == (topk == 1) else pre_softmax,
+        moe_router_load_balancing_type=balancing, moe_aux_loss_coeff=coefficient,
+        moe_z_loss_coeff=get("moe_z_loss_coeff", 0.0), moe_input_jitter_eps=get("moe_input_jitter_eps", 0.0),
+        moe_shared_expert_intermediate_size=get("moe_shared_expert_intermediate_size"),
+    )  # fmt: skip
+
+
+def _refuse_unsupported(args: argparse.Namespace, where: str) -> None:
+    wrong = [
+        f"{name} is {getattr(args, name)!r}"
+        for name, harmless in UNSUPPORTED.items()
+        if hasattr(args, name) and getattr(args, name) not in harmless
+    ]
+    for name, known in (("normalization", ("LayerNorm", "RMSNorm")), ("moe_router_score_function", ("softmax", "sigmoid")),
+                        ("position_embedding_type", ("learned_absolute", "rope", "none"))):  # fmt: skip
+        value = getattr(args, name, None)
+        if value is not None and value not in known:
+            wrong.append(f"{name} is {value!r}")
+    if wrong:
+        raise CheckpointError(f"{where} is of a model that this program cannot compute: {', '.join(wrong)}.")

@@ -1,0 +1,153 @@
+"""Megatron-LM's per-rank files: where each rank's stands, and how one is read without trusting it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from megatron_samoe.dist_checkpointing.store import LATEST
+from megatron_samoe.errors import CheckpointError
+
+FILE_NAME = "model_optim_rng.pt"
+#: The layout of query, key and value that all of Megatron-core's versions write.
+CHECKPOINT_VERSION = 3.0
+
+#: How a bare pickle begins, where a zip archive begins with PK.
+_PICKLE = b"\x80"
+#: numpy 2 has moved it.
+np_multiarray = getattr(np, "_core", None) or np.core
+np_multiarray = np_multiarray.multiarray
+_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
+#: Classes that Megatron's arguments and states hold besides its own, and that nothing here needs.
+_INERT = ("types.SimpleNamespace", "signal.Signals", "pathlib.PosixPath", "_io.BytesIO")
+#: What a state of numpy's random generator is made of: an array of numbers.
+_NUMPY = (
+    np.ndarray, np.dtype, np.dtypes.UInt32DType, (np_multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    (np_multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+)  # fmt: skip
+
+
+class _Inert:
+    """Stands for an object that is passed over: it takes any arguments and does nothing."""
+
+    def __init__(self, *args: Any):
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        """Forgets the state."""
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """A rank of the model-parallel layout."""
+
+    tp: int
+    pp: int
+    ep: int
+
+
+def folder_name(place: RankPlace, pp_size: int, ep_size: int) -> str:
+    """Returns the folder of a rank's file: pipeline and expert ranks appear only where there are several."""
+    name = f"mp_rank_{place.tp:02d}"
+    if pp_size > 1:
+        name += f"_{place.pp:03d}"
+    return name + (f"_{place.ep:03d}" if ep_size > 1 else "")
+
+
+def find_iteration(root: Path, ckpt_step: int | None = None) -> Path:
+    """Returns the folder of the iteration that Megatron's tracker file names, or `root` if it is one itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if rank_folders(root):
+        return root
+    if ckpt_step is not None:
+        name = f"iter_{ckpt_step:07d}"
+    else:
+        try:
+            text = (root / LATEST).read_text().strip()
+        except OSError:
+            raise CheckpointError(
+                f"{root} is no checkpoint of Megatron's: it has neither {LATEST} nor mp_rank_*."
+            ) from None
+        if text != "release" and not text.isdecimal():
+            raise CheckpointError(f"{root / LATEST} is damaged: it holds {text[:40]!r}.")
+        name = text if text == "release" else f"iter_{int(text):07d}"
+    if not rank_folders(root / name):
+        distributed = (root / name / "metadata.json").exists() or (root / name / ".metadata").exists()
+        hint = " It is of format torch_dist; save it with --ckpt-format torch." if distributed else ""
+        raise CheckpointError(f"{root / name} has no mp_rank_*/{FILE_NAME}.{hint}")
+    return root / name
+
+
+def rank_folders(directory: Path) -> list[Path]:
+    """Returns the folders of ranks' files."""
+    found = directory.glob("mp_rank_*") if directory.is_dir() else ()
+    return sorted(p for p in found if _FOLDER.fullmatch(p.name) and (p / FILE_NAME).is_file())
+
+
+def place_of(folder: Path, has_pipeline: bool) -> RankPlace:
+    """Returns the rank whose folder it is.
+
+    Args:
+        has_pipeline: whether the first of two numbers is a pipeline rank or, alone, an expert rank.
+    """
+    match = _FOLDER.fullmatch(folder.name)
+    assert match is not None
+    tp, first, second = (int(g) if g is not None else None for g in match.groups())
+    if has_pipeline:
+        return RankPlace(tp or 0, first or 0, second or 0)
+    return RankPlace(tp or 0, 0, first or 0)
+
+
+def load_rank_file(folder: Path) -> dict[str, Any]:
+    """Returns a rank's file with its tensors mapped, not read.
+
+    Raises:
+        CheckpointError: it is damaged, of an old format, or names code that is not needed to read it.
+    """
+    path = folder / FILE_NAME
+    with ExitStack() as stack:
+        try:
+            own = [name for name in get_unsafe_globals_in_checkpoint(path) if name.startswith("megatron.")]
+            known = [argparse.Namespace, *_NUMPY, *((_Inert, name) for name in (*_INERT, *own))]
+            stack.enter_context(torch.serialization.safe_globals(known))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many kinds
+            raise CheckpointError(f"{path} cannot be read: {_reason(error, path)}.") from None
+    if not isinstance(content, dict) or not isinstance(content.get("args"), argparse.Namespace):
+        raise CheckpointError(f"{path} is no file of Megatron's: it holds no model with its arguments.")
+    version = content.get("checkpoint_version", 0)
+    if version != CHECKPOINT_VERSION:
+        raise CheckpointError(f"{path} has checkpoint_version {version}; this program reads {CHECKPOINT_VERSION}.")
+    return content
+
+
+def some(names: Sequence[str]) -> str:
+    """Returns the first few of many names."""
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _reason(error: Exception, path: Path) -> str:
+    text = " ".join(str(error).split())
+    if named := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it names {named[1]}, which could run any code and which reading weights does not need"
+    if path.is_file() and _first_byte(path) == _PICKLE:
+        return "it was saved in torch's format of before version 1.6; load and save it with a newer torch"
+    return text[:200].rstrip(".") or type(error).__name__
+
+
+def _first_byte(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(1)

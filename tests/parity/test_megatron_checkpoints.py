@@ -1,0 +1,165 @@
+"""Exported checkpoints in megatron-core's own GPTModel: every rank's file loads strictly, and logits are ours.
+
+megatron-core's modules of the `local` kind can be built and run on a CPU once the few calls that ask for a CUDA device
+are answered; ranks of a layout are played one after another in a process group that does not communicate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_samoe.interop.megatron import MegatronLayout, MegatronStyle, plan_export, write_export
+from megatron_samoe.interop.megatron.rank_files import FILE_NAME
+from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
+from tests.unit.interop.memory_source import MemorySource, logits, new_source
+
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state as mpu
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+LOCAL = MegatronStyle("local", "sequential")
+
+
+@pytest.fixture(autouse=True)
+def cpu_in_place_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: types.SimpleNamespace())
+    monkeypatch.setattr(megatron_random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(moe_utils, "te_general_gemm", None, raising=False)
+
+
+@contextlib.contextmanager
+def megatron_rank(args: argparse.Namespace, rank: int) -> Iterator[None]:
+    """Sets Megatron's global parallel state as it is on a rank."""
+    tp, pp, ep = (getattr(args, f"{axis}_model_parallel_size") for axis in ("tensor", "pipeline", "expert"))
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * pp * ep)
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size, create_gloo_process_groups=False,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def megatron_model(args: argparse.Namespace) -> GPTModel:
+    """Builds this rank's part of the model from the arguments of a checkpoint, as Megatron-LM does."""
+    gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+    moe: dict[str, Any] = {}
+    if args.num_experts is not None:
+        moe = {
+            "num_moe_experts": args.num_experts, "moe_layer_freq": args.moe_layer_freq,
+            "moe_ffn_hidden_size": args.moe_ffn_hidden_size, "moe_router_topk": args.moe_router_topk,
+            "moe_router_pre_softmax": args.moe_router_pre_softmax, "moe_token_dispatcher_type": "allgather",
+            "moe_router_score_function": args.moe_router_score_function,
+            "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size,
+        }  # fmt: skip
+    config = TransformerConfig(
+        num_layers=args.num_layers, hidden_size=args.hidden_size, num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
+        ffn_hidden_size=args.ffn_hidden_size, kv_channels=args.kv_channels, gated_linear_unit=args.swiglu,
+        activation_func=torch.nn.functional.silu if args.swiglu else gelu, add_bias_linear=args.add_bias_linear,
+        add_qkv_bias=args.add_qkv_bias, normalization=args.normalization, layernorm_epsilon=args.norm_epsilon,
+        qk_layernorm=args.qk_layernorm, tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size, pipeline_dtype=torch.float32,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size, use_cpu_initialization=True,
+        bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, **moe,
+    )  # fmt: skip
+    if args.num_experts is None:
+        spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+    else:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization)
+    return GPTModel(
+        config, spec, vocab_size=args.padded_vocab_size, max_sequence_length=args.max_position_embeddings,
+        pre_process=mpu.is_pipeline_first_stage(), post_process=mpu.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type, rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base, parallel_output=True,
+    )  # fmt: skip
+
+
+CASES = [
+    ("dense", {"style": "gpt3"}),
+    ("dense", {"style": "llama", "qk_layernorm": True, "add_qkv_bias": True}),
+    ("moe", {"style": "gpt3", "moe_router_topk": 2, "moe_layer_freq": "0101"}),
+    ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_ffn_hidden_size": 16}),
+    ("moe", {"style": "llama", "moe_router_topk": 2, "moe_router_pre_softmax": True, "rotary_base": 500.0}),
+    ("moe", {"style": "llama", "moe_router_topk": 2, "moe_router_score_function": "sigmoid"}),
+    ("samoe", {"style": "llama", "rotary_percent": 0.5}),
+]
+
+
+def export(source: MemorySource, root: Path, *sizes: int) -> Path:
+    return write_export(plan_export(source, MegatronLayout(*sizes, style=LOCAL)), root, 1)
+
+
+@pytest.mark.parametrize(("layout", "options"), CASES)
+@torch.no_grad()
+def test_megatron_computes_our_logits(layout: str, options: dict, tmp_path: Path) -> None:
+    config = tiny_config(layout, **options)
+    source = new_source(config)
+    content = torch.load(export(source, tmp_path) / "mp_rank_00" / FILE_NAME, weights_only=False)
+    tokens = global_batch(config, 0)["tokens"]
+    length = tokens.shape[1]
+    with megatron_rank(content["args"], 0):
+        model = megatron_model(content["args"])
+        model.load_state_dict(content["model"], strict=True)
+        model.eval()
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+        theirs = model(tokens, torch.arange(length).expand_as(tokens), mask)
+    torch.testing.assert_close(theirs[..., :VOCAB_SIZE].flatten(0, 1), logits(source), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(("layout", "options"), [CASES[0], CASES[2], CASES[3]])
+def test_every_rank_loads_its_file_strictly(layout: str, options: dict, sizes: tuple, tmp_path: Path) -> None:
+    if layout == "dense" and sizes[2] > 1:
+        sizes = (*sizes[:2], 1)
+    folder = export(new_source(tiny_config(layout, **options)), tmp_path, *sizes)
+    tp, pp, ep = sizes
+    args = torch.load(next(folder.rglob(FILE_NAME)), weights_only=False)["args"]
+    for rank in range(tp * pp * ep):
+        with megatron_rank(args, rank):
+            own = [("", mpu.get_tensor_model_parallel_rank(), 2, True), ("_", mpu.get_pipeline_model_parallel_rank(), 3, pp > 1),
+                   ("_", mpu.get_expert_model_parallel_rank(), 3, ep > 1)]  # fmt: skip
+            name = "mp_rank_" + "".join(f"{mark}{number:0{width}d}" for mark, number, width, shown in own if shown)
+            content = torch.load(folder / name / FILE_NAME, weights_only=False)
+            model = megatron_model(content["args"])
+            model.load_state_dict(content["model"], strict=True)
+            state = model.state_dict_for_save_checkpoint()
+        # Entries of fp8's state are None here, and Megatron loads strictly without them.
+        weights = [{key for key in keys if not key.endswith("_extra_state")} for keys in (state, content["model"])]
+        assert weights[0] == weights[1]
+
+
+def test_names_of_transformer_engine_are_megatrons_own_translation(tmp_path: Path) -> None:
+    source = new_source(tiny_config("dense"))
+    local = {t.key for tensors in plan_export(source, MegatronLayout(style=LOCAL)).files.values() for t in tensors}
+    fused = {t.key for tensors in plan_export(source, MegatronLayout()).files.values() for t in tensors}
+    translation = get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map
+    for ours, theirs in translation.items():
+        local = {key.replace(ours, theirs) for key in local}
+    assert local == fused
