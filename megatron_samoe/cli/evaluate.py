@@ -39,6 +39,9 @@ from megatron_samoe.inference.load import load_model
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.parallel_state import ParallelState, backend, initialize_model_parallel
 
+#: Environment variable that stands in for --data-dir.
+DATA_VARIABLE = "MEGATRON_SAMOE_EVAL_DATA"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -71,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks", default="all", help="names and .yaml files between commas; all: every one that has data"
     )
     asked.add_argument("--list-tasks", action="store_true", help="show the tasks and leave")
-    asked.add_argument("--data-dir", type=Path, help="folder of the tasks' data; SAMOE_EVAL_DATA if not given")
+    asked.add_argument("--data-dir", type=Path, help=f"folder of the tasks' data; {DATA_VARIABLE} if not given")
     asked.add_argument(
         "--hub", action="store_true", help="fetch data that is not in --data-dir from the Hugging Face Hub"
     )
@@ -155,12 +158,29 @@ def _check(options: argparse.Namespace) -> None:
     elif options.include_path:
         raise ConfigError("--include-path", options.include_path, "needs --harness")
 
+    _check_outputs(options)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raises ConfigError where results could not be written, before hours are spent on them."""
+    for flag, path in (("--json", options.json), ("--samples", options.samples)):
+        if path is None:
+            continue
+        folder = path if flag == "--samples" else path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(flag, str(path), f"cannot be written: {error.strerror or error}") from None
+        if (flag == "--json" and path.is_dir()) or not os.access(folder, os.W_OK):
+            raise ConfigError(flag, str(path), "cannot be written: it is a folder, or in one that is write-protected")
+
 
 def _evaluate(options: argparse.Namespace, rank: int) -> None:
     if options.harness:
         _run_harness(options, rank)
         return
-    data_dir = options.data_dir or (Path(os.environ["SAMOE_EVAL_DATA"]) if os.environ.get("SAMOE_EVAL_DATA") else None)
+    named = os.environ.get(DATA_VARIABLE)
+    data_dir = options.data_dir or (Path(named) if named else None)
     wants_tasks = options.tasks != "all" or data_dir is not None or not options.corpus
     questions = prepare(options.tasks if wants_tasks else "", data_dir, options.corpus, options.limit, options.hub)
     if questions.skipped:
@@ -206,9 +226,7 @@ def _ask_model(options: argparse.Namespace, place: Place, folder: str, step: int
 
 
 def _tell(result: TaskResult) -> None:
-    first, measured = next(iter(result.metrics.items()))
-    scale = 100 if measured.metric.in_percent else 1
-    logger.info(f"  {result.task}: {first} {scale * measured.value:.4g}")
+    logger.info(f"  {result.task}: {tables.metric_line(result)}")
 
 
 @contextlib.contextmanager

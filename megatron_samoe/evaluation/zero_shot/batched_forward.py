@@ -26,6 +26,8 @@ from megatron_samoe.pipeline_parallel.schedules import Pipeline, run_plan
 
 #: Tokens of a batch where no number of sequences is given.
 BATCH_TOKENS = 4096
+#: Rows of logits whose loss is computed at a time.
+LOSS_ROWS = 1024
 
 
 class RunnableModel(Protocol):
@@ -109,7 +111,8 @@ def _run(
     model, parallel = loaded.model, loaded.model.state
     num_rows = max(map(len, batches))
     length = max(len(tokens) for batch in batches for tokens in batch)
-    length += -length % parallel.tp.size  # tensor-parallel ranks may share tokens out evenly
+    if parallel.sequence_parallel:  # tensor-parallel ranks share each sequence's tokens out evenly
+        length += -length % parallel.tp.size
     tokens_MBS = torch.full((len(batches), num_rows, length), loaded.tokenizer.eod, dtype=torch.int64)
     for m, batch in enumerate(batches):
         for b, tokens in enumerate(batch):
@@ -117,14 +120,16 @@ def _run(
     tokens_MBS = tokens_MBS.to(parallel.device)
     found: list[tuple[int, Answer]] = []
 
-    def forward(chunk: int, m: int, x: Tensor | None) -> Tensor:
-        y, all_stats = model(tokens_MBS[m] if x is None else x, ForwardContext(batch_size=num_rows), chunk=chunk)
+    def forward(chunk: int, micro_batch: int, x: Tensor | None) -> Tensor:
+        y, all_stats = model(
+            tokens_MBS[micro_batch] if x is None else x, ForwardContext(batch_size=num_rows), chunk=chunk
+        )
         dropped = sum(int(stats.num_dropped) for stats in all_stats)
         assert dropped == 0, f"{dropped} tokens were dropped by experts in evaluation"
         if model.chunks[chunk].is_last:
-            wanted = [(b, number) for b, row in enumerate(numbers[m]) for number in row]
+            wanted = [(b, number) for b, row in enumerate(numbers[micro_batch]) for number in row]
             if wanted:
-                found.extend(_answers(model, y, length, batches[m], wanted, queries))
+                found.extend(_answers(model, y, length, batches[micro_batch], wanted, queries))
         return y
 
     rows = num_rows * length // (parallel.tp.size if parallel.sequence_parallel else 1)
@@ -138,7 +143,9 @@ def _answers(
     queries: Sequence[Query],
 ) -> Iterator[tuple[int, Answer]]:  # fmt: skip
     """Yields the answers of (row, query number) pairs; only the logits that they need leave their dtype."""
-    places, labels, counts = [], [], []
+    places: list[int] = []
+    labels: list[int] = []
+    counts: list[int] = []
     for b, number in wanted:
         query = queries[number]
         end = b * length + len(batch[b])
@@ -147,10 +154,14 @@ def _answers(
         labels += query.labels or (0,)
         counts.append(count)
     device = logits_TV.device
-    logits_NV = logits_TV[torch.tensor(places, device=device)].float()
-    labels_N = torch.tensor(labels, device=device)
-    losses = model.loss(logits_NV, labels_N).double().cpu().split(counts)
-    best = _argmax(logits_NV, model.state.tp).cpu().split(counts)
+    places_N, labels_N = torch.tensor(places, device=device), torch.tensor(labels, device=device)
+    losses_of, best_of = [], []
+    for start in range(0, len(places), LOSS_ROWS):  # in parts, as rows of a large vocabulary in fp32 take much memory
+        logits_NV = logits_TV[places_N[start : start + LOSS_ROWS]].float()
+        losses_of.append(model.loss(logits_NV, labels_N[start : start + LOSS_ROWS]))
+        best_of.append(_argmax(logits_NV, model.state.tp))
+    losses = torch.cat(losses_of).double().cpu().split(counts)
+    best = torch.cat(best_of).cpu().split(counts)
     for (_, number), losses_C, best_C, right_C in zip(wanted, losses, best, labels_N.cpu().split(counts), strict=True):
         answer = Answer(-float(losses_C.sum()), bool((best_C == right_C).all()), int(best_C[-1]))
         yield number, answer

@@ -67,7 +67,7 @@ def read_rows(task: Task, data_dir: Path | None, hub: bool = False) -> Iterator[
     """
     if data_dir is None:
         if not hub:
-            raise NoDataError(f"Task {task.name} needs --data-dir (or SAMOE_EVAL_DATA) or --hub.")
+            raise NoDataError(f"Task {task.name} needs --data-dir (or MEGATRON_SAMOE_EVAL_DATA) or --hub.")
         yield from _hub_rows(task)
         return
     try:
@@ -88,6 +88,8 @@ def read_rows(task: Task, data_dir: Path | None, hub: bool = False) -> Iterator[
                 yield where, {**row, "label": labels[number]}
             else:
                 raise DataError(f"{where}: {task.labels} beside it has only {len(labels)} labels.")
+    if labels is not None and len(labels) != number + 1:
+        raise DataError(f"{path} has {number + 1} rows, {task.labels} beside it {len(labels)} labels.")
 
 
 def _labels(task: Task, path: Path) -> list[str] | None:

@@ -87,7 +87,16 @@ def rolling_queries(ids: Sequence[int], prefix: int, seq_length: int) -> list[Qu
 
 
 def encode_prompt(tokenizer: Tokenizer, context: str, seq_length: int, max_new_tokens: int) -> tuple[list[int], int]:
-    """Returns (a prompt that leaves room for its answer, tokens cut from its left)."""
-    ids = tokenizer.encode(context.rstrip()) or [tokenizer.eod]
-    kept = ids[-max(1, seq_length - max_new_tokens + 1) :]
-    return kept, len(ids) - len(kept)
+    """Returns (a prompt that leaves room for its answer, tokens cut from its left).
+
+    Raises:
+        DataError: the answer alone needs the whole sequence.
+    """
+    # The answer's last token is not read.
+    room = seq_length + 1 - max_new_tokens
+    if room < 1:
+        raise DataError(
+            f"answers of up to {max_new_tokens} tokens leave no room for a prompt: the model reads {seq_length} tokens"
+        )
+    ids = tokenizer.encode(context) or [tokenizer.eod]
+    return ids[-room:], max(0, len(ids) - room)

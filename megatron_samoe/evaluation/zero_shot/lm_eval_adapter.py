@@ -69,7 +69,8 @@ def harness_model(loaded: RunnableModel, batch_size: int | None = None) -> Any:
             texts = [""] * len(requests)
             groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
             for number, request in enumerate(requests):
-                groups.setdefault(_greedy_options(request.args[1]), []).append(number)
+                wanted = _greedy_options(request.args[1], self.predictor.seq_length)
+                groups.setdefault(wanted, []).append(number)
             for (until, max_new_tokens), numbers in groups.items():
                 prompts = [requests[n].args[0] for n in numbers]
                 made = self.predictor.generate(prompts, until, max_new_tokens, "generate_until")
@@ -80,13 +81,16 @@ def harness_model(loaded: RunnableModel, batch_size: int | None = None) -> Any:
     return SamoeLM()
 
 
-def _greedy_options(options: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
-    """Returns (stops, most new tokens) of a request; ConfigError where it asks for sampling."""
+def _greedy_options(options: Mapping[str, Any], seq_length: int) -> tuple[tuple[str, ...], int]:
+    """Returns (stops, most new tokens) of a request; ConfigError where it asks for sampling.
+
+    Where a request names no number of tokens, it is the harness's own, or half of a shorter model's sequence.
+    """
     if options.get("do_sample") or options.get("temperature"):
         raise ConfigError("--harness", dict(options), "only greedy generation is offered; ask for temperature 0")
     until = options.get("until") or ()
     stops = (until,) if isinstance(until, str) else tuple(until)
-    return stops, int(options.get("max_gen_toks", MAX_GEN_TOKENS))
+    return stops, int(options.get("max_gen_toks", min(MAX_GEN_TOKENS, seq_length // 2)))
 
 
 def run_harness(

@@ -46,10 +46,17 @@ def prediction(item: Item, response: Response) -> int:
     return int(np.argmax(response.loglikelihoods))
 
 
-def normalised_prediction(item: Item, response: Response) -> int:
-    """Returns the choice of highest log-likelihood per UTF-8 byte of its text."""
-    lengths = [max(1, len(text.encode())) for text in item.choice_texts]
+def normalised_prediction(item: Item, response: Response, length: Callable[[str], int] = len) -> int:
+    """Returns the choice of highest log-likelihood per character of its text, or per other unit of length.
+
+    Characters are what lm-evaluation-harness's acc_norm counts, its acc_bytes UTF-8 bytes.
+    """
+    lengths = [max(1, length(text)) for text in item.choice_texts]
     return int(np.argmax(np.array(response.loglikelihoods) / lengths))
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode())
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -124,14 +131,21 @@ def _class_counts(items: Sequence[Item], responses: Sequence[Response]) -> np.nd
 
 
 def _macro_f1(sums: np.ndarray) -> np.ndarray:
+    """Returns the mean F1 of the classes that occur, in the data or in what was said."""
     hits, said, gold = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, -1), -2, 0)
-    return _f1(hits, said, gold).mean(-1)
+    return _f1(hits, said, gold).sum(-1) / (said + gold > 0).sum(-1)
 
 
 METRICS: dict[str, Metric] = {
     "acc": Metric(_share(is_right), _ratio, (*RANKED, "greedy_match"), binary=True),
     "acc_norm": Metric(
         _share(lambda item, response: normalised_prediction(item, response) == item.gold), _ratio, RANKED, binary=True
+    ),
+    "acc_bytes": Metric(
+        _share(lambda item, response: normalised_prediction(item, response, _num_bytes) == item.gold),
+        _ratio,
+        RANKED,
+        binary=True,
     ),
     "exact_match": Metric(_share(is_right), _ratio, ("generate",), binary=True),
     "perplexity": Metric(_loglikelihood, _perplexity, ("greedy_match",), in_percent=False),

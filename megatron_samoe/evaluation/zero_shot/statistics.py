@@ -75,8 +75,11 @@ def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndar
     assert first.shape == second.shape
     b, c = int((first & ~second).sum()), int((second & ~first).sum())
     n = b + c
-    # Integers, so that thousands of units neither under- nor overflow.
-    tail = sum(math.comb(n, k) for k in range(min(b, c) + 1))
+    # Integers, so that thousands of units neither under- nor overflow: C(n, 0), C(n, 1), ... each from the one before.
+    tail, ways = 0, 1
+    for k in range(min(b, c) + 1):
+        tail += ways
+        ways = ways * (n - k) // (k + 1)
     return McNemar(b, c, min(1.0, 2 * tail / 2**n) if n else 1.0)
 
 

@@ -10,13 +10,18 @@ from megatron_samoe.evaluation.zero_shot.results import TaskResult
 from megatron_samoe.evaluation.zero_shot.variation import Comparison, Variation
 
 #: Metrics beside which the best constant choice says something.
-_SHARES_OF_ITEMS = ("acc", "acc_norm", "acc_per_answer")
+_SHARES_OF_ITEMS = ("acc", "acc_norm", "acc_bytes", "acc_per_answer")
 
 
 def _shown(value: float, in_percent: bool) -> str:
     if math.isnan(value):
         return "-"
     return f"{100 * value:.2f}" if in_percent else f"{value:,.4g}" if abs(value) < 1e5 else f"{value:.3e}"
+
+
+def metric_line(result: TaskResult) -> str:
+    """Returns all of a task's metrics in one line: some mean little without the others."""
+    return ", ".join(f"{name} {_shown(m.value, m.metric.in_percent)}" for name, m in result.metrics.items())
 
 
 def result_table(results: Sequence[TaskResult]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -132,10 +133,7 @@ def parse_task(content: object, where: str) -> Task:
 
 
 def _check(task: Task, where: str) -> None:
-    for name in ("files", "metrics", "until"):
-        value = getattr(task, name)
-        if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
-            raise DataError(f"{where}: {name} must be a list of texts, not {value!r}.")
+    _check_types(task, where)
     for metric in task.metrics:
         if metric not in METRICS:
             raise DataError(
@@ -153,10 +151,6 @@ def _check(task: Task, where: str) -> None:
     if isinstance(task.choices, tuple):
         templates |= {f"choices[{number}]": text for number, text in enumerate(task.choices)}
     for name, template in templates.items():
-        if not isinstance(template, str):
-            raise DataError(
-                f"{where}: {name} must be a text, not {template!r} (quote yes, no, true and false in YAML)."
-            )
         try:
             fields_of(template)
         except ValueError as error:
@@ -164,5 +158,29 @@ def _check(task: Task, where: str) -> None:
     for name in ("always_yes", "always_no"):
         value = getattr(task, name)
         limit = len(task.choices) if isinstance(task.choices, tuple) and task.choices else None
-        if value is not None and not (isinstance(value, int) and 0 <= value < (limit or value + 1)):
+        if value is not None and not 0 <= value < (limit or value + 1):
             raise DataError(f"{where}: {name} = {value!r} is not the index of a choice, counted from 0.")
+    if task.kind == "generate" and task.max_new_tokens < 1:
+        raise DataError(f"{where}: max_new_tokens must be 1 or more, not {task.max_new_tokens}.")
+
+
+def _check_types(task: Task, where: str) -> None:
+    texts = ("name", "description", "context", "gold", "target", "answers", "group", "layout", "labels", "delimiter")
+    for name in texts:
+        if not isinstance(getattr(task, name), str):
+            raise DataError(f"{where}: {name} must be a text, not {getattr(task, name)!r}.")
+    for name in ("files", "metrics", "until", "choices"):
+        value = getattr(task, name)
+        if name == "choices" and isinstance(value, str):
+            continue
+        if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
+            hint = " (quote yes, no, true and false in YAML)" if name == "choices" else ""
+            raise DataError(f"{where}: {name} must be a list of texts, not {value!r}{hint}.")
+    for name in ("always_yes", "always_no", "max_new_tokens"):
+        value = getattr(task, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise DataError(f"{where}: {name} must be a whole number, not {value!r}.")
+    if not re.fullmatch(r"[\w.-]+", task.name):
+        raise DataError(
+            f"{where}: name {task.name!r} may have letters, digits, _, - and . only: files are named by it."
+        )

@@ -30,7 +30,7 @@ def fill(template: str, row: Mapping[str, Any], where: str) -> str:
     """Returns the template with the row's fields put in, each exactly as it is.
 
     Raises:
-        DataError: the row lacks a field.
+        DataError: the row lacks a field, or has no text or number in it.
     """
 
     def part(match: re.Match[str]) -> str:
@@ -39,6 +39,9 @@ def fill(template: str, row: Mapping[str, Any], where: str) -> str:
             return match[0][0]
         if name not in row:
             raise DataError(f"{where}: there is no field {name!r}; the row has {', '.join(map(str, row))}.")
-        return str(row[name])
+        value = row[name]
+        if not isinstance(value, (str, int, float)):
+            raise DataError(f"{where}: field {name!r} must be a text or a number to stand in a prompt, not {value!r}.")
+        return str(value)
 
     return _PART.sub(part, template)
