@@ -27,4 +27,31 @@ TORCH_LIBRARY(megatron_samoe, m) {
   m.def("combine_banks_backward(Tensor coefficients, Tensor banks, Tensor dweights, Tensor(a!) dbanks) -> Tensor");
   m.def("cross_entropy_parts(Tensor logits, Tensor labels, int first_id) -> (Tensor peak, Tensor sum, Tensor target)");
   m.def("cross_entropy_backward(Tensor logits, Tensor labels, int first_id, Tensor logsumexp, Tensor dloss) -> Tensor");
+  m.def(
+      "decode_linear(Tensor x, Tensor w, Tensor? scale, Tensor? bias, Tensor(a!) out, bool accumulate) -> ()");
+  m.def("decode_norm(Tensor x, Tensor weight, Tensor? bias, float epsilon, bool rms, Tensor(a!) out) -> ()");
+  m.def(
+      "decode_attention(Tensor qkv, Tensor[] head_norms, float epsilon, bool rms, Tensor? cos, Tensor? sin,"
+      " Tensor positions, Tensor slots, Tensor pages, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) out,"
+      " Tensor(d!) scratch) -> ()");
+  m.def(
+      "decode_attention_block(Tensor(a!) x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms,"
+      " Tensor qkv_w, Tensor? qkv_scale, Tensor? qkv_bias, Tensor[] head_norms, Tensor? cos, Tensor? sin,"
+      " Tensor positions, Tensor slots, Tensor pages, Tensor(b!) keys, Tensor(c!) values, Tensor out_w,"
+      " Tensor? out_scale, Tensor? out_bias, Tensor(d!) scratch) -> ()");
+  m.def(
+      "decode_experts(Tensor x, Tensor ids, Tensor probs, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1,"
+      " Tensor? b1, Tensor w2, Tensor? scale2, Tensor? b2, bool gated, Tensor(a!) y, bool combine, Tensor(b!) out,"
+      " Tensor(c!) scratch) -> ()");
+  m.def(
+      "decode_route(Tensor x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor router,"
+      " bool sigmoid, bool pre_softmax, Tensor(a!) normed, Tensor(b!) ids, Tensor(c!) probs, Tensor(d!) scratch)"
+      " -> ()");
+  m.def(
+      "decode_moe_block(Tensor(a!) x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor? router,"
+      " int topk, bool sigmoid, bool pre_softmax, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor? b1,"
+      " Tensor w2, Tensor? scale2, Tensor? b2, bool gated, Tensor(b!) scratch) -> ()");
+  m.def(
+      "combine_rows(Tensor[] banks, Tensor?[] scales, Tensor coefficients, Tensor(a!) out, Tensor(b!)? out_scale)"
+      " -> ()");
 }

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "decode.h"
+
 namespace samoe {
 
 enum class DType { f32, bf16 };
@@ -134,6 +136,11 @@ struct Kernels {
   void (*combine_backward)(const CombineBackward&);
   void (*cross_entropy_forward)(const CrossEntropyForward&);
   void (*cross_entropy_backward)(const CrossEntropyBackward&);
+  void (*decode_linear)(const DecodeLinear&);
+  void (*decode_norm)(const DecodeNorm&);
+  void (*decode_attention)(const DecodeAttention&);
+  void (*decode_experts)(const DecodeExperts&);
+  void (*combine_rows)(const CombineRows&);
 };
 
 // The best set for this CPU, chosen once. MEGATRON_SAMOE_ISA=portable|avx2|avx512 asks for a lesser one.

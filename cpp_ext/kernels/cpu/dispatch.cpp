@@ -19,6 +19,11 @@ namespace cpu {
   void combine_backward(const CombineBackward&);              \
   void cross_entropy_forward(const CrossEntropyForward&);     \
   void cross_entropy_backward(const CrossEntropyBackward&);   \
+  void decode_linear(const DecodeLinear&);                    \
+  void decode_norm(const DecodeNorm&);                        \
+  void decode_attention(const DecodeAttention&);              \
+  void decode_experts(const DecodeExperts&);                  \
+  void combine_rows(const CombineRows&);                      \
   }                                                           \
   static const Kernels k_##isa = {#isa,                       \
                                   isa::gate_forward,          \
@@ -30,7 +35,12 @@ namespace cpu {
                                   isa::combine,               \
                                   isa::combine_backward,      \
                                   isa::cross_entropy_forward, \
-                                  isa::cross_entropy_backward};
+                                  isa::cross_entropy_backward, \
+                                  isa::decode_linear,         \
+                                  isa::decode_norm,           \
+                                  isa::decode_attention,      \
+                                  isa::decode_experts,        \
+                                  isa::combine_rows};
 
 SAMOE_DECLARE(portable)
 #if defined(SAMOE_WITH_X86_SETS)

@@ -1,0 +1,121 @@
+// Inference: linear layers, norms, and the combination of one expert's weights.
+#include <cmath>
+
+#include "../../kernels.h"
+#include "decode_tile.h"
+
+namespace samoe {
+namespace cpu {
+namespace SAMOE_ISA {
+namespace {
+
+int64_t task_outs(int64_t outputs, int num_threads) {
+  // Small matrices in smaller tasks, so that threads end together; a multiple of the tile.
+  const int64_t fair = outputs / (8 * num_threads) / kTileOuts * kTileOuts;
+  return fair < 8 ? 8 : (fair < kTaskOuts ? fair : kTaskOuts);
+}
+
+}  // namespace
+
+void decode_linear(const DecodeLinear& a) {
+  const int64_t step = task_outs(a.outputs, a.num_threads);
+  const int64_t num_tasks = (a.outputs + step - 1) / step;
+#pragma omp parallel num_threads(a.num_threads)
+  {
+    float* floats = a.w_NK.type == WeightType::f32 ? nullptr : thread_floats(kTileOuts * a.inputs);
+    const float* x[kRowBlock];
+    float* out[kRowBlock];
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < num_tasks; ++task) {
+      const int64_t first = task * step;
+      const int64_t last = first + step < a.outputs ? first + step : a.outputs;
+      for (int64_t t = 0; t < a.num_tokens; t += kRowBlock) {
+        const int64_t rows = a.num_tokens - t < kRowBlock ? a.num_tokens - t : kRowBlock;
+        for (int64_t m = 0; m < rows; ++m) {
+          x[m] = a.x_TK + (t + m) * a.inputs;
+          out[m] = a.out_TN + (t + m) * a.outputs;
+        }
+        multiply(x, rows, a.w_NK, 0, a.inputs, first, last, {out, 0, nullptr, a.bias_N, a.accumulate}, floats);
+      }
+    }
+  }
+}
+
+void decode_norm(const DecodeNorm& a) {
+#pragma omp parallel for num_threads(a.num_threads) schedule(static)
+  for (int64_t t = 0; t < a.num_tokens; ++t)
+    normalise(a.x_TH + t * a.hidden, a.weight_H, a.bias_H, a.epsilon, a.rms, a.hidden, a.out_TH + t * a.hidden);
+}
+
+namespace {
+
+// One row of the weighted sum of banks, in floats.
+template <typename W>
+void add_row(const W* bank, float coefficient, int64_t num_cols, bool first, float* sum) {
+  int64_t k = 0;
+  for (; k + kLanes <= num_cols; k += kLanes) {
+    const vf product = load(bank + k) * coefficient;
+    store(sum + k, first ? product : load(sum + k) + product);
+  }
+  if (k < num_cols) {
+    const int64_t n = num_cols - k;
+    const vf product = load_some(bank + k, n) * coefficient;
+    store_part(sum + k, first ? product : load_part(sum + k, n) + product, n);
+  }
+}
+
+void add_bank_row(const Matrix& bank, int64_t row, float coefficient, int64_t num_cols, bool first, float* sum) {
+  const int64_t offset = row * num_cols;
+  switch (bank.type) {
+    case WeightType::f32:
+      return add_row(static_cast<const float*>(bank.data) + offset, coefficient, num_cols, first, sum);
+    case WeightType::bf16:
+      return add_row(static_cast<const uint16_t*>(bank.data) + offset, coefficient, num_cols, first, sum);
+    case WeightType::i8:
+      return add_row(static_cast<const int8_t*>(bank.data) + offset, coefficient * bank.scale[row], num_cols, first,
+                     sum);
+  }
+}
+
+// Symmetric: the largest magnitude becomes 127. Ties round to even, as torch.round does.
+void store_i8(const float* row, int64_t num_cols, int8_t* out, float* scale) {
+  float peak = 0.0f;
+  for (int64_t k = 0; k < num_cols; ++k) peak = row[k] > peak ? row[k] : (-row[k] > peak ? -row[k] : peak);
+  *scale = peak / 127.0f;
+  const float inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
+  for (int64_t k = 0; k < num_cols; ++k) out[k] = static_cast<int8_t>(__builtin_rintf(row[k] * inverse));
+}
+
+}  // namespace
+
+void combine_rows(const CombineRows& a) {
+#pragma omp parallel num_threads(a.num_threads)
+  {
+    float* sum = thread_floats(a.num_cols);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < a.num_rows; ++row) {
+      bool first = true;
+      for (int64_t p = 0; p < a.num_banks; ++p) {
+        if (a.coefficients_P[p] == 0.0f) continue;  // as combine_banks: its bank is left unread
+        add_bank_row(a.banks_P[p], row, a.coefficients_P[p], a.num_cols, first, sum);
+        first = false;
+      }
+      if (first) memset(sum, 0, static_cast<size_t>(a.num_cols) * sizeof(float));
+      const int64_t offset = row * a.num_cols;
+      if (a.out_type == WeightType::i8) {
+        store_i8(sum, a.num_cols, static_cast<int8_t*>(a.out) + offset, a.out_scale + row);
+      } else if (a.out_type == WeightType::f32) {
+        memcpy(static_cast<float*>(a.out) + offset, sum, static_cast<size_t>(a.num_cols) * sizeof(float));
+      } else {
+        uint16_t* out = static_cast<uint16_t*>(a.out) + offset;
+        int64_t k = 0;
+        for (; k + kLanes <= a.num_cols; k += kLanes) store(out + k, load(sum + k));
+        if (k < a.num_cols) store_part(out + k, load_part(sum + k, a.num_cols - k), a.num_cols - k);
+      }
+    }
+  }
+}
+
+}  // namespace SAMOE_ISA
+}  // namespace cpu
+}  // namespace samoe

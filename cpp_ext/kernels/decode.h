@@ -1,0 +1,107 @@
+// Launchers of inference on the CPU: few tokens against many weights, each weight read once. Included by kernels.h.
+//
+// Activations are fp32. Every element of a result is one sum in an order of its own, so it has the same bits whatever
+// other tokens are computed with it and whatever num_threads is.
+#pragma once
+
+#include <cstdint>
+
+namespace samoe {
+
+enum class WeightType { f32, bf16, i8 };
+
+namespace cpu {
+
+// Positions of one page of the key-value cache. Keys of a page are [D][kPage], values [kPage][D].
+constexpr int64_t kPage = 16;
+
+// A stack of matrices [.., rows, cols], rows contiguous. i8: weight = data * scale[row].
+struct Matrix {
+  WeightType type;
+  const void* data;
+  const float* scale;  // null unless i8
+};
+
+// out = x w^T + bias, or out += it.
+struct DecodeLinear {
+  const float* x_TK;
+  Matrix w_NK;
+  const float* bias_N;  // may be null
+  int64_t num_tokens, inputs, outputs;
+  bool accumulate;
+  float* out_TN;
+  int num_threads;
+};
+
+// out = x normalised, times weight, plus bias. rms: no mean is taken out.
+struct DecodeNorm {
+  const float* x_TH;
+  const float* weight_H;
+  const float* bias_H;  // may be null
+  float epsilon;
+  bool rms;
+  int64_t num_tokens, hidden;
+  float* out_TH;
+  int num_threads;
+};
+
+// Normalises and rotates queries and keys, stores keys and values, and attends over each token's sequence up to itself.
+struct DecodeAttention {
+  const float* qkv;  // [T, G, Q + 2, D]: Q queries, a key, a value for each of G key-value heads
+  const float* q_norm_D;  // null: no norm of queries and keys
+  const float* q_norm_bias_D;
+  const float* k_norm_D;
+  const float* k_norm_bias_D;
+  float epsilon;
+  bool rms;
+  const float* cos_PR;  // null: no rotation. First half of R channels pairs with the second
+  const float* sin_PR;
+  int64_t rotated;
+  const int32_t* positions_T;
+  const int32_t* slots_T;
+  const int32_t* pages;  // [slots, pages_per_slot]
+  int64_t pages_per_slot;
+  bool cache_is_bf16;
+  void* keys;    // [pages, G, D, kPage]
+  void* values;  // [pages, G, kPage, D]
+  int64_t num_tokens, kv_heads, queries_per_kv, head_dim;
+  float* qkv_scratch;  // like qkv
+  float* out;          // [T, G, Q, D]
+  int num_threads;
+};
+
+// MLPs of the chosen experts: rows [slot t, k] of y are expert ids[t, k]'s result for token t. combine: and then
+// out[t] += sum over k of probs[t, k] * y[t, k].
+struct DecodeExperts {
+  const float* x_TH;
+  const int64_t* ids_TK;
+  const float* probs_TK;
+  int64_t num_tokens, topk, num_experts;
+  const int64_t* index1_E;  // matrix of each expert in w1 (and b1); below 0: it is left out
+  const int64_t* index2_E;
+  Matrix w1;        // [.., F, H], or [.., 2, F, H] gated
+  Matrix w2;        // [.., H, F]
+  const float* b1;  // [.., F] or [.., 2, F]; may be null
+  const float* b2;  // [.., H]; may be null
+  int64_t hidden, ffn;
+  bool gated;  // silu(gate) * up; else gelu in its tanh form
+  float* h_NF;
+  float* y_NH;
+  bool combine;
+  float* out_TH;
+  int num_threads;
+};
+
+// Rows of sum over banks of coefficient * bank, stored as out's type; i8 makes its scales from each row's peak.
+struct CombineRows {
+  const Matrix* banks_P;
+  const float* coefficients_P;
+  int64_t num_banks, num_rows, num_cols;
+  WeightType out_type;
+  void* out;
+  float* out_scale;  // null unless i8
+  int num_threads;
+};
+
+}  // namespace cpu
+}  // namespace samoe

@@ -1,0 +1,276 @@
+"""Inference: layers over a few tokens, with weights in fp32, bf16 or int8 that are each read once.
+
+Activations are fp32 and flat, [T, H], whatever the weights are. On a CPU with the compiled extension each block is one
+call that streams the weights from memory; else the twins of ops/decode_reference.py do the same in torch, on any device.
+A token's results are the same bits whatever other tokens share the call (compiled).
+
+Letters as in CONTRIBUTING.md, and Q: queries per key-value head; M: matrices of a stack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.ops import decode_reference, extension
+
+#: Positions of one page of the key-value cache.
+PAGE = 16
+WeightType = Literal["fp32", "bf16", "int8"]
+WEIGHT_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Matrices [.., outputs, inputs] in fp32, bf16, or int8 with one fp32 scale per row: weight = data * scale."""
+
+    data: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of numbers and scales."""
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def dequantized(self) -> Tensor:
+        """Returns the matrices in fp32."""
+        return decode_reference.dequantized(self.data, self.scale)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm, or RMSNorm (`rms`), over the last dim; fp32 weights."""
+
+    weight: Tensor
+    bias: Tensor | None
+    epsilon: float
+    rms: bool
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a step's tokens stand.
+
+    Attributes:
+        positions_T, slots_T: int32; place in the sequence, and row of `pages`.
+        pages: [slots, pages of a sequence], int32.
+        cos_PR, sin_PR: fp32 tables by position, or None without rotary positions.
+    """
+
+    positions_T: Tensor
+    slots_T: Tensor
+    pages: Tensor
+    cos_PR: Tensor | None = None
+    sin_PR: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """Weights and cache of one layer's attention.
+
+    Attributes:
+        qkv: [G, Q + 2, D, H].
+        head_norms: none, or norms of queries and keys.
+        output: [H, G * Q * D].
+        keys: [pages, G, D, PAGE], and values [pages, G, PAGE, D], fp32 or bf16.
+    """
+
+    norm: Norm
+    qkv: Weight
+    qkv_bias: Tensor | None
+    head_norms: tuple[Norm, Norm] | None
+    output: Weight
+    output_bias: Tensor | None
+    keys: Tensor
+    values: Tensor
+
+    def head_norm_tensors(self) -> list[Tensor]:
+        """Returns the norms as the ops take them: no tensor, weights of both, or weights then biases of both."""
+        if self.head_norms is None:
+            return []
+        q, k = self.head_norms
+        return [q.weight, k.weight] + ([q.bias, k.bias] if q.bias is not None and k.bias is not None else [])
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """Matrices of experts, and which of them each expert uses.
+
+    Attributes:
+        w1: [M, F, H], or [M, 2, F, H] for SwiGLU; b1 [M, (2,) F].
+        w2: [M, H, F]; b2 [M, H].
+        index1_E, index2_E: int64, an expert's matrix in w1 (and b1) and in w2 (and b2); -1 leaves it out.
+    """
+
+    w1: Weight
+    w2: Weight
+    b1: Tensor | None
+    b2: Tensor | None
+    gated: bool
+    index1_E: Tensor
+    index2_E: Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A router's weight_EH, fp32, and how it chooses; see `topk_gate`."""
+
+    weight_EH: Tensor
+    topk: int
+    sigmoid: bool
+    pre_softmax: bool
+
+
+def quantize(weight: Tensor) -> Weight:
+    """Returns int8 rows with the scale that makes a row's largest magnitude 127."""
+    return Weight(*decode_reference.quantize(weight))
+
+
+def stored(weight: Tensor, kind: WeightType) -> Weight:
+    """Returns a weight as it is kept for inference; the tensor itself where nothing changes."""
+    if kind == "int8":
+        return quantize(weight)
+    return Weight(weight.detach().to(WEIGHT_DTYPES[kind]).contiguous())
+
+
+def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None, out_TN: Tensor, accumulate: bool = False) -> Tensor:
+    """Writes x w^T + bias to out, or adds it, and returns out.
+
+    Args:
+        weight: [.., K] with N rows in all.
+    """
+    if extension.serves(x_TK):
+        torch.ops.megatron_samoe.decode_linear(x_TK, weight.data, weight.scale, bias, out_TN, accumulate)
+        return out_TN
+    y_TN = decode_reference.linear(x_TK, weight.data, weight.scale, bias)
+    return out_TN.add_(y_TN) if accumulate else out_TN.copy_(y_TN)
+
+
+def norm(x_TH: Tensor, parameters: Norm, out_TH: Tensor) -> Tensor:
+    """Writes the normalised rows to out and returns it."""
+    p = parameters
+    if extension.serves(x_TH):
+        torch.ops.megatron_samoe.decode_norm(x_TH, p.weight, p.bias, p.epsilon, p.rms, out_TH)
+        return out_TH
+    return out_TH.copy_(decode_reference.norm(x_TH, p.weight, p.bias, p.epsilon, p.rms))
+
+
+def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch: Tensor) -> None:
+    """Adds attention over the cache to the residual stream x, in place, and stores the tokens' keys and values.
+
+    Args:
+        scratch: fp32, `attention_scratch` elements or more.
+    """
+    p, n = places, layer.norm
+    epsilon, rms = n.epsilon, n.rms
+    if extension.serves(x_TH):
+        torch.ops.megatron_samoe.decode_attention_block(
+            x_TH, n.weight, n.bias, epsilon, rms, layer.qkv.data, layer.qkv.scale, layer.qkv_bias,
+            layer.head_norm_tensors(), p.cos_PR, p.sin_PR, p.positions_T, p.slots_T, p.pages, layer.keys, layer.values,
+            layer.output.data, layer.output.scale, layer.output_bias, scratch,
+        )  # fmt: skip
+        return
+    normed_TH = decode_reference.norm(x_TH, n.weight, n.bias, epsilon, rms)
+    qkv = decode_reference.linear(normed_TH, layer.qkv.data, layer.qkv.scale, layer.qkv_bias)
+    y_TF = decode_reference.attention(
+        qkv.view(-1, *layer.qkv.data.shape[:3]), layer.head_norm_tensors(), epsilon, rms, p.cos_PR, p.sin_PR,
+        p.positions_T, p.slots_T, p.pages, layer.keys, layer.values,
+    )  # fmt: skip
+    x_TH += decode_reference.linear(y_TF, layer.output.data, layer.output.scale, layer.output_bias)
+
+
+def attention_scratch(num_tokens: int, layer: AttentionLayer) -> int:
+    """Returns the floats that `attention_block` needs."""
+    heads, queries, head_dim, hidden = layer.qkv.data.shape
+    width = heads * queries * head_dim
+    return num_tokens * (hidden + 3 * width) + 64
+
+
+def mlp_block(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, experts: ExpertStack, scratch: Tensor) -> None:
+    """Adds an MLP to the residual stream x, in place: of chosen experts, or without routing of the only one.
+
+    Args:
+        scratch: fp32, `mlp_scratch` elements or more.
+    """
+    n, e = norm_of_x, experts
+    if extension.serves(x_TH):
+        router = (None, 1, False, False) if routing is None else (
+            routing.weight_EH, routing.topk, routing.sigmoid, routing.pre_softmax)  # fmt: skip
+        torch.ops.megatron_samoe.decode_moe_block(
+            x_TH, n.weight, n.bias, n.epsilon, n.rms, *router, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1,
+            e.w2.data, e.w2.scale, e.b2, e.gated, scratch,
+        )  # fmt: skip
+        return
+    if routing is None:
+        normed_TH = decode_reference.norm(x_TH, n.weight, n.bias, n.epsilon, n.rms)
+        ids_TK, probs_TK = only_expert(normed_TH)
+    else:
+        normed_TH, ids_TK, probs_TK = route(x_TH, n, routing, scratch)
+    y_TKH = x_TH.new_empty(*ids_TK.shape, x_TH.shape[1])
+    experts_block(normed_TH, ids_TK, probs_TK, experts, y_TKH, x_TH, scratch)
+
+
+def mlp_scratch(num_tokens: int, hidden: int, ffn: int, topk: int, num_experts: int) -> int:
+    """Returns the floats that `mlp_block`, `route` and `experts_block` need."""
+    return num_tokens * (2 * hidden + topk * (ffn + hidden + 3) + num_experts + 1) + 3 * num_experts + 256
+
+
+def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the normalised x_TH, the chosen experts ids_TK, and their weights probs_TK."""
+    n, r = norm_of_x, routing
+    if extension.serves(x_TH):
+        normed_TH = torch.empty_like(x_TH)
+        ids_TK = x_TH.new_empty(x_TH.shape[0], r.topk, dtype=torch.int64)
+        probs_TK = x_TH.new_empty(x_TH.shape[0], r.topk)
+        torch.ops.megatron_samoe.decode_route(
+            x_TH, n.weight, n.bias, n.epsilon, n.rms, r.weight_EH, r.sigmoid, r.pre_softmax, normed_TH, ids_TK,
+            probs_TK, scratch,
+        )  # fmt: skip
+        return normed_TH, ids_TK, probs_TK
+    normed_TH = decode_reference.norm(x_TH, n.weight, n.bias, n.epsilon, n.rms)
+    ids_TK, probs_TK = decode_reference.choose(normed_TH @ r.weight_EH.t(), r.topk, r.sigmoid, r.pre_softmax)
+    return normed_TH, ids_TK, probs_TK
+
+
+def only_expert(x_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns ids_TK and probs_TK of tokens that all visit expert 0, with weight 1."""
+    shape = (x_TH.shape[0], 1)
+    return x_TH.new_zeros(shape, dtype=torch.int64), x_TH.new_ones(shape)
+
+
+def experts_block(
+    x_TH: Tensor, ids_TK: Tensor, probs_TK: Tensor, experts: ExpertStack, y_TKH: Tensor, out_TH: Tensor,
+    scratch: Tensor, combine: bool = True,
+) -> None:  # fmt: skip
+    """Writes the chosen experts' results to y, of those experts that the stack has, and then adds their sum to out.
+
+    Args:
+        combine: False leaves out as it is; results of experts that are left out stay in y as they were, so that a
+            stack can hold some experts at a time.
+    """
+    e = experts
+    if extension.serves(x_TH):
+        torch.ops.megatron_samoe.decode_experts(
+            x_TH, ids_TK, probs_TK, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1, e.w2.data, e.w2.scale, e.b2,
+            e.gated, y_TKH, combine, out_TH, scratch,
+        )  # fmt: skip
+        return
+    decode_reference.experts(
+        x_TH, ids_TK, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1, e.w2.data, e.w2.scale, e.b2, e.gated, y_TKH
+    )
+    if combine:
+        out_TH += (y_TKH * probs_TK[..., None]).sum(1)
+
+
+def combine_rows(banks: list[Weight], coefficients_P: Tensor, out: Weight) -> None:
+    """Writes the weighted sum of equally shaped matrices to out, as out's type; a coefficient of 0 is left out."""
+    if extension.serves(out.scale if out.data.dtype == torch.int8 else out.data):
+        torch.ops.megatron_samoe.combine_rows(
+            [bank.data for bank in banks], [bank.scale for bank in banks], coefficients_P, out.data, out.scale
+        )
+        return
+    used = [(bank.dequantized(), c) for bank, c in zip(banks, coefficients_P.tolist(), strict=True) if c != 0.0]
+    decode_reference.combine_rows([bank for bank, _ in used], [c for _, c in used], out.data, out.scale)

@@ -1,0 +1,123 @@
+"""Slow twins of the inference ops of ops/decode.py in plain torch: their meaning, their fallback and their test."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_samoe.ops import reference
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns int8 data and fp32 scales per row; a row's largest magnitude becomes 127."""
+    weight = weight.detach().float()
+    peak = weight.abs().amax(-1)
+    inverse = torch.where(peak > 0, 127.0 / peak, torch.zeros_like(peak))
+    return (weight * inverse[..., None]).round_().to(torch.int8), peak / 127.0
+
+
+def dequantized(data: Tensor, scale: Tensor | None) -> Tensor:
+    """Returns fp32 weights."""
+    return data.float() if scale is None else data.float() * scale[..., None]
+
+
+def linear(x_TK: Tensor, data: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Returns x w^T + bias, [T, N]; scales are applied to the sums."""
+    y_TN = x_TK @ data.reshape(-1, data.shape[-1]).float().t()
+    if scale is not None:
+        y_TN = y_TN * scale.flatten()
+    return y_TN if bias is None else y_TN + bias.flatten()
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, rms: bool) -> Tensor:
+    """Returns x normalised over its last dim."""
+    if rms:
+        y = F.rms_norm(x, weight.shape, weight, epsilon)
+        return y if bias is None else y + bias
+    return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+
+
+def rotate(x_TAD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Returns heads with their first R channels rotated, first half with second."""
+    rotated = cos_TR.shape[-1]
+    turn, rest = x_TAD[..., :rotated], x_TAD[..., rotated:]
+    first, second = turn.chunk(2, -1)
+    turned = turn * cos_TR[:, None] + torch.cat((-second, first), -1) * sin_TR[:, None]
+    return torch.cat((turned, rest), -1)
+
+
+def attention(
+    qkv: Tensor, head_norms: list[Tensor], epsilon: float, rms: bool, cos_PR: Tensor | None, sin_PR: Tensor | None,
+    positions_T: Tensor, slots_T: Tensor, pages: Tensor, keys: Tensor, values: Tensor,
+) -> Tensor:  # fmt: skip
+    """Stores keys and values of [T, G, Q + 2, D] and returns attention's result, [T, G * Q * D]."""
+    num_groups = qkv.shape[1]
+    q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
+    if head_norms:
+        biases: list[Tensor | None] = [*head_norms[2:]] or [None, None]
+        q = norm(q, head_norms[0], biases[0], epsilon, rms)
+        k = norm(k, head_norms[1], biases[1], epsilon, rms)
+    positions, slots = positions_T.long(), slots_T.long()
+    if cos_PR is not None and sin_PR is not None:
+        q, k = rotate(q, cos_PR[positions], sin_PR[positions]), rotate(k, cos_PR[positions], sin_PR[positions])
+    size = keys.shape[-1]
+    page_T, place_T = pages[slots, positions // size].long(), positions % size
+    keys[page_T, :, :, place_T] = k.to(keys.dtype)
+    values[page_T, :, place_T] = v.to(values.dtype)
+    y = torch.empty_like(q)
+    for slot in slots.unique().tolist():
+        rows = (slots == slot).nonzero()[:, 0]
+        length = int(positions[rows].max()) + 1
+        own = pages[slot, : -(-length // size)].long()
+        k_LGD = keys[own].permute(0, 3, 1, 2).flatten(0, 1)[:length].float()
+        v_LGD = values[own].transpose(1, 2).flatten(0, 1)[:length].float()
+        visible = torch.arange(length, device=q.device) <= positions[rows][:, None]
+        query, key, value = (t.transpose(0, 1)[None] for t in (q[rows], k_LGD, v_LGD))
+        result = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, enable_gqa=q.shape[1] != num_groups
+        )
+        y[rows] = result[0].transpose(0, 1)
+    return y.flatten(1)
+
+
+def choose(logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool) -> tuple[Tensor, Tensor]:
+    """Returns ids_TK and probs_TK of a router; see `reference.topk_gate`."""
+    probs_TK, ids_TK, *_ = reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, 1)
+    return ids_TK, probs_TK
+
+
+def experts(
+    x_TH: Tensor, ids_TK: Tensor, index1_E: Tensor, index2_E: Tensor, w1: Tensor, scale1: Tensor | None,
+    b1: Tensor | None, w2: Tensor, scale2: Tensor | None, b2: Tensor | None, gated: bool, y_TKH: Tensor,
+) -> None:  # fmt: skip
+    """Writes to y[t, k] the MLP of expert ids[t, k] applied to token t, where the expert has an index."""
+
+    def part(stack: Tensor | None, index: int) -> Tensor | None:
+        return None if stack is None else stack[index]
+
+    for e in ids_TK.unique().tolist():
+        i, j = int(index1_E[e]), int(index2_E[e])
+        if i < 0:
+            continue
+        token, k = (ids_TK == e).nonzero(as_tuple=True)
+        h = linear(x_TH[token], w1[i], part(scale1, i), part(b1, i))
+        if gated:
+            gate, up = h.chunk(2, -1)
+            h = F.silu(gate) * up
+        else:
+            h = F.gelu(h, approximate="tanh")
+        y_TKH[token, k] = linear(h, w2[j], part(scale2, j), part(b2, j))
+
+
+def combine_rows(banks: list[Tensor], coefficients: list[float], out: Tensor, out_scale: Tensor | None) -> None:
+    """Writes the weighted sum of fp32 matrices, bank after bank, to out; int8 with fresh scales."""
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for bank, coefficient in zip(banks, coefficients, strict=True):
+        total += bank * coefficient
+    if out_scale is None:
+        out.copy_(total)
+        return
+    data, scale = quantize(total)
+    out.copy_(data)
+    out_scale.copy_(scale)
