@@ -188,7 +188,7 @@ class Server:
 
     def end(self) -> None:
         """Asks for the end, as SIGTERM does; any thread may."""
-        if self._loop is not None:
+        if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._asked.set)
 
     def _on_signal(self, number: int) -> None:

@@ -1,0 +1,380 @@
+"""The server over real sockets: answers, refusals, limits, clients that go, and the end of service."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
+from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.load import LoadedModel
+from megatron_samoe.inference.request import TokenEvent
+from megatron_samoe.inference.server.run import ServerOptions, check_installed, listen, read_api_key
+from tests.harness.serving import (
+    CONTEXT,
+    Answer,
+    Client,
+    RunningServer,
+    greedy_text,
+    load_tiny,
+    save_tiny,
+    serving,
+    texts,
+    wait_for,
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    torch.set_num_threads(1)
+    return load_tiny(save_tiny(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def running(loaded: LoadedModel) -> Iterator[RunningServer]:
+    with serving(loaded, max_queue=4, max_choices=6, max_body_bytes=2000, max_connections=16) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(running: RunningServer) -> Client:
+    return running.client
+
+
+class SlowEngine(Engine):
+    """An engine whose steps take a while, so that a test can act meanwhile."""
+
+    step_s = 0.02
+
+    def step(self) -> list[TokenEvent]:
+        time.sleep(self.step_s)
+        return super().step()
+
+
+def check_error(answer: Answer, status: int, part: str, **fields: Any) -> dict[str, Any]:
+    assert answer.status == status, answer.content
+    error = answer.json["error"]
+    assert set(error) == {"message", "type", "param", "code"} and part in error["message"]
+    assert fields.items() <= error.items()
+    return error
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_greedy_answers_are_the_engines(client: Client, loaded: LoadedModel, stream: bool) -> None:
+    prompts = ["Hello", "x", "A longer prompt, with a comma"]
+    answer = client.complete(prompts, max_tokens=20, temperature=0, stream=stream, ignore_eos=False)
+    assert texts(answer) == [greedy_text(loaded, p, 20) for p in prompts]
+
+
+def test_the_shape_of_an_answer(client: Client) -> None:
+    answer = client.complete("Hello", model="tiny", max_tokens=3, n=2, seed=1, ignore_eos=True)
+    body = answer.json
+    assert body["object"] == "text_completion" and body["model"] == "tiny" and body["id"].startswith("cmpl-")
+    assert abs(body["created"] - time.time()) < 100
+    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    assert [(c["index"], c["finish_reason"], c["logprobs"]) for c in body["choices"]] == [
+        (0, "length", None),
+        (1, "length", None),
+    ]
+
+
+def test_the_shape_of_a_stream(client: Client) -> None:
+    ask = {"max_tokens": 6, "n": 2, "seed": 1, "echo": True, "stream": True, "ignore_eos": True}
+    answer = client.complete("Hello", stream_options={"include_usage": True}, **ask)
+    assert answer.status == 200 and answer.headers["content-type"].startswith("text/event-stream")
+    *pieces, usage, done = answer.events
+    assert done == "[DONE]" and usage["choices"] == [] and usage["usage"]["completion_tokens"] == 12
+    assert {p["id"] for p in (*pieces, usage)} == {usage["id"]} and all("usage" not in p for p in pieces)
+    reasons = [(c["index"], c["finish_reason"]) for p in pieces for c in p["choices"] if c["finish_reason"]]
+    assert sorted(reasons) == [(0, "length"), (1, "length")]
+    whole = client.complete("Hello", **{**ask, "stream": False})
+    assert texts(answer) == texts(whole) and texts(answer)[0].startswith("Hello")
+    assert "usage" not in client.complete("Hello", **ask).events[-2]
+
+
+def test_seeds_repeat_and_choices_differ(client: Client) -> None:
+    first, again = (texts(client.complete("Hi", seed=5, n=3, max_tokens=12)) for _ in range(2))
+    other = texts(client.complete("Hi", seed=50, n=3, max_tokens=12))
+    assert first == again and len({*first, *other}) == 6
+
+
+def test_stop_texts_end_an_answer_without_them(client: Client, loaded: LoadedModel) -> None:
+    whole = greedy_text(loaded, "Hello", 20)
+    stop = whole[4:6]
+    choice = client.complete("Hello", max_tokens=20, temperature=0, stop=stop).json["choices"][0]
+    assert choice["text"] == whole[: whole.index(stop)] and choice["finish_reason"] == "stop"
+
+
+def test_models_health_and_metrics(client: Client) -> None:
+    (model,) = client.ask("GET", "/v1/models").json["data"]
+    assert model["id"] == "tiny" and model["object"] == "model" and model["max_model_len"] == CONTEXT
+    health = client.ask("GET", "/health")
+    assert (health.status, health.json) == (200, {"status": "ready"})
+    before = client.metric("generated_tokens_total")
+    client.complete("Hello", max_tokens=7, ignore_eos=True)
+    assert client.metric("generated_tokens_total") == before + 7
+    assert client.metric('http_requests_total{route="/health",status="200"}') >= 1
+    assert client.metric("engine_step_seconds_count") > 0
+    assert client.metric("running_choices") == client.metric("waiting_choices") == 0
+
+
+def test_the_metrics_are_prometheus_format(client: Client) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    answer = client.ask("GET", "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = {family.name for family in text_string_to_metric_families(answer.content.decode())}
+    assert {"megatron_samoe_choices", "megatron_samoe_time_to_first_token_seconds"} <= families
+
+
+def test_refusals_have_a_status_and_a_message(client: Client) -> None:
+    ask = client.ask
+    check_error(ask("POST", "/v1/completions", b"{nonsense"), 400, "not JSON", code="invalid_json")
+    check_error(client.complete("x" * 64), 400, "context has 64 tokens", code="context_length_exceeded")
+    check_error(client.complete("x", max_token=1), 400, "Did you mean", param="max_token")
+    check_error(client.complete("x", n=7), 400, "at most 6", param="n")
+    check_error(client.complete("x", model="gpt-4"), 404, "not served", code="model_not_found")
+    check_error(ask("GET", "/v1/chat/completions"), 404, "There is no", code="not_found")
+    check_error(ask("GET", "/v1/completions"), 405, "does not take GET")
+    form = {"Content_Type": "text/plain"}
+    check_error(ask("POST", "/v1/completions", b'{"prompt": "x"}', **form), 415, "application/json")
+    assert client.complete("x", max_tokens=1).status == 200
+
+
+def test_a_body_over_the_limit_is_413_and_the_client_hears_it(client: Client) -> None:
+    for size in (2001, 30_000, 200_000):
+        error = client.ask("POST", "/v1/completions", b'{"prompt": "' + b"x" * size + b'"}')
+        check_error(error, 413, "may have 2000 bytes", code="body_too_large")
+    # Chunks without a length count as well.
+    content = (b"x" * 100 for _ in range(50))
+    connection = http.client.HTTPConnection(client.host, client.port, timeout=20)
+    connection.request("POST", "/v1/completions", content, {"Content-Type": "application/json"}, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_names_of_other_sites_are_refused(client: Client) -> None:
+    check_error(client.ask("GET", "/v1/models", Host="evil.example"), 403, "'evil.example'", code="host_not_allowed")
+    assert client.ask("GET", "/v1/models", Host=f"localhost:{client.port}").status == 200
+
+
+def test_a_full_queue_is_429_with_the_time_to_wait(loaded: LoadedModel) -> None:
+    engine = SlowEngine(loaded, max_batch=2)
+    with serving(loaded, engine=engine, max_queue=2) as running:
+        client = running.client
+        body = {"prompt": "x", "max_tokens": 40, "ignore_eos": True}
+        held = [client.begin({**body, "n": 2}) for _ in range(2)]
+        wait_for(lambda: client.metric("running_choices") + client.metric("waiting_choices") == 4)
+        answer = client.complete("x")
+        check_error(answer, 429, "holds 4 choices", type="rate_limit_error", code="queue_full")
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+        for connection in held:
+            connection.close()
+        wait_for(lambda: client.metric('choices_total{end="cancelled"}') == 4)
+        assert client.complete("x", max_tokens=2).status == 200, "room that a vanished client held is free"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_that_vanish_are_cancelled_and_their_places_freed(loaded: LoadedModel, stream: bool) -> None:
+    engine = SlowEngine(loaded, max_batch=2)
+    with serving(loaded, engine=engine) as running:
+        client = running.client
+        free = client.metric("free_cache_tokens")
+        body = {"prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": stream}
+        held = [client.begin(body) for _ in range(3)]  # one of them waits for a place
+        wait_for(lambda: client.metric("running_choices") == 2 and client.metric("waiting_choices") == 1)
+        for connection in held:
+            connection.close()
+        wait_for(lambda: client.metric('choices_total{end="cancelled"}') == 3)
+        assert client.metric("free_cache_tokens") == free and not engine.has_work
+        assert client.metric("generated_tokens_total") < 120
+        assert texts(client.complete("Hello", max_tokens=9, temperature=0)) == [greedy_text(loaded, "Hello", 9)]
+
+
+def test_slow_senders_are_timed_out(loaded: LoadedModel) -> None:
+    with serving(loaded, body_timeout_s=0.2) as running:
+        connection = socket.create_connection((running.client.host, running.client.port), timeout=20)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head.encode() + b"Content-Length: 99\r\n\r\n{")
+        content = b""
+        while piece := connection.recv(4096):  # up to the end: the connection must not stay open
+            content += piece
+        connection.close()
+        assert content.startswith(b"HTTP/1.1 408") and b"did not come within 0.2 s" in content
+
+
+def test_too_many_requests_at_a_time_are_503(loaded: LoadedModel) -> None:
+    with serving(loaded, engine=SlowEngine(loaded, max_batch=8), max_connections=3) as running:
+        held = [running.client.begin({"prompt": "x", "max_tokens": 60, "ignore_eos": True}) for _ in range(3)]
+        refused: list[Answer] = []
+
+        def full() -> bool:
+            answer = running.client.ask("GET", "/health")
+            if answer.status == 503:
+                refused.append(answer)
+            return answer.status == 503
+
+        wait_for(full)
+        check_error(refused[0], 503, "3 HTTP requests at a time", code="too_many_connections")
+        assert refused[0].headers["retry-after"] == "1"
+        for connection in held:
+            connection.close()
+        wait_for(lambda: running.client.ask("GET", "/health").status == 200)
+
+
+def test_the_access_token(loaded: LoadedModel) -> None:
+    with serving(loaded, api_key="secret-1") as running:
+        client = running.client
+        for headers in ({}, {"Authorization": "Bearer secret-2"}, {"Authorization": "Basic secret-1"},
+                        {"Authorization": "Bearer"}, {"Authorization": "Bearer s\u00e9cret"}):  # fmt: skip
+            for method, path in (
+                ("GET", "/v1/models"),
+                ("POST", "/v1/completions"),
+                ("GET", "/metrics"),
+                ("GET", "/no"),
+            ):
+                answer = Client(client.host, client.port, headers).ask(method, path, None if method == "GET" else {})
+                check_error(answer, 401, "access token", type="authentication_error", code="invalid_api_key")
+                assert answer.headers["www-authenticate"] == "Bearer"
+        assert client.ask("GET", "/health").status == client.ask("GET", "/").status == 200
+        right = Client(client.host, client.port, {"Authorization": "Bearer secret-1"})
+        assert right.complete("x", max_tokens=1).status == 200 and right.metric("generated_tokens_total") == 1
+
+
+def test_draining_ends_open_requests_properly_and_refuses_new_ones(loaded: LoadedModel) -> None:
+    with serving(loaded, engine=SlowEngine(loaded, max_batch=4)) as running, ThreadPoolExecutor(2) as pool:
+        client = running.client
+        ask = {"max_tokens": 40, "temperature": 0, "ignore_eos": False}
+        whole = pool.submit(client.complete, "Hello", **ask)
+        streamed = pool.submit(client.complete, "Hello", stream=True, **ask)
+        wait_for(lambda: client.metric("running_choices") == 2)
+        running.server.end()
+        wait_for(lambda: client.ask("GET", "/health").status == 503)
+        assert client.ask("GET", "/health").json == {"status": "draining"}
+        answer = client.complete("x")
+        check_error(answer, 503, "shutting down", code="draining")
+        assert "retry-after" in answer.headers
+        expected = [greedy_text(loaded, "Hello", 40)]
+        assert texts(whole.result()) == expected and texts(streamed.result()) == expected
+        assert streamed.result().events[-1] == "[DONE]"
+        assert running.join() == 0
+
+
+def test_what_is_not_complete_after_the_drain_time_is_told_so(loaded: LoadedModel) -> None:
+    engine = SlowEngine(loaded, max_batch=4)
+    engine.step_s = 0.1
+    with serving(loaded, engine=engine, drain_timeout_s=0.3) as running, ThreadPoolExecutor(2) as pool:
+        client = running.client
+        ask = {"max_tokens": 60, "ignore_eos": True}
+        whole = pool.submit(client.complete, "x", **ask)
+        streamed = pool.submit(client.complete, "x", stream=True, **ask)
+        wait_for(lambda: client.metric("running_choices") == 2)
+        running.server.end()
+        check_error(whole.result(), 503, "shutting down", code="draining")
+        assert streamed.result().status == 200 and streamed.result().events[-1]["error"]["code"] == "draining"
+        assert running.join() == 0
+
+
+def test_an_engine_that_fails_ends_the_server_with_status_1(loaded: LoadedModel) -> None:
+    class BrokenEngine(SlowEngine):
+        broken = False
+
+        def step(self) -> list[TokenEvent]:
+            events = super().step()
+            if self.broken:
+                raise CheckpointError("weights are damaged")
+            return events
+
+    engine = BrokenEngine(loaded, max_batch=2)
+    with serving(loaded, engine=engine) as running, ThreadPoolExecutor(2) as pool:
+        ask = {"max_tokens": 60, "ignore_eos": True}
+        whole = pool.submit(running.client.complete, "x", **ask)
+        streamed = pool.submit(running.client.complete, "x", stream=True, **ask)
+        wait_for(lambda: running.client.metric("running_choices") == 2)
+        engine.broken = True
+        check_error(whole.result(), 500, "engine has failed", type="server_error")
+        assert streamed.result().events[-1]["error"]["code"] == "engine_failed"
+        assert running.join() == 1
+
+
+def test_requests_that_the_engine_refuses(loaded: LoadedModel) -> None:
+    with serving(loaded, engine=Engine(loaded, max_batch=2, max_tokens=16)) as running:
+        error = check_error(running.client.complete("x", max_tokens=40), 400, "key-value cache", param="max_tokens")
+        assert "max_new_tokens" not in error["message"]
+        assert running.client.complete("x", max_tokens=4).status == 200
+        assert running.client.metric('choices_total{end="refused"}') == 1
+
+
+def test_many_clients_at_once_get_right_answers(loaded: LoadedModel) -> None:
+    """A small sample of what tools/benchmark_serve.py does by the thousand."""
+    prompts = [f"Prompt {i} " + "ab" * (i % 11) for i in range(24)]
+    expected = {p: greedy_text(loaded, p, 5 + len(p) % 17) for p in prompts}
+    with serving(loaded, max_batch=4) as running, ThreadPoolExecutor(12) as pool:
+        threads = threading.active_count()
+
+        def ask(place: int) -> bool:
+            prompt = prompts[place % 24]
+            if place % 6 == 5:
+                running.client.begin({"prompt": prompt, "max_tokens": 20}).close()
+                return True
+            answer = running.client.complete(
+                prompt, max_tokens=5 + len(prompt) % 17, temperature=0, stream=place % 2 == 0
+            )
+            return texts(answer) == [expected[prompt]]
+
+        assert all(pool.map(ask, range(96)))
+        wait_for(lambda: running.client.metric("running_choices") + running.client.metric("waiting_choices") == 0)
+        assert threading.active_count() < threads + 40
+
+
+def test_options_out_of_range_name_their_flag() -> None:
+    for field, value, flag in (
+        ("port", 70000, "--port"), ("port", -1, "--port"), ("max_queue", -1, "--max-queue"), ("max_choices", 0, "--max-choices"),
+        ("max_body_bytes", 0, "--max-body-bytes"), ("drain_timeout_s", float("inf"), "--drain-timeout"),
+        ("body_timeout_s", float("nan"), "--body-timeout"), ("model_name", " ", "--served-model-name"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError) as caught:
+            ServerOptions(**{field: value})
+        assert caught.value.field == flag
+
+
+def test_a_port_in_use_and_a_foreign_address_are_said() -> None:
+    listener = listen("127.0.0.1", 0)
+    listener.listen()
+    with pytest.raises(ConfigError, match="cannot be listened at"):
+        listen("127.0.0.1", listener.getsockname()[1])
+    listener.close()
+    with pytest.raises(ConfigError, match="--host and --port"):
+        listen("no.such.host.invalid", 80)
+
+
+def test_where_the_access_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEGATRON_SAMOE_API_KEY", raising=False)
+    assert read_api_key(None) is None
+    monkeypatch.setenv("MEGATRON_SAMOE_API_KEY", "from-environment")
+    assert read_api_key(None) == "from-environment"
+    (tmp_path / "key").write_text("from-file\n")
+    assert read_api_key(tmp_path / "key") == "from-file"
+    for bad in ("", "\n", "two words", "caf\u00e9", "a\nb"):
+        (tmp_path / "key").write_text(bad, encoding="utf-8")
+        with pytest.raises(ConfigError, match="one word of printable ASCII") as caught:
+            read_api_key(tmp_path / "key")
+        assert not bad.strip() or bad not in str(caught.value)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_api_key(tmp_path / "missing")
+
+
+def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(MegatronSamoeError, match=r"uvicorn.*pip install 'megatron_samoe\[serve\]'"):
+        check_installed()
