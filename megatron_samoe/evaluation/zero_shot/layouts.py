@@ -96,7 +96,8 @@ def _multirc(row: Row) -> list[Row] | None:
     return rows
 
 
-#: Spaces that the Winograd schemas' word-by-word form has beside punctuation.
+#: Spaces that the Winograd schemas' word-by-word form has beside punctuation. As in lm-evaluation-harness, so that figures
+#: compare, quotation marks lose the spaces on both their sides, although one belongs there.
 _SPACES = ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"'))
 
 
