@@ -63,9 +63,7 @@ def test_questions_are_told_apart_in_both_forms_of_multirc(tmp_path: Path) -> No
 
 
 def test_packed_files_and_parquet_give_the_same_items(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     rows = [{"q": f"row {n}", "label": n % 2} for n in range(5)]
     content = lines(*rows).encode()
     packed = {
@@ -76,7 +74,7 @@ def test_packed_files_and_parquet_give_the_same_items(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(data)
     (tmp_path / "f").mkdir()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "f/mine.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "f/mine.parquet")
     found = [load_items(plain(), folder) for folder in sorted(tmp_path.iterdir())]
     assert len(found) == 6
     for items in found:
