@@ -1,0 +1,265 @@
+"""The inspection tool's command line: what a checkpoint holds, and what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from megatron_samoe.datasets.arguments import Parser
+from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
+from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.interop.edited_model import NOT_MODEL
+from megatron_samoe.interop.inspect_health import Health, as_plain, check_health
+from megatron_samoe.interop.inspect_numbers import Difference, difference, statistics
+from megatron_samoe.interop.inspect_open import Opened, open_any, verify
+from megatron_samoe.interop.megatron.export import VOCABULARY
+
+#: Exit statuses, as those of diff and grep.
+FINE, FOUND, TROUBLE = 0, 1, 2
+_DESCRIPTION = """Looks at checkpoints of this program, of Megatron-LM (format torch) and of Hugging Face, one tensor in memory
+at a time. Exits with 0 where nothing is wrong or different, with 1 where something is, with 2 where it cannot tell."""
+
+Result = tuple[int, Mapping[str, Any], list[str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool and returns its exit status."""
+    options = make_parser().parse_args(argv)
+    commands: dict[str, Callable[[argparse.Namespace], Result]] = {
+        "list": _list, "stat": _stat, "diff": _diff, "verify": _verify, "check": _check,
+    }  # fmt: skip
+    try:
+        status, values, lines = commands[options.command](options)
+    except MegatronSamoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return TROUBLE
+    print(json.dumps(_finite(values), indent=1) if options.json else "\n".join(lines))
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = Parser(_DESCRIPTION, prog="inspect_checkpoint.py")
+    commands = parser.add_subparsers(
+        dest="command", required=True, parser_class=lambda **k: Parser(k.pop("help", "") or "", **k)
+    )
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text)
+        sub.add_argument("directory", help="folder of checkpoints, or of one")
+        if name == "diff":
+            sub.add_argument("other", help="folder to compare with")
+        sub.add_argument("--ckpt-step", type=int, help="iteration; the newest if not given")
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        return sub
+
+    for name, text in (("list", "names, shapes and sizes"), ("stat", "smallest, largest, mean, spread, NaN and Inf")):
+        _add_choice(command(name, text))
+    diff = command("diff", "compare two checkpoints, also of two families, tensor by tensor")
+    _add_choice(diff)
+    diff.add_argument("--other-step", type=int, help="iteration of the other folder; the newest if not given")
+    diff.add_argument("--atol", type=float, default=0.0, help="tolerated absolute difference of an element")
+    diff.add_argument("--rtol", type=float, default=0.0, help="tolerated norm of the difference over the norm")
+    diff.add_argument("--limit", type=int, default=20, help="show so many tensors, the most different first")
+    command("verify", "check files against their digests, names and shapes; every iteration unless one is given")
+    check = command("check", "find NaN and Inf, experts that were never updated, banks that no layer uses")
+    check.add_argument("--start", metavar="DIR", help="an earlier checkpoint of the run, to tell updates by")
+    check.add_argument("--start-step", type=int, help="iteration of --start; the newest if not given")
+    check.add_argument("--dead-below", type=float, default=1e-3,
+                       help="share of a layer's largest coefficient below which a bank is dead there")  # fmt: skip
+    return parser
+
+
+def _add_choice(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--match", metavar="REGEX", help="only tensors in whose names this is found")
+    command.add_argument("--model-only", action="store_true", help="leave out optimizer state and statistics")
+    command.add_argument("--raw", action="store_true", help="names and shapes as in the files of other programs")
+
+
+def _chosen(opened: Opened, options: argparse.Namespace) -> dict[str, StoredTensor]:
+    try:
+        pattern = re.compile(options.match or "")
+    except re.error as error:
+        raise ConfigError("--match", options.match, f"is no regular expression: {error}") from None
+    return {
+        name: stored
+        for name, stored in opened.source.tensors.items()
+        if pattern.search(name) and not (options.model_only and name.startswith(NOT_MODEL))
+    }
+
+
+def _described(opened: Opened) -> list[str]:
+    step = (opened.train_state or {}).get("iteration")
+    return [f"{opened.kind} checkpoint in {opened.directory}" + (f", iteration {step}" if step is not None else ""),
+            *opened.notes]  # fmt: skip
+
+
+def _list(options: argparse.Namespace) -> Result:
+    opened = open_any(options.directory, options.ckpt_step, options.raw)
+    chosen = _chosen(opened, options)
+    width = max(map(len, chosen), default=4)
+    lines = [*_described(opened)]
+    for name, t in chosen.items():
+        lines.append(f"{name:{width}}  {_dtype(t):9} {t.num_bytes:>14,} B  {list(t.shape)}")
+    count, size = sum(map(_elements, chosen.values())), sum(t.num_bytes for t in chosen.values())
+    model = sum(_elements(t) for name, t in chosen.items() if not name.startswith(NOT_MODEL))
+    lines.append(f"{len(chosen)} tensors, {count:,} elements ({model:,} of the model), {size:,} bytes.")
+    tensors = {n: {"shape": list(t.shape), "dtype": _dtype(t), "bytes": t.num_bytes} for n, t in chosen.items()}
+    values = {
+        "kind": opened.kind, "directory": str(opened.directory), "train_state": opened.train_state,
+        "config": opened.config, "elements": count, "model_elements": model, "bytes": size, "tensors": tensors,
+    }  # fmt: skip
+    return FINE, values, lines
+
+
+def _stat(options: argparse.Namespace) -> Result:
+    opened = open_any(options.directory, options.ckpt_step, options.raw)
+    found = {name: statistics(opened.source.read(name)) for name in _chosen(opened, options)}
+    width = max(map(len, found), default=4)
+    head = f"{'tensor':{width}}  {'smallest':>10} {'largest':>10} {'mean':>10} {'spread':>10} {'zeros':>7} NaN/Inf"
+    lines = [*_described(opened), head]
+    for name, s in found.items():
+        numbers = " ".join(f"{value:10.3e}" for value in (s.minimum, s.maximum, s.mean, s.std))
+        lines.append(f"{name:{width}}  {numbers} {s.zeros:7.1%} {s.nan}/{s.inf}")
+    bad = [name for name, s in found.items() if not s.is_finite]
+    lines.append(f"{len(found)} tensors, {len(bad)} with NaN or Inf.")
+    return (FOUND if bad else FINE), {"tensors": {name: asdict(s) for name, s in found.items()}}, lines
+
+
+def _diff(options: argparse.Namespace) -> Result:
+    sides = (open_any(options.directory, options.ckpt_step, options.raw),
+             open_any(options.other, options.other_step, options.raw))  # fmt: skip
+    if any(side.kind != "native" for side in sides):
+        options.model_only = True  # other families keep the model alone
+    chosen = [_chosen(side, options) for side in sides]
+    padding = _Padding(sides)
+    only = [[name for name in own if name not in other] for own, other in (chosen, chosen[::-1])]
+    both = [name for name in chosen[0] if name in chosen[1]]
+    shaped = [n for n in both if padding.shape_without(n, chosen[0][n]) != padding.shape_without(n, chosen[1][n])]
+    found = {
+        name: difference(*(padding.cut(name, side.source.read(name)) for side in sides))
+        for name in both
+        if name not in set(shaped)
+    }
+    beyond = [name for name, d in found.items() if not d.is_within(options.atol, options.rtol)]
+    lines = [line for side in sides for line in _described(side)]
+    for which, names in zip(("first", "second"), only, strict=True):
+        lines += [f"only in the {which}: {name}" for name in names[: options.limit]]
+    lines += [
+        f"{n} is {list(chosen[0][n].shape)} in the first, {list(chosen[1][n].shape)} in the second" for n in shaped
+    ]
+    lines += _difference_table(found, options.limit)
+    equal = sum(d.num_different == 0 for d in found.values())
+    lines.append(f"{len(found)} tensors compared: {equal} equal, {len(found) - equal} different, {len(beyond)} beyond "
+                 f"--atol {options.atol:g} and --rtol {options.rtol:g}; {len(only[0])} and {len(only[1])} on one side "
+                 f"only, {len(shaped)} of other shapes.")  # fmt: skip
+    values = {
+        "only_in_first": only[0], "only_in_second": only[1], "other_shape": shaped, "beyond_tolerance": beyond,
+        "tensors": {name: asdict(d) for name, d in found.items()},
+    }  # fmt: skip
+    return (FOUND if beyond or shaped or any(only) else FINE), values, lines
+
+
+class _Padding:
+    """Rows of the vocabulary beyond the last token, which each family rounds up and fills as it likes."""
+
+    def __init__(self, sides: Sequence[Opened]):
+        sizes = {(side.train_state or {}).get("vocab_size") for side in sides}
+        same_family = len({side.kind for side in sides}) == 1
+        # In one family all rows count; without a common vocabulary nothing is known to be padding.
+        self._num_tokens = None if same_family or len(sizes) > 1 else sizes.pop()
+
+    def shape_without(self, name: str, stored: StoredTensor) -> tuple[int, ...]:
+        if name not in VOCABULARY or self._num_tokens is None:
+            return stored.shape
+        return (min(self._num_tokens, stored.shape[0]), *stored.shape[1:])
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor if name not in VOCABULARY or self._num_tokens is None else tensor[: self._num_tokens]
+
+
+def _difference_table(found: Mapping[str, Difference], limit: int) -> Iterator[str]:
+    different = sorted((d.relative, name) for name, d in found.items() if d.num_different)[::-1]
+    if not different:
+        return
+    width = max(len(name) for _, name in different[:limit])
+    yield f"{'tensor':{width}}  {'largest':>10} {'relative':>10}  elements"
+    for relative, name in different[:limit]:
+        yield f"{name:{width}}  {found[name].largest:10.3e} {relative:10.3e}  {found[name].num_different:,}"
+    if different[limit:]:
+        yield f"and {len(different) - limit} more (--limit)"
+
+
+def _verify(options: argparse.Namespace) -> Result:
+    verdicts = verify(options.directory, options.ckpt_step)
+    lines = []
+    for verdict in verdicts:
+        state = "DAMAGED" if verdict.problems else "whole"
+        lines += [f"{verdict.directory}: {state} ({verdict.checked})", *(f"  {p}" for p in verdict.problems)]
+    values = {"checkpoints": [{"directory": str(v.directory), "checked": v.checked, "problems": v.problems}
+                              for v in verdicts]}  # fmt: skip
+    return (FOUND if any(v.problems for v in verdicts) else FINE), values, lines
+
+
+def _check(options: argparse.Namespace) -> Result:
+    if not 0 < options.dead_below < 1:
+        raise ConfigError("--dead-below", options.dead_below, "must be a share between 0 and 1")
+    if options.start_step is not None and options.start is None:
+        raise ConfigError("--start-step", options.start_step, "needs --start")
+    opened = open_any(options.directory, options.ckpt_step)
+    start = None if options.start is None else open_any(options.start, options.start_step)
+    health = check_health(opened.source, None if start is None else start.source, options.dead_below)  # type: ignore[arg-type]
+    return (FINE if health.is_sound else FOUND), as_plain(health), [*_described(opened), *_health_lines(health)]
+
+
+_EVIDENCE = {
+    "start": "weights equal to those of --start",
+    "moments": "no gradient in Adam's second moments",
+    "seed": "weights as the run's seed draws them, but for weight decay",
+}
+
+
+def _health_lines(health: Health) -> Iterator[str]:
+    for name, (nan, inf) in health.not_finite.items():
+        yield f"NOT FINITE {name}: {nan} NaN, {inf} Inf"
+    if not health.not_finite:
+        yield "All tensors are finite."
+    if health.evidence is not None:
+        stale = health.stale_experts
+        told = f"told by {_EVIDENCE[health.evidence]}"
+        yield f"NEVER UPDATED ({told}): {'; '.join(stale)}" if stale else f"All experts have been updated ({told})."
+    for layer, idle in health.idle_experts.items():
+        yield f"layers.{layer}: no token of the last step went to expert {', '.join(map(str, idle))}."
+    if health.coefficients:
+        yield "layer  weights of banks, of w1 and of w2"
+        for layer, a_2P in health.coefficients.items():
+            yield f"{layer:5}  " + "   ".join(" ".join(f"{a:7.4f}" for a in row.tolist()) for row in a_2P)
+        if health.stale_coefficients:
+            yield f"NO GRADIENT in the coefficients of layers {', '.join(map(str, health.stale_coefficients))}"
+        banks = ", ".join(map(str, health.dead_banks))
+        yield f"DEAD BANKS: no layer uses {banks}" if health.dead_banks else "Every bank is used by some layer."
+
+
+def _dtype(stored: StoredTensor) -> str:
+    return str(stored.dtype).removeprefix("torch.")
+
+
+def _elements(stored: StoredTensor) -> int:
+    return stored.num_bytes // stored.dtype.itemsize
+
+
+def _finite(value: Any) -> Any:
+    """Returns the value with text in place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
