@@ -55,7 +55,7 @@ class HFSource:
         self._parts = list(self.family.parts(native))
         self._stored = self._located(tied=not native.model.untie_embeddings_and_output_weights)
         self.native = replace(native, config=self._with_precision(native.config))
-        validate(as_one_process(self.native.config), 1)
+        validate(model_alone(self.native.config), 1)
         self._parts_of = parts_of(self._parts)
         self._fractions_LE = self._expert_fractions(remembered)
         self.tensors: dict[str, StoredTensor] = dict(self.native.tensors)
@@ -160,11 +160,9 @@ def derived_model(family: Family, config: Mapping[str, Any]) -> NativeModel:
     return NativeModel(apply_mapping(base, options, CONFIG), vocab_size)
 
 
-def as_one_process(config: PretrainConfig) -> PretrainConfig:
-    """Returns what of a configuration counts for its model: neither the layout nor the batch of its run."""
-    default = PretrainConfig()
-    training = replace(config.training, micro_batch_size=1, global_batch_size=None)
-    return replace(config, parallel=default.parallel, checkpoint=default.checkpoint, training=training)
+def model_alone(config: PretrainConfig) -> PretrainConfig:
+    """Returns what of a configuration counts for its model: not where its run got its data, nor its layout or batch."""
+    return PretrainConfig(model=config.model, moe=config.moe, data=DataConfig(mock_data=True))
 
 
 def _same_model(family: Family, remembered: Remembered, derived: NativeModel) -> bool:

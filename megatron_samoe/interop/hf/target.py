@@ -37,7 +37,7 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
         ConfigError: the family is not known or cannot compute the model, or there is no pool to fold.
     """
     if wanted not in TARGETS:
-        raise ConfigError("--target", wanted, f"must be one of {', '.join(TARGETS)}." + nearest(wanted, TARGETS))
+        raise ConfigError("--hf-model-type", wanted, f"must be one of {', '.join(TARGETS)}." + nearest(wanted, TARGETS))
     pool = native.moe.has_pool
     if fold and not pool:
         raise ConfigError("--fold", True, f"needs a model with a pool, not --expert-layout {native.moe.expert_layout}")
@@ -48,7 +48,7 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
         family = next(family for family in FAMILIES if family.name == wanted)
         if misfits := family.misfits(folded):
             others = [f.name for f in FAMILIES if not f.misfits(folded)]
-            raise ConfigError("--target", wanted, f"{family.architecture} does not compute {'; nor '.join(misfits)}. "
+            raise ConfigError("--hf-model-type", wanted, f"{family.architecture} does not compute {'; nor '.join(misfits)}. "
                               f"These classes do: {', '.join(others)}")  # fmt: skip
         return Target(family, fold, (f"{wanted} was asked for, and computes the same function", *_folding(fold)))
     why = list(_folding(fold))
@@ -57,6 +57,8 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
         if not misfits:
             what = _own_class(False) if family is SAMOE else f"{family.name} computes the same function"
             return Target(family, fold, (*why, what))
+        if misfits[0].startswith("--expert-layout"):
+            continue  # dense classes for a model with experts, and the other way round, need no reason
         why.append(f"not {family.name}: {misfits[0]}{f' (and {len(misfits) - 1} more)' if misfits[1:] else ''}")
     raise AssertionError("our own class fits every model")
 

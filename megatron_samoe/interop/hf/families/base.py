@@ -19,7 +19,7 @@ class Family:
     """A class of models, as transformers knows it.
 
     Attributes:
-        name: its model_type, which is also the name for --target.
+        name: its model_type, which is also the name for --hf-model-type.
         architecture: the class for causal language modelling.
         summary: what it computes, in a few words.
         rules: all must hold for a native model to be exported to it.

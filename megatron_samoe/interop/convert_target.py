@@ -1,0 +1,188 @@
+"""What a conversion writes, by family of the target: planned, shown, then written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.config.cli import to_mapping
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor, write_checkpoint
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.interop import megatron
+from megatron_samoe.interop.convert_source import Recast, Source
+from megatron_samoe.interop.edited_model import source_config
+from megatron_samoe.interop.hf.export import plan_export, write_export
+from megatron_samoe.interop.hf.tokenizer_files import TOKENIZER, imported_tokenizer, tokenizer_files
+from megatron_samoe.interop.megatron.rank_files import folder_name
+from megatron_samoe.interop.output_folder import require_new, require_space
+
+Progress = Callable[[int], Any]
+#: A number of a layer or expert in a tensor's name; w1 and w2 are names.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=weight)\d+$")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A planned conversion.
+
+    Attributes:
+        described: the target in a line.
+        lines: what a user should know of how it was chosen and what changes.
+        files: for each file or part of the target its tensors.
+        num_bytes: of all tensors.
+        write: writes it, reporting bytes as they pass, and returns its folder.
+        hint: how to go on from there.
+    """
+
+    described: str
+    lines: tuple[str, ...]
+    files: Mapping[str, Mapping[str, StoredTensor]]
+    write: Callable[[Progress], Path]
+    hint: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(t.num_bytes for tensors in self.files.values() for t in tensors.values())
+
+    def listing(self) -> Iterator[str]:
+        """Yields the tensors of each file in lines; those that differ in numbers only share one."""
+        for file, tensors in self.files.items():
+            size = sum(t.num_bytes for t in tensors.values())
+            yield f"{file}: {len(tensors):,} tensors, {size / 1e6:,.1f} MB"
+            alike: dict[tuple[str, StoredTensor], int] = {}
+            for name, tensor in tensors.items():
+                key = _NUMBER.sub("*", name), tensor
+                alike[key] = alike.get(key, 0) + 1
+            for (name, tensor), count in alike.items():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                yield f"  {name}  {list(tensor.shape)} {dtype}{f'  x {count}' if count > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class HFOptions:
+    """How a Hugging Face folder is written; see `plan_export`."""
+
+    model_type: str
+    fold: bool
+    max_shard_bytes: int
+    with_tokenizer: bool
+
+
+def plan_hf(source: Source, save_dir: Path, dtype: torch.dtype | None, options: HFOptions) -> Conversion:
+    """Returns the plan of writing a Hugging Face folder.
+
+    Raises:
+        ConfigError: the class cannot compute the model.
+        CheckpointError: the source lacks tensors, or `save_dir` exists.
+        DataError: the tokenizer is not where the source says.
+    """
+    require_new(save_dir)
+    tokenizer = tokenizer_files(source_config(source.tensors).data) if options.with_tokenizer else None
+    plan = plan_export(
+        source.tensors, options.model_type, fold=options.fold, dtype=dtype, max_shard_bytes=options.max_shard_bytes,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+
+    def write(progress: Progress) -> Path:
+        write_export(plan, save_dir, progress)
+        return save_dir
+
+    family = plan.target.family
+    lines = (*plan.target.why, *(tokenizer.notes if tokenizer else ("The folder has no tokenizer.",)))
+    trust = ", trust_remote_code=True" if family.name == "samoe" else ""
+    hint = f'\n  AutoModelForCausalLM.from_pretrained("{save_dir}", dtype="auto"{trust})'
+    return Conversion(f"the Hugging Face class {family.architecture} in {save_dir}", lines, plan.shards, write, hint)
+
+
+def plan_megatron(
+    source: Source, save_dir: Path, dtype: torch.dtype | None, layout: megatron.MegatronLayout, release: bool
+) -> Conversion:
+    """Returns the plan of writing Megatron-LM's per-rank files.
+
+    Raises:
+        ConfigError: Megatron has no such model, or the layout does not divide it.
+        CheckpointError: the iteration is there already.
+    """
+    plan = megatron.plan_export(_recast(source.tensors, dtype), layout)
+    iteration = None if release else int(source.tensors.train_state.get("iteration", 0))
+    require_new(save_dir / ("release" if iteration is None else f"iter_{iteration:07d}"))
+    pp, ep = plan.layout.pipeline_parallel, plan.layout.expert_parallel
+    files = {
+        folder_name(place, pp, ep): {t.key: StoredTensor(t.shape, t.dtype) for t in tensors}
+        for place, tensors in plan.files.items()
+    }
+    described = (
+        f"Megatron-LM's format torch in {save_dir}: tensor {plan.layout.tensor_parallel}, pipeline {pp}, expert {ep}, "
+        f"expert tensor {plan.layout.etp}, virtual pipeline {plan.layout.virtual_pipeline}"
+    )
+    return Conversion(
+        described, plan.notes, files, lambda progress: megatron.write_export(plan, save_dir, iteration, progress)
+    )
+
+
+def plan_native(source: Source, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool) -> Conversion:
+    """Returns the plan of writing a checkpoint of this program.
+
+    Raises:
+        CheckpointError: the iteration is there already.
+    """
+    tensors = _recast(source.tensors, dtype)
+    iteration = int(tensors.train_state.get("iteration", 0))
+    final = store.iteration_dir(save_dir, iteration)
+    if final.exists():
+        raise CheckpointError(f"{final} exists; nothing is overwritten. Give another --save-dir.")
+    config, kept_at = source_config(tensors), save_dir.resolve() / TOKENIZER
+    lines: tuple[str, ...] = ()
+    if source.kind == "hf" and with_tokenizer:
+        data, line = imported_tokenizer(config.data, source.directory, kept_at)
+        config, lines = replace(config, data=data), (line,)
+    copied = config.data.tokenizer_model == str(kept_at) and source.kind == "hf"
+    if copied and kept_at.exists():
+        raise CheckpointError(f"{kept_at} exists; nothing is overwritten. Give another --save-dir.")
+
+    def write(progress: Progress) -> Path:
+        require_space(save_dir, sum(t.num_bytes for t in tensors.tensors.values()))
+        written = write_checkpoint(save_dir, iteration, _Watched(tensors, to_mapping(config), progress))
+        if copied:
+            shutil.copyfile(source.directory / TOKENIZER, kept_at)
+        return written
+
+    hint = (
+        f" To train on:\n  python -m megatron_samoe.cli.pretrain --load {save_dir} --use-checkpoint-args --finetune ..."
+    )
+    return Conversion(f"a checkpoint of this program in {final}", lines, {final.name: tensors.tensors}, write, hint)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A source with another configuration, which reports the bytes of each tensor that is read."""
+
+    source: GlobalTensors
+    config: Mapping[str, Any]
+    progress: Progress
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return self.source.tensors
+
+    @property
+    def train_state(self) -> Mapping[str, Any]:
+        return self.source.train_state
+
+    def read(self, name: str) -> Tensor:
+        tensor = self.source.read(name)
+        self.progress(self.tensors[name].num_bytes)
+        return tensor
+
+
+def _recast(source: GlobalTensors, dtype: torch.dtype | None) -> GlobalTensors:
+    return source if dtype is None else Recast(source, dtype)

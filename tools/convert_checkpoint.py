@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Converts checkpoints between this program, Megatron-LM and Hugging Face. See --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_samoe.interop.convert import main
+
+if __name__ == "__main__":
+    sys.exit(main())
