@@ -1,0 +1,280 @@
+"""A model's scores against the plainest computation: one row at a time, softmax in double precision."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import string
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
+from megatron_samoe.datasets.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from megatron_samoe.errors import DataError
+from megatron_samoe.evaluation.zero_shot.encode import encode_pair, encode_prompt, rolling_queries, split_pair
+from megatron_samoe.evaluation.zero_shot.items import Document, Item
+from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
+from megatron_samoe.evaluation.zero_shot.results import evaluate_corpus, evaluate_task
+from megatron_samoe.evaluation.zero_shot.tables import notes
+from megatron_samoe.evaluation.zero_shot.task import load_task, parse_task
+from megatron_samoe.inference.load import LoadedModel, load_model
+from megatron_samoe.models.rank_model import build_model
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
+from megatron_samoe.pipeline_parallel.schedules import Pipeline
+from megatron_samoe.training.checkpointing import save_run
+from megatron_samoe.training.setup import build_setup, initial_state
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import tiny_config, with_layout
+
+SEQ_LENGTH = 16
+PAIRS = [
+    ("The cat sat", " on a mat"), ("The cat sat", " down"), ("", "alone"), ("ends with space ", "then"), ("x", "y"),
+    ("a context that is longer than sixteen", " end"), ("a context that is longer than sixteen", " of the road"),
+    ("short", " but what follows is far longer than all"), ("", "nothing before and sixteen after it, and more"),
+    ("The cat sat", " on a mat"),
+]  # fmt: skip
+
+
+@functools.cache
+def loaded_model(experts: str = "samoe", style: str = "llama", **options: Any) -> LoadedModel:
+    config = tiny_config(experts, style=style, **options)
+    model = build_model(config, ByteTokenizer.vocab_size, single_process_state())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # larger than at the start of training, so that predictions differ much
+                parameter.mul_(6)
+        model.eval().begin_step()
+    return LoadedModel(model, ByteTokenizer(), config, Path(), Pipeline(0, 1, 1, None))
+
+
+def plain_log_probs(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
+    """Returns log-probabilities [S, V] of one sequence by itself."""
+    with torch.no_grad():
+        logits, _ = loaded.model(torch.tensor([tokens]), ForwardContext(batch_size=1), chunk=0)
+    return logits.double().log_softmax(-1)[:, : ByteTokenizer.vocab_size]
+
+
+def plain_score(loaded: LoadedModel, context: str, continuation: str) -> tuple[float, bool]:
+    """Returns what a pair that fits scores: bytes are tokens, so nothing of the package's encoding is needed."""
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    before, after = list(stripped.encode()) or [256], list(continuation.encode())
+    assert len(after) <= SEQ_LENGTH
+    tokens = [*before, *after][-SEQ_LENGTH - 1 :]
+    rows = plain_log_probs(loaded, tokens[:-1])[-len(after) :]
+    return sum(float(row[token]) for row, token in zip(rows, after, strict=True)), rows.argmax(-1).tolist() == after
+
+
+@pytest.mark.parametrize("experts, style", [("samoe", "llama"), ("moe", "gpt3"), ("dense", "gpt3")])
+def test_scores_are_those_of_one_row_at_a_time(experts: str, style: str) -> None:
+    loaded = loaded_model(experts, style)
+    # A prompt after which this untrained model writes two characters, rather than bytes that are none.
+    prompts = [f"The cat {letter}" for letter in string.printable.strip()]
+    written = ModelPredictor(loaded).generate(prompts, (), 2)
+    prompt, greedy = next((p, t) for p, (t, _) in zip(prompts, written, strict=True) if t.isascii() and len(t) == 2)
+    pairs = [pair for pair in PAIRS if len(pair[1]) <= SEQ_LENGTH] + [(prompt, greedy), (prompt, greedy[0] + "\0")]
+    scores = ModelPredictor(loaded).score_pairs(pairs)
+    for pair, score in zip(pairs, scores, strict=True):
+        loglikelihood, is_greedy = plain_score(loaded, *pair)
+        assert score.loglikelihood == pytest.approx(loglikelihood, rel=1e-5)
+        assert score.is_greedy == is_greedy
+    assert [score.is_greedy for score in scores[-2:]] == [True, False]
+    assert [score.cut_tokens for score in scores[5:7]] == [37 + 4 - 17, 37 + 12 - 17]
+
+
+@pytest.mark.parametrize("experts", ["samoe", "moe"])
+def test_no_batch_size_or_order_changes_a_score(experts: str) -> None:
+    loaded = loaded_model(experts)
+    expected = ModelPredictor(loaded).score_pairs(PAIRS)
+    order = list(range(len(PAIRS)))
+    for batch_size in (1, 2, 3, 100):
+        random.Random(batch_size).shuffle(order)
+        scores = ModelPredictor(loaded, batch_size).score_pairs([PAIRS[n] for n in order])
+        for n, score in zip(order, scores, strict=True):
+            assert score.loglikelihood == pytest.approx(expected[n].loglikelihood, rel=1e-6)
+            assert score.is_greedy == expected[n].is_greedy
+    assert expected[0] == expected[-1], "equal rows are computed once"
+
+
+def test_no_token_is_dropped_in_evaluation() -> None:
+    free = loaded_model("moe")
+    tight = loaded_model("moe", moe_expert_capacity_factor=0.25)
+    # In training the same capacity does drop tokens, which the scores would show.
+    tokens = torch.randint(0, 256, (1, SEQ_LENGTH), generator=torch.Generator().manual_seed(0))
+    context = ForwardContext(batch_size=1, training=True, expert_fractions_LE=torch.full((4, 4), 0.25))
+    _, training = tight.model(tokens, context, chunk=0)
+    assert sum(int(stats.num_dropped) for stats in training) > 0
+    assert ModelPredictor(tight).score_pairs(PAIRS) == ModelPredictor(free).score_pairs(PAIRS)
+
+
+def test_windows_predict_every_token_once_with_the_context_that_fits() -> None:
+    for count in (1, 15, 16, 17, 32, 45):
+        ids = list(range(1, count + 1))
+        queries = rolling_queries(ids, 0, SEQ_LENGTH)
+        assert [label for query in queries for label in query.labels] == ids
+        stream = [0, *ids]
+        for query in queries:
+            end = query.labels[-1]
+            assert list(query.tokens) == stream[max(0, end - SEQ_LENGTH) : end], "the row ends before its last label"
+            assert len(query.tokens) <= SEQ_LENGTH
+
+
+def test_a_continuation_longer_than_the_model_is_scored_in_windows() -> None:
+    loaded = loaded_model()
+    (score,) = ModelPredictor(loaded).score_pairs([("ab", "c" * 20)])
+    text = [ord("b"), *b"c" * 20]
+    first = plain_log_probs(loaded, text[:16])
+    second = plain_log_probs(loaded, text[4:20])
+    expected = float(first[:, ord("c")].sum() + second[-4:, ord("c")].sum())
+    assert score.loglikelihood == pytest.approx(expected, rel=1e-5)
+    assert (score.num_windows, score.cut_tokens) == (2, 1)
+
+
+def test_perplexity_per_token_byte_and_word() -> None:
+    loaded = loaded_model()
+    documents = [Document("a", "wörter and words, more than sixteen bytes"), Document("b", "two\nwords")]
+    result = evaluate_corpus("corpus:x", documents, ModelPredictor(loaded))
+    total = 0.0
+    for document in documents:
+        ids = list(document.text.encode())
+        for place in range(len(ids)):
+            window = place // SEQ_LENGTH
+            end = min(len(ids), (window + 1) * SEQ_LENGTH)
+            row = [256, *ids][max(0, end - SEQ_LENGTH) : place + 1]
+            total += float(plain_log_probs(loaded, row)[-1, ids[place]])
+    num_bytes, num_words = 42 + 9, 7 + 2
+    values = {name: measured.value for name, measured in result.metrics.items()}
+    assert values["byte_perplexity"] == pytest.approx(math.exp(-total / num_bytes), rel=1e-4)
+    assert values["token_perplexity"] == pytest.approx(values["byte_perplexity"])  # a token is a byte here
+    assert values["word_perplexity"] == pytest.approx(math.exp(-total / num_words), rel=1e-4)
+    assert values["bits_per_byte"] == pytest.approx(-total / num_bytes / math.log(2), rel=1e-4)
+    assert result.num_items == 2 and math.isfinite(result.metrics["token_perplexity"].stderr)
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the theory of the thing that they think"] * 50, trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return HuggingFaceTokenizer(str(path))
+
+
+def test_pairs_are_encoded_as_one_text(bpe: HuggingFaceTokenizer) -> None:
+    context, continuation = split_pair(bpe, "the thing ", "they")
+    assert context == bpe.encode("the thing") and continuation == bpe.encode(" they")
+    assert split_pair(bpe, "", "they") == ([bpe.eod], bpe.encode("they"))
+    assert split_pair(bpe, "  ", "they") == ([bpe.eod], bpe.encode("  they"))
+    # "th" + "e" is the one token "the": something is left to score.
+    assert len(bpe.encode("the")) == 1
+    assert split_pair(bpe, "th", "e") == ([bpe.eod], bpe.encode("the"))
+    before, after = split_pair(bpe, "of th", "e")
+    assert (before, after) == (bpe.encode("of"), bpe.encode(" the")) and len(bpe.encode(" the")) == 1
+    with pytest.raises(DataError, match="has no token"):
+        split_pair(bpe, "", "")
+
+
+def test_what_does_not_fit() -> None:
+    tokenizer = ByteTokenizer()
+    pair = encode_pair(tokenizer, "0123456789", "abc", 5)
+    assert (
+        pair.cut_tokens == 7 and pair.queries[0].tokens == tuple(b"789ab") and pair.queries[0].labels == tuple(b"abc")
+    )
+    assert encode_prompt(tokenizer, "0123456789", 5, 3) == (list(b"789"), 7)
+    assert encode_prompt(tokenizer, "", 5, 5) == ([256], 0)
+    with pytest.raises(DataError, match="answers of up to 6 tokens leave no room for a prompt: the model reads 5"):
+        encode_prompt(tokenizer, "0", 5, 6)
+
+
+def test_generation_is_greedy_and_stops() -> None:
+    loaded = loaded_model()
+    predictor = ModelPredictor(loaded)
+    grown = list(b"The cat")
+    for _ in range(9):
+        grown.append(int(plain_log_probs(loaded, grown)[-1].argmax()))
+    assert 256 not in grown, "the model does not end a document here"
+    whole = bytes(grown[7:])
+    ((text, cut),) = predictor.generate(["The cat"], (), 9)
+    assert text == whole.decode(errors="replace") and cut == 0
+    stop = text[4:6]
+    place = text.find(stop)
+    prompts = ["A longer prompt than that", "The cat", "x"]
+    together = predictor.generate(prompts, (stop,), 9)
+    assert together[1] == (text[:place], 0) and together[0][1] == len(prompts[0]) - 8
+    assert together == [predictor.generate([prompt], (stop,), 9)[0] for prompt in prompts]
+
+
+def test_a_task_where_text_is_generated() -> None:
+    loaded = loaded_model()
+    text = ModelPredictor(loaded).generate(["The cat"], (), 3)[0][0].strip()
+    content = {
+        "name": "mine", "description": "made up", "files": ["mine"], "kind": "generate", "context": "{q}",
+        "answers": "answers", "until": ["\0\0"], "max_new_tokens": 3, "metrics": ["exact_match"],
+    }  # fmt: skip
+    task = parse_task(content, "mine.yaml")
+    items = [Item("1", ("The cat ",), answers=("other", text)), Item("2", ("The cat",), answers=("other",))]
+    result = evaluate_task(task, items, ModelPredictor(loaded))
+    assert result.metrics["exact_match"].value == 0.5
+
+
+def test_cut_contexts_are_told() -> None:
+    items = [Item("1", ("a context that is far too long",), (" x", " yes"), 1, choice_texts=("x", "yes"))]
+    result = evaluate_task(load_task("boolq"), items, ModelPredictor(loaded_model()))
+    assert result.num_cut == 1 and result.responses[0].cut_tokens == 30 + 4 - 17
+    assert notes([result], SEQ_LENGTH) == [
+        "Contexts longer than the model's 16 tokens were cut from the left: boolq 1 of 1."
+    ]
+
+
+def save(config: PretrainConfig) -> None:
+    setup = build_setup(config, 257, initialize_model_parallel(config.parallel))
+    with torch.no_grad():
+        for name, parameter in setup.model.global_parameters().items():
+            if "norm" not in name:
+                parameter.mul_(6)
+    save_run(setup, initial_state(setup))
+
+
+def answers(folder: str, config: PretrainConfig, batch_size: int | None) -> tuple[list[Any], list[Any], list[Any]]:
+    parallel = initialize_model_parallel(config.parallel)
+    predictor = ModelPredictor(load_model(folder, parallel, config.parallel), batch_size)
+    scores = predictor.score_pairs(PAIRS)
+    found = predictor.generate([context for context, _ in PAIRS], ("e",), 4)
+    return [s.loglikelihood for s in scores], [(s.is_greedy, s.cut_tokens, s.num_windows) for s in scores], found
+
+
+LAYOUTS: list[tuple[int, dict[str, Any], int | None]] = [
+    (2, {"tp": 2}, None), (2, {"tp": 2, "sp": True}, 3), (2, {"pp": 2}, 3), (2, {"ep": 2}, 4), (2, {}, 1),
+    (4, {"tp": 2, "etp": 1, "ep": 2, "pp": 2}, 2),
+]  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("experts", ["moe", "samoe"])
+def test_every_layout_gives_every_rank_the_same_answers(tmp_path: Path, experts: str) -> None:
+    config = replace(
+        tiny_config(experts, style="llama", moe_expert_capacity_factor=0.5),
+        data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
+        checkpoint=CheckpointConfig(save=str(tmp_path)),
+    )
+    run_ranks(save, 2, with_layout(config, ep=2))
+    expected = run_ranks(answers, 1, str(tmp_path), with_layout(config), None)[0]
+    assert len(set(expected[0])) == len(PAIRS) - 1 and max(expected[0]) - min(expected[0]) > 10
+    for world_size, sizes, batch_size in LAYOUTS:
+        for found in run_ranks(answers, world_size, str(tmp_path), with_layout(config, **sizes), batch_size):
+            assert found[0] == pytest.approx(expected[0], rel=1e-5), sizes
+            assert found[1:] == expected[1:], sizes
