@@ -1,0 +1,148 @@
+"""The page in a headless Chromium: a user with a mouse, with keys alone, on a phone, and with what goes wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.load import LoadedModel
+from megatron_samoe.inference.request import TokenEvent
+from tests.harness.browser import Browser, browser, missing
+from tests.harness.serving import RunningServer, greedy_text, load_tiny, save_tiny, serving, wait_for
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+class PacedEngine(Engine):
+    """Slow enough to be stopped by hand."""
+
+    def step(self) -> list[TokenEvent]:
+        time.sleep(0.02)
+        return super().step()
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    torch.set_num_threads(1)
+    return load_tiny(save_tiny(tmp_path_factory.mktemp("model"), seq_length=256))
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Browser]:
+    with browser() as page:
+        yield page
+
+
+@pytest.fixture
+def running(loaded: LoadedModel, page: Browser) -> Iterator[RunningServer]:
+    with serving(loaded, engine=PacedEngine(loaded, max_batch=2), drain_timeout_s=1) as running:
+        page.resize(1100, 800)
+        page.open(f"{running.server.url}/")
+        page.wait_for(lambda: page.text("model") == "tiny")
+        yield running
+
+
+def complete(page: Browser, prompt: str, **fields: str) -> None:
+    for name, value in {"prompt": prompt, **fields}.items():
+        page.set(name, value)
+    page.click("go")
+
+
+def test_a_completion_is_shown_as_it_comes(page: Browser, running: RunningServer, loaded: LoadedModel) -> None:
+    complete(page, "Hello <b>there</b>", max_tokens="40", temperature="0")
+    page.wait_for(lambda: page.text("state") == "writing")
+    early = page.text("text")
+    page.wait_for(lambda: "tokens in" in page.text("state"))
+    whole = "Hello <b>there</b>" + greedy_text(loaded, "Hello <b>there</b>", 40)
+    # Shown as text, whatever it looks like; a browser ends lines in its own way.
+    assert page.text("text") == whole and len(early) < len(whole)
+    assert page.complaints() == [] and page.text("error") == ""
+    page.click("on")
+    assert page.run("return document.getElementById('prompt').value") == whole.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_fits(page: Browser, running: RunningServer) -> None:
+    loads = page.run("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert all(name.startswith(running.server.url) for name in loads) and loads
+    for width in (320, 380, 1100):
+        page.resize(width, 700)
+        assert page.run("return document.documentElement.scrollWidth") <= width
+    assert page.complaints() == []
+    policy = running.client.ask("GET", "/").headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+
+
+def test_stopping_frees_the_place(page: Browser, running: RunningServer) -> None:
+    complete(page, "Hello", max_tokens="240", temperature="1")
+    page.wait_for(lambda: page.text("state") == "writing")
+    page.click("halt")
+    page.wait_for(lambda: page.text("state") == "stopped")
+    wait_for(lambda: running.client.metric('choices_total{end="cancelled"}') == 1)
+    assert page.text("error") == "" and running.client.metric("running_choices") == 0
+    complete(page, "Hello", max_tokens="2")
+    page.wait_for(lambda: "tokens in" in page.text("state"))
+
+
+def test_keys_are_enough(page: Browser, running: RunningServer) -> None:
+    page.run("document.getElementById('prompt').focus()")
+    page.press("H")
+    order = []
+    for _ in range(8):
+        page.press("tab")
+        order.append(page.focused())
+    assert order == ["max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "SUMMARY", "go"]
+    page.set("max_tokens", "200")
+    page.run("document.getElementById('go').focus()")
+    page.press("enter")
+    page.wait_for(lambda: page.text("state") == "writing")
+    assert page.focused() == "halt"
+    page.press("space")
+    page.wait_for(lambda: page.text("state") == "stopped")
+    assert page.focused() == "go"
+    page.run("document.getElementById('prompt').focus()")
+    page.press("control", "enter")
+    page.wait_for(lambda: page.text("state") == "writing")
+    page.press("escape")
+    page.wait_for(lambda: page.text("state") == "stopped")
+    assert page.focused() == "prompt"
+
+
+def test_refusals_are_shown_and_leave_the_text(page: Browser, running: RunningServer) -> None:
+    complete(page, "Hello", max_tokens="5")
+    page.wait_for(lambda: "tokens in" in page.text("state"))
+    before = page.text("text")
+    complete(page, "x" * 300)
+    page.wait_for(lambda: "context has 256 tokens" in page.text("error"))
+    assert page.text("text") == before and page.text("state") == ""
+    complete(page, "Hello", max_tokens="5")
+    page.wait_for(lambda: "tokens in" in page.text("state"))
+    assert page.text("error") == ""
+    page.complaints()
+
+
+def test_a_server_that_ends_is_said(page: Browser, running: RunningServer) -> None:
+    complete(page, "Hello", max_tokens="240")
+    page.wait_for(lambda: page.text("state") == "writing")
+    running.server.end()
+    page.wait_for(lambda: "shutting down" in page.text("error"))
+    assert running.join() == 0
+    page.click("go")
+    page.wait_for(lambda: "cannot be reached" in page.text("error"))
+    page.complaints()
+
+
+def test_the_access_token_is_asked_for(page: Browser, loaded: LoadedModel) -> None:
+    with serving(loaded, api_key="secret") as running:
+        page.open(f"{running.server.url}/")
+        page.wait_for(lambda: "access token is missing" in page.text("error"))
+        assert page.run("return document.querySelector('details').open")
+        complete(page, "Hello", max_tokens="3", key="wrong")
+        page.wait_for(lambda: "access token is wrong" in page.text("error"))
+        complete(page, "Hello", max_tokens="3", key="secret")
+        page.wait_for(lambda: "tokens in" in page.text("state"))
+        assert page.text("model") == "tiny" and page.text("error") == ""
+    page.complaints()
