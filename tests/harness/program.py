@@ -7,6 +7,7 @@ command line.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ ranks._context.set_forkserver_preload(
     ["torch", "torch.distributed.checkpoint", "torch.utils.tensorboard", "megatron_samoe.cli.pretrain"]
 )
 REPOSITORY = Path(__file__).resolve().parents[2]
+PRETRAIN = "megatron_samoe.cli.pretrain"
 #: What a record tells about the machine rather than about the model.
 MACHINE_KEYS = ("tokens_per_s", "step_time_s", "peak_memory_bytes")
 TINY_MODEL = {
@@ -208,13 +210,19 @@ def is_change(event: str, args: tuple[Any, ...]) -> bool:
 
 
 def start(
-    args: Sequence[str], folder: Path, num_ranks: int = 1, sabotage: Sabotage | None = None, cwd: Path | None = None
+    args: Sequence[str],
+    folder: Path,
+    num_ranks: int = 1,
+    sabotage: Sabotage | None = None,
+    cwd: Path | None = None,
+    program: str = PRETRAIN,
 ) -> ProgramRun:
-    """Starts the program on one or more ranks of this host.
+    """Starts a program on one or more ranks of this host.
 
     Args:
         folder: where the output goes.
         cwd: the program's working directory.
+        program: module whose `main` it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     store, common = None, {}
@@ -232,7 +240,7 @@ def start(
         output = folder / f"output-{number:03d}-rank{rank}.txt"
         process = ranks._context.Process(
             target=_run_main,
-            args=(list(args), own, str(output), sabotage if rank == 0 else None, str(cwd or REPOSITORY)),
+            args=(list(args), own, str(output), sabotage if rank == 0 else None, str(cwd or REPOSITORY), program),
         )
         process.start()
         processes.append(process)
@@ -251,7 +259,9 @@ def start_command(args: Sequence[str], folder: Path, num_ranks: int | None = Non
     return ProgramRun([_Command(words, output, {**os.environ, "OMP_NUM_THREADS": "1"})], [output])
 
 
-def _run_main(args: list[str], environment: dict[str, str], output: str, sabotage: Sabotage | None, cwd: str) -> None:
+def _run_main(
+    args: list[str], environment: dict[str, str], output: str, sabotage: Sabotage | None, cwd: str, program: str
+) -> None:
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -259,8 +269,7 @@ def _run_main(args: list[str], environment: dict[str, str], output: str, sabotag
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
     os.environ.update(environment)
     os.chdir(cwd)
-    from megatron_samoe.cli.pretrain import main
-
+    main = importlib.import_module(program).main
     if sabotage is not None:
         sabotage.begin()
     try:
