@@ -32,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--ckpt-step", type=int, metavar="N", help="iteration; the newest if not given")
     model.add_argument("--serving", choices=SERVINGS, help="how the experts of a shared pool are kept")
     model.add_argument("--dtype", choices=PRECISIONS, help="of weights")
+    model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of a rank; its share of the cores if "
+                       "not given")  # fmt: skip
     for size in ("tensor", "pipeline", "expert"):
         model.add_argument(f"--{size}-model-parallel-size", type=int, default=1, metavar="N")
     batch = parser.add_argument_group("batch")
@@ -92,6 +94,8 @@ def _engine(options: argparse.Namespace, layout: ParallelConfig, parallel: Paral
 
 def _serve(options: argparse.Namespace) -> int:
     check_installed()
+    if options.num_threads is not None and options.num_threads < 1:
+        raise ConfigError("--num-threads", options.num_threads, "must be 1 or more")
     server_options = _server_options(options)
     layout = ParallelConfig(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
@@ -102,7 +106,7 @@ def _serve(options: argparse.Namespace) -> int:
     # Before the model, so that a port in use is said at once.
     listener = listen(server_options.host, server_options.port) if is_first else None
     device = backend.choose_device(layout)
-    backend.set_num_threads(None)
+    backend.set_num_threads(options.num_threads)
     backend.initialize_distributed(layout, device)
     parallel = initialize_model_parallel(layout, device)
     if listener is None:
@@ -110,9 +114,12 @@ def _serve(options: argparse.Namespace) -> int:
     server = Server(_engine(options, layout, parallel), parallel.world, server_options, listener)
     if server_options.api_key is None and not server.is_local:
         logger.warning("note: whoever can reach %s can use this server; --api-key-file asks for a token", server.url)
-    logger.info("serving %s at %s", server_options.model_name, server.url)
-    sys.stdout.flush()
-    return server.run()
+
+    def ready() -> None:
+        logger.info("serving %s at %s", server_options.model_name, server.url)
+        sys.stdout.flush()
+
+    return server.run(ready)
 
 
 def _follow(options: argparse.Namespace, layout: ParallelConfig, parallel: ParallelState) -> int:

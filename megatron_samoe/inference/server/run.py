@@ -182,9 +182,13 @@ class Server:
         """Whether only this machine can reach it."""
         return self._options.host in LOOPBACK_NAMES
 
-    def run(self) -> int:
-        """Serves until SIGTERM, SIGINT, `end` or a failure of the engine; returns the exit status, 0 but for the last."""
-        return asyncio.run(self._run())
+    def run(self, ready: Callable[[], None] = lambda: None) -> int:
+        """Serves until SIGTERM, SIGINT, `end` or a failure of the engine; returns the exit status, 0 but for the last.
+
+        Args:
+            ready: called once requests and signals are taken.
+        """
+        return asyncio.run(self._run(ready))
 
     def end(self) -> None:
         """Asks for the end, as SIGTERM does; any thread may."""
@@ -198,10 +202,13 @@ class Server:
             self._uvicorn.force_exit = self._uvicorn.should_exit = True
         self.end()
 
-    async def _run(self) -> int:
+    async def _run(self, ready: Callable[[], None]) -> int:
         self._loop = asyncio.get_running_loop()
         self._service.start()
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
+        while not self._uvicorn.started and not serving.done():
+            await asyncio.sleep(0.005)
+        ready()
         asked, failed = asyncio.create_task(self._asked.wait()), asyncio.create_task(self._service.failed.wait())
         await asyncio.wait((serving, asked, failed), return_when=asyncio.FIRST_COMPLETED)
         if not serving.done() and not failed.done():

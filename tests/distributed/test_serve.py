@@ -1,0 +1,113 @@
+"""The serve program as processes of their own: signals, exit statuses, messages, and models spread over ranks."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.harness.program import ProgramRun, start
+from tests.harness.serving import Client, greedy_text, load_tiny, save_tiny, texts, wait_for
+
+pytestmark = pytest.mark.distributed
+
+PROGRAM = "megatron_samoe.cli.serve"
+LAYOUTS = {
+    "tp2": (2, ["--tensor-model-parallel-size", "2"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "ep2": (2, ["--expert-model-parallel-size", "2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("serve") / "tiny" / "checkpoints")
+
+
+@contextmanager
+def serve(checkpoints: Path, folder: Path, *flags: str, num_ranks: int = 1) -> Iterator[tuple[ProgramRun, Client]]:
+    """Starts the program and gives it with a client, once it serves; the program is killed if it goes on at the end."""
+    run = start(
+        ["--load", str(checkpoints), "--port", "0", "--num-threads", "1", *flags], folder, num_ranks, program=PROGRAM
+    )
+    try:
+        assert run.wait_until(lambda: "serving tiny at http" in run.output()), run.output()
+        address = re.search(r"serving tiny at http://([\d.]+):(\d+)", run.output())
+        assert address is not None
+        yield run, Client(address[1], int(address[2]))
+    finally:
+        for process in run.processes:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_requests_end_and_leaves_with_0(
+    checkpoints: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with serve(checkpoints, tmp_path, "--drain-timeout", "60") as (run, client):
+        expected = greedy_text(load_tiny(checkpoints), "Hello", 30)
+        with ThreadPoolExecutor(12) as pool:
+            answers = [pool.submit(client.complete, "Hello", max_tokens=30, temperature=0) for _ in range(12)]
+            wait_for(lambda: client.metric("generated_tokens_total") > 12)
+            run.signal(number)
+            assert [texts(a.result()) for a in answers] == [[expected]] * 12
+        assert "shutting down: " in run.succeed() and "Traceback" not in run.output()
+
+
+def test_a_second_signal_ends_at_once(checkpoints: Path, tmp_path: Path) -> None:
+    with serve(checkpoints, tmp_path, "--drain-timeout", "60") as (run, client):
+        held = client.begin({"prompt": "x", "max_tokens": 63, "n": 16, "ignore_eos": True})
+        run.signal(signal.SIGSTOP)  # the requests must not be complete before the second signal
+        run.signal(signal.SIGTERM)
+        run.signal(signal.SIGINT)
+        run.signal(signal.SIGCONT)
+        run.succeed(30)
+        held.close()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_answers_alike(checkpoints: Path, tmp_path: Path, layout: str) -> None:
+    num_ranks, flags = LAYOUTS[layout]
+    with serve(checkpoints, tmp_path, *flags, num_ranks=num_ranks) as (run, client):
+        prompts = ["Hello", "Another prompt", "x"]
+        loaded = load_tiny(checkpoints)
+        assert texts(client.complete(prompts, max_tokens=20, temperature=0)) == [
+            greedy_text(loaded, p, 20) for p in prompts
+        ]
+        held = client.begin({"prompt": "x", "max_tokens": 63, "ignore_eos": True, "stop": ["\u00e9\u00e9"]})
+        wait_for(lambda: client.metric("running_choices") == 1)
+        held.close()
+        wait_for(lambda: client.metric('choices_total{end="cancelled"}') == 1)
+        assert texts(client.complete("Hello", max_tokens=20, temperature=0, stream=True)) == [
+            greedy_text(loaded, "Hello", 20)
+        ]
+        run.signal(signal.SIGTERM)  # as torchrun does: to all ranks
+        run.succeed()
+
+
+def test_the_other_ranks_leave_when_the_first_dies(checkpoints: Path, tmp_path: Path) -> None:
+    with serve(checkpoints, tmp_path, "--tensor-model-parallel-size", "2", num_ranks=2) as (run, _):
+        run.signal(signal.SIGKILL, rank=0)
+        assert run.wait() == (-signal.SIGKILL, 1)
+        assert "error: rank 1 cannot reach the rank that serves" in run.output() and "Traceback" not in run.output()
+
+
+def test_what_cannot_be_served_is_said_in_a_paragraph(checkpoints: Path, tmp_path: Path) -> None:
+    cases = {
+        "": (["--load", str(tmp_path / "missing")], r"missing"),
+        "port": (["--load", str(checkpoints), "--port", "99999"], r"--port = 99999: must be at most 65535"),
+        "key": (
+            ["--load", str(checkpoints), "--api-key-file", str(tmp_path / "none")],
+            r"--api-key-file = .*cannot be read",
+        ),
+        "host": (["--load", str(checkpoints), "--host", "198.51.100.1"], r"cannot be listened at"),
+        "layout": (["--load", str(checkpoints), "--port", "0", "--tensor-model-parallel-size", "2"], r"must"),
+    }
+    runs = {name: start(args, tmp_path / f"out{name}", program=PROGRAM) for name, (args, _) in cases.items()}
+    for name, (_, part) in cases.items():
+        assert re.search(part, runs[name].fail()), runs[name].output()
