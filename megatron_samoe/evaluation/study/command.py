@@ -1,0 +1,75 @@
+"""The study tool's command line."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_samoe.errors import MegatronSamoeError
+from megatron_samoe.evaluation.run_summary import format_table
+from megatron_samoe.evaluation.study.definition import read_study
+from megatron_samoe.evaluation.study.results import collect, results_table, write_results
+from megatron_samoe.evaluation.study.runner import StudyRunner
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool and returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="study.py",
+        description="Trains the models of a study, several seeds each, and compares them.",
+        epilog="All other flags go to the pretraining of every run (the corpus and the tokenizer, say). Runs go one at a "
+        "time; started again with the same command, the study goes on where it was stopped.",
+    )
+    parser.add_argument("study", type=Path, help="YAML file: see examples/studies")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder of all runs and of results.json")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show the runs, and start none")
+    parser.add_argument("--collect-only", action="store_true", help="start no run; compare those that are finished")
+    options, pretrain_flags = parser.parse_known_args(argv)
+    try:
+        study = read_study(options.study)
+        runner = StudyRunner(study, options.output_dir, tuple(pretrain_flags), say=lambda line: print(line, flush=True))
+        runner.check()
+        if options.dry_run:
+            _show_plan(runner)
+            return 0
+        if not options.collect_only:
+            runner.run_all()
+        _compare(runner)
+    except MegatronSamoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _show_plan(runner: StudyRunner) -> None:
+    for run in runner.plan():
+        state = "finished" if runner.is_finished(run) else "to do"
+        what = shlex.join(run.variant.flags) if run.variant.edited_from is None else (
+            f"{run.variant.edit} of {run.variant.edited_from}"
+        )  # fmt: skip
+        print(f"{state:8}  seed {run.seed}  {run.variant.name}  {what}")
+
+
+def _compare(runner: StudyRunner) -> None:
+    finished = [run for run in runner.plan() if runner.is_finished(run)]
+    results = collect(runner.study, finished)
+    if not results:
+        raise MegatronSamoeError("No seed is finished for every model of the study, so there is nothing to compare.")
+    seeds = len(results[0].losses)
+    commands = [
+        f"python -m megatron_samoe.cli.pretrain {shlex.join(runner.flags_of(run))}"
+        for run in finished
+        if run.variant.edited_from is None
+    ]
+    print(f"\n{runner.study.title}: {seeds} of {len(runner.study.seeds)} seeds\n")
+    print(format_table(results_table(runner.study, results)))
+    print("\nsd: over seeds. Differences are within seeds, with the 95 % interval by Student's t.")
+    path = runner.root / "results.json"
+    write_results(path, runner.study, seeds, results, commands)
+    print(f"results: {path}")

@@ -1,0 +1,155 @@
+"""A study as its YAML file describes it, and the runs that it consists of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megatron_samoe.config.cli import read_yaml
+from megatron_samoe.errors import ConfigError, nearest
+
+Edit = Literal["select", "fold"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One model of a study.
+
+    Attributes:
+        flags: of pretraining, beyond the study's configuration.
+        edited_from: name of the variant whose trained checkpoints are edited; this one is not trained then.
+        edit: what is done to them, an action of tools/edit_checkpoint.py.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    edited_from: str | None = None
+    edit: Edit | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """The content of a study's file.
+
+    Attributes:
+        config: YAML file of options that all runs share.
+        baseline: name of the variant that the others are compared with.
+        variants: trained ones first.
+    """
+
+    title: str
+    config: Path
+    seeds: tuple[int, ...]
+    baseline: str
+    variants: tuple[Variant, ...]
+
+    def variant(self, name: str) -> Variant:
+        """Returns the variant of that name."""
+        return next(v for v in self.variants if v.name == name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant with one seed, in a folder of its own."""
+
+    variant: Variant
+    seed: int
+    directory: Path
+
+
+def plan_runs(study: Study, root: Path) -> list[Run]:
+    """Returns all runs in the order in which they are made: seeds outermost, so that a study cut short is a whole one
+    of fewer seeds; edited variants after the one they come from."""
+    return [
+        Run(variant, seed, root / folder_name(variant.name) / f"seed-{seed}")
+        for seed in study.seeds
+        for variant in study.variants
+    ]
+
+
+def folder_name(variant: str) -> str:
+    """Returns a variant's name as a folder: `samoe, one bank` is in `samoe-one-bank`."""
+    return re.sub(r"[^a-z0-9.]+", "-", variant.lower()).strip("-")
+
+
+_KEYS = ("title", "config", "seeds", "baseline", "runs", "derived")
+
+
+def read_study(path: Path) -> Study:
+    """Returns the study that a YAML file describes.
+
+    Raises:
+        ConfigError: the file is no study; the message names the key.
+    """
+    content = read_yaml(path)
+    for key in content:
+        if key not in _KEYS:
+            raise ConfigError(str(key), content[key], f"unknown key in {path}.{nearest(str(key), _KEYS)}")
+    missing = [key for key in ("title", "config", "seeds", "runs") if not content.get(key)]
+    if missing:
+        raise ConfigError(str(path), ", ".join(missing), "missing: a study needs title, config, seeds and runs")
+    seeds = content["seeds"]
+    if not isinstance(seeds, list) or not all(type(s) is int for s in seeds) or len(set(seeds)) < len(seeds):
+        raise ConfigError("seeds", seeds, f"must be a list of different whole numbers in {path}")
+    config = path.parent / str(content["config"])
+    if not config.is_file():
+        raise ConfigError("config", str(content["config"]), f"no such file beside {path}")
+    variants = _trained(_mapping(content, "runs", path))
+    variants += _edited(_mapping(content, "derived", path), [v.name for v in variants], path)
+    _check_names([v.name for v in variants])
+    baseline = content.get("baseline", variants[0].name)
+    if baseline not in [v.name for v in variants]:
+        raise ConfigError("baseline", baseline, f"must be one of {', '.join(v.name for v in variants)}")
+    return Study(str(content["title"]), config, tuple(seeds), baseline, tuple(variants))
+
+
+def _mapping(content: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
+    value = content.get(key) or {}
+    if not isinstance(value, dict) or not all(v is None or isinstance(v, dict) for v in value.values()):
+        raise ConfigError(key, value, f"must map names to mappings in {path}")
+    return {str(name): options or {} for name, options in value.items()}
+
+
+def _trained(runs: Mapping[str, Any]) -> list[Variant]:
+    return [Variant(name, tuple(_flags(options))) for name, options in runs.items()]
+
+
+def _edited(derived: Mapping[str, Any], trained: Sequence[str], path: Path) -> list[Variant]:
+    variants = []
+    for name, options in derived.items():
+        place = f"derived.{name}"
+        for key in options:
+            if key not in ("from", "edit"):
+                raise ConfigError(f"{place}.{key}", options[key], f"unknown key in {path}; allowed are from and edit")
+        if options.get("from") not in trained:
+            raise ConfigError(f"{place}.from", options.get("from"), f"must be one of {', '.join(trained)}")
+        if options.get("edit") not in get_args(Edit):
+            raise ConfigError(f"{place}.edit", options.get("edit"), f"must be one of {', '.join(get_args(Edit))}")
+        variants.append(Variant(name, (), options["from"], options["edit"]))
+    return variants
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as a command line has them; true is a flag alone, false its negation."""
+    flags: list[str] = []
+    for key, value in options.items():
+        name = str(key).lstrip("-").replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+def _check_names(names: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        folder = folder_name(name)
+        if not folder or folder in seen:
+            other = f"as {seen[folder]!r} does" if folder else "which is none"
+            raise ConfigError("runs", name, f"would be kept in the folder {folder!r}, {other}; give it another name")
+        seen[folder] = name

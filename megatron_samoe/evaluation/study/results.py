@@ -1,0 +1,142 @@
+"""What a study came to: means and spreads over seeds, and differences within seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.evaluation.run_summary import read_run
+from megatron_samoe.evaluation.study.definition import Run, Study, Variant
+from megatron_samoe.evaluation.study.runner import last_validation
+from megatron_samoe.models.accounting import ParameterCount, count_parameters
+
+#: Student's t for a two-sided interval of 95 %, by degrees of freedom; beyond the table the last serves, which is wider.
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of differences within pairs.
+
+    Attributes:
+        half_width: of the 95 % interval by Student's t; nan for one pair.
+    """
+
+    mean: float
+    half_width: float
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Returns how values differ from a baseline's, pair by pair: one seed draws the same samples in all variants."""
+    differences = [a - b for a, b in zip(values, baseline, strict=True)]
+    count = len(differences)
+    if count < 2:
+        return Difference(differences[0], math.nan)
+    quantile = _T_95[min(count - 1, len(_T_95)) - 1]
+    return Difference(statistics.mean(differences), quantile * statistics.stdev(differences) / math.sqrt(count))
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """A variant over all seeds that are finished for it and the baseline.
+
+    Attributes:
+        losses: validation loss per seed, nats per token.
+        sd: standard deviation over seeds, with n - 1; nan for one.
+        difference: from the baseline; None for the baseline.
+        tokens_per_s: median over seeds of training's; None where nothing was trained.
+    """
+
+    name: str
+    directories: list[str]
+    total_parameters: int
+    expert_parameters: int
+    active_parameters: int
+    losses: list[float]
+    mean: float
+    sd: float
+    difference: Difference | None
+    tokens_per_s: float | None
+    peak_memory_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values; nan becomes null."""
+
+        def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in pairs}
+
+        return asdict(self, dict_factory=plain)
+
+
+def collect(study: Study, finished: Sequence[Run]) -> list[VariantResult]:
+    """Returns a result for each variant, over the seeds that every variant has finished."""
+    done = {(run.variant.name, run.seed): run for run in finished}
+    seeds = [seed for seed in study.seeds if all((v.name, seed) in done for v in study.variants)]
+    if not seeds:
+        return []
+    baseline = [_loss(done[study.baseline, seed]) for seed in seeds]
+    return [_result(study, v, [done[v.name, seed] for seed in seeds], done, baseline) for v in study.variants]
+
+
+def _result(
+    study: Study, variant: Variant, runs: list[Run], done: dict[tuple[str, int], Run], baseline: list[float]
+) -> VariantResult:
+    trained = variant.edited_from is None
+    count = _parameters(runs[0])
+    summaries = [read_run(run.directory) for run in runs] if trained else []
+    losses = [_loss(run) for run in runs]
+    return VariantResult(
+        variant.name, [str(run.directory) for run in runs], count.total, count.expert, count.active, losses,
+        statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else math.nan,
+        None if variant.name == study.baseline else paired_difference(losses, baseline),
+        statistics.median(s.tokens_per_s for s in summaries) if trained else None,
+        max(s.peak_memory_bytes for s in summaries) if trained else None,
+    )  # fmt: skip
+
+
+def _parameters(run: Run) -> ParameterCount:
+    root = run.directory / "checkpoints"
+    directory = store.iteration_dir(root, store.whole_iterations(root)[-1])
+    config = from_mapping(store.read_config(directory), str(directory))
+    return count_parameters(config, store.read_train_state(directory, ("vocab_size",))["vocab_size"])
+
+
+def _loss(run: Run) -> float:
+    loss = last_validation(run)
+    assert loss is not None
+    return loss
+
+
+def results_table(study: Study, results: Sequence[VariantResult]) -> list[list[str]]:
+    """Returns rows of text, the first the heading."""
+    rows = [["model", "parameters", "expert", "active", "valid. loss", "sd", f"from {study.baseline}", "tokens/s"]]
+    for r in results:
+        rows.append([
+            r.name, *(f"{n / 1e6:.2f} M" for n in (r.total_parameters, r.expert_parameters, r.active_parameters)),
+            f"{r.mean:.4f}", "-" if math.isnan(r.sd) else f"{r.sd:.4f}", _shown(r.difference),
+            "-" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}",
+        ])  # fmt: skip
+    return rows
+
+
+def _shown(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    width = "" if math.isnan(difference.half_width) else f" +- {difference.half_width:.4f}"
+    return f"{difference.mean:+.4f}{width}"
+
+
+def write_results(path: Path, study: Study, seeds: int, results: Sequence[VariantResult], commands: list[str]) -> None:
+    """Writes results.json: the study, its results, and the command of every run."""
+    content = {
+        "title": study.title, "baseline": study.baseline, "seeds": list(study.seeds[:seeds]),
+        "variants": [r.to_json() for r in results], "commands": commands,
+    }  # fmt: skip
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,140 @@
+"""Makes the runs of a study, one process at a time; started again, it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_samoe.config.cli import from_mapping, parse_pretrain_args
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
+from megatron_samoe.evaluation.study.definition import Run, Study, plan_runs
+
+#: Groups that decide what a run computes, but for the fields that do not; others may change between two starts.
+DECISIVE_GROUPS = ("model", "moe", "training", "optimizer")
+INDECISIVE_FIELDS = ("num_threads", "exit_interval", "exit_duration_in_mins", "skip_train")
+
+
+@dataclass(frozen=True)
+class StudyRunner:
+    """Runs a study.
+
+    Attributes:
+        root: folder of all runs.
+        common_flags: of pretraining, for every run: corpus, tokenizer, whatever the study's file leaves open.
+        say: shows a line.
+    """
+
+    study: Study
+    root: Path
+    common_flags: tuple[str, ...]
+    say: Callable[[str], None] = print
+
+    def check(self) -> None:
+        """Raises ConfigError if a run's configuration cannot be read or its folder holds another run."""
+        for run in self.plan():
+            if run.variant.edited_from is None:
+                config = self.config_of(run)
+                if config.training.eval_iters == 0:
+                    raise ConfigError("--eval-iters", 0, "a study compares validation losses; it must be positive")
+                self._refuse_another(run, config)
+
+    def plan(self) -> list[Run]:
+        """Returns the runs in their order."""
+        return plan_runs(self.study, self.root)
+
+    def flags_of(self, run: Run) -> list[str]:
+        """Returns the flags of a run's pretraining."""
+        study_flags = ["--config", str(self.study.config), *run.variant.flags, *self.common_flags]
+        return [*study_flags, "--seed", str(run.seed), "--run-dir", str(run.directory)]
+
+    def config_of(self, run: Run) -> PretrainConfig:
+        """Returns the configuration of a trained run."""
+        return parse_pretrain_args(self.flags_of(run), prog=f"run {run.variant.name!r} of the study")
+
+    def is_finished(self, run: Run) -> bool:
+        """Returns whether a run has its last checkpoint and that checkpoint's validation loss."""
+        iterations = store.whole_iterations(run.directory / "checkpoints")
+        if not iterations or last_validation(run) is None:
+            return False
+        return run.variant.edited_from is not None or iterations[-1] >= self.config_of(run).training.train_iters
+
+    def run_all(self) -> None:
+        """Makes every run that is not finished.
+
+        Raises:
+            MegatronSamoeError: a run failed or was stopped; the study can be started again.
+        """
+        plan = self.plan()
+        for number, run in enumerate(plan, start=1):
+            label = f"{number}/{len(plan)} {run.variant.name}, seed {run.seed}"
+            if self.is_finished(run):
+                self.say(f"{label}: finished before")
+                continue
+            started = time.monotonic()
+            run.directory.mkdir(parents=True, exist_ok=True)
+            if run.variant.edited_from is None:
+                self._command(run, ["-m", "megatron_samoe.cli.pretrain", *self.flags_of(run)])
+            else:
+                self._edit(run)
+            if not self.is_finished(run):
+                raise MegatronSamoeError(
+                    f"{label} was stopped before its end; the same command goes on from its last checkpoint. "
+                    f"Its output is in {run.directory / 'log.txt'}."
+                )
+            self.say(f"{label}: validation loss {last_validation(run):.4f} ({time.monotonic() - started:.0f} s)")
+
+    def _edit(self, run: Run) -> None:
+        variant, checkpoints = run.variant, run.directory / "checkpoints"
+        assert variant.edited_from is not None and variant.edit is not None
+        source = next(r for r in self.plan() if (r.variant.name, r.seed) == (variant.edited_from, run.seed))
+        if not store.whole_iterations(checkpoints):
+            self._command(run, ["-m", "megatron_samoe.interop.edit", variant.edit, "--load-dir",
+                                str(source.directory / "checkpoints"), "--save-dir", str(checkpoints)])  # fmt: skip
+        flags = [*self.flags_of(source), "--run-dir", str(run.directory), "--use-checkpoint-args", "--no-load-optim"]
+        self._command(run, ["-m", "megatron_samoe.cli.pretrain", *flags, "--skip-train"])
+
+    def _command(self, run: Run, arguments: Sequence[str]) -> None:
+        log = run.directory / "log.txt"
+        with log.open("a") as output:
+            output.write(f"$ python {shlex.join(arguments)}\n")
+            output.flush()
+            status = subprocess.run([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT).returncode
+        if status != 0:
+            tail = "\n".join(log.read_text().splitlines()[-5:])
+            raise MegatronSamoeError(f"A run ended with status {status}; the end of {log}:\n{tail}")
+
+    def _refuse_another(self, run: Run, config: PretrainConfig) -> None:
+        iterations = store.whole_iterations(run.directory / "checkpoints")
+        if not iterations:
+            return
+        directory = store.iteration_dir(run.directory / "checkpoints", iterations[-1])
+        found = asdict(from_mapping(store.read_config(directory), str(directory)))
+        wanted = asdict(config)
+        differing = [
+            f"--{name.replace('_', '-')} {found[group][name]} (now {wanted[group][name]})"
+            for group in DECISIVE_GROUPS
+            for name in wanted[group]
+            if name not in INDECISIVE_FIELDS and found[group][name] != wanted[group][name]
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{run.directory} holds a run with other options: {', '.join(differing)}. "
+                "Give another --output-dir, or remove it."
+            )
+
+
+def last_validation(run: Run) -> float | None:
+    """Returns the validation loss of a run's last record; None if it has none."""
+    metrics = run.directory / "metrics.jsonl"
+    if not metrics.is_file():
+        return None
+    lines = metrics.read_text().splitlines()
+    return json.loads(lines[-1]).get("validation_loss") if lines else None

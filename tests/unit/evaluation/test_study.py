@@ -1,0 +1,116 @@
+"""Studies: their file, the order of their runs, going on after a stop, and what their differences are worth."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.evaluation.study.command import main
+from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
+from megatron_samoe.evaluation.study.results import paired_difference
+
+OPTIONS = {
+    "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 16, "num_experts": 2,
+    "micro_batch_size": 2, "global_batch_size": 2, "train_iters": 2, "eval_interval": 2, "eval_iters": 1,
+    "log_interval": 1, "lr": 0.01, "mock_data": True, "tokenizer_type": "ByteTokenizer", "num_threads": 1,
+}  # fmt: skip
+STUDY = {
+    "title": "Two",
+    "config": "base.yaml",
+    "seeds": [1, 2],
+    "baseline": "own experts",
+    "runs": {
+        "own experts": {"expert-layout": "moe"},
+        "one pool": {"expert-layout": "samoe", "num-expert-banks": 2, "samoe-freeze-coefficients": True},
+    },
+    "derived": {"one pool, one bank": {"from": "one pool", "edit": "select"}},
+}
+
+
+def write_study(folder: Path, **changes: object) -> Path:
+    """Writes a study and its configuration and returns the study's path."""
+    (folder / "base.yaml").write_text(yaml.safe_dump(OPTIONS))
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in {**STUDY, **changes}.items() if v is not None}, sort_keys=False))
+    return path
+
+
+def test_runs_go_seed_by_seed_and_edited_ones_after_their_source(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path))
+    plan = plan_runs(study, tmp_path)
+    assert [(run.seed, run.variant.name) for run in plan] == [
+        (seed, name) for seed in (1, 2) for name in ("own experts", "one pool", "one pool, one bank")
+    ]
+    assert plan[1].variant.flags == (
+        "--expert-layout", "samoe", "--num-expert-banks", "2", "--samoe-freeze-coefficients"
+    )  # fmt: skip
+    assert plan[5].directory == tmp_path / "one-pool-one-bank" / "seed-2"
+    assert (plan[5].variant.edited_from, plan[5].variant.edit) == ("one pool", "select")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"seeds": "1"}, "seeds"),
+        ({"seed": [1]}, "seed"),
+        ({"config": "nowhere.yaml"}, "config"),
+        ({"baseline": "dense"}, "baseline"),
+        ({"runs": {"a": 3}}, "runs"),
+        ({"runs": {"a b": {}, "a-b": {}}, "derived": None, "baseline": None}, "runs"),
+        ({"derived": {"x": {"from": "nobody", "edit": "select"}}}, "derived.x.from"),
+        ({"derived": {"x": {"from": "one pool", "edit": "melt"}}}, "derived.x.edit"),
+        ({"derived": {"x": {"from": "one pool", "edits": "fold"}}}, "derived.x.edits"),
+    ],
+)
+def test_a_wrong_study_is_refused_by_its_key(tmp_path: Path, changes: dict, field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_study(write_study(tmp_path, **changes))
+    assert caught.value.field == field
+
+
+def test_a_study_without_runs_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"runs.*a study needs title, config, seeds and runs"):
+        read_study(write_study(tmp_path, runs=None))
+
+
+def test_folder_names_are_plain() -> None:
+    assert folder_name("SaMoE, one bank (P = 2)") == "samoe-one-bank-p-2"
+
+
+def test_differences_are_taken_within_seeds() -> None:
+    # Seeds differ by 1, the models by about 0.1 in each: the spread over seeds must not hide it.
+    difference = paired_difference([5.1, 6.12, 7.08], [5.0, 6.0, 7.0])
+    assert difference.mean == pytest.approx(0.1)
+    assert difference.half_width == pytest.approx(4.303 * 0.02 / math.sqrt(3), rel=1e-3)
+    assert math.isnan(paired_difference([1.0], [2.0]).half_width)
+
+
+def test_a_study_runs_goes_on_and_refuses_other_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs"
+    command = [str(write_study(tmp_path, seeds=[3])), "--output-dir", str(out)]
+    assert main(command) == 0, capfd.readouterr()
+    results = json.loads((out / "results.json").read_text())
+    by_name = {v["name"]: v for v in results["variants"]}
+    assert list(by_name) == ["own experts", "one pool", "one pool, one bank"]
+    assert by_name["own experts"]["difference"] is None
+    # Two banks for two layers, each begun on its own bank: the coefficients are frozen at one bank, so nothing changes.
+    assert by_name["one pool, one bank"]["losses"] == by_name["one pool"]["losses"]
+    assert by_name["one pool, one bank"]["tokens_per_s"] is None
+    metrics = [json.loads(line) for line in (out / "one-pool/seed-3/metrics.jsonl").read_text().splitlines()]
+    assert by_name["one pool"]["losses"] == [metrics[-1]["validation_loss"]]
+    assert by_name["one pool"]["difference"]["half_width"] is None
+
+    capfd.readouterr()
+    assert main(command) == 0
+    assert capfd.readouterr().out.count("finished before") == 3
+    assert main([*command, "--lr", "0.02"]) != 0
+    assert "--lr 0.01 (now 0.02)" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--learn-rate", "1"])
+    assert "--learn-rate" in capfd.readouterr().err

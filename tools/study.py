@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Trains the models of a study, several seeds each, and compares them: see --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_samoe.evaluation.study.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
