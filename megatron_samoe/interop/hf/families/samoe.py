@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import Family
-from megatron_samoe.interop.hf.families.reading import common
+from megatron_samoe.interop.hf.families.reading import common, demand
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, rows, whole
 
@@ -26,39 +26,50 @@ _MODEL_ENTRIES = {
     "hidden_dropout": "hidden_dropout",
 }  # fmt: skip
 _MOE_ENTRIES = {
-    "expert_layout": "expert_layout", "num_experts": "num_experts", "num_experts_per_tok": "moe_router_topk",
+    "num_experts": "num_experts", "num_experts_per_tok": "moe_router_topk",
     "router_score_function": "moe_router_score_function",
-    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size", "num_expert_banks": "num_expert_banks",
-    "samoe_granularity": "samoe_granularity", "samoe_normalization": "samoe_normalization",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
 }  # fmt: skip
+_POOL_ENTRIES = {name: name for name in ("num_expert_banks", "samoe_granularity", "samoe_normalization")}
+#: Entries of theirs that are computed from ours.
+_COMPUTED = ("head_dim", "num_key_value_heads", "intermediate_size", "max_position_embeddings", "hidden_act",
+             "linear_bias", "qkv_bias", "tie_word_embeddings", "expert_layout")  # fmt: skip
+_COMPUTED_OF_MOE = ("moe_layers", "moe_intermediate_size", "router_pre_softmax")
+
+
+def _moe_entries(layout: str) -> dict[str, str]:
+    """Returns the entries that count for a layout; what does not count is not written."""
+    return (_MOE_ENTRIES if layout != "dense" else {}) | (_POOL_ENTRIES if layout == "samoe" else {})
 
 
 def _write(native: NativeModel) -> dict[str, Any]:
     model, moe = native.model, native.moe
-    return {
+    config = {
         "auto_map": AUTO_MAP, "vocab_size": native.vocab_size,
         **{theirs: getattr(model, ours) for theirs, ours in _MODEL_ENTRIES.items()},
         "head_dim": model.head_dim, "num_key_value_heads": model.num_kv_heads, "intermediate_size": model.mlp_size,
         "max_position_embeddings": model.max_positions, "hidden_act": "swiglu" if model.swiglu else "gelu_tanh",
         "linear_bias": native.has_bias, "qkv_bias": model.qkv_bias,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        **{theirs: getattr(moe, ours) for theirs, ours in _MOE_ENTRIES.items()},
-        "moe_layers": list(native.is_moe), "moe_intermediate_size": native.expert_size,
-        "router_pre_softmax": moe.pre_softmax,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights, "expert_layout": moe.expert_layout,
+        **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(moe.expert_layout).items()},
     }  # fmt: skip
+    if moe.expert_layout != "dense":
+        config |= {"moe_layers": list(native.is_moe), "moe_intermediate_size": native.expert_size,
+                   "router_pre_softmax": moe.pre_softmax}  # fmt: skip
+    return config
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     common(config)
-    computed = ("head_dim", "num_key_value_heads", "intermediate_size", "max_position_embeddings", "hidden_act",
-                "linear_bias", "qkv_bias", "tie_word_embeddings", "moe_layers", "moe_intermediate_size",
-                "router_pre_softmax")  # fmt: skip
-    missing = [key for key in (*_MODEL_ENTRIES, *_MOE_ENTRIES, *computed) if key not in config]
+    layout = config.get("expert_layout", "dense")
+    demand(config, "expert_layout", ("dense", "moe", "samoe"))
+    demand(config, "hidden_act", ("swiglu", "gelu_tanh"))
+    of_moe = _COMPUTED_OF_MOE if layout != "dense" else ()
+    missing = [key for key in (*_MODEL_ENTRIES, *_COMPUTED, *_moe_entries(layout), *of_moe) if key not in config]
     if missing:
         raise ConfigError("config.json", missing[:3], "these entries of a samoe model are missing")
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     model = {ours: config[theirs] for theirs, ours in _MODEL_ENTRIES.items()}
-    moe = {ours: config[theirs] for theirs, ours in _MOE_ENTRIES.items()}
     model |= {
         "kv_channels": config["head_dim"], "group_query_attention": kv_heads != heads,
         "num_query_groups": kv_heads if kv_heads != heads else 1, "ffn_hidden_size": config["intermediate_size"],
@@ -67,15 +78,14 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "add_qkv_bias": config["qkv_bias"] and not config["linear_bias"],
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
     }  # fmt: skip
-    if moe["expert_layout"] == "dense":
-        return {"model": model, "moe": {"expert_layout": "dense"}}
-    pattern = config["moe_layers"]
-    moe |= {
-        "moe_layer_freq": "1" if all(pattern) else "[" + ",".join("01"[bool(m)] for m in pattern) + "]",
-        "moe_ffn_hidden_size": config["moe_intermediate_size"], "moe_router_pre_softmax": config["router_pre_softmax"],
-    }  # fmt: skip
-    if moe["expert_layout"] != "samoe":
-        moe = {k: v for k, v in moe.items() if k != "num_expert_banks" and not k.startswith("samoe_")}
+    moe = {"expert_layout": layout, **{ours: config[theirs] for theirs, ours in _moe_entries(layout).items()}}
+    if layout != "dense":
+        pattern = config["moe_layers"]
+        moe |= {
+            "moe_layer_freq": "1" if all(pattern) else "[" + ",".join("01"[bool(m)] for m in pattern) + "]",
+            "moe_ffn_hidden_size": config["moe_intermediate_size"],
+            "moe_router_pre_softmax": config["router_pre_softmax"],
+        }  # fmt: skip
     return {"model": model, "moe": moe}
 
 

@@ -255,9 +255,13 @@ class SamoePreTrainedModel(PreTrainedModel):
     config_class = SamoeConfig
     base_model_prefix = "model"
     _no_split_modules = ["Layer"]  # noqa: RUF012
-    # As in training, whatever the dtype of the rest.
-    _keep_in_fp32_modules_strict = ["router", "combination", "expert_pool"]  # noqa: RUF012
     _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        # As in training, whatever the dtype of the rest; transformers 4 refuses names that a model lacks.
+        pool = ["combination", "expert_pool"] if config.expert_layout == "samoe" else []
+        self._keep_in_fp32_modules_strict = ["router", *pool] if any(config.moe_layers) else []
 
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -351,14 +355,6 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self):
-        """Returns the token embedding."""
-        return self.model.get_input_embeddings()
-
-    def get_output_embeddings(self):
-        """Returns the output layer; None where it is the embedding itself."""
-        return getattr(self, "lm_head", None)
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 labels=None, use_cache=None, output_hidden_states=None, return_dict=None, logits_to_keep=0, cache=None,

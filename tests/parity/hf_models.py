@@ -1,0 +1,124 @@
+"""Small models for comparisons with transformers: random checkpoints of ours, exported, and run on both sides."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_samoe.config.cli import to_mapping
+from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
+from megatron_samoe.inference.generate import generate_ids
+from megatron_samoe.inference.load import LoadedModel, load_model
+from megatron_samoe.interop import convert
+from megatron_samoe.models.rank_model import build_model, compute_dtype
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.parallel_state.state import single_process_state
+from tests.harness.tiny import tiny_config
+from tests.unit.interop.memory_source import PLAIN_STATE, MemorySource
+
+transformers = pytest.importorskip("transformers", minversion="4.56")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+VOCABULARY = 257  # bytes and the end of a document
+PROMPT = "The bank of experts"
+VOCABULARIES = ("embedding.word.weight", "output.weight")
+#: --normalization and the rest that OLMoE asks for.
+ONE_HEAD = {"num_attention_heads": 1, "group_query_attention": False, "num_query_groups": 1}
+
+
+def random_source(layout: str, **options: Any) -> MemorySource:
+    """Returns a model over bytes with random values in every tensor, biases, norms and coefficients too.
+
+    Layers outweigh the embedding, so that greedy text is more than one token again and again.
+    """
+    config = tiny_config(layout, **{"seq_length": 64, "mock_data": True, **options})
+    model = build_model(config, VOCABULARY, single_process_state(), compute_dtype(config))
+    generator = torch.Generator().manual_seed(11)
+    weights = {}
+    for name, parameter in model.global_parameters().items():
+        spread = 0.02 if name.startswith("embedding") else 0.3
+        noise = torch.randn(parameter.shape, generator=generator) * spread
+        weights[name] = (parameter.detach() + noise).to(parameter.dtype)
+    for name in set(weights) & set(VOCABULARIES):
+        weights[name][VOCABULARY:] = 0.0  # padding is no part of the model
+    if layout != "dense":
+        shape = (sum(n.endswith("router.weight") for n in weights), config.moe.num_experts)
+        weights["training.expert_fractions"] = torch.rand(shape, generator=generator)
+    return MemorySource(weights, to_mapping(config), {**PLAIN_STATE, "vocab_size": VOCABULARY})
+
+
+@dataclass
+class Native:
+    """One of our checkpoints, and what it computes."""
+
+    root: Path
+    source: MemorySource
+    loaded: LoadedModel
+
+    @torch.no_grad()
+    def logits(self, ids_BS: Tensor) -> Tensor:
+        """Returns logits [B, S, V]."""
+        result, _ = self.loaded.model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
+        return result.view(*ids_BS.shape, -1)[..., :VOCABULARY]
+
+    def greedy(self, length: int) -> list[int]:
+        """Returns the ids that follow the prompt."""
+        return generate_ids(self.loaded, self.prompt, length, temperature=0.0)
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.loaded.tokenizer.encode(PROMPT)
+
+
+def native(root: Path, source: MemorySource) -> Native:
+    """Returns a source as a checkpoint on disk, loaded as users load it."""
+    write_checkpoint(root, 7, source)
+    return Native(root, source, load_model(str(root), single_process_state()))
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Returns the conversion tool's exit status, output and error output."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = convert.main([str(a) for a in arguments])
+    return status, out.getvalue(), err.getvalue()
+
+
+def converted(load_dir: Path, save_dir: Path, *arguments: object) -> Path:
+    """Converts, and returns `save_dir`."""
+    status, _, err = run("--load-dir", load_dir, "--save-dir", save_dir, *arguments)
+    assert status == 0, err
+    return save_dir
+
+
+def theirs(folder: Path, **options: Any) -> Any:
+    """Returns a folder's model as transformers loads it."""
+    options = {"dtype": "auto", "trust_remote_code": True, **options}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+@torch.no_grad()
+def their_logits(model: Any, ids_BS: Tensor) -> Tensor:
+    """Returns logits [B, S, V] of plain causal attention."""
+    return model(input_ids=ids_BS).logits
+
+
+def their_greedy(model: Any, prompt: list[int], length: int) -> list[int]:
+    """Returns the ids that `generate` puts after a prompt."""
+    with torch.no_grad():
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False)
+    new = ids[0, len(prompt) :].tolist()
+    return new[:-1] if new[-1:] == [VOCABULARY - 1] else new
+
+
+def some_ids(batch: int = 2, length: int = 40) -> Tensor:
+    """Returns random ids [B, S]."""
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(3))

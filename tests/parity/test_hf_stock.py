@@ -1,0 +1,147 @@
+"""Exports to stock classes of transformers compute what our checkpoints compute, and come back bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
+from megatron_samoe.interop.edited_model import open_checkpoint
+from tests.parity.hf_models import (
+    ONE_HEAD,
+    PROMPT,
+    converted,
+    native,
+    random_source,
+    some_ids,
+    their_greedy,
+    their_logits,
+    theirs,
+    transformers,
+)
+
+pytestmark = pytest.mark.parity
+
+LLAMA: dict[str, Any] = {"style": "llama"}
+MOE: dict[str, Any] = {"style": "llama", "moe_router_topk": 2}
+#: Layout, options, the class that auto takes, and the class to ask for where it is another.
+CASES: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
+    "llama": ("dense", LLAMA, "LlamaForCausalLM", None),
+    "llama_odd_heads": ("dense", {**LLAMA, "kv_channels": 16, "untie_embeddings_and_output_weights": False},
+                        "LlamaForCausalLM", None),
+    "llama_biases": ("dense", {**LLAMA, "disable_bias_linear": False}, "LlamaForCausalLM", None),
+    "qwen2": ("dense", {**LLAMA, "add_qkv_bias": True}, "Qwen2ForCausalLM", None),
+    "qwen3": ("dense", {**LLAMA, "qk_layernorm": True}, "Qwen3ForCausalLM", None),
+    "gpt2": ("dense", {}, "GPT2LMHeadModel", None),
+    "gpt2_untied": ("dense", {"untie_embeddings_and_output_weights": True, "ffn_hidden_size": 40}, "GPT2LMHeadModel", None),
+    "gpt_neox": ("dense", {"position_embedding_type": "rope", "rotary_percent": 0.5}, "GPTNeoXForCausalLM", None),
+    "mixtral": ("moe", MOE, "MixtralForCausalLM", None),
+    "qwen3_moe": ("moe", {**MOE, "qk_layernorm": True, "moe_layer_freq": "0101"}, "Qwen3MoeForCausalLM", None),
+    "qwen3_moe_pre_softmax": ("moe", {**MOE, "qk_layernorm": True, "moe_router_pre_softmax": True, "moe_ffn_hidden_size": 24},
+                              "Qwen3MoeForCausalLM", None),
+    "qwen2_moe_top1": ("moe", LLAMA, "Qwen2MoeForCausalLM", None),
+    "qwen2_moe_shared": ("moe", {**MOE, "moe_shared_expert_intermediate_size": 20, "add_qkv_bias": True,
+                                 "moe_layer_freq": "0111"}, "Qwen2MoeForCausalLM", None),
+    "olmoe": ("moe", {**MOE, **ONE_HEAD, "qk_layernorm": True}, "Qwen3MoeForCausalLM", "olmoe"),
+}  # fmt: skip
+
+
+def assert_same_tensors(reader: CheckpointReader, expected: dict[str, torch.Tensor]) -> None:
+    """A checkpoint holds exactly the expected model, bit for bit."""
+    assert set(reader.tensors) == {name for name in expected if not name.startswith("optimizer.")}
+    for name in reader.tensors:
+        tensor = reader.read(name)
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stock_classes_give_our_logits_and_text_and_come_back(case: str, tmp_path: Path) -> None:
+    layout, options, architecture, asked = CASES[case]
+    ours = native(tmp_path / "native", random_source(layout, **options))
+    if asked is not None:
+        auto = json.loads((converted(ours.root, tmp_path / "auto", "--to", "hf") / "config.json").read_text())
+        assert auto["architectures"] == [architecture]
+    folder = converted(ours.root, tmp_path / "hf", "--to", "hf", "--hf-model-type", asked or "auto")
+    model = theirs(folder)
+    assert type(model).__name__ == (architecture if asked is None else "OlmoeForCausalLM")
+    ids_BS = some_ids()
+    assert (their_logits(model, ids_BS) - ours.logits(ids_BS)).abs().max() < 1e-4
+    expected = ours.greedy(30)
+    assert their_greedy(model, ours.prompt, 30) == expected and len(set(expected)) > 3
+    back = converted(folder, tmp_path / "back")
+    reader = open_checkpoint(back)
+    assert_same_tensors(reader, ours.source.weights)
+    original = open_checkpoint(ours.root)
+    assert reader.config == original.config
+    volatile = ("digests", "digest", "optimizer_steps")
+    assert {k: v for k, v in reader.train_state.items() if k not in volatile} == {
+        k: v for k, v in original.train_state.items() if k not in volatile
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "architecture"),
+    [
+        ({**MOE, "samoe_granularity": "expert", "samoe_normalization": "l2"}, "MixtralForCausalLM"),
+        ({**LLAMA, "moe_layer_freq": "0101"}, "Qwen2MoeForCausalLM"),
+        ({**MOE, "qk_layernorm": True}, "Qwen3MoeForCausalLM"),
+    ],
+    ids=["mixtral", "qwen2_moe", "qwen3_moe"],
+)
+def test_a_folded_pool_is_a_stock_mixture(options: dict[str, Any], architecture: str, tmp_path: Path) -> None:
+    ours = native(tmp_path / "native", random_source("samoe", **options))
+    model = theirs(converted(ours.root, tmp_path / "hf", "--fold"))
+    assert type(model).__name__ == architecture
+    ids_BS = some_ids()
+    assert (their_logits(model, ids_BS) - ours.logits(ids_BS)).abs().max() < 1e-4
+    assert their_greedy(model, ours.prompt, 20) == ours.greedy(20)
+
+
+@pytest.mark.parametrize("layout", ["dense", "moe"])
+def test_bf16_checkpoints_come_back_bit_for_bit(layout: str, tmp_path: Path) -> None:
+    source = random_source(layout, **(MOE if layout == "moe" else LLAMA), bf16=True)
+    root = native(tmp_path / "native", source).root
+    folder = converted(root, tmp_path / "hf", "--to", "hf", "--max-shard-size", "60KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    model = theirs(folder)
+    assert model.dtype == torch.bfloat16 and model.config.eos_token_id == 256
+    assert_same_tensors(open_checkpoint(converted(folder, tmp_path / "back")), source.weights)
+
+
+def test_another_precision_is_that_of_rounding(tmp_path: Path) -> None:
+    source = random_source("moe", **MOE)
+    root = native(tmp_path / "native", source).root
+    folder = converted(root, tmp_path / "hf", "--to", "hf", "--dtype", "bf16")
+    state = theirs(folder).state_dict()
+    assert all(t.dtype == torch.bfloat16 for t in state.values())
+    expected = source.weights["layers.1.attention.output.weight"].bfloat16()
+    assert torch.equal(state["model.layers.1.self_attn.o_proj.weight"], expected)
+    reader = open_checkpoint(converted(folder, tmp_path / "back", "--dtype", "fp32"))
+    assert torch.equal(reader.read("layers.1.attention.output.weight"), expected.float())
+    assert not reader.config["training"]["bf16"]
+
+
+def test_the_folder_is_complete(tmp_path: Path) -> None:
+    ours = native(tmp_path / "native", random_source("moe", **MOE))
+    folder = converted(ours.root, tmp_path / "hf", "--to", "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer(PROMPT).input_ids == ours.prompt and tokenizer.decode(ours.prompt) == PROMPT
+    assert tokenizer.eos_token_id == 256 and tokenizer.model_max_length == 64
+    settings = transformers.GenerationConfig.from_pretrained(folder)
+    assert settings.eos_token_id == 256 and not settings.do_sample
+    card = (folder / "README.md").read_text()
+    assert "MixtralForCausalLM" in card and "| experts | 4 in each of 4 layers, 2 per token |" in card
+
+
+def test_what_transformers_saves_again_comes_back_too(tmp_path: Path) -> None:
+    source = random_source("moe", **MOE)
+    folder = converted(native(tmp_path / "native", source).root, tmp_path / "hf", "--to", "hf")
+    theirs(folder).save_pretrained(tmp_path / "again", max_shard_size="50KB")
+    reader = open_checkpoint(converted(tmp_path / "again", tmp_path / "back"))
+    for name in source.weights:
+        if not name.startswith("training."):
+            assert torch.equal(reader.read(name)[:257], source.weights[name][:257]), name
