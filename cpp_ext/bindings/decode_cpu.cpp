@@ -210,7 +210,7 @@ struct ExpertArguments {
   const Tensor &index1, &index2, &w1;
   const MaybeTensor &scale1, &b1;
   const Tensor& w2;
-  const MaybeTensor &scale2, &b2;
+  const MaybeTensor &scale2, &b2, &factor1, &factor2;
   bool gated;
 };
 
@@ -237,14 +237,17 @@ void experts_into(const float* x, int64_t num_tokens, int64_t hidden, const int6
   kernels().decode_experts({x, ids, probs, num_tokens, topk, num_experts, a.index1.const_data_ptr<int64_t>(),
                             a.index2.const_data_ptr<int64_t>(), matrix_of(a.w1, a.scale1, "w1"),
                             matrix_of(a.w2, a.scale2, "w2"), floats_or_null(a.b1, "b1", a.w1.size(0) * width),
-                            floats_or_null(a.b2, "b2", a.w2.size(0) * hidden), hidden, ffn, a.gated, h, y, combine, out,
+                            floats_or_null(a.b2, "b2", a.w2.size(0) * hidden),
+                            floats_or_null(a.factor1, "factor1", num_experts),
+                            floats_or_null(a.factor2, "factor2", num_experts), hidden, ffn, a.gated, h, y, combine, out,
                             threads_for(hidden * ffn * static_cast<int64_t>(a.w2.element_size()) * 3)});
 }
 
 void decode_experts(const Tensor& x, const Tensor& ids, const Tensor& probs, const Tensor& index1, const Tensor& index2,
                     const Tensor& w1, const MaybeTensor& scale1, const MaybeTensor& b1, const Tensor& w2,
-                    const MaybeTensor& scale2, const MaybeTensor& b2, bool gated, const Tensor& y, bool combine,
-                    const Tensor& out, const Tensor& scratch) {
+                    const MaybeTensor& scale2, const MaybeTensor& b2, const MaybeTensor& factor1,
+                    const MaybeTensor& factor2, bool gated, const Tensor& y, bool combine, const Tensor& out,
+                    const Tensor& scratch) {
   samoe::check_contiguous(x, "x", 2, at::kFloat);
   samoe::check_contiguous(ids, "ids", 2, at::kLong);
   samoe::check_contiguous(probs, "probs", 2, at::kFloat);
@@ -256,7 +259,7 @@ void decode_experts(const Tensor& x, const Tensor& ids, const Tensor& probs, con
   TORCH_CHECK_VALUE(y.sizes() == at::IntArrayRef({T, K, H}), "y is ", y.sizes());
   Scratch pieces(scratch);
   experts_into(x.const_data_ptr<float>(), T, H, ids.const_data_ptr<int64_t>(), probs.const_data_ptr<float>(), K,
-               {index1, index2, w1, scale1, b1, w2, scale2, b2, gated}, pieces.floats(T * K * w2.size(-1)),
+               {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, pieces.floats(T * K * w2.size(-1)),
                y.mutable_data_ptr<float>(), combine, out.mutable_data_ptr<float>());
 }
 
@@ -293,8 +296,8 @@ void decode_route(const Tensor& x, const Tensor& norm_weight, const MaybeTensor&
 void decode_moe_block(const Tensor& x, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon, bool rms,
                       const MaybeTensor& router, int64_t topk, bool sigmoid, bool pre_softmax, const Tensor& index1,
                       const Tensor& index2, const Tensor& w1, const MaybeTensor& scale1, const MaybeTensor& b1,
-                      const Tensor& w2, const MaybeTensor& scale2, const MaybeTensor& b2, bool gated,
-                      const Tensor& scratch) {
+                      const Tensor& w2, const MaybeTensor& scale2, const MaybeTensor& b2, const MaybeTensor& factor1,
+                      const MaybeTensor& factor2, bool gated, const Tensor& scratch) {
   samoe::check_contiguous(x, "x", 2, at::kFloat);
   const int64_t T = x.size(0), H = x.size(1);
   TORCH_CHECK_VALUE(topk >= 1 && (router.has_value() || topk == 1), "topk = ", topk);
@@ -311,7 +314,7 @@ void decode_moe_block(const Tensor& x, const Tensor& norm_weight, const MaybeTen
   }
   float* h = pieces.floats(T * topk * w2.size(-1));
   float* y = pieces.floats(T * topk * H);
-  experts_into(normed, T, H, ids, probs, topk, {index1, index2, w1, scale1, b1, w2, scale2, b2, gated}, h, y, true,
+  experts_into(normed, T, H, ids, probs, topk, {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, h, y, true,
                residual);
 }
 

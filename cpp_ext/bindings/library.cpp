@@ -41,8 +41,8 @@ TORCH_LIBRARY(megatron_samoe, m) {
       " Tensor? out_scale, Tensor? out_bias, Tensor(d!) scratch) -> ()");
   m.def(
       "decode_experts(Tensor x, Tensor ids, Tensor probs, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1,"
-      " Tensor? b1, Tensor w2, Tensor? scale2, Tensor? b2, bool gated, Tensor(a!) y, bool combine, Tensor(b!) out,"
-      " Tensor(c!) scratch) -> ()");
+      " Tensor? b1, Tensor w2, Tensor? scale2, Tensor? b2, Tensor? factor1, Tensor? factor2, bool gated, Tensor(a!) y,"
+      " bool combine, Tensor(b!) out, Tensor(c!) scratch) -> ()");
   m.def(
       "decode_route(Tensor x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor router,"
       " bool sigmoid, bool pre_softmax, Tensor(a!) normed, Tensor(b!) ids, Tensor(c!) probs, Tensor(d!) scratch)"
@@ -50,7 +50,7 @@ TORCH_LIBRARY(megatron_samoe, m) {
   m.def(
       "decode_moe_block(Tensor(a!) x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor? router,"
       " int topk, bool sigmoid, bool pre_softmax, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor? b1,"
-      " Tensor w2, Tensor? scale2, Tensor? b2, bool gated, Tensor(b!) scratch) -> ()");
+      " Tensor w2, Tensor? scale2, Tensor? b2, Tensor? factor1, Tensor? factor2, bool gated, Tensor(b!) scratch) -> ()");
   m.def(
       "combine_rows(Tensor[] banks, Tensor?[] scales, Tensor coefficients, Tensor(a!) out, Tensor(b!)? out_scale)"
       " -> ()");

@@ -83,6 +83,8 @@ struct DecodeExperts {
   Matrix w2;        // [.., H, F]
   const float* b1;  // [.., F] or [.., 2, F]; may be null
   const float* b2;  // [.., H]; may be null
+  const float* factor1_E;  // multiplies the first product, bias included, of each expert; null: all ones
+  const float* factor2_E;  // the same of the second
   int64_t hidden, ffn;
   bool gated;  // silu(gate) * up; else gelu in its tanh form
   float* h_NF;

@@ -11,24 +11,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Literal
 
 import torch
 
+from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.inference.kv_cache import PAGE, PageTable, make_batch, pages_for
+from megatron_samoe.inference.decode_layers import make_decode_model
+from megatron_samoe.inference.kv_cache import PAGE, BatchBuffers, PageTable, make_batch, pages_for
 from megatron_samoe.inference.load import LoadedModel
-from megatron_samoe.inference.rank_runner import RankRunner, Runner
+from megatron_samoe.inference.rank_runner import RankRunner, Runner, convert_weights
 from megatron_samoe.inference.request import FinishReason, Request, TokenEvent
 from megatron_samoe.inference.sampling import Sampler, check_sampling
 from megatron_samoe.inference.scheduler import Scheduler, Sequence
+from megatron_samoe.inference.serving import (
+    PRECISIONS,
+    SERVINGS,
+    Precision,
+    Serving,
+    choose_serving,
+    default_cache_experts,
+    free_memory_bytes,
+    needed_bytes,
+    precision_of,
+)
+from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.text_stream import TextStream
 
-#: How a SaMoE's experts are kept: combined for every layer; the pool, combined when hit; one bank per layer.
-Serving = Literal["folded", "on-the-fly", "selected"]
-Precision = Literal["fp32", "bf16", "int8"]
-SERVINGS: tuple[Serving, ...] = ("folded", "on-the-fly", "selected")
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+__all__ = ["PRECISIONS", "SERVINGS", "Engine", "Precision", "Serving"]
 
 
 class Engine:
@@ -41,8 +50,10 @@ class Engine:
         max_batch: most requests that run at the same time; others wait.
         max_tokens: tokens that the key-value cache holds over all running requests; each reserves its prompt and
             max_new_tokens when it starts. Enough for max_batch full contexts if not given.
-        serving: how the experts of a shared pool are kept; other models have one way only, "folded".
-        dtype: of weights.
+        serving: how the experts of a shared pool are kept, see `inference.serving`; other models have one way only,
+            "folded". The attribute of this name is the way that "auto" chose.
+        dtype: of weights; the checkpoint's if not given. int8 is for one process.
+        cache_experts: experts combined on the fly that are kept, over all layers; those of two tokens if not given.
         max_step_tokens: most tokens of one step, so that a long prompt does not hold up the others for long.
 
     Raises:
@@ -55,9 +66,10 @@ class Engine:
         *,
         max_batch: int = 8,
         max_tokens: int | None = None,
-        serving: Serving = "folded",
-        dtype: Precision = "fp32",
+        serving: Serving = "auto",
+        dtype: Precision | None = None,
         max_step_tokens: int = 512,
+        cache_experts: int | None = None,
     ):
         self.tokenizer, self.vocab_size = loaded.tokenizer, loaded.model.vocab_size
         #: Most tokens of one sequence, prompt and result together.
@@ -65,19 +77,34 @@ class Engine:
         _check_sizes(max_batch, max_tokens, max_step_tokens)
         if serving not in SERVINGS:
             raise ConfigError("serving", serving, f"one of {', '.join(SERVINGS)}")
-        if dtype not in PRECISIONS:
+        if dtype is not None and dtype not in PRECISIONS:
             raise ConfigError("dtype", dtype, f"one of {', '.join(PRECISIONS)}")
-        self.max_batch, self.serving, self.dtype = max_batch, serving, dtype
+        self.max_batch, self.dtype = max_batch, dtype or precision_of(loaded.model)
         pages_per_slot = pages_for(self.context_length)
         num_pages = max_batch * pages_per_slot if max_tokens is None else min(
             max_batch * pages_per_slot, max_tokens // PAGE)  # fmt: skip
         #: Tokens that the key-value cache holds.
         self.max_tokens = num_pages * PAGE
         self._world = loaded.model.state.world
-        self._runner: Runner = RankRunner(loaded, num_pages)
+        max_step_tokens = max(max_step_tokens, max_batch)
+        cache_experts = _cache_experts(cache_experts, loaded)
+        needed = needed_bytes(loaded.model, self.dtype, cache_experts, num_pages)
+        self.serving = choose_serving(serving, loaded.model, needed, free_memory_bytes(loaded.model.state.device))
+        self._runner: Runner = self._make_runner(loaded, num_pages, max_step_tokens, cache_experts)
         self._pages = PageTable(max_batch, num_pages, pages_per_slot, self._runner.device)
-        self._scheduler = Scheduler(self._pages, max(max_step_tokens, max_batch))
+        self._buffers = BatchBuffers(max_step_tokens)
+        self._scheduler = Scheduler(self._pages, max_step_tokens)
         self._next_id = 0
+
+    @torch.no_grad()
+    def _make_runner(self, loaded: LoadedModel, num_pages: int, max_step_tokens: int, cache_experts: int) -> Runner:
+        state = loaded.model.state
+        # On CUDA the training model's large products are the faster way where it has the precision.
+        if state.world.size > 1 or (state.device.type == "cuda" and self.dtype != "int8"):
+            convert_weights(loaded.model, self.dtype)
+            return RankRunner(loaded, num_pages, self.serving)
+        model = make_decode_model(loaded.model, self.serving, self.dtype, num_pages)
+        return SingleRunner(model, max_step_tokens, self.max_batch, cache_experts)
 
     @property
     def has_work(self) -> bool:
@@ -133,7 +160,7 @@ class Engine:
         if plan is None:
             return []
         rows = [row for _, row in plan.samples]
-        batch = make_batch(plan.spans, plan.tokens, self._pages.table, rows, self._runner.device)
+        batch = make_batch(plan.spans, plan.tokens, self._pages.table, rows, self._runner.device, self._buffers)
         logits_NV = self._runner.run(batch).numpy()
         chosen = [
             sequence.sampler.choose(logits_V) for (sequence, _), logits_V in zip(plan.samples, logits_NV, strict=True)
@@ -178,6 +205,15 @@ class Engine:
                     f"token {token!r} at place {place}",
                     f"must be whole numbers from 0 to {self.vocab_size - 1}",
                 )
+
+
+def _cache_experts(wanted: int | None, loaded: LoadedModel) -> int:
+    least = num_moe_layers(loaded.config)
+    if wanted is None:
+        return default_cache_experts(loaded.config)
+    if wanted < least:
+        raise ConfigError("cache_experts", wanted, f"must be {least} or more, one for each MoE layer")
+    return wanted
 
 
 def _check_sizes(max_batch: int, max_tokens: int | None, max_step_tokens: int) -> None:

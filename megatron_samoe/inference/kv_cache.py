@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Positions of one page; the kernels of ops/decode.py take keys in runs of so many.
-PAGE = 16
+from megatron_samoe.ops.decode import PAGE
 
 
 class Span(NamedTuple):
@@ -49,13 +48,37 @@ class StepBatch:
         return self.tokens_T.shape[0]
 
 
+class BatchBuffers:
+    """Memory in which batches are laid out, so that a step makes no tensors of its own; for one batch at a time."""
+
+    def __init__(self, max_tokens: int):
+        self._tokens_T = torch.empty(max_tokens, dtype=torch.int64)
+        self._places_2T = torch.empty(2, max_tokens, dtype=torch.int32)
+
+    def fill(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> list[Tensor]:
+        """Returns tokens_T, positions_T and slots_T, valid until the next call."""
+        filled = []
+        for buffer, values in zip((self._tokens_T, *self._places_2T), (tokens, positions, slots), strict=True):
+            filled.append(buffer[: len(values)])
+            filled[-1].numpy()[:] = values
+        return filled
+
+
 def make_batch(
-    spans: Sequence[Span], tokens: Sequence[int], pages: Tensor, logit_rows: Sequence[int], device: torch.device
-) -> StepBatch:
-    """Returns the batch of some spans, whose tokens follow each other in `tokens`."""
+    spans: Sequence[Span], tokens: Sequence[int], pages: Tensor, logit_rows: Sequence[int], device: torch.device,
+    buffers: BatchBuffers | None = None,
+) -> StepBatch:  # fmt: skip
+    """Returns the batch of some spans, whose tokens follow each other in `tokens`.
+
+    Args:
+        buffers: CPU memory to use, where the device is the CPU.
+    """
     positions = [p for span in spans for p in range(span.first_position, span.first_position + span.num_tokens)]
     slots = [span.slot for span in spans for _ in range(span.num_tokens)]
     assert len(tokens) == len(positions)
+    if buffers is not None and device.type == "cpu":
+        tokens_T, positions_T, slots_T = buffers.fill(tokens, positions, slots)
+        return StepBatch(tuple(spans), tokens_T, positions_T, slots_T, pages, tuple(logit_rows))
     tokens_T = torch.tensor(tokens, dtype=torch.int64, device=device)
     positions_T, slots_T = (torch.tensor(x, dtype=torch.int32, device=device) for x in (positions, slots))
     return StepBatch(tuple(spans), tokens_T, positions_T, slots_T, pages, tuple(logit_rows))

@@ -35,14 +35,17 @@ class LoadedModel:
 
 
 def load_model(
-    load: str, parallel: ParallelState, layout: ParallelConfig | None = None, ckpt_step: int | None = None
-) -> LoadedModel:
+    load: str, parallel: ParallelState, layout: ParallelConfig | None = None, ckpt_step: int | None = None,
+    combine: bool = True,
+) -> LoadedModel:  # fmt: skip
     """Returns the model of the newest checkpoint in a folder, in this rank's layout.
 
     Args:
         load: folder of checkpoints.
         layout: of the ranks in `parallel`; one process if not given.
         ckpt_step: iteration to load in place of the newest.
+        combine: combine a pool's experts, as the model's forward pass needs. An engine keeps them as it is told, so for
+            one that serves them on the fly or selected False saves the memory of folded experts.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
@@ -65,8 +68,9 @@ def load_model(
     }
     store.load_checkpoint(directory, tensors, parallel)
     model.eval().requires_grad_(False)
-    with torch.no_grad():
-        model.begin_step()
+    if combine:
+        with torch.no_grad():
+            model.begin_step()
     channel = open_channel(parallel, timedelta(minutes=config.parallel.distributed_timeout_minutes))
     pipeline = Pipeline(parallel.pp.rank, parallel.pp.size, len(model.chunks), channel)
     return LoadedModel(model, tokenizer, config, directory, pipeline)

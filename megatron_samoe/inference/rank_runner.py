@@ -7,9 +7,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.kv_cache import StepBatch, TorchCache
 from megatron_samoe.inference.load import LoadedModel
-from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.inference.serving import COMPUTE_DTYPES, OneBank, Precision, Serving, selected_banks
+from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.moe.experts import without_repeated_bias
+from megatron_samoe.moe.types import Experts, ForwardContext
+from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec
 from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
 from megatron_samoe.pipeline_parallel.schedules import run_plan
@@ -21,15 +26,22 @@ class Runner(Protocol):
     device: torch.device
 
     def run(self, batch: StepBatch) -> Tensor:
-        """Returns fp32 logits [wanted rows, V] on the CPU, and keeps the tokens' keys and values."""
+        """Returns fp32 logits [wanted rows, V] on the CPU, valid until the next step, and keeps keys and values."""
         ...
 
 
 class RankRunner:
-    """Runs the ranks' model; all ranks call it together with the same batches and get the same logits."""
+    """Runs the ranks' model; all ranks call it together with the same batches and get the same logits.
 
-    def __init__(self, loaded: LoadedModel, num_pages: int):
+    Args:
+        serving: how a pool's experts are kept; "on-the-fly" combines a layer's when it runs. None leaves the model as
+            it is.
+    """
+
+    def __init__(self, loaded: LoadedModel, num_pages: int, serving: Serving | None = None):
         self._loaded, self._model = loaded, loaded.model
+        if serving is not None:
+            _serve(self._model, serving)
         model_config, state = loaded.config.model, loaded.model.state
         self.device = state.device
         layers = [int(name) for chunk in self._model.chunks for name in chunk.layers]
@@ -61,6 +73,73 @@ class RankRunner:
         pipeline = self._loaded.pipeline
         run_plan(forward_plan(pipeline.num_chunks, 1), pipeline, forward, spec)
         return state.pp.all_reduce(logits_NV).cpu()
+
+
+def convert_weights(model: RankModel, dtype: Precision) -> None:
+    """Turns a model's weights and activations into another precision, in place; routers and pools stay fp32.
+
+    Raises:
+        ConfigError: int8, which the training model does not compute in.
+    """
+    if dtype not in COMPUTE_DTYPES:
+        raise ConfigError("dtype", dtype, "fp32 or bf16 where several ranks serve a model")
+    wanted = COMPUTE_DTYPES[dtype]
+    if wanted == model.dtype:
+        return
+    for name, parameter in model.named_parameters():
+        kept = "router" in name or name.startswith("expert_pool") or name.endswith("moe.combination")
+        if parameter.dtype == model.dtype and not kept:
+            parameter.data = parameter.data.to(wanted)
+    model.dtype = wanted
+    model.combine_per(model.config.moe.samoe_combine)
+
+
+@torch.no_grad()
+def _serve(model: RankModel, serving: Serving) -> None:
+    if model.expert_pool is None:
+        return
+    if serving == "selected":
+        selected = selected_banks(model)
+        assert selected is not None
+        model.combination = SelectedExperts(model, selected)  # type: ignore[assignment]
+        return
+    model.combine_per("step" if serving == "folded" else "layer")
+    model.begin_step()
+
+
+class SelectedExperts:
+    """Lends each layer the experts of the one bank that it takes, as they lie in the pool; see `moe.Combination`."""
+
+    def __init__(self, model: RankModel, selected: dict[int, OneBank]):
+        pool = model.expert_pool
+        assert pool is not None
+        self._state, self._activation = model.state, pool.activation
+        self._weights: dict[str, Tensor] = {n: s.whole().to(model.dtype) for n, s in pool.stores.items()}
+        for one in selected.values():
+            if (one.bank_2E != one.bank_2E[:, :1]).any() or (one.factor_2E != one.factor_2E[:, :1]).any():
+                raise ConfigError("serving", "selected", "needs one process where experts of a layer take unlike banks")
+        self._places = {i: (one.bank_2E[:, 0].tolist(), one.factor_2E[:, 0].tolist()) for i, one in selected.items()}
+
+    def begin_step(self) -> None:
+        """Weights do not change."""
+
+    def finish_step(self) -> None:
+        """There are no gradients."""
+
+    def experts(self, moe_index: int) -> Experts:
+        """Returns a layer's experts."""
+        (bank1, bank2), (factor1, factor2) = self._places[moe_index]
+        parts = {n: t[bank1 if n in ("w1", "b1") else bank2] for n, t in self._weights.items()}
+        if "b1" in parts:
+            parts["b1"] = parts["b1"] * factor1
+        weights = without_repeated_bias(ExpertWeights(**parts), self._state)
+
+        def run(x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
+            # factor1 (W1 x + b1) = W1 (factor1 x) + factor1 b1
+            y_RH = grouped_mlp(x_RH * factor1, rows_per_expert, weights, self._activation)
+            return y_RH * factor2
+
+        return run
 
 
 def _whole_vocabulary(logits_Nv: Tensor, loaded: LoadedModel) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_samoe.ops import decode_reference, extension
 
-#: Positions of one page of the key-value cache.
+#: Positions of one page of the key-value cache; the kernels take keys in runs of so many.
 PAGE = 16
 WeightType = Literal["fp32", "bf16", "int8"]
 WEIGHT_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -103,6 +103,7 @@ class ExpertStack:
         w1: [M, F, H], or [M, 2, F, H] for SwiGLU; b1 [M, (2,) F].
         w2: [M, H, F]; b2 [M, H].
         index1_E, index2_E: int64, an expert's matrix in w1 (and b1) and in w2 (and b2); -1 leaves it out.
+        factor1_E, factor2_E: fp32 factors of an expert's w1 (and b1) and of its w2 (and b2); all 1 if None.
     """
 
     w1: Weight
@@ -112,6 +113,8 @@ class ExpertStack:
     gated: bool
     index1_E: Tensor
     index2_E: Tensor
+    factor1_E: Tensor | None = None
+    factor2_E: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -201,16 +204,14 @@ def mlp_block(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, experts: E
             routing.weight_EH, routing.topk, routing.sigmoid, routing.pre_softmax)  # fmt: skip
         torch.ops.megatron_samoe.decode_moe_block(
             x_TH, n.weight, n.bias, n.epsilon, n.rms, *router, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1,
-            e.w2.data, e.w2.scale, e.b2, e.gated, scratch,
+            e.w2.data, e.w2.scale, e.b2, e.factor1_E, e.factor2_E, e.gated, scratch,
         )  # fmt: skip
         return
-    if routing is None:
-        normed_TH = decode_reference.norm(x_TH, n.weight, n.bias, n.epsilon, n.rms)
-        ids_TK, probs_TK = only_expert(normed_TH)
-    else:
-        normed_TH, ids_TK, probs_TK = route(x_TH, n, routing, scratch)
-    y_TKH = x_TH.new_empty(*ids_TK.shape, x_TH.shape[1])
-    experts_block(normed_TH, ids_TK, probs_TK, experts, y_TKH, x_TH, scratch)
+    topk = 1 if routing is None else routing.topk
+    ids_TK = x_TH.new_empty(x_TH.shape[0], topk, dtype=torch.int64)
+    routed = Routed(torch.empty_like(x_TH), ids_TK, x_TH.new_empty(ids_TK.shape))
+    route(x_TH, norm_of_x, routing, routed, scratch)
+    experts_block(routed, experts, x_TH.new_empty(*ids_TK.shape, x_TH.shape[1]), x_TH, scratch)
 
 
 def mlp_scratch(num_tokens: int, hidden: int, ffn: int, topk: int, num_experts: int) -> int:
@@ -218,51 +219,57 @@ def mlp_scratch(num_tokens: int, hidden: int, ffn: int, topk: int, num_experts: 
     return num_tokens * (2 * hidden + topk * (ffn + hidden + 3) + num_experts + 1) + 3 * num_experts + 256
 
 
-def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the normalised x_TH, the chosen experts ids_TK, and their weights probs_TK."""
+@dataclass(frozen=True)
+class Routed:
+    """A router's result: the normalised tokens, the chosen experts (int64), and their weights."""
+
+    normed_TH: Tensor
+    ids_TK: Tensor
+    probs_TK: Tensor
+
+
+def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, out: Routed, scratch: Tensor) -> None:
+    """Writes the normalised tokens and their experts to out; without routing all take expert 0 with weight 1."""
     n, r = norm_of_x, routing
+    if r is None:
+        norm(x_TH, n, out.normed_TH)
+        out.ids_TK.zero_()
+        out.probs_TK.fill_(1.0)
+        return
     if extension.serves(x_TH):
-        normed_TH = torch.empty_like(x_TH)
-        ids_TK = x_TH.new_empty(x_TH.shape[0], r.topk, dtype=torch.int64)
-        probs_TK = x_TH.new_empty(x_TH.shape[0], r.topk)
         torch.ops.megatron_samoe.decode_route(
-            x_TH, n.weight, n.bias, n.epsilon, n.rms, r.weight_EH, r.sigmoid, r.pre_softmax, normed_TH, ids_TK,
-            probs_TK, scratch,
+            x_TH, n.weight, n.bias, n.epsilon, n.rms, r.weight_EH, r.sigmoid, r.pre_softmax, out.normed_TH, out.ids_TK,
+            out.probs_TK, scratch,
         )  # fmt: skip
-        return normed_TH, ids_TK, probs_TK
-    normed_TH = decode_reference.norm(x_TH, n.weight, n.bias, n.epsilon, n.rms)
-    ids_TK, probs_TK = decode_reference.choose(normed_TH @ r.weight_EH.t(), r.topk, r.sigmoid, r.pre_softmax)
-    return normed_TH, ids_TK, probs_TK
-
-
-def only_expert(x_TH: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ids_TK and probs_TK of tokens that all visit expert 0, with weight 1."""
-    shape = (x_TH.shape[0], 1)
-    return x_TH.new_zeros(shape, dtype=torch.int64), x_TH.new_ones(shape)
+        return
+    norm(x_TH, n, out.normed_TH)
+    ids_TK, probs_TK = decode_reference.choose(out.normed_TH @ r.weight_EH.t(), r.topk, r.sigmoid, r.pre_softmax)
+    out.ids_TK.copy_(ids_TK)
+    out.probs_TK.copy_(probs_TK)
 
 
 def experts_block(
-    x_TH: Tensor, ids_TK: Tensor, probs_TK: Tensor, experts: ExpertStack, y_TKH: Tensor, out_TH: Tensor,
-    scratch: Tensor, combine: bool = True,
-) -> None:  # fmt: skip
+    routed: Routed, experts: ExpertStack, y_TKH: Tensor, out_TH: Tensor, scratch: Tensor, combine: bool = True
+) -> None:
     """Writes the chosen experts' results to y, of those experts that the stack has, and then adds their sum to out.
 
     Args:
         combine: False leaves out as it is; results of experts that are left out stay in y as they were, so that a
             stack can hold some experts at a time.
     """
-    e = experts
-    if extension.serves(x_TH):
+    e, r = experts, routed
+    if extension.serves(out_TH):
         torch.ops.megatron_samoe.decode_experts(
-            x_TH, ids_TK, probs_TK, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1, e.w2.data, e.w2.scale, e.b2,
-            e.gated, y_TKH, combine, out_TH, scratch,
+            r.normed_TH, r.ids_TK, r.probs_TK, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1, e.w2.data,
+            e.w2.scale, e.b2, e.factor1_E, e.factor2_E, e.gated, y_TKH, combine, out_TH, scratch,
         )  # fmt: skip
         return
     decode_reference.experts(
-        x_TH, ids_TK, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1, e.w2.data, e.w2.scale, e.b2, e.gated, y_TKH
-    )
+        r.normed_TH, r.ids_TK, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1, e.w2.data, e.w2.scale, e.b2,
+        e.factor1_E, e.factor2_E, e.gated, y_TKH,
+    )  # fmt: skip
     if combine:
-        out_TH += (y_TKH * probs_TK[..., None]).sum(1)
+        out_TH += (y_TKH * r.probs_TK[..., None]).sum(1)
 
 
 def combine_rows(banks: list[Weight], coefficients_P: Tensor, out: Weight) -> None:

@@ -89,7 +89,8 @@ def choose(logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool) -> tu
 
 def experts(
     x_TH: Tensor, ids_TK: Tensor, index1_E: Tensor, index2_E: Tensor, w1: Tensor, scale1: Tensor | None,
-    b1: Tensor | None, w2: Tensor, scale2: Tensor | None, b2: Tensor | None, gated: bool, y_TKH: Tensor,
+    b1: Tensor | None, w2: Tensor, scale2: Tensor | None, b2: Tensor | None, factor1_E: Tensor | None,
+    factor2_E: Tensor | None, gated: bool, y_TKH: Tensor,
 ) -> None:  # fmt: skip
     """Writes to y[t, k] the MLP of expert ids[t, k] applied to token t, where the expert has an index."""
 
@@ -102,12 +103,15 @@ def experts(
             continue
         token, k = (ids_TK == e).nonzero(as_tuple=True)
         h = linear(x_TH[token], w1[i], part(scale1, i), part(b1, i))
+        if factor1_E is not None:
+            h = h * factor1_E[e]
         if gated:
             gate, up = h.chunk(2, -1)
             h = F.silu(gate) * up
         else:
             h = F.gelu(h, approximate="tanh")
-        y_TKH[token, k] = linear(h, w2[j], part(scale2, j), part(b2, j))
+        y = linear(h, w2[j], part(scale2, j), part(b2, j))
+        y_TKH[token, k] = y if factor2_E is None else y * factor2_E[e]
 
 
 def combine_rows(banks: list[Tensor], coefficients: list[float], out: Tensor, out_scale: Tensor | None) -> None:

@@ -38,6 +38,7 @@ def make_experts(hidden: int, ffn: int, matrices: int, experts: int, kind: str, 
         stored(normal(4, matrices, hidden, ffn) * ffn**-0.5, kind),
         normal(5, matrices, *up) if bias else None, normal(6, matrices, hidden) if bias else None, gated,
         torch.randint(matrices, (experts,), generator=generator), torch.randint(matrices, (experts,), generator=generator),
+        *((normal(7, experts), normal(8, experts)) if gated else ()),
     )  # fmt: skip
 
 
@@ -132,12 +133,13 @@ def test_experts_in_parts_give_the_same_bits(kind):
     scratch = torch.empty(decode.mlp_scratch(tokens, hidden, ffn, topk, experts))
     whole = x.clone()
     decode.mlp_block(whole, norm, routing, stack, scratch)
-    normed, ids, probs = decode.route(x, norm, routing, scratch)
+    routed = decode.Routed(torch.empty_like(x), torch.empty(tokens, topk, dtype=torch.int64), torch.empty(tokens, topk))
+    decode.route(x, norm, routing, routed, scratch)
     y, parts = torch.empty(tokens, topk, hidden), x.clone()
     for last, kept in ((False, own < 2), (False, own == 3), (True, (own >= 2) & (own != 3))):
         part = torch.where(kept, own, -1)
         some = replace(stack, index1_E=part, index2_E=part)
-        decode.experts_block(normed, ids, probs, some, y, parts, scratch, combine=last)
+        decode.experts_block(routed, some, y, parts, scratch, combine=last)
     assert torch.equal(parts, whole)
 
 

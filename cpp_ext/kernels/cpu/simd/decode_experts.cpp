@@ -62,7 +62,8 @@ void activate(float* h, const float* up, int64_t n) {
 // One task of the first product: columns first .. last - 1 of h for all of an expert's rows.
 void first_product(const DecodeExperts& a, const Hits& hits, int64_t u, int64_t first, int64_t last, float* up,
                    float* floats) {
-  const int64_t index = a.index1_E[hits.experts[u]];
+  const int64_t expert = hits.experts[u], index = a.index1_E[expert];
+  const float factor = a.factor1_E == nullptr ? 1.0f : a.factor1_E[expert];
   const int64_t width = a.gated ? 2 * a.ffn : a.ffn;
   const float* x[kRowBlock];
   float* h[kRowBlock];
@@ -76,10 +77,10 @@ void first_product(const DecodeExperts& a, const Hits& hits, int64_t u, int64_t 
       ups[m] = up + m * kTaskOuts;
     }
     const float* bias = a.b1 == nullptr ? nullptr : a.b1 + index * width;
-    multiply(x, rows, a.w1, index * width, a.hidden, first, last, {h, 0, nullptr, bias, false}, floats);
+    multiply(x, rows, a.w1, index * width, a.hidden, first, last, {h, 0, nullptr, bias, false, factor}, floats);
     if (a.gated) {
       const float* up_bias = bias == nullptr ? nullptr : bias + a.ffn;
-      multiply(x, rows, a.w1, index * width + a.ffn, a.hidden, first, last, {ups, first, nullptr, up_bias, false},
+      multiply(x, rows, a.w1, index * width + a.ffn, a.hidden, first, last, {ups, first, nullptr, up_bias, false, factor},
                floats);
     }
     for (int64_t m = 0; m < rows; ++m) activate(h[m] + first, a.gated ? ups[m] : nullptr, last - first);
@@ -87,7 +88,8 @@ void first_product(const DecodeExperts& a, const Hits& hits, int64_t u, int64_t 
 }
 
 void second_product(const DecodeExperts& a, const Hits& hits, int64_t u, int64_t first, int64_t last, float* floats) {
-  const int64_t index = a.index2_E[hits.experts[u]];
+  const int64_t expert = hits.experts[u], index = a.index2_E[expert];
+  const float factor = a.factor2_E == nullptr ? 1.0f : a.factor2_E[expert];
   const float* h[kRowBlock];
   float* y[kRowBlock];
   for (int64_t begin = hits.starts[u]; begin < hits.starts[u + 1]; begin += kRowBlock) {
@@ -98,7 +100,7 @@ void second_product(const DecodeExperts& a, const Hits& hits, int64_t u, int64_t
       y[m] = a.y_NH + slot * a.hidden;
     }
     const float* bias = a.b2 == nullptr ? nullptr : a.b2 + index * a.hidden;
-    multiply(h, rows, a.w2, index * a.hidden, a.ffn, first, last, {y, 0, nullptr, bias, false}, floats);
+    multiply(h, rows, a.w2, index * a.hidden, a.ffn, first, last, {y, 0, nullptr, bias, false, factor}, floats);
   }
 }
 

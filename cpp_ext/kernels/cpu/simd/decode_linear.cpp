@@ -35,7 +35,7 @@ void decode_linear(const DecodeLinear& a) {
           x[m] = a.x_TK + (t + m) * a.inputs;
           out[m] = a.out_TN + (t + m) * a.outputs;
         }
-        multiply(x, rows, a.w_NK, 0, a.inputs, first, last, {out, 0, nullptr, a.bias_N, a.accumulate}, floats);
+        multiply(x, rows, a.w_NK, 0, a.inputs, first, last, {out, 0, nullptr, a.bias_N, a.accumulate, 1.0f}, floats);
       }
     }
   }

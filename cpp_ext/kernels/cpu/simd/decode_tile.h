@@ -143,18 +143,20 @@ static void tile_of(int64_t num_rows, const float* const* x, const W* const* w, 
   }
 }
 
-// Where a block of results goes: out[m][n - first] = sum * scale[n] + bias[n], or is added to.
+// Where a block of results goes: out[m][n - first] = (sum * scale[n] + bias[n]) * factor, or is added to.
 struct DecodeOut {
   float* const* rows;
   int64_t first;
   const float* scale;
   const float* bias;
   bool accumulate;
+  float factor;
 };
 
 SAMOE_INLINE void put(const DecodeOut& out, int64_t m, int64_t n, float sum) {
   if (out.scale != nullptr) sum *= out.scale[n];
   if (out.bias != nullptr) sum += out.bias[n];
+  sum *= out.factor;
   float* place = out.rows[m] + (n - out.first);
   *place = out.accumulate ? *place + sum : sum;
 }

@@ -1,0 +1,173 @@
+"""How a model's experts are kept for inference, what each way takes, and which one fits: arithmetic on sizes.
+
+A SaMoE's layer l uses W[l, e] = sum_b A[l, b] T[b, e]. *folded*: all W are made once and kept, as a plain MoE would. *on
+the fly*: the banks T are kept, and the weights of the experts that tokens chose are combined when needed, into a cache of
+bounded size. *selected*: where every layer's A takes one bank only, its experts are those of that bank, at most scaled.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_samoe.config.derived import num_moe_layers
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.moe.combination import normalize_coefficients
+from megatron_samoe.ops.decode import PAGE
+
+#: auto: selected where one bank serves each layer, else folded where it fits into memory, else on the fly.
+Serving = Literal["auto", "folded", "on-the-fly", "selected"]
+#: Of weights. int8 is weight-only: rows with a scale each.
+Precision = Literal["fp32", "bf16", "int8"]
+SERVINGS: tuple[Serving, ...] = ("auto", "folded", "on-the-fly", "selected")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+#: Precisions that the training model computes in.
+COMPUTE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WEIGHT_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+def precision_of(model: RankModel) -> Precision:
+    """Returns the precision in which a model is served unless told: its own, or fp32 for fp16."""
+    return "bf16" if model.dtype == torch.bfloat16 else "fp32"
+
+
+def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pages: int) -> dict[Serving, int]:
+    """Returns the memory that each way of serving takes on this rank besides the loaded model; scales of int8 aside.
+
+    Args:
+        cache_experts: slots for experts combined on the fly.
+        num_pages: of the key-value cache.
+    """
+    config, width = model.config, WEIGHT_BYTES[dtype]
+    shared_out = model.expert_pool is not None and model.expert_pool.is_shared_out
+    own = {id(p) for p in ([] if model.expert_pool is None else model.expert_pool.parameters())}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in own)
+    # Weights that stay as they are take nothing.
+    converted = 0 if precision_of(model) == dtype and model.dtype != torch.float16 else width * others
+    kv_heads = config.model.num_kv_heads // model.state.tp.size
+    positions = num_pages * PAGE * sum(len(chunk.layers) for chunk in model.chunks)
+    cache = positions * 2 * kv_heads * config.model.head_dim * (4 if dtype == "fp32" else 2)
+    if model.expert_pool is None:
+        return {"folded": converted + cache}
+    shapes = model.expert_pool.shapes().values()
+    one_bank = sum(math.prod(shape[1:]) for shape in shapes)
+    banks = 0 if dtype == "fp32" and not shared_out else width * config.moe.num_expert_banks * one_bank
+    expert = one_bank * model.state.ep.size // config.moe.num_experts
+    return {
+        "folded": converted + cache + width * len(model.moe_layers()) * one_bank,
+        "on-the-fly": converted + cache + banks + width * cache_experts * expert,
+        "selected": converted + cache + banks,
+    }
+
+
+def default_cache_experts(config: PretrainConfig) -> int:
+    """Returns the experts that an on-the-fly cache holds unless told: for each layer those of two tokens, or all."""
+    per_layer = min(config.moe.num_experts, 2 * config.moe.moe_router_topk)
+    return num_moe_layers(config) * per_layer
+
+
+@dataclass(frozen=True)
+class OneBank:
+    """Which bank each expert of a layer takes, and by what factor: for w1 and for w2; int64 and fp32, [2, E]."""
+
+    bank_2E: torch.Tensor
+    factor_2E: torch.Tensor
+
+
+def coefficients_of(model: RankModel) -> dict[int, torch.Tensor]:
+    """Returns the weights of banks, [2, G, P] by MoE layer, of this rank's layers."""
+    normalization = model.config.moe.samoe_normalization
+    return {
+        layer.moe.moe_index: normalize_coefficients(layer.moe.combination.detach(), normalization)
+        for layer in model.moe_layers()
+    }
+
+
+def selected_banks(model: RankModel) -> dict[int, OneBank] | None:
+    """Returns each MoE layer's banks; None where some layer combines several."""
+    if model.expert_pool is None:
+        return None
+    found = {}
+    for moe_index, a_2GP in coefficients_of(model).items():
+        if ((a_2GP != 0).sum(-1) > 1).any():
+            return None
+        bank_2G = a_2GP.abs().argmax(-1)
+        factor_2G = a_2GP.gather(-1, bank_2G[..., None])[..., 0]
+        num_experts = model.config.moe.num_experts // model.state.ep.size
+        found[moe_index] = OneBank(
+            bank_2G.expand(2, num_experts).contiguous(), factor_2G.expand(2, num_experts).float().contiguous()
+        )
+    return found
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Returns the bytes that this process can still take: of the device, the machine, and its control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = [int(lines["MemAvailable"].split()[0]) * 1024]
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free.append(int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return min(free)
+
+
+def choose_serving(serving: Serving, model: RankModel, needed: dict[Serving, int], free_bytes: int) -> Serving:
+    """Returns the way to serve, before anything is allocated; all ranks call it together and get the same.
+
+    Args:
+        needed: new memory that each way takes; see `needed_bytes`.
+
+    Raises:
+        ConfigError: the model has no such way, or it takes more memory than is free; the message names one that fits.
+    """
+    if model.expert_pool is None and serving not in ("auto", "folded"):
+        raise ConfigError(
+            "serving", serving,
+            f"the checkpoint is a {model.config.moe.expert_layout} model without a shared pool of experts; its only way "
+            "is folded",
+        )  # fmt: skip
+    facts = model.state.world.all_gather_object((needed, free_bytes, selected_banks(model) is not None))
+    needed = {way: max(others[way] for others, _, _ in facts) for way in needed}
+    free_bytes = min(free for _, free, _ in facts)
+    ways: list[Serving] = ["folded"] if model.expert_pool is None else ["folded", "on-the-fly"]
+    if all(one_bank for _, _, one_bank in facts) and model.expert_pool is not None:
+        ways.insert(0, "selected")
+    elif serving == "selected":
+        raise ConfigError(
+            "serving", serving,
+            "some layer of the checkpoint combines several banks, so there is no one bank to select; its ways are folded "
+            "and on-the-fly, and `tools/edit_checkpoint.py select` makes a checkpoint that can be served so",
+        )  # fmt: skip
+    fitting = [way for way in ways if needed[way] <= free_bytes]
+    if serving == "auto" and fitting:
+        return fitting[0]
+    if serving in fitting:
+        return serving
+    asked = ways[0] if serving == "auto" else serving
+    others = "".join(f"; {way} takes {_gigabytes(needed[way])}" for way in ways if way != asked)
+    advice = f"{fitting[0]} fits" if fitting else "none fits; a smaller precision, max_batch or max_tokens takes less"
+    raise ConfigError(
+        "serving", serving,
+        f"{asked} experts and the key-value cache take {_gigabytes(needed[asked])} more memory and "
+        f"{_gigabytes(free_bytes)} are free{others}; {advice}",
+    )  # fmt: skip
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{max(num_bytes, 0) / 1e9:.3g} GB"

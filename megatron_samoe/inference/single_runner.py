@@ -1,0 +1,125 @@
+"""Steps of a whole model in one process, by the inference ops: each needed weight is read once, and nothing is allocated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.inference.decode_layers import Banks, DecodeLayer, DecodeModel
+from megatron_samoe.inference.expert_cache import ExpertCache
+from megatron_samoe.inference.kv_cache import StepBatch
+from megatron_samoe.ops import decode
+from megatron_samoe.ops.decode import ExpertStack, Places, Routed, Weight
+
+
+class SingleRunner:
+    """Runs a model over buffers made at the start; their results are valid until the next step.
+
+    Args:
+        max_tokens: most tokens of a step.
+        max_logits: most tokens of a step whose logits are wanted.
+        cache_experts: slots of the cache, where experts are combined on the fly.
+    """
+
+    def __init__(self, model: DecodeModel, max_tokens: int, max_logits: int, cache_experts: int):
+        self._model = model
+        vocab, hidden = model.words.data.shape
+        self.device = model.words.data.device
+        banks = {i: layer.experts for i, layer in enumerate(model.layers) if isinstance(layer.experts, Banks)}
+        #: Experts combined on the fly; None for other ways of serving.
+        self.expert_cache = ExpertCache(banks, cache_experts) if banks else None
+        topk = max([1, *(layer.routing.topk for layer in model.layers if layer.routing is not None)])
+
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(shape, device=self.device)
+
+        self._x_TH, self._normed_TH = floats(max_tokens, hidden), floats(max_tokens, hidden)
+        self._ids = torch.empty(max_tokens * topk, dtype=torch.int64, device=self.device)
+        self._probs, self._y = floats(max_tokens * topk), floats(max_tokens * topk * hidden)
+        self._last_NH, self._logits_NV = floats(max_logits, hidden), floats(max_logits, vocab)
+        self._rows = torch.empty(max_logits, dtype=torch.int64)
+        self._scratch = floats(max(_scratch_of(layer, max_tokens, hidden) for layer in model.layers))
+        # Rows of the embedding as they are stored, where that is not fp32.
+        kind = model.words.data.dtype
+        self._words = None if kind == torch.float32 else torch.empty(max_tokens, hidden, dtype=kind, device=self.device)
+        self._scales = floats(max_tokens)
+
+    @torch.no_grad()
+    def run(self, batch: StepBatch) -> Tensor:
+        """See `Runner.run`."""
+        model, count = self._model, batch.num_tokens
+        assert count <= self._x_TH.shape[0] and len(batch.logit_rows) <= self._rows.shape[0]
+        x_TH = self._x_TH[:count]
+        self._embed(batch, x_TH)
+        places = Places(batch.positions_T, batch.slots_T, batch.pages, model.cos_PR, model.sin_PR)
+        for index, layer in enumerate(model.layers):
+            decode.attention_block(x_TH, layer.attention, places, self._scratch)
+            if isinstance(layer.experts, ExpertStack) and layer.shared is None:
+                decode.mlp_block(x_TH, layer.mlp_norm, layer.routing, layer.experts, self._scratch)
+            else:
+                self._experts(index, layer, x_TH)
+        return self._head(batch, x_TH)
+
+    def _embed(self, batch: StepBatch, x_TH: Tensor) -> None:
+        words = self._model.words
+        if self._words is None:
+            torch.index_select(words.data, 0, batch.tokens_T, out=x_TH)
+        else:
+            rows = self._words[: batch.num_tokens]
+            torch.index_select(words.data, 0, batch.tokens_T, out=rows)
+            x_TH.copy_(rows)
+        if words.scale is not None:
+            scales = self._scales[: batch.num_tokens]
+            torch.index_select(words.scale, 0, batch.tokens_T, out=scales)
+            x_TH.mul_(scales[:, None])
+        if self._model.positions is not None:
+            # The norms' buffer is free until the first layer.
+            rows = self._normed_TH[: batch.num_tokens]
+            torch.index_select(self._model.positions, 0, batch.positions_T, out=rows)
+            x_TH.add_(rows)
+
+    def _experts(self, index: int, layer: DecodeLayer, x_TH: Tensor) -> None:
+        """Adds routed experts and an MLP beside them, which both take the stream as it was before."""
+        count, hidden = x_TH.shape
+        topk = 1 if layer.routing is None else layer.routing.topk
+        ids_TK, probs_TK = (t[: count * topk].view(count, topk) for t in (self._ids, self._probs))
+        y_TKH = self._y[: count * topk * hidden].view(count, topk, hidden)
+        routed = Routed(self._normed_TH[:count], ids_TK, probs_TK)
+        decode.route(x_TH, layer.mlp_norm, layer.routing, routed, self._scratch)
+        if isinstance(layer.experts, ExpertStack):
+            decode.experts_block(routed, layer.experts, y_TKH, x_TH, self._scratch)
+        else:
+            assert self.expert_cache is not None
+            self.expert_cache.run(index, routed, y_TKH, x_TH, self._scratch)
+        if layer.shared is not None:
+            ids_T1, probs_T1 = (t[:count].view(count, 1) for t in (self._ids, self._probs))
+            alone = Routed(routed.normed_TH, ids_T1.zero_(), probs_T1.fill_(1.0))
+            y_T1H = self._y[: count * hidden].view(count, 1, hidden)
+            decode.experts_block(alone, layer.shared, y_T1H, x_TH, self._scratch)
+
+    def _head(self, batch: StepBatch, x_TH: Tensor) -> Tensor:
+        num = len(batch.logit_rows)
+        last_NH, logits_NV = self._last_NH[:num], self._logits_NV[:num]
+        if num:
+            if num < batch.num_tokens:
+                rows = self._rows[:num]
+                rows.numpy()[:] = batch.logit_rows
+                torch.index_select(x_TH, 0, rows.to(self.device), out=last_NH)
+            else:
+                last_NH.copy_(x_TH)
+            normed_NH = decode.norm(last_NH, self._model.final_norm, self._normed_TH[:num])
+            decode.linear(normed_NH, self._model.output, None, logits_NV)
+        return logits_NV.cpu()
+
+
+def _scratch_of(layer: DecodeLayer, max_tokens: int, hidden: int) -> int:
+    """Returns the floats that a layer's blocks need."""
+    sizes = [decode.attention_scratch(max_tokens, layer.attention)]
+    for stack, routing in ((layer.experts, layer.routing), (layer.shared, None)):
+        if stack is None:
+            continue
+        w2: Weight = stack.w2 if isinstance(stack, ExpertStack) else stack.w2[0]
+        num_experts = 1 if routing is None else routing.weight_EH.shape[0]
+        topk = 1 if routing is None else routing.topk
+        sizes.append(decode.mlp_scratch(max_tokens, hidden, w2.data.shape[-1], topk, num_experts))
+    return max(sizes)

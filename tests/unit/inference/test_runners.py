@@ -1,0 +1,239 @@
+"""Logits of every runner equal the training forward's, with and without a cache, in every batch and way of serving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.inference.decode_layers import make_decode_model
+from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.kv_cache import PageTable, pages_for
+from megatron_samoe.inference.load import LoadedModel
+from megatron_samoe.inference.rank_runner import RankRunner, convert_weights
+from megatron_samoe.inference.request import Request
+from megatron_samoe.inference.sampling import SamplingOptions
+from megatron_samoe.inference.serving import Serving, choose_serving, needed_bytes
+from megatron_samoe.inference.single_runner import SingleRunner
+from megatron_samoe.ops import decode
+from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
+
+MODELS = {
+    "dense gpt3": ("dense", {}),
+    "dense llama": ("dense", {"style": "llama", "qk_layernorm": True, "rotary_percent": 0.5}),
+    "moe": ("moe", {"style": "llama", "moe_router_topk": 2}),
+    "moe every second": ("moe", {"moe_layer_freq": "2", "moe_router_score_function": "sigmoid"}),
+    "moe shared": ("moe", {"moe_shared_expert_intermediate_size": 24, "moe_router_topk": 3}),
+    "samoe gpt3": ("samoe", {"moe_router_topk": 2, "num_expert_banks": 3}),
+    "samoe llama": ("samoe", {"style": "llama", "samoe_granularity": "expert"}),
+    "samoe softmax": ("samoe", {"samoe_normalization": "softmax", "moe_shared_expert_intermediate_size": 24}),
+}
+WAYS: list[tuple[str, Serving]] = [
+    *((name, "folded") for name in MODELS), *((name, "on-the-fly") for name in MODELS if name.startswith("samoe")),
+    ("samoe gpt3", "selected"), ("samoe llama", "selected"),
+]  # fmt: skip
+IDS = [[(7 * i * i + 3 * s + 11) % VOCAB for i in range(n)] for s, n in enumerate((37, 5, 20))]
+
+
+def make(name: str, serving: Serving) -> LoadedModel:
+    layout, options = MODELS[name]
+    loaded = loaded_tiny(layout, mixing=serving != "selected", **options)
+    if serving == "selected":  # one bank each, some of them scaled
+        for i, layer in enumerate(loaded.model.moe_layers()):
+            layer.moe.combination *= 1 + 0.25 * i
+        with torch.no_grad():
+            loaded.model.begin_step()
+    return loaded
+
+
+def single(
+    loaded: LoadedModel, serving: Serving, pages: int, cache_experts: int = 4, dtype: str = "fp32"
+) -> SingleRunner:
+    model = make_decode_model(loaded.model, serving, dtype, pages)
+    return SingleRunner(model, 64, 64, cache_experts)
+
+
+def tables(lengths: list[int]) -> PageTable:
+    pages = PageTable(len(lengths), sum(map(pages_for, lengths)), 3)
+    assert [pages.reserve(n) for n in lengths] == list(range(len(lengths)))
+    return pages
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.fixture(params=["compiled", "twins"])
+def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "twins":
+        monkeypatch.setattr(decode.extension, "serves", lambda *tensors: False)
+    return
+
+
+@pytest.mark.parametrize(("name", "serving"), WAYS)
+def test_logits_equal_the_training_forward_at_every_position(name: str, serving: Serving, ops: None) -> None:
+    loaded = make(name, serving)
+    expected = [forward_logits(loaded, ids) for ids in IDS]
+    assert expected[0].std() > 0.1
+    pages = tables([len(ids) for ids in IDS])
+    runner = single(loaded, serving, pages.num_pages)
+    # Whole prompts without a cache; then with one: a part alone, other batches of parts, single tokens.
+    for slot in (0, 1, 2):
+        close(step_logits(runner, pages, [(slot, 0, IDS[slot])])[0], expected[slot])
+    steps = [
+        [(0, 0, 20)], [(1, 0, 3), (2, 0, 18)], [(2, 18, 1), (0, 20, 1), (1, 3, 1)], [(0, 21, 15), (1, 4, 1)],
+        [(2, 19, 1), (0, 36, 1)],
+    ]  # fmt: skip
+    for step in steps:
+        got = step_logits(runner, pages, [(slot, first, IDS[slot][first : first + n]) for slot, first, n in step])
+        for (slot, first, n), logits in zip(step, got, strict=True):
+            close(logits, expected[slot][first : first + n])
+    if serving == "on-the-fly":
+        cache = runner.expert_cache
+        assert cache is not None and cache.num_hits > 0 and cache.num_misses > 4
+
+
+@pytest.mark.parametrize(
+    ("name", "serving"), [("moe", "folded"), ("samoe gpt3", "on-the-fly"), ("samoe gpt3", "selected")]
+)
+def test_the_rank_runner_serves_the_same_ways(name: str, serving: Serving) -> None:
+    loaded = make(name, serving)
+    expected = forward_logits(loaded, IDS[0])
+    pages = tables([len(IDS[0])])
+    runner = RankRunner(loaded, pages.num_pages, serving)
+    close(step_logits(runner, pages, [(0, 0, IDS[0][:30])])[0], expected[:30])
+    close(step_logits(runner, pages, [(0, 30, IDS[0][30:])])[0], expected[30:])
+
+
+@pytest.mark.parametrize(("name", "serving"), [("dense gpt3", "folded"), *(w for w in WAYS if w[0] == "samoe gpt3")])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 0.03), ("int8", 0.05)])
+def test_small_weights_stay_near(name: str, serving: Serving, dtype: str, tolerance: float) -> None:
+    loaded = make(name, serving)
+    expected = forward_logits(loaded, IDS[0])
+    pages = tables([len(IDS[0])])
+    runner = single(loaded, serving, pages.num_pages, 8, dtype)
+    got = torch.cat([step_logits(runner, pages, [(0, i, [token])])[0] for i, token in enumerate(IDS[0])])
+    # Near on the whole; single tokens may go to other experts.
+    error = (got - expected).square().mean(1).sqrt() / expected.std()
+    assert 1e-5 < error.median() < tolerance
+    again = single(loaded, serving, pages.num_pages, 8, dtype)
+    together = step_logits(again, pages, [(0, 0, IDS[0])])[0]
+    # Caches and steps change nothing but rounding; what a router chooses differently is rare.
+    assert ((together - got).abs().amax(1) < 0.05 * expected.std()).float().mean() > 0.8
+
+
+def test_bf16_models_are_served_in_their_own_precision() -> None:
+    loaded = loaded_tiny("samoe", dtype=torch.bfloat16, style="llama", moe_router_topk=2)
+    assert Engine(loaded).dtype == "bf16" and Engine(loaded, dtype="fp32").dtype == "fp32"
+    expected = forward_logits(loaded, IDS[1])
+    pages = tables([5])
+    for dtype in ("fp32", "bf16"):
+        runner = single(loaded, "folded", pages.num_pages, dtype=dtype)
+        got = step_logits(runner, pages, [(0, 0, IDS[1])])[0]
+        assert (got - expected).square().mean().sqrt() < 0.05 * expected.std()
+
+
+def test_weights_convert_and_pools_stay() -> None:
+    loaded = loaded_tiny("samoe", style="llama")
+    expected = forward_logits(loaded, IDS[1])
+    convert_weights(loaded.model, "bf16")
+    loaded.model.begin_step()
+    kinds = {name: p.dtype for name, p in loaded.model.named_parameters()}
+    assert {k for n, k in kinds.items() if "router" in n or "pool" in n or "combination" in n} == {torch.float32}
+    assert kinds["chunks.0.layers.0.attention.qkv.weight"] == torch.bfloat16
+    pages = tables([5])
+    got = step_logits(RankRunner(loaded, pages.num_pages, "folded"), pages, [(0, 0, IDS[1])])[0]
+    assert 0 < (got - expected).square().mean().sqrt() < 0.05 * expected.std()
+    with pytest.raises(ConfigError, match="dtype = 'int8': fp32 or bf16"):
+        convert_weights(loaded.model, "int8")
+
+
+def greedy(engine: Engine, prompts: list[list[int]], new: int = 12) -> list[list[int]]:
+    options = SamplingOptions(new, temperature=0.0, ignore_eod=True)
+    ids = [engine.submit(Request(prompt, options)) for prompt in prompts]
+    made: dict[int, list[int]] = {i: [] for i in ids}
+    while engine.has_work:
+        for event in engine.step():
+            made[event.request_id].append(event.token_id)
+    return [made[i] for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("name", "serving"), [("dense llama", "folded"), ("moe", "folded"), ("samoe gpt3", "on-the-fly")]
+)
+def test_a_request_gets_the_same_tokens_in_any_company(name: str, serving: Serving) -> None:
+    loaded = make(name, serving)
+    alone = [greedy(Engine(loaded, max_batch=1, serving=serving), [ids])[0] for ids in IDS]
+    assert [len(tokens) for tokens in alone] == [12, 12, 12]
+    crowd = Engine(loaded, max_batch=3, serving=serving, max_step_tokens=7)
+    assert greedy(crowd, [*IDS, *IDS[::-1]]) == [*alone, *alone[::-1]]
+
+
+def test_auto_takes_selected_then_folded_then_on_the_fly() -> None:
+    one_bank, mixed = make("samoe gpt3", "selected"), make("samoe gpt3", "folded")
+    assert Engine(one_bank).serving == "selected" and Engine(mixed).serving == "folded"
+    assert Engine(make("moe", "folded")).serving == "folded"
+    needed = needed_bytes(mixed.model, "fp32", 4, 8)
+    assert needed["selected"] < needed["on-the-fly"] < needed["folded"]
+    assert choose_serving("auto", mixed.model, needed, needed["folded"]) == "folded"
+    assert choose_serving("auto", mixed.model, needed, needed["folded"] - 1) == "on-the-fly"
+
+
+def test_memory_too_small_is_said_with_the_way_that_fits() -> None:
+    mixed = make("samoe gpt3", "folded")
+    needed = {"folded": 9_000_000_000, "on-the-fly": 2_000_000_000, "selected": 1_000_000_000}
+    message = "folded experts and the key-value cache take 9 GB more memory and 3 GB are free; on-the-fly takes 2 GB"
+    with pytest.raises(ConfigError, match=f"{message}; on-the-fly fits"):
+        choose_serving("folded", mixed.model, needed, 3_000_000_000)
+    with pytest.raises(ConfigError, match="none fits; a smaller precision"):
+        choose_serving("auto", mixed.model, needed, 1_500_000_000)
+
+
+def test_memory_is_looked_at_before_folding(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = make("samoe gpt3", "folded")
+    monkeypatch.setattr("megatron_samoe.inference.engine.free_memory_bytes", lambda device: 400_000)
+    monkeypatch.setattr("megatron_samoe.inference.engine.make_decode_model", None)
+    with pytest.raises(ConfigError, match="folded experts and the key-value cache take"):
+        Engine(loaded, max_batch=1, serving="folded")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("serving", ["folded", "on-the-fly", "selected"])
+def test_needed_bytes_are_those_that_the_weights_take(serving: Serving, dtype: str) -> None:
+    loaded = make("samoe gpt3", "selected")
+    pages, cache_experts = 5, 8
+    before = {t.untyped_storage().data_ptr() for t in loaded.model.parameters()}
+    runner = single(loaded, serving, pages, cache_experts, dtype)
+    tensors = runner._model.weights()
+    if runner.expert_cache is not None:
+        cache = runner.expert_cache
+        tensors += [t for w in (cache._w1, cache._w2) for t in (w.data, w.scale) if t is not None]
+    new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    taken = sum(size for place, size in new.items() if place not in before)
+    planned = needed_bytes(loaded.model, dtype, cache_experts, pages)[serving]
+    # Biases, norms and scales are kept in fp32 whatever the precision of matrices.
+    assert abs(taken - planned) < 0.2 * planned + 40_000
+
+
+def test_missing_ways_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="serving = 'on-the-fly': the checkpoint is a moe model without a shared pool"
+    ):
+        Engine(make("moe", "folded"), serving="on-the-fly")
+    with pytest.raises(ConfigError, match="some layer of the checkpoint combines several banks"):
+        Engine(make("samoe gpt3", "folded"), serving="selected")
+    with pytest.raises(ConfigError, match="cache_experts = 3: must be 4 or more"):
+        Engine(make("samoe gpt3", "folded"), cache_experts=3)
+    with pytest.raises(ConfigError, match="dtype = 'fp8'"):
+        Engine(make("moe", "folded"), dtype="fp8")  # type: ignore[arg-type]
+
+
+def test_selecting_needs_every_layer_to_take_one_bank() -> None:
+    loaded = make("samoe llama", "selected")
+    layer = loaded.model.moe_layers()[2]
+    layer.moe.combination[1, 3] = torch.tensor([0.1, 1.0])
+    with pytest.raises(ConfigError, match="combines several banks"):
+        Engine(loaded, serving="selected")
