@@ -41,6 +41,7 @@ from megatron_samoe.parallel_state import ParallelState, backend, initialize_mod
 
 #: Environment variable that stands in for --data-dir.
 DATA_VARIABLE = "MEGATRON_SAMOE_EVAL_DATA"
+SIZES = ("tensor", "pipeline", "expert")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     who.add_argument(
         "--compare-with", metavar="DIR", help="another folder of checkpoints, for paired tests on the same items"
     )
-    for size in ("tensor", "pipeline", "expert"):
+    for size in SIZES:
         who.add_argument(f"--{size}-model-parallel-size", type=int, default=1, metavar="N")
     who.add_argument(
         "--batch-size", type=int, metavar="N", help="sequences of a forward pass; 4,096 tokens' worth if not given"
@@ -134,13 +135,10 @@ def _check(options: argparse.Namespace) -> None:
     constant = options.predictor != "model"
     if constant:
         ConstantPredictor(options.predictor)
-    for name in ("load", "ckpt_step", "checkpoints", "compare_with", "batch_size", "harness"):
-        if constant and getattr(options, name):
-            raise ConfigError(
-                f"--{name.replace('_', '-')}",
-                getattr(options, name),
-                f"has no effect with --predictor {options.predictor}",
-            )
+    sizes = [f"{size}_model_parallel_size" for size in SIZES if getattr(options, f"{size}_model_parallel_size") != 1]
+    if constant:
+        of_models = ("load", "ckpt_step", "checkpoints", "compare_with", "batch_size", "harness", *sizes)
+        _refuse(options, of_models, f"has no effect with --predictor {options.predictor}")
     if not constant and not options.load:
         raise ConfigError(
             "--load", None, f"must name a folder of checkpoints, or give --predictor {'|'.join(CONSTANT)}"
@@ -152,13 +150,19 @@ def _check(options: argparse.Namespace) -> None:
     if options.harness:
         if options.tasks == "all":
             raise ConfigError("--tasks", "all", "with --harness must name tasks of the harness")
-        for name in ("data_dir", "hub", "corpus", "checkpoints", "compare_with", "samples"):
-            if getattr(options, name):
-                raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "has no effect with --harness")
+        ours = ("data_dir", "hub", "corpus", "checkpoints", "compare_with", "samples")
+        _refuse(options, ours, "has no effect with --harness")
     elif options.include_path:
         raise ConfigError("--include-path", options.include_path, "needs --harness")
 
     _check_outputs(options)
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value not in (None, False, []):
+            raise ConfigError(f"--{name.replace('_', '-')}", str(value) if isinstance(value, Path) else value, why)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

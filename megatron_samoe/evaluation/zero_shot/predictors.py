@@ -83,6 +83,11 @@ class ModelPredictor:
         """Most tokens that are read at a time."""
         return self.loaded.config.model.seq_length
 
+    def check(self, task: Task) -> None:
+        """Raises DataError for a task whose answers are longer than what the model reads."""
+        if task.kind == "generate":
+            encode_prompt(self.loaded.tokenizer, "", self.seq_length, task.max_new_tokens)
+
     def respond(self, task: Task, items: Sequence[Item]) -> list[Response]:
         """Returns one response per item; all ranks of the layout call it together."""
         if task.kind == "generate":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,18 +61,31 @@ def prepare(
     return Questions(tuple(found), texts, tuple(skipped))
 
 
+@contextmanager
+def _named(task: Task) -> Iterator[None]:
+    """Puts the task's name before the message of a DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"Task {task.name}: {error}.") from error
+
+
 def ask(questions: Questions, predictor: Predictor, tell: Callable[[TaskResult], object]) -> list[TaskResult]:
     """Returns a predictor's results on everything; `tell` hears each as it is there."""
+    if isinstance(predictor, ModelPredictor):  # what cannot be answered is said before hours are spent on the rest
+        for task, _ in questions.tasks:
+            with _named(task):
+                predictor.check(task)
+    elif questions.corpora:
+        name = questions.corpora[0][0].removeprefix("corpus:")
+        raise ConfigError("--corpus", name, "needs a model: a constant predictor gives no probabilities")
     results = []
     for task, items in questions.tasks:
-        try:
+        with _named(task):
             results.append(evaluate_task(task, items, predictor))
-        except DataError as error:
-            raise DataError(f"Task {task.name}: {error}.") from error
         tell(results[-1])
     for name, documents in questions.corpora:
-        if not isinstance(predictor, ModelPredictor):
-            raise ConfigError("--corpus", name, "needs a model: a constant predictor gives no probabilities")
+        assert isinstance(predictor, ModelPredictor)
         results.append(evaluate_corpus(name, documents, predictor))
         tell(results[-1])
     return results

@@ -1,0 +1,233 @@
+"""The evaluate program as a user drives it: tables, JSON, samples, checkpoints, comparisons, refusals, torchrun."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.cli.evaluate import DATA_VARIABLE, main
+from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
+from megatron_samoe.evaluation.zero_shot.task import TASK_DIR
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.training.checkpointing import save_run
+from megatron_samoe.training.setup import build_setup, initial_state
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import tiny_config, with_layout
+from tests.unit.evaluation.zero_shot_data import FORMS, lines, write
+
+ROOT = Path(__file__).resolve().parents[3]
+Run = Callable[..., str]
+
+
+def save_series(config: PretrainConfig, iterations: tuple[int, ...], seed: int) -> None:
+    setup = build_setup(config, 257, initialize_model_parallel(config.parallel))
+    state = initial_state(setup)
+    generator = torch.Generator().manual_seed(seed)
+    for iteration in iterations:
+        with torch.no_grad():
+            for parameter in setup.model.global_parameters().values():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        save_run(setup, replace(state, iteration=iteration))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders, of three checkpoints and of one."""
+    folders = []
+    for experts, iterations, seed in (("samoe", (10, 20, 30), 1), ("moe", (30,), 2)):
+        folder = tmp_path_factory.mktemp(experts)
+        config = replace(
+            tiny_config(experts, seq_length=32), checkpoint=CheckpointConfig(save=str(folder)),
+            data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
+        )  # fmt: skip
+        run_ranks(save_series, 1, with_layout(config), iterations, seed)
+        folders.append(folder)
+    return folders[0], folders[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one form of each task, and more rows of BoolQ."""
+    folder = tmp_path_factory.mktemp("data")
+    for form in {form.task: form for form in FORMS}.values():
+        write(form, folder)
+    rows = [{"question": f"is {n} odd", "passage": "p" * (n % 7), "label": n % 3 > 0} for n in range(30)]
+    (folder / "boolq_val.jsonl").write_text(lines(*rows))
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*words: object, status: int = 0) -> str:
+        import logging
+
+        logging.getLogger("megatron_samoe").handlers.clear()  # else it would write to an earlier test's output
+        found = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        assert found == status, captured
+        if status:
+            assert captured.err.startswith("error: ") and "Traceback" not in captured.err
+            return captured.err
+        return captured.out
+
+    return call
+
+
+def test_all_tasks_of_a_folder(run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    out = run("--load", checkpoints[0], "--data-dir", data, "--json", tmp_path / "r.json", "--samples", tmp_path / "s")
+    (found,) = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert found["name"] == "iter_0000030" and found["seq_length"] == 32 and found["limit"] is None
+    results = {result["task"]: result for result in found["results"]}
+    assert len(results) == 17 and results["boolq"]["items"] == 30 and results["boolq"]["best_constant"] == 2 / 3
+    assert set(results["multirc"]["metrics"]) == {"acc_per_answer", "em", "f1a", "yes_share"}
+    assert all(task in out for task in results) and "were cut from the left" in out
+    samples = [json.loads(line) for line in (tmp_path / "s/boolq.jsonl").read_text().splitlines()]
+    assert len(samples) == 30 and samples[3]["item"] == "boolq_val.jsonl:4"
+    right = sum(sample["right"] for sample in samples)
+    assert right / 30 == results["boolq"]["metrics"]["acc"]["value"]
+    for sample in samples:
+        assert sample["prediction"] == max((0, 1), key=lambda n: sample["loglikelihoods"][n])
+        assert sample["right"] == (sample["prediction"] == sample["gold"])
+
+
+def test_checkpoints_and_comparison(run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    one = ("--data-dir", data, "--tasks", "boolq,multirc", "--json", tmp_path / "r.json")
+    accuracies = []
+    for step in (20, 30):
+        run("--load", checkpoints[0], "--ckpt-step", step, *one)
+        (found,) = json.loads((tmp_path / "r.json").read_text())["runs"]
+        accuracies.append(found["results"][0]["metrics"]["acc"]["value"])
+    out = run("--load", checkpoints[0], "--checkpoints", "LAST:2", "--compare-with", checkpoints[1], *one)
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert [r["name"] for r in content["runs"]] == ["iter_0000020", "iter_0000030", "iter_0000030"]
+    over = next(v for v in content["variation"] if v["task"] == "boolq")
+    assert over["values"] == accuracies and over["mean"] == pytest.approx(sum(accuracies) / 2)
+    assert over["sd"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / math.sqrt(2))
+    assert over["stderr"] == pytest.approx(math.sqrt(accuracies[1] * (1 - accuracies[1]) / 30))
+    comparison = content["comparison"][0]
+    other = content["runs"][2]["results"][0]["metrics"]["acc"]["value"]
+    assert (comparison["first"], comparison["second"]) == (accuracies[1], other)
+    b, c = comparison["mcnemar"]["only_first"], comparison["mcnemar"]["only_second"]
+    assert c - b == round(30 * (other - accuracies[1]))
+    for words in ("over 2 checkpoints (iter_0000020, iter_0000030)", "std. error of one", "p McNemar", "p bootstrap"):
+        assert words in out
+
+
+def test_predictors(run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(data))
+    for predictor, accuracy in (("always-yes", 2 / 3), ("always-no", 1 / 3), ("oracle", 1.0)):
+        out = run("--predictor", predictor, "--json", tmp_path / "r.json")
+        (found,) = json.loads((tmp_path / "r.json").read_text())["runs"]
+        results = {result["task"]: result["metrics"] for result in found["results"]}
+        assert len(results) == 17 and results["boolq"]["acc"]["value"] == pytest.approx(accuracy)
+        assert f"boolq: acc {100 * accuracy:.2f}" in out
+    assert all(metric["value"] == 1 for name, metric in results["multirc"].items() if name != "yes_share")
+
+
+def test_perplexity_alone_needs_no_data_folder(run: Run, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words to measure, several")
+    words = ("--load", checkpoints[1], "--corpus", tmp_path / "a.txt")
+    found = []
+    for batch_size in (1, 3):
+        out = run(*words, "--batch-size", batch_size, "--json", tmp_path / "r.json")
+        content = json.loads((tmp_path / "r.json").read_text())
+        found.append(content["runs"][0]["results"][0]["metrics"]["byte_perplexity"]["value"])
+        assert "corpus:a.txt" in out and "word_perplexity" in out
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_answers_too_long_for_the_model_are_refused_first(
+    run: Run, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "long.yaml").write_text(
+        (TASK_DIR / "webqs.yaml").read_text().replace("max_new_tokens: 24", "max_new_tokens: 33")
+    )
+    (tmp_path / "webqs_test.jsonl").write_text(lines({"question": "where?", "answers": ["here"]}))
+    words = ("--load", checkpoints[0], "--data-dir", tmp_path, "--tasks", tmp_path / "long.yaml")
+    assert run(*words, status=1).endswith(
+        "Task webqs: answers of up to 33 tokens leave no room for a prompt: the model reads 32 tokens.\n"
+    )
+
+
+def test_list_tasks(run: Run) -> None:
+    assert len(run("--list-tasks").splitlines()) == 17
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "--load = None: must name a folder of checkpoints"),
+        (["--predictor", "orcale"], "must be model or one of always-yes, always-no, oracle. Did you mean 'oracle'?"),
+        (["--predictor", "oracle", "--load", "x"], "--load = 'x': has no effect with --predictor oracle"),
+        (["--predictor", "oracle", "--checkpoints", "LAST:2"], "--checkpoints = 'LAST:2': has no effect"),
+        (["--predictor", "oracle", "--tensor-model-parallel-size", "2"], "has no effect with --predictor oracle"),
+        (["--load", "x", "--checkpoints", "LAST:2", "--ckpt-step", "2"], "excludes --checkpoints"),
+        (["--load", "x", "--batch-size", "0"], "--batch-size = 0: must be 1 or more"),
+        (["--load", "x", "--harness"], "must name tasks of the harness"),
+        (["--load", "x", "--include-path", "y"], "needs --harness"),
+        (["--load", "x", "--harness", "--tasks", "a", "--data-dir", "y"], "--data-dir = 'y': has no effect with --harness"),
+        (["--predictor", "oracle", "--tasks", "bolq", "--data-dir", "DATA"], "Did you mean 'boolq'?"),
+        (["--predictor", "oracle", "--data-dir", "absent"], "--data-dir absent is no folder"),
+        (["--predictor", "oracle", "--json", "/proc/none/r.json"], "--json = '/proc/none/r.json': cannot be written"),
+        (["--load", "absent", "--tasks", "boolq", "--data-dir", "DATA"], "--load absent has no checkpoint"),
+        (["--load", "LOAD", "--tasks", "boolq", "--data-dir", "DATA", "--ckpt-step", "15"], "has iterations [10, 20, 30]"),
+        (["--load", "LOAD", "--tasks", "boolq", "--data-dir", "DATA", "--checkpoints", "LAST:4"], "there are only 3"),
+        (["--load", "LOAD", "--tasks", "boolq", "--data-dir", "DATA", "--checkpoints", "4th"], "must be LAST:N or a list"),
+        (["--predictor", "oracle", "--tasks", "boolq", "--data-dir", "DATA", "--corpus", "TEXT"], "needs a model"),
+        (["--load", "LOAD", "--corpus", "absent.txt"], "--corpus absent.txt is not there"),
+    ],
+)  # fmt: skip
+def test_refusals(
+    words: list[str], message: str, run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    (tmp_path / "text.txt").write_text("words")
+    names: dict[str, Any] = {"LOAD": checkpoints[0], "DATA": data, "TEXT": tmp_path / "text.txt"}
+    error = run(*(names.get(word, word) for word in words), status=1 if "absent" in message or "[10" in message or
+                "only 3" in message else 2)  # fmt: skip
+    assert message in error
+
+
+@pytest.mark.distributed
+def test_torchrun(run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
+    """The command line over two pipeline stages, over several checkpoints, says what one process says."""
+    words = [
+        "--load",
+        str(checkpoints[0]),
+        "--data-dir",
+        str(data),
+        "--tasks",
+        "boolq,lambada",
+        "--checkpoints",
+        "LAST:2",
+    ]
+    expected = run(*words, "--json", tmp_path / "1.json")
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "tools/evaluate.py",
+    ]
+    command = [*launcher, *words, "--pipeline-model-parallel-size", "2", "--json", str(tmp_path / "2.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected, "the first rank alone speaks"
+    one, two = (json.loads((tmp_path / name).read_text())["runs"] for name in ("1.json", "2.json"))
+    for a, b in zip(one, two, strict=True):
+        for first, second in zip(a["results"], b["results"], strict=True):
+            for name, metric in first["metrics"].items():
+                assert second["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-5)
