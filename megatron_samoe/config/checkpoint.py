@@ -29,6 +29,8 @@ class CheckpointConfig:
     """Leave optimizer state out of checkpoints."""
     no_load_optim: bool = False
     """Do not load optimizer state."""
+    no_load_rng: bool = False
+    """Go on with noise and sample order of --seed, where the checkpoint's run had another."""
     use_checkpoint_args: bool = False
     """Take the model's configuration from the checkpoint in --load."""
     exit_on_missing_checkpoint: bool = False

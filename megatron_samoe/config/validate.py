@@ -368,7 +368,8 @@ def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
     if config.training.skip_train and (checkpoint.load is None or config.training.eval_iters == 0):
         yield ConfigError("--skip-train", True, "needs --load (or --run-dir) and --eval-iters: it only evaluates")
     if checkpoint.load is None:
-        for name in ("ckpt_step", "finetune", "no_load_optim", "use_checkpoint_args", "exit_on_missing_checkpoint"):
+        for name in ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "use_checkpoint_args",
+                     "exit_on_missing_checkpoint"):  # fmt: skip
             if getattr(checkpoint, name):
                 yield ConfigError(flag(name), getattr(checkpoint, name), "needs --load or --run-dir")
 

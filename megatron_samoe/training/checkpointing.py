@@ -26,6 +26,8 @@ FREE_FIELDS = frozenset(
      "moe_expert_capacity_factor", "moe_token_drop_policy", "samoe_combine", "samoe_init", "samoe_freeze_coefficients",
      "samoe_pool_placement", "pool_replica_check_interval")
 )  # fmt: skip
+#: What decides which samples a run sees, besides its seed.
+CORPUS_FIELDS = ("data_path", "train_data_path", "split", "mock_data")
 EXPERT_FRACTIONS = "training.expert_fractions"
 
 
@@ -97,8 +99,10 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
         CheckpointError: the checkpoint is of another model, lacks optimizer state, or is damaged.
     """
     checkpoint = setup.config.checkpoint
-    saved = store.read_train_state(directory, (*PLAIN_KEYS, "vocab_size"))
-    check_same_model(setup, store.read_config(directory), saved, directory)
+    saved, saved_config = store.read_train_state(directory, (*PLAIN_KEYS, "vocab_size")), store.read_config(directory)
+    check_same_model(setup, saved_config, saved, directory)
+    if not (checkpoint.finetune or setup.config.training.skip_train):
+        check_same_course(setup, saved_config, directory)
     with_optimizer = not (checkpoint.finetune or checkpoint.no_load_optim)
     if with_optimizer and "optimizer_steps" not in saved:
         raise CheckpointError(f"{directory} has no optimizer state; give --no-load-optim or --finetune to go without.")
@@ -174,3 +178,23 @@ def check_same_model(
             f"The checkpoint in {directory} is of another model: {'; '.join(differences)}. "
             "Give --use-checkpoint-args to take its options, or another --load."
         )
+
+
+def check_same_course(setup: TrainSetup, saved_config: Mapping[str, Any], directory: Path) -> None:
+    """Checks that what is to come is drawn as in the run so far: noise and order of samples by the seed, from one corpus.
+
+    Raises:
+        CheckpointError: the seeds differ and --no-load-rng is not given. Another corpus is only remarked upon: phases
+            of a long training often have their own.
+    """
+    seed, saved_seed = setup.config.training.seed, (saved_config.get("training") or {}).get("seed")
+    if saved_seed not in (None, seed) and not setup.config.checkpoint.no_load_rng:
+        raise CheckpointError(
+            f"The run in {directory} draws noise and order of samples from --seed {saved_seed}, this one from {seed}. "
+            f"Give --seed {saved_seed} to go on as it would have, or --no-load-rng to go on with --seed {seed}."
+        )
+    current, saved_data = to_mapping(setup.config)["data"], saved_config.get("data") or {}
+    changed = [name for name in CORPUS_FIELDS if name in saved_data and saved_data[name] != current[name]]
+    if changed:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        logger.warning(f"{flags} differ from the run in {directory}; counting of samples goes on in the new corpus")

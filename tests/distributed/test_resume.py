@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -29,8 +30,9 @@ from tests.harness.program import (
 
 pytestmark = pytest.mark.distributed
 
-#: ranks -> (number of kills, iterations of the run): ten kills in all.
-KILLS = {1: (6, 30), 2: (4, 20)}
+NUM_KILLS = int(os.environ.get("SAMOE_KILLS", "10"))
+#: ranks -> (number of kills, iterations of the run).
+KILLS = {1: (NUM_KILLS * 6 // 10, NUM_KILLS * 3), 2: (NUM_KILLS * 4 // 10, NUM_KILLS * 2)}
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +206,22 @@ def test_no_load_optim_goes_on_with_fresh_moments(corpus: Path, trained: Path, t
     )
     assert full == original[4:]
     assert fresh[0] == full[0] and fresh[1] != full[1]  # the first loss comes before the first update
+
+
+def test_another_seed_is_refused_unless_told(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    options = {"data_path": corpus, "load": trained / "checkpoints", "train_iters": 8, "seed": 77}
+    paragraph = start(arguments(**options), tmp_path / "out").fail()
+    assert (
+        "--seed 77" not in paragraph.split("this one from")[0] and "--no-load-rng to go on with --seed 77" in paragraph
+    )
+    assert "loaded" in start(arguments(**options, no_load_rng=True), tmp_path / "out").succeed()
+
+
+def test_another_corpus_is_remarked_upon(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    other = write_corpus(tmp_path / "other" / "corpus")
+    options = {"load": trained / "checkpoints", "train_iters": 7}
+    assert "--data-path differ" in start(arguments(data_path=other, **options), tmp_path / "out").succeed()
+    assert "differ" not in start(arguments(data_path=corpus, **options), tmp_path / "out").succeed()
 
 
 def test_checkpoint_without_optimizer_is_refused_unless_told(corpus: Path, tmp_path: Path) -> None:
