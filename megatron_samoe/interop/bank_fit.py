@@ -8,6 +8,7 @@ coefficients are one-hot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +82,7 @@ def choose_anchors(basis_LP: Tensor) -> Tensor:
     return torch.tensor(sorted(chosen))
 
 
-def match_experts(gram_LELE: Tensor, num_banks: int, max_sweeps: int = 10) -> Tensor:
+def match_experts(grams: Sequence[Tensor], num_banks: int, max_sweeps: int = 10) -> Tensor:
     """Returns order_LE: expert order[l, e] of layer l plays role e, so that layers of one role share few directions.
 
     Layers are placed one after another, the one that fits best first: a role's score for an expert is the squared norm
@@ -89,24 +90,31 @@ def match_experts(gram_LELE: Tensor, num_banks: int, max_sweeps: int = 10) -> Te
     again against all others until nothing changes, and the order that P banks reproduce best is kept.
 
     Args:
-        gram_LELE: inner products of all experts of all layers, fp64.
+        grams: inner products of all experts of all layers, [L, E, L, E] in fp64, of weights that are combined apart:
+            each has P directions of its own, and all count alike, whatever their size.
     """
-    num_layers, num_experts = gram_LELE.shape[:2]
+    grams = [gram / torch.einsum("lele->", gram).clamp_min(1e-300) for gram in grams]
+    num_layers, num_experts = grams[0].shape[:2]
     order_LE = torch.arange(num_experts).repeat(num_layers, 1)
+
+    def scores_of(placed: list[int], layer: int) -> Tensor:
+        parts = [_role_scores(gram, order_LE, placed, layer, num_banks) for gram in grams]
+        return torch.stack(parts).sum(0)
+
     placed, waiting = [0], list(range(1, num_layers))
     while waiting:
-        scores = {layer: _role_scores(gram_LELE, order_LE, placed, layer, num_banks) for layer in waiting}
+        scores = {layer: scores_of(placed, layer) for layer in waiting}
         best = max(waiting, key=lambda layer: float(scores[layer].amax(1).sum()))
         order_LE[best] = _assign(scores[best])
         placed.append(best)
         waiting.remove(best)
-    kept, kept_loss = order_LE.clone(), _total_loss(gram_LELE, order_LE, num_banks)
+    kept, kept_loss = order_LE.clone(), _total_loss(grams, order_LE, num_banks)
     for _ in range(max_sweeps):
         before = order_LE.clone()
         for layer in range(1, num_layers):
             others = [other for other in range(num_layers) if other != layer]
-            order_LE[layer] = _assign(_role_scores(gram_LELE, order_LE, others, layer, num_banks))
-        loss = _total_loss(gram_LELE, order_LE, num_banks)
+            order_LE[layer] = _assign(scores_of(others, layer))
+        loss = _total_loss(grams, order_LE, num_banks)
         if loss < kept_loss:
             kept, kept_loss = order_LE.clone(), loss
         if torch.equal(order_LE, before):
@@ -142,6 +150,6 @@ def role_gram(gram_LELE: Tensor, order_LE: Tensor, per_expert: bool) -> Tensor:
     return gram_ELL if per_expert else gram_ELL.sum(0, keepdim=True)
 
 
-def _total_loss(gram_LELE: Tensor, order_LE: Tensor, num_banks: int) -> float:
-    fit = fit_banks(role_gram(gram_LELE, order_LE, per_expert=False), num_banks)
-    return float((fit.lost_LG * fit.norm_LG).sum())
+def _total_loss(grams: Sequence[Tensor], order_LE: Tensor, num_banks: int) -> float:
+    fits = [fit_banks(role_gram(gram, order_LE, per_expert=False), num_banks) for gram in grams]
+    return sum(float((fit.lost_LG * fit.norm_LG).sum()) for fit in fits)

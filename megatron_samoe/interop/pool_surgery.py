@@ -56,9 +56,7 @@ def pool_moe(source: GlobalTensors, num_banks: int, granularity: Granularity = "
     edited = begin_edit(source, _pooled_config(config, num_banks, granularity))
     kinds = [kind for kind in EXPERT_WEIGHTS if _name(layers[0], kind) in source.tensors]
     grams = [_gram_of_row(source, layers, [k for k in kinds if ROW_OF_WEIGHT[k] == row]) for row in (0, 1)]
-    # Both projections count alike, whatever their size.
-    joint = sum(gram / torch.einsum("lele->", gram).clamp_min(1e-300) for gram in grams)
-    order_LE = match_experts(joint, num_banks)
+    order_LE = match_experts(grams, num_banks)
     fits = [fit_banks(role_gram(gram, order_LE, granularity == "expert"), num_banks) for gram in grams]
 
     for name in model_names(source):

@@ -18,7 +18,7 @@ from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.inference.load import load_model
 from megatron_samoe.interop import edit
 from megatron_samoe.interop.assignment import best_assignment
-from megatron_samoe.interop.bank_fit import fit_banks
+from megatron_samoe.interop.bank_fit import fit_banks, match_experts
 from megatron_samoe.interop.pool_surgery import pool_moe
 from megatron_samoe.interop.unpool_surgery import fold_samoe, select_samoe
 from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
@@ -167,6 +167,20 @@ def test_a_moe_of_combinations_is_recovered(style: str, banks: int, granularity:
             assert float(distance_EE.min(1).values.max() / old[0].norm()) < 1e-5
     torch.testing.assert_close(logits(pooled), logits(moe), rtol=1e-3, atol=1e-3)
     assert loss(pooled) == pytest.approx(loss(samoe), abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", [9, 14])
+def test_projections_with_coefficients_of_their_own_are_matched_together(seed: int) -> None:
+    """w1 and w2 of a role each span P directions, not P together: 8 layers leave little over for 4 banks."""
+    generator = torch.Generator().manual_seed(seed)
+    banks = torch.randn(2, 4, 32, 100, generator=generator, dtype=torch.float64)
+    a_2LP = torch.randn(2, 8, 4, generator=generator, dtype=torch.float64)
+    roles_LE = torch.stack([torch.randperm(32, generator=generator) for _ in range(8)])
+    weights = [torch.einsum("lp,pen->len", a, t) for a, t in zip(a_2LP, banks, strict=True)]
+    weights = [torch.stack([w[roles] for w, roles in zip(each, roles_LE, strict=True)]) for each in weights]
+    order_LE = match_experts([torch.einsum("len,mfn->lemf", w, w) for w in weights], 4)
+    found_LE = roles_LE.gather(1, order_LE)
+    assert torch.equal(found_LE, found_LE[:1].expand(8, -1))
 
 
 def test_as_many_banks_as_layers_lose_nothing() -> None:
