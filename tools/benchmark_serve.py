@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Loads a server as many careless clients would, and checks every answer: `benchmark_serve.py --load CHECKPOINTS`.
+
+It starts tools/serve.py, sends requests so many at a time over 127.0.0.1, and ends it by SIGTERM under load. Requests
+are of all kinds: greedy completions of mixed lengths, streamed and whole; clients that vanish; JSON that is none;
+prompts beyond the context; bodies beyond the limit; unknown fields, models and paths. Checked: each completed answer is
+the text that an engine alone makes of the prompt; each refusal has the right status and a message in OpenAI's shape;
+the server's memory stays flat; SIGTERM lets open requests end and the process leaves with status 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from serve_load import ServerProcess, make_plan, run_plan, sigterm_under_load, summary
+
+from megatron_samoe.errors import MegatronSamoeError
+from megatron_samoe.evaluation.run_summary import format_table
+from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.load import load_model
+from megatron_samoe.inference.request import Request
+from megatron_samoe.inference.sampling import SamplingOptions
+from megatron_samoe.parallel_state.state import single_process_state
+
+
+def expected_texts(load: str, wanted: list[tuple[str, int]]) -> tuple[dict[tuple[str, int], str], int]:
+    """Returns what an engine that has one request at a time makes of each (prompt, max_tokens), and its context."""
+    loaded = load_model(load, single_process_state())
+    engine, found = Engine(loaded, max_batch=1), {}
+    for prompt, max_tokens in wanted:
+        engine.submit(Request(loaded.tokenizer.encode(prompt), SamplingOptions(max_tokens, temperature=0.0)))
+        text = ""
+        while engine.has_work:
+            text += "".join(event.text for event in engine.step())
+        found[prompt, max_tokens] = text
+    return found, engine.context_length
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", required=True, help="folder of checkpoints")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--concurrency", type=int, default=32, help="requests at a time")
+    parser.add_argument("--max-batch", type=int, default=8, help="of the server")
+    parser.add_argument("--max-queue", type=int, default=16, help="of the server; small, so that 429 comes up")
+    parser.add_argument("--num-threads", type=int, default=1, help="of the server")
+    parser.add_argument("--longest", type=int, default=48, help="most tokens of an answer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip-sigterm", action="store_true", help="end the server when nothing is open")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    return parser
+
+
+def main() -> int:
+    """Runs the load and returns 0 if nothing was wrong."""
+    options = _parser().parse_args()
+    plan = make_plan(options.requests, options.longest, options.seed)
+    try:
+        expected, context = expected_texts(options.load, plan.wanted)
+    except MegatronSamoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    flags = ["--load", options.load, "--max-batch", str(options.max_batch), "--max-queue", str(options.max_queue),
+             "--num-threads", str(options.num_threads), "--drain-timeout", "60"]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, ServerProcess(flags, Path(folder)) as server:
+        result = summary(run_plan(server, plan, expected, context, options.concurrency), server)
+        if not options.skip_sigterm:
+            result["sigterm"] = sigterm_under_load(server, plan, expected, options.concurrency)
+        result["exit_status"] = server.end()
+        result["log"] = server.log()
+    show(result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
+    return 0 if not wrong(result) else 1
+
+
+def wrong(result: dict) -> list[str]:
+    """Returns what was not as it should be."""
+    faults = list(result["faults"]) + list(result.get("sigterm", {}).get("faults", ()))
+    if result["exit_status"] != 0:
+        faults.append(f"the server left with status {result['exit_status']}")
+    if result["open_at_end"]:
+        faults.append(f"{result['open_at_end']:.0f} answers were still open with no client left")
+    if "Traceback" in result["log"]:
+        faults.append("the server's log has a traceback")
+    return faults
+
+
+def show(result: dict) -> None:
+    """Prints tables."""
+    heading = ["kind", "requests", "right", "status", "429 before"]
+    print(format_table([heading, *([str(cell) for cell in row] for row in result["kinds"])]))
+    memory = "  ".join(f"{share:.0%} {mib:.1f}" for share, mib in result["memory_mib"])
+    print(f"\nserver's resident memory, MiB, after so much of the load: {memory}")
+    num_requests = sum(row[1] for row in result["kinds"])
+    print(f"{num_requests} requests in {result['time_s']:.1f} s, {result['tokens']:.0f} tokens made, answers: median "
+          f"{result['median_s']:.2f} s, 95 % within {result['p95_s']:.2f} s; first token of streams: median "
+          f"{result['first_median_s']:.2f} s")  # fmt: skip
+    if "sigterm" in result:
+        print(f"SIGTERM under load: {result['sigterm']['counts']}, ended in {result['sigterm']['time_s']:.1f} s")
+    print(f"exit status {result['exit_status']}")
+    faults = wrong(result)
+    print("\n".join(["wrong:", *faults[:20]]) if faults else "nothing was wrong")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

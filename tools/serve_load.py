@@ -1,0 +1,346 @@
+"""The load of benchmark_serve.py: kinds of requests, the clients that send them, and what they found."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+WORDS = ("Emma was very much surprised to find that the carriage had come a little before its time and that nobody "
+         "would have any thing to say about it till the next morning at breakfast").split()  # fmt: skip
+JSON = {"Content-Type": "application/json"}
+#: Kinds of requests, and how many of a thousand are of each.
+KINDS = {
+    "whole": 330, "streamed": 330, "vanishes": 80, "vanishes in a stream": 80, "invalid JSON": 50, "prompt too long": 50,
+    "body too large": 20, "unknown field": 30, "unknown model": 15, "unknown path": 15,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is sent: a kind and a (prompt, max_tokens) per request."""
+
+    requests: tuple[tuple[str, tuple[str, int]], ...]
+    wanted: list[tuple[str, int]]
+
+
+@dataclass
+class Outcome:
+    """What came of one request; `fault` says what was wrong."""
+
+    kind: str
+    status: int = 0
+    fault: str = ""
+    busy: int = 0
+    time_s: float = 0.0
+    first_s: float | None = None
+
+
+def make_plan(num_requests: int, longest: int, seed: int) -> Plan:
+    """Returns a plan; every kind is in it as KINDS says."""
+    chance = random.Random(seed)
+    wanted = []
+    for _ in range(64):
+        start, length = chance.randrange(len(WORDS)), chance.randint(1, 20)
+        wanted.append((" ".join((WORDS + WORDS)[start : start + length]), chance.randint(1, longest)))
+    kinds = [kind for kind, share in KINDS.items() for _ in range(max(1, round(num_requests * share / 1000)))]
+    chance.shuffle(kinds)
+    return Plan(tuple((kind, chance.choice(wanted)) for kind in kinds), sorted(set(wanted)))
+
+
+class ServerProcess:
+    """tools/serve.py as a process, on a free port."""
+
+    def __init__(self, flags: list[str], folder: Path):
+        self._log = folder / "log.txt"
+        program = Path(__file__).with_name("serve.py")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(program), "--port", "0", *flags], stdout=log, stderr=log
+            )
+        while (found := re.search(r"serving .* at http://([\d.]+):(\d+)", self.log())) is None:
+            if self._process.poll() is not None:
+                sys.exit(f"the server did not start:\n{self.log()}")
+            time.sleep(0.05)
+        self.host, self.port = found[1], int(found[2])
+        self._memory = psutil.Process(self._process.pid)
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def log(self) -> str:
+        """Returns what it has printed."""
+        return self._log.read_text(errors="replace")
+
+    def memory_bytes(self) -> int:
+        """Returns its resident memory."""
+        return self._memory.memory_info().rss
+
+    def signal(self) -> None:
+        """Sends SIGTERM."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def end(self) -> int:
+        """Sends SIGTERM if it still runs, and returns its exit status."""
+        if self._process.poll() is None:
+            self.signal()
+        return self._process.wait(120)
+
+    def connect(self) -> http.client.HTTPConnection:
+        """Returns a connection of its own."""
+        return http.client.HTTPConnection(self.host, self.port, timeout=120)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the metrics by name and labels."""
+        connection = self.connect()
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        connection.close()
+        lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name.removeprefix("megatron_samoe_"): float(value) for name, _, value in lines}
+
+
+@dataclass
+class Client:
+    """Sends a plan's requests and judges what comes back."""
+
+    server: ServerProcess
+    expected: dict[tuple[str, int], str]
+    context: int
+    may_end: bool = False
+    ending: threading.Event = field(default_factory=threading.Event)
+
+    def send(self, kind: str, wanted: tuple[str, int], chance: random.Random) -> Outcome:
+        """Sends one request, again where the server was busy, and returns what came of it."""
+        outcome = Outcome(kind)
+        while True:
+            started = time.monotonic()
+            connection = self.server.connect()
+            try:
+                if not self._once(connection, outcome, wanted, chance):
+                    outcome.time_s = time.monotonic() - started
+                    return outcome
+            except (OSError, http.client.HTTPException) as error:
+                if outcome.status or not (self.may_end and self.ending.is_set()):
+                    outcome.fault = f"{kind}: {error!r}"
+                return outcome
+            finally:
+                connection.close()
+            outcome.busy += 1
+            # What Retry-After says would be polite; these clients are in a hurry.
+            time.sleep(0.05 + 0.1 * chance.random())
+
+    def _once(self, connection: Any, outcome: Outcome, wanted: tuple[str, int], chance: random.Random) -> bool:
+        """Sends the request once; returns whether the server was busy."""
+        kind = outcome.kind
+        if kind in ("whole", "streamed", "vanishes", "vanishes in a stream"):
+            stream = "stream" in kind
+            body = {"prompt": wanted[0], "max_tokens": wanted[1], "temperature": 0, "stream": stream}
+            started = time.monotonic()
+            connection.request("POST", "/v1/completions", json.dumps(body), JSON)
+            if kind == "vanishes":
+                time.sleep(0.2 * chance.random())
+                return False
+            answer = connection.getresponse()
+            outcome.status = answer.status
+            if answer.status == 429:
+                self._check_error(outcome, answer, 429)
+                return not outcome.fault
+            if answer.status != 200:
+                self._check_error(outcome, answer, 503 if self.may_end and self.ending.is_set() else 200)
+            elif kind == "vanishes in a stream":
+                answer.read(chance.randint(1, 400))
+            else:
+                text = (
+                    self._streamed(answer, outcome, started)
+                    if stream
+                    else json.loads(answer.read())["choices"][0]["text"]
+                )
+                if text is not None and text != self.expected[wanted]:
+                    outcome.fault = f"{kind}: {wanted} gave {text!r}, alone {self.expected[wanted]!r}"
+            return False
+        method, path, content, status = self._bad_request(kind, wanted[0])
+        connection.request(method, path, content, JSON)
+        answer = connection.getresponse()
+        outcome.status = answer.status
+        self._check_error(outcome, answer, status)
+        return False
+
+    def _streamed(self, answer: Any, outcome: Outcome, started: float) -> str | None:
+        text, done = "", False
+        for line in answer:
+            if not line.startswith(b"data: "):
+                continue
+            if outcome.first_s is None:
+                outcome.first_s = time.monotonic() - started
+            data = line[6:].decode().strip()
+            if data == "[DONE]":
+                done = True
+                break
+            event = json.loads(data)
+            if "error" in event:
+                if self.may_end and self.ending.is_set() and event["error"]["code"] == "draining":
+                    outcome.status = 503
+                else:
+                    outcome.fault = f"streamed: {event}"
+                return None
+            text += event["choices"][0]["text"]
+        if not done:
+            outcome.fault = "streamed: the stream ended without [DONE]"
+            return None
+        return text
+
+    def _bad_request(self, kind: str, prompt: str) -> tuple[str, str, str, int]:
+        path = "/v1/completions"
+        return {
+            "invalid JSON": ("POST", path, '{"prompt": ' + prompt, 400),
+            "prompt too long": (
+                "POST",
+                path,
+                json.dumps({"prompt": " ".join(WORDS * self.context)[: 20 * self.context]}),
+                400,
+            ),
+            "body too large": ("POST", path, json.dumps({"prompt": "x" * (1 << 20)}), 413),
+            "unknown field": ("POST", path, json.dumps({"prompt": prompt, "max_token": 3}), 400),
+            "unknown model": ("POST", path, json.dumps({"prompt": prompt, "model": "another"}), 404),
+            "unknown path": ("POST", "/v1/chat/completions", json.dumps({"prompt": prompt}), 404),
+        }[kind]
+
+    def _check_error(self, outcome: Outcome, answer: Any, status: int) -> None:
+        content = answer.read()
+        if self.may_end and self.ending.is_set() and answer.status == 503:
+            status = 503
+        try:
+            error = json.loads(content)["error"]
+            proper = set(error) == {"message", "type", "param", "code"} and len(error["message"]) > 20
+        except (ValueError, KeyError, TypeError):
+            proper = False
+        if answer.status != status or not proper or (status == 429 and not answer.headers["Retry-After"]):
+            outcome.fault = f"{outcome.kind}: status {answer.status} in place of {status}: {content[:200]!r}"
+
+
+@dataclass
+class LoadRun:
+    """What a load found.
+
+    Attributes:
+        memory: (share of the requests that were done, the server's resident bytes).
+    """
+
+    outcomes: list[Outcome]
+    memory: list[tuple[float, int]]
+    time_s: float
+
+
+def run_plan(
+    server: ServerProcess, plan: Plan, expected: dict[tuple[str, int], str], context: int, concurrency: int
+) -> LoadRun:
+    """Sends everything, so many requests at a time; notes the server's memory at every tenth."""
+    client = Client(server, expected, context)
+    memory: list[tuple[float, int]] = []
+    started = time.monotonic()
+    tenth = max(1, len(plan.requests) // 10)
+    finished = itertools.count(1)
+
+    def one(place: int) -> Outcome:
+        outcome = client.send(*plan.requests[place], random.Random(place))
+        if (number := next(finished)) % tenth == 0:
+            memory.append((number / len(plan.requests), server.memory_bytes()))
+        return outcome
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        outcomes = list(pool.map(one, range(len(plan.requests))))
+    return LoadRun(outcomes, memory, time.monotonic() - started)
+
+
+def summary(run: LoadRun, server: ServerProcess) -> dict[str, Any]:
+    """Returns the results of a load whose clients have all gone."""
+    deadline = time.monotonic() + 30
+    while (still_open := _num_open(server)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    metrics = server.metrics()
+    kinds = []
+    for kind in KINDS:
+        mine = [o for o in run.outcomes if o.kind == kind]
+        statuses = "/".join(str(s) for s in sorted({o.status for o in mine if o.status})) or "-"
+        kinds.append([kind, len(mine), sum(not o.fault for o in mine), statuses, sum(o.busy for o in mine)])
+    times = sorted(o.time_s for o in run.outcomes if o.kind in ("whole", "streamed") and o.status == 200)
+    first = [o.first_s for o in run.outcomes if o.first_s is not None]
+    faults = [o.fault for o in run.outcomes if o.fault]
+    # The first tenths fill caches that stay; a leak would go on.
+    early, late = (
+        statistics.median(b for s, b in run.memory if low < s <= high) for low, high in ((0.15, 0.45), (0.7, 1))
+    )
+    if late > early * 1.03 + 2**20:
+        faults.append(f"the server's memory grew from {early / 2**20:.1f} to {late / 2**20:.1f} MiB")
+    return {
+        "kinds": kinds, "faults": faults, "open_at_end": still_open, "time_s": run.time_s,
+        "memory_mib": [(share, size / 2**20) for share, size in run.memory],
+        "tokens": metrics["generated_tokens_total"], "median_s": statistics.median(times),
+        "p95_s": times[int(0.95 * (len(times) - 1))], "first_median_s": statistics.median(first),
+        "cancelled": metrics.get('choices_total{end="cancelled"}', 0.0),
+    }  # fmt: skip
+
+
+def _num_open(server: ServerProcess) -> float:
+    metrics = server.metrics()
+    return metrics["running_choices"] + metrics["waiting_choices"]
+
+
+def sigterm_under_load(
+    server: ServerProcess, plan: Plan, expected: dict[tuple[str, int], str], concurrency: int, after_s: float = 2.0
+) -> dict[str, Any]:
+    """Sends SIGTERM while clients go on asking; returns what they got from then on.
+
+    A client may get the right answer, 503 with the reason, or, once the process has left, no connection.
+    """
+    client = Client(server, expected, context=0, may_end=True)
+    outcomes: list[Outcome] = []
+
+    def keep_asking(place: int) -> None:
+        chance = random.Random(place)
+        while True:
+            outcome = client.send(chance.choice(("whole", "streamed")), chance.choice(plan.wanted), chance)
+            if client.ending.is_set():
+                outcomes.append(outcome)
+                if outcome.status == 0:  # no connection: it has left
+                    return
+                time.sleep(0.02)
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        asking = [pool.submit(keep_asking, place) for place in range(concurrency)]
+        time.sleep(after_s)
+        client.ending.set()
+        started = time.monotonic()
+        server.signal()
+        status = server.end()
+        time_s = time.monotonic() - started
+        for future in asking:
+            future.result()
+    counts = Counter({200: "right answer", 503: "refused with 503", 0: "no connection any more"}.get(o.status, str(o.status))
+                     for o in outcomes)  # fmt: skip
+    return {
+        "counts": dict(counts),
+        "time_s": time_s,
+        "status": status,
+        "faults": [o.fault for o in outcomes if o.fault],
+    }
