@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -113,12 +113,14 @@ class SafetensorsReader:
 
     def _add(self, name: str, entry: object) -> None:
         try:
-            assert isinstance(entry, dict)
-            kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            assert all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-        except (AssertionError, KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{self.path} is damaged: its header's entry for {name} is not legal.") from None
-        if kind not in DTYPES:
+            fields: Any = entry
+            kind, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+            legal = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            legal = False
+        if not legal:
+            raise CheckpointError(f"{self.path} is damaged: its header's entry for {name} is not legal.")
+        if not isinstance(kind, str) or kind not in DTYPES:
             raise CheckpointError(
                 f"{self.path}: {name} has dtype {kind}; {', '.join(DTYPES)} are read (quantized weights are not)."
             )

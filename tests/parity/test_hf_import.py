@@ -1,0 +1,153 @@
+"""Models made and saved by transformers give the same logits here, whatever their class, file format and shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.inference.load import load_model
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.parallel_state.state import single_process_state
+from tests.parity.hf_models import converted, run, their_logits, theirs, transformers
+
+pytestmark = pytest.mark.parity
+
+VOCABULARY = 99
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama_tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    "llama_far_positions": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64,
+                      "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2}),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1], "norm_topk_prob": True}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 1, "num_key_value_heads": 1}),
+}  # fmt: skip
+
+
+def made(case: str, **changes: Any) -> Any:
+    """Returns a random model of transformers."""
+    name, options = CASES[case]
+    own = dict(options) if name == "GPT2" else {**SIZES, **options}
+    config = getattr(transformers, f"{name}Config")(**own, **changes)
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "shared_expert_gate" in parameter_name:
+                parameter.zero_()  # ours has no such gate
+            elif parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)  # norms and biases count too
+    return model
+
+
+def our_logits(root: Path, ids_BS: torch.Tensor) -> torch.Tensor:
+    """Returns logits [B, S, V] of an imported checkpoint."""
+    model = load_model(str(root), single_process_state()).model
+    with torch.no_grad():
+        result, _ = model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
+    return result.view(*ids_BS.shape, -1)[..., :VOCABULARY]
+
+
+def random_ids() -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (2, 50), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_random_models_give_their_logits(case: str, tmp_path: Path) -> None:
+    model = made(case)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    root = converted(tmp_path / "hf", tmp_path / "native")
+    expected = their_logits(model, random_ids())
+    assert expected.std() > 0.1
+    torch.testing.assert_close(our_logits(root, random_ids()), expected, rtol=1e-4, atol=1e-4)
+    # And back: the same class with the same numbers.
+    again = theirs(converted(root, tmp_path / "back", "--to", "hf", "--hf-model-type", model.config.model_type))
+    assert type(again) is type(model)
+    state = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_files_of_torch_save_are_read(tmp_path: Path) -> None:
+    model = made("llama")
+    model.config.save_pretrained(tmp_path / "hf")
+    state = model.state_dict() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    half = len(state) // 2
+    parts = {"pytorch_model-00001-of-00002.bin": dict(list(state.items())[:half]),
+             "pytorch_model-00002-of-00002.bin": dict(list(state.items())[half:])}  # fmt: skip
+    for file, part in parts.items():
+        torch.save(part, tmp_path / "hf" / file)
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    root = converted(tmp_path / "hf", tmp_path / "native")
+    torch.testing.assert_close(our_logits(root, random_ids()), their_logits(model, random_ids()), rtol=1e-4, atol=1e-4)
+
+
+def test_an_imported_model_trains_on_in_megatrons_files_too(tmp_path: Path) -> None:
+    """Through Megatron's per-rank files for 8 ranks and back to the class that it was."""
+    model = made("mixtral")
+    model.save_pretrained(tmp_path / "hf")
+    sizes = (
+        "--target-tensor-parallel-size",
+        2,
+        "--target-pipeline-parallel-size",
+        3,
+        "--target-expert-parallel-size",
+        2,
+    )
+    files = converted(tmp_path / "hf", tmp_path / "megatron", *sizes)
+    again = theirs(converted(files, tmp_path / "back", "--to", "hf"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type must be 'default'"),
+        ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act = 'gelu'"),
+        ("llama", {"attention_bias": True}, "attention_bias, mlp_bias"),
+        ("mixtral", {"sliding_window": 16}, "config.json: sliding_window = 16"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu'"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("qwen3_moe", {"attention_bias": True}, "config.json: attention_bias"),
+        ("olmoe", {"clip_qkv": 1.0}, "config.json: clip_qkv"),
+    ],
+)  # fmt: skip
+def test_what_ours_cannot_compute_is_refused(case: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    name, options = CASES[case]
+    own = {**(options if name == "GPT2" else {**SIZES, **options}), **changes}
+    config = getattr(transformers, f"{name}Config")(**own)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
+    assert status == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "native").exists()
+
+
+def test_a_gate_that_ours_lacks_is_refused(tmp_path: Path) -> None:
+    model = made("qwen2_moe")
+    torch.nn.init.normal_(model.model.layers[1].mlp.shared_expert_gate.weight)
+    model.save_pretrained(tmp_path / "hf")
+    status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
+    assert status == 1 and "our shared expert has no gate of its own" in err
+
+
+def test_another_class_is_refused_by_name(tmp_path: Path) -> None:
+    config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    transformers.BertModel(config).save_pretrained(tmp_path / "hf")
+    status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
+    assert status == 2 and "model_type = 'bert'" in err and "llama, qwen2, qwen3, gpt2" in err
