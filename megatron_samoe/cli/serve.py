@@ -32,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--ckpt-step", type=int, metavar="N", help="iteration; the newest if not given")
     model.add_argument("--serving", choices=SERVINGS, help="how the experts of a shared pool are kept")
     model.add_argument("--dtype", choices=PRECISIONS, help="of weights")
+    model.add_argument("--cache-experts", type=int, metavar="N", help="experts combined on the fly that are kept; those "
+                       "of two tokens if not given")  # fmt: skip
     model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of a rank; its share of the cores if "
                        "not given")  # fmt: skip
     for size in ("tensor", "pipeline", "expert"):
@@ -84,12 +86,13 @@ def _server_options(options: argparse.Namespace) -> ServerOptions:
 
 def _engine(options: argparse.Namespace, layout: ParallelConfig, parallel: ParallelState) -> Engine:
     loaded = load_model(options.load, parallel, layout, ckpt_step=options.ckpt_step)
-    logger.info("loaded %s", loaded.directory)
-    given = {name: getattr(options, name) for name in ("serving", "dtype", "max_step_tokens")}
-    return Engine(
+    given = {name: getattr(options, name) for name in ("serving", "dtype", "max_step_tokens", "cache_experts")}
+    engine = Engine(
         loaded, max_batch=options.max_batch, max_tokens=options.max_tokens,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
+    logger.info("loaded %s: %s, experts %s", loaded.directory, engine.dtype, engine.serving)
+    return engine
 
 
 def _serve(options: argparse.Namespace) -> int:
