@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 import string
@@ -23,14 +22,13 @@ from megatron_samoe.evaluation.zero_shot.results import evaluate_corpus, evaluat
 from megatron_samoe.evaluation.zero_shot.tables import notes
 from megatron_samoe.evaluation.zero_shot.task import load_task, parse_task
 from megatron_samoe.inference.load import LoadedModel, load_model
-from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
-from megatron_samoe.pipeline_parallel.schedules import Pipeline
+from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import tiny_config, with_layout
+from tests.unit.evaluation.zero_shot_models import loaded_model, plain_log_probs
 
 SEQ_LENGTH = 16
 PAIRS = [
@@ -39,25 +37,6 @@ PAIRS = [
     ("short", " but what follows is far longer than all"), ("", "nothing before and sixteen after it, and more"),
     ("The cat sat", " on a mat"),
 ]  # fmt: skip
-
-
-@functools.cache
-def loaded_model(experts: str = "samoe", style: str = "llama", **options: Any) -> LoadedModel:
-    config = tiny_config(experts, style=style, **options)
-    model = build_model(config, ByteTokenizer.vocab_size, single_process_state())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:  # larger than at the start of training, so that predictions differ much
-                parameter.mul_(6)
-        model.eval().begin_step()
-    return LoadedModel(model, ByteTokenizer(), config, Path(), Pipeline(0, 1, 1, None))
-
-
-def plain_log_probs(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
-    """Returns log-probabilities [S, V] of one sequence by itself."""
-    with torch.no_grad():
-        logits, _ = loaded.model(torch.tensor([tokens]), ForwardContext(batch_size=1), chunk=0)
-    return logits.double().log_softmax(-1)[:, : ByteTokenizer.vocab_size]
 
 
 def plain_score(loaded: LoadedModel, context: str, continuation: str) -> tuple[float, bool]:
