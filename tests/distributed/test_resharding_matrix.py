@@ -7,34 +7,22 @@ loads), and -s shows the largest differences seen.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor
-from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.parallel_state import ParallelState, initialize_model_parallel
-from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
-from megatron_samoe.pipeline_parallel.schedules import run_plan
+from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import find_run, load_run, model_state, optimizer_state, save_run
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.train_step import train_step
+from tests.harness.layout_logits import logits_of
 from tests.harness.ranks import run_ranks
-from tests.harness.tiny import (
-    VOCAB_SIZE,
-    gather_global,
-    global_batch,
-    micro_batches,
-    tiny_config,
-    with_layout,
-    with_options,
-)
+from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
 
@@ -75,36 +63,6 @@ def configuration(model: str, precision: str, layout: str, folder: Path) -> Pret
 
 def sharded_run(setup: TrainSetup) -> dict[str, list[ShardedTensor]]:
     return {**model_state(setup.model), **optimizer_state(setup)}
-
-
-def whole_vocabulary(logits_Tv: Tensor, parallel: ParallelState) -> Tensor:
-    """Returns [T, V] of ranks' parts, of which the last may be narrower."""
-    width = -(-VOCAB_SIZE // parallel.tp.size) + 8
-    padded = logits_Tv.new_full((1, len(logits_Tv), width), torch.nan)
-    padded[0, :, : logits_Tv.shape[1]] = logits_Tv
-    return torch.cat([part[:, ~part[0].isnan()] for part in parallel.tp.all_gather(padded)], 1)
-
-
-@torch.no_grad()
-def logits_of(setup: TrainSetup) -> Tensor:
-    """Returns logits [T, V] of a batch, computed in fp32 by a model of the same layout with the run's weights."""
-    config = replace(setup.config, training=replace(setup.config.training, bf16=False))
-    wide = build_setup(config, VOCAB_SIZE, setup.parallel)
-    ours = setup.model.global_parameters()
-    for name, parameter in wide.model.global_parameters().items():
-        parameter.data.copy_(ours[name])
-    wide.model.begin_step()
-    tokens_BS = global_batch(config, 99, batch_size=2)["tokens"]
-    result = torch.zeros(tokens_BS.numel(), VOCAB_SIZE)
-
-    def forward(chunk: int, _micro_batch: int, x: Tensor | None) -> Tensor:
-        y, _ = wide.model(tokens_BS if x is None else x, ForwardContext(batch_size=2), chunk=chunk)
-        if wide.model.chunks[chunk].is_last:
-            result.copy_(whole_vocabulary(y, setup.parallel))
-        return y
-
-    run_plan(forward_plan(len(wide.model.chunks), 1), wide.pipeline, forward, wide.boundary(2))
-    return setup.parallel.pp.all_reduce(result)
 
 
 def train(setup: TrainSetup, state: TrainState, steps: int) -> tuple[list[float], TrainState]:

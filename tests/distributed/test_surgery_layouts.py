@@ -1,0 +1,83 @@
+"""Models made by surgery compute what they were made from, in every layout that training and inference use."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_samoe.config import MoEConfig
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
+from megatron_samoe.interop.pool_surgery import pool_moe
+from megatron_samoe.interop.unpool_surgery import fold_samoe, select_samoe
+from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.training.checkpointing import model_state
+from megatron_samoe.training.setup import build_setup
+from tests.harness.layout_logits import logits_of
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import VOCAB_SIZE, tiny_config, with_layout
+from tests.unit.interop.memory_source import MemorySource, new_source
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "pp2 vpp2 ep2": (4, {"pp": 2, "vpp": 1, "ep": 2}),
+    "tp2 sp etp1 ep2 pp2 zero": (4, {"tp": 2, "sp": True, "etp": 1, "ep": 2, "pp": 2, "zero": True}),
+}
+#: Models and what they were made from.
+PAIRS = (("folded", "samoe"), ("selected and folded", "selected"), ("pooled", "moe"), ("upcycled", "dense"),
+         ("upcycled pool", "dense"))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    samoe = new_source(tiny_config("samoe", style="llama", num_expert_banks=3, samoe_normalization="l2"))
+    moe = new_source(tiny_config("moe", moe_router_topk=2, moe_layer_freq="0111"))
+    dense = new_source(tiny_config("dense", style="llama"))
+    to_moe = MoEConfig("moe", num_experts=4, moe_router_topk=2)
+    selected = select_samoe(samoe, "one")
+    made = {
+        "samoe": samoe, "folded": fold_samoe(samoe), "selected": selected, "selected and folded": fold_samoe(selected),
+        "moe": moe, "pooled": pool_moe(moe, 3), "dense": dense, "upcycled": upcycle_dense(dense, UpcycleOptions(to_moe)),
+        "upcycled pool": upcycle_dense(dense, UpcycleOptions(replace(to_moe, expert_layout="samoe", num_expert_banks=4))),
+    }  # fmt: skip
+    root = tmp_path_factory.mktemp("models")
+    return {name: write_checkpoint(root / name, 7, _with_plain_training(source)) for name, source in made.items()}
+
+
+def _with_plain_training(source: Any) -> MemorySource:
+    weights = {name: source.read(name) for name in source.tensors if not name.startswith("optimizer.")}
+    return MemorySource(weights, source.config, source.train_state)
+
+
+def logits_in(layout: dict[str, Any], folders: list[Path]) -> list[Tensor]:
+    """Returns each model's logits, computed by this layout's ranks."""
+    results = []
+    for folder in folders:
+        config = with_layout(from_mapping(store.read_config(folder), ""), **layout)
+        dense = config.moe.expert_layout == "dense"
+        if dense:
+            axes = {axis: size for axis, size in layout.items() if axis not in ("ep", "etp")}
+            config = with_layout(config, **axes)
+        setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+        store.load_checkpoint(folder, model_state(setup.model), setup.parallel)
+        results.append(logits_of(setup))
+    return results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_made_by_surgery_computes_the_same_in_any_layout(layout: str, models: dict[str, Path]) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    found = dict(zip(models, run_ranks(logits_in, world_size, sizes, list(models.values()))[0], strict=True))
+    for made, source in PAIRS:
+        assert found[source].std() > 0.1
+        torch.testing.assert_close(found[made], found[source], rtol=1e-5, atol=1e-5, msg=f"{made} in {layout}")
+    assert (found["selected"] - found["samoe"]).abs().max() > 0.01, "selecting is no equality"
