@@ -127,7 +127,7 @@ def one_row_at_a_time(loaded: LoadedModel) -> Any:
 
 def harness_samples(model: Any, name: str, folder: Path) -> list[dict[str, Any]]:
     """Returns the harness's records of a task's items, in the order of the data."""
-    manager = lm_eval.tasks.TaskManager(include_path=str(folder))
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
     found = lm_eval.simple_evaluate(
         model=model, tasks=[name], num_fewshot=0, task_manager=manager, bootstrap_iters=0, log_samples=True
     )
