@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from megatron_samoe.errors import CheckpointError
 
 METADATA = ".metadata"
+BLOCK_BYTES = 4 << 20
+FLUSH_BYTES = 64 << 20
 
 _METADATA_NAMES = {
     "torch.distributed.checkpoint.metadata": {
@@ -81,15 +84,24 @@ class Reader(dcp.FileSystemReader):
 
 
 class _DigestedFile(io.RawIOBase):
-    """A file open for appending whose bytes are digested as they pass."""
+    """A file open for appending whose bytes are digested as they pass.
 
-    def __init__(self, file: Any):
+    The disk gets them while later ones are digested: every so many bytes a thread asks for what is there to be flushed,
+    so that the flush at the end has little left to wait for.
+    """
+
+    def __init__(self, file: Any, flusher: ThreadPoolExecutor):
         self.file, self.hash, self.position = file, new_digest(), 0
+        self._flusher, self._asked_at = flusher, 0
+        self._flush: Future[None] | None = None
 
     def write(self, data: Any) -> int:
         self.hash.update(data)
         self.file.write(data)
         self.position += memoryview(data).nbytes
+        if self.position - self._asked_at >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
+            self._asked_at = self.position
+            self._flush = self._flusher.submit(os.fdatasync, self.fileno())
         return memoryview(data).nbytes
 
     def writable(self) -> bool:
@@ -104,6 +116,13 @@ class _DigestedFile(io.RawIOBase):
     def fileno(self) -> int:
         return self.file.fileno()
 
+    def finish(self) -> str:
+        """Waits for the thread, raises what the disk said to it, and returns the digest."""
+        if self._flush is not None:
+            self._flush.result()
+        self.file.flush()
+        return self.hash.hexdigest()
+
 
 class _DigestingFileSystem(FileSystem):
     def __init__(self) -> None:
@@ -115,11 +134,10 @@ class _DigestingFileSystem(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with open(path, "wb") as file:
-            digested = _DigestedFile(file)
+        with ThreadPoolExecutor(1) as flusher, open(path, "wb") as file:
+            digested = _DigestedFile(file, flusher)
             yield digested
-            file.flush()
-        self.digests[os.path.basename(path)] = digested.hash.hexdigest()
+            self.digests[os.path.basename(path)] = digested.finish()
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         super().rename(path, new_path)
@@ -137,15 +155,23 @@ class Writer(dcp.FileSystemWriter):
         self.digests = self.fs.digests
 
 
-def new_digest() -> Any:
-    """Returns a new digest of a file's bytes."""
-    return hashlib.blake2b(digest_size=16)
+def new_digest(like: str = "") -> Any:
+    """Returns a new digest of a file's bytes: that of the command sha256sum, which CPUs have instructions for.
+
+    Args:
+        like: a digest in hexadecimal whose kind is wanted; the first checkpoints have blake2b of 16 bytes.
+    """
+    return hashlib.blake2b(digest_size=16) if len(like) == 32 else hashlib.sha256()
 
 
-def digest_of(path: Path) -> str:
-    """Returns a file's digest."""
-    digest = new_digest()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+def digest_of(path: Path, like: str = "") -> str:
+    """Returns a file's digest, of the kind of another; the next block is read while one is digested."""
+    digest = new_digest(like)
+    with ThreadPoolExecutor(1) as reader, open(path, "rb", buffering=0) as file:
+        block, spare = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)
+        size = file.readinto(block)
+        while size:
+            ahead = reader.submit(file.readinto, spare)
+            digest.update(memoryview(block)[:size])
+            block, spare, size = spare, block, ahead.result()
     return digest.hexdigest()

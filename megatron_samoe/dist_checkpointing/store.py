@@ -165,7 +165,7 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     """Returns the configuration saved with a checkpoint."""
     digest = read_train_state(directory).get("digests", {}).get(CONFIG)
     config = _read_mapping(directory / CONFIG, yaml.safe_load)
-    if digest is not None and digest_of(directory / CONFIG) != digest:
+    if digest is not None and digest_of(directory / CONFIG, digest) != digest:
         raise CheckpointError(f"{directory / CONFIG} differs from what was written.")
     return config
 
@@ -177,7 +177,7 @@ def read_train_state(directory: Path, needed: Sequence[str] = ()) -> dict[str, A
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise _NewerFormat(f"{directory} has format version {version}; this program reads up to {FORMAT_VERSION}.")
     digest = content.pop("digest", None)
-    if digest is not None and digest != digest_of_values(content):
+    if digest is not None and digest != digest_of_values(content, digest):
         raise CheckpointError(f"{directory / TRAIN_STATE} differs from what was written.")
     missing = [key for key in ("format_version", *needed) if key not in content]
     if missing:
@@ -185,9 +185,9 @@ def read_train_state(directory: Path, needed: Sequence[str] = ()) -> dict[str, A
     return content
 
 
-def digest_of_values(content: Mapping[str, Any]) -> str:
-    """Returns the digest that a description keeps of its own other values."""
-    digest = new_digest()
+def digest_of_values(content: Mapping[str, Any], like: str = "") -> str:
+    """Returns the digest that a description keeps of its own other values, of the kind of another."""
+    digest = new_digest(like)
     digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -222,6 +222,6 @@ def damaged_files(directory: Path, parallel: ParallelState) -> list[str]:
         path = directory / name
         if not path.is_file():
             bad.append(f"{name} is missing")
-        elif digest_of(path) != digests[name]:
+        elif digest_of(path, digests[name]) != digests[name]:
             bad.append(f"{name} differs from what was written")
     return [problem for part in parallel.world.all_gather_object(bad) for problem in part]

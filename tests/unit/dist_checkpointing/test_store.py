@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -258,6 +259,23 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(
         assert any("iter_0000009 is damaged: " in m and "passed over; loading iteration 5" in m for m in messages)
         with pytest.raises(CheckpointError, match=r"iter_0000009 is damaged: .+ Choose another with --ckpt-step\."):
             store.find_checkpoint(config(tmp_path, ckpt_step=9), whole)
+
+
+def test_digests_are_those_of_sha256sum_and_older_ones_are_still_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = save(tmp_path / "new", 1)
+    digests = store.read_train_state(new)["digests"]
+    assert digests and all(d == hashlib.sha256((new / n).read_bytes()).hexdigest() for n, d in digests.items())
+
+    monkeypatch.setattr(hashlib, "sha256", lambda: hashlib.blake2b(digest_size=16))
+    old = save(tmp_path / "old", 1)
+    monkeypatch.undo()
+    assert {len(d) for d in store.read_train_state(old)["digests"].values()} == {32}
+    assert store.damaged_files(old, STATE) == []
+    name = next(n for n in store.read_train_state(old)["digests"] if n.endswith(".distcp"))
+    (old / name).write_bytes(bytes(byte ^ 1 for byte in (old / name).read_bytes()))
+    assert store.damaged_files(old, STATE) == [f"{name} differs from what was written"]
 
 
 def test_when_all_are_damaged_nothing_is_started(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Save and load throughput of checkpoints against the disk's own, in turn, in one run.
+
+`benchmark_checkpoint.py --dir DIR [--size-mb 1024] [--json FILE]`. The disk's own is what dd does: one file written in
+blocks of 4 MB and flushed with fsync, and read again. Before every reading the files leave the page cache, so that they
+come from the disk (on a machine whose disk has a cache of its own, that one remains).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from megatron_samoe.config import CheckpointConfig
+from megatron_samoe.dist_checkpointing import saving, store
+from megatron_samoe.dist_checkpointing.sharded_state import replicated
+from megatron_samoe.evaluation.run_summary import format_table
+from megatron_samoe.parallel_state import single_process_state
+
+BLOCK_BYTES = 4 << 20
+TENSOR_BYTES = 32 << 20
+
+
+def forget(folder: Path) -> None:
+    """Drops the files of a folder from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_plain(path: Path, num_bytes: int) -> None:
+    """Writes a file as dd with conv=fsync does."""
+    block = os.urandom(BLOCK_BYTES)
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(num_bytes // BLOCK_BYTES):
+            file.write(block)
+        os.fsync(file.fileno())
+
+
+def read_plain(path: Path) -> None:
+    """Reads a file as dd does."""
+    block = bytearray(BLOCK_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(block):
+            pass
+
+
+class Benchmark:
+    """The state that is saved, and one method per thing that is timed."""
+
+    def __init__(self, folder: Path, num_bytes: int):
+        self.folder, self.parallel = folder, single_process_state()
+        count = max(1, num_bytes // TENSOR_BYTES)
+        weights = [torch.randn(TENSOR_BYTES // 4) for _ in range(count)]
+        self.state = {f"weight.{i}": replicated(w, self.parallel) for i, w in enumerate(weights)}
+        self.num_bytes = count * TENSOR_BYTES
+        self.config = CheckpointConfig(save=str(folder / "ours"), load=str(folder / "ours"), keep_last=1)
+        self.background = saving.BackgroundSaver(self.parallel, timedelta(minutes=10))
+        self.iteration = 0
+
+    def save(self) -> None:
+        """Saves, waiting for the disk."""
+        self.iteration += 1
+        saving.save_checkpoint(
+            self.config, self.iteration, self.state, {}, {"iteration": self.iteration}, self.parallel
+        )
+
+    def start_saving(self) -> None:
+        """What training waits for when saving goes on in the background."""
+        self.iteration += 1
+        self.background.start(self.config, self.iteration, self.state, {}, {"iteration": self.iteration})
+
+    def load(self) -> None:
+        """Looks for the newest checkpoint, verifies its digests, and fills the state, as a resumed run does."""
+        found = store.find_checkpoint(self.config, lambda d: store.damaged_files(d, self.parallel))
+        assert found is not None
+        store.load_checkpoint(found, self.state, self.parallel)
+
+    def run(self, rounds: int) -> dict[str, list[float]]:
+        """Returns seconds of each thing in each round; a first round warms up and is not counted."""
+        plain = self.folder / "plain"
+        seconds: dict[str, list[float]] = {}
+
+        def timed(name: str, action: Callable[[], Any], number: int) -> None:
+            started = time.perf_counter()
+            action()
+            if number:
+                seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+        for number in range(rounds + 1):
+            plain.unlink(missing_ok=True)
+            timed("disk write", lambda: write_plain(plain, self.num_bytes), number)
+            timed("save", self.save, number)
+            forget(self.folder)
+            timed("disk read", lambda: read_plain(plain), number)
+            forget(self.folder)
+            timed("verify and load", self.load, number)
+            timed("training waits", self.start_saving, number)
+            self.background.wait()
+        return seconds
+
+
+def main() -> int:
+    """Runs the program and returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", type=Path, required=True, help="a folder on the disk in question")
+    parser.add_argument("--size-mb", type=int, default=1024, help="size of the checkpoint")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    options = parser.parse_args()
+    needed = 4 * options.size_mb << 20
+    if not options.dir.is_dir() or shutil.disk_usage(options.dir).free < needed:
+        print(f"error: --dir {options.dir} must be a folder with {needed / 1e9:.1f} GB free", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        benchmark = Benchmark(Path(folder), options.size_mb << 20)
+        seconds = benchmark.run(options.rounds)
+    disk = {"save": "disk write", "verify and load": "disk read", "training waits": "disk write"}
+    rows, figures = [["", "median s", "MB/s", "share of the disk's"]], {}
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        share = (
+            statistics.median(b / t for b, t in zip(seconds[disk[name]], times, strict=True)) if name in disk else 1.0
+        )
+        rows.append([name, f"{median:.2f}", f"{benchmark.num_bytes / median / 1e6:,.0f}", f"{share:.2f}"])
+        figures[name] = {"seconds": times, "share_of_disk": share}
+    print(f"{benchmark.num_bytes / 1e6:,.0f} MB, medians of {options.rounds} rounds\n{format_table(rows)}")
+    if options.json:
+        options.json.write_text(json.dumps({"num_bytes": benchmark.num_bytes, "results": figures}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
