@@ -35,7 +35,7 @@ from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from tests.harness import ranks  # its fork server serves both: the list of modules loaded there is set once more below
 
 ranks._context.set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint", "torch.utils.tensorboard", "megatron_samoe.cli.pretrain"]
+    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.utils.tensorboard", "megatron_samoe.cli.pretrain"]
 )
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRETRAIN = "megatron_samoe.cli.pretrain"

@@ -18,7 +18,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "megatron_samoe.training.trainer"])
+# The first optimizer of a process imports torch._dynamo, which would be most of a short rank's time.
+_context.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "megatron_samoe.training.trainer"]
+)
 
 
 class RankFailure(AssertionError):
