@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_samoe.dist_checkpointing.file_storage import Reader, Writer, read_metadata
+from megatron_samoe.dist_checkpointing.file_storage import Reader, read_metadata
+from megatron_samoe.dist_checkpointing.streaming_writer import StreamingWriter
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.parallel_state.shard_spec import FlatPart, ShardSpec, is_counted_here
 from megatron_samoe.parallel_state.state import ParallelState
@@ -214,7 +215,7 @@ def _some(names: list[str], limit: int = 3) -> str:
 
 def write_sharded(state: WritableState, directory: str, parallel: ParallelState) -> dict[str, str]:
     """Writes a state into an existing folder and returns the digests of this rank's files; all ranks call it together."""
-    writer = Writer(directory)
+    writer = StreamingWriter(directory)
     dcp.save(
         {}, storage_writer=writer, planner=SavePlanner(state), process_group=parallel.world.handle,
         no_dist=parallel.world_size == 1,
