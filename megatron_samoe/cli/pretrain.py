@@ -26,6 +26,7 @@ from megatron_samoe.parallel_state import backend
 from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hooks import default_hooks
+from megatron_samoe.training.machine import machine_facts
 from megatron_samoe.training.setup import build_setup
 from megatron_samoe.training.state import PLAIN_KEYS
 from megatron_samoe.training.trainer import Trainer
@@ -76,7 +77,9 @@ def pretrain(config: PretrainConfig) -> None:
     run_data = build_run_data(config, tokenizer, parallel, is_builder, _progress(config))
     setup = build_setup(config, vocab_size, parallel)
     _describe(config, vocab_size, parallel)
-    Trainer(setup, run_data, default_hooks(config, setup.batch_size)).run()
+    # An evaluation alone says nothing of training's speed.
+    machine = None if config.training.skip_train else machine_facts(parallel)
+    Trainer(setup, run_data, default_hooks(config, setup.batch_size, machine)).run()
 
 
 def _progress(config: PretrainConfig) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,14 @@ class MetricsFile(Hook):
     """One JSON object per logged step.
 
     A resumed run first drops what the killed one logged beyond its checkpoint; a fresh one sets aside an existing file.
+
+    Args:
+        machine: where the run runs; goes into machine.json beside the file, as it was at the last start.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, machine: Mapping[str, Any] | None = None):
         self.path, self.place = Path(path), f"--metrics-file {path}"
+        self._machine = machine
         self.file: Any = None
 
     def start(self, iteration: int) -> None:
@@ -93,6 +98,8 @@ class MetricsFile(Hook):
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, self.path)
+        if self._machine is not None:
+            self.path.with_name("machine.json").write_text(json.dumps(self._machine, indent=1) + "\n")
         self.file = open(self.path, "a")
 
     def _set_aside(self) -> None:
@@ -182,8 +189,8 @@ class ProgressBar(Hook):
             self.bar.close()
 
 
-def default_hooks(config: PretrainConfig, batch_size: int) -> list[Hook]:
-    """Returns the hooks that the configuration asks for."""
+def default_hooks(config: PretrainConfig, batch_size: int, machine: Mapping[str, Any] | None = None) -> list[Hook]:
+    """Returns the hooks that the configuration asks for; see MetricsFile for the machine."""
     logs, iters = config.logging, config.training.train_iters
     hooks: list[Hook] = []
     if logs.log_progress:
@@ -192,7 +199,7 @@ def default_hooks(config: PretrainConfig, batch_size: int) -> list[Hook]:
     else:
         hooks.append(ConsoleLog(iters, batch_size))
     if logs.metrics_file:
-        hooks.append(MetricsFile(logs.metrics_file))
+        hooks.append(MetricsFile(logs.metrics_file, machine))
     if logs.tensorboard_dir:
         hooks.append(TensorBoard(logs.tensorboard_dir))
     return hooks

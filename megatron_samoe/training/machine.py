@@ -1,0 +1,42 @@
+"""Where a run ran, for whoever reads its speed later."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from megatron_samoe.ops import extension
+from megatron_samoe.parallel_state.state import ParallelState
+
+
+def machine_facts(parallel: ParallelState) -> dict[str, Any]:
+    """Returns device, ranks and software, as plain values; the host's name is not among them."""
+    device, grid = parallel.device, parallel.grid
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads_per_rank": torch.get_num_threads(),
+        "ranks": grid.world_size,
+        "layout": {
+            "tensor": grid.tp,
+            "pipeline": grid.pp,
+            "expert": grid.ep,
+            "expert_tensor": grid.etp,
+            "data": grid.dp,
+        },
+        "torch": torch.__version__,
+        "extension": extension.available(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

@@ -1,0 +1,28 @@
+"""machine.json: where a run ran, beside its metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.training.hooks import MetricsFile
+from megatron_samoe.training.machine import machine_facts
+
+
+def test_the_machine_is_written_beside_the_metrics(tmp_path: Path) -> None:
+    facts = machine_facts(single_process_state())
+    hook = MetricsFile(str(tmp_path / "run" / "metrics.jsonl"), facts)
+    hook.start(0)
+    hook.close()
+    found = json.loads((tmp_path / "run" / "machine.json").read_text())
+    assert found == facts and found["device"] == "cpu" and found["ranks"] == 1 and found["device_name"]
+    assert found["layout"] == {"tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "data": 1}
+
+
+def test_an_evaluation_alone_leaves_what_training_wrote(tmp_path: Path) -> None:
+    (tmp_path / "machine.json").write_text("{}")
+    hook = MetricsFile(str(tmp_path / "metrics.jsonl"))
+    hook.start(0)
+    hook.close()
+    assert (tmp_path / "machine.json").read_text() == "{}"
