@@ -1,0 +1,283 @@
+"""Prints text that follows prompts: `python tools/generate.py --load runs/quickstart/samoe/checkpoints --prompt "Emma was"`.
+
+Prompts come from --prompt, from a file (a prompt a line; in .jsonl files objects with "prompt" or "prompt_ids"), from
+standard input, or one after another at a terminal. Those of a file are generated together, in batches that requests enter
+and leave as they come and end. Under torchrun the model is spread over the ranks, whichever layout saved the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.datasets.tokenizer import Tokenizer
+from megatron_samoe.errors import ConfigError, DataError, MegatronSamoeError
+from megatron_samoe.inference.engine import PRECISIONS, SERVINGS, Engine
+from megatron_samoe.inference.load import load_model
+from megatron_samoe.inference.request import FinishReason, Request
+from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
+from megatron_samoe.log import configure_logging
+from megatron_samoe.parallel_state import ParallelState, backend, initialize_model_parallel
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as it was given; either text or ids.
+
+    Attributes:
+        place: where it stands, for messages; empty for the only one.
+    """
+
+    text: str
+    ids: tuple[Any, ...] | None = None
+    place: str = ""
+
+    def request(self, tokenizer: Tokenizer, sampling: SamplingOptions) -> Request:
+        """Returns the request for it."""
+        return Request(tokenizer.encode(self.text) if self.ids is None else self.ids, sampling)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="generate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--load", required=True, help="folder of checkpoints, saved by any layout")
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration; the newest if not given")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="the only prompt")
+    source.add_argument("--prompts-file", metavar="FILE", help="a prompt a line, or .jsonl; - for standard input")
+    source.add_argument("--interactive", action="store_true", help="ask for prompts until the end of input; so it is "
+                        "without any of these at a terminal, else standard input is read")  # fmt: skip
+    usual = SamplingOptions(temperature=0.8, top_k=40)
+    sampling = parser.add_argument_group("choice of tokens")
+    for name, kind, text in (
+        ("max_new_tokens", int, "most tokens to generate"),
+        ("temperature", float, "0 takes the most probable token"),
+        ("top_k", int, "sample among so many most probable tokens; 0 for all"),
+        ("top_p", float, "sample among the fewest tokens that hold this probability"),
+        ("repetition_penalty", float, "above 1 makes tokens that occurred less probable"),
+        ("seed", int, "of the first prompt; each other prompt's is one more than that before it"),
+    ):
+        default = getattr(usual, name)
+        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N",
+                              help=f"{text} (default: {default})")  # fmt: skip
+    sampling.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="texts that end the result, not in it")
+    sampling.add_argument("--ignore-eod", action="store_true", help="generate on after an end-of-document token")
+    output = parser.add_argument_group("output")
+    output.add_argument("--no-stream", action="store_true", help="print a text when it is complete, not as it comes")
+    output.add_argument("--json", action="store_true", help="print a JSON object for each prompt, when it is complete")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--serving", choices=SERVINGS, default="auto", help="how the experts of a shared pool are kept")
+    engine.add_argument("--dtype", choices=PRECISIONS, help="of weights; the checkpoint's if not given")
+    engine.add_argument("--cache-experts", type=int, metavar="N", help="experts combined on the fly that are kept")
+    engine.add_argument("--max-batch", type=int, default=8, metavar="N", help="prompts generated at the same time")
+    engine.add_argument("--max-tokens", type=int, metavar="N", help="tokens that the key-value cache holds")
+    engine.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of a rank")
+    for size in ("tensor", "pipeline", "expert"):
+        engine.add_argument(f"--{size}-model-parallel-size", type=int, default=1, metavar="N")
+    return parser
+
+
+def read_prompts(file: TextIO, name: str, as_json: bool) -> list[Prompt]:
+    """Returns the prompts of a file; blank lines are none.
+
+    Raises:
+        DataError: a line is no object with "prompt" or "prompt_ids", or the file has no prompt.
+    """
+    prompts = []
+    try:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                place = f"{name}, line {number}"
+                prompts.append(_from_json(line, place) if as_json else Prompt(line.rstrip("\r\n"), place=place))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}.") from None
+    if not prompts:
+        raise DataError(f"{name} holds no prompt.")
+    return prompts
+
+
+def _from_json(line: str, place: str) -> Prompt:
+    wanted = f'{place}: must be a JSON object with a text "prompt" or a list of numbers "prompt_ids"'
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{wanted}, but is no JSON: {error}.") from None
+    if isinstance(value, dict) and isinstance(value.get("prompt"), str):
+        return Prompt(value["prompt"], place=place)
+    if isinstance(value, dict) and isinstance(value.get("prompt_ids"), list):
+        return Prompt("", tuple(value["prompt_ids"]), place)
+    raise DataError(f"{wanted}.")
+
+
+def _given_prompts(options: argparse.Namespace) -> list[Prompt] | None:
+    """Returns the prompts that are known at the start; None where they are asked for."""
+    if options.prompt is not None:
+        return [Prompt(options.prompt)]
+    if options.prompts_file not in (None, "-"):
+        path = Path(options.prompts_file)
+        try:
+            with path.open(encoding="utf-8") as file:
+                return read_prompts(file, str(path), path.suffix == ".jsonl")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    if options.interactive or (options.prompts_file is None and sys.stdin.isatty()):
+        return None
+    return read_prompts(sys.stdin, "standard input", as_json=False)
+
+
+class Printer:
+    """Shows results in the order of the prompts: the first one that is not complete as it comes, others when it is done."""
+
+    def __init__(self, prompts: Sequence[Prompt], options: argparse.Namespace):
+        self._prompts, self._json, self._stream = prompts, options.json, not (options.no_stream or options.json)
+        self._texts = [""] * len(prompts)
+        self._ids: list[list[int]] = [[] for _ in prompts]
+        self._reasons: list[FinishReason | None] = [None] * len(prompts)
+        self._current = self._shown = 0
+        self._begun = False
+
+    def take(self, number: int, token: int, text: str, reason: FinishReason | None) -> None:
+        """Takes a token of a prompt."""
+        self._texts[number] += text
+        self._ids[number].append(token)
+        self._reasons[number] = reason
+        while self._current < len(self._prompts):
+            done = self._reasons[self._current] is not None
+            if self._json and done:
+                self._print_json(self._current)
+            elif not self._json and (done or self._stream):
+                self._print_text(self._current, done)
+            if not done:
+                return
+            self._current, self._shown, self._begun = self._current + 1, 0, False
+
+    def _print_text(self, number: int, done: bool) -> None:
+        if not self._begun:
+            print(self._prompts[number].text, end="")
+            self._begun = True
+        print(self._texts[number][self._shown :], end="\n" if done else "", flush=True)
+        self._shown = len(self._texts[number])
+
+    def _print_json(self, number: int) -> None:
+        prompt = self._prompts[number]
+        asked = {"prompt": prompt.text} if prompt.ids is None else {"prompt_ids": list(prompt.ids)}
+        result = {"text": self._texts[number], "finish_reason": self._reasons[number], "ids": self._ids[number]}
+        print(json.dumps({**asked, **result}, ensure_ascii=False), flush=True)
+
+
+def generate(engine: Engine, prompts: Sequence[Prompt], options: argparse.Namespace, shows: bool) -> None:
+    """Generates for some prompts together and prints what comes where `shows`.
+
+    Raises:
+        ConfigError: a prompt is empty, too long or has unknown tokens; nothing is generated then.
+    """
+    sampling = _sampling(options)
+    numbers: dict[int, int] = {}
+    try:
+        for number, prompt in enumerate(prompts):
+            own = replace(sampling, seed=(sampling.seed + number) % 2**64)
+            try:
+                numbers[engine.submit(prompt.request(engine.tokenizer, own))] = number
+            except ConfigError as error:
+                field = f"{prompt.place}: {error.field}" if prompt.place else error.field
+                raise ConfigError(field, error.value, error.allowed) from None
+        printer = Printer(prompts, options)
+        while engine.has_work:
+            for event in engine.step():
+                if shows:
+                    printer.take(numbers[event.request_id], event.token_id, event.text, event.finish_reason)
+    finally:
+        for request_id in numbers:
+            engine.cancel(request_id)
+
+
+def _sampling(options: argparse.Namespace) -> SamplingOptions:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "ignore_eod")
+    return SamplingOptions(stop=tuple(options.stop), **{name: getattr(options, name) for name in names})
+
+
+def _ask(parallel: ParallelState) -> Iterator[Prompt]:
+    """Yields prompts that rank 0 reads, on every rank, until the end of its input."""
+    while True:
+        line: str | None = None
+        if parallel.rank == 0:
+            with suppress(EOFError):
+                line = input("> " if sys.stdin.isatty() else "")
+        line = parallel.world.all_gather_object(line)[0]
+        if line is None:
+            return
+        if line.strip():
+            yield Prompt(line)
+
+
+def _run(options: argparse.Namespace) -> None:
+    check_sampling(_sampling(options))
+    layout = ParallelConfig(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        expert_model_parallel_size=options.expert_model_parallel_size,
+    )
+    if options.num_threads is not None and options.num_threads < 1:
+        raise ConfigError("--num-threads", options.num_threads, "must be 1 or more")
+    device = backend.choose_device(layout)
+    backend.set_num_threads(options.num_threads)
+    backend.initialize_distributed(layout, device)
+    parallel = initialize_model_parallel(layout, device)
+    prompts, problem = None, None
+    if parallel.rank == 0:
+        try:
+            prompts = _given_prompts(options)
+        except MegatronSamoeError as error:
+            problem = str(error)
+    prompts, problem = parallel.world.all_gather_object((prompts, problem))[0]
+    if problem is not None:
+        raise DataError(problem, collective=True)
+    loaded = load_model(options.load, parallel, layout, ckpt_step=options.ckpt_step, combine=False)
+    engine = Engine(
+        loaded, max_batch=options.max_batch, max_tokens=options.max_tokens, serving=options.serving,
+        dtype=options.dtype, cache_experts=options.cache_experts,
+    )  # fmt: skip
+    directory = loaded.directory
+    del loaded  # of which the engine keeps what it needs
+    if prompts is not None:
+        generate(engine, prompts, options, parallel.rank == 0)
+        return
+    if parallel.rank == 0:
+        print(f"{directory}: {engine.dtype}, experts {engine.serving}; a prompt a line", file=sys.stderr)
+    for prompt in _ask(parallel):
+        try:
+            generate(engine, [prompt], options, parallel.rank == 0)
+        except ConfigError as error:
+            if parallel.rank == 0:
+                print(f"error: {error}", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit status."""
+    options = _parser().parse_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    configure_logging(rank)
+    try:
+        _run(options)
+    except MegatronSamoeError as error:
+        if rank == 0 or not error.collective:
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    return 0
