@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,8 @@ class SingleRunner:
         banks = {i: layer.experts for i, layer in enumerate(model.layers) if isinstance(layer.experts, Banks)}
         #: Experts combined on the fly; None for other ways of serving.
         self.expert_cache = ExpertCache(banks, cache_experts) if banks else None
+        #: Called with each MoE layer's index and ids_TK, for counts; such steps route twice.
+        self.observer: Callable[[int, Tensor], None] | None = None
         topk = max([1, *(layer.routing.topk for layer in model.layers if layer.routing is not None)])
 
         def floats(*shape: int) -> Tensor:
@@ -54,6 +58,8 @@ class SingleRunner:
         places = Places(batch.positions_T, batch.slots_T, batch.pages, model.cos_PR, model.sin_PR)
         for index, layer in enumerate(model.layers):
             decode.attention_block(x_TH, layer.attention, places, self._scratch)
+            if self.observer is not None and layer.routing is not None:
+                self.observer(index, self._route(layer, x_TH).ids_TK)
             if isinstance(layer.experts, ExpertStack) and layer.shared is None:
                 decode.mlp_block(x_TH, layer.mlp_norm, layer.routing, layer.experts, self._scratch)
             else:
@@ -81,11 +87,9 @@ class SingleRunner:
     def _experts(self, index: int, layer: DecodeLayer, x_TH: Tensor) -> None:
         """Adds routed experts and an MLP beside them, which both take the stream as it was before."""
         count, hidden = x_TH.shape
-        topk = 1 if layer.routing is None else layer.routing.topk
-        ids_TK, probs_TK = (t[: count * topk].view(count, topk) for t in (self._ids, self._probs))
+        routed = self._route(layer, x_TH)
+        topk = routed.ids_TK.shape[1]
         y_TKH = self._y[: count * topk * hidden].view(count, topk, hidden)
-        routed = Routed(self._normed_TH[:count], ids_TK, probs_TK)
-        decode.route(x_TH, layer.mlp_norm, layer.routing, routed, self._scratch)
         if isinstance(layer.experts, ExpertStack):
             decode.experts_block(routed, layer.experts, y_TKH, x_TH, self._scratch)
         else:
@@ -96,6 +100,14 @@ class SingleRunner:
             alone = Routed(routed.normed_TH, ids_T1.zero_(), probs_T1.fill_(1.0))
             y_T1H = self._y[: count * hidden].view(count, 1, hidden)
             decode.experts_block(alone, layer.shared, y_T1H, x_TH, self._scratch)
+
+    def _route(self, layer: DecodeLayer, x_TH: Tensor) -> Routed:
+        count = x_TH.shape[0]
+        topk = 1 if layer.routing is None else layer.routing.topk
+        ids_TK, probs_TK = (t[: count * topk].view(count, topk) for t in (self._ids, self._probs))
+        routed = Routed(self._normed_TH[:count], ids_TK, probs_TK)
+        decode.route(x_TH, layer.mlp_norm, layer.routing, routed, self._scratch)
+        return routed
 
     def _head(self, batch: StepBatch, x_TH: Tensor) -> Tensor:
         num = len(batch.logit_rows)

@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""Processes that decode for tools/benchmark_decode.py: each loads one model once and is asked for measurements.
+
+A worker prints `@@` and a JSON object when it is ready, then one for each line `batch prompt_length new_tokens` that it
+reads: seconds until every sequence has its first token, seconds of the rest, and the tokens of the first sequence. Ours
+takes a fourth number: count the experts that are hit, which makes times useless.
+llama.cpp's bindings come from PyPI (llama-cpp-python, gguf, safetensors) and may live in an environment of their own;
+this file needs nothing else there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Measure = Callable[..., dict[str, Any]]
+
+
+def prompts(batch: int, length: int, vocab: int) -> list[list[int]]:
+    """Returns prompts that are the same for all contestants, by a small generator of our own."""
+    state, rows = 12345, []
+    for _ in range(batch):
+        row = []
+        for _ in range(length):
+            state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+            row.append((state >> 33) % (vocab - 2))
+        rows.append(row)
+    return rows
+
+
+def ours(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+    """The engine of this package over a checkpoint."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from megatron_samoe.inference import Engine, Request, SamplingOptions, load_model
+    from megatron_samoe.inference.single_runner import SingleRunner
+    from megatron_samoe.parallel_state import backend, single_process_state
+
+    backend.set_num_threads(spec["threads"])
+    loaded = load_model(spec["checkpoint"], single_process_state(), combine=False)
+    context = min(loaded.config.model.max_positions, spec["context"])
+    engine = Engine(loaded, max_batch=spec["max_batch"], max_tokens=spec["max_batch"] * context,
+                    serving=spec["serving"], dtype=spec["dtype"], max_step_tokens=spec["step_tokens"])  # fmt: skip
+    vocab = loaded.model.vocab_size
+    info = {"serving": engine.serving, "dtype": engine.dtype}
+    del loaded
+    runner = engine._runner
+    assert isinstance(runner, SingleRunner)
+
+    def measure(batch: int, length: int, new: int, count: int = 0) -> dict[str, Any]:
+        counts: list[int] = []
+        if count:
+            runner.observer = lambda _, ids_TK: counts.append(len(set(ids_TK.flatten().tolist())))
+        cache = runner.expert_cache
+        before = (cache.num_hits, cache.num_misses) if cache else (0, 0)
+        started = time.perf_counter()
+        options = SamplingOptions(new, temperature=0.0, ignore_eod=True)
+        first_id, *_ = (engine.submit(Request(ids, options)) for ids in prompts(batch, length, vocab))
+        begun, tokens, first_token_s = 0, [], 0.0
+        while engine.has_work:
+            for event in engine.step():
+                begun += 1
+                if event.request_id == first_id:
+                    tokens.append(event.token_id)
+            if begun >= batch and not first_token_s:
+                first_token_s = time.perf_counter() - started
+                counts.clear()
+        result = {"first_s": first_token_s, "rest_s": time.perf_counter() - started - first_token_s, "tokens": tokens}
+        runner.observer = None
+        if counts:
+            result["distinct"] = sum(counts) / len(counts)
+        if cache:
+            result["hits"], result["misses"] = cache.num_hits - before[0], cache.num_misses - before[1]
+        return result
+
+    return info, measure
+
+
+def transformers(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+    """`generate` of transformers over the exported model."""
+    import torch
+    import transformers as hf
+
+    hf.logging.set_verbosity_error()
+    hf.logging.disable_progress_bar()
+    torch.set_num_threads(spec["threads"])
+    dtype = torch.bfloat16 if spec["dtype"] == "bf16" else torch.float32
+    options = {} if spec["implementation"] == "default" else {"experts_implementation": spec["implementation"]}
+    model = hf.AutoModelForCausalLM.from_pretrained(spec["folder"], dtype=dtype, **options).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    vocab = model.config.vocab_size
+
+    def generate(ids: Any, new: int) -> tuple[float, Any]:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            y = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+                               do_sample=False)  # fmt: skip
+        return time.perf_counter() - started, y
+
+    def measure(batch: int, length: int, new: int) -> dict[str, Any]:
+        ids = torch.tensor(prompts(batch, length, vocab))
+        first_s, _ = generate(ids, 1)
+        whole_s, y = generate(ids, new)
+        return {"first_s": first_s, "rest_s": whole_s - first_s, "tokens": y[0, length:].tolist()}
+
+    return {"version": hf.__version__, "experts": getattr(model.config, "_experts_implementation", "")}, measure
+
+
+def llama_cpp(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+    """llama.cpp over a GGUF file, driven by the same loop: whole prompts, then a token for each sequence."""
+    import ctypes
+    import importlib.metadata
+
+    import llama_cpp as lib
+    import numpy as np
+
+    lib.llama_backend_init()
+    silent = lib.llama_log_callback(lambda *_: None)
+    lib.llama_log_set(silent, ctypes.c_void_p(0))
+    options = lib.llama_model_default_params()
+    options.n_gpu_layers, options.use_mmap = 0, False
+    model = lib.llama_model_load_from_file(spec["file"].encode(), options)
+    assert model, "llama.cpp does not load the file"
+    wanted = lib.llama_context_default_params()
+    wanted.n_ctx, wanted.n_seq_max = spec["context"] * spec["max_batch"], spec["max_batch"]
+    wanted.n_batch, wanted.n_ubatch = spec["step_tokens"], min(512, spec["step_tokens"])
+    wanted.n_threads = wanted.n_threads_batch = spec["threads"]
+    context = lib.llama_init_from_model(model, wanted)
+    assert context, "llama.cpp makes no context"
+    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    batch_of = lib.llama_batch_init(spec["step_tokens"], 0, 1)
+
+    def decode(rows: list[tuple[int, int, int, bool]]) -> None:
+        for start in range(0, len(rows), spec["step_tokens"]):
+            part = rows[start : start + spec["step_tokens"]]
+            batch_of.n_tokens = len(part)
+            for j, (token, position, sequence, wants) in enumerate(part):
+                batch_of.token[j], batch_of.pos[j], batch_of.n_seq_id[j] = token, position, 1
+                batch_of.seq_id[j][0], batch_of.logits[j] = sequence, wants
+            status = lib.llama_decode(context, batch_of)
+            assert status == 0, f"llama_decode gave {status}"
+
+    def measure(batch: int, length: int, new: int) -> dict[str, Any]:
+        assert batch * length <= spec["step_tokens"], "prompts must fit into one batch"
+        ids = prompts(batch, length, vocab)
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        started = time.perf_counter()
+        decode([(t, i, s, i == length - 1) for s in range(batch) for i, t in enumerate(ids[s])])
+        last = [lib.llama_get_logits_ith(context, length * (s + 1) - 1) for s in range(batch)]
+        current = [int(np.ctypeslib.as_array(row, (vocab,)).argmax()) for row in last]
+        first_s, tokens = time.perf_counter() - started, [current[0]]
+        for i in range(1, new):
+            decode([(current[s], length + i - 1, s, True) for s in range(batch)])
+            logits = np.ctypeslib.as_array(lib.llama_get_logits(context), (batch, vocab))
+            current = logits.argmax(1).tolist()
+            tokens.append(current[0])
+        return {"first_s": first_s, "rest_s": time.perf_counter() - started - first_s, "tokens": tokens}
+
+    return {"version": importlib.metadata.version("llama_cpp_python")}, measure
+
+
+def write_gguf(folder: Path, path: Path, dtype: str) -> None:
+    """Writes a Mixtral folder of transformers' as llama.cpp's file in fp32, bf16 or q8_0 (dtype int8)."""
+    import gguf
+    import numpy as np
+    from safetensors import safe_open
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "mixtral", "only Mixtral models are written"
+    files = sorted(folder.glob("*.safetensors"))
+    opened = {name: handle for file in files for handle in [safe_open(file, "np")] for name in handle.keys()}
+    heads, layers, experts = (config[n] for n in ("num_attention_heads", "num_hidden_layers", "num_local_experts"))
+    writer = gguf.GGUFWriter(f"{path}.part", "llama")
+    writer.add_name("exported")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    writer.add_rope_freq_base(config.get("rope_theta") or config["rope_parameters"]["rope_theta"])
+    writer.add_expert_count(experts)
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")
+    kind = {"fp32": None, "bf16": gguf.GGMLQuantizationType.BF16, "int8": gguf.GGMLQuantizationType.Q8_0}[dtype]
+
+    def read(name: str) -> Any:
+        return opened[name].get_tensor(name).astype(np.float32)
+
+    def add(name: str, x: Any, plain: bool = False) -> None:
+        if x.ndim == 1 or plain or kind is None:
+            writer.add_tensor(name, np.ascontiguousarray(x))
+        else:
+            rows = gguf.quants.quantize(np.ascontiguousarray(x).reshape(-1, x.shape[-1]), kind)
+            writer.add_tensor(name, rows.reshape(*x.shape[:-1], -1), raw_dtype=kind)
+
+    def pairs(x: Any, count: int) -> Any:
+        """llama.cpp rotates neighbouring channels, transformers those half a head apart."""
+        return x.reshape(count, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+
+    words = read("model.embed_tokens.weight")
+    add("token_embd.weight", words)
+    add("output.weight", words if config["tie_word_embeddings"] else read("lm_head.weight"))
+    add("output_norm.weight", read("model.norm.weight"))
+    for i in range(layers):
+        theirs, block = f"model.layers.{i}.", f"blk.{i}."
+        add(f"{block}attn_q.weight", pairs(read(f"{theirs}self_attn.q_proj.weight"), heads))
+        add(f"{block}attn_k.weight", pairs(read(f"{theirs}self_attn.k_proj.weight"), config["num_key_value_heads"]))
+        add(f"{block}attn_v.weight", read(f"{theirs}self_attn.v_proj.weight"))
+        add(f"{block}attn_output.weight", read(f"{theirs}self_attn.o_proj.weight"))
+        add(f"{block}attn_norm.weight", read(f"{theirs}input_layernorm.weight"))
+        add(f"{block}ffn_norm.weight", read(f"{theirs}post_attention_layernorm.weight"))
+        add(f"{block}ffn_gate_inp.weight", read(f"{theirs}block_sparse_moe.gate.weight"), plain=True)
+        for name, w in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+            stack = np.stack([read(f"{theirs}block_sparse_moe.experts.{e}.{w}.weight") for e in range(experts)])
+            add(f"{block}ffn_{name}_exps.weight", stack)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.rename(f"{path}.part", path)
+
+
+def main() -> None:
+    """Serves measurements until standard input ends, or writes a GGUF file."""
+    if sys.argv[1] == "gguf":
+        write_gguf(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+        return
+    spec = json.loads(sys.argv[1])
+    info, measure = {"ours": ours, "transformers": transformers, "llama.cpp": llama_cpp}[spec["program"]](spec)
+    for batch, length in spec["warm_up"]:
+        measure(batch, length, 3)
+    print("@@" + json.dumps(info), flush=True)
+    for line in sys.stdin:
+        print("@@" + json.dumps(measure(*map(int, line.split()))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
