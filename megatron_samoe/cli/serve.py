@@ -73,7 +73,7 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _server_options(options: argparse.Namespace) -> ServerOptions:
-    folder = Path(options.load).resolve()
+    folder = Path(options.load).absolute()
     run_name = folder.parent.name if folder.name == "checkpoints" else folder.name
     return ServerOptions(
         host=options.host, port=options.port, model_name=options.served_model_name or run_name or "model",
