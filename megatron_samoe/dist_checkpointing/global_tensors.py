@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
 from megatron_samoe.dist_checkpointing.file_storage import read_metadata
+from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor
 from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.parallel_state.state import single_process_state
@@ -90,18 +90,16 @@ class CheckpointReader:
     def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self._places[MetadataIndex(name, chunk.offsets)]
         try:
-            with open(self.directory / place.relative_path, "rb") as file:
-                view = _create_file_view(file, place.offset, place.length)
-                tensor = torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            tensor = read_saved_tensor(self.directory / place.relative_path, place.offset, place.length)
         except Exception as error:  # torch raises several kinds for damaged files
             raise CheckpointError(
                 f"{self.directory / place.relative_path} is damaged: {name} cannot be read "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__})."
             ) from None
-        if tensor.shape != chunk.sizes:
+        if tensor.shape != chunk.sizes or tensor.dtype != self.tensors[name].dtype:
             raise CheckpointError(
-                f"{self.directory / place.relative_path} is damaged: {name} is {list(tensor.shape)} in place of "
-                f"{list(chunk.sizes)}."
+                f"{self.directory / place.relative_path} is damaged: {name} is {list(tensor.shape)} {tensor.dtype} in "
+                f"place of {list(chunk.sizes)} {self.tensors[name].dtype}."
             )
         return tensor
 
