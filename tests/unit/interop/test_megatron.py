@@ -227,6 +227,31 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         MegatronReader(tmp_path / "c")
 
 
+def test_mutated_files_are_read_or_refused_in_words(tmp_path: Path) -> None:
+    path = export(new_source(tiny_config("dense", num_layers=2)), tmp_path) / "mp_rank_00" / FILE_NAME
+    good, random_ = path.read_bytes(), random.Random(0)
+    with zipfile.ZipFile(path) as archive:
+        table = archive.getinfo("archive/data.pkl")
+    refused = 0
+    for trial in range(80):
+        content = bytearray(good)
+        if trial % 4 == 0:
+            content = content[: random_.randrange(len(content))]
+        elif trial % 4 == 1:
+            content[-1 - random_.randrange(3000)] ^= 255
+        for _ in range((0, 0, 1, 20)[trial % 4]):
+            content[table.header_offset + random_.randrange(table.file_size)] = random_.randrange(256)
+        path.write_bytes(content)
+        try:
+            reader = MegatronReader(tmp_path)
+            for name in reader.tensors:
+                reader.read(name)
+        except (CheckpointError, ConfigError) as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 40
+
+
 @pytest.mark.parametrize(
     ("options", "sizes", "style", "message"),
     [
