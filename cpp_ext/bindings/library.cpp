@@ -28,6 +28,16 @@ TORCH_LIBRARY(megatron_samoe, m) {
   m.def("cross_entropy_parts(Tensor logits, Tensor labels, int first_id) -> (Tensor peak, Tensor sum, Tensor target)");
   m.def("cross_entropy_backward(Tensor logits, Tensor labels, int first_id, Tensor logsumexp, Tensor dloss) -> Tensor");
   m.def(
+      "grouped_mlp(Tensor x, int[] rows, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, bool gated, bool keep_hidden)"
+      " -> (Tensor y, Tensor hidden)");
+  m.def(
+      "grouped_mlp_backward(Tensor dy, Tensor x, Tensor hidden, int[] rows, Tensor w1, Tensor w2, Tensor? b1, bool gated,"
+      " Tensor(a!) dw1, Tensor(b!) dw2, Tensor(c!)? db1, Tensor(d!)? db2) -> Tensor");
+  m.def(
+      "adamw(Tensor(a!)[] masters, Tensor(b!)[] weights, Tensor[] grads, Tensor(c!)[] exp_avgs,"
+      " Tensor(d!)[] exp_avg_sqs, float lr, float beta1, float beta2, float eps, float weight_decay, int step,"
+      " float grad_scale) -> ()");
+  m.def(
       "decode_linear(Tensor x, Tensor w, Tensor? scale, Tensor? bias, Tensor(a!) out, bool accumulate) -> ()");
   m.def("decode_norm(Tensor x, Tensor weight, Tensor? bias, float epsilon, bool rms, Tensor(a!) out) -> ()");
   m.def(

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "decode.h"
+#include "mlp.h"
 
 namespace samoe {
 
@@ -136,6 +137,12 @@ struct Kernels {
   void (*combine_backward)(const CombineBackward&);
   void (*cross_entropy_forward)(const CrossEntropyForward&);
   void (*cross_entropy_backward)(const CrossEntropyBackward&);
+  void (*activate)(const Activate&);
+  void (*activate_backward)(const ActivateBackward&);
+  void (*column_sums)(const ColumnSums&);
+  void (*convert)(const Convert&);
+  void (*add_bias)(const AddBias&);
+  void (*adamw)(const AdamW&);
   void (*decode_linear)(const DecodeLinear&);
   void (*decode_norm)(const DecodeNorm&);
   void (*decode_attention)(const DecodeAttention&);

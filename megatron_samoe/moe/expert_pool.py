@@ -280,19 +280,19 @@ class _CombinedMLP(torch.autograd.Function):
         ctx: Any, x_RH: Tensor, a_2GP: Tensor, rows: list[int], work: _LayerWork
     ) -> Tensor:
         weights = without_repeated_bias(work.combined(a_2GP), work.state)
-        y_RH, h, a_RF = grouped_mlp_forward(x_RH, rows, weights, work.activation)
-        ctx.save_for_backward(x_RH, a_2GP, h, a_RF)
+        y_RH, h_RU = grouped_mlp_forward(x_RH, rows, weights, work.activation)
+        ctx.save_for_backward(x_RH, a_2GP, h_RU)
         ctx.rest = rows, work
         return y_RH
 
     @staticmethod
     def backward(ctx: Any, dy_RH: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x_RH, a_2GP, h, a_RF = ctx.saved_tensors
+        x_RH, a_2GP, h_RU = ctx.saved_tensors
         rows, work = ctx.rest
         weights = work.combined(a_2GP)
         grads = weights.map(lambda t: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)))
         dx_RH = grouped_mlp_backward(
-            dy_RH, x_RH, h, a_RF, rows, without_repeated_bias(weights, work.state), work.activation,
+            dy_RH, x_RH, h_RU, rows, without_repeated_bias(weights, work.state), work.activation,
             without_repeated_bias(grads, work.state),
         )  # fmt: skip
         da_2GP = torch.zeros_like(a_2GP)

@@ -63,6 +63,22 @@ def _cross_entropy_backward(
     return torch.empty_like(logits_TV)
 
 
+def _grouped_mlp(
+    x_RH: Tensor, rows: list[int], w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, gated: bool,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    width = w2.shape[2] * (2 if gated else 1)
+    return torch.empty_like(x_RH), x_RH.new_empty(x_RH.shape[0] if keep_hidden else 0, width)
+
+
+def _grouped_mlp_backward(dy_RH: Tensor, x_RH: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x_RH)
+
+
+def _adamw(*arguments: object) -> None:
+    return None
+
+
 def register() -> None:
     """Registers them; called once, when the library has been loaded."""
     for function in (
@@ -76,5 +92,8 @@ def register() -> None:
         _combine_banks_backward,
         _cross_entropy_parts,
         _cross_entropy_backward,
+        _grouped_mlp,
+        _grouped_mlp_backward,
+        _adamw,
     ):
         torch.library.register_fake(f"megatron_samoe::{function.__name__[1:]}", function)

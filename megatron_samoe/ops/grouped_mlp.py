@@ -1,8 +1,9 @@
 """Expert MLPs over rows that are sorted by expert: two products per expert, activation between.
 
-On a CPU each expert is one call of the BLAS, which is already at the machine's limit; on CUDA in bf16 the products go
-through torch's grouped matrix product. Weight gradients are added straight into fp32 main gradients where the caller
-has them: fresh gradient tensors of all experts would cost more page faults than the products cost time.
+On a CPU the compiled op runs whole experts per thread, activation and bias between the products while the rows are in the
+cache; without it each expert is one call of the BLAS. On CUDA in bf16 the products go through torch's grouped matrix
+product. Weight gradients are added straight into fp32 main gradients where the caller has them: fresh gradient tensors
+of all experts would cost more page faults than the products cost time. The backward makes the activations again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_samoe.ops import extension
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -61,7 +65,7 @@ def grouped_mlp(
     parts = (weights.w1, weights.w2, weights.b1, weights.b2)
     if main_grads is not None:
         x_RH = with_backward(x_RH)
-    return _GroupedMLP.apply(x_RH, list(rows_per_expert), activation, main_grads, *parts)
+    return _GroupedMLP.apply(x_RH, list(rows_per_expert), activation, main_grads, torch.is_grad_enabled(), *parts)
 
 
 def with_backward(x: Tensor) -> Tensor:
@@ -72,51 +76,81 @@ def with_backward(x: Tensor) -> Tensor:
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_RH: Tensor, rows: list[int], activation: Activation, main_grads: ExpertWeights | None,
+        ctx: Any, x_RH: Tensor, rows: list[int], activation: Activation, main_grads: ExpertWeights | None, keep: bool,
         w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        weights = ExpertWeights(w1, w2, b1, b2)
-        y_RH, h_RF, a_RF = grouped_mlp_forward(x_RH, rows, weights, activation)
-        ctx.save_for_backward(x_RH, h_RF, a_RF, w1, w2, b1, b2)
+        y_RH, h_RU = grouped_mlp_forward(x_RH, rows, ExpertWeights(w1, w2, b1, b2), activation, keep)
+        ctx.save_for_backward(x_RH, h_RU, w1, w2, b1, b2)
         ctx.rows, ctx.activation, ctx.main_grads = rows, activation, main_grads
         return y_RH
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_RH: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x_RH, h_RF, a_RF, *parts = ctx.saved_tensors
+        x_RH, h_RU, *parts = ctx.saved_tensors
         weights = ExpertWeights(*parts)
-        grads = ctx.main_grads or weights.map(torch.zeros_like)
-        dx_RH = grouped_mlp_backward(dy_RH, x_RH, h_RF, a_RF, ctx.rows, weights, ctx.activation, grads)
-        returned = (None,) * 4 if ctx.main_grads else (grads.w1, grads.w2, grads.b1, grads.b2)
-        return dx_RH, None, None, None, *returned
+        grads = ctx.main_grads
+        if grads is None:
+            grads = weights.map(lambda t: torch.zeros_like(t, dtype=extension.accumulation_dtype(t.dtype)))
+        dx_RH = grouped_mlp_backward(dy_RH, x_RH, h_RU, ctx.rows, weights, ctx.activation, grads)
+        if ctx.main_grads is not None:
+            return dx_RH, *(None,) * 8
+        own = [None if t is None else getattr(grads, n).to(t.dtype) for n, t in zip(_NAMES, parts, strict=True)]
+        return dx_RH, *(None,) * 4, *own
+
+
+_NAMES = tuple(f.name for f in fields(ExpertWeights))
 
 
 def grouped_mlp_forward(
-    x_RH: Tensor, rows: Sequence[int], weights: ExpertWeights, activation: Activation
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (y_RH, h, a_RF): outputs, pre-activations ([R, F], or [R, 2F] for SwiGLU) and activations."""
-    h = _products(x_RH, rows, weights.w1.flatten(1, -2), _flat_bias(weights.b1))
-    a_RF = activate(h, activation)
-    return _products(a_RF, rows, weights.w2, weights.b2), h, a_RF
+    x_RH: Tensor, rows: Sequence[int], weights: ExpertWeights, activation: Activation, keep_hidden: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Returns (y_RH, h_RU): outputs, and the first product, which the backward takes ([R, F], or [R, 2F] for SwiGLU).
+
+    Args:
+        keep_hidden: whether a backward follows; if not, h has no rows.
+    """
+    if extension.serves(x_RH, *(t for _, t in weights.items())):
+        w = weights.map(Tensor.contiguous)
+        gated = activation == "swiglu"
+        y_RH, h_RU = torch.ops.megatron_samoe.grouped_mlp(
+            x_RH.contiguous(), rows, w.w1, w.w2, w.b1, w.b2, gated, keep_hidden
+        )
+        return y_RH, h_RU
+    h_RU = _products(x_RH, rows, weights.w1.flatten(1, -2), None)
+    a_RF = activate(_with_bias(h_RU, rows, weights.b1), activation)
+    return _products(a_RF, rows, weights.w2, weights.b2), h_RU if keep_hidden else h_RU[:0]
 
 
 def grouped_mlp_backward(
-    dy_RH: Tensor, x_RH: Tensor, h: Tensor, a_RF: Tensor, rows: Sequence[int], weights: ExpertWeights,
-    activation: Activation, grads: ExpertWeights,
+    dy_RH: Tensor, x_RH: Tensor, h_RU: Tensor, rows: Sequence[int], weights: ExpertWeights, activation: Activation,
+    grads: ExpertWeights,
 ) -> Tensor:  # fmt: skip
-    """Adds the weights' gradients to `grads` and returns dx_RH."""
-    dy_RH = dy_RH.contiguous()
-    w1 = weights.w1.flatten(1, -2)
+    """Adds the weights' gradients to `grads` and returns dx_RH; h_RU is the forward's."""
+    dy_RH, x_RH = dy_RH.contiguous(), x_RH.contiguous()
+    if _serves_backward(x_RH, weights, grads):
+        w = weights.map(Tensor.contiguous)
+        dx_RH: Tensor = torch.ops.megatron_samoe.grouped_mlp_backward(
+            dy_RH, x_RH, h_RU, rows, w.w1, w.w2, w.b1, activation == "swiglu", grads.w1, grads.w2, grads.b1, grads.b2
+        )
+        return dx_RH
+    h_RU = _with_bias(h_RU, rows, weights.b1)
     da_RF = _products(dy_RH, rows, weights.w2.transpose(1, 2), None)
-    add_outer_products(grads.w2, dy_RH, a_RF, rows)
-    dh = activation_backward(da_RF, h, activation)
-    add_outer_products(grads.w1.flatten(1, -2), dh, x_RH, rows)
-    for bias_grad, d in ((grads.b1, dh), (grads.b2, dy_RH)):
+    add_outer_products(grads.w2, dy_RH, activate(h_RU, activation), rows)
+    dh_RU = activation_backward(da_RF, h_RU, activation)
+    add_outer_products(grads.w1.flatten(1, -2), dh_RU, x_RH, rows)
+    for bias_grad, d in ((grads.b1, dh_RU), (grads.b2, dy_RH)):
         if bias_grad is not None:
             for e, (d_e, grad_e) in enumerate(zip(d.split(list(rows)), bias_grad.flatten(1), strict=True)):
                 if rows[e]:
                     grad_e += d_e.sum(0, dtype=grad_e.dtype)
-    return _products(dh, rows, w1.transpose(1, 2), None)
+    return _products(dh_RU, rows, weights.w1.flatten(1, -2).transpose(1, 2), None)
+
+
+def _serves_backward(x_RH: Tensor, weights: ExpertWeights, grads: ExpertWeights) -> bool:
+    """Whether the compiled op takes these: main gradients in fp32, each in one piece."""
+    fits = all(g.dtype == torch.float32 and g.is_contiguous() for _, g in grads.items())
+    return fits and extension.serves(x_RH, *(t for _, t in weights.items()))
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
@@ -139,8 +173,10 @@ def activation_backward(da: Tensor, h: Tensor, activation: Activation) -> Tensor
     return dh
 
 
-def _flat_bias(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.flatten(1)
+def _with_bias(h_RU: Tensor, rows: Sequence[int], bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return h_RU
+    return h_RU + bias.flatten(1).repeat_interleave(_counts(rows, h_RU.device), 0)
 
 
 def _products(x_RK: Tensor, rows: Sequence[int], w_eMK: Tensor, b_eM: Tensor | None) -> Tensor:

@@ -5,6 +5,9 @@ Plain torch, differentiable through autograd, any floating dtype. Sums are held 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -125,3 +128,38 @@ def cross_entropy_backward(
     if width:
         probs_TV.scatter_add_(1, local_T.clamp(0, width - 1)[:, None], -mine_T.to(probs_TV.dtype)[:, None])
     return probs_TV.mul_(dloss_T[:, None]).to(logits_TV.dtype)
+
+
+def grouped_mlp(
+    x_RH: Tensor, rows: Sequence[int], w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, gated: bool
+) -> Tensor:
+    """Returns y_RH in x's dtype: each expert's MLP over its rows, x sorted by expert.
+
+    Without a gate a = gelu(h) in its tanh form for h = x w1^T + b1; with one a = silu(gate) * up. y = a w2^T + b2.
+    """
+    dtype = accumulation_dtype(x_RH.dtype)
+    parts = []
+    for e, x in enumerate(x_RH.to(dtype).split(list(rows))):
+        h = x @ w1[e].flatten(0, -2).to(dtype).t()
+        if b1 is not None:
+            h = h + b1[e].flatten().to(dtype)
+        if gated:
+            gate, up = h.chunk(2, dim=1)
+            a = gate * torch.sigmoid(gate) * up
+        else:
+            a = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        y = a @ w2[e].to(dtype).t()
+        parts.append(y if b2 is None else y + b2[e].to(dtype))
+    return torch.cat(parts).to(x_RH.dtype)
+
+
+def adamw(
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: float, beta1: float, beta2: float,
+    eps: float, weight_decay: float, step: int, grad_scale: float = 1.0,
+) -> None:  # fmt: skip
+    """Makes one AdamW step in place, the first with step = 1 (Loshchilov and Hutter, arXiv:1711.05101)."""
+    grad = grad * grad_scale
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
+    master.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))

@@ -19,6 +19,9 @@ combine_banks(Tensor coefficients, Tensor banks, Tensor(a!) out) -> ()
 combine_banks_backward(Tensor coefficients, Tensor banks, Tensor dweights, Tensor(a!) dbanks) -> Tensor
 cross_entropy_parts(Tensor logits, Tensor labels, int first_id) -> (Tensor peak, Tensor sum, Tensor target)
 cross_entropy_backward(Tensor logits, Tensor labels, int first_id, Tensor logsumexp, Tensor dloss) -> Tensor
+grouped_mlp(Tensor x, int[] rows, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, bool gated, bool keep_hidden) -> (Tensor y, Tensor hidden)
+grouped_mlp_backward(Tensor dy, Tensor x, Tensor hidden, int[] rows, Tensor w1, Tensor w2, Tensor? b1, bool gated, Tensor(a!) dw1, Tensor(b!) dw2, Tensor(c!)? db1, Tensor(d!)? db2) -> Tensor
+adamw(Tensor(a!)[] masters, Tensor(b!)[] weights, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, float lr, float beta1, float beta2, float eps, float weight_decay, int step, float grad_scale) -> ()
 decode_linear(Tensor x, Tensor w, Tensor? scale, Tensor? bias, Tensor(a!) out, bool accumulate) -> ()
 decode_norm(Tensor x, Tensor weight, Tensor? bias, float epsilon, bool rms, Tensor(a!) out) -> ()
 decode_attention(Tensor qkv, Tensor[] head_norms, float epsilon, bool rms, Tensor? cos, Tensor? sin, Tensor positions, Tensor slots, Tensor pages, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) out, Tensor(d!) scratch) -> ()

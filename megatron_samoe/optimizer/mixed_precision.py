@@ -10,6 +10,8 @@ from torch import Tensor
 from megatron_samoe.config.training import OptimizerConfig, TrainingConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
+from megatron_samoe.ops.adamw import serves as adamw_serves
 from megatron_samoe.optimizer.param_groups import build_param_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -18,47 +20,77 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class MixedPrecisionOptimizer:
     """AdamW on main gradients. Weights in fp32 (and the pool, always) are their own master weights.
 
+    On a CPU one compiled pass updates masters, moments and bf16 weights; elsewhere apex or torch do.
+
     Args:
         buffers: the gradients; what this rank updates are their pieces.
     """
 
     def __init__(self, buffers: GradBuffers, config: OptimizerConfig):
-        self.buffers = buffers
+        self.buffers, self.config = buffers, config
         self.pieces = {piece.name: piece for piece in buffers.pieces}
         self.masters: dict[str, Tensor] = {}
         for name, piece in self.pieces.items():
             is_own_master = piece.weight.dtype in (torch.float32, torch.float64)
             self.masters[name] = piece.weight if is_own_master else piece.weight.float()
-        groups = [
-            {"params": [self.masters[n] for n in g.names], "weight_decay": g.weight_decay, "lr_mult": g.lr_mult}
-            for g in build_param_groups(list(self.pieces), config)
-        ]
-        self.inner = _make_adam(groups, config) if groups else None
         self.num_steps = 0
-        self._states: dict[str, dict[str, Tensor]] = {}
-        for name, master in self.masters.items():
-            self._states[name] = {
+        self._states = {
+            name: {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 **{moment: torch.zeros_like(master) for moment in MOMENTS},
             }
-            assert self.inner is not None
-            self.inner.state[master] = self._states[name]
+            for name, master in self.masters.items()
+        }
+        self._groups = build_param_groups(list(self.pieces), config)
+        self._runs = {name: self._run(name) for name in self.pieces}
+        self._inner = None if self._is_compiled() else self._make_inner()
+
+    def _run(self, name: str) -> AdamWRun:
+        piece, master, state = self.pieces[name], self.masters[name], self._states[name]
+        weight = piece.weight if piece.weight.dtype == torch.bfloat16 else None
+        return AdamWRun(master, weight, piece.grad, *(state[moment] for moment in MOMENTS))
+
+    def _is_compiled(self) -> bool:
+        return self.config.optimizer_backend == "auto" and adamw_serves(list(self._runs.values()))
+
+    def _make_inner(self) -> torch.optim.Optimizer | None:
+        groups = [
+            {"params": [self.masters[n] for n in g.names], "weight_decay": g.weight_decay, "lr_mult": g.lr_mult}
+            for g in self._groups
+        ]
+        if not groups:
+            return None
+        inner = _make_adam(groups, self.config)
+        for name, master in self.masters.items():
+            inner.state[master] = self._states[name]
+        return inner
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Updates all parameters from their main gradients; ranks that share elements out call it together."""
-        if self.inner is not None:
-            for group in self.inner.param_groups:
-                group["lr"] = lr * group["lr_mult"]
-            for name, master in self.masters.items():
-                master.grad = self.pieces[name].grad
-            self.inner.step()
-            for name, master in self.masters.items():
-                master.grad = None
-                if master.dtype != self.pieces[name].weight.dtype:
-                    self.pieces[name].weight.copy_(master)
-        self.buffers.gather_weights()
         self.num_steps += 1
+        if self._inner is not None:
+            self._step_inner(self._inner, lr)
+        else:
+            config = self.config
+            for group in self._groups:
+                rates = AdamWRates(
+                    lr * group.lr_mult, config.adam_beta1, config.adam_beta2, config.adam_eps, group.weight_decay
+                )
+                adamw([self._runs[name] for name in group.names], rates, self.num_steps)
+        for name, master in self.own_masters().items():
+            if self._inner is not None or self._runs[name].weight is None:
+                self.pieces[name].weight.copy_(master)
+        self.buffers.gather_weights()
+
+    def _step_inner(self, inner: torch.optim.Optimizer, lr: float) -> None:
+        for group in inner.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        for name, master in self.masters.items():
+            master.grad = self.pieces[name].grad
+        inner.step()
+        for master in self.masters.values():
+            master.grad = None
 
     def moments(self, name: str) -> dict[str, Tensor]:
         """Returns the moments of what this rank updates of a parameter."""
@@ -73,8 +105,8 @@ class MixedPrecisionOptimizer:
         self.num_steps = num_steps
         for state in self._states.values():
             state["step"].fill_(float(num_steps))
-        for group in self.inner.param_groups if self.inner is not None else []:
-            if "step" in group or type(self.inner).__module__.startswith("apex"):
+        for group in self._inner.param_groups if self._inner is not None else []:
+            if "step" in group or type(self._inner).__module__.startswith("apex"):
                 group["step"] = num_steps
 
     def refresh_masters(self) -> None:

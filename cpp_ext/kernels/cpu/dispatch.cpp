@@ -19,6 +19,12 @@ namespace cpu {
   void combine_backward(const CombineBackward&);              \
   void cross_entropy_forward(const CrossEntropyForward&);     \
   void cross_entropy_backward(const CrossEntropyBackward&);   \
+  void activate(const Activate&);                             \
+  void activate_backward(const ActivateBackward&);            \
+  void column_sums(const ColumnSums&);                        \
+  void convert(const Convert&);                               \
+  void add_bias(const AddBias&);                              \
+  void adamw(const AdamW&);                                   \
   void decode_linear(const DecodeLinear&);                    \
   void decode_norm(const DecodeNorm&);                        \
   void decode_attention(const DecodeAttention&);              \
@@ -36,6 +42,12 @@ namespace cpu {
                                   isa::combine_backward,      \
                                   isa::cross_entropy_forward, \
                                   isa::cross_entropy_backward, \
+                                  isa::activate,              \
+                                  isa::activate_backward,     \
+                                  isa::column_sums,           \
+                                  isa::convert,               \
+                                  isa::add_bias,              \
+                                  isa::adamw,                 \
                                   isa::decode_linear,         \
                                   isa::decode_norm,           \
                                   isa::decode_attention,      \

@@ -146,13 +146,18 @@ def test_as_many_banks_as_layers_with_identity_coefficients_is_the_standard_moe(
         for i, setup in enumerate((samoe, standard)):
             result, states[i] = train_step(setup, states[i], micro_batches(setup, step))
             results.append(result)
-        assert results[0].lm_loss == results[1].lm_loss
+        assert results[0].lm_loss == pytest.approx(results[1].lm_loss, rel=1e-6 if combine == "layer" else 0, abs=0)
         assert results[0].routing is not None and results[1].routing is not None
         assert torch.equal(results[0].routing.counts_LE, results[1].routing.counts_LE)
+    # A product added to a sum is not, on every CPU, the bits of the same product made on its own and then added.
+    tolerance = 1e-5 if combine == "layer" else 0.0
     own = standard.model.global_parameters()
     for name, bank in pool.items():
         for layer in range(4):
-            assert torch.equal(bank[layer], own[f"layers.{layer}.moe.experts.{name}"]), f"bank {layer} {name}"
+            expert = own[f"layers.{layer}.moe.experts.{name}"]
+            torch.testing.assert_close(
+                bank[layer], expert, rtol=tolerance, atol=tolerance, msg=lambda m, at=(layer, name): f"bank {at}: {m}"
+            )
         assert not torch.equal(bank, before[name]), "both have learned something"
 
 

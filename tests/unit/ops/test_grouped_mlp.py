@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_samoe.ops import extension, reference
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 
 
@@ -23,18 +24,18 @@ def make_weights(E: int, F: int, H: int, activation: str, bias: bool, dtype: tor
 
 
 def twin(x_RH: Tensor, rows: list[int], w: ExpertWeights, activation: str) -> Tensor:
-    """Returns the same in double precision, expert by expert, from operations that autograd knows."""
-    parts = []
-    for e, x in enumerate(x_RH.split(rows)):
-        if activation == "swiglu":
-            gate, up = (x @ w.w1[e, i].T + (0 if w.b1 is None else w.b1[e, i]) for i in (0, 1))
-            a = gate * torch.sigmoid(gate) * up
-        else:
-            h = x @ w.w1[e].T + (0 if w.b1 is None else w.b1[e])
-            a = 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
-        y = a @ w.w2[e].T
-        parts.append(y if w.b2 is None else y + w.b2[e])
-    return torch.cat(parts)
+    return reference.grouped_mlp(x_RH, rows, w.w1, w.w2, w.b1, w.b2, activation == "swiglu")
+
+
+def routed_rows(num_tokens: int, topk: int, num_experts: int, seed: int) -> list[int]:
+    """Returns rows per expert of tokens that each chose topk experts, the first experts more often than the last."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.arange(num_experts, 0, -1, dtype=torch.float64)
+    weights[num_experts // 2] = 1e-9  # nearly never chosen
+    if num_tokens == 0:
+        return [0] * num_experts
+    ids = torch.multinomial(weights.expand(num_tokens, -1), topk, generator=generator)
+    return torch.bincount(ids.flatten(), minlength=num_experts).tolist()
 
 
 def compare(
@@ -76,12 +77,12 @@ def compare(
             check(name, getattr(grads, name), 1 + repeats * gradient)
 
 
+needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
+DTYPES = [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 4e-2)]
 CASES = [([3, 5, 2], 7, 4), ([0, 6, 0, 1], 8, 5), ([0, 0], 3, 2), ([1], 1, 1), ([17, 0, 33], 16, 24)]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 4e-2)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=str)
 @pytest.mark.parametrize("main_grads", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -136,3 +137,113 @@ def test_no_gradient_mode_leaves_main_gradients_alone() -> None:
         y = grouped_mlp(torch.randn(4, 3), [4, 0], weights, "gelu", grads)
     assert not y.requires_grad
     assert all(not g.any() for _, g in grads.items())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("rows", [[3, 5, 0, 2], [17, 0, 33]], ids=str)
+def test_the_path_without_the_extension(
+    rows: list[int], activation: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "serves", lambda *tensors: False)
+    torch.manual_seed(4)
+    for main_grads in (False, True):
+        compare(rows, 9, 6, activation, True, dtype, tolerance, main_grads)
+
+
+@needs_library
+@pytest.mark.parametrize("products", ["native", "fp32"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("topk", [1, 2, 8])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 513])
+def test_routed_tokens_on_several_threads(
+    num_tokens: int, topk: int, activation: str, threads: int, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few threads and large experts are shared out by rows; all sizes are no multiple of a vector."""
+    monkeypatch.setenv("MEGATRON_SAMOE_BF16_PRODUCTS", products)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(5)
+        rows = routed_rows(num_tokens, topk, 9, seed=num_tokens + topk)
+        for dtype, tolerance in DTYPES[1:]:
+            if dtype == torch.bfloat16 or products == "native":
+                compare(rows, 70, 45, activation, threads != 2, dtype, tolerance, main_grads=True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("rows", [[0, 0, 600], [600], [300, 0, 301, 3]], ids=str)
+def test_all_tokens_to_one_expert(rows: list[int], activation: str) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.manual_seed(6)
+        for dtype, tolerance in DTYPES[1:]:
+            compare(rows, 190, 70, activation, True, dtype, tolerance, main_grads=True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
+def test_repeated_calls_give_the_same_bits() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.manual_seed(7)
+        rows = [400, 3, 0, 90, 41]
+        weights = make_weights(5, 130, 60, "swiglu", True, torch.float32).map(Tensor.detach)
+        x, dy = torch.randn(sum(rows), 60), torch.randn(sum(rows), 60)
+        results = []
+        for _ in range(4):
+            grads = weights.map(torch.zeros_like)
+            x.requires_grad_().grad = None
+            y = grouped_mlp(x, rows, weights, "swiglu", grads)
+            y.backward(dy)
+            results.append([y.detach(), x.grad.clone(), *(g for _, g in grads.items())])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
+def test_wrong_tensors_are_refused_before_anything_runs() -> None:
+    op = torch.ops.megatron_samoe.grouped_mlp
+    x, w1, w2 = torch.randn(5, 3), torch.randn(2, 4, 3), torch.randn(2, 3, 4)
+
+    def call(x: Tensor = x, rows: Any = (2, 3), w1: Tensor = w1, w2: Tensor = w2, b1: Any = None) -> None:
+        op(x, rows, w1, w2, b1, None, False, True)
+
+    call()
+    with pytest.raises(ValueError, match="sums to 4, x has 5 rows"):
+        call(rows=(2, 2))
+    with pytest.raises(ValueError, match="-1 rows"):
+        call(rows=(6, -1))
+    with pytest.raises(TypeError, match="w1 is BFloat16"):
+        call(w1=w1.bfloat16())
+    with pytest.raises(TypeError, match="x is Double"):
+        call(x=x.double())
+    with pytest.raises(ValueError, match="for rows of 3"):
+        call(w2=torch.randn(2, 3, 5))
+    with pytest.raises(RuntimeError, match="w2 is not contiguous"):
+        call(w2=w2.transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(ValueError, match="b1 is"):
+        call(b1=torch.randn(2, 3))
+    backward = torch.ops.megatron_samoe.grouped_mlp_backward
+    hidden = torch.randn(5, 4)
+    with pytest.raises(TypeError, match="dw1 is BFloat16, not Float"):
+        backward(x, x, hidden, (2, 3), w1, w2, None, False, w1.bfloat16(), w2, None, None)
+    with pytest.raises(ValueError, match="hidden is"):
+        backward(x, x, hidden[:, :3].contiguous(), (2, 3), w1, w2, None, False, w1, w2, None, None)
+
+
+@needs_library
+def test_an_unknown_kind_of_products_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_SAMOE_BF16_PRODUCTS", "fp8")
+    weights = make_weights(1, 4, 3, "gelu", False, torch.bfloat16)
+    with pytest.raises(ValueError, match="auto, native, fp32"):
+        grouped_mlp(torch.randn(2, 3).bfloat16(), [2], weights, "gelu")

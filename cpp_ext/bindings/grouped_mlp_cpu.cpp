@@ -1,0 +1,308 @@
+// Expert MLPs on the CPU: both products of an expert with its activation between, forward and backward, on the thread
+// that took the expert.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <exception>
+#include <functional>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/check.h"
+#include "../kernels/cpu/expert_plan.h"
+#include "../kernels/kernels.h"
+#include "expert_products.h"
+
+namespace {
+
+using at::Tensor;
+using samoe::DType;
+using samoe::LentMemory;
+using samoe::Matrix;
+using samoe::WorkMemory;
+using samoe::cpu::ExpertPlan;
+using samoe::cpu::ExpertTask;
+
+DType dtype_of(const Tensor& tensor) { return tensor.scalar_type() == at::kFloat ? DType::f32 : DType::bf16; }
+
+// The tensor's trailing elements as rows x columns, at element `start`.
+Matrix part_of(const Tensor& tensor, int64_t start, int64_t rows, int64_t columns) {
+  char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+  return {data + start * static_cast<int64_t>(tensor.element_size()), dtype_of(tensor), rows, columns, columns};
+}
+
+struct Layer {
+  Tensor w1, w2;
+  std::optional<Tensor> b1, b2;
+  bool gated;
+  std::vector<int64_t> rows;
+  int64_t total, hidden, width, up;  // R, H, F, and F or 2 F
+  DType dtype;                       // of all tensors but main gradients
+  DType work;                        // of what lies between the products
+
+  int64_t num_experts() const { return static_cast<int64_t>(rows.size()); }
+  Matrix weight1(int64_t e) const { return part_of(w1, e * up * hidden, up, hidden); }
+  Matrix weight2(int64_t e) const { return part_of(w2, e * hidden * width, hidden, width); }
+  const float* bias1(int64_t e, WorkMemory& memory) const {
+    if (!b1.has_value()) return nullptr;
+    return static_cast<const float*>(samoe::widened(part_of(*b1, e * up, 1, up), memory).data);
+  }
+  Matrix to_work(const Matrix& m, WorkMemory& memory) const {
+    return work == DType::f32 ? samoe::widened(m, memory) : m;
+  }
+  // Rows begin to end of a tensor [R, columns].
+  static Matrix rows_of(const Tensor& tensor, int64_t begin, int64_t end) {
+    return part_of(tensor, begin * tensor.size(1), end - begin, tensor.size(1));
+  }
+};
+
+Layer make_layer(const Tensor& x, at::IntArrayRef rows, const Tensor& w1, const Tensor& w2,
+                 const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, bool gated) {
+  samoe::check_rows(x, "x");
+  const auto dtype = x.scalar_type();
+  samoe::check_contiguous(w1, "w1", gated ? 4 : 3, dtype);
+  samoe::check_contiguous(w2, "w2", 3, dtype);
+  const int64_t experts = static_cast<int64_t>(rows.size()), hidden = x.size(1), width = w2.size(2);
+  const int64_t up = gated ? 2 * width : width;
+  TORCH_CHECK_VALUE(w1.size(0) == experts && w2.size(0) == experts, "rows has ", experts, " experts, w1 ", w1.size(0),
+                    ", w2 ", w2.size(0));
+  TORCH_CHECK_VALUE(!gated || w1.size(1) == 2, "w1 is ", w1.sizes(), "; with a gate it is [e, 2, F, H]");
+  TORCH_CHECK_VALUE(w1.size(-2) == width && w1.size(-1) == hidden && w2.size(1) == hidden, "w1 is ", w1.sizes(),
+                    " and w2 ", w2.sizes(), " for rows of ", hidden);
+  const auto check_bias = [&](const std::optional<Tensor>& b, const char* name, int64_t dims, int64_t num) {
+    if (!b.has_value()) return;
+    samoe::check_contiguous(*b, name, dims, dtype);
+    TORCH_CHECK_VALUE(b->numel() == experts * num, name, " is ", b->sizes(), ", not ", num, " values an expert");
+  };
+  check_bias(b1, "b1", gated ? 3 : 2, up);
+  check_bias(b2, "b2", 2, hidden);
+  int64_t total = 0;
+  for (const int64_t n : rows) {
+    TORCH_CHECK_VALUE(n >= 0, "an expert has ", n, " rows");
+    total += n;
+  }
+  TORCH_CHECK_VALUE(total == x.size(0), "rows sums to ", total, ", x has ", x.size(0), " rows");
+  const DType own = dtype_of(x);
+  const DType work = own == DType::bf16 && samoe::widens_bf16() ? DType::f32 : own;
+  return {w1, w2, b1, b2, gated, rows.vec(), total, hidden, width, up, own, work};
+}
+
+// Runs all tasks, each thread taking the next one when it is free; then the second list.
+void run_plan(const ExpertPlan& plan, int num_threads, const std::function<void(const ExpertTask&, WorkMemory&)>& run) {
+  std::atomic<size_t> next_first{0}, next_second{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+  const auto drain = [&](const std::vector<ExpertTask>& tasks, std::atomic<size_t>& next, LentMemory& memory) {
+    for (size_t i = next++; i < tasks.size() && !failed; i = next++) {
+      try {
+        memory->reset();
+        run(tasks[i], *memory);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+  };
+#pragma omp parallel num_threads(num_threads)
+  {
+    LentMemory memory;
+    drain(plan.first, next_first, memory);
+    if (!plan.second.empty()) {
+#pragma omp barrier
+      drain(plan.second, next_second, memory);
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+int threads_for(const Layer& layer) {
+  const int64_t products = layer.total * layer.hidden * (layer.up + layer.width);
+  if (at::in_parallel_region() || products < (int64_t{1} << 20)) return 1;
+  return at::get_num_threads();
+}
+
+ExpertPlan plan_for(const Layer& layer, int num_threads, bool backward) {
+  return samoe::cpu::plan_experts(layer.rows.data(), layer.num_experts(), layer.up, layer.width, num_threads, backward);
+}
+
+std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, at::IntArrayRef rows, const Tensor& w1, const Tensor& w2,
+                                       const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, bool gated,
+                                       bool keep_hidden) {
+  const Layer layer = make_layer(x, rows, w1, w2, b1, b2, gated);
+  Tensor y = at::empty({layer.total, layer.hidden}, x.options());
+  Tensor hidden = at::empty({keep_hidden ? layer.total : 0, layer.up}, x.options());
+  const int num_threads = threads_for(layer);
+  run_plan(plan_for(layer, num_threads, false), num_threads, [&](const ExpertTask& task, WorkMemory& memory) {
+    const int64_t e = task.expert, n = task.end - task.begin;
+    const Matrix x_n = layer.to_work(Layer::rows_of(x, task.begin, task.end), memory);
+    const Matrix kept = keep_hidden ? Layer::rows_of(hidden, task.begin, task.end)
+                                    : memory.matrix(layer.dtype, n, layer.up);
+    const bool rounds = layer.work != layer.dtype;
+    const Matrix h = rounds ? memory.matrix(layer.work, n, layer.up) : kept;
+    samoe::times_transposed(x_n, layer.weight1(e), h, memory);
+    const Matrix a = memory.matrix(layer.work, n, layer.width);
+    samoe::cpu::kernels().activate({h.dtype, a.dtype, h.data, layer.bias1(e, memory), n, layer.width, gated,
+                                    rounds ? static_cast<uint16_t*>(kept.data) : nullptr, a.data});
+    Matrix bias;
+    if (b2.has_value()) bias = part_of(*b2, e * layer.hidden, 1, layer.hidden);
+    samoe::times_transposed_plus(a, layer.weight2(e), b2.has_value() ? &bias : nullptr,
+                                 Layer::rows_of(y, task.begin, task.end), memory);
+  });
+  return {y, hidden};
+}
+
+// Main gradients, fp32, in the shapes of the weights.
+struct MainGrads {
+  Tensor w1, w2;
+  std::optional<Tensor> b1, b2;
+};
+
+void check_grads(const Layer& layer, const MainGrads& grads) {
+  const auto check = [](const Tensor& grad, const char* name, at::IntArrayRef sizes) {
+    samoe::check_contiguous(grad, name, static_cast<int64_t>(sizes.size()), at::kFloat);
+    TORCH_CHECK_VALUE(grad.sizes() == sizes, name, " is ", grad.sizes(), ", its weight ", sizes);
+  };
+  check(grads.w1, "dw1", layer.w1.sizes());
+  check(grads.w2, "dw2", layer.w2.sizes());
+  const int64_t e = layer.num_experts();
+  if (grads.b1.has_value()) {
+    samoe::check_contiguous(*grads.b1, "db1", grads.b1->dim(), at::kFloat);
+    TORCH_CHECK_VALUE(grads.b1->numel() == e * layer.up, "db1 is ", grads.b1->sizes());
+  }
+  if (grads.b2.has_value()) check(*grads.b2, "db2", {e, layer.hidden});
+}
+
+class Backward {
+ public:
+  Backward(const Layer& layer, const Tensor& dy, const Tensor& x, const Tensor& hidden, const MainGrads& grads,
+           const Tensor& dx)
+      : layer_(layer), dy_(dy), x_(x), hidden_(hidden), grads_(grads), dx_(dx) {}
+
+  void run() {
+    const int num_threads = threads_for(layer_);
+    const ExpertPlan plan = plan_for(layer_, num_threads, true);
+    LentMemory shared;
+    place_shared(plan, *shared);
+    run_plan(plan, num_threads, [this](const ExpertTask& task, WorkMemory& memory) {
+      if (task.kind == ExpertTask::whole || task.kind == ExpertTask::rows) {
+        through_rows(task, memory);
+      } else {
+        shared_gradient(task, memory);
+      }
+    });
+  }
+
+ private:
+  // What the rows of an expert that threads share leave for its weights' gradients.
+  struct Shared {
+    int64_t begin = 0;
+    Matrix a{}, dh{};
+  };
+
+  void place_shared(const ExpertPlan& plan, WorkMemory& memory) {
+    shared_.resize(layer_.rows.size());
+    std::vector<bool> is_shared(layer_.rows.size());
+    for (const ExpertTask& task : plan.first) is_shared[static_cast<size_t>(task.expert)] = task.kind == ExpertTask::rows;
+    int64_t begin = 0;
+    for (size_t e = 0; e < shared_.size(); begin += layer_.rows[e], ++e) {
+      shared_[e].begin = begin;
+      if (!is_shared[e]) continue;
+      shared_[e].a = memory.matrix(layer_.work, layer_.rows[e], layer_.width);
+      shared_[e].dh = memory.matrix(layer_.work, layer_.rows[e], layer_.up);
+    }
+  }
+
+  void through_rows(const ExpertTask& task, WorkMemory& memory) {
+    const int64_t e = task.expert, n = task.end - task.begin;
+    const Shared& shared = shared_[static_cast<size_t>(e)];
+    const bool whole = task.kind == ExpertTask::whole;
+    const int64_t first = task.begin - shared.begin;
+    const Matrix dy = layer_.to_work(Layer::rows_of(dy_, task.begin, task.end), memory);
+    const Matrix a = whole ? memory.matrix(layer_.work, n, layer_.width) : shared.a.row_range(first, first + n);
+    const Matrix dh = whole ? memory.matrix(layer_.work, n, layer_.up) : shared.dh.row_range(first, first + n);
+    // Without a gate the gradient of the activation becomes that of h in place.
+    const Matrix da = layer_.gated ? memory.matrix(layer_.work, n, layer_.width) : dh;
+    samoe::times(dy, layer_.weight2(e), da, memory);
+    const Matrix h = Layer::rows_of(hidden_, task.begin, task.end);
+    samoe::cpu::kernels().activate_backward({h.dtype, da.dtype, h.data, layer_.bias1(e, memory), da.data, n,
+                                             layer_.width, layer_.gated, a.data, dh.data});
+    if (whole) {
+      const Matrix x = layer_.to_work(Layer::rows_of(x_, task.begin, task.end), memory);
+      gradient2(e, dy, a, 0, layer_.width, memory);
+      gradient1(e, dh, x, 0, layer_.up, memory);
+    }
+    const Matrix dx = Layer::rows_of(dx_, task.begin, task.end);
+    if (dx.dtype == dh.dtype) {
+      samoe::times(dh, layer_.weight1(e), dx, memory);
+      return;
+    }
+    const Matrix wide = memory.matrix(dh.dtype, n, layer_.hidden);
+    samoe::times(dh, layer_.weight1(e), wide, memory);
+    samoe::cpu::kernels().convert({wide.dtype, dx.dtype, wide.data, dx.data, n * layer_.hidden, false});
+  }
+
+  void shared_gradient(const ExpertTask& task, WorkMemory& memory) {
+    const int64_t e = task.expert;
+    const Shared& shared = shared_[static_cast<size_t>(e)];
+    const int64_t begin = shared.begin, end = begin + layer_.rows[static_cast<size_t>(e)];
+    if (task.kind == ExpertTask::grad1) {
+      const Matrix x = layer_.to_work(Layer::rows_of(x_, begin, end), memory);
+      gradient1(e, shared.dh, x, task.begin, task.end, memory);
+    } else {
+      const Matrix dy = layer_.to_work(Layer::rows_of(dy_, begin, end), memory);
+      gradient2(e, dy, shared.a, task.begin, task.end, memory);
+    }
+  }
+
+  // Columns begin to end of h: their rows of dw1 and their part of db1.
+  void gradient1(int64_t e, const Matrix& dh, const Matrix& x, int64_t begin, int64_t end, WorkMemory& memory) {
+    const Matrix part = dh.column_range(begin, end);
+    const Matrix dw1 = part_of(grads_.w1, e * layer_.up * layer_.hidden, layer_.up, layer_.hidden);
+    samoe::add_transposed_times(part, x, dw1.row_range(begin, end), memory);
+    if (!grads_.b1.has_value()) return;
+    samoe::cpu::kernels().column_sums({part.dtype, part.data, part.rows, part.columns, part.stride,
+                                       grads_.b1->mutable_data_ptr<float>() + e * layer_.up + begin});
+  }
+
+  // Columns begin to end of a: their columns of dw2; the first ones bring db2.
+  void gradient2(int64_t e, const Matrix& dy, const Matrix& a, int64_t begin, int64_t end, WorkMemory& memory) {
+    const Matrix dw2 = part_of(grads_.w2, e * layer_.hidden * layer_.width, layer_.hidden, layer_.width);
+    samoe::add_transposed_times(dy, a.column_range(begin, end), dw2.column_range(begin, end), memory);
+    if (!grads_.b2.has_value() || begin != 0) return;
+    samoe::cpu::kernels().column_sums({dy.dtype, dy.data, dy.rows, dy.columns, dy.stride,
+                                       grads_.b2->mutable_data_ptr<float>() + e * layer_.hidden});
+  }
+
+  const Layer& layer_;
+  const Tensor &dy_, &x_, &hidden_;
+  const MainGrads& grads_;
+  const Tensor& dx_;
+  std::vector<Shared> shared_;
+};
+
+Tensor grouped_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& hidden, at::IntArrayRef rows,
+                            const Tensor& w1, const Tensor& w2, const std::optional<Tensor>& b1, bool gated,
+                            const Tensor& dw1, const Tensor& dw2, const std::optional<Tensor>& db1,
+                            const std::optional<Tensor>& db2) {
+  const Layer layer = make_layer(x, rows, w1, w2, b1, std::nullopt, gated);
+  samoe::check_contiguous(dy, "dy", 2, x.scalar_type());
+  samoe::check_contiguous(hidden, "hidden", 2, x.scalar_type());
+  TORCH_CHECK_VALUE(dy.sizes() == x.sizes(), "dy is ", dy.sizes(), ", x ", x.sizes());
+  TORCH_CHECK_VALUE(hidden.size(0) == layer.total && hidden.size(1) == layer.up, "hidden is ", hidden.sizes(), ", not [",
+                    layer.total, ", ", layer.up, "]");
+  const MainGrads grads{dw1, dw2, db1, db2};
+  check_grads(layer, grads);
+  Tensor dx = at::empty(x.sizes(), x.options());
+  Backward(layer, dy, x, hidden, grads, dx).run();
+  return dx;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(megatron_samoe, CPU, m) {
+  m.impl("grouped_mlp", grouped_mlp);
+  m.impl("grouped_mlp_backward", grouped_mlp_backward);
+}

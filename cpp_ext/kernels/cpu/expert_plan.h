@@ -1,0 +1,29 @@
+// How the experts of a layer are shared out to threads.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace samoe {
+namespace cpu {
+
+// One thread's piece of work on an expert: all of its rows and gradients, some of its rows, or some columns of a weight
+// gradient of an expert whose rows several threads share.
+struct ExpertTask {
+  enum Kind { whole, rows, grad1, grad2 } kind;
+  int64_t expert;
+  int64_t begin, end;  // rows counted from the first of all experts; columns of the weight gradient
+};
+
+struct ExpertPlan {
+  std::vector<ExpertTask> first;   // largest first; in any order
+  std::vector<ExpertTask> second;  // weight gradients of shared experts, when all of `first` is done
+};
+
+// Whole experts per thread keep an expert's products in one core's cache and need no sum between threads; experts that
+// would keep other threads waiting are shared. Depends on the sizes and the number of threads alone.
+ExpertPlan plan_experts(const int64_t* rows_E, int64_t num_experts, int64_t up_width, int64_t width, int num_threads,
+                        bool backward);
+
+}  // namespace cpu
+}  // namespace samoe
