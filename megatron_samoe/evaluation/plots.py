@@ -1,4 +1,4 @@
-"""Plots of runs, as PNG bytes."""
+"""Plots of runs, as PNG bytes: losses, and the last logged step's loads, gradients and combinations."""
 
 from __future__ import annotations
 
@@ -14,96 +14,116 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from megatron_samoe.evaluation.run_groups import RunGroup
 from megatron_samoe.evaluation.run_summary import RunSummary
 
+#: One colour per model, the same in all plots of a report.
+COLOURS = ("#1f5fbf", "#d1651a", "#2f8f4e", "#a03fa8", "#b3262d", "#7a6a1f", "#3a8fa8", "#6b6f78", "#c2457f", "#4a4ac0")
 
-def _png(figure: Any) -> bytes:
+
+def colour(place: int) -> str:
+    """Returns the colour of a report's n-th model."""
+    return COLOURS[place % len(COLOURS)]
+
+
+def png_of(figure: Any) -> bytes:
+    """Returns a figure as PNG and closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()
 
 
-def loss_curves(runs: Sequence[RunSummary]) -> bytes:
-    """Training loss (thin) and validation loss (dots) over consumed tokens."""
+def loss_curves(groups: Sequence[RunGroup]) -> bytes:
+    """Training loss (thin, every seed) and validation loss (dots: mean over seeds, bars: range) over consumed tokens."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
-    for run in runs:
-        (line,) = axes.plot(
-            [r["consumed_tokens"] for r in run.records], [r["lm_loss"] for r in run.records], alpha=0.5, linewidth=1
-        )
-        held_out = [r for r in run.records if "validation_loss" in r]
-        axes.plot(
-            [r["consumed_tokens"] for r in held_out], [r["validation_loss"] for r in held_out], "o-",
-            color=line.get_color(), label=f"{run.name}: validation",
-        )  # fmt: skip
+    for place, group in enumerate(groups):
+        for run in group.runs:
+            axes.plot([r["consumed_tokens"] for r in run.trained], [r["lm_loss"] for r in run.trained], alpha=0.35,
+                      linewidth=0.8, color=colour(place))  # fmt: skip
+        at: dict[int, list[float]] = {}
+        for run in group.runs:
+            for record in run.trained:
+                if "validation_loss" in record:
+                    at.setdefault(record["consumed_tokens"], []).append(record["validation_loss"])
+        if at:
+            tokens = sorted(at)
+            means = np.array([np.mean(at[t]) for t in tokens])
+            spans = np.array([(m - min(at[t]), max(at[t]) - m) for t, m in zip(tokens, means, strict=True)]).T
+            axes.errorbar(tokens, means, yerr=np.maximum(spans, 0.0), fmt="o-", markersize=4, capsize=2,
+                          color=colour(place), label=f"{group.name}: validation")  # fmt: skip
     axes.set_xlabel("training tokens")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Loss: training (thin) and validation (dots)")
     axes.grid(alpha=0.3)
-    axes.legend()
-    return _png(figure)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+    return png_of(figure)
 
 
-def _last(run: RunSummary, key: str) -> Any:
+def last_value(run: RunSummary, key: str) -> Any:
+    """Returns a key's value in the last record that has it, None if none has."""
     return next((r[key] for r in reversed(run.records) if key in r), None)
 
 
-def _heat_maps(
-    runs: Sequence[RunSummary], key: str, title: str, draw: Callable[[Axes, np.ndarray], Any], x_label: str
-) -> bytes | None:
-    shown = [(run, np.asarray(value)) for run in runs if (value := _last(run, key)) is not None]
+def _heat_maps(groups: Sequence[RunGroup], key: str, draw: Callable[[Axes, np.ndarray], Any]) -> bytes | None:
+    """A map of layers x experts for the first run of each group, two beside each other."""
+    shown = [(g, np.asarray(value)) for g in groups if (value := last_value(g.first, key)) is not None]
     if not shown:
         return None
-    figure, all_axes = plt.subplots(1, len(shown), figsize=(6 * len(shown), 4.2), squeeze=False, layout="constrained")
-    for axes, (run, values) in zip(all_axes[0], shown, strict=True):
-        image = draw(axes, values)
-        figure.colorbar(image, ax=axes)
-        axes.set_title(f"{run.name}: {title}")
-        axes.set_xlabel(x_label)
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(6 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    for axes in panels.flat[len(shown) :]:
+        axes.axis("off")
+    for axes, (group, values) in zip(panels.flat, shown, strict=False):
+        figure.colorbar(draw(axes, values), ax=axes)
+        axes.set_title(group.name)
+        axes.set_xlabel("expert")
         axes.set_ylabel("MoE layer")
-    return _png(figure)
+    return png_of(figure)
 
 
-def expert_load(runs: Sequence[RunSummary]) -> bytes | None:
+def expert_load(groups: Sequence[RunGroup]) -> bytes | None:
     """Share of tokens per layer and expert in the last logged step, relative to an even share."""
 
     def draw(axes: Axes, load_LE: np.ndarray) -> Any:
-        return _grid(axes, load_LE * load_LE.shape[1], cmap="RdBu_r", vmin=0, vmax=2)
+        return grid(axes, load_LE * load_LE.shape[1], cmap="RdBu_r", vmin=0, vmax=2)
 
-    return _heat_maps(runs, "expert_load", "expert load (1 = even)", draw, "expert")
+    return _heat_maps(groups, "expert_load", draw)
 
 
-def gradient_norms(runs: Sequence[RunSummary]) -> bytes | None:
-    """Gradient norm of every layer's expert in the last logged step, logarithmic."""
+def gradient_norms(groups: Sequence[RunGroup]) -> bytes | None:
+    """Gradient norm of every layer's expert in the last logged step, log10."""
 
     def draw(axes: Axes, norms_LE: np.ndarray) -> Any:
-        return _grid(axes, np.log10(np.maximum(norms_LE, 1e-12)), cmap="viridis", decimals=1)
+        return grid(axes, np.log10(np.maximum(norms_LE, 1e-12)), cmap="viridis", decimals=1)
 
-    return _heat_maps(runs, "expert_grad_norm", "log10 gradient norm per expert", draw, "expert")
+    return _heat_maps(groups, "expert_grad_norm", draw)
 
 
-def combinations(runs: Sequence[RunSummary]) -> bytes | None:
+def combinations(groups: Sequence[RunGroup]) -> bytes | None:
     """Learned coefficients, layers x banks, for input and output projections (mean over experts where each has its own)."""
-    shown = [(run, value) for run in runs if (value := _last(run, "combination")) is not None]
+    shown = [(g, value) for g in groups if (value := last_value(g.first, "combination")) is not None]
     if not shown:
         return None
-    figure, all_axes = plt.subplots(len(shown), 2, figsize=(10, 4.2 * len(shown)), squeeze=False, layout="constrained")
-    for row, (run, nested) in zip(all_axes, shown, strict=True):
+    figure, all_axes = plt.subplots(len(shown), 2, figsize=(10, 3.8 * len(shown)), squeeze=False, layout="constrained")
+    for row, (group, nested) in zip(all_axes, shown, strict=True):
         a_2LP = np.stack([np.asarray(layer).mean(1) for layer in nested], axis=1)
         limit = np.abs(a_2LP).max()
         for axes, a_LP, what in zip(row, a_2LP, ("input (w1)", "output (w2)"), strict=True):
-            image = _grid(axes, a_LP, cmap="RdBu_r", vmin=-limit, vmax=limit, decimals=3)
+            image = grid(axes, a_LP, cmap="RdBu_r", vmin=-limit, vmax=limit, decimals=3)
             figure.colorbar(image, ax=axes)
-            axes.set_title(f"{run.name}: coefficients, {what}")
+            axes.set_title(f"{group.name}: {what}")
             axes.set_xlabel("bank")
             axes.set_ylabel("MoE layer")
-    return _png(figure)
+    return png_of(figure)
 
 
-def _grid(axes: Axes, values: np.ndarray, decimals: int = 2, **options: Any) -> Any:
+def grid(axes: Axes, values: np.ndarray, decimals: int = 2, **options: Any) -> Any:
+    """Draws a matrix as coloured fields, with numbers where there is room for them."""
     image = axes.imshow(values, aspect="auto", **options)
-    axes.set_xticks(range(values.shape[1]))
-    axes.set_yticks(range(values.shape[0]))
+    for set_ticks, length in ((axes.set_xticks, values.shape[1]), (axes.set_yticks, values.shape[0])):
+        set_ticks(range(0, length, -(-length // 16)))
     if values.size <= 160:
         for (row, column), value in np.ndenumerate(values):
             red, green, blue, _ = image.cmap(image.norm(value))

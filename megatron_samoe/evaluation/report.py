@@ -1,19 +1,59 @@
-"""One self-contained HTML page about a set of runs."""
+"""One self-contained HTML page about a set of runs: what they cost, how good they are, and what their experts did."""
 
 from __future__ import annotations
 
 import base64
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_samoe.evaluation import plots
-from megatron_samoe.evaluation.run_summary import RunSummary, summary_table
+from megatron_samoe.evaluation import plots, plots_experts, report_tables
+from megatron_samoe.evaluation.measurements import DecodeTime, ZeroShot
+from megatron_samoe.evaluation.plots_quality import BytesPerToken, cost_axes, quality_against_cost
+from megatron_samoe.evaluation.run_groups import RunGroup, group_runs
+from megatron_samoe.evaluation.run_summary import RunSummary
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse}td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}blockquote{border-left:3px solid #ccc;margin-left:0;
-padding-left:1em;white-space:pre-wrap}"""
+STYLE = """:root{color-scheme:light}body{font:16px/1.55 system-ui,"DejaVu Sans",sans-serif;max-width:1100px;margin:0 auto;
+padding:1rem;color:#1c2430;background:#fff}h1{font-size:1.6rem;margin:.6em 0 .2em}h2{font-size:1.2rem;margin:2em 0 .4em;
+border-top:1px solid #d5dae1;padding-top:1em}nav{font-size:.9rem;margin:.6em 0 1em}nav a{margin-right:1em;color:#1f5fbf}
+div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #e2e6eb;white-space:nowrap}th{vertical-align:bottom}
+td:first-child,th:first-child{text-align:left}img{max-width:100%;height:auto}p{max-width:75ch}p.how{color:#5b6675;
+font-size:.9rem}blockquote{border-left:3px solid #c9ced6;margin-left:0;padding-left:1em;white-space:pre-wrap}"""
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report is made of beside the runs.
+
+    Attributes:
+        decode, zero_shot: of checkpoints in the runs' folders; others are left out.
+        bytes_per_token: weights that decoding reads, by model and batch size.
+        notes: paragraphs under the first table.
+        samples: text per model.
+    """
+
+    decode: Sequence[DecodeTime] = ()
+    zero_shot: Sequence[ZeroShot] = ()
+    bytes_per_token: BytesPerToken = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    samples: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Section:
+    """A heading, paragraphs on how to read what follows, tables, and a plot by the name of its file."""
+
+    name: str
+    heading: str
+    paragraphs: list[str] = field(default_factory=list)
+    tables: list[list[list[str]]] = field(default_factory=list)
+    png: bytes | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.png is None and not any(len(table) > 1 for table in self.tables)
 
 
 def write_report(
@@ -23,36 +63,137 @@ def write_report(
     notes: Sequence[str] = (),
     samples: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the page, and each plot as a PNG beside it.
+    """Writes a report on runs alone; see `write_group_report`."""
+    write_group_report(path, title, group_runs(runs), ReportData(notes=notes, samples=samples or {}))
 
-    Args:
-        notes: paragraphs under the table.
-        samples: text per model.
-    """
-    figures = {
-        "loss_curves": ("Loss curves", plots.loss_curves(runs)),
-        "expert_load": ("Expert load per layer", plots.expert_load(runs)),
-        "combinations": ("Combination coefficients", plots.combinations(runs)),
-        "gradient_norms": ("Gradient norm per expert and layer", plots.gradient_norms(runs)),
-    }
-    body = [f"<h1>{html.escape(title)}</h1>", _table(summary_table(list(runs)))]
-    body += [f"<p>{html.escape(note)}</p>" for note in notes]
-    for name, (heading, png) in figures.items():
-        if png is None:
-            continue
-        (path.parent / f"{name}.png").write_bytes(png)
-        encoded = base64.b64encode(png).decode()
+
+def write_group_report(path: Path, title: str, groups: Sequence[RunGroup], data: ReportData) -> None:
+    """Writes the page, and each plot as a PNG beside it. What nobody measured has no section; the page says so."""
+    sections = [
+        _results(groups, data), _quality(groups, data), _speed(groups), _losses(groups), _zero_shot(groups, data),
+        _gradients(groups), _last_gradients(groups), _balance(groups), _load(groups), _combinations(groups),
+        _evolution(groups),
+    ]  # fmt: skip
+    shown = [section for section in sections if not section.is_empty]
+    links = "".join(f'<a href="#{s.name}">{html.escape(s.heading)}</a> ' for s in shown)
+    body = [f"<h1>{html.escape(title)}</h1>", f"<nav>{links}</nav>"]
+    for section in shown:
+        body += _render(section, path.parent)
+    missing = [section.heading for section in sections if section.is_empty]
+    if missing:
         body.append(
-            f'<h2>{html.escape(heading)}</h2><img alt="{html.escape(heading)}" src="data:image/png;base64,{encoded}">'
+            f'<p class="how">Not in this report, as nothing was measured: {html.escape("; ".join(missing))}.</p>'
         )
-    for name, text in (samples or {}).items():
+    for name, text in data.samples.items():
         body.append(f"<h2>Sample of {html.escape(name)}</h2><blockquote>{html.escape(text)}</blockquote>")
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    path.write_text(f"{page}<style>{STYLE}</style></head><body>{''.join(body)}</body></html>")
+    head = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head>'
+    )
+    path.write_text(f"{head}<body>{''.join(body)}</body></html>", encoding="utf-8")
+
+
+def _render(section: _Section, folder: Path) -> list[str]:
+    body = [f'<h2 id="{section.name}">{html.escape(section.heading)}</h2>']
+    body += [_table(table) for table in section.tables if len(table) > 1]
+    if section.png is not None:
+        (folder / f"{section.name}.png").write_bytes(section.png)
+        encoded = base64.b64encode(section.png).decode()
+        body.append(f'<img alt="{html.escape(section.heading)}" src="data:image/png;base64,{encoded}">')
+    return body + [f'<p class="how">{html.escape(text)}</p>' for text in section.paragraphs]
 
 
 def _table(rows: list[list[str]]) -> str:
     head, *rest = rows
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rest)
-    return f"<table><tr>{cells}</tr>{lines}</table>"
+    return f'<div class="wide"><table><tr>{cells}</tr>{lines}</table></div>'
+
+
+def _results(groups: Sequence[RunGroup], data: ReportData) -> _Section:
+    several = any(len(group.runs) > 1 for group in groups)
+    spread = "Losses are means over seeds ± their standard deviation (n - 1)." if several else "One seed of each model."
+    text = f"{spread} A SaMoE's active parameters count combined experts, which is what a token meets."
+    return _Section("results", "Results", [*data.notes, text], [report_tables.results_table(groups)])
+
+
+def _quality(groups: Sequence[RunGroup], data: ReportData) -> _Section:
+    axes = cost_axes(groups, data.decode, data.bytes_per_token)
+    paragraphs = [
+        "Lower and further left is better. Two models at one place of a horizontal axis cost the same there; the vertical "
+        "distance is what the cost buys."
+    ]
+    if data.bytes_per_token:
+        paragraphs.append(
+            "Weights read per decoded token are counted, not measured: every weight that a step of the batch needs once, "
+            "with the expected number of distinct experts of evenly routed tokens, divided by the batch; a SaMoE with "
+            "its experts combined in memory reads as a MoE does."
+        )
+    if any("measured" in cost for cost in axes):
+        paragraphs.append(
+            "Milliseconds are medians of whole decoding steps (benchmark.py decode), divided by the batch."
+        )
+    tables = [report_tables.cost_table(groups, axes)]
+    return _Section("quality", "Quality against cost", paragraphs, tables, quality_against_cost(groups, axes))
+
+
+def _speed(groups: Sequence[RunGroup]) -> _Section:
+    paragraphs = [
+        "Median and quartiles of tokens per second over the logged intervals of all seeds, without each start's first "
+        "interval, which warms up. A token counts once, forward and backward together. The time is the wall clock of "
+        "whole steps, data loading and optimizer included; evaluation and saving are excluded. Models that ran at "
+        "different times, or beside other programs, are not to be compared by it."
+    ]
+    return _Section("speed", "Training speed", paragraphs, [report_tables.speed_table(groups)])
+
+
+def _losses(groups: Sequence[RunGroup]) -> _Section:
+    text = "Thin: training, every seed. Dots: validation, mean over seeds; bars: lowest and highest seed."
+    png = plots.loss_curves(groups) if any(run.trained for group in groups for run in group.runs) else None
+    return _Section("loss_curves", "Loss curves", [text], png=png)
+
+
+def _zero_shot(groups: Sequence[RunGroup], data: ReportData) -> _Section:
+    paragraphs = [
+        "± is the standard error from the number of items. Where a model was evaluated at several nearby checkpoints, their "
+        "mean, standard deviation and range stand beside the last one's value: a difference between models that is not "
+        "larger than these is none. The constant answer is the best single choice for all items.",
+    ]
+    return _Section("zero_shot", "Zero-shot tasks", paragraphs, [report_tables.zero_shot_table(groups, data.zero_shot)])
+
+
+def _gradients(groups: Sequence[RunGroup]) -> _Section:
+    text = (
+        "A dot is a MoE layer (first layer left), the bar is the mean over layers: gradient norm of one expert before "
+        "clipping, mean over the second half of training and over experts. For a SaMoE it is that of the combined expert."
+    )
+    png = plots_experts.gradients_against_experts(groups)
+    return _Section(
+        "gradients_against_experts", "Gradient norm per expert against the number of experts", [text], png=png
+    )
+
+
+def _last_gradients(groups: Sequence[RunGroup]) -> _Section:
+    text = "log10 of the norm in the last logged step, first seed."
+    return _Section("gradient_norms", "Gradient norm per expert and layer", [text], png=plots.gradient_norms(groups))
+
+
+def _balance(groups: Sequence[RunGroup]) -> _Section:
+    text = "1 is an even load, 0 all tokens to one expert. Line: mean over layers and seeds; band: layers of the first seed."
+    return _Section("load_entropy", "Entropy of the expert load", [text], png=plots_experts.load_entropies(groups))
+
+
+def _load(groups: Sequence[RunGroup]) -> _Section:
+    text = "Share of the last logged step's tokens, relative to an even share (1), first seed."
+    return _Section("expert_load", "Expert load per layer", [text], png=plots.expert_load(groups))
+
+
+def _combinations(groups: Sequence[RunGroup]) -> _Section:
+    text = "Weights of the pool's banks in each layer at the end, first seed; mean over experts where each has its own."
+    return _Section("combinations", "Learned combinations", [text], png=plots.combinations(groups))
+
+
+def _evolution(groups: Sequence[RunGroup]) -> _Section:
+    text = "A colour per bank; full lines: input projections (w1), dashed: output projections (w2). First seed."
+    png = plots_experts.combination_evolution(groups)
+    return _Section("combination_evolution", "Combinations over training", [text], png=png)

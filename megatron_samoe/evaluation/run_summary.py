@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ class RunSummary:
     Attributes:
         records: the lines of metrics.jsonl.
         checkpoint_bytes: size of the last checkpoint, optimizer state included.
-        tokens_per_s: median over logged steps.
+        tokens_per_s: median over logged steps; None where nothing was trained, only evaluated.
+        machine: where it ran, the content of machine.json; empty where that is not there.
     """
 
     name: str
@@ -30,7 +31,15 @@ class RunSummary:
     parameters: ParameterCount
     records: list[dict[str, Any]]
     checkpoint_bytes: int
-    tokens_per_s: float
+    tokens_per_s: float | None
+    directory: Path
+    vocab_size: int
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> list[dict[str, Any]]:
+        """The records of training steps."""
+        return [r for r in self.records if "lm_loss" in r]
 
     @property
     def validation(self) -> dict[str, Any]:
@@ -38,9 +47,9 @@ class RunSummary:
         return next(r for r in reversed(self.records) if "validation_loss" in r)
 
     @property
-    def peak_memory_bytes(self) -> int:
-        """The most memory that any rank held."""
-        return max(r["peak_memory_bytes"] for r in self.records)
+    def peak_memory_bytes(self) -> int | None:
+        """The most memory that any rank held; None where nothing was trained."""
+        return max((r["peak_memory_bytes"] for r in self.trained), default=None)
 
 
 def read_run(run_dir: Path) -> RunSummary:
@@ -59,10 +68,13 @@ def read_run(run_dir: Path) -> RunSummary:
     if not any("validation_loss" in r for r in records):
         raise CheckpointError(f"{metrics} has no validation loss: was the run stopped before its first evaluation?")
     vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
+    speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
+    machine = run_dir / "machine.json"
     return RunSummary(
-        run_dir.name, config, count_parameters(config, vocab_size), records,
+        run_dir.absolute().name, config, count_parameters(config, vocab_size), records,
         checkpoint_bytes=sum(f.stat().st_size for f in directory.iterdir()),
-        tokens_per_s=statistics.median(r["tokens_per_s"] for r in records),
+        tokens_per_s=statistics.median(speeds) if speeds else None, directory=run_dir, vocab_size=vocab_size,
+        machine=json.loads(machine.read_text()) if machine.is_file() else {},
     )  # fmt: skip
 
 
@@ -86,7 +98,8 @@ def summary_table(runs: list[RunSummary]) -> list[list[str]]:
         rows.append([
             run.name, f"{count.total / 1e6:.2f} M", f"{count.expert / 1e6:.2f} M", f"{count.active / 1e6:.2f} M",
             f"{run.checkpoint_bytes / 1e6:.1f} MB", f"{last['validation_loss']:.4f}",
-            f"{last['validation_perplexity']:.2f}", f"{run.tokens_per_s:,.0f}", f"{run.peak_memory_bytes / 1e6:.0f} MB",
+            f"{last['validation_perplexity']:.2f}", "-" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
+            "-" if run.peak_memory_bytes is None else f"{run.peak_memory_bytes / 1e6:.0f} MB",
         ])  # fmt: skip
     return rows
 

@@ -1,0 +1,145 @@
+"""What other commands measured of the runs of a report: decoding times, zero-shot results, a study's list of runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_samoe.errors import DataError
+from megatron_samoe.evaluation.run_groups import RunGroup
+from megatron_samoe.evaluation.zero_shot.metrics import CORPUS_METRICS, METRICS
+
+
+@dataclass(frozen=True)
+class DecodeTime:
+    """A row of `benchmark.py decode --json`.
+
+    Attributes:
+        checkpoint: folder that was measured.
+        read_bytes: that a step reads.
+        floor_ms: what the memory alone would take.
+    """
+
+    checkpoint: Path
+    serving: str
+    dtype: str
+    batch: int
+    ms_per_token: float
+    read_bytes: float
+    floor_ms: float
+
+    @property
+    def way(self) -> str:
+        """How it was measured, for headings."""
+        return f"batch {self.batch}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """One metric of one task for one run, from `evaluate.py --json`; shares are in percent.
+
+    Attributes:
+        stderr: from the number of items.
+        values: of nearby checkpoints, the newest last; one value without --checkpoints.
+        constant: what the best single choice gets; None without choices.
+    """
+
+    checkpoint: Path
+    task: str
+    metric: str
+    value: float | None
+    stderr: float | None
+    values: tuple[float | None, ...]
+    constant: float | None
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Returns a file's content.
+
+    Raises:
+        DataError: it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as {what}: {error}.") from error
+
+
+def read_decode(path: Path) -> list[DecodeTime]:
+    """Returns the rows that are of checkpoints; other programs' rows are left out.
+
+    Raises:
+        DataError: the file is not what `benchmark.py decode --json` writes.
+    """
+    what = "the output of benchmark.py decode --json"
+    rows = read_json(path, what)
+    try:
+        # The name of one of our own rows is its checkpoint and its way of serving.
+        return [
+            DecodeTime(
+                Path(row["contestant"].removesuffix(f" {row['serving']}").removesuffix(" auto")), row["serving"],
+                row["dtype"], row["batch"], row["ms_per_token"], 1e6 * row["read_mb"], row["floor_ms"],
+            )
+            for row in rows if row["serving"]
+        ]  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not {what}: {error!r}.") from error
+
+
+def read_zero_shot(path: Path) -> list[ZeroShot]:
+    """Returns the metrics of the newest checkpoint in a file, and how they vary over all of its folder.
+
+    Raises:
+        DataError: the file is not what `evaluate.py --json` writes.
+    """
+    what = "the output of evaluate.py --json"
+    content = read_json(path, what)
+    try:
+        # A model to compare with stands last, in a folder of its own.
+        home = Path(content["runs"][0]["checkpoint"]).parent
+        newest = [run for run in content["runs"] if Path(run["checkpoint"]).parent == home][-1]
+        varied = {(v["task"], v["metric"]): v["values"] for v in content.get("variation", ())}
+        return [
+            _zero_shot(newest["checkpoint"], result, metric, found, varied.get((result["task"], metric)))
+            for result in newest["results"]
+            for metric, found in result["metrics"].items()
+        ]
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path} is not {what}: {error!r}.") from error
+
+
+def _zero_shot(
+    checkpoint: str, result: dict[str, Any], metric: str, found: dict[str, Any], values: Sequence[float | None] | None
+) -> ZeroShot:
+    known = METRICS.get(metric) or CORPUS_METRICS.get(metric)
+    factor = 100.0 if known is not None and known.in_percent else 1.0
+
+    def scaled(value: float | None) -> float | None:
+        return None if value is None else factor * value
+
+    constant = result["best_constant"] if metric == "acc" else None
+    return ZeroShot(
+        Path(checkpoint), result["task"], metric, scaled(found["value"]), scaled(found["stderr"]),
+        tuple(scaled(v) for v in (values or [found["value"]])), scaled(constant),
+    )  # fmt: skip
+
+
+def read_study(path: Path) -> tuple[str, dict[str, list[Path]]]:
+    """Returns title and run folders by model from a study's results.json.
+
+    Raises:
+        DataError: the file is none.
+    """
+    content = read_json(path, "a study's results.json")
+    try:
+        return content["title"], {v["name"]: [Path(d) for d in v["directories"]] for v in content["variants"]}
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a study's results.json: {error!r}.") from error
+
+
+def of_group(group: RunGroup, rows: Sequence[Any]) -> list[Any]:
+    """Returns the rows whose checkpoint is in a group's folders."""
+    return [row for row in rows if group.contains(row.checkpoint)]

@@ -1,0 +1,121 @@
+"""What experts learn over a run: balance of their load, their gradients, and a SaMoE's combinations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from megatron_samoe.evaluation.plots import colour, png_of
+from megatron_samoe.evaluation.run_groups import RunGroup
+from megatron_samoe.evaluation.run_summary import RunSummary
+
+#: Layers that a plot of combinations has room for.
+MAX_LAYERS = 8
+
+
+def load_entropy(load_LE: np.ndarray) -> np.ndarray:
+    """Returns each layer's entropy of the load, [L], as a share of an even load's: 1 is even, 0 all to one expert."""
+    share_LE = load_LE / np.maximum(load_LE.sum(-1, keepdims=True), 1e-30)
+    entropy_L = -(share_LE * np.log(np.maximum(share_LE, 1e-30))).sum(-1)
+    return entropy_L / math.log(load_LE.shape[1]) if load_LE.shape[1] > 1 else np.ones(load_LE.shape[0])
+
+
+def entropy_curve(run: RunSummary) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (consumed tokens [N], entropy of the load [N, L]) of a run's records."""
+    records = [r for r in run.trained if "expert_load" in r]
+    tokens_N = np.array([r["consumed_tokens"] for r in records], dtype=np.float64)
+    return tokens_N, np.array([load_entropy(np.asarray(r["expert_load"])) for r in records])
+
+
+def load_entropies(groups: Sequence[RunGroup]) -> bytes | None:
+    """Entropy of the load over training: mean over layers and seeds, and the range of layers of the first seed."""
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for place, group in enumerate(groups):
+        curves = [entropy_curve(run) for run in group.runs]
+        curves = [(tokens_N, h_NL) for tokens_N, h_NL in curves if len(tokens_N)]
+        if curves:
+            tokens_N, h_NL = curves[0]
+            axes.fill_between(tokens_N, h_NL.min(1), h_NL.max(1), color=colour(place), alpha=0.12, linewidth=0)
+            length = min(len(t) for t, _ in curves)
+            mean_N = np.mean([h[:length].mean(1) for _, h in curves], axis=0)
+            axes.plot(tokens_N[:length], mean_N, color=colour(place), label=group.name)
+    if not axes.lines:
+        plt.close(figure)
+        return None
+    axes.set(xlabel="training tokens", ylabel="entropy of load / entropy of an even load")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return png_of(figure)
+
+
+def expert_gradient(run: RunSummary) -> np.ndarray | None:
+    """Returns the mean gradient norm per expert of each MoE layer, [L], over the second half of the records."""
+    norms = [np.asarray(r["expert_grad_norm"]) for r in run.trained if "expert_grad_norm" in r]
+    return np.mean(norms[len(norms) // 2 :], axis=0).mean(1) if norms else None
+
+
+def gradients_against_experts(groups: Sequence[RunGroup]) -> bytes | None:
+    """Gradient norm per expert of every layer over the number of experts per layer, logarithmic in both.
+
+    An expert that gets fewer tokens gets a smaller gradient; a bank that all layers share gathers theirs.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    counts = []
+    for place, group in enumerate(groups):
+        found = [norms_L for run in group.runs if (norms_L := expert_gradient(run)) is not None]
+        if not found:
+            continue
+        norms_L = np.mean(found, axis=0)
+        num_experts = group.first.config.moe.num_experts
+        counts.append(num_experts)
+        # Beside each other, first layer left: models of one number of experts would hide each other.
+        x = num_experts * 2.0 ** (0.06 * (place - (len(groups) - 1) / 2) + 0.02 * np.linspace(-1, 1, len(norms_L)))
+        axes.plot(x, norms_L, "o", markersize=4, alpha=0.7, color=colour(place))
+        axes.plot([x.mean()], [norms_L.mean()], "_", markersize=22, markeredgewidth=2.5, color=colour(place),
+                  label=group.name)  # fmt: skip
+    if not counts:
+        plt.close(figure)
+        return None
+    axes.set(xscale="log", yscale="log", xlabel="experts per layer", ylabel="gradient norm per expert")
+    ticks = sorted(set(counts))
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(min(ticks) / 1.5, max(ticks) * 1.5)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return png_of(figure)
+
+
+def combination_evolution(groups: Sequence[RunGroup]) -> bytes | None:
+    """Coefficients over training, a row per model (first seed), a column per layer: full w1, dashed w2, a colour per bank."""
+    shown = []
+    for group in groups:
+        records = [r for r in group.first.trained if "combination" in r]
+        if len(records) > 1:
+            tokens_N = [r["consumed_tokens"] for r in records]
+            # [N, L, 2, G, P], mean over experts where each has its own
+            shown.append((group, tokens_N, np.array([r["combination"] for r in records]).mean(3)))
+    if not shown:
+        return None
+    columns = min(MAX_LAYERS, max(a_NL2P.shape[1] for _, _, a_NL2P in shown))
+    figure, panels = plt.subplots(
+        len(shown), columns, figsize=(max(6.0, 1.9 * columns), 2.4 * len(shown)), squeeze=False, sharey="row",
+        layout="constrained",
+    )  # fmt: skip
+    for row, (group, tokens_N, a_NL2P) in zip(panels, shown, strict=True):
+        layers = np.unique(np.linspace(0, a_NL2P.shape[1] - 1, columns).round().astype(int))
+        for axes in row[len(layers) :]:
+            axes.axis("off")
+        for axes, layer in zip(row, layers, strict=False):
+            for bank in range(a_NL2P.shape[3]):
+                for which, style in enumerate(("-", "--")):
+                    axes.plot(tokens_N, a_NL2P[:, layer, which, bank], style, color=colour(bank), linewidth=1.3)
+            axes.set_title(f"layer {layer}", fontsize=9)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(group.name, fontsize=9)
+    figure.supxlabel("training tokens", fontsize=9)
+    return png_of(figure)

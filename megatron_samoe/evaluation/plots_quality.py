@@ -1,0 +1,69 @@
+"""Quality against what it costs: validation loss over parameters, bytes and milliseconds per decoded token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from megatron_samoe.evaluation.measurements import DecodeTime, of_group
+from megatron_samoe.evaluation.plots import colour, png_of
+from megatron_samoe.evaluation.run_groups import RunGroup
+
+#: Bytes of weights per decoded token: by group and batch size.
+BytesPerToken = Mapping[str, Mapping[int, float]]
+
+
+def cost_axes(
+    groups: Sequence[RunGroup], decode: Sequence[DecodeTime], bytes_per_token: BytesPerToken
+) -> dict[str, dict[str, float]]:
+    """Returns {what a model costs: {group: how much}}, in the order of the report."""
+    axes: dict[str, dict[str, float]] = {
+        "total parameters (M)": {g.name: g.first.parameters.total / 1e6 for g in groups},
+        "active parameters (M)": {g.name: g.first.parameters.active / 1e6 for g in groups},
+    }
+    for batch in sorted({b for of_batch in bytes_per_token.values() for b in of_batch}):
+        axes[f"weights read per decoded token (MB), batch {batch}"] = {
+            name: of_batch[batch] / 1e6 for name, of_batch in bytes_per_token.items() if batch in of_batch
+        }
+    ways = sorted({(row.dtype, row.batch) for row in decode})
+    for dtype, batch in ways:
+        found = {}
+        for group in groups:
+            rows = [r for r in of_group(group, decode) if (r.dtype, r.batch) == (dtype, batch)]
+            if rows:
+                # A step makes one token of each sequence; per token is what a user of a full batch pays.
+                found[group.name] = min(r.ms_per_token for r in rows) / batch
+        if found:
+            axes[f"measured ms per decoded token, batch {batch}, {dtype}"] = found
+    return axes
+
+
+def quality_against_cost(groups: Sequence[RunGroup], axes_by_cost: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Validation loss (mean, and deviation over seeds) over every cost; lower and further left is better."""
+    columns = 2
+    rows = -(-len(axes_by_cost) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(10, 3.6 * rows), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axes in panels.flat[len(axes_by_cost) :]:
+        axes.axis("off")
+    handles: dict[str, Any] = {}
+    for axes, (cost, values) in zip(panels.flat, axes_by_cost.items(), strict=False):
+        for place, group in enumerate(groups):
+            if group.name in values:
+                loss = group.loss
+                error = None if math.isnan(loss.sd) else [loss.sd]
+                handles[group.name] = axes.errorbar([values[group.name]], [loss.mean], yerr=error, fmt="o", capsize=4,
+                                                    color=colour(place))  # fmt: skip
+        axes.set_xlabel(cost)
+        axes.grid(alpha=0.3, which="both")
+        shown = [v for v in values.values() if v > 0]
+        if shown and max(shown) > 5 * min(shown):
+            axes.set_xscale("log")
+    for row in panels:
+        row[0].set_ylabel("validation loss (nats per token)")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    return png_of(figure)

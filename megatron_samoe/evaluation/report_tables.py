@@ -1,0 +1,128 @@
+"""The tables of a report, as rows of text; the first row is the heading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_samoe.evaluation.measurements import ZeroShot, of_group
+from megatron_samoe.evaluation.run_groups import RunGroup, mean_sd
+from megatron_samoe.evaluation.run_summary import RunSummary
+
+
+def results_table(groups: Sequence[RunGroup]) -> list[list[str]]:
+    """Returns parameters, checkpoint sizes and validation losses."""
+    rows = [
+        [
+            "model",
+            "seeds",
+            "parameters",
+            "expert",
+            "active",
+            "checkpoint",
+            "validation loss",
+            "perplexity",
+            "peak memory/rank",
+        ]
+    ]
+    for group in groups:
+        count, loss = group.first.parameters, group.loss
+        memory = [run.peak_memory_bytes for run in group.runs if run.peak_memory_bytes is not None]
+        rows.append([
+            group.name, str(len(group.runs)), *(f"{n / 1e6:.2f} M" for n in (count.total, count.expert, count.active)),
+            f"{group.first.checkpoint_bytes / 1e6:.1f} MB", loss.text(4), f"{math.exp(loss.mean):.2f}",
+            f"{max(memory) / 1e6:.0f} MB" if memory else "-",
+        ])  # fmt: skip
+    return rows
+
+
+def cost_table(groups: Sequence[RunGroup], axes: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+    """Returns every cost of every model beside its loss."""
+    rows = [["model", *axes, "validation loss"]]
+    for group in groups:
+        costs = [f"{values[group.name]:.3g}" if group.name in values else "-" for values in axes.values()]
+        rows.append([group.name, *costs, group.loss.text(4)])
+    return rows
+
+
+def speed_table(groups: Sequence[RunGroup]) -> list[list[str]]:
+    """Returns tokens per second, and where and how they were trained."""
+    rows = [
+        [
+            "model",
+            "tokens/s",
+            "quartiles",
+            "intervals",
+            "device",
+            "ranks x threads",
+            "layout",
+            "batch x sequence",
+            "steps",
+        ]
+    ]
+    for group in groups:
+        speeds = [r["tokens_per_s"] for run in group.runs for r in run.trained[1:]]
+        if not speeds:
+            continue
+        low, median, high = np.quantile(speeds, (0.25, 0.5, 0.75))
+        config, machine = group.first.config, group.first.machine
+        ranks = f"{machine['ranks']} x {machine['threads_per_rank']}" if machine else "not recorded"
+        batch = config.training.global_batch_size or config.training.micro_batch_size
+        rows.append([
+            group.name, f"{median:,.0f}", f"{low:,.0f} to {high:,.0f}", str(len(speeds)), _device(group.runs), ranks,
+            _layout(group.first), f"{batch} x {config.model.seq_length}", str(group.first.trained[-1]["iteration"]),
+        ])  # fmt: skip
+    return rows
+
+
+def _device(runs: Sequence[RunSummary]) -> str:
+    names = {f"{run.machine['device_name']}, {run.machine['device']}" for run in runs if run.machine}
+    if not names:
+        return "GPU, name not recorded" if any("mfu" in r for r in runs[0].trained) else "not recorded"
+    return "; ".join(sorted(names))
+
+
+def _layout(run: RunSummary) -> str:
+    if not run.machine:
+        return "not recorded"
+    sizes = [f"{name.replace('_', '-')} {size}" for name, size in run.machine["layout"].items() if size > 1]
+    return ", ".join(sizes) or "one rank"
+
+
+def zero_shot_table(groups: Sequence[RunGroup], results: Sequence[ZeroShot]) -> list[list[str]]:
+    """Returns every metric of every model, task by task, with its variation over checkpoints and over seeds."""
+    rows = [["task", "metric", "model", "value", "over checkpoints", "sd", "range", "seeds", "constant answer"]]
+    of = {group.name: of_group(group, results) for group in groups}
+    order = list(dict.fromkeys((r.task, r.metric) for r in results))
+    previous = ""
+    for task, metric in order:
+        for name, found in of.items():
+            mine = [r for r in found if (r.task, r.metric) == (task, metric)]
+            if mine:
+                rows.append([task if task != previous else "", metric, name, *_zero_shot_cells(mine)])
+                previous = task
+    return rows
+
+
+def _zero_shot_cells(mine: Sequence[ZeroShot]) -> list[str]:
+    """Cells of a model's results, one per seed."""
+    first = mine[0]
+    constant = "-" if first.constant is None else f"{first.constant:.2f}"
+    values = [v for r in mine for v in r.values if v is not None]
+    newest = [r.value for r in mine if r.value is not None]
+    if not newest:
+        return ["-", "-", "-", "-", str(len(mine)), constant]
+    if len(mine) > 1:
+        value = mean_sd(newest).text(2)
+    else:
+        value = f"{newest[0]:.2f}" + ("" if first.stderr is None else f" ± {first.stderr:.2f}")
+    if len(first.values) < 2:
+        return [value, "-", "-", "-", str(len(mine)), constant]
+    # Over checkpoints of one seed; with several seeds, the mean of their deviations.
+    within = [mean_sd([v for v in r.values if v is not None]).sd for r in mine]
+    return [
+        value, f"{len(first.values)}: {np.mean(values):.2f}", f"{np.mean(within):.2f}",
+        f"{min(values):.2f} to {max(values):.2f}", str(len(mine)), constant,
+    ]  # fmt: skip

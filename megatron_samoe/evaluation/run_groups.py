@@ -1,0 +1,82 @@
+"""Runs that differ in their seed alone, taken together: the rows and colours of a report."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_samoe.config.derived import num_moe_layers
+from megatron_samoe.evaluation.run_summary import RunSummary, read_run
+
+_SEED = re.compile(r"seed[-_]?\d+")
+
+
+@dataclass(frozen=True)
+class MeanSd:
+    """Mean and standard deviation (n - 1) of some values; the deviation of one value is nan."""
+
+    mean: float
+    sd: float
+    count: int
+
+    def text(self, decimals: int) -> str:
+        """Returns "5.123 ± 0.010", without the deviation where there is none."""
+        spread = "" if math.isnan(self.sd) else f" ± {self.sd:.{decimals}f}"
+        return f"{self.mean:.{decimals}f}{spread}"
+
+
+def mean_sd(values: Sequence[float]) -> MeanSd:
+    """Returns mean and deviation of values."""
+    return MeanSd(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """One model, trained with one seed or several."""
+
+    name: str
+    runs: tuple[RunSummary, ...]
+
+    @property
+    def first(self) -> RunSummary:
+        """The run that stands for the group where one is shown."""
+        return self.runs[0]
+
+    @property
+    def loss(self) -> MeanSd:
+        """Last validation loss over seeds, nats per token."""
+        return mean_sd([run.validation["validation_loss"] for run in self.runs])
+
+    @property
+    def layout(self) -> str:
+        """dense, moe or samoe."""
+        return self.first.config.moe.expert_layout if num_moe_layers(self.first.config) else "dense"
+
+    def contains(self, path: Path) -> bool:
+        """Whether a path is one of the runs' folders or below."""
+        return any(path.absolute().is_relative_to(run.directory.absolute()) for run in self.runs)
+
+
+def group_runs(runs: Sequence[RunSummary]) -> list[RunGroup]:
+    """Returns runs by model: folders `moe/seed-1` and `moe/seed-2` are one, any other folder is one alone."""
+    found: dict[str, list[RunSummary]] = {}
+    for run in runs:
+        folder = run.directory.absolute()
+        name = folder.parent.name if _SEED.fullmatch(folder.name) else folder.name
+        while name in found and not _SEED.fullmatch(folder.name):
+            name = f"{folder.parent.name}/{name}" if "/" not in name else f"{name}'"
+        found.setdefault(name, []).append(run)
+    return [RunGroup(name, tuple(members)) for name, members in found.items()]
+
+
+def read_groups(directories: Mapping[str, Sequence[Path]]) -> list[RunGroup]:
+    """Returns the groups of named folders, as a study has them.
+
+    Raises:
+        CheckpointError: one is not the folder of a run.
+    """
+    return [RunGroup(name, tuple(read_run(path) for path in paths)) for name, paths in directories.items()]
