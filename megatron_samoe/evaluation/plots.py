@@ -93,10 +93,12 @@ def expert_load(groups: Sequence[RunGroup]) -> bytes | None:
 
 
 def gradient_norms(groups: Sequence[RunGroup]) -> bytes | None:
-    """Gradient norm of every layer's expert in the last logged step, log10."""
+    """Gradient norm of every layer's expert in the last logged step, log10; grey where there was none."""
 
     def draw(axes: Axes, norms_LE: np.ndarray) -> Any:
-        return grid(axes, np.log10(np.maximum(norms_LE, 1e-12)), cmap="viridis", decimals=1)
+        with np.errstate(divide="ignore"):
+            logs_LE = np.where(norms_LE > 0, np.log10(norms_LE), np.nan)
+        return grid(axes, logs_LE, cmap="viridis", decimals=1)
 
     return _heat_maps(groups, "expert_grad_norm", draw)
 
@@ -120,12 +122,15 @@ def combinations(groups: Sequence[RunGroup]) -> bytes | None:
 
 
 def grid(axes: Axes, values: np.ndarray, decimals: int = 2, **options: Any) -> Any:
-    """Draws a matrix as coloured fields, with numbers where there is room for them."""
-    image = axes.imshow(values, aspect="auto", **options)
+    """Draws a matrix as coloured fields, grey for nan, with numbers where there is room for them."""
+    cmap = plt.get_cmap(options.pop("cmap")).with_extremes(bad="#c9ced6")
+    image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", cmap=cmap, **options)
     for set_ticks, length in ((axes.set_xticks, values.shape[1]), (axes.set_yticks, values.shape[0])):
         set_ticks(range(0, length, -(-length // 16)))
     if values.size <= 160:
         for (row, column), value in np.ndenumerate(values):
+            if np.isnan(value):
+                continue
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             axes.text(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullLocator
 
 from megatron_samoe.evaluation.plots import colour, png_of
 from megatron_samoe.evaluation.run_groups import RunGroup
@@ -82,7 +83,7 @@ def gradients_against_experts(groups: Sequence[RunGroup]) -> bytes | None:
     axes.set(xscale="log", yscale="log", xlabel="experts per layer", ylabel="gradient norm per expert")
     ticks = sorted(set(counts))
     axes.set_xticks(ticks, [str(t) for t in ticks])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(min(ticks) / 1.5, max(ticks) * 1.5)
     axes.grid(alpha=0.3, which="both")
     axes.legend()

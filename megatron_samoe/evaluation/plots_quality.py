@@ -63,6 +63,10 @@ def quality_against_cost(groups: Sequence[RunGroup], axes_by_cost: Mapping[str, 
         shown = [v for v in values.values() if v > 0]
         if shown and max(shown) > 5 * min(shown):
             axes.set_xscale("log")
+        elif shown:
+            # Costs that hardly differ stand close together, and not at the ends of an axis made for them.
+            margin = max(0.08 * (max(shown) - min(shown)), 0.15 * max(shown))
+            axes.set_xlim(min(shown) - margin, max(shown) + margin)
     for row in panels:
         row[0].set_ylabel("validation loss (nats per token)")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)

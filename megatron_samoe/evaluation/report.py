@@ -18,7 +18,7 @@ STYLE = """:root{color-scheme:light}body{font:16px/1.55 system-ui,"DejaVu Sans",
 padding:1rem;color:#1c2430;background:#fff}h1{font-size:1.6rem;margin:.6em 0 .2em}h2{font-size:1.2rem;margin:2em 0 .4em;
 border-top:1px solid #d5dae1;padding-top:1em}nav{font-size:.9rem;margin:.6em 0 1em}nav a{margin-right:1em;color:#1f5fbf}
 div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #e2e6eb;white-space:nowrap}th{vertical-align:bottom}
+td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #e2e6eb;white-space:nowrap}th{vertical-align:bottom;white-space:normal}
 td:first-child,th:first-child{text-align:left}img{max-width:100%;height:auto}p{max-width:75ch}p.how{color:#5b6675;
 font-size:.9rem}blockquote{border-left:3px solid #c9ced6;margin-left:0;padding-left:1em;white-space:pre-wrap}"""
 
@@ -174,7 +174,7 @@ def _gradients(groups: Sequence[RunGroup]) -> _Section:
 
 
 def _last_gradients(groups: Sequence[RunGroup]) -> _Section:
-    text = "log10 of the norm in the last logged step, first seed."
+    text = "log10 of the norm in the last logged step, first seed; grey: no gradient, as no token came."
     return _Section("gradient_norms", "Gradient norm per expert and layer", [text], png=plots.gradient_norms(groups))
 
 

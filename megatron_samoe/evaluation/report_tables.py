@@ -67,12 +67,14 @@ def speed_table(groups: Sequence[RunGroup]) -> list[list[str]]:
         if not speeds:
             continue
         low, median, high = np.quantile(speeds, (0.25, 0.5, 0.75))
-        config, machine = group.first.config, group.first.machine
+        config = group.first.config
+        described = next((run for run in group.runs if run.machine), group.first)
+        machine = described.machine
         ranks = f"{machine['ranks']} x {machine['threads_per_rank']}" if machine else "not recorded"
         batch = config.training.global_batch_size or config.training.micro_batch_size
         rows.append([
             group.name, f"{median:,.0f}", f"{low:,.0f} to {high:,.0f}", str(len(speeds)), _device(group.runs), ranks,
-            _layout(group.first), f"{batch} x {config.model.seq_length}", str(group.first.trained[-1]["iteration"]),
+            _layout(described), f"{batch} x {config.model.seq_length}", str(group.first.trained[-1]["iteration"]),
         ])  # fmt: skip
     return rows
 
