@@ -1,0 +1,256 @@
+"""A report's numbers by hand, what it takes from other commands' files, and the page itself in a browser."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_samoe.errors import CheckpointError, DataError
+from megatron_samoe.evaluation import plots, plots_experts
+from megatron_samoe.evaluation.measurements import read_decode, read_study, read_zero_shot
+from megatron_samoe.evaluation.plots_quality import cost_axes
+from megatron_samoe.evaluation.report import write_report
+from megatron_samoe.evaluation.report_tables import results_table, speed_table, zero_shot_table
+from megatron_samoe.evaluation.run_groups import group_runs, mean_sd
+from megatron_samoe.evaluation.run_summary import read_run
+from tests.harness.browser import browser, missing
+from tests.harness.serving import save_tiny
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("report_tool", ROOT / "tools/report.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_metrics(folder: Path, loss: float, experts: bool, banks: bool, speed: float = 100.0) -> None:
+    lines = []
+    for i in range(1, 5):
+        record: dict[str, Any] = {
+            "iteration": i, "consumed_tokens": 100 * i, "lm_loss": loss + 1 / i, "tokens_per_s": speed * i,
+            "peak_memory_bytes": 10**6 * i,
+        }  # fmt: skip
+        if i % 2 == 0:
+            record |= {"validation_loss": loss + 1 / i, "validation_perplexity": math.exp(loss + 1 / i)}
+        if experts:
+            record["expert_load"] = [[0.25] * 4, [1.0, 0.0, 0.0, 0.0]]
+            record["expert_grad_norm"] = [[float(i)] * 4, [0.0, 0.0, 2.0 * i, 2.0 * i]]
+        if banks:
+            record["combination"] = [[[[1.0, 0.1 * i]], [[0.0, 1.0]]]] * 2
+        lines.append(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    for name, layout in (("moe", "moe"), ("samoe", "samoe"), ("dense", "dense")):
+        save_tiny(root / name / "seed-1" / "checkpoints", layout)
+        shutil.copytree(root / name / "seed-1", root / name / "seed-2")
+        for seed in (1, 2):
+            write_metrics(root / name / f"seed-{seed}", 2.0 + 0.2 * seed, layout != "dense", layout == "samoe")
+    # A derived model: evaluated, never trained.
+    save_tiny(root / "samoe one bank" / "checkpoints", "samoe")
+    line = {"iteration": 4, "validation_loss": 2.75, "validation_perplexity": math.exp(2.75)}
+    (root / "samoe one bank" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    machine = {
+        "device": "cpu",
+        "device_name": "A processor",
+        "threads_per_rank": 2,
+        "ranks": 4,
+        "layout": {"tensor": 2, "data": 1},
+    }
+    (root / "moe" / "seed-2" / "machine.json").write_text(json.dumps(machine))
+    return root
+
+
+def folders(runs_dir: Path) -> list[Path]:
+    return [*sorted(runs_dir.glob("*/seed-*")), runs_dir / "samoe one bank"]
+
+
+def decode_rows(runs_dir: Path) -> list[dict[str, Any]]:
+    common = {"dtype": "fp32", "floor_ms": 0.1, "read_mb": 2.0}
+    moe = str(runs_dir / "moe/seed-1/checkpoints")
+    return [
+        {**common, "contestant": f"{moe} auto", "serving": "folded", "batch": 1, "ms_per_token": 0.5},
+        {**common, "contestant": f"{moe} folded", "serving": "folded", "batch": 32, "ms_per_token": 3.2},
+        {**common, "contestant": "llama.cpp", "serving": "", "batch": 1, "ms_per_token": 0.7},
+    ]
+
+
+def zero_shot_file(checkpoints: Path, values: tuple[float, ...]) -> dict[str, Any]:
+    def run(step: int, acc: float) -> dict[str, Any]:
+        metrics = {"acc": {"value": acc, "stderr": 0.05, "units": 100}}
+        result = {"task": "boolq", "items": 100, "best_constant": 0.62, "metrics": metrics}
+        return {"name": f"iter_{step}", "checkpoint": str(checkpoints / f"iter_{step}"), "results": [result]}
+
+    content: dict[str, Any] = {"runs": [run(i, v) for i, v in enumerate(values)]}
+    if len(values) > 1:
+        content["variation"] = [{"task": "boolq", "metric": "acc", "values": list(values)}]
+    return content
+
+
+def test_folders_of_seeds_are_one_model(runs_dir: Path) -> None:
+    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+    assert [(g.name, len(g.runs)) for g in groups] == [("dense", 2), ("moe", 2), ("samoe", 2), ("samoe one bank", 1)]
+    loss = groups[1].loss
+    assert loss.mean == pytest.approx(2.55) and loss.sd == pytest.approx(0.2 / math.sqrt(2)) and loss.count == 2
+    assert loss.text(3) == "2.550 ± 0.141" and mean_sd([1.5]).text(1) == "1.5"
+    assert groups[1].contains(runs_dir / "moe/seed-2/checkpoints/iter_1") and not groups[1].contains(runs_dir / "samoe")
+    assert groups[0].layout == "dense" and groups[2].layout == "samoe"
+
+
+def test_runs_of_one_name_stay_apart(runs_dir: Path, tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        shutil.copytree(runs_dir / "moe/seed-1", tmp_path / parent / "moe")
+    groups = group_runs([read_run(tmp_path / parent / "moe") for parent in ("a", "b")])
+    assert len({g.name for g in groups}) == 2 and all(len(g.runs) == 1 for g in groups)
+
+
+def test_tables_have_the_figures_of_the_records(runs_dir: Path) -> None:
+    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+    results = {row[0]: row for row in results_table(groups)}
+    assert results["moe"][6] == "2.5500 ± 0.1414" and results["moe"][8] == "4 MB"
+    assert results["samoe one bank"][6] == "2.7500" and results["samoe one bank"][8] == "-"
+    speeds = {row[0]: row for row in speed_table(groups)}
+    # Without each start's first interval: 200, 300, 400, for both seeds.
+    assert speeds["moe"][1:4] == ["300", "225 to 375", "6"]
+    assert speeds["moe"][4:7] == ["A processor, cpu", "4 x 2", "tensor 2"]
+    assert speeds["samoe"][4:7] == ["not recorded"] * 3 and "samoe one bank" not in speeds
+
+
+def test_entropy_of_the_load() -> None:
+    load_LE = np.array([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.5, 0, 0]])
+    np.testing.assert_allclose(plots_experts.load_entropy(load_LE), [1.0, 0.0, 0.5])
+
+
+def test_gradients_are_means_over_the_second_half_and_experts(runs_dir: Path) -> None:
+    found = plots_experts.expert_gradient(read_run(runs_dir / "moe/seed-1"))
+    assert found is not None
+    np.testing.assert_allclose(found, [3.5, 3.5])
+    assert plots_experts.expert_gradient(read_run(runs_dir / "dense/seed-1")) is None
+
+
+def test_plots_of_what_nobody_logged_are_left_out(runs_dir: Path) -> None:
+    dense = group_runs([read_run(runs_dir / "dense/seed-1")])
+    for plot in (plots.expert_load, plots.gradient_norms, plots.combinations, plots_experts.load_entropies,
+                 plots_experts.gradients_against_experts, plots_experts.combination_evolution):  # fmt: skip
+        assert plot(dense) is None
+    samoe = group_runs([read_run(runs_dir / "samoe/seed-1")])
+    for plot in (
+        plots.expert_load,
+        plots.combinations,
+        plots_experts.combination_evolution,
+        plots_experts.load_entropies,
+    ):
+        assert plot(samoe)[:4] == b"\x89PNG"
+
+
+def test_costs_per_decoded_token(runs_dir: Path, tmp_path: Path, tool: ModuleType) -> None:
+    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+    (tmp_path / "decode.json").write_text(json.dumps(decode_rows(runs_dir)))
+    read = tool.bytes_per_token(groups)
+    axes = cost_axes(groups, read_decode(tmp_path / "decode.json"), read)
+    assert axes["measured ms per decoded token, batch 1, fp32"] == {"moe": 0.5}
+    assert axes["measured ms per decoded token, batch 32, fp32"] == {"moe": 0.1}
+    # One token reads what is active but the embedding's other rows; more tokens share the reading.
+    active = groups[1].first.parameters.active
+    assert 0.5 * 4 * active < read["moe"][1] < 4 * active and read["moe"][32] < 0.2 * read["moe"][1]
+    assert read["samoe"][1] == pytest.approx(read["moe"][1], rel=0.01)
+
+
+def test_zero_shot_results_vary_over_checkpoints_and_seeds(runs_dir: Path, tmp_path: Path) -> None:
+    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+    rows = []
+    for seed, values in ((1, (0.6, 0.7)), (2, (0.5, 0.8))):
+        path = tmp_path / f"{seed}.json"
+        path.write_text(json.dumps(zero_shot_file(runs_dir / f"moe/seed-{seed}/checkpoints", values)))
+        rows += read_zero_shot(path)
+    path = tmp_path / "samoe.json"
+    path.write_text(json.dumps(zero_shot_file(runs_dir / "samoe/seed-1/checkpoints", (0.65,))))
+    rows += read_zero_shot(path)
+    _, moe, samoe = zero_shot_table(groups, rows)
+    assert moe == ["boolq", "acc", "moe", "75.00 ± 7.07", "2: 65.00", "14.14", "50.00 to 80.00", "2", "62.00"]
+    assert samoe == ["", "acc", "samoe", "65.00 ± 5.00", "-", "-", "-", "1", "62.00"]
+
+
+@pytest.mark.parametrize("content", ["", "[", "[1]", "{}", '[{"serving": "folded"}]', '{"runs": []}', "null"])
+def test_files_of_another_kind_are_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    for read in (read_decode, read_zero_shot, read_study):
+        if (read, content) == (read_decode, "{}"):
+            continue  # no rows: nothing was measured
+        with pytest.raises(DataError, match=r"a\.json"):
+            read(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_decode(tmp_path / "missing.json")
+
+
+def test_the_command_refuses_what_does_not_belong(
+    runs_dir: Path, tmp_path: Path, tool: ModuleType, capsys: Any
+) -> None:
+    moe = str(runs_dir / "moe/seed-1")
+    (tmp_path / "decode.json").write_text(json.dumps(decode_rows(tmp_path)))
+    for args, status, part in (
+        ([], 2, "give run folders, or --study"), ([str(tmp_path)], 1, "is not the folder of a run"),
+        ([moe, "--decode", str(tmp_path / "decode.json")], 2, "in none of the runs' folders"),
+        ([moe, "--study", "x.json"], 2, "not both"),
+    ):  # fmt: skip
+        assert tool.main([*args, "--output", str(tmp_path / "r.html")]) == status
+        assert part in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
+    with pytest.raises(CheckpointError):
+        read_run(tmp_path)
+
+
+def test_a_study_is_reported_under_its_names(runs_dir: Path, tmp_path: Path, tool: ModuleType, capsys: Any) -> None:
+    variants = [
+        {"name": "experts of their own", "directories": [str(runs_dir / f"moe/seed-{s}") for s in (1, 2)]},
+        {"name": "one bank", "directories": [str(runs_dir / "samoe one bank")]},
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"title": "A study", "variants": variants}))
+    assert tool.main(["--study", str(tmp_path / "results.json"), "--output", str(tmp_path / "r.html")]) == 0
+    assert "experts of their own" in capsys.readouterr().out
+    page = (tmp_path / "r.html").read_text()
+    assert "<h1>A study</h1>" in page and "one bank" in page and "Not in this report" in page
+
+
+def test_texts_are_escaped_and_the_page_is_alone(runs_dir: Path, tmp_path: Path) -> None:
+    runs = [read_run(runs_dir / "moe/seed-1"), read_run(runs_dir / "samoe one bank")]
+    write_report(tmp_path / "r.html", "A < B & C", runs, ["<script>alert(1)</script>"], {"moe": "<b>bold</b>"})
+    page = (tmp_path / "r.html").read_text()
+    assert "A &lt; B &amp; C" in page and "<script" not in page and "&lt;b&gt;bold" in page
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert (tmp_path / "loss_curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_the_page_in_a_browser(runs_dir: Path, tmp_path: Path, tool: ModuleType, capsys: Any) -> None:
+    (tmp_path / "decode.json").write_text(json.dumps(decode_rows(runs_dir)))
+    (tmp_path / "zs.json").write_text(json.dumps(zero_shot_file(runs_dir / "moe/seed-1/checkpoints", (0.6, 0.7))))
+    flags = ["--decode", str(tmp_path / "decode.json"), "--zero-shot", str(tmp_path / "zs.json")]
+    output = tmp_path / "report" / "r.html"
+    assert tool.main([*map(str, folders(runs_dir)), *flags, "--output", str(output)]) == 0
+    with browser() as page:
+        page.resize(380, 800)
+        page.open(output.as_uri())
+        assert page.run("return document.documentElement.scrollWidth") <= 380
+        assert page.run("return [...document.images].every(i => i.complete && i.naturalWidth > 100)")
+        assert page.run("return document.images.length") == 8 and page.complaints() == []
+        targets = page.run("return [...document.querySelectorAll('nav a')].map(a => !!document.querySelector(a.hash))")
+        assert len(targets) == 11 and all(targets)
