@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from megatron_samoe.evaluation.run_groups import RunGroup
 from megatron_samoe.evaluation.run_summary import RunSummary
@@ -34,6 +35,13 @@ def png_of(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def label_tokens(axes: Axes, most: int | None = None) -> None:
+    """Writes the horizontal axis in k, M and G, with at most so many steps."""
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if most is not None:
+        axes.xaxis.set_major_locator(MaxNLocator(most))
+
+
 def loss_curves(groups: Sequence[RunGroup]) -> bytes:
     """Training loss (thin, every seed) and validation loss (dots: mean over seeds, bars: range) over consumed tokens."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
@@ -53,6 +61,7 @@ def loss_curves(groups: Sequence[RunGroup]) -> bytes:
             axes.errorbar(tokens, means, yerr=np.maximum(spans, 0.0), fmt="o-", markersize=4, capsize=2,
                           color=colour(place), label=f"{group.name}: validation")  # fmt: skip
     axes.set_xlabel("training tokens")
+    label_tokens(axes)
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullLocator
 
-from megatron_samoe.evaluation.plots import colour, png_of
+from megatron_samoe.evaluation.plots import colour, label_tokens, png_of
 from megatron_samoe.evaluation.run_groups import RunGroup
 from megatron_samoe.evaluation.run_summary import RunSummary
 
@@ -47,6 +47,7 @@ def load_entropies(groups: Sequence[RunGroup]) -> bytes | None:
         plt.close(figure)
         return None
     axes.set(xlabel="training tokens", ylabel="entropy of load / entropy of an even load")
+    label_tokens(axes)
     axes.grid(alpha=0.3)
     axes.legend()
     return png_of(figure)
@@ -116,6 +117,7 @@ def combination_evolution(groups: Sequence[RunGroup]) -> bytes | None:
                     axes.plot(tokens_N, a_NL2P[:, layer, which, bank], style, color=colour(bank), linewidth=1.3)
             axes.set_title(f"layer {layer}", fontsize=9)
             axes.tick_params(labelsize=7)
+            label_tokens(axes, most=3)
             axes.grid(alpha=0.3)
         row[0].set_ylabel(group.name, fontsize=9)
     figure.supxlabel("training tokens", fontsize=9)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from megatron_samoe.evaluation.measurements import DecodeTime, of_group
 from megatron_samoe.evaluation.plots import colour, png_of
@@ -63,6 +64,9 @@ def quality_against_cost(groups: Sequence[RunGroup], axes_by_cost: Mapping[str, 
         shown = [v for v in values.values() if v > 0]
         if shown and max(shown) > 5 * min(shown):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         elif shown:
             # Costs that hardly differ stand close together, and not at the ends of an axis made for them.
             margin = max(0.08 * (max(shown) - min(shown)), 0.15 * max(shown))
