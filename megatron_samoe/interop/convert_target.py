@@ -17,6 +17,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor, write_checkpoint
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.interop import megatron
+from megatron_samoe.interop.convert_read_ahead import ReadAhead
 from megatron_samoe.interop.convert_source import Recast, Source
 from megatron_samoe.interop.edited_model import source_config
 from megatron_samoe.interop.hf.export import plan_export, write_export
@@ -93,7 +94,8 @@ def plan_hf(source: Source, save_dir: Path, dtype: torch.dtype | None, options: 
     )  # fmt: skip
 
     def write(progress: Progress) -> Path:
-        write_export(plan, save_dir, progress)
+        with ReadAhead(plan.source, list(plan.parts)) as ahead:
+            write_export(replace(plan, source=ahead), save_dir, progress)
         return save_dir
 
     family = plan.target.family
@@ -151,7 +153,8 @@ def plan_native(source: Source, save_dir: Path, dtype: torch.dtype | None, with_
 
     def write(progress: Progress) -> Path:
         require_space(save_dir, sum(t.num_bytes for t in tensors.tensors.values()))
-        written = write_checkpoint(save_dir, iteration, _Watched(tensors, to_mapping(config), progress))
+        with ReadAhead(tensors, list(tensors.tensors)) as ahead:
+            written = write_checkpoint(save_dir, iteration, _Watched(ahead, to_mapping(config), progress))
         if copied:
             shutil.copyfile(source.directory / TOKENIZER, kept_at)
         return written

@@ -169,7 +169,7 @@ def _write_weights(plan: ExportPlan, folder: Path, progress: Progress) -> None:
         for native_name, parts in plan.parts.items():
             native = plan.source.read(native_name)
             for part in parts:
-                write(part.name, part.take(native).to(plan.tensors[part.name].dtype))
+                write(part.name, part.elements(native))
             del native
         for constant in plan.constants:
             write(constant.name, torch.full(constant.shape, constant.value, dtype=plan.tensors[constant.name].dtype))

@@ -33,10 +33,14 @@ class Part:
     shape: tuple[int, ...]
     scale: float = 1.0
 
+    def elements(self, native: Tensor) -> Tensor:
+        """Returns the foreign tensor's elements in order; the shape is the view's, and memory is shared if no scale is."""
+        taken = self.view(native)
+        return taken if self.scale == 1.0 else taken * self.scale
+
     def take(self, native: Tensor) -> Tensor:
         """Returns the foreign tensor."""
-        taken = self.view(native).reshape(self.shape)
-        return taken if self.scale == 1.0 else taken * self.scale
+        return self.elements(native).reshape(self.shape)
 
     def put(self, native: Tensor, foreign: Tensor) -> None:
         """Writes the foreign tensor's elements to their places in the native one."""
@@ -100,7 +104,9 @@ def values(t: Tensor) -> Tensor:
 
 def join(parts: Iterable[Part], shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[str], Tensor]) -> Tensor:
     """Returns the native tensor that foreign ones make up; elements of no part (padding) are zero."""
-    native = torch.zeros(shape, dtype=dtype)
+    parts = list(parts)
+    covered = sum(torch.Size(part.shape).numel() for part in parts) == torch.Size(shape).numel()
+    native = (torch.empty if covered else torch.zeros)(shape, dtype=dtype)
     for part in parts:
         part.put(native, read(part.name))
     return native

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,8 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BLOCK_BYTES = 16 << 20
+FLUSH_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -44,36 +47,69 @@ def header_of(tensors: Mapping[str, StoredTensor]) -> bytes:
 
 
 class SafetensorsWriter:
-    """A file that is written tensor by tensor, in the order in which they were announced."""
+    """A file that is written tensor by tensor, in the order in which they were announced.
+
+    The disk gets what is there while later tensors come: every so many bytes a thread asks for them to be flushed, so
+    that the flush at the end has little left to wait for.
+    """
 
     def __init__(self, path: Path, tensors: Mapping[str, StoredTensor]):
         self._expected = iter(tensors.items())
         self._file: BinaryIO = open(path, "xb", buffering=0)
+        self._flusher, self._unflushed_bytes = ThreadPoolExecutor(1), 0
+        self._flush: Future[None] | None = None
         self._write(header_of(tensors))
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Writes the next tensor."""
+        """Writes the next tensor, or a view with its elements in order, in the dtype that was announced.
+
+        What is no plain run of memory is copied block by block, so that a whole copy is never made.
+        """
         expected, stored = next(self._expected)
-        shape = tuple(tensor.shape)
-        assert (name, shape, tensor.dtype) == (expected, stored.shape, stored.dtype), f"{name}: announced {expected}"
-        if tensor.numel():
-            self._write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        assert name == expected, f"{name}: announced {expected}"
+        assert tensor.numel() == torch.Size(stored.shape).numel(), f"{name}: {list(tensor.shape)}"
+        for block in _blocks(tensor):
+            plain = block.to(stored.dtype).contiguous()
+            self._write(plain.view(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         """Flushes the file to disk; every announced tensor must have been written."""
         left = next(self._expected, None)
         assert left is None, f"{left} was announced and not written"
+        self._flusher.shutdown()
+        if self._flush is not None:
+            self._flush.result()  # raises what the disk said
         os.fsync(self._file.fileno())
         self._file.close()
 
     def abandon(self) -> None:
         """Closes a file that will be thrown away."""
+        self._flusher.shutdown()
         self._file.close()
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
+        self._unflushed_bytes += view.nbytes
         while view.nbytes:
             view = view[self._file.write(view) :]
+        if self._unflushed_bytes >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
+            if self._flush is not None:
+                self._flush.result()
+            self._unflushed_bytes = 0
+            self._flush = self._flusher.submit(os.fdatasync, self._file.fileno())
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yields a tensor in order in pieces of a size that may be copied, along its first dims."""
+    if tensor.numel() == 0:
+        return
+    if tensor.nbytes <= BLOCK_BYTES or tensor.dim() == 0:
+        yield tensor
+    elif tensor.nbytes // tensor.shape[0] > BLOCK_BYTES:
+        for part in tensor:
+            yield from _blocks(part)
+    else:
+        yield from tensor.split(BLOCK_BYTES // (tensor.nbytes // tensor.shape[0]))
 
 
 class SafetensorsReader:

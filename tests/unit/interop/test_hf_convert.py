@@ -18,6 +18,7 @@ import yaml
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.interop import convert
+from megatron_samoe.interop.convert_read_ahead import ReadAhead
 from megatron_samoe.interop.edited_model import open_checkpoint
 from megatron_samoe.interop.hf import export
 from megatron_samoe.interop.megatron import MegatronReader
@@ -315,6 +316,28 @@ def test_other_precisions_keep_what_training_keeps(made: SimpleNamespace, run: R
     )
     files = MegatronReader(tmp_path / "megatron")
     assert files.tensors["layers.0.attention.qkv.weight"].dtype == torch.bfloat16
+
+
+def test_reading_ahead_gives_each_tensor_once_and_its_errors() -> None:
+    source = new_source(SAMOE)
+    names, asked = list(source.weights), []
+
+    class Counted:
+        config, train_state, tensors = source.config, source.train_state, source.tensors
+
+        def read(self, name: str) -> torch.Tensor:
+            asked.append(name)
+            return source.read(name)
+
+    with ReadAhead(Counted(), names) as ahead:
+        assert all(torch.equal(ahead.read(name), source.weights[name]) for name in names)
+        assert asked == names
+        # In another order too, at the price of reading for nothing.
+        assert all(torch.equal(ahead.read(name), source.weights[name]) for name in reversed(names))
+        with pytest.raises(KeyError, match="nothing"):
+            ahead.read("nothing")
+    with pytest.raises(RuntimeError, match="shutdown"):
+        ahead.read(names[0])
 
 
 def test_tensors_stream_through_the_memory_of_a_few(tmp_path: Path) -> None:

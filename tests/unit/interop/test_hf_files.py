@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.errors import CheckpointError
+from megatron_samoe.interop.hf import safetensors_io
 from megatron_samoe.interop.hf.families import FAMILIES
 from megatron_samoe.interop.hf.folder import HFFolder
 from megatron_samoe.interop.hf.native import NativeModel
@@ -57,6 +58,24 @@ def test_views_are_written_as_they_look(tmp_path: Path) -> None:
     base = torch.arange(24.0).view(2, 3, 4)
     read = safetensors.torch.load_file(write(tmp_path / "x.safetensors", {"t": base.permute(2, 0, 1), "u": base[:, 1]}))
     assert torch.equal(read["t"], base.permute(2, 0, 1)) and torch.equal(read["u"], base[:, 1])
+
+
+def test_large_views_are_copied_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_io, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(safetensors_io, "FLUSH_BYTES", 256)
+    base = torch.randn(3, 1, 17, 8)
+    views = {"whole": base, "turned": base.permute(3, 2, 1, 0), "long": torch.arange(999.0), "one": base[0, 0, 0, 0]}
+    stored = {name: StoredTensor(tuple(v.shape), torch.bfloat16) for name, v in views.items()}
+    writer = SafetensorsWriter(tmp_path / "x.safetensors", stored)
+    for name, view in views.items():
+        blocks = list(safetensors_io._blocks(view))
+        assert all(b.nbytes <= 100 for b in blocks) and torch.equal(
+            torch.cat([b.flatten() for b in blocks]), view.flatten()
+        )
+        writer.add(name, view)
+    writer.close()
+    read = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(read[name], view.bfloat16()) for name, view in views.items())
 
 
 def with_header(path: Path, header: object, data: bytes = b"") -> Path:
