@@ -63,7 +63,7 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
         ("max_choices", "prompts times n of one request"),
         ("max_connections", "HTTP requests answered at a time; more are refused with 503"),
         ("max_body_bytes", "size of a request; more are refused with 413"),
-        ("body_timeout_s", "seconds in which a request's body must have come"),
+        ("body_timeout_s", "seconds in which a request's head must have come, and then its body"),
         ("drain_timeout_s", "seconds that open requests have after SIGTERM"),
     ):
         default = getattr(usual, name)

@@ -143,12 +143,13 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
     n = _value(body, "n", 1)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise _bad("n", n, "must be a whole number, 1 or more")
-    texts, prompts = _prompts(body, facts.tokenizer)
-    if len(prompts) * n > facts.max_choices:
+    given = _given_prompts(body)
+    if len(given) * n > facts.max_choices:
         raise ApiError(
-            400, f"The request asks for {len(prompts) * n} choices ({len(prompts)} prompts, n = {n}); this server makes "
-            f"at most {facts.max_choices} for one request.", param="n",
+            400, f"The request asks for {len(given) * n} choices ({len(given)} prompts, n = {n}); this server makes at "
+            f"most {facts.max_choices} for one request.", param="n",
         )  # fmt: skip
+    texts, prompts = _encoded(given, facts.tokenizer)
     _check_tokens(prompts, facts.vocab_size)
     options = _sampling(body)
     requests, heads = [], []
@@ -230,14 +231,19 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
 
-def _prompts(body: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[str | None], list[list[int]]]:
-    """Returns each prompt's text (None where tokens were given) and tokens."""
+def _given_prompts(body: Mapping[str, Any]) -> list[Any]:
+    """Returns the prompts as they were given, not yet checked one by one."""
     value = body.get("prompt")
     if value is None:
         raise ApiError(400, "prompt is missing: a text, tokens, or a list of either.", param="prompt")
     given = [value] if isinstance(value, str) or _is_tokens(value) else value
     if not isinstance(given, list) or not given:
         raise _bad("prompt", value, "must be a text, tokens, or a list of either")
+    return given
+
+
+def _encoded(given: list[Any], tokenizer: Tokenizer) -> tuple[list[str | None], list[list[int]]]:
+    """Returns each prompt's text (None where tokens were given) and tokens."""
     texts, prompts = [], []
     for prompt in given:
         if isinstance(prompt, str):

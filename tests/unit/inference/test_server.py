@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import http.client
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
+from megatron_samoe.datasets.tokenizer import ByteTokenizer
+from megatron_samoe.errors import CheckpointError
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.inference.request import TokenEvent
-from megatron_samoe.inference.server.run import ServerOptions, check_installed, listen, read_api_key
 from tests.harness.serving import (
     CONTEXT,
     Answer,
@@ -213,6 +211,24 @@ def test_slow_senders_are_timed_out(loaded: LoadedModel) -> None:
         assert content.startswith(b"HTTP/1.1 408") and b"did not come within 0.2 s" in content
 
 
+def test_connections_that_send_no_head_are_closed_with_the_reason(loaded: LoadedModel) -> None:
+    with serving(loaded, body_timeout_s=0.3) as running:
+        address = (running.client.host, running.client.port)
+        whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        # Nothing; half a head; a request, and half a head of the next one.
+        for beginning in (b"", whole[:20], whole + whole[:20]):
+            with socket.create_connection(address, timeout=20) as connection:
+                connection.sendall(beginning)
+                content = b""
+                while piece := connection.recv(4096):
+                    content += piece
+            assert content.count(b"HTTP/1.1 200") == beginning.count(whole)
+            assert b"HTTP/1.1 408" in content and b"within 0.3 s" in content
+        # Answers may take longer than heads.
+        with serving(loaded, engine=SlowEngine(loaded), body_timeout_s=0.2) as slow:
+            assert slow.client.complete("x", max_tokens=30, ignore_eos=True).status == 200
+
+
 def test_too_many_requests_at_a_time_are_503(loaded: LoadedModel) -> None:
     with serving(loaded, engine=SlowEngine(loaded, max_batch=8), max_connections=3) as running:
         held = [running.client.begin({"prompt": "x", "max_tokens": 60, "ignore_eos": True}) for _ in range(3)]
@@ -337,44 +353,19 @@ def test_many_clients_at_once_get_right_answers(loaded: LoadedModel) -> None:
         assert threading.active_count() < threads + 40
 
 
-def test_options_out_of_range_name_their_flag() -> None:
-    for field, value, flag in (
-        ("port", 70000, "--port"), ("port", -1, "--port"), ("max_queue", -1, "--max-queue"), ("max_choices", 0, "--max-choices"),
-        ("max_body_bytes", 0, "--max-body-bytes"), ("drain_timeout_s", float("inf"), "--drain-timeout"),
-        ("body_timeout_s", float("nan"), "--body-timeout"), ("model_name", " ", "--served-model-name"),
-    ):  # fmt: skip
-        with pytest.raises(ConfigError) as caught:
-            ServerOptions(**{field: value})
-        assert caught.value.field == flag
+def test_a_fault_of_the_servers_own_is_500_and_the_next_request_is_answered(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class BrokenTokenizer(ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
+            if text == "fault":
+                raise RuntimeError("secret of the server")
+            return super().encode(text)
 
-
-def test_a_port_in_use_and_a_foreign_address_are_said() -> None:
-    listener = listen("127.0.0.1", 0)
-    listener.listen()
-    with pytest.raises(ConfigError, match="cannot be listened at"):
-        listen("127.0.0.1", listener.getsockname()[1])
-    listener.close()
-    with pytest.raises(ConfigError, match="--host and --port"):
-        listen("no.such.host.invalid", 80)
-
-
-def test_where_the_access_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MEGATRON_SAMOE_API_KEY", raising=False)
-    assert read_api_key(None) is None
-    monkeypatch.setenv("MEGATRON_SAMOE_API_KEY", "from-environment")
-    assert read_api_key(None) == "from-environment"
-    (tmp_path / "key").write_text("from-file\n")
-    assert read_api_key(tmp_path / "key") == "from-file"
-    for bad in ("", "\n", "two words", "caf\u00e9", "a\nb"):
-        (tmp_path / "key").write_text(bad, encoding="utf-8")
-        with pytest.raises(ConfigError, match="one word of printable ASCII") as caught:
-            read_api_key(tmp_path / "key")
-        assert not bad.strip() or bad not in str(caught.value)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_api_key(tmp_path / "missing")
-
-
-def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(MegatronSamoeError, match=r"uvicorn.*pip install 'megatron_samoe\[serve\]'"):
-        check_installed()
+    engine = Engine(loaded, max_batch=2)
+    monkeypatch.setattr(engine, "tokenizer", BrokenTokenizer())
+    with serving(loaded, engine=engine) as running:
+        answer = running.client.complete("fault")
+        check_error(answer, 500, "its log has the reason", type="server_error")
+        assert b"secret" not in answer.content
+        assert running.client.complete("x", max_tokens=1).status == 200
