@@ -17,6 +17,7 @@ import torch
 from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_layers import make_decode_model
+from megatron_samoe.inference.huge_pages import ask_for_huge_pages
 from megatron_samoe.inference.kv_cache import PAGE, BatchBuffers, PageTable, make_batch, pages_for
 from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.inference.rank_runner import RankRunner, Runner, convert_weights
@@ -104,6 +105,7 @@ class Engine:
             convert_weights(loaded.model, self.dtype)
             return RankRunner(loaded, num_pages, self.serving)
         model = make_decode_model(loaded.model, self.serving, self.dtype, num_pages)
+        ask_for_huge_pages(model.weights())
         return SingleRunner(model, max_step_tokens, self.max_batch, cache_experts)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,11 @@ from megatron_samoe.inference.expert_cache import ExpertCache
 from megatron_samoe.inference.kv_cache import StepBatch
 from megatron_samoe.ops import decode
 from megatron_samoe.ops.decode import ExpertStack, Places, Routed, Weight
+from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
+from megatron_samoe.ops.permute import make_permutation, permute, unpermute
+
+#: Rows per expert of a step from which whole products are faster than reading weights once: prompts, not decoding.
+PRODUCT_ROWS = 24
 
 
 class SingleRunner:
@@ -43,6 +49,7 @@ class SingleRunner:
         self._last_NH, self._logits_NV = floats(max_logits, hidden), floats(max_logits, vocab)
         self._rows = torch.empty(max_logits, dtype=torch.int64)
         self._scratch = floats(max(_scratch_of(layer, max_tokens, hidden) for layer in model.layers))
+        self._product_tokens = [_product_tokens(layer) for layer in model.layers]
         # Rows of the embedding as they are stored, where that is not fp32.
         kind = model.words.data.dtype
         self._words = None if kind == torch.float32 else torch.empty(max_tokens, hidden, dtype=kind, device=self.device)
@@ -60,7 +67,9 @@ class SingleRunner:
             decode.attention_block(x_TH, layer.attention, places, self._scratch)
             if self.observer is not None and layer.routing is not None:
                 self.observer(index, self._route(layer, x_TH).ids_TK)
-            if isinstance(layer.experts, ExpertStack) and layer.shared is None:
+            if count >= self._product_tokens[index] and count > len(batch.logit_rows):
+                self._add_products(layer, x_TH)
+            elif isinstance(layer.experts, ExpertStack) and layer.shared is None:
                 decode.mlp_block(x_TH, layer.mlp_norm, layer.routing, layer.experts, self._scratch)
             else:
                 self._experts(index, layer, x_TH)
@@ -101,6 +110,16 @@ class SingleRunner:
             y_T1H = self._y[: count * hidden].view(count, 1, hidden)
             decode.experts_block(alone, layer.shared, y_T1H, x_TH, self._scratch)
 
+    def _add_products(self, layer: DecodeLayer, x_TH: Tensor) -> None:
+        """Adds the MLP of many tokens by the training path's products of whole matrices, in fp32."""
+        experts, routed = layer.experts, self._route(layer, x_TH)
+        assert isinstance(experts, ExpertStack)
+        weights = ExpertWeights(experts.w1.data, experts.w2.data, experts.b1, experts.b2)
+        order = make_permutation(routed.ids_TK, len(experts.index1_E))
+        rows = order.counts_E.tolist()
+        y_NH = grouped_mlp(permute(routed.normed_TH, order), rows, weights, "swiglu" if experts.gated else "gelu")
+        x_TH += unpermute(y_NH, routed.probs_TK, order)
+
     def _route(self, layer: DecodeLayer, x_TH: Tensor) -> Routed:
         count = x_TH.shape[0]
         topk = 1 if layer.routing is None else layer.routing.topk
@@ -122,6 +141,15 @@ class SingleRunner:
             normed_NH = decode.norm(last_NH, self._model.final_norm, self._normed_TH[:num])
             decode.linear(normed_NH, self._model.output, None, logits_NV)
         return logits_NV.cpu()
+
+
+def _product_tokens(layer: DecodeLayer) -> float:
+    """Returns the tokens of a step, prompts among them, from which a layer makes whole products."""
+    experts = layer.experts
+    if not isinstance(experts, ExpertStack) or layer.shared is not None or not experts.is_own:
+        return math.inf
+    topk = 1 if layer.routing is None else layer.routing.topk
+    return PRODUCT_ROWS * len(experts.index1_E) / topk
 
 
 def _scratch_of(layer: DecodeLayer, max_tokens: int, hidden: int) -> int:

@@ -116,6 +116,13 @@ class ExpertStack:
     factor1_E: Tensor | None = None
     factor2_E: Tensor | None = None
 
+    @property
+    def is_own(self) -> bool:
+        """Whether expert e has matrix e, unscaled and in fp32."""
+        own = torch.arange(self.w1.data.shape[0], device=self.index1_E.device)
+        indices = torch.equal(self.index1_E, own) and torch.equal(self.index2_E, own)
+        return indices and self.factor1_E is None and self.factor2_E is None and self.w1.data.dtype == torch.float32
+
 
 @dataclass(frozen=True)
 class Routing:

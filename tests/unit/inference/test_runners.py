@@ -10,6 +10,7 @@ import torch
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.huge_pages import ask_for_huge_pages
 from megatron_samoe.inference.kv_cache import PageTable, pages_for
 from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.inference.rank_runner import RankRunner, convert_weights
@@ -237,3 +238,9 @@ def test_selecting_needs_every_layer_to_take_one_bank() -> None:
     layer.moe.combination[1, 3] = torch.tensor([0.1, 1.0])
     with pytest.raises(ConfigError, match="combines several banks"):
         Engine(loaded, serving="selected")
+
+
+def test_huge_pages_keep_what_tensors_hold() -> None:
+    whole = torch.arange(3 << 20, dtype=torch.int32)
+    ask_for_huge_pages([whole, whole[5:9], torch.ones(3)])
+    assert torch.equal(whole, torch.arange(3 << 20, dtype=torch.int32))

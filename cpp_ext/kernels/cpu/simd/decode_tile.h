@@ -97,13 +97,31 @@ SAMOE_INLINE v4 sum_of_four(vf a, vf b, vf c, vf d) {
 #endif
 }
 
+// Weights that follow are asked for while a tile is computed: with several rows at a time the accesses are no single
+// stream, which is what the processor foresees by itself.
+constexpr int64_t kPrefetchBytes = 4096;
+struct Ahead {
+  const char* next;
+  const char* end;
+  // Asks for as many bytes as a step over k consumes.
+  template <typename W>
+  inline __attribute__((always_inline)) void step() {
+    constexpr int64_t kBytes = kTileOuts * kLanes * static_cast<int64_t>(sizeof(W));
+    if (next >= end) return;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(next + i, 0, 3);
+    next += kBytes;
+  }
+};
+
 // sums[m * 4 + n] = x[m] . w[n] for M rows of x and 4 rows of w, of which the last ones may be repeated.
 template <int M, typename W>
-SAMOE_INLINE void tile(const float* const* x, const W* const* w, int64_t inputs, float* sums) {
+SAMOE_INLINE void tile(const float* const* x, const W* const* w, int64_t inputs, Ahead ahead, float* sums) {
   vf acc[M][kTileOuts] = {};
   int64_t k = 0;
   for (; k + kLanes <= inputs; k += kLanes) {
     vf row[M];
+    ahead.step<W>();
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) row[m] = load(x[m] + k);
 #pragma GCC unroll 4
@@ -127,17 +145,18 @@ SAMOE_INLINE void tile(const float* const* x, const W* const* w, int64_t inputs,
 }
 
 template <typename W>
-static void tile_of(int64_t num_rows, const float* const* x, const W* const* w, int64_t inputs, float* sums) {
+static void tile_of(int64_t num_rows, const float* const* x, const W* const* w, int64_t inputs, Ahead ahead,
+                    float* sums) {
   switch (num_rows) {
-    case 1: return tile<1>(x, w, inputs, sums);
-    case 2: return tile<2>(x, w, inputs, sums);
+    case 1: return tile<1>(x, w, inputs, ahead, sums);
+    case 2: return tile<2>(x, w, inputs, ahead, sums);
 #if SAMOE_VECTOR_BYTES >= 32
-    case 3: return tile<3>(x, w, inputs, sums);
+    case 3: return tile<3>(x, w, inputs, ahead, sums);
 #endif
 #if SAMOE_VECTOR_BYTES == 64
-    case 4: return tile<4>(x, w, inputs, sums);
-    case 5: return tile<5>(x, w, inputs, sums);
-    case 6: return tile<6>(x, w, inputs, sums);
+    case 4: return tile<4>(x, w, inputs, ahead, sums);
+    case 5: return tile<5>(x, w, inputs, ahead, sums);
+    case 6: return tile<6>(x, w, inputs, ahead, sums);
 #endif
     default: return;
   }
@@ -184,12 +203,14 @@ static void multiply_block(const float* const* x, int64_t num_rows, const W* w, 
     const float* wide[kTileOuts];
     if (widen)
       for (int64_t i = 0; i < kTileOuts; ++i) wide[i] = as_floats(rows[i], inputs, floats + i * inputs);
+    const char* end = reinterpret_cast<const char*>(w + last * inputs);
+    const char* next = reinterpret_cast<const char*>(rows[0]) + kPrefetchBytes;
     for (int64_t m = 0; m < num_rows; m += kTileRows) {
       const int64_t count = num_rows - m < kTileRows ? num_rows - m : kTileRows;
       if (widen) {
-        tile_of(count, x + m, wide, inputs, sums);
+        tile_of(count, x + m, wide, inputs, Ahead{nullptr, nullptr}, sums);
       } else {
-        tile_of(count, x + m, rows, inputs, sums);
+        tile_of(count, x + m, rows, inputs, m == 0 ? Ahead{next, end} : Ahead{nullptr, nullptr}, sums);
       }
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < num_outs; ++j) put(out, m + i, n + j, sums[i * kTileOuts + j]);
