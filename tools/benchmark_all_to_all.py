@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measures the exchange of rows through shared memory against gloo and against copying the same bytes.
 
 Rank processes hold so many megabytes each and send an even (or uneven) part to every rank, themselves included:
@@ -15,19 +14,15 @@ Variants run in turn; medians of one run, in milliseconds.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from benchmark_common import add_options
 from benchmark_ranks import run_ranks, synchronized
 
-from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.ops.permute import Permutation, permute
 from megatron_samoe.ops.shm_communicator import ShmCommunicator, create_shm_communicator
 from megatron_samoe.parallel_state.backend import keep_freed_memory
@@ -96,19 +91,19 @@ def _measure(options: argparse.Namespace) -> list[dict[str, object]]:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(options: argparse.Namespace) -> list[dict[str, object]]:
+    """Exchanges of so many megabytes a rank, in milliseconds, and ratios."""
+    return [row for world in options.ranks for row in run_ranks(_measure, world, options)]
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand `all-to-all`."""
+    parser = commands.add_parser(
+        "all-to-all", help="exchanges through shared memory against gloo", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[0.0625, 1, 16, 64], help="held by each rank")
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--uneven", action="store_true", help="four times as much for one other rank")
-    parser.add_argument("--json", type=Path, help="where the figures go besides the console")
-    options = parser.parse_args()
-    table = [row for world in options.ranks for row in run_ranks(_measure, world, options)]
-    print(format_table([list(table[0]), *([str(value) for value in row.values()] for row in table)]))
-    if options.json:
-        options.json.write_text(json.dumps(table, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    add_options(parser, rounds=15, ranks=True)

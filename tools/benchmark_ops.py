@@ -1,41 +1,28 @@
-"""Times the compiled ops against the same work in plain torch, alternating in one process; prints medians and ratios.
-
-    python tools/benchmark_ops.py                      # all, 2 threads
-    python tools/benchmark_ops.py --only route --threads 1 --dtype bf16
-
-Routing is softmax gate, permutation, un-permutation with an expert that does nothing, forward and backward. Page faults
-of fresh memory can cost more than all of it: run once as it is, once under the allocator settings of docs/extension.md.
-"""
+"""`benchmark.py dispatch`, `pool`, `cross-entropy`, `adamw`: compiled ops against the same work in plain torch."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from benchmark_common import DTYPES, Rows, add_options, alternate, process_status_kb
 from torch import Tensor
 
 from megatron_samoe.ops import extension
+from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
 from megatron_samoe.ops.topk_gate import topk_gate
 
 
-def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Returns the median time of each function in ms; one call of each, in turn, per repeat."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 2):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if repeat >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+def _row(name: str, dtype: str, medians: dict[str, float], first: str, **more: Any) -> dict[str, Any]:
+    """Milliseconds of each contestant, and how many times longer the others take than the first."""
+    ratios = {f"{other} / {first}": round(medians[other] / medians[first], 2) for other in medians if other != first}
+    return {"op": name, "dtype": dtype, **{f"{k} ms": round(v * 1e3, 3) for k, v in medians.items()}, **ratios, **more}
 
 
 def route_plain(logits_TE: Tensor, x_TH: Tensor, topk: int, combine: str) -> tuple[Tensor, Tensor]:
@@ -62,6 +49,7 @@ def route_plain(logits_TE: Tensor, x_TH: Tensor, topk: int, combine: str) -> tup
 
 
 def route_compiled(logits_TE: Tensor, x_TH: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Routing by the ops of this package."""
     gate = topk_gate(logits_TE, topk)
     permutation = make_permutation(gate.ids_TK, logits_TE.shape[1])
     y_TH = unpermute(permute(x_TH, permutation), gate.probs_TK, permutation)
@@ -69,114 +57,157 @@ def route_compiled(logits_TE: Tensor, x_TH: Tensor, topk: int) -> tuple[Tensor, 
     return y_TH, aux
 
 
-def time_route(args: argparse.Namespace) -> dict[str, float]:
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    logits_TE = torch.randn(args.tokens, args.experts, requires_grad=True)
-    x_TH = torch.randn(args.tokens, args.hidden).to(dtype).requires_grad_()
-    dy_TH = torch.randn(args.tokens, args.hidden).to(dtype)
+def dispatch(options: argparse.Namespace) -> Rows:
+    """Softmax gate, permutation, weighted un-permutation of an expert that does nothing; forward and backward."""
+    rows = []
+    for dtype in options.dtype:
+        logits_TE = torch.randn(options.tokens, options.num_experts, requires_grad=True)
+        x_TH = torch.randn(options.tokens, options.hidden_size).to(DTYPES[dtype]).requires_grad_()
+        dy_TH = torch.randn(options.tokens, options.hidden_size).to(DTYPES[dtype])
 
-    def both_ways(route: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        y_TH, aux = route()
-        torch.autograd.grad((y_TH, aux), (logits_TE, x_TH), (dy_TH, torch.ones(())))
+        def both_ways(route: Callable[[], tuple[Tensor, Tensor]], given: tuple[Tensor, ...]) -> None:
+            y_TH, aux = route()
+            torch.autograd.grad((y_TH, aux), given[:2], (given[2], torch.ones(())))
 
-    functions: dict[str, Callable[[], object]] = {
-        "compiled": lambda: both_ways(lambda: route_compiled(logits_TE, x_TH, args.topk))
-    }
-    for combine in ("index_add", "gather", "embedding_bag"):
-        functions[combine] = lambda combine=combine: both_ways(lambda: route_plain(logits_TE, x_TH, args.topk, combine))
-    return alternate(functions, args.repeats)
-
-
-def time_parts(args: argparse.Namespace) -> dict[str, float]:
-    """Forward of each part, with a copy of the same rows as the yardstick."""
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    logits_TE = torch.randn(args.tokens, args.experts)
-    x_TH = torch.randn(args.tokens, args.hidden).to(dtype)
-    gate = topk_gate(logits_TE, args.topk)
-    permutation = make_permutation(gate.ids_TK, args.experts)
-    rows_NH = permute(x_TH, permutation)
-    out_NH = torch.empty_like(rows_NH)
-    ops = torch.ops.megatron_samoe
-    saved = (rows_NH, gate.probs_TK, permutation.slot_of_row_N, permutation.row_of_slot_TK)
-    return alternate(
-        {
-            "copy of the rows": lambda: out_NH.copy_(rows_NH),
-            "gate": lambda: topk_gate(logits_TE, args.topk),
-            "gate in torch": lambda: torch.topk(torch.softmax(logits_TE, dim=1), args.topk, dim=1),
-            "make_permutation": lambda: make_permutation(gate.ids_TK, args.experts),
-            "argsort in torch": lambda: torch.argsort(gate.ids_TK.flatten(), stable=True),
-            "permute": lambda: permute(x_TH, permutation),
-            "unpermute": lambda: unpermute(rows_NH, gate.probs_TK, permutation),
-            "unpermute backward": lambda: ops.unpermute_backward(x_TH, *saved),
-        },
-        args.repeats,
-    )
+        given = (logits_TE, x_TH, dy_TH)
+        variants: dict[str, Callable[[], object]] = {
+            "compiled": lambda g=given: both_ways(lambda: route_compiled(g[0], g[1], options.topk), g)
+        }
+        for way in ("index_add", "gather", "embedding_bag"):
+            variants[way] = lambda g=given, w=way: both_ways(lambda: route_plain(g[0], g[1], options.topk, w), g)
+        rows.append(_row("dispatch", dtype, alternate(variants, options.rounds, options.clock), "compiled"))
+    return rows
 
 
-def time_combine(args: argparse.Namespace) -> dict[str, float]:
-    banks_PGN = torch.randn(args.banks, 1, args.elements)
-    coefficients_LGP = torch.randn(args.layers, 1, args.banks)
-    out_LGN, dbanks_PGN = torch.empty(args.layers, 1, args.elements), torch.zeros_like(banks_PGN)
-    dW_LGN = torch.randn(args.layers, 1, args.elements)
-    out_bf16 = torch.empty_like(out_LGN, dtype=torch.bfloat16)
-    a_LP, t_PN, dw_LN, dt_PN = coefficients_LGP[:, 0], banks_PGN[:, 0], dW_LGN[:, 0], dbanks_PGN[:, 0]
-    return alternate(
-        {
-            "forward": lambda: combine_banks(coefficients_LGP, banks_PGN, out_LGN),
-            "forward to bf16": lambda: combine_banks(coefficients_LGP, banks_PGN, out_bf16),
-            "forward, torch.matmul": lambda: torch.matmul(a_LP, t_PN, out=out_LGN[:, 0]),
-            "backward": lambda: combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, dbanks_PGN),
-            "backward, two matmuls": lambda: (dt_PN.addmm_(a_LP.t(), dw_LN), dw_LN @ t_PN.t()),
-            "copy of the layers": lambda: out_LGN.copy_(dW_LGN),
-        },
-        max(3, args.repeats // 3),
-    )
+def pool(options: argparse.Namespace) -> Rows:
+    """All layers' weights from the banks, and both gradients, against matrix products of the same."""
+    banks_PGN = torch.randn(options.banks, 1, options.elements)
+    rows = []
+    for layers in options.layers:
+        a_LGP = torch.randn(layers, 1, options.banks)
+        out_LGN, dbanks_PGN = torch.empty(layers, 1, options.elements), torch.zeros_like(banks_PGN)
+        dW_LGN = torch.randn(layers, 1, options.elements)
+        a_LP, t_PN, dw_LN, dt_PN = a_LGP[:, 0], banks_PGN[:, 0], dW_LGN[:, 0], dbanks_PGN[:, 0]
+        forward: dict[str, Callable[[], object]] = {
+            "compiled": lambda a=a_LGP, out=out_LGN: combine_banks(a, banks_PGN, out),
+            "matmul": lambda a=a_LP, t=t_PN, out=out_LGN: torch.matmul(a, t, out=out[:, 0]),
+        }
+        backward: dict[str, Callable[[], object]] = {
+            "compiled": lambda a=a_LGP, dw=dW_LGN, db=dbanks_PGN: combine_banks_backward(a, banks_PGN, dw, db),
+            "matmul": lambda a=a_LP, t=t_PN, dw=dw_LN, dt=dt_PN: (dt.addmm_(a.t(), dw), dw @ t.t()),
+        }
+        # Bytes that must move: banks and weights once; banks, their gradient (twice) and the layers' gradients once.
+        units = {"forward": options.banks + layers, "backward": 3 * options.banks + layers}
+        for name, variants in (("forward", forward), ("backward", backward)):
+            variants["copy"] = lambda out=out_LGN, dw=dW_LGN: out.copy_(dw)
+            medians = alternate(variants, options.rounds, options.clock)
+            copied = 2 * layers / medians.pop("copy")
+            moved = units[name] / medians["compiled"]
+            share = {"share_of_copy_bandwidth": round(moved / copied, 3)}
+            rows.append(_row(f"pool {name}, {layers} layers", "fp32", medians, "compiled", **share))
+    return rows
 
 
-def time_cross_entropy(args: argparse.Namespace) -> dict[str, float]:
+def cross_entropy(options: argparse.Namespace) -> Rows:
     """Loss and gradient of logits over a vocabulary of GPT-2's size."""
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    logits_TV = torch.randn(args.tokens // 4, 50_304).to(dtype).requires_grad_()
-    labels_T = torch.randint(0, 50_257, (args.tokens // 4,))
-    dloss_T = torch.full((args.tokens // 4,), 1 / args.tokens)
+    rows = []
+    for dtype in options.dtype:
+        logits_TV = torch.randn(options.tokens, options.vocab_size).to(DTYPES[dtype]).requires_grad_()
+        labels_T = torch.randint(0, options.vocab_size, (options.tokens,))
+        dloss_T = torch.full((options.tokens,), 1 / options.tokens)
 
-    def compiled() -> Tensor:
-        peak_T, sum_T, target_T = cross_entropy_parts(logits_TV, labels_T)
-        logsumexp_T = sum_T.log() + peak_T
-        assert (logsumexp_T - target_T).isfinite().all()
-        return cross_entropy_backward(logits_TV, labels_T, 0, logsumexp_T, dloss_T)
+        def compiled(logits_TV: Tensor = logits_TV, labels_T: Tensor = labels_T, dloss_T: Tensor = dloss_T) -> None:
+            peak_T, sum_T, target_T = cross_entropy_parts(logits_TV, labels_T)
+            logsumexp_T = sum_T.log() + peak_T
+            assert (logsumexp_T - target_T).isfinite().all()
+            cross_entropy_backward(logits_TV, labels_T, 0, logsumexp_T, dloss_T)
 
-    def plain() -> Tensor:
-        loss_T = functional.cross_entropy(logits_TV, labels_T, reduction="none")
-        return torch.autograd.grad(loss_T, logits_TV, dloss_T.to(loss_T.dtype))[0]
+        def plain(logits_TV: Tensor = logits_TV, labels_T: Tensor = labels_T, dloss_T: Tensor = dloss_T) -> None:
+            loss_T = functional.cross_entropy(logits_TV, labels_T, reduction="none")
+            torch.autograd.grad(loss_T, logits_TV, dloss_T.to(loss_T.dtype))
 
-    return alternate({"compiled": compiled, "torch": plain}, max(3, args.repeats // 2))
-
-
-TIMERS = {"route": time_route, "parts": time_parts, "combine": time_combine, "cross_entropy": time_cross_entropy}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=tuple(TIMERS), nargs="*", default=list(TIMERS))
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--topk", type=int, default=2)
-    parser.add_argument("--banks", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--elements", type=int, default=32 << 20)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    if not extension.load():
-        raise SystemExit("There is nothing to compare: the compiled extension is not usable.")
-    report = {name: {k: round(v, 3) for k, v in TIMERS[name](args).items()} for name in args.only}
-    print(json.dumps({"arguments": vars(args), "milliseconds": report, "build": extension.build_info()}, indent=1))
+        variants: dict[str, Callable[[], object]] = {"compiled": compiled, "torch": plain}
+        memory = {f"{name} peak mb": _rise_of_peak(run) for name, run in variants.items()}
+        medians = alternate(variants, options.rounds, options.clock)
+        rows.append(_row("cross-entropy", dtype, medians, "compiled", **memory))
+    return rows
 
 
-if __name__ == "__main__":
-    main()
+def _rise_of_peak(run: Callable[[], object]) -> int | None:
+    """Returns the MB by which a run raises the process's memory above what it holds now; None where that is not told."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # sets the peak to the present
+        before = process_status_kb("VmRSS")
+        run()
+        return (process_status_kb("VmHWM") - before) // 1024
+    except OSError:
+        return None
+
+
+def adamw_steps(options: argparse.Namespace) -> Rows:
+    """AdamW over so many elements in 64 tensors: fp32 weights, and bf16 weights with fp32 masters."""
+    rows = []
+    for dtype in options.dtype:
+        sizes = [options.elements // 64] * 64
+        masters = [torch.randn(n) for n in sizes]
+        weights = [None if dtype == "fp32" else m.bfloat16() for m in masters]
+        grads = [torch.randn(n) for n in sizes]
+        runs = [
+            AdamWRun(m, w, g, torch.zeros_like(m), torch.zeros_like(m))
+            for m, w, g in zip(masters, weights, grads, strict=True)
+        ]
+        rates = AdamWRates(1e-4, 0.9, 0.95, 1e-8, 0.1)
+        variants: dict[str, Callable[[], object]] = {"compiled": lambda runs=runs, rates=rates: adamw(runs, rates, 7)}
+        for kind in ("fused", "foreach"):
+            theirs = [m.clone().requires_grad_() for m in masters]
+            for p, g in zip(theirs, grads, strict=True):
+                p.grad = g
+            optimizer = torch.optim.AdamW(theirs, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, **{kind: True})
+
+            def step(optimizer: Any = optimizer, theirs: Any = theirs, weights: Any = weights) -> None:
+                optimizer.step()
+                for w, p in zip(weights, theirs, strict=True):
+                    if w is not None:
+                        w.copy_(p.detach())
+
+            variants[f"torch {kind}"] = step
+            step()  # makes its moments
+        memory = {f"{name} peak mb": _rise_of_peak(run) for name, run in variants.items()}
+        copy = torch.empty(options.elements)
+        source = torch.randn(options.elements)
+        variants["copy"] = lambda a=copy, b=source: a.copy_(b)
+        medians = alternate(variants, options.rounds, options.clock)
+        copied = 8 * options.elements / medians.pop("copy")
+        moved = (28 + (2 if dtype == "bf16" else 0)) * options.elements / medians["compiled"]
+        share = {"share_of_copy_bandwidth": round(moved / copied, 3)}
+        rows.append(_row("adamw", dtype, medians, "compiled", **share, **memory))
+    return rows
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommands."""
+    for name, run, sizes in (
+        ("dispatch", dispatch, {"tokens": 8192, "hidden-size": 1024, "num-experts": 64, "topk": 2}),
+        ("pool", pool, {"banks": 4, "elements": 32 << 20}),
+        ("cross-entropy", cross_entropy, {"tokens": 2048, "vocab-size": 50_304}),
+        ("adamw", adamw_steps, {"elements": 64 << 20}),
+    ):
+        parser = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
+        parser.set_defaults(run=_checked(run))
+        for option, size in sizes.items():
+            parser.add_argument(f"--{option}", type=int, default=size)
+        if name == "pool":
+            parser.add_argument("--layers", type=int, nargs="+", default=[12, 1])
+        else:
+            parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
+        add_options(parser, rounds=15)
+
+
+def _checked(run: Callable[[argparse.Namespace], Rows]) -> Callable[[argparse.Namespace], Rows]:
+    def checked(options: argparse.Namespace) -> Rows:
+        if not extension.load():
+            raise SystemExit("There is nothing to compare: the compiled extension is not usable.")
+        return run(options)
+
+    return checked

@@ -1,0 +1,61 @@
+"""`benchmark.py expert-parallel`: a layer whose experts lie on several ranks against the same one that sends nothing."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+import torch
+from benchmark_common import DTYPES, Rows, add_options
+from benchmark_layer import make_layer
+from benchmark_ranks import alternate, run_ranks
+
+from megatron_samoe.config import ParallelConfig
+from megatron_samoe.parallel_state import backend, initialize_model_parallel, single_process_state
+
+
+def _measure(options: argparse.Namespace) -> Rows:
+    backend.keep_freed_memory()
+    torch.manual_seed(1)
+    parallel = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=options.ranks))
+    rows = []
+    for dtype in options.dtype:
+        for experts in options.num_experts:
+            # Each rank's experts get its own tokens: the same products without any exchange.
+            alone = make_layer(
+                options,
+                experts // options.ranks,
+                options.topk,
+                options.activation,
+                DTYPES[dtype],
+                single_process_state(),
+            )
+            spread = make_layer(options, experts, options.topk, options.activation, DTYPES[dtype], parallel)
+            times = alternate({"expert parallel": spread[2], "alone": alone[2]}, options.rounds)
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            rows.append({
+                "ranks": options.ranks, "experts": experts, "dtype": dtype,
+                **{f"{name} ms": round(seconds * 1e3, 2) for name, seconds in medians.items()},
+                "alone / expert parallel": round(medians["alone"] / medians["expert parallel"], 3),
+            })  # fmt: skip
+    return rows
+
+
+def run(options: argparse.Namespace) -> Rows:
+    """A layer, forward and backward, one thread a rank; tokens are of each rank."""
+    rows: Rows = run_ranks(_measure, options.ranks, options)
+    return rows
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser("expert-parallel", help="a layer over several ranks against one that sends nothing")
+    parser.set_defaults(run=run)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--num-experts", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--activation", choices=["gelu", "swiglu"], default="gelu")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32"])
+    for name, size in (("tokens", 2048), ("hidden-size", 512), ("ffn-hidden-size", 2048), ("topk", 1)):
+        parser.add_argument(f"--{name}", type=int, default=size)
+    add_options(parser, ranks=True)

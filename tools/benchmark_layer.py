@@ -1,0 +1,153 @@
+"""`benchmark.py moe-layer`: an MoE layer, forward and backward, against bare products and other programs' layers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_common import DTYPES, Rows, add_options, alternate
+from benchmark_peers import Peer, running
+
+from megatron_samoe.config import ModelConfig, MoEConfig, PretrainConfig
+from megatron_samoe.distributed.grad_buffer import GradBuffers
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.models.initialize import initialize_parameters
+from megatron_samoe.models.transformer_layer import expert_shape
+from megatron_samoe.moe.moe_layer import MoELayer
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.parallel_state import ParallelState, single_process_state
+
+PEERS = {"gelu": ["loop_gelu", "deepspeed", "tutel"], "swiglu": ["loop_swiglu", "hf_grouped", "torchtitan"]}
+
+
+def run(options: argparse.Namespace) -> Rows:
+    """An MoE layer, forward and backward with all gradients.
+
+    "products" are the layer's expert products alone as torch runs them, an expert at a time into tensors that exist, the
+    weights' gradients not added to anything; "dense" are the six products of one dense MLP with as many rows.
+    """
+    if options.peers and options.clock == "cpu":
+        raise ConfigError("--clock", "cpu", "wall, with --peers: other processes cannot be timed so")
+    sizes = {"T": options.tokens, "H": options.hidden_size, "F": options.ffn_hidden_size}
+    threads = torch.get_num_threads()
+    rows = []
+    for activation in options.activation:
+        names = options.peer_names or PEERS[activation]
+        worker_options = {**sizes, "threads": threads}
+        with running(options.peers, "w1_moe_layer.py", names, worker_options, options.peer_python, threads) as peers:
+            for dtype in options.dtype:
+                for experts in options.num_experts:
+                    for topk in options.topk:
+                        rows.append(measure(options, experts, topk, activation, dtype, peers))
+                        print(rows[-1], flush=True)
+    return rows
+
+
+def make_layer(
+    options: argparse.Namespace, experts: int, topk: int, activation: str, dtype: torch.dtype, state: ParallelState
+) -> tuple[MoELayer, GradBuffers, Callable[[], None]]:
+    """Returns a layer, its gradients, and a run of its forward and backward on random tokens."""
+    gated, tokens = activation == "swiglu", options.tokens
+    config = PretrainConfig(
+        model=ModelConfig(hidden_size=options.hidden_size, ffn_hidden_size=options.ffn_hidden_size,
+                          num_attention_heads=8, swiglu=gated, disable_bias_linear=gated),
+        moe=MoEConfig(expert_layout="moe", num_experts=experts, moe_router_topk=topk),
+    )  # fmt: skip
+    layer = MoELayer(
+        config.moe, expert_shape(config), init_std=0.02, output_init_std=0.02, layer=0, moe_index=0, num_moe_layers=1,
+        shared_expert=None, state=state, dtype=dtype,
+    )  # fmt: skip
+    parameters = dict(layer.named_parameters())
+    initialize_parameters(parameters, state, seed=1)
+    buffers = GradBuffers(parameters, state)
+    x_TH = torch.randn(tokens, options.hidden_size).to(dtype).requires_grad_()
+    dy_TH = torch.randn(tokens, options.hidden_size).to(dtype)
+    context = ForwardContext(
+        1, training=True, tokens_per_step=tokens, expert_fractions_LE=torch.full((1, experts), 1 / experts)
+    )
+
+    def once() -> None:
+        y_TH, _ = layer(x_TH, context, None)
+        torch.autograd.backward(y_TH, dy_TH)
+        x_TH.grad = None
+
+    return layer, buffers, once
+
+
+def measure(
+    options: argparse.Namespace, experts: int, topk: int, activation: str, dtype_name: str, peers: list[Peer]
+) -> dict[str, Any]:
+    """Returns one row: GFLOP/s of expert products for each contestant, and ratios."""
+    hidden, ffn, dtype = options.hidden_size, options.ffn_hidden_size, DTYPES[dtype_name]
+    _, _buffers, once = make_layer(options, experts, topk, activation, dtype, single_process_state())
+    width = 2 * ffn if activation == "swiglu" else ffn
+    num_rows = options.tokens * topk
+    variants: dict[str, Callable[[], object]] = {
+        "layer": once,
+        "products": products(split_evenly(num_rows, experts), hidden, width, ffn, dtype),
+        "dense": products([num_rows], hidden, width, ffn, dtype),
+    }
+    for peer in peers:
+        facts = peer.ask(f"build {dtype_name} {experts} {topk}")
+        if "err" in facts:
+            print(f"{peer.name}: {facts['err']}")
+        else:
+            variants[peer.name] = peer.seconds
+    medians = alternate(variants, options.rounds, options.clock)
+    flops = 3 * 2 * num_rows * hidden * (width + ffn)
+    ratios = {"layer / products": medians["products"] / medians["layer"]}
+    others = [medians[peer.name] for peer in peers if peer.name in medians]
+    if others:
+        ratios["layer / best peer"] = min(others) / medians["layer"]
+    return {
+        "experts": experts, "topk": topk, "activation": activation, "dtype": dtype_name,
+        **{f"{name} GFLOP:s": round(flops / seconds / 1e9, 1) for name, seconds in medians.items()},
+        **{name: round(value, 3) for name, value in ratios.items()},
+    }  # fmt: skip
+
+
+def split_evenly(total: int, parts: int) -> list[int]:
+    """Returns sizes that sum to the total and differ by one at most."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def products(rows: list[int], hidden: int, width: int, ffn: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Returns a run of an MLP's six products per expert, into tensors that exist."""
+    work = []
+    for n in rows:
+        a, b = torch.randn(n, hidden, dtype=dtype), torch.randn(width, hidden, dtype=dtype)
+        c, d = torch.randn(n, width, dtype=dtype), torch.randn(hidden, ffn, dtype=dtype)
+        e, y = torch.randn(n, ffn, dtype=dtype), torch.randn(n, hidden, dtype=dtype)
+        work += [(a, b.t(), c.clone()), (e, d.t(), y.clone()), (y, d, e.clone()), (c, b, a.clone())]
+        work += [(y.t(), e, d.clone()), (c.t(), a, b.clone())]
+
+    def once() -> None:
+        for left, right, out in work:
+            torch.mm(left, right, out=out)
+
+    return once
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser("moe-layer", help="one MoE layer, forward and backward")
+    parser.set_defaults(run=run)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--activation", nargs="+", choices=list(PEERS), default=["gelu"])
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--ffn-hidden-size", type=int, default=2048)
+    parser.add_argument("--num-experts", type=int, nargs="+", default=[8])
+    parser.add_argument("--topk", type=int, nargs="+", default=[1])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32"])
+    add_peer_options(parser)
+    add_options(parser)
+
+
+def add_peer_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of other programs."""
+    parser.add_argument("--peers", type=Path, help="folder of peer scripts, see tools/benchmark_peers.py")
+    parser.add_argument("--peer-names", nargs="+", help="workers of the script to run; default: what it may know")
+    parser.add_argument("--peer-python", help="interpreter of the peers; default: this one")
