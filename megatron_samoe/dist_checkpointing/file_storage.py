@@ -86,22 +86,23 @@ class Reader(dcp.FileSystemReader):
 class _DigestedFile(io.RawIOBase):
     """A file open for appending whose bytes are digested as they pass.
 
-    The disk gets them while later ones are digested: every so many bytes a thread asks for what is there to be flushed,
-    so that the flush at the end has little left to wait for.
+    Three things go on at once: bytes are copied to the system, a thread digests the same bytes, and another asks every
+    so often for what is there to be flushed, so that the flush at the end has little left to wait for.
     """
 
-    def __init__(self, file: Any, flusher: ThreadPoolExecutor):
+    def __init__(self, file: Any, digester: ThreadPoolExecutor, flusher: ThreadPoolExecutor):
         self.file, self.hash, self.position = file, new_digest(), 0
-        self._flusher, self._asked_at = flusher, 0
+        self._digester, self._flusher, self._asked_at = digester, flusher, 0
         self._flush: Future[None] | None = None
 
     def write(self, data: Any) -> int:
-        self.hash.update(data)
+        digesting = self._digester.submit(self.hash.update, data)
         self.file.write(data)
         self.position += memoryview(data).nbytes
         if self.position - self._asked_at >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
             self._asked_at = self.position
             self._flush = self._flusher.submit(os.fdatasync, self.fileno())
+        digesting.result()  # the caller may reuse the memory
         return memoryview(data).nbytes
 
     def writable(self) -> bool:
@@ -134,8 +135,8 @@ class _DigestingFileSystem(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with ThreadPoolExecutor(1) as flusher, open(path, "wb") as file:
-            digested = _DigestedFile(file, flusher)
+        with ThreadPoolExecutor(1) as digester, ThreadPoolExecutor(1) as flusher, open(path, "wb") as file:
+            digested = _DigestedFile(file, digester, flusher)
             yield digested
             self.digests[os.path.basename(path)] = digested.finish()
 

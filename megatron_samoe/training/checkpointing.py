@@ -106,14 +106,15 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     with_optimizer = not (checkpoint.finetune or checkpoint.no_load_optim)
     if with_optimizer and "optimizer_steps" not in saved:
         raise CheckpointError(f"{directory} has no optimizer state; give --no-load-optim or --finetune to go without.")
-    tensors = model_state(setup.model)
+    tensors, stored = model_state(setup.model), stored_names(str(directory))
+    _refuse_unexpected(setup, tensors, stored, directory)
     fractions = None if state.expert_fractions_LE is None else state.expert_fractions_LE.clone()
     if fractions is not None and not checkpoint.finetune:
         tensors[EXPERT_FRACTIONS] = replicated(fractions, setup.parallel)
     other_precision: dict[str, list[ShardedTensor]] = {}
     if with_optimizer:
         own = optimizer_state(setup)
-        other_precision = _of_other_precision(setup, own, stored_names(str(directory)))
+        other_precision = _of_other_precision(setup, own, stored)
         tensors |= own
     store.load_checkpoint(directory, tensors, setup.parallel)
     if setup.parallel.world.all_gather_object(bool(other_precision)).count(True):
@@ -130,6 +131,19 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     if not setup.config.training.fp16 or math.isclose(loaded.loss_scale.value, 1.0):
         loaded = replace(loaded, loss_scale=state.loss_scale)
     return loaded
+
+
+def _refuse_unexpected(
+    setup: TrainSetup, tensors: Mapping[str, list[ShardedTensor]], stored: set[str], directory: Path
+) -> None:
+    """Raises CheckpointError naming stored weights for which no rank's model has a place: they would be lost unsaid."""
+    here = setup.parallel.world.all_gather_object(set(tensors))
+    unexpected = sorted(name for name in stored.difference(*here) if not name.startswith(("optimizer.", "training.")))
+    if unexpected:
+        raise CheckpointError(
+            f"{directory} holds weights for which the model has no place: {', '.join(unexpected[:3])}"
+            f"{f' and {len(unexpected) - 3} more' if unexpected[3:] else ''}. Is it of a model with other layers or options?"
+        )
 
 
 def _of_other_precision(

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
 from tests.harness.program import Sabotage, arguments, contents, iterations, start, start_command, write_corpus
+from tests.unit.interop.memory_source import MemorySource
 
 pytestmark = pytest.mark.distributed
 
@@ -202,6 +205,16 @@ def test_checkpoint_of_another_configuration(
 def test_checkpoint_of_another_configuration_on_two_ranks(corpus: Path, trained: Path, tmp_path: Path) -> None:
     paragraph = refused(tmp_path, 2, data_path=corpus, run_dir=trained, expert_model_parallel_size=2, num_experts=8)
     assert "num_experts is 4 there and 8 here" in paragraph
+
+
+def test_checkpoint_with_weights_that_no_rank_has(corpus: Path, _trained: Path, tmp_path: Path) -> None:
+    whole = CheckpointReader(_trained / "checkpoints/iter_0000006")
+    weights = {name: whole.read(name) for name in whole.tensors} | {"layers.0.moe.gate.bias": torch.zeros(4)}
+    written = write_checkpoint(tmp_path / "more", 6, MemorySource(weights, whole.config, whole.train_state))
+    paragraph = refused(
+        tmp_path, 2, data_path=corpus, load=tmp_path / "more", train_iters=9, pipeline_model_parallel_size=2
+    )
+    assert "no place: layers.0.moe.gate.bias." in paragraph and written.name in paragraph
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
