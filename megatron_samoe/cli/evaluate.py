@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.datasets.arguments import Parser
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.zero_shot import tables
@@ -67,9 +68,7 @@ class Place:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__ or "", prog="evaluate.py")
     asked = parser.add_argument_group("what is asked")
     asked.add_argument(
         "--tasks", default="all", help="names and .yaml files between commas; all: every one that has data"

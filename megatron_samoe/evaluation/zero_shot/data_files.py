@@ -29,10 +29,7 @@ def find_data(task: Task, data_dir: Path) -> Path:
     """
     if not data_dir.is_dir():
         siblings = [p.name for p in data_dir.parent.iterdir()] if data_dir.parent.is_dir() else []
-        raise NoDataError(
-            f"--data-dir {data_dir} is no folder.{nearest(data_dir.name, siblings)} Task {task.name} would look there for "
-            f"{_looked_for(task)}."
-        )
+        raise NoDataError(f"--data-dir {data_dir} is no folder.{nearest(data_dir.name, siblings)}")
     for name in task.files:
         for ending in (kind + packing for kind in KINDS for packing in PACKINGS):
             found = sorted(p for p in data_dir.glob(name + ending) if p.is_file())
@@ -67,7 +64,9 @@ def read_rows(task: Task, data_dir: Path | None, hub: bool = False) -> Iterator[
     """
     if data_dir is None:
         if not hub:
-            raise NoDataError(f"Task {task.name} needs --data-dir (or MEGATRON_SAMOE_EVAL_DATA) or --hub.")
+            raise NoDataError(
+                f"No data: --data-dir (or MEGATRON_SAMOE_EVAL_DATA) must name the folder of task {task.name}'s, or --hub fetch it."
+            )
         yield from _hub_rows(task)
         return
     try:

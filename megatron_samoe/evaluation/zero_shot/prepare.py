@@ -41,6 +41,8 @@ def prepare(
     if limit is not None and limit < 1:
         raise ConfigError("--limit", limit, "must be 1 or more")
     everything = names == "all"
+    if everything and data_dir is None and not hub:
+        raise NoDataError("--tasks all needs a folder of data: --data-dir (or MEGATRON_SAMOE_EVAL_DATA), or --hub.")
     wanted = task_names() if everything else [name.strip() for name in names.split(",") if name.strip()]
     tasks = [load_task(name) for name in wanted]
     doubled = {task.name for task in tasks if sum(other.name == task.name for other in tasks) > 1}

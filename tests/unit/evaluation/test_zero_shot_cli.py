@@ -159,6 +159,12 @@ def test_answers_too_long_for_the_model_are_refused_first(
     )
 
 
+def test_misspelt_flags_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["--taks", "boolq"])
+    assert "--taks is not known. Did you mean '--tasks'?" in capsys.readouterr().err
+
+
 def test_list_tasks(run: Run) -> None:
     assert len(run("--list-tasks").splitlines()) == 17
 

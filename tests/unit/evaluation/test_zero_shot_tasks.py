@@ -196,8 +196,10 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
         find_data(load_task("boolq"), tmp_path / "eval")
     with pytest.raises(NoDataError, match="has the data of no task"):
         prepare("all", tmp_path)
-    with pytest.raises(NoDataError, match="needs --data-dir"):
+    with pytest.raises(NoDataError, match="must name the folder of task boolq"):
         prepare("boolq", None)
+    with pytest.raises(NoDataError, match="--tasks all needs a folder of data"):
+        prepare("all", None)
 
 
 def test_tasks_are_chosen_by_name(tmp_path: Path) -> None:
