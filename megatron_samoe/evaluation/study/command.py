@@ -22,14 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Trains the models of a study, several seeds each, and compares them.",
         epilog="All other flags go to the pretraining of every run (the corpus and the tokenizer, say). Runs go one at a "
         "time; started again with the same command, the study goes on where it was stopped.",
+        allow_abbrev=False,
     )
     parser.add_argument("study", type=Path, help="YAML file: see examples/studies")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of all runs and of results.json")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these in place of the file's")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the runs, and start none")
     parser.add_argument("--collect-only", action="store_true", help="start no run; compare those that are finished")
     options, pretrain_flags = parser.parse_known_args(argv)
     try:
-        study = read_study(options.study)
+        study = read_study(options.study, options.seeds)
         runner = StudyRunner(study, options.output_dir, tuple(pretrain_flags), say=lambda line: print(line, flush=True))
         runner.check()
         if options.dry_run:

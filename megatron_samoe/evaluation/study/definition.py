@@ -78,8 +78,8 @@ def folder_name(variant: str) -> str:
 _KEYS = ("title", "config", "seeds", "baseline", "runs", "derived")
 
 
-def read_study(path: Path) -> Study:
-    """Returns the study that a YAML file describes.
+def read_study(path: Path, seeds: list[int] | None = None) -> Study:
+    """Returns the study that a YAML file describes, with other seeds if some are given.
 
     Raises:
         ConfigError: the file is no study; the message names the key.
@@ -91,9 +91,9 @@ def read_study(path: Path) -> Study:
     missing = [key for key in ("title", "config", "seeds", "runs") if not content.get(key)]
     if missing:
         raise ConfigError(str(path), ", ".join(missing), "missing: a study needs title, config, seeds and runs")
-    seeds = content["seeds"]
+    seeds = seeds or content["seeds"]
     if not isinstance(seeds, list) or not all(type(s) is int for s in seeds) or len(set(seeds)) < len(seeds):
-        raise ConfigError("seeds", seeds, f"must be a list of different whole numbers in {path}")
+        raise ConfigError("seeds", seeds, f"must be different whole numbers, in {path} or after --seeds")
     config = path.parent / str(content["config"])
     if not config.is_file():
         raise ConfigError("config", str(content["config"]), f"no such file beside {path}")

@@ -93,7 +93,7 @@ def test_differences_are_taken_within_seeds() -> None:
 
 def test_a_study_runs_goes_on_and_refuses_other_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "runs"
-    command = [str(write_study(tmp_path, seeds=[3])), "--output-dir", str(out)]
+    command = [str(write_study(tmp_path)), "--output-dir", str(out), "--seeds", "3"]
     assert main(command) == 0, capfd.readouterr()
     results = json.loads((out / "results.json").read_text())
     by_name = {v["name"]: v for v in results["variants"]}
