@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from benchmark_common import DTYPES, Rows, add_options, alternate, process_status_kb
+from benchmark_common import CLOCKS, DTYPES, Rows, add_options, alternate, process_status_kb
 from torch import Tensor
 
 from megatron_samoe.ops import extension
@@ -17,6 +19,11 @@ from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
 from megatron_samoe.ops.topk_gate import topk_gate
+
+
+def _need_extension() -> None:
+    if not extension.load():
+        raise SystemExit("There is nothing to compare: the compiled extension is not usable.")
 
 
 def _row(name: str, dtype: str, medians: dict[str, float], first: str, **more: Any) -> dict[str, Any]:
@@ -57,30 +64,72 @@ def route_compiled(logits_TE: Tensor, x_TH: Tensor, topk: int) -> tuple[Tensor, 
     return y_TH, aux
 
 
+def _dispatch_variants(options: argparse.Namespace, dtype: str) -> dict[str, Callable[[], object]]:
+    logits_TE = torch.randn(options.tokens, options.num_experts, requires_grad=True)
+    x_TH = torch.randn(options.tokens, options.hidden_size).to(DTYPES[dtype]).requires_grad_()
+    dy_TH = torch.randn(options.tokens, options.hidden_size).to(DTYPES[dtype])
+
+    def both_ways(route: Callable[..., tuple[Tensor, Tensor]], *rest: str) -> None:
+        y_TH, aux = route(logits_TE, x_TH, options.topk, *rest)
+        torch.autograd.grad((y_TH, aux), (logits_TE, x_TH), (dy_TH, torch.ones(())))
+
+    variants: dict[str, Callable[[], object]] = {"compiled": lambda: both_ways(route_compiled)}
+    for way in ("index_add", "gather", "embedding_bag"):
+        variants[way] = lambda way=way: both_ways(route_plain, way)
+    return variants
+
+
+def _dispatch_aside(options: argparse.Namespace, dtype: str, threads: int, connection: Any) -> None:
+    torch.set_num_threads(threads)
+    variants, clock = _dispatch_variants(options, dtype), CLOCKS[options.clock]
+    for name in iter(connection.recv, None):
+        started = clock()
+        variants[name]()
+        connection.send(clock() - started)
+
+
+@contextmanager
+def _as_it_comes(options: argparse.Namespace, dtype: str) -> Iterator[dict[str, Callable[[], object]]]:
+    """Gives the plain variants in a process that frees memory as glibc does unless it is told otherwise."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_dispatch_aside, args=(options, dtype, torch.get_num_threads(), theirs))
+    process.start()
+
+    def ask(name: str) -> float:
+        ours.send(name)
+        seconds: float = ours.recv()
+        return seconds
+
+    try:
+        yield {name: lambda name=name: ask(name) for name in _dispatch_variants(options, dtype) if name != "compiled"}
+    finally:
+        ours.send(None)
+        process.join()
+
+
 def dispatch(options: argparse.Namespace) -> Rows:
-    """Softmax gate, permutation, weighted un-permutation of an expert that does nothing; forward and backward."""
+    """Softmax gate, permutation, weighted un-permutation of an expert that does nothing; forward and backward.
+
+    The rows "as it comes" set ours, with freed memory kept as the pretrain program keeps it, against torch in a process
+    that does not.
+    """
+    _need_extension()
     rows = []
     for dtype in options.dtype:
-        logits_TE = torch.randn(options.tokens, options.num_experts, requires_grad=True)
-        x_TH = torch.randn(options.tokens, options.hidden_size).to(DTYPES[dtype]).requires_grad_()
-        dy_TH = torch.randn(options.tokens, options.hidden_size).to(DTYPES[dtype])
-
-        def both_ways(route: Callable[[], tuple[Tensor, Tensor]], given: tuple[Tensor, ...]) -> None:
-            y_TH, aux = route()
-            torch.autograd.grad((y_TH, aux), given[:2], (given[2], torch.ones(())))
-
-        given = (logits_TE, x_TH, dy_TH)
-        variants: dict[str, Callable[[], object]] = {
-            "compiled": lambda g=given: both_ways(lambda: route_compiled(g[0], g[1], options.topk), g)
-        }
-        for way in ("index_add", "gather", "embedding_bag"):
-            variants[way] = lambda g=given, w=way: both_ways(lambda: route_plain(g[0], g[1], options.topk, w), g)
-        rows.append(_row("dispatch", dtype, alternate(variants, options.rounds, options.clock), "compiled"))
+        variants = _dispatch_variants(options, dtype)
+        with _as_it_comes(options, dtype) as plain:
+            asked = {f"{name}, as it comes": run for name, run in plain.items()}
+            medians = alternate({**variants, **asked}, options.rounds, options.clock)
+        rows.append(_row("dispatch", dtype, {name: medians[name] for name in variants}, "compiled"))
+        apart = {name: medians[f"{name}, as it comes"] for name in plain}
+        rows.append(_row("dispatch, torch as it comes", dtype, {"compiled": medians["compiled"], **apart}, "compiled"))
     return rows
 
 
 def pool(options: argparse.Namespace) -> Rows:
     """All layers' weights from the banks, and both gradients, against matrix products of the same."""
+    _need_extension()
     banks_PGN = torch.randn(options.banks, 1, options.elements)
     rows = []
     for layers in options.layers:
@@ -110,6 +159,7 @@ def pool(options: argparse.Namespace) -> Rows:
 
 def cross_entropy(options: argparse.Namespace) -> Rows:
     """Loss and gradient of logits over a vocabulary of GPT-2's size."""
+    _need_extension()
     rows = []
     for dtype in options.dtype:
         logits_TV = torch.randn(options.tokens, options.vocab_size).to(DTYPES[dtype]).requires_grad_()
@@ -147,6 +197,7 @@ def _rise_of_peak(run: Callable[[], object]) -> int | None:
 
 def adamw_steps(options: argparse.Namespace) -> Rows:
     """AdamW over so many elements in 64 tensors: fp32 weights, and bf16 weights with fp32 masters."""
+    _need_extension()
     rows = []
     for dtype in options.dtype:
         sizes = [options.elements // 64] * 64
@@ -194,7 +245,7 @@ def add_parser(commands: Any) -> None:
         ("adamw", adamw_steps, {"elements": 64 << 20}),
     ):
         parser = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
-        parser.set_defaults(run=_checked(run))
+        parser.set_defaults(run=run)
         for option, size in sizes.items():
             parser.add_argument(f"--{option}", type=int, default=size)
         if name == "pool":
@@ -202,12 +253,3 @@ def add_parser(commands: Any) -> None:
         else:
             parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
         add_options(parser, rounds=15)
-
-
-def _checked(run: Callable[[argparse.Namespace], Rows]) -> Callable[[argparse.Namespace], Rows]:
-    def checked(options: argparse.Namespace) -> Rows:
-        if not extension.load():
-            raise SystemExit("There is nothing to compare: the compiled extension is not usable.")
-        return run(options)
-
-    return checked

@@ -1,0 +1,175 @@
+"""tools/benchmark.py: contestants do the same work, figures follow from each other, peers are asked as described."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.ops import extension
+
+ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import benchmark_common  # noqa: E402
+import benchmark_layer  # noqa: E402
+import benchmark_ops  # noqa: E402
+import benchmark_roofline  # noqa: E402
+from benchmark_peers import running  # noqa: E402
+
+needs_extension = pytest.mark.skipif(not extension.load(), reason="compares the compiled extension")
+
+PEER = """
+import json, sys
+print("a line of a library")
+print("@@{}", flush=True)
+for line in sys.stdin:
+    words = line.split()
+    if words[0] == "build" and words[1] == "bf16":
+        answer = {"err": "no bf16 here"}
+    elif words[0] == "build":
+        experts = int(words[2])
+        answer = {}
+    else:
+        answer = {"s": 1000.0 * experts}
+    print("@@" + json.dumps(answer), flush=True)
+"""
+
+
+def options(**values: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"rounds": 1, "clock": "wall", "threads": 1, **values})
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "tools/benchmark.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_medians_leave_the_first_round_out() -> None:
+    seconds = iter([100.0, 3.0, 1.0, 2.0])
+    assert benchmark_common.alternate({"other process": lambda: next(seconds)}, rounds=3) == {"other process": 2.0}
+
+
+@needs_extension
+@pytest.mark.parametrize("way", ["index_add", "gather", "embedding_bag"])
+def test_plain_routing_is_the_compiled_routing(way: str) -> None:
+    torch.manual_seed(1)
+    dy_TH, results = torch.randn(60, 16), []
+    logits_TE, x_TH = torch.randn(60, 8, requires_grad=True), torch.randn(60, 16, requires_grad=True)
+    for route in (
+        lambda: benchmark_ops.route_compiled(logits_TE, x_TH, 2),
+        lambda: benchmark_ops.route_plain(logits_TE, x_TH, 2, way),
+    ):
+        y_TH, aux = route()
+        results.append((y_TH, aux, *torch.autograd.grad((y_TH, aux), (logits_TE, x_TH), (dy_TH, torch.ones(())))))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@needs_extension
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_roofline_counts_the_layers_work(activation: str) -> None:
+    sizes = {"tokens": 96, "hidden_size": 32, "ffn_hidden_size": 64, "topk": 2, "activation": activation}
+    rows = benchmark_roofline.run(options(**sizes, num_experts=[4], dtype=["fp32"]))
+    flops = {row["part"]: row["GFLOP"] for row in rows}
+    made = benchmark_roofline.parts(options(**sizes), 4, torch.float32)
+    bare = benchmark_roofline.bare_products(options(**sizes), 4, torch.float32)
+    products = 3 * 2 * 192 * 32 * 64 * (3 if activation == "swiglu" else 2)
+    assert made["experts"].flops + made["experts backward"].flops == products
+    assert sum(part.flops for part in bare.values()) == products
+    assert set(flops) == {"limit: product", "limit: copy", *made, *bare}
+    limits = {row["part"]: row for row in rows if row["part"].startswith("limit")}
+    assert all(row["share_of_roof"] == 1.0 for row in limits.values())
+    for row in rows:
+        limit = "product" if row["bound"] == "products" else "copy"
+        speed = "GFLOP:s" if row["bound"] == "products" else "GB:s"
+        if row[speed] > 10:  # printed to 0.1
+            assert row["share_of_roof"] == pytest.approx(row[speed] / limits[f"limit: {limit}"][speed], rel=0.02)
+
+
+def test_peers_are_asked_by_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "w1_moe_layer.py").write_text(PEER)
+    sizes = {"tokens": 256, "hidden_size": 64, "ffn_hidden_size": 128}
+    made = options(
+        **sizes, activation=["gelu"], dtype=["fp32", "bf16"], num_experts=[4, 8], topk=[1], peers=tmp_path,
+        peer_names=["slow"], peer_python=None,
+    )  # fmt: skip
+    rows = benchmark_layer.run(made)
+    flops = 3 * 2 * 256 * 64 * 256
+    assert [(row["dtype"], row["experts"]) for row in rows] == [("fp32", 4), ("fp32", 8), ("bf16", 4), ("bf16", 8)]
+    for row in rows:
+        if row["dtype"] == "fp32":
+            seconds = flops / (row["layer GFLOP:s"] * 1e9)
+            assert row["layer / best peer"] == pytest.approx(1000.0 * row["experts"] / seconds, rel=0.3)
+        else:
+            assert "layer / best peer" not in row
+    assert capsys.readouterr().out.count("slow: no bf16 here") == 2
+
+
+def test_a_peer_that_ends_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "w2_train_step.py").write_text("raise SystemExit(3)")
+    with running(tmp_path, "w2_train_step.py", ["broken"], {}, None, 1) as peers:
+        assert peers == []
+    assert "broken did not start: ended with status 3" in capsys.readouterr().out
+
+
+@needs_extension
+def test_a_run_leaves_its_conditions_and_a_picture(tmp_path: Path) -> None:
+    sizes = ("--tokens", "64", "--hidden-size", "16", "--num-experts", "4", "--rounds", "1", "--threads", "1")
+    done = command("dispatch", *sizes, "--json", str(tmp_path / "x" / "a.json"), "--png", str(tmp_path / "a.png"))
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "x" / "a.json").read_text())
+    assert saved["conditions"]["arguments"]["tokens"] == 64 and saved["conditions"]["threads"] == 1
+    assert [(row["op"], row["dtype"]) for row in saved["rows"]] == [
+        (op, dtype) for dtype in ("fp32", "bf16") for op in ("dispatch", "dispatch, torch as it comes")
+    ]
+    for row in saved["rows"]:
+        ratio = row["index_add ms"] / row["compiled ms"]
+        assert row["index_add / compiled"] == pytest.approx(ratio, abs=0.02)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_whole_models_are_compared_at_equal_active_parameters(tmp_path: Path) -> None:
+    sizes = ("--num-layers", "2", "--seq-length", "16", "--micro-batch-size", "2", "--vocab-size", "64",
+             "--hidden-size", "64", "--ffn-hidden-size", "64", "--num-experts", "4")  # fmt: skip
+    done = command("train-step", *sizes, "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "a.json"))
+    assert done.returncode == 0, done.stderr
+    rows = {row["model"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert list(rows) == ["dense", "moe", "samoe"] and rows["dense"]["speed / dense"] == 1.0
+    router = 2 * 4 * 64
+    assert rows["moe"]["active"] == rows["dense"]["active"] + router
+    for row in rows.values():
+        assert row["speed / dense"] == pytest.approx(row["tokens:s"] / rows["dense"]["tokens:s"], rel=0.01)
+        assert 100 < row["peak_mb"] < 2000
+
+
+@needs_extension
+@pytest.mark.distributed
+def test_ranks_are_compared_with_what_sends_nothing(tmp_path: Path) -> None:
+    sizes = ("--tokens", "64", "--hidden-size", "16", "--ffn-hidden-size", "32", "--num-experts", "4")
+    done = command("expert-parallel", *sizes, "--rounds", "1", "--json", str(tmp_path / "a.json"))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    ratio = row["alone ms"] / row["expert parallel ms"]
+    assert row["ranks"] == 2 and row["alone / expert parallel"] == pytest.approx(ratio, rel=0.05)
+
+
+@needs_extension
+@pytest.mark.distributed
+def test_exchanges_are_compared_in_one_run(tmp_path: Path) -> None:
+    sizes = ("--ranks", "2", "--megabytes", "0.0625", "--rounds", "2", "--uneven")
+    done = command("all-to-all", *sizes, "--json", str(tmp_path / "a.json"))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row["rings / gloo"] == pytest.approx(row["gloo"] / row["rings"], rel=0.05)
+    assert row["copy / rings"] == pytest.approx(row["copy"] / row["rings"], abs=0.02)
+
+
+def test_other_processes_have_no_processor_time_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--clock"):
+        benchmark_layer.run(options(peers=tmp_path, clock="cpu"))
