@@ -2,8 +2,8 @@
 """Measures speed against limits, plain torch and other programs in the same run.
 
 Each figure is a median over rounds in which all variants run in turn, so that other load on the machine meets them
-alike. Only ratios of one run count. Every subcommand prints a table; --json keeps the figures and the conditions of the
-run, --png draws the ratios.
+alike. Only ratios of one run count: a column "a / b" is a's speed over b's. Every subcommand prints a table; --json keeps
+the figures and the conditions of the run, --png draws the ratios.
 """
 
 from __future__ import annotations

@@ -19,6 +19,9 @@ from megatron_samoe.ops import extension
 
 Rows = list[dict[str, Any]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: Columns that say what a row is about, and how a picture introduces their values.
+LABELS = {"op": "", "part": "", "model": "", "ranks": "ranks ", "MB": "MB ", "experts": "E ", "topk": "top-",
+          "activation": "", "dtype": ""}  # fmt: skip
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -95,21 +98,23 @@ def save(options: argparse.Namespace, rows: Rows, found: dict[str, Any]) -> None
 
 
 def _draw(rows: Rows, path: Path) -> None:
-    """Draws every column whose name holds a ratio, one group of bars a row."""
+    """Draws every column that holds a ratio, a group of bars for each row that has one."""
     from matplotlib.figure import Figure
 
-    ratios = [name for name in rows[0] if "/" in name or name.startswith("share")]
-    labels = [
-        " ".join(str(v) for v in row.values() if isinstance(v, (str, int)) and not isinstance(v, bool)) for row in rows
-    ]
-    figure = Figure(figsize=(1.5 + 0.9 * len(rows) * max(1, len(ratios)) ** 0.5, 4.0), layout="constrained")
+    ratios = list(dict.fromkeys(name for row in rows for name in row if " / " in name or name.startswith("share")))
+    rows = [row for row in rows if any(name in row for name in ratios)]
+    # What all rows have in common needs no label.
+    told = [name for name in LABELS if len({row.get(name) for row in rows}) > 1]
+    labels = ["\n".join(f"{LABELS[name]}{row[name]}" for name in told if name in row) for row in rows]
+    figure = Figure(figsize=(min(14.0, 2.0 + 0.3 * len(rows) * (1 + len(ratios))), 4.0), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(1, len(ratios))
     for i, name in enumerate(ratios):
         places = [r + (i - (len(ratios) - 1) / 2) * width for r in range(len(rows))]
         axes.bar(places, [row.get(name) or 0.0 for row in rows], width, label=name)
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(rows)), labels, rotation=30, ha="right")
-    axes.legend()
+    axes.set_ylabel("ratio of speeds")
+    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+    figure.legend(loc="outside upper left", ncols=4, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)

@@ -27,8 +27,8 @@ def _need_extension() -> None:
 
 
 def _row(name: str, dtype: str, medians: dict[str, float], first: str, **more: Any) -> dict[str, Any]:
-    """Milliseconds of each contestant, and how many times longer the others take than the first."""
-    ratios = {f"{other} / {first}": round(medians[other] / medians[first], 2) for other in medians if other != first}
+    """Milliseconds of each contestant, and the first's speed over each other's."""
+    ratios = {f"{first} / {other}": round(medians[other] / medians[first], 2) for other in medians if other != first}
     return {"op": name, "dtype": dtype, **{f"{k} ms": round(v * 1e3, 3) for k, v in medians.items()}, **ratios, **more}
 
 
