@@ -10,6 +10,7 @@ loaded together and asked one after another, round after round; medians are repo
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -86,6 +87,7 @@ def make_checkpoint(options: argparse.Namespace) -> Path:
     return folder / "checkpoint"
 
 
+@functools.cache
 def _directory(checkpoint: Path) -> Path:
     wanted = CheckpointConfig(load=str(checkpoint), exit_on_missing_checkpoint=True)
     found = store.find_checkpoint(wanted, lambda d: store.damaged_files(d, single_process_state()))
@@ -165,12 +167,24 @@ def specs(
 
 @contextmanager
 def started(contestants: list[tuple[str, str, dict[str, Any]]]) -> Iterator[list[Worker]]:
-    """Starts the contestants and ends them."""
+    """Starts the contestants and ends them; ways of serving that a checkpoint lacks are left out, and that is said.
+
+    Raises:
+        ConfigError: no checkpoint can be served as asked.
+    """
     workers: list[Worker] = []
     try:
         for one in contestants:
-            workers.append(Worker(*one))
-        yield workers
+            worker = Worker(*one)
+            workers.append(worker)
+            if "refused" in worker.info:
+                print(f"left out: {worker.name}: {worker.info['refused']}", file=sys.stderr)
+        served = [worker for worker in workers if "refused" not in worker.info]
+        if not any(worker.spec["program"] == "ours" for worker in served):
+            raise ConfigError(
+                "--servings", [one[2].get("serving") for one in contestants], "no checkpoint has such a way"
+            )
+        yield served
     finally:
         for worker in workers:
             worker.close()
@@ -232,7 +246,8 @@ def _row(worker: Worker, pair: tuple[int, int], results: list[dict[str, Any]], c
     batch, length = pair
     step_s = statistics.median(r["rest_s"] for r in results) / (options.new_tokens - 1)
     row = {
-        "contestant": worker.name, "serving": worker.info.get("serving", ""), "batch": batch, "prompt": length,
+        "contestant": worker.name, "serving": worker.info.get("serving", ""), "threads": options.threads,
+        "version": worker.info["version"], "batch": batch, "prompt": length,
         "ms_per_token": step_s * 1e3, "tokens_per_s": batch / step_s,
         "prefill_ms": statistics.median(r["first_s"] for r in results) * 1e3,
     }  # fmt: skip

@@ -33,20 +33,31 @@ def prompts(batch: int, length: int, vocab: int) -> list[list[int]]:
     return rows
 
 
+def never(*_: int) -> dict[str, Any]:
+    """What a refused contestant measures."""
+    raise AssertionError("nobody asks a contestant that was refused")
+
+
 def ours(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     """The engine of this package over a checkpoint."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from megatron_samoe.errors import ConfigError
     from megatron_samoe.inference import Engine, Request, SamplingOptions, load_model
     from megatron_samoe.inference.single_runner import SingleRunner
+    from megatron_samoe.ops import extension
     from megatron_samoe.parallel_state import backend, single_process_state
 
     backend.set_num_threads(spec["threads"])
     loaded = load_model(spec["checkpoint"], single_process_state(), combine=False)
     context = min(loaded.config.model.max_positions, spec["context"])
-    engine = Engine(loaded, max_batch=spec["max_batch"], max_tokens=spec["max_batch"] * context,
-                    serving=spec["serving"], dtype=spec["dtype"], max_step_tokens=spec["step_tokens"])  # fmt: skip
+    try:
+        engine = Engine(loaded, max_batch=spec["max_batch"], max_tokens=spec["max_batch"] * context,
+                        serving=spec["serving"], dtype=spec["dtype"], max_step_tokens=spec["step_tokens"])  # fmt: skip
+    except ConfigError as error:
+        return {"refused": str(error)}, never
     vocab = loaded.model.vocab_size
-    info = {"serving": engine.serving, "dtype": engine.dtype}
+    kernels = extension.build_info().get("instruction_set", "torch")
+    info = {"serving": engine.serving, "dtype": engine.dtype, "version": kernels}
     del loaded
     runner = engine._runner
     assert isinstance(runner, SingleRunner)
@@ -235,7 +246,7 @@ def main() -> None:
         return
     spec = json.loads(sys.argv[1])
     info, measure = {"ours": ours, "transformers": transformers, "llama.cpp": llama_cpp}[spec["program"]](spec)
-    for batch, length in spec["warm_up"]:
+    for batch, length in [] if "refused" in info else spec["warm_up"]:
         measure(batch, length, 3)
     print("@@" + json.dumps(info), flush=True)
     for line in sys.stdin:

@@ -36,9 +36,9 @@ from megatron_samoe.evaluation.zero_shot.variation import (
     variation_record,
     variations,
 )
-from megatron_samoe.inference.load import load_model
+from megatron_samoe.inference.load import join_ranks, load_model
 from megatron_samoe.log import configure_logging, logger
-from megatron_samoe.parallel_state import ParallelState, backend, initialize_model_parallel
+from megatron_samoe.parallel_state import ParallelState
 
 #: Environment variable that stands in for --data-dir.
 DATA_VARIABLE = "MEGATRON_SAMOE_EVAL_DATA"
@@ -207,10 +207,7 @@ def _join(options: argparse.Namespace) -> Place:
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
         expert_model_parallel_size=options.expert_model_parallel_size,
     )
-    device = backend.choose_device(layout)
-    backend.set_num_threads(None)
-    backend.initialize_distributed(layout, device)
-    return Place(initialize_model_parallel(layout, device), layout)
+    return Place(join_ranks(layout), layout)
 
 
 def _steps(folder: str, checkpoints: str | None, ckpt_step: int | None) -> list[int | None]:

@@ -8,6 +8,7 @@ and leave as they come and end. Under torchrun the model is spread over the rank
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -17,15 +18,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch.distributed as dist
+
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError, DataError, MegatronSamoeError
 from megatron_samoe.inference.engine import PRECISIONS, SERVINGS, Engine
-from megatron_samoe.inference.load import load_model
+from megatron_samoe.inference.load import join_ranks, load_model
 from megatron_samoe.inference.request import FinishReason, Request
 from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
 from megatron_samoe.log import configure_logging
-from megatron_samoe.parallel_state import ParallelState, backend, initialize_model_parallel
+from megatron_samoe.parallel_state import ParallelState
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,17 @@ class Prompt:
     place: str = ""
 
     def request(self, tokenizer: Tokenizer, sampling: SamplingOptions) -> Request:
-        """Returns the request for it."""
+        """Returns the request for it.
+
+        Raises:
+            ConfigError: the text has characters that are none, as bytes that were no UTF-8 become them.
+        """
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                "prompt", self.text, f"must be UTF-8 text, and is none at character {error.start}"
+            ) from None
         return Request(tokenizer.encode(self.text) if self.ids is None else self.ids, sampling)
 
 
@@ -177,8 +190,13 @@ class Printer:
         print(json.dumps({**asked, **result}, ensure_ascii=False), flush=True)
 
 
-def generate(engine: Engine, prompts: Sequence[Prompt], options: argparse.Namespace, shows: bool) -> None:
+def generate(
+    engine: Engine, prompts: Sequence[Prompt], options: argparse.Namespace, shows: bool, num_before: int = 0
+) -> None:
     """Generates for some prompts together and prints what comes where `shows`.
+
+    Args:
+        num_before: prompts that were generated for before, which had the seeds before these.
 
     Raises:
         ConfigError: a prompt is empty, too long or has unknown tokens; nothing is generated then.
@@ -187,7 +205,7 @@ def generate(engine: Engine, prompts: Sequence[Prompt], options: argparse.Namesp
     numbers: dict[int, int] = {}
     try:
         for number, prompt in enumerate(prompts):
-            own = replace(sampling, seed=(sampling.seed + number) % 2**64)
+            own = replace(sampling, seed=(sampling.seed + num_before + number) % 2**64)
             try:
                 numbers[engine.submit(prompt.request(engine.tokenizer, own))] = number
             except ConfigError as error:
@@ -210,6 +228,8 @@ def _sampling(options: argparse.Namespace) -> SamplingOptions:
 
 def _ask(parallel: ParallelState) -> Iterator[Prompt]:
     """Yields prompts that rank 0 reads, on every rank, until the end of its input."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # one prompt is refused then, and the next one is asked for
     while True:
         line: str | None = None
         if parallel.rank == 0:
@@ -231,10 +251,7 @@ def _run(options: argparse.Namespace) -> None:
     )
     if options.num_threads is not None and options.num_threads < 1:
         raise ConfigError("--num-threads", options.num_threads, "must be 1 or more")
-    device = backend.choose_device(layout)
-    backend.set_num_threads(options.num_threads)
-    backend.initialize_distributed(layout, device)
-    parallel = initialize_model_parallel(layout, device)
+    parallel = join_ranks(layout, options.num_threads)
     prompts, problem = None, None
     if parallel.rank == 0:
         try:
@@ -256,9 +273,9 @@ def _run(options: argparse.Namespace) -> None:
         return
     if parallel.rank == 0:
         print(f"{directory}: {engine.dtype}, experts {engine.serving}; a prompt a line", file=sys.stderr)
-    for prompt in _ask(parallel):
+    for number, prompt in enumerate(_ask(parallel)):
         try:
-            generate(engine, [prompt], options, parallel.rank == 0)
+            generate(engine, [prompt], options, parallel.rank == 0, number)
         except ConfigError as error:
             if parallel.rank == 0:
                 print(f"error: {error}", file=sys.stderr)
@@ -269,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     rank = int(os.environ.get("RANK", "0"))
     configure_logging(rank)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal has not all of Unicode
     try:
         _run(options)
     except MegatronSamoeError as error:
@@ -280,4 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has gone
         sys.stdout = None  # type: ignore[assignment]
         return 0
+    finally:
+        # Else gloo's threads may be running when the interpreter ends, which aborts the process.
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
     return 0

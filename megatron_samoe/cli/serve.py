@@ -13,14 +13,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.errors import CommunicationError, ConfigError, MegatronSamoeError
 from megatron_samoe.inference.engine import PRECISIONS, SERVINGS, Engine
-from megatron_samoe.inference.load import load_model
+from megatron_samoe.inference.load import join_ranks, load_model
 from megatron_samoe.inference.server.run import Server, ServerOptions, check_installed, listen, read_api_key
 from megatron_samoe.inference.server.worker import follow
 from megatron_samoe.log import configure_logging, logger
-from megatron_samoe.parallel_state import ParallelState, backend, initialize_model_parallel
+from megatron_samoe.parallel_state import ParallelState, backend
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,10 +110,7 @@ def _serve(options: argparse.Namespace) -> int:
     is_first = os.environ.get("RANK", "0") == "0"
     # Before the model, so that a port in use is said at once.
     listener = listen(server_options.host, server_options.port) if is_first else None
-    device = backend.choose_device(layout)
-    backend.set_num_threads(options.num_threads)
-    backend.initialize_distributed(layout, device)
-    parallel = initialize_model_parallel(layout, device)
+    parallel = join_ranks(layout, options.num_threads)
     if listener is None:
         return _follow(options, layout, parallel)
     server = Server(_engine(options, layout, parallel), parallel.world, server_options, listener)
@@ -153,6 +152,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except MegatronSamoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    finally:
+        # Else gloo's threads may be running when the interpreter ends, which aborts the process.
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -117,14 +119,35 @@ def free_memory_bytes(device: torch.device) -> int:
         free = [int(lines["MemAvailable"].split()[0]) * 1024]
     except (OSError, KeyError, ValueError):
         pass
+    return min([*free, *free_in_control_groups()])
+
+
+def free_in_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Yields the bytes that limits of this process's control group and of those around it leave.
+
+    Both versions of Linux's groups are read; batch systems and containers limit a job's memory by them.
+    """
     try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free.append(int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return min(free)
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return
+    for number, controllers, place in lines:
+        if number == "0":
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inner = top / place.strip("/")
+        for group in (inner, *inner.parents):
+            # In a container the path may be the host's, of which only the top is to be seen.
+            with suppress(OSError, ValueError):
+                limit, used = (int((group / name).read_text()) for name in names[:2])
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                # Files that were read, checkpoints among them, count as used but are given up when memory is needed.
+                yield max(limit - used + int(stat.get(names[2], 0)), 0)
+            if group == top:
+                break
 
 
 def choose_serving(serving: Serving, model: RankModel, needed: dict[Serving, int], free_bytes: int) -> Serving:

@@ -162,3 +162,24 @@ def test_ways_that_a_checkpoint_lacks_are_refused(tmp_path: Path, capsys: pytest
     words = ["--load", str(folder), "--prompt", "x", "--num-threads", "1", "--serving", "on-the-fly"]
     assert generate.main(words) == 2
     assert "a moe model without a shared pool of experts; its only way is folded" in capsys.readouterr().err
+
+
+def test_text_that_is_no_utf8_is_refused(run: Run, tmp_path: Path) -> None:
+    message = "must be UTF-8 text, and is none at character 4"
+    assert message in run("--prompt", "bad \udcff", status=2)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "bad \\ud800"}\n')
+    assert f"{path}, line 1: prompt = 'bad \\ud800': {message}" in run("--prompts-file", path, status=2)
+
+
+def test_prompts_one_by_one_have_the_seeds_of_prompts_together(run: Run) -> None:
+    hot = ("--temperature", 100, "--top-k", 0, "--max-new-tokens", 16, "--ignore-eod", "--seed", 7)
+    lines = "Emma was\nx\nEmma was\n"
+    alone = run.json("--interactive", *hot, stdin=lines)
+    assert alone == run.json(*hot, stdin=lines) and alone[0]["ids"] != alone[2]["ids"]
+
+
+def test_a_layout_that_does_not_fill_the_ranks_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as torchrun does; nothing waits for the other ranks
+    message = "error: layout = 'tp 1, pp 1, ep 3, etp 1': must divide the 4 processes that were started"
+    assert run("--prompt", "x", "--expert-model-parallel-size", 3, status=2).startswith(message)

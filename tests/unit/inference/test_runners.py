@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.inference.rank_runner import RankRunner, convert_weights
 from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
-from megatron_samoe.inference.serving import Serving, choose_serving, needed_bytes
+from megatron_samoe.inference.serving import Serving, choose_serving, free_in_control_groups, needed_bytes
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.ops import decode
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
@@ -199,6 +200,33 @@ def test_memory_is_looked_at_before_folding(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("megatron_samoe.inference.engine.make_decode_model", None)
     with pytest.raises(ConfigError, match="folded experts and the key-value cache take"):
         Engine(loaded, max_batch=1, serving="folded")
+
+
+@pytest.mark.parametrize(
+    ("line", "top", "names"),
+    [
+        ("0::/job/step", "", ("memory.max", "memory.current", "inactive_file")),
+        ("4:cpu,memory:/job/step", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ],
+)
+def test_limits_of_all_groups_around_count(tmp_path: Path, line: str, top: str, names: tuple[str, str, str]) -> None:
+    def group(path: str, limit: str, used: int, file: int) -> None:
+        folder = tmp_path / top / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 3\n{names[2]} {file}\n")
+
+    own = tmp_path / "own"
+    own.write_text(f"1:name=systemd:/x\n{line}\n")
+    assert list(free_in_control_groups(tmp_path, own)) == []  # a kernel without such groups
+    group("job", "1000", 700, 200)
+    group("job/step", "max", 300, 100)
+    assert list(free_in_control_groups(tmp_path, own)) == [500]  # what was read from files can be given up
+    group("job/step", "400", 300, 0)
+    assert list(free_in_control_groups(tmp_path, own)) == [100, 500]
+    own.write_text(line.replace("/job/step", "/job") + "\n")
+    assert list(free_in_control_groups(tmp_path, own)) == [500]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
