@@ -93,7 +93,7 @@ def test_sampling_options_count(run: Run) -> None:
     hot = ("--temperature", 100, "--top-k", 0)  # the tiny model's own choices are almost certain
     assert ids(*hot, "--seed", 1) == ids(*hot, "--seed", 1) != ids(*hot, "--seed", 2)
     assert ids("--temperature", 100, "--top-k", 1) == ids(*hot, "--top-p", 1e-6) == greedy
-    assert len(set(ids("--temperature", 0, "--repetition-penalty", 1e9))) == 16
+    assert len(set(ids("--temperature", 0, "--repetition-penalty", 100))) == 16
     # Prompts of a file have the seeds that follow each other.
     two = run.json("--max-new-tokens", 16, "--ignore-eod", *hot, "--seed", 1, stdin="Emma was\nEmma was\n")
     assert [r["ids"] for r in two] == [ids(*hot, "--seed", 1), ids(*hot, "--seed", 2)]
