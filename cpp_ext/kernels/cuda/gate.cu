@@ -1,0 +1,204 @@
+// The router: one warp a token, lanes over experts; meanings as in kernels/cpu/simd/gate.cpp.
+#include "device.cuh"
+
+namespace samoe {
+namespace cuda {
+namespace {
+
+constexpr int64_t kRunTokens = 8;  // tokens of a group whose scores a warp sums before they join the others'
+
+// Orders logits as floats, NaN above everything and the zeros equal, and equal ones by falling expert id.
+SAMOE_DEVICE unsigned long long rank_of(float logit, int64_t expert) {
+  const uint32_t bits = __float_as_uint(logit + 0.0f);
+  const uint32_t key = logit != logit ? 0xffffffffu : (bits & 0x80000000u ? ~bits : bits | 0x80000000u);
+  return static_cast<unsigned long long>(key) << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(expert));
+}
+
+SAMOE_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// One token: writes its probs, ids and logsumexp, counts its choices, and adds its distribution to sums.
+SAMOE_DEVICE float gate_token(const cpu::GateForward& a, int64_t t, int64_t* counts_E, float* sums_E) {
+  const int lane = lane_of_thread();
+  const float* logits = a.logits_TE + t * a.num_experts;
+  int64_t* ids = a.ids_TK + t * a.topk;
+  unsigned long long limit = ~0ull;  // the next choice is the best at or below it
+  for (int64_t k = 0; k < a.topk; ++k) {
+    unsigned long long best = 0;
+    for (int64_t e = lane; e < a.num_experts; e += kWarp) {
+      const unsigned long long rank = rank_of(logits[e], e);
+      if (rank <= limit && rank > best) best = rank;
+    }
+    best = warp_max(best);
+    limit = best - 1;
+    if (lane == 0) {
+      const int64_t id = static_cast<uint32_t>(~static_cast<uint32_t>(best));
+      ids[k] = id;
+      atomicAdd(reinterpret_cast<unsigned long long*>(counts_E + id), 1ull);
+    }
+  }
+  __syncwarp();
+  const float top = logits[ids[0]];
+  const auto score = [&](float logit) { return a.sigmoid ? sigmoid(logit) : expf(logit - top); };
+  float exponentials = 0.0f, sum = 0.0f;
+  for (int64_t e = lane; e < a.num_experts; e += kWarp) {
+    exponentials += expf(logits[e] - top);
+    sum += score(logits[e]);
+  }
+  const float logsumexp = top + logf(warp_sum(exponentials));
+  const float share = 1.0f / warp_sum(sum);
+  for (int64_t e = lane; e < a.num_experts; e += kWarp) sums_E[e] += score(logits[e]) * share;
+  float chosen = 0.0f;
+  for (int64_t k = lane; k < a.topk; k += kWarp) chosen += score(logits[ids[k]]);
+  chosen = warp_sum(chosen);
+  const float scale = a.pre_softmax ? (a.sigmoid ? 1.0f : share) : 1.0f / chosen;
+  for (int64_t k = lane; k < a.topk; k += kWarp) a.probs_TK[t * a.topk + k] = score(logits[ids[k]]) * scale;
+  if (lane == 0) a.logsumexp_T[t] = logsumexp;
+  return logsumexp;
+}
+
+__global__ void gate_runs(cpu::GateForward a, int64_t runs_per_group, double* z_of_run, float* sums_of_run) {
+  const int64_t run = global_warp();
+  if (run >= runs_per_group * a.num_groups) return;
+  const int64_t group = run / runs_per_group, group_tokens = a.num_tokens / a.num_groups;
+  const int64_t first = run % runs_per_group * kRunTokens;
+  const int64_t last = first + kRunTokens < group_tokens ? first + kRunTokens : group_tokens;
+  float* sums = sums_of_run + run * a.num_experts;
+  for (int64_t e = lane_of_thread(); e < a.num_experts; e += kWarp) sums[e] = 0.0f;
+  double z = 0.0;
+  for (int64_t t = first; t < last; ++t) {
+    const double logsumexp = gate_token(a, group * group_tokens + t, a.counts_GE + group * a.num_experts, sums);
+    z += logsumexp * logsumexp;
+  }
+  if (lane_of_thread() == 0) z_of_run[run] = z;
+}
+
+// A block sums 32 experts of one group: each warp every eighth run, then the warps in order.
+__global__ void sum_runs(const float* sums_of_run, int64_t runs_per_group, int64_t num_experts, float* out_GE) {
+  __shared__ float sums[kWarps][kWarp];
+  const int64_t tiles = (num_experts + kWarp - 1) / kWarp;
+  const int64_t group = blockIdx.x / tiles, e = blockIdx.x % tiles * kWarp + lane_of_thread();
+  float sum = 0.0f;
+  if (e < num_experts) {
+    for (int64_t run = warp_of_thread(); run < runs_per_group; run += kWarps)
+      sum += sums_of_run[(group * runs_per_group + run) * num_experts + e];
+  }
+  sums[warp_of_thread()][lane_of_thread()] = sum;
+  __syncthreads();
+  if (warp_of_thread() != 0 || e >= num_experts) return;
+  for (int warp = 1; warp < kWarps; ++warp) sum += sums[warp][lane_of_thread()];
+  out_GE[group * num_experts + e] = sum;
+}
+
+__global__ void sum_z(const double* z_of_run, int64_t num_runs, float* z_sum) {
+  double z = 0.0;
+  for (int64_t run = threadIdx.x; run < num_runs; run += kThreads) z += z_of_run[run];
+  z = block_sum(z);
+  if (threadIdx.x == 0) *z_sum = static_cast<float>(z);
+}
+
+int64_t runs_per_group(const cpu::GateForward& a) { return ceil_div(a.num_tokens / a.num_groups, kRunTokens); }
+
+// What the gradient of one token's logits is made of.
+struct TokenGradient {
+  const float *logits_E, *probs_K, *dprobs_K, *d_E;  // dprobs and d, the group's gradient of score_sum, may be null
+  const int64_t* ids_K;
+  float dot_chosen;  // <probs, dprobs>
+};
+
+SAMOE_DEVICE TokenGradient gradient_of_token(const cpu::GateBackward& a, int64_t t) {
+  const int64_t group = t / (a.num_tokens / a.num_groups), slot = t * a.topk;
+  TokenGradient g = {a.logits_TE + t * a.num_experts, a.probs_TK + slot, nullptr, nullptr, a.ids_TK + slot, 0.0f};
+  if (a.dscore_sum_GE != nullptr) g.d_E = a.dscore_sum_GE + group * a.num_experts;
+  if (a.dprobs_TK == nullptr) return g;
+  g.dprobs_K = a.dprobs_TK + slot;
+  float dot = 0.0f;
+  for (int64_t k = lane_of_thread(); k < a.topk; k += kWarp) dot += g.probs_K[k] * g.dprobs_K[k];
+  g.dot_chosen = warp_sum(dot);
+  return g;
+}
+
+// Softmax: dl = p (d - <p, d>) + 2 dz lse p, with d the gradient of the distribution. Chosen probabilities are p
+// itself, and their gradient part of d, or q, a softmax over the chosen logits alone: dl = q (dq - <q, dq>).
+SAMOE_DEVICE void backward_softmax(const cpu::GateBackward& a, const TokenGradient& g, float logsumexp, float dz, float* out) {
+  const int lane = lane_of_thread();
+  float dot = 0.0f;
+  if (g.d_E != nullptr) {
+    for (int64_t e = lane; e < a.num_experts; e += kWarp) dot += expf(g.logits_E[e] - logsumexp) * g.d_E[e];
+  }
+  const float shift = dz - warp_sum(dot) - (a.pre_softmax ? g.dot_chosen : 0.0f);
+  for (int64_t e = lane; e < a.num_experts; e += kWarp) {
+    const float d = g.d_E == nullptr ? shift : g.d_E[e] + shift;
+    out[e] = expf(g.logits_E[e] - logsumexp) * d;
+  }
+  if (g.dprobs_K == nullptr) return;
+  __syncwarp();
+  for (int64_t k = lane; k < a.topk; k += kWarp) {
+    out[g.ids_K[k]] += g.probs_K[k] * (g.dprobs_K[k] - (a.pre_softmax ? 0.0f : g.dot_chosen));
+  }
+}
+
+// Sigmoid: the distribution is s / sum(s), so ds = (d - <n, d>) / sum(s), then dl = ds s (1 - s); z as for softmax.
+// Scores that were normalised over the chosen ones bring ds = (dq - <q, dq>) / sum of the chosen.
+SAMOE_DEVICE void backward_sigmoid(const cpu::GateBackward& a, const TokenGradient& g, float logsumexp, float dz, float* out) {
+  const int lane = lane_of_thread();
+  float sum = 0.0f, dot = 0.0f, chosen = 0.0f;
+  for (int64_t e = lane; e < a.num_experts; e += kWarp) {
+    const float score = sigmoid(g.logits_E[e]);
+    sum += score;
+    if (g.d_E != nullptr) dot += score * g.d_E[e];
+  }
+  for (int64_t k = lane; k < a.topk; k += kWarp) chosen += sigmoid(g.logits_E[g.ids_K[k]]);
+  const float share = 1.0f / warp_sum(sum);
+  dot = warp_sum(dot) * share;
+  chosen = warp_sum(chosen);
+  for (int64_t e = lane; e < a.num_experts; e += kWarp) {
+    const float score = sigmoid(g.logits_E[e]);
+    float gradient = (g.d_E == nullptr ? 0.0f : (g.d_E[e] - dot) * share) * score * (1.0f - score);
+    if (a.dz != nullptr) gradient += dz * expf(g.logits_E[e] - logsumexp);
+    out[e] = gradient;
+  }
+  if (g.dprobs_K == nullptr) return;
+  __syncwarp();
+  for (int64_t k = lane; k < a.topk; k += kWarp) {
+    const float score = sigmoid(g.logits_E[g.ids_K[k]]);
+    const float dscore = a.pre_softmax ? g.dprobs_K[k] : (g.dprobs_K[k] - g.dot_chosen) / chosen;
+    out[g.ids_K[k]] += dscore * score * (1.0f - score);
+  }
+}
+
+__global__ void gate_backward_tokens(cpu::GateBackward a) {
+  const int64_t t = global_warp();
+  if (t >= a.num_tokens) return;
+  const TokenGradient g = gradient_of_token(a, t);
+  const float logsumexp = a.logsumexp_T[t];
+  const float dz = a.dz == nullptr ? 0.0f : 2.0f * *a.dz * logsumexp;
+  float* out = a.dlogits_TE + t * a.num_experts;
+  if (a.sigmoid) {
+    backward_sigmoid(a, g, logsumexp, dz, out);
+  } else {
+    backward_softmax(a, g, logsumexp, dz, out);
+  }
+}
+
+}  // namespace
+
+int64_t gate_workspace_bytes(const cpu::GateForward& a) {
+  return a.num_groups * runs_per_group(a) * (8 + 4 * a.num_experts);
+}
+
+void gate_forward(const cpu::GateForward& a, void* workspace, cudaStream_t stream) {
+  const int64_t runs = runs_per_group(a), num_runs = a.num_groups * runs;
+  double* z_of_run = static_cast<double*>(workspace);
+  float* sums_of_run = reinterpret_cast<float*>(z_of_run + num_runs);
+  cudaMemsetAsync(a.counts_GE, 0, static_cast<size_t>(a.num_groups * a.num_experts) * sizeof(int64_t), stream);
+  launch(gate_runs, ceil_div(num_runs, kWarps), stream, a, runs, z_of_run, sums_of_run);
+  launch(sum_runs, a.num_groups * ceil_div(a.num_experts, kWarp), stream, sums_of_run, runs, a.num_experts, a.score_sum_GE);
+  launch(sum_z, 1, stream, z_of_run, num_runs, a.z_sum);
+}
+
+void gate_backward(const cpu::GateBackward& a, cudaStream_t stream) {
+  launch(gate_backward_tokens, ceil_div(a.num_tokens, kWarps), stream, a);
+}
+
+}  // namespace cuda
+}  // namespace samoe

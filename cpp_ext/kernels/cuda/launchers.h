@@ -1,0 +1,87 @@
+// Launchers of the CUDA kernels on raw device pointers: no torch and no CUDA header below this line.
+//
+// Arguments are those of the CPU kernels, whose meaning is the same; num_threads is not read. Work runs on the given
+// stream of the current device, and `workspace` is device memory of the size that the function before it tells, which
+// the stream must still own when the kernels run. Nothing here waits for the device. Sums of floats are made without
+// atomics in an order that depends on shapes alone: equal inputs give equal bits.
+#pragma once
+
+#include "../kernels.h"
+
+struct CUstream_st;
+typedef CUstream_st* cudaStream_t;
+
+namespace samoe {
+namespace cuda {
+
+// Why the last launches of this thread failed, or null.
+const char* launch_error();
+// The current device's compute capability, 90 for Hopper.
+int compute_capability();
+
+int64_t gate_workspace_bytes(const cpu::GateForward& a);
+void gate_forward(const cpu::GateForward& a, void* workspace, cudaStream_t stream);
+void gate_backward(const cpu::GateBackward& a, cudaStream_t stream);
+
+// The counting sort in two steps, as on the CPU. cursor: num_slot_chunks x E. state: the number of kept slots, and the
+// first slot whose id lies outside -1..E-1, or -1.
+int64_t num_slot_chunks(int64_t num_slots);
+void count_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* counts_E, int64_t* cursor,
+                 int64_t* state, cudaStream_t stream);
+void place_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* cursor, int64_t* slot_of_row_N,
+                 int64_t* row_of_slot_S, cudaStream_t stream);
+
+// An index that names no row stops the kernel by an assertion: looking at it first would wait for the device.
+void gather_rows(const cpu::GatherRows& a, int64_t num_sources, cudaStream_t stream);
+void unpermute(const cpu::Unpermute& a, int64_t num_rows, cudaStream_t stream);
+void unpermute_backward(const cpu::UnpermuteBackward& a, int64_t num_rows, cudaStream_t stream);
+
+void combine(const cpu::Combine& c, cudaStream_t stream);
+int64_t combine_backward_workspace_bytes(const cpu::CombineBackward& c);
+void combine_backward(const cpu::CombineBackward& c, void* workspace, cudaStream_t stream);
+
+void cross_entropy_forward(const cpu::CrossEntropyForward& a, cudaStream_t stream);
+void cross_entropy_backward(const cpu::CrossEntropyBackward& a, cudaStream_t stream);
+
+void adamw(const cpu::AdamW& a, cudaStream_t stream);  // runs lies in host memory
+
+// Rows of all experts, sorted by expert; ends_e[i] is where expert i's rows end.
+struct ExpertRows {
+  const int32_t* ends_e;
+  int64_t num_experts, num_rows;
+};
+
+// As cpu::Activate over the rows of all experts; biases of h's type, [e, U].
+struct Activate {
+  DType dtype;
+  ExpertRows rows;
+  const void* h_RU;
+  const void* bias_eU;  // may be null
+  int64_t width;
+  bool gated;
+  void* a_RF;
+};
+
+struct ActivateBackward {
+  DType dtype;
+  ExpertRows rows;
+  const void* h_RU;
+  const void* bias_eU;  // may be null
+  const void* da_RF;
+  int64_t width;
+  bool gated;
+  void* a_RF;
+  void* dh_RU;
+};
+
+void activate(const Activate& a, cudaStream_t stream);
+void activate_backward(const ActivateBackward& a, cudaStream_t stream);
+// y[r] += bias of its expert.
+void add_expert_bias(DType dtype, const ExpertRows& rows, int64_t num_columns, const void* bias_eC, void* y_RC,
+                     cudaStream_t stream);
+// out[i, c] += the sum of x[r, c] over expert i's rows.
+void expert_column_sums(DType dtype, const ExpertRows& rows, int64_t num_columns, const void* x_RC, float* out_eC,
+                        cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace samoe
