@@ -142,8 +142,8 @@ def _moe_bytes(config: PretrainConfig, grid: RankGrid) -> int:
     routed_tokens = tokens if grid.etp == grid.tp else tokens // grid.tp
     rows = routed_tokens * moe.moe_router_topk
     width = (moe.moe_ffn_hidden_size or model.mlp_size) // grid.etp
-    # Experts keep pre-activations and activations; SwiGLU's backward makes the rest anew.
-    inner = rows * ((3 if model.swiglu else 2) * width + 2 * model.hidden_size) * size
+    # Experts keep their first product; the backward makes the activations anew.
+    inner = rows * ((2 if model.swiglu else 1) * width + 2 * model.hidden_size) * size
     router = tokens * (2 * moe.num_experts + moe.moe_router_topk) * FP32_BYTES
     indices = 8 * (routed_tokens * (2 * moe.moe_router_topk + 1) + 2 * rows)
     # Permuting keeps no input; the router keeps its own in fp32, and a shared expert the gathered one.

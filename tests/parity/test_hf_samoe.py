@@ -70,9 +70,9 @@ def test_folded_and_unfolded_compute_the_same(pooled: tuple[Native, Path], tmp_p
     # By hand, after loading: no pool is left, and what was folded can be saved.
     loaded = theirs(folder).fold_pool()
     assert not any("expert_pool" in n or "combination" in n for n in loaded.state_dict())
-    assert torch.equal(their_logits(loaded, ids_BS), their_logits(folded, ids_BS))
+    assert (their_logits(loaded, ids_BS) - their_logits(folded, ids_BS)).abs().max() < 1e-5
     loaded.save_pretrained(tmp_path / "saved")
-    assert torch.equal(their_logits(theirs(tmp_path / "saved"), ids_BS), their_logits(folded, ids_BS))
+    assert torch.equal(their_logits(theirs(tmp_path / "saved"), ids_BS), their_logits(loaded, ids_BS))
     size, full = ((f / "model.safetensors").stat().st_size for f in (folder, tmp_path / "saved"))
     assert size < 0.7 * full
 
