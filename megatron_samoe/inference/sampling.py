@@ -56,7 +56,8 @@ def check_sampling(options: SamplingOptions) -> None:
     ranges = (
         ("temperature", lambda x: x >= 0, "must be 0 (the most probable token) or more"),
         ("top_p", lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
-        ("repetition_penalty", lambda x: x > 0, "must be above 0; 1 changes nothing"),
+        # Within these bounds a penalised logit is finite in fp32 wherever the model's own is.
+        ("repetition_penalty", lambda x: 0.01 <= x <= 100, "must be from 0.01 to 100; 1 changes nothing"),
     )
     for name, fits, allowed in ranges:
         value = getattr(options, name)
@@ -121,7 +122,8 @@ class Sampler:
             least = np.partition(logits_V, -options.top_k)[-options.top_k]
             ids = np.flatnonzero(logits_V >= least)
         scaled = logits_V[ids].astype(np.float64)
-        weights = np.exp((scaled - scaled.max()) / options.temperature)
+        with np.errstate(over="ignore"):  # a temperature near 0: all but the most probable come to exp(-inf) = 0
+            weights = np.exp((scaled - scaled.max()) / options.temperature)
         if options.top_p < 1.0:
             order = np.argsort(-weights, kind="stable")
             before = np.cumsum(weights[order]) - weights[order]
