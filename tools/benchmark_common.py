@@ -72,7 +72,9 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
         "cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "extension": extension.build_info().get("instruction_set", "not used"), "clock": getattr(options, "clock", "wall"),
         "load_average": os.getloadavg()[0], "allocator": os.environ.get("GLIBC_TUNABLES", "freed memory kept"),
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if not callable(v)},
+        # Without paths, which say nothing elsewhere.
+        "arguments": {k: v for k, v in vars(options).items()
+                      if not callable(v) and not isinstance(v, Path) and k != "peer_python"},
     }  # fmt: skip
 
 
