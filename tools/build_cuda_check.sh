@@ -1,5 +1,5 @@
 #!/bin/sh
-# Compiles the bindings and the NCCL code against a CUDA torch and NVIDIA's nccl.h, on a machine that has neither a GPU nor
+# Compiles the CUDA kernels with nvcc, and the bindings and the NCCL code against a CUDA torch and NVIDIA's nccl.h, on a machine that has neither a GPU nor
 # that torch: both are unpacked into a folder (about 2 GB) and never imported. The toolkit's headers are found through
 # CUDA_HOME. Prints versions and times.
 #
@@ -26,6 +26,12 @@ for source in cpp_ext/bindings/*.cpp cpp_ext/comm/*.cpp; do
     start=$(date +%s)
     # shellcheck disable=SC2086
     $compiler $flags -c "$source" -o "$objects/$(basename "$source" .cpp).o"
+    echo "compiled $source in $(($(date +%s) - start)) s"
+done
+for source in cpp_ext/kernels/cuda/*.cu; do
+    start=$(date +%s)
+    "$cuda/bin/nvcc" -std=c++17 -O3 -lineinfo -gencode arch=compute_80,code=sm_80 \
+        -gencode "arch=compute_90,code=[sm_90,compute_90]" -c "$source" -o "$objects/$(basename "$source").o"
     echo "compiled $source in $(($(date +%s) - start)) s"
 done
 echo "nccl_api.h agrees with nccl.h"
