@@ -29,6 +29,11 @@ class ParallelConfig:
     """Ranks that split the experts of a layer and exchange tokens."""
     expert_tensor_parallel_size: int | None = None
     """Ranks that split each expert's matrices: 1 or the tensor-parallel size, which it is if not given."""
+    moe_dispatch_chunks: int = 1
+    """Exchange tokens with other ranks' experts in so many parts, the local experts of one part at a time: one part
+    travels while the experts of another compute, forwards and backwards. Results are the same, bit for bit."""
+    moe_shared_expert_overlap: bool = False
+    """Compute the shared expert while tokens travel to the routed ones."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the step's last backward passes still run. The pool's are always reduced at the end."""
     ddp_bucket_size: int | None = None

@@ -20,6 +20,7 @@ from megatron_samoe.config.derived import (
 )
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError, ConfigErrors
@@ -41,7 +42,8 @@ def _positive_sizes(config: PretrainConfig, world_size: int) -> Problems:
         "moe": ("num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size",
                 "num_expert_banks", "pool_replica_check_interval"),
         "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-                     "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage", "ddp_bucket_size"),
+                     "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage", "ddp_bucket_size",
+                     "moe_dispatch_chunks"),
         "training": ("micro_batch_size", "global_batch_size", "exit_interval", "eval_interval", "num_threads",
                      "recompute_num_layers"),
         "optimizer": ("lr_decay_iters", "lr_wsd_decay_iters"),
@@ -242,6 +244,21 @@ def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
                           "with --expert-tensor-parallel-size 1")  # fmt: skip
 
 
+def _expert_overlap(config: PretrainConfig, world_size: int) -> Problems:
+    moe, parallel = config.moe, config.parallel
+    ep, chunks = parallel.expert_model_parallel_size, parallel.moe_dispatch_chunks
+    if ep < 1 or moe.num_experts % ep:
+        return
+    for name in ("moe_dispatch_chunks", "moe_shared_expert_overlap"):
+        if getattr(parallel, name) != getattr(ParallelConfig(), name) and ep == 1:
+            yield ConfigError(flag(name), getattr(parallel, name), "needs --expert-model-parallel-size above 1")
+    if ep > 1 and chunks > moe.num_experts // ep:
+        yield ConfigError("--moe-dispatch-chunks", chunks, f"must be at most the {moe.num_experts // ep} experts that "
+                          f"each of --expert-model-parallel-size {ep} ranks holds")  # fmt: skip
+    if parallel.moe_shared_expert_overlap and moe.moe_shared_expert_intermediate_size is None:
+        yield ConfigError("--moe-shared-expert-overlap", True, "needs --moe-shared-expert-intermediate-size")
+
+
 def _pipeline(config: PretrainConfig, world_size: int) -> Problems:
     parallel, layers = config.parallel, config.model.num_layers
     pp, per_stage = parallel.pipeline_model_parallel_size, parallel.num_layers_per_virtual_pipeline_stage
@@ -382,6 +399,7 @@ RULES = (
     _options_without_effect,
     _world_divides,
     _matrices_divide,
+    _expert_overlap,
     _pipeline,
     _sequence_parallel,
     _batches_divide,

@@ -51,6 +51,8 @@ class TransformerLayer(nn.Module):
         self.moe = MoELayer(
             config.moe, expert_shape(config), init_std=stds[0], output_init_std=stds[1], layer=place.index,
             moe_index=place.moe_index, num_moe_layers=num_moe_layers, shared_expert=shared, state=state, dtype=dtype,
+            dispatch_chunks=config.parallel.moe_dispatch_chunks,
+            overlap_shared_expert=config.parallel.moe_shared_expert_overlap,
         )  # fmt: skip
 
     @property

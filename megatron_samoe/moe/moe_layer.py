@@ -31,17 +31,22 @@ class MoELayer(nn.Module):
         shape: global sizes of the routed experts.
         layer, moe_index, num_moe_layers: place among all layers, among MoE layers, and the number of those.
         shared_expert: maps x_TH to y_TH for every token.
+        dispatch_chunks: parts in which tokens travel to experts and back, one behind the experts of another.
+        overlap_shared_expert: compute the shared expert while tokens travel.
     """
 
     def __init__(
         self, config: MoEConfig, shape: ExpertShape, *, init_std: float, output_init_std: float, layer: int,
         moe_index: int, num_moe_layers: int, shared_expert: nn.Module | None, state: ParallelState, dtype: torch.dtype,
+        dispatch_chunks: int = 1, overlap_shared_expert: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.moe_index = moe_index
         self.state = state
         self.router = Router(config, shape.hidden_size, init_std, layer, moe_index, state, dtype)
-        self.dispatcher = AllToAllDispatcher(config.num_experts, state.ep)
+        self.dispatcher = AllToAllDispatcher(config.num_experts, state.ep, dispatch_chunks)
+        self.overlaps = dispatch_chunks > 1 or overlap_shared_expert
+        assert state.ep.size > 1 or not self.overlaps
         self.shared_expert = shared_expert
         if config.has_pool:
             groups = config.num_experts if config.samoe_granularity == "expert" else 1
@@ -64,12 +69,21 @@ class MoELayer(nn.Module):
         if routing.auxiliary_loss is not None:
             probs_TK = attach_loss(probs_TK, routing.auxiliary_loss, context.gradient_scale)
         rows_TH, ids_TK, probs_TK = self._enter(x_TH, routing.ids_TK, probs_TK)
-        dispatched = self.dispatcher.dispatch(rows_TH, ids_TK)
-        y_RH = experts(dispatched.rows_RH, dispatched.rows_per_expert)
-        y_TH = self._leave(self.dispatcher.combine(y_RH, probs_TK, dispatched))
-        if self.shared_expert is not None:
-            y_TH = y_TH + self.shared_expert(x_TH)
-        return y_TH, routing.stats
+        if self.overlaps:
+            dispatching = self.dispatcher.start(rows_TH, ids_TK)
+            shared_TH = self._shared(x_TH)
+            for part, rows_per_expert in enumerate(dispatching.rows_per_expert):
+                dispatching.send_back(part, experts(dispatching.arrive(part), rows_per_expert))
+            y_TH = self._leave(dispatching.combine(probs_TK))
+        else:
+            dispatched = self.dispatcher.dispatch(rows_TH, ids_TK)
+            y_RH = experts(dispatched.rows_RH, dispatched.rows_per_expert)
+            y_TH = self._leave(self.dispatcher.combine(y_RH, probs_TK, dispatched))
+            shared_TH = self._shared(x_TH)
+        return y_TH if shared_TH is None else y_TH + shared_TH, routing.stats
+
+    def _shared(self, x_TH: Tensor) -> Tensor | None:
+        return None if self.shared_expert is None else self.shared_expert(x_TH)
 
     def _enter(self, x_TH: Tensor, ids_TK: Tensor, probs_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From what tensor-parallel ranks hold to what this one's experts need. Routing is known for all tokens.

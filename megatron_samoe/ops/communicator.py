@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Communicator(ABC):
         self.group, self.timeout_s = group, timeout_s
         self._handle: int | None = handle
         self._worker: ThreadPoolExecutor | None = None
+        self._last: Future[None] | None = None  # of the exchanges in the background
 
     @abstractmethod
     def _exchange_bytes(
@@ -53,33 +55,79 @@ class Communicator(ABC):
         Errors: CommunicationError where a peer dies, gives up, disagrees about the splits or is silent for timeout_s;
         ValueError, before anything is sent, where x is not on the right device or the splits do not fit it.
         """
-        if self._worker is not None:  # exchanges keep their order
-            return self.start(x, send_rows, receive_rows).wait()
+        self._wait_for_background()
         received = self._received(x, send_rows, receive_rows)
         self._run(x, received, send_rows, receive_rows)
         return received
-
-    def start(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Pending:
-        """As exchange, in the background: x must not change before wait() of what is returned, which has the rows."""
-        received = self._received(x, send_rows, receive_rows)
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, f"all-to-all {self.group.name}")
-        return Pending(received, self._worker.submit(self._run, x, received, send_rows, receive_rows))
 
     def exchange_gathered(
         self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int]
     ) -> Tensor:
         """Returns exchange(rows), where row r is x[index[r] // divisor]; the transport may save a copy of the rows."""
-        return self.exchange(torch.ops.megatron_samoe.permute(x, index, divisor), send_rows, receive_rows)
+        self._wait_for_background()
+        return self.exchange(self.gathered(x, index, divisor), send_rows, receive_rows)
 
-    def _received(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
-        """Checks the arguments of an exchange and returns where its rows will be."""
+    def start(
+        self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None
+    ) -> Pending:
+        """As exchange, in the background: x must not change before wait() of what is returned, which has the rows.
+
+        Args:
+            out: where the rows shall be; new memory if not given.
+        """
+        received = self._received(x, send_rows, receive_rows, out)
+        return self._submit(received, lambda: self._run(x, received, send_rows, receive_rows))
+
+    def start_gathered(
+        self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int],
+        out: Tensor | None = None,
+    ) -> Pending:  # fmt: skip
+        """As exchange_gathered, in the background; neither x nor index may change before wait()."""
+        x = x.detach()
+        rows = x.new_empty((index.shape[0], *x.shape[1:]), device="meta")
+        received = self._received(rows, send_rows, receive_rows, out, x.device)
+        return self._submit(
+            received, lambda: self._run(self.gathered(x, index, divisor), received, send_rows, receive_rows)
+        )
+
+    def gathered(self, x: Tensor, index: Tensor, divisor: int) -> Tensor:
+        """Returns rows x[index // divisor], for the next exchange alone: a transport may put them where it sends from."""
+        rows: Tensor = torch.ops.megatron_samoe.permute(x, index, divisor)
+        return rows
+
+    def _submit(self, received: Tensor, work: Callable[[], None]) -> Pending:
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, f"all-to-all {self.group.name}")
+        self._last = self._worker.submit(work)
+        return Pending(received, self._last.result)
+
+    def _wait_for_background(self) -> None:
+        """Exchanges keep their order: one of the foreground waits for those that were started before it."""
+        if self._last is not None:
+            wait_for([self._last])  # whose errors are for those who started them
+            self._last = None
+
+    def _received(
+        self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Checks the arguments of an exchange and returns where its rows will be.
+
+        Args:
+            device: of the rows, where x only stands for them.
+        """
+        device = device or x.device
         if self._handle is None:
             raise CommunicationError(f"The {self.transport} communicator of group {self.group.name!r} is closed.")
         check_splits(x, send_rows, receive_rows, self.group.size)
-        if x.device.type != self.device_type:
-            raise ValueError(f"{self.transport} exchanges {self.device_type} tensors; x is on {x.device}")
-        return x.new_empty((sum(receive_rows), *x.shape[1:]))
+        if device.type != self.device_type:
+            raise ValueError(f"{self.transport} exchanges {self.device_type} tensors; x is on {device}")
+        shape = (sum(receive_rows), *x.shape[1:])
+        if out is None:
+            return x.new_empty(shape, device=device)
+        if out.shape != shape or out.dtype != x.dtype or out.device != device:
+            raise ValueError(f"out is {out.dtype} {tuple(out.shape)} on {out.device}; {x.dtype} {shape} will come")
+        return out
 
     def _run(self, x: Tensor, received: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> None:
         row_bytes = x.element_size() * math.prod(x.shape[1:])
@@ -118,16 +166,20 @@ class Communicator(ABC):
 
 
 class Pending:
-    """An exchange under way."""
+    """An exchange under way.
 
-    def __init__(self, received: Tensor, future: Future[None] | None):
-        self.received, self._future = received, future
+    Args:
+        received: where its rows will be.
+        finish: waits for the end; raises what the exchange raised.
+    """
+
+    def __init__(self, received: Tensor, finish: Callable[[], object]):
+        self._received, self._finish = received, finish
 
     def wait(self) -> Tensor:
         """Returns the received rows; raises what the exchange raised."""
-        if self._future is not None:
-            self._future.result()
-        return self.received
+        self._finish()
+        return self._received
 
 
 def check_splits(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], size: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,23 +73,17 @@ class ShmCommunicator(Communicator):
 
         The memory is written again by the next call; where there is none, the rows lie in this rank's own.
         """
+        if self._handle is None:
+            return super().gathered(x, index, divisor)
         state = "pending"
         while state == "pending":
             rows, state = torch.ops.megatron_samoe.shm_stage_rows(
                 self._handle, x, index, divisor, _SLICE_S, self.timeout_s
             )
         if state.startswith("unavailable"):
-            return torch.ops.megatron_samoe.permute(x, index, divisor)
+            return super().gathered(x, index, divisor)
         self._raise(state)
         return rows
-
-    def exchange_gathered(
-        self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int]
-    ) -> Tensor:
-        """See Communicator: the rows are written where the peers read them."""
-        if self._handle is None or self._worker is not None:
-            return super().exchange_gathered(x, index, divisor, send_rows, receive_rows)
-        return self.exchange(self.gathered(x, index, divisor), send_rows, receive_rows)
 
     def _abort(self, handle: int, reason: str) -> None:
         torch.ops.megatron_samoe.shm_abort(handle, reason)

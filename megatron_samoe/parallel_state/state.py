@@ -19,6 +19,13 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+class PendingRows(Protocol):
+    """An exchange of rows that goes on in the background."""
+
+    def wait(self) -> Tensor:
+        """Returns the rows, when they are there."""
+
+
 class RowExchange(Protocol):
     """A faster uneven all-to-all than the process group's; see ops/communicator.py."""
 
@@ -29,6 +36,17 @@ class RowExchange(Protocol):
         self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int]
     ) -> Tensor:
         """Returns exchange(rows), where row r is x[index[r] // divisor]."""
+
+    def start(
+        self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None
+    ) -> PendingRows:
+        """Starts exchange(), whose rows will be in `out` if that is given."""
+
+    def start_gathered(
+        self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int],
+        out: Tensor | None = None,
+    ) -> PendingRows:  # fmt: skip
+        """Starts exchange_gathered(), whose rows will be in `out` if that is given."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""Tokens that travel in parts, behind the experts of other parts: the same numbers, in an order that overlaps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_samoe.config import ParallelConfig, PretrainConfig
+from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
+from megatron_samoe.ops import overlapped_all_to_all
+from megatron_samoe.parallel_state import Group, initialize_model_parallel
+from tests.distributed.test_layout_parity import assert_same, train
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import tiny_config, with_layout, with_options
+
+pytestmark = pytest.mark.distributed
+E, H, T, K = 8, 16, 50, 2
+
+
+def _round_trip(group: Group, dtype: torch.dtype, num_chunks: int | None) -> tuple[Tensor, ...]:
+    """Output and gradients over a group, some tokens dropped and some experts unused; None for one exchange."""
+    generator = torch.Generator().manual_seed(group.rank)
+    x = torch.randn(T, H, generator=generator).to(dtype).requires_grad_()
+    ids = torch.stack([torch.randperm(E - 1, generator=generator)[:K] for _ in range(T)])
+    ids[torch.rand(T, K, generator=generator) < 0.2] = -1
+    probs = torch.rand(T, K, generator=generator).requires_grad_()
+    scale_e = torch.arange(1.0, E // group.size + 1, dtype=dtype).requires_grad_()
+
+    def experts(rows_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
+        return rows_RH.sin() * scale_e.repeat_interleave(torch.tensor(rows_per_expert))[:, None]
+
+    dispatcher = AllToAllDispatcher(E, group, num_chunks or 1)
+    if num_chunks is None:
+        sent = dispatcher.dispatch(x, ids)
+        y = dispatcher.combine(experts(sent.rows_RH, sent.rows_per_expert), probs, sent)
+    else:
+        dispatching = dispatcher.start(x, ids)
+        for part, rows_per_expert in enumerate(dispatching.rows_per_expert):
+            dispatching.send_back(part, experts(dispatching.arrive(part), rows_per_expert))
+        y = dispatching.combine(probs)
+    gradients = torch.autograd.grad((y.float().cos() * torch.arange(T)[:, None]).sum(), (x, probs, scale_e))
+    return y.detach(), *gradients
+
+
+def _parts_and_whole() -> int:
+    world = dist.get_world_size()
+    compared = 0
+    state = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=world))
+    for group in (state.ep, replace(state.ep, exchange=None)):  # shared memory, torch
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            whole = _round_trip(group, dtype, None)
+            for num_chunks in {1, 2, E // world - 1, E // world}:
+                parts = _round_trip(group, dtype, num_chunks)
+                for ours, theirs in zip(parts[:3], whole[:3], strict=True):
+                    assert torch.equal(ours, theirs), (dtype, num_chunks)
+                torch.testing.assert_close(parts[3], whole[3])  # one sum for an expert, of rows in one order
+                compared += 1
+    return compared
+
+
+@pytest.mark.parametrize(("world", "compared"), [(2, 24), (4, 12)])
+def test_parts_equal_the_whole_bit_for_bit(world: int, compared: int) -> None:
+    assert run_ranks(_parts_and_whole, world) == [compared] * world
+
+
+def _order_of_work() -> tuple[list[str], list[str]]:
+    """What a layer of three parts starts and computes, forwards and backwards, the shared expert among it."""
+    state = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=2))
+    done: list[str] = []
+    started = overlapped_all_to_all._start_gathered
+
+    def start_gathered(*arguments: Any) -> Any:
+        done.append("send")
+        return started(*arguments)
+
+    overlapped_all_to_all._start_gathered = start_gathered
+
+    class Marked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, name: str) -> Tensor:  # type: ignore[override]
+            ctx.name = name
+            done.append(name)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            done.append(ctx.name)
+            return dy * 2, None
+
+    x = torch.randn(T, H).requires_grad_()
+    ids = torch.arange(T * K).view(T, K) % 6
+    dispatching = AllToAllDispatcher(6, state.ep, 3).start(x, ids)
+    shared = Marked.apply(x, "shared")
+    for part in range(3):
+        dispatching.send_back(part, Marked.apply(dispatching.arrive(part), f"experts {part}"))
+    y = dispatching.combine(torch.full((T, K), 0.5)) + shared
+    forward = list(done)
+    done.clear()
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.full((T, H), 4.0))  # half of two choices, twice, and the shared expert
+    return forward, list(done)
+
+
+def test_exchanges_start_before_the_experts_that_they_hide_behind() -> None:
+    forward, backward = run_ranks(_order_of_work, 2)[0]
+    assert forward == ["send", "send", "send", "shared", "experts 0", "send", "experts 1", "send", "experts 2", "send"]
+    # The gradients of all results are sent at once (plain rows); then each part's inputs' gradients, behind the next.
+    assert backward == ["experts 2", "send", "experts 1", "send", "experts 0", "send", "shared"]
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "moe top2 llama, shared expert": {"layout": "moe", "style": "llama", "moe_router_topk": 2,
+                                      "moe_shared_expert_intermediate_size": 16},
+    "samoe step": {"layout": "samoe"},
+    "samoe layer": {"layout": "samoe", "samoe_combine": "layer", "samoe_granularity": "expert"},
+    "samoe noisy": {"layout": "samoe", "hidden_dropout": 0.1, "moe_input_jitter_eps": 0.05,
+                    "moe_expert_capacity_factor": 1.0, "recompute_granularity": "full"},
+}  # fmt: skip
+
+
+def _trained(configs: list[PretrainConfig], chunks: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each model trained with one exchange, and with several that overlap, on the same processes."""
+    results = []
+    for config in configs:
+        overlap = config.moe.moe_shared_expert_intermediate_size is not None
+        chunked = with_options(config, moe_dispatch_chunks=chunks, moe_shared_expert_overlap=overlap)
+        results.append((train(config, steps=2), train(chunked, steps=2)))
+    return results if dist.get_rank() == 0 else []
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes", "chunks"),
+    [(2, {"ep": 2}, 3), (4, {"tp": 2, "ep": 4, "etp": 1, "sp": True, "overlap": True, "bucket": 3000}, 2)],
+)
+def test_training_in_parts_equals_training_in_one_and_one_process(
+    world: int, sizes: dict[str, Any], chunks: int
+) -> None:
+    configs = [with_options(tiny_config(**options), num_experts=8) for options in MODELS.values()]
+    results = run_ranks(_trained, world, [with_layout(config, **sizes) for config in configs], chunks)[0]
+    for name, config, (whole, parts) in zip(MODELS, configs, results, strict=True):
+        assert_same(parts, train(config, steps=2), rtol=1e-5)
+        # Combining per layer adds the coefficients' gradient up by parts.
+        rtol = 1e-6 if name == "samoe layer" else 0.0
+        for key in ("losses", "norms"):
+            torch.testing.assert_close(torch.tensor(parts[key]), torch.tensor(whole[key]), rtol=rtol, atol=0.0)
+        for kind in ("gradients", "weights"):
+            for tensor, expected in whole[kind].items():
+                atol = rtol * expected.abs().max().item()
+                torch.testing.assert_close(parts[kind][tensor], expected, rtol=rtol, atol=atol, msg=f"{name} {tensor}")
