@@ -23,10 +23,11 @@ def model_card(plan: ExportPlan) -> str:
     count = count_parameters(native.config, native.vocab_size)
     own = family.name == "samoe"
     with_tokenizer = plan.tokenizer is not None and "tokenizer.json" in plan.tokenizer.files
+    trust = ", trust_remote_code=True" if own else ""  # for the tokenizer too: it reads the configuration's class
     use = _USE.format(
         tokenizer_import=", AutoTokenizer" if with_tokenizer else "",
-        trust=", trust_remote_code=True" if own else "",
-        tokenizer_use=_TOKENIZER_USE if with_tokenizer else "",
+        trust=trust,
+        tokenizer_use=_TOKENIZER_USE.format(trust=trust) if with_tokenizer else "",
     )
     state = plan.source.train_state
     rows = {
@@ -46,7 +47,7 @@ def model_card(plan: ExportPlan) -> str:
     )
 
 
-_TOKENIZER_USE = """tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+_TOKENIZER_USE = """tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})
 ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
 """

@@ -16,6 +16,7 @@ PROBES = (
     "中文字符 と かな", "emoji 👩‍🚀🎉", "a" * 70, "def f(x):\n    return x ** 2 + 0.5e-3\n", "ÅÄÖ Ελληνικά русский עברית",
 )  # fmt: skip
 _SPACE = "▁"
+_USER_DEFINED = 4
 
 
 def fast_tokenizer(model: bytes, processor: Any) -> Any | None:
@@ -34,13 +35,19 @@ def fast_tokenizer(model: bytes, processor: Any) -> Any | None:
     tokenizer = _translated(proto)
     if tokenizer is None:
         return None
-    for text in PROBES:
+    for text in (*PROBES, *_probes_of(proto)):
         ids = processor.encode(text, out_type=int)
         if tokenizer.encode(text, add_special_tokens=False).ids != ids:
             return None
         if tokenizer.decode(ids, skip_special_tokens=False) != processor.decode(ids):
             return None
     return tokenizer
+
+
+def _probes_of(proto: Any) -> list[str]:
+    """Returns a text for each piece that the model's user defined: at the start, between words and spaces, twice."""
+    own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    return [f"{piece}one{piece}two {piece} three  {piece}{piece}" for piece in own]
 
 
 def _translated(proto: Any) -> Any | None:
@@ -76,10 +83,13 @@ def _translated(proto: Any) -> Any | None:
     if spec.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(steps)
-    unknown, control, user_defined = 2, 3, 4
+    unknown, control = 2, 3
     special = [piece.piece for piece in proto.pieces if piece.type in (unknown, control)]
     tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in special])
-    own = [piece.piece for piece in proto.pieces if piece.type == user_defined]
+    # Added tokens cut the text before it is normalised, which would put a space before whatever follows one. A character
+    # that is in no other piece needs no cut: no merge takes it in.
+    whole = "".join(piece.piece for piece in proto.pieces if len(piece.piece) > 1)
+    own = [p.piece for p in proto.pieces if p.type == _USER_DEFINED and (len(p.piece) > 1 or p.piece in whole)]
     tokenizer.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in own])
     return tokenizer
 
