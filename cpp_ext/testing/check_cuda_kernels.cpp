@@ -208,9 +208,9 @@ void check_combine(int64_t layers, int64_t groups, int64_t banks, int64_t n) {
   auto a = numbers<float>(layers * groups * banks);
   for (float& value : a) value = pick(0, 2) == 0 ? 0.0f : value;
   auto t = numbers<float>(banks * groups * n);
-  // A bank that no layer uses may hold anything.
+  // A bank whose coefficient is 0 may hold anything: only the first layer sees this NaN.
   if (banks > 1) {
-    for (int64_t i = 0; i < layers * groups; ++i) a[i * banks + 1] = 0.0f;
+    for (int64_t i = 0; i < layers * groups; ++i) a[i * banks + 1] = i == 0 ? 0.5f : 0.0f;
     if (n > 0) t[groups * n] = std::nanf("");
   }
   std::vector<T> w_cpu = zeros<T>(layers * groups * n), w_gpu = numbers<T>(layers * groups * n);
