@@ -124,7 +124,6 @@ def transformers(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
 def llama_cpp(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     """llama.cpp over a GGUF file, driven by the same loop: whole prompts, then a token for each sequence."""
     import ctypes
-    import importlib.metadata
 
     import llama_cpp as lib
     import numpy as np
@@ -171,7 +170,7 @@ def llama_cpp(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
             tokens.append(current[0])
         return {"first_s": first_s, "rest_s": time.perf_counter() - started - first_s, "tokens": tokens}
 
-    return {"version": importlib.metadata.version("llama_cpp_python")}, measure
+    return {"version": lib.__version__}, measure
 
 
 def write_gguf(folder: Path, path: Path, dtype: str) -> None:
