@@ -24,7 +24,7 @@ class Communicator(ABC):
     """
 
     transport = ""  # as it is named in messages
-    device_type = "cpu"
+    device_types: tuple[str, ...] = ("cpu",)
 
     def __init__(self, group: Group, handle: int, timeout_s: float):
         self.group, self.timeout_s = group, timeout_s
@@ -120,8 +120,8 @@ class Communicator(ABC):
         if self._handle is None:
             raise CommunicationError(f"The {self.transport} communicator of group {self.group.name!r} is closed.")
         check_splits(x, send_rows, receive_rows, self.group.size)
-        if device.type != self.device_type:
-            raise ValueError(f"{self.transport} exchanges {self.device_type} tensors; x is on {device}")
+        if device.type not in self.device_types:
+            raise ValueError(f"{self.transport} exchanges {self.device_types[0]} tensors; x is on {device}")
         shape = (sum(receive_rows), *x.shape[1:])
         if out is None:
             return x.new_empty(shape, device=device)

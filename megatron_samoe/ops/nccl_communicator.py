@@ -22,6 +22,8 @@ class NcclCommunicator(Communicator):
     """
 
     transport = "NCCL"
+    #: The binding refuses tensors of the CPU, unless the library is the stand-in that tests use.
+    device_types = ("cuda", "cpu")
 
     def _exchange_bytes(
         self, handle: int, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]
