@@ -215,7 +215,7 @@ class BuildExtension(build_ext):
             return
         try:
             if mode == "cuda":
-                raise BuildError("This version has no CUDA kernels yet; use MEGATRON_SAMOE_BUILD=cpu.")
+                raise BuildError("Nothing launches the CUDA kernels yet; use MEGATRON_SAMOE_BUILD=cpu.")
             os.chdir(ROOT)
             library = Path(self.get_ext_fullpath(ext.name)).resolve()
             report = build_library(ext.sources, Path(self.build_temp).resolve() / "objects", library)

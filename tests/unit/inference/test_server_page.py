@@ -17,6 +17,10 @@ from tests.harness.serving import RunningServer, greedy_text, load_tiny, save_ti
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
+#: A prompt whose most probable continuation goes on to the end of the context.
+LONG = "H"
+
+
 class PacedEngine(Engine):
     """Slow enough to be stopped by hand."""
 
@@ -77,7 +81,7 @@ def test_the_page_loads_nothing_from_elsewhere_and_fits(page: Browser, running: 
 
 
 def test_stopping_frees_the_place(page: Browser, running: RunningServer) -> None:
-    complete(page, "Hello", max_tokens="240", temperature="1")
+    complete(page, LONG, max_tokens="240", temperature="0")
     page.wait_for(lambda: page.text("state") == "writing")
     page.click("halt")
     page.wait_for(lambda: page.text("state") == "stopped")
@@ -89,13 +93,14 @@ def test_stopping_frees_the_place(page: Browser, running: RunningServer) -> None
 
 def test_keys_are_enough(page: Browser, running: RunningServer) -> None:
     page.run("document.getElementById('prompt').focus()")
-    page.press("H")
+    page.press(LONG)
     order = []
     for _ in range(8):
         page.press("tab")
         order.append(page.focused())
     assert order == ["max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "SUMMARY", "go"]
     page.set("max_tokens", "200")
+    page.set("temperature", "0")
     page.run("document.getElementById('go').focus()")
     page.press("enter")
     page.wait_for(lambda: page.text("state") == "writing")
@@ -125,7 +130,7 @@ def test_refusals_are_shown_and_leave_the_text(page: Browser, running: RunningSe
 
 
 def test_a_server_that_ends_is_said(page: Browser, running: RunningServer) -> None:
-    complete(page, "Hello", max_tokens="240")
+    complete(page, LONG, max_tokens="240", temperature="0")
     page.wait_for(lambda: page.text("state") == "writing")
     running.server.end()
     page.wait_for(lambda: "shutting down" in page.text("error"))
