@@ -54,6 +54,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if bool(options.runs) == bool(options.study):
             raise ConfigError("RUN_DIR", [str(r) for r in options.runs], "give run folders, or --study, and not both")
+        if options.output.is_dir():
+            raise ConfigError("--output", str(options.output), "is a folder; name a file, such as report.html")
         title, groups = "Pretraining runs", []
         if options.study:
             title, directories = read_study(options.study)
@@ -70,9 +72,13 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     print(format_table(results_table(groups)))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     data = ReportData(decode, zero_shot, bytes_per_token(groups), options.note)
-    write_group_report(options.output, options.title or title, groups, data)
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_group_report(options.output, options.title or title, groups, data)
+    except OSError as error:
+        print(f"error: --output {options.output} cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 1
     print(f"report: {options.output}")
     return 0
 

@@ -42,6 +42,7 @@ class ZeroShot:
     """One metric of one task for one run, from `evaluate.py --json`; shares are in percent.
 
     Attributes:
+        items: that were asked; fewer than the task has with --limit.
         stderr: from the number of items.
         values: of nearby checkpoints, the newest last; one value without --checkpoints.
         constant: what the best single choice gets; None without choices.
@@ -50,6 +51,7 @@ class ZeroShot:
     checkpoint: Path
     task: str
     metric: str
+    items: int
     value: float | None
     stderr: float | None
     values: tuple[float | None, ...]
@@ -107,7 +109,7 @@ def read_zero_shot(path: Path) -> list[ZeroShot]:
             for result in newest["results"]
             for metric, found in result["metrics"].items()
         ]
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise DataError(f"{path} is not {what}: {error!r}.") from error
 
 
@@ -122,7 +124,7 @@ def _zero_shot(
 
     constant = result["best_constant"] if metric == "acc" else None
     return ZeroShot(
-        Path(checkpoint), result["task"], metric, scaled(found["value"]), scaled(found["stderr"]),
+        Path(checkpoint), result["task"], metric, int(result["items"]), scaled(found["value"]), scaled(found["stderr"]),
         tuple(scaled(v) for v in (values or [found["value"]])), scaled(constant),
     )  # fmt: skip
 

@@ -114,6 +114,10 @@ def _results(groups: Sequence[RunGroup], data: ReportData) -> _Section:
     several = any(len(group.runs) > 1 for group in groups)
     spread = "Losses are means over seeds ± their standard deviation (n - 1)." if several else "One seed of each model."
     text = f"{spread} A SaMoE's active parameters count combined experts, which is what a token meets."
+    if len({group.tokens for group in groups} - {"-"}) > 1:
+        text += (
+            " The models were trained on different numbers of tokens, so their losses do not compare the models alone."
+        )
     return _Section("results", "Results", [*data.notes, text], [report_tables.results_table(groups)])
 
 

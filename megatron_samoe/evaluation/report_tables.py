@@ -18,6 +18,7 @@ def results_table(groups: Sequence[RunGroup]) -> list[list[str]]:
         [
             "model",
             "seeds",
+            "training tokens",
             "parameters",
             "expert",
             "active",
@@ -31,7 +32,7 @@ def results_table(groups: Sequence[RunGroup]) -> list[list[str]]:
         count, loss = group.first.parameters, group.loss
         memory = [run.peak_memory_bytes for run in group.runs if run.peak_memory_bytes is not None]
         rows.append([
-            group.name, str(len(group.runs)), *(f"{n / 1e6:.2f} M" for n in (count.total, count.expert, count.active)),
+            group.name, str(len(group.runs)), group.tokens, *(f"{n / 1e6:.2f} M" for n in (count.total, count.expert, count.active)),
             f"{group.first.checkpoint_bytes / 1e6:.1f} MB", loss.text(4), f"{math.exp(loss.mean):.2f}",
             f"{max(memory) / 1e6:.0f} MB" if memory else "-",
         ])  # fmt: skip
@@ -42,9 +43,14 @@ def cost_table(groups: Sequence[RunGroup], axes: Mapping[str, Mapping[str, float
     """Returns every cost of every model beside its loss."""
     rows = [["model", *axes, "validation loss"]]
     for group in groups:
-        costs = [f"{values[group.name]:.3g}" if group.name in values else "-" for values in axes.values()]
+        costs = [_figure(values[group.name]) if group.name in values else "-" for values in axes.values()]
         rows.append([group.name, *costs, group.loss.text(4)])
     return rows
+
+
+def _figure(value: float) -> str:
+    """Returns three digits, or all before the point where there are more."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def speed_table(groups: Sequence[RunGroup]) -> list[list[str]]:
@@ -95,7 +101,9 @@ def _layout(run: RunSummary) -> str:
 
 def zero_shot_table(groups: Sequence[RunGroup], results: Sequence[ZeroShot]) -> list[list[str]]:
     """Returns every metric of every model, task by task, with its variation over checkpoints and over seeds."""
-    rows = [["task", "metric", "model", "value", "over checkpoints", "sd", "range", "seeds", "constant answer"]]
+    rows = [
+        ["task", "metric", "model", "items", "value", "over checkpoints", "sd", "range", "seeds", "constant answer"]
+    ]
     of = {group.name: of_group(group, results) for group in groups}
     order = list(dict.fromkeys((r.task, r.metric) for r in results))
     previous = ""
@@ -111,20 +119,21 @@ def zero_shot_table(groups: Sequence[RunGroup], results: Sequence[ZeroShot]) -> 
 def _zero_shot_cells(mine: Sequence[ZeroShot]) -> list[str]:
     """Cells of a model's results, one per seed."""
     first = mine[0]
+    items = " to ".join(dict.fromkeys(str(n) for n in (min(r.items for r in mine), max(r.items for r in mine))))
     constant = "-" if first.constant is None else f"{first.constant:.2f}"
     values = [v for r in mine for v in r.values if v is not None]
     newest = [r.value for r in mine if r.value is not None]
     if not newest:
-        return ["-", "-", "-", "-", str(len(mine)), constant]
+        return [items, "-", "-", "-", "-", str(len(mine)), constant]
     if len(mine) > 1:
         value = mean_sd(newest).text(2)
     else:
         value = f"{newest[0]:.2f}" + ("" if first.stderr is None else f" ± {first.stderr:.2f}")
     if len(first.values) < 2:
-        return [value, "-", "-", "-", str(len(mine)), constant]
+        return [items, value, "-", "-", "-", str(len(mine)), constant]
     # Over checkpoints of one seed; with several seeds, the mean of their deviations.
     within = [mean_sd([v for v in r.values if v is not None]).sd for r in mine]
     return [
-        value, f"{len(first.values)}: {np.mean(values):.2f}", f"{np.mean(within):.2f}",
+        items, value, f"{len(first.values)}: {np.mean(values):.2f}", f"{np.mean(within):.2f}",
         f"{min(values):.2f} to {max(values):.2f}", str(len(mine)), constant,
     ]  # fmt: skip

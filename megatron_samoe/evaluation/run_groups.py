@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_samoe.config.derived import num_moe_layers
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import RunSummary, read_run
 
 _SEED = re.compile(r"seed[-_]?\d+")
@@ -56,21 +57,49 @@ class RunGroup:
         """dense, moe or samoe."""
         return self.first.config.moe.expert_layout if num_moe_layers(self.first.config) else "dense"
 
+    @property
+    def tokens(self) -> str:
+        """Tokens that its runs were trained on, in millions; "-" where that is not recorded."""
+        counts = {run.num_tokens for run in self.runs if run.num_tokens is not None}
+        texts = dict.fromkeys(f"{n / 1e6:,.2f} M" for n in (min(counts), max(counts))) if counts else ["-"]
+        return " to ".join(texts)
+
     def contains(self, path: Path) -> bool:
         """Whether a path is one of the runs' folders or below."""
         return any(path.absolute().is_relative_to(run.directory.absolute()) for run in self.runs)
 
 
 def group_runs(runs: Sequence[RunSummary]) -> list[RunGroup]:
-    """Returns runs by model: folders `moe/seed-1` and `moe/seed-2` are one, any other folder is one alone."""
-    found: dict[str, list[RunSummary]] = {}
+    """Returns runs by model: folders `moe/seed-1` and `moe/seed-2` are one, any other folder is one alone.
+
+    A model has its folder's name, with as many of the folders above as tell it from the other models.
+
+    Raises:
+        ConfigError: a folder is given twice.
+    """
+    found: dict[Path, list[RunSummary]] = {}
     for run in runs:
         folder = run.directory.absolute()
-        name = folder.parent.name if _SEED.fullmatch(folder.name) else folder.name
-        while name in found and not _SEED.fullmatch(folder.name):
-            name = f"{folder.parent.name}/{name}" if "/" not in name else f"{name}'"
-        found.setdefault(name, []).append(run)
-    return [RunGroup(name, tuple(members)) for name, members in found.items()]
+        found.setdefault(folder.parent if _SEED.fullmatch(folder.name) else folder, []).append(run)
+    _refuse_doubles(runs)
+    return [RunGroup(_name(home, list(found)), tuple(members)) for home, members in found.items()]
+
+
+def _name(home: Path, homes: Sequence[Path]) -> str:
+    count = 1
+    while count < len(home.parts) and sum(other.parts[-count:] == home.parts[-count:] for other in homes) > 1:
+        count += 1
+    return "/".join(home.parts[-count:])
+
+
+def _refuse_doubles(runs: Sequence[RunSummary]) -> None:
+    """Raises ConfigError where one run would count as two seeds."""
+    seen: set[Path] = set()
+    for run in runs:
+        folder = run.directory.resolve()
+        if folder in seen:
+            raise ConfigError("RUN_DIR", str(run.directory), "is given twice")
+        seen.add(folder)
 
 
 def read_groups(directories: Mapping[str, Sequence[Path]]) -> list[RunGroup]:
@@ -78,5 +107,9 @@ def read_groups(directories: Mapping[str, Sequence[Path]]) -> list[RunGroup]:
 
     Raises:
         CheckpointError: one is not the folder of a run.
+        ConfigError: a model has a folder twice.
     """
-    return [RunGroup(name, tuple(read_run(path) for path in paths)) for name, paths in directories.items()]
+    groups = [RunGroup(name, tuple(read_run(path) for path in paths)) for name, paths in directories.items()]
+    for group in groups:
+        _refuse_doubles(group.runs)
+    return groups

@@ -47,6 +47,11 @@ class RunSummary:
         return next(r for r in reversed(self.records) if "validation_loss" in r)
 
     @property
+    def num_tokens(self) -> int | None:
+        """Tokens that were trained on; None where nothing was trained."""
+        return self.trained[-1].get("consumed_tokens") if self.trained else None
+
+    @property
     def peak_memory_bytes(self) -> int | None:
         """The most memory that any rank held; None where nothing was trained."""
         return max((r["peak_memory_bytes"] for r in self.trained), default=None)
@@ -56,7 +61,7 @@ def read_run(run_dir: Path) -> RunSummary:
     """Returns the summary of a run folder.
 
     Raises:
-        CheckpointError: it has no checkpoint or no metrics.
+        CheckpointError: it has no checkpoint or no metrics, or the metrics are damaged.
     """
     iterations = store.whole_iterations(run_dir / "checkpoints")
     metrics = run_dir / "metrics.jsonl"
@@ -64,7 +69,7 @@ def read_run(run_dir: Path) -> RunSummary:
         raise CheckpointError(f"{run_dir} is not the folder of a run: it needs checkpoints/ and metrics.jsonl.")
     directory = store.iteration_dir(run_dir / "checkpoints", iterations[-1])
     config = from_mapping(store.read_config(directory), str(directory))
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = _read_records(metrics)
     if not any("validation_loss" in r for r in records):
         raise CheckpointError(f"{metrics} has no validation loss: was the run stopped before its first evaluation?")
     vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
@@ -76,6 +81,23 @@ def read_run(run_dir: Path) -> RunSummary:
         tokens_per_s=statistics.median(speeds) if speeds else None, directory=run_dir, vocab_size=vocab_size,
         machine=json.loads(machine.read_text()) if machine.is_file() else {},
     )  # fmt: skip
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, without a last one that was only half written when the run was killed."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            record = None
+        if not isinstance(record, dict):
+            raise CheckpointError(f"{path}:{number} is no record of a run: {line.strip()[:60]!r}.")
+        records.append(record)
+    return records
 
 
 def summary_table(runs: list[RunSummary]) -> list[list[str]]:

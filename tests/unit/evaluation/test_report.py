@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_samoe.errors import CheckpointError, DataError
+from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.evaluation import plots, plots_experts
 from megatron_samoe.evaluation.measurements import read_decode, read_study, read_zero_shot
 from megatron_samoe.evaluation.plots_quality import cost_axes
 from megatron_samoe.evaluation.report import write_report
-from megatron_samoe.evaluation.report_tables import results_table, speed_table, zero_shot_table
+from megatron_samoe.evaluation.report_tables import cost_table, results_table, speed_table, zero_shot_table
 from megatron_samoe.evaluation.run_groups import group_runs, mean_sd
 from megatron_samoe.evaluation.run_summary import read_run
 from tests.harness.browser import browser, missing
@@ -117,15 +117,53 @@ def test_folders_of_seeds_are_one_model(runs_dir: Path) -> None:
 def test_runs_of_one_name_stay_apart(runs_dir: Path, tmp_path: Path) -> None:
     for parent in ("a", "b"):
         shutil.copytree(runs_dir / "moe/seed-1", tmp_path / parent / "moe")
-    groups = group_runs([read_run(tmp_path / parent / "moe") for parent in ("a", "b")])
-    assert len({g.name for g in groups}) == 2 and all(len(g.runs) == 1 for g in groups)
+        shutil.copytree(runs_dir / "moe/seed-1", tmp_path / parent / "samoe" / "seed-1")
+    for name in ("moe", "samoe/seed-1"):
+        groups = group_runs([read_run(tmp_path / parent / name) for parent in ("a", "b")])
+        assert [(g.name, len(g.runs)) for g in groups] == [(f"{p}/{name.split('/')[0]}", 1) for p in ("a", "b")]
+
+
+def test_a_run_is_not_two_seeds(runs_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "seed-2").symlink_to(runs_dir / "moe/seed-1")
+    runs = [read_run(path) for path in (runs_dir / "moe/seed-1", tmp_path / "seed-2")]
+    with pytest.raises(ConfigError, match="given twice"):
+        group_runs(runs)
+
+
+def test_a_half_written_line_is_left_out_and_a_broken_one_refused(runs_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs_dir / "moe/seed-1", run)
+    whole = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(whole + '{"iteration": 5, "lm_l')
+    assert len(read_run(run).records) == 4
+    for broken in ('{"iteration": 0, "lm_l\n' + whole, whole + "7\n"):
+        (run / "metrics.jsonl").write_text(broken)
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl:[15] is no record"):
+            read_run(run)
+
+
+def test_different_numbers_of_training_tokens_are_noted(runs_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs_dir / "moe/seed-1", tmp_path / "short")
+    lines = (runs_dir / "moe/seed-1/metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "short/metrics.jsonl").write_text("".join(lines[:2]).replace('tokens": 200', 'tokens": 2000000'))
+    runs = [read_run(tmp_path / "short"), read_run(runs_dir / "moe/seed-1"), read_run(runs_dir / "samoe one bank")]
+    assert [row[2] for row in results_table(group_runs(runs))] == ["training tokens", "2.00 M", "0.00 M", "-"]
+    for chosen, noted in ((runs, True), (runs[1:], False)):
+        write_report(tmp_path / "r.html", "Runs", chosen)
+        assert ("trained on different numbers of tokens" in (tmp_path / "r.html").read_text()) == noted
+
+
+def test_large_costs_are_whole_numbers(runs_dir: Path) -> None:
+    groups = group_runs([read_run(runs_dir / "moe/seed-1")])
+    for value, text in ((1300.4, "1,300"), (0.01234, "0.0123"), (999.7, "1,000"), (12.34, "12.3")):
+        assert cost_table(groups, {"total parameters (M)": {"moe": value}})[1][1] == text
 
 
 def test_tables_have_the_figures_of_the_records(runs_dir: Path) -> None:
     groups = group_runs([read_run(path) for path in folders(runs_dir)])
     results = {row[0]: row for row in results_table(groups)}
-    assert results["moe"][6] == "2.5500 ± 0.1414" and results["moe"][8] == "4 MB"
-    assert results["samoe one bank"][6] == "2.7500" and results["samoe one bank"][8] == "-"
+    assert results["moe"][7] == "2.5500 ± 0.1414" and results["moe"][9] == "4 MB"
+    assert results["samoe one bank"][7] == "2.7500" and results["samoe one bank"][9] == "-"
     speeds = {row[0]: row for row in speed_table(groups)}
     # Without each start's first interval: 200, 300, 400, for both seeds.
     assert speeds["moe"][1:4] == ["300", "225 to 375", "6"]
@@ -184,8 +222,8 @@ def test_zero_shot_results_vary_over_checkpoints_and_seeds(runs_dir: Path, tmp_p
     path.write_text(json.dumps(zero_shot_file(runs_dir / "samoe/seed-1/checkpoints", (0.65,))))
     rows += read_zero_shot(path)
     _, moe, samoe = zero_shot_table(groups, rows)
-    assert moe == ["boolq", "acc", "moe", "75.00 ± 7.07", "2: 65.00", "14.14", "50.00 to 80.00", "2", "62.00"]
-    assert samoe == ["", "acc", "samoe", "65.00 ± 5.00", "-", "-", "-", "1", "62.00"]
+    assert moe == ["boolq", "acc", "moe", "100", "75.00 ± 7.07", "2: 65.00", "14.14", "50.00 to 80.00", "2", "62.00"]
+    assert samoe == ["", "acc", "samoe", "100", "65.00 ± 5.00", "-", "-", "-", "1", "62.00"]
 
 
 @pytest.mark.parametrize("content", ["", "[", "[1]", "{}", '[{"serving": "folded"}]', '{"runs": []}', "null"])
@@ -209,9 +247,11 @@ def test_the_command_refuses_what_does_not_belong(
     for args, status, part in (
         ([], 2, "give run folders, or --study"), ([str(tmp_path)], 1, "is not the folder of a run"),
         ([moe, "--decode", str(tmp_path / "decode.json")], 2, "in none of the runs' folders"),
-        ([moe, "--study", "x.json"], 2, "not both"),
+        ([moe, "--study", "x.json"], 2, "not both"), ([moe, moe], 2, "given twice"),
+        ([moe, "--output", str(tmp_path)], 2, "is a folder"),
+        ([moe, "--output", str(tmp_path / "decode.json" / "r.html")], 1, "cannot be written"),
     ):  # fmt: skip
-        assert tool.main([*args, "--output", str(tmp_path / "r.html")]) == status
+        assert tool.main(["--output", str(tmp_path / "r.html"), *args]) == status
         assert part in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
     with pytest.raises(CheckpointError):
