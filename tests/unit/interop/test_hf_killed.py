@@ -1,0 +1,44 @@
+"""A conversion that is killed leaves nothing that is taken for a model, and nothing in the way of the next try."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
+from megatron_samoe.interop import convert
+from tests.harness.program import REPOSITORY
+from tests.harness.tiny import tiny_config
+from tests.unit.interop.memory_source import new_source
+
+# The last moment: all is written, and gets its name now.
+DIES_AT_RENAME = """
+import os, signal, sys
+from megatron_samoe.interop import convert
+os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+convert.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("target", ["hf", "megatron", "native"])
+def test_killed_before_the_name_is_given(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "start", 7, new_source(tiny_config("moe", style="llama", moe_router_topk=2)))
+    source = tmp_path / "start"
+    if target == "native":
+        assert convert.main(["--load-dir", str(source), "--save-dir", str(tmp_path / "hf"), "--to", "hf"]) == 0
+        source = tmp_path / "hf"
+    new = tmp_path / "new"
+    words = ["--load-dir", str(source), "--save-dir", str(new), "--to", target]
+    killed = subprocess.run([sys.executable, "-c", DIES_AT_RENAME, *words], cwd=REPOSITORY, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    left = [p for p in (new.iterdir() if new.exists() else tmp_path.glob(".new*"))]
+    assert left and all(p.name.startswith(".") for p in left)
+    capsys.readouterr()
+    assert convert.main(["--load-dir", str(new), "--save-dir", str(tmp_path / "other"), "--dry-run"]) == 1
+    assert "error: " in capsys.readouterr().err
+    assert convert.main(words) == 0
+    assert not list(tmp_path.rglob(".*unfinished"))
