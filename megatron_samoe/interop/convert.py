@@ -118,7 +118,7 @@ def _bytes(text: str) -> int:
     number = text.upper().rstrip("KMGIB")
     try:
         size = int(float(number) * _UNITS[text.upper()[len(number) :]])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise ConfigError("--max-shard-size", text, "must be a number and KB, MB, GB, KiB, MiB or GiB") from None
     if size < 1:
         raise ConfigError("--max-shard-size", text, "must be positive")

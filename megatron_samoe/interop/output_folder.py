@@ -16,9 +16,13 @@ SPARE_BYTES = 32 << 20
 
 def require_new(directory: Path) -> None:
     """Raises CheckpointError where there is something already, or no place to put a folder."""
-    if directory.is_dir() and not any(directory.iterdir()):
-        return
-    if directory.exists() or directory.is_symlink():
+    try:
+        if directory.is_dir() and not any(directory.iterdir()):
+            return
+        there = directory.exists() or directory.is_symlink()
+    except OSError as error:  # a name that is too long, a folder above it that is closed
+        raise CheckpointError(f"--save-dir {directory} cannot be written: {error.strerror}.") from None
+    if there:
         raise CheckpointError(
             f"--save-dir {directory} exists; nothing is overwritten. Give a new folder, or remove it."
         )

@@ -143,4 +143,7 @@ def imported_tokenizer(data: DataConfig, folder: Path, kept_at: Path) -> tuple[D
 
 
 def _is_byte(path: Path) -> bool:
-    return json.loads(path.read_bytes())["model"].get("vocab") == _letters_of_bytes()
+    try:
+        return json.loads(path.read_bytes())["model"].get("vocab") == _letters_of_bytes()
+    except (ValueError, KeyError, TypeError, AttributeError):  # not a tokenizer of the library, which says why
+        return False

@@ -145,6 +145,7 @@ def test_shards_are_as_large_as_asked_for(made: SimpleNamespace, run: Run, tmp_p
         (["--load-dir", "{megatron}", "--vocab-size", "9999"], "--vocab-size = 9999"),
         (["--load-dir", "{native}", "--to", "hf", "--max-shard-size", "5 apples"], "must be a number and KB"),
         (["--load-dir", "{native}", "--to", "hf", "--max-shard-size", "0GB"], "must be positive"),
+        (["--load-dir", "{native}", "--to", "hf", "--max-shard-size", "infGB"], "must be a number and KB"),
     ],
 )  # fmt: skip
 def test_bad_requests_are_explained(

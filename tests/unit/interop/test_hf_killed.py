@@ -9,11 +9,33 @@ from pathlib import Path
 
 import pytest
 
+from megatron_samoe.config.data import DataConfig
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
+from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.interop import convert
+from megatron_samoe.interop.hf.families.llama import read_shared_config
+from megatron_samoe.interop.hf.tokenizer_files import imported_tokenizer
+from megatron_samoe.interop.output_folder import require_new
 from tests.harness.program import REPOSITORY
 from tests.harness.tiny import tiny_config
 from tests.unit.interop.memory_source import new_source
+
+
+def test_a_name_that_is_too_long_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written: File name too long"):
+        require_new(tmp_path / ("x" * 300))
+
+
+def test_a_llama_without_heads_is_refused_in_words() -> None:
+    with pytest.raises(ConfigError, match="num_attention_heads"):
+        read_shared_config({"num_attention_heads": 0, "hidden_size": 32}, theta=1e4, eps=1e-5)
+
+
+def test_a_damaged_tokenizer_is_said_and_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("junk")
+    _, line = imported_tokenizer(DataConfig(tokenizer_type="ByteTokenizer"), tmp_path, tmp_path / "kept")
+    assert "The folder's tokenizer cannot be used" in line
+
 
 # The last moment: all is written, and gets its name now.
 DIES_AT_RENAME = """

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import needs
 from megatron_samoe.interop.hf.families.reading import common, demand, number, rotary_base
 from megatron_samoe.interop.hf.native import NativeModel
@@ -74,6 +75,8 @@ def read_shared_config(config: Mapping[str, Any], theta: float = 10000.0, eps: f
     common(config)
     demand(config, "hidden_act", ("silu",), "silu")
     heads = number(config, "num_attention_heads")
+    if heads < 1:
+        raise ConfigError("config.json: num_attention_heads", heads, "must be positive")
     kv_heads = number(config, "num_key_value_heads", heads)
     positions = number(config, "max_position_embeddings", 2048)
     return {
