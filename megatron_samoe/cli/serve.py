@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -76,7 +77,9 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
 
 def _server_options(options: argparse.Namespace) -> ServerOptions:
     folder = Path(options.load).absolute()
-    run_name = folder.parent.name if folder.name == "checkpoints" else folder.name
+    run = folder.parent if folder.name == "checkpoints" else folder
+    # One of several seeds has no name of its own.
+    run_name = f"{run.parent.name}/{run.name}" if re.fullmatch(r"seed[-_]?\d+", run.name) else run.name
     return ServerOptions(
         host=options.host, port=options.port, model_name=options.served_model_name or run_name or "model",
         api_key=read_api_key(options.api_key_file), allowed_hosts=tuple(options.allowed_hosts),

@@ -20,6 +20,7 @@ from megatron_samoe.inference.server.protocol import (
     ApiError,
     CompletionCall,
     ModelFacts,
+    check_model,
     choice_body,
     completion_body,
     parse_body,
@@ -72,9 +73,15 @@ class _Routes:
         return self._responses.Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, _: Any) -> Any:
-        model = {"id": self._facts.name, "object": "model", "created": self._started, "owned_by": "megatron_samoe",
-                 "max_model_len": self._facts.context_length}  # fmt: skip
-        return self._responses.JSONResponse({"object": "list", "data": [model]})
+        return self._responses.JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Any) -> Any:
+        check_model(request.path_params["name"], self._facts)
+        return self._responses.JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self._facts.name, "object": "model", "created": self._started, "owned_by": "megatron_samoe",
+                "max_model_len": self._facts.context_length}  # fmt: skip
 
     async def completions(self, request: Any) -> Any:
         self._service.check_open()
@@ -199,7 +206,9 @@ async def _answer_http_error(request: Any, error: Any) -> Any:
         404: f"There is no {path!r} here; there are {', '.join(ROUTES)}.",
         405: f"{path!r} does not take {method}.",
     }.get(error.status_code, str(error.detail))
-    return _Refusal(ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None))
+    allow = (error.headers or {}).get("Allow")
+    code = "not_found" if error.status_code == 404 else None
+    return _Refusal(ApiError(error.status_code, message, code=code, allow=allow))
 
 
 async def _answer_fault(_: Any, error: Any) -> Any:
@@ -226,6 +235,7 @@ def build_app(
             Route("/health", routes.health),
             Route("/metrics", routes.metrics),
             Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
             Route("/v1/completions", routes.completions, methods=["POST"]),
         ],
     )  # fmt: skip

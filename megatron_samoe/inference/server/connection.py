@@ -30,6 +30,13 @@ def timed_protocol(timeout_s: float) -> Any:
             elif self._deadline is None and not self.transport.is_closing():
                 self._start()
 
+        def send_400_response(self, msg: str) -> None:
+            # In the middle of an answer there is no place for another one.
+            if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+                error = ApiError(400, f"{msg} Its head, or a chunk of its body, is not HTTP.", code="invalid_http")
+                self.transport.write(_answer(error, "Bad Request"))
+            self.transport.close()
+
         def on_response_complete(self) -> None:
             super().on_response_complete()
             # The beginning of the next request may have come with this one.
@@ -51,14 +58,15 @@ def timed_protocol(timeout_s: float) -> Any:
 
         def _give_up(self) -> None:
             if not self.transport.is_closing():
-                self.transport.write(_late(timeout_s))
+                error = ApiError(408, f"No whole request head came within {timeout_s:g} s.", code="timeout")
+                self.transport.write(_answer(error, "Request Timeout"))
                 self.transport.close()
 
     return TimedProtocol
 
 
-def _late(timeout_s: float) -> bytes:
-    error = ApiError(408, f"No whole request head came within {timeout_s:g} s.", code="timeout")
+def _answer(error: ApiError, reason: str) -> bytes:
+    """Returns a whole response, for where no route is reached."""
     body = json.dumps(error.body).encode()
-    head = f"HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head = f"HTTP/1.1 {error.status} {reason}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     return head.encode() + b"Connection: close\r\n\r\n" + body

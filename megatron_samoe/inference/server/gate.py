@@ -75,9 +75,11 @@ class Gate:
                 kind="service_unavailable_error", code="too_many_connections", retry_after_s=1,
             )  # fmt: skip
         headers = dict(scope["headers"])
+        # A page of another site whose name was made to lead here comes with that name; browsers always send one, and
+        # only HTTP/1.0 may do without.
         host = headers.get(b"host", b"").decode("latin-1")
-        if self._limits.allowed_hosts and host_name(host) not in self._limits.allowed_hosts:
-            # A page of another site whose name was made to lead here comes with that name.
+        named = b"host" in headers and bool(self._limits.allowed_hosts)
+        if named and host_name(host) not in self._limits.allowed_hosts:
             raise ApiError(
                 403, f"The server does not answer under the name {host[:80]!r}; --allowed-hosts adds names.",
                 code="host_not_allowed",

@@ -44,6 +44,7 @@ class ApiError(Exception):
         param: field of the request that is at fault.
         code: a word that programs can test.
         retry_after_s: when to try again.
+        allow: methods that the path takes.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
+        allow: str | None = None,
     ):
         super().__init__(message)
         self.status, self.message, self.kind = status, message, kind
-        self.param, self.code, self.retry_after_s = param, code, retry_after_s
+        self.param, self.code, self.retry_after_s, self.allow = param, code, retry_after_s, allow
 
     @property
     def body(self) -> dict[str, Any]:
@@ -68,8 +70,10 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """Header fields beside the body."""
-        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
-        return {**headers, "WWW-Authenticate": "Bearer"} if self.status == 401 else headers
+        retry = None if self.retry_after_s is None else str(self.retry_after_s)
+        known = "Bearer" if self.status == 401 else None
+        headers = {"Retry-After": retry, "Allow": self.allow, "WWW-Authenticate": known}
+        return {name: value for name, value in headers.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class ModelFacts:
 
     Attributes:
         name: as in "model".
+        cache_tokens: that the engine's key-value cache holds.
         max_choices: most prompts times choices of one request.
     """
 
@@ -85,6 +90,7 @@ class ModelFacts:
     tokenizer: Tokenizer
     vocab_size: int
     context_length: int
+    cache_tokens: int
     max_choices: int
 
 
@@ -133,12 +139,7 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
         ApiError: a field is unknown or unsupported, has a value that is not allowed, or the prompt does not fit.
     """
     _check_fields(body)
-    model = body.get("model")
-    if model is not None and model != facts.name:
-        raise ApiError(
-            404, f"The model {_shown(model)} is not served here; this server has {facts.name!r}.", param="model",
-            code="model_not_found",
-        )  # fmt: skip
+    check_model(_value(body, "model", facts.name), facts)
     stream, echo, include_usage = _flag(body, "stream"), _flag(body, "echo"), _include_usage(body)
     n = _value(body, "n", 1)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
@@ -154,12 +155,21 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
     options = _sampling(body)
     requests, heads = [], []
     for place, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
-        allowed = _max_tokens(body, len(ids), facts.context_length)
+        allowed = _max_tokens(body, len(ids), facts)
         for choice in range(n):
             seed = (options["seed"] + place * n + choice) % 2**64
             requests.append(Request(ids, SamplingOptions(**{**options, "seed": seed, "max_new_tokens": allowed})))
             heads.append((facts.tokenizer.decode(ids) if text is None else text) if echo else "")
     return CompletionCall(tuple(requests), tuple(heads), sum(map(len, prompts)), stream, include_usage)
+
+
+def check_model(model: Any, facts: ModelFacts) -> None:
+    """Raises ApiError for another model than the served one."""
+    if model != facts.name:
+        raise ApiError(
+            404, f"The model {_shown(model)} is not served here; this server has {facts.name!r}.", param="model",
+            code="model_not_found",
+        )  # fmt: skip
 
 
 def completion_body(call_id: str, created: int, model: str, choices: Sequence[dict], usage: dict | None) -> dict:
@@ -276,8 +286,9 @@ def _check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
             raise _bad("prompt", outside, f"tokens must be whole numbers from 0 to {vocab_size - 1}")
 
 
-def _max_tokens(body: Mapping[str, Any], prompt_tokens: int, context_length: int) -> int:
+def _max_tokens(body: Mapping[str, Any], prompt_tokens: int, facts: ModelFacts) -> int:
     """Returns the most new tokens for a prompt, as OpenAI counts: prompt and answer share the context."""
+    context_length = facts.context_length
     room = context_length - prompt_tokens
     given = body.get("max_tokens")
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
@@ -289,7 +300,15 @@ def _max_tokens(body: Mapping[str, Any], prompt_tokens: int, context_length: int
             f"prompt and {given or 1} to generate.", param="prompt" if room < 1 else "max_tokens",
             code="context_length_exceeded",
         )  # fmt: skip
-    return min(DEFAULT_MAX_TOKENS, room) if given is None else given
+    allowed = min(DEFAULT_MAX_TOKENS, room) if given is None else given
+    # The engine refuses it as well, but hears of it only when a stream has begun. The last token needs no place.
+    if prompt_tokens + allowed - 1 > facts.cache_tokens:
+        raise ApiError(
+            400, f"The server's key-value cache has {facts.cache_tokens} tokens, and the request needs "
+            f"{prompt_tokens + allowed - 1}: {prompt_tokens} of the prompt and {allowed} to generate, but for the last.",
+            param="max_tokens", code="context_length_exceeded",
+        )  # fmt: skip
+    return allowed
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -158,7 +158,9 @@ class Server:
         metrics = ServerMetrics()
         self._service = CompletionService(engine, group, metrics, options.max_queue)
         most = min(options.max_choices, engine.max_batch + options.max_queue)
-        facts = ModelFacts(options.model_name, engine.tokenizer, engine.vocab_size, engine.context_length, most)
+        facts = ModelFacts(
+            options.model_name, engine.tokenizer, engine.vocab_size, engine.context_length, engine.max_tokens, most
+        )
         gate = GateLimits(options.api_key, options.names, options.max_connections)
         app = build_app(self._service, metrics, facts, gate, options.max_body_bytes, options.body_timeout_s)
         # Connections that send nothing cost little, so there may be many; the gate counts those that ask.

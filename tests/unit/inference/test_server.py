@@ -116,6 +116,7 @@ def test_stop_texts_end_an_answer_without_them(client: Client, loaded: LoadedMod
 def test_models_health_and_metrics(client: Client) -> None:
     (model,) = client.ask("GET", "/v1/models").json["data"]
     assert model["id"] == "tiny" and model["object"] == "model" and model["max_model_len"] == CONTEXT
+    assert client.ask("GET", "/v1/models/tiny").json == model
     health = client.ask("GET", "/health")
     assert (health.status, health.json) == (200, {"status": "ready"})
     before = client.metric("generated_tokens_total")
@@ -144,6 +145,8 @@ def test_refusals_have_a_status_and_a_message(client: Client) -> None:
     check_error(client.complete("x", model="gpt-4"), 404, "not served", code="model_not_found")
     check_error(ask("GET", "/v1/chat/completions"), 404, "There is no", code="not_found")
     check_error(ask("GET", "/v1/completions"), 405, "does not take GET")
+    assert ask("GET", "/v1/completions").headers["allow"] == "POST"
+    check_error(ask("GET", "/v1/models/gpt-4"), 404, "not served", code="model_not_found")
     form = {"Content_Type": "text/plain"}
     check_error(ask("POST", "/v1/completions", b'{"prompt": "x"}', **form), 415, "application/json")
     assert client.complete("x", max_tokens=1).status == 200
@@ -159,6 +162,17 @@ def test_a_body_over_the_limit_is_413_and_the_client_hears_it(client: Client) ->
     connection.request("POST", "/v1/completions", content, {"Content-Type": "application/json"}, encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()
+
+
+def test_a_head_that_is_no_http_and_one_without_a_host(client: Client) -> None:
+    for head, status in ((b"garbage\r\n\r\n", b"400 Bad Request"), (b"GET /health HTTP/1.0\r\n\r\n", b"200 OK")):
+        with socket.create_connection((client.host, client.port), timeout=20) as connection:
+            connection.sendall(head)
+            content = b""
+            while piece := connection.recv(4096):
+                content += piece
+        assert content.startswith(b"HTTP/1.1 " + status), content
+        assert status != b"400 Bad Request" or b'"code": "invalid_http"' in content
 
 
 def test_names_of_other_sites_are_refused(client: Client) -> None:
@@ -323,12 +337,13 @@ def test_an_engine_that_fails_ends_the_server_with_status_1(loaded: LoadedModel)
         assert running.join() == 1
 
 
-def test_requests_that_the_engine_refuses(loaded: LoadedModel) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_that_can_never_fit_the_cache(loaded: LoadedModel, stream: bool) -> None:
     with serving(loaded, engine=Engine(loaded, max_batch=2, max_tokens=16)) as running:
-        error = check_error(running.client.complete("x", max_tokens=40), 400, "key-value cache", param="max_tokens")
-        assert "max_new_tokens" not in error["message"]
-        assert running.client.complete("x", max_tokens=4).status == 200
-        assert running.client.metric('choices_total{end="refused"}') == 1
+        for size, status in ((16, 200), (17, 400)):
+            answer = running.client.complete("x", max_tokens=size, stream=stream)
+            assert answer.status == status
+        check_error(answer, 400, "key-value cache has 16 tokens", param="max_tokens")
 
 
 def test_many_clients_at_once_get_right_answers(loaded: LoadedModel) -> None:

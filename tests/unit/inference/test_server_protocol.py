@@ -11,7 +11,7 @@ from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.inference.server.gate import host_name
 from megatron_samoe.inference.server.protocol import ApiError, ModelFacts, parse_body, parse_completion
 
-FACTS = ModelFacts("tiny", ByteTokenizer(), vocab_size=257, context_length=64, max_choices=6)
+FACTS = ModelFacts("tiny", ByteTokenizer(), vocab_size=257, context_length=64, cache_tokens=256, max_choices=6)
 
 
 def refused(body: dict[str, Any]) -> ApiError:
