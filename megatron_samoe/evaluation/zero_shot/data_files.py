@@ -32,10 +32,10 @@ def find_data(task: Task, data_dir: Path) -> Path:
         raise NoDataError(f"--data-dir {data_dir} is no folder.{nearest(data_dir.name, siblings)}")
     for name in task.files:
         for ending in (kind + packing for kind in KINDS for packing in PACKINGS):
-            found = sorted(p for p in data_dir.glob(name + ending) if p.is_file())
+            found = [p for p in _matches(task, data_dir, name + ending) if p.is_file()]
             if found:
                 return found[0]
-        folders = sorted(p for p in data_dir.glob(name) if p.is_dir() and _files_in(p))
+        folders = [p for p in _matches(task, data_dir, name) if p.is_dir() and _files_in(p)]
         if folders:
             return folders[0]
     raise NoDataError(
@@ -43,6 +43,15 @@ def find_data(task: Task, data_dir: Path) -> Path:
         if task.hub
         else f"Task {task.name} has no data in {data_dir}: looked for {_looked_for(task)}."
     )
+
+
+def _matches(task: Task, data_dir: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(data_dir.glob(pattern))
+    except (ValueError, NotImplementedError) as error:
+        raise DataError(
+            f"Task {task.name}: files has {pattern!r}, which names nothing below a folder: {error}."
+        ) from None
 
 
 def _looked_for(task: Task) -> str:
@@ -130,23 +139,25 @@ def _text_rows(text: str, kind: str, path: Path) -> Iterator[tuple[int, Any]]:
     lines = text.split("\n")
     first = text.lstrip()[:1]
     if kind == ".txt" and first != "{":
-        yield from ((n, {"text": line}) for n, line in enumerate(lines, 1) if line.strip())
+        yield from ((n, {"text": line.removesuffix("\r")}) for n, line in enumerate(lines, 1) if line.strip())
         return
     try:
         if kind == ".jsonl":
-            raise json.JSONDecodeError("as lines", text, 0)
+            raise ValueError("read as lines")
         whole = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{path.name}:{number} is no JSON: {error}.") from None
         return
     if isinstance(whole, Mapping):
         listed = [whole[name] for name in ("Data", "data") if isinstance(whole.get(name), list)]
         whole = listed[0] if listed else [whole]
+    if not isinstance(whole, list):
+        raise DataError(f"{path.name} holds no rows, but {type(whole).__name__}.")
     yield from enumerate(whole, 1)
 
 

@@ -127,7 +127,7 @@ def _lambada(row: Row) -> list[Row] | None:
         return [{"context": row["context"], "target": row["continuation"].strip()}]
     if not _has(row, "text"):
         return None
-    context, _, target = row["text"].rstrip("\n").rpartition(" ")
+    context, _, target = row["text"].rstrip("\r\n").rpartition(" ")
     return [{"context": context, "target": target}] if context and target else None
 
 

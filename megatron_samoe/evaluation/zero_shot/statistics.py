@@ -90,6 +90,8 @@ class Difference:
     Attributes:
         low, high: the middle 95 % of the resampled differences.
         p_value: two-sided, from the share of resampled differences on either side of 0; at least 2 / (samples + 1).
+
+    All but the value are nan where a resampled difference is not finite.
     """
 
     value: float
@@ -109,6 +111,8 @@ def paired_bootstrap(
         _resampled_sums(first_UV, num_samples, seed), _resampled_sums(second_UV, num_samples, seed), strict=True
     )
     values = np.concatenate([finish(b) - finish(a) for a, b in pairs])
+    if not np.isfinite(values).all():  # a perplexity beyond the largest number says nothing of a difference
+        return Difference(value, math.nan, math.nan, math.nan)
     low, high = np.quantile(values, (0.025, 0.975))
     below, above = int((values <= 0).sum()), int((values >= 0).sum())
     p_value = min(1.0, 2 * (min(below, above) + 1) / (num_samples + 1))

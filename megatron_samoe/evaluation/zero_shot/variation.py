@@ -34,13 +34,13 @@ def choose_iterations(wanted: str, available: Sequence[int], folder: str) -> lis
     form = "must be LAST:N or a list of iterations such as 800,900,1000"
     kind, _, number = wanted.partition(":")
     if kind.upper() == "LAST":
-        if not number.isdigit() or int(number) < 1:
+        if not number.isdecimal() or int(number) < 1:
             raise ConfigError("--checkpoints", wanted, form)
         if int(number) > len(available):
             raise CheckpointError(f"--checkpoints {wanted}: there are only {len(available)}; {has}.")
         return list(available[-int(number) :])
     parts = [part.strip() for part in wanted.split(",")]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise ConfigError("--checkpoints", wanted, form)
     chosen = sorted({int(part) for part in parts})
     missing = [i for i in chosen if i not in available]
@@ -122,7 +122,7 @@ def comparison_record(comparison: Comparison) -> dict[str, Any]:
     """Returns a comparison as plain values for JSON."""
     record: dict[str, Any] = {
         "task": comparison.task, "metric": comparison.metric, "first": finite(comparison.first),
-        "second": finite(comparison.second), "difference": vars(comparison.difference),
+        "second": finite(comparison.second), "difference": {name: finite(value) for name, value in vars(comparison.difference).items()},
     }  # fmt: skip
     if comparison.mcnemar is not None:
         record["mcnemar"] = vars(comparison.mcnemar)

@@ -242,6 +242,7 @@ def test_checkpoints_are_chosen(wanted: str, expected: list[int]) -> None:
     [
         ("LAST:9", CheckpointError, "there are only 2; f has iterations 10, 20"),
         ("LAST:0", ConfigError, "must be LAST:N or a list"),
+        ("LAST:²", ConfigError, "must be LAST:N or a list"),
         ("LAST:x", ConfigError, "must be LAST:N or a list"),
         ("FIRST:2", ConfigError, "must be LAST:N or a list"),
         ("", ConfigError, "must be LAST:N or a list"),

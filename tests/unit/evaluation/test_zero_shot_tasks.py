@@ -173,6 +173,19 @@ def test_damaged_data_of_known_forms(task: str, content: str, message: str, tmp_
         load_items(load_task(task), tmp_path)
 
 
+@pytest.mark.parametrize("content, message", [("7", "holds no rows, but int"), ("[" * 100_000, "is no JSON")])
+def test_documents_that_are_no_rows(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "boolq_val.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_items(load_task("boolq"), tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["", "/absolute"])
+def test_patterns_that_name_nothing_below_a_folder(pattern: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="names nothing below a folder"):
+        find_data(plain(files=(pattern,)), tmp_path)
+
+
 def test_labels_beside_the_data_must_be_as_many(tmp_path: Path) -> None:
     form = next(form for form in FORMS if "piqa/valid-labels.lst" in form.files)
     write(form, tmp_path)
