@@ -261,7 +261,9 @@ def _row(worker: Worker, pair: tuple[int, int], results: list[dict[str, Any]], c
     expected = step_bytes(config, vocab, batch, length + options.new_tokens / 2, serving, worker.spec["dtype"])
     return {
         **row, "experts_hit": hit,
-        "experts_expected": expected_distinct_experts(config.moe.num_experts, config.moe.moe_router_topk, batch),
+        "experts_expected": None if hit is None else expected_distinct_experts(
+            config.moe.num_experts, config.moe.moe_router_topk, batch
+        ),
         "read_mb": bytes_read.total / 1e6, "read_mb_expected": expected.total / 1e6,
         "bandwidth_gb_s": bandwidth / 1e9, "floor_ms": bytes_read.total / bandwidth * 1e3,
         "share_of_floor": bytes_read.total / bandwidth / step_s,
