@@ -107,16 +107,19 @@ def _draw(rows: Rows, path: Path) -> None:
     rows = [row for row in rows if any(name in row for name in ratios)]
     # What all rows have in common needs no label.
     told = [name for name in LABELS if len({row.get(name) for row in rows}) > 1]
-    labels = ["\n".join(f"{LABELS[name]}{row[name]}" for name in told if name in row) for row in rows]
-    figure = Figure(figsize=(min(14.0, 2.0 + 0.3 * len(rows) * (1 + len(ratios))), 4.0), layout="constrained")
+    if "part" in told:  # which its bytes follow from
+        told.remove("MB")
+    labels = [", ".join(f"{LABELS[name]}{row[name]}" for name in told if name in row) for row in rows]
+    figure = Figure(figsize=(8.0, 1.2 + 0.16 * len(rows) * (1 + len(ratios))), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(1, len(ratios))
     for i, name in enumerate(ratios):
         places = [r + (i - (len(ratios) - 1) / 2) * width for r in range(len(rows))]
-        axes.bar(places, [row.get(name) or 0.0 for row in rows], width, label=name)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_ylabel("ratio of speeds")
-    axes.set_xticks(range(len(rows)), labels, fontsize=8)
+        axes.barh(places, [row.get(name) or 0.0 for row in rows], width, label=name)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("ratio of speeds")
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.invert_yaxis()
     figure.legend(loc="outside upper left", ncols=4, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
