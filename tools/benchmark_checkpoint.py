@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from benchmark_common import forget
 
 from megatron_samoe.config import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
@@ -33,15 +34,6 @@ from megatron_samoe.parallel_state import single_process_state
 
 BLOCK_BYTES = 4 << 20
 TENSOR_BYTES = 32 << 20
-
-
-def forget(folder: Path) -> None:
-    """Drops the files of a folder from the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_plain(path: Path, num_bytes: int) -> None:

@@ -25,6 +25,15 @@ LABELS = {"op": "", "part": "", "model": "", "ranks": "ranks ", "MB": "MB ", "ex
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
+def forget(folder: Path) -> None:
+    """Drops the files of a folder from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def alternate(variants: dict[str, Callable[[], object]], rounds: int, clock: str = "wall") -> dict[str, float]:
     """Returns the median seconds of each variant; a first round warms up and is not counted.
 

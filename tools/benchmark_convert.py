@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from benchmark_common import forget
 from safetensors.torch import load_file, save_file
 
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
@@ -70,15 +71,6 @@ class RandomModel:
     def largest_bytes(self) -> int:
         """Size of the largest tensor."""
         return max(t.num_bytes for t in self.tensors.values())
-
-
-def forget(folder: Path) -> None:
-    """Drops the files of a folder from the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def resident_peak() -> int:
