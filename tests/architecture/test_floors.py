@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MAX_LINES = 400
 #: Files that have outgrown a page, by path in the repository; a name leaves the list when its file has shrunk.
-LONG_FILES = frozenset(("megatron_samoe/config/validate.py",))
+LONG_FILES: frozenset[str] = frozenset()
 #: Files that nothing here imports: they are copied beside exported weights, for transformers to load.
 REMOTE_CODE = ("interop/hf/remote_code/configuration_samoe.py", "interop/hf/remote_code/modeling_samoe.py")
 

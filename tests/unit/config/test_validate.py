@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from megatron_samoe.config import PretrainConfig, derived
-from megatron_samoe.config import validate as rules
+from megatron_samoe.config.rules import layout, model, numbers, pipeline, run, without_effect
+from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError, ConfigErrors
 from tests.harness.tiny import with_options
 
+#: Modules of rules.
+KINDS = (layout, model, numbers, pipeline, run, without_effect)
 VALID = with_options(PretrainConfig(), mock_data=True)
 MOE = {"expert_layout": "moe"}
 SAMOE = {"expert_layout": "samoe"}
@@ -122,7 +125,7 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
 
 def errors_of(options: dict[str, Any], world_size: int) -> list[ConfigError]:
     try:
-        rules.validate(with_options(VALID, **options), world_size)
+        validate(with_options(VALID, **options), world_size)
     except ConfigErrors as error:
         return error.errors
     return []
@@ -141,22 +144,31 @@ def test_broken_rule_names_flag_value_and_what_is_allowed(
 
 
 def test_every_error_of_every_rule_is_raised_by_a_case_above(monkeypatch: pytest.MonkeyPatch) -> None:
-    raised_at: set[int] = set()
+    raised_at: set[tuple[str, int]] = set()
 
     class RecordedError(ConfigError):
         def __init__(self, *args: Any):
             super().__init__(*args)
-            raised_at.add(sys._getframe(1).f_lineno)
+            caller = sys._getframe(1)
+            raised_at.add((caller.f_globals["__name__"], caller.f_lineno))
 
-    for module in (rules, derived):
+    for module in (*KINDS, derived):
         monkeypatch.setattr(module, "ConfigError", RecordedError)
     for options, world_size, _, _ in BROKEN:
         errors_of(options, world_size)
-    tree = ast.parse(inspect.getsource(rules))
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "ConfigError"]
+    calls = [
+        (module.__name__, node)
+        for module in KINDS
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ConfigError"
+    ]
     assert len(calls) > 30
-    silent = [c.lineno for c in calls if not any(c.lineno <= line <= (c.end_lineno or 0) for line in raised_at)]
-    assert not silent, f"no case reaches the errors at lines {silent} of validate.py"
+    silent = [
+        f"{name}:{call.lineno}"
+        for name, call in calls
+        if not any((name, line) in raised_at for line in range(call.lineno, (call.end_lineno or 0) + 1))
+    ]
+    assert not silent, f"no case reaches the errors at {silent}"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +198,7 @@ def test_legal_configurations_pass(options: dict[str, Any], world_size: int) -> 
 
 def test_all_broken_rules_are_reported_together() -> None:
     with pytest.raises(ConfigErrors) as raised:
-        rules.validate(with_options(VALID, bf16=True, fp16=True, lr=-1.0, num_layers=0), 1)
+        validate(with_options(VALID, bf16=True, fp16=True, lr=-1.0, num_layers=0), 1)
     fields = [error.field for error in raised.value.errors]
     assert {"--fp16", "--lr", "--num-layers"} <= set(fields)
     assert len(str(raised.value).splitlines()) == 1 + len(fields)
@@ -229,6 +241,6 @@ def test_wrong_stage_layout_is_refused(text: str) -> None:
 
 def test_batch_and_data_parallel_sizes() -> None:
     config = with_options(VALID, tensor_model_parallel_size=2, micro_batch_size=3)
-    assert rules.data_parallel_size(config, 8) == 4
+    assert derived.data_parallel_size(config, 8) == 4
     assert derived.global_batch_size(config, 8) == 12
     assert derived.global_batch_size(with_options(config, global_batch_size=24), 8) == 24

@@ -1,0 +1,115 @@
+"""What the sizes of tensor, expert and data parallelism must divide."""
+
+from __future__ import annotations
+
+from megatron_samoe.config.derived import (
+    data_parallel_size,
+    divisors,
+    flag,
+    global_batch_size,
+)
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.rules import Problems
+from megatron_samoe.errors import ConfigError
+
+
+def _world_divides(config: PretrainConfig, world_size: int) -> Problems:
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tp
+    if min(tp, ep, etp, pp) < 1:
+        return
+    if world_size % pp:
+        yield ConfigError("--pipeline-model-parallel-size", pp, f"must divide the world of {world_size} ranks "
+                          f"(start a multiple of {pp} processes, or set it to one of {divisors(world_size)})")  # fmt: skip
+        return
+    if world_size % (tp * pp):
+        # Expert groups of a layout that does not fit would only repeat the complaint.
+        over = f" over --pipeline-model-parallel-size {pp}" if pp > 1 else ""
+        yield ConfigError("--tensor-model-parallel-size", tp, f"must divide the world of {world_size} ranks{over} "
+                          f"(start a multiple of {tp * pp} processes, or set it to one of {divisors(world_size // pp)})")  # fmt: skip
+        return
+    if etp not in (1, tp):
+        yield ConfigError("--expert-tensor-parallel-size", etp, f"must be 1 or --tensor-model-parallel-size {tp}")
+    elif world_size % (etp * ep * pp):
+        yield ConfigError("--expert-model-parallel-size", ep, f"must divide the world of {world_size} ranks over "
+                          f"--expert-tensor-parallel-size {etp} and --pipeline-model-parallel-size {pp}: "
+                          f"one of {divisors(max(world_size // (etp * pp), 1))}")  # fmt: skip
+
+
+def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
+    model, moe, parallel = config.model, config.moe, config.parallel
+    tp, ep, etp = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size, parallel.expert_tp
+    if min(tp, ep, etp) < 1:
+        return
+    checks = [("num_attention_heads", model.num_attention_heads, tp), ("ffn_hidden_size", model.mlp_size, tp),
+              ("make_vocab_size_divisible_by", model.make_vocab_size_divisible_by, tp)]  # fmt: skip
+    if model.group_query_attention:
+        checks.append(("num_query_groups", model.num_query_groups, tp))
+    for name, value, size in checks:
+        if value % size:
+            yield ConfigError(flag(name), value, f"must be divisible by --tensor-model-parallel-size {size}")
+    if moe.expert_layout == "dense":
+        if ep != 1:
+            yield ConfigError("--expert-model-parallel-size", ep, "must be 1 with --expert-layout dense")
+        return
+    if moe.num_experts % ep:
+        yield ConfigError("--num-experts", moe.num_experts, f"must be divisible by --expert-model-parallel-size {ep}")
+    expert_size = moe.moe_ffn_hidden_size or model.mlp_size
+    if expert_size % etp:
+        yield ConfigError(
+            "--moe-ffn-hidden-size", expert_size, f"must be divisible by --expert-tensor-parallel-size {etp}"
+        )
+    shared = moe.moe_shared_expert_intermediate_size
+    if shared is not None and shared % tp:
+        yield ConfigError("--moe-shared-expert-intermediate-size", shared,
+                          f"must be divisible by --tensor-model-parallel-size {tp}")  # fmt: skip
+    tokens = config.training.micro_batch_size * model.seq_length
+    if etp != tp and tokens % tp:
+        yield ConfigError("--micro-batch-size", config.training.micro_batch_size,
+                          f"micro batch x sequence = {tokens} tokens must be divisible by --tensor-model-parallel-size {tp} "
+                          "with --expert-tensor-parallel-size 1")  # fmt: skip
+
+
+def _expert_overlap(config: PretrainConfig, world_size: int) -> Problems:
+    moe, parallel = config.moe, config.parallel
+    ep, chunks = parallel.expert_model_parallel_size, parallel.moe_dispatch_chunks
+    if ep < 1 or moe.num_experts % ep:
+        return
+    for name in ("moe_dispatch_chunks", "moe_shared_expert_overlap"):
+        if getattr(parallel, name) != getattr(ParallelConfig(), name) and ep == 1:
+            yield ConfigError(flag(name), getattr(parallel, name), "needs --expert-model-parallel-size above 1")
+    if ep > 1 and chunks > moe.num_experts // ep:
+        yield ConfigError("--moe-dispatch-chunks", chunks, f"must be at most the {moe.num_experts // ep} experts that "
+                          f"each of --expert-model-parallel-size {ep} ranks holds")  # fmt: skip
+    if parallel.moe_shared_expert_overlap and moe.moe_shared_expert_intermediate_size is None:
+        yield ConfigError("--moe-shared-expert-overlap", True, "needs --moe-shared-expert-intermediate-size")
+
+
+def _sequence_parallel(config: PretrainConfig, world_size: int) -> Problems:
+    tp = config.parallel.tensor_model_parallel_size
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    if not config.parallel.sequence_parallel:
+        return
+    if tp == 1:
+        yield ConfigError("--sequence-parallel", True, "needs --tensor-model-parallel-size above 1")
+    elif tp > 1 and tokens % tp:
+        yield ConfigError("--micro-batch-size", config.training.micro_batch_size,
+                          f"micro batch x sequence = {tokens} tokens must be divisible by --tensor-model-parallel-size {tp} "
+                          "with --sequence-parallel")  # fmt: skip
+
+
+def _batches_divide(config: PretrainConfig, world_size: int) -> Problems:
+    parallel = config.parallel
+    if min(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) < 1:
+        return
+    dp = data_parallel_size(config, world_size)
+    per_pass = config.training.micro_batch_size * dp
+    total = global_batch_size(config, world_size)
+    if per_pass > 0 and total % per_pass:
+        yield ConfigError("--global-batch-size", total, f"must be a multiple of --micro-batch-size "
+                          f"{config.training.micro_batch_size} x data-parallel size {dp} = {per_pass}")  # fmt: skip
+
+
+RULES = (_world_divides, _matrices_divide, _expert_overlap, _sequence_parallel, _batches_divide)

@@ -1,0 +1,62 @@
+"""Sizes of one model that must fit each other."""
+
+from __future__ import annotations
+
+from megatron_samoe.config.derived import (
+    num_moe_layers,
+)
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.rules import Problems
+from megatron_samoe.errors import ConfigError
+
+
+def _attention_sizes(config: PretrainConfig, world_size: int) -> Problems:
+    model = config.model
+    heads, groups = model.num_attention_heads, model.num_kv_heads
+    if model.ffn_hidden_size is None and model.hidden_size > 0 and model.mlp_size < 1:
+        yield ConfigError(
+            "--hidden-size", model.hidden_size, "is too small for --swiglu's derived MLP; give --ffn-hidden-size"
+        )
+    if model.kv_channels is None and heads > 0 and model.hidden_size % heads:
+        yield ConfigError("--num-attention-heads", heads,
+                          f"must divide --hidden-size {model.hidden_size}, or give --kv-channels")  # fmt: skip
+    if groups > 0 and heads % groups:
+        yield ConfigError("--num-query-groups", groups, f"must divide --num-attention-heads {heads}")
+    if model.num_query_groups != 1 and not model.group_query_attention:
+        yield ConfigError("--num-query-groups", model.num_query_groups, "needs --group-query-attention")
+    if model.position_embedding_type == "rope":
+        if heads < 1:
+            return
+        rotated = model.head_dim * model.rotary_percent
+        if not 0 < model.rotary_percent <= 1 or rotated != int(rotated) or int(rotated) % 2:
+            yield ConfigError("--rotary-percent", model.rotary_percent,
+                              f"must leave an even, whole number of the {model.head_dim} head channels to rotate")  # fmt: skip
+    if model.position_embedding_type == "learned_absolute" and model.max_positions < model.seq_length:
+        yield ConfigError("--max-position-embeddings", model.max_positions,
+                          f"must be at least --seq-length {model.seq_length} with learned positions")  # fmt: skip
+
+
+def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:
+    moe = config.moe
+    if moe.expert_layout == "dense":
+        return
+    try:
+        layers = num_moe_layers(config)
+    except ConfigError as error:
+        yield error
+        return
+    if layers == 0:
+        yield ConfigError(
+            "--moe-layer-freq", moe.moe_layer_freq, "must make at least one layer MoE, or use --expert-layout dense"
+        )
+    if moe.moe_router_topk > moe.num_experts:
+        yield ConfigError("--moe-router-topk", moe.moe_router_topk, f"must be at most --num-experts {moe.num_experts}")
+    if moe.moe_router_topk == 1 and not moe.pre_softmax:
+        yield ConfigError("--moe-router-pre-softmax", False, "must be true with --moe-router-topk 1: the score of one expert "
+                          "among the chosen is always 1, so the router would learn nothing")  # fmt: skip
+    if moe.has_pool and moe.samoe_granularity == "layer" and moe.num_expert_banks > max(layers, 1):
+        yield ConfigError("--num-expert-banks", moe.num_expert_banks,
+                          f"must be at most the number of MoE layers, {layers}: more banks than layers save nothing")  # fmt: skip
+
+
+RULES = (_attention_sizes, _moe_sizes)

@@ -1,0 +1,99 @@
+"""Stages of a pipeline, and the layers and micro-batches that they share."""
+
+from __future__ import annotations
+
+from megatron_samoe.config.derived import (
+    divisors,
+    flag,
+    global_batch_size,
+    num_micro_batches,
+    parse_stage_layout,
+    virtual_stages,
+)
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.rules import Problems
+from megatron_samoe.errors import ConfigError
+
+
+def _is_pipeline(config: PretrainConfig, world_size: int) -> bool:
+    """Returns whether there are several stages, of sizes that other rules let pass."""
+    parallel = config.parallel
+    pp, tp = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
+    per_stage = parallel.num_layers_per_virtual_pipeline_stage
+    return pp > 1 and min(tp, config.model.num_layers, per_stage or 1) >= 1 and world_size % (pp * tp) == 0
+
+
+def _num_stages(config: PretrainConfig) -> int:
+    """Returns the stages of all ranks, virtual ones too; 0 where the layers do not share out."""
+    layout = config.parallel.pipeline_model_parallel_layout
+    if layout is None:
+        return virtual_stages(config.parallel, config.model.num_layers)
+    try:
+        return len(parse_stage_layout(layout))
+    except ConfigError:
+        return 0
+
+
+def _one_stage(config: PretrainConfig, world_size: int) -> Problems:
+    parallel = config.parallel
+    if parallel.pipeline_model_parallel_size != 1:
+        return
+    for name, default in (("num_layers_per_virtual_pipeline_stage", None), ("pipeline_model_parallel_layout", None),
+                          ("pipeline_schedule", "1f1b")):  # fmt: skip
+        if getattr(parallel, name) != default:
+            yield ConfigError(flag(name), getattr(parallel, name), "needs --pipeline-model-parallel-size above 1")
+
+
+def _stage_layout(config: PretrainConfig, world_size: int) -> Problems:
+    parallel, layers, pp = config.parallel, config.model.num_layers, config.parallel.pipeline_model_parallel_size
+    layout, per_stage = parallel.pipeline_model_parallel_layout, parallel.num_layers_per_virtual_pipeline_stage
+    if layout is None or not _is_pipeline(config, world_size):
+        return
+    if per_stage is not None:
+        yield ConfigError(
+            "--num-layers-per-virtual-pipeline-stage", per_stage, "excludes --pipeline-model-parallel-layout"
+        )
+    try:
+        counts = parse_stage_layout(layout)
+    except ConfigError as error:
+        yield error
+        return
+    if sum(counts) != layers:
+        yield ConfigError(
+            "--pipeline-model-parallel-layout", layout, f"has {sum(counts)} layers; --num-layers is {layers}"
+        )
+    if len(counts) % pp:
+        yield ConfigError("--pipeline-model-parallel-layout", layout, f"has {len(counts)} stages; a multiple of "
+                          f"--pipeline-model-parallel-size {pp} is needed")  # fmt: skip
+
+
+def _layers_share_out(config: PretrainConfig, world_size: int) -> Problems:
+    parallel, layers, pp = config.parallel, config.model.num_layers, config.parallel.pipeline_model_parallel_size
+    per_stage = parallel.num_layers_per_virtual_pipeline_stage
+    if parallel.pipeline_model_parallel_layout is not None or not _is_pipeline(config, world_size):
+        return
+    if _num_stages(config) > 0:
+        return
+    if per_stage is None:
+        yield ConfigError("--pipeline-model-parallel-size", pp, f"must divide --num-layers {layers} "
+                          f"(one of {divisors(layers)}), or give --pipeline-model-parallel-layout")  # fmt: skip
+    else:
+        legal = [d for d in divisors(layers) if layers % (pp * d) == 0]
+        yield ConfigError("--num-layers-per-virtual-pipeline-stage", per_stage,
+                          f"times --pipeline-model-parallel-size {pp} must divide --num-layers {layers}: one of {legal}")  # fmt: skip
+
+
+def _virtual_stages(config: PretrainConfig, world_size: int) -> Problems:
+    parallel, pp = config.parallel, config.parallel.pipeline_model_parallel_size
+    if not _is_pipeline(config, world_size) or _num_stages(config) <= pp:
+        return
+    if parallel.pipeline_schedule == "gpipe":
+        yield ConfigError("--pipeline-schedule", "gpipe", "has no virtual stages; use 1f1b")
+    micro_batches = num_micro_batches(config, world_size) if config.training.micro_batch_size > 0 else 0
+    if micro_batches % pp:
+        yield ConfigError("--global-batch-size", global_batch_size(config, world_size),
+                          f"makes {micro_batches} micro-batches per step; interleaved virtual stages need a multiple of "
+                          f"--pipeline-model-parallel-size {pp}")  # fmt: skip
+
+
+RULES = (_one_stage, _stage_layout, _layers_share_out, _virtual_stages)

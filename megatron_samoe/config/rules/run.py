@@ -1,0 +1,68 @@
+"""Schedule, precision, data and checkpoints of a run."""
+
+from __future__ import annotations
+
+from megatron_samoe.config.derived import (
+    flag,
+)
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.rules import Problems
+from megatron_samoe.errors import ConfigError
+
+
+def _schedule_fits(config: PretrainConfig, world_size: int) -> Problems:
+    optimizer, training = config.optimizer, config.training
+    decay = optimizer.lr_decay_iters or training.train_iters
+    if optimizer.lr_decay_style == "constant":
+        for name in ("min_lr", "lr_decay_iters"):
+            if getattr(optimizer, name):
+                yield ConfigError(flag(name), getattr(optimizer, name), "has no use with --lr-decay-style constant")
+    if optimizer.min_lr > optimizer.lr:
+        yield ConfigError("--min-lr", optimizer.min_lr, f"must be at most --lr {optimizer.lr}")
+    if optimizer.lr_warmup_fraction is not None:
+        if not 0 <= optimizer.lr_warmup_fraction <= 1:
+            yield ConfigError("--lr-warmup-fraction", optimizer.lr_warmup_fraction, "must be from 0 to 1")
+        if optimizer.lr_warmup_iters:
+            yield ConfigError("--lr-warmup-fraction", optimizer.lr_warmup_fraction, "excludes --lr-warmup-iters")
+    elif optimizer.lr_warmup_iters > decay:
+        yield ConfigError("--lr-warmup-iters", optimizer.lr_warmup_iters, f"must be at most the {decay} decay steps")
+
+
+def _precision(config: PretrainConfig, world_size: int) -> Problems:
+    if config.training.bf16 and config.training.fp16:
+        yield ConfigError("--fp16", True, "excludes --bf16")
+
+
+def _data_sources(config: PretrainConfig, world_size: int) -> Problems:
+    data = config.data
+    split_paths = data.train_data_path or data.valid_data_path or data.test_data_path
+    if data.mock_data and (data.data_path or split_paths):
+        yield ConfigError("--mock-data", True, "excludes --data-path and its per-split variants")
+    if data.data_path and split_paths:
+        yield ConfigError(
+            "--data-path", data.data_path, "excludes --train-data-path, --valid-data-path, --test-data-path"
+        )
+    if not (data.mock_data or data.data_path or data.train_data_path):
+        yield ConfigError("--data-path", None, "must name a dataset (or give --train-data-path, or --mock-data)")
+    if data.tokenizer_type == "GPT2BPETokenizer" and not (data.vocab_file and data.merge_file):
+        yield ConfigError("--tokenizer-type", data.tokenizer_type, "needs --vocab-file and --merge-file")
+    if data.tokenizer_type in ("SentencePieceTokenizer", "HuggingFaceTokenizer") and not data.tokenizer_model:
+        yield ConfigError("--tokenizer-type", data.tokenizer_type, "needs --tokenizer-model")
+
+
+def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
+    checkpoint = config.checkpoint
+    if checkpoint.save is None:
+        for name in ("save_interval", "save_retain_interval", "keep_last", "no_save_optim", "async_save"):
+            if getattr(checkpoint, name):
+                yield ConfigError(flag(name), getattr(checkpoint, name), "needs --save or --run-dir")
+    if config.training.skip_train and (checkpoint.load is None or config.training.eval_iters == 0):
+        yield ConfigError("--skip-train", True, "needs --load (or --run-dir) and --eval-iters: it only evaluates")
+    if checkpoint.load is None:
+        for name in ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "use_checkpoint_args",
+                     "exit_on_missing_checkpoint"):  # fmt: skip
+            if getattr(checkpoint, name):
+                yield ConfigError(flag(name), getattr(checkpoint, name), "needs --load or --run-dir")
+
+
+RULES = (_schedule_fits, _precision, _data_sources, _checkpoint_paths)
