@@ -1,7 +1,8 @@
 """Builds the package, and with it the compiled extension where a C++ compiler is at hand.
 
-MEGATRON_SAMOE_BUILD=auto (default) builds what the machine allows and installs the pure-Python package otherwise;
-cpu and cuda insist and fail where they cannot be built; none builds nothing.
+MEGATRON_SAMOE_BUILD=auto (default) builds what the machine allows, with the CUDA kernels where torch is a CUDA build and
+nvcc is at hand, and installs the pure-Python package otherwise; cpu and cuda insist and fail where they cannot be built;
+none builds nothing.
 
 Use `pip install --no-build-isolation -e .` or `python setup.py build_ext --inplace`: the extension is compiled against
 the torch of the running environment, which an isolated build does not see.
@@ -19,7 +20,7 @@ import builder  # noqa: E402
 
 
 def sources() -> list[str]:
-    found = sorted((ROOT / "cpp_ext").rglob("*.cpp"))
+    found = sorted(path for path in (ROOT / "cpp_ext").rglob("*") if path.suffix in (".cpp", ".cu"))
     return [str(path.relative_to(ROOT)) for path in found if "testing" not in path.parts]
 
 

@@ -1,7 +1,8 @@
 """The build of the compiled extension: finds a compiler, compiles what changed, links, and prints a report.
 
 setuptools knows one set of flags per extension; here the files of kernels/cpu/simd are compiled once for each
-instruction set, and only the bindings see torch's headers.
+instruction set, only the bindings see torch's headers, and the CUDA files (*.cu, *_cuda.cpp) are there with a CUDA torch
+and nvcc alone.
 """
 
 from __future__ import annotations
@@ -9,15 +10,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from compiler import BuildError, SettingError, accepts, find_compiler, run
+from cuda_toolkit import CudaToolkit
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
@@ -28,23 +27,6 @@ X86_SETS = {
     "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
 }
 COMMON_FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
-
-
-class BuildError(Exception):
-    """Why the extension cannot be built, as a sentence for the user."""
-
-
-def find_compiler() -> list[str]:
-    """Returns the C++ compiler's command: $CXX (which may carry ccache), else the first of g++, c++, clang++."""
-    asked = shlex.split(os.environ.get("CXX", ""))
-    if asked:
-        if shutil.which(asked[0]) is None:
-            raise BuildError(f"CXX = {' '.join(asked)!r} is not an executable; name a C++ compiler or leave CXX unset.")
-        return asked
-    for name in ("g++", "c++", "clang++"):
-        if shutil.which(name):
-            return [name]
-    raise BuildError("There is no C++ compiler. Install one with `apt-get install g++` and install the package again.")
 
 
 def import_torch():
@@ -59,34 +41,16 @@ def import_torch():
     return torch
 
 
-def run(command: list[str]) -> str:
-    """Runs a compiler and returns its output; a failure becomes a BuildError that shows the first errors."""
-    result = subprocess.run(command, capture_output=True, text=True)
-    output = result.stdout + result.stderr
-    if result.returncode:
-        lines = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()
-        raise BuildError(
-            f"`{' '.join(command[:2])} ...` failed with status {result.returncode}:\n    " + "\n    ".join(lines[:8])
-        )
-    return output
-
-
-def accepts(compiler: list[str], flags: list[str], code: str = "int main() { return 0; }") -> bool:
-    """Returns whether the compiler builds a small program with these flags."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cpp"
-        source.write_text(code)
-        command = [*compiler, *flags, str(source), "-o", str(Path(folder) / "probe")]
-        return subprocess.run(command, capture_output=True).returncode == 0
-
-
 class Toolchain:
-    """What the compiler can do, and the flags that follow.
+    """What the compilers can do, and the flags that follow.
 
-    compiler: the command. openmp, instruction_sets: what was found. torch: the module that is built against.
+    mode: auto takes CUDA where it can be built, cuda insists, cpu leaves it out. compiler: the command. openmp,
+    instruction_sets, cuda: what was found. torch: the module that is built against. notes: what is missing, and the way
+    to get it, as sentences. Errors: BuildError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mode: str) -> None:
+        self.notes: list[str] = []
         self.compiler = find_compiler()
         if not accepts(self.compiler, []):
             raise BuildError(
@@ -96,11 +60,46 @@ class Toolchain:
         self.torch = import_torch()
         openmp_program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }"
         self.openmp = ["-fopenmp"] if accepts(self.compiler, ["-fopenmp"], openmp_program) else []
-        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-        self.instruction_sets = {"portable": []}
-        if is_x86 and all(accepts(self.compiler, flags) for flags in X86_SETS.values()):
-            self.instruction_sets.update(X86_SETS)
+        if not self.openmp:
+            self.notes.append(
+                "The compiler has no OpenMP, so the kernels use one thread; g++ has it, and clang with libomp-dev."
+            )
+        self.instruction_sets: dict[str, list[str]] = {"portable": []}
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            if all(accepts(self.compiler, flags) for flags in X86_SETS.values()):
+                self.instruction_sets.update(X86_SETS)
+            else:
+                self.notes.append(
+                    "The compiler knows no AVX-512, so the kernels are built for every x86 CPU and are slower; "
+                    "g++ 12 or newer knows it."
+                )
         self.version = run([*self.compiler, "--version"]).splitlines()[0]
+        self.cuda = self._find_cuda(mode)
+
+    def _find_cuda(self, mode: str) -> CudaToolkit | None:
+        if mode == "cpu":
+            return None
+        if self.torch.version.cuda is None:
+            if mode == "cuda":
+                raise BuildError(
+                    f"torch {self.torch.__version__} was built without CUDA. Install a CUDA torch, or use "
+                    "MEGATRON_SAMOE_BUILD=cpu."
+                )
+            return None
+        try:
+            return CudaToolkit(self.torch, self.compiler)
+        except SettingError:
+            raise
+        except BuildError as error:
+            if mode == "cuda":
+                raise
+            self.leave_cuda_out(error)
+            return None
+
+    def leave_cuda_out(self, why: BuildError) -> None:
+        """Goes on without CUDA, and says so."""
+        self.cuda = None
+        self.notes.append(f"The CUDA kernels are left out. {why}")
 
     def record(self) -> dict[str, object]:
         """Returns what the library says about its own build."""
@@ -109,8 +108,13 @@ class Toolchain:
             "compiler": self.version,
             "openmp": bool(self.openmp),
             "instruction_sets": list(self.instruction_sets),
-            "cuda": None,
+            "cuda": self.cuda.version if self.cuda else None,
+            "cuda_archs": self.cuda.archs if self.cuda else [],
         }
+
+    def takes(self, source: str) -> bool:
+        """Returns whether a source belongs to this build."""
+        return self.cuda is not None or not source.endswith((".cu", "_cuda.cpp"))
 
     def torch_flags(self) -> list[str]:
         include = Path(self.torch.__file__).parent / "include"
@@ -128,9 +132,12 @@ class Toolchain:
         ]
 
     def jobs(self, source: str) -> list[tuple[str, list[str]]]:
-        """Returns (suffix of the object's name, flags) for each time that a source is compiled."""
+        """Returns (suffix of the object's name, compiler and flags) for each time that a source is compiled."""
         parts = Path(source).parts
-        base = [*COMMON_FLAGS, *self.openmp]
+        if source.endswith(".cu"):
+            assert self.cuda is not None
+            return [("", [*self.cuda.nvcc, *self.cuda.flags()])]
+        base = [*self.compiler, *COMMON_FLAGS, *self.openmp]
         if not self.openmp:
             base.append("-Wno-unknown-pragmas")
         if "simd" in parts:
@@ -140,6 +147,8 @@ class Toolchain:
             ]
         if "avx512" in self.instruction_sets:
             base.append("-DSAMOE_WITH_X86_SETS")
+        if self.cuda is not None and parts[1] in ("bindings", "comm"):
+            base += self.cuda.includes
         if "bindings" in parts:
             return [("", [*base, *self.torch_flags()])]
         if Path(source).name == "build_record.cpp":
@@ -148,8 +157,11 @@ class Toolchain:
         return [("", [*base, "-std=c++17"])]
 
     def link_flags(self) -> list[str]:
+        """Returns the linker's flags: torch without its Python and CUDA parts, and CUDA's runtime for the kernels."""
         libraries = Path(self.torch.__file__).parent / "lib"
-        return ["-shared", *self.openmp, "-L", str(libraries), "-ltorch_cpu", "-lc10", "-ldl", "-Wl,--no-undefined"]
+        runtime = [str(self.cuda.runtime)] if self.cuda else []
+        torch_libraries = ["-L", str(libraries), "-ltorch_cpu", "-lc10"]
+        return ["-shared", *self.openmp, *torch_libraries, *runtime, "-ldl", "-Wl,--no-undefined"]
 
 
 def is_fresh(target: Path, stamp: Path, command: list[str], dependencies: Path | None) -> bool:
@@ -163,11 +175,11 @@ def is_fresh(target: Path, stamp: Path, command: list[str], dependencies: Path |
     return all(Path(name).exists() and Path(name).stat().st_mtime <= made for name in names)
 
 
-def compile_one(toolchain: Toolchain, source: str, suffix: str, flags: list[str], folder: Path) -> tuple[Path, bool]:
+def compile_one(source: str, suffix: str, compiler: list[str], folder: Path) -> tuple[Path, bool]:
     """Compiles one source unless its object is fresh. Returns the object and whether it was compiled."""
     target = folder / (source.replace(os.sep, "__") + suffix + ".o")
     dependencies, stamp = target.with_suffix(".d"), target.with_suffix(".cmd")
-    command = [*toolchain.compiler, *flags, "-MMD", "-MF", str(dependencies), "-c", source, "-o", str(target)]
+    command = [*compiler, "-MMD", "-MF", str(dependencies), "-c", source, "-o", str(target)]
     if is_fresh(target, stamp, command, dependencies):
         return target, False
     stamp.unlink(missing_ok=True)
@@ -176,26 +188,39 @@ def compile_one(toolchain: Toolchain, source: str, suffix: str, flags: list[str]
     return target, True
 
 
-def build_library(sources: list[str], folder: Path, library: Path) -> dict[str, object]:
-    """Compiles and links the extension. Returns the report's entries; errors: BuildError."""
-    started = time.monotonic()
-    toolchain = Toolchain()
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(source, suffix, flags) for source in sources for suffix, flags in toolchain.jobs(source)]
+def compile_and_link(toolchain: Toolchain, sources: list[str], folder: Path, library: Path) -> str:
+    """Builds the library. Returns how many files were compiled; errors: BuildError."""
+    jobs = [(source, *job) for source in sources if toolchain.takes(source) for job in toolchain.jobs(source)]
     jobs.sort(key=lambda job: "bindings" not in Path(job[0]).parts)  # the slowest first
     num_workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
     with ThreadPoolExecutor(num_workers) as pool:
-        results = list(pool.map(lambda job: compile_one(toolchain, *job, folder), jobs))
+        results = list(pool.map(lambda job: compile_one(*job, folder), jobs))
     library.parent.mkdir(parents=True, exist_ok=True)
     # A running process may have the old library mapped: replace the file, never write into it.
     fresh = library.with_name(library.name + ".new")
     run([*toolchain.compiler, *(str(target) for target, _ in results), *toolchain.link_flags(), "-o", str(fresh)])
     fresh.replace(library)
+    return f"{sum(compiled for _, compiled in results)} of {len(results)} compiled, the others were fresh"
+
+
+def build_library(sources: list[str], folder: Path, library: Path, mode: str) -> dict[str, object]:
+    """Compiles and links the extension. Returns the report's entries; errors: BuildError."""
+    started = time.monotonic()
+    toolchain = Toolchain(mode)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        files = compile_and_link(toolchain, sources, folder, library)
+    except BuildError as error:
+        if mode != "auto" or toolchain.cuda is None:
+            raise
+        toolchain.leave_cuda_out(error)
+        files = compile_and_link(toolchain, sources, folder, library)
     return {
         **toolchain.record(),
-        "files": f"{sum(compiled for _, compiled in results)} of {len(results)} compiled, the others were fresh",
+        "files": files,
         "seconds": round(time.monotonic() - started, 1),
         "library": str(library),
+        "notes": toolchain.notes,
     }
 
 
@@ -213,21 +238,21 @@ class BuildExtension(build_ext):
         if mode == "none":
             print("megatron_samoe: MEGATRON_SAMOE_BUILD=none: the compiled extension is not built.")
             return
+        os.chdir(ROOT)
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            if mode == "cuda":
-                raise BuildError("Nothing launches the CUDA kernels yet; use MEGATRON_SAMOE_BUILD=cpu.")
-            os.chdir(ROOT)
-            library = Path(self.get_ext_fullpath(ext.name)).resolve()
-            report = build_library(ext.sources, Path(self.build_temp).resolve() / "objects", library)
+            report = build_library(ext.sources, Path(self.build_temp).resolve() / "objects", library, mode)
         except BuildError as error:
-            if mode != "auto":
+            if mode != "auto" or isinstance(error, SettingError):
                 raise SystemExit(f"megatron_samoe: the compiled extension could not be built. {error}") from None
             message = f"megatron_samoe: the compiled extension is NOT built; the package works, slower.\n  {error}"
             print(message, file=sys.stderr)
             # A library of older sources must not pass for this one.
-            for stale in (Path(self.get_ext_fullpath(ext.name)), ROOT / "megatron_samoe" / "_C.so"):
+            for stale in (library, ROOT / "megatron_samoe" / "_C.so"):
                 stale.unlink(missing_ok=True)
             return
         print("megatron_samoe: the compiled extension is built.")
+        for note in report.pop("notes"):
+            print(f"  note: {note}", file=sys.stderr)
         for name, value in report.items():
             print(f"  {name}: {value}")

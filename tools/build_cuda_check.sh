@@ -1,7 +1,8 @@
 #!/bin/sh
-# Compiles the CUDA kernels with nvcc, and the bindings and the NCCL code against a CUDA torch and NVIDIA's nccl.h, on a machine that has neither a GPU nor
-# that torch: both are unpacked into a folder (about 2 GB) and never imported. The toolkit's headers are found through
-# CUDA_HOME. Prints versions and times.
+# Builds the extension with its CUDA kernels, as an installation would (MEGATRON_SAMOE_BUILD=cuda), on a machine without
+# a GPU: against a CUDA torch and NVIDIA's NCCL, unpacked into a folder (about 5 GB with their dependencies) beside the
+# environment's own torch. Then loads the library there, tells which ops it has for CUDA, and runs its CPU ops. Prints
+# versions and times. Needs nvcc and g++; nothing that it builds stays.
 #
 #     tools/build_cuda_check.sh FOLDER [TORCH_VERSION]
 set -eu
@@ -9,29 +10,24 @@ cd "$(dirname "$0")/.."
 folder=${1:?"usage: $0 FOLDER [TORCH_VERSION]"}
 version=${2:-2.12.1}
 python=${PYTHON:-python3}
-compiler=${CXX:-g++}
-cuda=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)")")")}
-[ -f "$cuda/include/cuda_runtime_api.h" ] || { echo "error: no CUDA toolkit in $cuda; set CUDA_HOME"; exit 1; }
-[ -d "$folder/torch" ] || "$python" -m pip install --quiet --no-deps --target "$folder" "torch==$version"
-[ -d "$folder/nvidia/nccl" ] || "$python" -m pip install --quiet --no-deps --target "$folder" nvidia-nccl-cu13
-grep -q "^cuda: Optional\[str\] = '" "$folder/torch/version.py" || { echo "error: torch in $folder has no CUDA"; exit 1; }
-sed -n "s/^__version__ = /torch /p" "$folder/torch/version.py"
+[ -d "$folder/torch" ] || "$python" -m pip install --quiet --target "$folder" "torch==$version"
+built=$(mktemp -d)
+trap 'rm -rf "$built"' EXIT
+export PYTHONPATH="$folder:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 sed -n 's/^#define NCCL_\(MAJOR\|MINOR\|PATCH\)/nccl \1/p' "$folder/nvidia/nccl/include/nccl.h"
-$compiler --version | sed -n 1p
-objects=$(mktemp -d)
-trap 'rm -rf "$objects"' EXIT
-flags="-std=c++20 -O1 -fPIC -fopenmp -isystem $folder/torch/include -isystem $folder/torch/include/torch/csrc/api/include
-    -isystem $folder/nvidia/nccl/include -isystem $cuda/include"
-for source in cpp_ext/bindings/*.cpp cpp_ext/comm/*.cpp; do
-    start=$(date +%s)
-    # shellcheck disable=SC2086
-    $compiler $flags -c "$source" -o "$objects/$(basename "$source" .cpp).o"
-    echo "compiled $source in $(($(date +%s) - start)) s"
-done
-for source in cpp_ext/kernels/cuda/*.cu; do
-    start=$(date +%s)
-    "$cuda/bin/nvcc" -std=c++17 -O3 -lineinfo -gencode arch=compute_80,code=sm_80 \
-        -gencode "arch=compute_90,code=[sm_90,compute_90]" -c "$source" -o "$objects/$(basename "$source").o"
-    echo "compiled $source in $(($(date +%s) - start)) s"
-done
+MEGATRON_SAMOE_BUILD=cuda "$python" setup.py --quiet build_ext --build-lib "$built" --build-temp "$built/objects"
 echo "nccl_api.h agrees with nccl.h"
+"$python" - "$built/megatron_samoe/_C.so" <<'PYTHON'
+import sys
+
+import torch
+
+torch.ops.load_library(sys.argv[1])
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("megatron_samoe::")]
+of_cuda = sorted(name.split("::")[1] for name in names if has_kernel(name, "CUDA"))
+print(f"the library loads; {len(of_cuda)} ops have a CUDA kernel: {', '.join(of_cuda)}")
+slots, rows, counts = torch.ops.megatron_samoe.make_permutation(torch.tensor([[1, 0], [1, 1]]), 2)
+assert counts.tolist() == [1, 3] and slots.tolist() == [1, 0, 2, 3], (slots, rows, counts)
+print("its CPU ops run, by", torch.ops.megatron_samoe.instruction_set())
+PYTHON

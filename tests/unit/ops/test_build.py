@@ -21,7 +21,8 @@ def tree(tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "README.md").write_text("x")
     (tmp_path / "cpp_ext" / "common").mkdir(parents=True)
-    shutil.copy(ROOT / "cpp_ext" / "builder.py", tmp_path / "cpp_ext" / "builder.py")
+    for path in (ROOT / "cpp_ext").glob("*.py"):
+        shutil.copy(path, tmp_path / "cpp_ext")
     shutil.copy(ROOT / "cpp_ext" / "common" / "build_record.cpp", tmp_path / "cpp_ext" / "common")
     (tmp_path / "megatron_samoe").mkdir()
     (tmp_path / "megatron_samoe" / "__init__.py").write_text('__version__ = "0"\n')
