@@ -10,41 +10,41 @@
 #include <functional>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
-#include "../common/check.h"
 #include "../kernels/cpu/expert_plan.h"
 #include "../kernels/kernels.h"
+#include "cpu_backend.h"
+#include "expert_layer.h"
 #include "expert_products.h"
 
 namespace {
 
 using at::Tensor;
+using samoe::CpuBackend;
 using samoe::DType;
 using samoe::LentMemory;
+using samoe::MainGrads;
 using samoe::Matrix;
 using samoe::WorkMemory;
 using samoe::cpu::ExpertPlan;
 using samoe::cpu::ExpertTask;
 
-DType dtype_of(const Tensor& tensor) { return tensor.scalar_type() == at::kFloat ? DType::f32 : DType::bf16; }
-
 // The tensor's trailing elements as rows x columns, at element `start`.
 Matrix part_of(const Tensor& tensor, int64_t start, int64_t rows, int64_t columns) {
   char* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
-  return {data + start * static_cast<int64_t>(tensor.element_size()), dtype_of(tensor), rows, columns, columns};
+  return {data + start * static_cast<int64_t>(tensor.element_size()), samoe::dtype_of(tensor), rows, columns, columns};
 }
 
-struct Layer {
-  Tensor w1, w2;
-  std::optional<Tensor> b1, b2;
-  bool gated;
-  std::vector<int64_t> rows;
-  int64_t total, hidden, width, up;  // R, H, F, and F or 2 F
-  DType dtype;                       // of all tensors but main gradients
-  DType work;                        // of what lies between the products
+// The layer as one expert's matrices.
+struct Layer : samoe::ExpertLayer {
+  DType work;  // of what lies between the products
 
-  int64_t num_experts() const { return static_cast<int64_t>(rows.size()); }
+  explicit Layer(samoe::ExpertLayer layer) : ExpertLayer(std::move(layer)) {
+    work = dtype == DType::bf16 && samoe::widens_bf16() ? DType::f32 : dtype;
+  }
+
   Matrix weight1(int64_t e) const { return part_of(w1, e * up * hidden, up, hidden); }
   Matrix weight2(int64_t e) const { return part_of(w2, e * hidden * width, hidden, width); }
   const float* bias1(int64_t e, WorkMemory& memory) const {
@@ -59,37 +59,6 @@ struct Layer {
     return part_of(tensor, begin * tensor.size(1), end - begin, tensor.size(1));
   }
 };
-
-Layer make_layer(const Tensor& x, at::IntArrayRef rows, const Tensor& w1, const Tensor& w2,
-                 const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, bool gated) {
-  samoe::check_rows(x, "x");
-  const auto dtype = x.scalar_type();
-  samoe::check_contiguous(w1, "w1", gated ? 4 : 3, dtype);
-  samoe::check_contiguous(w2, "w2", 3, dtype);
-  const int64_t experts = static_cast<int64_t>(rows.size()), hidden = x.size(1), width = w2.size(2);
-  const int64_t up = gated ? 2 * width : width;
-  TORCH_CHECK_VALUE(w1.size(0) == experts && w2.size(0) == experts, "rows has ", experts, " experts, w1 ", w1.size(0),
-                    ", w2 ", w2.size(0));
-  TORCH_CHECK_VALUE(!gated || w1.size(1) == 2, "w1 is ", w1.sizes(), "; with a gate it is [e, 2, F, H]");
-  TORCH_CHECK_VALUE(w1.size(-2) == width && w1.size(-1) == hidden && w2.size(1) == hidden, "w1 is ", w1.sizes(),
-                    " and w2 ", w2.sizes(), " for rows of ", hidden);
-  const auto check_bias = [&](const std::optional<Tensor>& b, const char* name, int64_t dims, int64_t num) {
-    if (!b.has_value()) return;
-    samoe::check_contiguous(*b, name, dims, dtype);
-    TORCH_CHECK_VALUE(b->numel() == experts * num, name, " is ", b->sizes(), ", not ", num, " values an expert");
-  };
-  check_bias(b1, "b1", gated ? 3 : 2, up);
-  check_bias(b2, "b2", 2, hidden);
-  int64_t total = 0;
-  for (const int64_t n : rows) {
-    TORCH_CHECK_VALUE(n >= 0, "an expert has ", n, " rows");
-    total += n;
-  }
-  TORCH_CHECK_VALUE(total == x.size(0), "rows sums to ", total, ", x has ", x.size(0), " rows");
-  const DType own = dtype_of(x);
-  const DType work = own == DType::bf16 && samoe::widens_bf16() ? DType::f32 : own;
-  return {w1, w2, b1, b2, gated, rows.vec(), total, hidden, width, up, own, work};
-}
 
 // Runs all tasks, each thread taking the next one when it is free; then the second list.
 void run_plan(const ExpertPlan& plan, int num_threads, const std::function<void(const ExpertTask&, WorkMemory&)>& run) {
@@ -131,7 +100,8 @@ ExpertPlan plan_for(const Layer& layer, int num_threads, bool backward) {
 std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, at::IntArrayRef rows, const Tensor& w1, const Tensor& w2,
                                        const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, bool gated,
                                        bool keep_hidden) {
-  const Layer layer = make_layer(x, rows, w1, w2, b1, b2, gated);
+  const CpuBackend backend(x, "x");
+  const Layer layer(samoe::check_expert_layer(backend, x, rows, w1, w2, b1, b2, gated));
   Tensor y = at::empty({layer.total, layer.hidden}, x.options());
   Tensor hidden = at::empty({keep_hidden ? layer.total : 0, layer.up}, x.options());
   const int num_threads = threads_for(layer);
@@ -152,27 +122,6 @@ std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, at::IntArrayRef rows, co
                                  Layer::rows_of(y, task.begin, task.end), memory);
   });
   return {y, hidden};
-}
-
-// Main gradients, fp32, in the shapes of the weights.
-struct MainGrads {
-  Tensor w1, w2;
-  std::optional<Tensor> b1, b2;
-};
-
-void check_grads(const Layer& layer, const MainGrads& grads) {
-  const auto check = [](const Tensor& grad, const char* name, at::IntArrayRef sizes) {
-    samoe::check_contiguous(grad, name, static_cast<int64_t>(sizes.size()), at::kFloat);
-    TORCH_CHECK_VALUE(grad.sizes() == sizes, name, " is ", grad.sizes(), ", its weight ", sizes);
-  };
-  check(grads.w1, "dw1", layer.w1.sizes());
-  check(grads.w2, "dw2", layer.w2.sizes());
-  const int64_t e = layer.num_experts();
-  if (grads.b1.has_value()) {
-    samoe::check_contiguous(*grads.b1, "db1", grads.b1->dim(), at::kFloat);
-    TORCH_CHECK_VALUE(grads.b1->numel() == e * layer.up, "db1 is ", grads.b1->sizes());
-  }
-  if (grads.b2.has_value()) check(*grads.b2, "db2", {e, layer.hidden});
 }
 
 class Backward {
@@ -287,14 +236,10 @@ Tensor grouped_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& hid
                             const Tensor& w1, const Tensor& w2, const std::optional<Tensor>& b1, bool gated,
                             const Tensor& dw1, const Tensor& dw2, const std::optional<Tensor>& db1,
                             const std::optional<Tensor>& db2) {
-  const Layer layer = make_layer(x, rows, w1, w2, b1, std::nullopt, gated);
-  samoe::check_contiguous(dy, "dy", 2, x.scalar_type());
-  samoe::check_contiguous(hidden, "hidden", 2, x.scalar_type());
-  TORCH_CHECK_VALUE(dy.sizes() == x.sizes(), "dy is ", dy.sizes(), ", x ", x.sizes());
-  TORCH_CHECK_VALUE(hidden.size(0) == layer.total && hidden.size(1) == layer.up, "hidden is ", hidden.sizes(), ", not [",
-                    layer.total, ", ", layer.up, "]");
+  const CpuBackend backend(x, "x");
+  const Layer layer(samoe::check_expert_layer(backend, x, rows, w1, w2, b1, std::nullopt, gated));
   const MainGrads grads{dw1, dw2, db1, db2};
-  check_grads(layer, grads);
+  samoe::check_backward(backend, layer, dy, x, hidden, grads);
   Tensor dx = at::empty(x.sizes(), x.options());
   Backward(layer, dy, x, hidden, grads, dx).run();
   return dx;

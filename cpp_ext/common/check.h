@@ -6,24 +6,56 @@
 
 namespace samoe {
 
+// The checks of one call of an op, for every backend: all its tensors lie on one device.
+class TensorChecks {
+ public:
+  explicit TensorChecks(c10::Device device) : device_(device) {}
+  // On the device of the call's first tensor, which must be of the backend's type.
+  TensorChecks(c10::DeviceType type, const at::Tensor& first, const char* name) : device_(first.device()) {
+    TORCH_CHECK(device_.type() == type, name, " is on ", device_, "; this op takes tensors on ", type);
+  }
+
+  c10::Device device() const { return device_; }
+
+  // The name may come in pieces: check_device(tensor, "grads[", i, "]").
+  template <typename... Name>
+  void check_device(const at::Tensor& tensor, const Name&... name) const {
+    TORCH_CHECK(tensor.device() == device_, name..., " is on ", tensor.device(), "; this op takes tensors on ", device_);
+  }
+
+  void check_tensor(const at::Tensor& tensor, const char* name, int64_t dims, at::ScalarType dtype) const {
+    check_device(tensor, name);
+    TORCH_CHECK(tensor.dim() == dims, name, " has ", tensor.dim(), " dims, not ", dims);
+    TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " is ", tensor.scalar_type(), ", not ", dtype);
+  }
+
+  void check_contiguous(const at::Tensor& tensor, const char* name, int64_t dims, at::ScalarType dtype) const {
+    check_tensor(tensor, name, dims, dtype);
+    TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous");
+  }
+
+  void check_rows(const at::Tensor& tensor, const char* name) const {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16, name, " is ",
+                     tensor.scalar_type(), ", not Float or BFloat16");
+    check_contiguous(tensor, name, 2, tensor.scalar_type());
+  }
+
+ private:
+  c10::Device device_;
+};
+
+// The same checks for ops of the CPU alone.
 inline void check_tensor(const at::Tensor& tensor, const char* name, int64_t dims, at::ScalarType dtype) {
-  TORCH_CHECK(tensor.device().is_cpu(), name, " is on ", tensor.device(), "; this op takes CPU tensors");
-  TORCH_CHECK(tensor.dim() == dims, name, " has ", tensor.dim(), " dims, not ", dims);
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " is ", tensor.scalar_type(), ", not ", dtype);
+  TensorChecks(c10::kCPU).check_tensor(tensor, name, dims, dtype);
 }
-
 inline void check_contiguous(const at::Tensor& tensor, const char* name, int64_t dims, at::ScalarType dtype) {
-  check_tensor(tensor, name, dims, dtype);
-  TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous");
+  TensorChecks(c10::kCPU).check_contiguous(tensor, name, dims, dtype);
 }
-
 inline void check_rows(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16, name, " is ",
-                   tensor.scalar_type(), ", not Float or BFloat16");
-  check_contiguous(tensor, name, 2, tensor.scalar_type());
+  TensorChecks(c10::kCPU).check_rows(tensor, name);
 }
 
-// Every entry must name a row: a wrong index would read foreign memory.
+// Every entry of an index in host memory must name a row: a wrong one would read foreign memory.
 inline void check_index(const at::Tensor& index, const char* name, int64_t low, int64_t high) {
   const int64_t* values = index.const_data_ptr<int64_t>();
   const int64_t num = index.numel();

@@ -8,26 +8,10 @@ from torch import Tensor
 
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw, serves
+from tests.harness.op_checks import RATES, adamw_runs, check_adamw, set_gradients
 
-RATES = AdamWRates(lr=0.02, beta1=0.85, beta2=0.97, eps=1e-6, weight_decay=0.2)
 SIZES = [0, 1, 7, 16, 513, 40_000]
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
-
-
-def make_runs(dtype: torch.dtype, bf16_weights: bool) -> list[AdamWRun]:
-    generator = torch.Generator().manual_seed(1)
-    runs = []
-    for number, size in enumerate(SIZES):
-        master = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
-        weight = master.bfloat16() if bf16_weights and number % 2 else None
-        runs.append(AdamWRun(master, weight, *(torch.zeros_like(master) for _ in range(3))))
-    return runs
-
-
-def set_gradients(runs: list[AdamWRun], step: int) -> None:
-    generator = torch.Generator().manual_seed(100 + step)
-    for run in runs:
-        run.grad.copy_(torch.randn(run.grad.shape, generator=generator, dtype=torch.float64))
 
 
 def steps(runs: list[AdamWRun], number: int) -> None:
@@ -38,26 +22,7 @@ def steps(runs: list[AdamWRun], number: int) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)], ids=str)
 def test_steps_equal_torchs(dtype: torch.dtype, tolerance: float) -> None:
-    runs = make_runs(dtype, bf16_weights=True)
-    theirs = [run.master.clone().requires_grad_() for run in runs]
-    optimizer = torch.optim.AdamW(
-        theirs, lr=RATES.lr, betas=(RATES.beta1, RATES.beta2), eps=RATES.eps, weight_decay=RATES.weight_decay
-    )
-    for step in range(1, 7):
-        set_gradients(runs, step)
-        for run, p in zip(runs, theirs, strict=True):
-            p.grad = run.grad.clone()
-        adamw(runs, RATES, step)
-        optimizer.step()
-        for run, p in zip(runs, theirs, strict=True):
-            torch.testing.assert_close(run.master, p.detach(), rtol=tolerance, atol=tolerance)
-            if run.weight is not None:
-                assert torch.equal(run.weight, run.master.bfloat16())
-    for run, p in zip(runs, theirs, strict=True):
-        for moment in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(
-                getattr(run, moment), optimizer.state[p][moment], rtol=10 * tolerance, atol=tolerance
-            )
+    check_adamw(SIZES, dtype, tolerance)
 
 
 @needs_library
@@ -67,7 +32,7 @@ def test_the_twin_and_any_number_of_threads_agree(monkeypatch: pytest.MonkeyPatc
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            runs = make_runs(torch.float32, bf16_weights=True)
+            runs = adamw_runs(SIZES, torch.float32, bf16_weights=True)
             steps(runs, 3)
             results.append([run.master for run in runs])
     finally:
@@ -75,7 +40,7 @@ def test_the_twin_and_any_number_of_threads_agree(monkeypatch: pytest.MonkeyPatc
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     monkeypatch.setattr(extension, "load", lambda: False)
-    twins = make_runs(torch.float32, bf16_weights=True)
+    twins = adamw_runs(SIZES, torch.float32, bf16_weights=True)
     assert not serves(twins)
     steps(twins, 3)
     for ours, twin in zip(results[0], twins, strict=True):
@@ -84,7 +49,7 @@ def test_the_twin_and_any_number_of_threads_agree(monkeypatch: pytest.MonkeyPatc
 
 @needs_library
 def test_an_elements_bits_do_not_depend_on_where_it_lies() -> None:
-    (run,) = [run for run in make_runs(torch.float32, False) if run.master.numel() == 513]
+    (run,) = [run for run in adamw_runs(SIZES, torch.float32, False) if run.master.numel() == 513]
     run.grad.normal_(generator=torch.Generator().manual_seed(3))
     tensors = (run.master, run.grad, run.exp_avg, run.exp_avg_sq)
     parts = [
@@ -97,7 +62,7 @@ def test_an_elements_bits_do_not_depend_on_where_it_lies() -> None:
 
 
 def test_the_gradient_scale_is_a_factor_on_gradients() -> None:
-    scaled, plain = make_runs(torch.float32, False), make_runs(torch.float32, False)
+    scaled, plain = adamw_runs(SIZES, torch.float32, False), adamw_runs(SIZES, torch.float32, False)
     set_gradients(scaled, 1)
     set_gradients(plain, 1)
     for run in plain:
@@ -110,7 +75,7 @@ def test_the_gradient_scale_is_a_factor_on_gradients() -> None:
 
 @needs_library
 def test_numbers_that_are_none_stay_seen() -> None:
-    (run,) = [run for run in make_runs(torch.float32, False) if run.master.numel() == 513]
+    (run,) = [run for run in adamw_runs(SIZES, torch.float32, False) if run.master.numel() == 513]
     run.grad.normal_()
     run.grad[5], run.grad[512] = torch.nan, torch.inf
     adamw([run], RATES, 1)

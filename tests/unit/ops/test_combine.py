@@ -7,39 +7,13 @@ from hypothesis import strategies as st
 
 from megatron_samoe.ops import reference
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
-
-
-def _inputs(num_layers, num_groups, num_banks, num_elements, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    coefficients_LGP = torch.randn(num_layers, num_groups, num_banks, generator=generator, dtype=dtype)
-    banks_PGN = torch.randn(num_banks, num_groups, num_elements, generator=generator, dtype=dtype)
-    dW_LGN = torch.randn(num_layers, num_groups, num_elements, generator=generator, dtype=dtype)
-    return coefficients_LGP, banks_PGN, dW_LGN
-
-
-def _check(coefficients_LGP, banks_PGN, dW_LGN):
-    exact = reference.combine_banks(coefficients_LGP.double(), banks_PGN.double(), torch.float64)
-    bound = coefficients_LGP.double().abs()
-    scale = reference.combine_banks(bound, banks_PGN.double().abs(), torch.float64)
-    for dtype, unit in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
-        got = combine_banks(coefficients_LGP, banks_PGN, out_dtype=dtype)
-        assert got.dtype == dtype and got.shape == dW_LGN.shape
-        assert ((got.double() - exact).abs() <= unit * scale + 1e-30).all()
-    start_PGN = torch.randn(banks_PGN.shape, generator=torch.Generator().manual_seed(9))
-    dbanks_PGN = start_PGN.clone()
-    dcoefficients_LGP = combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN, dbanks_PGN)
-    exact_dbanks, exact_dcoefficients = reference.combine_banks_backward(
-        coefficients_LGP.double(), banks_PGN.double(), dW_LGN.double()
-    )
-    torch.testing.assert_close(dbanks_PGN.double(), start_PGN.double() + exact_dbanks, rtol=1e-5, atol=1e-5)
-    root = max(1, banks_PGN.shape[2]) ** 0.5
-    torch.testing.assert_close(dcoefficients_LGP.double(), exact_dcoefficients, rtol=1e-5, atol=2e-6 * root)
+from tests.harness.op_checks import check_combine, combine_inputs
 
 
 @pytest.mark.parametrize("num_elements", [0, 1, 7, 257, 1024, 17_000])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (12, 1, 4), (3, 2, 8), (5, 3, 2), (1, 2, 11), (2, 1, 20)])
 def test_equals_the_twin(shape, num_elements):
-    _check(*_inputs(*shape, num_elements))
+    check_combine(*combine_inputs(*shape, num_elements))
 
 
 @given(
@@ -52,19 +26,19 @@ def test_equals_the_twin(shape, num_elements):
 )
 @settings(deadline=None, max_examples=80)
 def test_equals_the_twin_for_any_shape(num_layers, num_groups, num_banks, num_elements, zeros, seed):
-    coefficients_LGP, banks_PGN, dW_LGN = _inputs(num_layers, num_groups, num_banks, num_elements, seed)
+    coefficients_LGP, banks_PGN, dW_LGN = combine_inputs(num_layers, num_groups, num_banks, num_elements, seed)
     if zeros:
         coefficients_LGP[coefficients_LGP < 0.3] = 0.0
-    _check(coefficients_LGP, banks_PGN, dW_LGN)
+    check_combine(coefficients_LGP, banks_PGN, dW_LGN)
 
 
 def test_large_results_written_past_the_cache():
-    _check(*_inputs(6, 2, 4, 400_003))
-    _check(*_inputs(6, 2, 4, 400_016))
+    check_combine(*combine_inputs(6, 2, 4, 400_003))
+    check_combine(*combine_inputs(6, 2, 4, 400_016))
 
 
 def test_strided_banks_outputs_and_gradients():
-    coefficients_LGP, banks_PGN, dW_LGN = _inputs(3, 4, 5, 48)
+    coefficients_LGP, banks_PGN, dW_LGN = combine_inputs(3, 4, 5, 48)
     wide_banks = torch.zeros(5, 4, 100)
     wide_banks[:, :, 20:68] = banks_PGN
     strided_banks = wide_banks[:, :, 20:68]
@@ -87,7 +61,7 @@ def test_strided_banks_outputs_and_gradients():
 
 
 def test_one_hot_coefficients_copy_their_bank():
-    _, banks_PGN, _ = _inputs(1, 3, 4, 100)
+    _, banks_PGN, _ = combine_inputs(1, 3, 4, 100)
     coefficients_LGP = torch.eye(4)[[2, 0, 3]][:, None, :].expand(3, 3, 4).contiguous()
     assert torch.equal(combine_banks(coefficients_LGP, banks_PGN), banks_PGN[[2, 0, 3]])
     assert torch.equal(combine_banks(torch.zeros(3, 3, 4), banks_PGN), torch.zeros(3, 3, 100))
@@ -95,7 +69,7 @@ def test_one_hot_coefficients_copy_their_bank():
 
 def test_coefficient_gradient_is_summed_in_double():
     num_elements = 1 << 20
-    coefficients_LGP, banks_PGN, dW_LGN = _inputs(2, 1, 2, num_elements)
+    coefficients_LGP, banks_PGN, dW_LGN = combine_inputs(2, 1, 2, num_elements)
     banks_PGN = banks_PGN.abs()
     dcoefficients = combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN.abs(), torch.zeros_like(banks_PGN))
     exact = torch.einsum("lgn,pgn->lgp", dW_LGN.abs().double(), banks_PGN.double())
@@ -103,7 +77,7 @@ def test_coefficient_gradient_is_summed_in_double():
 
 
 def test_the_gradients_are_those_of_autograd_in_double():
-    coefficients_LGP, banks_PGN, dW_LGN = _inputs(3, 2, 4, 5, dtype=torch.float64)
+    coefficients_LGP, banks_PGN, dW_LGN = combine_inputs(3, 2, 4, 5, dtype=torch.float64)
     a, t = coefficients_LGP.clone().requires_grad_(), banks_PGN.clone().requires_grad_()
     reference.combine_banks(a, t, torch.float64).backward(dW_LGN)
     dbanks_PGN = torch.zeros_like(banks_PGN)
@@ -113,7 +87,7 @@ def test_the_gradients_are_those_of_autograd_in_double():
 
 
 def test_the_result_does_not_depend_on_threads():
-    arguments = _inputs(4, 2, 4, 50_000)
+    arguments = combine_inputs(4, 2, 4, 50_000)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -129,7 +103,7 @@ def test_the_result_does_not_depend_on_threads():
 
 
 def test_bad_shapes_are_named():
-    coefficients_LGP, banks_PGN, dW_LGN = _inputs(3, 2, 4, 5)
+    coefficients_LGP, banks_PGN, dW_LGN = combine_inputs(3, 2, 4, 5)
     with pytest.raises(ValueError, match=r"\[4, 2, N\] fits"):
         combine_banks(coefficients_LGP, banks_PGN[:3])
     with pytest.raises(ValueError, match="out_LGN"):

@@ -6,53 +6,31 @@ import torch.nn.functional as functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_samoe.ops import extension, reference
+from megatron_samoe.ops import extension
 from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
-
-
-def _inputs(num_tokens, width, first_id, seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    logits_TV = (torch.randn(num_tokens, width, generator=generator) * 4).to(dtype)
-    labels_T = torch.randint(0, first_id + width + 5, (num_tokens,), generator=generator)
-    dloss_T = torch.randn(num_tokens, generator=generator)
-    return logits_TV, labels_T, dloss_T
-
-
-def _check(num_tokens, width, first_id, seed, dtype):
-    logits_TV, labels_T, dloss_T = _inputs(num_tokens, width, first_id, seed, dtype)
-    exact = reference.cross_entropy_parts(logits_TV.double(), labels_T, first_id)
-    got = cross_entropy_parts(logits_TV, labels_T, first_id)
-    for part, expected in zip(got, exact, strict=True):
-        assert part.dtype == torch.float32
-        torch.testing.assert_close(part.double(), expected, rtol=2e-6, atol=1e-6)
-    logsumexp_T = exact[0] + exact[1].log()
-    dlogits_TV = cross_entropy_backward(logits_TV, labels_T, first_id, logsumexp_T.float(), dloss_T)
-    assert dlogits_TV.dtype == dtype
-    expected = reference.cross_entropy_backward(logits_TV.double(), labels_T, first_id, logsumexp_T, dloss_T.double())
-    tolerance = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-5}
-    torch.testing.assert_close(dlogits_TV.double(), expected, **tolerance)
+from tests.harness.op_checks import check_cross_entropy, cross_entropy_inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 513])
 @pytest.mark.parametrize("width, first_id", [(1, 0), (5, 3), (64, 0), (257, 100), (5003, 0), (0, 12)])
 def test_equals_the_twin(num_tokens, width, first_id, dtype):
-    _check(num_tokens, width, first_id, num_tokens + width, dtype)
+    check_cross_entropy(num_tokens, width, first_id, num_tokens + width, dtype)
 
 
 @given(st.integers(0, 40), st.integers(0, 300), st.integers(0, 50), st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(deadline=None, max_examples=60)
 def test_equals_the_twin_for_any_shape(num_tokens, width, first_id, dtype):
-    _check(num_tokens, width, first_id, 3, dtype)
+    check_cross_entropy(num_tokens, width, first_id, 3, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_written_past_the_cache(dtype):
-    _check(700, 16_384, 0, 1, dtype)
+    check_cross_entropy(700, 16_384, 0, 1, dtype)
 
 
 def test_equals_torchs_loss_and_gradient():
-    logits_TV, labels_T, dloss_T = _inputs(33, 1001, 0, 2)
+    logits_TV, labels_T, dloss_T = cross_entropy_inputs(33, 1001, 0, 2)
     labels_T = labels_T.clamp(max=1000)
     logits_TV.requires_grad_()
     loss_T = functional.cross_entropy(logits_TV, labels_T, reduction="none")
@@ -64,7 +42,7 @@ def test_equals_torchs_loss_and_gradient():
 
 
 def test_parts_of_the_vocabulary_join():
-    logits_TV, labels_T, dloss_T = _inputs(40, 90, 0, 3)
+    logits_TV, labels_T, dloss_T = cross_entropy_inputs(40, 90, 0, 3)
     labels_T = labels_T.clamp(max=89)
     cuts = [(0, 30), (30, 30), (30, 77), (77, 90)]
     parts = [cross_entropy_parts(logits_TV[:, a:b], labels_T, a) for a, b in cuts]
@@ -90,7 +68,7 @@ def test_extreme_and_not_a_number_logits():
 
 
 def test_double_goes_through_the_twin():
-    logits_TV, labels_T, dloss_T = _inputs(9, 31, 0, 4, torch.float64)
+    logits_TV, labels_T, dloss_T = cross_entropy_inputs(9, 31, 0, 4, torch.float64)
     peak_T, sum_T, _ = cross_entropy_parts(logits_TV, labels_T)
     assert peak_T.dtype == sum_T.dtype == torch.float64
     lse_T = sum_T.log() + peak_T
@@ -107,7 +85,7 @@ def test_bad_labels_are_refused():
 @pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 def test_schema_and_fake():
     ops = torch.ops.megatron_samoe
-    logits_TV, labels_T, dloss_T = _inputs(5, 20, 0, 0)
+    logits_TV, labels_T, dloss_T = cross_entropy_inputs(5, 20, 0, 0)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.cross_entropy_parts.default, (logits_TV, labels_T, 0), test_utils=checks)
     arguments = (logits_TV, labels_T, 0, torch.ones(5), dloss_T)

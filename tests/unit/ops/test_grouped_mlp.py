@@ -10,72 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_samoe.ops import extension, reference
-from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
-
-
-def make_weights(E: int, F: int, H: int, activation: str, bias: bool, dtype: torch.dtype) -> ExpertWeights:
-    up = (2, F) if activation == "swiglu" else (F,)
-
-    def new(*shape: int) -> Tensor:
-        return (torch.randn(shape, dtype=torch.float64) * 0.4).to(dtype).requires_grad_()
-
-    return ExpertWeights(new(E, *up, H), new(E, H, F), new(E, *up) if bias else None, new(E, H) if bias else None)
-
-
-def twin(x_RH: Tensor, rows: list[int], w: ExpertWeights, activation: str) -> Tensor:
-    return reference.grouped_mlp(x_RH, rows, w.w1, w.w2, w.b1, w.b2, activation == "swiglu")
-
-
-def routed_rows(num_tokens: int, topk: int, num_experts: int, seed: int) -> list[int]:
-    """Returns rows per expert of tokens that each chose topk experts, the first experts more often than the last."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.arange(num_experts, 0, -1, dtype=torch.float64)
-    weights[num_experts // 2] = 1e-9  # nearly never chosen
-    if num_tokens == 0:
-        return [0] * num_experts
-    ids = torch.multinomial(weights.expand(num_tokens, -1), topk, generator=generator)
-    return torch.bincount(ids.flatten(), minlength=num_experts).tolist()
-
-
-def compare(
-    rows: list[int], F: int, H: int, activation: Any, bias: bool, dtype: torch.dtype, tolerance: float, main_grads: bool
-) -> None:
-    weights = make_weights(len(rows), F, H, activation, bias, dtype)
-    x = torch.randn(sum(rows), H, dtype=torch.float64).to(dtype).requires_grad_()
-    dy = torch.randn(sum(rows), H, dtype=torch.float64).to(dtype)
-    exact = weights.map(lambda t: t.detach().double().requires_grad_())
-    exact_x = x.detach().double().requires_grad_()
-    expected = twin(exact_x, rows, exact, activation)
-    expected.backward(dy.double())
-
-    grads = None
-    repeats = 1
-    if main_grads:
-        wide = torch.promote_types(dtype, torch.float32)
-        grads, repeats = weights.map(lambda t: torch.ones_like(t, dtype=wide, requires_grad=False)), 2
-    for _ in range(repeats):
-        x.grad = None
-        y = grouped_mlp(x, rows, weights, activation, grads)
-        assert y.dtype == dtype
-        y.backward(dy)
-
-    def check(name: str, actual: Tensor, wanted: Tensor) -> None:
-        scale = max(1.0, float(wanted.detach().abs().max())) if wanted.numel() else 1.0
-        torch.testing.assert_close(
-            actual.double(), wanted.detach(), rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{name}: {m}"
-        )
-
-    check("y", y, expected)
-    check("dx", x.grad, exact_x.grad)
-    for name, weight in weights.items():
-        gradient = getattr(exact, name).grad
-        if grads is None:
-            check(name, weight.grad, gradient)
-        else:
-            assert weight.grad is None, "autograd gets no second gradient"
-            check(name, getattr(grads, name), 1 + repeats * gradient)
-
+from megatron_samoe.ops import extension
+from megatron_samoe.ops.grouped_mlp import grouped_mlp
+from tests.harness.op_checks import check_grouped_mlp, expert_weights, grouped_mlp_twin, routed_rows
 
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 DTYPES = [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 4e-2)]
@@ -91,7 +28,7 @@ def test_output_and_gradients_equal_autograds(
     rows: list[int], F: int, H: int, activation: str, bias: bool, main_grads: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
     torch.manual_seed(0)
-    compare(rows, F, H, activation, bias, dtype, tolerance, main_grads)
+    check_grouped_mlp(rows, F, H, activation, bias, dtype, tolerance, main_grads)
 
 
 @settings(deadline=None, max_examples=40)
@@ -101,17 +38,17 @@ def test_output_and_gradients_equal_autograds(
 )  # fmt: skip
 def test_any_shape(rows: list[int], F: int, H: int, activation: str, bias: bool, main_grads: bool) -> None:
     torch.manual_seed(1)
-    compare(rows, F, H, activation, bias, torch.float64, 1e-11, main_grads)
+    check_grouped_mlp(rows, F, H, activation, bias, torch.float64, 1e-11, main_grads)
 
 
 def test_main_gradients_are_filled_even_if_the_input_needs_none() -> None:
     torch.manual_seed(2)
-    weights = make_weights(2, 4, 3, "gelu", True, torch.float64).map(Tensor.detach)
+    weights = expert_weights(2, 4, 3, "gelu", True, torch.float64).map(Tensor.detach)
     grads = weights.map(torch.zeros_like)
     x, dy = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     grouped_mlp(x, [2, 3], weights, "gelu", grads).backward(dy)
     exact = weights.map(lambda t: t.clone().requires_grad_())
-    twin(x, [2, 3], exact, "gelu").backward(dy)
+    grouped_mlp_twin(x, [2, 3], exact, "gelu").backward(dy)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, getattr(exact, name).grad, rtol=1e-11, atol=1e-12)
 
@@ -119,10 +56,10 @@ def test_main_gradients_are_filled_even_if_the_input_needs_none() -> None:
 def test_gradients_of_strided_and_broadcast_outputs() -> None:
     """`y.sum()` gives a gradient of stride 0, a slice one with gaps."""
     torch.manual_seed(3)
-    weights = make_weights(2, 4, 3, "swiglu", True, torch.float64)
+    weights = expert_weights(2, 4, 3, "swiglu", True, torch.float64)
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     y = grouped_mlp(x, [2, 3], weights, "swiglu")
-    z = twin(x, [2, 3], weights, "swiglu")
+    z = grouped_mlp_twin(x, [2, 3], weights, "swiglu")
     for scalar in (lambda t: t.sum(), lambda t: t[:, ::2].square().sum()):
         got = torch.autograd.grad(scalar(y), [x, *(t for _, t in weights.items())], retain_graph=True)
         wanted = torch.autograd.grad(scalar(z), [x, *(t for _, t in weights.items())], retain_graph=True)
@@ -131,7 +68,7 @@ def test_gradients_of_strided_and_broadcast_outputs() -> None:
 
 
 def test_no_gradient_mode_leaves_main_gradients_alone() -> None:
-    weights = make_weights(2, 4, 3, "gelu", True, torch.float32)
+    weights = expert_weights(2, 4, 3, "gelu", True, torch.float32)
     grads = weights.map(torch.zeros_like)
     with torch.no_grad():
         y = grouped_mlp(torch.randn(4, 3), [4, 0], weights, "gelu", grads)
@@ -148,7 +85,7 @@ def test_the_path_without_the_extension(
     monkeypatch.setattr(extension, "serves", lambda *tensors: False)
     torch.manual_seed(4)
     for main_grads in (False, True):
-        compare(rows, 9, 6, activation, True, dtype, tolerance, main_grads)
+        check_grouped_mlp(rows, 9, 6, activation, True, dtype, tolerance, main_grads)
 
 
 @needs_library
@@ -169,7 +106,7 @@ def test_routed_tokens_on_several_threads(
         rows = routed_rows(num_tokens, topk, 9, seed=num_tokens + topk)
         for dtype, tolerance in DTYPES[1:]:
             if dtype == torch.bfloat16 or products == "native":
-                compare(rows, 70, 45, activation, threads != 2, dtype, tolerance, main_grads=True)
+                check_grouped_mlp(rows, 70, 45, activation, threads != 2, dtype, tolerance, main_grads=True)
     finally:
         torch.set_num_threads(before)
 
@@ -183,7 +120,7 @@ def test_all_tokens_to_one_expert(rows: list[int], activation: str) -> None:
     try:
         torch.manual_seed(6)
         for dtype, tolerance in DTYPES[1:]:
-            compare(rows, 190, 70, activation, True, dtype, tolerance, main_grads=True)
+            check_grouped_mlp(rows, 190, 70, activation, True, dtype, tolerance, main_grads=True)
     finally:
         torch.set_num_threads(before)
 
@@ -195,7 +132,7 @@ def test_repeated_calls_give_the_same_bits() -> None:
     try:
         torch.manual_seed(7)
         rows = [400, 3, 0, 90, 41]
-        weights = make_weights(5, 130, 60, "swiglu", True, torch.float32).map(Tensor.detach)
+        weights = expert_weights(5, 130, 60, "swiglu", True, torch.float32).map(Tensor.detach)
         x, dy = torch.randn(sum(rows), 60), torch.randn(sum(rows), 60)
         results = []
         for _ in range(4):
@@ -244,6 +181,6 @@ def test_wrong_tensors_are_refused_before_anything_runs() -> None:
 @needs_library
 def test_an_unknown_kind_of_products_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGATRON_SAMOE_BF16_PRODUCTS", "fp8")
-    weights = make_weights(1, 4, 3, "gelu", False, torch.bfloat16)
+    weights = expert_weights(1, 4, 3, "gelu", False, torch.bfloat16)
     with pytest.raises(ValueError, match="auto, native, fp32"):
         grouped_mlp(torch.randn(2, 3).bfloat16(), [2], weights, "gelu")

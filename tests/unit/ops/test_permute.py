@@ -8,45 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_samoe.ops import extension, reference
 from megatron_samoe.ops.permute import gather_rows, invert_index, make_permutation, permute, unpermute
-
-TOLERANCE = {torch.float32: {"rtol": 2e-6, "atol": 2e-6}, torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3}}
-
-
-def _random_ids(num_tokens, topk, num_experts, drop, seed):
-    generator = torch.Generator().manual_seed(seed)
-    ids_TK = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :topk].contiguous()
-    if drop:
-        ids_TK[torch.rand(num_tokens, topk, generator=generator) < 0.3] = -1
-    return ids_TK
-
-
-def _check_against_the_twin(ids_TK, num_experts, hidden, dtype):
-    num_tokens, topk = ids_TK.shape
-    generator = torch.Generator().manual_seed(5)
-    x_TH = torch.randn(num_tokens, hidden, generator=generator).to(dtype).requires_grad_()
-    probs_TK = torch.rand(num_tokens, topk, generator=generator).requires_grad_()
-    permutation = make_permutation(ids_TK, num_experts)
-    rows_NH = permute(x_TH, permutation)
-    drows_NH = torch.randn(permutation.num_rows, hidden, generator=generator).to(dtype)
-    expected_rows = reference.permute(x_TH, permutation.slot_of_row_N, topk)
-    assert torch.equal(rows_NH, expected_rows)
-    got = torch.autograd.grad(rows_NH, x_TH, drows_NH)[0]
-    expected = torch.autograd.grad(expected_rows, x_TH, drows_NH)[0]
-    assert got.dtype == dtype
-    torch.testing.assert_close(got, expected, **TOLERANCE[dtype])
-
-    rows_NH = torch.randn(permutation.num_rows, hidden, generator=generator).to(dtype).requires_grad_()
-    dy_TH = torch.randn(num_tokens, hidden, generator=generator).to(dtype)
-    y_TH = unpermute(rows_NH, probs_TK, permutation)
-    expected_y = reference.unpermute(rows_NH, probs_TK, permutation.slot_of_row_N)
-    assert y_TH.dtype == dtype
-    torch.testing.assert_close(y_TH, expected_y, **TOLERANCE[dtype])
-    drows, dprobs = torch.autograd.grad(y_TH, (rows_NH, probs_TK), dy_TH)
-    expected_drows, expected_dprobs = torch.autograd.grad(expected_y, (rows_NH, probs_TK), dy_TH)
-    torch.testing.assert_close(drows, expected_drows, **TOLERANCE[dtype])
-    # A dot product of `hidden` terms: fp32 in both, summed in another order.
-    torch.testing.assert_close(dprobs, expected_dprobs, rtol=1e-4, atol=1e-5 * max(1, hidden) ** 0.5)
-    assert (dprobs[ids_TK < 0] == 0).all()
+from tests.harness.op_checks import check_rows, random_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,12 +16,12 @@ def _check_against_the_twin(ids_TK, num_experts, hidden, dtype):
 @pytest.mark.parametrize("topk, num_experts, hidden", [(1, 4, 1), (2, 8, 17), (2, 64, 64), (8, 9, 100), (3, 5, 256)])
 @pytest.mark.parametrize("drop", [False, True])
 def test_equals_the_twin(num_tokens, topk, num_experts, hidden, drop, dtype):
-    _check_against_the_twin(_random_ids(num_tokens, topk, num_experts, drop, num_tokens), num_experts, hidden, dtype)
+    check_rows(random_ids(num_tokens, topk, num_experts, drop, num_tokens), num_experts, hidden, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_larger_than_the_cache(dtype):
-    _check_against_the_twin(_random_ids(4100, 2, 8, True, 1), 8, 1104, dtype)
+    check_rows(random_ids(4100, 2, 8, True, 1), 8, 1104, dtype)
 
 
 @pytest.mark.parametrize("expert", [0, 3, -1])
@@ -68,7 +30,7 @@ def test_all_tokens_to_one_expert_or_to_none(expert):
     permutation = make_permutation(ids_TK, 4)
     assert permutation.num_rows == (0 if expert < 0 else 50)
     assert int(permutation.counts_E.sum()) == permutation.num_rows
-    _check_against_the_twin(ids_TK, 4, 32, torch.float32)
+    check_rows(ids_TK, 4, 32, torch.float32)
 
 
 @given(
@@ -91,7 +53,7 @@ def test_the_permutation_is_a_stable_sort(num_experts, slots, topk):
 
 
 def test_a_large_permutation_cut_over_threads_equals_the_twin():
-    ids_TK = _random_ids(60_000, 2, 16, True, 2)
+    ids_TK = random_ids(60_000, 2, 16, True, 2)
     threads = torch.get_num_threads()
     try:
         for num_threads in (1, 2, 5):
@@ -120,7 +82,7 @@ def test_gather_rows_and_its_inverse(dtype):
 
 
 def test_gradcheck_in_double():
-    permutation = make_permutation(_random_ids(6, 2, 4, True, 0), 4)
+    permutation = make_permutation(random_ids(6, 2, 4, True, 0), 4)
     generator = torch.Generator().manual_seed(0)
     x_TH = torch.randn(6, 3, dtype=torch.float64, generator=generator, requires_grad=True)
     rows_NH = torch.randn(permutation.num_rows, 3, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -130,7 +92,7 @@ def test_gradcheck_in_double():
 
 
 def test_expanded_and_strided_tensors():
-    permutation = make_permutation(_random_ids(10, 2, 4, False, 0), 4)
+    permutation = make_permutation(random_ids(10, 2, 4, False, 0), 4)
     x_HT = torch.randn(8, 10, generator=torch.Generator().manual_seed(0), requires_grad=True)
     probs_TK = torch.full((10, 2), 0.5)
     y_TH = unpermute(permute(x_HT.t(), permutation), probs_TK, permutation)
@@ -141,7 +103,7 @@ def test_expanded_and_strided_tensors():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_under_recompute(use_reentrant):
-    permutation = make_permutation(_random_ids(10, 2, 4, True, 0), 4)
+    permutation = make_permutation(random_ids(10, 2, 4, True, 0), 4)
     x_TH = torch.randn(10, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     probs_TK = torch.rand(10, 2, generator=torch.Generator().manual_seed(1), requires_grad=True)
 

@@ -10,43 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_samoe.ops import extension, reference
 from megatron_samoe.ops.topk_gate import topk_gate
+from tests.harness.op_checks import check_gate
 
 FLAVOURS = list(itertools.product(("softmax", "sigmoid"), (False, True)))
-
-
-def _gradient(gate, logits_TE, weights):
-    """Gradient of a random function of everything differentiable that the gate returns."""
-    x_TE = logits_TE.clone().requires_grad_()
-    probs_TK, _ids, _counts, score_sum_GE, z_sum = gate(x_TE)
-    loss = (probs_TK * weights[0]).sum() + (score_sum_GE * weights[1]).sum() + z_sum * weights[2]
-    return torch.autograd.grad(loss, x_TE)[0]
-
-
-def _compare(logits_TE, topk, score_function, pre_softmax, num_groups):
-    twin_arguments = (topk, score_function == "sigmoid", pre_softmax, num_groups)
-
-    def fast(x_TE):
-        result = topk_gate(x_TE, topk, score_function, pre_softmax, num_groups)
-        return result.probs_TK, result.ids_TK, result.counts_GE, result.score_sum_GE, result.z_sum
-
-    got = fast(logits_TE)
-    expected = reference.topk_gate(logits_TE.double(), *twin_arguments)
-    assert torch.equal(got[1], expected[1]) and torch.equal(got[2], expected[2])
-    for index in (0, 3, 4):
-        assert got[index].dtype == torch.float32 and got[index].shape == expected[index].shape
-        torch.testing.assert_close(got[index].double(), expected[index], rtol=2e-5, atol=1e-6)
-    num_tokens, num_experts = logits_TE.shape
-    generator = torch.Generator().manual_seed(7)
-    weights = [
-        torch.randn(num_tokens, topk, generator=generator),
-        torch.randn(num_groups, num_experts, generator=generator),
-        torch.randn((), generator=generator),
-    ]
-    gradient = _gradient(fast, logits_TE, weights)
-    exact = _gradient(
-        lambda x: reference.topk_gate(x, *twin_arguments), logits_TE.double(), [w.double() for w in weights]
-    )
-    torch.testing.assert_close(gradient.double(), exact, rtol=5e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("score_function, pre_softmax", FLAVOURS)
@@ -54,7 +20,7 @@ def _compare(logits_TE, topk, score_function, pre_softmax, num_groups):
 @pytest.mark.parametrize("topk, num_experts", [(1, 1), (1, 5), (2, 8), (2, 64), (8, 33), (3, 3)])
 def test_equals_the_twin(num_tokens, topk, num_experts, score_function, pre_softmax):
     logits_TE = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(num_tokens + topk)) * 3
-    _compare(logits_TE, topk, score_function, pre_softmax, 1)
+    check_gate(logits_TE, topk, score_function, pre_softmax, 1)
 
 
 @given(
@@ -72,7 +38,7 @@ def test_equals_the_twin_for_any_shape_and_ties(num_groups, group_tokens, num_ex
     logits_TE = torch.randn(num_groups * group_tokens, num_experts, generator=generator)
     if coarse:  # few distinct values, so that ties are the rule
         logits_TE = torch.round(logits_TE)
-    _compare(logits_TE, min(topk, num_experts), *flavour, num_groups)
+    check_gate(logits_TE, min(topk, num_experts), *flavour, num_groups)
 
 
 def test_ties_go_to_the_lowest_expert():

@@ -1,30 +1,33 @@
-// CPU implementation of the optimizer's update: checks, launch.
-#include <ATen/Parallel.h>
+// The optimizer's update for every backend: checks, launch.
+#pragma once
+
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "../common/check.h"
-#include "../kernels/kernels.h"
+#include "arguments.h"
 
-namespace {
+namespace samoe {
+namespace ops {
 
 using at::Tensor;
 
 constexpr int64_t kElementsPerThread = 16384;
 
 // A run may be any view of contiguous memory: its shape does not matter, its order does.
-void check_run(const Tensor& tensor, const char* name, size_t i, int64_t num, at::ScalarType dtype) {
-  TORCH_CHECK(tensor.device().is_cpu(), name, "[", i, "] is on ", tensor.device(), "; this op takes CPU tensors");
+inline void check_run(const TensorChecks& checks, const Tensor& tensor, const char* name, size_t i, int64_t num,
+                      at::ScalarType dtype) {
+  checks.check_device(tensor, name, "[", i, "]");
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, "[", i, "] is ", tensor.scalar_type(), ", not ", dtype);
   TORCH_CHECK(tensor.is_contiguous(), name, "[", i, "] is not contiguous");
   TORCH_CHECK_VALUE(tensor.numel() == num, name, "[", i, "] has ", tensor.numel(), " elements, its master ", num);
 }
 
 // weights are bf16 copies that follow their masters; an empty list where the masters are the weights.
+template <typename B>
 void adamw(at::TensorList masters, at::TensorList weights, at::TensorList grads, at::TensorList exp_avgs,
            at::TensorList exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
            int64_t step, double grad_scale) {
@@ -33,17 +36,19 @@ void adamw(at::TensorList masters, at::TensorList weights, at::TensorList grads,
                     "the lists differ in length: ", masters.size(), ", ", weights.size(), ", ", grads.size(), ", ",
                     exp_avgs.size(), ", ", exp_avg_sqs.size());
   TORCH_CHECK_VALUE(step >= 1, "step = ", step, "; the first is 1");
-  std::vector<samoe::cpu::AdamWRun> runs;
+  if (masters.empty()) return;
+  const B backend(masters[0], "masters[0]");
+  std::vector<cpu::AdamWRun> runs;
   int64_t total = 0;
   for (size_t i = 0; i < masters.size(); ++i) {
     const int64_t num = masters[i].numel();
-    check_run(masters[i], "masters", i, num, at::kFloat);
-    check_run(grads[i], "grads", i, num, at::kFloat);
-    check_run(exp_avgs[i], "exp_avgs", i, num, at::kFloat);
-    check_run(exp_avg_sqs[i], "exp_avg_sqs", i, num, at::kFloat);
+    check_run(backend, masters[i], "masters", i, num, at::kFloat);
+    check_run(backend, grads[i], "grads", i, num, at::kFloat);
+    check_run(backend, exp_avgs[i], "exp_avgs", i, num, at::kFloat);
+    check_run(backend, exp_avg_sqs[i], "exp_avg_sqs", i, num, at::kFloat);
     uint16_t* weight = nullptr;
     if (!weights.empty()) {
-      check_run(weights[i], "weights", i, num, at::kBFloat16);
+      check_run(backend, weights[i], "weights", i, num, at::kBFloat16);
       weight = static_cast<uint16_t*>(weights[i].mutable_data_ptr());
     }
     runs.push_back({masters[i].mutable_data_ptr<float>(), weight, grads[i].const_data_ptr<float>(),
@@ -52,15 +57,17 @@ void adamw(at::TensorList masters, at::TensorList weights, at::TensorList grads,
   }
   const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(step));
   const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(step));
-  const int64_t useful = std::max<int64_t>(1, total / kElementsPerThread);
-  samoe::cpu::kernels().adamw({runs.data(), static_cast<int64_t>(runs.size()), static_cast<float>(1.0 - lr * weight_decay),
-                               static_cast<float>(beta1), static_cast<float>(beta2), static_cast<float>(eps),
-                               static_cast<float>(1.0 - beta1), static_cast<float>(1.0 - beta2),
-                               static_cast<float>(lr / correction1), static_cast<float>(1.0 / std::sqrt(correction2)),
-                               static_cast<float>(grad_scale),
-                               static_cast<int>(std::min<int64_t>(useful, at::get_num_threads()))});
+  backend.adamw({runs.data(), static_cast<int64_t>(runs.size()), static_cast<float>(1.0 - lr * weight_decay),
+                 static_cast<float>(beta1), static_cast<float>(beta2), static_cast<float>(eps),
+                 static_cast<float>(1.0 - beta1), static_cast<float>(1.0 - beta2), static_cast<float>(lr / correction1),
+                 static_cast<float>(1.0 / std::sqrt(correction2)), static_cast<float>(grad_scale),
+                 backend.threads(total, kElementsPerThread)});
 }
 
-}  // namespace
+template <typename B>
+void add_adamw_op(torch::Library& m) {
+  m.impl("adamw", adamw<B>);
+}
 
-TORCH_LIBRARY_IMPL(megatron_samoe, CPU, m) { m.impl("adamw", adamw); }
+}  // namespace ops
+}  // namespace samoe

@@ -1,0 +1,159 @@
+// Expert MLPs on a CUDA device: each product over the rows of all experts, the kernels of kernels/cuda between them.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/_grouped_mm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <torch/library.h>
+
+#include <climits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cuda_backend.h"
+#include "expert_layer.h"
+
+namespace {
+
+using at::Tensor;
+using samoe::CudaBackend;
+using samoe::DType;
+using samoe::ExpertLayer;
+using samoe::MainGrads;
+namespace cuda = samoe::cuda;
+
+// torch's grouped product is one launch for all experts. It wants bf16, rows of whole 16 bytes, and its own kernel is
+// Hopper's: on other devices it loops over the experts itself or was seen to leave the gradients of experts without rows
+// unset (sm_100).
+constexpr int kGroupedCapability = 90;
+constexpr int64_t kGroupedBytes = 16;
+
+bool is_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kGroupedBytes == 0;
+}
+
+class Experts {
+ public:
+  Experts(const CudaBackend& backend, const ExpertLayer& layer) : backend_(backend), layer_(layer) {
+    TORCH_CHECK_VALUE(layer.total <= INT32_MAX, "x has ", layer.total, " rows, at most ", INT32_MAX, " fit");
+    const Tensor ends = at::empty({layer.num_experts()}, at::kInt);
+    int32_t end = 0, *next = ends.mutable_data_ptr<int32_t>();
+    for (const int64_t n : layer.rows) *next++ = end += static_cast<int32_t>(n);
+    ends_ = ends.to(backend.device(), at::kInt, /*non_blocking=*/true);
+    const int64_t unit = kGroupedBytes / 2;
+    grouped_ = layer.dtype == DType::bf16 && layer.total > 0 && layer.hidden % unit == 0 && layer.width % unit == 0 &&
+               cuda::compute_capability() == kGroupedCapability && is_aligned(layer.w1) && is_aligned(layer.w2);
+  }
+
+  std::tuple<Tensor, Tensor> forward(const Tensor& x, bool keep_hidden) const {
+    const Tensor h = products(x, weight1().transpose(1, 2));
+    const Tensor a = at::empty({layer_.total, layer_.width}, x.options());
+    cuda::activate({layer_.dtype, rows(), h.const_data_ptr(), bias1(), layer_.width, layer_.gated, a.mutable_data_ptr()},
+                   backend_.stream());
+    const Tensor y = products(a, layer_.w2.transpose(1, 2));
+    if (layer_.b2.has_value()) {
+      cuda::add_expert_bias(layer_.dtype, rows(), layer_.hidden, layer_.b2->const_data_ptr(), y.mutable_data_ptr(),
+                            backend_.stream());
+    }
+    backend_.check_launches();
+    return {y, keep_hidden ? h : at::empty({0, layer_.up}, x.options())};
+  }
+
+  // Adds to the main gradients and returns dx.
+  Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& h, const MainGrads& grads) const {
+    const Tensor da = products(dy, layer_.w2);
+    const Tensor a = at::empty({layer_.total, layer_.width}, x.options());
+    const Tensor dh = layer_.gated ? at::empty({layer_.total, layer_.up}, x.options()) : da;
+    cuda::activate_backward({layer_.dtype, rows(), h.const_data_ptr(), bias1(), da.const_data_ptr(), layer_.width,
+                             layer_.gated, a.mutable_data_ptr(), dh.mutable_data_ptr()},
+                            backend_.stream());
+    add_outer_products(grads.w2, dy, a);
+    add_outer_products(grads.w1.view({layer_.num_experts(), layer_.up, layer_.hidden}), dh, x);
+    if (grads.b1.has_value()) add_column_sums(*grads.b1, dh);
+    if (grads.b2.has_value()) add_column_sums(*grads.b2, dy);
+    backend_.check_launches();
+    return products(dh, weight1());
+  }
+
+ private:
+  cuda::ExpertRows rows() const { return {ends_.const_data_ptr<int32_t>(), layer_.num_experts(), layer_.total}; }
+  Tensor weight1() const { return layer_.w1.view({layer_.num_experts(), layer_.up, layer_.hidden}); }
+  const void* bias1() const { return layer_.b1.has_value() ? layer_.b1->const_data_ptr() : nullptr; }
+
+  // Calls function(expert, first row, number of rows) for the experts that have rows.
+  template <typename Function>
+  void for_each_expert(const Function& function) const {
+    int64_t begin = 0;
+    for (int64_t e = 0; e < layer_.num_experts(); ++e) {
+      const int64_t n = layer_.rows[static_cast<size_t>(e)];
+      if (n > 0) function(e, begin, n);
+      begin += n;
+    }
+  }
+
+  // [R, M]: each expert's rows of x [R, K] times its matrix [K, M].
+  Tensor products(const Tensor& x, const Tensor& w_eKM) const {
+    if (grouped_ && is_aligned(x)) return at::_grouped_mm(x, w_eKM, ends_).contiguous();
+    const Tensor y = at::empty({layer_.total, w_eKM.size(2)}, x.options());
+    for_each_expert([&](int64_t e, int64_t begin, int64_t n) {
+      Tensor y_e = y.narrow(0, begin, n);
+      at::mm_out(y_e, x.narrow(0, begin, n), w_eKM.select(0, e));
+    });
+    return y;
+  }
+
+  // grad[e] += d_e^T x_e, the product in the type of x.
+  void add_outer_products(const Tensor& grad_eMK, const Tensor& d_RM, const Tensor& x_RK) const {
+    if (grouped_ && is_aligned(d_RM) && is_aligned(x_RK)) {
+      grad_eMK.add_(at::_grouped_mm(d_RM.t(), x_RK, ends_));
+      return;
+    }
+    for_each_expert([&](int64_t e, int64_t begin, int64_t n) {
+      const Tensor grad = grad_eMK.select(0, e), d_t = d_RM.narrow(0, begin, n).t(), x_e = x_RK.narrow(0, begin, n);
+      if (layer_.dtype == DType::f32) {
+        grad.addmm_(d_t, x_e);
+      } else {
+        grad.add_(d_t.mm(x_e));
+      }
+    });
+  }
+
+  void add_column_sums(const Tensor& grad, const Tensor& d) const {
+    cuda::expert_column_sums(layer_.dtype, rows(), d.size(1), d.const_data_ptr(), grad.mutable_data_ptr<float>(),
+                             backend_.stream());
+  }
+
+  const CudaBackend& backend_;
+  const ExpertLayer& layer_;
+  Tensor ends_;  // int32, on the device
+  bool grouped_;
+};
+
+std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, at::IntArrayRef rows, const Tensor& w1, const Tensor& w2,
+                                       const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, bool gated,
+                                       bool keep_hidden) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const CudaBackend backend(x, "x");
+  const ExpertLayer layer = samoe::check_expert_layer(backend, x, rows, w1, w2, b1, b2, gated);
+  return Experts(backend, layer).forward(x, keep_hidden);
+}
+
+Tensor grouped_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& hidden, at::IntArrayRef rows,
+                            const Tensor& w1, const Tensor& w2, const std::optional<Tensor>& b1, bool gated,
+                            const Tensor& dw1, const Tensor& dw2, const std::optional<Tensor>& db1,
+                            const std::optional<Tensor>& db2) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const CudaBackend backend(x, "x");
+  const ExpertLayer layer = samoe::check_expert_layer(backend, x, rows, w1, w2, b1, std::nullopt, gated);
+  const MainGrads grads{dw1, dw2, db1, db2};
+  samoe::check_backward(backend, layer, dy, x, hidden, grads);
+  return Experts(backend, layer).backward(dy, x, hidden, grads);
+}
+
+}  // namespace
+
+SAMOE_CUDA_LIBRARY_IMPL(m) {
+  m.impl("grouped_mlp", grouped_mlp);
+  m.impl("grouped_mlp_backward", grouped_mlp_backward);
+}
