@@ -120,7 +120,7 @@ def _read_latest(root: Path) -> int | None:
 
 
 def _refuse_foreign(root: Path) -> None:
-    """Raises CheckpointError where a fresh start would leave what --load holds unused."""
+    """Raises CheckpointError where --load holds something else: neither checkpoints nor nothing yet."""
     if root.is_file():
         raise CheckpointError(f"--load {root} is a file; it must be a folder of checkpoints.")
     if not root.is_dir():
@@ -137,8 +137,8 @@ def _refuse_foreign(root: Path) -> None:
     )
     if entries:
         raise CheckpointError(
-            f"--load {root} holds no checkpoint of this program, but {_listed(entries)}; a fresh start would leave that "
-            f"unused.{hint or ' Give another folder, or convert the checkpoint.'}"
+            f"--load {root} holds no checkpoint of this program, but {_listed(entries)}."
+            f"{hint or ' Give another folder, or convert the checkpoint.'}"
         )
 
 

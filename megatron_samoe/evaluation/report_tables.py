@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from megatron_samoe.evaluation.measurements import ZeroShot, of_group
 from megatron_samoe.evaluation.run_groups import RunGroup, mean_sd
-from megatron_samoe.evaluation.run_summary import RunSummary
+from megatron_samoe.evaluation.run_summary import RunSummary, perplexity_text
 
 
 def results_table(groups: Sequence[RunGroup]) -> list[list[str]]:
@@ -33,7 +32,7 @@ def results_table(groups: Sequence[RunGroup]) -> list[list[str]]:
         memory = [run.peak_memory_bytes for run in group.runs if run.peak_memory_bytes is not None]
         rows.append([
             group.name, str(len(group.runs)), group.tokens, *(f"{n / 1e6:.2f} M" for n in (count.total, count.expert, count.active)),
-            f"{group.first.checkpoint_bytes / 1e6:.1f} MB", loss.text(4), f"{math.exp(loss.mean):.2f}",
+            f"{group.first.checkpoint_bytes / 1e6:.1f} MB", loss.text(4), perplexity_text(loss.mean),
             f"{max(memory) / 1e6:.0f} MB" if memory else "-",
         ])  # fmt: skip
     return rows

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,13 +76,29 @@ def read_run(run_dir: Path) -> RunSummary:
         raise CheckpointError(f"{metrics} has no validation loss: was the run stopped before its first evaluation?")
     vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
     speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
-    machine = run_dir / "machine.json"
     return RunSummary(
         run_dir.absolute().name, config, count_parameters(config, vocab_size), records,
         checkpoint_bytes=sum(f.stat().st_size for f in directory.iterdir()),
         tokens_per_s=statistics.median(speeds) if speeds else None, directory=run_dir, vocab_size=vocab_size,
-        machine=json.loads(machine.read_text()) if machine.is_file() else {},
+        machine=_read_machine(run_dir / "machine.json"),
     )  # fmt: skip
+
+
+def _read_machine(path: Path) -> dict[str, Any]:
+    """Returns where a run ran; nothing where no file says so, as in runs of earlier versions."""
+    if not path.is_file():
+        return {}
+    try:
+        machine = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; without it the report can be made.") from None
+    kinds = {"device": str, "device_name": str, "ranks": int, "threads_per_rank": int, "layout": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(machine, dict) or type(machine.get(key)) is not kind]
+    if wrong or not all(type(size) is int for size in machine["layout"].values()):
+        raise CheckpointError(
+            f"{path} is damaged in {', '.join(wrong) or 'layout'}; without it the report can be made."
+        )
+    return machine
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -120,10 +138,16 @@ def summary_table(runs: list[RunSummary]) -> list[list[str]]:
         rows.append([
             run.name, f"{count.total / 1e6:.2f} M", f"{count.expert / 1e6:.2f} M", f"{count.active / 1e6:.2f} M",
             f"{run.checkpoint_bytes / 1e6:.1f} MB", f"{last['validation_loss']:.4f}",
-            f"{last['validation_perplexity']:.2f}", "-" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
+            perplexity_text(last["validation_loss"]), "-" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
             "-" if run.peak_memory_bytes is None else f"{run.peak_memory_bytes / 1e6:.0f} MB",
         ])  # fmt: skip
     return rows
+
+
+def perplexity_text(loss: float) -> str:
+    """Returns e^loss, with as many digits as say something."""
+    perplexity = math.exp(loss) if not loss > math.log(sys.float_info.max) else math.inf
+    return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
 
 
 def format_table(rows: list[list[str]]) -> str:

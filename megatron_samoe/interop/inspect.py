@@ -135,6 +135,9 @@ def _stat(options: argparse.Namespace) -> Result:
 
 
 def _diff(options: argparse.Namespace) -> Result:
+    for flag, value in (("--atol", options.atol), ("--rtol", options.rtol), ("--limit", options.limit)):
+        if not value >= 0:
+            raise ConfigError(flag, value, "must be 0 or more")
     sides = (open_any(options.directory, options.ckpt_step, options.raw),
              open_any(options.other, options.other_step, options.raw))  # fmt: skip
     if any(side.kind != "native" for side in sides):

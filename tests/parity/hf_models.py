@@ -122,3 +122,22 @@ def their_greedy(model: Any, prompt: list[int], length: int) -> list[int]:
 def some_ids(batch: int = 2, length: int = 40) -> Tensor:
     """Returns random ids [B, S]."""
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def exported(
+    layout: str, options: dict[str, Any], folder: Path, *words: object, tolerance: float, length: int = 30
+) -> tuple[Native, Path, Any]:
+    """Exports a random model, holds what both sides compute against each other, and returns ours, the export and theirs.
+
+    Args:
+        words: of the conversion.
+        tolerance: of a logit.
+        length: tokens of greedy text, which must be the same.
+    """
+    ours = native(folder / "native", random_source(layout, **options))
+    export = converted(ours.root, folder / "hf", *words)
+    model, ids_BS = theirs(export), some_ids()
+    assert (their_logits(model, ids_BS) - ours.logits(ids_BS)).abs().max() < tolerance
+    expected = ours.greedy(length)
+    assert their_greedy(model, ours.prompt, length) == expected and len(set(expected)) > 3
+    return ours, export, model

@@ -91,12 +91,18 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
 
 
+def _exp(x: np.ndarray) -> np.ndarray:
+    """Returns e^x; infinity, without a warning, where that is beyond all numbers."""
+    with np.errstate(over="ignore"):
+        return np.exp(x)
+
+
 def _loglikelihood(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
     return np.array([(r.loglikelihoods[0], 1) for r in responses], dtype=np.float64).reshape(-1, 2)
 
 
 def _perplexity(sums: np.ndarray) -> np.ndarray:
-    return np.exp(-_ratio(sums))
+    return _exp(-_ratio(sums))
 
 
 def _exact_questions(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
@@ -159,7 +165,7 @@ METRICS: dict[str, Metric] = {
 
 
 def _per(column: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda sums: np.exp(-sums[..., 0] / sums[..., column])
+    return lambda sums: _exp(-sums[..., 0] / sums[..., column])
 
 
 #: Of whole texts; x_UV is (log-likelihood, tokens, bytes, words) of each document.

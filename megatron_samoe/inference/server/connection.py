@@ -1,4 +1,4 @@
-"""Connections on which nothing comes: uvicorn waits for a request's head without end, this closes them."""
+"""Connections on which nothing comes any more: uvicorn waits for a request's head without end, this closes them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import json
 from typing import Any
 
 from megatron_samoe.inference.server.protocol import ApiError
+
+#: How long a request is still answered whose client has ended its sending side.
+HALF_CLOSED_S = 1.0
 
 
 def timed_protocol(timeout_s: float) -> Any:
@@ -17,6 +20,7 @@ def timed_protocol(timeout_s: float) -> Any:
         """From the first byte, or from the connection's start, a whole head must come in time."""
 
         _deadline: asyncio.TimerHandle | None = None
+        _half_closed: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -30,6 +34,14 @@ def timed_protocol(timeout_s: float) -> Any:
             elif self._deadline is None and not self.transport.is_closing():
                 self._start()
 
+        def eof_received(self) -> bool | None:
+            # Nothing tells a client that still reads from one that has gone, so it is taken for the first for a while.
+            if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+                return None
+            if self._half_closed is None:
+                self._half_closed = self.loop.call_later(HALF_CLOSED_S, self.transport.close)
+            return True
+
         def send_400_response(self, msg: str) -> None:
             # In the middle of an answer there is no place for another one.
             if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
@@ -39,6 +51,8 @@ def timed_protocol(timeout_s: float) -> Any:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
+            if self._half_closed is not None:
+                self.transport.close()  # no further request can come
             # The beginning of the next request may have come with this one.
             waits = self.cycle.response_complete and bool(self.conn.trailing_data[0])
             if waits and self._deadline is None and not self.transport.is_closing():
@@ -46,6 +60,8 @@ def timed_protocol(timeout_s: float) -> Any:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
+            if self._half_closed is not None:
+                self._half_closed.cancel()
             super().connection_lost(exc)
 
         def _start(self) -> None:

@@ -28,6 +28,8 @@ KEY_VARIABLE = "MEGATRON_SAMOE_API_KEY"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 #: For what is left after draining: an answer's last bytes, one engine step.
 LAST_WORDS_S = 3.0
+#: Connections that the system holds until they are taken, as uvicorn has it.
+BACKLOG = 2048
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,23 @@ def listen(host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise ConfigError("--host and --port", f"{host}:{port}", f"cannot be listened at: {error}") from error
+        raise ConfigError(
+            "--host and --port", f"{host}:{port}", f"cannot be listened at: {error.strerror or error}"
+        ) from error
     return listener
+
+
+def _open(listener: socket.socket) -> None:
+    """Lets clients connect; two servers that start at the same time may both have bound the address.
+
+    Raises:
+        ConfigError: another server was faster.
+    """
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise ConfigError("--host and --port", f"{host}:{port}", f"cannot be listened at: {error.strerror}") from error
 
 
 class Server:
@@ -148,12 +165,16 @@ class Server:
     Args:
         group: all ranks of the engine's layout; the others run `follow`.
         listener: bound; see `listen`.
+
+    Raises:
+        ConfigError: another server has begun to listen at the address.
     """
 
     def __init__(self, engine: Engine, group: Group, options: ServerOptions, listener: socket.socket):
         check_installed()
         import uvicorn
 
+        _open(listener)
         self._options, self._listener = options, listener
         metrics = ServerMetrics()
         self._service = CompletionService(engine, group, metrics, options.max_queue)

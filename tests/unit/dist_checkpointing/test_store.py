@@ -201,7 +201,9 @@ def test_retention_leaves_foreign_and_newer_things_alone(tmp_path: Path) -> None
 
 def test_foreign_folder_is_refused_rather_than_overwritten(tmp_path: Path) -> None:
     (tmp_path / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint of this program, but iter_0000100"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no checkpoint of this program, but iter_0000100\. Give another folder"
+    ):
         store.find_checkpoint(config(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file; it must be a folder"):

@@ -21,7 +21,7 @@ from megatron_samoe.evaluation.plots_quality import cost_axes
 from megatron_samoe.evaluation.report import write_report
 from megatron_samoe.evaluation.report_tables import cost_table, results_table, speed_table, zero_shot_table
 from megatron_samoe.evaluation.run_groups import group_runs, mean_sd
-from megatron_samoe.evaluation.run_summary import read_run
+from megatron_samoe.evaluation.run_summary import perplexity_text, read_run
 from tests.harness.browser import browser, missing
 from tests.harness.serving import save_tiny
 
@@ -140,6 +140,23 @@ def test_a_half_written_line_is_left_out_and_a_broken_one_refused(runs_dir: Path
         (run / "metrics.jsonl").write_text(broken)
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl:[15] is no record"):
             read_run(run)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"device": "cpu", "ra', "[]", '{"device": "cpu"}', '{"layout": {"tensor": "2"}}', "[" * 100_000]
+)
+def test_a_broken_record_of_the_machine_is_named(content: str, runs_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs_dir / "moe/seed-2", run)
+    assert read_run(run).machine["ranks"] == 4
+    (run / "machine.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"machine\.json .*without it the report can be made"):
+        read_run(run)
+
+
+def test_perplexities_of_any_size() -> None:
+    losses = (2.0, 14.5, 710.0, math.inf, math.nan)
+    assert [perplexity_text(loss) for loss in losses] == ["7.39", "1.98e+06", "inf", "inf", "nan"]
 
 
 def test_different_numbers_of_training_tokens_are_noted(runs_dir: Path, tmp_path: Path) -> None:

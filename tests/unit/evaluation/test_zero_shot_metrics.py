@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -262,4 +263,7 @@ def test_records_hold_no_value_that_json_lacks() -> None:
 
 
 def test_one_unit_has_no_error() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measure(METRICS["perplexity"], np.array([[-800.0, 1.0], [-900.0, 1.0]])).value == math.inf
     assert math.isnan(measure(METRICS["perplexity"], np.array([[-2.0, 1.0]])).stderr)

@@ -182,6 +182,7 @@ def test_names_of_other_sites_are_refused(client: Client) -> None:
 
 def test_a_full_queue_is_429_with_the_time_to_wait(loaded: LoadedModel) -> None:
     engine = SlowEngine(loaded, max_batch=2)
+    engine.step_s = 0.05
     with serving(loaded, engine=engine, max_queue=2) as running:
         client = running.client
         body = {"prompt": "x", "max_tokens": 40, "ignore_eos": True}
@@ -199,6 +200,7 @@ def test_a_full_queue_is_429_with_the_time_to_wait(loaded: LoadedModel) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_clients_that_vanish_are_cancelled_and_their_places_freed(loaded: LoadedModel, stream: bool) -> None:
     engine = SlowEngine(loaded, max_batch=2)
+    engine.step_s = 0.05  # 60 tokens take longer than a connection without a sending side is kept
     with serving(loaded, engine=engine) as running:
         client = running.client
         free = client.metric("free_cache_tokens")
@@ -211,6 +213,24 @@ def test_clients_that_vanish_are_cancelled_and_their_places_freed(loaded: Loaded
         assert client.metric("free_cache_tokens") == free and not engine.has_work
         assert client.metric("generated_tokens_total") < 120
         assert texts(client.complete("Hello", max_tokens=9, temperature=0)) == [greedy_text(loaded, "Hello", 9)]
+
+
+def test_a_client_that_has_ended_its_sending_side_is_answered(client: Client) -> None:
+    body = b'{"prompt": "x", "max_tokens": 3, "temperature": 0, "ignore_eos": true}'
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    completion = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+    for request, part in ((b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"ready"), (completion, b'"length"')):
+        with socket.create_connection((client.host, client.port), timeout=20) as connection:
+            connection.sendall(request)
+            connection.shutdown(socket.SHUT_WR)
+            content = b""
+            while piece := connection.recv(4096):  # up to the end: nothing more can be asked, so the server closes
+                content += piece
+        assert content.startswith(b"HTTP/1.1 200") and part in content
+    with socket.create_connection((client.host, client.port), timeout=20) as connection:
+        connection.sendall(completion[:-9])
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(4096) == b"", "half a body will never be a whole one"
 
 
 def test_slow_senders_are_timed_out(loaded: LoadedModel) -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
-from megatron_samoe.inference.server.run import ServerOptions, check_installed, listen, read_api_key
+from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.server.run import Server, ServerOptions, check_installed, listen, read_api_key
+from megatron_samoe.parallel_state.state import single_process_state
+from tests.harness.serving import load_tiny, save_tiny
 
 
 def test_options_out_of_range_name_their_flag() -> None:
@@ -30,6 +33,20 @@ def test_a_port_in_use_and_a_foreign_address_are_said() -> None:
     listener.close()
     with pytest.raises(ConfigError, match="--host and --port"):
         listen("no.such.host.invalid", 80)
+
+
+def test_of_two_servers_that_start_together_the_slower_is_told(tmp_path: Path) -> None:
+    """Both have bound the port while they load a model: Linux refuses only the second who listens."""
+    engine = Engine(load_tiny(save_tiny(tmp_path)), max_batch=1)
+    first = listen("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    second = listen("127.0.0.1", port)
+    world = single_process_state().world
+    Server(engine, world, ServerOptions(), first)
+    with pytest.raises(ConfigError, match=f"'127.0.0.1:{port}': cannot be listened at: Address already in use"):
+        Server(engine, world, ServerOptions(), second)
+    first.close()
+    second.close()
 
 
 def test_where_the_access_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,12 @@ def test_diff_names_what_changed_and_by_how_much(tmp_path: Path, capsys: Capture
     assert look(capsys, "diff", tmp_path / "a", tmp_path / "b", *match, "--rtol", 0.1)[0] == 0
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--atol", "nan"), ("--rtol", "-1"), ("--limit", "-1")])
+def test_a_tolerance_that_is_none_is_refused(flag: str, value: str, capsys: Captured) -> None:
+    status, output = look(capsys, "diff", "a", "b", flag, value)
+    assert status == 2 and f"error: {flag} = {value}" in output
+
+
 def test_families_are_compared_under_our_names(tmp_path: Path, capsys: Captured) -> None:
     source = new_source(tiny_config("moe", style="llama", moe_router_topk=2))
     write(source, tmp_path / "native")
