@@ -18,7 +18,8 @@ class TextStream:
 
     Args:
         prompt_ids: the last few are the first context.
-        stop: texts that end the stream; none of their characters is given out.
+        stop: texts that end the stream; none of their characters is given out. Of several, the one that is complete
+            first counts, so that it does not matter how the text is cut into tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Iterable[str] = ()):
@@ -51,10 +52,10 @@ class TextStream:
         return text
 
     def _release(self, text: str) -> str:
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
