@@ -28,11 +28,12 @@ def _resampled_sums(x_UV: np.ndarray, num_samples: int, seed: int) -> Iterator[n
 def bootstrap_stderr(
     x_UV: np.ndarray, finish: Callable[[np.ndarray], np.ndarray], num_samples: int = 1000, seed: int = 0
 ) -> float:
-    """Returns the standard deviation of a statistic over resampled units; nan with fewer than two units."""
+    """Returns the standard deviation of a statistic over resampled units; nan with fewer than two units, or where one
+    is not finite."""
     if x_UV.shape[0] < 2:
         return math.nan
     values = np.concatenate([finish(sums) for sums in _resampled_sums(x_UV, num_samples, seed)])
-    return float(np.std(values, ddof=1))
+    return float(np.std(values, ddof=1)) if np.isfinite(values).all() else math.nan
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,12 @@ def paired_bootstrap(
 ) -> Difference:  # fmt: skip
     """Returns how two models' statistics differ over the same resampled units."""
     assert first_UV.shape[0] == second_UV.shape[0]
-    value = float(finish(second_UV.sum(0)) - finish(first_UV.sum(0)))
+    value = float(finish(second_UV.sum(0))) - float(finish(first_UV.sum(0)))
     pairs = zip(
         _resampled_sums(first_UV, num_samples, seed), _resampled_sums(second_UV, num_samples, seed), strict=True
     )
-    values = np.concatenate([finish(b) - finish(a) for a, b in pairs])
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        values = np.concatenate([finish(b) - finish(a) for a, b in pairs])
     if not np.isfinite(values).all():  # a perplexity beyond the largest number says nothing of a difference
         return Difference(value, math.nan, math.nan, math.nan)
     low, high = np.quantile(values, (0.025, 0.975))

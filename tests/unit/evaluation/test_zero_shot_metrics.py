@@ -265,5 +265,7 @@ def test_records_hold_no_value_that_json_lacks() -> None:
 def test_one_unit_has_no_error() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert measure(METRICS["perplexity"], np.array([[-800.0, 1.0], [-900.0, 1.0]])).value == math.inf
+        huge = measure(METRICS["perplexity"], np.array([[-800.0, 1.0], [-900.0, 1.0]]))
+        assert huge.value == math.inf and math.isnan(huge.stderr)
+        assert math.isnan(paired_bootstrap(huge.x_UV, huge.x_UV, huge.metric.finish).value)
     assert math.isnan(measure(METRICS["perplexity"], np.array([[-2.0, 1.0]])).stderr)
