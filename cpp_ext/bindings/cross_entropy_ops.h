@@ -33,8 +33,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_parts(const Tensor& logits, con
   const int64_t num_tokens = logits.size(0), width = logits.size(1);
   Tensor peak = at::empty({num_tokens}, options), sum = at::empty({num_tokens}, options);
   Tensor target = at::empty({num_tokens}, options);
-  backend.cross_entropy_forward({dtype_of(logits), logits.const_data_ptr(), labels.const_data_ptr<int64_t>(), num_tokens,
-                                 width, first_id, peak.mutable_data_ptr<float>(), sum.mutable_data_ptr<float>(),
+  backend.cross_entropy_forward({dtype_of(logits), logits.const_data_ptr(), labels.const_data_ptr<int64_t>(),
+                                 num_tokens, width, first_id, peak.mutable_data_ptr<float>(), sum.mutable_data_ptr<float>(),
                                  target.mutable_data_ptr<float>(),
                                  backend.threads(num_tokens * width, kExponentialsPerThread, num_tokens)});
   return {peak, sum, target};

@@ -1,5 +1,5 @@
-// A CUDA device as the ops see it: checks, the current stream, workspaces, and the kernels. Devices and streams come from
-// torch's device-generic interface, so that a C++ compiler suffices here.
+// A CUDA device as the ops see it: checks, the current stream, workspaces, and the kernels. Devices and streams come
+// from torch's device-generic interface, so that a C++ compiler suffices here.
 //
 // The same sources make the library of the tests, where the kernels run emulated on CPU tensors: it is compiled with
 // SAMOE_CUDA_KEY=CPU and a namespace of its own.
@@ -94,8 +94,9 @@ class CudaBackend : public TensorChecks {
     const at::Tensor known = state.cpu();
     slots.num_rows = known.const_data_ptr<int64_t>()[0];
     const int64_t bad_slot = known.const_data_ptr<int64_t>()[1];
-    if (bad_slot >= 0) slots = {slots.cursor, -1, ids.view({-1}).select(0, bad_slot).cpu().const_data_ptr<int64_t>()[0]};
-    return slots;
+    if (bad_slot < 0) return slots;
+    const at::Tensor bad_id = ids.view({-1}).select(0, bad_slot).cpu();
+    return {slots.cursor, -1, bad_id.const_data_ptr<int64_t>()[0]};
   }
   void place_slots(const at::Tensor& ids, const CountedSlots& slots, const at::Tensor& slot_of_row,
                    const at::Tensor& row_of_slot) const {

@@ -64,8 +64,8 @@ inline void check_backward(const TensorChecks& checks, const ExpertLayer& layer,
   checks.check_contiguous(dy, "dy", 2, x.scalar_type());
   checks.check_contiguous(hidden, "hidden", 2, x.scalar_type());
   TORCH_CHECK_VALUE(dy.sizes() == x.sizes(), "dy is ", dy.sizes(), ", x ", x.sizes());
-  TORCH_CHECK_VALUE(hidden.size(0) == layer.total && hidden.size(1) == layer.up, "hidden is ", hidden.sizes(), ", not [",
-                    layer.total, ", ", layer.up, "]");
+  TORCH_CHECK_VALUE(hidden.size(0) == layer.total && hidden.size(1) == layer.up, "hidden is ", hidden.sizes(),
+                    ", not [", layer.total, ", ", layer.up, "]");
   const auto check = [&](const at::Tensor& grad, const char* name, at::IntArrayRef sizes) {
     checks.check_contiguous(grad, name, static_cast<int64_t>(sizes.size()), at::kFloat);
     TORCH_CHECK_VALUE(grad.sizes() == sizes, name, " is ", grad.sizes(), ", its weight ", sizes);

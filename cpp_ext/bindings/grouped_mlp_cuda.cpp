@@ -23,9 +23,9 @@ using samoe::ExpertLayer;
 using samoe::MainGrads;
 namespace cuda = samoe::cuda;
 
-// torch's grouped product is one launch for all experts. It wants bf16, rows of whole 16 bytes, and its own kernel is
-// Hopper's: on other devices it loops over the experts itself or was seen to leave the gradients of experts without rows
-// unset (sm_100).
+// torch's grouped product is one launch for all experts. It wants bf16 in rows of whole 16 bytes, and its own kernel is
+// Hopper's: on other devices it loops over the experts itself or was reported to leave the gradients of experts without
+// rows unset (sm_100).
 constexpr int kGroupedCapability = 90;
 constexpr int64_t kGroupedBytes = 16;
 
@@ -49,7 +49,8 @@ class Experts {
   std::tuple<Tensor, Tensor> forward(const Tensor& x, bool keep_hidden) const {
     const Tensor h = products(x, weight1().transpose(1, 2));
     const Tensor a = at::empty({layer_.total, layer_.width}, x.options());
-    cuda::activate({layer_.dtype, rows(), h.const_data_ptr(), bias1(), layer_.width, layer_.gated, a.mutable_data_ptr()},
+    cuda::activate({layer_.dtype, rows(), h.const_data_ptr(), bias1(), layer_.width, layer_.gated,
+                    a.mutable_data_ptr()},
                    backend_.stream());
     const Tensor y = products(a, layer_.w2.transpose(1, 2));
     if (layer_.b2.has_value()) {

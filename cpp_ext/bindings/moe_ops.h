@@ -1,4 +1,4 @@
-// The routing and pool ops for every backend: checks, allocation, launch. "backend" is cpu_backend.h's or cuda_backend.h's.
+// The routing and pool ops for every backend (cpu_backend.h, cuda_backend.h): checks, allocation, launch.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -20,7 +20,8 @@ class TensorChecks {
   // The name may come in pieces: check_device(tensor, "grads[", i, "]").
   template <typename... Name>
   void check_device(const at::Tensor& tensor, const Name&... name) const {
-    TORCH_CHECK(tensor.device() == device_, name..., " is on ", tensor.device(), "; this op takes tensors on ", device_);
+    TORCH_CHECK(tensor.device() == device_, name..., " is on ", tensor.device(), "; this op takes tensors on ",
+                device_);
   }
 
   void check_tensor(const at::Tensor& tensor, const char* name, int64_t dims, at::ScalarType dtype) const {

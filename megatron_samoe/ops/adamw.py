@@ -68,11 +68,15 @@ def adamw(runs: Sequence[AdamWRun], rates: AdamWRates, step: int) -> None:
 
 
 def serves(runs: Sequence[AdamWRun]) -> bool:
-    """Returns whether the compiled op takes these runs: fp32 on the CPU, bf16 weights, contiguous."""
-    for run in runs:
-        tensors = (run.master, run.grad, run.exp_avg, run.exp_avg_sq)
-        if any(t.dtype != torch.float32 or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
-            return False
-        if run.weight is not None and (run.weight.dtype != torch.bfloat16 or not run.weight.is_contiguous()):
-            return False
-    return extension.load()
+    """Returns whether the compiled op takes these runs: fp32 on one device, bf16 weights, contiguous."""
+    if not all(_fits(run) for run in runs):
+        return False
+    tensors = (t for run in runs for t in (run.master, run.weight, run.grad, run.exp_avg, run.exp_avg_sq))
+    return extension.serves(*tensors, cuda=True)
+
+
+def _fits(run: AdamWRun) -> bool:
+    tensors = (run.master, run.grad, run.exp_avg, run.exp_avg_sq)
+    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in tensors):
+        return False
+    return run.weight is None or (run.weight.dtype == torch.bfloat16 and run.weight.is_contiguous())

@@ -27,7 +27,7 @@ def _check(coefficients_LGP: Tensor, banks_PGN: Tensor, weights_LGN: Tensor | No
 
 def _served(*tensors: Tensor) -> bool:
     """Whether the compiled kernels take these tensors as they lie (last dim contiguous, others strided)."""
-    return all(t.stride(2) == 1 or t.shape[2] <= 1 for t in tensors) and extension.serves(*tensors)
+    return all(t.stride(2) == 1 or t.shape[2] <= 1 for t in tensors) and extension.serves(*tensors, cuda=True)
 
 
 @torch.no_grad()

@@ -4,6 +4,9 @@ Nothing happens at import. The first op that runs loads `megatron_samoe/_C*.so`,
 running torch and from these sources; otherwise the slow twins of ops/reference.py do the work, and one line says so.
 MEGATRON_SAMOE_EXTENSION=off never loads it, =require raises ExtensionError instead of falling back, =auto (the default)
 falls back.
+
+The CUDA kernels have never run on a GPU, so they are asked for: MEGATRON_SAMOE_CUDA_KERNELS=1 gives CUDA tensors to them
+where the library was built with them; =0 (the default) leaves CUDA tensors to the twins and to torch.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from megatron_samoe.log import say_once
 
 ENVIRONMENT_VARIABLE = "MEGATRON_SAMOE_EXTENSION"
 _MODES = ("auto", "require", "off")
+CUDA_ENVIRONMENT_VARIABLE = "MEGATRON_SAMOE_CUDA_KERNELS"
+_CUDA_MODES = ("0", "1")
 _BUILD_MARK = b"MEGATRON_SAMOE_BUILD_INFO="
 _BUILD_AGAIN = "Rebuild it with `make install` (or `pip install --no-build-isolation -e .`)."
 _HOW_TO_BUILD = "Build it with `pip install --no-build-isolation -e .` (it needs a C++ compiler: apt-get install g++)."
@@ -74,15 +79,22 @@ def _load_or_explain() -> str | None:
     return None
 
 
+def _setting(variable: str, allowed: tuple[str, ...]) -> str:
+    """Returns an environment variable's value, the first allowed one by default; errors: ConfigError."""
+    value = os.environ.get(variable, allowed[0])
+    if value not in allowed:
+        raise ConfigError(variable, value, f"one of {', '.join(allowed)}.{nearest(value, allowed)}")
+    return value
+
+
 @functools.cache
 def load() -> bool:
     """Returns whether the compiled ops can be used, loading them at the first call.
 
     Errors: ExtensionError where the extension is required and not usable; ConfigError for an unknown mode.
     """
-    mode = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-    if mode not in _MODES:
-        raise ConfigError(ENVIRONMENT_VARIABLE, mode, f"one of {', '.join(_MODES)}.{nearest(mode, _MODES)}")
+    mode = _setting(ENVIRONMENT_VARIABLE, _MODES)
+    _setting(CUDA_ENVIRONMENT_VARIABLE, _CUDA_MODES)  # a bad value is refused wherever the run takes place
     if mode == "off":
         return False
     reason = _load_or_explain()
@@ -103,8 +115,30 @@ def available() -> bool:
         return False
 
 
+def has_cuda_kernels() -> bool:
+    """Returns whether the loaded library was built with the CUDA kernels."""
+    return load() and torch._C._dispatch_has_kernel_for_dispatch_key("megatron_samoe::topk_gate", "CUDA")
+
+
+@functools.cache
+def uses_cuda_kernels() -> bool:
+    """Returns whether CUDA tensors go to the CUDA kernels: asked for, and there.
+
+    Errors: as load().
+    """
+    if _setting(CUDA_ENVIRONMENT_VARIABLE, _CUDA_MODES) == "0":
+        return False
+    if has_cuda_kernels():
+        return True
+    say_once(
+        f"{CUDA_ENVIRONMENT_VARIABLE}=1 has no effect: the compiled extension has no CUDA kernels or is not in use. "
+        "Build it with MEGATRON_SAMOE_BUILD=cuda."
+    )
+    return False
+
+
 def build_info() -> dict[str, Any]:
-    """Returns what the build recorded (torch, compiler, flags, instruction sets) and what this CPU uses of it.
+    """Returns what the build recorded (torch, compiler, instruction sets, CUDA) and what this process uses of it.
 
     Empty where there is no library of this project.
     """
@@ -118,16 +152,30 @@ def build_info() -> dict[str, Any]:
     info["library"] = path.name
     if available():
         info["instruction_set"] = torch.ops.megatron_samoe.instruction_set()
+        info["cuda_kernels_in_use"] = uses_cuda_kernels()
     return info
 
 
-def serves(*tensors: torch.Tensor | None) -> bool:
-    """Returns whether the compiled CPU ops take these tensors: on the CPU, and fp32 or bf16 where floating."""
+def serves(*tensors: torch.Tensor | None, cuda: bool = False) -> bool:
+    """Returns whether a compiled op takes these tensors: on one device, and fp32 or bf16 where floating.
+
+    Args:
+        cuda: whether the op has a CUDA kernel too; else the device must be the CPU.
+    """
+    device = None
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
+        device = tensor.device if device is None else device
+        if tensor.device != device:
             return False
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16):
             return False
-    return load()
+    return _has_kernels_on(device, cuda)
+
+
+def _has_kernels_on(device: torch.device | None, cuda: bool) -> bool:
+    """Returns whether ops run compiled on a device (None: on any); `cuda` as for serves()."""
+    if device is None or device.type == "cpu":
+        return load()
+    return cuda and device.type == "cuda" and uses_cuda_kernels()

@@ -1,9 +1,10 @@
 """Expert MLPs over rows that are sorted by expert: two products per expert, activation between.
 
 On a CPU the compiled op runs whole experts per thread, activation and bias between the products while the rows are in the
-cache; without it each expert is one call of the BLAS. On CUDA in bf16 the products go through torch's grouped matrix
-product. Weight gradients are added straight into fp32 main gradients where the caller has them: fresh gradient tensors
-of all experts would cost more page faults than the products cost time. The backward makes the activations again.
+cache; without it each expert is one call of the BLAS. On CUDA the compiled op puts its kernels between torch's products.
+In bf16 on a Hopper GPU these are grouped, one launch for all experts, with and without it. Weight gradients are added
+straight into fp32 main gradients where the caller has them: fresh gradient tensors of all experts would cost more page
+faults than the products cost time. The backward makes the activations again.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def grouped_mlp_forward(
     Args:
         keep_hidden: whether a backward follows; if not, h has no rows.
     """
-    if extension.serves(x_RH, *(t for _, t in weights.items())):
+    if extension.serves(x_RH, *(t for _, t in weights.items()), cuda=True):
         w = weights.map(Tensor.contiguous)
         gated = activation == "swiglu"
         y_RH, h_RU = torch.ops.megatron_samoe.grouped_mlp(
@@ -150,7 +151,7 @@ def grouped_mlp_backward(
 def _serves_backward(x_RH: Tensor, weights: ExpertWeights, grads: ExpertWeights) -> bool:
     """Whether the compiled op takes these: main gradients in fp32, each in one piece."""
     fits = all(g.dtype == torch.float32 and g.is_contiguous() for _, g in grads.items())
-    return fits and extension.serves(x_RH, *(t for _, t in weights.items()))
+    return fits and extension.serves(x_RH, *(t for _, t in weights.items()), cuda=True)
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
@@ -181,7 +182,7 @@ def _with_bias(h_RU: Tensor, rows: Sequence[int], bias: Tensor | None) -> Tensor
 
 def _products(x_RK: Tensor, rows: Sequence[int], w_eMK: Tensor, b_eM: Tensor | None) -> Tensor:
     """Returns [R, M]: expert e's rows times w[e] transposed, plus b[e]."""
-    if use_grouped_mm(x_RK):
+    if use_grouped_mm(x_RK, w_eMK.shape[1]):
         y_RM = F.grouped_mm(x_RK, w_eMK.transpose(1, 2), offs=_ends(rows, x_RK.device))
         return y_RM if b_eM is None else y_RM + b_eM.repeat_interleave(_counts(rows, x_RK.device), 0)
     y_RM = x_RK.new_empty(x_RK.shape[0], w_eMK.shape[1])
@@ -200,7 +201,7 @@ def _products(x_RK: Tensor, rows: Sequence[int], w_eMK: Tensor, b_eM: Tensor | N
 
 def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: Sequence[int]) -> None:
     """Adds d_e^T x_e to grad[e] for each expert's rows."""
-    if use_grouped_mm(x_RK):
+    if use_grouped_mm(x_RK, d_RM.shape[1]):
         grad_eMK += F.grouped_mm(d_RM.t(), x_RK, offs=_ends(rows, x_RK.device))
         return
     start = 0
@@ -215,9 +216,17 @@ def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: Seque
         start += n
 
 
-def use_grouped_mm(x: Tensor) -> bool:
-    """Whether torch's grouped product serves: bf16 on CUDA. On a CPU it is no faster than a call per expert."""
-    return x.is_cuda and x.dtype == torch.bfloat16
+def use_grouped_mm(x_RK: Tensor, num_columns: int) -> bool:
+    """Whether torch's grouped product serves these rows and K x num_columns matrices: bf16 on a Hopper GPU, in whole
+    16 bytes.
+
+    On other GPUs it loops over the experts or was reported to leave the gradients of experts without rows unset
+    (sm_100); on a CPU it is no faster than a call per expert.
+    """
+    if not x_RK.is_cuda or x_RK.dtype != torch.bfloat16 or x_RK.shape[0] == 0:
+        return False
+    fits = x_RK.shape[1] % 8 == 0 and num_columns % 8 == 0
+    return fits and torch.cuda.get_device_capability(x_RK.device) == (9, 0)
 
 
 def _counts(rows: Sequence[int], device: torch.device) -> Tensor:

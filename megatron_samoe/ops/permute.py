@@ -42,7 +42,7 @@ def make_permutation(ids_TK: Tensor, num_experts: int) -> Permutation:
     """
     if ids_TK.dim() != 2 or ids_TK.dtype != torch.int64 or ids_TK.shape[1] == 0:
         raise ValueError(f"ids_TK must be an int64 matrix [T, K >= 1], not {ids_TK.dtype} {tuple(ids_TK.shape)}")
-    if extension.serves(ids_TK):
+    if extension.serves(ids_TK, cuda=True):
         return Permutation(*torch.ops.megatron_samoe.make_permutation(ids_TK.contiguous(), num_experts))
     if ids_TK.numel():
         low, high = torch.aminmax(ids_TK)
@@ -74,7 +74,7 @@ def permute(x_TH: Tensor, permutation: Permutation) -> Tensor:
         raise ValueError(
             f"x_TH is {tuple(x_TH.shape)} and the permutation has {permutation.row_of_slot_TK.shape[0]} tokens"
         )
-    if extension.serves(x_TH):
+    if extension.serves(x_TH, cuda=True):
         rows_NH: Tensor = _Permute.apply(x_TH.contiguous(), permutation.slot_of_row_N, permutation.row_of_slot_TK)
         return rows_NH
     return reference.permute(x_TH, permutation.slot_of_row_N, permutation.topk)
@@ -105,7 +105,7 @@ def unpermute(rows_NH: Tensor, probs_TK: Tensor, permutation: Permutation) -> Te
         raise ValueError(f"rows_NH is {tuple(rows_NH.shape)} and the permutation has {permutation.num_rows} rows")
     if probs_TK.shape != permutation.row_of_slot_TK.shape:
         raise ValueError(f"probs_TK is {tuple(probs_TK.shape)}, not {tuple(permutation.row_of_slot_TK.shape)}")
-    if extension.serves(rows_NH, probs_TK):
+    if extension.serves(rows_NH, probs_TK, cuda=True):
         probs_TK = probs_TK.to(torch.float32).contiguous()
         y_TH: Tensor = _Unpermute.apply(
             rows_NH.contiguous(), probs_TK, permutation.slot_of_row_N, permutation.row_of_slot_TK
@@ -147,7 +147,7 @@ def gather_rows(x_RH: Tensor, index_R: Tensor, inverse_R: Tensor | None = None) 
         raise ValueError(
             f"index_R is {index_R.dtype} {tuple(index_R.shape)} for rows {tuple(x_RH.shape)}: one int64 a row"
         )
-    if extension.serves(x_RH, index_R):
+    if extension.serves(x_RH, index_R, cuda=True):
         inverse_R = invert_index(index_R) if inverse_R is None else inverse_R
         y_RH: Tensor = _GatherRows.apply(x_RH.contiguous(), index_R.contiguous(), inverse_R.contiguous())
         return y_RH

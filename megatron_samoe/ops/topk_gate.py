@@ -92,6 +92,6 @@ def topk_gate(
     if num_groups < 1 or num_tokens % num_groups:
         raise ValueError(f"num_groups = {num_groups}: a divisor of the number of tokens, {num_tokens}")
     sigmoid = score_function == "sigmoid"
-    if logits_TE.dtype == torch.float32 and extension.serves(logits_TE):
+    if logits_TE.dtype == torch.float32 and extension.serves(logits_TE, cuda=True):
         return GateResult(*_TopkGate.apply(logits_TE.contiguous(), topk, sigmoid, pre_softmax, num_groups))
     return GateResult(*reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, num_groups))

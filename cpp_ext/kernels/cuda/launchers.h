@@ -71,7 +71,7 @@ struct ActivateBackward {
   int64_t width;
   bool gated;
   void* a_RF;
-  void* dh_RU;
+  void* dh_RU;  // may be da_RF where there is no gate
 };
 
 void activate(const Activate& a, cudaStream_t stream);

@@ -23,7 +23,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode.extension, "serves", lambda *tensors: False)
+    monkeypatch.setattr(decode.extension, "serves", lambda *tensors, **options: False)
 
 
 def make_norm(size: int, rms: bool, bias: bool) -> Norm:

@@ -82,7 +82,7 @@ def test_no_gradient_mode_leaves_main_gradients_alone() -> None:
 def test_the_path_without_the_extension(
     rows: list[int], activation: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extension, "serves", lambda *tensors: False)
+    monkeypatch.setattr(extension, "serves", lambda *tensors, **options: False)
     torch.manual_seed(4)
     for main_grads in (False, True):
         check_grouped_mlp(rows, 9, 6, activation, True, dtype, tolerance, main_grads)

@@ -1,0 +1,71 @@
+"""The CUDA ops without a GPU: their bindings and kernels as a library for CPU tensors, the kernels emulated.
+
+It is made by g++ from the sources of a CUDA build (cpp_ext/bindings/*_cuda.cpp, cpp_ext/kernels/cuda/*.cu) and registers
+the ops under a namespace of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from megatron_samoe.ops import schemas
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = sorted((ROOT / "cpp_ext" / "kernels" / "cuda").glob("*.cu"))
+BINDINGS = sorted((ROOT / "cpp_ext" / "bindings").glob("*_cuda.cpp"))
+NAMESPACE = "megatron_samoe_emulated"
+OPS = (
+    "topk_gate", "topk_gate_backward", "make_permutation", "permute", "unpermute", "unpermute_backward", "combine_banks",
+    "combine_banks_backward", "cross_entropy_parts", "cross_entropy_backward", "grouped_mlp", "grouped_mlp_backward",
+    "adamw",
+)  # fmt: skip
+_WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-math-errno", *_WARNINGS]
+
+
+def compiler() -> list[str]:
+    """Returns g++, through ccache where that is at hand."""
+    return ["ccache", "g++"] if shutil.which("ccache") else ["g++"]
+
+
+def run_all(commands: list[list[str]]) -> None:
+    """Runs commands side by side in the source tree; a failure raises with what was printed."""
+
+    def run(command: list[str]) -> None:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(run, commands))
+
+
+def build_library(folder: Path) -> Path:
+    """Compiles the library into a folder and returns its path."""
+    torch_folder = Path(torch.__file__).parent
+    headers = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
+    torch_flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", *_WARNINGS]
+    torch_flags += [f"-isystem{path}" for path in headers]
+    torch_flags += ["-DSAMOE_CUDA_KEY=CPU", f"-DSAMOE_CUDA_NAMESPACE={NAMESPACE}"]
+    jobs = [(path, torch_flags) for path in BINDINGS] + [(path, [*FLAGS, "-x", "c++"]) for path in KERNELS]
+    objects = [str(folder / f"{path.name}.o") for path, _ in jobs]
+    run_all([[*compiler(), *flags, "-c", str(path), "-o", o] for (path, flags), o in zip(jobs, objects, strict=True)])
+    library = folder / "emulated.so"
+    link = ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined"]
+    run_all([["g++", *objects, *link, "-o", str(library)]])
+    return library
+
+
+def load_library(library: Path) -> torch.library.Library:
+    """Defines the ops under their namespace, as the package's table has them, and loads the library that fills them."""
+    definitions = torch.library.Library(NAMESPACE, "DEF")
+    lines = {line.split("(")[0]: line for line in schemas.SCHEMAS.strip().splitlines()}
+    for name in OPS:
+        definitions.define(lines[name])
+    torch.ops.load_library(str(library))
+    return definitions

@@ -1,0 +1,237 @@
+"""The CUDA ops without a GPU: the bindings' and kernels' own sources on CPU tensors, emulated, against the slow twins."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_samoe.ops import extension, reference
+from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
+from megatron_samoe.ops.permute import gather_rows, invert_index
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.train_step import train_step
+from tests.harness import emulated_cuda, op_checks
+from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config
+
+needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if shutil.which("g++") is None or not emulated_cuda.BINDINGS:
+        pytest.skip("needs g++ and the source tree")
+    definitions = emulated_cuda.load_library(emulated_cuda.build_library(tmp_path_factory.mktemp("emulated")))
+    yield getattr(torch.ops, emulated_cuda.NAMESPACE)
+    definitions._destroy()
+
+
+@pytest.fixture
+def emulated(library: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package's ops are the CUDA ones."""
+    monkeypatch.setattr(torch.ops, "megatron_samoe", library)
+    monkeypatch.setattr(extension, "load", lambda: True)
+    return library
+
+
+@pytest.mark.parametrize("pre_softmax", [False, True])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_gate(score_function: str, pre_softmax: bool, emulated: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for num_tokens, topk, num_experts, num_groups in ((0, 2, 8, 1), (1, 1, 5, 1), (7, 8, 33, 7), (66, 2, 64, 3)):
+        logits_TE = torch.randn(num_tokens, num_experts, generator=generator) * 3
+        op_checks.check_gate(logits_TE, topk, score_function, pre_softmax, num_groups)
+        op_checks.check_gate(logits_TE.round(), topk, score_function, pre_softmax, num_groups)  # ties are the rule
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("drop", [False, True])
+def test_permutation_and_rows(drop: bool, dtype: torch.dtype, emulated: Any) -> None:
+    for num_tokens, topk, num_experts, hidden in ((0, 2, 8, 17), (1, 1, 4, 1), (7, 8, 9, 100), (513, 2, 64, 64)):
+        ids_TK = op_checks.random_ids(num_tokens, topk, num_experts, drop, num_tokens)
+        op_checks.check_rows(ids_TK, num_experts, hidden, dtype)
+    for expert in (0, 3, -1):
+        op_checks.check_rows(torch.full((50, 1), expert), 4, 32, dtype)
+    x_RH, index_R = torch.randn(37, 12).to(dtype).requires_grad_(), torch.randperm(37)
+    y_RH = gather_rows(x_RH, index_R, invert_index(index_R))
+    assert torch.equal(y_RH, x_RH[index_R])
+    dy_RH = torch.randn(37, 12).to(dtype)
+    assert torch.equal(torch.autograd.grad(y_RH, x_RH, dy_RH)[0][index_R], dy_RH)
+
+
+def test_combination(emulated: Any) -> None:
+    for shape in ((1, 1, 1, 0), (12, 1, 4, 257), (3, 2, 8, 1024), (1, 2, 19, 7), (20, 1, 2, 4100)):
+        op_checks.check_combine(*op_checks.combine_inputs(*shape))
+    # Banks, results and gradients in larger tensors.
+    coefficients_LGP, banks_PGN, dW_LGN = op_checks.combine_inputs(3, 4, 5, 48)
+    wide_banks, wide_gradient, out_GLN = torch.zeros(5, 4, 100), torch.zeros(5, 4, 100), torch.zeros(4, 3, 48)
+    for start in (20, 21):
+        wide_banks[:, :, start : start + 48] = banks_PGN
+        banks, gradient = wide_banks[:, :, start : start + 48], wide_gradient.zero_()[:, :, start : start + 48]
+        combine_banks(coefficients_LGP, banks, out_LGN=out_GLN.transpose(0, 1))
+        expected = reference.combine_banks(coefficients_LGP, banks_PGN, torch.float32)
+        torch.testing.assert_close(out_GLN.transpose(0, 1), expected, rtol=1e-5, atol=1e-5)
+        strided_dW = dW_LGN.transpose(0, 1).contiguous().transpose(0, 1)
+        dcoefficients = combine_banks_backward(coefficients_LGP, banks, strided_dW, gradient)
+        dbanks, expected = reference.combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN)
+        torch.testing.assert_close(dcoefficients, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradient, dbanks, rtol=1e-5, atol=1e-5)
+        assert wide_gradient[:, :, :start].abs().sum() == 0 and wide_gradient[:, :, start + 48 :].abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy(dtype: torch.dtype, emulated: Any) -> None:
+    for num_tokens, width, first_id in ((0, 5, 3), (1, 1, 0), (7, 5003, 0), (40, 257, 100), (3, 0, 12), (9, 2048, 0)):
+        op_checks.check_cross_entropy(num_tokens, width, first_id, num_tokens + width, dtype)
+
+
+def test_adamw(emulated: Any) -> None:
+    op_checks.check_adamw([0, 1, 7, 16, 513, 4000], torch.float32, 2e-6, num_steps=2)
+
+
+CASES = [([3, 5, 2], 7, 4), ([0, 6, 0, 1], 8, 16), ([0, 0], 3, 2), ([1], 1, 1), ([17, 0, 33], 16, 24)]
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_expert_mlps(
+    activation: str, dtype: torch.dtype, tolerance: float, capability: str, emulated: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On a Hopper GPU in bf16, where widths are multiples of 8, the products are torch's grouped ones."""
+    monkeypatch.setenv("SAMOE_EMULATED_CAPABILITY", capability)
+    torch.manual_seed(0)
+    for rows, F, H in CASES:
+        for bias, main_grads in ((False, True), (True, False), (True, True)):
+            op_checks.check_grouped_mlp(rows, F, H, activation, bias, dtype, tolerance, main_grads)
+    weights = op_checks.expert_weights(2, 8, 16, activation, False, dtype).map(Tensor.detach)
+    with torch.profiler.profile() as profile:
+        emulated.grouped_mlp(
+            torch.ones(3, 16, dtype=dtype), [3, 0], weights.w1, weights.w2, None, None, activation == "swiglu", False
+        )
+    grouped = sum(event.count for event in profile.key_averages() if event.key == "aten::_grouped_mm")
+    assert grouped == (2 if capability == "90" and dtype == torch.bfloat16 else 0)
+
+
+def test_without_gradients_nothing_is_kept(emulated: Any) -> None:
+    weights = op_checks.expert_weights(2, 4, 3, "gelu", True, torch.float32)
+    x = torch.randn(5, 3)
+    y, hidden = emulated.grouped_mlp(x, [2, 3], weights.w1, weights.w2, weights.b1, weights.b2, False, False)
+    assert hidden.shape == (0, 4)
+    torch.testing.assert_close(y, op_checks.grouped_mlp_twin(x, [2, 3], weights, "gelu"), rtol=1e-5, atol=1e-5)
+
+
+def _train(num_steps: int, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
+    """Returns the losses of a tiny model's first steps, and its weights after them."""
+    config = tiny_config("samoe", **options)
+    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+    state, losses = initial_state(setup), []
+    for step in range(num_steps):
+        result, state = train_step(setup, state, micro_batches(setup, step))
+        losses.append(result.lm_loss)
+    return losses, {name: p.detach().clone() for name, p in setup.model.global_parameters().items()}
+
+
+@needs_library
+@pytest.mark.parametrize("style", ["gpt3", "llama"])
+def test_a_models_training_steps(style: str, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, weights = _train(1, style=style)
+    monkeypatch.setattr(torch.ops, "megatron_samoe", library)
+    with torch.profiler.profile() as profile:
+        emulated_losses, emulated_weights = _train(1, style=style)
+    seen = {event.key for event in profile.key_averages()}
+    assert not {f"{emulated_cuda.NAMESPACE}::{name}" for name in emulated_cuda.OPS} - seen
+    assert emulated_losses == pytest.approx(losses, rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(emulated_weights[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def _bad_calls(ops: Any) -> list[Callable[[], Any]]:
+    """One call for each thing that an op may be handed wrongly."""
+    f, i = torch.zeros, lambda *shape: torch.zeros(shape, dtype=torch.int64)
+    mlp, mlp_backward = ops.grouped_mlp, ops.grouped_mlp_backward
+    x, w1, w2, h = f(5, 3), f(2, 4, 3), f(2, 3, 4), f(5, 4)
+    m, numbers = [f(4)], (0.1, 0.9, 0.95, 1e-8, 0.0, 1, 1.0)
+    return [
+        lambda: ops.topk_gate(f(4, 3).double(), 1, False, False, 1),
+        lambda: ops.topk_gate(f(4, 3, 1), 1, False, False, 1),
+        lambda: ops.topk_gate(f(3, 4).t(), 1, False, False, 1),
+        lambda: ops.topk_gate(f(4, 3), 4, False, False, 1),
+        lambda: ops.topk_gate(f(4, 3), 1, False, False, 3),
+        lambda: ops.topk_gate_backward(f(4, 3), f(5), f(4, 1), i(4, 1), None, None, None, False, False, 1),
+        lambda: ops.topk_gate_backward(f(4, 3), f(4), f(4, 1), i(4, 1), f(4, 2), None, None, False, False, 1),
+        lambda: ops.topk_gate_backward(f(4, 3), f(4), f(4, 1), i(4, 1), None, f(2, 3), None, False, False, 1),
+        lambda: ops.make_permutation(torch.tensor([[0, 1], [-1, 7]]), 4),
+        lambda: ops.make_permutation(torch.tensor([[0, -3]]), 4),
+        lambda: ops.make_permutation(i(2, 2), 0),
+        lambda: ops.permute(f(4, 2).half(), i(1), 1),
+        lambda: ops.permute(f(2, 4).t(), i(1), 1),
+        lambda: ops.permute(f(4, 2), i(1).int(), 1),
+        lambda: ops.permute(f(4, 2), i(1), 0),
+        lambda: ops.unpermute(f(4, 2), f(2, 2), i(4, 1)),
+        lambda: ops.unpermute_backward(f(3, 2), f(4, 2), f(4, 1), i(4), i(4, 1)),
+        lambda: ops.unpermute_backward(f(4, 2), f(4, 2), f(4, 1), i(3), i(4, 1)),
+        lambda: ops.combine_banks(f(3, 2, 4), f(4, 3, 5), f(3, 2, 5)),
+        lambda: ops.combine_banks(f(3, 2, 4), f(4, 2, 5), f(3, 2, 5).half()),
+        lambda: ops.combine_banks(f(3, 2, 4), f(4, 2, 10)[:, :, ::2], f(3, 2, 5)),
+        lambda: ops.combine_banks_backward(f(3, 2, 4), f(4, 2, 5), f(3, 2, 6), f(4, 2, 5)),
+        lambda: ops.cross_entropy_parts(f(3, 4), i(2), 0),
+        lambda: ops.cross_entropy_parts(f(3, 4), f(3), 0),
+        lambda: ops.cross_entropy_backward(f(3, 4), i(3), 0, f(3).double(), f(3)),
+        lambda: ops.adamw(m, [], [], m, m, *numbers),
+        lambda: ops.adamw(m, [], [f(4).bfloat16()], m, m, *numbers),
+        lambda: ops.adamw(m, [f(4).half()], m, m, m, *numbers),
+        lambda: ops.adamw(m, [], m, [f(3)], m, *numbers),
+        lambda: ops.adamw(m, [], [f(8)[::2]], m, m, *numbers),
+        lambda: ops.adamw(m, [], m, m, m, 0.1, 0.9, 0.95, 1e-8, 0.0, 0, 1.0),
+        lambda: mlp(x, (2, 2), w1, w2, None, None, False, True),
+        lambda: mlp(x, (6, -1), w1, w2, None, None, False, True),
+        lambda: mlp(x, (2, 3), w1.bfloat16(), w2, None, None, False, True),
+        lambda: mlp(x, (2, 3), w1, f(2, 4, 3).transpose(1, 2), None, None, False, True),
+        lambda: mlp(x, (2, 3), w1, f(2, 3, 5), None, None, False, True),
+        lambda: mlp(x, (2, 3), f(2, 3, 4, 3), w2, None, None, True, True),
+        lambda: mlp(x, (2, 3), w1, w2, f(2, 3), None, False, True),
+        lambda: mlp_backward(x, x, h[:, :3].contiguous(), (2, 3), w1, w2, None, False, w1, w2, None, None),
+        lambda: mlp_backward(x, x, h, (2, 3), w1, w2, None, False, w1.bfloat16(), w2, None, None),
+        lambda: mlp_backward(x, x, h, (2, 3), w1, w2, None, False, w1, w2, None, f(3, 3)),
+    ]
+
+
+@needs_library
+def test_both_backends_refuse_in_the_same_words(library: Any) -> None:
+    for number, (ours, theirs) in enumerate(
+        zip(_bad_calls(torch.ops.megatron_samoe), _bad_calls(library), strict=True)
+    ):
+        with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)) as of_cpu:
+            ours()
+        with pytest.raises(of_cpu.type) as of_cuda:
+            theirs()
+        assert str(of_cuda.value) == str(of_cpu.value), number
+
+
+def test_the_ops_write_what_their_schemas_say(library: Any) -> None:
+    """torch's own check of aliasing and mutation."""
+    a, t, w = (torch.randn(shape) for shape in ((3, 2, 4), (4, 2, 8), (3, 2, 8)))
+    weights = op_checks.expert_weights(2, 4, 3, "swiglu", True, torch.float32).map(Tensor.detach)
+    x, h, grads = torch.randn(5, 3), torch.randn(5, 8), weights.map(torch.zeros_like)
+    masters = [torch.randn(5) for _ in range(4)]
+    weight = torch.zeros(5, dtype=torch.bfloat16)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (library.topk_gate, (torch.randn(8, 4), 2, True, False, 2)),
+        (library.make_permutation, (torch.tensor([[0, 1], [3, -1]]), 4)),
+        (library.combine_banks, (a, t, w)),
+        (library.combine_banks_backward, (a, t, w, torch.zeros_like(t))),
+        (library.adamw, (masters[:1], [weight], *([m] for m in masters[1:]), 0.1, 0.9, 0.95, 1e-8, 0.0, 1, 1.0)),
+        (library.grouped_mlp, (x, [2, 3], *(t for _, t in weights.items()), True, True)),
+        (library.grouped_mlp_backward, (x, x, h, [2, 3], weights.w1, weights.w2, weights.b1, True,
+                                        *(t for _, t in grads.items()))),
+    ]  # fmt: skip
+    for op, arguments in calls:
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema",))

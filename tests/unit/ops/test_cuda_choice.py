@@ -1,0 +1,112 @@
+"""Which tensors go to the CUDA kernels: they are asked for by a variable. Fake tensors stand for a device's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.log import _said
+from megatron_samoe.ops import extension
+from megatron_samoe.ops.adamw import AdamWRun
+from megatron_samoe.ops.adamw import serves as adamw_serves
+from megatron_samoe.ops.combine import combine_banks
+from megatron_samoe.ops.cross_entropy import cross_entropy_parts
+from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp_forward
+from megatron_samoe.ops.permute import Permutation, gather_rows, permute, unpermute
+from megatron_samoe.ops.topk_gate import topk_gate
+
+VARIABLE = extension.CUDA_ENVIRONMENT_VARIABLE
+needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
+
+
+@pytest.fixture
+def fresh_choice() -> Iterator[None]:
+    """The variable is read again, in the test and after it."""
+    extension.uses_cuda_kernels.cache_clear()
+    yield
+    extension.uses_cuda_kernels.cache_clear()
+
+
+@needs_library
+def test_the_kernels_are_asked_for(
+    fresh_choice: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(extension, "has_cuda_kernels", lambda: True)
+    assert not extension.uses_cuda_kernels(), "they have not run on a GPU"
+    for value, used in (("0", False), ("1", True)):
+        extension.uses_cuda_kernels.cache_clear()
+        monkeypatch.setenv(VARIABLE, value)
+        assert extension.uses_cuda_kernels() == used
+    monkeypatch.setattr(extension, "has_cuda_kernels", lambda: False)
+    monkeypatch.setattr(logging.getLogger("megatron_samoe"), "propagate", True)
+    _said.clear()
+    for _ in range(2):
+        extension.uses_cuda_kernels.cache_clear()
+        assert not extension.uses_cuda_kernels()
+    assert caplog.text.count(f"{VARIABLE}=1 has no effect") == 1 and "MEGATRON_SAMOE_BUILD=cuda" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_another_value_is_refused_even_on_a_cpu(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(extension.ENVIRONMENT_VARIABLE, mode)
+    monkeypatch.setenv(VARIABLE, "yes")
+    with pytest.raises(ConfigError, match=f"{VARIABLE}.*yes.*one of 0, 1"):
+        extension.load.__wrapped__()
+
+
+@needs_library
+@pytest.mark.parametrize("used", [False, True])
+def test_which_tensors_are_served(used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "uses_cuda_kernels", lambda: used)
+    with FakeTensorMode():
+        ours, theirs = torch.empty(3), torch.empty(3, device="cuda")
+        other, half = torch.empty(3, device="cuda:1"), torch.empty(3, device="cuda", dtype=torch.half)
+        ids, meta = torch.empty(3, device="cuda", dtype=torch.int64), torch.empty(3, device="meta")
+        assert extension.serves(ours) and extension.serves(ours, cuda=True)
+        assert extension.serves(theirs, None, ids, cuda=True) == used
+        assert not extension.serves(theirs, ids), "an op without a CUDA kernel"
+        assert not any(extension.serves(theirs, t, cuda=True) for t in (ours, other, half, meta))
+        assert not extension.serves(meta, cuda=True)
+        run = AdamWRun(theirs, None, theirs, theirs, theirs)
+        assert adamw_serves([run]) == used
+        assert not adamw_serves([run, AdamWRun(ours, None, ours, ours, ours)])
+        assert not adamw_serves([AdamWRun(theirs, theirs.bfloat16(), theirs, ours, theirs)])
+
+
+@needs_library
+def test_cuda_tensors_reach_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each op is called as the compiled one; results have its shapes, on the device."""
+    monkeypatch.setattr(extension, "uses_cuda_kernels", lambda: True)
+    called = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            called.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        x_TH, index_R = torch.empty(6, 4), torch.empty(12, dtype=torch.int64)
+        permutation = Permutation(index_R, index_R.view(6, 2), torch.empty(3, dtype=torch.int64))
+        w = ExpertWeights(torch.empty(3, 5, 4), torch.empty(3, 4, 5))
+        with Recorder():
+            gate = topk_gate(torch.empty(6, 3), 2)
+            rows_NH = permute(x_TH, permutation)
+            y_NH, h_NU = grouped_mlp_forward(gather_rows(rows_NH, index_R, index_R), [4, 0, 8], w, "gelu")
+            results = [
+                *(gate.probs_TK, gate.ids_TK, rows_NH, y_NH, h_NU),
+                unpermute(y_NH, gate.probs_TK, permutation),
+                combine_banks(torch.empty(2, 1, 3), torch.empty(3, 1, 7)),
+                *cross_entropy_parts(torch.empty(6, 9), torch.empty(6, dtype=torch.int64)),
+            ]
+    assert all(t.device.type == "cuda" for t in results)
+    assert h_NU.shape == (12, 5) and results[5].shape == (6, 4)
+    ops = [name.split("::")[1] for name in called if name.startswith("megatron_samoe::")]
+    assert ops == [
+        "topk_gate", "permute", "permute", "grouped_mlp", "unpermute", "combine_banks", "cross_entropy_parts",
+    ]  # fmt: skip
