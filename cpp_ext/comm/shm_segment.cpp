@@ -26,8 +26,7 @@ std::string failure(const std::string& call) { return call + ": " + std::strerro
 std::string Segment::map(size_t bytes) {
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
   if (base == MAP_FAILED) return failure("mmap of " + std::to_string(bytes) + " shared bytes");
-  base_ = base;
-  bytes_ = bytes;
+  base_.reset(static_cast<char*>(base), [bytes](char* mapped) { munmap(mapped, bytes); });
   return "";
 }
 
@@ -83,29 +82,26 @@ void Segment::share(const Segment& other) {
   base_ = other.base_;
   world_ = other.world_;
   fd_ = dup(other.fd_);
-  shared_ = true;
 }
 
 void Segment::release() {
-  if (base_ != nullptr && !shared_) munmap(base_, bytes_);
+  base_.reset();
   if (fd_ >= 0) close(fd_);
-  base_ = nullptr;
   fd_ = -1;
 }
 
 Ring& Segment::ring(int peer) const {
-  char* rings = static_cast<char*>(base_) + sizeof(Header);
+  char* rings = base_.get() + sizeof(Header);
   return reinterpret_cast<Ring*>(rings)[peer];
 }
 
 Pull& Segment::pull(int peer) const {
-  char* pulls = static_cast<char*>(base_) + sizeof(Header) + static_cast<size_t>(world_) * sizeof(Ring);
+  char* pulls = base_.get() + sizeof(Header) + static_cast<size_t>(world_) * sizeof(Ring);
   return reinterpret_cast<Pull*>(pulls)[peer];
 }
 
 Slot& Segment::slot(int peer, uint64_t piece) const {
-  char* slots =
-      static_cast<char*>(base_) + sizeof(Header) + static_cast<size_t>(world_) * (sizeof(Ring) + sizeof(Pull));
+  char* slots = base_.get() + sizeof(Header) + static_cast<size_t>(world_) * (sizeof(Ring) + sizeof(Pull));
   return reinterpret_cast<Slot*>(slots)[static_cast<uint64_t>(peer) * kSlots + piece % kSlots];
 }
 

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 namespace samoe {
@@ -65,10 +66,10 @@ class Segment {
   std::string create(int world, uint64_t mark);
   std::string open(pid_t pid, int fd, int world, uint64_t mark);
   void release();
-  // For ranks that are threads: uses the other's mapping, which must outlive this.
+  // For ranks that are threads: uses the other's mapping.
   void share(const Segment& other);
 
-  Header& header() const { return *static_cast<Header*>(base_); }
+  Header& header() const { return *reinterpret_cast<Header*>(base_.get()); }
   Ring& ring(int peer) const;
   Pull& pull(int peer) const;
   Slot& slot(int peer, uint64_t piece) const;
@@ -78,11 +79,9 @@ class Segment {
   std::string try_create(int world, uint64_t mark);
   std::string try_open(pid_t pid, int fd, int world, uint64_t mark);
   std::string map(size_t bytes);
-  void* base_ = nullptr;
-  size_t bytes_ = 0;
+  std::shared_ptr<char> base_;  // unmapped with the last who holds it
   int fd_ = -1;
   int world_ = 0;
-  bool shared_ = false;
 };
 
 }  // namespace comm

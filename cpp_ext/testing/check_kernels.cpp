@@ -1,9 +1,6 @@
-// A program without torch that runs the CPU kernels and the shared-memory exchange over random shapes, for the
-// sanitizers (tools/sanitize.sh). Buffers have their exact size on the heap, so that a step outside is seen; values are
-// compared with plain loops. Prints what it ran; ends with status 1 at the first difference.
-#include <sys/wait.h>
-#include <unistd.h>
-
+// A program without torch that runs the CPU kernels over random shapes, for the sanitizers (tools/sanitize.sh). Buffers
+// have their exact size on the heap, so that a step outside is seen; values are compared with plain loops. Prints what it
+// ran; ends with status 1 at the first difference.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,7 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "../comm/shm_all_to_all.h"
 #include "../kernels/kernels.h"
 
 namespace {
@@ -191,80 +187,9 @@ void check_cross_entropy() {
   }
 }
 
-// One rank's exchanges; every byte says who sent it to whom.
-int exchange_rank(int rank, int world, const int* to_parent, const int* from_parent) {
-  samoe::comm::ShmAllToAll communicator(rank, world, 50);
-  if (!communicator.create().empty()) return 2;
-  char line[128] = {};
-  std::snprintf(line, sizeof line, "%s", communicator.address().c_str());
-  if (write(to_parent[1], line, sizeof line) != sizeof line) return 3;
-  std::vector<std::string> addresses;
-  for (int r = 0; r < world; ++r) {
-    if (read(from_parent[0], line, sizeof line) != sizeof line) return 4;
-    addresses.emplace_back(line);
-  }
-  const std::string problem = communicator.connect(addresses);
-  if (!problem.empty()) {
-    std::fprintf(stderr, "connect: %s\n", problem.c_str());
-    return 5;
-  }
-  std::mt19937 shared(5);  // the same on all ranks
-  for (int exchange = 0; exchange < 40; ++exchange) {
-    std::vector<int64_t> sizes(static_cast<size_t>(world * world));
-    for (auto& size : sizes)
-      size = shared() % 4 == 0 ? 0 : static_cast<int64_t>(shared() % (exchange % 8 == 0 ? 3000000 : 5000));
-    std::vector<int64_t> send, receive;
-    std::vector<char> input, output;
-    for (int r = 0; r < world; ++r) {
-      send.push_back(sizes[static_cast<size_t>(rank * world + r)]);
-      receive.push_back(sizes[static_cast<size_t>(r * world + rank)]);
-      input.insert(input.end(), static_cast<size_t>(send.back()), static_cast<char>(16 * rank + r));
-    }
-    int64_t total = 0;
-    for (const int64_t bytes : receive) total += bytes;
-    output.resize(static_cast<size_t>(total));
-    if (!communicator.start(input.data(), output.data(), send, receive).empty()) return 6;
-    while (communicator.run(0.2, 60) == samoe::comm::Progress::pending) continue;
-    if (!communicator.error().empty()) {
-      std::fprintf(stderr, "%s\n", communicator.error().c_str());
-      return 7;
-    }
-    const char* place = output.data();
-    for (int r = 0; r < world; ++r)
-      for (int64_t i = 0; i < receive[static_cast<size_t>(r)]; ++i)
-        if (*place++ != static_cast<char>(16 * r + rank)) return 8;
-  }
-  return 0;
-}
-
-void check_exchange(int world) {
-  std::vector<int> up(static_cast<size_t>(2 * world)), down(static_cast<size_t>(2 * world));
-  for (int r = 0; r < world; ++r) expect(pipe(&up[2 * r]) == 0 && pipe(&down[2 * r]) == 0, "pipe");
-  std::vector<pid_t> children;
-  for (int r = 0; r < world; ++r) {
-    const pid_t child = fork();
-    if (child == 0) std::exit(exchange_rank(r, world, &up[2 * r], &down[2 * r]));
-    children.push_back(child);
-  }
-  std::vector<char> lines(static_cast<size_t>(128 * world));
-  for (int r = 0; r < world; ++r) expect(read(up[2 * r], &lines[128 * r], 128) == 128, "a rank's address");
-  for (int r = 0; r < world; ++r)
-    for (int i = 0; i < world; ++i) expect(write(down[2 * r + 1], &lines[128 * i], 128) == 128, "write");
-  for (const pid_t child : children) {
-    int status = 0;
-    waitpid(child, &status, 0);
-    if (status != 0) std::fprintf(stderr, "a rank ended with status %d\n", WEXITSTATUS(status));
-    expect(status == 0, "exchange");
-  }
-  for (const int fd : up) close(fd);
-  for (const int fd : down) close(fd);
-}
-
 }  // namespace
 
 int main() {
-  // Processes first: a fork after threads were started would carry their locks.
-  for (const int world : {1, 2, 4}) check_exchange(world);
   for (int round = 0; round < 60; ++round) {
     check_gate();
     check_rows<float>(DType::f32);
@@ -272,6 +197,6 @@ int main() {
     check_combine();
     check_cross_entropy();
   }
-  std::printf("exchanges of 1, 2 and 4 ranks and 60 rounds of every kernel agree (%s)\n", kernels().instruction_set);
+  std::printf("60 rounds of every kernel agree (%s)\n", kernels().instruction_set);
   return 0;
 }

@@ -1,0 +1,244 @@
+// As check_kernels.cpp, for the kernels of inference and the optimizer's update: results must have the same bits with one
+// thread and with three, and products, sums and updates are compared with plain loops.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "../kernels/kernels.h"
+
+namespace {
+
+using samoe::WeightType;
+using samoe::cpu::kernels;
+using samoe::cpu::Matrix;
+
+constexpr int kThreads = 3;
+std::mt19937 random_bits(1);
+
+int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
+
+std::vector<float> floats(int64_t n) {
+  std::vector<float> values(static_cast<size_t>(n));
+  for (float& value : values) value = std::normal_distribution<float>()(random_bits);
+  return values;
+}
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "difference: %s\n", what);
+  std::exit(1);
+}
+
+bool near(double a, double b, double tolerance) { return std::fabs(a - b) <= tolerance * (1.0 + std::fabs(b)); }
+
+// Runs a kernel with one thread and with several on copies of what it writes; returns the result.
+std::vector<float> same_bits(const std::vector<float>& before, const char* what,
+                             const std::function<void(float* out, int num_threads)>& kernel) {
+  std::vector<float> one = before, many = before;
+  kernel(one.data(), 1);
+  kernel(many.data(), kThreads);
+  expect(before.empty() || std::memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0, what);
+  return one;
+}
+
+// Weights of some type, and their values in fp32.
+struct Weights {
+  Weights(int64_t num_rows, int64_t cols, WeightType type) : values(floats(num_rows * cols)), matrix{type, nullptr, nullptr} {
+    const size_t size = type == WeightType::f32 ? 4 : (type == WeightType::bf16 ? 2 : 1);
+    data.resize(values.size() * size);
+    for (int64_t row = 0; row < num_rows; ++row) scale.push_back(0.01f * static_cast<float>(pick(1, 5)));
+    for (size_t i = 0; i < values.size(); ++i) {
+      float& value = values[i];
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      if (type == WeightType::bf16) bits &= 0xffff0000u;
+      std::memcpy(&value, &bits, sizeof bits);
+      const int8_t small = static_cast<int8_t>(std::lround(std::fmin(std::fmax(40.0f * value, -127.0f), 127.0f)));
+      if (type == WeightType::i8) value = static_cast<float>(small) * scale[i / static_cast<size_t>(cols)];
+      const uint16_t high = static_cast<uint16_t>(bits >> 16);
+      std::memcpy(&data[i * size], type == WeightType::f32 ? static_cast<const void*>(&value)
+                                   : type == WeightType::bf16 ? static_cast<const void*>(&high) : &small, size);
+    }
+    matrix = {type, data.data(), type == WeightType::i8 ? scale.data() : nullptr};
+  }
+  std::vector<float> values, scale;
+  std::vector<char> data;
+  Matrix matrix;
+};
+
+void check_linear(WeightType type) {
+  const int64_t tokens = pick(0, 20), inputs = pick(1, 90), outputs = pick(1, 150);
+  const auto x = floats(tokens * inputs), bias = floats(outputs), before = floats(tokens * outputs);
+  const Weights w(outputs, inputs, type);
+  const bool accumulate = pick(0, 1) == 1;
+  const auto out = same_bits(before, "bits of a product", [&](float* result, int num_threads) {
+    kernels().decode_linear({x.data(), w.matrix, bias.data(), tokens, inputs, outputs, accumulate, result, num_threads});
+  });
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t n = 0; n < outputs; ++n) {
+      double expected = bias[n] + (accumulate ? before[t * outputs + n] : 0.0f);
+      for (int64_t k = 0; k < inputs; ++k) expected += static_cast<double>(x[t * inputs + k]) * w.values[n * inputs + k];
+      expect(near(out[t * outputs + n], expected, 1e-4), "product");
+    }
+  }
+}
+
+void check_norm() {
+  const int64_t tokens = pick(0, 9), hidden = pick(1, 90);
+  const auto x = floats(tokens * hidden), weight = floats(hidden), bias = floats(hidden);
+  const bool rms = pick(0, 1) == 1;
+  const auto out = same_bits(floats(tokens * hidden), "bits of a norm", [&](float* result, int num_threads) {
+    kernels().decode_norm({x.data(), weight.data(), bias.data(), 1e-5f, rms, tokens, hidden, result, num_threads});
+  });
+  for (int64_t t = 0; t < tokens; ++t) {
+    double mean = 0, square = 0;
+    for (int64_t h = 0; h < hidden; ++h) mean += x[t * hidden + h];
+    mean = rms ? 0 : mean / static_cast<double>(hidden);
+    for (int64_t h = 0; h < hidden; ++h) square += (x[t * hidden + h] - mean) * (x[t * hidden + h] - mean);
+    const double root = std::sqrt(square / static_cast<double>(hidden) + 1e-5);
+    for (int64_t h = 0; h < hidden; ++h)
+      expect(near(out[t * hidden + h], (x[t * hidden + h] - mean) / root * weight[h] + bias[h], 1e-4), "norm");
+  }
+}
+
+// Tokens of one sequence each, at different positions, over pages that lie anywhere.
+template <typename C>
+void check_attention() {
+  const int64_t tokens = pick(1, 5), groups = pick(1, 3), queries = pick(1, 4), dim = 2 * pick(1, 20);
+  const int64_t pages_per_slot = 3, page = samoe::cpu::kPage, num_pages = tokens * pages_per_slot;
+  const auto qkv = floats(tokens * groups * (queries + 2) * dim), norm = floats(dim);
+  const auto cosines = floats(pages_per_slot * page * dim), sines = floats(pages_per_slot * page * dim);
+  std::vector<int32_t> positions, slots, pages(static_cast<size_t>(num_pages));
+  for (int64_t t = 0; t < tokens; ++t) {
+    positions.push_back(static_cast<int32_t>(pick(0, pages_per_slot * page - 1)));
+    slots.push_back(static_cast<int32_t>(tokens - 1 - t));
+  }
+  for (int64_t p = 0; p < num_pages; ++p) pages[p] = static_cast<int32_t>(num_pages - 1 - p);
+  std::vector<C> cache(static_cast<size_t>(num_pages * groups * dim * page));
+  for (C& value : cache) value = static_cast<C>(sizeof(C) == 4 ? pick(-3, 3) : 0x3f80 + pick(0, 99));
+  const bool has_norm = pick(0, 1) == 1;
+  const auto out = same_bits(floats(tokens * groups * queries * dim), "bits of attention", [&](float* result, int num_threads) {
+    std::vector<C> keys = cache, values = cache;
+    std::vector<float> scratch(qkv.size());
+    samoe::cpu::DecodeAttention a = {};
+    a.qkv = qkv.data();
+    if (has_norm) a.q_norm_D = a.k_norm_D = norm.data();
+    a.epsilon = 1e-5f;
+    a.rms = true;
+    a.cos_PR = cosines.data();
+    a.sin_PR = sines.data();
+    a.rotated = dim;
+    a.positions_T = positions.data();
+    a.slots_T = slots.data();
+    a.pages = pages.data();
+    a.pages_per_slot = pages_per_slot;
+    a.cache_is_bf16 = sizeof(C) == 2;
+    a.keys = keys.data();
+    a.values = values.data();
+    a.num_tokens = tokens;
+    a.kv_heads = groups;
+    a.queries_per_kv = queries;
+    a.head_dim = dim;
+    a.qkv_scratch = scratch.data();
+    a.out = result;
+    a.num_threads = num_threads;
+    kernels().decode_attention(a);
+  });
+  for (const float value : out) expect(std::isfinite(value), "attention");
+}
+
+void check_experts(WeightType type) {
+  const int64_t tokens = pick(0, 20), experts = pick(1, 6), topk = pick(1, experts), hidden = pick(1, 70), ffn = pick(1, 150);
+  const bool gated = pick(0, 1) == 1;
+  const int64_t up = gated ? 2 * ffn : ffn;
+  const auto x = floats(tokens * hidden), probs = floats(tokens * topk), b1 = floats(experts * up), b2 = floats(experts * hidden);
+  const Weights w1(experts * up, hidden, type), w2(experts * hidden, ffn, type);
+  std::vector<int64_t> ids(static_cast<size_t>(tokens * topk)), index(static_cast<size_t>(experts));
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t first = pick(0, experts - 1);
+    for (int64_t k = 0; k < topk; ++k) ids[t * topk + k] = (first + k) % experts;
+  }
+  for (int64_t e = 0; e < experts; ++e) index[e] = pick(0, 4) == 0 ? -1 : experts - 1 - e;
+  same_bits(floats(tokens * hidden), "bits of experts", [&](float* result, int num_threads) {
+    std::vector<float> h(static_cast<size_t>(tokens * topk * ffn)), y(static_cast<size_t>(tokens * topk * hidden));
+    samoe::cpu::DecodeExperts a = {};
+    a.x_TH = x.data();
+    a.ids_TK = ids.data();
+    a.probs_TK = probs.data();
+    a.num_tokens = tokens;
+    a.topk = topk;
+    a.num_experts = experts;
+    a.index1_E = a.index2_E = index.data();
+    a.w1 = w1.matrix;
+    a.w2 = w2.matrix;
+    a.b1 = b1.data();
+    a.b2 = b2.data();
+    a.hidden = hidden;
+    a.ffn = ffn;
+    a.gated = gated;
+    a.h_NF = h.data();
+    a.y_NH = y.data();
+    a.combine = true;
+    a.out_TH = result;
+    a.num_threads = num_threads;
+    kernels().decode_experts(a);
+  });
+}
+
+void check_combine_rows(WeightType type) {
+  const int64_t banks = pick(1, 5), rows = pick(1, 30), cols = pick(1, 90);
+  std::vector<Weights> weights;
+  std::vector<Matrix> matrices;
+  for (int64_t p = 0; p < banks; ++p) {
+    weights.emplace_back(rows, cols, type);
+    matrices.push_back(weights.back().matrix);
+  }
+  const auto coefficients = floats(banks);
+  const auto out = same_bits(floats(rows * cols), "bits of combined rows", [&](float* result, int num_threads) {
+    kernels().combine_rows({matrices.data(), coefficients.data(), banks, rows, cols, WeightType::f32, result, nullptr, num_threads});
+  });
+  for (int64_t i = 0; i < rows * cols; ++i) {
+    double expected = 0;
+    for (int64_t p = 0; p < banks; ++p) expected += static_cast<double>(coefficients[p]) * weights[p].values[i];
+    expect(near(out[i], expected, 1e-5), "combined rows");
+  }
+}
+
+void check_adamw() {
+  const int64_t num = pick(0, 1) == 1 ? pick(0, 100) : pick(16000, 50000);
+  const auto before = floats(num), grad = floats(num), first = floats(num);
+  auto second = floats(num);
+  for (float& value : second) value *= value;
+  const auto out = same_bits(before, "bits of an update", [&](float* master, int num_threads) {
+    std::vector<float> exp_avg = first, exp_avg_sq = second;
+    std::vector<uint16_t> weight(static_cast<size_t>(num));
+    const samoe::cpu::AdamWRun run = {master, weight.data(), grad.data(), exp_avg.data(), exp_avg_sq.data(), num};
+    kernels().adamw({&run, 1, 0.999f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.05f, 1e-3f, 1.2f, 0.5f, num_threads});
+  });
+  for (int64_t i = 0; i < num; ++i) {
+    const double g = 0.5 * grad[i], m = first[i] + 0.1 * (g - first[i]), v = 0.95 * second[i] + 0.05 * g * g;
+    expect(near(out[i], 0.999 * before[i] - 1e-3 * m / (1.2 * std::sqrt(v) + 1e-8), 1e-5), "update");
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int round = 0; round < 20; ++round) {
+    for (const WeightType type : {WeightType::f32, WeightType::bf16, WeightType::i8}) {
+      check_linear(type);
+      check_experts(type);
+      check_combine_rows(type);
+    }
+    check_norm();
+    check_attention<float>();
+    check_attention<uint16_t>();
+    check_adamw();
+  }
+  std::printf("20 rounds of inference's kernels and of AdamW agree (%s)\n", kernels().instruction_set);
+  return 0;
+}
