@@ -1,43 +1,63 @@
-// The NCCL all-to-all as ops on handles, for every device: streams and events come from torch's device-generic
-// interface, so the same file serves a CPU torch (with the library of the tests) and a CUDA torch.
+// The NCCL all-to-all: its making and its exchanges in two hops, for every device. Streams and events come from torch's
+// device-generic interface, so the same file serves a CPU torch (with the library of the tests) and a CUDA torch.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/Event.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
-#include <cstring>
-#include <map>
+#include <algorithm>
 #include <memory>
-#include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../comm/nccl_all_to_all.h"
+#include "communicators.h"
 
 namespace {
 
 using at::Tensor;
+using samoe::Communicator;
+using samoe::comm::Hop;
+using samoe::comm::Message;
 using samoe::comm::nccl_api;
 using samoe::comm::NcclAllToAll;
 using samoe::comm::NcclApi;
-using samoe::comm::NcclUniqueId;
 
-std::mutex registry_mutex;
+class EventMark : public samoe::comm::Mark {
+ public:
+  explicit EventMark(const c10::Stream& stream) : device_(stream.device()), event_(stream.device_type()) {
+    event_.record(stream);
+  }
+  bool reached() override { return event_.query(); }
+  bool lead_caller() override {
+    event_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+    return true;
+  }
 
-std::map<int64_t, std::shared_ptr<NcclAllToAll>>& registry() {
-  // Never destroyed: at exit the library and the device may be gone before it.
-  static auto* communicators = new std::map<int64_t, std::shared_ptr<NcclAllToAll>>();
-  return *communicators;
-}
+ private:
+  const c10::Device device_;
+  c10::Event event_;
+};
 
-std::shared_ptr<NcclAllToAll> find(int64_t handle) {
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  const auto found = registry().find(handle);
-  TORCH_CHECK_VALUE(found != registry().end(), "no communicator has the handle ", handle, "; it may be closed");
-  return found->second;
-}
+class TorchQueue : public samoe::comm::DeviceQueue {
+ public:
+  explicit TorchQueue(const c10::Stream& stream) : stream_(stream) {}
+  void* stream() override { return stream_.native_handle(); }
+  void follow_caller() override {
+    c10::Event event(stream_.device_type());
+    event.record(c10::impl::VirtualGuardImpl(stream_.device_type()).getStream(stream_.device()));
+    event.block(stream_);
+  }
+  std::unique_ptr<samoe::comm::Mark> mark() override { return std::make_unique<EventMark>(stream_); }
+
+ private:
+  const c10::Stream stream_;
+};
 
 const NcclApi* api_or_throw() {
   std::string why;
@@ -54,82 +74,86 @@ std::string nccl_problem() {
 
 std::string nccl_library() {
   const NcclApi* api = api_or_throw();
-  return api->library + " " + std::to_string(api->version) + (api->takes_host_memory ? " (host memory)" : "");
+  return api->library + " " + std::to_string(api->version) + (api->host_finished != nullptr ? " (host memory)" : "");
 }
 
-std::vector<int64_t> nccl_unique_id() {
-  NcclUniqueId id;
-  const NcclApi* api = api_or_throw();
-  const int result = api->get_unique_id(&id);
-  TORCH_CHECK(result == samoe::comm::kNcclSuccess, "ncclGetUniqueId: ", api->get_error_string(result));
-  std::vector<int64_t> words(sizeof id / sizeof(int64_t));
-  std::memcpy(words.data(), &id, sizeof id);
-  return words;
-}
-
-int64_t nccl_create(int64_t rank, int64_t world) {
+int64_t nccl_create(int64_t rank, int64_t world, c10::Device device, double timeout_s) {
   TORCH_CHECK_VALUE(world >= 1 && rank >= 0 && rank < world, "rank ", rank, " of ", world);
-  auto communicator = std::make_shared<NcclAllToAll>(api_or_throw(), static_cast<int>(rank), static_cast<int>(world));
-  static int64_t next_handle = 0;
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  registry()[++next_handle] = std::move(communicator);
-  return next_handle;
-}
-
-std::string nccl_connect(int64_t handle, const std::vector<int64_t>& unique_id, double timeout_s) {
-  NcclUniqueId id;
-  TORCH_CHECK_VALUE(unique_id.size() * sizeof(int64_t) == sizeof id, "a unique id has ", sizeof id / 8, " words");
-  std::memcpy(&id, unique_id.data(), sizeof id);
-  return find(handle)->connect(id, timeout_s);
-}
-
-void check_splits(const std::vector<int64_t>& bytes, const Tensor& tensor, int world, const char* name) {
-  TORCH_CHECK_VALUE(static_cast<int>(bytes.size()) == world, name, " has ", bytes.size(), " splits for ", world,
-                    " ranks");
-  int64_t total = 0;
-  for (const int64_t part : bytes) {
-    TORCH_CHECK_VALUE(part >= 0, name, " has a negative split of ", part, " bytes");
-    total += part;
+  const NcclApi* api = api_or_throw();
+  Communicator communicator{nullptr, device, std::nullopt};
+  std::unique_ptr<TorchQueue> queue;
+  if (device.is_cpu()) {
+    TORCH_CHECK(api->host_finished != nullptr, "NCCL exchanges the memory of devices, not of the CPU");
+  } else {
+    const c10::impl::VirtualGuardImpl guard(device.type());
+    if (!device.has_index()) communicator.device = guard.getDevice();
+    // Exchanges go before kernels that wait for the same multiprocessors.
+    communicator.stream = guard.getStreamFromGlobalPool(communicator.device, /*isHighPriority=*/true);
+    queue = std::make_unique<TorchQueue>(*communicator.stream);
   }
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " is not contiguous");
-  TORCH_CHECK_VALUE(total == static_cast<int64_t>(tensor.nbytes()), name, " has ", tensor.nbytes(),
-                    " bytes and its splits sum to ", total);
+  communicator.transport = std::make_shared<NcclAllToAll>(api, static_cast<int>(rank), static_cast<int>(world),
+                                                          timeout_s, std::move(queue));
+  return samoe::add_communicator(std::move(communicator));
 }
 
-// Enqueues on the current stream of the tensors' device; an empty string, or why it failed.
-std::string nccl_all_to_all(int64_t handle, const Tensor& input, const Tensor& output,
-                            const std::vector<int64_t>& send_bytes, const std::vector<int64_t>& recv_bytes,
-                            double timeout_s) {
-  const auto communicator = find(handle);
-  check_splits(send_bytes, input, communicator->world(), "input");
-  check_splits(recv_bytes, output, communicator->world(), "output");
-  TORCH_CHECK_VALUE(input.device() == output.device(), "input is on ", input.device(), ", output on ", output.device());
-  const char* from = static_cast<const char*>(input.const_data_ptr());
-  char* to = static_cast<char*>(output.mutable_data_ptr());
-  if (input.device().is_cpu()) {
-    TORCH_CHECK(api_or_throw()->takes_host_memory, "NCCL exchanges device memory; these tensors are on the CPU");
-    return communicator->exchange(from, to, send_bytes, recv_bytes, nullptr, timeout_s);
-  }
-  const c10::impl::VirtualGuardImpl device(input.device().type());
-  const c10::Stream stream = device.getStream(input.device());
-  std::string problem = communicator->exchange(from, to, send_bytes, recv_bytes, stream.native_handle(), timeout_s);
-  if (problem.empty()) {
-    auto event = std::make_shared<c10::Event>(input.device().type());
-    event->record(stream);
-    communicator->watch([event] { return event->query(); }, timeout_s);
-  }
-  return problem;
+std::tuple<int64_t, std::string> nccl_start_even(int64_t handle, const Tensor& input, const Tensor& output) {
+  const Communicator communicator = samoe::find_communicator(handle);
+  const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
+  TORCH_CHECK_VALUE(input.device() == communicator.device && output.device() == communicator.device &&
+                        input.is_contiguous() && output.is_contiguous(),
+                    "input and output must be contiguous, on ", communicator.device);
+  TORCH_CHECK_VALUE(input.nbytes() == output.nbytes() && input.nbytes() % static_cast<size_t>(nccl->world()) == 0,
+                    "input has ", input.nbytes(), " bytes and output ", output.nbytes(), ": not the same for each of ",
+                    nccl->world(), " ranks");
+  const c10::OptionalDeviceGuard guard(communicator.device);
+  const std::string problem = nccl->start_even(static_cast<const char*>(input.const_data_ptr()),
+                                               static_cast<char*>(output.mutable_data_ptr()),
+                                               static_cast<int64_t>(input.nbytes()) / nccl->world());
+  samoe::keep_until_done(communicator, {input, output});
+  return {nccl->last_started(), problem.empty() ? "pending" : problem};
 }
 
-void nccl_abort(int64_t handle, const std::string& reason) { find(handle)->abort(reason); }
+// Messages from their numbers: peer, whether in the staging memory, first byte, bytes.
+std::vector<Message> messages(const std::vector<int64_t>& numbers, const Tensor& own, const Tensor& staging, int world) {
+  TORCH_CHECK_VALUE(numbers.size() % 4 == 0, "a message has four numbers");
+  std::vector<Message> found;
+  for (size_t i = 0; i < numbers.size(); i += 4) {
+    const int64_t peer = numbers[i], offset = numbers[i + 2], bytes = numbers[i + 3];
+    const Tensor& memory = numbers[i + 1] != 0 ? staging : own;
+    TORCH_CHECK_VALUE(peer >= 0 && peer < world && offset >= 0 && bytes >= 0 &&
+                          offset + bytes <= static_cast<int64_t>(memory.nbytes()),
+                      "a message of ", bytes, " bytes at ", offset, " of ", memory.nbytes(), " for rank ", peer);
+    found.push_back({static_cast<int>(peer), static_cast<char*>(memory.data_ptr()) + offset, bytes});
+  }
+  return found;
+}
 
-void nccl_close(int64_t handle) {
-  std::shared_ptr<NcclAllToAll> last;  // destroyed after the lock is released: its watchdog may be at work
-  std::lock_guard<std::mutex> lock(registry_mutex);
-  const auto found = registry().find(handle);
-  if (found == registry().end()) return;
-  last = std::move(found->second);
-  registry().erase(found);
+// An exchange in two hops, the first of which brings `staging` what the second sends.
+std::tuple<int64_t, std::string> nccl_start_hops(int64_t handle, const Tensor& input, const Tensor& output,
+                                                 const Tensor& staging, const std::vector<int64_t>& first_sends,
+                                                 const std::vector<int64_t>& first_receives,
+                                                 const std::vector<int64_t>& second_sends,
+                                                 const std::vector<int64_t>& second_receives) {
+  const Communicator communicator = samoe::find_communicator(handle);
+  const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
+  for (const Tensor* tensor : {&input, &output, &staging}) {
+    TORCH_CHECK_VALUE(tensor->device() == communicator.device && tensor->is_contiguous(),
+                      "tensors must be contiguous, on ", communicator.device);
+  }
+  const int world = nccl->world();
+  const Hop first{messages(first_sends, input, staging, world), messages(first_receives, output, staging, world)};
+  const Hop second{messages(second_sends, input, staging, world), messages(second_receives, output, staging, world)};
+  const c10::OptionalDeviceGuard guard(communicator.device);
+  const std::string problem = nccl->start_hops({first, second});
+  samoe::keep_until_done(communicator, {input, output, staging});
+  return {nccl->last_started(), problem.empty() ? "pending" : problem};
+}
+
+// Makes NCCL know memory that exchanges in two hops will use from now on, and forget what they used before.
+std::string nccl_use_staging(int64_t handle, const Tensor& staging) {
+  const c10::OptionalDeviceGuard guard(samoe::find_communicator(handle).device);
+  return samoe::find_transport<NcclAllToAll>(handle)->use_staging(static_cast<char*>(staging.data_ptr()),
+                                                                  static_cast<int64_t>(staging.nbytes()));
 }
 
 }  // namespace
@@ -137,15 +161,19 @@ void nccl_close(int64_t handle) {
 TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
   m.def("nccl_problem() -> str", nccl_problem);
   m.def("nccl_library() -> str", nccl_library);
-  m.def("nccl_unique_id() -> int[]", nccl_unique_id);
-  m.def("nccl_create(int rank, int world) -> int", nccl_create);
-  m.def("nccl_connect(int handle, int[] unique_id, float timeout_s) -> str", nccl_connect);
+  m.def("nccl_create(int rank, int world, Device device, float timeout_s) -> int", nccl_create);
+  m.def("nccl_start_even(int handle, Tensor input, Tensor(a!) output) -> (int exchange, str state)");
   m.def(
-      "nccl_all_to_all(int handle, Tensor input, Tensor(a!) output, int[] send_bytes, int[] recv_bytes,"
-      " float timeout_s) -> str");
-  m.def("nccl_abort(int handle, str reason) -> ()", nccl_abort);
-  m.def("nccl_close(int handle) -> ()", nccl_close);
+      "nccl_start_hops(int handle, Tensor input, Tensor(a!) output, Tensor(b!) staging, int[] first_sends,"
+      " int[] first_receives, int[] second_sends, int[] second_receives) -> (int exchange, str state)");
+  m.def("nccl_use_staging(int handle, Tensor staging) -> str");
 }
 
-TORCH_LIBRARY_IMPL(megatron_samoe, CPU, m) { m.impl("nccl_all_to_all", nccl_all_to_all); }
-TORCH_LIBRARY_IMPL(megatron_samoe, CUDA, m) { m.impl("nccl_all_to_all", nccl_all_to_all); }
+#define SAMOE_FOR_DEVICE(device)                          \
+  TORCH_LIBRARY_IMPL(megatron_samoe, device, m) {         \
+    m.impl("nccl_start_even", nccl_start_even);           \
+    m.impl("nccl_start_hops", nccl_start_hops);           \
+    m.impl("nccl_use_staging", nccl_use_staging);         \
+  }
+SAMOE_FOR_DEVICE(CPU)
+SAMOE_FOR_DEVICE(CUDA)

@@ -27,6 +27,20 @@ static_assert(NCCL_API_MAGIC == 0xcafebeef && NCCL_CONFIG_UNDEF_INT == -21474836
   static_assert(sizeof(static_cast<type>(&theirs)) == sizeof(samoe::comm::NcclApi::ours), #theirs)
 SAMOE_SAME_TYPE(send, ncclSend, ncclResult_t (*)(const void*, size_t, ncclDataType_t, int, ncclComm_t, cudaStream_t));
 SAMOE_SAME_TYPE(recv, ncclRecv, ncclResult_t (*)(void*, size_t, ncclDataType_t, int, ncclComm_t, cudaStream_t));
+SAMOE_SAME_TYPE(get_version, ncclGetVersion, ncclResult_t (*)(int*));
+SAMOE_SAME_TYPE(get_unique_id, ncclGetUniqueId, ncclResult_t (*)(ncclUniqueId*));
+SAMOE_SAME_TYPE(comm_get_async_error, ncclCommGetAsyncError, ncclResult_t (*)(ncclComm_t, ncclResult_t*));
+SAMOE_SAME_TYPE(comm_abort, ncclCommAbort, ncclResult_t (*)(ncclComm_t));
+SAMOE_SAME_TYPE(get_error_string, ncclGetErrorString, const char* (*)(ncclResult_t));
+SAMOE_SAME_TYPE(get_last_error, ncclGetLastError, const char* (*)(ncclComm_t));
+SAMOE_SAME_TYPE(group_start, ncclGroupStart, ncclResult_t (*)());
+SAMOE_SAME_TYPE(group_end, ncclGroupEnd, ncclResult_t (*)());
+#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 28, 0)
+SAMOE_SAME_TYPE(all_to_all, ncclAlltoAll,
+                ncclResult_t (*)(const void*, void*, size_t, ncclDataType_t, ncclComm_t, cudaStream_t));
+#endif
+SAMOE_SAME_TYPE(comm_register, ncclCommRegister, ncclResult_t (*)(ncclComm_t, void*, size_t, void**));
+SAMOE_SAME_TYPE(comm_deregister, ncclCommDeregister, ncclResult_t (*)(const ncclComm_t, void*));
 SAMOE_SAME_TYPE(comm_init_rank_config, ncclCommInitRankConfig,
                 ncclResult_t (*)(ncclComm_t*, int, ncclUniqueId, int, ncclConfig_t*));
 #endif

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <cstdio>
 #include <utility>
 
 namespace samoe {
@@ -10,18 +11,50 @@ namespace {
 
 constexpr auto kPoll = std::chrono::microseconds(50);
 constexpr auto kLook = std::chrono::milliseconds(100);
+constexpr int kYields = 200;  // looks at a call before sleeping between them: enqueueing takes a few microseconds
 
 using Lock = std::lock_guard<std::recursive_mutex>;
 
-std::chrono::steady_clock::time_point after(double seconds) {
-  return std::chrono::steady_clock::now() +
-         std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(seconds));
+std::chrono::steady_clock::duration duration(double seconds) {
+  return std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(seconds));
+}
+
+// The library of the tests has no events: it counts the groups of calls that it has finished.
+class HostMark : public Mark {
+ public:
+  HostMark(const NcclApi* api, NcclHandle handle, int64_t groups) : api_(api), handle_(handle), groups_(groups) {}
+  bool reached() override { return api_->host_finished(handle_) >= groups_; }
+  bool lead_caller() override { return reached(); }
+
+ private:
+  const NcclApi* api_;
+  NcclHandle handle_;
+  int64_t groups_;
+};
+
+bool accepted(int result) { return result == kNcclSuccess || result == kNcclInProgress; }
+
+void pause(int* looks) {
+  if (++*looks < kYields) {
+    std::this_thread::yield();
+  } else {
+    std::this_thread::sleep_for(kPoll);
+  }
 }
 
 }  // namespace
 
-NcclAllToAll::NcclAllToAll(const NcclApi* api, int rank, int world)
-    : api_(api), rank_(rank), world_(world), owner_pid_(getpid()) {}
+NcclAllToAll::NcclAllToAll(const NcclApi* api, int rank, int world, double timeout_s,
+                           std::unique_ptr<DeviceQueue> queue)
+    : AllToAll(rank, world, timeout_s), api_(api), owner_pid_(getpid()), queue_(std::move(queue)) {
+  NcclUniqueId id;
+  if (rank != 0 || api_->get_unique_id(&id) != kNcclSuccess) return;
+  char digits[3];
+  for (const char byte : id.internal) {
+    std::snprintf(digits, sizeof digits, "%02x", static_cast<unsigned char>(byte));
+    id_ += digits;
+  }
+}
 
 NcclAllToAll::~NcclAllToAll() {
   // Abort, not destroy: destroy is collective and would wait for peers that may be gone.
@@ -35,6 +68,8 @@ NcclAllToAll::~NcclAllToAll() {
     }
   }
 }
+
+NcclAllToAll::Clock::time_point NcclAllToAll::deadline() const { return Clock::now() + duration(timeout_s_); }
 
 std::string NcclAllToAll::explain(int result, const std::string& call) const {
   std::string text = call + ": " + api_->get_error_string(result);
@@ -54,86 +89,201 @@ void NcclAllToAll::abort(const std::string& reason) {
   Lock lock(mutex_);
   if (error_.empty()) error_ = reason;
   pending_.clear();
+  enqueueing_ = false;
   NcclHandle handle = std::exchange(handle_, nullptr);
   if (handle != nullptr && getpid() == owner_pid_) api_->comm_abort(handle);
 }
 
-// A non-blocking call has come to its end when the communicator's state is no longer "in progress".
-std::string NcclAllToAll::wait_until_ready(double timeout_s, const std::string& what) {
-  const auto deadline = after(timeout_s);
-  for (;;) {
-    int state = kNcclSuccess;
-    const int result = api_->comm_get_async_error(handle_, &state);
-    if (result != kNcclSuccess) return explain(result, what);
-    if (state == kNcclSuccess) return "";
-    if (state != kNcclInProgress) return explain(state, what);
-    if (abort_asked_) return what + " was given up by this rank";
-    if (Clock::now() >= deadline) {
-      return what + " did not end within " + std::to_string(static_cast<int64_t>(timeout_s * 1e3)) + " ms";
-    }
-    std::this_thread::sleep_for(kPoll);
-  }
+std::string NcclAllToAll::last_error() {
+  Lock lock(mutex_);
+  return error_;
 }
 
-std::string NcclAllToAll::connect(const NcclUniqueId& id, double timeout_s) {
+std::string NcclAllToAll::address() const { return (api_->all_to_all != nullptr ? "1" : "0") + id_; }
+
+std::string NcclAllToAll::connect(const std::vector<std::string>& addresses) {
   Lock lock(mutex_);
+  NcclUniqueId id;
+  const std::string digits = addresses.empty() || addresses[0].empty() ? "" : addresses[0].substr(1);
+  if (digits.size() != 2 * sizeof id.internal) return fail("ncclGetUniqueId fails on the first rank");
+  for (size_t i = 0; i < sizeof id.internal; ++i)
+    id.internal[i] = static_cast<char>(std::stoi(digits.substr(2 * i, 2), nullptr, 16));
+  has_all_to_all_ = true;
+  for (const std::string& address : addresses) has_all_to_all_ &= address.substr(0, 1) == "1";
   NcclConfig config = nonblocking_config();
   const int result = api_->comm_init_rank_config(&handle_, world_, id, rank_, &config);
-  if (result != kNcclSuccess && result != kNcclInProgress) {
+  if (!accepted(result)) {
     handle_ = nullptr;
     return fail(explain(result, "ncclCommInitRankConfig"));
   }
-  const std::string problem = wait_until_ready(timeout_s, "ncclCommInitRankConfig");
-  if (!problem.empty()) return fail(problem);
+  enqueueing_ = true;
+  enqueueing_what_ = "ncclCommInitRankConfig";
+  enqueueing_deadline_ = deadline();
   watchdog_ = std::thread([this] { look_after(); });
   return "";
 }
 
-std::string NcclAllToAll::exchange(const char* input, char* output, const std::vector<int64_t>& send_bytes,
-                                   const std::vector<int64_t>& recv_bytes, void* stream, double timeout_s) {
-  Lock lock(mutex_);
-  if (getpid() != owner_pid_) return "the communicator belongs to the process that made it, not to its fork";
-  if (handle_ == nullptr) return error_.empty() ? "the communicator is not connected" : error_;
-  ++operation_;
-  int result = api_->group_start();
-  std::string problem = result == kNcclSuccess ? "" : explain(result, "ncclGroupStart");
-  const bool opened = problem.empty();
-  int64_t to = 0, from = 0;
-  for (int peer = 0; peer < world_ && problem.empty(); ++peer) {
-    const int64_t send = send_bytes[static_cast<size_t>(peer)], recv = recv_bytes[static_cast<size_t>(peer)];
-    const std::string at = " rank " + std::to_string(peer);
-    if (send > 0) {
-      result = api_->send(input + to, static_cast<size_t>(send), kNcclUint8, peer, handle_, stream);
-      if (result != kNcclSuccess && result != kNcclInProgress) {
-        problem = explain(result, "ncclSend of " + std::to_string(send) + " bytes to" + at);
-      }
-    }
-    if (recv > 0 && problem.empty()) {
-      result = api_->recv(output + from, static_cast<size_t>(recv), kNcclUint8, peer, handle_, stream);
-      if (result != kNcclSuccess && result != kNcclInProgress) {
-        problem = explain(result, "ncclRecv of " + std::to_string(recv) + " bytes from" + at);
-      }
-    }
-    to += send;
-    from += recv;
-  }
-  // A group that was opened is closed even after an error: an open group would swallow the thread's next calls.
-  if (opened) {
-    result = api_->group_end();
-    if (problem.empty() && result != kNcclSuccess && result != kNcclInProgress)
-      problem = explain(result, "ncclGroupEnd");
-  }
-  if (problem.empty()) {
-    problem = wait_until_ready(
-        timeout_s, "all-to-all of " + std::to_string(to) + " bytes sent and " + std::to_string(from) + " received");
-  }
-  return problem.empty() ? "" : fail(problem);
+std::unique_ptr<Mark> NcclAllToAll::mark() {
+  return queue_ != nullptr ? queue_->mark() : std::make_unique<HostMark>(api_, handle_, groups_);
 }
 
-void NcclAllToAll::watch(std::function<bool()> finished, double timeout_s) {
-  Lock lock(mutex_);
+// Asks NCCL how it is: a call that it works on has come to its end when its state is no longer "in progress".
+void NcclAllToAll::poll() {
   if (handle_ == nullptr) return;
-  pending_.push_back({std::move(finished), after(timeout_s), "exchange " + std::to_string(operation_)});
+  int state = kNcclSuccess;
+  int result = api_->comm_get_async_error(handle_, &state);
+  if (result == kNcclSuccess) result = state;
+  if (!accepted(result)) {
+    fail(explain(result, enqueueing_ ? enqueueing_what_ : "asynchronous error"));
+  } else if (enqueueing_ && state == kNcclSuccess) {
+    enqueueing_ = false;
+  } else if (enqueueing_ && Clock::now() >= enqueueing_deadline_) {
+    fail(enqueueing_what_ + " did not end within " + std::to_string(static_cast<int64_t>(timeout_s_ * 1e3)) + " ms");
+  }
+}
+
+// Waits until NCCL takes the next call.
+std::string NcclAllToAll::settle() {
+  for (int looks = 0;; pause(&looks)) {
+    poll();
+    if (handle_ == nullptr) return error_;
+    if (!enqueueing_) return "";
+    if (abort_asked_) return fail(enqueueing_what_ + " was given up by this rank");
+  }
+}
+
+// Gives NCCL a group of calls; returns an empty string, or why it failed.
+template <typename Calls>
+std::string NcclAllToAll::enqueue(const std::string& what, const Calls& calls) {
+  int result = api_->group_start();
+  if (result != kNcclSuccess) return fail(explain(result, "ncclGroupStart"));
+  std::string problem = calls();
+  // A group that was opened is closed even after an error: an open group would swallow the thread's next calls.
+  result = api_->group_end();
+  if (problem.empty() && !accepted(result)) problem = explain(result, "ncclGroupEnd");
+  if (!problem.empty()) return fail(problem);
+  ++groups_;
+  enqueueing_ = true;
+  enqueueing_what_ = what;
+  enqueueing_deadline_ = deadline();
+  return "";
+}
+
+// Begins the next exchange in the exchange's stream, or says why it cannot begin.
+std::string NcclAllToAll::may_start() {
+  if (getpid() != owner_pid_) return "the communicator belongs to the process that made it, not to its fork";
+  if (handle_ == nullptr) return error_.empty() ? "the communicator is not connected" : error_;
+  const std::string problem = settle();
+  if (!problem.empty()) return problem;
+  ++operation_;
+  if (queue_ != nullptr) queue_->follow_caller();
+  return "";
+}
+
+std::string NcclAllToAll::start(const char* input, char* output, const std::vector<Part>& send,
+                                const std::vector<Part>& recv) {
+  Hop hop;
+  for (int peer = 0; peer < world_; ++peer) {
+    const Part &out = send[static_cast<size_t>(peer)], &in = recv[static_cast<size_t>(peer)];
+    hop.sends.push_back({peer, const_cast<char*>(input) + out.offset, out.bytes});
+    hop.receives.push_back({peer, output + in.offset, in.bytes});
+  }
+  return start_hops({hop});
+}
+
+std::string NcclAllToAll::start_even(const char* input, char* output, int64_t bytes) {
+  if (!has_all_to_all_ || bytes == 0) {
+    std::vector<Part> parts;
+    for (int peer = 0; peer < world_; ++peer) parts.push_back({peer * bytes, bytes});
+    return start(input, output, parts, parts);
+  }
+  Lock lock(mutex_);
+  std::string problem = may_start();
+  if (!problem.empty()) return problem;
+  const std::string what = "ncclAlltoAll of " + std::to_string(bytes) + " bytes for each rank";
+  problem = enqueue(what, [&] {
+    void* stream = queue_ != nullptr ? queue_->stream() : nullptr;
+    const int result = api_->all_to_all(input, output, static_cast<size_t>(bytes), kNcclUint8, handle_, stream);
+    return accepted(result) ? "" : explain(result, what);
+  });
+  if (problem.empty()) problem = settle();
+  if (problem.empty()) pending_.push_back({operation_, mark(), deadline(), what});
+  return problem;
+}
+
+std::string NcclAllToAll::start_hops(const std::vector<Hop>& hops) {
+  Lock lock(mutex_);
+  std::string problem = may_start();
+  std::string what;
+  for (const Hop& hop : hops) {
+    if (!problem.empty()) return problem;
+    int64_t sent = 0, received = 0;
+    for (const Message& message : hop.sends) sent += message.bytes;
+    for (const Message& message : hop.receives) received += message.bytes;
+    if (sent + received == 0) continue;
+    what = "all-to-all of " + std::to_string(sent) + " bytes sent and " + std::to_string(received) + " received";
+    problem = enqueue(what, [&]() -> std::string {
+      void* stream = queue_ != nullptr ? queue_->stream() : nullptr;
+      for (const Message& message : hop.sends) {
+        if (message.bytes == 0) continue;
+        const int result = api_->send(message.data, static_cast<size_t>(message.bytes), kNcclUint8, message.peer,
+                                      handle_, stream);
+        if (!accepted(result)) {
+          return explain(result, "ncclSend of " + std::to_string(message.bytes) + " bytes to rank " +
+                                     std::to_string(message.peer));
+        }
+      }
+      for (const Message& message : hop.receives) {
+        if (message.bytes == 0) continue;
+        const int result = api_->recv(message.data, static_cast<size_t>(message.bytes), kNcclUint8, message.peer,
+                                      handle_, stream);
+        if (!accepted(result)) {
+          return explain(result, "ncclRecv of " + std::to_string(message.bytes) + " bytes from rank " +
+                                     std::to_string(message.peer));
+        }
+      }
+      return "";
+    });
+    if (problem.empty()) problem = settle();
+  }
+  if (problem.empty()) pending_.push_back({operation_, mark(), deadline(), what});
+  return problem;
+}
+
+Progress NcclAllToAll::finish(int64_t exchange, double seconds) {
+  const auto until = Clock::now() + duration(seconds);
+  for (int looks = 0;; pause(&looks)) {
+    {
+      Lock lock(mutex_);
+      poll();
+      if (!error_.empty()) return Progress::failed;
+      if (!enqueueing_) {
+        // An exchange that is not among those under way has been done.
+        bool led = true;
+        for (Pending& pending : pending_) {
+          if (pending.exchange == exchange) led = pending.mark->lead_caller();
+        }
+        if (led) return Progress::done;
+      }
+    }
+    if (Clock::now() >= until) return Progress::pending;
+  }
+}
+
+std::string NcclAllToAll::use_staging(char* memory, int64_t bytes) {
+  for (int looks = 0;; pause(&looks)) {
+    Lock lock(mutex_);
+    poll();
+    if (!error_.empty()) return error_;
+    while (!pending_.empty() && pending_.front().mark->reached()) pending_.pop_front();
+    if (enqueueing_ || !pending_.empty()) continue;
+    if (api_->comm_register == nullptr) return "";
+    if (registration_ != nullptr) api_->comm_deregister(handle_, std::exchange(registration_, nullptr));
+    // What cannot be registered is exchanged all the same.
+    if (memory != nullptr && api_->comm_register(handle_, memory, static_cast<size_t>(bytes), &registration_) != 0)
+      registration_ = nullptr;
+    return "";
+  }
 }
 
 void NcclAllToAll::look_after() {
@@ -142,16 +292,13 @@ void NcclAllToAll::look_after() {
     // A call in progress holds the mutex and polls for itself.
     if (!mutex_.try_lock()) continue;
     Lock lock(mutex_, std::adopt_lock);
+    poll();
     if (handle_ == nullptr) return;
-    int state = kNcclSuccess;
-    const int result = api_->comm_get_async_error(handle_, &state);
-    if (result != kNcclSuccess || (state != kNcclSuccess && state != kNcclInProgress)) {
-      fail(explain(result != kNcclSuccess ? result : state, "asynchronous error"));
-      return;
-    }
-    while (!pending_.empty() && pending_.front().finished()) pending_.pop_front();
+    while (!pending_.empty() && pending_.front().mark->reached()) pending_.pop_front();
     if (!pending_.empty() && Clock::now() >= pending_.front().deadline) {
-      fail("the device has not finished " + pending_.front().what + " in time");
+      fail("the device did not end the " + pending_.front().what + ", exchange " +
+           std::to_string(pending_.front().exchange) + ", within " +
+           std::to_string(static_cast<int64_t>(timeout_s_ * 1e3)) + " ms");
       return;
     }
   }

@@ -1,63 +1,120 @@
-// All-to-all over NCCL on a communicator of its own.
+// All-to-all over NCCL on a communicator and a stream of its own.
 //
-// The communicator is non-blocking: connection set-up and enqueueing are polled with a deadline, so that a missing peer
-// is an error and not a hang. A watchdog thread looks for asynchronous errors and for exchanges that the device does
-// not finish in time, and aborts; the abort also releases a device that waits inside a kernel.
+// An exchange waits for what the caller's stream has to do before it, and what the caller enqueues after finish() waits
+// for the exchange; between the two the caller's stream computes. The communicator is non-blocking: connection set-up
+// and enqueueing are polled with a deadline, so that a missing peer is an error and not a hang. A watchdog thread looks
+// for asynchronous errors and for exchanges that the device does not finish in time, and aborts; the abort also releases
+// a device that waits inside a kernel.
 #pragma once
 
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <deque>
-#include <functional>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "all_to_all.h"
 #include "nccl_api.h"
 
 namespace samoe {
 namespace comm {
 
-class NcclAllToAll {
+// A point in the exchange's stream.
+class Mark {
  public:
-  NcclAllToAll(const NcclApi* api, int rank, int world);
-  ~NcclAllToAll();
-  NcclAllToAll(const NcclAllToAll&) = delete;
-  NcclAllToAll& operator=(const NcclAllToAll&) = delete;
+  virtual ~Mark() = default;
+  virtual bool reached() = 0;
+  // What the caller's stream does from now on waits for the mark; false where only another call can say.
+  virtual bool lead_caller() = 0;
+};
 
-  // Joins the communicator of `id` on the current device; collective. Returns an empty string, or why it failed.
-  std::string connect(const NcclUniqueId& id, double timeout_s);
-  // Enqueues an exchange on a stream: send_bytes[d] bytes of input to rank d, recv_bytes[s] bytes of output from rank
-  // s. `finished` (may be empty) tells the watchdog whether the device has done it. Returns an empty string, or the
-  // reason.
-  std::string exchange(const char* input, char* output, const std::vector<int64_t>& send_bytes,
-                       const std::vector<int64_t>& recv_bytes, void* stream, double timeout_s);
-  void watch(std::function<bool()> finished, double timeout_s);
-  // Frees the communicator on this rank; the first reason is what later calls say. Any thread, any number of times.
-  void abort(const std::string& reason);
-  int world() const { return world_; }
+// The stream in which a device does exchanges. The bindings make it of torch's streams and events.
+class DeviceQueue {
+ public:
+  virtual ~DeviceQueue() = default;
+  virtual void* stream() = 0;
+  // What is enqueued from now on waits for what the caller's stream has been given so far.
+  virtual void follow_caller() = 0;
+  virtual std::unique_ptr<Mark> mark() = 0;
+};
+
+// Bytes that travel between this rank and another, which may be itself; `data` is written where they arrive.
+struct Message {
+  int peer;
+  char* data;
+  int64_t bytes;
+};
+
+// Messages that travel at the same time.
+struct Hop {
+  std::vector<Message> sends, receives;
+};
+
+class NcclAllToAll : public AllToAll {
+ public:
+  // queue: null for the library of the tests, which has no streams.
+  NcclAllToAll(const NcclApi* api, int rank, int world, double timeout_s, std::unique_ptr<DeviceQueue> queue);
+  ~NcclAllToAll() override;
+
+  std::string address() const override;
+  // Joins on the current device.
+  std::string connect(const std::vector<std::string>& addresses) override;
+  // Several exchanges may be on their way; the device does them in the order of their start.
+  std::string start(const char* input, char* output, const std::vector<Part>& send,
+                    const std::vector<Part>& recv) override;
+  // An exchange of which every rank knows that all its parts have so many bytes: ncclAlltoAll where all ranks have it.
+  std::string start_even(const char* input, char* output, int64_t bytes);
+  // An exchange in several hops, each of which sends what the one before it brought.
+  std::string start_hops(const std::vector<Hop>& hops);
+  int64_t last_started() const override { return operation_; }
+  Progress finish(int64_t exchange, double seconds) override;
+  // Registers the memory between hops with NCCL, where that can be done, in place of the memory before it, whose
+  // exchanges it waits for. Returns an empty string, or why they did not end.
+  std::string use_staging(char* memory, int64_t bytes);
+  // Frees the communicator on this rank alone: the others hear of it from NCCL or from their time-out.
+  void abort(const std::string& reason) override;
+  void close() override { abort("the communicator is closed"); }
+  std::string last_error() override;
+  bool staging_is_registered() const { return registration_ != nullptr; }
 
  private:
   using Clock = std::chrono::steady_clock;
   struct Pending {
-    std::function<bool()> finished;
+    int64_t exchange;
+    std::unique_ptr<Mark> mark;
     Clock::time_point deadline;
     std::string what;
   };
 
-  std::string wait_until_ready(double timeout_s, const std::string& what);
+  std::string may_start();
+  template <typename Calls>
+  std::string enqueue(const std::string& what, const Calls& calls);
+  void poll();
+  std::string settle();
+  std::unique_ptr<Mark> mark();
   std::string fail(const std::string& reason);
   void look_after();
   std::string explain(int result, const std::string& call) const;
+  Clock::time_point deadline() const;
 
   const NcclApi* api_;
-  const int rank_, world_, owner_pid_;
+  const int owner_pid_;
+  const std::unique_ptr<DeviceQueue> queue_;
+  std::string id_;  // of the first rank: NCCL's unique id, in hexadecimal digits
+  bool has_all_to_all_ = false;
   NcclHandle handle_ = nullptr;
-  int64_t operation_ = 0;
+  int64_t operation_ = 0, groups_ = 0;
+  // The call that NCCL is still working on: what it is, and until when.
+  bool enqueueing_ = false;
+  std::string enqueueing_what_;
+  Clock::time_point enqueueing_deadline_;
+  void* registration_ = nullptr;
   std::string error_;
-  std::deque<Pending> pending_;
+  std::deque<Pending> pending_;  // exchanges that the device has been given, in their order
   std::recursive_mutex mutex_;
   std::atomic<bool> stop_{false};
   std::atomic<bool> abort_asked_{false};  // lets a call that polls give way to an abort from another thread

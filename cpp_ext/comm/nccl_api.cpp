@@ -38,7 +38,12 @@ std::string fill(void* library, NcclApi* api) {
   if (!complete) return "it lacks a function of NCCL 2.18";
   if (api->get_version(&api->version) != kNcclSuccess) return "ncclGetVersion fails";
   if (api->version < kOldestVersion) return "its version " + std::to_string(api->version) + " is older than 2.18";
-  api->takes_host_memory = dlsym(library, "megatron_samoe_fake_nccl") != nullptr;
+  find(library, "ncclAlltoAll", &api->all_to_all);
+  if (!find(library, "ncclCommRegister", &api->comm_register) ||
+      !find(library, "ncclCommDeregister", &api->comm_deregister)) {
+    api->comm_register = nullptr;
+  }
+  find(library, "megatron_samoe_fake_nccl_finished", &api->host_finished);
   return "";
 }
 

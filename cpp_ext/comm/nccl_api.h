@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace samoe {
@@ -39,7 +40,12 @@ struct NcclApi {
   int (*group_end)();
   int (*send)(const void*, size_t, int, int, NcclHandle, void*);
   int (*recv)(void*, size_t, int, int, NcclHandle, void*);
-  bool takes_host_memory;  // only the library of the tests does
+  // Null where the library is older: 2.28, 2.19.
+  int (*all_to_all)(const void*, void*, size_t, int, NcclHandle, void*);
+  int (*comm_register)(NcclHandle, void*, size_t, void**);
+  int (*comm_deregister)(NcclHandle, void*);
+  // Groups of calls that a communicator has finished. Only the library of the tests has it, whose memory is the host's.
+  int64_t (*host_finished)(NcclHandle);
   int version;
   std::string library;
 };

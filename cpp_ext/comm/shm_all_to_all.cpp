@@ -20,8 +20,11 @@ constexpr uint64_t kStreamBytes = 1 << 20;  // a larger exchange is written past
 
 }  // namespace
 
-ShmAllToAll::ShmAllToAll(int rank, int world, int spins)
-    : rank_(rank), world_(world), spins_(spins), owner_pid_(getpid()), peers_(static_cast<size_t>(world)) {
+ShmAllToAll::ShmAllToAll(int rank, int world, int spins, double timeout_s)
+    : AllToAll(rank, world, timeout_s),
+      spins_(spins),
+      owner_pid_(getpid()),
+      peers_(static_cast<size_t>(world)) {
   std::random_device random;
   mark_ = (static_cast<uint64_t>(random()) << 32) | random();
 }

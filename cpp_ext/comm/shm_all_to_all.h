@@ -15,33 +15,25 @@
 #include <string>
 #include <vector>
 
+#include "all_to_all.h"
 #include "shm_segment.h"
 #include "shm_window.h"
 
 namespace samoe {
 namespace comm {
 
-enum class Progress { done, pending, failed };
-
-// A rank's part of a buffer, in bytes.
-struct Part {
-  int64_t offset, bytes;
-};
-
-class ShmAllToAll {
+class ShmAllToAll : public AllToAll {
  public:
   // spins: turns of a wait before it sleeps; many with a core per rank, few where ranks share cores.
-  ShmAllToAll(int rank, int world, int spins);
-  ~ShmAllToAll();
-  ShmAllToAll(const ShmAllToAll&) = delete;
-  ShmAllToAll& operator=(const ShmAllToAll&) = delete;
+  ShmAllToAll(int rank, int world, int spins, double timeout_s = 600.0);
+  ~ShmAllToAll() override;
 
   // Makes this rank's segment. Returns an empty string, or why it failed.
   std::string create();
   // Where peers find segment and window: "pid fd window_fd mark".
-  std::string address() const;
-  // Opens the peers' segments; addresses are in rank order. Returns an empty string, or why it failed.
-  std::string connect(const std::vector<std::string>& addresses);
+  std::string address() const override;
+  // Opens the peers' segments at once.
+  std::string connect(const std::vector<std::string>& addresses) override;
 
   // The same for ranks that are threads of one process, each with its own object; all[r] is rank r. For checks.
   void connect_threads(const std::vector<ShmAllToAll*>& all);
@@ -51,17 +43,19 @@ class ShmAllToAll {
   // is empty, *why says why there is no such memory; other exchanges still work.
   Progress stage(int64_t bytes, double seconds, double timeout_s, std::shared_ptr<Mapping>* memory, std::string* why);
 
-  // Begins an exchange: send[d] of input goes to rank d, recv[s] of output comes from rank s. The memory must stay
-  // until run() returns something other than pending. Returns an empty string, or why it cannot begin.
-  std::string start(const char* input, char* output, const std::vector<Part>& send, const std::vector<Part>& recv);
-  // Works on the exchange for up to `seconds`. After failed, error() says why and the communicator stays unusable.
+  // One exchange at a time.
+  std::string start(const char* input, char* output, const std::vector<Part>& send,
+                    const std::vector<Part>& recv) override;
+  int64_t last_started() const override { return static_cast<int64_t>(operation_); }
+  Progress finish(int64_t, double seconds) override { return run(seconds, timeout_s_); }
+  // As finish, with a time-out of its own.
   Progress run(double seconds, double timeout_s);
-  // Gives up on all ranks; the first reason counts. May be called from any thread.
-  void abort(const std::string& reason);
-  void close();
+  // Gives up on all ranks.
+  void abort(const std::string& reason) override;
+  void close() override;
+  std::string last_error() override { return error_; }
 
   const std::string& error() const { return error_; }
-  int world() const { return world_; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -94,7 +88,7 @@ class ShmAllToAll {
   bool fail(const std::string& reason);
   std::string what() const;
 
-  int rank_, world_, spins_, owner_pid_;
+  int spins_, owner_pid_;
   uint64_t mark_ = 0, operation_ = 0;
   bool running_ = false, staging_ = false;
   bool staged_ = false;  // the exchange's input lies in the window

@@ -1,8 +1,10 @@
 // A library with NCCL's interface over sockets and host memory, for tests of everything around NCCL on machines without
-// a GPU: order, splits, deadlines, errors, aborts. It is non-blocking as NCCL is with blocking = 0: work goes to a
-// thread and ncclCommGetAsyncError says "in progress" until it is done.
+// a GPU: order, splits, deadlines, errors, aborts. It is non-blocking as NCCL is with blocking = 0:
+// ncclCommGetAsyncError says "in progress" at the first looks after a group of calls; a thread per communicator, which
+// stands for its stream, then does the groups one after the other.
 //
-// FAKE_NCCL_FAULT=RANK:EXCHANGE:KIND makes one rank misbehave in one exchange (0 is the first): error, hang or exit.
+// FAKE_NCCL_FAULT=RANK:EXCHANGE:KIND makes one rank misbehave in one group (0 is the first): error, hang or exit.
+// With FAKE_NCCL_OLD defined it lacks what only newer releases have.
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -15,6 +17,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <map>
+#include <mutex>
 #include <random>
 #include <string>
 #include <thread>
@@ -45,6 +50,10 @@ struct Transfer {
   bool done() const { return moved == 8 + bytes; }
 };
 
+struct Group {
+  std::vector<Transfer> sends, receives;
+};
+
 struct Comm {
   int rank = 0, world = 0;
   std::string name;
@@ -52,10 +61,22 @@ struct Comm {
   std::vector<int> sockets;
   std::atomic<int> state{kInProgress};
   std::atomic<bool> stop{false};
+  std::atomic<int> looks{0};  // that will still see the last group being enqueued
   std::thread worker;
-  int exchange = 0;
-  std::vector<Transfer> sends, receives;
+  std::vector<Transfer> sends, receives;  // of the group that is being collected
+  std::mutex mutex;
+  std::deque<Group> groups;  // enqueued
+  std::atomic<int64_t> finished{0};
+  std::vector<void*> registered;
 };
+
+std::mutex count_mutex;
+std::map<std::string, int64_t> counts;  // what tests ask for
+
+void note(const std::string& what) {
+  std::lock_guard<std::mutex> lock(count_mutex);
+  ++counts[what];
+}
 
 thread_local std::vector<Comm*> group_comms;
 thread_local int group_depth = 0;
@@ -136,15 +157,17 @@ bool advance(Comm& comm, Transfer& transfer, bool sending) {
   return true;
 }
 
-void copy_own(Comm& comm) {
-  for (Transfer& send : comm.sends) {
+// A rank's messages to itself, which are matched by their order as all others.
+void copy_own(const Comm& comm, Group& group) {
+  auto receive = group.receives.begin();
+  for (Transfer& send : group.sends) {
     if (send.peer != comm.rank) continue;
-    for (Transfer& receive : comm.receives) {
-      if (receive.peer != comm.rank) continue;
-      if (send.bytes == receive.bytes) std::memcpy(receive.data, send.data, send.bytes);
-      receive.moved = 8 + receive.bytes;
-    }
+    while (receive != group.receives.end() && receive->peer != comm.rank) ++receive;
+    if (receive == group.receives.end()) return;
+    if (send.bytes == receive->bytes) std::memcpy(receive->data, send.data, send.bytes);
     send.moved = 8 + send.bytes;
+    receive->moved = 8 + receive->bytes;
+    ++receive;
   }
 }
 
@@ -154,11 +177,11 @@ bool has_fault(const Comm& comm, std::string* kind) {
   char text[16] = {};
   if (fault == nullptr || std::sscanf(fault, "%d:%d:%15s", &rank, &exchange, text) != 3) return false;
   *kind = text;
-  return rank == comm.rank && exchange == comm.exchange - 1;
+  return rank == comm.rank && exchange == comm.finished;
 }
 
-// Returns whether the exchange was done.
-bool run_exchange(Comm* comm) {
+// Returns whether the group was done.
+bool run_group(Comm* comm, Group& group) {
   std::string fault;
   if (has_fault(*comm, &fault)) {
     if (fault == "exit") _exit(3);
@@ -169,37 +192,58 @@ bool run_exchange(Comm* comm) {
     while (!comm->stop) std::this_thread::sleep_for(std::chrono::milliseconds(2));
     return false;
   }
-  copy_own(*comm);
+  copy_own(*comm, group);
   while (!comm->stop) {
     bool finished = true;
     std::vector<pollfd> requests;
-    for (auto* list : {&comm->sends, &comm->receives}) {
-      const bool sending = list == &comm->sends;
+    for (auto* list : {&group.sends, &group.receives}) {
+      const bool sending = list == &group.sends;
+      std::vector<bool> busy(static_cast<size_t>(comm->world));  // messages of a pair go one after the other
       for (Transfer& transfer : *list) {
-        if (transfer.done()) continue;
+        if (transfer.done() || busy[static_cast<size_t>(transfer.peer)]) continue;
         if (!advance(*comm, transfer, sending)) return false;
         if (transfer.done()) continue;
+        busy[static_cast<size_t>(transfer.peer)] = true;
         finished = false;
         requests.push_back(
             {comm->sockets[static_cast<size_t>(transfer.peer)], static_cast<short>(sending ? POLLOUT : POLLIN), 0});
       }
     }
-    if (finished) {
-      return true;
-    }
+    if (finished) return true;
     poll(requests.data(), requests.size(), 5);
   }
   return false;
 }
 
+// What the communicator's thread does: it connects, then works on what is enqueued.
+void work(Comm* comm) {
+  connect_all(comm);
+  while (!comm->stop) {
+    Group* group = nullptr;
+    {
+      std::lock_guard<std::mutex> lock(comm->mutex);
+      if (!comm->groups.empty()) group = &comm->groups.front();
+    }
+    if (group == nullptr) {
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      continue;
+    }
+    if (!run_group(comm, *group)) return;
+    std::lock_guard<std::mutex> lock(comm->mutex);
+    comm->groups.pop_front();
+    ++comm->finished;
+  }
+}
+
 int add(Comm* comm, std::vector<Transfer> Comm::* list, const void* data, size_t count, int datatype, int peer) {
-  if (group_depth == 0 || comm->state != kSuccess) return kInvalidUsage;
+  if (group_depth == 0 || comm->state != kSuccess || comm->looks > 0) return kInvalidUsage;
   if (datatype != 1 || peer < 0 || peer >= comm->world) return kInvalidArgument;
   Transfer transfer;
   transfer.peer = peer;
   transfer.data = static_cast<char*>(const_cast<void*>(data));
   transfer.bytes = transfer.length = count;
   (comm->*list).push_back(transfer);
+  if (list == &Comm::sends) note("sends to " + std::to_string(peer));
   for (const Comm* known : group_comms)
     if (known == comm) return kSuccess;
   group_comms.push_back(comm);
@@ -210,8 +254,14 @@ int add(Comm* comm, std::vector<Transfer> Comm::* list, const void* data, size_t
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// What tells this library from a real one: it takes host memory.
-EXPORT int megatron_samoe_fake_nccl() { return 1; }
+// What tells this library from a real one: its memory is the host's, and it says how many groups a communicator has done.
+EXPORT int64_t megatron_samoe_fake_nccl_finished(Comm* comm) { return comm->finished; }
+
+// "sends to N", "ncclAlltoAll", "registered": how often, on all communicators of this process.
+EXPORT int64_t megatron_samoe_fake_nccl_count(const char* what) {
+  std::lock_guard<std::mutex> lock(count_mutex);
+  return counts[what];
+}
 
 EXPORT int ncclGetVersion(int* version) {
   *version = 21801;
@@ -256,13 +306,17 @@ EXPORT int ncclCommInitRankConfig(Comm** out, int world, UniqueId id, int rank, 
     delete comm;
     return kSystemError;
   }
-  comm->worker = std::thread(connect_all, comm);
+  comm->worker = std::thread(work, comm);
   *out = comm;
   return kInProgress;
 }
 
 EXPORT int ncclCommGetAsyncError(Comm* comm, int* state) {
   *state = comm->state;
+  if (*state == kSuccess && comm->looks > 0) {
+    --comm->looks;
+    *state = kInProgress;
+  }
   return kSuccess;
 }
 
@@ -286,15 +340,11 @@ EXPORT int ncclGroupEnd() {
   if (--group_depth > 0) return kSuccess;
   int result = kSuccess;
   for (Comm* comm : group_comms) {
-    if (comm->worker.joinable()) comm->worker.join();
-    ++comm->exchange;
-    comm->state = kInProgress;
-    comm->worker = std::thread([comm] {
-      const bool done = run_exchange(comm);
-      comm->sends.clear();
-      comm->receives.clear();
-      if (done) comm->state = kSuccess;  // last: from here on the caller adds to the lists
-    });
+    comm->looks = 2;
+    std::lock_guard<std::mutex> lock(comm->mutex);
+    comm->groups.push_back({std::move(comm->sends), std::move(comm->receives)});
+    comm->sends.clear();
+    comm->receives.clear();
     result = kInProgress;
   }
   group_comms.clear();
@@ -308,3 +358,35 @@ EXPORT int ncclSend(const void* data, size_t count, int datatype, int peer, Comm
 EXPORT int ncclRecv(void* data, size_t count, int datatype, int peer, Comm* comm, void*) {
   return add(comm, &Comm::receives, data, count, datatype, peer);
 }
+
+#ifndef FAKE_NCCL_OLD
+EXPORT int ncclAlltoAll(const void* send, void* receive, size_t bytes, int datatype, Comm* comm, void*) {
+  note("ncclAlltoAll");
+  int result = kSuccess;
+  for (int peer = 0; peer < comm->world && result == kSuccess; ++peer) {
+    const size_t at = static_cast<size_t>(peer) * bytes;
+    result = add(comm, &Comm::sends, static_cast<const char*>(send) + at, bytes, datatype, peer);
+    if (result == kSuccess)
+      result = add(comm, &Comm::receives, static_cast<char*>(receive) + at, bytes, datatype, peer);
+  }
+  return result;
+}
+
+EXPORT int ncclCommRegister(Comm* comm, void* memory, size_t, void** handle) {
+  note("registered");
+  comm->registered.push_back(memory);
+  *handle = memory;
+  return kSuccess;
+}
+
+EXPORT int ncclCommDeregister(Comm* comm, void* handle) {
+  auto& registered = comm->registered;
+  for (auto known = registered.begin(); known != registered.end(); ++known) {
+    if (*known != handle) continue;
+    note("registered no more");
+    registered.erase(known);
+    return kSuccess;
+  }
+  return kInvalidArgument;
+}
+#endif

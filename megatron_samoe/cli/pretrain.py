@@ -21,7 +21,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.models.accounting import count_parameters
-from megatron_samoe.ops.shm_communicator import with_exchange
+from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import backend
 from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
 from megatron_samoe.training.batches import build_run_data
@@ -72,7 +72,8 @@ def pretrain(config: PretrainConfig) -> None:
     backend.initialize_distributed(config.parallel, device)
     parallel = initialize_model_parallel(config.parallel, device)
     timeout_s = 60.0 * config.parallel.distributed_timeout_minutes
-    parallel = replace(parallel, ep=with_exchange(parallel.ep, device, timeout_s))
+    backend_name, by_nodes = config.parallel.moe_all_to_all_backend, config.parallel.moe_hierarchical_all_to_all
+    parallel = replace(parallel, ep=with_exchange(parallel.ep, device, timeout_s, backend_name, by_nodes))
     is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
     run_data = build_run_data(config, tokenizer, parallel, is_builder, _progress(config))
     setup = build_setup(config, vocab_size, parallel)

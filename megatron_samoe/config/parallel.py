@@ -34,6 +34,11 @@ class ParallelConfig:
     travels while the experts of another compute, forwards and backwards. Results are the same, bit for bit."""
     moe_shared_expert_overlap: bool = False
     """Compute the shared expert while tokens travel to the routed ones."""
+    moe_all_to_all_backend: Literal["auto", "torch", "extension"] = "auto"
+    """What tokens travel through. torch: its process group. extension: shared memory on the CPU, an NCCL communicator with
+    a stream of its own on CUDA; an error where it cannot be had. auto: the extension on the CPU if it can, else torch."""
+    moe_hierarchical_all_to_all: bool = False
+    """On CUDA, let tokens travel within their node first and then between nodes, one message to each node."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the step's last backward passes still run. The pool's are always reduced at the end."""
     ddp_bucket_size: int | None = None

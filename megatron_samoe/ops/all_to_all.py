@@ -48,6 +48,8 @@ def exchange_counts(counts_WE: Tensor, group: Group) -> Tensor:
     """Returns [W, e]: row r is what member r holds for this rank, where counts_WE[r] is what this rank holds for r."""
     if group.size == 1:
         return counts_WE
+    if group.exchange is not None:
+        return group.exchange.exchange_evenly(counts_WE)
     return _exchange(counts_WE, [1] * group.size, [1] * group.size, group)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -17,10 +16,17 @@ from megatron_samoe.log import say_once
 from megatron_samoe.parallel_state.state import Group
 
 
-class Communicator(ABC):
+SLICE_S = 0.25  # how long the compiled code works before Python may look at signals
+
+
+class Communicator:
     """A group's uneven all-to-all. Exchanges are numbered: all ranks must call them in the same order.
 
     After an error it stays unusable, and so do its peers'; make a new one.
+
+    Args:
+        handle: of the compiled communicator; closed with this.
+        timeout_s: longest silence of a peer in an exchange.
     """
 
     transport = ""  # as it is named in messages
@@ -31,18 +37,6 @@ class Communicator(ABC):
         self._handle: int | None = handle
         self._worker: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None  # of the exchanges in the background
-
-    @abstractmethod
-    def _exchange_bytes(
-        self, handle: int, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]
-    ) -> str:
-        """Does the exchange; returns an empty string, or why it failed."""
-
-    @abstractmethod
-    def _abort(self, handle: int, reason: str) -> None: ...
-
-    @abstractmethod
-    def _close(self, handle: int) -> None: ...
 
     def exchange(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
         """Returns the rows that all members sent here, in group order; not recorded by autograd (see ops/all_to_all.py).
@@ -59,6 +53,11 @@ class Communicator(ABC):
         received = self._received(x, send_rows, receive_rows)
         self._run(x, received, send_rows, receive_rows)
         return received
+
+    def exchange_evenly(self, x: Tensor) -> Tensor:
+        """Returns exchange(x), of which every member knows that it sends and receives equal parts."""
+        rows = [x.shape[0] // self.group.size] * self.group.size
+        return self.exchange(x, rows, rows)
 
     def exchange_gathered(
         self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int]
@@ -130,11 +129,34 @@ class Communicator(ABC):
         return out
 
     def _run(self, x: Tensor, received: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> None:
-        row_bytes = x.element_size() * math.prod(x.shape[1:])
-        send_bytes = [rows * row_bytes for rows in send_rows]
-        recv_bytes = [rows * row_bytes for rows in receive_rows]
-        assert self._handle is not None
-        self._raise(self._exchange_bytes(self._handle, x.detach().contiguous(), received, send_bytes, recv_bytes))
+        send_bytes, recv_bytes = bytes_of_rows(x, send_rows, receive_rows)
+        self._raise(self._exchange_bytes(x.detach().contiguous(), received, send_bytes, recv_bytes))
+
+    def _exchange_bytes(self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]) -> str:
+        """Does the exchange; returns an empty string, or why it failed."""
+        return self.exchange_parts(x, received, [], send_bytes, [], recv_bytes)
+
+    def exchange_parts(
+        self, x: Tensor, received: Tensor, send_offsets: list[int], send_bytes: list[int], recv_offsets: list[int],
+        recv_bytes: list[int],
+    ) -> str:  # fmt: skip
+        """As _exchange_bytes, between parts of the tensors that begin at the given bytes (none: one after the other)."""
+        exchange, state = torch.ops.megatron_samoe.all_to_all_start(
+            self._handle, x, received, send_offsets, send_bytes, recv_offsets, recv_bytes, SLICE_S
+        )
+        return self._finish(exchange, state)
+
+    def _finish(self, exchange: int, state: str) -> str:
+        """Works on an exchange, or waits for it, until its rows may be read; returns an empty string, or why it failed."""
+        while state == "pending":
+            if self._handle is None:
+                return "the communicator is closed"
+            try:
+                state = torch.ops.megatron_samoe.all_to_all_finish(self._handle, exchange, SLICE_S)
+            except BaseException:  # an interrupt between two slices leaves the exchange half done on all ranks
+                self.abort("interrupted")
+                raise
+        return state
 
     def _raise(self, problem: str) -> None:
         if problem:
@@ -143,7 +165,7 @@ class Communicator(ABC):
     def abort(self, reason: str) -> None:
         """Makes the exchange that this rank is in, and all later ones, fail with the reason."""
         if self._handle is not None:
-            self._abort(self._handle, reason)
+            torch.ops.megatron_samoe.all_to_all_abort(self._handle, reason)
 
     def close(self) -> None:
         """Frees what the communicator holds. A peer that still needs this rank gets a CommunicationError."""
@@ -152,7 +174,7 @@ class Communicator(ABC):
             worker.shutdown(wait=True, cancel_futures=True)
         handle, self._handle = self._handle, None
         if handle is not None:
-            self._close(handle)
+            torch.ops.megatron_samoe.all_to_all_close(handle)
 
     def __enter__(self) -> Communicator:
         return self
@@ -180,6 +202,21 @@ class Pending:
         """Returns the received rows; raises what the exchange raised."""
         self._finish()
         return self._received
+
+
+def bytes_of_rows(x: Tensor, *splits: Sequence[int]) -> list[list[int]]:
+    """Returns each of the splits, which count rows of x, in bytes."""
+    row_bytes = x.element_size() * math.prod(x.shape[1:])
+    return [[rows * row_bytes for rows in split] for split in splits]
+
+
+def connect(handle: int, addresses: list[str]) -> str:
+    """Joins the ranks of these addresses; returns an empty string, or why it failed. Collective."""
+    problem: str = torch.ops.megatron_samoe.all_to_all_connect(handle, addresses)
+    state = problem or "pending"
+    while state == "pending":
+        state = torch.ops.megatron_samoe.all_to_all_finish(handle, 0, SLICE_S)
+    return state
 
 
 def check_splits(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], size: int) -> None:

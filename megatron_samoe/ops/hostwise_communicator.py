@@ -15,6 +15,8 @@ from megatron_samoe.parallel_state.state import Group
 if TYPE_CHECKING:
     from megatron_samoe.ops.shm_communicator import ShmCommunicator
 
+_NO_HANDLE = 0  # no compiled communicator has it
+
 
 class HostwiseCommunicator(Communicator):
     """All-to-all between processes of several hosts; CPU tensors.
@@ -31,13 +33,11 @@ class HostwiseCommunicator(Communicator):
     transport = "shared memory and torch"
 
     def __init__(self, group: Group, local: ShmCommunicator, here: list[int], timeout_s: float):
-        super().__init__(group, 0, timeout_s)
+        super().__init__(group, _NO_HANDLE, timeout_s)
         self._local, self._here = local, here
         self._failed = ""
 
-    def _exchange_bytes(
-        self, handle: int, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]
-    ) -> str:
+    def _exchange_bytes(self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]) -> str:
         if self._failed:
             return self._failed
         sends, receives = _bytes_of(x), _bytes_of(received)
@@ -66,11 +66,14 @@ class HostwiseCommunicator(Communicator):
     def _receive(self, part: Tensor, source: int) -> dist.Work | None:
         return dist.irecv(part, self.group.ranks[source], group=self.group.handle)
 
-    def _abort(self, handle: int, reason: str) -> None:
+    def abort(self, reason: str) -> None:
+        """Makes the exchange that this rank is in, and all later ones, fail with the reason."""
         self._failed = self._failed or reason
         self._local.abort(reason)
 
-    def _close(self, handle: int) -> None:
+    def close(self) -> None:
+        """Frees what the communicator holds."""
+        super().close()
         self._local.close()
 
 

@@ -6,38 +6,70 @@ made from a unique id that its first rank draws and the process group carries to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.communicator import Communicator, agreed
+from megatron_samoe.ops.communicator import Communicator, Pending, agreed, bytes_of_rows, connect
 from megatron_samoe.parallel_state.state import Group
 
 
 class NcclCommunicator(Communicator):
-    """All-to-all of device tensors, enqueued on the device's current stream.
+    """All-to-all of device tensors, in a stream of its own.
 
-    An exchange that a peer never joins, or that the device does not finish within timeout_s, is aborted on this rank;
-    the other members learn of it from NCCL's own error or from their time-out.
+    An exchange waits for what the current stream was given before it. The current stream waits for the exchange at its
+    end: at once, or at wait() of an exchange that was started in the background, which takes no thread. One that a peer
+    never joins, or that the device does not finish within timeout_s, is aborted on this rank; the other members learn of
+    it from NCCL's own error or from their time-out.
     """
 
     transport = "NCCL"
-    #: The binding refuses tensors of the CPU, unless the library is the stand-in that tests use.
+    #: Tensors of the CPU are for the stand-in that tests use; NCCL itself is refused when the communicator is made.
     device_types = ("cuda", "cpu")
 
-    def _exchange_bytes(
-        self, handle: int, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]
-    ) -> str:
-        problem: str = torch.ops.megatron_samoe.nccl_all_to_all(
-            handle, x, received, send_bytes, recv_bytes, self.timeout_s
+    def exchange_evenly(self, x: Tensor) -> Tensor:
+        """Returns exchange(x), of which every member knows that it sends and receives equal parts."""
+        rows = [x.shape[0] // self.group.size] * self.group.size
+        received = self._received(x, rows, rows)
+        started = torch.ops.megatron_samoe.nccl_start_even(self._handle, x.detach().contiguous(), received)
+        self._raise(self._finish(*started))
+        return received
+
+    def start(
+        self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None
+    ) -> Pending:
+        """As exchange, in the background: x must not change before wait() of what is returned, which has the rows."""
+        received = self._received(x, send_rows, receive_rows, out)
+        x = x.detach().contiguous()
+        exchange, state = self._start(x, received, *bytes_of_rows(x, send_rows, receive_rows))
+        if state != "pending":
+            self._raise(state)
+
+        def finish(_sent: Tensor = x) -> None:  # which lives as long: only a device's memory waits for its stream
+            self._raise(self._finish(exchange, state))
+
+        return Pending(received, finish)
+
+    def start_gathered(
+        self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int],
+        out: Tensor | None = None,
+    ) -> Pending:  # fmt: skip
+        """As exchange_gathered, in the background; neither x nor index may change before wait()."""
+        return self.start(self.gathered(x.detach(), index, divisor), send_rows, receive_rows, out)
+
+    def _exchange_bytes(self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]) -> str:
+        return self._finish(*self._start(x, received, send_bytes, recv_bytes))
+
+    def _start(
+        self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]
+    ) -> tuple[int, str]:
+        """Starts an exchange; returns its number and "pending", or why it cannot start."""
+        started: tuple[int, str] = torch.ops.megatron_samoe.all_to_all_start(
+            self._handle, x, received, [], send_bytes, [], recv_bytes, 0.0
         )
-        return problem
-
-    def _abort(self, handle: int, reason: str) -> None:
-        torch.ops.megatron_samoe.nccl_abort(handle, reason)
-
-    def _close(self, handle: int) -> None:
-        torch.ops.megatron_samoe.nccl_close(handle)
+        return started
 
 
 def nccl_problem() -> str:
@@ -48,21 +80,37 @@ def nccl_problem() -> str:
     return problem
 
 
-def create_nccl_communicator(group: Group, timeout_s: float = 600.0) -> NcclCommunicator | None:
-    """Returns the group's NCCL communicator on the current device, or None on every rank where one rank cannot have it.
+def create_nccl_communicator(
+    group: Group, timeout_s: float = 600.0, device: torch.device | str = "cuda"
+) -> NcclCommunicator | None:
+    """Returns the group's NCCL communicator, or None on every rank where one rank cannot have it (said once).
 
-    Collective: every member of the group calls it, on the device that it will exchange from.
+    Collective: every member of the group calls it.
 
     Args:
         timeout_s: longest time to connect, and longest time of an exchange.
+        device: whose tensors are exchanged; without an index, the current one.
     """
+    handle = create_nccl_handle(group, timeout_s, torch.device(device))
+    return None if handle is None else NcclCommunicator(group, handle, timeout_s)
+
+
+def create_nccl_handle(group: Group, timeout_s: float, device: torch.device) -> int | None:
+    """Returns the compiled communicator of create_nccl_communicator."""
     if group.size == 1 or not agreed(group, nccl_problem(), NcclCommunicator.transport):
         return None
     ops = torch.ops.megatron_samoe
-    handle = ops.nccl_create(group.rank, group.size)
-    unique_id = group.all_gather_object(ops.nccl_unique_id() if group.rank == 0 else None)[0]
-    problem = ops.nccl_connect(handle, unique_id, timeout_s)
+    handle, problem, address = -1, "", ""
+    try:
+        handle = ops.nccl_create(group.rank, group.size, device, timeout_s)
+        address = ops.all_to_all_address(handle)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+    addresses = group.all_gather_object(address)
+    if not problem and all(addresses):
+        problem = connect(handle, addresses)
     if agreed(group, problem, NcclCommunicator.transport):
-        return NcclCommunicator(group, handle, timeout_s)
-    ops.nccl_close(handle)
+        return int(handle)
+    if handle >= 0:
+        ops.all_to_all_close(handle)
     return None

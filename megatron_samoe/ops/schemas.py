@@ -34,22 +34,20 @@ build_sample_index(Tensor lengths, Tensor documents, int seq_length, Tensor(a!) 
 build_blending_index(Tensor weights, Tensor limits, Tensor(a!) dataset_index, Tensor(b!) dataset_sample_index) -> ()
 gather_samples(Tensor bin, Tensor pointers, Tensor lengths, Tensor documents, Tensor starts, int[] samples, int dtype_code, Tensor(a!) out) -> (int, int)
 shuffle_legacy(Tensor(a!) values, Tensor(b!) key, int position) -> int
-shm_create(int rank, int world, int spins) -> int
-shm_address(int handle) -> str
-shm_connect(int handle, str[] addresses) -> str
-shm_all_to_all(int handle, Tensor input, Tensor(a!) output, int[] send_offsets, int[] send_bytes, int[] recv_offsets, int[] recv_bytes, float seconds, float timeout_s) -> str
-shm_stage_rows(int handle, Tensor x, Tensor index, int divisor, float seconds, float timeout_s) -> (Tensor rows, str state)
-shm_run(int handle, float seconds, float timeout_s) -> str
-shm_abort(int handle, str reason) -> ()
-shm_close(int handle) -> ()
+all_to_all_address(int handle) -> str
+all_to_all_connect(int handle, str[] addresses) -> str
+all_to_all_start(int handle, Tensor input, Tensor(a!) output, int[] send_offsets, int[] send_bytes, int[] recv_offsets, int[] recv_bytes, float seconds) -> (int exchange, str state)
+all_to_all_finish(int handle, int exchange, float seconds) -> str
+all_to_all_abort(int handle, str reason) -> ()
+all_to_all_close(int handle) -> ()
+shm_create(int rank, int world, int spins, float timeout_s) -> int
+shm_stage_rows(int handle, Tensor x, Tensor index, int divisor, float seconds) -> (Tensor rows, str state)
 nccl_problem() -> str
 nccl_library() -> str
-nccl_unique_id() -> int[]
-nccl_create(int rank, int world) -> int
-nccl_connect(int handle, int[] unique_id, float timeout_s) -> str
-nccl_all_to_all(int handle, Tensor input, Tensor(a!) output, int[] send_bytes, int[] recv_bytes, float timeout_s) -> str
-nccl_abort(int handle, str reason) -> ()
-nccl_close(int handle) -> ()
+nccl_create(int rank, int world, Device device, float timeout_s) -> int
+nccl_start_even(int handle, Tensor input, Tensor(a!) output) -> (int exchange, str state)
+nccl_start_hops(int handle, Tensor input, Tensor(a!) output, Tensor(b!) staging, int[] first_sends, int[] first_receives, int[] second_sends, int[] second_receives) -> (int exchange, str state)
+nccl_use_staging(int handle, Tensor staging) -> str
 """  # noqa: E501
 
 

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.communicator import Communicator, agreed
+from megatron_samoe.ops.communicator import SLICE_S, Communicator, agreed, connect
 from megatron_samoe.ops.hostwise_communicator import HostwiseCommunicator
 from megatron_samoe.parallel_state.state import Group
 
-_SLICE_S = 0.25  # how long the compiled code works before Python may look at signals
 _SPINS_WITH_OWN_CORE, _SPINS_ON_SHARED_CORES = 2000, 50
 
 
@@ -46,28 +45,6 @@ class ShmCommunicator(Communicator):
 
     transport = "shared memory"
 
-    def _exchange_bytes(
-        self, handle: int, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]
-    ) -> str:
-        return self.exchange_parts(x, received, [], send_bytes, [], recv_bytes)
-
-    def exchange_parts(
-        self, x: Tensor, received: Tensor, send_offsets: list[int], send_bytes: list[int], recv_offsets: list[int],
-        recv_bytes: list[int],
-    ) -> str:  # fmt: skip
-        """As _exchange_bytes, between parts of the tensors that begin at the given bytes."""
-        ops = torch.ops.megatron_samoe
-        state: str = ops.shm_all_to_all(
-            self._handle, x, received, send_offsets, send_bytes, recv_offsets, recv_bytes, _SLICE_S, self.timeout_s
-        )
-        while state == "pending":
-            try:
-                state = ops.shm_run(self._handle, _SLICE_S, self.timeout_s)
-            except BaseException:  # an interrupt between two slices leaves the exchange half done on all ranks
-                self.abort("interrupted")
-                raise
-        return state
-
     def gathered(self, x: Tensor, index: Tensor, divisor: int) -> Tensor:
         """Returns rows x[index // divisor] in shared memory, from where peers copy them when they are exchanged.
 
@@ -77,19 +54,11 @@ class ShmCommunicator(Communicator):
             return super().gathered(x, index, divisor)
         state = "pending"
         while state == "pending":
-            rows, state = torch.ops.megatron_samoe.shm_stage_rows(
-                self._handle, x, index, divisor, _SLICE_S, self.timeout_s
-            )
+            rows, state = torch.ops.megatron_samoe.shm_stage_rows(self._handle, x, index, divisor, SLICE_S)
         if state.startswith("unavailable"):
             return super().gathered(x, index, divisor)
         self._raise(state)
         return rows
-
-    def _abort(self, handle: int, reason: str) -> None:
-        torch.ops.megatron_samoe.shm_abort(handle, reason)
-
-    def _close(self, handle: int) -> None:
-        torch.ops.megatron_samoe.shm_close(handle)
 
 
 def create_shm_communicator(group: Group, timeout_s: float = 600.0) -> Communicator | None:
@@ -102,8 +71,20 @@ def create_shm_communicator(group: Group, timeout_s: float = 600.0) -> Communica
     """
     if group.size == 1:
         return None
+    found = create_host_communicator(group, timeout_s)
+    if found is None:
+        return None
+    communicator, hosts = found
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[group.rank]]
+    return communicator if len(here) == group.size else HostwiseCommunicator(group, communicator, here, timeout_s)
+
+
+def create_host_communicator(group: Group, timeout_s: float) -> tuple[ShmCommunicator, list[int]] | None:
+    """Returns a communicator of the members on this host, and the host of each member of the group, as numbers.
+
+    None on every rank where one rank cannot have it, or no two ranks share a host (said once). Collective.
+    """
     handle, problem, identity, address = -1, "", ("", "", 0), ""
-    hosts: list[tuple[str, str, int]] = []
     if not extension.load():
         problem = "the compiled extension is not in use"
     else:
@@ -112,37 +93,27 @@ def create_shm_communicator(group: Group, timeout_s: float = 600.0) -> Communica
         except OSError as error:
             problem = str(error)
     members = group.all_gather_object((problem, identity))
-    hosts = [member[1] for member in members]
+    identities = [member[1] for member in members]
     problems = [f"rank {rank}: {member[0]}" for rank, member in enumerate(members) if member[0]]
-    if not problems and max(Counter(hosts).values()) == 1:
+    if not problems and max(Counter(identities).values()) == 1:
         problems = ["each of its ranks runs on another host, in another container or for another user"]
     problem = problems[0] if problems else ""
-    here = [rank for rank, host in enumerate(hosts) if host == identity]
+    here = [rank for rank, other in enumerate(identities) if other == identity]
     if not problem:
         try:
-            handle = torch.ops.megatron_samoe.shm_create(here.index(group.rank), len(here), _num_spins(len(here)))
-            address = torch.ops.megatron_samoe.shm_address(handle)
+            spins = _num_spins(len(here))
+            handle = torch.ops.megatron_samoe.shm_create(here.index(group.rank), len(here), spins, timeout_s)
+            address = torch.ops.megatron_samoe.all_to_all_address(handle)
         except RuntimeError as error:
             problem = str(error).splitlines()[0]
     addresses = group.all_gather_object(address)
     if not problem and all(addresses):
-        problem = torch.ops.megatron_samoe.shm_connect(handle, [addresses[rank] for rank in here])
+        problem = connect(handle, [addresses[rank] for rank in here])
     # A barrier as well: nobody closes before all have opened.
     if not agreed(group, problem, ShmCommunicator.transport):
         if handle >= 0:
-            torch.ops.megatron_samoe.shm_close(handle)
+            torch.ops.megatron_samoe.all_to_all_close(handle)
         return None
     local = replace(group, ranks=tuple(group.ranks[rank] for rank in here), rank=here.index(group.rank))
-    communicator = ShmCommunicator(local, handle, timeout_s)
-    return communicator if len(here) == group.size else HostwiseCommunicator(group, communicator, here, timeout_s)
-
-
-def with_exchange(group: Group, device: torch.device, timeout_s: float = 600.0) -> Group:
-    """Returns the group with the fastest exchange of rows its ranks can have on a device. Collective.
-
-    On the CPU: shared memory where ranks share a host, else torch's process group. On CUDA: the process group; the
-    NCCL exchange of ops/nccl_communicator.py is there for those who make it themselves.
-    """
-    if device.type != "cpu":
-        return group
-    return replace(group, exchange=create_shm_communicator(group, timeout_s))
+    hosts = [identities.index(other) for other in identities]
+    return ShmCommunicator(local, handle, timeout_s), hosts

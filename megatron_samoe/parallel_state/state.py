@@ -32,6 +32,9 @@ class RowExchange(Protocol):
     def exchange(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
         """Returns the rows that all members sent here, in group order."""
 
+    def exchange_evenly(self, x: Tensor) -> Tensor:
+        """Returns exchange(x), of which every member knows that it sends and receives equal parts."""
+
     def exchange_gathered(
         self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int]
     ) -> Tensor:

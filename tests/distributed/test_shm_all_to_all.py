@@ -291,13 +291,13 @@ def _wrong_mark() -> str:
     """A peer's address with another mark: what a recycled process number would look like."""
     ops = torch.ops.megatron_samoe
     assert extension.load()
-    first, second = ops.shm_create(0, 2, 50), ops.shm_create(1, 2, 50)
-    pid, fd, window, mark = ops.shm_address(second).split()
+    first, second = ops.shm_create(0, 2, 50, 1.0), ops.shm_create(1, 2, 50, 1.0)
+    pid, fd, window, mark = ops.all_to_all_address(second).split()
     try:
-        return ops.shm_connect(first, [ops.shm_address(first), f"{pid} {fd} {window} {int(mark) ^ 1}"])
+        return ops.all_to_all_connect(first, [ops.all_to_all_address(first), f"{pid} {fd} {window} {int(mark) ^ 1}"])
     finally:
-        ops.shm_close(first)
-        ops.shm_close(second)
+        ops.all_to_all_close(first)
+        ops.all_to_all_close(second)
 
 
 def test_a_file_that_is_not_the_peers_segment_is_refused():

@@ -1,0 +1,45 @@
+"""Which all-to-all a group's rows go through."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.ops.communicator import Communicator
+from megatron_samoe.ops.hierarchical_communicator import create_hierarchical_communicator
+from megatron_samoe.ops.nccl_communicator import create_nccl_communicator
+from megatron_samoe.ops.shm_communicator import create_shm_communicator
+from megatron_samoe.parallel_state.state import Group
+
+
+def with_exchange(
+    group: Group, device: torch.device, timeout_s: float = 600.0, backend: Literal["auto", "torch", "extension"] = "auto",
+    by_nodes: bool = False,
+) -> Group:  # fmt: skip
+    """Returns the group with the exchange of rows that its ranks shall have on a device. Collective.
+
+    Args:
+        timeout_s: longest wait for another rank.
+        backend: torch: the process group. extension: on the CPU shared memory, on CUDA NCCL. auto: the extension on the
+            CPU where ranks share a host, else the process group.
+        by_nodes: over NCCL, within a node first and then between nodes.
+
+    Errors: ConfigError where the extension is asked for and cannot be had, or exchanges by nodes on the CPU.
+    """
+    if by_nodes and device.type == "cpu":
+        raise ConfigError("--moe-hierarchical-all-to-all", True, "is for CUDA; on the CPU hosts come first by themselves")
+    if group.size == 1 or backend == "torch" or (backend == "auto" and device.type != "cpu"):
+        return group
+    exchange: Communicator | None
+    if device.type == "cpu":
+        exchange = create_shm_communicator(group, timeout_s)
+    elif by_nodes:
+        exchange = create_hierarchical_communicator(group, timeout_s, device)
+    else:
+        exchange = create_nccl_communicator(group, timeout_s, device)
+    if exchange is None and backend == "extension":
+        raise ConfigError("--moe-all-to-all-backend", backend, "cannot be had here (the reason is above); torch can")
+    return replace(group, exchange=exchange)
