@@ -15,7 +15,6 @@ from megatron_samoe.errors import CommunicationError
 from megatron_samoe.log import say_once
 from megatron_samoe.parallel_state.state import Group
 
-
 SLICE_S = 0.25  # how long the compiled code works before Python may look at signals
 
 

@@ -30,7 +30,9 @@ def with_exchange(
     Errors: ConfigError where the extension is asked for and cannot be had, or exchanges by nodes on the CPU.
     """
     if by_nodes and device.type == "cpu":
-        raise ConfigError("--moe-hierarchical-all-to-all", True, "is for CUDA; on the CPU hosts come first by themselves")
+        raise ConfigError(
+            "--moe-hierarchical-all-to-all", True, "is for CUDA; on the CPU hosts come first by themselves"
+        )
     if group.size == 1 or backend == "torch" or (backend == "auto" and device.type != "cpu"):
         return group
     exchange: Communicator | None

@@ -33,7 +33,9 @@ class TwoHops:
     staging_bytes: int
 
 
-def plan_two_hops(rank: int, send: Sequence[int], receive: Sequence[int], staged_LN: Sequence[Sequence[int]]) -> TwoHops:
+def plan_two_hops(
+    rank: int, send: Sequence[int], receive: Sequence[int], staged_LN: Sequence[Sequence[int]]
+) -> TwoHops:
     """Returns the messages of a rank whose group has N nodes of L ranks, one node after the other.
 
     Args:

@@ -62,9 +62,7 @@ class NcclCommunicator(Communicator):
     def _exchange_bytes(self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]) -> str:
         return self._finish(*self._start(x, received, send_bytes, recv_bytes))
 
-    def _start(
-        self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]
-    ) -> tuple[int, str]:
+    def _start(self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]) -> tuple[int, str]:
         """Starts an exchange; returns its number and "pending", or why it cannot start."""
         started: tuple[int, str] = torch.ops.megatron_samoe.all_to_all_start(
             self._handle, x, received, [], send_bytes, [], recv_bytes, 0.0

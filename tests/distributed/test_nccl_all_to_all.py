@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +14,14 @@ import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.all_to_all import all_to_all_rows
+from megatron_samoe.ops.all_to_all import all_to_all_rows, exchange_counts
 from megatron_samoe.ops.nccl_communicator import create_nccl_communicator, nccl_problem
 from megatron_samoe.parallel_state.state import Group
+from tests.distributed.test_overlapped_dispatch import round_trip
+from tests.harness import nccl_library
 from tests.harness.mortal_ranks import run_mortal_ranks
 from tests.harness.ranks import run_ranks
 
-SOURCE = Path(__file__).resolve().parents[2] / "cpp_ext" / "testing" / "fake_nccl.cpp"
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built"),
@@ -31,16 +31,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("nccl") / "libfakenccl.so"
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", str(SOURCE), "-o"]
-    subprocess.run([*command, str(path)], check=True)
-    return str(path)
+    return nccl_library.build(tmp_path_factory.mktemp("nccl"))
 
 
 def _communicator(library: str, timeout_s: float = 30.0, fault: str = ""):
-    os.environ["MEGATRON_SAMOE_NCCL_LIB"] = library
-    if fault:
-        os.environ["FAKE_NCCL_FAULT"] = fault
+    nccl_library.use(library, fault)
     world = dist.get_world_size()
     group = Group("ep", tuple(range(world)), dist.get_rank(), dist.group.WORLD)
     return create_nccl_communicator(group, timeout_s, "cpu")
@@ -69,6 +64,115 @@ def _random_exchanges(library: str, num_exchanges: int) -> str:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_equals_gloo(library, world_size):
     assert run_ranks(_random_exchanges, world_size, library, 50)[0] == f"{library} 21801 (host memory)"
+
+
+def _even(library: str) -> tuple[int, int]:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    with _communicator(library) as communicator:
+        for columns in (1, 5, 0):
+            x = torch.arange(world * 3 * columns).view(world * 3, columns) * (rank + 1)
+            expected = torch.cat([x[rank * 3 : rank * 3 + 3] // (rank + 1) * (r + 1) for r in range(world)])
+            assert torch.equal(communicator.exchange_evenly(x), expected)
+        counts_WE = torch.arange(world * 2).view(world, 2) + 100 * rank
+        group = replace(communicator.group, exchange=communicator)
+        expected = torch.stack([torch.arange(2) + 2 * rank + 100 * r for r in range(world)])
+        assert torch.equal(exchange_counts(counts_WE, group), expected)
+    return nccl_library.count(library, "ncclAlltoAll"), nccl_library.count(library, f"sends to {1 - rank}")
+
+
+def test_equal_parts_go_through_one_call_where_every_library_has_it(library, tmp_path):
+    assert run_ranks(_even, 2, library) == [(3, 3)] * 2  # and nothing for no columns
+    old = nccl_library.build(tmp_path, "-DFAKE_NCCL_OLD")
+    assert run_ranks(_even, 2, old) == [(0, 3)] * 2
+
+
+def _old_and_new(library: str, old: str) -> tuple[int, int]:
+    return _even(old if dist.get_rank() == 1 else library)
+
+
+def test_one_old_library_is_enough_for_sends_and_receives(library, tmp_path):
+    old = nccl_library.build(tmp_path, "-DFAKE_NCCL_OLD")
+    assert run_ranks(_old_and_new, 2, library, old) == [(0, 3)] * 2
+
+
+def _in_the_background(library: str) -> int:
+    world = dist.get_world_size()
+    threads = len(os.listdir("/proc/self/task"))
+    with _communicator(library) as communicator:
+        more_threads = len(os.listdir("/proc/self/task")) - threads
+        tensors = [torch.randn(world * 500 * (i + 1), 64) for i in range(5)]
+        splits = [[500 * (i + 1)] * world for i in range(5)]
+        out = torch.empty_like(tensors[3])
+        pending = [communicator.start(x, rows, rows, out if i == 3 else None)
+                   for i, (x, rows) in enumerate(zip(tensors, splits, strict=True))]  # fmt: skip
+        between = communicator.exchange(tensors[0], splits[0], splits[0])
+        for i in (3, 0, 1, 4, 2, 2):  # in any order, and again
+            expected = torch.empty_like(tensors[i])
+            dist.all_to_all_single(expected, tensors[i])
+            assert torch.equal(pending[i].wait(), expected)
+        assert pending[3].wait().data_ptr() == out.data_ptr()
+        assert torch.equal(between, pending[0].wait())
+        assert len(os.listdir("/proc/self/task")) == threads + more_threads
+        dist.barrier()
+        left = communicator.start(tensors[0], splits[0], splits[0])
+        dist.barrier()
+    with pytest.raises(CommunicationError, match="is closed"):
+        left.wait()
+    return more_threads
+
+
+def test_exchanges_in_the_background_take_no_thread_of_their_own(library):
+    assert run_ranks(_in_the_background, 3, library) == [2] * 3  # the watchdog, and the library's stream
+
+
+def _error_in_the_background(library: str, fault: str) -> list[str]:
+    communicator = _communicator(library, 0.7, fault)
+    x = torch.ones(100, 8)
+    messages = []
+    try:
+        pending = [communicator.start(x, [50, 50], [50, 50]) for _ in range(3)]
+    except CommunicationError as error:  # seen before the last has been started
+        return [str(error)]
+    for exchange in pending:
+        try:
+            exchange.wait()
+        except CommunicationError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize("kind", ["error", "hang", "exit"])
+def test_an_exchange_that_fails_in_the_background_fails_where_it_is_waited_for(library, tmp_path, kind):
+    survivor, _ = run_mortal_ranks(_error_in_the_background, 2, str(tmp_path), library, f"1:1:{kind}")
+    assert 1 <= len(survivor) <= 3 and len(set(survivor)) == 1
+    assert "closed the connection" in survivor[0] or "within 700 ms" in survivor[0]
+
+
+def _parts_and_whole(library: str) -> None:
+    with _communicator(library) as communicator:
+        group = replace(communicator.group, exchange=communicator)
+        whole = round_trip(group, torch.float32, None)
+        for num_chunks in (1, 3, 4):
+            for ours, theirs in zip(round_trip(group, torch.float32, num_chunks)[:3], whole[:3], strict=True):
+                assert torch.equal(ours, theirs)
+        for ours, theirs in zip(whole, round_trip(replace(group, exchange=None), torch.float32, None), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_dispatch_in_parts_equals_one_in_one(library):
+    run_ranks(_parts_and_whole, 2, library)
+
+
+def test_the_device_is_asked_in_the_right_order(library, tmp_path):
+    folder, program = nccl_library.ROOT / "cpp_ext", str(tmp_path / "check")
+    sources = ["testing/check_nccl.cpp", "comm/nccl_all_to_all.cpp", "comm/nccl_api.cpp"]
+    subprocess.run(
+        ["g++", "-std=c++17", "-pthread", *(str(folder / source) for source in sources), "-ldl", "-o", program],
+        check=True,
+    )
+    environment = {**os.environ, "MEGATRON_SAMOE_NCCL_LIB": library}
+    result = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert result.stdout == "all well\n" and result.returncode == 0, result.stdout + result.stderr
 
 
 def _gradient(library: str) -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 E, H, T, K = 8, 16, 50, 2
 
 
-def _round_trip(group: Group, dtype: torch.dtype, num_chunks: int | None) -> tuple[Tensor, ...]:
+def round_trip(group: Group, dtype: torch.dtype, num_chunks: int | None) -> tuple[Tensor, ...]:
     """Output and gradients over a group, some tokens dropped and some experts unused; None for one exchange."""
     generator = torch.Generator().manual_seed(group.rank)
     x = torch.randn(T, H, generator=generator).to(dtype).requires_grad_()
@@ -53,9 +53,9 @@ def _parts_and_whole() -> int:
     state = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=world))
     for group in (state.ep, replace(state.ep, exchange=None)):  # shared memory, torch
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            whole = _round_trip(group, dtype, None)
+            whole = round_trip(group, dtype, None)
             for num_chunks in {1, 2, E // world - 1, E // world}:
-                parts = _round_trip(group, dtype, num_chunks)
+                parts = round_trip(group, dtype, num_chunks)
                 for ours, theirs in zip(parts[:3], whole[:3], strict=True):
                     assert torch.equal(ours, theirs), (dtype, num_chunks)
                 torch.testing.assert_close(parts[3], whole[3])  # one sum for an expert, of rows in one order
