@@ -77,7 +77,8 @@ def _expert_overlap(config: PretrainConfig, world_size: int) -> Problems:
     ep, chunks = parallel.expert_model_parallel_size, parallel.moe_dispatch_chunks
     if ep < 1 or moe.num_experts % ep:
         return
-    for name in ("moe_dispatch_chunks", "moe_shared_expert_overlap"):
+    for name in ("moe_dispatch_chunks", "moe_shared_expert_overlap", "moe_all_to_all_backend",
+                 "moe_hierarchical_all_to_all"):  # fmt: skip
         if getattr(parallel, name) != getattr(ParallelConfig(), name) and ep == 1:
             yield ConfigError(flag(name), getattr(parallel, name), "needs --expert-model-parallel-size above 1")
     if ep > 1 and chunks > moe.num_experts // ep:
@@ -85,6 +86,8 @@ def _expert_overlap(config: PretrainConfig, world_size: int) -> Problems:
                           f"each of --expert-model-parallel-size {ep} ranks holds")  # fmt: skip
     if parallel.moe_shared_expert_overlap and moe.moe_shared_expert_intermediate_size is None:
         yield ConfigError("--moe-shared-expert-overlap", True, "needs --moe-shared-expert-intermediate-size")
+    if parallel.moe_hierarchical_all_to_all and parallel.moe_all_to_all_backend != "extension":
+        yield ConfigError("--moe-hierarchical-all-to-all", True, "needs --moe-all-to-all-backend extension")
 
 
 def _sequence_parallel(config: PretrainConfig, world_size: int) -> Problems:
