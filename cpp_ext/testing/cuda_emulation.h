@@ -1,18 +1,23 @@
 // CUDA's execution of a grid on one host thread, so that the kernels' own source runs under g++, with its sanitizers and
 // without a GPU. Blocks run one after another; the threads of a block are fibers that take turns at barriers and warp
-// exchanges. Seen are wrong results, steps outside memory (AddressSanitizer), misaligned wide accesses (UBSan), and
-// barriers or exchanges that not all threads reach. Not seen are races between two barriers, what only the device's
-// compiler or memory does, and time.
+// exchanges. SAMOE_EMULATED_ORDER=ascending|descending|shuffled says in which order blocks, and threads between two
+// barriers, have their turns. Seen are wrong results, also those that another order shows, steps outside memory
+// (AddressSanitizer), misaligned wide accesses (UBSan), and barriers or exchanges that not all threads reach. Not seen are
+// races of single instructions, what only the device's compiler or memory does, and time.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -50,16 +55,39 @@ struct Warp {
   uint64_t slots[2][kLanes];
 };
 
+// The order in which the blocks of a grid, or the threads of a block, have their turns.
+inline void set_order(std::vector<unsigned>& turns) {
+  static const char* const asked = std::getenv("SAMOE_EMULATED_ORDER");
+  static std::mt19937 random_bits(1);
+  std::iota(turns.begin(), turns.end(), 0u);
+  if (asked == nullptr || std::strcmp(asked, "ascending") == 0) return;
+  if (std::strcmp(asked, "descending") == 0) {
+    std::reverse(turns.begin(), turns.end());
+  } else if (std::strcmp(asked, "shuffled") == 0) {
+    std::shuffle(turns.begin(), turns.end(), random_bits);
+  } else {
+    std::fprintf(stderr, "SAMOE_EMULATED_ORDER = '%s': one of ascending, descending, shuffled\n", asked);
+    std::abort();
+  }
+}
+
 class Block {
  public:
-  // The only one: a stream runs one kernel after another.
+  // The only one: a stream runs one kernel after another. Never destroyed, as its fibers never end.
   static Block& running() {
-    static Block block(kThreads);
-    return block;
+    static Block* const block = new Block(kThreads);
+    return *block;
   }
 
-  explicit Block(unsigned num_threads) : fibers_(num_threads), warps(num_threads / kLanes) {
-    for (Fiber& fiber : fibers_) fiber.stack.reset(new char[kStackBytes]);
+  explicit Block(unsigned num_threads) : fibers_(num_threads), turns_(num_threads), warps(num_threads / kLanes) {
+    for (Fiber& fiber : fibers_) {
+      fiber.stack.reset(new char[kStackBytes]);
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
   }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
@@ -68,20 +96,16 @@ class Block {
   void run(const std::function<void()>& body) {
     body_ = &body;
     for (Fiber& fiber : fibers_) {
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = nullptr;
       fiber.done = false;
       fiber.turn = 0;
-      makecontext(&fiber.context, &Block::enter, 0);
     }
     barrier = Barrier();
     for (Warp& warp : warps) warp.barrier = Barrier();
     size_t left = fibers_.size();
     while (left > 0) {
       progress_ = false;
-      for (unsigned i = 0; i < fibers_.size(); ++i) {
+      set_order(turns_);
+      for (const unsigned i : turns_) {
         if (fibers_[i].done) continue;
         threadIdx.x = i;
         switch_to(i);
@@ -94,7 +118,7 @@ class Block {
   void yield() {
     Fiber& fiber = fibers_[current_];
     const unsigned thread = current_;
-    leave(fiber, false);
+    leave(fiber);
     threadIdx.x = thread;
   }
   void note_progress() { progress_ = true; }
@@ -110,54 +134,72 @@ class Block {
   struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
-    void* fake_stack = nullptr;
     unsigned turn = 0;
     bool done = false;
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake_stack = nullptr;
+#else
+    jmp_buf place;
+    bool started = false;
+#endif
   };
 
+  // A fiber's life: a thread of one block after another.
   static void enter() {
     Block& block = running();
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &block.main_stack_, &block.main_size_);
 #endif
-    (*block.body_)();
-    Fiber& fiber = block.fibers_[block.current_];
-    fiber.done = true;
-    block.note_progress();
-    block.leave(fiber, true);
+    for (;;) {
+      (*block.body_)();
+      Fiber& fiber = block.fibers_[block.current_];
+      fiber.done = true;
+      block.note_progress();
+      block.leave(fiber);
+    }
   }
 
+#if defined(__SANITIZE_ADDRESS__)
+  void switch_to(unsigned i) {
+    current_ = i;
+    void* fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(&fake_stack, fibers_[i].stack.get(), kStackBytes);
+    swapcontext(&main_, &fibers_[i].context);
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+  }
+
+  void leave(Fiber& fiber) {
+    __sanitizer_start_switch_fiber(&fiber.fake_stack, main_stack_, main_size_);
+    swapcontext(&fiber.context, &main_);
+    __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+  }
+
+  ucontext_t main_;
+  const void* main_stack_ = nullptr;
+  size_t main_size_ = 0;
+#else
+  // swapcontext asks the kernel for the signal mask at each switch, which took half of the time.
   void switch_to(unsigned i) {
     current_ = i;
     Fiber& fiber = fibers_[i];
-#if defined(__SANITIZE_ADDRESS__)
-    void* fake_stack = nullptr;
-    __sanitizer_start_switch_fiber(&fake_stack, fiber.stack.get(), kStackBytes);
-    swapcontext(&main_, &fiber.context);
-    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#else
-    swapcontext(&main_, &fiber.context);
-#endif
+    if (_setjmp(main_) != 0) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
   }
 
-  void leave(Fiber& fiber, bool for_good) {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.fake_stack, main_stack_, main_size_);
-    swapcontext(&fiber.context, &main_);
-    __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
-#else
-    (void)for_good;
-    swapcontext(&fiber.context, &main_);
-#endif
+  void leave(Fiber& fiber) {
+    if (_setjmp(fiber.place) == 0) _longjmp(main_, 1);
   }
+
+  jmp_buf main_;
+#endif
 
   std::vector<Fiber> fibers_;
-  ucontext_t main_;
+  std::vector<unsigned> turns_;
   const std::function<void()>* body_ = nullptr;
   unsigned current_ = 0;
   bool progress_ = false;
-  const void* main_stack_ = nullptr;
-  size_t main_size_ = 0;
 
  public:
   Barrier barrier;
@@ -196,8 +238,10 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t num_blocks, cudaStream_t, Arguments... arguments) {
   emulation::Block& block = emulation::Block::running();
   const std::function<void()> body = [&] { kernel(static_cast<Parameters>(arguments)...); };
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    blockIdx.x = static_cast<unsigned>(i);
+  std::vector<unsigned> turns(static_cast<size_t>(num_blocks));
+  emulation::set_order(turns);
+  for (const unsigned i : turns) {
+    blockIdx.x = i;
     block.run(body);
   }
 }

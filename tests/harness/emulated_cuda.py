@@ -26,7 +26,8 @@ OPS = (
     "adamw",
 )  # fmt: skip
 _WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-math-errno", *_WARNINGS]
+# Fortified libraries refuse jumps between the stacks of the emulation's fibers.
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-math-errno", "-U_FORTIFY_SOURCE", *_WARNINGS]
 
 
 def compiler() -> list[str]:

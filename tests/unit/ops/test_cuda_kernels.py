@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -27,9 +28,11 @@ def test_emulated_kernels_agree_with_the_cpu_kernels(tmp_path: Path) -> None:
     )
     program = tmp_path / "check"
     run_all([["g++", *objects, "-o", str(program)]])
-    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "agree with the CPU's" in result.stdout
+    for order in ("ascending", "descending", "shuffled"):
+        environment = {**os.environ, "SAMOE_EMULATED_ORDER": order}
+        result = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, env=environment)
+        assert result.returncode == 0, f"{order}: {result.stderr}"
+        assert "agree with the CPU's" in result.stdout
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
