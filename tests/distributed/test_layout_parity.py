@@ -10,96 +10,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.dist_checkpointing.sharded_state import sharded
-from megatron_samoe.parallel_state import initialize_model_parallel
-from megatron_samoe.training.checkpointing import model_state
-from megatron_samoe.training.setup import build_setup, initial_state
-from megatron_samoe.training.train_step import compute_gradients, train_step
+from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, layout_config, train
 from tests.harness.ranks import run_ranks
-from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one process": (1, {}),
-    "dp2": (2, {}),
-    "tp2": (2, {"tp": 2}),
-    "ep2": (2, {"ep": 2}),
-    "tp2 etp1": (2, {"tp": 2, "etp": 1}),
-    "tp2 ep2": (4, {"tp": 2, "ep": 2}),
-    "tp2 etp1 ep4": (4, {"tp": 2, "etp": 1, "ep": 4}),
-    "ep2 edp2": (4, {"ep": 2}),
-    "tp2 sp": (2, {"tp": 2, "sp": True}),
-    "tp2 sp etp1 ep2": (4, {"tp": 2, "sp": True, "etp": 1, "ep": 2}),
-    "pp2": (2, {"pp": 2}),
-    "zero dp2": (2, {"zero": True}),
-    "pp2 vpp2 dp1": (2, {"pp": 2, "vpp": 1}),
-    "pp2 ep2 zero": (4, {"pp": 2, "ep": 2, "zero": True}),
-    "pp4 uneven": (4, {"pp": 4, "stages": "Et|tt||tL"}),
-    "pp2 gpipe": (2, {"pp": 2, "schedule": "gpipe"}),
-    "pp2 ep2 replicated pool": (4, {"pp": 2, "ep": 2, "pool": "replicated"}),
-    "dp4 zero overlap": (4, {"zero": True, "overlap": True, "bucket": 3000}),
-    "ep2 edp2 overlap": (4, {"ep": 2, "overlap": True, "bucket": 3000}),
-    "tp2 pp2": (4, {"tp": 2, "pp": 2}),
-    "tp2 pp2 sp etp1 zero": (4, {"tp": 2, "pp": 2, "sp": True, "etp": 1, "zero": True}),
-    "tp2 sp dp2 zero": (4, {"tp": 2, "sp": True, "zero": True}),
-    "tp2 etp1 ep2": (4, {"tp": 2, "etp": 1, "ep": 2}),
-    "pp2 vpp2 ep2": (4, {"pp": 2, "stages": "Et|t|t|tL", "ep": 2}),
-    "tp2 pp2 ep2 sp zero overlap": (8, {"tp": 2, "pp": 2, "ep": 2, "sp": True, "zero": True, "overlap": True}),
-    "pp2 ep4": (8, {"pp": 2, "ep": 4}),
-    "pp2 ep2 edp2 zero replicated pool": (8, {"pp": 2, "ep": 2, "zero": True, "pool": "replicated"}),
-    "tp2 etp1 ep4 pp2 sp": (8, {"tp": 2, "etp": 1, "ep": 4, "pp": 2, "sp": True}),
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "dense": {"layout": "dense"},
-    "moe": {"layout": "moe"},
-    "samoe step": {"layout": "samoe", "samoe_combine": "step"},
-    "samoe layer": {"layout": "samoe", "samoe_combine": "layer"},
-    "moe top2 llama": {"layout": "moe", "style": "llama", "moe_router_topk": 2, "moe_z_loss_coeff": 0.01,
-                       "qk_layernorm": True,
-                       "moe_shared_expert_intermediate_size": 16},
-    "samoe per expert": {"layout": "samoe", "style": "llama", "samoe_granularity": "expert", "samoe_init": "uniform",
-                         "samoe_normalization": "softmax", "moe_router_topk": 2, "moe_layer_freq": "2"},
-    "samoe many banks": {"layout": "samoe", "num_expert_banks": 3, "samoe_init": "uniform"},
-    "samoe many banks per expert": {"layout": "samoe", "num_expert_banks": 5, "samoe_granularity": "expert",
-                                    "samoe_init": "uniform", "samoe_normalization": "l2", "style": "llama"},
-    "samoe noisy": {"layout": "samoe", "hidden_dropout": 0.1, "moe_input_jitter_eps": 0.05,
-                    "moe_expert_capacity_factor": 1.0, "recompute_granularity": "full"},
-    "moe sequence balance": {"layout": "moe", "moe_router_load_balancing_type": "seq_aux_loss",
-                             "moe_router_topk": 2, "moe_router_score_function": "sigmoid",
-                             "recompute_granularity": "selective"},
-}  # fmt: skip
-
 IN_DOUBLE = ("samoe step", "samoe layer", "samoe per expert", "samoe many banks", "samoe many banks per expert")
-
-
-def train(config: PretrainConfig, dtype: torch.dtype = torch.float32, steps: int = 5) -> dict[str, Any]:
-    """Returns the losses and norms of a few steps, the first step's gradients and the last weights, all whole."""
-    parallel = initialize_model_parallel(config.parallel)
-    setup = build_setup(config, VOCAB_SIZE, parallel, dtype)
-    state = initial_state(setup)
-    compute_gradients(setup, state, micro_batches(setup, 0))
-    pieces = {p.name: sharded(p.grad, p.spec, parallel, p.part) for p in setup.buffers.pieces}
-    gradients = gather_global(pieces, parallel)
-    losses, norms, balance = [], [], []
-    for step in range(steps):
-        result, state = train_step(setup, state, micro_batches(setup, step))
-        losses.append(result.lm_loss)
-        norms.append(result.grad_norm)
-        balance.append(result.routing.load_balance_loss if result.routing else 0.0)
-    weights = gather_global(model_state(setup.model), parallel)
-    return {"losses": losses, "norms": norms, "balance": balance, "gradients": gradients, "weights": weights}
-
-
-def layout_config(layout: str, model: str) -> PretrainConfig:
-    sizes = dict(LAYOUTS[layout][1])
-    if model == "dense":
-        sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
-    pool = sizes.pop("pool", "sharded")
-    config = tiny_config(**MODELS[model])
-    if config.moe.has_pool:
-        config = with_options(config, samoe_pool_placement=pool)
-    return with_layout(config, **sizes)
 
 
 def train_each(configs: list[PretrainConfig], dtype: torch.dtype) -> list[dict[str, Any]] | None:
@@ -113,19 +29,6 @@ def results_of(layout: str, dtype: torch.dtype, models: tuple[str, ...]) -> dict
     configs = [layout_config(layout, model) for model in models]
     results = run_ranks(train_each, LAYOUTS[layout][0], configs, dtype, timeout_s=300)[0]
     return dict(zip(models, results, strict=True))
-
-
-def assert_same(actual: dict[str, Any], expected: dict[str, Any], rtol: float) -> None:
-    for key in ("losses", "norms", "balance"):
-        torch.testing.assert_close(torch.tensor(actual[key]), torch.tensor(expected[key]), rtol=rtol, atol=0.0)
-    assert actual["gradients"].keys() == expected["gradients"].keys()
-    for name, gradient in expected["gradients"].items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(
-            actual["gradients"][name], gradient, rtol=rtol, atol=rtol * scale,
-            msg=lambda m, n=name: f"gradient of {n}: {m}",
-        )  # fmt: skip
-    assert expected["weights"].keys() == actual["weights"].keys()
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -66,16 +66,17 @@ def global_batch(config: PretrainConfig, step: int, batch_size: int = 8) -> dict
 
 
 def micro_batches(setup: TrainSetup, step: int) -> list[dict[str, Tensor]]:
-    """Returns this rank's micro-batches of a step, dealt out as the sampler does."""
-    whole = global_batch(setup.config, step, setup.batch_size)
+    """Returns this rank's micro-batches of a step on its device, dealt out as the sampler does."""
+    batch = global_batch(setup.config, step, setup.batch_size)
+    whole = {name: t.to(setup.parallel.device) for name, t in batch.items()}
     size, dp = setup.config.training.micro_batch_size, setup.parallel.dp
     starts = range(dp.rank * size, setup.batch_size, size * dp.size)
     return [{name: t[start : start + size] for name, t in whole.items()} for start in starts]
 
 
 def gather_global(parts: dict[str, list[ShardedTensor]], parallel: ParallelState) -> dict[str, Tensor]:
-    """Returns whole tensors, put together from all ranks' parts; every copy must agree."""
-    own = [(name, t.global_shape, t.offsets, t.local) for name, ts in parts.items() for t in ts]
+    """Returns whole tensors on the CPU, put together from all ranks' parts; every copy must agree."""
+    own = [(name, t.global_shape, t.offsets, t.local.cpu()) for name, ts in parts.items() for t in ts]
     whole: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
     for ranks_parts in parallel.world.all_gather_object(own):
