@@ -59,50 +59,71 @@ void activate(float* h, const float* up, int64_t n) {
   }
 }
 
-// One task of the first product: columns first .. last - 1 of h for all of an expert's rows.
-void first_product(const DecodeExperts& a, const Hits& hits, int64_t u, int64_t first, int64_t last, float* up,
-                   float* floats) {
-  const int64_t expert = hits.experts[u], index = a.index1_E[expert];
-  const float factor = a.factor1_E == nullptr ? 1.0f : a.factor1_E[expert];
-  const int64_t width = a.gated ? 2 * a.ffn : a.ffn;
-  const float* x[kRowBlock];
-  float* h[kRowBlock];
-  float* ups[kRowBlock];
-  for (int64_t begin = hits.starts[u]; begin < hits.starts[u + 1]; begin += kRowBlock) {
-    const int64_t left = hits.starts[u + 1] - begin, rows = left < kRowBlock ? left : kRowBlock;
-    for (int64_t m = 0; m < rows; ++m) {
-      const int64_t slot = hits.slots[begin + m];
-      x[m] = a.x_TH + slot / a.topk * a.hidden;
-      h[m] = a.h_NF + slot * a.ffn;
-      ups[m] = up + m * kTaskOuts;
-    }
-    const float* bias = a.b1 == nullptr ? nullptr : a.b1 + index * width;
-    multiply(x, rows, a.w1, index * width, a.hidden, first, last, {h, 0, nullptr, bias, false, factor}, floats);
-    if (a.gated) {
-      const float* up_bias = bias == nullptr ? nullptr : bias + a.ffn;
-      multiply(x, rows, a.w1, index * width + a.ffn, a.hidden, first, last, {ups, first, nullptr, up_bias, false, factor},
-               floats);
-    }
-    for (int64_t m = 0; m < rows; ++m) activate(h[m] + first, a.gated ? ups[m] : nullptr, last - first);
-  }
-}
+// The experts' two products as one order of tasks: first every hit expert's columns of h, then those of y.
+struct Work {
+  Work(const DecodeExperts& a, const Hits& hits)
+      : a(a), hits(hits), tasks1((a.ffn + kTaskOuts - 1) / kTaskOuts), tasks2((a.hidden + kTaskOuts - 1) / kTaskOuts),
+        num1(hits.num * tasks1), num(num1 + hits.num * tasks2), width(a.gated ? 2 * a.ffn : a.ffn) {}
 
-void second_product(const DecodeExperts& a, const Hits& hits, int64_t u, int64_t first, int64_t last, float* floats) {
-  const int64_t expert = hits.experts[u], index = a.index2_E[expert];
-  const float factor = a.factor2_E == nullptr ? 1.0f : a.factor2_E[expert];
-  const float* h[kRowBlock];
-  float* y[kRowBlock];
-  for (int64_t begin = hits.starts[u]; begin < hits.starts[u + 1]; begin += kRowBlock) {
-    const int64_t left = hits.starts[u + 1] - begin, rows = left < kRowBlock ? left : kRowBlock;
-    for (int64_t m = 0; m < rows; ++m) {
-      const int64_t slot = hits.slots[begin + m];
-      h[m] = a.h_NF + slot * a.ffn;
-      y[m] = a.y_NH + slot * a.hidden;
-    }
-    const float* bias = a.b2 == nullptr ? nullptr : a.b2 + index * a.hidden;
-    multiply(h, rows, a.w2, index * a.hidden, a.ffn, first, last, {y, 0, nullptr, bias, false, factor}, floats);
+  // The first weights that a task reads.
+  Following start(int64_t task) const {
+    if (task < num1)
+      return start_of(a.w1, a.index1_E[hits.experts[task / tasks1]] * width + task % tasks1 * kTaskOuts, a.hidden);
+    task -= num1;
+    if (task >= num - num1) return {};
+    return start_of(a.w2, a.index2_E[hits.experts[task / tasks2]] * a.hidden + task % tasks2 * kTaskOuts, a.ffn);
   }
-}
+
+  void first_product(int64_t task, const PackedRows& tokens, Following following, float* up) const {
+    const int64_t u = task / tasks1, expert = hits.experts[u], row = a.index1_E[expert] * width;
+    const int64_t first = task % tasks1 * kTaskOuts, last = first + kTaskOuts < a.ffn ? first + kTaskOuts : a.ffn;
+    const float factor = a.factor1_E == nullptr ? 1.0f : a.factor1_E[expert];
+    const float* bias = a.b1 == nullptr ? nullptr : a.b1 + row;
+    const char* x[kRowBlock];
+    float* h[kRowBlock];
+    float* ups[kRowBlock];
+    for (int64_t begin = hits.starts[u]; begin < hits.starts[u + 1]; begin += kRowBlock) {
+      const int64_t left = hits.starts[u + 1] - begin, rows = left < kRowBlock ? left : kRowBlock;
+      for (int64_t m = 0; m < rows; ++m) {
+        const int64_t slot = hits.slots[begin + m];
+        x[m] = tokens.row(slot / a.topk);
+        h[m] = a.h_NF + slot * a.ffn;
+        ups[m] = up + m * kTaskOuts;
+      }
+      const Following ups_start = a.gated ? start_of(a.w1, row + a.ffn + first, a.hidden) : following;
+      multiply(x, rows, a.w1, row, a.hidden, first, last, {h, 0, nullptr, bias, false, factor}, ups_start);
+      if (a.gated) {
+        const float* up_bias = bias == nullptr ? nullptr : bias + a.ffn;
+        multiply(x, rows, a.w1, row + a.ffn, a.hidden, first, last, {ups, first, nullptr, up_bias, false, factor},
+                 following);
+      }
+      for (int64_t m = 0; m < rows; ++m) activate(h[m] + first, a.gated ? ups[m] : nullptr, last - first);
+    }
+  }
+
+  void second_product(int64_t task, const PackedRows& slots, Following following) const {
+    const int64_t u = (task - num1) / tasks2, expert = hits.experts[u], row = a.index2_E[expert] * a.hidden;
+    const int64_t first = (task - num1) % tasks2 * kTaskOuts;
+    const int64_t last = first + kTaskOuts < a.hidden ? first + kTaskOuts : a.hidden;
+    const float factor = a.factor2_E == nullptr ? 1.0f : a.factor2_E[expert];
+    const float* bias = a.b2 == nullptr ? nullptr : a.b2 + row;
+    const char* h[kRowBlock];
+    float* y[kRowBlock];
+    for (int64_t begin = hits.starts[u]; begin < hits.starts[u + 1]; begin += kRowBlock) {
+      const int64_t left = hits.starts[u + 1] - begin, rows = left < kRowBlock ? left : kRowBlock;
+      for (int64_t m = 0; m < rows; ++m) {
+        const int64_t slot = hits.slots[begin + m];
+        h[m] = slots.row(slot);
+        y[m] = a.y_NH + slot * a.hidden;
+      }
+      multiply(h, rows, a.w2, row, a.ffn, first, last, {y, 0, nullptr, bias, false, factor}, following);
+    }
+  }
+
+  const DecodeExperts& a;
+  const Hits& hits;
+  const int64_t tasks1, tasks2, num1, num, width;
+};
 
 void combine_token(const DecodeExperts& a, int64_t t) {
   float* out = a.out_TH + t * a.hidden;
@@ -116,26 +137,35 @@ void combine_token(const DecodeExperts& a, int64_t t) {
 }  // namespace
 
 void decode_experts(const DecodeExperts& a) {
+  static thread_local ThreadMemory first_memory, second_memory;
   const Hits hits(a);
-  const int64_t tasks1 = (a.ffn + kTaskOuts - 1) / kTaskOuts, tasks2 = (a.hidden + kTaskOuts - 1) / kTaskOuts;
-  const int64_t longest = a.hidden > a.ffn ? a.hidden : a.ffn;
+  const Work work(a, hits);
+  const PackedRows tokens(a.x_TH, a.num_tokens, a.hidden, a.w1.type, first_memory);
+  const PackedRows slots(a.h_NF, a.num_tokens * a.topk, a.ffn, a.w2.type, second_memory);
+  Tasks tasks;
 #pragma omp parallel num_threads(a.num_threads)
   {
-    // The widened weights, then the up projections of a gated block.
-    float* floats = thread_floats((kTileOuts * longest + 15) / 16 * 16 + kRowBlock * kTaskOuts);
-    float* up = floats + (kTileOuts * longest + 15) / 16 * 16;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < hits.num * tasks1; ++task) {
-      const int64_t first = task % tasks1 * kTaskOuts;
-      first_product(a, hits, task / tasks1, first, first + kTaskOuts < a.ffn ? first + kTaskOuts : a.ffn, up, floats);
+    float* up = thread_floats(kRowBlock * kTaskOuts);
+    if (tokens.packed != nullptr) {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < a.num_tokens; ++t) tokens.pack(t);
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < hits.num * tasks2; ++task) {
-      const int64_t first = task % tasks2 * kTaskOuts;
-      second_product(a, hits, task / tasks2, first, first + kTaskOuts < a.hidden ? first + kTaskOuts : a.hidden,
-                     floats);
+    int64_t task = tasks.take(), after;
+    for (; task < work.num1; task = after) {
+      after = tasks.take();
+      work.first_product(task, tokens, work.start(after), up);
+    }
+#pragma omp barrier
+    if (slots.packed != nullptr) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < hits.starts[hits.num]; ++i) slots.pack(hits.slots[i]);
+    }
+    for (; task < work.num; task = after) {
+      after = tasks.take();
+      work.second_product(task, slots, work.start(after));
     }
     if (a.combine) {
+#pragma omp barrier
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < a.num_tokens; ++t) combine_token(a, t);
     }

@@ -15,28 +15,38 @@ int64_t task_outs(int64_t outputs, int num_threads) {
   return fair < 8 ? 8 : (fair < kTaskOuts ? fair : kTaskOuts);
 }
 
+// One task of a linear layer: outputs first .. last - 1 of all tokens.
+void linear_task(const DecodeLinear& a, const PackedRows& rows, int64_t first, int64_t last, Following following) {
+  const char* x[kRowBlock];
+  float* out[kRowBlock];
+  for (int64_t t = 0; t < a.num_tokens; t += kRowBlock) {
+    const int64_t count = a.num_tokens - t < kRowBlock ? a.num_tokens - t : kRowBlock;
+    for (int64_t m = 0; m < count; ++m) {
+      x[m] = rows.row(t + m);
+      out[m] = a.out_TN + (t + m) * a.outputs;
+    }
+    multiply(x, count, a.w_NK, 0, a.inputs, first, last, {out, 0, nullptr, a.bias_N, a.accumulate, 1.0f}, following);
+  }
+}
+
 }  // namespace
 
 void decode_linear(const DecodeLinear& a) {
+  static thread_local ThreadMemory memory;
+  const PackedRows rows(a.x_TK, a.num_tokens, a.inputs, a.w_NK.type, memory);
   const int64_t step = task_outs(a.outputs, a.num_threads);
   const int64_t num_tasks = (a.outputs + step - 1) / step;
+  Tasks tasks;
 #pragma omp parallel num_threads(a.num_threads)
   {
-    float* floats = a.w_NK.type == WeightType::f32 ? nullptr : thread_floats(kTileOuts * a.inputs);
-    const float* x[kRowBlock];
-    float* out[kRowBlock];
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < num_tasks; ++task) {
-      const int64_t first = task * step;
-      const int64_t last = first + step < a.outputs ? first + step : a.outputs;
-      for (int64_t t = 0; t < a.num_tokens; t += kRowBlock) {
-        const int64_t rows = a.num_tokens - t < kRowBlock ? a.num_tokens - t : kRowBlock;
-        for (int64_t m = 0; m < rows; ++m) {
-          x[m] = a.x_TK + (t + m) * a.inputs;
-          out[m] = a.out_TN + (t + m) * a.outputs;
-        }
-        multiply(x, rows, a.w_NK, 0, a.inputs, first, last, {out, 0, nullptr, a.bias_N, a.accumulate, 1.0f}, floats);
-      }
+    if (rows.packed != nullptr) {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < a.num_tokens; ++t) rows.pack(t);
+    }
+    for (int64_t task = tasks.take(), after; task < num_tasks; task = after) {
+      after = tasks.take();
+      const int64_t first = task * step, last = first + step < a.outputs ? first + step : a.outputs;
+      linear_task(a, rows, first, last, after < num_tasks ? start_of(a.w_NK, after * step, a.inputs) : Following{});
     }
   }
 }

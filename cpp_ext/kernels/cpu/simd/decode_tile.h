@@ -1,20 +1,19 @@
 // Products of few rows of x with rows of weights, as they lie: lanes along the summed dim.
 //
 // One accumulator per (row of x, row of w), filled in the order of k and folded in a fixed tree. So a result does not
-// depend on how many rows of x share the call, and weights need no packing: fp32 ones are used where they were loaded.
+// depend on how many rows of x share the call, and weights need no packing: they are used where they were loaded. Rows
+// of x are packed once a call instead, into the form in which weights of a type are cheapest to multiply (decode_rows.h).
 #pragma once
 
 #include <cstdlib>
 
-#include "../../decode.h"
-#include "vec.h"
+#include "decode_rows.h"
 
 namespace samoe {
 namespace cpu {
 namespace SAMOE_ISA {
 
 typedef float v4 __attribute__((vector_size(16)));
-typedef int8_t vb __attribute__((vector_size(SAMOE_VECTOR_BYTES / 4)));
 
 #if SAMOE_VECTOR_BYTES == 64
 constexpr int kTileRows = 6;  // 24 sums, 6 rows of x and a weight in 32 registers
@@ -23,51 +22,29 @@ constexpr int kTileRows = 3;
 #else
 constexpr int kTileRows = 2;
 #endif
+constexpr int kPairRows = kTileRows < 4 ? kTileRows : 4;  // for bf16: two registers of a weight
+constexpr int kDigitRows = 2;                              // for digits: three sums
 constexpr int kTileOuts = 4;
-constexpr int64_t kRowBlock = 96;   // rows of x that stay in the second-level cache
-constexpr int64_t kTaskOuts = 64;   // rows of w that one task takes
+constexpr int64_t kRowBlock = 96;  // rows of x that stay in the second-level cache
+constexpr int64_t kTaskOuts = 32;  // rows of w that one task takes
+constexpr int64_t kNearBytes = 32 << 10;  // the first-level cache
 
-// A thread's own memory, kept from call to call: a step of inference allocates nothing.
-struct ThreadMemory {
-  ~ThreadMemory() { std::free(data); }
-  void* bytes(int64_t count) {
-    if (count > capacity) {
-      std::free(data);
-      capacity = (count + 4095) / 4096 * 4096;
-      data = std::aligned_alloc(64, static_cast<size_t>(capacity));
-    }
-    return data;
-  }
-  void* data = nullptr;
-  int64_t capacity = 0;
+// Tasks 0, 1, .. for threads that take them in this order. A thread takes its next one before it begins one, so that it
+// can ask for the next one's weights in time.
+struct Tasks {
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+  int64_t next = 0;
 };
 
-// One buffer per source file and thread; the next call may move it.
-static float* thread_floats(int64_t count) {
-  static thread_local ThreadMemory memory;
-  return static_cast<float*>(memory.bytes(count * static_cast<int64_t>(sizeof(float))));
-}
-
-SAMOE_INLINE vf load(const int8_t* p) {
-  vb b;
-  memcpy(&b, p, sizeof b);
+// a * b + c, always contracted or never: left to the compiler, the last bit would depend on the code around it.
+SAMOE_INLINE vf fused(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
-  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b));
-#elif defined(__AVX2__)
-  long long bits;
-  memcpy(&bits, p, sizeof bits);
-  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits)));
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-  return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+  return a * b + c;
 #endif
-}
-
-// The first n lanes, the others 0; for int8 too, which vec.h does not know.
-template <typename T>
-SAMOE_INLINE vf load_some(const T* p, int64_t n) {
-  T buffer[kLanes] = {};
-  memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
-  return load(buffer);
 }
 
 // Lanes added up to four.
@@ -97,56 +74,100 @@ SAMOE_INLINE v4 sum_of_four(vf a, vf b, vf c, vf d) {
 #endif
 }
 
-// Weights that follow are asked for while a tile is computed: with several rows at a time the accesses are no single
-// stream, which is what the processor foresees by itself.
-constexpr int64_t kPrefetchBytes = 4096;
+// Weights are asked for one tile before they are used, since accesses to several rows at a time are no single stream,
+// which is what the processor foresees by itself. After the last tile of a matrix comes the first of the next one.
 struct Ahead {
   const char* next;
   const char* end;
+  const char* then;  // null: nothing follows
+  int64_t then_bytes;
+  bool far;  // a tile and what else is used fill the first-level cache: into the second one
+
   // Asks for as many bytes as a step over k consumes.
-  template <typename W>
-  inline __attribute__((always_inline)) void step() {
-    constexpr int64_t kBytes = kTileOuts * kLanes * static_cast<int64_t>(sizeof(W));
-    if (next >= end) return;
+  SAMOE_ALWAYS void step(int64_t bytes) {
+    if (next >= end) {
+      if (then == nullptr) return;
+      next = then;
+      end = then + then_bytes;
+      then = nullptr;
+    }
+    if (far) {
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(next + i, 0, 3);
-    next += kBytes;
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+    } else {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 0);
+    }
+    next += bytes;
   }
 };
 
-// sums[m * 4 + n] = x[m] . w[n] for M rows of x and 4 rows of w, of which the last ones may be repeated.
+// sums[m] = x[m] . w[n], n = 0 .. 3, for M rows of x and 4 rows of w, of which the last ones may be repeated.
 template <int M, typename W>
-SAMOE_INLINE void tile(const float* const* x, const W* const* w, int64_t inputs, Ahead ahead, float* sums) {
+SAMOE_INLINE void tile(const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
   vf acc[M][kTileOuts] = {};
+  const float* rows[M];
+  for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
+  Ahead wanted = ahead;
   int64_t k = 0;
   for (; k + kLanes <= inputs; k += kLanes) {
     vf row[M];
-    ahead.step<W>();
+    wanted.step(kTileOuts * kLanes * static_cast<int64_t>(sizeof(W)));
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) row[m] = load(x[m] + k);
+    for (int m = 0; m < M; ++m) row[m] = load(rows[m] + k);
 #pragma GCC unroll 4
     for (int n = 0; n < kTileOuts; ++n) {
       const vf weight = load(w[n] + k);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[m][n] += row[m] * weight;
+      for (int m = 0; m < M; ++m) acc[m][n] = fused(row[m], weight, acc[m][n]);
     }
   }
   if (k < inputs) {
     for (int n = 0; n < kTileOuts; ++n) {
       const vf weight = load_some(w[n] + k, inputs - k);
-      for (int m = 0; m < M; ++m) acc[m][n] += load_some(x[m] + k, inputs - k) * weight;
+      for (int m = 0; m < M; ++m) acc[m][n] = fused(load_some(rows[m] + k, inputs - k), weight, acc[m][n]);
     }
   }
+  ahead = wanted;
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    const v4 four = sum_of_four(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
-    memcpy(sums + m * kTileOuts, &four, sizeof four);
+  for (int m = 0; m < M; ++m) sums[m] = sum_of_four(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+}
+
+// The same for bf16: x is packed, the even elements of 2 kLanes before the odd ones.
+template <int M>
+SAMOE_INLINE void tile(const char* const* x, const uint16_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
+  vf acc[M][kTileOuts] = {};
+  const float* rows[M];
+  for (int m = 0; m < M; ++m) rows[m] = reinterpret_cast<const float*>(x[m]);
+  Ahead wanted = ahead;
+  for (int64_t k = 0; k < inputs; k += 2 * kLanes) {
+    wanted.step(kTileOuts * kLanes * 4);
+    vu pair[kTileOuts];
+    vf weight[kTileOuts];
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileOuts; ++n) pair[n] = load_pairs(w[n] + k, inputs - k), weight[n] = (vf)(pair[n] << 16);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const vf row = load(rows[m] + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < kTileOuts; ++n) acc[m][n] = fused(row, weight[n], acc[m][n]);
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileOuts; ++n) weight[n] = (vf)(pair[n] & 0xffff0000u);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const vf row = load(rows[m] + k + kLanes);
+#pragma GCC unroll 4
+      for (int n = 0; n < kTileOuts; ++n) acc[m][n] = fused(row, weight[n], acc[m][n]);
+    }
   }
+  ahead = wanted;
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sums[m] = sum_of_four(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
 }
 
 template <typename W>
-static void tile_of(int64_t num_rows, const float* const* x, const W* const* w, int64_t inputs, Ahead ahead,
-                    float* sums) {
+static void tile_of(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
   switch (num_rows) {
     case 1: return tile<1>(x, w, inputs, ahead, sums);
     case 2: return tile<2>(x, w, inputs, ahead, sums);
@@ -162,6 +183,81 @@ static void tile_of(int64_t num_rows, const float* const* x, const W* const* w, 
   }
 }
 
+#if defined(__AVX512F__)
+// int8 weights by rows of digits. Weights become unsigned by an offset of 128, which the sums' first values take out.
+template <int M>
+SAMOE_VNNI static void digit_tile(const char* const* x, const int8_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
+  vi low[M][kTileOuts], middle[M][kTileOuts], high[M][kTileOuts];
+#pragma GCC unroll 2
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileOuts; ++n) {
+      memcpy(&low[m][n], x[m] + 64, 64);
+      memcpy(&middle[m][n], x[m] + 128, 64);
+      memcpy(&high[m][n], x[m] + 192, 64);
+    }
+  }
+  const __m512i offset = _mm512_set1_epi8(-128);
+  Ahead wanted = ahead;
+  for (int64_t k = 0; k < inputs; k += 64) {
+    wanted.step(kTileOuts * 64);
+    const int64_t left = inputs - k;
+    __m512i weight[kTileOuts];
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileOuts; ++n) {
+      const __m512i bytes = left >= 64 ? _mm512_loadu_si512(w[n] + k)
+                                       : _mm512_maskz_loadu_epi8((1ull << left) - 1, w[n] + k);
+      weight[n] = _mm512_xor_si512(bytes, offset);
+    }
+#pragma GCC unroll 2
+    for (int m = 0; m < M; ++m) {
+      const char* digits = x[m] + 256 + 3 * k;
+      const __m512i digit0 = _mm512_loadu_si512(digits);
+#pragma GCC unroll 4
+      for (int n = 0; n < kTileOuts; ++n) low[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)low[m][n], weight[n], digit0);
+      const __m512i digit1 = _mm512_loadu_si512(digits + 64);
+#pragma GCC unroll 4
+      for (int n = 0; n < kTileOuts; ++n) middle[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)middle[m][n], weight[n], digit1);
+      const __m512i digit2 = _mm512_loadu_si512(digits + 128);
+#pragma GCC unroll 4
+      for (int n = 0; n < kTileOuts; ++n) high[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)high[m][n], weight[n], digit2);
+    }
+  }
+  ahead = wanted;
+#pragma GCC unroll 2
+  for (int m = 0; m < M; ++m) {
+    vf whole[kTileOuts];
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileOuts; ++n)
+      whole[n] = fused((vf)_mm512_cvtepi32_ps((__m512i)high[m][n]), splat(65536.0f),
+                       fused((vf)_mm512_cvtepi32_ps((__m512i)middle[m][n]), splat(256.0f),
+                             (vf)_mm512_cvtepi32_ps((__m512i)low[m][n])));
+    float unit;
+    memcpy(&unit, x[m], sizeof unit);
+    sums[m] = sum_of_four(whole[0], whole[1], whole[2], whole[3]) * unit;
+  }
+}
+#endif
+
+// Returns false where rows of x are not digits.
+SAMOE_INLINE bool multiply_digits(int64_t num_rows, const char* const* x, const int8_t* const* w, int64_t inputs,
+                                  Ahead& ahead, bool by_digits, v4* sums) {
+#if defined(__AVX512F__)
+  if (by_digits) {
+    if (num_rows == 1) {
+      digit_tile<1>(x, w, inputs, ahead, sums);
+    } else {
+      digit_tile<2>(x, w, inputs, ahead, sums);
+    }
+  }
+#endif
+  return by_digits;
+}
+template <typename W>
+SAMOE_INLINE bool multiply_digits(int64_t, const char* const*, const W* const*, int64_t, Ahead&, bool, v4*) {
+  return false;
+}
+
 // Where a block of results goes: out[m][n - first] = (sum * scale[n] + bias[n]) * factor, or is added to.
 struct DecodeOut {
   float* const* rows;
@@ -172,68 +268,76 @@ struct DecodeOut {
   float factor;
 };
 
-SAMOE_INLINE void put(const DecodeOut& out, int64_t m, int64_t n, float sum) {
-  if (out.scale != nullptr) sum *= out.scale[n];
-  if (out.bias != nullptr) sum += out.bias[n];
-  sum *= out.factor;
+// Up to four sums, from column n on.
+SAMOE_INLINE void put(const DecodeOut& out, int64_t m, int64_t n, int64_t count, v4 sums) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+  v4 part = v4{};
   float* place = out.rows[m] + (n - out.first);
-  *place = out.accumulate ? *place + sum : sum;
+  if (out.scale != nullptr) memcpy(&part, out.scale + n, bytes), sums *= part;
+  if (out.bias != nullptr) memcpy(&part, out.bias + n, bytes), sums += part;
+  sums *= out.factor;
+  if (out.accumulate) memcpy(&part, place, bytes), sums = part + sums;
+  memcpy(place, &sums, bytes);
 }
 
-SAMOE_INLINE const float* as_floats(const float* w, int64_t, float*) { return w; }
-template <typename W>
-SAMOE_INLINE const float* as_floats(const W* w, int64_t inputs, float* buffer) {
-  int64_t k = 0;
-  for (; k + kLanes <= inputs; k += kLanes) store(buffer + k, load(w + k));
-  if (k < inputs) store_part(buffer + k, load_some(w + k, inputs - k), inputs - k);
-  return buffer;
-}
+// What is read after a block: `bytes` from `data` on, or nothing.
+struct Following {
+  const void* data = nullptr;
+  int64_t bytes = 0;
+};
 
-// Up to kRowBlock rows of x with rows first .. last - 1 of w. floats: room for kTileOuts * inputs floats.
+// Up to kRowBlock packed rows of x with rows first .. last - 1 of w.
 template <typename W>
-static void multiply_block(const float* const* x, int64_t num_rows, const W* w, int64_t inputs, int64_t first, int64_t last,
-                    const DecodeOut& out, float* floats) {
-  float sums[kTileRows * kTileOuts];
+static void multiply_block(const char* const* x, int64_t num_rows, const W* w, int64_t inputs, int64_t first,
+                           int64_t last, const DecodeOut& out, Following following, bool by_digits) {
+  v4 sums[kTileRows];
+  const int64_t tile_bytes = kTileOuts * inputs * static_cast<int64_t>(sizeof(W));
+  const int64_t tile_rows = by_digits ? kDigitRows : (sizeof(W) == 2 ? kPairRows : kTileRows);
+  const int64_t shared = num_rows < tile_rows ? num_rows : tile_rows;
+  const char* const begin = reinterpret_cast<const char*>(w + first * inputs);
+  Ahead ahead{begin + tile_bytes, reinterpret_cast<const char*>(w + last * inputs),
+              static_cast<const char*>(following.data), following.bytes,
+              2 * tile_bytes + shared * inputs * 4 > kNearBytes};
+  Ahead nothing{nullptr, nullptr, nullptr, 0, false};
   for (int64_t n = first; n < last; n += kTileOuts) {
     const int64_t num_outs = last - n < kTileOuts ? last - n : kTileOuts;
     const W* rows[kTileOuts];
     for (int64_t i = 0; i < kTileOuts; ++i) rows[i] = w + (n + (i < num_outs ? i : num_outs - 1)) * inputs;
-    // With more rows than one tile, weights are widened once; the values are the same.
-    const bool widen = sizeof(W) < 4 && num_rows > kTileRows;
-    const float* wide[kTileOuts];
-    if (widen)
-      for (int64_t i = 0; i < kTileOuts; ++i) wide[i] = as_floats(rows[i], inputs, floats + i * inputs);
-    const char* end = reinterpret_cast<const char*>(w + last * inputs);
-    const char* next = reinterpret_cast<const char*>(rows[0]) + kPrefetchBytes;
-    for (int64_t m = 0; m < num_rows; m += kTileRows) {
-      const int64_t count = num_rows - m < kTileRows ? num_rows - m : kTileRows;
-      if (widen) {
-        tile_of(count, x + m, wide, inputs, Ahead{nullptr, nullptr}, sums);
-      } else {
-        tile_of(count, x + m, rows, inputs, m == 0 ? Ahead{next, end} : Ahead{nullptr, nullptr}, sums);
+    // Tiles of nearly equal numbers of rows: small ones are the least efficient.
+    const int64_t num_tiles = (num_rows + tile_rows - 1) / tile_rows;
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      const int64_t m = num_rows * i / num_tiles, count = num_rows * (i + 1) / num_tiles - m;
+      Ahead& wanted = i == 0 ? ahead : nothing;
+      if (!multiply_digits(count, x + m, rows, inputs, wanted, by_digits, sums)) {
+        tile_of(count, x + m, rows, inputs, wanted, sums);
       }
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < num_outs; ++j) put(out, m + i, n + j, sums[i * kTileOuts + j]);
+      for (int64_t j = 0; j < count; ++j) put(out, m + j, n, num_outs, sums[j]);
     }
   }
 }
 
-// The same for any type of weights; `offset` counts elements before the matrix, `row` its first row among scales.
-SAMOE_INLINE void multiply(const float* const* x, int64_t num_rows, const Matrix& w, int64_t row, int64_t inputs,
-                           int64_t first, int64_t last, DecodeOut out, float* floats) {
+// The same for any type of weights; `row` is the first row of the matrix within its stack.
+SAMOE_INLINE void multiply(const char* const* x, int64_t num_rows, const Matrix& w, int64_t row, int64_t inputs,
+                           int64_t first, int64_t last, DecodeOut out, Following following) {
   const int64_t offset = row * inputs;
   switch (w.type) {
     case WeightType::f32:
-      multiply_block(x, num_rows, static_cast<const float*>(w.data) + offset, inputs, first, last, out, floats);
-      return;
+      return multiply_block(x, num_rows, static_cast<const float*>(w.data) + offset, inputs, first, last, out, following,
+                            false);
     case WeightType::bf16:
-      multiply_block(x, num_rows, static_cast<const uint16_t*>(w.data) + offset, inputs, first, last, out, floats);
-      return;
+      return multiply_block(x, num_rows, static_cast<const uint16_t*>(w.data) + offset, inputs, first, last, out,
+                            following, false);
     case WeightType::i8:
       out.scale = w.scale + row;
-      multiply_block(x, num_rows, static_cast<const int8_t*>(w.data) + offset, inputs, first, last, out, floats);
-      return;
+      return multiply_block(x, num_rows, static_cast<const int8_t*>(w.data) + offset, inputs, first, last, out, following,
+                            takes_digits(inputs));
   }
+}
+
+// The first tile of row `row` of a stack of matrices.
+SAMOE_INLINE Following start_of(const Matrix& w, int64_t row, int64_t inputs) {
+  const int64_t size = w.type == WeightType::f32 ? 4 : (w.type == WeightType::bf16 ? 2 : 1);
+  return {static_cast<const char*>(w.data) + row * inputs * size, kTileOuts * inputs * size};
 }
 
 // One row normalised, times weight, plus bias. The mean square is taken around the mean unless rms.
