@@ -11,6 +11,8 @@ from torch import Tensor
 
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # the second since Linux 6.1
+#: Pages in a row that may fail before no more is asked for: each failure costs a search for free memory.
+_MOST_FAILURES = 64
 
 
 def ask_for_huge_pages(tensors: Iterable[Tensor]) -> int:
@@ -22,16 +24,21 @@ def ask_for_huge_pages(tensors: Iterable[Tensor]) -> int:
     if madvise is None:
         return 0
     places = {(s.data_ptr(), s.nbytes()) for t in tensors if t.device.type == "cpu" for s in [t.untyped_storage()]}
-    done = 0
+    done = failures = 0
     for start, size in sorted(places):
         first = -(-start // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         length = (start + size - first) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
         if length <= 0:
             continue
-        address = ctypes.c_void_p(first)
-        madvise(address, ctypes.c_size_t(length), _MADV_HUGEPAGE)
-        if madvise(address, ctypes.c_size_t(length), _MADV_COLLAPSE) == 0:
-            done += length
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+        # Page by page: the first that fails ends a call, and the next one may find memory that was freed meanwhile.
+        for page in range(first, first + length, _HUGE_PAGE_BYTES):
+            if madvise(ctypes.c_void_p(page), ctypes.c_size_t(_HUGE_PAGE_BYTES), _MADV_COLLAPSE) == 0:
+                done, failures = done + _HUGE_PAGE_BYTES, 0
+            else:
+                failures += 1
+                if failures == _MOST_FAILURES:
+                    return done
     return done
 
 

@@ -58,11 +58,12 @@ void prepare(const DecodeAttention& a, int64_t t, int64_t g) {
   for (int64_t d = 0; d < D; ++d) store_one(values + d, value[d]);
 }
 
-// Scores of one query with a page of keys.
+// Scores of one query with a page of keys. The next group's keys of the page are asked for meanwhile: they follow.
 template <typename C>
 SAMOE_INLINE void score_page(const float* query, const C* keys, int64_t D, float scale, float* scores) {
   vf sums[kParts] = {};
   for (int64_t d = 0; d < D; ++d) {
+    __builtin_prefetch(keys + (D + d) * kPage);
     const vf q = splat(query[d]);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kParts; ++i) sums[i] += q * load(keys + d * kPage + i * kLanes);
@@ -97,6 +98,8 @@ SAMOE_INLINE void add_values(const C* values, const float* weights, int64_t coun
 #pragma GCC unroll 4
     for (int64_t i = 0; i < 4; ++i) sums[i] = load(out + d + i * kLanes);
     for (int64_t p = 0; p < count; ++p) {
+      for (int64_t i = 0; i < 4 * kLanes; i += 64 / static_cast<int64_t>(sizeof(C)))
+        __builtin_prefetch(values + (kPage + p) * D + d + i);
       const vf w = splat(weights[p]);
 #pragma GCC unroll 4
       for (int64_t i = 0; i < 4; ++i) sums[i] += w * load(values + p * D + d + i * kLanes);
@@ -142,13 +145,14 @@ void run(const DecodeAttention& a) {
   int64_t longest = 0;
   for (int64_t t = 0; t < a.num_tokens; ++t) longest = a.positions_T[t] > longest ? a.positions_T[t] : longest;
   const int64_t room = a.queries_per_kv * (longest / kPage + 1) * kPage;
-  const int64_t num_tasks = a.num_tokens * a.kv_heads;
+  const int64_t num_tasks = a.num_tokens * a.kv_heads, fair = (num_tasks + a.num_threads - 1) / a.num_threads;
+  const int64_t chunk = fair < 1 ? 1 : (fair < a.kv_heads ? fair : a.kv_heads);  // a page's groups lie side by side
 #pragma omp parallel num_threads(a.num_threads)
   {
     float* scores = thread_floats(room);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < num_tasks; ++task) prepare<C>(a, task / a.kv_heads, task % a.kv_heads);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, chunk)
     for (int64_t task = 0; task < num_tasks; ++task) attend<C>(a, task / a.kv_heads, task % a.kv_heads, scores);
   }
 }

@@ -27,7 +27,7 @@ constexpr int kDigitRows = 2;                              // for digits: three 
 constexpr int kTileOuts = 4;
 constexpr int64_t kRowBlock = 96;  // rows of x that stay in the second-level cache
 constexpr int64_t kTaskOuts = 32;  // rows of w that one task takes
-constexpr int64_t kNearBytes = 32 << 10;  // the first-level cache
+constexpr int64_t kNearBytes = 24 << 10;  // of the first-level cache, for two tiles of weights and the rows of x
 
 // Tasks 0, 1, .. for threads that take them in this order. A thread takes its next one before it begins one, so that it
 // can ask for the next one's weights in time.
@@ -293,11 +293,10 @@ static void multiply_block(const char* const* x, int64_t num_rows, const W* w, i
   v4 sums[kTileRows];
   const int64_t tile_bytes = kTileOuts * inputs * static_cast<int64_t>(sizeof(W));
   const int64_t tile_rows = by_digits ? kDigitRows : (sizeof(W) == 2 ? kPairRows : kTileRows);
-  const int64_t shared = num_rows < tile_rows ? num_rows : tile_rows;
   const char* const begin = reinterpret_cast<const char*>(w + first * inputs);
   Ahead ahead{begin + tile_bytes, reinterpret_cast<const char*>(w + last * inputs),
               static_cast<const char*>(following.data), following.bytes,
-              2 * tile_bytes + shared * inputs * 4 > kNearBytes};
+              2 * tile_bytes + num_rows * inputs * 4 > kNearBytes};
   Ahead nothing{nullptr, nullptr, nullptr, 0, false};
   for (int64_t n = first; n < last; n += kTileOuts) {
     const int64_t num_outs = last - n < kTileOuts ? last - n : kTileOuts;
