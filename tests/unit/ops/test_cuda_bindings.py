@@ -93,6 +93,8 @@ def test_cross_entropy(dtype: torch.dtype, emulated: Any) -> None:
 
 def test_adamw(emulated: Any) -> None:
     op_checks.check_adamw([0, 1, 7, 16, 513, 4000], torch.float32, 2e-6, num_steps=2)
+    many = [n % 5 * 3 for n in range(150)]  # several launches, with runs of no element among and after the others
+    op_checks.check_adamw([*many, 1025, 2048, 0], torch.float32, 2e-6, num_steps=1)
 
 
 CASES = [([3, 5, 2], 7, 4), ([0, 6, 0, 1], 8, 16), ([0, 0], 3, 2), ([1], 1, 1), ([17, 0, 33], 16, 24)]
