@@ -31,10 +31,13 @@ void convert_rows(const Matrix& from, const Matrix& to) {
 }
 
 #if defined(__x86_64__)
-// Intel's cores without matrix tiles take bf16 dot products at half the rate of fp32 multiply-adds; AMD's at twice.
-bool bf16_is_slow() {
+struct Cpu {
+  bool is_intel, has_dot, has_tiles;
+};
+
+Cpu this_cpu() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid(0, &a, &b, &c, &d)) return false;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return {};
   char vendor[12];
   std::memcpy(vendor, &b, 4);
   std::memcpy(vendor + 4, &d, 4);
@@ -42,11 +45,34 @@ bool bf16_is_slow() {
   const bool is_intel = std::memcmp(vendor, "GenuineIntel", 12) == 0;
   const bool has_dot = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
   const bool has_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22));
-  return !has_tiles && (is_intel || !has_dot);
+  return {is_intel, has_dot, has_tiles};
+}
+
+// Intel's cores without matrix tiles take bf16 dot products at half the rate of fp32 multiply-adds; AMD's at twice.
+Bf16Products best_for_this_cpu() {
+  const Cpu found = this_cpu();
+  if (found.has_tiles) return Bf16Products::blas;
+  if (found.is_intel || !found.has_dot) return Bf16Products::fp32;
+  return cpu::kernels().has_bf16_product() ? Bf16Products::own : Bf16Products::blas;
 }
 #else
-bool bf16_is_slow() { return false; }
+Bf16Products best_for_this_cpu() { return Bf16Products::blas; }
 #endif
+
+bool by_own_kernel(const Matrix& a) { return a.dtype == DType::bf16 && bf16_products() == Bf16Products::own; }
+
+// Product of bf16 matrices, one or both of them given transposed, by our own kernel.
+void multiply(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, const float* bias,
+              const Matrix& c, WorkMemory& memory) {
+  const bool adds = c.dtype == DType::f32;
+  const cpu::Bf16Product product = {static_cast<const uint16_t*>(a.data), a.stride, a_transposed,
+                               static_cast<const uint16_t*>(b.data), b.stride, b_transposed,
+                               c.rows, c.columns, a_transposed ? a.rows : a.columns, bias,
+                               adds ? nullptr : static_cast<uint16_t*>(c.data),
+                               adds ? static_cast<float*>(c.data) : nullptr, c.stride};
+  const cpu::Kernels& kernels = cpu::kernels();
+  kernels.bf16_product(product, memory.take(static_cast<size_t>(kernels.bf16_product_work(product))));
+}
 
 }  // namespace
 
@@ -102,14 +128,15 @@ WorkMemoryPool& WorkMemoryPool::instance() {
   return *pool;
 }
 
-bool widens_bf16() {
-  static const bool slow = bf16_is_slow();
+Bf16Products bf16_products() {
+  static const Bf16Products best = best_for_this_cpu();
   const char* asked = std::getenv("MEGATRON_SAMOE_BF16_PRODUCTS");
-  if (asked == nullptr || std::strcmp(asked, "auto") == 0) return slow;
-  if (std::strcmp(asked, "fp32") == 0) return true;
+  if (asked == nullptr || std::strcmp(asked, "auto") == 0) return best;
+  if (std::strcmp(asked, "fp32") == 0) return Bf16Products::fp32;
+  if (std::strcmp(asked, "blas") == 0) return Bf16Products::blas;
   TORCH_CHECK_VALUE(std::strcmp(asked, "native") == 0, "MEGATRON_SAMOE_BF16_PRODUCTS = '", asked,
-                    "': one of auto, native, fp32");
-  return false;
+                    "': one of auto, native, blas, fp32");
+  return best == Bf16Products::own ? best : Bf16Products::blas;
 }
 
 Matrix widened(const Matrix& m, WorkMemory& memory) {
@@ -121,6 +148,7 @@ Matrix widened(const Matrix& m, WorkMemory& memory) {
 
 void times_transposed(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory) {
   if (a.dtype == b.dtype) {
+    if (by_own_kernel(a)) return multiply(a, false, b, true, nullptr, c, memory);
     at::Tensor out = c.tensor();
     at::cpu::mm_out(out, a.tensor(), b.tensor().t());
     return;
@@ -139,6 +167,9 @@ void times_transposed(const Matrix& a, const Matrix& b, const Matrix& c, WorkMem
 void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias, const Matrix& y, WorkMemory& memory) {
   if (a.dtype == b.dtype) {
     if (bias == nullptr) return times_transposed(a, b, y, memory);
+    if (by_own_kernel(a)) {
+      return multiply(a, false, b, true, static_cast<const float*>(widened(*bias, memory).data), y, memory);
+    }
     at::Tensor out = y.tensor();
     at::cpu::addmm_out(out, bias->tensor().expand({y.rows, y.columns}), a.tensor(), b.tensor().t());
     return;
@@ -151,6 +182,7 @@ void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias,
 
 void times(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory) {
   if (a.dtype == b.dtype) {
+    if (by_own_kernel(a)) return multiply(a, false, b, false, nullptr, c, memory);
     at::Tensor out = c.tensor();
     at::cpu::mm_out(out, a.tensor(), b.tensor());
     return;
@@ -172,6 +204,7 @@ void add_transposed_times(const Matrix& a, const Matrix& b, const Matrix& c, Wor
     at::cpu::addmm_(sum, a.tensor().t(), b.tensor());
     return;
   }
+  if (by_own_kernel(a)) return multiply(a, true, b, false, nullptr, c, memory);
   const Matrix product = memory.matrix(DType::bf16, c.rows, c.columns);
   at::Tensor out = product.tensor();
   at::cpu::mm_out(out, a.tensor().t(), b.tensor());

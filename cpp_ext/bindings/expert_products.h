@@ -1,7 +1,8 @@
 // Matrix products of one expert on one thread, and the memory in which they work.
 //
-// The products are the BLAS that torch brings: inside a parallel region it runs on the calling thread alone. Where the
-// CPU multiplies bf16 no faster than fp32, bf16 operands are widened a panel at a time, which stays in the cache.
+// The products are the BLAS that torch brings: inside a parallel region it runs on the calling thread alone. In bf16 on
+// CPUs with AVX-512's dot products and no matrix tiles they are our own kernel's. Where the CPU multiplies bf16 no faster
+// than fp32, bf16 operands are widened a panel at a time, which stays in the cache.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -86,8 +87,10 @@ class LentMemory {
   std::unique_ptr<WorkMemory> memory_;
 };
 
-// Whether bf16 products are made in fp32 on this CPU; MEGATRON_SAMOE_BF16_PRODUCTS=native|fp32|auto decides.
-bool widens_bf16();
+// How bf16 products are made: by our own kernel, which sums weight gradients in fp32; by the BLAS; or in fp32, from
+// widened operands. MEGATRON_SAMOE_BF16_PRODUCTS=native|blas|fp32|auto decides: native is our kernel where it runs.
+enum class Bf16Products { own, blas, fp32 };
+Bf16Products bf16_products();
 
 // c = a b^T for b [n, k]. Operands of a type; or a and c in fp32 and b in bf16, which is widened by panels.
 void times_transposed(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory);

@@ -42,7 +42,8 @@ struct Layer : samoe::ExpertLayer {
   DType work;  // of what lies between the products
 
   explicit Layer(samoe::ExpertLayer layer) : ExpertLayer(std::move(layer)) {
-    work = dtype == DType::bf16 && samoe::widens_bf16() ? DType::f32 : dtype;
+    const bool widens = dtype == DType::bf16 && samoe::bf16_products() == samoe::Bf16Products::fp32;
+    work = widens ? DType::f32 : dtype;
   }
 
   Matrix weight1(int64_t e) const { return part_of(w1, e * up * hidden, up, hidden); }

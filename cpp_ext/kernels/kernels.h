@@ -142,6 +142,9 @@ struct Kernels {
   void (*column_sums)(const ColumnSums&);
   void (*convert)(const Convert&);
   void (*add_bias)(const AddBias&);
+  bool (*has_bf16_product)();  // whether this CPU runs it: none but AVX-512's set may
+  int64_t (*bf16_product_work)(const Bf16Product&);  // bytes
+  void (*bf16_product)(const Bf16Product&, void* work);
   void (*adamw)(const AdamW&);
   void (*decode_linear)(const DecodeLinear&);
   void (*decode_norm)(const DecodeNorm&);

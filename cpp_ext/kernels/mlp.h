@@ -59,6 +59,22 @@ struct AddBias {
   void* y;
 };
 
+// C = A B of bf16 matrices, summed in fp32: rounded into `out`, with a bias of n values or none; or added to `sum` where
+// that is not null. A is [m, k], or its transpose [k, m] is given; B is [k, n], or its transpose [n, k].
+struct Bf16Product {
+  const uint16_t* a;
+  int64_t a_stride;  // of rows, as of all strides here
+  bool a_transposed;
+  const uint16_t* b;
+  int64_t b_stride;
+  bool b_transposed;
+  int64_t m, n, k;
+  const float* bias;
+  uint16_t* out;
+  float* sum;
+  int64_t out_stride;
+};
+
 // A run of elements that one AdamW step updates.
 struct AdamWRun {
   float* master;

@@ -24,6 +24,9 @@ namespace cpu {
   void column_sums(const ColumnSums&);                        \
   void convert(const Convert&);                               \
   void add_bias(const AddBias&);                              \
+  bool has_bf16_product();                                    \
+  int64_t bf16_product_work(const Bf16Product&);              \
+  void bf16_product(const Bf16Product&, void*);               \
   void adamw(const AdamW&);                                   \
   void decode_linear(const DecodeLinear&);                    \
   void decode_norm(const DecodeNorm&);                        \
@@ -47,6 +50,9 @@ namespace cpu {
                                   isa::column_sums,           \
                                   isa::convert,               \
                                   isa::add_bias,              \
+                                  isa::has_bf16_product,      \
+                                  isa::bf16_product_work,     \
+                                  isa::bf16_product,          \
                                   isa::adamw,                 \
                                   isa::decode_linear,         \
                                   isa::decode_norm,           \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.grouped_mlp import grouped_mlp
+from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 from tests.harness.op_checks import check_grouped_mlp, expert_weights, grouped_mlp_twin, routed_rows
 
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
@@ -89,7 +90,7 @@ def test_the_path_without_the_extension(
 
 
 @needs_library
-@pytest.mark.parametrize("products", ["native", "fp32"])
+@pytest.mark.parametrize("products", ["native", "blas", "fp32"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("topk", [1, 2, 8])
@@ -113,7 +114,7 @@ def test_routed_tokens_on_several_threads(
 
 @needs_library
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("rows", [[0, 0, 600], [600], [300, 0, 301, 3]], ids=str)
+@pytest.mark.parametrize("rows", [[0, 0, 600], [600], [300, 0, 301, 3], [2101]], ids=str)
 def test_all_tokens_to_one_expert(rows: list[int], activation: str) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -123,6 +124,25 @@ def test_all_tokens_to_one_expert(rows: list[int], activation: str) -> None:
             check_grouped_mlp(rows, 190, 70, activation, True, dtype, tolerance, main_grads=True)
     finally:
         torch.set_num_threads(before)
+
+
+def has_bf16_dot_products() -> bool:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if extension.build_info().get("instruction_set") != "avx512":
+        return False
+    return "avx512_bf16" in flags and "amx_tile" not in flags and "AuthenticAMD" in flags
+
+
+@needs_library
+@pytest.mark.skipif(not has_bf16_dot_products(), reason="the BLAS makes the products on this CPU")
+def test_bf16_weight_gradients_are_not_rounded() -> None:
+    """8 * 257 = 2056 lies between two numbers of bf16."""
+    weights = ExpertWeights(torch.zeros(1, 96, 64), torch.zeros(1, 64, 96), torch.full((1, 96), 8.0))
+    weights = weights.map(lambda t: t.bfloat16())
+    grads = weights.map(lambda t: torch.zeros_like(t, dtype=torch.float32))
+    y = grouped_mlp(torch.ones(257, 64).bfloat16(), [257], weights, "gelu", grads)
+    y.backward(torch.ones_like(y))
+    assert (grads.w2 == 2056).all()
 
 
 @needs_library
@@ -182,5 +202,5 @@ def test_wrong_tensors_are_refused_before_anything_runs() -> None:
 def test_an_unknown_kind_of_products_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGATRON_SAMOE_BF16_PRODUCTS", "fp8")
     weights = expert_weights(1, 4, 3, "gelu", False, torch.bfloat16)
-    with pytest.raises(ValueError, match="auto, native, fp32"):
+    with pytest.raises(ValueError, match="auto, native, blas, fp32"):
         grouped_mlp(torch.randn(2, 3).bfloat16(), [2], weights, "gelu")
