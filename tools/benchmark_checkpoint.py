@@ -2,8 +2,11 @@
 """Save and load throughput of checkpoints against the disk's own, in turn, in one run.
 
 `benchmark_checkpoint.py --dir DIR [--size-mb 1024] [--json FILE]`. The disk's own is what dd does: one file written in
-blocks of 4 MB and flushed with fsync, and read again. Before every reading the files leave the page cache, so that they
-come from the disk (on a machine whose disk has a cache of its own, that one remains).
+blocks of 4 MB and flushed with fsync, and read again. The file before is removed only when the new one is complete, as
+with checkpoints, and before every writing the system is told to finish what it has to write, also to free what was
+removed: else whoever writes first gets places that the disk still has at hand, several times as fast as new ones. Before
+every reading the files leave the page cache, so that they come from the disk (on a machine whose disk has a cache of its
+own, that one remains).
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from megatron_samoe.parallel_state import single_process_state
 
 BLOCK_BYTES = 4 << 20
 TENSOR_BYTES = 32 << 20
+SETTLE_S = 1.0
 
 
 def write_plain(path: Path, num_bytes: int) -> None:
@@ -51,6 +55,12 @@ def read_plain(path: Path) -> None:
     with open(path, "rb", buffering=0) as file:
         while file.readinto(block):
             pass
+
+
+def settle() -> None:
+    """Lets the system finish what it has to write and to free."""
+    os.sync()
+    time.sleep(SETTLE_S)
 
 
 class Benchmark:
@@ -86,7 +96,7 @@ class Benchmark:
 
     def run(self, rounds: int) -> dict[str, list[float]]:
         """Returns seconds of each thing in each round; a first round warms up and is not counted."""
-        plain = self.folder / "plain"
+        plain, fresh = self.folder / "plain", self.folder / "plain.new"
         seconds: dict[str, list[float]] = {}
 
         def timed(name: str, action: Callable[[], Any], number: int) -> None:
@@ -96,8 +106,10 @@ class Benchmark:
                 seconds.setdefault(name, []).append(time.perf_counter() - started)
 
         for number in range(rounds + 1):
-            plain.unlink(missing_ok=True)
-            timed("disk write", lambda: write_plain(plain, self.num_bytes), number)
+            settle()
+            timed("disk write", lambda: write_plain(fresh, self.num_bytes), number)
+            fresh.replace(plain)
+            settle()
             timed("save", self.save, number)
             forget(self.folder)
             timed("disk read", lambda: read_plain(plain), number)

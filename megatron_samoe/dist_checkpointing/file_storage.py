@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future as TorchFuture
 
+from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor_into
 from megatron_samoe.errors import CheckpointError
 
 METADATA = ".metadata"
 BLOCK_BYTES = 4 << 20
+#: Below this, finding where a tensor begins takes longer than a copy.
+DIRECT_BYTES = 4 << 20
 FLUSH_BYTES = 64 << 20
 
 _METADATA_NAMES = {
@@ -72,7 +78,10 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
 
 
 class Reader(dcp.FileSystemReader):
-    """torch's reader, with a table of contents that cannot run code; tensors it reads with weights_only as it is."""
+    """torch's reader, with a table of contents that cannot run code; tensors it reads with weights_only as it is.
+
+    Large tensors that are wanted whole go from the file to their place; torch's own way needs their memory twice.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Returns the table of contents."""
@@ -81,6 +90,22 @@ class Reader(dcp.FileSystemReader):
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
+        """Fills the tensors of a plan and returns, as torch wants it, a future that is done."""
+        rest = [item for item in plan.items if not self._read_directly(item, planner)]
+        return super().read_data(replace(plan, items=rest), planner)
+
+    def _read_directly(self, item: ReadItem, planner: LoadPlanner) -> bool:
+        stored = self.storage_data[item.storage_index]
+        if item.type != LoadItemType.TENSOR or stored.length < DIRECT_BYTES or stored.transform_descriptors:
+            return False
+        target = planner.resolve_tensor(item).detach()
+        with open(os.path.join(self.path, stored.relative_path), "rb", buffering=0) as file:
+            if any(item.storage_offsets) or not read_saved_tensor_into(target, file, stored.offset, stored.length):
+                return False
+        planner.commit_tensor(item, target)
+        return True
 
 
 class _DigestedFile(io.RawIOBase):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,6 +13,9 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+#: What stands before a record's name in a zip file; the last two are the lengths of its name and of a further field.
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
 class Window(io.RawIOBase):
@@ -65,6 +70,43 @@ def read_saved_tensor(path: Path, start: int, length: int) -> Tensor:
                 elif record.filename.endswith("/data/0") and zlib.crc32(_storage(tensor)) != record.CRC:
                     raise zipfile.BadZipFile("its bytes are not those that were written")
     return tensor
+
+
+def read_saved_tensor_into(target: Tensor, file: io.FileIO, start: int, length: int) -> bool:
+    """Fills a tensor with the one that torch.save wrote to a part of a file, without a copy between.
+
+    Returns whether it did: not where the target has other sizes or another type, is not contiguous, or is not in CPU memory.
+
+    Args:
+        file: unbuffered.
+
+    Raises:
+        Exception: of several kinds: the file cannot be read, or the part is not what was written.
+    """
+    window = Window(file, start, length)  # type: ignore[arg-type]
+    saved = torch.load(window, map_location="meta", weights_only=True)  # type: ignore[arg-type]
+    fits = saved.dtype == target.dtype and saved.shape == target.shape and target.device.type == "cpu"
+    if not (fits and saved.is_contiguous() and target.is_contiguous()):
+        return False
+    window.seek(0)
+    with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]
+        records = {r.filename.partition("/")[2]: r for r in archive.infolist()}
+        record, order = records["data/0"], records.get("byteorder")
+        foreign = order is not None and archive.read(order) != sys.byteorder.encode()
+    if foreign or record.compress_type != zipfile.ZIP_STORED or record.file_size != target.nbytes:
+        return False
+    window.seek(record.header_offset)
+    header = bytearray(LOCAL_HEADER.size)
+    window.readinto(header)
+    *_, name_bytes, extra_bytes = LOCAL_HEADER.unpack(header)
+    file.seek(start + record.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes)
+    left = memoryview(target.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise EOFError("the file ends within a tensor")
+        left = left[count:]
+    return True
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_samoe.dist_checkpointing.saved_tensor import Window, read_saved_tensor
+from megatron_samoe.dist_checkpointing.saved_tensor import Window, read_saved_tensor, read_saved_tensor_into
 
 TENSORS = {
     "matrix": torch.arange(600.0).view(20, 30), "transposed": torch.arange(12.0).view(3, 4).t(), "scalar": torch.tensor(3),
@@ -38,6 +38,32 @@ def test_every_flipped_bit_is_noticed_or_harmless(name: str, tmp_path: Path) -> 
         except Exception:
             noticed += 1
     assert noticed > 30
+
+
+def test_a_tensor_is_read_to_its_place_where_it_fits(tmp_path: Path) -> None:
+    saved, place = torch.arange(600.0).view(20, 30), torch.zeros(40, 30)
+    path, buffer = tmp_path / "file", io.BytesIO()
+    torch.save(saved, buffer)
+    content = buffer.getvalue()
+    path.write_bytes(b"before" + content + b"after")
+
+    def read_into(target: torch.Tensor) -> bool:
+        with open(path, "rb", buffering=0) as file:
+            return read_saved_tensor_into(target, file, 6, len(content))
+
+    assert read_into(place[10:30]) and torch.equal(place[10:30], saved)
+    assert not place[:10].any() and not place[30:].any()
+    for other in (torch.zeros(30, 20), torch.zeros(30, 20).t(), torch.zeros(20, 30).double(), torch.zeros(600)):
+        assert not read_into(other) and not other.any()
+    for view in (saved.t(), saved[:10]):  # what is saved is the storage
+        buffer = io.BytesIO()
+        torch.save(view, buffer)
+        content = buffer.getvalue()
+        path.write_bytes(b"before" + content)
+        assert not read_into(torch.zeros(view.shape))
+    path.write_bytes(b"before" + content[:-1])
+    with pytest.raises(RuntimeError, match="PytorchStreamReader"):
+        read_into(torch.zeros(20, 30))
 
 
 def test_a_part_of_a_file_is_a_file(tmp_path: Path) -> None:

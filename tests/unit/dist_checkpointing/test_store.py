@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_samoe.config import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
+from megatron_samoe.dist_checkpointing.file_storage import DIRECT_BYTES
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, stored_names
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
@@ -54,6 +55,19 @@ def loaded(directory: Path) -> dict[str, Tensor]:
     state = tensors(-1.0)
     store.load_checkpoint(directory, state, STATE)
     return {name: part.local for name, (part,) in state.items()}
+
+
+def test_large_tensors_come_back_whole_in_part_and_in_another_precision(tmp_path: Path) -> None:
+    whole = torch.arange(DIRECT_BYTES // 2, dtype=torch.float32).view(1024, -1)  # twice the size that is read directly
+    state = {"a": replicated(whole, STATE), "b": replicated(whole + 1, STATE), "c": replicated(-whole, STATE)}
+    path = saving.save_checkpoint(config(tmp_path), 1, state, {}, {}, STATE)
+    place = torch.zeros(1024, whole.shape[1])
+    half = torch.zeros(512, whole.shape[1])
+    double = torch.zeros(whole.shape, dtype=torch.float64)
+    wanted = {"a": replicated(place, STATE), "b": [ShardedTensor(half, tuple(whole.shape), (512, 0), True)],
+              "c": replicated(double, STATE)}  # fmt: skip
+    store.load_checkpoint(path, wanted, STATE)
+    assert torch.equal(place, whole) and torch.equal(half, whole[512:] + 1) and torch.equal(double, -whole.double())
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
