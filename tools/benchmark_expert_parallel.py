@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from benchmark_layer import make_layer
 from benchmark_ranks import alternate, run_ranks
 
 from megatron_samoe.config import ParallelConfig
+from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import backend, initialize_model_parallel, single_process_state
 
 
@@ -19,25 +21,27 @@ def _measure(options: argparse.Namespace) -> Rows:
     backend.keep_freed_memory()
     torch.manual_seed(1)
     parallel = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=options.ranks))
+    # As training does: shared memory where it can be had.
+    parallel = replace(parallel, ep=with_exchange(parallel.ep, parallel.device, backend=options.exchange))
     rows = []
     for dtype in options.dtype:
         for experts in options.num_experts:
+            arguments = options.topk, options.activation, DTYPES[dtype]
+            layers = {"expert parallel": make_layer(options, experts, *arguments, parallel)}
+            if options.chunks > 1:
+                layers[f"in {options.chunks} parts"] = make_layer(
+                    options, experts, *arguments, parallel, options.chunks
+                )
             # Each rank's experts get its own tokens: the same products without any exchange.
-            alone = make_layer(
-                options,
-                experts // options.ranks,
-                options.topk,
-                options.activation,
-                DTYPES[dtype],
-                single_process_state(),
-            )
-            spread = make_layer(options, experts, options.topk, options.activation, DTYPES[dtype], parallel)
-            times = alternate({"expert parallel": spread[2], "alone": alone[2]}, options.rounds)
+            layers["alone"] = make_layer(options, experts // options.ranks, *arguments, single_process_state())
+            variants = {name: run for name, (_layer, _gradients, run) in layers.items()}
+            times = alternate(variants, options.rounds)
             medians = {name: statistics.median(values) for name, values in times.items()}
             rows.append({
                 "ranks": options.ranks, "experts": experts, "dtype": dtype,
                 **{f"{name} ms": round(seconds * 1e3, 2) for name, seconds in medians.items()},
-                "expert parallel / alone": round(medians["alone"] / medians["expert parallel"], 3),
+                **{f"{name} / alone": round(medians["alone"] / seconds, 3)
+                   for name, seconds in medians.items() if name != "alone"},
             })  # fmt: skip
     return rows
 
@@ -54,6 +58,10 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--num-experts", type=int, nargs="+", default=[8, 32])
+    parser.add_argument(
+        "--exchange", choices=["auto", "torch", "extension"], default="auto", help="what carries the rows"
+    )
+    parser.add_argument("--chunks", type=int, default=1, help="measure --moe-dispatch-chunks of this number as well")
     parser.add_argument("--activation", choices=["gelu", "swiglu"], default="gelu")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32"])
     for name, size in (("tokens", 2048), ("hidden-size", 512), ("ffn-hidden-size", 2048), ("topk", 1)):

@@ -47,8 +47,9 @@ def run(options: argparse.Namespace) -> Rows:
 
 
 def make_layer(
-    options: argparse.Namespace, experts: int, topk: int, activation: str, dtype: torch.dtype, state: ParallelState
-) -> tuple[MoELayer, GradBuffers, Callable[[], None]]:
+    options: argparse.Namespace, experts: int, topk: int, activation: str, dtype: torch.dtype, state: ParallelState,
+    dispatch_chunks: int = 1,
+) -> tuple[MoELayer, GradBuffers, Callable[[], None]]:  # fmt: skip
     """Returns a layer, its gradients, and a run of its forward and backward on random tokens."""
     gated, tokens = activation == "swiglu", options.tokens
     config = PretrainConfig(
@@ -58,7 +59,7 @@ def make_layer(
     )  # fmt: skip
     layer = MoELayer(
         config.moe, expert_shape(config), init_std=0.02, output_init_std=0.02, layer=0, moe_index=0, num_moe_layers=1,
-        shared_expert=None, state=state, dtype=dtype,
+        shared_expert=None, state=state, dtype=dtype, dispatch_chunks=dispatch_chunks,
     )  # fmt: skip
     parameters = dict(layer.named_parameters())
     initialize_parameters(parameters, state, seed=1)

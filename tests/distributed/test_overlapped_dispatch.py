@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor
 from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
 from megatron_samoe.ops import overlapped_all_to_all
+from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import Group, initialize_model_parallel
 from tests.distributed.test_layout_parity import assert_same, train
 from tests.harness.ranks import run_ranks
@@ -51,7 +51,7 @@ def _parts_and_whole() -> int:
     world = dist.get_world_size()
     compared = 0
     state = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=world))
-    for group in (state.ep, replace(state.ep, exchange=None)):  # shared memory, torch
+    for group in (with_exchange(state.ep, state.device), state.ep):  # shared memory where it can be had, torch
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             whole = round_trip(group, dtype, None)
             for num_chunks in {1, 2, E // world - 1, E // world}:

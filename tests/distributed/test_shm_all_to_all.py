@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import logging
 import os
+import platform
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
+from megatron_samoe.log import logger
 from megatron_samoe.ops import extension, shm_communicator
-from megatron_samoe.ops.all_to_all import all_to_all_rows
+from megatron_samoe.ops.all_to_all import all_to_all_rows, exchange_counts
 from megatron_samoe.ops.shm_communicator import create_shm_communicator
 from megatron_samoe.parallel_state.state import Group
+from tests.harness.forbidden_calls import MEMFD_CREATE, PIDFD_OPEN, forbid
 from tests.harness.mortal_ranks import run_mortal_ranks
 from tests.harness.ranks import run_ranks
 
@@ -121,20 +126,60 @@ def test_the_gradient_takes_the_way_back():
     run_ranks(_gradients, 3)
 
 
-def _many_communicators(num: int) -> tuple[int, list[str]]:
+def _held() -> dict[str, int]:
+    """What this process holds of the system."""
+    time.sleep(0.05)  # the kernel's end of a thread comes a little after Python's
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+        "shared maps": sum("memfd:megatron_samoe" in line for line in maps),
+        "maps": len(maps),
+    }
+
+
+def _many_communicators(num: int) -> tuple[dict[str, int], list[str]]:
     world = dist.get_world_size()
-    descriptors = []
-    for _ in range(num):
+    for i in range(num):
         with _communicator() as communicator:
-            communicator.exchange(torch.ones(world, 1), [1] * world, [1] * world)
+            rows, index = torch.ones(world, 1), torch.arange(world)
+            communicator.exchange(rows, [1] * world, [1] * world)
+            communicator.exchange_gathered(rows, index, 1, [1] * world, [1] * world)
+            communicator.start(rows, [1] * world, [1] * world).wait()
             dist.barrier()
-        descriptors.append(len(os.listdir("/proc/self/fd")))
-    return max(descriptors[2:]) - descriptors[1], [name for name in os.listdir("/dev/shm") if "samoe" in name]
+        if i == num // 4:
+            before = _held()
+    more = {name: count - before[name] for name, count in _held().items()}
+    return more, [name for name in os.listdir("/dev/shm") if "samoe" in name]
 
 
 def test_nothing_leaks():
     num = 1000 if os.environ.get("MEGATRON_SAMOE_LONG_TESTS") else 40
-    assert run_ranks(_many_communicators, 2, num) == [(0, [])] * 2
+    for more, files in run_ranks(_many_communicators, 2, num, timeout_s=250):
+        assert files == []
+        assert more.pop("maps") < 8, "the heap has a few more, hundreds of groups none"
+        assert more == {"descriptors": 0, "threads": 0, "shared maps": 0}
+
+
+def _forbidden(number: int) -> tuple[list[bool], list[str]]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        forbid(number)
+    fallen = [create_shm_communicator(_group()) is None for _ in range(3)]
+    assert exchange_counts(torch.arange(2)[:, None], _group()).flatten().tolist() == [dist.get_rank()] * 2
+    return fallen, said
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the filter has x86-64's numbers")
+@pytest.mark.parametrize("number, name", [(MEMFD_CREATE, "memfd_create"), (PIDFD_OPEN, "pidfd_open")])
+def test_a_forbidden_system_call_makes_all_fall_back_and_is_told_once(number, name):
+    for fallen, said in run_ranks(_forbidden, 2, number):
+        assert fallen == [True] * 3
+        assert len(said) == 1 and f"{name}: Operation not permitted" in said[0] and "through torch" in said[0]
 
 
 def _error_of(function) -> str:
