@@ -66,6 +66,29 @@ def test_linear(kind, tokens, inputs, outputs):
     torch.testing.assert_close(added, (exact + bias + out).float(), **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_long_rows_on_two_threads(kind):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        weight, x = stored(normal(1, 300, 2048) * 2048**-0.5, kind), normal(2, 5, 2048) * torch.logspace(-4, 4, 5)[:, None]
+        out = decode.linear(x, weight, None, torch.empty(5, 300))
+    finally:
+        torch.set_num_threads(before)
+    # Every row to the precision of its own numbers.
+    exact = x.double() @ weight.dequantized().double().t()
+    assert ((out - exact).abs().amax(1) < 3e-6 * x.abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_shows(kind, bad):
+    x = normal(1, 3, 70)
+    x[1, 66] = bad
+    out = decode.linear(x, stored(normal(2, 9, 70), kind), None, torch.empty(3, 9))
+    assert out[[0, 2]].isfinite().all() and not out[1].isfinite().any()
+
+
 @pytest.mark.parametrize("rms, bias", [(True, False), (False, True)])
 @pytest.mark.parametrize("size", [5, 64, 131])
 def test_norm(rms, bias, size):

@@ -12,7 +12,8 @@ struct Hits {
   explicit Hits(const DecodeExperts& a) {
     const int64_t num_slots = a.num_tokens * a.topk;
     static thread_local ThreadMemory memory;
-    counts = static_cast<int64_t*>(memory.bytes((3 * a.num_experts + 1 + num_slots) * static_cast<int64_t>(sizeof(int64_t))));
+    const int64_t count = 3 * a.num_experts + 1 + num_slots;
+    counts = static_cast<int64_t*>(memory.bytes(count * static_cast<int64_t>(sizeof(int64_t))));
     experts = counts + a.num_experts;
     starts = experts + a.num_experts;
     slots = starts + a.num_experts + 1;

@@ -2,7 +2,8 @@
 //
 // One accumulator per (row of x, row of w), filled in the order of k and folded in a fixed tree. So a result does not
 // depend on how many rows of x share the call, and weights need no packing: they are used where they were loaded. Rows
-// of x are packed once a call instead, into the form in which weights of a type are cheapest to multiply (decode_rows.h).
+// of x are packed once a call instead, into the form that weights of a type are cheapest to multiply with
+// (decode_rows.h).
 #pragma once
 
 #include <cstdlib>
@@ -186,7 +187,8 @@ static void tile_of(int64_t num_rows, const char* const* x, const W* const* w, i
 #if defined(__AVX512F__)
 // int8 weights by rows of digits. Weights become unsigned by an offset of 128, which the sums' first values take out.
 template <int M>
-SAMOE_VNNI static void digit_tile(const char* const* x, const int8_t* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
+SAMOE_VNNI static void digit_tile(const char* const* x, const int8_t* const* w, int64_t inputs, Ahead& ahead,
+                                  v4* sums) {
   vi low[M][kTileOuts], middle[M][kTileOuts], high[M][kTileOuts];
 #pragma GCC unroll 2
   for (int m = 0; m < M; ++m) {
@@ -217,7 +219,8 @@ SAMOE_VNNI static void digit_tile(const char* const* x, const int8_t* const* w, 
       for (int n = 0; n < kTileOuts; ++n) low[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)low[m][n], weight[n], digit0);
       const __m512i digit1 = _mm512_loadu_si512(digits + 64);
 #pragma GCC unroll 4
-      for (int n = 0; n < kTileOuts; ++n) middle[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)middle[m][n], weight[n], digit1);
+      for (int n = 0; n < kTileOuts; ++n)
+        middle[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)middle[m][n], weight[n], digit1);
       const __m512i digit2 = _mm512_loadu_si512(digits + 128);
 #pragma GCC unroll 4
       for (int n = 0; n < kTileOuts; ++n) high[m][n] = (vi)_mm512_dpbusd_epi32((__m512i)high[m][n], weight[n], digit2);
@@ -321,15 +324,15 @@ SAMOE_INLINE void multiply(const char* const* x, int64_t num_rows, const Matrix&
   const int64_t offset = row * inputs;
   switch (w.type) {
     case WeightType::f32:
-      return multiply_block(x, num_rows, static_cast<const float*>(w.data) + offset, inputs, first, last, out, following,
-                            false);
+      return multiply_block(x, num_rows, static_cast<const float*>(w.data) + offset, inputs, first, last, out,
+                            following, false);
     case WeightType::bf16:
       return multiply_block(x, num_rows, static_cast<const uint16_t*>(w.data) + offset, inputs, first, last, out,
                             following, false);
     case WeightType::i8:
       out.scale = w.scale + row;
-      return multiply_block(x, num_rows, static_cast<const int8_t*>(w.data) + offset, inputs, first, last, out, following,
-                            takes_digits(inputs));
+      return multiply_block(x, num_rows, static_cast<const int8_t*>(w.data) + offset, inputs, first, last, out,
+                            following, takes_digits(inputs));
   }
 }
 
@@ -340,8 +343,8 @@ SAMOE_INLINE Following start_of(const Matrix& w, int64_t row, int64_t inputs) {
 }
 
 // One row normalised, times weight, plus bias. The mean square is taken around the mean unless rms.
-SAMOE_INLINE void normalise(const float* x, const float* weight, const float* bias, float epsilon, bool rms, int64_t size,
-                            float* out) {
+SAMOE_INLINE void normalise(const float* x, const float* weight, const float* bias, float epsilon, bool rms,
+                            int64_t size, float* out) {
   const int64_t whole = size / kLanes * kLanes;
   float mean = 0.0f;
   if (!rms) {
