@@ -71,7 +71,10 @@ def test_long_rows_on_two_threads(kind):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        weight, x = stored(normal(1, 300, 2048) * 2048**-0.5, kind), normal(2, 5, 2048) * torch.logspace(-4, 4, 5)[:, None]
+        weight, x = (
+            stored(normal(1, 300, 2048) * 2048**-0.5, kind),
+            normal(2, 5, 2048) * torch.logspace(-4, 4, 5)[:, None],
+        )
         out = decode.linear(x, weight, None, torch.empty(5, 300))
     finally:
         torch.set_num_threads(before)
