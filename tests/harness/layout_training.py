@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
+from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import model_state
 from megatron_samoe.training.setup import build_setup, initial_state
@@ -66,10 +68,16 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def train(
-    config: PretrainConfig, dtype: torch.dtype = torch.float32, steps: int = 5, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """Returns the losses and norms of a few steps, the first step's gradients and the last weights, all whole."""
+    config: PretrainConfig, dtype: torch.dtype = torch.float32, steps: int = 5, device: torch.device | str = "cpu",
+    exchange: Literal["torch", "extension"] = "torch",
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the losses and norms of a few steps, the first step's gradients and the last weights, all whole.
+
+    Args:
+        exchange: what tokens travel through between expert-parallel ranks.
+    """
     parallel = initialize_model_parallel(config.parallel, device)
+    parallel = replace(parallel, ep=with_exchange(parallel.ep, parallel.device, backend=exchange))
     setup = build_setup(config, VOCAB_SIZE, parallel, dtype)
     state = initial_state(setup)
     compute_gradients(setup, state, micro_batches(setup, 0))

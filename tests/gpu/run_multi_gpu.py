@@ -1,0 +1,145 @@
+"""What several GPUs can show: exchanges equal to torch's bit for bit, layouts equal to one process, and speed.
+
+    torchrun --nproc-per-node 8 tests/gpu/run_multi_gpu.py
+
+Ranks exchange through NCCL, by the extension, and compute with its CUDA kernels. With --device cpu the same program runs
+over shared memory and gloo; so it is tested where there is no GPU. Ends with status 1 and the first difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_samoe.ops import extension
+from megatron_samoe.ops.exchange import with_exchange
+from megatron_samoe.parallel_state.state import Group
+from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, layout_config, train
+
+WIDTH = 1024
+RTOL = {"cpu": 1e-5, "cuda": 1e-4}  # a GPU adds matrix products in an order that depends on their sizes
+
+
+def exchanging_group(device: torch.device) -> Group:
+    """Returns the group of all ranks with the extension's exchange; ConfigError where it cannot be had."""
+    world = dist.get_world_size()
+    group = Group("ep", tuple(range(world)), dist.get_rank(), dist.group.WORLD)
+    return with_exchange(group, device, timeout_s=60.0, backend="extension")
+
+
+def torchs_exchange(x: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
+    """Returns the rows that torch's all-to-all brings."""
+    received = x.new_empty((sum(receive), *x.shape[1:]))
+    dist.all_to_all_single(received.view(torch.uint8), x.view(torch.uint8), list(receive), list(send))
+    return received
+
+
+def check_exchanges(group: Group, device: torch.device, num_exchanges: int, max_rows: int) -> None:
+    """Compares random uneven exchanges, some of empty parts, with torch's."""
+    assert group.exchange is not None
+    generator = torch.Generator().manual_seed(11)
+    for number in range(num_exchanges):
+        rows_WW = torch.randint(0, max_rows, (group.size, group.size), generator=generator)
+        rows_WW[torch.rand(group.size, group.size, generator=generator) < 0.3] = 0
+        send, receive = rows_WW[group.rank].tolist(), rows_WW[:, group.rank].tolist()
+        dtype = (torch.float32, torch.bfloat16, torch.int64)[number % 3]
+        x = torch.randint(0, 255, (sum(send), (1, 64, 1024)[number % 3])).to(device, dtype)
+        got, expected = group.exchange.exchange(x, send, receive), torchs_exchange(x, send, receive)
+        assert torch.equal(got, expected), f"exchange {number} of rank {group.rank} differs from torch's"
+        pending = group.exchange.start(x, send, receive)
+        assert torch.equal(pending.wait(), expected), f"exchange {number}, in the background"
+
+
+def one_process(models: Sequence[str], device: str) -> dict[str, Any]:
+    """Returns the training of one process, to which layouts are compared; to be called outside a process group."""
+    return {model: train(layout_config("one process", model), device=device) for model in models}
+
+
+def check_layouts(expected: dict[str, Any] | None, models: Sequence[str], device: torch.device) -> list[str]:
+    """Trains in every layout of this number of ranks and compares on the first rank, which has what is expected.
+
+    Returns what was trained.
+    """
+    done = []
+    for layout in (name for name, (world, _) in LAYOUTS.items() if world == dist.get_world_size()):
+        for model in models:
+            result = train(layout_config(layout, model), device=device, exchange="extension")
+            if expected is not None:
+                assert_same(result, expected[model], rtol=RTOL[device.type])
+            done.append(f"{model}, {layout}")
+    return done
+
+
+def median_s(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Returns the slowest rank's median time of a call that all ranks make."""
+    module, times = torch.get_device_module(device), []
+    for _ in range(repeats):
+        dist.barrier()
+        module.synchronize()
+        start = time.perf_counter()
+        run()
+        module.synchronize()
+        times.append(time.perf_counter() - start)
+    slowest = torch.tensor(statistics.median(times), device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return float(slowest)
+
+
+def measure(group: Group, device: torch.device, megabytes: float, repeats: int) -> str:
+    """Returns a line with the speed of even exchanges of so many megabytes a rank, ours and torch's in turn."""
+    exchange = group.exchange
+    assert exchange is not None
+    rows = [max(int(megabytes * 2**20) // (4 * WIDTH * group.size), 1)] * group.size
+    x = torch.randn(sum(rows), WIDTH, device=device)
+    ways = {
+        "ours": lambda: exchange.exchange(x, rows, rows),
+        "ours, even": lambda: exchange.exchange_evenly(x),
+        "torch": lambda: torchs_exchange(x, rows, rows),
+    }
+    for way in ways.values():
+        way()
+    sent = x.nbytes * (group.size - 1) / group.size
+    speeds = {name: sent / median_s(way, device, repeats) / 1e9 for name, way in ways.items()}
+    return f"{megabytes:g} MB a rank, GB/s sent by each: " + ", ".join(f"{name} {v:.2f}" for name, v in speeds.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--megabytes", nargs="+", type=float, default=[1, 16, 64, 256])
+    options = parser.parse_args()
+    rank = int(os.environ["RANK"])
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        os.environ.setdefault(extension.CUDA_ENVIRONMENT_VARIABLE, "1")
+    else:
+        torch.set_num_threads(1)
+    expected = one_process(options.models, options.device) if rank == 0 else None
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    group = exchanging_group(device)
+    lines = [f"{group.size} ranks on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}"]
+    check_exchanges(group, device, 60, 4000)
+    lines.append("60 random exchanges equal torch's bit for bit")
+    lines += [measure(group, device, megabytes, 20) for megabytes in options.megabytes]
+    lines += [f"trained as one process: {name}" for name in check_layouts(expected, options.models, device)]
+    if rank == 0:
+        print("\n".join(lines))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
