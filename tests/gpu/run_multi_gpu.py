@@ -22,8 +22,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron_samoe.config import ParallelConfig
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.exchange import with_exchange
+from megatron_samoe.parallel_state import backend
 from megatron_samoe.parallel_state.state import Group
 from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, layout_config, train
 
@@ -121,15 +123,13 @@ def main() -> None:
     parser.add_argument("--megabytes", nargs="+", type=float, default=[1, 16, 64, 256])
     options = parser.parse_args()
     rank = int(os.environ["RANK"])
-    device = torch.device(options.device)
+    config = ParallelConfig(distributed_backend="nccl" if options.device == "cuda" else "gloo")
+    device = backend.choose_device(config)
+    backend.set_num_threads(1)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
         os.environ.setdefault(extension.CUDA_ENVIRONMENT_VARIABLE, "1")
-    else:
-        torch.set_num_threads(1)
     expected = one_process(options.models, options.device) if rank == 0 else None
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend.initialize_distributed(config, device)
     group = exchanging_group(device)
     lines = [f"{group.size} ranks on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}"]
     check_exchanges(group, device, 60, 4000)
