@@ -191,6 +191,8 @@ def _chosen(backend: str, by_nodes: bool, working: bool) -> str:
         return type(with_exchange(group, torch.device("cpu"), 30.0, backend, by_nodes).exchange).__name__
     except ConfigError as error:
         return str(error)
+    finally:
+        dist.barrier()  # a refusal takes no exchange: the other rank may not even have connected
 
 
 def test_the_backend_is_the_one_asked_for_or_an_error():
