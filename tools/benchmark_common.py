@@ -64,9 +64,9 @@ def add_options(parser: argparse.ArgumentParser, rounds: int = 7, ranks: bool = 
     parser.add_argument("--png", type=Path, help="also draw the ratios there")
 
 
-def process_status_kb(name: str) -> int:
-    """Returns an entry of Linux's record of this process: VmRSS, what it holds; VmHWM, the most that it held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def process_status_kb(name: str, process: int | str = "self") -> int:
+    """Returns an entry of Linux's record of a process: VmRSS, what it holds; VmHWM, the most that it held."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 

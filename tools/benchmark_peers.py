@@ -3,7 +3,7 @@
 A peer script is a Python file of the user's, here w1_moe_layer.py (a layer) or w2_train_step.py (a training step) in the
 folder of --peers. `script --worker NAME --OPTION VALUE ...` prints a line of "@@" and a JSON object when it is ready; then
 each line on its input is answered so: "build DTYPE EXPERTS TOPK" (layers only) with facts, or {"err": why}; "go" with the
-seconds of one run as "s" or "t"; "end" (steps only) with more facts.
+seconds of one run as "s" or "t".
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ def make_config(options: argparse.Namespace, layout: str, dtype: str) -> Pretrai
                                 bf16=dtype == "bf16"),
     )  # fmt: skip
     if layout == "samoe":
-        return replace(config, moe=replace(config.moe, num_expert_banks=max(1, options.num_layers // 4)))
+        banks = max(1, options.num_layers // 4)
+        return replace(config, moe=replace(config.moe, num_expert_banks=banks, samoe_combine=options.samoe_combine))
     return config
 
 
@@ -92,7 +93,8 @@ def run(options: argparse.Namespace) -> Rows:
         with running(options.peers, script, names, sizes, options.peer_python, torch.get_num_threads()) as peers:
             variants.update({peer.name: peer.seconds for peer in peers})
             medians = alternate(variants, options.rounds, options.clock)
-            peer_memory = {peer.name: peer.ask("end").get("peak_rss_mb") for peer in peers}
+            # Not what they say: their ru_maxrss begins with what this process held.
+            peer_memory = {peer.name: round(process_status_kb("VmHWM", peer.process.pid) / 1024) for peer in peers}
         ceiling = product_flops / medians.pop("dense products")
         first = medians[options.layouts[0]]
         for name, seconds in medians.items():
@@ -115,6 +117,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--layouts", nargs="+", choices=["dense", "moe", "samoe"], default=["dense", "moe", "samoe"])
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32"])
     parser.add_argument("--swiglu", action="store_true", help="gated MLPs without biases, as Mixtral's")
+    parser.add_argument("--samoe-combine", choices=["step", "layer"], default="step", help="as the pretrain program's")
     for name, size in (("num-layers", 8), ("seq-length", 256), ("micro-batch-size", 8), ("num-micro-batches", 1),
                        ("vocab-size", 8192), ("hidden-size", 384), ("ffn-hidden-size", 1536), ("num-experts", 16),
                        ("topk", 1)):  # fmt: skip
