@@ -44,7 +44,7 @@ test-unit: $(VENV)/.installed-tests
 test-distributed: $(VENV)/.installed-tests
 	$(PYTEST) tests/distributed
 
-# Address and undefined-behaviour sanitizers over the extension's torch-free part.
+# Address, undefined-behaviour and thread sanitizers over the extension's torch-free part.
 sanitize:
 	sh tools/sanitize.sh
 

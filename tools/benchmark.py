@@ -9,6 +9,7 @@ the figures and the conditions of the run, --png draws the ratios.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch
 from benchmark_common import as_table, conditions, save
 
 from megatron_samoe.errors import MegatronSamoeError
+from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import backend
 
 PARTS = (benchmark_layer, benchmark_train, benchmark_roofline, benchmark_expert_parallel, benchmark_all_to_all,
@@ -43,6 +45,10 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Runs one benchmark and prints its table."""
     options = arguments()
+    switch = extension.ENVIRONMENT_VARIABLE
+    if os.environ.get(switch) != "off" and not extension.available():  # which says why
+        print(f"error: this would time the slower torch ops; {switch}=off says that you mean to.", file=sys.stderr)
+        return 2
     backend.keep_freed_memory()
     backend.set_num_threads(getattr(options, "threads", 1))
     torch.manual_seed(1)

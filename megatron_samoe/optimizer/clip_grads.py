@@ -17,7 +17,6 @@ def global_grad_norm(buffers: GradBuffers, state: ParallelState) -> float:
     return state.world.all_reduce(total).sqrt().item()
 
 
-def clip_gradients(buffers: GradBuffers, norm: float, limit: float) -> None:
-    """Scales gradients down to the limit if their norm is above it; a limit of 0 means none."""
-    if 0 < limit < norm:
-        buffers.scale(limit / norm)
+def clip_factor(norm: float, limit: float) -> float:
+    """Returns what gradients of this norm are multiplied by to keep the limit; a limit of 0 means none."""
+    return limit / norm if 0 < limit < norm else 1.0

@@ -66,17 +66,25 @@ class MixedPrecisionOptimizer:
         return inner
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Updates all parameters from their main gradients; ranks that share elements out call it together."""
+    def step(self, lr: float, grad_scale: float = 1.0) -> None:
+        """Updates all parameters from their main gradients; ranks that share elements out call it together.
+
+        Args:
+            grad_scale: multiplies the gradients (clipping). The compiled pass does so as it reads them, and leaves the
+                main gradients as they were; otherwise they are scaled in place.
+        """
         self.num_steps += 1
         if self._inner is not None:
+            if grad_scale != 1:
+                self.buffers.scale(grad_scale)
             self._step_inner(self._inner, lr)
         else:
             config = self.config
             for group in self._groups:
                 rates = AdamWRates(
-                    lr * group.lr_mult, config.adam_beta1, config.adam_beta2, config.adam_eps, group.weight_decay
-                )
+                    lr * group.lr_mult, config.adam_beta1, config.adam_beta2, config.adam_eps, group.weight_decay,
+                    grad_scale,
+                )  # fmt: skip
                 adamw([self._runs[name] for name in group.names], rates, self.num_steps)
         for name, master in self.own_masters().items():
             if self._inner is not None or self._runs[name].weight is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.distributed.finalize_model_grads import finalize_model_grads
 from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.optimizer.clip_grads import clip_gradients, global_grad_norm
+from megatron_samoe.optimizer.clip_grads import clip_factor, global_grad_norm
 from megatron_samoe.optimizer.schedule import learning_rate
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan
 from megatron_samoe.tensor_parallel.random import SampleRandom
@@ -127,8 +127,7 @@ def train_step(
     if not result.is_finite:
         return result, state
     if not overflow:
-        clip_gradients(setup.buffers, norm, optimizer.clip_grad)
-        setup.optimizer.step(lr)
+        setup.optimizer.step(lr, clip_factor(norm, optimizer.clip_grad))
     return result, replace(
         state,
         iteration=state.iteration + 1,

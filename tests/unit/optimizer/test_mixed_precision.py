@@ -17,7 +17,7 @@ from megatron_samoe.distributed.finalize_model_grads import finalize_model_grads
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.rank_model import RankModel
-from megatron_samoe.optimizer.clip_grads import clip_gradients, global_grad_norm
+from megatron_samoe.optimizer.clip_grads import clip_factor, global_grad_norm
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
 from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups
 from megatron_samoe.parallel_state import ShardSpec, set_shard_spec, single_process_state
@@ -155,12 +155,33 @@ def test_norm_and_clipping(values: list[float], limit: float) -> None:
     norm = global_grad_norm(buffers, STATE)
     exact = math.sqrt(sum(v * v for v in values))
     assert norm == pytest.approx(exact, rel=1e-5, abs=1e-6)
-    clip_gradients(buffers, norm, limit)
-    after = buffer.flat.double().norm().item()
+    factor = clip_factor(norm, limit)
     if 0 < limit < norm:
-        assert after == pytest.approx(limit, rel=1e-5, abs=1e-6)
+        assert factor * exact == pytest.approx(limit, rel=1e-5, abs=1e-6)
     else:
-        assert torch.equal(buffer.flat, torch.tensor(values)), "a limit of 0 means none, small gradients stay exact"
+        assert factor == 1, "a limit of 0 means none, small gradients stay exact"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_scaling_in_the_step_is_scaling_before_it(engine: str, dtype: torch.dtype) -> None:
+    steps = {}
+    for way in ("within", "before"):
+        named = parameters(dtype)
+        buffers = GradBuffers(named, STATE)
+        optimizer = MixedPrecisionOptimizer(buffers, replace(CONFIG, optimizer_backend=engine))
+        torch.manual_seed(7)
+        for _ in range(3):
+            for buffer in buffers.buffers:
+                buffer.flat.normal_()
+            if way == "before":
+                buffers.scale(0.3)
+            optimizer.step(0.1, *([0.3] if way == "within" else []))
+        steps[way] = {
+            **{n: m.clone() for n, m in optimizer.masters.items()},
+            **{f"{n} weight": p for n, p in named.items()},
+        }
+    assert all(torch.equal(steps["within"][name], value) for name, value in steps["before"].items())
 
 
 def test_gradients_are_collected_scaled_and_cleared() -> None:

@@ -67,10 +67,12 @@ def test_clipping_and_schedule_reach_the_optimizer(clip: float) -> None:
     seen = []
     step = setup.optimizer.step
 
-    def watch(lr: float) -> None:
-        norm = math.sqrt(sum(float(p.main_grad.double().square().sum()) for p in setup.buffers.parameters.values()))
+    def watch(lr: float, grad_scale: float) -> None:
+        norm = grad_scale * math.sqrt(
+            sum(float(p.main_grad.double().square().sum()) for p in setup.buffers.parameters.values())
+        )
         seen.append((lr, norm))
-        step(lr)
+        step(lr, grad_scale)
 
     setup.optimizer.step = watch
     result, state = train_step(setup, state, micro_batches(setup, 0))
