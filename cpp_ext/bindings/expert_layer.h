@@ -37,6 +37,7 @@ inline ExpertLayer check_expert_layer(const TensorChecks& checks, const at::Tens
   TORCH_CHECK_VALUE(!gated || w1.size(1) == 2, "w1 is ", w1.sizes(), "; with a gate it is [e, 2, F, H]");
   TORCH_CHECK_VALUE(w1.size(-2) == width && w1.size(-1) == hidden && w2.size(1) == hidden, "w1 is ", w1.sizes(),
                     " and w2 ", w2.sizes(), " for rows of ", hidden);
+  TORCH_CHECK_VALUE(width > 0 && hidden > 0, "w2 is ", w2.sizes(), "; experts need a width and a hidden size");
   const auto check_bias = [&](const std::optional<at::Tensor>& b, const char* name, int64_t dims, int64_t num) {
     if (!b.has_value()) return;
     checks.check_contiguous(*b, name, dims, dtype);

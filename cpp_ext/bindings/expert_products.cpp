@@ -136,7 +136,7 @@ Bf16Products bf16_products() {
   if (std::strcmp(asked, "blas") == 0) return Bf16Products::blas;
   TORCH_CHECK_VALUE(std::strcmp(asked, "native") == 0, "MEGATRON_SAMOE_BF16_PRODUCTS = '", asked,
                     "': one of auto, native, blas, fp32");
-  return best == Bf16Products::own ? best : Bf16Products::blas;
+  return cpu::kernels().has_bf16_product() ? Bf16Products::own : Bf16Products::blas;
 }
 
 Matrix widened(const Matrix& m, WorkMemory& memory) {

@@ -28,6 +28,7 @@ namespace cuda = samoe::cuda;
 // rows unset (sm_100).
 constexpr int kGroupedCapability = 90;
 constexpr int64_t kGroupedBytes = 16;
+constexpr int64_t kMostGroups = 1024;
 
 bool is_aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kGroupedBytes == 0;
@@ -42,7 +43,7 @@ class Experts {
     for (const int64_t n : layer.rows) *next++ = end += static_cast<int32_t>(n);
     ends_ = ends.to(backend.device(), at::kInt, /*non_blocking=*/true);
     const int64_t unit = kGroupedBytes / 2;
-    grouped_ = layer.dtype == DType::bf16 && layer.total > 0 && layer.hidden % unit == 0 && layer.width % unit == 0 &&
+    grouped_ = layer.dtype == DType::bf16 && layer.total > 0 && layer.num_experts() < kMostGroups && layer.hidden % unit == 0 && layer.width % unit == 0 &&
                cuda::compute_capability() == kGroupedCapability && is_aligned(layer.w1) && is_aligned(layer.w2);
   }
 

@@ -54,6 +54,7 @@ class TorchQueue : public samoe::comm::DeviceQueue {
     event.block(stream_);
   }
   std::unique_ptr<samoe::comm::Mark> mark() override { return std::make_unique<EventMark>(stream_); }
+  void enter_thread() override { c10::impl::VirtualGuardImpl(stream_.device_type()).setDevice(stream_.device()); }
 
  private:
   const c10::Stream stream_;

@@ -40,6 +40,8 @@ class DeviceQueue {
   // What is enqueued from now on waits for what the caller's stream has been given so far.
   virtual void follow_caller() = 0;
   virtual std::unique_ptr<Mark> mark() = 0;
+  // Makes the stream's device the calling thread's own; a new thread begins on the first one.
+  virtual void enter_thread() {}
 };
 
 // Bytes that travel between this rank and another, which may be itself; `data` is written where they arrive.
@@ -77,7 +79,8 @@ class NcclAllToAll : public AllToAll {
   std::string use_staging(char* memory, int64_t bytes);
   // Frees the communicator on this rank alone: the others hear of it from NCCL or from their time-out.
   void abort(const std::string& reason) override;
-  void close() override { abort("the communicator is closed"); }
+  // As abort, after what is under way has ended or a few seconds have passed.
+  void close() override;
   std::string last_error() override;
   bool staging_is_registered() const { return registration_ != nullptr; }
 
@@ -97,7 +100,11 @@ class NcclAllToAll : public AllToAll {
   std::string settle();
   std::unique_ptr<Mark> mark();
   std::string fail(const std::string& reason);
+  void give_up(const std::string& reason);
+  void bury();
   void look_after();
+  void watch();
+  void forget_reached();
   std::string explain(int result, const std::string& call) const;
   Clock::time_point deadline() const;
 
@@ -107,6 +114,7 @@ class NcclAllToAll : public AllToAll {
   std::string id_;  // of the first rank: NCCL's unique id, in hexadecimal digits
   bool has_all_to_all_ = false;
   NcclHandle handle_ = nullptr;
+  NcclHandle doomed_ = nullptr;  // given up, not yet aborted
   int64_t operation_ = 0, groups_ = 0;
   // The call that NCCL is still working on: what it is, and until when.
   bool enqueueing_ = false;

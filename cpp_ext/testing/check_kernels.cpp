@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../kernels/kernels.h"
+#include "../kernels/mlp.h"
 
 namespace {
 
@@ -187,6 +188,57 @@ void check_cross_entropy() {
   }
 }
 
+uint16_t bf16_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float from_bf16(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// Small whole numbers: sums in fp32 are exact, whatever their order.
+std::vector<uint16_t> whole_numbers(int64_t n) {
+  std::vector<uint16_t> values(static_cast<size_t>(n));
+  for (uint16_t& value : values) value = bf16_bits(static_cast<float>(pick(-3, 3)));
+  return values;
+}
+
+void check_bf16_product(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_transposed, bool adds) {
+  if (!kernels().has_bf16_product()) return;
+  const auto a = whole_numbers(m * k), b = whole_numbers(k * n);
+  const auto bias = floats(n);
+  std::vector<uint16_t> out(static_cast<size_t>(m * n));
+  std::vector<float> sum(static_cast<size_t>(m * n), 1.0f);
+  const samoe::cpu::Bf16Product product = {
+      a.data(), a_transposed ? m : k, a_transposed, b.data(), b_transposed ? k : n, b_transposed, m, n, k,
+      adds ? nullptr : bias.data(), adds ? nullptr : out.data(), adds ? sum.data() : nullptr, n};
+  std::vector<char> work(static_cast<size_t>(kernels().bf16_product_work(product)));
+  kernels().bf16_product(product, work.data());
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      float expected = 0;
+      for (int64_t l = 0; l < k; ++l) {
+        expected += from_bf16(a[a_transposed ? l * m + i : i * k + l]) * from_bf16(b[b_transposed ? j * k + l : l * n + j]);
+      }
+      const auto at = static_cast<size_t>(i * n + j);
+      expect(adds ? sum[at] == 1.0f + expected : out[at] == bf16_bits(expected + bias[j]), "bf16 product");
+    }
+  }
+}
+
+void check_bf16_products() {
+  for (int form = 0; form < 8; ++form) {
+    const bool a_transposed = (form & 1) != 0, b_transposed = (form & 2) != 0, adds = (form & 4) != 0;
+    check_bf16_product(pick(1, 40), pick(1, 120), pick(1, 70), a_transposed, b_transposed, adds);
+    check_bf16_product(pick(60, 70), pick(1, 20), pick(1, 40), a_transposed, b_transposed, adds);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -196,7 +248,11 @@ int main() {
     check_rows<uint16_t>(DType::bf16);
     check_combine();
     check_cross_entropy();
+    check_bf16_products();
   }
+  // Longer than one run of a sum.
+  check_bf16_product(9, 50, 4101, true, false, true);
+  check_bf16_product(9, 50, 4101, false, true, false);
   std::printf("60 rounds of every kernel agree (%s)\n", kernels().instruction_set);
   return 0;
 }

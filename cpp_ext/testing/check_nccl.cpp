@@ -1,6 +1,8 @@
 // Checks how the NCCL all-to-all uses a device's streams, with a queue that writes down what it is asked, one rank, and
 // the library of the tests (MEGATRON_SAMOE_NCCL_LIB). Exits with 1 and a line for each thing that is wrong.
+#include <atomic>
 #include <cstdio>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -16,12 +18,16 @@ namespace {
 
 std::string events;  // what the device was asked, in order: f, m1, l1, ...
 int marks = 0;
-bool reached[16] = {};
+std::atomic<bool> reached[16];
+std::atomic<bool> broken{false};  // the device
 
 class LoggedMark : public Mark {
  public:
   explicit LoggedMark(int number) : number_(number) {}
-  bool reached() override { return ::reached[number_]; }
+  bool reached() override {
+    if (broken) throw std::runtime_error("broken");
+    return ::reached[number_];
+  }
   bool lead_caller() override {
     events += "l" + std::to_string(number_) + " ";
     return true;
@@ -109,6 +115,29 @@ int main() {
                std::string::npos, "the watchdog gives up: " + communicator->last_error());
     expect(communicator->start(input.data(), output.data(), {{0, 64}}, {{0, 64}}) == communicator->last_error(),
            "the next exchange says so");
+  }
+  {
+    const auto communicator = connected(30.0);
+    expect(communicator->start_even(input.data(), output.data(), 64).empty(), "an exchange on a device that breaks");
+    expect(communicator->finish(1, 1.0) == Progress::done, "it has its orders");
+    broken = true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    expect(communicator->finish(1, 0.0) == Progress::failed && communicator->last_error() == "the device failed: broken",
+           "the watchdog outlives the device: " + communicator->last_error());
+    communicator->close();
+    broken = false;
+  }
+  {
+    const auto communicator = connected(30.0);
+    const int number = marks + 1;
+    expect(communicator->start_even(input.data(), output.data(), 64).empty(), "an exchange before the end");
+    std::thread device([number] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      reached[number] = true;
+    });
+    communicator->close();
+    expect(reached[number], "the end waits for what is under way");
+    device.join();
   }
   if (failures == 0) std::printf("all well\n");
   return failures == 0 ? 0 : 1;

@@ -32,7 +32,7 @@ def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
         f"must be an integer from 1 to {num_layers}, or {num_layers} zeros and ones such as 01 repeated or [0,1]*4"
     )
     compact = text.replace(" ", "")
-    repeated = re.fullmatch(r"\(?\[([01](?:,[01])*)\]\)?(?:\*(\d+))?", compact)
+    repeated = re.fullmatch(r"\(?\[([01](?:,[01])*)\]\)?(?:\*(\d{1,4}))?", compact)
     if repeated:
         pattern = repeated[1].replace(",", "") * int(repeated[2] or 1)
     elif re.fullmatch(r"[01]{2,}", compact) and len(compact) == num_layers:
@@ -46,6 +46,10 @@ def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
     return tuple(c == "1" for c in pattern)
 
 
+#: Letters of a pipeline's layout; a slip in nested repeats must not fill the memory.
+_LONGEST_LAYOUT = 10_000
+
+
 def parse_stage_layout(text: str) -> tuple[int, ...]:
     """Returns the layers of each virtual stage in a --pipeline-model-parallel-layout, such as Et*3|t*4|t*3L.
 
@@ -55,9 +59,11 @@ def parse_stage_layout(text: str) -> tuple[int, ...]:
     flag_name = "--pipeline-model-parallel-layout"
     allowed = "must be stages between |: E (embedding) first, t for each layer, L (head) last; t*3 and (tt|)*2 repeat"
     expanded = re.sub(r"[\s,]", "", text)
-    while (unrolled := re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m[1] * int(m[2]), expanded)) != expanded:
+    while (unrolled := re.sub(r"\(([^()]*)\)\*(\d{1,4})", lambda m: m[1] * int(m[2]), expanded)) != expanded:
         expanded = unrolled
-    expanded = re.sub(r"([EtL])\*(\d+)", lambda m: m[1] * int(m[2]), expanded)
+        if len(expanded) > _LONGEST_LAYOUT:
+            raise ConfigError(flag_name, text, f"{allowed}; this one has more than {_LONGEST_LAYOUT} letters")
+    expanded = re.sub(r"([EtL])\*(\d{1,4})", lambda m: m[1] * int(m[2]), expanded)
     if not re.fullmatch(r"E[t|]*L", expanded):
         raise ConfigError(flag_name, text, allowed)
     return tuple(stage.count("t") for stage in expanded.split("|"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import sys
 from collections.abc import Iterable
 
@@ -24,21 +25,23 @@ def ask_for_huge_pages(tensors: Iterable[Tensor]) -> int:
     if madvise is None:
         return 0
     places = {(s.data_ptr(), s.nbytes()) for t in tensors if t.device.type == "cpu" for s in [t.untyped_storage()]}
-    done = failures = 0
+    pages: list[range] = []
     for start, size in sorted(places):
         first = -(-start // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         length = (start + size - first) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-        if length <= 0:
-            continue
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_HUGEPAGE)
-        # Page by page: the first that fails ends a call, and the next one may find memory that was freed meanwhile.
-        for page in range(first, first + length, _HUGE_PAGE_BYTES):
-            if madvise(ctypes.c_void_p(page), ctypes.c_size_t(_HUGE_PAGE_BYTES), _MADV_COLLAPSE) == 0:
-                done, failures = done + _HUGE_PAGE_BYTES, 0
-            else:
-                failures += 1
-                if failures == _MOST_FAILURES:
-                    return done
+        if length > 0:
+            pages.append(range(first, first + length, _HUGE_PAGE_BYTES))
+            # What cannot be collapsed now, Linux may merge later.
+            madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+    done = failures = 0
+    # Page by page: the first that fails ends a call, and the next one may find memory that was freed meanwhile.
+    for page in itertools.chain.from_iterable(pages):
+        if madvise(ctypes.c_void_p(page), ctypes.c_size_t(_HUGE_PAGE_BYTES), _MADV_COLLAPSE) == 0:
+            done, failures = done + _HUGE_PAGE_BYTES, 0
+        else:
+            failures += 1
+            if failures == _MOST_FAILURES:
+                break
     return done
 
 

@@ -140,10 +140,14 @@ class Communicator:
         recv_bytes: list[int],
     ) -> str:  # fmt: skip
         """As _exchange_bytes, between parts of the tensors that begin at the given bytes (none: one after the other)."""
-        exchange, state = torch.ops.megatron_samoe.all_to_all_start(
-            self._handle, x, received, send_offsets, send_bytes, recv_offsets, recv_bytes, SLICE_S
-        )
-        return self._finish(exchange, state)
+        try:
+            exchange, state = torch.ops.megatron_samoe.all_to_all_start(
+                self._handle, x, received, send_offsets, send_bytes, recv_offsets, recv_bytes, SLICE_S
+            )
+            return self._finish(exchange, state)
+        except KeyboardInterrupt:  # it may come as soon as the exchange has begun
+            self.abort("interrupted")
+            raise
 
     def _finish(self, exchange: int, state: str) -> str:
         """Works on an exchange, or waits for it, until its rows may be read; returns an empty string, or why it failed."""
@@ -160,6 +164,12 @@ class Communicator:
     def _raise(self, problem: str) -> None:
         if problem:
             raise CommunicationError(f"All-to-all over group {self.group.name!r} through {self.transport}, {problem}")
+
+    def check(self) -> None:
+        """Raises CommunicationError if an exchange failed after its rows were given out, as a device's may.
+
+        To be called where the device has done its work, before results are kept.
+        """
 
     def abort(self, reason: str) -> None:
         """Makes the exchange that this rank is in, and all later ones, fail with the reason."""

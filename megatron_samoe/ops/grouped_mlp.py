@@ -182,7 +182,7 @@ def _with_bias(h_RU: Tensor, rows: Sequence[int], bias: Tensor | None) -> Tensor
 
 def _products(x_RK: Tensor, rows: Sequence[int], w_eMK: Tensor, b_eM: Tensor | None) -> Tensor:
     """Returns [R, M]: expert e's rows times w[e] transposed, plus b[e]."""
-    if use_grouped_mm(x_RK, w_eMK.shape[1]):
+    if use_grouped_mm(rows, x_RK, w_eMK):
         y_RM = F.grouped_mm(x_RK, w_eMK.transpose(1, 2), offs=_ends(rows, x_RK.device))
         return y_RM if b_eM is None else y_RM + b_eM.repeat_interleave(_counts(rows, x_RK.device), 0)
     y_RM = x_RK.new_empty(x_RK.shape[0], w_eMK.shape[1])
@@ -201,7 +201,7 @@ def _products(x_RK: Tensor, rows: Sequence[int], w_eMK: Tensor, b_eM: Tensor | N
 
 def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: Sequence[int]) -> None:
     """Adds d_e^T x_e to grad[e] for each expert's rows."""
-    if use_grouped_mm(x_RK, d_RM.shape[1]):
+    if use_grouped_mm(rows, x_RK, d_RM):
         grad_eMK += F.grouped_mm(d_RM.t(), x_RK, offs=_ends(rows, x_RK.device))
         return
     start = 0
@@ -216,17 +216,19 @@ def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: Seque
         start += n
 
 
-def use_grouped_mm(x_RK: Tensor, num_columns: int) -> bool:
-    """Whether torch's grouped product serves these rows and K x num_columns matrices: bf16 on a Hopper GPU, in whole
-    16 bytes.
+def use_grouped_mm(rows: Sequence[int], *operands: Tensor) -> bool:
+    """Whether torch's grouped product serves experts of so many rows, and operands of [*, M, K] or [R, K]: bf16 on a
+    Hopper GPU, whose rows and addresses are whole 16 bytes, and fewer than 1,024 experts.
 
     On other GPUs it loops over the experts or was reported to leave the gradients of experts without rows unset
     (sm_100); on a CPU it is no faster than a call per expert.
     """
-    if not x_RK.is_cuda or x_RK.dtype != torch.bfloat16 or x_RK.shape[0] == 0:
+    x = operands[0]
+    if not x.is_cuda or x.dtype != torch.bfloat16 or sum(rows) == 0 or len(rows) >= 1024:
         return False
-    fits = x_RK.shape[1] % 8 == 0 and num_columns % 8 == 0
-    return fits and torch.cuda.get_device_capability(x_RK.device) == (9, 0)
+    sizes = [n for t in operands for n in (*t.shape[1:], t.stride(-2))]
+    fits = all(n % 8 == 0 for n in sizes) and all(t.data_ptr() % 16 == 0 for t in operands)
+    return fits and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
 def _counts(rows: Sequence[int], device: torch.device) -> Tensor:

@@ -59,6 +59,13 @@ class NcclCommunicator(Communicator):
         """As exchange_gathered, in the background; neither x nor index may change before wait()."""
         return self.start(self.gathered(x.detach(), index, divisor), send_rows, receive_rows, out)
 
+    def check(self) -> None:
+        """Raises CommunicationError if an exchange was aborted since: what was computed from its rows is wrong."""
+        if self._handle is not None:
+            state = torch.ops.megatron_samoe.all_to_all_finish(self._handle, 0, 0.0)
+            if state != "pending":
+                self._raise(state)
+
     def _exchange_bytes(self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]) -> str:
         return self._finish(*self._start(x, received, send_bytes, recv_bytes))
 

@@ -51,6 +51,9 @@ class RowExchange(Protocol):
     ) -> PendingRows:  # fmt: skip
         """Starts exchange_gathered(), whose rows will be in `out` if that is given."""
 
+    def check(self) -> None:
+        """Raises if an exchange failed after its rows were given out; see ops/communicator.py."""
+
 
 @dataclass(frozen=True)
 class Group:

@@ -120,6 +120,8 @@ def train_step(
     """
     lm_loss, num_tokens, routing = compute_gradients(setup, state, batches, observe)
     norm = global_grad_norm(setup.buffers, setup.parallel)
+    if setup.parallel.ep.exchange is not None:
+        setup.parallel.ep.exchange.check()
     optimizer = setup.config.optimizer
     lr = learning_rate(optimizer, setup.config.training.train_iters, state.iteration)
     overflow = setup.config.training.fp16 and math.isfinite(lm_loss) and not math.isfinite(norm)

@@ -138,6 +138,8 @@ def _error_in_the_background(library: str, fault: str) -> list[str]:
             exchange.wait()
         except CommunicationError as error:
             messages.append(str(error))
+    with pytest.raises(CommunicationError):  # nothing that was computed meanwhile is kept
+        communicator.check()
     return messages
 
 

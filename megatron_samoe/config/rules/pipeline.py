@@ -20,7 +20,8 @@ def _is_pipeline(config: PretrainConfig, world_size: int) -> bool:
     parallel = config.parallel
     pp, tp = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     per_stage = parallel.num_layers_per_virtual_pipeline_stage
-    return pp > 1 and min(tp, config.model.num_layers, per_stage or 1) >= 1 and world_size % (pp * tp) == 0
+    sizes = (tp, config.model.num_layers, 1 if per_stage is None else per_stage)
+    return pp > 1 and min(sizes) >= 1 and world_size % (pp * tp) == 0
 
 
 def _num_stages(config: PretrainConfig) -> int:

@@ -51,8 +51,8 @@ def timed_protocol(timeout_s: float) -> Any:
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if self._half_closed is not None:
-                self.transport.close()  # no further request can come
+            if self._half_closed is not None and self.cycle.response_complete:
+                self.transport.close()  # no further request can come, and none had come already
             # The beginning of the next request may have come with this one.
             waits = self.cycle.response_complete and bool(self.conn.trailing_data[0])
             if waits and self._deadline is None and not self.transport.is_closing():

@@ -84,6 +84,7 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({**PP2, "pipeline_model_parallel_layout": "Et*4|t*3|tL"}, 2, "--pipeline-model-parallel-layout", "has 3 stages"),
     ({**PP2, "num_layers_per_virtual_pipeline_stage": 3}, 2, "--num-layers-per-virtual-pipeline-stage",
      "one of [1, 2, 4]"),
+    ({**PP2, "num_layers_per_virtual_pipeline_stage": 0}, 2, "--num-layers-per-virtual-pipeline-stage", "positive"),
     ({**PP2, "num_layers_per_virtual_pipeline_stage": 2, "pipeline_schedule": "gpipe", "global_batch_size": 8}, 2,
      "--pipeline-schedule", "use 1f1b"),
     ({**PP2, "num_layers_per_virtual_pipeline_stage": 2, "global_batch_size": 12}, 2, "--global-batch-size",
@@ -236,7 +237,9 @@ def test_stage_layout(text: str, expected: tuple[int, ...]) -> None:
     assert derived.parse_stage_layout(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "tt", "Ett", "ttL", "EtEL", "EtLt", "Et*|L", "Et-L", "E(t|L"])
+@pytest.mark.parametrize(
+    "text", ["", "tt", "Ett", "ttL", "EtEL", "EtLt", "Et*|L", "Et-L", "E(t|L", "Et*12345L", "E((t)*9999)*9999L"]
+)
 def test_wrong_stage_layout_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--pipeline-model-parallel-layout"):
         derived.parse_stage_layout(text)

@@ -228,6 +228,13 @@ def test_a_client_that_has_ended_its_sending_side_is_answered(client: Client) ->
                 content += piece
         assert content.startswith(b"HTTP/1.1 200") and part in content
     with socket.create_connection((client.host, client.port), timeout=20) as connection:
+        connection.sendall(completion + completion)  # the second waits while the first is answered
+        connection.shutdown(socket.SHUT_WR)
+        content = b""
+        while piece := connection.recv(4096):
+            content += piece
+        assert content.count(b"HTTP/1.1 200") == content.count(b'"length"') == 2
+    with socket.create_connection((client.host, client.port), timeout=20) as connection:
         connection.sendall(completion[:-9])
         connection.shutdown(socket.SHUT_WR)
         assert connection.recv(4096) == b"", "half a body will never be a whole one"

@@ -186,6 +186,8 @@ def test_wrong_tensors_are_refused_before_anything_runs() -> None:
         call(x=x.double())
     with pytest.raises(ValueError, match="for rows of 3"):
         call(w2=torch.randn(2, 3, 5))
+    with pytest.raises(ValueError, match="need a width"):
+        call(w1=torch.randn(2, 0, 3), w2=torch.randn(2, 3, 0), b1=torch.randn(2, 0))
     with pytest.raises(RuntimeError, match="w2 is not contiguous"):
         call(w2=w2.transpose(1, 2).contiguous().transpose(1, 2))
     with pytest.raises(ValueError, match="b1 is"):
