@@ -2,38 +2,24 @@
 // thread and with three, and products, sums and updates are compared with plain loops.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <random>
 #include <vector>
 
 #include "../kernels/kernels.h"
+#include "checks.h"
 
 namespace {
 
 using samoe::WeightType;
+using samoe::expect;
+using samoe::floats;
+using samoe::near;
+using samoe::pick;
 using samoe::cpu::kernels;
 using samoe::cpu::Matrix;
 
 constexpr int kThreads = 3;
-std::mt19937 random_bits(1);
-
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
-
-std::vector<float> floats(int64_t n) {
-  std::vector<float> values(static_cast<size_t>(n));
-  for (float& value : values) value = std::normal_distribution<float>()(random_bits);
-  return values;
-}
-
-void expect(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "difference: %s\n", what);
-  std::exit(1);
-}
-
-bool near(double a, double b, double tolerance) { return std::fabs(a - b) <= tolerance * (1.0 + std::fabs(b)); }
 
 // Runs a kernel with one thread and with several on copies of what it writes; returns the result.
 std::vector<float> same_bits(const std::vector<float>& before, const char* what,

@@ -3,37 +3,35 @@
 // ran; ends with status 1 at the first difference.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "../kernels/kernels.h"
 #include "../kernels/mlp.h"
+#include "checks.h"
 
 namespace {
 
 using samoe::DType;
+using samoe::expect;
+using samoe::floats;
+using samoe::near;
+using samoe::pick;
 using samoe::cpu::kernels;
 
-std::mt19937 random_bits(1);
-
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
-
-std::vector<float> floats(int64_t n) {
-  std::vector<float> values(static_cast<size_t>(n));
-  for (float& value : values) value = std::normal_distribution<float>()(random_bits);
-  return values;
+uint16_t bf16_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-void expect(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "difference: %s\n", what);
-  std::exit(1);
+float from_bf16(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
 }
-
-bool near(double a, double b, double tolerance) { return std::fabs(a - b) <= tolerance * (1.0 + std::fabs(b)); }
 
 void check_gate() {
   const int64_t groups = pick(1, 3), tokens = groups * pick(0, 90), experts = pick(1, 70);
@@ -148,10 +146,7 @@ void check_combine() {
         for (int64_t p = 0; p < banks; ++p)
           expected += static_cast<double>(a[(l * groups + g) * banks + p]) * t[(p * groups + g) * n + j];
         expect(near(w[(l * groups + g) * n + j], expected, 1e-5), "combine");
-        const uint32_t bits = static_cast<uint32_t>(w16[(l * groups + g) * n + j]) << 16;
-        float rounded;
-        std::memcpy(&rounded, &bits, 4);
-        expect(near(rounded, expected, 1e-2), "combine to bf16");
+        expect(near(from_bf16(w16[(l * groups + g) * n + j]), expected, 1e-2), "combine to bf16");
       }
       for (int64_t p = 0; p < banks; ++p) {
         double expected = 0;
@@ -186,19 +181,6 @@ void check_cross_entropy() {
       expect(near(gradient[t * width + v], expected, 1e-5), "logits' gradient");
     }
   }
-}
-
-uint16_t bf16_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-float from_bf16(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
 }
 
 // Small whole numbers: sums in fp32 are exact, whatever their order.
