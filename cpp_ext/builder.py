@@ -7,6 +7,7 @@ and nvcc alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -39,6 +40,12 @@ def import_torch():
             "`pip install --no-build-isolation -e .`."
         ) from None
     return torch
+
+
+def digest_of_sources() -> str:
+    """Returns what tells these sources from others."""
+    files = sorted(path for path in (ROOT / "cpp_ext").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 class Toolchain:
@@ -104,6 +111,7 @@ class Toolchain:
     def record(self) -> dict[str, object]:
         """Returns what the library says about its own build."""
         return {
+            "sources": digest_of_sources(),
             "torch": self.torch.__version__,
             "compiler": self.version,
             "openmp": bool(self.openmp),
@@ -245,11 +253,15 @@ class BuildExtension(build_ext):
         except BuildError as error:
             if mode != "auto" or isinstance(error, SettingError):
                 raise SystemExit(f"megatron_samoe: the compiled extension could not be built. {error}") from None
+            there = [path for path in (library, ROOT / "megatron_samoe" / "_C.so") if path.exists()]
+            # pip's isolated builds have no torch; they must not cost the library of an earlier one.
+            if there and all(digest_of_sources().encode() in path.read_bytes() for path in there):
+                print(f"megatron_samoe: the compiled extension stays as it was built.\n  {error}", file=sys.stderr)
+                return
             message = f"megatron_samoe: the compiled extension is NOT built; the package works, slower.\n  {error}"
             print(message, file=sys.stderr)
-            # A library of older sources must not pass for this one.
-            for stale in (library, ROOT / "megatron_samoe" / "_C.so"):
-                stale.unlink(missing_ok=True)
+            for stale in there:  # a library of older sources must not pass for this one
+                stale.unlink()
             return
         print("megatron_samoe: the compiled extension is built.")
         for note in report.pop("notes"):

@@ -77,6 +77,10 @@ def test_builds_again_only_what_changed_and_removes_a_stale_library(tree):
     assert result.returncode == 0, result.stderr
     assert "1 of 1 compiled" in result.stdout and _libraries(tree) == ["_C.so"]
     assert "0 of 1 compiled" in _build(tree).stdout
+    (tree / "hidden").mkdir()
+    (tree / "hidden" / "torch.py").write_text("raise ImportError('hidden')\n")
+    result = _build(tree, PYTHONPATH=str(tree / "hidden"))
+    assert "stays as it was built" in result.stderr and _libraries(tree) == ["_C.so"]
     source = tree / "cpp_ext" / "common" / "build_record.cpp"
     source.write_text(source.read_text() + "int broken(\n")
     result = _build(tree)
