@@ -16,7 +16,7 @@ from typing import Any
 from megatron_samoe.config import CheckpointConfig, DataConfig
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.load import LoadedModel, load_model
-from megatron_samoe.inference.request import Request
+from megatron_samoe.inference.request import Request, TokenEvent
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.server.run import Server, ServerOptions, listen
 from megatron_samoe.parallel_state.state import single_process_state
@@ -44,6 +44,24 @@ def save_tiny(folder: Path, experts: str = "samoe", **options: Any) -> Path:
 def load_tiny(folder: Path) -> LoadedModel:
     """Returns the model of `save_tiny`, in this process."""
     return load_model(str(folder), single_process_state())
+
+
+class SlowEngine(Engine):
+    """An engine whose steps take a while, so that a test can act meanwhile."""
+
+    step_s = 0.02
+
+    def step(self) -> list[TokenEvent]:
+        time.sleep(self.step_s)
+        return super().step()
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    """Returns all that comes until the other side closes."""
+    content = b""
+    while piece := connection.recv(4096):
+        content += piece
+    return content
 
 
 def greedy_text(loaded: LoadedModel, prompt: str, max_tokens: int, stop: tuple[str, ...] = ()) -> str:

@@ -23,6 +23,7 @@ from tests.harness.serving import (
     Answer,
     Client,
     RunningServer,
+    SlowEngine,
     greedy_text,
     load_tiny,
     save_tiny,
@@ -47,16 +48,6 @@ def running(loaded: LoadedModel) -> Iterator[RunningServer]:
 @pytest.fixture(scope="module")
 def client(running: RunningServer) -> Client:
     return running.client
-
-
-class SlowEngine(Engine):
-    """An engine whose steps take a while, so that a test can act meanwhile."""
-
-    step_s = 0.02
-
-    def step(self) -> list[TokenEvent]:
-        time.sleep(self.step_s)
-        return super().step()
 
 
 def check_error(answer: Answer, status: int, part: str, **fields: Any) -> dict[str, Any]:
@@ -213,61 +204,6 @@ def test_clients_that_vanish_are_cancelled_and_their_places_freed(loaded: Loaded
         assert client.metric("free_cache_tokens") == free and not engine.has_work
         assert client.metric("generated_tokens_total") < 120
         assert texts(client.complete("Hello", max_tokens=9, temperature=0)) == [greedy_text(loaded, "Hello", 9)]
-
-
-def test_a_client_that_has_ended_its_sending_side_is_answered(client: Client) -> None:
-    body = b'{"prompt": "x", "max_tokens": 3, "temperature": 0, "ignore_eos": true}'
-    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    completion = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
-    for request, part in ((b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"ready"), (completion, b'"length"')):
-        with socket.create_connection((client.host, client.port), timeout=20) as connection:
-            connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
-            content = b""
-            while piece := connection.recv(4096):  # up to the end: nothing more can be asked, so the server closes
-                content += piece
-        assert content.startswith(b"HTTP/1.1 200") and part in content
-    with socket.create_connection((client.host, client.port), timeout=20) as connection:
-        connection.sendall(completion + completion)  # the second waits while the first is answered
-        connection.shutdown(socket.SHUT_WR)
-        content = b""
-        while piece := connection.recv(4096):
-            content += piece
-        assert content.count(b"HTTP/1.1 200") == content.count(b'"length"') == 2
-    with socket.create_connection((client.host, client.port), timeout=20) as connection:
-        connection.sendall(completion[:-9])
-        connection.shutdown(socket.SHUT_WR)
-        assert connection.recv(4096) == b"", "half a body will never be a whole one"
-
-
-def test_slow_senders_are_timed_out(loaded: LoadedModel) -> None:
-    with serving(loaded, body_timeout_s=0.2) as running:
-        connection = socket.create_connection((running.client.host, running.client.port), timeout=20)
-        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        connection.sendall(head.encode() + b"Content-Length: 99\r\n\r\n{")
-        content = b""
-        while piece := connection.recv(4096):  # up to the end: the connection must not stay open
-            content += piece
-        connection.close()
-        assert content.startswith(b"HTTP/1.1 408") and b"did not come within 0.2 s" in content
-
-
-def test_connections_that_send_no_head_are_closed_with_the_reason(loaded: LoadedModel) -> None:
-    with serving(loaded, body_timeout_s=0.3) as running:
-        address = (running.client.host, running.client.port)
-        whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        # Nothing; half a head; a request, and half a head of the next one.
-        for beginning in (b"", whole[:20], whole + whole[:20]):
-            with socket.create_connection(address, timeout=20) as connection:
-                connection.sendall(beginning)
-                content = b""
-                while piece := connection.recv(4096):
-                    content += piece
-            assert content.count(b"HTTP/1.1 200") == beginning.count(whole)
-            assert b"HTTP/1.1 408" in content and b"within 0.3 s" in content
-        # Answers may take longer than heads.
-        with serving(loaded, engine=SlowEngine(loaded), body_timeout_s=0.2) as slow:
-            assert slow.client.complete("x", max_tokens=30, ignore_eos=True).status == 200
 
 
 def test_too_many_requests_at_a_time_are_503(loaded: LoadedModel) -> None:
