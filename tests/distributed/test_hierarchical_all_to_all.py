@@ -33,11 +33,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> str:
-    return nccl_library.build(tmp_path_factory.mktemp("nccl"))
-
-
 def _communicator(library: str, hosts: tuple[int, ...], timeout_s: float = 30.0, fault: str = ""):
     nccl_library.use(library, fault)
     world, rank = dist.get_world_size(), dist.get_rank()

@@ -29,11 +29,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> str:
-    return nccl_library.build(tmp_path_factory.mktemp("nccl"))
-
-
 def _communicator(library: str, timeout_s: float = 30.0, fault: str = ""):
     nccl_library.use(library, fault)
     world = dist.get_world_size()
