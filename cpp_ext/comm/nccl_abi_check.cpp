@@ -30,6 +30,8 @@ SAMOE_SAME_TYPE(recv, ncclRecv, ncclResult_t (*)(void*, size_t, ncclDataType_t, 
 SAMOE_SAME_TYPE(get_version, ncclGetVersion, ncclResult_t (*)(int*));
 SAMOE_SAME_TYPE(get_unique_id, ncclGetUniqueId, ncclResult_t (*)(ncclUniqueId*));
 SAMOE_SAME_TYPE(comm_get_async_error, ncclCommGetAsyncError, ncclResult_t (*)(ncclComm_t, ncclResult_t*));
+SAMOE_SAME_TYPE(comm_finalize, ncclCommFinalize, ncclResult_t (*)(ncclComm_t));
+SAMOE_SAME_TYPE(comm_destroy, ncclCommDestroy, ncclResult_t (*)(ncclComm_t));
 SAMOE_SAME_TYPE(comm_abort, ncclCommAbort, ncclResult_t (*)(ncclComm_t));
 SAMOE_SAME_TYPE(get_error_string, ncclGetErrorString, const char* (*)(ncclResult_t));
 SAMOE_SAME_TYPE(get_last_error, ncclGetLastError, const char* (*)(ncclComm_t));

@@ -2,25 +2,14 @@
 
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
-#include <exception>
 #include <utility>
+
+#include "nccl_wait.h"
 
 namespace samoe {
 namespace comm {
 namespace {
-
-constexpr auto kPoll = std::chrono::microseconds(50);
-constexpr auto kLook = std::chrono::milliseconds(100);
-constexpr double kCloseSeconds = 5;
-constexpr int kYields = 200;  // looks at a call before sleeping between them: enqueueing takes a few microseconds
-
-using Lock = std::lock_guard<std::recursive_mutex>;
-
-std::chrono::steady_clock::duration duration(double seconds) {
-  return std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(seconds));
-}
 
 // The library of the tests has no events: it counts the groups of calls that it has finished.
 class HostMark : public Mark {
@@ -34,16 +23,6 @@ class HostMark : public Mark {
   NcclHandle handle_;
   int64_t groups_;
 };
-
-bool accepted(int result) { return result == kNcclSuccess || result == kNcclInProgress; }
-
-void pause(int* looks) {
-  if (++*looks < kYields) {
-    std::this_thread::yield();
-  } else {
-    std::this_thread::sleep_for(kPoll);
-  }
-}
 
 }  // namespace
 
@@ -59,19 +38,6 @@ NcclAllToAll::NcclAllToAll(const NcclApi* api, int rank, int world, double timeo
   }
 }
 
-NcclAllToAll::~NcclAllToAll() {
-  if (getpid() != owner_pid_) {
-    // A fork has the object, but neither the thread nor the device's events.
-    if (watchdog_.joinable()) watchdog_.detach();
-    new std::deque<Pending>(std::move(pending_));
-    return;
-  }
-  // Abort, not destroy: destroy is collective and would wait for peers that may be gone.
-  abort("the communicator is closed");
-  stop_ = true;
-  if (watchdog_.joinable()) watchdog_.join();
-}
-
 NcclAllToAll::Clock::time_point NcclAllToAll::deadline() const { return Clock::now() + duration(timeout_s_); }
 
 std::string NcclAllToAll::explain(int result, const std::string& call) const {
@@ -79,62 +45,6 @@ std::string NcclAllToAll::explain(int result, const std::string& call) const {
   const char* detail = api_->get_last_error(nullptr);
   if (detail != nullptr && detail[0] != '\0') text += std::string(" (") + detail + ")";
   return text;
-}
-
-// Callers hold the mutex; the watchdog aborts.
-std::string NcclAllToAll::fail(const std::string& reason) {
-  give_up("rank " + std::to_string(rank_) + " of " + std::to_string(world_) + ", exchange " +
-          std::to_string(operation_) + ": " + reason);
-  return error_;
-}
-
-void NcclAllToAll::give_up(const std::string& reason) {
-  abort_asked_ = true;
-  if (error_.empty()) error_ = reason;
-  pending_.clear();
-  enqueueing_ = false;
-  if (handle_ != nullptr) doomed_ = std::exchange(handle_, nullptr);
-}
-
-// Not under the mutex: an abort may wait for the device, and whoever asks for the error must not wait with it.
-void NcclAllToAll::bury() {
-  NcclHandle handle;
-  {
-    Lock lock(mutex_);
-    handle = std::exchange(doomed_, nullptr);
-  }
-  if (handle != nullptr) api_->comm_abort(handle);
-}
-
-void NcclAllToAll::abort(const std::string& reason) {
-  if (getpid() != owner_pid_) return;  // a fork has neither the device nor, perhaps, the mutex
-  abort_asked_ = true;
-  {
-    Lock lock(mutex_);
-    give_up(reason);
-  }
-  bury();
-}
-
-void NcclAllToAll::close() {
-  if (getpid() != owner_pid_) return;
-  // An abort stops rows that are still on their way, this rank's own and those that others wait for.
-  const auto until = Clock::now() + std::min(duration(timeout_s_), duration(kCloseSeconds));
-  try {
-    for (int looks = 0; Clock::now() < until; pause(&looks)) {
-      Lock lock(mutex_);
-      poll();
-      forget_reached();
-      if (!error_.empty() || (!enqueueing_ && pending_.empty())) break;
-    }
-  } catch (const std::exception&) {
-    // The device failed; nothing more will end.
-  }
-  abort("the communicator is closed");
-}
-
-void NcclAllToAll::forget_reached() {
-  while (!pending_.empty() && pending_.front().mark->reached()) pending_.pop_front();
 }
 
 std::string NcclAllToAll::last_error() {
@@ -326,39 +236,6 @@ std::string NcclAllToAll::use_staging(char* memory, int64_t bytes) {
     if (memory != nullptr && api_->comm_register(handle_, memory, static_cast<size_t>(bytes), &registration_) != 0)
       registration_ = nullptr;
     return "";
-  }
-}
-
-void NcclAllToAll::look_after() {
-  try {
-    if (queue_ != nullptr) queue_->enter_thread();
-    watch();
-  } catch (const std::exception& failure) {
-    // A device that failed throws at every question. What it was given last is left to it.
-    abort_asked_ = true;
-    Lock lock(mutex_);
-    if (error_.empty()) error_ = std::string("the device failed: ") + failure.what();
-  }
-}
-
-void NcclAllToAll::watch() {
-  while (!stop_) {
-    std::this_thread::sleep_for(kLook);
-    // A call in progress holds the mutex and polls for itself.
-    if (!mutex_.try_lock()) continue;
-    bool ended;
-    {
-      Lock lock(mutex_, std::adopt_lock);
-      poll();
-      forget_reached();
-      if (!pending_.empty() && Clock::now() >= pending_.front().deadline) {
-        fail("the device did not end the " + pending_.front().what + ", exchange " +
-             std::to_string(pending_.front().exchange) + ", within " +
-             std::to_string(static_cast<int64_t>(timeout_s_ * 1e3)) + " ms");
-      }
-      ended = handle_ == nullptr;
-    }
-    if (ended) return bury();
   }
 }
 

@@ -79,13 +79,14 @@ class NcclAllToAll : public AllToAll {
   std::string use_staging(char* memory, int64_t bytes);
   // Frees the communicator on this rank alone: the others hear of it from NCCL or from their time-out.
   void abort(const std::string& reason) override;
-  // As abort, after what is under way has ended or a few seconds have passed.
+  // Frees the communicator with its peers after what is under way has ended; aborts it where that takes some seconds.
   void close() override;
   std::string last_error() override;
   bool staging_is_registered() const { return registration_ != nullptr; }
 
  private:
   using Clock = std::chrono::steady_clock;
+  using Lock = std::lock_guard<std::recursive_mutex>;
   struct Pending {
     int64_t exchange;
     std::unique_ptr<Mark> mark;
@@ -102,6 +103,7 @@ class NcclAllToAll : public AllToAll {
   std::string fail(const std::string& reason);
   void give_up(const std::string& reason);
   void bury();
+  bool retire(NcclHandle handle, Clock::time_point until);
   void look_after();
   void watch();
   void forget_reached();

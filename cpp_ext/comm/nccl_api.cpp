@@ -38,6 +38,10 @@ std::string fill(void* library, NcclApi* api) {
   if (!complete) return "it lacks a function of NCCL 2.18";
   if (api->get_version(&api->version) != kNcclSuccess) return "ncclGetVersion fails";
   if (api->version < kOldestVersion) return "its version " + std::to_string(api->version) + " is older than 2.18";
+  if (!find(library, "ncclCommFinalize", &api->comm_finalize) ||
+      !find(library, "ncclCommDestroy", &api->comm_destroy)) {
+    api->comm_finalize = nullptr;
+  }
   find(library, "ncclAlltoAll", &api->all_to_all);
   if (!find(library, "ncclCommRegister", &api->comm_register) ||
       !find(library, "ncclCommDeregister", &api->comm_deregister)) {
@@ -86,7 +90,8 @@ NcclConfig nonblocking_config() {
 }
 
 const NcclApi* nccl_api(std::string* why) {
-  static const Search found = search();
+  // Never destroyed: at exit a watchdog may still ask NCCL how it is.
+  static const Search& found = *new Search(search());
   if (why != nullptr) *why = found.why;
   return found.api.get();
 }

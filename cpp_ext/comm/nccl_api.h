@@ -40,6 +40,9 @@ struct NcclApi {
   int (*group_end)();
   int (*send)(const void*, size_t, int, int, NcclHandle, void*);
   int (*recv)(void*, size_t, int, int, NcclHandle, void*);
+  // Null where the library has no such pair, which all of NVIDIA's have.
+  int (*comm_finalize)(NcclHandle);
+  int (*comm_destroy)(NcclHandle);
   // Null where the library is older: 2.28, 2.19.
   int (*all_to_all)(const void*, void*, size_t, int, NcclHandle, void*);
   int (*comm_register)(NcclHandle, void*, size_t, void**);

@@ -109,9 +109,9 @@ def _random_exchanges(library: str, hosts: tuple[int, ...], num_exchanges: int) 
             ours = round_trip(group, torch.float32, num_chunks)
             for y, expected in zip(ours, round_trip(replace(group, exchange=None), torch.float32, None), strict=True):
                 torch.testing.assert_close(y, expected)
-        registered = nccl_library.count(library, "registered")
+        registered = nccl_library.count(library, "ncclCommRegister")
         # Where the memory between hops has grown, what it was before is registered no more.
-        assert nccl_library.count(library, "registered no more") == registered - 1
+        assert nccl_library.count(library, "ncclCommDeregister") == registered - 1
         dist.barrier()
     return registered
 

@@ -15,8 +15,7 @@ import torch.distributed as dist
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.all_to_all import all_to_all_rows, exchange_counts
-from megatron_samoe.ops.nccl_communicator import create_nccl_communicator, nccl_problem
-from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.ops.nccl_communicator import nccl_problem
 from tests.distributed.test_overlapped_dispatch import round_trip
 from tests.harness import nccl_library
 from tests.harness.mortal_ranks import run_mortal_ranks
@@ -29,18 +28,11 @@ pytestmark = [
 ]
 
 
-def _communicator(library: str, timeout_s: float = 30.0, fault: str = ""):
-    nccl_library.use(library, fault)
-    world = dist.get_world_size()
-    group = Group("ep", tuple(range(world)), dist.get_rank(), dist.group.WORLD)
-    return create_nccl_communicator(group, timeout_s, "cpu")
-
-
 def _random_exchanges(library: str, num_exchanges: int) -> str:
     generator = torch.Generator().manual_seed(11)
     world, rank = dist.get_world_size(), dist.get_rank()
     dtypes = (torch.float32, torch.int64, torch.bfloat16, torch.uint8)
-    with _communicator(library) as communicator:
+    with nccl_library.communicator(library) as communicator:
         for exchange in range(num_exchanges):
             rows_WW = torch.randint(0, 400, (world, world), generator=generator)
             if exchange % 3 == 0:
@@ -63,7 +55,7 @@ def test_equals_gloo(library, world_size):
 
 def _even(library: str) -> tuple[int, int]:
     world, rank = dist.get_world_size(), dist.get_rank()
-    with _communicator(library) as communicator:
+    with nccl_library.communicator(library) as communicator:
         for columns in (1, 5, 0):
             x = torch.arange(world * 3 * columns).view(world * 3, columns) * (rank + 1)
             expected = torch.cat([x[rank * 3 : rank * 3 + 3] // (rank + 1) * (r + 1) for r in range(world)])
@@ -93,7 +85,7 @@ def test_one_old_library_is_enough_for_sends_and_receives(library, tmp_path):
 def _in_the_background(library: str) -> int:
     world = dist.get_world_size()
     threads = len(os.listdir("/proc/self/task"))
-    with _communicator(library) as communicator:
+    with nccl_library.communicator(library) as communicator:
         more_threads = len(os.listdir("/proc/self/task")) - threads
         tensors = [torch.randn(world * 500 * (i + 1), 64) for i in range(5)]
         splits = [[500 * (i + 1)] * world for i in range(5)]
@@ -121,7 +113,7 @@ def test_exchanges_in_the_background_take_no_thread_of_their_own(library):
 
 
 def _error_in_the_background(library: str, fault: str) -> list[str]:
-    communicator = _communicator(library, 0.7, fault)
+    communicator = nccl_library.communicator(library, 0.7, fault)
     x = torch.ones(100, 8)
     messages = []
     try:
@@ -146,7 +138,7 @@ def test_an_exchange_that_fails_in_the_background_fails_where_it_is_waited_for(l
 
 
 def _parts_and_whole(library: str) -> None:
-    with _communicator(library) as communicator:
+    with nccl_library.communicator(library) as communicator:
         group = replace(communicator.group, exchange=communicator)
         whole = round_trip(group, torch.float32, None)
         for num_chunks in (1, 3, 4):
@@ -162,7 +154,7 @@ def test_a_dispatch_in_parts_equals_one_in_one(library):
 
 def test_the_device_is_asked_in_the_right_order(library, tmp_path):
     folder, program = nccl_library.ROOT / "cpp_ext", str(tmp_path / "check")
-    sources = ["testing/check_nccl.cpp", "comm/nccl_all_to_all.cpp", "comm/nccl_api.cpp"]
+    sources = ["testing/check_nccl.cpp", "comm/nccl_all_to_all.cpp", "comm/nccl_end.cpp", "comm/nccl_api.cpp"]
     subprocess.run(
         ["g++", "-std=c++17", "-pthread", *(str(folder / source) for source in sources), "-ldl", "-o", program],
         check=True,
@@ -176,7 +168,7 @@ def _gradient(library: str) -> None:
     rank = dist.get_rank()
     rows_WW = torch.tensor([[2, 0], [1, 4]])
     send, receive = rows_WW[rank].tolist(), rows_WW[:, rank].tolist()
-    with _communicator(library) as communicator:
+    with nccl_library.communicator(library) as communicator:
         x = torch.randn(sum(send), 4, requires_grad=True)
         y = all_to_all_rows(x, send, receive, replace(communicator.group, exchange=communicator))
         (dx,) = torch.autograd.grad(y, x, y.detach())
@@ -192,7 +184,7 @@ def test_the_gradient_takes_the_way_back(library):
 def _with_fault(library: str, fault: str, timeout_s: float) -> tuple[str, float, bool]:
     """The error's text, how long it took, and whether the communicator then repeats its reason."""
     world = dist.get_world_size()
-    communicator = _communicator(library, timeout_s, fault)
+    communicator = nccl_library.communicator(library, timeout_s, fault)
     x, rows = torch.ones(world * 50, 8), [50] * world
     for _ in range(10):
         start = time.monotonic()
@@ -233,7 +225,7 @@ def test_a_rank_that_dies_is_an_error_on_the_others(library, tmp_path):
 
 
 def _mismatch(library: str) -> str:
-    communicator = _communicator(library, 10.0)
+    communicator = nccl_library.communicator(library, 10.0)
     receive = [1, 1] if dist.get_rank() == 0 else [3, 1]
     try:
         communicator.exchange(torch.ones(2, 4), [1, 1], receive)
@@ -251,7 +243,7 @@ def test_ranks_that_disagree_about_splits_are_told(library, tmp_path):
 
 def _abort_and_close(library: str) -> list[str]:
     messages = []
-    communicator = _communicator(library)
+    communicator = nccl_library.communicator(library)
     dist.barrier()
     communicator.abort("loss is not a number")
     for _ in range(2):
@@ -267,22 +259,8 @@ def test_abort_and_close(library):
         assert "loss is not a number" in aborted and "is closed" in closed
 
 
-def _many(library: str) -> int:
-    descriptors = []
-    for _ in range(8):
-        with _communicator(library) as communicator:
-            communicator.exchange(torch.ones(2, 1), [1, 1], [1, 1])
-            dist.barrier()
-        descriptors.append(len(os.listdir("/proc/self/fd")))
-    return descriptors[-1] - descriptors[1]
-
-
-def test_nothing_leaks(library):
-    assert max(run_ranks(_many, 2, library)) <= 0
-
-
 def _no_library(path: str) -> tuple[bool, str]:
-    return _communicator(path) is None, nccl_problem()
+    return nccl_library.communicator(path) is None, nccl_problem()
 
 
 def test_without_nccl_all_fall_back_and_the_search_is_told(tmp_path):
@@ -292,7 +270,7 @@ def test_without_nccl_all_fall_back_and_the_search_is_told(tmp_path):
 
 
 def _wrong_library(path: str) -> str:
-    assert _communicator(path) is None
+    assert nccl_library.communicator(path) is None
     return nccl_problem()
 
 

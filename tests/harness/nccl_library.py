@@ -7,6 +7,11 @@ import os
 import subprocess
 from pathlib import Path
 
+import torch.distributed as dist
+
+from megatron_samoe.ops.nccl_communicator import NcclCommunicator, create_nccl_communicator
+from megatron_samoe.parallel_state.state import Group
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -19,11 +24,18 @@ def build(folder: Path, *options: str) -> str:
 
 
 def use(library: str, fault: str = "") -> None:
-    """Makes this process take the library for NCCL; a fault is RANK:GROUP OF CALLS:KIND."""
+    """Makes this process take the library for NCCL; a fault is RANK:GROUP OF CALLS:KIND (fake_nccl.cpp has the kinds)."""
     os.environ["MEGATRON_SAMOE_NCCL_LIB"] = library
     os.environ.pop("FAKE_NCCL_FAULT", None)
     if fault:
         os.environ["FAKE_NCCL_FAULT"] = fault
+
+
+def communicator(library: str, timeout_s: float = 30.0, fault: str = "") -> NcclCommunicator | None:
+    """Returns a communicator of all ranks over the library."""
+    use(library, fault)
+    group = Group("ep", tuple(range(dist.get_world_size())), dist.get_rank(), dist.group.WORLD)
+    return create_nccl_communicator(group, timeout_s, "cpu")
 
 
 def count(library: str, what: str) -> int:
