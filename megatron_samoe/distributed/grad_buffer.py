@@ -66,6 +66,7 @@ class GradBuffer:
         self.overlap = overlap and group is not None and group.size > 1
         self._arrivals: dict[str, int] = {}
         self._num_micro_batches = 0
+        self._starts_early = self.overlap
         self._started: tuple[dist.Work | None, Tensor | None] | None = None
         self.shared_out = shared_out and group is not None and group.size > 1
         first = next(iter(parameters.values()))
@@ -88,11 +89,12 @@ class GradBuffer:
             p.register_post_accumulate_grad_hook(partial(self._arrived, name))
             start = stop
 
-    def zero(self, num_micro_batches: int) -> None:
-        """Clears the gradients for a step of so many micro-batches."""
+    def zero(self, num_micro_batches: int, overlap: bool = True) -> None:
+        """Clears the gradients for a step of so many micro-batches; without overlap `reduce` alone reduces them."""
         assert self._started is None
         self.flat.zero_()
         self._num_micro_batches = num_micro_batches
+        self._starts_early = self.overlap and overlap
         self._arrivals = dict.fromkeys(self.parameters, 0)
 
     def _arrived(self, name: str, parameter: Tensor) -> None:
@@ -100,7 +102,7 @@ class GradBuffer:
         if parameter.grad is not None:  # else an op has added to the main gradient itself
             parameter.main_grad += parameter.grad  # type: ignore[attr-defined]
             parameter.grad = None
-        if not self.overlap:
+        if not self._starts_early:
             return
         self._arrivals[name] += 1
         if all(count == self._num_micro_batches for count in self._arrivals.values()):
@@ -185,10 +187,14 @@ class GradBuffers:
         self.parameters = {name: p for buffer in self.buffers for name, p in buffer.parameters.items()}
         self.pieces = [piece for buffer in self.buffers for piece in buffer.pieces(state)]
 
-    def zero(self, num_micro_batches: int = 1) -> None:
-        """Clears all gradients for a step of so many micro-batches."""
+    def zero(self, num_micro_batches: int = 1, overlap: bool = True) -> None:
+        """Clears all gradients for a step of so many micro-batches.
+
+        Args:
+            overlap: whether buffers that may be reduced early are; else all hold this rank's gradients until `reduce`.
+        """
         for buffer in self.buffers:
-            buffer.zero(num_micro_batches)
+            buffer.zero(num_micro_batches, overlap)
 
     def reduce(self) -> None:
         """Sums each buffer over its group. Losses are divided by global token counts, so no averaging follows."""

@@ -81,14 +81,15 @@ def compute_gradients(
 
     Args:
         batches: this rank's micro-batches of the step.
-        observe: called after the last backward pass, before this rank's gradients are completed and reduced.
+        observe: called after the last backward pass, before this rank's gradients are completed and reduced; nothing is
+            reduced early in its step.
 
     Returns:
         The mean loss per predicted token, the number of these tokens, and the routing.
     """
     model, scale = setup.model, state.loss_scale.value
     num_tokens = _num_loss_tokens(setup, batches)
-    setup.buffers.zero(len(batches))
+    setup.buffers.zero(len(batches), overlap=observe is None)
     model.begin_step()
     loss_sum = torch.zeros((), dtype=torch.float64, device=setup.parallel.device)
 

@@ -12,6 +12,7 @@ from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import model_state
+from megatron_samoe.training.moe_diagnostics import expert_grad_norms
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients, train_step
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
@@ -71,7 +72,8 @@ def train(
     config: PretrainConfig, dtype: torch.dtype = torch.float32, steps: int = 5, device: torch.device | str = "cpu",
     exchange: Literal["torch", "extension"] = "torch",
 ) -> dict[str, Any]:  # fmt: skip
-    """Returns the losses and norms of a few steps, the first step's gradients and the last weights, all whole.
+    """Returns the losses and norms of a few steps, the first step's gradients, the last step's norms of each expert's
+    gradient (zeros where none are kept) and the last weights, all whole.
 
     Args:
         exchange: what tokens travel through between expert-parallel ranks.
@@ -84,13 +86,24 @@ def train(
     pieces = {p.name: sharded(p.grad, p.spec, parallel, p.part) for p in setup.buffers.pieces}
     gradients = gather_global(pieces, parallel)
     losses, norms, balance = [], [], []
+    expert_norms = torch.zeros(())
+
+    def observe() -> None:
+        nonlocal expert_norms
+        kept = expert_grad_norms(setup, state.loss_scale.value) if setup.model.num_moe_layers else None
+        expert_norms = expert_norms if kept is None else kept.cpu()
+
     for step in range(steps):
-        result, state = train_step(setup, state, micro_batches(setup, step))
+        last = step + 1 == steps
+        result, state = train_step(setup, state, micro_batches(setup, step), observe if last else None)
         losses.append(result.lm_loss)
         norms.append(result.grad_norm)
         balance.append(result.routing.load_balance_loss if result.routing else 0.0)
     weights = gather_global(model_state(setup.model), parallel)
-    return {"losses": losses, "norms": norms, "balance": balance, "gradients": gradients, "weights": weights}
+    return {
+        "losses": losses, "norms": norms, "balance": balance, "gradients": gradients, "expert_norms": expert_norms,
+        "weights": weights,
+    }  # fmt: skip
 
 
 def layout_config(layout: str, model: str) -> PretrainConfig:
@@ -109,6 +122,7 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], rtol: float) -
     """Compares what `train` returned, but for the weights' values."""
     for key in ("losses", "norms", "balance"):
         torch.testing.assert_close(torch.tensor(actual[key]), torch.tensor(expected[key]), rtol=rtol, atol=0.0)
+    torch.testing.assert_close(actual["expert_norms"], expected["expert_norms"], rtol=10 * rtol, atol=0.0)
     assert actual["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
         scale = gradient.abs().max().item()

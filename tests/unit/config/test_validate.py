@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_samoe.config import PretrainConfig, derived
+from megatron_samoe.config.cli import from_mapping, read_yaml
 from megatron_samoe.config.rules import layout, model, numbers, pipeline, run, without_effect
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError, ConfigErrors
@@ -17,6 +19,7 @@ from tests.harness.tiny import with_options
 
 #: Modules of rules.
 KINDS = (layout, model, numbers, pipeline, run, without_effect)
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples/configs"
 VALID = with_options(PretrainConfig(), mock_data=True)
 MOE = {"expert_layout": "moe"}
 SAMOE = {"expert_layout": "samoe"}
@@ -198,6 +201,12 @@ def test_every_error_of_every_rule_is_raised_by_a_case_above(monkeypatch: pytest
 )
 def test_legal_configurations_pass(options: dict[str, Any], world_size: int) -> None:
     assert errors_of(options, world_size) == []
+
+
+@pytest.mark.parametrize("name", ["quickstart", "samoe_tiny"])
+def test_small_examples_can_be_shortened(name: str) -> None:
+    config = from_mapping(read_yaml(EXAMPLES / f"{name}.yaml"), name)
+    validate(with_options(config, train_iters=5, data_path=("x",), tokenizer_model="x.model"), 2)
 
 
 def test_all_broken_rules_are_reported_together() -> None:
