@@ -2,6 +2,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_grouped_mm.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
@@ -105,18 +106,17 @@ class Experts {
     return y;
   }
 
-  // grad[e] += d_e^T x_e, the product in the type of x.
+  // grad[e] += d_e^T x_e in fp32, whatever the type of the rows. Torch's grouped product would round each to bf16 first.
   void add_outer_products(const Tensor& grad_eMK, const Tensor& d_RM, const Tensor& x_RK) const {
-    if (grouped_ && is_aligned(d_RM) && is_aligned(x_RK)) {
-      grad_eMK.add_(at::_grouped_mm(d_RM.t(), x_RK, ends_));
-      return;
-    }
     for_each_expert([&](int64_t e, int64_t begin, int64_t n) {
-      const Tensor grad = grad_eMK.select(0, e), d_t = d_RM.narrow(0, begin, n).t(), x_e = x_RK.narrow(0, begin, n);
+      Tensor grad = grad_eMK.select(0, e);
+      const Tensor d_t = d_RM.narrow(0, begin, n).t(), x_e = x_RK.narrow(0, begin, n);
       if (layer_.dtype == DType::f32) {
         grad.addmm_(d_t, x_e);
-      } else {
-        grad.add_(d_t.mm(x_e));
+      } else if (grad.is_cuda()) {
+        at::addmm_out(grad, grad, d_t, x_e, at::kFloat);
+      } else {  // the emulation: torch has that product on CUDA alone
+        grad.addmm_(d_t.to(at::kFloat), x_e.to(at::kFloat));
       }
     });
   }

@@ -27,6 +27,7 @@ using samoe::comm::Message;
 using samoe::comm::nccl_api;
 using samoe::comm::NcclAllToAll;
 using samoe::comm::NcclApi;
+using samoe::comm::Progress;
 
 class EventMark : public samoe::comm::Mark {
  public:
@@ -150,11 +151,30 @@ std::tuple<int64_t, std::string> nccl_start_hops(int64_t handle, const Tensor& i
   return {nccl->last_started(), problem.empty() ? "pending" : problem};
 }
 
-// Makes NCCL know memory that exchanges in two hops will use from now on, and forget what they used before.
-std::string nccl_use_staging(int64_t handle, const Tensor& staging) {
+std::string state_of(NcclAllToAll& nccl, Progress progress) {
+  return progress == Progress::failed ? nccl.last_error() : progress == Progress::pending ? "pending" : "";
+}
+
+// Makes NCCL know memory that exchanges in two hops will use from now on, and forget what they used before, which may
+// take a while; a state as of all_to_all_finish.
+std::string nccl_use_staging(int64_t handle, const Tensor& staging, double seconds) {
   const c10::OptionalDeviceGuard guard(samoe::find_communicator(handle).device);
-  return samoe::find_transport<NcclAllToAll>(handle)->use_staging(static_cast<char*>(staging.data_ptr()),
-                                                                  static_cast<int64_t>(staging.nbytes()));
+  const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
+  return state_of(*nccl, nccl->use_staging(static_cast<char*>(staging.data_ptr()),
+                                           static_cast<int64_t>(staging.nbytes()), seconds));
+}
+
+// Waits until NCCL has taken what was started; a state as of all_to_all_finish.
+std::string nccl_enqueue(int64_t handle, double seconds) {
+  const c10::OptionalDeviceGuard guard(samoe::find_communicator(handle).device);
+  const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
+  return state_of(*nccl, nccl->finish_enqueueing(seconds));
+}
+
+std::tuple<int64_t, int64_t, std::string> nccl_position(int64_t handle) {
+  const c10::OptionalDeviceGuard guard(samoe::find_communicator(handle).device);
+  const samoe::comm::Position position = samoe::find_transport<NcclAllToAll>(handle)->position();
+  return {position.started, position.waiting, position.error};
 }
 
 }  // namespace
@@ -167,7 +187,9 @@ TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
   m.def(
       "nccl_start_hops(int handle, Tensor input, Tensor(a!) output, Tensor(b!) staging, int[] first_sends,"
       " int[] first_receives, int[] second_sends, int[] second_receives) -> (int exchange, str state)");
-  m.def("nccl_use_staging(int handle, Tensor staging) -> str");
+  m.def("nccl_use_staging(int handle, Tensor staging, float seconds) -> str");
+  m.def("nccl_enqueue(int handle, float seconds) -> str", nccl_enqueue);
+  m.def("nccl_position(int handle) -> (int started, int waiting, str error)", nccl_position);
 }
 
 #define SAMOE_FOR_DEVICE(device)                          \

@@ -58,7 +58,10 @@ std::string NcclAllToAll::connect(const std::vector<std::string>& addresses) {
   Lock lock(mutex_);
   NcclUniqueId id;
   const std::string digits = addresses.empty() || addresses[0].empty() ? "" : addresses[0].substr(1);
-  if (digits.size() != 2 * sizeof id.internal) return fail("ncclGetUniqueId fails on the first rank");
+  if (digits.size() != 2 * sizeof id.internal) {
+    fail("ncclGetUniqueId fails on the first rank");
+    return error_;
+  }
   for (size_t i = 0; i < sizeof id.internal; ++i)
     id.internal[i] = static_cast<char>(std::stoi(digits.substr(2 * i, 2), nullptr, 16));
   has_all_to_all_ = true;
@@ -67,7 +70,8 @@ std::string NcclAllToAll::connect(const std::vector<std::string>& addresses) {
   const int result = api_->comm_init_rank_config(&handle_, world_, id, rank_, &config);
   if (!accepted(result)) {
     handle_ = nullptr;
-    return fail(explain(result, "ncclCommInitRankConfig"));
+    fail(explain(result, "ncclCommInitRankConfig"));
+    return error_;
   }
   enqueueing_ = true;
   enqueueing_what_ = "ncclCommInitRankConfig";
@@ -95,42 +99,52 @@ void NcclAllToAll::poll() {
   }
 }
 
-// Waits until NCCL takes the next call.
-std::string NcclAllToAll::settle() {
-  for (int looks = 0;; pause(&looks)) {
+// Gives NCCL what waits for its turn, as far as it takes it now.
+void NcclAllToAll::advance() {
+  poll();
+  while (handle_ != nullptr && !enqueueing_ && !turns_.empty()) {
+    const std::function<void()> turn = std::move(turns_.front());
+    turns_.pop_front();
+    turn();
     poll();
-    if (handle_ == nullptr) return error_;
-    if (!enqueueing_) return "";
-    if (abort_asked_) return fail(enqueueing_what_ + " was given up by this rank");
   }
 }
 
-// Gives NCCL a group of calls; returns an empty string, or why it failed.
-template <typename Calls>
-std::string NcclAllToAll::enqueue(const std::string& what, const Calls& calls) {
+// Gives NCCL a group of calls.
+void NcclAllToAll::enqueue(const std::string& what, const std::function<std::string()>& calls) {
   int result = api_->group_start();
-  if (result != kNcclSuccess) return fail(explain(result, "ncclGroupStart"));
+  if (result != kNcclSuccess) {
+    fail(explain(result, "ncclGroupStart"));
+    return;
+  }
   std::string problem = calls();
   // A group that was opened is closed even after an error: an open group would swallow the thread's next calls.
   result = api_->group_end();
   if (problem.empty() && !accepted(result)) problem = explain(result, "ncclGroupEnd");
-  if (!problem.empty()) return fail(problem);
+  if (!problem.empty()) {
+    fail(problem);
+    return;
+  }
   ++groups_;
   enqueueing_ = true;
   enqueueing_what_ = what;
   enqueueing_deadline_ = deadline();
-  return "";
 }
 
-// Begins the next exchange in the exchange's stream, or says why it cannot begin.
-std::string NcclAllToAll::may_start() {
+// Begins the next exchange, each of whose groups waits for NCCL to have taken the one before; returns an empty string,
+// or why it cannot begin.
+std::string NcclAllToAll::start_groups(std::vector<CallGroup> groups) {
   if (getpid() != owner_pid_) return "the communicator belongs to the process that made it, not to its fork";
+  Lock lock(mutex_);
   if (handle_ == nullptr) return error_.empty() ? "the communicator is not connected" : error_;
-  const std::string problem = settle();
-  if (!problem.empty()) return problem;
-  ++operation_;
+  const int64_t exchange = ++operation_;
   if (queue_ != nullptr) queue_->follow_caller();
-  return "";
+  const std::string what = groups.empty() ? "empty all-to-all" : groups.back().what;
+  for (CallGroup& group : groups)
+    turns_.push_back([this, group = std::move(group)] { enqueue(group.what, group.calls); });
+  turns_.push_back([this, exchange, what] { pending_.push_back({exchange, mark(), deadline(), what}); });
+  advance();
+  return error_;
 }
 
 std::string NcclAllToAll::start(const char* input, char* output, const std::vector<Part>& send,
@@ -150,93 +164,99 @@ std::string NcclAllToAll::start_even(const char* input, char* output, int64_t by
     for (int peer = 0; peer < world_; ++peer) parts.push_back({peer * bytes, bytes});
     return start(input, output, parts, parts);
   }
-  Lock lock(mutex_);
-  std::string problem = may_start();
-  if (!problem.empty()) return problem;
   const std::string what = "ncclAlltoAll of " + std::to_string(bytes) + " bytes for each rank";
-  problem = enqueue(what, [&] {
-    void* stream = queue_ != nullptr ? queue_->stream() : nullptr;
-    const int result = api_->all_to_all(input, output, static_cast<size_t>(bytes), kNcclUint8, handle_, stream);
-    return accepted(result) ? "" : explain(result, what);
-  });
-  if (problem.empty()) problem = settle();
-  if (problem.empty()) pending_.push_back({operation_, mark(), deadline(), what});
-  return problem;
+  return start_groups({{what, [this, input, output, bytes, what] {
+                          const int result = api_->all_to_all(input, output, static_cast<size_t>(bytes), kNcclUint8,
+                                                              handle_, stream());
+                          return accepted(result) ? "" : explain(result, what);
+                        }}});
+}
+
+std::string NcclAllToAll::send_and_receive(const Hop& hop) {
+  for (const Message& message : hop.sends) {
+    if (message.bytes == 0) continue;
+    const int result =
+        api_->send(message.data, static_cast<size_t>(message.bytes), kNcclUint8, message.peer, handle_, stream());
+    if (!accepted(result)) {
+      return explain(result, "ncclSend of " + std::to_string(message.bytes) + " bytes to rank " +
+                                 std::to_string(message.peer));
+    }
+  }
+  for (const Message& message : hop.receives) {
+    if (message.bytes == 0) continue;
+    const int result =
+        api_->recv(message.data, static_cast<size_t>(message.bytes), kNcclUint8, message.peer, handle_, stream());
+    if (!accepted(result)) {
+      return explain(result, "ncclRecv of " + std::to_string(message.bytes) + " bytes from rank " +
+                                 std::to_string(message.peer));
+    }
+  }
+  return "";
 }
 
 std::string NcclAllToAll::start_hops(const std::vector<Hop>& hops) {
-  Lock lock(mutex_);
-  std::string problem = may_start();
-  std::string what;
+  std::vector<CallGroup> groups;
   for (const Hop& hop : hops) {
-    if (!problem.empty()) return problem;
     int64_t sent = 0, received = 0;
     for (const Message& message : hop.sends) sent += message.bytes;
     for (const Message& message : hop.receives) received += message.bytes;
     if (sent + received == 0) continue;
-    what = "all-to-all of " + std::to_string(sent) + " bytes sent and " + std::to_string(received) + " received";
-    problem = enqueue(what, [&]() -> std::string {
-      void* stream = queue_ != nullptr ? queue_->stream() : nullptr;
-      for (const Message& message : hop.sends) {
-        if (message.bytes == 0) continue;
-        const int result = api_->send(message.data, static_cast<size_t>(message.bytes), kNcclUint8, message.peer,
-                                      handle_, stream);
-        if (!accepted(result)) {
-          return explain(result, "ncclSend of " + std::to_string(message.bytes) + " bytes to rank " +
-                                     std::to_string(message.peer));
-        }
-      }
-      for (const Message& message : hop.receives) {
-        if (message.bytes == 0) continue;
-        const int result = api_->recv(message.data, static_cast<size_t>(message.bytes), kNcclUint8, message.peer,
-                                      handle_, stream);
-        if (!accepted(result)) {
-          return explain(result, "ncclRecv of " + std::to_string(message.bytes) + " bytes from rank " +
-                                     std::to_string(message.peer));
-        }
-      }
-      return "";
-    });
-    if (problem.empty()) problem = settle();
+    groups.push_back({"all-to-all of " + std::to_string(sent) + " bytes sent and " + std::to_string(received) +
+                          " received",
+                      [this, hop] { return send_and_receive(hop); }});
   }
-  if (problem.empty()) pending_.push_back({operation_, mark(), deadline(), what});
-  return problem;
+  return start_groups(std::move(groups));
 }
 
-Progress NcclAllToAll::finish(int64_t exchange, double seconds) {
+// Looks until `done`, under the mutex, for up to so many seconds.
+template <typename Done>
+Progress NcclAllToAll::look_until(double seconds, const Done& done) {
   const auto until = Clock::now() + duration(seconds);
   for (int looks = 0;; pause(&looks)) {
     {
       Lock lock(mutex_);
-      poll();
+      advance();
       if (!error_.empty()) return Progress::failed;
-      if (!enqueueing_) {
-        // An exchange that is not among those under way has been done.
-        bool led = true;
-        for (Pending& pending : pending_) {
-          if (pending.exchange == exchange) led = pending.mark->lead_caller();
-        }
-        if (led) return Progress::done;
-      }
+      if (!enqueueing_ && turns_.empty() && done()) return Progress::done;
     }
     if (Clock::now() >= until) return Progress::pending;
   }
 }
 
-std::string NcclAllToAll::use_staging(char* memory, int64_t bytes) {
-  for (int looks = 0;; pause(&looks)) {
-    Lock lock(mutex_);
-    poll();
-    if (!error_.empty()) return error_;
+Progress NcclAllToAll::finish_enqueueing(double seconds) {
+  return look_until(seconds, [] { return true; });
+}
+
+Progress NcclAllToAll::finish(int64_t exchange, double seconds) {
+  return look_until(seconds, [&] {
+    // An exchange that is not among those under way has been done.
+    bool led = true;
+    for (Pending& pending : pending_) {
+      if (pending.exchange == exchange) led = pending.mark->lead_caller();
+    }
+    return led;
+  });
+}
+
+Progress NcclAllToAll::use_staging(char* memory, int64_t bytes, double seconds) {
+  return look_until(seconds, [&] {
     forget_reached();
-    if (enqueueing_ || !pending_.empty()) continue;
-    if (api_->comm_register == nullptr) return "";
+    if (!pending_.empty()) return false;
+    if (api_->comm_register == nullptr) return true;
     if (registration_ != nullptr) api_->comm_deregister(handle_, std::exchange(registration_, nullptr));
     // What cannot be registered is exchanged all the same.
     if (memory != nullptr && api_->comm_register(handle_, memory, static_cast<size_t>(bytes), &registration_) != 0)
       registration_ = nullptr;
-    return "";
-  }
+    return true;
+  });
+}
+
+Position NcclAllToAll::position() {
+  Lock lock(mutex_);
+  if (error_.empty()) forget_reached();
+  const int64_t started = operation_;
+  if (!pending_.empty()) return {started, pending_.front().exchange, error_};
+  return {started, enqueueing_ || !turns_.empty() ? started : -1, error_};
 }
 
 }  // namespace comm

@@ -11,6 +11,7 @@
 #include <chrono>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -56,6 +57,13 @@ struct Hop {
   std::vector<Message> sends, receives;
 };
 
+// How far a communicator is: the exchange that was started last, the one that is waited for (0 while it connects, -1 for
+// none), and why it failed.
+struct Position {
+  int64_t started, waiting;
+  std::string error;
+};
+
 class NcclAllToAll : public AllToAll {
  public:
   // queue: null for the library of the tests, which has no streams.
@@ -65,18 +73,21 @@ class NcclAllToAll : public AllToAll {
   std::string address() const override;
   // Joins on the current device.
   std::string connect(const std::vector<std::string>& addresses) override;
-  // Several exchanges may be on their way; the device does them in the order of their start.
+  // Several exchanges may be on their way; the device does them in the order of their start. NCCL takes an exchange as
+  // soon as it has taken the one before, which finish_enqueueing waits for: the first with a peer connects to it.
   std::string start(const char* input, char* output, const std::vector<Part>& send,
                     const std::vector<Part>& recv) override;
   // An exchange of which every rank knows that all its parts have so many bytes: ncclAlltoAll where all ranks have it.
   std::string start_even(const char* input, char* output, int64_t bytes);
   // An exchange in several hops, each of which sends what the one before it brought.
   std::string start_hops(const std::vector<Hop>& hops);
+  Progress finish_enqueueing(double seconds);
   int64_t last_started() const override { return operation_; }
   Progress finish(int64_t exchange, double seconds) override;
   // Registers the memory between hops with NCCL, where that can be done, in place of the memory before it, whose
-  // exchanges it waits for. Returns an empty string, or why they did not end.
-  std::string use_staging(char* memory, int64_t bytes);
+  // exchanges it waits for.
+  Progress use_staging(char* memory, int64_t bytes, double seconds);
+  Position position();
   // Frees the communicator on this rank alone: the others hear of it from NCCL or from their time-out.
   void abort(const std::string& reason) override;
   // Frees the communicator with its peers after what is under way has ended; aborts it where that takes some seconds.
@@ -94,13 +105,22 @@ class NcclAllToAll : public AllToAll {
     std::string what;
   };
 
-  std::string may_start();
-  template <typename Calls>
-  std::string enqueue(const std::string& what, const Calls& calls);
+  // Calls that NCCL is given together.
+  struct CallGroup {
+    std::string what;
+    std::function<std::string()> calls;  // returns an empty string, or why one failed
+  };
+
+  std::string start_groups(std::vector<CallGroup> groups);
+  std::string send_and_receive(const Hop& hop);
+  void enqueue(const std::string& what, const std::function<std::string()>& calls);
+  void advance();
   void poll();
-  std::string settle();
+  template <typename Done>
+  Progress look_until(double seconds, const Done& done);
+  void* stream() const { return queue_ != nullptr ? queue_->stream() : nullptr; }
   std::unique_ptr<Mark> mark();
-  std::string fail(const std::string& reason);
+  void fail(const std::string& reason);
   void give_up(const std::string& reason);
   void bury();
   bool retire(NcclHandle handle, Clock::time_point until);
@@ -117,17 +137,18 @@ class NcclAllToAll : public AllToAll {
   bool has_all_to_all_ = false;
   NcclHandle handle_ = nullptr;
   NcclHandle doomed_ = nullptr;  // given up, not yet aborted
-  int64_t operation_ = 0, groups_ = 0;
+  std::atomic<int64_t> operation_{0};
+  int64_t groups_ = 0;
   // The call that NCCL is still working on: what it is, and until when.
   bool enqueueing_ = false;
   std::string enqueueing_what_;
   Clock::time_point enqueueing_deadline_;
+  std::deque<std::function<void()>> turns_;  // what follows it: groups of calls, and marks behind them
   void* registration_ = nullptr;
   std::string error_;
   std::deque<Pending> pending_;  // exchanges that the device has been given, in their order
   std::recursive_mutex mutex_;
   std::atomic<bool> stop_{false};
-  std::atomic<bool> abort_asked_{false};  // lets a call that polls give way to an abort from another thread
   std::thread watchdog_;
 };
 

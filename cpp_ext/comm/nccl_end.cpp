@@ -32,15 +32,14 @@ NcclAllToAll::~NcclAllToAll() {
 }
 
 // Callers hold the mutex; the watchdog aborts.
-std::string NcclAllToAll::fail(const std::string& reason) {
+void NcclAllToAll::fail(const std::string& reason) {
   give_up("rank " + std::to_string(rank_) + " of " + std::to_string(world_) + ", exchange " +
           std::to_string(operation_) + ": " + reason);
-  return error_;
 }
 
 void NcclAllToAll::give_up(const std::string& reason) {
-  abort_asked_ = true;
   if (error_.empty()) error_ = reason;
+  turns_.clear();
   pending_.clear();
   enqueueing_ = false;
   if (handle_ != nullptr) doomed_ = std::exchange(handle_, nullptr);
@@ -58,7 +57,6 @@ void NcclAllToAll::bury() {
 
 void NcclAllToAll::abort(const std::string& reason) {
   if (getpid() != owner_pid_) return;  // a fork has neither the device nor, perhaps, the mutex
-  abort_asked_ = true;
   {
     Lock lock(mutex_);
     give_up(reason);
@@ -91,10 +89,10 @@ void NcclAllToAll::close() {
     // An abort stops rows that are still on their way, this rank's own and those that others wait for.
     for (int looks = 0; Clock::now() < until; pause(&looks)) {
       Lock lock(mutex_);
-      poll();
+      advance();
       forget_reached();
       if (!error_.empty()) break;
-      if (enqueueing_ || !pending_.empty()) continue;
+      if (enqueueing_ || !turns_.empty() || !pending_.empty()) continue;
       if (registration_ != nullptr) api_->comm_deregister(handle_, std::exchange(registration_, nullptr));
       leaving = std::exchange(handle_, nullptr);
       error_ = kClosed;
@@ -117,8 +115,7 @@ void NcclAllToAll::look_after() {
     watch();
   } catch (const std::exception& failure) {
     // A device that failed throws at every question. What it was given last is left to it.
-    abort_asked_ = true;
-    Lock lock(mutex_);
+      Lock lock(mutex_);
     if (error_.empty()) error_ = std::string("the device failed: ") + failure.what();
   }
 }
@@ -126,11 +123,9 @@ void NcclAllToAll::look_after() {
 void NcclAllToAll::watch() {
   while (!stop_) {
     std::this_thread::sleep_for(kLook);
-    // A call in progress holds the mutex and polls for itself.
-    if (!mutex_.try_lock()) continue;
     bool ended;
     {
-      Lock lock(mutex_, std::adopt_lock);
+      Lock lock(mutex_);
       poll();
       forget_reached();
       if (!pending_.empty() && Clock::now() >= pending_.front().deadline) {

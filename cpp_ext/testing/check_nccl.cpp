@@ -82,7 +82,11 @@ int main() {
   std::vector<char> input(64, 'x'), output(64, 'y');
   {
     const auto communicator = connected(30.0);
-    const auto start = [&] { return communicator->start(input.data(), output.data(), {{0, 64}}, {{0, 64}}); };
+    const auto start = [&] {
+      const std::string problem = communicator->start(input.data(), output.data(), {{0, 64}}, {{0, 64}});
+      if (problem.empty()) expect(communicator->finish_enqueueing(1.0) == Progress::done, "enqueued");
+      return problem;
+    };
     expect(start().empty() && start().empty() && communicator->last_started() == 2, "two exchanges start");
     expect_events("f m1 f m2 ", "each follows the caller before it is enqueued and is marked after");
     expect(communicator->finish(1, 1.0) == Progress::done, "the end of the first");
@@ -96,11 +100,16 @@ int main() {
     expect_events("", "nobody waits for what is done");
     std::vector<char> between(64);
     expect(communicator->start_hops({{{{0, input.data(), 64}}, {{0, between.data(), 64}}},
-                                     {{{0, between.data(), 64}}, {{0, output.data(), 64}}}}).empty(), "two hops");
+                                     {{{0, between.data(), 64}}, {{0, output.data(), 64}}}}).empty() &&
+               communicator->finish_enqueueing(1.0) == Progress::done, "two hops");
     expect_events("f m3 ", "two hops follow the caller once and are marked once");
+    expect(communicator->position().waiting == 3 && communicator->use_staging(between.data(), 64, 0.05) == Progress::pending,
+           "memory waits for the exchanges before it");
     reached[3] = true;
-    expect(communicator->use_staging(between.data(), 64).empty() && communicator->staging_is_registered(), "registered");
-    expect(communicator->use_staging(input.data(), 64).empty() && communicator->staging_is_registered(), "in its place");
+    for (char* memory : {between.data(), input.data()}) {
+      expect(communicator->use_staging(memory, 64, 1.0) == Progress::done && communicator->staging_is_registered(),
+             "registered, the second in place of the first");
+    }
     communicator->abort("enough");
     expect(communicator->finish(3, 1.0) == Progress::failed && communicator->last_error() == "enough", "aborted");
     expect(start() == "enough", "later calls say why");

@@ -4,8 +4,10 @@
 // stands for its stream, then does the groups one after the other.
 //
 // FAKE_NCCL_FAULT=RANK:EXCHANGE:KIND makes one rank misbehave in one group (0 is the first): error, hang or exit. Of the
-// kinds finalize and destroy the call of that name never ends. With FAKE_NCCL_OLD defined it lacks what only newer
-// releases have.
+// kinds finalize and destroy the call of that name never ends; of the kind connect the group is never enqueued, as where a
+// peer does not come. With FAKE_NCCL_QUIET set peers do not hear of a communicator's end, as over NVLink. With FAKE_NCCL_OLD defined
+// it lacks what only newer releases have.
+#include <climits>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -139,7 +141,7 @@ EXPORT int ncclGroupEnd() {
   if (--group_depth > 0) return kSuccess;
   int result = kSuccess;
   for (Comm* comm : group_comms) {
-    comm->looks = 2;
+    comm->looks = fault_of(*comm) == "connect" ? INT_MAX : 2;
     std::lock_guard<std::mutex> lock(comm->mutex);
     comm->groups.push_back({std::move(comm->sends), std::move(comm->receives)});
     comm->sends.clear();

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,23 +141,33 @@ class Communicator:
         recv_bytes: list[int],
     ) -> str:  # fmt: skip
         """As _exchange_bytes, between parts of the tensors that begin at the given bytes (none: one after the other)."""
-        try:
+        with self._abort_if_interrupted():
             exchange, state = torch.ops.megatron_samoe.all_to_all_start(
                 self._handle, x, received, send_offsets, send_bytes, recv_offsets, recv_bytes, SLICE_S
             )
             return self._finish(exchange, state)
-        except KeyboardInterrupt:  # it may come as soon as the exchange has begun
+
+    @contextlib.contextmanager
+    def _abort_if_interrupted(self) -> Iterator[None]:
+        """For what begins an exchange: an interrupt, which may come at once, leaves it half done on all ranks."""
+        try:
+            yield
+        except KeyboardInterrupt:
             self.abort("interrupted")
             raise
 
     def _finish(self, exchange: int, state: str) -> str:
         """Works on an exchange, or waits for it, until its rows may be read; returns an empty string, or why it failed."""
+        return self._in_slices(state, torch.ops.megatron_samoe.all_to_all_finish, exchange)
+
+    def _in_slices(self, state: str, op: Callable[..., str], *args: Any) -> str:
+        """Calls an op again while the state is pending, for a short time each; returns the state then."""
         while state == "pending":
             if self._handle is None:
                 return "the communicator is closed"
             try:
-                state = torch.ops.megatron_samoe.all_to_all_finish(self._handle, exchange, SLICE_S)
-            except BaseException:  # an interrupt between two slices leaves the exchange half done on all ranks
+                state = op(self._handle, *args, SLICE_S)
+            except BaseException:
                 self.abort("interrupted")
                 raise
         return state

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.log import say_once
+from megatron_samoe.ops.bulletin import Bulletin
 from megatron_samoe.ops.communicator import Communicator
-from megatron_samoe.ops.nccl_communicator import NcclCommunicator, create_nccl_handle
+from megatron_samoe.ops.nccl_communicator import NcclCommunicator, open_nccl
 from megatron_samoe.ops.shm_communicator import create_host_communicator
 from megatron_samoe.parallel_state.state import Group
 
@@ -78,8 +79,8 @@ class HierarchicalCommunicator(NcclCommunicator):
 
     transport = "NCCL by nodes"
 
-    def __init__(self, group: Group, handle: int, local: Communicator, timeout_s: float):
-        super().__init__(group, handle, timeout_s)
+    def __init__(self, group: Group, handle: int, local: Communicator, timeout_s: float, bulletin: Bulletin):
+        super().__init__(group, handle, timeout_s, bulletin)
         self._local = local
         self._staging: Tensor | None = None
 
@@ -102,7 +103,7 @@ class HierarchicalCommunicator(NcclCommunicator):
         problem = ""
         if self._staging is None or self._staging.numel() < num_bytes:
             staging = torch.empty(max(2 * num_bytes, 1 << 20), dtype=torch.uint8, device=device)
-            problem = torch.ops.megatron_samoe.nccl_use_staging(self._handle, staging)
+            problem = self._in_slices("pending", torch.ops.megatron_samoe.nccl_use_staging, staging)
             self._staging = staging
         return self._staging, problem
 
@@ -127,15 +128,15 @@ def create_hierarchical_communicator(
     problem = "" if found is not None else "it needs several ranks on one node"
     if found is not None:
         problem = nodes_problem(found[1])
-    handle = create_nccl_handle(group, timeout_s, torch.device(device))
-    if handle is not None and found is not None and not problem:
-        return HierarchicalCommunicator(group, handle, found[0], timeout_s)
+    opened = open_nccl(group, timeout_s, torch.device(device))
+    if opened is not None and found is not None and not problem:
+        return HierarchicalCommunicator(group, opened[0], found[0], timeout_s, opened[1])
     if found is not None:
         found[0].close()
-    if handle is None:
+    if opened is None:
         return None
     say_once(f"Group {group.name!r} exchanges rows in one hop, not by nodes: {problem}.")
-    return NcclCommunicator(group, handle, timeout_s)
+    return NcclCommunicator(group, opened[0], timeout_s, opened[1])
 
 
 def nodes_problem(hosts: Sequence[int]) -> str:

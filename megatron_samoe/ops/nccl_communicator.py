@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.ops import extension
+from megatron_samoe.ops.bulletin import Bulletin
 from megatron_samoe.ops.communicator import Communicator, Pending, agreed, bytes_of_rows, connect
 from megatron_samoe.parallel_state.state import Group
 
@@ -21,20 +22,28 @@ class NcclCommunicator(Communicator):
 
     An exchange waits for what the current stream was given before it. The current stream waits for the exchange at its
     end: at once, or at wait() of an exchange that was started in the background, which takes no thread. One that a peer
-    never joins, or that the device does not finish within timeout_s, is aborted on this rank; the other members learn of
-    it from NCCL's own error or from their time-out.
+    never joins, or that the device does not finish within timeout_s, is aborted; the other members hear of it from the
+    bulletin, within about a second.
+
+    Args:
+        bulletin: what members tell each other; closed with this.
     """
 
     transport = "NCCL"
     #: Tensors of the CPU are for the stand-in that tests use; NCCL itself is refused when the communicator is made.
     device_types = ("cuda", "cpu")
 
+    def __init__(self, group: Group, handle: int, timeout_s: float, bulletin: Bulletin | None = None):
+        super().__init__(group, handle, timeout_s)
+        self._bulletin = bulletin
+
     def exchange_evenly(self, x: Tensor) -> Tensor:
         """Returns exchange(x), of which every member knows that it sends and receives equal parts."""
         rows = [x.shape[0] // self.group.size] * self.group.size
         received = self._received(x, rows, rows)
-        started = torch.ops.megatron_samoe.nccl_start_even(self._handle, x.detach().contiguous(), received)
-        self._raise(self._finish(*started))
+        with self._abort_if_interrupted():
+            started = torch.ops.megatron_samoe.nccl_start_even(self._handle, x.detach().contiguous(), received)
+            self._raise(self._finish(*started))
         return received
 
     def start(
@@ -43,12 +52,13 @@ class NcclCommunicator(Communicator):
         """As exchange, in the background: x must not change before wait() of what is returned, which has the rows."""
         received = self._received(x, send_rows, receive_rows, out)
         x = x.detach().contiguous()
-        exchange, state = self._start(x, received, *bytes_of_rows(x, send_rows, receive_rows))
-        if state != "pending":
-            self._raise(state)
+        with self._abort_if_interrupted():
+            exchange, state = self._start(x, received, *bytes_of_rows(x, send_rows, receive_rows))
+            # Before anything else is given to the device; a first exchange with a peer connects to it.
+            self._raise(self._in_slices(state, torch.ops.megatron_samoe.nccl_enqueue))
 
         def finish(_sent: Tensor = x) -> None:  # which lives as long: only a device's memory waits for its stream
-            self._raise(self._finish(exchange, state))
+            self._raise(self._finish(exchange, "pending"))
 
         return Pending(received, finish)
 
@@ -66,8 +76,26 @@ class NcclCommunicator(Communicator):
             if state != "pending":
                 self._raise(state)
 
+    def abort(self, reason: str) -> None:
+        """Makes the exchange that this rank is in, and all later ones, fail with the reason, on all members."""
+        super().abort(reason)
+        if self._bulletin is not None and self._handle is not None:
+            self._bulletin.give_up(reason)
+
+    def close(self) -> None:
+        """Frees what the communicator holds. A peer that still needs this rank gets a CommunicationError."""
+        if self._bulletin is not None:
+            self._bulletin.close()
+        super().close()
+
+    def _raise(self, problem: str) -> None:
+        if problem and self._bulletin is not None:
+            problem += self._bulletin.give_up(problem)
+        super()._raise(problem)
+
     def _exchange_bytes(self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]) -> str:
-        return self._finish(*self._start(x, received, send_bytes, recv_bytes))
+        with self._abort_if_interrupted():
+            return self._finish(*self._start(x, received, send_bytes, recv_bytes))
 
     def _start(self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]) -> tuple[int, str]:
         """Starts an exchange; returns its number and "pending", or why it cannot start."""
@@ -96,16 +124,16 @@ def create_nccl_communicator(
         timeout_s: longest time to connect, and longest time of an exchange.
         device: whose tensors are exchanged; without an index, the current one.
     """
-    handle = create_nccl_handle(group, timeout_s, torch.device(device))
-    return None if handle is None else NcclCommunicator(group, handle, timeout_s)
+    opened = open_nccl(group, timeout_s, torch.device(device))
+    return None if opened is None else NcclCommunicator(group, opened[0], timeout_s, opened[1])
 
 
-def create_nccl_handle(group: Group, timeout_s: float, device: torch.device) -> int | None:
-    """Returns the compiled communicator of create_nccl_communicator."""
+def open_nccl(group: Group, timeout_s: float, device: torch.device) -> tuple[int, Bulletin] | None:
+    """Returns the compiled communicator of create_nccl_communicator, and what its ranks tell each other."""
     if group.size == 1 or not agreed(group, nccl_problem(), NcclCommunicator.transport):
         return None
     ops = torch.ops.megatron_samoe
-    handle, problem, address = -1, "", ""
+    handle, problem, address, bulletin = -1, "", "", None
     try:
         handle = ops.nccl_create(group.rank, group.size, device, timeout_s)
         address = ops.all_to_all_address(handle)
@@ -113,9 +141,14 @@ def create_nccl_handle(group: Group, timeout_s: float, device: torch.device) -> 
         problem = str(error).splitlines()[0]
     addresses = group.all_gather_object(address)
     if not problem and all(addresses):
+        bulletin = Bulletin(group, addresses[0], handle, timeout_s)
         problem = connect(handle, addresses)
-    if agreed(group, problem, NcclCommunicator.transport):
-        return int(handle)
+        if problem:
+            problem += bulletin.give_up(problem)
+    if agreed(group, problem, NcclCommunicator.transport) and bulletin is not None:
+        return int(handle), bulletin
+    if bulletin is not None:
+        bulletin.close()
     if handle >= 0:
         ops.all_to_all_close(handle)
     return None

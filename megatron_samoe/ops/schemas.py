@@ -47,7 +47,9 @@ nccl_library() -> str
 nccl_create(int rank, int world, Device device, float timeout_s) -> int
 nccl_start_even(int handle, Tensor input, Tensor(a!) output) -> (int exchange, str state)
 nccl_start_hops(int handle, Tensor input, Tensor(a!) output, Tensor(b!) staging, int[] first_sends, int[] first_receives, int[] second_sends, int[] second_receives) -> (int exchange, str state)
-nccl_use_staging(int handle, Tensor staging) -> str
+nccl_use_staging(int handle, Tensor staging, float seconds) -> str
+nccl_enqueue(int handle, float seconds) -> str
+nccl_position(int handle) -> (int started, int waiting, str error)
 """  # noqa: E501
 
 

@@ -79,6 +79,8 @@ def test_expert_mlps(activation: str, dtype: torch.dtype, tolerance: float, devi
     for rows, width, hidden in cases:
         for bias, main_grads in ((False, True), (True, False), (True, True)):
             op_checks.check_grouped_mlp(rows, width, hidden, activation, bias, dtype, tolerance, main_grads, device)
+    if device == "cuda":
+        op_checks.check_unrounded_weight_gradients(device)
 
 
 def _results(device: str) -> list[Tensor]:

@@ -122,6 +122,14 @@ def test_expert_mlps(
     assert grouped == (2 if capability == "90" and dtype == torch.bfloat16 else 0)
 
 
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_weight_gradients_in_bf16_are_not_rounded(
+    capability: str, emulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAMOE_EMULATED_CAPABILITY", capability)
+    op_checks.check_unrounded_weight_gradients()
+
+
 def test_without_gradients_nothing_is_kept(emulated: Any) -> None:
     weights = op_checks.expert_weights(2, 4, 3, "gelu", True, torch.float32)
     x = torch.randn(5, 3)

@@ -1,0 +1,137 @@
+"""What the members of an NCCL communicator tell each other through the process group's store.
+
+NCCL does not bring one rank's abort to the others: over NVLink or shared memory they would wait for their time-out. So
+each rank has a thread that looks, twice a second, at its communicator and at a key of the store. A rank that failed or
+gave up says so there, and the others abort. While a rank waits for long, all say in which exchange they are; so its error
+names those who did not come, and one that has left is an error at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from datetime import timedelta
+
+import torch
+from torch.distributed import Store
+
+from megatron_samoe.parallel_state.state import Group
+
+_LOOK_S = 0.5
+_STORE_TIMEOUT_S = 5.0
+_LONG = 3  # looks at the same exchange; after the first the others are asked, and they answer at their next
+
+
+class Bulletin:
+    """The thread and the keys of one communicator.
+
+    Args:
+        name: of the communicator, the same on all members and like no other's.
+        handle: of the compiled communicator.
+        timeout_s: the communicator's; looks are several within it.
+    """
+
+    def __init__(self, group: Group, name: str, handle: int, timeout_s: float):
+        assert group.handle is not None
+        self._board = _Board(group, name, handle)
+        stop = threading.Event()
+        # Its own arguments only, so that the bulletin may end while the thread runs.
+        args = (self._board, stop, min(_LOOK_S, timeout_s / 8))
+        thread = threading.Thread(target=_look_after, args=args, name=f"bulletin {group.name}", daemon=True)
+        thread.start()
+        # At exit as well: the interpreter ends threads that come back to it from compiled code with a crash.
+        self._end = weakref.finalize(self, _end, self._board, stop, thread)
+
+    def give_up(self, reason: str) -> str:
+        """Tells the other members that this one gave up, unless it heard that from one of them.
+
+        Returns what to add to the reason: who did not come to the exchange, if that is known.
+        """
+        with contextlib.suppress(RuntimeError):  # a store that is gone
+            self._board.give_up(reason)
+        return self._board.missing
+
+    def close(self) -> None:
+        """Tells the other members that this one takes no part in later exchanges."""
+        self._end()
+
+
+class _Board:
+    """The keys as one member uses them. Methods raise RuntimeError where store or communicator are gone."""
+
+    def __init__(self, group: Group, name: str, handle: int):
+        assert group.handle is not None
+        # A connection of its own, so that no other's wait is in its way.
+        store = group.handle.get_group_store().clone()  # type: ignore[attr-defined]  # missing from torch's stubs
+        store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
+        self._store: Store = torch.distributed.PrefixStore(f"exchange/{name}", store)
+        self._rank, self._size, self._handle = group.rank, group.size, handle
+        self._pid = os.getpid()
+        self._said = self._asked = False
+        self._told = -1  # the exchange that the others know this rank to be in
+        self._waiting, self._looks = -1, 0
+        self.missing = ""
+
+    def look(self) -> bool:
+        """Looks at the communicator and at what the others say; returns whether there is more to come."""
+        started, waiting, error = torch.ops.megatron_samoe.nccl_position(self._handle)
+        if error:
+            self.give_up(error)
+            return False
+        if self._store.check(["gave up"]):
+            return self._abort(started, self._store.get("gave up").decode())
+        self._looks = self._looks + 1 if waiting == self._waiting else 0
+        self._waiting = waiting
+        waits = waiting >= 0 and self._looks > 0
+        if waits and not self._asked:
+            self._asked = True
+            self._store.set("where are you", "")
+        if started != self._told and (self._asked or self._store.check(["where are you"])):
+            self._store.set(str(self._rank), str(started))
+            self._told = started
+        return not waits or self._look_for_others(started, waiting)
+
+    def _look_for_others(self, started: int, waiting: int) -> bool:
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        seen = {rank: self._store.get(str(rank)).decode().split() for rank in others if self._store.check([str(rank)])}
+        for rank, (exchange, *left) in seen.items():
+            if left and int(exchange) < waiting:
+                return self._abort(started, f"rank {rank} closed the communicator after exchange {exchange}")
+        absent = [f"{rank} (last in {seen[rank][0]})" if rank in seen else f"{rank} (says nothing)" for rank in others
+                  if rank not in seen or int(seen[rank][0]) < waiting]  # fmt: skip
+        known = absent and self._looks >= _LONG
+        self.missing = f"; in exchange {waiting} these ranks are missing: {', '.join(absent)}" if known else ""
+        return True
+
+    def _abort(self, started: int, reason: str) -> bool:
+        self._said = True  # by the other
+        reason = f"rank {self._rank} of {self._size}, exchange {started}: {reason}"
+        torch.ops.megatron_samoe.all_to_all_abort(self._handle, reason)
+        return False
+
+    def give_up(self, reason: str) -> None:
+        if self._said or os.getpid() != self._pid:
+            return
+        self._said = True
+        self._store.set("gave up", f"rank {self._rank} gave up: {reason}{self.missing}")
+
+    def leave(self) -> None:
+        if os.getpid() == self._pid:
+            started, _waiting, _error = torch.ops.megatron_samoe.nccl_position(self._handle)
+            self._store.set(str(self._rank), f"{started} left")
+
+
+def _look_after(board: _Board, stop: threading.Event, interval_s: float) -> None:
+    with contextlib.suppress(RuntimeError, ValueError):  # without its store a rank still has its time-outs
+        while not stop.wait(interval_s) and board.look():
+            pass
+
+
+def _end(board: _Board, stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    if thread is not threading.current_thread():  # which may be the one that collects garbage
+        thread.join(2 * _STORE_TIMEOUT_S)
+    with contextlib.suppress(RuntimeError, ValueError):
+        board.leave()
