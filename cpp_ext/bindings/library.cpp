@@ -62,6 +62,24 @@ TORCH_LIBRARY(megatron_samoe, m) {
       " int topk, bool sigmoid, bool pre_softmax, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor? b1,"
       " Tensor w2, Tensor? scale2, Tensor? b2, Tensor? factor1, Tensor? factor2, bool gated, Tensor(b!) scratch) -> ()");
   m.def(
+      "decode_plan(Tensor words, Tensor? words_scale, Tensor? positions, Tensor output, Tensor? output_scale,"
+      " Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor? cos, Tensor? sin, Tensor x, Tensor"
+      " scratch, int max_logits) -> int");
+  m.def(
+      "decode_plan_attention(int plan, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor"
+      " qkv_w, Tensor? qkv_scale, Tensor? qkv_bias, Tensor[] head_norms, Tensor keys, Tensor values, Tensor out_w,"
+      " Tensor? out_scale, Tensor? out_bias) -> ()");
+  m.def(
+      "decode_plan_mlp(int plan, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor? router,"
+      " int topk, bool sigmoid, bool pre_softmax, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor?"
+      " b1, Tensor w2, Tensor? scale2, Tensor? b2, Tensor? factor1, Tensor? factor2, bool gated) -> ()");
+  m.def(
+      "decode_plan_shared(int plan, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor? b1, Tensor w2,"
+      " Tensor? scale2, Tensor? b2, Tensor? factor1, Tensor? factor2, bool gated) -> ()");
+  m.def(
+      "decode_plan_step(int plan, Tensor tokens, Tensor positions, Tensor slots, Tensor pages, Tensor rows,"
+      " Tensor(a!) logits) -> ()");
+  m.def(
       "combine_rows(Tensor[] banks, Tensor?[] scales, Tensor coefficients, Tensor(a!) out, Tensor(b!)? out_scale)"
       " -> ()");
 }

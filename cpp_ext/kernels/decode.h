@@ -70,6 +70,15 @@ struct DecodeAttention {
   int num_threads;
 };
 
+// A router's choice of experts by its logits, as GateForward makes it.
+struct DecodeChoice {
+  const float* logits_TE;
+  int64_t num_tokens, num_experts, topk;
+  bool sigmoid, pre_softmax;
+  float* probs_TK;
+  int64_t* ids_TK;
+};
+
 // MLPs of the chosen experts: rows [slot t, k] of y are expert ids[t, k]'s result for token t. combine: and then
 // out[t] += sum over k of probs[t, k] * y[t, k].
 struct DecodeExperts {
@@ -102,6 +111,40 @@ struct CombineRows {
   WeightType out_type;
   void* out;
   float* out_scale;  // null unless i8
+  int num_threads;
+};
+
+// One layer of a step. Numbers of tokens and their places are the step's.
+struct DecodeLayer {
+  DecodeNorm attention_norm;
+  DecodeLinear qkv;
+  DecodeAttention attention;
+  DecodeLinear output;  // adds to the residual stream
+  DecodeNorm mlp_norm;
+  DecodeLinear router;  // no outputs: a dense MLP, whose ids and probs stand in `experts`
+  DecodeChoice choice;
+  DecodeExperts experts;  // add to the residual stream
+  DecodeExperts shared;   // num_experts 0: none. Of the same tokens, with ids and probs that stand there
+};
+
+// A step of a whole model, from tokens to the logits after some of them, in one parallel region.
+struct DecodeStep {
+  const int64_t* tokens_T;
+  const int32_t* positions_T;
+  const int32_t* slots_T;
+  const int32_t* pages;
+  int64_t pages_per_slot;
+  int64_t num_tokens, hidden;
+  Matrix words_VH;
+  const float* positions_PH;  // may be null
+  float* x_TH;                // the residual stream
+  const DecodeLayer* layers;
+  int64_t num_layers;
+  const int64_t* rows_N;  // the tokens after which logits are wanted
+  int64_t num_rows;
+  float* last_NH;         // room for their rows
+  DecodeNorm final_norm;  // of last_NH
+  DecodeLinear head;
   int num_threads;
 };
 

@@ -151,6 +151,7 @@ struct Kernels {
   void (*decode_attention)(const DecodeAttention&);
   void (*decode_experts)(const DecodeExperts&);
   void (*combine_rows)(const CombineRows&);
+  void (*decode_step)(const DecodeStep&);
 };
 
 // The best set for this CPU, chosen once. MEGATRON_SAMOE_ISA=portable|avx2|avx512 asks for a lesser one.

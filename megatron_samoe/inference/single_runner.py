@@ -1,4 +1,8 @@
-"""Steps of a whole model in one process, by the inference ops: each needed weight is read once, and nothing is allocated."""
+"""Steps of a whole model in one process, by the inference ops: each needed weight is read once, and nothing is allocated.
+
+On a CPU with the compiled extension a step is one call of a plan, but where something happens between the layers: experts
+are combined on the fly, prompts take products of whole matrices, or somebody observes. Those run block by block.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,9 @@ from torch import Tensor
 from megatron_samoe.inference.decode_layers import Banks, DecodeLayer, DecodeModel
 from megatron_samoe.inference.expert_cache import ExpertCache
 from megatron_samoe.inference.kv_cache import StepBatch
-from megatron_samoe.ops import decode
+from megatron_samoe.ops import decode, extension
 from megatron_samoe.ops.decode import ExpertStack, Places, Routed, Weight
+from megatron_samoe.ops.decode_plan import DecodePlan
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
 
@@ -49,31 +54,39 @@ class SingleRunner:
         self._last_NH, self._logits_NV = floats(max_logits, hidden), floats(max_logits, vocab)
         self._rows = torch.empty(max_logits, dtype=torch.int64)
         self._scratch = floats(max(_scratch_of(layer, max_tokens, hidden) for layer in model.layers))
-        self._product_tokens = [_product_tokens(layer) for layer in model.layers]
+        self._product_tokens = min(_product_tokens(layer) for layer in model.layers)
         # Rows of the embedding as they are stored, where that is not fp32.
         kind = model.words.data.dtype
         self._words = None if kind == torch.float32 else torch.empty(max_tokens, hidden, dtype=kind, device=self.device)
         self._scales = floats(max_tokens)
+        self._plan = _make_plan(model, self._x_TH, self._scratch, max_logits)
 
     @torch.no_grad()
     def run(self, batch: StepBatch) -> Tensor:
         """See `Runner.run`."""
         model, count = self._model, batch.num_tokens
         assert count <= self._x_TH.shape[0] and len(batch.logit_rows) <= self._rows.shape[0]
+        places = Places(batch.positions_T, batch.slots_T, batch.pages, model.cos_PR, model.sin_PR)
+        num = len(batch.logit_rows)
+        rows_N, logits_NV = self._rows[:num], self._logits_NV[:num]
+        rows_N.numpy()[:] = batch.logit_rows
+        takes_products = count >= self._product_tokens and count > num
+        if self._plan is not None and self.observer is None and not takes_products:
+            self._plan.step(batch.tokens_T, places, rows_N, logits_NV)
+            return logits_NV
         x_TH = self._x_TH[:count]
         self._embed(batch, x_TH)
-        places = Places(batch.positions_T, batch.slots_T, batch.pages, model.cos_PR, model.sin_PR)
         for index, layer in enumerate(model.layers):
             decode.attention_block(x_TH, layer.attention, places, self._scratch)
             if self.observer is not None and layer.routing is not None:
                 self.observer(index, self._route(layer, x_TH).ids_TK)
-            if count >= self._product_tokens[index] and count > len(batch.logit_rows):
+            if takes_products and count >= _product_tokens(layer):
                 self._add_products(layer, x_TH)
             elif isinstance(layer.experts, ExpertStack) and layer.shared is None:
                 decode.mlp_block(x_TH, layer.mlp_norm, layer.routing, layer.experts, self._scratch)
             else:
                 self._experts(index, layer, x_TH)
-        return self._head(batch, x_TH)
+        return self._head(rows_N, x_TH, logits_NV)
 
     def _embed(self, batch: StepBatch, x_TH: Tensor) -> None:
         words = self._model.words
@@ -128,19 +141,27 @@ class SingleRunner:
         decode.route(x_TH, layer.mlp_norm, layer.routing, routed, self._scratch)
         return routed
 
-    def _head(self, batch: StepBatch, x_TH: Tensor) -> Tensor:
-        num = len(batch.logit_rows)
-        last_NH, logits_NV = self._last_NH[:num], self._logits_NV[:num]
+    def _head(self, rows_N: Tensor, x_TH: Tensor, logits_NV: Tensor) -> Tensor:
+        num = len(rows_N)
         if num:
-            if num < batch.num_tokens:
-                rows = self._rows[:num]
-                rows.numpy()[:] = batch.logit_rows
-                torch.index_select(x_TH, 0, rows.to(self.device), out=last_NH)
-            else:
-                last_NH.copy_(x_TH)
+            last_NH = self._last_NH[:num]
+            torch.index_select(x_TH, 0, rows_N.to(self.device), out=last_NH)
             normed_NH = decode.norm(last_NH, self._model.final_norm, self._normed_TH[:num])
             decode.linear(normed_NH, self._model.output, None, logits_NV)
         return logits_NV.cpu()
+
+
+def _make_plan(model: DecodeModel, x_TH: Tensor, scratch: Tensor, max_logits: int) -> DecodePlan | None:
+    """Returns a plan of the model's steps; None where it cannot be: no kernels, or experts that are combined on the fly."""
+    if not extension.serves(x_TH):
+        return None
+    plan = DecodePlan(model.words, model.positions, model.output, model.final_norm, model.cos_PR, model.sin_PR, x_TH,
+                      scratch, max_logits)  # fmt: skip
+    for layer in model.layers:
+        if isinstance(layer.experts, Banks):
+            return None
+        plan.add_layer(layer.attention, layer.mlp_norm, layer.routing, layer.experts, layer.shared)
+    return plan
 
 
 def _product_tokens(layer: DecodeLayer) -> float:

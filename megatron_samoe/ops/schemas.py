@@ -29,6 +29,12 @@ decode_attention_block(Tensor(a!) x, Tensor norm_weight, Tensor? norm_bias, floa
 decode_experts(Tensor x, Tensor ids, Tensor probs, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor? b1, Tensor w2, Tensor? scale2, Tensor? b2, Tensor? factor1, Tensor? factor2, bool gated, Tensor(a!) y, bool combine, Tensor(b!) out, Tensor(c!) scratch) -> ()
 decode_route(Tensor x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor router, bool sigmoid, bool pre_softmax, Tensor(a!) normed, Tensor(b!) ids, Tensor(c!) probs, Tensor(d!) scratch) -> ()
 decode_moe_block(Tensor(a!) x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor? router, int topk, bool sigmoid, bool pre_softmax, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor? b1, Tensor w2, Tensor? scale2, Tensor? b2, Tensor? factor1, Tensor? factor2, bool gated, Tensor(b!) scratch) -> ()
+decode_plan(Tensor words, Tensor? words_scale, Tensor? positions, Tensor output, Tensor? output_scale, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor? cos, Tensor? sin, Tensor x, Tensor scratch, int max_logits) -> int
+decode_plan_attention(int plan, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor qkv_w, Tensor? qkv_scale, Tensor? qkv_bias, Tensor[] head_norms, Tensor keys, Tensor values, Tensor out_w, Tensor? out_scale, Tensor? out_bias) -> ()
+decode_plan_mlp(int plan, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor? router, int topk, bool sigmoid, bool pre_softmax, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor? b1, Tensor w2, Tensor? scale2, Tensor? b2, Tensor? factor1, Tensor? factor2, bool gated) -> ()
+decode_plan_shared(int plan, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor? b1, Tensor w2, Tensor? scale2, Tensor? b2, Tensor? factor1, Tensor? factor2, bool gated) -> ()
+decode_plan_step(int plan, Tensor tokens, Tensor positions, Tensor slots, Tensor pages, Tensor rows, Tensor(a!) logits) -> ()
+decode_plan_close(int plan) -> ()
 combine_rows(Tensor[] banks, Tensor?[] scales, Tensor coefficients, Tensor(a!) out, Tensor(b!)? out_scale) -> ()
 build_sample_index(Tensor lengths, Tensor documents, int seq_length, Tensor(a!) starts) -> ()
 build_blending_index(Tensor weights, Tensor limits, Tensor(a!) dataset_index, Tensor(b!) dataset_sample_index) -> ()

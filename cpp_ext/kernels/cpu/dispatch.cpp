@@ -33,6 +33,7 @@ namespace cpu {
   void decode_attention(const DecodeAttention&);              \
   void decode_experts(const DecodeExperts&);                  \
   void combine_rows(const CombineRows&);                      \
+  void decode_step(const DecodeStep&);                        \
   }                                                           \
   static const Kernels k_##isa = {#isa,                       \
                                   isa::gate_forward,          \
@@ -58,7 +59,8 @@ namespace cpu {
                                   isa::decode_norm,           \
                                   isa::decode_attention,      \
                                   isa::decode_experts,        \
-                                  isa::combine_rows};
+                                  isa::combine_rows,          \
+                                  isa::decode_step};
 
 SAMOE_DECLARE(portable)
 #if defined(SAMOE_WITH_X86_SETS)

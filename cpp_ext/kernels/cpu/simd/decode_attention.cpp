@@ -1,6 +1,6 @@
 // Inference: attention of new tokens over a paged cache.
 #include "../../kernels.h"
-#include "decode_tile.h"
+#include "decode_team.h"
 
 namespace samoe {
 namespace cpu {
@@ -141,30 +141,32 @@ void attend(const DecodeAttention& a, int64_t t, int64_t g, float* scores) {
 }
 
 template <typename C>
-void run(const DecodeAttention& a) {
+void run(Member& member, const DecodeAttention& a) {
   int64_t longest = 0;
   for (int64_t t = 0; t < a.num_tokens; ++t) longest = a.positions_T[t] > longest ? a.positions_T[t] : longest;
-  const int64_t room = a.queries_per_kv * (longest / kPage + 1) * kPage;
-  const int64_t num_tasks = a.num_tokens * a.kv_heads, fair = (num_tasks + a.num_threads - 1) / a.num_threads;
+  float* scores = thread_floats(a.queries_per_kv * (longest / kPage + 1) * kPage);
+  const int64_t num_heads = a.num_tokens * a.kv_heads, fair = (num_heads + member.size() - 1) / member.size();
   const int64_t chunk = fair < 1 ? 1 : (fair < a.kv_heads ? fair : a.kv_heads);  // a page's groups lie side by side
-#pragma omp parallel num_threads(a.num_threads)
-  {
-    float* scores = thread_floats(room);
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < num_tasks; ++task) prepare<C>(a, task / a.kv_heads, task % a.kv_heads);
-#pragma omp for schedule(dynamic, chunk)
-    for (int64_t task = 0; task < num_tasks; ++task) attend<C>(a, task / a.kv_heads, task % a.kv_heads, scores);
-  }
+  member.own(num_heads, [&](int64_t i) { prepare<C>(a, i / a.kv_heads, i % a.kv_heads); });
+  member.wait();
+  member.tasks((num_heads + chunk - 1) / chunk, [&](int64_t task, int64_t) {
+    const int64_t end = (task + 1) * chunk < num_heads ? (task + 1) * chunk : num_heads;
+    for (int64_t i = task * chunk; i < end; ++i) attend<C>(a, i / a.kv_heads, i % a.kv_heads, scores);
+  });
 }
 
 }  // namespace
 
-void decode_attention(const DecodeAttention& a) {
+void attention_tasks(Member& member, const DecodeAttention& a) {
   if (a.cache_is_bf16) {
-    run<uint16_t>(a);
+    run<uint16_t>(member, a);
   } else {
-    run<float>(a);
+    run<float>(member, a);
   }
+}
+
+void decode_attention(const DecodeAttention& a) {
+  run_team(a.num_threads, [&](Member& member) { attention_tasks(member, a); });
 }
 
 }  // namespace SAMOE_ISA

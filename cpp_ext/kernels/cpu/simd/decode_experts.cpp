@@ -1,6 +1,6 @@
 // Inference: the MLPs of chosen experts. Every expert that some token chose is read once, for all of its tokens.
 #include "../../kernels.h"
-#include "decode_tile.h"
+#include "decode_team.h"
 
 namespace samoe {
 namespace cpu {
@@ -137,40 +137,42 @@ void combine_token(const DecodeExperts& a, int64_t t) {
 
 }  // namespace
 
-void decode_experts(const DecodeExperts& a) {
-  static thread_local ThreadMemory first_memory, second_memory;
+int64_t expert_memory_bytes(const DecodeExperts& a) {
+  return a.num_tokens * a.topk * packed_bytes(a.w2.type, a.ffn);
+}
+
+void experts_tasks(Member& member, const DecodeExperts& a, const PackedRows& tokens, void* memory) {
   const Hits hits(a);
   const Work work(a, hits);
-  const PackedRows tokens(a.x_TH, a.num_tokens, a.hidden, a.w1.type, first_memory);
-  const PackedRows slots(a.h_NF, a.num_tokens * a.topk, a.ffn, a.w2.type, second_memory);
-  Tasks tasks;
-#pragma omp parallel num_threads(a.num_threads)
-  {
-    float* up = thread_floats(kRowBlock * kTaskOuts);
-    if (tokens.packed != nullptr) {
-#pragma omp for schedule(static)
-      for (int64_t t = 0; t < a.num_tokens; ++t) tokens.pack(t);
-    }
-    int64_t task = tasks.take(), after;
-    for (; task < work.num1; task = after) {
-      after = tasks.take();
-      work.first_product(task, tokens, work.start(after), up);
-    }
-#pragma omp barrier
-    if (slots.packed != nullptr) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < hits.starts[hits.num]; ++i) slots.pack(hits.slots[i]);
-    }
-    for (; task < work.num; task = after) {
-      after = tasks.take();
-      work.second_product(task, slots, work.start(after));
-    }
-    if (a.combine) {
-#pragma omp barrier
-#pragma omp for schedule(static)
-      for (int64_t t = 0; t < a.num_tokens; ++t) combine_token(a, t);
-    }
+  const PackedRows slots(a.h_NF, a.ffn, a.w2.type, memory);
+  float* up = thread_floats(kRowBlock * kTaskOuts);
+  member.tasks(work.num1, [&](int64_t task, int64_t after) { work.first_product(task, tokens, work.start(after), up); });
+  member.wait();
+  if (slots.packed != nullptr) {
+    member.own(hits.starts[hits.num], [&](int64_t i) { slots.pack(hits.slots[i]); });
+    member.wait();
   }
+  member.tasks(work.num - work.num1, [&](int64_t task, int64_t after) {
+    work.second_product(work.num1 + task, slots, work.start(work.num1 + after));
+  });
+}
+
+void combine_own(const Member& member, const DecodeExperts& a) {
+  member.own(a.num_tokens, [&](int64_t t) { combine_token(a, t); });
+}
+
+void decode_experts(const DecodeExperts& a) {
+  static thread_local ThreadMemory token_memory, slot_memory;
+  const PackedRows tokens(a.x_TH, a.hidden, a.w1.type, token_memory.bytes(a.num_tokens * packed_bytes(a.w1.type, a.hidden)));
+  void* const memory = slot_memory.bytes(expert_memory_bytes(a));
+  run_team(a.num_threads, [&](Member& member) {
+    pack_own(member, tokens, a.num_tokens);
+    member.wait();
+    experts_tasks(member, a, tokens, memory);
+    if (!a.combine) return;
+    member.wait();
+    combine_own(member, a);
+  });
 }
 
 }  // namespace SAMOE_ISA

@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "../../kernels.h"
-#include "decode_tile.h"
+#include "decode_team.h"
 
 namespace samoe {
 namespace cpu {
@@ -31,30 +31,33 @@ void linear_task(const DecodeLinear& a, const PackedRows& rows, int64_t first, i
 
 }  // namespace
 
+void linear_tasks(Member& member, const DecodeLinear& a, const PackedRows& rows) {
+  const int64_t step = task_outs(a.outputs, member.size());
+  const int64_t num_tasks = (a.outputs + step - 1) / step;
+  member.tasks(num_tasks, [&](int64_t task, int64_t after) {
+    const int64_t first = task * step, last = first + step < a.outputs ? first + step : a.outputs;
+    linear_task(a, rows, first, last, after < num_tasks ? start_of(a.w_NK, after * step, a.inputs) : Following{});
+  });
+}
+
 void decode_linear(const DecodeLinear& a) {
   static thread_local ThreadMemory memory;
-  const PackedRows rows(a.x_TK, a.num_tokens, a.inputs, a.w_NK.type, memory);
-  const int64_t step = task_outs(a.outputs, a.num_threads);
-  const int64_t num_tasks = (a.outputs + step - 1) / step;
-  Tasks tasks;
-#pragma omp parallel num_threads(a.num_threads)
-  {
-    if (rows.packed != nullptr) {
-#pragma omp for schedule(static)
-      for (int64_t t = 0; t < a.num_tokens; ++t) rows.pack(t);
-    }
-    for (int64_t task = tasks.take(), after; task < num_tasks; task = after) {
-      after = tasks.take();
-      const int64_t first = task * step, last = first + step < a.outputs ? first + step : a.outputs;
-      linear_task(a, rows, first, last, after < num_tasks ? start_of(a.w_NK, after * step, a.inputs) : Following{});
-    }
-  }
+  const PackedRows rows(a.x_TK, a.inputs, a.w_NK.type, memory.bytes(a.num_tokens * packed_bytes(a.w_NK.type, a.inputs)));
+  run_team(a.num_threads, [&](Member& member) {
+    pack_own(member, rows, a.num_tokens);
+    member.wait();
+    linear_tasks(member, a, rows);
+  });
+}
+
+void norm_own(const Member& member, const DecodeNorm& a) {
+  member.own(a.num_tokens, [&](int64_t t) {
+    normalise(a.x_TH + t * a.hidden, a.weight_H, a.bias_H, a.epsilon, a.rms, a.hidden, a.out_TH + t * a.hidden);
+  });
 }
 
 void decode_norm(const DecodeNorm& a) {
-#pragma omp parallel for num_threads(a.num_threads) schedule(static)
-  for (int64_t t = 0; t < a.num_tokens; ++t)
-    normalise(a.x_TH + t * a.hidden, a.weight_H, a.bias_H, a.epsilon, a.rms, a.hidden, a.out_TH + t * a.hidden);
+  run_team(a.num_threads, [&](const Member& member) { norm_own(member, a); });
 }
 
 namespace {

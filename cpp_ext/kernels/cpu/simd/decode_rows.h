@@ -150,10 +150,10 @@ SAMOE_VNNI static void pack_digits(const float* x, int64_t inputs, char* out) {
 
 // Rows of one product, packed or as they are.
 struct PackedRows {
-  // floats: num_rows rows of `inputs`. The threads of a team pack before they read; memory is the calling thread's.
-  PackedRows(const float* floats, int64_t num_rows, int64_t inputs, WeightType type, ThreadMemory& memory)
+  // floats: rows of `inputs`; memory: for as many packed ones, `packed_bytes` each. The threads pack before they read.
+  PackedRows(const float* floats, int64_t inputs, WeightType type, void* memory)
       : source(floats), inputs(inputs), type(type), row_bytes(packed_bytes(type, inputs)) {
-    if (row_bytes > 0) packed = static_cast<char*>(memory.bytes((num_rows > 0 ? num_rows : 1) * row_bytes));
+    if (row_bytes > 0) packed = static_cast<char*>(memory);
   }
   void pack(int64_t row) const {
     char* out = packed + row * row_bytes;

@@ -28,14 +28,7 @@ constexpr int kDigitRows = 2;                              // for digits: three 
 constexpr int kTileOuts = 4;
 constexpr int64_t kRowBlock = 96;  // rows of x that stay in the second-level cache
 constexpr int64_t kTaskOuts = 32;  // rows of w that one task takes
-constexpr int64_t kNearBytes = 24 << 10;  // of the first-level cache, for two tiles of weights and the rows of x
-
-// Tasks 0, 1, .. for threads that take them in this order. A thread takes its next one before it begins one, so that it
-// can ask for the next one's weights in time.
-struct Tasks {
-  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-  int64_t next = 0;
-};
+constexpr int64_t kAheadBytes = 8 << 10;  // at 20 GB/s a thread: what comes in 0.4 us, three times memory's latency
 
 // a * b + c, always contracted or never: left to the compiler, the last bit would depend on the code around it.
 SAMOE_INLINE vf fused(vf a, vf b, vf c) {
@@ -75,14 +68,13 @@ SAMOE_INLINE v4 sum_of_four(vf a, vf b, vf c, vf d) {
 #endif
 }
 
-// Weights are asked for one tile before they are used, since accesses to several rows at a time are no single stream,
-// which is what the processor foresees by itself. After the last tile of a matrix comes the first of the next one.
+// Weights are asked for, into the second-level cache, a tile or kAheadBytes before they are used: accesses to several rows
+// at a time are no single stream, which is what the processor foresees by itself. After a matrix comes the next one.
 struct Ahead {
   const char* next;
   const char* end;
   const char* then;  // null: nothing follows
   int64_t then_bytes;
-  bool far;  // a tile and what else is used fill the first-level cache: into the second one
 
   // Asks for as many bytes as a step over k consumes.
   SAMOE_ALWAYS void step(int64_t bytes) {
@@ -92,16 +84,14 @@ struct Ahead {
       end = then + then_bytes;
       then = nullptr;
     }
-    if (far) {
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
-    } else {
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 0);
-    }
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
     next += bytes;
   }
 };
+
+// How far ahead of their use weights of four rows are asked for.
+SAMOE_INLINE int64_t ahead_bytes(int64_t tile_bytes) { return tile_bytes < kAheadBytes ? kAheadBytes : tile_bytes; }
 
 // sums[m] = x[m] . w[n], n = 0 .. 3, for M rows of x and 4 rows of w, of which the last ones may be repeated.
 template <int M, typename W>
@@ -243,9 +233,13 @@ SAMOE_VNNI static void digit_tile(const char* const* x, const int8_t* const* w, 
 #endif
 
 // Returns false where rows of x are not digits.
+template <typename W>
+SAMOE_INLINE bool multiply_digits(int64_t, const char* const*, const W* const*, int64_t, Ahead&, bool, v4*) {
+  return false;
+}
+#if defined(__AVX512F__)
 SAMOE_INLINE bool multiply_digits(int64_t num_rows, const char* const* x, const int8_t* const* w, int64_t inputs,
                                   Ahead& ahead, bool by_digits, v4* sums) {
-#if defined(__AVX512F__)
   if (by_digits) {
     if (num_rows == 1) {
       digit_tile<1>(x, w, inputs, ahead, sums);
@@ -253,13 +247,9 @@ SAMOE_INLINE bool multiply_digits(int64_t num_rows, const char* const* x, const 
       digit_tile<2>(x, w, inputs, ahead, sums);
     }
   }
-#endif
   return by_digits;
 }
-template <typename W>
-SAMOE_INLINE bool multiply_digits(int64_t, const char* const*, const W* const*, int64_t, Ahead&, bool, v4*) {
-  return false;
-}
+#endif
 
 // Where a block of results goes: out[m][n - first] = (sum * scale[n] + bias[n]) * factor, or is added to.
 struct DecodeOut {
@@ -297,10 +287,9 @@ static void multiply_block(const char* const* x, int64_t num_rows, const W* w, i
   const int64_t tile_bytes = kTileOuts * inputs * static_cast<int64_t>(sizeof(W));
   const int64_t tile_rows = by_digits ? kDigitRows : (sizeof(W) == 2 ? kPairRows : kTileRows);
   const char* const begin = reinterpret_cast<const char*>(w + first * inputs);
-  Ahead ahead{begin + tile_bytes, reinterpret_cast<const char*>(w + last * inputs),
-              static_cast<const char*>(following.data), following.bytes,
-              2 * tile_bytes + num_rows * inputs * 4 > kNearBytes};
-  Ahead nothing{nullptr, nullptr, nullptr, 0, false};
+  Ahead ahead{begin + ahead_bytes(tile_bytes), reinterpret_cast<const char*>(w + last * inputs),
+              static_cast<const char*>(following.data), following.bytes};
+  Ahead nothing{nullptr, nullptr, nullptr, 0};
   for (int64_t n = first; n < last; n += kTileOuts) {
     const int64_t num_outs = last - n < kTileOuts ? last - n : kTileOuts;
     const W* rows[kTileOuts];
@@ -336,10 +325,10 @@ SAMOE_INLINE void multiply(const char* const* x, int64_t num_rows, const Matrix&
   }
 }
 
-// The first tile of row `row` of a stack of matrices.
+// What is asked for ahead from row `row` of a stack of matrices on.
 SAMOE_INLINE Following start_of(const Matrix& w, int64_t row, int64_t inputs) {
   const int64_t size = w.type == WeightType::f32 ? 4 : (w.type == WeightType::bf16 ? 2 : 1);
-  return {static_cast<const char*>(w.data) + row * inputs * size, kTileOuts * inputs * size};
+  return {static_cast<const char*>(w.data) + row * inputs * size, ahead_bytes(kTileOuts * inputs * size)};
 }
 
 // One row normalised, times weight, plus bias. The mean square is taken around the mean unless rms.

@@ -18,15 +18,18 @@ float* aligned_floats(int64_t count) {
   return static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((count * 4 + 64 + 63) / 64 * 64)));
 }
 
-// One thread's rows, padded to whole vectors.
+// One thread's rows, padded to whole vectors, in memory of its own or of a caller's.
 struct Scratch {
-  explicit Scratch(int64_t num_experts) : width(padded(num_experts)), base(aligned_floats(4 * width)) {}
-  ~Scratch() { std::free(base); }
+  explicit Scratch(int64_t num_experts) : width(padded(num_experts)), base(aligned_floats(kRows * width)), owned(base) {}
+  Scratch(int64_t num_experts, float* memory) : width(padded(num_experts)), base(memory) {}
+  ~Scratch() { std::free(owned); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   float* row(int i) { return base + i * width; }
+  static constexpr int64_t kRows = 4;
   int64_t width;
   float* base;
+  float* owned = nullptr;
 };
 
 // Copies E logits to a padded row; the padding scores nothing.
@@ -115,8 +118,8 @@ void chosen_probs(const GateForward& a, const float* scores, float scale, const 
   for (int64_t k = 0; k < a.topk; ++k) probs[k] *= scale;
 }
 
-// One token: writes its probs, ids and logsumexp, and adds its distribution to sums.
-float gate_token(const GateForward& a, int64_t t, Scratch& s, float* sums) {
+// One token: writes its probs and ids; returns logsumexp, and what turns the scores in row 1 into its distribution.
+float choose(const GateForward& a, int64_t t, Scratch& s, float* scale_out) {
   float* row = s.row(0);
   float* scores = s.row(1);
   int32_t* keys = reinterpret_cast<int32_t*>(s.row(2));
@@ -127,9 +130,17 @@ float gate_token(const GateForward& a, int64_t t, Scratch& s, float* sums) {
   float sum;
   const float logsumexp = exponentials(row, s.width, scores, &sum);
   if (a.sigmoid) sum = sigmoids(row, s.width, scores);
-  const float scale = 1.0f / sum;
+  *scale_out = 1.0f / sum;
+  chosen_probs(a, scores, *scale_out, ids, a.probs_TK + t * a.topk);
+  return logsumexp;
+}
+
+// The same, and adds the token's distribution to sums.
+float gate_token(const GateForward& a, int64_t t, Scratch& s, float* sums) {
+  float scale;
+  const float logsumexp = choose(a, t, s, &scale);
+  const float* scores = s.row(1);
   for (int64_t e = 0; e < s.width; e += kLanes) store(sums + e, load(sums + e) + load(scores + e) * scale);
-  chosen_probs(a, scores, scale, ids, a.probs_TK + t * a.topk);
   a.logsumexp_T[t] = logsumexp;
   return logsumexp;
 }
@@ -177,6 +188,22 @@ void gate_forward(const GateForward& a) {
   *a.z_sum = static_cast<float>(z);
   std::free(block_sums);
   std::free(block_z);
+}
+
+int64_t choice_floats(int64_t num_experts) { return Scratch::kRows * padded(num_experts); }
+
+void choose_experts(const DecodeChoice& a, int64_t token, float* work) {
+  GateForward gate = {};
+  gate.logits_TE = a.logits_TE;
+  gate.num_experts = a.num_experts;
+  gate.topk = a.topk;
+  gate.sigmoid = a.sigmoid;
+  gate.pre_softmax = a.pre_softmax;
+  gate.probs_TK = a.probs_TK;
+  gate.ids_TK = a.ids_TK;
+  Scratch scratch(a.num_experts, work);
+  float scale;
+  choose(gate, token, scratch, &scale);
 }
 
 namespace {
