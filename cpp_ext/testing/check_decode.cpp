@@ -175,6 +175,72 @@ void check_experts(WeightType type) {
   });
 }
 
+// Two layers, the second one with a shared expert, of tokens of some sequences: everything that a step's threads share.
+void check_step(WeightType type) {
+  const int64_t tokens = pick(1, 12), hidden = 2 * pick(1, 40), ffn = pick(1, 70), experts = pick(1, 5), topk = pick(1, experts);
+  const int64_t groups = pick(1, 3), queries = pick(1, 2), dim = 2 * pick(1, 12), vocab = pick(2, 90), pages_per_slot = 2;
+  const int64_t width = groups * (queries + 2) * dim, inner = groups * queries * dim, page = samoe::cpu::kPage;
+  const int64_t num_pages = tokens * pages_per_slot, rows = pick(0, tokens);
+  const bool gated = pick(0, 1) == 1;
+  const int64_t up = gated ? 2 * ffn : ffn;
+  const Weights words(vocab, hidden, type), head(vocab, hidden, type), router(experts, hidden, WeightType::f32);
+  const Weights qkv(width, hidden, type), output(hidden, inner, type);
+  const Weights w1(experts * up, hidden, type), w2(experts * hidden, ffn, type);
+  const auto norm = floats(hidden), cosines = floats(pages_per_slot * page * dim), cache = floats(num_pages * groups * dim * page);
+  std::vector<int64_t> ids, wanted, index, zeros(static_cast<size_t>(tokens));
+  std::vector<int32_t> positions, slots, pages;
+  for (int64_t t = 0; t < tokens; ++t) {
+    ids.push_back(pick(0, vocab - 1));
+    positions.push_back(static_cast<int32_t>(t % 2 == 1 ? positions.back() + 1 : pick(0, page)));
+    slots.push_back(static_cast<int32_t>(t / 2));  // two tokens of a sequence in one step
+  }
+  for (int64_t p = 0; p < num_pages; ++p) pages.push_back(static_cast<int32_t>(p));
+  for (int64_t n = 0; n < rows; ++n) wanted.push_back(pick(0, tokens - 1));
+  for (int64_t e = 0; e < experts; ++e) index.push_back(e);
+  same_bits(floats(rows * vocab), "bits of a step", [&](float* result, int num_threads) {
+    const auto room = [](int64_t count) { return std::vector<float>(static_cast<size_t>(count)); };
+    auto x = room(tokens * hidden), normed = x, projected = room(tokens * width), prepared = projected;
+    auto attended = room(tokens * inner), logits = room(tokens * experts), probs = room(tokens * topk), last = room(2 * rows * hidden);
+    auto h = room(tokens * topk * ffn), y = room(tokens * topk * hidden);
+    const std::vector<float> ones(static_cast<size_t>(tokens), 1.0f);
+    std::vector<int64_t> chosen(static_cast<size_t>(tokens * topk));
+    std::vector<std::vector<float>> keys(2, cache), values(2, cache);
+    std::vector<samoe::cpu::DecodeLayer> layers(2);
+    for (size_t l = 0; l < 2; ++l) {
+      auto& layer = layers[l];
+      layer.attention_norm = layer.mlp_norm = {x.data(), norm.data(), nullptr, 1e-5f, true, 0, hidden, normed.data(), 0};
+      layer.qkv = {normed.data(), qkv.matrix, nullptr, 0, hidden, width, false, projected.data(), 0};
+      auto& a = layer.attention;
+      a.qkv = projected.data();
+      a.cos_PR = a.sin_PR = cosines.data();
+      a.rotated = dim;
+      a.keys = keys[l].data();
+      a.values = values[l].data();
+      a.kv_heads = groups;
+      a.queries_per_kv = queries;
+      a.head_dim = dim;
+      a.qkv_scratch = prepared.data();
+      a.out = attended.data();
+      layer.output = {attended.data(), output.matrix, nullptr, 0, inner, hidden, true, x.data(), 0};
+      layer.router = {normed.data(), router.matrix, nullptr, 0, hidden, experts, false, logits.data(), 0};
+      layer.choice = {logits.data(), 0, experts, topk, false, false, probs.data(), chosen.data()};
+      layer.experts = {normed.data(), chosen.data(), probs.data(), 0, topk, experts, index.data(), index.data(), w1.matrix, w2.matrix,
+                       nullptr, nullptr, nullptr, nullptr, hidden, ffn, gated, h.data(), y.data(), true, x.data(), 0};
+      if (l == 0) continue;
+      layer.shared = layer.experts;
+      layer.shared.ids_TK = zeros.data();
+      layer.shared.probs_TK = ones.data();
+      layer.shared.topk = 1;
+    }
+    samoe::cpu::DecodeStep step = {ids.data(), positions.data(), slots.data(), pages.data(), pages_per_slot, tokens, hidden,
+                                   words.matrix, nullptr, x.data(), layers.data(), 2, wanted.data(), rows, last.data(), {}, {},
+                                   num_threads};
+    step.final_norm = {last.data(), norm.data(), nullptr, 1e-5f, true, 0, hidden, last.data() + rows * hidden, 0};
+    step.head = {last.data() + rows * hidden, head.matrix, nullptr, 0, hidden, vocab, false, result, 0};
+    kernels().decode_step(step);
+  });
+}
+
 void check_combine_rows(WeightType type) {
   const int64_t banks = pick(1, 5), rows = pick(1, 30), cols = pick(1, 90);
   std::vector<Weights> weights;
@@ -218,6 +284,7 @@ int main() {
     for (const WeightType type : {WeightType::f32, WeightType::bf16, WeightType::i8}) {
       check_linear(type);
       check_experts(type);
+      check_step(type);
       check_combine_rows(type);
     }
     check_norm();

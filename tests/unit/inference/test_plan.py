@@ -1,0 +1,109 @@
+"""Plans of whole steps: the bits of the blocks, whatever the threads and the batch, and clear errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_samoe.inference.decode_layers import make_decode_model
+from megatron_samoe.inference.kv_cache import Span, make_batch
+from megatron_samoe.inference.load import LoadedModel
+from megatron_samoe.inference.single_runner import SingleRunner
+from megatron_samoe.ops import extension
+from megatron_samoe.ops.decode import Places
+from tests.unit.inference.test_runners import IDS, MODELS, make, tables
+from tests.unit.inference.tiny_models import VOCAB, loaded_tiny, step_logits
+
+pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
+WAYS = [*((name, "folded") for name in MODELS), ("samoe gpt3", "selected"), ("samoe llama", "selected")]
+#: (slot, first position, tokens) of steps: a prompt, single tokens, both.
+STEPS = [[(0, 0, 20)], [(1, 0, 3), (2, 0, 18)], [(2, 18, 1), (0, 20, 1), (1, 3, 1)], [(0, 21, 15), (1, 4, 1)]]
+
+
+@contextmanager
+def threads(num: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(loaded: LoadedModel, serving: str, dtype: str, blocks: bool = False, steps: list = STEPS) -> torch.Tensor:
+    """Returns the logits after every token of some steps, by the plan or by blocks."""
+    pages = tables([len(ids) for ids in IDS])
+    runner = SingleRunner(make_decode_model(loaded.model, serving, dtype, pages.num_pages), 64, 64, 0)
+    assert runner._plan is not None
+    if blocks:
+        runner._plan = None
+    rows = [
+        step_logits(runner, pages, [(slot, first, IDS[slot][first : first + n]) for slot, first, n in step])
+        for step in steps
+    ]
+    return torch.cat([logits for step in rows for logits in step])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(("name", "serving"), WAYS)
+def test_a_plan_has_the_bits_of_the_blocks(name: str, serving: str, dtype: str) -> None:
+    loaded = make(name, serving)
+    assert torch.equal(run(loaded, serving, dtype), run(loaded, serving, dtype, blocks=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_bits_depend_neither_on_threads_nor_on_the_batch(dtype: str) -> None:
+    # Large enough that a step takes all threads.
+    loaded = loaded_tiny("moe", hidden_size=256, style="llama", moe_router_topk=2, ffn_hidden_size=256)
+    with threads(1):
+        alone = run(loaded, "folded", dtype)
+    with threads(3):
+        assert torch.equal(run(loaded, "folded", dtype), alone)
+    single = [[(slot, i, 1)] for slot, count in ((0, 36), (1, 5), (2, 19)) for i in range(count)]
+    one_by_one = run(loaded, "folded", dtype, steps=single)
+    order = [(slot, first + i) for step in STEPS for slot, first, n in step for i in range(n)]
+    place = {(slot, first): row for row, [(slot, first, _)] in enumerate(single)}
+    assert torch.equal(one_by_one[[place[token] for token in order]], alone)
+
+
+def test_wrong_tokens_are_refused_before_anything_is_computed() -> None:
+    loaded = make("moe", "folded")
+    pages = tables([40])
+    runner = SingleRunner(make_decode_model(loaded.model, "folded", "fp32", pages.num_pages), 8, 2, 0)
+    plan = runner._plan
+    assert plan is not None
+    good = make_batch([Span(0, 3, 2)], [5, 6], pages.table, [1], runner.device)
+    places = Places(good.positions_T, good.slots_T, good.pages)
+    rows_N, logits_NV = torch.tensor([1]), torch.empty(1, VOCAB)
+
+    def refused(error: type[Exception], match: str, tokens: list[int], places: Places, **changes: torch.Tensor) -> None:
+        with pytest.raises(error, match=match):
+            plan.step(torch.tensor(tokens), places, changes.get("rows", rows_N), changes.get("logits", logits_NV))
+
+    plan.step(good.tokens_T, places, rows_N, logits_NV)
+    refused(IndexError, f"tokens has an entry outside 0 to {VOCAB - 1}", [5, VOCAB], places)
+    refused(IndexError, "rows has an entry outside 0 to 1", [5, 6], places, rows=torch.tensor([2]))
+    refused(ValueError, "not those of 3 tokens", [5, 6, 7], places)
+    refused(ValueError, "9 tokens and 1 logits; the plan is for 8 and 2", [5] * 9, places)
+    refused(ValueError, "logits are", [5, 6], places, logits=torch.empty(1, VOCAB + 1))
+    refused(IndexError, "slot 1 of 1", [5, 6], replace(places, slots_T=torch.tensor([0, 1], dtype=torch.int32)))
+    refused(
+        IndexError, "position 48 of 48", [5, 6], replace(places, positions_T=torch.tensor([0, 48], dtype=torch.int32))
+    )
+    refused(IndexError, "pages hold a page outside 0 to 2", [5, 6], replace(places, pages=good.pages + 1))
+
+
+def test_a_plan_ends_with_its_object() -> None:
+    loaded = make("moe", "folded")
+    runner = SingleRunner(make_decode_model(loaded.model, "folded", "fp32", 3), 8, 2, 0)
+    assert runner._plan is not None
+    number = runner._plan._number
+    del runner
+    with pytest.raises(ValueError, match=f"there is no plan {number}"):
+        empty = torch.empty(0, dtype=torch.int64)
+        places = (empty.int(), empty.int(), torch.zeros(1, 1, dtype=torch.int32))
+        torch.ops.megatron_samoe.decode_plan_step(number, empty, *places, empty, torch.empty(0, VOCAB))
