@@ -25,7 +25,6 @@ from benchmark_ranks import run_ranks, synchronized
 
 from megatron_samoe.ops.permute import Permutation, permute
 from megatron_samoe.ops.shm_communicator import ShmCommunicator, create_shm_communicator
-from megatron_samoe.parallel_state.backend import keep_freed_memory
 from megatron_samoe.parallel_state.state import Group
 
 WIDTH = 1024
@@ -64,7 +63,6 @@ def _variants(megabytes: float, uneven: bool, communicator: ShmCommunicator) -> 
 
 
 def _measure(options: argparse.Namespace) -> list[dict[str, object]]:
-    keep_freed_memory()
     world = dist.get_world_size()
     group = Group("benchmark", tuple(range(world)), dist.get_rank(), dist.group.WORLD)
     communicator = create_shm_communicator(group)

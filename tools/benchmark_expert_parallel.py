@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from dataclasses import replace
 from typing import Any
 
 import torch
 from benchmark_common import DTYPES, Rows, add_options
 from benchmark_layer import make_layer
-from benchmark_ranks import alternate, run_ranks
+from benchmark_ranks import alternate, make_parallel, run_ranks
 
 from megatron_samoe.config import ParallelConfig
-from megatron_samoe.ops.exchange import with_exchange
-from megatron_samoe.parallel_state import backend, initialize_model_parallel, single_process_state
+from megatron_samoe.parallel_state import single_process_state
 
 
 def _measure(options: argparse.Namespace) -> Rows:
-    backend.keep_freed_memory()
     torch.manual_seed(1)
-    parallel = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=options.ranks))
-    # As training does: shared memory where it can be had.
-    parallel = replace(parallel, ep=with_exchange(parallel.ep, parallel.device, backend=options.exchange))
+    parallel = make_parallel(
+        ParallelConfig(expert_model_parallel_size=options.ranks, moe_all_to_all_backend=options.exchange)
+    )
     rows = []
     for dtype in options.dtype:
         for experts in options.num_experts:

@@ -6,6 +6,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from megatron_samoe.config import ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
-from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.config import ModelConfig, MoEConfig, ParallelConfig, PretrainConfig, TrainingConfig
+from megatron_samoe.ops.exchange import with_exchange
+from megatron_samoe.parallel_state import ParallelState, backend, initialize_model_parallel
 from megatron_samoe.training.setup import TrainSetup, build_setup
 
 VOCAB_SIZE = 512
@@ -28,6 +30,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> Any:
 
 
 def _rank_main(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple) -> None:
+    backend.keep_freed_memory()
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group(
@@ -73,9 +76,15 @@ def batches_of(setup: TrainSetup) -> list[dict[str, torch.Tensor]]:
     return [batch] * setup.num_micro_batches
 
 
+def make_parallel(config: ParallelConfig) -> ParallelState:
+    """Returns this rank's groups, whose rows go through what training would take."""
+    parallel = initialize_model_parallel(config)
+    return replace(parallel, ep=with_exchange(parallel.ep, parallel.device, backend=config.moe_all_to_all_backend))
+
+
 def make_setup(config: PretrainConfig) -> TrainSetup:
     """Returns the set-up of this rank."""
-    return build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+    return build_setup(config, VOCAB_SIZE, make_parallel(config.parallel))
 
 
 def synchronized() -> float:

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Builds the torch-free part of the extension with the sanitizers of g++ (or CXX) and runs its checks (cpp_ext/testing):
 # - AddressSanitizer and UndefinedBehaviorSanitizer: the kernels of each instruction set that this machine has, the CUDA
-#   kernels in their emulation, and the shared-memory exchange between processes and between threads;
-# - ThreadSanitizer: the portable kernels and the exchange, with OpenMP's calls answered by std::thread.
+#   kernels in their emulation, the shared-memory exchange between processes and between threads, and the NCCL exchange
+#   over the stand-in for NCCL;
+# - ThreadSanitizer: the portable kernels and both exchanges, with OpenMP's calls answered by std::thread.
 # JOBS compilers run at once, by default one for each core.
 set -eu
 cd "$(dirname "$0")/.."
@@ -48,12 +49,13 @@ compile_kernels asan/kernels "portable${x86_sets:+ $x86_sets}" "$asan"
 compile_kernels tsan/kernels portable "$tsan"
 for kind in asan tsan; do
     [ $kind = asan ] && sanitizer=$asan || sanitizer=$tsan
-    for source in cpp_ext/comm/shm_*.cpp; do
+    for source in cpp_ext/comm/*.cpp; do
         compile "$kind/comm/$(basename "$source" .cpp).o" "$source" "$sanitizer"
     done
-    for name in check_kernels check_decode check_exchange; do
+    for name in check_kernels check_decode check_exchange check_nccl; do
         compile $kind/$name.o cpp_ext/testing/$name.cpp "$sanitizer"
     done
+    compile $kind/fake_nccl.o cpp_ext/testing/fake_nccl.cpp "-fPIC $sanitizer"
 done
 compile tsan/openmp.o cpp_ext/testing/openmp_threads.cpp "$tsan"
 # The emulated kernels, on one thread, are compared with the portable set.
@@ -66,10 +68,15 @@ build
 
 cd "$folder"
 # shellcheck disable=SC2086
-for name in check_kernels check_decode check_exchange; do
+for name in check_kernels check_decode check_exchange check_nccl; do
     $compiler $asan $openmp asan/kernels/*.o asan/comm/*.o asan/$name.o -o asan/$name
     $compiler $tsan tsan/kernels/*.o tsan/comm/*.o tsan/$name.o tsan/openmp.o -o tsan/$name
 done
+# shellcheck disable=SC2086
+{
+    $compiler -shared $asan asan/fake_nccl.o -o asan/libnccl.so
+    $compiler -shared $tsan tsan/fake_nccl.o -o tsan/libnccl.so
+}
 # shellcheck disable=SC2086
 $compiler $asan $openmp cuda/*.o asan/kernels/*.portable.o asan/kernels/counting_sort.o -o cuda/check
 
@@ -83,8 +90,10 @@ for set in portable $x86_sets; do
 done
 asan/check_exchange processes
 asan/check_exchange threads
+MEGATRON_SAMOE_NCCL_LIB=asan/libnccl.so asan/check_nccl
 cuda/check 33
 echo "ThreadSanitizer:"
 tsan/check_kernels
 tsan/check_decode
 tsan/check_exchange threads
+MEGATRON_SAMOE_NCCL_LIB=tsan/libnccl.so tsan/check_nccl

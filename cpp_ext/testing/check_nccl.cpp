@@ -47,7 +47,7 @@ class LoggedQueue : public DeviceQueue {
   }
 };
 
-int failures = 0;
+std::atomic<int> failures{0};
 
 void expect(bool right, const std::string& what) {
   if (right) return;
@@ -147,6 +147,25 @@ int main() {
     communicator->close();
     expect(reached[number], "the end waits for what is under way");
     device.join();
+  }
+  {
+    // As in training: another thread looks how far the exchanges are, and a third gives up.
+    const auto communicator = connected(30.0);
+    for (auto& mark : reached) mark = true;
+    marks = 0;
+    std::atomic<bool> over{false};
+    std::thread looking([&] {
+      while (!over) expect(communicator->position().started <= 12 && communicator->last_error().size() < 20, "a look");
+    });
+    for (int i = 0; i < 12; ++i) {
+      expect(communicator->start_even(input.data(), output.data(), 64).empty(), "one of many exchanges");
+      expect(communicator->finish(i + 1, 1.0) == Progress::done, "its end");
+    }
+    std::thread([&] { communicator->abort("a third thread"); }).join();
+    expect(communicator->finish(12, 1.0) == Progress::failed, "given up by another thread");
+    over = true;
+    looking.join();
+    communicator->close();
   }
   if (failures == 0) std::printf("all well\n");
   return failures == 0 ? 0 : 1;

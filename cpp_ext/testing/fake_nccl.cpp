@@ -71,7 +71,12 @@ EXPORT const char* ncclGetErrorString(int result) {
   }
 }
 
-EXPORT const char* ncclGetLastError(void*) { return last_error.c_str(); }
+EXPORT const char* ncclGetLastError(void*) {
+  thread_local std::string text;
+  std::lock_guard<std::mutex> lock(count_mutex);
+  text = last_error;
+  return text.c_str();
+}
 
 EXPORT int ncclGetUniqueId(UniqueId* id) {
   std::random_device random;

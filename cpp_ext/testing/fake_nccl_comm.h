@@ -65,7 +65,7 @@ struct Comm {
   std::vector<void*> registered;
 };
 
-std::mutex count_mutex;
+std::mutex count_mutex;  // of what follows
 std::map<std::string, int64_t> counts;  // what tests ask for
 
 void note(const std::string& what) {
@@ -76,7 +76,10 @@ void note(const std::string& what) {
 std::string last_error;  // as in NCCL, of the process
 
 int fail(Comm& comm, Result result, const std::string& text) {
-  last_error = text;
+  {
+    std::lock_guard<std::mutex> lock(count_mutex);
+    last_error = text;
+  }
   comm.state = result;
   return result;
 }
