@@ -123,7 +123,7 @@ std::vector<Message> messages(const std::vector<int64_t>& numbers, const Tensor&
     const int64_t peer = numbers[i], offset = numbers[i + 2], bytes = numbers[i + 3];
     const Tensor& memory = numbers[i + 1] != 0 ? staging : own;
     TORCH_CHECK_VALUE(peer >= 0 && peer < world && offset >= 0 && bytes >= 0 &&
-                          offset + bytes <= static_cast<int64_t>(memory.nbytes()),
+                          offset <= static_cast<int64_t>(memory.nbytes()) - bytes,
                       "a message of ", bytes, " bytes at ", offset, " of ", memory.nbytes(), " for rank ", peer);
     found.push_back({static_cast<int>(peer), static_cast<char*>(memory.data_ptr()) + offset, bytes});
   }

@@ -253,7 +253,6 @@ Progress NcclAllToAll::use_staging(char* memory, int64_t bytes, double seconds) 
 
 Position NcclAllToAll::position() {
   Lock lock(mutex_);
-  if (error_.empty()) forget_reached();
   const int64_t started = operation_;
   if (!pending_.empty()) return {started, pending_.front().exchange, error_};
   return {started, enqueueing_ || !turns_.empty() ? started : -1, error_};

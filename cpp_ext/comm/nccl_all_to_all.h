@@ -87,7 +87,7 @@ class NcclAllToAll : public AllToAll {
   // Registers the memory between hops with NCCL, where that can be done, in place of the memory before it, whose
   // exchanges it waits for.
   Progress use_staging(char* memory, int64_t bytes, double seconds);
-  Position position();
+  Position position();  // as the watchdog saw it last, a tenth of a second ago at most
   // Frees the communicator on this rank alone: the others hear of it from NCCL or from their time-out.
   void abort(const std::string& reason) override;
   // Frees the communicator with its peers after what is under way has ended; aborts it where that takes some seconds.

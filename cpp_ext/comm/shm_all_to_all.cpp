@@ -228,7 +228,8 @@ void ShmAllToAll::abort(const std::string& reason) {
   if (header.state.load() != static_cast<uint32_t>(State::open)) return;
   std::snprintf(header.reason, sizeof header.reason, "%s", reason.c_str());
   header.state.store(static_cast<uint32_t>(State::aborted));
-  for (int r = 0; r < world_; ++r) ring_doorbell(r);
+  for (int r = 0; r < world_; ++r)
+    if (peers_[static_cast<size_t>(r)].segment.fd() >= 0) ring_doorbell(r);
 }
 
 void ShmAllToAll::wait(uint32_t seen, Clock::time_point until) {

@@ -97,13 +97,19 @@ class Communicator:
     def _submit(self, received: Tensor, work: Callable[[], None]) -> Pending:
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, f"all-to-all {self.group.name}")
-        self._last = self._worker.submit(work)
-        return Pending(received, self._last.result)
+        future = self._last = self._worker.submit(work)
+
+        def finish() -> None:
+            with self._abort_if_interrupted():  # which the worker does not hear of; the end of the process waits for it
+                future.result()
+
+        return Pending(received, finish)
 
     def _wait_for_background(self) -> None:
         """Exchanges keep their order: one of the foreground waits for those that were started before it."""
         if self._last is not None:
-            wait_for([self._last])  # whose errors are for those who started them
+            with self._abort_if_interrupted():
+                wait_for([self._last])  # whose errors are for those who started them
             self._last = None
 
     def _received(

@@ -54,7 +54,8 @@ class HostwiseCommunicator(Communicator):
         own = [[values[rank] for rank in self._here] for values in (send_offsets, send_bytes, recv_offsets, recv_bytes)]
         problem = self._local.exchange_parts(x, received, *own)
         if not problem:
-            problem = _first_failure(works)
+            with self._abort_if_interrupted():
+                problem = _first_failure(works)
             if problem:
                 self._local.abort(problem)
         self._failed = problem

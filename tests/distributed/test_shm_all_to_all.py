@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -265,6 +266,28 @@ def _abort() -> str:
 def test_one_rank_gives_up_for_all():
     messages = run_ranks(_abort, 3)
     assert all("loss is not a number" in message for message in messages)
+
+
+def _interrupted_in_background() -> tuple[str, float]:
+    communicator, message = _communicator(60.0), ""
+    x = torch.ones(2, 1 << 20)  # more than a ring holds, so that no rank ends without the other
+    started = time.monotonic()
+    if dist.get_rank() == 0:
+        pending = communicator.start(x, [1, 1], [1, 1])
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            pending.wait()
+        communicator.close()
+        dist.barrier()
+    else:
+        dist.barrier()
+        message = _error_of(lambda: communicator.exchange(x, [1, 1], [1, 1]))
+    return message, time.monotonic() - started
+
+
+def test_an_interrupt_ends_an_exchange_in_the_background():
+    first, second = run_ranks(_interrupted_in_background, 2)
+    assert max(first[1], second[1]) < 10 and "gave up: interrupted" in second[0]
 
 
 def _close_early() -> str:
