@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
         validate(config, backend.world_size_from_environment())
-        pretrain(config)
+        pretrain(replace(config, checkpoint=store.with_start(config.checkpoint)))
     except MegatronSamoeError as error:
         return _report(error, rank)
     except SystemExit as error:
@@ -93,7 +93,7 @@ def _progress(config: PretrainConfig) -> tuple[int, int]:
 
 
 def _saved_config(config: PretrainConfig) -> Mapping[str, Any] | None:
-    directory = store.find_checkpoint(config.checkpoint)
+    directory = store.find_checkpoint(store.with_start(config.checkpoint))
     return None if directory is None else store.read_config(directory)
 
 

@@ -13,6 +13,9 @@ class CheckpointConfig:
     """Folder to save checkpoints in."""
     load: str | None = None
     """Folder to load the newest checkpoint from; a fresh start if it has none."""
+    pretrained_checkpoint: str | None = None
+    """Folder whose newest checkpoint's weights a run starts from, at iteration 0, while --load has no checkpoint yet: as
+    --load with --finetune, but an interrupted run started again goes on where it was."""
     save_interval: int | None = None
     """Steps between checkpoints; only at the end if not given."""
     save_retain_interval: int | None = None

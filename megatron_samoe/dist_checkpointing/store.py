@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,21 @@ def whole_iterations(root: str | Path) -> list[int]:
     names = os.listdir(root) if os.path.isdir(root) else []
     found = [int(m[1]) for name in names if (m := re.fullmatch(r"iter_(\d{7,})", name))]
     return sorted(i for i in found if (iteration_dir(root, i) / TRAIN_STATE).is_file())
+
+
+def with_start(config: CheckpointConfig) -> CheckpointConfig:
+    """Returns --load and --finetune as --pretrained-checkpoint makes them: its weights, while --load has no checkpoint.
+
+    Raises:
+        CheckpointError: --pretrained-checkpoint is needed and has no checkpoint.
+    """
+    pretrained = config.pretrained_checkpoint
+    if pretrained is None or (config.load is not None and whole_iterations(config.load)):
+        return config
+    if not whole_iterations(pretrained):
+        _refuse_foreign(Path(pretrained), "--pretrained-checkpoint")
+        raise CheckpointError(f"--pretrained-checkpoint {pretrained} has no checkpoint.", collective=True)
+    return replace(config, load=pretrained, finetune=True)
 
 
 def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list[str]] = lambda _: []) -> Path | None:
@@ -119,10 +135,10 @@ def _read_latest(root: Path) -> int | None:
         return None
 
 
-def _refuse_foreign(root: Path) -> None:
-    """Raises CheckpointError where --load holds something else: neither checkpoints nor nothing yet."""
+def _refuse_foreign(root: Path, flag: str = "--load") -> None:
+    """Raises CheckpointError where a folder to load from holds something else: neither checkpoints nor nothing yet."""
     if root.is_file():
-        raise CheckpointError(f"--load {root} is a file; it must be a folder of checkpoints.")
+        raise CheckpointError(f"{flag} {root} is a file; it must be a folder of checkpoints.")
     if not root.is_dir():
         return
     hint = ""
@@ -137,7 +153,7 @@ def _refuse_foreign(root: Path) -> None:
     )
     if entries:
         raise CheckpointError(
-            f"--load {root} holds no checkpoint of this program, but {_listed(entries)}."
+            f"{flag} {root} holds no checkpoint of this program, but {_listed(entries)}."
             f"{hint or ' Give another folder, or convert the checkpoint.'}"
         )
 

@@ -22,7 +22,7 @@ class RunSummary:
     """One run.
 
     Attributes:
-        records: the lines of metrics.jsonl.
+        records: the lines of metrics.jsonl, by iteration: earlier checkpoints may have been evaluated later.
         checkpoint_bytes: size of the last checkpoint, optimizer state included.
         tokens_per_s: median over logged steps; None where nothing was trained, only evaluated.
         machine: where it ran, the content of machine.json; empty where that is not there.
@@ -71,7 +71,7 @@ def read_run(run_dir: Path) -> RunSummary:
         raise CheckpointError(f"{run_dir} is not the folder of a run: it needs checkpoints/ and metrics.jsonl.")
     directory = store.iteration_dir(run_dir / "checkpoints", iterations[-1])
     config = from_mapping(store.read_config(directory), str(directory))
-    records = _read_records(metrics)
+    records = sorted(_read_records(metrics), key=lambda record: record.get("iteration", 0))
     if not any("validation_loss" in r for r in records):
         raise CheckpointError(f"{metrics} has no validation loss: was the run stopped before its first evaluation?")
     vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]

@@ -159,9 +159,7 @@ def plan_native(source: Source, save_dir: Path, dtype: torch.dtype | None, with_
             shutil.copyfile(source.directory / TOKENIZER, kept_at)
         return written
 
-    hint = (
-        f" To train on:\n  python -m megatron_samoe.cli.pretrain --load {save_dir} --use-checkpoint-args --finetune ..."
-    )
+    hint = f" To train on:\n  python -m megatron_samoe.cli.pretrain --pretrained-checkpoint {save_dir} --use-checkpoint-args ..."
     return Conversion(f"a checkpoint of this program in {final}", lines, {final.name: tensors.tensors}, write, hint)
 
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     print(f"Written to {written}, without optimizer state. To train on:\n"
-          f"  python -m megatron_samoe.cli.pretrain --load {options.save_dir} --use-checkpoint-args --finetune ...")  # fmt: skip
+          f"  python -m megatron_samoe.cli.pretrain --pretrained-checkpoint {options.save_dir} --use-checkpoint-args ...")  # fmt: skip
     return 0
 
 

@@ -10,7 +10,7 @@ from megatron_samoe.config.training import OptimizerConfig
 def learning_rate(config: OptimizerConfig, train_iters: int, iteration: int) -> float:
     """Returns the rate of a step, counted from 0: linear warm-up, then the configured decay, then --min-lr.
 
-    As in Megatron, step i of a warm-up of w steps runs at (i + 1) / w of the highest rate.
+    Step i of a warm-up of w steps runs at (i + 1) / w of the highest rate (Megatron's at i / w: its first changes nothing).
     """
     decay_iters = config.lr_decay_iters or max(train_iters, 1)
     warmup = config.lr_warmup_iters

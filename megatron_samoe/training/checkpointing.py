@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.cli import CHECKPOINT_GROUPS, to_mapping
+from megatron_samoe.config.training import OptimizerConfig
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver, save_checkpoint
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, sharded, stored_names
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
 from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.optimizer.schedule import learning_rate
 from megatron_samoe.parallel_state.shard_spec import get_flat_part, get_shard_spec
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import PLAIN_KEYS, TrainState
@@ -103,6 +105,12 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     check_same_model(setup, saved_config, saved, directory)
     if not (checkpoint.finetune or setup.config.training.skip_train):
         check_same_course(setup, saved_config, directory)
+        _remark_on_rate(setup, saved_config, saved["iteration"], directory)
+        if saved["consumed_samples"] != saved["iteration"] * setup.batch_size:
+            logger.info(
+                f"{saved['iteration']} steps took {saved['consumed_samples']} samples in the run so far; from here on a step "
+                f"takes {setup.batch_size} (--global-batch-size)"
+            )
     with_optimizer = not (checkpoint.finetune or checkpoint.no_load_optim)
     if with_optimizer and "optimizer_steps" not in saved:
         raise CheckpointError(f"{directory} has no optimizer state; give --no-load-optim or --finetune to go without.")
@@ -131,6 +139,29 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     if not setup.config.training.fp16 or math.isclose(loaded.loss_scale.value, 1.0):
         loaded = replace(loaded, loss_scale=state.loss_scale)
     return loaded
+
+
+def _remark_on_rate(setup: TrainSetup, saved_config: Mapping[str, Any], iteration: int, directory: Path) -> None:
+    """Says so if the learning rate does not go on as in the run so far: often --train-iters was changed without thought."""
+    current, before = (
+        to_mapping(setup.config),
+        {name: saved_config.get(name) or {} for name in ("training", "optimizer")},
+    )
+    known = {name: value for name, value in before["optimizer"].items() if name in current["optimizer"]}
+    train_iters = before["training"].get("train_iters")
+    if train_iters is None:
+        return
+    was = learning_rate(OptimizerConfig(**known), train_iters, iteration)
+    now = learning_rate(setup.config.optimizer, setup.config.training.train_iters, iteration)
+    if math.isclose(was, now, rel_tol=1e-6) or iteration >= setup.config.training.train_iters:
+        return
+    old, new = {"train_iters": train_iters, **known}, {**current["training"], **current["optimizer"]}
+    changed = [n for n in ("train_iters", *known) if ("lr" in n or n == "train_iters") and old[n] != new[n]]
+    listed = ", ".join(f"--{name.replace('_', '-')} {old[name]} there, {new[name]} here" for name in changed)
+    logger.info(
+        f"The learning rate of iteration {iteration + 1} is {now:.3e}; the run in {directory} would have gone on at "
+        f"{was:.3e} ({listed})"
+    )
 
 
 def _refuse_unexpected(
@@ -211,4 +242,4 @@ def check_same_course(setup: TrainSetup, saved_config: Mapping[str, Any], direct
     changed = [name for name in CORPUS_FIELDS if name in saved_data and saved_data[name] != current[name]]
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-        logger.warning(f"{flags} differ from the run in {directory}; counting of samples goes on in the new corpus")
+        logger.info(f"{flags} differ from the run in {directory}; counting of samples goes on in the new corpus")

@@ -77,21 +77,25 @@ class ConsoleLog(Hook):
 class MetricsFile(Hook):
     """One JSON object per logged step.
 
-    A resumed run first drops what the killed one logged beyond its checkpoint; a fresh one sets aside an existing file.
+    A resumed run first drops what the killed one logged beyond its checkpoint; a fresh one sets aside an existing file;
+    an evaluation alone adds to what is there.
 
     Args:
         machine: where the run runs; goes into machine.json beside the file, as it was at the last start.
+        trains: whether there will be steps, not an evaluation alone.
     """
 
-    def __init__(self, path: str, machine: Mapping[str, Any] | None = None):
+    def __init__(self, path: str, machine: Mapping[str, Any] | None = None, trains: bool = True):
         self.path, self.place = Path(path), f"--metrics-file {path}"
-        self._machine = machine
+        self._machine, self._trains = machine, trains
         self.file: Any = None
 
     def start(self, iteration: int) -> None:
         """Opens the file and cuts it back to the iteration that training goes on from."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if iteration == 0 and self.path.exists() and self.path.stat().st_size:
+        if not self._trains:
+            pass
+        elif iteration == 0 and self.path.exists() and self.path.stat().st_size:
             self._set_aside()
         elif self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _iteration_of(line) <= iteration]
@@ -191,7 +195,7 @@ class ProgressBar(Hook):
 
 def default_hooks(config: PretrainConfig, batch_size: int, machine: Mapping[str, Any] | None = None) -> list[Hook]:
     """Returns the hooks that the configuration asks for; see MetricsFile for the machine."""
-    logs, iters = config.logging, config.training.train_iters
+    logs, iters, trains = config.logging, config.training.train_iters, not config.training.skip_train
     hooks: list[Hook] = []
     if logs.log_progress:
         name = Path(logs.run_dir).name if logs.run_dir else config.moe.expert_layout
@@ -199,7 +203,7 @@ def default_hooks(config: PretrainConfig, batch_size: int, machine: Mapping[str,
     else:
         hooks.append(ConsoleLog(iters, batch_size))
     if logs.metrics_file:
-        hooks.append(MetricsFile(logs.metrics_file, machine))
-    if logs.tensorboard_dir:
+        hooks.append(MetricsFile(logs.metrics_file, machine, trains))
+    if logs.tensorboard_dir and trains:
         hooks.append(TensorBoard(logs.tensorboard_dir))
     return hooks

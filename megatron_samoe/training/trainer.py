@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
-from megatron_samoe.dist_checkpointing.store import probe_save_dir
+from megatron_samoe.dist_checkpointing.store import probe_save_dir, whole_iterations
 from megatron_samoe.errors import CheckpointError, CommunicationError, MegatronSamoeError
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.backend import is_communication_failure
@@ -100,12 +100,24 @@ class Trainer:
         state = initial_state(self.setup)
         if self.config.checkpoint.save is not None and self.setup.parallel.rank == 0:
             probe_save_dir(self.config.checkpoint.save)
+        self._warn_of_starting_again()
         found = find_run(self.setup)
         if found is None:
             if self.config.checkpoint.load:
                 logger.info(f"no checkpoint in {self.config.checkpoint.load}: starting from the beginning")
             return state
         return load_run(self.setup, state, found)
+
+    def _warn_of_starting_again(self) -> None:
+        checkpoint = self.config.checkpoint
+        if not checkpoint.finetune or checkpoint.save is None or self.config.training.skip_train:
+            return
+        done = whole_iterations(checkpoint.save)
+        if done and checkpoint.save != checkpoint.load:
+            logger.info(
+                f"--finetune starts at iteration 0 though --save {checkpoint.save} has iteration {done[-1]}, and will "
+                "replace its checkpoints. To go on from there, give --pretrained-checkpoint in place of --load and --finetune."
+            )
 
     def _tell(self, message: Callable[[Hook], None]) -> None:
         for hook in self.hooks:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_samoe.evaluation.run_summary import read_run
 from tests.harness.program import (
     NOISE,
     ProgramRun,
@@ -20,6 +21,7 @@ from tests.harness.program import (
     arguments,
     assert_same_checkpoint,
     checkpoint_tensors,
+    contents,
     iterations,
     losses,
     records,
@@ -196,6 +198,55 @@ def test_finetune_takes_weights_and_starts_at_zero(corpus: Path, trained: Path, 
     assert any(not torch.equal(before[name], after[name]) for name in moments)
 
 
+def test_pretrained_checkpoint_is_where_a_run_starts_and_not_where_it_starts_again(
+    corpus: Path, trained: Path, tmp_path: Path
+) -> None:
+    given = {"data_path": corpus, "model": False, "use_checkpoint_args": True, "train_iters": 4}
+    args = arguments(**given, pretrained_checkpoint=trained / "checkpoints", run_dir=tmp_path / "run", exit_interval=2)
+    first = start(args, tmp_path / "out").succeed()
+    assert f"loaded {trained / 'checkpoints/iter_0000006'} (weights only)" in first
+    second = start(args, tmp_path / "out").succeed()
+    assert f"loaded {tmp_path / 'run/checkpoints/iter_0000002'}\n" in second
+    start(
+        arguments(
+            **given, load=trained / "checkpoints", finetune=True, save=tmp_path / "tuned", metrics_file=tmp_path / "m"
+        ),
+        tmp_path / "out",
+    ).succeed()
+    assert records(tmp_path / "run/metrics.jsonl") == records(tmp_path / "m")
+
+
+def test_pretrained_checkpoint_that_is_none(corpus: Path, tmp_path: Path) -> None:
+    args = arguments(data_path=corpus, pretrained_checkpoint=tmp_path / "absent", run_dir=tmp_path / "run")
+    assert start(args, tmp_path / "out").fail() == f"--pretrained-checkpoint {tmp_path / 'absent'} has no checkpoint."
+    assert not (tmp_path / "run").exists()
+
+
+def test_finetune_that_begins_again_is_warned_of(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    args = arguments(
+        data_path=corpus, load=trained / "checkpoints", finetune=True, run_dir=tmp_path / "run", train_iters=1,
+        eval_iters=0,
+    )  # fmt: skip
+    assert "--finetune starts at" not in start(args, tmp_path / "out").succeed()
+    assert "has iteration 1, and will replace its checkpoints" in start(args, tmp_path / "out").succeed()
+
+
+def test_a_learning_rate_that_jumps_is_remarked_upon(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    common = {"data_path": corpus, "load": trained / "checkpoints", "ckpt_step": 4, "eval_iters": 0, "exit_interval": 5}
+    output = start(arguments(**common, train_iters=8), tmp_path / "out").succeed()
+    # Cosine from 1e-3: four of eight steps are half of the way, four of six two thirds.
+    assert "iteration 5 is 5.000e-04; the run in" in output and "gone on at 2.500e-04" in output
+    assert "(--train-iters 6 there, 8 here)" in output
+    assert "learning rate of iteration" not in start(arguments(**common), tmp_path / "out").succeed()
+
+
+def test_another_batch_size_is_remarked_upon(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    common = {"data_path": corpus, "load": trained / "checkpoints", "train_iters": 7, "eval_iters": 0}
+    output = start(arguments(**common, global_batch_size=4), tmp_path / "out").succeed()
+    assert "6 steps took 48 samples in the run so far; from here on a step takes 4" in output
+    assert "samples in the run so far" not in start(arguments(**common), tmp_path / "out").succeed()
+
+
 def test_no_load_optim_goes_on_with_fresh_moments(corpus: Path, trained: Path, tmp_path: Path) -> None:
     common = {"data_path": corpus, "load": trained / "checkpoints", "ckpt_step": 4, "lr_decay_iters": 6, **NOISE}
     for name, options in {"with": {}, "without": {"no_load_optim": True}}.items():
@@ -261,6 +312,18 @@ def test_a_finished_run_started_again_changes_nothing(corpus: Path, trained: Pat
     output = start(noisy(corpus, tmp_path / "run", save_interval=2), tmp_path / "out").succeed()
     assert "nothing to train" in output
     assert_same_run(tmp_path / "run", trained)
+
+
+def test_evaluating_an_earlier_checkpoint_keeps_what_was_recorded(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    evaluate = noisy(corpus, tmp_path / "run", ckpt_step=2, skip_train=True)
+    start(evaluate, tmp_path / "out").succeed()
+    before, after = records(trained / "metrics.jsonl"), records(tmp_path / "run/metrics.jsonl")
+    assert after[:-1] == before and after[-1]["iteration"] == 2
+    assert read_run(tmp_path / "run").validation["validation_loss"] == before[-1]["validation_loss"]
+    start([*evaluate, "--finetune"], tmp_path / "out").succeed()
+    assert records(tmp_path / "run/metrics.jsonl")[:-1] == after
+    assert contents(tmp_path / "run/tensorboard") == contents(trained / "tensorboard")
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -42,6 +42,9 @@ def _data_sources(config: PretrainConfig, world_size: int) -> Problems:
         yield ConfigError(
             "--data-path", data.data_path, "excludes --train-data-path, --valid-data-path, --test-data-path"
         )
+    if data.test_data_path:
+        yield ConfigError("--test-data-path", data.test_data_path, "has no use: training evaluates on validation data only; "
+                          "for a test loss evaluate with --skip-train, --train-data-path as before and --valid-data-path")  # fmt: skip
     if not (data.mock_data or data.data_path or data.train_data_path):
         yield ConfigError("--data-path", None, "must name a dataset (or give --train-data-path, or --mock-data)")
     if data.tokenizer_type == "GPT2BPETokenizer" and not (data.vocab_file and data.merge_file):
@@ -59,10 +62,14 @@ def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
     if config.training.skip_train and (checkpoint.load is None or config.training.eval_iters == 0):
         yield ConfigError("--skip-train", True, "needs --load (or --run-dir) and --eval-iters: it only evaluates")
     if checkpoint.load is None:
-        for name in ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "use_checkpoint_args",
-                     "exit_on_missing_checkpoint"):  # fmt: skip
+        for name in ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint"):
             if getattr(checkpoint, name):
                 yield ConfigError(flag(name), getattr(checkpoint, name), "needs --load or --run-dir")
+        if checkpoint.use_checkpoint_args and checkpoint.pretrained_checkpoint is None:
+            yield ConfigError("--use-checkpoint-args", True, "needs --load, --run-dir or --pretrained-checkpoint")
+    if checkpoint.finetune and checkpoint.pretrained_checkpoint is not None:
+        yield ConfigError("--finetune", True, "excludes --pretrained-checkpoint, which is not loaded again once the run has "
+                          "checkpoints of its own")  # fmt: skip
 
 
 RULES = (_schedule_fits, _precision, _data_sources, _checkpoint_paths)

@@ -125,6 +125,9 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"tokenizer_type": "HuggingFaceTokenizer"}, 1, "--tokenizer-type", "--tokenizer-model"),
     ({"save_interval": 5}, 1, "--save-interval", "--save or --run-dir"),
     ({"finetune": True}, 1, "--finetune", "--load or --run-dir"),
+    ({"finetune": True, "load": "x", "pretrained_checkpoint": "y"}, 1, "--finetune", "excludes --pretrained-checkpoint"),
+    ({"test_data_path": ("t",)}, 1, "--test-data-path", "has no use"),
+    ({"use_checkpoint_args": True}, 1, "--use-checkpoint-args", "--run-dir or --pretrained-checkpoint"),
     ({"ckpt_step": 3}, 1, "--ckpt-step", "--load or --run-dir"),
     ({"skip_train": True}, 1, "--skip-train", "needs --load"),
 ]  # fmt: skip

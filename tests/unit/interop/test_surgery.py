@@ -281,7 +281,7 @@ def test_the_tool_goes_all_the_way_round(dense_run: Path, tmp_path: Path, capsys
     for root in (moe, pooled, selected, folded):
         assert load_model(str(root), single_process_state()).config.moe.expert_layout in ("moe", "samoe")
         train = arguments(
-            model=False, run_dir=tmp_path / "run" / root.name, load=root, finetune=True, use_checkpoint_args=True,
+            model=False, run_dir=tmp_path / "run" / root.name, pretrained_checkpoint=root, use_checkpoint_args=True,
             mock_data=True, split=None, train_iters=1, eval_interval=1,
         )  # fmt: skip
         start(train, tmp_path / "output").succeed()
