@@ -12,6 +12,7 @@ import contextlib
 import os
 import threading
 import weakref
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -49,7 +50,7 @@ class Bulletin:
 
         Returns what to add to the reason: who did not come to the exchange, if that is known.
         """
-        with contextlib.suppress(RuntimeError):  # a store that is gone
+        with self._board.while_it_stands():
             self._board.give_up(reason)
         return self._board.missing
 
@@ -59,7 +60,7 @@ class Bulletin:
 
 
 class _Board:
-    """The keys as one member uses them. Methods raise RuntimeError where store or communicator are gone."""
+    """The keys as one member uses them, while_it_stands()."""
 
     def __init__(self, group: Group, name: str, handle: int):
         assert group.handle is not None
@@ -68,11 +69,19 @@ class _Board:
         store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
         self._store: Store = torch.distributed.PrefixStore(f"exchange/{name}", store)
         self._rank, self._size, self._handle = group.rank, group.size, handle
-        self._pid = os.getpid()
+        self._pid, self._gone = os.getpid(), False
         self._said = self._asked = False
         self._told = -1  # the exchange that the others know this rank to be in
         self._waiting, self._looks = -1, 0
         self.missing = ""
+
+    @contextlib.contextmanager
+    def while_it_stands(self) -> Iterator[None]:
+        """Without store or communicator (RuntimeError, ValueError) nothing is said any more; time-outs remain."""
+        try:
+            yield
+        except (RuntimeError, ValueError):
+            self._gone = True
 
     def look(self) -> bool:
         """Looks at the communicator and at what the others say; returns whether there is more to come."""
@@ -112,19 +121,19 @@ class _Board:
         return False
 
     def give_up(self, reason: str) -> None:
-        if self._said or os.getpid() != self._pid:
+        if self._said or self._gone or os.getpid() != self._pid:
             return
         self._said = True
         self._store.set("gave up", f"rank {self._rank} gave up: {reason}{self.missing}")
 
     def leave(self) -> None:
-        if os.getpid() == self._pid:
+        if not self._gone and os.getpid() == self._pid:
             started, _waiting, _error = torch.ops.megatron_samoe.nccl_position(self._handle)
             self._store.set(str(self._rank), f"{started} left")
 
 
 def _look_after(board: _Board, stop: threading.Event, interval_s: float) -> None:
-    with contextlib.suppress(RuntimeError, ValueError):  # without its store a rank still has its time-outs
+    with board.while_it_stands():
         while not stop.wait(interval_s) and board.look():
             pass
 
@@ -133,5 +142,5 @@ def _end(board: _Board, stop: threading.Event, thread: threading.Thread) -> None
     stop.set()
     if thread is not threading.current_thread():  # which may be the one that collects garbage
         thread.join(2 * _STORE_TIMEOUT_S)
-    with contextlib.suppress(RuntimeError, ValueError):
+    with board.while_it_stands():
         board.leave()
