@@ -52,16 +52,14 @@ class BatchBuffers:
     """Memory in which batches are laid out, so that a step makes no tensors of its own; for one batch at a time."""
 
     def __init__(self, max_tokens: int):
-        self._tokens_T = torch.empty(max_tokens, dtype=torch.int64)
-        self._places_2T = torch.empty(2, max_tokens, dtype=torch.int32)
+        self._tensors = [torch.empty(max_tokens, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.int32)]
+        self._arrays = [tensor.numpy() for tensor in self._tensors]
 
     def fill(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> list[Tensor]:
         """Returns tokens_T, positions_T and slots_T, valid until the next call."""
-        filled = []
-        for buffer, values in zip((self._tokens_T, *self._places_2T), (tokens, positions, slots), strict=True):
-            filled.append(buffer[: len(values)])
-            filled[-1].numpy()[:] = values
-        return filled
+        for array, values in zip(self._arrays, (tokens, positions, slots), strict=True):
+            array[: len(values)] = values
+        return [tensor[: len(tokens)] for tensor in self._tensors]
 
 
 def make_batch(

@@ -261,9 +261,8 @@ struct DecodeOut {
   float factor;
 };
 
-// Up to four sums, from column n on.
-SAMOE_INLINE void put(const DecodeOut& out, int64_t m, int64_t n, int64_t count, v4 sums) {
-  const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+// Up to four sums, from column n on; with all four, sizes of copies are known and become single instructions.
+SAMOE_ALWAYS void put_some(const DecodeOut& out, int64_t m, int64_t n, size_t bytes, v4 sums) {
   v4 part = v4{};
   float* place = out.rows[m] + (n - out.first);
   if (out.scale != nullptr) memcpy(&part, out.scale + n, bytes), sums *= part;
@@ -271,6 +270,13 @@ SAMOE_INLINE void put(const DecodeOut& out, int64_t m, int64_t n, int64_t count,
   sums *= out.factor;
   if (out.accumulate) memcpy(&part, place, bytes), sums = part + sums;
   memcpy(place, &sums, bytes);
+}
+SAMOE_INLINE void put(const DecodeOut& out, int64_t m, int64_t n, int64_t count, v4 sums) {
+  if (count == kTileOuts) {
+    put_some(out, m, n, sizeof sums, sums);
+  } else {
+    put_some(out, m, n, static_cast<size_t>(count) * sizeof(float), sums);
+  }
 }
 
 // What is read after a block: `bytes` from `data` on, or nothing.
