@@ -1,6 +1,7 @@
 // What lies between an expert's products: activations and their gradients, sums over rows, changes of type. One thread
 // each: the caller's threads work on different experts.
 #include "../../kernels.h"
+#include "bf16_vec.h"
 #include "vec.h"
 
 namespace samoe {
@@ -166,7 +167,9 @@ void add_bias_typed(const AddBias& b) {
 }  // namespace
 
 void activate(const Activate& a) {
-  if (a.h_dtype == DType::bf16) {
+  if (a.h_dtype == DType::bf16 && has_bf16_product()) {
+    bf16_activate(a);
+  } else if (a.h_dtype == DType::bf16) {
     activate_typed<uint16_t, uint16_t>(a);
   } else {
     activate_typed<float, float>(a);
@@ -174,7 +177,9 @@ void activate(const Activate& a) {
 }
 
 void activate_backward(const ActivateBackward& b) {
-  if (b.d_dtype == DType::bf16) {
+  if (b.d_dtype == DType::bf16 && has_bf16_product()) {
+    bf16_activate_backward(b);
+  } else if (b.d_dtype == DType::bf16) {
     activate_backward_typed<uint16_t, uint16_t>(b);
   } else if (b.h_dtype == DType::bf16) {
     activate_backward_typed<uint16_t, float>(b);

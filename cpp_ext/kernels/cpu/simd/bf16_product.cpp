@@ -5,12 +5,7 @@
 // by 48 columns of the result stays in 24 registers over all of K.
 #include <cstring>
 
-#include "../../kernels.h"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#define SAMOE_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
-#endif
+#include "bf16_vec.h"
 
 namespace samoe {
 namespace cpu {
@@ -24,12 +19,10 @@ constexpr int kTileRows = 8;
 constexpr int kTileVectors = 3;
 constexpr int64_t kPanel = 16 * kTileVectors;  // columns
 constexpr int64_t kPairs = 1024;               // of a panel of a product that is added to: 192 KB
+constexpr int64_t kPairsAhead = 16;            // of a panel, asked for from the second-level cache
+constexpr int64_t kKeptPanels = 1 << 18;       // elements of B whose panels all stay in the second-level cache
 
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
-SAMOE_BF16 inline __mmask16 first16(int64_t n) {
-  return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n < 0 ? 0 : n)) - 1);
-}
 
 // 16 columns of two rows as pairs; a row that does not exist is null.
 struct RowPair {
@@ -141,23 +134,29 @@ SAMOE_BF16 void multiply_tile(const char* a, int64_t row_bytes, int64_t pair_byt
   for (int i = 0; i < ROWS; ++i)
     for (int v = 0; v < kTileVectors; ++v) sum[i][v] = _mm512_setzero_ps();
   if (p.sum != nullptr && row + 2 * kTileRows <= p.m) {
-    // The next tile's sums come in while this one is multiplied.
+    // The sums of the next rows come in while these are multiplied.
     for (int i = 0; i < kTileRows; ++i)
       for (int v = 0; v < kTileVectors; ++v)
         __builtin_prefetch(p.sum + (row + kTileRows + i) * p.out_stride + column + 16 * v, 1);
   }
   for (int64_t pair = 0; pair < pairs; ++pair, a += pair_bytes, panel += kPanel) {
     __m512bh b[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) b[v] = (__m512bh)_mm512_loadu_si512(panel + 16 * v);
+    for (int v = 0; v < kTileVectors; ++v) {
+      b[v] = (__m512bh)_mm512_loadu_si512(panel + 16 * v);
+      __builtin_prefetch(panel + kPairsAhead * kPanel + 16 * v);
+    }
     for (int i = 0; i < ROWS; ++i) {
       const __m512bh x = (__m512bh)pair_at(a + i * row_bytes);
       for (int v = 0; v < kTileVectors; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], x, b[v]);
     }
   }
+  // Unrolled, or the sums would have to have addresses.
+#pragma GCC unroll 3
   for (int v = 0; v < kTileVectors; ++v) {
     const __mmask16 mask = first16(p.n - column - 16 * v);
     const int64_t at = row * p.out_stride + column + 16 * v;
     if (p.sum != nullptr) {
+#pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
         float* out = p.sum + at + i * p.out_stride;
         _mm512_mask_storeu_ps(out, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), sum[i][v]));
@@ -165,10 +164,8 @@ SAMOE_BF16 void multiply_tile(const char* a, int64_t row_bytes, int64_t pair_byt
       continue;
     }
     const __m512 bias = p.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(mask, p.bias + column + 16 * v);
-    for (int i = 0; i < ROWS; ++i) {
-      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(sum[i][v], bias));
-      _mm256_mask_storeu_epi16(p.out + at + i * p.out_stride, mask, rounded);
-    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) store16(p.out + at + i * p.out_stride, _mm512_add_ps(sum[i][v], bias), mask);
   }
 }
 
@@ -229,8 +226,9 @@ void pack_panel(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t colu
   }
 }
 
-// Whether all of B is packed and A's tiles follow one another, because B is the smaller; else A stays, by panels of B.
-bool goes_by_tiles(const Bf16Product& p) { return p.a_transposed && p.m > p.n; }
+// Whether all of B is packed and A's tiles follow one another, because B is the smaller or small, and whole rows of sums
+// come and go; else A stays, by panels of B.
+bool goes_by_tiles(const Bf16Product& p) { return p.a_transposed && (p.m > p.n || p.k * p.n <= kKeptPanels); }
 
 // Elements of K from `from` on, k of them; no more than one run where the result is rounded.
 void multiply_run(const Bf16Product& p, int64_t from, int64_t k, uint32_t* work) {
