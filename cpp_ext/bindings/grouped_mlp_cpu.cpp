@@ -9,6 +9,7 @@
 #include <exception>
 #include <functional>
 #include <optional>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -61,28 +62,26 @@ struct Layer : samoe::ExpertLayer {
   }
 };
 
-// Runs all tasks, each thread taking the next one when it is free; then the second list.
+// Runs all tasks, each thread taking the next one when it is free.
 void run_plan(const ExpertPlan& plan, int num_threads, const std::function<void(const ExpertTask&, WorkMemory&)>& run) {
-  std::atomic<size_t> next_first{0}, next_second{0};
+  std::atomic<size_t> next{0}, rows_tasks_left{plan.num_rows_tasks};
   std::atomic<bool> failed{false};
   std::exception_ptr error;
-  const auto drain = [&](const std::vector<ExpertTask>& tasks, std::atomic<size_t>& next, LentMemory& memory) {
-    for (size_t i = next++; i < tasks.size() && !failed; i = next++) {
-      try {
-        memory->reset();
-        run(tasks[i], *memory);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-      }
-    }
-  };
 #pragma omp parallel num_threads(num_threads)
   {
     LentMemory memory;
-    drain(plan.first, next_first, memory);
-    if (!plan.second.empty()) {
-#pragma omp barrier
-      drain(plan.second, next_second, memory);
+    for (size_t i = next++; i < plan.tasks.size() && !failed; i = next++) {
+      const ExpertTask& task = plan.tasks[i];
+      if (task.kind == ExpertTask::grad1 || task.kind == ExpertTask::grad2) {
+        while (rows_tasks_left > 0 && !failed) std::this_thread::yield();
+      }
+      try {
+        memory->reset();
+        run(task, *memory);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+      if (i < plan.num_rows_tasks) --rows_tasks_left;
     }
   }
   if (error) std::rethrow_exception(error);
@@ -155,7 +154,7 @@ class Backward {
   void place_shared(const ExpertPlan& plan, WorkMemory& memory) {
     shared_.resize(layer_.rows.size());
     std::vector<bool> is_shared(layer_.rows.size());
-    for (const ExpertTask& task : plan.first) is_shared[static_cast<size_t>(task.expert)] = task.kind == ExpertTask::rows;
+    for (size_t i = 0; i < plan.num_rows_tasks; ++i) is_shared[static_cast<size_t>(plan.tasks[i].expert)] = true;
     int64_t begin = 0;
     for (size_t e = 0; e < shared_.size(); begin += layer_.rows[e], ++e) {
       shared_[e].begin = begin;

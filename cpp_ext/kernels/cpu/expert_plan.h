@@ -1,6 +1,7 @@
 // How the experts of a layer are shared out to threads.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -15,13 +16,15 @@ struct ExpertTask {
   int64_t begin, end;  // rows counted from the first of all experts; columns of the weight gradient
 };
 
+// Tasks that threads take in this order, each the next one when it is free.
 struct ExpertPlan {
-  std::vector<ExpertTask> first;   // largest first; in any order
-  std::vector<ExpertTask> second;  // weight gradients of shared experts, when all of `first` is done
+  std::vector<ExpertTask> tasks;
+  size_t num_rows_tasks = 0;  // gradients of shared experts, which come last, need all of these done
 };
 
-// Whole experts per thread keep an expert's products in one core's cache and need no sum between threads; experts that
-// would keep other threads waiting are shared. Depends on the sizes and the number of threads alone.
+// Whole experts per thread keep an expert's products in one core's cache and need no sum between threads. The largest
+// experts are shared, as many as keep the other threads busy while one finishes its last whole expert: a thread that
+// was slow, or had larger experts, then takes less of them. Depends on the sizes and the number of threads alone.
 ExpertPlan plan_experts(const int64_t* rows_E, int64_t num_experts, int64_t up_width, int64_t width, int num_threads,
                         bool backward);
 
