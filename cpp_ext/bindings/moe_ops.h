@@ -153,14 +153,22 @@ inline void check_strided(const TensorChecks& checks, const Tensor& tensor, cons
   TORCH_CHECK(tensor.stride(2) == 1 || tensor.size(2) <= 1, name, " is not contiguous in its last dim");
 }
 
+struct BankSizes {
+  int64_t num_layers, num_groups, num_banks, num_elements;
+};
+
+inline BankSizes check_banks(const TensorChecks& checks, const Tensor& coefficients, const Tensor& banks) {
+  checks.check_contiguous(coefficients, "coefficients", 3, at::kFloat);
+  checks.check_tensor(banks, "banks", 3, at::kFloat);
+  const BankSizes sizes = {coefficients.size(0), coefficients.size(1), coefficients.size(2), banks.size(2)};
+  check_strided(checks, banks, "banks", at::kFloat, {sizes.num_banks, sizes.num_groups, sizes.num_elements});
+  return sizes;
+}
+
 template <typename B>
 void combine_banks(const Tensor& coefficients, const Tensor& banks, const Tensor& out) {
   const B backend(coefficients, "coefficients");
-  backend.check_contiguous(coefficients, "coefficients", 3, at::kFloat);
-  const int64_t num_layers = coefficients.size(0), num_groups = coefficients.size(1), num_banks = coefficients.size(2);
-  backend.check_tensor(banks, "banks", 3, at::kFloat);
-  const int64_t num_elements = banks.size(2);
-  check_strided(backend, banks, "banks", at::kFloat, {num_banks, num_groups, num_elements});
+  const auto [num_layers, num_groups, num_banks, num_elements] = check_banks(backend, coefficients, banks);
   TORCH_CHECK_TYPE(out.scalar_type() == at::kFloat || out.scalar_type() == at::kBFloat16, "out is ", out.scalar_type());
   check_strided(backend, out, "out", out.scalar_type(), {num_layers, num_groups, num_elements});
   backend.combine(
@@ -174,11 +182,7 @@ template <typename B>
 Tensor combine_banks_backward(const Tensor& coefficients, const Tensor& banks, const Tensor& dweights,
                               const Tensor& dbanks) {
   const B backend(coefficients, "coefficients");
-  backend.check_contiguous(coefficients, "coefficients", 3, at::kFloat);
-  const int64_t num_layers = coefficients.size(0), num_groups = coefficients.size(1), num_banks = coefficients.size(2);
-  backend.check_tensor(banks, "banks", 3, at::kFloat);
-  const int64_t num_elements = banks.size(2);
-  check_strided(backend, banks, "banks", at::kFloat, {num_banks, num_groups, num_elements});
+  const auto [num_layers, num_groups, num_banks, num_elements] = check_banks(backend, coefficients, banks);
   check_strided(backend, dbanks, "dbanks", at::kFloat, {num_banks, num_groups, num_elements});
   check_strided(backend, dweights, "dweights", at::kFloat, {num_layers, num_groups, num_elements});
   Tensor dcoefficients = at::empty(coefficients.sizes(), coefficients.options());

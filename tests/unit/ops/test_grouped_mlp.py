@@ -168,6 +168,52 @@ def test_repeated_calls_give_the_same_bits() -> None:
 
 
 @needs_library
+@pytest.mark.skipif(not has_bf16_dot_products(), reason="the BLAS makes the products on this CPU")
+@pytest.mark.parametrize("rows", [[400, 3, 0, 90, 41], [700, 2], [130, 120, 140, 125]], ids=str)
+def test_the_number_of_threads_changes_no_bit_of_bf16(rows: list[int]) -> None:
+    """However many threads share an expert, each sum is made in one order."""
+    before = torch.get_num_threads()
+    torch.manual_seed(8)
+    weights = expert_weights(len(rows), 290, 60, "gelu", True, torch.bfloat16).map(Tensor.detach)
+    x, dy = torch.randn(sum(rows), 60).bfloat16().requires_grad_(), torch.randn(sum(rows), 60).bfloat16()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            grads = weights.map(lambda t: torch.zeros_like(t, dtype=torch.float32))
+            x.grad = None
+            y = grouped_mlp(x, rows, weights, "gelu", grads)
+            y.backward(dy)
+            assert x.grad is not None
+            results.append([y.detach(), x.grad, *(g for _, g in grads.items())])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_bf16_activations_are_exact_to_their_rounding(activation: str) -> None:
+    """With weights of one, all bf16 numbers of a range pass through the activation and its gradient."""
+    values = torch.arange(-0x8000, 0x8000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = values[values.abs() < 1e4][:, None].contiguous().requires_grad_()
+    ones = torch.ones((1, 1, 1) if activation == "gelu" else (1, 2, 1, 1)).bfloat16()
+    weights = ExpertWeights(ones, torch.ones(1, 1, 1).bfloat16())
+    y = grouped_mlp(x, [len(x)], weights, activation)
+    y.backward(torch.ones_like(y))
+    exact_x = x.detach().double().requires_grad_()
+    exact = grouped_mlp_twin(exact_x, [len(x)], weights.map(Tensor.double), activation)
+    exact.sum().backward()
+    assert x.grad is not None and exact_x.grad is not None
+    # Half a unit in the last of eight bits is 2^-8 at most. Gradients pass through zero; SwiGLU's are two rounded
+    # terms.
+    half = 1.05 * 2**-8
+    torch.testing.assert_close(y.double(), exact.detach(), rtol=half, atol=1e-14)
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=2 * half, atol=1e-3)
+
+
+@needs_library
 def test_wrong_tensors_are_refused_before_anything_runs() -> None:
     op = torch.ops.megatron_samoe.grouped_mlp
     x, w1, w2 = torch.randn(5, 3), torch.randn(2, 4, 3), torch.randn(2, 3, 4)

@@ -228,7 +228,9 @@ void pack_panel(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t colu
 
 // Whether all of B is packed and A's tiles follow one another, because B is the smaller or small, and whole rows of sums
 // come and go; else A stays, by panels of B.
-bool goes_by_tiles(const Bf16Product& p) { return p.a_transposed && (p.m > p.n || p.k * p.n <= kKeptPanels); }
+bool goes_by_tiles(const Bf16Product& p) {
+  return p.a_transposed && (p.m > p.n || p.k * p.n <= kKeptPanels);
+}
 
 // Elements of K from `from` on, k of them; no more than one run where the result is rounded.
 void multiply_run(const Bf16Product& p, int64_t from, int64_t k, uint32_t* work) {
