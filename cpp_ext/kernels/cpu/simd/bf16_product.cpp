@@ -226,8 +226,8 @@ void pack_panel(const Bf16Product& p, const uint16_t* b, int64_t k, int64_t colu
   }
 }
 
-// Whether all of B is packed and A's tiles follow one another, because B is the smaller or small, and whole rows of sums
-// come and go; else A stays, by panels of B.
+// Whether all of B is packed and A's tiles follow one another, because B is the smaller, or small, and whole rows of
+// sums come and go; else A stays, by panels of B.
 bool goes_by_tiles(const Bf16Product& p) {
   return p.a_transposed && (p.m > p.n || p.k * p.n <= kKeptPanels);
 }
