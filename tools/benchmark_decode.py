@@ -38,6 +38,7 @@ from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.inference.decode_bytes import expected_distinct_experts, step_bytes
 from megatron_samoe.inference.engine import PRECISIONS, SERVINGS
+from megatron_samoe.inference.huge_pages import ask_for_huge_pages
 from megatron_samoe.interop.hf.export import plan_export, write_export
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.parallel_state import backend, single_process_state
@@ -191,10 +192,11 @@ def started(contestants: list[tuple[str, str, dict[str, Any]]]) -> Iterator[list
 
 
 class Memory:
-    """Reading a buffer far larger than the caches, by two functions of torch and the product of this package."""
+    """Reading a buffer far larger than the caches, on huge pages as the engine's weights are, by functions of torch."""
 
     def __init__(self) -> None:
         self._x = torch.ones(1 << 15, 1 << 13)  # 1 GiB
+        ask_for_huge_pages([self._x])
         self._vector = torch.ones(1 << 13)
 
     def bandwidth(self) -> dict[str, float]:
@@ -280,15 +282,20 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    color_of = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["contestant"] for row in rows))}
+    batches = sorted({row["batch"] for row in rows})
     figure, panels = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4), sharey=True, squeeze=False)
     for axes, dtype in zip(panels[0], dtypes, strict=True):
         chosen = [row for row in rows if row["dtype"] == dtype and row["prompt"] == rows[0]["prompt"]]
         for name in dict.fromkeys(row["contestant"] for row in chosen):
             line = [row for row in chosen if row["contestant"] == name]
-            axes.plot([r["batch"] for r in line], [r["ms_per_token"] for r in line], "o-", label=name)
+            axes.plot([r["batch"] for r in line], [r["ms_per_token"] for r in line], "o-", color=color_of[name],
+                      label=name)  # fmt: skip
         line = [row for row in chosen if row["contestant"] == chosen[0]["contestant"]]
         axes.plot([r["batch"] for r in line], [r["floor_ms"] for r in line], "k--", label="memory's floor")
         axes.set(xscale="log", yscale="log", xlabel="batch", title=dtype)
+        axes.set_xticks(batches, batches)
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     panels[0][0].set_ylabel("ms per step")

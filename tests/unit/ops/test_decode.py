@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,7 +233,8 @@ def test_quantized_rows_keep_their_largest_magnitude():
 def test_lesser_instruction_sets(instruction_set):
     if os.environ.get("MEGATRON_SAMOE_ISA") or instruction_set not in extension.build_info()["instruction_sets"]:
         pytest.skip("within such a run, or not in this build")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    plans = Path(__file__).parents[1] / "inference" / "test_plan.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, str(plans)]
     environment = {**os.environ, "MEGATRON_SAMOE_ISA": instruction_set}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:]
