@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -159,7 +160,8 @@ def plan_native(source: Source, save_dir: Path, dtype: torch.dtype | None, with_
             shutil.copyfile(source.directory / TOKENIZER, kept_at)
         return written
 
-    hint = f" To train on:\n  python -m megatron_samoe.cli.pretrain --pretrained-checkpoint {save_dir} --use-checkpoint-args ..."
+    shown = shlex.quote(str(save_dir))
+    hint = f" To train on:\n  python -m megatron_samoe.cli.pretrain --pretrained-checkpoint {shown} --use-checkpoint-args ..."
     return Conversion(f"a checkpoint of this program in {final}", lines, {final.name: tensors.tensors}, write, hint)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegatronSamoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    shown = shlex.quote(options.save_dir)
     print(f"Written to {written}, without optimizer state. To train on:\n"
-          f"  python -m megatron_samoe.cli.pretrain --pretrained-checkpoint {options.save_dir} --use-checkpoint-args ...")  # fmt: skip
+          f"  python -m megatron_samoe.cli.pretrain --pretrained-checkpoint {shown} --use-checkpoint-args ...")  # fmt: skip
     return 0
 
 

@@ -10,11 +10,24 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.config.parallel import ParallelConfig
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import CommunicationError, ConfigError
+
+#: What other launchers call the number of processes that they started together.
+FOREIGN_WORLD_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def world_size_from_environment() -> int:
-    """Returns the number of processes that torchrun started; 1 without torchrun."""
+    """Returns the number of processes that torchrun started; 1 without torchrun.
+
+    Raises:
+        ConfigError: another launcher started several, which would all train alone and save to the same place.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        for name in FOREIGN_WORLD_SIZES:
+            size = os.environ.get(name, "1")
+            if size.isdigit() and int(size) > 1:
+                raise ConfigError(name, int(size), "ranks find each other through torchrun's variables, which are not set: "
+                                  "start one torchrun per node (examples/pretrain_slurm.sh)")  # fmt: skip
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -43,7 +56,11 @@ def choose_device(config: ParallelConfig) -> torch.device:
 
 
 def initialize_distributed(config: ParallelConfig, device: torch.device) -> None:
-    """Joins torchrun's job, if this process is in one and has not joined."""
+    """Joins torchrun's job, if this process is in one and has not joined.
+
+    Raises:
+        CommunicationError: the variables that say where are missing, the port is taken, or other ranks do not come.
+    """
     if dist.is_initialized() or world_size_from_environment() == 1:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -51,7 +68,14 @@ def initialize_distributed(config: ParallelConfig, device: torch.device) -> None
         # All ranks of a one-host job can talk over loopback even where the host's name does not resolve.
         if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == world_size_from_environment():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(backend, timeout=timedelta(minutes=config.distributed_timeout_minutes))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=config.distributed_timeout_minutes))
+    except (ValueError, RuntimeError) as error:
+        place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise CommunicationError(
+            f"Rank {os.environ.get('RANK', '?')} of {world_size_from_environment()} could not join the others at {place}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def is_communication_failure(error: RuntimeError) -> bool:

@@ -1,0 +1,52 @@
+"""Joining other ranks: what a launcher left out, or another job has taken, is said."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+
+from megatron_samoe.config import ParallelConfig
+from megatron_samoe.errors import CommunicationError, ConfigError
+from megatron_samoe.parallel_state import backend
+
+
+def join() -> None:
+    backend.initialize_distributed(ParallelConfig(distributed_timeout_minutes=0.05), torch.device("cpu"))
+
+
+@pytest.fixture
+def first_of_two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    return monkeypatch
+
+
+def test_a_missing_variable_is_named(first_of_two: pytest.MonkeyPatch) -> None:
+    first_of_two.delenv("MASTER_ADDR")
+    with pytest.raises(CommunicationError, match=r"Rank 0 of 2 could not join the others at .*MASTER_ADDR expected"):
+        join()
+
+
+def test_a_port_that_another_job_has_is_named(first_of_two: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        first_of_two.setenv("MASTER_PORT", str(port))
+        with pytest.raises(CommunicationError, match=f"at 127.0.0.1:{port}: .*(EADDRINUSE|in use)"):
+            join()
+
+
+@pytest.mark.parametrize("name", backend.FOREIGN_WORLD_SIZES)
+def test_ranks_of_another_launcher_do_not_train_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "1")
+    assert backend.world_size_from_environment() == 1
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(ConfigError, match=f"{name} = 4: .*torchrun"):
+        backend.world_size_from_environment()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert backend.world_size_from_environment() == 4
