@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_samoe.errors import CommunicationError
 from megatron_samoe.log import say_once
 from megatron_samoe.ops.bulletin import Bulletin
 from megatron_samoe.ops.communicator import Communicator
@@ -87,7 +88,11 @@ class HierarchicalCommunicator(NcclCommunicator):
     def _start(self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]) -> tuple[int, str]:
         num_local = self._local.group.size
         sizes_LN = torch.tensor(send_bytes).view(-1, num_local).t().contiguous()
-        staged_LN = self._local.exchange_evenly(sizes_LN).tolist()
+        try:
+            staged_LN = self._local.exchange_evenly(sizes_LN).tolist()
+        except CommunicationError as error:  # which the other nodes' ranks do not hear of by themselves
+            self.abort(str(error))
+            raise
         hops = plan_two_hops(self.group.rank, send_bytes, recv_bytes, staged_LN)
         staging, problem = self._staging_of(hops.staging_bytes, x.device)
         if problem:

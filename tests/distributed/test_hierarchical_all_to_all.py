@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from dataclasses import replace
 from itertools import product
 
@@ -114,6 +116,23 @@ def _random_exchanges(library: str, hosts: tuple[int, ...], num_exchanges: int) 
         assert nccl_library.count(library, "ncclCommDeregister") == registered - 1
         dist.barrier()
     return registered
+
+
+def _trouble_in_a_node(library: str) -> tuple[str, float]:
+    os.environ["FAKE_NCCL_QUIET"] = "1"
+    communicator, started = _communicator(library, (0, 0, 1, 1)), time.monotonic()
+    if dist.get_rank() == 1:
+        communicator._local.abort("out of memory")
+    with pytest.raises(CommunicationError) as caught:
+        communicator.exchange(torch.ones(4, 1), [1] * 4, [1] * 4)
+    seconds = time.monotonic() - started
+    dist.barrier()
+    return str(caught.value), seconds
+
+
+def test_trouble_inside_a_node_reaches_the_others(library):
+    for message, seconds in run_ranks(_trouble_in_a_node, 4, library):
+        assert "out of memory" in message and seconds < 5
 
 
 def test_equals_gloo_with_one_peer_in_every_other_node(library):
