@@ -21,8 +21,8 @@ constexpr char kClosed[] = "the communicator is closed";
 
 NcclAllToAll::~NcclAllToAll() {
   if (getpid() != owner_pid_) {
-    // A fork has the object, but neither the thread nor the device's events.
-    if (watchdog_.joinable()) watchdog_.detach();
+    // A fork has the object, but neither the thread, of which not even the stack may be left, nor the device's events.
+    new std::thread(std::move(watchdog_));
     new std::deque<Pending>(std::move(pending_));
     return;
   }

@@ -100,7 +100,10 @@ class _Board:
         if started != self._told and (self._asked or self._store.check(["where are you"])):
             self._store.set(str(self._rank), str(started))
             self._told = started
-        return not waits or self._look_for_others(started, waiting)
+        if not waits:
+            self.missing = ""
+            return True
+        return self._look_for_others(started, waiting)
 
     def _look_for_others(self, started: int, waiting: int) -> bool:
         others = [rank for rank in range(self._size) if rank != self._rank]
