@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.datasets.arguments import Parser
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.zero_shot import tables
 from megatron_samoe.evaluation.zero_shot.lm_eval_adapter import run_harness
 from megatron_samoe.evaluation.zero_shot.predictors import CONSTANT, ConstantPredictor, ModelPredictor
@@ -153,7 +153,8 @@ def _check(options: argparse.Namespace) -> None:
         _refuse(options, ours, "has no effect with --harness")
     elif options.include_path:
         raise ConfigError("--include-path", options.include_path, "needs --harness")
-
+    if options.compare_with and not store.whole_iterations(options.compare_with):  # its turn comes last
+        raise CheckpointError(f"--compare-with {options.compare_with} has no checkpoint.")
     _check_outputs(options)
 
 
@@ -191,13 +192,24 @@ def _evaluate(options: argparse.Namespace, rank: int) -> None:
     if options.predictor != "model":
         runs, other = [Run(options.predictor, ask(questions, ConstantPredictor(options.predictor), _tell))], []
     else:
-        place = _join(options)
-        steps = _steps(options.load, options.checkpoints, options.ckpt_step)
-        runs = [_ask_model(options, place, options.load, step, questions) for step in steps]
-        other = [_ask_model(options, place, options.compare_with, None, questions)] if options.compare_with else []
+        runs, other = _ask_models(options, questions, rank)
     if rank == 0:
         _show(runs, other)
         _write(options, runs, other)
+
+
+def _ask_models(options: argparse.Namespace, questions: Questions, rank: int) -> tuple[list[Run], list[Run]]:
+    """Returns the runs of --load and that of --compare-with; what is there is written after each, lest it be lost."""
+    place = _join(options)
+    asked = [(options.load, step) for step in _steps(options.load, options.checkpoints, options.ckpt_step)]
+    asked += [(options.compare_with, None)] if options.compare_with else []
+    found: list[Run] = []
+    for folder, step in asked:
+        found.append(_ask_model(options, place, folder, step, questions))
+        if rank == 0 and len(found) < len(asked):
+            _write(options, found, [], is_partial=True)
+    own = len(asked) - bool(options.compare_with)
+    return found[:own], found[own:]
 
 
 def _join(options: argparse.Namespace) -> Place:
@@ -257,7 +269,10 @@ def _show(runs: Sequence[Run], other: Sequence[Run]) -> None:
         logger.info(f"\nfirst {last.folder}\nsecond {second.folder}\n{tables.comparison_table(comparisons)}")
 
 
-def _write(options: argparse.Namespace, runs: Sequence[Run], other: Sequence[Run]) -> None:
+def _write(
+    options: argparse.Namespace, runs: Sequence[Run], other: Sequence[Run], is_partial: bool = False
+) -> None:  # fmt: skip
+    """Writes --json and --samples; `is_partial`: others are to follow."""
     everyone = [*runs, *other]
     if options.json:
         content: dict[str, Any] = {
@@ -274,7 +289,9 @@ def _write(options: argparse.Namespace, runs: Sequence[Run], other: Sequence[Run
         _write_text(options.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
     if options.samples:
         for number, run in enumerate(everyone):
-            folder = options.samples if len(everyone) == 1 else options.samples / f"{number}_{run.name}"
+            folder = (
+                options.samples if len(everyone) == 1 and not is_partial else options.samples / f"{number}_{run.name}"
+            )
             for result in run.results:
                 if result.items:
                     lines = [

@@ -80,8 +80,9 @@ def _server_options(options: argparse.Namespace) -> ServerOptions:
     run = folder.parent if folder.name == "checkpoints" else folder
     # One of several seeds has no name of its own.
     run_name = f"{run.parent.name}/{run.name}" if re.fullmatch(r"seed[-_]?\d+", run.name) else run.name
+    named = options.served_model_name
     return ServerOptions(
-        host=options.host, port=options.port, model_name=options.served_model_name or run_name or "model",
+        host=options.host, port=options.port, model_name=(run_name or "model") if named is None else named,
         api_key=read_api_key(options.api_key_file), allowed_hosts=tuple(options.allowed_hosts),
         max_queue=options.max_queue, max_choices=options.max_choices, max_connections=options.max_connections,
         max_body_bytes=options.max_body_bytes, body_timeout_s=options.body_timeout_s,

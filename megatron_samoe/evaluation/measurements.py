@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.run_groups import RunGroup
-from megatron_samoe.evaluation.zero_shot.metrics import CORPUS_METRICS, METRICS
+from megatron_samoe.evaluation.zero_shot.metrics import CORPUS_METRICS, METRICS, SHARES_OF_ITEMS
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _zero_shot(
     def scaled(value: float | None) -> float | None:
         return None if value is None else factor * value
 
-    constant = result["best_constant"] if metric == "acc" else None
+    constant = result["best_constant"] if metric in SHARES_OF_ITEMS else None
     return ZeroShot(
         Path(checkpoint), result["task"], metric, int(result["items"]), scaled(found["value"]), scaled(found["stderr"]),
         tuple(scaled(v) for v in (values or [found["value"]])), scaled(constant),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -31,6 +32,12 @@ def entropy_curve(run: RunSummary) -> tuple[np.ndarray, np.ndarray]:
     return tokens_N, np.array([load_entropy(np.asarray(r["expert_load"])) for r in records])
 
 
+def mean_entropy(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (tokens [N], entropy [N]): the mean over layers and seeds where all seeds logged."""
+    shared_N = functools.reduce(np.intersect1d, [tokens_N for tokens_N, _ in curves])
+    return shared_N, np.mean([h_NL[np.isin(tokens_N, shared_N)].mean(1) for tokens_N, h_NL in curves], axis=0)
+
+
 def load_entropies(groups: Sequence[RunGroup]) -> bytes | None:
     """Entropy of the load over training: mean over layers and seeds, and the range of layers of the first seed."""
     figure, axes = plt.subplots(figsize=(8, 4))
@@ -40,9 +47,7 @@ def load_entropies(groups: Sequence[RunGroup]) -> bytes | None:
         if curves:
             tokens_N, h_NL = curves[0]
             axes.fill_between(tokens_N, h_NL.min(1), h_NL.max(1), color=colour(place), alpha=0.12, linewidth=0)
-            length = min(len(t) for t, _ in curves)
-            mean_N = np.mean([h[:length].mean(1) for _, h in curves], axis=0)
-            axes.plot(tokens_N[:length], mean_N, color=colour(place), label=group.name)
+            axes.plot(*mean_entropy(curves), color=colour(place), label=group.name)
     if not axes.lines:
         plt.close(figure)
         return None

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from megatron_samoe.evaluation.measurements import DecodeTime, of_group
 from megatron_samoe.evaluation.plots import colour, png_of
@@ -15,6 +17,8 @@ from megatron_samoe.evaluation.run_groups import RunGroup
 
 #: Bytes of weights per decoded token: by group and batch size.
 BytesPerToken = Mapping[str, Mapping[int, float]]
+#: Room that a dot of a plot takes.
+DOT_INCHES = 0.12
 
 
 def cost_axes(
@@ -42,6 +46,22 @@ def cost_axes(
     return axes
 
 
+def places_beside(costs: Mapping[str, float]) -> dict[str, float]:
+    """Returns by how many dots each model is moved aside, so that none hides another of nearly the same cost.
+
+    Args:
+        costs: as shares of the axis.
+    """
+    order = sorted(costs, key=lambda name: costs[name])
+    runs: list[list[str]] = []
+    for name in order:
+        if runs and costs[name] - costs[runs[-1][-1]] < 0.02:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return {name: place - (len(run) - 1) / 2 for run in runs for place, name in enumerate(run)}
+
+
 def quality_against_cost(groups: Sequence[RunGroup], axes_by_cost: Mapping[str, Mapping[str, float]]) -> bytes:
     """Validation loss (mean, and deviation over seeds) over every cost; lower and further left is better."""
     columns = 2
@@ -53,16 +73,11 @@ def quality_against_cost(groups: Sequence[RunGroup], axes_by_cost: Mapping[str, 
         axes.axis("off")
     handles: dict[str, Any] = {}
     for axes, (cost, values) in zip(panels.flat, axes_by_cost.items(), strict=False):
-        for place, group in enumerate(groups):
-            if group.name in values:
-                loss = group.loss
-                error = None if math.isnan(loss.sd) else [loss.sd]
-                handles[group.name] = axes.errorbar([values[group.name]], [loss.mean], yerr=error, fmt="o", capsize=4,
-                                                    color=colour(place))  # fmt: skip
         axes.set_xlabel(cost)
         axes.grid(alpha=0.3, which="both")
         shown = [v for v in values.values() if v > 0]
-        if shown and max(shown) > 5 * min(shown):
+        is_log = bool(shown) and max(shown) > 5 * min(shown)
+        if is_log:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -71,6 +86,21 @@ def quality_against_cost(groups: Sequence[RunGroup], axes_by_cost: Mapping[str, 
             # Costs that hardly differ stand close together, and not at the ends of an axis made for them.
             margin = max(0.08 * (max(shown) - min(shown)), 0.15 * max(shown))
             axes.set_xlim(min(shown) - margin, max(shown) + margin)
+        scale, width = (
+            (math.log, math.log(max(shown) / min(shown))) if is_log else (float, float(np.ptp(axes.get_xlim())))
+        )
+        places = places_beside({name: scale(v) / width for name, v in values.items() if v > 0})
+        for place, group in enumerate(groups):
+            if group.name in values:
+                loss = group.loss
+                error = None if math.isnan(loss.sd) else [loss.sd]
+                aside = ScaledTranslation(places.get(group.name, 0.0) * DOT_INCHES, 0, figure.dpi_scale_trans)
+                handles[group.name] = axes.errorbar([values[group.name]], [loss.mean], yerr=error, fmt="o", capsize=3,
+                                                    color=colour(place), transform=axes.transData + aside)  # fmt: skip
+                # Axes take no notice of what is drawn aside.
+                spread = 0.0 if error is None else error[0]
+                axes.update_datalim([(values[group.name], loss.mean + end) for end in (-spread, spread)])
+        axes.autoscale_view()
     for row in panels:
         row[0].set_ylabel("validation loss (nats per token)")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)

@@ -113,7 +113,8 @@ def _table(rows: list[list[str]]) -> str:
 def _results(groups: Sequence[RunGroup], data: ReportData) -> _Section:
     several = any(len(group.runs) > 1 for group in groups)
     spread = "Losses are means over seeds ± their standard deviation (n - 1)." if several else "One seed of each model."
-    text = f"{spread} A SaMoE's active parameters count combined experts, which is what a token meets."
+    text = f"{spread} A SaMoE's active parameters count combined experts, which is what a token meets. "
+    text += "Checkpoints hold the optimizer's state too, but for models that were made by editing others."
     if len({group.tokens for group in groups} - {"-"}) > 1:
         text += (
             " The models were trained on different numbers of tokens, so their losses do not compare the models alone."
@@ -125,7 +126,7 @@ def _quality(groups: Sequence[RunGroup], data: ReportData) -> _Section:
     axes = cost_axes(groups, data.decode, data.bytes_per_token)
     paragraphs = [
         "Lower and further left is better. Two models at one place of a horizontal axis cost the same there; the vertical "
-        "distance is what the cost buys."
+        "distance is what the cost buys. Dots that would hide each other stand side by side."
     ]
     if data.bytes_per_token:
         paragraphs.append(
@@ -135,7 +136,8 @@ def _quality(groups: Sequence[RunGroup], data: ReportData) -> _Section:
         )
     if any("measured" in cost for cost in axes):
         paragraphs.append(
-            "Milliseconds are medians of whole decoding steps (benchmark.py decode), divided by the batch."
+            "Milliseconds are medians of whole decoding steps (benchmark.py decode), divided by the batch; where several "
+            "ways of serving were measured, the fastest's."
         )
     tables = [report_tables.cost_table(groups, axes)]
     return _Section("quality", "Quality against cost", paragraphs, tables, quality_against_cost(groups, axes))
@@ -143,8 +145,8 @@ def _quality(groups: Sequence[RunGroup], data: ReportData) -> _Section:
 
 def _speed(groups: Sequence[RunGroup]) -> _Section:
     paragraphs = [
-        "Median and quartiles of tokens per second over the logged intervals of all seeds, without each start's first "
-        "interval, which warms up. A token counts once, forward and backward together. The time is the wall clock of "
+        "Median and quartiles of tokens per second over the logged intervals of all seeds, without each run's first, "
+        "which warms up. A token counts once, forward and backward together. The time is the wall clock of "
         "whole steps, data loading and optimizer included; evaluation and saving are excluded. Models that ran at "
         "different times, or beside other programs, are not to be compared by it."
     ]
@@ -159,9 +161,10 @@ def _losses(groups: Sequence[RunGroup]) -> _Section:
 
 def _zero_shot(groups: Sequence[RunGroup], data: ReportData) -> _Section:
     paragraphs = [
-        "± is the standard error from the number of items. Where a model was evaluated at several nearby checkpoints, their "
-        "mean, standard deviation and range stand beside the last one's value: a difference between models that is not "
-        "larger than these is none. The constant answer is the best single choice for all items.",
+        "± is the standard error from the number of items; with several seeds, the standard deviation over them. Where a "
+        "model was evaluated at several nearby checkpoints, their mean, standard deviation and range stand beside the last "
+        "one's value: a difference between models that is not larger than these is none. The constant answer is the best "
+        "single choice for all items.",
     ]
     return _Section("zero_shot", "Zero-shot tasks", paragraphs, [report_tables.zero_shot_table(groups, data.zero_shot)])
 

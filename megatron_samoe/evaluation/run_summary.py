@@ -71,7 +71,7 @@ def read_run(run_dir: Path) -> RunSummary:
         raise CheckpointError(f"{run_dir} is not the folder of a run: it needs checkpoints/ and metrics.jsonl.")
     directory = store.iteration_dir(run_dir / "checkpoints", iterations[-1])
     config = from_mapping(store.read_config(directory), str(directory))
-    records = sorted(_read_records(metrics), key=lambda record: record.get("iteration", 0))
+    records = sorted(read_records(metrics), key=lambda record: record.get("iteration", 0))
     if not any("validation_loss" in r for r in records):
         raise CheckpointError(f"{metrics} has no validation loss: was the run stopped before its first evaluation?")
     vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
@@ -101,8 +101,12 @@ def _read_machine(path: Path) -> dict[str, Any]:
     return machine
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, without a last one that was only half written when the run was killed."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, without a last one that was only half written when the run was killed.
+
+    Raises:
+        CheckpointError: another line is damaged.
+    """
     lines = path.read_text(errors="replace").splitlines(keepends=True)
     records = []
     for number, line in enumerate(lines, 1):

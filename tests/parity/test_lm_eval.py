@@ -38,8 +38,13 @@ MODEL = os.environ.get("MEGATRON_SAMOE_EVAL_MODEL", "")
 NUM_ITEMS = int(os.environ.get("MEGATRON_SAMOE_EVAL_ITEMS", "12"))
 STOCK = {
     "boolq": "super_glue/boolq/default.yaml", "piqa": "piqa/piqa.yaml", "lambada": "lambada/lambada_openai.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml", "multirc": "super_glue/multirc/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml", "multirc": "super_glue/multirc/default.yaml", "cb": "super_glue/cb/default.yaml",
+    "copa": "super_glue/copa/default.yaml", "wsc": "super_glue/wsc/default.yaml", "wic": "super_glue/wic/default.yaml",
+    "rte": "super_glue/rte/default.yaml", "winogrande": "winogrande/default.yaml", "arc_easy": "arc/arc_easy.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
 }  # fmt: skip
+#: The harness's COPA puts its delimiter before choices that begin with a space of their own; ours have one space.
+CHANGED = {"copa": {"target_delimiter": ""}}
 WORDS = "the cat sat on a mat while 3 dogs, or more: ran äround it. So it is said".split(" ")
 
 
@@ -59,6 +64,20 @@ def made_up_rows() -> dict[str, list[dict[str, Any]]]:
                        "endings": [words(n + e, 2 + 2 * e) + " [substeps]" for e in range(4)], "label": str(n % 4)} for n in span],
         "multirc": [{"paragraph": words(n // 3, 12), "question": words(n // 3, 4), "answer": words(n, 3), "label": n % 2,
                      "idx": {"paragraph": 0, "question": n // 3, "answer": n}} for n in span],
+        "cb": [{"premise": words(n, n % 20 + 3), "hypothesis": words(n + 1, 4), "label": n % 3} for n in span],
+        "rte": [{"premise": words(n, n % 20 + 3), "hypothesis": words(n + 1, 4), "label": n % 2} for n in span],
+        "copa": [{"premise": words(n, 5) + ".", "choice1": words(n + 1, 4).capitalize(), "choice2": words(n + 2, 3).capitalize(),
+                  "question": ("cause", "effect")[n % 2], "label": n // 2 % 2} for n in span],
+        "wic": [{"sentence1": words(n, 6), "sentence2": words(n + 1, 5), "word": "cat", "start1": 1, "end1": 2 + n % 6,
+                 "label": n % 2} for n in span],
+        "wsc": [{"text": f'{words(n, 3)} she did n\'t , " {words(n + 1, 5)} " .', "span1_text": "cat", "span1_index": 0,
+                 "span2_text": "she", "span2_index": 3, "label": n % 2} for n in span],
+        "winogrande": [{"sentence": f"{words(n, 4)} _ {words(n + 1, n % 7 + 2)}.", "option1": words(n, 1),
+                        "option2": words(n + 3, 2), "answer": str(n % 2 + 1)} for n in span],
+        "arc_easy": [{"question": words(n, n % 9 + 2) + "?", "answerKey": "ABCD"[n % 4], "choices":
+                      {"text": [words(n + e, 1 + e) for e in range(4)], "label": list("ABCD")}} for n in span],
+        "openbookqa": [{"question_stem": words(n, n % 9 + 2), "answerKey": "ABCD"[n % 4], "choices":
+                        {"text": [words(n + e, 1 + e) for e in range(4)], "label": list("ABCD")}} for n in span],
     }  # fmt: skip
 
 
@@ -82,7 +101,7 @@ def write_harness_task(folder: Path, task: str, rows: list[dict[str, Any]]) -> s
         "include": str(Path(lm_eval.__file__).parent / "tasks" / STOCK[task]),
         "task": f"local_{task}", "dataset_path": "json", "dataset_name": None,
         "dataset_kwargs": {"data_files": {"validation": str(data)}, "cache_dir": str(folder / "cache")},
-        "validation_split": "validation", "training_split": None, "test_split": None, "tag": None,
+        "validation_split": "validation", "training_split": None, "test_split": None, "tag": None, **CHANGED.get(task, {}),
     }  # fmt: skip
     (folder / f"local_{task}.yaml").write_text(yaml.safe_dump(content))
     return f"local_{task}"
@@ -170,7 +189,11 @@ def model_of_bytes() -> LoadedModel:
     return loaded_model("samoe", "llama", seq_length=128)
 
 
-FILES = {"boolq": "boolq_val", "piqa": "piqa_val", "lambada": "lambada_test", "hellaswag": "hellaswag_val"}
+FILES = {
+    "boolq": "boolq_val", "piqa": "piqa_val", "lambada": "lambada_test", "hellaswag": "hellaswag_val", "cb": "cb_val",
+    "copa": "copa_val", "wsc": "wsc_val", "wic": "wic_val", "rte": "rte_val", "winogrande": "winogrande_val",
+    "arc_easy": "arc_easy_test", "openbookqa": "openbookqa_test",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("task", FILES)

@@ -12,7 +12,7 @@ from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.evaluation.study.definition import read_study
 from megatron_samoe.evaluation.study.results import collect, results_table, write_results
-from megatron_samoe.evaluation.study.runner import StudyRunner
+from megatron_samoe.evaluation.study.runner import StudyRunner, signals_interrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,9 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             _show_plan(runner)
             return 0
+        failures = []
         if not options.collect_only:
-            runner.run_all()
-        _compare(runner)
+            with signals_interrupt():
+                failures = runner.run_all()
+        _finish(runner, failures)
     except MegatronSamoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -47,6 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
     return 0
+
+
+def _finish(runner: StudyRunner, failures: Sequence[str]) -> None:
+    """Compares what is finished, then raises MegatronSamoeError for what failed."""
+    failed = "\n".join(["Some runs failed; the same command tries them again.", *failures])
+    try:
+        _compare(runner)
+    except MegatronSamoeError as error:
+        if not failures:
+            raise
+        failed += f"\n{error}"
+    if failures:
+        raise MegatronSamoeError(failed)
 
 
 def _show_plan(runner: StudyRunner) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from megatron_samoe.config.cli import from_mapping, parse_pretrain_args
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
+from megatron_samoe.evaluation.run_summary import read_records
 from megatron_samoe.evaluation.study.definition import Run, Study, plan_runs
 
 #: Groups that decide what a run computes, but for the fields that do not; others may change between two starts.
@@ -52,7 +55,8 @@ class StudyRunner:
 
     def flags_of(self, run: Run) -> list[str]:
         """Returns the flags of a run's pretraining."""
-        study_flags = ["--config", str(self.study.config), *run.variant.flags, *self.common_flags]
+        # A variant's own come last: a flag for every run must not make two variants one.
+        study_flags = ["--config", str(self.study.config), *self.common_flags, *run.variant.flags]
         return [*study_flags, "--seed", str(run.seed), "--run-dir", str(run.directory)]
 
     def config_of(self, run: Run) -> PretrainConfig:
@@ -66,35 +70,46 @@ class StudyRunner:
             return False
         return run.variant.edited_from is not None or iterations[-1] >= self.config_of(run).training.train_iters
 
-    def run_all(self) -> None:
-        """Makes every run that is not finished.
+    def run_all(self) -> list[str]:
+        """Makes every run that is not finished; returns what was said of those that failed, which stop no other.
 
         Raises:
-            MegatronSamoeError: a run failed or was stopped; the study can be started again.
+            MegatronSamoeError: a run was stopped; the study can be started again.
         """
-        plan = self.plan()
+        plan, failures = self.plan(), []
         for number, run in enumerate(plan, start=1):
             label = f"{number}/{len(plan)} {run.variant.name}, seed {run.seed}"
             if self.is_finished(run):
                 self.say(f"{label}: finished before")
                 continue
             started = time.monotonic()
-            run.directory.mkdir(parents=True, exist_ok=True)
-            if run.variant.edited_from is None:
-                self._command(run, ["-m", "megatron_samoe.cli.pretrain", *self.flags_of(run)])
-            else:
-                self._edit(run)
+            try:
+                self._make(run)
+            except MegatronSamoeError as error:
+                failures.append(f"{label}: {error}")
+                self.say(f"{label}: failed")
+                continue
             if not self.is_finished(run):
                 raise MegatronSamoeError(
                     f"{label} was stopped before its end; the same command goes on from its last checkpoint. "
                     f"Its output is in {run.directory / 'log.txt'}."
                 )
             self.say(f"{label}: validation loss {last_validation(run):.4f} ({time.monotonic() - started:.0f} s)")
+        return failures
+
+    def _make(self, run: Run) -> None:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        if run.variant.edited_from is None:
+            self._command(run, ["-m", "megatron_samoe.cli.pretrain", *self.flags_of(run)])
+        else:
+            self._edit(run)
 
     def _edit(self, run: Run) -> None:
         variant, checkpoints = run.variant, run.directory / "checkpoints"
         assert variant.edited_from is not None and variant.edit is not None
         source = next(r for r in self.plan() if (r.variant.name, r.seed) == (variant.edited_from, run.seed))
+        if not self.is_finished(source):
+            raise MegatronSamoeError(f"{variant.edited_from} is not finished, so there is nothing to edit.")
         if not store.whole_iterations(checkpoints):
             self._command(run, ["-m", "megatron_samoe.interop.edit", variant.edit, "--load-dir",
                                 str(source.directory / "checkpoints"), "--save-dir", str(checkpoints)])  # fmt: skip
@@ -106,7 +121,7 @@ class StudyRunner:
         with log.open("a") as output:
             output.write(f"$ python {shlex.join(arguments)}\n")
             output.flush()
-            status = subprocess.run([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT).returncode
+            status = _run([sys.executable, *arguments], output)
         if status != 0:
             tail = "\n".join(log.read_text().splitlines()[-5:])
             raise MegatronSamoeError(f"A run ended with status {status}; the end of {log}:\n{tail}")
@@ -131,10 +146,48 @@ class StudyRunner:
             )
 
 
+def _run(command: Sequence[str], output: IO[str]) -> int:
+    """Returns a program's exit status. A signal to this process ends the program, which saves before it leaves.
+
+    Raises:
+        KeyboardInterrupt: such a signal came; the program has left.
+    """
+    # In a session of its own, or a terminal's Ctrl-C would reach it twice, and the second ends it at once.
+    with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            try:
+                process.wait()
+            except KeyboardInterrupt:  # again: whoever asks twice does not want to wait
+                process.kill()
+            raise
+
+
+@contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP do what Ctrl-C does: a run that outlives its study would meet its own successor."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def last_validation(run: Run) -> float | None:
-    """Returns the validation loss of a run's last record; None if it has none."""
+    """Returns the validation loss of a run's last record; None if it has none.
+
+    Raises:
+        CheckpointError: the run's records are damaged.
+    """
     metrics = run.directory / "metrics.jsonl"
     if not metrics.is_file():
         return None
-    lines = metrics.read_text().splitlines()
-    return json.loads(lines[-1]).get("validation_loss") if lines else None
+    records = read_records(metrics)
+    return records[-1].get("validation_loss") if records else None

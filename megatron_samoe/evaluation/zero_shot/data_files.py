@@ -191,7 +191,7 @@ def _hub_rows(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def read_documents(path: Path, limit: int | None = None) -> list[Document]:
     """Returns the texts of a file: the field "text" of each row, or a .txt file as one; DataError if there are none."""
     if not path.is_file():
-        raise NoDataError(f"--corpus {path} is not there.")
+        raise NoDataError(f"--corpus {path} is {'a folder; name files' if path.is_dir() else 'not there'}.")
     kind = Path(path.name.removesuffix(".xz").removesuffix(".gz")).suffix
     if kind not in (".jsonl", ".json", ".parquet"):
         documents = [Document(path.name, read_text(path))]

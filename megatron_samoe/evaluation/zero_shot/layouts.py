@@ -203,7 +203,7 @@ def _race(row: Row) -> list[Row] | None:
     else:
         return None
     return [
-        {"article": row["article"], "question": question, "choices": list(options), "gold": "ABCD".index(answer)}
+        {"article": row["article"], "question": question, "choices": list(options), "gold": list("ABCD").index(answer)}
         for question, options, answer in keys
     ]
 

@@ -163,6 +163,9 @@ METRICS: dict[str, Metric] = {
     "yes_share": Metric(_answers_per_question, lambda s: s[..., 2] / s[..., 1], RANKED, needs_group=True),
 }
 
+#: Metrics beside which the best constant choice says something.
+SHARES_OF_ITEMS = ("acc", "acc_norm", "acc_bytes", "acc_per_answer")
+
 
 def _per(column: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda sums: _exp(-sums[..., 0] / sums[..., column])

@@ -58,6 +58,8 @@ def prepare(
                 raise
             skipped.append(task.name)
     texts = tuple((f"corpus:{path.name}", read_documents(path, limit)) for path in corpora)
+    if not wanted and not texts:
+        raise ConfigError("--tasks", names, "names no task")
     if not found and not texts:
         raise NoDataError(f"--data-dir {data_dir} has the data of no task; docs/evaluation.md lists the names.")
     return Questions(tuple(found), texts, tuple(skipped))

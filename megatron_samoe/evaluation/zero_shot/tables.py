@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 
 from megatron_samoe.evaluation.run_summary import format_table
+from megatron_samoe.evaluation.zero_shot.metrics import SHARES_OF_ITEMS
 from megatron_samoe.evaluation.zero_shot.results import TaskResult
 from megatron_samoe.evaluation.zero_shot.variation import Comparison, Variation
-
-#: Metrics beside which the best constant choice says something.
-_SHARES_OF_ITEMS = ("acc", "acc_norm", "acc_bytes", "acc_per_answer")
 
 
 def _shown(value: float, in_percent: bool) -> str:
@@ -36,7 +34,7 @@ def result_table(results: Sequence[TaskResult]) -> str:
                 name,
                 _shown(measured.value, percent),
                 _shown(measured.stderr, percent),
-                _shown(result.best_constant, True) if name in _SHARES_OF_ITEMS else "",
+                _shown(result.best_constant, True) if name in SHARES_OF_ITEMS else "",
                 f"{result.num_cut:,}" if number == 0 else "",
             ])  # fmt: skip
     return format_table(rows)

@@ -70,6 +70,8 @@ class ServerOptions:
             value = getattr(self, name)
             if not least <= value < float("inf"):
                 raise ConfigError(_flag(name), value, f"must be {least} or more")
+        if self.body_timeout_s == 0:
+            raise ConfigError("--body-timeout", 0.0, "must be above 0: no request could come in that time")
         if self.port > 65535:
             raise ConfigError("--port", self.port, "must be at most 65535")
         if not self.model_name.strip():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import re
@@ -11,13 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.evaluation import plots, plots_experts
 from megatron_samoe.evaluation.measurements import read_decode, read_study, read_zero_shot
-from megatron_samoe.evaluation.plots_quality import cost_axes
+from megatron_samoe.evaluation.plots_quality import cost_axes, places_beside, quality_against_cost
 from megatron_samoe.evaluation.report import write_report
 from megatron_samoe.evaluation.report_tables import cost_table, results_table, speed_table, zero_shot_table
 from megatron_samoe.evaluation.run_groups import group_runs, mean_sd
@@ -193,6 +195,31 @@ def test_entropy_of_the_load() -> None:
     np.testing.assert_allclose(plots_experts.load_entropy(load_LE), [1.0, 0.0, 0.5])
 
 
+def test_entropy_of_seeds_that_logged_at_different_times() -> None:
+    curves = [
+        (np.array([1.0, 2.0, 3.0]), np.array([[0.1], [0.2], [0.3]])),
+        (np.array([2.0, 4.0]), np.array([[0.4], [0.9]])),
+    ]
+    tokens_N, mean_N = plots_experts.mean_entropy(curves)
+    assert tokens_N.tolist() == [2.0] and mean_N == pytest.approx([0.3])
+
+
+def test_dots_of_nearly_the_same_cost_stand_side_by_side() -> None:
+    places = places_beside({"a": 0.5, "b": 0.1, "c": 0.505, "d": 0.51, "e": 0.9})
+    assert places == {"b": 0.0, "a": -1.0, "c": 0.0, "d": 1.0, "e": 0.0}
+
+
+def test_every_model_is_seen_in_every_plot_of_costs(runs_dir: Path) -> None:
+    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+    same = {"some cost": {group.name: 2.0 for group in groups}, "another": {group.name: 2.0 for group in groups}}
+    image = plt.imread(io.BytesIO(quality_against_cost(groups, same)))[:, :, :3]
+    panels = image[: int(0.8 * len(image))]  # without the legend
+    for half in np.array_split(panels, 2, axis=1):
+        for place in range(len(groups)):
+            wanted = np.array([int(plots.colour(place)[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+            assert (np.abs(half - wanted).max(-1) < 0.02).sum() > 10, place
+
+
 def test_gradients_are_means_over_the_second_half_and_experts(runs_dir: Path) -> None:
     found = plots_experts.expert_gradient(read_run(runs_dir / "moe/seed-1"))
     assert found is not None
@@ -241,6 +268,16 @@ def test_zero_shot_results_vary_over_checkpoints_and_seeds(runs_dir: Path, tmp_p
     _, moe, samoe = zero_shot_table(groups, rows)
     assert moe == ["boolq", "acc", "moe", "100", "75.00 ± 7.07", "2: 65.00", "14.14", "50.00 to 80.00", "2", "62.00"]
     assert samoe == ["", "acc", "samoe", "100", "65.00 ± 5.00", "-", "-", "-", "1", "62.00"]
+
+
+@pytest.mark.parametrize("metric, constant", [("acc_per_answer", 62.0), ("acc_norm", 62.0), ("f1a", None)])
+def test_the_constant_answer_stands_beside_every_share_of_items(
+    metric: str, constant: float | None, runs_dir: Path, tmp_path: Path
+) -> None:
+    content = json.dumps(zero_shot_file(runs_dir / "moe/seed-1/checkpoints", (0.6,))).replace('"acc"', f'"{metric}"')
+    (tmp_path / "a.json").write_text(content)
+    (row,) = read_zero_shot(tmp_path / "a.json")
+    assert (row.metric, row.constant) == (metric, constant)
 
 
 @pytest.mark.parametrize("content", ["", "[", "[1]", "{}", '[{"serving": "folded"}]', '{"runs": []}', "null"])

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.study.command import main
 from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
 from megatron_samoe.evaluation.study.results import paired_difference
+from megatron_samoe.evaluation.study.runner import StudyRunner
 
 OPTIONS = {
     "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 16, "num_experts": 2,
@@ -107,6 +112,8 @@ def test_a_study_runs_goes_on_and_refuses_other_options(tmp_path: Path, capfd: p
     assert by_name["one pool"]["difference"]["half_width"] is None
 
     capfd.readouterr()
+    with (out / "one-pool/seed-3/metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 3, "lm_l')  # as a kill leaves it
     assert main(command) == 0
     assert capfd.readouterr().out.count("finished before") == 3
     assert main([*command, "--lr", "0.02"]) != 0
@@ -114,3 +121,41 @@ def test_a_study_runs_goes_on_and_refuses_other_options(tmp_path: Path, capfd: p
     with pytest.raises(SystemExit):
         main([*command, "--learn-rate", "1"])
     assert "--learn-rate" in capfd.readouterr().err
+
+
+def test_flags_for_all_runs_leave_the_variants_what_they_are(tmp_path: Path) -> None:
+    runner = StudyRunner(read_study(write_study(tmp_path)), tmp_path, ("--expert-layout", "dense", "--lr", "0.5"))
+    configs = [runner.config_of(run) for run in runner.plan()[:2]]
+    assert [config.moe.expert_layout for config in configs] == ["moe", "samoe"]
+    assert [config.optimizer.lr for config in configs] == [0.5, 0.5]
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runs = {"broken": {"load": str(tmp_path / "none"), "exit-on-missing-checkpoint": True}, "whole": {}}
+    study = write_study(
+        tmp_path, runs=runs, derived={"folded": {"from": "broken", "edit": "fold"}}, seeds=[1], baseline=None
+    )
+    assert main([str(study), "--output-dir", str(tmp_path / "runs")]) == 1
+    said = capfd.readouterr()
+    assert "2/3 whole, seed 1: validation loss" in said.out
+    assert "1/3 broken, seed 1: A run ended with status" in said.err and "none" in said.err
+    assert "3/3 folded, seed 1: broken is not finished" in said.err
+    assert "No seed is finished for every model" in said.err
+
+
+def test_a_signal_to_the_study_ends_its_run_with_a_checkpoint(tmp_path: Path) -> None:
+    study = write_study(tmp_path, runs={"only": {"train-iters": 10**6}}, derived=None, baseline=None)
+    folder = tmp_path / "runs/only/seed-1"
+    code = "import sys; from megatron_samoe.evaluation.study.command import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(study), "--output-dir", str(tmp_path / "runs")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(1200):
+            if process.poll() is not None or (
+                (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").stat().st_size
+            ):
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "goes on from the last checkpoint" in error
+    assert (folder / "checkpoints/latest_checkpointed_iteration.txt").is_file(), (folder / "log.txt").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,6 +124,18 @@ def test_checkpoints_and_comparison(run: Run, checkpoints: tuple[Path, Path], da
         assert words in out
 
 
+def test_results_are_kept_when_a_later_checkpoint_fails(
+    run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoints[0], tmp_path / "damaged")
+    (weights,) = (tmp_path / "damaged/iter_0000030").glob("*.distcp")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    words = ("--load", tmp_path / "damaged", "--checkpoints", "LAST:2", "--data-dir", data, "--tasks", "boolq")
+    run(*words, "--json", tmp_path / "r.json", "--samples", tmp_path / "samples", status=1)
+    assert [r["name"] for r in json.loads((tmp_path / "r.json").read_text())["runs"]] == ["iter_0000020"]
+    assert (tmp_path / "samples/0_iter_0000020/boolq.jsonl").is_file()
+
+
 def test_predictors(run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DATA_VARIABLE, str(data))
     for predictor, accuracy in (("always-yes", 2 / 3), ("always-no", 1 / 3), ("oracle", 1.0)):
@@ -191,6 +204,8 @@ def test_list_tasks(run: Run) -> None:
         (["--load", "LOAD", "--tasks", "boolq", "--data-dir", "DATA", "--checkpoints", "4th"], "must be LAST:N or a list"),
         (["--predictor", "oracle", "--tasks", "boolq", "--data-dir", "DATA", "--corpus", "TEXT"], "needs a model"),
         (["--load", "LOAD", "--corpus", "absent.txt"], "--corpus absent.txt is not there"),
+        (["--load", "LOAD", "--compare-with", "absent", "--data-dir", "DATA"], "--compare-with absent has no checkpoint"),
+        (["--predictor", "oracle", "--tasks", ",", "--data-dir", "DATA"], "--tasks = ',': names no task"),
     ],
 )  # fmt: skip
 def test_refusals(

@@ -18,7 +18,8 @@ def test_options_out_of_range_name_their_flag() -> None:
     for field, value, flag in (
         ("port", 70000, "--port"), ("port", -1, "--port"), ("max_queue", -1, "--max-queue"), ("max_choices", 0, "--max-choices"),
         ("max_body_bytes", 0, "--max-body-bytes"), ("drain_timeout_s", float("inf"), "--drain-timeout"),
-        ("body_timeout_s", float("nan"), "--body-timeout"), ("model_name", " ", "--served-model-name"),
+        ("body_timeout_s", float("nan"), "--body-timeout"), ("body_timeout_s", 0.0, "--body-timeout"),
+        ("model_name", " ", "--served-model-name"),
     ):  # fmt: skip
         with pytest.raises(ConfigError) as caught:
             ServerOptions(**{field: value})
