@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
@@ -46,19 +45,21 @@ def cost_axes(
     return axes
 
 
-def places_beside(costs: Mapping[str, float]) -> dict[str, float]:
-    """Returns by how many dots each model is moved aside, so that none hides another of nearly the same cost.
+def places_beside(points: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Returns by how many dots each model is moved aside, so that none hides another.
 
     Args:
-        costs: as shares of the axis.
+        points: across and up, as shares of the axes.
     """
-    order = sorted(costs, key=lambda name: costs[name])
     runs: list[list[str]] = []
-    for name in order:
-        if runs and costs[name] - costs[runs[-1][-1]] < 0.02:
-            runs[-1].append(name)
-        else:
+    for name in sorted(points, key=lambda name: points[name]):
+        x, y = points[name]
+        near = (run for run in runs if any(abs(x - points[n][0]) < 0.03 and abs(y - points[n][1]) < 0.1 for n in run))
+        run = next(near, None)
+        if run is None:
             runs.append([name])
+        else:
+            run.append(name)
     return {name: place - (len(run) - 1) / 2 for run in runs for place, name in enumerate(run)}
 
 
@@ -72,6 +73,8 @@ def quality_against_cost(groups: Sequence[RunGroup], axes_by_cost: Mapping[str, 
     for axes in panels.flat[len(axes_by_cost) :]:
         axes.axis("off")
     handles: dict[str, Any] = {}
+    losses = {group.name: group.loss.mean for group in groups}
+    height = max(losses.values()) - min(losses.values()) or 1.0
     for axes, (cost, values) in zip(panels.flat, axes_by_cost.items(), strict=False):
         axes.set_xlabel(cost)
         axes.grid(alpha=0.3, which="both")
@@ -82,14 +85,14 @@ def quality_against_cost(groups: Sequence[RunGroup], axes_by_cost: Mapping[str, 
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
             axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xlim(min(shown) / 1.3, max(shown) * 1.3)
         elif shown:
             # Costs that hardly differ stand close together, and not at the ends of an axis made for them.
             margin = max(0.08 * (max(shown) - min(shown)), 0.15 * max(shown))
             axes.set_xlim(min(shown) - margin, max(shown) + margin)
-        scale, width = (
-            (math.log, math.log(max(shown) / min(shown))) if is_log else (float, float(np.ptp(axes.get_xlim())))
-        )
-        places = places_beside({name: scale(v) / width for name, v in values.items() if v > 0})
+        scale = math.log if is_log else float
+        width = abs(scale(axes.get_xlim()[1]) - scale(axes.get_xlim()[0]))
+        places = places_beside({n: (scale(v) / width, losses[n] / height) for n, v in values.items() if v > 0})
         for place, group in enumerate(groups):
             if group.name in values:
                 loss = group.loss

@@ -205,7 +205,7 @@ def test_entropy_of_seeds_that_logged_at_different_times() -> None:
 
 
 def test_dots_of_nearly_the_same_cost_stand_side_by_side() -> None:
-    places = places_beside({"a": 0.5, "b": 0.1, "c": 0.505, "d": 0.51, "e": 0.9})
+    places = places_beside({"a": (0.5, 0.2), "b": (0.1, 0.2), "c": (0.505, 0.21), "d": (0.51, 0.2), "e": (0.5, 0.9)})
     assert places == {"b": 0.0, "a": -1.0, "c": 0.0, "d": 1.0, "e": 0.0}
 
 
