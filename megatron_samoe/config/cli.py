@@ -197,6 +197,8 @@ def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
             return tuple(str(v) for v in items)
     elif hint is str and isinstance(value, (str, int)) and not isinstance(value, bool):
         return str(value)
+    elif name == "moe_layer_freq" and isinstance(value, list):
+        return str(value)  # the pattern's own form, which YAML reads as a list
     elif hint is bool and isinstance(value, bool):
         return value
     elif hint is int and isinstance(value, int) and not isinstance(value, bool):

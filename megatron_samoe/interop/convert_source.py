@@ -72,7 +72,9 @@ def kind_of(directory: Path) -> Kind:
         )
     names = sorted(path.name for path in directory.iterdir())
     held = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}" if names else "nothing"
-    raise CheckpointError(f"--load-dir {directory} holds {held}; it must be {known}.")
+    inner = directory / "checkpoints"  # of a run's folder
+    hint = f" Give {inner}." if store.whole_iterations(inner) else ""
+    raise CheckpointError(f"--load-dir {directory} holds {held}; it must be {known}.{hint}")
 
 
 def open_source(directory: Path, wanted: str, ckpt_step: int | None = None, vocab_size: int | None = None) -> Source:

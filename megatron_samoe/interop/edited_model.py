@@ -6,6 +6,7 @@ size passes through the memory of a few tensors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.models.layer_layout import LayerPlace, all_layers
 
 #: Names of one expert's tensors, in the order of reading that lets a bank be read once for all layers.
@@ -143,6 +144,9 @@ def open_checkpoint(load_dir: str | Path, ckpt_step: int | None = None) -> Check
     if (path / store.TRAIN_STATE).is_file() and ckpt_step is None:
         return CheckpointReader(path)
     checkpoint = CheckpointConfig(load=str(path), ckpt_step=ckpt_step, exit_on_missing_checkpoint=True)
-    directory = store.find_checkpoint(checkpoint)
+    try:
+        directory = store.find_checkpoint(checkpoint)
+    except CheckpointError as error:  # in the words of these tools' flags
+        raise CheckpointError(re.sub("^--load ", "--load-dir ", str(error))) from None
     assert directory is not None
     return CheckpointReader(directory)

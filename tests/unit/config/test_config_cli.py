@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.cli import from_mapping, parse_pretrain_args, read_yaml, to_mapping
+from megatron_samoe.config.derived import parse_moe_layer_freq
 from megatron_samoe.errors import ConfigError
 from tests.harness.tiny import tiny_config, with_options
 
@@ -109,6 +110,11 @@ def test_wrong_yaml_is_refused(content: str, field: str, said: str, tmp_path: Pa
         parse_pretrain_args(["--config", write(tmp_path, content)])
     assert raised.value.field == field
     assert said in str(raised.value)
+
+
+def test_layer_pattern_may_be_a_yaml_list(tmp_path: Path) -> None:
+    config = parse_pretrain_args(["--config", write(tmp_path, "moe_layer_freq: [0, 1]\n")])
+    assert parse_moe_layer_freq(config.moe.moe_layer_freq, 2) == (False, True)
 
 
 def test_empty_yaml_changes_nothing_and_missing_is_named(tmp_path: Path) -> None:
