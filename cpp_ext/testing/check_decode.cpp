@@ -11,6 +11,7 @@
 
 namespace {
 
+using samoe::Weights;
 using samoe::WeightType;
 using samoe::expect;
 using samoe::floats;
@@ -30,31 +31,6 @@ std::vector<float> same_bits(const std::vector<float>& before, const char* what,
   expect(before.empty() || std::memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0, what);
   return one;
 }
-
-// Weights of some type, and their values in fp32.
-struct Weights {
-  Weights(int64_t num_rows, int64_t cols, WeightType type) : values(floats(num_rows * cols)), matrix{type, nullptr, nullptr} {
-    const size_t size = type == WeightType::f32 ? 4 : (type == WeightType::bf16 ? 2 : 1);
-    data.resize(values.size() * size);
-    for (int64_t row = 0; row < num_rows; ++row) scale.push_back(0.01f * static_cast<float>(pick(1, 5)));
-    for (size_t i = 0; i < values.size(); ++i) {
-      float& value = values[i];
-      uint32_t bits;
-      std::memcpy(&bits, &value, sizeof bits);
-      if (type == WeightType::bf16) bits &= 0xffff0000u;
-      std::memcpy(&value, &bits, sizeof bits);
-      const int8_t small = static_cast<int8_t>(std::lround(std::fmin(std::fmax(40.0f * value, -127.0f), 127.0f)));
-      if (type == WeightType::i8) value = static_cast<float>(small) * scale[i / static_cast<size_t>(cols)];
-      const uint16_t high = static_cast<uint16_t>(bits >> 16);
-      std::memcpy(&data[i * size], type == WeightType::f32 ? static_cast<const void*>(&value)
-                                   : type == WeightType::bf16 ? static_cast<const void*>(&high) : &small, size);
-    }
-    matrix = {type, data.data(), type == WeightType::i8 ? scale.data() : nullptr};
-  }
-  std::vector<float> values, scale;
-  std::vector<char> data;
-  Matrix matrix;
-};
 
 void check_linear(WeightType type) {
   const int64_t tokens = pick(0, 20), inputs = pick(1, 90), outputs = pick(1, 150);

@@ -5,8 +5,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
+
+#include "../kernels/kernels.h"
 
 namespace samoe {
 
@@ -27,5 +30,30 @@ inline void expect(bool holds, const char* what) {
 }
 
 inline bool near(double a, double b, double tolerance) { return std::fabs(a - b) <= tolerance * (1.0 + std::fabs(b)); }
+
+// Weights of some type, and their values in fp32.
+struct Weights {
+  Weights(int64_t num_rows, int64_t cols, WeightType type) : values(floats(num_rows * cols)), matrix{type, nullptr, nullptr} {
+    const size_t size = type == WeightType::f32 ? 4 : (type == WeightType::bf16 ? 2 : 1);
+    data.resize(values.size() * size);
+    for (int64_t row = 0; row < num_rows; ++row) scale.push_back(0.01f * static_cast<float>(pick(1, 5)));
+    for (size_t i = 0; i < values.size(); ++i) {
+      float& value = values[i];
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      if (type == WeightType::bf16) bits &= 0xffff0000u;
+      std::memcpy(&value, &bits, sizeof bits);
+      const int8_t small = static_cast<int8_t>(std::lround(std::fmin(std::fmax(40.0f * value, -127.0f), 127.0f)));
+      if (type == WeightType::i8) value = static_cast<float>(small) * scale[i / static_cast<size_t>(cols)];
+      const uint16_t high = static_cast<uint16_t>(bits >> 16);
+      std::memcpy(&data[i * size], type == WeightType::f32 ? static_cast<const void*>(&value)
+                                   : type == WeightType::bf16 ? static_cast<const void*>(&high) : &small, size);
+    }
+    matrix = {type, data.data(), type == WeightType::i8 ? scale.data() : nullptr};
+  }
+  std::vector<float> values, scale;
+  std::vector<char> data;
+  cpu::Matrix matrix;
+};
 
 }  // namespace samoe

@@ -28,6 +28,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __shared__ static  // blocks run one after another
+#define __launch_bounds__(...)
 
 struct CUstream_st;
 typedef CUstream_st* cudaStream_t;
@@ -267,6 +268,13 @@ inline unsigned __match_any_sync(unsigned mask, int value) {
   unsigned same = 0;
   for (unsigned lane = 0; lane < 32; ++lane) same |= (static_cast<int64_t>(slots[lane]) == value ? 1u : 0u) << lane;
   return same;
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool holds) {
+  const uint64_t* slots = samoe::emulation::exchange(mask, static_cast<uint64_t>(holds));
+  unsigned lanes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) lanes |= static_cast<unsigned>(slots[lane]) << lane;
+  return lanes;
 }
 
 inline void __syncwarp() { samoe::emulation::exchange(0xffffffffu, 0); }

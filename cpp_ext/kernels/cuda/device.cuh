@@ -53,6 +53,24 @@ SAMOE_DEVICE T warp_max(T value) {
   return value;
 }
 
+// Sums N values over the lanes, step by step half as many of them, until a lane has Kept sums in front: those from the
+// returned index on. A recursion, because a loop that is not unrolled would put the values into memory.
+template <int N, int Kept, int Step = kWarp / 2, int Size>
+SAMOE_DEVICE int sum_scattered(float (&values)[Size]) {
+  if constexpr (N == Kept) {
+    return 0;
+  } else {
+    constexpr int kHalf = N / 2;
+    const bool upper = (lane_of_thread() & Step) != 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float kept = upper ? values[i + kHalf] : values[i], given = upper ? values[i] : values[i + kHalf];
+      values[i] = kept + __shfl_xor_sync(kAllLanes, given, Step);
+    }
+    return (upper ? kHalf : 0) + sum_scattered<kHalf, Kept, Step / 2>(values);
+  }
+}
+
 // The sum over the block in thread 0; the others get partial sums.
 template <typename T>
 SAMOE_DEVICE T block_sum(T value) {

@@ -83,5 +83,29 @@ void add_expert_bias(DType dtype, const ExpertRows& rows, int64_t num_columns, c
 void expert_column_sums(DType dtype, const ExpertRows& rows, int64_t num_columns, const void* x_RC, float* out_eC,
                         cudaStream_t stream);
 
+// Inference; meanings as in kernels/cpu/simd/decode_*.cpp. An expert, position, slot or page that is none stops the kernel
+// by an assertion.
+void decode_linear(const cpu::DecodeLinear& a, cudaStream_t stream);
+void decode_norm(const cpu::DecodeNorm& a, cudaStream_t stream);
+
+// What positions, slots and pages must lie below.
+struct CacheBounds {
+  int64_t num_slots, num_pages, num_angles;
+};
+constexpr int64_t kMaxHeadDim = 256;
+// room: device memory of num_room floats, none or more, in which parts of long sequences are attended over side by side.
+// The bits are the same with and without.
+void decode_attention(const cpu::DecodeAttention& a, const CacheBounds& bounds, float* room, int64_t num_room,
+                      cudaStream_t stream);
+
+// num_w1, num_w2: matrices of the stacks.
+int64_t decode_experts_workspace_bytes(const cpu::DecodeExperts& a);
+void decode_experts(const cpu::DecodeExperts& a, int64_t num_w1, int64_t num_w2, void* workspace, cudaStream_t stream);
+// All tokens take expert 0 with weight 1.
+void choose_only_expert(int64_t num_tokens, int64_t* ids_T, float* probs_T, cudaStream_t stream);
+
+constexpr int64_t kMaxDecodeBanks = 64;
+void combine_rows(const cpu::CombineRows& a, cudaStream_t stream);  // banks_P lies in host memory
+
 }  // namespace cuda
 }  // namespace samoe
