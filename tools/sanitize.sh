@@ -62,7 +62,10 @@ compile tsan/openmp.o cpp_ext/testing/openmp_threads.cpp "$tsan"
 for source in cpp_ext/kernels/cuda/*.cu; do
     compile "cuda/$(basename "$source" .cu).o" "$source" "-x c++ -Wno-unknown-pragmas $asan"
 done
-compile cuda/check.o cpp_ext/testing/check_cuda_kernels.cpp "$asan"
+mkdir "$folder/cuda/checks"
+for name in check_cuda_kernels check_cuda_decode; do
+    compile cuda/checks/$name.o cpp_ext/testing/$name.cpp "$asan"
+done
 compile cuda/dispatch.o cpp_ext/kernels/cpu/dispatch.cpp "$asan"
 build
 
@@ -78,7 +81,9 @@ done
     $compiler -shared $tsan tsan/fake_nccl.o -o tsan/libnccl.so
 }
 # shellcheck disable=SC2086
-$compiler $asan $openmp cuda/*.o asan/kernels/*.portable.o asan/kernels/counting_sort.o -o cuda/check
+for name in check_cuda_kernels check_cuda_decode; do
+    $compiler $asan $openmp cuda/*.o cuda/checks/$name.o asan/kernels/*.portable.o asan/kernels/counting_sort.o -o cuda/$name
+done
 
 # gcc 12 misaligns 64-byte variables on the fake stack that this option brings (gcc bug 110027).
 export ASAN_OPTIONS=detect_stack_use_after_return=0
@@ -91,7 +96,8 @@ done
 asan/check_exchange processes
 asan/check_exchange threads
 MEGATRON_SAMOE_NCCL_LIB=asan/libnccl.so asan/check_nccl
-cuda/check 33
+cuda/check_cuda_kernels 33
+cuda/check_cuda_decode 13
 echo "ThreadSanitizer:"
 tsan/check_kernels
 tsan/check_decode

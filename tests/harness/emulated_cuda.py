@@ -20,10 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "cpp_ext" / "kernels" / "cuda").glob("*.cu"))
 BINDINGS = sorted((ROOT / "cpp_ext" / "bindings").glob("*_cuda.cpp"))
 NAMESPACE = "megatron_samoe_emulated"
-OPS = (
+TRAINING_OPS = (
     "topk_gate", "topk_gate_backward", "make_permutation", "permute", "unpermute", "unpermute_backward", "combine_banks",
     "combine_banks_backward", "cross_entropy_parts", "cross_entropy_backward", "grouped_mlp", "grouped_mlp_backward",
     "adamw",
+)  # fmt: skip
+DECODE_OPS = (
+    "decode_linear", "decode_norm", "decode_attention_block", "decode_experts", "decode_route", "decode_moe_block",
+    "combine_rows",
 )  # fmt: skip
 _WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
 # Fortified libraries refuse jumps between the stacks of the emulation's fibers.
@@ -66,7 +70,7 @@ def load_library(library: Path) -> torch.library.Library:
     """Defines the ops under their namespace, as the package's table has them, and loads the library that fills them."""
     definitions = torch.library.Library(NAMESPACE, "DEF")
     lines = {line.split("(")[0]: line for line in schemas.SCHEMAS.strip().splitlines()}
-    for name in OPS:
+    for name in (*TRAINING_OPS, *DECODE_OPS):
         definitions.define(lines[name])
     torch.ops.load_library(str(library))
     return definitions

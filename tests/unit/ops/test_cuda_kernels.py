@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from tests.harness.emulated_cuda import FLAGS, ROOT, compiler, run_all
 from tests.harness.emulated_cuda import KERNELS as SOURCES
 
+CHECKS = ("check_cuda_kernels", "check_cuda_decode")
 pytestmark = pytest.mark.skipif(not SOURCES, reason="needs the source tree")
 
 
@@ -19,19 +21,20 @@ pytestmark = pytest.mark.skipif(not SOURCES, reason="needs the source tree")
 def test_emulated_kernels_agree_with_the_cpu_kernels(tmp_path: Path) -> None:
     cpu = sorted((ROOT / "cpp_ext" / "kernels" / "cpu" / "simd").glob("*.cpp"))
     plain = [ROOT / "cpp_ext" / name for name in ("kernels/cpu/dispatch.cpp", "kernels/cpu/counting_sort.cpp")]
-    plain.append(ROOT / "cpp_ext" / "testing" / "check_cuda_kernels.cpp")
+    plain += [ROOT / "cpp_ext" / "testing" / f"{name}.cpp" for name in CHECKS]
     jobs = [(path, ["-DSAMOE_ISA=portable"]) for path in cpu] + [(path, ["-x", "c++"]) for path in SOURCES]
     jobs += [(path, []) for path in plain]
     objects = [str(tmp_path / f"{i}.o") for i in range(len(jobs))]
     run_all(
         [[*compiler(), *FLAGS, *own, "-c", str(path), "-o", o] for (path, own), o in zip(jobs, objects, strict=True)]
     )
-    program = tmp_path / "check"
-    run_all([["g++", *objects, "-o", str(program)]])
-    for order in ("ascending", "descending", "shuffled"):
+    shared, mains = objects[: -len(CHECKS)], objects[-len(CHECKS) :]
+    programs = [str(tmp_path / name) for name in CHECKS]
+    run_all([["g++", *shared, main, "-o", program] for main, program in zip(mains, programs, strict=True)])
+    for program, order in itertools.product(programs, ("ascending", "descending", "shuffled")):
         environment = {**os.environ, "SAMOE_EMULATED_ORDER": order}
-        result = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, env=environment)
-        assert result.returncode == 0, f"{order}: {result.stderr}"
+        result = subprocess.run([program], capture_output=True, text=True, timeout=300, env=environment)
+        assert result.returncode == 0, f"{program}, {order}: {result.stderr}"
         assert "agree with the CPU's" in result.stdout
 
 
