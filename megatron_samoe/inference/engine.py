@@ -37,6 +37,7 @@ from megatron_samoe.inference.serving import (
 )
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.text_stream import TextStream
+from megatron_samoe.ops.extension import uses_cuda_kernels
 
 __all__ = ["PRECISIONS", "SERVINGS", "Engine", "Precision", "Serving"]
 
@@ -100,8 +101,9 @@ class Engine:
     @torch.no_grad()
     def _make_runner(self, loaded: LoadedModel, num_pages: int, max_step_tokens: int, cache_experts: int) -> Runner:
         state = loaded.model.state
-        # On CUDA the training model's large products are the faster way where it has the precision.
-        if state.world.size > 1 or (state.device.type == "cuda" and self.dtype != "int8"):
+        # On CUDA without decode kernels the training model's large products are faster, where it has the precision.
+        on_products = state.device.type == "cuda" and self.dtype != "int8" and not uses_cuda_kernels()
+        if state.world.size > 1 or on_products:
             convert_weights(loaded.model, self.dtype)
             return RankRunner(loaded, num_pages, self.serving)
         model = make_decode_model(loaded.model, self.serving, self.dtype, num_pages)

@@ -1,7 +1,8 @@
 """Inference: layers over a few tokens, with weights in fp32, bf16 or int8 that are each read once.
 
-Activations are fp32 and flat, [T, H], whatever the weights are. On a CPU with the compiled extension each block is one
-call that streams the weights from memory; else the twins of ops/decode_reference.py do the same in torch, on any device.
+Activations are fp32 and flat, [T, H], whatever the weights are. With the compiled extension, on a CPU and by CUDA kernels
+where they are asked for, each block is one call that streams the weights from memory; else the twins of
+ops/decode_reference.py do the same in torch, on any device.
 A token's results are the same bits whatever other tokens share the call (compiled).
 
 Letters as in CONTRIBUTING.md, and Q: queries per key-value head; M: matrices of a stack.
@@ -152,7 +153,7 @@ def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None, out_TN: Tensor, ac
     Args:
         weight: [.., K] with N rows in all.
     """
-    if extension.serves(x_TK):
+    if extension.serves(x_TK, cuda=True):
         torch.ops.megatron_samoe.decode_linear(x_TK, weight.data, weight.scale, bias, out_TN, accumulate)
         return out_TN
     y_TN = decode_reference.linear(x_TK, weight.data, weight.scale, bias)
@@ -162,7 +163,7 @@ def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None, out_TN: Tensor, ac
 def norm(x_TH: Tensor, parameters: Norm, out_TH: Tensor) -> Tensor:
     """Writes the normalised rows to out and returns it."""
     p = parameters
-    if extension.serves(x_TH):
+    if extension.serves(x_TH, cuda=True):
         torch.ops.megatron_samoe.decode_norm(x_TH, p.weight, p.bias, p.epsilon, p.rms, out_TH)
         return out_TH
     return out_TH.copy_(decode_reference.norm(x_TH, p.weight, p.bias, p.epsilon, p.rms))
@@ -176,7 +177,7 @@ def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch
     """
     p, n = places, layer.norm
     epsilon, rms = n.epsilon, n.rms
-    if extension.serves(x_TH):
+    if extension.serves(x_TH, cuda=True):
         torch.ops.megatron_samoe.decode_attention_block(
             x_TH, n.weight, n.bias, epsilon, rms, layer.qkv.data, layer.qkv.scale, layer.qkv_bias,
             layer.head_norm_tensors(), p.cos_PR, p.sin_PR, p.positions_T, p.slots_T, p.pages, layer.keys, layer.values,
@@ -193,7 +194,7 @@ def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch
 
 
 def attention_scratch(num_tokens: int, layer: AttentionLayer) -> int:
-    """Returns the floats that `attention_block` needs."""
+    """Returns the floats that `attention_block` needs. On CUDA more of them let parts of long sequences run side by side."""
     heads, queries, head_dim, hidden = layer.qkv.data.shape
     width = heads * queries * head_dim
     return num_tokens * (hidden + 3 * width) + 64
@@ -206,7 +207,7 @@ def mlp_block(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, experts: E
         scratch: fp32, `mlp_scratch` elements or more.
     """
     n, e = norm_of_x, experts
-    if extension.serves(x_TH):
+    if extension.serves(x_TH, cuda=True):
         router = (None, 1, False, False) if routing is None else (
             routing.weight_EH, routing.topk, routing.sigmoid, routing.pre_softmax)  # fmt: skip
         torch.ops.megatron_samoe.decode_moe_block(
@@ -223,7 +224,8 @@ def mlp_block(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, experts: E
 
 def mlp_scratch(num_tokens: int, hidden: int, ffn: int, topk: int, num_experts: int) -> int:
     """Returns the floats that `mlp_block`, `route` and `experts_block` need."""
-    return num_tokens * (2 * hidden + topk * (ffn + hidden + 3) + num_experts + 1) + 3 * num_experts + 256
+    # On CUDA the router's sums and the order of slots by expert lie here too.
+    return num_tokens * (2 * hidden + topk * (ffn + hidden + 5) + 2 * num_experts + 2) + 8 * num_experts + 256
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, out: Routed, s
         out.ids_TK.zero_()
         out.probs_TK.fill_(1.0)
         return
-    if extension.serves(x_TH):
+    if extension.serves(x_TH, cuda=True):
         torch.ops.megatron_samoe.decode_route(
             x_TH, n.weight, n.bias, n.epsilon, n.rms, r.weight_EH, r.sigmoid, r.pre_softmax, out.normed_TH, out.ids_TK,
             out.probs_TK, scratch,
@@ -265,7 +267,7 @@ def experts_block(
             stack can hold some experts at a time.
     """
     e, r = experts, routed
-    if extension.serves(out_TH):
+    if extension.serves(out_TH, cuda=True):
         torch.ops.megatron_samoe.decode_experts(
             r.normed_TH, r.ids_TK, r.probs_TK, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1, e.w2.data,
             e.w2.scale, e.b2, e.factor1_E, e.factor2_E, e.gated, y_TKH, combine, out_TH, scratch,
@@ -281,7 +283,7 @@ def experts_block(
 
 def combine_rows(banks: list[Weight], coefficients_P: Tensor, out: Weight) -> None:
     """Writes the weighted sum of equally shaped matrices to out, as out's type; a coefficient of 0 is left out."""
-    if extension.serves(out.scale if out.data.dtype == torch.int8 else out.data):
+    if extension.serves(out.scale if out.data.dtype == torch.int8 else out.data, cuda=True):
         torch.ops.megatron_samoe.combine_rows(
             [bank.data for bank in banks], [bank.scale for bank in banks], coefficients_P, out.data, out.scale
         )
