@@ -1,216 +1,53 @@
-// CUDA implementation of inference: scratch and launches. Nothing is allocated and nothing waits for the device, so that a
-// step can be captured in a CUDA graph.
-#include <torch/library.h>
-
-#include <vector>
-
+// CUDA implementation of inference.
 #include "cuda_backend.h"
-#include "decode_arguments.h"
+#include "decode_ops.h"
 
 namespace {
 
-using namespace samoe::decode;
-using samoe::CudaBackend;
+namespace cpu = samoe::cpu;
 namespace cuda = samoe::cuda;
+using samoe::decode::Scratch;
 
-void decode_linear(const Tensor& x, const Tensor& w, const MaybeTensor& scale, const MaybeTensor& bias,
-                   const Tensor& out, bool accumulate) {
-  const CudaBackend backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
-  backend.check_contiguous(out, "out", 2, at::kFloat);
-  TORCH_CHECK_VALUE(out.size(0) == x.size(0), "out has ", out.size(0), " rows, x ", x.size(0));
-  cuda::decode_linear(linear_of(x.const_data_ptr<float>(), x.size(0), x.size(1), w, scale, bias, out.size(1),
-                                out.mutable_data_ptr<float>(), accumulate, "w", backend),
-                      backend.stream());
-  backend.check_launches();
-}
+class CudaDecode : public samoe::CudaBackend {
+ public:
+  using samoe::CudaBackend::CudaBackend;
 
-void decode_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double epsilon, bool rms,
-                 const Tensor& out) {
-  const CudaBackend backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
-  backend.check_contiguous(out, "out", 2, at::kFloat);
-  TORCH_CHECK_VALUE(out.sizes() == x.sizes(), "out is ", out.sizes(), ", x ", x.sizes());
-  cuda::decode_norm(norm_of(x.const_data_ptr<float>(), x.size(0), x.size(1), weight, bias, epsilon, rms,
-                            out.mutable_data_ptr<float>(), backend),
-                    backend.stream());
-  backend.check_launches();
-}
-
-void decode_attention_block(const Tensor& x, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon,
-                            bool rms, const Tensor& qkv_w, const MaybeTensor& qkv_scale, const MaybeTensor& qkv_bias,
-                            at::TensorList head_norms, const MaybeTensor& cos, const MaybeTensor& sin,
-                            const Tensor& positions, const Tensor& slots, const Tensor& pages, const Tensor& keys,
-                            const Tensor& values, const Tensor& out_w, const MaybeTensor& out_scale,
-                            const MaybeTensor& out_bias, const Tensor& scratch) {
-  const CudaBackend backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
-  TORCH_CHECK_VALUE(qkv_w.dim() == 4 && qkv_w.size(1) > 2, "qkv is ", qkv_w.sizes(), ", not [G, Q + 2, D, H]");
-  const int64_t T = x.size(0), H = x.size(1), G = qkv_w.size(0), Q = qkv_w.size(1) - 2, D = qkv_w.size(2);
-  const int64_t width = G * (Q + 2) * D;
-  TORCH_CHECK_VALUE(D >= 1 && D <= cuda::kMaxHeadDim, "a head of ", D, ", of at most ", cuda::kMaxHeadDim, " on a GPU");
-  Scratch pieces(scratch, backend);
-  float* residual = x.mutable_data_ptr<float>();
-  float* normed = pieces.floats(T * H);
-  float* qkv = pieces.floats(T * width);
-  float* attended = pieces.floats(T * G * Q * D);
-  samoe::cpu::DecodeAttention a = attention_of(G, Q, D, head_norms, epsilon, rms, cos, sin, keys, values, backend);
-  check_places({positions, slots, pages}, T, keys.size(0), cos.has_value() ? std::optional(cos->size(0)) : std::nullopt,
-               backend);
-  a.qkv = qkv;
-  a.positions_T = positions.const_data_ptr<int32_t>();
-  a.slots_T = slots.const_data_ptr<int32_t>();
-  a.pages = pages.const_data_ptr<int32_t>();
-  a.pages_per_slot = pages.size(1);
-  a.num_tokens = T;
-  a.qkv_scratch = pieces.floats(T * width);
-  a.out = attended;
-  const auto before = norm_of(residual, T, H, norm_weight, norm_bias, epsilon, rms, normed, backend);
-  const auto first = linear_of(normed, T, H, qkv_w, qkv_scale, qkv_bias, width, qkv, false, "qkv", backend);
-  const auto last = linear_of(attended, T, G * Q * D, out_w, out_scale, out_bias, H, residual, true, "output", backend);
-  cuda::decode_norm(before, backend.stream());
-  cuda::decode_linear(first, backend.stream());
-  cuda::decode_attention(a, {pages.size(0), keys.size(0), cos.has_value() ? cos->size(0) : 0}, pieces.rest(),
-                         pieces.num_left(), backend.stream());
-  cuda::decode_linear(last, backend.stream());
-  backend.check_launches();
-}
-
-// The chosen experts' results in y, and added to out where it is there.
-void run_experts(const CudaBackend& backend, samoe::cpu::DecodeExperts e, const Tensor& w1, const Tensor& w2, const float* x,
-                 int64_t num_tokens, const int64_t* ids, const float* probs, int64_t topk, Scratch& pieces, float* y,
-                 bool combine, float* out) {
-  e.x_TH = x;
-  e.ids_TK = ids;
-  e.probs_TK = probs;
-  e.num_tokens = num_tokens;
-  e.topk = topk;
-  e.h_NF = pieces.floats(num_tokens * topk * e.ffn);
-  e.y_NH = y;
-  e.combine = combine;
-  e.out_TH = out;
-  void* workspace = pieces.bytes(cuda::decode_experts_workspace_bytes(e));
-  cuda::decode_experts(e, w1.size(0), w2.size(0), workspace, backend.stream());
-}
-
-void decode_experts(const Tensor& x, const Tensor& ids, const Tensor& probs, const Tensor& index1, const Tensor& index2,
-                    const Tensor& w1, const MaybeTensor& scale1, const MaybeTensor& b1, const Tensor& w2,
-                    const MaybeTensor& scale2, const MaybeTensor& b2, const MaybeTensor& factor1,
-                    const MaybeTensor& factor2, bool gated, const Tensor& y, bool combine, const Tensor& out,
-                    const Tensor& scratch) {
-  const CudaBackend backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
-  backend.check_contiguous(ids, "ids", 2, at::kLong);
-  backend.check_contiguous(probs, "probs", 2, at::kFloat);
-  backend.check_contiguous(y, "y", 3, at::kFloat);
-  backend.check_contiguous(out, "out", 2, at::kFloat);
-  const int64_t T = x.size(0), H = x.size(1), K = ids.size(1);
-  TORCH_CHECK_VALUE(ids.size(0) == T && probs.sizes() == ids.sizes() && out.sizes() == x.sizes(),
-                    "ids, probs or out do not belong to x");
-  TORCH_CHECK_VALUE(y.sizes() == at::IntArrayRef({T, K, H}), "y is ", y.sizes());
-  Scratch pieces(scratch, backend);
-  const auto experts =
-      experts_of(H, {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, backend);
-  run_experts(backend, experts, w1, w2, x.const_data_ptr<float>(), T, ids.const_data_ptr<int64_t>(),
-              probs.const_data_ptr<float>(), K, pieces, y.mutable_data_ptr<float>(), combine,
-              out.mutable_data_ptr<float>());
-  backend.check_launches();
-}
-
-// Ids and probs of normalised tokens.
-void route(const CudaBackend& backend, const float* x, int64_t num_tokens, int64_t hidden, const Tensor& router,
-           int64_t topk, bool sigmoid, bool pre_softmax, Scratch& pieces, int64_t* ids, float* probs) {
-  const int64_t E = router.size(0);
-  TORCH_CHECK_VALUE(router.dim() == 2 && topk >= 1 && topk <= E, "router is ", router.sizes(), ", topk ", topk);
-  float* logits = pieces.floats(num_tokens * E);
-  cuda::decode_linear(linear_of(x, num_tokens, hidden, router, {}, {}, E, logits, false, "router", backend),
-                      backend.stream());
-  int64_t* counts = pieces.integers(E);
-  float* sums = pieces.floats(E);
-  float* z_sum = pieces.floats(1);
-  float* logsumexp = pieces.floats(num_tokens);
-  const samoe::cpu::GateForward gate = {logits, num_tokens, E,      topk, 1,     sigmoid,   pre_softmax,
-                                        probs,  ids,        counts, sums, z_sum, logsumexp, 0};
-  cuda::gate_forward(gate, pieces.bytes(cuda::gate_workspace_bytes(gate)), backend.stream());
-}
-
-void decode_route(const Tensor& x, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon, bool rms,
-                  const Tensor& router, bool sigmoid, bool pre_softmax, const Tensor& normed, const Tensor& ids,
-                  const Tensor& probs, const Tensor& scratch) {
-  const CudaBackend backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
-  backend.check_contiguous(normed, "normed", 2, at::kFloat);
-  backend.check_contiguous(ids, "ids", 2, at::kLong);
-  backend.check_contiguous(probs, "probs", 2, at::kFloat);
-  TORCH_CHECK_VALUE(normed.sizes() == x.sizes() && ids.size(0) == x.size(0) && probs.sizes() == ids.sizes(),
-                    "normed, ids or probs do not belong to x");
-  Scratch pieces(scratch, backend);
-  float* rows = normed.mutable_data_ptr<float>();
-  cuda::decode_norm(norm_of(x.const_data_ptr<float>(), x.size(0), x.size(1), norm_weight, norm_bias, epsilon, rms, rows,
-                            backend),
-                    backend.stream());
-  route(backend, rows, x.size(0), x.size(1), router, ids.size(1), sigmoid, pre_softmax, pieces,
-        ids.mutable_data_ptr<int64_t>(), probs.mutable_data_ptr<float>());
-  backend.check_launches();
-}
-
-void decode_moe_block(const Tensor& x, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon, bool rms,
-                      const MaybeTensor& router, int64_t topk, bool sigmoid, bool pre_softmax, const Tensor& index1,
-                      const Tensor& index2, const Tensor& w1, const MaybeTensor& scale1, const MaybeTensor& b1,
-                      const Tensor& w2, const MaybeTensor& scale2, const MaybeTensor& b2, const MaybeTensor& factor1,
-                      const MaybeTensor& factor2, bool gated, const Tensor& scratch) {
-  const CudaBackend backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
-  const int64_t T = x.size(0), H = x.size(1);
-  TORCH_CHECK_VALUE(topk >= 1 && (router.has_value() || topk == 1), "topk = ", topk);
-  const auto experts =
-      experts_of(H, {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, backend);
-  Scratch pieces(scratch, backend);
-  float* residual = x.mutable_data_ptr<float>();
-  float* normed = pieces.floats(T * H);
-  int64_t* ids = pieces.integers(T * topk);
-  float* probs = pieces.floats(T * topk);
-  cuda::decode_norm(norm_of(residual, T, H, norm_weight, norm_bias, epsilon, rms, normed, backend), backend.stream());
-  if (router.has_value()) {
-    route(backend, normed, T, H, *router, topk, sigmoid, pre_softmax, pieces, ids, probs);
-  } else {  // a dense MLP is a single expert
-    cuda::choose_only_expert(T, ids, probs, backend.stream());
+  void norm(const cpu::DecodeNorm& a) const {
+    cuda::decode_norm(a, stream());
+    check_launches();
   }
-  float* y = pieces.floats(T * topk * H);
-  run_experts(backend, experts, w1, w2, normed, T, ids, probs, topk, pieces, y, true, residual);
-  backend.check_launches();
-}
-
-void combine_rows(at::TensorList banks, const c10::List<MaybeTensor>& scales, const Tensor& coefficients,
-                  const Tensor& out, const MaybeTensor& out_scale) {
-  const CudaBackend backend(coefficients, "coefficients");
-  backend.check_contiguous(coefficients, "coefficients", 1, at::kFloat);
-  TORCH_CHECK_VALUE(!banks.empty() && static_cast<int64_t>(banks.size()) == coefficients.size(0) &&
-                        banks.size() == scales.size(),
-                    banks.size(), " banks, ", scales.size(), " scales, ", coefficients.size(0), " coefficients");
-  TORCH_CHECK_VALUE(coefficients.size(0) <= cuda::kMaxDecodeBanks, banks.size(), " banks, of at most ",
-                    cuda::kMaxDecodeBanks, " on a GPU");
-  const Matrix target = matrix_of(out, out_scale, "out", backend);
-  std::vector<Matrix> sources;
-  for (size_t p = 0; p < banks.size(); ++p) {
-    TORCH_CHECK_VALUE(banks[p].sizes() == out.sizes(), "a bank is ", banks[p].sizes(), ", out ", out.sizes());
-    sources.push_back(matrix_of(banks[p], scales.get(p), "bank", backend));
+  void linear(const cpu::DecodeLinear& a) const {
+    cuda::decode_linear(a, stream());
+    check_launches();
   }
-  const int64_t cols = out.size(-1), rows = cols == 0 ? 0 : out.numel() / cols;
-  cuda::combine_rows({sources.data(), coefficients.const_data_ptr<float>(), coefficients.size(0), rows, cols, target.type,
-                      out.mutable_data_ptr(), out_scale.has_value() ? out_scale->mutable_data_ptr<float>() : nullptr, 0},
-                     backend.stream());
-  backend.check_launches();
-}
+  // What is left of the scratch lets parts of long sequences run side by side.
+  void attention(const cpu::DecodeAttention& a, int64_t num_slots, int64_t num_pages, int64_t num_angles,
+                 const Scratch& pieces) const {
+    TORCH_CHECK_VALUE(a.head_dim >= 1 && a.head_dim <= cuda::kMaxHeadDim, "a head of ", a.head_dim, ", of at most ",
+                      cuda::kMaxHeadDim, " on a GPU");
+    cuda::decode_attention(a, {num_slots, num_pages, num_angles}, pieces.rest(), pieces.num_left(), stream());
+    check_launches();
+  }
+  void choose(const cpu::GateForward& a, Scratch& pieces) const {
+    cuda::gate_forward(a, pieces.bytes(cuda::gate_workspace_bytes(a)), stream());
+    check_launches();
+  }
+  void choose_only_expert(int64_t num_tokens, int64_t* ids_T, float* probs_T) const {
+    cuda::choose_only_expert(num_tokens, ids_T, probs_T, stream());
+    check_launches();
+  }
+  void experts(const cpu::DecodeExperts& a, int64_t num_w1, int64_t num_w2, Scratch& pieces) const {
+    cuda::decode_experts(a, num_w1, num_w2, pieces.bytes(cuda::decode_experts_workspace_bytes(a)), stream());
+    check_launches();
+  }
+  void combine_rows(const cpu::CombineRows& a) const {
+    TORCH_CHECK_VALUE(a.num_banks <= cuda::kMaxDecodeBanks, a.num_banks, " banks, of at most ", cuda::kMaxDecodeBanks,
+                      " on a GPU");
+    cuda::combine_rows(a, stream());
+    check_launches();
+  }
+};
 
 }  // namespace
 
-SAMOE_CUDA_LIBRARY_IMPL(m) {
-  m.impl("decode_linear", decode_linear);
-  m.impl("decode_norm", decode_norm);
-  m.impl("decode_attention_block", decode_attention_block);
-  m.impl("decode_experts", decode_experts);
-  m.impl("decode_route", decode_route);
-  m.impl("decode_moe_block", decode_moe_block);
-  m.impl("combine_rows", combine_rows);
-}
+SAMOE_CUDA_LIBRARY_IMPL(m) { samoe::decode::add_decode_ops<CudaDecode>(m); }
