@@ -122,8 +122,7 @@ def test_inference_reaches_the_ops_where_they_are_used(used: bool, monkeypatch: 
     called: list[str] = []
     for name in emulated_cuda.DECODE_OPS:
         monkeypatch.setattr(torch.ops.megatron_samoe, name, lambda *_, name=name: called.append(name))
-    for name in ("linear", "norm", "experts"):
-        monkeypatch.setattr(decode_reference, name, lambda x, *_, name=name: called.append(f"twin of {name}") or x)
+    monkeypatch.setattr(decode_reference, "experts", lambda *_: called.append("twin of experts"))
     with FakeTensorMode(), torch.device("cuda"):
         x_TH, index_E, ids_TK = (
             torch.empty(2, 4),
@@ -134,12 +133,12 @@ def test_inference_reaches_the_ops_where_they_are_used(used: bool, monkeypatch: 
         stack = decode.ExpertStack(weight, weight, None, None, False, index_E, index_E)
         routed = decode.Routed(x_TH, ids_TK, torch.empty(2, 1))
         routing = decode.Routing(torch.empty(1, 4), 1, False, False)
-        decode.linear(x_TH, weight, None, torch.empty(2, 4))
-        decode.norm(x_TH, norm, torch.empty(2, 4))
         decode.experts_block(routed, stack, torch.empty(2, 1, 4), torch.empty(2, 4), scratch, combine=False)
-        if used:
+        if used:  # what the others' twins do cannot be done with fake tensors
+            decode.linear(x_TH, weight, None, torch.empty(2, 4))
+            decode.norm(x_TH, norm, torch.empty(2, 4))
             decode.combine_rows([], torch.empty(0), weight)
             decode.mlp_block(x_TH, norm, routing, stack, scratch)
             decode.route(x_TH, norm, routing, routed, scratch)
-    expected = ["decode_linear", "decode_norm", "decode_experts", "combine_rows", "decode_moe_block", "decode_route"]
-    assert called == (expected if used else ["twin of linear", "twin of norm", "twin of experts"])
+    expected = ["decode_experts", "decode_linear", "decode_norm", "combine_rows", "decode_moe_block", "decode_route"]
+    assert called == (expected if used else ["twin of experts"])
