@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.log import _said
-from megatron_samoe.ops import decode, decode_reference, extension
+from megatron_samoe.ops import extension
 from megatron_samoe.ops.adamw import AdamWRun
 from megatron_samoe.ops.adamw import serves as adamw_serves
 from megatron_samoe.ops.combine import combine_banks
@@ -19,7 +19,6 @@ from megatron_samoe.ops.cross_entropy import cross_entropy_parts
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp_forward
 from megatron_samoe.ops.permute import Permutation, gather_rows, permute, unpermute
 from megatron_samoe.ops.topk_gate import topk_gate
-from tests.harness import emulated_cuda
 
 VARIABLE = extension.CUDA_ENVIRONMENT_VARIABLE
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
@@ -113,32 +112,3 @@ def test_cuda_tensors_reach_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops == [
         "topk_gate", "permute", "permute", "grouped_mlp", "unpermute", "combine_banks", "cross_entropy_parts",
     ]  # fmt: skip
-
-
-@needs_library
-@pytest.mark.parametrize("used", [False, True])
-def test_inference_reaches_the_ops_where_they_are_used(used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "uses_cuda_kernels", lambda: used)
-    called: list[str] = []
-    for name in emulated_cuda.DECODE_OPS:
-        monkeypatch.setattr(torch.ops.megatron_samoe, name, lambda *_, name=name: called.append(name))
-    monkeypatch.setattr(decode_reference, "experts", lambda *_: called.append("twin of experts"))
-    with FakeTensorMode(), torch.device("cuda"):
-        x_TH, index_E, ids_TK = (
-            torch.empty(2, 4),
-            torch.empty(1, dtype=torch.int64),
-            torch.empty(2, 1, dtype=torch.int64),
-        )
-        weight, norm, scratch = decode.Weight(torch.empty(4, 4)), decode.Norm(torch.empty(4), None, 1e-5, True), x_TH[0]
-        stack = decode.ExpertStack(weight, weight, None, None, False, index_E, index_E)
-        routed = decode.Routed(x_TH, ids_TK, torch.empty(2, 1))
-        routing = decode.Routing(torch.empty(1, 4), 1, False, False)
-        decode.experts_block(routed, stack, torch.empty(2, 1, 4), torch.empty(2, 4), scratch, combine=False)
-        if used:  # what the others' twins do cannot be done with fake tensors
-            decode.linear(x_TH, weight, None, torch.empty(2, 4))
-            decode.norm(x_TH, norm, torch.empty(2, 4))
-            decode.combine_rows([], torch.empty(0), weight)
-            decode.mlp_block(x_TH, norm, routing, stack, scratch)
-            decode.route(x_TH, norm, routing, routed, scratch)
-    expected = ["decode_experts", "decode_linear", "decode_norm", "combine_rows", "decode_moe_block", "decode_route"]
-    assert called == (expected if used else ["twin of experts"])
