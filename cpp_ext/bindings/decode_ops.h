@@ -56,20 +56,6 @@ void attend(const B& backend, cpu::DecodeAttention a, const float* qkv, int64_t 
 }
 
 template <typename B>
-void decode_attention(const Tensor& qkv, at::TensorList head_norms, double epsilon, bool rms, const MaybeTensor& cos,
-                      const MaybeTensor& sin, const Tensor& positions, const Tensor& slots, const Tensor& pages,
-                      const Tensor& keys, const Tensor& values, const Tensor& out, const Tensor& scratch) {
-  const B backend(qkv, "qkv");
-  backend.check_contiguous(qkv, "qkv", 4, at::kFloat);
-  backend.check_contiguous(out, "out", 2, at::kFloat);
-  const int64_t T = qkv.size(0), G = qkv.size(1), Q = qkv.size(2) - 2, D = qkv.size(3);
-  TORCH_CHECK_VALUE(Q >= 1 && out.size(0) == T && out.size(1) == G * Q * D, "out is ", out.sizes());
-  Scratch pieces(scratch, backend);
-  attend(backend, attention_of(G, Q, D, head_norms, epsilon, rms, cos, sin, keys, values, backend),
-         qkv.const_data_ptr<float>(), T, {positions, slots, pages}, keys, cos, pieces, out.mutable_data_ptr<float>());
-}
-
-template <typename B>
 void decode_attention_block(const Tensor& x, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon,
                             bool rms, const Tensor& qkv_w, const MaybeTensor& qkv_scale, const MaybeTensor& qkv_bias,
                             at::TensorList head_norms, const MaybeTensor& cos, const MaybeTensor& sin,
@@ -230,7 +216,6 @@ template <typename B>
 void add_decode_ops(torch::Library& m) {
   m.impl("decode_linear", decode_linear<B>);
   m.impl("decode_norm", decode_norm<B>);
-  m.impl("decode_attention", decode_attention<B>);
   m.impl("decode_attention_block", decode_attention_block<B>);
   m.impl("decode_experts", decode_experts<B>);
   m.impl("decode_route", decode_route<B>);

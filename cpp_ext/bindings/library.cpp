@@ -41,10 +41,6 @@ TORCH_LIBRARY(megatron_samoe, m) {
       "decode_linear(Tensor x, Tensor w, Tensor? scale, Tensor? bias, Tensor(a!) out, bool accumulate) -> ()");
   m.def("decode_norm(Tensor x, Tensor weight, Tensor? bias, float epsilon, bool rms, Tensor(a!) out) -> ()");
   m.def(
-      "decode_attention(Tensor qkv, Tensor[] head_norms, float epsilon, bool rms, Tensor? cos, Tensor? sin,"
-      " Tensor positions, Tensor slots, Tensor pages, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) out,"
-      " Tensor(d!) scratch) -> ()");
-  m.def(
       "decode_attention_block(Tensor(a!) x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms,"
       " Tensor qkv_w, Tensor? qkv_scale, Tensor? qkv_bias, Tensor[] head_norms, Tensor? cos, Tensor? sin,"
       " Tensor positions, Tensor slots, Tensor pages, Tensor(b!) keys, Tensor(c!) values, Tensor out_w,"

@@ -89,10 +89,16 @@ class Engine:
         self.max_tokens = num_pages * PAGE
         self._world = loaded.model.state.world
         max_step_tokens = max(max_step_tokens, max_batch)
-        cache_experts = _cache_experts(cache_experts, loaded)
-        needed = needed_bytes(loaded.model, self.dtype, cache_experts, num_pages)
+        slots = _cache_slots(cache_experts, loaded)
+        needed = needed_bytes(loaded.model, self.dtype, slots, num_pages)
         self.serving = choose_serving(serving, loaded.model, needed, free_memory_bytes(loaded.model.state.device))
-        self._runner: Runner = self._make_runner(loaded, num_pages, max_step_tokens, cache_experts)
+        if cache_experts is not None and self.serving != "on-the-fly":
+            raise ConfigError(
+                "cache_experts",
+                cache_experts,
+                f"has no effect on the way of serving {self.serving}, only on on-the-fly",
+            )
+        self._runner: Runner = self._make_runner(loaded, num_pages, max_step_tokens, slots)
         self._pages = PageTable(max_batch, num_pages, pages_per_slot, self._runner.device)
         self._buffers = BatchBuffers(max_step_tokens)
         self._scheduler = Scheduler(self._pages, max_step_tokens)
@@ -211,7 +217,7 @@ class Engine:
                 )
 
 
-def _cache_experts(wanted: int | None, loaded: LoadedModel) -> int:
+def _cache_slots(wanted: int | None, loaded: LoadedModel) -> int:
     least = num_moe_layers(loaded.config)
     if wanted is None:
         return default_cache_experts(loaded.config)

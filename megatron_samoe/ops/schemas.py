@@ -24,7 +24,6 @@ grouped_mlp_backward(Tensor dy, Tensor x, Tensor hidden, int[] rows, Tensor w1, 
 adamw(Tensor(a!)[] masters, Tensor(b!)[] weights, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, float lr, float beta1, float beta2, float eps, float weight_decay, int step, float grad_scale) -> ()
 decode_linear(Tensor x, Tensor w, Tensor? scale, Tensor? bias, Tensor(a!) out, bool accumulate) -> ()
 decode_norm(Tensor x, Tensor weight, Tensor? bias, float epsilon, bool rms, Tensor(a!) out) -> ()
-decode_attention(Tensor qkv, Tensor[] head_norms, float epsilon, bool rms, Tensor? cos, Tensor? sin, Tensor positions, Tensor slots, Tensor pages, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) out, Tensor(d!) scratch) -> ()
 decode_attention_block(Tensor(a!) x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor qkv_w, Tensor? qkv_scale, Tensor? qkv_bias, Tensor[] head_norms, Tensor? cos, Tensor? sin, Tensor positions, Tensor slots, Tensor pages, Tensor(b!) keys, Tensor(c!) values, Tensor out_w, Tensor? out_scale, Tensor? out_bias, Tensor(d!) scratch) -> ()
 decode_experts(Tensor x, Tensor ids, Tensor probs, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor? b1, Tensor w2, Tensor? scale2, Tensor? b2, Tensor? factor1, Tensor? factor2, bool gated, Tensor(a!) y, bool combine, Tensor(b!) out, Tensor(c!) scratch) -> ()
 decode_route(Tensor x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor router, bool sigmoid, bool pre_softmax, Tensor(a!) normed, Tensor(b!) ids, Tensor(c!) probs, Tensor(d!) scratch) -> ()

@@ -256,6 +256,8 @@ def test_missing_ways_are_refused() -> None:
         Engine(make("samoe gpt3", "folded"), serving="selected")
     with pytest.raises(ConfigError, match="cache_experts = 3: must be 4 or more"):
         Engine(make("samoe gpt3", "folded"), cache_experts=3)
+    with pytest.raises(ConfigError, match="cache_experts = 8: has no effect on the way of serving folded"):
+        Engine(make("samoe gpt3", "folded"), serving="folded", cache_experts=8)
     with pytest.raises(ConfigError, match="dtype = 'fp8'"):
         Engine(make("moe", "folded"), dtype="fp8")  # type: ignore[arg-type]
 
