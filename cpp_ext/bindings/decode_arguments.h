@@ -61,6 +61,7 @@ class Scratch {
   explicit Scratch(const Tensor& buffer, const TensorChecks& checks = on_cpu()) : left_(buffer.numel()) {
     checks.check_contiguous(buffer, "scratch", 1, at::kFloat);
     next_ = buffer.mutable_data_ptr<float>();
+    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(next_) % 16 == 0, "scratch does not begin at a multiple of 16 bytes");
   }
   float* floats(int64_t count) {
     count = (count + 15) / 16 * 16;
@@ -205,6 +206,9 @@ inline cpu::DecodeExperts experts_of(int64_t hidden, const ExpertArguments& a, c
                     "w1 is ", a.w1.sizes(), " beside w2 ", a.w2.sizes());
   check_index(a.index1, "index1", num_experts, a.w1.size(0), checks);
   check_index(a.index2, "index2", num_experts, a.w2.size(0), checks);
+  for (int64_t i = 0; i < (checks.device().is_cpu() ? num_experts : 0); ++i)
+    TORCH_CHECK_INDEX((a.index1.const_data_ptr<int64_t>()[i] < 0) == (a.index2.const_data_ptr<int64_t>()[i] < 0), "expert ", i,
+                      " is left out of one of index1 and index2");
   cpu::DecodeExperts e = {};
   e.num_experts = num_experts;
   e.index1_E = a.index1.const_data_ptr<int64_t>();

@@ -205,8 +205,8 @@ void decode_plan_step(int64_t number, const Tensor& tokens, const Tensor& positi
   step.rows_N = rows.const_data_ptr<int64_t>();
   step.num_rows = N;
   step.head.out_TN = logits.mutable_data_ptr<float>();
-  // As many threads as have something to do between two of a layer's about eight waits.
-  step.num_threads = threads_for(plan->weight_bytes / (8 * step.num_layers + 1));
+  // As many threads as have something to do between two of a layer's about eight waits: every token uses the weights.
+  step.num_threads = threads_for(plan->weight_bytes / (8 * step.num_layers + 1) * T);
   samoe::cpu::kernels().decode_step(step);
 }
 

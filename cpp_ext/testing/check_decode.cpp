@@ -1,5 +1,6 @@
 // As check_kernels.cpp, for the kernels of inference and the optimizer's update: results must have the same bits with one
 // thread and with three, and products, sums and updates are compared with plain loops.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -177,7 +178,7 @@ void check_step(WeightType type) {
     const auto room = [](int64_t count) { return std::vector<float>(static_cast<size_t>(count)); };
     auto x = room(tokens * hidden), normed = x, projected = room(tokens * width), prepared = projected;
     auto attended = room(tokens * inner), logits = room(tokens * experts), probs = room(tokens * topk), last = room(2 * rows * hidden);
-    auto h = room(tokens * topk * ffn), y = room(tokens * topk * hidden);
+    auto h = room(tokens * topk * ffn), y = room(tokens * topk * std::max(hidden, ffn)), shared_y = room(tokens * hidden);
     const std::vector<float> ones(static_cast<size_t>(tokens), 1.0f);
     std::vector<int64_t> chosen(static_cast<size_t>(tokens * topk));
     std::vector<std::vector<float>> keys(2, cache), values(2, cache);
@@ -207,6 +208,8 @@ void check_step(WeightType type) {
       layer.shared.ids_TK = zeros.data();
       layer.shared.probs_TK = ones.data();
       layer.shared.topk = 1;
+      layer.shared.h_NF = y.data();  // as plans lay them out: over what the routed experts need no more
+      layer.shared.y_NH = shared_y.data();
     }
     samoe::cpu::DecodeStep step = {ids.data(), positions.data(), slots.data(), pages.data(), pages_per_slot, tokens, hidden,
                                    words.matrix, nullptr, x.data(), layers.data(), 2, wanted.data(), rows, last.data(), {}, {},

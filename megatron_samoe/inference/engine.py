@@ -15,6 +15,7 @@ from collections.abc import Collection
 import torch
 
 from megatron_samoe.config.derived import num_moe_layers
+from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.huge_pages import ask_for_huge_pages
@@ -38,6 +39,9 @@ from megatron_samoe.inference.serving import (
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.text_stream import TextStream
 from megatron_samoe.ops.extension import uses_cuda_kernels
+
+#: What the CUDA decode kernels take at most.
+MAX_CUDA_HEAD_DIM, MAX_CUDA_BANKS = 256, 64
 
 __all__ = ["PRECISIONS", "SERVINGS", "Engine", "Precision", "Serving"]
 
@@ -107,11 +111,11 @@ class Engine:
     @torch.no_grad()
     def _make_runner(self, loaded: LoadedModel, num_pages: int, max_step_tokens: int, cache_experts: int) -> Runner:
         state = loaded.model.state
-        # On CUDA without decode kernels the training model's large products are faster, where it has the precision.
-        on_products = state.device.type == "cuda" and self.dtype != "int8" and not uses_cuda_kernels()
-        if state.world.size > 1 or on_products:
+        if not takes_single_runner(state.device.type, state.world.size, self.dtype):
             convert_weights(loaded.model, self.dtype)
             return RankRunner(loaded, num_pages, self.serving)
+        if state.device.type == "cuda" and uses_cuda_kernels():
+            check_cuda_limits(loaded.config, self.serving)
         model = make_decode_model(loaded.model, self.serving, self.dtype, num_pages)
         ask_for_huge_pages(model.weights())
         return SingleRunner(model, max_step_tokens, self.max_batch, cache_experts)
@@ -171,10 +175,15 @@ class Engine:
             return []
         rows = [row for _, row in plan.samples]
         batch = make_batch(plan.spans, plan.tokens, self._pages.table, rows, self._runner.device, self._buffers)
-        logits_NV = self._runner.run(batch).numpy()
-        chosen = [
-            sequence.sampler.choose(logits_V) for (sequence, _), logits_V in zip(plan.samples, logits_NV, strict=True)
-        ]
+        try:
+            logits_NV = self._runner.run(batch).numpy()
+            chosen = [
+                sequence.sampler.choose(logits_V)
+                for (sequence, _), logits_V in zip(plan.samples, logits_NV, strict=True)
+            ]
+        except BaseException:
+            plan.undo()
+            raise
         if self._world.size > 1:
             # Ranks hold equal logits up to rounding, so one of them decides.
             chosen = self._world.broadcast(torch.tensor(chosen, device=self._runner.device)).tolist()
@@ -215,6 +224,26 @@ class Engine:
                     f"token {token!r} at place {place}",
                     f"must be whole numbers from 0 to {self.vocab_size - 1}",
                 )
+
+
+def takes_single_runner(device_type: str, world_size: int, dtype: Precision) -> bool:
+    """Returns whether the inference ops run the model, and not the training model with a cache."""
+    # On CUDA without decode kernels the training model's large products are faster, where it has the precision.
+    on_products = device_type == "cuda" and dtype != "int8" and not uses_cuda_kernels()
+    return world_size == 1 and not on_products
+
+
+def check_cuda_limits(config: PretrainConfig, serving: Serving) -> None:
+    """Raises ConfigError for a model that the CUDA decode kernels do not take (kernels/cuda/launchers.h)."""
+    other = "; MEGATRON_SAMOE_CUDA_KERNELS=0 decodes by torch's ops"
+    if config.model.head_dim > MAX_CUDA_HEAD_DIM:
+        raise ConfigError("kv_channels", config.model.head_dim, f"may be {MAX_CUDA_HEAD_DIM} on a GPU{other}")
+    if serving == "on-the-fly" and config.moe.num_expert_banks > MAX_CUDA_BANKS:
+        raise ConfigError(
+            "serving",
+            serving,
+            f"combines {config.moe.num_expert_banks} banks, and may {MAX_CUDA_BANKS} on a GPU{other}",
+        )
 
 
 def _cache_slots(wanted: int | None, loaded: LoadedModel) -> int:

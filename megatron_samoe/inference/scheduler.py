@@ -48,6 +48,11 @@ class StepPlan:
     tokens: tuple[int, ...]
     samples: tuple[tuple[Sequence, int], ...]
 
+    def undo(self) -> None:
+        """Takes the step back, which failed: the next plan has its tokens again."""
+        for sequence, span in zip(self.sequences, self.spans, strict=True):
+            sequence.num_cached = span.first_position
+
 
 class Scheduler:
     """Admits requests in order of arrival as slots and pages allow; every running request advances in every step.

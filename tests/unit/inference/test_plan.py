@@ -55,6 +55,15 @@ def test_a_plan_has_the_bits_of_the_blocks(name: str, serving: str, dtype: str) 
     assert torch.equal(run(loaded, serving, dtype), run(loaded, serving, dtype, blocks=True))
 
 
+def test_a_shared_expert_waits_for_the_routed_ones_of_other_threads() -> None:
+    loaded = loaded_tiny("moe", hidden_size=256, moe_shared_expert_intermediate_size=1024)
+    steps = [[(0, first, 13)] for first in (0, 13)] * 12
+    with threads(1):
+        alone = run(loaded, "folded", "fp32", steps=steps)
+    with threads(3):
+        assert torch.equal(run(loaded, "folded", "fp32", steps=steps), alone)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_bits_depend_neither_on_threads_nor_on_the_batch(dtype: str) -> None:
     # Large enough that a step takes all threads.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdlib>
+#include <new>
 
 #include "../../decode.h"
 #include "vec.h"
@@ -27,6 +28,10 @@ struct ThreadMemory {
       std::free(data);
       capacity = (count + 4095) / 4096 * 4096;
       data = std::aligned_alloc(64, static_cast<size_t>(capacity));
+      if (data == nullptr) {  // which would read as: not packed
+        capacity = 0;
+        throw std::bad_alloc();
+      }
     }
     return data;
   }

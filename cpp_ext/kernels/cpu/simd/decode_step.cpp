@@ -89,6 +89,7 @@ void run_layer(Member& member, const DecodeLayer& a, const PackedMemory& memory)
   member.wait();
   combine_own(member, a.experts);
   if (a.shared.num_experts == 0) return;
+  member.wait();  // its hidden layer may lie where the routed experts' results do
   experts_tasks(member, a.shared, tokens, memory.inner);
   member.wait();
   combine_own(member, a.shared);

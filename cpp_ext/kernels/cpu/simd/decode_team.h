@@ -50,10 +50,13 @@ class Member {
       __atomic_store_n(&team_.turn, turn + 1, __ATOMIC_RELEASE);
       return;
     }
-    for (int spins = 0; __atomic_load_n(&team_.turn, __ATOMIC_ACQUIRE) == turn; ++spins) {
-      // Others need a core: perhaps the one that is waited for.
-      if (spins >= kSpins) sched_yield();
-      pause();
+    for (int spins = 0; __atomic_load_n(&team_.turn, __ATOMIC_ACQUIRE) == turn;) {
+      if (spins < kSpins) {
+        ++spins;
+        pause();
+      } else {
+        sched_yield();  // others need a core: perhaps the one that is waited for
+      }
     }
   }
 
