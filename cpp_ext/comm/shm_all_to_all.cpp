@@ -222,6 +222,7 @@ bool ShmAllToAll::fail(const std::string& reason) {
 }
 
 void ShmAllToAll::abort(const std::string& reason) {
+  if (getpid() != owner_pid_) return;  // a fork's copy; the segment is still its parent's
   std::lock_guard<std::mutex> lock(life_);
   Segment& own = peers_[static_cast<size_t>(rank_)].segment;
   if (own.fd() < 0) return;

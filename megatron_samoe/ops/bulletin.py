@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from datetime import timedelta
@@ -64,10 +65,9 @@ class _Board:
 
     def __init__(self, group: Group, name: str, handle: int):
         assert group.handle is not None
-        # A connection of its own, so that no other's wait is in its way.
-        store = group.handle.get_group_store().clone()  # type: ignore[attr-defined]  # missing from torch's stubs
-        store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
-        self._store: Store = torch.distributed.PrefixStore(f"exchange/{name}", store)
+        # A question to a store that does not answer may have no end, whatever the time-out, and holds its connection. What
+        # is said awaits no answer: it has a connection of its own, so that nobody who gives up waits for the thread.
+        self._asking, self._telling = (_connection(group, f"exchange/{name}") for _ in range(2))
         self._rank, self._size, self._handle = group.rank, group.size, handle
         self._pid, self._gone = os.getpid(), False
         self._said = self._asked = False
@@ -89,16 +89,16 @@ class _Board:
         if error:
             self.give_up(error)
             return False
-        if self._store.check(["gave up"]):
-            return self._abort(started, self._store.get("gave up").decode())
+        if self._asking.check(["gave up"]):
+            return self._abort(started, self._asking.get("gave up").decode())
         self._looks = self._looks + 1 if waiting == self._waiting else 0
         self._waiting = waiting
         waits = waiting >= 0 and self._looks > 0
         if waits and not self._asked:
             self._asked = True
-            self._store.set("where are you", "")
-        if started != self._told and (self._asked or self._store.check(["where are you"])):
-            self._store.set(str(self._rank), str(started))
+            self._telling.set("where are you", "")
+        if started != self._told and (self._asked or self._asking.check(["where are you"])):
+            self._telling.set(str(self._rank), str(started))
             self._told = started
         if not waits:
             self.missing = ""
@@ -107,7 +107,8 @@ class _Board:
 
     def _look_for_others(self, started: int, waiting: int) -> bool:
         others = [rank for rank in range(self._size) if rank != self._rank]
-        seen = {rank: self._store.get(str(rank)).decode().split() for rank in others if self._store.check([str(rank)])}
+        said = [rank for rank in others if self._asking.check([str(rank)])]
+        seen = {rank: self._asking.get(str(rank)).decode().split() for rank in said}
         for rank, (exchange, *left) in seen.items():
             if left and int(exchange) < waiting:
                 return self._abort(started, f"rank {rank} closed the communicator after exchange {exchange}")
@@ -127,12 +128,23 @@ class _Board:
         if self._said or self._gone or os.getpid() != self._pid:
             return
         self._said = True
-        self._store.set("gave up", f"rank {self._rank} gave up: {reason}{self.missing}")
+        self._telling.set("gave up", f"rank {self._rank} gave up: {reason}{self.missing}")
 
     def leave(self) -> None:
         if not self._gone and os.getpid() == self._pid:
-            started, _waiting, _error = torch.ops.megatron_samoe.nccl_position(self._handle)
-            self._store.set(str(self._rank), f"{started} left")
+            until = time.monotonic() + _STORE_TIMEOUT_S
+            started, waiting, error = torch.ops.megatron_samoe.nccl_position(self._handle)
+            while waiting >= 0 and not error and time.monotonic() < until:
+                time.sleep(0.02)
+                started, waiting, error = torch.ops.megatron_samoe.nccl_position(self._handle)
+            # An exchange that has not ended by now ends with the communicator, for all.
+            self._telling.set(str(self._rank), f"{started if waiting < 0 else waiting - 1} left")
+
+
+def _connection(group: Group, prefix: str) -> Store:
+    store = group.handle.get_group_store().clone()  # type: ignore[union-attr]  # missing from torch's stubs
+    store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
+    return torch.distributed.PrefixStore(prefix, store)
 
 
 def _look_after(board: _Board, stop: threading.Event, interval_s: float) -> None:

@@ -173,8 +173,8 @@ class Communicator:
                 return "the communicator is closed"
             try:
                 state = op(self._handle, *args, SLICE_S)
-            except BaseException:
-                self.abort("interrupted")
+            except BaseException as error:
+                self.abort("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
                 raise
         return state
 

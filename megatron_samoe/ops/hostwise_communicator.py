@@ -23,7 +23,7 @@ class HostwiseCommunicator(Communicator):
 
     Rows for ranks of other hosts are sent and received straight from and into the callers' tensors while the host's own
     rows go through shared memory. An abort reaches the members on this host at once; others when their receives fail
-    or time out.
+    or time out. An interrupt is heard when torch's waits end, at the latest at the process group's time-out.
 
     Args:
         local: of the members on this host; closed with this.
@@ -54,8 +54,7 @@ class HostwiseCommunicator(Communicator):
         own = [[values[rank] for rank in self._here] for values in (send_offsets, send_bytes, recv_offsets, recv_bytes)]
         problem = self._local.exchange_parts(x, received, *own)
         if not problem:
-            with self._abort_if_interrupted():
-                problem = _first_failure(works)
+            problem = _first_failure(works)
             if problem:
                 self._local.abort(problem)
         self._failed = problem

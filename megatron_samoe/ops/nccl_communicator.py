@@ -141,10 +141,14 @@ def open_nccl(group: Group, timeout_s: float, device: torch.device) -> tuple[int
         problem = str(error).splitlines()[0]
     addresses = group.all_gather_object(address)
     if not problem and all(addresses):
-        bulletin = Bulletin(group, addresses[0], handle, timeout_s)
-        problem = connect(handle, addresses)
-        if problem:
-            problem += bulletin.give_up(problem)
+        try:
+            bulletin = Bulletin(group, addresses[0], handle, timeout_s)
+        except RuntimeError as error:  # of the store; the others come to connect, and fail there
+            problem = str(error).splitlines()[0]
+        else:
+            problem = connect(handle, addresses)
+            if problem:
+                problem += bulletin.give_up(problem)
     if agreed(group, problem, NcclCommunicator.transport) and bulletin is not None:
         return int(handle), bulletin
     if bulletin is not None:

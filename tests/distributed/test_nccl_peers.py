@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
-from megatron_samoe.ops import extension, nccl_communicator
+from megatron_samoe.ops import bulletin, extension, nccl_communicator
 from tests.harness import nccl_library
 from tests.harness.ranks import run_ranks
 
@@ -32,11 +34,11 @@ def _open(library: str, timeout_s: float, fault: str = ""):
     return communicator
 
 
-def _wait_in_vain(communicator) -> tuple[str, float]:
+def _wait_in_vain(communicator, x: torch.Tensor | None = None) -> tuple[str, float]:
     """The error of an exchange that one rank does not join, and how long it took."""
     world, started = communicator.group.size, time.monotonic()
     with pytest.raises((CommunicationError, KeyboardInterrupt)) as caught:
-        communicator.exchange(torch.ones(world, 1), [1] * world, [1] * world)
+        communicator.exchange(torch.ones(world, 1) if x is None else x, [1] * world, [1] * world)
     return f"{caught.typename}: {caught.value}", time.monotonic() - started
 
 
@@ -95,6 +97,7 @@ def _interrupted(library: str, fault: str, in_background: bool) -> tuple[str, fl
     world, rank = communicator.group.size, communicator.group.rank
     result = "", 0.0
     if rank == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
@@ -115,6 +118,53 @@ def test_an_interrupt_ends_the_wait_for_a_rank_that_does_not_come(library, world
     assert 0.4 < first[1] < 2
     for message, seconds in others:
         assert "rank 0 gave up: interrupted" in message and seconds < 3
+
+
+def _leaves_within(library: str) -> tuple[str, float]:
+    communicator, large = _open(library, 30.0), torch.ones(2, 1 << 20)
+    result = "", 0.0
+    if communicator.group.rank == 1:
+        pending = communicator.start(large, [1, 1], [1, 1])
+        communicator.close()
+        del pending
+    else:
+        time.sleep(12)  # rank 1 waits for it so long at its end, twice
+        result = _wait_in_vain(communicator, large)
+    dist.barrier()
+    return result
+
+
+@pytest.mark.skipif(not os.environ.get("MEGATRON_SAMOE_LONG_TESTS"), reason="long: set MEGATRON_SAMOE_LONG_TESTS=1")
+def test_a_rank_that_has_closed_in_an_exchange_is_not_waited_for(library):
+    (message, seconds), _other = run_ranks(_leaves_within, 2, library)
+    assert "rank 1 closed the communicator after exchange 1" in message and seconds < 4
+
+
+_SERVER = "import time, torch.distributed as d; s = d.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)"
+
+
+def _store_stops(library: str) -> tuple[str, float]:
+    server = subprocess.Popen(
+        [sys.executable, "-c", f"{_SERVER}; print(s.port, flush=True); time.sleep(60)"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        port = int(server.stdout.readline())
+        bulletin._connection = lambda group, prefix: dist.PrefixStore(prefix, dist.TCPStore("localhost", port))
+        communicator = _open(library, 2.0)
+        server.send_signal(signal.SIGSTOP)
+        time.sleep(0.6)  # the thread asks in between, and gets no answer
+        result = _wait_in_vain(communicator) if communicator.group.rank == 0 else ("", 0.0)
+        dist.barrier()
+    finally:
+        server.kill()
+    return result
+
+
+def test_time_outs_remain_when_the_store_stops_answering(library):
+    (message, seconds), _other = run_ranks(_store_stops, 2, library)
+    assert "CommunicationError" in message and 1 < seconds < 8
 
 
 def _never_connects(library: str) -> bool:
