@@ -45,6 +45,11 @@ def repair(root: str | Path) -> None:
             replaced.rename(final)
 
 
+def _repair_if_possible(root: str | Path) -> None:
+    with contextlib.suppress(OSError):  # of several ranks one is first; a read-only folder stays as it is
+        repair(root)
+
+
 def whole_iterations(root: str | Path) -> list[int]:
     """Returns the iterations of complete checkpoints in rising order."""
     names = os.listdir(root) if os.path.isdir(root) else []
@@ -56,15 +61,20 @@ def with_start(config: CheckpointConfig) -> CheckpointConfig:
     """Returns --load and --finetune as --pretrained-checkpoint makes them: its weights, while --load has no checkpoint.
 
     Raises:
-        CheckpointError: --pretrained-checkpoint is needed and has no checkpoint.
+        CheckpointError: --load holds something else, or --pretrained-checkpoint is needed and has no checkpoint.
     """
-    pretrained = config.pretrained_checkpoint
-    if pretrained is None or (config.load is not None and whole_iterations(config.load)):
+    pretrained, load = config.pretrained_checkpoint, config.load
+    if pretrained is None:
         return config
+    if load is not None:
+        _repair_if_possible(load)
+        if whole_iterations(load):
+            return config
+        _refuse_foreign(Path(load))
     if not whole_iterations(pretrained):
         _refuse_foreign(Path(pretrained), "--pretrained-checkpoint")
         raise CheckpointError(f"--pretrained-checkpoint {pretrained} has no checkpoint.", collective=True)
-    return replace(config, load=pretrained, finetune=True)
+    return replace(config, load=pretrained, finetune=True, ckpt_step=None)  # the step is one of --load's
 
 
 def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list[str]] = lambda _: []) -> Path | None:
@@ -81,8 +91,7 @@ def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list
     """
     if config.load is None:
         return None
-    with contextlib.suppress(OSError):  # of several ranks one is first; a read-only folder stays as it is
-        repair(config.load)
+    _repair_if_possible(config.load)
     iterations = whole_iterations(config.load)
     if config.ckpt_step is not None and config.ckpt_step not in iterations:
         raise CheckpointError(f"--ckpt-step {config.ckpt_step}: {config.load} has iterations {iterations or 'none'}.")

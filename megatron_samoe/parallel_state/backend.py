@@ -27,7 +27,8 @@ def world_size_from_environment() -> int:
             size = os.environ.get(name, "1")
             if size.isdigit() and int(size) > 1:
                 raise ConfigError(name, int(size), "ranks find each other through torchrun's variables, which are not set: "
-                                  "start one torchrun per node (examples/pretrain_slurm.sh)")  # fmt: skip
+                                  "start one torchrun per node (examples/pretrain_slurm.sh), or set WORLD_SIZE=1 where "
+                                  "each process is to work alone")  # fmt: skip
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -106,7 +106,8 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     if not (checkpoint.finetune or setup.config.training.skip_train):
         check_same_course(setup, saved_config, directory)
         _remark_on_rate(setup, saved_config, saved["iteration"], directory)
-        if saved["consumed_samples"] != saved["iteration"] * setup.batch_size:
+        before = (saved_config.get("training") or {}).get("global_batch_size")
+        if before != setup.batch_size and saved["consumed_samples"] != saved["iteration"] * setup.batch_size:
             logger.info(
                 f"{saved['iteration']} steps took {saved['consumed_samples']} samples in the run so far; from here on a step "
                 f"takes {setup.batch_size} (--global-batch-size)"
@@ -149,7 +150,7 @@ def _remark_on_rate(setup: TrainSetup, saved_config: Mapping[str, Any], iteratio
     )
     known = {name: value for name, value in before["optimizer"].items() if name in current["optimizer"]}
     train_iters = before["training"].get("train_iters")
-    if train_iters is None:
+    if train_iters is None or iteration == 0:  # a model that was converted never had a schedule
         return
     was = learning_rate(OptimizerConfig(**known), train_iters, iteration)
     now = learning_rate(setup.config.optimizer, setup.config.training.train_iters, iteration)

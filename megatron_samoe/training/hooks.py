@@ -94,7 +94,7 @@ class MetricsFile(Hook):
         """Opens the file and cuts it back to the iteration that training goes on from."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self._trains:
-            pass
+            self._end_last_line()
         elif iteration == 0 and self.path.exists() and self.path.stat().st_size:
             self._set_aside()
         elif self.path.exists():
@@ -105,6 +105,12 @@ class MetricsFile(Hook):
         if self._machine is not None:
             self.path.with_name("machine.json").write_text(json.dumps(self._machine, indent=1) + "\n")
         self.file = open(self.path, "a")
+
+    def _end_last_line(self) -> None:
+        """Drops a record that a killed run wrote in part, so that the next one has a line of its own."""
+        if self.path.exists():
+            with open(self.path, "rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
 
     def _set_aside(self) -> None:
         """Keeps the records of an earlier run under another name."""
@@ -186,6 +192,10 @@ class ProgressBar(Hook):
         if "validation_loss" in record:
             shown["valid"] = f"{record['validation_loss']:.3f}"
         self.bar.set_postfix(shown, refresh=False)
+
+    def evaluation(self, record: Record) -> None:
+        """Shows its loss."""
+        self.bar.set_postfix({"valid": f"{record['validation_loss']:.3f}"})
 
     def close(self) -> None:
         """Leaves the bar on the screen."""

@@ -116,7 +116,8 @@ class Trainer:
         if done and checkpoint.save != checkpoint.load:
             logger.info(
                 f"--finetune starts at iteration 0 though --save {checkpoint.save} has iteration {done[-1]}, and will "
-                "replace its checkpoints. To go on from there, give --pretrained-checkpoint in place of --load and --finetune."
+                f"replace its checkpoints. To go on from there, give --load {checkpoint.save} --pretrained-checkpoint "
+                f"{checkpoint.load} in place of --load and --finetune."
             )
 
     def _tell(self, message: Callable[[Hook], None]) -> None:

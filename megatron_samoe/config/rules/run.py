@@ -67,6 +67,9 @@ def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
                 yield ConfigError(flag(name), getattr(checkpoint, name), "needs --load or --run-dir")
         if checkpoint.use_checkpoint_args and checkpoint.pretrained_checkpoint is None:
             yield ConfigError("--use-checkpoint-args", True, "needs --load, --run-dir or --pretrained-checkpoint")
+        if checkpoint.pretrained_checkpoint is not None and checkpoint.save is not None:
+            yield ConfigError("--pretrained-checkpoint", checkpoint.pretrained_checkpoint, "needs --load (or --run-dir) beside "
+                              "--save: without it the same command would begin again and replace what it saved")  # fmt: skip
     if checkpoint.finetune and checkpoint.pretrained_checkpoint is not None:
         yield ConfigError("--finetune", True, "excludes --pretrained-checkpoint, which is not loaded again once the run has "
                           "checkpoints of its own")  # fmt: skip

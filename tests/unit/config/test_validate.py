@@ -126,6 +126,7 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"save_interval": 5}, 1, "--save-interval", "--save or --run-dir"),
     ({"finetune": True}, 1, "--finetune", "--load or --run-dir"),
     ({"finetune": True, "load": "x", "pretrained_checkpoint": "y"}, 1, "--finetune", "excludes --pretrained-checkpoint"),
+    ({"save": "x", "pretrained_checkpoint": "y"}, 1, "--pretrained-checkpoint", "needs --load (or --run-dir) beside --save"),
     ({"test_data_path": ("t",)}, 1, "--test-data-path", "has no use"),
     ({"use_checkpoint_args": True}, 1, "--use-checkpoint-args", "--run-dir or --pretrained-checkpoint"),
     ({"ckpt_step": 3}, 1, "--ckpt-step", "--load or --run-dir"),

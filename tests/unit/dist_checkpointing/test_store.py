@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,23 @@ def test_missing_checkpoint_is_a_fresh_start_or_an_error(tmp_path: Path) -> None
     assert store.find_checkpoint(config(tmp_path / "absent")) is None
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         store.find_checkpoint(config(tmp_path / "absent", exit_on_missing_checkpoint=True))
+
+
+def test_a_pretrained_checkpoint_is_for_a_run_that_has_none_of_its_own(tmp_path: Path) -> None:
+    pretrained, own = tmp_path / "pretrained", tmp_path / "run" / "checkpoints"
+    save(pretrained, 100)
+    options = {"pretrained_checkpoint": str(pretrained), "ckpt_step": 5}
+    begun = store.with_start(config(own, **options))
+    assert (begun.load, begun.finetune, begun.ckpt_step) == (str(pretrained), True, None)
+    final = save(own, 5)
+    assert store.with_start(config(own, **options)) == config(own, **options)
+    # Killed while the checkpoint was replaced by a newer save of its iteration.
+    final.rename(final.with_name(f".{final.name}.replaced"))
+    assert store.with_start(config(own, **options)) == config(own, **options) and final.is_dir()
+    # A slip in --load must not begin the run again over its checkpoints.
+    for slip, hint in ((own.parent, f"Give {own}."), (final, f"give its parent, {own}")):
+        with pytest.raises(CheckpointError, match=re.escape(hint)):
+            store.with_start(config(slip, **options))
 
 
 @pytest.fixture(name="messages")

@@ -20,6 +20,16 @@ def test_the_machine_is_written_beside_the_metrics(tmp_path: Path) -> None:
     assert found["layout"] == {"tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "data": 1}
 
 
+def test_an_evaluation_of_a_killed_run_has_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1}\n{"iterat')
+    hook = MetricsFile(str(path), trains=False)
+    hook.start(1)
+    hook.evaluation({"iteration": 1, "validation_loss": 2.0})
+    hook.close()
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 1, "validation_loss": 2.0}\n'
+
+
 def test_an_evaluation_alone_leaves_what_training_wrote(tmp_path: Path) -> None:
     (tmp_path / "machine.json").write_text("{}")
     hook = MetricsFile(str(tmp_path / "metrics.jsonl"))
