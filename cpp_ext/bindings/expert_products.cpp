@@ -91,7 +91,7 @@ WorkMemory::Block WorkMemory::allocate(size_t bytes) {
 void* WorkMemory::take(size_t bytes) {
   const size_t size = rounded_up(std::max<size_t>(bytes, 1), 256);
   if (blocks_.empty() || used_ + size > blocks_.back().size) {
-    blocks_.push_back(allocate(std::max(size, total_)));
+    blocks_.push_back(allocate(std::max({size, total_, least_})));
     used_ = 0;
   }
   void* result = blocks_.back().data.get() + used_;
@@ -102,9 +102,9 @@ void* WorkMemory::take(size_t bytes) {
 
 void WorkMemory::reset() {
   if (blocks_.size() > 1) {
-    // The next task finds all it needs in one block.
+    // The next task finds all it needs in one block, made where its failure can be told: destructors come here too.
     blocks_.clear();
-    blocks_.push_back(allocate(total_));
+    least_ = total_;
   }
   used_ = total_ = 0;
 }

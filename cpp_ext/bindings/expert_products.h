@@ -60,6 +60,7 @@ class WorkMemory {
   std::vector<Block> blocks_;  // one after the first calls, of the largest need so far
   size_t used_ = 0;            // of the last block
   size_t total_ = 0;           // taken since reset()
+  size_t least_ = 0;           // size of the next block
 };
 
 // Lends work memory to calls; keeps as much as the most calls at one time have used.

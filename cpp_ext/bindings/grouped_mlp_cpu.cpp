@@ -74,6 +74,7 @@ void run_plan(const ExpertPlan& plan, int num_threads, const std::function<void(
       const ExpertTask& task = plan.tasks[i];
       if (task.kind == ExpertTask::grad1 || task.kind == ExpertTask::grad2) {
         while (rows_tasks_left > 0 && !failed) std::this_thread::yield();
+        if (failed) break;  // its rows may never have been written
       }
       try {
         memory->reset();

@@ -2,7 +2,6 @@
 #include "expert_plan.h"
 
 #include <algorithm>
-#include <numeric>
 
 namespace samoe {
 namespace cpu {

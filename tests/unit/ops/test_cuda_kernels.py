@@ -41,6 +41,7 @@ def test_emulated_kernels_agree_with_the_cpu_kernels(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 def test_nvcc_compiles_every_kernel(tmp_path: Path) -> None:
     targets = ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]"]
-    flags = ["-std=c++17", "-O3", "-lineinfo", *targets, "-Xcompiler", "-Wall,-Wextra"]
+    spills = ["-Xptxas", "-warn-spills,-Werror"]
+    flags = ["-std=c++17", "-O3", "-lineinfo", *targets, "-Xcompiler", "-Wall,-Wextra", *spills]
     commands = [["nvcc", *flags, "-c", str(path), "-o", str(tmp_path / f"{path.stem}.o")] for path in SOURCES]
     run_all(commands)

@@ -210,7 +210,8 @@ def test_bf16_activations_are_exact_to_their_rounding(activation: str) -> None:
     # terms.
     half = 1.05 * 2**-8
     torch.testing.assert_close(y.double(), exact.detach(), rtol=half, atol=1e-14)
-    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=2 * half, atol=1e-3)
+    tail = 1e-5 if activation == "gelu" else 1e-3
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=2 * half, atol=tail)
 
 
 @needs_library
