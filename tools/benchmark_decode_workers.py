@@ -132,7 +132,7 @@ def llama_cpp(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     silent = lib.llama_log_callback(lambda *_: None)
     lib.llama_log_set(silent, ctypes.c_void_p(0))
     options = lib.llama_model_default_params()
-    options.n_gpu_layers, options.use_mmap = 0, False
+    options.n_gpu_layers = 0
     model = lib.llama_model_load_from_file(spec["file"].encode(), options)
     assert model, "llama.cpp does not load the file"
     wanted = lib.llama_context_default_params()
