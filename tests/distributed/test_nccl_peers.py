@@ -97,7 +97,6 @@ def _interrupted(library: str, fault: str, in_background: bool) -> tuple[str, fl
     world, rank = communicator.group.size, communicator.group.rank
     result = "", 0.0
     if rank == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
