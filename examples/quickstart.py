@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""The main job on real text, on one machine: tokenizer, dataset, two pretraining runs, table, samples, report.
+"""The main job on real text, on one machine: tokenizer, dataset, four pretraining runs, table, samples, report.
 
-Trains a standard MoE GPT and a SaMoE GPT (one pool of expert banks shared by all layers) on two novels by Jane Austen,
-with the same data, steps and active parameters, on two ranks with expert parallelism over gloo. Everything it does is
-also shown as the command that a user would type. Usage: python examples/quickstart.py [--train-iters N] [--out DIR]
+Trains four GPTs with equal active parameters on two novels by Jane Austen, with the same data and steps: a dense one, a
+standard MoE, a SaMoE (one pool of expert banks that all layers combine) and the same pool without learning to combine
+it. Two run side by side, one thread each. The SaMoE's last steps are trained on two ranks with expert parallelism over
+gloo, which resume the checkpoint of one process. Everything is also shown as the command that a user would type. Usage:
+python examples/quickstart.py [--train-iters N] [--out DIR]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -28,25 +31,42 @@ from megatron_samoe.parallel_state import single_process_state
 ROOT = Path(__file__).resolve().parents[1]
 NOVELS = ROOT / "examples/data/austen_emma_mansfield.txt"
 CONFIG = ROOT / "examples/configs/quickstart.yaml"
-NUM_BANKS = 2
-MODELS = {"moe": [], "samoe": ["--expert-layout", "samoe", "--num-expert-banks", str(NUM_BANKS)]}
+POOL = ["--expert-layout", "samoe", "--num-expert-banks", "2"]
+MODELS = {
+    "dense": ["--expert-layout", "dense"],
+    "moe": [],
+    "samoe": POOL,
+    "frozen-sharing": [*POOL, "--samoe-freeze-coefficients"],
+}
+#: The model whose last steps two ranks train.
+FINISHED_BY_TWO, PARALLEL_STEPS = "samoe", 20
 PROMPT = "Emma was very much surprised to find that Mr. Knightley"
 NOTES = (
-    "Both models see the same samples in the same order. One seed only: two runs of one model that differ in nothing but "
+    "All models see the same samples in the same order. One seed only: two runs of one model that differ in nothing but "
     "rounding can end 0.02 nats apart, so a smaller difference between the rows says nothing.",
     "Checkpoints hold weights and Adam's two moments in fp32. Memory is the process's resident peak, "
     "of which the Python process with torch loaded is a large part at this size.",
 )
 
 
-def run(command: list[str], step: str) -> None:
-    """Shows and runs a command; leaves with its status if it fails."""
+def show(command: list[str]) -> None:
+    """Shows a command as a user would type it."""
     shown = [str(part).removeprefix(f"{ROOT}/") for part in command]
     shown[0] = "python" if shown[0] == sys.executable else shown[0]
-    print(f"\n== {step}\n$ {shlex.join(shown)}", flush=True)
+    print(f"$ {shlex.join(shown)}", flush=True)
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment of a run: a thread for each rank, as torchrun sets it where nobody chose."""
+    return {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+def run(command: list[str], step: str) -> None:
+    """Shows and runs a command; leaves with its status if it fails."""
+    print(f"\n== {step}", flush=True)
+    show(command)
     started = time.monotonic()
-    # Said here, torchrun does not warn that it sets it; each rank then takes its share of the cores.
-    status = subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
+    status = subprocess.run(command, cwd=ROOT, env=environment()).returncode
     if status != 0:
         sys.exit(f"error: {step} ended with status {status}; its message stands above.")
     print(f"   ({time.monotonic() - started:.0f} s)", flush=True)
@@ -71,22 +91,73 @@ def prepare_data(out: Path) -> list[str]:
     return ["--data-path", f"{prefix}_text_document", "--tokenizer-model", f"{tokenizer}.model"]
 
 
+class Training:
+    """One model's pretraining in a process of its own; what it says goes to a file."""
+
+    def __init__(self, name: str, flags: list[str], out: Path):
+        self.name, self.run_dir, self.log = name, out / name, out / f"{name}.log"
+        command = [sys.executable, "-m", "megatron_samoe.cli.pretrain", "--config", str(CONFIG), *flags,
+                   "--run-dir", str(self.run_dir), "--num-threads", "1"]  # fmt: skip
+        show(command)
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+
+    def progress(self) -> str:
+        """Returns a few words on the last logged step."""
+        path = self.run_dir / "metrics.jsonl"
+        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.is_file() else []
+        if not lines:
+            return f"{self.name}: starting"
+        record = json.loads(lines[-1])
+        return f"{self.name}: step {record['iteration']}, loss {record['lm_loss']:.3f}"
+
+    def refuse_failure(self) -> None:
+        """Leaves with what the run said last if it failed."""
+        if self.process.returncode:
+            tail = "\n".join(self.log.read_text().splitlines()[-5:])
+            sys.exit(f"error: pretraining {self.name} ended with status {self.process.returncode}:\n{tail}")
+
+
+def train_side_by_side(waiting: list[tuple[str, list[str]]], out: Path, at_once: int = 2) -> None:
+    """Trains models, two at a time, and says every now and then how far they are."""
+    running: list[Training] = []
+    said = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(Training(*waiting.pop(0), out))
+            time.sleep(0.2)
+            for training in [t for t in running if t.process.poll() is not None]:
+                training.refuse_failure()
+                print(f"   {training.progress()} (done)", flush=True)
+                running.remove(training)
+            if time.monotonic() - said > 20 and running:
+                print("   " + " | ".join(training.progress() for training in running), flush=True)
+                said = time.monotonic()
+    finally:
+        for training in running:
+            training.process.terminate()
+
+
 def main() -> None:
     """Runs all steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs/quickstart", help="where everything goes")
-    parser.add_argument("--train-iters", type=int, help="fewer or more steps than the configuration's")
+    parser.add_argument("--train-iters", type=int, default=400, help="steps of each model")
     arguments = parser.parse_args()
-    out: Path = arguments.out
-    data_flags = prepare_data(out)
-    extra = [] if arguments.train_iters is None else ["--train-iters", str(arguments.train_iters)]
-    for number, (name, flags) in enumerate(MODELS.items(), start=3):
-        run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-             "-m", "megatron_samoe.cli.pretrain", "--config", str(CONFIG), *flags, *data_flags, *extra,
-             "--run-dir", str(out / name)],
-            f"{number}/5 pretrain {name}",
-        )  # fmt: skip
+    out, steps = arguments.out, arguments.train_iters
+    if steps <= PARALLEL_STEPS:
+        parser.error(f"--train-iters must be above {PARALLEL_STEPS}, the steps that two ranks train")
+    common = [*prepare_data(out), "--train-iters", str(steps)]
+    print("\n== 3/5 pretrain four models, two at a time", flush=True)
+    stop = {FINISHED_BY_TWO: ["--exit-interval", str(steps - PARALLEL_STEPS)]}
+    train_side_by_side([(name, [*flags, *common, *stop.get(name, [])]) for name, flags in MODELS.items()], out)
+    run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "megatron_samoe.cli.pretrain", "--config", str(CONFIG), *MODELS[FINISHED_BY_TWO], *common,
+         "--expert-model-parallel-size", "2", "--micro-batch-size", "8", "--run-dir", str(out / FINISHED_BY_TWO)],
+        f"4/5 go on with {FINISHED_BY_TWO} on two ranks, half of the experts on each, for its last {PARALLEL_STEPS} steps",
+    )  # fmt: skip
     report(out)
 
 
@@ -94,22 +165,23 @@ def report(out: Path) -> None:
     """Prints table and samples and writes the page."""
     print("\n== 5/5 results")
     torch.set_num_threads(1)
-    runs = [read_run(out / name) for name in MODELS]
-    table = format_table(summary_table(runs))
-    fewer = runs[0].parameters.expert / runs[1].parameters.expert
-    gap = runs[1].validation["validation_loss"] - runs[0].validation["validation_loss"]
+    runs = {name: read_run(out / name) for name in MODELS}
+    losses = {name: run.validation["validation_loss"] for name, run in runs.items()}
+    fewer = runs["moe"].parameters.expert / runs["samoe"].parameters.expert
+    gaps = ", ".join(f"{name} {losses[name] - losses['dense']:+.4f}" for name in MODELS if name != "dense")
     notes = (
-        f"SaMoE has {fewer:.1f}x fewer expert parameters; its validation loss is {gap:+.4f} nats from the MoE's.",
+        f"Validation loss from the dense model's, in nats: {gaps}. "
+        f"The two pools have {fewer:.1f}x fewer expert parameters than the MoE.",
         *NOTES,
     )
-    print(f"{table}\n\n" + "\n".join(notes))
+    print(f"{format_table(summary_table(list(runs.values())))}\n\n" + "\n".join(notes))
     samples = {}
     for name in MODELS:
         loaded = load_model(str(out / name / "checkpoints"), single_process_state())
         samples[name] = PROMPT + generate_text(loaded, PROMPT, 60, temperature=0.8, top_k=40, seed=1)
         print(f"\n{name}: {samples[name]}")
     page = out / "report.html"
-    write_report(page, "Quickstart: MoE and SaMoE on two novels", runs, notes, samples)
+    write_report(page, "Quickstart: dense, MoE and SaMoE on two novels", list(runs.values()), notes, samples)
     print(f"\nreport: {page.relative_to(ROOT) if page.is_relative_to(ROOT) else page}")
 
 

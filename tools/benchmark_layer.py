@@ -66,9 +66,7 @@ def make_layer(
     buffers = GradBuffers(parameters, state)
     x_TH = torch.randn(tokens, options.hidden_size).to(dtype).requires_grad_()
     dy_TH = torch.randn(tokens, options.hidden_size).to(dtype)
-    context = ForwardContext(
-        1, training=True, tokens_per_step=tokens, expert_fractions_LE=torch.full((1, experts), 1 / experts)
-    )
+    context = ForwardContext(1, training=True, tokens_per_step=tokens)
 
     def once() -> None:
         y_TH, _ = layer(x_TH, context, None)

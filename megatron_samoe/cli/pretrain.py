@@ -105,6 +105,12 @@ def _describe(config: PretrainConfig, vocab_size: int, parallel: ParallelState) 
         f"expert {grid.ep} (x tensor {grid.etp}), data {grid.dp}"
     )
 
+    if config.moe.moe_router_load_balancing_type == "aux_loss" and config.moe.moe_aux_loss_group_size is None:
+        logger.info(
+            "aux_loss without --moe-aux-loss-group-size balances within each sequence, as seq_aux_loss does (versions before "
+            "0.2 weighed it by the loads of the step before, which made routers swing)"
+        )
+
 
 def _report(error: MegatronSamoeError, rank: int) -> int:
     _let_rank_0_speak(rank)

@@ -19,7 +19,7 @@ class DataConfig:
     valid_data_path: tuple[str, ...] = ()
     """Prefixes of the validation split alone."""
     test_data_path: tuple[str, ...] = ()
-    """Prefixes of the test split alone; refused in pretraining, which evaluates on validation data only."""
+    """Prefixes of the test split alone. Test data, if there are any, are evaluated once, after the last step."""
     data_cache_path: str | None = None
     """Folder for sample indices; beside the data if not given."""
     mock_data: bool = False

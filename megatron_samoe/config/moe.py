@@ -18,21 +18,30 @@ class MoEConfig:
     """An integer N (layer i is MoE where N divides i, counted from 0), or a pattern with one 0 or 1 per layer such as
     0101 or [0,1]*4."""
     moe_ffn_hidden_size: int | None = None
-    """Width of one expert. Derived if not given: the dense MLP's."""
-    moe_router_topk: int = 1
+    """Width of one expert. Derived if not given: the dense MLP's divided by K, so that a token's experts are as much
+    work as the dense MLP."""
+    moe_router_topk: int = 2
     """Experts per token (K)."""
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     """How logits become scores."""
     moe_router_pre_softmax: bool | None = None
     """Weigh experts by their score among all experts (Switch) rather than among the chosen (GShard). Derived if not
     given: true for top-1, where scores among the chosen would always be 1 and teach the router nothing."""
-    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
-    """aux_loss: balance over the global batch, with expert loads of the step before; seq_aux_loss: within each
-    sequence; none. Each is the same number under every parallel layout."""
+    moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
+    """seq_aux_loss: balance expert loads within each sequence; aux_loss: over --moe-aux-loss-group-size sequences; none.
+    Each is the same number under every parallel layout."""
+    moe_aux_loss_group_size: int | None = None
+    """Sequences over which aux_loss balances; consecutive ones of the global batch that are computed at the same time, so
+    it must divide micro batch x data-parallel size. Derived if not given: 1, as seq_aux_loss."""
     moe_aux_loss_coeff: float = 0.01
     """Weight of the load-balance loss."""
     moe_z_loss_coeff: float = 0.0
     """Weight of the router's z-loss (ST-MoE), 0 for none."""
+    moe_router_init_method_std: float | None = None
+    """Standard deviation of initial router weights. Derived if not given: --init-method-std."""
+    moe_scale_output_init: bool = True
+    """Draw the experts' output projections so wide that an MoE layer begins as strong as the dense MLP: its experts are
+    narrower and weighed by scores below 1."""
     moe_input_jitter_eps: float = 0.0
     """Multiply router inputs by uniform noise in [1 - eps, 1 + eps] while training, 0 for none."""
     moe_expert_capacity_factor: float | None = None
@@ -66,6 +75,12 @@ class MoEConfig:
     def pre_softmax(self) -> bool:
         """Whether weights are scores among all experts."""
         return self.moe_router_topk == 1 if self.moe_router_pre_softmax is None else self.moe_router_pre_softmax
+
+    @property
+    def balance_group_size(self) -> int:
+        """Sequences over which loads are balanced."""
+        grouped = self.moe_router_load_balancing_type == "aux_loss"
+        return (self.moe_aux_loss_group_size or 1) if grouped else 1
 
     @property
     def has_pool(self) -> bool:

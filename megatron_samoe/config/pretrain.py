@@ -34,6 +34,11 @@ class PretrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Logs."""
 
+    @property
+    def expert_ffn_size(self) -> int:
+        """F of one routed expert."""
+        return self.moe.moe_ffn_hidden_size or self.model.mlp_size // max(self.moe.moe_router_topk, 1)
+
     def with_run_dir(self) -> PretrainConfig:
         """Returns the configuration with the paths that --run-dir implies filled in."""
         if self.logging.run_dir is None:

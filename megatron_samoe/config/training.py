@@ -24,6 +24,8 @@ class TrainingConfig:
     """Steps between evaluations; one more always follows the last step."""
     eval_iters: int = 10
     """Global batches of one evaluation; 0 for none."""
+    full_validation: bool = False
+    """Evaluate every sample of the validation and test data, whatever --eval-iters says, each dataset of a blend whole."""
     skip_train: bool = False
     """Evaluate the checkpoint in --load and leave."""
     seed: int = 1234
@@ -74,6 +76,12 @@ class OptimizerConfig:
     """Decay of the second moment."""
     adam_eps: float = 1e-8
     """Added to the root of the second moment."""
+    moe_router_lr_mult: float = 1.0
+    """Learning rate of the routers relative to --lr."""
+    moe_output_lr_mult: float = 1.0
+    """Learning rate of the experts' output projections (w2, own or pooled) relative to --lr."""
+    samoe_bank_lr_mult: float = 1.0
+    """Learning rate of the pool's banks relative to --lr."""
     samoe_coefficient_lr_mult: float = 1.0
     """Learning rate of the combination coefficients relative to --lr."""
     optimizer_backend: Literal["auto", "torch", "apex"] = "auto"

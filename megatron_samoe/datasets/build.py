@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron_samoe.datasets.gpt_dataset import GPTDataset, MockGPTDataset, Samp
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, require_dataset
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import DataError
+from megatron_samoe.log import logger
 
 # Of each dataset of a weighted blend this much more is prepared than its weight asks for, as Megatron-core does
 # (it decides at which epoch the order of a dataset is drawn, so the same samples need the same figure).
@@ -36,6 +37,8 @@ def build_train_valid_test_datasets(
     tokenizer: Tokenizer,
     barrier: Callable[[], None] | None = None,
     is_builder: bool = True,
+    evaluation_seed: int | None = None,
+    optional: Collection[str] = (),
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     """Returns the datasets of the three splits; None for a split of which 0 samples are needed.
 
@@ -48,6 +51,8 @@ def build_train_valid_test_datasets(
         barrier: waits for all ranks. Given, one rank per cache folder (`is_builder`) builds the indices while the
             others wait, then those read them; a rank that cannot see them (node-local disk) builds its own.
         is_builder: see `barrier`.
+        evaluation_seed: of the order of validation and test samples, in place of `seed`.
+        optional: splits that are None, and said to be, where they have no data or too few.
 
     Raises:
         DataError: a dataset is missing, damaged, made with another tokenizer, too short, or a needed split is empty.
@@ -56,7 +61,8 @@ def build_train_valid_test_datasets(
         seq_length, tokenizer.eod, data.vocab_size or tokenizer.vocab_size,
         data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss,
     )  # fmt: skip
-    builder = _Builder(data, seed, sample_format, tokenizer)
+    seeds = (seed, *2 * (seed if evaluation_seed is None else evaluation_seed,))
+    builder = _Builder(data, dict(zip(blends.SPLITS, seeds, strict=True)), sample_format, tokenizer, optional)
     if barrier is None:
         return builder.build(num_samples)
     if is_builder:
@@ -72,16 +78,17 @@ def build_train_valid_test_datasets(
 @dataclass(frozen=True)
 class _Builder:
     data: DataConfig
-    seed: int
+    seeds: Mapping[str, int]
     format: SampleFormat
     tokenizer: Tokenizer
+    optional: Collection[str]
 
     def build(self, num_samples: tuple[int | None, ...]) -> Any:
         """Returns the three datasets."""
         if self.data.mock_data:
             return tuple(
-                None if count == 0 else MockGPTDataset(count or 100_000, self.seed + 1000 * place, self.format)
-                for place, count in enumerate(num_samples)
+                None if count == 0 else MockGPTDataset(count or 100_000, self.seeds[name] + 1000 * place, self.format)
+                for place, (name, count) in enumerate(zip(blends.SPLITS, num_samples, strict=True))
             )
         sources = self._sources()
         datasets = []
@@ -89,13 +96,29 @@ class _Builder:
             if count == 0:
                 datasets.append(None)
                 continue
+            if sources[place] is None and name in self.optional:
+                datasets.append(None)
+                continue
             if sources[place] is None:
                 flag = f"--{name}-data-path"
                 raise DataError(
                     f"The {name} split is needed ({count} samples) but has no data: give {flag}, or --data-path."
                 )
-            datasets.append(self._build_split(name, *sources[place], count))
+            datasets.append(self._build_optional(name, *sources[place], count))
         return tuple(datasets)
+
+    def _build_optional(
+        self, name: str, blend: blends.Blend, share: tuple[float, float] | None, own_data: bool, count: int | None
+    ) -> Dataset | None:
+        if name not in self.optional:
+            return self._build_split(name, blend, share, own_data, count)
+        if share is None:
+            return None
+        try:
+            return self._build_split(name, blend, share, own_data, count)
+        except DataError as error:
+            logger.info(f"There will be no {name} loss. {error}")
+            return None
 
     def _sources(self) -> list[Any]:
         """Returns for each split None, or (blend, share of each dataset or None, whether the blend is its own)."""
@@ -130,6 +153,8 @@ class _Builder:
                 f"--split {self.data.split} gives it nothing."
             )
         blend = blend.without_zero_weights()
+        if count is None and name != "train":
+            blend = blends.Blend(blend.prefixes)  # each dataset is evaluated whole, whatever its weight
         for prefix in blend.prefixes:
             require_dataset(prefix)
         self._check_one_tokenizer(blend.prefixes)
@@ -165,7 +190,7 @@ class _Builder:
                 f"leaves it none. Split the corpus into more documents, change --split, or give --{name}-data-path."
             )
         try:
-            return GPTDataset(indexed, first, last, count, self.seed, self.format, self._cache(prefix))
+            return GPTDataset(indexed, first, last, count, self.seeds[name], self.format, self._cache(prefix))
         except DataError as error:
             raise DataError(f"The {name} split of {prefix} cannot be used. {error}") from error
 

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.config.saved import upgrade
 from megatron_samoe.dist_checkpointing.file_storage import digest_of, new_digest
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, read_sharded
 from megatron_samoe.errors import CheckpointError
@@ -192,7 +193,7 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     config = _read_mapping(directory / CONFIG, yaml.safe_load)
     if digest is not None and digest_of(directory / CONFIG, digest) != digest:
         raise CheckpointError(f"{directory / CONFIG} differs from what was written.")
-    return config
+    return upgrade(config)
 
 
 def read_train_state(directory: Path, needed: Sequence[str] = ()) -> dict[str, Any]:

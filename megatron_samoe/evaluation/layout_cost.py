@@ -208,7 +208,7 @@ def layer_flops(config: PretrainConfig, is_moe: bool) -> tuple[float, float]:
     if not is_moe:
         weights += products * hidden * model.mlp_size
     else:
-        width = moe.moe_router_topk * (moe.moe_ffn_hidden_size or model.mlp_size)
+        width = moe.moe_router_topk * config.expert_ffn_size
         weights += (
             products * hidden * (width + (moe.moe_shared_expert_intermediate_size or 0)) + hidden * moe.num_experts
         )
@@ -306,7 +306,7 @@ def fold_bytes(config: PretrainConfig, grid: RankGrid, micro_batches: int) -> fl
     once; layer mode does the like for each layer and micro-batch, the fold twice.
     """
     model, moe = config.model, config.moe
-    width = moe.moe_ffn_hidden_size or model.mlp_size
+    width = config.expert_ffn_size
     one_layer = moe.num_experts // grid.ep * (3 if model.swiglu else 2) * width * model.hidden_size / grid.etp
     layers = max(
         sum(layer.moe_index is not None for plan in plans_by_rank(config)[rank] for layer in plan.layers)

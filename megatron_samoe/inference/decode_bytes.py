@@ -46,7 +46,7 @@ def step_bytes(
     model, moe = config.model, config.moe
     layers, width = num_moe_layers(config), WEIGHT_BYTES[dtype]
     count = count_parameters(config, vocab_size)
-    ffn = moe.moe_ffn_hidden_size or model.mlp_size
+    ffn = config.expert_ffn_size
     bias = not model.disable_bias_linear
     expert = mlp_parameters(model.hidden_size, ffn, model.swiglu, bias)
     rows = ffn * (2 if model.swiglu else 1) + model.hidden_size  # with a scale each in int8

@@ -117,7 +117,7 @@ def _new_moe(config: PretrainConfig, options: UpcycleOptions) -> MoEConfig:
             f"must be the dense MLP's {config.model.mlp_size}, of which experts are copies; "
             "--dense-mlp shared-expert takes any",
         )  # fmt: skip
-    return moe
+    return replace(moe, moe_ffn_hidden_size=config.model.mlp_size)
 
 
 def start_weight_sum(moe: MoEConfig) -> float:

@@ -55,7 +55,7 @@ def count_parameters(config: PretrainConfig, vocab_size: int) -> ParameterCount:
         embedding + norm + model.num_layers * (attention + 2 * norm) + dense_layers * dense_mlp
         + moe_layers * per_moe_layer
     )  # fmt: skip
-    one_expert = mlp_parameters(hidden, moe.moe_ffn_hidden_size or model.mlp_size, model.swiglu, bias)
+    one_expert = mlp_parameters(hidden, config.expert_ffn_size, model.swiglu, bias)
     sets = moe.num_expert_banks if moe.has_pool else moe_layers
     expert = sets * moe.num_experts * one_expert if moe_layers else 0
     return ParameterCount(always + expert, expert, always + moe_layers * moe.moe_router_topk * one_expert)

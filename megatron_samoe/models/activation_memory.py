@@ -141,7 +141,7 @@ def _moe_bytes(config: PretrainConfig, grid: RankGrid) -> int:
     tokens = _tokens(config)
     routed_tokens = tokens if grid.etp == grid.tp else tokens // grid.tp
     rows = routed_tokens * moe.moe_router_topk
-    width = (moe.moe_ffn_hidden_size or model.mlp_size) // grid.etp
+    width = config.expert_ffn_size // grid.etp
     # Experts keep their first product; the backward makes the activations anew.
     inner = rows * ((2 if model.swiglu else 1) * width + 2 * model.hidden_size) * size
     router = tokens * (2 * moe.num_experts + moe.moe_router_topk) * FP32_BYTES
@@ -162,6 +162,6 @@ def _layer_mode_workspace(config: PretrainConfig, grid: RankGrid) -> int:
     model, moe = config.model, config.moe
     if not moe.has_pool or moe.samoe_combine != "layer":
         return 0
-    width = moe.moe_ffn_hidden_size or model.mlp_size
+    width = config.expert_ffn_size
     matrices = (3 if model.swiglu else 2) * width * model.hidden_size // grid.etp
     return moe.num_experts // grid.ep * matrices * (_size(config) + FP32_BYTES)

@@ -189,7 +189,7 @@ def _layer_parameters(config: PretrainConfig, is_moe: bool, count: int, place: R
     yield LocalParameter(token_wise, count * moe.num_experts * hidden, FP32_BYTES)
     experts = count * (moe.num_experts // place.grid.ep)
     if not moe.has_pool:
-        matrices, bias_in, bias_out = _mlp(config, moe.moe_ffn_hidden_size or model.mlp_size)
+        matrices, bias_in, bias_out = _mlp(config, config.expert_ffn_size)
         yield LocalParameter("edp", experts * (matrices + bias_in) // place.grid.etp, size, is_expert=True)
         yield LocalParameter("etp_edp", experts * bias_out, size, is_expert=True)
         return
@@ -211,7 +211,7 @@ def bank_parameters(config: PretrainConfig, place: RankPlace) -> list[LocalParam
     model, moe = config.model, config.moe
     if not moe.has_pool:
         return []
-    width = moe.moe_ffn_hidden_size or model.mlp_size
+    width = config.expert_ffn_size
     up = 2 * width if model.swiglu else width
     experts = moe.num_expert_banks * moe.num_experts // place.grid.ep
     etp = place.grid.etp

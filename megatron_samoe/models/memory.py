@@ -193,7 +193,7 @@ def _largest_tensor(config: PretrainConfig, place: RankPlace) -> int:
     model, moe = config.model, config.moe
     mlp = model.mlp_size * model.hidden_size // place.grid.tp
     sets = moe.num_expert_banks if moe.has_pool else 1
-    width = moe.moe_ffn_hidden_size or model.mlp_size
+    width = config.expert_ffn_size
     experts = sets * moe.num_experts // place.grid.ep * width * model.hidden_size // place.grid.etp
     return (2 if model.swiglu else 1) * (mlp if moe.expert_layout == "dense" else max(mlp, experts))
 

@@ -16,6 +16,7 @@ from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.layer_layout import moe_layers_of, rank_plans
 from megatron_samoe.models.transformer_layer import TransformerLayer, expert_shape, output_init_std
+from megatron_samoe.moe.branch_scale import branch_scale
 from megatron_samoe.moe.expert_pool import ExpertPool, LayerCombination, StepCombination, make_combination
 from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.parallel_state.state import ParallelState
@@ -35,7 +36,7 @@ class RankModel(nn.Module):
         self.expert_pool: ExpertPool | None = None
         self.combination: StepCombination | LayerCombination | None = None
         if config.moe.has_pool:
-            stds = (config.model.init_method_std, output_init_std(config))
+            stds = (config.model.init_method_std, output_init_std(config) * branch_scale(config).routed)
             self.expert_pool = ExpertPool(config.moe, expert_shape(config), *stds, state, dtype)
             self.combination = self._combination(config.moe)
 

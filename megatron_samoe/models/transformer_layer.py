@@ -10,6 +10,7 @@ from megatron_samoe.models.attention import AttentionInputs, SelfAttention
 from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.models.mlp import MLP, activation_of
 from megatron_samoe.models.norms import Norm
+from megatron_samoe.moe.branch_scale import branch_scale, router_init_std
 from megatron_samoe.moe.expert_pool import Combination
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.moe_layer import MoELayer
@@ -21,7 +22,7 @@ def expert_shape(config: PretrainConfig) -> ExpertShape:
     """Returns the global sizes of one layer's routed experts."""
     model, moe = config.model, config.moe
     return ExpertShape(
-        moe.num_experts, model.hidden_size, moe.moe_ffn_hidden_size or model.mlp_size, activation_of(model),
+        moe.num_experts, model.hidden_size, config.expert_ffn_size, activation_of(model),
         bias=not model.disable_bias_linear,
     )  # fmt: skip
 
@@ -47,10 +48,13 @@ class TransformerLayer(nn.Module):
             self.mlp = MLP(model, model.mlp_size, *stds, state, dtype)
             return
         shared_size = config.moe.moe_shared_expert_intermediate_size
-        shared = None if shared_size is None else MLP(model, shared_size, *stds, state, dtype)
+        scale = branch_scale(config)
+        shared_stds = (stds[0], stds[1] * scale.shared)
+        shared = None if shared_size is None else MLP(model, shared_size, *shared_stds, state, dtype)
         self.moe = MoELayer(
-            config.moe, expert_shape(config), init_std=stds[0], output_init_std=stds[1], layer=place.index,
-            moe_index=place.moe_index, num_moe_layers=num_moe_layers, shared_expert=shared, state=state, dtype=dtype,
+            config.moe, expert_shape(config), init_std=stds[0], output_init_std=stds[1] * scale.routed,
+            router_init_std=router_init_std(config), layer=place.index, moe_index=place.moe_index,
+            num_moe_layers=num_moe_layers, shared_expert=shared, state=state, dtype=dtype,
             dispatch_chunks=config.parallel.moe_dispatch_chunks,
             overlap_shared_expert=config.parallel.moe_shared_expert_overlap,
         )  # fmt: skip

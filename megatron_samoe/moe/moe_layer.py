@@ -36,14 +36,14 @@ class MoELayer(nn.Module):
     """
 
     def __init__(
-        self, config: MoEConfig, shape: ExpertShape, *, init_std: float, output_init_std: float, layer: int,
-        moe_index: int, num_moe_layers: int, shared_expert: nn.Module | None, state: ParallelState, dtype: torch.dtype,
+        self, config: MoEConfig, shape: ExpertShape, *, init_std: float, output_init_std: float, router_init_std: float,
+        layer: int, moe_index: int, num_moe_layers: int, shared_expert: nn.Module | None, state: ParallelState, dtype: torch.dtype,
         dispatch_chunks: int = 1, overlap_shared_expert: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.moe_index = moe_index
         self.state = state
-        self.router = Router(config, shape.hidden_size, init_std, layer, moe_index, state, dtype)
+        self.router = Router(config, shape.hidden_size, router_init_std, layer, moe_index, state, dtype)
         self.dispatcher = AllToAllDispatcher(config.num_experts, state.ep, dispatch_chunks)
         self.overlaps = dispatch_chunks > 1 or overlap_shared_expert
         assert state.ep.size > 1 or not self.overlaps

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
-from megatron_samoe.moe.routing_losses import auxiliary_loss, sequence_balance
+from megatron_samoe.moe.routing_losses import auxiliary_loss, balance_sum
 from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.ops.topk_gate import topk_gate
 from megatron_samoe.parallel_state.state import ParallelState
@@ -72,15 +72,15 @@ class Router(nn.Module):
         if context.training and config.moe_expert_capacity_factor is not None:
             capacity = expert_capacity(ids_TK.numel() // context.batch_size, config)
             ids_TK = drop_over_capacity(ids_TK, gate.probs_TK, capacity, context.batch_size, config)
+        balance = balance_sum(gate, config.balance_group_size if context.training else 1, self.state.dp)
         stats = MoEStats(
             moe_index=self.moe_index,
             counts_E=gate.counts_GE.sum(0),
-            score_sum_E=gate.score_sum_GE.detach().sum(0),
             z_sum=gate.z_sum.detach(),
-            sequence_balance=sequence_balance(gate).detach(),
+            balance=balance.detach(),
             num_dropped=(ids_TK < 0).sum(),
         )
-        loss = auxiliary_loss(gate, config, context, self.moe_index) if context.training else None
+        loss = auxiliary_loss(gate, balance, config, context) if context.training else None
         return Routing(ids_TK, gate.probs_TK, loss, stats)
 
     def _jitter(self, x_TH: Tensor, context: ForwardContext) -> Tensor:

@@ -1,9 +1,10 @@
-"""Auxiliary losses of the router, defined over sequences or the global batch so that no layout changes them.
+"""Auxiliary losses of the router, defined so that no layout changes them.
 
-The balance loss is Switch Transformer's (arXiv:2101.03961, equation 4), E * sum_e f_e P_e, with f_e the share of routed
-tokens that expert e takes and P_e its mean score. Over a global batch f_e is known only when the last micro-batch has
-been routed, too late for the gradient of the first; `aux_loss` therefore takes f_e of the step before. Its gradient is
-then a plain sum over tokens: exact under data parallelism and gradient accumulation, with one small reduction per step.
+The balance loss is Switch Transformer's (arXiv:2101.03961, equation 4), E * sum_e f_e P_e over a group of sequences, with
+f_e the share of the group's routed tokens that expert e takes and P_e its mean score. f_e is always that of the tokens
+whose gradient it weighs. Loads of an earlier step would not do: all tokens move to the expert that was empty then, and
+routers swing from expert to expert. So a group lies within what is computed at the same time: a sequence, or several
+consecutive ones of the micro-batches that data-parallel ranks have in hand.
 """
 
 from __future__ import annotations
@@ -16,37 +17,55 @@ from torch import Tensor
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.topk_gate import GateResult
+from megatron_samoe.parallel_state.state import Group
 
 
-def auxiliary_loss(gate: GateResult, config: MoEConfig, context: ForwardContext, moe_index: int) -> Tensor | None:
+def balance_sum(gate: GateResult, group_size: int, dp: Group) -> Tensor:
+    """Returns the sum over this rank's sequences of E * sum_e f_e P_e, P within the sequence, f within its group.
+
+    Summed over a group's sequences this is group_size times the group's own E * sum_e f_e P_e.
+
+    Args:
+        gate: of whole sequences, a group of its sums each.
+        group_size: sequences balanced together; divides those of all data-parallel ranks.
+        dp: ranks that hold the other sequences. All call this together where a group does not lie within one rank.
+    """
+    num_sequences, num_experts = gate.counts_GE.shape
+    num_tokens, topk = gate.ids_TK.shape
+    tokens = max(num_tokens // max(num_sequences, 1), 1)
+    counts_BE = _group_counts(gate.counts_GE, group_size, dp)
+    shares_BE = counts_BE.to(gate.score_sum_GE.dtype) / (group_size * tokens * topk)
+    return (shares_BE * gate.score_sum_GE).sum() * (num_experts / tokens)
+
+
+def _group_counts(counts_BE: Tensor, group_size: int, dp: Group) -> Tensor:
+    """Returns for each of this rank's sequences the routed slots of its group."""
+    if group_size == 1:
+        return counts_BE
+    batch, num_experts = counts_BE.shape
+    first, counts_of_all = 0, counts_BE
+    if batch % group_size:
+        # Micro-batches of data-parallel ranks follow each other in the global batch (training/train_step.py).
+        first = dp.rank * batch
+        counts_of_all = counts_BE.new_zeros(dp.size * batch, num_experts)
+        counts_of_all[first : first + batch] = counts_BE
+        dp.all_reduce(counts_of_all)
+    sums_GE = counts_of_all.view(-1, group_size, num_experts).sum(1)
+    return sums_GE.repeat_interleave(group_size, 0)[first : first + batch]
+
+
+def auxiliary_loss(gate: GateResult, balance: Tensor, config: MoEConfig, context: ForwardContext) -> Tensor | None:
     """Returns this micro-batch's share of a layer's balance and z-losses, already weighted; None if there are none.
 
     Shares of all micro-batches and data-parallel ranks add up to the losses of the global batch.
     """
-    kind, coefficient = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     terms = []
-    if kind == "aux_loss" and coefficient > 0:
-        score_sum_E = gate.score_sum_GE.sum(0)
-        fractions_E = context.expert_fractions_LE
-        assert fractions_E is not None, "the balance loss needs the loads of the step before"
-        load_E = fractions_E[moe_index].to(score_sum_E)
-        terms.append(coefficient * config.num_experts / context.tokens_per_step * (load_E @ score_sum_E))
-    elif kind == "seq_aux_loss" and coefficient > 0:
-        num_sequences = gate.counts_GE.shape[0]
-        tokens_per_sequence = gate.ids_TK.shape[0] // num_sequences
-        terms.append(coefficient * tokens_per_sequence / context.tokens_per_step * sequence_balance(gate))
+    if config.moe_router_load_balancing_type != "none" and config.moe_aux_loss_coeff > 0:
+        tokens_per_sequence = gate.ids_TK.shape[0] // context.batch_size
+        terms.append(config.moe_aux_loss_coeff * tokens_per_sequence / context.tokens_per_step * balance)
     if config.moe_z_loss_coeff > 0:
         terms.append(config.moe_z_loss_coeff / context.tokens_per_step * gate.z_sum)
     return torch.stack(terms).sum() if terms else None
-
-
-def sequence_balance(gate: GateResult) -> Tensor:
-    """Returns the sum over sequences of E * sum_e f_e P_e, f and P taken within the sequence."""
-    num_groups, num_experts = gate.counts_GE.shape
-    num_tokens, topk = gate.ids_TK.shape
-    tokens = max(num_tokens // num_groups, 1)
-    shares_GE = gate.counts_GE.to(gate.score_sum_GE.dtype) / (tokens * topk)
-    return (shares_GE * gate.score_sum_GE).sum() * (num_experts / tokens)
 
 
 def attach_loss(x: Tensor, loss: Tensor, gradient_scale: float) -> Tensor:

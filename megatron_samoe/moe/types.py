@@ -28,7 +28,6 @@ class ForwardContext:
         training: apply dropout, jitter and expert capacity, and attach auxiliary losses.
         tokens_per_step: tokens of the global batch, by which auxiliary losses are divided.
         gradient_scale: factor on all losses (the loss scale of fp16).
-        expert_fractions_LE: share of each layer's routed tokens that each expert took in the step before.
         random: source of noise; required while training.
         cache: where given, the tokens continue sequences whose earlier tokens it holds.
     """
@@ -37,7 +36,6 @@ class ForwardContext:
     training: bool = False
     tokens_per_step: int = 1
     gradient_scale: float = 1.0
-    expert_fractions_LE: Tensor | None = None
     random: SampleRandom | None = None
     cache: KeyValueCache | None = None
 
@@ -49,23 +47,21 @@ class MoEStats:
     Attributes:
         moe_index: of the layer, among all MoE layers.
         counts_E: tokens that chose each expert, before dropping.
-        score_sum_E: sum of each expert's score.
         z_sum: sum of squared log-sum-exp of logits.
-        sequence_balance: sum over sequences of E * sum_e f_e P_e, the balance within each.
+        balance: sum over sequences of E * sum_e f_e P_e, with f of the sequences that are balanced together.
         num_dropped: routed tokens over an expert's capacity.
     """
 
     moe_index: int
     counts_E: Tensor
-    score_sum_E: Tensor
     z_sum: Tensor
-    sequence_balance: Tensor
+    balance: Tensor
     num_dropped: Tensor
 
     def as_row(self) -> Tensor:
-        """Returns [2 E + 3] in fp64, so that all layers' sums travel in one tensor."""
-        scalars = torch.stack((self.z_sum.double(), self.sequence_balance.double(), self.num_dropped.double()))
-        return torch.cat((self.counts_E.double(), self.score_sum_E.double(), scalars))
+        """Returns [E + 3] in fp64, so that all layers' sums travel in one tensor."""
+        scalars = torch.stack((self.z_sum.double(), self.balance.double(), self.num_dropped.double()))
+        return torch.cat((self.counts_E.double(), scalars))
 
 
 class Experts(Protocol):

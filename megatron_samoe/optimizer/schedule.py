@@ -7,15 +7,23 @@ import math
 from megatron_samoe.config.training import OptimizerConfig
 
 
+def _decay_iters(config: OptimizerConfig, train_iters: int) -> int:
+    return config.lr_decay_iters or max(train_iters, 1)
+
+
+def warmup_iters(config: OptimizerConfig, train_iters: int) -> int:
+    """Returns the steps of the warm-up."""
+    if config.lr_warmup_fraction is not None:
+        return int(config.lr_warmup_fraction * _decay_iters(config, train_iters))
+    return config.lr_warmup_iters
+
+
 def learning_rate(config: OptimizerConfig, train_iters: int, iteration: int) -> float:
     """Returns the rate of a step, counted from 0: linear warm-up, then the configured decay, then --min-lr.
 
     Step i of a warm-up of w steps runs at (i + 1) / w of the highest rate (Megatron's at i / w: its first changes nothing).
     """
-    decay_iters = config.lr_decay_iters or max(train_iters, 1)
-    warmup = config.lr_warmup_iters
-    if config.lr_warmup_fraction is not None:
-        warmup = int(config.lr_warmup_fraction * decay_iters)
+    decay_iters, warmup = _decay_iters(config, train_iters), warmup_iters(config, train_iters)
     if iteration < warmup:
         return config.lr * (iteration + 1) / warmup
     if config.lr_decay_style == "constant":

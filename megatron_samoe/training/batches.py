@@ -10,6 +10,7 @@ from typing import Any
 from megatron_samoe.config.derived import global_batch_size, num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
+from megatron_samoe.datasets.evaluation_set import EvaluationSet
 from megatron_samoe.datasets.loader import DataLoader
 from megatron_samoe.datasets.samplers import PretrainingRandomSampler, PretrainingSampler
 from megatron_samoe.datasets.tokenizer import Tokenizer
@@ -17,13 +18,17 @@ from megatron_samoe.errors import DataError
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.training.micro_batches import Batch
 
+#: Seed of validation and test samples: which they are must not depend on a run's --seed.
+EVALUATION_SEED = 1234
+
 
 @dataclass(frozen=True)
 class RunData:
-    """The datasets of a run; `valid` is None without evaluation."""
+    """The datasets of a run: `train` is None without training, `valid` and `test` where they are not evaluated."""
 
     train: Any
-    valid: Any
+    valid: EvaluationSet | None
+    test: EvaluationSet | None
     config: PretrainConfig
     parallel: ParallelState
 
@@ -45,11 +50,10 @@ class RunData:
             consumed_samples += self._num_micro_batches * self.config.training.micro_batch_size * self.parallel.dp.size
             yield batches
 
-    def valid_batches(self) -> Iterator[Batch]:
-        """Yields this rank's micro-batches of one evaluation: always the first samples of the validation split."""
-        count = self.config.training.eval_iters * self._num_micro_batches
-        sampler = islice(PretrainingSampler(len(self.valid), 0, *self._place), count)
-        for batch in DataLoader(self.valid, sampler, self.config.data.num_workers, transform=self._pin):
+    def evaluation_batches(self, data: EvaluationSet) -> Iterator[Batch]:
+        """Yields this rank's micro-batches of one evaluation: always the same samples."""
+        sampler = PretrainingSampler(len(data), 0, *self._place)
+        for batch in DataLoader(data, sampler, self.config.data.num_workers, transform=self._pin):
             yield self._to_device(batch)
 
     @property
@@ -74,6 +78,8 @@ def build_run_data(
 ) -> RunData:  # fmt: skip
     """Returns the datasets of a run, with enough samples for all its steps.
 
+    Test data are evaluated where there are any: those of --test-data-path, or what --split leaves for them.
+
     Args:
         done: iterations and samples that the run has behind it, maybe with batches of another size.
         is_builder: whether this rank writes sample indices that other ranks of its host wait for.
@@ -81,9 +87,22 @@ def build_run_data(
     training = config.training
     batch = global_batch_size(config, parallel.world_size)
     iterations, samples = done
-    counts = (samples + max(training.train_iters - iterations, 0) * batch, training.eval_iters * batch, 0)
-    train, valid, _ = build_train_valid_test_datasets(
-        config.data, counts, config.model.seq_length, training.seed, tokenizer,
+    evaluated = None if training.full_validation else training.eval_iters * batch
+    train_samples = 0 if training.skip_train else samples + max(training.train_iters - iterations, 0) * batch
+    train, *held_out = build_train_valid_test_datasets(
+        config.data, (train_samples, evaluated, evaluated), config.model.seq_length, training.seed, tokenizer,
         barrier=parallel.world.barrier if parallel.world_size > 1 else None, is_builder=is_builder,
+        evaluation_seed=EVALUATION_SEED, optional=_optional_splits(config),
     )  # fmt: skip
-    return RunData(train, valid, config, parallel)
+    step = training.micro_batch_size * parallel.dp.size
+    sets = [None if data is None else EvaluationSet(data, evaluated, step) for data in held_out]
+    return RunData(train, sets[0], sets[1], config, parallel)
+
+
+def _optional_splits(config: PretrainConfig) -> tuple[str, ...]:
+    """Returns the splits that a run goes without where there are no data: test data unless asked for by name."""
+    data = config.data
+    if data.test_data_path:
+        only_test = config.training.skip_train and not (data.data_path or data.valid_data_path or data.mock_data)
+        return ("valid",) if only_test else ()
+    return ("test",)

@@ -24,7 +24,8 @@ from megatron_samoe.training.state import PLAIN_KEYS, TrainState
 #: Options of the model's groups that may differ between a checkpoint and the run that loads it.
 FREE_FIELDS = frozenset(
     ("seq_length", "max_position_embeddings", "init_method_std", "attention_dropout", "hidden_dropout",
-     "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps",
+     "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_aux_loss_group_size", "moe_z_loss_coeff",
+     "moe_input_jitter_eps", "moe_router_init_method_std", "moe_scale_output_init",
      "moe_expert_capacity_factor", "moe_token_drop_policy", "samoe_combine", "samoe_init", "samoe_freeze_coefficients",
      "samoe_pool_placement", "pool_replica_check_interval")
 )  # fmt: skip
@@ -106,6 +107,7 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     if not (checkpoint.finetune or setup.config.training.skip_train):
         check_same_course(setup, saved_config, directory)
         _remark_on_rate(setup, saved_config, saved["iteration"], directory)
+        _remark_on_router(setup, saved_config, directory)
         before = (saved_config.get("training") or {}).get("global_batch_size")
         if before != setup.batch_size and saved["consumed_samples"] != saved["iteration"] * setup.batch_size:
             logger.info(
@@ -163,6 +165,23 @@ def _remark_on_rate(setup: TrainSetup, saved_config: Mapping[str, Any], iteratio
         f"The learning rate of iteration {iteration + 1} is {now:.3e}; the run in {directory} would have gone on at "
         f"{was:.3e} ({listed})"
     )
+
+
+def _remark_on_router(setup: TrainSetup, saved_config: Mapping[str, Any], directory: Path) -> None:
+    """Says so if routers are trained on otherwise than so far: which losses they follow is no part of the model."""
+    current, before = to_mapping(setup.config)["moe"], saved_config.get("moe") or {}
+    changed = [
+        f"--{name.replace('_', '-')} {before[name]} there, {current[name]} here"
+        for name in (
+            "moe_router_load_balancing_type",
+            "moe_aux_loss_coeff",
+            "moe_aux_loss_group_size",
+            "moe_z_loss_coeff",
+        )
+        if name in before and before[name] != current[name]
+    ]
+    if changed and setup.model.num_moe_layers:
+        logger.info(f"Routers go on under other losses than in the run in {directory}: {', '.join(changed)}")
 
 
 def _refuse_unexpected(

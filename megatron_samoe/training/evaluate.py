@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,24 +15,47 @@ from megatron_samoe.training.micro_batches import Batch, run_micro_batches
 from megatron_samoe.training.setup import TrainSetup
 
 
+@dataclass(frozen=True)
+class EvaluatedLoss:
+    """Mean losses per predicted token, nats.
+
+    Attributes:
+        mean: over all tokens.
+        by_dataset: over those of each dataset of a blend; empty where there is one dataset.
+    """
+
+    mean: float
+    by_dataset: Mapping[str, float] = field(default_factory=dict)
+
+
 @torch.no_grad()
-def evaluate(setup: TrainSetup, batches: Iterable[Batch]) -> float:
-    """Returns the mean loss per predicted token over the data-parallel ranks' batches; no token is ever dropped.
+def evaluate(setup: TrainSetup, batches: Iterable[Batch], dataset_names: Sequence[str] = ()) -> EvaluatedLoss:
+    """Returns the loss over the data-parallel ranks' batches; no token is ever dropped.
 
     Every rank passes the same number of batches: experts and stages may lie on other ranks.
+
+    Args:
+        dataset_names: of the datasets that the batches' "dataset_ids" number.
     """
     setup.model.begin_step()
-    sums = torch.zeros(2, dtype=torch.float64, device=setup.parallel.device)
+    sums_D2 = torch.zeros(max(len(dataset_names), 1), 2, dtype=torch.float64, device=setup.parallel.device)
 
     def take_losses(_number: int, batch: Batch, losses_T: Tensor) -> Tensor:
-        sums.add_(torch.stack((losses_T.sum().double(), batch["loss_mask"].sum().double())))
+        mask_BS = batch["loss_mask"].double()
+        losses_B = losses_T.double().view_as(mask_BS).sum(1)
+        ids_B = batch.get("dataset_ids")
+        if ids_B is None:
+            ids_B = torch.zeros(len(losses_B), dtype=torch.int64, device=losses_B.device)
+        sums_D2.index_add_(0, ids_B, torch.stack((losses_B, mask_BS.sum(1)), 1))
         return losses_T.sum()
 
     for group in _groups(batches, setup.pipeline.size):
         contexts = [ForwardContext(batch_size=batch["tokens"].shape[0]) for batch in group]
         run_micro_batches(setup, forward_plan(setup.pipeline.num_chunks, len(group)), group, contexts, take_losses)
-    loss_sum, num_tokens = setup.parallel.pp.all_reduce(setup.parallel.dp.all_reduce(sums)).tolist()
-    return loss_sum / num_tokens
+    sums = setup.parallel.pp.all_reduce(setup.parallel.dp.all_reduce(sums_D2)).tolist()
+    by_dataset = {name: loss / tokens for name, (loss, tokens) in zip(dataset_names, sums, strict=False) if tokens}
+    loss_sum, num_tokens = math.fsum(loss for loss, _ in sums), math.fsum(tokens for _, tokens in sums)
+    return EvaluatedLoss(loss_sum / num_tokens, by_dataset)
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterable[list[Batch]]:

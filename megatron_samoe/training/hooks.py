@@ -33,7 +33,7 @@ class Hook:
         """A step is logged."""
 
     def evaluation(self, record: Record) -> None:
-        """A checkpoint is evaluated without training: iteration, validation_loss, validation_perplexity."""
+        """A checkpoint is evaluated without training: iteration, and what `evaluation_record` makes."""
 
     def close(self) -> None:
         """Training ends, for whatever reason."""
@@ -59,19 +59,26 @@ class ConsoleLog(Hook):
         if "load_balance_loss" in record:
             fields.append(f"load balancing loss: {record['load_balance_loss']:.6E}")
             fields.append(f"z loss: {record['z_loss']:.6E}")
+            fields.append(f"least load entropy: {record['least_load_entropy']:.3f}")
+            fields.append(f"largest expert share: {record['largest_expert_share']:.1%}")
+            fields.append(f"idle experts: {record['idle_experts']}")
+            fields.append(f"dropped tokens: {record['dropped_token_fraction']:.2%}")
         fields += [f"loss scale: {record['loss_scale']:.1f}", f"grad norm: {record['grad_norm']:.3f}"]
         if "mfu" in record:
             fields.append(f"MFU: {record['mfu']:.1%}")
         logger.info(f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] " + " | ".join(fields) + " |")
-        if "validation_loss" in record:
-            self.evaluation(record)
+        self.evaluation(record)
 
     def evaluation(self, record: Record) -> None:
-        """Prints one line."""
-        logger.info(
-            f" validation loss at iteration {record['iteration']} | lm loss value: {record['validation_loss']:.6E} | "
-            f"lm loss PPL: {record['validation_perplexity']:.6E} |"
-        )
+        """Prints one line for each kind of data that was evaluated, and one for each dataset of a blend."""
+        for name in ("validation", "test"):
+            if f"{name}_loss" in record:
+                logger.info(
+                    f" {name} loss at iteration {record['iteration']} | lm loss value: {record[f'{name}_loss']:.6E} | "
+                    f"lm loss PPL: {record[f'{name}_perplexity']:.6E} |"
+                )
+            for dataset, loss in record.get(f"{name}_loss_by_dataset", {}).items():
+                logger.info(f"   of {dataset} | lm loss value: {loss:.6E} |")
 
 
 class MetricsFile(Hook):
@@ -158,12 +165,18 @@ class TensorBoard(Hook):
         for key, value in record.items():
             if isinstance(value, (int, float)) and key != "iteration":
                 self.writer.add_scalar(key.replace("_", "-"), value, record["iteration"])
+        self._add_by_dataset(record)
         for layer, loads in enumerate(record.get("expert_load", [])):
             self.writer.add_scalar(f"max-expert-load/moe-layer-{layer}", max(loads) * len(loads), record["iteration"])
         for layer, (inputs, _) in enumerate(record.get("combination", [])):
             for bank in range(len(inputs[0])):
                 mean = sum(group[bank] for group in inputs) / len(inputs)
                 self.writer.add_scalar(f"combination/moe-layer-{layer}-bank-{bank}", mean, record["iteration"])
+
+    def _add_by_dataset(self, record: Record) -> None:
+        for name in ("validation", "test"):
+            for dataset, loss in record.get(f"{name}_loss_by_dataset", {}).items():
+                self.writer.add_scalar(f"{name}-loss/{dataset}", loss, record["iteration"])
 
     def close(self) -> None:
         """Flushes and closes the events file."""
@@ -189,13 +202,16 @@ class ProgressBar(Hook):
     def record(self, record: Record) -> None:
         """Shows loss and speed."""
         shown = {"loss": f"{record['lm_loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:.0f}"}
+        if "least_load_entropy" in record:
+            shown["load entropy"] = f"{record['least_load_entropy']:.2f}"
         if "validation_loss" in record:
             shown["valid"] = f"{record['validation_loss']:.3f}"
         self.bar.set_postfix(shown, refresh=False)
 
     def evaluation(self, record: Record) -> None:
         """Shows its loss."""
-        self.bar.set_postfix({"valid": f"{record['validation_loss']:.3f}"})
+        names = {"valid": "validation_loss", "test": "test_loss"}
+        self.bar.set_postfix({name: f"{record[key]:.3f}" for name, key in names.items() if key in record})
 
     def close(self) -> None:
         """Leaves the bar on the screen."""

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.models.accounting import train_flops_per_token
+from megatron_samoe.training.evaluate import EvaluatedLoss
 from megatron_samoe.training.moe_diagnostics import MoEDiagnostics
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
@@ -71,10 +72,10 @@ class Stopwatch:
 
 
 def make_record(
-    setup: TrainSetup, state: TrainState, result: StepResult, step_time_s: float, validation_loss: float | None,
+    setup: TrainSetup, state: TrainState, result: StepResult, step_time_s: float, evaluation: Record,
     diagnostics: MoEDiagnostics | None,
 ) -> Record:  # fmt: skip
-    """Returns the record of a step; all ranks call it together."""
+    """Returns the record of a step and of the evaluation that followed, if any; all ranks call it together."""
     device = setup.parallel.device
     memory = torch.tensor(peak_memory_bytes(device), dtype=torch.float64, device=device)
     tokens_per_s = setup.tokens_per_step / step_time_s if step_time_s > 0 else 0.0
@@ -94,18 +95,22 @@ def make_record(
     if result.routing is not None:
         record["load_balance_loss"] = result.routing.load_balance_loss
         record["z_loss"] = result.routing.z_loss
-        record["dropped_token_fraction"] = result.routing.dropped_fraction
+        health = result.routing.health
+        record["least_load_entropy"] = health.least_load_entropy
+        record["largest_expert_share"] = health.largest_expert_share
+        record["idle_experts"] = health.idle_experts
+        record["dropped_token_fraction"] = health.dropped_fraction
     rate = peak_flops(device)
     if rate is not None:
         flops = train_flops_per_token(setup.config, setup.model.vocab_size) * tokens_per_s
         record["mfu"] = flops / (rate * setup.parallel.world_size)
-    if validation_loss is not None:
-        record |= validation_record(validation_loss)
+    record |= evaluation
     if diagnostics is not None:
         record |= diagnostics.plain()
     return record
 
 
-def validation_record(loss: float) -> Record:
-    """Returns what is recorded of an evaluation."""
-    return {"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))}
+def evaluation_record(name: str, loss: EvaluatedLoss) -> Record:
+    """Returns what is recorded of an evaluation of "validation" or "test" data."""
+    record: Record = {f"{name}_loss": loss.mean, f"{name}_perplexity": math.exp(min(loss.mean, 700.0))}
+    return record | ({f"{name}_loss_by_dataset": dict(loss.by_dataset)} if loss.by_dataset else {})

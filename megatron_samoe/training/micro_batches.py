@@ -23,12 +23,12 @@ def run_micro_batches(
     """Runs a plan over micro-batches and returns their routing, summed.
 
     Returns:
-        [L, 2 E + 3] as in `MoEStats.as_row`, zero for MoE layers of other stages; None for a dense model.
+        [L, E + 3] as in `MoEStats.as_row`, zero for MoE layers of other stages; None for a dense model.
     """
     model, moe = setup.model, setup.config.moe
     rows = None
     if model.num_moe_layers:
-        shape = (model.num_moe_layers, 2 * moe.num_experts + 3)
+        shape = (model.num_moe_layers, moe.num_experts + 3)
         rows = torch.zeros(shape, dtype=torch.float64, device=setup.parallel.device)
 
     def forward(chunk: int, number: int, x: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from megatron_samoe.optimizer.schedule import learning_rate
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan
 from megatron_samoe.tensor_parallel.random import SampleRandom
 from megatron_samoe.training.micro_batches import Batch, run_micro_batches
+from megatron_samoe.training.router_health import RouterHealth
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
 
@@ -26,16 +27,15 @@ class RoutingStats:
     """Routing of one global batch, per MoE layer (L) and expert (E).
 
     Attributes:
-        counts_LE: tokens that chose each expert, before dropping.
+        counts_LE: tokens that chose each expert, before dropping; on the CPU.
         load_balance_loss: mean over layers of the balance loss, unweighted: 1 is perfect balance.
         z_loss: mean over layers and tokens of the squared log-sum-exp of router logits.
-        dropped_fraction: share of routed tokens that found no place.
     """
 
     counts_LE: Tensor
     load_balance_loss: float
     z_loss: float
-    dropped_fraction: float
+    health: RouterHealth
 
     def fractions_LE(self) -> Tensor:
         """Returns the share of routed tokens of each expert."""
@@ -69,7 +69,6 @@ def micro_batch_context(setup: TrainSetup, state: TrainState, number: int) -> Fo
         training=True,
         tokens_per_step=setup.tokens_per_step,
         gradient_scale=state.loss_scale.value,
-        expert_fractions_LE=state.expert_fractions_LE,
         random=SampleRandom(setup.config.training.seed, state.iteration, tuple(range(first, first + size))),
     )
 
@@ -107,7 +106,7 @@ def compute_gradients(
         observe()
     finalize_model_grads(model, setup.buffers, scale)
     sums = loss_sum[None] if rows is None else torch.cat((loss_sum[None], rows.flatten()))
-    sums = setup.parallel.pp.all_reduce(setup.parallel.dp.all_reduce(sums))
+    sums = setup.parallel.pp.all_reduce(setup.parallel.dp.all_reduce(sums)).cpu()
     routing = None if rows is None else _routing_stats(sums[1:].view_as(rows), setup)
     return sums[0].item() / num_tokens, num_tokens, routing
 
@@ -137,7 +136,7 @@ def train_step(
         consumed_samples=state.consumed_samples + setup.batch_size,
         consumed_tokens=state.consumed_tokens + setup.tokens_per_step,
         loss_scale=state.loss_scale.after(overflow),
-        expert_fractions_LE=state.expert_fractions_LE if routing is None else routing.fractions_LE(),
+        expert_fractions_LE=None if routing is None else routing.fractions_LE().to(setup.parallel.device),
     )
 
 
@@ -150,17 +149,12 @@ def _num_loss_tokens(setup: TrainSetup, batches: Sequence[Batch]) -> int:
 
 def _routing_stats(rows: Tensor, setup: TrainSetup) -> RoutingStats:
     moe: MoEConfig = setup.config.moe
-    counts_LE, score_sums_LE, rest = rows.split((moe.num_experts, moe.num_experts, 3), dim=1)
-    z_sum_L, sequence_balance_L, dropped_L = rest.unbind(1)
+    counts_LE, rest = rows.split((moe.num_experts, 3), dim=1)
+    z_sum_L, balance_L, dropped_L = rest.unbind(1)
     tokens = setup.tokens_per_step
-    if moe.moe_router_load_balancing_type == "seq_aux_loss":
-        balance_L = sequence_balance_L / setup.batch_size
-    else:
-        shares_LE = counts_LE / counts_LE.sum(1, keepdim=True)
-        balance_L = moe.num_experts * (shares_LE * score_sums_LE / tokens).sum(1)
     return RoutingStats(
         counts_LE,
-        load_balance_loss=balance_L.mean().item(),
+        load_balance_loss=balance_L.mean().item() / setup.batch_size,
         z_loss=(z_sum_L / tokens).mean().item(),
-        dropped_fraction=(dropped_L.sum() / counts_LE.sum()).item(),
+        health=RouterHealth.of(counts_LE, tokens, dropped_L.sum().item()),
     )

@@ -21,11 +21,12 @@ from megatron_samoe.training.checkpointing import find_run, load_run, save_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.exit_signals import ExitSignals
 from megatron_samoe.training.hooks import Hook
-from megatron_samoe.training.metrics import Stopwatch, make_record, validation_record
+from megatron_samoe.training.metrics import Record, Stopwatch, evaluation_record, make_record
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.moe_diagnostics import expert_grad_norms, make_diagnostics
 from megatron_samoe.training.non_finite import raise_non_finite
 from megatron_samoe.training.replica_check import check_pool_replicas
+from megatron_samoe.training.router_health import RouterWatch
 from megatron_samoe.training.setup import TrainSetup, initial_state
 from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.train_step import StepResult, train_step
@@ -43,6 +44,7 @@ class Trainer:
         self.config = setup.config
         self.hooks = hooks if setup.parallel.rank == 0 else []
         self.stopwatch = Stopwatch()
+        self.router_watch = RouterWatch(setup.config)
         self.began = time.monotonic()
         self.doing = "loading"
         self.saver = None
@@ -152,31 +154,41 @@ class Trainer:
             raise_non_finite(setup, state, batches, result)
         self.stopwatch.end()
         self._tell(lambda hook: hook.step(new_state.iteration))
+        if result.routing is not None:
+            self.router_watch.step(new_state.iteration, result.routing.health)
         interval = self.config.moe.pool_replica_check_interval
         if interval is not None and new_state.iteration % interval == 0:
             check_pool_replicas(setup, new_state.iteration)
-        validation_loss = self._maybe_evaluate(new_state, last)
-        if will_log or validation_loss is not None:
+        evaluation = self._maybe_evaluate(new_state, last)
+        if will_log or evaluation:
             diagnostics = None
             if wants_layers:
                 assert result.routing is not None
                 diagnostics = make_diagnostics(setup, result.routing, norms[0])
-            record = make_record(setup, new_state, result, self.stopwatch.take(), validation_loss, diagnostics)
+            record = make_record(setup, new_state, result, self.stopwatch.take(), evaluation, diagnostics)
             self._tell(lambda hook: hook.record(record))
         self._warn_if_skipped(result)
         return new_state
 
-    def _maybe_evaluate(self, state: TrainState, last: bool) -> float | None:
+    def _maybe_evaluate(self, state: TrainState, last: bool) -> Record:
         training = self.config.training
         if training.eval_iters == 0 or not (last or state.iteration % training.eval_interval == 0):
-            return None
-        self.doing = f"evaluating after iteration {state.iteration}"
-        return evaluate(self.setup, self.data.valid_batches())
+            return {}
+        return self._evaluate(state, with_test=last)
+
+    def _evaluate(self, state: TrainState, with_test: bool) -> Record:
+        """Returns what is recorded of the losses on validation and test data."""
+        record: Record = {}
+        for name, data in (("validation", self.data.valid), ("test", self.data.test if with_test else None)):
+            if data is not None:
+                self.doing = f"evaluating {name} data after iteration {state.iteration}"
+                batches = self.data.evaluation_batches(data)
+                record |= evaluation_record(name, evaluate(self.setup, batches, data.names))
+        return record
 
     def _evaluate_only(self, state: TrainState) -> None:
-        self.doing = f"evaluating iteration {state.iteration}"
-        loss = evaluate(self.setup, self.data.valid_batches())
-        self._tell(lambda hook: hook.evaluation({"iteration": state.iteration, **validation_record(loss)}))
+        record = {"iteration": state.iteration, **self._evaluate(state, with_test=True)}
+        self._tell(lambda hook: hook.evaluation(record))
 
     def _warn_if_skipped(self, result: StepResult) -> None:
         if result.skipped:

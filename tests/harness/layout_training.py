@@ -65,6 +65,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe sequence balance": {"layout": "moe", "moe_router_load_balancing_type": "seq_aux_loss",
                              "moe_router_topk": 2, "moe_router_score_function": "sigmoid",
                              "recompute_granularity": "selective"},
+    "moe balance over ranks": {"layout": "moe", "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_group_size": 4,
+                               "micro_step": 4, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.1,
+                               "moe_router_init_method_std": 0.3, "moe_router_lr_mult": 0.5},
+    "samoe balance over ranks": {"layout": "samoe", "moe_router_load_balancing_type": "aux_loss",
+                                 "moe_aux_loss_group_size": 2, "micro_step": 4, "moe_aux_loss_coeff": 0.1,
+                                 "moe_scale_output_init": False, "samoe_bank_lr_mult": 0.5, "moe_router_lr_mult": 2.0,
+                                 "samoe_coefficient_lr_mult": 3.0, "recompute_granularity": "full"},
 }  # fmt: skip
 
 
@@ -112,7 +119,12 @@ def layout_config(layout: str, model: str) -> PretrainConfig:
     if model == "dense":
         sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
     pool = sizes.pop("pool", "sharded")
-    config = tiny_config(**MODELS[model])
+    options = dict(MODELS[model])
+    # Groups of sequences that lie on several ranks need as many sequences at once in every layout.
+    micro_step = options.pop("micro_step", None)
+    if micro_step is not None:
+        options["micro_batch_size"] = micro_step * sizes.get("tp", 1) * sizes.get("pp", 1) // LAYOUTS[layout][0]
+    config = tiny_config(**options)
     if config.moe.has_pool:
         config = with_options(config, samoe_pool_placement=pool)
     return with_layout(config, **sizes)

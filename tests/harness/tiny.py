@@ -27,9 +27,10 @@ LLAMA_STYLE = replace(
 def tiny_config(layout: str = "samoe", **options: Any) -> PretrainConfig:
     """Returns a small configuration; options are field names of any group, `style` picks GPT-3's or LLaMA's."""
     model = LLAMA_STYLE if options.pop("style", "gpt3") == "llama" else GPT3_STYLE
+    moe = MoEConfig(expert_layout=layout, num_experts=4, num_expert_banks=2)
     config = PretrainConfig(
         model=model,
-        moe=MoEConfig(expert_layout=layout, num_experts=4, num_expert_banks=2),
+        moe=moe if layout == "dense" else replace(moe, moe_router_topk=1),
         training=TrainingConfig(micro_batch_size=2, global_batch_size=8, train_iters=10, eval_iters=1),
     )
     return with_options(config, **options)

@@ -24,7 +24,7 @@ from tests.parity.hf_models import (
 
 pytestmark = pytest.mark.parity
 
-LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2}
+LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
 SHARED = {"moe_shared_expert_intermediate_size": 20}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt3": ("samoe", {}),

@@ -56,7 +56,7 @@ def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
         return
     if moe.num_experts % ep:
         yield ConfigError("--num-experts", moe.num_experts, f"must be divisible by --expert-model-parallel-size {ep}")
-    expert_size = moe.moe_ffn_hidden_size or model.mlp_size
+    expert_size = config.expert_ffn_size
     if expert_size % etp:
         yield ConfigError(
             "--moe-ffn-hidden-size", expert_size, f"must be divisible by --expert-tensor-parallel-size {etp}"
@@ -113,6 +113,11 @@ def _batches_divide(config: PretrainConfig, world_size: int) -> Problems:
     if per_pass > 0 and total % per_pass:
         yield ConfigError("--global-batch-size", total, f"must be a multiple of --micro-batch-size "
                           f"{config.training.micro_batch_size} x data-parallel size {dp} = {per_pass}")  # fmt: skip
+    group = config.moe.moe_aux_loss_group_size
+    if group is not None and group > 0 and per_pass > 0 and per_pass % group:
+        # Loads of other micro-batches are not known when the first one's gradient is formed.
+        yield ConfigError("--moe-aux-loss-group-size", group, f"must divide --micro-batch-size "
+                          f"{config.training.micro_batch_size} x data-parallel size {dp}: one of {divisors(per_pass)}")  # fmt: skip
 
 
 RULES = (_world_divides, _matrices_divide, _expert_overlap, _sequence_parallel, _batches_divide)

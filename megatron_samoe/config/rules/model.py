@@ -37,7 +37,7 @@ def _attention_sizes(config: PretrainConfig, world_size: int) -> Problems:
 
 
 def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:
-    moe = config.moe
+    model, moe = config.model, config.moe
     if moe.expert_layout == "dense":
         return
     try:
@@ -51,6 +51,9 @@ def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:
         )
     if moe.moe_router_topk > moe.num_experts:
         yield ConfigError("--moe-router-topk", moe.moe_router_topk, f"must be at most --num-experts {moe.num_experts}")
+    elif moe.moe_ffn_hidden_size is None and moe.moe_router_topk > 0 and model.mlp_size % moe.moe_router_topk:
+        yield ConfigError("--moe-ffn-hidden-size", None, f"must be given where --moe-router-topk {moe.moe_router_topk} does "
+                          f"not divide the dense MLP's width {model.mlp_size}")  # fmt: skip
     if moe.moe_router_topk == 1 and not moe.pre_softmax:
         yield ConfigError("--moe-router-pre-softmax", False, "must be true with --moe-router-topk 1: the score of one expert "
                           "among the chosen is always 1, so the router would learn nothing")  # fmt: skip

@@ -17,7 +17,7 @@ def _positive_sizes(config: PretrainConfig, world_size: int) -> Problems:
         "model": ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups",
                   "seq_length", "max_position_embeddings", "make_vocab_size_divisible_by"),
         "moe": ("num_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size",
-                "num_expert_banks", "pool_replica_check_interval"),
+                "num_expert_banks", "pool_replica_check_interval", "moe_aux_loss_group_size"),
         "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
                      "expert_tensor_parallel_size", "num_layers_per_virtual_pipeline_stage", "ddp_bucket_size",
                      "moe_dispatch_chunks"),
@@ -45,7 +45,6 @@ def _number_ranges(config: PretrainConfig, world_size: int) -> Problems:
     at_least_zero = {"moe_aux_loss_coeff": moe.moe_aux_loss_coeff, "moe_z_loss_coeff": moe.moe_z_loss_coeff,
                      "lr": optimizer.lr, "min_lr": optimizer.min_lr, "weight_decay": optimizer.weight_decay,
                      "clip_grad": optimizer.clip_grad, "lr_warmup_iters": optimizer.lr_warmup_iters,
-                     "samoe_coefficient_lr_mult": optimizer.samoe_coefficient_lr_mult,
                      "train_iters": training.train_iters, "eval_iters": training.eval_iters,
                      "num_workers": config.data.num_workers}  # fmt: skip
     for name, value in at_least_zero.items():
@@ -55,6 +54,10 @@ def _number_ranges(config: PretrainConfig, world_size: int) -> Problems:
                   "adam_eps": optimizer.adam_eps, "rotary_base": model.rotary_base,
                   "distributed_timeout_minutes": config.parallel.distributed_timeout_minutes,
                   "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
+                  "moe_router_init_method_std": moe.moe_router_init_method_std,
+                  "moe_router_lr_mult": optimizer.moe_router_lr_mult,
+                  "samoe_bank_lr_mult": optimizer.samoe_bank_lr_mult,
+                  "samoe_coefficient_lr_mult": optimizer.samoe_coefficient_lr_mult,
                   "exit_duration_in_mins": training.exit_duration_in_mins, "loss_scale": training.loss_scale,
                   "initial_loss_scale": training.initial_loss_scale}  # fmt: skip
     for name, number in above_zero.items():

@@ -42,10 +42,15 @@ def _data_sources(config: PretrainConfig, world_size: int) -> Problems:
         yield ConfigError(
             "--data-path", data.data_path, "excludes --train-data-path, --valid-data-path, --test-data-path"
         )
-    if data.test_data_path:
-        yield ConfigError("--test-data-path", data.test_data_path, "has no use: training evaluates on validation data only; "
-                          "for a test loss evaluate with --skip-train, --train-data-path as before and --valid-data-path")  # fmt: skip
-    if not (data.mock_data or data.data_path or data.train_data_path):
+    if config.training.eval_iters == 0:
+        for name, value in (
+            ("full_validation", config.training.full_validation),
+            ("test_data_path", data.test_data_path),
+        ):
+            if value:
+                yield ConfigError(flag(name), value, "needs --eval-iters above 0: nothing is evaluated")
+    held_out = config.training.skip_train and (data.valid_data_path or data.test_data_path)
+    if not (data.mock_data or data.data_path or data.train_data_path or held_out):
         yield ConfigError("--data-path", None, "must name a dataset (or give --train-data-path, or --mock-data)")
     if data.tokenizer_type == "GPT2BPETokenizer" and not (data.vocab_file and data.merge_file):
         yield ConfigError("--tokenizer-type", data.tokenizer_type, "needs --vocab-file and --merge-file")

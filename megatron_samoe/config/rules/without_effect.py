@@ -10,7 +10,7 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Problems
-from megatron_samoe.config.training import TrainingConfig
+from megatron_samoe.config.training import OptimizerConfig, TrainingConfig
 from megatron_samoe.errors import ConfigError
 
 
@@ -26,7 +26,9 @@ def _pool_options(config: PretrainConfig, world_size: int) -> Problems:
     if not moe.has_pool:
         names = ("num_expert_banks", "samoe_combine", "samoe_granularity", "samoe_normalization", "samoe_init",
                  "samoe_freeze_coefficients", "samoe_pool_placement", "pool_replica_check_interval")  # fmt: skip
-        yield from _changed(moe, MoEConfig(), names, f"needs --expert-layout samoe, not {moe.expert_layout}")
+        needed = f"needs --expert-layout samoe, not {moe.expert_layout}"
+        yield from _changed(moe, MoEConfig(), names, needed)
+        yield from _changed(config.optimizer, OptimizerConfig(), ("samoe_bank_lr_mult",), needed)
     if config.optimizer.samoe_coefficient_lr_mult != 1.0 and not (moe.has_pool and not moe.samoe_freeze_coefficients):
         yield ConfigError("--samoe-coefficient-lr-mult", config.optimizer.samoe_coefficient_lr_mult,
                           "needs --expert-layout samoe with coefficients that are trained")  # fmt: skip
@@ -40,11 +42,18 @@ def _expert_options(config: PretrainConfig, world_size: int) -> Problems:
     if moe.expert_layout == "dense":
         names = ("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_z_loss_coeff",
                  "moe_input_jitter_eps", "moe_router_load_balancing_type", "moe_ffn_hidden_size",
-                 "moe_expert_capacity_factor", "moe_shared_expert_intermediate_size")  # fmt: skip
-        yield from _changed(moe, default, names, "needs --expert-layout moe or samoe, not dense")
+                 "moe_expert_capacity_factor", "moe_shared_expert_intermediate_size", "moe_aux_loss_group_size",
+                 "moe_router_init_method_std", "moe_scale_output_init")  # fmt: skip
+        needed = "needs --expert-layout moe or samoe, not dense"
+        yield from _changed(moe, default, names, needed)
+        yield from _changed(config.optimizer, OptimizerConfig(), ("moe_router_lr_mult",), needed)
     if moe.moe_router_load_balancing_type == "none":
         needed = "has no use with --moe-router-load-balancing-type none"
         yield from _changed(moe, default, ("moe_aux_loss_coeff",), needed)
+    if moe.moe_router_load_balancing_type != "aux_loss" and moe.expert_layout != "dense":
+        yield from _changed(
+            moe, default, ("moe_aux_loss_group_size",), "needs --moe-router-load-balancing-type aux_loss"
+        )
     if moe.moe_expert_capacity_factor is None:
         yield from _changed(moe, default, ("moe_token_drop_policy",), "needs --moe-expert-capacity-factor")
 

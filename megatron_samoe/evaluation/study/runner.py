@@ -181,7 +181,7 @@ def signals_interrupt() -> Iterator[None]:
 
 
 def last_validation(run: Run) -> float | None:
-    """Returns the validation loss of a run's last record; None if it has none.
+    """Returns the validation loss of a run's last record; None if that has none.
 
     Raises:
         CheckpointError: the run's records are damaged.

@@ -45,7 +45,7 @@ class NativeModel:
     @property
     def expert_size(self) -> int:
         """F of one expert."""
-        return self.moe.moe_ffn_hidden_size or self.model.mlp_size
+        return self.config.expert_ffn_size
 
     @property
     def has_bias(self) -> bool:

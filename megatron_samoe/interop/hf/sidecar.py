@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.config.saved import upgrade
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.folder import read_json
 from megatron_samoe.interop.hf.native import NativeModel
@@ -57,6 +58,7 @@ def read_sidecar(path: Path) -> Remembered | None:
         return None
     if not isinstance(train_state.get("vocab_size"), int):
         return None
+    config = upgrade(config)
     try:
         from_mapping(config, SIDECAR)
     except ConfigError:

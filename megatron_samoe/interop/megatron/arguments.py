@@ -74,7 +74,7 @@ def _moe_arguments(config: PretrainConfig) -> dict[str, Any]:
     pattern = [int(is_moe) for is_moe in parse_moe_layer_freq(moe.moe_layer_freq, model.num_layers)]
     return {
         "num_experts": moe.num_experts, "moe_layer_freq": pattern,
-        "moe_ffn_hidden_size": moe.moe_ffn_hidden_size or model.mlp_size, "moe_router_topk": moe.moe_router_topk,
+        "moe_ffn_hidden_size": config.expert_ffn_size, "moe_router_topk": moe.moe_router_topk,
         "moe_router_score_function": moe.moe_router_score_function, "moe_router_pre_softmax": moe.pre_softmax,
         "moe_router_load_balancing_type": moe.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": moe.moe_aux_loss_coeff, "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
@@ -167,7 +167,7 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
     return MoEConfig(
         expert_layout="moe", num_experts=get("num_experts"),
         moe_layer_freq=_frequency(get("moe_layer_freq", 1), model.num_layers),
-        moe_ffn_hidden_size=None if ffn == model.mlp_size else ffn, moe_router_topk=topk,
+        moe_ffn_hidden_size=None if ffn * topk == model.mlp_size else ffn, moe_router_topk=topk,
         moe_router_score_function="sigmoid" if sigmoid else "softmax",
         moe_router_pre_softmax=None if pre_softmax == (topk == 1) else pre_softmax,
         moe_router_load_balancing_type=balancing, moe_aux_loss_coeff=coefficient,

@@ -161,7 +161,7 @@ def check_layout(config: PretrainConfig, layout: MegatronLayout) -> None:
              "--ffn-hidden-size": model.mlp_size}  # fmt: skip
     if moe.expert_layout != "dense":
         if layout.etp > 1:
-            sizes["--moe-ffn-hidden-size"] = moe.moe_ffn_hidden_size or model.mlp_size
+            sizes["--moe-ffn-hidden-size"] = config.expert_ffn_size
         if moe.moe_shared_expert_intermediate_size is not None:
             sizes["--moe-shared-expert-intermediate-size"] = moe.moe_shared_expert_intermediate_size
     for name, value in sizes.items():

@@ -26,7 +26,7 @@ from tests.harness.program import REPOSITORY
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.unit.interop.memory_source import load, new_source
 
-SAMOE = tiny_config("samoe", style="llama", moe_router_topk=2, num_layers=2)
+SAMOE = tiny_config("samoe", style="llama", moe_router_topk=2, moe_ffn_hidden_size=48, num_layers=2)
 
 
 @pytest.fixture(scope="module")

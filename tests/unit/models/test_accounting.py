@@ -76,7 +76,7 @@ def test_a_pool_divides_expert_parameters_by_layers_over_banks_and_keeps_active_
 
 
 def test_topk_counts_in_active_parameters_alone() -> None:
-    one, two = (count_parameters(tiny_config("moe", moe_router_topk=k), 100) for k in (1, 2))
+    one, two = (count_parameters(tiny_config("moe", moe_router_topk=k, moe_ffn_hidden_size=64), 100) for k in (1, 2))
     assert one.total == two.total and one.expert == two.expert
     assert two.active - one.active == 4 * one.expert // (4 * 4)
 
@@ -87,7 +87,11 @@ def products(layout: str, **options: Any) -> float:
     m = config.model
     h, f, s, v = m.hidden_size, m.mlp_size, m.seq_length, 104
     attention = h * 3 * h + h * h + 2 * h * s / 2
-    mlp = (config.moe.moe_router_topk * 2 * h * f + h * config.moe.num_experts) if layout != "dense" else 2 * h * f
+    mlp = (
+        (config.moe.moe_router_topk * 2 * h * config.expert_ffn_size + h * config.moe.num_experts)
+        if layout != "dense"
+        else 2 * h * f
+    )
     return 2 * (m.num_layers * (attention + mlp) + h * v)
 
 

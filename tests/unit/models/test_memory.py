@@ -168,11 +168,7 @@ def kept_by_autograd(model: RankModel, config: PretrainConfig) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return t
 
-    moe_layers = max(model.num_moe_layers, 1)
-    context = ForwardContext(
-        batch, training=True, tokens_per_step=batch * length,
-        expert_fractions_LE=torch.full((moe_layers, config.moe.num_experts), 1 / config.moe.num_experts),
-    )  # fmt: skip
+    context = ForwardContext(batch, training=True, tokens_per_step=batch * length)
     from megatron_samoe.models.attention import AttentionInputs
     from megatron_samoe.models.rotary import rotary_tables
 
@@ -200,9 +196,7 @@ def _buffers(model: RankModel) -> GradBuffers:
 @pytest.mark.parametrize("style", ["gpt3", "llama"])
 @pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
 def test_layer_activations_are_what_autograd_keeps(layout: str, style: str, dtype: str) -> None:
-    config = tiny_config(
-        layout, style=style, hidden_size=64, seq_length=64, ffn_hidden_size=192, bf16=dtype == "bf16", moe_router_topk=1
-    )
+    config = tiny_config(layout, style=style, hidden_size=64, seq_length=64, ffn_hidden_size=192, bf16=dtype == "bf16")
     model = build_model(config, 103, single_process_state())
     expected = layer_bytes(config, layout != "dense", RankGrid(1))
     if style == "llama":

@@ -118,8 +118,7 @@ def test_gradient_is_that_of_the_mean_loss_and_the_weighted_auxiliary_losses() -
         loss, _, routing = compute_gradients(setup, state, batches)
         assert routing is not None
         layers = 2  # the recorded losses are means over layers, the objective their sum
-        # With even loads of the step before, E * sum_e f_e P_e is 1 whatever the router does: no gradient to see.
-        return loss + 0.2 * routing.z_loss * layers
+        return loss + (0.2 * routing.z_loss + 0.5 * routing.load_balance_loss) * layers
 
     objective()
     for name in ("layers.0.moe.router.weight", "layers.1.moe.experts.w1", "embedding.word.weight", "final_norm.weight"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 from megatron_samoe.config import MoEConfig
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
 from megatron_samoe.moe.router import Router, Routing
-from megatron_samoe.moe.routing_losses import attach_loss
+from megatron_samoe.moe.routing_losses import attach_loss, balance_sum
 from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.ops.topk_gate import GateResult
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.tensor_parallel.random import SampleRandom
 
 B, S, H, E = 3, 8, 6, 5
 T = B * S
-QUIET = MoEConfig(expert_layout="moe", num_experts=E, moe_aux_loss_coeff=0.0)
+QUIET = MoEConfig(expert_layout="moe", num_experts=E, moe_router_topk=1, moe_aux_loss_coeff=0.0)
 EVALUATION = ForwardContext(batch_size=B)
 
 
@@ -156,37 +158,53 @@ def gradient_of_auxiliary_loss(router: Router, x: Tensor, context: ForwardContex
     return gradient, routing
 
 
+def expected_balance(router: Router, x: Tensor, ids_TK: Tensor, group: int) -> Tensor:
+    """The sum over groups of sequences of group * E * sum_e f_e P_e, written as a loop."""
+    scores, total = distribution(router, x).view(B, S, E), torch.zeros((), dtype=torch.float64)
+    for first in range(0, B, group):
+        chosen = ids_TK.view(B, -1)[first : first + group].flatten()
+        load = torch.bincount(chosen, minlength=E) / chosen.numel()
+        total = total + group * E * (load * scores[first : first + group].flatten(0, 1).mean(0)).sum()
+    return total
+
+
 @pytest.mark.parametrize("function", ["softmax", "sigmoid"])
-def test_balance_loss_of_the_global_batch(function: Any) -> None:
-    """alpha * E * sum_e f_e P_e, f_e the shares of the step before, P_e over the tokens of the whole step."""
-    config = replace(QUIET, moe_aux_loss_coeff=0.3, moe_router_topk=2, moe_router_score_function=function)
-    router, x = make_router(config), inputs()
-    fractions = torch.rand(4, E, generator=torch.Generator().manual_seed(2))
-    context = training_context(tokens_per_step=4 * T, expert_fractions_LE=fractions)
-    gradient, routing = gradient_of_auxiliary_loss(router, x, context)
-    expected = 0.3 * E * (fractions[1].double() * distribution(router, x).sum(0) / (4 * T)).sum()
-    torch.testing.assert_close(routing.auxiliary_loss, expected, rtol=1e-6, atol=1e-9)
-    (wanted,) = torch.autograd.grad(expected, router.weight)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(routing.stats.score_sum_E, distribution(router, x).detach().sum(0), rtol=1e-9, atol=1e-9)
-
-
-def test_balance_loss_within_sequences() -> None:
-    config = replace(QUIET, moe_aux_loss_coeff=0.3, moe_router_topk=2, moe_router_load_balancing_type="seq_aux_loss")
+@pytest.mark.parametrize("kind, group", [("seq_aux_loss", None), ("aux_loss", None), ("aux_loss", 1), ("aux_loss", B)])
+def test_balance_loss_over_groups_of_sequences(kind: Any, group: int | None, function: Any) -> None:
+    config = replace(
+        QUIET, moe_aux_loss_coeff=0.3, moe_router_topk=2, moe_router_score_function=function,
+        moe_router_load_balancing_type=kind, moe_aux_loss_group_size=group,
+    )  # fmt: skip
     router, x = make_router(config), inputs()
     gradient, routing = gradient_of_auxiliary_loss(router, x, training_context(tokens_per_step=4 * T))
-    scores = distribution(router, x).view(B, S, E)
-    balances = []
-    for b in range(B):
-        load = torch.bincount(routing.ids_TK.view(B, -1)[b], minlength=E) / (S * 2)
-        balances.append(E * (load * scores[b].mean(0)).sum())
-    balance = torch.stack(balances)
+    balance = expected_balance(router, x, routing.ids_TK, group or 1)
     # A step of 4 such micro-batches has 4 B sequences, over which the balance is averaged.
-    expected = 0.3 * balance.sum() / (4 * B)
+    expected = 0.3 * balance / (4 * B)
     torch.testing.assert_close(routing.auxiliary_loss, expected, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(routing.stats.sequence_balance, balance.detach().sum(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(routing.stats.balance, balance.detach(), rtol=1e-6, atol=1e-9)
     (wanted,) = torch.autograd.grad(expected, router.weight)
     torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 6), st.integers(1, 5), st.data())
+def test_groups_that_lie_on_several_ranks_count_all_their_sequences(
+    batch: int, ranks: int, data: st.DataObject
+) -> None:
+    group = data.draw(st.sampled_from([n for n in range(1, batch * ranks + 1) if batch * ranks % n == 0]))
+    counts_BE = torch.randint(0, 9, (ranks * batch, E), generator=torch.Generator().manual_seed(batch))
+    gates = []
+    for own_BE in counts_BE.split(batch):
+        scores_BE = torch.rand(batch, E, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        ids_TK = torch.zeros(batch * S, 1, dtype=torch.int64)
+        gates.append(GateResult(torch.zeros(batch * S, 1), ids_TK, own_BE, scores_BE, torch.zeros(())))
+    sums_GE = counts_BE.view(-1, group, E).sum(1)
+    for rank, gate in enumerate(gates):
+        # A stand-in for the collective that all ranks enter with their own rows.
+        dp = SimpleNamespace(rank=rank, size=ranks, all_reduce=lambda t: t.copy_(counts_BE))
+        shares_BE = torch.stack([sums_GE[(rank * batch + b) // group] for b in range(batch)]).double() / (group * S)
+        expected = (shares_BE.double() * gate.score_sum_GE).sum() * E / S
+        torch.testing.assert_close(balance_sum(gate, group, dp), expected, rtol=1e-12, atol=0)
 
 
 def test_z_loss() -> None:
@@ -201,8 +219,7 @@ def test_z_loss() -> None:
 
 
 def test_losses_of_two_kinds_add_up_and_none_costs_nothing() -> None:
-    fractions = torch.full((2, E), 1 / E)
-    context = training_context(tokens_per_step=T, expert_fractions_LE=fractions)
+    context = training_context(tokens_per_step=T)
     balance, z_loss = {"moe_aux_loss_coeff": 0.5}, {"moe_z_loss_coeff": 0.1}
     single = [
         make_router(replace(QUIET, **options))(inputs(), context).auxiliary_loss
@@ -215,10 +232,11 @@ def test_losses_of_two_kinds_add_up_and_none_costs_nothing() -> None:
     assert make_router(replace(QUIET, moe_aux_loss_coeff=0.5))(inputs(), EVALUATION).auxiliary_loss is None
 
 
-def test_even_load_makes_a_balance_loss_of_one() -> None:
-    config = replace(QUIET, moe_aux_loss_coeff=1.0)
-    context = training_context(tokens_per_step=T, expert_fractions_LE=torch.full((2, E), 1 / E))
-    loss = make_router(config)(inputs(), context).auxiliary_loss
+def test_even_scores_make_a_balance_loss_of_one() -> None:
+    router = make_router(replace(QUIET, moe_aux_loss_coeff=1.0))
+    with torch.no_grad():
+        router.weight.zero_()
+    loss = router(inputs(), training_context(tokens_per_step=T)).auxiliary_loss
     torch.testing.assert_close(loss, torch.tensor(1.0, dtype=torch.float64), rtol=1e-6, atol=0)
 
 

@@ -255,7 +255,7 @@ def test_evaluation_between_steps_sees_the_updated_pool() -> None:
     (batch, *_) = micro_batches(setup, 0)
 
     def loss() -> float:
-        return evaluate(setup, [batch])
+        return evaluate(setup, [batch]).mean
 
     before = loss()
     _, state = train_step(setup, state, micro_batches(setup, 0))

@@ -1,0 +1,62 @@
+"""How wide the experts' output projections begin, so that an MoE layer starts as strong as a dense MLP.
+
+An expert's output is weighed by its score, near 1/E for a top-1 softmax, and an expert of width F / K has K times fewer
+neurons than the MLP it replaces. With the MLP's own spread the layer would begin up to E times weaker, and learn later
+for it. Outputs of different experts are independent at the start, so their variances add:
+
+    variance / MLP's = sum_k E[p_k^2] * F_expert / F * s^2
+
+with p_k the weights of the chosen experts. The spread of w2 is multiplied by the s that makes this 1. A shared expert and
+the routed ones divide the variance by their active widths. Only initial values change: nothing to know for an export.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.ops import reference
+
+#: Logits drawn to estimate E[p_k^2]; its relative error stays under 1 %.
+_SAMPLES, _FEWEST_TOKENS = 1 << 20, 4096
+
+
+class BranchScale(NamedTuple):
+    """Factors on the initial spread of output projections: routed experts' w2 and the shared expert's."""
+
+    routed: float
+    shared: float
+
+
+def router_init_std(config: PretrainConfig) -> float:
+    """Returns the spread of a router's initial weights."""
+    std = config.moe.moe_router_init_method_std
+    return config.model.init_method_std if std is None else std
+
+
+def branch_scale(config: PretrainConfig) -> BranchScale:
+    """Returns the factors that --moe-scale-output-init asks for."""
+    moe, mlp_size = config.moe, config.model.mlp_size
+    if not moe.moe_scale_output_init:
+        return BranchScale(1.0, 1.0)
+    # The router sees normalised tokens, of length sqrt(H).
+    logit_std = router_init_std(config) * config.model.hidden_size**0.5
+    squares = mean_squared_weights(
+        moe.num_experts, moe.moe_router_topk, moe.moe_router_score_function == "sigmoid", moe.pre_softmax, logit_std
+    )
+    active = moe.moe_router_topk * config.expert_ffn_size + (moe.moe_shared_expert_intermediate_size or 0)
+    ratio = mlp_size / max(active, 1)
+    return BranchScale(routed=(moe.moe_router_topk * ratio / squares) ** 0.5, shared=ratio**0.5)
+
+
+@lru_cache(maxsize=256)
+def mean_squared_weights(num_experts: int, topk: int, sigmoid: bool, pre_softmax: bool, logit_std: float) -> float:
+    """Returns sum_k E[p_k^2] over independent normal logits, estimated from a fixed sample."""
+    tokens = max(_SAMPLES // num_experts, _FEWEST_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    logits_TE = torch.empty(tokens, num_experts).normal_(generator=generator).mul_(logit_std)
+    probs_TK, *_ = reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, 1)
+    return float(probs_TK.double().square().sum(1).mean())
