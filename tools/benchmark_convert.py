@@ -49,7 +49,7 @@ class RandomModel:
             num_layers=max(1, round(num_bytes / LAYER_BYTES)), hidden_size=HIDDEN, ffn_hidden_size=FFN, swiglu=True,
             num_attention_heads=16, normalization="RMSNorm", position_embedding_type="rope", disable_bias_linear=True,
         )  # fmt: skip
-        moe = MoEConfig(expert_layout="moe", num_experts=EXPERTS, moe_router_topk=2)
+        moe = MoEConfig(expert_layout="moe", num_experts=EXPERTS, moe_router_topk=2, moe_ffn_hidden_size=model.mlp_size)
         config = PretrainConfig(
             model=model, moe=moe, training=TrainingConfig(bf16=True), data=DataConfig(mock_data=True)
         )

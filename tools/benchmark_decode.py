@@ -74,6 +74,7 @@ def make_checkpoint(options: argparse.Namespace) -> Path:
             init_method_std=0.05,  # spread enough that greedy text does not repeat one token
         ),
         moe=MoEConfig(options.expert_layout, num_experts=options.num_experts, moe_router_topk=options.topk,
+                      moe_ffn_hidden_size=options.ffn_hidden_size,
                       **({"num_expert_banks": options.num_expert_banks} if options.expert_layout == "samoe" else {})),
         data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
     )  # fmt: skip

@@ -55,11 +55,12 @@ def make_layer(
     config = PretrainConfig(
         model=ModelConfig(hidden_size=options.hidden_size, ffn_hidden_size=options.ffn_hidden_size,
                           num_attention_heads=8, swiglu=gated, disable_bias_linear=gated),
-        moe=MoEConfig(expert_layout="moe", num_experts=experts, moe_router_topk=topk),
+        moe=MoEConfig(expert_layout="moe", num_experts=experts, moe_router_topk=topk,
+                      moe_ffn_hidden_size=options.ffn_hidden_size),
     )  # fmt: skip
     layer = MoELayer(
-        config.moe, expert_shape(config), init_std=0.02, output_init_std=0.02, layer=0, moe_index=0, num_moe_layers=1,
-        shared_expert=None, state=state, dtype=dtype, dispatch_chunks=dispatch_chunks,
+        config.moe, expert_shape(config), init_std=0.02, output_init_std=0.02, router_init_std=0.02, layer=0,
+        moe_index=0, num_moe_layers=1, shared_expert=None, state=state, dtype=dtype, dispatch_chunks=dispatch_chunks,
     )  # fmt: skip
     parameters = dict(layer.named_parameters())
     initialize_parameters(parameters, state, seed=1)

@@ -53,6 +53,8 @@ def model_config(
 ) -> PretrainConfig:
     """Returns the benchmark's model; a SaMoE has a bank for four layers unless told otherwise."""
     expert_options = {} if layout == "dense" else {"expert_layout": layout, "num_experts": options.num_experts, **moe}
+    if layout != "dense":
+        expert_options.setdefault("moe_router_topk", 1)
     if layout == "samoe":
         expert_options.setdefault("num_expert_banks", max(1, options.num_layers // 4))
     return PretrainConfig(

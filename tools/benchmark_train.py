@@ -26,7 +26,8 @@ def make_config(options: argparse.Namespace, layout: str, dtype: str) -> Pretrai
         model=ModelConfig(num_layers=options.num_layers, hidden_size=options.hidden_size,
                           ffn_hidden_size=options.ffn_hidden_size, num_attention_heads=options.hidden_size // 64,
                           seq_length=options.seq_length, swiglu=options.swiglu, disable_bias_linear=options.swiglu),
-        moe=MoEConfig(expert_layout=layout, num_experts=options.num_experts, moe_router_topk=options.topk),
+        moe=MoEConfig(expert_layout=layout, num_experts=options.num_experts, moe_router_topk=options.topk,
+                      moe_ffn_hidden_size=options.moe_ffn_hidden_size or options.ffn_hidden_size),
         training=TrainingConfig(micro_batch_size=options.micro_batch_size,
                                 global_batch_size=options.micro_batch_size * options.num_micro_batches,
                                 bf16=dtype == "bf16"),
@@ -122,5 +123,6 @@ def add_parser(commands: Any) -> None:
                        ("vocab-size", 8192), ("hidden-size", 384), ("ffn-hidden-size", 1536), ("num-experts", 16),
                        ("topk", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--moe-ffn-hidden-size", type=int, help="width of an expert; the dense MLP's if not given")
     add_peer_options(parser)
     add_options(parser)

@@ -33,12 +33,13 @@ class MoEConfig:
     moe_aux_loss_group_size: int | None = None
     """Sequences over which aux_loss balances; consecutive ones of the global batch that are computed at the same time, so
     it must divide micro batch x data-parallel size. Derived if not given: 1, as seq_aux_loss."""
-    moe_aux_loss_coeff: float = 0.01
+    moe_aux_loss_coeff: float = 0.03
     """Weight of the load-balance loss."""
     moe_z_loss_coeff: float = 0.0
     """Weight of the router's z-loss (ST-MoE), 0 for none."""
     moe_router_init_method_std: float | None = None
-    """Standard deviation of initial router weights. Derived if not given: --init-method-std."""
+    """Standard deviation of initial router weights. Derived if not given: 1 / sqrt(hidden size), so that logits begin
+    with a spread of 1."""
     moe_scale_output_init: bool = True
     """Draw the experts' output projections so wide that an MoE layer begins as strong as the dense MLP: its experts are
     narrower and weighed by scores below 1."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_samoe.evaluation.measurements import ZeroShot, of_group
 from megatron_samoe.evaluation.run_groups import RunGroup, mean_sd
-from megatron_samoe.evaluation.run_summary import RunSummary, perplexity_text
+from megatron_samoe.evaluation.run_summary import RunSummary, entropy_text, perplexity_text
 
 
 def results_table(groups: Sequence[RunGroup]) -> list[list[str]]:
@@ -24,6 +24,7 @@ def results_table(groups: Sequence[RunGroup]) -> list[list[str]]:
             "checkpoint",
             "validation loss",
             "perplexity",
+            "load entropy",
             "peak memory/rank",
         ]
     ]
@@ -33,6 +34,7 @@ def results_table(groups: Sequence[RunGroup]) -> list[list[str]]:
         rows.append([
             group.name, str(len(group.runs)), group.tokens, *(f"{n / 1e6:.2f} M" for n in (count.total, count.expert, count.active)),
             f"{group.first.checkpoint_bytes / 1e6:.1f} MB", loss.text(4), perplexity_text(loss.mean),
+            entropy_text(run.least_load_entropy for run in group.runs),
             f"{max(memory) / 1e6:.0f} MB" if memory else "-",
         ])  # fmt: skip
     return rows

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ class RunSummary:
     def validation(self) -> dict[str, Any]:
         """The last record with a validation loss."""
         return next(r for r in reversed(self.records) if "validation_loss" in r)
+
+    @property
+    def least_load_entropy(self) -> float | None:
+        """The least load entropy of any layer in the last logged step; None for a dense model and for older runs."""
+        return self.trained[-1].get("least_load_entropy") if self.trained else None
 
     @property
     def num_tokens(self) -> int | None:
@@ -133,6 +139,7 @@ def summary_table(runs: list[RunSummary]) -> list[list[str]]:
             "checkpoint",
             "valid. loss",
             "perplexity",
+            "load entropy",
             "tokens/s",
             "peak memory/rank",
         ]
@@ -142,10 +149,17 @@ def summary_table(runs: list[RunSummary]) -> list[list[str]]:
         rows.append([
             run.name, f"{count.total / 1e6:.2f} M", f"{count.expert / 1e6:.2f} M", f"{count.active / 1e6:.2f} M",
             f"{run.checkpoint_bytes / 1e6:.1f} MB", f"{last['validation_loss']:.4f}",
-            perplexity_text(last["validation_loss"]), "-" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
+            perplexity_text(last["validation_loss"]), entropy_text([run.least_load_entropy]),
+            "-" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
             "-" if run.peak_memory_bytes is None else f"{run.peak_memory_bytes / 1e6:.0f} MB",
         ])  # fmt: skip
     return rows
+
+
+def entropy_text(entropies: Iterable[float | None]) -> str:
+    """Returns the least load entropy of some runs; a dash where none has any."""
+    known = [entropy for entropy in entropies if entropy is not None]
+    return f"{min(known):.2f}" if known else "-"
 
 
 def perplexity_text(loss: float) -> str:

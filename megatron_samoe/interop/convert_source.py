@@ -99,7 +99,7 @@ def open_source(directory: Path, wanted: str, ckpt_step: int | None = None, voca
         return Source(found, reader.directory, reader, _without_optimizer(reader))
     if found == "megatron":
         megatron = MegatronReader(directory, ckpt_step, vocab_size)
-        return Source(found, megatron.directory, megatron)
+        return Source(found, megatron.directory, megatron, tuple(megatron.notes))
     if ckpt_step is not None:
         raise ConfigError("--ckpt-step", ckpt_step, "a Hugging Face folder holds one model only")
     folder = HFSource(directory)

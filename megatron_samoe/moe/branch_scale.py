@@ -34,7 +34,7 @@ class BranchScale(NamedTuple):
 def router_init_std(config: PretrainConfig) -> float:
     """Returns the spread of a router's initial weights."""
     std = config.moe.moe_router_init_method_std
-    return config.model.init_method_std if std is None else std
+    return config.model.hidden_size**-0.5 if std is None else std
 
 
 def branch_scale(config: PretrainConfig) -> BranchScale:

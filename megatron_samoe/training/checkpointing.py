@@ -168,7 +168,7 @@ def _remark_on_rate(setup: TrainSetup, saved_config: Mapping[str, Any], iteratio
 
 
 def _remark_on_router(setup: TrainSetup, saved_config: Mapping[str, Any], directory: Path) -> None:
-    """Says so if routers are trained on otherwise than so far: which losses they follow is no part of the model."""
+    """Says so if routers are trained otherwise than so far: losses and rate are no part of the model."""
     current, before = to_mapping(setup.config)["moe"], saved_config.get("moe") or {}
     changed = [
         f"--{name.replace('_', '-')} {before[name]} there, {current[name]} here"
@@ -180,8 +180,14 @@ def _remark_on_router(setup: TrainSetup, saved_config: Mapping[str, Any], direct
         )
         if name in before and before[name] != current[name]
     ]
+    rate = setup.config.optimizer.moe_router_lr_mult
+    rate_before = (saved_config.get("optimizer") or {}).get(
+        "moe_router_lr_mult", 1.0
+    )  # 1 before there was such an option
+    if rate != rate_before:
+        changed.append(f"--moe-router-lr-mult {rate_before} there, {rate} here")
     if changed and setup.model.num_moe_layers:
-        logger.info(f"Routers go on under other losses than in the run in {directory}: {', '.join(changed)}")
+        logger.info(f"Routers go on otherwise than in the run in {directory}: {', '.join(changed)}")
 
 
 def _refuse_unexpected(

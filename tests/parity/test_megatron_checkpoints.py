@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import re
 import types
 import warnings
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_samoe.interop.megatron import MegatronLayout, MegatronStyle, plan_export, write_export
+from megatron_samoe.interop.megatron.arguments import UNSUPPORTED
 from megatron_samoe.interop.megatron.rank_files import FILE_NAME
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
 from tests.unit.interop.memory_source import MemorySource, logits, new_source
@@ -30,6 +33,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state as mpu
+    from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.tensor_parallel import random as megatron_random
@@ -163,3 +167,41 @@ def test_names_of_transformer_engine_are_megatrons_own_translation(tmp_path: Pat
     for ours, theirs in translation.items():
         local = {key.replace(ours, theirs) for key in local}
     assert local == fused
+
+
+#: Options of megatron-core's configuration that an import reads, under the names of Megatron-LM's arguments.
+READ = {
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
+    "hidden_dropout", "attention_dropout", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "gated_linear_unit",
+    "activation_func", "num_moe_experts", "normalization", "qk_layernorm", "init_method_std", "bias_activation_fusion",
+    "moe_shared_expert_intermediate_size", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_load_balancing_type",
+    "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+    "moe_input_jitter_eps", "moe_expert_capacity_factor", "moe_token_drop_policy",
+}  # fmt: skip
+#: Options without effect on what a trained model computes, up to rounding: of training, layouts, kernels and memory.
+WITHOUT_EFFECT = re.compile(
+    r"mtp_loss_scaling_factor|num_layers_in_|pipeline_model_parallel_layout|account_for_|attention_backend|fp32_residual"
+    r"|activation_func_fp8|qk_clip|log_max|test_mode|calculate_per_token_loss|dsa_indexer_(n_heads|head_dim|loss|use)"
+    r"|linear_(conv|key|value|num)|init_method$|output_layer_init_method|embedding_init|init_model_with_meta|apply_query_key"
+    r"|attention_softmax_in_fp32|disable_bf16|_fusion|persist_layer_norm|memory_efficient|use_fused_weighted|fused_single"
+    r"|recompute|distribute_saved|^fp8$|fp8_(recipe|quant|margin|interval|amax|wgrad|dot|multi)|tp_only_amax|first_last_layers"
+    r"|num_layers_at_|kitchen_attention_backend|use_kitchen_attention|^fp4$|fp4_(recipe|quant)|shared_expert_overlap|replay"
+    r"|router_padding|router_dtype|bias_update_rate|moe_grouped_gemm|legacy_grouped|token_dropping|dispatcher|deepep|hybridep"
+    r"|per_layer_logging|moe_pad_expert|cp_comm_type|cuda_graph|clone_scatter|disable_parameter|config_logger|flash_decode"
+    r"|batch_invariant|use_te_activation|inference_|symmetric_ar|use_inference|mamba_|mlp_chunks|hetereogenous_dist"
+    r"|transformer_impl|offload"
+)
+OTHER_NAME = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
+
+
+def test_every_option_of_megatron_core_is_read_refused_or_without_effect() -> None:
+    """A new option of Megatron must be put into one of the three before a model that uses it can be imported wrongly."""
+    inherited = {f.name for f in dataclasses.fields(ModelParallelConfig)}
+    names = [f.name for f in dataclasses.fields(TransformerConfig) if f.name not in inherited]
+    assert len(names) > 150
+    refused = set(UNSUPPORTED)
+    unknown = [
+        name for name in names
+        if name not in READ and OTHER_NAME.get(name, name) not in refused and not WITHOUT_EFFECT.search(name)
+    ]  # fmt: skip
+    assert not unknown

@@ -56,6 +56,7 @@ def _number_ranges(config: PretrainConfig, world_size: int) -> Problems:
                   "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
                   "moe_router_init_method_std": moe.moe_router_init_method_std,
                   "moe_router_lr_mult": optimizer.moe_router_lr_mult,
+                  "moe_output_lr_mult": optimizer.moe_output_lr_mult,
                   "samoe_bank_lr_mult": optimizer.samoe_bank_lr_mult,
                   "samoe_coefficient_lr_mult": optimizer.samoe_coefficient_lr_mult,
                   "exit_duration_in_mins": training.exit_duration_in_mins, "loss_scale": training.loss_scale,

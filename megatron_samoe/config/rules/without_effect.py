@@ -46,7 +46,7 @@ def _expert_options(config: PretrainConfig, world_size: int) -> Problems:
                  "moe_router_init_method_std", "moe_scale_output_init")  # fmt: skip
         needed = "needs --expert-layout moe or samoe, not dense"
         yield from _changed(moe, default, names, needed)
-        yield from _changed(config.optimizer, OptimizerConfig(), ("moe_router_lr_mult",), needed)
+        yield from _changed(config.optimizer, OptimizerConfig(), ("moe_router_lr_mult", "moe_output_lr_mult"), needed)
     if moe.moe_router_load_balancing_type == "none":
         needed = "has no use with --moe-router-load-balancing-type none"
         yield from _changed(moe, default, ("moe_aux_loss_coeff",), needed)

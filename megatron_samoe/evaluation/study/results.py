@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.evaluation.run_summary import read_run
+from megatron_samoe.evaluation.run_summary import entropy_text, read_run
 from megatron_samoe.evaluation.study.definition import Run, Study, Variant
 from megatron_samoe.evaluation.study.runner import last_validation
 from megatron_samoe.models.accounting import ParameterCount, count_parameters
@@ -52,6 +52,7 @@ class VariantResult:
         sd: standard deviation over seeds, with n - 1; nan for one.
         difference: from the baseline; None for the baseline.
         tokens_per_s: median over seeds of training's; None where nothing was trained.
+        least_load_entropy: of any layer and seed after training; None without experts.
     """
 
     name: str
@@ -65,6 +66,7 @@ class VariantResult:
     difference: Difference | None
     tokens_per_s: float | None
     peak_memory_bytes: int | None
+    least_load_entropy: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; nan becomes null."""
@@ -98,6 +100,7 @@ def _result(
         None if variant.name == study.baseline else paired_difference(losses, baseline),
         statistics.median(s.tokens_per_s for s in summaries) if trained else None,
         max(s.peak_memory_bytes for s in summaries) if trained else None,
+        min((s.least_load_entropy for s in summaries if s.least_load_entropy is not None), default=None),
     )  # fmt: skip
 
 
@@ -116,11 +119,13 @@ def _loss(run: Run) -> float:
 
 def results_table(study: Study, results: Sequence[VariantResult]) -> list[list[str]]:
     """Returns rows of text, the first the heading."""
-    rows = [["model", "parameters", "expert", "active", "valid. loss", "sd", f"from {study.baseline}", "tokens/s"]]
+    rows = [["model", "parameters", "expert", "active", "valid. loss", "sd", f"from {study.baseline}",
+             "load entropy", "tokens/s"]]  # fmt: skip
     for r in results:
         rows.append([
             r.name, *(f"{n / 1e6:.2f} M" for n in (r.total_parameters, r.expert_parameters, r.active_parameters)),
             f"{r.mean:.4f}", "-" if math.isnan(r.sd) else f"{r.sd:.4f}", _shown(r.difference),
+            entropy_text([r.least_load_entropy]),
             "-" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}",
         ])  # fmt: skip
     return rows

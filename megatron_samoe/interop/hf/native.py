@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 
+import torch
+
+from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
+from megatron_samoe.errors import CheckpointError
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import RankModel, compute_dtype
 from megatron_samoe.parallel_state.state import single_process_state
+
+#: Options of a run that computes in a precision.
+_PRECISION = {torch.float32: {}, torch.bfloat16: {"bf16": True}, torch.float16: {"fp16": True}}
 
 
 @dataclass(frozen=True)
@@ -59,3 +66,52 @@ class NativeModel:
         config = replace(self.config, parallel=ParallelConfig())
         model = RankModel(config, self.vocab_size, single_process_state("meta"), compute_dtype(config))
         return {name: StoredTensor(tuple(p.shape), p.dtype) for name, p in model.global_parameters().items()}
+
+
+def model_alone(config: PretrainConfig) -> PretrainConfig:
+    """Returns what of a configuration counts for its model: not where its run got its data, nor its layout or batch."""
+    return PretrainConfig(model=config.model, moe=config.moe, data=DataConfig(mock_data=True))
+
+
+def lossless_precision(
+    native: NativeModel, stored: Iterable[tuple[str, str, torch.dtype]], where: str
+) -> tuple[PretrainConfig, list[str]]:
+    """Returns the configuration with the least precision in which none of the stored weights is rounded.
+
+    Args:
+        stored: native name, name in the files, and dtype of each tensor.
+        where: the files, for messages.
+
+    Returns:
+        The configuration, and a line that says so where tensors of a wider dtype decided.
+
+    Raises:
+        CheckpointError: a tensor has a dtype in which no model computes.
+    """
+    half = replace(native, config=_in_precision(native.config, torch.bfloat16))
+    # Routers and a pool are fp32 whatever the precision, and decide nothing.
+    free = {name for name, tensor in half.tensors.items() if tensor.dtype == torch.bfloat16}
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for name, foreign, dtype in stored:
+        if dtype not in _PRECISION:
+            raise CheckpointError(f"{where}: {foreign} has dtype {_shown(dtype)}; save it as fp32, bf16 or fp16.")
+        if name in free:
+            by_dtype.setdefault(dtype, []).append(foreign)
+    dtype = reduce(torch.promote_types, by_dtype)
+    notes = []
+    if len(by_dtype) > 1:
+        counts = ", ".join(f"{len(names)} of {_shown(kind)} ({names[0]}, ...)" for kind, names in by_dtype.items())
+        notes.append(
+            f"Its weights have several precisions: {counts}. They become {_shown(dtype)}, which rounds none; "
+            "--dtype bf16 would round the wider ones."
+        )
+    return _in_precision(native.config, dtype), notes
+
+
+def _in_precision(config: PretrainConfig, dtype: torch.dtype) -> PretrainConfig:
+    flags = {"bf16": False, "fp16": False, **_PRECISION[dtype]}
+    return replace(config, training=replace(config.training, **flags))
+
+
+def _shown(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -20,14 +20,13 @@ from megatron_samoe.interop.edited_model import FRACTIONS
 from megatron_samoe.interop.hf.families import FAMILIES, Family
 from megatron_samoe.interop.hf.families.reading import number
 from megatron_samoe.interop.hf.folder import CONFIG, HFFolder
-from megatron_samoe.interop.hf.native import NativeModel
+from megatron_samoe.interop.hf.native import NativeModel, lossless_precision, model_alone
 from megatron_samoe.interop.hf.parts import Constant, Part, join, parts_of
 from megatron_samoe.interop.hf.sidecar import SIDECAR, Remembered, read_sidecar
 from megatron_samoe.optimizer.mixed_precision import LossScale
 
 #: The output matrix, which files may hold although it is the embedding.
 _HEADS = ("lm_head.weight", "embed_out.weight")
-_PRECISION = {torch.float32: {}, torch.bfloat16: {"bf16": True}, torch.float16: {"fp16": True}}
 
 
 class HFSource:
@@ -54,7 +53,7 @@ class HFSource:
         native = derived if remembered is None else remembered.native
         self._parts = list(self.family.parts(native))
         self._stored = self._located(tied=not native.model.untie_embeddings_and_output_weights)
-        self.native = replace(native, config=self._with_precision(native.config))
+        self.native = replace(native, config=self._with_precision(native))
         validate(model_alone(self.native.config), 1)
         self._parts_of = parts_of(self._parts)
         self._fractions_LE = self._expert_fractions(remembered)
@@ -76,7 +75,11 @@ class HFSource:
         return self.folder.read(self._stored[name])
 
     def _located(self, tied: bool) -> dict[str, str]:
-        """Returns under which name the folder has each part, after checking that it has all of them and no others."""
+        """Returns under which name the folder has each part, after checking that it has all of them and no others.
+
+        Raises:
+            CheckpointError: a tensor is missing, of another shape or kind, or has no place in the model.
+        """
         have, where = self.folder.tensors, self.folder.directory
         located: dict[str, str] = {}
         for part in self._parts:
@@ -92,8 +95,15 @@ class HFSource:
                 raise CheckpointError(
                     f"{where}: {names[0]} is {list(have[names[0]].shape)}; its {CONFIG} says {list(part.shape)}."
                 )
+            if not have[names[0]].dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{where}: {names[0]} holds {str(have[names[0]].dtype).removeprefix('torch.')} values, which are no weights "
+                    "(quantized weights are not read)."
+                )
             if isinstance(part, Constant) and not bool((self.folder.read(names[0]) == part.value).all()):
                 raise CheckpointError(f"{where}: {names[0]} is not {part.value:g} everywhere, and {part.why}.")
+        if tied:
+            self._refuse_another_head(located)
         known = set(located.values())
         others = [
             n for n in have if n not in known and not n.endswith(self.family.ignored) and not (tied and n in _HEADS)
@@ -105,18 +115,27 @@ class HFSource:
             )
         return located
 
-    def _with_precision(self, config: PretrainConfig) -> PretrainConfig:
-        """Returns the configuration with the precision that the embedding is stored in."""
-        embedding = next(p for p in self._parts if isinstance(p, Part) and p.native == "embedding.word.weight")
-        dtype = self.folder.tensors[self._stored[embedding.name]].dtype
-        if dtype not in _PRECISION:
-            raise CheckpointError(
-                f"{self.folder.directory}: weights of dtype {dtype} are not known; save them as bf16."
-            )
-        flags = {"bf16": False, "fp16": False, **_PRECISION[dtype]}
-        if flags["fp16"] == config.training.fp16 and flags["bf16"] == config.training.bf16:
-            return config
-        return replace(config, training=replace(config.training, **flags))
+    def _refuse_another_head(self, located: Mapping[str, str]) -> None:
+        """Raises CheckpointError where files of a tied model hold an output matrix that is not its embedding."""
+        embedding = next(p.name for p in self._parts if isinstance(p, Part) and p.native == "embedding.word.weight")
+        for head in _HEADS:
+            if head in self.folder.tensors:
+                own, words = self.folder.read(head), self.folder.read(located[embedding])
+                if own.shape != words.shape or not torch.equal(own.float(), words.float()):
+                    raise CheckpointError(
+                        f"{self.folder.directory}: {head} differs from {located[embedding]}, though its {CONFIG} ties the two "
+                        "(tie_word_embeddings is true). Set it to false if the head is meant, or remove the tensor."
+                    )
+
+    def _with_precision(self, native: NativeModel) -> PretrainConfig:
+        """Returns the configuration with the least precision in which no weight is rounded; says where that is not the
+        precision of all."""
+        kinds = {p.name: self.folder.tensors[self._stored[p.name]].dtype for p in self._parts if isinstance(p, Part)}
+        natives = {p.name: p.native for p in self._parts if isinstance(p, Part)}
+        config, wider = lossless_precision(native, [(natives[name], name, dtype) for name, dtype in kinds.items()],
+                                           str(self.folder.directory))  # fmt: skip
+        self.notes += wider
+        return config
 
     def _expert_fractions(self, remembered: Remembered | None) -> Tensor | None:
         """Returns the experts' loads that training goes on from; uniform where they are not known."""
@@ -158,11 +177,6 @@ def derived_model(family: Family, config: Mapping[str, Any]) -> NativeModel:
     # Whoever trains on gives data of his own; a configuration must name some.
     base = replace(PretrainConfig(), data=DataConfig(mock_data=True, vocab_size=vocab_size))
     return NativeModel(apply_mapping(base, options, CONFIG), vocab_size)
-
-
-def model_alone(config: PretrainConfig) -> PretrainConfig:
-    """Returns what of a configuration counts for its model: not where its run got its data, nor its layout or batch."""
-    return PretrainConfig(model=config.model, moe=config.moe, data=DataConfig(mock_data=True))
 
 
 def _same_model(family: Family, remembered: Remembered, derived: NativeModel) -> bool:

@@ -25,6 +25,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "experimental_attention_variant": (None,), "is_hybrid_model": (False, None), "softmax_type": ("vanilla-softmax", "vanilla", None),
     "apply_residual_connection_post_layernorm": (False, None), "no_rope_freq": (None,),
     "moe_apply_probs_on_input": (False, None), "add_position_embedding": (True, None),
+    "glu_linear_offset": (0.0, None), "activation_func_clamp_value": (None,), "softmax_scale": (None,),
+    "layernorm_zero_centered_gamma": (False, None), "linear_attention_freq": (None,), "mrope_section": (None,),
+    "moe_router_group_topk": (None,), "moe_router_topk_limited_devices": (None,),
+    "moe_router_force_load_balancing": (False, None), "heterogeneous_block_specs": (False, None), "spec": (None,),
+    "rope_type": ("rope", None), "fp8_param": (False, None), "fp4_param": (False, None), "quant_recipe": (None,),
+    "use_kitchen": (False, None), "window_attn_skip_freq": (None,), "dsa_indexer_topk": (None,),
 }  # fmt: skip
 
 
@@ -56,7 +62,7 @@ def to_arguments(config: PretrainConfig, vocab_size: int, padded: int) -> argpar
         "padded_vocab_size": padded, "bf16": config.training.bf16, "fp16": config.training.fp16,
         "tokenizer_type": config.data.tokenizer_type, "tokenizer_model": config.data.tokenizer_model,
         "vocab_file": config.data.vocab_file, "merge_file": config.data.merge_file,
-        "data_parallel_random_init": False, "num_experts": None,
+        "data_parallel_random_init": False, "num_experts": None, "bias_gelu_fusion": True,
     }  # fmt: skip
     if moe.expert_layout != "dense":
         values |= _moe_arguments(config)
@@ -171,6 +177,8 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
         moe_router_score_function="sigmoid" if sigmoid else "softmax",
         moe_router_pre_softmax=None if pre_softmax == (topk == 1) else pre_softmax,
         moe_router_load_balancing_type=balancing, moe_aux_loss_coeff=coefficient,
+        moe_expert_capacity_factor=get("moe_expert_capacity_factor"),
+        moe_token_drop_policy=get("moe_token_drop_policy", "probs") if get("moe_expert_capacity_factor") else "probs",
         moe_z_loss_coeff=get("moe_z_loss_coeff", 0.0), moe_input_jitter_eps=get("moe_input_jitter_eps", 0.0),
         moe_shared_expert_intermediate_size=get("moe_shared_expert_intermediate_size"),
     )  # fmt: skip
@@ -187,5 +195,8 @@ def _refuse_unsupported(args: argparse.Namespace, where: str) -> None:
         value = getattr(args, name, None)
         if value is not None and value not in known:
             wrong.append(f"{name} is {value!r}")
+    exact_gelu = getattr(args, "bias_gelu_fusion", True) is False and not getattr(args, "openai_gelu", False)
+    if exact_gelu and not getattr(args, "swiglu", False):
+        wrong.append("bias_gelu_fusion is False (exact GELU; this program computes its tanh form)")
     if wrong:
         raise CheckpointError(f"{where} is of a model that this program cannot compute: {', '.join(wrong)}.")

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.cli import to_mapping
+from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.interop.hf.native import NativeModel
+from megatron_samoe.interop.hf.native import NativeModel, lossless_precision, model_alone
 from megatron_samoe.interop.megatron.arguments import from_arguments
 from megatron_samoe.interop.megatron.names import MegatronStyle, Part, ep_rank_of, key_of, parts_of
 from megatron_samoe.interop.megatron.rank_files import (
@@ -63,6 +64,9 @@ class MegatronReader:
         directory: the folder with latest_checkpointed_iteration.txt, or one iteration's.
         vocab_size: tokens that exist; what the checkpoint says, or the padded size, if not given.
 
+    Attributes:
+        notes: lines that a user should know.
+
     Raises:
         CheckpointError: it is none, is damaged or incomplete, or of a model that this program cannot compute.
         ConfigError: `vocab_size` does not fit.
@@ -85,9 +89,9 @@ class MegatronReader:
         vocab = vocab_size or getattr(args, "vocab_size", None) or padded
         if not 0 < vocab <= padded:
             raise ConfigError("--vocab-size", vocab, f"must be from 1 to the {padded} rows of {self.directory}")
+        validate(model_alone(config), 1)
         self._native = NativeModel(config, vocab)
         self._padded = padded
-        self.config: Mapping[str, Any] = to_mapping(config)
         iteration, samples = int(first.get("iteration", 0)), int(getattr(args, "consumed_train_samples", 0) or 0)
         self.train_state: Mapping[str, Any] = {
             "iteration": iteration, "consumed_samples": samples,
@@ -96,10 +100,10 @@ class MegatronReader:
         self._open = _OpenFiles()
         self._parts = {name: self._find(name, stored) for name, stored in self._native.tensors.items()}
         self._refuse_rest()
-        self.tensors: Mapping[str, StoredTensor] = {
-            name: StoredTensor(self._native.tensors[name].shape, next(iter(found.values())).dtype)
-            for name, (_, found) in self._parts.items()
-        }
+        stored = [(name, e.key, e.dtype) for name, (_, found) in self._parts.items() for e in found.values()]
+        config, self.notes = lossless_precision(self._native, stored, str(self.directory))
+        self.config: Mapping[str, Any] = to_mapping(config)
+        self.tensors: Mapping[str, StoredTensor] = NativeModel(config, vocab).tensors
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor, put together from all ranks' files."""

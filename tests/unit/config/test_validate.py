@@ -137,6 +137,8 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"moe_router_topk": 3, **MOE}, 1, "--moe-ffn-hidden-size", "--moe-router-topk 3 does not divide"),
     ({"moe_router_lr_mult": 0.0, **MOE}, 1, "--moe-router-lr-mult", "above 0"),
     ({"moe_router_lr_mult": 0.5}, 1, "--moe-router-lr-mult", "--expert-layout moe or samoe"),
+    ({"moe_output_lr_mult": -1.0, **MOE}, 1, "--moe-output-lr-mult", "above 0"),
+    ({"moe_output_lr_mult": 2.0}, 1, "--moe-output-lr-mult", "--expert-layout moe or samoe"),
     ({"samoe_bank_lr_mult": float("nan"), **SAMOE}, 1, "--samoe-bank-lr-mult", "above 0"),
     ({"samoe_bank_lr_mult": 2.0, **MOE}, 1, "--samoe-bank-lr-mult", "--expert-layout samoe, not moe"),
     ({"samoe_coefficient_lr_mult": 0.0, **SAMOE}, 1, "--samoe-coefficient-lr-mult", "above 0"),
@@ -221,10 +223,10 @@ def test_legal_configurations_pass(options: dict[str, Any], world_size: int) -> 
     assert errors_of(options, world_size) == []
 
 
-@pytest.mark.parametrize("name", ["quickstart", "samoe_tiny"])
-def test_small_examples_can_be_shortened(name: str) -> None:
+@pytest.mark.parametrize(("name", "world_size"), [("quickstart", 1), ("samoe_tiny", 2)])
+def test_small_examples_can_be_shortened(name: str, world_size: int) -> None:
     config = from_mapping(read_yaml(EXAMPLES / f"{name}.yaml"), name)
-    validate(with_options(config, train_iters=5, data_path=("x",), tokenizer_model="x.model"), 2)
+    validate(with_options(config, train_iters=5, data_path=("x",), tokenizer_model="x.model"), world_size)
 
 
 def test_all_broken_rules_are_reported_together() -> None:

@@ -49,6 +49,7 @@ def write_metrics(folder: Path, loss: float, experts: bool, banks: bool, speed: 
         if i % 2 == 0:
             record |= {"validation_loss": loss + 1 / i, "validation_perplexity": math.exp(loss + 1 / i)}
         if experts:
+            record["least_load_entropy"] = loss / 3 + i / 100
             record["expert_load"] = [[0.25] * 4, [1.0, 0.0, 0.0, 0.0]]
             record["expert_grad_norm"] = [[float(i)] * 4, [0.0, 0.0, 2.0 * i, 2.0 * i]]
         if banks:
@@ -181,8 +182,9 @@ def test_large_costs_are_whole_numbers(runs_dir: Path) -> None:
 def test_tables_have_the_figures_of_the_records(runs_dir: Path) -> None:
     groups = group_runs([read_run(path) for path in folders(runs_dir)])
     results = {row[0]: row for row in results_table(groups)}
-    assert results["moe"][7] == "2.5500 ± 0.1414" and results["moe"][9] == "4 MB"
-    assert results["samoe one bank"][7] == "2.7500" and results["samoe one bank"][9] == "-"
+    assert results["moe"][7] == "2.5500 ± 0.1414" and results["moe"][9:] == ["0.77", "4 MB"]
+    assert results["samoe one bank"][7] == "2.7500" and results["samoe one bank"][9:] == ["-", "-"]
+    assert results["dense"][9] == "-"
     speeds = {row[0]: row for row in speed_table(groups)}
     # Without each start's first interval: 200, 300, 400, for both seeds.
     assert speeds["moe"][1:4] == ["300", "225 to 375", "6"]

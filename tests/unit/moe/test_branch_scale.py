@@ -45,7 +45,7 @@ def test_an_moe_layer_begins_as_strong_as_the_dense_mlp(experts: int, topk: int,
     dense = dense_rms()
     assert branch_rms(layout, **options) == pytest.approx(dense, rel=0.1)
     without = branch_rms(layout, **options, moe_scale_output_init=False)
-    assert without < 0.75 * dense, "the MLP's own spread begins too weak"
+    assert without < 0.92 * dense, "the MLP's own spread begins too weak"
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,13 @@ def test_matrices_decay_and_nothing_else(layout: str) -> None:
     config = tiny_config(layout, qk_layernorm=True)
     model = RankModel(config, VOCAB_SIZE, single_process_state("meta"), torch.float32)
     named = model.global_parameters()
-    groups = build_param_groups(named, replace(CONFIG, samoe_coefficient_lr_mult=5.0))
+    rates = {
+        "samoe_coefficient_lr_mult": 5.0,
+        "moe_router_lr_mult": 7.0,
+        "samoe_bank_lr_mult": 11.0,
+        "moe_output_lr_mult": 13.0,
+    }
+    groups = build_param_groups(named, replace(CONFIG, **rates))
     names = [name for group in groups for name in group.names]
     assert sorted(names) == sorted(named), "each parameter is in one group"
     for group in groups:
@@ -134,7 +140,10 @@ def test_matrices_decay_and_nothing_else(layout: str) -> None:
             vector = name.endswith(("bias", ".b1", ".b2")) or "norm." in name
             coefficient = name.endswith("moe.combination")
             assert group.weight_decay == (0.0 if vector or coefficient else 0.3), name
-            assert group.lr_mult == (5.0 if coefficient else 1.0), name
+            expected = 5.0 if coefficient else 7.0 if ".moe.router." in name else 1.0
+            expected *= 11.0 if name.startswith("expert_pool.") else 1.0
+            expected *= 13.0 if name.endswith(("bank.w2", "experts.w2")) else 1.0
+            assert group.lr_mult == expected, name
 
 
 def test_the_first_rule_that_matches_holds() -> None:
