@@ -18,7 +18,7 @@ from megatron_samoe.interop.edited_model import open_checkpoint
 from megatron_samoe.interop.hf.source import HFSource
 from megatron_samoe.interop.megatron import MegatronReader
 from megatron_samoe.interop.megatron.rank_files import FILE_NAME
-from tests.harness.tiny import tiny_config
+from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.unit.interop.memory_source import new_source
 
 Change = Callable[[dict[str, torch.Tensor]], None]
@@ -58,7 +58,7 @@ def test_a_bf16_embedding_does_not_round_wider_weights(wide: str, native: str, t
     assert "several precisions" in source.notes[0] and "of float32" in source.notes[0]
     assert torch.equal(source.read(native), original.read(native))
     words, rounded = source.read("embedding.word.weight"), original.read("embedding.word.weight").bfloat16().float()
-    assert torch.equal(words, rounded), "the narrow ones keep their values"
+    assert torch.equal(words[:VOCAB_SIZE], rounded[:VOCAB_SIZE]), "the narrow ones keep their values"
 
 
 def test_weights_of_one_precision_keep_it_without_a_word(tmp_path: Path) -> None:
