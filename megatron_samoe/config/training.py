@@ -45,7 +45,8 @@ class TrainingConfig:
     deterministic_mode: bool = False
     """Refuse operations that are not deterministic (bitwise equal runs on the same layout)."""
     num_threads: int | None = None
-    """CPU threads per rank. Derived if not given: cores divided by the ranks of this host."""
+    """CPU threads per rank. Derived if not given: OMP_NUM_THREADS, which under torchrun counts if it is not 1, else cores
+    divided by the ranks of this host."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+import signal
+import sys
 from datetime import timedelta
 
 import torch
@@ -64,6 +67,7 @@ def initialize_distributed(config: ParallelConfig, device: torch.device) -> None
     """
     if dist.is_initialized() or world_size_from_environment() == 1:
         return
+    die_with_launcher()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "gloo":
         # All ranks of a one-host job can talk over loopback even where the host's name does not resolve.
@@ -79,6 +83,20 @@ def initialize_distributed(config: ParallelConfig, device: torch.device) -> None
         ) from error
 
 
+def die_with_launcher() -> None:
+    """Makes Linux kill this process when the torchrun that started it ends, in whatever way.
+
+    A rank that outlived a killed torchrun would train on beside the job that takes its place. Checkpoints are renamed
+    when they are whole, so no moment is a bad one.
+    """
+    if not (sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ):
+        return
+    set_parent_death_signal, parent = 1, os.getppid()
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended just before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def is_communication_failure(error: RuntimeError) -> bool:
     """Whether torch raised because another rank died, hung or could not be reached."""
     return (
@@ -92,12 +110,20 @@ def set_num_threads(num_threads: int | None) -> int:
     Ranks that together use more threads than cores run at half speed: OpenMP barriers wait for descheduled threads.
 
     Args:
-        num_threads: as configured; None for the host's cores divided by its ranks.
+        num_threads: as configured; None for those of OMP_NUM_THREADS, else the host's cores divided by its ranks.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    threads = num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = num_threads or _omp_num_threads() or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     return threads
+
+
+def _omp_num_threads() -> int | None:
+    """Returns what OMP_NUM_THREADS asks for; None where it asks for nothing, or torchrun may have set it."""
+    given = re.match(r"\s*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))
+    if given is None or (given[1] == "1" and "LOCAL_WORLD_SIZE" in os.environ):
+        return None  # torchrun sets 1 where nobody chose
+    return int(given[1])
 
 
 def keep_freed_memory() -> bool:

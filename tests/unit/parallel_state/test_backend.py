@@ -50,3 +50,33 @@ def test_ranks_of_another_launcher_do_not_train_alone(name: str, monkeypatch: py
         backend.world_size_from_environment()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert backend.world_size_from_environment() == 4
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "threads"),
+    [
+        ({}, None, 6),
+        ({"OMP_NUM_THREADS": "4"}, None, 4),
+        ({"OMP_NUM_THREADS": "1"}, None, 1),
+        ({"OMP_NUM_THREADS": "4,2"}, None, 4),
+        ({"OMP_NUM_THREADS": "many"}, None, 6),
+        ({"OMP_NUM_THREADS": "4"}, 3, 3),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, None, 3),
+        ({"OMP_NUM_THREADS": "2", "LOCAL_WORLD_SIZE": "2"}, None, 2),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"}, 1, 1),
+        ({"LOCAL_WORLD_SIZE": "12"}, None, 1),
+    ],
+)
+def test_threads_are_those_that_somebody_chose(
+    environment: dict[str, str], asked: int | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(backend.os, "sched_getaffinity", lambda _: set(range(6)))
+    before = torch.get_num_threads()
+    try:
+        assert backend.set_num_threads(asked) == threads == torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
