@@ -159,7 +159,7 @@ def _refuse_foreign(root: Path, flag: str = "--load") -> None:
     entries = sorted(
         p.name
         for p in root.iterdir()
-        if not re.fullmatch(r"\.iter_\d+\.(unfinished|replaced|deleted)|\..*\.tmp", p.name)
+        if not re.fullmatch(r"\.iter_\d+\.(unfinished|replaced|deleted)|\..*\.tmp|\.lock", p.name)
     )
     if entries:
         raise CheckpointError(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
 from megatron_samoe.dist_checkpointing.store import probe_save_dir, whole_iterations
 from megatron_samoe.errors import CheckpointError, CommunicationError, MegatronSamoeError
@@ -56,10 +57,12 @@ class Trainer:
         """Trains and returns the last state; it has been saved if there is a place to save to.
 
         Raises:
+            CheckpointError: another run writes to the same folder, or it cannot be written to.
             CommunicationError: another rank died or hung; the last checkpoint is intact.
         """
         try:
-            return self._run()
+            with self._owned_folder():
+                return self._run()
         except RuntimeError as error:
             if not is_communication_failure(error):
                 raise
@@ -68,6 +71,23 @@ class Trainer:
                 f"Rank {parallel.rank} of {parallel.world_size} lost another rank while {self.doing}: "
                 f"{str(error).splitlines()[0]} The last checkpoint is intact."
             ) from error
+
+    @contextlib.contextmanager
+    def _owned_folder(self) -> Iterator[None]:
+        """Keeps other runs away from --save; all ranks raise the same where that fails."""
+        root = self.config.checkpoint.save
+        with contextlib.ExitStack() as stack:
+            problem = None
+            if root is not None and not self.config.training.skip_train and self.setup.parallel.rank == 0:
+                try:
+                    probe_save_dir(root)
+                    stack.enter_context(folder_lock(root))
+                except CheckpointError as error:
+                    problem = str(error)
+            problem = self.setup.parallel.world.all_gather_object(problem)[0]
+            if problem is not None:
+                raise CheckpointError(problem, collective=True)
+            yield
 
     def _run(self) -> TrainState:
         state = self._start()
@@ -100,8 +120,6 @@ class Trainer:
 
     def _start(self) -> TrainState:
         state = initial_state(self.setup)
-        if self.config.checkpoint.save is not None and self.setup.parallel.rank == 0:
-            probe_save_dir(self.config.checkpoint.save)
         self._warn_of_starting_again()
         found = find_run(self.setup)
         if found is None:

@@ -1,0 +1,85 @@
+"""One run at a time writes to a folder of checkpoints.
+
+The lock is the kernel's (flock), so it ends with its process however that ends, and holds between hosts where the file
+system carries locks (NFS, Lustre with -o flock, and most others). The file tells others who holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.log import logger
+
+NAME = ".lock"
+_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@contextlib.contextmanager
+def folder_lock(root: str | Path) -> Iterator[None]:
+    """Holds a folder, which is there and can be written to.
+
+    Raises:
+        CheckpointError: another process holds it; the message says which, where and since when.
+    """
+    handle = _acquire(Path(root) / NAME)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if handle is not None:
+                os.unlink(Path(root) / NAME)  # while it is held: whoever waits on this file finds that it is gone
+        if handle is not None:
+            os.close(handle)
+
+
+def _acquire(path: Path) -> int | None:
+    """Returns the open and locked file; None where the file system has no locks."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            held_by = _holder(handle)
+            os.close(handle)
+            if error.errno in _UNSUPPORTED:
+                logger.info(f"{path.parent} is on a file system without locks: see that no other run writes there")
+                return None
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise CheckpointError(
+                f"{path.parent} is in use by another run ({held_by}). Two runs would replace each other's checkpoints: give "
+                "another --save or --run-dir, or end that run.",
+                collective=True,
+            ) from None
+        if _is_still(handle, path):
+            os.ftruncate(handle, 0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.pwrite(
+                handle, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": started}).encode(), 0
+            )
+            return handle
+        os.close(handle)
+
+
+def _is_still(handle: int, path: Path) -> bool:
+    """Whether an open file is the one under its name: the holder before may have removed it in between."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    return False
+
+
+def _holder(handle: int) -> str:
+    try:
+        holder = json.loads(os.pread(handle, 1000, 0))
+        return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError, TypeError, OSError):
+        return "which has not said who it is"
