@@ -304,3 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

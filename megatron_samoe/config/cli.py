@@ -22,6 +22,14 @@ from megatron_samoe.errors import ConfigError, nearest
 
 #: Groups, and single fields of other groups, that describe the model rather than a run of it.
 CHECKPOINT_GROUPS = ("model", "moe")
+#: Flags of other programs, which are too far from ours to be suggested by their spelling.
+FOREIGN_NAMES = {
+    "--learning-rate": "--lr", "--max-lr": "--lr", "--batch-size": "--global-batch-size", "--max-steps": "--train-iters",
+    "--num-steps": "--train-iters", "--epochs": "--train-iters", "--num-train-epochs": "--train-iters",
+    "--per-device-train-batch-size": "--micro-batch-size", "--warmup-steps": "--lr-warmup-iters",
+    "--warmup-ratio": "--lr-warmup-fraction", "--max-grad-norm": "--clip-grad", "--output-dir": "--run-dir",
+    "--resume": "--load", "--num-experts-per-tok": "--moe-router-topk", "--top-k": "--moe-router-topk",
+}  # fmt: skip
 CHECKPOINT_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
 
 
@@ -44,6 +52,7 @@ def parse_pretrain_args(
         SystemExit: a flag is unknown or malformed (the message went to standard error), or help was asked for.
     """
     args, yaml_path = _take_config_flag(list(argv))
+    _refuse_foreign_names(args)
     base = PretrainConfig()
     if yaml_path is not None:
         base = apply_mapping(base, read_yaml(yaml_path), str(yaml_path))
@@ -54,6 +63,15 @@ def parse_pretrain_args(
             base = apply_mapping(base, _model_part(saved), "the checkpoint's config.yaml")
             config = _parse_flags(args, base, prog, quiet)
     return config.with_run_dir()
+
+
+def _refuse_foreign_names(args: Sequence[str]) -> None:
+    """Raises ConfigError where a flag has the name that other programs give to an option of ours."""
+    for arg in args:
+        name, _, _ = arg.partition("=")
+        ours = FOREIGN_NAMES.get(name.replace("_", "-"))
+        if ours is not None:
+            raise ConfigError(name, None, f"is no option; this program's name for it is {ours}")
 
 
 def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str, quiet: bool) -> PretrainConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -240,3 +241,7 @@ def _decode(prefix: str, args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     return run(_main, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -184,3 +185,7 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     return run(_main, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

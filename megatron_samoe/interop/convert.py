@@ -167,3 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     hf("--fold", action="store_true", default=None, help="fold the pool into each layer's own experts")
     hf("--max-shard-size", metavar="SIZE", help="of one weight file, such as 5GB (default) or 500MiB")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

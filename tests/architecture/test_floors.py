@@ -186,3 +186,17 @@ def test_remote_code_is_imported_by_nothing_and_imports_nothing_of_ours() -> Non
         else:
             strange = [n for n in names if "modeling_samoe" in n or "configuration_samoe" in n]
         assert not strange, f"{path.relative_to(ROOT)}: {strange}"
+
+
+def test_every_program_runs_as_a_module() -> None:
+    """A file with a `main` that `python -m` would import and leave says nothing and succeeds."""
+    silent = []
+    for path in sorted(ROOT.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        has_main = any(
+            isinstance(node, ast.FunctionDef) and node.name == "main" and len(node.args.args) == len(node.args.defaults)
+            for node in tree.body
+        )
+        if has_main and "__name__" not in ast.dump(tree.body[-1]):
+            silent.append(str(path.relative_to(ROOT)))
+    assert not silent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
 from megatron_samoe.datasets.arguments import Parser, add_tokenizer_arguments, run
@@ -110,3 +111,7 @@ def _main(arguments: Sequence[str] | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     return run(_main, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -90,3 +90,7 @@ def _compare(runner: StudyRunner) -> None:
     path = runner.root / "results.json"
     write_results(path, runner.study, seeds, results, commands)
     print(f"results: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

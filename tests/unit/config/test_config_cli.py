@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.config.cli import from_mapping, parse_pretrain_args, read_yaml, to_mapping
-from megatron_samoe.config.derived import parse_moe_layer_freq
+from megatron_samoe.config.cli import FOREIGN_NAMES, from_mapping, parse_pretrain_args, read_yaml, to_mapping
+from megatron_samoe.config.derived import flag, parse_moe_layer_freq
 from megatron_samoe.errors import ConfigError
 from tests.harness.tiny import tiny_config, with_options
 
@@ -193,3 +193,15 @@ def test_run_dir_fills_paths_that_are_not_given() -> None:
     assert (config.checkpoint.save, config.checkpoint.load) == ("elsewhere", "runs/x/checkpoints")
     assert config.logging.tensorboard_dir == "runs/x/tensorboard"
     assert config.logging.metrics_file == "runs/x/metrics.jsonl"
+
+
+@pytest.mark.parametrize("name", ["--learning-rate", "--learning-rate=3", "--batch_size", "--max-steps"])
+def test_other_programs_names_are_translated(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"this program's name for it is --(lr|global-batch-size|train-iters)$"):
+        parse_pretrain_args([name, "3"])
+
+
+def test_no_foreign_name_is_one_of_ours() -> None:
+    ours = {flag(field.name) for group in dataclasses.fields(PretrainConfig)
+            for field in dataclasses.fields(getattr(PretrainConfig(), group.name))}  # fmt: skip
+    assert not ours & set(FOREIGN_NAMES) and set(FOREIGN_NAMES.values()) <= ours
