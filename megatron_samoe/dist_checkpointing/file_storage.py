@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from blake3 import blake3
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -182,12 +183,29 @@ class Writer(dcp.FileSystemWriter):
 
 
 def new_digest(like: str = "") -> Any:
-    """Returns a new digest of a file's bytes: that of the command sha256sum, which CPUs have instructions for.
+    """Returns a new digest of a file's bytes: BLAKE3, which one core makes at some 4 GB/s.
 
     Args:
-        like: a digest in hexadecimal whose kind is wanted; the first checkpoints have blake2b of 16 bytes.
+        like: a digest whose kind is wanted; older checkpoints have sha256, and the first ones blake2b of 16 bytes.
     """
-    return hashlib.blake2b(digest_size=16) if len(like) == 32 else hashlib.sha256()
+    if like and not like.startswith(_Blake3.PREFIX):
+        return hashlib.blake2b(digest_size=16) if len(like) == 32 else hashlib.sha256()
+    return _Blake3()
+
+
+class _Blake3:
+    """BLAKE3 with the methods of hashlib's digests; what it gives says its kind (after that, as the command b3sum)."""
+
+    PREFIX = "blake3:"
+
+    def __init__(self) -> None:
+        self._hasher = blake3()
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        self._hasher.update(data)
+
+    def hexdigest(self) -> str:
+        return self.PREFIX + self._hasher.hexdigest()
 
 
 def digest_of(path: Path, like: str = "") -> str:

@@ -30,7 +30,8 @@ from megatron_samoe.parallel_state.state import ParallelState
 
 LATEST = "latest_checkpointed_iteration.txt"
 CONFIG, TRAIN_STATE = "config.yaml", "train_state.json"
-FORMAT_VERSION = 1
+#: 2: files are digested by BLAKE3. Version 1 is read as well.
+FORMAT_VERSION = 2
 
 
 def iteration_dir(root: str | Path, iteration: int) -> Path:

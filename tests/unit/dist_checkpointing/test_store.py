@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from blake3 import blake3
 from torch import Tensor
 
 from megatron_samoe.config import CheckpointConfig
-from megatron_samoe.dist_checkpointing import saving, store
+from megatron_samoe.dist_checkpointing import file_storage, saving, store
 from megatron_samoe.dist_checkpointing.file_storage import DIRECT_BYTES
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, stored_names
 from megatron_samoe.errors import CheckpointError
@@ -79,7 +80,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert store.read_config(path) == {"model": {"x": 1}}
     saved = store.read_train_state(path)
     assert sorted(saved.pop("digests")) == sorted(p.name for p in path.iterdir() if p.name != store.TRAIN_STATE)
-    assert saved == {"format_version": 1, "iteration": 7}
+    assert saved == {"format_version": store.FORMAT_VERSION, "iteration": 7}
     assert stored_names(str(path)) == set(tensors())
     assert (path.parent / store.LATEST).read_text() == "7", "as Megatron writes it"
     assert sorted(p.name for p in path.parent.iterdir()) == ["iter_0000007", store.LATEST]
@@ -295,21 +296,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(
             store.find_checkpoint(config(tmp_path, ckpt_step=9), whole)
 
 
-def test_digests_are_those_of_sha256sum_and_older_ones_are_still_verified(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digests_are_blake3_and_older_kinds_are_still_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new = save(tmp_path / "new", 1)
     digests = store.read_train_state(new)["digests"]
-    assert digests and all(d == hashlib.sha256((new / n).read_bytes()).hexdigest() for n, d in digests.items())
+    assert digests and all(d == "blake3:" + blake3((new / n).read_bytes()).hexdigest() for n, d in digests.items())
 
-    monkeypatch.setattr(hashlib, "sha256", lambda: hashlib.blake2b(digest_size=16))
-    old = save(tmp_path / "old", 1)
-    monkeypatch.undo()
-    assert {len(d) for d in store.read_train_state(old)["digests"].values()} == {32}
-    assert store.damaged_files(old, STATE) == []
-    name = next(n for n in store.read_train_state(old)["digests"] if n.endswith(".distcp"))
-    (old / name).write_bytes(bytes(byte ^ 1 for byte in (old / name).read_bytes()))
-    assert store.damaged_files(old, STATE) == [f"{name} differs from what was written"]
+    of_kind = file_storage.new_digest
+    for length, old_kind in ((64, hashlib.sha256), (32, lambda: hashlib.blake2b(digest_size=16))):
+        for module in (file_storage, store):
+            monkeypatch.setattr(module, "new_digest", lambda like="", make=old_kind: of_kind(like) if like else make())
+        old = save(tmp_path / f"old{length}", 1)
+        monkeypatch.undo()
+        assert {len(d) for d in store.read_train_state(old)["digests"].values()} == {length}
+        assert store.damaged_files(old, STATE) == []
+        name = next(n for n in store.read_train_state(old)["digests"] if n.endswith(".distcp"))
+        (old / name).write_bytes(bytes(byte ^ 1 for byte in (old / name).read_bytes()))
+        assert store.damaged_files(old, STATE) == [f"{name} differs from what was written"]
 
 
 def test_when_all_are_damaged_nothing_is_started(tmp_path: Path) -> None:
