@@ -33,7 +33,7 @@ class MoEConfig:
     moe_aux_loss_group_size: int | None = None
     """Sequences over which aux_loss balances; consecutive ones of the global batch that are computed at the same time, so
     it must divide micro batch x data-parallel size. Derived if not given: 1, as seq_aux_loss."""
-    moe_aux_loss_coeff: float = 0.03
+    moe_aux_loss_coeff: float = 0.05
     """Weight of the load-balance loss."""
     moe_z_loss_coeff: float = 0.0
     """Weight of the router's z-loss (ST-MoE), 0 for none."""

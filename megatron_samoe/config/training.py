@@ -77,7 +77,7 @@ class OptimizerConfig:
     """Decay of the second moment."""
     adam_eps: float = 1e-8
     """Added to the root of the second moment."""
-    moe_router_lr_mult: float = 1.0
+    moe_router_lr_mult: float = 0.5
     """Learning rate of the routers relative to --lr."""
     moe_output_lr_mult: float = 1.0
     """Learning rate of the experts' output projections (w2, own or pooled) relative to --lr."""
