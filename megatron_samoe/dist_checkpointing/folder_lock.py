@@ -34,10 +34,9 @@ def folder_lock(root: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            if handle is not None:
-                os.unlink(Path(root) / NAME)  # while it is held: whoever waits on this file finds that it is gone
         if handle is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(Path(root) / NAME)  # while it is held: whoever waits on this file finds that it is gone
             os.close(handle)
 
 
@@ -61,11 +60,10 @@ def _acquire(path: Path) -> int | None:
                 collective=True,
             ) from None
         if _is_still(handle, path):
-            os.ftruncate(handle, 0)
-            started = time.strftime("%Y-%m-%d %H:%M:%S")
-            os.pwrite(
-                handle, json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": started}).encode(), 0
-            )
+            holder = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            with contextlib.suppress(OSError):  # a full disk is for the first checkpoint to report
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps(holder).encode(), 0)
             return handle
         os.close(handle)
 
