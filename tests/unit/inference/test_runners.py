@@ -196,7 +196,7 @@ def test_memory_too_small_is_said_with_the_way_that_fits() -> None:
 
 def test_memory_is_looked_at_before_folding(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = make("samoe gpt3", "folded")
-    monkeypatch.setattr("megatron_samoe.inference.engine.free_memory_bytes", lambda device: 400_000)
+    monkeypatch.setattr("megatron_samoe.inference.engine.free_memory_bytes", lambda device: 100_000)
     monkeypatch.setattr("megatron_samoe.inference.engine.make_decode_model", None)
     with pytest.raises(ConfigError, match="folded experts and the key-value cache take"):
         Engine(loaded, max_batch=1, serving="folded")

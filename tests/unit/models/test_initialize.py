@@ -81,7 +81,7 @@ def test_weights_depend_on_seed_and_name() -> None:
 
 def test_spread_of_every_kind_of_parameter() -> None:
     config = tiny_config("moe", num_layers=2, hidden_size=128, init_method_std=0.5, make_vocab_size_divisible_by=128,
-                         moe_scale_output_init=False)  # fmt: skip
+                         moe_scale_output_init=False, moe_router_init_method_std=0.5)  # fmt: skip
     for name, p in weights(config, single_process_state()).items():
         if name.endswith(("bias", ".b1", ".b2")):
             assert not p.any(), name
