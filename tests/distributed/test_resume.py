@@ -167,7 +167,7 @@ def test_checkpoint_args_replace_the_model_options(corpus: Path, trained: Path, 
         metrics_file=tmp_path / "metrics.jsonl", exit_on_missing_checkpoint=True,
     )  # fmt: skip
     output = start(args, tmp_path / "out").succeed()
-    assert "23,976 parameters" in output and "loaded" in output
+    assert "15,528 parameters" in output and "loaded" in output
     assert [r["iteration"] for r in records(tmp_path / "metrics.jsonl")] == [7]
 
 

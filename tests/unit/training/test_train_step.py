@@ -84,7 +84,8 @@ def test_clipping_and_schedule_reach_the_optimizer(clip: float) -> None:
 
 
 def test_routing_of_a_step_describes_the_global_batch() -> None:
-    setup, state = start(layout="moe", moe_router_topk=2, moe_expert_capacity_factor=0.5, moe_z_loss_coeff=0.1)
+    options = {"moe_router_topk": 2, "moe_expert_capacity_factor": 0.5, "moe_router_init_method_std": 0.02}
+    setup, state = start(layout="moe", moe_z_loss_coeff=0.1, **options)
     result, after = train_step(setup, state, micro_batches(setup, 0))
     routing = result.routing
     assert routing is not None
