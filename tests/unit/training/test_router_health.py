@@ -43,7 +43,7 @@ def test_a_layer_that_stays_collapsed_after_warm_up_is_warned_of_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("megatron_samoe"), "propagate", True)
-    watch = RouterWatch(tiny_config("moe", lr_warmup_iters=5, moe_router_topk=1))
+    watch = RouterWatch(tiny_config("moe", lr_warmup_iters=5, moe_aux_loss_coeff=0.01))
     assert not warnings_of(caplog, watch, 5 + PATIENCE_STEPS - 1, 1, health(EVEN, ONE))
     (message,) = warnings_of(caplog, watch, 30, 5 + PATIENCE_STEPS, health(EVEN, ONE))
     assert "MoE layers 1 (0.00)" in message and f"{PATIENCE_STEPS} steps" in message
