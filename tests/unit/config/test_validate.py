@@ -136,7 +136,7 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"moe_aux_loss_group_size": 2, **MOE}, 1, "--moe-aux-loss-group-size", "needs --moe-router-load-balancing-type aux_loss"),
     ({"moe_router_topk": 3, **MOE}, 1, "--moe-ffn-hidden-size", "--moe-router-topk 3 does not divide"),
     ({"moe_router_lr_mult": 0.0, **MOE}, 1, "--moe-router-lr-mult", "above 0"),
-    ({"moe_router_lr_mult": 0.5}, 1, "--moe-router-lr-mult", "--expert-layout moe or samoe"),
+    ({"moe_router_lr_mult": 0.7}, 1, "--moe-router-lr-mult", "--expert-layout moe or samoe"),
     ({"moe_output_lr_mult": -1.0, **MOE}, 1, "--moe-output-lr-mult", "above 0"),
     ({"moe_output_lr_mult": 2.0}, 1, "--moe-output-lr-mult", "--expert-layout moe or samoe"),
     ({"samoe_bank_lr_mult": float("nan"), **SAMOE}, 1, "--samoe-bank-lr-mult", "above 0"),

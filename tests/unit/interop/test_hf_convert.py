@@ -208,7 +208,7 @@ def test_newer_formats_are_refused(made: SimpleNamespace, run: Run, tmp_path: Pa
     folder = copied(made, "native", tmp_path / "native")
     edited_json(folder / "iter_0000007" / "train_state.json", format_version=99)
     result = run("--load-dir", folder, "--save-dir", tmp_path / "new", "--to", "hf")
-    assert_refused(result, "has format version 99; this program reads up to 1")
+    assert_refused(result, "has format version 99; this program reads up to 2")
 
 
 def flipped(path: Path, at: float = 0.5) -> None:

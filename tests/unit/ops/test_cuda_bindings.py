@@ -142,7 +142,8 @@ def test_a_models_training_steps(style: str, library: Any, monkeypatch: pytest.M
     assert not {f"{emulated_cuda.NAMESPACE}::{name}" for name in emulated_cuda.TRAINING_OPS} - seen
     assert emulated_losses == pytest.approx(losses, rel=1e-5)
     for name, weight in weights.items():
-        torch.testing.assert_close(emulated_weights[name], weight, rtol=1e-4, atol=1e-5)
+        # Adam makes a step of up to lr of a gradient that is nearly 0, and so of its rounding.
+        torch.testing.assert_close(emulated_weights[name], weight, rtol=1e-4, atol=5e-5)
 
 
 def _bad_calls(ops: Any) -> list[Callable[[], Any]]:
