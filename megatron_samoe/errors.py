@@ -14,6 +14,8 @@ class MegatronSamoeError(Exception):
     """
 
     exit_status = 1
+    #: Whether another attempt can only meet the fault again, so that a launcher should make none.
+    permanent = False
 
     def __init__(self, message: str, collective: bool = False):
         super().__init__(message)
@@ -30,6 +32,7 @@ class ConfigError(MegatronSamoeError):
     """
 
     exit_status = 2
+    permanent = True
 
     def __init__(self, field: str, value: object, allowed: str):
         self.field, self.value, self.allowed = field, value, allowed
@@ -51,6 +54,8 @@ class ConfigErrors(ConfigError):
 class DataError(MegatronSamoeError):
     """A corpus, dataset or tokenizer is missing, damaged or does not fit."""
 
+    permanent = True
+
 
 class CheckpointError(MegatronSamoeError):
     """A checkpoint is missing, damaged, or of another model."""
@@ -59,17 +64,29 @@ class CheckpointError(MegatronSamoeError):
 class NonFiniteLossError(MegatronSamoeError):
     """Training met a loss or gradient that is not a number."""
 
+    permanent = True
+
 
 class ReplicaDriftError(MegatronSamoeError):
     """Ranks that should hold equal weights do not."""
+
+    permanent = True
 
 
 class CommunicationError(MegatronSamoeError):
     """Ranks could not exchange data: a peer died, timed out or disagrees."""
 
 
+class JobEndedError(CommunicationError):
+    """Another rank met a fault that does not pass, and ended the job."""
+
+    permanent = True
+
+
 class ExtensionError(MegatronSamoeError):
     """The compiled extension was demanded and is not usable."""
+
+    permanent = True
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

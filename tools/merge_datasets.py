@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_samoe.datasets.merge import main
+from megatron_samoe.start import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run("megatron_samoe.datasets.merge")

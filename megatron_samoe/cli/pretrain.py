@@ -11,18 +11,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_samoe.config.cli import parse_pretrain_args
+from megatron_samoe.config.derived import data_parallel_size
+from megatron_samoe.config.elastic import fit_layout
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
-from megatron_samoe.datasets.tokenizer import build_tokenizer
+from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.models.accounting import count_parameters
 from megatron_samoe.ops.exchange import with_exchange
-from megatron_samoe.parallel_state import backend
+from megatron_samoe.parallel_state import backend, launcher
+from megatron_samoe.parallel_state.meeting import shared_fate
 from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hooks import default_hooks
@@ -38,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging(rank)
     try:
         config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
-        validate(config, backend.world_size_from_environment())
         pretrain(replace(config, checkpoint=store.with_start(config.checkpoint)))
     except MegatronSamoeError as error:
         return _report(error, rank)
@@ -56,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(config: PretrainConfig) -> None:
     """Trains as the configuration says, on the ranks of this torchrun job or this process alone."""
+    config, num_ranks = _fit_to_ranks(config)
     device = backend.choose_device(config.parallel)
     if device.type == "cpu":
         backend.keep_freed_memory()
@@ -69,12 +73,40 @@ def pretrain(config: PretrainConfig) -> None:
         raise ConfigError(
             "--vocab-size", vocab_size, f"must be at least the tokenizer's {tokenizer.vocab_size} entries"
         )
-    backend.initialize_distributed(config.parallel, device)
+    meeting = backend.initialize_distributed(config.parallel, device, num_ranks)
+    with shared_fate(meeting):
+        if meeting is not None and not dist.is_initialized():
+            meeting.stand_by()
+            return
+        _train(config, tokenizer, vocab_size, device)
+        if meeting is not None and dist.get_rank() == 0:
+            meeting.finish(num_ranks)
+
+
+def _fit_to_ranks(config: PretrainConfig) -> tuple[PretrainConfig, int]:
+    """Returns a legal configuration for the ranks that were started, and how many of them it uses."""
+    started = launcher.world_size()
+    if not config.parallel.elastic:
+        validate(config, started)
+        return config, started
+    fitted, used = fit_layout(config, started)
+    layout, wanted = fitted.parallel, config.parallel
+    logger.info(
+        f"elastic: {used} of {started} ranks work as tensor {layout.tensor_model_parallel_size}, pipeline "
+        f"{layout.pipeline_model_parallel_size}, expert {layout.expert_model_parallel_size}, data "
+        f"{data_parallel_size(fitted, used)}, micro-batches of {fitted.training.micro_batch_size}"
+        + ("" if layout == wanted else " (another layout than was asked for)")
+        + (f"; {started - used} stand by" if used < started else "")
+    )
+    return fitted, used
+
+
+def _train(config: PretrainConfig, tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> None:
     parallel = initialize_model_parallel(config.parallel, device)
     timeout_s = 60.0 * config.parallel.distributed_timeout_minutes
     backend_name, by_nodes = config.parallel.moe_all_to_all_backend, config.parallel.moe_hierarchical_all_to_all
     parallel = replace(parallel, ep=with_exchange(parallel.ep, device, timeout_s, backend_name, by_nodes))
-    is_builder = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    is_builder = launcher.local_rank() == 0
     run_data = build_run_data(config, tokenizer, parallel, is_builder, _progress(config))
     setup = build_setup(config, vocab_size, parallel)
     _describe(config, vocab_size, parallel)
@@ -118,6 +150,8 @@ def _report(error: MegatronSamoeError, rank: int) -> int:
         message = f"error{f' (rank {rank})' if rank else ''}: {error}"
         print(message, file=sys.stderr, flush=True)
         _tell_launcher(message)
+    if error.permanent and (launcher.local_rank() == 0 or not error.collective):
+        launcher.refuse_restart()
     return error.exit_status
 
 

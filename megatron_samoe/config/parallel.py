@@ -43,6 +43,9 @@ class ParallelConfig:
     """Reduce gradients while the step's last backward passes still run. The pool's are always reduced at the end."""
     ddp_bucket_size: int | None = None
     """Elements of one gradient buffer, which is reduced as a whole; 40 million if not given."""
+    elastic: bool = False
+    """Take the nearest legal layout where the launcher starts another number of ranks than the layout was chosen for
+    (torchrun --nnodes 1:4): data parallelism changes first. Needs --global-batch-size, which stays."""
     distributed_backend: Literal["auto", "gloo", "nccl"] = "auto"
     """auto: NCCL where CUDA is found, else gloo."""
     distributed_timeout_minutes: float = 10.0

@@ -24,13 +24,24 @@ _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def folder_lock(root: str | Path) -> Iterator[None]:
+def folder_lock(root: str | Path, patience_s: float = 0.0) -> Iterator[None]:
     """Holds a folder, which is there and can be written to.
+
+    Args:
+        patience_s: how long to wait for a holder that may be about to end.
 
     Raises:
         CheckpointError: another process holds it; the message says which, where and since when.
     """
-    handle = _acquire(Path(root) / NAME)
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            handle = _acquire(Path(root) / NAME)
+            break
+        except CheckpointError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.rank_model import RankModel, build_model
-from megatron_samoe.parallel_state import backend
+from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.parallel_state.shard_spec import get_flat_part, get_shard_spec
 from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
@@ -46,7 +46,7 @@ def join_ranks(layout: ParallelConfig, num_threads: int | None = None) -> Parall
     Raises:
         ConfigError: the layout does not fill the ranks; before any of them waits for another.
     """
-    world_size = backend.world_size_from_environment()
+    world_size = launcher.world_size()
     sizes = {
         "tp": layout.tensor_model_parallel_size, "pp": layout.pipeline_model_parallel_size,
         "ep": layout.expert_model_parallel_size, "etp": layout.expert_tp,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import signal
-import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -14,25 +13,8 @@ import torch.distributed as dist
 
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.errors import CommunicationError, ConfigError
-
-#: What other launchers call the number of processes that they started together.
-FOREIGN_WORLD_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
-
-def world_size_from_environment() -> int:
-    """Returns the number of processes that torchrun started; 1 without torchrun.
-
-    Raises:
-        ConfigError: another launcher started several, which would all train alone and save to the same place.
-    """
-    if "WORLD_SIZE" not in os.environ:
-        for name in FOREIGN_WORLD_SIZES:
-            size = os.environ.get(name, "1")
-            if size.isdigit() and int(size) > 1:
-                raise ConfigError(name, int(size), "ranks find each other through torchrun's variables, which are not set: "
-                                  "start one torchrun per node (examples/pretrain_slurm.sh), or set WORLD_SIZE=1 where "
-                                  "each process is to work alone")  # fmt: skip
-    return int(os.environ.get("WORLD_SIZE", "1"))
+from megatron_samoe.parallel_state import launcher
+from megatron_samoe.parallel_state.meeting import Meeting
 
 
 def choose_device(config: ParallelConfig) -> torch.device:
@@ -48,7 +30,7 @@ def choose_device(config: ParallelConfig) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("--distributed-backend", "nccl", "needs a CUDA device; use gloo (or auto) on a CPU")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = launcher.local_rank()
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"),
@@ -59,42 +41,55 @@ def choose_device(config: ParallelConfig) -> torch.device:
     return device
 
 
-def initialize_distributed(config: ParallelConfig, device: torch.device) -> None:
-    """Joins torchrun's job, if this process is in one and has not joined.
+def initialize_distributed(
+    config: ParallelConfig, device: torch.device, num_ranks: int | None = None
+) -> Meeting | None:
+    """Joins torchrun's job, if this process is in one and has not joined; returns its part in the job's meetings.
+
+    Args:
+        num_ranks: how many of the ranks work together; all if not given. The others only meet them.
 
     Raises:
         CommunicationError: the variables that say where are missing, the port is taken, or other ranks do not come.
     """
-    if dist.is_initialized() or world_size_from_environment() == 1:
-        return
-    die_with_launcher()
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if backend == "gloo":
-        # All ranks of a one-host job can talk over loopback even where the host's name does not resolve.
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == world_size_from_environment():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    world_size = launcher.world_size()
+    if dist.is_initialized() or world_size == 1:
+        return None
+    launcher.die_with_it()
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    rank = os.environ.get("RANK", "?")
+    began = time.monotonic()
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=config.distributed_timeout_minutes))
-    except (ValueError, RuntimeError) as error:
-        place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        store, number, _ = next(dist.rendezvous("env://", timeout=timeout))
+        meeting = Meeting(store, number, world_size)
+        store = meeting.meet(max(1.0, timeout.total_seconds() - (time.monotonic() - began)))
+    except (ValueError, RuntimeError, CommunicationError) as error:
         raise CommunicationError(
-            f"Rank {os.environ.get('RANK', '?')} of {world_size_from_environment()} could not join the others at {place}: "
-            f"{str(error).splitlines()[0]}"
+            f"Rank {rank} of {world_size} could not join the others at {place}: {str(error).splitlines()[0]}"
         ) from error
+    num_ranks = num_ranks or world_size
+    if number < num_ranks:
+        _connect(device, store, number, num_ranks, timeout)
+    return meeting
 
 
-def die_with_launcher() -> None:
-    """Makes Linux kill this process when the torchrun that started it ends, in whatever way.
-
-    A rank that outlived a killed torchrun would train on beside the job that takes its place. Checkpoints are renamed
-    when they are whole, so no moment is a bad one.
-    """
-    if not (sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ):
-        return
-    set_parent_death_signal, parent = 1, os.getppid()
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended just before
-        os.kill(os.getpid(), signal.SIGKILL)
+def _connect(device: torch.device, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+    """Makes the process group of all ranks, which have met at the store."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # All ranks of a one-host job can talk over loopback even where the host's name does not resolve.
+    if backend == "gloo" and int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == launcher.world_size():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except (ValueError, RuntimeError) as error:
+        variable = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+        chosen = os.environ.get(variable)
+        raise CommunicationError(
+            f"Rank {rank} of {size} met the others, but {backend} could not connect them: {str(error).splitlines()[0]} "
+            f"{variable} names the network interface that ranks talk over: "
+            + (f"it is {chosen!r}." if chosen else "it is not set, so the one of the host's name was taken.")
+        ) from error
 
 
 def is_communication_failure(error: RuntimeError) -> bool:

@@ -16,6 +16,7 @@ from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
 from megatron_samoe.dist_checkpointing.store import probe_save_dir, whole_iterations
 from megatron_samoe.errors import CheckpointError, CommunicationError, MegatronSamoeError
 from megatron_samoe.log import logger
+from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.backend import is_communication_failure
 from megatron_samoe.training.batches import RunData
 from megatron_samoe.training.checkpointing import find_run, load_run, save_run
@@ -31,6 +32,9 @@ from megatron_samoe.training.router_health import RouterWatch
 from megatron_samoe.training.setup import TrainSetup, initial_state
 from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.train_step import StepResult, train_step
+
+#: How long an earlier attempt's rank 0 may take to save and leave, on a host that is not this one: torchrun kills it then.
+_DYING_S = 40.0
 
 
 class Trainer:
@@ -81,7 +85,8 @@ class Trainer:
             if root is not None and not self.config.training.skip_train and self.setup.parallel.rank == 0:
                 try:
                     probe_save_dir(root)
-                    stack.enter_context(folder_lock(root))
+                    may_be_dying = launcher.is_again() or self.config.parallel.elastic
+                    stack.enter_context(folder_lock(root, _DYING_S if may_be_dying else 0.0))
                 except CheckpointError as error:
                     problem = str(error)
             problem = self.setup.parallel.world.all_gather_object(problem)[0]

@@ -248,15 +248,19 @@ def start(
     return ProgramRun(processes, outputs, store)
 
 
-def start_command(args: Sequence[str], folder: Path, num_ranks: int | None = None) -> ProgramRun:
-    """Starts `python -m megatron_samoe.cli.pretrain`, under torchrun if a number of ranks is given."""
+def start_command(
+    args: Sequence[str],
+    folder: Path,
+    num_ranks: int | None = None,
+    launcher: Sequence[str] = ("--standalone",),
+    **environment: str,
+) -> ProgramRun:
+    """Starts `python -m megatron_samoe.cli.pretrain`, under torchrun with these options if a number of ranks is given."""
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / f"output-{len(list(folder.glob('output-*'))):03d}.txt"
-    launcher = (
-        [] if num_ranks is None else ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "-m"]
-    )
-    words = [sys.executable, "-m", *launcher, "megatron_samoe.cli.pretrain", *args]
-    return ProgramRun([_Command(words, output, {**os.environ, "OMP_NUM_THREADS": "1"})], [output])
+    torchrun = [] if num_ranks is None else ["torch.distributed.run", *launcher, f"--nproc-per-node={num_ranks}", "-m"]
+    words = [sys.executable, "-m", *torchrun, "megatron_samoe.cli.pretrain", *args]
+    return ProgramRun([_Command(words, output, {**os.environ, "OMP_NUM_THREADS": "1", **environment})], [output])
 
 
 def _run_main(

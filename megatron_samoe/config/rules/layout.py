@@ -120,4 +120,10 @@ def _batches_divide(config: PretrainConfig, world_size: int) -> Problems:
                           f"{config.training.micro_batch_size} x data-parallel size {dp}: one of {divisors(per_pass)}")  # fmt: skip
 
 
-RULES = (_world_divides, _matrices_divide, _expert_overlap, _sequence_parallel, _batches_divide)
+def _elastic(config: PretrainConfig, world_size: int) -> Problems:
+    if config.parallel.elastic and config.training.global_batch_size is None:
+        yield ConfigError("--elastic", True, "needs --global-batch-size: one that follows the number of ranks would change "
+                          "the course of training")  # fmt: skip
+
+
+RULES = (_elastic, _world_divides, _matrices_divide, _expert_overlap, _sequence_parallel, _batches_divide)

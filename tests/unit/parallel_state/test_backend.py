@@ -9,7 +9,7 @@ import torch
 
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.errors import CommunicationError, ConfigError
-from megatron_samoe.parallel_state import backend
+from megatron_samoe.parallel_state import backend, launcher
 
 
 def join() -> None:
@@ -40,16 +40,16 @@ def test_a_port_that_another_job_has_is_named(first_of_two: pytest.MonkeyPatch) 
             join()
 
 
-@pytest.mark.parametrize("name", backend.FOREIGN_WORLD_SIZES)
+@pytest.mark.parametrize("name", launcher.FOREIGN_WORLD_SIZES)
 def test_ranks_of_another_launcher_do_not_train_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv(name, "1")
-    assert backend.world_size_from_environment() == 1
+    assert launcher.world_size() == 1
     monkeypatch.setenv(name, "4")
     with pytest.raises(ConfigError, match=f"{name} = 4: .*torchrun"):
-        backend.world_size_from_environment()
+        launcher.world_size()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert backend.world_size_from_environment() == 4
+    assert launcher.world_size() == 4
 
 
 @pytest.mark.parametrize(

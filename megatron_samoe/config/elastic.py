@@ -1,0 +1,88 @@
+"""Which layout a run takes when the number of ranks is not the one that its layout was chosen for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from megatron_samoe.config.derived import divisors
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import validate
+from megatron_samoe.errors import ConfigError
+
+
+def fit_layout(config: PretrainConfig, world_size: int) -> tuple[PretrainConfig, int]:
+    """Returns the configuration in the nearest layout that is legal for so many ranks, and how many of them it uses.
+
+    Data parallelism changes first, then expert, pipeline and tensor parallelism shrink, in this order; a micro-batch
+    shrinks where that keeps more ranks at work. The global batch stays, and so does the course of the losses.
+
+    Raises:
+        ConfigError: the configuration is legal for no number of ranks, or for none that is there.
+    """
+    validate(config, _smallest_world(config))
+    for candidates in _nearest_first(config):
+        for used in range(world_size, 0, -1):
+            for candidate in candidates:
+                if _is_legal(candidate, used):
+                    return candidate, used
+    raise ConfigError("--elastic", True, f"finds no legal layout for {world_size} ranks")
+
+
+def _smallest_world(config: PretrainConfig) -> int:
+    """Returns the fewest ranks that the configured layout can have."""
+    layout = config.parallel
+    dense, expert = layout.tensor_model_parallel_size, layout.expert_tp * layout.expert_model_parallel_size
+    return math.lcm(max(dense, 1), max(expert, 1)) * max(layout.pipeline_model_parallel_size, 1)
+
+
+def _nearest_first(config: PretrainConfig) -> Iterator[list[PretrainConfig]]:
+    """Yields configurations of one tensor and pipeline size at a time; of several that fit, an earlier one is nearer."""
+    layout = config.parallel
+    micro_batches = [config.training.micro_batch_size]
+    if config.moe.moe_expert_capacity_factor is None:  # which counts tokens of a micro-batch
+        micro_batches = divisors(config.training.micro_batch_size)[::-1]
+    for tp in divisors(layout.tensor_model_parallel_size)[::-1]:
+        for pp in divisors(layout.pipeline_model_parallel_size)[::-1]:
+            sized = replace(layout, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+            if tp != layout.tensor_model_parallel_size:
+                split = layout.expert_tensor_parallel_size not in (None, 1)
+                sized = replace(
+                    sized,
+                    expert_tensor_parallel_size=tp if split else layout.expert_tensor_parallel_size,
+                    sequence_parallel=layout.sequence_parallel and tp > 1,
+                )
+            if pp != layout.pipeline_model_parallel_size:
+                sized = replace(sized, num_layers_per_virtual_pipeline_stage=None, pipeline_model_parallel_layout=None)
+            yield [
+                replace(
+                    config,
+                    parallel=_without_idle_options(replace(sized, expert_model_parallel_size=ep)),
+                    training=replace(config.training, micro_batch_size=micro_batch),
+                )
+                for ep in divisors(layout.expert_model_parallel_size)[::-1]
+                for micro_batch in micro_batches
+            ]
+
+
+def _without_idle_options(layout: ParallelConfig) -> ParallelConfig:
+    """Returns a layout without the options that are refused where there is one pipeline stage, or one expert rank."""
+    default = ParallelConfig()
+    if layout.pipeline_model_parallel_size == 1:
+        layout = replace(layout, pipeline_schedule=default.pipeline_schedule)
+    if layout.expert_model_parallel_size == 1:
+        layout = replace(
+            layout, moe_dispatch_chunks=1, moe_shared_expert_overlap=False,
+            moe_all_to_all_backend=default.moe_all_to_all_backend, moe_hierarchical_all_to_all=False,
+        )  # fmt: skip
+    return layout
+
+
+def _is_legal(config: PretrainConfig, world_size: int) -> bool:
+    try:
+        validate(config, world_size)
+    except ConfigError:
+        return False
+    return True

@@ -1,0 +1,66 @@
+"""What torchrun tells this process, and what this process owes it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+from megatron_samoe.errors import ConfigError
+
+#: What other launchers call the number of processes that they started together.
+FOREIGN_WORLD_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def world_size() -> int:
+    """Returns the number of processes that torchrun started; 1 without torchrun.
+
+    Raises:
+        ConfigError: another launcher started several, which would all train alone and save to the same place.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        for name in FOREIGN_WORLD_SIZES:
+            size = os.environ.get(name, "1")
+            if size.isdigit() and int(size) > 1:
+                raise ConfigError(name, int(size), "ranks find each other through torchrun's variables, which are not set: "
+                                  "start one torchrun per node (examples/pretrain_slurm.sh), or set WORLD_SIZE=1 where "
+                                  "each process is to work alone")  # fmt: skip
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Returns this process's number among those of its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_again() -> bool:
+    """Whether torchrun has started this job's ranks before, so that ranks of an earlier attempt may still be dying."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def die_with_it() -> None:
+    """Makes Linux kill this process when the torchrun that started it ends, in whatever way.
+
+    A rank that outlived a killed torchrun would train on beside the job that takes its place. Checkpoints are renamed
+    when they are whole, so no moment is a bad one.
+    """
+    if not (sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ):
+        return
+    set_parent_death_signal, parent = 1, os.getppid()
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended just before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse_restart() -> None:
+    """Ends torchrun where it would start this process again: a fault that another attempt can only meet again.
+
+    torchrun restarts after any status but 0, so nothing less than a signal tells it. Ranks beside this one get it, too.
+    """
+    left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    )
+    if "TORCHELASTIC_RUN_ID" in os.environ and left > 0:
+        print("torchrun is told not to try again: this fault does not pass by itself", file=sys.stderr, flush=True)
+        os.kill(os.getppid(), signal.SIGTERM)

@@ -1,0 +1,42 @@
+"""The first thing that any program here does: before torch is imported, which takes seconds and reads the environment.
+
+`megatron_samoe/__init__.py` calls `prepare` where Python was started as `python -m megatron_samoe...`, files of tools/ do
+so through `run`. A library that imports the package is left alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from types import TracebackType
+from typing import NoReturn
+
+#: Turns that a thread of libgomp waits for the others before it sleeps, where nobody chose (OMP_WAIT_POLICY or
+#: GOMP_SPINCOUNT). libgomp's own choice is 300,000, some 5 ms: a team that waits so long for a member whose core is busy
+#: with something else keeps that core from it. docs/training.md has what was measured.
+SPINS = 20_000
+
+
+def prepare() -> None:
+    """Sets what torch's libraries read when they are loaded, and makes Ctrl-C end with one line from here on."""
+    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+    sys.excepthook = _end_quietly
+
+
+def run(module: str) -> NoReturn:
+    """Runs main() of a module as the program, and leaves with what it returns."""
+    prepare()
+    sys.exit(importlib.import_module(module).main())
+
+
+def _end_quietly(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Says in one line that the user interrupted, and ends of the signal, as a shell expects; else as Python does."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    print("interrupted", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,93 @@
+"""The layout that a run takes when the number of ranks changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_samoe.config import ParallelConfig, PretrainConfig
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.derived import data_parallel_size
+from megatron_samoe.config.elastic import fit_layout
+from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.config.training import TrainingConfig
+from megatron_samoe.config.validate import validate
+from megatron_samoe.errors import ConfigError
+
+
+def config(
+    moe: dict[str, Any] | None = None, micro_batch: int = 2, batch: int | None = 16, **parallel: Any
+) -> PretrainConfig:
+    base = PretrainConfig()
+    return replace(
+        base,
+        model=replace(base.model, num_layers=8, hidden_size=64, num_attention_heads=8),
+        moe=MoEConfig(expert_layout="samoe", num_experts=8, **(moe or {})),
+        parallel=ParallelConfig(elastic=True, **parallel),
+        training=TrainingConfig(micro_batch_size=micro_batch, global_batch_size=batch),
+        data=DataConfig(mock_data=True),
+    )
+
+
+def sizes(fitted: PretrainConfig, used: int) -> tuple[int, ...]:
+    layout = fitted.parallel
+    return (
+        used, layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size,
+        data_parallel_size(fitted, used), fitted.training.micro_batch_size,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "expected"),
+    [
+        # ranks used, tensor, pipeline, expert, data, micro-batch
+        ({}, 8, (8, 1, 1, 1, 8, 2)),
+        ({}, 5, (4, 1, 1, 1, 4, 2)),
+        ({}, 16, (16, 1, 1, 1, 16, 1)),
+        ({"expert_model_parallel_size": 4}, 2, (2, 1, 1, 2, 2, 2)),
+        ({"expert_model_parallel_size": 4, "moe_dispatch_chunks": 2}, 1, (1, 1, 1, 1, 1, 2)),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 6, (4, 2, 2, 1, 1, 2)),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 3, (2, 2, 1, 1, 1, 2)),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 1, (1, 1, 1, 1, 1, 2)),
+        ({"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 1}, 2, (2, 1, 2, 1, 1, 2)),
+        ({"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et*3|t*5L"}, 1, (1, 1, 1, 1, 1, 2)),
+        ({"pipeline_model_parallel_size": 2, "pipeline_schedule": "gpipe"}, 1, (1, 1, 1, 1, 1, 2)),
+    ],
+)  # fmt: skip
+def test_data_parallelism_changes_first(options: dict[str, Any], world: int, expected: tuple[int, ...]) -> None:
+    fitted, used = fit_layout(config(**options), world)
+    assert sizes(fitted, used) == expected
+    assert fitted.training.global_batch_size == 16
+    validate(fitted, used)
+
+
+@pytest.mark.parametrize("world", range(1, 40))
+def test_every_number_of_ranks_has_a_layout(world: int) -> None:
+    given = config(tensor_model_parallel_size=4, pipeline_model_parallel_size=2, expert_model_parallel_size=4)
+    fitted, used = fit_layout(given, world)
+    validate(fitted, used)
+    assert world / 2 < used <= world or used == 32  # a batch of 16 cannot be split further
+
+
+def test_a_layout_that_fits_stays_as_it_is() -> None:
+    given = config(tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True)
+    assert fit_layout(given, 8) == (given, 8)
+
+
+def test_micro_batches_keep_their_size_where_capacity_counts_their_tokens() -> None:
+    assert fit_layout(config({"moe_expert_capacity_factor": 1.0}), 16)[1] == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        (config(expert_model_parallel_size=3), "--num-experts"),
+        (config(batch=None), "--elastic"),
+        (config(micro_batch=3), "--global-batch-size"),
+    ],
+)
+def test_what_no_number_of_ranks_makes_legal_is_refused(given: PretrainConfig, field: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} = "):
+        fit_layout(given, 4)
