@@ -8,6 +8,8 @@ Use `pip install --no-build-isolation -e .` or `python setup.py build_ext --inpl
 the torch of the running environment, which an isolated build does not see.
 """
 
+import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +26,19 @@ def sources() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in found if "testing" not in path.parts]
 
 
+def refuse_isolated_build() -> None:
+    """Ends a build that sees no torch: what it installed would be slower than it could be, and nobody would know."""
+    building = {"bdist_wheel", "editable_wheel", "build_ext", "install", "develop"} & set(sys.argv)
+    if not building or os.environ.get("MEGATRON_SAMOE_BUILD") == "none" or importlib.util.find_spec("torch"):
+        return
+    sys.exit(
+        "error: this build sees no torch, against which the extension is compiled. Install torch first and give "
+        "--no-build-isolation (pip install torch numpy setuptools wheel ninja; pip install --no-build-isolation .), or set "
+        "MEGATRON_SAMOE_BUILD=none for the pure-Python package, which is slower."
+    )
+
+
+refuse_isolated_build()
 # optional: an extension that could not be built must not stop the installation.
 setup(
     ext_modules=[Extension("megatron_samoe._C", sources(), optional=True)],

@@ -82,13 +82,13 @@ def prepare_data(out: Path) -> list[str]:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     run(
         [sys.executable, "tools/train_tokenizer.py", "--type", "sentencepiece-bpe", "--input", str(NOVELS),
-         "--vocab-size", "4096", "--output-prefix", str(tokenizer)],
+         "--vocab-size", "4096", "--output-prefix", str(tokenizer), "--overwrite"],
         "1/5 train a tokenizer",
     )  # fmt: skip
     run(
         [sys.executable, "tools/preprocess_data.py", "--input", str(NOVELS), "--document-separator", "CHAPTER",
          "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{tokenizer}.model", "--append-eod",
-         "--workers", "2", "--output-prefix", str(prefix)],
+         "--workers", "2", "--output-prefix", str(prefix), "--overwrite"],
         "2/5 make the dataset, a document per chapter",
     )  # fmt: skip
     return ["--data-path", f"{prefix}_text_document", "--tokenizer-model", f"{tokenizer}.model"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -36,7 +37,7 @@ class ConfigError(MegatronSamoeError):
 
     def __init__(self, field: str, value: object, allowed: str):
         self.field, self.value, self.allowed = field, value, allowed
-        super().__init__(f"{field} = {value!r}: {allowed}", collective=True)
+        super().__init__(f"{field} = {shown(value)}: {allowed}", collective=True)
 
 
 class ConfigErrors(ConfigError):
@@ -87,6 +88,26 @@ class ExtensionError(MegatronSamoeError):
     """The compiled extension was demanded and is not usable."""
 
     permanent = True
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 300
+_short.maxlong = 60
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 20
+_short.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """Returns a value as Python writes it, cut where it is long: a message must not be as large as what it refuses."""
+    try:
+        return _short.repr(value)[:1000]
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a {type(value).__name__} of very many digits"
+
+
+def install_extra(extra: str) -> str:
+    """Returns how an extra of this package is installed: no registry holds the package."""
+    return f"in the repository, pip install --no-build-isolation -e '.[{extra}]'"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

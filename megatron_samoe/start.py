@@ -6,6 +6,7 @@ so through `run`. A library that imports the package is left alone.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import signal
@@ -16,13 +17,16 @@ from typing import NoReturn
 #: Turns that a thread of libgomp waits for the others before it sleeps, where nobody chose (OMP_WAIT_POLICY or
 #: GOMP_SPINCOUNT). libgomp's own choice is 300,000, some 5 ms: a team that waits so long for a member whose core is busy
 #: with something else keeps that core from it. docs/training.md has what was measured.
-SPINS = 20_000
+SPINS = 1_000
 
 
 def prepare() -> None:
     """Sets what torch's libraries read when they are loaded, and makes Ctrl-C end with one line from here on."""
     if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the last collectives, for training/hang_watch.py
+    if sys.stderr is not None:
+        faulthandler.enable()
     sys.excepthook = _end_quietly
 
 

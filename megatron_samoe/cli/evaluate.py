@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.datasets.arguments import Parser
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
+from megatron_samoe.errors import CheckpointError, ConfigError, DataError, MegatronSamoeError
 from megatron_samoe.evaluation.zero_shot import tables
 from megatron_samoe.evaluation.zero_shot.lm_eval_adapter import run_harness
 from megatron_samoe.evaluation.zero_shot.predictors import CONSTANT, ConstantPredictor, ModelPredictor
@@ -38,7 +38,7 @@ from megatron_samoe.evaluation.zero_shot.variation import (
 )
 from megatron_samoe.inference.load import join_ranks, load_model
 from megatron_samoe.log import configure_logging, logger
-from megatron_samoe.parallel_state import ParallelState
+from megatron_samoe.parallel_state import ParallelState, backend
 
 #: Environment variable that stands in for --data-dir.
 DATA_VARIABLE = "MEGATRON_SAMOE_EVAL_DATA"
@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     who = parser.add_argument_group("who answers")
     who.add_argument("--predictor", default="model", help=f"model, or without one {', '.join(CONSTANT)}")
-    who.add_argument("--load", help="folder of checkpoints, saved by any layout")
+    who.add_argument("--load", help="folder of a run or of checkpoints, saved by any layout")
+    who.add_argument("--tokenizer-model", metavar="FILE", help="in place of the tokenizer that the checkpoint carries")
     who.add_argument("--ckpt-step", type=int, metavar="N", help="iteration; the newest if not given")
     who.add_argument(
         "--checkpoints", metavar="LAST:N", help="mean, sd and range over the last N, or over a list such as 800,900"
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_status
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+            backend.leave_distributed()
     return 0
 
 
@@ -136,7 +137,16 @@ def _check(options: argparse.Namespace) -> None:
         ConstantPredictor(options.predictor)
     sizes = [f"{size}_model_parallel_size" for size in SIZES if getattr(options, f"{size}_model_parallel_size") != 1]
     if constant:
-        of_models = ("load", "ckpt_step", "checkpoints", "compare_with", "batch_size", "harness", *sizes)
+        of_models = (
+            "load",
+            "ckpt_step",
+            "checkpoints",
+            "compare_with",
+            "batch_size",
+            "tokenizer_model",
+            "harness",
+            *sizes,
+        )
         _refuse(options, of_models, f"has no effect with --predictor {options.predictor}")
     if not constant and not options.load:
         raise ConfigError(
@@ -153,6 +163,9 @@ def _check(options: argparse.Namespace) -> None:
         _refuse(options, ours, "has no effect with --harness")
     elif options.include_path:
         raise ConfigError("--include-path", options.include_path, "needs --harness")
+    for name in ("load", "compare_with"):
+        if getattr(options, name):
+            setattr(options, name, store.checkpoints_of(getattr(options, name)))
     if options.compare_with and not store.whole_iterations(options.compare_with):  # its turn comes last
         raise CheckpointError(f"--compare-with {options.compare_with} has no checkpoint.")
     _check_outputs(options)
@@ -189,6 +202,8 @@ def _evaluate(options: argparse.Namespace, rank: int) -> None:
     questions = prepare(options.tasks if wants_tasks else "", data_dir, options.corpus, options.limit, options.hub)
     if questions.skipped:
         logger.info(f"no data, left out: {', '.join(questions.skipped)}")
+    for problem in questions.failed:
+        logger.info(f"left out: {problem}")
     if options.predictor != "model":
         runs, other = [Run(options.predictor, ask(questions, ConstantPredictor(options.predictor), _tell))], []
     else:
@@ -196,6 +211,8 @@ def _evaluate(options: argparse.Namespace, rank: int) -> None:
     if rank == 0:
         _show(runs, other)
         _write(options, runs, other)
+    if questions.failed:
+        raise DataError(f"these tasks were not asked: {' '.join(questions.failed)}", collective=True)
 
 
 def _ask_models(options: argparse.Namespace, questions: Questions, rank: int) -> tuple[list[Run], list[Run]]:
@@ -229,7 +246,8 @@ def _steps(folder: str, checkpoints: str | None, ckpt_step: int | None) -> list[
 
 
 def _ask_model(options: argparse.Namespace, place: Place, folder: str, step: int | None, questions: Questions) -> Run:
-    loaded = load_model(folder, place.parallel, place.layout, ckpt_step=step)
+    own = options.tokenizer_model if folder == options.load else None
+    loaded = load_model(folder, place.parallel, place.layout, ckpt_step=step, tokenizer_model=own)
     logger.info(f"{loaded.directory}")
     predictor = ModelPredictor(loaded, options.batch_size, _bar)
     return Run(
@@ -310,7 +328,9 @@ def _write_text(path: Path, text: str) -> None:
 
 def _run_harness(options: argparse.Namespace, rank: int) -> None:
     place = _join(options)
-    loaded = load_model(options.load, place.parallel, place.layout, ckpt_step=options.ckpt_step)
+    loaded = load_model(
+        options.load, place.parallel, place.layout, ckpt_step=options.ckpt_step, tokenizer_model=options.tokenizer_model
+    )
     found = run_harness(
         loaded, [name.strip() for name in options.tasks.split(",")], batch_size=options.batch_size, limit=options.limit,
         include_path=options.include_path,

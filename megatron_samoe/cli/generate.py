@@ -28,7 +28,8 @@ from megatron_samoe.inference.load import join_ranks, load_model
 from megatron_samoe.inference.request import FinishReason, Request
 from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
 from megatron_samoe.log import configure_logging
-from megatron_samoe.parallel_state import ParallelState
+from megatron_samoe.parallel_state import ParallelState, backend
+from megatron_samoe.parsing import parse_json
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--load", required=True, help="folder of checkpoints, saved by any layout")
+    parser.add_argument("--load", required=True, help="folder of a run or of checkpoints, saved by any layout")
+    parser.add_argument(
+        "--tokenizer-model", metavar="FILE", help="in place of the tokenizer that the checkpoint carries"
+    )
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration; the newest if not given")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the only prompt")
@@ -124,7 +128,7 @@ def read_prompts(file: TextIO, name: str, as_json: bool) -> list[Prompt]:
 def _from_json(line: str, place: str) -> Prompt:
     wanted = f'{place}: must be a JSON object with a text "prompt" or a list of numbers "prompt_ids"'
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as error:
         raise DataError(f"{wanted}, but is no JSON: {error}.") from None
     if isinstance(value, dict) and isinstance(value.get("prompt"), str):
@@ -261,7 +265,14 @@ def _run(options: argparse.Namespace) -> None:
     prompts, problem = parallel.world.all_gather_object((prompts, problem))[0]
     if problem is not None:
         raise DataError(problem, collective=True)
-    loaded = load_model(options.load, parallel, layout, ckpt_step=options.ckpt_step, combine=False)
+    loaded = load_model(
+        options.load,
+        parallel,
+        layout,
+        ckpt_step=options.ckpt_step,
+        combine=False,
+        tokenizer_model=options.tokenizer_model,
+    )
     engine = Engine(
         loaded, max_batch=options.max_batch, max_tokens=options.max_tokens, serving=options.serving,
         dtype=options.dtype, cache_experts=options.cache_experts,
@@ -302,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         # Else gloo's threads may be running when the interpreter ends, which aborts the process.
         if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+            backend.leave_distributed()
     return 0
 
 

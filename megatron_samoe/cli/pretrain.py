@@ -19,6 +19,7 @@ from megatron_samoe.config.derived import data_parallel_size
 from megatron_samoe.config.elastic import fit_layout
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
+from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
@@ -31,6 +32,7 @@ from megatron_samoe.parallel_state.state import ParallelState, initialize_model_
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hooks import default_hooks
 from megatron_samoe.training.machine import machine_facts
+from megatron_samoe.training.preflight import preflight
 from megatron_samoe.training.setup import build_setup
 from megatron_samoe.training.state import PLAIN_KEYS
 from megatron_samoe.training.trainer import Trainer
@@ -42,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging(rank)
     try:
         config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
-        pretrain(replace(config, checkpoint=store.with_start(config.checkpoint)))
+        config, num_ranks = _fit_to_ranks(config)
+        pretrain(replace(config, checkpoint=store.with_start(config.checkpoint)), num_ranks)
     except MegatronSamoeError as error:
         return _report(error, rank)
     except SystemExit as error:
@@ -53,19 +56,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+            backend.leave_distributed()
     return 0
 
 
-def pretrain(config: PretrainConfig) -> None:
-    """Trains as the configuration says, on the ranks of this torchrun job or this process alone."""
-    config, num_ranks = _fit_to_ranks(config)
+def pretrain(config: PretrainConfig, num_ranks: int) -> None:
+    """Trains as a legal configuration says, on so many ranks of this torchrun job, or in this process alone."""
     device = backend.choose_device(config.parallel)
     if device.type == "cpu":
         backend.keep_freed_memory()
     backend.set_num_threads(config.training.num_threads)
     if config.training.fp16 and device.type != "cuda":
         raise ConfigError("--fp16", True, "needs a CUDA device; use --bf16 or fp32 on a CPU")
+    directory = None if config.checkpoint.load is None else store.find_checkpoint(config.checkpoint)
+    if directory is not None:
+        config = replace(config, data=with_carried(config.data, directory, only_missing=True))
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
     vocab_size = data.vocab_size or tokenizer.vocab_size
@@ -108,7 +113,9 @@ def _train(config: PretrainConfig, tokenizer: Tokenizer, vocab_size: int, device
     parallel = replace(parallel, ep=with_exchange(parallel.ep, device, timeout_s, backend_name, by_nodes))
     is_builder = launcher.local_rank() == 0
     run_data = build_run_data(config, tokenizer, parallel, is_builder, _progress(config))
-    setup = build_setup(config, vocab_size, parallel)
+    if config.parallel.preflight:
+        preflight(config, vocab_size, parallel)
+    setup = replace(build_setup(config, vocab_size, parallel), attachments=read_files(config.data))
     _describe(config, vocab_size, parallel)
     # An evaluation alone says nothing of training's speed.
     machine = None if config.training.skip_train else machine_facts(parallel)
@@ -134,7 +141,7 @@ def _describe(config: PretrainConfig, vocab_size: int, parallel: ParallelState) 
     logger.info(
         f"{config.moe.expert_layout} model: {count.total:,} parameters, {count.expert:,} of them expert, "
         f"{count.active:,} active per token; {grid.world_size} ranks on {parallel.device.type}: tensor {grid.tp}, "
-        f"expert {grid.ep} (x tensor {grid.etp}), data {grid.dp}"
+        f"pipeline {grid.pp}, expert {grid.ep} (x tensor {grid.etp}), data {grid.dp}{_transport(parallel)}"
     )
 
     if config.moe.moe_router_load_balancing_type == "aux_loss" and config.moe.moe_aux_loss_group_size is None:
@@ -142,6 +149,17 @@ def _describe(config: PretrainConfig, vocab_size: int, parallel: ParallelState) 
             "aux_loss without --moe-aux-loss-group-size balances within each sequence, as seq_aux_loss does (versions before "
             "0.2 weighed it by the loads of the step before, which made routers swing)"
         )
+
+
+def _transport(parallel: ParallelState) -> str:
+    """Returns through what ranks talk."""
+    if parallel.world_size == 1:
+        return ""
+    backend_name = dist.get_backend()
+    interface = os.environ.get(f"{backend_name.upper()}_SOCKET_IFNAME")
+    over = f", over {backend_name}" + (f" on interface {interface}" if interface else "")
+    exchange = parallel.ep.exchange
+    return over if exchange is None else f"{over}; tokens travel through {getattr(exchange, 'transport', backend_name)}"
 
 
 def _report(error: MegatronSamoeError, rank: int) -> int:

@@ -31,7 +31,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--load", required=True, help="folder of checkpoints, saved by any layout")
+    model.add_argument("--load", required=True, help="folder of a run or of checkpoints, saved by any layout")
+    model.add_argument(
+        "--tokenizer-model", metavar="FILE", help="in place of the tokenizer that the checkpoint carries"
+    )
     model.add_argument("--ckpt-step", type=int, metavar="N", help="iteration; the newest if not given")
     model.add_argument("--serving", choices=SERVINGS, help="how the experts of a shared pool are kept")
     model.add_argument("--dtype", choices=PRECISIONS, help="of weights")
@@ -91,7 +94,9 @@ def _server_options(options: argparse.Namespace) -> ServerOptions:
 
 
 def _engine(options: argparse.Namespace, layout: ParallelConfig, parallel: ParallelState) -> Engine:
-    loaded = load_model(options.load, parallel, layout, ckpt_step=options.ckpt_step)
+    loaded = load_model(
+        options.load, parallel, layout, ckpt_step=options.ckpt_step, tokenizer_model=options.tokenizer_model
+    )
     given = {name: getattr(options, name) for name in ("serving", "dtype", "max_step_tokens", "cache_experts")}
     engine = Engine(
         loaded, max_batch=options.max_batch, max_tokens=options.max_tokens,
@@ -159,7 +164,7 @@ def main(args: Sequence[str] | None = None) -> int:
     finally:
         # Else gloo's threads may be running when the interpreter ends, which aborts the process.
         if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+            backend.leave_distributed()
 
 
 if __name__ == "__main__":

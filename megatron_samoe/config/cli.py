@@ -7,7 +7,6 @@ Precedence, lowest first: defaults, the YAML file of --config, the checkpoint's 
 from __future__ import annotations
 
 import dataclasses
-import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
-import yaml
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError, nearest
+from megatron_samoe.parsing import parse_yaml
 
 #: Groups, and single fields of other groups, that describe the model rather than a run of it.
 CHECKPOINT_GROUPS = ("model", "moe")
@@ -103,37 +102,16 @@ def _take_config_flag(args: list[str]) -> tuple[list[str], Path | None]:
     return rest, path
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which YAML would silently keep the last, and reads digits that begin
-    with 0 as text: a pattern of layers such as 0101 is no octal number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        repeated = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if repeated is not None:
-            raise yaml.YAMLError(f"the key {repeated!r} stands twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-_UniqueKeyLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
-)
-
-
 def read_yaml(path: Path) -> Mapping[str, Any]:
     """Returns the mapping in a YAML file; ConfigError where there is none."""
     try:
-        content = yaml.load(path.read_text(), Loader=_UniqueKeyLoader)
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError("--config", str(path), f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError("--config", str(path), "is not a text file in UTF-8") from None
-    except yaml.YAMLError as error:
-        raise ConfigError("--config", str(path), f"is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # of the text, or of a path that no file can have
+        raise ConfigError("--config", str(path), f"is not YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -211,7 +189,10 @@ def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
         raise ConfigError(name, value, f"must be one of {allowed} (in {source}).{nearest(str(value), get_args(hint))}")
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
-        if all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in items):
+        if get_args(hint)[0] is int:
+            if all(type(v) is int for v in items):
+                return tuple(items)
+        elif all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in items):
             return tuple(str(v) for v in items)
     elif hint is str and isinstance(value, (str, int)) and not isinstance(value, bool):
         return str(value)
@@ -225,7 +206,7 @@ def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
         # YAML reads 3e-4, without a dot, as a string.
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     expected = typing.get_args(hint)[0].__name__ + " list" if origin is tuple else hint.__name__
     raise ConfigError(name, value, f"must be of type {expected} (in {source})")

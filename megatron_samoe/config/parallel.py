@@ -48,6 +48,8 @@ class ParallelConfig:
     (torchrun --nnodes 1:4): data parallelism changes first. Needs --global-batch-size, which stays."""
     distributed_backend: Literal["auto", "gloo", "nccl"] = "auto"
     """auto: NCCL where CUDA is found, else gloo."""
+    preflight: bool = False
+    """Test memory, speed, links and clocks of all ranks before training, and name those that are worse than others."""
     distributed_timeout_minutes: float = 10.0
     """Longest wait for another rank."""
 

@@ -42,6 +42,13 @@ class TrainingConfig:
     """full: keep only layer inputs and recompute layers in the backward pass; selective: recompute attention."""
     recompute_num_layers: int | None = None
     """With full: recompute only the first so many layers of a stage; all if not given."""
+    spike_window: int = 0
+    """Report a step whose loss or gradient norm is far above those of so many steps before, with the numbers of its
+    samples; 0 for no report."""
+    spike_sigmas: float = 6.0
+    """How far above is far, in standard deviations of the window."""
+    skip_spikes: bool = False
+    """Leave the weights as they are in such a step. Needs --spike-window."""
     deterministic_mode: bool = False
     """Refuse operations that are not deterministic (bitwise equal runs on the same layout)."""
     num_threads: int | None = None
@@ -106,3 +113,17 @@ class LoggingConfig:
     """Log expert load, gradient norm per expert and combination coefficients of each layer."""
     log_progress: bool = False
     """Show a progress bar on rank 0."""
+    wandb_project: str | None = None
+    """Log to this project of Weights & Biases as well (extra wandb; WANDB_MODE=offline needs no network)."""
+    trackio_project: str | None = None
+    """Log to this project of trackio as well, which keeps it on this machine (extra trackio)."""
+    exp_name: str | None = None
+    """Name of the run in both. Derived if not given: the last part of --run-dir."""
+    profile: bool = False
+    """Profile some steps of some ranks with torch's profiler; traces go to profile/ in --run-dir or --save."""
+    profile_step_start: int = 10
+    """First step that is profiled."""
+    profile_step_end: int = 12
+    """First step that is not profiled any more."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that are profiled."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Rule, layout, model, numbers, pipeline, run, without_effect
-from megatron_samoe.errors import ConfigErrors
+from megatron_samoe.config.rules.limits import refuse_excess
+from megatron_samoe.errors import ConfigError, ConfigErrors
 
 RULES: tuple[Rule, ...] = (
     *numbers.RULES, *model.RULES, *without_effect.RULES, *layout.RULES, *pipeline.RULES, *run.RULES,
@@ -13,6 +14,16 @@ RULES: tuple[Rule, ...] = (
 
 def validate(config: PretrainConfig, world_size: int) -> None:
     """Raises ConfigErrors naming every rule that the configuration breaks on `world_size` ranks."""
-    problems = [problem for rule in RULES for problem in rule(config, world_size)]
+    refuse_excess(config)
+    _raise_if_any([problem for rule in RULES for problem in rule(config, world_size)])
+
+
+def refuse_wrong_numbers(config: PretrainConfig) -> None:
+    """Raises ConfigErrors naming each number that none of its kind can be, whatever else is configured."""
+    refuse_excess(config)
+    _raise_if_any([problem for rule in numbers.RULES for problem in rule(config, 1)])
+
+
+def _raise_if_any(problems: list[ConfigError]) -> None:
     if problems:
         raise ConfigErrors(problems)

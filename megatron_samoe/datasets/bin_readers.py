@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_samoe.errors import DataError
+from megatron_samoe.errors import DataError, install_extra
 
 
 class BinReader(Protocol):
@@ -131,7 +131,7 @@ def filesystem(url: str) -> tuple[Any, str]:
         scheme = url.split("://", 1)[0]
         raise DataError(
             f"{url} needs a package for {scheme}:// that is not installed ({error}). "
-            "Install the extra: pip install 'megatron_samoe[remote]'."
+            f"Install the extra: {install_extra('remote')}."
         ) from error
     except ValueError as error:
         raise DataError(f"{url} cannot be opened: {error}") from error

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_samoe.errors import DataError
+from megatron_samoe.errors import DataError, shown
+from megatron_samoe.parsing import finite_float, parse_yaml
 
 SPLITS = ("train", "valid", "test")
 
@@ -70,36 +71,34 @@ def read_blend_yaml(path: str) -> Blend | dict[str, Blend]:
 
     Relative paths are relative to the file.
     """
-    import yaml
-
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = parse_yaml(file.read())
     except OSError as error:
         raise DataError(f"The blend {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise DataError(f"The blend {path} is not YAML: {error}") from error
     if isinstance(content, dict):
         unknown = [key for key in content if key not in SPLITS]
         if unknown or not content:
-            raise DataError(f"The blend {path} has the key {unknown[:1]}; allowed are {', '.join(SPLITS)}.")
+            raise DataError(f"The blend {path} has the key {shown(unknown[:1])}; allowed are {', '.join(SPLITS)}.")
         return {split: _blend_from_list(entries, path) for split, entries in content.items()}
     return _blend_from_list(content, path)
 
 
 def _blend_from_list(entries: Any, path: str) -> Blend:
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"The blend {path} must be a list of datasets, not {entries!r}.")
+        raise DataError(f"The blend {path} must be a list of datasets, not {shown(entries)}.")
     prefixes, weights = [], []
     for entry in entries:
         entry = {"path": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or set(entry) - {"path", "weight"}:
             raise DataError(
-                f"The blend {path} has the entry {entry!r}; an entry is a path or {{path: ..., weight: ...}}."
+                f"The blend {path} has the entry {shown(entry)}; an entry is a path or {{path: ..., weight: ...}}."
             )
         weight = entry.get("weight")
-        if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
-            raise DataError(f"The blend {path} has the weight {weight!r}, which is not a number.")
+        if weight is not None and (isinstance(weight, str) or finite_float(weight) is None):
+            raise DataError(f"The blend {path} has the weight {shown(weight)}, which is not a number.")
         prefix = entry["path"]
         prefixes.append(prefix if "://" in prefix else os.path.join(os.path.dirname(path), prefix))
         weights.append(weight)
@@ -118,9 +117,10 @@ def split_bounds(split: str) -> list[tuple[float, float] | None]:
             f"--split {split!r} is not understood: write up to three shares of at least 0, such as 969,30,1."
         )
     shares = [n for n in numbers if n is not None] + [0.0] * (3 - len(numbers))
-    total = math.fsum(shares)
-    if total <= 0:
+    if max(shares) <= 0:
         raise DataError(f"--split {split!r} gives every split nothing.")
+    if sum(shares) > 1e300:
+        raise DataError(f"--split {split!r} has shares that no sum can hold; 969,30,1 says the same as 9690,300,10.")
     import numpy as np
 
     # numpy's sum and quotient, then plain additions: the rounding that Megatron-core's bounds have.

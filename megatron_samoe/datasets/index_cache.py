@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_samoe.log import say_once
+from megatron_samoe.parsing import parse_json
 
 _MAGIC = b"SAMOEIX1"
 _ALIGN = 64
@@ -108,12 +109,12 @@ def _load(path: str, key: str) -> tuple[np.ndarray, ...] | None:
             header_bytes = int.from_bytes(head[8:16], "little")
             if head[:8] != _MAGIC or header_bytes > size - 16:
                 return None
-            header = json.loads(file.read(header_bytes))
+            header = parse_json(file.read(header_bytes))
             places = _layout(header["arrays"], 16 + header_bytes)
             if header["key"] != key or max(offset + length for offset, length in places) != size:
                 return None
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return tuple(
         np.frombuffer(mapped, dtype=np.uint8, count=length, offset=offset).view(entry["dtype"]).reshape(entry["shape"])

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_samoe.datasets.bin_readers import filesystem, is_remote
-from megatron_samoe.errors import DataError
+from megatron_samoe.errors import DataError, shown
+from megatron_samoe.parsing import parse_json
 
 FORMAT_VERSION = 1
 
@@ -61,14 +62,25 @@ def read(path_prefix: str) -> Manifest | None:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         known = {f.name for f in dataclasses.fields(Manifest)}
         record = Manifest(**{name: value for name, value in values.items() if name in known})
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a manifest ({error}). Remove it if the dataset is known to be good.") from error
     integers = ("vocab_size", "eod", "num_documents", "num_sequences", "num_tokens", "max_token_id", "bin_bytes")
-    if not all(isinstance(getattr(record, name), int) for name in (*integers, "bin_crc32", "idx_crc32")):
-        raise DataError(f"{path} is damaged: one of its counts is no integer.")
+    for name in (*integers, "bin_crc32", "idx_crc32"):
+        value = getattr(record, name)
+        if type(value) is not int or not -1 <= value < 2**62:
+            raise DataError(f"{path} is damaged: its {name} is {shown(value)}, which is no count.")
+    version = record.format_version
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise DataError(f"{path} has format version {shown(version)}; this program reads {FORMAT_VERSION}.")
+    if not (isinstance(record.options, dict) and isinstance(record.inputs, list) and isinstance(record.counts, dict)):
+        raise DataError(f"{path} is damaged: its options, inputs or counts are none.")
+    if not all(isinstance(one, dict) for one in record.inputs) or not all(
+        type(n) is int for n in record.counts.values()
+    ):
+        raise DataError(f"{path} is damaged: its inputs or counts hold something else.")
     if not isinstance(record.tokenizer_fingerprint, str):
         raise DataError(f"{path} is damaged: its tokenizer fingerprint is no text.")
     return record

@@ -143,6 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vocab-size", type=int, required=True, help="entries of the vocabulary")
     parser.add_argument("--output-prefix", required=True, help="path of the output without suffix")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     parser.add_argument("--sample-mb", type=int, default=1000, help="train on about this much text; 0 for all")
     parser.add_argument("--seed", type=int, default=1234, help="of the sample")
     parser.add_argument("--num-threads", type=int, default=os.cpu_count() or 1, help="threads of the trainer")
@@ -160,6 +161,10 @@ def _main(arguments: Sequence[str] | None) -> None:
     args = make_parser().parse_args(arguments)
     if args.vocab_size < 1:
         raise DataError(f"--vocab-size {args.vocab_size} must be at least 1.")
+    made = [f"{args.output_prefix}{end}" for end in (".model", ".vocab", ".json", "-vocab.json", "-merges.txt")]
+    existing = [path for path in made if os.path.exists(path)]
+    if existing and not args.overwrite:
+        raise DataError(f"{existing[0]} exists. Give --overwrite to replace it, or another --output-prefix.")
     options = PreprocessOptions(
         input=tuple(args.input), output_prefix=args.output_prefix, input_format=args.input_format,
         json_keys=tuple(args.json_keys), on_bad_input=args.on_bad_input, chunk_bytes=1 << 20,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import pickle
-from collections.abc import Iterator
+import pickletools
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,13 +22,21 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from blake3 import blake3
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future as TorchFuture
 
 from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor_into
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, shown
 
 METADATA = ".metadata"
 BLOCK_BYTES = 4 << 20
@@ -66,7 +76,9 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
     """
     path = Path(directory) / METADATA
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        content = path.read_bytes()
+        refuse_hollow(content)
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except CheckpointError:
         raise
     except OSError as error:
@@ -75,7 +87,69 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{path} is damaged: it holds {type(metadata).__name__}.")
+    problem = _problem_of(metadata)
+    if problem:
+        raise CheckpointError(f"{path} is damaged: {problem}.")
     return metadata
+
+
+def refuse_hollow(content: bytes) -> None:
+    """Raises ValueError where a pickle promises more than it holds: a few bytes of it can demand gigabytes."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= len(content):
+            raise ValueError("it numbers more values than it has bytes")
+
+
+def _problem_of(metadata: Metadata) -> str:
+    """Returns what no table of contents that was written here has; an empty string where all is well."""
+    entries, places = metadata.state_dict_metadata, metadata.storage_data
+    if not isinstance(entries, dict) or not isinstance(places, dict):
+        return "it is no table of tensors"
+    for index, place in places.items():
+        path = getattr(place, "relative_path", None)
+        if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo) or not isinstance(path, str):
+            return "its table of places is none"
+        if os.path.basename(path) != path or not _are_sizes((place.offset, place.length)):
+            return f"{shown(path)} from {shown(place.offset)} is no place in a file of its folder"
+    for name, entry in entries.items():
+        if not isinstance(name, str):
+            return f"a tensor is called {shown(name)}"
+        if isinstance(entry, TensorStorageMetadata):
+            problem = _problem_of_tensor(name, entry, places)
+            if problem:
+                return f"{name} {problem}"
+        elif not isinstance(entry, BytesStorageMetadata):
+            return f"{name} is a {type(entry).__name__}"
+    if metadata.storage_meta is not None and not isinstance(metadata.storage_meta, StorageMeta):
+        return f"it describes its storage by {shown(metadata.storage_meta)}"
+    return ""
+
+
+def _problem_of_tensor(name: str, entry: TensorStorageMetadata, places: dict[Any, Any]) -> str:
+    if not isinstance(entry.properties, TensorProperties) or not isinstance(entry.properties.dtype, torch.dtype):
+        return "has no properties, or no type of its elements"
+    if not isinstance(entry.size, tuple) or not _are_sizes(entry.size) or not isinstance(entry.chunks, list):
+        return "has no sizes"
+    covered = 0
+    for chunk in entry.chunks:
+        if not isinstance(chunk, ChunkStorageMetadata):
+            return "has a part that is none"
+        offsets, sizes = chunk.offsets, chunk.sizes
+        legal = isinstance(offsets, tuple) and isinstance(sizes, tuple) and _are_sizes((*offsets, *sizes))
+        if (
+            not legal
+            or not len(offsets) == len(sizes) == len(entry.size)
+            or any(offset + size > whole for offset, size, whole in zip(offsets, sizes, entry.size, strict=True))
+        ):
+            return f"has a part of {shown(sizes)} at {shown(offsets)}, which does not lie in its {list(entry.size)}"
+        if MetadataIndex(name, torch.Size(offsets)) not in places:
+            return "has a part that is in no file"
+        covered += math.prod(sizes)
+    return "" if covered == math.prod(entry.size) else "is not covered by its parts"
+
+
+def _are_sizes(values: Iterable[object]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
 class Reader(dcp.FileSystemReader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
 from megatron_samoe.dist_checkpointing.file_storage import read_metadata
+from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor
 from megatron_samoe.dist_checkpointing.sharded_state import UnreadTensor
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.parallel_state.state import single_process_state
 
 
@@ -31,7 +33,7 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         """Size of the elements."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class GlobalTensors(Protocol):
@@ -41,11 +43,13 @@ class GlobalTensors(Protocol):
         tensors: what there is, in the order to read it.
         config: the run's configuration, as in a checkpoint's config.yaml.
         train_state: plain values, as in its train_state.json.
+        attachments: files that it carries, by their path in a checkpoint.
     """
 
     tensors: Mapping[str, StoredTensor]
     config: Mapping[str, Any]
     train_state: Mapping[str, Any]
+    attachments: Mapping[str, bytes]
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor, whole, on the CPU; nothing is kept."""
@@ -75,6 +79,22 @@ class CheckpointReader:
         self.tensors: Mapping[str, StoredTensor] = {
             name: StoredTensor(tuple(entry.size), entry.properties.dtype) for name, entry in self._stored.items()
         }
+        self._refuse_other_sizes()
+        self.attachments: Mapping[str, bytes] = store.attachments_of(directory)
+
+    def _refuse_other_sizes(self) -> None:
+        model, moe = self.config.get("model") or {}, self.config.get("moe") or {}
+        given = {name: model.get(name) for name in ("num_layers", "hidden_size")}
+        if moe.get("expert_layout", "dense") != "dense":
+            given["num_experts"] = moe.get("num_experts")
+        sizes = {name: size for name, size in given.items() if type(size) is int}
+        shapes = {name: stored.shape for name, stored in self.tensors.items()}
+        refuse_other_sizes(sizes, shapes, str(self.directory / store.CONFIG), "layers.")
+        vocab_size, words = self.train_state.get("vocab_size"), shapes.get("embedding.word.weight")
+        if words and vocab_size is not None and not vocab_size <= words[0]:
+            raise CheckpointError(
+                f"{self.directory / store.TRAIN_STATE} says vocab_size is {shown(vocab_size)}; there are {words[0]} embeddings."
+            )
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor; CheckpointError where its file is damaged, KeyError where there is no such tensor."""
@@ -126,5 +146,11 @@ def write_checkpoint(root: Path, iteration: int, source: GlobalTensors) -> Path:
     state = {name: [unread(name, stored)] for name, stored in source.tensors.items()}
     train_state = {k: v for k, v in source.train_state.items() if k not in ("format_version", "digests", "digest")}
     return saving.save_checkpoint(
-        CheckpointConfig(save=str(root)), iteration, state, source.config, train_state, single_process_state()
+        CheckpointConfig(save=str(root)),
+        iteration,
+        state,
+        source.config,
+        train_state,
+        single_process_state(),
+        source.attachments,
     )

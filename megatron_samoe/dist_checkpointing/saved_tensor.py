@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import re
 import struct
 import sys
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+#: First byte of a pickle.
+_PICKLE = b"\x80"
 #: What stands before a record's name in a zip file; the last two are the lengths of its name and of a further field.
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
@@ -62,6 +68,8 @@ def read_saved_tensor(path: Path, start: int, length: int) -> Tensor:
     with open(path, "rb") as file:
         window = Window(file, start, length)
         tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        if not is_plain(tensor):
+            raise ValueError("it is no plain tensor")
         window.seek(0)
         with zipfile.ZipFile(window) as archive:  # type: ignore[arg-type]
             for record in archive.infolist():
@@ -107,6 +115,52 @@ def read_saved_tensor_into(target: Tensor, file: io.FileIO, start: int, length: 
             raise EOFError("the file ends within a tensor")
         left = left[count:]
     return True
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value that was loaded is a dense tensor of the CPU with all of its elements in memory."""
+    return (
+        isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+        and not value.is_nested and not value.is_quantized
+        and value.numel() <= value.untyped_storage().nbytes() // max(value.element_size(), 1)
+    )  # fmt: skip
+
+
+def refuse_repacked(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Raises ValueError where mapped tensors of a file of torch.save are other bytes than those that were saved.
+
+    torch maps a storage from where its entry begins, whatever the entry's size or compression: a file that was packed
+    anew, or has an entry cut short, would be read as garbage.
+    """
+    with zipfile.ZipFile(path) as archive:
+        sizes: Counter[int] = Counter()
+        for record in archive.infolist():
+            folder, _, name = record.filename.rpartition("/")
+            if folder.rpartition("/")[2] == "data":
+                sizes[record.file_size] += 1
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"its entry {record.filename} is compressed, which torch.save never does")
+            if name == "byteorder" and archive.read(record) != sys.byteorder.encode():
+                raise ValueError("it was saved on a machine of the other byte order")
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    if Counter(size for size in storages.values() if size) - sizes:
+        raise ValueError("its entries have other sizes than its tensors")
+
+
+def why_not_loaded(error: Exception, path: Path) -> str:
+    """Returns in a few words why torch could not load a file; what torch itself says is to load it with any code in it."""
+    text = " ".join(str(error).split())
+    if named := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it names {named[1]}, which could run any code and which reading weights does not need"
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(2)
+        if start[:1] == _PICKLE:
+            return "it was saved in torch's format of before version 1.6; load and save it with a newer torch"
+        if start != b"PK":
+            return "it is no file of torch.save"
+    if "weights_only" in text or "upgrade" in text or not text:
+        return "it is damaged, or holds more than tensors"
+    return text[:200].rstrip(".")
 
 
 def _storage(tensor: Tensor) -> Any:

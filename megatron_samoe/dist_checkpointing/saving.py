@@ -45,11 +45,14 @@ OVERHEAD_BYTES_PER_PART = 4096
 
 def save_checkpoint(
     config: CheckpointConfig, iteration: int, state: WritableState, full_config: Mapping[str, Any],
-    train_state: Mapping[str, Any], parallel: ParallelState,
+    train_state: Mapping[str, Any], parallel: ParallelState, attachments: Mapping[str, bytes] | None = None,
 ) -> Path:  # fmt: skip
     """Saves one checkpoint, deletes those that retention no longer keeps, and returns its folder.
 
     All ranks call it together.
+
+    Args:
+        attachments: files that it carries, by their path in its folder.
 
     Raises:
         CheckpointError: the disk has too little room, or it could not be written; earlier checkpoints are as they were.
@@ -72,6 +75,10 @@ def save_checkpoint(
     def publish() -> None:
         _write_durably(unfinished / CONFIG, yaml.safe_dump(dict(full_config), sort_keys=False))
         digests[CONFIG] = digest_of(unfinished / CONFIG)
+        for name, attached in (attachments or {}).items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            _write_durably(unfinished / name, attached)
+            digests[name] = digest_of(unfinished / name)
         content = {"format_version": FORMAT_VERSION, **train_state, "digests": digests}
         content["digest"] = digest_of_values(json.loads(json.dumps(content)))
         _write_durably(unfinished / TRAIN_STATE, json.dumps(content, indent=1))
@@ -110,11 +117,13 @@ class BackgroundSaver:
     def start(
         self, config: CheckpointConfig, iteration: int, state: ShardedState, full_config: Mapping[str, Any],
         train_state: Mapping[str, Any], done: Callable[[Path], None] = lambda _: None,
+        attachments: Mapping[str, bytes] | None = None,
     ) -> None:  # fmt: skip
         """Copies the state and begins to save it; all ranks call it together.
 
         Args:
             done: called with the folder when it is complete, from another thread.
+            attachments: as of `save_checkpoint`.
 
         Raises:
             CheckpointError: the save before failed.
@@ -124,7 +133,7 @@ class BackgroundSaver:
 
         def run() -> None:
             try:
-                done(save_checkpoint(config, iteration, copied, full_config, train_state, self.parallel))
+                done(save_checkpoint(config, iteration, copied, full_config, train_state, self.parallel, attachments))
             except BaseException as error:
                 self._error = error
                 if self.parallel.rank == 0:
@@ -205,9 +214,9 @@ def _begin(root: Path, unfinished: Path, needed_bytes: int) -> None:
     unfinished.mkdir()
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
+def _write_durably(path: Path, content: str | bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 

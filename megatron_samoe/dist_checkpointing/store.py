@@ -18,15 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.saved import upgrade
 from megatron_samoe.dist_checkpointing.file_storage import digest_of, new_digest
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedState, read_sharded
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.parsing import finite_float, parse_json, parse_yaml
 
 LATEST = "latest_checkpointed_iteration.txt"
 CONFIG, TRAIN_STATE = "config.yaml", "train_state.json"
@@ -59,6 +58,19 @@ def whole_iterations(root: str | Path) -> list[int]:
     return sorted(i for i in found if (iteration_dir(root, i) / TRAIN_STATE).is_file())
 
 
+def checkpoints_of(load: str) -> str:
+    """Returns the folder of checkpoints that is meant by it or by the folder of its run."""
+    below = Path(load) / "checkpoints"
+    return str(below) if not whole_iterations(load) and whole_iterations(below) else load
+
+
+def _sound(directory: Path, problems_of: Callable[[Path], list[str]]) -> Path:
+    problems = _description_problems(directory) or problems_of(directory)
+    if problems:
+        raise CheckpointError(f"{directory} is damaged: {'; '.join(problems[:3]).rstrip('.')}.", collective=True)
+    return directory
+
+
 def with_start(config: CheckpointConfig) -> CheckpointConfig:
     """Returns --load and --finetune as --pretrained-checkpoint makes them: its weights, while --load has no checkpoint.
 
@@ -70,10 +82,10 @@ def with_start(config: CheckpointConfig) -> CheckpointConfig:
         return config
     if load is not None:
         _repair_if_possible(load)
-        if whole_iterations(load):
+        if whole_iterations(checkpoints_of(load)) or (Path(load) / TRAIN_STATE).is_file():
             return config
         _refuse_foreign(Path(load))
-    if not whole_iterations(pretrained):
+    if not (whole_iterations(checkpoints_of(pretrained)) or (Path(pretrained) / TRAIN_STATE).is_file()):
         _refuse_foreign(Path(pretrained), "--pretrained-checkpoint")
         raise CheckpointError(f"--pretrained-checkpoint {pretrained} has no checkpoint.", collective=True)
     return replace(config, load=pretrained, finetune=True, ckpt_step=None)  # the step is one of --load's
@@ -93,6 +105,10 @@ def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list
     """
     if config.load is None:
         return None
+    if (Path(config.load) / TRAIN_STATE).is_file() and config.ckpt_step is None:
+        return _sound(Path(config.load), problems_of)
+    config = replace(config, load=checkpoints_of(config.load))
+    assert config.load is not None
     _repair_if_possible(config.load)
     iterations = whole_iterations(config.load)
     if config.ckpt_step is not None and config.ckpt_step not in iterations:
@@ -152,11 +168,6 @@ def _refuse_foreign(root: Path, flag: str = "--load") -> None:
         raise CheckpointError(f"{flag} {root} is a file; it must be a folder of checkpoints.")
     if not root.is_dir():
         return
-    hint = ""
-    if (root / TRAIN_STATE).is_file():
-        hint = f" It is itself a checkpoint: give its parent, {root.parent}."
-    elif whole_iterations(root / "checkpoints"):
-        hint = f" Give {root / 'checkpoints'}."
     entries = sorted(
         p.name
         for p in root.iterdir()
@@ -165,7 +176,7 @@ def _refuse_foreign(root: Path, flag: str = "--load") -> None:
     if entries:
         raise CheckpointError(
             f"{flag} {root} holds no checkpoint of this program, but {_listed(entries)}."
-            f"{hint or ' Give another folder, or convert the checkpoint.'}"
+            " Give another folder, or convert the checkpoint."
         )
 
 
@@ -191,25 +202,54 @@ class _NewerFormat(CheckpointError):
 def read_config(directory: Path) -> Mapping[str, Any]:
     """Returns the configuration saved with a checkpoint."""
     digest = read_train_state(directory).get("digests", {}).get(CONFIG)
-    config = _read_mapping(directory / CONFIG, yaml.safe_load)
+    config = _read_mapping(directory / CONFIG, parse_yaml)
     if digest is not None and digest_of(directory / CONFIG, digest) != digest:
         raise CheckpointError(f"{directory / CONFIG} differs from what was written.")
+    for name, group in config.items():
+        if group is not None and not isinstance(group, Mapping):
+            raise CheckpointError(
+                f"{directory / CONFIG} is damaged: {name} is {shown(group)}, which is no group of options."
+            )
     return upgrade(config)
 
 
 def read_train_state(directory: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the plain values saved with a checkpoint; CheckpointError where a needed key is not among them."""
-    content = _read_mapping(directory / TRAIN_STATE, json.loads)
+    content = _read_mapping(directory / TRAIN_STATE, parse_json)
     version = content.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise _NewerFormat(f"{directory} has format version {version}; this program reads up to {FORMAT_VERSION}.")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise _NewerFormat(
+            f"{directory} has format version {shown(version)}; this program reads up to {FORMAT_VERSION}."
+        )
     digest = content.pop("digest", None)
-    if digest is not None and digest != digest_of_values(content, digest):
+    if digest is not None and (not isinstance(digest, str) or digest != digest_of_values(content, digest)):
         raise CheckpointError(f"{directory / TRAIN_STATE} differs from what was written.")
     missing = [key for key in ("format_version", *needed) if key not in content]
     if missing:
         raise CheckpointError(f"{directory / TRAIN_STATE} is damaged: it has no {', '.join(missing)}.")
+    refuse_wrong_values(content, str(directory / TRAIN_STATE))
     return content
+
+
+#: Values of train_state.json that count something, with the least that each may be.
+_COUNTS = {"format_version": 1, "iteration": 0, "consumed_samples": 0, "consumed_tokens": 0, "vocab_size": 1,
+           "optimizer_steps": 0}  # fmt: skip
+
+
+def refuse_wrong_values(content: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError naming a value of a training state that no run writes."""
+    for key, least in _COUNTS.items():
+        value = content.get(key, least)
+        whole = type(value) is int or (key == "optimizer_steps" and type(value) is float and value.is_integer())
+        if not (whole and least <= value < 2**62):
+            raise CheckpointError(f"{where} is damaged: {key} is {shown(value)}, which is no count.")
+    scale = content.get("loss_scale", {})
+    if not isinstance(scale, Mapping) or any(finite_float(value) is None or isinstance(value, str)
+                                             for value in scale.values() if not isinstance(value, bool)):  # fmt: skip
+        raise CheckpointError(f"{where} is damaged: loss_scale is {shown(scale)}.")
+    digests = content.get("digests", {})
+    if not isinstance(digests, Mapping) or not all(isinstance(digest, str) for digest in digests.values()):
+        raise CheckpointError(f"{where} is damaged: digests is {shown(digests)}.")
 
 
 def digest_of_values(content: Mapping[str, Any], like: str = "") -> str:
@@ -219,13 +259,20 @@ def digest_of_values(content: Mapping[str, Any], like: str = "") -> str:
     return digest.hexdigest()
 
 
+def attachments_of(directory: Path) -> dict[str, bytes]:
+    """Returns the files that a checkpoint carries in folders of its own, by their path in it."""
+    found = sorted(path for path in directory.glob("*/*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
+
+
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         content = parse(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it holds {type(content).__name__} in place of a mapping.")
+        held = "is empty" if content is None else f"holds a {type(content).__name__} in place of a mapping"
+        raise CheckpointError(f"{path} is damaged: it {held}.")
     return content
 
 

@@ -6,7 +6,8 @@ gradients are reduced and scattered, and weights, which then lie in one flat ten
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +28,20 @@ from megatron_samoe.parallel_state.state import Group, ParallelState
 DEFAULT_BUCKET_SIZE = 40_000_000
 #: Groups over which several pipeline stages sum, or whose gradients are completed when a step's passes are done.
 STAGE_CROSSING_GROUPS = frozenset((None, "pool_dp", "etp_pool_dp", "embed_dp", "stage", "etp_edp"))
+
+
+def _keep_gradient(arrived: weakref.WeakMethod[Callable[[str], None]], name: str, parameter: Tensor) -> None:
+    """Called by autograd once per backward pass and parameter, when the pass has its whole gradient.
+
+    A parameter that held its buffer would hold it, the group and gloo's threads until the interpreter ends, and one of
+    them aborts the process when it then wants the interpreter's lock.
+    """
+    if parameter.grad is not None:  # else an op has added to the main gradient itself
+        parameter.main_grad += parameter.grad  # type: ignore[attr-defined]
+        parameter.grad = None
+    tell_buffer = arrived()
+    if tell_buffer is not None:
+        tell_buffer(name)
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,7 @@ class GradBuffer:
                 home = self.weights[start:stop].view(p.shape)
                 home.copy_(p.detach())
                 p.data = home
-            p.register_post_accumulate_grad_hook(partial(self._arrived, name))
+            p.register_post_accumulate_grad_hook(partial(_keep_gradient, weakref.WeakMethod(self._arrived), name))
             start = stop
 
     def zero(self, num_micro_batches: int, overlap: bool = True) -> None:
@@ -97,11 +112,8 @@ class GradBuffer:
         self._starts_early = self.overlap and overlap
         self._arrivals = dict.fromkeys(self.parameters, 0)
 
-    def _arrived(self, name: str, parameter: Tensor) -> None:
-        """Called by autograd once per backward pass and parameter, when the pass has its whole gradient."""
-        if parameter.grad is not None:  # else an op has added to the main gradient itself
-            parameter.main_grad += parameter.grad  # type: ignore[attr-defined]
-            parameter.grad = None
+    def _arrived(self, name: str) -> None:
+        """A backward pass has left a parameter's whole gradient."""
         if not self._starts_early:
             return
         self._arrivals[name] += 1
@@ -126,7 +138,7 @@ class GradBuffer:
         work, part = self._started
         self._started = None
         if work is not None:
-            work.wait()
+            self.group.wait(work)
         if part is not None:
             self.own(self.flat).copy_(part)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.run_groups import RunGroup
 from megatron_samoe.evaluation.zero_shot.metrics import CORPUS_METRICS, METRICS, SHARES_OF_ITEMS
+from megatron_samoe.parsing import parse_json
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_json(path: Path, what: str) -> Any:
         DataError: it cannot be read or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as {what}: {error}.") from error
 
@@ -109,7 +109,7 @@ def read_zero_shot(path: Path) -> list[ZeroShot]:
             for result in newest["results"]
             for metric, found in result["metrics"].items()
         ]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise DataError(f"{path} is not {what}: {error!r}.") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
@@ -11,11 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.models.accounting import ParameterCount, count_parameters
+from megatron_samoe.parsing import parse_json
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def _read_machine(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        machine = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        machine = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; without it the report can be made.") from None
     kinds = {"device": str, "device_name": str, "ranks": int, "threads_per_rank": int, "layout": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(machine, dict) or type(machine.get(key)) is not kind]
@@ -117,15 +119,39 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = parse_json(line)
+        except ValueError:
             if number == len(lines) and not line.endswith("\n"):
                 break
             record = None
         if not isinstance(record, dict):
             raise CheckpointError(f"{path}:{number} is no record of a run: {line.strip()[:60]!r}.")
+        wrong = [key for key, value in record.items() if not _is_metric(key, value)]
+        if wrong:
+            raise CheckpointError(f"{path}:{number} is no record of a run: {wrong[0]} is {shown(record[wrong[0]])}.")
         records.append(record)
     return records
+
+
+#: Metrics that are numbers, and metrics with an array of numbers for each layer; of others nothing is made here.
+_NUMBERS = ("iteration", "consumed_samples", "consumed_tokens", "lm_loss", "grad_norm", "learning_rate", "loss_scale",
+            "tokens_per_s", "step_time_s", "peak_memory_bytes", "load_balance_loss", "z_loss", "least_load_entropy",
+            "largest_expert_share", "idle_experts", "dropped_token_fraction", "validation_loss", "validation_perplexity",
+            "test_loss", "test_perplexity", "mfu")  # fmt: skip
+_ARRAYS = ("expert_load", "expert_grad_norm", "combination")
+
+
+def _is_metric(key: str, value: object) -> bool:
+    if key in _NUMBERS:
+        # A loss may be infinite, or no number: such a run is reported as it was.
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and not 1e300 < abs(value) < math.inf
+    if key not in _ARRAYS:
+        return True
+    try:
+        array = np.asarray(value, dtype=float)
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return array.ndim == (4 if key == "combination" else 2)
 
 
 def summary_table(runs: list[RunSummary]) -> list[list[str]]:

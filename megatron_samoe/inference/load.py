@@ -10,13 +10,15 @@ import torch
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
+from megatron_samoe.datasets.carried_tokenizer import with_carried
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.rank_grid import RankGrid
@@ -66,20 +68,21 @@ def join_ranks(layout: ParallelConfig, num_threads: int | None = None) -> Parall
 
 def load_model(
     load: str, parallel: ParallelState, layout: ParallelConfig | None = None, ckpt_step: int | None = None,
-    combine: bool = True,
+    combine: bool = True, tokenizer_model: str | None = None,
 ) -> LoadedModel:  # fmt: skip
     """Returns the model of the newest checkpoint in a folder, in this rank's layout.
 
     Args:
-        load: folder of checkpoints.
+        load: folder of a run, of checkpoints, or of one checkpoint.
         layout: of the ranks in `parallel`; one process if not given.
         ckpt_step: iteration to load in place of the newest.
+        tokenizer_model: file of the tokenizer, in place of the one that the checkpoint carries, or was trained with.
         combine: combine a pool's experts, as the model's forward pass needs. An engine keeps them as it is told, so for
             one that serves them on the fly or selected False saves the memory of folded experts.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
-        DataError: its tokenizer is not where it was in training.
+        DataError: it does not carry its tokenizer, which is not where it was in training either.
     """
     wanted = CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True)
     directory = store.find_checkpoint(wanted, lambda d: store.damaged_files(d, parallel))
@@ -89,8 +92,7 @@ def load_model(
     one_sequence = replace(config.training, micro_batch_size=1, global_batch_size=None)
     config = replace(config, parallel=layout or ParallelConfig(), training=one_sequence)
     validate(config, parallel.world_size)
-    data = config.data
-    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
+    tokenizer = _tokenizer(config.data, directory, tokenizer_model)
     vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
     model = build_model(config, vocab_size, parallel)
     tensors = {
@@ -104,3 +106,22 @@ def load_model(
     channel = open_channel(parallel, timedelta(minutes=config.parallel.distributed_timeout_minutes))
     pipeline = Pipeline(parallel.pp.rank, parallel.pp.size, len(model.chunks), channel)
     return LoadedModel(model, tokenizer, config, directory, pipeline)
+
+
+def _tokenizer(data: DataConfig, directory: Path, given: str | None) -> Tokenizer:
+    data = with_carried(data, directory)
+    if given is not None:
+        if data.tokenizer_model is None:
+            raise ConfigError(
+                "--tokenizer-model", given, f"has no use: the model's tokenizer is a {data.tokenizer_type}"
+            )
+        data = replace(data, tokenizer_model=given)
+    try:
+        return build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
+    except DataError as error:
+        hint = (
+            ""
+            if given is not None
+            else " It was not saved with the checkpoint; --tokenizer-model says where it is now."
+        )
+        raise DataError(f"{error}{hint}") from None

@@ -24,6 +24,7 @@ class ReadAhead:
         self.config: Mapping[str, Any] = source.config
         self.train_state: Mapping[str, Any] = source.train_state
         self.tensors: Mapping[str, StoredTensor] = source.tensors
+        self.attachments: Mapping[str, bytes] = source.attachments
         self._source = source
         self._next = dict(itertools.pairwise(order))
         self._ahead: tuple[str, Future[Tensor]] | None = None

@@ -122,6 +122,7 @@ class Recast:
         changed = NativeModel(replace(config, training=training), native.vocab_size)
         self.config: Mapping[str, Any] = to_mapping(changed.config)
         self.train_state: Mapping[str, Any] = source.train_state
+        self.attachments: Mapping[str, bytes] = source.attachments
         self.tensors: Mapping[str, StoredTensor] = {
             name: changed.tensors.get(name, stored)
             for name, stored in source.tensors.items()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.cli import to_mapping
+from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor, write_checkpoint
 from megatron_samoe.errors import CheckpointError
@@ -88,7 +89,8 @@ def plan_hf(source: Source, save_dir: Path, dtype: torch.dtype | None, options: 
         DataError: the tokenizer is not where the source says.
     """
     require_new(save_dir)
-    tokenizer = tokenizer_files(source_config(source.tensors).data) if options.with_tokenizer else None
+    data = with_carried(source_config(source.tensors).data, source.directory)
+    tokenizer = tokenizer_files(data) if options.with_tokenizer else None
     plan = plan_export(
         source.tensors, options.model_type, fold=options.fold, dtype=dtype, max_shard_bytes=options.max_shard_bytes,
         tokenizer=tokenizer,
@@ -152,10 +154,15 @@ def plan_native(source: Source, save_dir: Path, dtype: torch.dtype | None, with_
     if copied and kept_at.exists():
         raise CheckpointError(f"{kept_at} exists; nothing is overwritten. Give another --save-dir.")
 
+    # A copied tokenizer is not yet where the configuration says.
+    read_now = replace(config.data, tokenizer_model=str(source.directory / TOKENIZER)) if copied else config.data
+    carried = read_files(read_now) if with_tokenizer else {}
+
     def write(progress: Progress) -> Path:
         require_space(save_dir, sum(t.num_bytes for t in tensors.tensors.values()))
         with ReadAhead(tensors, list(tensors.tensors)) as ahead:
-            written = write_checkpoint(save_dir, iteration, _Watched(ahead, to_mapping(config), progress))
+            watched = _Watched(ahead, to_mapping(config), progress, source.tensors.attachments or carried)
+            written = write_checkpoint(save_dir, iteration, watched)
         if copied:
             shutil.copyfile(source.directory / TOKENIZER, kept_at)
         return written
@@ -172,6 +179,7 @@ class _Watched:
     source: GlobalTensors
     config: Mapping[str, Any]
     progress: Progress
+    attachments: Mapping[str, bytes]
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:

@@ -19,7 +19,7 @@ from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.validate import validate
+from megatron_samoe.config.validate import refuse_wrong_numbers, validate
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
 from megatron_samoe.errors import CheckpointError, ConfigError
@@ -45,6 +45,7 @@ class EditedModel:
     train_state: Mapping[str, Any]
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     report: list[str] = field(default_factory=list)
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
     _recipes: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
@@ -88,12 +89,14 @@ def begin_edit(source: GlobalTensors, config: PretrainConfig) -> EditedModel:
     # Only the model counts here: where a run got its data, or its layout, is not the new model's matter.
     validate(PretrainConfig(model=config.model, moe=config.moe, data=DataConfig(mock_data=True)), 1)
     plain = {k: v for k, v in source.train_state.items() if k not in ("optimizer_steps", "digests", "format_version")}
-    return EditedModel(to_mapping(config), plain)
+    return EditedModel(to_mapping(config), plain, attachments=source.attachments)
 
 
 def source_config(source: GlobalTensors) -> PretrainConfig:
     """Returns the configuration of a source."""
-    return from_mapping(source.config, "the checkpoint's config.yaml")
+    config = from_mapping(source.config, "the checkpoint's config.yaml")
+    refuse_wrong_numbers(config)  # before a list is made from its sizes
+    return config
 
 
 def require_family(config: PretrainConfig, needed: str, action: str) -> None:

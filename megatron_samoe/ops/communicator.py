@@ -49,9 +49,10 @@ class Communicator:
         Errors: CommunicationError where a peer dies, gives up, disagrees about the splits or is silent for timeout_s;
         ValueError, before anything is sent, where x is not on the right device or the splits do not fit it.
         """
-        self._wait_for_background()
-        received = self._received(x, send_rows, receive_rows)
-        self._run(x, received, send_rows, receive_rows)
+        with self.group.waits:
+            self._wait_for_background()
+            received = self._received(x, send_rows, receive_rows)
+            self._run(x, received, send_rows, receive_rows)
         return received
 
     def exchange_evenly(self, x: Tensor) -> Tensor:
@@ -100,7 +101,8 @@ class Communicator:
         future = self._last = self._worker.submit(work)
 
         def finish() -> None:
-            with self._abort_if_interrupted():  # which the worker does not hear of; the end of the process waits for it
+            # An interrupt the worker does not hear of; the end of the process waits for it.
+            with self.group.waits, self._abort_if_interrupted():
                 future.result()
 
         return Pending(received, finish)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import re
 import time
@@ -90,6 +91,12 @@ def _connect(device: torch.device, store: dist.Store, rank: int, size: int, time
             f"{variable} names the network interface that ranks talk over: "
             + (f"it is {chosen!r}." if chosen else "it is not set, so the one of the host's name was taken.")
         ) from error
+
+
+def leave_distributed() -> None:
+    """Ends the process groups and their threads, which must not meet the end of the interpreter."""
+    gc.collect()  # a cycle that holds a group would hold its threads
+    dist.destroy_process_group()
 
 
 def is_communication_failure(error: RuntimeError) -> bool:

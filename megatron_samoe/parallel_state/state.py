@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
@@ -55,6 +56,19 @@ class RowExchange(Protocol):
         """Raises if an exchange failed after its rows were given out; see ops/communicator.py."""
 
 
+class WaitClock:
+    """Seconds that this process has waited for other ranks, over all of its groups."""
+
+    def __init__(self) -> None:
+        self.seconds = self._since = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+
 @dataclass(frozen=True)
 class Group:
     """One process group as this rank sees it. Collectives of a group of one return at once.
@@ -64,6 +78,7 @@ class Group:
         rank: this process's place in `ranks`.
         handle: torch's process group; None where the group has one member.
         exchange: what all-to-alls of rows go through, in place of the process group.
+        waits: how long this rank has waited for others, in all of its groups.
     """
 
     name: str
@@ -71,6 +86,7 @@ class Group:
     rank: int
     handle: dist.ProcessGroup | None = None
     exchange: RowExchange | None = None
+    waits: WaitClock = field(default_factory=WaitClock, compare=False)
 
     @property
     def size(self) -> int:
@@ -80,8 +96,14 @@ class Group:
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """Reduces a tensor over the group in place and returns it."""
         if self.size > 1:
-            dist.all_reduce(tensor, op=op, group=self.handle)
+            with self.waits:
+                dist.all_reduce(tensor, op=op, group=self.handle)
         return tensor
+
+    def wait(self, work: dist.Work) -> None:
+        """Waits for what `start_all_reduce` or `start_reduce_scatter` started."""
+        with self.waits:
+            work.wait()
 
     def start_all_reduce(self, tensor: Tensor) -> dist.Work | None:
         """Starts summing a tensor over the group, in place; wait on what is returned, if anything."""
@@ -97,7 +119,8 @@ class Group:
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Copies the first member's tensor to all, in place, and returns it."""
         if self.size > 1:
-            dist.broadcast(tensor, src=self.ranks[0], group=self.handle)
+            with self.waits:
+                dist.broadcast(tensor, src=self.ranks[0], group=self.handle)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -106,7 +129,8 @@ class Group:
             return tensor
         tensor = tensor.contiguous()
         gathered = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
-        _all_gather(gathered, tensor, group=self.handle)
+        with self.waits:
+            _all_gather(gathered, tensor, group=self.handle)
         return gathered
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
@@ -114,7 +138,8 @@ class Group:
         if self.size == 1:
             return tensor
         part = tensor.new_empty((tensor.shape[0] // self.size, *tensor.shape[1:]))
-        _reduce_scatter(part, tensor.contiguous(), group=self.handle)
+        with self.waits:
+            _reduce_scatter(part, tensor.contiguous(), group=self.handle)
         return part
 
     def all_gather_object(self, value: object) -> list:
@@ -122,13 +147,15 @@ class Group:
         if self.size == 1:
             return [value]
         values: list = [None] * self.size
-        dist.all_gather_object(values, value, group=self.handle)
+        with self.waits:
+            dist.all_gather_object(values, value, group=self.handle)
         return values
 
     def barrier(self) -> None:
         """Waits for all members."""
         if self.size > 1:
-            dist.barrier(group=self.handle)
+            with self.waits:
+                dist.barrier(group=self.handle)
 
 
 @dataclass(frozen=True)
@@ -206,14 +233,14 @@ def initialize_model_parallel(
     rank = dist.get_rank()
     timeout = timeout or timedelta(minutes=config.distributed_timeout_minutes)
     handles: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(grid.world_size)): dist.group.WORLD}
-    groups = {}
+    groups, waits = {}, WaitClock()
     for name in GROUPS:
         for ranks in grid.groups(name):
             if len(ranks) > 1 and ranks not in handles:
                 handles[ranks] = dist.new_group(list(ranks), timeout=timeout)
             if rank in ranks:
                 handle = handles[ranks] if len(ranks) > 1 else None
-                groups[name] = Group(name, ranks, ranks.index(rank), handle)
+                groups[name] = Group(name, ranks, ranks.index(rank), handle, waits=waits)
     return ParallelState(
         grid,
         rank,

@@ -3,6 +3,7 @@ what was waited for."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
@@ -86,12 +87,19 @@ class PipelineChannel:
 
     def _wait(self, pending: _Pending) -> None:
         pp = self.parallel.pp
+        began = time.monotonic()
         try:
-            pending.work.wait(self.timeout)
+            with pp.waits:
+                pending.work.wait(self.timeout)
         except RuntimeError as error:
+            waited = time.monotonic() - began
+            in_vain = waited >= 0.9 * self.timeout.total_seconds()
+            said = (
+                f"waited {waited:.0f} s in vain for the" if in_vain else "lost its connection while it waited for the"
+            )
             raise CommunicationError(
-                f"Pipeline stage {pp.rank} of {pp.size} (rank {self.parallel.rank}) waited in vain, at most "
-                f"{self.timeout.total_seconds():.0f} s, for the {pending.what}: {str(error).splitlines()[0]}"
+                f"Pipeline stage {pp.rank} of {pp.size} (rank {self.parallel.rank}) {said} {pending.what}: "
+                f"{str(error).splitlines()[0]}"
             ) from error
 
     def _route(self, direction: Direction, sending: bool) -> tuple[int, dist.ProcessGroup]:

@@ -32,6 +32,12 @@ class RunData:
     config: PretrainConfig
     parallel: ParallelState
 
+    @property
+    def epoch_samples(self) -> float | None:
+        """Samples in which the training data pass once; None for a blend, whose datasets pass at rates of their own."""
+        plan = getattr(self.train, "plan", None)
+        return None if plan is None else plan.num_samples / plan.num_epochs
+
     def train_batches(self, consumed_samples: int) -> Iterator[list[Batch]]:
         """Yields for each step this rank's micro-batches, from where a run stands."""
         training, place = self.config.training, self._place

@@ -78,9 +78,9 @@ def save_run(
         plain["optimizer_steps"] = setup.optimizer.num_steps
     what = (checkpoint, state.iteration, tensors, to_mapping(setup.config), plain)
     if background is not None:
-        background.start(*what, done)
+        background.start(*what, done, setup.attachments)
     else:
-        done(save_checkpoint(*what, setup.parallel))
+        done(save_checkpoint(*what, setup.parallel, setup.attachments))
 
 
 def find_run(setup: TrainSetup) -> Path | None:

@@ -1,7 +1,8 @@
-"""What hangs from the training loop: console, metrics file, TensorBoard, progress bar. Rank 0 only."""
+"""What hangs from the training loop: console, metrics file, TensorBoard, trackers, progress bar. Rank 0 only."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -12,8 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.errors import ConfigError, install_extra
 from megatron_samoe.log import logger
+from megatron_samoe.parsing import parse_json
 from megatron_samoe.training.metrics import Record
 
 
@@ -26,8 +30,8 @@ class Hook:
     def start(self, iteration: int) -> None:
         """Training begins, or goes on, after `iteration` steps."""
 
-    def step(self, iteration: int) -> None:
-        """A step is done."""
+    def step(self, iteration: int, loss: float) -> None:
+        """A step is done; its loss, which not every step's record has."""
 
     def record(self, record: Record) -> None:
         """A step is logged."""
@@ -50,8 +54,10 @@ class ConsoleLog(Hook):
         fields = [
             f"iteration {record['iteration']:8d}/{self.train_iters:8d}",
             f"consumed samples: {record['consumed_samples']:12d}",
+            *([f"epoch: {record['epoch']:.2f}"] if "epoch" in record else []),
             f"elapsed time per iteration (ms): {record['step_time_s'] * 1000:.1f}",
             f"tokens/s: {record['tokens_per_s']:.0f}",
+            f"time left: {_hours(record['step_time_s'] * (self.train_iters - record['iteration']))}",
             f"learning rate: {record['learning_rate']:.6E}",
             f"global batch size: {self.batch_size:5d}",
             f"lm loss: {record['lm_loss']:.6E}",
@@ -64,6 +70,9 @@ class ConsoleLog(Hook):
             fields.append(f"idle experts: {record['idle_experts']}")
             fields.append(f"dropped tokens: {record['dropped_token_fraction']:.2%}")
         fields += [f"loss scale: {record['loss_scale']:.1f}", f"grad norm: {record['grad_norm']:.3f}"]
+        if "slowest_rank" in record:
+            mean, slowest = 1000 * record["own_time_mean_s"], 1000 * record["own_time_max_s"]
+            fields.append(f"own time per rank (ms): {mean:.1f}, most {slowest:.1f} of rank {record['slowest_rank']}")
         if "mfu" in record:
             fields.append(f"MFU: {record['mfu']:.1%}")
         logger.info(f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] " + " | ".join(fields) + " |")
@@ -79,6 +88,11 @@ class ConsoleLog(Hook):
                 )
             for dataset, loss in record.get(f"{name}_loss_by_dataset", {}).items():
                 logger.info(f"   of {dataset} | lm loss value: {loss:.6E} |")
+
+
+def _hours(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 class MetricsFile(Hook):
@@ -142,7 +156,8 @@ class MetricsFile(Hook):
 
 def _iteration_of(line: str) -> float:
     try:
-        return json.loads(line)["iteration"]
+        iteration = parse_json(line)["iteration"]
+        return iteration if type(iteration) is int else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line that a kill cut off
 
@@ -184,29 +199,70 @@ class TensorBoard(Hook):
             self.writer.close()
 
 
+class Tracker(Hook):
+    """Weights & Biases, or trackio, which has the same calls: the numbers of every record, and the configuration.
+
+    Args:
+        library: "wandb" or "trackio".
+    """
+
+    def __init__(self, library: str, project: str, name: str | None, config: Mapping[str, Any]):
+        try:
+            self._library: Any = importlib.import_module(library)
+        except ImportError:
+            raise ConfigError(
+                f"--{library}-project", project, f"needs {library}, which is not installed: {install_extra(library)}"
+            ) from None
+        self.place = f"--{library}-project {project}"
+        self._project, self._name, self._config = project, name, dict(config)
+        self._run: Any = None
+
+    def start(self, iteration: int) -> None:
+        """Begins a run of the project."""
+        self._run = self._library.init(project=self._project, name=self._name, config=self._config)
+
+    def record(self, record: Record) -> None:
+        """Logs the record's numbers, and losses by dataset."""
+        numbers = {key: float(v) for key, v in record.items() if isinstance(v, (int, float)) and key != "iteration"}
+        for name in ("validation", "test"):
+            for dataset, loss in record.get(f"{name}_loss_by_dataset", {}).items():
+                numbers[f"{name}_loss/{dataset}"] = loss
+        self._library.log(numbers, step=record["iteration"])
+
+    def close(self) -> None:
+        """Ends the run."""
+        if self._run is not None:
+            self._library.finish()
+
+
 class ProgressBar(Hook):
     """A bar over iterations, in place of the console's lines."""
 
     def __init__(self, train_iters: int, description: str):
         self.train_iters, self.description = train_iters, description
         self.bar: Any = None
+        self._shown: dict[str, str] = {}
 
     def start(self, iteration: int) -> None:
         """Draws the bar."""
         self.bar = tqdm(total=self.train_iters, initial=iteration, desc=self.description, unit="step", mininterval=1.0)
 
-    def step(self, iteration: int) -> None:
-        """Moves the bar."""
+    def step(self, iteration: int, loss: float) -> None:
+        """Moves the bar and shows the step's loss."""
+        self._shown["loss"] = f"{loss:.3f}"
+        self.bar.set_postfix(self._shown, refresh=False)
         self.bar.update(1)
 
     def record(self, record: Record) -> None:
         """Shows loss and speed."""
-        shown = {"loss": f"{record['lm_loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:.0f}"}
+        self._shown |= {"loss": f"{record['lm_loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:.0f}"}
+        if "epoch" in record:
+            self._shown["epoch"] = f"{record['epoch']:.2f}"
         if "least_load_entropy" in record:
-            shown["load entropy"] = f"{record['least_load_entropy']:.2f}"
+            self._shown["load entropy"] = f"{record['least_load_entropy']:.2f}"
         if "validation_loss" in record:
-            shown["valid"] = f"{record['validation_loss']:.3f}"
-        self.bar.set_postfix(shown, refresh=False)
+            self._shown["valid"] = f"{record['validation_loss']:.3f}"
+        self.bar.set_postfix(self._shown, refresh=False)
 
     def evaluation(self, record: Record) -> None:
         """Shows its loss."""
@@ -232,4 +288,8 @@ def default_hooks(config: PretrainConfig, batch_size: int, machine: Mapping[str,
         hooks.append(MetricsFile(logs.metrics_file, machine, trains))
     if logs.tensorboard_dir and trains:
         hooks.append(TensorBoard(logs.tensorboard_dir))
+    for library, project in (("wandb", logs.wandb_project), ("trackio", logs.trackio_project)):
+        if project is not None and trains:
+            run = logs.exp_name or (Path(logs.run_dir).name if logs.run_dir else None)
+            hooks.append(Tracker(library, project, run, to_mapping(config)))
     return hooks

@@ -9,13 +9,13 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from megatron_samoe.models.accounting import train_flops_per_token
+from megatron_samoe.parallel_state.state import WaitClock
 from megatron_samoe.training.evaluate import EvaluatedLoss
 from megatron_samoe.training.moe_diagnostics import MoEDiagnostics
 from megatron_samoe.training.setup import TrainSetup
@@ -47,38 +47,54 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class StepTime(NamedTuple):
+    """Seconds of a step, and how much of them this rank did not spend waiting for others."""
+
+    step_s: float
+    own_s: float
+
+
 @dataclass
 class Stopwatch:
-    """Time and steps since the last record, evaluation and saving not counted."""
+    """Time and steps since the last record, evaluation and saving not counted.
 
+    Args:
+        waits: of this rank's groups.
+    """
+
+    waits: WaitClock
     seconds: float = 0.0
+    waited: float = 0.0
     steps: int = 0
-    started: float = field(default_factory=time.perf_counter)
 
     def begin(self) -> None:
         """Starts a step."""
-        self.started = time.perf_counter()
+        self.started, self.waited_before = time.perf_counter(), self.waits.seconds
 
     def end(self) -> None:
         """Ends a step."""
         self.seconds += time.perf_counter() - self.started
+        self.waited += self.waits.seconds - self.waited_before
         self.steps += 1
 
-    def take(self) -> float:
-        """Returns seconds per step since the last call and starts anew."""
-        per_step = self.seconds / max(self.steps, 1)
-        self.seconds, self.steps = 0.0, 0
-        return per_step
+    def take(self) -> StepTime:
+        """Returns the mean of the steps since the last call and starts anew."""
+        steps = max(self.steps, 1)
+        mean = StepTime(self.seconds / steps, (self.seconds - self.waited) / steps)
+        self.seconds, self.waited, self.steps = 0.0, 0.0, 0
+        return mean
 
 
 def make_record(
-    setup: TrainSetup, state: TrainState, result: StepResult, step_time_s: float, evaluation: Record,
+    setup: TrainSetup, state: TrainState, result: StepResult, timed: StepTime, evaluation: Record,
     diagnostics: MoEDiagnostics | None,
 ) -> Record:  # fmt: skip
     """Returns the record of a step and of the evaluation that followed, if any; all ranks call it together."""
     device = setup.parallel.device
-    memory = torch.tensor(peak_memory_bytes(device), dtype=torch.float64, device=device)
-    tokens_per_s = setup.tokens_per_step / step_time_s if step_time_s > 0 else 0.0
+    world = setup.parallel.world
+    mine = torch.tensor([[peak_memory_bytes(device), timed.own_s]], dtype=torch.float64, device=device)
+    memory_R, own_s_R = world.all_gather(mine).t()
+    tokens_per_s = setup.tokens_per_step / timed.step_s if timed.step_s > 0 else 0.0
     record: Record = {
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
@@ -89,9 +105,15 @@ def make_record(
         "loss_scale": result.loss_scale,
         "skipped": result.skipped,
         "tokens_per_s": tokens_per_s,
-        "step_time_s": step_time_s,
-        "peak_memory_bytes": int(setup.parallel.world.all_reduce(memory, dist.ReduceOp.MAX)),
+        "step_time_s": timed.step_s,
+        "peak_memory_bytes": int(memory_R.max()),
     }
+    if setup.config.training.spike_window:
+        record["spike"] = result.spike is not None
+    if world.size > 1:
+        record["own_time_mean_s"] = own_s_R.mean().item()
+        record["own_time_max_s"] = own_s_R.max().item()
+        record["slowest_rank"] = int(own_s_R.argmax())
     if result.routing is not None:
         record["load_balance_loss"] = result.routing.load_balance_loss
         record["z_loss"] = result.routing.z_loss

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -20,7 +21,11 @@ from megatron_samoe.training.state import TrainState
 
 @dataclass(frozen=True)
 class TrainSetup:
-    """One rank's model with what trains it."""
+    """One rank's model with what trains it.
+
+    Attributes:
+        attachments: files that checkpoints carry, by their path in a checkpoint.
+    """
 
     config: PretrainConfig
     parallel: ParallelState
@@ -28,6 +33,7 @@ class TrainSetup:
     buffers: GradBuffers
     optimizer: MixedPrecisionOptimizer
     pipeline: Pipeline
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from megatron_samoe.optimizer.mixed_precision import LossScale
+from megatron_samoe.training.spikes import SpikeHistory
 
 #: Keys of `TrainState.plain`.
 PLAIN_KEYS = ("iteration", "consumed_samples", "consumed_tokens", "loss_scale")
@@ -20,6 +21,7 @@ class TrainState:
 
     Attributes:
         iteration: optimizer steps done.
+        spikes: what a step is compared with, with --spike-window.
         expert_fractions_LE: share of routed tokens per MoE layer and expert in the last step; uniform at the start.
     """
 
@@ -28,6 +30,7 @@ class TrainState:
     consumed_tokens: int
     loss_scale: LossScale
     expert_fractions_LE: Tensor | None = None
+    spikes: SpikeHistory = field(default_factory=SpikeHistory)
 
     def plain(self) -> dict[str, Any]:
         """Returns all but tensors, as JSON values."""
@@ -36,6 +39,7 @@ class TrainState:
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_tokens,
             "loss_scale": asdict(self.loss_scale),
+            **({"spike_history": self.spikes.plain()} if self.spikes.losses else {}),
         }
 
     @staticmethod
@@ -44,4 +48,5 @@ class TrainState:
         return TrainState(
             values["iteration"], values["consumed_samples"], values["consumed_tokens"],
             LossScale(**values["loss_scale"]), expert_fractions_LE,
+            SpikeHistory.from_plain(values.get("spike_history") or {}),
         )  # fmt: skip

@@ -17,6 +17,7 @@ from megatron_samoe.optimizer.schedule import learning_rate
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan
 from megatron_samoe.tensor_parallel.random import SampleRandom
 from megatron_samoe.training.micro_batches import Batch, run_micro_batches
+from megatron_samoe.training.profiling import named_range
 from megatron_samoe.training.router_health import RouterHealth
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
@@ -44,7 +45,13 @@ class RoutingStats:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, the same on every rank. `grad_norm` is before clipping; `skipped` is fp16's overflow."""
+    """What a step did, the same on every rank.
+
+    Attributes:
+        grad_norm: before clipping.
+        skipped: whether weights stayed as they were: fp16's overflow, or a spike with --skip-spikes.
+        spike: what is wrong with the step, with --spike-window; None where nothing is.
+    """
 
     lm_loss: float
     grad_norm: float
@@ -53,6 +60,7 @@ class StepResult:
     routing: RoutingStats | None
     loss_scale: float
     skipped: bool = False
+    spike: str | None = None
 
     @property
     def is_finite(self) -> bool:
@@ -101,10 +109,13 @@ def compute_gradients(
     schedule = setup.config.parallel.pipeline_schedule
     plan = make_plan(schedule, pipeline.size, pipeline.rank, pipeline.num_chunks, len(batches))
     contexts = [micro_batch_context(setup, state, number) for number in range(len(batches))]
-    rows = run_micro_batches(setup, plan, batches, contexts, take_losses)
+    device = setup.parallel.device
+    with named_range("forward and backward", device):
+        rows = run_micro_batches(setup, plan, batches, contexts, take_losses)
     if observe is not None:
         observe()
-    finalize_model_grads(model, setup.buffers, scale)
+    with named_range("reduce gradients", device):
+        finalize_model_grads(model, setup.buffers, scale)
     sums = loss_sum[None] if rows is None else torch.cat((loss_sum[None], rows.flatten()))
     sums = setup.parallel.pp.all_reduce(setup.parallel.dp.all_reduce(sums)).cpu()
     routing = None if rows is None else _routing_stats(sums[1:].view_as(rows), setup)
@@ -125,17 +136,22 @@ def train_step(
     optimizer = setup.config.optimizer
     lr = learning_rate(optimizer, setup.config.training.train_iters, state.iteration)
     overflow = setup.config.training.fp16 and math.isfinite(lm_loss) and not math.isfinite(norm)
-    result = StepResult(lm_loss, norm, lr, num_tokens, routing, state.loss_scale.value, skipped=overflow)
+    training = setup.config.training
+    spike = None if overflow else state.spikes.problem(lm_loss, norm, training)
+    skipped = overflow or (spike is not None and training.skip_spikes)
+    result = StepResult(lm_loss, norm, lr, num_tokens, routing, state.loss_scale.value, skipped, spike)
     if not result.is_finite:
         return result, state
-    if not overflow:
-        setup.optimizer.step(lr, clip_factor(norm, optimizer.clip_grad))
+    if not skipped:
+        with named_range("optimizer", setup.parallel.device):
+            setup.optimizer.step(lr, clip_factor(norm, optimizer.clip_grad))
     return result, replace(
         state,
         iteration=state.iteration + 1,
         consumed_samples=state.consumed_samples + setup.batch_size,
         consumed_tokens=state.consumed_tokens + setup.tokens_per_step,
         loss_scale=state.loss_scale.after(overflow),
+        spikes=state.spikes.after(lm_loss, norm, training),
         expert_fractions_LE=None if routing is None else routing.fractions_LE().to(setup.parallel.device),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
 from megatron_samoe.dist_checkpointing.store import probe_save_dir, whole_iterations
@@ -22,11 +23,13 @@ from megatron_samoe.training.batches import RunData
 from megatron_samoe.training.checkpointing import find_run, load_run, save_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.exit_signals import ExitSignals
+from megatron_samoe.training.hang_watch import HangWatch
 from megatron_samoe.training.hooks import Hook
 from megatron_samoe.training.metrics import Record, Stopwatch, evaluation_record, make_record
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.moe_diagnostics import expert_grad_norms, make_diagnostics
 from megatron_samoe.training.non_finite import raise_non_finite
+from megatron_samoe.training.profiling import StepProfiler
 from megatron_samoe.training.replica_check import check_pool_replicas
 from megatron_samoe.training.router_health import RouterWatch
 from megatron_samoe.training.setup import TrainSetup, initial_state
@@ -35,6 +38,12 @@ from megatron_samoe.training.train_step import StepResult, train_step
 
 #: How long an earlier attempt's rank 0 may take to save and leave, on a host that is not this one: torchrun kills it then.
 _DYING_S = 40.0
+
+
+def _run_folder(config: PretrainConfig, name: str) -> Path | None:
+    """Returns a folder for what ranks leave behind, if the run has a place for anything."""
+    place = config.logging.run_dir or config.checkpoint.save
+    return None if place is None else Path(place) / name
 
 
 class Trainer:
@@ -48,10 +57,17 @@ class Trainer:
         self.setup, self.data = setup, data
         self.config = setup.config
         self.hooks = hooks if setup.parallel.rank == 0 else []
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(setup.parallel.world.waits)
         self.router_watch = RouterWatch(setup.config)
         self.began = time.monotonic()
-        self.doing = "loading"
+        self.watch = HangWatch(
+            _run_folder(self.config, "hangs"),
+            setup.parallel.rank,
+            60.0 * self.config.parallel.distributed_timeout_minutes,
+        )
+        self.profiler = StepProfiler(
+            self.config.logging, setup.parallel.rank, setup.parallel.device, _run_folder(self.config, "profile")
+        )
         self.saver = None
         if self.config.checkpoint.async_save:
             limit = timedelta(minutes=self.config.parallel.distributed_timeout_minutes)
@@ -64,17 +80,24 @@ class Trainer:
             CheckpointError: another run writes to the same folder, or it cannot be written to.
             CommunicationError: another rank died or hung; the last checkpoint is intact.
         """
-        try:
-            with self._owned_folder():
-                return self._run()
-        except RuntimeError as error:
-            if not is_communication_failure(error):
+        with self.watch:
+            try:
+                with self._owned_folder():
+                    return self._run()
+            except CommunicationError as error:
+                error.args = (f"{error}{self.watch.lost_others(str(error))}",)
                 raise
-            parallel = self.setup.parallel
-            raise CommunicationError(
-                f"Rank {parallel.rank} of {parallel.world_size} lost another rank while {self.doing}: "
-                f"{str(error).splitlines()[0]} The last checkpoint is intact."
-            ) from error
+            except RuntimeError as error:
+                if not is_communication_failure(error):
+                    raise
+                raise self._lost_another(str(error).splitlines()[0]) from error
+
+    def _lost_another(self, problem: str) -> CommunicationError:
+        parallel, watch = self.setup.parallel, self.watch
+        return CommunicationError(
+            f"Rank {parallel.rank} of {parallel.world_size} lost another rank while {watch.doing}: {problem} "
+            f"The last checkpoint is intact.{watch.lost_others(problem)}"
+        )
 
     @contextlib.contextmanager
     def _owned_folder(self) -> Iterator[None]:
@@ -95,6 +118,7 @@ class Trainer:
             yield
 
     def _run(self) -> TrainState:
+        self.watch.begin("loading")
         state = self._start()
         saved_at = state.iteration if self.config.checkpoint.load == self.config.checkpoint.save else None
         with ExitSignals() as signals:
@@ -116,6 +140,7 @@ class Trainer:
                 self._save(state, saved_at)
                 self._finish_saving()
             finally:
+                self.profiler.finish()
                 with contextlib.suppress(CheckpointError):  # it has been logged
                     self._finish_saving(timeout_s=60)
                 for hook in self.hooks:
@@ -126,6 +151,8 @@ class Trainer:
     def _start(self) -> TrainState:
         state = initial_state(self.setup)
         self._warn_of_starting_again()
+        if self.config.checkpoint.save is None and not self.config.training.skip_train:
+            logger.info("no --save and no --run-dir: the model is gone when this run ends")
         found = find_run(self.setup)
         if found is None:
             if self.config.checkpoint.load:
@@ -170,13 +197,14 @@ class Trainer:
             norms.append(expert_grad_norms(setup, state.loss_scale.value))
 
         wants_layers = will_log and logs.moe_per_layer_logging and setup.model.num_moe_layers > 0
-        self.doing = f"computing iteration {state.iteration + 1}"
+        self.watch.begin(f"computing iteration {state.iteration + 1}")
         self.stopwatch.begin()
-        result, new_state = train_step(setup, state, batches, observe if wants_layers else None)
+        with self.profiler.step(state.iteration + 1):
+            result, new_state = train_step(setup, state, batches, observe if wants_layers else None)
         if not result.is_finite:
             raise_non_finite(setup, state, batches, result)
         self.stopwatch.end()
-        self._tell(lambda hook: hook.step(new_state.iteration))
+        self._tell(lambda hook: hook.step(new_state.iteration, result.lm_loss))
         if result.routing is not None:
             self.router_watch.step(new_state.iteration, result.routing.health)
         interval = self.config.moe.pool_replica_check_interval
@@ -189,8 +217,10 @@ class Trainer:
                 assert result.routing is not None
                 diagnostics = make_diagnostics(setup, result.routing, norms[0])
             record = make_record(setup, new_state, result, self.stopwatch.take(), evaluation, diagnostics)
+            if self.data.epoch_samples:
+                record["epoch"] = new_state.consumed_samples / self.data.epoch_samples
             self._tell(lambda hook: hook.record(record))
-        self._warn_if_skipped(result)
+        self._warn_if_wrong(result, state)
         return new_state
 
     def _maybe_evaluate(self, state: TrainState, last: bool) -> Record:
@@ -204,7 +234,7 @@ class Trainer:
         record: Record = {}
         for name, data in (("validation", self.data.valid), ("test", self.data.test if with_test else None)):
             if data is not None:
-                self.doing = f"evaluating {name} data after iteration {state.iteration}"
+                self.watch.begin(f"evaluating {name} data after iteration {state.iteration}")
                 batches = self.data.evaluation_batches(data)
                 record |= evaluation_record(name, evaluate(self.setup, batches, data.names))
         return record
@@ -213,8 +243,14 @@ class Trainer:
         record = {"iteration": state.iteration, **self._evaluate(state, with_test=True)}
         self._tell(lambda hook: hook.evaluation(record))
 
-    def _warn_if_skipped(self, result: StepResult) -> None:
-        if result.skipped:
+    def _warn_if_wrong(self, result: StepResult, before: TrainState) -> None:
+        if result.spike is not None:
+            first = before.consumed_samples
+            logger.info(
+                f"iteration {before.iteration + 1}: {result.spike}; samples {first} to {first + self.setup.batch_size - 1} of the "
+                f"training data{'; the step was skipped' if result.skipped else ''}"
+            )
+        elif result.skipped:
             logger.info(f"gradient overflow at loss scale {result.loss_scale}: the step was skipped")
 
     def _is_due(self, state: TrainState, interval: int | None) -> bool:
@@ -223,7 +259,7 @@ class Trainer:
     def _save(self, state: TrainState, saved_at: int | None) -> int | None:
         if self.config.checkpoint.save is None or saved_at == state.iteration:
             return saved_at
-        self.doing = f"saving iteration {state.iteration}"
+        self.watch.begin(f"saving iteration {state.iteration}")
         save_run(self.setup, state, self.saver, self._report_saved)
         return state.iteration
 

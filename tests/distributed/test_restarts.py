@@ -19,7 +19,14 @@ from tests.harness.program import REPOSITORY, ProgramRun, arguments, records, st
 pytestmark = pytest.mark.distributed
 
 STEPS = 250
-OPTIONS = {"train_iters": STEPS, "eval_iters": 0, "save_interval": 10, "lr": 1e-4, "expert_model_parallel_size": 2, "keep_last": 2}
+OPTIONS = {
+    "train_iters": STEPS,
+    "eval_iters": 0,
+    "save_interval": 10,
+    "lr": 1e-4,
+    "expert_model_parallel_size": 2,
+    "keep_last": 2,
+}
 #: A dead agent is noticed after seconds; others are waited for as briefly.
 QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
 

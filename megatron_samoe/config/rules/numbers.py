@@ -46,7 +46,8 @@ def _number_ranges(config: PretrainConfig, world_size: int) -> Problems:
                      "lr": optimizer.lr, "min_lr": optimizer.min_lr, "weight_decay": optimizer.weight_decay,
                      "clip_grad": optimizer.clip_grad, "lr_warmup_iters": optimizer.lr_warmup_iters,
                      "train_iters": training.train_iters, "eval_iters": training.eval_iters,
-                     "num_workers": config.data.num_workers}  # fmt: skip
+                     "num_workers": config.data.num_workers, "seed": training.seed,
+                     "spike_window": training.spike_window}  # fmt: skip
     for name, value in at_least_zero.items():
         if not (value >= 0 and math.isfinite(value)):
             yield ConfigError(flag(name), value, "must be a finite number, 0 or more")
@@ -60,7 +61,7 @@ def _number_ranges(config: PretrainConfig, world_size: int) -> Problems:
                   "samoe_bank_lr_mult": optimizer.samoe_bank_lr_mult,
                   "samoe_coefficient_lr_mult": optimizer.samoe_coefficient_lr_mult,
                   "exit_duration_in_mins": training.exit_duration_in_mins, "loss_scale": training.loss_scale,
-                  "initial_loss_scale": training.initial_loss_scale}  # fmt: skip
+                  "initial_loss_scale": training.initial_loss_scale, "spike_sigmas": training.spike_sigmas}  # fmt: skip
     for name, number in above_zero.items():
         if number is not None and not (number > 0 and math.isfinite(number)):
             yield ConfigError(flag(name), number, "must be a finite number above 0")

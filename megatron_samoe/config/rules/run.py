@@ -7,6 +7,7 @@ from megatron_samoe.config.derived import (
 )
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Problems
+from megatron_samoe.config.training import LoggingConfig
 from megatron_samoe.errors import ConfigError
 
 
@@ -58,6 +59,24 @@ def _data_sources(config: PretrainConfig, world_size: int) -> Problems:
         yield ConfigError("--tokenizer-type", data.tokenizer_type, "needs --tokenizer-model")
 
 
+def _loggers(config: PretrainConfig, world_size: int) -> Problems:
+    logs, default = config.logging, LoggingConfig()
+    if logs.exp_name is not None and not (logs.wandb_project or logs.trackio_project):
+        yield ConfigError("--exp-name", logs.exp_name, "needs --wandb-project or --trackio-project")
+    if not logs.profile:
+        for name in ("profile_step_start", "profile_step_end", "profile_ranks"):
+            if getattr(logs, name) != getattr(default, name):
+                yield ConfigError(flag(name), getattr(logs, name), "needs --profile")
+        return
+    if not 1 <= logs.profile_step_start < logs.profile_step_end:
+        yield ConfigError("--profile-step-end", logs.profile_step_end,
+                          f"must be above --profile-step-start {logs.profile_step_start}, which must be 1 or more")  # fmt: skip
+    if not logs.profile_ranks or not all(0 <= rank < world_size for rank in logs.profile_ranks):
+        yield ConfigError("--profile-ranks", logs.profile_ranks, f"must be ranks from 0 to {world_size - 1}")
+    if logs.run_dir is None and config.checkpoint.save is None:
+        yield ConfigError("--profile", True, "needs --run-dir or --save, where traces go")
+
+
 def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
     checkpoint = config.checkpoint
     if checkpoint.save is None:
@@ -80,4 +99,4 @@ def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
                           "checkpoints of its own")  # fmt: skip
 
 
-RULES = (_schedule_fits, _precision, _data_sources, _checkpoint_paths)
+RULES = (_schedule_fits, _precision, _data_sources, _loggers, _checkpoint_paths)

@@ -73,6 +73,8 @@ def _training_options(config: PretrainConfig, world_size: int) -> Problems:
         yield ConfigError("--recompute-num-layers", training.recompute_num_layers, "needs --recompute-granularity full")
     if optimizer.lr_wsd_decay_iters is not None and optimizer.lr_decay_style != "WSD":
         yield ConfigError("--lr-wsd-decay-iters", optimizer.lr_wsd_decay_iters, "needs --lr-decay-style WSD")
+    if training.spike_window == 0:
+        yield from _changed(training, TrainingConfig(), ("skip_spikes", "spike_sigmas"), "needs --spike-window")
     if not training.fp16:
         yield from _changed(training, TrainingConfig(), ("loss_scale", "initial_loss_scale"), "needs --fp16")
     if data.tokenizer_type == "ByteTokenizer" and data.tokenizer_model is not None:

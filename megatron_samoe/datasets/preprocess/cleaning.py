@@ -9,7 +9,7 @@ from typing import Any
 import regex
 
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
-from megatron_samoe.errors import DataError
+from megatron_samoe.errors import DataError, install_extra
 
 # Abbreviations after which a full stop does not end a sentence (English).
 _ABBREVIATIONS = (
@@ -46,7 +46,7 @@ def _unicode_fixer() -> Callable[[str], str]:
     try:
         import ftfy
     except ImportError as error:
-        raise DataError("--fix-unicode needs the package ftfy: pip install 'megatron_samoe[clean]'.") from error
+        raise DataError(f"--fix-unicode needs the package ftfy: {install_extra('clean')}.") from error
     return ftfy.fix_text
 
 
@@ -55,7 +55,7 @@ def _language_identifier() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise DataError("--languages needs the package py3langid: pip install 'megatron_samoe[clean]'.") from error
+        raise DataError(f"--languages needs the package py3langid: {install_extra('clean')}.") from error
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 

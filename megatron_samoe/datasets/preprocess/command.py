@@ -70,6 +70,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-prefix", required=True, help="path of the output without _{key}_document.bin")
     group.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     group.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    group.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     group = parser.add_argument_group("running")
     group.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worker processes")
     group.add_argument(

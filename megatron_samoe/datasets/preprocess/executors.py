@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.preprocess.worker import TokenizerFacts, Worker
-from megatron_samoe.errors import DataError
+from megatron_samoe.errors import DataError, install_extra
 
 Answer = tuple[Any, ...]
 
@@ -161,7 +161,7 @@ class RayExecutor:
         try:
             import ray
         except ImportError as error:
-            raise DataError("--executor ray needs the package ray: pip install 'megatron_samoe[ray]'.") from error
+            raise DataError(f"--executor ray needs the package ray: {install_extra('ray')}.") from error
         self._ray, self._options, self.num_workers = ray, options, num_workers
         self._actors: list[Any] = []
         self._pending: dict[Any, int] = {}

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from megatron_samoe.datasets.bin_readers import filesystem, is_remote
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
-from megatron_samoe.errors import DataError, nearest
+from megatron_samoe.errors import DataError, install_extra, nearest
 
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 FORMATS = {
@@ -171,7 +171,7 @@ def _open_zstd(raw: Any, path: str) -> BinaryIO:
     try:
         import zstandard
     except ImportError as error:
-        raise DataError(f"{path} needs the package zstandard: pip install 'megatron_samoe[data]'.") from error
+        raise DataError(f"{path} needs the package zstandard: {install_extra('data')}.") from error
     return io.BufferedReader(_ZstdStream(raw, zstandard), 1 << 20)  # type: ignore
 
 
@@ -329,7 +329,7 @@ def _cut_parquet(file: InputFile, options: PreprocessOptions, plain: bool) -> It
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(f"{file.path} needs the package pyarrow: pip install 'megatron_samoe[data]'.") from error
+        raise DataError(f"{file.path} needs the package pyarrow: {install_extra('data')}.") from error
     with tempfile.TemporaryFile(dir=os.path.dirname(options.output_prefix) or ".") as spool:
         if plain:
             source: Any = file.path

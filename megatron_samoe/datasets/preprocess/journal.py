@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from megatron_samoe.datasets.preprocess import checksums
 from megatron_samoe.datasets.preprocess.writer import Place, Written, partial_paths
 from megatron_samoe.errors import DataError
+from megatron_samoe.parsing import parse_json
 
 REPORTED_BAD_LINES = 20
 
@@ -96,9 +97,12 @@ class Journal:
         entries, good = [], 0
         for line in self._file.read().split("\n")[:-1]:
             try:
-                entries.append(json.loads(line))
+                entry = parse_json(line)
             except ValueError:
                 break
+            if not _is_sound(entry, first=not entries):
+                break
+            entries.append(entry)
             good += len(line.encode()) + 1
         self._file.seek(0, os.SEEK_END)
         os.ftruncate(self._file.fileno(), good)
@@ -120,6 +124,26 @@ class Journal:
         self._file.close()
 
 
+def _is_sound(entry: Any, first: bool) -> bool:
+    """Whether a line has what `append` wrote: a header first, then entries of chunks."""
+    if not isinstance(entry, dict) or first or "chunk" not in entry:
+        return isinstance(entry, dict)
+
+    def counts(values: Any) -> bool:
+        return isinstance(values, list) and all(type(value) is int and -1 <= value < 2**62 for value in values)
+
+    numbers = [entry.get(name) for name in ("chunk", "lines", "bytes", "num_bad")]
+    keys, bad, left_out = entry.get("keys"), entry.get("bad"), entry.get("left_out")
+    return (
+        counts(numbers) and isinstance(entry.get("file"), str) and isinstance(entry.get("new_file"), bool)
+        and isinstance(keys, list) and all(counts(key) and len(key) == len(dataclasses.fields(Written)) for key in keys)
+        and isinstance(bad, list) and all(
+            isinstance(one, list) and len(one) == 2 and counts(one[:1]) and isinstance(one[1], str) for one in bad
+        )
+        and isinstance(left_out, dict) and counts(list(left_out.values()))
+    )  # fmt: skip
+
+
 def verified(entries: list[dict[str, Any]], prefixes: list[str]) -> list[dict[str, Any]]:
     """Returns the leading chunk entries whose bytes are in the partial files."""
     if not all(os.path.exists(path) for prefix in prefixes for path in partial_paths(prefix)):
@@ -127,6 +151,8 @@ def verified(entries: list[dict[str, Any]], prefixes: list[str]) -> list[dict[st
     totals = Totals.start(len(prefixes))
     for number, entry in enumerate(entries):
         if entry.get("chunk") != number:
+            return entries[:number]
+        if len(entry["keys"]) != len(prefixes):
             return entries[:number]
         for prefix, values, place in zip(prefixes, entry["keys"], totals.places, strict=True):
             written = Written(*values)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gzip
-import json
 import lzma
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.errors import DataError, nearest
+from megatron_samoe.errors import DataError, install_extra, nearest
 from megatron_samoe.evaluation.zero_shot.items import Document
 from megatron_samoe.evaluation.zero_shot.task import Task
+from megatron_samoe.parsing import parse_json
 
+#: More than any published task has; a few packed bytes can stand for gigabytes.
+MAX_BYTES = 1 << 29
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
 PACKINGS = ("", ".xz", ".gz")
 
@@ -113,8 +116,11 @@ def read_text(path: Path) -> str:
     opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
     try:
         with opener(path, "rb") as file:
-            return file.read().decode("utf-8")
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+            content = file.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:
+                raise DataError(f"{path} holds more than {MAX_BYTES >> 20} MiB when unpacked, which no task's data do.")
+            return content.decode("utf-8")
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
 
 
@@ -144,13 +150,13 @@ def _text_rows(text: str, kind: str, path: Path) -> Iterator[tuple[int, Any]]:
     try:
         if kind == ".jsonl":
             raise ValueError("read as lines")
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
+        whole = parse_json(text)
+    except ValueError:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
+                    yield number, parse_json(line)
+                except ValueError as error:
                     raise DataError(f"{path.name}:{number} is no JSON: {error}.") from None
         return
     if isinstance(whole, Mapping):
@@ -165,7 +171,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{path} needs pyarrow: pip install 'megatron_samoe[data]'.") from None
+        raise DataError(f"{path} needs pyarrow: {install_extra('data')}.") from None
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, ValueError) as error:
@@ -179,7 +185,7 @@ def _hub_rows(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         import datasets
     except ImportError:
-        raise DataError("--hub needs the datasets library: pip install 'megatron_samoe[eval]'.") from None
+        raise DataError(f"--hub needs the datasets library: {install_extra('eval')}.") from None
     try:
         rows = datasets.load_dataset(task.hub["path"], task.hub.get("name"), split=task.hub["split"])
     except Exception as error:  # the library raises many kinds

@@ -29,7 +29,10 @@ def plain_rows(rows: Iterable[tuple[str, Row]], layout: str) -> Iterator[tuple[s
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise DataError(f"{where} is damaged as {layout}: {type(error).__name__} {error}.") from None
         if found is None:
-            raise DataError(f"{where} is no row of {layout}: it has the fields {', '.join(map(str, row)) or 'none'}.")
+            allowed = f" It must have {FORMS[layout]}." if layout in FORMS else ""
+            raise DataError(
+                f"{where} is no row of {layout}: it has the fields {', '.join(map(str, row)) or 'none'}.{allowed}"
+            )
         for number, plain in enumerate(found):
             yield (where if len(found) == 1 else f"{where}#{number}"), plain
 
@@ -208,6 +211,20 @@ def _race(row: Row) -> list[Row] | None:
     ]
 
 
+def _texts(answers: object) -> list[str]:
+    """Returns answers that a mirror keeps as one text, or as a list of texts; none where it is neither."""
+    listed = [answers] if isinstance(answers, str) else answers
+    return list(listed) if isinstance(listed, list) and all(isinstance(text, str) for text in listed) else []
+
+
+#: What the rows of layouts may have, for messages.
+FORMS = {
+    "triviaqa": "Question and Answer (the authors' files), or question and answer (with value and aliases, a text or a list "
+    "of texts), answers or target",
+    "webqs": "utterance and targetValue (the authors' files), or question and answers, answer or target",
+}
+
+
 def _triviaqa(row: Row) -> list[Row] | None:
     if _has(row, "Question", "Answer"):
         question, answer = row["Question"], row["Answer"]
@@ -215,9 +232,16 @@ def _triviaqa(row: Row) -> list[Row] | None:
     elif _has(row, "question", "answer"):
         question, answer = row["question"], row["answer"]
         names = ("value", "aliases", "normalized_aliases")
+    elif _has(row, "question", "answers") or _has(row, "question", "target"):
+        question, answer, names = row["question"], row.get("answers", row.get("target")), ()
     else:
         return None
-    answers = [answer[names[0]], *answer.get(names[1], ()), *answer.get(names[2], ())]
+    if isinstance(answer, Mapping):
+        answers = [answer[names[0]], *answer.get(names[1], ()), *answer.get(names[2], ())]
+    else:
+        answers = _texts(answer)
+    if not answers:
+        return None
     # "Question: ...?" is written by the prompt; most questions bring a mark of their own.
     return [{"question": question.strip().removesuffix("?").rstrip(), "answers": list(dict.fromkeys(answers))}]
 
@@ -226,8 +250,9 @@ _DESCRIPTION = re.compile(r'\(description\s+(?:"((?:[^"\\]|\\.)*)"|([^()"]+?))\s
 
 
 def _webqs(row: Row) -> list[Row] | None:
-    if _has(row, "question", "answers"):
-        return [{"question": row["question"], "answers": list(row["answers"])}]
+    for name in ("answers", "answer", "target"):
+        if _has(row, "question", name) and _texts(row[name]):
+            return [{"question": row["question"], "answers": _texts(row[name])}]
     if not _has(row, "utterance", "targetValue"):
         return None
     found = [a.replace('\\"', '"') if a else b for a, b in _DESCRIPTION.findall(row["targetValue"])]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import ConfigError, install_extra
 from megatron_samoe.evaluation.zero_shot.batched_forward import RunnableModel
 from megatron_samoe.evaluation.zero_shot.items import Document
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
@@ -25,7 +25,7 @@ def _harness() -> Any:
         import lm_eval.tasks
     except ImportError as error:
         raise ConfigError(
-            "--harness", True, f"needs lm-evaluation-harness: pip install 'megatron_samoe[eval]' ({error})"
+            "--harness", True, f"needs lm-evaluation-harness: {install_extra('eval')} ({error})"
         ) from None
     return lm_eval
 

@@ -22,11 +22,13 @@ class Questions:
 
     Attributes:
         skipped: tasks of `all` whose data is not there.
+        failed: what is wrong with tasks that cannot be asked, a message each.
     """
 
     tasks: tuple[tuple[Task, Sequence[Item]], ...]
     corpora: tuple[tuple[str, Sequence[Document]], ...] = ()
     skipped: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
 
 def prepare(
@@ -36,7 +38,7 @@ def prepare(
 
     Raises:
         ConfigError: a task is not known, or named twice.
-        DataError: data is damaged, a named task has none, or none of `all` has.
+        DataError: no task can be asked: their data or files are damaged, or not there.
     """
     if limit is not None and limit < 1:
         raise ConfigError("--limit", limit, "must be 1 or more")
@@ -44,7 +46,13 @@ def prepare(
     if everything and data_dir is None and not hub:
         raise NoDataError("--tasks all needs a folder of data: --data-dir (or MEGATRON_SAMOE_EVAL_DATA), or --hub.")
     wanted = task_names() if everything else [name.strip() for name in names.split(",") if name.strip()]
-    tasks = [load_task(name) for name in wanted]
+    tasks: list[Task] = []
+    failed: list[DataError] = []
+    for name in wanted:
+        try:
+            tasks.append(load_task(name))
+        except DataError as error:
+            failed.append(error)
     doubled = {task.name for task in tasks if sum(other.name == task.name for other in tasks) > 1}
     if doubled:
         raise ConfigError("--tasks", names, f"names {', '.join(sorted(doubled))} more than once")
@@ -53,16 +61,21 @@ def prepare(
     for task in tasks:
         try:
             found.append((task, load_items(task, data_dir, limit, hub)))
-        except NoDataError:
+        except NoDataError as error:
             if not everything or data_dir is None or not data_dir.is_dir():
-                raise
-            skipped.append(task.name)
+                failed.append(error)
+            else:
+                skipped.append(task.name)
+        except DataError as error:
+            failed.append(error)
     texts = tuple((f"corpus:{path.name}", read_documents(path, limit)) for path in corpora)
     if not wanted and not texts:
         raise ConfigError("--tasks", names, "names no task")
+    if not found and not texts and failed:
+        raise failed[0]
     if not found and not texts:
         raise NoDataError(f"--data-dir {data_dir} has the data of no task; docs/evaluation.md lists the names.")
-    return Questions(tuple(found), texts, tuple(skipped))
+    return Questions(tuple(found), texts, tuple(skipped), tuple(map(str, failed)))
 
 
 @contextmanager

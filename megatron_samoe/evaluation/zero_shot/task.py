@@ -8,12 +8,11 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-import yaml
-
-from megatron_samoe.errors import ConfigError, DataError, nearest
+from megatron_samoe.errors import ConfigError, DataError, nearest, shown
 from megatron_samoe.evaluation.zero_shot.layouts import LAYOUTS
 from megatron_samoe.evaluation.zero_shot.metrics import METRICS
 from megatron_samoe.evaluation.zero_shot.templates import fields_of
+from megatron_samoe.parsing import parse_yaml
 
 TASK_DIR = Path(__file__).parent / "tasks"
 Kind = Literal["multiple_choice", "partial", "greedy_match", "generate"]
@@ -101,8 +100,8 @@ def load_task(name: str) -> Task:
             )
         path = TASK_DIR / f"{name}.yaml"
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a readable task file: {error}") from error
     return parse_task(content, str(path))
 
@@ -117,13 +116,13 @@ def parse_task(content: object, where: str) -> Task:
             raise DataError(f"{where}: {key!r} is no field of a task.{nearest(str(key), known)}")
     needed = [name for name, f in known.items() if f.default is MISSING]
     kind = content.get("kind")
-    if kind in _NEEDS:
+    if isinstance(kind, str) and kind in _NEEDS:
         needed += _NEEDS[kind]
     missing = [name for name in needed if content.get(name) in (None, "", [], ())]
     if missing:
         raise DataError(f"{where}: a task needs the field{'s' * (len(missing) > 1)} {', '.join(missing)}.")
-    if kind not in _NEEDS:
-        raise DataError(f"{where}: kind {kind!r} is not known; allowed are {', '.join(get_args(Kind))}.")
+    if not isinstance(kind, str) or kind not in _NEEDS:
+        raise DataError(f"{where}: kind {shown(kind)} is not known; allowed are {', '.join(get_args(Kind))}.")
     idle = {name for names in _NEEDS.values() for name in names} - {*_NEEDS[kind], *_MAY_HAVE.get(kind, ())}
     for name in sorted(idle & set(content)):
         raise DataError(f"{where}: {name} has no effect on a task of kind {kind}.")
@@ -168,18 +167,18 @@ def _check_types(task: Task, where: str) -> None:
     texts = ("name", "description", "context", "gold", "target", "answers", "group", "layout", "labels", "delimiter")
     for name in texts:
         if not isinstance(getattr(task, name), str):
-            raise DataError(f"{where}: {name} must be a text, not {getattr(task, name)!r}.")
+            raise DataError(f"{where}: {name} must be a text, not {shown(getattr(task, name))}.")
     for name in ("files", "metrics", "until", "choices"):
         value = getattr(task, name)
         if name == "choices" and isinstance(value, str):
             continue
         if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
             hint = " (quote yes, no, true and false in YAML)" if name == "choices" else ""
-            raise DataError(f"{where}: {name} must be a list of texts, not {value!r}{hint}.")
+            raise DataError(f"{where}: {name} must be a list of texts, not {shown(value)}{hint}.")
     for name in ("always_yes", "always_no", "max_new_tokens"):
         value = getattr(task, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise DataError(f"{where}: {name} must be a whole number, not {value!r}.")
+            raise DataError(f"{where}: {name} must be a whole number, not {shown(value)}.")
     if not re.fullmatch(r"[\w.-]+", task.name):
         raise DataError(
             f"{where}: name {task.name!r} may have letters, digits, _, - and . only: files are named by it."

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.errors import ConfigError, MegatronSamoeError, install_extra
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.server.app import build_app
 from megatron_samoe.inference.server.connection import timed_protocol
@@ -122,7 +122,7 @@ def check_installed() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MegatronSamoeError(
-            f"The server needs a library that is not installed ({error.name}): pip install 'megatron_samoe[serve]'."
+            f"The server needs a library that is not installed ({error.name}): {install_extra('serve')}."
         ) from error
 
 

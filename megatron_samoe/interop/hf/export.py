@@ -68,7 +68,7 @@ class ExportPlan:
 def native_model(source: GlobalTensors) -> NativeModel:
     """Returns what a source is; CheckpointError where it does not tell its vocabulary."""
     vocab_size = source.train_state.get("vocab_size")
-    if not isinstance(vocab_size, int):
+    if type(vocab_size) is not int or vocab_size < 1:
         raise CheckpointError("The checkpoint's train_state.json has no vocab_size.")
     return NativeModel(source_config(source), vocab_size)
 

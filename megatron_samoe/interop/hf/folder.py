@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.dist_checkpointing.saved_tensor import is_plain, refuse_repacked, why_not_loaded
+from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.interop.hf.safetensors_io import SafetensorsReader
+from megatron_samoe.parsing import parse_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,11 +42,15 @@ class PickledFile:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises several kinds
             raise CheckpointError(
-                f"{path} cannot be read as plain tensors ({str(error).strip().splitlines()[0]}). A pickle can run any "
-                "code, so nothing else is loaded from it: save the model anew with transformers, as safetensors."
+                f"{path} cannot be read as plain tensors: {why_not_loaded(error, path)}. A pickle can run any code, so "
+                "nothing else is loaded from it: save the model anew with transformers, as safetensors."
             ) from None
-        if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        if not isinstance(state, Mapping) or not all(isinstance(k, str) and is_plain(t) for k, t in state.items()):
             raise CheckpointError(f"{path} holds more than a mapping of names to tensors; that is not a model's file.")
+        try:
+            refuse_repacked(path, state.values())
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{path} is damaged: {error}.") from None
         self._state = state
         self.tensors = {name: StoredTensor(tuple(t.shape), t.dtype) for name, t in state.items()}
 
@@ -89,9 +95,9 @@ class HFFolder:
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index} is damaged: it has no weight_map from names to files.")
         names = sorted(set(weight_map.values()))
-        odd = [name for name in names if Path(name).name != name]
+        odd = [name for name in names if Path(name).name != name or len(name.encode()) > 255 or "\0" in name]
         if odd:
-            raise CheckpointError(f"{index} names {odd[0]!r}, which is not a file of its folder.")
+            raise CheckpointError(f"{index} names {shown(odd[0])}, which is not a file of its folder.")
         missing = [name for name in names if not (self.directory / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -103,7 +109,7 @@ class HFFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns a JSON file's mapping; CheckpointError where there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
     except ValueError as error:

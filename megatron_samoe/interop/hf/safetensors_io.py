@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, shown
+from megatron_samoe.parsing import parse_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -140,7 +141,7 @@ class SafetensorsReader:
             raise CheckpointError(f"{self.path} is not a safetensors file: it has no header.")
         text = file.read(length)
         try:
-            header = json.loads(text)
+            header = parse_json(text)
         except ValueError:
             header = None
         if len(text) != length or not isinstance(header, dict):
@@ -151,14 +152,14 @@ class SafetensorsReader:
         try:
             fields: Any = entry
             kind, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-            legal = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+            legal = all(type(n) is int and 0 <= n < 2**62 for n in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
             legal = False
         if not legal:
             raise CheckpointError(f"{self.path} is damaged: its header's entry for {name} is not legal.")
         if not isinstance(kind, str) or kind not in DTYPES:
             raise CheckpointError(
-                f"{self.path}: {name} has dtype {kind}; {', '.join(DTYPES)} are read (quantized weights are not)."
+                f"{self.path}: {name} has dtype {shown(kind)}; {', '.join(DTYPES)} are read (quantized weights are not)."
             )
         stored = StoredTensor(shape, DTYPES[kind])
         if end - begin != stored.num_bytes or end > self._num_bytes:

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.config.rules.limits import refuse_excess
 from megatron_samoe.config.saved import upgrade
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.dist_checkpointing.store import refuse_wrong_values
+from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.interop.hf.folder import read_json
 from megatron_samoe.interop.hf.native import NativeModel
+from megatron_samoe.parsing import finite_float
 
 SIDECAR = "megatron_samoe.json"
 VERSION = 1
@@ -58,9 +61,20 @@ def read_sidecar(path: Path) -> Remembered | None:
         return None
     if not isinstance(train_state.get("vocab_size"), int):
         return None
-    config = upgrade(config)
+    fractions = content.get("expert_fractions")
     try:
-        from_mapping(config, SIDECAR)
-    except ConfigError:
+        refuse_wrong_values(train_state, SIDECAR)
+        config = upgrade(config)
+        refuse_excess(from_mapping(config, SIDECAR))
+    except (ConfigError, CheckpointError):
         return None
-    return Remembered(config, train_state, content.get("expert_fractions"))
+    return Remembered(config, train_state, fractions if _are_shares(fractions) else None)
+
+
+def _are_shares(rows: object) -> bool:
+    """Whether a value is experts' shares, a row for each layer."""
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == len(rows[0])
+        and all(not isinstance(share, str) and 0 <= (finite_float(share) or 0) <= 1 for share in row)
+        for row in rows if isinstance(rows[0], list)
+    ) and all(isinstance(row, list) for row in rows)  # fmt: skip

@@ -13,8 +13,10 @@ from torch import Tensor
 from megatron_samoe.config.cli import apply_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.rules.limits import refuse_excess
 from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
+from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.errors import CheckpointError, ConfigError, nearest
 from megatron_samoe.interop.edited_model import FRACTIONS
 from megatron_samoe.interop.hf.families import FAMILIES, Family
@@ -51,6 +53,12 @@ class HFSource:
             self.notes.append(f"{SIDECAR} describes another model than {CONFIG}, which is followed.")
             remembered = None
         native = derived if remembered is None else remembered.native
+        refuse_excess(native.config)
+        sizes = {"num_layers": native.model.num_layers, "hidden_size": native.model.hidden_size}
+        if any(native.is_moe):
+            sizes["num_experts"] = native.moe.num_experts
+        shapes = {name: stored.shape for name, stored in self.folder.tensors.items()}
+        refuse_other_sizes(sizes, shapes, f"{directory / CONFIG}")
         self._parts = list(self.family.parts(native))
         self._stored = self._located(tied=not native.model.untie_embeddings_and_output_weights)
         self.native = replace(native, config=self._with_precision(native))
@@ -61,6 +69,7 @@ class HFSource:
         if self._fractions_LE is not None:
             self.tensors[FRACTIONS] = StoredTensor(tuple(self._fractions_LE.shape), torch.float32)
         self.config: Mapping[str, Any] = to_mapping(self.native.config)
+        self.attachments: Mapping[str, bytes] = {}
         self.train_state: Mapping[str, Any] = self._train_state(remembered)
 
     def read(self, name: str) -> Tensor:

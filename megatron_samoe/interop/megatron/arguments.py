@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
+
+import torch
 
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import parse_moe_layer_freq
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.config.rules.limits import refuse_excess
+from megatron_samoe.errors import CheckpointError, ConfigError, shown
+from megatron_samoe.parsing import finite_float
 
 TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer")
 #: Arguments under which Megatron computes something that our model does not, with the values that are harmless.
@@ -95,6 +100,7 @@ def from_arguments(args: argparse.Namespace, where: str) -> PretrainConfig:
     Raises:
         CheckpointError: our model cannot compute it, by the argument's name.
     """
+    _refuse_wrong_types(args, where)
     _refuse_unsupported(args, where)
 
     def get(name: str, default: Any = None) -> Any:
@@ -102,7 +108,7 @@ def from_arguments(args: argparse.Namespace, where: str) -> PretrainConfig:
         return default if value is None else value
 
     for name in ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size"):
-        if not isinstance(get(name), int):
+        if not isinstance(get(name), int) or get(name) < 1:
             raise CheckpointError(f"{where} keeps no argument {name}: without it the model is not known.")
     heads = get("num_attention_heads")
     groups = get("num_query_groups", heads) if get("group_query_attention", False) else heads
@@ -130,7 +136,9 @@ def from_arguments(args: argparse.Namespace, where: str) -> PretrainConfig:
     if get("tokenizer_type") in TOKENIZERS:
         files = {name: get(name) for name in ("tokenizer_model", "vocab_file", "merge_file")}
         data = replace(data, tokenizer_type=get("tokenizer_type"), **files)
+    refuse_excess(PretrainConfig(model=model))  # before a list has an entry for each layer
     config = PretrainConfig(model=model, moe=_moe_config(get, model, where), data=data)
+    refuse_excess(config)
     return replace(
         config, training=replace(config.training, bf16=bool(get("bf16", False)), fp16=bool(get("fp16", False)))
     )
@@ -150,7 +158,7 @@ def _frequency(value: Any, num_layers: int) -> str:
     """Returns --moe-layer-freq as an integer where one says the same."""
     pattern = [bool(v) for v in value] if isinstance(value, (list, tuple)) else None
     if pattern is None:
-        return str(value)
+        return shown(value) if not isinstance(value, str) else value
     for every in range(1, num_layers + 1):
         if pattern == [i % every == 0 for i in range(num_layers)]:
             return str(every)
@@ -184,17 +192,41 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
     )  # fmt: skip
 
 
+def _refuse_wrong_types(args: argparse.Namespace, where: str) -> None:
+    """Raises CheckpointError naming an argument that is no number, truth value or text where Megatron has one."""
+    for group in (ModelConfig, MoEConfig, DataConfig):
+        for name, hint in get_type_hints(group).items():
+            value = getattr(args, name, None)
+            kinds = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+            allowed = [kind for part in (hint, *get_args(hint)) for kind in kinds.get(part, ())]
+            wrong = type(value) not in allowed or (not isinstance(value, str) and finite_float(value) is None
+                                                   and not isinstance(value, bool))  # fmt: skip
+            if value is not None and allowed and name != "moe_layer_freq" and wrong:
+                raise CheckpointError(
+                    f"{where}: the argument {name} is {shown(value)}; it must be {_in_words(allowed)}."
+                )
+
+
+def _is(value: object, other: object) -> bool:
+    return not isinstance(value, torch.Tensor) and value == other
+
+
+def _in_words(kinds: Sequence[type]) -> str:
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    return words[kinds[-1]]
+
+
 def _refuse_unsupported(args: argparse.Namespace, where: str) -> None:
     wrong = [
-        f"{name} is {getattr(args, name)!r}"
+        f"{name} is {shown(getattr(args, name))}"
         for name, harmless in UNSUPPORTED.items()
-        if hasattr(args, name) and getattr(args, name) not in harmless
+        if hasattr(args, name) and not any(_is(getattr(args, name), value) for value in harmless)
     ]
     for name, known in (("normalization", ("LayerNorm", "RMSNorm")), ("moe_router_score_function", ("softmax", "sigmoid")),
                         ("position_embedding_type", ("learned_absolute", "rope", "none"))):  # fmt: skip
         value = getattr(args, name, None)
-        if value is not None and value not in known:
-            wrong.append(f"{name} is {value!r}")
+        if value is not None and not any(_is(value, one) for one in known):
+            wrong.append(f"{name} is {shown(value)}")
     exact_gelu = getattr(args, "bias_gelu_fusion", True) is False and not getattr(args, "openai_gelu", False)
     if exact_gelu and not getattr(args, "swiglu", False):
         wrong.append("bias_gelu_fusion is False (exact GELU; this program computes its tanh form)")

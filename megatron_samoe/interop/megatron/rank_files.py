@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import zipfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from megatron_samoe.dist_checkpointing.saved_tensor import is_plain, refuse_repacked, why_not_loaded
 from megatron_samoe.dist_checkpointing.store import LATEST
 from megatron_samoe.errors import CheckpointError
 
@@ -21,8 +23,6 @@ FILE_NAME = "model_optim_rng.pt"
 #: The layout of query, key and value that all of Megatron-core's versions write.
 CHECKPOINT_VERSION = 3.0
 
-#: How a bare pickle begins, where a zip archive begins with PK.
-_PICKLE = b"\x80"
 #: numpy 2 has moved it.
 np_multiarray = getattr(np, "_core", None) or np.core
 np_multiarray = np_multiarray.multiarray
@@ -75,12 +75,12 @@ def find_iteration(root: Path, ckpt_step: int | None = None) -> Path:
         name = f"iter_{ckpt_step:07d}"
     else:
         try:
-            text = (root / LATEST).read_text().strip()
+            text = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
         except OSError:
             raise CheckpointError(
                 f"{root} is no checkpoint of Megatron's: it has neither {LATEST} nor mp_rank_*."
             ) from None
-        if text != "release" and not text.isdecimal():
+        if text != "release" and not re.fullmatch(r"[0-9]{1,18}", text):
             raise CheckpointError(f"{root / LATEST} is damaged: it holds {text[:40]!r}.")
         name = text if text == "release" else f"iter_{int(text):07d}"
     if not rank_folders(root / name):
@@ -124,7 +124,13 @@ def load_rank_file(folder: Path) -> dict[str, Any]:
             stack.enter_context(torch.serialization.safe_globals(known))
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds
-            raise CheckpointError(f"{path} cannot be read: {_reason(error, path)}.") from None
+            raise CheckpointError(f"{path} cannot be read: {why_not_loaded(error, path)}.") from None
+    tensors = [value for model in content.values() if isinstance(model, dict) for value in model.values()
+               if is_plain(value)] if isinstance(content, dict) else []  # fmt: skip
+    try:
+        refuse_repacked(path, tensors)
+    except (ValueError, OSError, RuntimeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from None
     if not isinstance(content, dict) or not isinstance(content.get("args"), argparse.Namespace):
         raise CheckpointError(f"{path} is no file of Megatron's: it holds no model with its arguments.")
     version = content.get("checkpoint_version", 0)
@@ -137,17 +143,3 @@ def some(names: Sequence[str]) -> str:
     """Returns the first few of many names."""
     rest = len(names) - 3
     return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _reason(error: Exception, path: Path) -> str:
-    text = " ".join(str(error).split())
-    if named := re.search(r"GLOBAL ([\w.]+)", text):
-        return f"it names {named[1]}, which could run any code and which reading weights does not need"
-    if path.is_file() and _first_byte(path) == _PICKLE:
-        return "it was saved in torch's format of before version 1.6; load and save it with a newer torch"
-    return text[:200].rstrip(".") or type(error).__name__
-
-
-def _first_byte(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(1)

@@ -15,7 +15,9 @@ from torch import Tensor
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
+from megatron_samoe.dist_checkpointing.saved_tensor import is_plain
+from megatron_samoe.errors import CheckpointError, ConfigError, shown
 from megatron_samoe.interop.hf.native import NativeModel, lossless_precision, model_alone
 from megatron_samoe.interop.megatron.arguments import from_arguments
 from megatron_samoe.interop.megatron.names import MegatronStyle, Part, ep_rank_of, key_of, parts_of
@@ -82,17 +84,21 @@ class MegatronReader:
         self._tp, self._etp, self._ep = _sizes(args)
         self._index = _read_index(folders, first)
         self._style = _style_of(self._index)
-        padded = int(args.padded_vocab_size)
+        sizes = {"num_layers": config.model.num_layers, "hidden_size": config.model.hidden_size}
+        shapes = {key: entry.shape for entries in self._index.values() for key, entry in entries.items()}
+        refuse_other_sizes(sizes, shapes, str(self.directory), "decoder.layers.")
+        padded = _count(args, "padded_vocab_size", 0, folders[0])
         # Other tools' checkpoints may be padded to something else than they say.
         divisor = math.gcd(padded, config.model.make_vocab_size_divisible_by)
         config = replace(config, model=replace(config.model, make_vocab_size_divisible_by=divisor))
-        vocab = vocab_size or getattr(args, "vocab_size", None) or padded
+        vocab = vocab_size or _count(args, "vocab_size", padded, folders[0])
         if not 0 < vocab <= padded:
             raise ConfigError("--vocab-size", vocab, f"must be from 1 to the {padded} rows of {self.directory}")
         validate(model_alone(config), 1)
         self._native = NativeModel(config, vocab)
         self._padded = padded
-        iteration, samples = int(first.get("iteration", 0)), int(getattr(args, "consumed_train_samples", 0) or 0)
+        iteration = _count(first, "iteration", 0, folders[0], least=0)
+        samples = _count(args, "consumed_train_samples", 0, folders[0], least=0)
         self.train_state: Mapping[str, Any] = {
             "iteration": iteration, "consumed_samples": samples,
             "consumed_tokens": samples * config.model.seq_length, "loss_scale": asdict(LossScale()), "vocab_size": vocab,
@@ -103,6 +109,7 @@ class MegatronReader:
         stored = [(name, e.key, e.dtype) for name, (_, found) in self._parts.items() for e in found.values()]
         config, self.notes = lossless_precision(self._native, stored, str(self.directory))
         self.config: Mapping[str, Any] = to_mapping(config)
+        self.attachments: Mapping[str, bytes] = {}
         self.tensors: Mapping[str, StoredTensor] = NativeModel(config, vocab).tensors
 
     def read(self, name: str) -> Tensor:
@@ -210,11 +217,25 @@ def is_megatron_checkpoint(directory: Path) -> bool:
     return True
 
 
+def _equal(a: object, b: object) -> bool:
+    return type(a) is type(b) and not isinstance(a, Tensor) and a == b
+
+
+def _count(holder: Any, name: str, default: int, where: object, least: int = 1) -> int:
+    """Returns a whole number that a file keeps under a name; CheckpointError where it keeps something else."""
+    value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+    value = default if value is None else value
+    if type(value) is not int or not least <= value < 2**62:
+        raise CheckpointError(f"{where}: {name} is {shown(value)}, which is no number of such things.")
+    return value
+
+
 def _sizes(args: Any) -> tuple[int, int, int]:
     """Returns the tensor-parallel, expert-tensor-parallel and expert-parallel sizes."""
-    tp = int(getattr(args, "tensor_model_parallel_size", 1) or 1)
-    etp = int(getattr(args, "expert_tensor_parallel_size", None) or tp)
-    ep = int(getattr(args, "expert_model_parallel_size", 1) or 1)
+    where = "The checkpoint's arguments"
+    tp = _count(args, "tensor_model_parallel_size", 1, where)
+    etp = _count(args, "expert_tensor_parallel_size", tp, where)
+    ep = _count(args, "expert_model_parallel_size", 1, where)
     if etp not in (1, tp):
         raise CheckpointError(
             f"expert_tensor_parallel_size is {etp}: only 1 and the tensor-parallel size {tp} are read."
@@ -232,7 +253,12 @@ def _read_index(folders: list[Path], first: Mapping[str, Any]) -> _Index:
         CheckpointError: a rank's file is missing, or is of another layout or iteration.
     """
     args = first["args"]
-    pp, (tp, etp, ep) = int(getattr(args, "pipeline_model_parallel_size", 1) or 1), _sizes(args)
+    pp, (tp, etp, ep) = _count(args, "pipeline_model_parallel_size", 1, folders[0]), _sizes(args)
+    if max(pp, tp, ep) > 64 * len(folders):  # before there is a set of that size
+        raise CheckpointError(
+            f"{folders[0].parent} is incomplete: it has {len(folders)} ranks' files; its arguments say tensor {tp}, "
+            f"pipeline {pp} and expert parallel {ep}."
+        )
     by_place = {place_of(folder, pp > 1): folder for folder in folders}
     # With whole experts on each tensor-parallel rank not every pair of ranks exists.
     pairs = {(rank % tp, rank // etp % ep) for rank in range(tp * ep)}
@@ -260,16 +286,21 @@ def _tensors(folder: Path, first: Mapping[str, Any]) -> Iterator[_Entry]:
     content = load_rank_file(folder)
     own, firsts = ({**vars(c["args"]), "iteration": c.get("iteration")} for c in (content, first))
     for name in ("iteration", *_SAME):
-        if own.get(name) != firsts.get(name):
+        if not _equal(own.get(name), firsts.get(name)):
             raise CheckpointError(
-                f"{folder.parent} is mixed: {name} is {own.get(name)} in {folder.name} and {firsts.get(name)} in another."
+                f"{folder.parent} is mixed: {name} is {shown(own.get(name))} in {folder.name} and "
+                f"{shown(firsts.get(name))} in another."
             )
     models = [name for name in content if re.fullmatch(r"model\d*", name) and isinstance(content[name], dict)]
     if not models:
         raise CheckpointError(f"{folder} holds no model.")
     for model in sorted(models, key=lambda name: int(name[5:] or 0)):
         for key, value in content[model].items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{folder}: {model} has an entry called {shown(key)}.")
             if isinstance(value, Tensor) and not key.endswith("_extra_state"):
+                if not is_plain(value):
+                    raise CheckpointError(f"{folder}: {key} is no dense tensor with its elements in the file.")
                 yield _Entry(folder, model, key, tuple(value.shape), value.dtype)
 
 

@@ -12,13 +12,13 @@ import pytest
 
 from megatron_samoe.config import PretrainConfig, derived
 from megatron_samoe.config.cli import from_mapping, read_yaml
-from megatron_samoe.config.rules import layout, model, numbers, pipeline, run, without_effect
+from megatron_samoe.config.rules import layout, limits, model, numbers, pipeline, run, without_effect
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError, ConfigErrors
 from tests.harness.tiny import with_options
 
 #: Modules of rules.
-KINDS = (layout, model, numbers, pipeline, run, without_effect)
+KINDS = (layout, limits, model, numbers, pipeline, run, without_effect)
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples/configs"
 VALID = with_options(PretrainConfig(), mock_data=True)
 MOE = {"expert_layout": "moe"}
@@ -133,6 +133,18 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
      "positive"),
     ({"moe_aux_loss_group_size": 3, "moe_router_load_balancing_type": "aux_loss", **MOE}, 2, "--moe-aux-loss-group-size",
      "micro-batch-size 4 x data-parallel size 2: one of [1, 2, 4, 8]"),
+    ({"exp_name": "a"}, 1, "--exp-name", "needs --wandb-project or --trackio-project"),
+    ({"profile_step_end": 20}, 1, "--profile-step-end", "needs --profile"),
+    ({"profile": True, "run_dir": "r", "profile_step_start": 12}, 1, "--profile-step-end", "above --profile-step-start 12"),
+    ({"profile": True, "run_dir": "r", "profile_ranks": (0, 4)}, 4, "--profile-ranks", "ranks from 0 to 3"),
+    ({"profile": True}, 1, "--profile", "needs --run-dir or --save"),
+    ({"skip_spikes": True}, 1, "--skip-spikes", "needs --spike-window"),
+    ({"spike_window": -1}, 1, "--spike-window", "0 or more"),
+    ({"elastic": True}, 1, "--elastic", "needs --global-batch-size"),
+    ({"num_layers": 10**9}, 1, "--num-layers", "at most 100,000"),
+    ({"hidden_size": 10**18}, 1, "--hidden-size", "at most 2,147,483,647"),
+    ({"num_layers": 10**5, "num_experts": 10**6, **MOE}, 1, "--num-experts", "times --num-layers must be at most"),
+    ({"seed": 2**32}, 1, "--seed", "at most 4,294,967,295"),
     ({"moe_aux_loss_group_size": 2, **MOE}, 1, "--moe-aux-loss-group-size", "needs --moe-router-load-balancing-type aux_loss"),
     ({"moe_router_topk": 3, **MOE}, 1, "--moe-ffn-hidden-size", "--moe-router-topk 3 does not divide"),
     ({"moe_router_lr_mult": 0.0, **MOE}, 1, "--moe-router-lr-mult", "above 0"),

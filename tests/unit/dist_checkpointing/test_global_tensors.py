@@ -24,6 +24,7 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
     train_state: Mapping[str, Any] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
         self.asked.append(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.optimizer.clip_grads import clip_factor, global_grad_norm
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
-from megatron_samoe.parallel_state import ShardSpec, initialize_model_parallel, set_shard_spec
+from megatron_samoe.parallel_state import ShardSpec, backend, initialize_model_parallel, set_shard_spec
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import gather_global
 
@@ -91,3 +92,17 @@ def test_shared_out_updates_equal_whole_ones(world: int, dtype: torch.dtype) -> 
     assert [result["updated"] for result in whole] == [elements] * world
     assert sum(result["updated"] for result in shared) == elements, "each element is updated by one rank"
     assert max(result["updated"] for result in shared) == -(-elements // world)
+
+
+def threads_at_the_end() -> list[str]:
+    """Trains a step, lets everything go, ends the process groups, and returns gloo's threads that are left."""
+    train(False, torch.float32)
+    backend.leave_distributed()
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_no_thread_of_the_process_groups_meets_the_end_of_the_interpreter() -> None:
+    """One that then wants the interpreter's lock aborts the process: a job that succeeded ends in SIGABRT."""
+    assert run_ranks(threads_at_the_end, 2) == [[], []]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class MemorySource:
     weights: dict[str, Tensor]
     config: Mapping[str, Any]
     train_state: Mapping[str, Any]
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:

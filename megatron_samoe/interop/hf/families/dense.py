@@ -13,7 +13,7 @@ from megatron_samoe.interop.hf.families.llama import (
     shared_parts,
     write_shared_config,
 )
-from megatron_samoe.interop.hf.families.reading import demand, no_sliding_window
+from megatron_samoe.interop.hf.families.reading import demand, flag, no_sliding_window
 from megatron_samoe.interop.hf.native import NativeModel
 
 #: Endings of tensors that older files hold and that are computed anew.
@@ -30,7 +30,7 @@ def _write_llama(native: NativeModel) -> dict[str, Any]:
 
 def _read_llama(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     model = read_shared_config(config)
-    attention, mlp = bool(config.get("attention_bias", False)), bool(config.get("mlp_bias", False))
+    attention, mlp = flag(config, "attention_bias"), flag(config, "mlp_bias")
     if attention != mlp:
         raise ConfigError("config.json: attention_bias, mlp_bias", (attention, mlp),
                           "our linear layers all have biases or none has")  # fmt: skip

@@ -16,7 +16,7 @@ from megatron_samoe.interop.hf.families.llama import (
     shared_parts,
     write_shared_config,
 )
-from megatron_samoe.interop.hf.families.reading import demand, layer_pattern, no_sliding_window, number
+from megatron_samoe.interop.hf.families.reading import demand, flag, layer_pattern, no_sliding_window, number
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Constant, Part, Parts
 
@@ -98,7 +98,7 @@ def _write_qwen_moe(native: NativeModel) -> dict[str, Any]:
 def _read_qwen_moe(config: Mapping[str, Any], model: dict[str, Any], **moe: Any) -> dict[str, dict[str, Any]]:
     no_sliding_window(config, "use_sliding_window")
     key = "num_experts" if "num_experts" in config else "num_local_experts"
-    read = _read_moe(config, model, key, "moe_intermediate_size", not config.get("norm_topk_prob", False))
+    read = _read_moe(config, model, key, "moe_intermediate_size", not flag(config, "norm_topk_prob"))
     moe["moe_layer_freq"] = layer_pattern(config, model["num_layers"])
     return {**read, "moe": {**read["moe"], **moe}}
 
@@ -145,7 +145,7 @@ def _write_qwen2_moe(native: NativeModel) -> dict[str, Any]:
 
 
 def _read_qwen2_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    model = {**read_shared_config(config), "add_qkv_bias": bool(config.get("qkv_bias", True))}
+    model = {**read_shared_config(config), "add_qkv_bias": flag(config, "qkv_bias", True)}
     width = number(config, "shared_expert_intermediate_size")
     return _read_qwen_moe(config, model, moe_shared_expert_intermediate_size=width)
 
@@ -173,7 +173,7 @@ def _read_olmoe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                           "OLMoE norms the queries and keys of all heads together, our --qk-layernorm those of each "
                           "head; they are the same for one head only")  # fmt: skip
     key = "num_experts" if "num_experts" in config else "num_local_experts"
-    return _read_moe(config, model, key, "intermediate_size", not config.get("norm_topk_prob", False))
+    return _read_moe(config, model, key, "intermediate_size", not flag(config, "norm_topk_prob"))
 
 
 OLMOE = Family(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import Family, needs, plain_heads
-from megatron_samoe.interop.hf.families.reading import CannotCompute, common, demand, number
+from megatron_samoe.interop.hf.families.reading import CannotCompute, common, demand, flag, mapping, number
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, rows, transposed, whole
 
@@ -86,7 +86,7 @@ def _read_gpt2(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         raise ConfigError("config.json: resid_pdrop, embd_pdrop", (residual, embedding),
                           "our --hidden-dropout is one for both; make them equal")  # fmt: skip
     return _gpt(
-        config, "layer_norm_epsilon", tied=config.get("tie_word_embeddings", True),
+        config, "layer_norm_epsilon", tied=flag(config, "tie_word_embeddings", True),
         num_layers=number(config, "n_layer", 12), hidden_size=hidden, num_attention_heads=number(config, "n_head", 12),
         ffn_hidden_size=number(config, "n_inner", 4 * hidden), seq_length=positions,
         max_position_embeddings=positions, attention_dropout=float(number(config, "attn_pdrop", 0.1)),
@@ -153,13 +153,13 @@ def _read_neox(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     demand(config, "hidden_act", _GELU, "gelu")
     demand(config, "use_parallel_residual", (False,), True)
     demand(config, "attention_bias", (True,), True)
-    rope = {**(config.get("rope_parameters") or config.get("rope_scaling") or {})}
+    rope = {**mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ConfigError("config.json: rope_parameters", kind, f"{CannotCompute}; rope_type must be 'default'")
     positions = number(config, "max_position_embeddings", 2048)
     return _gpt(
-        config, "layer_norm_eps", tied=config.get("tie_word_embeddings", False),
+        config, "layer_norm_eps", tied=flag(config, "tie_word_embeddings"),
         num_layers=number(config, "num_hidden_layers"), hidden_size=number(config, "hidden_size"),
         num_attention_heads=number(config, "num_attention_heads"),
         ffn_hidden_size=number(config, "intermediate_size"), seq_length=positions, position_embedding_type="rope",

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import needs
-from megatron_samoe.interop.hf.families.reading import common, demand, number, rotary_base
+from megatron_samoe.interop.hf.families.reading import common, demand, flag, number, rotary_base
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Constant, Part, View, at, keys, queries, rows, values, whole
 
@@ -94,7 +94,7 @@ def read_shared_config(config: Mapping[str, Any], theta: float = 10000.0, eps: f
         "norm_epsilon": float(number(config, "rms_norm_eps", eps)),
         "swiglu": True,
         "disable_bias_linear": True,
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "untie_embeddings_and_output_weights": not flag(config, "tie_word_embeddings"),
         "init_method_std": float(number(config, "initializer_range", 0.02)),
         "attention_dropout": float(number(config, "attention_dropout", 0.0)),
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.parsing import finite_float
 
 CannotCompute = "megatron_samoe's model cannot compute it"
 
@@ -14,8 +15,35 @@ def number(config: Mapping[str, Any], key: str, default: int | float | None = No
     """Returns an entry that must be a number; ConfigError where it is missing or something else."""
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if isinstance(value, str) or finite_float(value) is None:
         raise ConfigError(f"config.json: {key}", value, "must be a number")
+    return value
+
+
+def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """Returns an entry that must be true or false; ConfigError where it is something else."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ConfigError(f"config.json: {key}", value, "must be true or false")
+    return value
+
+
+def mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Returns an entry that must be a mapping, empty if it is not there; ConfigError where it is something else."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"config.json: {key}", value, "must be a mapping")
+    return value or {}
+
+
+def listed(config: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    """Returns an entry that must be a list of texts or of whole numbers; ConfigError where it is something else."""
+    value = config.get(key)
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(type(entry) is kind for entry in value):
+        words = {str: "texts", int: "whole numbers"}[kind]
+        raise ConfigError(f"config.json: {key}", value, f"must be a list of {words}")
     return value
 
 
@@ -23,8 +51,8 @@ def demand(config: Mapping[str, Any], key: str, allowed: tuple[object, ...], def
     """Raises ConfigError where an entry has a value that our model cannot compute."""
     value = config.get(key, default)
     if value not in allowed:
-        shown = " or ".join(repr(a) for a in allowed)
-        raise ConfigError(f"config.json: {key}", value, f"{CannotCompute}; it must be {shown}")
+        legal = " or ".join(repr(a) for a in allowed)
+        raise ConfigError(f"config.json: {key}", value, f"{CannotCompute}; it must be {legal}")
 
 
 def rotary_base(config: Mapping[str, Any], default: float) -> float:
@@ -58,7 +86,7 @@ def no_sliding_window(config: Mapping[str, Any], switch: str | None = None) -> N
     window = config.get("sliding_window")
     if window and (switch is None or config.get(switch)):
         raise ConfigError("config.json: sliding_window", window, f"{CannotCompute}; it must be null")
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
+    kinds = set(listed(config, "layer_types", str)) - {"full_attention"}
     if kinds:
         raise ConfigError("config.json: layer_types", sorted(kinds), f"{CannotCompute}; only full_attention is known")
 
@@ -76,7 +104,7 @@ def common(config: Mapping[str, Any]) -> None:
 
 def layer_pattern(config: Mapping[str, Any], num_layers: int) -> str:
     """Returns --moe-layer-freq for decoder_sparse_step and mlp_only_layers."""
-    step, dense = number(config, "decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
+    step, dense = number(config, "decoder_sparse_step", 1), set(listed(config, "mlp_only_layers", int))
     is_moe = [step > 0 and (i + 1) % step == 0 and i not in dense for i in range(num_layers)]
     if not any(is_moe):
         raise ConfigError("config.json: decoder_sparse_step", step, "leaves no layer with experts")

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import Family
-from megatron_samoe.interop.hf.families.reading import common, demand
+from megatron_samoe.interop.hf.families.reading import common, demand, flag
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, rows, whole
 
@@ -68,6 +68,8 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     missing = [key for key in (*_MODEL_ENTRIES, *_COMPUTED, *_moe_entries(layout), *of_moe) if key not in config]
     if missing:
         raise ConfigError("config.json", missing[:3], "these entries of a samoe model are missing")
+    for name in ("linear_bias", "qkv_bias", "tie_word_embeddings"):
+        flag(config, name)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     model = {ours: config[theirs] for theirs, ours in _MODEL_ENTRIES.items()}
     model |= {
@@ -81,6 +83,10 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     moe = {"expert_layout": layout, **{ours: config[theirs] for theirs, ours in _moe_entries(layout).items()}}
     if layout != "dense":
         pattern = config["moe_layers"]
+        if not isinstance(pattern, list) or not all(type(is_moe) is bool or is_moe in (0, 1) for is_moe in pattern):
+            raise ConfigError(
+                "config.json: moe_layers", pattern, "must be a list that says of each layer whether it has experts"
+            )
         moe |= {
             "moe_layer_freq": "1" if all(pattern) else "[" + ",".join("01"[bool(m)] for m in pattern) + "]",
             "moe_ffn_hidden_size": config["moe_intermediate_size"],

@@ -1,0 +1,45 @@
+"""The tokenizer's files inside a checkpoint, so that a run can be moved, renamed and copied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_samoe.config.data import DataConfig
+
+#: Folder in a checkpoint's, and the options that name files.
+FOLDER = "tokenizer"
+FIELDS = ("tokenizer_model", "vocab_file", "merge_file")
+
+
+def read_files(data: DataConfig) -> dict[str, bytes]:
+    """Returns the files that a configuration names, by their path in a checkpoint; those that are not there are left out."""
+    files = {}
+    for field in FIELDS:
+        path = getattr(data, field)
+        if path is not None and os.path.isfile(path):
+            files[f"{FOLDER}/{field}{Path(path).suffix}"] = Path(path).read_bytes()
+    return files
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    """Returns the files that a checkpoint carries, by their path in it."""
+    found = sorted((directory / FOLDER).iterdir()) if (directory / FOLDER).is_dir() else []
+    return {f"{FOLDER}/{path.name}": path.read_bytes() for path in found if path.stem in FIELDS}
+
+
+def with_carried(data: DataConfig, directory: Path, only_missing: bool = False) -> DataConfig:
+    """Returns the configuration with a checkpoint's own files in place of those that it names.
+
+    Args:
+        only_missing: keep names of files that are there.
+    """
+    own: Mapping[str, str] = {Path(name).stem: str(directory / name) for name in files_in(directory)}
+    changes = {
+        field: path
+        for field, path in own.items()
+        if getattr(data, field) is not None and not (only_missing and os.path.isfile(getattr(data, field)))
+    }
+    return replace(data, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,145 @@
+"""YAML and JSON of whoever wrote them: what is wrong with a text is one ValueError of one line, whatever the text."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+#: No file that is read here needs more.
+MAX_DEPTH, MAX_VALUES = 100, 1_000_000
+#: What constructors of tags raise for values that the tags do not fit.
+_WRONG_VALUES = (LookupError, AttributeError, TypeError, OverflowError)
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what would take more memory or stack than a text is worth, and a mapping that has a key twice, of which
+    YAML would silently keep the last. Digits that begin with 0 are text (a pattern of layers such as 0101 is no octal
+    number), and so are dates."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"is nested in more than {MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        self.depth -= 1
+        return node  # type: ignore[no-any-return]
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                continue
+            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise ValueError(f"the key {key!r} stands twice{' '.join(str(node.start_mark).split())}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "timestamp")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}  # fmt: skip
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Returns what a YAML text describes: mappings, lists, texts, numbers, truth values, None.
+
+    Raises:
+        ValueError: it is not YAML, or not of those; with a reason of one line.
+    """
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()  # type: ignore[no-untyped-call]
+        if node is None:
+            return None
+        _expanded(node, {})
+        return loader.construct_document(node)  # type: ignore[no-untyped-call]
+    except _WRONG_VALUES:
+        raise ValueError("has a tag or a character that does not fit its value") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(_one_line(error)) from None
+    finally:
+        if loader is not None:
+            loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def _expanded(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Returns values and depth of a node with its aliases written out; ValueError where that would be too many."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = (MAX_VALUES + 1, 0)  # for one that contains itself
+    size, depth = 1, 1
+    for child in _children(node):
+        child_size, child_depth = _expanded(child, known)
+        size, depth = size + child_size, max(depth, child_depth + 1)
+        if size > MAX_VALUES or depth > MAX_DEPTH:
+            raise ValueError("has aliases that stand for more values than any file here needs")
+    known[id(node)] = (size, depth)
+    return size, depth
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        for pair in node.value:
+            yield from pair
+
+
+def parse_json(text: str | bytes, finite: bool = False) -> Any:
+    """Returns what a JSON text describes.
+
+    Args:
+        finite: refuse NaN and Infinity, which Python's JSON has and others' has not.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, or holds halves of characters that no file can hold.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant if finite else None)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except UnicodeDecodeError:
+        raise ValueError("is not a text in UTF-8") from None
+    if (b"\\ud" in text.lower()) if isinstance(text, bytes) else ("\\ud" in text.lower()):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a character (a lone surrogate such as \\ud800)") from None
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"holds {name}, which is no number of JSON")
+
+
+def finite_float(value: object) -> float | None:
+    """Returns a number, or a text that is one, as a finite float; None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"is nested in more than {MAX_DEPTH} levels"
+    return " ".join(str(error).split())[:500]

@@ -1,0 +1,103 @@
+"""What every rank was doing when a job hung: stacks shortly before the time-out, and the last collectives after it."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+#: Share of the time-out after which a step that has not ended is looked at: before others give up on its rank, and
+#: torchrun kills it.
+_EARLY = 0.9
+
+
+class HangWatch:
+    """Watches one rank's progress; a context.
+
+    A thread of faulthandler's, which needs no interpreter lock, writes the stacks of all threads if nothing ends in time.
+    They go to `rank-N.txt`, which stays only if something was written.
+
+    Args:
+        folder: for the ranks' files; None for no files.
+        timeout_s: longest wait of a rank for another.
+    """
+
+    def __init__(self, folder: Path | None, rank: int, timeout_s: float):
+        self.folder, self._rank, self._after_s = folder, rank, _EARLY * timeout_s
+        self.doing = "starting"
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> HangWatch:
+        if self.folder is not None:
+            with contextlib.suppress(OSError):  # a folder that cannot be written is for the first checkpoint to report
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._file = open(self.path, "w")
+                self._file.write(f"rank {self._rank}, process {os.getpid()} on {socket.gethostname()}\n")
+                self._file.flush()
+                self._header_bytes = self._file.tell()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        if self._file is None:
+            return
+        empty = os.fstat(self._file.fileno()).st_size <= self._header_bytes
+        self._file.close()
+        assert self.folder is not None
+        with contextlib.suppress(OSError):
+            if empty:
+                os.unlink(self.path)
+            os.rmdir(self.folder)  # which the last rank can
+
+    @property
+    def path(self) -> Path:
+        """The rank's file."""
+        assert self.folder is not None
+        return self.folder / f"rank-{self._rank:05d}.txt"
+
+    def begin(self, doing: str) -> None:
+        """Something begins, and should end within the time-out."""
+        self.doing = doing
+        if self._file is not None:
+            faulthandler.dump_traceback_later(self._after_s, file=self._file)
+
+    def lost_others(self, problem: str) -> str:
+        """Notes what this rank met, its stacks and its last collectives; returns where, as a sentence for messages."""
+        if self._file is None:
+            return ""
+        try:
+            self._file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} while {self.doing}: {problem}\n\n")
+            self._file.flush()
+            faulthandler.dump_traceback(file=self._file)
+            self._file.write(
+                "\nlast collectives, the newest last:\n" + "".join(f"  {line}\n" for line in last_collectives())
+            )
+            self._file.flush()
+        except OSError:
+            return ""
+        return f" What each rank was doing is in {self.folder}."
+
+
+def last_collectives(count: int = 20) -> list[str]:
+    """Returns the newest entries of torch's flight recorder, a line each; nothing where this torch has none.
+
+    It records where TORCH_FR_BUFFER_SIZE was set before torch was loaded, as `start.prepare` does.
+    """
+    try:
+        recorded = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
+        return [_line(entry) for entry in recorded.get("entries", [])[-count:]]
+    except (AttributeError, RuntimeError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _line(entry: dict[str, Any]) -> str:
+    ended = "ended" if entry.get("retired") else "not ended"
+    return f"{entry['profiling_name']} number {entry['collective_seq_id']} of {entry['process_group'][1]}, " \
+           f"{entry['input_sizes']} {entry['input_dtypes']}: {ended}"  # fmt: skip

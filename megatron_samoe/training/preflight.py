@@ -1,0 +1,127 @@
+"""A minute before a job of days: whether every rank has the memory, the speed, the links and the clock that it should."""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.log import logger
+from megatron_samoe.models.memory import rank_memory
+from megatron_samoe.parallel_state.state import Group, ParallelState
+
+#: A rank or a group this much slower than the median is named.
+SLOW = 0.6
+#: Clocks may differ by this before logs of several hosts cannot be put side by side.
+MOST_SECONDS_APART = 2.0
+_BYTES, _ROUNDS, _SIZE = 4 << 20, 5, 512
+
+
+def preflight(config: PretrainConfig, vocab_size: int, parallel: ParallelState) -> list[str]:
+    """Tests all ranks, which call it together before the model is built; logs what it finds and returns the warnings.
+
+    Raises:
+        ConfigError: a rank has not the memory that it will need by the formulas of `models.memory`.
+    """
+    if parallel.device.type == "cpu":
+        _refuse_too_little_memory(config, vocab_size, parallel)
+    warnings = [*_clocks(parallel), *_speeds(parallel), *_links(parallel)]
+    for warning in warnings:
+        logger.warning(f"preflight: {warning}") if parallel.rank == 0 else None
+    logger.info(f"preflight: {'done' if warnings else 'all is well'}")
+    return warnings
+
+
+def _refuse_too_little_memory(config: PretrainConfig, vocab_size: int, parallel: ParallelState) -> None:
+    """Compares what the ranks of each host need with what the host has left."""
+    needed = rank_memory(config, vocab_size, parallel.world_size, parallel.rank).total
+    rows = parallel.world.all_gather_object((socket.gethostname(), needed, available_bytes()))
+    for host in sorted({row[0] for row in rows}):
+        of_host = [row for row in rows if row[0] == host]
+        total, left = sum(row[1] for row in of_host), min(row[2] for row in of_host)
+        logger.info(f"preflight: {len(of_host)} ranks of {host} will need {total / 1e9:.2f} GB of {left / 1e9:.2f} GB")
+        if total > left:
+            raise ConfigError("--preflight", True, f"{len(of_host)} ranks of {host} will need {total / 1e9:.2f} GB and it has "
+                              f"{left / 1e9:.2f} GB left; fewer ranks per host, --use-distributed-optimizer, a smaller "
+                              "--micro-batch-size or --recompute-granularity full need less (tools/plan_layout.py tells)")  # fmt: skip
+
+
+def available_bytes() -> int:
+    """Returns the memory that this host, or this process's control group, has left."""
+    left = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo") as file:
+            left = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as used:
+            left = min(left, int(most.read()) - int(used.read()))
+    except (OSError, StopIteration, ValueError):  # no such file, or no limit
+        pass
+    return left
+
+
+def _clocks(parallel: ParallelState) -> list[str]:
+    """Compares the ranks' clocks, read when all have met."""
+    parallel.world.barrier()
+    times = [float(t) for t in parallel.world.all_gather_object(time.time())]
+    middle = statistics.median(times)
+    return [
+        f"the clock of rank {rank} is {t - middle:+.1f} s off the others'"
+        for rank, t in enumerate(times)
+        if abs(t - middle) > MOST_SECONDS_APART
+    ]
+
+
+def _speeds(parallel: ParallelState) -> list[str]:
+    """Compares what ranks compute in a second, all at once as in training."""
+    x = torch.ones(_SIZE, _SIZE, device=parallel.device)
+    torch.mm(x, x)
+    seconds = []
+    for _ in range(_ROUNDS):
+        parallel.world.barrier()
+        seconds.append(_timed(lambda: [torch.mm(x, x) for _ in range(8)], parallel.device))
+    rates = [8 * 2 * _SIZE**3 / s / 1e9 for s in parallel.world.all_gather_object(statistics.median(seconds))]
+    logger.info(f"preflight: {min(rates):.0f} to {max(rates):.0f} GFLOP/s per rank")
+    return _slow(rates, [f"rank {rank}" for rank in range(len(rates))], "GFLOP/s")
+
+
+def _links(parallel: ParallelState) -> list[str]:
+    """Compares the groups of each kind by what an all-reduce carries."""
+    warnings = []
+    for name in ("tp", "ep", "dp", "pp"):
+        group: Group = parallel.group(name)
+        rate = 0.0
+        if group.size > 1:
+            x = torch.zeros(_BYTES // 4, device=parallel.device)
+            group.all_reduce(x)
+            seconds = [_timed(lambda x=x, group=group: group.all_reduce(x), parallel.device) for _ in range(_ROUNDS)]
+            rate = 2 * (group.size - 1) / group.size * _BYTES / statistics.median(seconds) / 1e9
+        found = {ranks: rate for ranks, rate in parallel.world.all_gather_object((group.ranks, rate)) if rate}
+        if found:
+            logger.info(f"preflight: {min(found.values()):.2f} to {max(found.values()):.2f} GB/s in {name} groups")
+            warnings += _slow(list(found.values()), [f"the {name} group of ranks {list(r)}" for r in found], "GB/s")
+    return warnings
+
+
+def _slow(rates: Sequence[float], names: Sequence[str], unit: str) -> list[str]:
+    usual = statistics.median(rates)
+    return [
+        f"{name} has {rate:.2f} {unit}, the median is {usual:.2f}"
+        for name, rate in zip(names, rates, strict=True)
+        if rate < SLOW * usual
+    ]
+
+
+def _timed(work: object, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()  # type: ignore[operator]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

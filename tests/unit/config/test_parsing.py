@@ -1,0 +1,120 @@
+"""Any text whatever gives plain values or one line of error, in little time and memory."""
+
+from __future__ import annotations
+
+import json
+import time
+import tracemalloc
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_samoe.errors import ConfigError, shown
+from megatron_samoe.parsing import parse_json, parse_yaml
+
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{n}: &a{n} [{','.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 12)
+)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+SCRAPS = st.lists(
+    st.sampled_from(["[", "]", "{", "}", ":", ",", "\n", "- ", "a", "&a ", "*a", "!!int ", "!!set ", "!!map ", "!!bool ", "? ",
+                     "<<: ", '"', "'", "|", ">", "1", "0x", ".inf", "2001-99-99", "---\n", "\t", "\x00", "\ud800", "#", "@"]),
+    max_size=25,
+).map("".join)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "nested in more than 100 levels"),
+        ("- " * 20_000, "nested in more than 100 levels"),
+        (BOMB, "aliases that stand for more values"),
+        ("a: &a [*a]", "aliases that stand for more values"),
+        ("a: !!int x", "invalid literal"),
+        ("a: !!bool x", "a tag or a character that does not fit"),
+        ("!!map [x]", "expected a mapping node"),
+        ("? [1]\n: 2", "unhashable"),
+        ("a: 1\na: 2", "'a' stands twice"),
+        ("a: " + "9" * 5000, "4300 digits"),
+        ('"\\UFFFFFFFF"', "a tag or a character that does not fit"),
+        ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("\x00", "not allowed"),
+        ("a: b: c", "mapping values are not allowed"),
+    ],
+)  # fmt: skip
+def test_what_is_no_plain_yaml_is_one_line(text: str, reason: str) -> None:
+    tracemalloc.start()
+    began = time.perf_counter()
+    with pytest.raises(ValueError) as caught:
+        parse_yaml(text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
+    assert reason in str(caught.value) or "does not fit" in str(caught.value)
+    assert time.perf_counter() - began < 5.0
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
+@given(PLAIN)
+@settings(max_examples=300, deadline=None)
+def test_what_yaml_wrote_is_read_again(value: object) -> None:
+    assert parse_yaml(yaml.safe_dump(value)) == value
+
+
+@given(SCRAPS)
+@example(BOMB)
+@settings(max_examples=3000, deadline=None)
+def test_any_yaml_is_read_or_refused(text: str) -> None:
+    try:
+        parse_yaml(text)
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
+@given(st.text(alphabet='[]{}:,"\\u0189dDeE+-. ntfaINay\n') | PLAIN.map(json.dumps))
+@settings(max_examples=2000, deadline=None)
+def test_any_json_is_read_or_refused(text: str) -> None:
+    try:
+        parse_json(text)
+    except ValueError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('"\\ud800"', "half of a character"),
+        (b"\xff", "UTF-8"),
+        ("", "Expecting value"),
+    ],
+)
+def test_what_is_no_json_says_why(text: str | bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text)
+    assert parse_json('"\\ud83d\\ude00"') == "\U0001f600"
+    with pytest.raises(ValueError, match="NaN"):
+        parse_json("[NaN]", finite=True)
+
+
+def test_aliases_and_merges_that_people_write_are_read() -> None:
+    text = "base: &b {lr: 1e-3, n: 2}\nruns:\n  a: {<<: *b, n: 3}\n  b: *b\npattern: 0101\ndate: 2026-01-01\n"
+    assert parse_yaml(text) == {
+        "base": {"lr": "1e-3", "n": 2}, "runs": {"a": {"lr": "1e-3", "n": 3}, "b": {"lr": "1e-3", "n": 2}},
+        "pattern": "0101", "date": "2026-01-01",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 100_000, list(range(100_000)), 10**5000, {n: [[[[n]]]] for n in range(1000)}],
+    ids=["text", "list", "digits", "nested"],
+)
+def test_a_message_is_not_as_large_as_what_it_refuses(value: object) -> None:
+    assert len(shown(value)) <= 1000
+    assert len(str(ConfigError("--lr", value, "must be a number"))) < 1100
