@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.models.accounting import count_parameters
+from megatron_samoe.models.memory import rank_memory
 from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.meeting import shared_fate
@@ -115,11 +116,27 @@ def _train(config: PretrainConfig, tokenizer: Tokenizer, vocab_size: int, device
     run_data = build_run_data(config, tokenizer, parallel, is_builder, _progress(config))
     if config.parallel.preflight:
         preflight(config, vocab_size, parallel)
-    setup = replace(build_setup(config, vocab_size, parallel), attachments=read_files(config.data))
+    with _enough_memory(config, vocab_size, parallel):
+        setup = replace(build_setup(config, vocab_size, parallel), attachments=read_files(config.data))
     _describe(config, vocab_size, parallel)
     # An evaluation alone says nothing of training's speed.
     machine = None if config.training.skip_train else machine_facts(parallel)
     Trainer(setup, run_data, default_hooks(config, setup.batch_size, machine)).run()
+
+
+@contextlib.contextmanager
+def _enough_memory(config: PretrainConfig, vocab_size: int, parallel: ParallelState) -> Iterator[None]:
+    """Says what a model needs that this rank could not allocate."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+            raise
+        needed = rank_memory(config, vocab_size, parallel.world_size, parallel.rank).total
+        raise MegatronSamoeError(
+            f"The model does not fit in the memory of rank {parallel.rank}, which needs {needed / 1e9:,.1f} GB. More tensor, "
+            "pipeline or expert parallelism, --use-distributed-optimizer or a smaller model need less."
+        ) from error
 
 
 def _progress(config: PretrainConfig) -> tuple[int, int]:

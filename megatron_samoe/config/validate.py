@@ -21,7 +21,13 @@ def validate(config: PretrainConfig, world_size: int) -> None:
 def refuse_wrong_numbers(config: PretrainConfig) -> None:
     """Raises ConfigErrors naming each number that none of its kind can be, whatever else is configured."""
     refuse_excess(config)
-    _raise_if_any([problem for rule in numbers.RULES for problem in rule(config, 1)])
+    problems = [problem for rule in numbers.RULES for problem in rule(config, 1)]
+    moe = config.moe
+    if moe.expert_layout != "dense" and moe.moe_router_topk > moe.num_experts:
+        problems.append(
+            ConfigError("--moe-router-topk", moe.moe_router_topk, f"must be at most --num-experts {moe.num_experts}")
+        )
+    _raise_if_any(problems)
 
 
 def _raise_if_any(problems: list[ConfigError]) -> None:

@@ -29,6 +29,8 @@ def document_lengths(data: IndexedDataset) -> np.ndarray:
 
 def token_counts(data: IndexedDataset) -> np.ndarray:
     """Returns how often each id occurs, int64 [largest id + 1]; DataError if an id is negative."""
+    if data.dtype.kind not in "iu":
+        raise DataError(f"{get_bin_path(data.path_prefix)} holds {data.dtype} values, which are no token ids.")
     counts = np.zeros(0, dtype=np.int64)
     block = BLOCK_BYTES // data.dtype.itemsize
     for start in range(0, data.bin_reader.num_bytes // data.dtype.itemsize, block):
@@ -36,7 +38,7 @@ def token_counts(data: IndexedDataset) -> np.ndarray:
         tokens = data.bin_reader.read(data.dtype, size, start * data.dtype.itemsize)
         if tokens.size and int(tokens.min()) < 0:
             raise DataError(f"{get_bin_path(data.path_prefix)} holds the negative id {int(tokens.min())}.")
-        if tokens.size and int(tokens.max()) > 1 << 28:
+        if tokens.size and int(tokens.max()) > 1 << 26:
             raise DataError(
                 f"{get_bin_path(data.path_prefix)} holds the id {int(tokens.max())}, which no vocabulary has."
             )

@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_samoe.errors import DataError
 
+_MOST_SAMPLES = 1 << 36
 # Below this share of its samples in use, the last epoch is shuffled apart (Megatron's threshold).
 SEPARATE_FINAL_EPOCH_BELOW = 0.80
 
@@ -50,6 +51,8 @@ def plan_epochs(tokens_per_epoch: int, num_samples: int | None, seq_length: int)
     else:
         num_epochs = max(1, -(-(num_samples * seq_length + 1) // tokens_per_epoch))
     total = (num_epochs * tokens_per_epoch - 1) // seq_length
+    if total > _MOST_SAMPLES:
+        raise DataError(f"{num_samples} samples are asked for, more than the {_MOST_SAMPLES:,} that an index can have.")
     if num_epochs == 1:
         return EpochPlan(1, total, False, total)
     assert num_samples is not None

@@ -69,7 +69,7 @@ class ByteTokenizer(Tokenizer):
         return list(text.encode())
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+        return bytes(int(i) for i in ids if 0 <= i < 256).decode(errors="replace")
 
     def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return _join([np.frombuffer(text.encode(), dtype=np.uint8) for text in texts])
@@ -83,6 +83,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         content = _read(model, "--tokenizer-model")
         try:
+            if not content:
+                raise RuntimeError("it is empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size = int(self._processor.vocab_size())
         except (RuntimeError, OSError) as error:
@@ -136,6 +138,8 @@ class HuggingFaceTokenizer(Tokenizer):
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         # Ids may have holes; what counts is the largest.
         self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > 4 * len(vocab) + 100_000:
+            raise DataError(f"{shown} has {len(vocab)} tokens and the id {self.vocab_size - 1}, which is damage.")
         found = [vocab[name] for name in EOD_NAMES if name in vocab]
         if not found:
             raise DataError(f"{shown} has no end-of-document token; one of {', '.join(EOD_NAMES)} is needed.")

@@ -87,7 +87,10 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{path} is damaged: it holds {type(metadata).__name__}.")
-    problem = _problem_of(metadata)
+    try:
+        problem = _problem_of(metadata)
+    except AttributeError as error:  # an object of the right class, unpickled without its fields
+        problem = f"an entry has no {error.name}"
     if problem:
         raise CheckpointError(f"{path} is damaged: {problem}.")
     return metadata

@@ -97,7 +97,9 @@ class CheckpointReader:
             )
 
     def read(self, name: str) -> Tensor:
-        """Returns a tensor; CheckpointError where its file is damaged, KeyError where there is no such tensor."""
+        """Returns a tensor; CheckpointError where its file is damaged or there is no such tensor."""
+        if name not in self._stored:
+            raise CheckpointError(f"{self.directory} has no tensor {name}.")
         stored = self._stored[name]
         if len(stored.chunks) == 1 and stored.chunks[0].sizes == stored.size:
             return self._read_chunk(name, stored.chunks[0])

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.run_groups import RunGroup
 from megatron_samoe.evaluation.zero_shot.metrics import CORPUS_METRICS, METRICS, SHARES_OF_ITEMS
-from megatron_samoe.parsing import parse_json
+from megatron_samoe.parsing import finite_float, parse_json
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,25 @@ def read_decode(path: Path) -> list[DecodeTime]:
     rows = read_json(path, what)
     try:
         # The name of one of our own rows is its checkpoint and its way of serving.
-        return [
+        times = [
             DecodeTime(
                 Path(row["contestant"].removesuffix(f" {row['serving']}").removesuffix(" auto")), row["serving"],
                 row["dtype"], row["batch"], row["ms_per_token"], 1e6 * row["read_mb"], row["floor_ms"],
             )
             for row in rows if row["serving"]
         ]  # fmt: skip
-    except (KeyError, TypeError, AttributeError) as error:
+        if not all(
+            type(t.batch) is int and t.batch > 0 and _are_numbers(t.ms_per_token, t.read_bytes, t.floor_ms)
+            for t in times
+        ):
+            raise ValueError("a measured time is no number")
+        return times
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{path} is not {what}: {error!r}.") from error
+
+
+def _are_numbers(*values: object) -> bool:
+    return all(not isinstance(value, str) and finite_float(value) is not None for value in values)
 
 
 def read_zero_shot(path: Path) -> list[ZeroShot]:
@@ -137,8 +147,11 @@ def read_study(path: Path) -> tuple[str, dict[str, list[Path]]]:
     """
     content = read_json(path, "a study's results.json")
     try:
-        return content["title"], {v["name"]: [Path(d) for d in v["directories"]] for v in content["variants"]}
-    except (KeyError, TypeError) as error:
+        title, folders = content["title"], {v["name"]: [Path(d) for d in v["directories"]] for v in content["variants"]}
+        if not isinstance(title, str) or not folders or not all(isinstance(name, str) for name in folders):
+            raise ValueError("title and names of variants must be texts")
+        return title, folders
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a study's results.json: {error!r}.") from error
 
 

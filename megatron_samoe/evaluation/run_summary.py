@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import refuse_wrong_numbers
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.models.accounting import ParameterCount, count_parameters
@@ -64,7 +65,7 @@ class RunSummary:
     @property
     def peak_memory_bytes(self) -> int | None:
         """The most memory that any rank held; None where nothing was trained."""
-        return max((r["peak_memory_bytes"] for r in self.trained), default=None)
+        return max((r["peak_memory_bytes"] for r in self.trained if "peak_memory_bytes" in r), default=None)
 
 
 def read_run(run_dir: Path) -> RunSummary:
@@ -79,6 +80,7 @@ def read_run(run_dir: Path) -> RunSummary:
         raise CheckpointError(f"{run_dir} is not the folder of a run: it needs checkpoints/ and metrics.jsonl.")
     directory = store.iteration_dir(run_dir / "checkpoints", iterations[-1])
     config = from_mapping(store.read_config(directory), str(directory))
+    refuse_wrong_numbers(config)
     records = sorted(read_records(metrics), key=lambda record: record.get("iteration", 0))
     if not any("validation_loss" in r for r in records):
         raise CheckpointError(f"{metrics} has no validation loss: was the run stopped before its first evaluation?")

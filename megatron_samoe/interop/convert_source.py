@@ -15,7 +15,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.interop.edited_model import open_checkpoint, source_config
-from megatron_samoe.interop.hf.export import native_model
+from megatron_samoe.interop.hf.export import native_model, refuse_other_tensors
 from megatron_samoe.interop.hf.folder import CONFIG, is_hf_folder
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.source import HFSource
@@ -89,6 +89,7 @@ def open_source(directory: Path, wanted: str, ckpt_step: int | None = None, voca
         CheckpointError: the folder is of another family, damaged, incomplete, or of a newer format.
         ConfigError: an option has no effect on this family.
     """
+    directory = Path(store.checkpoints_of(str(directory)))
     found = kind_of(directory)
     if wanted not in ("auto", found):
         raise CheckpointError(f"--load-dir {directory} is {_NAMES[found]}, and --from says {wanted}.")
@@ -96,6 +97,7 @@ def open_source(directory: Path, wanted: str, ckpt_step: int | None = None, voca
         raise ConfigError("--vocab-size", vocab_size, f"is for Megatron's checkpoints; {_NAMES[found]} tells its own")
     if found == "native":
         reader = open_checkpoint(directory, ckpt_step)
+        refuse_other_tensors(reader)
         return Source(found, reader.directory, reader, _without_optimizer(reader))
     if found == "megatron":
         megatron = MegatronReader(directory, ckpt_step, vocab_size)

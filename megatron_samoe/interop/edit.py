@@ -11,9 +11,10 @@ from typing import Any
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError, MegatronSamoeError
 from megatron_samoe.interop.edited_model import EditedModel, model_names, open_checkpoint
+from megatron_samoe.interop.hf.export import refuse_other_tensors
 from megatron_samoe.interop.pool_surgery import pool_moe
 from megatron_samoe.interop.unpool_surgery import fold_samoe, select_samoe
 from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _edit(source: GlobalTensors, options: argparse.Namespace) -> EditedModel:
+def _edit(source: CheckpointReader, options: argparse.Namespace) -> EditedModel:
+    refuse_other_tensors(source)
     if options.action == "pool":
         return pool_moe(source, options.num_expert_banks, options.samoe_granularity)
     if options.action == "fold":

@@ -87,7 +87,10 @@ def check_health(source: GlobalTensors, start: GlobalTensors | None = None, thre
     health.evidence, health.stale_experts = _stale_experts(source, start, config)
     layers = [place.index for place in moe_layers(config)]
     if FRACTIONS in source.tensors:
-        for layer, fractions_E in zip(layers, source.read(FRACTIONS), strict=True):
+        fractions_LE = source.read(FRACTIONS)
+        if len(fractions_LE) != len(layers):
+            raise CheckpointError(f"There are loads of {len(fractions_LE)} MoE layers; config.yaml says {len(layers)}.")
+        for layer, fractions_E in zip(layers, fractions_LE, strict=True):
             if idle := (fractions_E == 0).nonzero().flatten().tolist():
                 health.idle_experts[layer] = idle
     if config.moe.has_pool:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, StoredTensor
-from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
+from megatron_samoe.dist_checkpointing.saved_tensor import is_plain
+from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError, shown
 from megatron_samoe.interop.convert_source import Kind, kind_of
-from megatron_samoe.interop.edited_model import NOT_MODEL
-from megatron_samoe.interop.hf.export import native_model
+from megatron_samoe.interop.hf.export import differences
 from megatron_samoe.interop.hf.folder import HFFolder
 from megatron_samoe.interop.hf.source import HFSource
 from megatron_samoe.interop.megatron.rank_files import FILE_NAME, find_iteration, load_rank_file, rank_folders
@@ -65,6 +65,10 @@ class RankFiles:
                 if model.startswith("model") and isinstance(content, dict):
                     for key, value in content.items():
                         if isinstance(value, Tensor):
+                            if not is_plain(value) or not isinstance(key, str):
+                                raise CheckpointError(
+                                    f"{folder}: {shown(key)} is no dense tensor with its elements in the file."
+                                )
                             self.tensors[f"{name}/{model}.{key}"] = StoredTensor(tuple(value.shape), value.dtype)
 
     def read(self, name: str) -> Tensor:
@@ -85,7 +89,7 @@ def open_any(given: str | Path, ckpt_step: int | None = None, raw: bool = False)
         CheckpointError: the folder holds no checkpoint that is known, or a damaged one.
         ConfigError: `ckpt_step` means nothing for a Hugging Face folder, or it holds a model that ours is not.
     """
-    path = Path(given)
+    path = Path(store.checkpoints_of(str(given)))
     kind = _kind(path)
     if kind == "native":
         reader = CheckpointReader(_native_directory(path, ckpt_step))
@@ -147,7 +151,7 @@ def verify(given: str | Path, ckpt_step: int | None = None) -> list[Verdict]:
     Raises:
         CheckpointError: the folder holds no checkpoint at all.
     """
-    path = Path(given)
+    path = Path(store.checkpoints_of(str(given)))
     kind = _kind(path)
     if kind == "hf":
         return [_verdict(path, "headers, sizes and names (the format has no digests)", lambda: _check_hf(path))]
@@ -195,14 +199,4 @@ def _check_megatron(directory: Path) -> list[str]:
 
 def _check_native(directory: Path) -> list[str]:
     reader = CheckpointReader(directory)
-    problems = reader.verify()
-    expected = native_model(reader).tensors
-    held = {name: stored for name, stored in reader.tensors.items() if not name.startswith(NOT_MODEL)}
-    problems += [f"{name} is missing" for name in expected if name not in held]
-    problems += [f"{name} does not belong to the model of its config.yaml" for name in held if name not in expected]
-    problems += [
-        f"{name} is {list(held[name].shape)}, its config.yaml says {list(stored.shape)}"
-        for name, stored in expected.items()
-        if name in held and held[name].shape != stored.shape
-    ]
-    return problems
+    return [*reader.verify(), *differences(reader)]

@@ -98,6 +98,5 @@ def last_collectives(count: int = 20) -> list[str]:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    ended = "ended" if entry.get("retired") else "not ended"
-    return f"{entry['profiling_name']} number {entry['collective_seq_id']} of {entry['process_group'][1]}, " \
-           f"{entry['input_sizes']} {entry['input_dtypes']}: {ended}"  # fmt: skip
+    shapes = f"{entry['input_sizes']} {entry['input_dtypes']}"
+    return f"{entry['profiling_name']} number {entry['collective_seq_id']} of {entry['process_group'][1]}, {shapes}"

@@ -40,7 +40,7 @@ ranks._context.set_forkserver_preload(
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRETRAIN = "megatron_samoe.cli.pretrain"
 #: What a record tells about the machine rather than about the model.
-MACHINE_KEYS = ("tokens_per_s", "step_time_s", "peak_memory_bytes")
+MACHINE_KEYS = ("tokens_per_s", "step_time_s", "peak_memory_bytes", "own_time_mean_s", "own_time_max_s", "slowest_rank")
 TINY_MODEL = {
     "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 16, "make_vocab_size_divisible_by": 8,
     "expert_layout": "samoe", "num_experts": 4, "num_expert_banks": 2,

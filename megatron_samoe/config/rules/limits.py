@@ -30,9 +30,8 @@ def refuse_excess(config: PretrainConfig) -> None:
         options = getattr(config, group.name)
         for field in dataclasses.fields(options):
             value, limit = getattr(options, field.name), _LARGEST_OF.get(field.name, LARGEST)
-            if (isinstance(value, int) and not -LARGEST <= value <= limit) or (
-                isinstance(value, float) and 1e300 < value < math.inf
-            ):
+            most = limit if isinstance(value, int) or field.name in _LARGEST_OF else 1e300
+            if isinstance(value, (int, float)) and (most < value < math.inf or value < -LARGEST):
                 problems.append(ConfigError(flag(field.name), value, f"must be at most {limit:,}"))
     if not problems and config.model.num_layers * config.moe.num_experts > _MOST_EXPERTS:
         problems.append(ConfigError("--num-experts", config.moe.num_experts,

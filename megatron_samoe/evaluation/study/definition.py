@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,8 +96,8 @@ def read_study(path: Path, seeds: list[int] | None = None) -> Study:
     if not isinstance(seeds, list) or not all(type(s) is int for s in seeds) or len(set(seeds)) < len(seeds):
         raise ConfigError("seeds", seeds, f"must be different whole numbers, in {path} or after --seeds")
     config = path.parent / str(content["config"])
-    if not config.is_file():
-        raise ConfigError("config", str(content["config"]), f"no such file beside {path}")
+    if not os.path.isfile(config):  # which a name that no file can have is not, either
+        raise ConfigError("config", content["config"], f"no such file beside {path}")
     variants = _trained(_mapping(content, "runs", path))
     variants += _edited(_mapping(content, "derived", path), [v.name for v in variants], path)
     _check_names([v.name for v in variants])

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.errors import DataError, install_extra, nearest
+from megatron_samoe.errors import DataError, install_extra, nearest, shown
 from megatron_samoe.evaluation.zero_shot.items import Document
 from megatron_samoe.evaluation.zero_shot.task import Task
 from megatron_samoe.parsing import parse_json
 
-#: More than any published task has; a few packed bytes can stand for gigabytes.
-MAX_BYTES = 1 << 29
+#: A few packed bytes can stand for gigabytes; texts shrink to a fifth or so.
+LEAST_LIMIT, MOST_TIMES = 64 << 20, 100
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
 PACKINGS = ("", ".xz", ".gz")
 
@@ -51,9 +51,9 @@ def find_data(task: Task, data_dir: Path) -> Path:
 def _matches(task: Task, data_dir: Path, pattern: str) -> list[Path]:
     try:
         return sorted(data_dir.glob(pattern))
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         raise DataError(
-            f"Task {task.name}: files has {pattern!r}, which names nothing below a folder: {error}."
+            f"Task {task.name}: files has {shown(pattern)}, which names nothing below a folder: {error}."
         ) from None
 
 
@@ -116,9 +116,14 @@ def read_text(path: Path) -> str:
     opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
     try:
         with opener(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-            if len(content) > MAX_BYTES:
-                raise DataError(f"{path} holds more than {MAX_BYTES >> 20} MiB when unpacked, which no task's data do.")
+            if opener is open:
+                return file.read().decode("utf-8")
+            most = max(LEAST_LIMIT, MOST_TIMES * path.stat().st_size)
+            content = file.read(most + 1)
+            if len(content) > most:
+                raise DataError(
+                    f"{path} holds more than {most >> 20} MiB when unpacked, which no text of its size does."
+                )
             return content.decode("utf-8")
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from None

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
 from megatron_samoe.errors import CheckpointError
-from megatron_samoe.interop.edited_model import FRACTIONS, source_config
+from megatron_samoe.interop.edited_model import FRACTIONS, NOT_MODEL, source_config
 from megatron_samoe.interop.hf.folder import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from megatron_samoe.interop.hf.model_card import model_card
 from megatron_samoe.interop.hf.native import NativeModel
@@ -71,6 +71,28 @@ def native_model(source: GlobalTensors) -> NativeModel:
     if type(vocab_size) is not int or vocab_size < 1:
         raise CheckpointError("The checkpoint's train_state.json has no vocab_size.")
     return NativeModel(source_config(source), vocab_size)
+
+
+def refuse_other_tensors(source: CheckpointReader) -> None:
+    """Raises CheckpointError where a checkpoint's model is not the one of its configuration."""
+    problems = differences(source)
+    if problems:
+        raise CheckpointError(f"{source.directory} is damaged: {problems[0]}{' (and more)' if problems[1:] else ''}.")
+
+
+def differences(source: GlobalTensors) -> list[str]:
+    """Returns a line for each tensor that is missing, of another shape, or of no place in the configured model."""
+    expected = native_model(source).tensors
+    held = {name: stored for name, stored in source.tensors.items() if not name.startswith(NOT_MODEL)}
+    return [
+        *(f"{name} is missing" for name in expected if name not in held),
+        *(f"{name} does not belong to the model of its config.yaml" for name in held if name not in expected),
+        *(
+            f"{name} is {list(held[name].shape)}, its config.yaml says {list(stored.shape)}"
+            for name, stored in expected.items()
+            if name in held and held[name].shape != stored.shape
+        ),
+    ]
 
 
 def plan_export(

@@ -73,8 +73,7 @@ def read_sidecar(path: Path) -> Remembered | None:
 
 def _are_shares(rows: object) -> bool:
     """Whether a value is experts' shares, a row for each layer."""
-    return isinstance(rows, list) and all(
-        isinstance(row, list) and len(row) == len(rows[0])
-        and all(not isinstance(share, str) and 0 <= (finite_float(share) or 0) <= 1 for share in row)
-        for row in rows if isinstance(rows[0], list)
-    ) and all(isinstance(row, list) for row in rows)  # fmt: skip
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
+        return False
+    shares = [None if isinstance(share, str) else finite_float(share) for row in rows for share in row]
+    return all(share is not None and 0 <= share <= 1 for share in shares)

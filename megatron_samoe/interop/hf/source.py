@@ -13,8 +13,7 @@ from torch import Tensor
 from megatron_samoe.config.cli import apply_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.rules.limits import refuse_excess
-from megatron_samoe.config.validate import validate
+from megatron_samoe.config.validate import refuse_wrong_numbers, validate
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.errors import CheckpointError, ConfigError, nearest
@@ -53,7 +52,6 @@ class HFSource:
             self.notes.append(f"{SIDECAR} describes another model than {CONFIG}, which is followed.")
             remembered = None
         native = derived if remembered is None else remembered.native
-        refuse_excess(native.config)
         sizes = {"num_layers": native.model.num_layers, "hidden_size": native.model.hidden_size}
         if any(native.is_moe):
             sizes["num_experts"] = native.moe.num_experts
@@ -182,10 +180,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def derived_model(family: Family, config: Mapping[str, Any]) -> NativeModel:
     """Returns the native model that a config.json describes; ConfigError where ours cannot compute it."""
     vocab_size = number(config, "vocab_size")
+    if type(vocab_size) is not int or not 0 < vocab_size < 2**31:
+        raise ConfigError(f"{CONFIG}: vocab_size", vocab_size, "must be a positive integer")
     options = family.read_config(config)
     # Whoever trains on gives data of his own; a configuration must name some.
     base = replace(PretrainConfig(), data=DataConfig(mock_data=True, vocab_size=vocab_size))
-    return NativeModel(apply_mapping(base, options, CONFIG), vocab_size)
+    native = apply_mapping(base, options, CONFIG)
+    refuse_wrong_numbers(native)  # before anything has their sizes
+    return NativeModel(native, vocab_size)
 
 
 def _same_model(family: Family, remembered: Remembered, derived: NativeModel) -> bool:

@@ -17,7 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from megatron_samoe.dist_checkpointing.saved_tensor import is_plain, refuse_repacked, why_not_loaded
 from megatron_samoe.dist_checkpointing.store import LATEST
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, shown
 
 FILE_NAME = "model_optim_rng.pt"
 #: The layout of query, key and value that all of Megatron-core's versions write.
@@ -134,8 +134,10 @@ def load_rank_file(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("args"), argparse.Namespace):
         raise CheckpointError(f"{path} is no file of Megatron's: it holds no model with its arguments.")
     version = content.get("checkpoint_version", 0)
-    if version != CHECKPOINT_VERSION:
-        raise CheckpointError(f"{path} has checkpoint_version {version}; this program reads {CHECKPOINT_VERSION}.")
+    if type(version) not in (int, float) or version != CHECKPOINT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint_version {shown(version)}; this program reads {CHECKPOINT_VERSION}."
+        )
     return content
 
 

@@ -32,7 +32,7 @@ from megatron_samoe.interop.megatron.rank_files import (
 )
 from megatron_samoe.optimizer.mixed_precision import LossScale
 
-_LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_LOCAL_LAYER = re.compile(r"decoder\.layers\.(\d{1,7})\.")
 #: Arguments in which all ranks' files agree.
 _SAME = (
     "tensor_model_parallel_size",

@@ -1,0 +1,158 @@
+"""What a newcomer meets: Ctrl-C, runs that are moved, files that are there already, a model that is not kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_samoe.datasets import train_tokenizer
+from megatron_samoe.datasets.preprocess import command
+from tests.harness.program import REPOSITORY, arguments, start
+
+pytestmark = pytest.mark.distributed
+
+TEXT = "\n".join(f"Emma was number {n} of the handsome and clever ones, and rich as {n * 7}." for n in range(400))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("first") / "emma.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def tokenizer_words(text: Path, prefix: Path) -> list[str]:
+    return ["--type", "byte-bpe", "--input", str(text), "--vocab-size", "300", "--output-prefix", str(prefix)]
+
+
+def dataset_words(text: Path, tokenizer: Path, prefix: Path) -> list[str]:
+    return ["--input", str(text), "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{tokenizer}.json",
+            "--append-eod", "--workers", "1", "--executor", "inline", "--output-prefix", str(prefix)]  # fmt: skip
+
+
+def run_tool(name: str, *words: object) -> subprocess.CompletedProcess:
+    command_line = [sys.executable, f"tools/{name}.py", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command_line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_run_can_be_moved_and_keeps_its_tokenizer(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained with relative paths in one folder; used from another one, without the tokenizer's file."""
+    home, away = tmp_path / "home", tmp_path / "away" / "renamed"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    assert train_tokenizer.main(tokenizer_words(text, Path("tok"))) == 0
+    assert command.main(dataset_words(text, Path("tok"), Path("data"))) == 0
+    args = arguments(data_path="data_text_document", run_dir="run", tokenizer_type="HuggingFaceTokenizer",
+                     tokenizer_model="tok.json", train_iters=2, eval_iters=0)  # fmt: skip
+    start(args, tmp_path / "out", cwd=home).succeed()
+    iteration = home / "run/checkpoints/iter_0000002"
+    assert (iteration / "tokenizer/tokenizer_model.json").read_bytes() == (home / "tok.json").read_bytes()
+    (home / "tok.json").rename(tmp_path / "another.json")
+    away.parent.mkdir()
+    shutil.move(home / "run", away)
+    greedy = ("--prompt", "Emma was", "--max-new-tokens", "4", "--temperature", "0", "--num-threads", "1")
+    texts = set()
+    for load in (away, away / "checkpoints", away / "checkpoints/iter_0000002"):
+        done = run_tool("generate", "--load", load, *greedy)
+        assert done.returncode == 0, done.stderr
+        texts.add(done.stdout)
+    given = run_tool("generate", "--load", away, *greedy, "--tokenizer-model", tmp_path / "another.json")
+    assert {given.stdout} == texts
+    # It goes on from there, with the options that it was trained with.
+    onward = arguments(model=False, data_path=str(home / "data_text_document"), run_dir=str(away), use_checkpoint_args=True,
+                       train_iters=3, eval_iters=0)  # fmt: skip
+    start(onward, tmp_path / "out", cwd=tmp_path).succeed()
+    assert (away / "checkpoints/iter_0000003/tokenizer/tokenizer_model.json").exists()
+    # Conversions and edits carry it on.
+    assert run_tool("edit_checkpoint", "fold", "--load-dir", away, "--save-dir", tmp_path / "folded").returncode == 0
+    folded = run_tool("generate", "--load", tmp_path / "folded", *greedy)
+    assert folded.returncode == 0, folded.stderr
+    done = run_tool("convert_checkpoint", "--load-dir", away, "--to", "hf", "--save-dir", tmp_path / "hf")
+    assert done.returncode == 0 and (tmp_path / "hf/tokenizer.json").exists(), done.stderr
+    # A checkpoint without it says what to do.
+    shutil.rmtree(away / "checkpoints/iter_0000003/tokenizer")
+    lost = run_tool("generate", "--load", away / "checkpoints/iter_0000003", *greedy)
+    assert (
+        lost.returncode != 0
+        and "Traceback" not in lost.stderr
+        and "tokenizer/tokenizer_model.json is missing" in lost.stderr
+    )
+
+
+def test_what_is_there_is_not_replaced_unasked(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tokenizer, data = tmp_path / "tok", tmp_path / "data"
+    assert train_tokenizer.main(tokenizer_words(text, tokenizer)) == 0
+    assert command.main(dataset_words(text, tokenizer, data)) == 0
+    for main, words in (
+        (train_tokenizer.main, tokenizer_words(text, tokenizer)),
+        (command.main, dataset_words(text, tokenizer, data)),
+    ):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        assert main(words) == 1
+        assert "exists. Give --overwrite to replace it" in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+        assert main([*words, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["-m", "megatron_samoe.cli.pretrain"], ["-m", "megatron_samoe.cli.generate"], ["-m", "megatron_samoe.interop.convert"],
+     ["tools/generate.py"], ["tools/evaluate.py"]],
+    ids=lambda words: words[-1],
+)  # fmt: skip
+def test_ctrl_c_is_one_line_from_the_first_on(words: list[str]) -> None:
+    """While torch is imported, which takes seconds."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *words, "--help"], cwd=REPOSITORY, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "megatron_samoe.start" in line:  # that is loaded; the program is next
+            break
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    left = [line for line in process.stderr.read().splitlines() if not line.startswith("import time:")]
+    assert process.wait(30) == -signal.SIGINT
+    assert left == ["interrupted"]
+
+
+def test_a_build_without_torch_says_so(tmp_path: Path) -> None:
+    """pip's isolated builds: without this the extension would be missing and nobody would know."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    shutil.copytree(REPOSITORY / "cpp_ext", tmp_path / "cpp_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    code = "import importlib.util as u, sys; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a); " \
+           "sys.argv = ['setup.py', 'bdist_wheel']; exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "MEGATRON_SAMOE_BUILD"}
+    done = subprocess.run([sys.executable, "-c", f"__file__ = 'setup.py'; {code}"], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 1 and "--no-build-isolation" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ranks_share_one_line_of_spinning(tmp_path: Path) -> None:
+    """What torch's libraries read is set before torch is loaded, unless somebody chose."""
+    code = "import sys; sys.argv = ['-m']; import megatron_samoe, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    plain = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")}
+    for environment, expected in ((plain, "1000"), ({**plain, "OMP_WAIT_POLICY": "active"}, "None")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=REPOSITORY, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected
+    quiet = subprocess.run(
+        [sys.executable, "-c", "import megatron_samoe, sys; print('torch' in sys.modules, sys.excepthook is sys.__excepthook__)"],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert quiet.stdout.strip() == "False True", "a library that is imported leaves the process alone"

@@ -1,0 +1,222 @@
+"""What a run says of itself when something goes wrong or slowly: hangs, spikes, stragglers, preflight, profiles, trackers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.config import ParallelConfig
+from megatron_samoe.config.training import TrainingConfig
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.training import hooks, preflight
+from megatron_samoe.training.hang_watch import HangWatch
+from megatron_samoe.training.spikes import SpikeHistory
+from tests.distributed.test_launcher import children
+from tests.harness.program import arguments, records, start, start_command, write_corpus
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import tiny_config
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("watches") / "data" / "corpus")
+
+
+def test_a_hang_leaves_stacks_and_collectives(corpus: Path, tmp_path: Path) -> None:
+    args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=100_000, eval_iters=0,
+                     distributed_timeout_minutes=0.1)  # fmt: skip
+    run = start_command(args, tmp_path / "out", 2)
+    assert run.wait_until(lambda: "iteration        3/" in run.output()), run.output()
+    stopped = children(run.processes[0].pid)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        assert run.wait_until(lambda: "What each rank was doing" in run.output()), run.output()
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGCONT)
+    assert run.wait(60) != (0,)
+    assert f"What each rank was doing is in {tmp_path / 'run/hangs'}." in run.output()
+    left = (tmp_path / "run/hangs/rank-00000.txt").read_text()
+    assert left.startswith("rank 0, process ")
+    assert "Timeout (0:00:05" in left and "train_step.py" in left, "the stacks before the time-out"
+    assert "while computing iteration" in left and "last collectives, the newest last:\n  gloo:" in left
+
+
+def test_a_watch_without_a_hang_leaves_nothing(tmp_path: Path) -> None:
+    with HangWatch(tmp_path / "hangs", 0, 60.0) as watch:
+        watch.begin("computing")
+        assert watch.path.exists()
+    assert not (tmp_path / "hangs").exists()
+    with HangWatch(None, 0, 60.0) as watch:
+        watch.begin("computing")
+        assert watch.lost_others("gone") == ""
+
+
+def test_a_watch_writes_before_the_time_out(tmp_path: Path) -> None:
+    with HangWatch(tmp_path / "hangs", 3, 0.3) as watch:
+        watch.begin("computing")
+        time.sleep(0.6)
+    text = (tmp_path / "hangs/rank-00003.txt").read_text()
+    assert "test_a_watch_writes_before_the_time_out" in text
+
+
+HISTORY = TrainingConfig(spike_window=4, spike_sigmas=3.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "problem"),
+    [(4.0, 1.0, None), (9.0, 1.0, "loss 9 is far above the mean 4.15"), (4.0, 30.0, "gradient norm 30 is far above"),
+     (1.0, 0.0, None)],
+)  # fmt: skip
+def test_spikes_are_far_above_a_window(loss: float, norm: float, problem: str | None) -> None:
+    history = SpikeHistory()
+    for step in range(4):
+        assert history.problem(100.0, 100.0, HISTORY) is None, "too little is known"
+        history = history.after(4.3 - 0.1 * step, 1.0 + 0.1 * step, HISTORY)
+    found = history.problem(loss, norm, HISTORY)
+    assert (found or "").startswith(problem or "") and (found is None) == (problem is None)
+    assert SpikeHistory.from_plain(json.loads(json.dumps(history.plain()))) == history
+    assert len(history.after(5.0, 1.0, HISTORY).losses) == 4
+    assert history.problem(100.0, 100.0, TrainingConfig()) is None
+    assert SpikeHistory.from_plain({"losses": ["x"], "norms": [1.0]}) == SpikeHistory()
+
+
+def test_spikes_are_reported_skipped_and_resumed(corpus: Path, tmp_path: Path) -> None:
+    """With a threshold of almost nothing about half of all steps are spikes."""
+    options = {"data_path": corpus, "train_iters": 12, "eval_iters": 0, "spike_window": 3, "spike_sigmas": 1e-3,
+               "skip_spikes": True}  # fmt: skip
+    output = start(arguments(run_dir=tmp_path / "whole", **options), tmp_path).succeed()
+    whole = records(tmp_path / "whole/metrics.jsonl")
+    spikes = [r["iteration"] for r in whole if r["spike"]]
+    assert 2 <= len(spikes) <= 9 and min(spikes) > 3
+    assert [r["iteration"] for r in whole if r["skipped"]] == spikes
+    first = spikes[0]
+    assert f"iteration {first}: " in output and "the step was skipped" in output
+    assert f"samples {8 * (first - 1)} to {8 * first - 1} of the training data" in output
+    start(arguments(run_dir=tmp_path / "parts", exit_interval=6, **options), tmp_path).succeed()
+    start(arguments(run_dir=tmp_path / "parts", **options), tmp_path).succeed()
+    parts = records(tmp_path / "parts/metrics.jsonl")
+    assert [(r["lm_loss"], r["spike"]) for r in parts] == [(r["lm_loss"], r["spike"]) for r in whole]
+
+
+def test_the_slowest_rank_is_named(corpus: Path, tmp_path: Path) -> None:
+    args = arguments(
+        data_path=corpus, run_dir=tmp_path / "run", train_iters=4, eval_iters=0, expert_model_parallel_size=2
+    )
+    output = start(args, tmp_path, num_ranks=2).succeed()
+    for record in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()):
+        assert 0 < record["own_time_mean_s"] <= record["own_time_max_s"] <= record["step_time_s"]
+        assert record["slowest_rank"] in (0, 1)
+    assert "own time per rank (ms): " in output and "time left: 0:00:0" in output and "epoch: " in output
+    assert "tokens travel through shared memory" in output and "pipeline 1" in output and "over gloo" in output
+
+
+def _wait_clock() -> tuple[float, float]:
+    parallel = initialize_model_parallel(ParallelConfig())
+    before = parallel.dp.waits.seconds
+    if parallel.rank == 0:
+        time.sleep(0.5)
+    parallel.dp.all_reduce(torch.ones(1))
+    return before, parallel.world.waits.seconds
+
+
+def test_who_waits_is_not_the_slow_one() -> None:
+    (_, slow), (_, waiting) = run_ranks(_wait_clock, 2)
+    assert slow < 0.2 and waiting > 0.3
+
+
+def _preflight(available: int) -> list[str] | str:
+    parallel = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=2))
+    preflight.available_bytes = lambda: available
+    try:
+        return preflight.preflight(tiny_config("samoe", expert_model_parallel_size=2), 64, parallel)
+    except ConfigError as error:
+        return str(error)
+
+
+def test_preflight_refuses_too_little_memory() -> None:
+    assert all(isinstance(found, list) for found in run_ranks(_preflight, 2, 1 << 40))
+    for found in run_ranks(_preflight, 2, 1000):
+        assert "2 ranks of" in found and "GB left" in found
+    assert preflight.available_bytes() > 0
+
+
+def test_preflight_names_what_is_slow() -> None:
+    assert preflight._slow([10.0, 9.0, 3.0], ["a", "b", "rank 2"], "GFLOP/s") == [
+        "rank 2 has 3.00 GFLOP/s, the median is 9.00"
+    ]
+
+
+def test_preflight_of_a_run(corpus: Path, tmp_path: Path) -> None:
+    args = arguments(data_path=corpus, train_iters=1, eval_iters=0, preflight=True, expert_model_parallel_size=2)
+    output = start(args, tmp_path, num_ranks=2).succeed()
+    for words in ("ranks of", "GFLOP/s per rank", "GB/s in ep groups", "GB/s in dp groups"):
+        assert words in output
+    assert "no --save and no --run-dir: the model is gone" in output
+
+
+def test_a_profile_has_the_parts_of_a_step(corpus: Path, tmp_path: Path) -> None:
+    args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=6, eval_iters=0, profile=True,
+                     profile_step_start=2, profile_step_end=4, profile_ranks=[1])  # fmt: skip
+    start(args, tmp_path, num_ranks=2).succeed()
+    assert [path.name for path in (tmp_path / "run/profile").iterdir()] == ["rank-00001.json.gz"]
+    with gzip.open(tmp_path / "run/profile/rank-00001.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"iteration 2", "iteration 3", "forward and backward", "reduce gradients", "optimizer"} <= names
+    assert not {"iteration 1", "iteration 4"} & names
+
+
+RECORD = {
+    "iteration": 3,
+    "lm_loss": 4.5,
+    "skipped": False,
+    "validation_loss_by_dataset": {"a": 1.5},
+    "expert_load": [[1]],
+}
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_trackers_log_without_a_network(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    pytest.importorskip(library, reason=f"the extra {library} is not installed")
+    tracker = hooks.Tracker(library, "samoe-test", "a run", {"model": {"num_layers": 2}})
+    tracker.start(0)
+    tracker.record(RECORD)
+    tracker.close()
+    assert any(path.is_file() and path.stat().st_size for path in tmp_path.rglob("*")), "nothing was kept"
+
+
+def test_trackers_get_numbers_and_losses_by_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[Mapping[str, Any], int]] = []
+
+    class Library:
+        init = staticmethod(lambda **_: "run")
+        log = staticmethod(lambda numbers, step: logged.append((numbers, step)))
+        finish = staticmethod(lambda: None)
+
+    monkeypatch.setattr(hooks.importlib, "import_module", lambda _: Library)
+    tracker = hooks.Tracker("wandb", "p", None, {})
+    tracker.start(0)
+    tracker.record(RECORD)
+    assert logged == [({"lm_loss": 4.5, "skipped": 0.0, "validation_loss/a": 1.5}, 3)]
+
+
+def test_a_tracker_that_is_not_installed_says_how_it_would_be() -> None:
+    with pytest.raises(ConfigError, match=r"--nonesuch-project = 'p': needs nonesuch, .*\[nonesuch\]"):
+        hooks.Tracker("nonesuch", "p", None, {})
