@@ -105,14 +105,14 @@ def test_a_fault_that_does_not_pass_is_not_tried_again(
 class Cluster:
     """Agents of one rank each, all on this host, that meet at one store."""
 
-    def __init__(self, folder: Path, port: int, args: list[str], conf: str):
-        self.folder, self.port, self.args, self.conf = folder, port, args, conf
+    def __init__(self, folder: Path, port: int, args: list[str], conf: str, max_restarts: int = 3):
+        self.folder, self.port, self.args, self.conf, self.max_restarts = folder, port, args, conf, max_restarts
         self.agents: list[ProgramRun] = []
 
     def add(self) -> ProgramRun:
         """Starts another agent."""
         options = [
-            "--nnodes=1:4", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}",
+            "--nnodes=1:4", f"--max-restarts={self.max_restarts}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{self.port}",
             "--rdzv-id=job", f"--rdzv-conf={QUICK}{self.conf}", "--local-addr=127.0.0.1",
         ]  # fmt: skip
         agent = start_command(self.args, self.folder, 1, options, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megatron_samoe.datasets.arguments import Parser, add_tokenizer_arguments, run
 from megatron_samoe.datasets.preprocess.options import INPUT_FORMATS, PreprocessOptions
+from megatron_samoe.errors import DataError
 
 DESCRIPTION = """Makes indexed datasets from text. Reads JSONL, plain text and Parquet, each plain or .gz, .zst, .xz,
 .bz2, from files, folders, globs, URLs or standard input (-). Writes {prefix}_{key}_document.bin and .idx (byte for
@@ -104,9 +105,21 @@ def _main(arguments: Sequence[str] | None) -> None:
     values["max_document_bytes"] = values.pop("max_document_mb") << 20
     for name in ("input", "json_keys", "languages"):
         values[name] = tuple(values[name])
+    overwrite = values.pop("overwrite")
+    options = PreprocessOptions(**values)
+    if not (overwrite or options.resume):
+        _refuse_existing(options)
     from megatron_samoe.datasets.preprocess.run import preprocess
 
-    print(preprocess(PreprocessOptions(**values)).describe())
+    print(preprocess(options).describe())
+
+
+def _refuse_existing(options: PreprocessOptions) -> None:
+    """Raises DataError where a dataset would be replaced."""
+    prefixes = [options.dataset_prefix(key) for key in options.json_keys]
+    existing = [f"{prefix}{end}" for prefix in prefixes for end in (".bin", ".idx") if os.path.exists(f"{prefix}{end}")]
+    if existing:
+        raise DataError(f"{existing[0]} exists. Give --overwrite to replace it, or another --output-prefix.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

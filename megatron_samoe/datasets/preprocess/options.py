@@ -14,7 +14,7 @@ from megatron_samoe.errors import DataError, nearest
 DEFAULT_CHUNK_BYTES = 1 << 20
 INPUT_FORMATS = ("auto", "jsonl", "text", "parquet")
 # These change how a run goes, not what it writes.
-_NOT_IN_OUTPUT = ("workers", "resume", "overwrite", "on_bad_input", "executor", "log_interval", "quiet")
+_NOT_IN_OUTPUT = ("workers", "resume", "on_bad_input", "executor", "log_interval", "quiet")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class PreprocessOptions:
     executor: str = "process"
     on_bad_input: str = "fail"
     resume: bool = False
-    overwrite: bool = False
     fix_unicode: bool = False
     min_chars: int = 0
     max_chars: int = 0

@@ -8,7 +8,6 @@ yet written, so memory is bounded: about (MAX_HELD + 1) * (chunk + its ids) per 
 from __future__ import annotations
 
 import json
-import os
 import queue
 import threading
 from collections import deque
@@ -47,8 +46,6 @@ def preprocess(options: PreprocessOptions) -> finish.Report:
     if options.chunk_bytes == DEFAULT_CHUNK_BYTES and sum(file.num_bytes for file in files) > LARGE_CORPUS_BYTES:
         # The journal has a line per chunk: a terabyte should not make a million.
         options = replace(options, chunk_bytes=8 * DEFAULT_CHUNK_BYTES)
-    if not (options.resume or options.overwrite):
-        _refuse_existing(options)
     log = journal.Journal(options.journal_path())
     executor = make_executor(options)
     try:
@@ -62,14 +59,6 @@ def preprocess(options: PreprocessOptions) -> finish.Report:
     executor.close()
     log.close(remove=True)
     return report
-
-
-def _refuse_existing(options: PreprocessOptions) -> None:
-    """Raises DataError where a dataset would be replaced."""
-    prefixes = [options.dataset_prefix(key) for key in options.json_keys]
-    existing = [f"{prefix}{end}" for prefix in prefixes for end in (".bin", ".idx") if os.path.exists(f"{prefix}{end}")]
-    if existing:
-        raise DataError(f"{existing[0]} exists. Give --overwrite to replace it, or another --output-prefix.")
 
 
 @dataclass

@@ -123,6 +123,7 @@ def _tool(tmp_path: Path, *more: str, stdin: bytes = b"") -> subprocess.Complete
         "ByteTokenizer",
         "--workers",
         "1",
+        "--overwrite",
     ]
     return subprocess.run([*command, "--output-prefix", str(tmp_path / "out"), *more], input=stdin, capture_output=True)
 

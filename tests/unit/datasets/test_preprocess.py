@@ -350,7 +350,7 @@ def _command(tmp_path: Path, *more: str) -> list[str]:
     return [
         sys.executable, str(root / "tools/preprocess_data.py"), "--input", str(tmp_path / "in.jsonl"), "--quiet",
         "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "ByteTokenizer", "--workers", "2",
-        "--chunk-kb", "16", *more,
+        "--chunk-kb", "16", "--overwrite", *more,
     ]  # fmt: skip
 
 
