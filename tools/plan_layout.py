@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_samoe.config.cli import parse_pretrain_args
-from megatron_samoe.config.derived import flag
+from megatron_samoe.config.derived import flag, num_micro_batches, virtual_stages
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.datasets.tokenizer import build_tokenizer
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
@@ -25,6 +25,7 @@ from megatron_samoe.evaluation.layout_cost import Cluster
 from megatron_samoe.evaluation.layout_planner import PlannedLayout, plan_layouts
 from megatron_samoe.evaluation.layout_plot import draw_layout
 from megatron_samoe.evaluation.run_summary import format_table
+from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE, bubble_fraction
 
 POSITIVE = ("world_size", "gpus_per_node", "memory_gb", "flops", "intra_bandwidth", "inter_bandwidth",
             "memory_bandwidth", "efficiency", "top")  # fmt: skip
@@ -93,7 +94,20 @@ def best_in_detail(layout: PlannedLayout) -> str:
     memory = ", ".join(f"{part} {b / 1e9:.3f}" for part, b in layout.memory.parts().items())
     return (
         f"best: {layout.name()}\n  seconds: {seconds}\n  GB on rank {layout.rank}: {memory}\n"
-        f"  flags: {' '.join(layout.flags()) or 'none: the defaults'}"
+        f"  flags: {' '.join(layout.flags()) or 'none: the defaults'}" + _idle(layout)
+    )
+
+
+def _idle(layout: PlannedLayout) -> str:
+    """Returns a warning where a pipeline stands still for much of a step."""
+    pp = layout.config.parallel.pipeline_model_parallel_size
+    chunks = virtual_stages(layout.config.parallel, layout.config.model.num_layers) // pp
+    share = bubble_fraction(pp, chunks, num_micro_batches(layout.config, layout.world_size))
+    if share <= MUCH_IDLE:
+        return ""
+    return (
+        f"\n  warning: ranks stand idle for {share:.0%} of a step, while the pipeline fills and drains: more micro-batches (a larger "
+        "--global-batch-size or a smaller --micro-batch-size), virtual stages or fewer stages idle less"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.config.cli import parse_pretrain_args
-from megatron_samoe.config.derived import data_parallel_size
+from megatron_samoe.config.derived import data_parallel_size, num_micro_batches, virtual_stages
 from megatron_samoe.config.elastic import fit_layout
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
@@ -30,6 +30,7 @@ from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.meeting import shared_fate
 from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
+from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE, bubble_fraction
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hooks import default_hooks
 from megatron_samoe.training.machine import machine_facts
@@ -161,6 +162,13 @@ def _describe(config: PretrainConfig, vocab_size: int, parallel: ParallelState) 
         f"pipeline {grid.pp}, expert {grid.ep} (x tensor {grid.etp}), data {grid.dp}{_transport(parallel)}"
     )
 
+    chunks = virtual_stages(config.parallel, config.model.num_layers) // grid.pp
+    idle = bubble_fraction(grid.pp, chunks, num_micro_batches(config, grid.world_size))
+    if idle > MUCH_IDLE:
+        logger.info(
+            f"the pipeline stands idle for {idle:.0%} of a step while it fills and drains: more micro-batches, virtual stages or "
+            "fewer stages idle less"
+        )
     if config.moe.moe_router_load_balancing_type == "aux_loss" and config.moe.moe_aux_loss_group_size is None:
         logger.info(
             "aux_loss without --moe-aux-loss-group-size balances within each sequence, as seq_aux_loss does (versions before "

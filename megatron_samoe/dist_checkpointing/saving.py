@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -190,7 +191,10 @@ def _all_ranks(action: Callable[[], Any], parallel: ParallelState, what: str, on
 
 
 def _free_space(what: str) -> str:
-    """Returns a remark if the disk is nearly full, which torch's own message does not tell."""
+    """Returns a remark if the disk is nearly full or files are limited, which torch's own message does not tell."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY:
+        return f" (no file of this process may have more than {limit / 1e6:,.1f} MB: ulimit -f)"
     folder = Path(what.split(" ", 1)[1]).parent
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(folder).free

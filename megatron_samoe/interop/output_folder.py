@@ -36,7 +36,8 @@ def require_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes + SPARE_BYTES:
         raise CheckpointError(
-            f"--save-dir {directory}: {_shown(num_bytes)} are to be written, and the disk has {_shown(free)} left."
+            f"--save-dir {directory}: {_shown(num_bytes)} are to be written beside {_shown(SPARE_BYTES)} that stay free, "
+            f"and the disk has {_shown(free)} left."
         )
 
 

@@ -77,6 +77,10 @@ def max_in_flight(plan: Plan) -> int:
     return peak
 
 
+#: Idle share of a step from which users are told.
+MUCH_IDLE = 0.3
+
+
 def bubble_fraction(pp: int, num_chunks: int, num_micro_batches: int) -> float:
     """Returns the idle share of a step in theory: (pp - 1) / (chunks * micro-batches + pp - 1), passes of equal cost."""
     return (pp - 1) / (num_chunks * num_micro_batches + pp - 1)

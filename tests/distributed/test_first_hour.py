@@ -156,3 +156,13 @@ def test_ranks_share_one_line_of_spinning(tmp_path: Path) -> None:
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert quiet.stdout.strip() == "False True", "a library that is imported leaves the process alone"
+
+
+def test_an_idle_pipeline_is_remarked_upon(tmp_path: Path) -> None:
+    model = arguments(mock_data=True, num_layers=4, expert_layout="dense", num_experts=None, num_expert_banks=None,
+                      pipeline_model_parallel_size=4, micro_batch_size=8, num_threads=None)  # fmt: skip
+    planned = run_tool("plan_layout", "--world-size", 4, *model)
+    assert planned.returncode == 0, planned.stderr
+    assert "warning: ranks stand idle for " in planned.stdout
+    trained = start([*model, "--train-iters", "1", "--eval-iters", "0"], tmp_path, num_ranks=4).succeed()
+    assert "the pipeline stands idle for 75% of a step" in trained
