@@ -28,7 +28,6 @@ from megatron_samoe.models.accounting import count_parameters
 from megatron_samoe.models.memory import rank_memory
 from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import backend, launcher
-from megatron_samoe.parallel_state.meeting import shared_fate
 from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
 from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE, bubble_fraction
 from megatron_samoe.training.batches import build_run_data
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
         config, num_ranks = _fit_to_ranks(config)
-        pretrain(replace(config, checkpoint=store.with_start(config.checkpoint)), num_ranks)
+        pretrain(config, num_ranks)
     except MegatronSamoeError as error:
         return _report(error, rank)
     except SystemExit as error:
@@ -70,22 +69,12 @@ def pretrain(config: PretrainConfig, num_ranks: int) -> None:
     backend.set_num_threads(config.training.num_threads)
     if config.training.fp16 and device.type != "cuda":
         raise ConfigError("--fp16", True, "needs a CUDA device; use --bf16 or fp32 on a CPU")
-    directory = None if config.checkpoint.load is None else store.find_checkpoint(config.checkpoint)
-    if directory is not None:
-        config = replace(config, data=with_carried(config.data, directory, only_missing=True))
-    data = config.data
-    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
-    vocab_size = data.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            "--vocab-size", vocab_size, f"must be at least the tokenizer's {tokenizer.vocab_size} entries"
-        )
     meeting = backend.initialize_distributed(config.parallel, device, num_ranks)
-    with shared_fate(meeting):
+    with backend.shared_fate(meeting):
         if meeting is not None and not dist.is_initialized():
             meeting.stand_by()
             return
-        _train(config, tokenizer, vocab_size, device)
+        _train(config, device)
         if meeting is not None and dist.get_rank() == 0:
             meeting.finish(num_ranks)
 
@@ -108,8 +97,12 @@ def _fit_to_ranks(config: PretrainConfig) -> tuple[PretrainConfig, int]:
     return fitted, used
 
 
-def _train(config: PretrainConfig, tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> None:
+def _train(config: PretrainConfig, device: torch.device) -> None:
     parallel = initialize_model_parallel(config.parallel, device)
+    # A dying attempt may be saving, so ranks that look one after the other may see different things: rank 0's counts.
+    started = parallel.world.all_gather_object(store.with_start(config.checkpoint))[0]
+    config = replace(config, checkpoint=started)
+    tokenizer, attachments, vocab_size = _tokenizer(config)
     timeout_s = 60.0 * config.parallel.distributed_timeout_minutes
     backend_name, by_nodes = config.parallel.moe_all_to_all_backend, config.parallel.moe_hierarchical_all_to_all
     parallel = replace(parallel, ep=with_exchange(parallel.ep, device, timeout_s, backend_name, by_nodes))
@@ -118,11 +111,29 @@ def _train(config: PretrainConfig, tokenizer: Tokenizer, vocab_size: int, device
     if config.parallel.preflight:
         preflight(config, vocab_size, parallel)
     with _enough_memory(config, vocab_size, parallel):
-        setup = replace(build_setup(config, vocab_size, parallel), attachments=read_files(config.data))
+        setup = replace(build_setup(config, vocab_size, parallel), attachments=attachments)
     _describe(config, vocab_size, parallel)
     # An evaluation alone says nothing of training's speed.
     machine = None if config.training.skip_train else machine_facts(parallel)
-    Trainer(setup, run_data, default_hooks(config, setup.batch_size, machine)).run()
+    hooks = default_hooks(config, setup.batch_size, machine) if parallel.rank == 0 else []
+    Trainer(setup, run_data, hooks).run()
+
+
+def _tokenizer(config: PretrainConfig) -> tuple[Tokenizer, dict[str, bytes], int]:
+    """Returns the tokenizer, its files for checkpoints to carry, and the size of the vocabulary."""
+    data = config.data
+    directory = None if config.checkpoint.load is None else store.find_checkpoint(config.checkpoint)
+    if directory is not None:
+        data = with_carried(data, directory, only_missing=True)
+        if data != config.data:
+            logger.info(f"the tokenizer is the one that {directory} carries")
+    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
+    vocab_size = data.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            "--vocab-size", vocab_size, f"must be at least the tokenizer's {tokenizer.vocab_size} entries"
+        )
+    return tokenizer, read_files(data), vocab_size
 
 
 @contextlib.contextmanager
@@ -134,9 +145,11 @@ def _enough_memory(config: PretrainConfig, vocab_size: int, parallel: ParallelSt
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
             raise
         needed = rank_memory(config, vocab_size, parallel.world_size, parallel.rank).total
-        raise MegatronSamoeError(
-            f"The model does not fit in the memory of rank {parallel.rank}, which needs {needed / 1e9:,.1f} GB. More tensor, "
-            "pipeline or expert parallelism, --use-distributed-optimizer or a smaller model need less."
+        raise ConfigError(
+            "--hidden-size and others",
+            config.model.hidden_size,
+            f"the model does not fit in the memory of rank {parallel.rank}, which needs {needed / 1e9:,.1f} GB. More tensor, "
+            "pipeline or expert parallelism, --use-distributed-optimizer or a smaller model need less.",
         ) from error
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from megatron_samoe.config.derived import divisors
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.training import LoggingConfig
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
 
@@ -22,7 +23,10 @@ def fit_layout(config: PretrainConfig, world_size: int) -> tuple[PretrainConfig,
     Raises:
         ConfigError: the configuration is legal for no number of ranks, or for none that is there.
     """
-    validate(config, _smallest_world(config))
+    smallest = _smallest_world(config)
+    # A slip that no number of ranks makes right is told, not worked around.
+    if not any(_is_legal(config, smallest * times) for times in divisors(config.training.global_batch_size or 1)):
+        validate(config, smallest)
     for candidates in _nearest_first(config):
         for used in range(world_size, 0, -1):
             for candidate in candidates:
@@ -81,6 +85,8 @@ def _without_idle_options(layout: ParallelConfig) -> ParallelConfig:
 
 
 def _is_legal(config: PretrainConfig, world_size: int) -> bool:
+    plain = replace(config, logging=LoggingConfig())  # which ranks are profiled is no matter of layouts
+    config = plain if world_size < max(config.logging.profile_ranks, default=0) + 1 else config
     try:
         validate(config, world_size)
     except ConfigError:

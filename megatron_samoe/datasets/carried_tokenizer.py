@@ -40,6 +40,6 @@ def with_carried(data: DataConfig, directory: Path, only_missing: bool = False) 
     changes = {
         field: path
         for field, path in own.items()
-        if getattr(data, field) is not None and not (only_missing and os.path.isfile(getattr(data, field)))
+        if getattr(data, field) is not None and not (only_missing and os.path.exists(getattr(data, field)))
     }
     return replace(data, **changes)  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ from megatron_samoe.dist_checkpointing.store import (
 )
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
-from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.parallel_state.state import ParallelState, WaitClock
 
 #: What torch adds to each tensor in a file, and to the table of contents, at most.
 OVERHEAD_BYTES_PER_PART = 4096
@@ -79,6 +79,7 @@ def save_checkpoint(
         for name, attached in (attachments or {}).items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             _write_durably(unfinished / name, attached)
+            _fsync_dir((unfinished / name).parent)
             digests[name] = digest_of(unfinished / name)
         content = {"format_version": FORMAT_VERSION, **train_state, "digests": digests}
         content["digest"] = digest_of_values(json.loads(json.dumps(content)))
@@ -109,7 +110,7 @@ class BackgroundSaver:
     def __init__(self, parallel: ParallelState, timeout: timedelta):
         world = parallel.world
         if world.size > 1:
-            world = replace(world, handle=dist.new_group(backend="gloo", timeout=timeout))
+            world = replace(world, handle=dist.new_group(backend="gloo", timeout=timeout), waits=WaitClock())
         self.parallel = replace(parallel, world=world, device=torch.device("cpu"))
         self._copies: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -193,7 +194,7 @@ def _all_ranks(action: Callable[[], Any], parallel: ParallelState, what: str, on
 def _free_space(what: str) -> str:
     """Returns a remark if the disk is nearly full or files are limited, which torch's own message does not tell."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if limit != resource.RLIM_INFINITY:
+    if limit != resource.RLIM_INFINITY and limit < 1 << 32:
         return f" (no file of this process may have more than {limit / 1e6:,.1f} MB: ulimit -f)"
     folder = Path(what.split(" ", 1)[1]).parent
     with contextlib.suppress(OSError):

@@ -171,7 +171,7 @@ def _refuse_foreign(root: Path, flag: str = "--load") -> None:
     entries = sorted(
         p.name
         for p in root.iterdir()
-        if not re.fullmatch(r"\.iter_\d+\.(unfinished|replaced|deleted)|\..*\.tmp|\.lock", p.name)
+        if not re.fullmatch(r"\.iter_\d+\.(unfinished|replaced|deleted)|\..*\.tmp|\.lock|hangs|profile", p.name)
     )
     if entries:
         raise CheckpointError(
@@ -261,8 +261,8 @@ def digest_of_values(content: Mapping[str, Any], like: str = "") -> str:
 
 def attachments_of(directory: Path) -> dict[str, bytes]:
     """Returns the files that a checkpoint carries in folders of its own, by their path in it."""
-    found = sorted(path for path in directory.glob("*/*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
+    digests = read_train_state(directory).get("digests", {})
+    return {name: (directory / name).read_bytes() for name in digests if "/" in name and (directory / name).is_file()}
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

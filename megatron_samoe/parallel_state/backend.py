@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
 import re
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megatron_samoe.config.parallel import ParallelConfig
-from megatron_samoe.errors import CommunicationError, ConfigError
+from megatron_samoe.errors import CommunicationError, ConfigError, JobEndedError, MegatronSamoeError
 from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.meeting import Meeting
 
@@ -33,10 +35,12 @@ def choose_device(config: ParallelConfig) -> torch.device:
         raise ConfigError("--distributed-backend", "nccl", "needs a CUDA device; use gloo (or auto) on a CPU")
     local_rank = launcher.local_rank()
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
+        error = ConfigError(
             "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"),
             f"must be at most the {torch.cuda.device_count()} CUDA devices of this host",
         )  # fmt: skip
+        error.collective = False  # other ranks, and other hosts, may have theirs
+        raise error
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -65,6 +69,8 @@ def initialize_distributed(
         store, number, _ = next(dist.rendezvous("env://", timeout=timeout))
         meeting = Meeting(store, number, world_size)
         store = meeting.meet(max(1.0, timeout.total_seconds() - (time.monotonic() - began)))
+    except JobEndedError:
+        raise
     except (ValueError, RuntimeError, CommunicationError) as error:
         raise CommunicationError(
             f"Rank {rank} of {world_size} could not join the others at {place}: {str(error).splitlines()[0]}"
@@ -91,6 +97,30 @@ def _connect(device: torch.device, store: dist.Store, rank: int, size: int, time
             f"{variable} names the network interface that ranks talk over: "
             + (f"it is {chosen!r}." if chosen else "it is not set, so the one of the host's name was taken.")
         ) from error
+
+
+@contextlib.contextmanager
+def shared_fate(meeting: Meeting | None) -> Iterator[None]:
+    """Tells the other ranks of a fault that does not pass, and turns their loss of this rank into that fault.
+
+    Raises:
+        JobEndedError: this rank lost others, because one of them met such a fault.
+        CommunicationError: it lost them for another reason.
+    """
+    try:
+        yield
+    except (MegatronSamoeError, RuntimeError) as error:
+        lost = isinstance(error, CommunicationError) or (
+            isinstance(error, RuntimeError) and is_communication_failure(error)
+        )
+        with contextlib.suppress(RuntimeError):  # a store that is gone as well
+            if meeting is not None and lost and not isinstance(error, JobEndedError):
+                meeting.raise_if_ended()
+            elif meeting is not None and isinstance(error, MegatronSamoeError) and error.permanent:
+                meeting.end(str(error))
+        if lost and isinstance(error, RuntimeError):
+            raise CommunicationError(f"Another rank was lost: {str(error).splitlines()[0]}") from error
+        raise
 
 
 def leave_distributed() -> None:

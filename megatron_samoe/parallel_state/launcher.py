@@ -61,6 +61,6 @@ def refuse_restart() -> None:
     left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
         os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     )
-    if "TORCHELASTIC_RUN_ID" in os.environ and left > 0:
+    if "TORCHELASTIC_RUN_ID" in os.environ and left > 0 and os.getppid() > 1:
         print("torchrun is told not to try again: this fault does not pass by itself", file=sys.stderr, flush=True)
         os.kill(os.getppid(), signal.SIGTERM)

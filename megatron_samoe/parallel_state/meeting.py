@@ -9,14 +9,13 @@ lies under the generation's name, where nobody else has written.
 
 from __future__ import annotations
 
-import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch.distributed import PrefixStore, Store
 
-from megatron_samoe.errors import CommunicationError, JobEndedError, MegatronSamoeError
+from megatron_samoe.errors import CommunicationError, JobEndedError
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.25
 
@@ -34,6 +33,7 @@ class Meeting:
         self._many_at_once: bool = store.has_extended_api()  # type: ignore[attr-defined]  # missing from torch's stubs
         self._rank, self._everyone = rank, range(size)
         self._nonce = uuid.uuid4().hex[:16]
+        self._attempt: Store = self._board
         # Of rank 0: whom it has invited to which generation.
         self._invited: list[str] = []
         self._generation = ""
@@ -53,7 +53,8 @@ class Meeting:
                 self._invite()
             generation = self._accept()
             if generation is not None:
-                return PrefixStore(f"generation/{generation}", self._store)
+                self._attempt = PrefixStore(f"generation/{generation}", self._store)
+                return self._attempt
             if time.monotonic() > deadline:
                 raise CommunicationError(
                     f"Rank {self._rank} of {len(self._everyone)} waited {timeout_s:.0f} s for {self._absent()} to join"
@@ -72,17 +73,17 @@ class Meeting:
 
     def stand_by(self) -> None:
         """Waits, on a rank that the layout has no use for, until the others have finished."""
-        while not self._board.check(["finished"]):
+        while not self._attempt.check(["finished"]):
             self.raise_if_ended()
             time.sleep(1.0)
-        self._board.set(f"noticed/{self._rank}", "")
+        self._attempt.set(f"noticed/{self._rank}", "")
 
     def finish(self, num_ranks: int) -> None:
         """Tells those who stand by that the job is done, and stays until they know: rank 0 may hold the store."""
-        self._board.set("finished", "")
+        self._attempt.set("finished", "")
         until = time.monotonic() + 5.0
         waiting = [f"noticed/{rank}" for rank in self._everyone if rank >= num_ranks]
-        while waiting and not self._board.check(waiting) and time.monotonic() < until:
+        while waiting and not self._attempt.check(waiting) and time.monotonic() < until:
             time.sleep(0.1)
 
     def _be_here(self) -> None:
@@ -135,21 +136,3 @@ class Meeting:
         if self._many_at_once:
             return [value.decode() for value in self._board.multi_get(list(keys))]  # type: ignore[attr-defined]
         return [self._board.get(key).decode() for key in keys]
-
-
-@contextlib.contextmanager
-def shared_fate(meeting: Meeting | None) -> Iterator[None]:
-    """Tells the other ranks of a fault that does not pass, and turns their loss of this rank into that fault.
-
-    Raises:
-        JobEndedError: this rank lost others, because one of them met such a fault.
-    """
-    try:
-        yield
-    except MegatronSamoeError as error:
-        with contextlib.suppress(RuntimeError):  # a store that is gone as well
-            if meeting is not None and error.permanent and not isinstance(error, JobEndedError):
-                meeting.end(str(error))
-            elif meeting is not None and isinstance(error, CommunicationError):
-                meeting.raise_if_ended()
-        raise

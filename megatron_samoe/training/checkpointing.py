@@ -89,7 +89,15 @@ def find_run(setup: TrainSetup) -> Path | None:
     Raises:
         CheckpointError: as `store.find_checkpoint`.
     """
-    return store.find_checkpoint(setup.config.checkpoint, lambda d: store.damaged_files(d, setup.parallel))
+    found = store.find_checkpoint(setup.config.checkpoint, lambda d: store.damaged_files(d, setup.parallel))
+    names = {None if path is None else path.name for path in setup.parallel.world.all_gather_object(found)}
+    if len(names) > 1:
+        raise CheckpointError(
+            f"Ranks see different checkpoints in --load {setup.config.checkpoint.load}: {', '.join(map(str, names))}. Is it a "
+            "folder that all hosts share?",
+            collective=True,
+        )
+    return found
 
 
 def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainState:

@@ -33,6 +33,7 @@ class HangWatch:
         self.folder, self._rank, self._after_s = folder, rank, _EARLY * timeout_s
         self.doing = "starting"
         self._file: IO[str] | None = None
+        self._header_bytes = 0
 
     def __enter__(self) -> HangWatch:
         if self.folder is not None:
@@ -48,9 +49,10 @@ class HangWatch:
         faulthandler.cancel_dump_traceback_later()
         if self._file is None:
             return
-        empty = os.fstat(self._file.fileno()).st_size <= self._header_bytes
-        self._file.close()
         assert self.folder is not None
+        empty = os.fstat(self._file.fileno()).st_size <= self._header_bytes
+        with contextlib.suppress(OSError):  # a full disk has been reported, or does not matter
+            self._file.close()
         with contextlib.suppress(OSError):
             if empty:
                 os.unlink(self.path)

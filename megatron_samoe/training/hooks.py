@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,10 +216,25 @@ class Tracker(Hook):
         self.place = f"--{library}-project {project}"
         self._project, self._name, self._config = project, name, dict(config)
         self._run: Any = None
+        self._failed = False
 
     def start(self, iteration: int) -> None:
         """Begins a run of the project."""
-        self._run = self._library.init(project=self._project, name=self._name, config=self._config)
+        self._try(lambda: setattr(self, "_run", self._init()))
+
+    def _init(self) -> Any:
+        return self._library.init(project=self._project, name=self._name, config=self._config)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        """Runs a call; a tracker that fails is left alone from then on, and training goes on."""
+        if self._failed:
+            return
+        try:
+            call()
+        except Exception as error:  # whatever the library raises
+            self._failed = True
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning(f"{self.place} failed and gets no more records: {first}")
 
     def record(self, record: Record) -> None:
         """Logs the record's numbers, and losses by dataset."""
@@ -227,12 +242,12 @@ class Tracker(Hook):
         for name in ("validation", "test"):
             for dataset, loss in record.get(f"{name}_loss_by_dataset", {}).items():
                 numbers[f"{name}_loss/{dataset}"] = loss
-        self._library.log(numbers, step=record["iteration"])
+        self._try(lambda: self._library.log(numbers, step=record["iteration"]))
 
     def close(self) -> None:
         """Ends the run."""
         if self._run is not None:
-            self._library.finish()
+            self._try(self._library.finish)
 
 
 class ProgressBar(Hook):

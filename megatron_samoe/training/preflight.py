@@ -58,8 +58,10 @@ def available_bytes() -> int:
     try:
         with open("/proc/meminfo") as file:
             left = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        with open("/sys/fs/cgroup/memory.stat") as file:  # what was read of files gives way
+            cached = next(int(line.split()[1]) for line in file if line.startswith("inactive_file "))
         with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as used:
-            left = min(left, int(most.read()) - int(used.read()))
+            left = min(left, int(most.read()) - int(used.read()) + cached)
     except (OSError, StopIteration, ValueError):  # no such file, or no limit
         pass
     return left

@@ -109,7 +109,8 @@ class Trainer:
                 try:
                     probe_save_dir(root)
                     may_be_dying = launcher.is_again() or self.config.parallel.elastic
-                    stack.enter_context(folder_lock(root, _DYING_S if may_be_dying else 0.0))
+                    patience_s = min(_DYING_S, 30.0 * self.config.parallel.distributed_timeout_minutes)
+                    stack.enter_context(folder_lock(root, patience_s if may_be_dying else 0.0))
                 except CheckpointError as error:
                     problem = str(error)
             problem = self.setup.parallel.world.all_gather_object(problem)[0]

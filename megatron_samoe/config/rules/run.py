@@ -59,6 +59,13 @@ def _data_sources(config: PretrainConfig, world_size: int) -> Problems:
         yield ConfigError("--tokenizer-type", data.tokenizer_type, "needs --tokenizer-model")
 
 
+def _spikes(config: PretrainConfig, world_size: int) -> Problems:
+    if 0 < config.training.spike_window < 3:
+        yield ConfigError(
+            "--spike-window", config.training.spike_window, "must be 0, or 3 or more steps (128 is usual)"
+        )
+
+
 def _loggers(config: PretrainConfig, world_size: int) -> Problems:
     logs, default = config.logging, LoggingConfig()
     if logs.exp_name is not None and not (logs.wandb_project or logs.trackio_project):
@@ -99,4 +106,4 @@ def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
                           "checkpoints of its own")  # fmt: skip
 
 
-RULES = (_schedule_fits, _precision, _data_sources, _loggers, _checkpoint_paths)
+RULES = (_schedule_fits, _precision, _data_sources, _spikes, _loggers, _checkpoint_paths)

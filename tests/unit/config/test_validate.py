@@ -138,6 +138,7 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"profile": True, "run_dir": "r", "profile_step_start": 12}, 1, "--profile-step-end", "above --profile-step-start 12"),
     ({"profile": True, "run_dir": "r", "profile_ranks": (0, 4)}, 4, "--profile-ranks", "ranks from 0 to 3"),
     ({"profile": True}, 1, "--profile", "needs --run-dir or --save"),
+    ({"spike_window": 2}, 1, "--spike-window", "3 or more steps"),
     ({"skip_spikes": True}, 1, "--skip-spikes", "needs --spike-window"),
     ({"spike_window": -1}, 1, "--spike-window", "0 or more"),
     ({"elastic": True}, 1, "--elastic", "needs --global-batch-size"),

@@ -11,7 +11,8 @@ import pytest
 from torch.distributed import FileStore, HashStore, Store
 
 from megatron_samoe.errors import CommunicationError, JobEndedError
-from megatron_samoe.parallel_state.meeting import Meeting, shared_fate
+from megatron_samoe.parallel_state.backend import shared_fate
+from megatron_samoe.parallel_state.meeting import Meeting
 
 
 def stores(kind: str, folder: Path) -> Callable[[], Store]:
@@ -91,14 +92,22 @@ def test_a_late_rank_of_an_earlier_attempt_cannot_take_the_place_of_a_new_one(tm
 
 
 def test_who_stands_by_leaves_with_the_others() -> None:
+    """Of their own attempt: what an earlier one left behind tells nothing."""
     store = HashStore()
-    spare = threading.Thread(target=Meeting(store, 2, 3).stand_by)
-    spare.start()
-    spare.join(0.3)
-    assert spare.is_alive()
-    Meeting(store, 0, 3).finish(2)
-    spare.join(5)
-    assert not spare.is_alive()
+    for _ in range(2):
+        meetings = [Meeting(store, rank, 3) for rank in range(3)]
+        threads = [threading.Thread(target=meeting.meet, args=(10.0,)) for meeting in meetings]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        spare = threading.Thread(target=meetings[2].stand_by)
+        spare.start()
+        spare.join(0.3)
+        assert spare.is_alive()
+        meetings[0].finish(2)
+        spare.join(5)
+        assert not spare.is_alive()
 
 
 def test_a_fault_that_does_not_pass_ends_all_attempts() -> None:
@@ -114,6 +123,17 @@ def test_a_fault_that_does_not_pass_ends_all_attempts() -> None:
         raise CommunicationError("rank 1 is gone")
     with pytest.raises(JobEndedError, match="ended by rank 1"):
         Meeting(store, 0, 2).meet(1.0)
+
+
+def test_a_peer_that_gloo_misses_is_the_fault_that_ended_the_job() -> None:
+    store = HashStore()
+    Meeting(store, 1, 2).end("the disk of rank 1 is read-only")
+    with pytest.raises(JobEndedError, match="ended by rank 1: the disk"), shared_fate(Meeting(store, 0, 2)):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+    with pytest.raises(CommunicationError, match="Another rank was lost"), shared_fate(Meeting(HashStore(), 0, 2)):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+    with pytest.raises(RuntimeError, match="a bug"), shared_fate(Meeting(HashStore(), 0, 2)):
+        raise RuntimeError("a bug")
 
 
 def test_a_fault_that_passes_is_not_told() -> None:
