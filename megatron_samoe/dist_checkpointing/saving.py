@@ -209,6 +209,8 @@ def _begin(root: Path, unfinished: Path, needed_bytes: int) -> None:
     repair(root)
     for leftover in root.glob(".iter_*.unfinished"):
         shutil.rmtree(leftover)
+    for leftover in root.glob(".probe_*.tmp"):  # of a run that was killed while it looked whether it could write
+        leftover.unlink(missing_ok=True)
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if needed_bytes > free:

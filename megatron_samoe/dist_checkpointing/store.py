@@ -190,7 +190,7 @@ def probe_save_dir(root: str) -> None:
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
         probe.write_text("probe")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"--save {root} cannot be written to: {error.strerror or error}.") from None
 

@@ -382,3 +382,10 @@ def test_only_owners_write(tmp_path: Path) -> None:
     path = saving.save_checkpoint(config(tmp_path), 1, state, {}, {}, STATE)
     assert stored_names(str(path)) == {"a"}
     assert yaml.safe_load((path / store.CONFIG).read_text()) == {}
+
+
+def test_a_probe_of_a_killed_run_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (tmp_path / ".probe_123.tmp").write_text("probe")
+    save(tmp_path, 6)
+    assert {path.name for path in tmp_path.iterdir()} == {store.LATEST, "iter_0000005", "iter_0000006"}
