@@ -61,11 +61,10 @@ def prepare(
     for task in tasks:
         try:
             found.append((task, load_items(task, data_dir, limit, hub)))
-        except NoDataError as error:
+        except NoDataError:
             if not everything or data_dir is None or not data_dir.is_dir():
-                failed.append(error)
-            else:
-                skipped.append(task.name)
+                raise  # it was asked for by name
+            skipped.append(task.name)
         except DataError as error:
             failed.append(error)
     texts = tuple((f"corpus:{path.name}", read_documents(path, limit)) for path in corpora)

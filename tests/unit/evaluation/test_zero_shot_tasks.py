@@ -14,6 +14,7 @@ import yaml
 from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.evaluation.zero_shot.build_items import load_items
 from megatron_samoe.evaluation.zero_shot.data_files import NoDataError, find_data, read_documents
+from megatron_samoe.evaluation.zero_shot.layouts import plain_rows
 from megatron_samoe.evaluation.zero_shot.prepare import prepare
 from megatron_samoe.evaluation.zero_shot.task import TASK_DIR, Task, load_task, parse_task, task_names
 from megatron_samoe.evaluation.zero_shot.templates import fill
@@ -261,3 +262,31 @@ def test_the_shipped_files_say_nothing_that_a_default_says() -> None:
         task = load_task(path.stem)
         assert task.name == path.stem and task.description and task.hub
         assert path.read_text().startswith("# "), "each names its source"
+
+
+def test_a_task_that_cannot_be_read_does_not_end_the_others(tmp_path: Path) -> None:
+    for form in FORMS:
+        if form.task in ("cb", "copa"):
+            write(form, tmp_path)
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: [")
+    questions = prepare(f"copa,{bad}", tmp_path)
+    assert [task.name for task, _ in questions.tasks] == ["copa"]
+    assert len(questions.failed) == 1 and "bad.yaml is not a readable task file" in questions.failed[0]
+    with pytest.raises(DataError, match="not a readable task file"):
+        prepare(str(bad), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "row", "answers"),
+    [
+        ("triviaqa", {"question": "Who?", "answer": "Emma"}, ["Emma"]),
+        ("triviaqa", {"question": "Who?", "answers": ["Emma", "E."]}, ["Emma", "E."]),
+        ("webqs", {"question": "Who?", "answer": ["Emma"]}, ["Emma"]),
+        ("webqs", {"question": "Who?", "target": "Emma"}, ["Emma"]),
+    ],
+)
+def test_mirrors_of_question_sets_are_read(layout: str, row: dict[str, Any], answers: list[str]) -> None:
+    assert [plain["answers"] for _, plain in plain_rows([("a:1", row)], layout)] == [answers]
+    with pytest.raises(DataError, match=r"It must have .*the authors' files"):
+        list(plain_rows([("a:1", {"question": "Who?", "solution": 3})], layout))

@@ -34,6 +34,7 @@ class Random:
     def __init__(self, config: PretrainConfig):
         self.config: Mapping[str, Any] = to_mapping(config)
         self.train_state: Mapping[str, Any] = {"iteration": 1, "vocab_size": VOCABULARY}
+        self.attachments: Mapping[str, bytes] = {}
         self.tensors: Mapping[str, StoredTensor] = NativeModel(config, VOCABULARY).tensors
 
     def read(self, name: str) -> Tensor:

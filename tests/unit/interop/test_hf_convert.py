@@ -328,6 +328,7 @@ def test_reading_ahead_gives_each_tensor_once_and_its_errors() -> None:
 
     class Counted:
         config, train_state, tensors = source.config, source.train_state, source.tensors
+        attachments: dict[str, bytes] = {}  # noqa: RUF012
 
         def read(self, name: str) -> torch.Tensor:
             asked.append(name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import FileStore, HashStore, Store
 
-from megatron_samoe.errors import CommunicationError, JobEndedError
+from megatron_samoe.errors import CommunicationError, JobEndedError, MegatronSamoeError
 from megatron_samoe.parallel_state.backend import shared_fate
 from megatron_samoe.parallel_state.meeting import Meeting
 
@@ -114,7 +114,7 @@ def test_a_fault_that_does_not_pass_ends_all_attempts() -> None:
     store = HashStore()
     meetings = [Meeting(store, rank, 2) for rank in range(2)]
 
-    class Permanent(CommunicationError):
+    class Permanent(MegatronSamoeError):
         permanent = True
 
     with pytest.raises(Permanent), shared_fate(meetings[1]):
