@@ -16,8 +16,8 @@ from typing import NoReturn
 
 #: Turns that a thread of libgomp waits for the others before it sleeps, where nobody chose (OMP_WAIT_POLICY or
 #: GOMP_SPINCOUNT). libgomp's own choice is 300,000, some 5 ms: a team that waits so long for a member whose core is busy
-#: with something else keeps that core from it. docs/training.md has what was measured.
-SPINS = 1_000
+#: with something else keeps that core from it. docs/cluster.md has what was measured.
+SPINS = 3_000
 
 
 def prepare() -> None:
