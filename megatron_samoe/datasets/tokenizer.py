@@ -164,7 +164,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         if self._fast is not None:
             return self._encode_fast(text).tolist()
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception, such as for an unknown token that is not there
+            raise DataError(f"The tokenizer cannot encode a text: {error}.") from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self._fast is not None:

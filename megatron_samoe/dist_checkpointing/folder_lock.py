@@ -54,7 +54,10 @@ def folder_lock(root: str | Path, patience_s: float = 0.0) -> Iterator[None]:
 def _acquire(path: Path) -> int | None:
     """Returns the open and locked file; None where the file system has no locks."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be opened: {error.strerror}.", collective=True) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -88,7 +88,10 @@ def read_decode(path: Path) -> list[DecodeTime]:
             for row in rows if row["serving"]
         ]  # fmt: skip
         if not all(
-            type(t.batch) is int and t.batch > 0 and _are_numbers(t.ms_per_token, t.read_bytes, t.floor_ms)
+            isinstance(t.dtype, str)
+            and type(t.batch) is int
+            and t.batch > 0
+            and _are_numbers(t.ms_per_token, t.read_bytes, t.floor_ms)
             for t in times
         ):
             raise ValueError("a measured time is no number")

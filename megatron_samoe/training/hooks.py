@@ -119,7 +119,9 @@ class MetricsFile(Hook):
         elif iteration == 0 and self.path.exists() and self.path.stat().st_size:
             self._set_aside()
         elif self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _iteration_of(line) <= iteration]
+            kept = [
+                line for line in self.path.read_text(errors="replace").splitlines() if _iteration_of(line) <= iteration
+            ]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, self.path)

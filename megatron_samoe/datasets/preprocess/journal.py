@@ -70,7 +70,7 @@ class Journal:
 
     def __init__(self, path: str):
         self.path = path
-        self._file: TextIO = open(path, "a+", encoding="utf-8")
+        self._file: TextIO = open(path, "a+", encoding="utf-8", errors="surrogateescape")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -103,7 +103,7 @@ class Journal:
             if not _is_sound(entry, first=not entries):
                 break
             entries.append(entry)
-            good += len(line.encode()) + 1
+            good += len(line.encode(errors="surrogateescape")) + 1
         self._file.seek(0, os.SEEK_END)
         os.ftruncate(self._file.fileno(), good)
         return (entries[0], entries[1:]) if entries else (None, [])
