@@ -132,8 +132,6 @@ def test_a_build_without_torch_says_so(tmp_path: Path) -> None:
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, tmp_path)
     shutil.copytree(REPOSITORY / "cpp_ext", tmp_path / "cpp_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
     code = "import importlib.util as u, sys; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a); " \
            "sys.argv = ['setup.py', 'bdist_wheel']; exec(compile(open('setup.py').read(), 'setup.py', 'exec'))"  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "MEGATRON_SAMOE_BUILD"}
@@ -142,7 +140,7 @@ def test_a_build_without_torch_says_so(tmp_path: Path) -> None:
     assert done.returncode == 1 and "--no-build-isolation" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_ranks_share_one_line_of_spinning(tmp_path: Path) -> None:
+def test_spinning_is_set_before_torch_is_loaded() -> None:
     """What torch's libraries read is set before torch is loaded, unless somebody chose."""
     code = "import sys; sys.argv = ['-m']; import megatron_samoe, os; print(os.environ.get('GOMP_SPINCOUNT'))"
     plain = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")}

@@ -8,6 +8,7 @@ import json
 import pickle
 import random
 import shutil
+import tempfile
 import time
 import tracemalloc
 import zipfile
@@ -202,14 +203,10 @@ def test_tables_of_contents(folders: dict[str, Path], tmp_path: Path) -> None:
 @given(st.binary(max_size=60))
 @settings(max_examples=500, deadline=None)
 def test_any_bytes_as_a_table_of_contents(content: bytes) -> None:
-    folder = Path(f"/tmp/hostile-{id(content)}")
-    folder.mkdir(exist_ok=True)
-    try:
-        (folder / METADATA).write_bytes(b"\x80\x02" + content)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / METADATA).write_bytes(b"\x80\x02" + content)
         with pytest.raises(MegatronSamoeError):
             read_metadata(folder)
-    finally:
-        shutil.rmtree(folder)
 
 
 def test_nine_bytes_do_not_take_a_gigabyte(tmp_path: Path) -> None:
