@@ -14,10 +14,14 @@ from benchmark_peers import Peer, running
 from megatron_samoe.config import ModelConfig, MoEConfig, PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.models.blueprint import expert_shape
 from megatron_samoe.models.initialize import initialize_parameters
-from megatron_samoe.models.transformer_layer import expert_shape
+from megatron_samoe.models.layer_layout import all_layers
+from megatron_samoe.moe.balance import AuxiliaryLosses
 from megatron_samoe.moe.moe_layer import MoELayer
-from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.moe.router import Router
+from megatron_samoe.moe.sharing.own import OwnExperts, OwnLender
+from megatron_samoe.moe.types import ForwardContext, MoEPlace
 from megatron_samoe.parallel_state import ParallelState, single_process_state
 
 PEERS = {"gelu": ["loop_gelu", "deepspeed", "tutel"], "swiglu": ["loop_swiglu", "hf_grouped", "torchtitan"]}
@@ -58,10 +62,10 @@ def make_layer(
         moe=MoEConfig(expert_layout="moe", num_experts=experts, moe_router_topk=topk,
                       moe_ffn_hidden_size=options.ffn_hidden_size),
     )  # fmt: skip
-    layer = MoELayer(
-        config.moe, expert_shape(config), init_std=0.02, output_init_std=0.02, router_init_std=0.02, layer=0,
-        moe_index=0, num_moe_layers=1, shared_expert=None, state=state, dtype=dtype, dispatch_chunks=dispatch_chunks,
-    )  # fmt: skip
+    place = MoEPlace(0, 0, expert_shape(config, all_layers(config)[0]), router_init_std=0.02)
+    router = Router(config.moe, place, AuxiliaryLosses(config.moe, state.dp), state, dtype)
+    layer = MoELayer(place, router, OwnExperts(place.shape, state, dtype), None, state, dispatch_chunks)
+    lender = OwnLender({0: layer.experts})
     parameters = dict(layer.named_parameters())
     initialize_parameters(parameters, state, seed=1)
     buffers = GradBuffers(parameters, state)
@@ -70,7 +74,7 @@ def make_layer(
     context = ForwardContext(1, training=True, tokens_per_step=tokens)
 
     def once() -> None:
-        y_TH, _ = layer(x_TH, context, None)
+        y_TH, _ = layer(x_TH, context, lender)
         torch.autograd.backward(y_TH, dy_TH)
         x_TH.grad = None
 

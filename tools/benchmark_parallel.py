@@ -30,11 +30,11 @@ import torch.distributed as dist
 from benchmark_ranks import VOCAB_SIZE, alternate, batches_of, make_setup, model_config, run_ranks, synchronized
 
 from megatron_samoe.config import ParallelConfig
-from megatron_samoe.evaluation.layout_cost import Cluster, head_flops, layer_flops, step_cost
 from megatron_samoe.evaluation.run_summary import format_table
-from megatron_samoe.models.memory import rank_memory
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction, make_plan
+from megatron_samoe.planning.layout_cost import Cluster, head_flops, layer_flops, step_cost
+from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.micro_batches import run_micro_batches
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import micro_batch_context, train_step
@@ -145,8 +145,7 @@ def expert_tensors(setup: TrainSetup) -> dict[str, list[torch.Tensor]]:
     parameters, optimizer = setup.model.global_parameters(), setup.optimizer
     pieces = [n for n in names if n in optimizer.masters]
     own_masters = optimizer.own_masters()
-    combination = setup.model.combination
-    kept = [getattr(combination, part, None) for part in ("_weights", "_grads", "_banks")]
+    kept = [getattr(setup.model.lender, part, None) for part in ("_weights", "_grads", "_banks")]
     return {
         "weights": [parameters[n].detach() for n in names],
         "gradients": [parameters[n].main_grad for n in names],

@@ -14,8 +14,8 @@ from benchmark_layer import add_peer_options, products
 from benchmark_peers import running
 
 from megatron_samoe.config import ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
-from megatron_samoe.models.accounting import count_parameters, train_flops_per_token
 from megatron_samoe.parallel_state import backend, single_process_state
+from megatron_samoe.planning.accounting import count_parameters, train_flops_per_token
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 

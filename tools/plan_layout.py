@@ -21,11 +21,11 @@ from megatron_samoe.config.derived import flag, num_micro_batches, virtual_stage
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.datasets.tokenizer import build_tokenizer
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
-from megatron_samoe.evaluation.layout_cost import Cluster
-from megatron_samoe.evaluation.layout_planner import PlannedLayout, plan_layouts
-from megatron_samoe.evaluation.layout_plot import draw_layout
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE, bubble_fraction
+from megatron_samoe.planning.layout_cost import Cluster
+from megatron_samoe.planning.layout_planner import PlannedLayout, plan_layouts
+from megatron_samoe.planning.layout_plot import draw_layout
 
 POSITIVE = ("world_size", "gpus_per_node", "memory_gb", "flops", "intra_bandwidth", "inter_bandwidth",
             "memory_bandwidth", "efficiency", "top")  # fmt: skip

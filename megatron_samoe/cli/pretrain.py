@@ -24,12 +24,12 @@ from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging, logger
-from megatron_samoe.models.accounting import count_parameters
-from megatron_samoe.models.memory import rank_memory
 from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
 from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE, bubble_fraction
+from megatron_samoe.planning.accounting import count_parameters
+from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hooks import default_hooks
 from megatron_samoe.training.machine import machine_facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError
@@ -91,6 +92,13 @@ def num_moe_layers(config: PretrainConfig) -> int:
     if config.moe.expert_layout == "dense":
         return 0
     return sum(parse_moe_layer_freq(config.moe.moe_layer_freq, config.model.num_layers))
+
+
+def experts_per_layer(moe: MoEConfig, num_moe_layers: int) -> tuple[int, ...]:
+    """Returns the routed experts of each MoE layer."""
+    if isinstance(moe.num_experts, int):
+        return (moe.num_experts,) * num_moe_layers
+    return moe.num_experts
 
 
 def divisors(n: int) -> list[int]:

@@ -59,6 +59,11 @@ class ModelConfig:
     Padding takes no part in the softmax."""
 
     @property
+    def output_init_std(self) -> float:
+        """Spread of projections that end on the residual stream (GPT-2: smaller by the root of their number)."""
+        return self.init_method_std / (2 * self.num_layers) ** 0.5
+
+    @property
     def mlp_size(self) -> int:
         """F, the width of a dense MLP."""
         if self.ffn_hidden_size is not None:

@@ -12,8 +12,9 @@ class MoEConfig:
 
     expert_layout: Literal["dense", "moe", "samoe"] = "dense"
     """dense: no experts; moe: every MoE layer owns its experts; samoe: all MoE layers combine one pool of banks."""
-    num_experts: int = 8
-    """Routed experts of each MoE layer (E)."""
+    num_experts: int | tuple[int, ...] = 8
+    """Routed experts of each MoE layer (E); one number for all, or one for each MoE layer in order, as PR-MoE's pyramids
+    have."""
     moe_layer_freq: str = "1"
     """An integer N (layer i is MoE where N divides i, counted from 0), or a pattern with one 0 or 1 per layer such as
     0101 or [0,1]*4."""
@@ -71,6 +72,16 @@ class MoEConfig:
     """Steps between checks that all copies of banks are equal."""
     samoe_freeze_coefficients: bool = False
     """Never train the coefficients: hard sharing, the essential control."""
+
+    @property
+    def most_experts(self) -> int:
+        """Routed experts of the layer that has most."""
+        return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
+
+    @property
+    def fewest_experts(self) -> int:
+        """Routed experts of the layer that has fewest."""
+        return self.num_experts if isinstance(self.num_experts, int) else min(self.num_experts)
 
     @property
     def pre_softmax(self) -> bool:

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_samoe.dist_checkpointing.file_storage import Reader, read_metadata
 from megatron_samoe.dist_checkpointing.streaming_writer import StreamingWriter
 from megatron_samoe.errors import CheckpointError
-from megatron_samoe.parallel_state.shard_spec import FlatPart, ShardSpec, is_counted_here
+from megatron_samoe.parallel_state.shard_spec import FlatSlice, ShardSpec, is_counted_here
 from megatron_samoe.parallel_state.state import ParallelState
 
 # torch warns at every save and load of a single process, where one process is meant.
@@ -101,17 +101,17 @@ WritableState = Mapping[str, Sequence[ShardedTensor | UnreadTensor]]
 
 
 def sharded(
-    local: Tensor, spec: ShardSpec, state: ParallelState, part: FlatPart | None = None, is_owner: bool | None = None
+    local: Tensor, spec: ShardSpec, state: ParallelState, part: FlatSlice | None = None, is_owner: bool | None = None
 ) -> list[ShardedTensor]:
     """Returns the parts of a tensor that lies over the ranks as `spec` says.
 
     Args:
-        local: this rank's part, or the run of its elements that `part` says.
+        local: this rank's shard, or the slice of its elements that `part` says.
         is_owner: whether this rank saves it; derived if not given: the first of its replicas does.
     """
     shape = part.shape if part is not None else tuple(local.shape)
     whole, base = spec.global_shape(shape, state), spec.offsets(shape, state)
-    owner = is_counted_here(spec, state, shared_out=part is not None) if is_owner is None else is_owner
+    owner = is_counted_here(spec, state, is_sliced=part is not None) if is_owner is None else is_owner
     if part is None:
         return [ShardedTensor(local.detach(), whole, base, owner)]
     parts, start, flat = [], 0, local.detach().view(-1)

@@ -7,15 +7,15 @@ from typing import Protocol
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 
 
-class HasPool(Protocol):
-    """A model whose shared experts' gradients are completed at the end of a step."""
+class StepModel(Protocol):
+    """A model some of whose gradients are completed at the end of a step."""
 
     def finish_step(self) -> None:
-        """Completes this rank's gradients of the pool."""
+        """Completes this rank's gradients."""
 
 
-def finalize_model_grads(model: HasPool, buffers: GradBuffers, gradient_scale: float = 1.0) -> None:
-    """Completes the pool's gradients, sums all gradients over their groups and takes the loss scale out.
+def finalize_model_grads(model: StepModel, buffers: GradBuffers, gradient_scale: float = 1.0) -> None:
+    """Completes the model's gradients, sums all gradients over their groups and takes the loss scale out.
 
     To be called exactly once per optimizer step, after the last backward pass.
     """

@@ -1,7 +1,7 @@
 """Main gradients: flat fp32 buffers, one per group of ranks over which gradients are summed.
 
-With a distributed optimizer (ZeRO-1, arXiv:1910.02054) each rank of the group updates a run of the buffer's elements:
-gradients are reduced and scattered, and weights, which then lie in one flat tensor too, are gathered after the update.
+With a distributed optimizer (ZeRO-1, arXiv:1910.02054) each rank of the group updates a shard of the buffer: gradients
+are reduced and scattered, and weights, which then lie in one flat tensor too, are gathered after the update.
 """
 
 from __future__ import annotations
@@ -15,19 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_samoe.parallel_state.shard_spec import (
-    FlatPart,
-    ShardSpec,
-    get_flat_part,
-    get_shard_spec,
-    gradient_group_name,
-    is_counted_here,
-)
+from megatron_samoe.parallel_state.parameter_tag import ParameterTag, tag_of
+from megatron_samoe.parallel_state.shard_spec import FlatSlice, is_counted_here
 from megatron_samoe.parallel_state.state import Group, ParallelState
 
 DEFAULT_BUCKET_SIZE = 40_000_000
-#: Groups over which several pipeline stages sum, or whose gradients are completed when a step's passes are done.
-STAGE_CROSSING_GROUPS = frozenset((None, "pool_dp", "etp_pool_dp", "embed_dp", "stage", "etp_edp"))
 
 
 def _keep_gradient(arrived: weakref.WeakMethod[Callable[[str], None]], name: str, parameter: Tensor) -> None:
@@ -46,17 +38,17 @@ def _keep_gradient(arrived: weakref.WeakMethod[Callable[[str], None]], name: str
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank updates of one parameter: all of its local part, or a run of elements.
+    """What this rank updates of one parameter: all of its shard, or a slice of that.
 
     Attributes:
-        part: the run in the local part's elements; None for all of it, in its shape.
+        slice: which elements of the shard; None for all of it, in its shape.
         weight, grad: the elements, as views.
         counts: whether this rank stands for them in norms and checkpoints.
     """
 
     name: str
-    spec: ShardSpec
-    part: FlatPart | None
+    tag: ParameterTag
+    slice: FlatSlice | None
     weight: Tensor
     grad: Tensor
     counts: bool
@@ -69,13 +61,12 @@ class GradBuffer:
     is complete and freed; ops that know main gradients (experts) add to them directly.
 
     Args:
-        group: over which gradients are summed; None for parameters that are runs of elements already, whose gradients
-            come reduced.
-        shared_out: whether the group's ranks update a run of elements each.
+        group: over which gradients are summed; None for parameters that are slices already, whose gradients come reduced.
+        is_sharded: whether the group's ranks update a shard of the buffer each.
         overlap: whether the reduction starts as soon as the last micro-batch has left its gradients.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], group: Group | None, shared_out: bool,
+    def __init__(self, parameters: Mapping[str, nn.Parameter], group: Group | None, is_sharded: bool,
                  overlap: bool = False):  # fmt: skip
         self.parameters, self.group = dict(parameters), group
         self.overlap = overlap and group is not None and group.size > 1
@@ -83,14 +74,16 @@ class GradBuffer:
         self._num_micro_batches = 0
         self._starts_early = self.overlap
         self._started: tuple[dist.Work | None, Tensor | None] | None = None
-        self.shared_out = shared_out and group is not None and group.size > 1
+        self.is_sharded = is_sharded and group is not None and group.size > 1
         first = next(iter(parameters.values()))
         self.numel = sum(p.numel() for p in parameters.values())
-        size = group.size if self.shared_out and group is not None else 1
-        self.run = -(-self.numel // size)
+        size = group.size if self.is_sharded and group is not None else 1
+        self.shard_size = -(-self.numel // size)
         grad_dtype = torch.promote_types(first.dtype, torch.float32)
-        self.flat = torch.zeros(self.run * size, dtype=grad_dtype, device=first.device)
-        self.weights = torch.zeros(self.run * size, dtype=first.dtype, device=first.device) if self.shared_out else None
+        self.flat = torch.zeros(self.shard_size * size, dtype=grad_dtype, device=first.device)
+        self.weights = (
+            torch.zeros(self.shard_size * size, dtype=first.dtype, device=first.device) if self.is_sharded else None
+        )
         self.starts: dict[str, int] = {}
         start = 0
         for name, p in parameters.items():
@@ -122,14 +115,14 @@ class GradBuffer:
 
     def _start(self) -> None:
         assert self.group is not None and self._started is None
-        if self.shared_out:
+        if self.is_sharded:
             part = torch.empty_like(self.own(self.flat))
             self._started = self.group.start_reduce_scatter(part, self.flat), part
         else:
             self._started = self.group.start_all_reduce(self.flat), None
 
     def reduce(self) -> None:
-        """Sums the buffer over its group; where elements are shared out, this rank's run only."""
+        """Sums the buffer over its group; of a sharded buffer this rank's shard only."""
         if self.group is None:
             return
         if self._started is None:
@@ -143,32 +136,32 @@ class GradBuffer:
             self.own(self.flat).copy_(part)
 
     def gather_weights(self) -> None:
-        """Takes in the runs of weights that other ranks have updated."""
+        """Takes in the shards of weights that other ranks have updated."""
         if self.weights is not None and self.group is not None:
             self.weights.copy_(self.group.all_gather(self.own(self.weights).clone()))
 
     def own(self, flat: Tensor) -> Tensor:
-        """Returns this rank's run of a flat tensor."""
-        if not self.shared_out or self.group is None:
+        """Returns this rank's shard of a flat tensor."""
+        if not self.is_sharded or self.group is None:
             return flat
-        return flat[self.run * self.group.rank : self.run * (self.group.rank + 1)]
+        return flat[self.shard_size * self.group.rank : self.shard_size * (self.group.rank + 1)]
 
     def pieces(self, state: ParallelState) -> list[Piece]:
         """Returns what this rank updates."""
         pieces = []
         for name, p in self.parameters.items():
-            spec, part = get_shard_spec(p), get_flat_part(p)
-            counts = is_counted_here(spec, state, shared_out=part is not None or self.shared_out)
+            tag = tag_of(p)
+            counts = is_counted_here(tag.shard, state, is_sliced=tag.slice is not None or self.is_sharded)
             if self.weights is None:
-                pieces.append(Piece(name, spec, part, p.detach(), p.main_grad, counts))  # type: ignore[attr-defined]
+                pieces.append(Piece(name, tag, tag.slice, p.detach(), p.main_grad, counts))  # type: ignore[attr-defined]
                 continue
             assert self.group is not None
             start, stop = self.starts[name], self.starts[name] + p.numel()
-            low = max(start, self.run * self.group.rank)
-            high = min(stop, self.run * (self.group.rank + 1))
+            low = max(start, self.shard_size * self.group.rank)
+            high = min(stop, self.shard_size * (self.group.rank + 1))
             if low < high:
-                run = FlatPart(tuple(p.shape), low - start, high - start)
-                pieces.append(Piece(name, spec, run, self.weights[low:high], self.flat[low:high], counts))
+                held = FlatSlice(tuple(p.shape), low - start, high - start)
+                pieces.append(Piece(name, tag, held, self.weights[low:high], self.flat[low:high], counts))
         return pieces
 
 
@@ -177,24 +170,23 @@ class GradBuffers:
 
     Args:
         parameters: by global name; those without requires_grad are left out.
-        shared_out: whether each rank updates a run of each buffer (ZeRO-1).
-        overlap: reduce buffers while the last backward passes run. The pool's and a tied embedding's wait for the end:
-            other stages' parts of their gradients arrive at other times.
+        is_sharded: whether each rank updates a shard of each buffer (ZeRO-1).
+        overlap: reduce buffers while the last backward passes run, those whose gradients are complete then.
         bucket_size: elements of a buffer, from which the next parameter starts a new one.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], state: ParallelState, shared_out: bool = False,
+        self, parameters: Mapping[str, nn.Parameter], state: ParallelState, is_sharded: bool = False,
         overlap: bool = False, bucket_size: int | None = None,
     ):  # fmt: skip
         self.buffers = [
             GradBuffer(
                 members,
-                None if name is None else state.group(name),
-                shared_out,
-                overlap=overlap and name not in STAGE_CROSSING_GROUPS,
+                None if bucket.group is None else state.group(bucket.group),
+                is_sharded,
+                overlap=overlap and bucket.completed_at == "backward",
             )
-            for name, members in _buckets(parameters, bucket_size or DEFAULT_BUCKET_SIZE)
+            for bucket, members in _buckets(parameters, bucket_size or DEFAULT_BUCKET_SIZE)
         ]
         self.parameters = {name: p for buffer in self.buffers for name, p in buffer.parameters.items()}
         self.pieces = [piece for buffer in self.buffers for piece in buffer.pieces(state)]
@@ -224,20 +216,27 @@ class GradBuffers:
             buffer.gather_weights()
 
 
-def _buckets(
-    parameters: Mapping[str, nn.Parameter], bucket_size: int
-) -> list[tuple[str | None, dict[str, nn.Parameter]]]:
-    """Returns (gradient group, parameters) of each buffer: alike in group and dtype, in the model's order."""
-    open_buckets: dict[tuple[str | None, torch.dtype], dict[str, nn.Parameter]] = {}
+@dataclass(frozen=True)
+class _Bucket:
+    """What the parameters of one buffer have in common: who sums their gradients, when these are complete, the dtype."""
+
+    group: str | None
+    completed_at: str
+    dtype: torch.dtype
+
+
+def _buckets(parameters: Mapping[str, nn.Parameter], bucket_size: int) -> list[tuple[_Bucket, dict[str, nn.Parameter]]]:
+    """Returns the parameters of each buffer, in the model's order."""
+    open_buckets: dict[_Bucket, dict[str, nn.Parameter]] = {}
     buckets = []
     for name, p in parameters.items():
         if not p.requires_grad:
             continue
-        group = None if get_flat_part(p) is not None else gradient_group_name(get_shard_spec(p))
-        key = (group, p.dtype)
+        tag = tag_of(p)
+        key = _Bucket(None if tag.slice is not None else tag.gradient_group, tag.completed_at, p.dtype)
         members = open_buckets.get(key)
         if members is None or sum(m.numel() for m in members.values()) >= bucket_size:
             members = open_buckets[key] = {}
-            buckets.append((group, members))
+            buckets.append((key, members))
         members[name] = p
     return buckets

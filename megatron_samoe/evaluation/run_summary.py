@@ -17,8 +17,8 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import refuse_wrong_numbers
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, shown
-from megatron_samoe.models.accounting import ParameterCount, count_parameters
 from megatron_samoe.parsing import parse_json
+from megatron_samoe.planning.accounting import ParameterCount, count_parameters
 
 
 @dataclass(frozen=True)

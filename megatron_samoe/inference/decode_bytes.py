@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.inference.serving import WEIGHT_BYTES, Precision, Serving
-from megatron_samoe.models.accounting import count_parameters, mlp_parameters
+from megatron_samoe.planning.accounting import count_parameters
+from megatron_samoe.planning.description import whole_model
 
 
 def expected_distinct_experts(num_experts: int, topk: int, num_tokens: int) -> float:
@@ -43,22 +43,22 @@ def step_bytes(
         serving: on-the-fly reads P banks for each expert, as if none were in its cache.
         distinct: experts hit per MoE layer, as counted; `expected_distinct_experts` if not given.
     """
-    model, moe = config.model, config.moe
-    layers, width = num_moe_layers(config), WEIGHT_BYTES[dtype]
-    count = count_parameters(config, vocab_size)
-    ffn = config.expert_ffn_size
-    bias = not model.disable_bias_linear
-    expert = mlp_parameters(model.hidden_size, ffn, model.swiglu, bias)
-    rows = ffn * (2 if model.swiglu else 1) + model.hidden_size  # with a scale each in int8
-    if distinct is None:
-        distinct = expected_distinct_experts(moe.num_experts, moe.moe_router_topk, batch) if layers else 0.0
+    model, moe, width = config.model, config.moe, WEIGHT_BYTES[dtype]
+    description, chunks = whole_model(config, vocab_size)
+    count, expert_bytes, routers = count_parameters(config, vocab_size), 0.0, 0
     banks = moe.num_expert_banks if serving == "on-the-fly" else 1
-    expert_bytes = layers * distinct * banks * (width * expert + (4 * rows if dtype == "int8" else 0))
+    for place in (place for plan in chunks for place in plan.layers if place.num_experts):
+        layer = description.layer(place).moe
+        shape, routers = layer.shape, routers + layer.router.weight.numel()
+        hit = distinct
+        if hit is None:
+            hit = expected_distinct_experts(shape.num_experts, moe.moe_router_topk, batch)
+        scales = 4 * shape.matrix_rows if dtype == "int8" else 0
+        expert_bytes += hit * banks * (width * shape.expert_parameters + scales)
     # A row of the embedding is read for each token, the whole of it only as the output matrix.
     tables = vocab_size * model.hidden_size if model.untie_embeddings_and_output_weights else 0
     if model.position_embedding_type == "learned_absolute":
         tables += model.max_positions * model.hidden_size
-    routers = layers * model.hidden_size * moe.num_experts
     others = width * (count.total - count.expert - tables - routers) + 4 * routers
     kept = 4 if dtype == "fp32" else 2
     cache = batch * context * 2 * model.num_kv_heads * model.head_dim * model.num_layers * kept

@@ -17,8 +17,8 @@ from megatron_samoe.models.norms import Norm as NormLayer
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.models.rotary import rotary_tables
 from megatron_samoe.models.transformer_layer import TransformerLayer
-from megatron_samoe.moe.combination import ROW_OF_WEIGHT
-from megatron_samoe.moe.expert_pool import combine
+from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
+from megatron_samoe.moe.sharing.combined import combine
 from megatron_samoe.ops.decode import PAGE, AttentionLayer, ExpertStack, Norm, Routing, Weight, stored
 
 

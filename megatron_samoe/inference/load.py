@@ -21,8 +21,8 @@ from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.parallel_state import backend, launcher
+from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.parallel_state.rank_grid import RankGrid
-from megatron_samoe.parallel_state.shard_spec import get_flat_part, get_shard_spec
 from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
 from megatron_samoe.pipeline_parallel.p2p_communication import open_channel
 from megatron_samoe.pipeline_parallel.schedules import Pipeline
@@ -95,9 +95,7 @@ def load_model(
     tokenizer = _tokenizer(config.data, directory, tokenizer_model)
     vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
     model = build_model(config, vocab_size, parallel)
-    tensors = {
-        n: sharded(p, get_shard_spec(p), parallel, get_flat_part(p)) for n, p in model.global_parameters().items()
-    }
+    tensors = {n: sharded(p, tag_of(p).shard, parallel, tag_of(p).slice) for n, p in model.global_parameters().items()}
     store.load_checkpoint(directory, tensors, parallel)
     model.eval().requires_grad_(False)
     if combine:

@@ -87,7 +87,7 @@ def convert_weights(model: RankModel, dtype: Precision) -> None:
     if wanted == model.dtype:
         return
     for name, parameter in model.named_parameters():
-        kept = "router" in name or name.startswith("expert_pool") or name.endswith("moe.combination")
+        kept = "router" in name or name.startswith("expert_pool") or name.endswith(".coefficients")
         if parameter.dtype == model.dtype and not kept:
             parameter.data = parameter.data.to(wanted)
     model.dtype = wanted
@@ -101,14 +101,14 @@ def _serve(model: RankModel, serving: Serving) -> None:
     if serving == "selected":
         selected = selected_banks(model)
         assert selected is not None
-        model.combination = SelectedExperts(model, selected)  # type: ignore[assignment]
+        model.lender = SelectedLender(model, selected)
         return
     model.combine_per("step" if serving == "folded" else "layer")
     model.begin_step()
 
 
-class SelectedExperts:
-    """Lends each layer the experts of the one bank that it takes, as they lie in the pool; see `moe.Combination`."""
+class SelectedLender:
+    """Lends each layer the experts of the one bank that it takes, as they lie in the pool; see `moe.sharing.way.ExpertLender`."""
 
     def __init__(self, model: RankModel, selected: dict[int, OneBank]):
         pool = model.expert_pool

@@ -21,7 +21,7 @@ from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.rank_model import RankModel
-from megatron_samoe.moe.combination import normalize_coefficients
+from megatron_samoe.moe.sharing.coefficients import normalize_coefficients
 from megatron_samoe.ops.decode import PAGE
 
 #: auto: selected where one bank serves each layer, else folded where it fits into memory, else on the fly.
@@ -48,7 +48,7 @@ def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pag
         num_pages: of the key-value cache.
     """
     config, width = model.config, WEIGHT_BYTES[dtype]
-    shared_out = model.expert_pool is not None and model.expert_pool.is_shared_out
+    is_sharded = model.expert_pool is not None and model.expert_pool.is_sharded
     own = {id(p) for p in ([] if model.expert_pool is None else model.expert_pool.parameters())}
     others = sum(p.numel() for p in model.parameters() if id(p) not in own)
     # Weights that stay as they are take nothing.
@@ -60,7 +60,7 @@ def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pag
         return {"folded": converted + cache}
     shapes = model.expert_pool.shapes().values()
     one_bank = sum(math.prod(shape[1:]) for shape in shapes)
-    banks = 0 if dtype == "fp32" and not shared_out else width * config.moe.num_expert_banks * one_bank
+    banks = 0 if dtype == "fp32" and not is_sharded else width * config.moe.num_expert_banks * one_bank
     expert = one_bank * model.state.ep.size // config.moe.num_experts
     return {
         "folded": converted + cache + width * len(model.moe_layers()) * one_bank,
@@ -87,7 +87,7 @@ def coefficients_of(model: RankModel) -> dict[int, torch.Tensor]:
     """Returns the weights of banks, [2, G, P] by MoE layer, of this rank's layers."""
     normalization = model.config.moe.samoe_normalization
     return {
-        layer.moe.moe_index: normalize_coefficients(layer.moe.combination.detach(), normalization)
+        layer.moe.moe_index: normalize_coefficients(layer.moe.experts.coefficients.detach(), normalization)
         for layer in model.moe_layers()
     }
 

@@ -30,8 +30,8 @@ from megatron_samoe.interop.edited_model import FRACTIONS, POOL, moe_layers, sou
 from megatron_samoe.interop.inspect_numbers import statistics
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.rank_model import RankModel, compute_dtype
-from megatron_samoe.moe.combination import normalize_coefficients
-from megatron_samoe.parallel_state.shard_spec import get_shard_spec, set_shard_spec
+from megatron_samoe.moe.sharing.coefficients import normalize_coefficients
+from megatron_samoe.parallel_state.parameter_tag import set_tag, tag_of
 from megatron_samoe.parallel_state.state import single_process_state
 
 Evidence = Literal["start", "moments", "seed"]
@@ -168,8 +168,7 @@ class InitialValues:
         """Returns a parameter's first value."""
         shape = self._parameters[name]
         parameter = nn.Parameter(torch.empty(shape.shape, dtype=shape.dtype), requires_grad=False)
-        parameter.init = shape.init  # type: ignore[attr-defined]
-        set_shard_spec(parameter, get_shard_spec(shape))
+        set_tag(parameter, tag_of(shape))
         initialize_parameters({name: parameter}, single_process_state(), self._seed)
         return parameter.data
 

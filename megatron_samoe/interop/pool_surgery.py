@@ -34,7 +34,7 @@ from megatron_samoe.interop.edited_model import (
     source_config,
 )
 from megatron_samoe.interop.gram import inner_products
-from megatron_samoe.moe.combination import ROW_OF_WEIGHT
+from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 
 Granularity = Literal["layer", "expert"]
 

@@ -29,8 +29,8 @@ from megatron_samoe.interop.edited_model import (
 )
 from megatron_samoe.interop.gram import bank_inner_products
 from megatron_samoe.interop.pool_surgery import default_pool_fields
-from megatron_samoe.moe.combination import ROW_OF_WEIGHT, normalize_coefficients
-from megatron_samoe.moe.expert_pool import combine
+from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, normalize_coefficients
+from megatron_samoe.moe.sharing.combined import combine
 
 Scale = Literal["keep", "one"]
 

@@ -39,8 +39,9 @@ from megatron_samoe.interop.edited_model import (
     source_config,
 )
 from megatron_samoe.interop.gram import inner_products
-from megatron_samoe.models.transformer_layer import expert_shape
-from megatron_samoe.moe.combination import ROW_OF_WEIGHT, bank_std_factor, initial_coefficients
+from megatron_samoe.models.blueprint import expert_shape
+from megatron_samoe.models.layer_layout import all_layers
+from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, bank_std_factor, initial_coefficients
 from megatron_samoe.tensor_parallel.random import derived_seed
 
 #: Spread of router logits at the start where it would change the loss.
@@ -236,7 +237,7 @@ def _add_new_experts(
     edited: EditedModel, source: GlobalTensors, config: PretrainConfig, layers: list[int], options: UpcycleOptions
 ) -> None:
     """Random w1 and nothing else: what routed experts add is 0 until w2 has learnt."""
-    moe, shape = config.moe, expert_shape(config)
+    moe, shape = config.moe, expert_shape(config, all_layers(config)[layers[0]])
     up = (2, shape.ffn_size) if shape.activation == "swiglu" else (shape.ffn_size,)
     inner = {"w1": (*up, shape.hidden_size), "b1": up, "w2": (shape.hidden_size, shape.ffn_size),
              "b2": (shape.hidden_size,)}  # fmt: skip

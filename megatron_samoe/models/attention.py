@@ -12,8 +12,9 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.models.norms import Norm
 from megatron_samoe.models.rotary import apply_rotary
 from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.parallel_state.parameter_tag import Init
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.tensor_parallel.layers import ColumnParallelLinear, Init, RowParallelLinear
+from megatron_samoe.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_samoe.tensor_parallel.random import recompute
 
 
@@ -53,7 +54,7 @@ class SelfAttention(nn.Module):
         )  # fmt: skip
         self.output = RowParallelLinear(
             heads * head_dim, config.hidden_size, bias=not config.disable_bias_linear,
-            init=Init(std=config.init_method_std / (2 * config.num_layers) ** 0.5), state=state, dtype=dtype,
+            init=Init(std=config.output_init_std), state=state, dtype=dtype,
         )  # fmt: skip
         self.q_norm = Norm(config, head_dim, state, dtype, split_input=True) if config.qk_layernorm else None
         self.k_norm = Norm(config, head_dim, state, dtype, split_input=True) if config.qk_layernorm else None
@@ -73,12 +74,13 @@ class SelfAttention(nn.Module):
             q_TAD, k_TGD, v_TGD = (t.flatten(0, 1) for t in (q_BSAD, k_BSGD, v_BSGD))
             return self.output(context.cache.attend(self.layer, q_TAD, k_TGD, v_TGD))
         core = (q_BSAD, k_BSGD, v_BSGD, inputs, context)
-        y_TF = recompute(self._core, *core) if self.recompute_core and context.training else self._core(*core)
+        y_TF = recompute(self.core, *core) if self.recompute_core and context.training else self.core(*core)
         return self.output(y_TF)
 
-    def _core(
+    def core(
         self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
     ) -> Tensor:
+        """Returns attention's output [T, A * D] before its projection, from rotated queries and keys."""
         dropout = self.config.attention_dropout if context.training else 0.0
         query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
         arguments = {
@@ -94,3 +96,26 @@ class SelfAttention(nn.Module):
                 torch.manual_seed(context.random.attention_seed(self.layer, self.tensor_rank))
                 y_BASD = F.scaled_dot_product_attention(query, key, value, **arguments)
         return y_BASD.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def core_flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the two products with keys and values, half of a sequence long on average."""
+        model = self.config
+        return 2.0 * 2 * model.num_attention_heads * model.head_dim * model.seq_length / 2
+
+    def flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the forward pass, over all tensor-parallel ranks."""
+        return self.qkv.flops_per_token() + self.output.flops_per_token() + self.core_flops_per_token()
+
+    def kept_bytes(self, tokens: int) -> int:
+        """Returns the bytes that autograd keeps: the gathered input, queries, keys and values in one tensor, and the output;
+        copies of queries and keys where they are normed or rotated; the sums of the fused kernel."""
+        model, weight = self.config, self.output.weight
+        size, head_dim = weight.element_size(), model.head_dim
+        kv_heads = self.qkv.weight.shape[0]
+        heads = kv_heads * self.queries_per_kv
+        rotary = model.position_embedding_type == "rope"
+        copies = (heads + kv_heads) * (rotary + model.qk_layernorm)
+        if not copies and heads > kv_heads:
+            copies = heads  # queries that share keys are copied out of the projection
+        elements = model.hidden_size + (2 * heads + 2 * kv_heads + copies) * head_dim
+        return tokens * (elements * size + (0 if self.recompute_core else 4 * heads))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.models.attention import AttentionInputs, document_mask
+from megatron_samoe.models.blueprint import Blueprint
 from megatron_samoe.models.layer_layout import StagePlan
 from megatron_samoe.models.norms import Norm
 from megatron_samoe.models.rotary import rotary_tables
 from megatron_samoe.models.transformer_layer import TransformerLayer
-from megatron_samoe.moe.expert_pool import Combination
+from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEStats
-from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
 from megatron_samoe.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_samoe.tensor_parallel.layers import (
-    Init,
     VocabParallelEmbedding,
     new_parameter,
     padded_vocab_size,
@@ -33,21 +35,16 @@ class Embedding(nn.Module):
         words_only: hold only the token embedding, as the last stage of a pipeline does that shares it with the first.
     """
 
-    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype,
-                 words_only: bool = False):  # fmt: skip
+    def __init__(self, blueprint: Blueprint, words_only: bool = False):
         super().__init__()
+        model, state = blueprint.config.model, blueprint.state
         self.state = state
-        model = config.model
-        init = Init(std=model.init_method_std)
-        padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by)
-        family = "dense" if model.untie_embeddings_and_output_weights else "embedding"
-        self.word = VocabParallelEmbedding(
-            vocab_size, padded, model.hidden_size, init=init, state=state, dtype=dtype, family=family
-        )
+        self.word = _words(blueprint, "dense" if model.untie_embeddings_and_output_weights else "embedding")
         self.position = None
         if model.position_embedding_type == "learned_absolute" and not words_only:
             shape = (model.max_positions, model.hidden_size)
-            self.position = new_parameter(shape, token_wise_spec(state), init, state, dtype)
+            tag = ParameterTag(token_wise_spec(state), Init(std=model.init_method_std))
+            self.position = new_parameter(shape, tag, state, blueprint.dtype)
         self.dropout = model.hidden_dropout
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor, context: ForwardContext) -> Tensor:
@@ -68,33 +65,22 @@ class GPTStage(nn.Module):
     Layers are named by their index in the whole model, so that parameter names do not depend on the layout.
     """
 
-    def __init__(self, config: PretrainConfig, plan: StagePlan, num_moe_layers: int, vocab_size: int,
-                 state: ParallelState, dtype: torch.dtype):  # fmt: skip
+    def __init__(self, blueprint: Blueprint, plan: StagePlan):
         super().__init__()
+        config, state = blueprint.config, blueprint.state
         self.config, self.state = config, state
         self.is_first, self.is_last = plan.has_embedding, plan.has_head
         tied = not config.model.untie_embeddings_and_output_weights
         if self.is_first or (self.is_last and tied):
-            self.embedding = Embedding(config, vocab_size, state, dtype, words_only=not self.is_first)
-        self.layers = nn.ModuleDict(
-            {str(place.index): TransformerLayer(config, place, num_moe_layers, state, dtype) for place in plan.layers}
-        )
+            self.embedding = Embedding(blueprint, words_only=not self.is_first)
+        self.layers = nn.ModuleDict({str(place.index): TransformerLayer(blueprint, place) for place in plan.layers})
         if self.is_last:
-            model = config.model
-            self.final_norm = Norm(model, model.hidden_size, state, dtype)
-            if model.untie_embeddings_and_output_weights:
-                padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by)
-                self.output = VocabParallelEmbedding(
-                    vocab_size,
-                    padded,
-                    model.hidden_size,
-                    init=Init(std=model.init_method_std),
-                    state=state,
-                    dtype=dtype,
-                )
+            self.final_norm = Norm(config.model, config.model.hidden_size, state, blueprint.dtype)
+            if not tied:
+                self.output = _words(blueprint, "dense")
 
     def forward(
-        self, x: Tensor, context: ForwardContext, pool: Combination | None, positions_BS: Tensor | None = None,
+        self, x: Tensor, context: ForwardContext, lender: ExpertLender, positions_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
     ) -> tuple[Tensor, list[MoEStats]]:  # fmt: skip
         """Returns the stage's output and the statistics of its MoE layers.
@@ -121,7 +107,7 @@ class GPTStage(nn.Module):
         )
         all_stats = []
         for number, layer in enumerate(self.layers.values()):
-            arguments = (x, inputs, context, pool)
+            arguments = (x, inputs, context, lender)
             x, stats = recompute(layer, *arguments) if self._recomputes(number, context) else layer(*arguments)
             if stats is not None:
                 all_stats.append(stats)
@@ -138,6 +124,31 @@ class GPTStage(nn.Module):
         return self._head().logits(self.final_norm(x_TH))
 
     def _recomputes(self, number: int, context: ForwardContext) -> bool:
-        training = self.config.training
-        limit = training.recompute_num_layers
-        return context.training and training.recompute_granularity == "full" and (limit is None or number < limit)
+        return context.training and is_recomputed(self.config, number)
+
+    def head_flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the output matrix in a forward pass, over all tensor-parallel ranks."""
+        return 2.0 * self._head().weight.numel() * self.state.tp.size
+
+    def head_kept_bytes(self, tokens: int) -> int:
+        """Returns the bytes of one micro-batch's head: normed input, logits, fp32 probabilities, and their gradient."""
+        weight = self._head().weight
+        local_tokens = tokens // self.state.tp.size if self.state.sequence_parallel else tokens
+        hidden, size = weight.shape[1], weight.element_size()
+        return (tokens + local_tokens) * hidden * size + tokens * self._head().num_used_rows * (size + 8)
+
+
+def _words(blueprint: Blueprint, family: Literal["dense", "embedding"]) -> VocabParallelEmbedding:
+    model = blueprint.config.model
+    padded = padded_vocab_size(blueprint.vocab_size, model.make_vocab_size_divisible_by)
+    return VocabParallelEmbedding(
+        blueprint.vocab_size, padded, model.hidden_size, init=Init(std=model.init_method_std), state=blueprint.state,
+        dtype=blueprint.dtype, family=family,
+    )  # fmt: skip
+
+
+def is_recomputed(config: PretrainConfig, number: int) -> bool:
+    """Whether a stage's layer of this number keeps only its input."""
+    training = config.training
+    limit = training.recompute_num_layers
+    return training.recompute_granularity == "full" and (limit is None or number < limit)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from megatron_samoe.parallel_state.shard_spec import ShardSpec, get_flat_part, get_shard_spec
+from megatron_samoe.parallel_state.parameter_tag import Init, tag_of
+from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.tensor_parallel.layers import Init
 from megatron_samoe.tensor_parallel.random import derived_seed
 
 
@@ -23,11 +23,11 @@ def initialize_parameters(parameters: Mapping[str, nn.Parameter], state: Paralle
     time, so that a rank draws only its own.
     """
     for name, parameter in parameters.items():
-        init: Init = parameter.init  # type: ignore[attr-defined]
+        tag = tag_of(parameter)
+        init, spec, part = tag.init, tag.shard, tag.slice
         if init.kind != "normal":
             parameter.fill_(1.0 if init.kind == "ones" else 0.0)
             continue
-        spec, part = get_shard_spec(parameter), get_flat_part(parameter)
         shape = part.shape if part is not None else tuple(parameter.shape)
         start, stop = (part.start, part.stop) if part is not None else (0, parameter.numel())
         num_whole = part.num_whole_dims if part is not None else 0

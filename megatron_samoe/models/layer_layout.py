@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_samoe.config.derived import parse_moe_layer_freq, parse_stage_layout, virtual_stages
+from megatron_samoe.config.derived import (
+    experts_per_layer,
+    parse_moe_layer_freq,
+    parse_stage_layout,
+    virtual_stages,
+)
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 
@@ -16,10 +21,12 @@ class LayerPlace:
     Attributes:
         index: among all layers.
         moe_index: among MoE layers, or None for a layer with a dense MLP.
+        num_experts: routed experts (E); 0 for a layer with a dense MLP.
     """
 
     index: int
-    moe_index: int | None
+    moe_index: int | None = None
+    num_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,10 @@ def all_layers(config: PretrainConfig) -> tuple[LayerPlace, ...]:
     """Returns the layers of the whole model in order."""
     num_layers = config.model.num_layers
     if config.moe.expert_layout == "dense":
-        return tuple(LayerPlace(i, None) for i in range(num_layers))
-    places, moe_index = [], 0
-    for i, is_moe in enumerate(parse_moe_layer_freq(config.moe.moe_layer_freq, num_layers)):
-        places.append(LayerPlace(i, moe_index if is_moe else None))
-        moe_index += is_moe
-    return tuple(places)
+        return tuple(LayerPlace(i) for i in range(num_layers))
+    is_moe = parse_moe_layer_freq(config.moe.moe_layer_freq, num_layers)
+    moe_layers = iter(enumerate(experts_per_layer(config.moe, sum(is_moe))))
+    return tuple(LayerPlace(i, *next(moe_layers)) if moe else LayerPlace(i) for i, moe in enumerate(is_moe))
 
 
 def stage_plans(config: PretrainConfig) -> tuple[StagePlan, ...]:

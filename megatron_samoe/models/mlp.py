@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.ops.grouped_mlp import Activation
+from megatron_samoe.parallel_state.parameter_tag import Init
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.tensor_parallel.layers import ColumnParallelLinear, Init, RowParallelLinear
+from megatron_samoe.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
 def activation_of(config: ModelConfig) -> Activation:
@@ -45,3 +46,18 @@ class MLP(nn.Module):
             gate, up = h.chunk(2, -1)
             return self.fc2(nn.functional.silu(gate) * up)
         return self.fc2(nn.functional.gelu(h, approximate="tanh"))
+
+    def flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the forward pass, over all tensor-parallel ranks."""
+        return self.fc1.flops_per_token() + self.fc2.flops_per_token()
+
+    def inner_bytes(self, tokens: int) -> int:
+        """Returns the bytes of inner tensors that autograd keeps: SiLU-gated ones keep both halves, the gate's SiLU, and
+        the product."""
+        weight = self.fc2.weight
+        return tokens * (4 if self.gated else 2) * weight.shape[1] * weight.element_size()
+
+    def kept_bytes(self, tokens: int) -> int:
+        """Returns the same with the gathered input."""
+        weight = self.fc2.weight
+        return self.inner_bytes(tokens) + tokens * weight.shape[0] * weight.element_size()

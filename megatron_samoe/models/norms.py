@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.parallel_state.parameter_tag import ONES, ParameterTag
 from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.tensor_parallel.layers import ONES, ZEROS, new_parameter, token_wise_spec
+from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
 
 
 class Norm(nn.Module):
@@ -26,12 +27,17 @@ class Norm(nn.Module):
         super().__init__()
         self.epsilon = config.norm_epsilon
         spec = ShardSpec(partial=("tp",)) if split_input else token_wise_spec(state)
-        self.weight = new_parameter((size,), spec, ONES, state, dtype)
+        self.weight = new_parameter((size,), ParameterTag(spec, ONES), state, dtype)
         has_bias = config.normalization == "LayerNorm"
-        self.bias = new_parameter((size,), spec, ZEROS, state, dtype) if has_bias else None
+        self.bias = new_parameter((size,), ParameterTag(spec), state, dtype) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x normalised over its last dim."""
         if self.bias is None:
             return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+    def kept_bytes(self, vectors: int) -> int:
+        """Returns the bytes that autograd keeps of so many vectors: a fused norm's input and fp32 statistics."""
+        statistics = 1 if self.bias is None else 2
+        return vectors * (self.weight.numel() * self.weight.element_size() + 4 * statistics)

@@ -1,4 +1,4 @@
-"""Everything of the model that one rank holds: its stages and, if experts are shared, its part of the pool."""
+"""Everything of the model that one rank holds: its stages, and its part of what MoE layers share."""
 
 from __future__ import annotations
 
@@ -9,47 +9,61 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megatron_samoe.config.derived import num_moe_layers
-from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.models.blueprint import Blueprint, ModelParts
 from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.initialize import initialize_parameters
-from megatron_samoe.models.layer_layout import moe_layers_of, rank_plans
-from megatron_samoe.models.transformer_layer import TransformerLayer, expert_shape, output_init_std
-from megatron_samoe.moe.branch_scale import branch_scale
-from megatron_samoe.moe.expert_pool import ExpertPool, LayerCombination, StepCombination, make_combination
+from megatron_samoe.models.layer_layout import rank_plans
+from megatron_samoe.models.transformer_layer import TransformerLayer
+from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.parallel_state.state import ParallelState
 
+#: What checkpoints, which are older than some words here, know parameters as.
+STORED_NAMES = ((re.compile(r"^chunks\.\d+\."), ""), (re.compile(r"\.moe\.experts\.coefficients$"), ".moe.combination"))
+
+
+def stored_name(name: str) -> str:
+    """Returns a parameter's global name: the same in every layout, and in every checkpoint."""
+    for pattern, replacement in STORED_NAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
 
 class RankModel(nn.Module):
-    """The rank's chunks (one, or several with virtual pipeline stages) and the one pool that it lends to them."""
+    """The rank's chunks (one, or several with virtual pipeline stages) and what their MoE layers share.
 
-    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype):
+    The model owns what is shared and lends it to its layers in every call. Held by every layer, it would stand in
+    `state_dict()` many times, and its gradient would be reduced before all layers have added theirs.
+    """
+
+    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype,
+                 parts: ModelParts | None = None):  # fmt: skip
         super().__init__()
         self.config, self.state, self.vocab_size, self.dtype = config, state, vocab_size, dtype
-        self.num_moe_layers = num_moe_layers(config)
-        self.chunks = nn.ModuleList(
-            GPTStage(config, plan, self.num_moe_layers, vocab_size, state, dtype)
-            for plan in rank_plans(config, state.pp.rank)
-        )
-        self.expert_pool: ExpertPool | None = None
-        self.combination: StepCombination | LayerCombination | None = None
-        if config.moe.has_pool:
-            stds = (config.model.init_method_std, output_init_std(config) * branch_scale(config).routed)
-            self.expert_pool = ExpertPool(config.moe, expert_shape(config), *stds, state, dtype)
-            self.combination = self._combination(config.moe)
+        self.parts = parts or ModelParts()
+        blueprint = Blueprint(config, vocab_size, state, dtype, self.parts)
+        #: Routed experts of each MoE layer of the whole model.
+        self.num_experts = tuple(shape.num_experts for shape in blueprint.expert_shapes)
+        self.statistics = blueprint.statistics
+        self.chunks = nn.ModuleList(GPTStage(blueprint, plan) for plan in rank_plans(config, state.pp.rank))
+        self.expert_pool = blueprint.sharing.shared_part()
+        self.lender = self._make_lender(blueprint)
 
     def combine_per(self, when: Literal["step", "layer"]) -> None:
         """Combines the pool's banks from now on once per step or layer by layer, whatever was configured."""
-        if self.combination is not None:
-            self.combination = self._combination(replace(self.config.moe, samoe_combine=when))
+        moe = replace(self.config.moe, samoe_combine=when)
+        config = replace(self.config, moe=moe)
+        self.lender = self._make_lender(Blueprint(config, self.vocab_size, self.state, self.dtype, self.parts))
 
-    def _combination(self, moe: MoEConfig) -> StepCombination | LayerCombination:
-        assert self.expert_pool is not None
-        coefficients = {layer.moe.moe_index: layer.moe.combination for layer in self.moe_layers()}
-        layers_of_stage = tuple(moe_layers_of(self.config, stage) for stage in range(self.state.pp.size))
-        return make_combination(moe, self.expert_pool, coefficients, self.state, self.dtype, layers_of_stage)
+    def _make_lender(self, blueprint: Blueprint) -> ExpertLender:
+        layer_parts = {layer.moe.moe_index: layer.moe.experts for layer in self.moe_layers()}
+        return blueprint.sharing.lender(layer_parts, self.expert_pool)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers of the whole model."""
+        return len(self.num_experts)
 
     def moe_layers(self) -> list[TransformerLayer]:
         """Returns this rank's MoE layers in order."""
@@ -57,24 +71,22 @@ class RankModel(nn.Module):
 
     def global_parameters(self) -> dict[str, nn.Parameter]:
         """Returns parameters under names that are the same in every layout."""
-        return {re.sub(r"^chunks\.\d+\.", "", name): p for name, p in self.named_parameters()}
+        return {stored_name(name): p for name, p in self.named_parameters()}
 
     def begin_step(self) -> None:
-        """Makes the pool's current weights take effect; to be called after they change and before a forward pass."""
-        if self.combination is not None:
-            self.combination.begin_step()
+        """Makes shared experts' current weights take effect; to be called after they change and before a forward pass."""
+        self.lender.begin_step()
 
     def finish_step(self) -> None:
-        """Completes this rank's gradients of the pool, before they are reduced."""
-        if self.combination is not None:
-            self.combination.finish_step()
+        """Completes this rank's gradients of shared experts, before they are reduced."""
+        self.lender.finish_step()
 
     def forward(
         self, x: Tensor, context: ForwardContext, positions_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None, chunk: int = 0,
     ) -> tuple[Tensor, list[MoEStats]]:  # fmt: skip
         """Returns what a chunk makes of its input, and the statistics of its MoE layers: see `GPTStage.forward`."""
-        return self.chunks[chunk](x, context, self.combination, positions_BS, document_ids_BS)
+        return self.chunks[chunk](x, context, self.lender, positions_BS, document_ids_BS)
 
     def loss(self, logits_TV: Tensor, labels_BS: Tensor) -> Tensor:
         """Returns loss_T, on the last stage."""
@@ -87,14 +99,16 @@ def compute_dtype(config: PretrainConfig) -> torch.dtype:
 
 
 def build_model(
-    config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype | None = None
-) -> RankModel:
+    config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype | None = None,
+    parts: ModelParts | None = None,
+) -> RankModel:  # fmt: skip
     """Returns this rank's model with initial weights.
 
     Args:
         vocab_size: tokens that exist, before padding.
         dtype: of weights and activations; the configured precision if not given.
+        parts: other parts than the package's own.
     """
-    model = RankModel(config, vocab_size, state, dtype or compute_dtype(config))
+    model = RankModel(config, vocab_size, state, dtype or compute_dtype(config), parts)
     initialize_parameters(model.global_parameters(), state, config.training.seed)
     return model

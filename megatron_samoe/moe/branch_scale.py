@@ -37,15 +37,15 @@ def router_init_std(config: PretrainConfig) -> float:
     return config.model.hidden_size**-0.5 if std is None else std
 
 
-def branch_scale(config: PretrainConfig) -> BranchScale:
-    """Returns the factors that --moe-scale-output-init asks for."""
+def branch_scale(config: PretrainConfig, num_experts: int) -> BranchScale:
+    """Returns the factors that --moe-scale-output-init asks for in a layer of so many experts."""
     moe, mlp_size = config.moe, config.model.mlp_size
     if not moe.moe_scale_output_init:
         return BranchScale(1.0, 1.0)
     # The router sees normalised tokens, of length sqrt(H).
     logit_std = router_init_std(config) * config.model.hidden_size**0.5
     squares = mean_squared_weights(
-        moe.num_experts, moe.moe_router_topk, moe.moe_router_score_function == "sigmoid", moe.pre_softmax, logit_std
+        num_experts, moe.moe_router_topk, moe.moe_router_score_function == "sigmoid", moe.pre_softmax, logit_std
     )
     active = moe.moe_router_topk * config.expert_ffn_size + (moe.moe_shared_expert_intermediate_size or 0)
     ratio = mlp_size / max(active, 1)

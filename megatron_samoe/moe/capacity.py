@@ -7,33 +7,34 @@ not depend on how sequences are spread over micro-batches and ranks.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.moe import MoEConfig
 
-
-def expert_capacity(slots_per_sequence: int, config: MoEConfig) -> int:
+def expert_capacity(slots_per_sequence: int, num_experts: int, factor: float) -> int:
     """Returns the most tokens of one sequence that one expert takes: ceil(factor * S * K / E), at least 1."""
-    assert config.moe_expert_capacity_factor is not None
-    return max(1, math.ceil(config.moe_expert_capacity_factor * slots_per_sequence / config.num_experts))
+    return max(1, math.ceil(factor * slots_per_sequence / num_experts))
 
 
-def drop_over_capacity(ids_TK: Tensor, probs_TK: Tensor, capacity: int, batch_size: int, config: MoEConfig) -> Tensor:
+def drop_over_capacity(
+    ids_TK: Tensor, probs_TK: Tensor, capacity: int, batch_size: int, num_experts: int,
+    policy: Literal["probs", "position"],
+) -> Tensor:  # fmt: skip
     """Returns ids_TK with -1 where a token is over its expert's capacity.
 
     Experts keep their most probable tokens, or those that stand first (all first choices before all second choices).
     """
     num_tokens, topk = ids_TK.shape
     sequence_T = torch.arange(num_tokens, device=ids_TK.device).div(num_tokens // batch_size, rounding_mode="floor")
-    queue_N = (ids_TK + config.num_experts * sequence_T[:, None]).t().flatten()
-    if config.moe_token_drop_policy == "probs":
+    queue_N = (ids_TK + num_experts * sequence_T[:, None]).t().flatten()
+    if policy == "probs":
         order_N = probs_TK.detach().t().flatten().argsort(descending=True, stable=True)
         order_N = order_N[queue_N[order_N].argsort(stable=True)]
     else:
         order_N = queue_N.argsort(stable=True)
-    lengths = torch.bincount(queue_N, minlength=batch_size * config.num_experts)
+    lengths = torch.bincount(queue_N, minlength=batch_size * num_experts)
     starts = lengths.cumsum(0) - lengths
     place_N = torch.empty_like(queue_N)
     place_N[order_N] = torch.arange(queue_N.numel(), device=queue_N.device) - starts[queue_N[order_N]]

@@ -1,4 +1,4 @@
-"""Expert weights: their shapes and places over ranks, and the experts that one layer owns itself."""
+"""Expert weights: their shapes and places over ranks."""
 
 from __future__ import annotations
 
@@ -7,27 +7,47 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights, grouped_mlp
+from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights
+from megatron_samoe.parallel_state.parameter_tag import ZEROS, Init, ParameterTag
 from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.tensor_parallel.layers import ZEROS, Init, new_parameter
+from megatron_samoe.tensor_parallel.layers import new_parameter
 
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Global sizes of the routed experts of one layer, or of one bank of the pool."""
+    """Global sizes of the routed experts of one layer, or of one bank of the pool, and how wide they begin.
+
+    Attributes:
+        init_std, output_init_std: spread of the first values of w1 and w2.
+    """
 
     num_experts: int
     hidden_size: int
     ffn_size: int
     activation: Activation
     bias: bool
+    init_std: float = 0.02
+    output_init_std: float = 0.02
 
-    def parameters(
-        self, num_banks: int | None, init_std: float, output_init_std: float, state: ParallelState, dtype: torch.dtype
-    ) -> dict[str, nn.Parameter]:
+    @property
+    def matrix_elements(self) -> int:
+        """Elements of one expert's two matrices."""
+        return (3 if self.activation == "swiglu" else 2) * self.ffn_size * self.hidden_size
+
+    @property
+    def matrix_rows(self) -> int:
+        """Rows of one expert's two matrices, each of which has a scale of its own in int8."""
+        return (2 if self.activation == "swiglu" else 1) * self.ffn_size + self.hidden_size
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one expert."""
+        return self.matrix_elements + (self.matrix_rows if self.bias else 0)
+
+    def parameters(self, num_banks: int | None, state: ParallelState, dtype: torch.dtype) -> dict[str, nn.Parameter]:
         """Returns w1, w2 and maybe b1, b2: experts split over ep, F over etp; a leading bank dim for the pool."""
         E, H, F = self.num_experts, self.hidden_size, self.ffn_size
         up = (2, F) if self.activation == "swiglu" else (F,)
@@ -36,20 +56,23 @@ class ExpertShape:
         d = len(leading)
         by_expert, f_dim = (d, "ep"), d + len(up)
         inner = (by_expert, (f_dim, "etp"))
-        indexed = d + 1
-        parameters = {
-            "w1": ((*leading, E, *up, H), ShardSpec(family, inner), Init(std=init_std, num_indexed_dims=indexed)),
-            "w2": (
-                (*leading, E, H, F),
-                ShardSpec(family, (by_expert, (d + 2, "etp"))),
-                Init(std=output_init_std, num_indexed_dims=indexed),
-            ),
-        }
+
+        def make(shape: tuple[int, ...], spec: ShardSpec, init: Init) -> nn.Parameter:
+            # All stages use a bank, so its gradient is whole when all of them are done.
+            completed_at: Literal["backward", "step_end"] = "backward" if num_banks is None else "step_end"
+            tag = ParameterTag(spec, init, completed_at, is_routed_expert=True)
+            return new_parameter((*leading, E, *shape), tag, state, dtype)
+
+        made = {
+            "w1": make((*up, H), ShardSpec(family, inner), Init(std=self.init_std, num_indexed_dims=d + 1)),
+            "w2": make((H, F), ShardSpec(family, (by_expert, (d + 2, "etp"))),
+                       Init(std=self.output_init_std, num_indexed_dims=d + 1)),
+        }  # fmt: skip
         if self.bias:
-            parameters["b1"] = ((*leading, E, *up), ShardSpec(family, inner), ZEROS)
+            made["b1"] = make(up, ShardSpec(family, inner), ZEROS)
             # Every expert-tensor rank holds the output bias, one adds it: gradients are parts of a sum.
-            parameters["b2"] = ((*leading, E, H), ShardSpec(family, (by_expert,), partial=("etp",)), ZEROS)
-        return {name: new_parameter(*made, state, dtype) for name, made in parameters.items()}
+            made["b2"] = make((H,), ShardSpec(family, (by_expert,), partial=("etp",)), ZEROS)
+        return made
 
 
 def weights_of(parameters: Mapping[str, nn.Parameter] | nn.ParameterDict) -> ExpertWeights:
@@ -68,23 +91,3 @@ def main_grads_of(parameters: Mapping[str, nn.Parameter] | nn.ParameterDict) -> 
 def without_repeated_bias(weights: ExpertWeights, state: ParallelState) -> ExpertWeights:
     """Returns the weights as this rank applies them: results are summed over expert-tensor ranks, the bias only once."""
     return weights if state.etp.rank == 0 else replace(weights, b2=None)
-
-
-class OwnExperts(nn.Module):
-    """The experts of a standard MoE layer: parameters of that layer alone."""
-
-    def __init__(self, shape: ExpertShape, init_std: float, output_init_std: float, state: ParallelState,
-                 dtype: torch.dtype):  # fmt: skip
-        super().__init__()
-        for name, parameter in shape.parameters(None, init_std, output_init_std, state, dtype).items():
-            self.register_parameter(name, parameter)
-        self.activation, self.state = shape.activation, state
-
-    def forward(self, x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
-        """Returns y_RH; see `types.Experts`."""
-        parameters = dict(self.named_parameters())
-        weights = without_repeated_bias(weights_of(parameters), self.state)
-        grads = main_grads_of(parameters)
-        if grads is not None:
-            grads = without_repeated_bias(grads, self.state)
-        return grouped_mlp(x_RH, rows_per_expert, weights, self.activation, grads)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Protocol
+
 from torch import Tensor, nn
 
-from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
-from megatron_samoe.moe.combination import coefficient_init, coefficient_spec
-from megatron_samoe.moe.expert_pool import Combination
-from megatron_samoe.moe.experts import ExpertShape, OwnExperts
+from megatron_samoe.moe.balance import attach_loss
 from megatron_samoe.moe.router import Router
-from megatron_samoe.moe.routing_losses import attach_loss
-from megatron_samoe.moe.types import ForwardContext, MoEStats
+from megatron_samoe.moe.sharing.way import ExpertLender
+from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.tensor_parallel.layers import new_parameter
 from megatron_samoe.tensor_parallel.mappings import (
     copy_to_tensor_parallel_region,
     enter_tensor_parallel_region,
@@ -24,46 +21,53 @@ from megatron_samoe.tensor_parallel.mappings import (
 )
 
 
+class SharedExpert(Protocol):
+    """An MLP that every token passes, and what it costs."""
+
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        """Returns y_TH."""
+        ...
+
+    def flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the forward pass."""
+        ...
+
+    def inner_bytes(self, tokens: int) -> int:
+        """Returns the bytes that autograd keeps besides the input."""
+        ...
+
+    def kept_bytes(self, tokens: int) -> int:
+        """Returns the same with the input."""
+        ...
+
+
 class MoELayer(nn.Module):
-    """Routed experts, own or borrowed from the pool, and an optional shared expert.
+    """Routed experts, lent by whoever keeps them, and an optional shared expert.
 
     Args:
-        shape: global sizes of the routed experts.
-        layer, moe_index, num_moe_layers: place among all layers, among MoE layers, and the number of those.
+        router: decides for all tokens.
+        experts: what the layer itself owns of its experts; see `sharing.way`.
         shared_expert: maps x_TH to y_TH for every token.
         dispatch_chunks: parts in which tokens travel to experts and back, one behind the experts of another.
         overlap_shared_expert: compute the shared expert while tokens travel.
     """
 
     def __init__(
-        self, config: MoEConfig, shape: ExpertShape, *, init_std: float, output_init_std: float, router_init_std: float,
-        layer: int, moe_index: int, num_moe_layers: int, shared_expert: nn.Module | None, state: ParallelState, dtype: torch.dtype,
-        dispatch_chunks: int = 1, overlap_shared_expert: bool = False,
+        self, place: MoEPlace, router: Router, experts: nn.Module, shared_expert: SharedExpert | None,
+        state: ParallelState, dispatch_chunks: int = 1, overlap_shared_expert: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.moe_index = moe_index
-        self.state = state
-        self.router = Router(config, shape.hidden_size, router_init_std, layer, moe_index, state, dtype)
-        self.dispatcher = AllToAllDispatcher(config.num_experts, state.ep, dispatch_chunks)
+        self.moe_index, self.shape, self.state = place.moe_index, place.shape, state
+        self.router = router
+        self.dispatcher = AllToAllDispatcher(place.shape.num_experts, state.ep, dispatch_chunks)
         self.overlaps = dispatch_chunks > 1 or overlap_shared_expert
         assert state.ep.size > 1 or not self.overlaps
         self.shared_expert = shared_expert
-        if config.has_pool:
-            groups = config.num_experts if config.samoe_granularity == "expert" else 1
-            self.combination = new_parameter(
-                (2, groups, config.num_expert_banks),
-                coefficient_spec(config),
-                coefficient_init(config, moe_index, num_moe_layers),
-                state,
-                torch.promote_types(dtype, torch.float32),
-            )
-            self.combination.requires_grad_(not config.samoe_freeze_coefficients)
-        else:
-            self.experts = OwnExperts(shape, init_std, output_init_std, state, dtype)
+        self.experts = experts
 
-    def forward(self, x_TH: Tensor, context: ForwardContext, pool: Combination | None) -> tuple[Tensor, MoEStats]:
-        """Returns y_TH and the layer's statistics; `pool` lends the experts where the layer owns none."""
-        experts = self.experts if pool is None else pool.experts(self.moe_index)
+    def forward(self, x_TH: Tensor, context: ForwardContext, lender: ExpertLender) -> tuple[Tensor, MoEStats]:
+        """Returns y_TH and the layer's statistics."""
+        experts = lender.experts(self.moe_index)
         routing = self.router(x_TH, context)
         probs_TK = routing.probs_TK
         if routing.auxiliary_loss is not None:
@@ -106,3 +110,31 @@ class MoELayer(nn.Module):
         if self.state.etp.size == self.state.tp.size:
             return leave_tensor_parallel_region(y_TH, self.state)
         return y_TH if self.state.sequence_parallel else gather_tokens(y_TH, self.state.tp)
+
+    def flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the forward pass, over all ranks that a token meets."""
+        shared = 0.0 if self.shared_expert is None else self.shared_expert.flops_per_token()
+        routed = self.router.experts_per_token * self.shape.matrix_elements
+        return 2.0 * (self.router.weight.numel() + routed) + shared
+
+    def kept_bytes(self, tokens: int, element_bytes: int) -> int:
+        """Returns the bytes that autograd keeps of a micro-batch, with experts evenly loaded.
+
+        Permuting keeps no input. The router keeps its own in fp32, a shared expert the gathered one; experts keep their
+        first product and make activations again.
+        """
+        state, shape, tp = self.state, self.shape, self.state.tp.size
+        local_tokens = tokens // tp if state.sequence_parallel else tokens
+        routed_tokens = tokens if state.etp.size == tp else tokens // tp
+        topk = self.router.experts_per_token
+        rows = int(routed_tokens * topk)
+        up = (2 if shape.activation == "swiglu" else 1) * shape.ffn_size // state.etp.size
+        inner = rows * (up + 2 * shape.hidden_size) * element_bytes
+        router = 4 * (int(tokens * (2 * shape.num_experts + topk)) + local_tokens * shape.hidden_size)
+        indices = 8 * (int(routed_tokens * (2 * topk + 1)) + 2 * rows)
+        total = inner + router + indices
+        if self.shared_expert is not None:
+            kept_by_router = element_bytes == 4 and local_tokens == tokens
+            shared = self.shared_expert
+            total += shared.inner_bytes(tokens) if kept_by_router else shared.kept_bytes(tokens)
+        return total

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.moe.balance import BalanceStrategy
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
-from megatron_samoe.moe.routing_losses import auxiliary_loss, balance_sum
-from megatron_samoe.moe.types import ForwardContext, MoEStats
-from megatron_samoe.ops.topk_gate import topk_gate
+from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
+from megatron_samoe.ops.topk_gate import GateResult, topk_gate
+from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.tensor_parallel.layers import Init, new_parameter, token_wise_spec
+from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
 from megatron_samoe.tensor_parallel.mappings import gather_tokens
 
 
@@ -37,56 +40,59 @@ class Routing:
 class Router(nn.Module):
     """Scores tokens against E expert vectors, in fp32 whatever the model's dtype, and takes the best K.
 
-    All tensor-parallel ranks route all tokens alike.
-
-    Args:
-        layer: index of the transformer layer, which seeds its noise.
-        moe_index: index among MoE layers, the row of load statistics.
+    All tensor-parallel ranks route all tokens alike. Another way to choose overrides `select`.
     """
 
-    def __init__(self, config: MoEConfig, hidden_size: int, init_std: float, layer: int, moe_index: int,
-                 state: ParallelState, dtype: torch.dtype):  # fmt: skip
+    #: Numbers of each statistic besides counts, which has one for each expert.
+    statistics: ClassVar[Mapping[str, int]] = {"z_sum": 1, "dropped": 1}
+
+    def __init__(self, config: MoEConfig, place: MoEPlace, balance: BalanceStrategy, state: ParallelState,
+                 dtype: torch.dtype):  # fmt: skip
         super().__init__()
-        self.config, self.layer, self.moe_index, self.state = config, layer, moe_index, state
+        self.config, self.place, self.balance, self.state = config, place, balance, state
         dtype = torch.promote_types(dtype, torch.float32)
-        shape = (config.num_experts, hidden_size)
-        self.weight = new_parameter(shape, token_wise_spec(state), Init(std=init_std), state, dtype)
+        shape = (place.shape.num_experts, place.shape.hidden_size)
+        tag = ParameterTag(token_wise_spec(state), Init(std=place.router_init_std))
+        self.weight = new_parameter(shape, tag, state, dtype)
+
+    @property
+    def experts_per_token(self) -> float:
+        """Experts that a token visits on average."""
+        return self.config.moe_router_topk
+
+    def select(self, logits_TE: Tensor, num_sequences: int) -> GateResult:
+        """Returns the choice of T tokens, which are so many whole sequences; see `ops.topk_gate.described`."""
+        config = self.config
+        return topk_gate(
+            logits_TE, config.moe_router_topk, config.moe_router_score_function, config.pre_softmax, num_sequences
+        )
 
     def forward(self, x_TH: Tensor, context: ForwardContext) -> Routing:
         """Returns the routing of T = B * S tokens, also where x_TH is this rank's share of them."""
-        config = self.config
+        config, num_experts = self.config, self.place.shape.num_experts
         x_TH = x_TH.to(self.weight.dtype)
         if context.training and config.moe_input_jitter_eps:
             x_TH = self._jitter(x_TH, context)
         logits_TE = F.linear(x_TH, self.weight)
         if self.state.sequence_parallel:
             logits_TE = gather_tokens(logits_TE, self.state.tp)
-        gate = topk_gate(
-            logits_TE,
-            config.moe_router_topk,
-            config.moe_router_score_function,
-            config.pre_softmax,
-            num_groups=context.batch_size,
-        )
-        ids_TK = gate.ids_TK
+        gate = self.select(logits_TE, context.batch_size)
+        chosen_TK = ids_TK = gate.ids_TK
         if context.training and config.moe_expert_capacity_factor is not None:
-            capacity = expert_capacity(ids_TK.numel() // context.batch_size, config)
-            ids_TK = drop_over_capacity(ids_TK, gate.probs_TK, capacity, context.batch_size, config)
-        balance = balance_sum(gate, config.balance_group_size if context.training else 1, self.state.dp)
-        stats = MoEStats(
-            moe_index=self.moe_index,
-            counts_E=gate.counts_GE.sum(0),
-            z_sum=gate.z_sum.detach(),
-            balance=balance.detach(),
-            num_dropped=(ids_TK < 0).sum(),
-        )
-        loss = auxiliary_loss(gate, balance, config, context) if context.training else None
-        return Routing(ids_TK, gate.probs_TK, loss, stats)
+            slots = ids_TK.numel() // context.batch_size
+            capacity = expert_capacity(slots, num_experts, config.moe_expert_capacity_factor)
+            ids_TK = drop_over_capacity(
+                ids_TK, gate.probs_TK, capacity, context.batch_size, num_experts, config.moe_token_drop_policy
+            )
+        loss, sums = self.balance(gate, context)
+        sums |= {"counts": gate.counts_GE.sum(0), "z_sum": gate.z_sum.detach()}
+        sums["dropped"] = ((ids_TK < 0) & (chosen_TK >= 0)).sum()
+        return Routing(ids_TK, gate.probs_TK, loss, MoEStats(self.place.moe_index, sums))
 
     def _jitter(self, x_TH: Tensor, context: ForwardContext) -> Tensor:
         assert context.random is not None
         eps = self.config.moe_input_jitter_eps
         parts, part = (self.state.tp.size, self.state.tp.rank) if self.state.sequence_parallel else (1, 0)
         shape = (x_TH.shape[0] * parts // context.batch_size, x_TH.shape[1])
-        noise = context.random.uniform(shape, x_TH.device, self.layer, "jitter").chunk(parts)[part]
+        noise = context.random.uniform(shape, x_TH.device, self.place.layer, "jitter").chunk(parts)[part]
         return x_TH * noise.mul_(2 * eps).add_(1 - eps).to(x_TH.dtype)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.tensor_parallel.random import SampleRandom
 
 
@@ -41,27 +43,59 @@ class ForwardContext:
 
 
 @dataclass(frozen=True)
+class MoEPlace:
+    """One MoE layer of the model.
+
+    Attributes:
+        layer, moe_index: its place among all layers, which seeds noise, and among MoE layers.
+        shape: global sizes of its routed experts.
+        router_init_std: spread of the router's first weights.
+    """
+
+    layer: int
+    moe_index: int
+    shape: ExpertShape
+    router_init_std: float
+
+
+@dataclass(frozen=True)
 class MoEStats:
     """Sums over the micro-batch's tokens of one MoE layer, detached; sums of sums describe a global batch.
 
     Attributes:
         moe_index: of the layer, among all MoE layers.
-        counts_E: tokens that chose each expert, before dropping.
-        z_sum: sum of squared log-sum-exp of logits.
-        balance: sum over sequences of E * sum_e f_e P_e, with f of the sequences that are balanced together.
-        num_dropped: routed tokens over an expert's capacity.
+        sums: by name, as the model's `StatisticsLayout` lists them.
     """
 
     moe_index: int
-    counts_E: Tensor
-    z_sum: Tensor
-    balance: Tensor
-    num_dropped: Tensor
+    sums: Mapping[str, Tensor]
 
-    def as_row(self) -> Tensor:
-        """Returns [E + 3] in fp64, so that all layers' sums travel in one tensor."""
-        scalars = torch.stack((self.z_sum.double(), self.balance.double(), self.num_dropped.double()))
-        return torch.cat((self.counts_E.double(), scalars))
+
+@dataclass(frozen=True)
+class StatisticsLayout:
+    """Where named statistics stand in one row per MoE layer, so that all layers' sums travel in one tensor.
+
+    Attributes:
+        sizes: numbers of each statistic, the same for all layers of a model.
+    """
+
+    sizes: Mapping[str, int]
+
+    def zeros(self, num_layers: int, device: torch.device) -> Tensor:
+        """Returns rows [L, all sizes] in fp64."""
+        return torch.zeros(num_layers, sum(self.sizes.values()), dtype=torch.float64, device=device)
+
+    def add(self, rows: Tensor, stats: MoEStats) -> None:
+        """Adds one layer's sums to its row; a layer with fewer experts than others leaves the rest at zero."""
+        start = 0
+        for name, size in self.sizes.items():
+            values = stats.sums[name].reshape(-1)
+            rows[stats.moe_index, start : start + len(values)] += values
+            start += size
+
+    def named(self, rows: Tensor) -> dict[str, Tensor]:
+        """Returns [L, size] by name."""
+        return dict(zip(self.sizes, rows.split(tuple(self.sizes.values()), dim=1), strict=True))
 
 
 class Experts(Protocol):

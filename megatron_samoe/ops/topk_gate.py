@@ -95,3 +95,19 @@ def topk_gate(
     if logits_TE.dtype == torch.float32 and extension.serves(logits_TE, cuda=True):
         return GateResult(*_TopkGate.apply(logits_TE.contiguous(), topk, sigmoid, pre_softmax, num_groups))
     return GateResult(*reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, num_groups))
+
+
+def described(logits_TE: Tensor, ids_TK: Tensor, probs_TK: Tensor, num_groups: int) -> GateResult:
+    """Returns the result of a choice that was made elsewhere: its counts, and the sums over a softmax of all logits.
+
+    Args:
+        ids_TK: up to K chosen experts of each token; -1, with a weight of 0, where a token has fewer.
+    """
+    num_tokens, num_experts = logits_TE.shape
+    group_TK = torch.arange(num_tokens, device=ids_TK.device).div(num_tokens // num_groups, rounding_mode="floor")[
+        :, None
+    ]
+    slots = (ids_TK + num_experts * group_TK)[ids_TK >= 0]
+    counts_GE = torch.bincount(slots, minlength=num_groups * num_experts).view(num_groups, num_experts)
+    scores_GE = logits_TE.softmax(-1).view(num_groups, -1, num_experts).sum(1)
+    return GateResult(probs_TK, ids_TK, counts_GE, scores_GE, logits_TE.logsumexp(-1).square().sum())

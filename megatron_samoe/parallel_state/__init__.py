@@ -1,7 +1,8 @@
 """Ranks, groups, and how parameters lie over them."""
 
+from megatron_samoe.parallel_state.parameter_tag import ParameterTag, set_tag, tag_of
 from megatron_samoe.parallel_state.rank_grid import RankGrid
-from megatron_samoe.parallel_state.shard_spec import ShardSpec, get_shard_spec, set_shard_spec
+from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import (
     Group,
     ParallelState,
@@ -12,10 +13,11 @@ from megatron_samoe.parallel_state.state import (
 __all__ = [
     "Group",
     "ParallelState",
+    "ParameterTag",
     "RankGrid",
     "ShardSpec",
-    "get_shard_spec",
     "initialize_model_parallel",
-    "set_shard_spec",
+    "set_tag",
     "single_process_state",
+    "tag_of",
 ]

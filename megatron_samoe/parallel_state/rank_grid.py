@@ -87,6 +87,16 @@ class RankGrid:
             members.setdefault(key, []).append(rank)
         return [tuple(ranks) for ranks in members.values()]
 
-    def size(self, name: str) -> int:
-        """Returns the number of ranks in the first instance of a named group."""
-        return len(self.groups(name)[0])
+    def place(self, name: str, rank: int) -> tuple[int, int]:
+        """Returns the size of a rank's group of that name and its place in it, without listing any ranks."""
+        grid, varying = GROUPS[name]
+        position, size, place = self.coordinates(rank, grid), 1, 0
+        for axis, length in self.axes(grid).items():
+            if axis not in varying:
+                continue
+            own = position[axis]
+            if name == "embed_dp" and axis == "pp":  # the first and the last stage; those between stand alone
+                is_outer = own in (0, self.pp - 1)
+                length, own = (min(self.pp, 2), 1 if 0 < own else 0) if is_outer else (1, 0)
+            place, size = place + own * size, size * length
+        return size, place

@@ -1,8 +1,4 @@
-"""What a parameter is, globally: one frozen tag from which everything distributed about it is derived.
-
-Gradient groups, de-duplication in norms, checkpoint offsets and layout-independent initial values all follow from the
-tag, so that no other attribute of a parameter says anything about layouts.
-"""
+"""How a parameter lies over the ranks: which shard of the whole tensor each holds, and which slice of that shard."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.parallel_state.state import Group, ParallelState
@@ -51,21 +47,21 @@ class ShardSpec:
         return tuple(shape)
 
     def offsets(self, local_shape: torch.Size | tuple[int, ...], state: ParallelState) -> tuple[int, ...]:
-        """Returns where this rank's part begins in the whole tensor."""
+        """Returns where this rank's shard begins in the whole tensor."""
         start = [0] * len(local_shape)
         for dim, axis in self.partition:
             start[dim] = local_shape[dim] * state.group(axis).rank
         return tuple(start)
 
     def local_slice(self, whole: Tensor, state: ParallelState) -> Tensor:
-        """Returns this rank's part of a whole tensor, as a view."""
+        """Returns this rank's shard of a whole tensor, as a view."""
         for dim, axis in self.partition:
             group = state.group(axis)
             whole = whole.chunk(group.size, dim)[group.rank]
         return whole
 
     def replica_axes(self, state: ParallelState) -> set[str]:
-        """Returns the axes along which ranks hold the same part."""
+        """Returns the axes along which ranks hold the same shard."""
         own_grid = "dense" if self.family in ("dense", "embedding") else "expert"
         axes = set(state.grid.axes(own_grid)) - {axis for _, axis in self.partition}
         if self.family not in ("pool", "embedding"):
@@ -74,14 +70,14 @@ class ShardSpec:
 
 
 @dataclass(frozen=True)
-class FlatPart:
-    """A run of elements of this rank's part of a parameter, flattened: what a rank holds when ranks that would hold
-    replicas share the elements out.
+class FlatSlice:
+    """Consecutive elements of this rank's shard of a parameter, flattened: what a rank holds where ranks that would hold
+    replicas hold a slice each.
 
     Attributes:
-        shape: of the rank's part, before flattening.
-        start, stop: the run; empty where start = stop.
-        num_whole_dims: leading dims that are not flattened: the run is taken of each of their indices alike.
+        shape: of the rank's shard, before flattening.
+        start, stop: the elements; none where start = stop.
+        num_whole_dims: leading dims that are not flattened: the slice is taken of each of their indices alike.
     """
 
     shape: tuple[int, ...]
@@ -90,12 +86,12 @@ class FlatPart:
     num_whole_dims: int = 0
 
     @staticmethod
-    def of_rank(shape: tuple[int, ...], group: Group, num_whole_dims: int = 0) -> FlatPart:
-        """Returns this member's run when a group shares a tensor out evenly; the last runs may be short or empty."""
+    def of_rank(shape: tuple[int, ...], group: Group, num_whole_dims: int = 0) -> FlatSlice:
+        """Returns this member's slice where a group holds a shard in even slices; the last may be short or empty."""
         total = math.prod(shape[num_whole_dims:])
         size = -(-total // group.size)
         start, stop = min(size * group.rank, total), min(size * (group.rank + 1), total)
-        return FlatPart(tuple(shape), start, stop, num_whole_dims)
+        return FlatSlice(tuple(shape), start, stop, num_whole_dims)
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -103,7 +99,7 @@ class FlatPart:
         return self.shape[: self.num_whole_dims]
 
     def boxes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Returns (offsets, sizes) of the fewest boxes that make up the run, in its order."""
+        """Returns (offsets, sizes) of the fewest boxes that make up the slice, in its order."""
         inner = _boxes(self.shape[self.num_whole_dims :], self.start, self.stop)
         ones = (1,) * self.num_whole_dims
         return [
@@ -135,18 +131,13 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[in
     return boxes
 
 
-def get_flat_part(parameter: Tensor) -> FlatPart | None:
-    """Returns the run of elements that a parameter holds, or None where it holds this rank's whole part."""
-    return getattr(parameter, "flat_part", None)
-
-
-def is_counted_here(spec: ShardSpec, state: ParallelState, shared_out: bool) -> bool:
+def is_counted_here(spec: ShardSpec, state: ParallelState, is_sliced: bool) -> bool:
     """Whether this rank stands for the elements it holds in norms and checkpoints.
 
     Args:
-        shared_out: whether the ranks over which gradients are summed hold different elements.
+        is_sliced: whether the ranks over which gradients are summed hold different elements.
     """
-    axes = spec.replica_axes(state) - (set(spec.gradient_axes) if shared_out else set())
+    axes = spec.replica_axes(state) - (set(spec.gradient_axes) if is_sliced else set())
     return all(state.group(axis).rank == 0 for axis in axes)
 
 
@@ -159,14 +150,3 @@ def gradient_group_name(spec: ShardSpec) -> str:
         if tuple(sorted(axes)) == spec.gradient_axes:
             return name
     raise AssertionError(f"no process group spans {spec.gradient_axes}")
-
-
-def set_shard_spec(parameter: nn.Parameter, spec: ShardSpec) -> nn.Parameter:
-    """Tags a parameter and returns it."""
-    parameter.shard_spec = spec  # type: ignore[attr-defined]
-    return parameter
-
-
-def get_shard_spec(parameter: Tensor) -> ShardSpec:
-    """Returns a parameter's tag; every parameter of a model has one."""
-    return parameter.shard_spec  # type: ignore[attr-defined]

@@ -82,7 +82,7 @@ class Group:
     """
 
     name: str
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
     rank: int
     handle: dist.ProcessGroup | None = None
     exchange: RowExchange | None = None
@@ -206,6 +206,15 @@ def single_process_state(device: torch.device | str = "cpu") -> ParallelState:
     """Returns the state of a world of one rank; needs no torch.distributed."""
     groups = {name: Group(name, (0,), 0) for name in GROUPS}
     return ParallelState(RankGrid(1), 0, torch.device(device), **groups)  # type: ignore[arg-type]
+
+
+def planned_state(grid: RankGrid, rank: int, sequence_parallel: bool = False) -> ParallelState:
+    """Returns the state of a rank in a world that does not exist: groups have sizes, not ranks, and tensors no storage."""
+    groups = {}
+    for name in GROUPS:
+        size, place = grid.place(name, rank)
+        groups[name] = Group(name, range(size), place)
+    return ParallelState(grid, rank, torch.device("meta"), sequence_parallel=sequence_parallel, **groups)
 
 
 def initialize_model_parallel(

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings split over tensor-parallel ranks, and the making of tagged parameters.
+"""Linear layers and embeddings split over tensor-parallel ranks, and parameters that carry a tag.
 
 Hidden states are flat, [T, H] with T = B * S tokens, everywhere between embedding and loss.
 """
@@ -6,50 +6,28 @@ Hidden states are flat, [T, H] with T = B * S tokens, everywhere between embeddi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_samoe.parallel_state.shard_spec import ShardSpec, set_shard_spec
+from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag, set_tag
+from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.mappings import enter_tensor_parallel_region, leave_tensor_parallel_region
 
 
-@dataclass(frozen=True)
-class Init:
-    """How a parameter begins; `initialize_parameters` applies it when the parameter's global name is known.
-
-    Attributes:
-        std: of a normal distribution; only with kind "normal".
-        mean: of the same; a number, or this rank's part as a tensor.
-        num_indexed_dims: leading dims whose every index has a seed of its own, so that a rank makes only the experts
-            it holds.
-    """
-
-    kind: Literal["normal", "zeros", "ones"] = "normal"
-    std: float = 0.0
-    mean: float | Tensor = 0.0
-    num_indexed_dims: int = 0
-
-
-ZEROS, ONES = Init("zeros"), Init("ones")
-
-
 def new_parameter(
-    global_shape: tuple[int, ...], spec: ShardSpec, init: Init, state: ParallelState, dtype: torch.dtype
+    global_shape: tuple[int, ...], tag: ParameterTag, state: ParallelState, dtype: torch.dtype
 ) -> nn.Parameter:
-    """Returns an uninitialised parameter with this rank's part of a global shape, tagged with its spec and init."""
+    """Returns an uninitialised parameter with this rank's shard of a global shape, and its tag."""
     shape = list(global_shape)
-    for dim, axis in spec.partition:
+    for dim, axis in tag.shard.partition:
         size = state.group(axis).size
         assert shape[dim] % size == 0, f"dim {dim} of {global_shape} does not divide over {axis} = {size}"
         shape[dim] //= size
-    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=state.device))
-    parameter.init = init  # type: ignore[attr-defined]
-    return set_shard_spec(parameter, spec)
+    return set_tag(nn.Parameter(torch.empty(shape, dtype=dtype, device=state.device)), tag)
 
 
 def token_wise_spec(state: ParallelState) -> ShardSpec:
@@ -73,14 +51,18 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.state = state
         spec = ShardSpec(partition=((partition_dim, "tp"),))
-        self.weight = new_parameter((*out_dims, in_features), spec, init, state, dtype)
-        self.bias = new_parameter(out_dims, spec, ZEROS, state, dtype) if bias else None
+        self.weight = new_parameter((*out_dims, in_features), ParameterTag(spec, init), state, dtype)
+        self.bias = new_parameter(out_dims, ParameterTag(spec), state, dtype) if bias else None
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Returns [T, local outputs]."""
         x_TH = enter_tensor_parallel_region(x_TH, self.state)
         bias = None if self.bias is None else self.bias.flatten()
         return F.linear(x_TH, self.weight.flatten(0, -2), bias)
+
+    def flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the forward pass, over all tensor-parallel ranks."""
+        return 2.0 * self.weight.numel() * self.state.tp.size
 
 
 class RowParallelLinear(nn.Module):
@@ -92,8 +74,8 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.state = state
         spec = ShardSpec(partition=((1, "tp"),))
-        self.weight = new_parameter((out_features, in_features), spec, init, state, dtype)
-        self.bias = new_parameter((out_features,), token_wise_spec(state), ZEROS, state, dtype) if bias else None
+        self.weight = new_parameter((out_features, in_features), ParameterTag(spec, init), state, dtype)
+        self.bias = new_parameter((out_features,), ParameterTag(token_wise_spec(state)), state, dtype) if bias else None
 
     def forward(self, x_TF: Tensor) -> Tensor:
         """Returns [T, out_features]."""
@@ -101,6 +83,10 @@ class RowParallelLinear(nn.Module):
             return F.linear(x_TF, self.weight, self.bias)
         y_TH = leave_tensor_parallel_region(F.linear(x_TF, self.weight), self.state)
         return y_TH if self.bias is None else y_TH + self.bias
+
+    def flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the forward pass, over all tensor-parallel ranks."""
+        return 2.0 * self.weight.numel() * self.state.tp.size
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -117,8 +103,10 @@ class VocabParallelEmbedding(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.state = state
-        spec = ShardSpec(family, partition=((0, "tp"),))
-        self.weight = new_parameter((padded_vocab_size, hidden_size), spec, init, state, dtype)
+        # The first and the last stage each have a part of a tied table's gradient.
+        completed_at: Literal["backward", "step_end"] = "step_end" if family == "embedding" else "backward"
+        tag = ParameterTag(ShardSpec(family, partition=((0, "tp"),)), init, completed_at)
+        self.weight = new_parameter((padded_vocab_size, hidden_size), tag, state, dtype)
         rows = self.weight.shape[0]
         self.first_id = rows * state.tp.rank
         self.num_used_rows = max(0, min(rows, vocab_size - self.first_id))

@@ -17,7 +17,7 @@ from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.optimizer.schedule import learning_rate
-from megatron_samoe.parallel_state.shard_spec import get_flat_part, get_shard_spec
+from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import PLAIN_KEYS, TrainState
 
@@ -37,8 +37,7 @@ EXPERT_FRACTIONS = "training.expert_fractions"
 def model_state(model: RankModel) -> dict[str, list[ShardedTensor]]:
     """Returns the model's parameters."""
     return {
-        name: sharded(p, get_shard_spec(p), model.state, get_flat_part(p))
-        for name, p in model.global_parameters().items()
+        name: sharded(p, tag_of(p).shard, model.state, tag_of(p).slice) for name, p in model.global_parameters().items()
     }
 
 
@@ -50,7 +49,7 @@ def optimizer_state(setup: TrainSetup) -> dict[str, list[ShardedTensor]]:
         if name in optimizer.own_masters():
             tensors["master"] = optimizer.masters[name]
         for kind, tensor in tensors.items():
-            parts = sharded(tensor, piece.spec, setup.parallel, piece.part, piece.counts)
+            parts = sharded(tensor, piece.tag.shard, setup.parallel, piece.slice, piece.counts)
             state[f"optimizer.{kind}.{name}"] = parts
     return state
 
@@ -227,7 +226,7 @@ def _of_other_precision(
         if master in own and master not in stored:
             other[name] = own.pop(master)
         elif master not in own and master in stored:
-            other[master] = sharded(piece.weight, piece.spec, setup.parallel, piece.part, piece.counts)
+            other[master] = sharded(piece.weight, piece.tag.shard, setup.parallel, piece.slice, piece.counts)
     missing = sorted(name.split(".", 2)[2] for name in own if name not in stored and ".exp_avg." in name)
     if missing:
         raise CheckpointError(

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_samoe.models.accounting import train_flops_per_token
 from megatron_samoe.parallel_state.state import WaitClock
+from megatron_samoe.planning.accounting import train_flops_per_token
 from megatron_samoe.training.evaluate import EvaluatedLoss
 from megatron_samoe.training.moe_diagnostics import MoEDiagnostics
 from megatron_samoe.training.setup import TrainSetup

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from megatron_samoe.moe.types import ForwardContext, MoEStats
+from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.pipeline_parallel.schedule_plan import Plan
 from megatron_samoe.pipeline_parallel.schedules import run_plan
 from megatron_samoe.training.setup import TrainSetup
@@ -23,30 +22,24 @@ def run_micro_batches(
     """Runs a plan over micro-batches and returns their routing, summed.
 
     Returns:
-        [L, E + 3] as in `MoEStats.as_row`, zero for MoE layers of other stages; None for a dense model.
+        A row for each MoE layer as the model's `statistics` say, zero for those of other stages; None for a dense model.
     """
-    model, moe = setup.model, setup.config.moe
-    rows = None
+    model, rows = setup.model, None
     if model.num_moe_layers:
-        shape = (model.num_moe_layers, moe.num_experts + 3)
-        rows = torch.zeros(shape, dtype=torch.float64, device=setup.parallel.device)
+        rows = model.statistics.zeros(model.num_moe_layers, setup.parallel.device)
 
     def forward(chunk: int, number: int, x: Tensor | None) -> Tensor:
         batch, stage = batches[number], model.chunks[chunk]
-        y, stats = model(
+        y, all_stats = model(
             batch["tokens"] if x is None else x, contexts[number], batch.get("position_ids"), batch.get("document_ids"),
             chunk=chunk,
         )  # fmt: skip
-        _add_rows(rows, stats)
+        for stats in all_stats:
+            assert rows is not None
+            model.statistics.add(rows, stats)
         if not stage.is_last:
             return y
         return take_losses(number, batch, model.loss(y, batch["labels"]) * batch["loss_mask"].flatten())
 
     run_plan(plan, setup.pipeline, forward, setup.boundary(contexts[0].batch_size) if contexts else setup.boundary(1))
     return rows
-
-
-def _add_rows(rows: Tensor | None, all_stats: Sequence[MoEStats]) -> None:
-    for stats in all_stats:
-        assert rows is not None
-        rows[stats.moe_index] += stats.as_row()

@@ -1,4 +1,4 @@
-"""Per-layer views of the experts: load, gradient norm of each, combination coefficients (--moe-per-layer-logging)."""
+"""Per-layer views of the experts: load, gradient norm of each, coefficients (--moe-per-layer-logging)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_samoe.moe.combination import normalize_coefficients
-from megatron_samoe.moe.expert_pool import StepCombination
 from megatron_samoe.moe.experts import main_grads_of
+from megatron_samoe.moe.sharing.coefficients import normalize_coefficients
+from megatron_samoe.moe.sharing.combined import StepLender
+from megatron_samoe.moe.sharing.own import OwnLender
 from megatron_samoe.ops.grouped_mlp import ExpertWeights
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.train_step import RoutingStats
@@ -46,10 +47,11 @@ def expert_grad_norms(setup: TrainSetup, gradient_scale: float) -> Tensor | None
     layers = _layer_gradients(setup)
     if layers is None:
         return None
-    experts = setup.config.moe.num_experts // setup.parallel.ep.size
+    experts = setup.config.moe.most_experts // setup.parallel.ep.size
     squares_Le = torch.zeros(setup.model.num_moe_layers, experts, dtype=torch.float64, device=setup.parallel.device)
     for moe_index, grads in layers.items():
-        squares_Le[moe_index] = _squared_norms(grads, setup)
+        squares_e = _squared_norms(grads, setup)
+        squares_Le[moe_index, : len(squares_e)] = squares_e
     setup.parallel.pp.all_reduce(setup.parallel.etp.all_reduce(squares_Le))
     squares_eL = setup.parallel.ep.all_gather(squares_Le.t().contiguous())
     return squares_eL.t().sqrt() / gradient_scale
@@ -58,12 +60,12 @@ def expert_grad_norms(setup: TrainSetup, gradient_scale: float) -> Tensor | None
 def _layer_gradients(setup: TrainSetup) -> dict[int, ExpertWeights] | None:
     """Returns this stage's gradients by index of the MoE layer; None where they are not kept."""
     model = setup.model
-    if model.combination is None:
+    if isinstance(model.lender, OwnLender):
         own = {m.moe.moe_index: main_grads_of(dict(m.moe.experts.named_parameters())) for m in model.moe_layers()}
         return {moe_index: grads for moe_index, grads in own.items() if grads is not None}
-    if not isinstance(model.combination, StepCombination):
+    if not isinstance(model.lender, StepLender):
         return None
-    grads = model.combination.layer_gradients()
+    grads = model.lender.layer_gradients()
     if grads is None:
         return {}
     return {m.moe.moe_index: grads.map(lambda t, i=i: t[i]) for i, m in enumerate(model.moe_layers())}
@@ -85,11 +87,11 @@ def make_diagnostics(setup: TrainSetup, routing: RoutingStats, grad_norms_LE: Te
     combination = None
     moe = setup.config.moe
     if moe.has_pool:
-        groups = moe.num_experts if moe.samoe_granularity == "expert" else 1
+        groups = moe.most_experts if moe.samoe_granularity == "expert" else 1
         shape = (setup.model.num_moe_layers, 2, groups, moe.num_expert_banks)
         a_L2GP = torch.zeros(shape, dtype=torch.float64, device=setup.parallel.device)
         for layer in setup.model.moe_layers():
-            a_2GP = normalize_coefficients(layer.moe.combination.detach(), moe.samoe_normalization)
+            a_2GP = normalize_coefficients(layer.moe.experts.coefficients.detach(), moe.samoe_normalization)
             if moe.samoe_granularity == "expert":
                 a_2GP = setup.parallel.ep.all_gather(a_2GP.transpose(0, 1).contiguous()).transpose(0, 1)
             a_L2GP[layer.moe.moe_index] = a_2GP

@@ -13,8 +13,8 @@ import torch
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.log import logger
-from megatron_samoe.models.memory import rank_memory
 from megatron_samoe.parallel_state.state import Group, ParallelState
+from megatron_samoe.planning.memory import rank_memory
 
 #: A rank or a group this much slower than the median is named.
 SLOW = 0.6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from megatron_samoe.errors import ReplicaDriftError
-from megatron_samoe.parallel_state.shard_spec import get_shard_spec, gradient_group_name
+from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.training.setup import TrainSetup
 
 
@@ -18,7 +18,7 @@ def check_pool_replicas(setup: TrainSetup, iteration: int) -> None:
     pool = setup.model.expert_pool
     assert pool is not None
     for name, bank in pool.bank.items():
-        group = setup.parallel.group(gradient_group_name(get_shard_spec(bank)))
+        group = setup.parallel.group(tag_of(bank).gradient_group)
         digest = hashlib.blake2b(bank.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
         digests = group.all_gather_object(digest)
         if len(set(digests)) > 1:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
@@ -15,13 +17,12 @@ from megatron_samoe.optimizer.schedule import warmup_iters
 LOW_ENTROPY, PATIENCE_STEPS = 0.5, 20
 
 
-def load_entropy(counts_LE: Tensor) -> list[float]:
-    """Returns for each layer the entropy of its experts' shares of assignments, over log E: 1 is even, 0 one expert."""
-    num_experts = counts_LE.shape[1]
-    if num_experts == 1:
-        return [1.0] * counts_LE.shape[0]
-    shares_LE = counts_LE.double() / counts_LE.sum(1, keepdim=True).clamp_min(1)
-    return (shares_LE.xlogy(shares_LE).sum(1).abs() / math.log(num_experts)).tolist()
+def load_entropy(counts_E: Tensor) -> float:
+    """Returns the entropy of a layer's experts' shares of assignments, over log E: 1 is even, 0 one expert."""
+    if len(counts_E) == 1:
+        return 1.0
+    shares_E = counts_E.double() / counts_E.sum().clamp_min(1)
+    return (shares_E.xlogy(shares_E).sum().abs() / math.log(len(counts_E))).item()
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class RouterHealth:
         return min(self.load_entropy)
 
     @staticmethod
-    def of(counts_LE: Tensor, num_tokens: int, num_dropped: float) -> RouterHealth:
-        """Returns the health of a global batch of so many tokens."""
+    def of(counts: Sequence[Tensor], num_tokens: int, num_dropped: float) -> RouterHealth:
+        """Returns the health of a global batch of so many tokens, from counts_E of each layer."""
+        together = torch.cat(list(counts))
         return RouterHealth(
-            load_entropy(counts_LE), float(counts_LE.max()) / num_tokens, int((counts_LE == 0).sum()),
-            num_dropped / max(float(counts_LE.sum()), 1.0),
+            [load_entropy(counts_E) for counts_E in counts], float(together.max()) / num_tokens,
+            int((together == 0).sum()), num_dropped / max(float(together.sum()), 1.0),
         )  # fmt: skip
 
 

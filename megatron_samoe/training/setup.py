@@ -11,6 +11,7 @@ import torch
 from megatron_samoe.config.derived import global_batch_size, num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
+from megatron_samoe.models.blueprint import ModelParts
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
 from megatron_samoe.parallel_state.state import ParallelState
@@ -59,19 +60,21 @@ class TrainSetup:
 
 
 def build_setup(
-    config: PretrainConfig, vocab_size: int, parallel: ParallelState, dtype: torch.dtype | None = None
-) -> TrainSetup:
+    config: PretrainConfig, vocab_size: int, parallel: ParallelState, dtype: torch.dtype | None = None,
+    parts: ModelParts | None = None,
+) -> TrainSetup:  # fmt: skip
     """Returns model, gradient buffers and optimizer of this rank, with initial weights.
 
     Args:
         dtype: of weights and activations, in place of the configured precision.
+        parts: other parts of the model than the package's own.
     """
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
-    model = build_model(config, vocab_size, parallel, dtype)
+    model = build_model(config, vocab_size, parallel, dtype, parts)
     layout = config.parallel
     buffers = GradBuffers(
-        model.global_parameters(), parallel, shared_out=layout.use_distributed_optimizer,
+        model.global_parameters(), parallel, is_sharded=layout.use_distributed_optimizer,
         overlap=layout.overlap_grad_reduce, bucket_size=layout.ddp_bucket_size,
     )  # fmt: skip
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
@@ -82,9 +85,9 @@ def build_setup(
 
 def initial_state(setup: TrainSetup) -> TrainState:
     """Returns the state of a run that has not begun: experts count as evenly loaded."""
-    moe = setup.config.moe
     fractions = None
     if setup.model.num_moe_layers:
-        shape = (setup.model.num_moe_layers, moe.num_experts)
-        fractions = torch.full(shape, 1 / moe.num_experts, device=setup.parallel.device)
+        most = max(setup.model.num_experts)
+        rows = [[1 / n] * n + [0.0] * (most - n) for n in setup.model.num_experts]
+        fractions = torch.tensor(rows, dtype=torch.float32, device=setup.parallel.device)
     return TrainState(0, 0, 0, LossScale.of(setup.config.training), fractions)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.distributed.finalize_model_grads import finalize_model_grads
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.optimizer.clip_grads import clip_factor, global_grad_norm
@@ -31,12 +30,14 @@ class RoutingStats:
         counts_LE: tokens that chose each expert, before dropping; on the CPU.
         load_balance_loss: mean over layers of the balance loss, unweighted: 1 is perfect balance.
         z_loss: mean over layers and tokens of the squared log-sum-exp of router logits.
+        others: means over layers and tokens of what other routers and strategies tell, by name.
     """
 
     counts_LE: Tensor
     load_balance_loss: float
     z_loss: float
     health: RouterHealth
+    others: Mapping[str, list[float]]
 
     def fractions_LE(self) -> Tensor:
         """Returns the share of routed tokens of each expert."""
@@ -164,13 +165,14 @@ def _num_loss_tokens(setup: TrainSetup, batches: Sequence[Batch]) -> int:
 
 
 def _routing_stats(rows: Tensor, setup: TrainSetup) -> RoutingStats:
-    moe: MoEConfig = setup.config.moe
-    counts_LE, rest = rows.split((moe.num_experts, 3), dim=1)
-    z_sum_L, balance_L, dropped_L = rest.unbind(1)
-    tokens = setup.tokens_per_step
+    sums, tokens = setup.model.statistics.named(rows), setup.tokens_per_step
+    counts_LE = sums.pop("counts")
+    z_sum_L, balance_L, dropped_L = (sums.pop(name)[:, 0] for name in ("z_sum", "balance", "dropped"))
+    counts = [counts_E[:n] for counts_E, n in zip(counts_LE, setup.model.num_experts, strict=True)]
     return RoutingStats(
         counts_LE,
         load_balance_loss=balance_L.mean().item() / setup.batch_size,
         z_loss=(z_sum_L / tokens).mean().item(),
-        health=RouterHealth.of(counts_LE, tokens, dropped_L.sum().item()),
+        health=RouterHealth.of(counts, tokens, dropped_L.sum().item()),
+        others={name: (values / tokens).mean(0).tolist() for name, values in sums.items()},
     )

@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("optimizer",),
     ("dist_checkpointing",),
     ("datasets",),
+    ("planning",),
     ("training", "inference", "interop", "evaluation"),
     ("cli",),
 )

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.models.memory import rank_memory
 from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 from tests.harness.ranks import run_ranks
@@ -36,7 +36,7 @@ def tensors_of(setup: TrainSetup) -> dict[str, list[torch.Tensor]]:
     moments = [t for name in optimizer.masters for t in optimizer.moments(name).values()]
     folded: list[torch.Tensor] = []
     for kept in ("_weights", "_grads"):
-        weights = getattr(setup.model.combination, kept, None)
+        weights = getattr(setup.model.lender, kept, None)
         folded += [] if weights is None else [t for _, t in weights.items()]
     return {
         "weights": [p.detach() for p in setup.model.parameters()],

@@ -15,7 +15,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.evaluation.run_summary import entropy_text, read_run
 from megatron_samoe.evaluation.study.definition import Run, Study, Variant
 from megatron_samoe.evaluation.study.runner import last_validation
-from megatron_samoe.models.accounting import ParameterCount, count_parameters
+from megatron_samoe.planning.accounting import ParameterCount, count_parameters
 
 #: Student's t for a two-sided interval of 95 %, by degrees of freedom; beyond the table the last serves, which is wider.
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)

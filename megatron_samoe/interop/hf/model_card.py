@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_samoe.models.accounting import count_parameters
+from megatron_samoe.planning.accounting import count_parameters
 
 if TYPE_CHECKING:
     from megatron_samoe.interop.hf.export import ExportPlan

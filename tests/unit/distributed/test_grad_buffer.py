@@ -15,7 +15,7 @@ from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.optimizer.clip_grads import clip_factor, global_grad_norm
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
-from megatron_samoe.parallel_state import ShardSpec, backend, initialize_model_parallel, set_shard_spec
+from megatron_samoe.parallel_state import ParameterTag, backend, initialize_model_parallel, set_tag
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import gather_global
 
@@ -27,18 +27,18 @@ STEPS = 3
 def parameters(dtype: torch.dtype) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     made = {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
-    return {name: set_shard_spec(p, ShardSpec()) for name, p in made.items()}
+    return {name: set_tag(p, ParameterTag()) for name, p in made.items()}
 
 
 def rank_gradient(shape: tuple[int, ...], rank: int, step: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def train(shared_out: bool, dtype: torch.dtype) -> dict[str, Any]:
+def train(is_sharded: bool, dtype: torch.dtype) -> dict[str, Any]:
     """Returns summed gradients, norms and weights after some steps on the group's ranks."""
     state = initialize_model_parallel(ParallelConfig())
     named = parameters(dtype)
-    buffers = GradBuffers(named, state, shared_out)
+    buffers = GradBuffers(named, state, is_sharded)
     optimizer = MixedPrecisionOptimizer(buffers, OptimizerConfig(weight_decay=0.1))
     norms, gradients = [], {}
     for step in range(STEPS):
@@ -46,7 +46,7 @@ def train(shared_out: bool, dtype: torch.dtype) -> dict[str, Any]:
         for p in named.values():
             (p.float() * rank_gradient(p.shape, state.rank, step)).sum().backward()
         buffers.reduce()
-        gradients = gather_global({p.name: sharded(p.grad, p.spec, state, p.part) for p in buffers.pieces}, state)
+        gradients = gather_global({p.name: sharded(p.grad, p.tag.shard, state, p.slice) for p in buffers.pieces}, state)
         gradients = {name: gradients[name].clone() for name in named}
         norms.append(global_grad_norm(buffers, state))
         optimizer.step(0.1, clip_factor(norms[-1], 2.0))
@@ -60,13 +60,13 @@ def train(shared_out: bool, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @cache
-def results(world: int, shared_out: bool, dtype: torch.dtype) -> list[dict[str, Any]]:
-    return run_ranks(train, world, shared_out, dtype)
+def results(world: int, is_sharded: bool, dtype: torch.dtype) -> list[dict[str, Any]]:
+    return run_ranks(train, world, is_sharded, dtype)
 
 
 def test_gradients_are_summed_over_ranks() -> None:
-    for shared_out in (False, True):
-        for result in results(3, shared_out, torch.float32):
+    for is_sharded in (False, True):
+        for result in results(3, is_sharded, torch.float32):
             total = 0.0
             for name, shape in SHAPES.items():
                 expected = sum((rank_gradient(shape, rank, STEPS - 1) for rank in range(3)), torch.zeros(shape))
@@ -77,7 +77,7 @@ def test_gradients_are_summed_over_ranks() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("world", [2, 3])
-def test_shared_out_updates_equal_whole_ones(world: int, dtype: torch.dtype) -> None:
+def test_sharded_updates_equal_whole_ones(world: int, dtype: torch.dtype) -> None:
     whole, shared = results(world, False, dtype), results(world, True, dtype)
     begun = parameters(dtype)
     for rank in range(world):

@@ -20,14 +20,14 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import parse_stage_layout
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.evaluation.layout_cost import Cluster, Links, head_flops, layer_flops, step_cost
-from megatron_samoe.evaluation.layout_planner import plan_layouts, uneven_layout
-from megatron_samoe.evaluation.layout_plot import draw_layout
-from megatron_samoe.models.accounting import count_parameters, train_flops_per_token
-from megatron_samoe.models.memory import largest_rank_memory
 from megatron_samoe.parallel_state import RankGrid
 from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction
+from megatron_samoe.planning.accounting import count_parameters, train_flops_per_token
+from megatron_samoe.planning.layout_cost import Cluster, Links, head_flops, layer_flops, step_cost
+from megatron_samoe.planning.layout_planner import plan_layouts, uneven_layout
+from megatron_samoe.planning.layout_plot import draw_layout
+from megatron_samoe.planning.memory import largest_rank_memory
 from tests.harness.tiny import tiny_config, with_layout, with_options
 
 CLUSTER = Cluster(8, 4, 1e9, 1e12, 1e11, 1e10)

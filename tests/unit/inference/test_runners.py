@@ -44,7 +44,7 @@ def make(name: str, serving: Serving) -> LoadedModel:
     loaded = loaded_tiny(layout, mixing=serving != "selected", **options)
     if serving == "selected":  # one bank each, some of them scaled
         for i, layer in enumerate(loaded.model.moe_layers()):
-            layer.moe.combination *= 1 + 0.25 * i
+            layer.moe.experts.coefficients *= 1 + 0.25 * i
         with torch.no_grad():
             loaded.model.begin_step()
     return loaded
@@ -144,7 +144,7 @@ def test_weights_convert_and_pools_stay() -> None:
     convert_weights(loaded.model, "bf16")
     loaded.model.begin_step()
     kinds = {name: p.dtype for name, p in loaded.model.named_parameters()}
-    assert {k for n, k in kinds.items() if "router" in n or "pool" in n or "combination" in n} == {torch.float32}
+    assert {k for n, k in kinds.items() if "router" in n or "pool" in n or "coefficients" in n} == {torch.float32}
     assert kinds["chunks.0.layers.0.attention.qkv.weight"] == torch.bfloat16
     pages = tables([5])
     got = step_logits(RankRunner(loaded, pages.num_pages, "folded"), pages, [(0, 0, IDS[1])])[0]
@@ -265,7 +265,7 @@ def test_missing_ways_are_refused() -> None:
 def test_selecting_needs_every_layer_to_take_one_bank() -> None:
     loaded = make("samoe llama", "selected")
     layer = loaded.model.moe_layers()[2]
-    layer.moe.combination[1, 3] = torch.tensor([0.1, 1.0])
+    layer.moe.experts.coefficients[1, 3] = torch.tensor([0.1, 1.0])
     with pytest.raises(ConfigError, match="combines several banks"):
         Engine(loaded, serving="selected")
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_samoe.models.accounting import count_parameters, train_flops_per_token
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.planning.accounting import count_parameters, train_flops_per_token
 from tests.harness.tiny import tiny_config
 
 

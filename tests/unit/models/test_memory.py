@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
-from megatron_samoe.models.activation_memory import activation_bytes, layer_bytes, passes_in_flight
-from megatron_samoe.models.layer_layout import rank_plans
-from megatron_samoe.models.local_parameters import RankPlace, rank_grid
-from megatron_samoe.models.memory import largest_rank_memory, rank_memory
+from megatron_samoe.models.layer_layout import all_layers, rank_plans
 from megatron_samoe.models.rank_model import RankModel, build_model, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
 from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, single_process_state
 from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan, max_in_flight
+from megatron_samoe.planning.activation_memory import activation_bytes, passes_in_flight
+from megatron_samoe.planning.description import describe, pipeline_rank, rank_grid
+from megatron_samoe.planning.memory import largest_rank_memory, rank_memory
 from tests.harness.tiny import tiny_config, with_layout, with_options
 
 
@@ -102,23 +102,23 @@ def test_weights_gradients_and_optimizer_equal_the_built_models(layout: str, mod
 
 
 @st.composite
-def placed(draw: st.DrawFn) -> RankPlace:
+def placed(draw: st.DrawFn) -> tuple[RankGrid, int]:
     sizes = st.integers(1, 4)
     tp, pp = draw(sizes), draw(sizes)
     etp = draw(st.sampled_from([1, tp]))
     ep, more = draw(sizes), draw(sizes)
     world = tp * pp * etp * ep * more  # divides over both grids
-    return RankPlace(RankGrid(world, tp=tp, pp=pp, ep=ep, etp=etp), draw(st.integers(0, world - 1)))
+    return RankGrid(world, tp=tp, pp=pp, ep=ep, etp=etp), draw(st.integers(0, world - 1))
 
 
 @settings(deadline=None, max_examples=60)
 @given(placed())
-def test_places_in_groups_equal_the_listed_ones(place: RankPlace) -> None:
-    assert place.pipeline_rank == place.grid.coordinates(place.rank, "dense")["pp"]
+def test_places_in_groups_equal_the_listed_ones(placed: tuple[RankGrid, int]) -> None:
+    grid, rank = placed
+    assert pipeline_rank(grid, rank) == grid.coordinates(rank, "dense")["pp"]
     for name in GROUPS:
-        (ranks,) = (ranks for ranks in place.grid.groups(name) if place.rank in ranks)
-        assert place.group_size(name) == len(ranks), name
-        assert place.group_rank(name) == ranks.index(place.rank), name
+        (ranks,) = (ranks for ranks in grid.groups(name) if rank in ranks)
+        assert grid.place(name, rank) == (len(ranks), ranks.index(rank)), name
 
 
 @settings(deadline=None, max_examples=200)
@@ -157,9 +157,8 @@ def kept_by_autograd(model: RankModel, config: PretrainConfig) -> int:
     batch, length, hidden = config.training.micro_batch_size, config.model.seq_length, config.model.hidden_size
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *(b.flat for b in _buffers(model).buffers)]}
     model.begin_step()
-    if model.combination is not None:
-        weights = getattr(model.combination, "_weights", None)
-        own |= {t.untyped_storage().data_ptr() for _, t in weights.items()} if weights is not None else set()
+    weights = getattr(model.lender, "_weights", None)
+    own |= {t.untyped_storage().data_ptr() for _, t in weights.items()} if weights is not None else set()
     kept: dict[int, int] = {}
 
     def note(t: torch.Tensor) -> torch.Tensor:
@@ -180,12 +179,18 @@ def kept_by_autograd(model: RankModel, config: PretrainConfig) -> int:
     )
     x_TH = torch.randn(batch * length, hidden, dtype=model.dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        y_TH, _ = model.chunks[0].layers["0"](x_TH, AttentionInputs(rotary=rotary), context, model.combination)
+        y_TH, _ = model.chunks[0].layers["0"](x_TH, AttentionInputs(rotary=rotary), context, model.lender)
     assert y_TH.requires_grad
     if rotary is not None:
         for table in rotary:  # all layers share them
             kept.pop(table.untyped_storage().data_ptr(), None)
     return sum(kept.values())
+
+
+def layer_bytes(config: PretrainConfig) -> int:
+    """Returns what the first layer says that it keeps."""
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    return describe(config, 103).layer(all_layers(config)[0]).kept_bytes(tokens)
 
 
 def _buffers(model: RankModel) -> GradBuffers:
@@ -198,7 +203,7 @@ def _buffers(model: RankModel) -> GradBuffers:
 def test_layer_activations_are_what_autograd_keeps(layout: str, style: str, dtype: str) -> None:
     config = tiny_config(layout, style=style, hidden_size=64, seq_length=64, ffn_hidden_size=192, bf16=dtype == "bf16")
     model = build_model(config, 103, single_process_state())
-    expected = layer_bytes(config, layout != "dense", RankGrid(1))
+    expected = layer_bytes(config)
     if style == "llama":
         # On a CPU torch composes RMSNorm: it keeps an fp32 product, and for bf16 an fp32 copy in place of the input.
         tokens_by_hidden = config.training.micro_batch_size * config.model.seq_length * config.model.hidden_size
@@ -214,7 +219,7 @@ def test_recomputing_keeps_layer_inputs_alone() -> None:
         changed = with_options(config, **options)
         return activation_bytes(changed, 103, RankGrid(1), 0, rank_plans(changed, 0), 4)
 
-    layer = layer_bytes(config, False, RankGrid(1))
+    layer = layer_bytes(config)
     none, full = activations(), activations(recompute_granularity="full")
     assert none - full == 7 * layer - 8 * inputs, "one layer at a time is whole again"
     half = activations(recompute_granularity="full", recompute_num_layers=4)

@@ -26,7 +26,7 @@ def branch_rms(layout: str, **options: Any) -> float:
     context, squares = ForwardContext(batch_size=1), []
     with torch.no_grad():
         for layer in model.chunks[0].layers.values():
-            y_TH = layer.moe(x_TH, context, model.combination)[0] if layer.is_moe else layer.mlp(x_TH)
+            y_TH = layer.moe(x_TH, context, model.lender)[0] if layer.is_moe else layer.mlp(x_TH)
             squares.append(y_TH.square().mean().item())
     return (sum(squares) / len(squares)) ** 0.5
 
@@ -76,4 +76,4 @@ def test_the_estimate_is_the_formula_where_that_is_known() -> None:
 
 
 def test_a_switch_turns_it_off() -> None:
-    assert branch_scale(tiny_config("moe", moe_scale_output_init=False)) == (1.0, 1.0)
+    assert branch_scale(tiny_config("moe", moe_scale_output_init=False), 4) == (1.0, 1.0)

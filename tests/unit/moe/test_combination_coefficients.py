@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_samoe.models.rank_model import build_model
-from megatron_samoe.moe.combination import bank_std_factor, initial_coefficients, normalize_coefficients
+from megatron_samoe.moe.sharing.coefficients import bank_std_factor, initial_coefficients, normalize_coefficients
 from megatron_samoe.parallel_state import single_process_state
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 
@@ -40,7 +40,7 @@ def test_uniform_start(normalization: str, value: float) -> None:
 def test_uniform_start_has_noise_that_differs_by_layer() -> None:
     config = tiny_config(num_expert_banks=4, samoe_init="uniform")
     model = build_model(config, VOCAB_SIZE, single_process_state())
-    coefficients = torch.stack([layer.moe.combination.detach() for layer in model.moe_layers()])
+    coefficients = torch.stack([layer.moe.experts.coefficients.detach() for layer in model.moe_layers()])
     noise = coefficients - 0.5
     assert 0.003 < noise.std() < 0.03
     assert not torch.equal(coefficients[0], coefficients[1])
@@ -58,7 +58,9 @@ def test_combined_experts_begin_with_the_spread_of_normal_ones(normalization: st
     assert pool is not None
     for name, std in (("w1", 0.02), ("w2", 0.02 / 8**0.5)):
         for layer in model.moe_layers():
-            a_GP = normalize_coefficients(layer.moe.combination.detach(), normalization)[0 if name == "w1" else 1]
+            a_GP = normalize_coefficients(layer.moe.experts.coefficients.detach(), normalization)[
+                0 if name == "w1" else 1
+            ]
             weight = torch.einsum("p,p...->...", a_GP[0], pool.bank[name].detach())
             assert weight.std().item() == pytest.approx(std, rel=0.05)
 

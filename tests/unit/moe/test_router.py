@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from megatron_samoe.config import MoEConfig
+from megatron_samoe.moe.balance import AuxiliaryLosses, attach_loss, balance_sum
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
+from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.router import Router, Routing
-from megatron_samoe.moe.routing_losses import attach_loss, balance_sum
-from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.moe.types import ForwardContext, MoEPlace
 from megatron_samoe.ops.topk_gate import GateResult
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.tensor_parallel.random import SampleRandom
@@ -33,7 +34,9 @@ def training_context(**options: Any) -> ForwardContext:
 
 
 def make_router(config: MoEConfig, dtype: torch.dtype = torch.float64) -> Router:
-    router = Router(config, H, 1.0, 3, 1, single_process_state(), dtype)
+    state = single_process_state()
+    place = MoEPlace(3, 1, ExpertShape(E, H, 4, "gelu", bias=False), 1.0)
+    router = Router(config, place, AuxiliaryLosses(config, state.dp), state, dtype)
     nn.init.normal_(router.weight, std=1.0, generator=torch.Generator().manual_seed(0))
     return router
 
@@ -111,14 +114,13 @@ def test_capacity_drops_what_a_slow_loop_drops(data: st.DataObject, policy: Any,
     ids = [data.draw(st.permutations(range(E)))[:topk] for _ in range(T)]
     # Ties are frequent, so the order of equally probable tokens is tested too.
     probs = [[data.draw(st.sampled_from([0.1, 0.25, 0.5])) for _ in range(topk)] for _ in range(T)]
-    config = replace(QUIET, moe_token_drop_policy=policy)
-    result = drop_over_capacity(torch.tensor(ids), torch.tensor(probs), capacity, B, config)
+    result = drop_over_capacity(torch.tensor(ids), torch.tensor(probs), capacity, B, E, policy)
     assert result.tolist() == drop_slowly([list(row) for row in ids], probs, capacity, policy)
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1.0, 4), (1.3, 5), (0.01, 1), (2.0, 7), (10.0, 32)])
 def test_capacity_is_rounded_up_and_at_least_one(factor: float, expected: int) -> None:
-    assert expert_capacity(S * 2, replace(QUIET, moe_expert_capacity_factor=factor)) == expected
+    assert expert_capacity(S * 2, E, factor) == expected
 
 
 @pytest.mark.parametrize("policy", ["probs", "position"])
@@ -126,13 +128,13 @@ def test_only_training_drops(policy: Any) -> None:
     config = replace(QUIET, moe_expert_capacity_factor=0.5, moe_token_drop_policy=policy, moe_router_topk=2)
     router = make_router(config)
     free, limited = router(inputs(), EVALUATION), router(inputs(), training_context())
-    assert int(free.stats.num_dropped) == 0 and (free.ids_TK >= 0).all()
+    assert int(free.stats.sums["dropped"]) == 0 and (free.ids_TK >= 0).all()
     dropped = limited.ids_TK < 0
-    assert int(limited.stats.num_dropped) == dropped.sum() > 0
+    assert int(limited.stats.sums["dropped"]) == dropped.sum() > 0
     assert torch.equal(limited.ids_TK[~dropped], free.ids_TK[~dropped])
-    assert torch.equal(limited.stats.counts_E, free.stats.counts_E), "loads are counted before dropping"
+    assert torch.equal(limited.stats.sums["counts"], free.stats.sums["counts"]), "loads are counted before dropping"
     for sequence in limited.ids_TK.view(B, -1):
-        assert torch.bincount(sequence[sequence >= 0], minlength=E).max() <= expert_capacity(S * 2, config)
+        assert torch.bincount(sequence[sequence >= 0], minlength=E).max() <= expert_capacity(S * 2, E, 0.5)
 
 
 def test_dropping_does_not_depend_on_how_sequences_are_batched() -> None:
@@ -181,7 +183,7 @@ def test_balance_loss_over_groups_of_sequences(kind: Any, group: int | None, fun
     # A step of 4 such micro-batches has 4 B sequences, over which the balance is averaged.
     expected = 0.3 * balance / (4 * B)
     torch.testing.assert_close(routing.auxiliary_loss, expected, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(routing.stats.balance, balance.detach(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(routing.stats.sums["balance"], balance.detach(), rtol=1e-6, atol=1e-9)
     (wanted,) = torch.autograd.grad(expected, router.weight)
     torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-9)
 
@@ -213,7 +215,7 @@ def test_z_loss() -> None:
     gradient, routing = gradient_of_auxiliary_loss(router, x, training_context(tokens_per_step=2 * T))
     z_sum = (x @ router.weight.T).exp().sum(1).log().square().sum()
     torch.testing.assert_close(routing.auxiliary_loss, 0.2 * z_sum / (2 * T), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(routing.stats.z_sum, z_sum.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(routing.stats.sums["z_sum"], z_sum.detach(), rtol=1e-9, atol=1e-9)
     (wanted,) = torch.autograd.grad(0.2 * z_sum / (2 * T), router.weight)
     torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-12)
 

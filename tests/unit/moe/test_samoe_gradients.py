@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from megatron_samoe.config import MoEConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
-from megatron_samoe.moe.combination import coefficient_spec
-from megatron_samoe.moe.expert_pool import ExpertPool, make_combination
 from megatron_samoe.moe.experts import ExpertShape
+from megatron_samoe.moe.sharing.coefficients import coefficient_spec
+from megatron_samoe.moe.sharing.combined import ExpertPool, LayerLender, StepLender
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
-from megatron_samoe.parallel_state import set_shard_spec, single_process_state
+from megatron_samoe.parallel_state import ParameterTag, set_tag, single_process_state
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients, train_step
@@ -71,20 +71,21 @@ def test_gradients_equal_autograds_over_four_micro_batches(
         samoe_normalization=normalization, samoe_granularity=granularity,
     )  # fmt: skip
     torch.manual_seed(3)
-    pool = ExpertPool(config, ExpertShape(E, H, FFN, activation, bias), 1.0, 1.0, STATE, torch.float64)
+    pool = ExpertPool(config, ExpertShape(E, H, FFN, activation, bias), STATE, torch.float64)
     groups = E if granularity == "expert" else 1
     raw = [
-        set_shard_spec(nn.Parameter(torch.rand(2, groups, P).double() + 0.2), coefficient_spec(config))
+        set_tag(nn.Parameter(torch.rand(2, groups, P).double() + 0.2), ParameterTag(coefficient_spec(config)))
         for _ in range(L)
     ]
     for parameter in pool.bank.values():
         nn.init.normal_(parameter, std=0.5)
     GradBuffers({**dict(pool.bank.items()), **{f"a{i}": a for i, a in enumerate(raw)}}, STATE).zero()
-    combination = make_combination(config, pool, dict(enumerate(raw)), STATE, torch.float64, (tuple(range(len(raw))),))
+    made = StepLender if combine == "step" else LayerLender
+    lender = made(pool, dict(enumerate(raw)), normalization, STATE, torch.float64)
 
     twin_banks = {name: p.detach().clone().requires_grad_() for name, p in pool.bank.items()}
     twin_raw = [a.detach().clone().requires_grad_() for a in raw]
-    combination.begin_step()
+    lender.begin_step()
     # One micro-batch leaves experts without tokens, one layer's experts all of them.
     for rows in ([3, 2, 4, 1], [0, 5, 0, 5], [1, 1, 1, 7], [10, 0, 0, 0]):
         x = torch.randn(sum(rows), H, dtype=torch.float64)
@@ -92,14 +93,14 @@ def test_gradients_equal_autograds_over_four_micro_batches(
         y, twin_y = inputs
         weights = combined(twin_banks, twin_raw, normalization)
         for layer in range(L):
-            y = y + combination.experts(layer)(y, rows)
+            y = y + lender.experts(layer)(y, rows)
             twin_y = twin_y + twin_experts(weights, layer, twin_y, rows, activation)
         torch.testing.assert_close(y, twin_y, rtol=1e-11, atol=1e-11)
         dy = torch.randn_like(y)
         y.backward(dy)
         twin_y.backward(dy)
         torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-11, atol=1e-11)
-    combination.finish_step()
+    lender.finish_step()
     for name, parameter in pool.bank.items():
         assert parameter.grad is None
         torch.testing.assert_close(parameter.main_grad, twin_banks[name].grad, rtol=1e-11, atol=1e-11)
@@ -187,6 +188,7 @@ def test_one_hot_coefficients_are_hard_sharing(combine: str) -> None:
     shared = setup_of(layout="moe", **common)
     layers = shared.model.moe_layers()
     layers[2].moe.experts, layers[3].moe.experts = layers[0].moe.experts, layers[1].moe.experts
+    shared.model.combine_per("step")  # lends the layers what they own now
     buffers = GradBuffers(shared.model.global_parameters(), STATE)
     shared = replace(shared, buffers=buffers, optimizer=MixedPrecisionOptimizer(buffers, shared.config.optimizer))
     copy_shared_weights(samoe, shared)

@@ -20,7 +20,7 @@ from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.optimizer.clip_grads import clip_factor, global_grad_norm
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
 from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups
-from megatron_samoe.parallel_state import ShardSpec, set_shard_spec, single_process_state
+from megatron_samoe.parallel_state import ParameterTag, set_tag, single_process_state
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 
 STATE = single_process_state()
@@ -33,7 +33,7 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     made = {}
     for name, shape in shapes.items():
         own = torch.float32 if name.endswith("combination") else dtype
-        made[name] = set_shard_spec(nn.Parameter(torch.randn(shape, generator=generator).to(own)), ShardSpec())
+        made[name] = set_tag(nn.Parameter(torch.randn(shape, generator=generator).to(own)), ParameterTag())
     return made
 
 
@@ -201,7 +201,7 @@ def test_gradients_are_collected_scaled_and_cleared() -> None:
             self.finished += 1
 
     named: dict[str, Any] = parameters(torch.bfloat16)
-    named["frozen"] = set_shard_spec(nn.Parameter(torch.ones(2), requires_grad=False), ShardSpec())
+    named["frozen"] = set_tag(nn.Parameter(torch.ones(2), requires_grad=False), ParameterTag())
     buffers = GradBuffers(named, STATE)
     assert "frozen" not in buffers.parameters
     buffers.zero()
@@ -218,7 +218,7 @@ def test_gradients_are_collected_scaled_and_cleared() -> None:
 
 
 def test_small_gradients_of_many_micro_batches_are_not_lost_in_bf16() -> None:
-    named = {"w": set_shard_spec(nn.Parameter(torch.ones(1, dtype=torch.bfloat16)), ShardSpec())}
+    named = {"w": set_tag(nn.Parameter(torch.ones(1, dtype=torch.bfloat16)), ParameterTag())}
     GradBuffers(named, STATE).zero()
     for _ in range(1000):
         (named["w"] * 1.0).sum().backward()

@@ -17,11 +17,11 @@ from megatron_samoe.parallel_state import (
     ParallelState,
     RankGrid,
     ShardSpec,
-    get_shard_spec,
     single_process_state,
+    tag_of,
 )
 from megatron_samoe.parallel_state.rank_grid import GROUPS
-from megatron_samoe.parallel_state.shard_spec import FlatPart, gradient_group_name, is_counted_here
+from megatron_samoe.parallel_state.shard_spec import FlatSlice, gradient_group_name, is_counted_here
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 
 GRIDS = [
@@ -71,7 +71,7 @@ def test_parts_rebuild_the_whole_and_have_one_owner_each(grid: RankGrid, spec: S
             assert torch.equal(whole[place], part)
             rebuilt[place] = part
             key = offsets if spec.family in ("pool", "embedding") else (stage, *offsets)
-            owners[key] = owners.get(key, 0) + is_counted_here(spec, state, shared_out=False)
+            owners[key] = owners.get(key, 0) + is_counted_here(spec, state, is_sliced=False)
         assert torch.equal(rebuilt, whole)
     assert set(owners.values()) == {1}, "each part is written, and counted in norms, exactly once"
 
@@ -126,7 +126,7 @@ def test_every_parameter_of_every_model_has_a_tag_with_a_group(layout: str, styl
         model = RankModel(config, VOCAB_SIZE, single_process_state("meta"), torch.float32)
         families = set()
         for name, parameter in model.global_parameters().items():
-            spec = get_shard_spec(parameter)
+            spec = tag_of(parameter).shard
             assert gradient_group_name(spec) in GROUPS, name
             assert all(dim < parameter.dim() for dim, _ in spec.partition), name
             families.add(spec.family)
@@ -152,7 +152,7 @@ def test_global_shape_and_offsets_fit_together(grid: RankGrid, spec: ShardSpec, 
 def test_boxes_make_up_a_run_of_elements(shape: list[int], data: st.DataObject) -> None:
     whole = torch.arange(math.prod(shape)).view(shape)
     start = data.draw(st.integers(0, whole.numel()))
-    part = FlatPart(tuple(shape), start, data.draw(st.integers(start, whole.numel())))
+    part = FlatSlice(tuple(shape), start, data.draw(st.integers(start, whole.numel())))
     boxes = part.boxes()
     pieces = [whole[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))].flatten() for box in boxes]
     run = torch.cat([torch.empty(0, dtype=torch.long), *pieces])
@@ -163,7 +163,7 @@ def test_boxes_make_up_a_run_of_elements(shape: list[int], data: st.DataObject) 
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 5), max_size=3), st.integers(1, 9))
 def test_members_of_a_group_share_a_tensor_out(shape: list[int], size: int) -> None:
-    parts = [FlatPart.of_rank(tuple(shape), Group("g", tuple(range(size)), rank)) for rank in range(size)]
+    parts = [FlatSlice.of_rank(tuple(shape), Group("g", tuple(range(size)), rank)) for rank in range(size)]
     assert parts[0].start == 0 and parts[-1].stop == math.prod(shape)
     assert all(left.stop == right.start for left, right in pairwise(parts))
     assert all(part.stop - part.start <= -(-math.prod(shape) // size) for part in parts)
@@ -171,7 +171,7 @@ def test_members_of_a_group_share_a_tensor_out(shape: list[int], size: int) -> N
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_shared_out_elements_are_counted_once(grid: RankGrid, spec: ShardSpec) -> None:
+def test_sliced_elements_are_counted_once(grid: RankGrid, spec: ShardSpec) -> None:
     """With ranks of the gradient group holding different runs, each run has one owner among its true copies."""
     name = gradient_group_name(spec)
     owners: dict[Any, int] = {}
@@ -181,5 +181,5 @@ def test_shared_out_elements_are_counted_once(grid: RankGrid, spec: ShardSpec) -
             continue  # holds no embedding
         stage = 0 if "pp" in GROUPS[name][1] else state.pp.rank
         key = (stage, spec.offsets((24, 16, 4), state), state.group(name).rank)
-        owners[key] = owners.get(key, 0) + is_counted_here(spec, state, shared_out=True)
+        owners[key] = owners.get(key, 0) + is_counted_here(spec, state, is_sliced=True)
     assert set(owners.values()) == {1}

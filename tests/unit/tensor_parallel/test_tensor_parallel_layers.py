@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.models.initialize import initialize_parameters
-from megatron_samoe.parallel_state import ParallelState, get_shard_spec, initialize_model_parallel, single_process_state
+from megatron_samoe.parallel_state import ParallelState, initialize_model_parallel, single_process_state
+from megatron_samoe.parallel_state.parameter_tag import Init, tag_of
 from megatron_samoe.tensor_parallel.layers import (
     ColumnParallelLinear,
-    Init,
     RowParallelLinear,
     VocabParallelEmbedding,
     padded_vocab_size,
@@ -66,8 +66,8 @@ def train(bias: bool) -> dict[str, Any]:
     named = dict(model.named_parameters())
     return {
         "logits": torch.cat(state.tp.all_gather_object(logits.detach()), 1),
-        "weights": gather_global({n: sharded(p, get_shard_spec(p), state) for n, p in named.items()}, state),
-        "grads": gather_global({n: sharded(p.grad, get_shard_spec(p), state) for n, p in named.items()}, state),
+        "weights": gather_global({n: sharded(p, tag_of(p).shard, state) for n, p in named.items()}, state),
+        "grads": gather_global({n: sharded(p.grad, tag_of(p).shard, state) for n, p in named.items()}, state),
     }
 
 
@@ -130,7 +130,7 @@ def test_padded_vocab_size(size: int, by: int, padded: int) -> None:
 
 def test_parameters_are_tagged_with_their_dims() -> None:
     model = Model(single_process_state(), bias=True)
-    partitions = {name: get_shard_spec(p).partition for name, p in model.named_parameters()}
+    partitions = {name: tag_of(p).shard.partition for name, p in model.named_parameters()}
     assert partitions == {
         "embedding.weight": ((0, "tp"),), "column.weight": ((1, "tp"),), "column.bias": ((1, "tp"),),
         "row.weight": ((1, "tp"),), "row.bias": (),

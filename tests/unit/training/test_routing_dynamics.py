@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config import ModelConfig, MoEConfig, OptimizerConfig, PretrainConfig, TrainingConfig
-from megatron_samoe.moe import router
+from megatron_samoe.moe import balance
 from megatron_samoe.ops.topk_gate import GateResult
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.router_health import RouterHealth
@@ -87,5 +87,5 @@ class LaggedBalance:
 
 @pytest.mark.parametrize("topk", [1, 2])
 def test_loads_of_the_step_before_make_routers_swing(topk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router, "balance_sum", LaggedBalance())
+    monkeypatch.setattr(balance, "balance_sum", LaggedBalance())
     assert faults(healths("moe", moe_router_topk=topk), topk)

@@ -1,13 +1,11 @@
-"""The pool of expert banks that all MoE layers share, and the experts that layers borrow from it.
+"""All MoE layers combine one pool of expert banks (SaMoE, Zhang et al. 2022).
 
     W[l, e] = sum_b A[l, b] T[b, e]                  dT = A^T dW,   dA = dW T^T
 
-with banks T, layer coefficients A and effective weights W (SaMoE, Zhang et al. 2022). A and T do not change within an
-optimizer step, so `StepCombination` makes all W once at its start and contracts the summed dW once at its end;
-`LayerCombination` makes one layer's W when it runs and again in its backward, and contracts dW at once. Both give
-autograd's gradients up to the order of sums.
+with banks T, layer coefficients A and effective weights W. A and T do not change within an optimizer step, so
+`StepLender` makes all W once at its start and contracts the summed dW once at its end; `LayerLender` makes one layer's W
+when it runs and again in its backward, and contracts dW at once. Both give autograd's gradients up to the order of sums.
 
-The rank's model owns one pool and one combination and lends them to its layers for each call; no layer keeps them.
 Banks and coefficients are fp32 whatever the compute dtype: they are their own master weights.
 """
 
@@ -15,17 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.moe.bank_store import BankStore, meta_state, share_out
-from megatron_samoe.moe.combination import ROW_OF_WEIGHT, bank_std_factor, normalize_coefficients
 from megatron_samoe.moe.experts import ExpertShape, without_repeated_bias
-from megatron_samoe.moe.owner_exchange import OwnerExchange, exchange_saves
+from megatron_samoe.moe.sharing.bank_exchange import BankExchange, exchange_saves
+from megatron_samoe.moe.sharing.bank_store import BankStore, meta_state, shard_bank
+from megatron_samoe.moe.sharing.coefficients import (
+    ROW_OF_WEIGHT,
+    Coefficients,
+    bank_std_factor,
+    normalize_coefficients,
+)
+from megatron_samoe.moe.sharing.way import SharingContext
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.grouped_mlp import (
@@ -42,25 +46,22 @@ from megatron_samoe.parallel_state.state import ParallelState
 class ExpertPool(nn.Module):
     """P banks of E experts each: `bank.w1` is [P, e, F, H] (or [P, e, 2, F, H]), and so on.
 
-    With more than one holder of the same banks, and unless --samoe-pool-placement is replicated, each holds a run of
-    their elements only.
+    Of banks that several ranks hold each holds a slice only, unless --samoe-pool-placement is replicated.
     """
 
-    def __init__(self, config: MoEConfig, shape: ExpertShape, init_std: float, output_init_std: float,
-                 state: ParallelState, dtype: torch.dtype):  # fmt: skip
+    def __init__(self, config: MoEConfig, shape: ExpertShape, state: ParallelState, dtype: torch.dtype):
         super().__init__()
         factor = bank_std_factor(config)
+        shape = replace(shape, init_std=shape.init_std * factor, output_init_std=shape.output_init_std * factor)
+        self.is_sharded = config.samoe_pool_placement == "sharded" and state.pool_dp.size > 1
         dtype = torch.promote_types(dtype, torch.float32)
-        stds = (init_std * factor, output_init_std * factor)
-        shared_out = config.samoe_pool_placement == "sharded" and state.pool_dp.size > 1
-        banks = shape.parameters(config.num_expert_banks, *stds, meta_state(state) if shared_out else state, dtype)
-        if shared_out:
-            banks = {name: share_out(bank, state) for name, bank in banks.items()}
+        banks = shape.parameters(config.num_expert_banks, meta_state(state) if self.is_sharded else state, dtype)
+        if self.is_sharded:
+            banks = {name: shard_bank(bank, state) for name, bank in banks.items()}
         self.bank = nn.ParameterDict(banks)
         self.stores = {name: BankStore(bank, state) for name, bank in banks.items()}
         self.activation = shape.activation
-        self.is_shared_out = shared_out
-        groups = config.num_experts // state.ep.size if config.samoe_granularity == "expert" else 1
+        groups = shape.num_experts // state.ep.size if config.samoe_granularity == "expert" else 1
         #: [G, P] of a layer's coefficients on this rank.
         self.coefficient_shape = (groups, config.num_expert_banks)
 
@@ -69,51 +70,46 @@ class ExpertPool(nn.Module):
         return {name: store.shape for name, store in self.stores.items()}
 
 
-class Combination(Protocol):
-    """Lends experts to layers during one optimizer step."""
+class CombinedSharing:
+    """See `way.SharingWay`."""
 
-    def begin_step(self) -> None:
-        """Takes in the current banks and coefficients; to be called whenever they have changed."""
+    def __init__(self, context: SharingContext):
+        self._context = context
 
-    def experts(self, moe_index: int) -> Experts:
-        """Returns the experts of an MoE layer."""
+    def layer_part(self, moe_index: int) -> Coefficients:
+        """Returns a layer's coefficients."""
+        context, shapes = self._context, self._context.shapes
+        experts = shapes[moe_index].num_experts
+        return Coefficients(context.config, moe_index, len(shapes), experts, context.state, context.dtype)
 
-    def finish_step(self) -> None:
-        """Completes this rank's gradients of banks and coefficients, in their main gradients."""
+    def shared_part(self) -> ExpertPool:
+        """Returns the pool."""
+        context = self._context
+        return ExpertPool(context.config, context.shapes[0], context.state, context.dtype)
 
-
-def make_combination(
-    config: MoEConfig,
-    pool: ExpertPool,
-    coefficients: Mapping[int, nn.Parameter],
-    state: ParallelState,
-    dtype: torch.dtype,
-    layers_of_stage: tuple[tuple[int, ...], ...],
-) -> StepCombination | LayerCombination:
-    """Returns the combination that --samoe-combine asks for.
-
-    Args:
-        coefficients: [2, G, P] by index of the MoE layer, of those on this rank; maybe none.
-        dtype: of the effective weights.
-        layers_of_stage: indices of the MoE layers of each pipeline stage.
-    """
-    if config.samoe_combine == "layer":
-        return LayerCombination(pool, coefficients, config.samoe_normalization, state, dtype)
-    exchange = None
-    if pool.is_shared_out and exchange_saves(config.num_expert_banks, layers_of_stage):
-        exchange = OwnerExchange(state, layers_of_stage)
-    return StepCombination(pool, coefficients, config.samoe_normalization, state, dtype, exchange)
+    def lender(self, layer_parts: Mapping[int, nn.Module], shared_part: nn.Module | None) -> StepLender | LayerLender:
+        """Returns the lender that --samoe-combine asks for."""
+        context, config, pool = self._context, self._context.config, shared_part
+        assert isinstance(pool, ExpertPool)
+        coefficients = {index: part.coefficients for index, part in layer_parts.items()}
+        common = (pool, coefficients, config.samoe_normalization, context.state, context.dtype)
+        if config.samoe_combine == "layer":
+            return LayerLender(*common)
+        exchange = None
+        if pool.is_sharded and exchange_saves(config.num_expert_banks, context.layers_of_stage):
+            exchange = BankExchange(context.state, context.layers_of_stage)
+        return StepLender(*common, exchange)
 
 
-class StepCombination:
+class StepLender:
     """Effective weights of all layers, made once per step; their gradients, contracted once per step.
 
     Args:
-        exchange: how holders of shared-out banks combine for each other; None to gather the banks instead.
+        exchange: how holders of sharded banks combine for each other; None to gather the banks instead.
     """
 
     def __init__(self, pool: ExpertPool, coefficients: Mapping[int, nn.Parameter], normalization: str,
-                 state: ParallelState, dtype: torch.dtype, exchange: OwnerExchange | None = None):  # fmt: skip
+                 state: ParallelState, dtype: torch.dtype, exchange: BankExchange | None = None):  # fmt: skip
         self._pool, self._coefficients, self._normalization = pool, dict(coefficients), normalization
         self._exchange = exchange
         self._row_of_layer = {moe_index: row for row, moe_index in enumerate(self._coefficients)}
@@ -210,10 +206,10 @@ class StepCombination:
         return normalize_coefficients(raw_2LGP, self._normalization)
 
 
-class LayerCombination:
+class LayerLender:
     """Effective weights of one layer at a time, made when it runs and again in its backward.
 
-    Shared-out banks are gathered once per step and kept whole until its end, with their gradients.
+    Sharded banks are gathered once per step and kept whole until its end, with their gradients.
     """
 
     def __init__(self, pool: ExpertPool, coefficients: Mapping[int, nn.Parameter], normalization: str,
@@ -243,7 +239,7 @@ class LayerCombination:
         return run
 
     def finish_step(self) -> None:
-        """Reduces the gradients of shared-out banks; every backward has contracted its own."""
+        """Reduces the gradients of sharded banks; every backward has contracted its own."""
         self._open_gradients()
         self._exits.close()
         self._grads = None

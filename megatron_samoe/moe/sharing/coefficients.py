@@ -1,4 +1,4 @@
-"""Combination coefficients of SaMoE: how raw parameters become the weights of banks, and how they begin.
+"""Coefficients of SaMoE: how raw parameters become the weights of banks, and how they begin.
 
 A layer's coefficients are [2, G, P]: one row for the input projections (w1, b1), one for the output projections (w2,
 b2); G is 1, or the number of local experts where each expert has its own.
@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
 from megatron_samoe.parallel_state.shard_spec import ShardSpec
-from megatron_samoe.tensor_parallel.layers import Init
+from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.tensor_parallel.layers import new_parameter
 
 #: Which coefficient row serves which expert weight.
 ROW_OF_WEIGHT = {"w1": 0, "b1": 0, "w2": 1, "b2": 1}
-#: Combination weight that a softmax start gives a layer's first bank; a softmax cannot begin one-hot.
+#: Weight that a softmax start gives a layer's first bank; a softmax cannot begin one-hot.
 SOFTMAX_START = 0.9
 UNIFORM_NOISE_STD = 0.01
 
@@ -55,6 +57,21 @@ def coefficient_init(config: MoEConfig, moe_index: int, num_moe_layers: int) -> 
     """Returns how a layer's coefficients begin."""
     mean = initial_coefficients(config, moe_index, num_moe_layers)
     return Init(mean=mean, std=UNIFORM_NOISE_STD if config.samoe_init == "uniform" else 0.0)
+
+
+class Coefficients(nn.Module):
+    """How one layer combines the banks; what the layer owns of its experts."""
+
+    def __init__(self, config: MoEConfig, moe_index: int, num_moe_layers: int, num_experts: int, state: ParallelState,
+                 dtype: torch.dtype):  # fmt: skip
+        super().__init__()
+        groups = num_experts if config.samoe_granularity == "expert" else 1
+        init = coefficient_init(config, moe_index, num_moe_layers)
+        # The layers' gradients are contracted with the banks once, at a step's end.
+        tag = ParameterTag(coefficient_spec(config), init, completed_at="step_end")
+        shape = (2, groups, config.num_expert_banks)
+        self.coefficients = new_parameter(shape, tag, state, torch.promote_types(dtype, torch.float32))
+        self.coefficients.requires_grad_(not config.samoe_freeze_coefficients)
 
 
 def bank_std_factor(config: MoEConfig) -> float:

@@ -1,4 +1,4 @@
-"""Auxiliary losses of the router, defined so that no layout changes them.
+"""Strategies that keep experts evenly loaded, and the losses they add, defined so that no layout changes them.
 
 The balance loss is Switch Transformer's (arXiv:2101.03961, equation 4), E * sum_e f_e P_e over a group of sequences, with
 f_e the share of the group's routed tokens that expert e takes and P_e its mean score. f_e is always that of the tokens
@@ -9,7 +9,8 @@ consecutive ones of the micro-batches that data-parallel ranks have in hand.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,34 @@ from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.topk_gate import GateResult
 from megatron_samoe.parallel_state.state import Group
+
+
+class BalanceStrategy(Protocol):
+    """Looks at what routers of one layer chose; made with the configuration and the data-parallel group.
+
+    Attributes:
+        statistics: numbers of each statistic that `sums` gives, by name.
+    """
+
+    statistics: Mapping[str, int]
+
+    def __call__(self, gate: GateResult, context: ForwardContext) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Returns a loss to add to the training loss, or None, and sums over the micro-batch, detached."""
+
+
+class AuxiliaryLosses:
+    """The balance loss and the z-loss (ST-MoE, arXiv:2202.08906, equation 5); see `BalanceStrategy`."""
+
+    statistics: Mapping[str, int] = {"balance": 1}
+
+    def __init__(self, config: MoEConfig, dp: Group):
+        self._config, self._dp = config, dp
+
+    def __call__(self, gate: GateResult, context: ForwardContext) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """See `BalanceStrategy`; "balance" is the sum over sequences of E * sum_e f_e P_e."""
+        balance = balance_sum(gate, self._config.balance_group_size if context.training else 1, self._dp)
+        loss = auxiliary_loss(gate, balance, self._config, context) if context.training else None
+        return loss, {"balance": balance.detach()}
 
 
 def balance_sum(gate: GateResult, group_size: int, dp: Group) -> Tensor:

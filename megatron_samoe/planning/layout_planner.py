@@ -18,9 +18,9 @@ from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.evaluation.layout_cost import Cluster, Cost, step_cost
-from megatron_samoe.models.local_parameters import plans_by_rank
-from megatron_samoe.models.memory import RankMemory, largest_rank_memory
+from megatron_samoe.planning.description import plans_by_rank
+from megatron_samoe.planning.layout_cost import Cluster, Cost, step_cost
+from megatron_samoe.planning.memory import RankMemory, largest_rank_memory
 
 #: More chunks than this on one rank send more often than they save.
 MAX_CHUNKS = 8

@@ -17,18 +17,22 @@ from functools import lru_cache
 
 from megatron_samoe.config.derived import num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.models.gpt_stage import is_recomputed
 from megatron_samoe.models.layer_layout import StagePlan
-from megatron_samoe.models.local_parameters import (
-    RankPlace,
-    compute_bytes,
+from megatron_samoe.models.rank_model import compute_dtype
+from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
+from megatron_samoe.planning.description import (
+    Chunks,
+    describe,
     distinct_stages,
-    local_parameters,
+    moe_layers,
+    parameters_of,
     plans_by_rank,
     rank_grid,
+    shared_parameters,
+    state_key,
 )
-from megatron_samoe.models.memory import holders_combine, state_key
-from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
-from megatron_samoe.tensor_parallel.layers import padded_vocab_size
+from megatron_samoe.planning.memory import holders_combine
 
 #: AdamW reads gradient, master and two moments and writes the last three and the weight: bytes per element it updates.
 OPTIMIZER_TRAFFIC_BYTES = 30
@@ -90,14 +94,14 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
     chunks = len(plans_by_rank(config)[0])
     if grid.pp > 1:
         cost.add("bubble", (grid.pp - 1) / chunks * sum(slowest.seconds.values()))
-        boundary = _residual_elements(config, grid) * compute_bytes(config)
+        boundary = _residual_elements(config, grid) * compute_dtype(config).itemsize
         # Sends run beside the passes; what remains is their way through the empty pipeline, there and back.
         ramp = 2 * (grid.pp - 1) * links.seconds("pp", boundary)
         cost.add("pipeline", ramp, 2 * chunks * number * boundary)
     _end_of_step(cost, config, vocab_size, links)
     if config.parallel.overlap_grad_reduce and "gradients" in cost.seconds:
         # Reduced while the last micro-batch's backward pass runs; ZeRO-1's gathering of weights stays.
-        reduction = 4 / (4 + compute_bytes(config)) if config.parallel.use_distributed_optimizer else 1.0
+        reduction = 4 / (4 + compute_dtype(config).itemsize) if config.parallel.use_distributed_optimizer else 1.0
         hidden = min(reduction * cost.seconds["gradients"], 2 / 3 * sum(slowest.seconds.values()))
         cost.add("gradients", -hidden)
     return cost
@@ -112,7 +116,7 @@ class Links:
 
     def size(self, name: str) -> int:
         """Returns a group's members."""
-        return RankPlace(self.grid, 0).group_size(name)
+        return self.grid.place(name, 0)[0]
 
     def stride(self, name: str) -> int:
         """Returns the distance of a group's first two ranks."""
@@ -165,23 +169,22 @@ class Links:
 
 def _micro_batch(config: PretrainConfig, vocab_size: int, plans: tuple[StagePlan, ...], links: Links) -> Cost:
     """Returns the cost of one micro-batch in one stage, forwards and backwards."""
-    cost = Cost()
-    granularity, limit = config.training.recompute_granularity, config.training.recompute_num_layers
-    layers = Counter(
-        (layer.moe_index is not None, granularity == "full" and (limit is None or number < limit))
-        for plan in plans
-        for number, layer in enumerate(plan.layers)
-    )
-    for (is_moe, again), count in layers.items():
-        forward, core = layer_flops(config, is_moe)
-        flops = (4.0 if again else 3.0) * forward + (core if granularity == "selective" else 0.0)
-        _compute(cost, count * flops / links.grid.tp, links)
+    cost, description, tokens = Cost(), describe(config, vocab_size), _tokens(config)
+    selective = config.training.recompute_granularity == "selective"
+    layers = Counter((x.num_experts, is_recomputed(config, i)) for plan in plans for i, x in enumerate(plan.layers))
+    places = {x.num_experts: x for plan in plans for x in plan.layers}
+    for (num_experts, again), count in layers.items():
+        layer = description.layer(places[num_experts])
+        flops = (4.0 if again else 3.0) * layer.flops_per_token()
+        flops += layer.attention.core_flops_per_token() if selective else 0.0
+        _compute(cost, count * tokens * flops / links.grid.tp, links)
         passes = (3 if again else 2) * count
-        _tensor_exchanges(cost, config, is_moe, links, passes)
-        if is_moe:
+        _tensor_exchanges(cost, config, layer.is_moe, links, passes)
+        if layer.is_moe:
             _expert_exchanges(cost, config, links, passes)
-    if any(plan.has_head for plan in plans):
-        _compute(cost, 3.0 * head_flops(config, vocab_size) / links.grid.tp, links)
+    heads = sum(description.ends(plan).head_flops_per_token() for plan in plans if plan.has_head)
+    if heads:
+        _compute(cost, 3.0 * tokens * heads / links.grid.tp, links)
     return cost
 
 
@@ -198,35 +201,12 @@ def _residual_elements(config: PretrainConfig, grid: RankGrid) -> int:
     return tokens * config.model.hidden_size
 
 
-def layer_flops(config: PretrainConfig, is_moe: bool) -> tuple[float, float]:
-    """Returns the multiply-adds x 2 of one layer's forward pass over a micro-batch, and the part of attention's core."""
-    model, moe, tokens = config.model, config.moe, _tokens(config)
-    heads, head_dim, hidden = model.num_attention_heads, model.head_dim, model.hidden_size
-    core = 2.0 * tokens * 2 * heads * head_dim * model.seq_length / 2
-    weights = (heads + 2 * model.num_kv_heads) * head_dim * hidden + heads * head_dim * hidden
-    products = 3 if model.swiglu else 2
-    if not is_moe:
-        weights += products * hidden * model.mlp_size
-    else:
-        width = moe.moe_router_topk * config.expert_ffn_size
-        weights += (
-            products * hidden * (width + (moe.moe_shared_expert_intermediate_size or 0)) + hidden * moe.num_experts
-        )
-    return 2.0 * tokens * weights + core, core
-
-
-def head_flops(config: PretrainConfig, vocab_size: int) -> float:
-    """Returns the multiply-adds x 2 of the output projection over a micro-batch."""
-    padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
-    return 2.0 * _tokens(config) * config.model.hidden_size * padded
-
-
 def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: Links, passes: int) -> None:
     """All-reduces (or gathers and scatters, which send as much) around attention and the MLP, in each pass."""
     grid = links.grid
     if grid.tp == 1:
         return
-    whole = _tokens(config) * config.model.hidden_size * compute_bytes(config)
+    whole = _tokens(config) * config.model.hidden_size * compute_dtype(config).itemsize
     regions = 1.0  # attention
     if not is_moe or config.moe.moe_shared_expert_intermediate_size is not None:
         regions += 1.0
@@ -246,73 +226,78 @@ def _expert_exchanges(cost: Cost, config: PretrainConfig, links: Links, passes: 
         return
     tokens = _tokens(config) if grid.etp == grid.tp else _tokens(config) // grid.tp
     rows = tokens * config.moe.moe_router_topk
-    seconds, sent = links.all_to_all("ep", rows * config.model.hidden_size * compute_bytes(config))
+    seconds, sent = links.all_to_all("ep", rows * config.model.hidden_size * compute_dtype(config).itemsize)
     cost.add("expert", 2 * passes * seconds, 2 * passes * sent)
 
 
 def _end_of_step(cost: Cost, config: PretrainConfig, vocab_size: int, links: Links) -> None:
     """Reduction, update, gathering of weights and banks, and SaMoE's fold and contraction."""
     memory_s = 1.0 / links.cluster.memory_bandwidth
-    exchanges, updated = _exchanges(state_key(config, config.moe.samoe_combine), vocab_size, links)
+    pool = config.moe.samoe_combine if config.moe.has_pool else None
+    exchanges, updated = _exchanges(
+        state_key(config), vocab_size, links, plans_by_rank(config), distinct_stages(config),
+        config.parallel.use_distributed_optimizer, pool == "step", pool is not None and holders_combine(config),
+    )  # fmt: skip
     for kind, (seconds, sent) in exchanges.items():
         cost.add(kind, seconds, sent)
     cost.add("optimizer", updated * OPTIMIZER_TRAFFIC_BYTES * memory_s)
-    if config.moe.has_pool:
-        cost.add("fold", fold_bytes(config, links.grid, num_micro_batches(config, links.cluster.world_size)) * memory_s)
+    if pool is not None:
+        number = num_micro_batches(config, links.cluster.world_size)
+        cost.add("fold", fold_bytes(config, vocab_size, links.grid, number) * memory_s)
 
 
 @lru_cache(maxsize=256)
 def _exchanges(
-    config: PretrainConfig, vocab_size: int, links: Links
-) -> tuple[Mapping[str, tuple[float, float]], float]:
+    config: PretrainConfig, vocab_size: int, links: Links, by_rank: tuple[Chunks, ...], stages: tuple[int, ...],
+    zero: bool, per_step: bool, holders: bool,
+) -> tuple[Mapping[str, tuple[float, float]], float]:  # fmt: skip
     """Returns, for the stage where it takes longest, (seconds, bytes sent) of gradients with weights, and of the pool; and
-    the most elements that a rank updates."""
+    the most elements that a rank updates.
+
+    Args:
+        zero, per_step, holders: ZeRO-1; the pool is combined once a step; its holders combine it for each other.
+    """
     stage_ranks = links.cluster.world_size // links.grid.pp
-    exchanges_slices = config.moe.has_pool and holders_combine(config)
     worst: Mapping[str, tuple[float, float]] = {}
     updated = 0.0
-    for stage in distinct_stages(config):
-        place = RankPlace(links.grid, stage * stage_ranks)
+    for stage in stages:
+        rank = stage * stage_ranks
         times: dict[str, tuple[float, float]] = {}
         elements = 0.0
-        for p in local_parameters(config, vocab_size, place):
+        for p in parameters_of(config, vocab_size, links.grid, rank, by_rank[stage]):
             if not p.is_trained:
                 continue
-            size = place.group_size(p.group)
-            shared = p.is_shared_out or (config.parallel.use_distributed_optimizer and size > 1)
-            elements += p.numel / size if shared else p.numel
+            group, is_sharded, numel = p.tag.gradient_group, p.tag.slice is not None, p.whole_numel
+            size = links.grid.place(group, rank)[0]
+            shared = is_sharded or (zero and size > 1)
+            elements += numel / size if shared else numel
             # fp32 gradients; weights that other ranks have updated, or banks whenever they are combined or contracted.
-            gathers = 2 if p.is_shared_out and config.moe.samoe_combine == "step" else 1
-            moved = p.numel * (4 + gathers * p.element_bytes if shared else 2 * 4)
-            if p.is_shared_out and exchanges_slices:
+            gathers = 2 if is_sharded and per_step else 1
+            moved = numel * (4 + gathers * p.element_bytes if shared else 2 * 4)
+            if is_sharded and holders:
                 # Combined weights come, fp32 gradients go, of this stage's layers.
-                layers = sum(x.moe_index is not None for c in plans_by_rank(config)[stage] for x in c.layers)
-                moved = p.numel // config.moe.num_expert_banks * layers * (compute_bytes(config) + 4)
+                layers = moe_layers(by_rank[stage])
+                moved = numel // config.moe.num_expert_banks * layers * (compute_dtype(config).itemsize + 4)
             kind = "pool" if p.is_bank else "gradients"
             seconds, sent = times.get(kind, (0.0, 0.0))
             # A buffer holds many tensors, so that none has a latency of its own.
             more = moved * (size - 1) / size
-            times[kind] = (seconds + more / links.bandwidth(p.group), sent + more)
+            times[kind] = (seconds + more / links.bandwidth(group), sent + more)
         if sum(t for t, _ in times.values()) >= sum(t for t, _ in worst.values()):
             worst = times
         updated = max(updated, elements)
     return worst, updated
 
 
-def fold_bytes(config: PretrainConfig, grid: RankGrid, micro_batches: int) -> float:
+def fold_bytes(config: PretrainConfig, vocab_size: int, grid: RankGrid, micro_batches: int) -> float:
     """Returns the bytes that combining and contracting move through a rank's memory in a step.
 
     Step mode reads banks and writes folded weights once, and reads and clears folded gradients while it updates the banks'
     once; layer mode does the like for each layer and micro-batch, the fold twice.
     """
-    model, moe = config.model, config.moe
-    width = config.expert_ffn_size
-    one_layer = moe.num_experts // grid.ep * (3 if model.swiglu else 2) * width * model.hidden_size / grid.etp
-    layers = max(
-        sum(layer.moe_index is not None for plan in plans_by_rank(config)[rank] for layer in plan.layers)
-        for rank in distinct_stages(config)
-    )
-    banks, element = moe.num_expert_banks, compute_bytes(config)
-    if moe.samoe_combine == "step":
+    banks, element = config.moe.num_expert_banks, compute_dtype(config).itemsize
+    one_layer = sum(p.whole_numel for p in shared_parameters(config, vocab_size, grid, 0)) / banks
+    layers = max(moe_layers(plans_by_rank(config)[rank]) for rank in distinct_stages(config))
+    if config.moe.samoe_combine == "step":
         return one_layer * (banks * 4 + layers * element + banks * 12 + layers * 8)
     return one_layer * layers * micro_batches * (2 * (banks * 4 + element) + banks * 12 + 8)

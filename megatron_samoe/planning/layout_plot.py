@@ -8,8 +8,8 @@ from typing import Any
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.layer_layout import StagePlan, rank_plans
-from megatron_samoe.models.local_parameters import rank_grid
 from megatron_samoe.parallel_state.rank_grid import RankGrid
+from megatron_samoe.planning.description import rank_grid
 
 #: More cells than this cannot be read; of larger worlds each stage's first ranks are drawn.
 MAX_CELLS = 256

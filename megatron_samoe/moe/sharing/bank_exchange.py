@@ -1,8 +1,8 @@
-"""Combination by the holders of shared-out banks, where that moves less than the banks.
+"""Holders of sharded banks combine them for each other, where that moves less than the banks.
 
-Each holder has a run of elements of all banks. With more banks than a stage has MoE layers it is cheaper to combine a
-run for all layers where it lies, and send each stage its layers' slices, than to gather the banks; weight gradients go
-back the same way and are contracted by the holders. Per step and rank this moves l weights of each kind in place of P.
+Each holder has a slice of all banks. With more banks than a stage has MoE layers it is cheaper to combine a slice for all
+layers where it lies, and send each stage its layers' slices, than to gather the banks. Weight gradients go back the same
+way and are contracted by the holders. Per step and rank this moves l weights of each kind in place of P.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_samoe.moe.bank_store import BankStore
+from megatron_samoe.moe.sharing.bank_store import BankStore
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.parallel_state.state import ParallelState
 
 
 @dataclass(frozen=True)
-class OwnerExchange:
+class BankExchange:
     """Who needs which layers.
 
     Attributes:
@@ -49,18 +49,18 @@ class OwnerExchange:
 
     def combine(self, store: BankStore, a_LGP: Tensor, weight: Tensor) -> None:
         """Writes this stage's combined weights [l, e, ...]; all holders of the bank call it together."""
-        run = store.parameter.detach()
+        held = store.parameter.detach()
         own = store.columns(store.group.rank)
-        combined_Ln = torch.empty((a_LGP.shape[0], run.shape[1]), dtype=weight.dtype, device=run.device)
+        combined_Ln = torch.empty((a_LGP.shape[0], held.shape[1]), dtype=weight.dtype, device=held.device)
         for group, part in _segments(store, own, a_LGP.shape[1]):
-            combine_banks(a_LGP[:, group : group + 1], run[:, None, part], out_LGN=combined_Ln[:, None, part])
+            combine_banks(a_LGP[:, group : group + 1], held[:, None, part], out_LGN=combined_Ln[:, None, part])
         outgoing = [combined_Ln[list(layers)] for layers in self.layers_of_members(store)]
         flat_lN = weight.view(weight.shape[0], store.num_elements)
         for member, slices in enumerate(self._exchange(store, outgoing, len(self.own_layers))):
             flat_lN[:, store.columns(member)] = slices
 
     def contract(self, store: BankStore, a_LGP: Tensor, grad: Tensor) -> Tensor:
-        """Adds the run's gradient, summed over all holders, to its main gradient, and returns da_LGP.
+        """Adds the slice's gradient, summed over all holders, to its main gradient, and returns da_LGP.
 
         The coefficients' gradient is that of all layers, data and elements: the same on all holders.
 
@@ -75,11 +75,11 @@ class OwnerExchange:
         received = self._exchange_back(store, outgoing, [len(layers) for layers in members])
         for layers, slices in zip(members, received, strict=True):
             dw_Ln[list(layers)] += slices
-        run, main_grad = store.parameter.detach(), store.parameter.main_grad  # type: ignore[attr-defined]
+        held, main_grad = store.parameter.detach(), store.parameter.main_grad  # type: ignore[attr-defined]
         da_LGP = torch.zeros_like(a_LGP)
         for group, part in _segments(store, own, a_LGP.shape[1]):
             da_LGP[:, group : group + 1] += combine_banks_backward(
-                a_LGP[:, group : group + 1], run[:, None, part], dw_Ln[:, None, part], main_grad[:, None, part]
+                a_LGP[:, group : group + 1], held[:, None, part], dw_Ln[:, None, part], main_grad[:, None, part]
             )
         return store.group.all_reduce(da_LGP)
 
@@ -107,7 +107,7 @@ def _all_to_all(store: BankStore, outgoing: Sequence[Tensor], shapes: Sequence[t
 
 
 def _segments(store: BankStore, own: slice, num_groups: int) -> list[tuple[int, slice]]:
-    """Returns (group, part of the run) pairs: one group for all experts, or a part for each expert in the run."""
+    """Returns (group, part of the slice) pairs: one group for all experts, or a part for each expert in the slice."""
     size = store.num_elements // num_groups
     segments = []
     for group in range(num_groups):

@@ -1,0 +1,103 @@
+"""What a model is built from: its configuration, its place over ranks, and the parts that can be replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.models.attention import SelfAttention
+from megatron_samoe.models.layer_layout import LayerPlace, all_layers, moe_layers_of
+from megatron_samoe.models.mlp import activation_of
+from megatron_samoe.moe.balance import AuxiliaryLosses, BalanceStrategy
+from megatron_samoe.moe.branch_scale import branch_scale
+from megatron_samoe.moe.experts import ExpertShape
+from megatron_samoe.moe.router import Router
+from megatron_samoe.moe.sharing.combined import CombinedSharing
+from megatron_samoe.moe.sharing.own import OwnSharing
+from megatron_samoe.moe.sharing.way import SharingContext, SharingWay
+from megatron_samoe.moe.types import StatisticsLayout
+from megatron_samoe.parallel_state.state import Group, ParallelState
+
+
+def configured_sharing(context: SharingContext) -> SharingWay:
+    """Returns the way that --expert-layout asks for."""
+    return CombinedSharing(context) if context.config.has_pool else OwnSharing(context)
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """Parts of a model that code outside the package can replace, as docs/extending.md shows.
+
+    Attributes:
+        attention: makes a layer's attention, as `SelfAttention` is made and called.
+        router: class of routers.
+        balance: makes a layer's strategy from the configuration and the data-parallel group.
+        sharing: makes the way in which MoE layers come by their experts.
+    """
+
+    attention: Callable[..., nn.Module] = SelfAttention
+    router: type[Router] = Router
+    balance: Callable[[MoEConfig, Group], BalanceStrategy] = AuxiliaryLosses
+    sharing: Callable[[SharingContext], SharingWay] = configured_sharing
+
+    def replaced(self) -> Mapping[str, str]:
+        """Returns the names of those that are not the package's own; checkpoints note them."""
+        own = ModelParts()
+        return {
+            f.name: getattr(getattr(self, f.name), "__qualname__", repr(getattr(self, f.name)))
+            for f in fields(self)
+            if getattr(self, f.name) is not getattr(own, f.name)
+        }
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All that the constructors of a model's modules need.
+
+    Attributes:
+        vocab_size: tokens that exist, before padding.
+        dtype: of weights and activations.
+    """
+
+    config: PretrainConfig
+    vocab_size: int
+    state: ParallelState
+    dtype: torch.dtype
+    parts: ModelParts = field(default_factory=ModelParts)
+
+    @cached_property
+    def expert_shapes(self) -> tuple[ExpertShape, ...]:
+        """Shapes of the experts of all MoE layers of the model."""
+        return tuple(expert_shape(self.config, place) for place in all_layers(self.config) if place.num_experts)
+
+    @cached_property
+    def sharing(self) -> SharingWay:
+        """How the MoE layers come by their experts."""
+        pp = self.config.parallel.pipeline_model_parallel_size
+        layers_of_stage = tuple(moe_layers_of(self.config, stage) for stage in range(pp))
+        return self.parts.sharing(
+            SharingContext(self.config.moe, self.expert_shapes, layers_of_stage, self.state, self.dtype)
+        )
+
+    @cached_property
+    def statistics(self) -> StatisticsLayout:
+        """What MoE layers tell of each micro-batch."""
+        experts = max((shape.num_experts for shape in self.expert_shapes), default=0)
+        balance = self.parts.balance(self.config.moe, self.state.dp)
+        return StatisticsLayout({"counts": experts, **self.parts.router.statistics, **balance.statistics})
+
+
+def expert_shape(config: PretrainConfig, place: LayerPlace) -> ExpertShape:
+    """Returns the global sizes of one MoE layer's routed experts, and how wide they begin."""
+    model = config.model
+    return ExpertShape(
+        place.num_experts, model.hidden_size, config.expert_ffn_size, activation_of(model),
+        bias=not model.disable_bias_linear, init_std=model.init_method_std,
+        output_init_std=model.output_init_std * branch_scale(config, place.num_experts).routed,
+    )  # fmt: skip

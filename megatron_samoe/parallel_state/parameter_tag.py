@@ -1,0 +1,70 @@
+"""What is known of a parameter besides its values: one frozen tag, set where the parameter is made.
+
+Gradient groups, de-duplication in norms, checkpoint offsets and layout-independent initial values all follow from the
+tag, so that no other attribute of a parameter says anything about layouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from megatron_samoe.parallel_state.shard_spec import FlatSlice, ShardSpec, gradient_group_name
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a parameter begins; `initialize_parameters` applies it when the parameter's global name is known.
+
+    Attributes:
+        std: of a normal distribution; only with kind "normal".
+        mean: of the same; a number, or this rank's shard as a tensor.
+        num_indexed_dims: leading dims whose every index has a seed of its own, so that a rank makes only the experts
+            it holds.
+    """
+
+    kind: Literal["normal", "zeros", "ones"] = "normal"
+    std: float = 0.0
+    mean: float | Tensor = 0.0
+    num_indexed_dims: int = 0
+
+
+ZEROS, ONES = Init("zeros"), Init("ones")
+
+
+@dataclass(frozen=True)
+class ParameterTag:
+    """A parameter's place over the ranks, its start, and when its gradient is whole.
+
+    Attributes:
+        shard: which shard of the tensor a rank holds.
+        completed_at: when this rank has its whole part of the gradient. backward: after the last micro-batch's backward
+            pass. step_end: after all passes of a step, since stages share the parameter or what uses it is contracted then.
+        slice: elements of the shard that this rank holds, where ranks that would hold replicas hold a slice each. Their
+            gradients come reduced.
+        is_routed_expert: whether it is a weight of routed experts, which work on some tokens only.
+    """
+
+    shard: ShardSpec = field(default_factory=ShardSpec)
+    init: Init = ZEROS
+    completed_at: Literal["backward", "step_end"] = "backward"
+    slice: FlatSlice | None = None
+    is_routed_expert: bool = False
+
+    @property
+    def gradient_group(self) -> str:
+        """Named group over which the gradient is summed."""
+        return gradient_group_name(self.shard)
+
+
+def set_tag(parameter: nn.Parameter, tag: ParameterTag) -> nn.Parameter:
+    """Tags a parameter and returns it."""
+    parameter.tag = tag  # type: ignore[attr-defined]
+    return parameter
+
+
+def tag_of(parameter: Tensor) -> ParameterTag:
+    """Returns a parameter's tag; every parameter of a model has one."""
+    return parameter.tag  # type: ignore[attr-defined]
