@@ -179,9 +179,10 @@ def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         options = [t for t in get_args(hint) if t is not type(None)]
-        if value is None:
+        if value is None and len(options) < len(get_args(hint)):
             return None
-        return _convert(value, options[0], name, source)
+        lists = [t for t in options if get_origin(t) is tuple]
+        return _convert(value, lists[0] if lists and isinstance(value, (list, tuple)) else options[0], name, source)
     if origin is Literal:
         if value in get_args(hint) and type(value) in {type(a) for a in get_args(hint)}:
             return value

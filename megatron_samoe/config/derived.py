@@ -96,9 +96,7 @@ def num_moe_layers(config: PretrainConfig) -> int:
 
 def experts_per_layer(moe: MoEConfig, num_moe_layers: int) -> tuple[int, ...]:
     """Returns the routed experts of each MoE layer."""
-    if isinstance(moe.num_experts, int):
-        return (moe.num_experts,) * num_moe_layers
-    return moe.num_experts
+    return moe.num_experts if isinstance(moe.num_experts, tuple) else (moe.num_experts,) * num_moe_layers
 
 
 def divisors(n: int) -> list[int]:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from megatron_samoe.config import needs
 from megatron_samoe.config.derived import divisors
-from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.config.option import all_options
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import LoggingConfig
 from megatron_samoe.config.validate import validate
@@ -61,27 +62,26 @@ def _nearest_first(config: PretrainConfig) -> Iterator[list[PretrainConfig]]:
             if pp != layout.pipeline_model_parallel_size:
                 sized = replace(sized, num_layers_per_virtual_pipeline_stage=None, pipeline_model_parallel_layout=None)
             yield [
-                replace(
-                    config,
-                    parallel=_without_idle_options(replace(sized, expert_model_parallel_size=ep)),
-                    training=replace(config.training, micro_batch_size=micro_batch),
+                _without_idle_options(
+                    replace(
+                        config,
+                        parallel=replace(sized, expert_model_parallel_size=ep),
+                        training=replace(config.training, micro_batch_size=micro_batch),
+                    )
                 )
                 for ep in divisors(layout.expert_model_parallel_size)[::-1]
                 for micro_batch in micro_batches
             ]
 
 
-def _without_idle_options(layout: ParallelConfig) -> ParallelConfig:
-    """Returns a layout without the options that are refused where there is one pipeline stage, or one expert rank."""
-    default = ParallelConfig()
-    if layout.pipeline_model_parallel_size == 1:
-        layout = replace(layout, pipeline_schedule=default.pipeline_schedule)
-    if layout.expert_model_parallel_size == 1:
-        layout = replace(
-            layout, moe_dispatch_chunks=1, moe_shared_expert_overlap=False,
-            moe_all_to_all_backend=default.moe_all_to_all_backend, moe_hierarchical_all_to_all=False,
-        )  # fmt: skip
-    return layout
+def _without_idle_options(config: PretrainConfig) -> PretrainConfig:
+    """Returns the configuration without the options of pipelines or expert parallelism that its layout has no use for."""
+    idle = {
+        name: default
+        for _, name, _, default, facts in all_options(config)
+        if facts.needs in (needs.PIPELINE, needs.EXPERT_PARALLEL) and not facts.needs.is_met(config)
+    }
+    return replace(config, parallel=replace(config.parallel, **idle))
 
 
 def _is_legal(config: PretrainConfig, world_size: int) -> bool:

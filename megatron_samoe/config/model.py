@@ -5,56 +5,63 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_samoe.config import needs
+from megatron_samoe.config.option import ABOVE_ZERO, BELOW_ONE, BY_RULES, POSITIVE, READERS, model_option
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Network size and style. The defaults are GPT-3's style; a LLaMA style is a set of flags away."""
 
-    num_layers: int = 8
+    num_layers: int = model_option(8, range=POSITIVE, largest=100_000, is_free=False, known_to=READERS)
     """Number of transformer layers."""
-    hidden_size: int = 256
+    hidden_size: int = model_option(256, range=POSITIVE, is_free=False, known_to=READERS)
     """Width of the residual stream (H)."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: int | None = model_option(None, range=POSITIVE, is_free=False, known_to=READERS)
     """Width of a dense MLP (F). Derived if not given: 4 H, or 8/3 H rounded to 64 with --swiglu."""
-    num_attention_heads: int = 8
+    num_attention_heads: int = model_option(8, range=POSITIVE, is_free=False, known_to=READERS)
     """Number of attention heads (A)."""
-    kv_channels: int | None = None
+    kv_channels: int | None = model_option(None, range=POSITIVE, is_free=False, known_to=READERS)
     """Size of one attention head (D). Derived if not given: hidden size / heads."""
-    group_query_attention: bool = False
+    group_query_attention: bool = model_option(False, is_free=False, known_to=READERS)
     """Let several query heads share one key-value head."""
-    num_query_groups: int = 1
+    num_query_groups: int = model_option(
+        1, range=POSITIVE, needs=needs.GROUPED_QUERIES, is_free=False, known_to=READERS
+    )
     """Number of key-value heads with --group-query-attention."""
-    seq_length: int = 256
+    seq_length: int = model_option(256, range=POSITIVE, is_free=True, known_to=READERS)
     """Tokens of one training sample (S)."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: int | None = model_option(None, range=POSITIVE, is_free=True, known_to=READERS)
     """Longest sequence that learned positions cover. Derived if not given: the sequence length."""
-    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = model_option(
+        "learned_absolute", is_free=False, known_to=READERS
+    )
     """How positions enter the model."""
-    rotary_base: float = 10000.0
+    rotary_base: float = model_option(10000.0, range=ABOVE_ZERO, needs=needs.ROTARY, is_free=False, known_to=READERS)
     """Base of the rotary angles."""
-    rotary_percent: float = 1.0
+    rotary_percent: float = model_option(1.0, range=BY_RULES, needs=needs.ROTARY, is_free=False, known_to=READERS)
     """Share of each head's channels that is rotated."""
-    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    normalization: Literal["LayerNorm", "RMSNorm"] = model_option("LayerNorm", is_free=False, known_to=READERS)
     """Kind of the normalisation layers."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = model_option(1e-5, range=ABOVE_ZERO, is_free=False, known_to=READERS)
     """Added to the variance (LayerNorm) or mean square (RMSNorm)."""
-    swiglu: bool = False
+    swiglu: bool = model_option(False, is_free=False, known_to=READERS)
     """Gated SiLU MLPs and experts in place of GELU ones."""
-    disable_bias_linear: bool = False
+    disable_bias_linear: bool = model_option(False, is_free=False, known_to=READERS)
     """No bias in linear layers and experts."""
-    add_qkv_bias: bool = False
+    add_qkv_bias: bool = model_option(False, needs=needs.NO_BIAS, is_free=False, known_to=READERS)
     """Keep the bias of the query-key-value projection with --disable-bias-linear."""
-    untie_embeddings_and_output_weights: bool = False
+    untie_embeddings_and_output_weights: bool = model_option(False, is_free=False, known_to=READERS)
     """Give the output layer its own matrix."""
-    qk_layernorm: bool = False
+    qk_layernorm: bool = model_option(False, is_free=False, known_to=READERS)
     """Normalise queries and keys per head before attention."""
-    init_method_std: float = 0.02
+    init_method_std: float = model_option(0.02, range=ABOVE_ZERO, is_free=True, known_to=READERS)
     """Standard deviation of initial weights; output projections use it divided by sqrt(2 * num_layers)."""
-    attention_dropout: float = 0.0
+    attention_dropout: float = model_option(0.0, range=BELOW_ONE, is_free=True, known_to=READERS)
     """Dropout probability of attention weights."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: float = model_option(0.0, range=BELOW_ONE, is_free=True, known_to=READERS)
     """Dropout probability of embeddings and of each sub-layer's output."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: int = model_option(128, range=POSITIVE, is_free=False, known_to=READERS)
     """The vocabulary is padded to a multiple of this, whatever the layout; the tensor-parallel size must divide it.
     Padding takes no part in the softmax."""
 

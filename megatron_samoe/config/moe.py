@@ -5,83 +5,133 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_samoe.config import needs
+from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, POSITIVE, READERS, model_option
+
+
+def _readers_of_counts(num_experts: int | tuple[int, ...]) -> frozenset[str]:
+    return READERS if isinstance(num_experts, int) else frozenset(("decode", "planner"))
+
 
 @dataclass(frozen=True)
 class MoEConfig:
     """Mixture of experts and the shared pool (SaMoE)."""
 
-    expert_layout: Literal["dense", "moe", "samoe"] = "dense"
+    expert_layout: Literal["dense", "moe", "samoe"] = model_option("dense", is_free=False, known_to=READERS)
     """dense: no experts; moe: every MoE layer owns its experts; samoe: all MoE layers combine one pool of banks."""
-    num_experts: int | tuple[int, ...] = 8
+    num_experts: int | tuple[int, ...] = model_option(
+        8, range=POSITIVE, largest=1_000_000, is_free=False, known_to=_readers_of_counts
+    )
     """Routed experts of each MoE layer (E); one number for all, or one for each MoE layer in order, as PR-MoE's pyramids
     have."""
-    moe_layer_freq: str = "1"
+    moe_layer_freq: str = model_option("1", is_free=False, known_to=READERS)
     """An integer N (layer i is MoE where N divides i, counted from 0), or a pattern with one 0 or 1 per layer such as
     0101 or [0,1]*4."""
-    moe_ffn_hidden_size: int | None = None
+    moe_ffn_hidden_size: int | None = model_option(
+        None, range=POSITIVE, needs=needs.EXPERTS, is_free=False, known_to=READERS
+    )
     """Width of one expert. Derived if not given: the dense MLP's divided by K, so that a token's experts are as much
     work as the dense MLP."""
-    moe_router_topk: int = 2
+    moe_router_topk: int = model_option(
+        2, range=POSITIVE, largest=100_000, needs=needs.EXPERTS, is_free=False, known_to=READERS
+    )
     """Experts per token (K)."""
-    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_score_function: Literal["softmax", "sigmoid"] = model_option(
+        "softmax", needs=needs.EXPERTS, is_free=False, known_to=READERS
+    )
     """How logits become scores."""
-    moe_router_pre_softmax: bool | None = None
+    moe_router_pre_softmax: bool | None = model_option(None, needs=needs.EXPERTS, is_free=False, known_to=READERS)
     """Weigh experts by their score among all experts (Switch) rather than among the chosen (GShard). Derived if not
     given: true for top-1, where scores among the chosen would always be 1 and teach the router nothing."""
-    moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
+    moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = model_option(
+        "seq_aux_loss", needs=needs.EXPERTS, is_free=True, known_to=READERS
+    )
     """seq_aux_loss: balance expert loads within each sequence; aux_loss: over --moe-aux-loss-group-size sequences; none.
     Each is the same number under every parallel layout."""
-    moe_aux_loss_group_size: int | None = None
+    moe_aux_loss_group_size: int | None = model_option(
+        None, range=POSITIVE, needs=needs.AUX_LOSS, is_free=True, known_to=READERS
+    )
     """Sequences over which aux_loss balances; consecutive ones of the global batch that are computed at the same time, so
     it must divide micro batch x data-parallel size. Derived if not given: 1, as seq_aux_loss."""
-    moe_aux_loss_coeff: float = 0.05
+    moe_aux_loss_coeff: float = model_option(
+        0.05, range=AT_LEAST_ZERO, needs=needs.BALANCE, is_free=True, known_to=READERS
+    )
     """Weight of the load-balance loss."""
-    moe_z_loss_coeff: float = 0.0
+    moe_z_loss_coeff: float = model_option(
+        0.0, range=AT_LEAST_ZERO, needs=needs.EXPERTS, is_free=True, known_to=READERS
+    )
     """Weight of the router's z-loss (ST-MoE), 0 for none."""
-    moe_router_init_method_std: float | None = None
+    moe_router_init_method_std: float | None = model_option(
+        None, range=ABOVE_ZERO, needs=needs.EXPERTS, is_free=True, known_to=READERS
+    )
     """Standard deviation of initial router weights. Derived if not given: 1 / sqrt(hidden size), so that logits begin
     with a spread of 1."""
-    moe_scale_output_init: bool = True
+    moe_scale_output_init: bool = model_option(True, needs=needs.EXPERTS, is_free=True, known_to=READERS)
     """Draw the experts' output projections so wide that an MoE layer begins as strong as the dense MLP: its experts are
     narrower and weighed by scores below 1."""
-    moe_input_jitter_eps: float = 0.0
+    moe_input_jitter_eps: float = model_option(
+        0.0, range=BELOW_ONE, needs=needs.EXPERTS, is_free=True, known_to=READERS
+    )
     """Multiply router inputs by uniform noise in [1 - eps, 1 + eps] while training, 0 for none."""
-    moe_expert_capacity_factor: float | None = None
+    moe_expert_capacity_factor: float | None = model_option(
+        None, range=ABOVE_ZERO, needs=needs.EXPERTS, is_free=True, known_to=READERS
+    )
     """Most tokens of one sequence that an expert takes, as a multiple of S * K / E; more are dropped. Dropless if not
     given. Evaluation never drops."""
-    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    moe_token_drop_policy: Literal["probs", "position"] = model_option(
+        "probs", needs=needs.CAPACITY, is_free=True, known_to=READERS
+    )
     """Which tokens an expert over its capacity keeps: the most probable or the first."""
-    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = model_option(
+        None, range=POSITIVE, needs=needs.EXPERTS, is_free=False, known_to=READERS
+    )
     """Width of an expert that every token passes besides the routed ones; none if not given."""
-    num_expert_banks: int = 2
+    num_expert_banks: int = model_option(
+        2, range=POSITIVE, largest=100_000, needs=needs.POOL, is_free=False, known_to=READERS
+    )
     """Banks of the shared pool (P): full sets of E experts that all MoE layers combine."""
-    samoe_combine: Literal["step", "layer"] = "step"
+    samoe_combine: Literal["step", "layer"] = model_option("step", needs=needs.POOL, is_free=True, known_to=READERS)
     """step: combine all layers' experts once per optimizer step (fast); layer: while each layer runs (small memory).
     Both compute the same gradients."""
-    samoe_granularity: Literal["layer", "expert"] = "layer"
+    samoe_granularity: Literal["layer", "expert"] = model_option(
+        "layer", needs=needs.POOL, is_free=False, known_to=READERS
+    )
     """One set of coefficients per layer, or one per layer and expert."""
-    samoe_normalization: Literal["none", "l2", "softmax"] = "none"
+    samoe_normalization: Literal["none", "l2", "softmax"] = model_option(
+        "none", needs=needs.POOL, is_free=False, known_to=READERS
+    )
     """How raw coefficients become the combination."""
-    samoe_init: Literal["cyclic", "block", "uniform"] = "cyclic"
+    samoe_init: Literal["cyclic", "block", "uniform"] = model_option(
+        "cyclic", needs=needs.POOL, is_free=True, known_to=READERS
+    )
     """Initial coefficients. cyclic: MoE layer l starts as bank l mod P; block: as bank floor(l * P / L); uniform:
     1/sqrt(P) for every bank plus a little noise."""
-    samoe_pool_placement: Literal["sharded", "replicated"] = "sharded"
+    samoe_pool_placement: Literal["sharded", "replicated"] = model_option(
+        "sharded", needs=needs.POOL, is_free=True, known_to=READERS
+    )
     """sharded: banks and their optimizer state lie in parts on the ranks that would hold replicas (expert-data-parallel
     ranks of all pipeline stages), gathered once per step; replicated: whole on each."""
-    pool_replica_check_interval: int | None = None
+    pool_replica_check_interval: int | None = model_option(
+        None, range=POSITIVE, needs=needs.POOL, is_free=True, known_to=READERS
+    )
     """Steps between checks that all copies of banks are equal."""
-    samoe_freeze_coefficients: bool = False
+    samoe_freeze_coefficients: bool = model_option(False, needs=needs.POOL, is_free=True, known_to=READERS)
     """Never train the coefficients: hard sharing, the essential control."""
+
+    @property
+    def expert_counts(self) -> tuple[int, ...]:
+        """Routed experts as given: one number, or one for each MoE layer."""
+        return self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,)
 
     @property
     def most_experts(self) -> int:
         """Routed experts of the layer that has most."""
-        return self.num_experts if isinstance(self.num_experts, int) else max(self.num_experts)
+        return max(self.expert_counts, default=1)
 
     @property
     def fewest_experts(self) -> int:
         """Routed experts of the layer that has fewest."""
-        return self.num_experts if isinstance(self.num_experts, int) else min(self.num_experts)
+        return min(self.expert_counts, default=1)
 
     @property
     def pre_softmax(self) -> bool:

@@ -5,53 +5,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_samoe.config import needs
+from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, BY_RULES, POSITIVE, option
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Length of training, batches, precision, evaluation."""
 
-    micro_batch_size: int = 4
+    micro_batch_size: int = option(4, range=POSITIVE, largest=10_000_000)
     """Sequences per forward pass and data-parallel rank (B)."""
-    global_batch_size: int | None = None
+    global_batch_size: int | None = option(None, range=POSITIVE, largest=10_000_000)
     """Sequences per optimizer step over all ranks. Derived if not given: micro batch * data-parallel size."""
-    train_iters: int = 100
+    train_iters: int = option(100, range=AT_LEAST_ZERO)
     """Optimizer steps to train for."""
-    exit_interval: int | None = None
+    exit_interval: int | None = option(None, range=POSITIVE)
     """Save and stop after an iteration that is divisible by this."""
-    exit_duration_in_mins: float | None = None
+    exit_duration_in_mins: float | None = option(None, range=ABOVE_ZERO)
     """Save and stop after this many minutes."""
-    eval_interval: int = 100
+    eval_interval: int = option(100, range=POSITIVE)
     """Steps between evaluations; one more always follows the last step."""
-    eval_iters: int = 10
+    eval_iters: int = option(10, range=AT_LEAST_ZERO, largest=10_000_000)
     """Global batches of one evaluation; 0 for none."""
-    full_validation: bool = False
+    full_validation: bool = option(False)
     """Evaluate every sample of the validation and test data, whatever --eval-iters says, each dataset of a blend whole."""
-    skip_train: bool = False
+    skip_train: bool = option(False)
     """Evaluate the checkpoint in --load and leave."""
-    seed: int = 1234
+    seed: int = option(1234, range=AT_LEAST_ZERO, largest=2**32 - 1)
     """Seed of initial weights, sample order, dropout and jitter."""
-    bf16: bool = False
+    bf16: bool = option(False)
     """Compute in bfloat16 with fp32 master weights."""
-    fp16: bool = False
+    fp16: bool = option(False)
     """Compute in half precision with fp32 master weights and loss scaling; CUDA only."""
-    loss_scale: float | None = None
+    loss_scale: float | None = option(None, range=ABOVE_ZERO, needs=needs.FP16)
     """Fixed loss scale for --fp16; dynamic if not given."""
-    initial_loss_scale: float = 65536.0
+    initial_loss_scale: float = option(65536.0, range=ABOVE_ZERO, needs=needs.FP16)
     """First value of the dynamic loss scale."""
-    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_granularity: Literal["full", "selective"] | None = option(None)
     """full: keep only layer inputs and recompute layers in the backward pass; selective: recompute attention."""
-    recompute_num_layers: int | None = None
+    recompute_num_layers: int | None = option(None, range=POSITIVE, needs=needs.FULL_RECOMPUTE)
     """With full: recompute only the first so many layers of a stage; all if not given."""
-    spike_window: int = 0
+    spike_window: int = option(0, range=AT_LEAST_ZERO)
     """Report a step whose loss or gradient norm is far above those of so many steps before, with the numbers of its
     samples; 0 for no report."""
-    spike_sigmas: float = 6.0
+    spike_sigmas: float = option(6.0, range=ABOVE_ZERO, needs=needs.SPIKE_WINDOW)
     """How far above is far, in standard deviations of the window."""
-    skip_spikes: bool = False
+    skip_spikes: bool = option(False, needs=needs.SPIKE_WINDOW)
     """Leave the weights as they are in such a step. Needs --spike-window."""
-    deterministic_mode: bool = False
+    deterministic_mode: bool = option(False)
     """Refuse operations that are not deterministic (bitwise equal runs on the same layout)."""
-    num_threads: int | None = None
+    num_threads: int | None = option(None, range=POSITIVE, largest=4096)
     """CPU threads per rank. Derived if not given: OMP_NUM_THREADS, which under torchrun counts if it is not 1, else cores
     divided by the ranks of this host."""
 
@@ -60,39 +63,39 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW, its schedule and clipping."""
 
-    lr: float = 1e-3
+    lr: float = option(1e-3, range=AT_LEAST_ZERO)
     """Highest learning rate."""
-    min_lr: float = 0.0
+    min_lr: float = option(0.0, range=AT_LEAST_ZERO)
     """Lowest learning rate of the decay."""
-    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = option("cosine")
     """Shape of the decay. WSD: constant, then linear over the last --lr-wsd-decay-iters."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: int | None = option(None, range=POSITIVE)
     """Steps until the lowest rate. Derived if not given: --train-iters."""
-    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_iters: int | None = option(None, range=POSITIVE, needs=needs.WSD)
     """Length of WSD's final decay. Derived if not given: a tenth of the decay steps."""
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: int = option(0, range=AT_LEAST_ZERO)
     """Steps of linear warm-up."""
-    lr_warmup_fraction: float | None = None
+    lr_warmup_fraction: float | None = option(None, range=BY_RULES)
     """Warm-up as a share of the decay steps, in place of --lr-warmup-iters."""
-    weight_decay: float = 0.1
+    weight_decay: float = option(0.1, range=AT_LEAST_ZERO)
     """Decoupled weight decay of matrices; biases, norms and combination coefficients have none."""
-    clip_grad: float = 1.0
+    clip_grad: float = option(1.0, range=AT_LEAST_ZERO)
     """Largest global gradient norm; 0 for no clipping."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = option(0.9, range=BELOW_ONE)
     """Decay of the first moment."""
-    adam_beta2: float = 0.95
+    adam_beta2: float = option(0.95, range=BELOW_ONE)
     """Decay of the second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: float = option(1e-8, range=ABOVE_ZERO)
     """Added to the root of the second moment."""
-    moe_router_lr_mult: float = 0.5
+    moe_router_lr_mult: float = option(0.5, range=ABOVE_ZERO, needs=needs.EXPERTS)
     """Learning rate of the routers relative to --lr."""
-    moe_output_lr_mult: float = 1.0
+    moe_output_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.EXPERTS)
     """Learning rate of the experts' output projections (w2, own or pooled) relative to --lr."""
-    samoe_bank_lr_mult: float = 1.0
+    samoe_bank_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.POOL)
     """Learning rate of the pool's banks relative to --lr."""
-    samoe_coefficient_lr_mult: float = 1.0
+    samoe_coefficient_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.TRAINED_COEFFICIENTS)
     """Learning rate of the combination coefficients relative to --lr."""
-    optimizer_backend: Literal["auto", "torch", "apex"] = "auto"
+    optimizer_backend: Literal["auto", "torch", "apex"] = option("auto")
     """auto: NVIDIA apex's FusedAdam where it is importable on CUDA, else torch's fused AdamW."""
 
 
@@ -100,30 +103,30 @@ class OptimizerConfig:
 class LoggingConfig:
     """Console, metrics file, TensorBoard."""
 
-    run_dir: str | None = None
+    run_dir: str | None = option(None)
     """Folder of the run: checkpoints/, tensorboard/ and metrics.jsonl go there unless --save, --load or
     --tensorboard-dir say otherwise."""
-    log_interval: int = 10
+    log_interval: int = option(10, range=POSITIVE)
     """Steps between log lines."""
-    tensorboard_dir: str | None = None
+    tensorboard_dir: str | None = option(None)
     """Folder of TensorBoard events."""
-    metrics_file: str | None = None
+    metrics_file: str | None = option(None)
     """JSON-lines file with one object per logged step."""
-    moe_per_layer_logging: bool = False
+    moe_per_layer_logging: bool = option(False)
     """Log expert load, gradient norm per expert and combination coefficients of each layer."""
-    log_progress: bool = False
+    log_progress: bool = option(False)
     """Show a progress bar on rank 0."""
-    wandb_project: str | None = None
+    wandb_project: str | None = option(None)
     """Log to this project of Weights & Biases as well (extra wandb; WANDB_MODE=offline needs no network)."""
-    trackio_project: str | None = None
+    trackio_project: str | None = option(None)
     """Log to this project of trackio as well, which keeps it on this machine (extra trackio)."""
-    exp_name: str | None = None
+    exp_name: str | None = option(None, needs=needs.TRACKERS)
     """Name of the run in both. Derived if not given: the last part of --run-dir."""
-    profile: bool = False
+    profile: bool = option(False)
     """Profile some steps of some ranks with torch's profiler; traces go to profile/ in --run-dir or --save."""
-    profile_step_start: int = 10
+    profile_step_start: int = option(10, range=BY_RULES, needs=needs.PROFILE)
     """First step that is profiled."""
-    profile_step_end: int = 12
+    profile_step_end: int = option(12, range=BY_RULES, needs=needs.PROFILE)
     """First step that is not profiled any more."""
-    profile_ranks: tuple[int, ...] = (0,)
+    profile_ranks: tuple[int, ...] = option((0,), range=BY_RULES, needs=needs.PROFILE)
     """Ranks that are profiled."""

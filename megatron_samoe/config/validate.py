@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.rules import Rule, layout, model, numbers, pipeline, run, without_effect
-from megatron_samoe.config.rules.limits import refuse_excess
+from megatron_samoe.config.rules import Rule, layout, model, options, pipeline, run
+from megatron_samoe.config.rules.options import refuse_excess
 from megatron_samoe.errors import ConfigError, ConfigErrors
 
-RULES: tuple[Rule, ...] = (
-    *numbers.RULES, *model.RULES, *without_effect.RULES, *layout.RULES, *pipeline.RULES, *run.RULES,
-)  # fmt: skip
+RULES: tuple[Rule, ...] = (*options.RULES, *model.RULES, *layout.RULES, *pipeline.RULES, *run.RULES)
 
 
 def validate(config: PretrainConfig, world_size: int) -> None:
@@ -21,9 +19,9 @@ def validate(config: PretrainConfig, world_size: int) -> None:
 def refuse_wrong_numbers(config: PretrainConfig) -> None:
     """Raises ConfigErrors naming each number that none of its kind can be, whatever else is configured."""
     refuse_excess(config)
-    problems = [problem for rule in numbers.RULES for problem in rule(config, 1)]
+    problems = [problem for rule in options.RANGES for problem in rule(config, 1)]
     moe = config.moe
-    if moe.expert_layout != "dense" and moe.moe_router_topk > moe.num_experts:
+    if moe.expert_layout != "dense" and moe.moe_router_topk > moe.fewest_experts:
         problems.append(
             ConfigError("--moe-router-topk", moe.moe_router_topk, f"must be at most --num-experts {moe.num_experts}")
         )

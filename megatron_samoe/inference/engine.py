@@ -16,6 +16,7 @@ import torch
 
 from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.huge_pages import ask_for_huge_pages
@@ -77,6 +78,7 @@ class Engine:
         max_step_tokens: int = 512,
         cache_experts: int | None = None,
     ):
+        refuse_unknown(loaded.config, "decode", "the inference engine")
         self.tokenizer, self.vocab_size = loaded.tokenizer, loaded.model.vocab_size
         #: Most tokens of one sequence, prompt and result together.
         self.context_length = loaded.config.model.max_positions

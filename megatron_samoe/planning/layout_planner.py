@@ -7,6 +7,7 @@ combined) are taken in the order of their cost, and the first that fits is kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import data_parallel_size, divisors, flag, global_batch_size, num_micro_batches
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.planning.description import plans_by_rank
@@ -102,6 +104,7 @@ def plan_layouts(
     Raises:
         ConfigError: no layout is legal, or none fits; the message names the smallest and what it misses.
     """
+    refuse_unknown(config, "planner", "the layout planner")
     base = replace(config, data=DataConfig(mock_data=True), checkpoint=CheckpointConfig())
     fitting, smallest, problem = [], None, None
     for sized in _sizes(base, cluster, micro_batch_sizes or (config.training.micro_batch_size,)):
@@ -145,7 +148,7 @@ def _sizes(base: PretrainConfig, cluster: Cluster, micro_batch_sizes: Sequence[i
             expert_tps = _fixed(given, "expert_tensor_parallel_size", sorted({1, tp})) if is_moe else [None]
             for etp in expert_tps:
                 over = max(world // (pp * (etp or tp)), 1)
-                experts = [d for d in divisors(moe.num_experts) if over % d == 0] if is_moe else [1]
+                experts = [d for d in divisors(math.gcd(*moe.expert_counts)) if over % d == 0] if is_moe else [1]
                 for ep in _fixed(given, "expert_model_parallel_size", experts):
                     for vpp, layout in _stage_cuts(base, pp):
                         parallel = replace(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.cli import CHECKPOINT_GROUPS, to_mapping
+from megatron_samoe.config.option import all_options
 from megatron_samoe.config.training import OptimizerConfig
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver, save_checkpoint
@@ -21,14 +22,6 @@ from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import PLAIN_KEYS, TrainState
 
-#: Options of the model's groups that may differ between a checkpoint and the run that loads it.
-FREE_FIELDS = frozenset(
-    ("seq_length", "max_position_embeddings", "init_method_std", "attention_dropout", "hidden_dropout",
-     "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_aux_loss_group_size", "moe_z_loss_coeff",
-     "moe_input_jitter_eps", "moe_router_init_method_std", "moe_scale_output_init",
-     "moe_expert_capacity_factor", "moe_token_drop_policy", "samoe_combine", "samoe_init", "samoe_freeze_coefficients",
-     "samoe_pool_placement", "pool_replica_check_interval")
-)  # fmt: skip
 #: What decides which samples a run sees, besides its seed.
 CORPUS_FIELDS = ("data_path", "train_data_path", "split", "mock_data")
 EXPERT_FRACTIONS = "training.expert_fractions"
@@ -242,10 +235,12 @@ def check_same_model(
     """Raises CheckpointError naming the options in which a checkpoint's model differs from the run's."""
     current = to_mapping(setup.config)
     differences = [
-        f"{name} is {saved_value!r} there and {current[group][name]!r} here"
-        for group in CHECKPOINT_GROUPS
-        for name, saved_value in (saved_config.get(group) or {}).items()
-        if name not in FREE_FIELDS and name in current[group] and current[group][name] != saved_value
+        f"{name} is {saved_config[group][name]!r} there and {current[group][name]!r} here"
+        for group, name, _, _, facts in all_options(setup.config)
+        if group in CHECKPOINT_GROUPS
+        and not facts.is_free
+        and name in (saved_config.get(group) or {})
+        and saved_config[group][name] != current[group][name]
     ]
     if saved_state.get("vocab_size") != setup.model.vocab_size:
         differences.append(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_samoe.config.derived import (
     data_parallel_size,
     divisors,
     flag,
     global_batch_size,
 )
-from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Problems
 from megatron_samoe.errors import ConfigError
@@ -54,8 +55,9 @@ def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
         if ep != 1:
             yield ConfigError("--expert-model-parallel-size", ep, "must be 1 with --expert-layout dense")
         return
-    if moe.num_experts % ep:
-        yield ConfigError("--num-experts", moe.num_experts, f"must be divisible by --expert-model-parallel-size {ep}")
+    if math.gcd(*moe.expert_counts) % ep:
+        yield ConfigError("--num-experts", moe.num_experts, f"must be divisible by --expert-model-parallel-size {ep}, which "
+                          f"may be one of {divisors(math.gcd(*moe.expert_counts))}")  # fmt: skip
     expert_size = config.expert_ffn_size
     if expert_size % etp:
         yield ConfigError(
@@ -75,14 +77,10 @@ def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
 def _expert_overlap(config: PretrainConfig, world_size: int) -> Problems:
     moe, parallel = config.moe, config.parallel
     ep, chunks = parallel.expert_model_parallel_size, parallel.moe_dispatch_chunks
-    if ep < 1 or moe.num_experts % ep:
+    if ep < 1 or moe.fewest_experts % ep:
         return
-    for name in ("moe_dispatch_chunks", "moe_shared_expert_overlap", "moe_all_to_all_backend",
-                 "moe_hierarchical_all_to_all"):  # fmt: skip
-        if getattr(parallel, name) != getattr(ParallelConfig(), name) and ep == 1:
-            yield ConfigError(flag(name), getattr(parallel, name), "needs --expert-model-parallel-size above 1")
-    if ep > 1 and chunks > moe.num_experts // ep:
-        yield ConfigError("--moe-dispatch-chunks", chunks, f"must be at most the {moe.num_experts // ep} experts that "
+    if ep > 1 and chunks > moe.fewest_experts // ep:
+        yield ConfigError("--moe-dispatch-chunks", chunks, f"must be at most the {moe.fewest_experts // ep} experts that "
                           f"each of --expert-model-parallel-size {ep} ranks holds")  # fmt: skip
     if parallel.moe_shared_expert_overlap and moe.moe_shared_expert_intermediate_size is None:
         yield ConfigError("--moe-shared-expert-overlap", True, "needs --moe-shared-expert-intermediate-size")

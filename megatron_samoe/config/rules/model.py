@@ -22,8 +22,6 @@ def _attention_sizes(config: PretrainConfig, world_size: int) -> Problems:
                           f"must divide --hidden-size {model.hidden_size}, or give --kv-channels")  # fmt: skip
     if groups > 0 and heads % groups:
         yield ConfigError("--num-query-groups", groups, f"must divide --num-attention-heads {heads}")
-    if model.num_query_groups != 1 and not model.group_query_attention:
-        yield ConfigError("--num-query-groups", model.num_query_groups, "needs --group-query-attention")
     if model.position_embedding_type == "rope":
         if heads < 1:
             return
@@ -49,17 +47,32 @@ def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:
         yield ConfigError(
             "--moe-layer-freq", moe.moe_layer_freq, "must make at least one layer MoE, or use --expert-layout dense"
         )
-    if moe.moe_router_topk > moe.num_experts:
-        yield ConfigError("--moe-router-topk", moe.moe_router_topk, f"must be at most --num-experts {moe.num_experts}")
+    if not isinstance(moe.num_experts, int):
+        yield from _experts_of_layers(config, layers, moe.num_experts)
+    if moe.moe_router_topk > moe.fewest_experts:
+        yield ConfigError(
+            "--moe-router-topk", moe.moe_router_topk, f"must be at most --num-experts {moe.fewest_experts}"
+        )
     elif moe.moe_ffn_hidden_size is None and moe.moe_router_topk > 0 and model.mlp_size % moe.moe_router_topk:
         yield ConfigError("--moe-ffn-hidden-size", None, f"must be given where --moe-router-topk {moe.moe_router_topk} does "
                           f"not divide the dense MLP's width {model.mlp_size}")  # fmt: skip
     if moe.moe_router_topk == 1 and not moe.pre_softmax:
         yield ConfigError("--moe-router-pre-softmax", False, "must be true with --moe-router-topk 1: the score of one expert "
                           "among the chosen is always 1, so the router would learn nothing")  # fmt: skip
+    if moe.has_pool and moe.pool_replica_check_interval is not None and moe.samoe_pool_placement != "replicated":
+        yield ConfigError("--pool-replica-check-interval", moe.pool_replica_check_interval,
+                          "needs --samoe-pool-placement replicated: a sharded pool has no copies to compare")  # fmt: skip
     if moe.has_pool and moe.samoe_granularity == "layer" and moe.num_expert_banks > max(layers, 1):
         yield ConfigError("--num-expert-banks", moe.num_expert_banks,
                           f"must be at most the number of MoE layers, {layers}: more banks than layers save nothing")  # fmt: skip
+
+
+def _experts_of_layers(config: PretrainConfig, layers: int, experts: tuple[int, ...]) -> Problems:
+    if len(experts) != layers:
+        yield ConfigError("--num-experts", experts, f"must be one number, or one for each of the {layers} MoE layers")
+    if config.moe.has_pool and len(set(experts)) > 1:
+        yield ConfigError("--num-experts", experts, "must be one number with --expert-layout samoe: all layers combine the "
+                          "same banks")  # fmt: skip
 
 
 RULES = (_attention_sizes, _moe_sizes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from megatron_samoe.config.derived import (
     divisors,
-    flag,
     global_batch_size,
     num_micro_batches,
     parse_stage_layout,
@@ -33,16 +32,6 @@ def _num_stages(config: PretrainConfig) -> int:
         return len(parse_stage_layout(layout))
     except ConfigError:
         return 0
-
-
-def _one_stage(config: PretrainConfig, world_size: int) -> Problems:
-    parallel = config.parallel
-    if parallel.pipeline_model_parallel_size != 1:
-        return
-    for name, default in (("num_layers_per_virtual_pipeline_stage", None), ("pipeline_model_parallel_layout", None),
-                          ("pipeline_schedule", "1f1b")):  # fmt: skip
-        if getattr(parallel, name) != default:
-            yield ConfigError(flag(name), getattr(parallel, name), "needs --pipeline-model-parallel-size above 1")
 
 
 def _stage_layout(config: PretrainConfig, world_size: int) -> Problems:
@@ -97,4 +86,4 @@ def _virtual_stages(config: PretrainConfig, world_size: int) -> Problems:
                           f"--pipeline-model-parallel-size {pp}")  # fmt: skip
 
 
-RULES = (_one_stage, _stage_layout, _layers_share_out, _virtual_stages)
+RULES = (_stage_layout, _layers_share_out, _virtual_stages)

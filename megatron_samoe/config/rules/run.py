@@ -7,7 +7,6 @@ from megatron_samoe.config.derived import (
 )
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Problems
-from megatron_samoe.config.training import LoggingConfig
 from megatron_samoe.errors import ConfigError
 
 
@@ -67,13 +66,8 @@ def _spikes(config: PretrainConfig, world_size: int) -> Problems:
 
 
 def _loggers(config: PretrainConfig, world_size: int) -> Problems:
-    logs, default = config.logging, LoggingConfig()
-    if logs.exp_name is not None and not (logs.wandb_project or logs.trackio_project):
-        yield ConfigError("--exp-name", logs.exp_name, "needs --wandb-project or --trackio-project")
+    logs = config.logging
     if not logs.profile:
-        for name in ("profile_step_start", "profile_step_end", "profile_ranks"):
-            if getattr(logs, name) != getattr(default, name):
-                yield ConfigError(flag(name), getattr(logs, name), "needs --profile")
         return
     if not 1 <= logs.profile_step_start < logs.profile_step_end:
         yield ConfigError("--profile-step-end", logs.profile_step_end,
@@ -86,16 +80,9 @@ def _loggers(config: PretrainConfig, world_size: int) -> Problems:
 
 def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
     checkpoint = config.checkpoint
-    if checkpoint.save is None:
-        for name in ("save_interval", "save_retain_interval", "keep_last", "no_save_optim", "async_save"):
-            if getattr(checkpoint, name):
-                yield ConfigError(flag(name), getattr(checkpoint, name), "needs --save or --run-dir")
     if config.training.skip_train and (checkpoint.load is None or config.training.eval_iters == 0):
         yield ConfigError("--skip-train", True, "needs --load (or --run-dir) and --eval-iters: it only evaluates")
     if checkpoint.load is None:
-        for name in ("ckpt_step", "finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint"):
-            if getattr(checkpoint, name):
-                yield ConfigError(flag(name), getattr(checkpoint, name), "needs --load or --run-dir")
         if checkpoint.use_checkpoint_args and checkpoint.pretrained_checkpoint is None:
             yield ConfigError("--use-checkpoint-args", True, "needs --load, --run-dir or --pretrained-checkpoint")
         if checkpoint.pretrained_checkpoint is not None and checkpoint.save is not None:

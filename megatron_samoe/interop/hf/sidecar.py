@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.cli import from_mapping
-from megatron_samoe.config.rules.limits import refuse_excess
+from megatron_samoe.config.rules.options import refuse_excess
 from megatron_samoe.config.saved import upgrade
 from megatron_samoe.dist_checkpointing.store import refuse_wrong_values
 from megatron_samoe.errors import CheckpointError, ConfigError

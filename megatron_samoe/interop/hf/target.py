@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.errors import ConfigError, nearest
 from megatron_samoe.interop.hf.families import FAMILIES, SAMOE, Family
 from megatron_samoe.interop.hf.native import NativeModel
@@ -38,6 +39,7 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
     """
     if wanted not in TARGETS:
         raise ConfigError("--hf-model-type", wanted, f"must be one of {', '.join(TARGETS)}." + nearest(wanted, TARGETS))
+    refuse_unknown(native.config, "export", "Hugging Face's classes")
     pool = native.moe.has_pool
     if fold and not pool:
         raise ConfigError("--fold", True, f"needs a model with a pool, not --expert-layout {native.moe.expert_layout}")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.dist_checkpointing.store import LATEST
 from megatron_samoe.errors import ConfigError
@@ -131,6 +132,7 @@ def plan_export(source: GlobalTensors, layout: MegatronLayout) -> ExportPlan:
         config = from_mapping(source.config, "the folded model")
         notes = ("Megatron has no pool: the SaMoE is folded into a plain MoE.",)
     vocab_size = int(source.train_state["vocab_size"])
+    refuse_unknown(config, "megatron", "Megatron's checkpoints")
     layout = layout.for_model(config)
     check_layout(config, layout)
     divisor = config.model.make_vocab_size_divisible_by * layout.tensor_parallel

@@ -91,7 +91,7 @@ class CombinedSharing:
         """Returns the lender that --samoe-combine asks for."""
         context, config, pool = self._context, self._context.config, shared_part
         assert isinstance(pool, ExpertPool)
-        coefficients = {index: part.coefficients for index, part in layer_parts.items()}
+        coefficients = {i: part.coefficients for i, part in layer_parts.items() if isinstance(part, Coefficients)}
         common = (pool, coefficients, config.samoe_normalization, context.state, context.dtype)
         if config.samoe_combine == "layer":
             return LayerLender(*common)

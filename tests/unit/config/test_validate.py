@@ -12,13 +12,14 @@ import pytest
 
 from megatron_samoe.config import PretrainConfig, derived
 from megatron_samoe.config.cli import from_mapping, read_yaml
-from megatron_samoe.config.rules import layout, limits, model, numbers, pipeline, run, without_effect
+from megatron_samoe.config.rules import layout, model, pipeline, run
+from megatron_samoe.config.rules import options as facts
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError, ConfigErrors
 from tests.harness.tiny import with_options
 
 #: Modules of rules.
-KINDS = (layout, limits, model, numbers, pipeline, run, without_effect)
+KINDS = (facts, layout, model, pipeline, run)
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples/configs"
 VALID = with_options(PretrainConfig(), mock_data=True)
 MOE = {"expert_layout": "moe"}
@@ -157,6 +158,11 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"samoe_coefficient_lr_mult": 0.0, **SAMOE}, 1, "--samoe-coefficient-lr-mult", "above 0"),
     ({"moe_router_init_method_std": float("inf"), **MOE}, 1, "--moe-router-init-method-std", "above 0"),
     ({"moe_scale_output_init": False}, 1, "--moe-scale-output-init", "--expert-layout moe or samoe"),
+    ({"num_experts": (4, 8), **MOE}, 1, "--num-experts", "one for each of the 8 MoE layers"),
+    ({"num_experts": (), **MOE}, 1, "--num-experts", "one for each of the 8 MoE layers"),
+    ({"num_experts": (4, 0) * 4, **MOE}, 1, "--num-experts", "positive"),
+    ({"num_experts": (4, 8) * 4, **SAMOE}, 1, "--num-experts", "all layers combine the same banks"),
+    ({"num_experts": (4, 6) * 4, "expert_model_parallel_size": 4, **MOE}, 4, "--num-experts", "one of [1, 2]"),
     ({"use_checkpoint_args": True}, 1, "--use-checkpoint-args", "--run-dir or --pretrained-checkpoint"),
     ({"ckpt_step": 3}, 1, "--ckpt-step", "--load or --run-dir"),
     ({"skip_train": True}, 1, "--skip-train", "needs --load"),

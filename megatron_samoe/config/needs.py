@@ -1,0 +1,43 @@
+"""What options have no effect without. An option that would be ignored is an error: the user meant something by it."""
+
+from __future__ import annotations
+
+from megatron_samoe.config.option import Need
+
+#: Of a `PretrainConfig`, whose groups are made of these options.
+POOL = Need(lambda c: c.moe.has_pool, "needs --expert-layout samoe, not {c.moe.expert_layout}")
+TRAINED_COEFFICIENTS = Need(
+    lambda c: c.moe.has_pool and not c.moe.samoe_freeze_coefficients,
+    "needs --expert-layout samoe with coefficients that are trained",
+)
+EXPERTS = Need(lambda c: c.moe.expert_layout != "dense", "needs --expert-layout moe or samoe, not dense")
+BALANCE = Need(
+    lambda c: c.moe.moe_router_load_balancing_type != "none", "has no use with --moe-router-load-balancing-type none"
+)
+AUX_LOSS = Need(
+    lambda c: c.moe.moe_router_load_balancing_type == "aux_loss",
+    "needs --moe-router-load-balancing-type aux_loss",
+)
+CAPACITY = Need(lambda c: c.moe.moe_expert_capacity_factor is not None, "needs --moe-expert-capacity-factor")
+ROTARY = Need(lambda c: c.model.position_embedding_type == "rope", "needs --position-embedding-type rope")
+NO_BIAS = Need(
+    lambda c: c.model.disable_bias_linear, "needs --disable-bias-linear; without it every projection has a bias"
+)
+GROUPED_QUERIES = Need(lambda c: c.model.group_query_attention, "needs --group-query-attention")
+FULL_RECOMPUTE = Need(lambda c: c.training.recompute_granularity == "full", "needs --recompute-granularity full")
+WSD = Need(lambda c: c.optimizer.lr_decay_style == "WSD", "needs --lr-decay-style WSD")
+SPIKE_WINDOW = Need(lambda c: c.training.spike_window != 0, "needs --spike-window")
+FP16 = Need(lambda c: c.training.fp16, "needs --fp16")
+TOKENIZER_FILE = Need(
+    lambda c: c.data.tokenizer_type != "ByteTokenizer", "has no use with --tokenizer-type ByteTokenizer"
+)
+PIPELINE = Need(lambda c: c.parallel.pipeline_model_parallel_size != 1, "needs --pipeline-model-parallel-size above 1")
+EXPERT_PARALLEL = Need(
+    lambda c: c.parallel.expert_model_parallel_size != 1, "needs --expert-model-parallel-size above 1"
+)
+TRACKERS = Need(
+    lambda c: c.logging.wandb_project or c.logging.trackio_project, "needs --wandb-project or --trackio-project"
+)
+PROFILE = Need(lambda c: c.logging.profile, "needs --profile")
+SAVE = Need(lambda c: c.checkpoint.save is not None, "needs --save or --run-dir")
+LOAD = Need(lambda c: c.checkpoint.load is not None, "needs --load or --run-dir")

@@ -1,0 +1,84 @@
+"""What is true of an option besides its type and default, kept with the option itself.
+
+Rules, loaders, exporters, the decoder and the planner read it there. So a new option is one field with its facts, and
+whoever does not know the option refuses it by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Value: TypeAlias = Any
+#: Larger numbers are no sizes of anything.
+LARGEST = 2**31 - 1
+#: What reads a model's options besides training: each refuses those it does not know.
+READERS = frozenset(("decode", "export", "megatron", "planner"))
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may be, as a test and in words."""
+
+    is_legal: Callable[[float], bool]
+    words: str
+
+
+POSITIVE = Range(lambda x: x >= 1, "must be a positive integer")
+AT_LEAST_ZERO = Range(lambda x: x >= 0 and math.isfinite(x), "must be a finite number, 0 or more")
+ABOVE_ZERO = Range(lambda x: x > 0 and math.isfinite(x), "must be a finite number above 0")
+BELOW_ONE = Range(lambda x: 0 <= x < 1, "must be at least 0 and below 1")
+#: Rules of several options together say what these may be.
+BY_RULES = Range(lambda x: True, "")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What an option has no effect without; `words` may name values of the configuration."""
+
+    is_met: Callable[[Any], bool]
+    words: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is true of an option.
+
+    Attributes:
+        range: of a number, or of each of several.
+        largest: number that is refused before anything is made of it.
+        needs: what else must be chosen for the option to have an effect.
+        is_free: whether a run may load a checkpoint whose model has another value.
+        known_to: readers of a model that handle the option, or those that handle a given value.
+    """
+
+    range: Range | None = None
+    largest: float = LARGEST
+    needs: Need | None = None
+    is_free: bool = True
+    known_to: frozenset[str] | Callable[[Value], frozenset[str]] = READERS
+
+    def readers_of(self, value: Value) -> frozenset[str]:
+        """Returns the readers that know a value."""
+        return self.known_to if isinstance(self.known_to, frozenset) else self.known_to(value)
+
+
+def option(default: Value, **facts: Any) -> Any:
+    """Returns a dataclass field with its default and its facts."""
+    return dataclasses.field(default=default, metadata={"facts": Facts(**facts)})
+
+
+def model_option(default: Value, *, is_free: bool, known_to: Any, **facts: Any) -> Any:
+    """Returns a field of the model's groups, which must say whether it may change and who knows it."""
+    return option(default, is_free=is_free, known_to=known_to, **facts)
+
+
+def all_options(config: Any) -> Iterator[tuple[str, str, Value, Value, Facts]]:
+    """Yields group, name, value, default and facts of every option of a `PretrainConfig`."""
+    for group in dataclasses.fields(config):
+        options = getattr(config, group.name)
+        for field in dataclasses.fields(options):
+            yield group.name, field.name, getattr(options, field.name), field.default, field.metadata["facts"]
