@@ -33,7 +33,8 @@ from megatron_samoe.config import ParallelConfig
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction, make_plan
-from megatron_samoe.planning.layout_cost import Cluster, head_flops, layer_flops, step_cost
+from megatron_samoe.planning.accounting import train_flops_per_token
+from megatron_samoe.planning.layout_cost import Cluster, step_cost
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.micro_batches import run_micro_batches
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
@@ -262,7 +263,8 @@ def step_time(options: argparse.Namespace) -> Rows:
     for model in ("moe", "samoe"):
         alone, _ = run_ranks(_step_seconds, 1, options, None, model)
         config = model_config(options, model, 8)
-        flops = 8 * 3 * (options.num_layers * layer_flops(config, True)[0] + head_flops(config, VOCAB_SIZE))
+        tokens = 8 * config.training.micro_batch_size * config.model.seq_length
+        flops = tokens * train_flops_per_token(config, VOCAB_SIZE)
         for name in options.layouts:
             seconds, bandwidth = run_ranks(_step_seconds, 2, options, name, model)
             cluster = Cluster(2, 2, 1e12, flops / alone, bandwidth, bandwidth, memory_bandwidth=5e9, efficiency=1.0,

@@ -44,11 +44,11 @@ def step_bytes(
         distinct: experts hit per MoE layer, as counted; `expected_distinct_experts` if not given.
     """
     model, moe, width = config.model, config.moe, WEIGHT_BYTES[dtype]
-    description, chunks = whole_model(config, vocab_size)
+    whole = whole_model(config, vocab_size)
     count, expert_bytes, routers = count_parameters(config, vocab_size), 0.0, 0
     banks = moe.num_expert_banks if serving == "on-the-fly" else 1
-    for place in (place for plan in chunks for place in plan.layers if place.num_experts):
-        layer = description.layer(place).moe
+    for place in (place for place in whole.layers() if place.num_experts):
+        layer = whole.description.layer(place).moe
         shape, routers = layer.shape, routers + layer.router.weight.numel()
         hit = distinct
         if hit is None:

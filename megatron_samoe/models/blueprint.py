@@ -77,13 +77,16 @@ class Blueprint:
         return tuple(expert_shape(self.config, place) for place in all_layers(self.config) if place.num_experts)
 
     @cached_property
-    def sharing(self) -> SharingWay:
-        """How the MoE layers come by their experts."""
+    def sharing_context(self) -> SharingContext:
+        """What ways of sharing are made for."""
         pp = self.config.parallel.pipeline_model_parallel_size
         layers_of_stage = tuple(moe_layers_of(self.config, stage) for stage in range(pp))
-        return self.parts.sharing(
-            SharingContext(self.config.moe, self.expert_shapes, layers_of_stage, self.state, self.dtype)
-        )
+        return SharingContext(self.config.moe, self.expert_shapes, layers_of_stage, self.state, self.dtype)
+
+    @cached_property
+    def sharing(self) -> SharingWay:
+        """How the MoE layers come by their experts."""
+        return self.parts.sharing(self.sharing_context)
 
     @cached_property
     def statistics(self) -> StatisticsLayout:

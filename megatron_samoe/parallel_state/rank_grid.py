@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_samoe.config.parallel import ParallelConfig
 
 #: Named groups: the axes along which members differ, and the grid these axes belong to.
 GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -46,6 +49,14 @@ class RankGrid:
     pp: int = 1
     ep: int = 1
     etp: int = 1
+
+    @staticmethod
+    def of(layout: ParallelConfig, world_size: int) -> RankGrid:
+        """Returns the grid of a layout; ValueError where it does not fill the world."""
+        return RankGrid(
+            world_size, tp=layout.tensor_model_parallel_size, pp=layout.pipeline_model_parallel_size,
+            ep=layout.expert_model_parallel_size, etp=layout.expert_tp,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, size in (("tp x pp", self.tp * self.pp), ("etp x ep x pp", self.etp * self.ep * self.pp)):
@@ -87,6 +98,7 @@ class RankGrid:
             members.setdefault(key, []).append(rank)
         return [tuple(ranks) for ranks in members.values()]
 
+    @lru_cache(maxsize=1 << 16)  # noqa: B019  grids are small values
     def place(self, name: str, rank: int) -> tuple[int, int]:
         """Returns the size of a rank's group of that name and its place in it, without listing any ranks."""
         grid, varying = GROUPS[name]

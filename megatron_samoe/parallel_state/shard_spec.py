@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -141,6 +142,7 @@ def is_counted_here(spec: ShardSpec, state: ParallelState, is_sliced: bool) -> b
     return all(state.group(axis).rank == 0 for axis in axes)
 
 
+@lru_cache(maxsize=1024)
 def gradient_group_name(spec: ShardSpec) -> str:
     """Returns the named group over which a parameter's gradient is summed."""
     if spec.family == "embedding":

@@ -232,13 +232,7 @@ def initialize_model_parallel(
     """
     if not dist.is_initialized():
         return single_process_state(device)
-    grid = RankGrid(
-        dist.get_world_size(),
-        tp=config.tensor_model_parallel_size,
-        pp=config.pipeline_model_parallel_size,
-        ep=config.expert_model_parallel_size,
-        etp=config.expert_tp,
-    )
+    grid = RankGrid.of(config, dist.get_world_size())
     rank = dist.get_rank()
     timeout = timeout or timedelta(minutes=config.distributed_timeout_minutes)
     handles: dict[tuple[int, ...], dist.ProcessGroup | None] = {tuple(range(grid.world_size)): dist.group.WORLD}

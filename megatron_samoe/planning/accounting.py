@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.parallel_state.rank_grid import RankGrid
-from megatron_samoe.planning.description import rank_parameters, whole_model
+from megatron_samoe.planning.description import whole_model
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,12 @@ class ParameterCount:
 
 def count_parameters(config: PretrainConfig, vocab_size: int) -> ParameterCount:
     """Returns the parameters of the whole model."""
-    description, chunks = whole_model(config, vocab_size)
-    found = rank_parameters(replace(config, parallel=ParallelConfig()), vocab_size, RankGrid(1), 0)
+    whole = whole_model(config, vocab_size)
+    found = whole.parameters(0)
     total = sum(p.numel for p in found)
     expert = sum(p.numel for p in found if p.tag.is_routed_expert)
-    chosen = sum(
-        description.layer(place).moe.router.experts_per_token * description.layer(place).moe.shape.expert_parameters
-        for plan in chunks for place in plan.layers if place.num_experts
-    )  # fmt: skip
+    moe_layers = [whole.description.layer(place).moe for place in whole.layers() if place.num_experts]
+    chosen = sum(layer.router.experts_per_token * layer.shape.expert_parameters for layer in moe_layers)
     return ParameterCount(total, expert, total - expert + int(chosen))
 
 
@@ -44,6 +40,6 @@ def train_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
 
     Six per active weight in a product, and causal attention's two products over half of the sequence on average.
     """
-    description, chunks = whole_model(config, vocab_size)
-    layers = sum(description.layer(place).flops_per_token() for plan in chunks for place in plan.layers)
-    return 3.0 * (layers + description.ends(chunks[0]).head_flops_per_token())
+    whole = whole_model(config, vocab_size)
+    layers = sum(whole.description.layer(place).flops_per_token() for place in whole.layers())
+    return 3.0 * (layers + whole.description.ends(whole.chunks_of_stage[0][-1]).head_flops_per_token())

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
-from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.models.gpt_stage import is_recomputed
-from megatron_samoe.models.layer_layout import StagePlan
 from megatron_samoe.models.rank_model import compute_dtype
-from megatron_samoe.parallel_state.rank_grid import RankGrid
-from megatron_samoe.planning.description import describe, shared_parameters
+from megatron_samoe.planning.description import PlannedModel
 
 
-def activation_bytes(
-    config: PretrainConfig, vocab_size: int, grid: RankGrid, pipeline_rank: int, plans: Sequence[StagePlan],
-    micro_batches: int,
-) -> int:  # fmt: skip
-    """Returns the activations at a stage's peak: all passes in flight, one layer's recomputed ones, and the head's.
-
-    Args:
-        plans: of the stage's chunks.
-    """
-    parallel, description = config.parallel, describe(config, vocab_size)
+def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> int:
+    """Returns the activations at a stage's peak: all passes in flight, one layer's recomputed ones, and the head's."""
+    config, grid, plans = planned.config, planned.grid, planned.chunks_of_stage[stage]
+    parallel, description = config.parallel, planned.description
     tokens = config.training.micro_batch_size * config.model.seq_length
-    passes = passes_in_flight(parallel.pipeline_schedule, grid.pp, pipeline_rank, len(plans), micro_batches)
+    passes = passes_in_flight(parallel.pipeline_schedule, grid.pp, stage, len(plans), micro_batches)
     layers = Counter((x.num_experts, is_recomputed(config, i)) for p in plans for i, x in enumerate(p.layers))
     places = {x.num_experts: x for p in plans for x in p.layers}
     whole = {kind: description.layer(place).kept_bytes(tokens) for kind, place in places.items()}
@@ -36,7 +26,7 @@ def activation_bytes(
     recomputed = max((whole[kind] for kind, again in layers if again), default=0)
     head = sum(description.ends(p).head_kept_bytes(tokens) for p in plans if p.has_head)
     heads = passes if parallel.pipeline_schedule == "gpipe" else 1
-    return kept + recomputed + head * heads + _layer_mode_workspace(config, vocab_size, grid)
+    return kept + recomputed + head * heads + _layer_mode_workspace(planned)
 
 
 def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_micro_batches: int) -> int:
@@ -54,10 +44,10 @@ def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_mic
     return num_micro_batches if schedule == "gpipe" else min(pp - rank, num_micro_batches)
 
 
-def _layer_mode_workspace(config: PretrainConfig, vocab_size: int, grid: RankGrid) -> int:
+def _layer_mode_workspace(planned: PlannedModel) -> int:
     """One layer's combined experts and their gradients, which layer mode makes in its backward."""
-    if not config.moe.has_pool or config.moe.samoe_combine != "layer":
+    moe = planned.config.moe
+    if not moe.has_pool or moe.samoe_combine != "layer":
         return 0
-    banks = shared_parameters(config, vocab_size, grid, 0)
-    one_layer = sum(p.whole_numel for p in banks) // config.moe.num_expert_banks
-    return one_layer * (compute_dtype(config).itemsize + 4)
+    one_layer = sum(p.whole_numel for p in planned.shared_parameters(0)) // moe.num_expert_banks
+    return one_layer * (compute_dtype(planned.config).itemsize + 4)

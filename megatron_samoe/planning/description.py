@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from torch import nn
 
+from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import TrainingConfig
@@ -59,6 +62,7 @@ class Description:
         self._blueprint = Blueprint(replace(config, moe=moe), vocab_size, state, compute_dtype(config))
         self._layers: dict[int, TransformerLayer] = {}
         self._ends: dict[tuple[bool, bool], GPTStage] = {}
+        self._known: dict[int, tuple[DescribedParameter, ...]] = {}
 
     def layer(self, place: LayerPlace) -> TransformerLayer:
         """Returns a layer like the one at a place: one for each number of experts."""
@@ -73,137 +77,130 @@ class Description:
             self._ends[key] = GPTStage(self._blueprint, StagePlan((), *key))
         return self._ends[key]
 
-    def shared_parameters(self, state: ParallelState) -> list[DescribedParameter]:
+    def shared_parameters(self, state: ParallelState) -> tuple[DescribedParameter, ...]:
         """Returns what MoE layers share on one rank."""
-        shared = replace(self._blueprint, state=state).sharing.shared_part()
-        return [] if shared is None else list(_described(shared))
+        blueprint = self._blueprint
+        shared = blueprint.parts.sharing(replace(blueprint.sharing_context, state=state)).shared_part()
+        return () if shared is None else _described(shared)
 
     def parameters(self, chunks: Chunks) -> list[DescribedParameter]:
         """Returns what a rank with these chunks holds, besides what MoE layers share."""
-        found = [p for plan in chunks for p in _described(self.ends(plan))]
+        found = [p for plan in chunks for p in self._described(self.ends(plan))]
         kinds = Counter(place.num_experts for plan in chunks for place in plan.layers)
         places = {place.num_experts: place for plan in chunks for place in plan.layers}
         for kind, count in kinds.items():
-            found += _described(self.layer(places[kind]), count)
+            found += [replace(p, numel=count * p.numel) for p in self._described(self.layer(places[kind]))]
         return found
 
-
-def _described(module: nn.Module, count: int = 1) -> Iterator[DescribedParameter]:
-    for p in module.parameters():
-        yield DescribedParameter(tag_of(p), count * p.numel(), p.numel(), p.element_size(), p.requires_grad)
-
-
-def state_key(config: PretrainConfig) -> PretrainConfig:
-    """Returns the configuration with only what parameters depend on, so that layouts share what was counted."""
-    layout, training = config.parallel, config.training
-    kept = ParallelConfig(
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel_size, sequence_parallel=layout.sequence_parallel,
-    )  # fmt: skip
-    selective = "selective" if training.recompute_granularity == "selective" else None
-    return PretrainConfig(
-        model=config.model, parallel=kept, moe=replace(config.moe, samoe_combine="step"),
-        training=TrainingConfig(bf16=training.bf16 or training.fp16, recompute_granularity=selective),
-    )  # fmt: skip
+    def _described(self, module: nn.Module) -> tuple[DescribedParameter, ...]:
+        if id(module) not in self._known:
+            self._known[id(module)] = _described(module)
+        return self._known[id(module)]
 
 
-def describe(config: PretrainConfig, vocab_size: int) -> Description:
-    """Returns the description of a model in a layout.
+def _described(module: nn.Module) -> tuple[DescribedParameter, ...]:
+    """Returns a module's parameters; those that lie and are reduced alike as one."""
+    alike: dict[tuple, DescribedParameter] = {}
+    for number, p in enumerate(module.parameters()):
+        tag, numel = tag_of(p), p.numel()
+        key: tuple = (tag.gradient_group, p.element_size(), p.requires_grad, tag.is_routed_expert)
+        if tag.shard.family == "pool":
+            key = (number,)  # exchanged one by one
+        before = alike.get(key)
+        total, largest = (before.numel, before.largest) if before is not None else (0, 0)
+        alike[key] = DescribedParameter(tag, total + numel, max(largest, numel), p.element_size(), p.requires_grad)
+    return tuple(alike.values())
+
+
+class PlannedModel:
+    """A model in a layout of a world that need not exist.
 
     Args:
         vocab_size: tokens that exist, before padding.
+
+    Attributes:
+        chunks_of_stage: every pipeline rank's chunks.
+        distinct_stages: the first pipeline rank of each kind: those that hold as many layers of the same sorts, and the
+            same ends.
+
+    Raises:
+        ValueError: the layout does not fill the world.
     """
-    return _describe(state_key(config), vocab_size)
+
+    def __init__(self, config: PretrainConfig, vocab_size: int, world_size: int):
+        layout, training = config.parallel, config.training
+        self.config, self.grid = config, RankGrid.of(layout, world_size)
+        grid = self.grid
+        # Layouts that differ in other things share what was counted.
+        moe = replace(config.moe, samoe_combine="step") if config.moe.samoe_combine != "step" else config.moe
+        self.description = _describe(
+            config.model, moe, vocab_size, grid.tp, grid.ep, grid.etp, layout.sequence_parallel and grid.tp > 1,
+            training.bf16 or training.fp16, training.recompute_granularity == "selective",
+        )  # fmt: skip
+        self.chunks_of_stage, self.distinct_stages = _stages(
+            grid.pp, layout.num_layers_per_virtual_pipeline_stage, layout.pipeline_model_parallel_layout,
+            config.model.num_layers, config.moe.expert_layout, config.moe.moe_layer_freq, config.moe.num_experts,
+        )  # fmt: skip
+
+    def stage_of(self, rank: int) -> int:
+        """Returns a rank's pipeline rank."""
+        return rank // (self.grid.world_size // self.grid.pp)
+
+    def parameters(self, rank: int) -> list[DescribedParameter]:
+        """Returns all parameters of a rank."""
+        own = self.description.parameters(self.chunks_of_stage[self.stage_of(rank)])
+        return [*own, *self.shared_parameters(rank)]
+
+    def shared_parameters(self, rank: int) -> tuple[DescribedParameter, ...]:
+        """Returns what MoE layers share on a rank."""
+        return _shared(self.description, self.grid, rank)
+
+    def layers(self) -> Iterator[LayerPlace]:
+        """Yields all layers, stage by stage."""
+        for chunks in self.chunks_of_stage:
+            for plan in chunks:
+                yield from plan.layers
+
+    def moe_layers(self, stage: int) -> int:
+        """Returns the MoE layers of a pipeline rank."""
+        return sum(place.moe_index is not None for plan in self.chunks_of_stage[stage] for place in plan.layers)
+
+
+def whole_model(config: PretrainConfig, vocab_size: int) -> PlannedModel:
+    """Returns the model in one process."""
+    return PlannedModel(replace(config, parallel=ParallelConfig()), vocab_size, 1)
 
 
 @lru_cache(maxsize=1024)
-def _describe(config: PretrainConfig, vocab_size: int) -> Description:
-    layout = config.parallel
-    tp, ep, etp = layout.tensor_model_parallel_size, layout.expert_model_parallel_size, layout.expert_tp
+def _describe(
+    model: ModelConfig, moe: MoEConfig, vocab_size: int, tp: int, ep: int, etp: int, sequence_parallel: bool, low: bool,
+    selective: bool,
+) -> Description:  # fmt: skip
     grid = RankGrid(math.lcm(tp, etp * ep), tp=tp, ep=ep, etp=etp)
-    return Description(config, vocab_size, planned_state(grid, 0, layout.sequence_parallel and tp > 1))
+    training = TrainingConfig(bf16=low, recompute_granularity="selective" if selective else None)
+    layout = ParallelConfig(
+        tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+    )
+    config = PretrainConfig(model=model, moe=moe, parallel=layout, training=training)
+    return Description(config, vocab_size, planned_state(grid, 0, sequence_parallel))
+
+
+@lru_cache(maxsize=4096)
+def _shared(description: Description, grid: RankGrid, rank: int) -> tuple[DescribedParameter, ...]:
+    return description.shared_parameters(planned_state(grid, rank))
 
 
 @lru_cache(maxsize=1024)
-def _shared(config: PretrainConfig, vocab_size: int, grid: RankGrid, rank: int) -> list[DescribedParameter]:
-    return _describe(config, vocab_size).shared_parameters(planned_state(grid, rank))
-
-
-def parameters_of(
-    key: PretrainConfig, vocab_size: int, grid: RankGrid, rank: int, chunks: Chunks
-) -> list[DescribedParameter]:
-    """Returns all parameters of a rank that holds these chunks; `key` is of `state_key`."""
-    return _describe(key, vocab_size).parameters(chunks) + _shared(key, vocab_size, grid, rank)
-
-
-def rank_parameters(config: PretrainConfig, vocab_size: int, grid: RankGrid, rank: int) -> list[DescribedParameter]:
-    """Returns all parameters of a rank."""
-    chunks = plans_by_rank(config)[pipeline_rank(grid, rank)]
-    return parameters_of(state_key(config), vocab_size, grid, rank, chunks)
-
-
-def shared_parameters(config: PretrainConfig, vocab_size: int, grid: RankGrid, rank: int) -> list[DescribedParameter]:
-    """Returns what MoE layers share on a rank."""
-    return _shared(state_key(config), vocab_size, grid, rank)
-
-
-def pipeline_rank(grid: RankGrid, rank: int) -> int:
-    """Returns a rank's stage."""
-    return rank // (grid.world_size // grid.pp)
-
-
-def whole_model(config: PretrainConfig, vocab_size: int) -> tuple[Description, Chunks]:
-    """Returns the description of the model in one process, and its one chunk."""
-    alone = replace(config, parallel=ParallelConfig())
-    return describe(alone, vocab_size), plans_by_rank(alone)[0]
-
-
-def rank_grid(config: PretrainConfig, world_size: int) -> RankGrid:
-    """Returns the grid of a layout; ValueError where it does not fill the world."""
-    parallel = config.parallel
-    return RankGrid(
-        world_size, tp=parallel.tensor_model_parallel_size, pp=parallel.pipeline_model_parallel_size,
-        ep=parallel.expert_model_parallel_size, etp=parallel.expert_tp,
+def _stages(
+    pp: int, per_stage: int | None, layout: str | None, num_layers: int, expert_layout: Any, moe_layer_freq: str,
+    num_experts: int | tuple[int, ...],
+) -> tuple[tuple[Chunks, ...], tuple[int, ...]]:  # fmt: skip
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=pp, num_layers_per_virtual_pipeline_stage=per_stage,
+        pipeline_model_parallel_layout=layout,
     )  # fmt: skip
-
-
-def plans_by_rank(config: PretrainConfig) -> tuple[Chunks, ...]:
-    """Returns every pipeline rank's chunks; asked for over and over while layouts are compared, so kept."""
-    return _stages(_stage_key(config))[0]
-
-
-def distinct_stages(config: PretrainConfig) -> tuple[int, ...]:
-    """Returns the first pipeline rank of each kind: those that hold as many layers of the same sorts, and the same ends."""
-    return _stages(_stage_key(config))[1]
-
-
-def moe_layers(chunks: Chunks) -> int:
-    """Returns the number of MoE layers of a rank's chunks."""
-    return sum(place.moe_index is not None for plan in chunks for place in plan.layers)
-
-
-def _stage_key(config: PretrainConfig) -> PretrainConfig:
-    """Returns the configuration with only what says which layers stand on which rank."""
-    parallel, moe = config.parallel, config.moe
-    default = PretrainConfig()
-    return replace(
-        default,
-        model=replace(default.model, num_layers=config.model.num_layers),
-        moe=replace(default.moe, expert_layout=moe.expert_layout, moe_layer_freq=moe.moe_layer_freq,
-                    num_experts=moe.num_experts),
-        parallel=ParallelConfig(
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
-            pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
-        ),
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=1024)
-def _stages(config: PretrainConfig) -> tuple[tuple[Chunks, ...], tuple[int, ...]]:
-    pp = config.parallel.pipeline_model_parallel_size
-    plans = stage_plans(config)
+    moe = MoEConfig(expert_layout=expert_layout, moe_layer_freq=moe_layer_freq, num_experts=num_experts)
+    plans = stage_plans(PretrainConfig(model=ModelConfig(num_layers=num_layers), moe=moe, parallel=parallel))
     by_rank = tuple(plans[rank::pp] for rank in range(pp))
     seen: dict[tuple, int] = {}
     for rank, chunks in enumerate(by_rank):

@@ -13,25 +13,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from megatron_samoe.config.derived import num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.models.gpt_stage import is_recomputed
-from megatron_samoe.models.layer_layout import StagePlan
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
-from megatron_samoe.planning.description import (
-    Chunks,
-    describe,
-    distinct_stages,
-    moe_layers,
-    parameters_of,
-    plans_by_rank,
-    rank_grid,
-    shared_parameters,
-    state_key,
-)
+from megatron_samoe.planning.description import PlannedModel
 from megatron_samoe.planning.memory import holders_combine
 
 #: AdamW reads gradient, master and two moments and writes the last three and the weight: bytes per element it updates.
@@ -83,22 +71,23 @@ class Cost:
 
 def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost:
     """Returns the cost of one optimizer step of a configuration that keeps the rules."""
-    grid = rank_grid(config, cluster.world_size)
+    planned = PlannedModel(config, vocab_size, cluster.world_size)
+    grid = planned.grid
     links = Links(grid, cluster)
     number = num_micro_batches(config, cluster.world_size)
-    stages = [_micro_batch(config, vocab_size, plans_by_rank(config)[rank], links) for rank in distinct_stages(config)]
+    stages = [_micro_batch(planned, stage, links) for stage in planned.distinct_stages]
     slowest = max(stages, key=lambda stage: sum(stage.seconds.values()))
     cost = Cost()
     for part, seconds in slowest.seconds.items():
         cost.add(part, number * seconds, number * slowest.sent_bytes[part] if part in slowest.sent_bytes else None)
-    chunks = len(plans_by_rank(config)[0])
+    chunks = len(planned.chunks_of_stage[0])
     if grid.pp > 1:
         cost.add("bubble", (grid.pp - 1) / chunks * sum(slowest.seconds.values()))
         boundary = _residual_elements(config, grid) * compute_dtype(config).itemsize
         # Sends run beside the passes; what remains is their way through the empty pipeline, there and back.
         ramp = 2 * (grid.pp - 1) * links.seconds("pp", boundary)
         cost.add("pipeline", ramp, 2 * chunks * number * boundary)
-    _end_of_step(cost, config, vocab_size, links)
+    _end_of_step(cost, planned, links)
     if config.parallel.overlap_grad_reduce and "gradients" in cost.seconds:
         # Reduced while the last micro-batch's backward pass runs; ZeRO-1's gathering of weights stays.
         reduction = 4 / (4 + compute_dtype(config).itemsize) if config.parallel.use_distributed_optimizer else 1.0
@@ -167,9 +156,10 @@ class Links:
         return max(inside, outside) + self.cluster.latency_s, part * (size - 1)
 
 
-def _micro_batch(config: PretrainConfig, vocab_size: int, plans: tuple[StagePlan, ...], links: Links) -> Cost:
+def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
     """Returns the cost of one micro-batch in one stage, forwards and backwards."""
-    cost, description, tokens = Cost(), describe(config, vocab_size), _tokens(config)
+    config, plans, description = planned.config, planned.chunks_of_stage[stage], planned.description
+    cost, tokens = Cost(), _tokens(config)
     selective = config.training.recompute_granularity == "selective"
     layers = Counter((x.num_experts, is_recomputed(config, i)) for plan in plans for i, x in enumerate(plan.layers))
     places = {x.num_experts: x for plan in plans for x in plan.layers}
@@ -230,41 +220,31 @@ def _expert_exchanges(cost: Cost, config: PretrainConfig, links: Links, passes: 
     cost.add("expert", 2 * passes * seconds, 2 * passes * sent)
 
 
-def _end_of_step(cost: Cost, config: PretrainConfig, vocab_size: int, links: Links) -> None:
+def _end_of_step(cost: Cost, planned: PlannedModel, links: Links) -> None:
     """Reduction, update, gathering of weights and banks, and SaMoE's fold and contraction."""
-    memory_s = 1.0 / links.cluster.memory_bandwidth
-    pool = config.moe.samoe_combine if config.moe.has_pool else None
-    exchanges, updated = _exchanges(
-        state_key(config), vocab_size, links, plans_by_rank(config), distinct_stages(config),
-        config.parallel.use_distributed_optimizer, pool == "step", pool is not None and holders_combine(config),
-    )  # fmt: skip
+    config, memory_s = planned.config, 1.0 / links.cluster.memory_bandwidth
+    exchanges, updated = _exchanges(planned, links)
     for kind, (seconds, sent) in exchanges.items():
         cost.add(kind, seconds, sent)
     cost.add("optimizer", updated * OPTIMIZER_TRAFFIC_BYTES * memory_s)
-    if pool is not None:
-        number = num_micro_batches(config, links.cluster.world_size)
-        cost.add("fold", fold_bytes(config, vocab_size, links.grid, number) * memory_s)
+    if config.moe.has_pool:
+        cost.add("fold", fold_bytes(planned, num_micro_batches(config, links.cluster.world_size)) * memory_s)
 
 
-@lru_cache(maxsize=256)
-def _exchanges(
-    config: PretrainConfig, vocab_size: int, links: Links, by_rank: tuple[Chunks, ...], stages: tuple[int, ...],
-    zero: bool, per_step: bool, holders: bool,
-) -> tuple[Mapping[str, tuple[float, float]], float]:  # fmt: skip
+def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[float, float]], float]:
     """Returns, for the stage where it takes longest, (seconds, bytes sent) of gradients with weights, and of the pool; and
-    the most elements that a rank updates.
-
-    Args:
-        zero, per_step, holders: ZeRO-1; the pool is combined once a step; its holders combine it for each other.
-    """
+    the most elements that a rank updates."""
+    config, moe = planned.config, planned.config.moe
+    per_step, zero = moe.samoe_combine == "step", config.parallel.use_distributed_optimizer
+    holders = moe.has_pool and holders_combine(planned)
     stage_ranks = links.cluster.world_size // links.grid.pp
     worst: Mapping[str, tuple[float, float]] = {}
     updated = 0.0
-    for stage in stages:
+    for stage in planned.distinct_stages:
         rank = stage * stage_ranks
         times: dict[str, tuple[float, float]] = {}
         elements = 0.0
-        for p in parameters_of(config, vocab_size, links.grid, rank, by_rank[stage]):
+        for p in planned.parameters(rank):
             if not p.is_trained:
                 continue
             group, is_sharded, numel = p.tag.gradient_group, p.tag.slice is not None, p.whole_numel
@@ -276,8 +256,8 @@ def _exchanges(
             moved = numel * (4 + gathers * p.element_bytes if shared else 2 * 4)
             if is_sharded and holders:
                 # Combined weights come, fp32 gradients go, of this stage's layers.
-                layers = moe_layers(by_rank[stage])
-                moved = numel // config.moe.num_expert_banks * layers * (compute_dtype(config).itemsize + 4)
+                weights = numel // moe.num_expert_banks * planned.moe_layers(stage)
+                moved = weights * (compute_dtype(config).itemsize + 4)
             kind = "pool" if p.is_bank else "gradients"
             seconds, sent = times.get(kind, (0.0, 0.0))
             # A buffer holds many tensors, so that none has a latency of its own.
@@ -289,15 +269,16 @@ def _exchanges(
     return worst, updated
 
 
-def fold_bytes(config: PretrainConfig, vocab_size: int, grid: RankGrid, micro_batches: int) -> float:
+def fold_bytes(planned: PlannedModel, micro_batches: int) -> float:
     """Returns the bytes that combining and contracting move through a rank's memory in a step.
 
     Step mode reads banks and writes folded weights once, and reads and clears folded gradients while it updates the banks'
     once; layer mode does the like for each layer and micro-batch, the fold twice.
     """
-    banks, element = config.moe.num_expert_banks, compute_dtype(config).itemsize
-    one_layer = sum(p.whole_numel for p in shared_parameters(config, vocab_size, grid, 0)) / banks
-    layers = max(moe_layers(plans_by_rank(config)[rank]) for rank in distinct_stages(config))
-    if config.moe.samoe_combine == "step":
+    moe, element = planned.config.moe, compute_dtype(planned.config).itemsize
+    banks = moe.num_expert_banks
+    one_layer = sum(p.whole_numel for p in planned.shared_parameters(0)) / banks
+    layers = max(planned.moe_layers(stage) for stage in planned.distinct_stages)
+    if moe.samoe_combine == "step":
         return one_layer * (banks * 4 + layers * element + banks * 12 + layers * 8)
     return one_layer * layers * micro_batches * (2 * (banks * 4 + element) + banks * 12 + 8)

@@ -14,13 +14,19 @@ from typing import Any
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.config.derived import data_parallel_size, divisors, flag, global_batch_size, num_micro_batches
+from megatron_samoe.config.derived import (
+    data_parallel_size,
+    divisors,
+    flag,
+    global_batch_size,
+    num_micro_batches,
+    virtual_stages,
+)
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.planning.description import plans_by_rank
 from megatron_samoe.planning.layout_cost import Cluster, Cost, step_cost
 from megatron_samoe.planning.memory import RankMemory, largest_rank_memory
 
@@ -51,7 +57,7 @@ class PlannedLayout:
     def name(self) -> str:
         """Returns the layout in a few letters: tp2sp pp4x2 ep8 etp1 dp16 mb1x32."""
         parallel = self.config.parallel
-        chunks = len(plans_by_rank(self.config)[0])
+        chunks = virtual_stages(parallel, self.config.model.num_layers) // parallel.pipeline_model_parallel_size
         words = [f"tp{parallel.tensor_model_parallel_size}{'sp' if parallel.sequence_parallel else ''}"]
         words.append(f"pp{parallel.pipeline_model_parallel_size}{f'x{chunks}' if chunks > 1 else ''}")
         if self.config.moe.expert_layout != "dense":

@@ -9,7 +9,6 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.layer_layout import StagePlan, rank_plans
 from megatron_samoe.parallel_state.rank_grid import RankGrid
-from megatron_samoe.planning.description import rank_grid
 
 #: More cells than this cannot be read; of larger worlds each stage's first ranks are drawn.
 MAX_CELLS = 256
@@ -28,7 +27,7 @@ def draw_layout(path: Path, config: PretrainConfig, world_size: int, title: str,
         import matplotlib.pyplot as plt
     except ImportError:
         raise ConfigError("--plot", str(path), "needs matplotlib: pip install matplotlib") from None
-    grid = rank_grid(config, world_size)
+    grid = RankGrid.of(config.parallel, world_size)
     shown = _shown_ranks(grid, gpus_per_node)
     columns = min(gpus_per_node, world_size // grid.pp)
     rows = [stage[i : i + columns] for stage in shown for i in range(0, len(stage), columns)]

@@ -11,25 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_samoe.config.derived import num_micro_batches, num_moe_layers
+from megatron_samoe.config.derived import num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import DEFAULT_BUCKET_SIZE
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.moe.sharing.bank_exchange import exchange_saves
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.planning.activation_memory import activation_bytes
-from megatron_samoe.planning.description import (
-    Chunks,
-    DescribedParameter,
-    distinct_stages,
-    moe_layers,
-    parameters_of,
-    pipeline_rank,
-    plans_by_rank,
-    rank_grid,
-    shared_parameters,
-    state_key,
-)
+from megatron_samoe.planning.description import Chunks, DescribedParameter, Description, PlannedModel
 
 FP32_BYTES = 4
 #: AdamW's two moments in fp32.
@@ -87,34 +76,7 @@ def rank_memory(config: PretrainConfig, vocab_size: int, world_size: int, rank: 
     Args:
         vocab_size: tokens that exist, before padding.
     """
-    grid = rank_grid(config, world_size)
-    stage = pipeline_rank(grid, rank)
-    chunks = plans_by_rank(config)[stage]
-    layout = config.parallel
-    bucket = layout.ddp_bucket_size or DEFAULT_BUCKET_SIZE
-    held = _held_by_rank(state_key(config), vocab_size, grid, rank, chunks, layout.use_distributed_optimizer, bucket)
-    banks = shared_parameters(config, vocab_size, grid, rank)
-    gathered, bank_exchange = _whole_banks(config, [p for p in banks if p.tag.slice is not None], chunks, grid)
-    folded = _folded_elements(config, chunks, banks)
-    folded_weights, folded_gradients = folded * compute_dtype(config).itemsize, folded * FP32_BYTES
-    return RankMemory(
-        held.weights, held.gradients, held.optimizer, folded_weights, folded_gradients, gathered,
-        activation_bytes(config, vocab_size, grid, stage, chunks, num_micro_batches(config, world_size)),
-        max(held.exchange, bank_exchange), held.expert + folded_weights + folded_gradients,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=1024)
-def _held_by_rank(
-    config: PretrainConfig, vocab_size: int, grid: RankGrid, rank: int, chunks: Chunks, zero: bool, bucket: int
-) -> _Held:
-    """Returns the sums over all gradient buffers, and the largest exchange."""
-    found = parameters_of(config, vocab_size, grid, rank, chunks)
-    parts = [_held(buffer, grid.place(buffer[0].tag.gradient_group, rank), zero, bucket) for buffer in _buffers(found)]
-    return _Held(
-        sum(p.weights for p in parts), sum(p.gradients for p in parts), sum(p.optimizer for p in parts),
-        max((p.exchange for p in parts), default=0), sum(p.expert for p in parts),
-    )  # fmt: skip
+    return _rank_memory(PlannedModel(config, vocab_size, world_size), rank)
 
 
 def largest_rank_memory(config: PretrainConfig, vocab_size: int, world_size: int) -> tuple[int, RankMemory]:
@@ -123,9 +85,43 @@ def largest_rank_memory(config: PretrainConfig, vocab_size: int, world_size: int
     Of stages that hold alike the first holds the most passes in flight, and of a stage's ranks the first the longest slices,
     so few ranks are looked at.
     """
-    per_stage = world_size // config.parallel.pipeline_model_parallel_size
-    ranks = [stage * per_stage for stage in distinct_stages(config)]
-    return max(((rank, rank_memory(config, vocab_size, world_size, rank)) for rank in ranks), key=lambda p: p[1].total)
+    planned = PlannedModel(config, vocab_size, world_size)
+    ranks = [stage * (world_size // planned.grid.pp) for stage in planned.distinct_stages]
+    return max(((rank, _rank_memory(planned, rank)) for rank in ranks), key=lambda p: p[1].total)
+
+
+def _rank_memory(planned: PlannedModel, rank: int) -> RankMemory:
+    config, stage = planned.config, planned.stage_of(rank)
+    layout, banks = config.parallel, planned.shared_parameters(rank)
+    bucket = layout.ddp_bucket_size or DEFAULT_BUCKET_SIZE
+    held = _held_by_rank(
+        planned.description, planned.grid, rank, planned.chunks_of_stage[stage], banks,
+        layout.use_distributed_optimizer, bucket,
+    )  # fmt: skip
+    gathered, bank_exchange = _whole_banks(planned, [p for p in banks if p.tag.slice is not None], stage)
+    folded = 0
+    if config.moe.has_pool and config.moe.samoe_combine == "step":
+        folded = planned.moe_layers(stage) * sum(p.whole_numel for p in banks) // config.moe.num_expert_banks
+    folded_weights, folded_gradients = folded * compute_dtype(config).itemsize, folded * FP32_BYTES
+    return RankMemory(
+        held.weights, held.gradients, held.optimizer, folded_weights, folded_gradients, gathered,
+        activation_bytes(planned, stage, num_micro_batches(config, planned.grid.world_size)),
+        max(held.exchange, bank_exchange), held.expert + folded_weights + folded_gradients,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _held_by_rank(
+    description: Description, grid: RankGrid, rank: int, chunks: Chunks, banks: tuple[DescribedParameter, ...],
+    zero: bool, bucket: int,
+) -> _Held:  # fmt: skip
+    """Returns the sums over all gradient buffers, and the largest exchange."""
+    found = [*description.parameters(chunks), *banks]
+    parts = [_held(buffer, grid.place(buffer[0].tag.gradient_group, rank), zero, bucket) for buffer in _buffers(found)]
+    return _Held(
+        sum(p.weights for p in parts), sum(p.gradients for p in parts), sum(p.optimizer for p in parts),
+        max((p.exchange for p in parts), default=0), sum(p.expert for p in parts),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -170,15 +166,7 @@ def _held(buffer: list[DescribedParameter], place: tuple[int, int], zero: bool, 
     return _Held(weights, gradients, optimizer, exchange, round(share * (weights + gradients + optimizer)))
 
 
-def _folded_elements(config: PretrainConfig, chunks: Chunks, banks: list[DescribedParameter]) -> int:
-    if not config.moe.has_pool or config.moe.samoe_combine != "step":
-        return 0
-    return moe_layers(chunks) * sum(p.whole_numel for p in banks) // config.moe.num_expert_banks
-
-
-def _whole_banks(
-    config: PretrainConfig, banks: list[DescribedParameter], chunks: Chunks, grid: RankGrid
-) -> tuple[int, int]:
+def _whole_banks(planned: PlannedModel, banks: list[DescribedParameter], stage: int) -> tuple[int, int]:
     """Returns the bytes of banks that are whole throughout a step, and the largest temporary of their exchange.
 
     Step mode takes one tensor at a time. Where banks are gathered, at the step's end stand beside each other the bank, its
@@ -188,22 +176,22 @@ def _whole_banks(
     """
     if not banks:
         return 0, 0
-    num_banks, numels = config.moe.num_expert_banks, [p.whole_numel for p in banks]
-    sizes = [grid.place(p.tag.gradient_group, 0)[0] for p in banks]
+    moe, grid, numels = planned.config.moe, planned.grid, [p.whole_numel for p in banks]
+    num_banks, sizes = moe.num_expert_banks, [grid.place(p.tag.gradient_group, 0)[0] for p in banks]
     slices = [num_banks * -(-numel // (num_banks * size)) for numel, size in zip(numels, sizes, strict=True)]
-    if config.moe.samoe_combine == "layer":
+    if moe.samoe_combine == "layer":
         temporaries = (2 * numel + held for numel, held in zip(numels, slices, strict=True))
         return 2 * FP32_BYTES * sum(numels), FP32_BYTES * max(temporaries)
-    if not holders_combine(config):
+    if not holders_combine(planned):
         return 0, FP32_BYTES * max(4 * numel + held for numel, held in zip(numels, slices, strict=True))
-    own, everywhere = moe_layers(chunks), num_moe_layers(config)
+    own, everywhere = planned.moe_layers(stage), sum(planned.moe_layers(s) for s in range(grid.pp))
     return 0, FP32_BYTES * max(
         own * numel // num_banks + (size // grid.pp + 1) * everywhere * (held // num_banks)
         for numel, size, held in zip(numels, sizes, slices, strict=True)
     )
 
 
-def holders_combine(config: PretrainConfig) -> bool:
+def holders_combine(planned: PlannedModel) -> bool:
     """Whether holders of a sharded pool exchange combined slices rather than banks."""
-    layers_of_stage = [range(moe_layers(chunks)) for chunks in plans_by_rank(config)]
-    return config.moe.samoe_combine == "step" and exchange_saves(config.moe.num_expert_banks, layers_of_stage)
+    moe, layers_of_stage = planned.config.moe, [range(planned.moe_layers(s)) for s in range(planned.grid.pp)]
+    return moe.samoe_combine == "step" and exchange_saves(moe.num_expert_banks, layers_of_stage)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
-from megatron_samoe.models.layer_layout import all_layers, rank_plans
+from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import RankModel, build_model, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
@@ -19,14 +19,14 @@ from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, single
 from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan, max_in_flight
 from megatron_samoe.planning.activation_memory import activation_bytes, passes_in_flight
-from megatron_samoe.planning.description import describe, pipeline_rank, rank_grid
+from megatron_samoe.planning.description import PlannedModel, whole_model
 from megatron_samoe.planning.memory import largest_rank_memory, rank_memory
 from tests.harness.tiny import tiny_config, with_layout, with_options
 
 
 def states_of(config: PretrainConfig, world_size: int) -> list[ParallelState]:
     """Returns all ranks' states, without any process group."""
-    grid = rank_grid(config, world_size)
+    grid = RankGrid.of(config.parallel, world_size)
     by_name = {name: grid.groups(name) for name in GROUPS}
     states = []
     for rank in range(world_size):
@@ -115,7 +115,6 @@ def placed(draw: st.DrawFn) -> tuple[RankGrid, int]:
 @given(placed())
 def test_places_in_groups_equal_the_listed_ones(placed: tuple[RankGrid, int]) -> None:
     grid, rank = placed
-    assert pipeline_rank(grid, rank) == grid.coordinates(rank, "dense")["pp"]
     for name in GROUPS:
         (ranks,) = (ranks for ranks in grid.groups(name) if rank in ranks)
         assert grid.place(name, rank) == (len(ranks), ranks.index(rank)), name
@@ -190,7 +189,7 @@ def kept_by_autograd(model: RankModel, config: PretrainConfig) -> int:
 def layer_bytes(config: PretrainConfig) -> int:
     """Returns what the first layer says that it keeps."""
     tokens = config.training.micro_batch_size * config.model.seq_length
-    return describe(config, 103).layer(all_layers(config)[0]).kept_bytes(tokens)
+    return whole_model(config, 103).description.layer(all_layers(config)[0]).kept_bytes(tokens)
 
 
 def _buffers(model: RankModel) -> GradBuffers:
@@ -217,7 +216,7 @@ def test_recomputing_keeps_layer_inputs_alone() -> None:
 
     def activations(**options: Any) -> int:
         changed = with_options(config, **options)
-        return activation_bytes(changed, 103, RankGrid(1), 0, rank_plans(changed, 0), 4)
+        return activation_bytes(PlannedModel(changed, 103, 1), 0, 4)
 
     layer = layer_bytes(config)
     none, full = activations(), activations(recompute_granularity="full")
