@@ -31,22 +31,28 @@ from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE, bubble_fra
 from megatron_samoe.planning.accounting import count_parameters
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.batches import build_run_data
+from megatron_samoe.training.hook import Hook
 from megatron_samoe.training.hooks import default_hooks
 from megatron_samoe.training.machine import machine_facts
 from megatron_samoe.training.preflight import preflight
-from megatron_samoe.training.setup import build_setup
+from megatron_samoe.training.setup import Extensions, build_setup
 from megatron_samoe.training.state import PLAIN_KEYS
 from megatron_samoe.training.trainer import Trainer
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program and returns its exit status."""
+def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None, hooks: Sequence[Hook] = ()) -> int:
+    """Runs the program and returns its exit status.
+
+    Args:
+        extensions: parts of the model and rules of the optimizer that come from outside the package.
+        hooks: to be called after the configuration's own.
+    """
     rank = int(os.environ.get("RANK", "0"))
     configure_logging(rank)
     try:
         config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
         config, num_ranks = _fit_to_ranks(config)
-        pretrain(config, num_ranks)
+        pretrain(config, num_ranks, extensions, hooks)
     except MegatronSamoeError as error:
         return _report(error, rank)
     except SystemExit as error:
@@ -61,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def pretrain(config: PretrainConfig, num_ranks: int) -> None:
+def pretrain(
+    config: PretrainConfig, num_ranks: int, extensions: Extensions | None = None, hooks: Sequence[Hook] = ()
+) -> None:
     """Trains as a legal configuration says, on so many ranks of this torchrun job, or in this process alone."""
     device = backend.choose_device(config.parallel)
     if device.type == "cpu":
@@ -74,7 +82,7 @@ def pretrain(config: PretrainConfig, num_ranks: int) -> None:
         if meeting is not None and not dist.is_initialized():
             meeting.stand_by()
             return
-        _train(config, device)
+        _train(config, device, extensions, hooks)
         if meeting is not None and dist.get_rank() == 0:
             meeting.finish(num_ranks)
 
@@ -97,7 +105,7 @@ def _fit_to_ranks(config: PretrainConfig) -> tuple[PretrainConfig, int]:
     return fitted, used
 
 
-def _train(config: PretrainConfig, device: torch.device) -> None:
+def _train(config: PretrainConfig, device: torch.device, extensions: Extensions | None, hooks: Sequence[Hook]) -> None:
     parallel = initialize_model_parallel(config.parallel, device)
     # A dying attempt may be saving, so ranks that look one after the other may see different things: rank 0's counts.
     started = parallel.world.all_gather_object(store.with_start(config.checkpoint))[0]
@@ -111,12 +119,11 @@ def _train(config: PretrainConfig, device: torch.device) -> None:
     if config.parallel.preflight:
         preflight(config, vocab_size, parallel)
     with _enough_memory(config, vocab_size, parallel):
-        setup = replace(build_setup(config, vocab_size, parallel), attachments=attachments)
+        setup = replace(build_setup(config, vocab_size, parallel, extensions=extensions), attachments=attachments)
     _describe(config, vocab_size, parallel)
     # An evaluation alone says nothing of training's speed.
     machine = None if config.training.skip_train else machine_facts(parallel)
-    hooks = default_hooks(config, setup.batch_size, machine) if parallel.rank == 0 else []
-    Trainer(setup, run_data, hooks).run()
+    Trainer(setup, run_data, [*default_hooks(config, setup.batch_size, machine), *hooks]).run()
 
 
 def _tokenizer(config: PretrainConfig) -> tuple[Tokenizer, dict[str, bytes], int]:

@@ -95,8 +95,13 @@ def num_moe_layers(config: PretrainConfig) -> int:
 
 
 def experts_per_layer(moe: MoEConfig, num_moe_layers: int) -> tuple[int, ...]:
-    """Returns the routed experts of each MoE layer."""
-    return moe.num_experts if isinstance(moe.num_experts, tuple) else (moe.num_experts,) * num_moe_layers
+    """Returns the routed experts of each MoE layer; ConfigError where they are given for another number of layers."""
+    if isinstance(moe.num_experts, int):
+        return (moe.num_experts,) * num_moe_layers
+    if len(moe.num_experts) != num_moe_layers:
+        allowed = f"must be one number, or one for each of the {num_moe_layers} MoE layers"
+        raise ConfigError("--num-experts", moe.num_experts, allowed)
+    return moe.num_experts
 
 
 def divisors(n: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""AdamW over fp32 master weights, for parameters of any precision, and the loss scale of fp16."""
+"""AdamW, or another update, over fp32 master weights, for parameters of any precision; and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -12,37 +12,52 @@ from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
 from megatron_samoe.ops.adamw import serves as adamw_serves
-from megatron_samoe.optimizer.param_groups import build_param_groups
+from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups
+from megatron_samoe.optimizer.update import apply_update
+from megatron_samoe.parallel_state.parameter_tag import shard_shape, tag_of
+from megatron_samoe.parallel_state.state import ParallelState, single_process_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MixedPrecisionOptimizer:
-    """AdamW on main gradients. Weights in fp32 (and the pool, always) are their own master weights.
+    """Updates weights from main gradients. Weights in fp32 (and the pool, always) are their own master weights.
 
-    On a CPU one compiled pass updates masters, moments and bf16 weights; elsewhere apex or torch do.
+    AdamW is one compiled pass over masters, moments and bf16 weights on a CPU; elsewhere apex or torch do it.
 
     Args:
         buffers: the gradients; what this rank updates are their pieces.
+        state: this rank's place; needed where an update of the rules sees whole tensors.
+        rules: which parameters change how; those of the configuration if not given.
     """
 
-    def __init__(self, buffers: GradBuffers, config: OptimizerConfig):
-        self.buffers, self.config = buffers, config
+    def __init__(
+        self, buffers: GradBuffers, config: OptimizerConfig, state: ParallelState | None = None,
+        rules: tuple[ParamRule, ...] | None = None,
+    ):  # fmt: skip
+        self.buffers, self.config, self._state = buffers, config, state or single_process_state()
         self.pieces = {piece.name: piece for piece in buffers.pieces}
         self.masters: dict[str, Tensor] = {}
         for name, piece in self.pieces.items():
             is_own_master = piece.weight.dtype in (torch.float32, torch.float64)
             self.masters[name] = piece.weight if is_own_master else piece.weight.float()
         self.num_steps = 0
+        groups = build_param_groups(buffers.parameters, config, rules)
+        self._others = [group for group in groups if group.update is not None]
+        self._groups = [
+            replace(group, names=tuple(name for name in group.names if name in self.pieces))
+            for group in groups
+            if group.update is None
+        ]
+        self._moments = {name: tuple(group.update.moments) for group in self._others for name in group.names}
         self._states = {
-            name: {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{moment: torch.zeros_like(master) for moment in MOMENTS},
-            }
+            name: {moment: torch.zeros_like(master) for moment in self._moments.get(name, MOMENTS)}
             for name, master in self.masters.items()
         }
-        self._groups = build_param_groups(list(self.pieces), config)
-        self._runs = {name: self._run(name) for name in self.pieces}
+        by_adam = [name for group in self._groups for name in group.names]
+        for name in by_adam:
+            self._states[name]["step"] = torch.zeros((), dtype=torch.float32, device=self.masters[name].device)
+        self._runs = {name: self._run(name) for name in by_adam}
         self._inner = None if self._is_compiled() else self._make_inner()
 
     def _run(self, name: str) -> AdamWRun:
@@ -57,17 +72,18 @@ class MixedPrecisionOptimizer:
         groups = [
             {"params": [self.masters[n] for n in g.names], "weight_decay": g.weight_decay, "lr_mult": g.lr_mult}
             for g in self._groups
+            if g.names
         ]
         if not groups:
             return None
         inner = _make_adam(groups, self.config)
-        for name, master in self.masters.items():
-            inner.state[master] = self._states[name]
+        for name in self._runs:
+            inner.state[self.masters[name]] = self._states[name]
         return inner
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
-        """Updates all parameters from their main gradients; ranks that share elements out call it together.
+        """Updates all parameters from their main gradients; ranks that hold shards of buffers call it together.
 
         Args:
             grad_scale: multiplies the gradients (clipping). The compiled pass does so as it reads them, and leaves the
@@ -77,6 +93,7 @@ class MixedPrecisionOptimizer:
         if self._inner is not None:
             if grad_scale != 1:
                 self.buffers.scale(grad_scale)
+                grad_scale = 1.0
             self._step_inner(self._inner, lr)
         else:
             config = self.config
@@ -86,23 +103,32 @@ class MixedPrecisionOptimizer:
                     grad_scale,
                 )  # fmt: skip
                 adamw([self._runs[name] for name in group.names], rates, self.num_steps)
+        for group in self._others:
+            assert group.update is not None
+            parameters = {name: self.buffers.parameters[name] for name in group.names}
+            named = {name: (tag_of(p), shard_shape(p)) for name, p in parameters.items()}
+            rates = (lr * group.lr_mult, group.weight_decay, grad_scale)
+            like = next(iter(parameters.values())).main_grad  # type: ignore[attr-defined]
+            apply_update(
+                group.update, named, self.pieces, self.masters, self._states, rates, self.num_steps, self._state, like
+            )
         for name, master in self.own_masters().items():
-            if self._inner is not None or self._runs[name].weight is None:
+            if self._inner is not None or name not in self._runs or self._runs[name].weight is None:
                 self.pieces[name].weight.copy_(master)
         self.buffers.gather_weights()
 
     def _step_inner(self, inner: torch.optim.Optimizer, lr: float) -> None:
         for group in inner.param_groups:
             group["lr"] = lr * group["lr_mult"]
-        for name, master in self.masters.items():
-            master.grad = self.pieces[name].grad
+        for name in self._runs:
+            self.masters[name].grad = self.pieces[name].grad
         inner.step()
-        for master in self.masters.values():
-            master.grad = None
+        for name in self._runs:
+            self.masters[name].grad = None
 
     def moments(self, name: str) -> dict[str, Tensor]:
         """Returns the moments of what this rank updates of a parameter."""
-        return {moment: self._states[name][moment] for moment in MOMENTS}
+        return {moment: self._states[name][moment] for moment in self._moments.get(name, MOMENTS)}
 
     def own_masters(self) -> dict[str, Tensor]:
         """Returns master weights that are not the weights themselves."""
@@ -111,8 +137,8 @@ class MixedPrecisionOptimizer:
     def set_num_steps(self, num_steps: int) -> None:
         """Sets the step count that Adam's bias correction uses, after loading."""
         self.num_steps = num_steps
-        for state in self._states.values():
-            state["step"].fill_(float(num_steps))
+        for name in self._runs:
+            self._states[name]["step"].fill_(float(num_steps))
         for group in self._inner.param_groups if self._inner is not None else []:
             if "step" in group or type(self._inner).__module__.startswith("apex"):
                 group["step"] = num_steps

@@ -7,15 +7,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_samoe.config.training import OptimizerConfig
+from megatron_samoe.optimizer.update import Update
 
 
 @dataclass(frozen=True)
 class ParamRule:
-    """Parameters whose global name matches get these factors on weight decay and learning rate."""
+    """Parameters whose global name matches get these factors on weight decay and learning rate.
+
+    Attributes:
+        update: how they change; None for AdamW.
+    """
 
     pattern: str
     weight_decay_mult: float = 1.0
     lr_mult: float = 1.0
+    update: Update | None = None
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class ParamGroup:
     names: tuple[str, ...]
     weight_decay: float
     lr_mult: float
+    update: Update | None = None
 
 
 def default_rules(config: OptimizerConfig) -> tuple[ParamRule, ...]:
@@ -52,7 +59,7 @@ def build_param_groups(
         assert rule is not None, f"no rule for parameter {name}"
         members[rule].append(name)
     return [
-        ParamGroup(tuple(names), config.weight_decay * rule.weight_decay_mult, rule.lr_mult)
+        ParamGroup(tuple(names), config.weight_decay * rule.weight_decay_mult, rule.lr_mult, rule.update)
         for rule, names in members.items()
         if names
     ]

@@ -59,6 +59,12 @@ class ParameterTag:
         return gradient_group_name(self.shard)
 
 
+def shard_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Returns the shape of this rank's shard, also where it holds a slice of that only."""
+    held = tag_of(parameter).slice
+    return tuple(parameter.shape) if held is None else held.shape
+
+
 def set_tag(parameter: nn.Parameter, tag: ParameterTag) -> nn.Parameter:
     """Tags a parameter and returns it."""
     parameter.tag = tag  # type: ignore[attr-defined]

@@ -220,7 +220,9 @@ def _of_other_precision(
             other[name] = own.pop(master)
         elif master not in own and master in stored:
             other[master] = sharded(piece.weight, piece.tag.shard, setup.parallel, piece.slice, piece.counts)
-    missing = sorted(name.split(".", 2)[2] for name in own if name not in stored and ".exp_avg." in name)
+    missing = sorted(
+        name.split(".", 2)[2] for name in own if name not in stored and not name.startswith("optimizer.master.")
+    )
     if missing:
         raise CheckpointError(
             f"The checkpoint has no optimizer state of {', '.join(missing[:3])}{' and others' if missing[3:] else ''}: "

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
+from megatron_samoe.training.hook import Hook, Record, Run
 from megatron_samoe.training.micro_batches import Batch, run_micro_batches
 from megatron_samoe.training.setup import TrainSetup
+from megatron_samoe.training.train_step import StepResult
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,37 @@ def evaluate(setup: TrainSetup, batches: Iterable[Batch], dataset_names: Sequenc
     by_dataset = {name: loss / tokens for name, (loss, tokens) in zip(dataset_names, sums, strict=False) if tokens}
     loss_sum, num_tokens = math.fsum(loss for loss, _ in sums), math.fsum(tokens for _, tokens in sums)
     return EvaluatedLoss(loss_sum / num_tokens, by_dataset)
+
+
+def evaluation_record(name: str, loss: EvaluatedLoss) -> Record:
+    """Returns what is recorded of an evaluation of "validation" or "test" data."""
+    record: Record = {f"{name}_loss": loss.mean, f"{name}_perplexity": math.exp(min(loss.mean, 700.0))}
+    return record | ({f"{name}_loss_by_dataset": dict(loss.by_dataset)} if loss.by_dataset else {})
+
+
+def evaluate_run(run: Run, with_test: bool) -> Record:
+    """Returns what is recorded of the losses on validation and test data."""
+    record: Record = {}
+    for name, data in (("validation", run.data.valid), ("test", run.data.test if with_test else None)):
+        if data is not None:
+            run.watch.begin(f"evaluating {name} data after iteration {run.state.iteration}")
+            batches = run.data.evaluation_batches(data)
+            record |= evaluation_record(name, evaluate(run.setup, batches, data.names))
+    return record
+
+
+class Evaluation(Hook):
+    """Evaluates every --eval-interval steps, and after the last on test data as well."""
+
+    def wants_record(self, run: Run) -> bool:
+        """Whether an evaluation is due."""
+        training = run.setup.config.training
+        return run.state.iteration == training.train_iters or run.state.iteration % training.eval_interval == 0
+
+    def contribute(self, run: Run, result: StepResult, record: Record) -> None:
+        """Adds the losses."""
+        if self.wants_record(run):
+            record |= evaluate_run(run, with_test=run.state.iteration == run.setup.config.training.train_iters)
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterable[list[Batch]]:

@@ -5,24 +5,20 @@ docs/metrics.md lists the keys; hooks write the record to the console, metrics.j
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from megatron_samoe.parallel_state.state import WaitClock
 from megatron_samoe.planning.accounting import train_flops_per_token
-from megatron_samoe.training.evaluate import EvaluatedLoss
-from megatron_samoe.training.moe_diagnostics import MoEDiagnostics
+from megatron_samoe.training.hook import Record
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.train_step import StepResult
-
-Record = dict[str, Any]
 
 #: Dense bf16 matrix rate of known devices, FLOP/s, from their data sheets.
 PEAK_FLOPS = {
@@ -86,10 +82,13 @@ class Stopwatch:
 
 
 def make_record(
-    setup: TrainSetup, state: TrainState, result: StepResult, timed: StepTime, evaluation: Record,
-    diagnostics: MoEDiagnostics | None,
-) -> Record:  # fmt: skip
-    """Returns the record of a step and of the evaluation that followed, if any; all ranks call it together."""
+    setup: TrainSetup, state: TrainState, result: StepResult, timed: StepTime, epoch_samples: float | None
+) -> Record:
+    """Returns the record of a step; all ranks call it together.
+
+    Args:
+        epoch_samples: samples in which the training data pass once, if they do.
+    """
     device = setup.parallel.device
     world = setup.parallel.world
     mine = torch.tensor([[peak_memory_bytes(device), timed.own_s]], dtype=torch.float64, device=device)
@@ -122,17 +121,11 @@ def make_record(
         record["largest_expert_share"] = health.largest_expert_share
         record["idle_experts"] = health.idle_experts
         record["dropped_token_fraction"] = health.dropped_fraction
+        record |= {name: means[0] if len(means) == 1 else means for name, means in result.routing.others.items()}
     rate = peak_flops(device)
     if rate is not None:
         flops = train_flops_per_token(setup.config, setup.model.vocab_size) * tokens_per_s
         record["mfu"] = flops / (rate * setup.parallel.world_size)
-    record |= evaluation
-    if diagnostics is not None:
-        record |= diagnostics.plain()
+    if epoch_samples:
+        record["epoch"] = state.consumed_samples / epoch_samples
     return record
-
-
-def evaluation_record(name: str, loss: EvaluatedLoss) -> Record:
-    """Returns what is recorded of an evaluation of "validation" or "test" data."""
-    record: Record = {f"{name}_loss": loss.mean, f"{name}_perplexity": math.exp(min(loss.mean, 700.0))}
-    return record | ({f"{name}_loss_by_dataset": dict(loss.by_dataset)} if loss.by_dataset else {})

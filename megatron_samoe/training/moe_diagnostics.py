@@ -13,8 +13,34 @@ from megatron_samoe.moe.sharing.coefficients import normalize_coefficients
 from megatron_samoe.moe.sharing.combined import StepLender
 from megatron_samoe.moe.sharing.own import OwnLender
 from megatron_samoe.ops.grouped_mlp import ExpertWeights
+from megatron_samoe.training.hook import Hook, Record, Run
 from megatron_samoe.training.setup import TrainSetup
-from megatron_samoe.training.train_step import RoutingStats
+from megatron_samoe.training.train_step import RoutingStats, StepResult
+
+
+class LayerDiagnostics(Hook):
+    """Adds these views to every record (--moe-per-layer-logging)."""
+
+    def __init__(self) -> None:
+        self._norms_LE: Tensor | None = None
+
+    def wants_gradients(self, run: Run) -> bool:
+        """Whether the step will be recorded anyway."""
+        logs, training = run.setup.config.logging, run.setup.config.training
+        iteration = run.state.iteration + 1
+        return iteration == training.train_iters or iteration % logs.log_interval == 0
+
+    def backward_done(self, run: Run) -> None:
+        """Takes the norms of this rank's gradients, before they are reduced."""
+        if self.wants_gradients(run):
+            self._norms_LE = expert_grad_norms(run.setup, run.state.loss_scale.value)
+
+    def contribute(self, run: Run, result: StepResult, record: Record) -> None:
+        """Adds loads, norms and coefficients."""
+        logs, iteration = run.setup.config.logging, run.state.iteration
+        if iteration == run.setup.config.training.train_iters or iteration % logs.log_interval == 0:
+            assert result.routing is not None
+            record |= make_diagnostics(run.setup, result.routing, self._norms_LE).plain()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,21 @@ import hashlib
 
 from megatron_samoe.errors import ReplicaDriftError
 from megatron_samoe.parallel_state.parameter_tag import tag_of
+from megatron_samoe.training.hook import Hook, Run
 from megatron_samoe.training.setup import TrainSetup
+from megatron_samoe.training.train_step import StepResult
+
+
+class ReplicaCheck(Hook):
+    """Checks every `interval` steps (--pool-replica-check-interval)."""
+
+    def __init__(self, interval: int):
+        self._interval = interval
+
+    def post_step(self, run: Run, result: StepResult) -> None:
+        """Raises ReplicaDriftError where two copies differ."""
+        if run.state.iteration % self._interval == 0:
+            check_pool_replicas(run.setup, run.state.iteration)
 
 
 def check_pool_replicas(setup: TrainSetup, iteration: int) -> None:

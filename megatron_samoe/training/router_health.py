@@ -1,4 +1,4 @@
-"""Whether routers use their experts: what is said of every logged step, and a warning where they stay collapsed."""
+"""Whether routers use their experts: what is said of every logged step."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.log import logger
-from megatron_samoe.optimizer.schedule import warmup_iters
-
-#: A layer whose load entropy stays below this for so many steps after warm-up is warned of.
-LOW_ENTROPY, PATIENCE_STEPS = 0.5, 20
 
 
 def load_entropy(counts_E: Tensor) -> float:
@@ -54,39 +47,3 @@ class RouterHealth:
             [load_entropy(counts_E) for counts_E in counts], float(together.max()) / num_tokens,
             int((together == 0).sum()), num_dropped / max(float(together.sum()), 1.0),
         )  # fmt: skip
-
-
-class RouterWatch:
-    """Warns once when a layer's load entropy stays low after warm-up, and again if it recovers and falls anew."""
-
-    def __init__(self, config: PretrainConfig):
-        self.config = config
-        self.first_step = warmup_iters(config.optimizer, config.training.train_iters)
-        self.low_steps: dict[int, int] = {}
-
-    def step(self, iteration: int, health: RouterHealth) -> None:
-        """Takes in the health of the step that ended with `iteration` steps done."""
-        if iteration <= self.first_step:
-            return
-        low = {layer for layer, entropy in enumerate(health.load_entropy) if entropy < LOW_ENTROPY}
-        self.low_steps = {layer: self.low_steps.get(layer, 0) + 1 for layer in low}
-        due = [layer for layer, steps in sorted(self.low_steps.items()) if steps == PATIENCE_STEPS]
-        if due:
-            named = ", ".join(f"{layer} ({health.load_entropy[layer]:.2f})" for layer in due)
-            logger.warning(
-                f"iteration {iteration}: the routers of MoE layers {named} have sent most tokens to few experts for "
-                f"{PATIENCE_STEPS} steps (load entropy under {LOW_ENTROPY}; 1 is even). Try {self._advice()}."
-            )
-
-    def _advice(self) -> str:
-        moe = self.config.moe
-        advice = []
-        if moe.moe_router_load_balancing_type == "none" or moe.moe_aux_loss_coeff == 0:
-            advice.append("--moe-router-load-balancing-type seq_aux_loss with --moe-aux-loss-coeff 0.01")
-        else:
-            advice.append(f"a larger --moe-aux-loss-coeff (now {moe.moe_aux_loss_coeff:g})")
-        if moe.moe_router_topk == 1:
-            advice.append("--moe-router-topk 2 with experts of half the width")
-        if moe.moe_z_loss_coeff == 0:
-            advice.append("--moe-z-loss-coeff 0.001")
-        return ", ".join([*advice, "a longer warm-up or a lower --lr"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -10,14 +10,29 @@ import torch
 
 from megatron_samoe.config.derived import global_batch_size, num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.training import OptimizerConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.blueprint import ModelParts
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
+from megatron_samoe.optimizer.param_groups import ParamRule, default_rules
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec, open_channel
 from megatron_samoe.pipeline_parallel.schedules import Pipeline
 from megatron_samoe.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Extensions:
+    """What code outside the package gives a run; see docs/extending.md.
+
+    Attributes:
+        parts: of the model.
+        rules: makes the rules by which parameters change.
+    """
+
+    parts: ModelParts = field(default_factory=ModelParts)
+    rules: Callable[[OptimizerConfig], tuple[ParamRule, ...]] = default_rules
 
 
 @dataclass(frozen=True)
@@ -61,17 +76,18 @@ class TrainSetup:
 
 def build_setup(
     config: PretrainConfig, vocab_size: int, parallel: ParallelState, dtype: torch.dtype | None = None,
-    parts: ModelParts | None = None,
+    extensions: Extensions | None = None,
 ) -> TrainSetup:  # fmt: skip
     """Returns model, gradient buffers and optimizer of this rank, with initial weights.
 
     Args:
         dtype: of weights and activations, in place of the configured precision.
-        parts: other parts of the model than the package's own.
+        extensions: what comes from outside the package.
     """
+    extensions = extensions or Extensions()
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
-    model = build_model(config, vocab_size, parallel, dtype, parts)
+    model = build_model(config, vocab_size, parallel, dtype, extensions.parts)
     layout = config.parallel
     buffers = GradBuffers(
         model.global_parameters(), parallel, is_sharded=layout.use_distributed_optimizer,
@@ -80,7 +96,8 @@ def build_setup(
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     pp = parallel.pp
     pipeline = Pipeline(pp.rank, pp.size, len(model.chunks), open_channel(parallel, timeout))
-    return TrainSetup(config, parallel, model, buffers, MixedPrecisionOptimizer(buffers, config.optimizer), pipeline)
+    optimizer = MixedPrecisionOptimizer(buffers, config.optimizer, parallel, extensions.rules(config.optimizer))
+    return TrainSetup(config, parallel, model, buffers, optimizer, pipeline)
 
 
 def initial_state(setup: TrainSetup) -> TrainState:

@@ -16,7 +16,7 @@ from megatron_samoe.optimizer.schedule import learning_rate
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan
 from megatron_samoe.tensor_parallel.random import SampleRandom
 from megatron_samoe.training.micro_batches import Batch, run_micro_batches
-from megatron_samoe.training.profiling import named_range
+from megatron_samoe.training.named_range import named_range
 from megatron_samoe.training.router_health import RouterHealth
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
@@ -124,11 +124,16 @@ def compute_gradients(
 
 
 def train_step(
-    setup: TrainSetup, state: TrainState, batches: Sequence[Batch], observe: Callable[[], None] | None = None
-) -> tuple[StepResult, TrainState]:
-    """Runs one optimizer step and returns what happened and the state after it; `observe` as in `compute_gradients`.
+    setup: TrainSetup, state: TrainState, batches: Sequence[Batch], observe: Callable[[], None] | None = None,
+    pre_optim_step: Callable[[float], None] | None = None,
+) -> tuple[StepResult, TrainState]:  # fmt: skip
+    """Runs one optimizer step and returns what happened and the state after it.
 
     If the result is not finite no parameter has changed.
+
+    Args:
+        observe: as in `compute_gradients`.
+        pre_optim_step: called with the gradient norm when gradients are complete, where the optimizer will use them.
     """
     lm_loss, num_tokens, routing = compute_gradients(setup, state, batches, observe)
     norm = global_grad_norm(setup.buffers, setup.parallel)
@@ -144,6 +149,8 @@ def train_step(
     if not result.is_finite:
         return result, state
     if not skipped:
+        if pre_optim_step is not None:
+            pre_optim_step(norm)
         with named_range("optimizer", setup.parallel.device):
             setup.optimizer.step(lr, clip_factor(norm, optimizer.clip_grad))
     return result, replace(

@@ -19,7 +19,7 @@ from megatron_samoe.config import ParallelConfig
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state import initialize_model_parallel
-from megatron_samoe.training import hooks, preflight
+from megatron_samoe.training import loggers, preflight
 from megatron_samoe.training.hang_watch import HangWatch
 from megatron_samoe.training.spikes import SpikeHistory
 from tests.distributed.test_launcher import children
@@ -195,10 +195,10 @@ def test_trackers_log_without_a_network(library: str, tmp_path: Path, monkeypatc
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     pytest.importorskip(library, reason=f"the extra {library} is not installed")
-    tracker = hooks.Tracker(library, "samoe-test", "a run", {"model": {"num_layers": 2}})
-    tracker.start(0)
-    tracker.record(RECORD)
-    tracker.close()
+    tracker = loggers.Tracker(library, "samoe-test", "a run", {"model": {"num_layers": 2}})
+    tracker.open(0)
+    tracker.write(RECORD)
+    tracker.end()
     assert any(path.is_file() and path.stat().st_size for path in tmp_path.rglob("*")), "nothing was kept"
 
 
@@ -210,13 +210,13 @@ def test_trackers_get_numbers_and_losses_by_dataset(monkeypatch: pytest.MonkeyPa
         log = staticmethod(lambda numbers, step: logged.append((numbers, step)))
         finish = staticmethod(lambda: None)
 
-    monkeypatch.setattr(hooks.importlib, "import_module", lambda _: Library)
-    tracker = hooks.Tracker("wandb", "p", None, {})
-    tracker.start(0)
-    tracker.record(RECORD)
+    monkeypatch.setattr(loggers.importlib, "import_module", lambda _: Library)
+    tracker = loggers.Tracker("wandb", "p", None, {})
+    tracker.open(0)
+    tracker.write(RECORD)
     assert logged == [({"lm_loss": 4.5, "skipped": 0.0, "validation_loss/a": 1.5}, 3)]
 
 
 def test_a_tracker_that_is_not_installed_says_how_it_would_be() -> None:
     with pytest.raises(ConfigError, match=r"--nonesuch-project = 'p': needs nonesuch, .*\[nonesuch\]"):
-        hooks.Tracker("nonesuch", "p", None, {})
+        loggers.Tracker("nonesuch", "p", None, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_samoe.config.derived import (
+    experts_per_layer,
     num_moe_layers,
 )
 from megatron_samoe.config.pretrain import PretrainConfig
@@ -68,8 +69,10 @@ def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:
 
 
 def _experts_of_layers(config: PretrainConfig, layers: int, experts: tuple[int, ...]) -> Problems:
-    if len(experts) != layers:
-        yield ConfigError("--num-experts", experts, f"must be one number, or one for each of the {layers} MoE layers")
+    try:
+        experts_per_layer(config.moe, layers)
+    except ConfigError as error:
+        yield error
     if config.moe.has_pool and len(set(experts)) > 1:
         yield ConfigError("--num-experts", experts, "must be one number with --expert-layout samoe: all layers combine the "
                           "same banks")  # fmt: skip

@@ -124,7 +124,7 @@ def _run(
         y, all_stats = model(
             tokens_MBS[micro_batch] if x is None else x, ForwardContext(batch_size=num_rows), chunk=chunk
         )
-        dropped = sum(int(stats.num_dropped) for stats in all_stats)
+        dropped = sum(int(stats.sums["dropped"]) for stats in all_stats)
         assert dropped == 0, f"{dropped} tokens were dropped by experts in evaluation"
         if model.chunks[chunk].is_last:
             wanted = [(b, number) for b, row in enumerate(numbers[micro_batch]) for number in row]

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_samoe.config.cli import apply_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.config.validate import refuse_wrong_numbers, validate
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
@@ -48,10 +49,12 @@ class HFSource:
         self.notes: list[str] = []
         remembered = read_sidecar(directory / SIDECAR)
         derived = derived_model(self.family, self.folder.config)
+        refuse_unknown(derived.config, "export", "Hugging Face's classes")
         if remembered is not None and not _same_model(self.family, remembered, derived):
             self.notes.append(f"{SIDECAR} describes another model than {CONFIG}, which is followed.")
             remembered = None
         native = derived if remembered is None else remembered.native
+        refuse_unknown(native.config, "export", "Hugging Face's classes")
         sizes = {"num_layers": native.model.num_layers, "hidden_size": native.model.hidden_size}
         if any(native.is_moe):
             sizes["num_experts"] = native.moe.num_experts

@@ -31,7 +31,7 @@ def loaded_tiny(layout: str, mixing: bool = True, dtype: torch.dtype = torch.flo
     for name, p in model.named_parameters():
         if p.dim() <= 1 or "b1" in name or "b2" in name or name.endswith("bias"):
             p.data += 0.1 * torch.randn(p.shape, generator=generator)
-        if mixing and name.endswith("moe.combination"):
+        if mixing and name.endswith("moe.experts.coefficients"):
             p.data += 0.5 * torch.randn(p.shape, generator=generator)
     model.eval().requires_grad_(False)
     with torch.no_grad():

@@ -1,0 +1,77 @@
+"""What hangs from the training loop: a hook is called at points of every step, on every rank, with the run in hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from megatron_samoe.training.batches import RunData
+from megatron_samoe.training.hang_watch import HangWatch
+from megatron_samoe.training.micro_batches import Batch
+from megatron_samoe.training.setup import TrainSetup
+from megatron_samoe.training.state import TrainState
+from megatron_samoe.training.train_step import StepResult
+
+Record = dict[str, Any]
+
+
+class Run(Protocol):
+    """A run as hooks see it: the trainer.
+
+    Attributes:
+        state: of the last step that is done.
+        watch: to be told of work that may take long.
+    """
+
+    setup: TrainSetup
+    data: RunData
+    state: TrainState
+    watch: HangWatch
+
+
+class Hook:
+    """Every method may be left as it is. All ranks call the same methods in the same order, so hooks may communicate."""
+
+    #: What it writes to, for messages.
+    place = "the console"
+    #: Whether it hangs on rank 0 alone.
+    rank_0_only: ClassVar[bool] = False
+
+    def start(self, run: Run) -> None:
+        """Training begins, or goes on; nothing of it has happened yet."""
+
+    def pre_step(self, run: Run, batches: Sequence[Batch]) -> None:
+        """A step begins, on these micro-batches of this rank."""
+
+    def wants_gradients(self, run: Run) -> bool:
+        """Whether `backward_done` is to see this step's gradients before any of them is reduced."""
+        return False
+
+    def backward_done(self, run: Run) -> None:
+        """The last backward pass is over; main gradients are this rank's, where a hook wanted them."""
+
+    def pre_optim_step(self, run: Run, grad_norm: float) -> None:
+        """Gradients are those of the global batch; the optimizer has not used them yet."""
+
+    def post_step(self, run: Run, result: StepResult) -> None:
+        """A step is done."""
+
+    def wants_record(self, run: Run) -> bool:
+        """Whether the step that is done is to be recorded, besides every --log-interval steps and the last."""
+        return False
+
+    def contribute(self, run: Run, result: StepResult, record: Record) -> None:
+        """A step is recorded: the hook may add to the record."""
+
+    def record(self, run: Run, record: Record) -> None:
+        """The record of a step is complete."""
+
+    def evaluated(self, run: Run, record: Record) -> None:
+        """A checkpoint was evaluated without training."""
+
+    def checkpoint_saved(self, run: Run, path: Path) -> None:
+        """A checkpoint is whole; called on rank 0, from another thread with --async-save."""
+
+    def close(self, run: Run) -> None:
+        """Training ends, for whatever reason."""

@@ -1,0 +1,314 @@
+"""Where records go: console, metrics file, TensorBoard, trackers, progress bar."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_samoe.errors import ConfigError, install_extra
+from megatron_samoe.log import logger
+from megatron_samoe.parsing import parse_json
+from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.train_step import StepResult
+
+
+class Logger(Hook):
+    """A hook of rank 0 that is told of records, and knows nothing of the run."""
+
+    rank_0_only = True
+
+    def start(self, run: Run) -> None:
+        """See `open`."""
+        self.open(run.state.iteration)
+
+    def post_step(self, run: Run, result: StepResult) -> None:
+        """See `step`."""
+        self.step(run.state.iteration, result.lm_loss)
+
+    def record(self, run: Run, record: Record) -> None:
+        """See `write`."""
+        self.write(record)
+
+    def evaluated(self, run: Run, record: Record) -> None:
+        """See `write_evaluation`."""
+        self.write_evaluation(record)
+
+    def close(self, run: Run) -> None:
+        """See `end`."""
+        self.end()
+
+    def open(self, iteration: int) -> None:
+        """Training begins, or goes on, after `iteration` steps."""
+
+    def step(self, iteration: int, loss: float) -> None:
+        """A step is done; its loss, which not every step's record has."""
+
+    def write(self, record: Record) -> None:
+        """A step is logged."""
+
+    def write_evaluation(self, record: Record) -> None:
+        """A checkpoint is evaluated without training: iteration, and what `evaluation_record` makes."""
+
+    def end(self) -> None:
+        """Training ends, for whatever reason."""
+
+
+class ConsoleLog(Logger):
+    """Megatron's log line, with tokens per second."""
+
+    def __init__(self, train_iters: int, batch_size: int):
+        self.train_iters, self.batch_size = train_iters, batch_size
+
+    def write(self, record: Record) -> None:
+        """Prints one line, and one more after an evaluation."""
+        fields = [
+            f"iteration {record['iteration']:8d}/{self.train_iters:8d}",
+            f"consumed samples: {record['consumed_samples']:12d}",
+            *([f"epoch: {record['epoch']:.2f}"] if "epoch" in record else []),
+            f"elapsed time per iteration (ms): {record['step_time_s'] * 1000:.1f}",
+            f"tokens/s: {record['tokens_per_s']:.0f}",
+            f"time left: {_hours(record['step_time_s'] * (self.train_iters - record['iteration']))}",
+            f"learning rate: {record['learning_rate']:.6E}",
+            f"global batch size: {self.batch_size:5d}",
+            f"lm loss: {record['lm_loss']:.6E}",
+        ]
+        if "load_balance_loss" in record:
+            fields.append(f"load balancing loss: {record['load_balance_loss']:.6E}")
+            fields.append(f"z loss: {record['z_loss']:.6E}")
+            fields.append(f"least load entropy: {record['least_load_entropy']:.3f}")
+            fields.append(f"largest expert share: {record['largest_expert_share']:.1%}")
+            fields.append(f"idle experts: {record['idle_experts']}")
+            fields.append(f"dropped tokens: {record['dropped_token_fraction']:.2%}")
+        fields += [f"loss scale: {record['loss_scale']:.1f}", f"grad norm: {record['grad_norm']:.3f}"]
+        if "slowest_rank" in record:
+            mean, slowest = 1000 * record["own_time_mean_s"], 1000 * record["own_time_max_s"]
+            fields.append(f"own time per rank (ms): {mean:.1f}, most {slowest:.1f} of rank {record['slowest_rank']}")
+        if "mfu" in record:
+            fields.append(f"MFU: {record['mfu']:.1%}")
+        logger.info(f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] " + " | ".join(fields) + " |")
+        self.write_evaluation(record)
+
+    def checkpoint_saved(self, run: Run, path: Path) -> None:
+        """Prints where a checkpoint is."""
+        logger.info(f"saved {path}")
+
+    def write_evaluation(self, record: Record) -> None:
+        """Prints one line for each kind of data that was evaluated, and one for each dataset of a blend."""
+        for name in ("validation", "test"):
+            if f"{name}_loss" in record:
+                logger.info(
+                    f" {name} loss at iteration {record['iteration']} | lm loss value: {record[f'{name}_loss']:.6E} | "
+                    f"lm loss PPL: {record[f'{name}_perplexity']:.6E} |"
+                )
+            for dataset, loss in record.get(f"{name}_loss_by_dataset", {}).items():
+                logger.info(f"   of {dataset} | lm loss value: {loss:.6E} |")
+
+
+def _hours(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class MetricsFile(Logger):
+    """One JSON object per logged step.
+
+    A resumed run first drops what the killed one logged beyond its checkpoint; a fresh one sets aside an existing file;
+    an evaluation alone adds to what is there.
+
+    Args:
+        machine: where the run runs; goes into machine.json beside the file, as it was at the last start.
+        trains: whether there will be steps, not an evaluation alone.
+    """
+
+    def __init__(self, path: str, machine: Mapping[str, Any] | None = None, trains: bool = True):
+        self.path, self.place = Path(path), f"--metrics-file {path}"
+        self._machine, self._trains = machine, trains
+        self.file: Any = None
+
+    def open(self, iteration: int) -> None:
+        """Opens the file and cuts it back to the iteration that training goes on from."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._trains:
+            self._end_last_line()
+        elif iteration == 0 and self.path.exists() and self.path.stat().st_size:
+            self._set_aside()
+        elif self.path.exists():
+            kept = [
+                line for line in self.path.read_text(errors="replace").splitlines() if _iteration_of(line) <= iteration
+            ]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, self.path)
+        if self._machine is not None:
+            self.path.with_name("machine.json").write_text(json.dumps(self._machine, indent=1) + "\n")
+        self.file = open(self.path, "a")
+
+    def _end_last_line(self) -> None:
+        """Drops a record that a killed run wrote in part, so that the next one has a line of its own."""
+        if self.path.exists():
+            with open(self.path, "rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+    def _set_aside(self) -> None:
+        """Keeps the records of an earlier run under another name."""
+        number = next(n for n in itertools.count(1) if not Path(f"{self.path}.{n}").exists())
+        self.path.rename(f"{self.path}.{number}")
+        logger.info(f"{self.path} is of an earlier run; kept as {self.path}.{number}")
+
+    def write(self, record: Record) -> None:
+        """Writes one line."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def write_evaluation(self, record: Record) -> None:
+        """Writes one line."""
+        self.write(record)
+
+    def end(self) -> None:
+        """Closes the file."""
+        if self.file is not None:
+            self.file.close()
+
+
+def _iteration_of(line: str) -> float:
+    try:
+        iteration = parse_json(line)["iteration"]
+        return iteration if type(iteration) is int else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that a kill cut off
+
+
+class TensorBoard(Logger):
+    """Scalars of every record, and coefficients and expert load per layer where they are recorded."""
+
+    def __init__(self, directory: str):
+        self.directory, self.place = directory, f"--tensorboard-dir {directory}"
+        self.writer: Any = None
+
+    def open(self, iteration: int) -> None:
+        """Opens the events file."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(self.directory, purge_step=iteration + 1 if iteration else None)
+
+    def write(self, record: Record) -> None:
+        """Writes the record's numbers."""
+        for key, value in record.items():
+            if isinstance(value, (int, float)) and key != "iteration":
+                self.writer.add_scalar(key.replace("_", "-"), value, record["iteration"])
+        self._add_by_dataset(record)
+        for layer, loads in enumerate(record.get("expert_load", [])):
+            self.writer.add_scalar(f"max-expert-load/moe-layer-{layer}", max(loads) * len(loads), record["iteration"])
+        for layer, (inputs, _) in enumerate(record.get("combination", [])):
+            for bank in range(len(inputs[0])):
+                mean = sum(group[bank] for group in inputs) / len(inputs)
+                self.writer.add_scalar(f"combination/moe-layer-{layer}-bank-{bank}", mean, record["iteration"])
+
+    def _add_by_dataset(self, record: Record) -> None:
+        for name in ("validation", "test"):
+            for dataset, loss in record.get(f"{name}_loss_by_dataset", {}).items():
+                self.writer.add_scalar(f"{name}-loss/{dataset}", loss, record["iteration"])
+
+    def end(self) -> None:
+        """Flushes and closes the events file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class Tracker(Logger):
+    """Weights & Biases, or trackio, which has the same calls: the numbers of every record, and the configuration.
+
+    Args:
+        library: "wandb" or "trackio".
+    """
+
+    def __init__(self, library: str, project: str, name: str | None, config: Mapping[str, Any]):
+        try:
+            self._library: Any = importlib.import_module(library)
+        except ImportError:
+            raise ConfigError(
+                f"--{library}-project", project, f"needs {library}, which is not installed: {install_extra(library)}"
+            ) from None
+        self.place = f"--{library}-project {project}"
+        self._project, self._name, self._config = project, name, dict(config)
+        self._run: Any = None
+        self._failed = False
+
+    def open(self, iteration: int) -> None:
+        """Begins a run of the project."""
+        self._try(lambda: setattr(self, "_run", self._init()))
+
+    def _init(self) -> Any:
+        return self._library.init(project=self._project, name=self._name, config=self._config)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        """Runs a call; a tracker that fails is left alone from then on, and training goes on."""
+        if self._failed:
+            return
+        try:
+            call()
+        except Exception as error:  # whatever the library raises
+            self._failed = True
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning(f"{self.place} failed and gets no more records: {first}")
+
+    def write(self, record: Record) -> None:
+        """Logs the record's numbers, and losses by dataset."""
+        numbers = {key: float(v) for key, v in record.items() if isinstance(v, (int, float)) and key != "iteration"}
+        for name in ("validation", "test"):
+            for dataset, loss in record.get(f"{name}_loss_by_dataset", {}).items():
+                numbers[f"{name}_loss/{dataset}"] = loss
+        self._try(lambda: self._library.log(numbers, step=record["iteration"]))
+
+    def end(self) -> None:
+        """Ends the run."""
+        if self._run is not None:
+            self._try(self._library.finish)
+
+
+class ProgressBar(Logger):
+    """A bar over iterations, in place of the console's lines."""
+
+    def __init__(self, train_iters: int, description: str):
+        self.train_iters, self.description = train_iters, description
+        self.bar: Any = None
+        self._shown: dict[str, str] = {}
+
+    def open(self, iteration: int) -> None:
+        """Draws the bar."""
+        self.bar = tqdm(total=self.train_iters, initial=iteration, desc=self.description, unit="step", mininterval=1.0)
+
+    def step(self, iteration: int, loss: float) -> None:
+        """Moves the bar and shows the step's loss."""
+        self._shown["loss"] = f"{loss:.3f}"
+        self.bar.set_postfix(self._shown, refresh=False)
+        self.bar.update(1)
+
+    def write(self, record: Record) -> None:
+        """Shows loss and speed."""
+        self._shown |= {"loss": f"{record['lm_loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:.0f}"}
+        if "epoch" in record:
+            self._shown["epoch"] = f"{record['epoch']:.2f}"
+        if "least_load_entropy" in record:
+            self._shown["load entropy"] = f"{record['least_load_entropy']:.2f}"
+        if "validation_loss" in record:
+            self._shown["valid"] = f"{record['validation_loss']:.3f}"
+        self.bar.set_postfix(self._shown, refresh=False)
+
+    def write_evaluation(self, record: Record) -> None:
+        """Shows its loss."""
+        names = {"valid": "validation_loss", "test": "test_loss"}
+        self.bar.set_postfix({name: f"{record[key]:.3f}" for name, key in names.items() if key in record})
+
+    def end(self) -> None:
+        """Leaves the bar on the screen."""
+        if self.bar is not None:
+            self.bar.close()
