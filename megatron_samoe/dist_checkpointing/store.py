@@ -231,6 +231,21 @@ def read_train_state(directory: Path, needed: Sequence[str] = ()) -> dict[str, A
     return content
 
 
+#: Key of the parts of a model that came from outside the package.
+PARTS = "parts"
+
+
+def refuse_parts(train_state: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError naming parts of a checkpoint's model that only the program which trained it has."""
+    parts = train_state.get(PARTS)
+    if parts:
+        named = ", ".join(f"{name} {what}" for name, what in parts.items()) if isinstance(parts, dict) else shown(parts)
+        raise CheckpointError(
+            f"{where} is of a model with parts from outside megatron_samoe ({named}). Only the program that trained it can "
+            "run it."
+        )
+
+
 #: Values of train_state.json that count something, with the least that each may be.
 _COUNTS = {"format_version": 1, "iteration": 0, "consumed_samples": 0, "consumed_tokens": 0, "vocab_size": 1,
            "optimizer_steps": 0}  # fmt: skip

@@ -93,7 +93,9 @@ def load_model(
     config = replace(config, parallel=layout or ParallelConfig(), training=one_sequence)
     validate(config, parallel.world_size)
     tokenizer = _tokenizer(config.data, directory, tokenizer_model)
-    vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
+    train_state = store.read_train_state(directory, ("vocab_size",))
+    store.refuse_parts(train_state, str(directory))
+    vocab_size = train_state["vocab_size"]
     model = build_model(config, vocab_size, parallel)
     tensors = {n: sharded(p, tag_of(p).shard, parallel, tag_of(p).slice) for n, p in model.global_parameters().items()}
     store.load_checkpoint(directory, tensors, parallel)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -11,9 +10,6 @@ from torch import Tensor
 
 from megatron_samoe.ops.communicator import Communicator
 from megatron_samoe.parallel_state.state import Group
-
-if TYPE_CHECKING:
-    from megatron_samoe.ops.shm_communicator import ShmCommunicator
 
 _NO_HANDLE = 0  # no compiled communicator has it
 
@@ -32,7 +28,7 @@ class HostwiseCommunicator(Communicator):
 
     transport = "shared memory and torch"
 
-    def __init__(self, group: Group, local: ShmCommunicator, here: list[int], timeout_s: float):
+    def __init__(self, group: Group, local: Communicator, here: list[int], timeout_s: float):
         super().__init__(group, _NO_HANDLE, timeout_s)
         self._local, self._here = local, here
         self._failed = ""

@@ -63,6 +63,8 @@ def save_run(
     checkpoint = setup.config.checkpoint
     tensors = model_state(setup.model)
     plain: dict[str, Any] = {**state.plain(), "vocab_size": setup.model.vocab_size}
+    if replaced := setup.model.parts.replaced():
+        plain[store.PARTS] = dict(replaced)
     if state.expert_fractions_LE is not None:
         tensors[EXPERT_FRACTIONS] = replicated(state.expert_fractions_LE, setup.parallel)
     if not checkpoint.no_save_optim:
@@ -248,6 +250,9 @@ def check_same_model(
         differences.append(
             f"the vocabulary has {saved_state.get('vocab_size')} entries there, {setup.model.vocab_size} here"
         )
+    parts, saved_parts = dict(setup.model.parts.replaced()), saved_state.get(store.PARTS) or {}
+    if parts != saved_parts:
+        differences.append(f"parts from outside the package are {saved_parts or 'none'} there, {parts or 'none'} here")
     if differences:
         raise CheckpointError(
             f"The checkpoint in {directory} is of another model: {'; '.join(differences)}. "

@@ -13,7 +13,7 @@ from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import model_state
 from megatron_samoe.training.moe_diagnostics import expert_grad_norms
-from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.setup import Extensions, build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients, train_step
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
 
@@ -77,20 +77,21 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def train(
     config: PretrainConfig, dtype: torch.dtype = torch.float32, steps: int = 5, device: torch.device | str = "cpu",
-    exchange: Literal["torch", "extension"] = "torch",
+    exchange: Literal["torch", "extension"] = "torch", extensions: Extensions | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the losses and norms of a few steps, the first step's gradients, the last step's norms of each expert's
     gradient (zeros where none are kept) and the last weights, all whole.
 
     Args:
         exchange: what tokens travel through between expert-parallel ranks.
+        extensions: what comes from outside the package.
     """
     parallel = initialize_model_parallel(config.parallel, device)
     parallel = replace(parallel, ep=with_exchange(parallel.ep, parallel.device, backend=exchange))
-    setup = build_setup(config, VOCAB_SIZE, parallel, dtype)
+    setup = build_setup(config, VOCAB_SIZE, parallel, dtype, extensions)
     state = initial_state(setup)
     compute_gradients(setup, state, micro_batches(setup, 0))
-    pieces = {p.name: sharded(p.grad, p.spec, parallel, p.part) for p in setup.buffers.pieces}
+    pieces = {p.name: sharded(p.grad, p.tag.shard, parallel, p.slice) for p in setup.buffers.pieces}
     gradients = gather_global(pieces, parallel)
     losses, norms, balance = [], [], []
     expert_norms = torch.zeros(())

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
+from megatron_samoe.dist_checkpointing.store import refuse_parts
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.interop.edited_model import FRACTIONS, NOT_MODEL, source_config
+from megatron_samoe.interop.hf.export_plan import ExportPlan
 from megatron_samoe.interop.hf.folder import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from megatron_samoe.interop.hf.model_card import model_card
 from megatron_samoe.interop.hf.native import NativeModel
-from megatron_samoe.interop.hf.parts import Constant, Part, parts_of
+from megatron_samoe.interop.hf.parts import Constant, parts_of
 from megatron_samoe.interop.hf.remote_code import copy_code
 from megatron_samoe.interop.hf.safetensors_io import SafetensorsWriter
 from megatron_samoe.interop.hf.sidecar import SIDECAR, Remembered, write_sidecar
-from megatron_samoe.interop.hf.target import Target, choose_target
+from megatron_samoe.interop.hf.target import choose_target
 from megatron_samoe.interop.hf.tokenizer_files import TokenizerFiles
 from megatron_samoe.interop.output_folder import new_folder, require_space
 from megatron_samoe.interop.unpool_surgery import fold_samoe
@@ -30,43 +31,9 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 Progress = Callable[[int], object]
 
 
-@dataclass(frozen=True)
-class ExportPlan:
-    """What an export writes.
-
-    Attributes:
-        source: of native tensors, already folded where the target wants it.
-        native: what the source is.
-        parts: foreign tensors by native name, in the order in which the source is best read.
-        constants: foreign tensors that no native one makes up.
-        tensors: all of them, in the order of writing.
-        shards: for each weight file its tensors.
-        tokenizer: its files; None to write none.
-    """
-
-    source: GlobalTensors
-    native: NativeModel
-    target: Target
-    parts: Mapping[str, list[Part]]
-    constants: tuple[Constant, ...]
-    tensors: Mapping[str, StoredTensor]
-    shards: Mapping[str, Mapping[str, StoredTensor]]
-    tokenizer: TokenizerFiles | None
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the weights."""
-        return sum(t.num_bytes for t in self.tensors.values())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the model computes in."""
-        embedding = next(iter(self.parts["embedding.word.weight"]))
-        return self.tensors[embedding.name].dtype
-
-
 def native_model(source: GlobalTensors) -> NativeModel:
     """Returns what a source is; CheckpointError where it does not tell its vocabulary."""
+    refuse_parts(source.train_state, "The checkpoint")
     vocab_size = source.train_state.get("vocab_size")
     if type(vocab_size) is not int or vocab_size < 1:
         raise CheckpointError("The checkpoint's train_state.json has no vocab_size.")

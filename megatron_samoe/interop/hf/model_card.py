@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from megatron_samoe.interop.hf.export_plan import ExportPlan
 from megatron_samoe.planning.accounting import count_parameters
-
-if TYPE_CHECKING:
-    from megatron_samoe.interop.hf.export import ExportPlan
 
 _USE = """```python
 from transformers import AutoModelForCausalLM{tokenizer_import}

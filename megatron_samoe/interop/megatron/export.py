@@ -20,7 +20,7 @@ from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
-from megatron_samoe.dist_checkpointing.store import LATEST
+from megatron_samoe.dist_checkpointing.store import LATEST, refuse_parts
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import model_names
 from megatron_samoe.interop.megatron.arguments import to_arguments
@@ -133,6 +133,7 @@ def plan_export(source: GlobalTensors, layout: MegatronLayout) -> ExportPlan:
         notes = ("Megatron has no pool: the SaMoE is folded into a plain MoE.",)
     vocab_size = int(source.train_state["vocab_size"])
     refuse_unknown(config, "megatron", "Megatron's checkpoints")
+    refuse_parts(source.train_state, "The checkpoint")
     layout = layout.for_model(config)
     check_layout(config, layout)
     divisor = config.model.make_vocab_size_divisible_by * layout.tensor_parallel

@@ -1,0 +1,95 @@
+"""What docs/extending.md says: parts from outside the package train in every layout as in one process."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.models.blueprint import ModelParts
+from megatron_samoe.training.setup import Extensions
+from tests.extending.even_scores import EvenScores
+from tests.extending.expert_choice import ExpertChoiceRouter
+from tests.extending.orthogonal_sgd import rules
+from tests.extending.sliding_window import SlidingWindowAttention
+from tests.extending.tied_sharing import TiedSharing
+from tests.harness.layout_training import train
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import tiny_config, with_layout
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tp2 sp etp1 ep2": (4, {"tp": 2, "sp": True, "etp": 1, "ep": 2}),
+    "tp2 ep2": (4, {"tp": 2, "ep": 2}),
+    "dp2 zero": (2, {"zero": True}),
+    "pp2 ep2 zero": (4, {"pp": 2, "ep": 2, "zero": True}),
+    "tp2 pp2 ep2 sp zero": (8, {"tp": 2, "pp": 2, "ep": 2, "sp": True, "zero": True}),
+}
+MOE = {"layout": "moe", "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
+#: Model, and what comes from outside.
+CASES: dict[str, tuple[dict[str, Any], Extensions]] = {
+    "expert choice": (
+        {**MOE, "moe_router_load_balancing_type": "none"}, Extensions(ModelParts(router=ExpertChoiceRouter)),
+    ),
+    "even scores": ({**MOE, "moe_aux_loss_coeff": 0.3}, Extensions(ModelParts(balance=EvenScores))),
+    "pyramid": ({**MOE, "num_experts": (2, 2, 4, 4)}, Extensions()),
+    "orthogonal sgd": ({**MOE, "style": "llama"}, Extensions(rules=rules)),
+    "orthogonal sgd on a pool": ({"layout": "samoe", "moe_router_topk": 1}, Extensions(rules=rules)),
+    "sliding window": ({"layout": "samoe", "style": "llama"}, Extensions(ModelParts(attention=SlidingWindowAttention))),
+    "tied sharing": (MOE, Extensions(ModelParts(sharing=TiedSharing))),
+}  # fmt: skip
+
+
+def train_all(layout: str) -> dict[str, Any] | None:
+    """Trains every case on the same processes; the first rank has the results."""
+    found = {}
+    for name, (options, extensions) in CASES.items():
+        config = with_layout(tiny_config(**options), **LAYOUTS[layout][1])
+        found[name] = train(config, torch.float32, steps=4, extensions=extensions)
+    return found if not dist.is_initialized() or dist.get_rank() == 0 else None
+
+
+@cache
+def results_of(layout: str) -> dict[str, Any]:
+    return run_ranks(train_all, LAYOUTS[layout][0], layout, timeout_s=300)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
+def test_an_extension_trains_in_a_layout_as_in_one_process(layout: str, case: str) -> None:
+    actual, expected = results_of(layout)[case], results_of("one process")[case]
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert actual["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    for name, gradient in expected["gradients"].items():
+        atol = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(actual["gradients"][name], gradient, rtol=1e-5, atol=atol, msg=name)
+
+
+def plain(options: dict[str, Any]) -> PretrainConfig:
+    """Returns the model without what comes from outside."""
+    options = {k: v for k, v in options.items() if k != "num_experts"}
+    return tiny_config(**options)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_extension_has_an_effect(case: str) -> None:
+    own = train(plain(CASES[case][0]), torch.float32, steps=4)
+    assert results_of("one process")[case]["losses"][-1] != pytest.approx(own["losses"][-1], rel=1e-5)
+
+
+def test_tied_layers_share_their_sets() -> None:
+    weights = results_of("one process")["tied sharing"]["weights"]
+    assert {weights[f"expert_pool.bank.{name}"].shape[0] for name in ("w1", "w2", "b1", "b2")} == {3}
+    assert not any(".moe.experts." in name for name in weights)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("[a-s]*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 65, path
