@@ -25,8 +25,8 @@ from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.report import write_report
 from megatron_samoe.evaluation.run_summary import format_table, read_run, summary_table
 from megatron_samoe.inference.generate import generate_text
-from megatron_samoe.inference.load import load_model
 from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.runtime.load import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 NOVELS = ROOT / "examples/data/austen_emma_mansfield.txt"

@@ -24,8 +24,8 @@ from benchmark_common import add_options
 from benchmark_ranks import run_ranks, synchronized
 
 from megatron_samoe.ops.permute import Permutation, permute
-from megatron_samoe.ops.shm_communicator import ShmCommunicator, create_shm_communicator
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.shm_communicator import ShmCommunicator, create_shm_communicator
 
 WIDTH = 1024
 

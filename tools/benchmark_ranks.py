@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from megatron_samoe.config import ModelConfig, MoEConfig, ParallelConfig, PretrainConfig, TrainingConfig
-from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import ParallelState, backend, initialize_model_parallel
+from megatron_samoe.row_exchange.exchange import with_exchange
 from megatron_samoe.training.setup import TrainSetup, build_setup
 
 VOCAB_SIZE = 512

@@ -23,10 +23,10 @@ from serve_load import ServerProcess, make_plan, run_plan, sigterm_under_load, s
 from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.inference.engine import Engine
-from megatron_samoe.inference.load import load_model
 from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.runtime.load import load_model
 
 
 def expected_texts(load: str, wanted: list[tuple[str, int]]) -> tuple[dict[tuple[str, int], str], int]:

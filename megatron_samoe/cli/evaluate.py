@@ -36,9 +36,10 @@ from megatron_samoe.evaluation.zero_shot.variation import (
     variation_record,
     variations,
 )
-from megatron_samoe.inference.load import join_ranks, load_model
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.parallel_state import ParallelState, backend
+from megatron_samoe.runtime.load import load_model
+from megatron_samoe.runtime.ranks import join_ranks
 
 #: Environment variable that stands in for --data-dir.
 DATA_VARIABLE = "MEGATRON_SAMOE_EVAL_DATA"

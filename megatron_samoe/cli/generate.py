@@ -24,12 +24,13 @@ from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError, DataError, MegatronSamoeError
 from megatron_samoe.inference.engine import PRECISIONS, SERVINGS, Engine
-from megatron_samoe.inference.load import join_ranks, load_model
 from megatron_samoe.inference.request import FinishReason, Request
 from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
 from megatron_samoe.log import configure_logging
 from megatron_samoe.parallel_state import ParallelState, backend
 from megatron_samoe.parsing import parse_json
+from megatron_samoe.runtime.load import load_model
+from megatron_samoe.runtime.ranks import join_ranks
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging, logger
-from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import backend, launcher
-from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
+from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE, bubble_fraction
 from megatron_samoe.planning.accounting import count_parameters
 from megatron_samoe.planning.memory import rank_memory
+from megatron_samoe.runtime.ranks import place_in
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hook import Hook
 from megatron_samoe.training.hooks import default_hooks
@@ -106,14 +106,11 @@ def _fit_to_ranks(config: PretrainConfig) -> tuple[PretrainConfig, int]:
 
 
 def _train(config: PretrainConfig, device: torch.device, extensions: Extensions | None, hooks: Sequence[Hook]) -> None:
-    parallel = initialize_model_parallel(config.parallel, device)
+    parallel = place_in(config.parallel, device)
     # A dying attempt may be saving, so ranks that look one after the other may see different things: rank 0's counts.
     started = parallel.world.all_gather_object(store.with_start(config.checkpoint))[0]
     config = replace(config, checkpoint=started)
     tokenizer, attachments, vocab_size = _tokenizer(config)
-    timeout_s = 60.0 * config.parallel.distributed_timeout_minutes
-    backend_name, by_nodes = config.parallel.moe_all_to_all_backend, config.parallel.moe_hierarchical_all_to_all
-    parallel = replace(parallel, ep=with_exchange(parallel.ep, device, timeout_s, backend_name, by_nodes))
     is_builder = launcher.local_rank() == 0
     run_data = build_run_data(config, tokenizer, parallel, is_builder, _progress(config))
     if config.parallel.preflight:

@@ -19,11 +19,12 @@ import torch.distributed as dist
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.errors import CommunicationError, ConfigError, MegatronSamoeError
 from megatron_samoe.inference.engine import PRECISIONS, SERVINGS, Engine
-from megatron_samoe.inference.load import join_ranks, load_model
 from megatron_samoe.inference.server.run import Server, ServerOptions, check_installed, listen, read_api_key
 from megatron_samoe.inference.server.worker import follow
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.parallel_state import ParallelState, backend
+from megatron_samoe.runtime.load import load_model
+from megatron_samoe.runtime.ranks import join_ranks
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,7 +21,6 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.huge_pages import ask_for_huge_pages
 from megatron_samoe.inference.kv_cache import PAGE, BatchBuffers, PageTable, make_batch, pages_for
-from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.inference.rank_runner import RankRunner, Runner, convert_weights
 from megatron_samoe.inference.request import FinishReason, Request, TokenEvent
 from megatron_samoe.inference.sampling import Sampler, check_sampling
@@ -40,6 +39,7 @@ from megatron_samoe.inference.serving import (
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.text_stream import TextStream
 from megatron_samoe.ops.extension import uses_cuda_kernels
+from megatron_samoe.runtime.load import LoadedModel
 
 #: What the CUDA decode kernels take at most.
 MAX_CUDA_HEAD_DIM, MAX_CUDA_BANKS = 256, 64

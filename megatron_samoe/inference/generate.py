@@ -8,10 +8,10 @@ from torch import Tensor
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.kv_cache import PageTable, Span, make_batch, pages_for
-from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.inference.rank_runner import RankRunner
 from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
+from megatron_samoe.runtime.load import LoadedModel
 
 
 def generate_ids(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.kv_cache import StepBatch, TorchCache
-from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.inference.serving import COMPUTE_DTYPES, OneBank, Precision, Serving, selected_banks
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.experts import without_repeated_bias
@@ -18,6 +17,7 @@ from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec
 from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
 from megatron_samoe.pipeline_parallel.schedules import run_plan
+from megatron_samoe.runtime.load import LoadedModel
 
 
 class Runner(Protocol):

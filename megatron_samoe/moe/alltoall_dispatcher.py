@@ -8,10 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from megatron_samoe.ops.all_to_all import Route, dispatch_rows, exchange_counts, return_rows
-from megatron_samoe.ops.overlapped_all_to_all import RoundTrip
 from megatron_samoe.ops.permute import Permutation, invert_index, make_permutation, permute, unpermute
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.all_to_all import Route, dispatch_rows, exchange_counts, return_rows
+from megatron_samoe.row_exchange.overlapped_all_to_all import RoundTrip
 
 
 @dataclass(frozen=True)

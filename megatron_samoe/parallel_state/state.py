@@ -28,7 +28,7 @@ class PendingRows(Protocol):
 
 
 class RowExchange(Protocol):
-    """A faster uneven all-to-all than the process group's; see ops/communicator.py."""
+    """A faster uneven all-to-all than the process group's; see row_exchange/communicator.py."""
 
     def exchange(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
         """Returns the rows that all members sent here, in group order."""
@@ -53,7 +53,7 @@ class RowExchange(Protocol):
         """Starts exchange_gathered(), whose rows will be in `out` if that is given."""
 
     def check(self) -> None:
-        """Raises if an exchange failed after its rows were given out; see ops/communicator.py."""
+        """Raises if an exchange failed after its rows were given out; see row_exchange/communicator.py."""
 
 
 class WaitClock:

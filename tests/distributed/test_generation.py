@@ -11,8 +11,8 @@ import torch
 
 from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
 from megatron_samoe.inference.generate import generate_ids, next_token_logits
-from megatron_samoe.inference.load import load_model
 from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.runtime.load import load_model
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.ranks import run_ranks

@@ -13,16 +13,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError, ConfigError
-from megatron_samoe.ops import extension, shm_communicator
-from megatron_samoe.ops.exchange import with_exchange
-from megatron_samoe.ops.hierarchical_communicator import (
+from megatron_samoe.ops import extension
+from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange import shm_communicator
+from megatron_samoe.row_exchange.exchange import with_exchange
+from megatron_samoe.row_exchange.hierarchical_communicator import (
     HierarchicalCommunicator,
     create_hierarchical_communicator,
     nodes_problem,
     plan_two_hops,
 )
-from megatron_samoe.ops.nccl_communicator import NcclCommunicator
-from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.nccl_communicator import NcclCommunicator
 from tests.distributed.test_overlapped_dispatch import round_trip
 from tests.harness import nccl_library
 from tests.harness.mortal_ranks import run_mortal_ranks

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.all_to_all import all_to_all_rows, exchange_counts
-from megatron_samoe.ops.nccl_communicator import nccl_problem
+from megatron_samoe.row_exchange.all_to_all import all_to_all_rows, exchange_counts
+from megatron_samoe.row_exchange.nccl_communicator import nccl_problem
 from tests.distributed.test_overlapped_dispatch import round_trip
 from tests.harness import nccl_library
 from tests.harness.mortal_ranks import run_mortal_ranks

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
-from megatron_samoe.ops import bulletin, extension, nccl_communicator
+from megatron_samoe.ops import extension
+from megatron_samoe.row_exchange import bulletin, nccl_communicator
 from tests.harness import nccl_library
 from tests.harness.ranks import run_ranks
 

@@ -15,10 +15,11 @@ import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.log import logger
-from megatron_samoe.ops import extension, shm_communicator
-from megatron_samoe.ops.all_to_all import all_to_all_rows, exchange_counts
-from megatron_samoe.ops.shm_communicator import create_shm_communicator
+from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange import shm_communicator
+from megatron_samoe.row_exchange.all_to_all import all_to_all_rows, exchange_counts
+from megatron_samoe.row_exchange.shm_communicator import create_shm_communicator
 from tests.harness.forbidden_calls import MEMFD_CREATE, PIDFD_OPEN, forbid
 from tests.harness.mortal_ranks import run_mortal_ranks
 from tests.harness.ranks import run_ranks

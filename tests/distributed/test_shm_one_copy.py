@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.errors import CommunicationError
-from megatron_samoe.ops import extension, reference, shm_communicator
-from megatron_samoe.ops.all_to_all import Route, dispatch_rows, return_rows
-from megatron_samoe.ops.hostwise_communicator import HostwiseCommunicator
+from megatron_samoe.ops import extension, reference
 from megatron_samoe.ops.permute import invert_index, make_permutation
-from megatron_samoe.ops.shm_communicator import ShmCommunicator, create_shm_communicator
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange import shm_communicator
+from megatron_samoe.row_exchange.all_to_all import Route, dispatch_rows, return_rows
+from megatron_samoe.row_exchange.hostwise_communicator import HostwiseCommunicator
+from megatron_samoe.row_exchange.shm_communicator import ShmCommunicator, create_shm_communicator
 from tests.harness.mortal_ranks import run_mortal_ranks
 from tests.harness.ranks import run_ranks
 

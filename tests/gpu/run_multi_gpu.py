@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import backend
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.exchange import with_exchange
 from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, layout_config, train
 
 WIDTH = 1024

@@ -11,9 +11,9 @@ import torch
 
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.communicator import connect
-from megatron_samoe.ops.nccl_communicator import NcclCommunicator, nccl_problem
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.communicator import connect
+from megatron_samoe.row_exchange.nccl_communicator import NcclCommunicator, nccl_problem
 from tests.harness import nccl_library
 from tests.harness.ranks import run_ranks
 

@@ -9,8 +9,8 @@ import torch
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
-from megatron_samoe.ops.exchange import with_exchange
 from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.row_exchange.exchange import with_exchange
 from megatron_samoe.training.checkpointing import model_state
 from megatron_samoe.training.moe_diagnostics import expert_grad_norms
 from megatron_samoe.training.setup import Extensions, build_setup, initial_state

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_samoe.ops.nccl_communicator import NcclCommunicator, create_nccl_communicator
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.nccl_communicator import NcclCommunicator, create_nccl_communicator
 
 ROOT = Path(__file__).resolve().parents[2]
 

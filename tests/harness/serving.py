@@ -15,11 +15,11 @@ from typing import Any
 
 from megatron_samoe.config import CheckpointConfig, DataConfig
 from megatron_samoe.inference.engine import Engine
-from megatron_samoe.inference.load import LoadedModel, load_model
 from megatron_samoe.inference.request import Request, TokenEvent
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.server.run import Server, ServerOptions, listen
 from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.runtime.load import LoadedModel, load_model
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.tiny import tiny_config

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_samoe.inference.load import load_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.runtime.load import load_model
 from tests.parity.hf_models import converted, run, their_logits, theirs, transformers
 
 pytestmark = pytest.mark.parity

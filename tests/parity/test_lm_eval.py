@@ -26,8 +26,8 @@ from megatron_samoe.evaluation.zero_shot.metrics import normalised_prediction, p
 from megatron_samoe.evaluation.zero_shot.predictors import ConstantPredictor, ModelPredictor
 from megatron_samoe.evaluation.zero_shot.prepare import ask, prepare
 from megatron_samoe.evaluation.zero_shot.results import TaskResult
-from megatron_samoe.inference.load import LoadedModel, load_model
 from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.runtime.load import LoadedModel, load_model
 from tests.unit.evaluation.zero_shot_data import lines
 from tests.unit.evaluation.zero_shot_models import loaded_model, plain_log_probs
 

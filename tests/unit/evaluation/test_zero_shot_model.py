@@ -21,9 +21,9 @@ from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
 from megatron_samoe.evaluation.zero_shot.results import evaluate_corpus, evaluate_task
 from megatron_samoe.evaluation.zero_shot.tables import notes
 from megatron_samoe.evaluation.zero_shot.task import load_task, parse_task
-from megatron_samoe.inference.load import LoadedModel, load_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.runtime.load import LoadedModel, load_model
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.ranks import run_ranks

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
-from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.pipeline_parallel.schedules import Pipeline
+from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.tiny import tiny_config
 
 

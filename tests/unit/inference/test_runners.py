@@ -13,13 +13,13 @@ from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.huge_pages import ask_for_huge_pages
 from megatron_samoe.inference.kv_cache import PageTable, pages_for
-from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.inference.rank_runner import RankRunner, convert_weights
 from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.serving import Serving, choose_serving, free_in_control_groups, needed_bytes
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.ops import decode
+from megatron_samoe.runtime.load import LoadedModel
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
 
 MODELS = {

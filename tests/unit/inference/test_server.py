@@ -16,8 +16,8 @@ import torch
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.inference.engine import Engine
-from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.inference.request import TokenEvent
+from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.serving import (
     CONTEXT,
     Answer,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_samoe.inference.load import LoadedModel
+from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.serving import Client, SlowEngine, load_tiny, read_to_end, save_tiny, serving
 
 

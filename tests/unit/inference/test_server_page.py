@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_samoe.inference.engine import Engine
-from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.inference.request import TokenEvent
+from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.browser import Browser, browser, missing
 from tests.harness.serving import RunningServer, greedy_text, load_tiny, save_tiny, serving, wait_for
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from megatron_samoe.datasets.tokenizer import build_tokenizer
 from megatron_samoe.inference.kv_cache import PageTable, Span, StepBatch, make_batch
-from megatron_samoe.inference.load import LoadedModel
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.pipeline_parallel.schedules import Pipeline
+from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.tiny import tiny_config
 
 VOCAB = 257  # of the byte tokenizer

@@ -15,7 +15,6 @@ from megatron_samoe.config import MoEConfig
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.inference.load import load_model
 from megatron_samoe.interop import edit
 from megatron_samoe.interop.assignment import best_assignment
 from megatron_samoe.interop.bank_fit import fit_banks, match_experts
@@ -23,6 +22,7 @@ from megatron_samoe.interop.pool_surgery import pool_moe
 from megatron_samoe.interop.unpool_surgery import fold_samoe, select_samoe
 from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
 from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.runtime.load import load_model
 from tests.harness.program import arguments, contents, start
 from tests.harness.tiny import tiny_config
 from tests.unit.interop.memory_source import MemorySource, load, logits, loss, new_source

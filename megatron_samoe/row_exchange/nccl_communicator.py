@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.bulletin import Bulletin
-from megatron_samoe.ops.communicator import Communicator, Pending, agreed, bytes_of_rows, connect
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.bulletin import Bulletin
+from megatron_samoe.row_exchange.communicator import Communicator, Pending, agreed, bytes_of_rows, connect
 
 
 class NcclCommunicator(Communicator):

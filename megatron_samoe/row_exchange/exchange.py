@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.ops.communicator import Communicator
-from megatron_samoe.ops.hierarchical_communicator import create_hierarchical_communicator
-from megatron_samoe.ops.nccl_communicator import create_nccl_communicator
-from megatron_samoe.ops.shm_communicator import create_shm_communicator
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.communicator import Communicator
+from megatron_samoe.row_exchange.hierarchical_communicator import create_hierarchical_communicator
+from megatron_samoe.row_exchange.nccl_communicator import create_nccl_communicator
+from megatron_samoe.row_exchange.shm_communicator import create_shm_communicator
 
 
 def with_exchange(

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.log import say_once
-from megatron_samoe.ops.bulletin import Bulletin
-from megatron_samoe.ops.communicator import Communicator
-from megatron_samoe.ops.nccl_communicator import NcclCommunicator, open_nccl
-from megatron_samoe.ops.shm_communicator import create_host_communicator
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.bulletin import Bulletin
+from megatron_samoe.row_exchange.communicator import Communicator
+from megatron_samoe.row_exchange.nccl_communicator import NcclCommunicator, open_nccl
+from megatron_samoe.row_exchange.shm_communicator import create_host_communicator
 
 
 @dataclass(frozen=True)

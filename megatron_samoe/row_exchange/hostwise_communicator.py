@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_samoe.ops.communicator import Communicator
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.communicator import Communicator
 
 _NO_HANDLE = 0  # no compiled communicator has it
 

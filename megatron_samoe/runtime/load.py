@@ -20,10 +20,8 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.models.rank_model import RankModel, build_model
-from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.parameter_tag import tag_of
-from megatron_samoe.parallel_state.rank_grid import RankGrid
-from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
+from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.pipeline_parallel.p2p_communication import open_channel
 from megatron_samoe.pipeline_parallel.schedules import Pipeline
 
@@ -37,33 +35,6 @@ class LoadedModel:
     config: PretrainConfig
     directory: Path
     pipeline: Pipeline
-
-
-def join_ranks(layout: ParallelConfig, num_threads: int | None = None) -> ParallelState:
-    """Joins torchrun's job, if this process is in one, and returns this rank's place in a layout.
-
-    Args:
-        num_threads: CPU threads of this rank; the host's cores divided by its ranks if not given.
-
-    Raises:
-        ConfigError: the layout does not fill the ranks; before any of them waits for another.
-    """
-    world_size = launcher.world_size()
-    sizes = {
-        "tp": layout.tensor_model_parallel_size, "pp": layout.pipeline_model_parallel_size,
-        "ep": layout.expert_model_parallel_size, "etp": layout.expert_tp,
-    }  # fmt: skip
-    try:
-        RankGrid(world_size, **sizes)
-    except ValueError as error:
-        given = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        raise ConfigError(
-            "layout", given, f"must divide the {world_size} processes that were started: {error}"
-        ) from None
-    device = backend.choose_device(layout)
-    backend.set_num_threads(num_threads)
-    backend.initialize_distributed(layout, device)
-    return initialize_model_parallel(layout, device)
 
 
 def load_model(

@@ -39,7 +39,7 @@ class Communicator:
         self._last: Future[None] | None = None  # of the exchanges in the background
 
     def exchange(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
-        """Returns the rows that all members sent here, in group order; not recorded by autograd (see ops/all_to_all.py).
+        """Returns the rows that all members sent here, in group order; not recorded by autograd (see row_exchange/all_to_all.py).
 
         Args:
             x: [sum(send_rows), ...], rows for member 0 first; any dtype.

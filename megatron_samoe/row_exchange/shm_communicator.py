@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.communicator import SLICE_S, Communicator, agreed, connect
-from megatron_samoe.ops.hostwise_communicator import HostwiseCommunicator
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.communicator import SLICE_S, Communicator, agreed, connect
+from megatron_samoe.row_exchange.hostwise_communicator import HostwiseCommunicator
 
 _SPINS_WITH_OWN_CORE, _SPINS_ON_SHARED_CORES = 2000, 50
 

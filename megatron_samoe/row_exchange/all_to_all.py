@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_samoe.ops import extension
-from megatron_samoe.ops.communicator import check_splits
 from megatron_samoe.ops.permute import Permutation, gather_rows, permute
 from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.communicator import check_splits
 
 _next_key = itertools.count(1)
 _keys: weakref.WeakKeyDictionary[Group, int] = weakref.WeakKeyDictionary()

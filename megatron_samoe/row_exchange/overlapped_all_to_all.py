@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_samoe.ops import extension, reference
-from megatron_samoe.ops.all_to_all import Route
-from megatron_samoe.ops.communicator import Pending, check_splits
 from megatron_samoe.ops.permute import Permutation, gather_rows
 from megatron_samoe.parallel_state.state import Group, PendingRows
+from megatron_samoe.row_exchange.all_to_all import Route
+from megatron_samoe.row_exchange.communicator import Pending, check_splits
 
 
 class RoundTrip:

@@ -1,0 +1,48 @@
+"""This process's place among the ranks of a job, ready to run a model: device, threads, groups, exchange of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.parallel_state import backend, launcher
+from megatron_samoe.parallel_state.rank_grid import RankGrid
+from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
+from megatron_samoe.row_exchange.exchange import with_exchange
+
+
+def place_in(layout: ParallelConfig, device: torch.device) -> ParallelState:
+    """Returns the place of this rank, which has joined its job, with what tokens travel through to other experts."""
+    parallel = initialize_model_parallel(layout, device)
+    ep = with_exchange(
+        parallel.ep, device, 60.0 * layout.distributed_timeout_minutes, layout.moe_all_to_all_backend,
+        layout.moe_hierarchical_all_to_all,
+    )  # fmt: skip
+    return replace(parallel, ep=ep)
+
+
+def join_ranks(layout: ParallelConfig, num_threads: int | None = None) -> ParallelState:
+    """Joins torchrun's job, if this process is in one, and returns this rank's place in a layout.
+
+    Args:
+        num_threads: CPU threads of this rank; the host's cores divided by its ranks if not given.
+
+    Raises:
+        ConfigError: the layout does not fill the ranks; before any of them waits for another.
+    """
+    try:
+        RankGrid.of(layout, launcher.world_size())
+    except ValueError as error:
+        sizes = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size,
+                 layout.expert_model_parallel_size, layout.expert_tp)  # fmt: skip
+        given = ", ".join(f"{axis} {size}" for axis, size in zip(("tp", "pp", "ep", "etp"), sizes, strict=True))
+        raise ConfigError(
+            "layout", given, f"must divide the {launcher.world_size()} processes that were started: {error}"
+        ) from None
+    device = backend.choose_device(layout)
+    backend.set_num_threads(num_threads)
+    backend.initialize_distributed(layout, device)
+    return place_in(layout, device)
