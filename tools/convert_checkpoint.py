@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Converts checkpoints between this program, Megatron-LM and Hugging Face. See --help."""
+"""Converts checkpoints between this program, Megatron-LM and Hugging Face. See --help: see --help."""
 
 import sys
 from pathlib import Path
@@ -9,4 +9,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_samoe.start import run
 
 if __name__ == "__main__":
-    run("megatron_samoe.interop.convert")
+    run("megatron_samoe.cli.convert")

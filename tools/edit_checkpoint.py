@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Upcycles, pools, folds or selects: makes a model of another family from a trained one. See --help."""
+"""Upcycles, pools, folds or selects: makes a model of another family from a trained one. See --help: see --help."""
 
 import sys
 from pathlib import Path
@@ -9,4 +9,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_samoe.start import run
 
 if __name__ == "__main__":
-    run("megatron_samoe.interop.edit")
+    run("megatron_samoe.cli.edit")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Zero-shot tasks and perplexity of a checkpoint; see docs/evaluation.md."""
+"""Zero-shot tasks and perplexity of a checkpoint; see docs/evaluation.md: see --help."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints text that follows prompts; see megatron_samoe/cli/generate.py."""
+"""Prints text that follows prompts; see megatron_samoe/cli/generate.py: see --help."""
 
 import sys
 from pathlib import Path

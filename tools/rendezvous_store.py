@@ -1,36 +1,12 @@
 #!/usr/bin/env python3
-"""Holds the store at which torchrun's agents meet, so that a job survives the loss of any of its hosts.
+"""Keeps torchrun's store outside the job's hosts: see --help."""
 
-`rendezvous_store.py --port 29400` on a host that does not train, such as a login node; then on every node
-`torchrun --rdzv-backend c10d --rdzv-endpoint HOST:29400 --rdzv-conf is_host=0 ...`. Without it the store lives in the
-agent of the host that --rdzv-endpoint names, and the job ends with that host. See docs/cluster.md.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_samoe.start import prepare
+from megatron_samoe.start import run
 
 if __name__ == "__main__":
-    prepare()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=29400, help="where agents find the store")
-    parser.add_argument("--host", default="0.0.0.0", help="address to listen on")
-    options = parser.parse_args()
-    if not 0 < options.port < 2**16:
-        parser.error(f"--port {options.port} must be from 1 to 65535")
-    from torch.distributed import TCPStore
-
-    try:
-        store = TCPStore(options.host, options.port, is_master=True, wait_for_workers=False)
-    except RuntimeError as error:
-        sys.exit(f"error: port {options.port} cannot be listened on: {str(error).splitlines()[0]}")
-    print(f"agents can meet at port {store.port}; Ctrl-C ends the store, and with it the job", flush=True)
-    while True:
-        time.sleep(3600)
+    run("megatron_samoe.cli.rendezvous_store")

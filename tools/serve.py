@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Serves a checkpoint with OpenAI's completions API; see docs/serving.md."""
+"""Serves a checkpoint with OpenAI's completions API; see docs/serving.md: see --help."""
 
 import sys
 from pathlib import Path

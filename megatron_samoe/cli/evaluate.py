@@ -19,8 +19,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_samoe.cli.arguments import Parser
 from megatron_samoe.config.parallel import ParallelConfig
-from megatron_samoe.datasets.arguments import Parser
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError, MegatronSamoeError
 from megatron_samoe.evaluation.zero_shot import tables
@@ -68,8 +68,9 @@ class Place:
     layout: ParallelConfig
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__ or "", prog="evaluate.py")
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = Parser(__doc__ or "")
     asked = parser.add_argument_group("what is asked")
     asked.add_argument(
         "--tasks", default="all", help="names and .yaml files between commas; all: every one that has data"
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status."""
     rank = int(os.environ.get("RANK", "0"))
     configure_logging(rank)
-    options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    options = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
         if options.list_tasks:
             for name in task_names():

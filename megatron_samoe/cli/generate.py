@@ -60,9 +60,9 @@ class Prompt:
         return Request(tokenizer.encode(self.text) if self.ids is None else self.ids, sampling)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = argparse.ArgumentParser(
-        prog="generate.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -295,7 +295,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status."""
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     rank = int(os.environ.get("RANK", "0"))
     configure_logging(rank)
     if isinstance(sys.stdout, io.TextIOWrapper):

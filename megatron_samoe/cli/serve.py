@@ -27,9 +27,10 @@ from megatron_samoe.runtime.load import load_model
 from megatron_samoe.runtime.ranks import join_ranks
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = argparse.ArgumentParser(
-        prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     model = parser.add_argument_group("model")
     model.add_argument("--load", required=True, help="folder of a run or of checkpoints, saved by any layout")
@@ -150,7 +151,7 @@ def _follow(options: argparse.Namespace, layout: ParallelConfig, parallel: Paral
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit status: 0 after SIGTERM or SIGINT, 1 where the engine failed."""
-    options = _parser().parse_args(args)
+    options = make_parser().parse_args(args)
     rank = int(os.environ.get("RANK", "0"))
     configure_logging(rank)
     try:

@@ -35,7 +35,7 @@ CHECKPOINT_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_f
 def parse_pretrain_args(
     argv: Sequence[str],
     read_checkpoint_config: Callable[[PretrainConfig], Mapping[str, Any] | None] | None = None,
-    prog: str = "python -m megatron_samoe.cli.pretrain",
+    prog: str = "megatron-samoe pretrain",
     quiet: bool = False,
 ) -> PretrainConfig:
     """Returns the configuration that a command line describes.

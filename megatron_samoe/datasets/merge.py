@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from megatron_samoe.datasets import index_format, manifest
-from megatron_samoe.datasets.arguments import Parser, run
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, get_bin_path
 from megatron_samoe.datasets.preprocess import checksums
 from megatron_samoe.errors import DataError
@@ -136,31 +133,3 @@ def _write_manifest(
         counts=counts,
     )
     manifest.write(output_prefix, joined)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    parser = Parser("Joins datasets into one, by streaming.", prog="merge_datasets.py")
-    parser.add_argument("--input", nargs="+", required=True, help="prefixes, or folders (all their datasets, by name)")
-    parser.add_argument("--output-prefix", required=True, help="path of the result without .bin and .idx")
-    return parser
-
-
-def _main(arguments: Sequence[str] | None) -> None:
-    args = make_parser().parse_args(arguments)
-    prefixes = find_datasets(args.input)
-    merge(prefixes, args.output_prefix)
-    result = IndexedDataset(args.output_prefix)
-    print(
-        f"{len(prefixes)} datasets -> {args.output_prefix}: {result.num_documents:,} documents, "
-        f"{result.num_tokens:,} tokens"
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
-    return run(_main, arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -49,7 +49,9 @@ class MixedPrecisionOptimizer:
             for group in groups
             if group.update is None
         ]
-        self._moments = {name: tuple(group.update.moments) for group in self._others for name in group.names}
+        self._moments = {
+            name: tuple(group.update.moments) for group in self._others if group.update for name in group.names
+        }
         self._states = {
             name: {moment: torch.zeros_like(master) for moment in self._moments.get(name, MOMENTS)}
             for name, master in self.masters.items()
@@ -107,10 +109,10 @@ class MixedPrecisionOptimizer:
             assert group.update is not None
             parameters = {name: self.buffers.parameters[name] for name in group.names}
             named = {name: (tag_of(p), shard_shape(p)) for name, p in parameters.items()}
-            rates = (lr * group.lr_mult, group.weight_decay, grad_scale)
+            factors = (lr * group.lr_mult, group.weight_decay, grad_scale)
             like = next(iter(parameters.values())).main_grad  # type: ignore[attr-defined]
             apply_update(
-                group.update, named, self.pieces, self.masters, self._states, rates, self.num_steps, self._state, like
+                group.update, named, self.pieces, self.masters, self._states, factors, self.num_steps, self._state, like
             )
         for name, master in self.own_masters().items():
             if self._inner is not None or name not in self._runs or self._runs[name].weight is None:

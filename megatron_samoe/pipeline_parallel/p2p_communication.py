@@ -61,14 +61,18 @@ class PipelineChannel:
         peer, group = self._route(direction, sending=True)
         tensor = tensor.contiguous()
         self._drop_finished()
-        self._sends.append(_Pending(dist.isend(tensor, peer, group=group), tensor, f"{what} to rank {peer}"))
+        work = dist.isend(tensor, peer, group=group)
+        assert work is not None, "both ranks are in the group"
+        self._sends.append(_Pending(work, tensor, f"{what} to rank {peer}"))
 
     def post_receive(self, spec: TensorSpec, direction: Direction, what: str) -> None:
         """Starts receiving from the neighbour, once for each `what`."""
         if what not in self._receives:
             peer, group = self._route(direction, sending=False)
             tensor = spec.empty()
-            self._receives[what] = _Pending(dist.irecv(tensor, peer, group=group), tensor, f"{what} from rank {peer}")
+            work = dist.irecv(tensor, peer, group=group)
+            assert work is not None, "both ranks are in the group"
+            self._receives[what] = _Pending(work, tensor, f"{what} from rank {peer}")
 
     def take(self, what: str) -> Tensor:
         """Returns what was posted, when it is there."""

@@ -34,7 +34,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("datasets",),
     ("planning", "runtime"),
     ("training", "inference", "interop", "evaluation"),
+    ("benchmarks",),
     ("cli",),
+    ("__main__",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MAX_LINES = 400

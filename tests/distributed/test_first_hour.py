@@ -106,7 +106,7 @@ def test_what_is_there_is_not_replaced_unasked(text: Path, tmp_path: Path, capsy
 
 @pytest.mark.parametrize(
     "words",
-    [["-m", "megatron_samoe.cli.pretrain"], ["-m", "megatron_samoe.cli.generate"], ["-m", "megatron_samoe.interop.convert"],
+    [["-m", "megatron_samoe.cli.pretrain"], ["-m", "megatron_samoe.cli.generate"], ["-m", "megatron_samoe.cli.convert"],
      ["tools/generate.py"], ["tools/evaluate.py"]],
     ids=lambda words: words[-1],
 )  # fmt: skip

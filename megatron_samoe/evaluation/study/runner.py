@@ -111,7 +111,7 @@ class StudyRunner:
         if not self.is_finished(source):
             raise MegatronSamoeError(f"{variant.edited_from} is not finished, so there is nothing to edit.")
         if not store.whole_iterations(checkpoints):
-            self._command(run, ["-m", "megatron_samoe.interop.edit", variant.edit, "--load-dir",
+            self._command(run, ["-m", "megatron_samoe.cli.edit", variant.edit, "--load-dir",
                                 str(source.directory / "checkpoints"), "--save-dir", str(checkpoints)])  # fmt: skip
         flags = [*self.flags_of(source), "--run-dir", str(run.directory), "--use-checkpoint-args", "--no-load-optim"]
         self._command(run, ["-m", "megatron_samoe.cli.pretrain", *flags, "--skip-train"])

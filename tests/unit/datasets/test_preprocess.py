@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_samoe.cli.preprocess import main
 from megatron_samoe.datasets import manifest
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.datasets.inspect import verify
 from megatron_samoe.datasets.preprocess import cleaning, dedup, journal, run
-from megatron_samoe.datasets.preprocess.command import main
 from megatron_samoe.datasets.preprocess.executors import InlineExecutor
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.errors import DataError

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_samoe.cli.study import main
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.evaluation.study.command import main
 from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
 from megatron_samoe.evaluation.study.results import paired_difference
 from megatron_samoe.evaluation.study.runner import StudyRunner
@@ -146,7 +146,7 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, capfd: pytest.CaptureFi
 def test_a_signal_to_the_study_ends_its_run_with_a_checkpoint(tmp_path: Path) -> None:
     study = write_study(tmp_path, runs={"only": {"train-iters": 10**6}}, derived=None, baseline=None)
     folder = tmp_path / "runs/only/seed-1"
-    code = "import sys; from megatron_samoe.evaluation.study.command import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(study), "--output-dir", str(tmp_path / "runs")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for _ in range(1200):

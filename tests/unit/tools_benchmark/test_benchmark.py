@@ -11,17 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_samoe.benchmarks import common, layer, ops, roofline
+from megatron_samoe.benchmarks.peers import running
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops import extension
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import benchmark_common  # noqa: E402
-import benchmark_layer  # noqa: E402
-import benchmark_ops  # noqa: E402
-import benchmark_roofline  # noqa: E402
-from benchmark_peers import running  # noqa: E402
 
 needs_extension = pytest.mark.skipif(not extension.load(), reason="compares the compiled extension")
 
@@ -52,7 +47,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_medians_leave_the_first_round_out() -> None:
     seconds = iter([100.0, 3.0, 1.0, 2.0])
-    assert benchmark_common.alternate({"other process": lambda: next(seconds)}, rounds=3) == {"other process": 2.0}
+    assert common.alternate({"other process": lambda: next(seconds)}, rounds=3) == {"other process": 2.0}
 
 
 @needs_extension
@@ -62,8 +57,8 @@ def test_plain_routing_is_the_compiled_routing(way: str) -> None:
     dy_TH, results = torch.randn(60, 16), []
     logits_TE, x_TH = torch.randn(60, 8, requires_grad=True), torch.randn(60, 16, requires_grad=True)
     for route in (
-        lambda: benchmark_ops.route_compiled(logits_TE, x_TH, 2),
-        lambda: benchmark_ops.route_plain(logits_TE, x_TH, 2, way),
+        lambda: ops.route_compiled(logits_TE, x_TH, 2),
+        lambda: ops.route_plain(logits_TE, x_TH, 2, way),
     ):
         y_TH, aux = route()
         results.append((y_TH, aux, *torch.autograd.grad((y_TH, aux), (logits_TE, x_TH), (dy_TH, torch.ones(())))))
@@ -75,10 +70,10 @@ def test_plain_routing_is_the_compiled_routing(way: str) -> None:
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_roofline_counts_the_layers_work(activation: str) -> None:
     sizes = {"tokens": 96, "hidden_size": 32, "ffn_hidden_size": 64, "topk": 2, "activation": activation}
-    rows = benchmark_roofline.run(options(**sizes, num_experts=[4], dtype=["fp32"]))
+    rows = roofline.run(options(**sizes, num_experts=[4], dtype=["fp32"]))
     flops = {row["part"]: row["GFLOP"] for row in rows}
-    made = benchmark_roofline.parts(options(**sizes), 4, torch.float32)
-    bare = benchmark_roofline.bare_products(options(**sizes), 4, torch.float32)
+    made = roofline.parts(options(**sizes), 4, torch.float32)
+    bare = roofline.bare_products(options(**sizes), 4, torch.float32)
     products = 3 * 2 * 192 * 32 * 64 * (3 if activation == "swiglu" else 2)
     assert made["experts"].flops + made["experts backward"].flops == products
     assert sum(part.flops for part in bare.values()) == products
@@ -99,7 +94,7 @@ def test_peers_are_asked_by_lines(tmp_path: Path, capsys: pytest.CaptureFixture[
         **sizes, activation=["gelu"], dtype=["fp32", "bf16"], num_experts=[4, 8], topk=[1], peers=tmp_path,
         peer_names=["slow"], peer_python=None,
     )  # fmt: skip
-    rows = benchmark_layer.run(made)
+    rows = layer.run(made)
     flops = 3 * 2 * 256 * 64 * 256
     assert [(row["dtype"], row["experts"]) for row in rows] == [("fp32", 4), ("fp32", 8), ("bf16", 4), ("bf16", 8)]
     for row in rows:
@@ -172,4 +167,4 @@ def test_exchanges_are_compared_in_one_run(tmp_path: Path) -> None:
 
 def test_other_processes_have_no_processor_time_of_ours(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--clock"):
-        benchmark_layer.run(options(peers=tmp_path, clock="cpu"))
+        layer.run(options(peers=tmp_path, clock="cpu"))

@@ -64,14 +64,13 @@ def make_plan(num_requests: int, longest: int, seed: int) -> Plan:
 
 
 class ServerProcess:
-    """tools/serve.py as a process, on a free port."""
+    """The server as a process, on a free port."""
 
     def __init__(self, flags: list[str], folder: Path):
         self._log = folder / "log.txt"
-        program = Path(__file__).with_name("serve.py")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(program), "--port", "0", *flags], stdout=log, stderr=log
+                [sys.executable, "-m", "megatron_samoe", "serve", "--port", "0", *flags], stdout=log, stderr=log
             )
         while (found := re.search(r"serving .* at http://([\d.]+):(\d+)", self.log())) is None:
             if self._process.poll() is not None:

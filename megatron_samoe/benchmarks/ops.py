@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from benchmark_common import CLOCKS, DTYPES, Rows, add_options, alternate, process_status_kb
 from torch import Tensor
 
+from megatron_samoe.benchmarks.common import CLOCKS, DTYPES, Rows, add_options, alternate, process_status_kb
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward

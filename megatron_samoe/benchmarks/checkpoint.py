@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Save and load throughput of checkpoints against the disk's own, in turn, in one run.
 
 `benchmark_checkpoint.py --dir DIR [--size-mb 1024] [--json FILE]`. The disk's own is what dd does: one file written in
@@ -24,11 +23,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-from benchmark_common import forget
 
+from megatron_samoe.benchmarks.common import forget
 from megatron_samoe.config import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
 from megatron_samoe.dist_checkpointing.sharded_state import replicated

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measures decoding: ms per token and tokens/s, the bytes that a step must read, and the memory's speed in the same run.
 
 `benchmark.py decode` makes a model of random weights (1.2 G parameters unless told otherwise), or takes checkpoints with
@@ -24,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from torch import Tensor
 
@@ -43,7 +40,7 @@ from megatron_samoe.interop.hf.export import plan_export, write_export
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.parallel_state import backend, single_process_state
 
-WORKERS = Path(__file__).with_name("benchmark_decode_workers.py")
+WORKERS = Path(__file__).with_name("decode_workers.py")
 PEERS = ("transformers", "llama.cpp")
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchmark_common import add_options
-from benchmark_ranks import run_ranks, synchronized
 
+from megatron_samoe.benchmarks.common import add_options
+from megatron_samoe.benchmarks.ranks import run_ranks, synchronized
 from megatron_samoe.ops.permute import Permutation, permute
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange.shm_communicator import ShmCommunicator, create_shm_communicator

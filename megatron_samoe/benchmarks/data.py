@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measures the data tools beside their peers, alternating in one run; prints a table, and JSON if asked."""
 
 import argparse
@@ -17,13 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # noqa: E402
-from megatron_samoe.datasets.tokenizer import build_tokenizer  # noqa: E402
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron_samoe.datasets.tokenizer import build_tokenizer
 
 TOKENIZERS = {
     "SentencePiece unigram": ("sentencepiece-unigram", "SentencePieceTokenizer", ".model"),
@@ -103,7 +99,7 @@ def ours(corpus: str, kind: str, model: str, output: str, workers: int) -> tuple
     the same in CPU time.
     """
     command = [
-        sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", corpus, "--tokenizer-type", kind,
+        sys.executable, "-m", "megatron_samoe", "preprocess", "--input", corpus, "--tokenizer-type", kind,
         "--tokenizer-model", model, "--output-prefix", output, "--append-eod", "--workers", str(workers), "--quiet",
     ]  # fmt: skip
     target, first = f"{output}_text_document.bin.partial", 0.0
@@ -263,7 +259,7 @@ def _index_child(which: str, prefix: str, seq_length: int) -> None:
 
 
 def _child(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, "-m", "megatron_samoe.benchmarks.data", *arguments]
     output = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -33,7 +33,7 @@ _HF = {"hf_model_type": "auto", "fold": False, "max_shard_size": "5GB"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool and returns its exit status."""
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     try:
         source = open_source(Path(options.load_dir), options.source, options.ckpt_step, options.vocab_size)
         conversion = _plan(source, options)
@@ -130,8 +130,9 @@ def _run(conversion: Conversion) -> Path:
         return conversion.write(bar.update)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convert_checkpoint.py", description=_DESCRIPTION, allow_abbrev=False)
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = argparse.ArgumentParser(description=_DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--load-dir", required=True, help="checkpoint folder, one iteration's folder, or Hugging Face folder")
     add("--save-dir", required=True, help="where to write; nothing that is there is overwritten")

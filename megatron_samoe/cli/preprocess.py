@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_samoe.datasets.arguments import Parser, add_tokenizer_arguments, run
+from megatron_samoe.cli.arguments import Parser, add_tokenizer_arguments, run
 from megatron_samoe.datasets.preprocess.options import INPUT_FORMATS, PreprocessOptions
 from megatron_samoe.errors import DataError
 
@@ -19,7 +19,7 @@ the same for any number of workers. A run that was killed goes on with --resume.
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
-    parser = Parser(DESCRIPTION, prog="preprocess_data.py")
+    parser = Parser(DESCRIPTION)
     group = parser.add_argument_group("input")
     group.add_argument("--input", nargs="+", required=True, help="files, globs, folders, URLs, or - for standard input")
     group.add_argument("--input-format", choices=INPUT_FORMATS, default="auto", help="auto goes by the file's name")

@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Processes that decode for tools/benchmark_decode.py: each loads one model once and is asked for measurements.
+"""Processes that decode for benchmarks/decode.py: each loads one model once and is asked for measurements.
 
 A worker prints `@@` and a JSON object when it is ready, then one for each line `batch prompt_length new_tokens` that it
 reads: seconds until every sequence has its first token, seconds of the rest, and the tokens of the first sequence. Ours
@@ -40,7 +39,6 @@ def never(*_: int) -> dict[str, Any]:
 
 def ours(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     """The engine of this package over a checkpoint."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from megatron_samoe.errors import ConfigError
     from megatron_samoe.inference import Engine, Request, SamplingOptions, load_model
     from megatron_samoe.inference.single_runner import SingleRunner

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Time and memory of conversions against what safetensors takes to read and write the same bytes, in turn, in one run.
 
 `benchmark_convert.py --dir DIR [--size-mb 2000] [--rounds 3] [--json FILE]`. Before every reading the files leave the page
@@ -21,12 +20,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-from benchmark_common import forget
 from safetensors.torch import load_file, save_file
 
+from megatron_samoe.benchmarks.common import forget
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor, write_checkpoint

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measures parallel layouts on this machine's CPUs, one process a rank, against what theory or the planner says.
 
     bubble     idle share of a pipeline's passes against (pp - 1) / (chunks * micro-batches + pp - 1)
@@ -22,13 +21,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import psutil
 import torch
 import torch.distributed as dist
-from benchmark_ranks import VOCAB_SIZE, alternate, batches_of, make_setup, model_config, run_ranks, synchronized
 
+from megatron_samoe.benchmarks.ranks import (
+    VOCAB_SIZE,
+    alternate,
+    batches_of,
+    make_setup,
+    model_config,
+    run_ranks,
+    synchronized,
+)
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.parallel_state import single_process_state
@@ -304,8 +309,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Runs one benchmark and prints its table."""
+def main() -> int:
+    """Runs one benchmark, prints its table and returns the exit status."""
     options = arguments()
     results = options.run(options)
     rows = [list(results[0])]
@@ -316,7 +321,8 @@ def main() -> None:
     print(format_table(rows))
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

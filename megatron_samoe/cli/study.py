@@ -15,10 +15,9 @@ from megatron_samoe.evaluation.study.results import collect, results_table, writ
 from megatron_samoe.evaluation.study.runner import StudyRunner, signals_interrupt
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool and returns its exit status."""
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
     parser = argparse.ArgumentParser(
-        prog="study.py",
         description="Trains the models of a study, several seeds each, and compares them.",
         epilog="All other flags go to the pretraining of every run (the corpus and the tokenizer, say). Runs go one at a "
         "time; started again with the same command, the study goes on where it was stopped.",
@@ -29,7 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these in place of the file's")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the runs, and start none")
     parser.add_argument("--collect-only", action="store_true", help="start no run; compare those that are finished")
-    options, pretrain_flags = parser.parse_known_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool and returns its exit status."""
+    options, pretrain_flags = make_parser().parse_known_args(argv)
     try:
         study = read_study(options.study, options.seeds)
         runner = StudyRunner(study, options.output_dir, tuple(pretrain_flags), say=lambda line: print(line, flush=True))

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from benchmark_common import DTYPES, Rows, add_options, alternate, process_status_kb
-from benchmark_layer import add_peer_options, products
-from benchmark_peers import running
 
+from megatron_samoe.benchmarks.common import DTYPES, Rows, add_options, alternate, process_status_kb
+from megatron_samoe.benchmarks.layer import add_peer_options, products
+from megatron_samoe.benchmarks.peers import running
 from megatron_samoe.config import ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.parallel_state import backend, single_process_state
 from megatron_samoe.planning.accounting import count_parameters, train_flops_per_token

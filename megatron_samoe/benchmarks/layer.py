@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_common import DTYPES, Rows, add_options, alternate
-from benchmark_peers import Peer, running
 
+from megatron_samoe.benchmarks.common import DTYPES, Rows, add_options, alternate
+from megatron_samoe.benchmarks.peers import Peer, running
 from megatron_samoe.config import ModelConfig, MoEConfig, PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.errors import ConfigError
@@ -152,6 +152,6 @@ def add_parser(commands: Any) -> None:
 
 def add_peer_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of other programs."""
-    parser.add_argument("--peers", type=Path, help="folder of peer scripts, see tools/benchmark_peers.py")
+    parser.add_argument("--peers", type=Path, help="folder of peer scripts, see benchmarks/peers.py")
     parser.add_argument("--peer-names", nargs="+", help="workers of the script to run; default: what it may know")
     parser.add_argument("--peer-python", help="interpreter of the peers; default: this one")

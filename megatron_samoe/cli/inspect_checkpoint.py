@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_samoe.datasets.arguments import Parser
+from megatron_samoe.cli.arguments import Parser
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.interop.edited_model import NOT_MODEL
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
-    parser = Parser(_DESCRIPTION, prog="inspect_checkpoint.py")
+    parser = Parser(_DESCRIPTION)
     commands = parser.add_subparsers(
         dest="command", required=True, parser_class=lambda **k: Parser(k.pop("help", "") or "", **k)
     )

@@ -22,7 +22,7 @@ from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool and returns its exit status."""
-    options = _parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     try:
         source = open_checkpoint(options.load_dir, options.ckpt_step)
         iteration = int(source.train_state.get("iteration", 0))
@@ -81,10 +81,9 @@ def _elements(source: GlobalTensors, name: str) -> int:
     return stored.num_bytes // stored.dtype.itemsize
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="edit_checkpoint.py", description="Makes a model of another family from a trained one."
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = argparse.ArgumentParser(description="Makes a model of another family from a trained one.")
     actions = parser.add_subparsers(dest="action", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--load-dir", required=True, help="folder of checkpoints, or one checkpoint's folder")

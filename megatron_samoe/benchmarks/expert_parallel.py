@@ -7,10 +7,10 @@ import statistics
 from typing import Any
 
 import torch
-from benchmark_common import DTYPES, Rows, add_options
-from benchmark_layer import make_layer
-from benchmark_ranks import alternate, make_parallel, run_ranks
 
+from megatron_samoe.benchmarks.common import DTYPES, Rows, add_options
+from megatron_samoe.benchmarks.layer import make_layer
+from megatron_samoe.benchmarks.ranks import alternate, make_parallel, run_ranks
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.parallel_state import single_process_state
 

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Loads a server as many careless clients would, and checks every answer: `benchmark_serve.py --load CHECKPOINTS`.
 
-It starts tools/serve.py, sends requests so many at a time over 127.0.0.1, and ends it by SIGTERM under load. Requests
+It starts the server, sends requests so many at a time over 127.0.0.1, and ends it by SIGTERM under load. Requests
 are of all kinds: greedy completions of mixed lengths, streamed and whole; clients that vanish; JSON that is none;
 prompts beyond the context; bodies beyond the limit; unknown fields, models and paths. Checked: each completed answer is
 the text that an engine alone makes of the prompt; each refusal has the right status and a message in OpenAI's shape;
@@ -16,10 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from serve_load import ServerProcess, make_plan, run_plan, sigterm_under_load, summary
-
+from megatron_samoe.benchmarks.serve_load import ServerProcess, make_plan, run_plan, sigterm_under_load, summary
 from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.inference.engine import Engine

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmark_common import DTYPES, Rows, add_options, alternate
-from benchmark_layer import split_evenly
 
+from megatron_samoe.benchmarks.common import DTYPES, Rows, add_options, alternate
+from megatron_samoe.benchmarks.layer import split_evenly
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp_backward, grouped_mlp_forward
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute

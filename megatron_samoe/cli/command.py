@@ -1,0 +1,61 @@
+"""One command for all programs: `megatron-samoe COMMAND ...`, `python -m megatron_samoe COMMAND ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+
+from megatron_samoe import __version__, start
+from megatron_samoe.errors import nearest
+
+#: Command to (module of this package, what it does).
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "pretrain": ("pretrain", "train a model; under torchrun, on many ranks"),
+    "preprocess": ("preprocess", "make indexed datasets from text"),
+    "merge": ("merge", "join datasets into one"),
+    "inspect-dataset": ("inspect_dataset", "look at a dataset, check or repair it"),
+    "train-tokenizer": ("train_tokenizer", "train a tokenizer on text"),
+    "convert": ("convert", "convert checkpoints from and to Hugging Face and Megatron-LM"),
+    "edit": ("edit", "make a model of another family from a trained one"),
+    "inspect": ("inspect_checkpoint", "look into a checkpoint, compare two, verify one"),
+    "generate": ("generate", "generate text"),
+    "serve": ("serve", "serve a model over HTTP"),
+    "evaluate": ("evaluate", "evaluate zero-shot tasks and perplexity"),
+    "study": ("study", "train several models with several seeds, and compare them"),
+    "report": ("report", "write an HTML report about runs"),
+    "plan": ("plan", "rank the parallel layouts of a model on a cluster"),
+    "benchmark": ("benchmark", "measure speed against limits, plain torch and other programs"),
+    "rendezvous-store": ("rendezvous_store", "keep torchrun's store outside the job's hosts"),
+    "completion": ("completion", "print a script that completes this command in a shell"),
+}
+
+
+def usage() -> str:
+    """Returns what --help prints."""
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    return f"usage: megatron-samoe COMMAND ...\n\n{lines}\n\nmegatron-samoe COMMAND --help tells about each."
+
+
+def main() -> int:
+    """Runs a command and returns its exit status."""
+    start.prepare()
+    name, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        print(f"error: {name} is no command.{nearest(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
+        return 2
+    # Parsers name the program by this, and so do their messages.
+    sys.argv = [f"megatron-samoe {name}", *rest]
+    status: int = importlib.import_module(f"megatron_samoe.cli.{COMMANDS[name][0]}").main()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

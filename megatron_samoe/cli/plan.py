@@ -1,0 +1,158 @@
+"""Ranks the parallel layouts of a model on a cluster: memory, traffic and time per step, and the flags to use.
+
+All options of the pretrain program describe the model and the batch (--config FILE.yaml, or flags). Options of the layout
+that are given there are kept; the others are chosen here. Figures of time come from a model, not from a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_samoe.config.cli import parse_pretrain_args
+from megatron_samoe.config.derived import flag, num_micro_batches, virtual_stages
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.datasets.tokenizer import build_tokenizer
+from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.evaluation.run_summary import format_table
+from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE, bubble_fraction
+from megatron_samoe.planning.layout_cost import Cluster
+from megatron_samoe.planning.layout_planner import PlannedLayout, plan_layouts
+from megatron_samoe.planning.layout_plot import draw_layout
+
+POSITIVE = ("world_size", "gpus_per_node", "memory_gb", "flops", "intra_bandwidth", "inter_bandwidth",
+            "memory_bandwidth", "efficiency", "top")  # fmt: skip
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of what describes the cluster and the output."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("--world-size", type=int, required=True, help="ranks, one per GPU")
+    p.add_argument("--gpus-per-node", type=int, default=8)
+    p.add_argument("--memory-gb", type=float, default=72.0, help="memory of a GPU that tensors may fill, 1e9 bytes")
+    p.add_argument("--flops", type=float, default=989e12, help="peak of a GPU's matrix products per second")
+    p.add_argument("--efficiency", type=float, default=0.45, help="share of the peak that products reach")
+    p.add_argument("--intra-bandwidth", type=float, default=450.0, help="GB/s that a GPU sends inside its node")
+    p.add_argument("--inter-bandwidth", type=float, default=50.0, help="GB/s that a GPU sends to other nodes")
+    p.add_argument("--memory-bandwidth", type=float, default=3350.0, help="GB/s of a GPU's memory")
+    p.add_argument("--latency-us", type=float, default=10.0, help="of one hop of a collective")
+    p.add_argument(
+        "--micro-batch-sizes", type=int, nargs="+", default=[], help="to choose from; default: --micro-batch-size"
+    )
+    p.add_argument("--choose-all", action="store_true", help="choose also what the configuration says of the layout")
+    p.add_argument("--top", type=int, default=10, help="layouts to show")
+    p.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    p.add_argument("--plot", type=Path, help="draw the best layout's rank grid as a PNG")
+    return p
+
+
+def cluster_of(options: argparse.Namespace) -> Cluster:
+    """Returns the cluster that the options describe; ConfigError for sizes that are none."""
+    for name in POSITIVE:
+        if not 0 < getattr(options, name) < float("inf"):
+            raise ConfigError(flag(name), getattr(options, name), "must be above 0")
+    if not 0 <= options.latency_us < float("inf"):
+        raise ConfigError("--latency-us", options.latency_us, "must be 0 or more")
+    if any(size < 1 for size in options.micro_batch_sizes):
+        raise ConfigError("--micro-batch-sizes", options.micro_batch_sizes, "must be positive integers")
+    return Cluster(
+        options.world_size, options.gpus_per_node, options.memory_gb * 1e9, options.flops,
+        options.intra_bandwidth * 1e9, options.inter_bandwidth * 1e9, options.memory_bandwidth * 1e9, options.efficiency,
+        options.latency_us * 1e-6,
+    )  # fmt: skip
+
+
+def layouts_table(layouts: Sequence[PlannedLayout]) -> str:
+    """Returns one line per layout: memory by part in GB, bytes sent per rank and step by kind in GB, time, speed."""
+    kinds = ("tensor", "expert", "pipeline", "gradients", "pool")
+    head = ["layout", "options", "weights", "grads", "optim", "folded", "banks", "activ", "peak GB"]
+    rows = [[*head, *(f"{kind} GB" for kind in kinds), "step s", "tokens/s"]]
+    for layout in layouts:
+        m, sent = layout.memory, layout.cost.sent_bytes
+        held = (m.weights, m.gradients, m.optimizer, m.folded_weights + m.folded_gradients, m.gathered_banks,
+                m.activations, m.total)  # fmt: skip
+        rows.append([
+            layout.name(), layout.options(), *(f"{b / 1e9:.2f}" for b in held),
+            *(f"{sent.get(kind, 0.0) / 1e9:.2f}" for kind in kinds), f"{layout.cost.step_s:.3f}",
+            f"{layout.tokens_per_s:,.0f}",
+        ])  # fmt: skip
+    return format_table(rows)
+
+
+def best_in_detail(layout: PlannedLayout) -> str:
+    """Returns the parts of the best layout's step and memory, and its flags."""
+    seconds = ", ".join(f"{part} {s:.4f}" for part, s in layout.cost.seconds.items())
+    memory = ", ".join(f"{part} {b / 1e9:.3f}" for part, b in layout.memory.parts().items())
+    return (
+        f"best: {layout.name()}\n  seconds: {seconds}\n  GB on rank {layout.rank}: {memory}\n"
+        f"  flags: {' '.join(layout.flags()) or 'none: the defaults'}" + _idle(layout)
+    )
+
+
+def _idle(layout: PlannedLayout) -> str:
+    """Returns a warning where a pipeline stands still for much of a step."""
+    pp = layout.config.parallel.pipeline_model_parallel_size
+    chunks = virtual_stages(layout.config.parallel, layout.config.model.num_layers) // pp
+    share = bubble_fraction(pp, chunks, num_micro_batches(layout.config, layout.world_size))
+    if share <= MUCH_IDLE:
+        return ""
+    return (
+        f"\n  warning: ranks stand idle for {share:.0%} of a step, while the pipeline fills and drains: more micro-batches (a larger "
+        "--global-batch-size or a smaller --micro-batch-size), virtual stages or fewer stages idle less"
+    )
+
+
+def as_json(layouts: Sequence[PlannedLayout]) -> str:
+    """Returns the layouts as a JSON list."""
+    return json.dumps(
+        [
+            {
+                "layout": layout.name(), "flags": layout.flags(), "tokens_per_s": layout.tokens_per_s,
+                "step_s": layout.cost.step_s, "seconds": layout.cost.seconds, "sent_bytes": layout.cost.sent_bytes,
+                "largest_rank": layout.rank, "peak_bytes": layout.memory.total, "bytes": layout.memory.parts(),
+            }
+            for layout in layouts
+        ],
+        indent=1,
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit status."""
+    options, rest = make_parser().parse_known_args(argv)
+    try:
+        cluster = cluster_of(options)
+        config = parse_pretrain_args(rest, prog="megatron-samoe plan")
+        if options.choose_all:
+            config = replace(config, parallel=ParallelConfig())
+        data = config.data
+        vocab_size = (
+            data.vocab_size
+            or build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file).vocab_size
+        )
+        layouts = plan_layouts(config, vocab_size, cluster, options.micro_batch_sizes)
+        shown = layouts[: options.top]
+        if options.json:
+            print(as_json(shown))
+        else:
+            print(f"{len(layouts)} layouts fit {cluster.world_size} ranks of {options.memory_gb:g} GB; the fastest:\n")
+            print(layouts_table(shown))
+            print("\n" + best_in_detail(layouts[0]))
+        if options.plot is not None:
+            title = f"{config.moe.expert_layout}, {cluster.world_size} ranks: {layouts[0].name()}"
+            draw_layout(options.plot, layouts[0].config, cluster.world_size, title, cluster.gpus_per_node)
+            print(f"picture: {options.plot}", file=sys.stderr)
+    except MegatronSamoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
