@@ -38,7 +38,7 @@ class ShmAllToAll : public AllToAll {
   // The same for ranks that are threads of one process, each with its own object; all[r] is rank r. For checks.
   void connect_threads(const std::vector<ShmAllToAll*>& all);
 
-  // Memory in this rank's window for an input of so many bytes, of which peers make one copy in place of two. It is
+  // Memory in this rank's window for an input of that many bytes, of which peers make one copy in place of two. It is
   // valid until the next call. Waits until peers have read what lay there. failed: error() says why, or, where it
   // is empty, *why says why there is no such memory; other exchanges still work.
   Progress stage(int64_t bytes, double seconds, double timeout_s, std::shared_ptr<Mapping>* memory, std::string* why);

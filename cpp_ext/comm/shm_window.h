@@ -38,7 +38,7 @@ class Window {
   std::string open(pid_t pid, int fd);
   // Makes `bytes` of a buffer available to its owner, growing the file.
   std::string grow(int buffer, uint64_t bytes);
-  // Maps a buffer of so many bytes for a reader; *data is the message at `place`.
+  // Maps a buffer of that many bytes for a reader; *data is the message at `place`.
   std::string read(uint64_t place, uint64_t capacity, const char** data);
   void release();
   // For ranks that are threads: reads the other's memory, which must outlive this.

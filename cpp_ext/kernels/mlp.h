@@ -75,7 +75,7 @@ struct Bf16Product {
   int64_t out_stride;
 };
 
-// A run of elements that one AdamW step updates.
+// A slice that one AdamW step updates.
 struct AdamWRun {
   float* master;
   uint16_t* weight;  // the bf16 weight that follows the master, or null where the master is the weight

@@ -336,7 +336,7 @@ void check_activation(const std::vector<int64_t>& rows, int64_t width, bool gate
   cuda::activate_backward({dtype, sorted, h.data(), biases, da.data(), width, gated, a_again.data(), dh_gpu.data()}, kStream);
   cuda::expert_column_sums(dtype, sorted, up, h.data(), sums_gpu.data(), kStream);
   expect_equal("activation", a_gpu, a_cpu);
-  expect_equal("activation made again", a_again, a_cpu);
+  expect_equal("recomputed activation", a_again, a_cpu);
   expect_equal("gradient", dh_gpu, dh_cpu);
   expect_equal("column sums", sums_gpu, sums_cpu, 1e-4);
   std::vector<T> plus = h, expected = h;

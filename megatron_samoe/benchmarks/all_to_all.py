@@ -91,7 +91,7 @@ def _measure(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, object]]:
-    """Exchanges of so many megabytes a rank, in milliseconds, and ratios."""
+    """Exchanges of several megabytes a rank, in milliseconds, and ratios."""
     return [row for world in options.ranks for row in run_ranks(_measure, world, options)]
 
 

@@ -1,6 +1,6 @@
 """Save and load throughput of checkpoints against the disk's own, in turn, in one run.
 
-`benchmark_checkpoint.py --dir DIR [--size-mb 1024] [--json FILE]`. The disk's own is what dd does: one file written in
+`megatron-samoe benchmark checkpoint --dir DIR [--size-mb 1024] [--json FILE]`. The disk's own is what dd does: one file written in
 blocks of 4 MB and flushed with fsync, and read again. The file before is removed only when the new one is complete, as
 with checkpoints, and before every writing the system is told to finish what it has to write, also to free what was
 removed: else whoever writes first gets places that the disk still has at hand, several times as fast as new ones. Before

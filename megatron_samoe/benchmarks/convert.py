@@ -1,6 +1,6 @@
 """Time and memory of conversions against what safetensors takes to read and write the same bytes, in turn, in one run.
 
-`benchmark_convert.py --dir DIR [--size-mb 2000] [--rounds 3] [--json FILE]`. Before every reading the files leave the page
+`megatron-samoe benchmark convert --dir DIR [--size-mb 2000] [--rounds 3] [--json FILE]`. Before every reading the files leave the page
 cache, and after every writing they are flushed to disk, on both sides. Peak memory is the process's largest resident
 size while it converts, Python and torch included. Files stay in DIR for the next run unless --clean is given.
 """
@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_samoe.benchmarks.common import forget
+from megatron_samoe.cli import convert
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor, write_checkpoint
 from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table
-from megatron_samoe.interop import convert
 from megatron_samoe.interop.hf.native import NativeModel
 
 VOCABULARY = 257

@@ -23,7 +23,7 @@ VOCAB_SIZE = 512
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> Any:
-    """Returns what function(*args) gives on rank 0 of so many processes with one thread each, joined by gloo."""
+    """Returns what function(*args) gives on rank 0 of `world_size` processes with one thread each, joined by gloo."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank_main, (function, world_size, folder, args), nprocs=world_size)
         return torch.load(f"{folder}/result", weights_only=False)

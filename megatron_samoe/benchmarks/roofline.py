@@ -1,6 +1,6 @@
 """`benchmark.py roofline`: each part of an MoE layer against what this machine's arithmetic and memory allow.
 
-A part of so many FLOPs and bytes (each operand and result once) cannot take less than the larger of FLOPs over the speed of
+A part of known FLOPs and bytes (each operand and result once) cannot take less than the larger of FLOPs over the speed of
 a large matrix product and bytes over the speed of a copy, both measured in the same run: its roof. "share_of_roof" is
 roof over time; what stays in a cache can pass 1.
 """

@@ -1,4 +1,4 @@
-"""Loads a server as many careless clients would, and checks every answer: `benchmark_serve.py --load CHECKPOINTS`.
+"""Loads a server as many careless clients would, and checks every answer: `megatron-samoe benchmark serve --load CHECKPOINTS`.
 
 It starts the server, sends requests so many at a time over 127.0.0.1, and ends it by SIGTERM under load. Requests
 are of all kinds: greedy completions of mixed lengths, streamed and whole; clients that vanish; JSON that is none;

@@ -1,4 +1,4 @@
-"""The load of benchmark_serve.py: kinds of requests, the clients that send them, and what they found."""
+"""The load of the serving benchmark: kinds of requests, the clients that send them, and what they found."""
 
 from __future__ import annotations
 

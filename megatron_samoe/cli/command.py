@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from megatron_samoe import __version__, start
 from megatron_samoe.errors import nearest
 
-#: Command to (module of this package, what it does).
+#: Command to (module, what it does); a module without a dot is of this package.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "pretrain": ("pretrain", "train a model; under torchrun, on many ranks"),
     "preprocess": ("preprocess", "make indexed datasets from text"),
@@ -25,10 +25,16 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "study": ("study", "train several models with several seeds, and compare them"),
     "report": ("report", "write an HTML report about runs"),
     "plan": ("plan", "rank the parallel layouts of a model on a cluster"),
-    "benchmark": ("benchmark", "measure speed against limits, plain torch and other programs"),
+    "benchmark": ("megatron_samoe.benchmarks.command", "measure speed against limits, plain torch and other programs"),
     "rendezvous-store": ("rendezvous_store", "keep torchrun's store outside the job's hosts"),
     "completion": ("completion", "print a script that completes this command in a shell"),
 }
+
+
+def module_of(command: str) -> str:
+    """Returns the full name of a command's module."""
+    module = COMMANDS[command][0]
+    return module if "." in module else f"megatron_samoe.cli.{module}"
 
 
 def usage() -> str:
@@ -53,7 +59,7 @@ def main() -> int:
         return 2
     # Parsers name the program by this, and so do their messages.
     sys.argv = [f"megatron-samoe {name}", *rest]
-    status: int = importlib.import_module(f"megatron_samoe.cli.{COMMANDS[name][0]}").main()
+    status: int = importlib.import_module(module_of(name)).main()
     return status
 
 

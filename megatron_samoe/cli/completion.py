@@ -11,7 +11,7 @@ import shtab
 import tyro
 
 from megatron_samoe.cli.arguments import Parser
-from megatron_samoe.cli.command import COMMANDS
+from megatron_samoe.cli.command import COMMANDS, module_of
 from megatron_samoe.config.pretrain import PretrainConfig
 
 
@@ -19,11 +19,11 @@ def whole_parser() -> argparse.ArgumentParser:
     """Returns one parser that knows the flags of every command."""
     parser = argparse.ArgumentParser(prog="megatron-samoe")
     commands = parser.add_subparsers(dest="command")
-    for name, (module, what) in COMMANDS.items():
+    for name, (_, what) in COMMANDS.items():
         if name == "pretrain":
             own = tyro.extras.get_parser(PretrainConfig, config=(tyro.conf.OmitArgPrefixes,))
         else:
-            own = importlib.import_module(f"megatron_samoe.cli.{module}").make_parser()
+            own = importlib.import_module(module_of(name)).make_parser()
         commands.add_parser(name, help=what, parents=[own], add_help=False, conflict_handler="resolve")
     return parser
 

@@ -49,7 +49,7 @@ class Prompt:
         """Returns the request for it.
 
         Raises:
-            ConfigError: the text has characters that are none, as bytes that were no UTF-8 become them.
+            ConfigError: the text is not valid Unicode: its bytes were not UTF-8.
         """
         try:
             self.text.encode()

@@ -100,7 +100,7 @@ class MoEConfig:
     samoe_normalization: Literal["none", "l2", "softmax"] = model_option(
         "none", needs=needs.POOL, is_free=False, known_to=READERS
     )
-    """How raw coefficients become the combination."""
+    """How raw coefficients become the weights of banks."""
     samoe_init: Literal["cyclic", "block", "uniform"] = model_option(
         "cyclic", needs=needs.POOL, is_free=True, known_to=READERS
     )

@@ -18,7 +18,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, range=POSITIVE, largest=1_000_000)
     """Ranks that split the layers."""
     num_layers_per_virtual_pipeline_stage: int | None = option(None, range=POSITIVE, needs=needs.PIPELINE)
-    """Interleave: each pipeline rank holds several runs of so many layers in place of one run."""
+    """Interleave: each pipeline rank holds several chunks of this many layers in place of one."""
     pipeline_model_parallel_layout: str | None = option(None, needs=needs.PIPELINE)
     """Layers of each (virtual) stage as Megatron writes them: stages between |, with E the embedding, t a layer, L the
     head, t*3 and (tt|)*2 repetitions, such as Et*3|t*4|t*4|t*3L. Even runs if not given."""
@@ -31,7 +31,7 @@ class ParallelConfig:
     expert_model_parallel_size: int = option(1, range=POSITIVE, largest=1_000_000)
     """Ranks that split the experts of a layer and exchange tokens."""
     expert_tensor_parallel_size: int | None = option(None, range=POSITIVE, largest=1_000_000)
-    """Ranks that split each expert's matrices: 1 or the tensor-parallel size, which it is if not given."""
+    """Ranks that split each expert's matrices: 1 or the tensor-parallel size. Derived if not given: the latter."""
     moe_dispatch_chunks: int = option(1, range=POSITIVE, needs=needs.EXPERT_PARALLEL)
     """Exchange tokens with other ranks' experts in so many parts, the local experts of one part at a time: one part
     travels while the experts of another compute, forwards and backwards. Results are the same, bit for bit."""

@@ -46,7 +46,7 @@ class TrainingConfig:
     recompute_num_layers: int | None = option(None, range=POSITIVE, needs=needs.FULL_RECOMPUTE)
     """With full: recompute only the first so many layers of a stage; all if not given."""
     spike_window: int = option(0, range=AT_LEAST_ZERO)
-    """Report a step whose loss or gradient norm is far above those of so many steps before, with the numbers of its
+    """Report a step whose loss or gradient norm is far above those of this many steps before, with the numbers of its
     samples; 0 for no report."""
     spike_sigmas: float = option(6.0, range=ABOVE_ZERO, needs=needs.SPIKE_WINDOW)
     """How far above is far, in standard deviations of the window."""
@@ -78,7 +78,7 @@ class OptimizerConfig:
     lr_warmup_fraction: float | None = option(None, range=BY_RULES)
     """Warm-up as a share of the decay steps, in place of --lr-warmup-iters."""
     weight_decay: float = option(0.1, range=AT_LEAST_ZERO)
-    """Decoupled weight decay of matrices; biases, norms and combination coefficients have none."""
+    """Decoupled weight decay of matrices; biases, norms and coefficients of banks have none."""
     clip_grad: float = option(1.0, range=AT_LEAST_ZERO)
     """Largest global gradient norm; 0 for no clipping."""
     adam_beta1: float = option(0.9, range=BELOW_ONE)
@@ -94,7 +94,7 @@ class OptimizerConfig:
     samoe_bank_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.POOL)
     """Learning rate of the pool's banks relative to --lr."""
     samoe_coefficient_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.TRAINED_COEFFICIENTS)
-    """Learning rate of the combination coefficients relative to --lr."""
+    """Learning rate of the coefficients of banks relative to --lr."""
     optimizer_backend: Literal["auto", "torch", "apex"] = option("auto")
     """auto: NVIDIA apex's FusedAdam where it is importable on CUDA, else torch's fused AdamW."""
 
@@ -113,7 +113,7 @@ class LoggingConfig:
     metrics_file: str | None = option(None)
     """JSON-lines file with one object per logged step."""
     moe_per_layer_logging: bool = option(False)
-    """Log expert load, gradient norm per expert and combination coefficients of each layer."""
+    """Log expert load, gradient norm per expert and coefficients of each layer."""
     log_progress: bool = option(False)
     """Show a progress bar on rank 0."""
     wandb_project: str | None = option(None)

@@ -98,7 +98,7 @@ class GradBuffer:
             start = stop
 
     def zero(self, num_micro_batches: int, overlap: bool = True) -> None:
-        """Clears the gradients for a step of so many micro-batches; without overlap `reduce` alone reduces them."""
+        """Clears the gradients for a step of `num_micro_batches`; without overlap `reduce` alone reduces them."""
         assert self._started is None
         self.flat.zero_()
         self._num_micro_batches = num_micro_batches
@@ -192,7 +192,7 @@ class GradBuffers:
         self.pieces = [piece for buffer in self.buffers for piece in buffer.pieces(state)]
 
     def zero(self, num_micro_batches: int = 1, overlap: bool = True) -> None:
-        """Clears all gradients for a step of so many micro-batches.
+        """Clears all gradients for a step of `num_micro_batches`.
 
         Args:
             overlap: whether buffers that may be reduced early are; else all hold this rank's gradients until `reduce`.

@@ -98,7 +98,7 @@ class PageTable:
         self._pages_of: dict[int, list[int]] = {}
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether a sequence of so many positions can be admitted now."""
+        """Whether a sequence of this length can be admitted now."""
         return bool(self._free_slots) and pages_for(num_tokens) <= len(self._free_pages)
 
     def reserve(self, num_tokens: int) -> int:

@@ -56,7 +56,7 @@ class RankRunner:
         """See `Runner.run`."""
         model, state = self._model, self._model.state
         self._cache.begin(batch)
-        # Tensor-parallel ranks may share tokens out evenly; what fills up belongs to no sequence.
+        # Sequence parallelism splits tokens evenly; what fills up belongs to no sequence.
         missing = -batch.num_tokens % state.tp.size
         tokens_BS = torch.cat((batch.tokens_T, batch.tokens_T.new_zeros(missing)))[None]
         positions_BS = torch.cat((batch.positions_T, batch.positions_T.new_zeros(missing))).long()[None]

@@ -1,4 +1,4 @@
-"""Numbers of tensors, taken a run of elements at a time."""
+"""Numbers of tensors, taken a slice at a time."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Embedding(nn.Module):
 
 
 class GPTStage(nn.Module):
-    """A run of layers, with the embedding before the first and the head after the last.
+    """Consecutive layers, with the embedding before the first and the head after the last.
 
     Layers are named by their index in the whole model, so that parameter names do not depend on the layout.
     """

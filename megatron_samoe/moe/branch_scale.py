@@ -38,7 +38,7 @@ def router_init_std(config: PretrainConfig) -> float:
 
 
 def branch_scale(config: PretrainConfig, num_experts: int) -> BranchScale:
-    """Returns the factors that --moe-scale-output-init asks for in a layer of so many experts."""
+    """Returns the factors that --moe-scale-output-init asks for in a layer of `num_experts`."""
     moe, mlp_size = config.moe, config.model.mlp_size
     if not moe.moe_scale_output_init:
         return BranchScale(1.0, 1.0)

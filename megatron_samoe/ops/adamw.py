@@ -1,4 +1,4 @@
-"""One AdamW step over many runs of elements in one pass: masters, moments, and bf16 weights that follow their masters."""
+"""One AdamW step over many slices in one pass: masters, moments, and bf16 weights that follow their masters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pool combination: a layer's expert weights as a weighted sum of the pool's banks, for all layers in one pass.
+"""A layer's expert weights as a weighted sum of the pool's banks, for all layers in one pass.
 
 Letters: L layers, G groups (experts, tensor kinds: what shares a coefficient vector), P banks, N elements a group.
 Both are plain functions, not recorded by autograd: the pool calls them once a step, around the layers' own gradients.

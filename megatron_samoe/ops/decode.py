@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_samoe.ops import decode_reference, extension
 
-#: Positions of one page of the key-value cache; the kernels take keys in runs of so many.
+#: Positions of one page of the key-value cache; the kernels take that many keys at once.
 PAGE = 16
 WeightType = Literal["fp32", "bf16", "int8"]
 WEIGHT_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}

@@ -217,7 +217,7 @@ def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: Seque
 
 
 def use_grouped_mm(rows: Sequence[int], *operands: Tensor) -> bool:
-    """Whether torch's grouped product serves experts of so many rows, and operands of [*, M, K] or [R, K]: bf16 on a
+    """Whether torch's grouped product serves experts of these rows, and operands of [*, M, K] or [R, K]: bf16 on a
     Hopper GPU, whose rows and addresses are whole 16 bytes, and fewer than 1,024 experts.
 
     On other GPUs it loops over the experts or was reported to leave the gradients of experts without rows unset

@@ -29,7 +29,7 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "edp": ("expert", ("edp",)),
     # Parameters whose gradient is a partial sum over expert-tensor ranks (output biases, per-expert coefficients).
     "etp_edp": ("expert", ("etp", "edp")),
-    # All ranks of one pipeline stage: combination coefficients are summed over it.
+    # All ranks of one pipeline stage: coefficients of banks are summed over it.
     "stage": ("expert", ("etp", "ep", "edp")),
     # Every stage uses the pool, so its replicas stand over expert-data-parallel ranks of all stages.
     "pool_dp": ("expert", ("edp", "pp")),

@@ -41,7 +41,7 @@ class RouterHealth:
 
     @staticmethod
     def of(counts: Sequence[Tensor], num_tokens: int, num_dropped: float) -> RouterHealth:
-        """Returns the health of a global batch of so many tokens, from counts_E of each layer."""
+        """Returns the health of a global batch, from counts_E of each layer."""
         together = torch.cat(list(counts))
         return RouterHealth(
             [load_entropy(counts_E) for counts_E in counts], float(together.max()) / num_tokens,

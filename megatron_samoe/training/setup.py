@@ -62,7 +62,7 @@ class TrainSetup:
         return num_micro_batches(self.config, self.parallel.world_size)
 
     def boundary(self, batch_size: int) -> TensorSpec:
-        """Returns what pipeline stages hand over for a micro-batch of so many sequences."""
+        """Returns what pipeline stages hand over for a micro-batch of `batch_size` sequences."""
         tokens = batch_size * self.config.model.seq_length
         if self.parallel.sequence_parallel:
             tokens //= self.parallel.tp.size

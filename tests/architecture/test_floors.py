@@ -34,8 +34,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("datasets",),
     ("planning", "runtime"),
     ("training", "inference", "interop", "evaluation"),
-    ("benchmarks",),
     ("cli",),
+    ("benchmarks",),
     ("__main__",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

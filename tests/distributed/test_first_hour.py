@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_samoe.datasets import train_tokenizer
-from megatron_samoe.datasets.preprocess import command
+from megatron_samoe.cli import preprocess as command
+from megatron_samoe.cli import train_tokenizer
 from tests.harness.program import REPOSITORY, arguments, start
 
 pytestmark = pytest.mark.distributed

@@ -99,7 +99,7 @@ def median_s(run: Callable[[], object], device: torch.device, repeats: int) -> f
 
 
 def measure(group: Group, device: torch.device, megabytes: float, repeats: int) -> str:
-    """Returns a line with the speed of even exchanges of so many megabytes a rank, ours and torch's in turn."""
+    """Returns a line with the speed of even exchanges of some megabytes a rank, ours and torch's in turn."""
     exchange = group.exchange
     assert exchange is not None
     rows = [max(int(megabytes * 2**20) // (4 * WIDTH * group.size), 1)] * group.size

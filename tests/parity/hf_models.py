@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_samoe.cli import convert
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.inference.generate import generate_ids
-from megatron_samoe.interop import convert
 from megatron_samoe.models.rank_model import build_model, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state

@@ -1,4 +1,4 @@
-// How the experts of a layer are shared out to threads.
+// How the experts of a layer are divided among threads.
 #pragma once
 
 #include <cstddef>

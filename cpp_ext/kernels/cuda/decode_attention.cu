@@ -180,7 +180,7 @@ SAMOE_DEVICE void add_values(const cpu::DecodeAttention& a, const CacheBounds& b
   }
 }
 
-// parts_of_grid: 0, and a block takes all chunks and writes the result; else it takes one of so many, and writes its part
+// parts_of_grid: 0, and a block takes all chunks and writes the result; else it takes one of that many, and writes its part
 // as channels, peak and sum.
 template <typename C, int V>
 __global__ void __launch_bounds__(kThreads, 2) attend(cpu::DecodeAttention a, CacheBounds bounds, int64_t parts_of_grid, float* parts) {

@@ -24,7 +24,7 @@ def _is_pipeline(config: PretrainConfig, world_size: int) -> bool:
 
 
 def _num_stages(config: PretrainConfig) -> int:
-    """Returns the stages of all ranks, virtual ones too; 0 where the layers do not share out."""
+    """Returns the stages of all ranks, virtual ones too; 0 where they do not divide the layers."""
     layout = config.parallel.pipeline_model_parallel_layout
     if layout is None:
         return virtual_stages(config.parallel, config.model.num_layers)

@@ -42,7 +42,7 @@ class MegatronLayout:
     Attributes:
         expert_tensor_parallel: ranks that split each expert, 1 or the tensor-parallel size; if None, the latter, but 1
             for experts with biases, which Megatron does not split.
-        virtual_pipeline: runs of layers of each pipeline rank, its chunks.
+        virtual_pipeline: chunks of layers of each pipeline rank.
     """
 
     tensor_parallel: int = 1

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_samoe.cli.train_tokenizer import main
 from megatron_samoe.datasets.byte_bpe import tiktoken_encoding
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
-from megatron_samoe.datasets.train_tokenizer import main
 from megatron_samoe.errors import DataError
 
 CORPUS = Path(__file__).resolve().parents[3] / "examples/data/austen_emma_mansfield.txt"

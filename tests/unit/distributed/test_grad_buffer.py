@@ -1,4 +1,4 @@
-"""Gradients of several ranks, whole or shared out: the sums, the norm and the update are the same."""
+"""Gradients of several ranks, whole or sharded: the sums, the norm and the update are the same."""
 
 from __future__ import annotations
 

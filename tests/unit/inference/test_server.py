@@ -310,7 +310,7 @@ def test_requests_that_can_never_fit_the_cache(loaded: LoadedModel, stream: bool
 
 
 def test_many_clients_at_once_get_right_answers(loaded: LoadedModel) -> None:
-    """A small sample of what tools/benchmark_serve.py does by the thousand."""
+    """A small sample of what megatron-samoe benchmark serve does by the thousand."""
     prompts = [f"Prompt {i} " + "ab" * (i % 11) for i in range(24)]
     expected = {p: greedy_text(loaded, p, 5 + len(p) % 17) for p in prompts}
     with serving(loaded, max_batch=4) as running, ThreadPoolExecutor(12) as pool:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_samoe.cli import convert
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor, write_checkpoint
-from megatron_samoe.interop import convert
 from megatron_samoe.interop.hf.native import NativeModel
 
 MODEL = ModelConfig(

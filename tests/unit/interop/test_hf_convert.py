@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 
+from megatron_samoe.cli import convert
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError
-from megatron_samoe.interop import convert
 from megatron_samoe.interop.convert_read_ahead import ReadAhead
 from megatron_samoe.interop.edited_model import open_checkpoint
 from megatron_samoe.interop.hf import export

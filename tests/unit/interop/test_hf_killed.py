@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_samoe.cli import convert
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.interop import convert
 from megatron_samoe.interop.hf.families.llama import read_shared_config
 from megatron_samoe.interop.hf.tokenizer_files import imported_tokenizer
 from megatron_samoe.interop.output_folder import require_new
@@ -40,7 +40,7 @@ def test_a_damaged_tokenizer_is_said_and_left_behind(tmp_path: Path) -> None:
 # The last moment: all is written, and gets its name now.
 DIES_AT_RENAME = """
 import os, signal, sys
-from megatron_samoe.interop import convert
+from megatron_samoe.cli import convert
 os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 convert.main(sys.argv[1:])
 """

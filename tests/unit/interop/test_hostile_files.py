@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_samoe.cli import inspect_checkpoint as inspect
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
@@ -30,7 +31,6 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.file_storage import METADATA, read_metadata
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
 from megatron_samoe.errors import MegatronSamoeError
-from megatron_samoe.interop import inspect
 from megatron_samoe.interop.hf.export import native_model
 from megatron_samoe.interop.hf.export import plan_export as plan_hf
 from megatron_samoe.interop.hf.export import write_export as write_hf

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_samoe.cli import convert
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import CheckpointError, MegatronSamoeError
-from megatron_samoe.interop import convert
 from megatron_samoe.interop.edited_model import open_checkpoint
 from megatron_samoe.interop.hf.source import HFSource
 from megatron_samoe.interop.megatron import MegatronReader

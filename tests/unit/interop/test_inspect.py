@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.cli import inspect_checkpoint as inspect
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
-from megatron_samoe.interop import inspect
 from megatron_samoe.interop.hf.export import plan_export as plan_hf
 from megatron_samoe.interop.hf.export import write_export as write_hf
 from megatron_samoe.interop.inspect_health import InitialValues, check_health

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_samoe.cli import edit
 from megatron_samoe.config import MoEConfig
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.interop import edit
 from megatron_samoe.interop.assignment import best_assignment
 from megatron_samoe.interop.bank_fit import fit_banks, match_experts
 from megatron_samoe.interop.pool_surgery import pool_moe

@@ -98,7 +98,7 @@ def test_the_path_without_the_extension(
 def test_routed_tokens_on_several_threads(
     num_tokens: int, topk: int, activation: str, threads: int, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few threads and large experts are shared out by rows; all sizes are no multiple of a vector."""
+    """Few threads and large experts are divided by rows; all sizes are no multiple of a vector."""
     monkeypatch.setenv("MEGATRON_SAMOE_BF16_PRODUCTS", products)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_samoe.cli import inspect_dataset
+from megatron_samoe.cli import merge as merge_command
 from megatron_samoe.datasets import inspect, manifest, merge
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron_samoe.datasets.preprocess import checksums
@@ -47,7 +49,7 @@ def test_merging_equals_preprocessing_at_once(tmp_path: Path, capsys: pytest.Cap
     text_dataset(tmp_path / "parts", "b", ["three", "four"])
     whole = text_dataset(tmp_path, "whole", ["one", "", "two", "three", "four"])
     out = str(tmp_path / "merged")
-    assert merge.main(["--input", str(tmp_path / "parts"), "--output-prefix", out]) == 0
+    assert merge_command.main(["--input", str(tmp_path / "parts"), "--output-prefix", out]) == 0
     assert "5 documents" in capsys.readouterr().out
     for suffix in (".bin", ".idx"):
         assert Path(out + suffix).read_bytes() == Path(whole + suffix).read_bytes()
@@ -86,7 +88,7 @@ def test_what_cannot_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([a, str(tmp_path / "aa")], "The nearest existing"),
         ([a, str(tmp_path / "out")], "also an input"),
     ):
-        assert merge.main(["--input", *words, "--output-prefix", str(tmp_path / "out")]) == 1
+        assert merge_command.main(["--input", *words, "--output-prefix", str(tmp_path / "out")]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out.bin").exists()
 
@@ -118,7 +120,7 @@ def test_kill_9_while_merging_leaves_the_old_or_the_new(tmp_path: Path) -> None:
 
 def test_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = build(tmp_path / "d", [[1, 1, 1, 1], [], [2, 2, 2, 2]])
-    assert inspect.main(["stats", prefix, "--plot", str(tmp_path / "d.png")]) == 0
+    assert inspect_dataset.main(["stats", prefix, "--plot", str(tmp_path / "d.png")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["documents"], found["empty_documents"], found["tokens"], found["distinct_ids"]) == (3, 1, 8, 2)
     assert found["max_token_id"] == 2 and abs(found["unigram_entropy_nats"] - np.log(2)) < 1e-4
@@ -128,22 +130,24 @@ def test_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_decode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = text_dataset(tmp_path, "d", ["one", "née"])
-    assert inspect.main(["decode", prefix, "--document", "1"]) == 0
+    assert inspect_dataset.main(["decode", prefix, "--document", "1"]) == 0
     assert capsys.readouterr().out.split() == [*map(str, "née".encode()), "256"]
-    assert inspect.main(["decode", prefix + ".idx", "--document", "1", "--tokenizer-type", "ByteTokenizer"]) == 0
+    assert (
+        inspect_dataset.main(["decode", prefix + ".idx", "--document", "1", "--tokenizer-type", "ByteTokenizer"]) == 0
+    )
     assert capsys.readouterr().out == "née\n"
-    assert inspect.main(["decode", prefix, "--document", "2"]) == 1
+    assert inspect_dataset.main(["decode", prefix, "--document", "2"]) == 1
     assert "not in 0 to 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix, at", [(".bin", 3), (".idx", 60)])
 def test_verify_finds_a_flipped_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, at: int) -> None:
     prefix = text_dataset(tmp_path, "d", ["one", "two", "three"])
-    assert inspect.main(["verify", prefix]) == 0
+    assert inspect_dataset.main(["verify", prefix]) == 0
     data = bytearray(Path(prefix + suffix).read_bytes())
     data[at] ^= 4
     Path(prefix + suffix).write_bytes(bytes(data))
-    assert inspect.main(["verify", prefix]) == 1
+    assert inspect_dataset.main(["verify", prefix]) == 1
     assert prefix in capsys.readouterr().err
 
 
@@ -151,13 +155,13 @@ def test_verify_finds_gaps_and_wrong_counts(tmp_path: Path, capsys: pytest.Captu
     prefix = build(tmp_path / "d", DOCUMENTS)
     with open(prefix + ".bin", "ab") as file:
         file.write(b"\0\0")
-    assert inspect.main(["verify", prefix]) == 1
+    assert inspect_dataset.main(["verify", prefix]) == 1
     assert "its index describes" in capsys.readouterr().err
     prefix = text_dataset(tmp_path, "t", ["one"])
     record = manifest.read(prefix)
     assert record is not None
     manifest.write(prefix, replace(record, num_tokens=9))
-    assert inspect.main(["verify", prefix]) == 1
+    assert inspect_dataset.main(["verify", prefix]) == 1
     assert "its manifest says" in capsys.readouterr().err
 
 
@@ -166,18 +170,18 @@ def test_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     wanted = Path(prefix + ".idx").read_bytes()
     Path(prefix + ".idx").write_bytes(wanted[:50])
     monkeypatch.setattr(inspect, "BLOCK_BYTES", 10)
-    assert inspect.main(["repair", prefix]) == 1
+    assert inspect_dataset.main(["repair", prefix]) == 1
     assert "give --dtype and --eod" in capsys.readouterr().err
-    assert inspect.main(["repair", prefix, "--dtype", "uint16", "--eod", "256"]) == 0
+    assert inspect_dataset.main(["repair", prefix, "--dtype", "uint16", "--eod", "256"]) == 0
     assert Path(prefix + ".idx").read_bytes() == wanted
     assert Path(prefix + ".idx.broken").read_bytes() == wanted[:50]
-    assert inspect.main(["repair", prefix, "--dtype", "uint16", "--eod", "99"]) == 1
+    assert inspect_dataset.main(["repair", prefix, "--dtype", "uint16", "--eod", "99"]) == 1
     assert "cannot be told apart" in capsys.readouterr().err
-    assert inspect.main(["repair", str(tmp_path / "none"), "--dtype", "uint16", "--eod", "99"]) == 1
+    assert inspect_dataset.main(["repair", str(tmp_path / "none"), "--dtype", "uint16", "--eod", "99"]) == 1
     prefix = text_dataset(tmp_path, "t", ["one", "two"])
     wanted = Path(prefix + ".idx").read_bytes()
     Path(prefix + ".idx").unlink()
-    assert inspect.main(["repair", prefix]) == 0
+    assert inspect_dataset.main(["repair", prefix]) == 0
     assert Path(prefix + ".idx").read_bytes() == wanted
 
 
@@ -208,7 +212,9 @@ def test_the_slurm_array_and_a_merge_give_the_bytes_of_one_run(tmp_path: Path) -
         slurm = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_COUNT": "2"}
         command = ["sh", str(ROOT / "examples/preprocess_slurm.sh"), *arguments]
         subprocess.run(command, check=True, env=environment | slurm, cwd=ROOT, stdout=subprocess.DEVNULL)
-    assert merge.main(["--input", str(tmp_path / "web_parts"), "--output-prefix", str(tmp_path / "merged")]) == 0
+    assert (
+        merge_command.main(["--input", str(tmp_path / "web_parts"), "--output-prefix", str(tmp_path / "merged")]) == 0
+    )
     options = PreprocessOptions(
         (str(tmp_path / "corpus"),), str(tmp_path / "whole"), "HuggingFaceTokenizer", f"{tokenizer}.json",
         executor="inline", quiet=True, append_eod=True,

@@ -1,4 +1,4 @@
-// The threads of one call of inference, from a parallel region that is opened once: what they share out, and where they
+// The threads of one call of inference, from a parallel region that is opened once: how they divide work, and where they
 // wait for each other.
 //
 // A kernel's part for one thread is a function that takes its Member; the functions of a step's kernels are declared

@@ -1,0 +1,54 @@
+"""One command reaches every program, and says so in a line where there is none of that name."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_samoe.cli.command import COMMANDS, module_of
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "megatron_samoe", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_help_lists_every_command_without_loading_torch() -> None:
+    code = "import sys; sys.argv = ['x', '--help']; from megatron_samoe.cli.command import main; main(); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+    assert shown.strip().endswith("False")
+    assert all(f"  {name} " in shown for name in COMMANDS)
+
+
+def test_an_unknown_command_names_the_nearest() -> None:
+    result = run("pretrian")
+    assert result.returncode == 2 and "Did you mean 'pretrain'?" in result.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_program(name: str) -> None:
+    module = importlib.import_module(module_of(name))
+    assert callable(module.main)
+    assert name == "pretrain" or module.make_parser().format_help()
+
+
+def test_a_command_names_itself_in_its_messages() -> None:
+    result = run("merge", "--inptu", "x")
+    assert result.returncode == 2 and "megatron-samoe merge" in result.stderr and "--input" in result.stderr
+
+
+def test_completion_knows_commands_and_their_flags() -> None:
+    script = run("completion", "bash").stdout
+    assert "train-tokenizer" in script and "--num-expert-banks" in script and "--output-prefix" in script
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_files_of_tools_are_one_line_programs(path: Path) -> None:
+    text = path.read_text()
+    module = text.rpartition('run("')[2].partition('"')[0]
+    assert module in {module_of(name) for name in COMMANDS} and len(text.splitlines()) <= 14
