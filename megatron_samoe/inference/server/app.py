@@ -45,7 +45,7 @@ class _Answer:
 
 
 class _Routes:
-    """The handlers; FastAPI's names are loaded with the first server, as it is an optional dependency."""
+    """The handlers; Starlette's names are loaded with the first server, as it is an optional dependency."""
 
     def __init__(
         self, service: CompletionService, metrics: ServerMetrics, facts: ModelFacts, max_body_bytes: int,
@@ -223,23 +223,19 @@ def build_app(
     body_timeout_s: float,
 ) -> Any:  # fmt: skip
     """Returns the ASGI application of a server."""
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.routing import Route
 
     routes = _Routes(service, metrics, facts, max_body_bytes, body_timeout_s)
-    app = FastAPI(
-        title="megatron_samoe", docs_url=None, redoc_url=None, openapi_url=None,
-        routes=[
-            Route("/", routes.page),
-            Route("/health", routes.health),
-            Route("/metrics", routes.metrics),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{name:path}", routes.model),
-            Route("/v1/completions", routes.completions, methods=["POST"]),
-        ],
-    )  # fmt: skip
-    app.add_exception_handler(ApiError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(Exception, _answer_fault)
+    paths = [
+        Route("/", routes.page),
+        Route("/health", routes.health),
+        Route("/metrics", routes.metrics),
+        Route("/v1/models", routes.models),
+        Route("/v1/models/{name:path}", routes.model),
+        Route("/v1/completions", routes.completions, methods=["POST"]),
+    ]
+    handlers: Any = {ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_fault}
+    app = Starlette(routes=paths, exception_handlers=handlers)
     return Gate(app, gate, metrics)

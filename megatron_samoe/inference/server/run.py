@@ -117,8 +117,8 @@ def read_api_key(path: Path | None) -> str | None:
 def check_installed() -> None:
     """Raises ConfigError that says what to install, if the server's optional libraries are missing."""
     try:
-        import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MegatronSamoeError(
