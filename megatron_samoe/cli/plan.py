@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster:
-    """Returns the cluster that the options describe; ConfigError for sizes that are none."""
+    """Returns the cluster that the options describe; ConfigError for sizes that no cluster has."""
     for name in POSITIVE:
         if not 0 < getattr(options, name) < float("inf"):
             raise ConfigError(flag(name), getattr(options, name), "must be above 0")

@@ -52,7 +52,7 @@ def build_train_valid_test_datasets(
             others wait, then those read them; a rank that cannot see them (node-local disk) builds its own.
         is_builder: see `barrier`.
         evaluation_seed: of the order of validation and test samples, in place of `seed`.
-        optional: splits that are None, and said to be, where they have no data or too few.
+        optional: splits that may be missing, and are said to be, where they have no data or too few.
 
     Raises:
         DataError: a dataset is missing, damaged, made with another tokenizer, too short, or a needed split is empty.

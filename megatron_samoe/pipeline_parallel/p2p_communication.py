@@ -99,7 +99,7 @@ class PipelineChannel:
             waited = time.monotonic() - began
             in_vain = waited >= 0.9 * self.timeout.total_seconds()
             said = (
-                f"waited {waited:.0f} s in vain for the" if in_vain else "lost its connection while it waited for the"
+                f"waited {waited:.0f} s and never got the" if in_vain else "lost its connection while it waited for the"
             )
             raise CommunicationError(
                 f"Pipeline stage {pp.rank} of {pp.size} (rank {self.parallel.rank}) {said} {pending.what}: "

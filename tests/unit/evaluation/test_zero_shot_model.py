@@ -53,7 +53,7 @@ def plain_score(loaded: LoadedModel, context: str, continuation: str) -> tuple[f
 @pytest.mark.parametrize("experts, style", [("samoe", "llama"), ("moe", "gpt3"), ("dense", "gpt3")])
 def test_scores_are_those_of_one_row_at_a_time(experts: str, style: str) -> None:
     loaded = loaded_model(experts, style)
-    # A prompt after which this untrained model writes two characters, rather than bytes that are none.
+    # A prompt after which this untrained model writes two characters, not broken bytes.
     prompts = [f"The cat {letter}" for letter in string.printable.strip()]
     written = ModelPredictor(loaded).generate(prompts, (), 2)
     prompt, greedy = next((p, t) for p, (t, _) in zip(prompts, written, strict=True) if t.isascii() and len(t) == 2)
