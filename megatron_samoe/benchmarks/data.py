@@ -138,7 +138,7 @@ def bare_engine(texts: list[str], kind: str, model: str, threads: int) -> float:
 
 def benchmark_preprocess(args: argparse.Namespace) -> dict[str, Any]:
     """Returns MB/s of ours, the classic loop and the bare engine for each tokenizer."""
-    from megatron_samoe.datasets import train_tokenizer
+    from megatron_samoe.cli import train_tokenizer
 
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -62,7 +62,7 @@ class FileBinReader:
         size = count * dtype.itemsize
         _check_range(self.path, self.num_bytes, size, offset_bytes)
         out = np.empty(count, dtype=dtype)
-        view, done = memoryview(out).cast("B") if count else memoryview(b""), 0
+        view, done = memoryview(out.data).cast("B") if count else memoryview(b""), 0
         while done < size:
             got = os.preadv(self._fd, [view[done:]], offset_bytes + done)
             if got == 0:

@@ -91,20 +91,18 @@ class _Builder:
                 for place, (name, count) in enumerate(zip(blends.SPLITS, num_samples, strict=True))
             )
         sources = self._sources()
-        datasets = []
-        for place, (name, count) in enumerate(zip(blends.SPLITS, num_samples, strict=True)):
-            if count == 0:
+        datasets: list[Dataset | None] = []
+        for name, count, source in zip(blends.SPLITS, num_samples, sources, strict=True):
+            if count == 0 or (source is None and name in self.optional):
                 datasets.append(None)
                 continue
-            if sources[place] is None and name in self.optional:
-                datasets.append(None)
-                continue
-            if sources[place] is None:
+            if source is None:
                 flag = f"--{name}-data-path"
                 raise DataError(
                     f"The {name} split is needed ({count} samples) but has no data: give {flag}, or --data-path."
                 )
-            datasets.append(self._build_optional(name, *sources[place], count))
+            blend, share, own_data = source
+            datasets.append(self._build_optional(name, blend, share, own_data, count))
         return tuple(datasets)
 
     def _build_optional(

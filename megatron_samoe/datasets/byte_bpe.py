@@ -106,5 +106,5 @@ def _merges_agree(vocab: dict[str, int], merges: list[tuple[str, ...]], reachabl
         last = result
     from tokenizers.models import BPE
 
-    plain = BPE(vocab=vocab, merges=merges, ignore_merges=False)
+    plain = BPE(vocab=vocab, merges=merges, ignore_merges=False)  # type: ignore[arg-type]
     return all(len(plain.tokenize(token)) == 1 for token in reachable)

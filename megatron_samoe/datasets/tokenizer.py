@@ -153,6 +153,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode_fast(self, text: str) -> np.ndarray:
         """Returns the ids of a text from tiktoken's engine, uint32."""
+        assert self._fast is not None
         try:
             if self._specials_in_text:
                 return self._fast.encode_to_numpy(text, allowed_special="all", disallowed_special=())
@@ -198,7 +199,7 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
             vocab = json.loads(vocab_bytes)
             lines = [line for line in merge_bytes.decode().split("\n") if line and not line.startswith("#version")]
             merges = [tuple(line.rstrip("\r").split(" ")) for line in lines]
-            model = tokenizers.models.BPE(vocab=vocab, merges=merges)
+            model = tokenizers.models.BPE(vocab=vocab, merges=merges)  # type: ignore[arg-type]
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{vocab_file} and {merge_file} are no GPT-2 vocabulary and merges: {error}") from error
         tokenizer = tokenizers.Tokenizer(model)

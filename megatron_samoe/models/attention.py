@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ class SelfAttention(nn.Module):
         """Returns attention's output [T, A * D] before its projection, from rotated queries and keys."""
         dropout = self.config.attention_dropout if context.training else 0.0
         query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
-        arguments = {
+        arguments: dict[str, Any] = {
             "attn_mask": inputs.mask_B1SS, "is_causal": inputs.mask_B1SS is None, "dropout_p": dropout,
             "enable_gqa": self.queries_per_kv > 1,
         }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,8 @@ class GPTStage(nn.Module):
 
     Layers are named by their index in the whole model, so that parameter names do not depend on the layout.
     """
+
+    layers: Any  # torch's containers forget what they hold
 
     def __init__(self, blueprint: Blueprint, plan: StagePlan):
         super().__init__()

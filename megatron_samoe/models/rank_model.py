@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class RankModel(nn.Module):
     The model owns what is shared and lends it to its layers in every call. Held by every layer, it would stand in
     `state_dict()` many times, and its gradient would be reduced before all layers have added theirs.
     """
+
+    chunks: Any  # torch's containers forget what they hold
 
     def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype,
                  parts: ModelParts | None = None):  # fmt: skip

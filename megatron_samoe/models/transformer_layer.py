@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from megatron_samoe.models.attention import AttentionInputs
@@ -17,6 +19,8 @@ from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
 
 class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). `mlp` is dense; `moe` takes its place in MoE layers."""
+
+    attention: Any  # whatever the parts say
 
     def __init__(self, blueprint: Blueprint, place: LayerPlace):
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -42,7 +42,9 @@ class RunData:
         """Yields for each step this rank's micro-batches, from where a run stands."""
         training, place = self.config.training, self._place
         if self.config.data.dataloader_type == "cyclic":
-            sampler = PretrainingRandomSampler(len(self.train), consumed_samples, *place, training.seed)
+            sampler: Iterable[list[int]] = PretrainingRandomSampler(
+                len(self.train), consumed_samples, *place, training.seed
+            )
         else:
             sampler = PretrainingSampler(len(self.train), consumed_samples, *place)
         micro_batches = iter(DataLoader(self.train, sampler, self.config.data.num_workers, transform=self._pin))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from megatron_samoe.pipeline_parallel.schedule_plan import Plan
 from megatron_samoe.pipeline_parallel.schedules import run_plan
 from megatron_samoe.training.setup import TrainSetup
 
-Batch = Mapping[str, Tensor]
+Batch = dict[str, Tensor]
 #: Takes number, batch and masked losses_T of a micro-batch on the last stage; returns the scalar to differentiate.
 LossSink = Callable[[int, Batch, Tensor], Tensor]
 
@@ -28,7 +28,8 @@ def run_micro_batches(
     if model.num_moe_layers:
         rows = model.statistics.zeros(model.num_moe_layers, setup.parallel.device)
 
-    def forward(chunk: int, number: int, x: Tensor | None) -> Tensor:
+    def forward(chunk: int, micro_batch: int, x: Tensor | None) -> Tensor:
+        number = micro_batch
         batch, stage = batches[number], model.chunks[chunk]
         y, all_stats = model(
             batch["tokens"] if x is None else x, contexts[number], batch.get("position_ids"), batch.get("document_ids"),

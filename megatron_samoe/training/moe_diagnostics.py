@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_samoe.moe.experts import main_grads_of
-from megatron_samoe.moe.sharing.coefficients import normalize_coefficients
+from megatron_samoe.moe.sharing.coefficients import Coefficients, normalize_coefficients
 from megatron_samoe.moe.sharing.combined import StepLender
 from megatron_samoe.moe.sharing.own import OwnLender
 from megatron_samoe.ops.grouped_mlp import ExpertWeights
@@ -94,7 +95,8 @@ def _layer_gradients(setup: TrainSetup) -> dict[int, ExpertWeights] | None:
     grads = model.lender.layer_gradients()
     if grads is None:
         return {}
-    return {m.moe.moe_index: grads.map(lambda t, i=i: t[i]) for i, m in enumerate(model.moe_layers())}
+    indices = [layer.moe.moe_index for layer in model.moe_layers()]
+    return {index: grads.map(itemgetter(row)) for row, index in enumerate(indices)}
 
 
 def _squared_norms(grads: ExpertWeights, setup: TrainSetup) -> Tensor:
@@ -117,7 +119,9 @@ def make_diagnostics(setup: TrainSetup, routing: RoutingStats, grad_norms_LE: Te
         shape = (setup.model.num_moe_layers, 2, groups, moe.num_expert_banks)
         a_L2GP = torch.zeros(shape, dtype=torch.float64, device=setup.parallel.device)
         for layer in setup.model.moe_layers():
-            a_2GP = normalize_coefficients(layer.moe.experts.coefficients.detach(), moe.samoe_normalization)
+            own = layer.moe.experts
+            assert isinstance(own, Coefficients)
+            a_2GP = normalize_coefficients(own.coefficients.detach(), moe.samoe_normalization)
             if moe.samoe_granularity == "expert":
                 a_2GP = setup.parallel.ep.all_gather(a_2GP.transpose(0, 1).contiguous()).transpose(0, 1)
             a_L2GP[layer.moe.moe_index] = a_2GP

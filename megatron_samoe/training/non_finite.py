@@ -83,7 +83,7 @@ def _first_in_forward(setup: TrainSetup, state: TrainState, batches: Sequence[Ba
 
 
 def _first_gradient(setup: TrainSetup) -> Finding | None:
-    bad = [name for name, p in setup.buffers.parameters.items() if not _is_finite(p.main_grad)]
+    bad = [name for name, p in setup.buffers.parameters.items() if not _is_finite(p.main_grad)]  # type: ignore[attr-defined]
     return (-1, 0, 0, f"the gradient of {bad[-1]}") if bad else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from megatron_samoe.errors import ReplicaDriftError
+from megatron_samoe.moe.sharing.combined import ExpertPool
 from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.training.hook import Hook, Run
 from megatron_samoe.training.setup import TrainSetup
@@ -30,7 +31,7 @@ def check_pool_replicas(setup: TrainSetup, iteration: int) -> None:
         ReplicaDriftError: two copies differ; on every rank that holds one of them.
     """
     pool = setup.model.expert_pool
-    assert pool is not None
+    assert isinstance(pool, ExpertPool)
     for name, bank in pool.bank.items():
         group = setup.parallel.group(tag_of(bank).gradient_group)
         digest = hashlib.blake2b(bank.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()

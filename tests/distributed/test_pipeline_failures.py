@@ -129,7 +129,12 @@ def test_the_neighbour_names_who_it_waited_for(tmp_path: Path) -> None:
     config = troubled("dense", {"pp": 2})
     results = run_mortal_ranks(train_with_trouble, 2, str(tmp_path), config, "hang", 0, 2)
     message = results[1]["message"]
-    for part in ("Pipeline stage 1 of 2 (rank 1)", "activation of micro-batch 1", "from rank 0", "waited 3 s and never got"):
+    for part in (
+        "Pipeline stage 1 of 2 (rank 1)",
+        "activation of micro-batch 1",
+        "from rank 0",
+        "waited 3 s and never got",
+    ):
         assert part in message, message
 
 

@@ -105,7 +105,7 @@ def first_of_each(keys: np.ndarray, seen: KeySet) -> np.ndarray:
 
     `keys` is uint64 [documents, bands]: a document goes if one of its keys belongs to an earlier one that stayed.
     """
-    keep = ~seen.contains(keys).any(axis=1)
+    keep = np.asarray(~seen.contains(keys).any(axis=1))
     fresh: set[int] = set()
     for number in np.flatnonzero(keep).tolist():
         row = keys[number].tolist()

@@ -123,7 +123,7 @@ class ProcessExecutor:
         for ready in wait(self._connections, timeout_s):
             worker = self._connections.index(ready)  # type: ignore[arg-type]
             try:
-                answers.append((worker, ready.recv()))  # type: ignore[union-attr]
+                answers.append((worker, ready.recv()))  # type: ignore[union-attr,call-arg,arg-type]
             except (EOFError, OSError):
                 answers.append((worker, ("died", self._how_it_died(worker))))
         return answers

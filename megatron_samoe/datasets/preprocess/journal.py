@@ -94,7 +94,8 @@ class Journal:
     def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """Returns (header or None, later entries), and cuts off a damaged tail."""
         self._file.seek(0)
-        entries, good = [], 0
+        entries: list[dict[str, Any]] = []
+        good = 0
         for line in self._file.read().split("\n")[:-1]:
             try:
                 entry = parse_json(line)

@@ -120,7 +120,7 @@ def _parse(records: Records, number: int, line: bytes, options: PreprocessOption
     if not isinstance(value, dict):
         records.bad.append((number, f"a JSON object was expected, not {type(value).__name__}"))
         return
-    texts = tuple(value.get(key) for key in options.json_keys)
+    texts: tuple[Any, ...] = tuple(value.get(key) for key in options.json_keys)
     for key, text in zip(options.json_keys, texts, strict=True):
         if not isinstance(text, str):
             found = f"{type(text).__name__} under the key {key!r}, not a text" if key in value else f"no key {key!r}"

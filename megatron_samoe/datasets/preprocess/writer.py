@@ -57,7 +57,7 @@ class ShardWriter:
         offsets = (place.num_bytes, 4 * place.num_sequences, 8 * (1 + place.num_documents))
         crcs = []
         for file, array, offset in zip(self._files, (column.tokens, column.lengths, boundaries), offsets, strict=True):
-            view = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+            view = memoryview(np.ascontiguousarray(array).data).cast("B") if array.size else memoryview(b"")
             crcs.append(zlib.crc32(view))
             done = 0
             while done < len(view):
