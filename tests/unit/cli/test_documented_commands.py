@@ -1,0 +1,83 @@
+"""Every command of the README and of docs/ exists, with the flags that it is shown with."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megatron_samoe.cli.command import COMMANDS, module_of
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config.derived import flag
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: Commands that hand on what they do not know to pretraining.
+HAND_ON = ("study", "plan")
+PROGRAM = re.compile(
+    r"(?:tools/(?P<tool>\w+)\.py|(?:-m megatron_samoe|megatron-samoe) (?P<command>[a-z][a-z-]+)|-m megatron_samoe\.cli\.(?P<module>\w+))"
+)
+
+
+def flags_of_parser(parser: argparse.ArgumentParser) -> set[str]:
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {f for sub in action.choices.values() for f in flags_of_parser(sub)}
+    return found
+
+
+@cache
+def pretrain_flags() -> frozenset[str]:
+    groups = [getattr(PretrainConfig(), f.name) for f in dataclasses.fields(PretrainConfig)]
+    return frozenset({flag(f.name) for group in groups for f in dataclasses.fields(group)} | {"--config", "--help"})
+
+
+@cache
+def flags_of(command: str) -> frozenset[str]:
+    if command == "pretrain":
+        return pretrain_flags()
+    own = frozenset(flags_of_parser(importlib.import_module(module_of(command)).make_parser()))
+    return own | pretrain_flags() if command in HAND_ON else own
+
+
+def command_of(match: re.Match[str]) -> str:
+    """Returns the command that a program of the docs is; KeyError where there is none."""
+    by_module = {module_of(name): name for name in COMMANDS}
+    if match["tool"]:
+        text = (ROOT / f"tools/{match['tool']}.py").read_text()
+        return by_module[text.rpartition('run("')[2].partition('"')[0]]
+    if match["module"]:
+        return by_module[f"megatron_samoe.cli.{match['module']}"]
+    assert match["command"] in COMMANDS, match[0]
+    return match["command"]
+
+
+def shown_commands(text: str) -> list[tuple[re.Match[str], str]]:
+    """Returns (program, its arguments) of the code lines of a page; a backslash goes on in the next line."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    lines = [line for line in joined.splitlines() if line.startswith("    ")]
+    lines += re.findall(r"`([^`\n]+)`", joined)
+    return [(match, line[match.end() :]) for line in lines if (match := PROGRAM.search(line))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_exist_with_their_flags(page: Path) -> None:
+    for match, rest in shown_commands(page.read_text()):
+        command = command_of(match)
+        if command == "benchmark" and re.match(r"\s+(checkpoint|convert|data|parallel|serve)\b", rest):
+            module = importlib.import_module(f"megatron_samoe.benchmarks.{rest.split()[0]}")
+            known = set(re.findall(r'"(--[a-z][a-z-]*)"', Path(module.__file__ or "").read_text()))
+        else:
+            known = set(flags_of(command))
+        unknown = set(re.findall(r"(?<!\S)(--[a-z][a-z-]*)", rest.split("#")[0].split("|")[0])) - known
+        assert not unknown, f"{match[0]} ({command}) has no {unknown}: {rest}"
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(shown_commands((ROOT / "README.md").read_text())) > 8
