@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import math
 import re
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+from megatron_samoe.cli import report as report_command
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.evaluation import plots, plots_experts
 from megatron_samoe.evaluation.measurements import read_decode, read_study, read_zero_shot
@@ -28,15 +27,6 @@ from tests.harness.browser import browser, missing
 from tests.harness.serving import save_tiny
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report_tool", ROOT / "tools/report.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_metrics(folder: Path, loss: float, experts: bool, banks: bool, speed: float = 100.0) -> None:
@@ -244,10 +234,10 @@ def test_plots_of_what_nobody_logged_are_left_out(runs_dir: Path) -> None:
         assert plot(samoe)[:4] == b"\x89PNG"
 
 
-def test_costs_per_decoded_token(runs_dir: Path, tmp_path: Path, tool: ModuleType) -> None:
+def test_costs_per_decoded_token(runs_dir: Path, tmp_path: Path) -> None:
     groups = group_runs([read_run(path) for path in folders(runs_dir)])
     (tmp_path / "decode.json").write_text(json.dumps(decode_rows(runs_dir)))
-    read = tool.bytes_per_token(groups)
+    read = report_command.bytes_per_token(groups)
     axes = cost_axes(groups, read_decode(tmp_path / "decode.json"), read)
     assert axes["measured ms per decoded token, batch 1, fp32"] == {"moe": 0.5}
     assert axes["measured ms per decoded token, batch 32, fp32"] == {"moe": 0.1}
@@ -295,9 +285,7 @@ def test_files_of_another_kind_are_named(tmp_path: Path, content: str) -> None:
         read_decode(tmp_path / "missing.json")
 
 
-def test_the_command_refuses_what_does_not_belong(
-    runs_dir: Path, tmp_path: Path, tool: ModuleType, capsys: Any
-) -> None:
+def test_the_command_refuses_what_does_not_belong(runs_dir: Path, tmp_path: Path, capsys: Any) -> None:
     moe = str(runs_dir / "moe/seed-1")
     (tmp_path / "decode.json").write_text(json.dumps(decode_rows(tmp_path)))
     for args, status, part in (
@@ -307,20 +295,20 @@ def test_the_command_refuses_what_does_not_belong(
         ([moe, "--output", str(tmp_path)], 2, "is a folder"),
         ([moe, "--output", str(tmp_path / "decode.json" / "r.html")], 1, "cannot be written"),
     ):  # fmt: skip
-        assert tool.main(["--output", str(tmp_path / "r.html"), *args]) == status
+        assert report_command.main(["--output", str(tmp_path / "r.html"), *args]) == status
         assert part in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
     with pytest.raises(CheckpointError):
         read_run(tmp_path)
 
 
-def test_a_study_is_reported_under_its_names(runs_dir: Path, tmp_path: Path, tool: ModuleType, capsys: Any) -> None:
+def test_a_study_is_reported_under_its_names(runs_dir: Path, tmp_path: Path, capsys: Any) -> None:
     variants = [
         {"name": "experts of their own", "directories": [str(runs_dir / f"moe/seed-{s}") for s in (1, 2)]},
         {"name": "one bank", "directories": [str(runs_dir / "samoe one bank")]},
     ]
     (tmp_path / "results.json").write_text(json.dumps({"title": "A study", "variants": variants}))
-    assert tool.main(["--study", str(tmp_path / "results.json"), "--output", str(tmp_path / "r.html")]) == 0
+    assert report_command.main(["--study", str(tmp_path / "results.json"), "--output", str(tmp_path / "r.html")]) == 0
     assert "experts of their own" in capsys.readouterr().out
     page = (tmp_path / "r.html").read_text()
     assert "<h1>A study</h1>" in page and "one bank" in page and "Not in this report" in page
@@ -336,12 +324,12 @@ def test_texts_are_escaped_and_the_page_is_alone(runs_dir: Path, tmp_path: Path)
 
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_the_page_in_a_browser(runs_dir: Path, tmp_path: Path, tool: ModuleType, capsys: Any) -> None:
+def test_the_page_in_a_browser(runs_dir: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "decode.json").write_text(json.dumps(decode_rows(runs_dir)))
     (tmp_path / "zs.json").write_text(json.dumps(zero_shot_file(runs_dir / "moe/seed-1/checkpoints", (0.6, 0.7))))
     flags = ["--decode", str(tmp_path / "decode.json"), "--zero-shot", str(tmp_path / "zs.json")]
     output = tmp_path / "report" / "r.html"
-    assert tool.main([*map(str, folders(runs_dir)), *flags, "--output", str(output)]) == 0
+    assert report_command.main([*map(str, folders(runs_dir)), *flags, "--output", str(output)]) == 0
     with browser() as page:
         page.resize(380, 800)
         page.open(output.as_uri())
