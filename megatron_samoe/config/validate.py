@@ -17,7 +17,7 @@ def validate(config: PretrainConfig, world_size: int) -> None:
 
 
 def refuse_wrong_numbers(config: PretrainConfig) -> None:
-    """Raises ConfigErrors naming each number that none of its kind can be, whatever else is configured."""
+    """Raises ConfigErrors naming each number outside its own range, whatever the other options are."""
     refuse_excess(config)
     problems = [problem for rule in options.RANGES for problem in rule(config, 1)]
     moe = config.moe

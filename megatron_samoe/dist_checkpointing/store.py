@@ -59,7 +59,7 @@ def whole_iterations(root: str | Path) -> list[int]:
 
 
 def checkpoints_of(load: str) -> str:
-    """Returns the folder of checkpoints that is meant by it or by the folder of its run."""
+    """Returns `load`, or `load`/checkpoints where that is a run's folder."""
     below = Path(load) / "checkpoints"
     return str(below) if not whole_iterations(load) and whole_iterations(below) else load
 

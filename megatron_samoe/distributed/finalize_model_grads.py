@@ -11,7 +11,7 @@ class StepModel(Protocol):
     """A model some of whose gradients are completed at the end of a step."""
 
     def finish_step(self) -> None:
-        """Completes this rank's gradients."""
+        """Adds what backward hooks could not: this rank's gradients of banks and coefficients (moe/sharing)."""
 
 
 def finalize_model_grads(model: StepModel, buffers: GradBuffers, gradient_scale: float = 1.0) -> None:

@@ -42,7 +42,7 @@ class TextStream:
         return self._release(self._held + fresh)
 
     def finish(self) -> str:
-        """Returns what was held back."""
+        """Ends the stream: returns the rest of the text, cut at a stop text that is complete only now."""
         text, self._held = self._held, ""
         if self._ids and not self.stopped:
             before = self._tokenizer.decode(self._context)
@@ -52,6 +52,7 @@ class TextStream:
         return text
 
     def _release(self, text: str) -> str:
+        """Cuts a text before the stop text that completes first; holds back an end that may begin one."""
         found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""

@@ -22,10 +22,10 @@ from megatron_samoe.parallel_state.state import Group
 
 
 class BalanceStrategy(Protocol):
-    """Looks at what routers of one layer chose; made with the configuration and the data-parallel group.
+    """Looks at what the router of one layer chose; made with the configuration and the data-parallel group.
 
     Attributes:
-        statistics: numbers of each statistic that `sums` gives, by name.
+        statistics: how many numbers each sum has that it returns, by name.
     """
 
     statistics: Mapping[str, int]
@@ -55,7 +55,7 @@ def balance_sum(gate: GateResult, group_size: int, dp: Group) -> Tensor:
     Summed over a group's sequences this is group_size times the group's own E * sum_e f_e P_e.
 
     Args:
-        gate: of whole sequences, a group of its sums each.
+        gate: of whole sequences; its sums have a row for each.
         group_size: sequences balanced together; divides those of all data-parallel ranks.
         dp: ranks that hold the other sequences. All call this together where a group does not lie within one rank.
     """

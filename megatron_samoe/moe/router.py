@@ -43,7 +43,7 @@ class Router(nn.Module):
     All tensor-parallel ranks route all tokens alike. Another way to choose overrides `select`.
     """
 
-    #: Numbers of each statistic besides counts, which has one for each expert.
+    #: How many numbers each sum has that routers tell, by name; "counts" has one for each expert.
     statistics: ClassVar[Mapping[str, int]] = {"z_sum": 1, "dropped": 1}
 
     def __init__(self, config: MoEConfig, place: MoEPlace, balance: BalanceStrategy, state: ParallelState,

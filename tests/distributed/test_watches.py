@@ -51,7 +51,7 @@ def test_a_hang_leaves_stacks_and_collectives(corpus: Path, tmp_path: Path) -> N
     assert f"What each rank was doing is in {tmp_path / 'run/hangs'}." in run.output()
     left = (tmp_path / "run/hangs/rank-00000.txt").read_text()
     assert left.startswith("rank 0, process ")
-    assert "Timeout (0:00:05" in left and "train_step.py" in left, "the stacks before the time-out"
+    assert "Timeout (0:00:05" in left and "trainer.py" in left, "the stacks before the time-out"
     assert "while computing iteration" in left and "last collectives, the newest last:\n  gloo:" in left
 
 

@@ -1,4 +1,4 @@
-"""What the sizes of tensor, expert and data parallelism must divide."""
+"""Tensor, sequence, expert and data parallelism; pipeline.py has the stages."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Holders of sharded banks combine them for each other, where that moves less than the banks.
+"""Holders of sharded banks combine them for each other, where banks outnumber a stage's MoE layers.
 
-Each holder has a slice of all banks. With more banks than a stage has MoE layers it is cheaper to combine a slice for all
-layers where it lies, and send each stage its layers' slices, than to gather the banks. Weight gradients go back the same
-way and are contracted by the holders. Per step and rank this moves l weights of each kind in place of P.
+Holders are the ranks of a bank's group: expert-data-parallel ranks of all pipeline stages. Each has a slice of all banks.
+Each combines its slice for all layers and sends every stage its layers' slices, which is less than the banks; else
+`bank_store.py` gathers those. Weight gradients go back the same way and are contracted by the holders. Per step and rank
+this moves l weights of each kind in place of P.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class BankExchange:
         return self.layers_of_stage[self.state.pp.rank]
 
     def layers_of_members(self, store: BankStore) -> list[tuple[int, ...]]:
-        """Returns the layers of each member of a bank's group."""
+        """Returns the layers of each holder's stage."""
         stages = [self.state.grid.coordinates(rank, "expert")["pp"] for rank in store.group.ranks]
         return [self.layers_of_stage[stage] for stage in stages]
 
@@ -60,7 +61,8 @@ class BankExchange:
             flat_lN[:, store.columns(member)] = slices
 
     def contract(self, store: BankStore, a_LGP: Tensor, grad: Tensor) -> Tensor:
-        """Adds the slice's gradient, summed over all holders, to its main gradient, and returns da_LGP.
+        """The backward of `combine`: sums all holders' weight gradients, adds the slice's gradient to its main gradient, and
+        returns da_LGP.
 
         The coefficients' gradient is that of all layers, data and elements: the same on all holders.
 
@@ -107,7 +109,7 @@ def _all_to_all(store: BankStore, outgoing: Sequence[Tensor], shapes: Sequence[t
 
 
 def _segments(store: BankStore, own: slice, num_groups: int) -> list[tuple[int, slice]]:
-    """Returns (group, part of the slice) pairs: one group for all experts, or a part for each expert in the slice."""
+    """Returns (coefficient group, part of the slice) pairs: one for all experts, or one for each expert in the slice."""
     size = store.num_elements // num_groups
     segments = []
     for group in range(num_groups):
