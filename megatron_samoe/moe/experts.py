@@ -57,9 +57,13 @@ class ExpertShape:
         by_expert, f_dim = (d, "ep"), d + len(up)
         inner = (by_expert, (f_dim, "etp"))
 
-        def make(shape: tuple[int, ...], spec: ShardSpec, init: Init) -> nn.Parameter:
-            # All stages use a bank, so its gradient is whole when all of them are done.
-            completed_at: Literal["backward", "step_end"] = "backward" if num_banks is None else "step_end"
+        # All stages use a bank, so its gradient is whole when all of them are done.
+        usual: Literal["backward", "step_end"] = "backward" if num_banks is None else "step_end"
+
+        def make(
+            shape: tuple[int, ...], spec: ShardSpec, init: Init = ZEROS,
+            completed_at: Literal["backward", "step_end"] = usual,
+        ) -> nn.Parameter:  # fmt: skip
             tag = ParameterTag(spec, init, completed_at, is_routed_expert=True)
             return new_parameter((*leading, E, *shape), tag, state, dtype)
 
@@ -69,9 +73,10 @@ class ExpertShape:
                        Init(std=self.output_init_std, num_indexed_dims=d + 1)),
         }  # fmt: skip
         if self.bias:
-            made["b1"] = make(up, ShardSpec(family, inner), ZEROS)
-            # Every expert-tensor rank holds the output bias, one adds it: gradients are parts of a sum.
-            made["b2"] = make((H,), ShardSpec(family, (by_expert,), partial=("etp",)), ZEROS)
+            made["b1"] = make(up, ShardSpec(family, inner))
+            # Every expert-tensor rank holds the output bias, one adds it: gradients are parts of a sum, and the others'
+            # backward passes never meet the parameter.
+            made["b2"] = make((H,), ShardSpec(family, (by_expert,), partial=("etp",)), completed_at="step_end")
         return made
 
 

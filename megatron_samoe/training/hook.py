@@ -35,7 +35,7 @@ class Hook:
 
     #: What it writes to, for messages.
     place = "the console"
-    #: Whether it hangs on rank 0 alone.
+    #: Whether it hangs on rank 0 alone. Then it may not communicate, and is not asked for what it wants.
     rank_0_only: ClassVar[bool] = False
 
     def start(self, run: Run) -> None:
@@ -45,7 +45,7 @@ class Hook:
         """A step begins, on these micro-batches of this rank."""
 
     def wants_gradients(self, run: Run) -> bool:
-        """Whether `backward_done` is to see this step's gradients before any of them is reduced."""
+        """Whether `backward_done` is to see this step's gradients before any of them is reduced; the same on all ranks."""
         return False
 
     def backward_done(self, run: Run) -> None:
@@ -58,7 +58,8 @@ class Hook:
         """A step is done."""
 
     def wants_record(self, run: Run) -> bool:
-        """Whether the step that is done is to be recorded, besides every --log-interval steps and the last."""
+        """Whether the step that is done is to be recorded, besides every --log-interval steps and the last; the same on all
+        ranks."""
         return False
 
     def contribute(self, run: Run, result: StepResult, record: Record) -> None:

@@ -93,7 +93,7 @@ class Trainer:
         setup, number = self.setup, self.state.iteration + 1
         self.watch.begin(f"computing iteration {number}")
         self._tell(lambda hook: hook.pre_step(self, batches))
-        wants_gradients = any([hook.wants_gradients(self) for hook in self.hooks])
+        wants_gradients = any([hook.wants_gradients(self) for hook in self.hooks if not hook.rank_0_only])
         self.stopwatch.begin()
         with named_range(f"iteration {number}", setup.parallel.device):
             result, state = train_step(
@@ -114,7 +114,7 @@ class Trainer:
 
     def _record(self, result: StepResult) -> None:
         is_last = self.state.iteration == self.config.training.train_iters
-        wanted = any([hook.wants_record(self) for hook in self.hooks])
+        wanted = any([hook.wants_record(self) for hook in self.hooks if not hook.rank_0_only])
         if not (wanted or is_last or self._is_due(self.config.logging.log_interval)):
             return
         record = make_record(self.setup, self.state, result, self.stopwatch.take(), self.data.epoch_samples)

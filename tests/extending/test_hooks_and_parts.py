@@ -1,0 +1,134 @@
+"""Hooks see every point of a run on every rank; checkpoints name parts from outside, and others refuse them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_samoe.config import CheckpointConfig, PretrainConfig
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.models.blueprint import ModelParts
+from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
+from megatron_samoe.runtime.load import load_model
+from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.micro_batches import Batch
+from megatron_samoe.training.setup import Extensions, TrainSetup, build_setup
+from megatron_samoe.training.train_step import StepResult
+from megatron_samoe.training.trainer import Trainer
+from tests.extending.expert_choice import ExpertChoiceRouter
+from tests.extending.sliding_window import SlidingWindowAttention
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout, with_options
+
+pytestmark = pytest.mark.distributed
+
+
+class Batches:
+    """Data of random tokens, as the trainer asks for them."""
+
+    valid = test = epoch_samples = None
+
+    def __init__(self, setup: TrainSetup):
+        self.setup = setup
+
+    def train_batches(self, consumed_samples: int) -> Iterator[list[Batch]]:
+        for step in range(consumed_samples // self.setup.batch_size, 100):
+            yield micro_batches(self.setup, step)
+
+
+class Witness(Hook):
+    """Writes down what it is told, and what it can see then."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self.records: list[Record] = []
+
+    def start(self, run: Run) -> None:
+        self.seen.append(("start", run.state.iteration))
+
+    def pre_step(self, run: Run, batches: Sequence[Batch]) -> None:
+        self.seen.append(("pre_step", run.state.iteration))
+
+    def wants_gradients(self, run: Run) -> bool:
+        return run.state.iteration == 1
+
+    def backward_done(self, run: Run) -> None:
+        self.seen.append(("backward_done", run.state.iteration))
+
+    def pre_optim_step(self, run: Run, grad_norm: float) -> None:
+        # A collective: every rank is here at the same time.
+        assert run.setup.parallel.world.all_gather_object(grad_norm) == [grad_norm] * run.setup.parallel.world_size
+        self.seen.append(("pre_optim_step", run.state.iteration))
+
+    def post_step(self, run: Run, result: StepResult) -> None:
+        self.seen.append(("post_step", run.state.iteration))
+
+    def wants_record(self, run: Run) -> bool:
+        return run.state.iteration == 1
+
+    def contribute(self, run: Run, result: StepResult, record: Record) -> None:
+        record["witness"] = run.setup.parallel.rank
+
+    def record(self, run: Run, record: Record) -> None:
+        self.records.append(record)
+
+    def checkpoint_saved(self, run: Run, path: Path) -> None:
+        self.seen.append(("checkpoint_saved", run.state.iteration))
+
+    def close(self, run: Run) -> None:
+        self.seen.append(("close", run.state.iteration))
+
+
+class FirstRank(Witness):
+    rank_0_only = True
+
+
+def watched(config: PretrainConfig) -> dict[str, Any]:
+    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+    everywhere, first = Witness(), FirstRank()
+    Trainer(setup, Batches(setup), [everywhere]).run()  # type: ignore[arg-type]
+    other = replace(config, checkpoint=CheckpointConfig())
+    setup = build_setup(other, VOCAB_SIZE, setup.parallel)
+    # A hook of rank 0 alone must not communicate.
+    first.pre_optim_step = lambda run, grad_norm: None  # type: ignore[method-assign,assignment]
+    Trainer(setup, Batches(setup), [first]).run()  # type: ignore[arg-type]
+    return {"rank": dist.get_rank(), "seen": everywhere.seen, "records": everywhere.records, "first": len(first.seen)}
+
+
+def test_hooks_are_called_at_every_point_on_every_rank(tmp_path: Path) -> None:
+    config = with_layout(tiny_config("samoe"), pp=2)
+    config = with_options(config, train_iters=2, eval_iters=0, save=str(tmp_path / "c"), load=str(tmp_path / "c"))
+    steps = [("pre_step", 0), ("pre_optim_step", 0), ("post_step", 1), ("pre_step", 1), ("backward_done", 1),
+             ("pre_optim_step", 1), ("post_step", 2)]  # fmt: skip
+    for result in run_ranks(watched, 2, config):
+        seen = [event for event in result["seen"] if event[0] != "checkpoint_saved"]
+        assert seen == [("start", 0), *steps, ("close", 2)], result["rank"]
+        assert [r["iteration"] for r in result["records"]] == [1, 2], "wanted, and the last"
+        assert all(r["witness"] == result["rank"] for r in result["records"])
+        assert (result["first"] > 0) == (result["rank"] == 0)
+        if result["rank"] == 0:
+            assert ("checkpoint_saved", 2) in result["seen"]
+
+
+def train_to(config: PretrainConfig, train_iters: int, parts: ModelParts | None = None) -> None:
+    config = with_options(config, train_iters=train_iters)
+    setup = build_setup(config, VOCAB_SIZE, single_process_state(), extensions=Extensions(parts or ModelParts()))
+    Trainer(setup, Batches(setup), []).run()  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_foreign_parts_is_for_the_program_that_has_them(tmp_path: Path) -> None:
+    config = tiny_config("moe", moe_router_load_balancing_type="none", eval_iters=0, mock_data=True)
+    config = with_options(config, save=str(tmp_path / "c"), load=str(tmp_path / "c"))
+    parts = ModelParts(router=ExpertChoiceRouter)
+    train_to(config, 1, parts)
+    train_to(config, 2, parts)
+    for other in (None, ModelParts(attention=SlidingWindowAttention)):
+        with pytest.raises(CheckpointError, match=r"parts from outside the package are .*ExpertChoiceRouter"):
+            train_to(config, 3, other)
+    with pytest.raises(CheckpointError, match=r"parts from outside megatron_samoe \(router ExpertChoiceRouter\)"):
+        load_model(str(tmp_path / "c"), single_process_state())
