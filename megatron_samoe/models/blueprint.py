@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,14 +47,22 @@ class ModelParts:
     balance: Callable[[MoEConfig, Group], BalanceStrategy] = AuxiliaryLosses
     sharing: Callable[[SharingContext], SharingWay] = configured_sharing
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.router, type) and issubclass(self.router, Router)):
+            raise TypeError(f"router is {self.router!r}; it must be a class derived from Router")
+        for f in fields(self):
+            if not callable(getattr(self, f.name)):
+                raise TypeError(f"{f.name} is {getattr(self, f.name)!r}; it must be a class or a function")
+
     def replaced(self) -> Mapping[str, str]:
         """Returns the names of those that are not the package's own; checkpoints note them."""
-        own = ModelParts()
-        return {
-            f.name: getattr(getattr(self, f.name), "__qualname__", repr(getattr(self, f.name)))
-            for f in fields(self)
-            if getattr(self, f.name) is not getattr(own, f.name)
-        }
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: _name_of(part) for name, part in parts.items() if part is not getattr(ModelParts, name)}
+
+
+def _name_of(part: Any) -> str:
+    part = getattr(part, "func", part)  # of a partial
+    return f"{getattr(part, '__module__', '')}.{getattr(part, '__qualname__', type(part).__qualname__)}"
 
 
 @dataclass(frozen=True)

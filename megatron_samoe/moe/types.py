@@ -86,10 +86,17 @@ class StatisticsLayout:
         return torch.zeros(num_layers, sum(self.sizes.values()), dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor, stats: MoEStats) -> None:
-        """Adds one layer's sums to its row; a layer with fewer experts than others leaves the rest at zero."""
+        """Adds one layer's sums to its row; a layer with fewer experts than others leaves the rest at zero.
+
+        Errors: ValueError where the sums are not those that were declared.
+        """
+        if stats.sums.keys() != self.sizes.keys():
+            raise ValueError(f"statistics {sorted(stats.sums)} were told, {sorted(self.sizes)} were declared")
         start = 0
         for name, size in self.sizes.items():
             values = stats.sums[name].reshape(-1)
+            if len(values) > size or (len(values) < size and name != "counts"):
+                raise ValueError(f"statistic {name} has {len(values)} numbers; {size} were declared")
             rows[stats.moe_index, start : start + len(values)] += values
             start += size
 

@@ -101,9 +101,19 @@ def described(logits_TE: Tensor, ids_TK: Tensor, probs_TK: Tensor, num_groups: i
     """Returns the result of a choice that was made elsewhere: its counts, and the sums over a softmax of all logits.
 
     Args:
-        ids_TK: up to K chosen experts of each token; -1, with a weight of 0, where a token has fewer.
+        ids_TK: int64, up to K chosen experts of each token; -1, with a weight of 0, where a token has fewer.
+
+    Errors: ValueError where shapes or types do not fit, or an id is no expert's.
     """
     num_tokens, num_experts = logits_TE.shape
+    if ids_TK.dtype != torch.int64 or ids_TK.dim() != 2 or len(ids_TK) != num_tokens:
+        raise ValueError(f"ids_TK must be int64 [{num_tokens}, K], not {ids_TK.dtype} {tuple(ids_TK.shape)}")
+    if probs_TK.shape != ids_TK.shape or probs_TK.dtype != logits_TE.dtype:
+        raise ValueError(
+            f"probs_TK must be {logits_TE.dtype} {tuple(ids_TK.shape)}, not {probs_TK.dtype} {tuple(probs_TK.shape)}"
+        )
+    if not ids_TK.is_cuda and ids_TK.numel() and not (ids_TK.min() >= -1 and ids_TK.max() < num_experts):
+        raise ValueError(f"ids_TK has {int(ids_TK.min())} to {int(ids_TK.max())}; allowed are -1 to {num_experts - 1}")
     group_TK = torch.arange(num_tokens, device=ids_TK.device).div(num_tokens // num_groups, rounding_mode="floor")[
         :, None
     ]

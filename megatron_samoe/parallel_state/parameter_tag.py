@@ -73,4 +73,8 @@ def set_tag(parameter: nn.Parameter, tag: ParameterTag) -> nn.Parameter:
 
 def tag_of(parameter: Tensor) -> ParameterTag:
     """Returns a parameter's tag; every parameter of a model has one."""
-    return parameter.tag  # type: ignore[attr-defined]
+    tag: ParameterTag | None = getattr(parameter, "tag", None)
+    assert tag is not None, (
+        f"a parameter {tuple(parameter.shape)} has no tag: tensor_parallel.layers.new_parameter sets it"
+    )
+    return tag

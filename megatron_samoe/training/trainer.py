@@ -42,6 +42,9 @@ class Trainer:
 
     def __init__(self, setup: TrainSetup, data: RunData, hooks: Sequence[Hook]):
         self.setup, self.data, self.config, parallel = setup, data, setup.config, setup.parallel
+        strange = [hook for hook in hooks if not isinstance(hook, Hook)]
+        if strange:
+            raise TypeError(f"{strange[0]!r} is no Hook: give an instance of a class derived from training.hook.Hook")
         self.hooks = [hook for hook in hooks if parallel.rank == 0 or not hook.rank_0_only]
         self.state = initial_state(setup)
         self.stopwatch = Stopwatch(parallel.world.waits)

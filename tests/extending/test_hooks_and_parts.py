@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_samoe.config import CheckpointConfig, PretrainConfig
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.models.blueprint import ModelParts
+from megatron_samoe.moe.types import MoEStats, StatisticsLayout
+from megatron_samoe.ops.topk_gate import described
 from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
 from megatron_samoe.runtime.load import load_model
 from megatron_samoe.training.hook import Hook, Record, Run
@@ -130,5 +133,49 @@ def test_a_checkpoint_of_foreign_parts_is_for_the_program_that_has_them(tmp_path
     for other in (None, ModelParts(attention=SlidingWindowAttention)):
         with pytest.raises(CheckpointError, match=r"parts from outside the package are .*ExpertChoiceRouter"):
             train_to(config, 3, other)
-    with pytest.raises(CheckpointError, match=r"parts from outside megatron_samoe \(router ExpertChoiceRouter\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"parts from outside megatron_samoe \(router tests\.extending\.expert_choice\.ExpertChoiceRouter\)",
+    ):
         load_model(str(tmp_path / "c"), single_process_state())
+
+
+def test_parts_and_hooks_of_another_kind_are_refused() -> None:
+    with pytest.raises(TypeError, match="must be a class derived from Router"):
+        ModelParts(router=lambda *_: None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="attention is None; it must be a class or a function"):
+        ModelParts(attention=None)  # type: ignore[arg-type]
+    setup = build_setup(tiny_config("moe"), VOCAB_SIZE, single_process_state())
+    with pytest.raises(TypeError, match="is no Hook"):
+        Trainer(setup, Batches(setup), [Witness])  # type: ignore[arg-type,list-item]
+
+
+@pytest.mark.parametrize(
+    ("ids", "probs", "problem"),
+    [
+        ([[0], [4]], [[1.0], [1.0]], "allowed are -1 to 3"),
+        ([[0], [-2]], [[1.0], [1.0]], "allowed are -1 to 3"),
+        ([[0]], [[1.0]], r"must be int64 \[2, K\]"),
+        ([[0], [1]], [[1.0, 0.0], [1.0, 0.0]], "probs_TK must be"),
+        ([[0.0], [1.0]], [[1.0], [1.0]], "must be int64"),
+    ],
+)
+def test_choices_that_do_not_fit_are_named(ids: list, probs: list, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        described(torch.zeros(2, 4), torch.tensor(ids), torch.tensor(probs), 1)
+
+
+@pytest.mark.parametrize(
+    ("sums", "problem"),
+    [
+        ({"counts": 4}, "were declared"),
+        ({"counts": 4, "mine": 1, "yours": 1}, "were declared"),
+        ({"counts": 4, "mine": 2}, "statistic mine has 2 numbers; 1 were declared"),
+        ({"counts": 5, "mine": 1}, "statistic counts has 5 numbers; 4 were declared"),
+    ],
+)
+def test_statistics_that_were_not_declared_are_named(sums: dict[str, int], problem: str) -> None:
+    layout = StatisticsLayout({"counts": 4, "mine": 1})
+    told = MoEStats(0, {name: torch.ones(size) for name, size in sums.items()})
+    with pytest.raises(ValueError, match=problem):
+        layout.add(layout.zeros(1, torch.device("cpu")), told)
