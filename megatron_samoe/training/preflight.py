@@ -27,7 +27,7 @@ def preflight(config: PretrainConfig, vocab_size: int, parallel: ParallelState) 
     """Tests all ranks, which call it together before the model is built; logs what it finds and returns the warnings.
 
     Raises:
-        ConfigError: a rank has not the memory that it will need by the formulas of `models.memory`.
+        ConfigError: a rank has not the memory that it will need by the formulas of `planning.memory`.
     """
     if parallel.device.type == "cpu":
         _refuse_too_little_memory(config, vocab_size, parallel)
