@@ -7,6 +7,7 @@ import re
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.sharing_map import Source, parse_sharing
 from megatron_samoe.errors import ConfigError
 
 
@@ -102,6 +103,12 @@ def experts_per_layer(moe: MoEConfig, num_moe_layers: int) -> tuple[int, ...]:
         allowed = f"must be one number, or one for each of the {num_moe_layers} MoE layers"
         raise ConfigError("--num-experts", moe.num_experts, allowed)
     return moe.num_experts
+
+
+def sharing_map(config: PretrainConfig) -> tuple[Source, ...]:
+    """Returns where each MoE layer's experts come from; ConfigError where --expert-sharing does not fit the layers."""
+    moe = config.moe
+    return parse_sharing(moe.sharing, num_moe_layers(config), moe.num_expert_sets, moe.untied_ends)
 
 
 def divisors(n: int) -> list[int]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_samoe.config import needs
 from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, POSITIVE, READERS, model_option
+from megatron_samoe.config.sharing_map import ways_of
+
+
+def _beyond(default: object, known_to: Iterable[str] = ("planner",)) -> Callable[[object], frozenset[str]]:
+    """Returns who knows an option: all know its default, some its other values."""
+    return lambda value: READERS if value == default else frozenset(known_to)
 
 
 def _readers_of_counts(num_experts: int | tuple[int, ...]) -> frozenset[str]:
@@ -18,12 +25,26 @@ class MoEConfig:
     """Mixture of experts and the shared pool (SaMoE)."""
 
     expert_layout: Literal["dense", "moe", "samoe"] = model_option("dense", is_free=False, known_to=READERS)
-    """dense: no experts; moe: every MoE layer owns its experts; samoe: all MoE layers combine one pool of banks."""
+    """dense: no experts; moe: every MoE layer owns its experts, or shares them as --expert-sharing says; samoe: all MoE
+    layers combine one pool of banks, short for moe with --expert-sharing combined."""
+    expert_sharing: str | None = model_option(None, needs=needs.MOE_LAYOUT, is_free=False, known_to=_beyond(None))
+    """How MoE layers share experts. own: not at all; combined: learned mixtures of a pool of banks (SaMoE); tied:
+    consecutive layers use one set (Expert Tying); scaled: the same with a learned factor for each layer and matrix; pool:
+    all layers choose from one set of --num-experts (UniPool). Or a map with an entry for each MoE layer, such as
+    0,1,1,1,2 or own,combined*6,own or scaled:0*4,1*4. Derived if not given, from --expert-layout."""
+    num_expert_sets: int = model_option(
+        1, range=POSITIVE, largest=100_000, needs=needs.SETS, is_free=False, known_to=_beyond(1)
+    )
+    """Sets of --expert-sharing tied or scaled: the layers that share are cut into as many blocks."""
+    untied_ends: int = model_option(
+        0, range=AT_LEAST_ZERO, largest=100_000, needs=needs.SHARING, is_free=False, known_to=_beyond(0)
+    )
+    """First MoE layers, and as many last ones, that own their experts while those between them share."""
     num_experts: int | tuple[int, ...] = model_option(
         8, range=POSITIVE, largest=1_000_000, is_free=False, known_to=_readers_of_counts
     )
-    """Routed experts of each MoE layer (E); one number for all, or one for each MoE layer in order, as PR-MoE's pyramids
-    have."""
+    """Routed experts that each MoE layer chooses from (E); one number for all, or one for each MoE layer in order, as
+    PR-MoE's pyramids have."""
     moe_layer_freq: str = model_option("1", is_free=False, known_to=READERS)
     """An integer N (layer i is MoE where N divides i, counted from 0), or a pattern with one 0 or 1 per layer such as
     0101 or [0,1]*4."""
@@ -90,7 +111,9 @@ class MoEConfig:
         2, range=POSITIVE, largest=100_000, needs=needs.POOL, is_free=False, known_to=READERS
     )
     """Banks of the shared pool (P): full sets of E experts that all MoE layers combine."""
-    samoe_combine: Literal["step", "layer"] = model_option("step", needs=needs.POOL, is_free=True, known_to=READERS)
+    samoe_combine: Literal["step", "layer"] = model_option(
+        "step", needs=needs.COEFFICIENTS, is_free=True, known_to=READERS
+    )
     """step: combine all layers' experts once per optimizer step (fast); layer: while each layer runs (small memory).
     Both compute the same gradients."""
     samoe_granularity: Literal["layer", "expert"] = model_option(
@@ -107,15 +130,15 @@ class MoEConfig:
     """Initial coefficients. cyclic: MoE layer l starts as bank l mod P; block: as bank floor(l * P / L); uniform:
     1/sqrt(P) for every bank plus a little noise."""
     samoe_pool_placement: Literal["sharded", "replicated"] = model_option(
-        "sharded", needs=needs.POOL, is_free=True, known_to=READERS
+        "sharded", needs=needs.SHARING, is_free=True, known_to=READERS
     )
-    """sharded: banks and their optimizer state lie in parts on the ranks that would hold replicas (expert-data-parallel
+    """sharded: banks, or sets, and their optimizer state lie in parts on the ranks that would hold replicas (expert-data-parallel
     ranks of all pipeline stages), gathered once per step; replicated: whole on each."""
     pool_replica_check_interval: int | None = model_option(
-        None, range=POSITIVE, needs=needs.POOL, is_free=True, known_to=READERS
+        None, range=POSITIVE, needs=needs.SHARING, is_free=True, known_to=READERS
     )
     """Steps between checks that all copies of banks are equal."""
-    samoe_freeze_coefficients: bool = model_option(False, needs=needs.POOL, is_free=True, known_to=READERS)
+    samoe_freeze_coefficients: bool = model_option(False, needs=needs.COEFFICIENTS, is_free=True, known_to=READERS)
     """Never train the coefficients: hard sharing, the essential control."""
 
     @property
@@ -145,6 +168,26 @@ class MoEConfig:
         return (self.moe_aux_loss_group_size or 1) if grouped else 1
 
     @property
+    def sharing(self) -> str:
+        """How MoE layers share experts, in the words of --expert-sharing."""
+        return self.expert_sharing or ("combined" if self.expert_layout == "samoe" else "own")
+
+    @property
+    def ways(self) -> frozenset[str]:
+        """The ways of sharing that occur; none in a dense model."""
+        return frozenset() if self.expert_layout == "dense" else ways_of(self.sharing)
+
+    @property
     def has_pool(self) -> bool:
-        """Whether the experts come from a shared pool."""
-        return self.expert_layout == "samoe"
+        """Whether layers combine a pool of banks."""
+        return "combined" in self.ways
+
+    @property
+    def has_coefficients(self) -> bool:
+        """Whether layers have coefficients of what they share."""
+        return bool(self.ways & {"combined", "scaled"})
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether layers share any experts."""
+        return bool(self.ways - {"own"})

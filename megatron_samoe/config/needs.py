@@ -5,10 +5,17 @@ from __future__ import annotations
 from megatron_samoe.config.option import Need
 
 #: Of a `PretrainConfig`, whose groups are made of these options.
-POOL = Need(lambda c: c.moe.has_pool, "needs --expert-layout samoe, not {c.moe.expert_layout}")
+_NOT = ", not {c.moe.expert_layout}"
+MOE_LAYOUT = Need(lambda c: c.moe.expert_layout == "moe", "needs --expert-layout moe" + _NOT)
+POOL = Need(lambda c: c.moe.has_pool, "needs --expert-layout samoe, or --expert-sharing with combined layers" + _NOT)
+COEFFICIENTS = Need(
+    lambda c: c.moe.has_coefficients, "needs --expert-layout samoe, or --expert-sharing combined or scaled" + _NOT
+)
+SHARING = Need(lambda c: c.moe.shares_experts, "needs --expert-layout samoe, or --expert-sharing other than own" + _NOT)
+SETS = Need(lambda c: c.moe.expert_sharing in ("tied", "scaled"), "needs --expert-sharing tied or scaled")
 TRAINED_COEFFICIENTS = Need(
-    lambda c: c.moe.has_pool and not c.moe.samoe_freeze_coefficients,
-    "needs --expert-layout samoe with coefficients that are trained",
+    lambda c: c.moe.has_coefficients and not c.moe.samoe_freeze_coefficients,
+    "needs --expert-layout samoe, or --expert-sharing combined or scaled, with coefficients that are trained",
 )
 EXPERTS = Need(lambda c: c.moe.expert_layout != "dense", "needs --expert-layout moe or samoe, not dense")
 BALANCE = Need(

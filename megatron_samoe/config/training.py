@@ -91,7 +91,7 @@ class OptimizerConfig:
     """Learning rate of the routers relative to --lr."""
     moe_output_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.EXPERTS)
     """Learning rate of the experts' output projections (w2, own or pooled) relative to --lr."""
-    samoe_bank_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.POOL)
+    samoe_bank_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.SHARING)
     """Learning rate of the pool's banks relative to --lr."""
     samoe_coefficient_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.TRAINED_COEFFICIENTS)
     """Learning rate of the coefficients of banks relative to --lr."""

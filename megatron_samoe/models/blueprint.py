@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_samoe.config.derived import sharing_map
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.models.attention import SelfAttention
@@ -19,16 +20,10 @@ from megatron_samoe.moe.balance import AuxiliaryLosses, BalanceStrategy
 from megatron_samoe.moe.branch_scale import branch_scale
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.router import Router
-from megatron_samoe.moe.sharing.combined import CombinedSharing
-from megatron_samoe.moe.sharing.own import OwnSharing
+from megatron_samoe.moe.sharing.mapped import configured_sharing
 from megatron_samoe.moe.sharing.way import SharingContext, SharingWay
 from megatron_samoe.moe.types import StatisticsLayout
 from megatron_samoe.parallel_state.state import Group, ParallelState
-
-
-def configured_sharing(context: SharingContext) -> SharingWay:
-    """Returns the way that --expert-layout asks for."""
-    return CombinedSharing(context) if context.config.has_pool else OwnSharing(context)
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,8 @@ class Blueprint:
         """What ways of sharing are made for."""
         pp = self.config.parallel.pipeline_model_parallel_size
         layers_of_stage = tuple(moe_layers_of(self.config, stage) for stage in range(pp))
-        return SharingContext(self.config.moe, self.expert_shapes, layers_of_stage, self.state, self.dtype)
+        sources = sharing_map(self.config)
+        return SharingContext(self.config.moe, sources, self.expert_shapes, layers_of_stage, self.state, self.dtype)
 
     @cached_property
     def sharing(self) -> SharingWay:

@@ -20,7 +20,12 @@ from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.parallel_state.state import ParallelState
 
 #: What checkpoints, which are older than some words here, know parameters as.
-STORED_NAMES = ((re.compile(r"^chunks\.\d+\."), ""), (re.compile(r"\.moe\.experts\.coefficients$"), ".moe.combination"))
+STORED_NAMES = (
+    (re.compile(r"^chunks\.\d+\."), ""),
+    (re.compile(r"\.moe\.experts\.coefficients$"), ".moe.combination"),
+    (re.compile(r"^expert_pool\.combined\."), "expert_pool."),
+    (re.compile(r"^(expert_pool\.set\.\d+)\.bank\."), r"\1."),
+)
 
 
 def stored_name(name: str) -> str:

@@ -22,19 +22,21 @@ def drop_over_capacity(
     ids_TK: Tensor, probs_TK: Tensor, capacity: int, batch_size: int, num_experts: int,
     policy: Literal["probs", "position"],
 ) -> Tensor:  # fmt: skip
-    """Returns ids_TK with -1 where a token is over its expert's capacity.
+    """Returns ids_TK with -1 where a token is over its expert's capacity; ids of -1 stay and take no place.
 
     Experts keep their most probable tokens, or those that stand first (all first choices before all second choices).
     """
     num_tokens, topk = ids_TK.shape
     sequence_T = torch.arange(num_tokens, device=ids_TK.device).div(num_tokens // batch_size, rounding_mode="floor")
-    queue_N = (ids_TK + num_experts * sequence_T[:, None]).t().flatten()
+    num_queues = batch_size * num_experts
+    queue_TK = (ids_TK + num_experts * sequence_T[:, None]).masked_fill(ids_TK < 0, num_queues)
+    queue_N = queue_TK.t().flatten()
     if policy == "probs":
         order_N = probs_TK.detach().t().flatten().argsort(descending=True, stable=True)
         order_N = order_N[queue_N[order_N].argsort(stable=True)]
     else:
         order_N = queue_N.argsort(stable=True)
-    lengths = torch.bincount(queue_N, minlength=batch_size * num_experts)
+    lengths = torch.bincount(queue_N, minlength=num_queues + 1)
     starts = lengths.cumsum(0) - lengths
     place_N = torch.empty_like(queue_N)
     place_N[order_N] = torch.arange(queue_N.numel(), device=queue_N.device) - starts[queue_N[order_N]]

@@ -47,17 +47,23 @@ class ExpertShape:
         """Parameters of one expert."""
         return self.matrix_elements + (self.matrix_rows if self.bias else 0)
 
-    def parameters(self, num_banks: int | None, state: ParallelState, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-        """Returns w1, w2 and maybe b1, b2: experts split over ep, F over etp; a leading bank dim for the pool."""
+    def parameters(
+        self, num_banks: int | None, state: ParallelState, dtype: torch.dtype, on_one_stage: bool = False
+    ) -> dict[str, nn.Parameter]:
+        """Returns w1, w2 and maybe b1, b2: experts split over ep, F over etp; a leading dim for banks that layers share.
+
+        Args:
+            on_one_stage: whether layers of this pipeline stage alone use the banks; else all stages hold them.
+        """
         E, H, F = self.num_experts, self.hidden_size, self.ffn_size
         up = (2, F) if self.activation == "swiglu" else (F,)
         leading = () if num_banks is None else (num_banks,)
-        family: Literal["expert", "pool"] = "expert" if num_banks is None else "pool"
+        family: Literal["expert", "pool"] = "expert" if num_banks is None or on_one_stage else "pool"
         d = len(leading)
         by_expert, f_dim = (d, "ep"), d + len(up)
         inner = (by_expert, (f_dim, "etp"))
 
-        # All stages use a bank, so its gradient is whole when all of them are done.
+        # Several layers use a bank, so its gradient is whole when all of them are done.
         usual: Literal["backward", "step_end"] = "backward" if num_banks is None else "step_end"
 
         def make(

@@ -26,7 +26,8 @@ class Routing:
     """The router's decision for one micro-batch.
 
     Attributes:
-        ids_TK: chosen experts; -1 where the token was dropped.
+        ids_TK: chosen experts; -1 where a choice was dropped or there was none. Such a choice adds nothing to the token's
+            output, and the weights of its other choices stay as they are.
         probs_TK: weight of each choice.
         auxiliary_loss: scalar to be added to the training loss, or None.
     """
@@ -77,9 +78,11 @@ class Router(nn.Module):
         if self.state.sequence_parallel:
             logits_TE = gather_tokens(logits_TE, self.state.tp)
         gate = self.select(logits_TE, context.batch_size)
+        if len(gate.counts_GE) != context.batch_size:
+            raise ValueError(f"select counted in {len(gate.counts_GE)} groups, not in {context.batch_size} sequences")
         chosen_TK = ids_TK = gate.ids_TK
         if context.training and config.moe_expert_capacity_factor is not None:
-            slots = ids_TK.numel() // context.batch_size
+            slots = int(len(ids_TK) // context.batch_size * self.experts_per_token)
             capacity = expert_capacity(slots, num_experts, config.moe_expert_capacity_factor)
             ids_TK = drop_over_capacity(
                 ids_TK, gate.probs_TK, capacity, context.batch_size, num_experts, config.moe_token_drop_policy

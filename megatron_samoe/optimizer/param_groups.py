@@ -39,9 +39,9 @@ def default_rules(config: OptimizerConfig) -> tuple[ParamRule, ...]:
     return (
         ParamRule(r"\.moe\.combination$", weight_decay_mult=0.0, lr_mult=config.samoe_coefficient_lr_mult),
         ParamRule(r"\.moe\.router\.", lr_mult=config.moe_router_lr_mult),
-        ParamRule(r"^expert_pool\.bank\.b[12]$", weight_decay_mult=0.0, lr_mult=config.samoe_bank_lr_mult),
-        ParamRule(r"^expert_pool\.bank\.w2", lr_mult=config.samoe_bank_lr_mult * config.moe_output_lr_mult),
-        ParamRule(r"^expert_pool\.bank\.", lr_mult=config.samoe_bank_lr_mult),
+        ParamRule(r"^expert_pool\..*\.b[12]$", weight_decay_mult=0.0, lr_mult=config.samoe_bank_lr_mult),
+        ParamRule(r"^expert_pool\..*\.w2", lr_mult=config.samoe_bank_lr_mult * config.moe_output_lr_mult),
+        ParamRule(r"^expert_pool\.", lr_mult=config.samoe_bank_lr_mult),
         ParamRule(r"\.moe\.experts\.w2$", lr_mult=config.moe_output_lr_mult),
         ParamRule(r"(\.|_)bias$|\.b[12]$|norm\.weight$", weight_decay_mult=0.0),
         ParamRule(r""),

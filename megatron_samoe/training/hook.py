@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -37,6 +38,16 @@ class Hook:
     place = "the console"
     #: Whether it hangs on rank 0 alone. Then it may not communicate, and is not asked for what it wants.
     rank_0_only: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Raises TypeError where a method's name is nearly that of a point: it would never be called."""
+        points = [name for name in vars(Hook) if not name.startswith("_")]
+        for name in set(vars(cls)) - set(points):
+            close = difflib.get_close_matches(name, points, n=1, cutoff=0.8)
+            if close and callable(vars(cls)[name]) and not name.startswith("_"):
+                raise TypeError(
+                    f"{cls.__name__}.{name} is no point of a hook and would never be called; is it {close[0]}?"
+                )
 
     def start(self, run: Run) -> None:
         """Training begins, or goes on; nothing of it has happened yet."""

@@ -114,7 +114,8 @@ def make_record(
         record["own_time_max_s"] = own_s_R.max().item()
         record["slowest_rank"] = int(own_s_R.argmax())
     if result.routing is not None:
-        record["load_balance_loss"] = result.routing.load_balance_loss
+        if result.routing.load_balance_loss is not None:
+            record["load_balance_loss"] = result.routing.load_balance_loss
         record["z_loss"] = result.routing.z_loss
         health = result.routing.health
         record["least_load_entropy"] = health.least_load_entropy

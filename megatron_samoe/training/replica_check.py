@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 
 from megatron_samoe.errors import ReplicaDriftError
-from megatron_samoe.moe.sharing.combined import ExpertPool
 from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.training.hook import Hook, Run
 from megatron_samoe.training.setup import TrainSetup
@@ -31,8 +30,8 @@ def check_pool_replicas(setup: TrainSetup, iteration: int) -> None:
         ReplicaDriftError: two copies differ; on every rank that holds one of them.
     """
     pool = setup.model.expert_pool
-    assert isinstance(pool, ExpertPool)
-    for name, bank in pool.bank.items():
+    assert pool is not None
+    for name, bank in pool.named_parameters():
         group = setup.parallel.group(tag_of(bank).gradient_group)
         digest = hashlib.blake2b(bank.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
         digests = group.all_gather_object(digest)

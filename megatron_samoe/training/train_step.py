@@ -28,13 +28,14 @@ class RoutingStats:
 
     Attributes:
         counts_LE: tokens that chose each expert, before dropping; on the CPU.
-        load_balance_loss: mean over layers of the balance loss, unweighted: 1 is perfect balance.
+        load_balance_loss: mean over layers of the balance loss, unweighted: 1 is perfect balance; None where the strategy tells
+            no such sum.
         z_loss: mean over layers and tokens of the squared log-sum-exp of router logits.
         others: means over layers and tokens of what other routers and strategies tell, by name.
     """
 
     counts_LE: Tensor
-    load_balance_loss: float
+    load_balance_loss: float | None
     z_loss: float
     health: RouterHealth
     others: Mapping[str, list[float]]
@@ -174,11 +175,12 @@ def _num_loss_tokens(setup: TrainSetup, batches: Sequence[Batch]) -> int:
 def _routing_stats(rows: Tensor, setup: TrainSetup) -> RoutingStats:
     sums, tokens = setup.model.statistics.named(rows), setup.tokens_per_step
     counts_LE = sums.pop("counts")
-    z_sum_L, balance_L, dropped_L = (sums.pop(name)[:, 0] for name in ("z_sum", "balance", "dropped"))
+    z_sum_L, dropped_L = (sums.pop(name)[:, 0] for name in ("z_sum", "dropped"))
+    balance_L1 = sums.pop("balance", None)
     counts = [counts_E[:n] for counts_E, n in zip(counts_LE, setup.model.num_experts, strict=True)]
     return RoutingStats(
         counts_LE,
-        load_balance_loss=balance_L.mean().item() / setup.batch_size,
+        load_balance_loss=None if balance_L1 is None else balance_L1.mean().item() / setup.batch_size,
         z_loss=(z_sum_L / tokens).mean().item(),
         health=RouterHealth.of(counts, tokens, dropped_L.sum().item()),
         others={name: (values / tokens).mean(0).tolist() for name, values in sums.items()},

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from megatron_samoe.moe.experts import without_repeated_bias
-from megatron_samoe.moe.sharing.combined import ExpertPool
+from megatron_samoe.moe.sharing.expert_pool import ExpertPool
 from megatron_samoe.moe.sharing.way import SharingContext
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
@@ -28,9 +28,7 @@ class TiedSharing:
 
     def shared_part(self) -> ExpertPool:
         """Returns the sets, sharded over their holders."""
-        context = self.context
-        config = replace(context.config, num_expert_banks=max(self.sets) + 1)
-        return ExpertPool(config, context.shapes[0], context.state, context.dtype)
+        return ExpertPool(self.context, self.context.shapes[0], num_banks=max(self.sets) + 1)
 
     def lender(self, layer_parts: Mapping[int, nn.Module], shared_part: ExpertPool) -> TiedLender:
         """Returns a lender of the sets."""

@@ -72,6 +72,17 @@ MODELS: dict[str, dict[str, Any]] = {
                                  "moe_aux_loss_group_size": 2, "micro_step": 4, "moe_aux_loss_coeff": 0.1,
                                  "moe_scale_output_init": False, "samoe_bank_lr_mult": 0.5, "moe_router_lr_mult": 2.0,
                                  "samoe_coefficient_lr_mult": 3.0, "recompute_granularity": "full"},
+    # Four layers, so that with pp2 a set crosses the stages or stays on one.
+    "tied": {"layout": "moe", "expert_sharing": "0,1,1,0", "moe_router_topk": 2, "samoe_bank_lr_mult": 0.5},
+    "tied middle llama": {"layout": "moe", "style": "llama", "expert_sharing": "tied", "untied_ends": 1,
+                          "moe_router_topk": 2, "recompute_granularity": "full"},
+    "tied pyramid": {"layout": "moe", "expert_sharing": "0,0,1,1", "num_experts": (4, 4, 8, 8), "moe_router_topk": 2},
+    "scaled": {"layout": "moe", "expert_sharing": "scaled:0,1,1,0", "moe_router_topk": 2},
+    "scaled layer by layer": {"layout": "moe", "expert_sharing": "scaled", "num_expert_sets": 2, "samoe_combine": "layer",
+                              "samoe_coefficient_lr_mult": 3.0},
+    "combined middle": {"layout": "samoe", "untied_ends": 1, "samoe_init": "uniform"},
+    "mixed": {"layout": "moe", "expert_sharing": "combined,0,combined,0", "moe_layer_freq": "1", "style": "llama"},
+    "pool": {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_router_topk": 2},
 }  # fmt: skip
 
 
@@ -106,7 +117,7 @@ def train(
         result, state = train_step(setup, state, micro_batches(setup, step), observe if last else None)
         losses.append(result.lm_loss)
         norms.append(result.grad_norm)
-        balance.append(result.routing.load_balance_loss if result.routing else 0.0)
+        balance.append((result.routing and result.routing.load_balance_loss) or 0.0)
     weights = gather_global(model_state(setup.model), parallel)
     return {
         "losses": losses, "norms": norms, "balance": balance, "gradients": gradients, "expert_norms": expert_norms,
@@ -126,7 +137,7 @@ def layout_config(layout: str, model: str) -> PretrainConfig:
     if micro_step is not None:
         options["micro_batch_size"] = micro_step * sizes.get("tp", 1) * sizes.get("pp", 1) // LAYOUTS[layout][0]
     config = tiny_config(**options)
-    if config.moe.has_pool:
+    if config.moe.shares_experts:
         config = with_options(config, samoe_pool_placement=pool)
     return with_layout(config, **sizes)
 

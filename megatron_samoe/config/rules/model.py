@@ -5,9 +5,11 @@ from __future__ import annotations
 from megatron_samoe.config.derived import (
     experts_per_layer,
     num_moe_layers,
+    sharing_map,
 )
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Problems
+from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.errors import ConfigError
 
 
@@ -60,12 +62,40 @@ def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:
     if moe.moe_router_topk == 1 and not moe.pre_softmax:
         yield ConfigError("--moe-router-pre-softmax", False, "must be true with --moe-router-topk 1: the score of one expert "
                           "among the chosen is always 1, so the router would learn nothing")  # fmt: skip
-    if moe.has_pool and moe.pool_replica_check_interval is not None and moe.samoe_pool_placement != "replicated":
+    if moe.shares_experts and moe.pool_replica_check_interval is not None and moe.samoe_pool_placement != "replicated":
         yield ConfigError("--pool-replica-check-interval", moe.pool_replica_check_interval,
-                          "needs --samoe-pool-placement replicated: a sharded pool has no copies to compare")  # fmt: skip
-    if moe.has_pool and moe.samoe_granularity == "layer" and moe.num_expert_banks > max(layers, 1):
-        yield ConfigError("--num-expert-banks", moe.num_expert_banks,
-                          f"must be at most the number of MoE layers, {layers}: more banks than layers save nothing")  # fmt: skip
+                          "needs --samoe-pool-placement replicated: what is sharded has no copies to compare")  # fmt: skip
+
+
+def _sharing(config: PretrainConfig, world_size: int) -> Problems:
+    moe = config.moe
+    if moe.expert_layout == "dense" or moe.num_expert_sets < 1 or moe.untied_ends < 0:
+        return
+    try:
+        layers = num_moe_layers(config)
+        counts, sources = experts_per_layer(moe, layers), sharing_map(config)
+    except ConfigError as error:
+        if error.field not in ("--moe-layer-freq", "--num-experts"):  # these are others' to report
+            yield error
+        return
+    if moe.untied_ends:
+        if moe.sharing not in ("combined", "tied", "scaled"):
+            yield ConfigError("--untied-ends", moe.untied_ends, "needs --expert-sharing combined, tied or scaled: a map says "
+                              "itself which layers own their experts, and a pool is one for all")  # fmt: skip
+        elif 2 * moe.untied_ends > layers - 2:
+            yield ConfigError("--untied-ends", moe.untied_ends,
+                              f"must leave at least 2 of {layers} MoE layers that share, so at most {max(layers - 2, 0) // 2}")  # fmt: skip
+    by_source: dict[Source, set[int]] = {}
+    for source, count in zip(sources, counts, strict=True):
+        by_source.setdefault(source, set()).add(count)
+    for source, found in by_source.items():
+        if source.way != "own" and len(found) > 1:
+            what = "combine the same banks" if source.way == "combined" else f"use set {source.number}"
+            yield ConfigError("--num-experts", moe.num_experts, f"must be one number for all layers that {what}")
+    combined = sum(source.way == "combined" for source in sources)
+    if combined and moe.samoe_granularity == "layer" and moe.num_expert_banks > combined:
+        yield ConfigError("--num-expert-banks", moe.num_expert_banks, "must be at most the number of MoE layers that combine "
+                          f"them, {combined}: more banks than layers save nothing")  # fmt: skip
 
 
 def _experts_of_layers(config: PretrainConfig, layers: int, experts: tuple[int, ...]) -> Problems:
@@ -73,9 +103,6 @@ def _experts_of_layers(config: PretrainConfig, layers: int, experts: tuple[int, 
         experts_per_layer(config.moe, layers)
     except ConfigError as error:
         yield error
-    if config.moe.has_pool and len(set(experts)) > 1:
-        yield ConfigError("--num-experts", experts, "must be one number with --expert-layout samoe: all layers combine the "
-                          "same banks")  # fmt: skip
 
 
-RULES = (_attention_sizes, _moe_sizes)
+RULES = (_attention_sizes, _moe_sizes, _sharing)

@@ -68,10 +68,15 @@ class BankStore:
         if self.slice is None:
             yield main_grad
             return
-        num_banks, n = self.shape[0], self._slice_size
-        columns = main_grad.new_zeros(num_banks, self.group.size * n)
         whole = main_grad.new_zeros(self.shape)
         yield whole
+        self.add_gradient(whole)
+
+    def add_gradient(self, whole: Tensor) -> None:
+        """Adds the ranks' whole gradients [P, e, ...] to the slices' main gradients; ranks of the group call it together."""
+        main_grad: Tensor = self.parameter.main_grad  # type: ignore[attr-defined]
+        num_banks, n = self.shape[0], self._slice_size
+        columns = main_grad.new_zeros(num_banks, self.group.size * n)
         columns[:, : self.num_elements] = whole.view(num_banks, -1)
         by_member = columns.view(num_banks, self.group.size, n).transpose(0, 1).reshape(-1, n)
         main_grad += self.group.reduce_scatter(by_member)[:, : main_grad.shape[1]]

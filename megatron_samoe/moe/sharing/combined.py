@@ -19,16 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.moe.experts import ExpertShape, without_repeated_bias
+from megatron_samoe.moe.experts import without_repeated_bias
 from megatron_samoe.moe.sharing.bank_exchange import BankExchange, exchange_saves
-from megatron_samoe.moe.sharing.bank_store import BankStore, meta_state, shard_bank
 from megatron_samoe.moe.sharing.coefficients import (
     ROW_OF_WEIGHT,
     Coefficients,
     bank_std_factor,
     normalize_coefficients,
 )
+from megatron_samoe.moe.sharing.expert_pool import ExpertPool
 from megatron_samoe.moe.sharing.way import SharingContext
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
@@ -41,33 +40,6 @@ from megatron_samoe.ops.grouped_mlp import (
     with_backward,
 )
 from megatron_samoe.parallel_state.state import ParallelState
-
-
-class ExpertPool(nn.Module):
-    """P banks of E experts each: `bank.w1` is [P, e, F, H] (or [P, e, 2, F, H]), and so on.
-
-    Of banks that several ranks hold each holds a slice only, unless --samoe-pool-placement is replicated.
-    """
-
-    def __init__(self, config: MoEConfig, shape: ExpertShape, state: ParallelState, dtype: torch.dtype):
-        super().__init__()
-        factor = bank_std_factor(config)
-        shape = replace(shape, init_std=shape.init_std * factor, output_init_std=shape.output_init_std * factor)
-        self.is_sharded = config.samoe_pool_placement == "sharded" and state.pool_dp.size > 1
-        dtype = torch.promote_types(dtype, torch.float32)
-        banks = shape.parameters(config.num_expert_banks, meta_state(state) if self.is_sharded else state, dtype)
-        if self.is_sharded:
-            banks = {name: shard_bank(bank, state) for name, bank in banks.items()}
-        self.bank = nn.ParameterDict(banks)
-        self.stores = {name: BankStore(bank, state) for name, bank in banks.items()}
-        self.activation = shape.activation
-        groups = shape.num_experts // state.ep.size if config.samoe_granularity == "expert" else 1
-        #: [G, P] of a layer's coefficients on this rank.
-        self.coefficient_shape = (groups, config.num_expert_banks)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of whole banks, by name."""
-        return {name: store.shape for name, store in self.stores.items()}
 
 
 class CombinedSharing:
@@ -84,8 +56,10 @@ class CombinedSharing:
 
     def shared_part(self) -> ExpertPool:
         """Returns the pool."""
-        context = self._context
-        return ExpertPool(context.config, context.shapes[0], context.state, context.dtype)
+        context, factor = self._context, bank_std_factor(self._context.config)
+        shape = context.shapes[0]
+        shape = replace(shape, init_std=shape.init_std * factor, output_init_std=shape.output_init_std * factor)
+        return ExpertPool(context, shape, context.config.num_expert_banks)
 
     def lender(self, layer_parts: Mapping[int, nn.Module], shared_part: nn.Module | None) -> StepLender | LayerLender:
         """Returns the lender that --samoe-combine asks for."""

@@ -6,14 +6,15 @@ layer its experts in every call; no layer keeps what is shared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.parallel_state.state import ParallelState
@@ -24,16 +25,30 @@ class SharingContext:
     """What a way is made for.
 
     Attributes:
+        sources: where each MoE layer's experts come from, as --expert-sharing says.
         shapes: of the experts of each MoE layer of the whole model.
         layers_of_stage: indices, among MoE layers, of those that each pipeline stage holds.
         dtype: of weights and activations.
     """
 
     config: MoEConfig
+    sources: tuple[Source, ...]
     shapes: tuple[ExpertShape, ...]
     layers_of_stage: tuple[tuple[int, ...], ...]
     state: ParallelState
     dtype: torch.dtype
+
+    def of_layers(self, layers: Sequence[int]) -> SharingContext:
+        """Returns the context of some MoE layers alone, which are then numbered from 0."""
+        place = {moe_index: i for i, moe_index in enumerate(layers)}
+        return replace(
+            self, sources=tuple(self.sources[i] for i in layers), shapes=tuple(self.shapes[i] for i in layers),
+            layers_of_stage=tuple(tuple(place[i] for i in stage if i in place) for stage in self.layers_of_stage),
+        )  # fmt: skip
+
+    def stages_of(self, layers: Sequence[int]) -> list[int]:
+        """Returns the pipeline stages that hold any of these MoE layers."""
+        return [stage for stage, held in enumerate(self.layers_of_stage) if set(held) & set(layers)]
 
 
 class ExpertLender(Protocol):

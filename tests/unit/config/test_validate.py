@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_samoe.config import PretrainConfig, derived
+from megatron_samoe.config import PretrainConfig, derived, sharing_map
 from megatron_samoe.config.cli import from_mapping, read_yaml
 from megatron_samoe.config.rules import layout, model, pipeline, run
 from megatron_samoe.config.rules import options as facts
@@ -65,9 +65,9 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"moe_layer_freq": "00000000", **MOE}, 1, "--moe-layer-freq", "at least one layer"),
     ({"moe_router_topk": 9, **MOE}, 1, "--moe-router-topk", "--num-experts 8"),
     ({"moe_router_pre_softmax": False, "moe_router_topk": 1, **MOE}, 1, "--moe-router-pre-softmax", "always 1"),
-    ({"num_expert_banks": 9, **SAMOE}, 1, "--num-expert-banks", "number of MoE layers, 8"),
-    ({"samoe_combine": "layer", **MOE}, 1, "--samoe-combine", "--expert-layout samoe, not moe"),
-    ({"samoe_freeze_coefficients": True}, 1, "--samoe-freeze-coefficients", "--expert-layout samoe, not dense"),
+    ({"num_expert_banks": 9, **SAMOE}, 1, "--num-expert-banks", "that combine them, 8"),
+    ({"samoe_combine": "layer", **MOE}, 1, "--samoe-combine", "--expert-layout samoe, or --expert-sharing"),
+    ({"samoe_freeze_coefficients": True}, 1, "--samoe-freeze-coefficients", "--expert-layout samoe, or --expert-sharing"),
     ({"moe_ffn_hidden_size": 64}, 1, "--moe-ffn-hidden-size", "--expert-layout moe or samoe"),
     ({"moe_token_drop_policy": "position", **MOE}, 1, "--moe-token-drop-policy", "--moe-expert-capacity-factor"),
     ({"add_qkv_bias": True}, 1, "--add-qkv-bias", "--disable-bias-linear"),
@@ -154,14 +154,33 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"moe_output_lr_mult": -1.0, **MOE}, 1, "--moe-output-lr-mult", "above 0"),
     ({"moe_output_lr_mult": 2.0}, 1, "--moe-output-lr-mult", "--expert-layout moe or samoe"),
     ({"samoe_bank_lr_mult": float("nan"), **SAMOE}, 1, "--samoe-bank-lr-mult", "above 0"),
-    ({"samoe_bank_lr_mult": 2.0, **MOE}, 1, "--samoe-bank-lr-mult", "--expert-layout samoe, not moe"),
+    ({"samoe_bank_lr_mult": 2.0, **MOE}, 1, "--samoe-bank-lr-mult", "--expert-layout samoe, or --expert-sharing"),
     ({"samoe_coefficient_lr_mult": 0.0, **SAMOE}, 1, "--samoe-coefficient-lr-mult", "above 0"),
     ({"moe_router_init_method_std": float("inf"), **MOE}, 1, "--moe-router-init-method-std", "above 0"),
     ({"moe_scale_output_init": False}, 1, "--moe-scale-output-init", "--expert-layout moe or samoe"),
     ({"num_experts": (4, 8), **MOE}, 1, "--num-experts", "one for each of the 8 MoE layers"),
     ({"num_experts": (), **MOE}, 1, "--num-experts", "one for each of the 8 MoE layers"),
     ({"num_experts": (4, 0) * 4, **MOE}, 1, "--num-experts", "positive"),
-    ({"num_experts": (4, 8) * 4, **SAMOE}, 1, "--num-experts", "all layers combine the same banks"),
+    ({**MOE, "expert_sharing": "tide"}, 1, "--expert-sharing", "must be one of own, combined, tied, scaled, pool, or an"),
+    ({**MOE, "expert_sharing": "0,1,x"}, 1, "--expert-sharing", "such as 0,1,1,1,2"),
+    ({**MOE, "expert_sharing": "pool:0,1"}, 1, "--expert-sharing", "must be one of"),
+    ({**MOE, "expert_sharing": "0*999999999"}, 1, "--expert-sharing", "must be one of"),
+    ({**MOE, "expert_sharing": "0,1,1"}, 1, "--expert-sharing", "the nearest legal map is 0,1*7"),
+    ({**MOE, "expert_sharing": "0*9"}, 1, "--expert-sharing", "has 9 entries and must have one for each of 8 MoE layers; "
+     "the nearest legal map is 0*8"),
+    ({**MOE, "expert_sharing": "0,0,2,2,2,2,5,5"}, 1, "--expert-sharing", "without a gap; the nearest legal map is 0*2,1*4,2*2"),
+    ({**MOE, "expert_sharing": "scaled:1*8"}, 1, "--expert-sharing", "the nearest legal map is scaled:0*8"),
+    ({**MOE, "expert_sharing": "tied", "num_expert_sets": 9}, 1, "--num-expert-sets", "at most the 8 MoE layers"),
+    ({**MOE, "expert_sharing": "pool", "num_expert_sets": 2}, 1, "--num-expert-sets", "needs --expert-sharing tied or"),
+    ({**MOE, "expert_sharing": "tied", "untied_ends": 4}, 1, "--untied-ends", "at least 2 of 8 MoE layers that share, so at most 3"),
+    ({**MOE, "expert_sharing": "0*8", "untied_ends": 1}, 1, "--untied-ends", "a map says itself"),
+    ({**MOE, "untied_ends": 1}, 1, "--untied-ends", "needs --expert-layout samoe, or --expert-sharing other than own"),
+    ({"expert_sharing": "tied"}, 1, "--expert-sharing", "needs --expert-layout moe, not dense"),
+    ({**SAMOE, "expert_sharing": "tied"}, 1, "--expert-sharing", "needs --expert-layout moe, not samoe"),
+    ({**MOE, "expert_sharing": "tied", "num_experts": (4, 8) * 4}, 1, "--num-experts", "one number for all layers that use set 0"),
+    ({**MOE, "expert_sharing": "pool", "moe_router_topk": 9}, 1, "--moe-router-topk", "at most --num-experts 8"),
+    ({**SAMOE, "untied_ends": 3, "num_expert_banks": 4}, 1, "--num-expert-banks", "that combine them, 2: more banks"),
+    ({"num_experts": (4, 8) * 4, **SAMOE}, 1, "--num-experts", "all layers that combine the same banks"),
     ({"num_experts": (4, 6) * 4, "expert_model_parallel_size": 4, **MOE}, 4, "--num-experts", "one of [1, 2]"),
     ({"use_checkpoint_args": True}, 1, "--use-checkpoint-args", "--run-dir or --pretrained-checkpoint"),
     ({"ckpt_step": 3}, 1, "--ckpt-step", "--load or --run-dir"),
@@ -198,7 +217,7 @@ def test_every_error_of_every_rule_is_raised_by_a_case_above(monkeypatch: pytest
             caller = sys._getframe(1)
             raised_at.add((caller.f_globals["__name__"], caller.f_lineno))
 
-    for module in (*KINDS, derived):
+    for module in (*KINDS, derived, sharing_map):
         monkeypatch.setattr(module, "ConfigError", RecordedError)
     for options, world_size, _, _ in BROKEN:
         errors_of(options, world_size)

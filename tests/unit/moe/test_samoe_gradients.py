@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config import MoEConfig
+from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.sharing.coefficients import coefficient_spec
-from megatron_samoe.moe.sharing.combined import ExpertPool, LayerLender, StepLender
+from megatron_samoe.moe.sharing.combined import LayerLender, StepLender
+from megatron_samoe.moe.sharing.expert_pool import ExpertPool
+from megatron_samoe.moe.sharing.way import SharingContext
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
 from megatron_samoe.parallel_state import ParameterTag, set_tag, single_process_state
 from megatron_samoe.training.evaluate import evaluate
@@ -71,7 +74,9 @@ def test_gradients_equal_autograds_over_four_micro_batches(
         samoe_normalization=normalization, samoe_granularity=granularity,
     )  # fmt: skip
     torch.manual_seed(3)
-    pool = ExpertPool(config, ExpertShape(E, H, FFN, activation, bias), STATE, torch.float64)
+    shape = ExpertShape(E, H, FFN, activation, bias)
+    context = SharingContext(config, (Source("combined"),) * L, (shape,) * L, (tuple(range(L)),), STATE, torch.float64)
+    pool = ExpertPool(context, shape, P)
     groups = E if granularity == "expert" else 1
     raw = [
         set_tag(nn.Parameter(torch.rand(2, groups, P).double() + 0.2), ParameterTag(coefficient_spec(config)))

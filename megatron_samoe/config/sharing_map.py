@@ -1,0 +1,120 @@
+"""Which MoE layers share which experts: --expert-sharing as one source for each MoE layer."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megatron_samoe.errors import ConfigError
+
+Way = Literal["own", "combined", "tied", "scaled"]
+FLAG = "--expert-sharing"
+#: Short forms that need no map. A pool is one set that every router chooses from.
+NAMES = (*get_args(Way), "pool")
+_ENTRY = re.compile(r"(own|combined|\d{1,6})(?:\*(\d{1,6}))?")
+#: Entries of a map; a slip in a repeat must not fill the memory.
+_MOST_ENTRIES = 100_000
+_ALLOWED = (
+    f"must be one of {', '.join(NAMES)}, or an entry for each MoE layer between commas: own, combined, or the number of "
+    "the set that the layer uses, such as 0,1,1,1,2 or own,0*3,own; scaled:0*2,1*2 gives each layer a factor on its set"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one MoE layer's experts come from.
+
+    Attributes:
+        way: own: the layer's alone; combined: a mixture of the pool's banks; tied: a set that other layers use as well;
+            scaled: the same, times a learned factor.
+        number: of the set.
+    """
+
+    way: Way
+    number: int = 0
+
+
+def ways_of(text: str) -> frozenset[str]:
+    """Returns the ways that a value of --expert-sharing names; of an illegal one, those that can be read."""
+    if text == "pool":
+        return frozenset(("tied",))
+    prefix, _, entries = text.rpartition(":")
+    named = {word for word in ("own", "combined") if word in entries}
+    if re.search(r"\d", re.sub(r"\*\s*\d+", "", entries)):
+        named.add("scaled" if prefix.strip() == "scaled" else "tied")
+    return frozenset((text,) if text in get_args(Way) else named)
+
+
+def parse_sharing(text: str, num_layers: int, num_sets: int = 1, untied_ends: int = 0) -> tuple[Source, ...]:
+    """Returns the source of each MoE layer.
+
+    Args:
+        num_layers: MoE layers.
+        num_sets: blocks of consecutive layers that have a set each, where the text says only tied or scaled.
+        untied_ends: first and last layers that own their experts, where the text is no map.
+
+    Raises:
+        ConfigError: the text is no way and no map of that many layers, or a map leaves out a set's number.
+    """
+    text = text.strip()
+    if text not in NAMES:
+        return _owned_where_alone(_parse_map(text, num_layers))
+    middle = num_layers - 2 * untied_ends
+    if text == "own" or middle <= 0:
+        return (Source("own"),) * num_layers
+    way: Way = "tied" if text == "pool" else text  # type: ignore[assignment]
+    sets = num_sets if text in ("tied", "scaled") else 1
+    if sets > middle:
+        raise ConfigError("--num-expert-sets", sets, f"must be at most the {middle} MoE layers that share")
+    ends = (Source("own"),) * untied_ends
+    return _owned_where_alone((*ends, *(Source(way, i * sets // middle) for i in range(middle)), *ends))
+
+
+def _parse_map(text: str, num_layers: int) -> tuple[Source, ...]:
+    prefix, colon, listed = text.rpartition(":")
+    if colon and prefix.strip() not in ("tied", "scaled"):
+        raise ConfigError(FLAG, text, _ALLOWED)
+    way: Way = "scaled" if prefix.strip() == "scaled" else "tied"
+    entries: list[str] = []
+    for part in listed.strip("[]() ").split(","):
+        match = _ENTRY.fullmatch(part.strip())
+        if match is None or len(entries) + int(match[2] or 1) > _MOST_ENTRIES:
+            raise ConfigError(FLAG, text, _ALLOWED)
+        entries += [match[1]] * int(match[2] or 1)
+    nearest = _nearest(entries, num_layers)
+    if nearest != entries:
+        wrong = "must name" if len(entries) == num_layers else f"has {len(entries)} entries and must have"
+        what = (
+            "the sets 0, 1, ... without a gap"
+            if len(entries) == num_layers
+            else f"one for each of {num_layers} MoE layers"
+        )
+        advice = f"{prefix}{colon}{_written(nearest)}"
+        raise ConfigError(FLAG, text, f"{wrong} {what}; the nearest legal map is {advice}")
+    return tuple(Source(e) if e in ("own", "combined") else Source(way, int(e)) for e in entries)  # type: ignore[arg-type]
+
+
+def _nearest(entries: Sequence[str], num_layers: int) -> list[str]:
+    """Returns a map of the right length, its sets renumbered without gaps in their order."""
+    fitted = [*entries[:num_layers], *[entries[-1]] * (num_layers - len(entries))]
+    used = sorted({int(e) for e in fitted if e.isdigit()})
+    return [str(used.index(int(e))) if e.isdigit() else e for e in fitted]
+
+
+def _written(entries: Sequence[str]) -> str:
+    runs: list[list] = []
+    for entry in entries:
+        if runs and runs[-1][0] == entry:
+            runs[-1][1] += 1
+        else:
+            runs.append([entry, 1])
+    return ",".join(entry if count == 1 else f"{entry}*{count}" for entry, count in runs)
+
+
+def _owned_where_alone(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    """A tied set that one layer uses is that layer's own."""
+    users = Counter(sources)
+    return tuple(Source("own") if s.way == "tied" and users[s] == 1 else s for s in sources)

@@ -1,0 +1,42 @@
+"""What layers share on one rank: banks of experts, sharded or whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from megatron_samoe.moe.experts import ExpertShape
+from megatron_samoe.moe.sharing.bank_store import BankStore, meta_state, shard_bank
+from megatron_samoe.moe.sharing.way import SharingContext
+
+
+class ExpertPool(nn.Module):
+    """P banks of E experts each: `bank.w1` is [P, e, F, H] (or [P, e, 2, F, H]), and so on.
+
+    Of banks that several ranks would hold each holds a slice only, unless --samoe-pool-placement is replicated. Banks are
+    fp32 whatever the compute dtype: they are their own master weights.
+
+    Args:
+        on_one_stage: whether layers of this pipeline stage alone use the banks; else all stages hold them.
+    """
+
+    def __init__(self, context: SharingContext, shape: ExpertShape, num_banks: int, on_one_stage: bool = False):
+        super().__init__()
+        config, state = context.config, context.state
+        holders = state.group("edp") if on_one_stage else state.pool_dp
+        self.is_sharded = config.samoe_pool_placement == "sharded" and holders.size > 1
+        dtype = torch.promote_types(context.dtype, torch.float32)
+        made_for = meta_state(state) if self.is_sharded else state
+        banks = shape.parameters(num_banks, made_for, dtype, on_one_stage)
+        if self.is_sharded:
+            banks = {name: shard_bank(bank, state) for name, bank in banks.items()}
+        self.bank = nn.ParameterDict(banks)
+        self.stores = {name: BankStore(bank, state) for name, bank in banks.items()}
+        self.activation = shape.activation
+        groups = shape.num_experts // state.ep.size if config.samoe_granularity == "expert" else 1
+        #: [G, P] of a layer's coefficients on this rank.
+        self.coefficient_shape = (groups, num_banks)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of whole banks, by name."""
+        return {name: store.shape for name, store in self.stores.items()}
