@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_samoe.config.derived import sharing_map
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.models.attention import SelfAttention
@@ -85,7 +84,7 @@ class Blueprint:
         """What ways of sharing are made for."""
         pp = self.config.parallel.pipeline_model_parallel_size
         layers_of_stage = tuple(moe_layers_of(self.config, stage) for stage in range(pp))
-        sources = sharing_map(self.config)
+        sources = tuple(place.source for place in all_layers(self.config) if place.source is not None)
         return SharingContext(self.config.moe, sources, self.expert_shapes, layers_of_stage, self.state, self.dtype)
 
     @cached_property

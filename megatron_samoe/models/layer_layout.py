@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from megatron_samoe.config.derived import (
     experts_per_layer,
     parse_moe_layer_freq,
     parse_stage_layout,
+    sharing_map,
     virtual_stages,
 )
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.sharing_map import Source
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class LayerPlace:
         index: among all layers.
         moe_index: among MoE layers, or None for a layer with a dense MLP.
         num_experts: routed experts (E); 0 for a layer with a dense MLP.
+        source: where the experts come from; None for a layer with a dense MLP.
     """
 
     index: int
     moe_index: int | None = None
     num_experts: int = 0
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def all_layers(config: PretrainConfig) -> tuple[LayerPlace, ...]:
     if config.moe.expert_layout == "dense":
         return tuple(LayerPlace(i) for i in range(num_layers))
     is_moe = parse_moe_layer_freq(config.moe.moe_layer_freq, num_layers)
-    moe_layers = iter(enumerate(experts_per_layer(config.moe, sum(is_moe))))
+    moe_layers = zip(itertools.count(), experts_per_layer(config.moe, sum(is_moe)), sharing_map(config), strict=False)
     return tuple(LayerPlace(i, *next(moe_layers)) if moe else LayerPlace(i) for i, moe in enumerate(is_moe))
 
 

@@ -26,7 +26,7 @@ def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> i
     recomputed = max((whole[kind] for kind, again in layers if again), default=0)
     head = sum(description.ends(p).head_kept_bytes(tokens) for p in plans if p.has_head)
     heads = passes if parallel.pipeline_schedule == "gpipe" else 1
-    return kept + recomputed + head * heads + _layer_mode_workspace(planned)
+    return kept + recomputed + head * heads + planned.shared(planned.first_rank_of(stage)).costs.workspace
 
 
 def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_micro_batches: int) -> int:
@@ -42,12 +42,3 @@ def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_mic
         warmup = total if num_micro_batches == pp else 2 * (pp - rank - 1) + (num_chunks - 1) * pp
         return min(warmup + 1, total)
     return num_micro_batches if schedule == "gpipe" else min(pp - rank, num_micro_batches)
-
-
-def _layer_mode_workspace(planned: PlannedModel) -> int:
-    """One layer's combined experts and their gradients, which layer mode makes in its backward."""
-    moe = planned.config.moe
-    if not moe.has_pool or moe.samoe_combine != "layer":
-        return 0
-    one_layer = sum(p.whole_numel for p in planned.shared_parameters(0)) // moe.num_expert_banks
-    return one_layer * (compute_dtype(planned.config).itemsize + 4)

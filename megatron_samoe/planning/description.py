@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 from torch import nn
 
@@ -15,12 +14,14 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.models.blueprint import Blueprint
 from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.layer_layout import LayerPlace, StagePlan, stage_plans
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.models.transformer_layer import TransformerLayer
+from megatron_samoe.moe.sharing.way import LenderCosts
 from megatron_samoe.parallel_state.parameter_tag import ParameterTag, tag_of
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.parallel_state.state import ParallelState, planned_state
@@ -44,11 +45,6 @@ class DescribedParameter:
     is_trained: bool
 
     @property
-    def is_bank(self) -> bool:
-        """Whether it is a tensor of what MoE layers share."""
-        return self.tag.shard.family == "pool"
-
-    @property
     def whole_numel(self) -> int:
         """Elements of the rank's shard, where it holds a slice of that only."""
         return self.numel if self.tag.slice is None else math.prod(self.tag.slice.shape)
@@ -60,15 +56,15 @@ class Description:
     def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState):
         moe = replace(config.moe, moe_scale_output_init=False)  # first values do not matter here
         self._blueprint = Blueprint(replace(config, moe=moe), vocab_size, state, compute_dtype(config))
-        self._layers: dict[int, TransformerLayer] = {}
+        self._layers: dict[tuple, TransformerLayer] = {}
         self._ends: dict[tuple[bool, bool], GPTStage] = {}
         self._known: dict[int, tuple[DescribedParameter, ...]] = {}
 
     def layer(self, place: LayerPlace) -> TransformerLayer:
-        """Returns a layer like the one at a place: one for each number of experts."""
-        if place.num_experts not in self._layers:
-            self._layers[place.num_experts] = TransformerLayer(self._blueprint, place)
-        return self._layers[place.num_experts]
+        """Returns a layer like the one at a place: one for each number of experts and way of sharing."""
+        if _kind(place) not in self._layers:
+            self._layers[_kind(place)] = TransformerLayer(self._blueprint, place)
+        return self._layers[_kind(place)]
 
     def ends(self, plan: StagePlan) -> GPTStage:
         """Returns a stage with the same ends and no layer."""
@@ -77,17 +73,26 @@ class Description:
             self._ends[key] = GPTStage(self._blueprint, StagePlan((), *key))
         return self._ends[key]
 
-    def shared_parameters(self, state: ParallelState) -> tuple[DescribedParameter, ...]:
-        """Returns what MoE layers share on one rank."""
-        blueprint = self._blueprint
-        shared = blueprint.parts.sharing(replace(blueprint.sharing_context, state=state)).shared_part()
-        return () if shared is None else _described(shared)
+    def shared(self, chunks_of_stage: tuple[Chunks, ...], state: ParallelState, moe: MoEConfig) -> SharedExperts:
+        """Returns what MoE layers share on one rank, and what lending it takes.
+
+        Args:
+            moe: with the options that change no parameter.
+        """
+        layers_of_stage = tuple(tuple(place.moe_index for place in moe_places(chunks)) for chunks in chunks_of_stage)
+        context = replace(self._blueprint.sharing_context, config=moe, state=state, layers_of_stage=layers_of_stage)  # type: ignore[arg-type]
+        way = self._blueprint.parts.sharing(context)
+        part = way.shared_part()
+        if part is None:
+            return SharedExperts((), LenderCosts())
+        own = {place.moe_index: self.layer(place).moe.experts for place in moe_places(chunks_of_stage[state.pp.rank])}
+        return SharedExperts(_described(part), way.lender(own, part).costs())  # type: ignore[arg-type]
 
     def parameters(self, chunks: Chunks) -> list[DescribedParameter]:
         """Returns what a rank with these chunks holds, besides what MoE layers share."""
         found = [p for plan in chunks for p in self._described(self.ends(plan))]
-        kinds = Counter(place.num_experts for plan in chunks for place in plan.layers)
-        places = {place.num_experts: place for plan in chunks for place in plan.layers}
+        kinds = Counter(_kind(place) for plan in chunks for place in plan.layers)
+        places = {_kind(place): place for plan in chunks for place in plan.layers}
         for kind, count in kinds.items():
             found += [replace(p, numel=count * p.numel) for p in self._described(self.layer(places[kind]))]
         return found
@@ -96,6 +101,24 @@ class Description:
         if id(module) not in self._known:
             self._known[id(module)] = _described(module)
         return self._known[id(module)]
+
+
+@dataclass(frozen=True)
+class SharedExperts:
+    """What MoE layers share on one rank, and what lending it takes there."""
+
+    parameters: tuple[DescribedParameter, ...]
+    costs: LenderCosts
+
+
+def _kind(place: LayerPlace) -> tuple:
+    """Returns what decides of which parameters a layer is made."""
+    return place.num_experts, place.source and place.source.way
+
+
+def moe_places(chunks: Chunks) -> list[LayerPlace]:
+    """Returns the MoE layers of a pipeline rank's chunks."""
+    return [place for plan in chunks for place in plan.layers if place.moe_index is not None]
 
 
 def _described(module: nn.Module) -> tuple[DescribedParameter, ...]:
@@ -139,31 +162,31 @@ class PlannedModel:
         )  # fmt: skip
         self.chunks_of_stage, self.distinct_stages = _stages(
             grid.pp, layout.num_layers_per_virtual_pipeline_stage, layout.pipeline_model_parallel_layout,
-            config.model.num_layers, config.moe.expert_layout, config.moe.moe_layer_freq, config.moe.num_experts,
+            config.model.num_layers, moe,
         )  # fmt: skip
 
     def stage_of(self, rank: int) -> int:
         """Returns a rank's pipeline rank."""
         return rank // (self.grid.world_size // self.grid.pp)
 
+    def first_rank_of(self, stage: int) -> int:
+        """Returns the first rank of a pipeline rank's stage."""
+        return stage * (self.grid.world_size // self.grid.pp)
+
     def parameters(self, rank: int) -> list[DescribedParameter]:
         """Returns all parameters of a rank."""
         own = self.description.parameters(self.chunks_of_stage[self.stage_of(rank)])
-        return [*own, *self.shared_parameters(rank)]
+        return [*own, *self.shared(rank).parameters]
 
-    def shared_parameters(self, rank: int) -> tuple[DescribedParameter, ...]:
+    def shared(self, rank: int) -> SharedExperts:
         """Returns what MoE layers share on a rank."""
-        return _shared(self.description, self.grid, rank)
+        return _shared(self.description, self.grid, rank, self.chunks_of_stage, self.config.moe)
 
     def layers(self) -> Iterator[LayerPlace]:
         """Yields all layers, stage by stage."""
         for chunks in self.chunks_of_stage:
             for plan in chunks:
                 yield from plan.layers
-
-    def moe_layers(self, stage: int) -> int:
-        """Returns the MoE layers of a pipeline rank."""
-        return sum(place.moe_index is not None for plan in self.chunks_of_stage[stage] for place in plan.layers)
 
 
 def whole_model(config: PretrainConfig, vocab_size: int) -> PlannedModel:
@@ -186,24 +209,34 @@ def _describe(
 
 
 @lru_cache(maxsize=4096)
-def _shared(description: Description, grid: RankGrid, rank: int) -> tuple[DescribedParameter, ...]:
-    return description.shared_parameters(planned_state(grid, rank))
+def _shared(
+    description: Description, grid: RankGrid, rank: int, chunks_of_stage: tuple[Chunks, ...], moe: MoEConfig
+) -> SharedExperts:
+    return description.shared(chunks_of_stage, planned_state(grid, rank), moe)
 
 
 @lru_cache(maxsize=1024)
 def _stages(
-    pp: int, per_stage: int | None, layout: str | None, num_layers: int, expert_layout: Any, moe_layer_freq: str,
-    num_experts: int | tuple[int, ...],
-) -> tuple[tuple[Chunks, ...], tuple[int, ...]]:  # fmt: skip
+    pp: int, per_stage: int | None, layout: str | None, num_layers: int, moe: MoEConfig
+) -> tuple[tuple[Chunks, ...], tuple[int, ...]]:
     parallel = ParallelConfig(
         pipeline_model_parallel_size=pp, num_layers_per_virtual_pipeline_stage=per_stage,
         pipeline_model_parallel_layout=layout,
     )  # fmt: skip
-    moe = MoEConfig(expert_layout=expert_layout, moe_layer_freq=moe_layer_freq, num_experts=num_experts)
     plans = stage_plans(PretrainConfig(model=ModelConfig(num_layers=num_layers), moe=moe, parallel=parallel))
     by_rank = tuple(plans[rank::pp] for rank in range(pp))
+    users = Counter(place.source for plan in plans for place in plan.layers)
     seen: dict[tuple, int] = {}
     for rank, chunks in enumerate(by_rank):
-        kind = tuple((c.has_embedding, c.has_head, *(x.num_experts for x in c.layers)) for c in chunks)
-        seen.setdefault(kind, rank)
+        kind = tuple((c.has_embedding, c.has_head, *map(_kind, c.layers)) for c in chunks)
+        # Sets alike in everything but their number are used by as many layers here, and here alone or elsewhere as well.
+        used = Counter(
+            place.source for place in moe_places(chunks) if place.source and place.source.way in ("tied", "scaled")
+        )
+        sets = sorted((count, count == users[source], *_set_size(source, plans)) for source, count in used.items())
+        seen.setdefault((kind, tuple(sets)), rank)
     return by_rank, tuple(seen.values())
+
+
+def _set_size(source: Source | None, plans: Iterable[StagePlan]) -> tuple[int, ...]:
+    return next((p.num_experts,) for plan in plans for p in plan.layers if p.source == source)

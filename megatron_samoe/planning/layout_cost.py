@@ -20,7 +20,6 @@ from megatron_samoe.models.gpt_stage import is_recomputed
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
 from megatron_samoe.planning.description import PlannedModel
-from megatron_samoe.planning.memory import holders_combine
 
 #: AdamW reads gradient, master and two moments and writes the last three and the weight: bytes per element it updates.
 OPTIMIZER_TRAFFIC_BYTES = 30
@@ -227,42 +226,41 @@ def _end_of_step(cost: Cost, planned: PlannedModel, links: Links) -> None:
     for kind, (seconds, sent) in exchanges.items():
         cost.add(kind, seconds, sent)
     cost.add("optimizer", updated * OPTIMIZER_TRAFFIC_BYTES * memory_s)
-    if config.moe.has_pool:
-        cost.add("fold", fold_bytes(planned, num_micro_batches(config, links.cluster.world_size)) * memory_s)
+    moved = fold_bytes(planned, num_micro_batches(config, links.cluster.world_size))
+    if moved:
+        cost.add("fold", moved * memory_s)
 
 
 def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[float, float]], float]:
     """Returns, for the stage where it takes longest, (seconds, bytes sent) of gradients with weights, and of the pool; and
     the most elements that a rank updates."""
-    config, moe = planned.config, planned.config.moe
-    per_step, zero = moe.samoe_combine == "step", config.parallel.use_distributed_optimizer
-    holders = moe.has_pool and holders_combine(planned)
-    stage_ranks = links.cluster.world_size // links.grid.pp
+    zero = planned.config.parallel.use_distributed_optimizer
     worst: Mapping[str, tuple[float, float]] = {}
     updated = 0.0
     for stage in planned.distinct_stages:
-        rank = stage * stage_ranks
-        times: dict[str, tuple[float, float]] = {}
+        rank = planned.first_rank_of(stage)
+        moved: dict[tuple[str, str], float] = {}
         elements = 0.0
         for p in planned.parameters(rank):
             if not p.is_trained:
                 continue
-            group, is_sharded, numel = p.tag.gradient_group, p.tag.slice is not None, p.whole_numel
+            group, is_sliced = p.tag.gradient_group, p.tag.slice is not None
             size = links.grid.place(group, rank)[0]
-            shared = is_sharded or (zero and size > 1)
-            elements += numel / size if shared else numel
-            # fp32 gradients; weights that other ranks have updated, or banks whenever they are combined or contracted.
-            gathers = 2 if is_sharded and per_step else 1
-            moved = numel * (4 + gathers * p.element_bytes if shared else 2 * 4)
-            if is_sharded and holders:
-                # Combined weights come, fp32 gradients go, of this stage's layers.
-                weights = numel // moe.num_expert_banks * planned.moe_layers(stage)
-                moved = weights * (compute_dtype(config).itemsize + 4)
-            kind = "pool" if p.is_bank else "gradients"
-            seconds, sent = times.get(kind, (0.0, 0.0))
+            is_shared = zero and size > 1
+            elements += p.whole_numel / size if is_sliced or is_shared else p.whole_numel
+            kind = ("pool" if p.tag.shard.family == "pool" else "gradients", group)
+            if not is_sliced:
+                # fp32 gradients are summed, or each rank updates a slice and weights are gathered.
+                more = p.whole_numel * (4 + p.element_bytes if is_shared else 2 * 4)
+                moved[kind] = moved.get(kind, 0.0) + more
+        for group, sent in planned.shared(rank).costs.sent.items():
+            moved["pool", group] = moved.get(("pool", group), 0.0) + sent
+        times: dict[str, tuple[float, float]] = {}
+        for (what, group), sent in moved.items():
             # A buffer holds many tensors, so that none has a latency of its own.
-            more = moved * (size - 1) / size
-            times[kind] = (seconds + more / links.bandwidth(group), sent + more)
+            size = links.grid.place(group, rank)[0]
+            passed, (seconds, before) = sent * (size - 1) / size, times.get(what, (0.0, 0.0))
+            times[what] = (seconds + passed / links.bandwidth(group), before + passed)
         if sum(t for t, _ in times.values()) >= sum(t for t, _ in worst.values()):
             worst = times
         updated = max(updated, elements)
@@ -270,15 +268,6 @@ def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[
 
 
 def fold_bytes(planned: PlannedModel, micro_batches: int) -> float:
-    """Returns the bytes that combining and contracting move through a rank's memory in a step.
-
-    Step mode reads banks and writes folded weights once, and reads and clears folded gradients while it updates the banks'
-    once; layer mode does the like for each layer and micro-batch, the fold twice.
-    """
-    moe, element = planned.config.moe, compute_dtype(planned.config).itemsize
-    banks = moe.num_expert_banks
-    one_layer = sum(p.whole_numel for p in planned.shared_parameters(0)) / banks
-    layers = max(planned.moe_layers(stage) for stage in planned.distinct_stages)
-    if moe.samoe_combine == "step":
-        return one_layer * (banks * 4 + layers * element + banks * 12 + layers * 8)
-    return one_layer * layers * micro_batches * (2 * (banks * 4 + element) + banks * 12 + 8)
+    """Returns the bytes that lending shared experts moves through a rank's memory in a step, on the busiest stage."""
+    costs = [planned.shared(planned.first_rank_of(stage)).costs for stage in planned.distinct_stages]
+    return max(cost.traffic_per_step + micro_batches * cost.traffic_per_pass for cost in costs)

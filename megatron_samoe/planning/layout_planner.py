@@ -73,7 +73,8 @@ class PlannedLayout:
         training, moe, parallel = self.config.training, self.config.moe, self.config.parallel
         words = ["zero"] if parallel.use_distributed_optimizer else []
         words += [f"recompute {training.recompute_granularity}"] if training.recompute_granularity else []
-        words += [moe.samoe_combine, moe.samoe_pool_placement] if moe.has_pool else []
+        words += [moe.samoe_combine] if moe.has_coefficients else []
+        words += [moe.samoe_pool_placement] if moe.shares_experts else []
         return ", ".join(words)
 
     def flags(self) -> list[str]:
@@ -239,7 +240,7 @@ def _states(memory: RankMemory) -> int:
 def _placements(sized: PretrainConfig, cluster: Cluster) -> list[Any]:
     moe, parallel = sized.moe, sized.parallel
     holders = cluster.world_size // (parallel.expert_tp * parallel.expert_model_parallel_size)
-    if not moe.has_pool or holders == 1 or moe.samoe_pool_placement != "sharded":
+    if not moe.shares_experts or holders == 1 or moe.samoe_pool_placement != "sharded":
         return [moe.samoe_pool_placement]
     return ["sharded", "replicated"]
 
@@ -247,7 +248,7 @@ def _placements(sized: PretrainConfig, cluster: Cluster) -> list[Any]:
 def _memory_savings(sized: PretrainConfig) -> list[tuple[Any, Any]]:
     """Returns (combine, recompute) pairs from the fastest to the smallest."""
     moe, training = sized.moe, sized.training
-    combines = ["step", "layer"] if moe.has_pool and moe.samoe_combine == "step" else [moe.samoe_combine]
+    combines = ["step", "layer"] if moe.has_coefficients and moe.samoe_combine == "step" else [moe.samoe_combine]
     recomputes = (
         [None, "selective", "full"] if training.recompute_granularity is None else [training.recompute_granularity]
     )

@@ -14,8 +14,6 @@ from functools import lru_cache
 from megatron_samoe.config.derived import num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import DEFAULT_BUCKET_SIZE
-from megatron_samoe.models.rank_model import compute_dtype
-from megatron_samoe.moe.sharing.bank_exchange import exchange_saves
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.planning.activation_memory import activation_bytes
 from megatron_samoe.planning.description import Chunks, DescribedParameter, Description, PlannedModel
@@ -32,7 +30,8 @@ class RankMemory:
     Attributes:
         weights, gradients: the model's own, gradients in fp32.
         optimizer: fp32 master weights (where the weights are no fp32 themselves) and two moments.
-        folded_weights, folded_gradients: experts that --samoe-combine step keeps combined, all layers of this rank.
+        folded_weights, folded_gradients: what lenders keep from step to step: experts that --samoe-combine step keeps
+            combined, of all layers of this rank, and the whole tied sets that its layers use.
         gathered_banks: whole banks and their gradients that --samoe-combine layer holds through a step where the pool is
             sharded.
         activations: kept for backward passes at the schedule's peak, with the largest layer's workspace.
@@ -86,27 +85,23 @@ def largest_rank_memory(config: PretrainConfig, vocab_size: int, world_size: int
     so few ranks are looked at.
     """
     planned = PlannedModel(config, vocab_size, world_size)
-    ranks = [stage * (world_size // planned.grid.pp) for stage in planned.distinct_stages]
+    ranks = [planned.first_rank_of(stage) for stage in planned.distinct_stages]
     return max(((rank, _rank_memory(planned, rank)) for rank in ranks), key=lambda p: p[1].total)
 
 
 def _rank_memory(planned: PlannedModel, rank: int) -> RankMemory:
     config, stage = planned.config, planned.stage_of(rank)
-    layout, banks = config.parallel, planned.shared_parameters(rank)
+    layout, shared = config.parallel, planned.shared(rank)
     bucket = layout.ddp_bucket_size or DEFAULT_BUCKET_SIZE
     held = _held_by_rank(
-        planned.description, planned.grid, rank, planned.chunks_of_stage[stage], banks,
+        planned.description, planned.grid, rank, planned.chunks_of_stage[stage], shared.parameters,
         layout.use_distributed_optimizer, bucket,
     )  # fmt: skip
-    gathered, bank_exchange = _whole_banks(planned, [p for p in banks if p.tag.slice is not None], stage)
-    folded = 0
-    if config.moe.has_pool and config.moe.samoe_combine == "step":
-        folded = planned.moe_layers(stage) * sum(p.whole_numel for p in banks) // config.moe.num_expert_banks
-    folded_weights, folded_gradients = folded * compute_dtype(config).itemsize, folded * FP32_BYTES
+    costs = shared.costs
     return RankMemory(
-        held.weights, held.gradients, held.optimizer, folded_weights, folded_gradients, gathered,
+        held.weights, held.gradients, held.optimizer, costs.weights, costs.gradients, costs.gathered,
         activation_bytes(planned, stage, num_micro_batches(config, planned.grid.world_size)),
-        max(held.exchange, bank_exchange), held.expert + folded_weights + folded_gradients,
+        max(held.exchange, costs.exchange), held.expert + costs.weights + costs.gradients,
     )  # fmt: skip
 
 
@@ -164,34 +159,3 @@ def _held(buffer: list[DescribedParameter], place: tuple[int, int], zero: bool, 
     optimizer = own * (MOMENT_BYTES + (FP32_BYTES if element < FP32_BYTES else 0))
     share = sum(p.numel for p in buffer if p.tag.is_routed_expert) / max(sum(p.numel for p in buffer), 1)
     return _Held(weights, gradients, optimizer, exchange, round(share * (weights + gradients + optimizer)))
-
-
-def _whole_banks(planned: PlannedModel, banks: list[DescribedParameter], stage: int) -> tuple[int, int]:
-    """Returns the bytes of banks that are whole throughout a step, and the largest temporary of their exchange.
-
-    Step mode takes one tensor at a time. Where banks are gathered, at the step's end stand beside each other the bank, its
-    gradient, that in the order of its holders (twice while it is put in order) and the slice that is reduced of it. Where
-    holders combine, a rank's weight gradients stand in the order of their receivers, beside those received and their sum.
-    Layer mode keeps all banks and all their gradients.
-    """
-    if not banks:
-        return 0, 0
-    moe, grid, numels = planned.config.moe, planned.grid, [p.whole_numel for p in banks]
-    num_banks, sizes = moe.num_expert_banks, [grid.place(p.tag.gradient_group, 0)[0] for p in banks]
-    slices = [num_banks * -(-numel // (num_banks * size)) for numel, size in zip(numels, sizes, strict=True)]
-    if moe.samoe_combine == "layer":
-        temporaries = (2 * numel + held for numel, held in zip(numels, slices, strict=True))
-        return 2 * FP32_BYTES * sum(numels), FP32_BYTES * max(temporaries)
-    if not holders_combine(planned):
-        return 0, FP32_BYTES * max(4 * numel + held for numel, held in zip(numels, slices, strict=True))
-    own, everywhere = planned.moe_layers(stage), sum(planned.moe_layers(s) for s in range(grid.pp))
-    return 0, FP32_BYTES * max(
-        own * numel // num_banks + (size // grid.pp + 1) * everywhere * (held // num_banks)
-        for numel, size, held in zip(numels, sizes, slices, strict=True)
-    )
-
-
-def holders_combine(planned: PlannedModel) -> bool:
-    """Whether holders of a sharded pool exchange combined slices rather than banks."""
-    moe, layers_of_stage = planned.config.moe, [range(planned.moe_layers(s)) for s in range(planned.grid.pp)]
-    return moe.samoe_combine == "step" and exchange_saves(moe.num_expert_banks, layers_of_stage)

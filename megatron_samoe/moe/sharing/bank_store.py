@@ -93,6 +93,16 @@ class BankStore:
         )
 
     @property
+    def numel(self) -> int:
+        """Elements of all banks on this rank's experts, also where it holds a slice of them only."""
+        return self.shape[0] * self.num_elements
+
+    @property
+    def held(self) -> int:
+        """Elements of the longest slice that a holder has."""
+        return self.shape[0] * self._slice_size
+
+    @property
     def _slice_size(self) -> int:
         return -(-self.num_elements // self.group.size)
 

@@ -27,8 +27,8 @@ from megatron_samoe.moe.sharing.coefficients import (
     bank_std_factor,
     normalize_coefficients,
 )
-from megatron_samoe.moe.sharing.expert_pool import ExpertPool
-from megatron_samoe.moe.sharing.way import SharingContext
+from megatron_samoe.moe.sharing.expert_pool import FP32_BYTES, ExpertPool
+from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.grouped_mlp import (
@@ -156,6 +156,31 @@ class StepLender:
                     da_2lGP[row] += contract(a_2LGP[row], bank, grad, bank_grad)
         return da_2lGP
 
+    def costs(self) -> LenderCosts:
+        """Effective weights and their fp32 gradients of this rank's layers.
+
+        One bank tensor after the other is exchanged. Where banks are gathered, at the step's end stand beside each other the
+        bank, its gradient, that in the order of its holders (twice while it is put in order) and the slice that is reduced of
+        it. Where holders combine, a rank's weight gradients stand in the order of their receivers, beside those received and
+        their sum. Combining reads banks and writes weights, contracting reads and clears gradients and updates the banks'.
+        """
+        pool, layers, width = self._pool, len(self._coefficients), self._dtype.itemsize
+        num_banks, one, stores = pool.coefficient_shape[1], pool.bank_numel, pool.stores.values()
+        exchange, sent = 0, pool.sent(3 * FP32_BYTES)
+        if self._exchange is not None:
+            everywhere, pp = sum(map(len, self._exchange.layers_of_stage)), self._state.pp.size
+            exchange = max(
+                layers * s.num_elements + (s.group.size // pp + 1) * everywhere * (s.held // num_banks) for s in stores
+            )
+            moved = layers * (width + FP32_BYTES)  # combined weights come, their gradients go
+            sent = {group: elements * moved / num_banks for group, elements in pool.sent(1).items()}
+        elif pool.is_sharded:
+            exchange = max(4 * store.numel + store.held for store in stores)
+        return LenderCosts(
+            weights=layers * one * width, gradients=layers * one * FP32_BYTES, exchange=FP32_BYTES * exchange, sent=sent,
+            traffic_per_step=one * (4 * num_banks * FP32_BYTES + layers * (width + 2 * FP32_BYTES)),
+        )  # fmt: skip
+
     def layer_gradients(self) -> ExpertWeights | None:
         """Returns this rank's gradients of the effective weights so far, [L, e, ...]; None before the first backward."""
         return self._grads
@@ -217,6 +242,19 @@ class LayerLender:
         self._open_gradients()
         self._exits.close()
         self._grads = None
+
+    def costs(self) -> LenderCosts:
+        """One layer's weights and their gradients; of sharded banks all, and all their gradients, through a step. Each layer
+        and pass combines twice and contracts once."""
+        pool, width = self._pool, self._dtype.itemsize
+        num_banks, one, stores = pool.coefficient_shape[1], pool.bank_numel, pool.stores.values()
+        per_layer = one * (2 * (num_banks * FP32_BYTES + width) + num_banks * 3 * FP32_BYTES + 2 * FP32_BYTES)
+        return LenderCosts(
+            gathered=2 * FP32_BYTES * sum(s.numel for s in stores) if pool.is_sharded else 0,
+            exchange=FP32_BYTES * max(2 * s.numel + s.held for s in stores) if pool.is_sharded else 0,
+            workspace=one * (width + FP32_BYTES), sent=pool.sent(2 * FP32_BYTES),
+            traffic_per_pass=len(self._coefficients) * per_layer,
+        )  # fmt: skip
 
     def _open_gradients(self) -> None:
         if self._grads is None:

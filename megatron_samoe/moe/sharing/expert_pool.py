@@ -9,6 +9,8 @@ from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.sharing.bank_store import BankStore, meta_state, shard_bank
 from megatron_samoe.moe.sharing.way import SharingContext
 
+FP32_BYTES = 4
+
 
 class ExpertPool(nn.Module):
     """P banks of E experts each: `bank.w1` is [P, e, F, H] (or [P, e, 2, F, H]), and so on.
@@ -40,3 +42,15 @@ class ExpertPool(nn.Module):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of whole banks, by name."""
         return {name: store.shape for name, store in self.stores.items()}
+
+    @property
+    def bank_numel(self) -> int:
+        """Elements of one whole bank, all tensors together."""
+        return sum(store.num_elements for store in self.stores.values())
+
+    def sent(self, times: float) -> dict[str, float]:
+        """Returns the elements that holders of slices exchange where each is moved so many times, by their group."""
+        sent: dict[str, float] = {}
+        for store in self.stores.values() if self.is_sharded else ():
+            sent[store.group.name] = sent.get(store.group.name, 0.0) + times * store.numel
+        return sent

@@ -11,7 +11,7 @@ from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.moe.sharing.combined import CombinedSharing
 from megatron_samoe.moe.sharing.own import OwnSharing
 from megatron_samoe.moe.sharing.tied import TiedSharing
-from megatron_samoe.moe.sharing.way import ExpertLender, SharingContext, SharingWay
+from megatron_samoe.moe.sharing.way import ExpertLender, LenderCosts, SharingContext, SharingWay
 from megatron_samoe.moe.types import Experts
 
 
@@ -116,3 +116,7 @@ class MappedLender:
         """All ways complete their gradients."""
         for lender in self.lenders.values():
             lender.finish_step()
+
+    def costs(self) -> LenderCosts:
+        """Returns the costs of all ways."""
+        return LenderCosts.of_all([lender.costs() for lender in self.lenders.values()])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.moe.experts import ExpertShape, main_grads_of, weights_of, without_repeated_bias
-from megatron_samoe.moe.sharing.way import SharingContext
+from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.grouped_mlp import grouped_mlp
 from megatron_samoe.parallel_state.state import ParallelState
@@ -67,3 +67,7 @@ class OwnLender:
 
     def finish_step(self) -> None:
         """Autograd has completed the gradients."""
+
+    def costs(self) -> LenderCosts:
+        """Nothing besides the parameters."""
+        return LenderCosts()

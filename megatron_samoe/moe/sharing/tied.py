@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.moe.experts import without_repeated_bias
-from megatron_samoe.moe.sharing.expert_pool import ExpertPool
-from megatron_samoe.moe.sharing.way import SharingContext
+from megatron_samoe.moe.sharing.expert_pool import FP32_BYTES, ExpertPool
+from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 
@@ -98,6 +98,24 @@ class TiedLender:
             for name, store in pool.stores.items():
                 store.add_gradient(getattr(grads, name)[None])
                 getattr(grads, name).zero_()
+
+    def costs(self) -> LenderCosts:
+        """Weights in the compute dtype, unless whole sets are used as they are; gradients of sharded sets. At the step's end a
+        gradient stands in the order of its holders, twice while it is put in order, beside the slice that is reduced."""
+        used, width = set(self._set_of_layer.values()), self._dtype.itemsize
+        costs = []
+        for number, pool in self._sets.items():
+            one, copies = pool.bank_numel, pool.is_sharded or width != FP32_BYTES
+            exchange = max(2 * store.numel + store.held for store in pool.stores.values()) if pool.is_sharded else 0
+            is_used = number in used
+            costs.append(LenderCosts(
+                weights=one * width if is_used and copies else 0,
+                gradients=one * FP32_BYTES if is_used and pool.is_sharded else 0,
+                exchange=FP32_BYTES * (exchange + (0 if is_used or not pool.is_sharded else one)),
+                sent=pool.sent(2 * FP32_BYTES),
+                traffic_per_step=one * (FP32_BYTES + width + 2 * FP32_BYTES) if is_used and copies else 0,
+            ))  # fmt: skip
+        return LenderCosts.of_all(costs)
 
     def _new_gradients(self, pool: ExpertPool) -> ExpertWeights:
         if not pool.is_sharded and all(hasattr(p, "main_grad") for p in pool.bank.values()):

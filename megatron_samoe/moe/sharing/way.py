@@ -7,7 +7,7 @@ layer its experts in every call; no layer keeps what is shared.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 import torch
@@ -51,6 +51,38 @@ class SharingContext:
         return [stage for stage, held in enumerate(self.layers_of_stage) if set(held) & set(layers)]
 
 
+@dataclass(frozen=True)
+class LenderCosts:
+    """What lending takes on one rank besides parameters, their gradients and optimizer state, for the planner.
+
+    Attributes:
+        weights, gradients: bytes held from step to step.
+        gathered: bytes of whole banks that are held through a step.
+        exchange: bytes of the largest temporary at the beginning or end of a step, when no activations exist.
+        workspace: bytes that one layer's backward pass needs.
+        sent: bytes that sharded banks make a rank send in a step, by the group that exchanges them, before the factor
+            (size - 1) / size.
+        traffic_per_step, traffic_per_pass: bytes of memory that are read and written.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    gathered: int = 0
+    exchange: int = 0
+    workspace: int = 0
+    sent: Mapping[str, float] = field(default_factory=dict)
+    traffic_per_step: int = 0
+    traffic_per_pass: int = 0
+
+    @staticmethod
+    def of_all(costs: Sequence[LenderCosts]) -> LenderCosts:
+        """Returns the costs of several lenders on one rank; exchanges and layers come one after the other."""
+        sums = {f.name: sum(getattr(c, f.name) for c in costs) for f in fields(LenderCosts) if f.name != "sent"}
+        sums |= {name: max((getattr(c, name) for c in costs), default=0) for name in ("exchange", "workspace")}
+        sent = {group: sum(c.sent.get(group, 0) for c in costs) for group in sorted({g for c in costs for g in c.sent})}
+        return LenderCosts(sent=sent, **sums)
+
+
 class ExpertLender(Protocol):
     """Lends experts to layers during one optimizer step."""
 
@@ -61,7 +93,12 @@ class ExpertLender(Protocol):
         """Returns the experts of an MoE layer."""
 
     def finish_step(self) -> None:
-        """Completes this rank's gradients of what is shared, in their main gradients."""
+        """Completes the gradients of what is shared, in their main gradients; those of sharded banks are summed over
+        their holders, which call it together."""
+
+    def costs(self) -> LenderCosts:
+        """Returns what lending takes, also of a model without storage."""
+        ...
 
 
 class SharingWay(Protocol):

@@ -84,6 +84,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "samoe bf16": {"layout": "samoe", "bf16": True, "moe_layer_freq": "0101"},
     "samoe replicated": {"layout": "samoe", "samoe_pool_placement": "replicated", "samoe_combine": "layer"},
     "samoe per expert": {"layout": "samoe", "style": "llama", "samoe_granularity": "expert", "bf16": True},
+    "tied": {"layout": "moe", "expert_sharing": "0,1,1,0", "bf16": True},
+    "tied pyramid": {"layout": "moe", "expert_sharing": "0,0,1,1", "num_experts": (4, 4, 8, 8), "style": "llama"},
+    "scaled": {"layout": "moe", "expert_sharing": "scaled", "num_expert_sets": 2},
+    "combined middle": {"layout": "samoe", "untied_ends": 1, "samoe_combine": "layer"},
+    "mixed": {"layout": "moe", "expert_sharing": "combined,0,own,0", "moe_layer_freq": "1", "num_expert_banks": 1},
+    "pool replicated": {"layout": "moe", "expert_sharing": "pool", "samoe_pool_placement": "replicated"},
     "samoe frozen": {"layout": "samoe", "samoe_freeze_coefficients": True, "num_expert_banks": 3},
 }
 
