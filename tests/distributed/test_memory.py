@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_samoe.config import PretrainConfig
+from megatron_samoe.moe.sharing.mapped import MappedLender
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
@@ -26,18 +27,36 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "samoe layer pp2 ep2 zero": (
         4, {"layout": "samoe", "samoe_combine": "layer", "moe_layer_freq": "2"}, {"pp": 2, "ep": 2, "zero": True},
     ),
+    "tied pp2 ep2 zero": (4, {"layout": "moe", "expert_sharing": "0,1,1,0", "bf16": True}, {"pp": 2, "ep": 2, "zero": True}),
+    "tied on one stage": (4, {"layout": "moe", "expert_sharing": "0,0,1,1"}, {"pp": 2}),
+    "scaled pp2": (4, {"layout": "moe", "expert_sharing": "scaled", "num_expert_sets": 2}, {"pp": 2, "zero": True}),
+    "combined middle pp2": (4, {"layout": "samoe", "untied_ends": 1, "bf16": True}, {"pp": 2}),
+    "pool tp2 etp1 ep2": (4, {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "style": "llama", "bf16": True},
+                          {"tp": 2, "etp": 1, "ep": 2}),
+    "pool replicated": (4, {"layout": "moe", "expert_sharing": "pool", "samoe_pool_placement": "replicated"}, {"pp": 2}),
     "samoe replicated pp2": (4, {"layout": "samoe", "samoe_pool_placement": "replicated"}, {"pp": 2, "zero": True}),
 }  # fmt: skip
+
+
+def kept_by(lender: Any) -> list[torch.Tensor]:
+    """Returns all expert weights and gradients that a lender keeps."""
+    if isinstance(lender, MappedLender):
+        return [t for one in lender.lenders.values() for t in kept_by(one)]
+    kept = []
+    for name in ("_weights", "_grads"):
+        held = getattr(lender, name, None)
+        every = held.values() if isinstance(held, dict) else [held]
+        kept += [t for weights in every if weights is not None for _, t in weights.items()]
+    return kept
 
 
 def tensors_of(setup: TrainSetup) -> dict[str, list[torch.Tensor]]:
     """Returns what a set-up holds between steps, by part."""
     optimizer = setup.optimizer
     moments = [t for name in optimizer.masters for t in optimizer.moments(name).values()]
-    folded: list[torch.Tensor] = []
-    for kept in ("_weights", "_grads"):
-        weights = getattr(setup.model.lender, kept, None)
-        folded += [] if weights is None else [t for _, t in weights.items()]
+    own = {p.untyped_storage().data_ptr() for p in setup.model.parameters()}
+    own |= {p.main_grad.untyped_storage().data_ptr() for p in setup.buffers.parameters.values()}
+    folded = [t for t in kept_by(setup.model.lender) if t.untyped_storage().data_ptr() not in own]
     return {
         "weights": [p.detach() for p in setup.model.parameters()],
         "gradients": [p.main_grad for p in setup.buffers.parameters.values()],
