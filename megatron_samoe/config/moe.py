@@ -16,6 +16,10 @@ def _beyond(default: object, known_to: Iterable[str] = ("planner",)) -> Callable
     return lambda value: READERS if value == default else frozenset(known_to)
 
 
+def _known_scores(score_function: str) -> frozenset[str]:
+    return READERS if score_function in ("softmax", "sigmoid") else frozenset(("planner",))
+
+
 def _readers_of_counts(num_experts: int | tuple[int, ...]) -> frozenset[str]:
     return READERS if isinstance(num_experts, int) else frozenset(("decode", "planner"))
 
@@ -57,10 +61,33 @@ class MoEConfig:
         2, range=POSITIVE, largest=100_000, needs=needs.EXPERTS, is_free=False, known_to=READERS
     )
     """Experts per token (K)."""
-    moe_router_score_function: Literal["softmax", "sigmoid"] = model_option(
-        "softmax", needs=needs.EXPERTS, is_free=False, known_to=READERS
+    moe_router_score_function: Literal["softmax", "sigmoid", "norm"] = model_option(
+        "softmax", needs=needs.EXPERTS, is_free=False, known_to=_known_scores
     )
-    """How logits become scores."""
+    """How logits become scores. norm (UniPool's NormRouter): a learned factor per layer times ReLU(logits / their length);
+    the chosen experts' scores are their weights as they are."""
+    moe_router_enable_expert_bias: bool = model_option(
+        False, needs=needs.EXPERTS, is_free=False, known_to=_beyond(False)
+    )
+    """Choose experts by score + a bias of each expert, and weigh them by the score alone (DeepSeek-V3). After each step the
+    bias of an expert with less than the mean load rises by --moe-router-bias-update-rate, that of one with more falls."""
+    moe_router_bias_update_rate: float = model_option(
+        1e-3, range=AT_LEAST_ZERO, needs=needs.EXPERT_BIAS, is_free=True, known_to=READERS
+    )
+    """How far an expert's bias moves in a step."""
+    moe_router_num_groups: int | None = model_option(
+        None, range=POSITIVE, needs=needs.EXPERTS, is_free=False, known_to=_beyond(None)
+    )
+    """Consecutive groups of experts, of which a token may use --moe-router-group-topk: those whose best K / group-topk
+    experts have the largest sum of scores (DeepSeek-V3)."""
+    moe_router_group_topk: int | None = model_option(
+        None, range=POSITIVE, needs=needs.EXPERT_GROUPS, is_free=False, known_to=_beyond(None)
+    )
+    """Groups of experts that a token may use."""
+    moe_router_topk_scaling_factor: float | None = model_option(
+        None, range=ABOVE_ZERO, needs=needs.EXPERTS, is_free=False, known_to=_beyond(None)
+    )
+    """Factor on the chosen experts' weights; 1 if not given."""
     moe_router_pre_softmax: bool | None = model_option(None, needs=needs.EXPERTS, is_free=False, known_to=READERS)
     """Weigh experts by their score among all experts (Switch) rather than among the chosen (GShard). Derived if not
     given: true for top-1, where scores among the chosen would always be 1 and teach the router nothing."""
@@ -69,6 +96,11 @@ class MoEConfig:
     )
     """seq_aux_loss: balance expert loads within each sequence; aux_loss: over --moe-aux-loss-group-size sequences; none.
     Each is the same number under every parallel layout."""
+    moe_balance_scope: Literal["layer", "set"] | None = model_option(
+        None, needs=needs.EXPERTS, is_free=True, known_to=READERS
+    )
+    """Loads that are balanced, by losses and by expert biases. layer: each layer's; set: those of a set of experts over all
+    layers that use it, so that each layer may prefer some. Derived if not given: set for --expert-sharing pool."""
     moe_aux_loss_group_size: int | None = model_option(
         None, range=POSITIVE, needs=needs.AUX_LOSS, is_free=True, known_to=READERS
     )
@@ -166,6 +198,11 @@ class MoEConfig:
         """Sequences over which loads are balanced."""
         grouped = self.moe_router_load_balancing_type == "aux_loss"
         return (self.moe_aux_loss_group_size or 1) if grouped else 1
+
+    @property
+    def balances_sets(self) -> bool:
+        """Whether balance is that of shared sets over all their layers."""
+        return (self.moe_balance_scope or ("set" if self.expert_sharing == "pool" else "layer")) == "set"
 
     @property
     def sharing(self) -> str:

@@ -18,6 +18,8 @@ TRAINED_COEFFICIENTS = Need(
     "needs --expert-layout samoe, or --expert-sharing combined or scaled, with coefficients that are trained",
 )
 EXPERTS = Need(lambda c: c.moe.expert_layout != "dense", "needs --expert-layout moe or samoe, not dense")
+EXPERT_BIAS = Need(lambda c: c.moe.moe_router_enable_expert_bias, "needs --moe-router-enable-expert-bias")
+EXPERT_GROUPS = Need(lambda c: c.moe.moe_router_num_groups is not None, "needs --moe-router-num-groups")
 BALANCE = Need(
     lambda c: c.moe.moe_router_load_balancing_type != "none", "has no use with --moe-router-load-balancing-type none"
 )

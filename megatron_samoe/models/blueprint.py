@@ -19,6 +19,7 @@ from megatron_samoe.moe.balance import AuxiliaryLosses, BalanceStrategy
 from megatron_samoe.moe.branch_scale import branch_scale
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.router import Router
+from megatron_samoe.moe.set_loads import SetLoads
 from megatron_samoe.moe.sharing.mapped import configured_sharing
 from megatron_samoe.moe.sharing.way import SharingContext, SharingWay
 from megatron_samoe.moe.types import StatisticsLayout
@@ -91,6 +92,15 @@ class Blueprint:
     def sharing(self) -> SharingWay:
         """How the MoE layers come by their experts."""
         return self.parts.sharing(self.sharing_context)
+
+    @cached_property
+    def set_loads(self) -> SetLoads | None:
+        """The loads of shared sets, where balance is theirs; else None."""
+        if not self.config.moe.balances_sets:
+            return None
+        experts = tuple(shape.num_experts for shape in self.expert_shapes)
+        loads = SetLoads.of(self.sharing_context.sources, experts)
+        return loads if loads.width else None
 
     @cached_property
     def statistics(self) -> StatisticsLayout:

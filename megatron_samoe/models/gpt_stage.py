@@ -15,6 +15,7 @@ from megatron_samoe.models.layer_layout import StagePlan
 from megatron_samoe.models.norms import Norm
 from megatron_samoe.models.rotary import rotary_tables
 from megatron_samoe.models.transformer_layer import TransformerLayer
+from megatron_samoe.moe.set_loads import turn_around
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
@@ -72,6 +73,7 @@ class GPTStage(nn.Module):
         config, state = blueprint.config, blueprint.state
         self.config, self.state = config, state
         self.is_first, self.is_last = plan.has_embedding, plan.has_head
+        self.set_loads = blueprint.set_loads
         tied = not config.model.untie_embeddings_and_output_weights
         if self.is_first or (self.is_last and tied):
             self.embedding = Embedding(blueprint, words_only=not self.is_first)
@@ -88,20 +90,26 @@ class GPTStage(nn.Module):
         """Returns the stage's output and the statistics of its MoE layers.
 
         Args:
-            x: tokens_BS for the first stage, x_TH for others.
+            x: tokens_BS for the first stage, x_TH for others; while training with the loads of shared sets below, where
+                balance is theirs (`set_loads`).
             positions_BS: position of each token; 0, 1, ... if not given.
             document_ids_BS: where given, no token looks into another document.
 
         Returns:
-            The last stage gives logits [T, this rank's part of the vocabulary], others x_TH.
+            The last stage gives logits [T, this rank's part of the vocabulary], others what the next one takes.
         """
         batch = context.batch_size
+        set_loads = self.set_loads if context.training else None
+        loads_BC = None
+        if set_loads is not None and not self.is_first:
+            x, loads_BC = set_loads.unpack(x, batch)
         if positions_BS is None:
             parts = self.state.tp.size if self.state.sequence_parallel and not self.is_first else 1
             tokens = x.numel() if self.is_first else x.shape[0] * parts
             positions_BS = torch.arange(tokens // batch, device=x.device).expand(batch, -1)
         if self.is_first:
             x = self.embedding(x, positions_BS, context)
+            loads_BC = None if set_loads is None else set_loads.zeros(batch, x)
         uses_rotary = self.config.model.position_embedding_type == "rope"
         inputs = AttentionInputs(
             rotary=rotary_tables(self.config.model, positions_BS, x.dtype) if uses_rotary else None,
@@ -109,10 +117,14 @@ class GPTStage(nn.Module):
         )
         all_stats = []
         for number, layer in enumerate(self.layers.values()):
-            arguments = (x, inputs, context, lender)
-            x, stats = recompute(layer, *arguments) if self._recomputes(number, context) else layer(*arguments)
+            arguments = (x, inputs, context, lender, loads_BC)
+            x, stats, loads_BC = (
+                recompute(layer, *arguments) if self._recomputes(number, context) else layer(*arguments)
+            )
             if stats is not None:
                 all_stats.append(stats)
+        if set_loads is not None and loads_BC is not None:
+            x = turn_around(x, loads_BC) if self.is_last else set_loads.pack(x, loads_BC)
         return (self._logits(x) if self.is_last else x), all_stats
 
     def loss(self, logits_TV: Tensor, labels_BS: Tensor) -> Tensor:

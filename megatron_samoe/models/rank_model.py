@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.models.blueprint import Blueprint, ModelParts
 from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.initialize import initialize_parameters
@@ -52,7 +53,8 @@ class RankModel(nn.Module):
         blueprint = Blueprint(config, vocab_size, state, dtype, self.parts)
         #: Routed experts of each MoE layer of the whole model.
         self.num_experts = tuple(shape.num_experts for shape in blueprint.expert_shapes)
-        self.statistics = blueprint.statistics
+        self.statistics, self.set_loads = blueprint.statistics, blueprint.set_loads
+        self._sources = blueprint.sharing_context.sources
         self.chunks = nn.ModuleList(GPTStage(blueprint, plan) for plan in rank_plans(config, state.pp.rank))
         self.expert_pool = blueprint.sharing.shared_part()
         self.lender = self._make_lender(blueprint)
@@ -87,6 +89,30 @@ class RankModel(nn.Module):
     def finish_step(self) -> None:
         """Completes this rank's gradients of shared experts, before they are reduced."""
         self.lender.finish_step()
+
+    def balanced_counts(self, counts_LE: Tensor) -> list[Tensor]:
+        """Returns for each MoE layer of the whole model the mean loads that are balanced: its own, or its set's over all
+        layers that use it."""
+        own = [counts_E[:n] for counts_E, n in zip(counts_LE, self.num_experts, strict=True)]
+        if self.set_loads is None:
+            return own
+        sums: dict[Source, Tensor] = {}
+        for source, counts_E in zip(self._sources, own, strict=True):
+            sums[source] = sums[source] + counts_E if source in sums else counts_E
+        columns = self.set_loads.columns
+        return [
+            c if at is None else sums[s] / at.num_layers for s, c, at in zip(self._sources, own, columns, strict=True)
+        ]
+
+    def after_step(self, counts_LE: Tensor) -> None:
+        """Lets routers follow the loads of a global batch, when the optimizer has updated the weights.
+
+        Args:
+            counts_LE: tokens that chose each expert, of all MoE layers of the whole model.
+        """
+        balanced = self.balanced_counts(counts_LE)
+        for layer in self.moe_layers():
+            layer.moe.router.after_step(balanced[layer.moe.moe_index])
 
     def forward(
         self, x: Tensor, context: ForwardContext, positions_BS: Tensor | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,18 +42,20 @@ class TransformerLayer(nn.Module):
         return hasattr(self, "moe")
 
     def forward(
-        self, x_TH: Tensor, inputs: AttentionInputs, context: ForwardContext, lender: ExpertLender
-    ) -> tuple[Tensor, MoEStats | None]:
-        """Returns the next residual stream and, from an MoE layer, its statistics."""
+        self, x_TH: Tensor, inputs: AttentionInputs, context: ForwardContext, lender: ExpertLender,
+        loads_BC: Tensor | None = None,
+    ) -> tuple[Tensor, MoEStats | None, Tensor | None]:  # fmt: skip
+        """Returns the next residual stream, from an MoE layer its statistics, and the loads of shared sets where they are
+        balanced over layers."""
         y_TH = self.attention(self.attention_norm(x_TH), inputs, context)
         x_TH = x_TH + self._dropout(y_TH, context, "attention_output")
         normed_TH = self.mlp_norm(x_TH)
         stats = None
         if self.is_moe:
-            y_TH, stats = self.moe(normed_TH, context, lender)
+            y_TH, stats, loads_BC = self.moe(normed_TH, context, lender, loads_BC)
         else:
             y_TH = self.mlp(normed_TH)
-        return x_TH + self._dropout(y_TH, context, "mlp_output"), stats
+        return x_TH + self._dropout(y_TH, context, "mlp_output"), stats, loads_BC
 
     def _dropout(self, y_TH: Tensor, context: ForwardContext, site: str) -> Tensor:
         if not context.training or self.dropout == 0.0:
@@ -82,8 +85,12 @@ class TransformerLayer(nn.Module):
 def _moe_layer(blueprint: Blueprint, place: LayerPlace, moe_index: int) -> MoELayer:
     config, state, dtype, parts = blueprint.config, blueprint.state, blueprint.dtype, blueprint.parts
     moe, model = config.moe, config.model
-    moe_place = MoEPlace(place.index, moe_index, blueprint.expert_shapes[moe_index], router_init_std(config))
-    router = parts.router(moe, moe_place, parts.balance(moe, state.dp), state, dtype)
+    loads = blueprint.set_loads
+    columns = None if loads is None else loads.columns[moe_index]
+    moe_place = MoEPlace(place.index, moe_index, blueprint.expert_shapes[moe_index], router_init_std(config), columns)
+    # A layer whose set is balanced over all its layers has no balance loss of its own.
+    balanced = moe if columns is None else replace(moe, moe_router_load_balancing_type="none")
+    router = parts.router(moe, moe_place, parts.balance(balanced, state.dp), state, dtype)
     shared = None
     if moe.moe_shared_expert_intermediate_size is not None:
         stds = (model.init_method_std, model.output_init_std * branch_scale(config, place.num_experts).shared)

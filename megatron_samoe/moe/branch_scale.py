@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.ops import reference
@@ -44,8 +45,11 @@ def branch_scale(config: PretrainConfig, num_experts: int) -> BranchScale:
         return BranchScale(1.0, 1.0)
     # The router sees normalised tokens, of length sqrt(H).
     logit_std = router_init_std(config) * config.model.hidden_size**0.5
-    squares = mean_squared_weights(
-        num_experts, moe.moe_router_topk, moe.moe_router_score_function == "sigmoid", moe.pre_softmax, logit_std
+    squares = (
+        mean_squared_weights(
+            num_experts, moe.moe_router_topk, moe.moe_router_score_function, moe.pre_softmax, logit_std
+        )
+        * (moe.moe_router_topk_scaling_factor or 1.0) ** 2
     )
     active = moe.moe_router_topk * config.expert_ffn_size + (moe.moe_shared_expert_intermediate_size or 0)
     ratio = mlp_size / max(active, 1)
@@ -53,10 +57,29 @@ def branch_scale(config: PretrainConfig, num_experts: int) -> BranchScale:
 
 
 @lru_cache(maxsize=256)
-def mean_squared_weights(num_experts: int, topk: int, sigmoid: bool, pre_softmax: bool, logit_std: float) -> float:
+def mean_squared_weights(
+    num_experts: int, topk: int, score_function: str, pre_softmax: bool, logit_std: float
+) -> float:
     """Returns sum_k E[p_k^2] over independent normal logits, estimated from a fixed sample."""
-    tokens = max(_SAMPLES // num_experts, _FEWEST_TOKENS)
-    generator = torch.Generator().manual_seed(0)
-    logits_TE = torch.empty(tokens, num_experts).normal_(generator=generator).mul_(logit_std)
-    probs_TK, *_ = reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, 1)
+    logits_TE = _normal(num_experts).mul_(logit_std)
+    if score_function == "norm":
+        probs_TK = norm_start(num_experts, topk) * _largest_normed(num_experts, topk)
+    else:
+        probs_TK, *_ = reference.topk_gate(logits_TE, topk, score_function == "sigmoid", pre_softmax, 1)
     return float(probs_TK.double().square().sum(1).mean())
+
+
+@lru_cache(maxsize=256)
+def norm_start(num_experts: int, topk: int) -> float:
+    """Returns the factor of ReLU(logits / their length) with which the chosen experts' weights begin with a sum of 1 on
+    average, over independent normal logits: a Monte-Carlo estimate from a fixed sample."""
+    return 1.0 / float(_largest_normed(num_experts, topk).double().sum(1).mean())
+
+
+def _largest_normed(num_experts: int, topk: int) -> Tensor:
+    return torch.nn.functional.normalize(_normal(num_experts), dim=1).relu().topk(topk, dim=1).values
+
+
+def _normal(num_experts: int) -> Tensor:
+    tokens = max(_SAMPLES // num_experts, _FEWEST_TOKENS)
+    return torch.empty(tokens, num_experts).normal_(generator=torch.Generator().manual_seed(0))

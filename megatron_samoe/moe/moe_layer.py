@@ -65,10 +65,12 @@ class MoELayer(nn.Module):
         self.shared_expert = shared_expert
         self.experts = experts
 
-    def forward(self, x_TH: Tensor, context: ForwardContext, lender: ExpertLender) -> tuple[Tensor, MoEStats]:
-        """Returns y_TH and the layer's statistics."""
+    def forward(
+        self, x_TH: Tensor, context: ForwardContext, lender: ExpertLender, loads_BC: Tensor | None = None
+    ) -> tuple[Tensor, MoEStats, Tensor | None]:
+        """Returns y_TH, the layer's statistics, and the loads of shared sets with its own; see `Router.forward`."""
         experts = lender.experts(self.moe_index)
-        routing = self.router(x_TH, context)
+        routing = self.router(x_TH, context, loads_BC)
         probs_TK = routing.probs_TK
         if routing.auxiliary_loss is not None:
             probs_TK = attach_loss(probs_TK, routing.auxiliary_loss, context.gradient_scale)
@@ -84,7 +86,7 @@ class MoELayer(nn.Module):
             y_RH = experts(dispatched.rows_RH, dispatched.rows_per_expert)
             y_TH = self._leave(self.dispatcher.combine(y_RH, probs_TK, dispatched))
             shared_TH = self._shared(x_TH)
-        return y_TH if shared_TH is None else y_TH + shared_TH, routing.stats
+        return y_TH if shared_TH is None else y_TH + shared_TH, routing.stats, routing.loads_BC
 
     def _shared(self, x_TH: Tensor) -> Tensor | None:
         return None if self.shared_expert is None else self.shared_expert(x_TH)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.moe.balance import BalanceStrategy
+from megatron_samoe.moe.branch_scale import norm_start
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
+from megatron_samoe.moe.set_loads import SetColumns, count
 from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
-from megatron_samoe.ops.topk_gate import GateResult, topk_gate
-from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
+from megatron_samoe.ops.topk_gate import GateResult, relu_gate, topk_gate
+from megatron_samoe.parallel_state.parameter_tag import ZEROS, Init, ParameterTag
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
 from megatron_samoe.tensor_parallel.mappings import gather_tokens
@@ -30,12 +32,14 @@ class Routing:
             output, and the weights of its other choices stay as they are.
         probs_TK: weight of each choice.
         auxiliary_loss: scalar to be added to the training loss, or None.
+        loads_BC: loads of shared sets with this layer's, where they are balanced over layers; see `set_loads`.
     """
 
     ids_TK: Tensor
     probs_TK: Tensor
     auxiliary_loss: Tensor | None
     stats: MoEStats
+    loads_BC: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -52,9 +56,15 @@ class Router(nn.Module):
         super().__init__()
         self.config, self.place, self.balance, self.state = config, place, balance, state
         dtype = torch.promote_types(dtype, torch.float32)
-        shape = (place.shape.num_experts, place.shape.hidden_size)
+        num_experts = place.shape.num_experts
         tag = ParameterTag(token_wise_spec(state), Init(std=place.router_init_std))
-        self.weight = new_parameter(shape, tag, state, dtype)
+        self.weight = new_parameter((num_experts, place.shape.hidden_size), tag, state, dtype)
+        if config.moe_router_enable_expert_bias:
+            self.expert_bias = new_parameter((num_experts,), ParameterTag(init=ZEROS), state, dtype)
+            self.expert_bias.requires_grad_(False)
+        if config.moe_router_score_function == "norm":
+            start = Init(mean=norm_start(num_experts, config.moe_router_topk))
+            self.scale = new_parameter((1,), ParameterTag(token_wise_spec(state), start), state, dtype)
 
     @property
     def experts_per_token(self) -> float:
@@ -63,18 +73,52 @@ class Router(nn.Module):
 
     def select(self, logits_TE: Tensor, num_sequences: int) -> GateResult:
         """Returns the choice of T tokens, which are so many whole sequences; see `ops.topk_gate.described`."""
-        config = self.config
-        return topk_gate(
-            logits_TE, config.moe_router_topk, config.moe_router_score_function, config.pre_softmax, num_sequences
-        )
+        config, topk = self.config, self.config.moe_router_topk
+        key_TE = self._choice_key(logits_TE)
+        if config.moe_router_score_function == "norm":
+            gate = relu_gate(logits_TE, topk, num_sequences, key_TE)
+        else:
+            gate = topk_gate(
+                logits_TE, topk, config.moe_router_score_function, config.pre_softmax, num_sequences, key_TE
+            )
+        factor = config.moe_router_topk_scaling_factor
+        return gate if factor is None else replace(gate, probs_TK=gate.probs_TK * factor)
 
-    def forward(self, x_TH: Tensor, context: ForwardContext) -> Routing:
-        """Returns the routing of T = B * S tokens, also where x_TH is this rank's share of them."""
+    @torch.no_grad()
+    def _choice_key(self, logits_TE: Tensor) -> Tensor | None:
+        """Returns what experts are chosen by, where that is not the logit: the score with a bias, in the best groups alone."""
+        config = self.config
+        if not config.moe_router_enable_expert_bias and config.moe_router_num_groups is None:
+            return None
+        key_TE = _scores(logits_TE, config)
+        if config.moe_router_enable_expert_bias:
+            key_TE = key_TE + self.expert_bias
+        if config.moe_router_num_groups is not None:
+            assert config.moe_router_group_topk is not None
+            topk = config.moe_router_topk // config.moe_router_group_topk
+            key_TE = limit_to_groups(key_TE, config.moe_router_num_groups, config.moe_router_group_topk, topk)
+        return key_TE
+
+    @torch.no_grad()
+    def after_step(self, counts_E: Tensor) -> None:
+        """Moves expert biases after an optimizer step, by the loads of its global batch (DeepSeek-V3, arXiv:2412.19437)."""
+        if self.config.moe_router_enable_expert_bias:
+            counts_E = counts_E.to(self.expert_bias)
+            self.expert_bias.add_((counts_E.mean() - counts_E).sign(), alpha=self.config.moe_router_bias_update_rate)
+
+    def forward(self, x_TH: Tensor, context: ForwardContext, loads_BC: Tensor | None = None) -> Routing:
+        """Returns the routing of T = B * S tokens, also where x_TH is this rank's share of them.
+
+        Args:
+            loads_BC: loads of shared sets in the layers before this one, where they are balanced over layers.
+        """
         config, num_experts = self.config, self.place.shape.num_experts
         x_TH = x_TH.to(self.weight.dtype)
         if context.training and config.moe_input_jitter_eps:
             x_TH = self._jitter(x_TH, context)
         logits_TE = F.linear(x_TH, self.weight)
+        if config.moe_router_score_function == "norm":
+            logits_TE = self.scale * F.normalize(logits_TE, dim=1)
         if self.state.sequence_parallel:
             logits_TE = gather_tokens(logits_TE, self.state.tp)
         gate = self.select(logits_TE, context.batch_size)
@@ -90,7 +134,19 @@ class Router(nn.Module):
         loss, sums = self.balance(gate, context)
         sums |= {"counts": gate.counts_GE.sum(0), "z_sum": gate.z_sum.detach()}
         sums["dropped"] = ((ids_TK < 0) & (chosen_TK >= 0)).sum()
-        return Routing(ids_TK, gate.probs_TK, loss, MoEStats(self.place.moe_index, sums))
+        columns = self.place.set_columns
+        if loads_BC is not None and columns is not None:
+            factor = self._set_factor(columns, len(logits_TE) // context.batch_size, context)
+            loads_BC = count(loads_BC, columns, gate.counts_GE, gate.score_sum_GE, factor)
+        return Routing(ids_TK, gate.probs_TK, loss, MoEStats(self.place.moe_index, sums), loads_BC)
+
+    def _set_factor(self, columns: SetColumns, tokens_per_sequence: int, context: ForwardContext) -> float:
+        """Returns what the loads of all layers are multiplied by to be the gradient of a sequence's summed scores."""
+        config, num_experts = self.config, self.place.shape.num_experts
+        if config.moe_router_load_balancing_type == "none":
+            return 0.0
+        share = num_experts / (tokens_per_sequence * config.moe_router_topk * columns.num_layers)
+        return context.gradient_scale * config.moe_aux_loss_coeff * share / context.tokens_per_step
 
     def _jitter(self, x_TH: Tensor, context: ForwardContext) -> Tensor:
         assert context.random is not None
@@ -99,3 +155,21 @@ class Router(nn.Module):
         shape = (x_TH.shape[0] * parts // context.batch_size, x_TH.shape[1])
         noise = context.random.uniform(shape, x_TH.device, self.place.layer, "jitter").chunk(parts)[part]
         return x_TH * noise.mul_(2 * eps).add_(1 - eps).to(x_TH.dtype)
+
+
+def _scores(logits_TE: Tensor, config: MoEConfig) -> Tensor:
+    """Returns what experts are ranked by before biases: scores among all experts; or logits, where a softmax over the chosen
+    follows, as Megatron has it."""
+    if config.moe_router_score_function == "sigmoid":
+        return logits_TE.sigmoid()
+    if config.moe_router_score_function == "norm" or not (config.pre_softmax or config.moe_router_enable_expert_bias):
+        return logits_TE
+    return logits_TE.softmax(-1)
+
+
+def limit_to_groups(key_TE: Tensor, num_groups: int, group_topk: int, topk: int) -> Tensor:
+    """Returns the keys with -inf outside the `group_topk` groups of each token whose best `topk` keys sum to most."""
+    key_TGE = key_TE.unflatten(1, (num_groups, -1))
+    best_Tg = key_TGE.topk(topk, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
+    is_open_TG = torch.zeros(key_TGE.shape[:2], dtype=torch.bool, device=key_TE.device).scatter_(1, best_Tg, True)
+    return key_TGE.masked_fill(~is_open_TG[:, :, None], -torch.inf).flatten(1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.moe.experts import ExpertShape
+from megatron_samoe.moe.set_loads import SetColumns
 from megatron_samoe.tensor_parallel.random import SampleRandom
 
 
@@ -50,12 +51,14 @@ class MoEPlace:
         layer, moe_index: its place among all layers, which seeds noise, and among MoE layers.
         shape: global sizes of its routed experts.
         router_init_std: spread of the router's first weights.
+        set_columns: place of its set's loads, where those are balanced over all layers that use the set.
     """
 
     layer: int
     moe_index: int
     shape: ExpertShape
     router_init_std: float
+    set_columns: SetColumns | None = None
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,20 @@ from torch import Tensor
 from megatron_samoe.ops.extension import accumulation_dtype
 
 
+def largest(key_TE: Tensor, topk: int) -> Tensor:
+    """Returns ids_TK by falling key: NaN above everything, equal keys by the lower id."""
+    return torch.sort(key_TE, dim=1, descending=True, stable=True).indices[:, :topk].contiguous()
+
+
 def topk_gate(
-    logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int
+    logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int, key_TE: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns probs_TK, ids_TK, counts_GE, score_sum_GE and z_sum of the router, as ops/topk_gate.py defines them.
 
-    Experts are ordered by logit, NaN above everything, equal logits by the lower expert id.
+    Experts are ordered by logit, or by another key where one is given.
     """
     num_tokens, num_experts = logits_TE.shape
-    ids_TK = torch.sort(logits_TE.detach(), dim=1, descending=True, stable=True).indices[:, :topk]
+    ids_TK = largest(logits_TE.detach() if key_TE is None else key_TE, topk)
     if sigmoid:
         scores_TE = torch.sigmoid(logits_TE)
         distribution_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True)
@@ -40,7 +45,7 @@ def topk_gate(
     counts_GE = torch.zeros(num_groups, num_experts, dtype=torch.int64, device=logits_TE.device)
     counts_GE.scatter_add_(1, ids_GN, torch.ones_like(ids_GN))
     z_sum = torch.logsumexp(logits_TE, dim=1).square().sum()
-    return probs_TK, ids_TK.contiguous(), counts_GE, score_sum_GE, z_sum
+    return probs_TK, ids_TK, counts_GE, score_sum_GE, z_sum
 
 
 def make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

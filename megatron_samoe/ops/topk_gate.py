@@ -19,7 +19,7 @@ class GateResult:
     """What the router decided for T tokens.
 
     probs_TK: weight of each chosen expert, in the logits' dtype; differentiable.
-    ids_TK: chosen experts by falling logit, int64; equal logits by the lower id.
+    ids_TK: chosen experts by falling logit (or key), int64; equal ones by the lower id.
     counts_GE: routed slots per group and expert, int64.
     score_sum_GE: sum over the group's tokens of the full distribution over experts; differentiable.
     z_sum: sum over all tokens of logsumexp(logits)^2; differentiable.
@@ -66,8 +66,9 @@ class _TopkGate(torch.autograd.Function):
 
 
 def topk_gate(
-    logits_TE: Tensor, topk: int, score_function: str = "softmax", pre_softmax: bool = False, num_groups: int = 1
-) -> GateResult:
+    logits_TE: Tensor, topk: int, score_function: str = "softmax", pre_softmax: bool = False, num_groups: int = 1,
+    key_TE: Tensor | None = None,
+) -> GateResult:  # fmt: skip
     """Scores the experts of every token and chooses the best `topk`.
 
     Args:
@@ -77,6 +78,7 @@ def topk_gate(
             they are normalised over the chosen experts, by a softmax over their logits or, for sigmoid scores, by
             their sum (GShard's top-2, arXiv:2006.16668).
         num_groups: G; group g is the g-th run of T / G consecutive tokens.
+        key_TE: what experts are chosen by, where that is not the logit; it has no gradient.
 
     A NaN logit is chosen first and makes the token's probabilities NaN; ids stay in range.
 
@@ -92,16 +94,27 @@ def topk_gate(
     if num_groups < 1 or num_tokens % num_groups:
         raise ValueError(f"num_groups = {num_groups}: a divisor of the number of tokens, {num_tokens}")
     sigmoid = score_function == "sigmoid"
-    if logits_TE.dtype == torch.float32 and extension.serves(logits_TE, cuda=True):
+    if key_TE is None and logits_TE.dtype == torch.float32 and extension.serves(logits_TE, cuda=True):
         return GateResult(*_TopkGate.apply(logits_TE.contiguous(), topk, sigmoid, pre_softmax, num_groups))
-    return GateResult(*reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, num_groups))
+    return GateResult(*reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, num_groups, key_TE))
 
 
-def described(logits_TE: Tensor, ids_TK: Tensor, probs_TK: Tensor, num_groups: int) -> GateResult:
-    """Returns the result of a choice that was made elsewhere: its counts, and the sums over a softmax of all logits.
+def relu_gate(logits_TE: Tensor, topk: int, num_groups: int, key_TE: Tensor | None = None) -> GateResult:
+    """Chooses as `topk_gate`; weights are ReLU(logit) as they are, and the distribution is their share of all experts' sum."""
+    ids_TK = reference.largest(logits_TE.detach() if key_TE is None else key_TE, topk)
+    scores_TE = logits_TE.relu()
+    distribution_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+    return described(logits_TE, ids_TK, scores_TE.gather(1, ids_TK), num_groups, distribution_TE)
+
+
+def described(
+    logits_TE: Tensor, ids_TK: Tensor, probs_TK: Tensor, num_groups: int, distribution_TE: Tensor | None = None
+) -> GateResult:
+    """Returns the result of a choice that was made elsewhere: its counts, and the sums over a distribution of all experts.
 
     Args:
         ids_TK: int64, up to K chosen experts of each token; -1, with a weight of 0, where a token has fewer.
+        distribution_TE: share of each expert in a token; a softmax of all logits if not given.
 
     Errors: ValueError where shapes or types do not fit, or an id is no expert's.
     """
@@ -119,5 +132,6 @@ def described(logits_TE: Tensor, ids_TK: Tensor, probs_TK: Tensor, num_groups: i
     ]
     slots = (ids_TK + num_experts * group_TK)[ids_TK >= 0]
     counts_GE = torch.bincount(slots, minlength=num_groups * num_experts).view(num_groups, num_experts)
-    scores_GE = logits_TE.softmax(-1).view(num_groups, -1, num_experts).sum(1)
+    distribution_TE = logits_TE.softmax(-1) if distribution_TE is None else distribution_TE
+    scores_GE = distribution_TE.view(num_groups, -1, num_experts).sum(1)
     return GateResult(probs_TK, ids_TK, counts_GE, scores_GE, logits_TE.logsumexp(-1).square().sum())

@@ -42,5 +42,6 @@ def run_micro_batches(
             return y
         return take_losses(number, batch, model.loss(y, batch["labels"]) * batch["loss_mask"].flatten())
 
-    run_plan(plan, setup.pipeline, forward, setup.boundary(contexts[0].batch_size) if contexts else setup.boundary(1))
+    first = contexts[0] if contexts else ForwardContext(batch_size=1)
+    run_plan(plan, setup.pipeline, forward, setup.boundary(first.batch_size, first.training))
     return rows

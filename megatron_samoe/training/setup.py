@@ -61,12 +61,14 @@ class TrainSetup:
         """Forward passes per optimizer step on each rank."""
         return num_micro_batches(self.config, self.parallel.world_size)
 
-    def boundary(self, batch_size: int) -> TensorSpec:
+    def boundary(self, batch_size: int, training: bool = False) -> TensorSpec:
         """Returns what pipeline stages hand over for a micro-batch of `batch_size` sequences."""
+        hidden, dtype, loads = self.config.model.hidden_size, self.model.dtype, self.model.set_loads
         tokens = batch_size * self.config.model.seq_length
         if self.parallel.sequence_parallel:
             tokens //= self.parallel.tp.size
-        return TensorSpec((tokens, self.config.model.hidden_size), self.model.dtype, self.parallel.device)
+        rows = loads.num_rows(batch_size, hidden, dtype) if training and loads is not None else 0
+        return TensorSpec((tokens + rows, hidden), dtype, self.parallel.device)
 
     @property
     def tokens_per_step(self) -> int:

@@ -154,6 +154,8 @@ def train_step(
             pre_optim_step(norm)
         with named_range("optimizer", setup.parallel.device):
             setup.optimizer.step(lr, clip_factor(norm, optimizer.clip_grad))
+        if routing is not None:
+            setup.model.after_step(routing.counts_LE)
     return result, replace(
         state,
         iteration=state.iteration + 1,
@@ -177,7 +179,7 @@ def _routing_stats(rows: Tensor, setup: TrainSetup) -> RoutingStats:
     counts_LE = sums.pop("counts")
     z_sum_L, dropped_L = (sums.pop(name)[:, 0] for name in ("z_sum", "dropped"))
     balance_L1 = sums.pop("balance", None)
-    counts = [counts_E[:n] for counts_E, n in zip(counts_LE, setup.model.num_experts, strict=True)]
+    counts = setup.model.balanced_counts(counts_LE)
     return RoutingStats(
         counts_LE,
         load_balance_loss=None if balance_L1 is None else balance_L1.mean().item() / setup.batch_size,

@@ -16,7 +16,8 @@ from tests.harness.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 IN_DOUBLE = ("samoe step", "samoe layer", "samoe per expert", "samoe many banks", "samoe many banks per expert",
-             "moe balance over ranks", "samoe balance over ranks")  # fmt: skip
+             "moe balance over ranks", "samoe balance over ranks", "tied", "scaled", "combined middle", "pool", "sets balanced",
+             "groups and biases")  # fmt: skip
 
 
 def train_each(configs: list[PretrainConfig], dtype: torch.dtype) -> list[dict[str, Any]] | None:

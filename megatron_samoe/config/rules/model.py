@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_samoe.config.derived import (
+    divisors,
     experts_per_layer,
     num_moe_layers,
     sharing_map,
@@ -67,6 +70,35 @@ def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:
                           "needs --samoe-pool-placement replicated: what is sharded has no copies to compare")  # fmt: skip
 
 
+def _routing(config: PretrainConfig, world_size: int) -> Problems:
+    moe = config.moe
+    groups, chosen, topk = moe.moe_router_num_groups, moe.moe_router_group_topk, moe.moe_router_topk
+    if moe.expert_layout == "dense" or min(topk, groups or 1, chosen or 1, *moe.expert_counts) < 1:
+        return
+    common = math.gcd(*moe.expert_counts)
+    if groups is not None and common % groups:
+        yield ConfigError("--moe-router-num-groups", groups, f"must divide --num-experts: one of {divisors(common)}")
+    elif groups is not None and chosen is None:
+        yield ConfigError("--moe-router-group-topk", None, "must be given with --moe-router-num-groups")
+    elif groups is not None and chosen is not None:
+        if chosen > groups or topk % chosen:
+            legal = [d for d in divisors(topk) if d <= groups]
+            yield ConfigError("--moe-router-group-topk", chosen, f"must divide --moe-router-topk {topk} and be at most "
+                              f"--moe-router-num-groups {groups}: one of {legal}")  # fmt: skip
+        elif topk // chosen > moe.fewest_experts // groups:
+            yield ConfigError("--moe-router-group-topk", chosen, f"leaves a token {chosen} groups of {moe.fewest_experts // groups} "
+                              f"experts, fewer than --moe-router-topk {topk}")  # fmt: skip
+    if moe.moe_router_score_function == "norm" and moe.moe_router_pre_softmax is not None:
+        yield ConfigError("--moe-router-pre-softmax", moe.moe_router_pre_softmax,
+                          "has no use with --moe-router-score-function norm, whose scores are weights as they are")  # fmt: skip
+    if moe.moe_balance_scope == "set" and not moe.ways & {"tied", "scaled"}:
+        yield ConfigError("--moe-balance-scope", "set", "needs --expert-sharing tied, scaled or pool, not "
+                          f"{moe.sharing}")  # fmt: skip
+    if moe.balances_sets and moe.balance_group_size > 1:
+        yield ConfigError("--moe-aux-loss-group-size", moe.moe_aux_loss_group_size, "must be 1 with --moe-balance-scope set, "
+                          "which balances within each sequence")  # fmt: skip
+
+
 def _sharing(config: PretrainConfig, world_size: int) -> Problems:
     moe = config.moe
     if moe.expert_layout == "dense" or moe.num_expert_sets < 1 or moe.untied_ends < 0:
@@ -105,4 +137,4 @@ def _experts_of_layers(config: PretrainConfig, layers: int, experts: tuple[int, 
         yield error
 
 
-RULES = (_attention_sizes, _moe_sizes, _sharing)
+RULES = (_attention_sizes, _moe_sizes, _routing, _sharing)

@@ -65,14 +65,14 @@ def test_shared_experts_widths_and_routers_of_all_kinds(options: dict[str, Any])
 
 
 def test_the_estimate_is_the_formula_where_that_is_known() -> None:
-    assert mean_squared_weights(8, 1, False, True, 0.0) == pytest.approx(1 / 64)
-    assert mean_squared_weights(8, 4, False, False, 0.0) == pytest.approx(1 / 4)
-    assert mean_squared_weights(8, 1, True, True, 0.0) == pytest.approx(1 / 4)
+    assert mean_squared_weights(8, 1, "softmax", True, 0.0) == pytest.approx(1 / 64)
+    assert mean_squared_weights(8, 4, "softmax", False, 0.0) == pytest.approx(1 / 4)
+    assert mean_squared_weights(8, 1, "sigmoid", True, 0.0) == pytest.approx(1 / 4)
     # The square of the larger of two softmax scores of logits of standard deviation 1, by quadrature.
     d = torch.linspace(-12, 12, 200001, dtype=torch.float64)
     density = torch.exp(-d.square() / 4) / (4 * torch.pi) ** 0.5
     expected = torch.trapezoid(torch.sigmoid(d.abs()).square() * density, d).item()
-    assert mean_squared_weights(2, 1, False, True, 1.0) == pytest.approx(expected, rel=5e-3)
+    assert mean_squared_weights(2, 1, "softmax", True, 1.0) == pytest.approx(expected, rel=5e-3)
 
 
 def test_a_switch_turns_it_off() -> None:
