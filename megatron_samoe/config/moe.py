@@ -139,6 +139,9 @@ class MoEConfig:
         None, range=POSITIVE, needs=needs.EXPERTS, is_free=False, known_to=READERS
     )
     """Width of an expert that every token passes besides the routed ones; none if not given."""
+    moe_residual_mlp: bool = model_option(False, needs=needs.EXPERTS, is_free=False, known_to=_beyond(False))
+    """Give every MoE layer the dense MLP as well, and weigh routed experts against it by a learned softmax of each token
+    (PR-MoE). --moe-shared-expert-intermediate-size gives it another width."""
     num_expert_banks: int = model_option(
         2, range=POSITIVE, largest=100_000, needs=needs.POOL, is_free=False, known_to=READERS
     )

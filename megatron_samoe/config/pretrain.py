@@ -39,6 +39,12 @@ class PretrainConfig:
         """F of one routed expert."""
         return self.moe.moe_ffn_hidden_size or self.model.mlp_size // max(self.moe.moe_router_topk, 1)
 
+    @property
+    def shared_expert_size(self) -> int | None:
+        """Width of what every token of an MoE layer passes besides routed experts; None where there is nothing."""
+        width = self.moe.moe_shared_expert_intermediate_size
+        return self.model.mlp_size if width is None and self.moe.moe_residual_mlp else width
+
     def with_run_dir(self) -> PretrainConfig:
         """Returns the configuration with the paths that --run-dir implies filled in."""
         if self.logging.run_dir is None:

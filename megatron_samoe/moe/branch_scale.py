@@ -51,7 +51,12 @@ def branch_scale(config: PretrainConfig, num_experts: int) -> BranchScale:
         )
         * (moe.moe_router_topk_scaling_factor or 1.0) ** 2
     )
-    active = moe.moe_router_topk * config.expert_ffn_size + (moe.moe_shared_expert_intermediate_size or 0)
+    shared_size = config.shared_expert_size or 0
+    if moe.moe_residual_mlp:
+        # Either side gives half of the variance, weighed by 1/2 at the start.
+        routed = mlp_size / max(config.expert_ffn_size, 1)
+        return BranchScale(routed=(2 * routed / squares) ** 0.5, shared=(2 * mlp_size / max(shared_size, 1)) ** 0.5)
+    active = moe.moe_router_topk * config.expert_ffn_size + shared_size
     ratio = mlp_size / max(active, 1)
     return BranchScale(routed=(moe.moe_router_topk * ratio / squares) ** 0.5, shared=ratio**0.5)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
 from megatron_samoe.moe.balance import attach_loss
+from megatron_samoe.moe.mixing import Mixing
 from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
@@ -50,11 +51,12 @@ class MoELayer(nn.Module):
         shared_expert: maps x_TH to y_TH for every token.
         dispatch_chunks: parts in which tokens travel to experts and back, one behind the experts of another.
         overlap_shared_expert: compute the shared expert while tokens travel.
+        mixing: weighs routed experts against the shared one; their sum if not given.
     """
 
     def __init__(
         self, place: MoEPlace, router: Router, experts: nn.Module, shared_expert: SharedExpert | None,
-        state: ParallelState, dispatch_chunks: int = 1, overlap_shared_expert: bool = False,
+        state: ParallelState, dispatch_chunks: int = 1, overlap_shared_expert: bool = False, mixing: Mixing | None = None,
     ):  # fmt: skip
         super().__init__()
         self.moe_index, self.shape, self.state = place.moe_index, place.shape, state
@@ -62,7 +64,7 @@ class MoELayer(nn.Module):
         self.dispatcher = AllToAllDispatcher(place.shape.num_experts, state.ep, dispatch_chunks)
         self.overlaps = dispatch_chunks > 1 or overlap_shared_expert
         assert state.ep.size > 1 or not self.overlaps
-        self.shared_expert = shared_expert
+        self.shared_expert, self.mixing = shared_expert, mixing
         self.experts = experts
 
     def forward(
@@ -86,7 +88,9 @@ class MoELayer(nn.Module):
             y_RH = experts(dispatched.rows_RH, dispatched.rows_per_expert)
             y_TH = self._leave(self.dispatcher.combine(y_RH, probs_TK, dispatched))
             shared_TH = self._shared(x_TH)
-        return y_TH if shared_TH is None else y_TH + shared_TH, routing.stats, routing.loads_BC
+        if shared_TH is not None:
+            y_TH = y_TH + shared_TH if self.mixing is None else self.mixing(x_TH, y_TH, shared_TH)
+        return y_TH, routing.stats, routing.loads_BC
 
     def _shared(self, x_TH: Tensor) -> Tensor | None:
         return None if self.shared_expert is None else self.shared_expert(x_TH)
@@ -116,6 +120,7 @@ class MoELayer(nn.Module):
     def flops_per_token(self) -> float:
         """Returns multiply-adds x 2 of the forward pass, over all ranks that a token meets."""
         shared = 0.0 if self.shared_expert is None else self.shared_expert.flops_per_token()
+        shared += 0.0 if self.mixing is None else self.mixing.flops_per_token()
         routed = self.router.experts_per_token * self.shape.matrix_elements
         return 2.0 * (self.router.weight.numel() + routed) + shared
 
@@ -139,4 +144,6 @@ class MoELayer(nn.Module):
             kept_by_router = element_bytes == 4 and local_tokens == tokens
             shared = self.shared_expert
             total += shared.inner_bytes(tokens) if kept_by_router else shared.kept_bytes(tokens)
+        if self.mixing is not None:
+            total += self.mixing.kept_bytes(local_tokens, element_bytes)
         return total

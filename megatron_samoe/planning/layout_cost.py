@@ -197,7 +197,7 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
         return
     whole = _tokens(config) * config.model.hidden_size * compute_dtype(config).itemsize
     regions = 1.0  # attention
-    if not is_moe or config.moe.moe_shared_expert_intermediate_size is not None:
+    if not is_moe or config.shared_expert_size is not None:
         regions += 1.0
     if is_moe:
         if grid.etp == grid.tp:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.moe.experts import main_grads_of
-from megatron_samoe.moe.sharing.coefficients import Coefficients, normalize_coefficients
+from megatron_samoe.moe.sharing.coefficients import Coefficients
 from megatron_samoe.moe.sharing.combined import StepLender
 from megatron_samoe.moe.sharing.own import OwnLender
 from megatron_samoe.ops.grouped_mlp import ExpertWeights
@@ -52,7 +52,7 @@ class MoEDiagnostics:
         expert_load: [L][E] share of a layer's routed tokens.
         expert_grad_norm: [L][E] norm of the gradient of each layer's (effective) expert, before clipping; None with
             --samoe-combine layer, which never holds a layer's gradient of the whole batch.
-        combination: [L][2][G][P] weights of banks for input and output projections; None without a pool.
+        combination: [L][2][G][P] weights of banks for input and output projections, zeros for layers without; None without any.
     """
 
     expert_load: list
@@ -74,14 +74,15 @@ def expert_grad_norms(setup: TrainSetup, gradient_scale: float) -> Tensor | None
     layers = _layer_gradients(setup)
     if layers is None:
         return None
-    experts = setup.config.moe.most_experts // setup.parallel.ep.size
-    squares_Le = torch.zeros(setup.model.num_moe_layers, experts, dtype=torch.float64, device=setup.parallel.device)
+    parallel, shape = setup.parallel, (setup.model.num_moe_layers, setup.config.moe.most_experts)
+    squares_LE = torch.zeros(shape, dtype=torch.float64, device=parallel.device)
     for moe_index, grads in layers.items():
         squares_e = _squared_norms(grads, setup)
-        squares_Le[moe_index, : len(squares_e)] = squares_e
-    setup.parallel.pp.all_reduce(setup.parallel.etp.all_reduce(squares_Le))
-    squares_eL = setup.parallel.ep.all_gather(squares_Le.t().contiguous())
-    return squares_eL.t().sqrt() / gradient_scale
+        first = parallel.ep.rank * len(squares_e)  # layers may differ in their number of experts
+        squares_LE[moe_index, first : first + len(squares_e)] = squares_e
+    for group in (parallel.etp, parallel.ep, parallel.pp):
+        group.all_reduce(squares_LE)
+    return squares_LE.sqrt() / gradient_scale
 
 
 def _layer_gradients(setup: TrainSetup) -> dict[int, ExpertWeights] | None:
@@ -114,17 +115,18 @@ def make_diagnostics(setup: TrainSetup, routing: RoutingStats, grad_norms_LE: Te
     """Returns one step's views; all ranks call it together."""
     combination = None
     moe = setup.config.moe
-    if moe.has_pool:
+    if moe.has_coefficients:
         groups = moe.most_experts if moe.samoe_granularity == "expert" else 1
-        shape = (setup.model.num_moe_layers, 2, groups, moe.num_expert_banks)
+        shape = (setup.model.num_moe_layers, 2, groups, moe.num_expert_banks if moe.has_pool else 1)
         a_L2GP = torch.zeros(shape, dtype=torch.float64, device=setup.parallel.device)
         for layer in setup.model.moe_layers():
             own = layer.moe.experts
-            assert isinstance(own, Coefficients)
-            a_2GP = normalize_coefficients(own.coefficients.detach(), moe.samoe_normalization)
-            if moe.samoe_granularity == "expert":
+            if not isinstance(own, Coefficients):
+                continue
+            a_2GP = own.normalized().detach()
+            if own.is_per_expert:
                 a_2GP = setup.parallel.ep.all_gather(a_2GP.transpose(0, 1).contiguous()).transpose(0, 1)
-            a_L2GP[layer.moe.moe_index] = a_2GP
+            a_L2GP[layer.moe.moe_index, :, :, : a_2GP.shape[2]] = a_2GP
         combination = setup.parallel.pp.all_reduce(a_L2GP).tolist()
     norms = None if grad_norms_LE is None else grad_norms_LE.tolist()
     return MoEDiagnostics(routing.fractions_LE().tolist(), norms, combination)

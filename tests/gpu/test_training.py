@@ -39,7 +39,7 @@ def layer_results(topk: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     layer = next(module for module in setup.model.modules() if isinstance(module, MoELayer))
     generator = torch.Generator().manual_seed(1)
     x_TH, dy_TH = (torch.randn(64, config.model.hidden_size, generator=generator).to(device, dtype) for _ in range(2))
-    y_TH, stats = layer(x_TH.requires_grad_(), ForwardContext(batch_size=4), setup.model.lender)
+    y_TH, stats, _ = layer(x_TH.requires_grad_(), ForwardContext(batch_size=4), setup.model.lender)
     y_TH.backward(dy_TH)
     assert x_TH.grad is not None
     return [t.detach().cpu() for t in (y_TH, x_TH.grad, stats.sums["counts"].double())]

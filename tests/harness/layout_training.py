@@ -84,6 +84,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixed": {"layout": "moe", "expert_sharing": "combined,0,combined,0", "moe_layer_freq": "1", "style": "llama"},
     "pool": {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.5,
              "moe_router_score_function": "norm"},
+    "pyramid residual": {"layout": "moe", "num_experts": (4, 4, 8, 8), "moe_residual_mlp": True, "moe_router_topk": 1},
     "sets balanced": {"layout": "moe", "style": "llama", "expert_sharing": "own,0,0,0", "moe_router_topk": 2,
                       "moe_balance_scope": "set", "moe_aux_loss_coeff": 0.5, "recompute_granularity": "full",
                       "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.05, "moe_z_loss_coeff": 0.01},

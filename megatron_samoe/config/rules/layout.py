@@ -82,8 +82,9 @@ def _expert_overlap(config: PretrainConfig, world_size: int) -> Problems:
     if ep > 1 and chunks > moe.fewest_experts // ep:
         yield ConfigError("--moe-dispatch-chunks", chunks, f"must be at most the {moe.fewest_experts // ep} experts that "
                           f"each of --expert-model-parallel-size {ep} ranks holds")  # fmt: skip
-    if parallel.moe_shared_expert_overlap and moe.moe_shared_expert_intermediate_size is None:
-        yield ConfigError("--moe-shared-expert-overlap", True, "needs --moe-shared-expert-intermediate-size")
+    if parallel.moe_shared_expert_overlap and config.shared_expert_size is None:
+        yield ConfigError("--moe-shared-expert-overlap", True,
+                          "needs --moe-shared-expert-intermediate-size or --moe-residual-mlp")  # fmt: skip
     if parallel.moe_hierarchical_all_to_all and parallel.moe_all_to_all_backend != "extension":
         yield ConfigError("--moe-hierarchical-all-to-all", True, "needs --moe-all-to-all-backend extension")
 

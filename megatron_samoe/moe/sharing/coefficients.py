@@ -65,13 +65,19 @@ class Coefficients(nn.Module):
     def __init__(self, config: MoEConfig, moe_index: int, num_moe_layers: int, num_experts: int, state: ParallelState,
                  dtype: torch.dtype):  # fmt: skip
         super().__init__()
-        groups = num_experts if config.samoe_granularity == "expert" else 1
+        self._normalization = config.samoe_normalization
+        self.is_per_expert = config.samoe_granularity == "expert"
+        groups = num_experts if self.is_per_expert else 1
         init = coefficient_init(config, moe_index, num_moe_layers)
         # The layers' gradients are contracted with the banks once, at a step's end.
         tag = ParameterTag(coefficient_spec(config), init, completed_at="step_end")
         shape = (2, groups, config.num_expert_banks)
         self.coefficients = new_parameter(shape, tag, state, torch.promote_types(dtype, torch.float32))
         self.coefficients.requires_grad_(not config.samoe_freeze_coefficients)
+
+    def normalized(self) -> Tensor:
+        """Returns the weights of banks, [2, G, P]."""
+        return normalize_coefficients(self.coefficients, self._normalization)
 
 
 def bank_std_factor(config: MoEConfig) -> float:

@@ -57,6 +57,10 @@ def test_an_moe_layer_begins_as_strong_as_the_dense_mlp(experts: int, topk: int,
         {"moe_router_topk": 2, "moe_ffn_hidden_size": 32},
         {"moe_router_topk": 1, "moe_router_init_method_std": 0.125},
         {"style": "llama", "moe_router_topk": 2},
+        {"moe_residual_mlp": True, "moe_router_topk": 1},
+        {"moe_residual_mlp": True, "moe_router_topk": 2, "moe_shared_expert_intermediate_size": 128},
+        {"moe_router_score_function": "norm", "moe_router_topk": 2, "num_experts": 16},
+        {"moe_router_score_function": "sigmoid", "moe_router_topk": 2, "moe_router_topk_scaling_factor": 2.5},
     ],
 )
 def test_shared_experts_widths_and_routers_of_all_kinds(options: dict[str, Any]) -> None:

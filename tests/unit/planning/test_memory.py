@@ -184,7 +184,7 @@ def kept_by_autograd(model: RankModel, config: PretrainConfig) -> int:
     )
     x_TH = torch.randn(batch * length, hidden, dtype=model.dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        y_TH, _ = model.chunks[0].layers["0"](x_TH, AttentionInputs(rotary=rotary), context, model.lender)
+        y_TH, *_ = model.chunks[0].layers["0"](x_TH, AttentionInputs(rotary=rotary), context, model.lender)
     assert y_TH.requires_grad
     if rotary is not None:
         for table in rotary:  # all layers share them
@@ -204,9 +204,14 @@ def _buffers(model: RankModel) -> GradBuffers:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("style", ["gpt3", "llama"])
-@pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
+@pytest.mark.parametrize("layout", ["dense", "moe", "samoe", "residual"])
 def test_layer_activations_are_what_autograd_keeps(layout: str, style: str, dtype: str) -> None:
-    config = tiny_config(layout, style=style, hidden_size=64, seq_length=64, ffn_hidden_size=192, bf16=dtype == "bf16")
+    options: dict[str, Any] = (
+        {"layout": "moe", "moe_residual_mlp": True} if layout == "residual" else {"layout": layout}
+    )
+    config = tiny_config(
+        **options, style=style, hidden_size=64, seq_length=64, ffn_hidden_size=192, bf16=dtype == "bf16"
+    )
     model = build_model(config, 103, single_process_state())
     expected = layer_bytes(config)
     if style == "llama":

@@ -1,0 +1,35 @@
+"""Routed experts against a dense MLP, weighed by each token (the residual MoE of DeepSpeed-MoE, arXiv:2201.05596)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
+from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
+
+
+class Mixing(nn.Module):
+    """c_routed * routed + c_dense * dense with (c_routed, c_dense) = softmax(W x + b), in fp32 or better."""
+
+    def __init__(self, hidden_size: int, init_std: float, state: ParallelState, dtype: torch.dtype):
+        super().__init__()
+        spec, dtype = token_wise_spec(state), torch.promote_types(dtype, torch.float32)
+        self.weight = new_parameter((2, hidden_size), ParameterTag(spec, Init(std=init_std)), state, dtype)
+        self.bias = new_parameter((2,), ParameterTag(spec), state, dtype)
+
+    def forward(self, x_TH: Tensor, routed_TH: Tensor, dense_TH: Tensor) -> Tensor:
+        """Returns y_TH, for the tokens that this rank holds."""
+        c_T2 = nn.functional.linear(x_TH.to(self.weight.dtype), self.weight, self.bias).softmax(-1).to(x_TH.dtype)
+        return c_T2[:, :1] * routed_TH + c_T2[:, 1:] * dense_TH
+
+    def flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the forward pass in the product."""
+        return 2.0 * self.weight.numel()
+
+    def kept_bytes(self, tokens: int, element_bytes: int) -> int:
+        """Returns the bytes that autograd keeps: both outputs, weights, and of bf16 tokens an fp32 copy."""
+        hidden = self.weight.shape[1]
+        copy = 0 if element_bytes == self.weight.element_size() else 4 * hidden
+        return tokens * (2 * hidden * element_bytes + copy + 2 * 4 + (0 if element_bytes == 4 else 2 * element_bytes))
