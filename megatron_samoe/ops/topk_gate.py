@@ -100,11 +100,16 @@ def topk_gate(
 
 
 def relu_gate(logits_TE: Tensor, topk: int, num_groups: int, key_TE: Tensor | None = None) -> GateResult:
-    """Chooses as `topk_gate`; weights are ReLU(logit) as they are, and the distribution is their share of all experts' sum."""
-    ids_TK = reference.largest(logits_TE.detach() if key_TE is None else key_TE, topk)
+    """Chooses as `topk_gate`, but no expert whose logit is not positive: ids are -1 in its place.
+
+    Weights are ReLU(logit) as they are, and the distribution is their share of the sum over all experts.
+    """
     scores_TE = logits_TE.relu()
+    ids_TK = reference.largest(logits_TE.detach() if key_TE is None else key_TE, topk)
+    ids_TK = ids_TK.masked_fill(scores_TE.detach().gather(1, ids_TK) <= 0, -1)
+    probs_TK = scores_TE.gather(1, ids_TK.clamp_min(0)) * (ids_TK >= 0)
     distribution_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
-    return described(logits_TE, ids_TK, scores_TE.gather(1, ids_TK), num_groups, distribution_TE)
+    return described(logits_TE, ids_TK, probs_TK, num_groups, distribution_TE)
 
 
 def described(
