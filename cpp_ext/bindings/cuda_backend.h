@@ -11,7 +11,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
-#include "../common/check.h"
+#include "check.h"
 #include "../kernels/cuda/launchers.h"
 #include "arguments.h"
 

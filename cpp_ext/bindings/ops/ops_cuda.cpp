@@ -1,8 +1,8 @@
 // CUDA implementations of the ops that every backend shares.
-#include "adamw_ops.h"
-#include "cross_entropy_ops.h"
-#include "cuda_backend.h"
-#include "moe_ops.h"
+#include "adamw.h"
+#include "cross_entropy.h"
+#include "../cuda_backend.h"
+#include "moe.h"
 
 SAMOE_CUDA_LIBRARY_IMPL(m) {
   samoe::ops::add_moe_ops<samoe::CudaBackend>(m);

@@ -20,7 +20,7 @@
 #include <thread>
 #include <vector>
 
-#include "../comm/shm_all_to_all.h"
+#include "../../comm/shm_all_to_all.h"
 
 namespace {
 

@@ -14,11 +14,11 @@
 #include <utility>
 #include <vector>
 
-#include "../kernels/cpu/expert_plan.h"
-#include "../kernels/kernels.h"
-#include "cpu_backend.h"
-#include "expert_layer.h"
-#include "expert_products.h"
+#include "../../kernels/cpu/expert_plan.h"
+#include "../../kernels/kernels.h"
+#include "../cpu_backend.h"
+#include "layer.h"
+#include "products.h"
 
 namespace {
 

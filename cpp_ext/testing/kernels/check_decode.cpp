@@ -7,7 +7,7 @@
 #include <functional>
 #include <vector>
 
-#include "../kernels/kernels.h"
+#include "../../kernels/kernels.h"
 #include "checks.h"
 
 namespace {

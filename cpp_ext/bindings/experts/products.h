@@ -15,7 +15,7 @@
 #include <mutex>
 #include <vector>
 
-#include "../kernels/kernels.h"
+#include "../../kernels/kernels.h"
 
 namespace samoe {
 

@@ -1,8 +1,8 @@
 // CPU implementations of the ops that every backend shares.
-#include "adamw_ops.h"
-#include "cpu_backend.h"
-#include "cross_entropy_ops.h"
-#include "moe_ops.h"
+#include "adamw.h"
+#include "../cpu_backend.h"
+#include "cross_entropy.h"
+#include "moe.h"
 
 TORCH_LIBRARY_IMPL(megatron_samoe, CPU, m) {
   samoe::ops::add_moe_ops<samoe::CpuBackend>(m);

@@ -1,4 +1,4 @@
-// The shared-memory all-to-all: its making, and the memory that peers copy from; see ops/shm_communicator.py.
+// The shared-memory all-to-all: its making, and the memory that peers copy from; see row_exchange/shm_communicator.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -11,9 +11,9 @@
 #include <string>
 #include <tuple>
 
-#include "../comm/shm_all_to_all.h"
-#include "../common/check.h"
-#include "../kernels/kernels.h"
+#include "../../comm/shm_all_to_all.h"
+#include "../check.h"
+#include "../../kernels/kernels.h"
 #include "communicators.h"
 
 namespace {

@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "../comm/nccl_all_to_all.h"
+#include "../../comm/nccl_all_to_all.h"
 
 using samoe::comm::DeviceQueue;
 using samoe::comm::Mark;

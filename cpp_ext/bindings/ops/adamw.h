@@ -7,8 +7,8 @@
 #include <cmath>
 #include <vector>
 
-#include "../common/check.h"
-#include "arguments.h"
+#include "../check.h"
+#include "../arguments.h"
 
 namespace samoe {
 namespace ops {

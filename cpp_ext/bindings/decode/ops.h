@@ -10,7 +10,7 @@
 
 #include <vector>
 
-#include "decode_arguments.h"
+#include "arguments.h"
 
 namespace samoe {
 namespace decode {

@@ -1,4 +1,4 @@
-#include "expert_products.h"
+#include "products.h"
 
 #include <c10/util/Exception.h>
 #include <sys/mman.h>

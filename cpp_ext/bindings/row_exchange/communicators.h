@@ -1,4 +1,4 @@
-// The process's communicators, which Python names by a number; see ops/communicator.py.
+// The process's communicators, which Python names by a number; see row_exchange/communicator.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@
 #include <memory>
 #include <optional>
 
-#include "../comm/all_to_all.h"
+#include "../../comm/all_to_all.h"
 
 namespace samoe {
 

@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "../kernels/kernels.h"
+#include "../../kernels/kernels.h"
 
 namespace samoe {
 

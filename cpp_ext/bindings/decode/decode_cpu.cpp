@@ -1,6 +1,6 @@
 // CPU implementation of inference.
-#include "cpu_backend.h"
-#include "decode_ops.h"
+#include "../cpu_backend.h"
+#include "ops.h"
 
 namespace {
 

@@ -9,8 +9,8 @@
 #include <optional>
 #include <vector>
 
-#include "../common/check.h"
-#include "../kernels/kernels.h"
+#include "../check.h"
+#include "../../kernels/kernels.h"
 
 namespace samoe {
 namespace decode {

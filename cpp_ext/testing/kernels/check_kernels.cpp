@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/kernels.h"
-#include "../kernels/mlp.h"
+#include "../../kernels/kernels.h"
+#include "../../kernels/mlp.h"
 #include "checks.h"
 
 namespace {

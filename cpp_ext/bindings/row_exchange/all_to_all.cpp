@@ -1,4 +1,4 @@
-// What all communicators do, as ops on handles. Python owns their life; see ops/communicator.py.
+// What all communicators do, as ops on handles. Python owns their life; see row_exchange/communicator.py.
 #include "communicators.h"
 
 #include <ATen/core/Tensor.h>

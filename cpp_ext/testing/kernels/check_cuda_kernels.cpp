@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/cuda/launchers.h"
-#include "../kernels/kernels.h"
+#include "../../kernels/cuda/launchers.h"
+#include "../../kernels/kernels.h"
 
 namespace {
 

@@ -9,7 +9,7 @@
 #include <memory>
 #include <mutex>
 
-#include "decode_arguments.h"
+#include "arguments.h"
 
 namespace {
 

@@ -12,8 +12,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda_backend.h"
-#include "expert_layer.h"
+#include "../cuda_backend.h"
+#include "layer.h"
 
 namespace {
 

@@ -6,8 +6,8 @@
 #include <optional>
 #include <vector>
 
-#include "../common/check.h"
-#include "arguments.h"
+#include "../check.h"
+#include "../arguments.h"
 
 namespace samoe {
 

@@ -15,7 +15,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../comm/nccl_all_to_all.h"
+#include "../../comm/nccl_all_to_all.h"
 #include "communicators.h"
 
 namespace {

@@ -1,6 +1,6 @@
 // CUDA implementation of inference.
-#include "cuda_backend.h"
-#include "decode_ops.h"
+#include "../cuda_backend.h"
+#include "ops.h"
 
 namespace {
 

@@ -5,8 +5,8 @@
 #include <limits>
 #include <tuple>
 
-#include "../common/check.h"
-#include "../kernels/cpu/dataset_index.h"
+#include "../check.h"
+#include "../../kernels/cpu/dataset_index.h"
 
 namespace {
 
