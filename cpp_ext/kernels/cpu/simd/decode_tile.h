@@ -157,12 +157,21 @@ SAMOE_INLINE void tile(const char* const* x, const uint16_t* const* w, int64_t i
   for (int m = 0; m < M; ++m) sums[m] = sum_of_four(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
 }
 
-template <typename W, int M = 1>
+template <typename W>
 static void tile_of(int64_t num_rows, const char* const* x, const W* const* w, int64_t inputs, Ahead& ahead, v4* sums) {
-  if constexpr (M < kTileRows) {
-    if (num_rows > M) return tile_of<W, M + 1>(num_rows, x, w, inputs, ahead, sums);
+  switch (num_rows) {
+    case 1: return tile<1>(x, w, inputs, ahead, sums);
+    case 2: return tile<2>(x, w, inputs, ahead, sums);
+#if SAMOE_VECTOR_BYTES >= 32
+    case 3: return tile<3>(x, w, inputs, ahead, sums);
+#endif
+#if SAMOE_VECTOR_BYTES == 64
+    case 4: return tile<4>(x, w, inputs, ahead, sums);
+    case 5: return tile<5>(x, w, inputs, ahead, sums);
+    case 6: return tile<6>(x, w, inputs, ahead, sums);
+#endif
+    default: return;
   }
-  tile<M>(x, w, inputs, ahead, sums);
 }
 
 #if defined(__AVX512F__)
