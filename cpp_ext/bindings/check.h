@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+
 namespace samoe {
 
 // The checks of one call of an op, for every backend: all its tensors lie on one device.
@@ -35,6 +37,17 @@ class TensorChecks {
     TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous");
   }
 
+  // Contiguous, and of these very sizes.
+  void check_sizes(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) const {
+    check_contiguous(tensor, name, static_cast<int64_t>(sizes.size()), dtype);
+    TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " is ", tensor.sizes(), ", not ", sizes);
+  }
+  // Where it is given.
+  void check_sizes(const std::optional<at::Tensor>& tensor, const char* name, at::IntArrayRef sizes,
+                   at::ScalarType dtype) const {
+    if (tensor.has_value()) check_sizes(*tensor, name, sizes, dtype);
+  }
+
   void check_rows(const at::Tensor& tensor, const char* name) const {
     TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16, name, " is ",
                      tensor.scalar_type(), ", not Float or BFloat16");
@@ -45,15 +58,9 @@ class TensorChecks {
   c10::Device device_;
 };
 
-// The same checks for ops of the CPU alone.
-inline void check_tensor(const at::Tensor& tensor, const char* name, int64_t dims, at::ScalarType dtype) {
-  TensorChecks(c10::kCPU).check_tensor(tensor, name, dims, dtype);
-}
+// For ops of the CPU alone.
 inline void check_contiguous(const at::Tensor& tensor, const char* name, int64_t dims, at::ScalarType dtype) {
   TensorChecks(c10::kCPU).check_contiguous(tensor, name, dims, dtype);
-}
-inline void check_rows(const at::Tensor& tensor, const char* name) {
-  TensorChecks(c10::kCPU).check_rows(tensor, name);
 }
 
 // Every entry of an index in host memory must name a row: a wrong one would read foreign memory.

@@ -106,11 +106,9 @@ struct Places {
 // Each place must be one of the cache's, and have angles where heads are rotated.
 inline void check_places(const Places& p, int64_t num_tokens, int64_t num_pages, std::optional<int64_t> num_angles,
                          const TensorChecks& checks = on_cpu()) {
-  checks.check_contiguous(p.positions, "positions", 1, at::kInt);
-  checks.check_contiguous(p.slots, "slots", 1, at::kInt);
+  checks.check_sizes(p.positions, "positions", {num_tokens}, at::kInt);
+  checks.check_sizes(p.slots, "slots", {num_tokens}, at::kInt);
   checks.check_contiguous(p.pages, "pages", 2, at::kInt);
-  TORCH_CHECK_VALUE(p.positions.size(0) == num_tokens && p.slots.size(0) == num_tokens,
-                    "positions and slots are not those of ", num_tokens, " tokens");
   if (!checks.device().is_cpu()) return;
   const int32_t *positions = p.positions.const_data_ptr<int32_t>(), *slots = p.slots.const_data_ptr<int32_t>();
   const int32_t* pages = p.pages.const_data_ptr<int32_t>();
@@ -146,11 +144,8 @@ inline cpu::DecodeAttention attention_of(int64_t kv_heads, int64_t queries, int6
   const auto type = keys.scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16, "keys are ", type, ", not Float or BFloat16");
   checks.check_contiguous(keys, "keys", 4, type);
-  checks.check_contiguous(values, "values", 4, type);
-  const int64_t num_pages = keys.size(0);
-  TORCH_CHECK_VALUE(keys.sizes() == at::IntArrayRef({num_pages, kv_heads, head_dim, kPage}), "keys are ", keys.sizes());
-  TORCH_CHECK_VALUE(values.sizes() == at::IntArrayRef({num_pages, kv_heads, kPage, head_dim}), "values are ",
-                    values.sizes());
+  checks.check_sizes(keys, "keys", {keys.size(0), kv_heads, head_dim, kPage}, type);
+  checks.check_sizes(values, "values", {keys.size(0), kv_heads, kPage, head_dim}, type);
   TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos and sin come together");
   const HeadNorms norms = head_norms_of(head_norms, head_dim, checks);
   cpu::DecodeAttention a = {};
@@ -188,8 +183,7 @@ struct ExpertArguments {
 
 inline void check_index(const Tensor& index, const char* name, int64_t num_experts, int64_t num_matrices,
                         const TensorChecks& checks) {
-  checks.check_contiguous(index, name, 1, at::kLong);
-  TORCH_CHECK_VALUE(index.size(0) == num_experts, name, " has ", index.size(0), " entries for ", num_experts, " experts");
+  checks.check_sizes(index, name, {num_experts}, at::kLong);
   if (!checks.device().is_cpu()) return;
   const int64_t* values = index.const_data_ptr<int64_t>();
   for (int64_t e = 0; e < num_experts; ++e)

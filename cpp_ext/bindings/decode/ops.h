@@ -31,8 +31,7 @@ void decode_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                  const Tensor& out) {
   const B backend(x, "x");
   backend.check_contiguous(x, "x", 2, at::kFloat);
-  backend.check_contiguous(out, "out", 2, at::kFloat);
-  TORCH_CHECK_VALUE(out.sizes() == x.sizes(), "out is ", out.sizes(), ", x ", x.sizes());
+  backend.check_sizes(out, "out", x.sizes(), at::kFloat);
   backend.norm(norm_of(x.const_data_ptr<float>(), x.size(0), x.size(1), weight, bias, epsilon, rms,
                        out.mutable_data_ptr<float>(), backend));
 }
@@ -113,13 +112,11 @@ void decode_experts(const Tensor& x, const Tensor& ids, const Tensor& probs, con
   const B backend(x, "x");
   backend.check_contiguous(x, "x", 2, at::kFloat);
   backend.check_contiguous(ids, "ids", 2, at::kLong);
-  backend.check_contiguous(probs, "probs", 2, at::kFloat);
-  backend.check_contiguous(y, "y", 3, at::kFloat);
-  backend.check_contiguous(out, "out", 2, at::kFloat);
   const int64_t T = x.size(0), H = x.size(1), K = ids.size(1);
-  TORCH_CHECK_VALUE(ids.size(0) == T && probs.sizes() == ids.sizes() && out.sizes() == x.sizes(),
-                    "ids, probs or out do not belong to x");
-  TORCH_CHECK_VALUE(y.sizes() == at::IntArrayRef({T, K, H}), "y is ", y.sizes());
+  TORCH_CHECK_VALUE(ids.size(0) == T, "ids is ", ids.sizes(), ", for ", T, " tokens");
+  backend.check_sizes(probs, "probs", ids.sizes(), at::kFloat);
+  backend.check_sizes(y, "y", {T, K, H}, at::kFloat);
+  backend.check_sizes(out, "out", x.sizes(), at::kFloat);
   Scratch pieces(scratch, backend);
   const auto experts =
       experts_of(H, {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, backend);
@@ -151,11 +148,10 @@ void decode_route(const Tensor& x, const Tensor& norm_weight, const MaybeTensor&
                   const Tensor& probs, const Tensor& scratch) {
   const B backend(x, "x");
   backend.check_contiguous(x, "x", 2, at::kFloat);
-  backend.check_contiguous(normed, "normed", 2, at::kFloat);
   backend.check_contiguous(ids, "ids", 2, at::kLong);
-  backend.check_contiguous(probs, "probs", 2, at::kFloat);
-  TORCH_CHECK_VALUE(normed.sizes() == x.sizes() && ids.size(0) == x.size(0) && probs.sizes() == ids.sizes(),
-                    "normed, ids or probs do not belong to x");
+  TORCH_CHECK_VALUE(ids.size(0) == x.size(0), "ids is ", ids.sizes(), ", for ", x.size(0), " tokens");
+  backend.check_sizes(normed, "normed", x.sizes(), at::kFloat);
+  backend.check_sizes(probs, "probs", ids.sizes(), at::kFloat);
   Scratch pieces(scratch, backend);
   float* rows = normed.mutable_data_ptr<float>();
   backend.norm(

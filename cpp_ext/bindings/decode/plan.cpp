@@ -183,12 +183,11 @@ void decode_plan_step(int64_t number, const Tensor& tokens, const Tensor& positi
   const auto plan = find_plan(number);
   samoe::check_contiguous(tokens, "tokens", 1, at::kLong);
   samoe::check_contiguous(rows, "rows", 1, at::kLong);
-  samoe::check_contiguous(logits, "logits", 2, at::kFloat);
   auto step = plan->step;
   const int64_t T = tokens.size(0), N = rows.size(0), V = step.head.outputs;
   TORCH_CHECK_VALUE(T <= plan->max_tokens && N <= plan->max_logits, T, " tokens and ", N, " logits; the plan is for ",
                     plan->max_tokens, " and ", plan->max_logits);
-  TORCH_CHECK_VALUE(logits.size(0) == N && logits.size(1) == V, "logits are ", logits.sizes(), ", not ", N, " x ", V);
+  on_cpu().check_sizes(logits, "logits", {N, V}, at::kFloat);
   samoe::check_index(tokens, "tokens", 0, V);
   samoe::check_index(rows, "rows", 0, T);
   check_places({positions, slots, pages}, T, plan->num_pages, plan->num_positions);

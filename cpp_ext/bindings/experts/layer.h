@@ -2,8 +2,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/library.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../check.h"
@@ -62,23 +64,45 @@ struct MainGrads {
 
 inline void check_backward(const TensorChecks& checks, const ExpertLayer& layer, const at::Tensor& dy,
                            const at::Tensor& x, const at::Tensor& hidden, const MainGrads& grads) {
-  checks.check_contiguous(dy, "dy", 2, x.scalar_type());
-  checks.check_contiguous(hidden, "hidden", 2, x.scalar_type());
-  TORCH_CHECK_VALUE(dy.sizes() == x.sizes(), "dy is ", dy.sizes(), ", x ", x.sizes());
-  TORCH_CHECK_VALUE(hidden.size(0) == layer.total && hidden.size(1) == layer.up, "hidden is ", hidden.sizes(),
-                    ", not [", layer.total, ", ", layer.up, "]");
-  const auto check = [&](const at::Tensor& grad, const char* name, at::IntArrayRef sizes) {
-    checks.check_contiguous(grad, name, static_cast<int64_t>(sizes.size()), at::kFloat);
-    TORCH_CHECK_VALUE(grad.sizes() == sizes, name, " is ", grad.sizes(), ", its weight ", sizes);
-  };
-  check(grads.w1, "dw1", layer.w1.sizes());
-  check(grads.w2, "dw2", layer.w2.sizes());
+  checks.check_sizes(dy, "dy", x.sizes(), x.scalar_type());
+  checks.check_sizes(hidden, "hidden", {layer.total, layer.up}, x.scalar_type());
+  checks.check_sizes(grads.w1, "dw1", layer.w1.sizes(), at::kFloat);
+  checks.check_sizes(grads.w2, "dw2", layer.w2.sizes(), at::kFloat);
   const int64_t e = layer.num_experts();
   if (grads.b1.has_value()) {
     checks.check_contiguous(*grads.b1, "db1", grads.b1->dim(), at::kFloat);
     TORCH_CHECK_VALUE(grads.b1->numel() == e * layer.up, "db1 is ", grads.b1->sizes());
   }
-  if (grads.b2.has_value()) check(*grads.b2, "db2", {e, layer.hidden});
+  checks.check_sizes(grads.b2, "db2", {e, layer.hidden}, at::kFloat);
+}
+
+// The ops for a backend B, whose experts E(backend, layer) have forward(x, keep_hidden) and backward(dy, x, hidden, grads).
+template <typename B, typename E>
+std::tuple<at::Tensor, at::Tensor> grouped_mlp(const at::Tensor& x, at::IntArrayRef rows, const at::Tensor& w1,
+                                               const at::Tensor& w2, const std::optional<at::Tensor>& b1,
+                                               const std::optional<at::Tensor>& b2, bool gated, bool keep_hidden) {
+  const B backend(x, "x");
+  const ExpertLayer layer = check_expert_layer(backend, x, rows, w1, w2, b1, b2, gated);
+  return E(backend, layer).forward(x, keep_hidden);
+}
+
+template <typename B, typename E>
+at::Tensor grouped_mlp_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& hidden,
+                                at::IntArrayRef rows, const at::Tensor& w1, const at::Tensor& w2,
+                                const std::optional<at::Tensor>& b1, bool gated, const at::Tensor& dw1,
+                                const at::Tensor& dw2, const std::optional<at::Tensor>& db1,
+                                const std::optional<at::Tensor>& db2) {
+  const B backend(x, "x");
+  const ExpertLayer layer = check_expert_layer(backend, x, rows, w1, w2, b1, std::nullopt, gated);
+  const MainGrads grads{dw1, dw2, db1, db2};
+  check_backward(backend, layer, dy, x, hidden, grads);
+  return E(backend, layer).backward(dy, x, hidden, grads);
+}
+
+template <typename B, typename E>
+void add_expert_ops(torch::Library& m) {
+  m.impl("grouped_mlp", grouped_mlp<B, E>);
+  m.impl("grouped_mlp_backward", grouped_mlp_backward<B, E>);
 }
 
 }  // namespace samoe

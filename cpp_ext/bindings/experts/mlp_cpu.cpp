@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <atomic>
 #include <exception>
@@ -98,11 +97,7 @@ ExpertPlan plan_for(const Layer& layer, int num_threads, bool backward) {
   return samoe::cpu::plan_experts(layer.rows.data(), layer.num_experts(), layer.up, layer.width, num_threads, backward);
 }
 
-std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, at::IntArrayRef rows, const Tensor& w1, const Tensor& w2,
-                                       const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, bool gated,
-                                       bool keep_hidden) {
-  const CpuBackend backend(x, "x");
-  const Layer layer(samoe::check_expert_layer(backend, x, rows, w1, w2, b1, b2, gated));
+std::tuple<Tensor, Tensor> forward_of(const Layer& layer, const Tensor& x, bool keep_hidden) {
   Tensor y = at::empty({layer.total, layer.hidden}, x.options());
   Tensor hidden = at::empty({keep_hidden ? layer.total : 0, layer.up}, x.options());
   const int num_threads = threads_for(layer);
@@ -113,13 +108,13 @@ std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, at::IntArrayRef rows, co
                                     : memory.matrix(layer.dtype, n, layer.up);
     const bool rounds = layer.work != layer.dtype;
     const Matrix h = rounds ? memory.matrix(layer.work, n, layer.up) : kept;
-    samoe::times_transposed(x_n, layer.weight1(e), h, memory);
+    samoe::times(x_n, layer.weight1(e), true, h, memory);
     const Matrix a = memory.matrix(layer.work, n, layer.width);
-    samoe::cpu::kernels().activate({h.dtype, a.dtype, h.data, layer.bias1(e, memory), n, layer.width, gated,
+    samoe::cpu::kernels().activate({h.dtype, a.dtype, h.data, layer.bias1(e, memory), n, layer.width, layer.gated,
                                     rounds ? static_cast<uint16_t*>(kept.data) : nullptr, a.data});
     Matrix bias;
-    if (b2.has_value()) bias = part_of(*b2, e * layer.hidden, 1, layer.hidden);
-    samoe::times_transposed_plus(a, layer.weight2(e), b2.has_value() ? &bias : nullptr,
+    if (layer.b2.has_value()) bias = part_of(*layer.b2, e * layer.hidden, 1, layer.hidden);
+    samoe::times_transposed_plus(a, layer.weight2(e), layer.b2.has_value() ? &bias : nullptr,
                                  Layer::rows_of(y, task.begin, task.end), memory);
   });
   return {y, hidden};
@@ -175,7 +170,7 @@ class Backward {
     const Matrix dh = whole ? memory.matrix(layer_.work, n, layer_.up) : shared.dh.row_range(first, first + n);
     // Without a gate the gradient of the activation becomes that of h in place.
     const Matrix da = layer_.gated ? memory.matrix(layer_.work, n, layer_.width) : dh;
-    samoe::times(dy, layer_.weight2(e), da, memory);
+    samoe::times(dy, layer_.weight2(e), false, da, memory);
     const Matrix h = Layer::rows_of(hidden_, task.begin, task.end);
     samoe::cpu::kernels().activate_backward({h.dtype, da.dtype, h.data, layer_.bias1(e, memory), da.data, n,
                                              layer_.width, layer_.gated, a.data, dh.data});
@@ -186,11 +181,11 @@ class Backward {
     }
     const Matrix dx = Layer::rows_of(dx_, task.begin, task.end);
     if (dx.dtype == dh.dtype) {
-      samoe::times(dh, layer_.weight1(e), dx, memory);
+      samoe::times(dh, layer_.weight1(e), false, dx, memory);
       return;
     }
     const Matrix wide = memory.matrix(dh.dtype, n, layer_.hidden);
-    samoe::times(dh, layer_.weight1(e), wide, memory);
+    samoe::times(dh, layer_.weight1(e), false, wide, memory);
     samoe::cpu::kernels().convert({wide.dtype, dx.dtype, wide.data, dx.data, n * layer_.hidden, false});
   }
 
@@ -233,22 +228,22 @@ class Backward {
   std::vector<Shared> shared_;
 };
 
-Tensor grouped_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& hidden, at::IntArrayRef rows,
-                            const Tensor& w1, const Tensor& w2, const std::optional<Tensor>& b1, bool gated,
-                            const Tensor& dw1, const Tensor& dw2, const std::optional<Tensor>& db1,
-                            const std::optional<Tensor>& db2) {
-  const CpuBackend backend(x, "x");
-  const Layer layer(samoe::check_expert_layer(backend, x, rows, w1, w2, b1, std::nullopt, gated));
-  const MainGrads grads{dw1, dw2, db1, db2};
-  samoe::check_backward(backend, layer, dy, x, hidden, grads);
-  Tensor dx = at::empty(x.sizes(), x.options());
-  Backward(layer, dy, x, hidden, grads, dx).run();
-  return dx;
-}
+class Experts {
+ public:
+  Experts(const CpuBackend&, const samoe::ExpertLayer& layer) : layer_(layer) {}
+  std::tuple<Tensor, Tensor> forward(const Tensor& x, bool keep_hidden) const {
+    return forward_of(layer_, x, keep_hidden);
+  }
+  Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& hidden, const MainGrads& grads) const {
+    Tensor dx = at::empty(x.sizes(), x.options());
+    Backward(layer_, dy, x, hidden, grads, dx).run();
+    return dx;
+  }
+
+ private:
+  const Layer layer_;
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(megatron_samoe, CPU, m) {
-  m.impl("grouped_mlp", grouped_mlp);
-  m.impl("grouped_mlp_backward", grouped_mlp_backward);
-}
+TORCH_LIBRARY_IMPL(megatron_samoe, CPU, m) { samoe::add_expert_ops<CpuBackend, Experts>(m); }

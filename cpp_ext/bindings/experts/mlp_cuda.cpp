@@ -5,7 +5,6 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <torch/library.h>
 
 #include <climits>
 #include <optional>
@@ -51,15 +50,13 @@ class Experts {
   std::tuple<Tensor, Tensor> forward(const Tensor& x, bool keep_hidden) const {
     const Tensor h = products(x, weight1().transpose(1, 2));
     const Tensor a = at::empty({layer_.total, layer_.width}, x.options());
-    cuda::activate({layer_.dtype, rows(), h.const_data_ptr(), bias1(), layer_.width, layer_.gated,
-                    a.mutable_data_ptr()},
-                   backend_.stream());
+    backend_.launch(cuda::activate, cuda::Activate{layer_.dtype, rows(), h.const_data_ptr(), bias1(), layer_.width,
+                                                   layer_.gated, a.mutable_data_ptr()});
     const Tensor y = products(a, layer_.w2.transpose(1, 2));
     if (layer_.b2.has_value()) {
-      cuda::add_expert_bias(layer_.dtype, rows(), layer_.hidden, layer_.b2->const_data_ptr(), y.mutable_data_ptr(),
-                            backend_.stream());
+      backend_.launch(cuda::add_expert_bias, layer_.dtype, rows(), layer_.hidden, layer_.b2->const_data_ptr(),
+                      y.mutable_data_ptr());
     }
-    backend_.check_launches();
     return {y, keep_hidden ? h : at::empty({0, layer_.up}, x.options())};
   }
 
@@ -68,14 +65,13 @@ class Experts {
     const Tensor da = products(dy, layer_.w2);
     const Tensor a = at::empty({layer_.total, layer_.width}, x.options());
     const Tensor dh = layer_.gated ? at::empty({layer_.total, layer_.up}, x.options()) : da;
-    cuda::activate_backward({layer_.dtype, rows(), h.const_data_ptr(), bias1(), da.const_data_ptr(), layer_.width,
-                             layer_.gated, a.mutable_data_ptr(), dh.mutable_data_ptr()},
-                            backend_.stream());
+    backend_.launch(cuda::activate_backward,
+                    cuda::ActivateBackward{layer_.dtype, rows(), h.const_data_ptr(), bias1(), da.const_data_ptr(),
+                                           layer_.width, layer_.gated, a.mutable_data_ptr(), dh.mutable_data_ptr()});
     add_outer_products(grads.w2, dy, a);
     add_outer_products(grads.w1.view({layer_.num_experts(), layer_.up, layer_.hidden}), dh, x);
     if (grads.b1.has_value()) add_column_sums(*grads.b1, dh);
     if (grads.b2.has_value()) add_column_sums(*grads.b2, dy);
-    backend_.check_launches();
     return products(dh, weight1());
   }
 
@@ -122,40 +118,17 @@ class Experts {
   }
 
   void add_column_sums(const Tensor& grad, const Tensor& d) const {
-    cuda::expert_column_sums(layer_.dtype, rows(), d.size(1), d.const_data_ptr(), grad.mutable_data_ptr<float>(),
-                             backend_.stream());
+    backend_.launch(cuda::expert_column_sums, layer_.dtype, rows(), d.size(1), d.const_data_ptr(),
+                    grad.mutable_data_ptr<float>());
   }
 
+  const at::AutoDispatchBelowADInplaceOrView no_autograd_;
   const CudaBackend& backend_;
   const ExpertLayer& layer_;
   Tensor ends_;  // int32, on the device
   bool grouped_;
 };
 
-std::tuple<Tensor, Tensor> grouped_mlp(const Tensor& x, at::IntArrayRef rows, const Tensor& w1, const Tensor& w2,
-                                       const std::optional<Tensor>& b1, const std::optional<Tensor>& b2, bool gated,
-                                       bool keep_hidden) {
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const CudaBackend backend(x, "x");
-  const ExpertLayer layer = samoe::check_expert_layer(backend, x, rows, w1, w2, b1, b2, gated);
-  return Experts(backend, layer).forward(x, keep_hidden);
-}
-
-Tensor grouped_mlp_backward(const Tensor& dy, const Tensor& x, const Tensor& hidden, at::IntArrayRef rows,
-                            const Tensor& w1, const Tensor& w2, const std::optional<Tensor>& b1, bool gated,
-                            const Tensor& dw1, const Tensor& dw2, const std::optional<Tensor>& db1,
-                            const std::optional<Tensor>& db2) {
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const CudaBackend backend(x, "x");
-  const ExpertLayer layer = samoe::check_expert_layer(backend, x, rows, w1, w2, b1, std::nullopt, gated);
-  const MainGrads grads{dw1, dw2, db1, db2};
-  samoe::check_backward(backend, layer, dy, x, hidden, grads);
-  return Experts(backend, layer).backward(dy, x, hidden, grads);
-}
-
 }  // namespace
 
-SAMOE_CUDA_LIBRARY_IMPL(m) {
-  m.impl("grouped_mlp", grouped_mlp);
-  m.impl("grouped_mlp_backward", grouped_mlp_backward);
-}
+SAMOE_CUDA_LIBRARY_IMPL(m) { samoe::add_expert_ops<CudaBackend, Experts>(m); }

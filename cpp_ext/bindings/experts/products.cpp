@@ -146,27 +146,32 @@ Matrix widened(const Matrix& m, WorkMemory& memory) {
   return wide;
 }
 
-void times_transposed(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory) {
+void times(const Matrix& a, const Matrix& b, bool transposed, const Matrix& c, WorkMemory& memory) {
+  const auto mm = [&](const Matrix& right, const Matrix& result) {
+    at::Tensor out = result.tensor();
+    at::cpu::mm_out(out, a.tensor(), transposed ? right.tensor().t() : right.tensor());
+  };
   if (a.dtype == b.dtype) {
-    if (by_own_kernel(a)) return multiply(a, false, b, true, nullptr, c, memory);
-    at::Tensor out = c.tensor();
-    at::cpu::mm_out(out, a.tensor(), b.tensor().t());
-    return;
+    if (by_own_kernel(a)) return multiply(a, false, b, transposed, nullptr, c, memory);
+    return mm(b, c);
   }
-  const int64_t step = std::min(b.rows, std::max<int64_t>(64, kPanelElements / std::max<int64_t>(1, b.columns)));
-  const Matrix panel = memory.matrix(DType::f32, step, b.columns);
-  for (int64_t begin = 0; begin < b.rows; begin += step) {
-    const int64_t end = std::min(b.rows, begin + step);
-    const Matrix part = panel.row_range(0, end - begin);
-    convert_rows(b.row_range(begin, end), part);
-    at::Tensor out = c.column_range(begin, end).tensor();
-    at::cpu::mm_out(out, a.tensor(), part.tensor().t());
+  const int64_t inner = transposed ? b.columns : b.rows, outer = transposed ? b.rows : b.columns;
+  const int64_t step = std::min(outer, std::max<int64_t>(64, kPanelElements / std::max<int64_t>(1, inner)));
+  const Matrix panel = transposed ? memory.matrix(DType::f32, step, inner) : memory.matrix(DType::f32, inner, step);
+  for (int64_t begin = 0; begin < outer; begin += step) {
+    const int64_t end = std::min(outer, begin + step);
+    const auto part_of = [&](const Matrix& m, int64_t from, int64_t to) {
+      return transposed ? m.row_range(from, to) : m.column_range(from, to);
+    };
+    const Matrix part = part_of(panel, 0, end - begin);
+    convert_rows(part_of(b, begin, end), part);
+    mm(part, c.column_range(begin, end));
   }
 }
 
 void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias, const Matrix& y, WorkMemory& memory) {
   if (a.dtype == b.dtype) {
-    if (bias == nullptr) return times_transposed(a, b, y, memory);
+    if (bias == nullptr) return times(a, b, true, y, memory);
     if (by_own_kernel(a)) {
       return multiply(a, false, b, true, static_cast<const float*>(widened(*bias, memory).data), y, memory);
     }
@@ -175,27 +180,9 @@ void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias,
     return;
   }
   const Matrix sum = memory.matrix(DType::f32, y.rows, y.columns);
-  times_transposed(a, b, sum, memory);
+  times(a, b, true, sum, memory);
   const float* added = bias == nullptr ? nullptr : static_cast<const float*>(widened(*bias, memory).data);
   cpu::kernels().add_bias({y.dtype, static_cast<const float*>(sum.data), added, y.rows, y.columns, y.data});
-}
-
-void times(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory) {
-  if (a.dtype == b.dtype) {
-    if (by_own_kernel(a)) return multiply(a, false, b, false, nullptr, c, memory);
-    at::Tensor out = c.tensor();
-    at::cpu::mm_out(out, a.tensor(), b.tensor());
-    return;
-  }
-  const int64_t step = std::min(b.columns, std::max<int64_t>(64, kPanelElements / std::max<int64_t>(1, b.rows)));
-  const Matrix panel = memory.matrix(DType::f32, b.rows, step);
-  for (int64_t begin = 0; begin < b.columns; begin += step) {
-    const int64_t end = std::min(b.columns, begin + step);
-    const Matrix part = panel.column_range(0, end - begin);
-    convert_rows(b.column_range(begin, end), part);
-    at::Tensor out = c.column_range(begin, end).tensor();
-    at::cpu::mm_out(out, a.tensor(), part.tensor());
-  }
 }
 
 void add_transposed_times(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory) {

@@ -93,12 +93,11 @@ class LentMemory {
 enum class Bf16Products { own, blas, fp32 };
 Bf16Products bf16_products();
 
-// c = a b^T for b [n, k]. Operands of a type; or a and c in fp32 and b in bf16, which is widened by panels.
-void times_transposed(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory);
+// c = a b for b [k, n], or a b^T for b [n, k]. Operands of a type; or a and c in fp32 and b in bf16, which is widened by
+// panels.
+void times(const Matrix& a, const Matrix& b, bool transposed, const Matrix& c, WorkMemory& memory);
 // y = a b^T + bias, a vector of y's type or null; types as above, but that y is bf16 where b is widened.
 void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias, const Matrix& y, WorkMemory& memory);
-// c = a b for b [k, n], types as above.
-void times(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory);
 // c += a^T b with c in fp32.
 void add_transposed_times(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory);
 // Returns m, or a copy in fp32.

@@ -17,18 +17,11 @@ using at::Tensor;
 
 constexpr int64_t kExponentialsPerThread = 16384;  // that pay for waking a thread
 
-inline void check_tokens(const TensorChecks& checks, const Tensor& tensor, const char* name, const Tensor& logits,
-                         at::ScalarType dtype) {
-  checks.check_contiguous(tensor, name, 1, dtype);
-  TORCH_CHECK_VALUE(tensor.size(0) == logits.size(0), name, " has ", tensor.size(0), " tokens, the logits ",
-                    logits.size(0));
-}
-
 template <typename B>
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_parts(const Tensor& logits, const Tensor& labels, int64_t first_id) {
   const B backend(logits, "logits");
   backend.check_rows(logits, "logits");
-  check_tokens(backend, labels, "labels", logits, at::kLong);
+  backend.check_sizes(labels, "labels", {logits.size(0)}, at::kLong);
   const auto options = logits.options().dtype(at::kFloat);
   const int64_t num_tokens = logits.size(0), width = logits.size(1);
   Tensor peak = at::empty({num_tokens}, options), sum = at::empty({num_tokens}, options);
@@ -45,9 +38,9 @@ Tensor cross_entropy_backward(const Tensor& logits, const Tensor& labels, int64_
                               const Tensor& dloss) {
   const B backend(logits, "logits");
   backend.check_rows(logits, "logits");
-  check_tokens(backend, labels, "labels", logits, at::kLong);
-  check_tokens(backend, logsumexp, "logsumexp", logits, at::kFloat);
-  check_tokens(backend, dloss, "dloss", logits, at::kFloat);
+  backend.check_sizes(labels, "labels", {logits.size(0)}, at::kLong);
+  backend.check_sizes(logsumexp, "logsumexp", {logits.size(0)}, at::kFloat);
+  backend.check_sizes(dloss, "dloss", {logits.size(0)}, at::kFloat);
   const int64_t num_tokens = logits.size(0), width = logits.size(1);
   Tensor dlogits = at::empty(logits.sizes(), logits.options());
   backend.cross_entropy_backward({dtype_of(logits), logits.const_data_ptr(), labels.const_data_ptr<int64_t>(),

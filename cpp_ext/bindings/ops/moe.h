@@ -51,16 +51,9 @@ Tensor topk_gate_backward(const Tensor& logits, const Tensor& logsumexp, const T
   TORCH_CHECK_VALUE(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups);
   TORCH_CHECK_VALUE(logsumexp.size(0) == num_tokens && probs.size(0) == num_tokens && ids.sizes() == probs.sizes(),
                     "the saved tensors do not belong to these logits");
-  if (dprobs.has_value()) {
-    backend.check_contiguous(*dprobs, "dprobs", 2, at::kFloat);
-    TORCH_CHECK_VALUE(dprobs->sizes() == probs.sizes(), "dprobs is ", dprobs->sizes(), ", not ", probs.sizes());
-  }
-  if (dscore_sum.has_value()) {
-    backend.check_contiguous(*dscore_sum, "dscore_sum", 2, at::kFloat);
-    TORCH_CHECK_VALUE(dscore_sum->size(0) == num_groups && dscore_sum->size(1) == num_experts, "dscore_sum is ",
-                      dscore_sum->sizes());
-  }
-  if (dz.has_value()) backend.check_contiguous(*dz, "dz", 0, at::kFloat);
+  backend.check_sizes(dprobs, "dprobs", probs.sizes(), at::kFloat);
+  backend.check_sizes(dscore_sum, "dscore_sum", {num_groups, num_experts}, at::kFloat);
+  backend.check_sizes(dz, "dz", {}, at::kFloat);
   Tensor dlogits = at::empty(logits.sizes(), logits.options());
   backend.gate_backward(
       {logits.const_data_ptr<float>(), logsumexp.const_data_ptr<float>(), probs.const_data_ptr<float>(),
@@ -100,17 +93,12 @@ Tensor permute(const Tensor& x, const Tensor& slot_of_row, int64_t topk) {
   return rows;
 }
 
-inline void check_probs(const TensorChecks& checks, const Tensor& probs, const Tensor& row_of_slot) {
-  checks.check_contiguous(probs, "probs", 2, at::kFloat);
-  TORCH_CHECK_VALUE(probs.sizes() == row_of_slot.sizes(), "probs is ", probs.sizes(), ", not ", row_of_slot.sizes());
-}
-
 template <typename B>
 Tensor unpermute(const Tensor& rows, const std::optional<Tensor>& probs, const Tensor& row_of_slot) {
   const B backend(rows, "rows");
   backend.check_rows(rows, "rows");
   backend.check_contiguous(row_of_slot, "row_of_slot", 2, at::kLong);
-  if (probs.has_value()) check_probs(backend, *probs, row_of_slot);
+  backend.check_sizes(probs, "probs", row_of_slot.sizes(), at::kFloat);
   backend.check_index(row_of_slot, "row_of_slot", -1, rows.size(0));
   Tensor y = at::empty({row_of_slot.size(0), rows.size(1)}, rows.options());
   backend.unpermute({dtype_of(rows), rows.const_data_ptr(), data_or_null<float>(probs),
@@ -125,11 +113,10 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& dy, const Tensor& ro
                                               const Tensor& slot_of_row, const Tensor& row_of_slot) {
   const B backend(rows, "rows");
   backend.check_rows(rows, "rows");
-  backend.check_contiguous(dy, "dy", 2, rows.scalar_type());
   backend.check_contiguous(row_of_slot, "row_of_slot", 2, at::kLong);
-  check_probs(backend, probs, row_of_slot);
+  backend.check_sizes(dy, "dy", {row_of_slot.size(0), rows.size(1)}, rows.scalar_type());
+  backend.check_sizes(probs, "probs", row_of_slot.sizes(), at::kFloat);
   backend.check_index(row_of_slot, "row_of_slot", -1, rows.size(0));
-  TORCH_CHECK_VALUE(dy.size(0) == row_of_slot.size(0) && dy.size(1) == rows.size(1), "dy is ", dy.sizes());
   TORCH_CHECK_VALUE(slot_of_row.numel() == rows.size(0), "slot_of_row has ", slot_of_row.numel(), " rows");
   Tensor drows = at::empty(rows.sizes(), rows.options()), dprobs = at::empty(probs.sizes(), probs.options());
   backend.unpermute_backward({dtype_of(rows), dy.const_data_ptr(), rows.const_data_ptr(),

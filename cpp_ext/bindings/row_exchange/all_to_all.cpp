@@ -2,7 +2,6 @@
 #include "communicators.h"
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
@@ -17,7 +16,6 @@ namespace {
 
 using at::Tensor;
 using comm::Part;
-using comm::Progress;
 
 std::mutex registry_mutex;
 
@@ -61,18 +59,10 @@ std::string all_to_all_connect(int64_t handle, const std::vector<std::string>& a
   return communicator.transport->connect(addresses);
 }
 
-// An empty string for done, "pending", or the reason of the failure.
 std::string all_to_all_finish(int64_t handle, int64_t exchange, double seconds) {
   const Communicator communicator = find_communicator(handle);
   const c10::OptionalDeviceGuard guard(communicator.device);
-  switch (communicator.transport->finish(exchange, seconds)) {
-    case Progress::done:
-      return "";
-    case Progress::pending:
-      return "pending";
-    default:
-      return communicator.transport->last_error();
-  }
+  return state_of(*communicator.transport, communicator.transport->finish(exchange, seconds));
 }
 
 // Starts an exchange and returns its number and its state after so many seconds, as all_to_all_finish.
@@ -84,14 +74,13 @@ std::tuple<int64_t, std::string> all_to_all_start(int64_t handle, const Tensor& 
   const Communicator communicator = find_communicator(handle);
   const auto send = parts_of(send_offsets, send_bytes, input, communicator, "input");
   const auto recv = parts_of(recv_offsets, recv_bytes, output, communicator, "output");
-  const c10::OptionalDeviceGuard guard(communicator.device);
-  const std::string problem =
-      communicator.transport->start(static_cast<const char*>(input.const_data_ptr()),
-                                    static_cast<char*>(output.mutable_data_ptr()), send, recv);
-  keep_until_done(communicator, {input, output});
-  const int64_t exchange = communicator.transport->last_started();
-  if (!problem.empty()) return {exchange, problem};
-  return {exchange, seconds > 0 ? all_to_all_finish(handle, exchange, seconds) : "pending"};
+  auto result = started(communicator, {input, output}, [&] {
+    return communicator.transport->start(static_cast<const char*>(input.const_data_ptr()),
+                                         static_cast<char*>(output.mutable_data_ptr()), send, recv);
+  });
+  auto& [exchange, state] = result;
+  if (state == "pending" && seconds > 0) state = all_to_all_finish(handle, exchange, seconds);
+  return result;
 }
 
 void all_to_all_abort(int64_t handle, const std::string& reason) { find_communicator(handle).transport->abort(reason); }

@@ -27,7 +27,6 @@ using samoe::comm::Message;
 using samoe::comm::nccl_api;
 using samoe::comm::NcclAllToAll;
 using samoe::comm::NcclApi;
-using samoe::comm::Progress;
 
 class EventMark : public samoe::comm::Mark {
  public:
@@ -107,12 +106,11 @@ std::tuple<int64_t, std::string> nccl_start_even(int64_t handle, const Tensor& i
   TORCH_CHECK_VALUE(input.nbytes() == output.nbytes() && input.nbytes() % static_cast<size_t>(nccl->world()) == 0,
                     "input has ", input.nbytes(), " bytes and output ", output.nbytes(), ": not the same for each of ",
                     nccl->world(), " ranks");
-  const c10::OptionalDeviceGuard guard(communicator.device);
-  const std::string problem = nccl->start_even(static_cast<const char*>(input.const_data_ptr()),
-                                               static_cast<char*>(output.mutable_data_ptr()),
-                                               static_cast<int64_t>(input.nbytes()) / nccl->world());
-  samoe::keep_until_done(communicator, {input, output});
-  return {nccl->last_started(), problem.empty() ? "pending" : problem};
+  return samoe::started(communicator, {input, output}, [&] {
+    return nccl->start_even(static_cast<const char*>(input.const_data_ptr()),
+                            static_cast<char*>(output.mutable_data_ptr()),
+                            static_cast<int64_t>(input.nbytes()) / nccl->world());
+  });
 }
 
 // Messages from their numbers: peer, whether in the staging memory, first byte, bytes.
@@ -145,14 +143,7 @@ std::tuple<int64_t, std::string> nccl_start_hops(int64_t handle, const Tensor& i
   const int world = nccl->world();
   const Hop first{messages(first_sends, input, staging, world), messages(first_receives, output, staging, world)};
   const Hop second{messages(second_sends, input, staging, world), messages(second_receives, output, staging, world)};
-  const c10::OptionalDeviceGuard guard(communicator.device);
-  const std::string problem = nccl->start_hops({first, second});
-  samoe::keep_until_done(communicator, {input, output, staging});
-  return {nccl->last_started(), problem.empty() ? "pending" : problem};
-}
-
-std::string state_of(NcclAllToAll& nccl, Progress progress) {
-  return progress == Progress::failed ? nccl.last_error() : progress == Progress::pending ? "pending" : "";
+  return samoe::started(communicator, {input, output, staging}, [&] { return nccl->start_hops({first, second}); });
 }
 
 // Makes NCCL know memory that exchanges in two hops will use from now on, and forget what they used before, which may
@@ -160,7 +151,7 @@ std::string state_of(NcclAllToAll& nccl, Progress progress) {
 std::string nccl_use_staging(int64_t handle, const Tensor& staging, double seconds) {
   const c10::OptionalDeviceGuard guard(samoe::find_communicator(handle).device);
   const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
-  return state_of(*nccl, nccl->use_staging(static_cast<char*>(staging.data_ptr()),
+  return samoe::state_of(*nccl, nccl->use_staging(static_cast<char*>(staging.data_ptr()),
                                            static_cast<int64_t>(staging.nbytes()), seconds));
 }
 
@@ -168,7 +159,7 @@ std::string nccl_use_staging(int64_t handle, const Tensor& staging, double secon
 std::string nccl_enqueue(int64_t handle, double seconds) {
   const c10::OptionalDeviceGuard guard(samoe::find_communicator(handle).device);
   const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
-  return state_of(*nccl, nccl->finish_enqueueing(seconds));
+  return samoe::state_of(*nccl, nccl->finish_enqueueing(seconds));
 }
 
 std::tuple<int64_t, int64_t, std::string> nccl_position(int64_t handle) {
