@@ -14,40 +14,23 @@
 
 #include "../../kernels/cuda/launchers.h"
 #include "../../kernels/kernels.h"
+#include "checks.h"
 
 namespace {
 
 using samoe::DType;
 using samoe::cpu::kernels;
+using samoe::pick;
+using samoe::value_of;
 namespace cuda = samoe::cuda;
 
 constexpr cudaStream_t kStream = nullptr;
-std::mt19937 random_bits(1);
 std::string what;  // the case at hand
-
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
-
-float value_of(float x) { return x; }
-float value_of(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 template <typename T>
 std::vector<T> numbers(int64_t n) {
-  std::vector<T> values(static_cast<size_t>(n));
-  for (T& value : values) {
-    const float x = std::normal_distribution<float>()(random_bits);
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    if constexpr (sizeof(T) == 4) {
-      value = x;
-    } else {
-      value = static_cast<T>(bits >> 16);
-    }
-  }
+  std::vector<T> values;
+  for (const float x : samoe::floats(n)) values.push_back(sizeof(T) == 4 ? static_cast<T>(x) : static_cast<T>(samoe::high_half(x)));
   return values;
 }
 

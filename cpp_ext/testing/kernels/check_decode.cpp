@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../../kernels/kernels.h"
-#include "checks.h"
+#include "decode_cases.h"
 
 namespace {
 
@@ -19,9 +19,12 @@ using samoe::floats;
 using samoe::near;
 using samoe::pick;
 using samoe::cpu::kernels;
-using samoe::cpu::Matrix;
 
 constexpr int kThreads = 3;
+
+bool equal_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
 
 // Runs a kernel with one thread and with several on copies of what it writes; returns the result.
 std::vector<float> same_bits(const std::vector<float>& before, const char* what,
@@ -29,7 +32,7 @@ std::vector<float> same_bits(const std::vector<float>& before, const char* what,
   std::vector<float> one = before, many = before;
   kernel(one.data(), 1);
   kernel(many.data(), kThreads);
-  expect(before.empty() || std::memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0, what);
+  expect(equal_bits(one, many), what);
   return one;
 }
 
@@ -68,87 +71,24 @@ void check_norm() {
   }
 }
 
-// Tokens of one sequence each, at different positions, over pages that lie anywhere.
 template <typename C>
 void check_attention() {
-  const int64_t tokens = pick(1, 5), groups = pick(1, 3), queries = pick(1, 4), dim = 2 * pick(1, 20);
-  const int64_t pages_per_slot = 3, page = samoe::cpu::kPage, num_pages = tokens * pages_per_slot;
-  const auto qkv = floats(tokens * groups * (queries + 2) * dim), norm = floats(dim);
-  const auto cosines = floats(pages_per_slot * page * dim), sines = floats(pages_per_slot * page * dim);
-  std::vector<int32_t> positions, slots, pages(static_cast<size_t>(num_pages));
-  for (int64_t t = 0; t < tokens; ++t) {
-    positions.push_back(static_cast<int32_t>(pick(0, pages_per_slot * page - 1)));
-    slots.push_back(static_cast<int32_t>(tokens - 1 - t));
-  }
-  for (int64_t p = 0; p < num_pages; ++p) pages[p] = static_cast<int32_t>(num_pages - 1 - p);
-  std::vector<C> cache(static_cast<size_t>(num_pages * groups * dim * page));
-  for (C& value : cache) value = static_cast<C>(sizeof(C) == 4 ? pick(-3, 3) : 0x3f80 + pick(0, 99));
-  const bool has_norm = pick(0, 1) == 1;
-  const auto out = same_bits(floats(tokens * groups * queries * dim), "bits of attention", [&](float* result, int num_threads) {
-    std::vector<C> keys = cache, values = cache;
-    std::vector<float> scratch(qkv.size());
-    samoe::cpu::DecodeAttention a = {};
-    a.qkv = qkv.data();
-    if (has_norm) a.q_norm_D = a.k_norm_D = norm.data();
-    a.epsilon = 1e-5f;
-    a.rms = true;
-    a.cos_PR = cosines.data();
-    a.sin_PR = sines.data();
-    a.rotated = dim;
-    a.positions_T = positions.data();
-    a.slots_T = slots.data();
-    a.pages = pages.data();
-    a.pages_per_slot = pages_per_slot;
-    a.cache_is_bf16 = sizeof(C) == 2;
-    a.keys = keys.data();
-    a.values = values.data();
-    a.num_tokens = tokens;
-    a.kv_heads = groups;
-    a.queries_per_kv = queries;
-    a.head_dim = dim;
-    a.qkv_scratch = scratch.data();
-    a.out = result;
-    a.num_threads = num_threads;
-    kernels().decode_attention(a);
-  });
+  const samoe::AttentionCase<C> c(pick(1, 5), pick(1, 3), pick(1, 4), 2 * pick(1, 20), 3, pick(0, 1) == 1);
+  const auto run = [&](int num_threads) {
+    return c.run(num_threads, [](const auto& a) { kernels().decode_attention(a); });
+  };
+  const auto out = run(1);
+  expect(equal_bits(out, run(kThreads)), "bits of attention");
   for (const float value : out) expect(std::isfinite(value), "attention");
 }
 
 void check_experts(WeightType type) {
-  const int64_t tokens = pick(0, 20), experts = pick(1, 6), topk = pick(1, experts), hidden = pick(1, 70), ffn = pick(1, 150);
-  const bool gated = pick(0, 1) == 1;
-  const int64_t up = gated ? 2 * ffn : ffn;
-  const auto x = floats(tokens * hidden), probs = floats(tokens * topk), b1 = floats(experts * up), b2 = floats(experts * hidden);
-  const Weights w1(experts * up, hidden, type), w2(experts * hidden, ffn, type);
-  std::vector<int64_t> ids(static_cast<size_t>(tokens * topk)), index(static_cast<size_t>(experts));
-  for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t first = pick(0, experts - 1);
-    for (int64_t k = 0; k < topk; ++k) ids[t * topk + k] = (first + k) % experts;
-  }
-  for (int64_t e = 0; e < experts; ++e) index[e] = pick(0, 4) == 0 ? -1 : experts - 1 - e;
-  same_bits(floats(tokens * hidden), "bits of experts", [&](float* result, int num_threads) {
-    std::vector<float> h(static_cast<size_t>(tokens * topk * ffn)), y(static_cast<size_t>(tokens * topk * hidden));
-    samoe::cpu::DecodeExperts a = {};
-    a.x_TH = x.data();
-    a.ids_TK = ids.data();
-    a.probs_TK = probs.data();
-    a.num_tokens = tokens;
-    a.topk = topk;
-    a.num_experts = experts;
-    a.index1_E = a.index2_E = index.data();
-    a.w1 = w1.matrix;
-    a.w2 = w2.matrix;
-    a.b1 = b1.data();
-    a.b2 = b2.data();
-    a.hidden = hidden;
-    a.ffn = ffn;
-    a.gated = gated;
-    a.h_NF = h.data();
-    a.y_NH = y.data();
-    a.combine = true;
-    a.out_TH = result;
-    a.num_threads = num_threads;
-    kernels().decode_experts(a);
+  const int64_t experts = pick(1, 6);
+  const samoe::ExpertsCase c({type, pick(0, 20), experts, pick(1, experts), pick(1, 70), pick(1, 150), pick(0, 1) == 1,
+                              pick(0, 1) == 1, samoe::Choice::any});
+  same_bits(c.out, "bits of experts", [&](float* result, int num_threads) {
+    std::vector<float> h, y = c.y;
+    kernels().decode_experts(c.arguments(0, c.tokens, h, y.data(), result, num_threads));
   });
 }
 
@@ -221,20 +161,15 @@ void check_step(WeightType type) {
 }
 
 void check_combine_rows(WeightType type) {
-  const int64_t banks = pick(1, 5), rows = pick(1, 30), cols = pick(1, 90);
-  std::vector<Weights> weights;
-  std::vector<Matrix> matrices;
-  for (int64_t p = 0; p < banks; ++p) {
-    weights.emplace_back(rows, cols, type);
-    matrices.push_back(weights.back().matrix);
-  }
-  const auto coefficients = floats(banks);
-  const auto out = same_bits(floats(rows * cols), "bits of combined rows", [&](float* result, int num_threads) {
-    kernels().combine_rows({matrices.data(), coefficients.data(), banks, rows, cols, WeightType::f32, result, nullptr, num_threads});
-  });
-  for (int64_t i = 0; i < rows * cols; ++i) {
+  const samoe::CombineRowsCase c(type, pick(1, 30), pick(1, 90), floats(pick(1, 5)));
+  const auto run = [&](int num_threads) {
+    return c.run(WeightType::f32, num_threads, [](const auto& a) { kernels().combine_rows(a); });
+  };
+  const auto out = run(1);
+  expect(equal_bits(out, run(kThreads)), "bits of combined rows");
+  for (size_t i = 0; i < out.size(); ++i) {
     double expected = 0;
-    for (int64_t p = 0; p < banks; ++p) expected += static_cast<double>(coefficients[p]) * weights[p].values[i];
+    for (size_t p = 0; p < c.banks.size(); ++p) expected += static_cast<double>(c.coefficients[p]) * c.banks[p].values[i];
     expect(near(out[i], expected, 1e-5), "combined rows");
   }
 }
@@ -260,7 +195,7 @@ void check_adamw() {
 
 int main() {
   for (int round = 0; round < 20; ++round) {
-    for (const WeightType type : {WeightType::f32, WeightType::bf16, WeightType::i8}) {
+    for (const WeightType type : samoe::kWeightTypes) {
       check_linear(type);
       check_experts(type);
       check_step(type);

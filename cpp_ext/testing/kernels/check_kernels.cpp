@@ -18,19 +18,13 @@ using samoe::expect;
 using samoe::floats;
 using samoe::near;
 using samoe::pick;
+using samoe::value_of;
 using samoe::cpu::kernels;
 
 uint16_t bf16_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-float from_bf16(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
 }
 
 void check_gate() {
@@ -146,7 +140,7 @@ void check_combine() {
         for (int64_t p = 0; p < banks; ++p)
           expected += static_cast<double>(a[(l * groups + g) * banks + p]) * t[(p * groups + g) * n + j];
         expect(near(w[(l * groups + g) * n + j], expected, 1e-5), "combine");
-        expect(near(from_bf16(w16[(l * groups + g) * n + j]), expected, 1e-2), "combine to bf16");
+        expect(near(value_of(w16[(l * groups + g) * n + j]), expected, 1e-2), "combine to bf16");
       }
       for (int64_t p = 0; p < banks; ++p) {
         double expected = 0;
@@ -205,7 +199,7 @@ void check_bf16_product(int64_t m, int64_t n, int64_t k, bool a_transposed, bool
     for (int64_t j = 0; j < n; ++j) {
       float expected = 0;
       for (int64_t l = 0; l < k; ++l) {
-        expected += from_bf16(a[a_transposed ? l * m + i : i * k + l]) * from_bf16(b[b_transposed ? j * k + l : l * n + j]);
+        expected += value_of(a[a_transposed ? l * m + i : i * k + l]) * value_of(b[b_transposed ? j * k + l : l * n + j]);
       }
       const auto at = static_cast<size_t>(i * n + j);
       expect(adds ? sum[at] == 1.0f + expected : out[at] == bf16_bits(expected + bias[j]), "bf16 product");

@@ -23,6 +23,21 @@ inline std::vector<float> floats(int64_t n) {
   return values;
 }
 
+inline float value_of(float x) { return x; }
+inline float value_of(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// bf16, rounded towards zero.
+inline uint16_t high_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
 inline void expect(bool holds, const char* what) {
   if (holds) return;
   std::fprintf(stderr, "difference: %s\n", what);
@@ -39,13 +54,10 @@ struct Weights {
     for (int64_t row = 0; row < num_rows; ++row) scale.push_back(0.01f * static_cast<float>(pick(1, 5)));
     for (size_t i = 0; i < values.size(); ++i) {
       float& value = values[i];
-      uint32_t bits;
-      std::memcpy(&bits, &value, sizeof bits);
-      if (type == WeightType::bf16) bits &= 0xffff0000u;
-      std::memcpy(&value, &bits, sizeof bits);
+      const uint16_t high = high_half(value);
+      if (type == WeightType::bf16) value = value_of(high);
       const int8_t small = static_cast<int8_t>(std::lround(std::fmin(std::fmax(40.0f * value, -127.0f), 127.0f)));
       if (type == WeightType::i8) value = static_cast<float>(small) * scale[i / static_cast<size_t>(cols)];
-      const uint16_t high = static_cast<uint16_t>(bits >> 16);
       std::memcpy(&data[i * size], type == WeightType::f32 ? static_cast<const void*>(&value)
                                    : type == WeightType::bf16 ? static_cast<const void*>(&high) : &small, size);
     }
