@@ -52,19 +52,19 @@ for kind in asan tsan; do
     for source in cpp_ext/comm/*.cpp; do
         compile "$kind/comm/$(basename "$source" .cpp).o" "$source" "$sanitizer"
     done
-    for name in check_kernels check_decode check_exchange check_nccl; do
-        compile $kind/$name.o cpp_ext/testing/$name.cpp "$sanitizer"
+    for name in kernels/check_kernels kernels/check_decode row_exchange/check_exchange row_exchange/check_nccl; do
+        compile "$kind/$(basename $name).o" cpp_ext/testing/$name.cpp "$sanitizer"
     done
-    compile $kind/fake_nccl.o cpp_ext/testing/fake_nccl.cpp "-fPIC $sanitizer"
+    compile $kind/fake_nccl.o cpp_ext/testing/stand_ins/fake_nccl.cpp "-fPIC $sanitizer"
 done
-compile tsan/openmp.o cpp_ext/testing/openmp_threads.cpp "$tsan"
+compile tsan/openmp.o cpp_ext/testing/stand_ins/openmp_threads.cpp "$tsan"
 # The emulated kernels, on one thread, are compared with the portable set.
 for source in cpp_ext/kernels/cuda/*.cu; do
     compile "cuda/$(basename "$source" .cu).o" "$source" "-x c++ -Wno-unknown-pragmas $asan"
 done
 mkdir "$folder/cuda/checks"
 for name in check_cuda_kernels check_cuda_decode; do
-    compile cuda/checks/$name.o cpp_ext/testing/$name.cpp "$asan"
+    compile cuda/checks/$name.o cpp_ext/testing/kernels/$name.cpp "$asan"
 done
 compile cuda/dispatch.o cpp_ext/kernels/cpu/dispatch.cpp "$asan"
 build

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <climits>
 
-#include "../common/check.h"
+#include "check.h"
 #include "arguments.h"
 
 namespace samoe {

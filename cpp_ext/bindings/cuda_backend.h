@@ -11,7 +11,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
-#include "../common/check.h"
+#include "check.h"
 #include "../kernels/cuda/launchers.h"
 #include "arguments.h"
 
@@ -31,66 +31,43 @@ class CudaBackend : public TensorChecks {
   CudaBackend(const at::Tensor& first, const char* name)
       : TensorChecks(c10::DeviceType::SAMOE_CUDA_KEY, first, name), guard_(device()), stream_(stream_of(device())) {}
 
-  cudaStream_t stream() const { return stream_; }
   int threads(int64_t, int64_t = 0, int64_t = 0) const { return 0; }  // the launchers do not read it
   // The kernels look at each entry where they use it: looking here would wait for the device.
   void check_index(const at::Tensor&, const char*, int64_t, int64_t) const {}
-  void check_launches() const {
+  // Starts kernels on the tensors' stream.
+  template <typename Launcher, typename... Arguments>
+  void launch(Launcher launcher, const Arguments&... arguments) const {
+    launcher(arguments..., stream_);
     const char* error = cuda::launch_error();
     TORCH_CHECK(error == nullptr, "a CUDA kernel did not start: ", error);
   }
 
   void gate_forward(const cpu::GateForward& a) const {
     const at::Tensor memory = workspace(cuda::gate_workspace_bytes(a));
-    cuda::gate_forward(a, memory.mutable_data_ptr(), stream_);
-    check_launches();
+    launch(cuda::gate_forward, a, memory.mutable_data_ptr());
   }
-  void gate_backward(const cpu::GateBackward& a) const {
-    cuda::gate_backward(a, stream_);
-    check_launches();
-  }
-  void gather_rows(const cpu::GatherRows& a, int64_t num_sources) const {
-    cuda::gather_rows(a, num_sources, stream_);
-    check_launches();
-  }
-  void unpermute(const cpu::Unpermute& a, int64_t num_rows) const {
-    cuda::unpermute(a, num_rows, stream_);
-    check_launches();
-  }
+  void gate_backward(const cpu::GateBackward& a) const { launch(cuda::gate_backward, a); }
+  void gather_rows(const cpu::GatherRows& a, int64_t num_sources) const { launch(cuda::gather_rows, a, num_sources); }
+  void unpermute(const cpu::Unpermute& a, int64_t num_rows) const { launch(cuda::unpermute, a, num_rows); }
   void unpermute_backward(const cpu::UnpermuteBackward& a, int64_t num_rows) const {
-    cuda::unpermute_backward(a, num_rows, stream_);
-    check_launches();
+    launch(cuda::unpermute_backward, a, num_rows);
   }
-  void combine(const cpu::Combine& a) const {
-    cuda::combine(a, stream_);
-    check_launches();
-  }
+  void combine(const cpu::Combine& a) const { launch(cuda::combine, a); }
   void combine_backward(const cpu::CombineBackward& a) const {
     const at::Tensor memory = workspace(cuda::combine_backward_workspace_bytes(a));
-    cuda::combine_backward(a, memory.mutable_data_ptr(), stream_);
-    check_launches();
+    launch(cuda::combine_backward, a, memory.mutable_data_ptr());
   }
-  void cross_entropy_forward(const cpu::CrossEntropyForward& a) const {
-    cuda::cross_entropy_forward(a, stream_);
-    check_launches();
-  }
-  void cross_entropy_backward(const cpu::CrossEntropyBackward& a) const {
-    cuda::cross_entropy_backward(a, stream_);
-    check_launches();
-  }
-  void adamw(const cpu::AdamW& a) const {
-    cuda::adamw(a, stream_);
-    check_launches();
-  }
+  void cross_entropy_forward(const cpu::CrossEntropyForward& a) const { launch(cuda::cross_entropy_forward, a); }
+  void cross_entropy_backward(const cpu::CrossEntropyBackward& a) const { launch(cuda::cross_entropy_backward, a); }
+  void adamw(const cpu::AdamW& a) const { launch(cuda::adamw, a); }
 
   // Waits for the device once: the number of rows is the size of a result.
   CountedSlots count_slots(const at::Tensor& ids, const at::Tensor& counts) const {
     const int64_t num_slots = ids.numel(), num_experts = counts.size(0);
     CountedSlots slots{at::empty({cuda::num_slot_chunks(num_slots), num_experts}, ids.options()), 0, 0};
     const at::Tensor state = at::empty({2}, ids.options());
-    cuda::count_slots(ids.const_data_ptr<int64_t>(), num_slots, num_experts, counts.mutable_data_ptr<int64_t>(),
-                      slots.cursor.mutable_data_ptr<int64_t>(), state.mutable_data_ptr<int64_t>(), stream_);
-    check_launches();
+    launch(cuda::count_slots, ids.const_data_ptr<int64_t>(), num_slots, num_experts, counts.mutable_data_ptr<int64_t>(),
+           slots.cursor.mutable_data_ptr<int64_t>(), state.mutable_data_ptr<int64_t>());
     const at::Tensor known = state.cpu();
     slots.num_rows = known.const_data_ptr<int64_t>()[0];
     const int64_t bad_slot = known.const_data_ptr<int64_t>()[1];
@@ -100,10 +77,9 @@ class CudaBackend : public TensorChecks {
   }
   void place_slots(const at::Tensor& ids, const CountedSlots& slots, const at::Tensor& slot_of_row,
                    const at::Tensor& row_of_slot) const {
-    cuda::place_slots(ids.const_data_ptr<int64_t>(), ids.numel(), slots.cursor.size(1),
-                      slots.cursor.mutable_data_ptr<int64_t>(), slot_of_row.mutable_data_ptr<int64_t>(),
-                      row_of_slot.mutable_data_ptr<int64_t>(), stream_);
-    check_launches();
+    launch(cuda::place_slots, ids.const_data_ptr<int64_t>(), ids.numel(), slots.cursor.size(1),
+           slots.cursor.mutable_data_ptr<int64_t>(), slot_of_row.mutable_data_ptr<int64_t>(),
+           row_of_slot.mutable_data_ptr<int64_t>());
   }
 
  private:

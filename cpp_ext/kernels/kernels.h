@@ -124,34 +124,40 @@ struct CrossEntropyBackward {
   int num_threads;
 };
 
-// The kernels compiled for one instruction set.
+// The kernels, each compiled once for every instruction set: X(result, name, arguments). copy_streamed writes past the
+// cache. has_bf16_product: whether this CPU runs it, which none but AVX-512's set may; bf16_product_work: bytes.
+#define SAMOE_KERNELS(X) \
+  X(void, gate_forward, (const GateForward&))                             \
+  X(void, gate_backward, (const GateBackward&))                           \
+  X(void, gather_rows, (const GatherRows&))                               \
+  X(void, unpermute, (const Unpermute&))                                  \
+  X(void, unpermute_backward, (const UnpermuteBackward&))                 \
+  X(void, copy_streamed, (const char* from, char* to, int64_t num_bytes)) \
+  X(void, combine, (const Combine&))                                      \
+  X(void, combine_backward, (const CombineBackward&))                     \
+  X(void, cross_entropy_forward, (const CrossEntropyForward&))            \
+  X(void, cross_entropy_backward, (const CrossEntropyBackward&))          \
+  X(void, activate, (const Activate&))                                    \
+  X(void, activate_backward, (const ActivateBackward&))                   \
+  X(void, column_sums, (const ColumnSums&))                               \
+  X(void, convert, (const Convert&))                                      \
+  X(void, add_bias, (const AddBias&))                                     \
+  X(bool, has_bf16_product, ())                                           \
+  X(int64_t, bf16_product_work, (const Bf16Product&))                     \
+  X(void, bf16_product, (const Bf16Product&, void* work))                 \
+  X(void, adamw, (const AdamW&))                                          \
+  X(void, decode_linear, (const DecodeLinear&))                           \
+  X(void, decode_norm, (const DecodeNorm&))                               \
+  X(void, decode_attention, (const DecodeAttention&))                     \
+  X(void, decode_experts, (const DecodeExperts&))                         \
+  X(void, combine_rows, (const CombineRows&))                             \
+  X(void, decode_step, (const DecodeStep&))
+
 struct Kernels {
   const char* instruction_set;
-  void (*gate_forward)(const GateForward&);
-  void (*gate_backward)(const GateBackward&);
-  void (*gather_rows)(const GatherRows&);
-  void (*unpermute)(const Unpermute&);
-  void (*unpermute_backward)(const UnpermuteBackward&);
-  void (*copy_streamed)(const char* from, char* to, int64_t num_bytes);  // written past the cache
-  void (*combine)(const Combine&);
-  void (*combine_backward)(const CombineBackward&);
-  void (*cross_entropy_forward)(const CrossEntropyForward&);
-  void (*cross_entropy_backward)(const CrossEntropyBackward&);
-  void (*activate)(const Activate&);
-  void (*activate_backward)(const ActivateBackward&);
-  void (*column_sums)(const ColumnSums&);
-  void (*convert)(const Convert&);
-  void (*add_bias)(const AddBias&);
-  bool (*has_bf16_product)();  // whether this CPU runs it: none but AVX-512's set may
-  int64_t (*bf16_product_work)(const Bf16Product&);  // bytes
-  void (*bf16_product)(const Bf16Product&, void* work);
-  void (*adamw)(const AdamW&);
-  void (*decode_linear)(const DecodeLinear&);
-  void (*decode_norm)(const DecodeNorm&);
-  void (*decode_attention)(const DecodeAttention&);
-  void (*decode_experts)(const DecodeExperts&);
-  void (*combine_rows)(const CombineRows&);
-  void (*decode_step)(const DecodeStep&);
+#define SAMOE_POINTER(result, name, arguments) result(*name) arguments;
+  SAMOE_KERNELS(SAMOE_POINTER)
+#undef SAMOE_POINTER
 };
 
 // The best set for this CPU, chosen once. MEGATRON_SAMOE_ISA=portable|avx2|avx512 asks for a lesser one.

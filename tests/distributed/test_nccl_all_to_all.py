@@ -154,7 +154,8 @@ def test_a_dispatch_in_parts_equals_one_in_one(library):
 
 def test_the_device_is_asked_in_the_right_order(library, tmp_path):
     folder, program = nccl_library.ROOT / "cpp_ext", str(tmp_path / "check")
-    sources = ["testing/check_nccl.cpp", "comm/nccl_all_to_all.cpp", "comm/nccl_end.cpp", "comm/nccl_api.cpp"]
+    comm = [f"comm/nccl_{name}.cpp" for name in ("all_to_all", "end", "api")]
+    sources = ["testing/row_exchange/check_nccl.cpp", *comm]
     subprocess.run(
         ["g++", "-std=c++17", "-pthread", *(str(folder / source) for source in sources), "-ldl", "-o", program],
         check=True,

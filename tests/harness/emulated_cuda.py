@@ -1,6 +1,6 @@
 """The CUDA ops without a GPU: their bindings and kernels as a library for CPU tensors, the kernels emulated.
 
-It is made by g++ from the sources of a CUDA build (cpp_ext/bindings/*_cuda.cpp, cpp_ext/kernels/cuda/*.cu) and registers
+It is made by g++ from the sources of a CUDA build (cpp_ext/bindings/*/*_cuda.cpp, cpp_ext/kernels/cuda/*.cu) and registers
 the ops under a namespace of its own.
 """
 
@@ -18,7 +18,7 @@ from megatron_samoe.ops import schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "cpp_ext" / "kernels" / "cuda").glob("*.cu"))
-BINDINGS = sorted((ROOT / "cpp_ext" / "bindings").glob("*_cuda.cpp"))
+BINDINGS = sorted((ROOT / "cpp_ext" / "bindings").rglob("*_cuda.cpp"))
 NAMESPACE = "megatron_samoe_emulated"
 TRAINING_OPS = (
     "topk_gate", "topk_gate_backward", "make_permutation", "permute", "unpermute", "unpermute_backward", "combine_banks",

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def build(folder: Path, *options: str) -> str:
     """Compiles the library and returns its path; the option -DFAKE_NCCL_OLD leaves out what only newer releases have."""
-    source, path = ROOT / "cpp_ext" / "testing" / "fake_nccl.cpp", folder / "libfakenccl.so"
+    source, path = ROOT / "cpp_ext" / "testing" / "stand_ins" / "fake_nccl.cpp", folder / "libfakenccl.so"
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", str(source), "-o"]
     subprocess.run([*command, str(path), *options], check=True)
     return str(path)

@@ -8,7 +8,7 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #else
-#include "../../testing/cuda_emulation.h"
+#include "../../testing/stand_ins/cuda_emulation.h"
 #endif
 
 #include "launchers.h"

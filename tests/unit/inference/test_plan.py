@@ -96,9 +96,9 @@ def test_wrong_tokens_are_refused_before_anything_is_computed() -> None:
     plan.step(good.tokens_T, places, rows_N, logits_NV)
     refused(IndexError, f"tokens has an entry outside 0 to {VOCAB - 1}", [5, VOCAB], places)
     refused(IndexError, "rows has an entry outside 0 to 1", [5, 6], places, rows=torch.tensor([2]))
-    refused(ValueError, "not those of 3 tokens", [5, 6, 7], places)
+    refused(ValueError, r"positions is \[2\], not \[3\]", [5, 6, 7], places)
     refused(ValueError, "9 tokens and 1 logits; the plan is for 8 and 2", [5] * 9, places)
-    refused(ValueError, "logits are", [5, 6], places, logits=torch.empty(1, VOCAB + 1))
+    refused(ValueError, "logits is", [5, 6], places, logits=torch.empty(1, VOCAB + 1))
     refused(IndexError, "slot 1 of 1", [5, 6], replace(places, slots_T=torch.tensor([0, 1], dtype=torch.int32)))
     refused(
         IndexError, "position 48 of 48", [5, 6], replace(places, positions_T=torch.tensor([0, 48], dtype=torch.int32))

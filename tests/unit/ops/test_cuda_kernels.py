@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not SOURCES, reason="needs the source tree")
 def test_emulated_kernels_agree_with_the_cpu_kernels(tmp_path: Path) -> None:
     cpu = sorted((ROOT / "cpp_ext" / "kernels" / "cpu" / "simd").glob("*.cpp"))
     plain = [ROOT / "cpp_ext" / name for name in ("kernels/cpu/dispatch.cpp", "kernels/cpu/counting_sort.cpp")]
-    plain += [ROOT / "cpp_ext" / "testing" / f"{name}.cpp" for name in CHECKS]
+    plain += [ROOT / "cpp_ext" / "testing" / "kernels" / f"{name}.cpp" for name in CHECKS]
     jobs = [(path, ["-DSAMOE_ISA=portable"]) for path in cpu] + [(path, ["-x", "c++"]) for path in SOURCES]
     jobs += [(path, []) for path in plain]
     objects = [str(tmp_path / f"{i}.o") for i in range(len(jobs))]

@@ -25,19 +25,6 @@ SAMOE_INLINE void gelu_backward(vf h, vf da, vf* a, vf* dh) {
   *dh = da * (s + *a * (1.0f - s) * slope);
 }
 
-template <typename T>
-SAMOE_INLINE vf get(const T* p, int64_t n) {
-  return n >= kLanes ? load(p) : load_part(p, n);
-}
-template <typename T>
-SAMOE_INLINE void put(T* p, vf v, int64_t n) {
-  if (n >= kLanes) {
-    store(p, v);
-  } else {
-    store_part(p, v, n);
-  }
-}
-
 SAMOE_INLINE vf rounded(vf v) {
   const vh h = to_bf16(v);
   return (vf)(__builtin_convertvector(h, vu) << 16);
@@ -45,18 +32,18 @@ SAMOE_INLINE vf rounded(vf v) {
 
 template <typename T>
 SAMOE_INLINE vf hidden(const T* h, const float* bias, int64_t n) {
-  const vf value = get(h, n);
-  return bias == nullptr ? value : value + get(bias, n);
+  const vf value = load_part(h, n);
+  return bias == nullptr ? value : value + load_part(bias, n);
 }
 
 template <typename HT>
 SAMOE_INLINE vf hidden_kept(const HT* h, uint16_t* kept, const float* bias, int64_t n) {
-  vf value = get(h, n);
+  vf value = load_part(h, n);
   if (kept != nullptr) {
-    put(kept, value, n);
+    store_part(kept, value, n);
     value = rounded(value);
   }
-  return bias == nullptr ? value : value + get(bias, n);
+  return bias == nullptr ? value : value + load_part(bias, n);
 }
 
 template <typename HT, typename AT>
@@ -71,13 +58,13 @@ void activate_typed(const Activate& a) {
       const float* bias = a.bias_U == nullptr ? nullptr : a.bias_U + f;
       const vf first = hidden_kept(h + f, kept == nullptr ? nullptr : kept + f, bias, n);
       if (!a.gated) {
-        put(out + f, gelu(first), n);
+        store_part(out + f, gelu(first), n);
         continue;
       }
       const int64_t g = a.width + f;
       bias = a.bias_U == nullptr ? nullptr : a.bias_U + g;
       const vf second = hidden_kept(h + g, kept == nullptr ? nullptr : kept + g, bias, n);
-      put(out + f, first * sigmoid(first) * second, n);
+      store_part(out + f, first * sigmoid(first) * second, n);
     }
   }
 }
@@ -93,20 +80,20 @@ void activate_backward_typed(const ActivateBackward& b) {
     for (int64_t f = 0; f < b.width; f += kLanes) {
       const int64_t n = b.width - f;
       const float* bias = b.bias_U == nullptr ? nullptr : b.bias_U + f;
-      const vf first = hidden(h + f, bias, n), gradient = get(da + f, n);
+      const vf first = hidden(h + f, bias, n), gradient = load_part(da + f, n);
       if (!b.gated) {
         vf a, d;
         gelu_backward(first, gradient, &a, &d);
-        put(a_out + f, a, n);
-        put(dh + f, d, n);
+        store_part(a_out + f, a, n);
+        store_part(dh + f, d, n);
         continue;
       }
       const int64_t g = b.width + f;
       const vf second = hidden(h + g, b.bias_U == nullptr ? nullptr : b.bias_U + g, n);
       const vf s = sigmoid(first), silu = first * s;
-      put(a_out + f, silu * second, n);
-      put(dh + f, gradient * second * (s + silu * (1.0f - s)), n);
-      put(dh + g, gradient * silu, n);
+      store_part(a_out + f, silu * second, n);
+      store_part(dh + f, gradient * second * (s + silu * (1.0f - s)), n);
+      store_part(dh + g, gradient * silu, n);
     }
   }
 }
@@ -123,13 +110,13 @@ void sum_columns(const ColumnSums& s, int64_t c, int64_t n) {
     const int64_t end = s.num_rows < start + kSumRows ? s.num_rows : start + kSumRows;
     vf sum[VECTORS] = {};
     for (int64_t r = start; r < end; ++r) {
-      for (int i = 0; i < VECTORS; ++i) sum[i] += get(x + r * s.row_stride + i * kLanes, n);
+      for (int i = 0; i < VECTORS; ++i) sum[i] += load_part(x + r * s.row_stride + i * kLanes, n);
     }
     for (int i = 0; i < VECTORS; ++i) total[i] += sum[i];
   }
   for (int i = 0; i < VECTORS; ++i) {
     float* out = s.out + c + i * kLanes;
-    put(out, get(out, n) + total[i], n);
+    store_part(out, load_part(out, n) + total[i], n);
   }
 }
 
@@ -146,8 +133,8 @@ void convert_typed(const Convert& c) {
   TO* to = static_cast<TO*>(c.to);
   for (int64_t i = 0; i < c.num; i += kLanes) {
     const int64_t n = c.num - i;
-    const vf value = get(from + i, n);
-    put(to + i, c.accumulate ? get(to + i, n) + value : value, n);
+    const vf value = load_part(from + i, n);
+    store_part(to + i, c.accumulate ? load_part(to + i, n) + value : value, n);
   }
 }
 
@@ -158,8 +145,8 @@ void add_bias_typed(const AddBias& b) {
     T* y = static_cast<T*>(b.y) + r * b.num_columns;
     for (int64_t c = 0; c < b.num_columns; c += kLanes) {
       const int64_t n = b.num_columns - c;
-      const vf value = get(x + c, n);
-      put(y + c, b.bias == nullptr ? value : value + get(b.bias + c, n), n);
+      const vf value = load_part(x + c, n);
+      store_part(y + c, b.bias == nullptr ? value : value + load_part(b.bias + c, n), n);
     }
   }
 }

@@ -16,7 +16,6 @@ constexpr int64_t kBackwardBlock = 512;  // elements summed in fp32 before they 
 // second-level cache while this one is worked on. Without it the backward took twice the time.
 constexpr int64_t kAhead = kBackwardBlock;
 constexpr int64_t kBackwardTask = 16384;  // elements a task sums in double
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
 constexpr int kMaxTerms = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -36,11 +35,7 @@ void axpy_block(const float* a, const float* const* t, const float* partial, int
   for (int64_t j = 0; j < whole; j += kLanes) {
     vf sum = partial != nullptr ? load(partial + j) : vf{};
     for (int i = 0; i < TERMS; ++i) sum += coefficient[i] * load(t[i] + j);
-    if (streamed) {
-      stream(out + j, sum);
-    } else {
-      store(out + j, sum);
-    }
+    write(out + j, sum, streamed);
   }
   if (whole < n) {
     vf sum = partial != nullptr ? load_part(partial + whole, n - whole) : vf{};
@@ -49,28 +44,13 @@ void axpy_block(const float* a, const float* const* t, const float* partial, int
   }
 }
 
-template <typename T>
+// The same for a number of terms that is known at run time.
+template <typename T, int TERMS = kMaxTerms>
 void axpy(int terms, const float* a, const float* const* t, const float* partial, int64_t n, T* out, bool streamed) {
-  switch (terms) {
-    case 0:
-      return axpy_block<T, 0>(a, t, partial, n, out, streamed);
-    case 1:
-      return axpy_block<T, 1>(a, t, partial, n, out, streamed);
-    case 2:
-      return axpy_block<T, 2>(a, t, partial, n, out, streamed);
-    case 3:
-      return axpy_block<T, 3>(a, t, partial, n, out, streamed);
-    case 4:
-      return axpy_block<T, 4>(a, t, partial, n, out, streamed);
-    case 5:
-      return axpy_block<T, 5>(a, t, partial, n, out, streamed);
-    case 6:
-      return axpy_block<T, 6>(a, t, partial, n, out, streamed);
-    case 7:
-      return axpy_block<T, 7>(a, t, partial, n, out, streamed);
-    default:
-      return axpy_block<T, 8>(a, t, partial, n, out, streamed);
+  if constexpr (TERMS > 0) {
+    if (terms < TERMS) return axpy<T, TERMS - 1>(terms, a, t, partial, n, out, streamed);
   }
+  axpy_block<T, TERMS>(a, t, partial, n, out, streamed);
 }
 
 // One layer's block. Banks with coefficient 0 are passed over; more than 8 terms go through a partial sum in the cache.
@@ -127,19 +107,14 @@ constexpr int kTile = 4;  // 16 dot products, 4 gradients and 8 operands: 28 of 
 constexpr int kTile = 2;
 #endif
 
-template <bool WHOLE>
-SAMOE_INLINE vf get(const float* p, int64_t n) {
-  return WHOLE ? load(p) : load_part(p, n);
-}
-
 // One vector of a tile: dots += dW T^T, dT += A^T dW.
 template <int LT, int PT, bool WHOLE>
 SAMOE_INLINE void tile_step(const float* a, int64_t a_stride, const float* const* dw, const float* const* t,
                             float* const* dt, int64_t j, int64_t n, vf (&dots)[LT][PT]) {
   vf bank[PT], dbank[PT];
   for (int p = 0; p < PT; ++p) {
-    bank[p] = get<WHOLE>(t[p] + j, n);
-    dbank[p] = get<WHOLE>(dt[p] + j, n);
+    bank[p] = load_part(t[p] + j, n);
+    dbank[p] = load_part(dt[p] + j, n);
     if (WHOLE) {
       __builtin_prefetch(t[p] + j + kAhead, 0, 2);
       __builtin_prefetch(dt[p] + j + kAhead, 1, 2);
@@ -147,19 +122,13 @@ SAMOE_INLINE void tile_step(const float* a, int64_t a_stride, const float* const
   }
   for (int l = 0; l < LT; ++l) {
     if (WHOLE) __builtin_prefetch(dw[l] + j + kAhead, 0, 2);
-    const vf dweight = get<WHOLE>(dw[l] + j, n);
+    const vf dweight = load_part(dw[l] + j, n);
     for (int p = 0; p < PT; ++p) {
       dots[l][p] += dweight * bank[p];
       dbank[p] += dweight * a[l * a_stride + p];
     }
   }
-  for (int p = 0; p < PT; ++p) {
-    if (WHOLE) {
-      store(dt[p] + j, dbank[p]);
-    } else {
-      store_part(dt[p] + j, dbank[p], n);
-    }
-  }
+  for (int p = 0; p < PT; ++p) store_part(dt[p] + j, dbank[p], n);
 }
 
 // A tile of LT layers and PT banks over n elements; sums (row stride num_banks) += its dot products.
@@ -174,21 +143,17 @@ void tile_block(const float* a, int64_t num_banks, int64_t a_stride, const float
     for (int p = 0; p < PT; ++p) sums[l * num_banks + p] += sum_lanes(dots[l][p]);
 }
 
-template <int LT>
-void tile_banks(int pt, const float* a, int64_t num_banks, int64_t a_stride, const float* const* dw,
-                const float* const* t, float* const* dt, int64_t n, double* sums) {
-  switch (pt) {
-    case 1:
-      return tile_block<LT, 1>(a, num_banks, a_stride, dw, t, dt, n, sums);
-#if defined(__AVX512F__)
-    case 2:
-      return tile_block<LT, 2>(a, num_banks, a_stride, dw, t, dt, n, sums);
-    case 3:
-      return tile_block<LT, 3>(a, num_banks, a_stride, dw, t, dt, n, sums);
-#endif
-    default:
-      return tile_block<LT, kTile>(a, num_banks, a_stride, dw, t, dt, n, sums);
+// The same for numbers of layers and banks that are known at run time.
+template <int LT = kTile, int PT = kTile>
+void tile_of(int lt, int pt, const float* a, int64_t num_banks, int64_t a_stride, const float* const* dw,
+             const float* const* t, float* const* dt, int64_t n, double* sums) {
+  if constexpr (LT > 1) {
+    if (lt < LT) return tile_of<LT - 1, PT>(lt, pt, a, num_banks, a_stride, dw, t, dt, n, sums);
   }
+  if constexpr (PT > 1) {
+    if (pt < PT) return tile_of<LT, PT - 1>(lt, pt, a, num_banks, a_stride, dw, t, dt, n, sums);
+  }
+  tile_block<LT, PT>(a, num_banks, a_stride, dw, t, dt, n, sums);
 }
 
 // All layers and banks of one block of one group.
@@ -207,23 +172,7 @@ void backward_block(const CombineBackward& c, int64_t g, int64_t start, int64_t 
       const float* dw[kTile];
       for (int i = 0; i < lt; ++i) dw[i] = c.dweights_LGN.at(l + i, g) + start;
       const float* a = c.coefficients_LGP + l * a_stride + g * c.num_banks + p;
-      double* tile_sums = sums + l * c.num_banks + p;
-      switch (lt) {
-        case 1:
-          tile_banks<1>(pt, a, c.num_banks, a_stride, dw, t, dt, n, tile_sums);
-          break;
-#if defined(__AVX512F__)
-        case 2:
-          tile_banks<2>(pt, a, c.num_banks, a_stride, dw, t, dt, n, tile_sums);
-          break;
-        case 3:
-          tile_banks<3>(pt, a, c.num_banks, a_stride, dw, t, dt, n, tile_sums);
-          break;
-#endif
-        default:
-          tile_banks<kTile>(pt, a, c.num_banks, a_stride, dw, t, dt, n, tile_sums);
-          break;
-      }
+      tile_of(lt, pt, a, c.num_banks, a_stride, dw, t, dt, n, sums + l * c.num_banks + p);
     }
   }
 }

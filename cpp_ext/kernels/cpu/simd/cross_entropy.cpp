@@ -9,14 +9,13 @@ namespace SAMOE_ISA {
 namespace {
 
 constexpr int64_t kSumBlock = 4096;  // elements summed in fp32 before they join a double
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename T>
 SAMOE_INLINE vf load_logits(const T* row, int64_t v, int64_t width) {
   constexpr T kLowest = sizeof(T) == 4 ? static_cast<T>(-__builtin_inff()) : static_cast<T>(0xff80);
-  return width - v >= kLanes ? load(row + v) : load_part(row + v, width - v, kLowest);
+  return load_part(row + v, width - v, kLowest);
 }
 
 template <typename T>
@@ -80,8 +79,7 @@ void backward_typed(const CrossEntropyBackward& a) {
   const T* logits = static_cast<const T*>(a.logits_TV);
   T* dlogits = static_cast<T*>(a.dlogits_TV);
   const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(T));
-  const bool streamed =
-      a.num_tokens * row_bytes >= kStreamBytes && can_stream(dlogits) && row_bytes % SAMOE_VECTOR_BYTES == 0;
+  const bool streamed = streams(dlogits, a.num_tokens, row_bytes);
 #pragma omp parallel num_threads(a.num_threads)
   {
 #pragma omp for schedule(static)
@@ -93,10 +91,8 @@ void backward_typed(const CrossEntropyBackward& a) {
         const vf value = exp(load_logits(row, v, a.width) - logsumexp) * gradient;
         if (a.width - v < kLanes) {
           store_part(out + v, value, a.width - v);
-        } else if (streamed) {
-          stream(out + v, value);
         } else {
-          store(out + v, value);
+          write(out + v, value, streamed);
         }
       }
       const int64_t label = a.labels_T[t] - a.first_id;

@@ -74,19 +74,8 @@ SAMOE_INLINE void score_page(const float* query, const C* keys, int64_t D, float
 // Turns scores into their exponentials and returns one over the sum. Scores after the last position become 0.
 SAMOE_INLINE float softmax(float* scores, int64_t length, int64_t padded) {
   for (int64_t i = length; i < padded; ++i) scores[i] = -__builtin_inff();
-  vf peaks = load(scores);
-  for (int64_t i = kLanes; i < padded; i += kLanes) {
-    const vf s = load(scores + i);
-    peaks = select((vi)(s > peaks), s, peaks);
-  }
-  const float peak = max_lanes(peaks);
-  vf sum = vf{};
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    const vf w = exp(load(scores + i) - peak);
-    store(scores + i, w);
-    sum += w;
-  }
-  return 1.0f / sum_lanes(sum);
+  float peak;
+  return 1.0f / exponentials(scores, padded, scores, &peak);
 }
 
 // Adds a page's values, weighted, to four vectors of channels from d on (fewer at the end of a head).

@@ -40,23 +40,11 @@ SAMOE_INLINE vf silu(vf x) { return x / (1.0f + exp(-x)); }
 // 0.5 x (1 + tanh(u)) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
 SAMOE_INLINE vf gelu(vf x) { return x / (1.0f + exp(-1.5957691216057308f * (x + 0.044715f * x * x * x))); }
 
-void activate(float* h, const float* up, int64_t n) {
-  int64_t i = 0;
-  for (; i < n; i += kLanes) {
-    const int64_t left = n - i;
-    const bool whole = left >= kLanes;
-    const vf x = whole ? load(h + i) : load_part(h + i, left);
-    vf y;
-    if (up == nullptr) {
-      y = gelu(x);
-    } else {
-      y = silu(x) * (whole ? load(up + i) : load_part(up + i, left));
-    }
-    if (whole) {
-      store(h + i, y);
-    } else {
-      store_part(h + i, y, left);
-    }
+void activate(float* h, const float* up, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const int64_t n = size - i;
+    const vf x = load_part(h + i, n);
+    store_part(h + i, up == nullptr ? gelu(x) : silu(x) * load_part(up + i, n), n);
   }
 }
 

@@ -63,34 +63,6 @@ void decode_norm(const DecodeNorm& a) {
 namespace {
 
 // One row of the weighted sum of banks, in floats.
-template <typename W>
-void add_row(const W* bank, float coefficient, int64_t num_cols, bool first, float* sum) {
-  int64_t k = 0;
-  for (; k + kLanes <= num_cols; k += kLanes) {
-    const vf product = load(bank + k) * coefficient;
-    store(sum + k, first ? product : load(sum + k) + product);
-  }
-  if (k < num_cols) {
-    const int64_t n = num_cols - k;
-    const vf product = load_some(bank + k, n) * coefficient;
-    store_part(sum + k, first ? product : load_part(sum + k, n) + product, n);
-  }
-}
-
-void add_bank_row(const Matrix& bank, int64_t row, float coefficient, int64_t num_cols, bool first, float* sum) {
-  const int64_t offset = row * num_cols;
-  switch (bank.type) {
-    case WeightType::f32:
-      return add_row(static_cast<const float*>(bank.data) + offset, coefficient, num_cols, first, sum);
-    case WeightType::bf16:
-      return add_row(static_cast<const uint16_t*>(bank.data) + offset, coefficient, num_cols, first, sum);
-    case WeightType::i8:
-      return add_row(static_cast<const int8_t*>(bank.data) + offset, coefficient * bank.scale[row], num_cols, first,
-                     sum);
-  }
-}
-
-// Symmetric: the largest magnitude becomes 127. Ties round to even, as torch.round does.
 void store_i8(const float* row, int64_t num_cols, int8_t* out, float* scale) {
   float peak = 0.0f;
   for (int64_t k = 0; k < num_cols; ++k) peak = row[k] > peak ? row[k] : (-row[k] > peak ? -row[k] : peak);
@@ -110,7 +82,7 @@ void combine_rows(const CombineRows& a) {
       bool first = true;
       for (int64_t p = 0; p < a.num_banks; ++p) {
         if (a.coefficients_P[p] == 0.0f) continue;  // as combine_banks: its bank is left unread
-        add_bank_row(a.banks_P[p], row, a.coefficients_P[p], a.num_cols, first, sum);
+        add_row(a.banks_P[p], row, a.coefficients_P[p], a.num_cols, first, sum);
         first = false;
       }
       if (first) memset(sum, 0, static_cast<size_t>(a.num_cols) * sizeof(float));
@@ -121,9 +93,8 @@ void combine_rows(const CombineRows& a) {
         memcpy(static_cast<float*>(a.out) + offset, sum, static_cast<size_t>(a.num_cols) * sizeof(float));
       } else {
         uint16_t* out = static_cast<uint16_t*>(a.out) + offset;
-        int64_t k = 0;
-        for (; k + kLanes <= a.num_cols; k += kLanes) store(out + k, load(sum + k));
-        if (k < a.num_cols) store_part(out + k, load_part(sum + k, a.num_cols - k), a.num_cols - k);
+        for (int64_t k = 0; k < a.num_cols; k += kLanes)
+          store_part(out + k, load_part(sum + k, a.num_cols - k), a.num_cols - k);
       }
     }
   }

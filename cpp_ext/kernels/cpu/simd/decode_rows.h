@@ -1,4 +1,4 @@
-// Rows of x in the form in which products with weights of a type take them, and the loads of narrow weights.
+// Rows of x in the form in which products with weights of a type take them, and weights that are only added.
 //
 // fp32: as they are. bf16: 2 kLanes at a time, the even ones before the odd ones, because the weights of a register are
 // widened to fp32 as its upper and lower halves. int8: three signed digits to the base 256, where the processor
@@ -17,8 +17,6 @@
 namespace samoe {
 namespace cpu {
 namespace SAMOE_ISA {
-
-typedef int8_t vb __attribute__((vector_size(SAMOE_VECTOR_BYTES / 4)));
 
 // A thread's own memory, kept from call to call: a step of inference allocates nothing.
 struct ThreadMemory {
@@ -45,28 +43,6 @@ static float* thread_floats(int64_t count) {
   return static_cast<float*>(memory.bytes(count * static_cast<int64_t>(sizeof(float))));
 }
 
-SAMOE_INLINE vf load(const int8_t* p) {
-  vb b;
-  memcpy(&b, p, sizeof b);
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b));
-#elif defined(__AVX2__)
-  long long bits;
-  memcpy(&bits, p, sizeof bits);
-  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits)));
-#else
-  return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
-#endif
-}
-
-// The first n lanes, the others 0; for int8 too, which vec.h does not know.
-template <typename T>
-SAMOE_INLINE vf load_some(const T* p, int64_t n) {
-  T buffer[kLanes] = {};
-  memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
-  return load(buffer);
-}
-
 // 2 kLanes bf16 as they lie, two in a lane; those after the first `left` are 0.
 SAMOE_INLINE vu load_pairs(const uint16_t* p, int64_t left) {
   vu pairs = vu{};
@@ -76,6 +52,28 @@ SAMOE_INLINE vu load_pairs(const uint16_t* p, int64_t left) {
     memcpy(&pairs, p, static_cast<size_t>(left) * sizeof(uint16_t));
   }
   return pairs;
+}
+
+template <typename W>
+SAMOE_INLINE void add_row(const W* row, float coefficient, int64_t num_cols, bool first, float* sum) {
+  for (int64_t k = 0; k < num_cols; k += kLanes) {
+    const int64_t n = num_cols - k;
+    const vf product = load_part(row + k, n) * coefficient;
+    store_part(sum + k, first ? product : load_part(sum + k, n) + product, n);
+  }
+}
+
+// sum = coefficient * a row of a matrix of any type; or, where it is not the first, sum += it.
+SAMOE_INLINE void add_row(const Matrix& w, int64_t row, float coefficient, int64_t num_cols, bool first, float* sum) {
+  const int64_t offset = row * num_cols;
+  switch (w.type) {
+    case WeightType::f32:
+      return add_row(static_cast<const float*>(w.data) + offset, coefficient, num_cols, first, sum);
+    case WeightType::bf16:
+      return add_row(static_cast<const uint16_t*>(w.data) + offset, coefficient, num_cols, first, sum);
+    case WeightType::i8:
+      return add_row(static_cast<const int8_t*>(w.data) + offset, coefficient * w.scale[row], num_cols, first, sum);
+  }
 }
 
 // A row's length in whole pairs of vectors.

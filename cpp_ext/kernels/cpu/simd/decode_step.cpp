@@ -7,28 +7,9 @@ namespace cpu {
 namespace SAMOE_ISA {
 namespace {
 
-template <typename W>
-void widen(const W* row, int64_t size, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) store(out + i, load(row + i));
-  if (i < size) store_part(out + i, load_some(row + i, size - i), size - i);
-}
-
 void embed(const DecodeStep& a, int64_t t) {
-  const int64_t token = a.tokens_T[t], offset = token * a.hidden;
   float* out = a.x_TH + t * a.hidden;
-  switch (a.words_VH.type) {
-    case WeightType::f32:
-      widen(static_cast<const float*>(a.words_VH.data) + offset, a.hidden, out);
-      break;
-    case WeightType::bf16:
-      widen(static_cast<const uint16_t*>(a.words_VH.data) + offset, a.hidden, out);
-      break;
-    case WeightType::i8:
-      widen(static_cast<const int8_t*>(a.words_VH.data) + offset, a.hidden, out);
-      for (int64_t i = 0; i < a.hidden; ++i) out[i] *= a.words_VH.scale[token];
-      break;
-  }
+  add_row(a.words_VH, a.tokens_T[t], 1.0f, a.hidden, true, out);
   if (a.positions_PH == nullptr) return;
   const float* position = a.positions_PH + a.positions_T[t] * a.hidden;
   for (int64_t i = 0; i < a.hidden; ++i) out[i] += position[i];

@@ -115,8 +115,8 @@ SAMOE_INLINE void tile(const char* const* x, const W* const* w, int64_t inputs, 
   }
   if (k < inputs) {
     for (int n = 0; n < kTileOuts; ++n) {
-      const vf weight = load_some(w[n] + k, inputs - k);
-      for (int m = 0; m < M; ++m) acc[m][n] = fused(load_some(rows[m] + k, inputs - k), weight, acc[m][n]);
+      const vf weight = load_part(w[n] + k, inputs - k);
+      for (int m = 0; m < M; ++m) acc[m][n] = fused(load_part(rows[m] + k, inputs - k), weight, acc[m][n]);
     }
   }
   ahead = wanted;

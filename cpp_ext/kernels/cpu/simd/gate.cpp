@@ -76,24 +76,6 @@ int64_t take_best(int32_t* keys, int64_t width) {
   return index_of[best];
 }
 
-// Writes exp(logit - max) of a row; returns logsumexp and sets *sum_out to the exponentials' sum.
-float exponentials(const float* row, int64_t width, float* out, float* sum_out) {
-  vf max = load(row);
-  for (int64_t e = kLanes; e < width; e += kLanes) {
-    const vf x = load(row + e);
-    max = select((vi)(x > max), x, max);
-  }
-  const float top = max_lanes(max);
-  vf sum = vf{};
-  for (int64_t e = 0; e < width; e += kLanes) {
-    const vf y = exp(load(row + e) - top);
-    store(out + e, y);
-    sum += y;
-  }
-  *sum_out = sum_lanes(sum);
-  return top + std::log(*sum_out);
-}
-
 // Sigmoid scores of a row (padding scores 0); returns their sum.
 float sigmoids(const float* row, int64_t width, float* out) {
   vf sum = vf{};
@@ -127,8 +109,8 @@ float choose(const GateForward& a, int64_t t, Scratch& s, float* scale_out) {
   make_keys(row, a.num_experts, s.width, keys);
   int64_t* ids = a.ids_TK + t * a.topk;
   for (int64_t k = 0; k < a.topk; ++k) ids[k] = take_best(keys, s.width);
-  float sum;
-  const float logsumexp = exponentials(row, s.width, scores, &sum);
+  float peak, sum = exponentials(row, s.width, scores, &peak);
+  const float logsumexp = peak + std::log(sum);
   if (a.sigmoid) sum = sigmoids(row, s.width, scores);
   *scale_out = 1.0f / sum;
   chosen_probs(a, scores, *scale_out, ids, a.probs_TK + t * a.topk);

@@ -9,18 +9,6 @@ namespace cpu {
 namespace SAMOE_ISA {
 namespace {
 
-// Above this size a result does not stay in the cache anyway: written past it, its lines need not be read first.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
-
-template <typename T>
-SAMOE_INLINE void put(T* p, vf v, bool streamed) {
-  if (streamed) {
-    stream(p, v);
-  } else {
-    store(p, v);
-  }
-}
-
 // y = sum over i of weight[i] * rows[i], for a number of rows known to the compiler (0: known at run time).
 template <typename T, int COUNT>
 SAMOE_INLINE void weighted_sum(const T* const* rows, const float* weights, int64_t num, int64_t hidden, T* y,
@@ -30,7 +18,7 @@ SAMOE_INLINE void weighted_sum(const T* const* rows, const float* weights, int64
   for (int64_t h = 0; h < whole; h += kLanes) {
     vf sum = load(rows[0] + h) * weights[0];
     for (int64_t i = 1; i < count; ++i) sum += load(rows[i] + h) * weights[i];
-    put(y + h, sum, streamed);
+    write(y + h, sum, streamed);
   }
   if (whole < hidden) {
     vf sum = vf{};
@@ -44,8 +32,7 @@ void unpermute_typed(const Unpermute& a) {
   const T* rows = static_cast<const T*>(a.rows_NH);
   T* y = static_cast<T*>(a.y_TH);
   const int64_t row_bytes = a.hidden * static_cast<int64_t>(sizeof(T));
-  const bool streamed =
-      a.num_tokens * row_bytes >= kStreamBytes && can_stream(a.y_TH) && row_bytes % SAMOE_VECTOR_BYTES == 0;
+  const bool streamed = streams(y, a.num_tokens, row_bytes);
 #pragma omp parallel num_threads(a.num_threads)
   {
     const T** kept = static_cast<const T**>(std::malloc(static_cast<size_t>(a.topk) * sizeof(T*)));
@@ -85,11 +72,11 @@ SAMOE_INLINE float row_backward(const T* dy, const T* row, float weight, int64_t
     for (int i = 0; i < 4; ++i) {
       const vf gradient = load(dy + h + i * kLanes);
       dots[i] += gradient * load(row + h + i * kLanes);
-      put(drow + h + i * kLanes, gradient * weight, streamed);
+      write(drow + h + i * kLanes, gradient * weight, streamed);
     }
   }
   for (; h < hidden; h += kLanes) {
-    const int64_t n = hidden - h < kLanes ? hidden - h : kLanes;
+    const int64_t n = hidden - h;
     const vf gradient = load_part(dy + h, n);
     dots[0] += gradient * load_part(row + h, n);
     store_part(drow + h, gradient * weight, n);
@@ -103,8 +90,7 @@ void unpermute_backward_typed(const UnpermuteBackward& a) {
   const T* rows = static_cast<const T*>(a.rows_NH);
   T* drows = static_cast<T*>(a.drows_NH);
   const int64_t row_bytes = a.hidden * static_cast<int64_t>(sizeof(T));
-  const bool streamed = a.num_tokens * a.topk * row_bytes >= kStreamBytes && can_stream(a.drows_NH) &&
-                        row_bytes % SAMOE_VECTOR_BYTES == 0;
+  const bool streamed = streams(drows, a.num_tokens * a.topk, row_bytes);
 #pragma omp parallel num_threads(a.num_threads)
   {
 #pragma omp for schedule(static)
@@ -124,8 +110,7 @@ void unpermute_backward_typed(const UnpermuteBackward& a) {
 }  // namespace
 
 void gather_rows(const GatherRows& a) {
-  const bool streamed =
-      a.num_rows * a.row_bytes >= kStreamBytes && can_stream(a.out) && a.row_bytes % SAMOE_VECTOR_BYTES == 0;
+  const bool streamed = streams(a.out, a.num_rows, a.row_bytes);
 #pragma omp parallel num_threads(a.num_threads)
   {
 #pragma omp for schedule(static)

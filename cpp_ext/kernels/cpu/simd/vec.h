@@ -29,6 +29,7 @@ typedef float vf __attribute__((vector_size(SAMOE_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(SAMOE_VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(SAMOE_VECTOR_BYTES)));
 typedef uint16_t vh __attribute__((vector_size(SAMOE_VECTOR_BYTES / 2)));
+typedef int8_t vb __attribute__((vector_size(SAMOE_VECTOR_BYTES / 4)));
 
 #define SAMOE_INLINE static inline __attribute__((always_inline))
 
@@ -59,9 +60,24 @@ SAMOE_INLINE void store(uint16_t* p, vf v) {
   memcpy(p, &h, sizeof h);
 }
 
-// The first n lanes, the others filled.
+SAMOE_INLINE vf load(const int8_t* p) {
+  vb b;
+  memcpy(&b, p, sizeof b);
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b));
+#elif defined(__AVX2__)
+  long long bits;
+  memcpy(&bits, p, sizeof bits);
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits)));
+#else
+  return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+#endif
+}
+
+// The first n lanes, or all where n is larger; the others filled.
 template <typename T>
 SAMOE_INLINE vf load_part(const T* p, int64_t n, T fill = T{}) {
+  if (n >= kLanes) return load(p);
   T buffer[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) buffer[i] = fill;
   memcpy(buffer, p, static_cast<size_t>(n) * sizeof(T));
@@ -69,6 +85,7 @@ SAMOE_INLINE vf load_part(const T* p, int64_t n, T fill = T{}) {
 }
 template <typename T>
 SAMOE_INLINE void store_part(T* p, vf v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
   T buffer[kLanes];
   store(buffer, v);
   memcpy(p, buffer, static_cast<size_t>(n) * sizeof(T));
@@ -102,6 +119,22 @@ SAMOE_INLINE void fence() {
 #endif
 }
 SAMOE_INLINE bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % SAMOE_VECTOR_BYTES == 0; }
+
+// Above this size a result does not stay in the cache anyway: written past it, its lines need not be read first.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
+// Whether rows that follow each other are written past the cache.
+SAMOE_INLINE bool streams(const void* rows, int64_t num_rows, int64_t row_bytes) {
+  return num_rows * row_bytes >= kStreamBytes && can_stream(rows) && row_bytes % SAMOE_VECTOR_BYTES == 0;
+}
+template <typename T>
+SAMOE_INLINE void write(T* p, vf v, bool streamed) {
+  if (streamed) {
+    stream(p, v);
+  } else {
+    store(p, v);
+  }
+}
 
 SAMOE_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 SAMOE_INLINE vi select(vi mask, vi yes, vi no) { return (mask & yes) | (~mask & no); }
@@ -141,6 +174,23 @@ SAMOE_INLINE vf exp(vf x) {
   y = y * (vf)exponent;
   y = select((vi)(x < -87.3f), vf{}, y);
   return select((vi)(x > 88.3f), splat(__builtin_inff()), y);
+}
+
+// Writes exp(x - peak) of whole vectors of x; returns their sum.
+SAMOE_INLINE float exponentials(const float* x, int64_t size, float* out, float* peak) {
+  vf peaks = load(x);
+  for (int64_t i = kLanes; i < size; i += kLanes) {
+    const vf v = load(x + i);
+    peaks = select((vi)(v > peaks), v, peaks);
+  }
+  *peak = max_lanes(peaks);
+  vf sum = vf{};
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const vf y = exp(load(x + i) - *peak);
+    store(out + i, y);
+    sum += y;
+  }
+  return sum_lanes(sum);
 }
 
 }  // namespace SAMOE_ISA

@@ -1,0 +1,223 @@
+// The inference ops for every backend: checks, scratch, launch. The blocks run several kernels in one call, because a call
+// from Python costs as much as a small kernel. Nothing is allocated, and on CUDA nothing waits for the device, so that a
+// step can be captured in a graph.
+//
+// A backend has norm, linear, attention, choose, choose_only_expert, experts and combine_rows beside what it has for other
+// ops. What it needs besides the arguments it takes from the scratch.
+#pragma once
+
+#include <torch/library.h>
+
+#include <vector>
+
+#include "arguments.h"
+
+namespace samoe {
+namespace decode {
+
+template <typename B>
+void decode_linear(const Tensor& x, const Tensor& w, const MaybeTensor& scale, const MaybeTensor& bias,
+                   const Tensor& out, bool accumulate) {
+  const B backend(x, "x");
+  backend.check_contiguous(x, "x", 2, at::kFloat);
+  backend.check_contiguous(out, "out", 2, at::kFloat);
+  TORCH_CHECK_VALUE(out.size(0) == x.size(0), "out has ", out.size(0), " rows, x ", x.size(0));
+  backend.linear(linear_of(x.const_data_ptr<float>(), x.size(0), x.size(1), w, scale, bias, out.size(1),
+                           out.mutable_data_ptr<float>(), accumulate, "w", backend));
+}
+
+template <typename B>
+void decode_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double epsilon, bool rms,
+                 const Tensor& out) {
+  const B backend(x, "x");
+  backend.check_contiguous(x, "x", 2, at::kFloat);
+  backend.check_sizes(out, "out", x.sizes(), at::kFloat);
+  backend.norm(norm_of(x.const_data_ptr<float>(), x.size(0), x.size(1), weight, bias, epsilon, rms,
+                       out.mutable_data_ptr<float>(), backend));
+}
+
+// Attention of tokens at their places.
+template <typename B>
+void attend(const B& backend, cpu::DecodeAttention a, const float* qkv, int64_t num_tokens, const Places& places,
+            const Tensor& keys, const MaybeTensor& cos, Scratch& pieces, float* out) {
+  const std::optional<int64_t> num_angles = cos.has_value() ? std::optional(cos->size(0)) : std::nullopt;
+  check_places(places, num_tokens, keys.size(0), num_angles, backend);
+  a.qkv = qkv;
+  a.positions_T = places.positions.const_data_ptr<int32_t>();
+  a.slots_T = places.slots.const_data_ptr<int32_t>();
+  a.pages = places.pages.const_data_ptr<int32_t>();
+  a.pages_per_slot = places.pages.size(1);
+  a.num_tokens = num_tokens;
+  a.qkv_scratch = pieces.floats(num_tokens * a.kv_heads * (a.queries_per_kv + 2) * a.head_dim);
+  a.out = out;
+  a.num_threads = threads_for(num_tokens * a.kv_heads * a.queries_per_kv * a.head_dim * 256);
+  backend.attention(a, places.pages.size(0), keys.size(0), num_angles.value_or(0), pieces);
+}
+
+template <typename B>
+void decode_attention_block(const Tensor& x, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon,
+                            bool rms, const Tensor& qkv_w, const MaybeTensor& qkv_scale, const MaybeTensor& qkv_bias,
+                            at::TensorList head_norms, const MaybeTensor& cos, const MaybeTensor& sin,
+                            const Tensor& positions, const Tensor& slots, const Tensor& pages, const Tensor& keys,
+                            const Tensor& values, const Tensor& out_w, const MaybeTensor& out_scale,
+                            const MaybeTensor& out_bias, const Tensor& scratch) {
+  const B backend(x, "x");
+  backend.check_contiguous(x, "x", 2, at::kFloat);
+  TORCH_CHECK_VALUE(qkv_w.dim() == 4 && qkv_w.size(1) > 2, "qkv is ", qkv_w.sizes(), ", not [G, Q + 2, D, H]");
+  const int64_t T = x.size(0), H = x.size(1), G = qkv_w.size(0), Q = qkv_w.size(1) - 2, D = qkv_w.size(2);
+  const int64_t width = G * (Q + 2) * D;
+  Scratch pieces(scratch, backend);
+  float* residual = x.mutable_data_ptr<float>();
+  float* normed = pieces.floats(T * H);
+  float* qkv = pieces.floats(T * width);
+  float* attended = pieces.floats(T * G * Q * D);
+  backend.norm(norm_of(residual, T, H, norm_weight, norm_bias, epsilon, rms, normed, backend));
+  backend.linear(linear_of(normed, T, H, qkv_w, qkv_scale, qkv_bias, width, qkv, false, "qkv", backend));
+  attend(backend, attention_of(G, Q, D, head_norms, epsilon, rms, cos, sin, keys, values, backend), qkv, T,
+         {positions, slots, pages}, keys, cos, pieces, attended);
+  backend.linear(linear_of(attended, T, G * Q * D, out_w, out_scale, out_bias, H, residual, true, "output", backend));
+}
+
+// On CUDA the kernels do it.
+inline void check_ids(const TensorChecks& checks, const int64_t* ids, int64_t count, int64_t num_experts) {
+  if (!checks.device().is_cpu()) return;
+  for (int64_t i = 0; i < count; ++i)
+    TORCH_CHECK_INDEX(ids[i] >= 0 && ids[i] < num_experts, "expert ", ids[i], " of ", num_experts);
+}
+
+// The chosen experts' results in y, and added to out where it is there.
+template <typename B>
+void run_experts(const B& backend, cpu::DecodeExperts e, const Tensor& w1, const Tensor& w2, const float* x,
+                 int64_t num_tokens, const int64_t* ids, const float* probs, int64_t topk, Scratch& pieces, float* y,
+                 bool combine, float* out) {
+  e.x_TH = x;
+  e.ids_TK = ids;
+  e.probs_TK = probs;
+  e.num_tokens = num_tokens;
+  e.topk = topk;
+  e.h_NF = pieces.floats(num_tokens * topk * e.ffn);
+  e.y_NH = y;
+  e.combine = combine;
+  e.out_TH = out;
+  check_ids(backend, ids, num_tokens * topk, e.num_experts);
+  backend.experts(e, w1.size(0), w2.size(0), pieces);
+}
+
+template <typename B>
+void decode_experts(const Tensor& x, const Tensor& ids, const Tensor& probs, const Tensor& index1, const Tensor& index2,
+                    const Tensor& w1, const MaybeTensor& scale1, const MaybeTensor& b1, const Tensor& w2,
+                    const MaybeTensor& scale2, const MaybeTensor& b2, const MaybeTensor& factor1,
+                    const MaybeTensor& factor2, bool gated, const Tensor& y, bool combine, const Tensor& out,
+                    const Tensor& scratch) {
+  const B backend(x, "x");
+  backend.check_contiguous(x, "x", 2, at::kFloat);
+  backend.check_contiguous(ids, "ids", 2, at::kLong);
+  const int64_t T = x.size(0), H = x.size(1), K = ids.size(1);
+  TORCH_CHECK_VALUE(ids.size(0) == T, "ids is ", ids.sizes(), ", for ", T, " tokens");
+  backend.check_sizes(probs, "probs", ids.sizes(), at::kFloat);
+  backend.check_sizes(y, "y", {T, K, H}, at::kFloat);
+  backend.check_sizes(out, "out", x.sizes(), at::kFloat);
+  Scratch pieces(scratch, backend);
+  const auto experts =
+      experts_of(H, {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, backend);
+  run_experts(backend, experts, w1, w2, x.const_data_ptr<float>(), T, ids.const_data_ptr<int64_t>(),
+              probs.const_data_ptr<float>(), K, pieces, y.mutable_data_ptr<float>(), combine,
+              out.mutable_data_ptr<float>());
+}
+
+// Ids and probs of normalised tokens.
+template <typename B>
+void route(const B& backend, const float* x, int64_t num_tokens, int64_t hidden, const Tensor& router,
+           int64_t topk, bool sigmoid, bool pre_softmax, Scratch& pieces, int64_t* ids, float* probs) {
+  const int64_t E = router.size(0);
+  TORCH_CHECK_VALUE(router.dim() == 2 && topk >= 1 && topk <= E, "router is ", router.sizes(), ", topk ", topk);
+  float* logits = pieces.floats(num_tokens * E);
+  backend.linear(linear_of(x, num_tokens, hidden, router, {}, {}, E, logits, false, "router", backend));
+  int64_t* counts = pieces.integers(E);
+  float* sums = pieces.floats(E);
+  float* z_sum = pieces.floats(1);
+  float* logsumexp = pieces.floats(num_tokens);
+  backend.choose({logits, num_tokens, E, topk, 1, sigmoid, pre_softmax, probs, ids, counts, sums, z_sum, logsumexp,
+                  threads_for(num_tokens * E * 8)},
+                 pieces);
+}
+
+template <typename B>
+void decode_route(const Tensor& x, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon, bool rms,
+                  const Tensor& router, bool sigmoid, bool pre_softmax, const Tensor& normed, const Tensor& ids,
+                  const Tensor& probs, const Tensor& scratch) {
+  const B backend(x, "x");
+  backend.check_contiguous(x, "x", 2, at::kFloat);
+  backend.check_contiguous(ids, "ids", 2, at::kLong);
+  TORCH_CHECK_VALUE(ids.size(0) == x.size(0), "ids is ", ids.sizes(), ", for ", x.size(0), " tokens");
+  backend.check_sizes(normed, "normed", x.sizes(), at::kFloat);
+  backend.check_sizes(probs, "probs", ids.sizes(), at::kFloat);
+  Scratch pieces(scratch, backend);
+  float* rows = normed.mutable_data_ptr<float>();
+  backend.norm(
+      norm_of(x.const_data_ptr<float>(), x.size(0), x.size(1), norm_weight, norm_bias, epsilon, rms, rows, backend));
+  route(backend, rows, x.size(0), x.size(1), router, ids.size(1), sigmoid, pre_softmax, pieces,
+        ids.mutable_data_ptr<int64_t>(), probs.mutable_data_ptr<float>());
+}
+
+template <typename B>
+void decode_moe_block(const Tensor& x, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon, bool rms,
+                      const MaybeTensor& router, int64_t topk, bool sigmoid, bool pre_softmax, const Tensor& index1,
+                      const Tensor& index2, const Tensor& w1, const MaybeTensor& scale1, const MaybeTensor& b1,
+                      const Tensor& w2, const MaybeTensor& scale2, const MaybeTensor& b2, const MaybeTensor& factor1,
+                      const MaybeTensor& factor2, bool gated, const Tensor& scratch) {
+  const B backend(x, "x");
+  backend.check_contiguous(x, "x", 2, at::kFloat);
+  const int64_t T = x.size(0), H = x.size(1);
+  TORCH_CHECK_VALUE(topk >= 1 && (router.has_value() || topk == 1), "topk = ", topk);
+  const auto experts =
+      experts_of(H, {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, backend);
+  Scratch pieces(scratch, backend);
+  float* residual = x.mutable_data_ptr<float>();
+  float* normed = pieces.floats(T * H);
+  int64_t* ids = pieces.integers(T * topk);
+  float* probs = pieces.floats(T * topk);
+  backend.norm(norm_of(residual, T, H, norm_weight, norm_bias, epsilon, rms, normed, backend));
+  if (router.has_value()) {
+    route(backend, normed, T, H, *router, topk, sigmoid, pre_softmax, pieces, ids, probs);
+  } else {  // a dense MLP is a single expert
+    backend.choose_only_expert(T, ids, probs);
+  }
+  float* y = pieces.floats(T * topk * H);
+  run_experts(backend, experts, w1, w2, normed, T, ids, probs, topk, pieces, y, true, residual);
+}
+
+template <typename B>
+void combine_rows(at::TensorList banks, const c10::List<MaybeTensor>& scales, const Tensor& coefficients,
+                  const Tensor& out, const MaybeTensor& out_scale) {
+  const B backend(coefficients, "coefficients");
+  backend.check_contiguous(coefficients, "coefficients", 1, at::kFloat);
+  TORCH_CHECK_VALUE(!banks.empty() && static_cast<int64_t>(banks.size()) == coefficients.size(0) &&
+                        banks.size() == scales.size(),
+                    banks.size(), " banks, ", scales.size(), " scales, ", coefficients.size(0), " coefficients");
+  const Matrix target = matrix_of(out, out_scale, "out", backend);
+  std::vector<Matrix> sources;
+  for (size_t p = 0; p < banks.size(); ++p) {
+    TORCH_CHECK_VALUE(banks[p].sizes() == out.sizes(), "a bank is ", banks[p].sizes(), ", out ", out.sizes());
+    sources.push_back(matrix_of(banks[p], scales.get(p), "bank", backend));
+  }
+  const int64_t cols = out.size(-1), rows = cols == 0 ? 0 : out.numel() / cols;
+  backend.combine_rows({sources.data(), coefficients.const_data_ptr<float>(), coefficients.size(0), rows, cols,
+                        target.type, out.mutable_data_ptr(),
+                        out_scale.has_value() ? out_scale->mutable_data_ptr<float>() : nullptr,
+                        threads_for(bytes_of(out) * (coefficients.size(0) + 1))});
+}
+
+template <typename B>
+void add_decode_ops(torch::Library& m) {
+  m.impl("decode_linear", decode_linear<B>);
+  m.impl("decode_norm", decode_norm<B>);
+  m.impl("decode_attention_block", decode_attention_block<B>);
+  m.impl("decode_experts", decode_experts<B>);
+  m.impl("decode_route", decode_route<B>);
+  m.impl("decode_moe_block", decode_moe_block<B>);
+  m.impl("combine_rows", combine_rows<B>);
+}
+
+}  // namespace decode
+}  // namespace samoe

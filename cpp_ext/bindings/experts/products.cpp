@@ -1,0 +1,204 @@
+#include "products.h"
+
+#include <c10/util/Exception.h>
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace samoe {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr int64_t kPanelElements = int64_t{128} << 10;  // 512 KB in fp32: half of a core's second-level cache
+
+size_t rounded_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+void convert_rows(const Matrix& from, const Matrix& to) {
+  const auto convert = cpu::kernels().convert;
+  if (from.stride == from.columns && to.stride == to.columns) {
+    convert({from.dtype, to.dtype, from.data, to.data, from.rows * from.columns, false});
+    return;
+  }
+  for (int64_t r = 0; r < from.rows; ++r) {
+    convert({from.dtype, to.dtype, from.at(r, 0), to.at(r, 0), from.columns, false});
+  }
+}
+
+#if defined(__x86_64__)
+struct Cpu {
+  bool is_intel, has_dot, has_tiles;
+};
+
+Cpu this_cpu() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return {};
+  char vendor[12];
+  std::memcpy(vendor, &b, 4);
+  std::memcpy(vendor + 4, &d, 4);
+  std::memcpy(vendor + 8, &c, 4);
+  const bool is_intel = std::memcmp(vendor, "GenuineIntel", 12) == 0;
+  const bool has_dot = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
+  const bool has_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22));
+  return {is_intel, has_dot, has_tiles};
+}
+
+// Intel's cores without matrix tiles take bf16 dot products at half the rate of fp32 multiply-adds; AMD's at twice.
+Bf16Products best_for_this_cpu() {
+  const Cpu found = this_cpu();
+  if (found.has_tiles) return Bf16Products::blas;
+  if (found.is_intel || !found.has_dot) return Bf16Products::fp32;
+  return cpu::kernels().has_bf16_product() ? Bf16Products::own : Bf16Products::blas;
+}
+#else
+Bf16Products best_for_this_cpu() { return Bf16Products::blas; }
+#endif
+
+bool by_own_kernel(const Matrix& a) { return a.dtype == DType::bf16 && bf16_products() == Bf16Products::own; }
+
+// Product of bf16 matrices, one or both of them given transposed, by our own kernel.
+void multiply(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, const float* bias,
+              const Matrix& c, WorkMemory& memory) {
+  const bool adds = c.dtype == DType::f32;
+  const cpu::Bf16Product product = {static_cast<const uint16_t*>(a.data), a.stride, a_transposed,
+                               static_cast<const uint16_t*>(b.data), b.stride, b_transposed,
+                               c.rows, c.columns, a_transposed ? a.rows : a.columns, bias,
+                               adds ? nullptr : static_cast<uint16_t*>(c.data),
+                               adds ? static_cast<float*>(c.data) : nullptr, c.stride};
+  const cpu::Kernels& kernels = cpu::kernels();
+  kernels.bf16_product(product, memory.take(static_cast<size_t>(kernels.bf16_product_work(product))));
+}
+
+}  // namespace
+
+void WorkMemory::Free::operator()(void* p) const { std::free(p); }
+
+WorkMemory::Block WorkMemory::allocate(size_t bytes) {
+  const size_t size = rounded_up(bytes, kHugePage);
+  void* data = std::aligned_alloc(kHugePage, size);
+  if (data == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  madvise(data, size, MADV_HUGEPAGE);
+#endif
+  return {std::unique_ptr<char, Free>(static_cast<char*>(data)), size};
+}
+
+void* WorkMemory::take(size_t bytes) {
+  const size_t size = rounded_up(std::max<size_t>(bytes, 1), 256);
+  if (blocks_.empty() || used_ + size > blocks_.back().size) {
+    blocks_.push_back(allocate(std::max({size, total_, least_})));
+    used_ = 0;
+  }
+  void* result = blocks_.back().data.get() + used_;
+  used_ += size;
+  total_ += size;
+  return result;
+}
+
+void WorkMemory::reset() {
+  if (blocks_.size() > 1) {
+    // The next task finds all it needs in one block, made where its failure can be told: destructors come here too.
+    blocks_.clear();
+    least_ = total_;
+  }
+  used_ = total_ = 0;
+}
+
+std::unique_ptr<WorkMemory> WorkMemoryPool::borrow() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (free_.empty()) return std::make_unique<WorkMemory>();
+  auto memory = std::move(free_.back());
+  free_.pop_back();
+  return memory;
+}
+
+void WorkMemoryPool::give_back(std::unique_ptr<WorkMemory> memory) {
+  memory->reset();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  free_.push_back(std::move(memory));
+}
+
+WorkMemoryPool& WorkMemoryPool::instance() {
+  static WorkMemoryPool* const pool = new WorkMemoryPool;  // never destroyed: threads may outlive static objects
+  return *pool;
+}
+
+Bf16Products bf16_products() {
+  static const Bf16Products best = best_for_this_cpu();
+  const char* asked = std::getenv("MEGATRON_SAMOE_BF16_PRODUCTS");
+  if (asked == nullptr || std::strcmp(asked, "auto") == 0) return best;
+  if (std::strcmp(asked, "fp32") == 0) return Bf16Products::fp32;
+  if (std::strcmp(asked, "blas") == 0) return Bf16Products::blas;
+  TORCH_CHECK_VALUE(std::strcmp(asked, "native") == 0, "MEGATRON_SAMOE_BF16_PRODUCTS = '", asked,
+                    "': one of auto, native, blas, fp32");
+  return cpu::kernels().has_bf16_product() ? Bf16Products::own : Bf16Products::blas;
+}
+
+Matrix widened(const Matrix& m, WorkMemory& memory) {
+  if (m.dtype == DType::f32) return m;
+  const Matrix wide = memory.matrix(DType::f32, m.rows, m.columns);
+  convert_rows(m, wide);
+  return wide;
+}
+
+void times(const Matrix& a, const Matrix& b, bool transposed, const Matrix& c, WorkMemory& memory) {
+  const auto mm = [&](const Matrix& right, const Matrix& result) {
+    at::Tensor out = result.tensor();
+    at::cpu::mm_out(out, a.tensor(), transposed ? right.tensor().t() : right.tensor());
+  };
+  if (a.dtype == b.dtype) {
+    if (by_own_kernel(a)) return multiply(a, false, b, transposed, nullptr, c, memory);
+    return mm(b, c);
+  }
+  const int64_t inner = transposed ? b.columns : b.rows, outer = transposed ? b.rows : b.columns;
+  const int64_t step = std::min(outer, std::max<int64_t>(64, kPanelElements / std::max<int64_t>(1, inner)));
+  const Matrix panel = transposed ? memory.matrix(DType::f32, step, inner) : memory.matrix(DType::f32, inner, step);
+  for (int64_t begin = 0; begin < outer; begin += step) {
+    const int64_t end = std::min(outer, begin + step);
+    const auto part_of = [&](const Matrix& m, int64_t from, int64_t to) {
+      return transposed ? m.row_range(from, to) : m.column_range(from, to);
+    };
+    const Matrix part = part_of(panel, 0, end - begin);
+    convert_rows(part_of(b, begin, end), part);
+    mm(part, c.column_range(begin, end));
+  }
+}
+
+void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias, const Matrix& y, WorkMemory& memory) {
+  if (a.dtype == b.dtype) {
+    if (bias == nullptr) return times(a, b, true, y, memory);
+    if (by_own_kernel(a)) {
+      return multiply(a, false, b, true, static_cast<const float*>(widened(*bias, memory).data), y, memory);
+    }
+    at::Tensor out = y.tensor();
+    at::cpu::addmm_out(out, bias->tensor().expand({y.rows, y.columns}), a.tensor(), b.tensor().t());
+    return;
+  }
+  const Matrix sum = memory.matrix(DType::f32, y.rows, y.columns);
+  times(a, b, true, sum, memory);
+  const float* added = bias == nullptr ? nullptr : static_cast<const float*>(widened(*bias, memory).data);
+  cpu::kernels().add_bias({y.dtype, static_cast<const float*>(sum.data), added, y.rows, y.columns, y.data});
+}
+
+void add_transposed_times(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory) {
+  if (a.dtype == DType::f32) {
+    at::Tensor sum = c.tensor();
+    at::cpu::addmm_(sum, a.tensor().t(), b.tensor());
+    return;
+  }
+  if (by_own_kernel(a)) return multiply(a, true, b, false, nullptr, c, memory);
+  const Matrix product = memory.matrix(DType::bf16, c.rows, c.columns);
+  at::Tensor out = product.tensor();
+  at::cpu::mm_out(out, a.tensor().t(), b.tensor());
+  const auto convert = cpu::kernels().convert;
+  for (int64_t r = 0; r < c.rows; ++r) {
+    convert({DType::bf16, DType::f32, product.at(r, 0), c.at(r, 0), c.columns, true});
+  }
+}
+
+}  // namespace samoe

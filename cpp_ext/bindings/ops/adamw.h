@@ -1,0 +1,73 @@
+// The optimizer's update for every backend: checks, launch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <vector>
+
+#include "../check.h"
+#include "../arguments.h"
+
+namespace samoe {
+namespace ops {
+
+using at::Tensor;
+
+constexpr int64_t kElementsPerThread = 16384;
+
+// A run may be any view of contiguous memory: its shape does not matter, its order does.
+inline void check_run(const TensorChecks& checks, const Tensor& tensor, const char* name, size_t i, int64_t num,
+                      at::ScalarType dtype) {
+  checks.check_device(tensor, name, "[", i, "]");
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, "[", i, "] is ", tensor.scalar_type(), ", not ", dtype);
+  TORCH_CHECK(tensor.is_contiguous(), name, "[", i, "] is not contiguous");
+  TORCH_CHECK_VALUE(tensor.numel() == num, name, "[", i, "] has ", tensor.numel(), " elements, its master ", num);
+}
+
+// weights are bf16 copies that follow their masters; an empty list where the masters are the weights.
+template <typename B>
+void adamw(at::TensorList masters, at::TensorList weights, at::TensorList grads, at::TensorList exp_avgs,
+           at::TensorList exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
+           int64_t step, double grad_scale) {
+  TORCH_CHECK_VALUE(grads.size() == masters.size() && exp_avgs.size() == masters.size() &&
+                        exp_avg_sqs.size() == masters.size() && (weights.empty() || weights.size() == masters.size()),
+                    "the lists differ in length: ", masters.size(), ", ", weights.size(), ", ", grads.size(), ", ",
+                    exp_avgs.size(), ", ", exp_avg_sqs.size());
+  TORCH_CHECK_VALUE(step >= 1, "step = ", step, "; the first is 1");
+  if (masters.empty()) return;
+  const B backend(masters[0], "masters[0]");
+  std::vector<cpu::AdamWRun> runs;
+  int64_t total = 0;
+  for (size_t i = 0; i < masters.size(); ++i) {
+    const int64_t num = masters[i].numel();
+    check_run(backend, masters[i], "masters", i, num, at::kFloat);
+    check_run(backend, grads[i], "grads", i, num, at::kFloat);
+    check_run(backend, exp_avgs[i], "exp_avgs", i, num, at::kFloat);
+    check_run(backend, exp_avg_sqs[i], "exp_avg_sqs", i, num, at::kFloat);
+    uint16_t* weight = nullptr;
+    if (!weights.empty()) {
+      check_run(backend, weights[i], "weights", i, num, at::kBFloat16);
+      weight = static_cast<uint16_t*>(weights[i].mutable_data_ptr());
+    }
+    runs.push_back({masters[i].mutable_data_ptr<float>(), weight, grads[i].const_data_ptr<float>(),
+                    exp_avgs[i].mutable_data_ptr<float>(), exp_avg_sqs[i].mutable_data_ptr<float>(), num});
+    total += num;
+  }
+  const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(step));
+  const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(step));
+  backend.adamw({runs.data(), static_cast<int64_t>(runs.size()), static_cast<float>(1.0 - lr * weight_decay),
+                 static_cast<float>(beta1), static_cast<float>(beta2), static_cast<float>(eps),
+                 static_cast<float>(1.0 - beta1), static_cast<float>(1.0 - beta2), static_cast<float>(lr / correction1),
+                 static_cast<float>(1.0 / std::sqrt(correction2)), static_cast<float>(grad_scale),
+                 backend.threads(total, kElementsPerThread)});
+}
+
+template <typename B>
+void add_adamw_op(torch::Library& m) {
+  m.impl("adamw", adamw<B>);
+}
+
+}  // namespace ops
+}  // namespace samoe

@@ -1,0 +1,377 @@
+// A program without torch and without a GPU that runs the CUDA kernels' own source through cuda_emulation.h and compares
+// every result with the CPU kernels', over sizes that fill no warp, vector or tile. Ends with status 1 at the first
+// difference. Buffers have their exact size on the heap, for AddressSanitizer, under which an argument, the largest number
+// of tokens in place of 513, saves time.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../kernels/cuda/launchers.h"
+#include "../../kernels/kernels.h"
+#include "checks.h"
+
+namespace {
+
+using samoe::DType;
+using samoe::cpu::kernels;
+using samoe::pick;
+using samoe::value_of;
+namespace cuda = samoe::cuda;
+
+constexpr cudaStream_t kStream = nullptr;
+std::string what;  // the case at hand
+
+template <typename T>
+std::vector<T> numbers(int64_t n) {
+  std::vector<T> values;
+  for (const float x : samoe::floats(n)) values.push_back(sizeof(T) == 4 ? static_cast<T>(x) : static_cast<T>(samoe::high_half(x)));
+  return values;
+}
+
+template <typename T>
+std::vector<T> zeros(int64_t n) {
+  return std::vector<T>(static_cast<size_t>(n), T{});
+}
+
+template <typename T>
+constexpr DType dtype_of() {
+  return sizeof(T) == 4 ? DType::f32 : DType::bf16;
+}
+
+// Integers equal; floats to a tolerance of the type, NaN like NaN, infinity like itself.
+template <typename T>
+void expect_equal(const char* name, const std::vector<T>& got, const std::vector<T>& expected, double tolerance = 0) {
+  for (size_t i = 0; i < got.size(); ++i) {
+    bool equal = got[i] == expected[i];
+    double a = 0, b = 0;
+    if constexpr (sizeof(T) <= 4) {
+      a = value_of(got[i]), b = value_of(expected[i]);
+      if (tolerance == 0) tolerance = sizeof(T) == 4 ? 2e-5 : 1.6e-2;
+      equal = equal || (std::isnan(a) && std::isnan(b)) || std::fabs(a - b) <= tolerance * (1.0 + std::fabs(b));
+    } else {
+      a = static_cast<double>(got[i]), b = static_cast<double>(expected[i]);
+    }
+    if (equal) continue;
+    std::fprintf(stderr, "difference: %s, %s[%zu] is %.9g, on the CPU %.9g\n", what.c_str(), name, i, a, b);
+    std::exit(1);
+  }
+}
+
+struct GateResults {
+  GateResults(int64_t tokens, int64_t experts, int64_t topk, int64_t groups)
+      : probs(tokens * topk), sums(groups * experts), z(1), logsumexp(tokens), gradient(tokens * experts),
+        ids(tokens * topk), counts(groups * experts) {}
+  std::vector<float> probs, sums, z, logsumexp, gradient;
+  std::vector<int64_t> ids, counts;
+};
+
+void check_gate(int64_t groups, int64_t group_tokens, int64_t experts, int64_t topk, bool sigmoid, bool pre_softmax) {
+  const int64_t tokens = groups * group_tokens;
+  what = "gate, " + std::to_string(tokens) + " tokens, " + std::to_string(experts) + " experts, top-" + std::to_string(topk);
+  auto logits = numbers<float>(tokens * experts);
+  for (float& logit : logits) {
+    const int64_t kind = pick(0, 15);
+    if (kind < 4) logit = std::round(logit);  // ties
+    if (kind == 4) logit = -0.0f;
+    if (kind == 5) logit = -std::numeric_limits<float>::infinity();
+  }
+  // One token whose logits are not finite: the first best is a NaN, and all that follows from them is NaN.
+  if (tokens > 3) logits[2 * experts + pick(0, experts - 1)] = std::nanf("");
+  GateResults cpu(tokens, experts, topk, groups), gpu(tokens, experts, topk, groups);
+  const auto forward = [&](GateResults& r) {
+    return samoe::cpu::GateForward{logits.data(), tokens, experts, topk, groups, sigmoid, pre_softmax, r.probs.data(), r.ids.data(),
+                                   r.counts.data(), r.sums.data(), r.z.data(), r.logsumexp.data(), 1};
+  };
+  kernels().gate_forward(forward(cpu));
+  std::vector<char> workspace(static_cast<size_t>(cuda::gate_workspace_bytes(forward(gpu))));
+  cuda::gate_forward(forward(gpu), workspace.data(), kStream);
+  expect_equal("ids", gpu.ids, cpu.ids);
+  expect_equal("counts", gpu.counts, cpu.counts);
+  expect_equal("probs", gpu.probs, cpu.probs);
+  expect_equal("score sums", gpu.sums, cpu.sums);
+  expect_equal("z", gpu.z, cpu.z);
+  expect_equal("logsumexp", gpu.logsumexp, cpu.logsumexp);
+  const auto dprobs = numbers<float>(tokens * topk), dsums = numbers<float>(groups * experts), dz = numbers<float>(1);
+  for (int given = tokens > 100 ? 7 : 0; given < 8; ++given) {  // which gradients arrive
+    const auto backward = [&](std::vector<float>& gradient) {
+      return samoe::cpu::GateBackward{logits.data(), cpu.logsumexp.data(), cpu.probs.data(), cpu.ids.data(),
+                                      given & 1 ? dprobs.data() : nullptr, given & 2 ? dsums.data() : nullptr,
+                                      given & 4 ? dz.data() : nullptr, tokens, experts, topk, groups, sigmoid, pre_softmax,
+                                      gradient.data(), 1};
+    };
+    kernels().gate_backward(backward(cpu.gradient));
+    cuda::gate_backward(backward(gpu.gradient), kStream);
+    expect_equal("logits' gradient", gpu.gradient, cpu.gradient, 1e-4);
+  }
+}
+
+// ids: how slots choose experts.
+enum class Choice { any, one_expert, few, dropped };
+
+std::vector<int64_t> choose(int64_t slots, int64_t experts, Choice choice) {
+  std::vector<int64_t> ids(static_cast<size_t>(slots));
+  for (int64_t& id : ids) {
+    id = choice == Choice::any ? pick(-1, experts - 1) : (choice == Choice::few ? pick(0, experts / 4) : experts - 1);
+    if (choice == Choice::dropped) id = -1;
+  }
+  return ids;
+}
+
+struct Sorted {
+  std::vector<int64_t> slot_of_row, row_of_slot, counts;
+};
+
+Sorted check_sort(int64_t slots, int64_t experts, Choice choice) {
+  what = "sort of " + std::to_string(slots) + " slots to " + std::to_string(experts) + " experts";
+  auto ids = choose(slots, experts, choice);
+  std::vector<int64_t> cursor(experts), state(2);
+  Sorted cpu{{}, zeros<int64_t>(slots), zeros<int64_t>(experts)}, gpu = cpu;
+  int64_t bad = 0;
+  const int64_t rows = samoe::cpu::count_slots(ids.data(), slots, experts, 1, cpu.counts.data(), cursor.data(), &bad, 1);
+  cpu.slot_of_row.resize(rows), gpu.slot_of_row.resize(rows);
+  samoe::cpu::place_slots(ids.data(), slots, experts, 1, cursor.data(), cpu.slot_of_row.data(), cpu.row_of_slot.data(), 1);
+  std::vector<int64_t> cursors(cuda::num_slot_chunks(slots) * experts, -7);
+  cuda::count_slots(ids.data(), slots, experts, gpu.counts.data(), cursors.data(), state.data(), kStream);
+  expect_equal("state", state, {rows, -1});
+  cuda::place_slots(ids.data(), slots, experts, cursors.data(), gpu.slot_of_row.data(), gpu.row_of_slot.data(), kStream);
+  expect_equal("counts", gpu.counts, cpu.counts);
+  expect_equal("slot of row", gpu.slot_of_row, cpu.slot_of_row);
+  expect_equal("row of slot", gpu.row_of_slot, cpu.row_of_slot);
+  if (slots > 5) {
+    ids[4] = experts, ids[5] = -2;
+    cuda::count_slots(ids.data(), slots, experts, gpu.counts.data(), cursors.data(), state.data(), kStream);
+    expect_equal("first bad slot", {state[1]}, std::vector<int64_t>{4});
+  }
+  return cpu;
+}
+
+template <typename T>
+void check_rows(int64_t tokens, int64_t topk, int64_t hidden, Choice choice) {
+  const Sorted s = check_sort(tokens * topk, 9, choice);
+  what = "rows, " + std::to_string(tokens) + " tokens, hidden " + std::to_string(hidden);
+  const int64_t rows = static_cast<int64_t>(s.slot_of_row.size()), row_bytes = hidden * static_cast<int64_t>(sizeof(T));
+  const auto x = numbers<T>(tokens * hidden), moved = numbers<T>(rows * hidden);
+  const auto probs = numbers<float>(tokens * topk);
+  std::vector<T> cpu = zeros<T>(rows * hidden), gpu = cpu;
+  const auto gather = [&](std::vector<T>& out) {
+    return samoe::cpu::GatherRows{reinterpret_cast<const char*>(x.data()), s.slot_of_row.data(), rows, topk, row_bytes,
+                                  reinterpret_cast<char*>(out.data()), 1};
+  };
+  kernels().gather_rows(gather(cpu));
+  cuda::gather_rows(gather(gpu), tokens, kStream);
+  expect_equal("gathered", gpu, cpu);
+  for (const float* weights : {probs.data(), static_cast<const float*>(nullptr)}) {
+    std::vector<T> y_cpu = zeros<T>(tokens * hidden), y_gpu = numbers<T>(tokens * hidden);
+    const auto unpermute = [&](std::vector<T>& y) {
+      return samoe::cpu::Unpermute{dtype_of<T>(), moved.data(), weights, s.row_of_slot.data(), tokens, topk, hidden, y.data(), 1};
+    };
+    kernels().unpermute(unpermute(y_cpu));
+    cuda::unpermute(unpermute(y_gpu), rows, kStream);
+    expect_equal("sum of rows", y_gpu, y_cpu);
+  }
+  std::vector<float> dprobs_cpu(probs.size()), dprobs_gpu(probs.size(), 7.0f);
+  const auto backward = [&](std::vector<T>& drows, std::vector<float>& dprobs) {
+    return samoe::cpu::UnpermuteBackward{dtype_of<T>(), x.data(), moved.data(), probs.data(), s.row_of_slot.data(), tokens, topk, hidden,
+                                         drows.data(), dprobs.data(), 1};
+  };
+  kernels().unpermute_backward(backward(cpu, dprobs_cpu));
+  cuda::unpermute_backward(backward(gpu, dprobs_gpu), rows, kStream);
+  expect_equal("rows' gradient", gpu, cpu);
+  expect_equal("probabilities' gradient", dprobs_gpu, dprobs_cpu, 1e-4);
+}
+
+template <typename T>
+void check_combine(int64_t layers, int64_t groups, int64_t banks, int64_t n) {
+  what = "combination, " + std::to_string(layers) + " layers, " + std::to_string(banks) + " banks of " + std::to_string(n);
+  auto a = numbers<float>(layers * groups * banks);
+  for (float& value : a) value = pick(0, 2) == 0 ? 0.0f : value;
+  auto t = numbers<float>(banks * groups * n);
+  // A bank whose coefficient is 0 may hold anything: only the first layer sees this NaN.
+  if (banks > 1) {
+    for (int64_t i = 0; i < layers * groups; ++i) a[i * banks + 1] = i == 0 ? 0.5f : 0.0f;
+    if (n > 0) t[groups * n] = std::nanf("");
+  }
+  std::vector<T> w_cpu = zeros<T>(layers * groups * n), w_gpu = numbers<T>(layers * groups * n);
+  const auto forward = [&](std::vector<T>& w) {
+    const int64_t size = sizeof(T);
+    return samoe::cpu::Combine{a.data(), {t.data(), groups * n, n}, dtype_of<T>(),
+                               {reinterpret_cast<char*>(w.data()), groups * n * size, n * size}, layers, groups, banks, n, 1};
+  };
+  kernels().combine(forward(w_cpu));
+  cuda::combine(forward(w_gpu), kStream);
+  expect_equal("weights", w_gpu, w_cpu);
+  const auto dw = numbers<float>(layers * groups * n);
+  if (banks > 1 && n > 0) t[groups * n] = 1.0f;
+  std::vector<float> dt_cpu = numbers<float>(banks * groups * n), dt_gpu = dt_cpu;
+  std::vector<float> da_cpu(a.size()), da_gpu(a.size(), 7.0f);
+  const auto backward = [&](std::vector<float>& dt, std::vector<float>& da) {
+    return samoe::cpu::CombineBackward{a.data(), {t.data(), groups * n, n}, {dw.data(), groups * n, n}, {dt.data(), groups * n, n},
+                                       da.data(), layers, groups, banks, n, 1};
+  };
+  kernels().combine_backward(backward(dt_cpu, da_cpu));
+  std::vector<char> workspace(static_cast<size_t>(cuda::combine_backward_workspace_bytes(backward(dt_gpu, da_gpu))));
+  cuda::combine_backward(backward(dt_gpu, da_gpu), workspace.data(), kStream);
+  expect_equal("banks' gradient", dt_gpu, dt_cpu);
+  expect_equal("coefficients' gradient", da_gpu, da_cpu, 1e-4);
+}
+
+template <typename T>
+void check_cross_entropy(int64_t tokens, int64_t width) {
+  what = "cross-entropy, " + std::to_string(tokens) + " tokens, width " + std::to_string(width);
+  auto logits = numbers<T>(tokens * width);
+  const T lowest = sizeof(T) == 4 ? static_cast<T>(-std::numeric_limits<float>::infinity()) : static_cast<T>(0xff80);
+  const T nan = sizeof(T) == 4 ? static_cast<T>(std::nanf("")) : static_cast<T>(0x7fc0);
+  for (T& logit : logits) logit = pick(0, 9) == 0 ? lowest : logit;  // masked columns
+  if (tokens > 5 && width > 0) {
+    for (int64_t v = 0; v < width; ++v) logits[3 * width + v] = v < width - 1 ? lowest : logits[3 * width + v];
+    for (int64_t v = 0; v < width; ++v) logits[4 * width + v] = lowest;
+    logits[5 * width + pick(0, width - 1)] = nan;
+  }
+  const int64_t first_id = 3;
+  std::vector<int64_t> labels(static_cast<size_t>(tokens));
+  for (int64_t& label : labels) label = pick(0, first_id + width + 3);
+  std::vector<float> cpu[4], gpu[4];
+  for (int i = 0; i < 4; ++i) cpu[i] = zeros<float>(tokens), gpu[i] = numbers<float>(tokens);
+  const auto forward = [&](std::vector<float>* out) {
+    return samoe::cpu::CrossEntropyForward{dtype_of<T>(), logits.data(), labels.data(), tokens, width, first_id, out[0].data(), out[1].data(),
+                                           out[2].data(), 1};
+  };
+  kernels().cross_entropy_forward(forward(cpu));
+  cuda::cross_entropy_forward(forward(gpu), kStream);
+  expect_equal("peak", gpu[0], cpu[0]);
+  expect_equal("sum", gpu[1], cpu[1]);
+  expect_equal("target", gpu[2], cpu[2]);
+  for (int64_t t = 0; t < tokens; ++t) cpu[3][t] = cpu[0][t] + std::log(cpu[1][t]);
+  const auto dloss = numbers<float>(tokens);
+  std::vector<T> gradient_cpu = zeros<T>(tokens * width), gradient_gpu = numbers<T>(tokens * width);
+  const auto backward = [&](std::vector<T>& out) {
+    return samoe::cpu::CrossEntropyBackward{dtype_of<T>(), logits.data(), labels.data(), cpu[3].data(), dloss.data(), tokens, width, first_id,
+                                            out.data(), 1};
+  };
+  kernels().cross_entropy_backward(backward(gradient_cpu));
+  cuda::cross_entropy_backward(backward(gradient_gpu), kStream);
+  expect_equal("logits' gradient", gradient_gpu, gradient_cpu);
+}
+
+void check_adamw(std::initializer_list<int64_t> sizes, bool followed) {
+  what = "AdamW";
+  std::vector<std::vector<float>> arrays[2];
+  std::vector<std::vector<uint16_t>> weights[2];
+  std::vector<samoe::cpu::AdamWRun> runs[2];
+  for (const int64_t num : sizes) {
+    for (int i = 0; i < 4; ++i) {
+      auto values = numbers<float>(num);
+      for (float& value : values) value = i == 3 ? std::fabs(value) : value;
+      for (auto& side : arrays) side.push_back(values);
+    }
+    for (auto& side : weights) side.push_back(zeros<uint16_t>(num));
+  }
+  for (int side = 0; side < 2; ++side) {
+    for (size_t r = 0; r < sizes.size(); ++r) {
+      auto* a = &arrays[side][4 * r];
+      runs[side].push_back({a[0].data(), followed ? weights[side][r].data() : nullptr, a[1].data(), a[2].data(), a[3].data(),
+                            static_cast<int64_t>(a[0].size())});
+    }
+  }
+  const auto step = [&](int side) {
+    return samoe::cpu::AdamW{runs[side].data(), static_cast<int64_t>(sizes.size()), 0.999f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.05f, 1e-3f, 1.2f,
+                             0.5f, 1};
+  };
+  kernels().adamw(step(0));
+  cuda::adamw(step(1), kStream);
+  for (size_t i = 0; i < arrays[0].size(); ++i) expect_equal("array", arrays[1][i], arrays[0][i], 1e-6);
+  for (size_t i = 0; i < weights[0].size(); ++i) expect_equal("weight", weights[1][i], weights[0][i]);
+}
+
+// The CPU's kernels work on one expert's rows at a time, with biases in fp32.
+template <typename T>
+void check_activation(const std::vector<int64_t>& rows, int64_t width, bool gated, bool with_bias) {
+  what = "activation, width " + std::to_string(width);
+  const int64_t experts = static_cast<int64_t>(rows.size()), up = gated ? 2 * width : width;
+  std::vector<int32_t> ends;
+  int64_t total = 0;
+  for (const int64_t n : rows) ends.push_back(static_cast<int32_t>(total += n));
+  const cuda::ExpertRows sorted{ends.data(), experts, total};
+  const auto h = numbers<T>(total * up), bias = numbers<T>(experts * up), da = numbers<T>(total * width);
+  std::vector<float> wide_bias;
+  for (const T b : bias) wide_bias.push_back(value_of(b));
+  const T* biases = with_bias ? bias.data() : nullptr;
+  std::vector<T> a_cpu = zeros<T>(total * width), a_gpu = numbers<T>(total * width), a_again = a_gpu;
+  std::vector<T> dh_cpu = zeros<T>(total * up), dh_gpu = numbers<T>(total * up);
+  std::vector<float> sums_cpu = numbers<float>(experts * up), sums_gpu = sums_cpu;
+  constexpr DType dtype = dtype_of<T>();
+  int64_t begin = 0;
+  for (int64_t e = 0; e < experts; begin += rows[e], ++e) {
+    const float* own = with_bias ? wide_bias.data() + e * up : nullptr;
+    const T *h_e = h.data() + begin * up, *da_e = da.data() + begin * width;
+    T *a_e = a_cpu.data() + begin * width, *dh_e = dh_cpu.data() + begin * up;
+    kernels().activate({dtype, dtype, h_e, own, rows[e], width, gated, nullptr, a_e});
+    kernels().activate_backward({dtype, dtype, h_e, own, da_e, rows[e], width, gated, a_e, dh_e});
+    kernels().column_sums({dtype, h_e, rows[e], up, up, sums_cpu.data() + e * up});
+  }
+  cuda::activate({dtype, sorted, h.data(), biases, width, gated, a_gpu.data()}, kStream);
+  cuda::activate_backward({dtype, sorted, h.data(), biases, da.data(), width, gated, a_again.data(), dh_gpu.data()}, kStream);
+  cuda::expert_column_sums(dtype, sorted, up, h.data(), sums_gpu.data(), kStream);
+  expect_equal("activation", a_gpu, a_cpu);
+  expect_equal("recomputed activation", a_again, a_cpu);
+  expect_equal("gradient", dh_gpu, dh_cpu);
+  expect_equal("column sums", sums_gpu, sums_cpu, 1e-4);
+  std::vector<T> plus = h, expected = h;
+  cuda::add_expert_bias(dtype, sorted, up, bias.data(), plus.data(), kStream);
+  begin = 0;
+  for (int64_t e = 0; e < experts; begin += rows[e], ++e) {
+    std::vector<float> wide(static_cast<size_t>(rows[e] * up));
+    for (size_t i = 0; i < wide.size(); ++i) wide[i] = value_of(h[begin * up + i]);
+    kernels().add_bias({dtype, wide.data(), wide_bias.data() + e * up, rows[e], up, expected.data() + begin * up});
+  }
+  expect_equal("bias added", plus, expected);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t many = argc > 1 ? std::atoll(argv[1]) : 513;
+  for (const int64_t tokens : {int64_t{0}, int64_t{1}, int64_t{7}, many}) {
+    for (const int64_t topk : {1, 2, 8}) {
+      for (const int flavour : {0, 1, 2, 3}) check_gate(1, tokens, tokens == 7 ? 70 : 8, topk, flavour & 1, flavour & 2);
+      for (const Choice choice : {Choice::any, Choice::one_expert, Choice::few, Choice::dropped}) {
+        check_sort(tokens * topk, 9, choice);
+        if (tokens == many && topk == 8 && choice != Choice::any) continue;
+        const int64_t hidden = tokens == many ? (topk == 2 ? 64 : 21) : (topk == 8 ? 7 : 272);
+        check_rows<float>(tokens, topk, hidden, choice);
+        check_rows<uint16_t>(tokens, topk, hidden, choice);
+      }
+    }
+    for (const int64_t width : {0, 1, 7, 1000, 2053}) check_cross_entropy<float>(tokens < 100 ? tokens : 40, width);
+    for (const int64_t width : {0, 1, 7, 1000, 4104}) check_cross_entropy<uint16_t>(tokens < 100 ? tokens : 40, width);
+  }
+  check_gate(3, 37, 300, 8, false, true);
+  check_gate(2, 9, 65, 40, true, false);
+  check_sort(9000, 300, Choice::any);
+  check_sort(270000, 3, Choice::any);  // more than 256 slots for each of the most chunks
+  for (const int64_t n : {0, 1, 7, 512, 513, 9001}) {
+    check_combine<float>(5, 2, 3, n);
+    check_combine<uint16_t>(12, 1, 4, n);
+  }
+  check_combine<float>(1, 3, 1, 4098);
+  check_combine<float>(21, 2, 9, 260);
+  check_combine<uint16_t>(8, 2, 19, 77);
+  check_adamw({0, 1, 7, 512, 513, 4097}, true);
+  check_adamw({2048, 3}, false);
+  for (const bool gated : {false, true}) {
+    for (const std::vector<int64_t>& rows : {std::vector<int64_t>{3, 5, 2}, {0, 6, 0, 1}, {0, 0}, {many}, {17, 0, 33, 0}}) {
+      for (const int64_t width : {1, 7, 48}) {
+        check_activation<float>(rows, width, gated, width != 7);
+        check_activation<uint16_t>(rows, width, gated, width != 7);
+      }
+    }
+  }
+  std::printf("the CUDA kernels, emulated, agree with the CPU's (%s)\n", kernels().instruction_set);
+  return 0;
+}
