@@ -12,7 +12,7 @@ std::string instruction_set() { return samoe::cpu::kernels().instruction_set; }
 TORCH_LIBRARY(megatron_samoe, m) {
   m.def("instruction_set() -> str", instruction_set);
   m.def(
-      "topk_gate(Tensor logits, int topk, bool sigmoid, bool pre_softmax, int num_groups)"
+      "topk_gate(Tensor logits, int topk, bool sigmoid, bool pre_softmax, int num_groups, Tensor? key=None)"
       " -> (Tensor probs, Tensor ids, Tensor counts, Tensor score_sum, Tensor z_sum, Tensor logsumexp)");
   m.def(
       "topk_gate_backward(Tensor logits, Tensor logsumexp, Tensor probs, Tensor ids, Tensor? dprobs,"

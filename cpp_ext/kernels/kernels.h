@@ -26,6 +26,7 @@ struct GateForward {
   float* z_sum;
   float* logsumexp_T;
   int num_threads;
+  const float* key_TE = nullptr;  // what experts are chosen by, if not by the logits
 };
 
 struct GateBackward {

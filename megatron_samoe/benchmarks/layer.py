@@ -74,7 +74,7 @@ def make_layer(
     context = ForwardContext(1, training=True, tokens_per_step=tokens)
 
     def once() -> None:
-        y_TH, _ = layer(x_TH, context, lender)
+        y_TH, _, _ = layer(x_TH, context, lender)
         torch.autograd.backward(y_TH, dy_TH)
         x_TH.grad = None
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def _topk_gate(
-    logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int
+    logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int, key_TE: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_experts = logits_TE.shape
     return (

@@ -35,10 +35,10 @@ class GateResult:
 class _TopkGate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int
+        ctx: Any, logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int, key_TE: Tensor | None
     ) -> tuple[Tensor, ...]:
         probs_TK, ids_TK, counts_GE, score_sum_GE, z_sum, logsumexp_T = torch.ops.megatron_samoe.topk_gate(
-            logits_TE, topk, sigmoid, pre_softmax, num_groups
+            logits_TE, topk, sigmoid, pre_softmax, num_groups, key_TE
         )
         ctx.save_for_backward(logits_TE, logsumexp_T, probs_TK, ids_TK)
         ctx.flags = (sigmoid, pre_softmax, num_groups)
@@ -62,7 +62,7 @@ class _TopkGate(torch.autograd.Function):
             dz,
             *ctx.flags,
         )
-        return dlogits_TE, None, None, None, None
+        return dlogits_TE, None, None, None, None, None
 
 
 def topk_gate(
@@ -94,8 +94,11 @@ def topk_gate(
     if num_groups < 1 or num_tokens % num_groups:
         raise ValueError(f"num_groups = {num_groups}: a divisor of the number of tokens, {num_tokens}")
     sigmoid = score_function == "sigmoid"
-    if key_TE is None and logits_TE.dtype == torch.float32 and extension.serves(logits_TE, cuda=True):
-        return GateResult(*_TopkGate.apply(logits_TE.contiguous(), topk, sigmoid, pre_softmax, num_groups))
+    if key_TE is not None and (key_TE.shape != logits_TE.shape or key_TE.dtype != logits_TE.dtype):
+        raise ValueError(f"key_TE must be as logits_TE, not {key_TE.dtype} {tuple(key_TE.shape)}")
+    if logits_TE.dtype == torch.float32 and extension.serves(logits_TE, cuda=True):
+        key_TE = None if key_TE is None else key_TE.detach().contiguous()
+        return GateResult(*_TopkGate.apply(logits_TE.contiguous(), topk, sigmoid, pre_softmax, num_groups, key_TE))
     return GateResult(*reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, num_groups, key_TE))
 
 

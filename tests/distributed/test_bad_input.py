@@ -62,7 +62,7 @@ SIZES: list[tuple[int, dict[str, Any], tuple[str, ...]]] = [
     ),
     (1, {"micro_batch_size": 3}, ("--global-batch-size = 8", "multiple of", "--micro-batch-size 3")),
     (1, {"micro_batch_size": 0, "num_layers": -1}, ("--micro-batch-size = 0", "--num-layers = -1", "positive integer")),
-    (1, {"num_expert_banks": 3}, ("--num-expert-banks = 3", "at most the number of MoE layers, 2")),
+    (1, {"num_expert_banks": 3}, ("--num-expert-banks = 3", "at most the number of MoE layers that combine them, 2")),
     (1, {"moe_router_topk": 5}, ("--moe-router-topk = 5", "at most --num-experts 4")),
     (1, {"lr": "nan"}, ("--lr = nan", "finite number")),
     (1, {"hidden_dropout": 1.5}, ("--hidden-dropout = 1.5", "below 1")),

@@ -29,13 +29,15 @@ def _gate_gradient(gate: Any, logits_TE: Tensor, weights: Sequence[Tensor]) -> T
 
 
 def check_gate(
-    logits_TE: Tensor, topk: int, score_function: str, pre_softmax: bool, num_groups: int, device: Device = "cpu"
-) -> None:
+    logits_TE: Tensor, topk: int, score_function: str, pre_softmax: bool, num_groups: int, device: Device = "cpu",
+    key_TE: Tensor | None = None,
+) -> None:  # fmt: skip
     """Compares topk_gate on a device with its twin for fp32 logits."""
-    twin_arguments = (topk, score_function == "sigmoid", pre_softmax, num_groups)
+    key = None if key_TE is None else key_TE.to(device)
+    twin_arguments = (topk, score_function == "sigmoid", pre_softmax, num_groups, key_TE)
 
     def fast(x_TE: Tensor) -> tuple[Tensor, ...]:
-        result = topk_gate(x_TE, topk, score_function, pre_softmax, num_groups)
+        result = topk_gate(x_TE, topk, score_function, pre_softmax, num_groups, key)
         return result.probs_TK, result.ids_TK, result.counts_GE, result.score_sum_GE, result.z_sum
 
     logits_TE = logits_TE.to(device)

@@ -17,9 +17,14 @@ using at::Tensor;
 
 template <typename B>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate(const Tensor& logits, int64_t topk, bool sigmoid,
-                                                                     bool pre_softmax, int64_t num_groups) {
+                                                                     bool pre_softmax, int64_t num_groups,
+                                                                     const std::optional<Tensor>& key) {
   const B backend(logits, "logits");
   backend.check_contiguous(logits, "logits", 2, at::kFloat);
+  if (key.has_value()) {
+    backend.check_contiguous(*key, "key", 2, at::kFloat);
+    TORCH_CHECK_VALUE(key->sizes() == logits.sizes(), "key ", key->sizes(), " and logits ", logits.sizes(), " differ");
+  }
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   TORCH_CHECK_VALUE(topk >= 1 && topk <= num_experts, "topk = ", topk, ": from 1 to ", num_experts);
   TORCH_CHECK_VALUE(num_experts < INT32_MAX, "too many experts: ", num_experts);
@@ -34,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate(const Tenso
                         probs.mutable_data_ptr<float>(), ids.mutable_data_ptr<int64_t>(),
                         counts.mutable_data_ptr<int64_t>(), score_sum.mutable_data_ptr<float>(),
                         z_sum.mutable_data_ptr<float>(), logsumexp.mutable_data_ptr<float>(),
-                        backend.threads(logits.numel() * 8)});
+                        backend.threads(logits.numel() * 8), data_or_null<float>(key)});
   return {probs, ids, counts, score_sum, z_sum, logsumexp};
 }
 

@@ -20,12 +20,13 @@ SAMOE_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 SAMOE_DEVICE float gate_token(const cpu::GateForward& a, int64_t t, int64_t* counts_E, float* sums_E) {
   const int lane = lane_of_thread();
   const float* logits = a.logits_TE + t * a.num_experts;
+  const float* keys = a.key_TE != nullptr ? a.key_TE + t * a.num_experts : logits;
   int64_t* ids = a.ids_TK + t * a.topk;
   unsigned long long limit = ~0ull;  // the next choice is the best at or below it
   for (int64_t k = 0; k < a.topk; ++k) {
     unsigned long long best = 0;
     for (int64_t e = lane; e < a.num_experts; e += kWarp) {
-      const unsigned long long rank = rank_of(logits[e], e);
+      const unsigned long long rank = rank_of(keys[e], e);
       if (rank <= limit && rank > best) best = rank;
     }
     best = warp_max(best);
@@ -37,7 +38,12 @@ SAMOE_DEVICE float gate_token(const cpu::GateForward& a, int64_t t, int64_t* cou
     }
   }
   __syncwarp();
-  const float top = logits[ids[0]];
+  float top = logits[ids[0]], chosen_top = top;
+  if (a.key_TE != nullptr) {
+    for (int64_t e = lane; e < a.num_experts; e += kWarp) top = logits[e] > top ? logits[e] : top;
+    top = warp_max(top);
+    for (int64_t k = 1; k < a.topk; ++k) chosen_top = logits[ids[k]] > chosen_top ? logits[ids[k]] : chosen_top;
+  }
   const auto score = [&](float logit) { return a.sigmoid ? sigmoid(logit) : expf(logit - top); };
   float exponentials = 0.0f, sum = 0.0f;
   for (int64_t e = lane; e < a.num_experts; e += kWarp) {
@@ -47,6 +53,8 @@ SAMOE_DEVICE float gate_token(const cpu::GateForward& a, int64_t t, int64_t* cou
   const float logsumexp = top + logf(warp_sum(exponentials));
   const float share = 1.0f / warp_sum(sum);
   for (int64_t e = lane; e < a.num_experts; e += kWarp) sums_E[e] += score(logits[e]) * share;
+  // Among chosen logits alone the largest of them is the peak, or all their exponentials could vanish.
+  if (!a.sigmoid && !a.pre_softmax) top = chosen_top;
   float chosen = 0.0f;
   for (int64_t k = lane; k < a.topk; k += kWarp) chosen += score(logits[ids[k]]);
   chosen = warp_sum(chosen);

@@ -30,15 +30,31 @@ def test_equals_the_twin(num_tokens, topk, num_experts, score_function, pre_soft
     topk=st.integers(1, 9),
     flavour=st.sampled_from(FLAVOURS),
     coarse=st.booleans(),
+    has_key=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @settings(deadline=None, max_examples=60)
-def test_equals_the_twin_for_any_shape_and_ties(num_groups, group_tokens, num_experts, topk, flavour, coarse, seed):
+def test_equals_the_twin_for_any_shape_and_ties(
+    num_groups, group_tokens, num_experts, topk, flavour, coarse, has_key, seed
+):
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(num_groups * group_tokens, num_experts, generator=generator)
     if coarse:  # few distinct values, so that ties are the rule
         logits_TE = torch.round(logits_TE)
-    check_gate(logits_TE, min(topk, num_experts), *flavour, num_groups)
+    key_TE = torch.round(2 * torch.randn(logits_TE.shape, generator=generator)) if has_key else None
+    if has_key and num_experts > 2:
+        key_TE[:, 2] = -torch.inf  # outside the groups that a token may use
+    check_gate(logits_TE, min(topk, num_experts), *flavour, num_groups, key_TE=key_TE)
+
+
+def test_weights_of_a_choice_by_another_key_do_not_vanish():
+    """The chosen experts' exponentials are nothing beside the largest logit's."""
+    logits_TE, key_TE = torch.tensor([[200.0, 0.0, 1.0, -1.0]]), torch.tensor([[0.0, 3.0, 2.0, 1.0]])
+    result = topk_gate(logits_TE, 2, key_TE=key_TE)
+    assert result.ids_TK.tolist() == [[1, 2]]
+    torch.testing.assert_close(result.probs_TK, torch.tensor([[0.0, 1.0]]).softmax(-1))
+    with pytest.raises(ValueError, match="key_TE must be as logits_TE"):
+        topk_gate(logits_TE, 2, key_TE=key_TE[:, :3])
 
 
 def test_ties_go_to_the_lowest_expert():

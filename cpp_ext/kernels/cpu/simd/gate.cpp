@@ -87,6 +87,14 @@ float sigmoids(const float* row, int64_t width, float* out) {
   return sum_lanes(sum);
 }
 
+// A softmax over the chosen logits, where others may be so much larger that the row's exponentials of all chosen vanish.
+void softmax_of_chosen(const float* row, int64_t topk, const int64_t* ids, float* probs) {
+  float peak = row[ids[0]], sum = 0.0f;
+  for (int64_t k = 1; k < topk; ++k) peak = row[ids[k]] > peak ? row[ids[k]] : peak;
+  for (int64_t k = 0; k < topk; ++k) sum += probs[k] = std::exp(row[ids[k]] - peak);
+  for (int64_t k = 0; k < topk; ++k) probs[k] /= sum;
+}
+
 // Probabilities of the chosen experts; scale turns a score into its share of the whole row.
 void chosen_probs(const GateForward& a, const float* scores, float scale, const int64_t* ids, float* probs) {
   float sum = 0.0f;
@@ -106,14 +114,23 @@ float choose(const GateForward& a, int64_t t, Scratch& s, float* scale_out) {
   float* scores = s.row(1);
   int32_t* keys = reinterpret_cast<int32_t*>(s.row(2));
   copy_logits(a.logits_TE + t * a.num_experts, a.num_experts, row, s.width);
-  make_keys(row, a.num_experts, s.width, keys);
+  const float* chosen_by = row;
+  if (a.key_TE != nullptr) {
+    copy_logits(a.key_TE + t * a.num_experts, a.num_experts, s.row(3), s.width);
+    chosen_by = s.row(3);
+  }
+  make_keys(chosen_by, a.num_experts, s.width, keys);
   int64_t* ids = a.ids_TK + t * a.topk;
   for (int64_t k = 0; k < a.topk; ++k) ids[k] = take_best(keys, s.width);
   float peak, sum = exponentials(row, s.width, scores, &peak);
   const float logsumexp = peak + std::log(sum);
   if (a.sigmoid) sum = sigmoids(row, s.width, scores);
   *scale_out = 1.0f / sum;
-  chosen_probs(a, scores, *scale_out, ids, a.probs_TK + t * a.topk);
+  if (a.key_TE != nullptr && !a.sigmoid && !a.pre_softmax) {
+    softmax_of_chosen(row, a.topk, ids, a.probs_TK + t * a.topk);
+  } else {
+    chosen_probs(a, scores, *scale_out, ids, a.probs_TK + t * a.topk);
+  }
   return logsumexp;
 }
 
