@@ -96,7 +96,11 @@ def num_moe_layers(config: PretrainConfig) -> int:
 
 
 def experts_per_layer(moe: MoEConfig, num_moe_layers: int) -> tuple[int, ...]:
-    """Returns the routed experts of each MoE layer; ConfigError where they are given for another number of layers."""
+    """Returns the experts that each MoE layer chooses from; ConfigError where they are given for another number of layers."""
+    if isinstance(moe.num_experts, int) and moe.sharing == "neighbours":
+        block = moe.num_neighbour_layers
+        blocks = (min(block, num_moe_layers - i // block * block) for i in range(num_moe_layers))
+        return tuple(layers * moe.num_experts for layers in blocks)
     if isinstance(moe.num_experts, int):
         return (moe.num_experts,) * num_moe_layers
     if len(moe.num_experts) != num_moe_layers:
@@ -108,7 +112,9 @@ def experts_per_layer(moe: MoEConfig, num_moe_layers: int) -> tuple[int, ...]:
 def sharing_map(config: PretrainConfig) -> tuple[Source, ...]:
     """Returns where each MoE layer's experts come from; ConfigError where --expert-sharing does not fit the layers."""
     moe = config.moe
-    return parse_sharing(moe.sharing, num_moe_layers(config), moe.num_expert_sets, moe.untied_ends)
+    return parse_sharing(
+        moe.sharing, num_moe_layers(config), moe.num_expert_sets, moe.untied_ends, moe.num_neighbour_layers
+    )
 
 
 def divisors(n: int) -> list[int]:

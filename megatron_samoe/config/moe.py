@@ -34,12 +34,30 @@ class MoEConfig:
     expert_sharing: str | None = model_option(None, needs=needs.MOE_LAYOUT, is_free=False, known_to=_beyond(None))
     """How MoE layers share experts. own: not at all; combined: learned mixtures of a pool of banks (SaMoE); tied:
     consecutive layers use one set (Expert Tying); scaled: the same with a learned factor for each layer and matrix; pool:
-    all layers choose from one set of --num-experts (UniPool). Or a map with an entry for each MoE layer, such as
+    all layers choose from one set of --num-experts (UniPool); neighbours: those of a block choose from all experts that they
+    have, --num-experts each (ReXMoE). Or a map with an entry for each MoE layer, such as
     0,1,1,1,2 or own,combined*6,own or scaled:0*4,1*4. Derived if not given, from --expert-layout."""
     num_expert_sets: int = model_option(
         1, range=POSITIVE, largest=100_000, needs=needs.SETS, is_free=False, known_to=_beyond(1)
     )
     """Sets of --expert-sharing tied or scaled: the layers that share are cut into as many blocks."""
+    num_neighbour_layers: int = model_option(
+        2, range=POSITIVE, largest=100_000, needs=needs.NEIGHBOURS, is_free=False, known_to=_beyond(2)
+    )
+    """Consecutive MoE layers that choose from each other's experts with --expert-sharing neighbours (ReXMoE's r)."""
+    neighbour_unmask_steps: int = model_option(
+        0, range=AT_LEAST_ZERO, needs=needs.NEIGHBOURS, is_free=False, known_to=_beyond(0)
+    )
+    """Steps over which neighbours' experts become candidates one by one; a layer begins with its own. 0: all from the start."""
+    pool_lock_step: int | None = model_option(
+        None, range=POSITIVE, needs=needs.ONE_POOL, is_free=False, known_to=_beyond(None)
+    )
+    """Step after which each expert of the pool has one layer, that which chose it most as far as all layers get equally many
+    (UniPool's lock). Never if not given."""
+    pool_lock_anneal_steps: int = model_option(
+        100, range=POSITIVE, needs=needs.POOL_LOCK, is_free=True, known_to=READERS
+    )
+    """Steps over which the scores of experts that other layers own fall to nothing."""
     untied_ends: int = model_option(
         0, range=AT_LEAST_ZERO, largest=100_000, needs=needs.SHARING, is_free=False, known_to=_beyond(0)
     )

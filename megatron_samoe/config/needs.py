@@ -13,6 +13,9 @@ COEFFICIENTS = Need(
 )
 SHARING = Need(lambda c: c.moe.shares_experts, "needs --expert-layout samoe, or --expert-sharing other than own" + _NOT)
 SETS = Need(lambda c: c.moe.expert_sharing in ("tied", "scaled"), "needs --expert-sharing tied or scaled")
+NEIGHBOURS = Need(lambda c: c.moe.sharing == "neighbours", "needs --expert-sharing neighbours")
+ONE_POOL = Need(lambda c: c.moe.sharing == "pool", "needs --expert-sharing pool")
+POOL_LOCK = Need(lambda c: c.moe.pool_lock_step is not None, "needs --pool-lock-step")
 TRAINED_COEFFICIENTS = Need(
     lambda c: c.moe.has_coefficients and not c.moe.samoe_freeze_coefficients,
     "needs --expert-layout samoe, or --expert-sharing combined or scaled, with coefficients that are trained",

@@ -12,8 +12,8 @@ from megatron_samoe.errors import ConfigError
 
 Way = Literal["own", "combined", "tied", "scaled"]
 FLAG = "--expert-sharing"
-#: Short forms that need no map. A pool is one set that every router chooses from.
-NAMES = (*get_args(Way), "pool")
+#: Short forms that need no map. A pool is one set that every router chooses from; neighbours are blocks of layers with one each.
+NAMES = (*get_args(Way), "pool", "neighbours")
 _ENTRY = re.compile(r"(own|combined|\d{1,6})(?:\*(\d{1,6}))?")
 #: Entries of a map; a slip in a repeat must not fill the memory.
 _MOST_ENTRIES = 100_000
@@ -39,7 +39,7 @@ class Source:
 
 def ways_of(text: str) -> frozenset[str]:
     """Returns the ways that a value of --expert-sharing names; of an illegal one, those that can be read."""
-    if text == "pool":
+    if text in ("pool", "neighbours"):
         return frozenset(("tied",))
     prefix, _, entries = text.rpartition(":")
     named = {word for word in ("own", "combined") if word in entries}
@@ -48,12 +48,15 @@ def ways_of(text: str) -> frozenset[str]:
     return frozenset((text,) if text in get_args(Way) else named)
 
 
-def parse_sharing(text: str, num_layers: int, num_sets: int = 1, untied_ends: int = 0) -> tuple[Source, ...]:
+def parse_sharing(
+    text: str, num_layers: int, num_sets: int = 1, untied_ends: int = 0, num_neighbours: int = 2
+) -> tuple[Source, ...]:
     """Returns the source of each MoE layer.
 
     Args:
         num_layers: MoE layers.
         num_sets: blocks of consecutive layers that have a set each, where the text says only tied or scaled.
+        num_neighbours: layers of a block of neighbours.
         untied_ends: first and last layers that own their experts, where the text is no map.
 
     Raises:
@@ -62,6 +65,8 @@ def parse_sharing(text: str, num_layers: int, num_sets: int = 1, untied_ends: in
     text = text.strip()
     if text not in NAMES:
         return _owned_where_alone(_parse_map(text, num_layers))
+    if text == "neighbours":
+        return _owned_where_alone(tuple(Source("tied", i // num_neighbours) for i in range(num_layers)))
     middle = num_layers - 2 * untied_ends
     if text == "own" or middle <= 0:
         return (Source("own"),) * num_layers

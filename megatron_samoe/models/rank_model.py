@@ -16,6 +16,7 @@ from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.layer_layout import rank_plans
 from megatron_samoe.models.transformer_layer import TransformerLayer
+from megatron_samoe.moe.candidates import candidate_schedule
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.parallel_state.state import ParallelState
@@ -104,15 +105,21 @@ class RankModel(nn.Module):
             c if at is None else sums[s] / at.num_layers for s, c, at in zip(self._sources, own, columns, strict=True)
         ]
 
-    def after_step(self, counts_LE: Tensor) -> None:
+    @torch.no_grad()
+    def after_step(self, counts_LE: Tensor, iteration: int) -> None:
         """Lets routers follow the loads of a global batch, when the optimizer has updated the weights.
 
         Args:
+            iteration: steps done, with this one.
             counts_LE: tokens that chose each expert, of all MoE layers of the whole model.
         """
         balanced = self.balanced_counts(counts_LE)
-        for layer in self.moe_layers():
-            layer.moe.router.after_step(balanced[layer.moe.moe_index])
+        routers = {layer.moe.moe_index: layer.moe.router for layer in self.moe_layers()}
+        for moe_index, router in routers.items():
+            router.after_step(balanced[moe_index])
+        schedule = candidate_schedule(self.config.moe)
+        if schedule is not None:
+            schedule.update({i: router.candidates for i, router in routers.items()}, counts_LE, iteration)
 
     def forward(
         self, x: Tensor, context: ForwardContext, positions_BS: Tensor | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.moe.balance import BalanceStrategy
 from megatron_samoe.moe.branch_scale import norm_start
+from megatron_samoe.moe.candidates import candidate_schedule, limited
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
 from megatron_samoe.moe.set_loads import SetColumns, count
 from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
@@ -62,6 +63,11 @@ class Router(nn.Module):
         if config.moe_router_enable_expert_bias:
             self.expert_bias = new_parameter((num_experts,), ParameterTag(init=ZEROS), state, dtype)
             self.expert_bias.requires_grad_(False)
+        schedule = candidate_schedule(config)
+        if schedule is not None:
+            factors = Init(mean=schedule.start(place.moe_index, num_experts))
+            self.candidates = new_parameter((num_experts,), ParameterTag(init=factors), state, dtype)
+            self.candidates.requires_grad_(False)
         if config.moe_router_score_function == "norm":
             start = Init(mean=norm_start(num_experts, config.moe_router_topk))
             self.scale = new_parameter((1,), ParameterTag(token_wise_spec(state), start), state, dtype)
@@ -93,6 +99,8 @@ class Router(nn.Module):
         key_TE = _scores(logits_TE, config)
         if config.moe_router_enable_expert_bias:
             key_TE = key_TE + self.expert_bias
+        if hasattr(self, "candidates"):
+            key_TE = key_TE.masked_fill(self.candidates == 0, -torch.inf)
         if config.moe_router_num_groups is not None:
             assert config.moe_router_group_topk is not None
             topk = config.moe_router_topk // config.moe_router_group_topk
@@ -119,6 +127,8 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TH, self.weight)
         if config.moe_router_score_function == "norm":
             logits_TE = self.scale * F.normalize(logits_TE, dim=1)
+        if hasattr(self, "candidates"):
+            logits_TE = limited(logits_TE, self.candidates, config.moe_router_score_function == "norm")
         if self.state.sequence_parallel:
             logits_TE = gather_tokens(logits_TE, self.state.tp)
         gate = self.select(logits_TE, context.batch_size)

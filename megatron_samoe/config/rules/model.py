@@ -130,6 +130,34 @@ def _sharing(config: PretrainConfig, world_size: int) -> Problems:
                           f"them, {combined}: more banks than layers save nothing")  # fmt: skip
 
 
+def _candidates(config: PretrainConfig, world_size: int) -> Problems:
+    """What layers may choose from while that changes."""
+    moe = config.moe
+    if moe.expert_layout == "dense" or min(moe.num_neighbour_layers, moe.pool_lock_step or 1, *moe.expert_counts) < 1:
+        return
+    try:
+        layers = num_moe_layers(config)
+    except ConfigError:  # another rule reports it
+        return
+    if moe.sharing == "neighbours" and not isinstance(moe.num_experts, int):
+        yield ConfigError("--num-experts", moe.num_experts, "must be one number with --expert-sharing neighbours")
+    if moe.sharing == "neighbours" and not 2 <= moe.num_neighbour_layers <= layers:
+        yield ConfigError(
+            "--num-neighbour-layers", moe.num_neighbour_layers, f"must be from 2 to the {layers} MoE layers"
+        )
+    if moe.sharing != "pool" or moe.pool_lock_step is None or not isinstance(moe.num_experts, int):
+        return
+    least = moe.moe_router_topk * layers
+    if layers < 2 or moe.num_experts % layers or moe.num_experts < least:
+        near = max(round(moe.num_experts / layers) * layers, least)
+        yield ConfigError("--num-experts", moe.num_experts, f"must be a multiple of the {layers} MoE layers with --pool-lock-step, "
+                          f"with at least --moe-router-topk {moe.moe_router_topk} for each, such as {near}")  # fmt: skip
+    end = moe.pool_lock_step + moe.pool_lock_anneal_steps
+    if end > config.training.train_iters:
+        yield ConfigError("--pool-lock-step", moe.pool_lock_step, f"with --pool-lock-anneal-steps {moe.pool_lock_anneal_steps} ends "
+                          f"at {end}, after --train-iters {config.training.train_iters}")  # fmt: skip
+
+
 def _experts_of_layers(config: PretrainConfig, layers: int, experts: tuple[int, ...]) -> Problems:
     try:
         experts_per_layer(config.moe, layers)
@@ -137,4 +165,4 @@ def _experts_of_layers(config: PretrainConfig, layers: int, experts: tuple[int, 
         yield error
 
 
-RULES = (_attention_sizes, _moe_sizes, _routing, _sharing)
+RULES = (_attention_sizes, _moe_sizes, _routing, _sharing, _candidates)

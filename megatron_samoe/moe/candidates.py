@@ -1,0 +1,126 @@
+"""Which experts of a shared set a layer's router may choose, where that changes while training.
+
+Each expert of a layer has a factor: 1 where it may be chosen, 0 where not, between them while it is taken away. Factors
+are parameters that no gradient moves, so a checkpoint says what a model may choose.
+
+Neighbours (ReXMoE) begin with a layer's own experts and open those of its neighbours one after the other. The lock of a
+pool (UniPool, arXiv:2605.06665) gives each expert to one layer, and closes it to all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.errors import MegatronSamoeError
+
+
+class CandidateSchedule(Protocol):
+    """Changes factors after optimizer steps; `iteration` is the number of steps done."""
+
+    def start(self, moe_index: int, num_experts: int) -> Tensor:
+        """Returns a layer's factors [E] at the start."""
+
+    def update(self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int) -> None:
+        """Changes the factors of a rank's layers, by index of the MoE layer.
+
+        Args:
+            counts_LE: tokens of the last global batch that chose each expert, of all MoE layers.
+        """
+
+
+def candidate_schedule(config: MoEConfig) -> CandidateSchedule | None:
+    """Returns what --expert-sharing asks for; None where all experts are candidates from first to last."""
+    if config.sharing == "neighbours" and config.neighbour_unmask_steps:
+        return NeighbourSchedule(config)
+    return PoolLock(config) if config.pool_lock_step is not None else None
+
+
+class NeighbourSchedule:
+    """Opens a block's experts evenly over --neighbour-unmask-steps: first the layer's own, then those of the next layer, in
+    the order of the block, from whose end it goes on at its start."""
+
+    def __init__(self, config: MoEConfig):
+        assert isinstance(config.num_experts, int)
+        self._own, self._reuse, self._steps = (
+            config.num_experts,
+            config.num_neighbour_layers,
+            config.neighbour_unmask_steps,
+        )
+
+    def start(self, moe_index: int, num_experts: int) -> Tensor:
+        """Returns 1 for the layer's own experts."""
+        return self._factors(moe_index, num_experts, 0)
+
+    def update(self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int) -> None:
+        """Opens as many as are due."""
+        for moe_index, factors in factors_E.items():
+            factors.copy_(self._factors(moe_index, len(factors), iteration))
+
+    def _factors(self, moe_index: int, num_experts: int, iteration: int) -> Tensor:
+        due = (num_experts - self._own) * min(iteration, self._steps) // self._steps
+        begin = moe_index % self._reuse * self._own
+        factors = torch.zeros(num_experts)
+        factors[(begin + torch.arange(self._own + due)) % num_experts] = 1.0
+        return factors
+
+
+class PoolLock:
+    """Gives each expert of a pool to one layer after step --pool-lock-step, to each layer as many, so that the experts' owners
+    are those that chose them most in this step. Others' factors fall to 0 over --pool-lock-anneal-steps."""
+
+    def __init__(self, config: MoEConfig):
+        assert config.pool_lock_step is not None
+        self._at, self._anneal = config.pool_lock_step, config.pool_lock_anneal_steps
+
+    def start(self, moe_index: int, num_experts: int) -> Tensor:
+        """Returns 1 for all."""
+        return torch.ones(num_experts)
+
+    def update(self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int) -> None:
+        """Decides once, from counts that all ranks know, and then follows its decision."""
+        if iteration < self._at or not factors_E:
+            return
+        left = 1.0 - (iteration - self._at + 1) / self._anneal
+        if all(bool((factors == 1).all()) for factors in factors_E.values()):
+            owner_E = owners(counts_LE)
+            owned = {i: owner_E == i for i in factors_E}
+        else:
+            owned = {i: factors.cpu() == 1 for i, factors in factors_E.items()}
+        for moe_index, factors in factors_E.items():
+            factors.copy_(torch.where(owned[moe_index], 1.0, max(left, 0.0)))
+
+
+def owners(counts_LE: Tensor) -> Tensor:
+    """Returns the layer [E] to which each expert goes, E / L to each, so that most of the counted choices stay possible.
+
+    This is the assignment problem, which scipy solves exactly.
+    """
+    num_layers, num_experts = counts_LE.shape
+    slots_SE = counts_LE.repeat_interleave(num_experts // num_layers, dim=0).double().cpu().numpy()
+    slots, experts = linear_sum_assignment()(slots_SE, maximize=True)
+    owner_E = torch.empty(num_experts, dtype=torch.int64)
+    owner_E[torch.from_numpy(experts)] = torch.from_numpy(slots) // (num_experts // num_layers)
+    return owner_E
+
+
+def limited(logits_TE: Tensor, factors_E: Tensor, multiplies: bool) -> Tensor:
+    """Returns logits whose scores have the factors.
+
+    Args:
+        multiplies: whether a score grows in proportion to its logit; else to its exponential.
+    """
+    return logits_TE * factors_E if multiplies else logits_TE + factors_E.log()
+
+
+def linear_sum_assignment() -> Callable[..., Any]:
+    """Returns scipy's solver of the assignment problem; MegatronSamoeError where scipy is missing."""
+    try:
+        from scipy import optimize
+    except ImportError:
+        raise MegatronSamoeError("--pool-lock-step needs scipy: pip install 'megatron_samoe[pool-lock]'") from None
+    return optimize.linear_sum_assignment

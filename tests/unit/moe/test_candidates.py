@@ -1,0 +1,93 @@
+"""Experts that layers may choose from: how they grow with neighbours, and how a pool's lock divides them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.moe.candidates import NeighbourSchedule, candidate_schedule, limited, owners
+from megatron_samoe.ops.topk_gate import topk_gate
+from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.train_step import train_step
+from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config
+
+LOCKED: dict[str, Any] = {
+    "layout": "moe", "expert_sharing": "pool", "num_experts": 16, "moe_router_topk": 2, "pool_lock_step": 2,
+    "pool_lock_anneal_steps": 2,
+}  # fmt: skip
+
+
+def test_neighbours_open_after_a_layers_own() -> None:
+    config = MoEConfig("moe", "neighbours", num_experts=2, num_neighbour_layers=3, neighbour_unmask_steps=4)
+    schedule = NeighbourSchedule(config)
+    factors_E = schedule.start(1, 6)
+    assert factors_E.tolist() == [0, 0, 1, 1, 0, 0]
+    opened = []
+    for iteration in range(1, 6):
+        schedule.update({1: factors_E}, torch.zeros(3, 6), iteration)
+        opened.append("".join(str(int(f)) for f in factors_E))
+    assert opened == ["001110", "001111", "101111", "111111", "111111"]
+    assert schedule.start(4, 6).tolist() == [0, 0, 1, 1, 0, 0], "the second layer of the second block"
+    assert candidate_schedule(MoEConfig("moe", "neighbours", num_experts=2)) is None
+
+
+def test_owners_keep_as_many_choices_as_can_be_kept() -> None:
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(5):
+        counts_LE = torch.randint(0, 50, (3, 6), generator=generator).double()
+        best = max(
+            sum(counts_LE[layer, e].item() for e, layer in enumerate(owner))
+            for owner in set(itertools.permutations([0, 0, 1, 1, 2, 2]))
+        )
+        owner_E = owners(counts_LE)
+        assert sorted(owner_E.tolist()) == [0, 0, 1, 1, 2, 2]
+        assert counts_LE[owner_E, torch.arange(6)].sum().item() == best
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "norm"])
+def test_a_lock_is_decided_once_and_annealed(score_function: Any) -> None:
+    setup = build_setup(
+        tiny_config(**LOCKED, moe_router_score_function=score_function), VOCAB_SIZE, single_process_state()
+    )
+    state, seen, counts = initial_state(setup), [], []
+    for step in range(5):
+        result, state = train_step(setup, state, micro_batches(setup, step))
+        assert result.routing is not None
+        counts.append(result.routing.counts_LE)
+        seen.append(torch.stack([layer.moe.router.candidates for layer in setup.model.moe_layers()]).clone())
+    owned_LE = owners(counts[1]) == torch.arange(4)[:, None]
+    assert owned_LE.sum(1).tolist() == [4] * 4
+    for factors_LE, others in zip(seen, (1.0, 0.5, 0.0, 0.0, 0.0), strict=True):
+        assert torch.equal(factors_LE, torch.where(owned_LE, 1.0, others))
+    assert (counts[-1][~owned_LE] == 0).all(), "a closed expert is not chosen"
+    assert (counts[1][~owned_LE] > 0).any()
+
+
+def test_a_closed_expert_is_as_if_it_did_not_exist() -> None:
+    torch.manual_seed(1)
+    logits_TE = torch.randn(64, 6, requires_grad=True)
+    factors_E = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    open_E = factors_E > 0
+    alone_TE = logits_TE.detach()[:, open_E].requires_grad_()
+    for score_function, pre_softmax in (("softmax", False), ("softmax", True), ("sigmoid", False)):
+        gate = topk_gate(limited(logits_TE, factors_E, multiplies=False), 2, score_function, pre_softmax)
+        alone = topk_gate(alone_TE, 2, score_function, pre_softmax)
+        assert torch.equal(gate.ids_TK, open_E.nonzero()[:, 0][alone.ids_TK])
+        torch.testing.assert_close(gate.probs_TK, alone.probs_TK)
+        torch.testing.assert_close(gate.z_sum, alone.z_sum)
+        weights_TK = torch.randn(64, 2)
+        (got,) = torch.autograd.grad((gate.probs_TK * weights_TK).sum() + gate.z_sum, logits_TE)
+        (wanted,) = torch.autograd.grad((alone.probs_TK * weights_TK).sum() + alone.z_sum, alone_TE)
+        torch.testing.assert_close(got[:, open_E], wanted)
+        assert (got[:, ~open_E] == 0).all()
+
+
+def test_scores_fall_in_proportion() -> None:
+    logits_TE, factors_E = torch.randn(3, 4), torch.tensor([1.0, 0.5, 0.25, 1.0])
+    torch.testing.assert_close(limited(logits_TE, factors_E, multiplies=False).exp(), logits_TE.exp() * factors_E)
+    torch.testing.assert_close(limited(logits_TE, factors_E, multiplies=True).relu(), logits_TE.relu() * factors_E)
