@@ -44,6 +44,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "moe": {"layout": "moe", "style": "llama", "moe_router_topk": 2, "moe_shared_expert_intermediate_size": 16},
     "samoe": {"layout": "samoe", "moe_input_jitter_eps": 0.05, "num_expert_banks": 3, "samoe_init": "uniform"},
 }
+#: Further ways of sharing and of routing; the lock of the pool falls between saving and the end.
+WAYS: dict[str, dict[str, Any]] = {
+    "tied": {"layout": "moe", "expert_sharing": "0,1,1,0", "samoe_bank_lr_mult": 0.5},
+    "scaled": {"layout": "moe", "expert_sharing": "scaled", "num_expert_sets": 2, "untied_ends": 1},
+    "combined middle": {"layout": "samoe", "untied_ends": 1, "samoe_init": "uniform"},
+    "mixed": {"layout": "moe", "expert_sharing": "combined,0,combined,0", "style": "llama"},
+    "pool": {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_router_score_function": "norm",
+             "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.05},
+    "pool locked": {"layout": "moe", "expert_sharing": "pool", "num_experts": 16, "pool_lock_step": 3,
+                    "pool_lock_anneal_steps": 2},
+    "neighbours": {"layout": "moe", "expert_sharing": "neighbours", "neighbour_unmask_steps": 5},
+    "pyramid residual": {"layout": "moe", "num_experts": (4, 4, 8, 8), "moe_residual_mlp": True, "moe_router_topk": 1},
+    "groups and biases": {"layout": "moe", "num_experts": 8, "moe_router_score_function": "sigmoid",
+                          "moe_router_enable_expert_bias": True, "moe_router_num_groups": 4, "moe_router_group_topk": 2,
+                          "moe_router_topk_scaling_factor": 2.5},
+}  # fmt: skip
 STEPS_BEFORE, STEPS_AFTER = 2, 3
 #: Relative difference of losses: sums over ranks are rounded in other orders, in bf16 after 8 bits.
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
@@ -55,8 +71,8 @@ def configuration(model: str, precision: str, layout: str, folder: Path) -> Pret
     if model == "dense":
         sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
     pool = sizes.pop("pool", "sharded")
-    config = tiny_config(**MODELS[model], bf16=precision == "bf16")
-    if config.moe.has_pool:
+    config = tiny_config(**{**MODELS, **WAYS}[model], bf16=precision == "bf16")
+    if config.moe.shares_experts:
         config = with_options(config, samoe_pool_placement=pool)
     return with_options(with_layout(config, **sizes), save=str(folder), load=str(folder))
 
@@ -103,19 +119,22 @@ def go_on_from_each(configs: list[PretrainConfig]) -> list[dict[str, Any]]:
     return results if setup.parallel.rank == 0 else []
 
 
-def matrix(model: str, precision: str, saves: list[str], loads: list[str], folder: Path) -> None:
+def matrix(
+    model: str, precision: str, saves: list[str], loads: list[str], folder: Path, is_exact: bool = False
+) -> None:
     firsts = {}
     for layout in saves:
         config = configuration(model, precision, layout, folder / layout)
         firsts[layout] = run_ranks(begin, LAYOUTS[layout][0], config)[0]
     worst_loss = worst_logit = 0.0
     for layout in loads:
-        others = [saved_by for saved_by in saves if saved_by != layout]
+        others = [saved_by for saved_by in saves if (saved_by == layout) == is_exact]
         configs = [configuration(model, precision, layout, folder / saved_by) for saved_by in others]
         results = run_ranks(go_on_from_each, LAYOUTS[layout][0], configs, timeout_s=600)[0]
         for saved_by, result in zip(others, results, strict=True):
             first, what = firsts[saved_by], f"{model} {precision}: saved by {saved_by!r}, loaded by {layout!r}"
             assert result["saved"].keys() == first["saved"].keys(), what
+            assert not is_exact or result["losses"] == first["losses"], what
             assert sum(name.startswith("optimizer.exp_avg") for name in result["saved"]) > 40, what
             for name, tensor in first["saved"].items():
                 assert torch.equal(result["saved"][name], tensor), f"{what}: {name}"
@@ -141,3 +160,13 @@ def test_any_layout_goes_on_from_any_other(model: str, precision: str, tmp_path:
         # Each layout saves or loads for one case or another.
         saves, loads = [names[(2 * case + 1) % len(names)]], [names[(2 * case + 2) % len(names)]]
     matrix(model, precision, saves, loads, tmp_path)
+
+
+@pytest.mark.parametrize("model", WAYS)
+def test_each_way_of_sharing_goes_on(model: str, tmp_path: Path) -> None:
+    """In another layout, and bit for bit in its own."""
+    names, case = [n for n in LAYOUTS if n != "dp4 zero overlap"], list(WAYS).index(model)
+    saved_by, loaded_by = (names[(2 * case + shift) % len(names)] for shift in (1, 2))
+    matrix(model, "fp32", [saved_by], [loaded_by], tmp_path / "other")
+    own = ["pp2 ep2 replicated pool" if case % 2 else "pp2 vpp2 ep2 zero"]
+    matrix(model, "fp32", own, own, tmp_path / "own", is_exact=True)
