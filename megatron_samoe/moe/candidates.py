@@ -9,6 +9,7 @@ pool (UniPool, arXiv:2605.06665) gives each expert to one layer, and closes it t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -71,7 +72,7 @@ class NeighbourSchedule:
 
 class PoolLock:
     """Gives each expert of a pool to one layer after step --pool-lock-step, to each layer as many, so that the experts' owners
-    are those that chose them most in this step. Others' factors fall to 0 over --pool-lock-anneal-steps."""
+    are those that chose them most in this step. Others' factors fall to 0 over --pool-lock-anneal-steps, along a cosine."""
 
     def __init__(self, config: MoEConfig):
         assert config.pool_lock_step is not None
@@ -85,14 +86,15 @@ class PoolLock:
         """Decides once, from counts that all ranks know, and then follows its decision."""
         if iteration < self._at or not factors_E:
             return
-        left = 1.0 - (iteration - self._at + 1) / self._anneal
+        done = min((iteration - self._at + 1) / self._anneal, 1.0)
+        left = min(0.5 + 0.5 * math.cos(math.pi * done), 1 - 2**-20)  # an owner alone has 1, in fp32 too
         if all(bool((factors == 1).all()) for factors in factors_E.values()):
             owner_E = owners(counts_LE)
             owned = {i: owner_E == i for i in factors_E}
         else:
             owned = {i: factors.cpu() == 1 for i, factors in factors_E.items()}
         for moe_index, factors in factors_E.items():
-            factors.copy_(torch.where(owned[moe_index], 1.0, max(left, 0.0)))
+            factors.copy_(torch.where(owned[moe_index], 1.0, left))
 
 
 def owners(counts_LE: Tensor) -> Tensor:

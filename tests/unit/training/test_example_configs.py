@@ -1,0 +1,61 @@
+"""Every published set-up in examples/configs can be planned, and reduced in width it trains."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config.cli import from_mapping, read_yaml
+from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.planning.layout_cost import Cluster
+from megatron_samoe.planning.layout_planner import plan_layouts
+from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.train_step import train_step
+from tests.harness.tiny import VOCAB_SIZE, micro_batches, with_options
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples/configs").glob("*_*.yaml"))
+STEPS = 20
+
+
+def example(path: Path) -> PretrainConfig:
+    return from_mapping(read_yaml(path), path.name)
+
+
+def reduced(config: PretrainConfig) -> PretrainConfig:
+    """Returns the model with its layers and its map, but 32 channels, a sixteenth of the experts, one process, one micro-batch."""
+    moe = config.moe
+    counts = tuple(max(count // 16, 2 * moe.moe_router_topk) for count in moe.expert_counts)
+    if moe.sharing == "pool":
+        counts = (2 * config.model.num_layers,)
+    smaller = {
+        "num_experts": counts if len(counts) > 1 else counts[0], "moe_ffn_hidden_size": 16, "expert_model_parallel_size": 1,
+        "moe_per_layer_logging": False,
+    }  # fmt: skip
+    if moe.pool_lock_step is not None:
+        smaller |= {"pool_lock_step": 5, "pool_lock_anneal_steps": 10}
+    return with_options(
+        config, hidden_size=32, ffn_hidden_size=32, num_attention_heads=4, seq_length=16, micro_batch_size=2,
+        global_batch_size=2, train_iters=STEPS, lr_warmup_iters=0, bf16=False, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
+        use_distributed_optimizer=False, lr_warmup_fraction=None, lr=2e-3, **(smaller if moe.expert_layout != "dense" else {}),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_an_example_can_be_planned(path: Path) -> None:
+    cluster = Cluster(32, 8, 72e9, 989e12, 450e9, 50e9, 3350e9)
+    assert plan_layouts(example(path), 50257, cluster, (1, 2, 4)), "it fits 32 GPUs of 72 GB"
+
+
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if "dense" not in p.stem], ids=lambda p: p.stem)
+def test_an_example_trains_at_reduced_width(path: Path) -> None:
+    config = reduced(example(path))
+    setup = build_setup(config, VOCAB_SIZE, single_process_state())
+    state, losses = initial_state(setup), []
+    for _ in range(STEPS):
+        result, state = train_step(setup, state, micro_batches(setup, 0))
+        losses.append(result.lm_loss)
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0] - 0.2, "one batch is learned by heart"
