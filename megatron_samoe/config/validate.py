@@ -1,4 +1,8 @@
-"""Whether a configuration is legal: all broken rules of `config/rules` are reported at once."""
+"""The check of a whole configuration: all broken rules of `config/rules` are reported at once.
+
+A rule that refuses a layout stands in `rules/layout.py` or, for stages, in `rules/pipeline.py`; one that refuses a model
+in `model.py`, an option alone in `options.py`, anything else of a run in `run.py`.
+"""
 
 from __future__ import annotations
 
