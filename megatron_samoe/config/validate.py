@@ -1,7 +1,7 @@
-"""The check of a whole configuration: all broken rules of `config/rules` are reported at once.
+"""The check of a whole configuration, which reports all broken rules of `config/rules` at once.
 
-A rule that refuses a layout stands in `rules/layout.py` or, for stages, in `rules/pipeline.py`; one that refuses a model
-in `model.py`, an option alone in `options.py`, anything else of a run in `run.py`.
+`rules/layout.py` refuses layouts, and `rules/pipeline.py` those of pipeline stages. `model.py` refuses models,
+`options.py` single options, and `run.py` anything else of a run.
 """
 
 from __future__ import annotations
