@@ -42,9 +42,9 @@ def parse_pretrain_args(
 
     Args:
         argv: arguments without the program's name.
-        read_checkpoint_config: returns the saved configuration of the checkpoint that a first reading of the command
-            line names, or None where there is none; called with --use-checkpoint-args only.
-        quiet: print no messages about wrong flags: another rank does.
+        read_checkpoint_config: returns the saved configuration of the checkpoint that the command line names, or None
+            where there is none; called only with --use-checkpoint-args.
+        quiet: print no messages about wrong flags, because another rank does.
 
     Raises:
         ConfigError: a YAML key is unknown or its value has the wrong type.
@@ -65,7 +65,7 @@ def parse_pretrain_args(
 
 
 def _refuse_foreign_names(args: Sequence[str]) -> None:
-    """Raises ConfigError where a flag has the name that other programs give to an option of ours."""
+    """Raises ConfigError where a flag has another program's name for one of our options."""
     for arg in args:
         name, _, _ = arg.partition("=")
         ours = FOREIGN_NAMES.get(name.replace("_", "-"))
@@ -103,7 +103,7 @@ def _take_config_flag(args: list[str]) -> tuple[list[str], Path | None]:
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
-    """Returns the mapping in a YAML file; ConfigError where there is none."""
+    """Returns the mapping in a YAML file; ConfigError where it holds none."""
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -130,12 +130,12 @@ def to_mapping(config: PretrainConfig) -> dict[str, dict[str, Any]]:
 
 
 def from_mapping(mapping: Mapping[str, Any], source: str) -> PretrainConfig:
-    """Returns the configuration of a mapping that `to_mapping` made, or a user wrote."""
+    """Returns the configuration of a mapping made by `to_mapping` or written by a user."""
     return apply_mapping(PretrainConfig(), mapping, source)
 
 
 def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str) -> PretrainConfig:
-    """Returns `base` with the options of a mapping put in; keys may stand flat or under their group's name.
+    """Returns `base` with the options of a mapping; keys may stand flat or under their group's name.
 
     Args:
         source: name of the file for error messages.

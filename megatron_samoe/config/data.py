@@ -1,4 +1,4 @@
-"""Corpora and tokenizers."""
+"""Options of corpora and tokenizers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_samoe.config.option import AT_LEAST_ZERO, BY_RULES, option
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training data in Megatron's indexed format, and the tokenizer that made it."""
+    """The training data, in Megatron's indexed format, and the tokenizer that made it."""
 
     data_path: tuple[str, ...] = option(())
     """Dataset prefix (path without .bin/.idx), or weight prefix weight prefix ... for a blend."""

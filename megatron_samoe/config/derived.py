@@ -1,4 +1,4 @@
-"""What follows from a configuration by arithmetic: batches, layers, stages."""
+"""Numbers that follow from a configuration by arithmetic: batches, layers, stages."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from megatron_samoe.errors import ConfigError
 
 
 def flag(field: str) -> str:
-    """Returns a field's name as the user writes it."""
+    """Returns a field's name as the user writes it, --like-this."""
     return "--" + field.replace("_", "-")
 
 
 def data_parallel_size(config: PretrainConfig, world_size: int) -> int:
-    """Returns the ranks that hold different data (dense parameters' data-parallel size)."""
+    """Returns the number of ranks that hold different data: the data-parallel size of dense parameters."""
     parallel = config.parallel
     return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
 
 
 def global_batch_size(config: PretrainConfig, world_size: int) -> int:
-    """Returns the sequences of one optimizer step."""
+    """Returns the number of sequences of one optimizer step."""
     training = config.training
     return training.global_batch_size or training.micro_batch_size * data_parallel_size(config, world_size)
 
@@ -53,10 +53,10 @@ _LONGEST_LAYOUT = 10_000
 
 
 def parse_stage_layout(text: str) -> tuple[int, ...]:
-    """Returns the layers of each virtual stage in a --pipeline-model-parallel-layout, such as Et*3|t*4|t*3L.
+    """Returns the number of layers of each virtual stage in a --pipeline-model-parallel-layout, such as Et*3|t*4|t*3L.
 
     Raises:
-        ConfigError: it is not one E, then t, then one L, with | between stages.
+        ConfigError: the text is not one E, then t, then one L, with | between stages.
     """
     flag_name = "--pipeline-model-parallel-layout"
     allowed = "must be stages between |: E (embedding) first, t for each layer, L (head) last; t*3 and (tt|)*2 repeat"
@@ -72,7 +72,7 @@ def parse_stage_layout(text: str) -> tuple[int, ...]:
 
 
 def virtual_stages(parallel: ParallelConfig, num_layers: int) -> int:
-    """Returns the number of runs that the layers are cut into; 0 where they cannot be cut as configured."""
+    """Returns the number of virtual stages; 0 where the layers cannot be cut as configured."""
     pp = parallel.pipeline_model_parallel_size
     if parallel.pipeline_model_parallel_layout is not None:
         return len(parse_stage_layout(parallel.pipeline_model_parallel_layout))
@@ -83,7 +83,7 @@ def virtual_stages(parallel: ParallelConfig, num_layers: int) -> int:
 
 
 def num_micro_batches(config: PretrainConfig, world_size: int) -> int:
-    """Returns the forward passes of one optimizer step on each rank."""
+    """Returns the number of forward passes of one optimizer step on each rank."""
     per_pass = config.training.micro_batch_size * data_parallel_size(config, world_size)
     return global_batch_size(config, world_size) // per_pass
 
@@ -96,7 +96,7 @@ def num_moe_layers(config: PretrainConfig) -> int:
 
 
 def experts_per_layer(moe: MoEConfig, num_moe_layers: int) -> tuple[int, ...]:
-    """Returns the experts that each MoE layer chooses from; ConfigError where they are given for another number of layers."""
+    """Returns the number of experts of each MoE layer; ConfigError where they are given for another number of layers."""
     if isinstance(moe.num_experts, int) and moe.sharing == "neighbours":
         block = moe.num_neighbour_layers
         blocks = (min(block, num_moe_layers - i // block * block) for i in range(num_moe_layers))

@@ -1,4 +1,4 @@
-"""Which layout a run takes when the number of ranks is not the one that its layout was chosen for."""
+"""The choice of a layout for another number of ranks than the configured layout needs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from megatron_samoe.errors import ConfigError
 
 
 def fit_layout(config: PretrainConfig, world_size: int) -> tuple[PretrainConfig, int]:
-    """Returns the configuration in the nearest layout that is legal for so many ranks, and how many of them it uses.
+    """Returns the configuration in the nearest layout that is legal for `world_size` ranks, and how many of them it
+    uses.
 
-    Data parallelism changes first, then expert, pipeline and tensor parallelism shrink, in this order; a micro-batch
-    shrinks where that keeps more ranks at work. The global batch stays, and so does the course of the losses.
+    Data parallelism changes first. Then expert, pipeline and tensor parallelism shrink, in this order. A micro-batch
+    shrinks where that keeps more ranks at work. The global batch stays, so the losses stay what they would have been.
 
     Raises:
-        ConfigError: the configuration is legal for no number of ranks, or for none that is there.
+        ConfigError: the configuration is illegal with any number of ranks, or no legal layout has at most `world_size`
+            ranks.
     """
     smallest = _smallest_world(config)
     # A slip that no number of ranks makes right is told, not worked around.
@@ -37,14 +39,14 @@ def fit_layout(config: PretrainConfig, world_size: int) -> tuple[PretrainConfig,
 
 
 def _smallest_world(config: PretrainConfig) -> int:
-    """Returns the fewest ranks that the configured layout can have."""
+    """Returns the smallest number of ranks of the configured layout."""
     layout = config.parallel
     dense, expert = layout.tensor_model_parallel_size, layout.expert_tp * layout.expert_model_parallel_size
     return math.lcm(max(dense, 1), max(expert, 1)) * max(layout.pipeline_model_parallel_size, 1)
 
 
 def _nearest_first(config: PretrainConfig) -> Iterator[list[PretrainConfig]]:
-    """Yields configurations of one tensor and pipeline size at a time; of several that fit, an earlier one is nearer."""
+    """Yields configurations of one tensor and pipeline size at a time, nearest first."""
     layout = config.parallel
     micro_batches = [config.training.micro_batch_size]
     if config.moe.moe_expert_capacity_factor is None:  # which counts tokens of a micro-batch
@@ -75,7 +77,7 @@ def _nearest_first(config: PretrainConfig) -> Iterator[list[PretrainConfig]]:
 
 
 def _without_idle_options(config: PretrainConfig) -> PretrainConfig:
-    """Returns the configuration without the options of pipelines or expert parallelism that its layout has no use for."""
+    """Returns the configuration without options of pipelines or expert parallelism that have no effect in its layout."""
     idle = {
         name: default
         for _, name, _, default, facts in all_options(config)

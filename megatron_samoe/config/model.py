@@ -1,4 +1,4 @@
-"""The transformer itself: sizes, style, regularisation."""
+"""Options of the transformer: sizes, style, regularisation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_samoe.config.option import ABOVE_ZERO, BELOW_ONE, BY_RULES, POSITI
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Network size and style. The defaults are GPT-3's style; a LLaMA style is a set of flags away."""
+    """Network size and style. The defaults are GPT-3's style; flags give LLaMA's."""
 
     num_layers: int = model_option(8, range=POSITIVE, largest=100_000, is_free=False, known_to=READERS)
     """Number of transformer layers."""
@@ -62,12 +62,15 @@ class ModelConfig:
     hidden_dropout: float = model_option(0.0, range=BELOW_ONE, is_free=True, known_to=READERS)
     """Dropout probability of embeddings and of each sub-layer's output."""
     make_vocab_size_divisible_by: int = model_option(128, range=POSITIVE, is_free=False, known_to=READERS)
-    """The vocabulary is padded to a multiple of this, whatever the layout; the tensor-parallel size must divide it.
-    Padding takes no part in the softmax."""
+    """The vocabulary is padded to a multiple of this in every layout; the tensor-parallel size must divide it. The
+    softmax leaves padding out.
+    """
 
     @property
     def output_init_std(self) -> float:
-        """Spread of projections that end on the residual stream (GPT-2: smaller by the root of their number)."""
+        """Standard deviation of projections that end on the residual stream (GPT-2: smaller by the root of their
+        number).
+        """
         return self.init_method_std / (2 * self.num_layers) ** 0.5
 
     @property

@@ -1,4 +1,4 @@
-"""Experts: how many, in which layers, how tokens reach them, and SaMoE's shared pool."""
+"""Options of experts: how many, in which layers, how tokens reach them, and how layers share them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_samoe.config.sharing_map import ways_of
 
 
 def _beyond(default: object, known_to: Iterable[str] = ("planner",)) -> Callable[[object], frozenset[str]]:
-    """Returns who knows an option: all know its default, some its other values."""
+    """Returns the readers of an option's value: all know its default, `known_to` the other values."""
     return lambda value: READERS if value == default else frozenset(known_to)
 
 
@@ -138,8 +138,9 @@ class MoEConfig:
     """Standard deviation of initial router weights. Derived if not given: 1 / sqrt(hidden size), so that logits begin
     with a spread of 1."""
     moe_scale_output_init: bool = model_option(True, needs=needs.EXPERTS, is_free=True, known_to=READERS)
-    """Draw the experts' output projections so wide that an MoE layer begins as strong as the dense MLP: its experts are
-    narrower and weighed by scores below 1."""
+    """Draw the experts' output projections wider, so that an MoE layer begins as strong as the dense MLP: its experts
+    are narrower and weighted by scores below 1.
+    """
     moe_input_jitter_eps: float = model_option(
         0.0, range=BELOW_ONE, needs=needs.EXPERTS, is_free=True, known_to=READERS
     )
@@ -185,14 +186,15 @@ class MoEConfig:
     samoe_pool_placement: Literal["sharded", "replicated"] = model_option(
         "sharded", needs=needs.SHARING, is_free=True, known_to=READERS
     )
-    """sharded: banks, or sets, and their optimizer state lie in parts on the ranks that would hold replicas (expert-data-parallel
-    ranks of all pipeline stages), gathered once per step; replicated: whole on each."""
+    """sharded: banks, or sets, and their optimizer state are sharded over the ranks that would hold replicas
+    (expert-data-parallel ranks of all pipeline stages) and gathered once per step; replicated: whole on each rank.
+    """
     pool_replica_check_interval: int | None = model_option(
         None, range=POSITIVE, needs=needs.SHARING, is_free=True, known_to=READERS
     )
     """Steps between checks that all copies of banks are equal."""
     samoe_freeze_coefficients: bool = model_option(False, needs=needs.COEFFICIENTS, is_free=True, known_to=READERS)
-    """Never train the coefficients: hard sharing, the essential control."""
+    """Never train the coefficients (hard sharing): the control for learned ones."""
 
     @property
     def expert_counts(self) -> tuple[int, ...]:
@@ -222,7 +224,7 @@ class MoEConfig:
 
     @property
     def balances_sets(self) -> bool:
-        """Whether balance is that of shared sets over all their layers."""
+        """Whether loads are balanced over all layers of a shared set."""
         return (self.moe_balance_scope or ("set" if self.expert_sharing == "pool" else "layer")) == "set"
 
     @property

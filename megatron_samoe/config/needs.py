@@ -1,4 +1,6 @@
-"""What options have no effect without. An option that would be ignored is an error: the user meant something by it."""
+"""The conditions without which an option has no effect. An option that would be ignored is an error: the user meant
+something by it.
+"""
 
 from __future__ import annotations
 

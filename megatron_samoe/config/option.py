@@ -1,7 +1,7 @@
-"""What is true of an option besides its type and default, kept with the option itself.
+"""The facts of an option besides its type and default, kept with the option itself.
 
-Rules, loaders, exporters, the decoder and the planner read it there. So a new option is one field with its facts, and
-whoever does not know the option refuses it by name.
+Rules, loaders, exporters, the decoder and the planner read them there. So a new option is one field with its facts, and
+a reader that does not know the option refuses it by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ READERS = frozenset(("decode", "export", "megatron", "planner"))
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may be, as a test and in words."""
+    """The numbers that an option may have, as a test and in words."""
 
     is_legal: Callable[[float], bool]
     words: str
@@ -37,7 +37,7 @@ BY_RULES = Range(lambda x: True, "")
 
 @dataclass(frozen=True)
 class Need:
-    """What an option has no effect without; `words` may name values of the configuration."""
+    """The condition without which an option has no effect; `words` may name values of the configuration."""
 
     is_met: Callable[[Any], bool]
     words: str
@@ -45,14 +45,14 @@ class Need:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true of an option.
+    """The facts of an option.
 
     Attributes:
         range: of a number, or of each of several.
-        largest: number that is refused before anything is made of it.
-        needs: what else must be chosen for the option to have an effect.
+        largest: a larger number is refused before anything is built from it.
+        needs: what else must be chosen, else the option has no effect.
         is_free: whether a run may load a checkpoint whose model has another value.
-        known_to: readers of a model that handle the option, or those that handle a given value.
+        known_to: readers of a model that handle the option, or a function from a value to the readers that handle it.
     """
 
     range: Range | None = None
@@ -72,7 +72,7 @@ def option(default: Value, **facts: Any) -> Any:
 
 
 def model_option(default: Value, *, is_free: bool, known_to: Any, **facts: Any) -> Any:
-    """Returns a field of the model's groups, which must say whether it may change and who knows it."""
+    """Returns a field of a model's group. It must say whether a loading run may change it, and which readers know it."""
     return option(default, is_free=is_free, known_to=known_to, **facts)
 
 

@@ -15,7 +15,7 @@ from megatron_samoe.config.training import LoggingConfig, OptimizerConfig, Train
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything that decides what a run computes, one group per concern."""
+    """Everything that decides what a run computes, in groups."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The transformer."""
@@ -41,7 +41,7 @@ class PretrainConfig:
 
     @property
     def shared_expert_size(self) -> int | None:
-        """Width of what every token of an MoE layer passes besides routed experts; None where there is nothing."""
+        """Width of the shared expert that every token of an MoE layer passes; None where there is none."""
         width = self.moe.moe_shared_expert_intermediate_size
         return self.model.mlp_size if width is None and self.moe.moe_residual_mlp else width
 

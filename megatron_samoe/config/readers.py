@@ -1,4 +1,4 @@
-"""Who reads a model besides training, and which of its options each knows."""
+"""The readers of a model besides training, and which of its options each knows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from megatron_samoe.errors import ConfigError, ConfigErrors
 
 
 def refuse_unknown(config: PretrainConfig, reader: str, doing: str) -> None:
-    """Raises ConfigErrors naming each option of the model that a reader does not know.
+    """Raises ConfigErrors naming each option of the model, with a value other than its default, that a reader does not
+    know.
 
     Args:
         reader: one of `option.READERS`.
-        doing: what it does, for the message.
+        doing: what the reader does, for the message.
     """
     problems = [
         ConfigError(flag(name), value, f"is not known to {doing}")

@@ -1,4 +1,4 @@
-"""Configurations that earlier versions saved, as this one reads them."""
+"""The upgrade of configurations that earlier versions saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _SINCE_0_2 = "moe_scale_output_init"
 
 
 def upgrade(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a configuration that was saved as a whole, with what earlier versions derived otherwise spelled out.
+    """Returns a whole saved configuration as this version reads it: what earlier versions derived by other rules is
+    given explicitly.
 
     Before 0.2 an expert was as wide as the dense MLP unless its width was given, also for top-k above 1.
     """

@@ -1,4 +1,4 @@
-"""Which MoE layers share which experts: --expert-sharing as one source for each MoE layer."""
+"""The map of --expert-sharing: one source of experts for each MoE layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ALLOWED = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where one MoE layer's experts come from.
+    """The source of one MoE layer's experts.
 
     Attributes:
         way: own: the layer's alone; combined: a mixture of the pool's banks; tied: a set that other layers use as well;
@@ -38,7 +38,7 @@ class Source:
 
 
 def ways_of(text: str) -> frozenset[str]:
-    """Returns the ways that a value of --expert-sharing names; of an illegal one, those that can be read."""
+    """Returns the ways that a value of --expert-sharing names; of an illegal value, those that can be read."""
     if text in ("pool", "neighbours"):
         return frozenset(("tied",))
     prefix, _, entries = text.rpartition(":")
@@ -55,12 +55,12 @@ def parse_sharing(
 
     Args:
         num_layers: MoE layers.
-        num_sets: blocks of consecutive layers that have a set each, where the text says only tied or scaled.
+        num_sets: number of blocks of consecutive layers, each with a set, where the text says only tied or scaled.
         num_neighbours: layers of a block of neighbours.
-        untied_ends: first and last layers that own their experts, where the text is no map.
+        untied_ends: number of first layers, and of last layers, that own their experts, where the text is not a map.
 
     Raises:
-        ConfigError: the text is no way and no map of that many layers, or a map leaves out a set's number.
+        ConfigError: the text is neither a way nor a map of that many layers, or a map leaves out a set's number.
     """
     text = text.strip()
     if text not in NAMES:
@@ -103,7 +103,7 @@ def _parse_map(text: str, num_layers: int) -> tuple[Source, ...]:
 
 
 def _nearest(entries: Sequence[str], num_layers: int) -> list[str]:
-    """Returns a map of the right length, its sets renumbered without gaps in their order."""
+    """Returns the nearest map of the right length, with its sets renumbered in order and without gaps."""
     fitted = [*entries[:num_layers], *[entries[-1]] * (num_layers - len(entries))]
     used = sorted({int(e) for e in fitted if e.isdigit()})
     return [str(used.index(int(e))) if e.isdigit() else e for e in fitted]
@@ -120,6 +120,6 @@ def _written(entries: Sequence[str]) -> str:
 
 
 def _owned_where_alone(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    """A tied set that one layer uses is that layer's own."""
+    """Returns the sources with "own" in place of a tied set that only one layer uses."""
     users = Counter(sources)
     return tuple(Source("own") if s.way == "tied" and users[s] == 1 else s for s in sources)

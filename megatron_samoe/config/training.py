@@ -1,4 +1,4 @@
-"""The optimization: batches, schedule, optimizer, precision, evaluation, logs."""
+"""Options of the training loop: batches, schedule, optimizer, precision, evaluation, logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, B
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Length of training, batches, precision, evaluation."""
+    """The length of training, batches, precision and evaluation."""
 
     micro_batch_size: int = option(4, range=POSITIVE, largest=10_000_000)
     """Sequences per forward pass and data-parallel rank (B)."""
@@ -30,7 +30,7 @@ class TrainingConfig:
     full_validation: bool = option(False)
     """Evaluate every sample of the validation and test data, whatever --eval-iters says, each dataset of a blend whole."""
     skip_train: bool = option(False)
-    """Evaluate the checkpoint in --load and leave."""
+    """Evaluate the checkpoint in --load and stop."""
     seed: int = option(1234, range=AT_LEAST_ZERO, largest=2**32 - 1)
     """Seed of initial weights, sample order, dropout and jitter."""
     bf16: bool = option(False)
@@ -42,14 +42,14 @@ class TrainingConfig:
     initial_loss_scale: float = option(65536.0, range=ABOVE_ZERO, needs=needs.FP16)
     """First value of the dynamic loss scale."""
     recompute_granularity: Literal["full", "selective"] | None = option(None)
-    """full: keep only layer inputs and recompute layers in the backward pass; selective: recompute attention."""
+    """full: keep only layer inputs and recompute layers in the backward pass; selective: recompute only attention."""
     recompute_num_layers: int | None = option(None, range=POSITIVE, needs=needs.FULL_RECOMPUTE)
-    """With full: recompute only the first so many layers of a stage; all if not given."""
+    """With full: number of first layers of a stage to recompute; all if not given."""
     spike_window: int = option(0, range=AT_LEAST_ZERO)
     """Report a step whose loss or gradient norm is far above those of this many steps before, with the numbers of its
     samples; 0 for no report."""
     spike_sigmas: float = option(6.0, range=ABOVE_ZERO, needs=needs.SPIKE_WINDOW)
-    """How far above is far, in standard deviations of the window."""
+    """How far above the mean a spike is, in standard deviations of the window."""
     skip_spikes: bool = option(False, needs=needs.SPIKE_WINDOW)
     """Leave the weights as they are in such a step. Needs --spike-window."""
     deterministic_mode: bool = option(False)
@@ -125,8 +125,8 @@ class LoggingConfig:
     profile: bool = option(False)
     """Profile some steps of some ranks with torch's profiler; traces go to profile/ in --run-dir or --save."""
     profile_step_start: int = option(10, range=BY_RULES, needs=needs.PROFILE)
-    """First step that is profiled."""
+    """First profiled step."""
     profile_step_end: int = option(12, range=BY_RULES, needs=needs.PROFILE)
-    """First step that is not profiled any more."""
+    """First step after the profiled ones."""
     profile_ranks: tuple[int, ...] = option((0,), range=BY_RULES, needs=needs.PROFILE)
     """Ranks that are profiled."""

@@ -1,4 +1,8 @@
-"""Whether a configuration is legal: all broken rules of `config/rules` are reported at once."""
+"""The check of a whole configuration, which reports all broken rules of `config/rules` at once.
+
+`rules/layout.py` refuses layouts, and `rules/pipeline.py` those of pipeline stages. `model.py` refuses models,
+`options.py` single options, and `run.py` anything else of a run.
+"""
 
 from __future__ import annotations
 

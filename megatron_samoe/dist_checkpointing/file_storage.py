@@ -1,7 +1,7 @@
-"""Files of torch.distributed.checkpoint, written with their digests and read without trusting them.
+"""Files of torch.distributed.checkpoint: written with digests, and read without running code from them.
 
-torch keeps a checkpoint's table of contents as a pickle, and unpickling runs whatever code the file names. Here the
-table may name the few classes that such tables are made of, and nothing else.
+torch keeps a checkpoint's table of contents as a pickle, and unpickling runs any code that the file names. Here the
+table may name only the few classes that such tables consist of.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
     """Returns a checkpoint's table of contents.
 
     Raises:
-        CheckpointError: it is missing, damaged, or names anything that does not belong there.
+        CheckpointError: the table is missing, damaged, or names anything else than its classes.
     """
     path = Path(directory) / METADATA
     try:
@@ -97,14 +97,16 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
 
 
 def refuse_hollow(content: bytes) -> None:
-    """Raises ValueError where a pickle promises more than it holds: a few bytes of it can demand gigabytes."""
+    """Raises ValueError where a pickle announces more data than it holds: a few bytes can demand gigabytes."""
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= len(content):
             raise ValueError("it numbers more values than it has bytes")
 
 
 def _problem_of(metadata: Metadata) -> str:
-    """Returns what no table of contents that was written here has; an empty string where all is well."""
+    """Returns what is wrong with a table of contents that this program cannot have written; an empty string where
+    nothing is.
+    """
     entries, places = metadata.state_dict_metadata, metadata.storage_data
     if not isinstance(entries, dict) or not isinstance(places, dict):
         return "it is no table of tensors"
@@ -156,9 +158,10 @@ def _are_sizes(values: Iterable[object]) -> bool:
 
 
 class Reader(dcp.FileSystemReader):
-    """torch's reader, with a table of contents that cannot run code; tensors it reads with weights_only as it is.
+    """torch's reader, with a table of contents that cannot run code. torch itself reads tensors with weights_only.
 
-    Large tensors that are wanted whole go from the file to their place; torch's own way needs their memory twice.
+    Large tensors that are read whole go straight from the file to their place; torch's own reader needs their memory
+    twice.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -170,7 +173,7 @@ class Reader(dcp.FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
-        """Fills the tensors of a plan and returns, as torch wants it, a future that is done."""
+        """Fills the tensors of a plan and returns a completed future, as torch expects."""
         rest = [item for item in plan.items if not self._read_directly(item, planner)]
         return super().read_data(replace(plan, items=rest), planner)
 
@@ -187,10 +190,10 @@ class Reader(dcp.FileSystemReader):
 
 
 class _DigestedFile(io.RawIOBase):
-    """A file open for appending whose bytes are digested as they pass.
+    """A file open for appending that digests its bytes as they are written.
 
-    Three things go on at once: bytes are copied to the system, a thread digests the same bytes, and another asks every
-    so often for what is there to be flushed, so that the flush at the end has little left to wait for.
+    Three things run at once. Bytes are copied to the system, one thread digests them, and another thread flushes from
+    time to time, so that the last flush is short.
     """
 
     def __init__(self, file: Any, digester: ThreadPoolExecutor, flusher: ThreadPoolExecutor):
@@ -221,7 +224,7 @@ class _DigestedFile(io.RawIOBase):
         return self.file.fileno()
 
     def finish(self) -> str:
-        """Waits for the thread, raises what the disk said to it, and returns the digest."""
+        """Waits for the threads, raises errors of the disk, and returns the digest."""
         if self._flush is not None:
             self._flush.result()
         self.file.flush()
@@ -260,10 +263,10 @@ class Writer(dcp.FileSystemWriter):
 
 
 def new_digest(like: str = "") -> Any:
-    """Returns a new digest of a file's bytes: BLAKE3, which one core makes at some 4 GB/s.
+    """Returns a new digest object for a file's bytes: BLAKE3, at some 4 GB/s on one core.
 
     Args:
-        like: a digest whose kind is wanted; older checkpoints have sha256, and the first ones blake2b of 16 bytes.
+        like: a digest of the wanted kind; older checkpoints have sha256, and the first ones blake2b of 16 bytes.
     """
     if like and not like.startswith(_Blake3.PREFIX):
         return hashlib.blake2b(digest_size=16) if len(like) == 32 else hashlib.sha256()
@@ -271,7 +274,9 @@ def new_digest(like: str = "") -> Any:
 
 
 class _Blake3:
-    """BLAKE3 with the methods of hashlib's digests; what it gives says its kind (after that, as the command b3sum)."""
+    """BLAKE3 with the methods of hashlib's digests. Its hexadecimal digest begins with its kind; the rest is that of
+    the command b3sum.
+    """
 
     PREFIX = "blake3:"
 
@@ -286,7 +291,7 @@ class _Blake3:
 
 
 def digest_of(path: Path, like: str = "") -> str:
-    """Returns a file's digest, of the kind of another; the next block is read while one is digested."""
+    """Returns a file's digest, of the same kind as `like`; the next block is read while one is digested."""
     digest = new_digest(like)
     with ThreadPoolExecutor(1) as reader, open(path, "rb", buffering=0) as file:
         block, spare = bytearray(BLOCK_BYTES), bytearray(BLOCK_BYTES)

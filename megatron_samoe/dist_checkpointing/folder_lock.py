@@ -1,6 +1,6 @@
-"""One run at a time writes to a folder of checkpoints.
+"""A lock, so that one run at a time writes to a folder of checkpoints.
 
-The lock is the kernel's (flock), so it ends with its process however that ends, and holds between hosts where the file
+The lock is the kernel's (flock), so it ends with its process however that ends. It holds between hosts where the file
 system carries locks (NFS, Lustre with -o flock, and most others). The file tells others who holds it.
 """
 
@@ -25,13 +25,13 @@ _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextlib.contextmanager
 def folder_lock(root: str | Path, patience_s: float = 0.0) -> Iterator[None]:
-    """Holds a folder, which is there and can be written to.
+    """Holds the lock of an existing, writable folder.
 
     Args:
-        patience_s: how long to wait for a holder that may be about to end.
+        patience_s: longest wait, in seconds, for a holder that may be about to end.
 
     Raises:
-        CheckpointError: another process holds it; the message says which, where and since when.
+        CheckpointError: another process holds the lock; the message says which, where and since when.
     """
     until = time.monotonic() + patience_s
     while True:
@@ -52,7 +52,7 @@ def folder_lock(root: str | Path, patience_s: float = 0.0) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int | None:
-    """Returns the open and locked file; None where the file system has no locks."""
+    """Returns the open and locked file descriptor; None where the file system has no locks."""
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -83,7 +83,7 @@ def _acquire(path: Path) -> int | None:
 
 
 def _is_still(handle: int, path: Path) -> bool:
-    """Whether an open file is the one under its name: the holder before may have removed it in between."""
+    """Returns whether an open file is still the one under its name; the previous holder may have removed it."""
     with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(handle), os.stat(path))
     return False

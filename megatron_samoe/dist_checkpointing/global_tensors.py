@@ -1,4 +1,4 @@
-"""A whole model, tensor by tensor, in one process: what conversion, surgery and inspection read and write."""
+"""A whole model, tensor by tensor, in one process, as conversion, surgery and inspection read and write it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from megatron_samoe.parallel_state.state import single_process_state
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What is known of a tensor before it is read."""
+    """The description of a tensor before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Size of the elements."""
+        """Bytes of all elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -40,10 +40,10 @@ class GlobalTensors(Protocol):
     """A source of a model's tensors under their global names.
 
     Attributes:
-        tensors: what there is, in the order to read it.
-        config: the run's configuration, as in a checkpoint's config.yaml.
+        tensors: descriptions of the tensors by name, in the order to read them.
+        config: configuration of the run, as in a checkpoint's config.yaml.
         train_state: plain values, as in its train_state.json.
-        attachments: files that it carries, by their path in a checkpoint.
+        attachments: other files, by their path in a checkpoint.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -52,17 +52,17 @@ class GlobalTensors(Protocol):
     attachments: Mapping[str, bytes]
 
     def read(self, name: str) -> Tensor:
-        """Returns a tensor, whole, on the CPU; nothing is kept."""
+        """Returns a whole tensor on the CPU, and keeps no copy."""
 
 
 class CheckpointReader:
-    """A checkpoint of this program as global tensors, whatever layout saved it.
+    """A checkpoint of this program as global tensors, saved in any layout.
 
     Args:
         directory: of one checkpoint (`iter_NNNNNNN`).
 
     Raises:
-        CheckpointError: it is not a checkpoint of this program, is damaged, or of a newer format.
+        CheckpointError: the folder is not a checkpoint of this program, is damaged, or has a newer format.
     """
 
     def __init__(self, directory: Path):
@@ -97,7 +97,7 @@ class CheckpointReader:
             )
 
     def read(self, name: str) -> Tensor:
-        """Returns a tensor; CheckpointError where its file is damaged or there is no such tensor."""
+        """Returns a whole tensor; CheckpointError where its file is damaged or no tensor has that name."""
         if name not in self._stored:
             raise CheckpointError(f"{self.directory} has no tensor {name}.")
         stored = self._stored[name]

@@ -1,4 +1,4 @@
-"""Whether the sizes in a checkpoint's configuration are those of its tensors, before anything is built from them."""
+"""The comparison of the sizes in a checkpoint's configuration with its tensors, before anything is built from them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _NUMBER = re.compile(r"\.(\d{1,7})\.")
 def refuse_other_sizes(
     model: Mapping[str, int], shapes: Mapping[str, Iterable[int]], where: str, prefix: str = ""
 ) -> None:
-    """Raises CheckpointError naming a size that is far from those of the tensors.
+    """Raises CheckpointError naming a configured size that is far from those of the tensors.
 
-    What is wrong by less is found, and said better, where each tensor is compared with its place in the model.
+    Smaller differences get a better message where each tensor is compared with its place in the model.
 
     Args:
-        model: num_layers, and sizes that a dimension of some tensor must have.
-        shapes: of all tensors; the first number in a name is its layer's.
-        prefix: of the names that count layers.
+        model: num_layers, and sizes that some tensor must have as a dim.
+        shapes: of all tensors by name; the first number in a name is its layer's.
+        prefix: prefix of the names that count layers.
     """
     layers = {found[1] for name in shapes if name.startswith(prefix) and (found := _NUMBER.search(name))}
     largest = max((size for shape in shapes.values() for size in shape), default=0)

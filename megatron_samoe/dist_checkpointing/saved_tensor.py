@@ -1,4 +1,6 @@
-"""One tensor out of a file of many, checked: torch.save leaves a sum over each record, and torch.load does not look."""
+"""Checked reading of one tensor from a file of many: torch.save writes a checksum of each record, which torch.load
+ignores.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
 class Window(io.RawIOBase):
-    """A part of a file as a file of its own, for reading."""
+    """A part of a file that reads as a file of its own."""
 
     def __init__(self, file: BinaryIO, start: int, length: int):
         self._file, self._start, self._length, self._at = file, start, length, 0
@@ -43,7 +45,7 @@ class Window(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Moves to a position in the part and returns it."""
+        """Moves to a position in the part, in bytes, and returns it."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
         if base + offset < 0:
             raise ValueError("a position before the start")
@@ -51,7 +53,7 @@ class Window(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fills a buffer as far as the part goes, and returns by how much."""
+        """Fills a buffer as far as the part goes, and returns the number of bytes."""
         wanted = memoryview(buffer)[: max(0, self._length - self._at)]
         self._file.seek(self._start + self._at)
         count = self._file.readinto(wanted)  # type: ignore[attr-defined]
@@ -81,9 +83,10 @@ def read_saved_tensor(path: Path, start: int, length: int) -> Tensor:
 
 
 def read_saved_tensor_into(target: Tensor, file: io.FileIO, start: int, length: int) -> bool:
-    """Fills a tensor with the one that torch.save wrote to a part of a file, without a copy between.
+    """Fills a tensor with the one that torch.save wrote to a part of a file, without an intermediate copy.
 
-    Returns whether it did: not where the target has other sizes or another type, is not contiguous, or is not in CPU memory.
+    Returns False, with nothing done, where the target has other sizes or another type, is not contiguous, or is not in
+    CPU memory.
 
     Args:
         file: unbuffered.
@@ -118,7 +121,7 @@ def read_saved_tensor_into(target: Tensor, file: io.FileIO, start: int, length: 
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value that was loaded is a dense tensor of the CPU with all of its elements in memory."""
+    """Returns whether a loaded value is a dense CPU tensor with all of its elements in memory."""
     return (
         isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
         and not value.is_nested and not value.is_quantized
@@ -127,10 +130,10 @@ def is_plain(value: object) -> bool:
 
 
 def refuse_repacked(path: Path, tensors: Iterable[Tensor]) -> None:
-    """Raises ValueError where mapped tensors of a file of torch.save are other bytes than those that were saved.
+    """Raises ValueError where mapped tensors of a torch.save file have other bytes than those that were saved.
 
-    torch maps a storage from where its entry begins, whatever the entry's size or compression: a file that was packed
-    anew, or has an entry cut short, would be read as garbage.
+    torch maps a storage from where its entry begins, whatever the entry's size or compression. So a file that was
+    repacked, or has a truncated entry, would be read as garbage.
     """
     with zipfile.ZipFile(path) as archive:
         sizes: Counter[int] = Counter()
@@ -148,7 +151,9 @@ def refuse_repacked(path: Path, tensors: Iterable[Tensor]) -> None:
 
 
 def why_not_loaded(error: Exception, path: Path) -> str:
-    """Returns in a few words why torch could not load a file; what torch itself says is to load it with any code in it."""
+    """Returns in a few words why torch could not load a file. torch's own message advises to load the file with any
+    code in it.
+    """
     text = " ".join(str(error).split())
     if named := re.search(r"GLOBAL ([\w.]+)", text):
         return f"it names {named[1]}, which could run any code and which reading weights does not need"

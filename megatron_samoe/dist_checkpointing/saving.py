@@ -1,6 +1,8 @@
-"""How a checkpoint appears whole or not at all, while training waits or in the background.
+"""Saving of checkpoints that appear whole or not at all, while training waits or in the background.
 
-A checkpoint is written under another name, flushed to disk, and renamed when it is complete; then older ones go.
+A checkpoint is written into `.iter_NNNNNNN.unfinished` and flushed to disk. train_state.json, with the digest of every
+file, is written last. Then the folder is renamed and `latest_checkpointed_iteration.txt` follows. A crash at any moment
+leaves the earlier checkpoints. Old checkpoints are deleted after that.
 """
 
 from __future__ import annotations
@@ -48,15 +50,15 @@ def save_checkpoint(
     config: CheckpointConfig, iteration: int, state: WritableState, full_config: Mapping[str, Any],
     train_state: Mapping[str, Any], parallel: ParallelState, attachments: Mapping[str, bytes] | None = None,
 ) -> Path:  # fmt: skip
-    """Saves one checkpoint, deletes those that retention no longer keeps, and returns its folder.
+    """Saves one checkpoint, deletes old ones as retention says, and returns its folder.
 
     All ranks call it together.
 
     Args:
-        attachments: files that it carries, by their path in its folder.
+        attachments: contents of other files, by their path in its folder.
 
     Raises:
-        CheckpointError: the disk has too little room, or it could not be written; earlier checkpoints are as they were.
+        CheckpointError: the disk has too little room, or writing failed; earlier checkpoints are unchanged.
     """
     assert config.save is not None
     root, final = Path(config.save), iteration_dir(config.save, iteration)
@@ -101,10 +103,10 @@ def save_checkpoint(
 
 
 class BackgroundSaver:
-    """Saves while training goes on: training waits for a copy in CPU memory, and for the save before if it still runs.
+    """Saves while training runs. Training waits for a copy in CPU memory, and for the previous save if it still runs.
 
-    The copy has this rank's share of the checkpoint; its memory is kept from save to save. All ranks make it together,
-    since saving needs a process group whose collectives do not mix with training's.
+    The copy is this rank's share of the checkpoint; its memory is kept from save to save. All ranks make this object
+    together, since saving needs its own process group, whose collectives do not mix with training's.
     """
 
     def __init__(self, parallel: ParallelState, timeout: timedelta):
@@ -124,11 +126,11 @@ class BackgroundSaver:
         """Copies the state and begins to save it; all ranks call it together.
 
         Args:
-            done: called with the folder when it is complete, from another thread.
-            attachments: as of `save_checkpoint`.
+            done: called from another thread with the complete folder.
+            attachments: as in `save_checkpoint`.
 
         Raises:
-            CheckpointError: the save before failed.
+            CheckpointError: the previous save failed.
         """
         self.wait()
         copied = {name: [self._copied(name, t) for t in parts if t.is_owner] for name, parts in state.items()}
@@ -151,10 +153,10 @@ class BackgroundSaver:
         return replace(part, local=self._copies[key].copy_(part.local))
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Waits for the save that runs, if any.
+        """Waits for the running save, if any, at most `timeout_s` seconds.
 
         Raises:
-            CheckpointError: it failed; the same on all ranks.
+            CheckpointError: the save failed; the same error on all ranks.
         """
         if self._thread is not None:
             self._thread.join(timeout_s)
@@ -192,7 +194,7 @@ def _all_ranks(action: Callable[[], Any], parallel: ParallelState, what: str, on
 
 
 def _free_space(what: str) -> str:
-    """Returns a remark if the disk is nearly full or files are limited, which torch's own message does not tell."""
+    """Returns a remark if the disk is nearly full or file sizes are limited, which torch's own message does not say."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and limit < 1 << 32:
         return f" (no file of this process may have more than {limit / 1e6:,.1f} MB: ulimit -f)"
@@ -205,7 +207,7 @@ def _free_space(what: str) -> str:
 
 
 def _begin(root: Path, unfinished: Path, needed_bytes: int) -> None:
-    """Clears what earlier saves that were cut off have left, looks for room, and makes the folder to write to."""
+    """Removes leftovers of interrupted saves, checks the free space, and makes the folder to write to."""
     repair(root)
     for leftover in root.glob(".iter_*.unfinished"):
         shutil.rmtree(leftover)

@@ -1,6 +1,6 @@
 """A rank's tensors as parts of global tensors, for torch.distributed.checkpoint.
 
-A checkpoint knows global names, shapes and offsets only. Saving writes each part once, from its first replica; loading
+A checkpoint knows only global names, shapes and offsets. Saving writes each part once, from its first replica. Loading
 reads whatever overlaps this rank's part, so the layout that saved does not matter.
 """
 
@@ -47,7 +47,7 @@ class ShardedTensor:
     """One rank's part of a global tensor.
 
     Attributes:
-        local: the part, a view that loading writes into.
+        local: the part's data, a view that loading writes into.
         is_owner: whether this rank saves it.
     """
 
@@ -63,13 +63,13 @@ class ShardedTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the part, as of the global tensor."""
+        """The dtype of the part and of the global tensor."""
         return self.local.dtype
 
 
 @dataclass(frozen=True)
 class UnreadTensor:
-    """A whole global tensor that is made when it is about to be written, and let go after."""
+    """A whole global tensor that is made just before it is written, and freed after."""
 
     read: Callable[[], Tensor]
     global_shape: tuple[int, ...]
@@ -78,17 +78,17 @@ class UnreadTensor:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Where it begins: at the start of every dim."""
+        """Offset 0 in every dim."""
         return (0,) * len(self.global_shape)
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """The whole tensor."""
+        """The place of the whole tensor."""
         return ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self.global_shape))
 
     @property
     def local(self) -> Tensor:
-        """The tensor, made anew at each call."""
+        """The tensor, made again at each call."""
         tensor = self.read()
         assert tuple(tensor.shape) == self.global_shape and tensor.dtype == self.dtype
         return tensor
@@ -103,11 +103,11 @@ WritableState = Mapping[str, Sequence[ShardedTensor | UnreadTensor]]
 def sharded(
     local: Tensor, spec: ShardSpec, state: ParallelState, part: FlatSlice | None = None, is_owner: bool | None = None
 ) -> list[ShardedTensor]:
-    """Returns the parts of a tensor that lies over the ranks as `spec` says.
+    """Returns this rank's parts of a tensor that is sharded as `spec` says.
 
     Args:
-        local: this rank's shard, or the slice of its elements that `part` says.
-        is_owner: whether this rank saves it; derived if not given: the first of its replicas does.
+        local: this rank's shard, or its slice `part`.
+        is_owner: whether this rank saves it; if not given, the first of its replicas does.
     """
     shape = part.shape if part is not None else tuple(local.shape)
     whole, base = spec.global_shape(shape, state), spec.offsets(shape, state)
@@ -124,7 +124,7 @@ def sharded(
 
 
 class SavePlanner(DefaultSavePlanner):
-    """Plans to write the parts that this rank owns."""
+    """Planner of writes: the parts that this rank owns."""
 
     def __init__(self, state: WritableState):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -157,7 +157,7 @@ class SavePlanner(DefaultSavePlanner):
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    """Plans to read what overlaps this rank's parts."""
+    """Planner of reads: the stored parts that overlap this rank's parts."""
 
     def __init__(self, state: ShardedState):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -179,7 +179,7 @@ class LoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Returns the place in this rank's part where a read goes."""
+        """Returns the view of this rank's part that a read fills."""
         index = read_item.dest_index
         tensor = next(t for t in self.sharded[index.fqn] if torch.Size(t.offsets) == index.offset).local
         for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
@@ -187,11 +187,11 @@ class LoadPlanner(DefaultLoadPlanner):
         return tensor
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do: `resolve_tensor` gave a view of the part."""
+        """Does nothing: `resolve_tensor` gave a view of the part."""
 
 
 def check_tensors(state: ShardedState, stored: Mapping[str, object]) -> None:
-    """Raises CheckpointError naming tensors that the checkpoint lacks or holds in another shape."""
+    """Raises CheckpointError naming tensors that the checkpoint lacks or has in another shape."""
     missing = [name for name in state if name not in stored]
     if missing:
         raise CheckpointError(
@@ -227,7 +227,7 @@ def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -
     """Fills a state's local parts from a folder; all ranks call it together.
 
     Raises:
-        CheckpointError: tensors are missing, have other shapes, or files are damaged.
+        CheckpointError: tensors are missing or have other shapes, or files are damaged.
     """
     try:
         read_metadata(directory)  # torch would log a traceback of its own
@@ -245,7 +245,7 @@ def read_sharded(state: ShardedState, directory: str, parallel: ParallelState) -
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
-    """Returns what went wrong on each rank: torch wraps it in an exception that `except Exception` does not catch."""
+    """Returns the errors of all ranks: torch wraps them in an exception that `except Exception` does not catch."""
     if isinstance(error, CheckpointException):
         return [failure[0] for failure in error.failures.values()]
     return [error]
@@ -257,5 +257,5 @@ def stored_names(directory: str) -> set[str]:
 
 
 def replicated(tensor: Tensor, state: ParallelState) -> list[ShardedTensor]:
-    """Returns the description of a tensor that every rank holds whole."""
+    """Returns the single part of a tensor that every rank holds whole."""
     return [ShardedTensor(tensor, tuple(tensor.shape), (0,) * tensor.dim(), state.rank == 0)]

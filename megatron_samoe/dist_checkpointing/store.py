@@ -1,10 +1,11 @@
-"""A folder of checkpoints: which are there, which is taken, and what is in one.
+"""A folder of checkpoints: the search for one to load, its verification, and what it holds.
 
     DIR/latest_checkpointed_iteration.txt       the newest iteration, as Megatron writes it
     DIR/iter_0000100/                           one checkpoint: .metadata and *.distcp (torch.distributed.checkpoint),
                                                 config.yaml, train_state.json
 
-A checkpoint is written under another name, flushed to disk, and renamed when it is complete (saving.py).
+saving.py says when a checkpoint is whole: a folder without `.unfinished` has train_state.json, whose digests
+`damaged_files` compares with every file.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def iteration_dir(root: str | Path, iteration: int) -> Path:
 
 
 def repair(root: str | Path) -> None:
-    """Puts back a checkpoint that was about to be replaced by a newer save of its iteration when the run was killed."""
+    """Restores a checkpoint that a newer save of its iteration was replacing when the run was killed."""
     for replaced in Path(root).glob(".iter_*.replaced") if os.path.isdir(root) else ():
         final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(".replaced"))
         if not final.exists() and (replaced / TRAIN_STATE).is_file():
@@ -72,7 +73,8 @@ def _sound(directory: Path, problems_of: Callable[[Path], list[str]]) -> Path:
 
 
 def with_start(config: CheckpointConfig) -> CheckpointConfig:
-    """Returns --load and --finetune as --pretrained-checkpoint makes them: its weights, while --load has no checkpoint.
+    """Returns the configuration with --pretrained-checkpoint applied: --load and --finetune of it, while --load has no
+    checkpoint.
 
     Raises:
         CheckpointError: --load holds something else, or --pretrained-checkpoint is needed and has no checkpoint.
@@ -94,14 +96,15 @@ def with_start(config: CheckpointConfig) -> CheckpointConfig:
 def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list[str]] = lambda _: []) -> Path | None:
     """Returns the folder that --load and --ckpt-step name; None where --load has no checkpoint.
 
-    A damaged checkpoint is passed over for the next older one, and said so, unless --ckpt-step asks for it.
+    A damaged checkpoint is skipped for the next older one, with a warning, unless --ckpt-step asks for it.
 
     Args:
-        problems_of: what is wrong with the files of a checkpoint; only its descriptions are read if not given.
+        problems_of: returns what is wrong with the files of a checkpoint; if not given, only its description is
+            checked.
 
     Raises:
-        CheckpointError: the asked iteration is not there or damaged, all are damaged, or none is there and
-            --exit-on-missing-checkpoint is given.
+        CheckpointError: the asked iteration is missing or damaged, all checkpoints are damaged, or none is there with
+            --exit-on-missing-checkpoint.
     """
     if config.load is None:
         return None
@@ -132,7 +135,7 @@ def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list
 
 
 def _in_order_of_choice(config: CheckpointConfig, iterations: list[int]) -> list[int]:
-    """Returns the iterations to try: the asked one alone; else the latest, as its file names it, and older ones."""
+    """Returns the iterations to try: only the asked one; else the latest, as its file names it, and older ones."""
     assert config.load is not None
     if config.ckpt_step is not None:
         return [config.ckpt_step]
@@ -163,7 +166,7 @@ def _read_latest(root: Path) -> int | None:
 
 
 def _refuse_foreign(root: Path, flag: str = "--load") -> None:
-    """Raises CheckpointError where a folder to load from holds something else: neither checkpoints nor nothing yet."""
+    """Raises CheckpointError where a folder to load from holds other things than checkpoints; an empty one passes."""
     if root.is_file():
         raise CheckpointError(f"{flag} {root} is a file; it must be a folder of checkpoints.")
     if not root.is_dir():
@@ -185,7 +188,7 @@ def _listed(names: list[str]) -> str:
 
 
 def probe_save_dir(root: str) -> None:
-    """Raises CheckpointError if checkpoints cannot be written to a folder, which is made if it is not there."""
+    """Raises CheckpointError if checkpoints cannot be written to a folder, which is made if missing."""
     probe = Path(root) / f".probe_{os.getpid()}.tmp"
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
@@ -196,7 +199,7 @@ def probe_save_dir(root: str) -> None:
 
 
 class _NewerFormat(CheckpointError):
-    """A checkpoint of a later version of this program: nothing is wrong with it, and an older one will not do."""
+    """The checkpoint is of a later version of this program. It is not damaged, so an older one does not replace it."""
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:
@@ -236,7 +239,7 @@ PARTS = "parts"
 
 
 def refuse_parts(train_state: Mapping[str, Any], where: str) -> None:
-    """Raises CheckpointError naming parts of a checkpoint's model that only the program which trained it has."""
+    """Raises CheckpointError naming the model parts of a checkpoint that only the program which trained it has."""
     parts = train_state.get(PARTS)
     if parts:
         named = ", ".join(f"{name} {what}" for name, what in parts.items()) if isinstance(parts, dict) else shown(parts)
@@ -252,7 +255,7 @@ _COUNTS = {"format_version": 1, "iteration": 0, "consumed_samples": 0, "consumed
 
 
 def refuse_wrong_values(content: Mapping[str, Any], where: str) -> None:
-    """Raises CheckpointError naming a value of a training state that no run writes."""
+    """Raises CheckpointError naming a value in a training state that no run can have written."""
     for key, least in _COUNTS.items():
         value = content.get(key, least)
         whole = type(value) is int or (key == "optimizer_steps" and type(value) is float and value.is_integer())
@@ -268,14 +271,14 @@ def refuse_wrong_values(content: Mapping[str, Any], where: str) -> None:
 
 
 def digest_of_values(content: Mapping[str, Any], like: str = "") -> str:
-    """Returns the digest that a description keeps of its own other values, of the kind of another."""
+    """Returns the digest of a description's other values, of the same kind as `like`."""
     digest = new_digest(like)
     digest.update(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def attachments_of(directory: Path) -> dict[str, bytes]:
-    """Returns the files that a checkpoint carries in folders of its own, by their path in it."""
+    """Returns the contents of the files in a checkpoint's subfolders, by their path in it."""
     digests = read_train_state(directory).get("digests", {})
     return {name: (directory / name).read_bytes() for name in digests if "/" in name and (directory / name).is_file()}
 
@@ -295,7 +298,7 @@ def load_checkpoint(directory: Path, state: ShardedState, parallel: ParallelStat
     """Fills a state's tensors from a checkpoint folder; all ranks call it together.
 
     Raises:
-        CheckpointError: a file is unreadable, or a tensor is missing or of another shape.
+        CheckpointError: a file is unreadable, or a tensor is missing or has another shape.
     """
     read_sharded(state, str(directory), parallel)
 

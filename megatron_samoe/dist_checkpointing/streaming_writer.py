@@ -1,4 +1,4 @@
-"""Writing tensors one after another: torch's own writer holds all of a file's tensors until the file is complete."""
+"""A writer of tensors one after another. torch's own writer holds all of a file's tensors until the file is complete."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_samoe.dist_checkpointing.file_storage import Writer
 
 
 class StreamingWriter(Writer):
-    """A writer that holds one tensor at a time, so that those made on demand need the memory of one."""
+    """A writer that holds one tensor at a time, so that tensors made on demand need the memory of one."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Writes this rank's file and returns, as torch wants it, a future that is done."""
+        """Writes this rank's file and returns a completed future, as torch expects."""
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         results = []
         with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
@@ -38,6 +38,6 @@ class StreamingWriter(Writer):
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Returns a tensor in CPU memory of its own: a view would be saved with all that it is a view of."""
+    """Returns a tensor in its own CPU memory: saving a view saves its whole storage."""
     tensor = tensor.detach().to(torch.device("cpu"))
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

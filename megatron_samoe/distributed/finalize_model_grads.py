@@ -1,4 +1,4 @@
-"""The end of a step's backward passes: every gradient becomes that of the global batch, once."""
+"""The completion of gradients after a step's backward passes: each becomes that of the global batch, once."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from megatron_samoe.distributed.grad_buffer import GradBuffers
 
 
 class StepModel(Protocol):
-    """A model some of whose gradients are completed at the end of a step."""
+    """A model with gradients that are completed only at the end of a step."""
 
     def finish_step(self) -> None:
-        """Adds what backward hooks could not: this rank's gradients of banks and coefficients (moe/sharing)."""
+        """Adds this rank's gradients of banks and coefficients, which backward hooks cannot add (moe/sharing)."""
 
 
 def finalize_model_grads(model: StepModel, buffers: GradBuffers, gradient_scale: float = 1.0) -> None:
-    """Completes the model's gradients, sums all gradients over their groups and takes the loss scale out.
+    """Completes the model's gradients, sums all gradients over their groups and divides by the loss scale.
 
-    To be called exactly once per optimizer step, after the last backward pass.
+    Call it exactly once per optimizer step, after the last backward pass.
     """
     model.finish_step()
     buffers.reduce()

@@ -1,7 +1,7 @@
-"""Main gradients: flat fp32 buffers, one per group of ranks over which gradients are summed.
+"""Main gradients in flat fp32 buffers, one or more for each group of ranks that sums gradients.
 
-With a distributed optimizer (ZeRO-1, arXiv:1910.02054) each rank of the group updates a shard of the buffer: gradients
-are reduced and scattered, and weights, which then lie in one flat tensor too, are gathered after the update.
+With a distributed optimizer (ZeRO-1, arXiv:1910.02054) each rank of the group updates a shard of the buffer. Gradients
+are reduced and scattered. Weights then lie in one flat tensor too, and are gathered after the update.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ DEFAULT_BUCKET_SIZE = 40_000_000
 
 
 def _keep_gradient(arrived: weakref.WeakMethod[Callable[[str], None]], name: str, parameter: Tensor) -> None:
-    """Called by autograd once per backward pass and parameter, when the pass has its whole gradient.
+    """Adds a parameter's gradient to its buffer; autograd calls this once per backward pass, when the gradient is
+    whole.
 
-    A parameter that held its buffer would hold it, the group and gloo's threads until the interpreter ends, and one of
-    them aborts the process when it then wants the interpreter's lock.
+    A parameter must not hold its buffer. It would keep the group and gloo's threads until the interpreter ends, and a
+    thread that then wants the interpreter's lock aborts the process.
     """
     if parameter.grad is not None:  # else an op has added to the main gradient itself
         parameter.main_grad += parameter.grad  # type: ignore[attr-defined]
@@ -38,12 +39,12 @@ def _keep_gradient(arrived: weakref.WeakMethod[Callable[[str], None]], name: str
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank updates of one parameter: all of its shard, or a slice of that.
+    """The part of one parameter that this rank updates: its whole shard, or a slice of it.
 
     Attributes:
-        slice: which elements of the shard; None for all of it, in its shape.
+        slice: the elements of the shard; None for the whole shard, in its shape.
         weight, grad: the elements, as views.
-        counts: whether this rank stands for them in norms and checkpoints.
+        counts: whether this rank counts the elements in norms and writes them to checkpoints.
     """
 
     name: str
@@ -55,15 +56,15 @@ class Piece:
 
 
 class GradBuffer:
-    """The gradients of parameters that are summed over the same ranks, in one tensor.
+    """One tensor with the gradients of parameters that are summed over the same ranks.
 
-    Each parameter gets `main_grad`, a view into the buffer. What autograd leaves in `grad` is added to it as soon as it
-    is complete and freed; ops that know main gradients (experts) add to them directly.
+    Each parameter gets `main_grad`, a view into the buffer. Autograd's `grad` is added to it as soon as it is complete,
+    and freed. Ops that know main gradients (experts) add to them directly.
 
     Args:
-        group: over which gradients are summed; None for parameters that are slices already, whose gradients come reduced.
-        is_sharded: whether the group's ranks update a shard of the buffer each.
-        overlap: whether the reduction starts as soon as the last micro-batch has left its gradients.
+        group: ranks that sum the gradients; None for parameters that are slices already, whose gradients arrive summed.
+        is_sharded: whether each of the group's ranks updates a shard of the buffer.
+        overlap: whether the reduction starts as soon as the last micro-batch's gradients are there.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], group: Group | None, is_sharded: bool,
@@ -98,7 +99,7 @@ class GradBuffer:
             start = stop
 
     def zero(self, num_micro_batches: int, overlap: bool = True) -> None:
-        """Clears the gradients for a step of `num_micro_batches`; without overlap `reduce` alone reduces them."""
+        """Clears the gradients for a step of `num_micro_batches`; without overlap only `reduce` reduces them."""
         assert self._started is None
         self.flat.zero_()
         self._num_micro_batches = num_micro_batches
@@ -106,7 +107,7 @@ class GradBuffer:
         self._arrivals = dict.fromkeys(self.parameters, 0)
 
     def _arrived(self, name: str) -> None:
-        """A backward pass has left a parameter's whole gradient."""
+        """Counts a parameter's whole gradient, and starts the reduction when the last is there."""
         if not self._starts_early:
             return
         self._arrivals[name] += 1
@@ -122,7 +123,7 @@ class GradBuffer:
             self._started = self.group.start_all_reduce(self.flat), None
 
     def reduce(self) -> None:
-        """Sums the buffer over its group; of a sharded buffer this rank's shard only."""
+        """Sums the buffer over its group; of a sharded buffer only this rank's shard."""
         if self.group is None:
             return
         if self._started is None:
@@ -136,7 +137,7 @@ class GradBuffer:
             self.own(self.flat).copy_(part)
 
     def gather_weights(self) -> None:
-        """Takes in the shards of weights that other ranks have updated."""
+        """Gathers the shards of weights that other ranks have updated."""
         if self.weights is not None and self.group is not None:
             self.weights.copy_(self.group.all_gather(self.own(self.weights).clone()))
 
@@ -147,7 +148,7 @@ class GradBuffer:
         return flat[self.shard_size * self.group.rank : self.shard_size * (self.group.rank + 1)]
 
     def pieces(self, state: ParallelState) -> list[Piece]:
-        """Returns what this rank updates."""
+        """Returns the pieces that this rank updates, in the buffer's order."""
         pieces = []
         for name, p in self.parameters.items():
             tag = tag_of(p)
@@ -169,10 +170,10 @@ class GradBuffers:
     """All main gradients of a rank's model.
 
     Args:
-        parameters: by global name; those without requires_grad are left out.
+        parameters: parameters by global name; those without requires_grad are left out.
         is_sharded: whether each rank updates a shard of each buffer (ZeRO-1).
-        overlap: reduce buffers while the last backward passes run, those whose gradients are complete then.
-        bucket_size: elements of a buffer, from which the next parameter starts a new one.
+        overlap: reduce buffers while the last backward passes run, where their gradients are complete then.
+        bucket_size: elements of a buffer after which the next parameter starts a new one.
     """
 
     def __init__(
@@ -195,7 +196,8 @@ class GradBuffers:
         """Clears all gradients for a step of `num_micro_batches`.
 
         Args:
-            overlap: whether buffers that may be reduced early are; else all hold this rank's gradients until `reduce`.
+            overlap: whether buffers are reduced early where they may be; else all hold this rank's gradients until
+                `reduce`.
         """
         for buffer in self.buffers:
             buffer.zero(num_micro_batches, overlap)
@@ -206,19 +208,19 @@ class GradBuffers:
             buffer.reduce()
 
     def scale(self, factor: float) -> None:
-        """Multiplies the gradients that this rank updates with."""
+        """Multiplies the gradients that this rank updates weights with."""
         for buffer in self.buffers:
             buffer.own(buffer.flat).mul_(factor)
 
     def gather_weights(self) -> None:
-        """Takes in the weights that other ranks have updated."""
+        """Gathers the weights that other ranks have updated."""
         for buffer in self.buffers:
             buffer.gather_weights()
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """What the parameters of one buffer have in common: who sums their gradients, when these are complete, the dtype."""
+    """The key of a buffer's parameters: who sums their gradients, when these are complete, and the dtype."""
 
     group: str | None
     completed_at: str

@@ -21,11 +21,11 @@ from megatron_samoe.tensor_parallel.random import recompute
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What all layers' attention shares in one forward pass.
+    """The inputs that all layers' attention shares in one forward pass.
 
     Attributes:
         rotary: cos and sin tables, or None without rotary positions.
-        mask_B1SS: True where a query may look, or None for plain causal attention.
+        mask_B1SS: True where a query may attend to a key, or None for plain causal attention.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
@@ -33,7 +33,7 @@ class AttentionInputs:
 
 
 def document_mask(document_ids_BS: Tensor) -> Tensor:
-    """Returns mask_B1SS: True where key is not after query and in the same document."""
+    """Returns mask_B1SS: True where the key is not after the query and is in the same document."""
     length = document_ids_BS.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
     return (causal & (document_ids_BS[:, :, None] == document_ids_BS[:, None, :]))[:, None]
@@ -99,7 +99,9 @@ class SelfAttention(nn.Module):
         return y_BASD.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def core_flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the two products with keys and values, half of a sequence long on average."""
+        """Returns multiply-adds x 2 of the two products with keys and values, which are half a sequence long on
+        average.
+        """
         model = self.config
         return 2.0 * 2 * model.num_attention_heads * model.head_dim * model.seq_length / 2
 
@@ -108,8 +110,9 @@ class SelfAttention(nn.Module):
         return self.qkv.flops_per_token() + self.output.flops_per_token() + self.core_flops_per_token()
 
     def kept_bytes(self, tokens: int) -> int:
-        """Returns the bytes that autograd keeps: the gathered input, queries, keys and values in one tensor, and the output;
-        copies of queries and keys where they are normed or rotated; the sums of the fused kernel."""
+        """Returns the bytes that autograd keeps: the gathered input, queries, keys and values in one tensor, and the
+        output; copies of queries and keys where they are normalised or rotated; the sums of the fused kernel.
+        """
         model, weight = self.config, self.output.weight
         size, head_dim = weight.element_size(), model.head_dim
         kv_heads = self.qkv.weight.shape[0]

@@ -1,4 +1,4 @@
-"""What a model is built from: its configuration, its place over ranks, and the parts that can be replaced."""
+"""The blueprint that a model is built from: its configuration, its place over ranks, and its replaceable parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ModelParts:
         attention: makes a layer's attention, as `SelfAttention` is made and called.
         router: class of routers.
         balance: makes a layer's strategy from the configuration and the data-parallel group.
-        sharing: makes the way in which MoE layers come by their experts.
+        sharing: makes the way of sharing experts between MoE layers.
     """
 
     attention: Callable[..., nn.Module] = SelfAttention
@@ -50,7 +50,7 @@ class ModelParts:
                 raise TypeError(f"{f.name} is {getattr(self, f.name)!r}; it must be a class or a function")
 
     def replaced(self) -> Mapping[str, str]:
-        """Returns the names of those that are not the package's own; checkpoints note them."""
+        """Returns the names of parts that are not the package's own, by kind; checkpoints record them."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: _name_of(part) for name, part in parts.items() if part is not getattr(ModelParts, name)}
 
@@ -62,10 +62,10 @@ def _name_of(part: Any) -> str:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All that the constructors of a model's modules need.
+    """Everything that the constructors of a model's modules need.
 
     Attributes:
-        vocab_size: tokens that exist, before padding.
+        vocab_size: number of tokens, before padding.
         dtype: of weights and activations.
     """
 
@@ -82,7 +82,7 @@ class Blueprint:
 
     @cached_property
     def sharing_context(self) -> SharingContext:
-        """What ways of sharing are made for."""
+        """The context that ways of sharing are made from."""
         pp = self.config.parallel.pipeline_model_parallel_size
         layers_of_stage = tuple(moe_layers_of(self.config, stage) for stage in range(pp))
         sources = tuple(place.source for place in all_layers(self.config) if place.source is not None)
@@ -90,12 +90,12 @@ class Blueprint:
 
     @cached_property
     def sharing(self) -> SharingWay:
-        """How the MoE layers come by their experts."""
+        """The way in which the MoE layers share experts."""
         return self.parts.sharing(self.sharing_context)
 
     @cached_property
     def set_loads(self) -> SetLoads | None:
-        """The loads of shared sets, where balance is theirs; else None."""
+        """The loads of shared sets, where loads are balanced over a set's layers; else None."""
         if not self.config.moe.balances_sets:
             return None
         experts = tuple(shape.num_experts for shape in self.expert_shapes)
@@ -104,14 +104,14 @@ class Blueprint:
 
     @cached_property
     def statistics(self) -> StatisticsLayout:
-        """What MoE layers tell of each micro-batch."""
+        """The statistics that MoE layers return for each micro-batch."""
         experts = max((shape.num_experts for shape in self.expert_shapes), default=0)
         balance = self.parts.balance(self.config.moe, self.state.dp)
         return StatisticsLayout({"counts": experts, **self.parts.router.statistics, **balance.statistics})
 
 
 def expert_shape(config: PretrainConfig, place: LayerPlace) -> ExpertShape:
-    """Returns the global sizes of one MoE layer's routed experts, and how wide they begin."""
+    """Returns the global sizes of one MoE layer's routed experts, and the spread of their initial weights."""
     model = config.model
     return ExpertShape(
         place.num_experts, model.hidden_size, config.expert_ffn_size, activation_of(model),

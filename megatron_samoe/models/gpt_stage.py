@@ -1,4 +1,4 @@
-"""The part of a GPT that one pipeline stage runs: embedding, layers, head, as far as the stage has them."""
+"""The part of a GPT that one pipeline stage runs: layers, with embedding or head where the stage has them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from megatron_samoe.tensor_parallel.random import recompute
 
 
 class Embedding(nn.Module):
-    """Token embedding plus learned positions, where the model has them.
+    """The token embedding, plus learned positions where the model has them.
 
     Args:
-        words_only: hold only the token embedding, as the last stage of a pipeline does that shares it with the first.
+        words_only: hold only the token embedding, as the last stage does when it shares that with the first.
     """
 
     def __init__(self, blueprint: Blueprint, words_only: bool = False):
@@ -90,13 +90,13 @@ class GPTStage(nn.Module):
         """Returns the stage's output and the statistics of its MoE layers.
 
         Args:
-            x: tokens_BS for the first stage, x_TH for others; while training with the loads of shared sets below, where
-                balance is theirs (`set_loads`).
+            x: tokens_BS for the first stage, x_TH for others. While training, rows with the loads of shared sets follow
+                where loads are balanced over a set's layers (`set_loads`).
             positions_BS: position of each token; 0, 1, ... if not given.
-            document_ids_BS: where given, no token looks into another document.
+            document_ids_BS: where given, no token attends to another document.
 
         Returns:
-            The last stage gives logits [T, this rank's part of the vocabulary], others what the next one takes.
+            logits [T, this rank's part of the vocabulary] on the last stage, and the next stage's x on others.
         """
         batch = context.batch_size
         set_loads = self.set_loads if context.training else None
@@ -145,7 +145,9 @@ class GPTStage(nn.Module):
         return 2.0 * self._head().weight.numel() * self.state.tp.size
 
     def head_kept_bytes(self, tokens: int) -> int:
-        """Returns the bytes of one micro-batch's head: normed input, logits, fp32 probabilities, and their gradient."""
+        """Returns the bytes of one micro-batch's head: normalised input, logits, fp32 probabilities, and their
+        gradient.
+        """
         weight = self._head().weight
         local_tokens = tokens // self.state.tp.size if self.state.sequence_parallel else tokens
         hidden, size = weight.shape[1], weight.element_size()
@@ -162,7 +164,7 @@ def _words(blueprint: Blueprint, family: Literal["dense", "embedding"]) -> Vocab
 
 
 def is_recomputed(config: PretrainConfig, number: int) -> bool:
-    """Whether a stage's layer of this number keeps only its input."""
+    """Returns whether a stage's layer of this number keeps only its input, and is recomputed."""
     training = config.training
     limit = training.recompute_num_layers
     return training.recompute_granularity == "full" and (limit is None or number < limit)

@@ -19,7 +19,7 @@ from megatron_samoe.tensor_parallel.random import derived_seed
 def initialize_parameters(parameters: Mapping[str, nn.Parameter], state: ParallelState, seed: int) -> None:
     """Fills parameters, keyed by global name, with their initial values.
 
-    Each is drawn whole, on the CPU in fp32, and cut to this rank's part; tensors of experts are drawn one expert at a
+    Each is drawn whole, on the CPU in fp32, and cut to this rank's shard. Tensors of experts are drawn one expert at a
     time, so that a rank draws only its own.
     """
     for name, parameter in parameters.items():

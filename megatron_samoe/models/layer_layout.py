@@ -1,4 +1,4 @@
-"""Which layers are MoE, and which layers each pipeline stage holds: pure arithmetic."""
+"""The layout of layers by pure arithmetic: which are MoE, and which pipeline stage holds each."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_samoe.config.sharing_map import Source
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """One transformer layer.
+    """The place of one transformer layer in the model.
 
     Attributes:
         index: among all layers.
         moe_index: among MoE layers, or None for a layer with a dense MLP.
         num_experts: routed experts (E); 0 for a layer with a dense MLP.
-        source: where the experts come from; None for a layer with a dense MLP.
+        source: source of the experts; None for a layer with a dense MLP.
     """
 
     index: int
@@ -36,7 +36,7 @@ class LayerPlace:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one (virtual) pipeline stage holds; it may be no layer at all."""
+    """The layers and ends that one (virtual) pipeline stage holds; it may hold no layer."""
 
     layers: tuple[LayerPlace, ...]
     has_embedding: bool
@@ -69,7 +69,7 @@ def stage_plans(config: PretrainConfig) -> tuple[StagePlan, ...]:
 
 
 def layers_per_stage(parallel: ParallelConfig, num_layers: int) -> tuple[int, ...]:
-    """Returns the number of layers of each virtual stage of a configuration that keeps the rules."""
+    """Returns the number of layers of each virtual stage of a legal configuration."""
     if parallel.pipeline_model_parallel_layout is not None:
         return parse_stage_layout(parallel.pipeline_model_parallel_layout)
     stages = virtual_stages(parallel, num_layers)
@@ -82,6 +82,6 @@ def rank_plans(config: PretrainConfig, pipeline_rank: int) -> tuple[StagePlan, .
 
 
 def moe_layers_of(config: PretrainConfig, pipeline_rank: int) -> tuple[int, ...]:
-    """Returns the indices, among MoE layers, of those that one pipeline rank holds."""
+    """Returns the indices, among MoE layers, of the layers that one pipeline rank holds."""
     layers = [layer for plan in rank_plans(config, pipeline_rank) for layer in plan.layers]
     return tuple(layer.moe_index for layer in layers if layer.moe_index is not None)

@@ -18,7 +18,7 @@ def activation_of(config: ModelConfig) -> Activation:
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU between (its tanh form), or SiLU-gated; split over tensor-parallel ranks."""
+    """Two linear layers, split over tensor-parallel ranks, with GELU (tanh form) between, or SiLU-gated."""
 
     def __init__(self, config: ModelConfig, ffn_size: int, init_std: float, output_init_std: float,
                  state: ParallelState, dtype: torch.dtype):  # fmt: skip
@@ -52,12 +52,13 @@ class MLP(nn.Module):
         return self.fc1.flops_per_token() + self.fc2.flops_per_token()
 
     def inner_bytes(self, tokens: int) -> int:
-        """Returns the bytes of inner tensors that autograd keeps: SiLU-gated ones keep both halves, the gate's SiLU, and
-        the product."""
+        """Returns the bytes of inner tensors that autograd keeps; a SiLU-gated MLP keeps both halves, the gate's SiLU,
+        and their product.
+        """
         weight = self.fc2.weight
         return tokens * (4 if self.gated else 2) * weight.shape[1] * weight.element_size()
 
     def kept_bytes(self, tokens: int) -> int:
-        """Returns the same with the gathered input."""
+        """Returns the bytes that autograd keeps: those of `inner_bytes` and of the gathered input."""
         weight = self.fc2.weight
         return self.inner_bytes(tokens) + tokens * weight.shape[0] * weight.element_size()

@@ -14,11 +14,11 @@ from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
 
 
 class Norm(nn.Module):
-    """The configured normalisation; weights are whole on every tensor-parallel rank.
+    """The configured normalisation, with whole weights on every tensor-parallel rank.
 
     Args:
-        split_input: whether tensor-parallel ranks normalise different vectors (heads), so that each has a part of the
-            weights' gradient.
+        split_input: whether tensor-parallel ranks normalise different vectors (heads), so that each has only a part of
+            the weights' gradient.
     """
 
     def __init__(

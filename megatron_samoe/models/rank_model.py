@@ -1,4 +1,4 @@
-"""Everything of the model that one rank holds: its stages, and its part of what MoE layers share."""
+"""The model of one rank: its stages, and its part of the experts that MoE layers share."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def stored_name(name: str) -> str:
 
 
 class RankModel(nn.Module):
-    """The rank's chunks (one, or several with virtual pipeline stages) and what their MoE layers share.
+    """The rank's chunks (one, or several with virtual pipeline stages) and the experts that their MoE layers share.
 
-    The model owns what is shared and lends it to its layers in every call. Held by every layer, it would stand in
-    `state_dict()` many times, and its gradient would be reduced before all layers have added theirs.
+    The model owns shared experts and lends them to its layers in every call. If every layer held them, they would stand
+    in `state_dict()` many times, and their gradient would be reduced before all layers have added theirs.
     """
 
     chunks: Any  # torch's containers forget what they hold
@@ -61,7 +61,7 @@ class RankModel(nn.Module):
         self.lender = self._make_lender(blueprint)
 
     def combine_per(self, when: Literal["step", "layer"]) -> None:
-        """Combines the pool's banks from now on once per step or layer by layer, whatever was configured."""
+        """Combines the pool's banks once per step or layer by layer from now on, whatever was configured."""
         moe = replace(self.config.moe, samoe_combine=when)
         config = replace(self.config, moe=moe)
         self.lender = self._make_lender(Blueprint(config, self.vocab_size, self.state, self.dtype, self.parts))
@@ -80,20 +80,25 @@ class RankModel(nn.Module):
         return [layer for chunk in self.chunks for layer in chunk.layers.values() if layer.is_moe]
 
     def global_parameters(self) -> dict[str, nn.Parameter]:
-        """Returns parameters under names that are the same in every layout."""
+        """Returns this rank's parameters under names that are the same in every layout."""
         return {stored_name(name): p for name, p in self.named_parameters()}
 
     def begin_step(self) -> None:
-        """Makes shared experts' current weights take effect; to be called after they change and before a forward pass."""
+        """Prepares shared experts from their current weights. Call it after the weights change and before a forward
+        pass.
+        """
         self.lender.begin_step()
 
     def finish_step(self) -> None:
-        """Completes this rank's gradients of shared experts, before they are reduced."""
+        """Completes this rank's gradients of shared experts. `finalize_model_grads` calls it before gradients are
+        reduced.
+        """
         self.lender.finish_step()
 
     def balanced_counts(self, counts_LE: Tensor) -> list[Tensor]:
-        """Returns for each MoE layer of the whole model the mean loads that are balanced: its own, or its set's over all
-        layers that use it."""
+        """Returns for each MoE layer of the whole model the mean loads to balance: the layer's own, or its set's over
+        all layers that use it.
+        """
         own = [counts_E[:n] for counts_E, n in zip(counts_LE, self.num_experts, strict=True)]
         if self.set_loads is None:
             return own
@@ -107,10 +112,10 @@ class RankModel(nn.Module):
 
     @torch.no_grad()
     def after_step(self, counts_LE: Tensor, iteration: int) -> None:
-        """Lets routers follow the loads of a global batch, when the optimizer has updated the weights.
+        """Updates routers from the loads of a global batch, after the optimizer has updated the weights.
 
         Args:
-            iteration: steps done, with this one.
+            iteration: number of steps done, including this one.
             counts_LE: tokens that chose each expert, of all MoE layers of the whole model.
         """
         balanced = self.balanced_counts(counts_LE)
@@ -125,7 +130,7 @@ class RankModel(nn.Module):
         self, x: Tensor, context: ForwardContext, positions_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None, chunk: int = 0,
     ) -> tuple[Tensor, list[MoEStats]]:  # fmt: skip
-        """Returns what a chunk makes of its input, and the statistics of its MoE layers: see `GPTStage.forward`."""
+        """Returns a chunk's output and the statistics of its MoE layers; see `GPTStage.forward`."""
         return self.chunks[chunk](x, context, self.lender, positions_BS, document_ids_BS)
 
     def loss(self, logits_TV: Tensor, labels_BS: Tensor) -> Tensor:
@@ -145,9 +150,9 @@ def build_model(
     """Returns this rank's model with initial weights.
 
     Args:
-        vocab_size: tokens that exist, before padding.
+        vocab_size: number of tokens, before padding.
         dtype: of weights and activations; the configured precision if not given.
-        parts: other parts than the package's own.
+        parts: parts in place of the package's own.
     """
     model = RankModel(config, vocab_size, state, dtype or compute_dtype(config), parts)
     initialize_parameters(model.global_parameters(), state, config.training.seed)

@@ -20,7 +20,7 @@ from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
 
 
 class TransformerLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). `mlp` is dense; `moe` takes its place in MoE layers."""
+    """A layer: x + attention(norm(x)), then x + mlp(norm(x)). `mlp` is dense; `moe` takes its place in MoE layers."""
 
     attention: Any  # whatever the parts say
 
@@ -46,8 +46,9 @@ class TransformerLayer(nn.Module):
         self, x_TH: Tensor, inputs: AttentionInputs, context: ForwardContext, lender: ExpertLender,
         loads_BC: Tensor | None = None,
     ) -> tuple[Tensor, MoEStats | None, Tensor | None]:  # fmt: skip
-        """Returns the next residual stream, from an MoE layer its statistics, and the loads of shared sets where they are
-        balanced over layers."""
+        """Returns the next residual stream, the statistics of an MoE layer, and the loads of shared sets where these
+        are balanced over layers.
+        """
         y_TH = self.attention(self.attention_norm(x_TH), inputs, context)
         x_TH = x_TH + self._dropout(y_TH, context, "attention_output")
         normed_TH = self.mlp_norm(x_TH)
@@ -66,14 +67,14 @@ class TransformerLayer(nn.Module):
         return context.random.dropout(y_TH, self.dropout, self.index, site, part, parts)
 
     def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass in matrix products, over all ranks that a token meets."""
+        """Returns multiply-adds x 2 of the forward pass's matrix products, over all ranks that process a token."""
         return self.attention.flops_per_token() + (self.moe if self.is_moe else self.mlp).flops_per_token()
 
     def kept_bytes(self, tokens: int) -> int:
-        """Returns the bytes that autograd keeps of a micro-batch where nothing is recomputed, the layer's input included.
+        """Returns the bytes that autograd keeps of a micro-batch without recomputation, the layer's input included.
 
-        With sequence parallelism what lies between the split matrices is 1/tp of the tokens; what enters a split matrix
-        is gathered and kept whole.
+        With sequence parallelism, tensors outside tensor-parallel regions hold 1/tp of the tokens; the input of a split
+        matrix is gathered and kept whole.
         """
         local_tokens = tokens // self.state.tp.size if self.state.sequence_parallel else tokens
         norms = self.attention_norm.kept_bytes(local_tokens) + self.mlp_norm.kept_bytes(local_tokens)

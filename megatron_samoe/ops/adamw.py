@@ -13,7 +13,7 @@ from megatron_samoe.ops import extension, reference
 
 @dataclass(frozen=True)
 class AdamWRates:
-    """What a step is made with; `grad_scale` multiplies the gradients as they are read."""
+    """The hyper-parameters of a step; `grad_scale` multiplies the gradients as they are read."""
 
     lr: float
     beta1: float
@@ -25,11 +25,11 @@ class AdamWRates:
 
 @dataclass(frozen=True)
 class AdamWRun:
-    """Elements that are updated together, in memory order; all tensors have as many.
+    """A slice of elements that are updated together, in memory order; all its tensors have equally many.
 
     Attributes:
         master: fp32 (or fp64, without the extension).
-        weight: bf16 weights to be set to the master, or None where the master is the weight.
+        weight: bf16 weights to set to the master, or None where the master is the weight.
         grad, exp_avg, exp_avg_sq: in the master's dtype.
     """
 
@@ -42,10 +42,10 @@ class AdamWRun:
 
 @torch.no_grad()
 def adamw(runs: Sequence[AdamWRun], rates: AdamWRates, step: int) -> None:
-    """Updates all runs in place, as torch.optim.AdamW does (Loshchilov and Hutter, arXiv:1711.05101).
+    """Updates all slices in place, as torch.optim.AdamW does (Loshchilov and Hutter, arXiv:1711.05101).
 
     Args:
-        step: 1 for the first.
+        step: number of the step, 1 for the first.
     """
     numbers = (rates.lr, rates.beta1, rates.beta2, rates.eps, rates.weight_decay, step, rates.grad_scale)
     if not serves(runs):
@@ -68,7 +68,7 @@ def adamw(runs: Sequence[AdamWRun], rates: AdamWRates, step: int) -> None:
 
 
 def serves(runs: Sequence[AdamWRun]) -> bool:
-    """Returns whether the compiled op takes these runs: fp32 on one device, bf16 weights, contiguous."""
+    """Returns whether the compiled op takes these slices: fp32 on one device, bf16 weights, contiguous."""
     if not all(_fits(run) for run in runs):
         return False
     tensors = (t for run in runs for t in (run.master, run.weight, run.grad, run.exp_avg, run.exp_avg_sq))

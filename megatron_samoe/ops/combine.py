@@ -1,7 +1,8 @@
-"""A layer's expert weights as a weighted sum of the pool's banks, for all layers in one pass.
+"""The expert weights of all layers as weighted sums of the pool's banks, in one pass.
 
-Letters: L layers, G groups (experts, tensor kinds: what shares a coefficient vector), P banks, N elements a group.
-Both are plain functions, not recorded by autograd: the pool calls them once a step, around the layers' own gradients.
+Letters: L layers, G groups (experts or tensor kinds that share a coefficient vector), P banks, N elements of a group.
+Both are plain functions that autograd does not record: the pool calls them once a step, around the layers' own
+gradients.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _check(coefficients_LGP: Tensor, banks_PGN: Tensor, weights_LGN: Tensor | No
 
 
 def _served(*tensors: Tensor) -> bool:
-    """Whether the compiled kernels take these tensors as they lie (last dim contiguous, others strided)."""
+    """Returns whether the compiled kernels take these tensors without a copy (last dim contiguous, others strided)."""
     return all(t.stride(2) == 1 or t.shape[2] <= 1 for t in tensors) and extension.serves(*tensors, cuda=True)
 
 
@@ -62,7 +63,7 @@ def combine_banks(
 def combine_banks_backward(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: Tensor, dbanks_PGN: Tensor) -> Tensor:
     """Adds the banks' gradient to dbanks_PGN in place and returns dcoefficients_LGP, in one pass over dW_LGN.
 
-    dcoefficients are sums of N products; each block's sum is added up in double precision.
+    dcoefficients are sums of N products; sums of blocks are added in double precision.
 
     Args:
         coefficients_LGP, banks_PGN, dW_LGN, dbanks_PGN: fp32 (or fp64); dims 0 and 1 may be strided.

@@ -1,8 +1,8 @@
 """Softmax cross-entropy over a part of the vocabulary, without keeping the probabilities.
 
-The forward leaves three numbers a token, from which ranks that hold other parts of the vocabulary make the loss; the
-backward makes the gradient from the logits. Plain functions, not recorded by autograd: tensor_parallel/cross_entropy.py
-puts the ranks' reductions between them.
+The forward returns three numbers a token; ranks that hold parts of the vocabulary make the loss from these. The
+backward makes the gradient from the logits. Both are plain functions that autograd does not record:
+tensor_parallel/cross_entropy.py reduces over ranks between them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def _check(logits_TV: Tensor, labels_T: Tensor) -> None:
 
 @torch.no_grad()
 def cross_entropy_parts(logits_TV: Tensor, labels_T: Tensor, first_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns peak_T, sum_T, target_T in fp32 (fp64 for fp64 logits); with all columns here,
-    loss = log(sum) + peak - target.
+    """Returns peak_T, sum_T and target_T in fp32 (fp64 for fp64 logits). With all columns here, loss = log(sum) + peak
+    - target.
 
     Args:
         logits_TV: columns first_id .. first_id + V - 1 of the vocabulary, fp32, bf16 or fp64; V may be 0 (then peak is

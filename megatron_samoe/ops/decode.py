@@ -1,9 +1,9 @@
-"""Inference: layers over a few tokens, with weights in fp32, bf16 or int8 that are each read once.
+"""Layers over a few tokens for decoding, which read each weight (fp32, bf16 or int8) once.
 
-Activations are fp32 and flat, [T, H], whatever the weights are. With the compiled extension, on a CPU and by CUDA kernels
-where they are asked for, each block is one call that streams the weights from memory; else the twins of
-ops/decode_reference.py do the same in torch, on any device.
-A token's results are the same bits whatever other tokens share the call (compiled).
+Activations are fp32 and flat, [T, H], whatever the weights are. With the compiled extension each block is one call that
+streams the weights from memory: on a CPU, and on CUDA where its kernels are asked for. Otherwise the twins of
+ops/decode_reference.py do the same in torch, on any device. Compiled, a token's results have the same bits whatever
+other tokens share the call.
 
 Letters as in CONTRIBUTING.md, and Q: queries per key-value head; M: matrices of a stack.
 """
@@ -53,7 +53,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Places:
-    """Where a step's tokens stand.
+    """The positions of a step's tokens, and their places in the cache.
 
     Attributes:
         positions_T, slots_T: int32; place in the sequence, and row of `pages`.
@@ -98,13 +98,13 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """Matrices of experts, and which of them each expert uses.
+    """A stack of expert matrices, and the matrices that each expert uses.
 
     Attributes:
         w1: [M, F, H], or [M, 2, F, H] for SwiGLU; b1 [M, (2,) F].
         w2: [M, H, F]; b2 [M, H].
         index1_E, index2_E: int64, an expert's matrix in w1 (and b1) and in w2 (and b2); -1 leaves it out.
-        factor1_E, factor2_E: fp32 factors of an expert's w1 (and b1) and of its w2 (and b2); all 1 if None.
+        factor1_E, factor2_E: fp32 factors on an expert's w1 (and b1) and on its w2 (and b2); all 1 if None.
     """
 
     w1: Weight
@@ -119,7 +119,7 @@ class ExpertStack:
 
     @property
     def is_own(self) -> bool:
-        """Whether expert e has matrix e, unscaled and in fp32."""
+        """Whether every expert e has matrix e, unscaled and in fp32."""
         own = torch.arange(self.w1.data.shape[0], device=self.index1_E.device)
         indices = torch.equal(self.index1_E, own) and torch.equal(self.index2_E, own)
         return indices and self.factor1_E is None and self.factor2_E is None and self.w1.data.dtype == torch.float32
@@ -141,7 +141,7 @@ def quantize(weight: Tensor) -> Weight:
 
 
 def stored(weight: Tensor, kind: WeightType) -> Weight:
-    """Returns a weight as it is kept for inference; the tensor itself where nothing changes."""
+    """Returns a weight of the given kind for inference; the tensor itself where nothing changes."""
     if kind == "int8":
         return quantize(weight)
     return Weight(weight.detach().to(WEIGHT_DTYPES[kind]).contiguous())
@@ -194,14 +194,16 @@ def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch
 
 
 def attention_scratch(num_tokens: int, layer: AttentionLayer) -> int:
-    """Returns the floats that `attention_block` needs. On CUDA more of them let parts of long sequences run side by side."""
+    """Returns the number of floats that `attention_block` needs. On CUDA, more of them let parts of long sequences run
+    side by side.
+    """
     heads, queries, head_dim, hidden = layer.qkv.data.shape
     width = heads * queries * head_dim
     return num_tokens * (hidden + 3 * width) + 64
 
 
 def mlp_block(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, experts: ExpertStack, scratch: Tensor) -> None:
-    """Adds an MLP to the residual stream x, in place: of chosen experts, or without routing of the only one.
+    """Adds an MLP to the residual stream x, in place: the chosen experts', or without routing the only expert's.
 
     Args:
         scratch: fp32, `mlp_scratch` elements or more.
@@ -223,7 +225,7 @@ def mlp_block(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, experts: E
 
 
 def mlp_scratch(num_tokens: int, hidden: int, ffn: int, topk: int, num_experts: int) -> int:
-    """Returns the floats that `mlp_block`, `route` and `experts_block` need."""
+    """Returns the number of floats that `mlp_block`, `route` and `experts_block` need."""
     # On CUDA the router's sums and the order of slots by expert lie here too.
     return num_tokens * (2 * hidden + topk * (ffn + hidden + 5) + 2 * num_experts + 2) + 8 * num_experts + 256
 
@@ -238,7 +240,7 @@ class Routed:
 
 
 def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, out: Routed, scratch: Tensor) -> None:
-    """Writes the normalised tokens and their experts to out; without routing all take expert 0 with weight 1."""
+    """Writes the normalised tokens and their experts to out. Without routing all tokens take expert 0 with weight 1."""
     n, r = norm_of_x, routing
     if r is None:
         norm(x_TH, n, out.normed_TH)
@@ -260,11 +262,11 @@ def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, out: Routed, s
 def experts_block(
     routed: Routed, experts: ExpertStack, y_TKH: Tensor, out_TH: Tensor, scratch: Tensor, combine: bool = True
 ) -> None:
-    """Writes the chosen experts' results to y, of those experts that the stack has, and then adds their sum to out.
+    """Writes to y the results of the chosen experts that the stack has, and then adds their sum to out.
 
     Args:
-        combine: False leaves out as it is; results of experts that are left out stay in y as they were, so that a
-            stack can hold some experts at a time.
+        combine: False leaves out unchanged. Results of experts that the stack lacks stay in y as they were, so a stack
+            can hold some experts at a time.
     """
     e, r = experts, routed
     if extension.serves(out_TH, cuda=True):
@@ -282,7 +284,7 @@ def experts_block(
 
 
 def combine_rows(banks: list[Weight], coefficients_P: Tensor, out: Weight) -> None:
-    """Writes the weighted sum of equally shaped matrices to out, as out's type; a coefficient of 0 is left out."""
+    """Writes the weighted sum of equally shaped matrices to out, in out's type. A bank with coefficient 0 is not read."""
     if extension.serves(out.scale if out.data.dtype == torch.int8 else out.data, cuda=True):
         torch.ops.megatron_samoe.combine_rows(
             [bank.data for bank in banks], [bank.scale for bank in banks], coefficients_P, out.data, out.scale

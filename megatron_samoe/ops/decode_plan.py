@@ -1,6 +1,6 @@
-"""Inference: a whole model's step on a CPU as one compiled call, over weights that were checked when the plan was made.
+"""A whole model's decoding step on a CPU as one compiled call, over weights that were checked when the plan was made.
 
-A step by a plan has the bits of the same step by the blocks of ops/decode.py.
+A step by a plan gives the same bits as the same step by the blocks of ops/decode.py.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from megatron_samoe.ops.decode import AttentionLayer, ExpertStack, Norm, Places,
 
 
 class DecodePlan:
-    """A model's steps: layers are added in order, then every step is one call, which allocates nothing.
+    """A plan of a model's steps: layers are added in order, then every step is one call, which allocates nothing.
 
-    A plan keeps its tensors; what they hold may change, and is read by the next step.
+    A plan keeps its tensors. Their values may change; the next step reads them.
 
     Args:
         words: [V, H]; output: [V, H]; positions: fp32 [positions, H], or None.
         cos_PR, sin_PR: rotary tables by position, or None.
-        x_TH: room for the residual stream of as many tokens as a step may have.
-        scratch: fp32, room for those tokens as the blocks need it: `attention_scratch` and `mlp_scratch`.
+        x_TH: buffer for the residual stream of the most tokens that a step may have.
+        scratch: fp32 buffer for those tokens, as large as `attention_scratch` and `mlp_scratch` say.
         max_logits: most tokens of a step whose logits are wanted.
 
     Raises:
@@ -46,7 +46,9 @@ class DecodePlan:
         self, attention: AttentionLayer, mlp_norm: Norm, routing: Routing | None, experts: ExpertStack,
         shared: ExpertStack | None,
     ) -> None:  # fmt: skip
-        """Adds attention and the MLP of chosen experts, or without routing of the only one, and a shared one beside it."""
+        """Adds a layer: attention, the MLP of chosen experts (without routing, of the only one), and a shared expert if
+        given.
+        """
         ops, a, n = torch.ops.megatron_samoe, attention, attention.norm
         ops.decode_plan_attention(
             self._number, n.weight, n.bias, n.epsilon, n.rms, a.qkv.data, a.qkv.scale, a.qkv_bias,
@@ -60,11 +62,11 @@ class DecodePlan:
             ops.decode_plan_shared(self._number, *_stack(shared))
 
     def step(self, tokens_T: Tensor, places: Places, rows_N: Tensor, logits_NV: Tensor) -> None:
-        """Runs a step's tokens and writes the logits after those of `rows_N`; their keys and values are kept.
+        """Runs a step's tokens, keeps their keys and values, and writes the logits of the tokens `rows_N`.
 
         Args:
             tokens_T, rows_N: int64.
-            places: the tables of the plan count, not these.
+            places: its rotary tables are ignored: the plan's count.
         """
         p = places
         self._step(self._number, tokens_T, p.positions_T, p.slots_T, p.pages, rows_N, logits_NV)

@@ -1,4 +1,4 @@
-"""Slow twins of the inference ops of ops/decode.py in plain torch: their meaning, their fallback and their test."""
+"""Slow twins of the ops of ops/decode.py in plain torch: the specification, the fallback and the oracle of their tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def dequantized(data: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def linear(x_TK: Tensor, data: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Returns x w^T + bias, [T, N]; scales are applied to the sums."""
+    """Returns x w^T + bias, [T, N]; row scales are applied to the sums."""
     y_TN = x_TK @ data.reshape(-1, data.shape[-1]).float().t()
     if scale is not None:
         y_TN = y_TN * scale.flatten()
@@ -39,7 +39,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, rms: bo
 
 
 def rotate(x_TAD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Returns heads with their first R channels rotated, first half with second."""
+    """Returns heads with their first R channels rotated; the first half is paired with the second."""
     rotated = cos_TR.shape[-1]
     turn, rest = x_TAD[..., :rotated], x_TAD[..., rotated:]
     first, second = turn.chunk(2, -1)
@@ -82,7 +82,7 @@ def attention(
 
 
 def choose(logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool) -> tuple[Tensor, Tensor]:
-    """Returns ids_TK and probs_TK of a router; see `reference.topk_gate`."""
+    """Returns ids_TK and probs_TK as a router chooses them; see `reference.topk_gate`."""
     probs_TK, ids_TK, *_ = reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, 1)
     return ids_TK, probs_TK
 
@@ -92,7 +92,7 @@ def experts(
     b1: Tensor | None, w2: Tensor, scale2: Tensor | None, b2: Tensor | None, factor1_E: Tensor | None,
     factor2_E: Tensor | None, gated: bool, y_TKH: Tensor,
 ) -> None:  # fmt: skip
-    """Writes to y[t, k] the MLP of expert ids[t, k] applied to token t, where the expert has an index."""
+    """Writes the MLP of expert ids[t, k], applied to token t, to y[t, k] where the expert has an index."""
 
     def part(stack: Tensor | None, index: int) -> Tensor | None:
         return None if stack is None else stack[index]

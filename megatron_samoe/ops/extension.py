@@ -1,12 +1,12 @@
-"""Finds the compiled extension and says plainly what is used.
+"""The search for the compiled extension, and what of it this process uses.
 
 Nothing happens at import. The first op that runs loads `megatron_samoe/_C*.so`, if it is there and was built for the
-running torch and from these sources; otherwise the slow twins of ops/reference.py do the work, and one line says so.
-MEGATRON_SAMOE_EXTENSION=off never loads it, =require raises ExtensionError instead of falling back, =auto (the default)
-falls back.
+running torch from these sources. Otherwise the slow twins of ops/reference.py do the work, and one line says so.
+MEGATRON_SAMOE_EXTENSION=off never loads it, =require raises ExtensionError instead of falling back, and =auto (the
+default) falls back.
 
-The CUDA kernels have never run on a GPU, so they are asked for: MEGATRON_SAMOE_CUDA_KERNELS=1 gives CUDA tensors to them
-where the library was built with them; =0 (the default) leaves CUDA tensors to the twins and to torch.
+The CUDA kernels have never run on a GPU, so they are off by default: MEGATRON_SAMOE_CUDA_KERNELS=0 leaves CUDA tensors
+to the twins and to torch. =1 gives CUDA tensors to the kernels where the library was built with them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HOW_TO_BUILD = "Build it with `pip install --no-build-isolation -e .` (it needs
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which sums over tensors of a dtype are held: fp64 for fp64, else fp32."""
+    """Returns the dtype of sums over tensors of a dtype: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -43,7 +43,7 @@ def _library_path() -> Path | None:
 
 
 def _read_build_info(path: Path) -> dict[str, Any]:
-    """Returns the record which the build left inside a library; reading it does not load the library."""
+    """Returns the record that the build left inside a library, without loading it."""
     content = path.read_bytes()
     start = content.find(_BUILD_MARK)
     if start < 0:
@@ -56,7 +56,7 @@ def _read_build_info(path: Path) -> dict[str, Any]:
 
 
 def _load_or_explain() -> str | None:
-    """Loads the library. Returns None when it is in use, else a sentence that says why not."""
+    """Loads the library and returns None, or returns a sentence that says why not."""
     path = _library_path()
     if path is None:
         return f"it is not built. {_HOW_TO_BUILD}"
@@ -80,7 +80,7 @@ def _load_or_explain() -> str | None:
 
 
 def _setting(variable: str, allowed: tuple[str, ...]) -> str:
-    """Returns an environment variable's value, the first allowed one by default; errors: ConfigError."""
+    """Returns an environment variable's value, the first allowed one by default; ConfigError where it is not allowed."""
     value = os.environ.get(variable, allowed[0])
     if value not in allowed:
         raise ConfigError(variable, value, f"one of {', '.join(allowed)}.{nearest(value, allowed)}")
@@ -122,7 +122,7 @@ def has_cuda_kernels() -> bool:
 
 @functools.cache
 def uses_cuda_kernels() -> bool:
-    """Returns whether CUDA tensors go to the CUDA kernels: asked for, and there.
+    """Returns whether CUDA tensors go to the CUDA kernels: these are asked for and were built.
 
     Errors: as load().
     """
@@ -157,7 +157,7 @@ def build_info() -> dict[str, Any]:
 
 
 def serves(*tensors: torch.Tensor | None, cuda: bool = False) -> bool:
-    """Returns whether a compiled op takes these tensors: on one device, and fp32 or bf16 where floating.
+    """Returns whether a compiled op takes these tensors: all on one device, and fp32 or bf16 where they are floating.
 
     Args:
         cuda: whether the op has a CUDA kernel too; else the device must be the CPU.

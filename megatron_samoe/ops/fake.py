@@ -80,7 +80,7 @@ def _adamw(*arguments: object) -> None:
 
 
 def register() -> None:
-    """Registers them; called once, when the library has been loaded."""
+    """Registers the shapes; called once, when the library has been loaded."""
     for function in (
         _topk_gate,
         _topk_gate_backward,

@@ -1,10 +1,12 @@
 """Expert MLPs over rows that are sorted by expert: two products per expert, activation between.
 
-On a CPU the compiled op runs whole experts per thread, activation and bias between the products while the rows are in the
-cache; without it each expert is one call of the BLAS. On CUDA the compiled op puts its kernels between torch's products.
-In bf16 on a Hopper GPU these are grouped, one launch for all experts, with and without it. Weight gradients are added
-straight into fp32 main gradients where the caller has them: fresh gradient tensors of all experts would cost more page
-faults than the products cost time. The backward makes the activations again.
+On a CPU the compiled op runs whole experts per thread, with activation and bias between the products while the rows are
+in the cache. Without the op each expert is one call of the BLAS. On CUDA the compiled op puts its kernels between
+torch's products. In bf16 on a Hopper GPU torch's products are grouped, one launch for all experts, with and without the
+op.
+
+Weight gradients are added straight into fp32 main gradients where the caller has them: page faults of fresh gradient
+tensors for all experts would cost more time than the products. The backward recomputes the activations.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ Activation = Literal["gelu", "swiglu"]
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Weights of e experts, or anything of that shape (gradients, banks with leading dims).
+    """Weights of e experts, or tensors of the same shapes (gradients, banks with leading dims).
 
     Attributes:
         w1: [e, F, H] for GELU; [e, 2, F, H] for SwiGLU, gate first.
@@ -59,7 +61,7 @@ def grouped_mlp(
 
     Args:
         x_RH: rows sorted by expert.
-        rows_per_expert: e counts that sum to R; zeros are fine.
+        rows_per_expert: e counts that sum to R; they may be 0.
         weights: of e experts, in the dtype of x.
         main_grads: if given, weight gradients are added there (any float dtype) and autograd gets none.
     """
@@ -70,7 +72,7 @@ def grouped_mlp(
 
 
 def with_backward(x: Tensor) -> Tensor:
-    """Returns x such that autograd visits the op it enters, for ops whose backward has effects besides its result."""
+    """Returns x such that autograd visits the op that takes it, for ops whose backward has effects besides its result."""
     return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
 
 
@@ -106,10 +108,10 @@ _NAMES = tuple(f.name for f in fields(ExpertWeights))
 def grouped_mlp_forward(
     x_RH: Tensor, rows: Sequence[int], weights: ExpertWeights, activation: Activation, keep_hidden: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Returns (y_RH, h_RU): outputs, and the first product, which the backward takes ([R, F], or [R, 2F] for SwiGLU).
+    """Returns (y_RH, h_RU): the outputs, and the first product for the backward ([R, F], or [R, 2F] for SwiGLU).
 
     Args:
-        keep_hidden: whether a backward follows; if not, h has no rows.
+        keep_hidden: whether a backward follows; otherwise h has no rows.
     """
     if extension.serves(x_RH, *(t for _, t in weights.items()), cuda=True):
         w = weights.map(Tensor.contiguous)
@@ -149,7 +151,7 @@ def grouped_mlp_backward(
 
 
 def _serves_backward(x_RH: Tensor, weights: ExpertWeights, grads: ExpertWeights) -> bool:
-    """Whether the compiled op takes these: main gradients in fp32, each in one piece."""
+    """Returns whether the compiled op takes these: main gradients in fp32, each contiguous."""
     fits = all(g.dtype == torch.float32 and g.is_contiguous() for _, g in grads.items())
     return fits and extension.serves(x_RH, *(t for _, t in weights.items()), cuda=True)
 
@@ -217,11 +219,11 @@ def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: Seque
 
 
 def use_grouped_mm(rows: Sequence[int], *operands: Tensor) -> bool:
-    """Whether torch's grouped product serves experts of these rows, and operands of [*, M, K] or [R, K]: bf16 on a
-    Hopper GPU, whose rows and addresses are whole 16 bytes, and fewer than 1,024 experts.
+    """Returns whether torch's grouped product serves these rows and operands, [*, M, K] or [R, K]: bf16 on a Hopper
+    GPU, with rows and addresses in whole 16 bytes, and fewer than 1,024 experts.
 
-    On other GPUs it loops over the experts or was reported to leave the gradients of experts without rows unset
-    (sm_100); on a CPU it is no faster than a call per expert.
+    On other GPUs the grouped product loops over the experts, or was reported to leave the gradients of experts without
+    rows unset (sm_100). On a CPU it is no faster than a call per expert.
     """
     x = operands[0]
     if not x.is_cuda or x.dtype != torch.bfloat16 or sum(rows) == 0 or len(rows) >= 1024:

@@ -1,4 +1,4 @@
-"""Moves tokens into expert-major rows and back.
+"""The permutation of tokens into expert-major rows and back.
 
 A slot is one choice of one token: slot = t * K + k. A row is a kept slot's place in expert-major order.
 """
@@ -17,7 +17,7 @@ from megatron_samoe.ops import extension, reference
 
 @dataclass(frozen=True)
 class Permutation:
-    """Where each slot's row is. Rows are sorted by expert, inside an expert by slot; dropped slots have no row.
+    """The row of each slot. Rows are sorted by expert, and within an expert by slot; dropped slots have no row.
 
     slot_of_row_N: int64. row_of_slot_TK: int64, -1 where the slot is dropped. counts_E: kept rows per expert, int64.
     """
@@ -97,7 +97,7 @@ class _Unpermute(torch.autograd.Function):
 def unpermute(rows_NH: Tensor, probs_TK: Tensor, permutation: Permutation) -> Tensor:
     """Returns y_TH in the rows' dtype: y[t] = sum over k of probs[t, k] * rows[row_of_slot[t, k]], accumulated in fp32.
 
-    A dropped slot adds nothing and its probability gets gradient 0.
+    A dropped slot adds nothing, and its probability gets gradient 0.
 
     Errors: ValueError where the shapes do not fit the permutation.
     """

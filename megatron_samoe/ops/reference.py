@@ -24,7 +24,7 @@ def topk_gate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns probs_TK, ids_TK, counts_GE, score_sum_GE and z_sum of the router, as ops/topk_gate.py defines them.
 
-    Experts are ordered by logit, or by another key where one is given.
+    Experts are ordered by key_TE where it is given, else by logit.
     """
     num_tokens, num_experts = logits_TE.shape
     ids_TK = largest(logits_TE.detach() if key_TE is None else key_TE, topk)
@@ -107,8 +107,8 @@ def combine_banks_backward(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: 
 def cross_entropy_parts(logits_TV: Tensor, labels_T: Tensor, first_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns peak_T, sum_T and target_T over the columns first_id .. first_id + V - 1 of the vocabulary.
 
-    The largest logit (-inf without columns), the sum of exp(logit - peak), and the label's logit, or 0 where the label
-    is in another part.
+    These are the largest logit (-inf without columns), the sum of exp(logit - peak), and the label's logit, or 0 where
+    the label is in another part.
     """
     num_tokens, width = logits_TV.shape
     logits_TV = logits_TV.to(accumulation_dtype(logits_TV.dtype))

@@ -1,6 +1,7 @@
-"""The compiled ops as this Python code calls them. A library whose ops differ was built from other sources: it is not used.
+"""The schemas of the compiled ops, as this Python code calls them. A library with other schemas was built from other
+sources and is not used.
 
-One line an op, as in cpp_ext/bindings; a test compares the table with the library of the same sources.
+Each op is one line, as in cpp_ext/bindings. A test compares the table with the library of the same sources.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _expected() -> dict[str, torch._C.FunctionSchema]:
 
 
 def registered() -> dict[str, torch._C.FunctionSchema]:
-    """Returns the ops of this namespace that torch knows, by name."""
+    """Returns the schemas of this namespace's ops that torch knows, by name."""
     return {
         schema.name: schema
         for schema in torch._C._jit_get_all_schemas()
@@ -73,7 +74,7 @@ def registered() -> dict[str, torch._C.FunctionSchema]:
 
 
 def difference() -> str:
-    """Returns what the loaded library lacks or does otherwise, as words; empty where it is what is called here."""
+    """Returns in words how the loaded library differs from the table; empty where it does not."""
     found = registered()
     for name, schema in _expected().items():
         if name not in found:

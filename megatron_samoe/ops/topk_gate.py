@@ -77,8 +77,8 @@ def topk_gate(
         pre_softmax: True: probs are the chosen experts' scores as they are (Switch's top-1, arXiv:2101.03961). False:
             they are normalised over the chosen experts, by a softmax over their logits or, for sigmoid scores, by
             their sum (GShard's top-2, arXiv:2006.16668).
-        num_groups: G; group g is the g-th run of T / G consecutive tokens.
-        key_TE: what experts are chosen by, where that is not the logit; it has no gradient.
+        num_groups: G; group g is the g-th block of T / G consecutive tokens.
+        key_TE: key by which experts are chosen, if not the logit; it has no gradient.
 
     A NaN logit is chosen first and makes the token's probabilities NaN; ids stay in range.
 
@@ -103,7 +103,7 @@ def topk_gate(
 
 
 def relu_gate(logits_TE: Tensor, topk: int, num_groups: int, key_TE: Tensor | None = None) -> GateResult:
-    """Chooses as `topk_gate`, but no expert whose logit is not positive: ids are -1 in its place.
+    """Chooses as `topk_gate`, but only experts with a positive logit; ids are -1 in place of others.
 
     Weights are ReLU(logit) as they are, and the distribution is their share of the sum over all experts.
     """
@@ -118,13 +118,13 @@ def relu_gate(logits_TE: Tensor, topk: int, num_groups: int, key_TE: Tensor | No
 def described(
     logits_TE: Tensor, ids_TK: Tensor, probs_TK: Tensor, num_groups: int, distribution_TE: Tensor | None = None
 ) -> GateResult:
-    """Returns the result of a choice that was made elsewhere: its counts, and the sums over a distribution of all experts.
+    """Returns the gate result of a choice that was made elsewhere: counts, and sums over a distribution of all experts.
 
     Args:
         ids_TK: int64, up to K chosen experts of each token; -1, with a weight of 0, where a token has fewer.
-        distribution_TE: share of each expert in a token; a softmax of all logits if not given.
+        distribution_TE: each expert's share of a token; a softmax of all logits if not given.
 
-    Errors: ValueError where shapes or types do not fit, or an id is no expert's.
+    Errors: ValueError where shapes or types do not fit, or an id is outside -1..E-1.
     """
     num_tokens, num_experts = logits_TE.shape
     if ids_TK.dtype != torch.int64 or ids_TK.dim() != 2 or len(ids_TK) != num_tokens:

@@ -1,4 +1,4 @@
-"""The global gradient norm, each element counted once whatever the layout."""
+"""The global gradient norm, which counts each element once in every layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_samoe.parallel_state.state import ParallelState
 
 
 def global_grad_norm(buffers: GradBuffers, state: ParallelState) -> float:
-    """Returns the 2-norm of the whole model's gradient; to be called after the gradients are reduced."""
+    """Returns the 2-norm of the whole model's gradient. All ranks call it together, after the gradients are reduced."""
     grads = [piece.grad for piece in buffers.pieces if piece.counts and piece.grad.numel()]
     total = torch.zeros((), dtype=torch.float64, device=state.device)
     if grads:
@@ -18,5 +18,5 @@ def global_grad_norm(buffers: GradBuffers, state: ParallelState) -> float:
 
 
 def clip_factor(norm: float, limit: float) -> float:
-    """Returns what gradients of this norm are multiplied by to keep the limit; a limit of 0 means none."""
+    """Returns the factor that brings gradients of this norm to the limit, at most 1; a limit of 0 means none."""
     return limit / norm if 0 < limit < norm else 1.0

@@ -1,4 +1,6 @@
-"""AdamW, or another update, over fp32 master weights, for parameters of any precision; and the loss scale of fp16."""
+"""The optimizer (AdamW or another update) over fp32 master weights for parameters of any precision, and fp16's loss
+scale.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MixedPrecisionOptimizer:
-    """Updates weights from main gradients. Weights in fp32 (and the pool, always) are their own master weights.
+    """Updates weights from main gradients. Weights in fp32 (and always the pool's) are their own master weights.
 
     AdamW is one compiled pass over masters, moments and bf16 weights on a CPU; elsewhere apex or torch do it.
 
     Args:
-        buffers: the gradients; what this rank updates are their pieces.
-        state: this rank's place; needed where an update of the rules sees whole tensors.
-        rules: which parameters change how; those of the configuration if not given.
+        buffers: the gradients; this rank updates their pieces.
+        state: this rank's place; needed where an update needs whole tensors.
+        rules: the rules of parameter groups; those of the configuration if not given.
     """
 
     def __init__(
@@ -88,8 +90,8 @@ class MixedPrecisionOptimizer:
         """Updates all parameters from their main gradients; ranks that hold shards of buffers call it together.
 
         Args:
-            grad_scale: multiplies the gradients (clipping). The compiled pass does so as it reads them, and leaves the
-                main gradients as they were; otherwise they are scaled in place.
+            grad_scale: factor on the gradients (clipping). The compiled pass applies it as it reads them and leaves the
+                main gradients unchanged; otherwise they are scaled in place.
         """
         self.num_steps += 1
         if self._inner is not None:
@@ -129,11 +131,11 @@ class MixedPrecisionOptimizer:
             self.masters[name].grad = None
 
     def moments(self, name: str) -> dict[str, Tensor]:
-        """Returns the moments of what this rank updates of a parameter."""
+        """Returns the moments of this rank's piece of a parameter, by name."""
         return {moment: self._states[name][moment] for moment in self._moments.get(name, MOMENTS)}
 
     def own_masters(self) -> dict[str, Tensor]:
-        """Returns master weights that are not the weights themselves."""
+        """Returns the master weights that are not the weights themselves, by parameter name."""
         return {n: m for n, m in self.masters.items() if m.dtype != self.pieces[n].weight.dtype}
 
     def set_num_steps(self, num_steps: int) -> None:
@@ -146,7 +148,7 @@ class MixedPrecisionOptimizer:
                 group["step"] = num_steps
 
     def refresh_masters(self) -> None:
-        """Takes master weights from the weights, after those were loaded without optimizer state."""
+        """Sets master weights from the weights, after these were loaded without optimizer state."""
         for name, master in self.own_masters().items():
             master.copy_(self.pieces[name].weight)
 
@@ -170,7 +172,7 @@ def _make_adam(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optim
 
 @dataclass(frozen=True)
 class LossScale:
-    """Factor on fp16 losses: halved when a gradient overflows, doubled after a run of good steps.
+    """The factor on fp16 losses: halved when a gradient overflows, doubled after a number of good steps.
 
     Attributes:
         good_steps: steps since the last change.

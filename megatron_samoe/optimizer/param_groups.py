@@ -1,4 +1,4 @@
-"""Which parameters are decayed, and at what learning rate: by pattern of the global name."""
+"""Groups of parameters with their own weight decay, learning rate and update, by pattern of the global name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_samoe.optimizer.update import Update
 
 @dataclass(frozen=True)
 class ParamRule:
-    """Parameters whose global name matches get these factors on weight decay and learning rate.
+    """A rule for parameters whose global name matches: factors on weight decay and learning rate, and the update.
 
     Attributes:
-        update: how they change; None for AdamW.
+        update: their update; None for AdamW.
     """
 
     pattern: str
@@ -26,7 +26,7 @@ class ParamRule:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that are treated alike."""
+    """Parameters with the same weight decay, learning rate and update."""
 
     names: tuple[str, ...]
     weight_decay: float
@@ -35,7 +35,7 @@ class ParamGroup:
 
 
 def default_rules(config: OptimizerConfig) -> tuple[ParamRule, ...]:
-    """Returns the rules of the configuration; the first that matches a name holds."""
+    """Returns the rules of the configuration; the first rule that matches a name applies."""
     return (
         ParamRule(r"\.moe\.combination$", weight_decay_mult=0.0, lr_mult=config.samoe_coefficient_lr_mult),
         ParamRule(r"\.moe\.router\.", lr_mult=config.moe_router_lr_mult),
@@ -51,7 +51,7 @@ def default_rules(config: OptimizerConfig) -> tuple[ParamRule, ...]:
 def build_param_groups(
     parameters: Iterable[str], config: OptimizerConfig, rules: tuple[ParamRule, ...] | None = None
 ) -> list[ParamGroup]:
-    """Returns groups that together hold each of the global names once; groups without members are left out."""
+    """Returns groups that together hold each global name once; groups without members are left out."""
     rules = default_rules(config) if rules is None else rules
     members: dict[ParamRule, list[str]] = {rule: [] for rule in rules}
     for name in parameters:

@@ -12,7 +12,7 @@ def _decay_iters(config: OptimizerConfig, train_iters: int) -> int:
 
 
 def warmup_iters(config: OptimizerConfig, train_iters: int) -> int:
-    """Returns the steps of the warm-up."""
+    """Returns the number of warm-up steps."""
     if config.lr_warmup_fraction is not None:
         return int(config.lr_warmup_fraction * _decay_iters(config, train_iters))
     return config.lr_warmup_iters
@@ -21,7 +21,8 @@ def warmup_iters(config: OptimizerConfig, train_iters: int) -> int:
 def learning_rate(config: OptimizerConfig, train_iters: int, iteration: int) -> float:
     """Returns the rate of a step, counted from 0: linear warm-up, then the configured decay, then --min-lr.
 
-    Step i of a warm-up of w steps runs at (i + 1) / w of the highest rate (Megatron's at i / w: its first changes nothing).
+    Step i of a warm-up of w steps runs at (i + 1) / w of the highest rate. Megatron's runs at i / w, so its first step
+    changes nothing.
     """
     decay_iters, warmup = _decay_iters(config, train_iters), warmup_iters(config, train_iters)
     if iteration < warmup:

@@ -1,4 +1,4 @@
-"""How parameters change where it is not by AdamW: one update rule for each group of them."""
+"""Update algorithms other than AdamW, one for each group of parameters."""
 
 from __future__ import annotations
 
@@ -15,42 +15,44 @@ from megatron_samoe.parallel_state.state import ParallelState
 
 
 class Update(Protocol):
-    """An algorithm: master -= lr * (direction(accumulate(gradient)) + weight_decay * master).
+    """An update algorithm: master -= lr * (direction(accumulate(gradient)) + weight_decay * master).
 
     Attributes:
-        moments: names of the state that each element has; checkpoints carry it.
-        needs_whole: whether `direction` is to see whole tensors, gathered over ZeRO-1 and tensor parallel shards.
+        moments: names of the state of each element; checkpoints carry it.
+        needs_whole: whether `direction` needs whole tensors, gathered over ZeRO-1 and tensor-parallel shards.
     """
 
     moments: Sequence[str]
     needs_whole: bool
 
     def accumulate(self, grad: Tensor, moments: Mapping[str, Tensor], step: int) -> Tensor:
-        """Takes in the gradient of the elements that this rank updates, and returns what they step by, before `direction`.
+        """Adds the gradient of the elements that this rank updates to the moments, and returns their step before
+        `direction`.
 
         Args:
-            grad: fp32, clipped; not to be changed.
-            moments: by name, to be changed in place.
-            step: 1 for the first.
+            grad: fp32, clipped; read-only.
+            moments: by name; updated in place.
+            step: number of the step, 1 for the first.
         """
 
     def direction(self, step: Tensor, num_stacked: int) -> Tensor:
-        """Returns what is subtracted.
+        """Returns the direction of the update; lr * direction is subtracted from the master weights.
 
         Args:
-            step: the whole tensor, or this rank's elements.
-            num_stacked: leading dims of a whole tensor that only number its matrices (banks, this rank's experts).
+            step: result of `accumulate`, for the whole tensor or for this rank's elements.
+            num_stacked: number of leading dims of a whole tensor that only count its matrices (banks, this rank's
+                experts).
         """
 
 
 def gather_whole(own: Tensor | None, piece: Piece | None, tag: ParameterTag, shape: tuple[int, ...],
                  state: ParallelState, like: Tensor) -> Tensor:  # fmt: skip
-    """Returns a whole tensor from the elements that ranks hold; all of them call it together.
+    """Returns a whole tensor, gathered from the elements that ranks hold; they call it together.
 
     Args:
-        own, piece: this rank's elements and what they are; None where it holds none of this tensor.
+        own, piece: this rank's elements and their place; None where it holds none of this tensor.
         shape: of this rank's shard.
-        like: gives dtype and device.
+        like: a tensor with the dtype and device of the result.
     """
     shard = like.new_zeros(shape)
     if piece is not None and own is not None:
@@ -77,7 +79,7 @@ def own_elements(whole: Tensor, piece: Piece, state: ParallelState) -> Tensor:
 
 
 def _split_dims(tag: ParameterTag) -> ShardSpec:
-    """Returns how the matrices themselves are split: a rank's experts and banks stay its own."""
+    """Returns the sharding of the matrices alone: a rank's experts and banks stay its own."""
     matrices = tuple((dim, axis) for dim, axis in tag.shard.partition if dim >= tag.init.num_indexed_dims)
     return ShardSpec(tag.shard.family, partition=matrices)
 
@@ -88,10 +90,11 @@ def apply_update(
     masters: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], rates: tuple[float, float, float],
     step: int, state: ParallelState, like: Tensor,
 ) -> None:  # fmt: skip
-    """Updates the masters of a group's parameters; ranks call it together, also those that hold none of some tensor.
+    """Updates the master weights of a group's parameters. Ranks call it together, also those that hold no element of
+    some tensor.
 
     Args:
-        named: tag and shape of this rank's shard of every parameter of the group, in an order that all ranks share.
+        named: tag and shape of this rank's shard of every parameter of the group, in the same order on all ranks.
         rates: learning rate, weight decay, factor on the gradients.
     """
     lr, weight_decay, grad_scale = rates

@@ -1,4 +1,4 @@
-"""Ranks, groups, and how parameters lie over them."""
+"""Ranks, their groups, and how parameters are sharded over them."""
 
 from megatron_samoe.parallel_state.parameter_tag import ParameterTag, set_tag, tag_of
 from megatron_samoe.parallel_state.rank_grid import RankGrid

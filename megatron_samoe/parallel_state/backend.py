@@ -1,4 +1,4 @@
-"""Where this process runs: device, communication backend, threads, and its part in a torchrun job."""
+"""The process's device, communication backend and threads, and its part in a torchrun job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def choose_device(config: ParallelConfig) -> torch.device:
     """Returns the device of this rank: its own GPU with NCCL, else the CPU.
 
     Raises:
-        ConfigError: NCCL is demanded and there is no CUDA device.
+        ConfigError: the configuration asks for NCCL and there is no CUDA device.
     """
     wants_cuda = config.distributed_backend == "nccl" or (
         config.distributed_backend == "auto" and torch.cuda.is_available()
@@ -49,13 +49,14 @@ def choose_device(config: ParallelConfig) -> torch.device:
 def initialize_distributed(
     config: ParallelConfig, device: torch.device, num_ranks: int | None = None
 ) -> Meeting | None:
-    """Joins torchrun's job, if this process is in one and has not joined; returns its part in the job's meetings.
+    """Joins torchrun's job, if this process is in one and has not joined; returns its part in the job's meetings, or
+    None where there is nothing to join.
 
     Args:
-        num_ranks: how many of the ranks work together; all if not given. The others only meet them.
+        num_ranks: number of ranks that work together; all if not given. The others only meet them.
 
     Raises:
-        CommunicationError: the variables that say where are missing, the port is taken, or other ranks do not come.
+        CommunicationError: torchrun's address variables are missing, the port is taken, or other ranks do not come.
     """
     world_size = launcher.world_size()
     if dist.is_initialized() or world_size == 1:
@@ -82,7 +83,7 @@ def initialize_distributed(
 
 
 def _connect(device: torch.device, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-    """Makes the process group of all ranks, which have met at the store."""
+    """Makes the process group of all ranks, after they met at the store."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     # All ranks of a one-host job can talk over loopback even where the host's name does not resolve.
     if backend == "gloo" and int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == launcher.world_size():
@@ -101,11 +102,12 @@ def _connect(device: torch.device, store: dist.Store, rank: int, size: int, time
 
 @contextlib.contextmanager
 def shared_fate(meeting: Meeting | None) -> Iterator[None]:
-    """Tells the other ranks of a fault that does not pass, and turns their loss of this rank into that fault.
+    """Tells the other ranks of a permanent fault in the block. If the block lost a rank to such a fault, raises that
+    fault.
 
     Raises:
-        JobEndedError: this rank lost others, because one of them met such a fault.
-        CommunicationError: it lost them for another reason.
+        JobEndedError: this rank lost others because one of them met a permanent fault.
+        CommunicationError: this rank lost others for another reason.
     """
     try:
         yield
@@ -124,25 +126,25 @@ def shared_fate(meeting: Meeting | None) -> Iterator[None]:
 
 
 def leave_distributed() -> None:
-    """Ends the process groups and their threads, which must not meet the end of the interpreter."""
+    """Ends the process groups and their threads, which must stop before the interpreter does."""
     gc.collect()  # a cycle that holds a group would hold its threads
     dist.destroy_process_group()
 
 
 def is_communication_failure(error: RuntimeError) -> bool:
-    """Whether torch raised because another rank died, hung or could not be reached."""
+    """Returns whether torch raised because another rank died, hung or could not be reached."""
     return (
         isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "Connection closed by peer" in str(error)
     )
 
 
 def set_num_threads(num_threads: int | None) -> int:
-    """Sets CPU threads of this process and returns their number.
+    """Sets the number of CPU threads of this process and returns it.
 
     Ranks that together use more threads than cores run at half speed: OpenMP barriers wait for descheduled threads.
 
     Args:
-        num_threads: as configured; None for those of OMP_NUM_THREADS, else the host's cores divided by its ranks.
+        num_threads: as configured; None for OMP_NUM_THREADS, or without that for the host's cores divided by its ranks.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     threads = num_threads or _omp_num_threads() or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -151,7 +153,7 @@ def set_num_threads(num_threads: int | None) -> int:
 
 
 def _omp_num_threads() -> int | None:
-    """Returns what OMP_NUM_THREADS asks for; None where it asks for nothing, or torchrun may have set it."""
+    """Returns the number in OMP_NUM_THREADS; None where it has none, or torchrun may have set it."""
     given = re.match(r"\s*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))
     if given is None or (given[1] == "1" and "LOCAL_WORLD_SIZE" in os.environ):
         return None  # torchrun sets 1 where nobody chose
@@ -159,10 +161,10 @@ def _omp_num_threads() -> int | None:
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc keep freed memory rather than return it to the system; returns whether it could be told so.
+    """Makes glibc keep freed memory rather than return it to the system; returns whether that worked.
 
-    Large tensors otherwise come as fresh pages each time, and page faults cost more than most operations on them. The
-    price: the process stays at its peak size. For programs to call at their start, never on import.
+    Otherwise large tensors come as fresh pages each time, and page faults cost more than most operations on them. The
+    price is that the process stays at its peak size. Programs call this at their start, never on import.
     """
     mmap_max, trim_threshold = -4, -1
     try:

@@ -1,4 +1,4 @@
-"""What torchrun tells this process, and what this process owes it."""
+"""The process's relation to torchrun: what torchrun tells it, when it ends, and when it is restarted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def world_size() -> int:
     """Returns the number of processes that torchrun started; 1 without torchrun.
 
     Raises:
-        ConfigError: another launcher started several, which would all train alone and save to the same place.
+        ConfigError: another launcher started several processes, which would all train alone and save to the same
+            folder.
     """
     if "WORLD_SIZE" not in os.environ:
         for name in FOREIGN_WORLD_SIZES:
@@ -30,20 +31,22 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Returns this process's number among those of its host."""
+    """Returns this process's number among those of its host, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_again() -> bool:
-    """Whether torchrun has started this job's ranks before, so that ranks of an earlier attempt may still be dying."""
+    """Returns whether torchrun has started this job's ranks before, so that ranks of an earlier attempt may still be
+    dying.
+    """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def die_with_it() -> None:
-    """Makes Linux kill this process when the torchrun that started it ends, in whatever way.
+    """Makes Linux kill this process when the torchrun that started it ends, however it ends.
 
-    A rank that outlived a killed torchrun would train on beside the job that takes its place. Checkpoints are renamed
-    when they are whole, so no moment is a bad one.
+    A rank that outlives a killed torchrun would train on beside the job that replaces it. Killing a rank at any moment
+    is safe, because checkpoints are renamed only when they are whole.
     """
     if not (sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ):
         return
@@ -54,9 +57,10 @@ def die_with_it() -> None:
 
 
 def refuse_restart() -> None:
-    """Ends torchrun where it would start this process again: a fault that another attempt can only meet again.
+    """Ends torchrun where it would start this process again, for a fault that every attempt would meet.
 
-    torchrun restarts after any status but 0, so nothing less than a signal tells it. Ranks beside this one get it, too.
+    torchrun restarts after any status but 0, so only a signal stops it. The other ranks of this host get the signal,
+    too.
     """
     left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
         os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

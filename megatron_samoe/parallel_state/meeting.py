@@ -1,10 +1,10 @@
-"""How ranks agree on who takes part in an attempt, over a store that may still hold what earlier attempts wrote.
+"""The agreement of ranks on who takes part in an attempt, over a store that may still hold keys of earlier attempts.
 
-torchrun keeps one store for all attempts of a job, so addresses of the dead lie beside those of the living. Each rank
-therefore writes a nonce; rank 0 reads all of them and invites their writers to a new *generation*; each accepts the
-invitation that carries its own nonce; and when all have, rank 0 opens the generation. A nonce of a dead rank is never
-accepted: when the rank that takes its place has written its own, rank 0 invites again. What ranks then tell each other
-lies under the generation's name, where nobody else has written.
+torchrun keeps one store for all attempts of a job, so addresses of dead ranks lie beside those of living ones.
+Therefore each rank writes a nonce. Rank 0 reads all of them and invites their writers to a new *generation*. Each rank
+accepts the invitation that carries its own nonce, and when all have, rank 0 opens the generation. No rank accepts the
+nonce of a dead one: when its replacement has written its own, rank 0 invites again. Later keys lie under the
+generation's name, where no earlier attempt has written.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Meeting:
     """A rank's part in the meetings of a job.
 
     Args:
-        store: which all ranks of the job share, and may have shared with earlier attempts.
-        rank, size: place and number of the ranks that the launcher started.
+        store: shared by all ranks of the job, and maybe by earlier attempts.
+        rank, size: this rank's place among the ranks that the launcher started, and their number.
     """
 
     def __init__(self, store: Store, rank: int, size: int):
@@ -42,7 +42,7 @@ class Meeting:
         """Waits until all ranks of this attempt are there and returns a store that only they use.
 
         Raises:
-            CommunicationError: some do not come in time, and are named.
+            CommunicationError: some ranks do not come in time; the message names them.
             JobEndedError: a rank ended the job; see `end`.
         """
         deadline, pause = time.monotonic() + timeout_s, _SHORTEST_PAUSE_S
@@ -63,7 +63,7 @@ class Meeting:
             pause = min(pause * 1.5, _LONGEST_PAUSE_S)
 
     def end(self, message: str) -> None:
-        """Tells the ranks of this attempt and all later ones why the job is not to go on."""
+        """Ends the job: tells the ranks of this attempt and of all later ones why."""
         self._board.set("ended", f"rank {self._rank}: {message}")
 
     def raise_if_ended(self) -> None:
@@ -72,14 +72,16 @@ class Meeting:
             raise JobEndedError(f"The job was ended by {self._board.get('ended').decode()}")
 
     def stand_by(self) -> None:
-        """Waits, on a rank that the layout has no use for, until the others have finished."""
+        """Waits until the other ranks have finished, on a rank that the layout does not use."""
         while not self._attempt.check(["finished"]):
             self.raise_if_ended()
             time.sleep(1.0)
         self._attempt.set(f"noticed/{self._rank}", "")
 
     def finish(self, num_ranks: int) -> None:
-        """Tells those who stand by that the job is done, and stays until they know: rank 0 may hold the store."""
+        """Tells the ranks that stand by that the job is done, and waits until they know, since rank 0 may hold the
+        store.
+        """
         self._attempt.set("finished", "")
         until = time.monotonic() + 5.0
         waiting = [f"noticed/{rank}" for rank in self._everyone if rank >= num_ranks]
@@ -87,7 +89,7 @@ class Meeting:
             time.sleep(0.1)
 
     def _be_here(self) -> None:
-        """Writes the nonce, again where a rank of an earlier attempt wrote over it before it died."""
+        """Writes the nonce, and writes it again where a rank of an earlier attempt overwrote it before it died."""
         key = f"here/{self._rank}"
         if not self._board.check([key]) or self._board.get(key).decode() != self._nonce:
             self._board.set(key, self._nonce)
@@ -107,7 +109,7 @@ class Meeting:
             self._board.set(f"{self._generation}/open", "")
 
     def _accept(self) -> str | None:
-        """Accepts an invitation of its own, and returns its generation once that is open."""
+        """Accepts the invitation with its own nonce, and returns the generation once that is open."""
         if not self._board.check([f"invited/{self._rank}"]):
             return None
         generation, nonce = self._board.get(f"invited/{self._rank}").decode().split()
@@ -117,7 +119,7 @@ class Meeting:
         return generation if self._board.check([f"{generation}/open"]) else None
 
     def _absent(self) -> str:
-        """Returns who has not written a nonce, or has not accepted."""
+        """Returns the ranks that have not written a nonce or not accepted, as words."""
         if self._rank != 0:
             return "rank 0, or for others that it waits for,"
         keys = {rank: f"here/{rank}" for rank in self._everyone}

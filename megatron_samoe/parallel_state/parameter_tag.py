@@ -1,7 +1,7 @@
-"""What is known of a parameter besides its values: one frozen tag, set where the parameter is made.
+"""The tag of a parameter: its sharding, its initial values and when its gradient is whole, set where it is made.
 
 Gradient groups, de-duplication in norms, checkpoint offsets and layout-independent initial values all follow from the
-tag, so that no other attribute of a parameter says anything about layouts.
+frozen tag. No other attribute of a parameter says anything about layouts.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from megatron_samoe.parallel_state.shard_spec import FlatSlice, ShardSpec, gradi
 
 @dataclass(frozen=True)
 class Init:
-    """How a parameter begins; `initialize_parameters` applies it when the parameter's global name is known.
+    """The initial values of a parameter; `initialize_parameters` applies them when the parameter's global name is
+    known.
 
     Attributes:
         std: of a normal distribution; only with kind "normal".
-        mean: of the same; a number, or this rank's shard as a tensor.
-        num_indexed_dims: leading dims whose every index has a seed of its own, so that a rank makes only the experts
-            it holds.
+        mean: of the same distribution; a number, or this rank's shard as a tensor.
+        num_indexed_dims: number of leading dims of which every index has its own seed, so that a rank makes only the
+            experts it holds.
     """
 
     kind: Literal["normal", "zeros", "ones"] = "normal"
@@ -36,15 +37,16 @@ ZEROS, ONES = Init("zeros"), Init("ones")
 
 @dataclass(frozen=True)
 class ParameterTag:
-    """A parameter's place over the ranks, its start, and when its gradient is whole.
+    """A parameter's sharding over ranks, its initial values, and when its gradient is whole.
 
     Attributes:
         shard: which shard of the tensor a rank holds.
-        completed_at: when this rank has its whole part of the gradient. backward: after the last micro-batch's backward
-            pass. step_end: after all passes of a step, since stages share the parameter or what uses it is contracted then.
-        slice: elements of the shard that this rank holds, where ranks that would hold replicas hold a slice each. Their
-            gradients come reduced.
-        is_routed_expert: whether it is a weight of routed experts, which work on some tokens only.
+        completed_at: when this rank's part of the gradient is complete. backward: after the last micro-batch's backward
+            pass. step_end: after all passes of a step, since stages share the parameter or gradients are contracted
+            then.
+        slice: elements of the shard that this rank holds, where ranks that would hold replicas hold a slice each. The
+            gradient of a slice arrives already summed over the group.
+        is_routed_expert: whether it is a weight of routed experts, which see only some tokens.
     """
 
     shard: ShardSpec = field(default_factory=ShardSpec)
@@ -55,12 +57,12 @@ class ParameterTag:
 
     @property
     def gradient_group(self) -> str:
-        """Named group over which the gradient is summed."""
+        """Name of the group over which the gradient is summed."""
         return gradient_group_name(self.shard)
 
 
 def shard_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Returns the shape of this rank's shard, also where it holds a slice of that only."""
+    """Returns the shape of this rank's shard, also where the rank holds only a slice of it."""
     held = tag_of(parameter).slice
     return tuple(parameter.shape) if held is None else held.shape
 
@@ -72,7 +74,7 @@ def set_tag(parameter: nn.Parameter, tag: ParameterTag) -> nn.Parameter:
 
 
 def tag_of(parameter: Tensor) -> ParameterTag:
-    """Returns a parameter's tag; every parameter of a model has one."""
+    """Returns a parameter's tag. Every parameter of a model has one."""
     tag: ParameterTag | None = getattr(parameter, "tag", None)
     assert tag is not None, (
         f"a parameter {tuple(parameter.shape)} has no tag: tensor_parallel.layers.new_parameter sets it"

@@ -1,6 +1,6 @@
-"""Which ranks form which group: pure arithmetic, no torch.
+"""The ranks of each group, by pure arithmetic without torch.
 
-The world is seen as two grids over the same ranks, both with the first axis fastest (neighbouring ranks):
+Two grids lie over the same ranks. In both the first axis changes fastest, so that neighbours share tensors:
 
     dense    tp  x dp        x pp      attention, norms, embeddings, dense MLPs
     expert   etp x ep x edp  x pp      routed experts and the shared pool
@@ -42,7 +42,7 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class RankGrid:
-    """Sizes of all axes. Raises ValueError where they do not fill the world."""
+    """The sizes of all axes; ValueError where they do not fill the world."""
 
     world_size: int
     tp: int = 1
@@ -87,7 +87,9 @@ class RankGrid:
         return position
 
     def groups(self, name: str) -> list[tuple[int, ...]]:
-        """Returns the rank lists of a named group, in order of their first rank; together they hold each rank once."""
+        """Returns the rank lists of a named kind of group, in order of their first rank; together they hold each rank
+        once.
+        """
         grid, varying = GROUPS[name]
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
@@ -100,7 +102,7 @@ class RankGrid:
 
     @lru_cache(maxsize=1 << 16)  # noqa: B019  grids are small values
     def place(self, name: str, rank: int) -> tuple[int, int]:
-        """Returns the size of a rank's group of that name and its place in it, without listing any ranks."""
+        """Returns (size of a rank's group of that name, the rank's place in it), without listing any ranks."""
         grid, varying = GROUPS[name]
         position, size, place = self.coordinates(rank, grid), 1, 0
         for axis, length in self.axes(grid).items():

@@ -1,4 +1,4 @@
-"""How a parameter lies over the ranks: which shard of the whole tensor each holds, and which slice of that shard."""
+"""The sharding of a parameter: the shard of the whole tensor that each rank holds, and the slice of that shard."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from megatron_samoe.parallel_state.state import Group, ParallelState
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one parameter lies over the ranks.
+    """The sharding of one parameter.
 
     Attributes:
         family: dense and embedding parameters live on the dense grid, expert and pool parameters on the expert grid.
             The pool is shared by all pipeline stages; a tied embedding by the first and the last.
-        partition: (tensor dim, axis) pairs: the dim is split in equal, consecutive parts over the axis. Over all other
-            axes of its grid the parameter is a replica.
-        partial: axes of replicas whose gradients are parts of a sum rather than equal.
+        partition: (tensor dim, axis) pairs: the dim is split into equal, consecutive parts over the axis. Over all
+            other axes of its grid the parameter is replicated.
+        partial: axes over which replicas have gradients that are parts of a sum, not equal.
     """
 
     family: Literal["dense", "embedding", "expert", "pool"] = "dense"
@@ -35,7 +35,8 @@ class ShardSpec:
     def gradient_axes(self) -> tuple[str, ...]:
         """Axes over which gradients are summed: those with different data, and those with partial sums.
 
-        Losses are divided by the token count of the global batch, so that data-parallel gradients are summed too.
+        Losses are divided by the token count of the global batch, so data-parallel gradients are summed too, never
+        averaged.
         """
         data = {"dense": ("dp",), "embedding": ("dp", "pp"), "expert": ("edp",), "pool": ("edp", "pp")}[self.family]
         return tuple(sorted({*data, *self.partial}))
@@ -72,13 +73,13 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class FlatSlice:
-    """Consecutive elements of this rank's shard of a parameter, flattened: what a rank holds where ranks that would hold
-    replicas hold a slice each.
+    """Consecutive elements of this rank's flattened shard of a parameter. Ranks that would hold replicas hold a slice
+    each.
 
     Attributes:
         shape: of the rank's shard, before flattening.
-        start, stop: the elements; none where start = stop.
-        num_whole_dims: leading dims that are not flattened: the slice is taken of each of their indices alike.
+        start, stop: range of the elements; empty where start = stop.
+        num_whole_dims: number of leading dims that are not flattened: the same slice is taken of each of their indices.
     """
 
     shape: tuple[int, ...]
@@ -88,7 +89,9 @@ class FlatSlice:
 
     @staticmethod
     def of_rank(shape: tuple[int, ...], group: Group, num_whole_dims: int = 0) -> FlatSlice:
-        """Returns this member's slice where a group holds a shard in even slices; the last may be short or empty."""
+        """Returns this member's slice where a group holds a shard in even slices. The last slices may be short or
+        empty.
+        """
         total = math.prod(shape[num_whole_dims:])
         size = -(-total // group.size)
         start, stop = min(size * group.rank, total), min(size * (group.rank + 1), total)
@@ -133,10 +136,10 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[in
 
 
 def is_counted_here(spec: ShardSpec, state: ParallelState, is_sliced: bool) -> bool:
-    """Whether this rank stands for the elements it holds in norms and checkpoints.
+    """Returns whether this rank counts the elements it holds in norms and writes them to checkpoints.
 
     Args:
-        is_sliced: whether the ranks over which gradients are summed hold different elements.
+        is_sliced: whether the ranks that sum the gradient hold different elements of it.
     """
     axes = spec.replica_axes(state) - (set(spec.gradient_axes) if is_sliced else set())
     return all(state.group(axis).rank == 0 for axis in axes)
@@ -144,7 +147,7 @@ def is_counted_here(spec: ShardSpec, state: ParallelState, is_sliced: bool) -> b
 
 @lru_cache(maxsize=1024)
 def gradient_group_name(spec: ShardSpec) -> str:
-    """Returns the named group over which a parameter's gradient is summed."""
+    """Returns the name of the group over which a parameter's gradient is summed."""
     if spec.family == "embedding":
         assert spec.gradient_axes == ("dp", "pp")
         return "embed_dp"

@@ -1,4 +1,4 @@
-"""The rank's place in the world, as a frozen value that is passed, never stored in a module."""
+"""The rank's place in the world: a frozen value that is passed, never stored in a module."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class PendingRows(Protocol):
-    """An exchange of rows that goes on in the background."""
+    """An exchange of rows that runs in the background."""
 
     def wait(self) -> Tensor:
-        """Returns the rows, when they are there."""
+        """Waits for the rows and returns them."""
 
 
 class RowExchange(Protocol):
@@ -34,7 +34,7 @@ class RowExchange(Protocol):
         """Returns the rows that all members sent here, in group order."""
 
     def exchange_evenly(self, x: Tensor) -> Tensor:
-        """Returns exchange(x), of which every member knows that it sends and receives equal parts."""
+        """Returns exchange(x) where every member knows that it sends and receives equal parts."""
 
     def exchange_gathered(
         self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int]
@@ -44,13 +44,13 @@ class RowExchange(Protocol):
     def start(
         self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None
     ) -> PendingRows:
-        """Starts exchange(), whose rows will be in `out` if that is given."""
+        """Starts exchange(); its rows will be in `out` if that is given."""
 
     def start_gathered(
         self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int],
         out: Tensor | None = None,
     ) -> PendingRows:  # fmt: skip
-        """Starts exchange_gathered(), whose rows will be in `out` if that is given."""
+        """Starts exchange_gathered(); its rows will be in `out` if that is given."""
 
     def check(self) -> None:
         """Raises if an exchange failed after its rows were given out; see row_exchange/communicator.py."""
@@ -77,8 +77,8 @@ class Group:
         ranks: global ranks of the members, in group order.
         rank: this process's place in `ranks`.
         handle: torch's process group; None where the group has one member.
-        exchange: what all-to-alls of rows go through, in place of the process group.
-        waits: how long this rank has waited for others, in all of its groups.
+        exchange: transport of all-to-alls of rows; None for the process group.
+        waits: seconds that this rank has waited for others, in all of its groups.
     """
 
     name: str
@@ -101,16 +101,18 @@ class Group:
         return tensor
 
     def wait(self, work: dist.Work) -> None:
-        """Waits for what `start_all_reduce` or `start_reduce_scatter` started."""
+        """Waits for the work that `start_all_reduce` or `start_reduce_scatter` returned."""
         with self.waits:
             work.wait()
 
     def start_all_reduce(self, tensor: Tensor) -> dist.Work | None:
-        """Starts summing a tensor over the group, in place; wait on what is returned, if anything."""
+        """Starts summing a tensor over the group, in place, and returns the work to `wait` for; None in a group of one."""
         return dist.all_reduce(tensor, group=self.handle, async_op=True) if self.size > 1 else None
 
     def start_reduce_scatter(self, part: Tensor, tensor: Tensor) -> dist.Work | None:
-        """Starts summing [size * n, ...] over the group, this rank's part into `part`, as `start_all_reduce`."""
+        """Starts summing [size * n, ...] over the group, with this rank's part going into `part`; see
+        `start_all_reduce`.
+        """
         if self.size == 1:
             part.copy_(tensor)
             return None
@@ -160,7 +162,7 @@ class Group:
 
 @dataclass(frozen=True)
 class ParallelState:
-    """All groups this rank is in, and where it runs.
+    """All groups of this rank, and its device.
 
     Attributes:
         tp, dp, pp: tensor, data and pipeline parallel groups of dense parameters.
@@ -209,7 +211,9 @@ def single_process_state(device: torch.device | str = "cpu") -> ParallelState:
 
 
 def planned_state(grid: RankGrid, rank: int, sequence_parallel: bool = False) -> ParallelState:
-    """Returns the state of a rank in a world that does not exist: groups have sizes, not ranks, and tensors no storage."""
+    """Returns the state of a rank in a world that does not exist: groups have sizes but no process group, and tensors
+    no storage.
+    """
     groups = {}
     for name in GROUPS:
         size, place = grid.place(name, rank)

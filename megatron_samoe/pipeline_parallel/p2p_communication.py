@@ -1,5 +1,6 @@
-"""Activations to the next stage, gradients to the one before: asynchronous, of known shape, with a time-out that says
-what was waited for."""
+"""Asynchronous sends of activations to the next stage and gradients to the previous one, of known shape, with time-outs
+that name what was awaited.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ WRAP_SUFFIX = " wrap"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape, dtype and device of what stages exchange."""
+    """Shape, dtype and device of the tensors that stages exchange."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -43,11 +44,11 @@ class _Pending:
 class PipelineChannel:
     """This rank's connections to its neighbours.
 
-    Each direction has process groups of its own, and so has the way from the last rank back to the first that virtual
-    stages need: within one of them both ends post their operations in the same order, so none can block another.
+    Each direction has its own process groups, and so has the way from the last rank back to the first that virtual
+    stages need. Both ends of a group post their operations in the same order, so none can block another.
 
     Args:
-        groups: by direction, maybe with WRAP_SUFFIX; see `parallel_state.state.pipeline_channels`.
+        groups: process groups by direction, maybe with WRAP_SUFFIX; see `parallel_state.state.pipeline_channels`.
     """
 
     parallel: ParallelState
@@ -66,7 +67,7 @@ class PipelineChannel:
         self._sends.append(_Pending(work, tensor, f"{what} to rank {peer}"))
 
     def post_receive(self, spec: TensorSpec, direction: Direction, what: str) -> None:
-        """Starts receiving from the neighbour, once for each `what`."""
+        """Starts receiving `what` from the neighbour; call it once for each."""
         if what not in self._receives:
             peer, group = self._route(direction, sending=False)
             tensor = spec.empty()
@@ -75,13 +76,13 @@ class PipelineChannel:
             self._receives[what] = _Pending(work, tensor, f"{what} from rank {peer}")
 
     def take(self, what: str) -> Tensor:
-        """Returns what was posted, when it is there."""
+        """Waits for a posted receive and returns its tensor."""
         pending = self._receives.pop(what)
         self._wait(pending)
         return pending.tensor
 
     def finish(self) -> None:
-        """Waits until everything sent has been taken."""
+        """Waits until the neighbours have received everything sent."""
         for pending in self._sends:
             self._wait(pending)
         self._sends.clear()

@@ -33,7 +33,9 @@ def gpipe_plan(num_micro_batches: int) -> Plan:
 
 
 def one_f_one_b_plan(pp: int, rank: int, num_micro_batches: int) -> Plan:
-    """Returns PipeDream-flush (arXiv:2104.04473, section 2.2): at most pp - rank micro-batches are in flight."""
+    """Returns the 1F1B schedule (PipeDream-flush, arXiv:2104.04473, section 2.2): at most pp - rank micro-batches are
+    in flight.
+    """
     warmup = min(pp - rank - 1, num_micro_batches)
     plan = [Action("F", 0, m) for m in range(warmup)]
     for m in range(num_micro_batches - warmup):
@@ -69,7 +71,7 @@ def make_plan(schedule: str, pp: int, rank: int, num_chunks: int, num_micro_batc
 
 
 def max_in_flight(plan: Plan) -> int:
-    """Returns the most passes whose activations a rank holds at once."""
+    """Returns the largest number of passes whose activations a rank holds at once."""
     held = peak = 0
     for action in plan:
         held += 1 if action.kind == "F" else -1
@@ -82,5 +84,7 @@ MUCH_IDLE = 0.3
 
 
 def bubble_fraction(pp: int, num_chunks: int, num_micro_batches: int) -> float:
-    """Returns the idle share of a step in theory: (pp - 1) / (chunks * micro-batches + pp - 1), passes of equal cost."""
+    """Returns the idle share of a step in theory, for passes of equal cost: (pp - 1) / (chunks * micro-batches + pp -
+    1).
+    """
     return (pp - 1) / (num_chunks * num_micro_batches + pp - 1)

@@ -1,4 +1,4 @@
-"""Runs a plan over any stage callables."""
+"""The execution of a schedule's plan over any stage functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StageFunction(Protocol):
     """A forward pass of one of the rank's chunks."""
 
     def __call__(self, chunk: int, micro_batch: int, x: Tensor | None) -> Tensor:
-        """Returns the input of the next virtual stage; the last gives a scalar, the loss to differentiate.
+        """Returns the input of the next virtual stage, or from the last stage a scalar, the loss to differentiate.
 
         Args:
             x: output of the virtual stage before; None for the first.
@@ -27,7 +27,7 @@ class StageFunction(Protocol):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Where this rank stands.
+    """This rank's place in the pipeline.
 
     Attributes:
         channel: None in a pipeline of one rank, which may still have several chunks.
@@ -43,16 +43,16 @@ class Pipeline:
         return chunk * self.size + self.rank
 
     def receives(self, action: Action) -> bool:
-        """Whether an action begins with something from another stage."""
+        """Returns whether an action needs a tensor from another stage."""
         stage = self.virtual_stage(action.chunk)
         return stage > 0 if action.kind == "F" else stage < self.size * self.num_chunks - 1
 
     def incoming(self, action: Action) -> tuple[Direction, str]:
-        """Returns what an action waits for."""
+        """Returns (direction, name) of the tensor that an action waits for."""
         return self._name("forward" if action.kind == "F" else "backward", action, self.virtual_stage(action.chunk))
 
     def outgoing(self, action: Action) -> tuple[Direction, str]:
-        """Returns what an action sends on."""
+        """Returns (direction, name) of the tensor that an action sends."""
         step = 1 if action.kind == "F" else -1
         return self._name(
             "forward" if action.kind == "F" else "backward", action, self.virtual_stage(action.chunk) + step
@@ -66,10 +66,10 @@ class Pipeline:
 def run_plan(plan: Plan, pipeline: Pipeline, forward: StageFunction, spec: TensorSpec) -> None:
     """Runs a rank's passes in the plan's order, with gradients if the plan has backward passes.
 
-    Receives are posted one action ahead, sends run while the next action computes.
+    Receives are posted one action ahead, and sends run while the next action computes.
 
     Args:
-        spec: of what stages exchange.
+        spec: of the tensors that stages exchange.
 
     Raises:
         CommunicationError: another stage did not answer in time.
@@ -110,7 +110,7 @@ def run_plan(plan: Plan, pipeline: Pipeline, forward: StageFunction, spec: Tenso
 
 
 def _run_alone(plan: Plan, pipeline: Pipeline, forward: StageFunction) -> None:
-    """One rank needs no hand-over: a micro-batch runs through all chunks and straight back."""
+    """Runs each micro-batch through all chunks and straight back, on one rank without communication."""
     with_gradients = any(action.kind == "B" for action in plan)
     for micro_batch in _in_order(action.micro_batch for action in plan):
         x: Tensor | None = None

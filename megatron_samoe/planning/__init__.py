@@ -1,1 +1,1 @@
-"""What a model needs and costs in a layout, read from its modules without running them."""
+"""The memory, FLOPs and time of a model in a layout, read from its modules without running them."""

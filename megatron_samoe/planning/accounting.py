@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a configuration."""
+"""Counts of a configuration's parameters and floating-point operations."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megatron_samoe.planning.description import whole_model
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Numbers of parameters.
+    """Numbers of a model's parameters.
 
     Attributes:
-        total: stored, padding of the vocabulary included.
-        expert: of routed experts (all layers' own, or the pool's banks).
-        active: that work on one token: all but the routed experts, plus K experts in each MoE layer. A SaMoE counts
-            combined experts, which is what a token meets.
+        total: all stored parameters, padding of the vocabulary included.
+        expert: parameters of routed experts (all layers' own, or the pool's banks).
+        active: parameters that work on one token: all but the routed experts, plus K experts in each MoE layer. A SaMoE
+            counts combined experts, which a token meets.
     """
 
     total: int
@@ -25,7 +25,7 @@ class ParameterCount:
 
 
 def count_parameters(config: PretrainConfig, vocab_size: int) -> ParameterCount:
-    """Returns the parameters of the whole model."""
+    """Returns the parameter counts of the whole model."""
     whole = whole_model(config, vocab_size)
     found = whole.parameters(0)
     total = sum(p.numel for p in found)
@@ -36,9 +36,9 @@ def count_parameters(config: PretrainConfig, vocab_size: int) -> ParameterCount:
 
 
 def train_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
-    """Returns multiply-adds x 2 of forward and backward per token, counted in matrix products; recomputation excluded.
+    """Returns multiply-adds x 2 of the matrix products of forward and backward per token, without recomputation.
 
-    Six per active weight in a product, and causal attention's two products over half of the sequence on average.
+    That is six per active weight in a product, plus causal attention's two products over half the sequence on average.
     """
     whole = whole_model(config, vocab_size)
     layers = sum(whole.description.layer(place).flops_per_token() for place in whole.layers())

@@ -1,4 +1,4 @@
-"""Bytes of activations that autograd keeps, from what the modules say of themselves; checked against what it does keep."""
+"""Bytes of activations that autograd keeps, from the modules' `kept_bytes`; tests compare them with what it does keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_samoe.planning.description import PlannedModel
 
 
 def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> int:
-    """Returns the activations at a stage's peak: all passes in flight, one layer's recomputed ones, and the head's."""
+    """Returns the bytes of activations at a stage's peak: all passes in flight, one recomputed layer's, and the head's."""
     config, grid, plans = planned.config, planned.grid, planned.chunks_of_stage[stage]
     parallel, description = config.parallel, planned.description
     tokens = config.training.micro_batch_size * config.model.seq_length
@@ -30,7 +30,7 @@ def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> i
 
 
 def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_micro_batches: int) -> int:
-    """Returns the most passes whose activations a stage holds at once, without making the plan.
+    """Returns the largest number of passes whose activations a stage holds at once, without making the plan.
 
     1F1B: min(pp - rank, m); GPipe: m; interleaved (arXiv:2104.04473): its warm-up 2 (pp - rank - 1) + (chunks - 1) pp
     and one more, or all where there are only pp micro-batches.

@@ -1,4 +1,4 @@
-"""What each rank's model is made of: read from modules on "meta", one layer of each kind, for worlds of any size."""
+"""The parameters of each rank's model, read from one layer of each kind on "meta", for worlds of any size."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ Chunks = tuple[StagePlan, ...]
 
 @dataclass(frozen=True)
 class DescribedParameter:
-    """Parameters of a rank that are alike.
+    """Parameters of a rank with the same gradient group and dtype.
 
     Attributes:
-        numel: elements of all of them that this rank holds.
-        largest: elements of one.
+        numel: elements of all these parameters that this rank holds.
+        largest: elements of the largest of them.
     """
 
     tag: ParameterTag
@@ -46,12 +46,12 @@ class DescribedParameter:
 
     @property
     def whole_numel(self) -> int:
-        """Elements of the rank's shard, where it holds a slice of that only."""
+        """Elements of the rank's whole shard, also where it holds only a slice of it."""
         return self.numel if self.tag.slice is None else math.prod(self.tag.slice.shape)
 
 
 class Description:
-    """A model's modules as the ranks of a layout would have them, without storage."""
+    """A model's modules as the ranks of a layout hold them, without storage."""
 
     def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState):
         moe = replace(config.moe, moe_scale_output_init=False)  # first values do not matter here
@@ -61,7 +61,7 @@ class Description:
         self._known: dict[int, tuple[DescribedParameter, ...]] = {}
 
     def layer(self, place: LayerPlace) -> TransformerLayer:
-        """Returns a layer like the one at a place: one for each number of experts and way of sharing."""
+        """Returns a layer like the one at a place; each number of experts and way of sharing has one."""
         if _kind(place) not in self._layers:
             self._layers[_kind(place)] = TransformerLayer(self._blueprint, place)
         return self._layers[_kind(place)]
@@ -74,10 +74,10 @@ class Description:
         return self._ends[key]
 
     def shared(self, chunks_of_stage: tuple[Chunks, ...], state: ParallelState, moe: MoEConfig) -> SharedExperts:
-        """Returns what MoE layers share on one rank, and what lending it takes.
+        """Returns the experts that MoE layers share on one rank, and the cost of lending them.
 
         Args:
-            moe: with the options that change no parameter.
+            moe: the MoE options to use; they may differ from the model's only in options that change no parameter.
         """
         layers_of_stage = tuple(tuple(place.moe_index for place in moe_places(chunks)) for chunks in chunks_of_stage)
         context = replace(self._blueprint.sharing_context, config=moe, state=state, layers_of_stage=layers_of_stage)  # type: ignore[arg-type]
@@ -89,7 +89,7 @@ class Description:
         return SharedExperts(_described(part), way.lender(own, part).costs())  # type: ignore[arg-type]
 
     def parameters(self, chunks: Chunks) -> list[DescribedParameter]:
-        """Returns what a rank with these chunks holds, besides what MoE layers share."""
+        """Returns the parameters that a rank with these chunks holds, besides experts that MoE layers share."""
         found = [p for plan in chunks for p in self._described(self.ends(plan))]
         kinds = Counter(_kind(place) for plan in chunks for place in plan.layers)
         places = {_kind(place): place for plan in chunks for place in plan.layers}
@@ -105,14 +105,14 @@ class Description:
 
 @dataclass(frozen=True)
 class SharedExperts:
-    """What MoE layers share on one rank, and what lending it takes there."""
+    """The experts that MoE layers share on one rank, and the cost of lending them there."""
 
     parameters: tuple[DescribedParameter, ...]
     costs: LenderCosts
 
 
 def _kind(place: LayerPlace) -> tuple:
-    """Returns what decides of which parameters a layer is made."""
+    """Returns the key of layers with the same parameters."""
     return place.num_experts, place.source and place.source.way
 
 
@@ -122,7 +122,7 @@ def moe_places(chunks: Chunks) -> list[LayerPlace]:
 
 
 def _described(module: nn.Module) -> tuple[DescribedParameter, ...]:
-    """Returns a module's parameters; those that lie and are reduced alike as one."""
+    """Returns a module's parameters; those that are sharded and reduced alike count as one."""
     alike: dict[tuple, DescribedParameter] = {}
     for number, p in enumerate(module.parameters()):
         tag, numel = tag_of(p), p.numel()
@@ -136,15 +136,15 @@ def _described(module: nn.Module) -> tuple[DescribedParameter, ...]:
 
 
 class PlannedModel:
-    """A model in a layout of a world that need not exist.
+    """A model in a layout, for a world that need not exist.
 
     Args:
-        vocab_size: tokens that exist, before padding.
+        vocab_size: number of tokens, before padding.
 
     Attributes:
-        chunks_of_stage: every pipeline rank's chunks.
-        distinct_stages: the first pipeline rank of each kind: those that hold as many layers of the same sorts, and the
-            same ends.
+        chunks_of_stage: chunks of every pipeline rank.
+        distinct_stages: the first pipeline rank of each kind; ranks of a kind hold equally many layers of the same
+            kinds, and the same ends.
 
     Raises:
         ValueError: the layout does not fill the world.
@@ -166,7 +166,7 @@ class PlannedModel:
         )  # fmt: skip
 
     def stage_of(self, rank: int) -> int:
-        """Returns a rank's pipeline rank."""
+        """Returns the pipeline rank of a rank."""
         return rank // (self.grid.world_size // self.grid.pp)
 
     def first_rank_of(self, stage: int) -> int:
@@ -179,7 +179,7 @@ class PlannedModel:
         return [*own, *self.shared(rank).parameters]
 
     def shared(self, rank: int) -> SharedExperts:
-        """Returns what MoE layers share on a rank."""
+        """Returns the experts that MoE layers share on a rank."""
         return _shared(self.description, self.grid, rank, self.chunks_of_stage, self.config.moe)
 
     def layers(self) -> Iterator[LayerPlace]:
@@ -190,7 +190,7 @@ class PlannedModel:
 
 
 def whole_model(config: PretrainConfig, vocab_size: int) -> PlannedModel:
-    """Returns the model in one process."""
+    """Returns the planned model of one process."""
     return PlannedModel(replace(config, parallel=ParallelConfig()), vocab_size, 1)
 
 

@@ -1,10 +1,11 @@
-"""How long a training step takes in a layout, and what each rank sends: a model in closed form.
+"""A closed-form model of a training step in a layout: its time, and the bytes that each rank sends.
 
     step = (m + (pp - 1) / chunks) * slowest stage's micro-batch + ramp + gradients + pool + optimizer
 
-A micro-batch's time is its products at a share of the peak, plus the exchanges between tensor and expert parallel ranks,
-which nothing hides. Collectives are rings: all-gather and reduce-scatter of n bytes send n (g - 1) / g, an all-reduce
-twice that. A group inside one node has the node's bandwidth, any other the network's; an all-to-all is split between both.
+A micro-batch's time is its products at a share of the peak, plus the exchanges between tensor- and expert-parallel
+ranks, which nothing hides. Collectives are rings: all-gather and reduce-scatter of n bytes send n (g - 1) / g, an
+all-reduce twice that. A group inside one node has the node's bandwidth, any other the network's. An all-to-all is split
+between both.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ OPTIMIZER_TRAFFIC_BYTES = 30
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines.
+    """The machines of a cluster.
 
     Attributes:
-        memory_bytes: of one GPU, as far as tensors may fill it.
-        flops: peak of one GPU's matrix products, per second, in the precision of training.
+        memory_bytes: bytes of one GPU's memory that tensors may fill.
+        flops: peak FLOPs per second of one GPU's matrix products, in the precision of training.
         intra_bandwidth, inter_bandwidth: bytes per second that one GPU sends inside its node, and to other nodes.
         memory_bandwidth: bytes per second of one GPU's memory.
-        efficiency: share of the peak that the model's products reach.
-        latency_s: of one hop of a collective.
+        efficiency: share of `flops` that the model's products reach.
+        latency_s: seconds of one hop of a collective.
     """
 
     world_size: int
@@ -51,25 +52,25 @@ class Cluster:
 
 @dataclass
 class Cost:
-    """Seconds of a step by part, and bytes that the busiest rank sends by kind."""
+    """The cost of a step: seconds by part, and bytes that the busiest rank sends by kind."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     sent_bytes: dict[str, float] = field(default_factory=dict)
 
     @property
     def step_s(self) -> float:
-        """The whole step."""
+        """Seconds of the whole step."""
         return sum(self.seconds.values())
 
     def add(self, part: str, seconds: float, sent_bytes: float | None = None) -> None:
-        """Adds to a part."""
+        """Adds seconds, and bytes sent, to a part."""
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
         if sent_bytes is not None:
             self.sent_bytes[part] = self.sent_bytes.get(part, 0.0) + sent_bytes
 
 
 def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost:
-    """Returns the cost of one optimizer step of a configuration that keeps the rules."""
+    """Returns the cost of one optimizer step of a legal configuration."""
     planned = PlannedModel(config, vocab_size, cluster.world_size)
     grid = planned.grid
     links = Links(grid, cluster)
@@ -103,11 +104,11 @@ class Links:
     cluster: Cluster
 
     def size(self, name: str) -> int:
-        """Returns a group's members."""
+        """Returns the number of a group's members."""
         return self.grid.place(name, 0)[0]
 
     def stride(self, name: str) -> int:
-        """Returns the distance of a group's first two ranks."""
+        """Returns the distance between a group's first two ranks."""
         axes_grid, varying = GROUPS[name]
         stride = 1
         for axis, size in self.grid.axes(axes_grid).items():
@@ -132,7 +133,7 @@ class Links:
         return self.cluster.intra_bandwidth if inside else self.cluster.inter_bandwidth
 
     def seconds(self, name: str, sent_bytes: float) -> float:
-        """Returns the time of sending so many bytes along a ring."""
+        """Returns the seconds to send bytes along a ring."""
         hops = max(1, math.ceil(math.log2(max(self.size(name), 2))))
         return sent_bytes / self.bandwidth(name) + self.cluster.latency_s * hops
 
@@ -145,7 +146,7 @@ class Links:
         return self.seconds(name, sent), sent
 
     def all_to_all(self, name: str, own_bytes: float) -> tuple[float, float]:
-        """Returns (seconds, bytes sent) of an even all-to-all of a rank's bytes; both kinds of link work at once."""
+        """Returns (seconds, bytes sent) of an even all-to-all of `own_bytes` per rank; both kinds of link work at once."""
         size, near = self.size(name), self.members_in_node(name)
         if size == 1:
             return 0.0, 0.0
@@ -191,7 +192,7 @@ def _residual_elements(config: PretrainConfig, grid: RankGrid) -> int:
 
 
 def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: Links, passes: int) -> None:
-    """All-reduces (or gathers and scatters, which send as much) around attention and the MLP, in each pass."""
+    """Adds the all-reduces around attention and the MLP in each pass (or gathers and scatters, which send as much)."""
     grid = links.grid
     if grid.tp == 1:
         return
@@ -209,7 +210,7 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
 
 
 def _expert_exchanges(cost: Cost, config: PretrainConfig, links: Links, passes: int) -> None:
-    """Dispatch and combine in each pass; with whole experts a tensor-parallel rank sends its share of the tokens."""
+    """Adds dispatch and return in each pass; with whole experts a tensor-parallel rank sends its share of the tokens."""
     grid = links.grid
     if grid.ep == 1:
         return
@@ -220,7 +221,7 @@ def _expert_exchanges(cost: Cost, config: PretrainConfig, links: Links, passes: 
 
 
 def _end_of_step(cost: Cost, planned: PlannedModel, links: Links) -> None:
-    """Reduction, update, gathering of weights and banks, and SaMoE's fold and contraction."""
+    """Adds reduction, update, gathering of weights and banks, and the pool's combination and contraction."""
     config, memory_s = planned.config, 1.0 / links.cluster.memory_bandwidth
     exchanges, updated = _exchanges(planned, links)
     for kind, (seconds, sent) in exchanges.items():
@@ -232,8 +233,9 @@ def _end_of_step(cost: Cost, planned: PlannedModel, links: Links) -> None:
 
 
 def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[float, float]], float]:
-    """Returns, for the stage where it takes longest, (seconds, bytes sent) of gradients with weights, and of the pool; and
-    the most elements that a rank updates."""
+    """Returns, for the slowest stage, (seconds, bytes sent) of gradients with weights and of the pool, and the largest
+    number of elements that a rank updates.
+    """
     zero = planned.config.parallel.use_distributed_optimizer
     worst: Mapping[str, tuple[float, float]] = {}
     updated = 0.0

@@ -1,8 +1,8 @@
-"""Which parallel layouts a model may run in on a cluster, what each needs, and which is fastest.
+"""The planner: the legal layouts of a model on a cluster, the memory and time of each, and the fastest.
 
-Sizes (tensor, pipeline, virtual stages, expert, expert-tensor, micro-batch) are enumerated and those kept that
-`config.validate` accepts. Within one choice of sizes, options that trade memory for time (recomputation, when the pool is
-combined) are taken in the order of their cost, and the first that fits is kept.
+It enumerates sizes (tensor, pipeline, virtual stages, expert, expert-tensor, micro-batch) and keeps those that
+`config.validate` accepts. Within one choice of sizes, it tries options that trade memory for time (recomputation, when
+the pool is combined) in the order of their cost, and keeps the first that fits.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ MAX_CHUNKS = 8
 
 @dataclass(frozen=True)
 class PlannedLayout:
-    """One legal layout.
+    """One legal layout with its memory and cost.
 
     Attributes:
-        rank, memory: the rank that needs most, and what it needs.
+        rank, memory: the rank that needs most memory, and its memory.
         cost: of one step.
     """
 
@@ -78,7 +78,7 @@ class PlannedLayout:
         return ", ".join(words)
 
     def flags(self) -> list[str]:
-        """Returns the words that ask the pretrain program for this layout."""
+        """Returns the command-line flags of this layout for the pretrain program."""
         default = PretrainConfig()
         chosen: dict[str, Any] = {}
         for group, names in PLANNED_FIELDS.items():
@@ -105,11 +105,11 @@ def plan_layouts(
     """Returns the layouts that fit, fastest first.
 
     Args:
-        config: the model and batch. Fields of the layout that differ from their defaults are kept as they are.
+        config: the model and batch. Layout options that differ from their defaults are kept.
         micro_batch_sizes: to choose from; the configured one if empty.
 
     Raises:
-        ConfigError: no layout is legal, or none fits; the message names the smallest and what it misses.
+        ConfigError: no layout is legal, or none fits; the message names the smallest and the memory it lacks.
     """
     refuse_unknown(config, "planner", "the layout planner")
     base = replace(config, data=DataConfig(mock_data=True), checkpoint=CheckpointConfig())
@@ -145,7 +145,7 @@ def _too_large(smallest: PlannedLayout, cluster: Cluster) -> ConfigError:
 
 
 def _sizes(base: PretrainConfig, cluster: Cluster, micro_batch_sizes: Sequence[int]) -> Iterator[PretrainConfig]:
-    """Yields all choices of sizes that the user's fixed ones leave; most are legal."""
+    """Yields all choices of sizes that keep the user's fixed ones; most are legal."""
     given, world, moe = base.parallel, cluster.world_size, base.moe
     is_moe = moe.expert_layout != "dense"
     fits_node = [d for d in divisors(world) if d <= cluster.gpus_per_node and base.model.num_attention_heads % d == 0]
@@ -176,7 +176,7 @@ def _fixed(given: ParallelConfig, name: str, choices: list) -> list:
 
 
 def _stage_cuts(base: PretrainConfig, pp: int) -> list[tuple[int | None, str | None]]:
-    """Returns (layers per virtual stage, stage layout) pairs for so many stages."""
+    """Returns (layers per virtual stage, stage layout) pairs for `pp` stages."""
     given, layers = base.parallel, base.model.num_layers
     if given.num_layers_per_virtual_pipeline_stage is not None or given.pipeline_model_parallel_layout is not None:
         return [(given.num_layers_per_virtual_pipeline_stage, given.pipeline_model_parallel_layout)]

@@ -1,4 +1,4 @@
-"""A picture of a layout, drawn from the real rank grid. Needs matplotlib, which is imported when a picture is asked for."""
+"""A picture of a layout, drawn from the real rank grid. It needs matplotlib, which is imported when a picture is drawn."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def draw_layout(path: Path, config: PretrainConfig, world_size: int, title: str,
 
 
 def _shown_ranks(grid: RankGrid, gpus_per_node: int) -> list[list[int]]:
-    """Returns the ranks to draw of each stage."""
+    """Returns the ranks to draw, by stage."""
     per_stage = grid.world_size // grid.pp
     room = max(gpus_per_node, MAX_CELLS // grid.pp // gpus_per_node * gpus_per_node)
     stages = range(grid.pp) if grid.pp <= 16 else [*range(8), *range(grid.pp - 8, grid.pp)]
@@ -100,7 +100,7 @@ def _draw_grid(
 
 
 def _stage_name(stage: int, plans: tuple[StagePlan, ...]) -> str:
-    """Returns a stage's number and what it holds."""
+    """Returns a stage's number and its layers, as words."""
     runs = []
     for plan in plans:
         parts = ["emb"] if plan.has_embedding else []

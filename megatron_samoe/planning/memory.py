@@ -1,7 +1,7 @@
-"""Bytes that each rank holds while it trains, by part; checked against built models.
+"""Bytes that each rank holds while it trains, by part; tests compare them with built models.
 
-Weights, gradients and optimizer state are exact: they follow from the same tags as the buffers themselves (which ranks
-sum a gradient, which dims are split). Activations are counted from what autograd keeps of the layers, with evenly loaded
+Weights, gradients and optimizer state are exact, because they follow from the same tags as the buffers (which ranks sum
+a gradient, which dims are split). Activations are counted from what autograd keeps of the layers, with evenly loaded
 experts and attention that does not keep its probabilities.
 """
 
@@ -25,18 +25,18 @@ MOMENT_BYTES = 8
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank.
+    """The memory of one rank, in bytes.
 
     Attributes:
         weights, gradients: the model's own, gradients in fp32.
-        optimizer: fp32 master weights (where the weights are no fp32 themselves) and two moments.
-        folded_weights, folded_gradients: what lenders keep from step to step: experts that --samoe-combine step keeps
-            combined, of all layers of this rank, and the whole tied sets that its layers use.
+        optimizer: fp32 master weights (where the weights are not fp32) and two moments.
+        folded_weights, folded_gradients: experts that lenders keep from step to step: those that --samoe-combine step
+            keeps combined, for all layers of this rank, and the whole tied sets that its layers use.
         gathered_banks: whole banks and their gradients that --samoe-combine layer holds through a step where the pool is
             sharded.
         activations: kept for backward passes at the schedule's peak, with the largest layer's workspace.
-        exchange: largest temporary of gathering and reducing, at the beginning or end of a step, when no activations
-            exist.
+        exchange: the largest temporary of gathering and reducing, at the beginning or end of a step, when no
+            activations exist.
         expert: the part of weights, gradients, optimizer and folded experts that belongs to routed experts.
     """
 
@@ -52,16 +52,16 @@ class RankMemory:
 
     @property
     def resident(self) -> int:
-        """What stays from step to step."""
+        """Bytes that stay from step to step."""
         return self.weights + self.gradients + self.optimizer + self.folded_weights + self.folded_gradients
 
     @property
     def total(self) -> int:
-        """The peak of a step."""
+        """Bytes at the peak of a step."""
         return self.resident + max(self.gathered_banks + self.activations, self.exchange)
 
     def parts(self) -> dict[str, int]:
-        """Returns the parts by name, in the order of a step; the two that never coincide are both there."""
+        """Returns the bytes of all parts by name, in the order of a step. `activations` and `exchange` never coincide."""
         return {
             "weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
             "folded experts": self.folded_weights + self.folded_gradients, "gathered banks": self.gathered_banks,
@@ -70,19 +70,19 @@ class RankMemory:
 
 
 def rank_memory(config: PretrainConfig, vocab_size: int, world_size: int, rank: int = 0) -> RankMemory:
-    """Returns what one rank holds, for a configuration that keeps the rules.
+    """Returns the memory of one rank, for a legal configuration.
 
     Args:
-        vocab_size: tokens that exist, before padding.
+        vocab_size: number of tokens, before padding.
     """
     return _rank_memory(PlannedModel(config, vocab_size, world_size), rank)
 
 
 def largest_rank_memory(config: PretrainConfig, vocab_size: int, world_size: int) -> tuple[int, RankMemory]:
-    """Returns the rank that needs most, and what it needs.
+    """Returns the rank that needs most memory, and its memory.
 
-    Of stages that hold alike the first holds the most passes in flight, and of a stage's ranks the first the longest slices,
-    so few ranks are looked at.
+    Of stages with the same layers the first has the most passes in flight, and of a stage's ranks the first holds the
+    longest slices. So few ranks are computed.
     """
     planned = PlannedModel(config, vocab_size, world_size)
     ranks = [planned.first_rank_of(stage) for stage in planned.distinct_stages]
@@ -110,7 +110,7 @@ def _held_by_rank(
     description: Description, grid: RankGrid, rank: int, chunks: Chunks, banks: tuple[DescribedParameter, ...],
     zero: bool, bucket: int,
 ) -> _Held:  # fmt: skip
-    """Returns the sums over all gradient buffers, and the largest exchange."""
+    """Returns the bytes of all gradient buffers summed, and of the largest exchange."""
     found = [*description.parameters(chunks), *banks]
     parts = [_held(buffer, grid.place(buffer[0].tag.gradient_group, rank), zero, bucket) for buffer in _buffers(found)]
     return _Held(
@@ -129,7 +129,7 @@ class _Held:
 
 
 def _buffers(parameters: Iterable[DescribedParameter]) -> list[list[DescribedParameter]]:
-    """Returns the parameters by gradient buffer; frozen ones and sharded banks each alone."""
+    """Returns the parameters of each gradient buffer; frozen parameters and sharded banks are each alone."""
     buffers: dict[tuple, list[DescribedParameter]] = {}
     for number, p in enumerate(parameters):
         alone = p.tag.slice is not None or not p.is_trained
@@ -141,8 +141,8 @@ def _held(buffer: list[DescribedParameter], place: tuple[int, int], zero: bool, 
     """Returns the bytes of one gradient buffer's parameters, with the largest temporary of its exchange.
 
     Args:
-        place: size of the group that sums their gradients, and the rank's place in it.
-        zero: whether the group's ranks update a slice of the buffer each.
+        place: size of the group that sums the gradients, and the rank's place in it.
+        zero: whether each of the group's ranks updates a slice of the buffer.
     """
     first, own, size = buffer[0], sum(p.numel for p in buffer), place[0]
     element, exchange = first.element_bytes, 0

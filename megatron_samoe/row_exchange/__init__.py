@@ -1,1 +1,1 @@
-"""Rows of tokens on their way to other ranks' experts and back: exchanges, and what they travel through."""
+"""Exchanges that send rows of tokens to other ranks' experts and back, and their transports."""

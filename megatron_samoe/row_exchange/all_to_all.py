@@ -1,7 +1,7 @@
-"""Uneven all-to-all of rows, differentiable: the gradient takes the way back.
+"""Differentiable uneven all-to-all of rows; the backward sends gradients back the same way.
 
 `all_to_all_rows` is an op of torch (megatron_samoe::all_to_all_rows) with a backward and a fake implementation, so that
-graphs with exchanges can be traced. An op takes no objects: the group travels as a number.
+graphs with exchanges can be traced. An op takes no objects, so a number stands for the group.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def all_to_all_rows(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[
     Args:
         x: [sum(send_rows), ...], rows for member 0 first.
         send_rows: rows for each member.
-        receive_rows: rows from each member, as the others' send_rows say.
+        receive_rows: rows from each member; equal to the members' send_rows for this rank.
 
     Errors: ValueError, before anything is sent, where the splits do not fit x or the group.
     """
@@ -45,7 +45,7 @@ def all_to_all_rows(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[
 
 
 def exchange_counts(counts_WE: Tensor, group: Group) -> Tensor:
-    """Returns [W, e]: row r is what member r holds for this rank, where counts_WE[r] is what this rank holds for r."""
+    """Returns [W, e] counts: row r has what member r sends to this rank. counts_WE[r] is what this rank sends to r."""
     if group.size == 1:
         return counts_WE
     if group.exchange is not None:
@@ -55,10 +55,10 @@ def exchange_counts(counts_WE: Tensor, group: Group) -> Tensor:
 
 @dataclass(frozen=True)
 class Route:
-    """How rows travel in one dispatch over a group.
+    """The way of rows in one dispatch over a group.
 
-    sent_rows, received_rows: for and from each member. order_R: for each received row, sorted by local expert, its place
-    in order of arrival; inverse_R: the other way.
+    sent_rows, received_rows: rows for and from each member. order_R: for each received row, sorted by local expert, its
+    place in order of arrival; inverse_R: the inverse.
     """
 
     sent_rows: list[int]
@@ -68,7 +68,7 @@ class Route:
 
 
 def dispatch_rows(x_TH: Tensor, permutation: Permutation, route: Route, group: Group) -> Tensor:
-    """Returns rows_RH: tokens permuted, exchanged, and sorted by local expert.
+    """Returns rows_RH: the tokens, permuted, exchanged, and sorted by local expert.
 
     Rows that go through a communicator are gathered straight into what it sends from.
     """
@@ -80,7 +80,7 @@ def dispatch_rows(x_TH: Tensor, permutation: Permutation, route: Route, group: G
 
 
 def return_rows(y_RH: Tensor, route: Route, group: Group) -> Tensor:
-    """Returns y_NH: the experts' results in the order of the permutation, on the ranks where their tokens are."""
+    """Returns y_NH: the experts' results in the order of the permutation, on the ranks that hold their tokens."""
     if _gathers(group, y_RH):
         y_NH: Tensor = _ReturnRows.apply(y_RH.contiguous(), route, group)
         return y_NH
@@ -139,7 +139,7 @@ def _exchange(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], 
 
 
 def _key(group: Group) -> int:
-    """Returns the number by which the op finds the group, while somebody holds it."""
+    """Returns the number by which the op finds the group, as long as the group exists."""
     key = _keys.get(group)
     if key is None or key not in _groups:
         key = _keys[group] = next(_next_key)

@@ -1,9 +1,9 @@
-"""What the members of an NCCL communicator tell each other through the process group's store.
+"""Messages between the members of an NCCL communicator, through the process group's store.
 
-NCCL does not bring one rank's abort to the others: over NVLink or shared memory they would wait for their time-out. So
-each rank has a thread that looks, twice a second, at its communicator and at a key of the store. A rank that failed or
-gave up says so there, and the others abort. While a rank waits for long, all say in which exchange they are; so its error
-names those who did not come, and one that has left is an error at once.
+NCCL does not tell the other ranks of one rank's abort: over NVLink or shared memory they would wait for their time-out.
+So each rank has a thread that looks twice a second at its communicator and at a key of the store. A rank that failed or
+gave up writes this there, and the others abort. During a long wait all ranks write in which exchange they are. So a
+time-out names the ranks that did not come, and a rank that has left is an error at once.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Bulletin:
     """The thread and the keys of one communicator.
 
     Args:
-        name: of the communicator, the same on all members and like no other's.
+        name: of the communicator: the same on all members, and unique.
         handle: of the compiled communicator.
-        timeout_s: the communicator's; looks are several within it.
+        timeout_s: the communicator's time-out; the thread looks several times within it.
     """
 
     def __init__(self, group: Group, name: str, handle: int, timeout_s: float):
@@ -47,9 +47,9 @@ class Bulletin:
         self._end = weakref.finalize(self, _end, self._board, stop, thread)
 
     def give_up(self, reason: str) -> str:
-        """Tells the other members that this one gave up, unless it heard that from one of them.
+        """Tells the other members that this one gave up, unless one of them gave up first.
 
-        Returns what to add to the reason: who did not come to the exchange, if that is known.
+        Returns what to add to the reason: the ranks that did not come to the exchange, if they are known.
         """
         with self._board.while_it_stands():
             self._board.give_up(reason)
@@ -77,14 +77,14 @@ class _Board:
 
     @contextlib.contextmanager
     def while_it_stands(self) -> Iterator[None]:
-        """Without store or communicator (RuntimeError, ValueError) nothing is said any more; time-outs remain."""
+        """Ends the messages when the store or communicator is gone (RuntimeError, ValueError); time-outs remain."""
         try:
             yield
         except (RuntimeError, ValueError):
             self._gone = True
 
     def look(self) -> bool:
-        """Looks at the communicator and at what the others say; returns whether there is more to come."""
+        """Looks at the communicator and at the others' messages; returns whether to look again."""
         started, waiting, error = torch.ops.megatron_samoe.nccl_position(self._handle)
         if error:
             self.give_up(error)

@@ -1,4 +1,4 @@
-"""What the compiled all-to-alls have in common: checks, allocation, exchanges in the background, and an agreed start."""
+"""The common part of the compiled all-to-alls: checks, allocation, exchanges in the background, and an agreed start."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SLICE_S = 0.25  # how long the compiled code works before Python may look at sig
 
 
 class Communicator:
-    """A group's uneven all-to-all. Exchanges are numbered: all ranks must call them in the same order.
+    """A group's uneven all-to-all. All ranks must call its exchanges in the same order.
 
-    After an error it stays unusable, and so do its peers'; make a new one.
+    After an error it stays unusable on all ranks; make a new one.
 
     Args:
-        handle: of the compiled communicator; closed with this.
+        handle: of the compiled communicator; closed with this object.
         timeout_s: longest silence of a peer in an exchange.
     """
 
@@ -44,7 +44,7 @@ class Communicator:
         Args:
             x: [sum(send_rows), ...], rows for member 0 first; any dtype.
             send_rows: rows for each member.
-            receive_rows: rows from each member, as the others' send_rows say.
+            receive_rows: rows from each member; equal to the members' send_rows for this rank.
 
         Errors: CommunicationError where a peer dies, gives up, disagrees about the splits or is silent for timeout_s;
         ValueError, before anything is sent, where x is not on the right device or the splits do not fit it.
@@ -56,24 +56,24 @@ class Communicator:
         return received
 
     def exchange_evenly(self, x: Tensor) -> Tensor:
-        """Returns exchange(x), of which every member knows that it sends and receives equal parts."""
+        """Returns exchange(x) where every member knows that it sends and receives equal parts."""
         rows = [x.shape[0] // self.group.size] * self.group.size
         return self.exchange(x, rows, rows)
 
     def exchange_gathered(
         self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int]
     ) -> Tensor:
-        """Returns exchange(rows), where row r is x[index[r] // divisor]; the transport may save a copy of the rows."""
+        """Returns exchange(rows), where row r is x[index[r] // divisor]; the transport may avoid a copy of the rows."""
         self._wait_for_background()
         return self.exchange(self.gathered(x, index, divisor), send_rows, receive_rows)
 
     def start(
         self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None
     ) -> Pending:
-        """As exchange, in the background: x must not change before wait() of what is returned, which has the rows.
+        """Starts exchange() in the background and returns it; its wait() gives the rows. x must not change before that.
 
         Args:
-            out: where the rows shall be; new memory if not given.
+            out: tensor for the rows; a new one if not given.
         """
         received = self._received(x, send_rows, receive_rows, out)
         return self._submit(received, lambda: self._run(x, received, send_rows, receive_rows))
@@ -82,7 +82,7 @@ class Communicator:
         self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int],
         out: Tensor | None = None,
     ) -> Pending:  # fmt: skip
-        """As exchange_gathered, in the background; neither x nor index may change before wait()."""
+        """Starts exchange_gathered() in the background; neither x nor index may change before wait()."""
         x = x.detach()
         rows = x.new_empty((index.shape[0], *x.shape[1:]), device="meta")
         received = self._received(rows, send_rows, receive_rows, out, x.device)
@@ -91,7 +91,7 @@ class Communicator:
         )
 
     def gathered(self, x: Tensor, index: Tensor, divisor: int) -> Tensor:
-        """Returns rows x[index // divisor], for the next exchange alone: a transport may put them where it sends from."""
+        """Returns rows x[index // divisor], only for the next exchange: a transport may put them where it sends from."""
         rows: Tensor = torch.ops.megatron_samoe.permute(x, index, divisor)
         return rows
 
@@ -108,7 +108,7 @@ class Communicator:
         return Pending(received, finish)
 
     def _wait_for_background(self) -> None:
-        """Exchanges keep their order: one of the foreground waits for those that were started before it."""
+        """Waits for the exchanges started before, so that exchanges keep their order."""
         if self._last is not None:
             with self._abort_if_interrupted():
                 wait_for([self._last])  # whose errors are for those who started them
@@ -118,10 +118,10 @@ class Communicator:
         self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None,
         device: torch.device | None = None,
     ) -> Tensor:  # fmt: skip
-        """Checks the arguments of an exchange and returns where its rows will be.
+        """Checks the arguments of an exchange and returns the tensor for its rows.
 
         Args:
-            device: of the rows, where x only stands for them.
+            device: of the rows, where x is only a placeholder.
         """
         device = device or x.device
         if self._handle is None:
@@ -141,14 +141,14 @@ class Communicator:
         self._raise(self._exchange_bytes(x.detach().contiguous(), received, send_bytes, recv_bytes))
 
     def _exchange_bytes(self, x: Tensor, received: Tensor, send_bytes: list[int], recv_bytes: list[int]) -> str:
-        """Does the exchange; returns an empty string, or why it failed."""
+        """Makes the exchange; returns an empty string, or why it failed."""
         return self.exchange_parts(x, received, [], send_bytes, [], recv_bytes)
 
     def exchange_parts(
         self, x: Tensor, received: Tensor, send_offsets: list[int], send_bytes: list[int], recv_offsets: list[int],
         recv_bytes: list[int],
     ) -> str:  # fmt: skip
-        """As _exchange_bytes, between parts of the tensors that begin at the given bytes (none: one after the other)."""
+        """Makes the exchange between parts of the tensors that begin at the given bytes (none: one after the other)."""
         with self._abort_if_interrupted():
             exchange, state = torch.ops.megatron_samoe.all_to_all_start(
                 self._handle, x, received, send_offsets, send_bytes, recv_offsets, recv_bytes, SLICE_S
@@ -157,7 +157,7 @@ class Communicator:
 
     @contextlib.contextmanager
     def _abort_if_interrupted(self) -> Iterator[None]:
-        """For what begins an exchange: an interrupt, which may come at once, leaves it half done on all ranks."""
+        """Aborts where an interrupt comes while an exchange begins, since it is then half done on all ranks."""
         try:
             yield
         except KeyboardInterrupt:
@@ -165,11 +165,11 @@ class Communicator:
             raise
 
     def _finish(self, exchange: int, state: str) -> str:
-        """Works on an exchange, or waits for it, until its rows may be read; returns an empty string, or why it failed."""
+        """Runs or awaits an exchange until its rows may be read; returns an empty string, or why it failed."""
         return self._in_slices(state, torch.ops.megatron_samoe.all_to_all_finish, exchange)
 
     def _in_slices(self, state: str, op: Callable[..., str], *args: Any) -> str:
-        """Calls an op again while the state is pending, for a short time each; returns the state then."""
+        """Calls an op again, for a short time each, while the state is pending; returns the last state."""
         while state == "pending":
             if self._handle is None:
                 return "the communicator is closed"
@@ -185,9 +185,9 @@ class Communicator:
             raise CommunicationError(f"All-to-all over group {self.group.name!r} through {self.transport}, {problem}")
 
     def check(self) -> None:
-        """Raises CommunicationError if an exchange failed after its rows were given out, as a device's may.
+        """Raises CommunicationError if an exchange failed after its rows were returned, which can happen on a device.
 
-        To be called where the device has done its work, before results are kept.
+        Call it when the device has done its work, before results are kept.
         """
 
     def abort(self, reason: str) -> None:
@@ -219,8 +219,8 @@ class Pending:
     """An exchange under way.
 
     Args:
-        received: where its rows will be.
-        finish: waits for the end; raises what the exchange raised.
+        received: the tensor for its rows.
+        finish: waits for the end, and raises what the exchange raised.
     """
 
     def __init__(self, received: Tensor, finish: Callable[[], object]):
@@ -233,7 +233,7 @@ class Pending:
 
 
 def bytes_of_rows(x: Tensor, *splits: Sequence[int]) -> list[list[int]]:
-    """Returns each of the splits, which count rows of x, in bytes."""
+    """Returns splits that count rows of x as bytes."""
     row_bytes = x.element_size() * math.prod(x.shape[1:])
     return [[rows * row_bytes for rows in split] for split in splits]
 
@@ -248,7 +248,7 @@ def connect(handle: int, addresses: list[str]) -> str:
 
 
 def check_splits(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], size: int) -> None:
-    """ValueError where rows do not fit the splits: a transport's own message would come late, or from another rank."""
+    """Raises ValueError where rows do not fit the splits: a transport's message would come late, or from another rank."""
     if x.dim() < 1 or x.layout != torch.strided:
         raise ValueError(f"an exchange takes dense rows, not {x.layout} {tuple(x.shape)}")
     if not len(send_rows) == len(receive_rows) == size or sum(send_rows) != x.shape[0]:
@@ -260,7 +260,9 @@ def check_splits(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int
 
 
 def agreed(group: Group, problem: str, transport: str) -> bool:
-    """Returns whether no member has a problem, the same on all; says the first one once. Collective, also a barrier."""
+    """Returns whether no member has a problem, the same on all members; logs the first problem once. Collective, also a
+    barrier.
+    """
     problems = [text for text in group.all_gather_object(problem) if text]
     if problems:
         say_once(f"Group {group.name!r} exchanges rows through torch, not through {transport}: {problems[0]}.")

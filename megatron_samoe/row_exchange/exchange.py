@@ -1,4 +1,4 @@
-"""Which all-to-all a group's rows go through."""
+"""The choice of the all-to-all for a group's rows."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def with_exchange(
     group: Group, device: torch.device, timeout_s: float = 600.0, backend: Literal["auto", "torch", "extension"] = "auto",
     by_nodes: bool = False,
 ) -> Group:  # fmt: skip
-    """Returns the group with the exchange of rows that its ranks shall have on a device. Collective.
+    """Returns the group with the transport of rows that its ranks use on a device. Collective.
 
     Args:
         timeout_s: longest wait for another rank.
         backend: torch: the process group. extension: on the CPU shared memory, on CUDA NCCL. auto: the extension on the
             CPU where ranks share a host, else the process group.
-        by_nodes: over NCCL, within a node first and then between nodes.
+        by_nodes: over NCCL, send within a node first and then between nodes.
 
     Errors: ConfigError where the extension is asked for and cannot be had, or exchanges by nodes on the CPU.
     """

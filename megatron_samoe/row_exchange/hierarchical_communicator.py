@@ -1,9 +1,9 @@
-"""NCCL all-to-all in two hops for groups of several nodes: within a node, then between nodes.
+"""An NCCL all-to-all in two hops for groups of several nodes: within a node, then between nodes.
 
-Of a node's ranks, the one with local index j collects what all of them send to ranks of index j in other nodes, and
-sends it to each node in one message, which holds the rows in the order of their first senders: that of the result. So a
-rank sends one message to every other node in place of one to every rank there. The other order (between nodes first)
-sends as many, but its rows would arrive in pieces.
+In each node, the rank with local index j collects the node's rows for ranks of index j in other nodes. It sends them to
+each node in one message, in the order of their first senders, which is that of the result. So a rank sends one message
+to every other node in place of one to every rank there. The other order (between nodes first) sends as many messages,
+but its rows would arrive in pieces.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_samoe.row_exchange.shm_communicator import create_host_communicato
 
 @dataclass(frozen=True)
 class TwoHops:
-    """Messages of one exchange, each four numbers in a row: peer, whether in the staging memory, first byte, bytes."""
+    """Messages of one exchange, each four numbers: peer, whether in the staging memory, first byte, number of bytes."""
 
     first_sends: list[int]
     first_receives: list[int]
@@ -72,10 +72,11 @@ def plan_two_hops(
 
 
 class HierarchicalCommunicator(NcclCommunicator):
-    """As NcclCommunicator, between nodes of equally many ranks, each after the other in the group.
+    """An NcclCommunicator between nodes with equally many ranks, one node after the other in the group.
 
     Args:
-        local: of this node's ranks, for sizes: they travel through the host's memory, so no exchange waits for a device.
+        local: communicator of this node's ranks, for sizes: these travel through the host's memory, so no exchange
+            waits for a device.
     """
 
     transport = "NCCL by nodes"
@@ -104,7 +105,7 @@ class HierarchicalCommunicator(NcclCommunicator):
         return started
 
     def _staging_of(self, num_bytes: int, device: torch.device) -> tuple[Tensor, str]:
-        """Returns memory between two hops. Exchanges follow each other in one stream, so that all use the same."""
+        """Returns the memory between two hops. Exchanges follow each other in one stream, so all use the same memory."""
         problem = ""
         if self._staging is None or self._staging.numel() < num_bytes:
             staging = torch.empty(max(2 * num_bytes, 1 << 20), dtype=torch.uint8, device=device)
@@ -126,8 +127,8 @@ class HierarchicalCommunicator(NcclCommunicator):
 def create_hierarchical_communicator(
     group: Group, timeout_s: float = 600.0, device: torch.device | str = "cuda"
 ) -> NcclCommunicator | None:
-    """Returns the group's communicator in two hops, or in one where nodes do not allow two, or None as
-    create_nccl_communicator (both said once). Collective.
+    """Returns the group's communicator in two hops, in one hop where the nodes do not allow two, or None as
+    create_nccl_communicator does (both logged once). Collective.
     """
     found = create_host_communicator(group, timeout_s) if group.size > 1 else None
     problem = "" if found is not None else "it needs several ranks on one node"
@@ -145,7 +146,7 @@ def create_hierarchical_communicator(
 
 
 def nodes_problem(hosts: Sequence[int]) -> str:
-    """Returns why a group whose ranks are on these hosts does not exchange by nodes, or an empty string."""
+    """Returns why a group with ranks on these hosts cannot exchange by nodes, or an empty string."""
     num_local = hosts.count(hosts[0])
     if len(set(hosts)) == 1:
         return "all its ranks are on one node"

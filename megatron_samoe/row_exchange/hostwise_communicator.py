@@ -1,4 +1,4 @@
-"""All-to-all of a group whose ranks run on several hosts: shared memory inside a host, torch's sends between hosts."""
+"""An all-to-all over several hosts: shared memory inside a host, torch's sends between hosts."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _NO_HANDLE = 0  # no compiled communicator has it
 
 
 class HostwiseCommunicator(Communicator):
-    """All-to-all between processes of several hosts; CPU tensors.
+    """An all-to-all of CPU tensors between processes of several hosts.
 
-    Rows for ranks of other hosts are sent and received straight from and into the callers' tensors while the host's own
-    rows go through shared memory. An abort reaches the members on this host at once; others when their receives fail
-    or time out. An interrupt is heard when torch's waits end, at the latest at the process group's time-out.
+    Rows for other hosts are sent from and received into the callers' tensors, while the host's own rows go through
+    shared memory. An abort reaches the members on this host at once, and others when their receives fail or time out.
+    An interrupt takes effect when torch's waits end, at the latest at the process group's time-out.
 
     Args:
-        local: of the members on this host; closed with this.
+        local: communicator of the members on this host; closed with this object.
         here: their ranks in the group.
     """
 

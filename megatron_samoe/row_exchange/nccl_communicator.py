@@ -1,7 +1,7 @@
-"""All-to-all over an NCCL communicator of our own, for groups of CUDA ranks.
+"""An all-to-all over our own NCCL communicator, for groups of CUDA ranks.
 
-NCCL is found at run time (torch's own copy as a rule); the extension is built without it. A group's communicator is
-made from a unique id that its first rank draws and the process group carries to the others.
+NCCL is found at run time (usually torch's own copy); the extension is built without it. A group's communicator is made
+from a unique id that its first rank draws and the process group carries to the others.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from megatron_samoe.row_exchange.communicator import Communicator, Pending, agre
 
 
 class NcclCommunicator(Communicator):
-    """All-to-all of device tensors, in a stream of its own.
+    """An all-to-all of device tensors, in its own stream.
 
-    An exchange waits for what the current stream was given before it. The current stream waits for the exchange at its
-    end: at once, or at wait() of an exchange that was started in the background, which takes no thread. One that a peer
-    never joins, or that the device does not finish within timeout_s, is aborted; the other members hear of it from the
-    bulletin, within about a second.
+    An exchange waits for the earlier work of the current stream. The current stream then waits for the exchange: at
+    once, or at wait() of an exchange that was started in the background, which takes no thread. An exchange that a peer
+    never joins, or that the device does not finish within timeout_s, is aborted; the bulletin tells the other members
+    within about a second.
 
     Args:
-        bulletin: what members tell each other; closed with this.
+        bulletin: messages between members; closed with this object.
     """
 
     transport = "NCCL"
@@ -38,7 +38,7 @@ class NcclCommunicator(Communicator):
         self._bulletin = bulletin
 
     def exchange_evenly(self, x: Tensor) -> Tensor:
-        """Returns exchange(x), of which every member knows that it sends and receives equal parts."""
+        """Returns exchange(x) where every member knows that it sends and receives equal parts."""
         rows = [x.shape[0] // self.group.size] * self.group.size
         received = self._received(x, rows, rows)
         with self._abort_if_interrupted():
@@ -49,7 +49,7 @@ class NcclCommunicator(Communicator):
     def start(
         self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None
     ) -> Pending:
-        """As exchange, in the background: x must not change before wait() of what is returned, which has the rows."""
+        """Starts exchange() in the background and returns it; its wait() gives the rows. x must not change before that."""
         received = self._received(x, send_rows, receive_rows, out)
         x = x.detach().contiguous()
         with self._abort_if_interrupted():
@@ -66,11 +66,11 @@ class NcclCommunicator(Communicator):
         self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int],
         out: Tensor | None = None,
     ) -> Pending:  # fmt: skip
-        """As exchange_gathered, in the background; neither x nor index may change before wait()."""
+        """Starts exchange_gathered() in the background; neither x nor index may change before wait()."""
         return self.start(self.gathered(x.detach(), index, divisor), send_rows, receive_rows, out)
 
     def check(self) -> None:
-        """Raises CommunicationError if an exchange was aborted since: what was computed from its rows is wrong."""
+        """Raises CommunicationError if an exchange was aborted: results computed from its rows are wrong."""
         if self._handle is not None:
             state = torch.ops.megatron_samoe.all_to_all_finish(self._handle, 0, 0.0)
             if state != "pending":
@@ -116,20 +116,20 @@ def nccl_problem() -> str:
 def create_nccl_communicator(
     group: Group, timeout_s: float = 600.0, device: torch.device | str = "cuda"
 ) -> NcclCommunicator | None:
-    """Returns the group's NCCL communicator, or None on every rank where one rank cannot have it (said once).
+    """Returns the group's NCCL communicator, or None on every rank if one rank cannot have it (logged once).
 
     Collective: every member of the group calls it.
 
     Args:
         timeout_s: longest time to connect, and longest time of an exchange.
-        device: whose tensors are exchanged; without an index, the current one.
+        device: device of the exchanged tensors; without an index, the current one.
     """
     opened = open_nccl(group, timeout_s, torch.device(device))
     return None if opened is None else NcclCommunicator(group, opened[0], timeout_s, opened[1])
 
 
 def open_nccl(group: Group, timeout_s: float, device: torch.device) -> tuple[int, Bulletin] | None:
-    """Returns the compiled communicator of create_nccl_communicator, and what its ranks tell each other."""
+    """Returns the compiled communicator of create_nccl_communicator, and the bulletin of its ranks."""
     if group.size == 1 or not agreed(group, nccl_problem(), NcclCommunicator.transport):
         return None
     ops = torch.ops.megatron_samoe

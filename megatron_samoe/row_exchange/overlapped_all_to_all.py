@@ -1,9 +1,9 @@
-"""Rows to experts and back in parts, each exchange in the background of what is computed meanwhile.
+"""A dispatch in parts, with each exchange in the background of other parts' computation.
 
-A part's exchange starts at one node of autograd's graph and is waited for at another. Autograd visits nodes in the
-reverse order of their making, so what lay between the two in the forward lies between the reverse exchange's start and
-end in the backward: the experts of another part, or the shared expert. Nodes that only wait for each other are joined by
-scalars without meaning.
+A part's exchange starts at one node of autograd's graph and is awaited at another. Autograd visits nodes in the reverse
+order of their making. So the computation between the two nodes in the forward (the experts of another part, or the
+shared expert) also lies between the reverse exchange's start and end in the backward. Dummy scalars join nodes that
+only wait for each other.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class RoundTrip:
     """One dispatch of tokens and the return of the results, in parts.
 
     Args:
-        permutation: of the tokens, its rows sorted by part first.
-        routes: of each part; every member of the group has as many.
+        permutation: of the tokens, with rows sorted by part first.
+        routes: of each part; every member of the group has equally many.
     """
 
     def __init__(self, permutation: Permutation, routes: Sequence[Route], group: Group):
@@ -46,16 +46,16 @@ class RoundTrip:
         self.drows_NH: Tensor | None = None
 
     def start_dispatch(self, x_TH: Tensor) -> list[Tensor]:
-        """Starts sending the tokens, part by part; returns what `arrive` takes for each part."""
+        """Starts sending the tokens, part by part; returns a handle for `arrive` for each part."""
         return list(_StartDispatch.apply(x_TH.contiguous(), self))
 
     def arrive(self, part: int, started: Tensor) -> Tensor:
-        """Returns rows_RH of a part, sorted by local expert, when they are there."""
+        """Waits for rows_RH of a part and returns them, sorted by local expert."""
         rows_RH: Tensor = _Arrive.apply(started, self, part)
         return rows_RH
 
     def start_return(self, part: int, y_RH: Tensor) -> Tensor:
-        """Starts sending the results of a part back; returns what `finish_return` takes for it."""
+        """Starts sending the results of a part back; returns a handle for `finish_return`."""
         started: Tensor = _StartReturn.apply(y_RH.contiguous(), self, part)
         return started
 

@@ -1,9 +1,9 @@
-"""All-to-all through shared memory, for groups with ranks on one host.
+"""An all-to-all through shared memory, for groups with ranks on one host.
 
-A communicator belongs to one group and is made by all its ranks together. Where its ranks run on several hosts, ranks of
-one host use shared memory among themselves and torch's process group to the others. Where it cannot be made (no
-compiled extension, no two ranks on a host, system calls that a sandbox forbids), all ranks learn the same reason and the
-process group does all the work.
+A communicator belongs to one group, and all its ranks make it together. Where they run on several hosts, ranks of one
+host use shared memory among themselves and torch's process group to the others. Where a communicator cannot be made (no
+compiled extension, no two ranks on a host, system calls that a sandbox forbids), all ranks learn the same reason and
+the process group does all the work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SPINS_WITH_OWN_CORE, _SPINS_ON_SHARED_CORES = 2000, 50
 
 
 def _host_identity() -> tuple[str, str, int]:
-    """Returns what two processes must share to open each other's memory: kernel boot, pid namespace, user."""
+    """Returns the identity that two processes must share to open each other's memory: kernel boot, pid namespace, user."""
     return (
         Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
         os.readlink("/proc/self/ns/pid"),
@@ -34,21 +34,23 @@ def _host_identity() -> tuple[str, str, int]:
 
 
 def _num_spins(group_size: int) -> int:
-    """Returns how often a wait may spin: other ranks need the core where there are more ranks than cores."""
+    """Returns the number of spins of a wait: few where there are more ranks than cores, since other ranks need the
+    core.
+    """
     local_ranks = max(group_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     cores = len(os.sched_getaffinity(0))
     return _SPINS_WITH_OWN_CORE if local_ranks <= cores else _SPINS_ON_SHARED_CORES
 
 
 class ShmCommunicator(Communicator):
-    """All-to-all between processes of one host; CPU tensors. An abort reaches every member."""
+    """An all-to-all of CPU tensors between processes of one host. An abort reaches every member."""
 
     transport = "shared memory"
 
     def gathered(self, x: Tensor, index: Tensor, divisor: int) -> Tensor:
-        """Returns rows x[index // divisor] in shared memory, from where peers copy them when they are exchanged.
+        """Returns rows x[index // divisor] in shared memory, from which peers copy them in the exchange.
 
-        The memory is written again by the next call; where there is none, the rows lie in this rank's own.
+        The next call overwrites the memory. Without shared memory the rows are in this rank's own.
         """
         if self._handle is None:
             return super().gathered(x, index, divisor)
@@ -62,7 +64,7 @@ class ShmCommunicator(Communicator):
 
 
 def create_shm_communicator(group: Group, timeout_s: float = 600.0) -> Communicator | None:
-    """Returns the group's communicator, or None on every rank where one rank cannot have it (said once).
+    """Returns the group's communicator, or None on every rank if one rank cannot have it (logged once).
 
     Collective: every member of the group calls it.
 
@@ -82,7 +84,7 @@ def create_shm_communicator(group: Group, timeout_s: float = 600.0) -> Communica
 def create_host_communicator(group: Group, timeout_s: float) -> tuple[ShmCommunicator, list[int]] | None:
     """Returns a communicator of the members on this host, and the host of each member of the group, as numbers.
 
-    None on every rank where one rank cannot have it, or no two ranks share a host (said once). Collective.
+    None on every rank if one rank cannot have it, or no two ranks share a host (logged once). Collective.
     """
     handle, problem, identity, address = -1, "", ("", "", 0), ""
     if not extension.load():

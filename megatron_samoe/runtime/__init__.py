@@ -1,1 +1,1 @@
-"""What every program that runs a model needs: joining ranks, and loading a model for use."""
+"""The start of every program that runs a model: joining ranks, and loading a model."""

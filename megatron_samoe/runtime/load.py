@@ -1,4 +1,4 @@
-"""A trained model from a checkpoint folder, ready to run, and the ranks that it runs on."""
+"""The loading of a trained model from a checkpoint folder onto its ranks, ready to run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_samoe.pipeline_parallel.schedules import Pipeline
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Weights, the tokenizer they were trained with, and where they come from."""
+    """A loaded model, the tokenizer it was trained with, and its checkpoint."""
 
     model: RankModel
     tokenizer: Tokenizer
@@ -47,13 +47,13 @@ def load_model(
         load: folder of a run, of checkpoints, or of one checkpoint.
         layout: of the ranks in `parallel`; one process if not given.
         ckpt_step: iteration to load in place of the newest.
-        tokenizer_model: file of the tokenizer, in place of the one that the checkpoint carries, or was trained with.
-        combine: combine a pool's experts, as the model's forward pass needs. An engine keeps them as it is told, so for
-            one that serves them on the fly or selected False saves the memory of folded experts.
+        tokenizer_model: file of the tokenizer, in place of the one that the checkpoint carries or names.
+        combine: combine a pool's experts, as the model's forward pass needs. False saves the memory of folded experts
+            for an engine, which folds them itself or serves them on the fly or selected.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
-        DataError: it does not carry its tokenizer, which is not where it was in training either.
+        DataError: the checkpoint carries no tokenizer, and the one of training is not where it was.
     """
     wanted = CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True)
     directory = store.find_checkpoint(wanted, lambda d: store.damaged_files(d, parallel))

@@ -1,4 +1,4 @@
-"""This process's place among the ranks of a job, ready to run a model: device, threads, groups, exchange of tokens."""
+"""The start of this process as a rank of a job: device, threads, groups, and transport of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from megatron_samoe.row_exchange.exchange import with_exchange
 
 
 def place_in(layout: ParallelConfig, device: torch.device) -> ParallelState:
-    """Returns the place of this rank, which has joined its job, with what tokens travel through to other experts."""
+    """Returns the place of this rank, which has joined its job, in a layout, with the transport of tokens to other
+    ranks' experts.
+    """
     parallel = initialize_model_parallel(layout, device)
     ep = with_exchange(
         parallel.ep, device, 60.0 * layout.distributed_timeout_minutes, layout.moe_all_to_all_backend,
@@ -31,7 +33,7 @@ def join_ranks(layout: ParallelConfig, num_threads: int | None = None) -> Parall
         num_threads: CPU threads of this rank; the host's cores divided by its ranks if not given.
 
     Raises:
-        ConfigError: the layout does not fill the ranks; before any of them waits for another.
+        ConfigError: the layout does not fill the ranks; raised before any rank waits for another.
     """
     try:
         RankGrid.of(layout, launcher.world_size())

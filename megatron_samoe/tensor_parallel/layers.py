@@ -1,6 +1,6 @@
 """Linear layers and embeddings split over tensor-parallel ranks, and parameters that carry a tag.
 
-Hidden states are flat, [T, H] with T = B * S tokens, everywhere between embedding and loss.
+Between embedding and loss, hidden states are flat: [T, H] with T = B * S tokens.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ def new_parameter(
 
 
 def token_wise_spec(state: ParallelState) -> ShardSpec:
-    """Returns the spec of weights that act on each token alike: with sequence parallelism each tensor-parallel rank has
-    only its tokens' part of the gradient."""
+    """Returns the spec of weights that act on each token alone. With sequence parallelism each tensor-parallel rank has
+    only its tokens' part of their gradient.
+    """
     return ShardSpec(partial=("tp",) if state.sequence_parallel else ())
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with W's output dims split over tensor-parallel ranks; y stays split.
+    """A linear layer y = x W^T + b with W's output dims split over tensor-parallel ranks; y stays split.
 
     Args:
         out_dims: global output dims, flattened in the result; the weight is [*out_dims, in_features].
@@ -66,7 +67,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T + b with W's inputs split over tensor-parallel ranks; x is split, y is whole."""
+    """A linear layer y = x W^T + b with W's inputs split over tensor-parallel ranks; x is split, y is whole."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, init: Init, state: ParallelState, dtype: torch.dtype
@@ -93,7 +94,7 @@ class VocabParallelEmbedding(nn.Module):
     """Token embeddings with rows split over tensor-parallel ranks; also the output matrix where weights are tied.
 
     Args:
-        vocab_size: tokens that exist; rows from there to padded_vocab_size are never used.
+        vocab_size: number of tokens, before padding; rows from there to padded_vocab_size are never used.
         family: "embedding" where the first and the last pipeline stage both hold the weights.
     """
 
@@ -121,11 +122,11 @@ class VocabParallelEmbedding(nn.Module):
         return leave_tensor_parallel_region(x_TH, self.state)
 
     def logits(self, x_TH: Tensor) -> Tensor:
-        """Returns this rank's logits [T, num_used_rows]: no column for padding, so it takes no probability."""
+        """Returns this rank's logits [T, num_used_rows]. Padding has no column, so it takes no probability."""
         x_TH = enter_tensor_parallel_region(x_TH, self.state)
         return F.linear(x_TH, self.weight[: self.num_used_rows])
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
-    """Returns the vocabulary rounded up."""
+    """Returns the vocabulary size, rounded up to a multiple of `divisible_by`."""
     return math.ceil(vocab_size / divisible_by) * divisible_by

@@ -1,4 +1,4 @@
-"""Region borders of tensor parallelism: each a communication forwards and its conjugate backwards."""
+"""The borders of tensor-parallel regions: each is a communication forwards and its conjugate backwards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Communication = Callable[[Tensor, Group], Tensor]
 
 
 def enter_tensor_parallel_region(x_TH: Tensor, state: ParallelState) -> Tensor:
-    """Returns all tokens, for a layer whose matrices are split; gradients of the parts are summed.
+    """Returns all tokens, for a layer whose matrices are split; the backward sums the ranks' gradients.
 
-    With sequence parallelism x holds this rank's share of tokens, and gets its share of the gradient back.
+    With sequence parallelism x holds this rank's share of tokens, and the backward returns this share of the gradient.
     """
     if state.sequence_parallel:
         return _border(x_TH, state.tp, _all_tokens, _summed_share)
@@ -31,17 +31,17 @@ def leave_tensor_parallel_region(y_TH: Tensor, state: ParallelState) -> Tensor:
 
 
 def copy_to_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
-    """Returns x; its gradient is summed over the group."""
+    """Returns x; the backward sums its gradient over the group."""
     return _border(x, group, _same, _sum)
 
 
 def scatter_tokens(x: Tensor, group: Group) -> Tensor:
-    """Returns this rank's share of a replicated x along dim 0; gradients are gathered."""
+    """Returns this rank's share of a replicated x along dim 0; the backward gathers gradients."""
     return _border(x, group, _share, _all_tokens)
 
 
 def gather_tokens(x: Tensor, group: Group) -> Tensor:
-    """Returns all ranks' x along dim 0; each rank's gradient is its own share of a replicated one."""
+    """Returns all ranks' x along dim 0; the backward takes this rank's share of a replicated gradient."""
     return _border(x, group, _all_tokens, _share)
 
 

@@ -1,7 +1,7 @@
-"""Noise that depends on what it is for, never on the layout, and recomputation of activations.
+"""Noise that does not depend on the layout, and recomputation of activations.
 
-Every draw is seeded by (seed, iteration, sample, layer, site). So the same sample meets the same dropout mask whichever
-rank and micro-batch it falls into, a recomputed layer meets it again, and a resumed run needs no saved generator.
+Every draw is seeded by (seed, iteration, sample, layer, site). So a sample gets the same dropout mask on any rank and
+in any micro-batch, a recomputed layer gets it again, and a resumed run needs no saved generator.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def derived_seed(*parts: int | str) -> int:
 
 @dataclass(frozen=True)
 class SampleRandom:
-    """Noise for one micro-batch.
+    """The noise of one micro-batch.
 
     Attributes:
         seed: of the run.
         iteration: optimizer step, from 0.
-        samples: the micro-batch's sequences, as places in the global batch.
+        samples: indices of the micro-batch's sequences in the global batch.
     """
 
     seed: int
@@ -51,7 +51,7 @@ class SampleRandom:
         """Returns x with elements dropped and the rest scaled by 1 / (1 - probability).
 
         Args:
-            part, num_parts: x is this part of the micro-batch's tokens.
+            part, num_parts: x is part number `part`, of `num_parts`, of the micro-batch's tokens.
         """
         if probability == 0.0:
             return x_TH
@@ -60,15 +60,15 @@ class SampleRandom:
         return x_TH * keep.to(x_TH.dtype).div_(1.0 - probability)
 
     def attention_seed(self, layer: int, tensor_rank: int) -> int:
-        """Returns the seed of a fused attention kernel, which draws in an order of its own.
+        """Returns the seed of a fused attention kernel, which draws in its own order.
 
-        This is the one noise that does depend on the layout: on how heads and samples are grouped.
+        This is the only noise that depends on the layout: on how heads and samples are grouped.
         """
         return derived_seed(self.seed, self.iteration, self.samples[0], layer, f"attention{tensor_rank}")
 
 
 def recompute(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns function(*args), keeping only args for the backward pass, which runs the function again.
+    """Returns function(*args) and keeps only args for the backward pass, which runs the function again.
 
     Noise comes from `SampleRandom`, so no generator state needs to be saved.
     """

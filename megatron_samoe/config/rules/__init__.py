@@ -1,7 +1,7 @@
-"""Rules that a configuration must keep, a file per kind, each a small named function of configuration and world size.
+"""Rules that a configuration must keep: small named functions of configuration and world size, in a file per kind.
 
-They are arithmetic, run before any process group is made. A rule yields what is wrong and never raises; where a broken
-size would make its own question meaningless it yields nothing, since another rule names that size.
+Rules are arithmetic and run before any process group is made. A rule yields what is wrong and never raises. Where a
+broken size makes its question meaningless it yields nothing, since another rule names that size.
 """
 
 from __future__ import annotations

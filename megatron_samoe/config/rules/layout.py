@@ -1,4 +1,4 @@
-"""Tensor, sequence, expert and data parallelism; pipeline.py has the stages."""
+"""Rules of tensor, sequence, expert and data parallelism; pipeline.py has those of stages."""
 
 from __future__ import annotations
 

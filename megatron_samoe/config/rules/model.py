@@ -1,4 +1,4 @@
-"""Sizes of one model that must fit each other."""
+"""Rules of a model's sizes, which must fit each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each option may be, taken alone, and what it has no effect without: rules that its own facts state."""
+"""Rules of single options, from their facts: the range of each, and what it has no effect without."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RANGES = (_ranges,)
 
 
 def refuse_excess(config: PretrainConfig) -> None:
-    """Raises ConfigErrors naming each number that is beyond what any machine could hold, before a model is made of it."""
+    """Raises ConfigErrors naming each number too large for any machine, before a model is built from it."""
     problems = []
     for _, name, value, _, facts in all_options(config):
         for number in value if isinstance(value, tuple) else (value,):

@@ -1,4 +1,4 @@
-"""Stages of a pipeline, and the layers and micro-batches that they share."""
+"""Rules of pipeline stages, and of the layers and micro-batches that they share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_samoe.errors import ConfigError
 
 
 def _is_pipeline(config: PretrainConfig, world_size: int) -> bool:
-    """Returns whether there are several stages, of sizes that other rules let pass."""
+    """Returns whether there are several stages and other rules accept their sizes."""
     parallel = config.parallel
     pp, tp = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     per_stage = parallel.num_layers_per_virtual_pipeline_stage
@@ -24,7 +24,7 @@ def _is_pipeline(config: PretrainConfig, world_size: int) -> bool:
 
 
 def _num_stages(config: PretrainConfig) -> int:
-    """Returns the stages of all ranks, virtual ones too; 0 where they do not divide the layers."""
+    """Returns the number of stages of all ranks, virtual ones included; 0 where they do not divide the layers."""
     layout = config.parallel.pipeline_model_parallel_layout
     if layout is None:
         return virtual_stages(config.parallel, config.model.num_layers)

@@ -1,4 +1,4 @@
-"""Schedule, precision, data and checkpoints of a run."""
+"""Rules of a run's schedule, precision, data and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Holders of sharded banks combine them for each other, where banks outnumber a stage's MoE layers.
+"""The exchange of combined weights and their gradients, used where banks outnumber a stage's MoE layers.
 
-Holders are the ranks of a bank's group: expert-data-parallel ranks of all pipeline stages. Each has a slice of all banks.
-Each combines its slice for all layers and sends every stage its layers' slices, which is less than the banks; else
-`bank_store.py` gathers those. Weight gradients go back the same way and are contracted by the holders. Per step and rank
-this moves l weights of each kind in place of P.
+Holders are the ranks of a bank's group: the expert-data-parallel ranks of all pipeline stages. Each holds a slice of all
+banks. It combines its slice for all layers and sends every stage the slices of its layers. These are fewer bytes than the
+banks, which `bank_store.py` gathers where they are few. Weight gradients go back the same way; holders sum and contract
+them. Per step and rank this moves l weights of each kind in place of P.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Where a rank keeps the pool's banks between steps: whole, or a slice of what all holders of copies would repeat.
+"""How a rank keeps the pool's banks between steps, whole or as a slice, and who sums their gradients.
 
-Every pipeline stage and every expert-data-parallel rank uses the same banks. Copies on all would eat what sharing saves
-(16 bytes per bank weight on each), so by default each holds a slice with its optimizer state. Banks are gathered when
-they are combined; their gradients are reduced and scattered when they are complete.
+Every pipeline stage and every expert-data-parallel rank uses the same banks. Copies on all of them would lose what
+sharing saves (16 bytes per bank weight on each). So by default each rank holds a slice with its optimizer state. Banks
+are gathered when they are combined. `BankStore.add_gradient` sums their gradients when they are complete (reduce-scatter
+over the bank's group). Banks kept whole are summed as any other weight, by `distributed/grad_buffer.py`.
 """
 
 from __future__ import annotations
