@@ -14,14 +14,14 @@ Variants run in turn; medians of one run, in milliseconds.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_samoe.benchmarks.common import add_options
+from megatron_samoe.benchmarks.common import Rows, Variants, add_command, add_options, in_turn, medians_of
 from megatron_samoe.benchmarks.ranks import run_ranks, synchronized
 from megatron_samoe.ops.permute import Permutation, permute
 from megatron_samoe.parallel_state.state import Group
@@ -37,7 +37,7 @@ def _splits(num_rows: int, world: int, uneven: bool) -> list[int]:
     return [*rows[:-1], num_rows - sum(rows[:-1])]
 
 
-def _variants(megabytes: float, uneven: bool, communicator: ShmCommunicator) -> dict[str, Callable[[], object]]:
+def _variants(megabytes: float, uneven: bool, communicator: ShmCommunicator) -> Variants:
     world, rank = dist.get_world_size(), dist.get_rank()
     num_rows = int(megabytes * 2**20) // (4 * WIDTH)
     splits = _splits(num_rows, world, uneven)
@@ -62,47 +62,42 @@ def _variants(megabytes: float, uneven: bool, communicator: ShmCommunicator) -> 
     }
 
 
-def _measure(options: argparse.Namespace) -> list[dict[str, object]]:
+def _repeat(run: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        run()
+
+
+def _measure(options: argparse.Namespace) -> Rows:
     world = dist.get_world_size()
     group = Group("benchmark", tuple(range(world)), dist.get_rank(), dist.group.WORLD)
     communicator = create_shm_communicator(group)
     assert isinstance(communicator, ShmCommunicator)
-    table = []
+    table: Rows = []
     for megabytes in options.megabytes:
         variants = _variants(megabytes, options.uneven, communicator)
         # Small exchanges back to back, as a barrier costs more than they do.
         inner = max(1, min(100, int(16 / megabytes)))
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for number in range(options.rounds + 1):
-            for name, run in variants.items():
-                started = synchronized()
-                for _ in range(inner):
-                    run()
-                if number:
-                    times[name].append((synchronized() - started) / inner)
-        medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
-        table.append({"ranks": world, "MB": megabytes, **{name: round(ms, 4) for name, ms in medians.items()},
-                      "rings / gloo": round(medians["gloo"] / medians["rings"], 2),
-                      "window / gloo": round(medians["gloo"] / medians["window"], 2),
-                      "permuted, window / permuted, gloo": round(medians["permuted, gloo"] / medians["permuted, window"], 2),
-                      "rings / copy": round(medians["copy"] / medians["rings"], 2)})  # fmt: skip
+        repeated = {name: partial(_repeat, run, inner) for name, run in variants.items()}
+        medians = medians_of(in_turn(repeated, options.rounds, synchronized))
+        pairs = (("rings", "gloo"), ("window", "gloo"), ("permuted, window", "permuted, gloo"), ("rings", "copy"))
+        table.append({
+            "ranks": world, "MB": megabytes, **{name: round(1e3 * s / inner, 4) for name, s in medians.items()},
+            **{f"{ours} / {theirs}": round(medians[theirs] / medians[ours], 2) for ours, theirs in pairs},
+        })  # fmt: skip
     communicator.close()
     return table
 
 
-def run(options: argparse.Namespace) -> list[dict[str, object]]:
+def run(options: argparse.Namespace) -> Rows:
     """Exchanges of several megabytes a rank, in milliseconds, and ratios."""
     return [row for world in options.ranks for row in run_ranks(_measure, world, options)]
 
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand `all-to-all`."""
-    parser = commands.add_parser(
-        "all-to-all", help="exchanges through shared memory against gloo", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.set_defaults(run=run)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--megabytes", type=float, nargs="+", default=[0.0625, 1, 16, 64], help="held by each rank")
-    parser.add_argument("--uneven", action="store_true", help="four times as much for one other rank")
-    add_options(parser, rounds=15, ranks=True)
+    text = "exchanges through shared memory against gloo"
+    add = add_command(commands, "all-to-all", text, run, description=__doc__)
+    add("--ranks", [2, 4])
+    add("--megabytes", [0.0625, 1.0, 16.0, 64.0], "held by each rank")
+    add("--uneven", bool, "four times as much for one other rank")
+    add_options(add, rounds=15, ranks=True)

@@ -11,7 +11,6 @@ own, that one remains).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 
-from megatron_samoe.benchmarks.common import forget
+from megatron_samoe.benchmarks.common import Times, Variants, add_alone, forget, in_turn, seconds_of, write_json
 from megatron_samoe.config import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
 from megatron_samoe.dist_checkpointing.sharded_state import replicated
@@ -91,40 +90,38 @@ class Benchmark:
         assert found is not None
         store.load_checkpoint(found, self.state, self.parallel)
 
-    def run(self, rounds: int) -> dict[str, list[float]]:
-        """Returns seconds of each thing in each round; a first round warms up and is not counted."""
+    def run(self, rounds: int) -> Times:
+        """Returns seconds of each thing in each round."""
         plain, fresh = self.folder / "plain", self.folder / "plain.new"
-        seconds: dict[str, list[float]] = {}
 
-        def timed(name: str, action: Callable[[], Any], number: int) -> None:
-            started = time.perf_counter()
-            action()
-            if number:
-                seconds.setdefault(name, []).append(time.perf_counter() - started)
-
-        for number in range(rounds + 1):
+        def disk_write() -> float:
             settle()
-            timed("disk write", lambda: write_plain(fresh, self.num_bytes), number)
+            seconds = seconds_of(lambda: write_plain(fresh, self.num_bytes))
             fresh.replace(plain)
+            return seconds
+
+        def save() -> float:
             settle()
-            timed("save", self.save, number)
+            return seconds_of(self.save)
+
+        def from_disk(read: Callable[[], object]) -> float:
             forget(self.folder)
-            timed("disk read", lambda: read_plain(plain), number)
-            forget(self.folder)
-            timed("verify and load", self.load, number)
-            timed("training waits", self.start_saving, number)
+            return seconds_of(read)
+
+        def start_saving() -> float:
+            seconds = seconds_of(self.start_saving)
             self.background.wait()
-        return seconds
+            return seconds
+
+        ways: Variants = {
+            "disk write": disk_write, "save": save, "disk read": lambda: from_disk(lambda: read_plain(plain)),
+            "verify and load": lambda: from_disk(self.load), "training waits": start_saving,
+        }  # fmt: skip
+        return in_turn(ways, rounds)
 
 
-def main() -> int:
-    """Runs the program and returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", type=Path, required=True, help="a folder on the disk in question")
-    parser.add_argument("--size-mb", type=int, default=1024, help="size of the checkpoint")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
-    options = parser.parse_args()
+def run(options: argparse.Namespace) -> int:
+    """Saves and loads, prints a table, and returns the exit status."""
     needed = 4 * options.size_mb << 20
     if not options.dir.is_dir() or shutil.disk_usage(options.dir).free < needed:
         print(f"error: --dir {options.dir} must be a folder with {needed / 1e9:.1f} GB free", file=sys.stderr)
@@ -137,16 +134,18 @@ def main() -> int:
     rows, figures = [["", "median s", "MB/s", "share of the disk's"]], {}
     for name, times in seconds.items():
         median = statistics.median(times)
-        share = (
-            statistics.median(b / t for b, t in zip(seconds[disk[name]], times, strict=True)) if name in disk else 1.0
-        )
+        share = statistics.median(b / t for b, t in zip(seconds[disk.get(name, name)], times, strict=True))
         rows.append([name, f"{median:.2f}", f"{benchmark.num_bytes / median / 1e6:,.0f}", f"{share:.2f}"])
         figures[name] = {"seconds": times, "share_of_disk": share}
     print(f"{benchmark.num_bytes / 1e6:,.0f} MB, medians of {options.rounds} rounds\n{format_table(rows)}")
-    if options.json:
-        options.json.write_text(json.dumps({"num_bytes": benchmark.num_bytes, "results": figures}, indent=1) + "\n")
+    write_json(options.json, {"num_bytes": benchmark.num_bytes, "results": figures})
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand `checkpoint`."""
+    add = add_alone(commands, "checkpoint", "save and load checkpoints, beside the disk", run, description=__doc__)
+    add("--dir", Path, "a folder on the disk in question", required=True)
+    add("--size-mb", 1024, "size of the checkpoint")
+    add("--rounds", 5)
+    add("--json", Path, "write the figures here as well")

@@ -1,6 +1,9 @@
 """Measures the data tools beside their peers, alternating in one run; prints a table, and JSON if asked."""
 
+from __future__ import annotations
+
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,14 +16,27 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_samoe.benchmarks.common import (
+    Row,
+    Times,
+    add_alone,
+    add_sizes,
+    in_turn,
+    medians_of,
+    seconds_of,
+    write_json,
+)
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron_samoe.datasets.tokenizer import build_tokenizer
 
+#: Random samples that are read in a round.
+READS = 4000
 TOKENIZERS = {
     "SentencePiece unigram": ("sentencepiece-unigram", "SentencePieceTokenizer", ".model"),
     "SentencePiece BPE": ("sentencepiece-bpe", "SentencePieceTokenizer", ".model"),
@@ -39,16 +55,13 @@ def make_documents(folder: str, target: str, document_chars: int = 2000) -> tupl
     count = 0
     with open(target, "w", encoding="utf-8") as out:
         for path in sorted(Path(folder).glob("*.txt")):
-            held, size = [], 0
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-                held.append(line)
-                size += len(line)
-                if size >= document_chars:
-                    out.write(json.dumps({"text": "".join(held)}) + "\n")
-                    held, size, count = [], 0, count + 1
-            if held:
-                out.write(json.dumps({"text": "".join(held)}) + "\n")
-                count += 1
+            held = ""
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            for number, line in enumerate(lines, 1):
+                held += line
+                if len(held) >= document_chars or number == len(lines):
+                    out.write(json.dumps({"text": held}) + "\n")
+                    held, count = "", count + 1
     return count, os.path.getsize(target)
 
 
@@ -92,19 +105,22 @@ def classic(corpus: str, kind: str, model: str, output: str, workers: int) -> fl
     return seconds
 
 
-def ours(corpus: str, kind: str, model: str, output: str, workers: int) -> tuple[float, float, float, float]:
+def ours(corpus: str, kind: str, model: str, output: str, workers: int) -> dict[str, float]:
     """Runs the preprocessor as a user does.
 
     Returns seconds: in all; until the first token is written; in all less a run on one short document (start-up); and
     the same in CPU time.
     """
-    command = [
-        sys.executable, "-m", "megatron_samoe", "preprocess", "--input", corpus, "--tokenizer-type", kind,
-        "--tokenizer-model", model, "--output-prefix", output, "--append-eod", "--workers", str(workers), "--quiet",
-    ]  # fmt: skip
+
+    def command(source: str, target: str) -> list[str]:
+        return [
+            sys.executable, "-m", "megatron_samoe", "preprocess", "--input", source, "--tokenizer-type", kind,
+            "--tokenizer-model", model, "--output-prefix", target, "--append-eod", "--workers", str(workers), "--quiet",
+        ]  # fmt: skip
+
     target, first = f"{output}_text_document.bin.partial", 0.0
     start, cpu = time.perf_counter(), cpu_seconds()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command(corpus, output), stdout=subprocess.DEVNULL)
     while process.poll() is None:
         if not first and os.path.exists(target) and os.path.getsize(target):
             first = time.perf_counter() - start
@@ -114,33 +130,32 @@ def ours(corpus: str, kind: str, model: str, output: str, workers: int) -> tuple
         raise SystemExit(f"preprocess_data.py failed with status {process.returncode}")
     empty = output + "_start"
     Path(empty + ".jsonl").write_text('{"text": "start"}\n')
-    command[3], command[9] = empty + ".jsonl", empty
     start, start_cpu = time.perf_counter(), cpu_seconds()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-    return seconds, first, seconds - (time.perf_counter() - start), cpu - (cpu_seconds() - start_cpu)
+    subprocess.run(command(empty + ".jsonl", empty), stdout=subprocess.DEVNULL, check=True)
+    return {
+        "ours_all": seconds, "first_token_s": first, "ours": seconds - (time.perf_counter() - start),
+        "ours_cpu": cpu - (cpu_seconds() - start_cpu),
+    }  # fmt: skip
 
 
 def bare_engine(texts: list[str], kind: str, model: str, threads: int) -> float:
     """Returns the seconds that the tokenizer engine alone takes on texts in memory, in `threads` threads."""
-    tokenizer = build_tokenizer(kind, model)
+    tokenizer: Any = build_tokenizer(kind, model)
     if kind == "SentencePieceTokenizer":
-        start = time.perf_counter()
-        processor = tokenizer._processor  # type: ignore[attr-defined]
+        processor = tokenizer._processor
         encode = getattr(processor, "encode_as_numpy", processor.encode)  # arrays are faster, where it makes them
-        encode(texts, num_threads=threads)
-        return time.perf_counter() - start
-    encode = tokenizer._fast.encode_to_numpy  # type: ignore[attr-defined]
-    start = time.perf_counter()
+        return seconds_of(lambda: encode(texts, num_threads=threads))
+    encode = tokenizer._fast.encode_to_numpy
+    parts = np.array_split(np.array(texts, dtype=object), 64)
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda part: [encode(text) for text in part], np.array_split(np.array(texts, dtype=object), 64)))
-    return time.perf_counter() - start
+        return seconds_of(lambda: list(pool.map(lambda part: [encode(text) for text in part], parts)))
 
 
-def benchmark_preprocess(args: argparse.Namespace) -> dict[str, Any]:
+def benchmark_preprocess(args: argparse.Namespace) -> Row:
     """Returns MB/s of ours, the classic loop and the bare engine for each tokenizer."""
     from megatron_samoe.cli import train_tokenizer
 
-    result: dict[str, Any] = {}
+    result: Row = {}
     with tempfile.TemporaryDirectory() as folder:
         corpus = f"{folder}/corpus.jsonl"
         documents, num_bytes = make_documents(args.corpus, corpus)
@@ -150,51 +165,42 @@ def benchmark_preprocess(args: argparse.Namespace) -> dict[str, Any]:
             if args.tokenizer and trainer not in args.tokenizer:
                 continue
             model = f"{folder}/{trainer}"
-            train_tokenizer.main(
-                [
-                    "--type",
-                    trainer,
-                    "--input",
-                    corpus,
-                    "--vocab-size",
-                    "8192",
-                    "--output-prefix",
-                    model,
-                    "--sample-mb",
-                    "4",
-                ]
-            )
+            words = f"--type {trainer} --vocab-size 8192 --sample-mb 4".split()
+            train_tokenizer.main([*words, "--input", corpus, "--output-prefix", model])
             model += suffix
-            names = ("ours", "first_token_s", "ours_all", "classic", "bare", "ours_cpu", "classic_cpu", "bare_cpu")
-            times: dict[str, list[float]] = {name: [] for name in names}
+            times: Times = {}
             for number in range(args.rounds):
-                seconds, first, net, net_cpu = ours(corpus, kind, model, f"{folder}/o{number}", args.workers)
-                marks = [cpu_seconds()]
-                times["ours"].append(net)
-                times["ours_all"].append(seconds)
-                times["first_token_s"].append(first)
-                times["bare"].append(bare_engine(texts, kind, model, args.workers))
-                marks.append(cpu_seconds())
-                times["ours_cpu"].append(net_cpu)
-                times["bare_cpu"].append(marks[1] - marks[0])
+                out, theirs = f"{folder}/o{number}", f"{folder}/c{number}"
+                figures = ours(corpus, kind, model, out, args.workers)
+                figures |= _with_cpu("bare", partial(bare_engine, texts, kind, model, args.workers))
                 if number < args.classic_rounds:
-                    times["classic"].append(classic(corpus, kind, model, f"{folder}/c{number}", args.workers))
-                    times["classic_cpu"].append(cpu_seconds() - marks[1])
-                    _same(f"{folder}/o{number}_text_document", f"{folder}/c{number}")
-            median = {what: statistics.median(values) for what, values in times.items()}
-            result[name] = {
-                "ours_MB_s": round(num_bytes / 1e6 / median["ours"], 1),
-                "ours_with_start_MB_s": round(num_bytes / 1e6 / median["ours_all"], 1),
-                "ours_documents_s": round(documents / median["ours"]),
-                "classic_MB_s": round(num_bytes / 1e6 / median["classic"], 1),
-                "bare_engine_MB_s": round(num_bytes / 1e6 / median["bare"], 1),
-                "of_bare_engine": round(median["bare"] / median["ours"], 2),
-                "times_classic": round(median["classic"] / median["ours"], 2),
-                "of_bare_engine_by_cpu": round(median["bare_cpu"] / median["ours_cpu"], 2),
-                "times_classic_by_cpu": round(median["classic_cpu"] / median["ours_cpu"], 2),
-                "first_token_s": round(median["first_token_s"], 2),
-            }
+                    figures |= _with_cpu("classic", partial(classic, corpus, kind, model, theirs, args.workers))
+                    _same(f"{out}_text_document", theirs)
+                for figure, value in figures.items():
+                    times.setdefault(figure, []).append(value)
+            result[name] = _preprocess_figures(medians_of(times), documents, num_bytes / 1e6)
     return result
+
+
+def _with_cpu(name: str, run: Callable[[], float]) -> dict[str, float]:
+    """Returns the seconds that a run says it took, and its CPU seconds."""
+    before = cpu_seconds()
+    seconds = run()
+    return {name: seconds, f"{name}_cpu": cpu_seconds() - before}
+
+
+def _preprocess_figures(median: dict[str, float], documents: int, megabytes: float) -> Row:
+    def ratio(slow: str, fast: str) -> float:
+        return round(median[slow] / median[fast], 2)
+
+    rates = {"ours": "ours", "ours_with_start": "ours_all", "classic": "classic", "bare_engine": "bare"}
+    return {
+        **{f"{shown}_MB_s": round(megabytes / median[name], 1) for shown, name in rates.items()},
+        "ours_documents_s": round(documents / median["ours"]),
+        "of_bare_engine": ratio("bare", "ours"), "times_classic": ratio("classic", "ours"),
+        "of_bare_engine_by_cpu": ratio("bare_cpu", "ours_cpu"), "times_classic_by_cpu": ratio("classic_cpu", "ours_cpu"),
+        "first_token_s": round(median["first_token_s"], 2),
+    }  # fmt: skip
 
 
 def _same(first: str, second: str) -> None:
@@ -244,56 +250,43 @@ def _mine(prefix: str, seq_length: int, cache: str) -> Any:
     return GPTDataset(data, 0, len(data), None, 1, SampleFormat(seq_length, 0, 8192), cache)
 
 
+BUILD = {"ours": _mine, "megatron-core": _peer}
+
+
 def _index_child(which: str, prefix: str, seq_length: int) -> None:
     """Builds one index in this process and prints seconds and added peak memory (KiB; maps of files count)."""
-    build = _mine if which == "ours" else _peer
+    build = BUILD[which]
     with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as cache:
         make_synthetic(f"{small}/warm", 100, 50)
         build(f"{small}/warm", 16, small)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.perf_counter()
-        dataset = build(prefix, seq_length, cache)
-        seconds = time.perf_counter() - start
+        seconds = seconds_of(lambda: build(prefix, seq_length, cache))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        print(json.dumps({"s": seconds, "MB": peak / 1024, "samples": len(dataset)}))
+        print(json.dumps({"s": seconds, "MB": peak / 1024}))
 
 
-def _child(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "megatron_samoe.benchmarks.data", *arguments]
-    output = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    return json.loads(output.stdout.strip().splitlines()[-1])
-
-
-def benchmark_index(args: argparse.Namespace) -> dict[str, Any]:
+def benchmark_index(args: argparse.Namespace) -> Row:
     """Returns time and peak memory of building the sample index, each in a fresh process."""
+    command = [sys.executable, "-m", "megatron_samoe.benchmarks.data", "_index"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         prefix = f"{folder}/synthetic"
         make_synthetic(prefix, args.documents, args.mean_tokens)
-        runs: dict[str, list[dict[str, Any]]] = {"ours": [], "megatron-core": []}
-        for _ in range(args.rounds):
-            for which in runs:
-                runs[which].append(_child("_index", which, prefix, str(args.seq_length)))
-        medians = {
-            which: {key: statistics.median(row[key] for row in rows) for key in ("s", "MB")}
-            for which, rows in runs.items()
-        }
+        runs: dict[str, Times] = {which: {"s": [], "MB": []} for which in BUILD}
+        for _, which in itertools.product(range(args.rounds), BUILD):
+            words = [*command, which, prefix, str(args.seq_length)]
+            output = subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout
+            for figure, value in json.loads(output.strip().splitlines()[-1]).items():
+                runs[which][figure].append(value)
+    medians = {which: medians_of(times) for which, times in runs.items()}
     peer, mine = medians["megatron-core"], medians["ours"]
     return {
-        "documents": args.documents, "ours": mine, "megatron-core": peer,
+        "documents": args.documents, **medians,
         "time_ratio": round(mine["s"] / peer["s"], 2), "memory_ratio": round(mine["MB"] / peer["MB"], 2),
     }  # fmt: skip
 
 
-def _rate(read: Callable[[int], Any], indices: list[int]) -> float:
-    start = time.perf_counter()
-    for index in indices:
-        read(index)
-    return len(indices) / (time.perf_counter() - start)
-
-
-def benchmark_reads(args: argparse.Namespace) -> dict[str, Any]:
+def benchmark_reads(args: argparse.Namespace) -> Row:
     """Returns random samples per second of both, and how much of its time a step would wait for the loader."""
     import torch
 
@@ -304,74 +297,65 @@ def benchmark_reads(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         prefix = f"{folder}/synthetic"
         make_synthetic(prefix, min(args.documents, 1_000_000), 300)
-        mine, peer = _mine(prefix, args.seq_length, folder + "/o"), _peer(prefix, args.seq_length, folder + "/t")
+        data = {which: build(prefix, args.seq_length, f"{folder}/{which}") for which, build in BUILD.items()}
         Path(prefix + ".bin").read_bytes()
-        rates: dict[str, list[float]] = {"ours": [], "megatron-core": []}
-        for number in range(args.rounds + 1):
-            indices = np.random.default_rng(number).integers(0, len(mine), 4000).tolist()
-            pair = _rate(mine.__getitem__, indices), _rate(peer.__getitem__, indices)
-            if number:  # the first round warms up
-                rates["ours"].append(pair[0])
-                rates["megatron-core"].append(pair[1])
-        waits = []
-        for workers in (0, 1):
+        mine = data["ours"]
+        draws = {which: np.random.default_rng(0) for which in data}  # the same samples of both
+
+        def read(which: str) -> None:
+            for index in draws[which].integers(0, len(mine), READS).tolist():
+                data[which][index]
+
+        medians = medians_of(in_turn({which: partial(read, which) for which in data}, args.rounds))
+        waits = {}
+        for workers, name in enumerate(("in the loop", "a thread ahead")):
             loader = DataLoader(mine, PretrainingSampler(len(mine), 0, 8, 0, 1), num_workers=workers)
-            waits.append(_waiting(iter(loader), 0.02))
-    medians = {which: round(statistics.median(values)) for which, values in rates.items()}
+            waits[name] = round(_waiting(iter(loader), 0.02) * 1e3, 3)
     return {
-        "samples_s": medians, "ratio": round(medians["ours"] / medians["megatron-core"], 2),
-        "wait_per_20_ms_step_ms": {"in the loop": round(waits[0] * 1e3, 3), "a thread ahead": round(waits[1] * 1e3, 3)},
+        "samples_s": {which: round(READS / seconds) for which, seconds in medians.items()},
+        "ratio": round(medians["megatron-core"] / medians["ours"], 2), "wait_per_20_ms_step_ms": waits,
     }  # fmt: skip
 
 
 def _waiting(batches: Iterator[Any], step_s: float, steps: int = 60) -> float:
     """Returns the median seconds that a step waits for its micro-batch of 8 while it computes for `step_s`."""
     waits = []
+    square = np.ones((64, 64), dtype=np.float32)
     for _ in range(steps):
-        start = time.perf_counter()
-        next(batches)
-        waits.append(time.perf_counter() - start)
+        waits.append(seconds_of(lambda: next(batches)))
         end = time.perf_counter() + step_s
-        square = np.ones((64, 64), dtype=np.float32)
         while time.perf_counter() < end:
             square @ square
     return statistics.median(waits[5:])
 
 
-def _print(title: str, rows: dict[str, Any]) -> None:
-    print(f"\n{title}")
-    for name, values in rows.items():
-        shown = "  ".join(f"{k} {v}" for k, v in values.items()) if isinstance(values, dict) else values
-        print(f"  {name:24} {shown}")
+BENCHMARKS = {"preprocess": benchmark_preprocess, "index": benchmark_index, "reads": benchmark_reads}
 
 
-def main() -> int:
-    """Runs the chosen benchmarks."""
-    if sys.argv[1:2] == ["_index"]:
-        _index_child(sys.argv[2], sys.argv[3], int(sys.argv[4]))
-        return 0
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("preprocess", "index", "reads"))
-    parser.add_argument("--corpus", help="folder of .txt files for preprocess")
-    parser.add_argument("--tokenizer", nargs="+", choices=[t[0] for t in TOKENIZERS.values()], help="only these")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--classic-rounds", type=int, default=1)
-    parser.add_argument("--documents", type=int, default=10_000_000)
-    parser.add_argument("--mean-tokens", type=int, default=100)
-    parser.add_argument("--seq-length", type=int, default=1024)
-    parser.add_argument("--json", help="also write the figures to this file")
-    args = parser.parse_args()
-    if "preprocess" in args.what and not args.corpus:
-        parser.error("preprocess needs --corpus")
-    benchmarks = {"preprocess": benchmark_preprocess, "index": benchmark_index, "reads": benchmark_reads}
-    results = {what: benchmarks[what](args) for what in args.what}
+def run(options: argparse.Namespace) -> int:
+    """Runs the chosen benchmarks, and prints what they found."""
+    if "preprocess" in options.what and not options.corpus:
+        print("error: preprocess needs --corpus", file=sys.stderr)
+        return 2
+    results = {what: BENCHMARKS[what](options) for what in options.what}
     for what, rows in results.items():
-        _print(what, rows)
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
+        print(f"\n{what}")
+        for name, values in rows.items():
+            shown = "  ".join(f"{k} {v}" for k, v in values.items()) if isinstance(values, dict) else values
+            print(f"  {name:24} {shown}")
+    write_json(options.json, results)
     return 0
 
 
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand `data`."""
+    add = add_alone(commands, "data", "the data tools beside their peers", run, description=__doc__)
+    add("what", tuple(BENCHMARKS), nargs="+", default=None)
+    add("--corpus", str, "folder of .txt files for preprocess")
+    add("--tokenizer", [tuple(trainer for trainer, *_ in TOKENIZERS.values())], "only these")
+    add_sizes(add, workers=2, rounds=3, classic_rounds=1, documents=10_000_000, mean_tokens=100, seq_length=1024)
+    add("--json", Path, "also write the figures to this file")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _index_child(sys.argv[2], sys.argv[3], int(sys.argv[4]))

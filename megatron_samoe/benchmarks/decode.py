@@ -12,52 +12,48 @@ import argparse
 import functools
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from megatron_samoe.benchmarks.common import (
+    MadeModel,
+    Row,
+    Rows,
+    Times,
+    Variants,
+    add_command,
+    add_sizes,
+    medians_of,
+    seconds_of,
+    write_json,
+)
+from megatron_samoe.benchmarks.peers import LineWorker
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, StoredTensor, write_checkpoint
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
-from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.inference.decode_bytes import expected_distinct_experts, step_bytes
 from megatron_samoe.inference.engine import PRECISIONS, SERVINGS
 from megatron_samoe.inference.huge_pages import ask_for_huge_pages
 from megatron_samoe.interop.hf.export import plan_export, write_export
 from megatron_samoe.models.rank_model import build_model
-from megatron_samoe.parallel_state import backend, single_process_state
+from megatron_samoe.parallel_state import single_process_state
 
 WORKERS = Path(__file__).with_name("decode_workers.py")
 PEERS = ("transformers", "llama.cpp")
 
 
-@dataclass(frozen=True)
-class RandomModel:
-    """Weights in memory as a source of a checkpoint."""
-
-    weights: Mapping[str, Tensor]
-    config: Mapping[str, Any]
-    train_state: Mapping[str, Any]
-
-    @property
-    def tensors(self) -> dict[str, StoredTensor]:
-        return {name: StoredTensor(tuple(t.shape), t.dtype) for name, t in self.weights.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self.weights[name]
+#: A batch, and the length of its prompts.
+Pair = tuple[int, int]
 
 
 def make_checkpoint(options: argparse.Namespace) -> Path:
@@ -82,7 +78,9 @@ def make_checkpoint(options: argparse.Namespace) -> Path:
         weights = {name: p.detach() for name, p in model.global_parameters().items()}
         state = {"iteration": 1, "consumed_samples": 0, "consumed_tokens": 0, "optimizer_steps": 0,
                  "vocab_size": options.vocab_size, "loss_scale": {"value": 1.0, "good_steps": 0, "growth_interval": 0}}  # fmt: skip
-        write_checkpoint(folder / "checkpoint", 1, RandomModel(weights, to_mapping(config), state))
+        tensors = {name: StoredTensor(tuple(t.shape), t.dtype) for name, t in weights.items()}
+        made = MadeModel(tensors, to_mapping(config), state, weights.__getitem__)
+        write_checkpoint(folder / "checkpoint", 1, made)
     return folder / "checkpoint"
 
 
@@ -111,38 +109,31 @@ def make_exports(checkpoint: Path, options: argparse.Namespace) -> Path:
     return folder
 
 
-class Worker:
+class Worker(LineWorker):
     """A contestant in a process of its own."""
 
-    def __init__(self, name: str, python: str, spec: dict[str, Any]):
-        self.name, self.spec = name, spec
-        environment = dict(os.environ, OMP_NUM_THREADS=str(spec["threads"]), TOKENIZERS_PARALLELISM="false")
-        self._process = subprocess.Popen([python, str(WORKERS), json.dumps(spec)], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, text=True, env=environment)  # fmt: skip
-        self.info = self._answer()
+    def __init__(self, name: str, python: str, spec: Row):
+        self.spec = spec
+        environment = {"OMP_NUM_THREADS": str(spec["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+        super().__init__(name, [python, str(WORKERS), json.dumps(spec)], environment)
 
-    def ask(self, *numbers: int) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(" ".join(map(str, numbers)) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is the engine of this package."""
+        return bool(self.spec["program"] == "ours")
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("@@"):
-                return json.loads(line[2:])
-        raise MegatronSamoeError(f"{self.name} ended with status {self._process.wait()}; its message is above.")
+    def measure(self, *numbers: int) -> Row:
+        """Returns the answer to a line of numbers."""
+        return self.ask(" ".join(map(str, numbers)))
 
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+    def ask(self, line: str) -> Row:
+        answer = super().ask(line)
+        if "err" in answer:
+            raise MegatronSamoeError(f"{self.name} {answer['err']}; its message is above.")
+        return answer
 
 
-def specs(
-    dtype: str, checkpoints: list[Path], options: argparse.Namespace
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def specs(dtype: str, checkpoints: list[Path], options: argparse.Namespace) -> Iterator[tuple[str, str, Row]]:
     """Yields (name, interpreter, specification) of the contestants of one precision."""
     pairs = list(itertools.product(options.batch_sizes, options.prompt_lengths))
     common = {
@@ -165,7 +156,7 @@ def specs(
 
 
 @contextmanager
-def started(contestants: list[tuple[str, str, dict[str, Any]]]) -> Iterator[list[Worker]]:
+def started(contestants: list[tuple[str, str, Row]]) -> Iterator[list[Worker]]:
     """Starts the contestants and ends them; ways of serving that a checkpoint lacks are left out, and that is said.
 
     Raises:
@@ -176,12 +167,14 @@ def started(contestants: list[tuple[str, str, dict[str, Any]]]) -> Iterator[list
         for one in contestants:
             worker = Worker(*one)
             workers.append(worker)
-            if "refused" in worker.info:
-                print(f"left out: {worker.name}: {worker.info['refused']}", file=sys.stderr)
-        served = [worker for worker in workers if "refused" not in worker.info]
-        if not any(worker.spec["program"] == "ours" for worker in served):
+            if "err" in worker.facts:
+                raise MegatronSamoeError(f"{worker.name} {worker.facts['err']}; its message is above.")
+            if "refused" in worker.facts:
+                print(f"left out: {worker.name}: {worker.facts['refused']}", file=sys.stderr)
+        served = [worker for worker in workers if "refused" not in worker.facts]
+        if not any(worker.is_ours for worker in served):
             raise ConfigError(
-                "--servings", [one[2].get("serving") for one in contestants], "no checkpoint has such a way"
+                "--servings", [spec.get("serving") for *_, spec in contestants], "no checkpoint has such a way"
             )
         yield served
     finally:
@@ -193,47 +186,43 @@ class Memory:
     """Reading a buffer far larger than the caches, on huge pages as the engine's weights are, by functions of torch."""
 
     def __init__(self) -> None:
-        self._x = torch.ones(1 << 15, 1 << 13)  # 1 GiB
-        ask_for_huge_pages([self._x])
-        self._vector = torch.ones(1 << 13)
+        x = torch.ones(1 << 15, 1 << 13)  # 1 GiB
+        ask_for_huge_pages([x])
+        vector = torch.ones(1 << 13)
+        self._num_bytes = x.nbytes
+        self._reads: Variants = {"sum": x.sum, "max": x.max, "matrix-vector": lambda: torch.mv(x, vector)}
+        self._times: Times = {name: [] for name in self._reads}
 
-    def bandwidth(self) -> dict[str, float]:
-        """Returns bytes/s of each."""
-        found = {}
-        runs = {"sum": self._x.sum, "max": self._x.max, "matrix-vector": lambda: torch.mv(self._x, self._vector)}
-        for name, run in runs.items():
-            begun = time.perf_counter()
-            run()
-            found[name] = self._x.nbytes / (time.perf_counter() - begun)
-        return found
+    def read(self) -> None:
+        """Reads once in each way."""
+        for name, read in self._reads.items():
+            self._times[name].append(seconds_of(read))
+
+    def bandwidth(self) -> float:
+        """Returns bytes/s of the fastest way."""
+        return self._num_bytes / min(medians_of(self._times).values())
 
 
-def measure_group(dtype: str, checkpoints: list[Path], options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_group(dtype: str, checkpoints: list[Path], options: argparse.Namespace) -> Rows:
     """Runs the contestants of one precision in turn and returns a row for each of their batches and lengths."""
-    times: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    bandwidths: dict[str, list[float]] = {}
+    times: dict[tuple[str, Pair], Rows] = {}
     memory = Memory()
-    pairs = list(itertools.product(options.batch_sizes, options.prompt_lengths))
+    pairs: list[Pair] = list(itertools.product(options.batch_sizes, options.prompt_lengths))
     with started(list(specs(dtype, checkpoints, options))) as workers:
         counted = {
-            (w.name, *pair): w.ask(*pair, options.new_tokens, 1) for w in workers if w.spec["program"] == "ours"
-            for pair in pairs
-        }  # fmt: skip
-        for _ in range(options.rounds):
-            for pair in pairs:
-                for name, value in memory.bandwidth().items():
-                    bandwidths.setdefault(name, []).append(value)
-                for worker in workers:
-                    times.setdefault((worker.name, *pair), []).append(worker.ask(*pair, options.new_tokens))
-    bandwidth = max(statistics.median(values) for values in bandwidths.values())
+            (w.name, pair): w.measure(*pair, options.new_tokens, 1) for w in workers if w.is_ours for pair in pairs
+        }
+        for _, pair in itertools.product(range(options.rounds), pairs):
+            memory.read()
+            for worker in workers:
+                times.setdefault((worker.name, pair), []).append(worker.measure(*pair, options.new_tokens))
+    first = next(worker.name for worker in workers if worker.is_ours)
     rows = []
-    for pair in pairs:
-        for worker in workers:
-            key = (worker.name, *pair)
-            first = next(w for w in workers if w.spec["program"] == "ours")
-            row = _row(worker, pair, times[key], counted.get(key, counted[(first.name, *pair)]), bandwidth, options)
-            row["same_tokens"] = _same(times[(first.name, *pair)][0]["tokens"], times[key][0]["tokens"])
-            rows.append({"dtype": dtype, **row})
+    for pair, worker in itertools.product(pairs, workers):
+        results = times[worker.name, pair]
+        row = _row(worker, pair, results, counted.get((worker.name, pair), counted[first, pair]), memory, options)
+        row["same_tokens"] = _same(times[first, pair][0]["tokens"], results[0]["tokens"])
+        rows.append({"dtype": dtype, **row})
     return rows
 
 
@@ -241,38 +230,43 @@ def _same(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
-def _row(worker: Worker, pair: tuple[int, int], results: list[dict[str, Any]], counted: dict[str, Any],
-         bandwidth: float, options: argparse.Namespace) -> dict[str, Any]:  # fmt: skip
+@functools.cache
+def _model_of(checkpoint: Path) -> tuple[PretrainConfig, int]:
+    """Returns a checkpoint's configuration and size of vocabulary."""
+    directory = _directory(checkpoint)
+    vocab_size: int = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
+    return from_mapping(store.read_config(directory), str(directory)), vocab_size
+
+
+def _row(
+    worker: Worker, pair: Pair, results: Rows, counted: Row, memory: Memory, options: argparse.Namespace
+) -> Row:  # fmt: skip
     batch, length = pair
-    step_s = statistics.median(r["rest_s"] for r in results) / (options.new_tokens - 1)
-    row = {
-        "contestant": worker.name, "serving": worker.info.get("serving", ""), "threads": options.threads,
-        "version": worker.info["version"], "batch": batch, "prompt": length,
-        "ms_per_token": step_s * 1e3, "tokens_per_s": batch / step_s,
-        "prefill_ms": statistics.median(r["first_s"] for r in results) * 1e3,
-    }  # fmt: skip
-    path = worker.spec.get("checkpoint") or str(options.checkpoints[0])
-    directory = _directory(Path(path))
-    config = from_mapping(store.read_config(directory), str(directory))
-    vocab = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
-    serving = worker.info.get("serving", "folded")
-    hit = counted.get("distinct")
-    bytes_read = step_bytes(config, vocab, batch, length + options.new_tokens / 2, serving, worker.spec["dtype"], hit)
-    expected = step_bytes(config, vocab, batch, length + options.new_tokens / 2, serving, worker.spec["dtype"])
+    samples_s = [result["rest_s"] / (options.new_tokens - 1) for result in results]
+    step_s = statistics.median(samples_s)
+    config, vocab = _model_of(Path(worker.spec.get("checkpoint") or options.checkpoints[0]))
+    serving, hit = worker.facts.get("serving", "folded"), counted.get("distinct")
+    context, dtype, bandwidth = length + options.new_tokens / 2, worker.spec["dtype"], memory.bandwidth()
+    num_bytes = step_bytes(config, vocab, batch, context, serving, dtype, hit).total
+    moe = config.moe
     return {
-        **row, "experts_hit": hit,
-        "experts_expected": None if hit is None else expected_distinct_experts(
-            config.moe.num_experts, config.moe.moe_router_topk, batch
+        "contestant": worker.name, "serving": worker.facts.get("serving", ""), "threads": options.threads,
+        "version": worker.facts["version"], "batch": batch, "prompt": length,
+        "ms_per_token": step_s * 1e3, "tokens_per_s": batch / step_s,
+        "prefill_ms": statistics.median(result["first_s"] for result in results) * 1e3, "experts_hit": hit,
+        "experts_expected": None if hit is None else statistics.mean(
+            expected_distinct_experts(count, moe.moe_router_topk, batch) for count in moe.expert_counts
         ),
-        "read_mb": bytes_read.total / 1e6, "read_mb_expected": expected.total / 1e6,
-        "bandwidth_gb_s": bandwidth / 1e9, "floor_ms": bytes_read.total / bandwidth * 1e3,
-        "share_of_floor": bytes_read.total / bandwidth / step_s,
+        "read_mb": num_bytes / 1e6,
+        "read_mb_expected": step_bytes(config, vocab, batch, context, serving, dtype).total / 1e6,
+        "bandwidth_gb_s": bandwidth / 1e9, "floor_ms": num_bytes / bandwidth * 1e3,
+        "share_of_floor": num_bytes / bandwidth / step_s,
         **{name: counted[name] for name in ("hits", "misses") if name in counted},
-        "samples_ms": [round(r["rest_s"] / (options.new_tokens - 1) * 1e3, 3) for r in results],
+        "samples_ms": [round(sample * 1e3, 3) for sample in samples_s],
     }  # fmt: skip
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: Rows, path: Path) -> None:
     """Draws ms per token of every contestant over batch size, with the memory's floor, a panel for each precision."""
     import matplotlib
 
@@ -284,12 +278,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     batches = sorted({row["batch"] for row in rows})
     figure, panels = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4), sharey=True, squeeze=False)
     for axes, dtype in zip(panels[0], dtypes, strict=True):
-        chosen = [row for row in rows if row["dtype"] == dtype and row["prompt"] == rows[0]["prompt"]]
-        for name in dict.fromkeys(row["contestant"] for row in chosen):
-            line = [row for row in chosen if row["contestant"] == name]
+        lines: dict[str, Rows] = {}
+        for row in rows:
+            if row["dtype"] == dtype and row["prompt"] == rows[0]["prompt"]:
+                lines.setdefault(row["contestant"], []).append(row)
+        for name, line in lines.items():
             axes.plot([r["batch"] for r in line], [r["ms_per_token"] for r in line], "o-", color=color_of[name],
                       label=name)  # fmt: skip
-        line = [row for row in chosen if row["contestant"] == chosen[0]["contestant"]]
+        line = next(iter(lines.values()))
         axes.plot([r["batch"] for r in line], [r["floor_ms"] for r in line], "k--", label="memory's floor")
         axes.set(xscale="log", yscale="log", xlabel="batch", title=dtype)
         axes.set_xticks(batches, batches)
@@ -300,7 +296,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+#: Columns of the table; the JSON file has all.
+SHOWN = ("dtype", "contestant", "serving", "batch", "prompt", "ms_per_token", "tokens_per_s", "prefill_ms", "experts_hit",
+         "experts_expected", "read_mb", "floor_ms", "share_of_floor", "same_tokens")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> Rows:
     """Decoding steps of every precision, way of serving and checkpoint, beside their memory floor."""
     if "llama.cpp" in options.peers and not options.llama_python:
         raise ConfigError("--peers", "llama.cpp", "needs --llama-python, an interpreter with llama-cpp-python, gguf and "
@@ -317,55 +318,29 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [row for dtype in options.dtypes for row in measure_group(dtype, options.checkpoints, options)]
     if options.png:
         plot(rows, options.png)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    shown = ("dtype", "contestant", "serving", "batch", "prompt", "ms_per_token", "tokens_per_s", "prefill_ms", "experts_hit",
-             "experts_expected", "read_mb", "floor_ms", "share_of_floor", "same_tokens")  # fmt: skip
+    write_json(options.json, rows)
     print(f"memory read at {rows[0]['bandwidth_gb_s']:.1f} GB/s")
-    return [{name: "" if row.get(name) is None else row[name] for name in shown} for row in rows]
+    return [{name: row.get(name) for name in SHOWN} for row in rows]
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_parser(commands: Any) -> None:
     """Adds the subcommand `decode`, whose `run` gives rows for a table."""
-    parser = commands.add_parser("decode", help="ms per token against the memory's floor and other programs")
-    parser.set_defaults(run=run)
-    parser.add_argument("--load", type=Path, nargs="+", help="checkpoints to compare; else a model of random weights")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[32])
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["fp32"])
-    parser.add_argument("--servings", nargs="+", choices=SERVINGS, default=["auto"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[])
-    parser.add_argument("--llama-python", help="interpreter with llama-cpp-python, gguf and safetensors")
-    parser.add_argument("--transformers-experts", nargs="+", default=["default"], help="their experts_implementation")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/benchmark_decode"), help="for models and exports")
-    parser.add_argument("--prepare", action="store_true", help="make models and exports, and measure nothing")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--png", type=Path)
-    for name, size in (("num-layers", 12), ("hidden-size", 512), ("ffn-hidden-size", 2048), ("num-experts", 32),
-                       ("topk", 2), ("vocab-size", 8192), ("num-expert-banks", 3), ("context", 512)):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=size, help="of a model of random weights")
-    parser.add_argument("--expert-layout", choices=["dense", "moe", "samoe"], default="moe")
-    return parser
-
-
-def main() -> int:
-    """Runs the subcommand alone."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_parser(parser.add_subparsers(required=True))
-    options = parser.parse_args()
-    backend.keep_freed_memory()
-    try:
-        rows = options.run(options)
-    except MegatronSamoeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    body = [[f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    print(format_table([list(rows[0]), *body]))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    add = add_command(commands, "decode", "ms per token against the memory's floor and other programs", run)
+    add("--load", [Path], "checkpoints to compare; else a model of random weights")
+    add("--batch-sizes", [1, 8, 32])
+    add("--prompt-lengths", [32])
+    add("--new-tokens", 64)
+    add("--dtypes", [PRECISIONS], default=["fp32"])
+    add("--servings", [SERVINGS], default=["auto"])
+    add("--rounds", 5)
+    add("--threads", int, "default: all cores")
+    add("--peers", [PEERS], nargs="*", default=[])
+    add("--llama-python", str, "interpreter with llama-cpp-python, gguf and safetensors")
+    add("--transformers-experts", ["default"], "their experts_implementation")
+    add("--work-dir", Path("runs/benchmark_decode"), "for models and exports")
+    add("--prepare", bool, "make models and exports, and measure nothing")
+    add("--json", Path)
+    add("--png", Path)
+    add_sizes(add, "of a model of random weights", num_layers=12, hidden_size=512, ffn_hidden_size=2048, num_experts=32,
+              topk=2, vocab_size=8192, num_expert_banks=3, context=512)  # fmt: skip
+    add("--expert-layout", ("dense", "moe", "samoe"), default="moe")

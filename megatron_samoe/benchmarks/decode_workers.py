@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Measure = Callable[..., dict[str, Any]]
+Spec = dict[str, Any]
+Measure = Callable[..., Spec]
 
 
 def prompts(batch: int, length: int, vocab: int) -> list[list[int]]:
@@ -32,12 +33,12 @@ def prompts(batch: int, length: int, vocab: int) -> list[list[int]]:
     return rows
 
 
-def never(*_: int) -> dict[str, Any]:
+def never(*_: int) -> Spec:
     """What a refused contestant measures."""
     raise AssertionError("nobody asks a contestant that was refused")
 
 
-def ours(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+def ours(spec: Spec) -> tuple[Spec, Measure]:
     """The engine of this package over a checkpoint."""
     from megatron_samoe.errors import ConfigError
     from megatron_samoe.inference import Engine, Request, SamplingOptions, load_model
@@ -60,7 +61,7 @@ def ours(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     runner = engine._runner
     assert isinstance(runner, SingleRunner)
 
-    def measure(batch: int, length: int, new: int, count: int = 0) -> dict[str, Any]:
+    def measure(batch: int, length: int, new: int, count: int = 0) -> Spec:
         counts: list[int] = []
         if count:
             runner.observer = lambda _, ids_TK: counts.append(len(set(ids_TK.flatten().tolist())))
@@ -78,7 +79,8 @@ def ours(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
             if begun >= batch and not first_token_s:
                 first_token_s = time.perf_counter() - started
                 counts.clear()
-        result = {"first_s": first_token_s, "rest_s": time.perf_counter() - started - first_token_s, "tokens": tokens}
+        rest_s = time.perf_counter() - started - first_token_s
+        result: Spec = {"first_s": first_token_s, "rest_s": rest_s, "tokens": tokens}
         runner.observer = None
         if counts:
             result["distinct"] = sum(counts) / len(counts)
@@ -89,7 +91,7 @@ def ours(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     return info, measure
 
 
-def transformers(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+def transformers(spec: Spec) -> tuple[Spec, Measure]:
     """`generate` of transformers over the exported model."""
     import torch
     import transformers as hf
@@ -110,7 +112,7 @@ def transformers(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
                                do_sample=False)  # fmt: skip
         return time.perf_counter() - started, y
 
-    def measure(batch: int, length: int, new: int) -> dict[str, Any]:
+    def measure(batch: int, length: int, new: int) -> Spec:
         ids = torch.tensor(prompts(batch, length, vocab))
         first_s, _ = generate(ids, 1)
         whole_s, y = generate(ids, new)
@@ -119,7 +121,7 @@ def transformers(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     return {"version": hf.__version__, "experts": getattr(model.config, "_experts_implementation", "")}, measure
 
 
-def llama_cpp(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+def llama_cpp(spec: Spec) -> tuple[Spec, Measure]:
     """llama.cpp over a GGUF file, driven by the same loop: whole prompts, then a token for each sequence."""
     import ctypes
 
@@ -152,7 +154,7 @@ def llama_cpp(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
             status = lib.llama_decode(context, batch_of)
             assert status == 0, f"llama_decode gave {status}"
 
-    def measure(batch: int, length: int, new: int) -> dict[str, Any]:
+    def measure(batch: int, length: int, new: int) -> Spec:
         assert batch * length <= spec["step_tokens"], "prompts must fit into one batch"
         ids = prompts(batch, length, vocab)
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
@@ -183,20 +185,16 @@ def write_gguf(folder: Path, path: Path, dtype: str) -> None:
     opened = {name: handle for file in files for handle in [safe_open(file, "np")] for name in handle.keys()}
     heads, layers, experts = (config[n] for n in ("num_attention_heads", "num_hidden_layers", "num_local_experts"))
     writer = gguf.GGUFWriter(f"{path}.part", "llama")
-    writer.add_name("exported")
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
-    writer.add_rope_freq_base(config.get("rope_theta") or config["rope_parameters"]["rope_theta"])
-    writer.add_expert_count(experts)
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    for field, value in {
+        "name": "exported", "context_length": config["max_position_embeddings"], "embedding_length": config["hidden_size"],
+        "block_count": layers, "feed_forward_length": config["intermediate_size"], "head_count": heads,
+        "head_count_kv": config["num_key_value_heads"], "layer_norm_rms_eps": config["rms_norm_eps"],
+        "rope_dimension_count": config["hidden_size"] // heads,
+        "rope_freq_base": config.get("rope_theta") or config["rope_parameters"]["rope_theta"],
+        "expert_count": experts, "expert_used_count": config["num_experts_per_tok"], "vocab_size": config["vocab_size"],
+        "tokenizer_model": "none",
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{field}")(value)
     kind = {"fp32": None, "bf16": gguf.GGMLQuantizationType.BF16, "int8": gguf.GGMLQuantizationType.Q8_0}[dtype]
 
     def read(name: str) -> Any:
@@ -221,17 +219,16 @@ def write_gguf(folder: Path, path: Path, dtype: str) -> None:
         theirs, block = f"model.layers.{i}.", f"blk.{i}."
         add(f"{block}attn_q.weight", pairs(read(f"{theirs}self_attn.q_proj.weight"), heads))
         add(f"{block}attn_k.weight", pairs(read(f"{theirs}self_attn.k_proj.weight"), config["num_key_value_heads"]))
-        add(f"{block}attn_v.weight", read(f"{theirs}self_attn.v_proj.weight"))
-        add(f"{block}attn_output.weight", read(f"{theirs}self_attn.o_proj.weight"))
-        add(f"{block}attn_norm.weight", read(f"{theirs}input_layernorm.weight"))
-        add(f"{block}ffn_norm.weight", read(f"{theirs}post_attention_layernorm.weight"))
-        add(f"{block}ffn_gate_inp.weight", read(f"{theirs}block_sparse_moe.gate.weight"), plain=True)
+        for name, their_name in (
+            ("attn_v", "self_attn.v_proj"), ("attn_output", "self_attn.o_proj"), ("attn_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"), ("ffn_gate_inp", "block_sparse_moe.gate"),
+        ):  # fmt: skip
+            add(f"{block}{name}.weight", read(f"{theirs}{their_name}.weight"), plain=name == "ffn_gate_inp")
         for name, w in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
             stack = np.stack([read(f"{theirs}block_sparse_moe.experts.{e}.{w}.weight") for e in range(experts)])
             add(f"{block}ffn_{name}_exps.weight", stack)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
     writer.close()
     os.rename(f"{path}.part", path)
 

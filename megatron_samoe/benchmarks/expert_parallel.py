@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 from typing import Any
 
 import torch
 
-from megatron_samoe.benchmarks.common import DTYPES, Rows, add_options
+from megatron_samoe.benchmarks.common import DTYPES, Rows, add_command, add_options, add_sizes, in_turn, medians_of
 from megatron_samoe.benchmarks.layer import make_layer
-from megatron_samoe.benchmarks.ranks import alternate, make_parallel, run_ranks
+from megatron_samoe.benchmarks.ranks import make_parallel, run_ranks, synchronized
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.parallel_state import single_process_state
 
@@ -24,16 +23,13 @@ def _measure(options: argparse.Namespace) -> Rows:
     for dtype in options.dtype:
         for experts in options.num_experts:
             arguments = options.topk, options.activation, DTYPES[dtype]
-            layers = {"expert parallel": make_layer(options, experts, *arguments, parallel)}
+            variants = {"expert parallel": make_layer(options, experts, *arguments, parallel)}
             if options.chunks > 1:
-                layers[f"in {options.chunks} parts"] = make_layer(
-                    options, experts, *arguments, parallel, options.chunks
-                )
+                name = f"in {options.chunks} parts"
+                variants[name] = make_layer(options, experts, *arguments, parallel, options.chunks)
             # Each rank's experts get its own tokens: the same products without any exchange.
-            layers["alone"] = make_layer(options, experts // options.ranks, *arguments, single_process_state())
-            variants = {name: run for name, (_layer, _gradients, run) in layers.items()}
-            times = alternate(variants, options.rounds)
-            medians = {name: statistics.median(values) for name, values in times.items()}
+            variants["alone"] = make_layer(options, experts // options.ranks, *arguments, single_process_state())
+            medians = medians_of(in_turn(variants, options.rounds, synchronized))
             rows.append({
                 "ranks": options.ranks, "experts": experts, "dtype": dtype,
                 **{f"{name} ms": round(seconds * 1e3, 2) for name, seconds in medians.items()},
@@ -51,16 +47,12 @@ def run(options: argparse.Namespace) -> Rows:
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser("expert-parallel", help="a layer over several ranks against one that sends nothing")
-    parser.set_defaults(run=run)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--num-experts", type=int, nargs="+", default=[8, 32])
-    parser.add_argument(
-        "--exchange", choices=["auto", "torch", "extension"], default="auto", help="what carries the rows"
-    )
-    parser.add_argument("--chunks", type=int, default=1, help="measure --moe-dispatch-chunks of this number as well")
-    parser.add_argument("--activation", choices=["gelu", "swiglu"], default="gelu")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32"])
-    for name, size in (("tokens", 2048), ("hidden-size", 512), ("ffn-hidden-size", 2048), ("topk", 1)):
-        parser.add_argument(f"--{name}", type=int, default=size)
-    add_options(parser, ranks=True)
+    add = add_command(commands, "expert-parallel", "a layer over several ranks against one that sends nothing", run)
+    add("--ranks", 2)
+    add("--num-experts", [8, 32])
+    add("--exchange", ("auto", "torch", "extension"), "what carries the rows")
+    add("--chunks", 1, "measure --moe-dispatch-chunks of this number as well")
+    add("--activation", ("gelu", "swiglu"))
+    add("--dtype", [tuple(DTYPES)], default=["fp32"])
+    add_sizes(add, tokens=2048, hidden_size=512, ffn_hidden_size=2048, topk=1)
+    add_options(add, ranks=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_samoe.benchmarks.common import DTYPES, Rows, add_options, alternate
-from megatron_samoe.benchmarks.peers import Peer, running
+from megatron_samoe.benchmarks.common import DTYPES, Row, Rows, add_command, add_options, alternate
+from megatron_samoe.benchmarks.peers import LineWorker, add_peer_options, running
 from megatron_samoe.config import ModelConfig, MoEConfig, PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.errors import ConfigError
@@ -36,25 +36,20 @@ def run(options: argparse.Namespace) -> Rows:
     if options.peers and options.clock == "cpu":
         raise ConfigError("--clock", "cpu", "wall, with --peers: other processes cannot be timed so")
     sizes = {"T": options.tokens, "H": options.hidden_size, "F": options.ffn_hidden_size}
-    threads = torch.get_num_threads()
     rows = []
     for activation in options.activation:
-        names = options.peer_names or PEERS[activation]
-        worker_options = {**sizes, "threads": threads}
-        with running(options.peers, "w1_moe_layer.py", names, worker_options, options.peer_python, threads) as peers:
-            for dtype in options.dtype:
-                for experts in options.num_experts:
-                    for topk in options.topk:
-                        rows.append(measure(options, experts, topk, activation, dtype, peers))
-                        print(rows[-1], flush=True)
+        with running(options, "w1_moe_layer.py", PEERS[activation], sizes) as peers:
+            for dtype, experts, topk in itertools.product(options.dtype, options.num_experts, options.topk):
+                rows.append(measure(options, experts, topk, activation, dtype, peers))
+                print(rows[-1], flush=True)
     return rows
 
 
 def make_layer(
     options: argparse.Namespace, experts: int, topk: int, activation: str, dtype: torch.dtype, state: ParallelState,
     dispatch_chunks: int = 1,
-) -> tuple[MoELayer, GradBuffers, Callable[[], None]]:  # fmt: skip
-    """Returns a layer, its gradients, and a run of its forward and backward on random tokens."""
+) -> Callable[[], None]:  # fmt: skip
+    """Returns a run of a layer's forward and backward on random tokens."""
     gated, tokens = activation == "swiglu", options.tokens
     config = PretrainConfig(
         model=ModelConfig(hidden_size=options.hidden_size, ffn_hidden_size=options.ffn_hidden_size,
@@ -74,23 +69,23 @@ def make_layer(
     context = ForwardContext(1, training=True, tokens_per_step=tokens)
 
     def once() -> None:
+        assert buffers is not None  # parameters know them by a weak reference only
         y_TH, _, _ = layer(x_TH, context, lender)
         torch.autograd.backward(y_TH, dy_TH)
         x_TH.grad = None
 
-    return layer, buffers, once
+    return once
 
 
 def measure(
-    options: argparse.Namespace, experts: int, topk: int, activation: str, dtype_name: str, peers: list[Peer]
-) -> dict[str, Any]:
+    options: argparse.Namespace, experts: int, topk: int, activation: str, dtype_name: str, peers: list[LineWorker]
+) -> Row:
     """Returns one row: GFLOP/s of expert products for each contestant, and ratios."""
     hidden, ffn, dtype = options.hidden_size, options.ffn_hidden_size, DTYPES[dtype_name]
-    _, _buffers, once = make_layer(options, experts, topk, activation, dtype, single_process_state())
     width = 2 * ffn if activation == "swiglu" else ffn
     num_rows = options.tokens * topk
     variants: dict[str, Callable[[], object]] = {
-        "layer": once,
+        "layer": make_layer(options, experts, topk, activation, dtype, single_process_state()),
         "products": products(split_evenly(num_rows, experts), hidden, width, ffn, dtype),
         "dense": products([num_rows], hidden, width, ffn, dtype),
     }
@@ -122,9 +117,8 @@ def products(rows: list[int], hidden: int, width: int, ffn: int, dtype: torch.dt
     """Returns a run of an MLP's six products per expert, into tensors that exist."""
     work = []
     for n in rows:
-        a, b = torch.randn(n, hidden, dtype=dtype), torch.randn(width, hidden, dtype=dtype)
-        c, d = torch.randn(n, width, dtype=dtype), torch.randn(hidden, ffn, dtype=dtype)
-        e, y = torch.randn(n, ffn, dtype=dtype), torch.randn(n, hidden, dtype=dtype)
+        shapes = ((n, hidden), (width, hidden), (n, width), (hidden, ffn), (n, ffn), (n, hidden))
+        a, b, c, d, e, y = (torch.randn(shape, dtype=dtype) for shape in shapes)
         work += [(a, b.t(), c.clone()), (e, d.t(), y.clone()), (y, d, e.clone()), (c, b, a.clone())]
         work += [(y.t(), e, d.clone()), (c.t(), a, b.clone())]
 
@@ -137,21 +131,13 @@ def products(rows: list[int], hidden: int, width: int, ffn: int, dtype: torch.dt
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser("moe-layer", help="one MoE layer, forward and backward")
-    parser.set_defaults(run=run)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--activation", nargs="+", choices=list(PEERS), default=["gelu"])
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--ffn-hidden-size", type=int, default=2048)
-    parser.add_argument("--num-experts", type=int, nargs="+", default=[8])
-    parser.add_argument("--topk", type=int, nargs="+", default=[1])
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32"])
-    add_peer_options(parser)
-    add_options(parser)
-
-
-def add_peer_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of other programs."""
-    parser.add_argument("--peers", type=Path, help="folder of peer scripts, see benchmarks/peers.py")
-    parser.add_argument("--peer-names", nargs="+", help="workers of the script to run; default: what it may know")
-    parser.add_argument("--peer-python", help="interpreter of the peers; default: this one")
+    add = add_command(commands, "moe-layer", "one MoE layer, forward and backward", run)
+    add("--tokens", 4096)
+    add("--activation", [tuple(PEERS)], default=["gelu"])
+    add("--hidden-size", 512)
+    add("--ffn-hidden-size", 2048)
+    add("--num-experts", [8])
+    add("--topk", [1])
+    add("--dtype", [tuple(DTYPES)], default=["fp32"])
+    add_peer_options(add)
+    add_options(add)

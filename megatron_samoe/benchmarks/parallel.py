@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,19 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_samoe.benchmarks.ranks import (
-    VOCAB_SIZE,
-    alternate,
-    batches_of,
-    make_setup,
+from megatron_samoe.benchmarks.common import (
+    Row,
+    Rows,
+    add_alone,
+    add_sizes,
+    as_table,
+    in_turn,
+    medians_of,
     model_config,
-    run_ranks,
-    synchronized,
+    write_json,
 )
-from megatron_samoe.config import ParallelConfig
-from megatron_samoe.evaluation.run_summary import format_table
+from megatron_samoe.benchmarks.ranks import VOCAB_SIZE, batches_of, make_setup, run_ranks, synchronized
+from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction, make_plan
 from megatron_samoe.planning.accounting import train_flops_per_token
@@ -45,7 +46,14 @@ from megatron_samoe.training.micro_batches import run_micro_batches
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import micro_batch_context, train_step
 
-Rows = list[dict[str, object]]
+LAYOUTS = {
+    "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+    "ep2": ParallelConfig(expert_model_parallel_size=2),
+    "dp2 zero": ParallelConfig(use_distributed_optimizer=True),
+    "tp2": ParallelConfig(tensor_model_parallel_size=2),
+}
+#: What is compared: layout of the experts, and how a SaMoE combines its banks.
+MODELS = {"moe": ("moe", None), "samoe step": ("samoe", "step"), "samoe layer": ("samoe", "layer")}
 
 
 def one_pipeline(setup: TrainSetup) -> tuple[float, float]:
@@ -84,57 +92,56 @@ def _bubbles(options: argparse.Namespace) -> Rows:
                 continue
             per_stage = options.num_layers // 4 if chunks > 1 else None
             parallel = ParallelConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=per_stage)
-            config = replace(model_config(options, "dense", number), parallel=parallel)
-            setups[chunks, number] = make_setup(config)
-    shares: dict[tuple[int, int], list[float]] = {key: [] for key in setups}
-    for round_number in range(options.rounds + 1):
-        for key, setup in setups.items():
-            pair = torch.tensor(one_pipeline(setup), dtype=torch.float64)
-            if dist.is_initialized():
-                dist.all_reduce(pair)
-            if round_number:
-                shares[key].append(float(pair[1] / pair[0]))
+            setups[chunks, number] = make_setup(replace(model_config(options, "dense", number), parallel=parallel))
+
+    def idle_share(setup: TrainSetup) -> float:
+        pair = torch.tensor(one_pipeline(setup), dtype=torch.float64)
+        if dist.is_initialized():
+            dist.all_reduce(pair)
+        return float(pair[1] / pair[0])
+
+    shares = in_turn({str(key): partial(idle_share, setup) for key, setup in setups.items()}, options.rounds)
     return [
         {
             "schedule": "1f1b" if chunks == 1 else f"interleaved x{chunks}", "micro_batches": number,
             "idle_measured": statistics.median(values), "idle_in_theory": bubble_fraction(2, chunks, number),
         }
-        for (chunks, number), values in shares.items()
+        for (chunks, number), values in zip(setups, shares.values(), strict=True)
     ]  # fmt: skip
 
 
 def bubble(options: argparse.Namespace) -> Rows:
     """Idle share of two stages, mean over both."""
-    return run_ranks(_bubbles, 2, options)
+    rows: Rows = run_ranks(_bubbles, 2, options)
+    return rows
 
 
-LAYOUTS = {
-    "pp2": ParallelConfig(pipeline_model_parallel_size=2),
-    "ep2": ParallelConfig(expert_model_parallel_size=2),
-    "dp2 zero": ParallelConfig(use_distributed_optimizer=True),
-    "tp2": ParallelConfig(tensor_model_parallel_size=2),
-}
+def _on_two_ranks(
+    options: argparse.Namespace, name: str, layout: str, num_micro_batches: int | None = None, combine: str | None = None
+) -> PretrainConfig:  # fmt: skip
+    """Returns a model on two ranks that take 8 micro-batches together, or so many each."""
+    parallel = LAYOUTS[name]
+    dp = 2 // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    config = model_config(options, layout, num_micro_batches or 8 // dp, dp, samoe_combine=combine)
+    return replace(config, parallel=parallel)
 
 
-def _dp_of(parallel: ParallelConfig, world_size: int) -> int:
-    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+def _step(setup: TrainSetup) -> Callable[[], object]:
+    return partial(train_step, setup, initial_state(setup), batches_of(setup))
 
 
 def _overhead(options: argparse.Namespace, name: str) -> Rows:
-    parallel, variants = LAYOUTS[name], {}
-    for layout, combine in (("moe", None), ("samoe", "step"), ("samoe", "layer")):
-        moe = {} if combine is None else {"samoe_combine": combine}
-        config = model_config(options, layout, 8, _dp_of(parallel, 2), **moe)
-        setup = make_setup(replace(config, parallel=parallel))
-        batches, state = batches_of(setup), initial_state(setup)
-        variants[f"{layout} {combine or ''}".strip()] = lambda s=setup, st=state, b=batches: train_step(s, st, b)
-    times = alternate(variants, options.rounds)
-    base = times["moe"]
+    variants = {
+        model: _step(make_setup(_on_two_ranks(options, name, layout, 8, combine)))
+        for model, (layout, combine) in MODELS.items()
+    }
+    times = in_turn(variants, options.rounds, synchronized)
+    medians = medians_of(times)
     return [
         {
-            "layout": name, "model": model, "step_s": statistics.median(values),
-            "ratio_of_medians": statistics.median(values) / statistics.median(base),
-            "median_of_ratios": statistics.median(a / b for a, b in zip(values, base, strict=True)),
+            "layout": name, "model": model, "step_s": medians[model],
+            "ratio_of_medians": medians[model] / medians["moe"],
+            "median_of_ratios": statistics.median(a / b for a, b in zip(values, times["moe"], strict=True)),
         }
         for model, values in times.items()
     ]  # fmt: skip
@@ -154,7 +161,7 @@ def expert_tensors(setup: TrainSetup) -> dict[str, list[torch.Tensor]]:
     kept = [getattr(setup.model.lender, part, None) for part in ("_weights", "_grads", "_banks")]
     return {
         "weights": [parameters[n].detach() for n in names],
-        "gradients": [parameters[n].main_grad for n in names],
+        "gradients": [parameters[n].main_grad for n in names],  # type: ignore[attr-defined]
         "optimizer": [t for n in pieces for t in [*optimizer.moments(n).values(), *([own_masters[n]] if n in own_masters else [])]],
         "folded or gathered": [t for weights in kept if weights is not None for _, t in weights.items()],
     }  # fmt: skip
@@ -165,37 +172,29 @@ def num_bytes(tensors: Sequence[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in {(t.data_ptr(), t.numel()): t for t in tensors}.values())
 
 
-def _memory(
-    options: argparse.Namespace, layout: str, combine: str | None, zero: bool, world_size: int
-) -> dict[str, Any]:
+def _memory(options: argparse.Namespace, model: str, zero: bool, world_size: int) -> Row:
     gc.collect()
     process = psutil.Process()
     before = process.memory_info().rss
-    moe = {} if combine is None else {"samoe_combine": combine}
-    config = model_config(options, layout, 2, world_size // 2, **moe)
+    layout, combine = MODELS[model]
+    config = model_config(options, layout, 2, world_size // 2, samoe_combine=combine)
     parallel = ParallelConfig(
         pipeline_model_parallel_size=2, expert_model_parallel_size=2, use_distributed_optimizer=zero
     )
     config = replace(config, parallel=parallel, training=replace(config.training, bf16=True))
     setup = make_setup(config)
-    inside: dict[str, int] = {}
-    grown: list[int] = []
+    inside: Row = {}
 
     def observe() -> None:
-        inside.update({part: num_bytes(tensors) for part, tensors in expert_tensors(setup).items()})
-        grown.append(process.memory_info().rss - before)
+        inside["rss_bytes"] = process.memory_info().rss - before
+        inside["measured"] = {part: num_bytes(tensors) for part, tensors in expert_tensors(setup).items()}
 
     train_step(setup, initial_state(setup), batches_of(setup), observe)
-    planned = rank_memory(config, VOCAB_SIZE, world_size, 0)
-    return {
-        "measured": inside, "planned": planned, "config": config,
-        "rss_bytes": grown[0],
-    }  # fmt: skip
+    return {**inside, "planned": rank_memory(config, VOCAB_SIZE, world_size, 0), "config": config}
 
 
-def _memories(options: argparse.Namespace, world_size: int) -> dict[tuple[str, str | None, bool], dict[str, Any]]:
-    models = (("moe", None), ("samoe", "step"), ("samoe", "layer"))
-    return {(*model, zero): _memory(options, *model, zero, world_size) for zero in (False, True) for model in models}
+def _memories(options: argparse.Namespace, world_size: int) -> dict[tuple[str, bool], Row]:
+    return {(model, zero): _memory(options, model, zero, world_size) for zero in (False, True) for model in MODELS}
 
 
 def formula_bytes(
@@ -219,19 +218,18 @@ def formula_bytes(
 def memory(options: argparse.Namespace) -> Rows:
     """PP 2 x EP 2, with and without more data-parallel ranks; bytes per expert parameter of the standard MoE's rank."""
     rows: Rows = []
+    expert = 2 * 4 * options.hidden_size**2 + 4 * options.hidden_size + options.hidden_size
+    standard = options.num_layers // 2 * (options.num_experts // 2) * expert
     for world_size in options.world_sizes:
         edp = world_size // 4
-        for (layout, combine, zero), result in run_ranks(_memories, world_size, options, world_size).items():
-            config, parts = result["config"], result["measured"]
-            expert = 2 * 4 * options.hidden_size**2 + 4 * options.hidden_size + options.hidden_size
-            standard = options.num_layers // 2 * (options.num_experts // 2) * expert
-            share = config.moe.num_expert_banks / options.num_layers
-            formula = formula_bytes(layout, combine, share, 2, edp if zero else 1, 2 * edp)
-            measured = sum(parts.values()) / standard
+        for (model, zero), result in run_ranks(_memories, world_size, options, world_size).items():
+            parts = {part: count / standard for part, count in result["measured"].items()}
+            share = result["config"].moe.num_expert_banks / options.num_layers
+            formula = formula_bytes(*MODELS[model], share, 2, edp if zero else 1, 2 * edp)
+            measured = sum(parts.values())
             rows.append({
-                "model": f"{layout} {combine or ''}".strip(), "ranks": world_size, "zero": zero,
-                **{part: count / standard for part, count in parts.items()}, "measured": measured,
-                "formula": formula, "ratio": measured / formula, "planned_total_mb": result["planned"].total / 1e6,
+                "model": model, "ranks": world_size, "zero": zero, **parts, "measured": measured, "formula": formula,
+                "ratio": measured / formula, "planned_total_mb": result["planned"].total / 1e6,
                 "rss_mb": result["rss_bytes"] / 1e6,
             })  # fmt: skip
     return rows
@@ -239,27 +237,22 @@ def memory(options: argparse.Namespace) -> Rows:
 
 def _calibrate(size: int = 1 << 21) -> float:
     """Returns bytes per second of an all-reduce of 8 MB between two ranks (each sends its size once)."""
-    tensor, times = torch.ones(size), []
-    for _ in range(6):
-        started = synchronized()
-        dist.all_reduce(tensor)
-        times.append(time.perf_counter() - started)
-    return size * 4 / statistics.median(times[1:])
+    times = in_turn({"all-reduce": partial(_reduce, torch.ones(size))}, 5, synchronized)
+    return size * 4 / statistics.median(times["all-reduce"])
+
+
+def _reduce(tensor: torch.Tensor) -> None:
+    dist.all_reduce(tensor)
 
 
 def _step_seconds(options: argparse.Namespace, name: str | None, model: str) -> tuple[float, float]:
     """Returns the median seconds of a step, and the bandwidth between ranks."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    parallel = LAYOUTS[name] if name else ParallelConfig()
-    if world_size == 1:
+    if name is None:
         setup = build_setup(model_config(options, model, 8), VOCAB_SIZE, single_process_state())
     else:
-        setup = make_setup(
-            replace(model_config(options, model, 8 // _dp_of(parallel, 2), _dp_of(parallel, 2)), parallel=parallel)
-        )
-    batches, state = batches_of(setup), initial_state(setup)
-    seconds = statistics.median(alternate({"step": lambda: train_step(setup, state, batches)}, options.rounds)["step"])
-    return seconds, _calibrate() if world_size > 1 else 0.0
+        setup = make_setup(_on_two_ranks(options, name, model))
+    seconds = medians_of(in_turn({"step": _step(setup)}, options.rounds, synchronized))["step"]
+    return seconds, 0.0 if name is None else _calibrate()
 
 
 def step_time(options: argparse.Namespace) -> Rows:
@@ -274,10 +267,7 @@ def step_time(options: argparse.Namespace) -> Rows:
             seconds, bandwidth = run_ranks(_step_seconds, 2, options, name, model)
             cluster = Cluster(2, 2, 1e12, flops / alone, bandwidth, bandwidth, memory_bandwidth=5e9, efficiency=1.0,
                               latency_s=2e-4)  # fmt: skip
-            dp = _dp_of(LAYOUTS[name], 2)
-            planned = step_cost(
-                replace(model_config(options, model, 8 // dp, dp), parallel=LAYOUTS[name]), VOCAB_SIZE, cluster
-            )
+            planned = step_cost(_on_two_ranks(options, name, model), VOCAB_SIZE, cluster)
             rows.append({
                 "model": model, "layout": name, "one_rank_s": alone, "measured_s": seconds, "model_s": planned.step_s,
                 "model/measured": planned.step_s / seconds, "gb_per_s": bandwidth / 1e9,
@@ -285,44 +275,31 @@ def step_time(options: argparse.Namespace) -> Rows:
     return rows
 
 
-def arguments() -> argparse.Namespace:
-    """Returns the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, run in (("bubble", bubble), ("overhead", overhead), ("memory", memory), ("step-time", step_time)):
-        command = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
-        command.set_defaults(run=run)
-        command.add_argument("--num-layers", type=int, default=8)
-        command.add_argument("--hidden-size", type=int, default=256)
-        command.add_argument("--seq-length", type=int, default=128)
-        command.add_argument("--micro-batch-size", type=int, default=4)
-        command.add_argument("--num-experts", type=int, default=8)
-        command.add_argument("--rounds", type=int, default=5, help="counted rounds; medians are reported")
-        command.add_argument("--json", type=Path, help="also write the results there")
+RUNS = {"bubble": bubble, "overhead": overhead, "memory": memory, "step-time": step_time}
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs one benchmark, prints its table, and saves the rows if that is asked for."""
+    rows = RUNS[options.what](options)
+    print(as_table(rows))
+    write_json(options.json, rows)
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand `parallel`."""
+    parser = commands.add_parser(
+        "parallel", help="parallel layouts against theory and the planner", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parts = parser.add_subparsers(dest="what", required=True)
+    for name, part in RUNS.items():
+        add = add_alone(parts, name, (part.__doc__ or "").splitlines()[0], run)
+        add_sizes(add, num_layers=8, hidden_size=256, seq_length=128, micro_batch_size=4, num_experts=8)
+        add("--rounds", 5, "counted rounds; medians are reported")
+        add("--json", Path, "also write the results there")
         if name == "bubble":
-            command.add_argument("--micro-batches", type=int, nargs="+", default=[2, 4, 8, 16])
+            add("--micro-batches", [2, 4, 8, 16])
         if name in ("overhead", "step-time"):
-            default = ["pp2", "ep2"] if name == "overhead" else list(LAYOUTS)
-            command.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=default)
+            add("--layouts", [tuple(LAYOUTS)], default=["pp2", "ep2"] if name == "overhead" else list(LAYOUTS))
         if name == "memory":
-            command.add_argument("--world-sizes", type=int, nargs="+", default=[4, 8], help="multiples of 4")
-    return parser.parse_args()
-
-
-def main() -> int:
-    """Runs one benchmark, prints its table and returns the exit status."""
-    options = arguments()
-    results = options.run(options)
-    rows = [list(results[0])]
-    rows += [
-        [f"{v:,.3f}" if isinstance(v, float) else f"{v:,}" if type(v) is int else str(v) for v in r.values()]
-        for r in results
-    ]
-    print(format_table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            add("--world-sizes", [4, 8], "multiples of 4")

@@ -8,6 +8,7 @@ seconds of one run as "s" or "t".
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -17,30 +18,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_samoe.benchmarks.common import Adder, Row
 from megatron_samoe.errors import ConfigError
 
 
-class Peer:
-    """One worker process."""
+class LineWorker:
+    """A process that answers each line with a line of "@@" and a JSON object, and is ready when it gives the first."""
 
-    def __init__(self, script: Path, name: str, options: dict[str, int], python: str, threads: int):
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], stderr: int | None = None):
         self.name = name
-        arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
         self.process = subprocess.Popen(
-            [python, str(script), "--worker", name, *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
-        )  # fmt: skip
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | environment,
+        )
         self.facts = self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Row:
+        """Returns the next answer; {"err": why} where the process has ended."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("@@"):
-                return json.loads(line[2:])
+                answer: Row = json.loads(line[2:])
+                return answer
         return {"err": f"ended with status {self.process.wait()}"}
 
-    def ask(self, line: str) -> dict[str, Any]:
+    def ask(self, line: str) -> Row:
         """Returns the answer to a line."""
         if self.process.poll() is not None:
             return {"err": "has ended"}
@@ -52,7 +60,7 @@ class Peer:
     def seconds(self) -> float:
         """Returns the seconds of one run."""
         answer = self.ask("go")
-        return float(answer.get("s", answer.get("t", "nan")))
+        return float(answer.get("s") or answer.get("t") or "nan")
 
     def close(self) -> None:
         """Ends the process."""
@@ -63,16 +71,24 @@ class Peer:
 
 @contextmanager
 def running(
-    folder: Path | None, script: str, names: Sequence[str], options: dict[str, int], python: str | None, threads: int
-) -> Iterator[list[Peer]]:
+    options: argparse.Namespace, script: str, names: Sequence[str], sizes: dict[str, Any]
+) -> Iterator[list[LineWorker]]:
     """Gives the peers that started; says which did not. None where there is no folder."""
-    if folder is None:
+    if options.peers is None:
         yield []
         return
-    path = folder / script
+    path = options.peers / script
     if not path.exists():
-        raise ConfigError("--peers", folder, f"a folder with {script}")
-    peers = [Peer(path, name, options, python or sys.executable, threads) for name in names]
+        raise ConfigError("--peers", options.peers, f"a folder with {script}")
+    threads = str(torch.get_num_threads())
+    arguments = [text for key, value in (sizes | {"threads": threads}).items() for text in (f"--{key}", str(value))]
+    peers = [
+        LineWorker(
+            name, [options.peer_python or sys.executable, str(path), "--worker", name, *arguments],
+            {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, subprocess.DEVNULL,
+        )
+        for name in options.peer_names or names
+    ]  # fmt: skip
     try:
         for peer in peers:
             if "err" in peer.facts:
@@ -81,3 +97,10 @@ def running(
     finally:
         for peer in peers:
             peer.close()
+
+
+def add_peer_options(add: Adder) -> None:
+    """Adds the options of other programs."""
+    add("--peers", Path, "folder of peer scripts, see benchmarks/peers.py")
+    add("--peer-names", [str], "workers of the script to run; default: what it may know")
+    add("--peer-python", str, "interpreter of the peers; default: this one")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_samoe.benchmarks.common import DTYPES, Rows, add_options, alternate
+from megatron_samoe.benchmarks.common import DTYPES, Rows, add_command, add_options, add_sizes, alternate
 from megatron_samoe.benchmarks.layer import split_evenly
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp_backward, grouped_mlp_forward
@@ -151,11 +151,9 @@ def run(options: argparse.Namespace) -> Rows:
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser("roofline", help="parts of an MoE layer against the machine's limits")
-    parser.set_defaults(run=run)
-    for name, size in (("tokens", 4096), ("hidden-size", 512), ("ffn-hidden-size", 2048), ("topk", 2)):
-        parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--num-experts", type=int, nargs="+", default=[64])
-    parser.add_argument("--activation", choices=["gelu", "swiglu"], default="gelu")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32"])
-    add_options(parser)
+    add = add_command(commands, "roofline", "parts of an MoE layer against the machine's limits", run)
+    add_sizes(add, tokens=4096, hidden_size=512, ffn_hidden_size=2048, topk=2)
+    add("--num-experts", [64])
+    add("--activation", ("gelu", "swiglu"))
+    add("--dtype", [tuple(DTYPES)], default=["fp32"])
+    add_options(add)

@@ -10,13 +10,12 @@ the server's memory stays flat; SIGTERM lets open requests end and the process l
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from megatron_samoe.benchmarks.common import Row, add_alone, write_json
 from megatron_samoe.benchmarks.serve_load import ServerProcess, make_plan, run_plan, sigterm_under_load, summary
-from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request
@@ -38,30 +37,10 @@ def expected_texts(load: str, wanted: list[tuple[str, int]]) -> tuple[dict[tuple
     return found, engine.context_length
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", required=True, help="folder of checkpoints")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--concurrency", type=int, default=32, help="requests at a time")
-    parser.add_argument("--max-batch", type=int, default=8, help="of the server")
-    parser.add_argument("--max-queue", type=int, default=16, help="of the server; small, so that 429 comes up")
-    parser.add_argument("--num-threads", type=int, default=1, help="of the server")
-    parser.add_argument("--longest", type=int, default=48, help="most tokens of an answer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skip-sigterm", action="store_true", help="end the server when nothing is open")
-    parser.add_argument("--json", type=Path, help="write the results here too")
-    return parser
-
-
-def main() -> int:
+def run(options: argparse.Namespace) -> int:
     """Runs the load and returns 0 if nothing was wrong."""
-    options = _parser().parse_args()
     plan = make_plan(options.requests, options.longest, options.seed)
-    try:
-        expected, context = expected_texts(options.load, plan.wanted)
-    except MegatronSamoeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    expected, context = expected_texts(options.load, plan.wanted)
     flags = ["--load", options.load, "--max-batch", str(options.max_batch), "--max-queue", str(options.max_queue),
              "--num-threads", str(options.num_threads), "--drain-timeout", "60"]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, ServerProcess(flags, Path(folder)) as server:
@@ -71,12 +50,26 @@ def main() -> int:
         result["exit_status"] = server.end()
         result["log"] = server.log()
     show(result)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1))
-    return 0 if not wrong(result) else 1
+    write_json(options.json, result)
+    return 1 if wrong(result) else 0
 
 
-def wrong(result: dict) -> list[str]:
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand `serve`."""
+    add = add_alone(commands, "serve", "a server under the load of careless clients", run, description=__doc__)
+    add("--load", str, "folder of checkpoints", required=True)
+    add("--requests", 1000)
+    add("--concurrency", 32, "requests at a time")
+    add("--max-batch", 8, "of the server")
+    add("--max-queue", 16, "of the server; small, so that 429 comes up")
+    add("--num-threads", 1, "of the server")
+    add("--longest", 48, "most tokens of an answer")
+    add("--seed", 0)
+    add("--skip-sigterm", bool, "end the server when nothing is open")
+    add("--json", Path, "write the results here too")
+
+
+def wrong(result: Row) -> list[str]:
     """Returns what was not as it should be."""
     faults = list(result["faults"]) + list(result.get("sigterm", {}).get("faults", ()))
     if result["exit_status"] != 0:
@@ -88,7 +81,7 @@ def wrong(result: dict) -> list[str]:
     return faults
 
 
-def show(result: dict) -> None:
+def show(result: Row) -> None:
     """Prints tables."""
     heading = ["kind", "requests", "right", "status", "429 before"]
     print(format_table([heading, *([str(cell) for cell in row] for row in result["kinds"])]))
@@ -103,7 +96,3 @@ def show(result: dict) -> None:
     print(f"exit status {result['exit_status']}")
     faults = wrong(result)
     print("\n".join(["wrong:", *faults[:20]]) if faults else "nothing was wrong")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

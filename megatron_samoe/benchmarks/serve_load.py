@@ -23,6 +23,8 @@ import psutil
 
 WORDS = ("Emma was very much surprised to find that the carriage had come a little before its time and that nobody "
          "would have any thing to say about it till the next morning at breakfast").split()  # fmt: skip
+#: A prompt, and how many tokens are to follow it.
+Wanted = tuple[str, int]
 JSON = {"Content-Type": "application/json"}
 #: Kinds of requests, and how many of a thousand are of each.
 KINDS = {
@@ -31,12 +33,16 @@ KINDS = {
 }  # fmt: skip
 
 
+#: Those that the server is to answer.
+GOOD_KINDS = ("whole", "streamed", "vanishes", "vanishes in a stream")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is sent: a kind and a (prompt, max_tokens) per request."""
 
-    requests: tuple[tuple[str, tuple[str, int]], ...]
-    wanted: list[tuple[str, int]]
+    requests: tuple[tuple[str, Wanted], ...]
+    wanted: list[Wanted]
 
 
 @dataclass
@@ -123,12 +129,17 @@ class Client:
     """Sends a plan's requests and judges what comes back."""
 
     server: ServerProcess
-    expected: dict[tuple[str, int], str]
+    expected: dict[Wanted, str]
     context: int
     may_end: bool = False
     ending: threading.Event = field(default_factory=threading.Event)
 
-    def send(self, kind: str, wanted: tuple[str, int], chance: random.Random) -> Outcome:
+    @property
+    def _sees_the_end(self) -> bool:
+        """Whether the server has been told to end, so that refusals are right."""
+        return self.may_end and self.ending.is_set()
+
+    def send(self, kind: str, wanted: Wanted, chance: random.Random) -> Outcome:
         """Sends one request, again where the server was busy, and returns what came of it."""
         outcome = Outcome(kind)
         while True:
@@ -139,7 +150,7 @@ class Client:
                     outcome.time_s = time.monotonic() - started
                     return outcome
             except (OSError, http.client.HTTPException) as error:
-                if outcome.status or not (self.may_end and self.ending.is_set()):
+                if outcome.status or not self._sees_the_end:
                     outcome.fault = f"{kind}: {error!r}"
                 return outcome
             finally:
@@ -148,44 +159,38 @@ class Client:
             # What Retry-After says would be polite; these clients are in a hurry.
             time.sleep(0.05 + 0.1 * chance.random())
 
-    def _once(self, connection: Any, outcome: Outcome, wanted: tuple[str, int], chance: random.Random) -> bool:
+    def _once(
+        self, connection: http.client.HTTPConnection, outcome: Outcome, wanted: Wanted, chance: random.Random
+    ) -> bool:
         """Sends the request once; returns whether the server was busy."""
-        kind = outcome.kind
-        if kind in ("whole", "streamed", "vanishes", "vanishes in a stream"):
-            stream = "stream" in kind
-            body = {"prompt": wanted[0], "max_tokens": wanted[1], "temperature": 0, "stream": stream}
-            started = time.monotonic()
-            connection.request("POST", "/v1/completions", json.dumps(body), JSON)
-            if kind == "vanishes":
-                time.sleep(0.2 * chance.random())
-                return False
-            answer = connection.getresponse()
-            outcome.status = answer.status
-            if answer.status == 429:
-                self._check_error(outcome, answer, 429)
-                return not outcome.fault
-            if answer.status != 200:
-                self._check_error(outcome, answer, 503 if self.may_end and self.ending.is_set() else 200)
-            elif kind == "vanishes in a stream":
-                answer.read(chance.randint(1, 400))
-            else:
-                text = (
-                    self._streamed(answer, outcome, started)
-                    if stream
-                    else json.loads(answer.read())["choices"][0]["text"]
-                )
-                if text is not None and text != self.expected[wanted]:
-                    outcome.fault = f"{kind}: {wanted} gave {text!r}, alone {self.expected[wanted]!r}"
+        kind, started = outcome.kind, time.monotonic()
+        stream = "stream" in kind
+        path, right_status = "/v1/completions", 200
+        content: Any = {"prompt": wanted[0], "max_tokens": wanted[1], "temperature": 0, "stream": stream}
+        if kind not in GOOD_KINDS:
+            path, content, right_status = self._bad_request(kind, wanted[0])
+        connection.request("POST", path, content if isinstance(content, str) else json.dumps(content), JSON)
+        if kind == "vanishes":
+            time.sleep(0.2 * chance.random())
             return False
-        method, path, content, status = self._bad_request(kind, wanted[0])
-        connection.request(method, path, content, JSON)
         answer = connection.getresponse()
         outcome.status = answer.status
-        self._check_error(outcome, answer, status)
+        if right_status == 200 and answer.status == 429:
+            self._check_error(outcome, answer, 429)
+            return not outcome.fault
+        if right_status != 200 or answer.status != 200:
+            self._check_error(outcome, answer, right_status)
+        elif kind == "vanishes in a stream":
+            answer.read(chance.randint(1, 400))
+        else:
+            whole = None if stream else json.loads(answer.read())["choices"][0]["text"]
+            text = self._streamed(answer, outcome, started) if stream else whole
+            if text is not None and text != self.expected[wanted]:
+                outcome.fault = f"{kind}: {wanted} gave {text!r}, alone {self.expected[wanted]!r}"
         return False
 
     def _streamed(self, answer: Any, outcome: Outcome, started: float) -> str | None:
-        text, done = "", False
+        text = ""
         for line in answer:
             if not line.startswith(b"data: "):
                 continue
@@ -193,40 +198,34 @@ class Client:
                 outcome.first_s = time.monotonic() - started
             data = line[6:].decode().strip()
             if data == "[DONE]":
-                done = True
-                break
+                return text
             event = json.loads(data)
             if "error" in event:
-                if self.may_end and self.ending.is_set() and event["error"]["code"] == "draining":
+                if self._sees_the_end and event["error"]["code"] == "draining":
                     outcome.status = 503
                 else:
                     outcome.fault = f"streamed: {event}"
                 return None
             text += event["choices"][0]["text"]
-        if not done:
-            outcome.fault = "streamed: the stream ended without [DONE]"
-            return None
-        return text
+        outcome.fault = "streamed: the stream ended without [DONE]"
+        return None
 
-    def _bad_request(self, kind: str, prompt: str) -> tuple[str, str, str, int]:
+    def _bad_request(self, kind: str, prompt: str) -> tuple[str, Any, int]:
+        """Returns path, content and the right status of a request that is to be refused."""
         path = "/v1/completions"
+        too_long = " ".join(WORDS * self.context)[: 20 * self.context]
         return {
-            "invalid JSON": ("POST", path, '{"prompt": ' + prompt, 400),
-            "prompt too long": (
-                "POST",
-                path,
-                json.dumps({"prompt": " ".join(WORDS * self.context)[: 20 * self.context]}),
-                400,
-            ),
-            "body too large": ("POST", path, json.dumps({"prompt": "x" * (1 << 20)}), 413),
-            "unknown field": ("POST", path, json.dumps({"prompt": prompt, "max_token": 3}), 400),
-            "unknown model": ("POST", path, json.dumps({"prompt": prompt, "model": "another"}), 404),
-            "unknown path": ("POST", "/v1/chat/completions", json.dumps({"prompt": prompt}), 404),
+            "invalid JSON": (path, '{"prompt": ' + prompt, 400),
+            "prompt too long": (path, {"prompt": too_long}, 400),
+            "body too large": (path, {"prompt": "x" * (1 << 20)}, 413),
+            "unknown field": (path, {"prompt": prompt, "max_token": 3}, 400),
+            "unknown model": (path, {"prompt": prompt, "model": "another"}, 404),
+            "unknown path": ("/v1/chat/completions", {"prompt": prompt}, 404),
         }[kind]
 
     def _check_error(self, outcome: Outcome, answer: Any, status: int) -> None:
         content = answer.read()
-        if self.may_end and self.ending.is_set() and answer.status == 503:
+        if self._sees_the_end and answer.status == 503:
             status = 503
         try:
             error = json.loads(content)["error"]
@@ -250,9 +249,7 @@ class LoadRun:
     time_s: float
 
 
-def run_plan(
-    server: ServerProcess, plan: Plan, expected: dict[tuple[str, int], str], context: int, concurrency: int
-) -> LoadRun:
+def run_plan(server: ServerProcess, plan: Plan, expected: dict[Wanted, str], context: int, concurrency: int) -> LoadRun:
     """Sends everything, so many requests at a time; notes the server's memory at every tenth."""
     client = Client(server, expected, context)
     memory: list[tuple[float, int]] = []
@@ -277,7 +274,7 @@ def summary(run: LoadRun, server: ServerProcess) -> dict[str, Any]:
     while (still_open := _num_open(server)) and time.monotonic() < deadline:
         time.sleep(0.1)
     metrics = server.metrics()
-    kinds = []
+    kinds: list[list[Any]] = []
     for kind in KINDS:
         mine = [o for o in run.outcomes if o.kind == kind]
         statuses = "/".join(str(s) for s in sorted({o.status for o in mine if o.status})) or "-"
@@ -306,7 +303,7 @@ def _num_open(server: ServerProcess) -> float:
 
 
 def sigterm_under_load(
-    server: ServerProcess, plan: Plan, expected: dict[tuple[str, int], str], concurrency: int, after_s: float = 2.0
+    server: ServerProcess, plan: Plan, expected: dict[Wanted, str], concurrency: int, after_s: float = 2.0
 ) -> dict[str, Any]:
     """Sends SIGTERM while clients go on asking; returns what they got from then on.
 

@@ -10,10 +10,19 @@ from typing import Any
 
 import torch
 
-from megatron_samoe.benchmarks.common import DTYPES, Rows, add_options, alternate, process_status_kb
-from megatron_samoe.benchmarks.layer import add_peer_options, products
-from megatron_samoe.benchmarks.peers import running
-from megatron_samoe.config import ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
+from megatron_samoe.benchmarks.common import (
+    DTYPES,
+    Rows,
+    add_command,
+    add_options,
+    add_sizes,
+    alternate,
+    model_config,
+    process_status_kb,
+)
+from megatron_samoe.benchmarks.layer import products
+from megatron_samoe.benchmarks.peers import add_peer_options, running
+from megatron_samoe.config import PretrainConfig
 from megatron_samoe.parallel_state import backend, single_process_state
 from megatron_samoe.planning.accounting import count_parameters, train_flops_per_token
 from megatron_samoe.training.setup import build_setup, initial_state
@@ -22,20 +31,14 @@ from megatron_samoe.training.train_step import train_step
 
 def make_config(options: argparse.Namespace, layout: str, dtype: str) -> PretrainConfig:
     """Returns the model of a layout; a SaMoE has a bank for four layers."""
-    config = PretrainConfig(
-        model=ModelConfig(num_layers=options.num_layers, hidden_size=options.hidden_size,
-                          ffn_hidden_size=options.ffn_hidden_size, num_attention_heads=options.hidden_size // 64,
-                          seq_length=options.seq_length, swiglu=options.swiglu, disable_bias_linear=options.swiglu),
-        moe=MoEConfig(expert_layout=layout, num_experts=options.num_experts, moe_router_topk=options.topk,
-                      moe_ffn_hidden_size=options.moe_ffn_hidden_size or options.ffn_hidden_size),
-        training=TrainingConfig(micro_batch_size=options.micro_batch_size,
-                                global_batch_size=options.micro_batch_size * options.num_micro_batches,
-                                bf16=dtype == "bf16"),
+    config = model_config(
+        options, layout, options.num_micro_batches, moe_router_topk=options.topk,
+        moe_ffn_hidden_size=options.moe_ffn_hidden_size or options.ffn_hidden_size,
+        samoe_combine=options.samoe_combine if layout == "samoe" else None,
     )  # fmt: skip
-    if layout == "samoe":
-        banks = max(1, options.num_layers // 4)
-        return replace(config, moe=replace(config.moe, num_expert_banks=banks, samoe_combine=options.samoe_combine))
-    return config
+    gated, width = options.swiglu, options.ffn_hidden_size
+    model = replace(config.model, ffn_hidden_size=width, swiglu=gated, disable_bias_linear=gated)
+    return replace(config, model=model, training=replace(config.training, bf16=dtype == "bf16"))
 
 
 def make_step(options: argparse.Namespace, layout: str, dtype: str) -> Callable[[], object]:
@@ -76,7 +79,8 @@ def run(options: argparse.Namespace) -> Rows:
     """Steps of all layouts in turn, and of peers where a folder is given; memory each in a process of its own."""
     rows = []
     for dtype in options.dtype:
-        flops, counts, variants = {}, {}, {}
+        flops, counts = {}, {}
+        variants: dict[str, Callable[[], object]] = {}
         for layout in options.layouts:
             config = make_config(options, layout, dtype)
             variants[layout] = make_step(options, layout, dtype)
@@ -86,12 +90,11 @@ def run(options: argparse.Namespace) -> Rows:
         micro_rows, ffn = options.micro_batch_size * options.seq_length, options.ffn_hidden_size
         variants["dense products"] = products([micro_rows], options.hidden_size, ffn, ffn, DTYPES[dtype])
         product_flops = 6 * 2 * micro_rows * options.hidden_size * ffn
-        names = options.peer_names or [f"moe:grouped_mm:k={options.topk}:fused" + (":bf16" if dtype == "bf16" else "")]
+        names = [f"moe:grouped_mm:k={options.topk}:fused" + (":bf16" if dtype == "bf16" else "")]
         sizes = {"L": options.num_layers, "H": options.hidden_size, "F": ffn, "heads": options.hidden_size // 64,
                  "E": options.num_experts, "V": options.vocab_size, "S": options.seq_length,
-                 "B": options.micro_batch_size, "threads": torch.get_num_threads()}  # fmt: skip
-        script = "w2_train_step.py"
-        with running(options.peers, script, names, sizes, options.peer_python, torch.get_num_threads()) as peers:
+                 "B": options.micro_batch_size}  # fmt: skip
+        with running(options, "w2_train_step.py", names, sizes) as peers:
             variants.update({peer.name: peer.seconds for peer in peers})
             medians = alternate(variants, options.rounds, options.clock)
             # Not what they say: their ru_maxrss begins with what this process held.
@@ -113,16 +116,14 @@ def run(options: argparse.Namespace) -> Rows:
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand."""
-    parser = commands.add_parser("train-step", help="optimizer steps of whole models")
-    parser.set_defaults(run=run)
-    parser.add_argument("--layouts", nargs="+", choices=["dense", "moe", "samoe"], default=["dense", "moe", "samoe"])
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32"])
-    parser.add_argument("--swiglu", action="store_true", help="gated MLPs without biases, as Mixtral's")
-    parser.add_argument("--samoe-combine", choices=["step", "layer"], default="step", help="as the pretrain program's")
-    for name, size in (("num-layers", 8), ("seq-length", 256), ("micro-batch-size", 8), ("num-micro-batches", 1),
-                       ("vocab-size", 8192), ("hidden-size", 384), ("ffn-hidden-size", 1536), ("num-experts", 16),
-                       ("topk", 1)):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--moe-ffn-hidden-size", type=int, help="width of an expert; the dense MLP's if not given")
-    add_peer_options(parser)
-    add_options(parser)
+    add = add_command(commands, "train-step", "optimizer steps of whole models", run)
+    layouts = ("dense", "moe", "samoe")
+    add("--layouts", [layouts], default=list(layouts))
+    add("--dtype", [tuple(DTYPES)], default=["fp32"])
+    add("--swiglu", bool, "gated MLPs without biases, as Mixtral's")
+    add("--samoe-combine", ("step", "layer"), "as the pretrain program's")
+    add_sizes(add, num_layers=8, seq_length=256, micro_batch_size=8, num_micro_batches=1, vocab_size=8192, hidden_size=384,
+              ffn_hidden_size=1536, num_experts=16, topk=1)  # fmt: skip
+    add("--moe-ffn-hidden-size", int, "width of an expert; the dense MLP's if not given")
+    add_peer_options(add)
+    add_options(add)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from typing import Any
 
 import shtab
 import tyro
 
-from megatron_samoe.cli.arguments import Parser
+from megatron_samoe.cli.arguments import Parser, Words, adder, program
 from megatron_samoe.cli.command import COMMANDS, module_of
 from megatron_samoe.config.pretrain import PretrainConfig
 
@@ -19,6 +19,7 @@ def whole_parser() -> argparse.ArgumentParser:
     """Returns one parser that knows the flags of every command."""
     parser = argparse.ArgumentParser(prog="megatron-samoe")
     commands = parser.add_subparsers(dest="command")
+    own: Any
     for name, (_, what) in COMMANDS.items():
         if name == "pretrain":
             own = tyro.extras.get_parser(PretrainConfig, config=(tyro.conf.OmitArgPrefixes,))
@@ -31,15 +32,14 @@ def whole_parser() -> argparse.ArgumentParser:
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = Parser("Prints a script that completes megatron-samoe in a shell.")
-    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
+    adder(parser)("shell", tuple(shtab.SUPPORTED_SHELLS), default=None)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program and returns its exit status."""
-    options = make_parser().parse_args(argv)
-    print(shtab.complete(whole_parser(), options.shell))
-    return 0
+@program
+def main(words: Words) -> None:
+    """Runs the command and returns its exit status."""
+    print(shtab.complete(whole_parser(), make_parser().parse_args(words).shell))
 
 
 if __name__ == "__main__":

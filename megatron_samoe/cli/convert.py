@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.cli.arguments import Words, adder, program
+from megatron_samoe.config.derived import flag
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.convert_source import DTYPES, KINDS, Kind, Source, open_source
 from megatron_samoe.interop.convert_target import Conversion, HFOptions, plan_hf, plan_megatron, plan_native
 from megatron_samoe.interop.hf.target import TARGETS
@@ -21,96 +23,76 @@ _DESCRIPTION = """Converts a model between this program's checkpoints, Megatron-
 Face folders. Both families are found out: the source's from its files; the target is Megatron's if a --target-* size is
 given, Hugging Face's if one of its options is, and else a checkpoint of this program, unless that is what the source is.
 Weights only: optimizer state stays behind."""
-#: Options that choose a target and mean nothing for the others.
+#: Options that size a target of Megatron's, and what its layout calls them.
+_SIZES = {
+    "target_tensor_parallel_size": "tensor_parallel", "target_pipeline_parallel_size": "pipeline_parallel",
+    "target_expert_parallel_size": "expert_parallel", "target_expert_tensor_parallel_size": "expert_tensor_parallel",
+    "target_virtual_pipeline_parallel_size": "virtual_pipeline",
+}  # fmt: skip
+#: Options that choose a target and mean nothing for the others, and what they are if not given.
 _MEGATRON = {
-    "target_tensor_parallel_size": 1, "target_pipeline_parallel_size": 1, "target_expert_parallel_size": 1,
-    "target_expert_tensor_parallel_size": None, "target_virtual_pipeline_parallel_size": 1,
-    "transformer_impl": "transformer_engine", "expert_format": "grouped",
-    "release": False,
+    **dict.fromkeys(_SIZES, 1), "target_expert_tensor_parallel_size": None,
+    "transformer_impl": "transformer_engine", "expert_format": "grouped", "release": False,
 }  # fmt: skip
 _HF = {"hf_model_type": "auto", "fold": False, "max_shard_size": "5GB"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool and returns its exit status."""
-    options = make_parser().parse_args(argv)
-    try:
-        source = open_source(Path(options.load_dir), options.source, options.ckpt_step, options.vocab_size)
-        conversion = _plan(source, options)
-        lines = [f"From {source.described}.", *source.notes, f"To {conversion.described}.", *conversion.lines]
-        print("\n".join(lines))
-        if options.dry_run:
-            print("\n".join([*conversion.listing(), "Nothing is written (--dry-run)."]))
-            return 0
-        written = _run(conversion)
-    except MegatronSamoeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+@program
+def main(words: Words) -> None:
+    """Runs the command and returns its exit status."""
+    options = make_parser().parse_args(words)
+    source = open_source(Path(options.load_dir), options.source, options.ckpt_step, options.vocab_size)
+    conversion = _plan(source, options)
+    lines = [f"From {source.described}.", *source.notes, f"To {conversion.described}.", *conversion.lines]
+    print("\n".join(lines))
+    if options.dry_run:
+        print("\n".join([*conversion.listing(), "Nothing is written (--dry-run)."]))
+        return
+    with tqdm(total=conversion.num_bytes, unit="B", unit_scale=True, desc="convert", mininterval=0.5) as bar:
+        written = conversion.write(bar.update)
     print(f"Written to {written}.{conversion.hint}")
-    return 0
 
 
 def _plan(source: Source, options: argparse.Namespace) -> Conversion:
-    target = _target(source, options)
-    save_dir, dtype = Path(options.save_dir), DTYPES.get(options.dtype)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    target = _target(source, options, given)
+    save_dir, dtype, carries_tokenizer = Path(options.save_dir), DTYPES.get(options.dtype), not options.no_tokenizer
     if target == "native":
-        return plan_native(source, save_dir, dtype, not options.no_tokenizer)
+        return plan_native(source, save_dir, dtype, carries_tokenizer)
+    chosen = {**_MEGATRON, **_HF, **given}
     if target == "megatron":
-        layout = _layout({name: _given(options, name, _MEGATRON) for name in _MEGATRON})
-        return plan_megatron(source, save_dir, dtype, layout, bool(options.release))
-    hf = HFOptions(
-        _given(options, "hf_model_type", _HF), bool(options.fold), _bytes(_given(options, "max_shard_size", _HF)),
-        not options.no_tokenizer,
-    )  # fmt: skip
+        style = MegatronStyle(chosen["transformer_impl"], chosen["expert_format"])
+        layout = MegatronLayout(style=style, **{field: chosen[name] for name, field in _SIZES.items()})
+        return plan_megatron(source, save_dir, dtype, layout, chosen["release"])
+    hf = HFOptions(chosen["hf_model_type"], chosen["fold"], _bytes(chosen["max_shard_size"]), carries_tokenizer)
     return plan_hf(source, save_dir, dtype, hf)
 
 
-def _layout(options: Mapping[str, Any]) -> MegatronLayout:
-    return MegatronLayout(
-        tensor_parallel=options["target_tensor_parallel_size"],
-        pipeline_parallel=options["target_pipeline_parallel_size"],
-        expert_parallel=options["target_expert_parallel_size"],
-        expert_tensor_parallel=options["target_expert_tensor_parallel_size"],
-        virtual_pipeline=options["target_virtual_pipeline_parallel_size"],
-        style=MegatronStyle(options["transformer_impl"], options["expert_format"]),
-    )
-
-
-def _target(source: Source, options: argparse.Namespace) -> Kind:
+def _target(source: Source, options: argparse.Namespace, given: Mapping[str, Any]) -> Kind:
     """Returns the target's family.
 
     Raises:
         ConfigError: it is not known, is the source's, or an option is for another.
     """
-    for_megatron, for_hf = (_flags_given(options, group) for group in (_MEGATRON, _HF))
-    target = options.target
-    if target == "auto":
-        if not for_megatron and not for_hf and source.kind == "native":
+    of_family: dict[Kind, list[str]] = {
+        "megatron": [name for name in _MEGATRON if name in given],
+        "hf": [name for name in _HF if name in given],
+    }
+    target: Kind = options.target
+    if options.target == "auto":
+        target = next((family for family, names in of_family.items() if names), "native")
+        if target == source.kind == "native":
             raise ConfigError(
                 "--to", "auto", "this program's checkpoints load in any layout as they are; say megatron or hf"
             )
-        target = "megatron" if for_megatron else "hf" if for_hf else "native"
     if target == source.kind == "native":
         raise ConfigError("--to", target, "the source is one already, and loads in any layout as it is")
-    for family, given in (("megatron", for_megatron), ("hf", for_hf)):
-        if given and target != family:
-            raise ConfigError(given[0], _value(options, given[0]), f"is for --to {family}, not {target}")
+    for family, names in of_family.items():
+        if names and target != family:
+            raise ConfigError(flag(names[0]), given[names[0]], f"is for --to {family}, not {target}")
     if options.no_tokenizer and target == "megatron":
         raise ConfigError("--no-tokenizer", True, "is for --to hf and --to native: Megatron's files hold none")
     return target
-
-
-def _flags_given(options: argparse.Namespace, group: dict[str, Any]) -> list[str]:
-    return [f"--{name.replace('_', '-')}" for name in group if getattr(options, name) is not None]
-
-
-def _value(options: argparse.Namespace, flag: str) -> object:
-    return getattr(options, flag.removeprefix("--").replace("-", "_"))
-
-
-def _given(options: argparse.Namespace, name: str, group: dict[str, Any]) -> Any:
-    value = getattr(options, name)
-    return group[name] if value is None else value
 
 
 def _bytes(text: str) -> int:
@@ -125,48 +107,35 @@ def _bytes(text: str) -> int:
     return size
 
 
-def _run(conversion: Conversion) -> Path:
-    with tqdm(total=conversion.num_bytes, unit="B", unit_scale=True, desc="convert", mininterval=0.5) as bar:
-        return conversion.write(bar.update)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = argparse.ArgumentParser(description=_DESCRIPTION, allow_abbrev=False)
-    add = parser.add_argument
-    add("--load-dir", required=True, help="checkpoint folder, one iteration's folder, or Hugging Face folder")
-    add("--save-dir", required=True, help="where to write; nothing that is there is overwritten")
-    add("--from", dest="source", choices=("auto", *KINDS), default="auto", help="family of the source")
-    add("--to", dest="target", choices=("auto", *KINDS), default="auto", help="family of the target")
-    add("--ckpt-step", type=int, help="iteration to convert; the newest if not given")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="precision to write; as stored if not given")
-    add("--vocab-size", type=int, help="tokens that exist, where Megatron's files do not tell")
-    add("--no-tokenizer", action="store_true", help="convert without the tokenizer")
-    add("--dry-run", action="store_true", help="print the plan and write nothing")
-    megatron = parser.add_argument_group("to Megatron").add_argument
-    megatron("--target-tensor-parallel-size", type=int, metavar="N", help="1 if not given, as for the next two")
-    megatron("--target-pipeline-parallel-size", type=int, metavar="N")
-    megatron("--target-expert-parallel-size", type=int, metavar="N")
-    megatron("--target-expert-tensor-parallel-size", type=int, metavar="N", help="1 or the tensor-parallel size")
+    add = adder(parser)
+    add("--load-dir", str, "checkpoint folder, one iteration's folder, or Hugging Face folder", required=True)
+    add("--save-dir", str, "where to write; nothing that is there is overwritten", required=True)
+    add("--from", ("auto", *KINDS), "family of the source", dest="source")
+    add("--to", ("auto", *KINDS), "family of the target", dest="target")
+    add("--ckpt-step", int, "iteration to convert; the newest if not given")
+    add("--dtype", ("auto", *DTYPES), "precision to write; as stored if not given")
+    add("--vocab-size", int, "tokens that exist, where Megatron's files do not tell")
+    add("--no-tokenizer", bool, "convert without the tokenizer")
+    add("--dry-run", bool, "print the plan and write nothing")
+    megatron = adder(parser.add_argument_group("to Megatron"))
+    helps = ("1 if not given, as for the next two", None, None, "1 or the tensor-parallel size",
+             "chunks of each pipeline rank; 1 if not given")  # fmt: skip
+    for name, text in zip(_SIZES, helps, strict=True):
+        megatron(flag(name), int, text, metavar="N")
     megatron(
-        "--target-virtual-pipeline-parallel-size",
-        type=int,
-        metavar="N",
-        help="chunks of each pipeline rank; 1 if not given",
+        "--transformer-impl", ("transformer_engine", "local"), "whose module names; Megatron's default", default=None
     )
-    megatron(
-        "--transformer-impl", choices=("transformer_engine", "local"), help="whose module names; Megatron's default"
-    )
-    megatron("--expert-format", choices=("grouped", "sequential", "legacy_grouped"),
-             help="TEGroupedMLP (default), SequentialMLP or GroupedMLP")  # fmt: skip
-    megatron(
-        "--release", action="store_true", default=None, help="write it as Megatron's release rather than an iteration"
-    )
-    hf = parser.add_argument_group("to Hugging Face").add_argument
-    hf("--hf-model-type", choices=TARGETS, metavar="TYPE",
-       help=f"{', '.join(TARGETS)}; auto (default) takes a stock class that computes the same function, or our own")  # fmt: skip
-    hf("--fold", action="store_true", default=None, help="fold the pool into each layer's own experts")
-    hf("--max-shard-size", metavar="SIZE", help="of one weight file, such as 5GB (default) or 500MiB")
+    megatron("--expert-format", ("grouped", "sequential", "legacy_grouped"), "TEGroupedMLP (default), SequentialMLP or "
+             "GroupedMLP", default=None)  # fmt: skip
+    megatron("--release", bool, "write it as Megatron's release rather than an iteration", default=None)
+    hf = adder(parser.add_argument_group("to Hugging Face"))
+    hf("--hf-model-type", tuple(TARGETS), f"{', '.join(TARGETS)}; auto (default) takes a stock class that computes the same "
+       "function, or our own", default=None, metavar="TYPE")  # fmt: skip
+    hf("--fold", bool, "fold the pool into each layer's own experts", default=None)
+    hf("--max-shard-size", str, "of one weight file, such as 5GB (default) or 500MiB", metavar="SIZE")
     return parser
 
 

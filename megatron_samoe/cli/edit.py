@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_samoe.cli.arguments import Words, adder, program
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, write_checkpoint
-from megatron_samoe.errors import CheckpointError, MegatronSamoeError
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
+from megatron_samoe.errors import CheckpointError
 from megatron_samoe.interop.edited_model import EditedModel, model_names, open_checkpoint
 from megatron_samoe.interop.hf.export import refuse_other_tensors
 from megatron_samoe.interop.pool_surgery import pool_moe
@@ -20,29 +21,25 @@ from megatron_samoe.interop.unpool_surgery import fold_samoe, select_samoe
 from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool and returns its exit status."""
-    options = make_parser().parse_args(argv)
-    try:
-        source = open_checkpoint(options.load_dir, options.ckpt_step)
-        iteration = int(source.train_state.get("iteration", 0))
-        target = store.iteration_dir(options.save_dir, iteration)
-        if target.exists():
-            raise CheckpointError(f"{target} exists; give another --save-dir.")
-        edited = _edit(source, options)
-        print("\n".join(edited.report))
-        print(_sizes(source, edited))
-        if options.dry_run:
-            print("Nothing is written (--dry-run).")
-            return 0
-        written = write_checkpoint(Path(options.save_dir), iteration, edited)
-    except MegatronSamoeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+@program
+def main(words: Words) -> None:
+    """Runs the command and returns its exit status."""
+    options = make_parser().parse_args(words)
+    source = open_checkpoint(options.load_dir, options.ckpt_step)
+    iteration = int(source.train_state.get("iteration", 0))
+    target = store.iteration_dir(options.save_dir, iteration)
+    if target.exists():
+        raise CheckpointError(f"{target} exists; give another --save-dir.")
+    edited = _edit(source, options)
+    print("\n".join(edited.report))
+    print(_sizes(source, edited))
+    if options.dry_run:
+        print("Nothing is written (--dry-run).")
+        return
+    written = write_checkpoint(Path(options.save_dir), iteration, edited)
     shown = shlex.quote(options.save_dir)
     print(f"Written to {written}, without optimizer state. To train on:\n"
           f"  python -m megatron_samoe.cli.pretrain --pretrained-checkpoint {shown} --use-checkpoint-args ...")  # fmt: skip
-    return 0
 
 
 def _edit(source: CheckpointReader, options: argparse.Namespace) -> EditedModel:
@@ -63,22 +60,19 @@ def _edit(source: CheckpointReader, options: argparse.Namespace) -> EditedModel:
     )
 
 
-def _sizes(source: GlobalTensors, edited: EditedModel) -> str:
-    names, new_names = model_names(source), model_names(edited)
-    count = sum(_elements(source, name) for name in names)
-    new_count = sum(_elements(edited, name) for name in new_names)
-    size = sum(source.tensors[name].num_bytes for name in names)
-    new_size = sum(edited.tensors[name].num_bytes for name in new_names)
+def _sizes(source: CheckpointReader, edited: EditedModel) -> str:
+    (count, num_bytes), (new_count, new_bytes) = _size(source), _size(edited)
     dropped = sum(name.startswith("optimizer.") for name in source.tensors)
     return (
-        f"{count:,} parameters ({size / 1e6:,.1f} MB) become {new_count:,} ({new_size / 1e6:,.1f} MB); "
+        f"{count:,} parameters ({num_bytes / 1e6:,.1f} MB) become {new_count:,} ({new_bytes / 1e6:,.1f} MB); "
         f"{dropped} tensors of optimizer state are dropped."
     )
 
 
-def _elements(source: GlobalTensors, name: str) -> int:
-    stored = source.tensors[name]
-    return stored.num_bytes // stored.dtype.itemsize
+def _size(model: CheckpointReader | EditedModel) -> tuple[int, int]:
+    """Returns elements and bytes of a model's weights."""
+    stored = [model.tensors[name] for name in model_names(model)]
+    return sum(t.num_bytes // t.dtype.itemsize for t in stored), sum(t.num_bytes for t in stored)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -86,48 +80,47 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Makes a model of another family from a trained one.")
     actions = parser.add_subparsers(dest="action", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--load-dir", required=True, help="folder of checkpoints, or one checkpoint's folder")
-    common.add_argument("--ckpt-step", type=int, help="iteration; the newest if not given")
-    common.add_argument("--save-dir", required=True, help="folder to write the new checkpoint in")
-    common.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    add = adder(common)
+    add("--load-dir", str, "folder of checkpoints, or one checkpoint's folder", required=True)
+    add("--ckpt-step", int, "iteration; the newest if not given")
+    add("--save-dir", str, "folder to write the new checkpoint in", required=True)
+    add("--dry-run", bool, "say what would be done, and write nothing")
 
-    def action(name: str, text: str) -> argparse.ArgumentParser:
-        return actions.add_parser(name, parents=[common], help=text, description=text)
+    def action(name: str, text: str) -> Callable[..., argparse.Action]:
+        return adder(actions.add_parser(name, parents=[common], help=text, description=text))
 
-    _add_upcycle_options(action("upcycle", "a dense model becomes a MoE or a SaMoE that computes the same"))
+    upcycle = action("upcycle", "a dense model becomes a MoE or a SaMoE that computes the same")
+    upcycle("--expert-layout", ("moe", "samoe"), required=True)
+    upcycle("--num-experts", int, required=True, metavar="E")
+    upcycle("--moe-router-topk", 1, metavar="K")
+    upcycle("--moe-router-pre-softmax", bool, "weigh experts by their score among all experts; derived if not given: true "
+            "for top-1", action=argparse.BooleanOptionalAction, default=None)  # fmt: skip
+    upcycle("--moe-router-score-function", ("softmax", "sigmoid"))
+    upcycle("--moe-layer-freq", "1", "which layers get experts")
+    upcycle("--moe-ffn-hidden-size", int, "width of new experts, with --dense-mlp shared-expert")
+    upcycle("--num-expert-banks", int, metavar="P")
+    _add_granularity(upcycle)
+    upcycle("--samoe-init", ("cyclic", "block", "uniform"), default=None)
+    upcycle("--dense-mlp", ("experts", "shared-expert"), "experts: each is a copy; shared-expert: the MLP serves all tokens, "
+            "beside new experts that begin at 0")  # fmt: skip
+    upcycle("--noise", 0.0, "added to each copy, as a share of the weights' own spread")
+    upcycle("--router-std", float, "spread of the routers' weights; derived if not given")
+    upcycle("--seed", 1234)
     pool = action("pool", "a MoE becomes the nearest SaMoE")
-    pool.add_argument("--num-expert-banks", type=int, required=True, metavar="P")
+    pool("--num-expert-banks", int, required=True, metavar="P")
     _add_granularity(pool)
     action("fold", "a SaMoE becomes the plain MoE that computes the same")
     select = action("select", "each layer of a SaMoE takes one bank")
-    select.add_argument("--scale", choices=("keep", "one"), default="keep",
-                        help="keep: the bank keeps its coefficient; one: it becomes 1, the layer is exactly a bank")  # fmt: skip
+    select(
+        "--scale",
+        ("keep", "one"),
+        "keep: the bank keeps its coefficient; one: it becomes 1, the layer is exactly a bank",
+    )
     return parser
 
 
-def _add_granularity(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samoe-granularity", choices=("layer", "expert"), default="layer",
-                        help="coefficients per layer, or per layer and expert")  # fmt: skip
-
-
-def _add_upcycle_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--expert-layout", choices=("moe", "samoe"), required=True)
-    add("--num-experts", type=int, required=True, metavar="E")
-    add("--moe-router-topk", type=int, default=1, metavar="K")
-    add("--moe-router-pre-softmax", action=argparse.BooleanOptionalAction, default=None,
-        help="weigh experts by their score among all experts; derived if not given: true for top-1")  # fmt: skip
-    add("--moe-router-score-function", choices=("softmax", "sigmoid"), default="softmax")
-    add("--moe-layer-freq", default="1", help="which layers get experts")
-    add("--moe-ffn-hidden-size", type=int, help="width of new experts, with --dense-mlp shared-expert")
-    add("--num-expert-banks", type=int, metavar="P")
-    _add_granularity(parser)
-    add("--samoe-init", choices=("cyclic", "block", "uniform"))
-    add("--dense-mlp", choices=("experts", "shared-expert"), default="experts",
-        help="experts: each is a copy; shared-expert: the MLP serves all tokens, beside new experts that begin at 0")  # fmt: skip
-    add("--noise", type=float, default=0.0, help="added to each copy, as a share of the weights' own spread")
-    add("--router-std", type=float, help="spread of the routers' weights; derived if not given")
-    add("--seed", type=int, default=1234)
+def _add_granularity(add: Callable[..., argparse.Action]) -> None:
+    add("--samoe-granularity", ("layer", "expert"), "coefficients per layer, or per layer and expert")
 
 
 if __name__ == "__main__":

@@ -12,17 +12,23 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_samoe.cli.arguments import Parser
-from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.cli.arguments import Parser, Words, adder
+from megatron_samoe.cli.model_arguments import (
+    SIZES,
+    add_layout_arguments,
+    add_model_arguments,
+    join,
+    layout_of,
+    load,
+    rank_program,
+    this_rank,
+)
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.errors import CheckpointError, ConfigError, DataError, MegatronSamoeError
+from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.evaluation.zero_shot import tables
 from megatron_samoe.evaluation.zero_shot.lm_eval_adapter import run_harness
 from megatron_samoe.evaluation.zero_shot.predictors import CONSTANT, ConstantPredictor, ModelPredictor
@@ -36,14 +42,12 @@ from megatron_samoe.evaluation.zero_shot.variation import (
     variation_record,
     variations,
 )
-from megatron_samoe.log import configure_logging, logger
-from megatron_samoe.parallel_state import ParallelState, backend
+from megatron_samoe.log import logger
+from megatron_samoe.parallel_state import ParallelState
 from megatron_samoe.runtime.load import load_model
-from megatron_samoe.runtime.ranks import join_ranks
 
 #: Environment variable that stands in for --data-dir.
 DATA_VARIABLE = "MEGATRON_SAMOE_EVAL_DATA"
-SIZES = ("tensor", "pipeline", "expert")
 
 
 @dataclass(frozen=True)
@@ -60,76 +64,44 @@ class Run:
     folder: str = ""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where models are loaded."""
-
-    parallel: ParallelState
-    layout: ParallelConfig
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = Parser(__doc__ or "")
-    asked = parser.add_argument_group("what is asked")
-    asked.add_argument(
-        "--tasks", default="all", help="names and .yaml files between commas; all: every one that has data"
-    )
-    asked.add_argument("--list-tasks", action="store_true", help="show the tasks and leave")
-    asked.add_argument("--data-dir", type=Path, help=f"folder of the tasks' data; {DATA_VARIABLE} if not given")
-    asked.add_argument(
-        "--hub", action="store_true", help="fetch data that is not in --data-dir from the Hugging Face Hub"
-    )
-    asked.add_argument("--corpus", type=Path, nargs="+", default=[], metavar="FILE",
-                       help="texts whose perplexity is measured: .txt, or rows with a field \"text\"")  # fmt: skip
-    asked.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
-    who = parser.add_argument_group("who answers")
-    who.add_argument("--predictor", default="model", help=f"model, or without one {', '.join(CONSTANT)}")
-    who.add_argument("--load", help="folder of a run or of checkpoints, saved by any layout")
-    who.add_argument("--tokenizer-model", metavar="FILE", help="in place of the tokenizer that the checkpoint carries")
-    who.add_argument("--ckpt-step", type=int, metavar="N", help="iteration; the newest if not given")
-    who.add_argument(
-        "--checkpoints", metavar="LAST:N", help="mean, sd and range over the last N, or over a list such as 800,900"
-    )
-    who.add_argument(
-        "--compare-with", metavar="DIR", help="another folder of checkpoints, for paired tests on the same items"
-    )
-    for size in SIZES:
-        who.add_argument(f"--{size}-model-parallel-size", type=int, default=1, metavar="N")
-    who.add_argument(
-        "--batch-size", type=int, metavar="N", help="sequences of a forward pass; 4,096 tokens' worth if not given"
-    )
-    out = parser.add_argument_group("what is given out")
-    out.add_argument("--json", type=Path, metavar="FILE", help="results as JSON")
-    out.add_argument("--samples", type=Path, metavar="DIR", help="one .jsonl per task with every item and answer")
-    harness = parser.add_argument_group("lm-evaluation-harness (extra eval)")
-    harness.add_argument(
-        "--harness", action="store_true", help="run the harness's tasks of these names in place of ours"
-    )
-    harness.add_argument("--include-path", metavar="DIR", help="further task files in the harness's format")
+    asked = adder(parser.add_argument_group("what is asked"))
+    asked("--tasks", "all", "names and .yaml files between commas; all: every one that has data")
+    asked("--list-tasks", bool, "show the tasks and leave")
+    asked("--data-dir", Path, f"folder of the tasks' data; {DATA_VARIABLE} if not given")
+    asked("--hub", bool, "fetch data that is not in --data-dir from the Hugging Face Hub")
+    asked("--corpus", [Path], 'texts whose perplexity is measured: .txt, or rows with a field "text"', default=[],
+          metavar="FILE")  # fmt: skip
+    asked("--limit", int, "only the first N items of each task", metavar="N")
+    who_group = parser.add_argument_group("who answers")
+    who = adder(who_group)
+    who("--predictor", "model", f"model, or without one {', '.join(CONSTANT)}")
+    add_model_arguments(who_group, required=False)
+    who("--checkpoints", str, "mean, sd and range over the last N, or over a list such as 800,900", metavar="LAST:N")
+    who("--compare-with", str, "another folder of checkpoints, for paired tests on the same items", metavar="DIR")
+    add_layout_arguments(who_group)
+    who("--batch-size", int, "sequences of a forward pass; 4,096 tokens' worth if not given", metavar="N")
+    out = adder(parser.add_argument_group("what is given out"))
+    out("--json", Path, "results as JSON", metavar="FILE")
+    out("--samples", Path, "one .jsonl per task with every item and answer", metavar="DIR")
+    harness = adder(parser.add_argument_group("lm-evaluation-harness (extra eval)"))
+    harness("--harness", bool, "run the harness's tasks of these names in place of ours")
+    harness("--include-path", str, "further task files in the harness's format", metavar="DIR")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program and returns its exit status."""
-    rank = int(os.environ.get("RANK", "0"))
-    configure_logging(rank)
-    options = make_parser().parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        if options.list_tasks:
-            for name in task_names():
-                logger.info(f"{name:14} {load_task(name).description}")
-            return 0
-        _check(options)
-        _evaluate(options, rank)
-    except MegatronSamoeError as error:
-        if rank == 0 or not error.collective:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_status
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            backend.leave_distributed()
-    return 0
+@rank_program
+def main(words: Words) -> None:
+    """Runs the command and returns its exit status."""
+    options = make_parser().parse_args(words)
+    if options.list_tasks:
+        for name in task_names():
+            logger.info(f"{name:14} {load_task(name).description}")
+        return
+    _check(options)
+    _evaluate(options)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -137,7 +109,6 @@ def _check(options: argparse.Namespace) -> None:
     constant = options.predictor != "model"
     if constant:
         ConstantPredictor(options.predictor)
-    sizes = [f"{size}_model_parallel_size" for size in SIZES if getattr(options, f"{size}_model_parallel_size") != 1]
     if constant:
         of_models = (
             "load",
@@ -147,7 +118,7 @@ def _check(options: argparse.Namespace) -> None:
             "batch_size",
             "tokenizer_model",
             "harness",
-            *sizes,
+            *(size for size in SIZES if getattr(options, size) != 1),
         )
         _refuse(options, of_models, f"has no effect with --predictor {options.predictor}")
     if not constant and not options.load:
@@ -194,9 +165,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise ConfigError(flag, str(path), "cannot be written: it is a folder, or in one that is write-protected")
 
 
-def _evaluate(options: argparse.Namespace, rank: int) -> None:
+def _evaluate(options: argparse.Namespace) -> None:
     if options.harness:
-        _run_harness(options, rank)
+        _run_harness(options)
         return
     named = os.environ.get(DATA_VARIABLE)
     data_dir = options.data_dir or (Path(named) if named else None)
@@ -207,38 +178,29 @@ def _evaluate(options: argparse.Namespace, rank: int) -> None:
     for problem in questions.failed:
         logger.info(f"left out: {problem}")
     if options.predictor != "model":
-        runs, other = [Run(options.predictor, ask(questions, ConstantPredictor(options.predictor), _tell))], []
+        runs = [Run(options.predictor, ask(questions, ConstantPredictor(options.predictor), _tell))]
+        other: list[Run] = []
     else:
-        runs, other = _ask_models(options, questions, rank)
-    if rank == 0:
+        runs, other = _ask_models(options, questions)
+    if this_rank() == 0:
         _show(runs, other)
         _write(options, runs, other)
     if questions.failed:
         raise DataError(f"these tasks were not asked: {' '.join(questions.failed)}", collective=True)
 
 
-def _ask_models(options: argparse.Namespace, questions: Questions, rank: int) -> tuple[list[Run], list[Run]]:
+def _ask_models(options: argparse.Namespace, questions: Questions) -> tuple[list[Run], list[Run]]:
     """Returns the runs of --load and that of --compare-with; what is there is written after each, lest it be lost."""
-    place = _join(options)
+    parallel = join(options)
     asked = [(options.load, step) for step in _steps(options.load, options.checkpoints, options.ckpt_step)]
     asked += [(options.compare_with, None)] if options.compare_with else []
     found: list[Run] = []
     for folder, step in asked:
-        found.append(_ask_model(options, place, folder, step, questions))
-        if rank == 0 and len(found) < len(asked):
+        found.append(_ask_model(options, parallel, folder, step, questions))
+        if this_rank() == 0 and len(found) < len(asked):
             _write(options, found, [], is_partial=True)
     own = len(asked) - bool(options.compare_with)
     return found[:own], found[own:]
-
-
-def _join(options: argparse.Namespace) -> Place:
-    """Joins the torchrun job, if this is one."""
-    layout = ParallelConfig(
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-        expert_model_parallel_size=options.expert_model_parallel_size,
-    )
-    return Place(join_ranks(layout), layout)
 
 
 def _steps(folder: str, checkpoints: str | None, ckpt_step: int | None) -> list[int | None]:
@@ -247,9 +209,11 @@ def _steps(folder: str, checkpoints: str | None, ckpt_step: int | None) -> list[
     return list(choose_iterations(checkpoints, store.whole_iterations(folder), folder))
 
 
-def _ask_model(options: argparse.Namespace, place: Place, folder: str, step: int | None, questions: Questions) -> Run:
+def _ask_model(
+    options: argparse.Namespace, parallel: ParallelState, folder: str, step: int | None, questions: Questions
+) -> Run:
     own = options.tokenizer_model if folder == options.load else None
-    loaded = load_model(folder, place.parallel, place.layout, ckpt_step=step, tokenizer_model=own)
+    loaded = load_model(folder, parallel, layout_of(options), ckpt_step=step, tokenizer_model=own)
     logger.info(f"{loaded.directory}")
     predictor = ModelPredictor(loaded, options.batch_size, _bar)
     return Run(
@@ -266,12 +230,9 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], Any]]:
     """A progress bar on the first rank's terminal."""
     from tqdm import tqdm
 
-    hidden = int(os.environ.get("RANK", "0")) != 0 or not sys.stderr.isatty()
+    hidden = this_rank() != 0 or not sys.stderr.isatty()
     with tqdm(total=total, desc=name, disable=hidden, leave=False) as bar:
         yield bar.update
-
-
-_: Callable[[str, int], AbstractContextManager[Callable[[int], Any]]] = _bar
 
 
 def _show(runs: Sequence[Run], other: Sequence[Run]) -> None:
@@ -328,16 +289,12 @@ def _write_text(path: Path, text: str) -> None:
         raise ConfigError("--json/--samples", str(path), f"cannot be written: {error.strerror or error}") from None
 
 
-def _run_harness(options: argparse.Namespace, rank: int) -> None:
-    place = _join(options)
-    loaded = load_model(
-        options.load, place.parallel, place.layout, ckpt_step=options.ckpt_step, tokenizer_model=options.tokenizer_model
-    )
+def _run_harness(options: argparse.Namespace) -> None:
     found = run_harness(
-        loaded, [name.strip() for name in options.tasks.split(",")], batch_size=options.batch_size, limit=options.limit,
-        include_path=options.include_path,
+        load(options, join(options)), [name.strip() for name in options.tasks.split(",")],
+        batch_size=options.batch_size, limit=options.limit, include_path=options.include_path,
     )  # fmt: skip
-    if rank == 0:
+    if this_rank() == 0:
         results = found["results"]
         for task, metrics in results.items():
             for name, value in metrics.items():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -18,19 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch.distributed as dist
-
-from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.cli.arguments import Words, adder, text_parser
+from megatron_samoe.cli.model_arguments import add_layout_arguments, add_model_arguments, join, load, rank_program
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError, DataError, MegatronSamoeError
 from megatron_samoe.inference.engine import PRECISIONS, SERVINGS, Engine
 from megatron_samoe.inference.request import FinishReason, Request
 from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
-from megatron_samoe.log import configure_logging
-from megatron_samoe.parallel_state import ParallelState, backend
+from megatron_samoe.parallel_state import ParallelState
 from megatron_samoe.parsing import parse_json
-from megatron_samoe.runtime.load import load_model
-from megatron_samoe.runtime.ranks import join_ranks
 
 
 @dataclass(frozen=True)
@@ -62,48 +57,39 @@ class Prompt:
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--load", required=True, help="folder of a run or of checkpoints, saved by any layout")
-    parser.add_argument(
-        "--tokenizer-model", metavar="FILE", help="in place of the tokenizer that the checkpoint carries"
-    )
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration; the newest if not given")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", help="the only prompt")
-    source.add_argument("--prompts-file", metavar="FILE", help="a prompt a line, or .jsonl; - for standard input")
-    source.add_argument("--interactive", action="store_true", help="ask for prompts until the end of input; so it is "
+    parser = text_parser(__doc__)
+    add_model_arguments(parser)
+    source = adder(parser.add_mutually_exclusive_group())
+    source("--prompt", str, "the only prompt")
+    source("--prompts-file", str, "a prompt a line, or .jsonl; - for standard input", metavar="FILE")
+    source("--interactive", bool, "ask for prompts until the end of input; so it is "
                         "without any of these at a terminal, else standard input is read")  # fmt: skip
     usual = SamplingOptions(temperature=0.8, top_k=40)
-    sampling = parser.add_argument_group("choice of tokens")
-    for name, kind, text in (
-        ("max_new_tokens", int, "most tokens to generate"),
-        ("temperature", float, "0 takes the most probable token"),
-        ("top_k", int, "sample among so many most probable tokens; 0 for all"),
-        ("top_p", float, "sample among the fewest tokens that hold this probability"),
-        ("repetition_penalty", float, "above 1 makes tokens that occurred less probable"),
-        ("seed", int, "of the first prompt; each other prompt's is one more than that before it"),
+    sampling = adder(parser.add_argument_group("choice of tokens"))
+    for name, text in (
+        ("max_new_tokens", "most tokens to generate"),
+        ("temperature", "0 takes the most probable token"),
+        ("top_k", "sample among so many most probable tokens; 0 for all"),
+        ("top_p", "sample among the fewest tokens that hold this probability"),
+        ("repetition_penalty", "above 1 makes tokens that occurred less probable"),
+        ("seed", "of the first prompt; each other prompt's is one more than that before it"),
     ):
         default = getattr(usual, name)
-        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N",
-                              help=f"{text} (default: {default})")  # fmt: skip
-    sampling.add_argument("--stop", nargs="+", default=(), metavar="TEXT", help="texts that end the result, not in it")
-    sampling.add_argument("--ignore-eod", action="store_true", help="generate on after an end-of-document token")
-    output = parser.add_argument_group("output")
-    output.add_argument("--no-stream", action="store_true", help="print a text when it is complete, not as it comes")
-    output.add_argument("--json", action="store_true", help="print a JSON object for each prompt, when it is complete")
-    engine = parser.add_argument_group("engine")
-    engine.add_argument("--serving", choices=SERVINGS, default="auto", help="how the experts of a shared pool are kept")
-    engine.add_argument("--dtype", choices=PRECISIONS, help="of weights; the checkpoint's if not given")
-    engine.add_argument("--cache-experts", type=int, metavar="N", help="experts combined on the fly that are kept")
-    engine.add_argument("--max-batch", type=int, default=8, metavar="N", help="prompts generated at the same time")
-    engine.add_argument("--max-tokens", type=int, metavar="N", help="tokens that the key-value cache holds")
-    engine.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of a rank")
-    for size in ("tensor", "pipeline", "expert"):
-        engine.add_argument(f"--{size}-model-parallel-size", type=int, default=1, metavar="N")
+        sampling(f"--{name.replace('_', '-')}", default, f"{text} (default: {default})", metavar="N")  # fmt: skip
+    sampling("--stop", [str], "texts that end the result, not in it", default=(), metavar="TEXT")
+    sampling("--ignore-eod", bool, "generate on after an end-of-document token")
+    output = adder(parser.add_argument_group("output"))
+    output("--no-stream", bool, "print a text when it is complete, not as it comes")
+    output("--json", bool, "print a JSON object for each prompt, when it is complete")
+    engine_group = parser.add_argument_group("engine")
+    engine = adder(engine_group)
+    engine("--serving", SERVINGS, "how the experts of a shared pool are kept", default="auto")
+    engine("--dtype", PRECISIONS, "of weights; the checkpoint's if not given", default=None)
+    engine("--cache-experts", int, "experts combined on the fly that are kept", metavar="N")
+    engine("--max-batch", 8, "prompts generated at the same time", metavar="N")
+    engine("--max-tokens", int, "tokens that the key-value cache holds", metavar="N")
+    engine("--num-threads", int, "CPU threads of a rank", metavar="N")
+    add_layout_arguments(engine_group)
     return parser
 
 
@@ -249,14 +235,7 @@ def _ask(parallel: ParallelState) -> Iterator[Prompt]:
 
 def _run(options: argparse.Namespace) -> None:
     check_sampling(_sampling(options))
-    layout = ParallelConfig(
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-        expert_model_parallel_size=options.expert_model_parallel_size,
-    )
-    if options.num_threads is not None and options.num_threads < 1:
-        raise ConfigError("--num-threads", options.num_threads, "must be 1 or more")
-    parallel = join_ranks(layout, options.num_threads)
+    parallel = join(options, options.num_threads)
     prompts, problem = None, None
     if parallel.rank == 0:
         try:
@@ -266,14 +245,7 @@ def _run(options: argparse.Namespace) -> None:
     prompts, problem = parallel.world.all_gather_object((prompts, problem))[0]
     if problem is not None:
         raise DataError(problem, collective=True)
-    loaded = load_model(
-        options.load,
-        parallel,
-        layout,
-        ckpt_step=options.ckpt_step,
-        combine=False,
-        tokenizer_model=options.tokenizer_model,
-    )
+    loaded = load(options, parallel, combine=False)
     engine = Engine(
         loaded, max_batch=options.max_batch, max_tokens=options.max_tokens, serving=options.serving,
         dtype=options.dtype, cache_experts=options.cache_experts,
@@ -293,28 +265,18 @@ def _run(options: argparse.Namespace) -> None:
                 print(f"error: {error}", file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program and returns its exit status."""
-    options = make_parser().parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
-    configure_logging(rank)
+@rank_program
+def main(words: Words) -> int:
+    """Runs the command and returns its exit status."""
+    options = make_parser().parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal has not all of Unicode
     try:
         _run(options)
-    except MegatronSamoeError as error:
-        if rank == 0 or not error.collective:
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read the output has gone
         sys.stdout = None  # type: ignore[assignment]
-        return 0
-    finally:
-        # Else gloo's threads may be running when the interpreter ends, which aborts the process.
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            backend.leave_distributed()
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_samoe.cli.arguments import Parser
+from megatron_samoe.cli.arguments import Parser, Words, adder, sub_commands
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.interop.edited_model import NOT_MODEL
@@ -30,9 +30,9 @@ at a time. Exits with 0 where nothing is wrong or different, with 1 where someth
 Result = tuple[int, Mapping[str, Any], list[str]]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Words = None) -> int:
     """Runs the tool and returns its exit status."""
-    options = make_parser().parse_args(argv)
+    options = make_parser().parse_args(words)
     commands: dict[str, Callable[[argparse.Namespace], Result]] = {
         "list": _list, "stat": _stat, "diff": _diff, "verify": _verify, "check": _check,
     }  # fmt: skip
@@ -48,40 +48,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = Parser(_DESCRIPTION)
-    commands = parser.add_subparsers(
-        dest="command", required=True, parser_class=lambda **k: Parser(k.pop("help", "") or "", **k)
-    )
+    command_for = sub_commands(parser)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text)
-        sub.add_argument("directory", help="folder of checkpoints, or of one")
+    def command(name: str, text: str) -> Callable[..., argparse.Action]:
+        add = adder(command_for(name, text))
+        add("directory", str, "folder of checkpoints, or of one")
         if name == "diff":
-            sub.add_argument("other", help="folder to compare with")
-        sub.add_argument("--ckpt-step", type=int, help="iteration; the newest if not given")
-        sub.add_argument("--json", action="store_true", help="print JSON")
-        return sub
+            add("other", str, "folder to compare with")
+        add("--ckpt-step", int, "iteration; the newest if not given")
+        add("--json", bool, "print JSON")
+        if name in ("list", "stat", "diff"):
+            add("--match", str, "only tensors in whose names this is found", metavar="REGEX")
+            add("--model-only", bool, "leave out optimizer state and statistics")
+            add("--raw", bool, "names and shapes as in the files of other programs")
+        return add
 
-    for name, text in (("list", "names, shapes and sizes"), ("stat", "smallest, largest, mean, spread, NaN and Inf")):
-        _add_choice(command(name, text))
+    command("list", "names, shapes and sizes")
+    command("stat", "smallest, largest, mean, spread, NaN and Inf")
     diff = command("diff", "compare two checkpoints, also of two families, tensor by tensor")
-    _add_choice(diff)
-    diff.add_argument("--other-step", type=int, help="iteration of the other folder; the newest if not given")
-    diff.add_argument("--atol", type=float, default=0.0, help="tolerated absolute difference of an element")
-    diff.add_argument("--rtol", type=float, default=0.0, help="tolerated norm of the difference over the norm")
-    diff.add_argument("--limit", type=int, default=20, help="show so many tensors, the most different first")
+    diff("--other-step", int, "iteration of the other folder; the newest if not given")
+    diff("--atol", 0.0, "tolerated absolute difference of an element")
+    diff("--rtol", 0.0, "tolerated norm of the difference over the norm")
+    diff("--limit", 20, "show so many tensors, the most different first")
     command("verify", "check files against their digests, names and shapes; every iteration unless one is given")
     check = command("check", "find NaN and Inf, experts that were never updated, banks that no layer uses")
-    check.add_argument("--start", metavar="DIR", help="an earlier checkpoint of the run, to tell updates by")
-    check.add_argument("--start-step", type=int, help="iteration of --start; the newest if not given")
-    check.add_argument("--dead-below", type=float, default=1e-3,
-                       help="share of a layer's largest coefficient below which a bank is dead there")  # fmt: skip
+    check("--start", str, "an earlier checkpoint of the run, to tell updates by", metavar="DIR")
+    check("--start-step", int, "iteration of --start; the newest if not given")
+    check("--dead-below", 1e-3, "share of a layer's largest coefficient below which a bank is dead there")
     return parser
-
-
-def _add_choice(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--match", metavar="REGEX", help="only tensors in whose names this is found")
-    command.add_argument("--model-only", action="store_true", help="leave out optimizer state and statistics")
-    command.add_argument("--raw", action="store_true", help="names and shapes as in the files of other programs")
 
 
 def _chosen(opened: Opened, options: argparse.Namespace) -> dict[str, StoredTensor]:

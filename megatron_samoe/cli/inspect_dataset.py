@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 
-from megatron_samoe.cli.arguments import Parser, add_tokenizer_arguments, run
+from megatron_samoe.cli.arguments import Parser, Words, add_tokenizer_arguments, adder, program, sub_commands
 from megatron_samoe.datasets import index_format, manifest
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, get_idx_path
 from megatron_samoe.datasets.inspect import plot, repair, statistics, verify
@@ -17,33 +16,32 @@ from megatron_samoe.errors import DataError
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = Parser("Looks at a dataset.")
-    commands = parser.add_subparsers(
-        dest="command", required=True, parser_class=lambda **k: Parser(k.pop("help", ""), **k)
-    )
+    command_for = sub_commands(parser)
     for name, text in (
         ("stats", "counts and quantiles, as JSON; --plot draws histograms"),
         ("verify", "check index, data and manifest"),
         ("decode", "print a document"),
         ("repair", "rebuild a missing or broken .idx from .bin and the end-of-document token"),
     ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("prefix", help="path of the dataset without .bin and .idx")
+        command = command_for(name, text)
+        add = adder(command)
+        add("prefix", str, "path of the dataset without .bin and .idx")
         if name == "stats":
-            command.add_argument("--plot", metavar="PNG", help="file for histograms of document lengths and ids")
+            add("--plot", str, "file for histograms of document lengths and ids", metavar="PNG")
         elif name == "decode":
-            command.add_argument("--document", type=int, default=0, help="number of the document, from 0")
-            command.add_argument("--max-tokens", type=int, default=2000, help="print at most this many tokens")
+            add("--document", 0, "number of the document, from 0")
+            add("--max-tokens", 2000, "print at most this many tokens")
             add_tokenizer_arguments(command, required=False)
         elif name == "repair":
-            command.add_argument(
-                "--dtype", default=None, help="of the tokens: uint16, int32, ...; default: the manifest's"
-            )
-            command.add_argument("--eod", type=int, default=None, help="end-of-document id; default: the manifest's")
+            add("--dtype", str, "of the tokens: uint16, int32, ...; default: the manifest's")
+            add("--eod", int, "end-of-document id; default: the manifest's")
     return parser
 
 
-def _main(arguments: Sequence[str] | None) -> None:
-    args = make_parser().parse_args(arguments)
+@program
+def main(words: Words) -> None:
+    """Runs the command and returns its exit status."""
+    args = make_parser().parse_args(words)
     prefix = args.prefix.removesuffix(".bin").removesuffix(".idx")
     if args.command == "stats":
         data = IndexedDataset(prefix)
@@ -80,11 +78,6 @@ def _decode(prefix: str, args: argparse.Namespace) -> None:
     if ids and max(ids) >= tokenizer.vocab_size:
         raise DataError(f"{prefix} holds id {max(ids)}, outside the {tokenizer.vocab_size} entries of this tokenizer.")
     print(tokenizer.decode(ids))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
-    return run(_main, arguments)
 
 
 if __name__ == "__main__":

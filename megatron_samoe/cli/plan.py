@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_samoe.cli.arguments import Words, adder, program, text_parser
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.derived import flag, num_micro_batches, virtual_stages
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.datasets.tokenizer import build_tokenizer
-from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE, bubble_fraction
 from megatron_samoe.planning.layout_cost import Cluster
@@ -30,26 +31,23 @@ POSITIVE = ("world_size", "gpus_per_node", "memory_gb", "flops", "intra_bandwidt
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of what describes the cluster and the output."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.add_argument("--world-size", type=int, required=True, help="ranks, one per GPU")
-    p.add_argument("--gpus-per-node", type=int, default=8)
-    p.add_argument("--memory-gb", type=float, default=72.0, help="memory of a GPU that tensors may fill, 1e9 bytes")
-    p.add_argument("--flops", type=float, default=989e12, help="peak of a GPU's matrix products per second")
-    p.add_argument("--efficiency", type=float, default=0.45, help="share of the peak that products reach")
-    p.add_argument("--intra-bandwidth", type=float, default=450.0, help="GB/s that a GPU sends inside its node")
-    p.add_argument("--inter-bandwidth", type=float, default=50.0, help="GB/s that a GPU sends to other nodes")
-    p.add_argument("--memory-bandwidth", type=float, default=3350.0, help="GB/s of a GPU's memory")
-    p.add_argument("--latency-us", type=float, default=10.0, help="of one hop of a collective")
-    p.add_argument(
-        "--micro-batch-sizes", type=int, nargs="+", default=[], help="to choose from; default: --micro-batch-size"
-    )
-    p.add_argument("--choose-all", action="store_true", help="choose also what the configuration says of the layout")
-    p.add_argument("--top", type=int, default=10, help="layouts to show")
-    p.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    p.add_argument("--plot", type=Path, help="draw the best layout's rank grid as a PNG")
-    return p
+    parser = text_parser(__doc__)
+    add = adder(parser)
+    add("--world-size", int, "ranks, one per GPU", required=True)
+    add("--gpus-per-node", 8)
+    add("--memory-gb", 72.0, "memory of a GPU that tensors may fill, 1e9 bytes")
+    add("--flops", 989e12, "peak of a GPU's matrix products per second")
+    add("--efficiency", 0.45, "share of the peak that products reach")
+    add("--intra-bandwidth", 450.0, "GB/s that a GPU sends inside its node")
+    add("--inter-bandwidth", 50.0, "GB/s that a GPU sends to other nodes")
+    add("--memory-bandwidth", 3350.0, "GB/s of a GPU's memory")
+    add("--latency-us", 10.0, "of one hop of a collective")
+    add("--micro-batch-sizes", [int], "to choose from; default: --micro-batch-size", default=[])
+    add("--choose-all", bool, "choose also what the configuration says of the layout")
+    add("--top", 10, "layouts to show")
+    add("--json", bool, "print JSON instead of tables")
+    add("--plot", Path, "draw the best layout's rank grid as a PNG")
+    return parser
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster:
@@ -110,48 +108,42 @@ def _idle(layout: PlannedLayout) -> str:
 
 def as_json(layouts: Sequence[PlannedLayout]) -> str:
     """Returns the layouts as a JSON list."""
-    return json.dumps(
-        [
-            {
-                "layout": layout.name(), "flags": layout.flags(), "tokens_per_s": layout.tokens_per_s,
-                "step_s": layout.cost.step_s, "seconds": layout.cost.seconds, "sent_bytes": layout.cost.sent_bytes,
-                "largest_rank": layout.rank, "peak_bytes": layout.memory.total, "bytes": layout.memory.parts(),
-            }
-            for layout in layouts
-        ],
-        indent=1,
-    )  # fmt: skip
+    rows = [
+        {
+            "layout": layout.name(), "flags": layout.flags(), "tokens_per_s": layout.tokens_per_s,
+            "step_s": layout.cost.step_s, "seconds": layout.cost.seconds, "sent_bytes": layout.cost.sent_bytes,
+            "largest_rank": layout.rank, "peak_bytes": layout.memory.total, "bytes": layout.memory.parts(),
+        }
+        for layout in layouts
+    ]  # fmt: skip
+    return json.dumps(rows, indent=1)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program and returns its exit status."""
-    options, rest = make_parser().parse_known_args(argv)
-    try:
-        cluster = cluster_of(options)
-        config = parse_pretrain_args(rest, prog="megatron-samoe plan")
-        if options.choose_all:
-            config = replace(config, parallel=ParallelConfig())
-        data = config.data
-        vocab_size = (
-            data.vocab_size
-            or build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file).vocab_size
-        )
-        layouts = plan_layouts(config, vocab_size, cluster, options.micro_batch_sizes)
-        shown = layouts[: options.top]
-        if options.json:
-            print(as_json(shown))
-        else:
-            print(f"{len(layouts)} layouts fit {cluster.world_size} ranks of {options.memory_gb:g} GB; the fastest:\n")
-            print(layouts_table(shown))
-            print("\n" + best_in_detail(layouts[0]))
-        if options.plot is not None:
-            title = f"{config.moe.expert_layout}, {cluster.world_size} ranks: {layouts[0].name()}"
-            draw_layout(options.plot, layouts[0].config, cluster.world_size, title, cluster.gpus_per_node)
-            print(f"picture: {options.plot}", file=sys.stderr)
-    except MegatronSamoeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+@program
+def main(words: Words) -> None:
+    """Runs the command and returns its exit status."""
+    options, rest = make_parser().parse_known_args(words)
+    cluster = cluster_of(options)
+    config = parse_pretrain_args(rest, prog="megatron-samoe plan")
+    if options.choose_all:
+        config = replace(config, parallel=ParallelConfig())
+    data = config.data
+    vocab_size = (
+        data.vocab_size
+        or build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file).vocab_size
+    )
+    layouts = plan_layouts(config, vocab_size, cluster, options.micro_batch_sizes)
+    shown = layouts[: options.top]
+    if options.json:
+        print(as_json(shown))
+    else:
+        print(f"{len(layouts)} layouts fit {cluster.world_size} ranks of {options.memory_gb:g} GB; the fastest:\n")
+        print(layouts_table(shown))
+        print("\n" + best_in_detail(layouts[0]))
+    if options.plot is not None:
+        title = f"{config.moe.expert_layout}, {cluster.world_size} ranks: {layouts[0].name()}"
+        draw_layout(options.plot, layouts[0].config, cluster.world_size, title, cluster.gpus_per_node)
+        print(f"picture: {options.plot}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,23 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+
+from megatron_samoe.cli.arguments import Words, adder
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--port", type=int, default=29400, help="where agents find the store")
-    parser.add_argument("--host", default="0.0.0.0", help="address to listen on")
+    add = adder(parser)
+    add("--port", 29400, "where agents find the store")
+    add("--host", "0.0.0.0", "address to listen on")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Words = None) -> int:
     """Keeps the store until it is interrupted; returns 1 where it cannot."""
     parser = make_parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_args(words)
     if not 0 < options.port < 2**16:
         parser.error(f"--port {options.port} must be from 1 to 65535")
     from torch.distributed import TCPStore

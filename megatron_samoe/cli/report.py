@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.cli.arguments import Words, adder, program, text_parser
+from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.evaluation.measurements import read_decode, read_study, read_zero_shot
 from megatron_samoe.evaluation.report import ReportData, write_group_report
 from megatron_samoe.evaluation.report_tables import results_table
@@ -35,54 +36,48 @@ def bytes_per_token(groups: Sequence[RunGroup]) -> dict[str, dict[int, float]]:
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--study", type=Path, metavar="FILE", help="results.json of a study, in place of run folders")
-    parser.add_argument(
-        "--decode", type=Path, nargs="+", default=[], metavar="FILE", help="of benchmark.py decode --json"
-    )
-    parser.add_argument("--zero-shot", type=Path, nargs="+", default=[], metavar="FILE", help="of evaluate.py --json")
-    parser.add_argument(
-        "--note", action="append", default=[], help="a paragraph under the first table; may be repeated"
-    )
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="PNG plots go beside it")
-    parser.add_argument("--title")
+    parser = text_parser(__doc__)
+    add = adder(parser)
+    add("runs", Path, nargs="*", metavar="RUN_DIR")
+    add("--study", Path, "results.json of a study, in place of run folders", metavar="FILE")
+    add("--decode", [Path], "of benchmark.py decode --json", default=[], metavar="FILE")
+    add("--zero-shot", [Path], "of evaluate.py --json", default=[], metavar="FILE")
+    add("--note", str, "a paragraph under the first table; may be repeated", action="append", default=[])
+    add("--output", Path("report.html"), "PNG plots go beside it")
+    add("--title")
     return parser
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Runs the program and returns its exit status."""
-    options = make_parser().parse_args(args)
-    try:
-        if bool(options.runs) == bool(options.study):
-            raise ConfigError("RUN_DIR", [str(r) for r in options.runs], "give run folders, or --study, and not both")
-        if options.output.is_dir():
-            raise ConfigError("--output", str(options.output), "is a folder; name a file, such as report.html")
-        title, groups = "Pretraining runs", []
-        if options.study:
-            title, directories = read_study(options.study)
-            groups = read_groups(directories)
-        else:
-            groups = group_runs([read_run(path) for path in options.runs])
-        decode = [row for path in options.decode for row in read_decode(path)]
-        zero_shot = [row for path in options.zero_shot for row in read_zero_shot(path)]
-        for flag, rows in (("--decode", decode), ("--zero-shot", zero_shot)):
-            strangers = {str(r.checkpoint) for r in rows if not any(g.contains(r.checkpoint) for g in groups)}
-            if strangers:
-                raise ConfigError(flag, sorted(strangers), "is of checkpoints that are in none of the runs' folders")
-    except MegatronSamoeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+@program
+def main(words: Words) -> None:
+    """Runs the command and returns its exit status."""
+    options = make_parser().parse_args(words)
+    if bool(options.runs) == bool(options.study):
+        raise ConfigError("RUN_DIR", [str(r) for r in options.runs], "give run folders, or --study, and not both")
+    if options.output.is_dir():
+        raise ConfigError("--output", str(options.output), "is a folder; name a file, such as report.html")
+    title, groups = "Pretraining runs", []
+    if options.study:
+        title, directories = read_study(options.study)
+        groups = read_groups(directories)
+    else:
+        groups = group_runs([read_run(path) for path in options.runs])
+    decode = [row for path in options.decode for row in read_decode(path)]
+    zero_shot = [row for path in options.zero_shot for row in read_zero_shot(path)]
+    for flag, checkpoints in (
+        ("--decode", [row.checkpoint for row in decode]), ("--zero-shot", [row.checkpoint for row in zero_shot]),
+    ):  # fmt: skip
+        strangers = {str(path) for path in checkpoints if not any(group.contains(path) for group in groups)}
+        if strangers:
+            raise ConfigError(flag, sorted(strangers), "is of checkpoints that are in none of the runs' folders")
     print(format_table(results_table(groups)))
     data = ReportData(decode, zero_shot, bytes_per_token(groups), options.note)
     try:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_group_report(options.output, options.title or title, groups, data)
     except OSError as error:
-        print(f"error: --output {options.output} cannot be written: {error.strerror or error}", file=sys.stderr)
-        return 1
+        raise DataError(f"--output {options.output} cannot be written: {error.strerror or error}") from None
     print(f"report: {options.output}")
-    return 0
 
 
 if __name__ == "__main__":

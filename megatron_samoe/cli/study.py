@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_samoe.cli.arguments import Words, adder, program
 from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.evaluation.study.definition import read_study
@@ -23,20 +24,22 @@ def make_parser() -> argparse.ArgumentParser:
         "time; started again with the same command, the study goes on where it was stopped.",
         allow_abbrev=False,
     )
-    parser.add_argument("study", type=Path, help="YAML file: see examples/studies")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder of all runs and of results.json")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="these in place of the file's")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show the runs, and start none")
-    parser.add_argument("--collect-only", action="store_true", help="start no run; compare those that are finished")
+    add = adder(parser)
+    add("study", Path, "YAML file: see examples/studies")
+    add("--output-dir", Path, "folder of all runs and of results.json", required=True)
+    add("--seeds", [int], "these in place of the file's", metavar="N")
+    add("--dry-run", bool, "check everything, show the runs, and start none")
+    add("--collect-only", bool, "start no run; compare those that are finished")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the tool and returns its exit status."""
-    options, pretrain_flags = make_parser().parse_known_args(argv)
+@program
+def main(words: Words) -> int:
+    """Runs the command and returns its exit status."""
+    options, pretrain_flags = make_parser().parse_known_args(words)
+    study = read_study(options.study, options.seeds)
+    runner = StudyRunner(study, options.output_dir, tuple(pretrain_flags), say=lambda line: print(line, flush=True))
     try:
-        study = read_study(options.study, options.seeds)
-        runner = StudyRunner(study, options.output_dir, tuple(pretrain_flags), say=lambda line: print(line, flush=True))
         runner.check()
         if options.dry_run:
             _show_plan(runner)
@@ -46,9 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             with signals_interrupt():
                 failures = runner.run_all()
         _finish(runner, failures)
-    except MegatronSamoeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from itertools import chain
 
-from megatron_samoe.cli.arguments import Parser, run
-from megatron_samoe.datasets.preprocess.options import PreprocessOptions
+from megatron_samoe.cli.arguments import Parser, Words, adder, program
+from megatron_samoe.datasets.preprocess.options import INPUT_FORMATS, PreprocessOptions
 from megatron_samoe.datasets.train_tokenizer import TYPES, corpus_texts, train_byte_bpe, train_sentencepiece
 from megatron_samoe.errors import DataError
 
@@ -16,31 +16,25 @@ from megatron_samoe.errors import DataError
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = Parser("Trains a tokenizer on text.")
-    parser.add_argument("--type", required=True, choices=TYPES, help="kind of tokenizer")
-    parser.add_argument("--input", nargs="+", required=True, help="files, globs or folders, as for preprocess_data.py")
-    parser.add_argument("--input-format", choices=inputs_formats(), default="auto", help="auto goes by the file's name")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys (Parquet: columns) to train on")
-    parser.add_argument(
-        "--on-bad-input", choices=("skip", "fail"), default="fail", help="for lines that are no document"
-    )
-    parser.add_argument("--vocab-size", type=int, required=True, help="entries of the vocabulary")
-    parser.add_argument("--output-prefix", required=True, help="path of the output without suffix")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
-    parser.add_argument("--sample-mb", type=int, default=1000, help="train on about this much text; 0 for all")
-    parser.add_argument("--seed", type=int, default=1234, help="of the sample")
-    parser.add_argument("--num-threads", type=int, default=os.cpu_count() or 1, help="threads of the trainer")
+    add = adder(parser)
+    add("--type", TYPES, "kind of tokenizer", required=True)
+    add("--input", [str], "files, globs or folders, as for preprocess_data.py", required=True)
+    add("--input-format", INPUT_FORMATS, "auto goes by the file's name", default="auto")
+    add("--json-keys", ["text"], "keys (Parquet: columns) to train on")
+    add("--on-bad-input", ("skip", "fail"), "for lines that are no document", default="fail")
+    add("--vocab-size", int, "entries of the vocabulary", required=True)
+    add("--output-prefix", str, "path of the output without suffix", required=True)
+    add("--overwrite", bool, "replace an existing tokenizer")
+    add("--sample-mb", 1000, "train on about this much text; 0 for all")
+    add("--seed", 1234, "of the sample")
+    add("--num-threads", os.cpu_count() or 1, "threads of the trainer")
     return parser
 
 
-def inputs_formats() -> tuple[str, ...]:
-    """Returns the input formats that can be named."""
-    from megatron_samoe.datasets.preprocess.options import INPUT_FORMATS
-
-    return INPUT_FORMATS
-
-
-def _main(arguments: Sequence[str] | None) -> None:
-    args = make_parser().parse_args(arguments)
+@program
+def main(words: Words) -> None:
+    """Runs the command and returns its exit status."""
+    args = make_parser().parse_args(words)
     if args.vocab_size < 1:
         raise DataError(f"--vocab-size {args.vocab_size} must be at least 1.")
     made = [f"{args.output_prefix}{end}" for end in (".model", ".vocab", ".json", "-vocab.json", "-merges.txt")]
@@ -55,23 +49,13 @@ def _main(arguments: Sequence[str] | None) -> None:
     first = next(texts, None)
     if first is None:
         raise DataError("The corpus is empty: no text to train a tokenizer on.")
-    texts = _chain(first, texts)
+    texts = chain([first], texts)
     if args.type == "byte-bpe":
         path = train_byte_bpe(texts, args.vocab_size, args.output_prefix)
     else:
         kind = args.type.removeprefix("sentencepiece-")
         path = train_sentencepiece(texts, kind, args.vocab_size, args.output_prefix, args.num_threads)
     print(f"wrote {path}")
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
-    return run(_main, arguments)
 
 
 if __name__ == "__main__":

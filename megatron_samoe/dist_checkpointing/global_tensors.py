@@ -46,10 +46,17 @@ class GlobalTensors(Protocol):
         attachments: other files, by their path in a checkpoint.
     """
 
-    tensors: Mapping[str, StoredTensor]
-    config: Mapping[str, Any]
-    train_state: Mapping[str, Any]
-    attachments: Mapping[str, bytes]
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def train_state(self) -> Mapping[str, Any]: ...
+
+    @property
+    def attachments(self) -> Mapping[str, bytes]: ...
 
     def read(self, name: str) -> Tensor:
         """Returns a whole tensor on the CPU, and keeps no copy."""

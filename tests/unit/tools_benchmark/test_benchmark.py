@@ -108,7 +108,8 @@ def test_peers_are_asked_by_lines(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_peer_that_ends_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "w2_train_step.py").write_text("raise SystemExit(3)")
-    with running(tmp_path, "w2_train_step.py", ["broken"], {}, None, 1) as peers:
+    made = options(peers=tmp_path, peer_names=None, peer_python=None)
+    with running(made, "w2_train_step.py", ["broken"], {}) as peers:
         assert peers == []
     assert "broken did not start: ended with status 3" in capsys.readouterr().out
 
