@@ -11,17 +11,17 @@ from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, P
 from megatron_samoe.config.sharing_map import ways_of
 
 
-def _beyond(default: object, known_to: Iterable[str] = ("planner",)) -> Callable[[object], frozenset[str]]:
+def _beyond(default: object, known_to: Iterable[str] = ("export", "planner")) -> Callable[[object], frozenset[str]]:
     """Returns the readers of an option's value: all know its default, `known_to` the other values."""
     return lambda value: READERS if value == default else frozenset(known_to)
 
 
 def _known_scores(score_function: str) -> frozenset[str]:
-    return READERS if score_function in ("softmax", "sigmoid") else frozenset(("planner",))
+    return READERS if score_function in ("softmax", "sigmoid") else frozenset(("export", "planner"))
 
 
 def _readers_of_counts(num_experts: int | tuple[int, ...]) -> frozenset[str]:
-    return READERS if isinstance(num_experts, int) else frozenset(("decode", "planner"))
+    return READERS if isinstance(num_experts, int) else frozenset(("decode", "export", "planner"))
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class MoEConfig:
     )
     """Consecutive MoE layers that choose from each other's experts with --expert-sharing neighbours (ReXMoE's r)."""
     neighbour_unmask_steps: int = model_option(
-        0, range=AT_LEAST_ZERO, needs=needs.NEIGHBOURS, is_free=False, known_to=_beyond(0)
+        0, range=AT_LEAST_ZERO, needs=needs.NEIGHBOURS, is_free=False, known_to=_beyond(0, ("planner",))
     )
     """Steps over which neighbours' experts become candidates one by one; a layer begins with its own. 0: all from the start."""
     pool_lock_step: int | None = model_option(
-        None, range=POSITIVE, needs=needs.ONE_POOL, is_free=False, known_to=_beyond(None)
+        None, range=POSITIVE, needs=needs.ONE_POOL, is_free=False, known_to=_beyond(None, ("planner",))
     )
     """Step after which each expert of the pool has one layer, that which chose it most as far as all layers get equally many
     (UniPool's lock). Never if not given."""

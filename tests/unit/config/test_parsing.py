@@ -50,12 +50,12 @@ SCRAPS = st.lists(
 )  # fmt: skip
 def test_what_is_no_plain_yaml_is_one_line(text: str, reason: str) -> None:
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ValueError) as caught:
         parse_yaml(text)
     assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
     assert reason in str(caught.value) or "does not fit" in str(caught.value)
-    assert time.perf_counter() - began < 5.0
+    assert time.process_time() - began < 5.0
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
 
