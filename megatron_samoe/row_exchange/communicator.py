@@ -70,7 +70,7 @@ class Communicator:
     def start(
         self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None
     ) -> Pending:
-        """Starts exchange() in the background and returns it; its wait() gives the rows. x must not change before that.
+        """Starts exchange() in the background and returns it. Its wait() gives the rows; x must not change before that.
 
         Args:
             out: tensor for the rows; a new one if not given.
