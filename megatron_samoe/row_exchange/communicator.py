@@ -46,8 +46,9 @@ class Communicator:
             send_rows: rows for each member.
             receive_rows: rows from each member; equal to the members' send_rows for this rank.
 
-        Errors: CommunicationError where a peer dies, gives up, disagrees about the splits or is silent for timeout_s;
-        ValueError, before anything is sent, where x is not on the right device or the splits do not fit it.
+        Raises:
+            CommunicationError: a peer dies, gives up, disagrees about the splits or is silent for timeout_s.
+            ValueError: x is not on the right device or the splits do not fit it; raised before anything is sent.
         """
         with self.group.waits:
             self._wait_for_background()
