@@ -142,7 +142,7 @@ class GradBuffer:
             self.weights.copy_(self.group.all_gather(self.own(self.weights).clone()))
 
     def own(self, flat: Tensor) -> Tensor:
-        """Returns this rank's shard of a flat tensor."""
+        """Returns this rank's shard of a flat tensor of the buffer's size, as a view."""
         if not self.is_sharded or self.group is None:
             return flat
         return flat[self.shard_size * self.group.rank : self.shard_size * (self.group.rank + 1)]

@@ -1,4 +1,7 @@
-"""Text of a growing list of tokens, piece by piece, up to a stop text."""
+"""The text of a request, piece by piece as its tokens come, cut before the first complete stop text.
+
+`Engine._take` (engine.py) ends the request then, or at the end-of-document token or its limit of tokens.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Norm(nn.Module):
         self.bias = new_parameter((size,), ParameterTag(spec), state, dtype) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns x normalised over its last dim."""
+        """Returns x [..., size] normalised over its last dim."""
         if self.bias is None:
             return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)

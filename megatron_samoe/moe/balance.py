@@ -1,8 +1,8 @@
 """Strategies that keep experts evenly loaded, and the losses they add, defined so that no layout changes them.
 
-Another loss is another `BalanceStrategy`. `AuxiliaryLosses` is the one that models get (`models/blueprint.py`), and the
-`moe_router_load_balancing_type` of `config/moe.py` chooses among its losses. The loss of a set that several layers share
-is in `set_loads.py`.
+Another loss is another `BalanceStrategy`, or a term in `AuxiliaryLosses`, which models get by default;
+`moe_router_load_balancing_type` of `config/moe.py` chooses among its losses. `set_loads.py` has the loss of a set that
+several layers share.
 
 The balance loss is Switch Transformer's (arXiv:2101.03961, equation 4), E * sum_e f_e P_e over a group of sequences, with
 f_e the share of the group's routed tokens that expert e takes and P_e its mean score. f_e is always that of the tokens

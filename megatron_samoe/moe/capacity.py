@@ -1,4 +1,4 @@
-"""Expert capacity: which choices of tokens are dropped, since the chosen expert is full.
+"""Expert capacity: `drop_over_capacity` drops the choices of tokens whose expert is full, while training.
 
 Capacity counts within one sequence (GShard's group, arXiv:2006.16668, section 2.2), so that which token is dropped does
 not depend on how sequences are spread over micro-batches and ranks.

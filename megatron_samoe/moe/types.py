@@ -91,7 +91,8 @@ class StatisticsLayout:
     def add(self, rows: Tensor, stats: MoEStats) -> None:
         """Adds one layer's sums to its row; a layer with fewer experts than others leaves the rest at zero.
 
-        Errors: ValueError where the sums are not those that were declared.
+        Raises:
+            ValueError: the sums are not those that were declared.
         """
         if stats.sums.keys() != self.sizes.keys():
             raise ValueError(f"statistics {sorted(stats.sums)} were told, {sorted(self.sizes)} were declared")

@@ -43,7 +43,8 @@ def combine_banks(
         out_LGN: where to write, fp32 or bf16; returned.
         out_dtype: dtype of a fresh result, the banks' by default.
 
-    Errors: ValueError where shapes or dtypes do not fit.
+    Raises:
+        ValueError: shapes or dtypes do not fit.
     """
     _check(coefficients_LGP, banks_PGN, out_LGN, "out_LGN")
     if out_LGN is not None and out_dtype not in (None, out_LGN.dtype):
@@ -68,7 +69,8 @@ def combine_banks_backward(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: 
     Args:
         coefficients_LGP, banks_PGN, dW_LGN, dbanks_PGN: fp32 (or fp64); dims 0 and 1 may be strided.
 
-    Errors: ValueError where shapes do not fit.
+    Raises:
+        ValueError: shapes do not fit.
     """
     _check(coefficients_LGP, banks_PGN, dW_LGN, "dW_LGN")
     if dbanks_PGN.shape != banks_PGN.shape:

@@ -29,7 +29,8 @@ def cross_entropy_parts(logits_TV: Tensor, labels_T: Tensor, first_id: int = 0) 
             -inf and sum 0).
         labels_T: ids in the whole vocabulary; target is 0 where the label lies in another part.
 
-    Errors: ValueError where the labels do not fit the logits.
+    Raises:
+        ValueError: the labels do not fit the logits.
     """
     _check(logits_TV, labels_T)
     if extension.serves(logits_TV, labels_T, cuda=True):
@@ -51,7 +52,8 @@ def cross_entropy_backward(
         logsumexp_T: over the whole vocabulary, fp32 (fp64 for fp64 logits).
         dloss_T: gradient of each token's loss, of the same dtype.
 
-    Errors: ValueError where the labels do not fit the logits.
+    Raises:
+        ValueError: the labels do not fit the logits.
     """
     _check(logits_TV, labels_T)
     if extension.serves(logits_TV, labels_T, logsumexp_T, dloss_T, cuda=True):

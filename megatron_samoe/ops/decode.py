@@ -89,7 +89,9 @@ class AttentionLayer:
     values: Tensor
 
     def head_norm_tensors(self) -> list[Tensor]:
-        """Returns the norms as the ops take them: no tensor, weights of both, or weights then biases of both."""
+        """Returns the norms' tensors [D] as the ops take them: none, the weights of both, or their weights and then
+        biases.
+        """
         if self.head_norms is None:
             return []
         q, k = self.head_norms
@@ -136,7 +138,7 @@ class Routing:
 
 
 def quantize(weight: Tensor) -> Weight:
-    """Returns int8 rows with the scale that makes a row's largest magnitude 127."""
+    """Returns a [.., outputs, inputs] weight as int8, with a scale per row that makes the row's largest magnitude 127."""
     return Weight(*decode_reference.quantize(weight))
 
 

@@ -10,7 +10,7 @@ from megatron_samoe.ops import reference
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns int8 data and fp32 scales per row; a row's largest magnitude becomes 127."""
+    """Returns int8 data [.., outputs, inputs] and fp32 scales [.., outputs]; a row's largest magnitude becomes 127."""
     weight = weight.detach().float()
     peak = weight.abs().amax(-1)
     inverse = torch.where(peak > 0, 127.0 / peak, torch.zeros_like(peak))
@@ -18,7 +18,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantized(data: Tensor, scale: Tensor | None) -> Tensor:
-    """Returns fp32 weights."""
+    """Returns fp32 weights [.., outputs, inputs]."""
     return data.float() if scale is None else data.float() * scale[..., None]
 
 

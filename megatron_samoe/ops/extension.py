@@ -91,7 +91,9 @@ def _setting(variable: str, allowed: tuple[str, ...]) -> str:
 def load() -> bool:
     """Returns whether the compiled ops can be used, loading them at the first call.
 
-    Errors: ExtensionError where the extension is required and not usable; ConfigError for an unknown mode.
+    Raises:
+        ExtensionError: the extension is required and not usable.
+        ConfigError: the mode is unknown.
     """
     mode = _setting(ENVIRONMENT_VARIABLE, _MODES)
     _setting(CUDA_ENVIRONMENT_VARIABLE, _CUDA_MODES)  # a bad value is refused wherever the run takes place
@@ -124,7 +126,8 @@ def has_cuda_kernels() -> bool:
 def uses_cuda_kernels() -> bool:
     """Returns whether CUDA tensors go to the CUDA kernels: these are asked for and were built.
 
-    Errors: as load().
+    Raises:
+        ExtensionError, ConfigError: as load().
     """
     if _setting(CUDA_ENVIRONMENT_VARIABLE, _CUDA_MODES) == "0":
         return False

@@ -165,7 +165,7 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
 
 
 def activation_backward(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
-    """Returns the gradient of h."""
+    """Returns dh, [R, F] or [R, 2F], for the gradient da_RF of `activate`'s result."""
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(da, h, approximate="tanh")
     gate, up = h.chunk(2, -1)

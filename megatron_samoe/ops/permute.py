@@ -38,7 +38,9 @@ class Permutation:
 def make_permutation(ids_TK: Tensor, num_experts: int) -> Permutation:
     """Returns the stable expert-major order of the chosen experts' slots; ids of -1 are dropped slots.
 
-    Errors: ValueError where ids_TK is not an int64 matrix; IndexError where an id is outside -1..num_experts-1.
+    Raises:
+        ValueError: ids_TK is not an int64 matrix.
+        IndexError: an id is outside -1..num_experts-1.
     """
     if ids_TK.dim() != 2 or ids_TK.dtype != torch.int64 or ids_TK.shape[1] == 0:
         raise ValueError(f"ids_TK must be an int64 matrix [T, K >= 1], not {ids_TK.dtype} {tuple(ids_TK.shape)}")
@@ -68,7 +70,8 @@ class _Permute(torch.autograd.Function):
 def permute(x_TH: Tensor, permutation: Permutation) -> Tensor:
     """Returns rows_NH, the tokens copied into expert-major order; its backward sums a token's rows.
 
-    Errors: ValueError where x_TH does not have the permutation's tokens.
+    Raises:
+        ValueError: x_TH does not have the permutation's tokens.
     """
     if x_TH.dim() != 2 or x_TH.shape[0] != permutation.row_of_slot_TK.shape[0]:
         raise ValueError(
@@ -99,7 +102,8 @@ def unpermute(rows_NH: Tensor, probs_TK: Tensor, permutation: Permutation) -> Te
 
     A dropped slot adds nothing, and its probability gets gradient 0.
 
-    Errors: ValueError where the shapes do not fit the permutation.
+    Raises:
+        ValueError: the shapes do not fit the permutation.
     """
     if rows_NH.dim() != 2 or rows_NH.shape[0] != permutation.num_rows:
         raise ValueError(f"rows_NH is {tuple(rows_NH.shape)} and the permutation has {permutation.num_rows} rows")
@@ -141,7 +145,8 @@ def gather_rows(x_RH: Tensor, index_R: Tensor, inverse_R: Tensor | None = None) 
     Args:
         inverse_R: `invert_index(index_R)`, where the caller has it already; `gather_rows(y, inverse_R)` undoes the op.
 
-    Errors: ValueError where the index does not have one int64 entry a row.
+    Raises:
+        ValueError: the index does not have one int64 entry a row.
     """
     if x_RH.dim() != 2 or index_R.shape != x_RH.shape[:1] or index_R.dtype != torch.int64:
         raise ValueError(

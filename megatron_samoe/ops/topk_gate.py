@@ -82,7 +82,8 @@ def topk_gate(
 
     A NaN logit is chosen first and makes the token's probabilities NaN; ids stay in range.
 
-    Errors: ValueError where topk is not in 1..E, G does not divide T, or the logits are not a floating-point matrix.
+    Raises:
+        ValueError: topk is not in 1..E, G does not divide T, or the logits are not a floating-point matrix.
     """
     if logits_TE.dim() != 2 or not logits_TE.is_floating_point():
         raise ValueError(f"logits_TE must be a floating-point matrix, not {logits_TE.dtype} {tuple(logits_TE.shape)}")
@@ -124,7 +125,8 @@ def described(
         ids_TK: int64, up to K chosen experts of each token; -1, with a weight of 0, where a token has fewer.
         distribution_TE: each expert's share of a token; a softmax of all logits if not given.
 
-    Errors: ValueError where shapes or types do not fit, or an id is outside -1..E-1.
+    Raises:
+        ValueError: shapes or types do not fit, or an id is outside -1..E-1.
     """
     num_tokens, num_experts = logits_TE.shape
     if ids_TK.dtype != torch.int64 or ids_TK.dim() != 2 or len(ids_TK) != num_tokens:

@@ -131,7 +131,7 @@ class MixedPrecisionOptimizer:
             self.masters[name].grad = None
 
     def moments(self, name: str) -> dict[str, Tensor]:
-        """Returns the moments of this rank's piece of a parameter, by name."""
+        """Returns the moments of this rank's piece of a parameter, by name, each in the piece's shape."""
         return {moment: self._states[name][moment] for moment in self._moments.get(name, MOMENTS)}
 
     def own_masters(self) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class Update(Protocol):
 
     def accumulate(self, grad: Tensor, moments: Mapping[str, Tensor], step: int) -> Tensor:
         """Adds the gradient of the elements that this rank updates to the moments, and returns their step before
-        `direction`.
+        `direction`. All have the shape of the elements.
 
         Args:
             grad: fp32, clipped; read-only.
@@ -39,7 +39,8 @@ class Update(Protocol):
         """Returns the direction of the update; lr * direction is subtracted from the master weights.
 
         Args:
-            step: result of `accumulate`, for the whole tensor or for this rank's elements.
+            step: result of `accumulate`: the whole tensor with `needs_whole`, else this rank's elements. The result has
+                its shape.
             num_stacked: number of leading dims of a whole tensor that only count its matrices (banks, this rank's
                 experts).
         """
@@ -51,7 +52,7 @@ def gather_whole(own: Tensor | None, piece: Piece | None, tag: ParameterTag, sha
 
     Args:
         own, piece: this rank's elements and their place; None where it holds none of this tensor.
-        shape: of this rank's shard.
+        shape: shape of this rank's shard.
         like: a tensor with the dtype and device of the result.
     """
     shard = like.new_zeros(shape)

@@ -31,7 +31,7 @@ class RowExchange(Protocol):
     """A faster uneven all-to-all than the process group's; see row_exchange/communicator.py."""
 
     def exchange(self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
-        """Returns the rows that all members sent here, in group order."""
+        """Returns the rows [sum(receive_rows), ...] that all members sent here, in group order."""
 
     def exchange_evenly(self, x: Tensor) -> Tensor:
         """Returns exchange(x) where every member knows that it sends and receives equal parts."""

@@ -76,13 +76,17 @@ class PipelineChannel:
             self._receives[what] = _Pending(work, tensor, f"{what} from rank {peer}")
 
     def take(self, what: str) -> Tensor:
-        """Waits for a posted receive and returns its tensor."""
+        """Waits for a posted receive and returns its tensor; CommunicationError where it does not come within
+        `timeout`.
+        """
         pending = self._receives.pop(what)
         self._wait(pending)
         return pending.tensor
 
     def finish(self) -> None:
-        """Waits until the neighbours have received everything sent."""
+        """Waits until the neighbours have received everything sent; CommunicationError where they do not within
+        `timeout`.
+        """
         for pending in self._sends:
             self._wait(pending)
         self._sends.clear()

@@ -36,7 +36,8 @@ def all_to_all_rows(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[
         send_rows: rows for each member.
         receive_rows: rows from each member; equal to the members' send_rows for this rank.
 
-    Errors: ValueError, before anything is sent, where the splits do not fit x or the group.
+    Raises:
+        ValueError: the splits do not fit x or the group; raised before anything is sent.
     """
     if group.size == 1:
         return x

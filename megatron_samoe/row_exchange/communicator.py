@@ -46,8 +46,9 @@ class Communicator:
             send_rows: rows for each member.
             receive_rows: rows from each member; equal to the members' send_rows for this rank.
 
-        Errors: CommunicationError where a peer dies, gives up, disagrees about the splits or is silent for timeout_s;
-        ValueError, before anything is sent, where x is not on the right device or the splits do not fit it.
+        Raises:
+            CommunicationError: a peer dies, gives up, disagrees about the splits or is silent for timeout_s.
+            ValueError: x is not on the right device or the splits do not fit it; raised before anything is sent.
         """
         with self.group.waits:
             self._wait_for_background()
@@ -70,7 +71,7 @@ class Communicator:
     def start(
         self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None
     ) -> Pending:
-        """Starts exchange() in the background and returns it; its wait() gives the rows. x must not change before that.
+        """Starts exchange() in the background and returns it. Its wait() gives the rows; x must not change before that.
 
         Args:
             out: tensor for the rows; a new one if not given.

@@ -27,7 +27,8 @@ def with_exchange(
             CPU where ranks share a host, else the process group.
         by_nodes: over NCCL, send within a node first and then between nodes.
 
-    Errors: ConfigError where the extension is asked for and cannot be had, or exchanges by nodes on the CPU.
+    Raises:
+        ConfigError: the extension is asked for and cannot be had, or exchanges by nodes on the CPU.
     """
     if by_nodes and device.type == "cpu":
         raise ConfigError(

@@ -36,12 +36,12 @@ def copy_to_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
 
 
 def scatter_tokens(x: Tensor, group: Group) -> Tensor:
-    """Returns this rank's share of a replicated x along dim 0; the backward gathers gradients."""
+    """Returns this rank's share [T / tp, ...] of a replicated x [T, ...]; the backward gathers gradients."""
     return _border(x, group, _share, _all_tokens)
 
 
 def gather_tokens(x: Tensor, group: Group) -> Tensor:
-    """Returns all ranks' x along dim 0; the backward takes this rank's share of a replicated gradient."""
+    """Returns all ranks' x [T / tp, ...] as [T, ...]; the backward takes this rank's share of a replicated gradient."""
     return _border(x, group, _all_tokens, _share)
 
 
