@@ -1,7 +1,7 @@
 """Measures parallel layouts on this machine's CPUs, one process a rank, against what theory or the planner says.
 
     bubble     idle share of a pipeline's passes against (pp - 1) / (chunks * micro-batches + pp - 1)
-    overhead   optimizer steps of SaMoE against the standard MoE with as many active parameters, same layout
+    overhead   optimizer steps of each way of sharing against the standard MoE with as many candidates and active parameters
     memory     bytes per rank by part, MoE against SaMoE with a quarter of the expert parameters
     step-time  steps in several layouts against the planner's model, calibrated in the same run
 
@@ -54,6 +54,13 @@ LAYOUTS = {
 }
 #: What is compared: layout of the experts, and how a SaMoE combines its banks.
 MODELS = {"moe": ("moe", None), "samoe step": ("samoe", "step"), "samoe layer": ("samoe", "layer")}
+#: Other ways of sharing, by the options that they take; each layer has as many experts to choose from as the MoE's.
+WAYS: dict[str, dict[str, Any]] = {
+    "tied": {"expert_sharing": "tied"},
+    "scaled": {"expert_sharing": "scaled"},
+    "pool": {"expert_sharing": "pool", "moe_router_score_function": "norm"},
+    "neighbours": {"expert_sharing": "neighbours"},
+}
 
 
 def one_pipeline(setup: TrainSetup) -> tuple[float, float]:
@@ -117,12 +124,12 @@ def bubble(options: argparse.Namespace) -> Rows:
 
 
 def _on_two_ranks(
-    options: argparse.Namespace, name: str, layout: str, num_micro_batches: int | None = None, combine: str | None = None
+    options: argparse.Namespace, name: str, layout: str, num_micro_batches: int | None = None, **moe: Any
 ) -> PretrainConfig:  # fmt: skip
     """Returns a model on two ranks that take 8 micro-batches together, or so many each."""
     parallel = LAYOUTS[name]
     dp = 2 // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-    config = model_config(options, layout, num_micro_batches or 8 // dp, dp, samoe_combine=combine)
+    config = model_config(options, layout, num_micro_batches or 8 // dp, dp, **moe)
     return replace(config, parallel=parallel)
 
 
@@ -132,9 +139,12 @@ def _step(setup: TrainSetup) -> Callable[[], object]:
 
 def _overhead(options: argparse.Namespace, name: str) -> Rows:
     variants = {
-        model: _step(make_setup(_on_two_ranks(options, name, layout, 8, combine)))
+        model: _step(make_setup(_on_two_ranks(options, name, layout, 8, samoe_combine=combine)))
         for model, (layout, combine) in MODELS.items()
     }
+    for way, moe in WAYS.items():
+        own = options.num_experts // 2 if way == "neighbours" else options.num_experts  # of two layers
+        variants[way] = _step(make_setup(_on_two_ranks(options, name, "moe", 8, **moe, num_experts=own)))
     times = in_turn(variants, options.rounds, synchronized)
     medians = medians_of(times)
     return [
@@ -148,7 +158,7 @@ def _overhead(options: argparse.Namespace, name: str) -> Rows:
 
 
 def overhead(options: argparse.Namespace) -> Rows:
-    """Steps of 8 micro-batches on two ranks."""
+    """Steps of 8 micro-batches on two ranks, of every way of sharing."""
     return [row for name in options.layouts for row in run_ranks(_overhead, 2, options, name)]
 
 

@@ -17,7 +17,9 @@ def _beyond(default: object, known_to: Iterable[str] = ("export", "planner")) ->
 
 
 def _known_scores(score_function: str) -> frozenset[str]:
-    return READERS if score_function in ("softmax", "sigmoid") else frozenset(("export", "planner"))
+    if score_function == "norm":
+        return frozenset(("export", "planner"))
+    return frozenset(("planner",)) if score_function == "relu" else READERS
 
 
 def _readers_of_counts(num_experts: int | tuple[int, ...]) -> frozenset[str]:
@@ -79,11 +81,22 @@ class MoEConfig:
         2, range=POSITIVE, largest=100_000, needs=needs.EXPERTS, is_free=False, known_to=READERS
     )
     """Experts per token (K)."""
-    moe_router_score_function: Literal["softmax", "sigmoid", "norm"] = model_option(
+    moe_router_score_function: Literal["softmax", "sigmoid", "norm", "relu"] = model_option(
         "softmax", needs=needs.EXPERTS, is_free=False, known_to=_known_scores
     )
     """How logits become scores. norm (UniPool's NormRouter): a learned factor per layer times ReLU(logits / their length);
-    the chosen experts' scores are their weights as they are."""
+    the chosen experts' scores are their weights as they are. relu (ReMoE): ReLU(logits) are the weights of all experts where
+    they are positive; --moe-router-topk is how many these are on average, to which the balance loss is steered."""
+    moe_router_relu_update_rate: float = model_option(
+        0.2, range=ABOVE_ZERO, needs=needs.RELU, is_free=True, known_to=READERS
+    )
+    """Share by which the balance loss of --moe-router-score-function relu grows in a step while tokens visit more than
+    --moe-router-topk experts on average, and by whose inverse it shrinks while they visit fewer."""
+    moe_router_expert_choice: bool = model_option(
+        False, needs=needs.EXPERTS, is_free=False, known_to=_beyond(False, ("planner",))
+    )
+    """Let each expert choose the S * K / E tokens of a sequence that score it highest (Expert Choice). What it chooses depends
+    on later tokens, so that such a model cannot generate text."""
     moe_router_enable_expert_bias: bool = model_option(
         False, needs=needs.EXPERTS, is_free=False, known_to=_beyond(False)
     )

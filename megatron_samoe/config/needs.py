@@ -15,6 +15,7 @@ COEFFICIENTS = Need(
 )
 SHARING = Need(lambda c: c.moe.shares_experts, "needs --expert-layout samoe, or --expert-sharing other than own" + _NOT)
 SETS = Need(lambda c: c.moe.expert_sharing in ("tied", "scaled"), "needs --expert-sharing tied or scaled")
+RELU = Need(lambda c: c.moe.moe_router_score_function == "relu", "needs --moe-router-score-function relu")
 NEIGHBOURS = Need(lambda c: c.moe.sharing == "neighbours", "needs --expert-sharing neighbours")
 ONE_POOL = Need(lambda c: c.moe.sharing == "pool", "needs --expert-sharing pool")
 POOL_LOCK = Need(lambda c: c.moe.pool_lock_step is not None, "needs --pool-lock-step")

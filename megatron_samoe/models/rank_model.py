@@ -111,17 +111,19 @@ class RankModel(nn.Module):
         ]
 
     @torch.no_grad()
-    def after_step(self, counts_LE: Tensor, iteration: int) -> None:
+    def after_step(self, counts_LE: Tensor, iteration: int, num_tokens: int) -> None:
         """Updates routers from the loads of a global batch, after the optimizer has updated the weights.
 
         Args:
             iteration: number of steps done, including this one.
+            num_tokens: of the batch.
             counts_LE: tokens that chose each expert, of all MoE layers of the whole model.
         """
         balanced = self.balanced_counts(counts_LE)
+        visited = counts_LE.sum().item() / (len(counts_LE) * num_tokens)
         routers = {layer.moe.moe_index: layer.moe.router for layer in self.moe_layers()}
         for moe_index, router in routers.items():
-            router.after_step(balanced[moe_index])
+            router.after_step(balanced[moe_index], visited)
         schedule = candidate_schedule(self.config.moe)
         if schedule is not None:
             schedule.update({i: router.candidates for i, router in routers.items()}, counts_LE, iteration)

@@ -67,6 +67,8 @@ def mean_squared_weights(
 ) -> float:
     """Returns sum_k E[p_k^2] over independent normal logits, estimated from a fixed sample."""
     logits_TE = _normal(num_experts).mul_(logit_std)
+    if score_function == "relu":
+        return num_experts * logit_std**2 / 2
     if score_function == "norm":
         probs_TK = norm_start(num_experts, topk) * _largest_normed(num_experts, topk)
     else:

@@ -17,8 +17,8 @@ from megatron_samoe.moe.candidates import candidate_schedule, limited
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
 from megatron_samoe.moe.set_loads import SetColumns, count
 from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
-from megatron_samoe.ops.topk_gate import GateResult, relu_gate, topk_gate
-from megatron_samoe.parallel_state.parameter_tag import ZEROS, Init, ParameterTag
+from megatron_samoe.ops.topk_gate import GateResult, expert_choice, relu_gate, threshold_gate, topk_gate
+from megatron_samoe.parallel_state.parameter_tag import ONES, ZEROS, Init, ParameterTag
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
 from megatron_samoe.tensor_parallel.mappings import gather_tokens
@@ -63,6 +63,9 @@ class Router(nn.Module):
         if config.moe_router_enable_expert_bias:
             self.expert_bias = new_parameter((num_experts,), ParameterTag(init=ZEROS), state, dtype)
             self.expert_bias.requires_grad_(False)
+        if config.moe_router_score_function == "relu":
+            self.loss_weight = new_parameter((1,), ParameterTag(init=ONES), state, dtype)
+            self.loss_weight.requires_grad_(False)
         schedule = candidate_schedule(config)
         if schedule is not None:
             factors = Init(mean=schedule.start(place.moe_index, num_experts))
@@ -83,6 +86,10 @@ class Router(nn.Module):
         key_TE = self._choice_key(logits_TE)
         if config.moe_router_score_function == "norm":
             gate = relu_gate(logits_TE, topk, num_sequences, key_TE)
+        elif config.moe_router_score_function == "relu":
+            gate = threshold_gate(logits_TE, num_sequences, self.loss_weight)
+        elif config.moe_router_expert_choice:
+            gate = expert_choice(logits_TE, topk, num_sequences)
         else:
             gate = topk_gate(
                 logits_TE, topk, config.moe_router_score_function, config.pre_softmax, num_sequences, key_TE
@@ -108,8 +115,16 @@ class Router(nn.Module):
         return key_TE
 
     @torch.no_grad()
-    def after_step(self, counts_E: Tensor) -> None:
-        """Moves expert biases after an optimizer step, by the loads of its global batch (DeepSeek-V3, arXiv:2412.19437)."""
+    def after_step(self, counts_E: Tensor, visited: float) -> None:
+        """Moves expert biases after an optimizer step, by the loads of its global batch (DeepSeek-V3, arXiv:2412.19437), and the
+        weight of the loss that keeps experts few (ReMoE).
+
+        Args:
+            visited: experts that a token of the batch visited, on average over all layers.
+        """
+        if self.config.moe_router_score_function == "relu":
+            rate = 1.0 + self.config.moe_router_relu_update_rate
+            self.loss_weight.mul_(rate if visited > self.config.moe_router_topk else 1.0 / rate)
         if self.config.moe_router_enable_expert_bias:
             counts_E = counts_E.to(self.expert_bias)
             self.expert_bias.add_((counts_E.mean() - counts_E).sign(), alpha=self.config.moe_router_bias_update_rate)
@@ -128,7 +143,7 @@ class Router(nn.Module):
         if config.moe_router_score_function == "norm":
             logits_TE = self.scale * F.normalize(logits_TE, dim=1)
         if hasattr(self, "candidates"):
-            logits_TE = limited(logits_TE, self.candidates, config.moe_router_score_function == "norm")
+            logits_TE = limited(logits_TE, self.candidates, config.moe_router_score_function in ("norm", "relu"))
         if self.state.sequence_parallel:
             logits_TE = gather_tokens(logits_TE, self.state.tp)
         gate = self.select(logits_TE, context.batch_size)

@@ -116,6 +116,37 @@ def relu_gate(logits_TE: Tensor, topk: int, num_groups: int, key_TE: Tensor | No
     return described(logits_TE, ids_TK, probs_TK, num_groups, distribution_TE)
 
 
+def threshold_gate(logits_TE: Tensor, num_groups: int, loss_weight: Tensor) -> GateResult:
+    """Chooses every expert whose logit is positive, with ReLU(logit) as its weight (ReMoE, arXiv:2412.14711).
+
+    Args:
+        loss_weight: [1], factor on what balance losses see of the scores, which are not normalised.
+
+    Returns:
+        ids and weights of width E; ids are -1 where an expert is not chosen.
+    """
+    scores_TE = logits_TE.relu()
+    ids_TE = torch.where(scores_TE > 0, torch.arange(logits_TE.shape[1], device=logits_TE.device), -1)
+    return described(logits_TE, ids_TE, scores_TE, num_groups, scores_TE * loss_weight)
+
+
+def expert_choice(logits_TE: Tensor, topk: int, num_groups: int) -> GateResult:
+    """Lets each expert take the T * topk / (G * E) tokens of each group that score it highest (arXiv:2202.09368).
+
+    Weights are the experts' shares of a softmax over all; a token has from no to all experts.
+
+    Returns:
+        ids and weights of width E; ids are -1 where an expert did not take the token.
+    """
+    num_tokens, num_experts = logits_TE.shape
+    scores_GTE = logits_TE.softmax(-1).view(num_groups, -1, num_experts)
+    capacity = max(num_tokens // num_groups * topk // num_experts, 1)
+    taken = scores_GTE.detach().topk(capacity, dim=1).indices
+    mask_TE = torch.zeros_like(scores_GTE).scatter_(1, taken, 1.0).view_as(logits_TE)
+    ids_TE = torch.where(mask_TE > 0, torch.arange(num_experts, device=logits_TE.device), -1)
+    return described(logits_TE, ids_TE, scores_GTE.view_as(logits_TE) * mask_TE, num_groups)
+
+
 def described(
     logits_TE: Tensor, ids_TK: Tensor, probs_TK: Tensor, num_groups: int, distribution_TE: Tensor | None = None
 ) -> GateResult:

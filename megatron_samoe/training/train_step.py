@@ -155,7 +155,7 @@ def train_step(
         with named_range("optimizer", setup.parallel.device):
             setup.optimizer.step(lr, clip_factor(norm, optimizer.clip_grad))
         if routing is not None:
-            setup.model.after_step(routing.counts_LE, state.iteration + 1)
+            setup.model.after_step(routing.counts_LE, state.iteration + 1, setup.tokens_per_step)
     return result, replace(
         state,
         iteration=state.iteration + 1,

@@ -88,9 +88,23 @@ def _routing(config: PretrainConfig, world_size: int) -> Problems:
         elif topk // chosen > moe.fewest_experts // groups:
             yield ConfigError("--moe-router-group-topk", chosen, f"leaves a token {chosen} groups of {moe.fewest_experts // groups} "
                               f"experts, fewer than --moe-router-topk {topk}")  # fmt: skip
-    if moe.moe_router_score_function == "norm" and moe.moe_router_pre_softmax is not None:
+    score = moe.moe_router_score_function
+    if score in ("norm", "relu") and moe.moe_router_pre_softmax is not None:
         yield ConfigError("--moe-router-pre-softmax", moe.moe_router_pre_softmax,
-                          "has no use with --moe-router-score-function norm, whose scores are weights as they are")  # fmt: skip
+                          f"has no use with --moe-router-score-function {score}, whose scores are weights as they are")  # fmt: skip
+    chooses_topk = score != "relu" and not moe.moe_router_expert_choice
+    others = {"--moe-router-enable-expert-bias": moe.moe_router_enable_expert_bias, "--moe-router-num-groups": groups}
+    for name, value in others.items():
+        if value and not chooses_topk:
+            by = "--moe-router-score-function relu" if score == "relu" else "--moe-router-expert-choice"
+            yield ConfigError(name, value, f"has no use with {by}, where no token chooses its best experts")
+    if score == "relu" and moe.moe_router_load_balancing_type == "none":
+        yield ConfigError("--moe-router-load-balancing-type", "none", "must be another with --moe-router-score-function relu: "
+                          "the loss alone keeps the number of experts small")  # fmt: skip
+    if moe.moe_router_expert_choice and (score != "softmax" or moe.moe_router_load_balancing_type != "none"
+                                         or moe.moe_expert_capacity_factor is not None):  # fmt: skip
+        yield ConfigError("--moe-router-expert-choice", True, "needs --moe-router-load-balancing-type none and softmax scores, and no "
+                          "--moe-expert-capacity-factor: every expert takes equally many tokens")  # fmt: skip
     if moe.moe_balance_scope == "set" and not moe.ways & {"tied", "scaled"}:
         yield ConfigError("--moe-balance-scope", "set", "needs --expert-sharing tied, scaled or pool, not "
                           f"{moe.sharing}")  # fmt: skip

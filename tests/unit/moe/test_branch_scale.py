@@ -60,6 +60,7 @@ def test_an_moe_layer_begins_as_strong_as_the_dense_mlp(experts: int, topk: int,
         {"moe_residual_mlp": True, "moe_router_topk": 1},
         {"moe_residual_mlp": True, "moe_router_topk": 2, "moe_shared_expert_intermediate_size": 128},
         {"moe_router_score_function": "norm", "moe_router_topk": 2, "num_experts": 16},
+        {"moe_router_score_function": "relu", "moe_router_topk": 2, "num_experts": 16},
         {"moe_router_score_function": "sigmoid", "moe_router_topk": 2, "moe_router_topk_scaling_factor": 2.5},
     ],
 )

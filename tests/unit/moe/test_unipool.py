@@ -113,3 +113,26 @@ def test_experts_come_from_the_best_groups() -> None:
     # Best two of each pair: 0.9, 1.1, 0.3, 0.8; of the best one: 0.9, 0.6, 0.2, 0.8.
     assert limit_to_groups(key_TE, 4, 2, 2).isfinite().tolist() == [[True] * 4 + [False] * 4]
     assert limit_to_groups(key_TE, 4, 2, 1).isfinite().tolist() == [[True] * 2 + [False] * 4 + [True] * 2]
+
+
+def test_the_loss_of_positive_logits_grows_until_experts_are_few() -> None:
+    config = tiny_config(
+        "moe",
+        moe_router_topk=1,
+        num_experts=8,
+        moe_router_score_function="relu",
+        moe_aux_loss_coeff=1e-3,
+        lr=5e-3,
+        train_iters=60,
+    )
+    setup = build_setup(config, VOCAB_SIZE, single_process_state())
+    state, weight = initial_state(setup), 1.0
+    visited = []
+    for step in range(40):
+        result, state = train_step(setup, state, micro_batches(setup, step))
+        assert result.routing is not None
+        visited.append(result.routing.counts_LE.sum().item() / (4 * setup.tokens_per_step))
+        weight *= 1.2 if visited[-1] > 1 else 1 / 1.2
+        for layer in setup.model.moe_layers():
+            assert layer.moe.router.loss_weight.item() == pytest.approx(weight, rel=1e-5)
+    assert visited[0] > 3 and min(visited) < 1.5

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from megatron_samoe.ops import extension, reference
-from megatron_samoe.ops.topk_gate import topk_gate
+from megatron_samoe.ops.topk_gate import expert_choice, threshold_gate, topk_gate
 from tests.harness.op_checks import check_gate
 
 FLAVOURS = list(itertools.product(("softmax", "sigmoid"), (False, True)))
@@ -160,3 +160,26 @@ def test_the_result_does_not_depend_on_threads():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         topk_gate(torch.zeros(4, 8), **arguments)
+
+
+def test_experts_whose_logits_are_positive():
+    logits_TE = torch.tensor([[1.0, -1.0, 0.5], [-1.0, -2.0, -3.0]], requires_grad=True)
+    gate = threshold_gate(logits_TE, 1, torch.tensor([2.0]))
+    assert gate.ids_TK.tolist() == [[0, -1, 2], [-1, -1, -1]]
+    assert gate.probs_TK.tolist() == [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0]]
+    assert gate.counts_GE.tolist() == [[1, 0, 1]] and gate.score_sum_GE.tolist() == [[2.0, 0.0, 1.0]]
+    gate.probs_TK.sum().backward()
+    assert logits_TE.grad.tolist() == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+
+
+def test_experts_choose_the_tokens_that_score_them_highest():
+    logits_TE = torch.randn(12, 4, dtype=torch.float64)
+    gate = expert_choice(logits_TE, 2, 2)
+    scores_GTE = logits_TE.softmax(-1).view(2, 6, 4)
+    for g, e in itertools.product(range(2), range(4)):
+        best = set(scores_GTE[g, :, e].topk(3).indices.tolist())
+        taken = {t for t in range(6) if e in gate.ids_TK[6 * g + t].tolist()}
+        assert taken == best
+    assert (gate.counts_GE == 3).all()
+    chosen = gate.ids_TK >= 0
+    torch.testing.assert_close(gate.probs_TK, logits_TE.softmax(-1) * chosen)
