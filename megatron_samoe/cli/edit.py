@@ -13,11 +13,12 @@ from megatron_samoe.cli.arguments import Words, adder, program
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.interop.edited_model import EditedModel, model_names, open_checkpoint
 from megatron_samoe.interop.hf.export import refuse_other_tensors
-from megatron_samoe.interop.pool_surgery import pool_moe
-from megatron_samoe.interop.unpool_surgery import fold_samoe, select_samoe
+from megatron_samoe.interop.pool_surgery import SetOptions, pool_moe, tie_layers
+from megatron_samoe.interop.student_surgery import keep_layers
+from megatron_samoe.interop.unpool_surgery import fold_shared, select_samoe, tie_selected
 from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
 
 
@@ -45,11 +46,17 @@ def main(words: Words) -> None:
 def _edit(source: CheckpointReader, options: argparse.Namespace) -> EditedModel:
     refuse_other_tensors(source)
     if options.action == "pool":
-        return pool_moe(source, options.num_expert_banks, options.samoe_granularity)
+        return pool_moe(source, options.num_expert_banks, options.samoe_granularity, options.expert_sharing)
+    if options.action == "tie":
+        layers = None if options.sets_from == "average" else _numbers("--sets-from", options.sets_from)
+        sets = SetOptions(options.num_expert_sets, options.untied_ends, layers)
+        return tie_layers(source, options.expert_sharing, sets)
     if options.action == "fold":
-        return fold_samoe(source)
+        return fold_shared(source)
     if options.action == "select":
-        return select_samoe(source, options.scale)
+        return (tie_selected if options.to == "tied" else select_samoe)(source, options.scale)
+    if options.action == "student":
+        return keep_layers(source, _numbers("--keep-layers", options.keep_layers))
     names = ("expert_layout", "num_experts", "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function",
              "moe_layer_freq", "moe_ffn_hidden_size", "num_expert_banks", "samoe_granularity", "samoe_init")  # fmt: skip
     default = MoEConfig()
@@ -58,6 +65,13 @@ def _edit(source: CheckpointReader, options: argparse.Namespace) -> EditedModel:
     return upcycle_dense(
         source, UpcycleOptions(moe, options.dense_mlp, options.noise, options.router_std, options.seed)
     )
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    parts = text.replace(" ", "").split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
+        raise ConfigError(flag, text, "must be numbers of layers between commas, such as 0,2,4")
+    return tuple(map(int, parts))
 
 
 def _sizes(source: CheckpointReader, edited: EditedModel) -> str:
@@ -77,7 +91,7 @@ def _size(model: CheckpointReader | EditedModel) -> tuple[int, int]:
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
-    parser = argparse.ArgumentParser(description="Makes a model of another family from a trained one.")
+    parser = argparse.ArgumentParser(description="Makes another model from a trained one.")
     actions = parser.add_subparsers(dest="action", required=True)
     common = argparse.ArgumentParser(add_help=False)
     add = adder(common)
@@ -108,14 +122,24 @@ def make_parser() -> argparse.ArgumentParser:
     upcycle("--seed", 1234)
     pool = action("pool", "a MoE becomes the nearest SaMoE")
     pool("--num-expert-banks", int, required=True, metavar="P")
+    pool("--expert-sharing", "combined", "layers that combine banks, such as own,combined*6,own; all if not given", metavar="MAP")
     _add_granularity(pool)
-    action("fold", "a SaMoE becomes the plain MoE that computes the same")
-    select = action("select", "each layer of a SaMoE takes one bank")
+    tie = action("tie", "layers of a MoE come to use sets of experts, the nearest to their own")
+    tie("--expert-sharing", str, "tied, scaled, pool, or a map such as 0,1,1,1,2 or scaled:0*4,1*4", required=True, metavar="MAP")
+    tie("--num-expert-sets", 1, "sets of tied or scaled", metavar="N")
+    tie("--untied-ends", 0, "first and last MoE layers that keep their own", metavar="N")
+    tie("--sets-from", "average", "average, or for each set the layer whose experts it takes, such as 0,4", metavar="LAYERS")
+    action("fold", "a model whose layers share experts becomes the plain MoE that computes the same")
+    select = action("select", "each layer takes one bank, or its set without a factor")
     select(
         "--scale",
         ("keep", "one"),
         "keep: the bank keeps its coefficient; one: it becomes 1, the layer is exactly a bank",
     )
+    select("--to", ("banks", "tied"), "banks: a SaMoE with one-hot coefficients; tied: sets that layers use as they are, where "
+           "--scale keep is for w2 alone and moves into the weights of routing")  # fmt: skip
+    student = action("student", "a model of fewer layers starts from chosen ones")
+    student("--keep-layers", str, "rising numbers, such as 0,2,4", required=True, metavar="LAYERS")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
@@ -46,6 +47,11 @@ def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
     if len(pattern) != num_layers:
         raise ConfigError("--moe-layer-freq", text, f"{allowed}; this one has {len(pattern)} entries")
     return tuple(c == "1" for c in pattern)
+
+
+def written_layer_freq(is_moe: Sequence[bool]) -> str:
+    """Returns the value of --moe-layer-freq that makes these layers MoE."""
+    return "1" if all(is_moe) else "[" + ",".join("01"[bool(moe)] for moe in is_moe) + "]"
 
 
 #: Letters of a pipeline's layout; a slip in nested repeats must not fill the memory.

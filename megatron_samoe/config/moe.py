@@ -11,17 +11,17 @@ from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, P
 from megatron_samoe.config.sharing_map import ways_of
 
 
-def _beyond(default: object, known_to: Iterable[str] = ("planner",)) -> Callable[[object], frozenset[str]]:
+def _beyond(default: object, known_to: Iterable[str] = ("export", "planner")) -> Callable[[object], frozenset[str]]:
     """Returns the readers of an option's value: all know its default, `known_to` the other values."""
     return lambda value: READERS if value == default else frozenset(known_to)
 
 
 def _known_scores(score_function: str) -> frozenset[str]:
-    return READERS if score_function in ("softmax", "sigmoid") else frozenset(("planner",))
+    return READERS if score_function in ("softmax", "sigmoid") else frozenset(("export", "planner"))
 
 
 def _readers_of_counts(num_experts: int | tuple[int, ...]) -> frozenset[str]:
-    return READERS if isinstance(num_experts, int) else frozenset(("decode", "planner"))
+    return READERS if isinstance(num_experts, int) else frozenset(("decode", "export", "planner"))
 
 
 @dataclass(frozen=True)

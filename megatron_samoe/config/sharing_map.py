@@ -78,6 +78,22 @@ def parse_sharing(
     return _owned_where_alone((*ends, *(Source(way, i * sets // middle) for i in range(middle)), *ends))
 
 
+def written_map(sources: Sequence[Source]) -> str:
+    """Returns the value of --expert-sharing from which `parse_sharing` makes these sources, an entry for each layer."""
+    ways, numbers = {s.way for s in sources}, {s.number for s in sources if s.way in ("tied", "scaled")}
+    if len(ways) == 1 and not numbers:
+        return sources[0].way
+    # A tied set that one layer uses is an owned one, which fills the gap that it left among the sets' numbers.
+    gaps = [n for n in range(max(numbers, default=0)) if n not in numbers]
+    entries = []
+    for source in sources:
+        if source.way == "own" and gaps:
+            entries.append(str(gaps.pop(0)))
+        else:
+            entries.append(str(source.number) if source.way in ("tied", "scaled") else source.way)
+    return ("scaled:" if "scaled" in ways else "") + _written(entries)
+
+
 def _parse_map(text: str, num_layers: int) -> tuple[Source, ...]:
     prefix, colon, listed = text.rpartition(":")
     if colon and prefix.strip() not in ("tied", "scaled"):

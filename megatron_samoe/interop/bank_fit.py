@@ -122,6 +122,45 @@ def match_experts(grams: Sequence[Tensor], num_banks: int, max_sweeps: int = 10)
     return kept
 
 
+def match_to_mean(
+    grams: Sequence[Tensor], num_groups: int = 1, anchor: int | None = None, max_sweeps: int = 20
+) -> Tensor:
+    """Returns order_LE: expert order[l, e] of layer l plays role e, so that experts of a role are near each other.
+
+    A role's score for an expert is its inner product with the sum of those that play it, which is exact for one layer at a
+    time: each is placed anew until nothing changes.
+
+    Args:
+        grams: as for `match_experts`.
+        num_groups: consecutive groups that experts stay in.
+        anchor: layer whose experts the roles are; the mean of all if not given.
+    """
+    grams = [gram / torch.einsum("lele->", gram).clamp_min(1e-300) for gram in grams]
+    gram_LELE = torch.stack(grams).sum(0)
+    num_layers, num_experts = gram_LELE.shape[:2]
+    order_LE = torch.arange(num_experts).repeat(num_layers, 1)
+    group_E = torch.arange(num_experts) // (num_experts // num_groups)
+    is_apart_EE = group_E[:, None] != group_E
+
+    def place(layer: int, others: Sequence[int]) -> None:
+        score_EE = sum(gram_LELE[layer, :, other][:, order_LE[other]] for other in others)
+        assert isinstance(score_EE, Tensor)
+        barrier = 2 * num_experts * float(score_EE.abs().max()) + 1.0
+        order_LE[layer] = _assign(score_EE.masked_fill(is_apart_EE, -barrier))
+
+    fixed = anchor or 0
+    rest = [layer for layer in range(num_layers) if layer != fixed]
+    for number, layer in enumerate(rest):
+        place(layer, [fixed] if anchor is not None else [fixed, *rest[:number]])
+    for _ in range(max_sweeps if anchor is None else 0):
+        before = order_LE.clone()
+        for layer in rest:
+            place(layer, [other for other in range(num_layers) if other != layer])
+        if torch.equal(order_LE, before):
+            break
+    return order_LE
+
+
 def _assign(score_EE: Tensor) -> Tensor:
     # Equal scores keep the experts' own order.
     own = torch.eye(len(score_EE), dtype=score_EE.dtype) * (1e-9 * float(score_EE.abs().max()) + 1e-300)

@@ -7,8 +7,8 @@ size passes through the memory of a few tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.option import all_options
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.sharing_map import Source, written_map
 from megatron_samoe.config.validate import refuse_wrong_numbers, validate
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
@@ -27,7 +29,7 @@ from megatron_samoe.models.layer_layout import LayerPlace, all_layers
 
 #: Names of one expert's tensors, in the order of reading that lets a bank be read once for all layers.
 EXPERT_WEIGHTS = ("w1", "b1", "w2", "b2")
-POOL = "expert_pool.bank."
+POOL, SETS = "expert_pool.bank.", "expert_pool.set."
 FRACTIONS = "training.expert_fractions"
 #: What a checkpoint holds besides the model.
 NOT_MODEL = ("optimizer.", "training.")
@@ -60,9 +62,9 @@ class EditedModel:
         self.tensors[name] = StoredTensor(tuple(shape), dtype)
         self._recipes[name] = recipe
 
-    def keep(self, source: GlobalTensors, name: str) -> None:
-        """Adds a tensor as the source has it."""
-        self.add(name, source.tensors[name].shape, source.tensors[name].dtype, lambda: source.read(name))
+    def keep(self, source: GlobalTensors, name: str, new_name: str | None = None) -> None:
+        """Adds a tensor as the source has it, maybe under a new name."""
+        self.add(new_name or name, source.tensors[name].shape, source.tensors[name].dtype, lambda: source.read(name))
 
 
 class ReadOnce:
@@ -78,6 +80,35 @@ class ReadOnce:
             self._latest = None  # not two at a time
             self._latest = name, self._source.read(name)
         return self._latest[1]
+
+
+def without_idle_options(config: PretrainConfig) -> PretrainConfig:
+    """Returns the configuration with each option at its default that has no effect without another."""
+    while True:
+        idle = [
+            (group, name, default)
+            for group, name, value, default, facts in all_options(config)
+            if group in ("moe", "optimizer") and value != default and facts.needs and not facts.needs.is_met(config)
+        ]
+        if not idle:
+            return config
+        for group, name, default in idle:
+            config = replace(config, **{group: replace(getattr(config, group), **{name: default})})
+
+
+def with_sharing(config: PretrainConfig, sources: Sequence[Source]) -> PretrainConfig:
+    """Returns the configuration of a model whose MoE layers have other sources of experts, without options that then have
+    no effect."""
+    moe, ways = config.moe, {source.way for source in sources}
+    if ways == {"combined"}:
+        layout: dict[str, Any] = {"expert_layout": "samoe", "expert_sharing": None}
+    else:
+        layout = {"expert_layout": "moe", "expert_sharing": written_map(sources) if ways - {"own"} else None}
+    scope = moe.moe_balance_scope
+    if moe.balances_sets:
+        scope = "set" if ways & {"tied", "scaled"} else None
+    moe = replace(moe, num_expert_sets=1, untied_ends=0, moe_balance_scope=scope, **layout)
+    return without_idle_options(replace(config, moe=moe))
 
 
 def begin_edit(source: GlobalTensors, config: PretrainConfig) -> EditedModel:
@@ -99,12 +130,13 @@ def source_config(source: GlobalTensors) -> PretrainConfig:
     return config
 
 
-def require_family(config: PretrainConfig, needed: str, action: str) -> None:
-    """Raises ConfigError unless the source is of the family that an action takes."""
-    if config.moe.expert_layout != needed:
+def require(is_met: bool, config: PretrainConfig, needed: str, action: str) -> None:
+    """Raises ConfigError unless the source is one that an action takes; `needed` says which these are."""
+    if not is_met:
+        sharing = "" if config.moe.expert_sharing is None else f" and expert_sharing {config.moe.expert_sharing}"
         raise ConfigError(
-            "--load-dir", f"a checkpoint with expert_layout {config.moe.expert_layout}",
-            f"{action} needs a checkpoint with expert_layout {needed}",
+            "--load-dir", f"a checkpoint with expert_layout {config.moe.expert_layout}{sharing}",
+            f"{action} needs a checkpoint with {needed}",
         )  # fmt: skip
 
 
@@ -124,17 +156,29 @@ def compute_dtype(source: GlobalTensors) -> torch.dtype:
 
 
 def add_fractions(
-    edited: EditedModel, source: GlobalTensors, num_layers: int, num_experts: int, order_LE: Tensor | None = None
+    edited: EditedModel, source: GlobalTensors, num_experts: Sequence[int], order_LE: Tensor | None = None
 ) -> None:
-    """Adds the expert loads that a continued run starts from: the source's, reordered, or uniform."""
+    """Adds the expert loads that a continued run starts from: the source's, reordered, or uniform.
+
+    Args:
+        num_experts: of each MoE layer; a layer with fewer than another has no loads in the last columns.
+    """
 
     def recipe() -> Tensor:
         if FRACTIONS not in source.tensors:
-            return torch.full((num_layers, num_experts), 1 / num_experts)
+            return uniform_fractions(num_experts)
         fractions_LE = source.read(FRACTIONS)
         return fractions_LE if order_LE is None else fractions_LE.gather(1, order_LE)
 
-    edited.add(FRACTIONS, (num_layers, num_experts), torch.float32, recipe)
+    edited.add(FRACTIONS, (len(num_experts), max(num_experts)), torch.float32, recipe)
+
+
+def uniform_fractions(num_experts: Sequence[int]) -> Tensor:
+    """Returns equal loads of each layer's experts."""
+    fractions_LE = torch.zeros(len(num_experts), max(num_experts))
+    for fractions_E, count in zip(fractions_LE, num_experts, strict=True):
+        fractions_E[:count] = 1 / count
+    return fractions_LE
 
 
 def open_checkpoint(load_dir: str | Path, ckpt_step: int | None = None) -> CheckpointReader:

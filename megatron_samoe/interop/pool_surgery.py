@@ -1,127 +1,263 @@
-"""A trained MoE poured into a pool of banks: the SaMoE that comes nearest to it.
+"""A trained MoE whose layers come to share experts: the nearest one in which they do, by a sharing map.
 
-Experts of different layers have no common numbering, so each layer's are first matched with those of the others
-(`bank_fit.match_experts`) and its router's rows are reordered likewise, which changes nothing. Then all layers are
-projected on the P banks that lose least, w1 and b1 with one set of coefficients, w2 and b2 with another, as SaMoE
-computes. A MoE whose experts are combinations of P banks comes back up to rounding.
+Experts of different layers have no common numbering, so those of layers that will share are first matched
+(`bank_fit.match_experts` for mixtures of banks, `match_to_mean` for sets) and their routers' rows are reordered likewise,
+which changes nothing. Then:
 
-Neurons within an expert are not matched: the numbering of its F hidden units is taken as it is.
+    combined    layers are projected on the P banks that lose least, w1 and b1 with one set of coefficients, w2 and b2 with
+                another, as SaMoE computes. A MoE whose experts are combinations of P banks comes back up to rounding;
+    tied        a set is the average of its layers, or one layer's experts;
+    scaled      a set is the one bank that loses least, or one layer's experts, and each layer gets the best factors.
+
+Layers that own their experts keep them. Neurons within an expert are not matched: the numbering of its F hidden units is taken
+as it is. A model whose layers share already is folded first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.sharing_map import Source, parse_sharing
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.interop.bank_fit import BankFit, fit_banks, match_experts, role_gram
+from megatron_samoe.interop.bank_fit import BankFit, fit_banks, match_experts, match_to_mean, role_gram
 from megatron_samoe.interop.edited_model import (
-    EXPERT_WEIGHTS,
     POOL,
+    SETS,
     EditedModel,
     add_fractions,
     begin_edit,
     model_names,
-    moe_layers,
-    require_family,
+    require,
     source_config,
+    with_sharing,
 )
 from megatron_samoe.interop.gram import inner_products
+from megatron_samoe.interop.layer_experts import LayerExperts, is_experts
+from megatron_samoe.interop.unpool_surgery import fold_shared
+from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 
 Granularity = Literal["layer", "expert"]
 
 
-def pool_moe(source: GlobalTensors, num_banks: int, granularity: Granularity = "layer") -> EditedModel:
+@dataclass(frozen=True)
+class SetOptions:
+    """How sets are made.
+
+    Attributes:
+        num_sets, untied_ends: where --expert-sharing is no map.
+        layers: of each set, the layer (among all) whose experts it takes; None for the average of its layers.
+    """
+
+    num_sets: int = 1
+    untied_ends: int = 0
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """MoE layers that share, and what of.
+
+    Attributes:
+        stored: what the names of the shared tensors begin with.
+        anchor: place among the layers of the one that a set is taken from.
+    """
+
+    source: Source
+    layers: list[LayerPlace]
+    num_banks: int = 1
+    per_expert: bool = False
+    anchor: int | None = None
+
+    @property
+    def stored(self) -> str:
+        return POOL if self.source.way == "combined" else f"{SETS}{self.source.number}."
+
+    @property
+    def named(self) -> str:
+        return f"{self.num_banks} banks" if self.source.way == "combined" else f"set {self.source.number}"
+
+
+def pool_moe(
+    source: GlobalTensors, num_banks: int, granularity: Granularity = "layer", sharing: str = "combined"
+) -> EditedModel:
     """Returns the SaMoE of `num_banks` banks that is nearest to a MoE; all inner products are taken now.
 
     Args:
         granularity: one set of coefficients per layer, or per layer and expert.
+        sharing: combined, or a map of combined layers and others.
 
     Raises:
-        ConfigError: the source is no MoE, or has fewer MoE layers than banks.
+        ConfigError: the source has no experts, the map does not fit it, or fewer layers combine than there are banks.
     """
-    config = source_config(source)
-    require_family(config, "moe", "pool")
-    layers = [place.index for place in moe_layers(config)]
-    if not 1 <= num_banks <= len(layers):
-        raise ConfigError("--num-expert-banks", num_banks, f"must be from 1 to the number of MoE layers, {len(layers)}")
-    edited = begin_edit(source, _pooled_config(config, num_banks, granularity))
-    kinds = [kind for kind in EXPERT_WEIGHTS if _name(layers[0], kind) in source.tensors]
-    grams = [_gram_of_row(source, layers, [k for k in kinds if ROW_OF_WEIGHT[k] == row]) for row in (0, 1)]
-    order_LE = match_experts(grams, num_banks)
-    fits = [fit_banks(role_gram(gram, order_LE, granularity == "expert"), num_banks) for gram in grams]
+    config, source, report = _standard(source, "pool")
+    moe = replace(config.moe, num_expert_banks=num_banks, samoe_granularity=granularity)
+    return _share(replace(config, moe=moe), source, sharing, SetOptions(), "pool", report)
 
-    for name in model_names(source):
-        if ".moe.experts." not in name and not name.endswith(".moe.router.weight"):
-            edited.keep(source, name)
-    _add_layers(edited, source, layers, order_LE, fits)
-    _add_banks(edited, source, layers, kinds, order_LE, fits, num_banks)
-    add_fractions(edited, source, len(layers), config.moe.num_experts, order_LE)
-    edited.report += _report(layers, order_LE, fits, num_banks)
+
+def tie_layers(source: GlobalTensors, sharing: str, options: SetOptions | None = None) -> EditedModel:
+    """Returns the model nearest to a MoE whose layers use sets by a map; all inner products are taken now.
+
+    Raises:
+        ConfigError: the source has no experts, the map does not fit it, or it has combined layers.
+    """
+    config, source, report = _standard(source, "tie")
+    return _share(config, source, sharing, options or SetOptions(), "tie", report)
+
+
+def _standard(source: GlobalTensors, action: str) -> tuple[PretrainConfig, GlobalTensors, list[str]]:
+    """Returns a source whose layers own their experts, its configuration, and what was done for it."""
+    config = source_config(source)
+    require(config.moe.expert_layout != "dense", config, "expert_layout moe or samoe", action)
+    if not config.moe.shares_experts:
+        return config, source, []
+    folded = fold_shared(source)
+    return source_config(folded), folded, folded.report
+
+
+def _share(
+    config: PretrainConfig, source: GlobalTensors, sharing: str, options: SetOptions, action: str, report: Sequence[str]
+) -> EditedModel:  # fmt: skip
+    experts = LayerExperts(source)
+    sources = parse_sharing(sharing, len(experts.layers), options.num_sets, options.untied_ends)
+    groups = _groups(config, experts.layers, sources, sharing, options, action)
+    edited = begin_edit(source, with_sharing(config, sources))
+    order_LE = torch.arange(config.moe.most_experts).repeat(len(sources), 1)
+    fits = []
+    for group in groups:
+        order_lE, fit = _fit(source, experts, group, config.moe.moe_router_num_groups)
+        members = [place.moe_index for place in group.layers]
+        order_LE[members, : order_lE.shape[1]] = order_lE
+        fits.append(fit)
+    _add_layers(edited, source, experts, sources, order_LE)
+    for group, fit in zip(groups, fits, strict=True):
+        _add_shared(edited, experts, group, order_LE, fit)
+    add_fractions(edited, source, [place.num_experts for place in experts.layers], order_LE)
+    edited.report += [*report, *_report(groups, order_LE, fits, action)]
     return edited
 
 
-def _pooled_config(config: PretrainConfig, num_banks: int, granularity: Granularity) -> PretrainConfig:
-    return replace(
-        config,
-        moe=replace(config.moe, expert_layout="samoe", num_expert_banks=num_banks, samoe_granularity=granularity),
-    )
+def _groups(
+    config: PretrainConfig, layers: Sequence[LayerPlace], sources: Sequence[Source], sharing: str, options: SetOptions,
+    action: str,
+) -> list[_Group]:  # fmt: skip
+    moe, ways = config.moe, {source.way for source in sources}
+    wanted = {"combined"} if action == "pool" else {"tied", "scaled"}
+    if not ways & wanted or (action == "tie" and "combined" in ways):
+        words = (
+            "combined layers; tie makes sets" if action == "pool" else "sets, and no combined layers, which pool makes"
+        )
+        raise ConfigError("--expert-sharing", sharing, f"must have {words}")
+    numbers = sorted({source.number for source in sources if source.way in ("tied", "scaled")})
+    if options.layers is not None and len(options.layers) != len(numbers):
+        raise ConfigError("--sets-from", list(options.layers), f"must name a layer for each of sets {numbers}")
+    groups = []
+    for source in sorted(set(sources) - {Source("own")}, key=lambda s: (s.way, s.number)):
+        used_by = [place for place, own in zip(layers, sources, strict=True) if own == source]
+        if source.way == "combined":
+            if not 1 <= moe.num_expert_banks <= len(used_by):
+                raise ConfigError("--num-expert-banks", moe.num_expert_banks, "must be from 1 to the number of MoE layers that "
+                                  f"combine them, {len(used_by)}")  # fmt: skip
+            if moe.moe_router_num_groups is not None:
+                raise ConfigError("--moe-router-num-groups", moe.moe_router_num_groups, "cannot be kept by pool, which "
+                                  "renumbers experts across groups; tie keeps groups")  # fmt: skip
+            groups.append(_Group(source, used_by, moe.num_expert_banks, moe.samoe_granularity == "expert"))
+            continue
+        anchor = None
+        if options.layers is not None:
+            indices, chosen = [place.index for place in used_by], options.layers[numbers.index(source.number)]
+            if chosen not in indices:
+                raise ConfigError("--sets-from", chosen, f"must be one of set {source.number}'s layers, {indices}")
+            anchor = indices.index(chosen)
+        groups.append(_Group(source, used_by, anchor=anchor))
+    return groups
 
 
-def _name(layer: int, kind: str) -> str:
-    return f"layers.{layer}.moe.experts.{kind}"
+def _fit(
+    source: GlobalTensors, experts: LayerExperts, group: _Group, expert_groups: int | None
+) -> tuple[Tensor, list[BankFit]]:
+    """Returns the common numbering of a group's experts, [layers, E], and the banks of w1 and b1, and of w2 and b2."""
+    rows = [[k for k in experts.kinds if ROW_OF_WEIGHT[k] == row] for row in (0, 1)]
+    grams = [_gram_of_row(experts, group.layers, kinds) for kinds in rows]
+    if group.source.way == "combined":
+        order_LE = match_experts(grams, group.num_banks)
+        return order_LE, [fit_banks(role_gram(gram, order_LE, group.per_expert), group.num_banks) for gram in grams]
+    order_LE = match_to_mean(grams, expert_groups or 1, group.anchor)
+    return order_LE, [_fit_set(role_gram(gram, order_LE, per_expert=False), group) for gram in grams]
 
 
-def _gram_of_row(source: GlobalTensors, layers: list[int], kinds: list[str]) -> Tensor:
+def _gram_of_row(experts: LayerExperts, layers: Sequence[LayerPlace], kinds: Sequence[str]) -> Tensor:
     """Returns inner products over the tensors that share a row of coefficients."""
 
     def reader(kind: str) -> Callable[[int], Tensor]:
-        return lambda number: source.read(_name(layers[number], kind)).flatten(1)
+        return lambda number: experts.read(layers[number], kind).flatten(1)
 
-    num_experts = source.tensors[_name(layers[0], kinds[0])].shape[0]
-    return torch.stack([inner_products(reader(kind), len(layers), num_experts) for kind in kinds]).sum(0)
+    count = layers[0].num_experts
+    return torch.stack([inner_products(reader(kind), len(layers), count) for kind in kinds]).sum(0)
+
+
+def _fit_set(gram_GLL: Tensor, group: _Group) -> BankFit:
+    """Returns the set as one bank, whose coefficients are 1 for a tied one."""
+    gram_LL, count, is_scaled = gram_GLL[0], len(group.layers), group.source.way == "scaled"
+    if is_scaled and group.anchor is None:
+        return fit_banks(gram_GLL, 1)
+    mixture_L = torch.full((count,), 1.0 / count).double()
+    if group.anchor is not None:
+        mixture_L = torch.nn.functional.one_hot(torch.tensor(group.anchor), count).double()
+    along_L = gram_LL @ mixture_L
+    factor_L = along_L / (mixture_L @ along_L).clamp_min(1e-300) if is_scaled else torch.ones(count).double()
+    rest_LL = torch.eye(count).double() - factor_L[:, None] * mixture_L
+    lost_L = torch.einsum("li,ij,lj->l", rest_LL, gram_LL, rest_LL).clamp_min(0)
+    norm_L = gram_LL.diagonal()
+    lost_L = lost_L / norm_L.clamp_min(1e-300)
+    return BankFit(factor_L[:, None, None], mixture_L[None, None], lost_L[:, None], norm_L[:, None])
 
 
 def _add_layers(
-    edited: EditedModel, source: GlobalTensors, layers: list[int], order_LE: Tensor, fits: list[BankFit]
+    edited: EditedModel, source: GlobalTensors, experts: LayerExperts, sources: Sequence[Source], order_LE: Tensor
 ) -> None:
-    for number, layer in enumerate(layers):
-        router = f"layers.{layer}.moe.router.weight"
-        stored = source.tensors[router]
+    """Adds all but what is shared; experts of layers that share are left out, and their routers' rows reordered."""
+    shares = {p.index: p for p, s in zip(experts.layers, sources, strict=True) if s.way != "own"}
+    for name in model_names(source):
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+        place = shares.get(layer)
+        if place is None:
+            edited.keep(source, name)
+        elif name.endswith((".router.weight", ".router.expert_bias")):
+            order_E, stored = order_LE[place.moe_index, : place.num_experts], source.tensors[name]
+            edited.add(name, stored.shape, stored.dtype, lambda n=name, o=order_E: source.read(n)[o])
+        elif not is_experts(name):
+            edited.keep(source, name)
 
-        def reordered(router: str = router, order_E: Tensor = order_LE[number]) -> Tensor:
-            return source.read(router)[order_E]
 
-        edited.add(router, stored.shape, stored.dtype, reordered)
-        a_2GP = torch.stack([fit.coefficients_LGP[number] for fit in fits]).float()
-        edited.add(f"layers.{layer}.moe.combination", tuple(a_2GP.shape), torch.float32, lambda a=a_2GP: a)
-
-
-def _add_banks(
-    edited: EditedModel, source: GlobalTensors, layers: list[int], kinds: list[str], order_LE: Tensor,
-    fits: list[BankFit], num_banks: int,
-) -> None:  # fmt: skip
-    for kind in kinds:
+def _add_shared(
+    edited: EditedModel, experts: LayerExperts, group: _Group, order_LE: Tensor, fits: Sequence[BankFit]
+) -> None:
+    if group.source.way != "tied":
+        for number, place in enumerate(group.layers):
+            a_2GP = torch.stack([fit.coefficients_LGP[number] for fit in fits]).float()
+            edited.add(f"layers.{place.index}.moe.combination", tuple(a_2GP.shape), torch.float32, lambda a=a_2GP: a)
+    for kind in experts.kinds:
         mixture_PGL = fits[ROW_OF_WEIGHT[kind]].mixture_PGL
-        shape = (num_banks, *source.tensors[_name(layers[0], kind)].shape)
+        shape = (group.num_banks, *experts.shape(group.layers[0], kind))
 
         def mixed(kind: str = kind, mixture_PGL: Tensor = mixture_PGL, shape: tuple[int, ...] = shape) -> Tensor:
             bank = torch.zeros(shape)
-            for number, layer in enumerate(layers):
-                weights = source.read(_name(layer, kind))[order_LE[number]].float()
-                add_mixed(bank, mixture_PGL[:, :, number], weights)
+            for number, place in enumerate(group.layers):
+                if mixture_PGL[:, :, number].any():
+                    order_E = order_LE[place.moe_index, : place.num_experts]
+                    add_mixed(bank, mixture_PGL[:, :, number], experts.read(place, kind)[order_E].float())
             return bank
 
-        # Banks are their own master weights, fp32 in every precision.
-        edited.add(POOL + kind, shape, torch.float32, mixed)
+        # What is shared is its own master weight, fp32 in every precision.
+        edited.add(group.stored + kind, shape, torch.float32, mixed)
 
 
 def add_mixed(bank_PE: Tensor, factor_PG: Tensor, weights_E: Tensor) -> None:
@@ -133,22 +269,16 @@ def add_mixed(bank_PE: Tensor, factor_PG: Tensor, weights_E: Tensor) -> None:
                 bank_E[expert].add_(weights_E[expert], alpha=factor)
 
 
-def _report(layers: list[int], order_LE: Tensor, fits: list[BankFit], num_banks: int) -> list[str]:
-    own_E = torch.arange(order_LE.shape[1])
-    errors_2L = [fit.relative_error_L.tolist() for fit in fits]
-    lines = [f"pool: {len(layers)} layers of {len(own_E)} experts into {num_banks} banks of as many.",
-             "layer  experts renumbered  lost of w1, b1  lost of w2, b2   (norm of the difference / norm)"]  # fmt: skip
-    for number, layer in enumerate(layers):
-        moved = int((order_LE[number] != own_E).sum())
-        lines.append(f"{layer:5}  {moved:18}  {errors_2L[0][number]:14.2e}  {errors_2L[1][number]:14.2e}")
-    total = [float(((f.lost_LG * f.norm_LG).sum() / f.norm_LG.sum()).sqrt()) for f in fits]
-    lines.append(f"{'all':>5}  {'':18}  {total[0]:14.2e}  {total[1]:14.2e}")
-    return lines
-
-
-def default_pool_fields() -> dict[str, object]:
-    """Returns the pool's options as they stand where there is no pool."""
-    default = MoEConfig()
-    names = ("num_expert_banks", "samoe_combine", "samoe_granularity", "samoe_normalization", "samoe_init",
-             "samoe_pool_placement", "pool_replica_check_interval", "samoe_freeze_coefficients")  # fmt: skip
-    return {name: getattr(default, name) for name in names}
+def _report(
+    groups: Sequence[_Group], order_LE: Tensor, fits: Sequence[Sequence[BankFit]], action: str
+) -> Iterator[str]:  # fmt: skip
+    for group, pair in zip(groups, fits, strict=True):
+        count = group.layers[0].num_experts
+        yield f"{action}: {len(group.layers)} layers of {count} experts into {group.named} of as many."
+        yield "layer  experts renumbered  lost of w1, b1  lost of w2, b2   (norm of the difference / norm)"
+        errors_2L = [fit.relative_error_L.tolist() for fit in pair]
+        for number, place in enumerate(group.layers):
+            moved = int((order_LE[place.moe_index, :count] != torch.arange(count)).sum())
+            yield f"{place.index:5}  {moved:18}  {errors_2L[0][number]:14.2e}  {errors_2L[1][number]:14.2e}"
+        total = [float(((f.lost_LG * f.norm_LG).sum() / f.norm_LG.sum()).sqrt()) for f in pair]
+        yield f"{'all':>5}  {'':18}  {total[0]:14.2e}  {total[1]:14.2e}"

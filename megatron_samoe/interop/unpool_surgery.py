@@ -1,85 +1,83 @@
-"""A SaMoE without the work of combining: folded into a plain MoE, or with one bank chosen for each layer.
+"""A model that shares experts without the work of combining: folded into a plain MoE, or with one bank for each layer.
 
-Folding computes every layer's experts once, as a step of training does, and gives up the pool: the result is as large
-as the standard MoE that it equals. Selecting keeps the pool and lets each layer name one bank, so that layers share
-storage and nothing has to be combined; the weights change, and by how much is said.
+Folding computes every layer's experts once, as a step of training does, and gives up what is shared: the result is as large
+as the standard MoE that it equals. Selecting lets each layer name one bank, so that layers share storage and nothing has to
+be combined; the weights change, and by how much is said. What is selected is kept as one-hot coefficients of the pool, or
+becomes tied sets, of which w1 is used as it is; a factor on w2 goes into the weights of routing, where the router has a place
+for one: the scale of --moe-router-score-function norm, or --moe-router-topk-scaling-factor if all layers want the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.sharing_map import Source, written_map
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import (
-    EXPERT_WEIGHTS,
     FRACTIONS,
-    POOL,
+    SETS,
     EditedModel,
-    ReadOnce,
     begin_edit,
-    compute_dtype,
     model_names,
-    moe_layers,
-    require_family,
+    require,
     source_config,
+    with_sharing,
 )
 from megatron_samoe.interop.gram import bank_inner_products
-from megatron_samoe.interop.pool_surgery import default_pool_fields
-from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, normalize_coefficients
-from megatron_samoe.moe.sharing.combined import combine
+from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, source_of, stored_experts
+from megatron_samoe.models.layer_layout import LayerPlace
+from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 
 Scale = Literal["keep", "one"]
+#: Factors that differ by less are rounding.
+EQUAL = 1e-5
 
 
-def fold_samoe(source: GlobalTensors) -> EditedModel:
-    """Returns the plain MoE that computes what a SaMoE computes, in the model's precision.
+def fold_shared(source: GlobalTensors) -> EditedModel:
+    """Returns the plain MoE that computes what a model with shared experts computes, in the model's precision.
 
     Raises:
-        ConfigError: the source is no SaMoE.
+        ConfigError: no layers of the source share experts.
     """
     config = source_config(source)
-    require_family(config, "samoe", "fold")
-    folded = replace(config.moe, expert_layout="moe", **default_pool_fields())  # type: ignore[arg-type]
-    optimizer = replace(config.optimizer, samoe_coefficient_lr_mult=1.0)
-    edited = begin_edit(source, replace(config, moe=folded, optimizer=optimizer))
+    require(config.moe.shares_experts, config, "experts that layers share", "fold")
+    experts = LayerExperts(source)
+    edited = begin_edit(source, with_sharing(config, [Source("own")] * len(experts.layers)))
     for name in model_names(source):
-        if not name.startswith(POOL) and not name.endswith(".moe.combination"):
+        if not is_experts(name):
             edited.keep(source, name)
-    read_bank, layers = ReadOnce(source), [place.index for place in moe_layers(config)]
-    for kind in EXPERT_WEIGHTS:
-        if POOL + kind not in source.tensors:
-            continue
-        for layer in layers:
-
-            def combined(kind: str = kind, layer: int = layer) -> Tensor:
-                a_2GP = read_coefficients(source, layer, config.moe.samoe_normalization)
-                return combined_weights(a_2GP[ROW_OF_WEIGHT[kind]], read_bank(POOL + kind), compute_dtype(source))
-
-            shape = source.tensors[POOL + kind].shape[1:]
-            edited.add(f"layers.{layer}.moe.experts.{kind}", shape, compute_dtype(source), combined)
+    for kind in experts.kinds:
+        for place in sorted(experts.layers, key=stored_experts):
+            name, shape = f"layers.{place.index}.moe.experts.{kind}", experts.shape(place, kind)
+            edited.add(name, shape, experts.dtype, lambda p=place, k=kind: experts.read(p, k))
     if FRACTIONS in source.tensors:
         edited.keep(source, FRACTIONS)
-    banks, ratio = config.moe.num_expert_banks, len(layers) / config.moe.num_expert_banks
-    edited.report.append(
-        f"fold: {banks} banks into {len(layers)} layers of {config.moe.num_experts} experts each, "
-        f"{ratio:.1f} times the expert parameters."
-    )
+    edited.report.append(_folded(config, experts))
     return edited
 
 
-def read_coefficients(source: GlobalTensors, layer: int, normalization: str) -> Tensor:
-    """Returns a layer's weights of banks, [2, G, P], normalised as the model does."""
-    return normalize_coefficients(source.read(f"layers.{layer}.moe.combination"), normalization)
-
-
-def combined_weights(a_GP: Tensor, bank: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns one layer's effective weights [E, ...] of banks [P, E, ...], as training makes them."""
-    out = bank.new_empty((1, *bank.shape[1:]), dtype=dtype)
-    return combine(a_GP[None].to(bank.dtype), bank, out)[0]
+def _folded(config: PretrainConfig, experts: LayerExperts) -> str:
+    stored = {stored_experts(place): source_of(place) for place in experts.layers}
+    ways = [source.way for source in stored.values()]
+    banks = config.moe.num_expert_banks if "combined" in ways else 0
+    counts = {
+        "banks": banks,
+        "sets": ways.count("tied") + ways.count("scaled"),
+        "layers of their own": ways.count("own"),
+    }
+    held, layers = " and ".join(f"{n} {what}" for what, n in counts.items() if n), len(experts.layers)
+    size = {place: place.num_experts for place in experts.layers}
+    parts = {stored_experts(p): n * (banks if source_of(p).way == "combined" else 1) for p, n in size.items()}
+    each = " or ".join(map(str, sorted(set(size.values()))))
+    ratio = sum(size.values()) / sum(parts.values())
+    return f"fold: {held} into {layers} layers of {each} experts each, {ratio:.1f} times the expert parameters."
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,22 @@ def select_bank(a_GP: Tensor, gram_GPP: Tensor, scale: Scale) -> Selection:
         scale: keep: the chosen bank keeps its coefficient; one: it gets 1, so that a layer is exactly a bank.
     """
     a_GP = a_GP.double()
-    num_banks = a_GP.shape[1]
-    kept_GBP = torch.diag_embed(a_GP) if scale == "keep" else torch.eye(num_banks).double().expand(len(a_GP), -1, -1)
-    gone_GBP = a_GP[:, None] - kept_GBP
-    lost_GB = torch.einsum("gbi,gij,gbj->gb", gone_GBP, gram_GPP, gone_GBP).clamp_min(0)
+    kept_GBP = torch.diag_embed(a_GP) if scale == "keep" else _unit_rows(a_GP)
+    lost_GB = _lost(a_GP, kept_GBP, gram_GPP)
     choice_G = lost_GB.argmin(1)
     every = torch.arange(len(a_GP))
-    norm = torch.einsum("gi,gij,gj->", a_GP, gram_GPP, a_GP).clamp_min(1e-300)
+    norm = _lost(a_GP, torch.zeros_like(a_GP)[:, None], gram_GPP).sum().clamp_min(1e-300)
     return Selection(kept_GBP[every, choice_G].float(), float((lost_GB[every, choice_G].sum() / norm).sqrt()))
+
+
+def _unit_rows(a_GP: Tensor) -> Tensor:
+    return torch.eye(a_GP.shape[1]).double().expand(len(a_GP), -1, -1)
+
+
+def _lost(a_GP: Tensor, kept_GBP: Tensor, gram_GPP: Tensor) -> Tensor:
+    """Returns the squared norm [G, B] of what weights lose that become `kept` combinations."""
+    gone_GBP = a_GP[:, None] - kept_GBP
+    return torch.einsum("gbi,gij,gbj->gb", gone_GBP, gram_GPP, gone_GBP).clamp_min(0)
 
 
 def select_samoe(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
@@ -119,17 +125,19 @@ def select_samoe(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     Coefficients of the result are not normalised, and frozen unless training says otherwise.
 
     Raises:
-        ConfigError: the source is no SaMoE.
+        ConfigError: no layers of the source combine banks.
     """
     config = source_config(source)
-    require_family(config, "samoe", "select")
+    require(config.moe.has_pool, config, "expert_layout samoe, or combined layers", "select")
+    experts = LayerExperts(source)
     moe = replace(config.moe, samoe_normalization="none", samoe_freeze_coefficients=True)
     optimizer = replace(config.optimizer, samoe_coefficient_lr_mult=1.0)
     edited = begin_edit(source, replace(config, moe=moe, optimizer=optimizer))
-    grams = _bank_grams(source, config.moe.num_experts if config.moe.samoe_granularity == "expert" else 1)
+    combining = [place for place in experts.layers if source_of(place).way == "combined"]
+    grams = _grams(experts, combining[0])
     chosen: dict[int, list[Selection]] = {}
-    for place in moe_layers(config):
-        a_2GP = read_coefficients(source, place.index, config.moe.samoe_normalization)
+    for place in combining:
+        a_2GP = experts.coefficients(place)
         chosen[place.index] = [select_bank(a_2GP[row], grams[row], scale) for row in (0, 1)]
     for name in [*model_names(source), *([FRACTIONS] if FRACTIONS in source.tensors else [])]:
         edited.keep(source, name)
@@ -141,15 +149,15 @@ def select_samoe(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     return edited
 
 
-def _bank_grams(source: GlobalTensors, groups: int) -> list[Tensor]:
-    grams: list[Tensor | None] = [None, None]
-    for kind in EXPERT_WEIGHTS:
-        if POOL + kind in source.tensors:
-            bank = source.read(POOL + kind)
-            gram = bank_inner_products(bank.reshape(bank.shape[0], groups, -1))
-            row, so_far = ROW_OF_WEIGHT[kind], grams[ROW_OF_WEIGHT[kind]]
-            grams[row] = gram if so_far is None else so_far + gram
-    return [gram for gram in grams if gram is not None]
+def _grams(experts: LayerExperts, place: LayerPlace) -> list[Tensor]:
+    """Returns the inner products [G, P, P] of the banks that a layer uses, for w1 and b1 and for w2 and b2."""
+    groups = experts.coefficients(place).shape[1]
+    grams: dict[int, Tensor] = {}
+    for kind in experts.kinds:
+        bank, row = experts.banks(place, kind), ROW_OF_WEIGHT[kind]
+        gram = bank_inner_products(bank.reshape(bank.shape[0], groups, -1))
+        grams[row] = grams[row] + gram if row in grams else gram
+    return [grams[0], grams[1]]
 
 
 def _report(chosen: dict[int, list[Selection]], num_banks: int, scale: Scale) -> list[str]:
@@ -169,4 +177,145 @@ def _report(chosen: dict[int, list[Selection]], num_banks: int, scale: Scale) ->
         lines.append(f"{layer:5}  " + "   ".join(cells))
     if unused := sorted(set(range(num_banks)) - used):
         lines.append(f"No layer uses bank {', '.join(map(str, unused))}.")
+    return lines
+
+
+@dataclass(frozen=True)
+class TiedChoice:
+    """What one layer takes in place of its mixture.
+
+    Attributes:
+        stored: what the names of the bank's tensors begin with.
+        bank: which of them.
+        factor: on w2 and b2, to be held by the router.
+        changes: of w1 and of w2, as in `Selection`.
+    """
+
+    stored: str
+    bank: int
+    factor: float
+    changes: tuple[float, float]
+
+
+def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
+    """Returns the model whose layers each use one bank, or their set, as it is: all they share are tied sets.
+
+    Args:
+        scale: keep: w2 and b2 keep the factor that changes them least, in the weights of routing; one: it becomes 1.
+
+    Raises:
+        ConfigError: no layers of the source have coefficients, or its routers have no place for their factors.
+    """
+    config = source_config(source)
+    require(config.moe.has_coefficients, config, "combined or scaled layers", "select")
+    experts = LayerExperts(source)
+    grams: dict[str, list[Tensor]] = {}
+    choices: dict[int, TiedChoice] = {}
+    for place in experts.layers:
+        if source_of(place).way in ("combined", "scaled"):
+            stored = stored_experts(place)
+            if stored not in grams:
+                grams[stored] = _grams(experts, place)
+            choices[place.index] = _choose(stored, experts.coefficients(place), grams[stored], scale)
+    factors = {place.index: choices[place.index].factor if place.index in choices else 1.0 for place in experts.layers}
+    config, scaled = _with_factors(config, factors)
+    sources, first = _tied_sources(experts, choices)
+    edited = begin_edit(source, with_sharing(config, sources))
+    for name in model_names(source):
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+        if name.endswith(scaled):
+            stored_tensor, factor = source.tensors[name], factors[layer]
+            edited.add(name, stored_tensor.shape, stored_tensor.dtype, lambda n=name, f=factor: source.read(n) * f)
+        elif not is_experts(name):
+            edited.keep(source, name)
+    _add_tied(edited, experts, sources, choices, first)
+    if FRACTIONS in source.tensors:
+        edited.keep(source, FRACTIONS)
+    edited.report += _tied_report(choices, sources, experts, scale)
+    return edited
+
+
+def _choose(stored: str, a_2GP: Tensor, grams: Sequence[Tensor], scale: Scale) -> TiedChoice:
+    """Returns the bank that, with 1 for w1 and one factor for w2, changes both least, as shares of their norms."""
+    a_2GP = a_2GP.double()
+    num_banks = a_2GP.shape[-1]
+    factors_B = torch.ones(num_banks).double()
+    if scale == "keep":
+        along_B = torch.einsum("gi,gib->b", a_2GP[1], grams[1])
+        factors_B = along_B / torch.einsum("gbb->b", grams[1]).clamp_min(1e-300)
+    kept = [_unit_rows(a_2GP[0]), _unit_rows(a_2GP[1]) * factors_B[:, None]]
+    lost_2B = []
+    for a_GP, kept_GBP, gram in zip(a_2GP, kept, grams, strict=True):
+        norm = _lost(a_GP, torch.zeros_like(a_GP)[:, None], gram).sum().clamp_min(1e-300)
+        lost_2B.append(_lost(a_GP, kept_GBP, gram).sum(0) / norm)
+    bank = int((lost_2B[0] + lost_2B[1]).argmin())
+    changes = float(lost_2B[0][bank].sqrt()), float(lost_2B[1][bank].sqrt())
+    return TiedChoice(stored, bank, float(factors_B[bank]), changes)
+
+
+def _with_factors(config: PretrainConfig, factors: Mapping[int, float]) -> tuple[PretrainConfig, tuple[str, ...]]:
+    """Returns the configuration, and endings of routers' tensors to be multiplied, that give routing weights these factors."""
+    moe, values = config.moe, sorted(factors.values())
+    if values[0] == values[-1] == 1.0:
+        return config, ()
+    smallest = f"{values[0]:.4f} to {values[-1]:.4f}"
+    advice = "--scale one drops the factors"
+    if values[0] <= 0:
+        raise ConfigError(
+            "--scale", "keep", f"w2's factors are {smallest}, and weights of routing are positive; {advice}"
+        )
+    if moe.moe_router_score_function == "norm":
+        # Its scores are weights as they are; what they are compared with grows alike, so the choice stays.
+        return config, (".moe.router.scale", ".moe.router.expert_bias")
+    if values[-1] - values[0] > EQUAL * values[-1]:
+        raise ConfigError("--scale", "keep", f"w2's factors are {smallest} in different layers, which only routers of "
+                          f"--moe-router-score-function norm can hold, not {moe.moe_router_score_function}; {advice}")  # fmt: skip
+    factor = sum(values) / len(values) * (moe.moe_router_topk_scaling_factor or 1.0)
+    return replace(config, moe=replace(moe, moe_router_topk_scaling_factor=factor)), ()
+
+
+def _tied_sources(
+    experts: LayerExperts, choices: Mapping[int, TiedChoice]
+) -> tuple[list[Source], dict[Source, LayerPlace]]:
+    """Returns each layer's source, sets numbered by first use, and a layer that uses each set."""
+    keys: list[object] = []
+    for place in experts.layers:
+        chosen, source = choices.get(place.index), source_of(place)
+        keys.append((chosen.stored, chosen.bank) if chosen else place.index if source.way == "own" else source)
+    shared = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    sources = [Source("tied", shared.index(key)) if key in shared else Source("own") for key in keys]
+    return sources, {s: place for s, place in zip(sources[::-1], experts.layers[::-1], strict=True) if s.way == "tied"}
+
+
+def _add_tied(
+    edited: EditedModel, experts: LayerExperts, sources: Sequence[Source], choices: Mapping[int, TiedChoice],
+    first: Mapping[Source, LayerPlace],
+) -> None:  # fmt: skip
+    def weights(place: LayerPlace, kind: str) -> Tensor:
+        if source_of(place).way == "own":
+            return experts.read(place, kind)
+        return experts.banks(place, kind)[choices[place.index].bank if place.index in choices else 0]
+
+    for kind in experts.kinds:
+        for place, source in zip(experts.layers, sources, strict=True):
+            recipe, shape = (lambda p=place, k=kind: weights(p, k)), experts.shape(place, kind)
+            if source.way == "own":
+                edited.add(f"layers.{place.index}.moe.experts.{kind}", shape, experts.dtype, recipe)
+            elif first[source] is place:
+                name = f"{SETS}{source.number}.{kind}"
+                edited.add(name, (1, *shape), torch.float32, lambda r=recipe: r()[None])
+
+
+def _tied_report(
+    choices: Mapping[int, TiedChoice], sources: Sequence[Source], experts: LayerExperts, scale: Scale
+) -> list[str]:
+    lines = [f"select: the layers become --expert-sharing {written_map(sources)}"
+             f"{'; a factor on w2 goes into the weights of routing' if scale == 'keep' else ''}.",
+             "layer  takes            change of w1  factor of w2  change of w2"]  # fmt: skip
+    for place in experts.layers:
+        if choice := choices.get(place.index):
+            number = choice.stored.split(".")[2]
+            taken = f"bank {choice.bank}" if source_of(place).way == "combined" else f"set {number}"
+            lines.append(f"{place.index:5}  {taken:15}  {choice.changes[0]:12.2e}  {choice.factor:12.4f}  "
+                         f"{choice.changes[1]:12.2e}")  # fmt: skip
     return lines

@@ -35,7 +35,7 @@ from megatron_samoe.interop.edited_model import (
     compute_dtype,
     model_names,
     moe_layers,
-    require_family,
+    require,
     source_config,
 )
 from megatron_samoe.interop.gram import inner_products
@@ -76,7 +76,7 @@ def upcycle_dense(source: GlobalTensors, options: UpcycleOptions) -> EditedModel
         ConfigError: the source is not dense, or the new experts do not fit it.
     """
     config = source_config(source)
-    require_family(config, "dense", "upcycle")
+    require(config.moe.expert_layout == "dense", config, "expert_layout dense", "upcycle")
     new = replace(config, moe=_new_moe(config, options))
     edited = begin_edit(source, new)
     layers = [place.index for place in moe_layers(new)]
@@ -95,7 +95,7 @@ def upcycle_dense(source: GlobalTensors, options: UpcycleOptions) -> EditedModel
         _add_copied_banks(edited, source, new, layers, options)
     else:
         _add_copied_experts(edited, source, new, layers, options)
-    add_fractions(edited, source, len(layers), new.moe.num_experts)
+    add_fractions(edited, source, [place.num_experts for place in moe_layers(new)])
     edited.report.insert(0, _summary(new, layers, options))
     return edited
 

@@ -43,7 +43,7 @@ MAX_LINES = 400
 #: Files that have outgrown a page, by path in the repository; a name leaves the list when its file has shrunk.
 LONG_FILES: frozenset[str] = frozenset()
 #: Files that nothing here imports: they are copied beside exported weights, for transformers to load.
-REMOTE_CODE = ("interop/hf/remote_code/configuration_samoe.py", "interop/hf/remote_code/modeling_samoe.py")
+REMOTE_CODE = tuple(f"interop/hf/remote_code/{name}_samoe.py" for name in ("configuration", "modeling", "moe"))
 
 
 def sources() -> list[Path]:
@@ -212,9 +212,9 @@ def test_remote_code_is_imported_by_nothing_and_imports_nothing_of_ours() -> Non
         module = ".".join(("megatron_samoe", *path.relative_to(ROOT).with_suffix("").parts))
         names = [name for _, name in imported_modules(ast.parse(path.read_text()), module)]
         if str(path.relative_to(ROOT)) in REMOTE_CODE:
-            strange = [n for n in names if n.startswith("megatron_samoe") and "configuration_samoe" not in n]
+            strange = [n for n in names if n.startswith("megatron_samoe") and "_samoe." not in n.partition(".")[2]]
         else:
-            strange = [n for n in names if "modeling_samoe" in n or "configuration_samoe" in n]
+            strange = [n for n in names if "hf.remote_code." in n and "_samoe" in n.partition(".")[2]]
         assert not strange, f"{path.relative_to(ROOT)}: {strange}"
 
 

@@ -15,7 +15,7 @@ from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.interop.pool_surgery import pool_moe
-from megatron_samoe.interop.unpool_surgery import fold_samoe, select_samoe
+from megatron_samoe.interop.unpool_surgery import fold_shared, select_samoe
 from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import model_state
@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     to_moe = MoEConfig("moe", num_experts=4, moe_router_topk=2)
     selected = select_samoe(samoe, "one")
     made = {
-        "samoe": samoe, "folded": fold_samoe(samoe), "selected": selected, "selected and folded": fold_samoe(selected),
+        "samoe": samoe, "folded": fold_shared(samoe), "selected": selected, "selected and folded": fold_shared(selected),
         "moe": moe, "pooled": pool_moe(moe, 3), "dense": dense, "upcycled": upcycle_dense(dense, UpcycleOptions(to_moe)),
         "upcycled pool": upcycle_dense(dense, UpcycleOptions(replace(to_moe, expert_layout="samoe", num_expert_banks=4))),
     }  # fmt: skip

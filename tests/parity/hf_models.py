@@ -50,7 +50,7 @@ def random_source(layout: str, **options: Any) -> MemorySource:
     for name in set(weights) & set(VOCABULARIES):
         weights[name][VOCABULARY:] = 0.0  # padding is no part of the model
     if layout != "dense":
-        shape = (sum(n.endswith("router.weight") for n in weights), config.moe.num_experts)
+        shape = (sum(n.endswith("router.weight") for n in weights), config.moe.most_experts)
         weights["training.expert_fractions"] = torch.rand(shape, generator=generator)
     return MemorySource(weights, to_mapping(config), {**PLAIN_STATE, "vocab_size": VOCABULARY})
 

@@ -24,7 +24,7 @@ from megatron_samoe.interop.hf.sidecar import SIDECAR, Remembered, write_sidecar
 from megatron_samoe.interop.hf.target import choose_target
 from megatron_samoe.interop.hf.tokenizer_files import TokenizerFiles
 from megatron_samoe.interop.output_folder import new_folder, require_space
-from megatron_samoe.interop.unpool_surgery import fold_samoe
+from megatron_samoe.interop.unpool_surgery import fold_shared
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -79,7 +79,7 @@ def plan_export(
     """
     target = choose_target(native_model(source), wanted, fold)
     if target.fold:
-        source = fold_samoe(source)
+        source = fold_shared(source)
     native = native_model(source)
     missing = [name for name in native.tensors if name not in source.tensors]
     if missing:

@@ -53,5 +53,8 @@ def _experts(plan: ExportPlan) -> str:
     moe, layers = plan.native.moe, sum(plan.native.is_moe)
     if not layers:
         return "none"
-    shared = f", one pool of {moe.num_expert_banks} banks for all layers" if moe.has_pool else ""
-    return f"{moe.num_experts} in each of {layers} layers, {moe.moe_router_topk} per token{shared}"
+    shared = f", shared: {moe.sharing}" if moe.shares_experts else ""
+    if moe.has_pool:
+        shared += f", {moe.num_expert_banks} banks"
+    counts = " or ".join(map(str, sorted(set(moe.expert_counts))))
+    return f"{counts} in each of {layers} layers, {moe.moe_router_topk} per token{shared}"

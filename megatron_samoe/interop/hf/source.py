@@ -18,7 +18,7 @@ from megatron_samoe.config.validate import refuse_wrong_numbers, validate
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.errors import CheckpointError, ConfigError, nearest
-from megatron_samoe.interop.edited_model import FRACTIONS
+from megatron_samoe.interop.edited_model import FRACTIONS, moe_layers, uniform_fractions
 from megatron_samoe.interop.hf.families import FAMILIES, Family
 from megatron_samoe.interop.hf.families.reading import number
 from megatron_samoe.interop.hf.folder import CONFIG, HFFolder
@@ -57,7 +57,7 @@ class HFSource:
         refuse_unknown(native.config, "export", "Hugging Face's classes")
         sizes = {"num_layers": native.model.num_layers, "hidden_size": native.model.hidden_size}
         if any(native.is_moe):
-            sizes["num_experts"] = native.moe.num_experts
+            sizes["num_experts"] = native.moe.most_experts
         shapes = {name: stored.shape for name, stored in self.folder.tensors.items()}
         refuse_other_sizes(sizes, shapes, f"{directory / CONFIG}")
         self._parts = list(self.family.parts(native))
@@ -149,14 +149,14 @@ class HFSource:
 
     def _expert_fractions(self, remembered: Remembered | None) -> Tensor | None:
         """Returns the experts' loads that training goes on from; uniform where they are not known."""
-        layers, experts = sum(self.native.is_moe), self.native.moe.num_experts
-        if not layers:
+        experts = [place.num_experts for place in moe_layers(self.native.config)]
+        if not experts:
             return None
         if remembered is not None and remembered.expert_fractions is not None:
             fractions_LE = torch.tensor(remembered.expert_fractions, dtype=torch.float32)
-            if tuple(fractions_LE.shape) == (layers, experts):
+            if tuple(fractions_LE.shape) == (len(experts), max(experts)):
                 return fractions_LE
-        return torch.full((layers, experts), 1.0 / experts)
+        return uniform_fractions(experts)
 
     def _train_state(self, remembered: Remembered | None) -> dict[str, Any]:
         if remembered is not None:

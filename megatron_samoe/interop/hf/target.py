@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_samoe.config.readers import refuse_unknown
+from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.errors import ConfigError, nearest
+from megatron_samoe.interop.edited_model import with_sharing
 from megatron_samoe.interop.hf.families import FAMILIES, SAMOE, Family
 from megatron_samoe.interop.hf.native import NativeModel
 
@@ -17,7 +19,7 @@ class Target:
     """The class that an export is for.
 
     Attributes:
-        fold: whether the shared pool is folded into each layer's own experts first.
+        fold: whether what layers share is folded into each layer's own experts first.
         why: lines that give the reasons.
     """
 
@@ -31,21 +33,22 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
 
     Args:
         wanted: auto, or a family's name. auto takes the first stock class that computes the same function, or our own;
-            a model with a pool keeps it, unless `fold` is given.
-        fold: fold the pool, whatever the target; naming a stock class implies it.
+            what layers share is kept, unless `fold` is given.
+        fold: give each layer its own experts, whatever the target; naming a stock class implies it.
 
     Raises:
-        ConfigError: the family is not known or cannot compute the model, or there is no pool to fold.
+        ConfigError: the family is not known or cannot compute the model, or there is nothing to fold.
     """
     if wanted not in TARGETS:
         raise ConfigError("--hf-model-type", wanted, f"must be one of {', '.join(TARGETS)}." + nearest(wanted, TARGETS))
     refuse_unknown(native.config, "export", "Hugging Face's classes")
-    pool = native.moe.has_pool
-    if fold and not pool:
-        raise ConfigError("--fold", True, f"needs a model with a pool, not --expert-layout {native.moe.expert_layout}")
-    if wanted == SAMOE.name or (wanted == "auto" and pool and not fold):
-        return Target(SAMOE, fold, (_own_class(pool and not fold),))
-    fold, folded = pool, folded_model(native) if pool else native
+    shares = native.moe.shares_experts
+    if fold and not shares:
+        raise ConfigError("--fold", True, "needs a model whose layers share experts, not --expert-layout "
+                          f"{native.moe.expert_layout} with --expert-sharing {native.moe.sharing}")  # fmt: skip
+    if wanted == SAMOE.name or (wanted == "auto" and shares and not fold):
+        return Target(SAMOE, fold, (_own_class(shares and not fold),))
+    fold, folded = shares, folded_model(native) if shares else native
     if wanted != "auto":
         family = next(family for family in FAMILIES if family.name == wanted)
         if misfits := family.misfits(folded):
@@ -66,14 +69,18 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
 
 
 def folded_model(native: NativeModel) -> NativeModel:
-    """Returns what a model with a pool is when every layer has its own experts."""
-    return replace(native, config=replace(native.config, moe=replace(native.moe, expert_layout="moe")))
+    """Returns what a model is when every layer has its own experts."""
+    return replace(native, config=with_sharing(native.config, [Source("own")] * len(native.sources)))
 
 
 def _folding(fold: bool) -> tuple[str, ...]:
-    return ("the pool is folded into each layer's own experts",) if fold else ()
+    return ("what layers share is folded into each layer's own experts",) if fold else ()
 
 
 def _own_class(keeps_pool: bool) -> str:
-    kept = "keeps the pool and its saving (--fold gives each layer its own experts)" if keeps_pool else "computes it"
+    kept = (
+        "keeps what layers share and its saving (--fold gives each layer its own experts)"
+        if keeps_pool
+        else "computes it"
+    )
     return f"our own class, to be loaded with trust_remote_code=True, {kept}"

@@ -28,7 +28,7 @@ from megatron_samoe.interop.megatron.names import MegatronStyle, Part, ep_rank_o
 from megatron_samoe.interop.megatron.rank_files import CHECKPOINT_VERSION, FILE_NAME, RankPlace, folder_name
 from megatron_samoe.interop.megatron.torch_file import PromisedTensor, TorchFile
 from megatron_samoe.interop.output_folder import new_folder, require_space
-from megatron_samoe.interop.unpool_surgery import fold_samoe
+from megatron_samoe.interop.unpool_surgery import fold_shared
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
@@ -101,7 +101,7 @@ class ExportPlan:
     """What will be written.
 
     Attributes:
-        source: the model, folded if it was a SaMoE.
+        source: the model, folded if its layers share experts.
         files: by rank, the tensors of its file.
         padded_vocab_size: rows of the word embedding; Megatron's rounding depends on the layout.
     """
@@ -127,10 +127,10 @@ def plan_export(source: GlobalTensors, layout: MegatronLayout) -> ExportPlan:
     """
     notes: tuple[str, ...] = ()
     config = from_mapping(source.config, "the checkpoint's config.yaml")
-    if config.moe.has_pool:
-        source = fold_samoe(source)
+    if config.moe.shares_experts:
+        source = fold_shared(source)
         config = from_mapping(source.config, "the folded model")
-        notes = ("Megatron has no pool: the SaMoE is folded into a plain MoE.",)
+        notes = ("Megatron's layers share no experts: the model is folded into a plain MoE.",)
     vocab_size = int(source.train_state["vocab_size"])
     refuse_unknown(config, "megatron", "Megatron's checkpoints")
     refuse_parts(source.train_state, "The checkpoint")

@@ -57,7 +57,7 @@ def test_auto_takes_the_stock_class_that_computes_the_same(layout: str, options:
 
 def test_a_pool_is_kept_unless_folding_is_asked_for() -> None:
     kept = choose_target(model("samoe", **MOE))
-    assert kept.family.name == "samoe" and not kept.fold and "keeps the pool" in kept.why[-1]
+    assert kept.family.name == "samoe" and not kept.fold and "keeps what layers share" in kept.why[-1]
     assert choose_target(model("samoe", **MOE), "samoe", fold=True).fold
     implied = choose_target(model("samoe", **MOE), "mixtral")
     assert implied.family.name == "mixtral" and implied.fold and "folded" in implied.why[-1]
@@ -78,7 +78,7 @@ def test_reasons_name_what_each_class_lacks() -> None:
         ("dense", {**LLAMA, "kv_channels": 16, "num_attention_heads": 3, "group_query_attention": False,
                    "num_query_groups": 1}, "llama", False, "must divide --hidden-size 32"),
         ("dense", {"kv_channels": 16}, "gpt2", False, "--kv-channels 16"),
-        ("moe", MOE, "auto", True, "needs a model with a pool"),
+        ("moe", MOE, "auto", True, "needs a model whose layers share experts"),
         ("moe", MOE, "mixtrl", False, "Did you mean 'mixtral'"),
     ],
 )  # fmt: skip

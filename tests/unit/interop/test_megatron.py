@@ -20,7 +20,7 @@ from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.interop.megatron import MegatronLayout, MegatronReader, MegatronStyle, plan_export, write_export
 from megatron_samoe.interop.megatron.rank_files import FILE_NAME
-from megatron_samoe.interop.unpool_surgery import fold_samoe
+from megatron_samoe.interop.unpool_surgery import fold_shared
 from tests.harness.tiny import tiny_config
 from tests.unit.interop.memory_source import MemorySource, logits, new_source
 
@@ -63,7 +63,7 @@ def test_round_trips_are_bitwise(layout: str, options: dict, sizes: tuple[int, i
     num_pairs = max(sizes[0], sizes[2]) if whole_experts else sizes[0] * sizes[2]
     assert len(list(folder.iterdir())) == num_pairs * sizes[1]
     reader = MegatronReader(tmp_path)
-    expected = fold_samoe(source) if layout == "samoe" else source
+    expected = fold_shared(source) if layout == "samoe" else source
     assert_same_model(reader, expected)
     assert from_mapping(reader.config, "").model == from_mapping(expected.config, "").model
     if layout != "dense":

@@ -19,7 +19,7 @@ from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.interop.assignment import best_assignment
 from megatron_samoe.interop.bank_fit import fit_banks, match_experts
 from megatron_samoe.interop.pool_surgery import pool_moe
-from megatron_samoe.interop.unpool_surgery import fold_samoe, select_samoe
+from megatron_samoe.interop.unpool_surgery import fold_shared, select_samoe
 from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
@@ -87,7 +87,7 @@ def test_noise_sets_copies_apart_by_its_share_of_the_spread() -> None:
 def test_fewer_banks_than_layers_lose_what_is_reported() -> None:
     dense = new_source(tiny_config("dense"))
     edited = upcycle_dense(dense, UpcycleOptions(MoEConfig("samoe", num_experts=2, num_expert_banks=2)))
-    folded = fold_samoe(edited)
+    folded = fold_shared(edited)
     for layer in range(4):
         mlp = dense.weights[f"layers.{layer}.mlp.fc1.weight"]
         bias = dense.weights[f"layers.{layer}.mlp.fc1.bias"]
@@ -106,7 +106,7 @@ def test_folding_computes_the_same_to_the_last_bit(style: str, granularity: str,
         "samoe", style=style, samoe_granularity=granularity, samoe_normalization=normalization, moe_layer_freq="0111"
     )
     source = new_source(config)
-    folded = fold_samoe(source)
+    folded = fold_shared(source)
     assert from_mapping(folded.config, "test").moe.expert_layout == "moe"
     assert_folded_as_computed(folded, source, torch.float32)
     torch.testing.assert_close(logits(folded), logits(source), rtol=1e-5, atol=1e-6)
@@ -124,7 +124,7 @@ def assert_folded_as_computed(folded: GlobalTensors, source: MemorySource, dtype
 def test_folding_a_bf16_model_gives_the_weights_it_computes_with() -> None:
     source = new_source(tiny_config("samoe"), dtype=torch.bfloat16)
     assert source.weights["expert_pool.bank.w1"].dtype == torch.float32
-    folded = fold_samoe(source)
+    folded = fold_shared(source)
     assert folded.read("layers.0.moe.experts.w1").dtype == torch.bfloat16
     assert_folded_as_computed(folded, source, torch.bfloat16)
 
@@ -151,10 +151,10 @@ def test_a_moe_of_combinations_is_recovered(style: str, banks: int, granularity:
     for name in samoe.weights:
         if name.endswith(".combination"):
             samoe.weights[name] = torch.randn(samoe.weights[name].shape, generator=generator)
-    folded = fold_samoe(samoe)
+    folded = fold_shared(samoe)
     moe = shuffled(MemorySource({n: folded.read(n) for n in folded.tensors}, folded.config, folded.train_state))
     pooled = pool_moe(moe, banks, granularity)
-    again = fold_samoe(pooled)
+    again = fold_shared(pooled)
     for layer in range(6):
         for name in ("w1", "w2"):
             old, new = (
@@ -193,7 +193,7 @@ def test_as_many_banks_as_layers_lose_nothing() -> None:
 def test_the_pool_of_any_moe_loses_what_is_reported() -> None:
     moe = new_source(tiny_config("moe", num_layers=6))
     pooled = pool_moe(moe, 2)
-    again, order = fold_samoe(pooled), {}
+    again, order = fold_shared(pooled), {}
     for layer in range(6):
         old, new = moe.weights[f"layers.{layer}.moe.router.weight"], again.read(f"layers.{layer}.moe.router.weight")
         order[layer] = torch.cdist(new, old).argmin(1)
@@ -220,7 +220,7 @@ def test_no_other_banks_lose_less() -> None:
 def test_selecting_changes_weights_least_and_as_reported(scale: str, granularity: str) -> None:
     source = new_source(tiny_config("samoe", num_expert_banks=3, samoe_granularity=granularity), spread=0.3)
     selected = select_samoe(source, scale)
-    before, after = fold_samoe(source), fold_samoe(selected)
+    before, after = fold_shared(source), fold_shared(selected)
     for layer in range(4):
         a_2GP = selected.read(f"layers.{layer}.moe.combination")
         assert ((a_2GP != 0).sum(-1) == 1).all()
@@ -292,9 +292,9 @@ def test_bad_input_is_one_paragraph(dense_run: Path, tmp_path: Path, capsys: pyt
     common = ("--load-dir", dense_run, "--save-dir", out)
     to_moe = ("upcycle", *common, "--expert-layout", "moe")
     cases = [
-        (("fold", *common), "fold needs a checkpoint with expert_layout samoe"),
-        (("select", *common), "select needs a checkpoint with expert_layout samoe"),
-        (("pool", *common, "--num-expert-banks", 2), "pool needs a checkpoint with expert_layout moe"),
+        (("fold", *common), "fold needs a checkpoint with experts that layers share"),
+        (("select", *common), "select needs a checkpoint with expert_layout samoe, or combined layers"),
+        (("pool", *common, "--num-expert-banks", 2), "pool needs a checkpoint with expert_layout moe or samoe"),
         ((*to_moe, "--num-experts", 2, "--moe-router-topk", 3), "must be at most --num-experts 2"),
         ((*to_moe, "--num-experts", 2, "--noise", -1), "--noise = -1.0"),
         ((*to_moe, "--num-experts", 2, "--moe-ffn-hidden-size", 5), "of which experts are copies"),
@@ -311,12 +311,12 @@ def test_bad_input_is_one_paragraph(dense_run: Path, tmp_path: Path, capsys: pyt
 
 
 def test_too_many_banks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="from 1 to the number of MoE layers, 4"):
+    with pytest.raises(ConfigError, match="from 1 to the number of MoE layers that combine them, 4"):
         pool_moe(new_source(tiny_config("moe")), 5)
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    edited = fold_samoe(new_source(tiny_config("samoe")))
+    edited = fold_shared(new_source(tiny_config("samoe")))
 
     def broken() -> torch.Tensor:
         raise OSError(28, "No space left on device")

@@ -83,3 +83,13 @@ def whole_heads(native: NativeModel) -> str | None:
 def all_layers_are_moe(native: NativeModel) -> str | None:
     """Every layer has experts."""
     return None if all(native.is_moe) else f"--moe-layer-freq {native.moe.moe_layer_freq} (all of its layers are MoE)"
+
+
+def one_number_of_experts(native: NativeModel) -> str | None:
+    """All layers have the same number of experts."""
+    counts = set(native.moe.expert_counts)
+    return (
+        None
+        if len(counts) == 1
+        else f"--num-experts {' '.join(map(str, native.moe.expert_counts))} (it needs one number)"
+    )

@@ -6,7 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.interop.hf.families.base import Family, all_layers_are_moe, needs, plain_heads
+from megatron_samoe.interop.hf.families.base import (
+    Family,
+    all_layers_are_moe,
+    needs,
+    one_number_of_experts,
+    plain_heads,
+)
 from megatron_samoe.interop.hf.families.dense import COMPUTED
 from megatron_samoe.interop.hf.families.llama import (
     SHARED_RULES,
@@ -25,6 +31,11 @@ _RULES = (
     *SHARED_RULES,
     needs("disable_bias_linear", True),
     needs("moe_router_score_function", "softmax"),
+    needs("moe_router_enable_expert_bias", False),
+    needs("moe_router_num_groups", None),
+    needs("moe_router_topk_scaling_factor", None),
+    needs("moe_residual_mlp", False),
+    one_number_of_experts,
 )
 _NO_SHARED_EXPERT = needs("moe_shared_expert_intermediate_size", None)
 

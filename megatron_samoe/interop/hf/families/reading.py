@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_samoe.config.derived import written_layer_freq
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parsing import finite_float
 
@@ -108,4 +109,4 @@ def layer_pattern(config: Mapping[str, Any], num_layers: int) -> str:
     is_moe = [step > 0 and (i + 1) % step == 0 and i not in dense for i in range(num_layers)]
     if not any(is_moe):
         raise ConfigError("config.json: decoder_sparse_step", step, "leaves no layer with experts")
-    return "1" if all(is_moe) else "[" + ",".join("01"[m] for m in is_moe) + "]"
+    return written_layer_freq(is_moe)

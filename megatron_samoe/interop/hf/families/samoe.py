@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_samoe.config.derived import written_layer_freq
+from megatron_samoe.config.sharing_map import written_map
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import Family
 from megatron_samoe.interop.hf.families.reading import common, demand, flag
@@ -12,7 +14,7 @@ from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, rows, whole
 
 #: Files of the class, and what transformers finds in them.
-CODE_FILES = ("configuration_samoe.py", "modeling_samoe.py")
+CODE_FILES = ("configuration_samoe.py", "modeling_samoe.py", "moe_samoe.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_samoe.SamoeConfig",
     "AutoModelForCausalLM": "modeling_samoe.SamoeForCausalLM",
@@ -26,36 +28,48 @@ _MODEL_ENTRIES = {
     "hidden_dropout": "hidden_dropout",
 }  # fmt: skip
 _MOE_ENTRIES = {
-    "num_experts": "num_experts", "num_experts_per_tok": "moe_router_topk",
+    "num_experts_per_tok": "moe_router_topk",
     "router_score_function": "moe_router_score_function",
     "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+}  # fmt: skip
+#: Entries that are written where they are not at their default, and may be missing.
+_RARE_ENTRIES = {
+    "router_expert_bias": "moe_router_enable_expert_bias", "router_num_groups": "moe_router_num_groups",
+    "router_group_topk": "moe_router_group_topk", "router_scaling_factor": "moe_router_topk_scaling_factor",
+    "residual_mlp": "moe_residual_mlp",
 }  # fmt: skip
 _POOL_ENTRIES = {name: name for name in ("num_expert_banks", "samoe_granularity", "samoe_normalization")}
 #: Entries of theirs that are computed from ours.
 _COMPUTED = ("head_dim", "num_key_value_heads", "intermediate_size", "max_position_embeddings", "hidden_act",
              "linear_bias", "qkv_bias", "tie_word_embeddings", "expert_layout")  # fmt: skip
-_COMPUTED_OF_MOE = ("moe_layers", "moe_intermediate_size", "router_pre_softmax")
+_COMPUTED_OF_MOE = ("num_experts", "moe_layers", "moe_intermediate_size", "router_pre_softmax")
 
 
-def _moe_entries(layout: str) -> dict[str, str]:
+def _moe_entries(layout: str, has_pool: bool) -> dict[str, str]:
     """Returns the entries that count for a layout; what does not count is not written."""
-    return (_MOE_ENTRIES if layout != "dense" else {}) | (_POOL_ENTRIES if layout == "samoe" else {})
+    return (_MOE_ENTRIES if layout != "dense" else {}) | (_POOL_ENTRIES if has_pool else {})
 
 
 def _write(native: NativeModel) -> dict[str, Any]:
-    model, moe = native.model, native.moe
+    model, moe, ways = native.model, native.moe, {source.way for source in native.sources}
+    layout = "samoe" if ways == {"combined"} else moe.expert_layout
     config = {
         "auto_map": AUTO_MAP, "vocab_size": native.vocab_size,
         **{theirs: getattr(model, ours) for theirs, ours in _MODEL_ENTRIES.items()},
         "head_dim": model.head_dim, "num_key_value_heads": model.num_kv_heads, "intermediate_size": model.mlp_size,
         "max_position_embeddings": model.max_positions, "hidden_act": "swiglu" if model.swiglu else "gelu_tanh",
         "linear_bias": native.has_bias, "qkv_bias": model.qkv_bias,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights, "expert_layout": moe.expert_layout,
-        **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(moe.expert_layout).items()},
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights, "expert_layout": layout,
+        **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(layout, moe.has_pool).items()},
     }  # fmt: skip
-    if moe.expert_layout != "dense":
-        config |= {"moe_layers": list(native.is_moe), "moe_intermediate_size": native.expert_size,
+    if layout != "dense":
+        experts = list(moe.num_experts) if isinstance(moe.num_experts, tuple) else moe.num_experts
+        config |= {"num_experts": experts, "moe_layers": list(native.is_moe), "moe_intermediate_size": native.expert_size,
                    "router_pre_softmax": moe.pre_softmax}  # fmt: skip
+        given = {theirs: getattr(moe, ours) for theirs, ours in _RARE_ENTRIES.items()}
+        config |= {theirs: value for theirs, value in given.items() if value not in (None, False)}
+        if layout == "moe" and ways != {"own"}:
+            config["expert_sharing"] = written_map(native.sources)
     return config
 
 
@@ -65,7 +79,9 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     demand(config, "expert_layout", ("dense", "moe", "samoe"))
     demand(config, "hidden_act", ("swiglu", "gelu_tanh"))
     of_moe = _COMPUTED_OF_MOE if layout != "dense" else ()
-    missing = [key for key in (*_MODEL_ENTRIES, *_COMPUTED, *_moe_entries(layout), *of_moe) if key not in config]
+    sharing = config.get("expert_sharing") if layout == "moe" else None
+    entries = _moe_entries(layout, layout == "samoe" or "combined" in str(sharing))
+    missing = [key for key in (*_MODEL_ENTRIES, *_COMPUTED, *entries, *of_moe) if key not in config]
     if missing:
         raise ConfigError("config.json", missing[:3], "these entries of a samoe model are missing")
     for name in ("linear_bias", "qkv_bias", "tie_word_embeddings"):
@@ -80,7 +96,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "add_qkv_bias": config["qkv_bias"] and not config["linear_bias"],
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
     }  # fmt: skip
-    moe = {"expert_layout": layout, **{ours: config[theirs] for theirs, ours in _moe_entries(layout).items()}}
+    moe = {"expert_layout": layout, **{ours: config[theirs] for theirs, ours in entries.items()}}
     if layout != "dense":
         pattern = config["moe_layers"]
         if not isinstance(pattern, list) or not all(type(is_moe) is bool or is_moe in (0, 1) for is_moe in pattern):
@@ -88,10 +104,13 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 "config.json: moe_layers", pattern, "must be a list that says of each layer whether it has experts"
             )
         moe |= {
-            "moe_layer_freq": "1" if all(pattern) else "[" + ",".join("01"[bool(m)] for m in pattern) + "]",
+            "moe_layer_freq": written_layer_freq(pattern),
             "moe_ffn_hidden_size": config["moe_intermediate_size"],
-            "moe_router_pre_softmax": config["router_pre_softmax"],
+            "num_experts": config["num_experts"], "expert_sharing": sharing,
+            **{ours: config[theirs] for theirs, ours in _RARE_ENTRIES.items() if theirs in config},
         }  # fmt: skip
+        if moe["moe_router_score_function"] != "norm":
+            moe["moe_router_pre_softmax"] = config["router_pre_softmax"]
     return {"model": model, "moe": moe}
 
 
@@ -104,6 +123,4 @@ def _parts(native: NativeModel) -> Iterator[Part]:
             yield Part(theirs, name, whole, stored.shape)
 
 
-SAMOE = Family(
-    "samoe", "SamoeForCausalLM", "our own class, with the pool of experts or without", (), _write, _parts, _read
-)
+SAMOE = Family("samoe", "SamoeForCausalLM", "our own class, whatever layers share", (), _write, _parts, _read)

@@ -1,6 +1,6 @@
 """Our model as one self-contained class of transformers.
 
-`configuration_samoe.py` and `modeling_samoe.py` are not imported here: they are copied beside exported weights, where
+The other files are not imported here: they are copied beside exported weights, where
 transformers loads them with trust_remote_code=True, without megatron_samoe.
 """
 

@@ -1,4 +1,4 @@
-"""Configuration of a SaMoE language model: a GPT whose MoE layers may combine their experts from one shared pool."""
+"""Configuration of a SaMoE language model: a GPT whose MoE layers may share their experts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ class SamoeConfig(PretrainedConfig):
     """Everything that decides what the model computes.
 
     Args:
-        expert_layout: dense; moe: each MoE layer owns its experts; samoe: all combine one pool of banks.
+        expert_layout: dense; moe: each MoE layer owns its experts, or as expert_sharing says; samoe: all combine one pool of
+            banks.
+        expert_sharing: an entry for each MoE layer between commas: own, combined, or the number of the set that it uses; scaled:
+            before them gives each layer factors on its set. A*3 stands for A,A,A. A set that one layer uses is its own.
         moe_layers: for each layer whether it has experts.
         hidden_act: swiglu (gated SiLU) or gelu_tanh.
         rotary_base, rotary_percent: of position_embedding_type rope; others are learned_absolute and none.
         linear_bias: of all linear layers and experts but the query-key-value projection, which has qkv_bias.
+        num_experts: of each MoE layer, or a list of one for each.
+        router_score_function: softmax, sigmoid, or norm: a learned factor times ReLU(logits / their length).
+        router_expert_bias: choose experts by score + a bias.
+        router_num_groups, router_group_topk: consecutive groups of experts, and how many of them a token may use.
+        router_scaling_factor: on the chosen experts' weights.
+        residual_mlp: weigh routed experts against a dense MLP by each token.
         router_pre_softmax: weigh experts by their score among all experts rather than among the chosen.
         samoe_granularity: one set of coefficients per layer, or one per layer and expert.
         samoe_normalization: of coefficients: none, l2 or softmax.
@@ -29,8 +38,9 @@ class SamoeConfig(PretrainedConfig):
         hidden_act="gelu_tanh", linear_bias=True, qkv_bias=True, expert_layout="dense", moe_layers=None, num_experts=8,
         moe_intermediate_size=None, num_experts_per_tok=1, router_score_function="softmax", router_pre_softmax=True,
         shared_expert_intermediate_size=None, num_expert_banks=2, samoe_granularity="layer", samoe_normalization="none",
-        attention_dropout=0.0, hidden_dropout=0.0, initializer_range=0.02, use_cache=True, tie_word_embeddings=True,
-        **kwargs,
+        expert_sharing=None, router_expert_bias=False, router_num_groups=None, router_group_topk=None,
+        router_scaling_factor=None, residual_mlp=False, attention_dropout=0.0, hidden_dropout=0.0, initializer_range=0.02,
+        use_cache=True, tie_word_embeddings=True, **kwargs,
     ):  # fmt: skip
         if not any(moe_layers or ()) and expert_layout != "dense":
             raise ValueError(f"moe_layers must have a layer with experts for expert_layout {expert_layout!r}")
@@ -62,8 +72,35 @@ class SamoeConfig(PretrainedConfig):
         self.num_expert_banks = num_expert_banks
         self.samoe_granularity = samoe_granularity
         self.samoe_normalization = samoe_normalization
+        self.expert_sharing = expert_sharing
+        self.router_expert_bias = router_expert_bias
+        self.router_num_groups = router_num_groups
+        self.router_group_topk = router_group_topk
+        self.router_scaling_factor = router_scaling_factor
+        self.residual_mlp = residual_mlp
         self.attention_dropout = attention_dropout
         self.hidden_dropout = hidden_dropout
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        self.expert_sources()  # of wrong length, it is refused now
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def expert_sources(self):
+        """Returns for each layer (way, number of the set or None, number of experts), None for a layer without experts."""
+        count = sum(map(bool, self.moe_layers))
+        text = self.expert_sharing or ("combined" if self.expert_layout == "samoe" else "own")
+        prefix, _, listed = text.rpartition(":")
+        entries = [] if listed in ("own", "combined") else [part.partition("*") for part in listed.split(",")]
+        entries = [entry for entry, _, times in entries for _ in range(int(times or 1))] or [listed] * count
+        experts = self.num_experts if isinstance(self.num_experts, (list, tuple)) else [self.num_experts] * count
+        if not len(entries) == len(experts) == count:
+            raise ValueError(
+                f"expert_sharing {text!r} and num_experts {self.num_experts!r} must fit {count} MoE layers"
+            )
+        way = prefix or "tied"
+        named = [
+            ("own" if way == "tied" and entries.count(e) == 1 else way, int(e)) if e.isdigit() else (e, None)
+            for e in entries
+        ]
+        found = iter((*source, size) for source, size in zip(named, experts))  # noqa: B905
+        return [next(found) if is_moe else None for is_moe in self.moe_layers]

@@ -1,10 +1,11 @@
-"""A SaMoE language model for transformers, self-contained: W[l, e] = sum_b A[l, b] T[b, e].
+"""A SaMoE language model for transformers, self-contained.
 
 A GPT (pre-norm, causal) with learned or rotary positions, LayerNorm or RMSNorm, GELU or gated SiLU MLPs, grouped
-queries, and layers whose MLP is a mixture of experts. With expert_layout samoe the experts of all layers are
-combinations of one pool of banks T with each layer's coefficients A; `fold_pool` makes them each layer's own.
+queries, and layers whose MLP is a mixture of experts. As expert_sharing says, a layer's experts are its own, a set that
+other layers use as well (times its factors), or combinations of one pool of banks with the layer's coefficients.
+`fold_pool` makes them all each layer's own.
 
-Shapes: B sequences, S tokens, T = B S, H hidden, F ffn, G key-value heads, D head size, E experts, P banks, K chosen.
+Shapes: B sequences, S tokens, T = B S, H hidden, G key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -16,22 +17,10 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_samoe import SamoeConfig
+from .moe_samoe import MLP, ExpertPool, MoE, Weights
 
 # Transformers 5 renames the cache's field.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-class Weights(nn.Module):
-    """A weight and maybe a bias; the last dim of the weight is the input."""
-
-    def __init__(self, shape, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(shape[:-1])) if bias else None
-
-    def forward(self, x):
-        """Returns x W^T + b with the output dims joined."""
-        return F.linear(x, self.weight.flatten(0, -2), None if self.bias is None else self.bias.flatten())
 
 
 class Norm(nn.Module):
@@ -100,132 +89,22 @@ class Attention(nn.Module):
         return self.output(y.transpose(1, 2).flatten(2))
 
 
-def activate(h, gated):
-    """Returns the activation of pre-activations [..., F], or [..., 2 F] with the gate first."""
-    if gated:
-        gate, up = h.chunk(2, -1)
-        return F.silu(gate) * up
-    return F.gelu(h, approximate="tanh")
-
-
-def up_shape(config, width):
-    """Returns the output dims of an MLP's first matrix."""
-    return (2, width) if config.hidden_act == "swiglu" else (width,)
-
-
-class MLP(nn.Module):
-    """The dense MLP, also used as shared expert."""
-
-    def __init__(self, config, width):
-        super().__init__()
-        self.gated = config.hidden_act == "swiglu"
-        self.fc1 = Weights((*up_shape(config, width), config.hidden_size), config.linear_bias)
-        self.fc2 = Weights((config.hidden_size, width), config.linear_bias)
-
-    def forward(self, x):
-        """Returns y of x's shape."""
-        return self.fc2(activate(self.fc1(x), self.gated))
-
-
-def expert_parameters(config, *leading):
-    """Returns w1 [..., E, (2,) F, H], w2 [..., E, H, F] and maybe b1, b2."""
-    up = up_shape(config, config.moe_intermediate_size)
-    leading = (*leading, config.num_experts)
-    shapes = {"w1": (*leading, *up, config.hidden_size),
-              "w2": (*leading, config.hidden_size, config.moe_intermediate_size)}  # fmt: skip
-    if config.linear_bias:
-        shapes |= {"b1": (*leading, *up), "b2": (*leading, config.hidden_size)}
-    return nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
-
-
-class ExpertPool(nn.Module):
-    """Banks of experts, [P, E, ...], from which all MoE layers combine theirs; kept in fp32, as in training."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.bank = expert_parameters(config, config.num_expert_banks)
-
-    def expert(self, name, index, coefficients, dtype):
-        """Returns sum_b a[b] T[b, index]; coefficients are [2, G, P], the first row for w1 and b1."""
-        rows = coefficients[0 if name in ("w1", "b1") else 1]
-        a_P = rows[index if rows.shape[0] > 1 else 0]
-        bank = self.bank[name][:, index]
-        return torch.tensordot(a_P.to(bank.dtype), bank, dims=1).to(dtype)
-
-
-class MoE(nn.Module):
-    """Routed experts, own or from the pool, and an optional shared expert."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.gated = config.hidden_act == "swiglu"
-        self.router = Weights((config.num_experts, config.hidden_size), False)
-        shared = config.shared_expert_intermediate_size
-        self.shared_expert = None if shared is None else MLP(config, shared)
-        if config.expert_layout == "samoe":
-            groups = config.num_experts if config.samoe_granularity == "expert" else 1
-            self.combination = nn.Parameter(torch.zeros(2, groups, config.num_expert_banks))
-        else:
-            self.experts = expert_parameters(config)
-
-    def forward(self, x_TH, pool):
-        """Returns y_TH."""
-        probs_TK, ids_TK = self.route(x_TH)
-        coefficients = self.coefficients() if pool is not None else None
-        y_TH = torch.zeros_like(x_TH, dtype=torch.promote_types(x_TH.dtype, torch.float32))
-        for index in ids_TK.unique().tolist():
-            tokens, place = (ids_TK == index).nonzero(as_tuple=True)
-            rows = self.run_expert(x_TH[tokens], index, pool, coefficients)
-            y_TH = y_TH.index_add(0, tokens, rows.to(y_TH.dtype) * probs_TK[tokens, place, None].to(y_TH.dtype))
-        y_TH = y_TH.to(x_TH.dtype)
-        return y_TH if self.shared_expert is None else y_TH + self.shared_expert(x_TH)
-
-    def route(self, x_TH):
-        """Returns the weights and ids of each token's K experts, computed in fp32."""
-        config = self.config
-        logits_TE = F.linear(x_TH.float(), self.router.weight.float())
-        ids_TK = logits_TE.sort(dim=1, descending=True, stable=True).indices[:, : config.num_experts_per_tok]
-        if config.router_score_function == "sigmoid":
-            probs_TK = logits_TE.sigmoid().gather(1, ids_TK)
-            return (probs_TK if config.router_pre_softmax else probs_TK / probs_TK.sum(1, keepdim=True)), ids_TK
-        if config.router_pre_softmax:
-            return logits_TE.softmax(1).gather(1, ids_TK), ids_TK
-        return logits_TE.gather(1, ids_TK).softmax(1), ids_TK
-
-    def coefficients(self):
-        """Returns the weights of banks [2, G, P]."""
-        raw = self.combination
-        if self.config.samoe_normalization == "softmax":
-            return raw.softmax(-1)
-        if self.config.samoe_normalization == "l2":
-            return raw / raw.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        return raw
-
-    def run_expert(self, x_RH, index, pool, coefficients):
-        """Returns one expert's y_RH."""
-
-        def weight(name):
-            if pool is not None:
-                return pool.expert(name, index, coefficients, x_RH.dtype)
-            return self.experts[name][index]
-
-        bias = self.config.linear_bias
-        h = F.linear(x_RH, weight("w1").flatten(0, -2), weight("b1").flatten() if bias else None)
-        return F.linear(activate(h, self.gated), weight("w2"), weight("b2") if bias else None)
+def shared_ways(config):
+    """Returns the ways in which MoE layers come by their experts."""
+    return {source[0] for source in config.expert_sources() if source is not None}
 
 
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config, index):
+    def __init__(self, config, index, source):
         super().__init__()
         self.dropout = config.hidden_dropout
         self.attention_norm = Norm(config, config.hidden_size)
         self.attention = Attention(config, index)
         self.mlp_norm = Norm(config, config.hidden_size)
-        if config.moe_layers[index]:
-            self.moe = MoE(config)
+        if source is not None:
+            self.moe = MoE(config, source)
         else:
             self.mlp = MLP(config, config.intermediate_size)
 
@@ -260,18 +139,22 @@ class SamoePreTrainedModel(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         # As in training, whatever the dtype of the rest; transformers 4 refuses names that a model lacks.
-        pool = ["combination", "expert_pool"] if config.expert_layout == "samoe" else []
-        self._keep_in_fp32_modules_strict = ["router", *pool] if any(config.moe_layers) else []
+        ways = shared_ways(config)
+        kept = {"router": ways, "mixing": ways and config.residual_mlp, "expert_pool": ways - {"own"},
+                "combination": ways & {"combined", "scaled"}}  # fmt: skip
+        self._keep_in_fp32_modules_strict = [name for name, is_there in kept.items() if is_there]
 
     def _init_weights(self, module):
         std = self.config.initializer_range
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, Norm):
                 (nn.init.ones_ if name == "weight" else nn.init.zeros_)(parameter)
-            elif name in ("bias", "b1", "b2"):
+            elif name in ("bias", "b1", "b2", "expert_bias"):
                 nn.init.zeros_(parameter)
             elif name == "combination":
-                nn.init.constant_(parameter, self.config.num_expert_banks**-0.5)
+                nn.init.constant_(parameter, parameter.shape[-1] ** -0.5)
+            elif name == "scale":
+                nn.init.ones_(parameter)
             else:
                 nn.init.normal_(parameter, 0.0, std)
 
@@ -282,9 +165,9 @@ class SamoeModel(SamoePreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embedding = Embedding(config)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, i, source) for i, source in enumerate(config.expert_sources()))
         self.final_norm = Norm(config, config.hidden_size)
-        self.expert_pool = ExpertPool(config) if config.expert_layout == "samoe" else None
+        self.expert_pool = ExpertPool(config) if shared_ways(config) - {"own"} else None
         self.post_init()
 
     def get_input_embeddings(self):
@@ -377,7 +260,7 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def fold_pool(self):
-        """Gives every layer its own experts, combined now, and drops the pool; returns the model.
+        """Gives every layer its own experts, combined now, and drops what they share; returns the model.
 
         It computes the same function afterwards, without combining, and is as large as a standard MoE.
         """
@@ -385,11 +268,16 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
         if pool is None:
             return self
         for layer in self.model.layers:
-            if hasattr(layer, "moe"):
-                a, experts = layer.moe.coefficients(), range(self.config.num_experts)
-                own = {n: torch.stack([pool.expert(n, e, a, dtype) for e in experts]) for n in pool.bank}
-                layer.moe.experts = nn.ParameterDict({n: nn.Parameter(t) for n, t in own.items()})
-                del layer.moe.combination
+            if not hasattr(layer, "moe") or layer.moe.source[0] == "own":
+                continue
+            moe, (_, number, count) = layer.moe, layer.moe.source
+            a, names = moe.coefficients(), (pool.bank if number is None else pool.set[str(number)])
+            own = {n: torch.stack([pool.expert(moe.source, n, e, a, dtype) for e in range(count)]) for n in names}
+            moe.experts = nn.ParameterDict({n: nn.Parameter(t) for n, t in own.items()})
+            moe.source = ("own", None, count)
+            if a is not None:
+                del moe.combination
         self.model.expert_pool = None
-        self.config.expert_layout = self.model.config.expert_layout = "moe"
+        for config in (self.config, self.model.config):
+            config.expert_layout, config.expert_sharing = "moe", None
         return self

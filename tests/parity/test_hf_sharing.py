@@ -1,0 +1,142 @@
+"""Every way of sharing experts, and every router, in our own class for transformers; and folded, in stock classes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.interop.edited_model import open_checkpoint
+from tests.parity.hf_models import Native, converted, native, random_source, run, some_ids, their_logits, theirs
+
+pytestmark = pytest.mark.parity
+
+LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+CASES: dict[str, dict[str, Any]] = {
+    "tied": {**LLAMA, "expert_sharing": "tied"},
+    "tied_map_with_a_gap": {"expert_sharing": "0,1,1,2"},
+    "untied_ends": {"expert_sharing": "tied", "untied_ends": 1},
+    "scaled": {**LLAMA, "expert_sharing": "scaled", "num_expert_sets": 2},
+    "scaled_map": {"expert_sharing": "scaled:own,0,1,1"},
+    "combined_middle": {**LLAMA, "expert_sharing": "combined", "untied_ends": 1, "samoe_normalization": "l2"},
+    "mixed": {"num_layers": 6, "expert_sharing": "own,combined*2,0*2,own", "samoe_granularity": "expert",
+              "moe_router_topk": 2, "moe_ffn_hidden_size": 32},
+    "sparse_layers": {**LLAMA, "num_layers": 5, "moe_layer_freq": "01101", "expert_sharing": "0,own,0"},
+    "pool_norm": {"expert_sharing": "pool", "num_experts": 12, "moe_router_score_function": "norm", "moe_router_topk": 3,
+                  "moe_ffn_hidden_size": 16},
+    "norm_bias": {"moe_router_score_function": "norm", "moe_router_enable_expert_bias": True, "moe_router_topk": 2},
+    "pyramid_residual": {**LLAMA, "num_experts": (2, 2, 4, 8), "moe_residual_mlp": True},
+    "pyramid_tied": {"num_experts": (2, 4, 4, 4), "expert_sharing": "own,0,0,0", "moe_residual_mlp": True,
+                     "moe_shared_expert_intermediate_size": 20},
+    "bias_groups_scaling": {**LLAMA, "num_experts": 8, "moe_router_score_function": "sigmoid",
+                            "moe_router_enable_expert_bias": True, "moe_router_num_groups": 4, "moe_router_group_topk": 2,
+                            "moe_router_topk": 4, "moe_router_topk_scaling_factor": 2.5},
+    "softmax_bias_groups": {"num_experts": 8, "moe_router_enable_expert_bias": True, "moe_router_num_groups": 2,
+                            "moe_router_group_topk": 1, "moe_router_topk": 2, "expert_sharing": "tied"},
+}  # fmt: skip
+
+
+def assert_same_logits(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def exported(options: dict[str, Any], root: Path, *words: object) -> tuple[Native, Path]:
+    ours = native(root / "native", random_source("moe", **options))
+    return ours, converted(ours.root, root / "hf", *words)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_our_class_gives_our_logits_and_comes_back(case: str, tmp_path: Path) -> None:
+    ours, folder = exported(CASES[case], tmp_path, "--to", "hf", "--hf-model-type", "samoe")
+    model, ids_BS = theirs(folder), some_ids()
+    expected = ours.logits(ids_BS)
+    assert expected.std() > 0.1
+    assert_same_logits(their_logits(model, ids_BS), expected)
+    stored = {name: tuple(p.shape) for name, p in model.named_parameters() if ".set." in name}
+    assert all(name.startswith("model.expert_pool.set.") and shape[0] == 1 for name, shape in stored.items())
+    reader = open_checkpoint(converted(folder, tmp_path / "back"))
+    names = {name for name in ours.source.weights if not name.startswith("optimizer.")}
+    assert set(reader.tensors) == names
+    for name in names:
+        assert torch.equal(reader.read(name), ours.source.weights[name]), name
+    assert reader.config["moe"] == ours.source.config["moe"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_its_config_tells_the_model_without_ours(case: str, tmp_path: Path) -> None:
+    ours, folder = exported(CASES[case], tmp_path, "--to", "hf", "--hf-model-type", "samoe")
+    (folder / "megatron_samoe.json").unlink()
+    back = native(tmp_path / "again", open_checkpoint(converted(folder, tmp_path / "back")))
+    assert_same_logits(back.logits(some_ids()), ours.logits(some_ids()))
+
+
+SHARED = [name for name, options in CASES.items() if "expert_sharing" in options]
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_folding_by_hand_and_on_export_agree(case: str, tmp_path: Path) -> None:
+    ours, folder = exported(CASES[case], tmp_path, "--to", "hf", "--hf-model-type", "samoe")
+    folded = theirs(converted(ours.root, tmp_path / "folded", "--hf-model-type", "samoe", "--fold"))
+    by_hand, ids_BS = theirs(folder).fold_pool(), some_ids()
+    by_hand.save_pretrained(tmp_path / "saved")
+    assert by_hand.state_dict().keys() == folded.state_dict().keys()
+    assert not any("expert_pool" in name for name in by_hand.state_dict())
+    for model in (folded, by_hand, theirs(tmp_path / "saved")):
+        assert_same_logits(their_logits(model, ids_BS), ours.logits(ids_BS))
+
+
+@pytest.mark.parametrize(
+    ("options", "family"),
+    [
+        ({**LLAMA, "expert_sharing": "tied"}, "MixtralForCausalLM"),
+        ({**LLAMA, "expert_sharing": "scaled", "qk_layernorm": True}, "Qwen3MoeForCausalLM"),
+        ({**LLAMA, "expert_sharing": "pool", "moe_router_pre_softmax": True}, "Qwen2MoeForCausalLM"),
+        ({**LLAMA, "expert_sharing": "own,combined*2,own"}, "MixtralForCausalLM"),
+    ],
+)
+def test_folded_experts_go_into_stock_classes(options: dict[str, Any], family: str, tmp_path: Path) -> None:
+    ours, folder = exported(options, tmp_path, "--fold")
+    model, ids_BS = theirs(folder), some_ids()
+    assert type(model).__name__ == family
+    assert_same_logits(their_logits(model, ids_BS), ours.logits(ids_BS))
+
+
+def test_routers_that_no_stock_class_has_are_refused_by_name(tmp_path: Path) -> None:
+    options = {**CASES["bias_groups_scaling"], "moe_residual_mlp": True, "expert_sharing": "tied"}
+    ours = native(tmp_path / "native", random_source("moe", **options))
+    status, _, error = run("--load-dir", ours.root, "--save-dir", tmp_path / "hf", "--hf-model-type", "mixtral")
+    assert status != 0 and not (tmp_path / "hf").exists()
+    for name in ("expert-bias", "num-groups", "topk-scaling-factor"):
+        assert f"--moe-router-{name}" in error or f"--moe-router-enable-{name}" in error
+    assert "--moe-residual-mlp" in error and error.rstrip().endswith("These classes do: samoe")
+
+
+def test_a_clean_process_loads_the_class_without_this_package(tmp_path: Path) -> None:
+    ours, folder = exported(CASES["mixed"], tmp_path, "--to", "hf")
+    ids_BS = some_ids(1, 12)
+    program = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto', trust_remote_code=True).eval()\n"
+        f"torch.save(model(torch.tensor({ids_BS.tolist()})).logits.detach(), {str(tmp_path / 'logits.pt')!r})\n"
+        "assert not any(name.startswith('megatron_samoe') for name in sys.modules)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=tmp_path, env={"HF_HOME": str(tmp_path), "PATH": ""}
+    )
+    theirs_BSV = torch.load(tmp_path / "logits.pt")
+    assert_same_logits(theirs_BSV, ours.logits(ids_BS))
+
+
+def test_a_map_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    _, folder = exported(CASES["tied"], tmp_path, "--to", "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "megatron_samoe.json").unlink()
+    for entry in ("0,0", "0,0,0,banana", 7):
+        (folder / "config.json").write_text(json.dumps({**config, "expert_sharing": entry}))
+        status, _, error = run("--load-dir", folder, "--save-dir", tmp_path / "back")
+        assert status != 0 and "expert" in error and error.count("\n") == 1, error
