@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.derived import experts_per_layer, flag
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, written_map
@@ -98,8 +99,18 @@ def without_idle_options(config: PretrainConfig) -> PretrainConfig:
 
 def with_sharing(config: PretrainConfig, sources: Sequence[Source]) -> PretrainConfig:
     """Returns the configuration of a model whose MoE layers have other sources of experts, without options that then have
-    no effect."""
+    no effect.
+
+    Raises:
+        ConfigError: what layers may choose from changes while they train, which only their own way of sharing knows.
+    """
     moe, ways = config.moe, {source.way for source in sources}
+    for name, value in (("neighbour_unmask_steps", moe.neighbour_unmask_steps), ("pool_lock_step", moe.pool_lock_step)):
+        if value:
+            raise ConfigError(
+                flag(name), value, f"cannot be kept where experts are shared otherwise than by {moe.sharing}"
+            )
+    counts = experts_per_layer(moe, len(sources))
     if ways == {"combined"}:
         layout: dict[str, Any] = {"expert_layout": "samoe", "expert_sharing": None}
     else:
@@ -107,8 +118,15 @@ def with_sharing(config: PretrainConfig, sources: Sequence[Source]) -> PretrainC
     scope = moe.moe_balance_scope
     if moe.balances_sets:
         scope = "set" if ways & {"tied", "scaled"} else None
-    moe = replace(moe, num_expert_sets=1, untied_ends=0, moe_balance_scope=scope, **layout)
+    moe = replace(
+        moe, num_experts=one_number(counts), num_expert_sets=1, untied_ends=0, moe_balance_scope=scope, **layout
+    )
     return without_idle_options(replace(config, moe=moe))
+
+
+def one_number(counts: Sequence[int]) -> int | tuple[int, ...]:
+    """Returns --num-experts of layers with so many experts each."""
+    return counts[0] if len(set(counts)) == 1 else tuple(counts)
 
 
 def begin_edit(source: GlobalTensors, config: PretrainConfig) -> EditedModel:

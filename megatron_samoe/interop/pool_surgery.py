@@ -129,7 +129,7 @@ def _share(
     sources = parse_sharing(sharing, len(experts.layers), options.num_sets, options.untied_ends)
     groups = _groups(config, experts.layers, sources, sharing, options, action)
     edited = begin_edit(source, with_sharing(config, sources))
-    order_LE = torch.arange(config.moe.most_experts).repeat(len(sources), 1)
+    order_LE = torch.arange(max(place.num_experts for place in experts.layers)).repeat(len(sources), 1)
     fits = []
     for group in groups:
         order_lE, fit = _fit(source, experts, group, config.moe.moe_router_num_groups)

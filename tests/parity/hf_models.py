@@ -16,6 +16,7 @@ from megatron_samoe.cli import convert
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.inference.generate import generate_ids
+from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import build_model, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
@@ -50,7 +51,10 @@ def random_source(layout: str, **options: Any) -> MemorySource:
     for name in set(weights) & set(VOCABULARIES):
         weights[name][VOCABULARY:] = 0.0  # padding is no part of the model
     if layout != "dense":
-        shape = (sum(n.endswith("router.weight") for n in weights), config.moe.most_experts)
+        shape = (
+            sum(n.endswith("router.weight") for n in weights),
+            max(place.num_experts for place in all_layers(config)),
+        )
         weights["training.expert_fractions"] = torch.rand(shape, generator=generator)
     return MemorySource(weights, to_mapping(config), {**PLAIN_STATE, "vocab_size": VOCABULARY})
 

@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sparse_layers": {**LLAMA, "num_layers": 5, "moe_layer_freq": "01101", "expert_sharing": "0,own,0"},
     "pool_norm": {"expert_sharing": "pool", "num_experts": 12, "moe_router_score_function": "norm", "moe_router_topk": 3,
                   "moe_ffn_hidden_size": 16},
+    "neighbours": {"num_layers": 5, "expert_sharing": "neighbours", "moe_router_topk": 2, "moe_ffn_hidden_size": 16},
     "norm_bias": {"moe_router_score_function": "norm", "moe_router_enable_expert_bias": True, "moe_router_topk": 2},
     "pyramid_residual": {**LLAMA, "num_experts": (2, 2, 4, 8), "moe_residual_mlp": True},
     "pyramid_tied": {"num_experts": (2, 4, 4, 4), "expert_sharing": "own,0,0,0", "moe_residual_mlp": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_samoe.interop.edited_model import moe_layers
 from megatron_samoe.interop.hf.export_plan import ExportPlan
 from megatron_samoe.planning.accounting import count_parameters
 
@@ -56,5 +57,5 @@ def _experts(plan: ExportPlan) -> str:
     shared = f", shared: {moe.sharing}" if moe.shares_experts else ""
     if moe.has_pool:
         shared += f", {moe.num_expert_banks} banks"
-    counts = " or ".join(map(str, sorted(set(moe.expert_counts))))
+    counts = " or ".join(map(str, sorted({place.num_experts for place in moe_layers(plan.native.config)})))
     return f"{counts} in each of {layers} layers, {moe.moe_router_topk} per token{shared}"

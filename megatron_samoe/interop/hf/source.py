@@ -57,7 +57,7 @@ class HFSource:
         refuse_unknown(native.config, "export", "Hugging Face's classes")
         sizes = {"num_layers": native.model.num_layers, "hidden_size": native.model.hidden_size}
         if any(native.is_moe):
-            sizes["num_experts"] = native.moe.most_experts
+            sizes["num_experts"] = max(place.num_experts for place in moe_layers(native.config))
         shapes = {name: stored.shape for name, stored in self.folder.tensors.items()}
         refuse_other_sizes(sizes, shapes, f"{directory / CONFIG}")
         self._parts = list(self.family.parts(native))

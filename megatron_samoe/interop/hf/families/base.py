@@ -87,9 +87,5 @@ def all_layers_are_moe(native: NativeModel) -> str | None:
 
 def one_number_of_experts(native: NativeModel) -> str | None:
     """All layers have the same number of experts."""
-    counts = set(native.moe.expert_counts)
-    return (
-        None
-        if len(counts) == 1
-        else f"--num-experts {' '.join(map(str, native.moe.expert_counts))} (it needs one number)"
-    )
+    counts = native.moe.expert_counts
+    return None if len(set(counts)) == 1 else f"--num-experts {' '.join(map(str, counts))} (it needs one number)"

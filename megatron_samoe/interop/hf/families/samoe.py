@@ -8,6 +8,7 @@ from typing import Any
 from megatron_samoe.config.derived import written_layer_freq
 from megatron_samoe.config.sharing_map import written_map
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.interop.edited_model import moe_layers, one_number
 from megatron_samoe.interop.hf.families.base import Family
 from megatron_samoe.interop.hf.families.reading import common, demand, flag
 from megatron_samoe.interop.hf.native import NativeModel
@@ -63,7 +64,8 @@ def _write(native: NativeModel) -> dict[str, Any]:
         **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(layout, moe.has_pool).items()},
     }  # fmt: skip
     if layout != "dense":
-        experts = list(moe.num_experts) if isinstance(moe.num_experts, tuple) else moe.num_experts
+        counts = one_number([place.num_experts for place in moe_layers(native.config)])
+        experts = list(counts) if isinstance(counts, tuple) else counts
         config |= {"num_experts": experts, "moe_layers": list(native.is_moe), "moe_intermediate_size": native.expert_size,
                    "router_pre_softmax": moe.pre_softmax}  # fmt: skip
         given = {theirs: getattr(moe, ours) for theirs, ours in _RARE_ENTRIES.items()}
