@@ -122,13 +122,29 @@ def make_parser() -> argparse.ArgumentParser:
     upcycle("--seed", 1234)
     pool = action("pool", "a MoE becomes the nearest SaMoE")
     pool("--num-expert-banks", int, required=True, metavar="P")
-    pool("--expert-sharing", "combined", "layers that combine banks, such as own,combined*6,own; all if not given", metavar="MAP")
+    pool(
+        "--expert-sharing",
+        "combined",
+        "layers that combine banks, such as own,combined*6,own; all if not given",
+        metavar="MAP",
+    )
     _add_granularity(pool)
     tie = action("tie", "layers of a MoE come to use sets of experts, the nearest to their own")
-    tie("--expert-sharing", str, "tied, scaled, pool, or a map such as 0,1,1,1,2 or scaled:0*4,1*4", required=True, metavar="MAP")
+    tie(
+        "--expert-sharing",
+        str,
+        "tied, scaled, pool, or a map such as 0,1,1,1,2 or scaled:0*4,1*4",
+        required=True,
+        metavar="MAP",
+    )
     tie("--num-expert-sets", 1, "sets of tied or scaled", metavar="N")
     tie("--untied-ends", 0, "first and last MoE layers that keep their own", metavar="N")
-    tie("--sets-from", "average", "average, or for each set the layer whose experts it takes, such as 0,4", metavar="LAYERS")
+    tie(
+        "--sets-from",
+        "average",
+        "average, or for each set the layer whose experts it takes, such as 0,4",
+        metavar="LAYERS",
+    )
     action("fold", "a model whose layers share experts becomes the plain MoE that computes the same")
     select = action("select", "each layer takes one bank, or its set without a factor")
     select(
