@@ -125,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     pool(
         "--expert-sharing",
         "combined",
-        "which layers combine banks, such as own,combined*6,own; all if not given",
+        "layers that combine banks, such as own,combined*6,own; all if not given",
         metavar="MAP",
     )
     _add_granularity(pool)

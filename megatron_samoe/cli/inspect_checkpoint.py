@@ -20,6 +20,7 @@ from megatron_samoe.interop.edited_model import NOT_MODEL
 from megatron_samoe.interop.inspect_health import Health, as_plain, check_health
 from megatron_samoe.interop.inspect_numbers import Difference, difference, statistics
 from megatron_samoe.interop.inspect_open import Opened, open_any, verify
+from megatron_samoe.interop.inspect_sharing import described_sharing
 from megatron_samoe.interop.megatron.export import VOCABULARY
 
 #: Exit statuses, as those of diff and grep.
@@ -34,7 +35,7 @@ def main(words: Words = None) -> int:
     """Runs the tool and returns its exit status."""
     options = make_parser().parse_args(words)
     commands: dict[str, Callable[[argparse.Namespace], Result]] = {
-        "list": _list, "stat": _stat, "diff": _diff, "verify": _verify, "check": _check,
+        "list": _list, "stat": _stat, "diff": _diff, "verify": _verify, "check": _check, "sharing": _sharing,
     }  # fmt: skip
     try:
         status, values, lines = commands[options.command](options)
@@ -71,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     diff("--rtol", 0.0, "tolerated norm of the difference over the norm")
     diff("--limit", 20, "show so many tensors, the most different first")
     command("verify", "check files against their digests, names and shapes; every iteration unless one is given")
+    command("sharing", "which layers share which experts, and how large these are")
     check = command("check", "find NaN and Inf, experts that were never updated, banks that no layer uses")
     check("--start", str, "an earlier checkpoint of the run, to tell updates by", metavar="DIR")
     check("--start-step", int, "iteration of --start; the newest if not given")
@@ -217,6 +219,23 @@ def _check(options: argparse.Namespace) -> Result:
     return (FINE if health.is_sound else FOUND), as_plain(health), [*_described(opened), *_health_lines(health)]
 
 
+def _sharing(options: argparse.Namespace) -> Result:
+    opened = open_any(options.directory, options.ckpt_step)
+    text, stores = described_sharing(opened.source)  # type: ignore[arg-type]
+    lines = [*_described(opened), f"--expert-sharing {text}" if stores else "No layer has experts."]
+    for s in stores:
+        layers = ", ".join(map(str, s.layers))
+        lines.append(
+            f"{s.name:24}  {s.num_experts:>5} experts  {s.elements:>14,} elements  {s.num_bytes:>15,} B  layers {layers}"
+        )
+    shared = sum(s.elements for s in stores if len(s.layers) > 1)
+    if stores:
+        whole = sum(s.elements // s.num_banks * len(s.layers) for s in stores)
+        lines.append(f"{sum(s.elements for s in stores):,} elements of experts, {shared:,} of them shared; "
+                     f"{whole:,} if no layers shared.")  # fmt: skip
+    return FINE, {"expert_sharing": text, "stores": [asdict(s) for s in stores]}, lines
+
+
 _EVIDENCE = {
     "start": "weights equal to those of --start",
     "moments": "no gradient in Adam's second moments",
@@ -236,13 +255,14 @@ def _health_lines(health: Health) -> Iterator[str]:
     for layer, idle in health.idle_experts.items():
         yield f"layers.{layer}: no token of the last step went to expert {', '.join(map(str, idle))}."
     if health.coefficients:
-        yield "layer  weights of banks, of w1 and of w2"
+        yield f"layer  {'weights of banks' if health.has_banks else 'factors on sets'}, of w1 and of w2"
         for layer, a_2P in health.coefficients.items():
             yield f"{layer:5}  " + "   ".join(" ".join(f"{a:7.4f}" for a in row.tolist()) for row in a_2P)
         if health.stale_coefficients:
             yield f"NO GRADIENT in the coefficients of layers {', '.join(map(str, health.stale_coefficients))}"
         banks = ", ".join(map(str, health.dead_banks))
-        yield f"DEAD BANKS: no layer uses {banks}" if health.dead_banks else "Every bank is used by some layer."
+        if health.has_banks:
+            yield f"DEAD BANKS: no layer uses {banks}" if health.dead_banks else "Every bank is used by some layer."
 
 
 def _dtype(stored: StoredTensor) -> str:

@@ -19,9 +19,10 @@ from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import experts_per_layer, flag
-from megatron_samoe.config.option import all_options
+from megatron_samoe.config.option import LARGEST, all_options
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, written_map
+from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.config.validate import refuse_wrong_numbers, validate
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
@@ -135,10 +136,15 @@ def begin_edit(source: GlobalTensors, config: PretrainConfig) -> EditedModel:
     Raises:
         ConfigErrors: the new configuration is not legal.
     """
-    # Only the model counts here: where a run got its data, or its layout, is not the new model's matter.
-    validate(PretrainConfig(model=config.model, moe=config.moe, data=DataConfig(mock_data=True)), 1)
+    validate_model(config)
     plain = {k: v for k, v in source.train_state.items() if k not in ("optimizer_steps", "digests", "format_version")}
     return EditedModel(to_mapping(config), plain, attachments=source.attachments)
+
+
+def validate_model(config: PretrainConfig) -> None:
+    """Raises ConfigErrors where a model is not legal: not where its run got its data, nor its layout, batch or length."""
+    training = TrainingConfig(train_iters=LARGEST)
+    validate(PretrainConfig(config.model, config.moe, data=DataConfig(mock_data=True), training=training), 1)
 
 
 def source_config(source: GlobalTensors) -> PretrainConfig:

@@ -26,11 +26,11 @@ from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
 from megatron_samoe.errors import CheckpointError
-from megatron_samoe.interop.edited_model import FRACTIONS, POOL, moe_layers, source_config
+from megatron_samoe.interop.edited_model import FRACTIONS, POOL, SETS, moe_layers, source_config
 from megatron_samoe.interop.inspect_numbers import statistics
+from megatron_samoe.interop.layer_experts import LayerExperts, source_of
 from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.rank_model import RankModel, compute_dtype
-from megatron_samoe.moe.sharing.coefficients import normalize_coefficients
 from megatron_samoe.parallel_state.parameter_tag import set_tag, tag_of
 from megatron_samoe.parallel_state.state import single_process_state
 
@@ -48,8 +48,10 @@ class Health:
         evidence: how never-updated experts were told; None for a model without experts.
         stale_experts: names such as layers.1 expert 3, or bank 0 expert 2.
         idle_experts: by layer, experts that no token of the last step was sent to.
+        has_banks: whether layers combine banks.
         dead_banks: numbers of banks that no layer uses.
-        coefficients: by layer, the weight of each bank [2, P]; means over experts where each has its own.
+        coefficients: by layer, the weight of each bank, or the factor on its set, [2, P]; means over experts where each has its
+            own.
         stale_coefficients: layers whose coefficients have had no gradient although they are to be trained.
     """
 
@@ -57,6 +59,7 @@ class Health:
     evidence: Evidence | None = None
     stale_experts: list[str] = field(default_factory=list)
     idle_experts: dict[int, list[int]] = field(default_factory=dict)
+    has_banks: bool = False
     dead_banks: list[int] = field(default_factory=list)
     coefficients: dict[int, Tensor] = field(default_factory=dict)
     stale_coefficients: list[int] = field(default_factory=list)
@@ -85,16 +88,17 @@ def check_health(source: GlobalTensors, start: GlobalTensors | None = None, thre
     if config.moe.expert_layout == "dense":
         return health
     health.evidence, health.stale_experts = _stale_experts(source, start, config)
-    layers = [place.index for place in moe_layers(config)]
+    places = moe_layers(config)
     if FRACTIONS in source.tensors:
         fractions_LE = source.read(FRACTIONS)
-        if len(fractions_LE) != len(layers):
-            raise CheckpointError(f"There are loads of {len(fractions_LE)} MoE layers; config.yaml says {len(layers)}.")
-        for layer, fractions_E in zip(layers, fractions_LE, strict=True):
-            if idle := (fractions_E == 0).nonzero().flatten().tolist():
-                health.idle_experts[layer] = idle
-    if config.moe.has_pool:
-        _check_coefficients(health, source, config, layers, threshold)
+        if len(fractions_LE) != len(places):
+            raise CheckpointError(f"There are loads of {len(fractions_LE)} MoE layers; config.yaml says {len(places)}.")
+        for place, fractions_E in zip(places, fractions_LE, strict=True):
+            if idle := (fractions_E[: place.num_experts] == 0).nonzero().flatten().tolist():
+                health.idle_experts[place.index] = idle
+    health.has_banks = config.moe.has_pool
+    if config.moe.has_coefficients:
+        _check_coefficients(health, source, config, threshold)
     return health
 
 
@@ -104,6 +108,8 @@ def _expert_tensors(source: GlobalTensors) -> Iterator[tuple[str, int, list[str]
         if name.startswith(POOL) and name.endswith((".w1", ".w2")):
             banks, experts = stored.shape[:2]
             yield name, 2, [f"bank {b} expert {e}" for b in range(banks) for e in range(experts)]
+        elif name.startswith(SETS) and name.endswith((".w1", ".w2")):
+            yield name, 2, [f"set {name.split('.')[2]} expert {e}" for e in range(stored.shape[1])]
         elif name.startswith("layers.") and name.endswith((".moe.experts.w1", ".moe.experts.w2")):
             yield name, 1, [f"layers.{name.split('.')[1]} expert {e}" for e in range(stored.shape[0])]
 
@@ -173,16 +179,17 @@ class InitialValues:
         return parameter.data
 
 
-def _check_coefficients(
-    health: Health, source: GlobalTensors, config: PretrainConfig, layers: list[int], threshold: float
-) -> None:
-    used = torch.zeros(config.moe.num_expert_banks, dtype=torch.bool)
-    for layer in layers:
-        name = f"layers.{layer}.moe.combination"
-        a_2GP = normalize_coefficients(source.read(name), config.moe.samoe_normalization)
+def _check_coefficients(health: Health, source: GlobalTensors, config: PretrainConfig, threshold: float) -> None:
+    experts = LayerExperts(source)
+    used = torch.full((config.moe.num_expert_banks,), not config.moe.has_pool)
+    for place in experts.layers:
+        if source_of(place).way not in ("combined", "scaled"):
+            continue
+        layer, name, a_2GP = place.index, f"layers.{place.index}.moe.combination", experts.coefficients(place)
         health.coefficients[layer] = a_2GP.mean(1)
-        largest = a_2GP.abs().amax(-1, keepdim=True)
-        used |= ((a_2GP.abs() >= threshold * largest) & (largest > 0)).flatten(0, 1).any(0)
+        if source_of(place).way == "combined":
+            largest = a_2GP.abs().amax(-1, keepdim=True)
+            used |= ((a_2GP.abs() >= threshold * largest) & (largest > 0)).flatten(0, 1).any(0)
         moment = f"optimizer.exp_avg_sq.{name}"
         if moment in source.tensors and not config.moe.samoe_freeze_coefficients and not source.read(moment).any():
             health.stale_coefficients.append(layer)

@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -162,7 +163,7 @@ def verify(given: str | Path, ckpt_step: int | None = None) -> list[Verdict]:
         directories = [_native_directory(path, ckpt_step)]
     else:
         directories = [store.iteration_dir(path, iteration) for iteration in store.whole_iterations(path)]
-    return [_verdict(d, "digests of every file, names and shapes", lambda d=d: _check_native(d)) for d in directories]
+    return [_verdict(d, _checked_of_native(d), partial(_check_native, d)) for d in directories]
 
 
 def _verdict(directory: Path, checked: str, check: Callable[[], list[str]]) -> Verdict:
@@ -197,6 +198,22 @@ def _check_megatron(directory: Path) -> list[str]:
     return problems
 
 
+def _checked_of_native(directory: Path) -> str:
+    if _foreign_parts(directory):
+        return (
+            "digests of every file; names and shapes cannot be checked: its model has parts from outside megatron_samoe"
+        )
+    return "digests of every file, names and shapes"
+
+
+def _foreign_parts(directory: Path) -> bool:
+    """Whether only the program that trained a checkpoint knows its model."""
+    try:
+        return bool(store.read_train_state(directory).get(store.PARTS))
+    except CheckpointError:  # damaged, which checking says
+        return False
+
+
 def _check_native(directory: Path) -> list[str]:
     reader = CheckpointReader(directory)
-    return [*reader.verify(), *differences(reader)]
+    return [*reader.verify(), *([] if _foreign_parts(directory) else differences(reader))]

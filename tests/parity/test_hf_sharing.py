@@ -30,6 +30,10 @@ CASES: dict[str, dict[str, Any]] = {
     "pool_norm": {"expert_sharing": "pool", "num_experts": 12, "moe_router_score_function": "norm", "moe_router_topk": 3,
                   "moe_ffn_hidden_size": 16},
     "neighbours": {"num_layers": 5, "expert_sharing": "neighbours", "moe_router_topk": 2, "moe_ffn_hidden_size": 16},
+    "neighbours_unmasked": {**LLAMA, "expert_sharing": "neighbours", "neighbour_unmask_steps": 9,
+                            "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    "pool_locked": {**LLAMA, "expert_sharing": "pool", "num_experts": 8, "pool_lock_step": 5000, "train_iters": 6000,
+                    "moe_router_score_function": "norm"},
     "norm_bias": {"moe_router_score_function": "norm", "moe_router_enable_expert_bias": True, "moe_router_topk": 2},
     "pyramid_residual": {**LLAMA, "num_experts": (2, 2, 4, 8), "moe_residual_mlp": True},
     "pyramid_tied": {"num_experts": (2, 4, 4, 4), "expert_sharing": "own,0,0,0", "moe_residual_mlp": True,
@@ -47,7 +51,11 @@ def assert_same_logits(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def exported(options: dict[str, Any], root: Path, *words: object) -> tuple[Native, Path]:
-    ours = native(root / "native", random_source("moe", **options))
+    source = random_source("moe", **options)
+    for name, factors_E in source.weights.items():
+        if name.endswith(".candidates"):
+            factors_E.copy_(torch.tensor([1.0, 0.0, 0.5, 1.0]).repeat(len(factors_E) // 4))
+    ours = native(root / "native", source)
     return ours, converted(ours.root, root / "hf", *words)
 
 
@@ -76,7 +84,8 @@ def test_its_config_tells_the_model_without_ours(case: str, tmp_path: Path) -> N
     assert_same_logits(back.logits(some_ids()), ours.logits(some_ids()))
 
 
-SHARED = [name for name, options in CASES.items() if "expert_sharing" in options]
+CHANGING = {"neighbours_unmasked", "pool_locked"}
+SHARED = [name for name, options in CASES.items() if "expert_sharing" in options and name not in CHANGING]
 
 
 @pytest.mark.parametrize("case", SHARED)
@@ -115,6 +124,16 @@ def test_routers_that_no_stock_class_has_are_refused_by_name(tmp_path: Path) -> 
     for name in ("expert-bias", "num-groups", "topk-scaling-factor"):
         assert f"--moe-router-{name}" in error or f"--moe-router-enable-{name}" in error
     assert "--moe-residual-mlp" in error and error.rstrip().endswith("These classes do: samoe")
+
+
+@pytest.mark.parametrize("case", sorted(CHANGING))
+def test_candidates_that_change_are_not_folded(case: str, tmp_path: Path) -> None:
+    source = random_source("moe", **CASES[case])
+    ours = native(tmp_path / "native", source)
+    status, _, error = run("--load-dir", ours.root, "--save-dir", tmp_path / "hf", "--fold")
+    assert (
+        status != 0 and "cannot be kept where experts are shared otherwise" in error and not (tmp_path / "hf").exists()
+    )
 
 
 def test_a_clean_process_loads_the_class_without_this_package(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from functools import cached_property, reduce
 
 import torch
 
-from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
@@ -72,11 +71,6 @@ class NativeModel:
         config = replace(self.config, parallel=ParallelConfig())
         model = RankModel(config, self.vocab_size, single_process_state("meta"), compute_dtype(config))
         return {name: StoredTensor(tuple(p.shape), p.dtype) for name, p in model.global_parameters().items()}
-
-
-def model_alone(config: PretrainConfig) -> PretrainConfig:
-    """Returns what of a configuration counts for its model: not where its run got its data, nor its layout or batch."""
-    return PretrainConfig(model=config.model, moe=config.moe, data=DataConfig(mock_data=True))
 
 
 def lossless_precision(

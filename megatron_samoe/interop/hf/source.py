@@ -14,15 +14,15 @@ from megatron_samoe.config.cli import apply_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.readers import refuse_unknown
-from megatron_samoe.config.validate import refuse_wrong_numbers, validate
+from megatron_samoe.config.validate import refuse_wrong_numbers
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.errors import CheckpointError, ConfigError, nearest
-from megatron_samoe.interop.edited_model import FRACTIONS, moe_layers, uniform_fractions
+from megatron_samoe.interop.edited_model import FRACTIONS, moe_layers, uniform_fractions, validate_model
 from megatron_samoe.interop.hf.families import FAMILIES, Family
 from megatron_samoe.interop.hf.families.reading import number
 from megatron_samoe.interop.hf.folder import CONFIG, HFFolder
-from megatron_samoe.interop.hf.native import NativeModel, lossless_precision, model_alone
+from megatron_samoe.interop.hf.native import NativeModel, lossless_precision
 from megatron_samoe.interop.hf.parts import Constant, Part, join, parts_of
 from megatron_samoe.interop.hf.sidecar import SIDECAR, Remembered, read_sidecar
 from megatron_samoe.optimizer.mixed_precision import LossScale
@@ -63,7 +63,7 @@ class HFSource:
         self._parts = list(self.family.parts(native))
         self._stored = self._located(tied=not native.model.untie_embeddings_and_output_weights)
         self.native = replace(native, config=self._with_precision(native))
-        validate(model_alone(self.native.config), 1)
+        validate_model(self.native.config)
         self._parts_of = parts_of(self._parts)
         self._fractions_LE = self._expert_fractions(remembered)
         self.tensors: dict[str, StoredTensor] = dict(self.native.tensors)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.cli import to_mapping
-from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.dist_checkpointing.saved_tensor import is_plain
 from megatron_samoe.errors import CheckpointError, ConfigError, shown
-from megatron_samoe.interop.hf.native import NativeModel, lossless_precision, model_alone
+from megatron_samoe.interop.edited_model import validate_model
+from megatron_samoe.interop.hf.native import NativeModel, lossless_precision
 from megatron_samoe.interop.megatron.arguments import from_arguments
 from megatron_samoe.interop.megatron.names import MegatronStyle, Part, ep_rank_of, key_of, parts_of
 from megatron_samoe.interop.megatron.rank_files import (
@@ -94,7 +94,7 @@ class MegatronReader:
         vocab = vocab_size or _count(args, "vocab_size", padded, folders[0])
         if not 0 < vocab <= padded:
             raise ConfigError("--vocab-size", vocab, f"must be from 1 to the {padded} rows of {self.directory}")
-        validate(model_alone(config), 1)
+        validate_model(config)
         self._native = NativeModel(config, vocab)
         self._padded = padded
         iteration = _count(first, "iteration", 0, folders[0], least=0)

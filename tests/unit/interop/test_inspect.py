@@ -297,3 +297,50 @@ def test_bad_input_is_one_paragraph(tmp_path: Path, capsys: Captured) -> None:
     with pytest.raises(SystemExit) as error:
         inspect.main(["list", str(good), "--mach", "x"])
     assert error.value.code == 2 and "Did you mean '--match'" in capsys.readouterr().err
+
+
+def test_sharing_tells_the_map_its_users_and_sizes(tmp_path: Path, capsys: Captured) -> None:
+    config = tiny_config("moe", num_layers=6, moe_layer_freq="011111", expert_sharing="own,combined*2,0*2")
+    source = new_source(config)
+    write(source, tmp_path)
+    status, values = look_json(capsys, "sharing", tmp_path)
+    expert = 2 * 32 * 128 + 32 + 128
+    assert status == 0 and values["expert_sharing"] == "own,combined*2,0*2"
+    found = [(s["name"], s["layers"], s["num_experts"], s["elements"]) for s in values["stores"]]
+    assert found == [("own of layer 1", [1], 4, 4 * expert), ("pool of 2 banks", [2, 3], 4, 8 * expert),
+                     ("set 0 (tied)", [4, 5], 4, 4 * expert)]  # fmt: skip
+    _, text = look(capsys, "sharing", tmp_path)
+    assert "layers 4, 5" in text and text.rstrip().endswith(
+        f"{12 * expert:,} of them shared; {20 * expert:,} if no layers shared."
+    )
+    write(new_source(tiny_config("dense")), tmp_path / "dense")
+    assert "No layer has experts." in look(capsys, "sharing", tmp_path / "dense")[1]
+
+
+def test_check_knows_sets_and_numbers_of_experts_by_layer(tmp_path: Path, capsys: Captured) -> None:
+    config = tiny_config("moe", expert_sharing="scaled:own,0,0,1", num_experts=(2, 4, 4, 3))
+    source = new_source(config)
+    source.weights["optimizer.exp_avg_sq.expert_pool.set.0.w1"] = torch.ones(1, 4, 128, 32)
+    source.weights["optimizer.exp_avg_sq.expert_pool.set.0.w2"] = torch.ones(1, 4, 32, 128)
+    for kind in ("w1", "w2"):
+        source.weights[f"optimizer.exp_avg_sq.expert_pool.set.0.{kind}"][0, 2] = 0
+    source.weights["training.expert_fractions"] = torch.tensor(
+        [[1.0, 0, 0, 0], [0.25] * 4, [0.25] * 4, [0.5, 0.5, 0, 0]]
+    )
+    write(source, tmp_path)
+    status, text = look(capsys, "check", tmp_path)
+    assert status == 1 and "NEVER UPDATED" in text and "set 0 expert 2" in text and "set 0 expert 1" not in text
+    assert "layers.0: no token of the last step went to expert 1." in text
+    assert "layers.3: no token of the last step went to expert 2." in text and "factors on sets, of w1" in text
+
+
+def test_a_model_with_parts_from_outside_is_verified_by_digests(tmp_path: Path, capsys: Captured) -> None:
+    source = new_source(tiny_config("moe"))
+    source.weights["layers.0.moe.router.other"] = torch.ones(3)
+    source.train_state = {**source.train_state, "parts": {"router": "elsewhere.Router"}}
+    folder = write(source, tmp_path)
+    status, text = look(capsys, "verify", tmp_path)
+    assert status == 0 and "whole (digests of every file; names and shapes cannot be checked" in text
+    flip_a_bit(next(folder.glob("*.distcp")), 500)
+    status, text = look(capsys, "verify", tmp_path)
+    assert status == 1 and "DAMAGED" in text and "differs from what was written" in text

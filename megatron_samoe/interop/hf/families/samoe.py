@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_samoe.config.derived import written_layer_freq
+from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.sharing_map import written_map
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import moe_layers, one_number
@@ -37,7 +38,8 @@ _MOE_ENTRIES = {
 _RARE_ENTRIES = {
     "router_expert_bias": "moe_router_enable_expert_bias", "router_num_groups": "moe_router_num_groups",
     "router_group_topk": "moe_router_group_topk", "router_scaling_factor": "moe_router_topk_scaling_factor",
-    "residual_mlp": "moe_residual_mlp",
+    "residual_mlp": "moe_residual_mlp", "num_neighbour_layers": "num_neighbour_layers",
+    "neighbour_unmask_steps": "neighbour_unmask_steps", "pool_lock_step": "pool_lock_step",
 }  # fmt: skip
 _POOL_ENTRIES = {name: name for name in ("num_expert_banks", "samoe_granularity", "samoe_normalization")}
 #: Entries of theirs that are computed from ours.
@@ -64,14 +66,17 @@ def _write(native: NativeModel) -> dict[str, Any]:
         **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(layout, moe.has_pool).items()},
     }  # fmt: skip
     if layout != "dense":
-        counts = one_number([place.num_experts for place in moe_layers(native.config)])
+        # Where candidates change, only the short form says how; else a map says all.
+        changes = moe.pool_lock_step is not None or moe.neighbour_unmask_steps > 0
+        counts = moe.num_experts if changes else one_number([place.num_experts for place in moe_layers(native.config)])
         experts = list(counts) if isinstance(counts, tuple) else counts
         config |= {"num_experts": experts, "moe_layers": list(native.is_moe), "moe_intermediate_size": native.expert_size,
                    "router_pre_softmax": moe.pre_softmax}  # fmt: skip
-        given = {theirs: getattr(moe, ours) for theirs, ours in _RARE_ENTRIES.items()}
-        config |= {theirs: value for theirs, value in given.items() if value not in (None, False)}
+        given = {theirs: (getattr(moe, ours), getattr(MoEConfig(), ours)) for theirs, ours in _RARE_ENTRIES.items()}
+        given |= {} if changes else {"num_neighbour_layers": (None, None)}
+        config |= {theirs: value for theirs, (value, default) in given.items() if value != default}
         if layout == "moe" and ways != {"own"}:
-            config["expert_sharing"] = written_map(native.sources)
+            config["expert_sharing"] = moe.sharing if changes else written_map(native.sources)
     return config
 
 
@@ -113,7 +118,10 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         }  # fmt: skip
         if moe["moe_router_score_function"] != "norm":
             moe["moe_router_pre_softmax"] = config["router_pre_softmax"]
-    return {"model": model, "moe": moe}
+    read = {"model": model, "moe": moe}
+    if type(lock := moe.get("pool_lock_step")) is int:  # a run that it ends in
+        read["training"] = {"train_iters": lock + MoEConfig().pool_lock_anneal_steps}
+    return read
 
 
 def _parts(native: NativeModel) -> Iterator[Part]:

@@ -12,7 +12,9 @@ class SamoeConfig(PretrainedConfig):
         expert_layout: dense; moe: each MoE layer owns its experts, or as expert_sharing says; samoe: all combine one pool of
             banks.
         expert_sharing: an entry for each MoE layer between commas: own, combined, or the number of the set that it uses; scaled:
-            before them gives each layer factors on its set. A*3 stands for A,A,A. A set that one layer uses is its own.
+            before them gives each layer factors on its set. A*3 stands for A,A,A. A set that one layer uses is its own. pool is
+            one set for all; neighbours gives each num_neighbour_layers layers a set, of num_experts times as many.
+        pool_lock_step, neighbour_unmask_steps: where either is set, a router has a factor for each expert: 0 closes it.
         moe_layers: for each layer whether it has experts.
         hidden_act: swiglu (gated SiLU) or gelu_tanh.
         rotary_base, rotary_percent: of position_embedding_type rope; others are learned_absolute and none.
@@ -39,7 +41,8 @@ class SamoeConfig(PretrainedConfig):
         moe_intermediate_size=None, num_experts_per_tok=1, router_score_function="softmax", router_pre_softmax=True,
         shared_expert_intermediate_size=None, num_expert_banks=2, samoe_granularity="layer", samoe_normalization="none",
         expert_sharing=None, router_expert_bias=False, router_num_groups=None, router_group_topk=None,
-        router_scaling_factor=None, residual_mlp=False, attention_dropout=0.0, hidden_dropout=0.0, initializer_range=0.02,
+        router_scaling_factor=None, residual_mlp=False, num_neighbour_layers=2, neighbour_unmask_steps=0, pool_lock_step=None,
+         attention_dropout=0.0, hidden_dropout=0.0, initializer_range=0.02,
         use_cache=True, tie_word_embeddings=True, **kwargs,
     ):  # fmt: skip
         if not any(moe_layers or ()) and expert_layout != "dense":
@@ -78,6 +81,9 @@ class SamoeConfig(PretrainedConfig):
         self.router_group_topk = router_group_topk
         self.router_scaling_factor = router_scaling_factor
         self.residual_mlp = residual_mlp
+        self.num_neighbour_layers = num_neighbour_layers
+        self.neighbour_unmask_steps = neighbour_unmask_steps
+        self.pool_lock_step = pool_lock_step
         self.attention_dropout = attention_dropout
         self.hidden_dropout = hidden_dropout
         self.initializer_range = initializer_range
@@ -89,10 +95,18 @@ class SamoeConfig(PretrainedConfig):
         """Returns for each layer (way, number of the set or None, number of experts), None for a layer without experts."""
         count = sum(map(bool, self.moe_layers))
         text = self.expert_sharing or ("combined" if self.expert_layout == "samoe" else "own")
-        prefix, _, listed = text.rpartition(":")
-        entries = [] if listed in ("own", "combined") else [part.partition("*") for part in listed.split(",")]
-        entries = [entry for entry, _, times in entries for _ in range(int(times or 1))] or [listed] * count
         experts = self.num_experts if isinstance(self.num_experts, (list, tuple)) else [self.num_experts] * count
+        prefix, _, listed = text.rpartition(":")
+        if text in ("own", "combined"):
+            entries = [text] * count
+        elif text in ("pool", "neighbours"):
+            block = count if text == "pool" else self.num_neighbour_layers
+            entries = [str(i // block) for i in range(count)]
+            if text == "neighbours":
+                experts = [size * entries.count(entry) for size, entry in zip(experts, entries)]  # noqa: B905
+        else:
+            parts = [part.partition("*") for part in listed.split(",")]
+            entries = [entry for entry, _, times in parts for _ in range(int(times or 1))]
         if not len(entries) == len(experts) == count:
             raise ValueError(
                 f"expert_sharing {text!r} and num_experts {self.num_experts!r} must fit {count} MoE layers"

@@ -93,6 +93,9 @@ class Router(Weights):
         self.config = config
         if config.router_expert_bias:
             self.expert_bias = nn.Parameter(torch.zeros(num_experts), requires_grad=False)
+        self.has_candidates = config.pool_lock_step is not None or config.neighbour_unmask_steps > 0
+        if self.has_candidates:
+            self.candidates = nn.Parameter(torch.ones(num_experts), requires_grad=False)
         if config.router_score_function == "norm":
             self.scale = nn.Parameter(torch.ones(1))
 
@@ -102,6 +105,9 @@ class Router(Weights):
         logits_TE = F.linear(x_TH.float(), self.weight.float())
         if config.router_score_function == "norm":
             logits_TE = self.scale.float() * F.normalize(logits_TE, dim=1)
+        if self.has_candidates:
+            factors_E, multiplies = self.candidates.float(), config.router_score_function == "norm"
+            logits_TE = logits_TE * factors_E if multiplies else logits_TE + factors_E.log()
         key_TE = self.key(logits_TE)
         ids_TK = key_TE.sort(dim=1, descending=True, stable=True).indices[:, : config.num_experts_per_tok]
         probs_TK, ids_TK = self.weigh(logits_TE, ids_TK)
@@ -120,6 +126,8 @@ class Router(Weights):
             key_TE = logits_TE.softmax(-1)
         if config.router_expert_bias:
             key_TE = key_TE + self.expert_bias.float()
+        if self.has_candidates:
+            key_TE = key_TE.masked_fill(self.candidates == 0, -torch.inf)
         if config.router_num_groups is None:
             return key_TE
         key_TGE = key_TE.unflatten(1, (config.router_num_groups, -1))
