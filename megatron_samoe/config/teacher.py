@@ -7,7 +7,7 @@ from dataclasses import replace
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import uneven_layout, virtual_stages
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.option import all_options
+from megatron_samoe.config.option import LARGEST, all_options
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import TrainingConfig
@@ -45,7 +45,7 @@ def on_ranks_of(student: PretrainConfig, teacher: PretrainConfig, world_size: in
     given = student.training
     training = TrainingConfig(
         micro_batch_size=given.micro_batch_size, global_batch_size=given.global_batch_size, bf16=given.bf16,
-        fp16=given.fp16,
+        fp16=given.fp16, train_iters=LARGEST,  # whatever its routers did at some step, it is behind them
     )  # fmt: skip
     config = PretrainConfig(model, _untrained(teacher), parallel, training, data=DataConfig(mock_data=True))
     try:

@@ -30,6 +30,7 @@ from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.planning.layout_cost import Cluster, Cost, step_cost
 from megatron_samoe.planning.memory import RankMemory, largest_rank_memory
+from megatron_samoe.planning.teacher import planned_teacher
 
 #: More chunks than this on one rank send more often than they save.
 MAX_CHUNKS = 8
@@ -118,6 +119,7 @@ def plan_layouts(
     for sized in _sizes(base, cluster, micro_batch_sizes or (config.training.micro_batch_size,)):
         try:
             validate(sized, cluster.world_size)
+            planned_teacher(sized, vocab_size, cluster.world_size)
         except ConfigError as error:
             problem = problem or error
             continue
