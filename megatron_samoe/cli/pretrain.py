@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.derived import data_parallel_size, num_micro_batches, virtual_stages
+from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.elastic import fit_layout
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
@@ -112,10 +113,12 @@ def _train(config: PretrainConfig, device: torch.device, extensions: Extensions 
     config = replace(config, checkpoint=started)
     tokenizer, attachments, vocab_size = _tokenizer(config)
     is_builder = launcher.local_rank() == 0
-    run_data = build_run_data(config, tokenizer, parallel, is_builder, _progress(config))
+    done = _progress(config)
+    run_data = build_run_data(config, tokenizer, parallel, is_builder, done)
+    held = config if config.distillation.teaches_after(done[0]) else replace(config, distillation=DistillationConfig())
     if config.parallel.preflight:
-        preflight(config, vocab_size, parallel)
-    with _enough_memory(config, vocab_size, parallel):
+        preflight(held, vocab_size, parallel)
+    with _enough_memory(held, vocab_size, parallel):
         setup = replace(build_setup(config, vocab_size, parallel, extensions=extensions), attachments=attachments)
     _describe(config, vocab_size, parallel)
     # An evaluation alone says nothing of training's speed.

@@ -2,6 +2,7 @@
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
@@ -11,6 +12,7 @@ from megatron_samoe.config.training import LoggingConfig, OptimizerConfig, Train
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DistillationConfig",
     "LoggingConfig",
     "MoEConfig",
     "ModelConfig",

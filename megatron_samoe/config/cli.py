@@ -27,7 +27,8 @@ FOREIGN_NAMES = {
     "--num-steps": "--train-iters", "--epochs": "--train-iters", "--num-train-epochs": "--train-iters",
     "--per-device-train-batch-size": "--micro-batch-size", "--warmup-steps": "--lr-warmup-iters",
     "--warmup-ratio": "--lr-warmup-fraction", "--max-grad-norm": "--clip-grad", "--output-dir": "--run-dir",
-    "--resume": "--load", "--num-experts-per-tok": "--moe-router-topk", "--top-k": "--moe-router-topk",
+    "--load-teacher": "--teacher", "--export-kd-teacher-load": "--teacher", "--kd-temp": "--teacher-temperature",
+    "--kd-beta-ce": "--teacher-weight", "--resume": "--load", "--num-experts-per-tok": "--moe-router-topk", "--top-k": "--moe-router-topk",
 }  # fmt: skip
 CHECKPOINT_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
 

@@ -77,6 +77,17 @@ def parse_stage_layout(text: str) -> tuple[int, ...]:
     return tuple(stage.count("t") for stage in expanded.split("|"))
 
 
+def uneven_layout(num_layers: int, num_stages: int) -> str:
+    """Returns a --pipeline-model-parallel-layout of almost even stages; the last, which has the head, and the first, which
+    has the embedding, get fewer."""
+    few, more = divmod(num_layers, num_stages)
+    order = [*range(1, num_stages - 1), 0, num_stages - 1]
+    counts = [few] * num_stages
+    for stage in order[:more]:
+        counts[stage] += 1
+    return "E" + "|".join("t" if n == 1 else f"t*{n}" if n else "" for n in counts) + "L"
+
+
 def virtual_stages(parallel: ParallelConfig, num_layers: int) -> int:
     """Returns the number of virtual stages; 0 where the layers cannot be cut as configured."""
     pp = parallel.pipeline_model_parallel_size

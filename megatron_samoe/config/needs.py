@@ -46,6 +46,7 @@ FP16 = Need(lambda c: c.training.fp16, "needs --fp16")
 TOKENIZER_FILE = Need(
     lambda c: c.data.tokenizer_type != "ByteTokenizer", "has no use with --tokenizer-type ByteTokenizer"
 )
+TEACHER = Need(lambda c: c.distillation.teacher is not None, "needs --teacher")
 PIPELINE = Need(lambda c: c.parallel.pipeline_model_parallel_size != 1, "needs --pipeline-model-parallel-size above 1")
 EXPERT_PARALLEL = Need(
     lambda c: c.parallel.expert_model_parallel_size != 1, "needs --expert-model-parallel-size above 1"

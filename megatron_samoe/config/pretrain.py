@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
@@ -27,6 +28,8 @@ class PretrainConfig:
     """The training loop."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """The teacher."""
     data: DataConfig = field(default_factory=DataConfig)
     """The corpus."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

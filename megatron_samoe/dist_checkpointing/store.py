@@ -84,13 +84,22 @@ def with_start(config: CheckpointConfig) -> CheckpointConfig:
         return config
     if load is not None:
         _repair_if_possible(load)
-        if whole_iterations(checkpoints_of(load)) or (Path(load) / TRAIN_STATE).is_file():
+        if _has_checkpoint(load):
             return config
         _refuse_foreign(Path(load))
-    if not (whole_iterations(checkpoints_of(pretrained)) or (Path(pretrained) / TRAIN_STATE).is_file()):
-        _refuse_foreign(Path(pretrained), "--pretrained-checkpoint")
-        raise CheckpointError(f"--pretrained-checkpoint {pretrained} has no checkpoint.", collective=True)
+    refuse_without_checkpoint(pretrained, "--pretrained-checkpoint")
     return replace(config, load=pretrained, finetune=True, ckpt_step=None)  # the step is one of --load's
+
+
+def _has_checkpoint(folder: str) -> bool:
+    return bool(whole_iterations(checkpoints_of(folder))) or (Path(folder) / TRAIN_STATE).is_file()
+
+
+def refuse_without_checkpoint(folder: str, flag: str) -> None:
+    """Raises CheckpointError where a folder that a flag names has no checkpoint, saying what it has."""
+    if not _has_checkpoint(folder):
+        _refuse_foreign(Path(folder), flag)
+        raise CheckpointError(f"{flag} {folder} has no checkpoint.", collective=True)
 
 
 def find_checkpoint(config: CheckpointConfig, problems_of: Callable[[Path], list[str]] = lambda _: []) -> Path | None:

@@ -135,6 +135,36 @@ def cross_entropy_backward(
     return probs_TV.mul_(dloss_T[:, None]).to(logits_TV.dtype)
 
 
+def scaled_logsumexp(logits_TV: Tensor, temperature: float) -> Tensor:
+    """Returns lse_T = log sum exp(logits / temperature); -inf without columns."""
+    return torch.logsumexp(logits_TV.to(accumulation_dtype(logits_TV.dtype)) / temperature, dim=1)
+
+
+def kl_divergence_terms(
+    student_TV: Tensor, teacher_TV: Tensor, student_lse_T: Tensor, teacher_lse_T: Tensor, temperature: float
+) -> Tensor:
+    """Returns sum_v p log(p / q) - p + q over these columns, for p = exp(teacher / temperature - lse) and q of the student.
+
+    Over the whole vocabulary p and q sum to 1, so the last two cancel; term by term they cancel rounding: what one
+    log-sum-exp is off changes the sum in second order only, and no term is below 0.
+    """
+    log_q_TV = student_TV.to(student_lse_T.dtype) / temperature - student_lse_T[:, None]
+    log_p_TV = teacher_TV.to(teacher_lse_T.dtype) / temperature - teacher_lse_T[:, None]
+    p_TV = log_p_TV.exp()
+    terms_TV = torch.where(p_TV > 0, p_TV * (log_p_TV - log_q_TV), torch.zeros_like(p_TV))
+    return (terms_TV - p_TV + log_q_TV.exp()).sum(dim=1)
+
+
+def kl_divergence_backward(
+    student_TV: Tensor, teacher_TV: Tensor, student_lse_T: Tensor, teacher_lse_T: Tensor, temperature: float,
+    dkl_T: Tensor,
+) -> Tensor:  # fmt: skip
+    """Returns dstudent_TV = (q - p) dkl / temperature, in the student's dtype."""
+    q_TV = (student_TV.to(dkl_T.dtype) / temperature - student_lse_T[:, None]).exp()
+    p_TV = (teacher_TV.to(dkl_T.dtype) / temperature - teacher_lse_T[:, None]).exp()
+    return ((q_TV - p_TV) * dkl_T[:, None] / temperature).to(student_TV.dtype)
+
+
 def grouped_mlp(
     x_RH: Tensor, rows: Sequence[int], w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, gated: bool
 ) -> Tensor:

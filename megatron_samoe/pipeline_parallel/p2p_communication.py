@@ -22,11 +22,21 @@ WRAP_SUFFIX = " wrap"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape, dtype and device of the tensors that stages exchange."""
+    """Shape, dtype and device of the tensors that stages exchange.
+
+    Attributes:
+        passengers: last rows of an activation that have no gradient: its gradient's message ends before them.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    passengers: int = 0
+
+    def of_gradients(self) -> TensorSpec:
+        """Returns what comes back."""
+        rows, *rest = self.shape
+        return TensorSpec((rows - self.passengers, *rest), self.dtype, self.device)
 
     def empty(self) -> Tensor:
         """Returns a tensor to receive into."""

@@ -79,13 +79,15 @@ def run_plan(plan: Plan, pipeline: Pipeline, forward: StageFunction, spec: Tenso
         _run_alone(plan, pipeline, forward)
         return
     with_gradients = any(action.kind == "B" for action in plan)
+    gradient_spec = spec.of_gradients()
+    num_rows, has_passengers = gradient_spec.shape[0], spec.passengers > 0
     held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
     for action, upcoming in zip(plan, [*plan[1:], None], strict=True):
         received = None
         for coming in (action, upcoming):
             if coming is not None and pipeline.receives(coming):
                 direction, what = pipeline.incoming(coming)
-                channel.post_receive(spec, direction, what)
+                channel.post_receive(spec if coming.kind == "F" else gradient_spec, direction, what)
         if pipeline.receives(action):
             received = channel.take(pipeline.incoming(action)[1])
         key = (action.chunk, action.micro_batch)
@@ -101,11 +103,11 @@ def run_plan(plan: Plan, pipeline: Pipeline, forward: StageFunction, spec: Tenso
                 channel.send(output.detach(), direction, what)
         else:
             x, output = held.pop(key)
-            torch.autograd.backward(output, received)
+            torch.autograd.backward(output[:num_rows] if has_passengers and not is_last else output, received)
             if x is not None:
                 assert x.grad is not None
                 direction, what = pipeline.outgoing(action)
-                channel.send(x.grad, direction, what)
+                channel.send(x.grad[:num_rows], direction, what)
     channel.finish()
 
 

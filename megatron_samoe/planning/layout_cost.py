@@ -21,6 +21,7 @@ from megatron_samoe.models.gpt_stage import is_recomputed
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
 from megatron_samoe.planning.description import PlannedModel
+from megatron_samoe.planning.teacher import planned_teacher
 
 #: AdamW reads gradient, master and two moments and writes the last three and the weight: bytes per element it updates.
 OPTIMIZER_TRAFFIC_BYTES = 30
@@ -75,8 +76,10 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
     grid = planned.grid
     links = Links(grid, cluster)
     number = num_micro_batches(config, cluster.world_size)
-    stages = [_micro_batch(planned, stage, links) for stage in planned.distinct_stages]
-    slowest = max(stages, key=lambda stage: sum(stage.seconds.values()))
+    slowest = _slowest_micro_batch(planned, links)
+    teacher = planned_teacher(config, vocab_size, cluster.world_size)
+    if teacher is not None:
+        _add_forward(slowest, _slowest_micro_batch(teacher, links))
     cost = Cost()
     for part, seconds in slowest.seconds.items():
         cost.add(part, number * seconds, number * slowest.sent_bytes[part] if part in slowest.sent_bytes else None)
@@ -176,6 +179,19 @@ def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
     if heads:
         _compute(cost, 3.0 * tokens * heads / links.grid.tp, links)
     return cost
+
+
+def _slowest_micro_batch(planned: PlannedModel, links: Links) -> Cost:
+    """Returns the cost of one micro-batch in the stage where it takes longest."""
+    stages = [_micro_batch(planned, stage, links) for stage in planned.distinct_stages]
+    return max(stages, key=lambda stage: sum(stage.seconds.values()))
+
+
+def _add_forward(cost: Cost, both: Cost) -> None:
+    """Adds the forward pass of a micro-batch that is not recomputed: a third of its products, half of its exchanges."""
+    for part, seconds in both.seconds.items():
+        share = 1 / 3 if part == "compute" else 1 / 2
+        cost.add(part, share * seconds, share * both.sent_bytes[part] if part in both.sent_bytes else None)
 
 
 def _compute(cost: Cost, flops: float, links: Links) -> None:

@@ -20,6 +20,7 @@ from megatron_samoe.config.derived import (
     flag,
     global_batch_size,
     num_micro_batches,
+    uneven_layout,
     virtual_stages,
 )
 from megatron_samoe.config.parallel import ParallelConfig
@@ -29,6 +30,7 @@ from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.planning.layout_cost import Cluster, Cost, step_cost
 from megatron_samoe.planning.memory import RankMemory, largest_rank_memory
+from megatron_samoe.planning.teacher import planned_teacher
 
 #: More chunks than this on one rank send more often than they save.
 MAX_CHUNKS = 8
@@ -117,6 +119,7 @@ def plan_layouts(
     for sized in _sizes(base, cluster, micro_batch_sizes or (config.training.micro_batch_size,)):
         try:
             validate(sized, cluster.world_size)
+            planned_teacher(sized, vocab_size, cluster.world_size)
         except ConfigError as error:
             problem = problem or error
             continue
@@ -189,17 +192,6 @@ def _stage_cuts(base: PretrainConfig, pp: int) -> list[tuple[int | None, str | N
     if given.pipeline_schedule == "1f1b":
         cuts += [(d, None) for d in divisors(per_stage) if 1 < per_stage // d <= MAX_CHUNKS]
     return cuts
-
-
-def uneven_layout(num_layers: int, pp: int) -> str:
-    """Returns a --pipeline-model-parallel-layout of almost even stages; the last, which has the head, and the first, which
-    has the embedding, get fewer."""
-    few, more = divmod(num_layers, pp)
-    order = [*range(1, pp - 1), 0, pp - 1]
-    counts = [few] * pp
-    for stage in order[:more]:
-        counts[stage] += 1
-    return "E" + "|".join("t" if n == 1 else f"t*{n}" if n else "" for n in counts) + "L"
 
 
 def _best_options(sized: PretrainConfig, vocab_size: int, cluster: Cluster) -> list[PlannedLayout]:

@@ -17,6 +17,7 @@ from megatron_samoe.distributed.grad_buffer import DEFAULT_BUCKET_SIZE
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.planning.activation_memory import activation_bytes
 from megatron_samoe.planning.description import Chunks, DescribedParameter, Description, PlannedModel
+from megatron_samoe.planning.teacher import planned_teacher
 
 FP32_BYTES = 4
 #: AdamW's two moments in fp32.
@@ -38,6 +39,7 @@ class RankMemory:
         exchange: the largest temporary of gathering and reducing, at the beginning or end of a step, when no
             activations exist.
         expert: the part of weights, gradients, optimizer and folded experts that belongs to routed experts.
+        teacher: weights of a teacher, its folded experts included; nothing is kept of its activations.
     """
 
     weights: int
@@ -49,11 +51,13 @@ class RankMemory:
     activations: int
     exchange: int
     expert: int
+    teacher: int = 0
 
     @property
     def resident(self) -> int:
         """Bytes that stay from step to step."""
-        return self.weights + self.gradients + self.optimizer + self.folded_weights + self.folded_gradients
+        folded = self.folded_weights + self.folded_gradients
+        return self.weights + self.gradients + self.optimizer + folded + self.teacher
 
     @property
     def total(self) -> int:
@@ -66,6 +70,7 @@ class RankMemory:
             "weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
             "folded experts": self.folded_weights + self.folded_gradients, "gathered banks": self.gathered_banks,
             "activations": self.activations, "exchange": self.exchange,
+            **({"teacher": self.teacher} if self.teacher else {}),
         }  # fmt: skip
 
 
@@ -75,7 +80,8 @@ def rank_memory(config: PretrainConfig, vocab_size: int, world_size: int, rank: 
     Args:
         vocab_size: number of tokens, before padding.
     """
-    return _rank_memory(PlannedModel(config, vocab_size, world_size), rank)
+    planned = PlannedModel(config, vocab_size, world_size)
+    return _rank_memory(planned, planned_teacher(config, vocab_size, world_size), rank)
 
 
 def largest_rank_memory(config: PretrainConfig, vocab_size: int, world_size: int) -> tuple[int, RankMemory]:
@@ -86,10 +92,13 @@ def largest_rank_memory(config: PretrainConfig, vocab_size: int, world_size: int
     """
     planned = PlannedModel(config, vocab_size, world_size)
     ranks = [planned.first_rank_of(stage) for stage in planned.distinct_stages]
-    return max(((rank, _rank_memory(planned, rank)) for rank in ranks), key=lambda p: p[1].total)
+    teacher = planned_teacher(config, vocab_size, world_size)
+    if teacher is not None:  # its layers are spread in their own way
+        ranks = sorted({*ranks, *(teacher.first_rank_of(stage) for stage in teacher.distinct_stages)})
+    return max(((rank, _rank_memory(planned, teacher, rank)) for rank in ranks), key=lambda p: p[1].total)
 
 
-def _rank_memory(planned: PlannedModel, rank: int) -> RankMemory:
+def _rank_memory(planned: PlannedModel, teacher: PlannedModel | None, rank: int) -> RankMemory:
     config, stage = planned.config, planned.stage_of(rank)
     layout, shared = config.parallel, planned.shared(rank)
     bucket = layout.ddp_bucket_size or DEFAULT_BUCKET_SIZE
@@ -101,8 +110,15 @@ def _rank_memory(planned: PlannedModel, rank: int) -> RankMemory:
     return RankMemory(
         held.weights, held.gradients, held.optimizer, costs.weights, costs.gradients, costs.gathered,
         activation_bytes(planned, stage, num_micro_batches(config, planned.grid.world_size)),
-        max(held.exchange, costs.exchange), held.expert + costs.weights + costs.gradients,
+        max(held.exchange, costs.exchange), held.expert + costs.weights + costs.gradients, _frozen_bytes(teacher, rank),
     )  # fmt: skip
+
+
+def _frozen_bytes(teacher: PlannedModel | None, rank: int) -> int:
+    """Returns the bytes of a model that is not trained."""
+    if teacher is None:
+        return 0
+    return sum(p.numel * p.element_bytes for p in teacher.parameters(rank)) + teacher.shared(rank).costs.weights
 
 
 @lru_cache(maxsize=1024)

@@ -79,6 +79,7 @@ class ConsoleLog(Logger):
             f"learning rate: {record['learning_rate']:.6E}",
             f"global batch size: {self.batch_size:5d}",
             f"lm loss: {record['lm_loss']:.6E}",
+            *([f"kl loss: {record['kl_loss']:.6E}"] if "kl_loss" in record else []),
         ]
         if "load_balance_loss" in record:
             fields.append(f"load balancing loss: {record['load_balance_loss']:.6E}")

@@ -99,6 +99,7 @@ def make_record(
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
         "lm_loss": result.lm_loss,
+        **({} if result.kl_loss is None else {"kl_loss": result.kl_loss}),
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "loss_scale": result.loss_scale,

@@ -17,31 +17,43 @@ LossSink = Callable[[int, Batch, Tensor], Tensor]
 
 
 def run_micro_batches(
-    setup: TrainSetup, plan: Plan, batches: Sequence[Batch], contexts: Sequence[ForwardContext], take_losses: LossSink
-) -> Tensor | None:
+    setup: TrainSetup, plan: Plan, batches: Sequence[Batch], contexts: Sequence[ForwardContext], take_losses: LossSink,
+    take_divergences: LossSink | None = None,
+) -> Tensor | None:  # fmt: skip
     """Runs a plan over micro-batches and returns their routing, summed.
+
+    Args:
+        take_divergences: where given, the set-up's teacher reads them too, and this takes the masked divergence kl_T of the
+            model's predictions from the teacher's; its scalar is added to the other.
 
     Returns:
         A row for each MoE layer as the model's `statistics` say, zero for those of other stages; None for a dense model.
     """
     model, rows = setup.model, None
+    teacher = setup.teacher if take_divergences is not None else None
     if model.num_moe_layers:
         rows = model.statistics.zeros(model.num_moe_layers, setup.parallel.device)
 
     def forward(chunk: int, micro_batch: int, x: Tensor | None) -> Tensor:
         number = micro_batch
         batch, stage = batches[number], model.chunks[chunk]
-        y, all_stats = model(
-            batch["tokens"] if x is None else x, contexts[number], batch.get("position_ids"), batch.get("document_ids"),
-            chunk=chunk,
-        )  # fmt: skip
+        x = taught_x = batch["tokens"] if x is None else x
+        if teacher is not None and not stage.is_first:
+            x, taught_x = teacher.alight(x, setup.local_tokens(contexts[number].batch_size))
+        packed = (batch.get("position_ids"), batch.get("document_ids"))
+        y, all_stats = model(x, contexts[number], *packed, chunk=chunk)
+        taught_y = None if teacher is None else teacher.forward(taught_x, contexts[number].batch_size, *packed, chunk)
         for stats in all_stats:
             assert rows is not None
             model.statistics.add(rows, stats)
         if not stage.is_last:
-            return y
-        return take_losses(number, batch, model.loss(y, batch["labels"]) * batch["loss_mask"].flatten())
+            return y if teacher is None or taught_y is None else teacher.board(y, taught_y)
+        mask_T = batch["loss_mask"].flatten()
+        loss = take_losses(number, batch, model.loss(y, batch["labels"]) * mask_T)
+        if teacher is None or taught_y is None or take_divergences is None:
+            return loss
+        return loss + take_divergences(number, batch, teacher.divergence(y, taught_y) * mask_T)
 
     first = contexts[0] if contexts else ForwardContext(batch_size=1)
-    run_plan(plan, setup.pipeline, forward, setup.boundary(first.batch_size, first.training))
+    run_plan(plan, setup.pipeline, forward, setup.boundary(first.batch_size, first.training, teacher is not None))
     return rows

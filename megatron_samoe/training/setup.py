@@ -21,6 +21,7 @@ from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec, open_channel
 from megatron_samoe.pipeline_parallel.schedules import Pipeline
 from megatron_samoe.training.state import TrainState
+from megatron_samoe.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class TrainSetup:
 
     Attributes:
         attachments: files that checkpoints carry, by their path in a checkpoint.
+        teacher: whose predictions the next step learns, if there is one.
     """
 
     config: PretrainConfig
@@ -51,6 +53,7 @@ class TrainSetup:
     optimizer: MixedPrecisionOptimizer
     pipeline: Pipeline
     attachments: Mapping[str, bytes] = field(default_factory=dict)
+    teacher: Teacher | None = None
 
     @property
     def batch_size(self) -> int:
@@ -62,14 +65,22 @@ class TrainSetup:
         """Forward passes per optimizer step on each rank."""
         return num_micro_batches(self.config, self.parallel.world_size)
 
-    def boundary(self, batch_size: int, training: bool = False) -> TensorSpec:
-        """Returns what pipeline stages hand over for a micro-batch of `batch_size` sequences."""
+    def boundary(self, batch_size: int, training: bool = False, taught: bool = False) -> TensorSpec:
+        """Returns what pipeline stages hand over for a micro-batch of `batch_size` sequences.
+
+        Args:
+            taught: whether the teacher's activations travel with the student's.
+        """
         hidden, dtype, loads = self.config.model.hidden_size, self.model.dtype, self.model.set_loads
-        tokens = batch_size * self.config.model.seq_length
-        if self.parallel.sequence_parallel:
-            tokens //= self.parallel.tp.size
+        tokens = self.local_tokens(batch_size)
         rows = loads.num_rows(batch_size, hidden, dtype) if training and loads is not None else 0
-        return TensorSpec((tokens + rows, hidden), dtype, self.parallel.device)
+        passengers = self.teacher.num_rows(tokens, hidden) if taught and self.teacher is not None else 0
+        return TensorSpec((tokens + rows + passengers, hidden), dtype, self.parallel.device, passengers)
+
+    def local_tokens(self, batch_size: int) -> int:
+        """Returns the tokens of a micro-batch that this rank holds between layers."""
+        tokens = batch_size * self.config.model.seq_length
+        return tokens // self.parallel.tp.size if self.parallel.sequence_parallel else tokens
 
     @property
     def tokens_per_step(self) -> int:

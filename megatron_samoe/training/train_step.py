@@ -53,6 +53,7 @@ class StepResult:
         grad_norm: before clipping.
         skipped: whether weights stayed as they were: fp16's overflow, or a spike with --skip-spikes.
         spike: what is wrong with the step, with --spike-window; None where nothing is.
+        kl_loss: mean KL(teacher || student) per predicted token, at the temperature and unweighted; None without a teacher.
     """
 
     lm_loss: float
@@ -63,6 +64,7 @@ class StepResult:
     loss_scale: float
     skipped: bool = False
     spike: str | None = None
+    kl_loss: float | None = None
 
     @property
     def is_finite(self) -> bool:
@@ -85,7 +87,7 @@ def micro_batch_context(setup: TrainSetup, state: TrainState, number: int) -> Fo
 
 def compute_gradients(
     setup: TrainSetup, state: TrainState, batches: Sequence[Batch], observe: Callable[[], None] | None = None
-) -> tuple[float, int, RoutingStats | None]:
+) -> tuple[float, int, float | None, RoutingStats | None]:
     """Leaves the global batch's gradients in the main gradients of all parameters, before any scaling or clipping.
 
     Args:
@@ -94,18 +96,27 @@ def compute_gradients(
             reduced early in its step.
 
     Returns:
-        The mean loss per predicted token, the number of these tokens, and the routing.
+        The mean loss per predicted token, the number of these tokens, their mean divergence from a teacher's predictions,
+        and the routing.
     """
     model, scale = setup.model, state.loss_scale.value
     num_tokens = _num_loss_tokens(setup, batches)
     setup.buffers.zero(len(batches), overlap=observe is None)
     model.begin_step()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=setup.parallel.device)
+    teacher = setup.teacher
+    weights = (1.0,) if teacher is None else (1.0, teacher.weight)
+    loss_sums = torch.zeros(len(weights), dtype=torch.float64, device=setup.parallel.device)
+
+    def take(which: int, losses_T: Tensor) -> Tensor:
+        loss = losses_T.sum()
+        loss_sums[which] += loss.detach()
+        return loss * (weights[which] * scale / num_tokens)
 
     def take_losses(_number: int, _batch: Batch, losses_T: Tensor) -> Tensor:
-        loss = losses_T.sum()
-        loss_sum.add_(loss.detach())
-        return loss * (scale / num_tokens)
+        return take(0, losses_T)
+
+    def take_divergences(_number: int, _batch: Batch, kl_T: Tensor) -> Tensor:
+        return take(1, kl_T)
 
     pipeline = setup.pipeline
     schedule = setup.config.parallel.pipeline_schedule
@@ -113,15 +124,18 @@ def compute_gradients(
     contexts = [micro_batch_context(setup, state, number) for number in range(len(batches))]
     device = setup.parallel.device
     with named_range("forward and backward", device):
-        rows = run_micro_batches(setup, plan, batches, contexts, take_losses)
+        rows = run_micro_batches(
+            setup, plan, batches, contexts, take_losses, None if teacher is None else take_divergences
+        )
     if observe is not None:
         observe()
     with named_range("reduce gradients", device):
         finalize_model_grads(model, setup.buffers, scale)
-    sums = loss_sum[None] if rows is None else torch.cat((loss_sum[None], rows.flatten()))
+    sums = loss_sums if rows is None else torch.cat((loss_sums, rows.flatten()))
     sums = setup.parallel.pp.all_reduce(setup.parallel.dp.all_reduce(sums)).cpu()
-    routing = None if rows is None else _routing_stats(sums[1:].view_as(rows), setup)
-    return sums[0].item() / num_tokens, num_tokens, routing
+    routing = None if rows is None else _routing_stats(sums[len(weights) :].view_as(rows), setup)
+    kl_loss = None if teacher is None else sums[1].item() / num_tokens
+    return sums[0].item() / num_tokens, num_tokens, kl_loss, routing
 
 
 def train_step(
@@ -136,7 +150,7 @@ def train_step(
         observe: as in `compute_gradients`.
         pre_optim_step: called with the gradient norm when gradients are complete, where the optimizer will use them.
     """
-    lm_loss, num_tokens, routing = compute_gradients(setup, state, batches, observe)
+    lm_loss, num_tokens, kl_loss, routing = compute_gradients(setup, state, batches, observe)
     norm = global_grad_norm(setup.buffers, setup.parallel)
     if setup.parallel.ep.exchange is not None:
         setup.parallel.ep.exchange.check()
@@ -146,7 +160,7 @@ def train_step(
     training = setup.config.training
     spike = None if overflow else state.spikes.problem(lm_loss, norm, training)
     skipped = overflow or (spike is not None and training.skip_spikes)
-    result = StepResult(lm_loss, norm, lr, num_tokens, routing, state.loss_scale.value, skipped, spike)
+    result = StepResult(lm_loss, norm, lr, num_tokens, routing, state.loss_scale.value, skipped, spike, kl_loss)
     if not result.is_finite:
         return result, state
     if not skipped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from megatron_samoe.training.owned_folder import owned_folder
 from megatron_samoe.training.profiling import run_folder
 from megatron_samoe.training.setup import TrainSetup, initial_state
 from megatron_samoe.training.state import TrainState
+from megatron_samoe.training.teacher import load_teacher
 from megatron_samoe.training.train_step import StepResult, train_step
 
 
@@ -106,8 +108,15 @@ class Trainer:
             raise_non_finite(setup, self.state, batches, result)
         self.stopwatch.end()
         self.state = state
+        self._let_teacher_go()
         self._tell(lambda hook: hook.post_step(self, result))
         self._record(result)
+
+    def _let_teacher_go(self) -> None:
+        """Frees the teacher after its last step."""
+        if self.setup.teacher is not None and not self.config.distillation.teaches_after(self.state.iteration):
+            self.setup = replace(self.setup, teacher=None)
+            logger.info(f"--teacher-until {self.state.iteration}: the student goes on without its teacher")
 
     def _backward_done(self) -> None:
         self._tell(lambda hook: hook.backward_done(self))
@@ -154,6 +163,9 @@ class Trainer:
             logger.info(f"no checkpoint in {checkpoint.load}: starting from the beginning")
         if checkpoint.load == checkpoint.save:
             self._saved_at = self.state.iteration
+        done = self.state.iteration >= self.config.training.train_iters
+        if trains and not done and self.config.distillation.teaches_after(self.state.iteration):
+            self.setup = replace(self.setup, teacher=load_teacher(self.config, self.setup.model))
 
     def _warn_of_starting_again(self) -> None:
         checkpoint = self.config.checkpoint

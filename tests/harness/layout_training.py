@@ -14,6 +14,7 @@ from megatron_samoe.row_exchange.exchange import with_exchange
 from megatron_samoe.training.checkpointing import model_state
 from megatron_samoe.training.moe_diagnostics import expert_grad_norms
 from megatron_samoe.training.setup import Extensions, build_setup, initial_state
+from megatron_samoe.training.teacher import load_teacher
 from megatron_samoe.training.train_step import compute_gradients, train_step
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
 
@@ -106,8 +107,8 @@ def train(
     config: PretrainConfig, dtype: torch.dtype = torch.float32, steps: int = 5, device: torch.device | str = "cpu",
     exchange: Literal["torch", "extension"] = "torch", extensions: Extensions | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Returns the losses and norms of a few steps, the first step's gradients, the last step's norms of each expert's
-    gradient (zeros where none are kept) and the last weights, all whole.
+    """Returns the losses and norms of a few steps, with a teacher the divergences from it, the first step's gradients, the
+    last step's norms of each expert's gradient (zeros where none are kept) and the last weights, all whole.
 
     Args:
         exchange: what tokens travel through between expert-parallel ranks.
@@ -116,11 +117,13 @@ def train(
     parallel = initialize_model_parallel(config.parallel, device)
     parallel = replace(parallel, ep=with_exchange(parallel.ep, parallel.device, backend=exchange))
     setup = build_setup(config, VOCAB_SIZE, parallel, dtype, extensions)
+    if config.distillation.teacher is not None:
+        setup = replace(setup, teacher=load_teacher(config, setup.model))
     state = initial_state(setup)
     compute_gradients(setup, state, micro_batches(setup, 0))
     pieces = {p.name: sharded(p.grad, p.tag.shard, parallel, p.slice) for p in setup.buffers.pieces}
     gradients = gather_global(pieces, parallel)
-    losses, norms, balance = [], [], []
+    losses, norms, balance, divergences = [], [], [], []
     expert_norms = torch.zeros(())
 
     def observe() -> None:
@@ -133,11 +136,12 @@ def train(
         result, state = train_step(setup, state, micro_batches(setup, step), observe if last else None)
         losses.append(result.lm_loss)
         norms.append(result.grad_norm)
+        divergences.append(result.kl_loss or 0.0)
         balance.append((result.routing and result.routing.load_balance_loss) or 0.0)
     weights = gather_global(model_state(setup.model), parallel)
     return {
-        "losses": losses, "norms": norms, "balance": balance, "gradients": gradients, "expert_norms": expert_norms,
-        "weights": weights,
+        "losses": losses, "norms": norms, "balance": balance, "divergences": divergences, "gradients": gradients,
+        "expert_norms": expert_norms, "weights": weights,
     }  # fmt: skip
 
 
@@ -160,7 +164,7 @@ def layout_config(layout: str, model: str) -> PretrainConfig:
 
 def assert_same(actual: dict[str, Any], expected: dict[str, Any], rtol: float) -> None:
     """Compares what `train` returned, but for the weights' values."""
-    for key in ("losses", "norms", "balance"):
+    for key in ("losses", "norms", "balance", "divergences"):
         torch.testing.assert_close(torch.tensor(actual[key]), torch.tensor(expected[key]), rtol=rtol, atol=0.0)
     torch.testing.assert_close(actual["expert_norms"], expected["expert_norms"], rtol=10 * rtol, atol=0.0)
     assert actual["gradients"].keys() == expected["gradients"].keys()

@@ -65,6 +65,12 @@ def _spikes(config: PretrainConfig, world_size: int) -> Problems:
         )
 
 
+def _teacher(config: PretrainConfig, world_size: int) -> Problems:
+    until, train_iters = config.distillation.teacher_until, config.training.train_iters
+    if until is not None and until > train_iters:
+        yield ConfigError("--teacher-until", until, f"must be a step of the run: at most --train-iters {train_iters}")
+
+
 def _loggers(config: PretrainConfig, world_size: int) -> Problems:
     logs = config.logging
     if not logs.profile:
@@ -93,4 +99,4 @@ def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
                           "checkpoints of its own")  # fmt: skip
 
 
-RULES = (_schedule_fits, _precision, _data_sources, _spikes, _loggers, _checkpoint_paths)
+RULES = (_schedule_fits, _precision, _data_sources, _spikes, _teacher, _loggers, _checkpoint_paths)

@@ -115,7 +115,7 @@ def test_gradient_is_that_of_the_mean_loss_and_the_weighted_auxiliary_losses() -
     batches = micro_batches(setup, 0)
 
     def objective() -> float:
-        loss, _, routing = compute_gradients(setup, state, batches)
+        loss, *_, routing = compute_gradients(setup, state, batches)
         assert routing is not None
         layers = 2  # the recorded losses are means over layers, the objective their sum
         return loss + (0.2 * routing.z_loss + 0.5 * routing.load_balance_loss) * layers

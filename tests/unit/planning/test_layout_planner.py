@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_samoe.config import MoEConfig, ParallelConfig, PretrainConfig
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.config.derived import parse_stage_layout
+from megatron_samoe.config.derived import parse_stage_layout, uneven_layout
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state import RankGrid
@@ -25,7 +25,7 @@ from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction
 from megatron_samoe.planning.accounting import count_parameters, train_flops_per_token
 from megatron_samoe.planning.layout_cost import Cluster, Links, step_cost
-from megatron_samoe.planning.layout_planner import plan_layouts, uneven_layout
+from megatron_samoe.planning.layout_planner import plan_layouts
 from megatron_samoe.planning.layout_plot import draw_layout
 from megatron_samoe.planning.memory import largest_rank_memory
 from tests.harness.tiny import tiny_config, with_layout, with_options

@@ -44,7 +44,7 @@ def test_loss_and_gradient_are_those_of_the_mean_over_predicted_tokens() -> None
     expected = (losses * mask.flatten()).sum() / mask.sum()
     weights = list(setup.buffers.parameters.values())
     gradients = torch.autograd.grad(expected, weights)
-    loss, num_tokens, routing = compute_gradients(setup, state, batches)
+    loss, num_tokens, _, routing = compute_gradients(setup, state, batches)
     assert num_tokens == int(mask.sum()) and routing is None
     assert loss == pytest.approx(expected.item(), rel=1e-12)
     for p, gradient in zip(weights, gradients, strict=True):

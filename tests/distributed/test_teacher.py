@@ -1,0 +1,87 @@
+"""A student that a teacher teaches trains alike in every layout, whatever model the teacher is and wherever it was saved."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.training.checkpointing import save_run
+from megatron_samoe.training.setup import build_setup, initial_state
+from tests.harness.layout_training import LAYOUTS, assert_same, layout_config, train
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import VOCAB_SIZE, tiny_config, with_layout, with_options
+
+pytestmark = pytest.mark.distributed
+
+#: Ranks, layout and model that a teacher was saved with. None has the layers or the width of a student.
+TEACHERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "dense": (1, {}, {"layout": "dense", "num_layers": 3, "hidden_size": 48, "hidden_dropout": 0.2,
+                      "make_vocab_size_divisible_by": 16}),
+    "moe": (4, {"tp": 2, "ep": 2}, {"layout": "moe", "style": "llama", "num_layers": 5, "hidden_size": 40, "num_experts": 8,
+                                    "moe_input_jitter_eps": 0.1, "moe_expert_capacity_factor": 0.5, "moe_layer_freq": "2"}),
+    "combined": (2, {"pp": 2}, {"layout": "samoe", "num_layers": 6, "hidden_size": 24, "samoe_init": "uniform"}),
+    "tied": (2, {"ep": 2}, {"layout": "moe", "expert_sharing": "tied", "num_layers": 3, "hidden_size": 72,
+                            "moe_balance_scope": "set"}),
+}  # fmt: skip
+#: The teacher of each student.
+STUDENTS = {"dense": "moe", "moe": "dense", "samoe step": "moe", "samoe noisy": "tied", "tied": "combined",
+            "sets balanced": "combined", "pyramid residual": "tied"}  # fmt: skip
+LAYOUTS_OF_STUDENTS = ("zero dp2", "tp2 sp", "pp2", "pp2 vpp2 dp1", "tp2 etp1 ep4", "ep2 edp2 overlap", "pp4 uneven", "pp2 gpipe",
+                       "tp2 pp2 sp etp1 zero", "pp2 vpp2 ep2", "tp2 pp2 ep2 sp zero overlap", "tp2 etp1 ep4 pp2 sp")  # fmt: skip
+
+
+def save_teacher(config: PretrainConfig) -> None:
+    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+    save_run(setup, initial_state(setup))
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the teachers' checkpoints; their weights are so large that they predict something."""
+    folder = tmp_path_factory.mktemp("teachers")
+    for name, (world_size, sizes, options) in TEACHERS.items():
+        config = tiny_config(**options, init_method_std=0.2, save=str(folder / name))
+        run_ranks(save_teacher, world_size, with_layout(config, **sizes))
+    return folder
+
+
+def student_config(layout: str, student: str, folder: Path) -> PretrainConfig:
+    taught = {"teacher": str(folder / STUDENTS[student]), "teacher_temperature": 1.5, "teacher_weight": 2.0}
+    return with_options(layout_config(layout, student), **taught)
+
+
+def train_each(configs: list[PretrainConfig], dtype: torch.dtype) -> list[dict[str, Any]] | None:
+    results = [train(config, dtype, steps=3) for config in configs]
+    return results if not dist.is_initialized() or dist.get_rank() == 0 else None
+
+
+@cache
+def results_of(layout: str, folder: Path, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    configs = [student_config(layout, student, folder) for student in STUDENTS]
+    results = run_ranks(train_each, LAYOUTS[layout][0], configs, dtype, timeout_s=300)[0]
+    return dict(zip(STUDENTS, results, strict=True))
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("layout", LAYOUTS_OF_STUDENTS)
+def test_layout_equals_one_process(layout: str, student: str, teachers: Path) -> None:
+    expected = results_of("one process", teachers, torch.float32)[student]
+    assert min(expected["divergences"]) > 0.05, "the teacher and the student differ"
+    assert_same(results_of(layout, teachers, torch.float32)[student], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("layout", ["tp2 etp1 ep4", "pp2 vpp2 ep2", "tp2 pp2 ep2 sp zero overlap"])
+def test_layout_equals_one_process_in_double_precision(layout: str, student: str, teachers: Path) -> None:
+    expected = results_of("one process", teachers, torch.float64)[student]
+    result = results_of(layout, teachers, torch.float64)[student]
+    assert_same(result, expected, rtol=1e-11)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(result["weights"][name], weight, rtol=1e-9, atol=1e-11)
