@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from megatron_samoe.errors import ConfigError, DataError, nearest, shown
 from megatron_samoe.evaluation.zero_shot.layouts import LAYOUTS
@@ -73,7 +73,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "greedy_match": ("target",),
     "generate": ("answers", "until", "max_new_tokens"),
 }
-_MAY_HAVE = {"partial": ("choices",)}
+_MAY_HAVE: dict[str, tuple[str, ...]] = {"partial": ("choices",)}
 _TEXTS = ("name", "description", "context", "gold", "target", "answers", "group", "layout", "labels", "delimiter")
 _LISTS = ("files", "metrics", "until", "choices")
 _INTEGERS = ("always_yes", "always_no", "max_new_tokens")
@@ -114,7 +114,7 @@ def parse_task(content: object, where: str) -> Task:
         if key not in known:
             raise DataError(f"{where}: {key!r} is no field of a task.{nearest(str(key), known)}")
     needed = [name for name, f in known.items() if f.default is MISSING]
-    kind = content.get("kind")
+    kind: Any = content.get("kind")
     is_known = isinstance(kind, str) and kind in _NEEDS
     needed += _NEEDS[kind] if is_known else ()
     missing = [name for name in needed if content.get(name) in (None, "", [], ())]
@@ -125,7 +125,8 @@ def parse_task(content: object, where: str) -> Task:
     idle = {name for names in _NEEDS.values() for name in names} - {*_NEEDS[kind], *_MAY_HAVE.get(kind, ())}
     for name in sorted(idle & set(content)):
         raise DataError(f"{where}: {name} has no effect on a task of kind {kind}.")
-    task = Task(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+    task = Task(**values)
     _check(task, where)
     return task
 
