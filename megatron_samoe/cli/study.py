@@ -71,7 +71,7 @@ def _finish(runner: StudyRunner, failures: Sequence[str]) -> None:
 def _show_plan(runner: StudyRunner) -> None:
     for run in runner.plan():
         state = "finished" if runner.is_finished(run) else "to do"
-        what = shlex.join(run.variant.flags) if run.variant.edited_from is None else (
+        what = shlex.join(run.variant.flags) if run.variant.is_trained else (
             f"{run.variant.edit} of {run.variant.edited_from}"
         )  # fmt: skip
         print(f"{state:8}  seed {run.seed}  {run.variant.name}  {what}")
@@ -86,7 +86,7 @@ def _compare(runner: StudyRunner) -> None:
     commands = [
         f"python -m megatron_samoe.cli.pretrain {shlex.join(runner.flags_of(run))}"
         for run in finished
-        if run.variant.edited_from is None
+        if run.variant.is_trained
     ]
     print(f"\n{runner.study.title}: {seeds} of {len(runner.study.seeds)} seeds\n")
     print(format_table(results_table(runner.study, results)))

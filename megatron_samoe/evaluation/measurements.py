@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,21 @@ class ZeroShot:
     constant: float | None
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Returns a file's content.
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[Any]:
+    """Gives a file's content.
 
     Raises:
-        DataError: it cannot be read or is not JSON.
+        DataError: it cannot be read, is not JSON, or is found not to be what it is to be.
     """
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as {what}: {error}.") from error
+    try:
+        yield content
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DataError(f"{path} is not {what}: {error!r}.") from error
 
 
 def read_decode(path: Path) -> list[DecodeTime]:
@@ -76,9 +82,7 @@ def read_decode(path: Path) -> list[DecodeTime]:
     Raises:
         DataError: the file is not what `benchmark.py decode --json` writes.
     """
-    what = "the output of benchmark.py decode --json"
-    rows = read_json(path, what)
-    try:
+    with reading(path, "the output of benchmark.py decode --json") as rows:
         # The name of one of our own rows is its checkpoint and its way of serving.
         times = [
             DecodeTime(
@@ -95,9 +99,7 @@ def read_decode(path: Path) -> list[DecodeTime]:
             for t in times
         ):
             raise ValueError("a measured time is no number")
-        return times
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise DataError(f"{path} is not {what}: {error!r}.") from error
+    return times
 
 
 def _are_numbers(*values: object) -> bool:
@@ -110,20 +112,17 @@ def read_zero_shot(path: Path) -> list[ZeroShot]:
     Raises:
         DataError: the file is not what `evaluate.py --json` writes.
     """
-    what = "the output of evaluate.py --json"
-    content = read_json(path, what)
-    try:
+    with reading(path, "the output of evaluate.py --json") as content:
         # A model to compare with stands last, in a folder of its own.
         home = Path(content["runs"][0]["checkpoint"]).parent
         newest = [run for run in content["runs"] if Path(run["checkpoint"]).parent == home][-1]
         varied = {(v["task"], v["metric"]): v["values"] for v in content.get("variation", ())}
-        return [
+        results = [
             _zero_shot(newest["checkpoint"], result, metric, found, varied.get((result["task"], metric)))
             for result in newest["results"]
             for metric, found in result["metrics"].items()
         ]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
-        raise DataError(f"{path} is not {what}: {error!r}.") from error
+    return results
 
 
 def _zero_shot(
@@ -148,14 +147,11 @@ def read_study(path: Path) -> tuple[str, dict[str, list[Path]]]:
     Raises:
         DataError: the file is none.
     """
-    content = read_json(path, "a study's results.json")
-    try:
+    with reading(path, "a study's results.json") as content:
         title, folders = content["title"], {v["name"]: [Path(d) for d in v["directories"]] for v in content["variants"]}
         if not isinstance(title, str) or not folders or not all(isinstance(name, str) for name in folders):
             raise ValueError("title and names of variants must be texts")
-        return title, folders
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not a study's results.json: {error!r}.") from error
+    return title, folders
 
 
 def of_group(group: RunGroup, rows: Sequence[Any]) -> list[Any]:

@@ -35,6 +35,17 @@ def png_of(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def finished(figure: Any, axes: Axes, is_drawn: bool = True) -> bytes | None:
+    """Returns a plot of one panel as PNG, with grid and legend; None where nothing is drawn in it."""
+    if not is_drawn:
+        plt.close(figure)
+        return None
+    axes.grid(alpha=0.3, which="both" if axes.get_xscale() == "log" else "major")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+    return png_of(figure)
+
+
 def label_tokens(axes: Axes, most: int | None = None) -> None:
     """Writes the horizontal axis in k, M and G, with at most so many steps."""
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -42,7 +53,7 @@ def label_tokens(axes: Axes, most: int | None = None) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(most))
 
 
-def loss_curves(groups: Sequence[RunGroup]) -> bytes:
+def loss_curves(groups: Sequence[RunGroup]) -> bytes | None:
     """Training loss (thin, every seed) and validation loss (dots: mean over seeds, bars: range) over consumed tokens."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for place, group in enumerate(groups):
@@ -60,13 +71,9 @@ def loss_curves(groups: Sequence[RunGroup]) -> bytes:
             spans = np.array([(m - min(at[t]), max(at[t]) - m) for t, m in zip(tokens, means, strict=True)]).T
             axes.errorbar(tokens, means, yerr=np.maximum(spans, 0.0), fmt="o-", markersize=4, capsize=2,
                           color=colour(place), label=f"{group.name}: validation")  # fmt: skip
-    axes.set_xlabel("training tokens")
+    axes.set(xlabel="training tokens", ylabel="loss (nats per token)")
     label_tokens(axes)
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend()
-    return png_of(figure)
+    return finished(figure, axes, any(run.trained for group in groups for run in group.runs))
 
 
 def last_value(run: RunSummary, key: str) -> Any:
@@ -86,9 +93,7 @@ def _heat_maps(groups: Sequence[RunGroup], key: str, draw: Callable[[Axes, np.nd
         axes.axis("off")
     for axes, (group, values) in zip(panels.flat, shown, strict=False):
         figure.colorbar(draw(axes, values), ax=axes)
-        axes.set_title(group.name)
-        axes.set_xlabel("expert")
-        axes.set_ylabel("MoE layer")
+        axes.set(title=group.name, xlabel="expert", ylabel="MoE layer")
     return png_of(figure)
 
 
@@ -124,9 +129,7 @@ def combinations(groups: Sequence[RunGroup]) -> bytes | None:
         for axes, a_LP, what in zip(row, a_2LP, ("input (w1)", "output (w2)"), strict=True):
             image = grid(axes, a_LP, cmap="RdBu_r", vmin=-limit, vmax=limit, decimals=3)
             figure.colorbar(image, ax=axes)
-            axes.set_title(f"{group.name}: {what}")
-            axes.set_xlabel("bank")
-            axes.set_ylabel("MoE layer")
+            axes.set(title=f"{group.name}: {what}", xlabel="bank", ylabel="MoE layer")
     return png_of(figure)
 
 
@@ -140,15 +143,7 @@ def grid(axes: Axes, values: np.ndarray, decimals: int = 2, **options: Any) -> A
         for (row, column), value in np.ndenumerate(values):
             if np.isnan(value):
                 continue
-            red, green, blue, _ = image.cmap(image.norm(value))
-            dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-            axes.text(
-                column,
-                row,
-                f"{value:.{decimals}f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if dark else "black",
-            )
+            dark = np.dot(image.to_rgba(value)[:3], (0.3, 0.6, 0.1)) < 0.5
+            axes.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", fontsize=7,
+                      color="white" if dark else "black")  # fmt: skip
     return image

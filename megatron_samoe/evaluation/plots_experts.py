@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullLocator
 
-from megatron_samoe.evaluation.plots import colour, label_tokens, png_of
+from megatron_samoe.evaluation.plots import colour, finished, label_tokens, png_of
 from megatron_samoe.evaluation.run_groups import RunGroup
 from megatron_samoe.evaluation.run_summary import RunSummary
 
@@ -48,14 +48,9 @@ def load_entropies(groups: Sequence[RunGroup]) -> bytes | None:
             tokens_N, h_NL = curves[0]
             axes.fill_between(tokens_N, h_NL.min(1), h_NL.max(1), color=colour(place), alpha=0.12, linewidth=0)
             axes.plot(*mean_entropy(curves), color=colour(place), label=group.name)
-    if not axes.lines:
-        plt.close(figure)
-        return None
     axes.set(xlabel="training tokens", ylabel="entropy of load / entropy of an even load")
     label_tokens(axes)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return png_of(figure)
+    return finished(figure, axes, bool(axes.lines))
 
 
 def expert_gradient(run: RunSummary) -> np.ndarray | None:
@@ -76,24 +71,20 @@ def gradients_against_experts(groups: Sequence[RunGroup]) -> bytes | None:
         if not found:
             continue
         norms_L = np.mean(found, axis=0)
-        num_experts = group.first.config.moe.num_experts
+        num_experts = float(np.mean(group.first.config.moe.expert_counts))
         counts.append(num_experts)
         # Beside each other, first layer left: models of one number of experts would hide each other.
         x = num_experts * 2.0 ** (0.06 * (place - (len(groups) - 1) / 2) + 0.02 * np.linspace(-1, 1, len(norms_L)))
         axes.plot(x, norms_L, "o", markersize=4, alpha=0.7, color=colour(place))
         axes.plot([x.mean()], [norms_L.mean()], "_", markersize=22, markeredgewidth=2.5, color=colour(place),
                   label=group.name)  # fmt: skip
-    if not counts:
-        plt.close(figure)
-        return None
-    axes.set(xscale="log", yscale="log", xlabel="experts per layer", ylabel="gradient norm per expert")
-    ticks = sorted(set(counts))
-    axes.set_xticks(ticks, [str(t) for t in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(min(ticks) / 1.5, max(ticks) * 1.5)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    return png_of(figure)
+    if counts:
+        axes.set(xscale="log", yscale="log", xlabel="experts per layer", ylabel="gradient norm per expert")
+        ticks = sorted(set(counts))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(min(ticks) / 1.5, max(ticks) * 1.5)
+    return finished(figure, axes, bool(counts))
 
 
 def combination_evolution(groups: Sequence[RunGroup]) -> bytes | None:

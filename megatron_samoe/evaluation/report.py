@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from megatron_samoe.evaluation import plots, plots_experts, report_tables
 from megatron_samoe.evaluation.measurements import DecodeTime, ZeroShot
 from megatron_samoe.evaluation.plots_quality import BytesPerToken, cost_axes, quality_against_cost
 from megatron_samoe.evaluation.run_groups import RunGroup, group_runs
-from megatron_samoe.evaluation.run_summary import RunSummary
+from megatron_samoe.evaluation.run_summary import RunSummary, Table
 
 STYLE = """:root{color-scheme:light}body{font:16px/1.55 system-ui,"DejaVu Sans",sans-serif;max-width:1100px;margin:0 auto;
 padding:1rem;color:#1c2430;background:#fff}h1{font-size:1.6rem;margin:.6em 0 .2em}h2{font-size:1.2rem;margin:2em 0 .4em;
@@ -43,17 +43,17 @@ class ReportData:
 
 @dataclass
 class _Section:
-    """A heading, paragraphs on how to read what follows, tables, and a plot by the name of its file."""
+    """A heading, paragraphs on how to read what follows, a table, and a plot by the name of its file."""
 
     name: str
     heading: str
     paragraphs: list[str] = field(default_factory=list)
-    tables: list[list[list[str]]] = field(default_factory=list)
+    table: Table = field(default_factory=list)
     png: bytes | None = None
 
     @property
     def is_empty(self) -> bool:
-        return self.png is None and not any(len(table) > 1 for table in self.tables)
+        return self.png is None and len(self.table) < 2
 
 
 def write_report(
@@ -69,11 +69,7 @@ def write_report(
 
 def write_group_report(path: Path, title: str, groups: Sequence[RunGroup], data: ReportData) -> None:
     """Writes the page, and each plot as a PNG beside it. What nobody measured has no section; the page says so."""
-    sections = [
-        _results(groups, data), _quality(groups, data), _speed(groups), _losses(groups), _zero_shot(groups, data),
-        _gradients(groups), _last_gradients(groups), _balance(groups), _load(groups), _combinations(groups),
-        _evolution(groups),
-    ]  # fmt: skip
+    sections = _sections(groups, data)
     shown = [section for section in sections if not section.is_empty]
     links = "".join(f'<a href="#{s.name}">{html.escape(s.heading)}</a> ' for s in shown)
     body = [f"<h1>{html.escape(title)}</h1>", f"<nav>{links}</nav>"]
@@ -95,7 +91,8 @@ def write_group_report(path: Path, title: str, groups: Sequence[RunGroup], data:
 
 def _render(section: _Section, folder: Path) -> list[str]:
     body = [f'<h2 id="{section.name}">{html.escape(section.heading)}</h2>']
-    body += [_table(table) for table in section.tables if len(table) > 1]
+    if len(section.table) > 1:
+        body.append(_table(section.table))
     if section.png is not None:
         (folder / f"{section.name}.png").write_bytes(section.png)
         encoded = base64.b64encode(section.png).decode()
@@ -103,7 +100,7 @@ def _render(section: _Section, folder: Path) -> list[str]:
     return body + [f'<p class="how">{html.escape(text)}</p>' for text in section.paragraphs]
 
 
-def _table(rows: list[list[str]]) -> str:
+def _table(rows: Table) -> str:
     head, *rest = rows
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rest)
@@ -119,7 +116,7 @@ def _results(groups: Sequence[RunGroup], data: ReportData) -> _Section:
         text += (
             " The models were trained on different numbers of tokens, so their losses do not compare the models alone."
         )
-    return _Section("results", "Results", [*data.notes, text], [report_tables.results_table(groups)])
+    return _Section("results", "Results", [*data.notes, text], report_tables.results_table(groups))
 
 
 def _quality(groups: Sequence[RunGroup], data: ReportData) -> _Section:
@@ -139,68 +136,50 @@ def _quality(groups: Sequence[RunGroup], data: ReportData) -> _Section:
             "Milliseconds are medians of whole decoding steps (benchmark.py decode), divided by the batch; where several "
             "ways of serving were measured, the fastest's."
         )
-    tables = [report_tables.cost_table(groups, axes)]
-    return _Section("quality", "Quality against cost", paragraphs, tables, quality_against_cost(groups, axes))
+    table, png = report_tables.cost_table(groups, axes), quality_against_cost(groups, axes)
+    return _Section("quality", "Quality against cost", paragraphs, table, png)
 
 
-def _speed(groups: Sequence[RunGroup]) -> _Section:
-    paragraphs = [
-        "Median and quartiles of tokens per second over the logged intervals of all seeds, without each run's first, "
-        "which warms up. A token counts once, forward and backward together. The time is the wall clock of "
-        "whole steps, data loading and optimizer included; evaluation and saving are excluded. Models that ran at "
-        "different times, or beside other programs, are not to be compared by it."
-    ]
-    return _Section("speed", "Training speed", paragraphs, [report_tables.speed_table(groups)])
+_SPEED = (
+    "Median and quartiles of tokens per second over the logged intervals of all seeds, without each run's first, "
+    "which warms up. A token counts once, forward and backward together. The time is the wall clock of "
+    "whole steps, data loading and optimizer included; evaluation and saving are excluded. Models that ran at "
+    "different times, or beside other programs, are not to be compared by it."
+)
+_ZERO_SHOT = (
+    "± is the standard error from the number of items; with several seeds, the standard deviation over them. Where a "
+    "model was evaluated at several nearby checkpoints, their mean, standard deviation and range stand beside the last "
+    "one's value: a difference between models that is not larger than these is none. The constant answer is the best "
+    "single choice for all items."
+)
+#: Plots of runs alone: name of the file, heading, how to read it, what draws it.
+_PLOTS: tuple[tuple[str, str, str, Callable[[Sequence[RunGroup]], bytes | None]], ...] = (
+    ("gradients_against_experts", "Gradient norm per expert against the number of experts",
+     "A dot is a MoE layer (first layer left), the bar is the mean over layers: gradient norm of one expert before "
+     "clipping, mean over the second half of training and over experts. For a SaMoE it is that of the combined expert.",
+     plots_experts.gradients_against_experts),
+    ("gradient_norms", "Gradient norm per expert and layer",
+     "log10 of the norm in the last logged step, first seed; grey: no gradient, as no token came.", plots.gradient_norms),
+    ("load_entropy", "Entropy of the expert load",
+     "1 is an even load, 0 all tokens to one expert. Line: mean over layers and seeds; band: layers of the first seed.",
+     plots_experts.load_entropies),
+    ("expert_load", "Expert load per layer",
+     "Share of the last logged step's tokens, relative to an even share (1), first seed.", plots.expert_load),
+    ("combinations", "Learned combinations",
+     "Weights of the pool's banks in each layer at the end, first seed; mean over experts where each has its own.",
+     plots.combinations),
+    ("combination_evolution", "Combinations over training",
+     "A colour per bank; full lines: input projections (w1), dashed: output projections (w2). First seed.",
+     plots_experts.combination_evolution),
+)  # fmt: skip
 
 
-def _losses(groups: Sequence[RunGroup]) -> _Section:
-    text = "Thin: training, every seed. Dots: validation, mean over seeds; bars: lowest and highest seed."
-    png = plots.loss_curves(groups) if any(run.trained for group in groups for run in group.runs) else None
-    return _Section("loss_curves", "Loss curves", [text], png=png)
-
-
-def _zero_shot(groups: Sequence[RunGroup], data: ReportData) -> _Section:
-    paragraphs = [
-        "± is the standard error from the number of items; with several seeds, the standard deviation over them. Where a "
-        "model was evaluated at several nearby checkpoints, their mean, standard deviation and range stand beside the last "
-        "one's value: a difference between models that is not larger than these is none. The constant answer is the best "
-        "single choice for all items.",
-    ]
-    return _Section("zero_shot", "Zero-shot tasks", paragraphs, [report_tables.zero_shot_table(groups, data.zero_shot)])
-
-
-def _gradients(groups: Sequence[RunGroup]) -> _Section:
-    text = (
-        "A dot is a MoE layer (first layer left), the bar is the mean over layers: gradient norm of one expert before "
-        "clipping, mean over the second half of training and over experts. For a SaMoE it is that of the combined expert."
-    )
-    png = plots_experts.gradients_against_experts(groups)
-    return _Section(
-        "gradients_against_experts", "Gradient norm per expert against the number of experts", [text], png=png
-    )
-
-
-def _last_gradients(groups: Sequence[RunGroup]) -> _Section:
-    text = "log10 of the norm in the last logged step, first seed; grey: no gradient, as no token came."
-    return _Section("gradient_norms", "Gradient norm per expert and layer", [text], png=plots.gradient_norms(groups))
-
-
-def _balance(groups: Sequence[RunGroup]) -> _Section:
-    text = "1 is an even load, 0 all tokens to one expert. Line: mean over layers and seeds; band: layers of the first seed."
-    return _Section("load_entropy", "Entropy of the expert load", [text], png=plots_experts.load_entropies(groups))
-
-
-def _load(groups: Sequence[RunGroup]) -> _Section:
-    text = "Share of the last logged step's tokens, relative to an even share (1), first seed."
-    return _Section("expert_load", "Expert load per layer", [text], png=plots.expert_load(groups))
-
-
-def _combinations(groups: Sequence[RunGroup]) -> _Section:
-    text = "Weights of the pool's banks in each layer at the end, first seed; mean over experts where each has its own."
-    return _Section("combinations", "Learned combinations", [text], png=plots.combinations(groups))
-
-
-def _evolution(groups: Sequence[RunGroup]) -> _Section:
-    text = "A colour per bank; full lines: input projections (w1), dashed: output projections (w2). First seed."
-    png = plots_experts.combination_evolution(groups)
-    return _Section("combination_evolution", "Combinations over training", [text], png=png)
+def _sections(groups: Sequence[RunGroup], data: ReportData) -> list[_Section]:
+    losses = "Thin: training, every seed. Dots: validation, mean over seeds; bars: lowest and highest seed."
+    return [
+        _results(groups, data), _quality(groups, data),
+        _Section("speed", "Training speed", [_SPEED], report_tables.speed_table(groups)),
+        _Section("loss_curves", "Loss curves", [losses], png=plots.loss_curves(groups)),
+        _Section("zero_shot", "Zero-shot tasks", [_ZERO_SHOT], report_tables.zero_shot_table(groups, data.zero_shot)),
+        *(_Section(name, heading, [text], png=draw(groups)) for name, heading, text, draw in _PLOTS),
+    ]  # fmt: skip

@@ -8,39 +8,31 @@ import numpy as np
 
 from megatron_samoe.evaluation.measurements import ZeroShot, of_group
 from megatron_samoe.evaluation.run_groups import RunGroup, mean_sd
-from megatron_samoe.evaluation.run_summary import RunSummary, entropy_text, perplexity_text
+from megatron_samoe.evaluation.run_summary import (
+    RunSummary,
+    Table,
+    entropy_text,
+    megabytes_text,
+    parameter_texts,
+    perplexity_text,
+)
 
 
-def results_table(groups: Sequence[RunGroup]) -> list[list[str]]:
+def results_table(groups: Sequence[RunGroup]) -> Table:
     """Returns parameters, checkpoint sizes and validation losses."""
-    rows = [
-        [
-            "model",
-            "seeds",
-            "training tokens",
-            "parameters",
-            "expert",
-            "active",
-            "checkpoint",
-            "validation loss",
-            "perplexity",
-            "load entropy",
-            "peak memory/rank",
-        ]
-    ]
+    rows = [["model", "seeds", "training tokens", "parameters", "expert", "active", "checkpoint", "validation loss",
+             "perplexity", "load entropy", "peak memory/rank"]]  # fmt: skip
     for group in groups:
-        count, loss = group.first.parameters, group.loss
         memory = [run.peak_memory_bytes for run in group.runs if run.peak_memory_bytes is not None]
         rows.append([
-            group.name, str(len(group.runs)), group.tokens, *(f"{n / 1e6:.2f} M" for n in (count.total, count.expert, count.active)),
-            f"{group.first.checkpoint_bytes / 1e6:.1f} MB", loss.text(4), perplexity_text(loss.mean),
-            entropy_text(run.least_load_entropy for run in group.runs),
-            f"{max(memory) / 1e6:.0f} MB" if memory else "-",
+            group.name, str(len(group.runs)), group.tokens, *parameter_texts(group.first.parameters),
+            megabytes_text(group.first.checkpoint_bytes, 1), group.loss.text(4), perplexity_text(group.loss.mean),
+            entropy_text(run.least_load_entropy for run in group.runs), megabytes_text(max(memory, default=None)),
         ])  # fmt: skip
     return rows
 
 
-def cost_table(groups: Sequence[RunGroup], axes: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
+def cost_table(groups: Sequence[RunGroup], axes: Mapping[str, Mapping[str, float]]) -> Table:
     """Returns every cost of every model beside its loss."""
     rows = [["model", *axes, "validation loss"]]
     for group in groups:
@@ -54,21 +46,10 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
-def speed_table(groups: Sequence[RunGroup]) -> list[list[str]]:
+def speed_table(groups: Sequence[RunGroup]) -> Table:
     """Returns tokens per second, and where and how they were trained."""
-    rows = [
-        [
-            "model",
-            "tokens/s",
-            "quartiles",
-            "intervals",
-            "device",
-            "ranks x threads",
-            "layout",
-            "batch x sequence",
-            "steps",
-        ]
-    ]
+    rows = [["model", "tokens/s", "quartiles", "intervals", "device", "ranks x threads", "layout", "batch x sequence",
+             "steps"]]  # fmt: skip
     for group in groups:
         speeds = [r["tokens_per_s"] for run in group.runs for r in run.trained[1:]]
         if not speeds:
@@ -100,7 +81,7 @@ def _layout(run: RunSummary) -> str:
     return ", ".join(sizes) or "one rank"
 
 
-def zero_shot_table(groups: Sequence[RunGroup], results: Sequence[ZeroShot]) -> list[list[str]]:
+def zero_shot_table(groups: Sequence[RunGroup], results: Sequence[ZeroShot]) -> Table:
     """Returns every metric of every model, task by task, with its variation over checkpoints and over seeds."""
     rows = [
         ["task", "metric", "model", "items", "value", "over checkpoints", "sd", "range", "seeds", "constant answer"]
@@ -119,22 +100,19 @@ def zero_shot_table(groups: Sequence[RunGroup], results: Sequence[ZeroShot]) -> 
 
 def _zero_shot_cells(mine: Sequence[ZeroShot]) -> list[str]:
     """Cells of a model's results, one per seed."""
-    first = mine[0]
+    first, seeds = mine[0], str(len(mine))
     items = " to ".join(dict.fromkeys(str(n) for n in (min(r.items for r in mine), max(r.items for r in mine))))
     constant = "-" if first.constant is None else f"{first.constant:.2f}"
     values = [v for r in mine for v in r.values if v is not None]
     newest = [r.value for r in mine if r.value is not None]
-    if not newest:
-        return [items, "-", "-", "-", "-", str(len(mine)), constant]
-    if len(mine) > 1:
+    value, over = "-", ["-", "-", "-"]
+    if len(mine) > 1 and newest:
         value = mean_sd(newest).text(2)
-    else:
+    elif newest:
         value = f"{newest[0]:.2f}" + ("" if first.stderr is None else f" ± {first.stderr:.2f}")
-    if len(first.values) < 2:
-        return [items, value, "-", "-", "-", str(len(mine)), constant]
-    # Over checkpoints of one seed; with several seeds, the mean of their deviations.
-    within = [mean_sd([v for v in r.values if v is not None]).sd for r in mine]
-    return [
-        items, value, f"{len(first.values)}: {np.mean(values):.2f}", f"{np.mean(within):.2f}",
-        f"{min(values):.2f} to {max(values):.2f}", str(len(mine)), constant,
-    ]  # fmt: skip
+    if newest and len(first.values) > 1:
+        # Over checkpoints of one seed; with several seeds, the mean of their deviations.
+        within = [mean_sd([v for v in r.values if v is not None]).sd for r in mine]
+        over = [f"{len(first.values)}: {np.mean(values):.2f}", f"{np.mean(within):.2f}",
+                f"{min(values):.2f} to {max(values):.2f}"]  # fmt: skip
+    return [items, value, *over, seeds, constant]

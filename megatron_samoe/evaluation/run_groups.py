@@ -48,9 +48,14 @@ class RunGroup:
         return self.runs[0]
 
     @property
+    def losses(self) -> list[float]:
+        """Last validation loss of each seed, nats per token."""
+        return [run.validation["validation_loss"] for run in self.runs]
+
+    @property
     def loss(self) -> MeanSd:
-        """Last validation loss over seeds, nats per token."""
-        return mean_sd([run.validation["validation_loss"] for run in self.runs])
+        """Last validation loss over seeds."""
+        return mean_sd(self.losses)
 
     @property
     def layout(self) -> str:

@@ -156,32 +156,37 @@ def _is_metric(key: str, value: object) -> bool:
     return array.ndim == (4 if key == "combination" else 2)
 
 
-def summary_table(runs: list[RunSummary]) -> list[list[str]]:
+#: Rows of text, the first the heading.
+Table = list[list[str]]
+
+
+def summary_table(runs: list[RunSummary]) -> Table:
     """Returns rows of text, the first the heading."""
-    rows = [
-        [
-            "model",
-            "parameters",
-            "expert",
-            "active",
-            "checkpoint",
-            "valid. loss",
-            "perplexity",
-            "load entropy",
-            "tokens/s",
-            "peak memory/rank",
-        ]
-    ]
+    rows = [["model", "parameters", "expert", "active", "checkpoint", "valid. loss", "perplexity", "load entropy", "tokens/s",
+             "peak memory/rank"]]  # fmt: skip
     for run in runs:
-        count, last = run.parameters, run.validation
+        loss = run.validation["validation_loss"]
         rows.append([
-            run.name, f"{count.total / 1e6:.2f} M", f"{count.expert / 1e6:.2f} M", f"{count.active / 1e6:.2f} M",
-            f"{run.checkpoint_bytes / 1e6:.1f} MB", f"{last['validation_loss']:.4f}",
-            perplexity_text(last["validation_loss"]), entropy_text([run.least_load_entropy]),
-            "-" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
-            "-" if run.peak_memory_bytes is None else f"{run.peak_memory_bytes / 1e6:.0f} MB",
+            run.name, *parameter_texts(run.parameters), megabytes_text(run.checkpoint_bytes, 1), f"{loss:.4f}",
+            perplexity_text(loss), entropy_text([run.least_load_entropy]), speed_text(run.tokens_per_s),
+            megabytes_text(run.peak_memory_bytes),
         ])  # fmt: skip
     return rows
+
+
+def parameter_texts(count: ParameterCount) -> list[str]:
+    """Returns parameters, those of experts and those that a token meets, in millions."""
+    return [f"{number / 1e6:.2f} M" for number in (count.total, count.expert, count.active)]
+
+
+def megabytes_text(num_bytes: int | None, decimals: int = 0) -> str:
+    """Returns a size; a dash where it is not known."""
+    return "-" if num_bytes is None else f"{num_bytes / 1e6:.{decimals}f} MB"
+
+
+def speed_text(tokens_per_s: float | None) -> str:
+    """Returns a speed; a dash where it is not known."""
+    return "-" if tokens_per_s is None else f"{tokens_per_s:,.0f}"
 
 
 def entropy_text(entropies: Iterable[float | None]) -> str:
@@ -196,13 +201,8 @@ def perplexity_text(loss: float) -> str:
     return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
 
 
-def format_table(rows: list[list[str]]) -> str:
+def format_table(rows: Table) -> str:
     """Returns rows as aligned text, first column left, others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -30,6 +30,11 @@ class Variant:
     edited_from: str | None = None
     edit: Edit | None = None
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is trained itself, and not made of another by editing."""
+        return self.edited_from is None
+
 
 @dataclass(frozen=True)
 class Study:
@@ -47,10 +52,6 @@ class Study:
     baseline: str
     variants: tuple[Variant, ...]
 
-    def variant(self, name: str) -> Variant:
-        """Returns the variant of that name."""
-        return next(v for v in self.variants if v.name == name)
-
 
 @dataclass(frozen=True)
 class Run:
@@ -59,6 +60,11 @@ class Run:
     variant: Variant
     seed: int
     directory: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.directory / "checkpoints"
 
 
 def plan_runs(study: Study, root: Path) -> list[Run]:
@@ -98,12 +104,12 @@ def read_study(path: Path, seeds: list[int] | None = None) -> Study:
     config = path.parent / str(content["config"])
     if not os.path.isfile(config):  # which a name that no file can have is not, either
         raise ConfigError("config", content["config"], f"no such file beside {path}")
-    variants = _trained(_mapping(content, "runs", path))
+    variants = [Variant(name, tuple(_flags(options))) for name, options in _mapping(content, "runs", path).items()]
     variants += _edited(_mapping(content, "derived", path), [v.name for v in variants], path)
-    _check_names([v.name for v in variants])
-    baseline = content.get("baseline", variants[0].name)
-    if baseline not in [v.name for v in variants]:
-        raise ConfigError("baseline", baseline, f"must be one of {', '.join(v.name for v in variants)}")
+    names = [v.name for v in variants]
+    _check_names(names)
+    baseline = content.get("baseline", names[0])
+    _one_of("baseline", baseline, names)
     return Study(str(content["title"]), config, tuple(seeds), baseline, tuple(variants))
 
 
@@ -114,10 +120,6 @@ def _mapping(content: Mapping[str, Any], key: str, path: Path) -> Mapping[str, A
     return {str(name): options or {} for name, options in value.items()}
 
 
-def _trained(runs: Mapping[str, Any]) -> list[Variant]:
-    return [Variant(name, tuple(_flags(options))) for name, options in runs.items()]
-
-
 def _edited(derived: Mapping[str, Any], trained: Sequence[str], path: Path) -> list[Variant]:
     variants = []
     for name, options in derived.items():
@@ -125,12 +127,15 @@ def _edited(derived: Mapping[str, Any], trained: Sequence[str], path: Path) -> l
         for key in options:
             if key not in ("from", "edit"):
                 raise ConfigError(f"{place}.{key}", options[key], f"unknown key in {path}; allowed are from and edit")
-        if options.get("from") not in trained:
-            raise ConfigError(f"{place}.from", options.get("from"), f"must be one of {', '.join(trained)}")
-        if options.get("edit") not in get_args(Edit):
-            raise ConfigError(f"{place}.edit", options.get("edit"), f"must be one of {', '.join(get_args(Edit))}")
+        _one_of(f"{place}.from", options.get("from"), trained)
+        _one_of(f"{place}.edit", options.get("edit"), get_args(Edit))
         variants.append(Variant(name, (), options["from"], options["edit"]))
     return variants
+
+
+def _one_of(key: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(key, value, f"must be one of {', '.join(allowed)}")
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:

@@ -10,12 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.config.cli import from_mapping
-from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.evaluation.run_summary import entropy_text, read_run
-from megatron_samoe.evaluation.study.definition import Run, Study, Variant
-from megatron_samoe.evaluation.study.runner import last_validation
-from megatron_samoe.planning.accounting import ParameterCount, count_parameters
+from megatron_samoe.evaluation.run_groups import RunGroup
+from megatron_samoe.evaluation.run_summary import Table, entropy_text, read_run, speed_text
+from megatron_samoe.evaluation.study.definition import Run, Study
 
 #: Student's t for a two-sided interval of 95 %, by degrees of freedom; beyond the table the last serves, which is wider.
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -83,41 +80,27 @@ def collect(study: Study, finished: Sequence[Run]) -> list[VariantResult]:
     seeds = [seed for seed in study.seeds if all((v.name, seed) in done for v in study.variants)]
     if not seeds:
         return []
-    baseline = [_loss(done[study.baseline, seed]) for seed in seeds]
-    return [_result(study, v, [done[v.name, seed] for seed in seeds], done, baseline) for v in study.variants]
+    groups = {
+        v.name: RunGroup(v.name, tuple(read_run(done[v.name, seed].directory) for seed in seeds))
+        for v in study.variants
+    }
+    baseline = groups[study.baseline].losses
+    return [_result(group, None if name == study.baseline else baseline) for name, group in groups.items()]
 
 
-def _result(
-    study: Study, variant: Variant, runs: list[Run], done: dict[tuple[str, int], Run], baseline: list[float]
-) -> VariantResult:
-    trained = variant.edited_from is None
-    count = _parameters(runs[0])
-    summaries = [read_run(run.directory) for run in runs] if trained else []
-    losses = [_loss(run) for run in runs]
+def _result(group: RunGroup, baseline: Sequence[float] | None) -> VariantResult:
+    count, runs, loss = group.first.parameters, group.runs, group.loss
+    speeds = [run.tokens_per_s for run in runs if run.tokens_per_s is not None]
     return VariantResult(
-        variant.name, [str(run.directory) for run in runs], count.total, count.expert, count.active, losses,
-        statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else math.nan,
-        None if variant.name == study.baseline else paired_difference(losses, baseline),
-        statistics.median(s.tokens_per_s for s in summaries) if trained else None,
-        max(s.peak_memory_bytes for s in summaries) if trained else None,
-        min((s.least_load_entropy for s in summaries if s.least_load_entropy is not None), default=None),
+        group.name, [str(run.directory) for run in runs], count.total, count.expert, count.active, group.losses,
+        loss.mean, loss.sd, None if baseline is None else paired_difference(group.losses, baseline),
+        statistics.median(speeds) if speeds else None,
+        max((run.peak_memory_bytes for run in runs if run.peak_memory_bytes is not None), default=None),
+        min((run.least_load_entropy for run in runs if run.least_load_entropy is not None), default=None),
     )  # fmt: skip
 
 
-def _parameters(run: Run) -> ParameterCount:
-    root = run.directory / "checkpoints"
-    directory = store.iteration_dir(root, store.whole_iterations(root)[-1])
-    config = from_mapping(store.read_config(directory), str(directory))
-    return count_parameters(config, store.read_train_state(directory, ("vocab_size",))["vocab_size"])
-
-
-def _loss(run: Run) -> float:
-    loss = last_validation(run)
-    assert loss is not None
-    return loss
-
-
-def results_table(study: Study, results: Sequence[VariantResult]) -> list[list[str]]:
+def results_table(study: Study, results: Sequence[VariantResult]) -> Table:
     """Returns rows of text, the first the heading."""
     rows = [["model", "parameters", "expert", "active", "valid. loss", "sd", f"from {study.baseline}",
              "load entropy", "tokens/s"]]  # fmt: skip
@@ -125,8 +108,7 @@ def results_table(study: Study, results: Sequence[VariantResult]) -> list[list[s
         rows.append([
             r.name, *(f"{n / 1e6:.2f} M" for n in (r.total_parameters, r.expert_parameters, r.active_parameters)),
             f"{r.mean:.4f}", "-" if math.isnan(r.sd) else f"{r.sd:.4f}", _shown(r.difference),
-            entropy_text([r.least_load_entropy]),
-            "-" if r.tokens_per_s is None else f"{r.tokens_per_s:,.0f}",
+            entropy_text([r.least_load_entropy]), speed_text(r.tokens_per_s),
         ])  # fmt: skip
     return rows
 

@@ -43,7 +43,7 @@ class StudyRunner:
     def check(self) -> None:
         """Raises ConfigError if a run's configuration cannot be read or its folder holds another run."""
         for run in self.plan():
-            if run.variant.edited_from is None:
+            if run.variant.is_trained:
                 config = self.config_of(run)
                 if config.training.eval_iters == 0:
                     raise ConfigError("--eval-iters", 0, "a study compares validation losses; it must be positive")
@@ -65,10 +65,10 @@ class StudyRunner:
 
     def is_finished(self, run: Run) -> bool:
         """Returns whether a run has its last checkpoint and that checkpoint's validation loss."""
-        iterations = store.whole_iterations(run.directory / "checkpoints")
+        iterations = store.whole_iterations(run.checkpoints)
         if not iterations or last_validation(run) is None:
             return False
-        return run.variant.edited_from is not None or iterations[-1] >= self.config_of(run).training.train_iters
+        return not run.variant.is_trained or iterations[-1] >= self.config_of(run).training.train_iters
 
     def run_all(self) -> list[str]:
         """Makes every run that is not finished; returns what was said of those that failed, which stop no other.
@@ -99,20 +99,20 @@ class StudyRunner:
 
     def _make(self, run: Run) -> None:
         run.directory.mkdir(parents=True, exist_ok=True)
-        if run.variant.edited_from is None:
+        if run.variant.is_trained:
             self._command(run, ["-m", "megatron_samoe.cli.pretrain", *self.flags_of(run)])
         else:
             self._edit(run)
 
     def _edit(self, run: Run) -> None:
-        variant, checkpoints = run.variant, run.directory / "checkpoints"
+        variant = run.variant
         assert variant.edited_from is not None and variant.edit is not None
         source = next(r for r in self.plan() if (r.variant.name, r.seed) == (variant.edited_from, run.seed))
         if not self.is_finished(source):
             raise MegatronSamoeError(f"{variant.edited_from} is not finished, so there is nothing to edit.")
-        if not store.whole_iterations(checkpoints):
+        if not store.whole_iterations(run.checkpoints):
             self._command(run, ["-m", "megatron_samoe.cli.edit", variant.edit, "--load-dir",
-                                str(source.directory / "checkpoints"), "--save-dir", str(checkpoints)])  # fmt: skip
+                                str(source.checkpoints), "--save-dir", str(run.checkpoints)])  # fmt: skip
         flags = [*self.flags_of(source), "--run-dir", str(run.directory), "--use-checkpoint-args", "--no-load-optim"]
         self._command(run, ["-m", "megatron_samoe.cli.pretrain", *flags, "--skip-train"])
 
@@ -127,10 +127,10 @@ class StudyRunner:
             raise MegatronSamoeError(f"A run ended with status {status}; the end of {log}:\n{tail}")
 
     def _refuse_another(self, run: Run, config: PretrainConfig) -> None:
-        iterations = store.whole_iterations(run.directory / "checkpoints")
+        iterations = store.whole_iterations(run.checkpoints)
         if not iterations:
             return
-        directory = store.iteration_dir(run.directory / "checkpoints", iterations[-1])
+        directory = store.iteration_dir(run.checkpoints, iterations[-1])
         found = asdict(from_mapping(store.read_config(directory), str(directory)))
         wanted = asdict(config)
         differing = [

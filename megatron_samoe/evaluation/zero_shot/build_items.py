@@ -41,26 +41,25 @@ def make_items(task: Task, rows: Iterable[tuple[str, Row]], limit: int | None = 
 
 
 def _make_item(task: Task, row: Mapping[str, Any], where: str) -> Item:
+    def listed(field: str) -> tuple[str, ...]:
+        return _texts(task, row, field, where)
+
     group = fill("{" + task.group + "}", row, where) if task.group else ""
+    contexts = listed(task.context) if task.kind == "partial" else (fill(task.context, row, where),)
     if task.kind == "generate":
-        answers = _texts(task, row, task.answers, where)
-        return Item(where, (fill(task.context, row, where),), answers=answers, group=group)
-    if task.kind == "greedy_match":
-        target = fill(task.target, row, where)
-        return Item(where, (fill(task.context, row, where),), (task.delimiter + target,), 0, group=group,
-                    choice_texts=(target,))  # fmt: skip
-    if task.kind == "partial":
-        contexts = _texts(task, row, task.context, where)
-        target = task.delimiter + fill(task.target, row, where)
-        texts = _texts(task, row, task.choices, where) if isinstance(task.choices, str) else contexts
-        return Item(where, contexts, (target,), _gold(task, row, len(contexts), where), group=group, choice_texts=texts)
+        return Item(where, contexts, answers=listed(task.answers), group=group)
     if isinstance(task.choices, str):
-        choices = _texts(task, row, task.choices, where)
+        texts = listed(task.choices)
     else:
-        choices = tuple(fill(choice, row, where) for choice in task.choices)
-    continuations = tuple(task.delimiter + choice for choice in choices)
-    gold = _gold(task, row, len(choices), where)
-    return Item(where, (fill(task.context, row, where),), continuations, gold, group=group, choice_texts=choices)
+        texts = tuple(fill(choice, row, where) for choice in task.choices)
+    continuations, gold = texts, 0
+    if task.kind in ("partial", "greedy_match"):
+        continuations = (fill(task.target, row, where),)
+        texts = texts or (contexts if task.kind == "partial" else continuations)
+    if task.kind != "greedy_match":
+        gold = _gold(task, row, len(contexts if task.kind == "partial" else texts), where)
+    continuations = tuple(task.delimiter + text for text in continuations)
+    return Item(where, contexts, continuations, gold, group=group, choice_texts=texts)
 
 
 def _texts(task: Task, row: Mapping[str, Any], field: str, where: str) -> tuple[str, ...]:

@@ -41,11 +41,10 @@ def find_data(task: Task, data_dir: Path) -> Path:
         folders = [p for p in _matches(task, data_dir, name) if p.is_dir() and _files_in(p)]
         if folders:
             return folders[0]
-    raise NoDataError(
-        f"Task {task.name} has no data in {data_dir}: looked for {_looked_for(task)}. --hub would fetch it."
-        if task.hub
-        else f"Task {task.name} has no data in {data_dir}: looked for {_looked_for(task)}."
-    )
+    endings = "{" + ",".join(KINDS) + "}[" + "|".join(filter(None, PACKINGS)) + "]"
+    looked_for = ", ".join(f"{name}{endings}" for name in task.files)
+    hint = " --hub would fetch it." if task.hub else ""
+    raise NoDataError(f"Task {task.name} has no data in {data_dir}: looked for {looked_for}.{hint}")
 
 
 def _matches(task: Task, data_dir: Path, pattern: str) -> list[Path]:
@@ -57,15 +56,13 @@ def _matches(task: Task, data_dir: Path, pattern: str) -> list[Path]:
         ) from None
 
 
-def _looked_for(task: Task) -> str:
-    endings = "{" + ",".join(KINDS) + "}[" + "|".join(filter(None, PACKINGS)) + "]"
-    return ", ".join(f"{name}{endings}" for name in task.files)
+def _kind(path: Path) -> str:
+    """Returns the suffix of a file's name without that of its packing."""
+    return Path(path.name.removesuffix(".xz").removesuffix(".gz")).suffix
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return sorted(
-        p for p in folder.iterdir() if p.is_file() and p.name.removesuffix(".xz").removesuffix(".gz").endswith(KINDS)
-    )
+    return sorted(path for path in folder.iterdir() if path.is_file() and _kind(path) in KINDS)
 
 
 def read_rows(task: Task, data_dir: Path | None, hub: bool = False) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -74,68 +71,53 @@ def read_rows(task: Task, data_dir: Path | None, hub: bool = False) -> Iterator[
     Raises:
         DataError: there is no data, or it cannot be read.
     """
-    if data_dir is None:
-        if not hub:
+    try:
+        if data_dir is None:
             raise NoDataError(
                 f"No data: --data-dir (or MEGATRON_SAMOE_EVAL_DATA) must name the folder of task {task.name}'s, or --hub fetch it."
             )
-        yield from _hub_rows(task)
-        return
-    try:
         path = find_data(task, data_dir)
     except NoDataError:
-        if not (hub and task.hub):
+        if not hub or (data_dir is not None and not task.hub):
             raise
         yield from _hub_rows(task)
         return
-    labels = _labels(task, path)
-    number = -1
-    for file in _files_in(path) if path.is_dir() else [path]:
-        for where, row in _file_rows(file):
-            number += 1
-            if labels is None:
-                yield where, row
-            elif number < len(labels):
-                yield where, {**row, "label": labels[number]}
-            else:
-                raise DataError(f"{where}: {task.labels} beside it has only {len(labels)} labels.")
-    if labels is not None and len(labels) != number + 1:
-        raise DataError(f"{path} has {number + 1} rows, {task.labels} beside it {len(labels)} labels.")
-
-
-def _labels(task: Task, path: Path) -> list[str] | None:
-    """Returns the labels of a file of their own; None where the rows bring theirs."""
-    beside = path.parent / task.labels if task.labels else None
-    if beside is None or not beside.is_file():
-        return None
-    return beside.read_text().split()
+    rows = (pair for file in (_files_in(path) if path.is_dir() else [path]) for pair in _file_rows(file))
+    beside = path.parent / task.labels
+    # Where the rows bring their labels, there is no such file.
+    if not (task.labels and beside.is_file()):
+        yield from rows
+        return
+    labels, count = beside.read_text().split(), 0
+    for count, (where, row) in enumerate(rows, 1):
+        if count > len(labels):
+            raise DataError(f"{where}: {task.labels} beside it has only {len(labels)} labels.")
+        yield where, {**row, "label": labels[count - 1]}
+    if len(labels) != count:
+        raise DataError(f"{path} has {count} rows, {task.labels} beside it {len(labels)} labels.")
 
 
 def read_text(path: Path) -> str:
     """Returns a file's text, unpacked; DataError if it cannot be read."""
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix)
     try:
+        if opener is None:
+            return path.read_bytes().decode("utf-8")
         with opener(path, "rb") as file:
-            if opener is open:
-                return file.read().decode("utf-8")
             most = max(LEAST_LIMIT, MOST_TIMES * path.stat().st_size)
             content = file.read(most + 1)
             if len(content) > most:
                 raise DataError(
                     f"{path} holds more than {most >> 20} MiB when unpacked, which no text of its size does."
                 )
-            return content.decode("utf-8")
+        return str(content, "utf-8")
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    kind = Path(path.name.removesuffix(".xz").removesuffix(".gz")).suffix
-    if kind == ".parquet":
-        rows = _parquet_rows(path)
-    else:
-        rows = _text_rows(read_text(path), kind, path)
-    for number, row in rows:
+    kind = _kind(path)
+    for number, row in _parquet_rows(path) if kind == ".parquet" else _text_rows(read_text(path), kind, path):
         where = f"{path.name}:{number}"
         if not isinstance(row, Mapping):
             raise DataError(f"{where} is no row with fields, but {type(row).__name__}.")
@@ -203,8 +185,7 @@ def read_documents(path: Path, limit: int | None = None) -> list[Document]:
     """Returns the texts of a file: the field "text" of each row, or a .txt file as one; DataError if there are none."""
     if not path.is_file():
         raise NoDataError(f"--corpus {path} is {'a folder; name files' if path.is_dir() else 'not there'}.")
-    kind = Path(path.name.removesuffix(".xz").removesuffix(".gz")).suffix
-    if kind not in (".jsonl", ".json", ".parquet"):
+    if _kind(path) not in (".jsonl", ".json", ".parquet"):
         documents = [Document(path.name, read_text(path))]
     else:
         documents = []

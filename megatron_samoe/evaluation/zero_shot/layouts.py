@@ -1,20 +1,22 @@
 """The forms that data sets are published in, brought to the plain fields that prompts are written with.
 
-Each function takes one row as it stands in a file and yields one or more plain rows. It knows the authors' own form,
-the Hugging Face Hub's, and the flattened one of older evaluation harnesses, tells them apart by their fields, and
-returns None for a row that is none of them.
+A layout is a list of forms: the authors' own, the Hugging Face Hub's, the flattened one of older evaluation harnesses.
+A form is known by the fields of a row, and its function makes one or more plain rows of it, or None where it is none.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from megatron_samoe.errors import DataError
 
 Row = Mapping[str, Any]
-Layout = Callable[[Row], "list[Row] | None"]
+Rows = list[Row]
+#: Makes a row of one form plain.
+Plain = Callable[[Row], "Row | Rows | None"]
 
 
 def plain_rows(rows: Iterable[tuple[str, Row]], layout: str) -> Iterator[tuple[str, Row]]:
@@ -25,7 +27,7 @@ def plain_rows(rows: Iterable[tuple[str, Row]], layout: str) -> Iterator[tuple[s
     """
     for where, row in rows:
         try:
-            found = LAYOUTS[layout](row) if layout else [row]
+            found = _plain(row, LAYOUTS[layout]) if layout else [row]
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise DataError(f"{where} is damaged as {layout}: {type(error).__name__} {error}.") from None
         if found is None:
@@ -37,8 +39,17 @@ def plain_rows(rows: Iterable[tuple[str, Row]], layout: str) -> Iterator[tuple[s
             yield (where if len(found) == 1 else f"{where}#{number}"), plain
 
 
-def _has(row: Row, *names: str) -> bool:
-    return all(name in row for name in names)
+def _plain(row: Row, forms: Iterable[tuple[str, Plain]]) -> Rows | None:
+    """Returns the plain rows of the first form that a row has; None where it has none."""
+    for fields, plain in forms:
+        found = plain(row) if _has(row, fields) else None
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    return None
+
+
+def _has(row: Row, fields: str) -> bool:
+    return all(name in row for name in fields.split())
 
 
 def _index(label: object, names: Sequence[str] = ()) -> object:
@@ -55,48 +66,40 @@ def _index(label: object, names: Sequence[str] = ()) -> object:
     return label
 
 
-def _labelled(*needed: str, names: Sequence[str] = ()) -> Layout:
-    """Returns the layout of rows that are plain but for how the label is written."""
-
-    def layout(row: Row) -> list[Row] | None:
-        return [{**row, "label": _index(row["label"], names)}] if _has(row, *needed, "label") else None
-
-    return layout
+def _labelled(row: Row, field: str = "label", names: Sequence[str] = ()) -> Row:
+    """A row that is plain but for how the label is written."""
+    return {**row, "label": _index(row[field], names)}
 
 
-def _boolq(row: Row) -> list[Row] | None:
-    if _has(row, "question", "passage", "label"):
-        return [{**row, "label": _index(row["label"])}]
-    # The authors' own form has "answer": true.
-    return [{**row, "label": _index(row["answer"])}] if _has(row, "question", "passage", "answer") else None
+def _ranked(name: str, question: object, row: Row, choices: object, gold: str = "label") -> Row:
+    """A question with choices, and the field that has the right one's index."""
+    return {name: question, "choices": choices, "gold": _index(row[gold])}
 
 
-def _copa(row: Row) -> list[Row] | None:
-    if not _has(row, "premise", "choice1", "choice2", "question", "label"):
-        return None
+def _flattened(row: Row, name: str, prefix: str = "", suffix: str = "") -> Row:
+    """The form of older harnesses, whose query may be in a prompt's words."""
+    return _ranked(name, row["query"].removeprefix(prefix).removesuffix(suffix), row, row["choices"], "gold")
+
+
+def _copa(row: Row) -> Row:
     connector = {"cause": "because", "effect": "therefore"}[row["question"]]
     choices = [row[name][0].lower() + row[name][1:] for name in ("choice1", "choice2")]
     # The connector takes the place of the premise's full stop.
-    premise = row["premise"].strip()[:-1]
-    return [{"premise": premise, "connector": connector, "choices": choices, "gold": _index(row["label"])}]
+    return {**_ranked("premise", row["premise"].strip()[:-1], row, choices), "connector": connector}
 
 
-def _multirc(row: Row) -> list[Row] | None:
-    if _has(row, "paragraph", "question", "answer", "label", "idx"):
-        place = row["idx"]
-        return [{**row, "question_id": f"{place['paragraph']}-{place['question']}", "label": _index(row["label"])}]
-    if not _has(row, "passage"):
-        return None
-    passage, rows = row["passage"], []
-    for question in passage["questions"]:
-        for answer in question["answers"]:
-            rows.append(
-                {
-                    "paragraph": passage["text"], "question": question["question"], "answer": answer["text"],
-                    "question_id": f"{row['idx']}-{question['idx']}", "label": _index(answer["label"]),
-                }
-            )  # fmt: skip
-    return rows
+def _multirc_hub(row: Row) -> Row:
+    return {**_labelled(row), "question_id": f"{row['idx']['paragraph']}-{row['idx']['question']}"}
+
+
+def _multirc(row: Row) -> Rows:
+    return [
+        {
+            "paragraph": row["passage"]["text"], "question": question["question"], "answer": answer["text"],
+            "question_id": f"{row['idx']}-{question['idx']}", "label": _index(answer["label"]),
+        }
+        for question in row["passage"]["questions"] for answer in question["answers"]
+    ]  # fmt: skip
 
 
 #: Spaces that the Winograd schemas' word-by-word form has beside punctuation. As in lm-evaluation-harness, so that figures
@@ -104,9 +107,9 @@ def _multirc(row: Row) -> list[Row] | None:
 _SPACES = ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"'))
 
 
-def _wsc(row: Row) -> list[Row] | None:
-    spans = row["target"] if "target" in row else row
-    if not _has(row, "text", "label") or not _has(spans, "span1_text", "span2_text", "span2_index"):
+def _wsc(row: Row) -> Row | None:
+    spans = row.get("target", row)
+    if not _has(spans, "span1_text span2_text span2_index"):
         return None
     text, pronoun = row["text"], spans["span2_text"]
     before = " ".join(text.split()[: spans["span2_index"]])
@@ -114,42 +117,22 @@ def _wsc(row: Row) -> list[Row] | None:
     for old, new in _SPACES:
         passage = passage.replace(old, new)
     passage = re.sub(r" (['.,])", r"\1", passage)
-    return [{"passage": passage, "pronoun": pronoun, "noun": spans["span1_text"], "label": _index(row["label"])}]
+    return {"passage": passage, "pronoun": pronoun, "noun": spans["span1_text"], "label": _index(row["label"])}
 
 
-def _wic(row: Row) -> list[Row] | None:
-    if not _has(row, "sentence1", "sentence2", "label"):
-        return None
+def _wic(row: Row) -> Row:
     # The word as it stands in the first sentence, which may be inflected.
-    word = row["sentence1"][row["start1"] : row["end1"]] if _has(row, "start1", "end1") else row["word"]
-    return [{**row, "word": word, "label": _index(row["label"])}]
+    word = row["sentence1"][row["start1"] : row["end1"]] if _has(row, "start1 end1") else row["word"]
+    return {**_labelled(row), "word": word}
 
 
-def _lambada(row: Row) -> list[Row] | None:
-    if _has(row, "context", "continuation"):
-        return [{"context": row["context"], "target": row["continuation"].strip()}]
-    if not _has(row, "text"):
-        return None
+def _lambada(row: Row) -> Row | None:
     context, _, target = row["text"].rstrip("\r\n").rpartition(" ")
-    return [{"context": context, "target": target}] if context and target else None
+    return {"context": context, "target": target} if context and target else None
 
 
-def _piqa(row: Row) -> list[Row] | None:
-    if _has(row, "query", "choices", "gold"):
-        goal = row["query"].removeprefix("Question: ").removesuffix("\n")
-        return [{"goal": goal, "choices": row["choices"], "gold": _index(row["gold"])}]
-    if not _has(row, "goal", "sol1", "sol2", "label"):
-        return None
-    return [{"goal": row["goal"], "choices": [row["sol1"], row["sol2"]], "gold": _index(row["label"])}]
-
-
-def _science(row: Row) -> list[Row] | None:
+def _science(row: Row) -> Row:
     """ARC and OpenBookQA."""
-    if _has(row, "query", "choices", "gold"):
-        question = row["query"].removeprefix("Question: ")
-        return [{"question": question, "choices": row["choices"], "gold": _index(row["gold"])}]
-    if not _has(row, "answerKey"):
-        return None
     question = row["question_stem"] if "question_stem" in row else row["question"]
     choices = row["choices"] if "choices" in row else question["choices"]
     if isinstance(question, Mapping):
@@ -161,7 +144,7 @@ def _science(row: Row) -> list[Row] | None:
     key = row["answerKey"].strip()
     if key not in labels:
         raise ValueError(f"answerKey {key!r} is none of {labels}")
-    return [{"question": question, "choices": texts, "gold": labels.index(key)}]
+    return {"question": question, "choices": texts, "gold": labels.index(key)}
 
 
 def _hellaswag_text(text: str) -> str:
@@ -170,45 +153,33 @@ def _hellaswag_text(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def _hellaswag(row: Row) -> list[Row] | None:
-    if _has(row, "query", "choices", "gold"):
-        return [{"context": row["query"], "choices": row["choices"], "gold": _index(row["gold"])}]
-    if not _has(row, "activity_label", "ctx_a", "ctx_b", "endings", "label"):
-        return None
+def _hellaswag(row: Row) -> Row:
     context = _hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    choices = [_hellaswag_text(ending) for ending in row["endings"]]
-    return [{"context": context, "choices": choices, "gold": _index(row["label"])}]
+    return _ranked("context", context, row, [_hellaswag_text(ending) for ending in row["endings"]])
 
 
-def _winogrande(row: Row) -> list[Row] | None:
-    if _has(row, "context_options", "continuation", "gold"):
-        return [{"contexts": row["context_options"], "target": row["continuation"], "gold": _index(row["gold"]),
-                 "choices": row["context_options"]}]  # fmt: skip
-    if not _has(row, "sentence", "option1", "option2", "answer"):
-        return None
+def _winogrande_flattened(row: Row) -> Row:
+    contexts = row["context_options"]
+    return {**_ranked("contexts", contexts, row, contexts, "gold"), "target": row["continuation"]}
+
+
+def _winogrande(row: Row) -> Row:
     before, blank, after = row["sentence"].partition("_")
     if not blank:
         raise ValueError("the sentence has no _")
     options = [row["option1"], row["option2"]]
     gold = _index(row["answer"])
-    return [{"contexts": [before + option for option in options], "target": after.strip(), "choices": options,
-             "gold": gold - 1 if isinstance(gold, int) else gold}]  # fmt: skip
+    return {"contexts": [before + option for option in options], "target": after.strip(), "choices": options,
+            "gold": gold - 1 if isinstance(gold, int) else gold}  # fmt: skip
 
 
-def _race(row: Row) -> list[Row] | None:
-    """One article with its questions (the authors'), or one question (the Hub's)."""
-    if not _has(row, "article"):
-        return None
-    if "questions" in row:
-        keys = zip(row["questions"], row["options"], row["answers"], strict=True)
-    elif _has(row, "question", "options", "answer"):
-        keys = iter([(row["question"], row["options"], row["answer"])])
-    else:
-        return None
-    return [
-        {"article": row["article"], "question": question, "choices": list(options), "gold": list("ABCD").index(answer)}
-        for question, options, answer in keys
-    ]
+def _race(article: str, question: str, options: Iterable[str], answer: str) -> Row:
+    return {"article": article, "question": question, "choices": list(options), "gold": list("ABCD").index(answer)}
+
+
+def _race_article(row: Row) -> Rows:
+    keys = zip(row["questions"], row["options"], row["answers"], strict=True)
+    return [_race(row["article"], *key) for key in keys]
 
 
 def _texts(answers: object) -> list[str]:
@@ -225,54 +196,79 @@ FORMS = {
 }
 
 
-def _triviaqa(row: Row) -> list[Row] | None:
-    if _has(row, "Question", "Answer"):
-        question, answer = row["Question"], row["Answer"]
-        names = ("Value", "Aliases", "NormalizedAliases")
-    elif _has(row, "question", "answer"):
-        question, answer = row["question"], row["answer"]
-        names = ("value", "aliases", "normalized_aliases")
-    elif _has(row, "question", "answers") or _has(row, "question", "target"):
-        question, answer, names = row["question"], row.get("answers", row.get("target")), ()
-    else:
-        return None
+def _triviaqa(
+    question: str, answer: object, names: Sequence[str] = ("value", "aliases", "normalized_aliases")
+) -> Row | None:
     if isinstance(answer, Mapping):
         answers = [answer[names[0]], *answer.get(names[1], ()), *answer.get(names[2], ())]
     else:
         answers = _texts(answer)
-    if not answers:
-        return None
     # "Question: ...?" is written by the prompt; most questions bring a mark of their own.
-    return [{"question": question.strip().removesuffix("?").rstrip(), "answers": list(dict.fromkeys(answers))}]
+    plain = question.strip().removesuffix("?").rstrip()
+    return {"question": plain, "answers": list(dict.fromkeys(answers))} if answers else None
 
 
 _DESCRIPTION = re.compile(r'\(description\s+(?:"((?:[^"\\]|\\.)*)"|([^()"]+?))\s*\)')
 
 
-def _webqs(row: Row) -> list[Row] | None:
-    for name in ("answers", "answer", "target"):
-        if _has(row, "question", name) and _texts(row[name]):
-            return [{"question": row["question"], "answers": _texts(row[name])}]
-    if not _has(row, "utterance", "targetValue"):
-        return None
+def _webqs_hub(row: Row, name: str) -> Row | None:
+    answers = _texts(row[name])
+    return {"question": row["question"], "answers": answers} if answers else None
+
+
+def _webqs(row: Row) -> Row | None:
     found = [a.replace('\\"', '"') if a else b for a, b in _DESCRIPTION.findall(row["targetValue"])]
-    return [{"question": row["utterance"], "answers": found}] if found else None
+    return {"question": row["utterance"], "answers": found} if found else None
 
 
-LAYOUTS: dict[str, Layout] = {
-    "boolq": _boolq,
-    "cb": _labelled("premise", "hypothesis", names=("entailment", "contradiction", "neutral")),
-    "copa": _copa,
-    "hellaswag": _hellaswag,
-    "lambada": _lambada,
-    "multirc": _multirc,
-    "piqa": _piqa,
-    "race": _race,
-    "rte": _labelled("premise", "hypothesis", names=("entailment", "not_entailment")),
-    "science": _science,
-    "triviaqa": _triviaqa,
-    "webqs": _webqs,
-    "wic": _wic,
-    "winogrande": _winogrande,
-    "wsc": _wsc,
-}
+#: Forms by layout: the fields that one is known by, and what makes it plain.
+LAYOUTS: dict[str, tuple[tuple[str, Plain], ...]] = {
+    "boolq": (
+        ("question passage label", _labelled),
+        ("question passage answer", partial(_labelled, field="answer")),  # the authors' has "answer": true
+    ),
+    "cb": (
+        ("premise hypothesis label", partial(_labelled, names=("entailment", "contradiction", "neutral"))),
+    ),
+    "copa": (("premise choice1 choice2 question label", _copa),),
+    "hellaswag": (
+        ("query choices gold", partial(_flattened, name="context")),
+        ("activity_label ctx_a ctx_b endings label", _hellaswag),
+    ),
+    "lambada": (
+        ("context continuation", lambda row: {"context": row["context"], "target": row["continuation"].strip()}),
+        ("text", _lambada),
+    ),
+    "multirc": (("paragraph question answer label idx", _multirc_hub), ("passage", _multirc)),
+    "piqa": (
+        ("query choices gold", partial(_flattened, name="goal", prefix="Question: ", suffix="\n")),
+        ("goal sol1 sol2 label", lambda row: _ranked("goal", row["goal"], row, [row["sol1"], row["sol2"]])),
+    ),
+    "race": (
+        ("article questions", _race_article),
+        ("article question options answer",
+         lambda row: _race(row["article"], row["question"], row["options"], row["answer"])),
+    ),
+    "rte": (("premise hypothesis label", partial(_labelled, names=("entailment", "not_entailment"))),),
+    "science": (
+        ("query choices gold", partial(_flattened, name="question", prefix="Question: ")),
+        ("answerKey", _science),
+    ),
+    "triviaqa": (
+        ("Question Answer",
+         lambda row: _triviaqa(row["Question"], row["Answer"], ("Value", "Aliases", "NormalizedAliases"))),
+        ("question answer", lambda row: _triviaqa(row["question"], row["answer"])),
+        ("question answers", lambda row: _triviaqa(row["question"], row["answers"])),
+        ("question target", lambda row: _triviaqa(row["question"], row["target"])),
+    ),
+    "webqs": (
+        *((f"question {name}", partial(_webqs_hub, name=name)) for name in ("answers", "answer", "target")),
+        ("utterance targetValue", _webqs),
+    ),
+    "wic": (("sentence1 sentence2 label", _wic),),
+    "winogrande": (
+        ("context_options continuation gold", _winogrande_flattened),
+        ("sentence option1 option2 answer", _winogrande),
+    ),
+    "wsc": (("text label", _wsc),),
+}  # fmt: skip

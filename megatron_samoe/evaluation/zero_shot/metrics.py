@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,50 +78,48 @@ def is_right(item: Item, response: Response) -> bool:
     return prediction(item, response) == item.gold
 
 
+def _means(values: Iterable[float]) -> np.ndarray:
+    """Returns (value, 1) of each unit, whose sums have a mean."""
+    column = np.fromiter(values, dtype=np.float64)
+    return np.stack((column, np.ones_like(column)), axis=1)
+
+
 def _share(right: Callable[[Item, Response], bool]) -> Units:
-    def units(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
-        return np.array([(right(i, r), 1) for i, r in zip(items, responses, strict=True)], dtype=np.float64).reshape(
-            -1, 2
-        )
-
-    return units
+    return lambda items, responses: _means(map(right, items, responses))
 
 
-def _ratio(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / sums[..., 1]
+def _ratio(sums: np.ndarray, below: int = 1, above: int = 0) -> np.ndarray:
+    """Returns one column's sum over another's."""
+    return np.asarray(sums[..., above] / sums[..., below])
 
 
 def _exp(x: np.ndarray) -> np.ndarray:
     """Returns e^x; infinity, without a warning, where that is beyond all numbers."""
     with np.errstate(over="ignore"):
-        return np.exp(x)
+        return np.asarray(np.exp(x))
 
 
 def _loglikelihood(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
-    return np.array([(r.loglikelihoods[0], 1) for r in responses], dtype=np.float64).reshape(-1, 2)
-
-
-def _perplexity(sums: np.ndarray) -> np.ndarray:
-    return _exp(-_ratio(sums))
+    return _means(response.loglikelihoods[0] for response in responses)
 
 
 def _exact_questions(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
-    right = [is_right(i, r) for i, r in zip(items, responses, strict=True)]
-    return np.array([(all(right[n] for n in group), 1) for group in groups_of(items)], dtype=np.float64).reshape(-1, 2)
+    right = list(map(is_right, items, responses))
+    return _means(all(right[n] for n in group) for group in groups_of(items))
 
 
 def _answers_per_question(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
     """Returns (right, answers, said yes, is yes, both) of each question; choice 1 is "yes"."""
     said = np.array([prediction(i, r) == 1 for i, r in zip(items, responses, strict=True)], dtype=np.float64)
     gold = np.array([i.gold == 1 for i in items], dtype=np.float64)
-    x_NV = np.stack((said == gold, np.ones_like(said), said, gold, said * gold), axis=1).astype(np.float64)
+    x_NV = np.stack(((said == gold).astype(np.float64), np.ones_like(said), said, gold, said * gold), axis=1)
     return np.stack([x_NV[group].sum(0) for group in groups_of(items)])
 
 
 def _f1(hits: np.ndarray, said: np.ndarray, gold: np.ndarray) -> np.ndarray:
     """Returns 2 hits / (said + gold), 0 where that is 0 / 0."""
     total = said + gold
-    return np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0)
+    return np.asarray(np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0))
 
 
 def _class_counts(items: Sequence[Item], responses: Sequence[Response]) -> np.ndarray:
@@ -139,44 +137,44 @@ def _class_counts(items: Sequence[Item], responses: Sequence[Response]) -> np.nd
 def _macro_f1(sums: np.ndarray) -> np.ndarray:
     """Returns the mean F1 of the classes that occur, in the data or in what was said."""
     hits, said, gold = np.moveaxis(sums.reshape(*sums.shape[:-1], 3, -1), -2, 0)
-    return _f1(hits, said, gold).sum(-1) / (said + gold > 0).sum(-1)
+    return np.asarray(_f1(hits, said, gold).sum(-1) / (said + gold > 0).sum(-1))
+
+
+def _normalised(length: Callable[[str], int] = len) -> Units:
+    return _share(lambda item, response: normalised_prediction(item, response, length) == item.gold)
+
+
+def _perplexity(column: int = 1) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns the perplexity per unit that a column counts."""
+    return lambda sums: _exp(-_ratio(sums, column))
 
 
 METRICS: dict[str, Metric] = {
     "acc": Metric(_share(is_right), _ratio, (*RANKED, "greedy_match"), binary=True),
-    "acc_norm": Metric(
-        _share(lambda item, response: normalised_prediction(item, response) == item.gold), _ratio, RANKED, binary=True
-    ),
-    "acc_bytes": Metric(
-        _share(lambda item, response: normalised_prediction(item, response, _num_bytes) == item.gold),
-        _ratio,
-        RANKED,
-        binary=True,
-    ),
+    "acc_norm": Metric(_normalised(), _ratio, RANKED, binary=True),
+    "acc_bytes": Metric(_normalised(_num_bytes), _ratio, RANKED, binary=True),
     "exact_match": Metric(_share(is_right), _ratio, ("generate",), binary=True),
-    "perplexity": Metric(_loglikelihood, _perplexity, ("greedy_match",), in_percent=False),
+    "perplexity": Metric(_loglikelihood, _perplexity(), ("greedy_match",), in_percent=False),
     "f1_macro": Metric(_class_counts, _macro_f1, RANKED),
     # MultiRC's four; see docs/evaluation.md for why they belong together.
-    "acc_per_answer": Metric(_answers_per_question, lambda s: s[..., 0] / s[..., 1], RANKED, needs_group=True),
+    "acc_per_answer": Metric(_answers_per_question, _ratio, RANKED, needs_group=True),
     "em": Metric(_exact_questions, _ratio, RANKED, needs_group=True, binary=True),
     "f1a": Metric(_answers_per_question, lambda s: _f1(s[..., 4], s[..., 2], s[..., 3]), RANKED, needs_group=True),
-    "yes_share": Metric(_answers_per_question, lambda s: s[..., 2] / s[..., 1], RANKED, needs_group=True),
+    "yes_share": Metric(_answers_per_question, lambda s: _ratio(s, above=2), RANKED, needs_group=True),
 }
 
 #: Metrics beside which the best constant choice says something.
 SHARES_OF_ITEMS = ("acc", "acc_norm", "acc_bytes", "acc_per_answer")
 
 
-def _per(column: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda sums: _exp(-sums[..., 0] / sums[..., column])
+def _of_corpus(finish: Callable[[np.ndarray], np.ndarray]) -> Metric:
+    return Metric(lambda *_: np.empty(0), finish, ("corpus",), in_percent=False)
 
 
 #: Of whole texts; x_UV is (log-likelihood, tokens, bytes, words) of each document.
 CORPUS_METRICS: dict[str, Metric] = {
-    "token_perplexity": Metric(lambda *_: np.empty(0), _per(1), ("corpus",), in_percent=False),
-    "byte_perplexity": Metric(lambda *_: np.empty(0), _per(2), ("corpus",), in_percent=False),
-    "word_perplexity": Metric(lambda *_: np.empty(0), _per(3), ("corpus",), in_percent=False),
-    "bits_per_byte": Metric(
-        lambda *_: np.empty(0), lambda s: -s[..., 0] / s[..., 2] / np.log(2.0), ("corpus",), in_percent=False
-    ),
+    "token_perplexity": _of_corpus(_perplexity(1)),
+    "byte_perplexity": _of_corpus(_perplexity(2)),
+    "word_perplexity": _of_corpus(_perplexity(3)),
+    "bits_per_byte": _of_corpus(lambda sums: -_ratio(sums, 2) / np.log(2.0)),
 }

@@ -113,6 +113,11 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def finite_values(record: object) -> dict[str, float | None]:
+    """Returns the fields of a record of numbers, as `finite` does."""
+    return {name: finite(value) for name, value in vars(record).items()}
+
+
 def sample_records(result: TaskResult) -> list[dict[str, Any]]:
     """Returns one record per item: what was asked, what was answered, whether that is right."""
     records = []

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from megatron_samoe.errors import ConfigError, DataError, nearest, shown
 from megatron_samoe.evaluation.zero_shot.layouts import LAYOUTS
@@ -73,7 +73,10 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "greedy_match": ("target",),
     "generate": ("answers", "until", "max_new_tokens"),
 }
-_MAY_HAVE = {"partial": ("choices",)}
+_MAY_HAVE: dict[str, tuple[str, ...]] = {"partial": ("choices",)}
+_TEXTS = ("name", "description", "context", "gold", "target", "answers", "group", "layout", "labels", "delimiter")
+_LISTS = ("files", "metrics", "until", "choices")
+_INTEGERS = ("always_yes", "always_no", "max_new_tokens")
 
 
 def task_names() -> list[str]:
@@ -88,17 +91,13 @@ def load_task(name: str) -> Task:
         ConfigError: there is no such task.
         DataError: the file is no task: a field is missing, unknown or of the wrong form.
     """
+    known, path = task_names(), TASK_DIR / f"{name}.yaml"
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
             raise ConfigError("--tasks", name, "names a task file that is not there")
-    else:
-        if name not in task_names():
-            known = task_names()
-            raise ConfigError(
-                "--tasks", name, f"must be one of {', '.join(known)}, or a .yaml file.{nearest(name, known)}"
-            )
-        path = TASK_DIR / f"{name}.yaml"
+    elif name not in known:
+        raise ConfigError("--tasks", name, f"must be one of {', '.join(known)}, or a .yaml file.{nearest(name, known)}")
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -115,18 +114,19 @@ def parse_task(content: object, where: str) -> Task:
         if key not in known:
             raise DataError(f"{where}: {key!r} is no field of a task.{nearest(str(key), known)}")
     needed = [name for name, f in known.items() if f.default is MISSING]
-    kind = content.get("kind")
-    if isinstance(kind, str) and kind in _NEEDS:
-        needed += _NEEDS[kind]
+    kind: Any = content.get("kind")
+    is_known = isinstance(kind, str) and kind in _NEEDS
+    needed += _NEEDS[kind] if is_known else ()
     missing = [name for name in needed if content.get(name) in (None, "", [], ())]
     if missing:
         raise DataError(f"{where}: a task needs the field{'s' * (len(missing) > 1)} {', '.join(missing)}.")
-    if not isinstance(kind, str) or kind not in _NEEDS:
+    if not is_known:
         raise DataError(f"{where}: kind {shown(kind)} is not known; allowed are {', '.join(get_args(Kind))}.")
     idle = {name for names in _NEEDS.values() for name in names} - {*_NEEDS[kind], *_MAY_HAVE.get(kind, ())}
     for name in sorted(idle & set(content)):
         raise DataError(f"{where}: {name} has no effect on a task of kind {kind}.")
-    task = Task(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+    task = Task(**values)
     _check(task, where)
     return task
 
@@ -134,21 +134,22 @@ def parse_task(content: object, where: str) -> Task:
 def _check(task: Task, where: str) -> None:
     _check_types(task, where)
     for metric in task.metrics:
-        if metric not in METRICS:
+        known = METRICS.get(metric)
+        if known is None:
             raise DataError(
                 f"{where}: metric {metric!r} is not known.{nearest(metric, METRICS)} There are {', '.join(METRICS)}."
             )
-        if task.kind not in METRICS[metric].kinds:
+        if task.kind not in known.kinds:
             raise DataError(f"{where}: metric {metric} has no meaning for kind {task.kind}.")
-        if METRICS[metric].needs_group and not task.group:
+        if known.needs_group and not task.group:
             raise DataError(f"{where}: metric {metric} needs the field group.")
     if task.layout and task.layout not in LAYOUTS:
         raise DataError(f"{where}: layout {task.layout!r} is not known; allowed are {', '.join(sorted(LAYOUTS))}.")
     if task.hub is not None and not (isinstance(task.hub, Mapping) and {"path", "split"} <= set(task.hub)):
         raise DataError(f"{where}: hub must have path and split (and name, where the data set has several).")
+    choices = task.choices if isinstance(task.choices, tuple) else ()
     templates = {"target": task.target, "context": task.context}
-    if isinstance(task.choices, tuple):
-        templates |= {f"choices[{number}]": text for number, text in enumerate(task.choices)}
+    templates |= {f"choices[{number}]": text for number, text in enumerate(choices)}
     for name, template in templates.items():
         try:
             fields_of(template)
@@ -156,30 +157,28 @@ def _check(task: Task, where: str) -> None:
             raise DataError(f"{where}: {name} is no template: {error}.") from None
     for name in ("always_yes", "always_no"):
         value = getattr(task, name)
-        limit = len(task.choices) if isinstance(task.choices, tuple) and task.choices else None
-        if value is not None and not 0 <= value < (limit or value + 1):
+        if value is not None and not 0 <= value < (len(choices) or value + 1):
             raise DataError(f"{where}: {name} = {value!r} is not the index of a choice, counted from 0.")
     if task.kind == "generate" and task.max_new_tokens < 1:
         raise DataError(f"{where}: max_new_tokens must be 1 or more, not {task.max_new_tokens}.")
 
 
 def _check_types(task: Task, where: str) -> None:
-    texts = ("name", "description", "context", "gold", "target", "answers", "group", "layout", "labels", "delimiter")
-    for name in texts:
-        if not isinstance(getattr(task, name), str):
-            raise DataError(f"{where}: {name} must be a text, not {shown(getattr(task, name))}.")
-    for name in ("files", "metrics", "until", "choices"):
-        value = getattr(task, name)
-        if name == "choices" and isinstance(value, str):
-            continue
-        if not isinstance(value, tuple) or not all(isinstance(part, str) for part in value):
-            hint = " (quote yes, no, true and false in YAML)" if name == "choices" else ""
-            raise DataError(f"{where}: {name} must be a list of texts, not {shown(value)}{hint}.")
-    for name in ("always_yes", "always_no", "max_new_tokens"):
-        value = getattr(task, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise DataError(f"{where}: {name} must be a whole number, not {shown(value)}.")
+    for names, fits, wanted in (
+        (_TEXTS, lambda value: isinstance(value, str), "a text"),
+        (_LISTS, _is_list_of_texts, "a list of texts"),
+        (_INTEGERS, lambda value: value is None or type(value) is int, "a whole number"),
+    ):
+        for name in names:
+            value = getattr(task, name)
+            if not fits(value) and not (name == "choices" and isinstance(value, str)):
+                hint = " (quote yes, no, true and false in YAML)" if name == "choices" else ""
+                raise DataError(f"{where}: {name} must be {wanted}, not {shown(value)}{hint}.")
     if not re.fullmatch(r"[\w.-]+", task.name):
         raise DataError(
             f"{where}: name {task.name!r} may have letters, digits, _, - and . only: files are named by it."
         )
+
+
+def _is_list_of_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(part, str) for part in value)

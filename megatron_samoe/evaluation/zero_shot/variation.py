@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.evaluation.zero_shot.results import TaskResult, finite
+from megatron_samoe.evaluation.zero_shot.results import TaskResult, finite, finite_values
 from megatron_samoe.evaluation.zero_shot.statistics import (
     Difference,
     McNemar,
@@ -110,11 +110,9 @@ def compare(first: Sequence[TaskResult], second: Sequence[TaskResult]) -> list[C
 
 def variation_record(variation: Variation) -> dict[str, Any]:
     """Returns a variation as plain values for JSON."""
-    over = variation.spread
     return {
         "task": variation.task, "metric": variation.metric, "values": [finite(v) for v in variation.values],
-        "mean": finite(over.mean), "sd": finite(over.sd), "low": finite(over.low), "high": finite(over.high),
-        "stderr": finite(variation.stderr),
+        **finite_values(variation.spread), "stderr": finite(variation.stderr),
     }  # fmt: skip
 
 
@@ -122,7 +120,7 @@ def comparison_record(comparison: Comparison) -> dict[str, Any]:
     """Returns a comparison as plain values for JSON."""
     record: dict[str, Any] = {
         "task": comparison.task, "metric": comparison.metric, "first": finite(comparison.first),
-        "second": finite(comparison.second), "difference": {name: finite(value) for name, value in vars(comparison.difference).items()},
+        "second": finite(comparison.second), "difference": finite_values(comparison.difference),
     }  # fmt: skip
     if comparison.mcnemar is not None:
         record["mcnemar"] = vars(comparison.mcnemar)
