@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,18 +10,21 @@ from megatron_samoe.config import needs
 from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, POSITIVE, READERS, model_option
 from megatron_samoe.config.sharing_map import ways_of
 
+#: What reads a model and is no other program's format.
+_OWN = frozenset(("decode", "planner"))
 
-def _beyond(default: object, known_to: Iterable[str] = ("planner",)) -> Callable[[object], frozenset[str]]:
-    """Returns the readers of an option's value: all know its default, `known_to` the other values."""
-    return lambda value: READERS if value == default else frozenset(known_to)
+
+def _beyond(default: object) -> Callable[[object], frozenset[str]]:
+    """Returns the readers of an option's value: all know its default, those of our own the other values."""
+    return lambda value: READERS if value == default else _OWN
 
 
 def _known_scores(score_function: str) -> frozenset[str]:
-    return READERS if score_function in ("softmax", "sigmoid") else frozenset(("planner",))
+    return READERS if score_function in ("softmax", "sigmoid") else _OWN
 
 
 def _readers_of_counts(num_experts: int | tuple[int, ...]) -> frozenset[str]:
-    return READERS if isinstance(num_experts, int) else frozenset(("decode", "planner"))
+    return READERS if isinstance(num_experts, int) else _OWN
 
 
 @dataclass(frozen=True)
