@@ -51,8 +51,9 @@ TORCH_LIBRARY(megatron_samoe, m) {
       " bool combine, Tensor(b!) out, Tensor(c!) scratch) -> ()");
   m.def(
       "decode_route(Tensor x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor router,"
-      " bool sigmoid, bool pre_softmax, Tensor(a!) normed, Tensor(b!) ids, Tensor(c!) probs, Tensor(d!) scratch)"
-      " -> ()");
+      " Tensor? norm_scale, Tensor? router_bias, Tensor? candidates, Tensor? mixing, Tensor? mixing_bias, bool sigmoid, bool pre_softmax,"
+      " int num_groups, int group_topk, float factor, Tensor(a!) normed, Tensor(b!) ids, Tensor(c!) probs,"
+      " Tensor(d!)? shared, Tensor(e!) scratch) -> ()");
   m.def(
       "decode_moe_block(Tensor(a!) x, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor? router,"
       " int topk, bool sigmoid, bool pre_softmax, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor? b1,"
@@ -67,7 +68,8 @@ TORCH_LIBRARY(megatron_samoe, m) {
       " Tensor? out_scale, Tensor? out_bias) -> ()");
   m.def(
       "decode_plan_mlp(int plan, Tensor norm_weight, Tensor? norm_bias, float epsilon, bool rms, Tensor? router,"
-      " int topk, bool sigmoid, bool pre_softmax, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor?"
+      " Tensor? norm_scale, Tensor? router_bias, Tensor? candidates, Tensor? mixing, Tensor? mixing_bias, bool sigmoid, bool pre_softmax,"
+      " int num_groups, int group_topk, float factor, int topk, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor?"
       " b1, Tensor w2, Tensor? scale2, Tensor? b2, Tensor? factor1, Tensor? factor2, bool gated) -> ()");
   m.def(
       "decode_plan_shared(int plan, Tensor index1, Tensor index2, Tensor w1, Tensor? scale1, Tensor? b1, Tensor w2,"

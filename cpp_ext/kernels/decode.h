@@ -70,17 +70,25 @@ struct DecodeAttention {
   int num_threads;
 };
 
-// A router's choice of experts by its logits, as GateForward makes it.
+// A router's choice of experts by its logits; meanings as in ops/topk_gate.py.
 struct DecodeChoice {
-  const float* logits_TE;
+  float* logits_TE;  // norm_scale: brought to that length in place
   int64_t num_tokens, num_experts, topk;
   bool sigmoid, pre_softmax;
   float* probs_TK;
-  int64_t* ids_TK;
+  int64_t* ids_TK;  // -1: no expert, with a weight of 0
+  const float* norm_scale = nullptr;  // of norm scores, else null
+  const float* bias_E = nullptr;      // of scores where experts are chosen; may be null
+  const float* candidates_E = nullptr;  // factors on scores, 0 for experts that are not chosen; may be null
+  int64_t num_groups = 0, group_topk = 0;  // 0: a token may use all experts
+  float factor = 1.0f;                     // on the weights
+  const float* mixing_T2 = nullptr;  // logits of routed experts against the MLP beside them; null: both count whole
+  float* shared_T = nullptr;         // weight of that MLP
+  int num_threads = 1;
 };
 
-// MLPs of the chosen experts: rows [slot t, k] of y are expert ids[t, k]'s result for token t. combine: and then
-// out[t] += sum over k of probs[t, k] * y[t, k].
+// MLPs of the chosen experts: rows [slot t, k] of y are expert ids[t, k]'s result for token t; ids below 0 are no
+// expert's. combine: and then out[t] += sum over k of probs[t, k] * y[t, k].
 struct DecodeExperts {
   const float* x_TH;
   const int64_t* ids_TK;
@@ -122,6 +130,7 @@ struct DecodeLayer {
   DecodeLinear output;  // adds to the residual stream
   DecodeNorm mlp_norm;
   DecodeLinear router;  // no outputs: a dense MLP, whose ids and probs stand in `experts`
+  DecodeLinear mixing;  // no outputs: routed experts and the MLP beside them count whole
   DecodeChoice choice;
   DecodeExperts experts;  // add to the residual stream
   DecodeExperts shared;   // num_experts 0: none. Of the same tokens, with ids and probs that stand there

@@ -148,6 +148,7 @@ struct CrossEntropyBackward {
   X(void, bf16_product, (const Bf16Product&, void* work))                 \
   X(void, adamw, (const AdamW&))                                          \
   X(void, decode_linear, (const DecodeLinear&))                           \
+  X(void, decode_choose, (const DecodeChoice&))                           \
   X(void, decode_norm, (const DecodeNorm&))                               \
   X(void, decode_attention, (const DecodeAttention&))                     \
   X(void, decode_experts, (const DecodeExperts&))                         \

@@ -10,20 +10,23 @@ from megatron_samoe.config import needs
 from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, POSITIVE, READERS, model_option
 from megatron_samoe.config.sharing_map import ways_of
 
+#: What reads a model and is no other program's format.
+_OWN = frozenset(("decode", "export", "planner"))
 
-def _beyond(default: object, known_to: Iterable[str] = ("export", "planner")) -> Callable[[object], frozenset[str]]:
+
+def _beyond(default: object, known_to: Iterable[str] = _OWN) -> Callable[[object], frozenset[str]]:
     """Returns the readers of an option's value: all know its default, `known_to` the other values."""
     return lambda value: READERS if value == default else frozenset(known_to)
 
 
 def _known_scores(score_function: str) -> frozenset[str]:
     if score_function == "norm":
-        return frozenset(("export", "planner"))
+        return _OWN
     return frozenset(("planner",)) if score_function == "relu" else READERS
 
 
 def _readers_of_counts(num_experts: int | tuple[int, ...]) -> frozenset[str]:
-    return READERS if isinstance(num_experts, int) else frozenset(("decode", "export", "planner"))
+    return READERS if isinstance(num_experts, int) else _OWN
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.inference.serving import WEIGHT_BYTES, Precision, Serving
+from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.planning.accounting import count_parameters
 from megatron_samoe.planning.description import whole_model
 
 
-def expected_distinct_experts(num_experts: int, topk: int, num_tokens: int) -> float:
+def expected_distinct_experts(num_experts: int, topk: float, num_tokens: int) -> float:
     """Returns the expected number of experts that some of the tokens choose, each token K of E evenly and alone.
 
     An expert is missed by a token with probability 1 - K / E, so by all of B with its B-th power.
     """
     return num_experts * (1.0 - (1.0 - topk / num_experts) ** num_tokens)
+
+
+def _layers_of_one_set(places: Iterable[LayerPlace]) -> Iterator[list[LayerPlace]]:
+    """Yields the MoE layers, those together that follow each other directly and use one set."""
+    run: list[LayerPlace] = []
+    for place in (place for place in places if place.source is not None):
+        assert place.source is not None
+        shares = place.source.way in ("tied", "scaled") and run and run[-1].source == place.source
+        if run and not (shares and run[-1].index + 1 == place.index):
+            yield run
+            run = []
+        run.append(place)
+    if run:
+        yield run
 
 
 @dataclass(frozen=True)
@@ -36,25 +53,29 @@ def step_bytes(
     config: PretrainConfig, vocab_size: int, batch: int, context: float, serving: Serving, dtype: Precision,
     distinct: float | None = None,
 ) -> StepBytes:  # fmt: skip
-    """Returns the bytes of one token for each of `batch` sequences; each needed weight counts once.
+    """Returns the bytes of one token for each of `batch` sequences; each needed weight counts once, also where layers that
+    follow each other use one set.
 
     Args:
         context: mean number of positions that a token attends to.
-        serving: on-the-fly reads P banks for each expert, as if none were in its cache.
+        serving: on-the-fly reads P banks for each expert of combined layers, as if none were in its cache.
         distinct: experts hit per MoE layer, as counted; `expected_distinct_experts` if not given.
     """
     model, moe, width = config.model, config.moe, WEIGHT_BYTES[dtype]
     whole = whole_model(config, vocab_size)
     count, expert_bytes, routers = count_parameters(config, vocab_size), 0.0, 0
-    banks = moe.num_expert_banks if serving == "on-the-fly" else 1
-    for place in (place for place in whole.layers() if place.num_experts):
-        layer = whole.description.layer(place).moe
-        shape, routers = layer.shape, routers + layer.router.weight.numel()
-        hit = distinct
-        if hit is None:
-            hit = expected_distinct_experts(shape.num_experts, moe.moe_router_topk, batch)
-        scales = 4 * shape.matrix_rows if dtype == "int8" else 0
-        expert_bytes += hit * banks * (width * shape.expert_parameters + scales)
+    for run in _layers_of_one_set(whole.layers()):
+        layer, num_experts = whole.description.layer(run[0]).moe, run[0].num_experts
+        per_layer = sum(
+            p.numel() for part in (layer.router, layer.mixing) if part is not None for p in part.parameters()
+        )
+        routers += len(run) * per_layer
+        hit = expected_distinct_experts(num_experts, moe.moe_router_topk, batch) if distinct is None else distinct
+        # Layers choose alone, so what they hit together follows as for tokens.
+        hit = expected_distinct_experts(num_experts, hit, len(run))
+        banks = moe.num_expert_banks if serving == "on-the-fly" and run[0].source == Source("combined") else 1
+        scales = 4 * layer.shape.matrix_rows if dtype == "int8" else 0
+        expert_bytes += hit * banks * (width * layer.shape.expert_parameters + scales)
     # A row of the embedding is read for each token, the whole of it only as the output matrix.
     tables = vocab_size * model.hidden_size if model.untie_embeddings_and_output_weights else 0
     if model.position_embedding_type == "learned_absolute":

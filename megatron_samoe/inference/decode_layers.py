@@ -5,21 +5,27 @@ Where nothing changes the tensors are the parameters themselves; else they are c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from megatron_samoe.inference.serving import OneBank, Precision, Serving, coefficients_of, selected_banks
+from megatron_samoe.inference.serving import OneBank, Precision, Serving, one_bank
 from megatron_samoe.models.attention import SelfAttention
 from megatron_samoe.models.mlp import MLP
 from megatron_samoe.models.norms import Norm as NormLayer
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.models.rotary import rotary_tables
-from megatron_samoe.models.transformer_layer import TransformerLayer
-from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
+from megatron_samoe.moe.experts import weights_of
+from megatron_samoe.moe.moe_layer import MoELayer
+from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, Coefficients
 from megatron_samoe.moe.sharing.combined import combine
+from megatron_samoe.moe.sharing.expert_pool import ExpertPool
+from megatron_samoe.moe.sharing.mapped import shared_pools
+from megatron_samoe.moe.sharing.own import OwnExperts
 from megatron_samoe.ops.decode import PAGE, AttentionLayer, ExpertStack, Norm, Routing, Weight, stored
+from megatron_samoe.ops.grouped_mlp import ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Banks:
 
 @dataclass(frozen=True)
 class DecodeLayer:
-    """One layer. `experts` are routed, or the dense MLP without routing; `shared` is an MLP beside them."""
+    """One layer. `experts` are routed, or the dense MLP without routing; `shared` is an MLP beside them, of whose weight
+    `routing.mixing` decides."""
 
     attention: AttentionLayer
     mlp_norm: Norm
@@ -81,7 +88,7 @@ def make_decode_model(model: RankModel, serving: Serving, dtype: Precision, num_
         num_pages: of the key-value cache, which is fp32 beside fp32 weights and bf16 beside others.
     """
     config, stage = model.config.model, model.chunks[0]
-    builder = _PoolBuilder(model, serving, dtype) if model.expert_pool is not None else None
+    builder = _ExpertBuilder(model, serving, dtype)
     layers = []
     for layer in stage.layers.values():
         attention = _attention(layer.attention, layer.attention_norm, dtype, num_pages)
@@ -90,8 +97,7 @@ def make_decode_model(model: RankModel, serving: Serving, dtype: Precision, num_
         if not layer.is_moe:
             experts = _single(layer.mlp, dtype)
         else:
-            routing = _routing(layer, model)
-            experts = _own(layer, dtype) if builder is None else builder.layer(layer.moe.moe_index)
+            routing, experts = _routing(layer.moe), builder.experts(layer.moe)
             if layer.moe.shared_expert is not None:
                 shared = _single(layer.moe.shared_expert, dtype)
         layers.append(DecodeLayer(attention, _norm(layer.mlp_norm), routing, experts, shared))
@@ -136,78 +142,97 @@ def _attention(attention: SelfAttention, norm: NormLayer, dtype: Precision, num_
     )  # fmt: skip
 
 
-def _routing(layer: TransformerLayer, model: RankModel) -> Routing:
-    moe = model.config.moe
-    sigmoid = moe.moe_router_score_function == "sigmoid"
-    return Routing(_fp32(layer.moe.router.weight), moe.moe_router_topk, sigmoid, moe.pre_softmax)
+def _routing(moe: MoELayer) -> Routing:
+    router, mixing = moe.router, moe.mixing
+    rule = router.rule()
+    rule = replace(rule, bias_E=_maybe_fp32(rule.bias_E), candidates_E=_maybe_fp32(rule.candidates_E))
+    scale = _fp32(router.scale) if rule.score_function == "norm" else None
+    return Routing(
+        _fp32(router.weight), rule, scale, None if mixing is None else (_fp32(mixing.weight), _fp32(mixing.bias))
+    )
 
 
 def _single(mlp: MLP, dtype: Precision) -> ExpertStack:
-    one = torch.zeros(1, dtype=torch.int64, device=mlp.fc1.weight.device)
-    b1, b2 = (_maybe_fp32(fc.bias) for fc in (mlp.fc1, mlp.fc2))
-    w1, w2 = (stored(fc.weight[None], dtype) for fc in (mlp.fc1, mlp.fc2))
-    return ExpertStack(w1, w2, None if b1 is None else b1[None], None if b2 is None else b2[None], mlp.gated, one, one)
+    parts = {"w1": mlp.fc1.weight, "w2": mlp.fc2.weight, "b1": mlp.fc1.bias, "b2": mlp.fc2.bias}
+    weights = ExpertWeights(**{name: t[None] for name, t in parts.items() if t is not None})
+    return _stack(weights, "swiglu" if mlp.gated else "gelu", dtype)
 
 
-def _own(layer: TransformerLayer, dtype: Precision) -> ExpertStack:
-    experts = layer.moe.experts
-    own = torch.arange(experts.w1.shape[0], device=experts.w1.device)
-    return ExpertStack(
-        stored(experts.w1, dtype), stored(experts.w2, dtype), _maybe_fp32(getattr(experts, "b1", None)),
-        _maybe_fp32(getattr(experts, "b2", None)), experts.activation == "swiglu", own, own,
-    )  # fmt: skip
-
-
-class _PoolBuilder:
-    """Makes a SaMoE's layers: all of one way of serving, which share what they can."""
+class _ExpertBuilder:
+    """Makes the experts of MoE layers; what layers share exists once."""
 
     def __init__(self, model: RankModel, serving: Serving, dtype: Precision):
-        assert model.expert_pool is not None
-        pool = model.expert_pool
-        self._gated, self._serving, self._dtype = pool.activation == "swiglu", serving, dtype
-        self._banks = {name: store.whole() for name, store in pool.stores.items()}  # fp32 [P, E, ...]
-        self._num_banks, self._num_experts = self._banks["w1"].shape[:2]
-        self._coefficients = coefficients_of(model)
-        self._selected = selected_banks(model) if serving == "selected" else None
-        if serving != "folded":
-            self._stored = {name: stored(self._banks[name], dtype) for name in ("w1", "w2")}
+        self._sources, self._serving, self._dtype = model.sources, serving, dtype
+        pool, sets = shared_pools(model.expert_pool)
+        self._sets = {number: _Pool(pool, dtype) for number, pool in sets.items()}
+        self._pool = None if pool is None else _Pool(pool, dtype)
 
-    def layer(self, moe_index: int) -> ExpertStack | Banks:
-        if self._serving == "folded":
-            return self._folded(moe_index)
-        if self._selected is not None:
-            return self._select(self._selected[moe_index])
-        whole = self._stored
-        w1, w2 = (tuple(_bank(whole[name], p) for p in range(self._num_banks)) for name in ("w1", "w2"))
-        a_2GP = self._coefficients[moe_index].float()
-        a_2EP = a_2GP.expand(2, self._num_experts, self._num_banks).contiguous()
-        return Banks(w1, w2, self._bias("b1", moe_index), self._bias("b2", moe_index), a_2EP, self._gated)
-
-    def _combined(self, name: str, moe_index: int) -> Tensor:
-        bank = self._banks[name]
-        out = bank.new_empty((1, *bank.shape[1:]))
-        return combine(self._coefficients[moe_index][ROW_OF_WEIGHT[name]][None], bank, out)[0]
-
-    def _bias(self, name: str, moe_index: int) -> Tensor | None:
-        return _fp32(self._combined(name, moe_index)) if name in self._banks else None
-
-    def _folded(self, moe_index: int) -> ExpertStack:
-        own = torch.arange(self._num_experts, device=self._banks["w1"].device)
-        w1, w2 = (stored(self._combined(name, moe_index), self._dtype) for name in ("w1", "w2"))
-        return ExpertStack(w1, w2, self._bias("b1", moe_index), self._bias("b2", moe_index), self._gated, own, own)
-
-    def _select(self, one: OneBank) -> ExpertStack:
-        own = torch.arange(self._num_experts, device=one.bank_2E.device)
-        index_2E = one.bank_2E * self._num_experts + own
-        w1, w2 = (Weight(w.data.flatten(0, 1), None if w.scale is None else w.scale.flatten(0, 1))
-                  for w in (self._stored["w1"], self._stored["w2"]))  # fmt: skip
-        b1, b2 = (_fp32(self._banks[n].flatten(0, 1)) if n in self._banks else None for n in ("b1", "b2"))
-        factors = (None, None) if (one.factor_2E == 1).all() else (one.factor_2E[0], one.factor_2E[1])
-        return ExpertStack(w1, w2, b1, b2, self._gated, index_2E[0], index_2E[1], *factors)
+    def experts(self, moe: MoELayer) -> ExpertStack | Banks:
+        """Returns a layer's experts; factors on a set are applied to results, whatever the way of serving."""
+        source, experts = self._sources[moe.moe_index], moe.experts
+        if isinstance(experts, OwnExperts):
+            return _stack(weights_of(dict(experts.named_parameters())), experts.activation, self._dtype)
+        if source.way == "tied":
+            return self._sets[source.number].stack
+        pool = self._sets[source.number] if source.way == "scaled" else self._pool
+        assert pool is not None and isinstance(experts, Coefficients)
+        a_2GP = experts.normalized().detach()
+        if source.way == "combined" and self._serving != "selected":
+            return pool.folded(a_2GP) if self._serving == "folded" else pool.lent(a_2GP)
+        one = one_bank(moe)
+        assert one is not None
+        return pool.selected(one)
 
 
-def _bank(whole: Weight, bank: int) -> Weight:
-    return Weight(whole.data[bank], None if whole.scale is None else whole.scale[bank])
+class _Pool:
+    """The banks that layers share, or one set as the only bank."""
+
+    def __init__(self, pool: ExpertPool, dtype: Precision):
+        self._banks = ExpertWeights(**{name: store.whole() for name, store in pool.stores.items()})  # fp32 [P, E, ...]
+        self._num_banks, self._num_experts = self._banks.w1.shape[:2]
+        self._activation, self._dtype = pool.activation, dtype
+
+    @cached_property
+    def stack(self) -> ExpertStack:
+        """All banks' experts as they are served, bank after bank."""
+        return _stack(self._banks.map(lambda t: t.flatten(0, 1)), self._activation, self._dtype)
+
+    def selected(self, one: OneBank) -> ExpertStack:
+        """Returns one bank's expert for each, at most scaled."""
+        index_2E = one.bank_2E * self._num_experts + torch.arange(self._num_experts, device=one.bank_2E.device)
+        factors = (None, None) if (one.factor_2E == 1).all() else tuple(one.factor_2E)
+        return replace(
+            self.stack, index1_E=index_2E[0], index2_E=index_2E[1], factor1_E=factors[0], factor2_E=factors[1]
+        )
+
+    def folded(self, a_2GP: Tensor) -> ExpertStack:
+        """Returns a layer's experts, combined."""
+        return _stack(self._combined(self._banks, a_2GP), self._activation, self._dtype)
+
+    def lent(self, a_2GP: Tensor) -> Banks:
+        """Returns what a layer's experts are combined of."""
+        stack, sizes = self.stack, (self._num_banks, self._num_experts)
+        w1, w2 = (
+            tuple(w.map(lambda t, bank=bank: t.unflatten(0, sizes)[bank]) for bank in range(self._num_banks))  # type: ignore[misc]
+            for w in (stack.w1, stack.w2)
+        )
+        biases = {n: t for n, t in self._banks.items() if n in ("b1", "b2")}
+        made = {n: _fp32(self._combine(n, bank, a_2GP)) for n, bank in biases.items()}
+        a_2EP = a_2GP.float().expand(2, self._num_experts, self._num_banks).contiguous()
+        return Banks(w1, w2, made.get("b1"), made.get("b2"), a_2EP, stack.gated)
+
+    def _combined(self, banks: ExpertWeights, a_2GP: Tensor) -> ExpertWeights:
+        return ExpertWeights(**{name: self._combine(name, bank, a_2GP) for name, bank in banks.items()})
+
+    def _combine(self, name: str, bank: Tensor, a_2GP: Tensor) -> Tensor:
+        return combine(a_2GP[ROW_OF_WEIGHT[name]][None], bank, bank.new_empty((1, *bank.shape[1:])))[0]
+
+
+def _stack(weights: ExpertWeights, activation: str, dtype: Precision) -> ExpertStack:
+    """Returns experts that each use the matrix of their number."""
+    own = torch.arange(len(weights.w1), device=weights.w1.device)
+    w1, w2 = (stored(w, dtype) for w in (weights.w1, weights.w2))
+    return ExpertStack(w1, w2, _maybe_fp32(weights.b1), _maybe_fp32(weights.b2), activation == "swiglu", own, own)
 
 
 def _tensors(value: object) -> list[Tensor]:

@@ -14,7 +14,6 @@ from collections.abc import Collection
 
 import torch
 
-from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.errors import ConfigError
@@ -31,6 +30,7 @@ from megatron_samoe.inference.serving import (
     Precision,
     Serving,
     choose_serving,
+    combined_layers,
     default_cache_experts,
     free_memory_bytes,
     needed_bytes,
@@ -249,11 +249,11 @@ def check_cuda_limits(config: PretrainConfig, serving: Serving) -> None:
 
 
 def _cache_slots(wanted: int | None, loaded: LoadedModel) -> int:
-    least = num_moe_layers(loaded.config)
+    least = max(len(combined_layers(loaded.config)), 1)
     if wanted is None:
         return default_cache_experts(loaded.config)
     if wanted < least:
-        raise ConfigError("cache_experts", wanted, f"must be {least} or more, one for each MoE layer")
+        raise ConfigError("cache_experts", wanted, f"must be {least} or more, one for each layer that combines experts")
     return wanted
 
 

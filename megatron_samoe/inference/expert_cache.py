@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.inference.decode_layers import Banks
-from megatron_samoe.ops.decode import ExpertStack, Routed, Weight, combine_rows, experts_block
+from megatron_samoe.ops.decode import ExpertStack, Routed, combine_rows, experts_block
 
 
 class ExpertCache:
@@ -30,8 +30,12 @@ class ExpertCache:
         first = next(iter(layers.values()))
         self._per_layer = num_experts // len(layers)
         slots = self._per_layer * len(layers)
-        self._w1, self._w2 = (_slots_like(w[0], slots) for w in (first.w1, first.w2))
-        self._b1, self._b2 = (None if b is None else b.new_empty(slots, *b.shape[1:]) for b in (first.b1, first.b2))
+
+        def room(t: Tensor) -> Tensor:
+            return t.new_empty(slots, *t.shape[1:])
+
+        self._w1, self._w2 = (w[0].map(room) for w in (first.w1, first.w2))
+        self._b1, self._b2 = (None if b is None else room(b) for b in (first.b1, first.b2))
         self._banks = layers
         self._gated = first.gated
         device = first.coefficients_2EP.device
@@ -50,7 +54,7 @@ class ExpertCache:
     def run(self, layer: int, routed: Routed, y_TKH: Tensor, out_TH: Tensor, scratch: Tensor) -> None:
         """Adds the chosen experts' results to out, as `experts_block` does."""
         held = self._held[layer]
-        chosen = set(routed.ids_TK.flatten().tolist())
+        chosen = set(routed.ids_TK.flatten().tolist()) - {-1}
         waiting = sorted(chosen, key=lambda expert: (expert not in held, expert))
         self.num_hits += sum(expert in held for expert in chosen)
         while waiting:
@@ -78,18 +82,9 @@ class ExpertCache:
             slot = held.pop(next(old for old in held if old not in protected))
         self.num_misses += 1
         for row, (sources, target) in enumerate(((banks.w1, self._w1), (banks.w2, self._w2))):
-            combine_rows([_row(w, expert) for w in sources], banks.coefficients_2EP[row, expert], _row(target, slot))
+            parts = [w.map(lambda t: t[expert]) for w in sources]
+            combine_rows(parts, banks.coefficients_2EP[row, expert], target.map(lambda t: t[slot]))
         for bias, copies in ((banks.b1, self._b1), (banks.b2, self._b2)):
             if bias is not None and copies is not None:
                 copies[slot] = bias[expert]
         held[expert] = slot
-
-
-def _row(w: Weight, index: int) -> Weight:
-    return Weight(w.data[index], None if w.scale is None else w.scale[index])
-
-
-def _slots_like(w: Weight, slots: int) -> Weight:
-    """Returns room for matrices like those of w, [experts, ...]."""
-    data = w.data.new_empty(slots, *w.data.shape[1:])
-    return Weight(data, None if w.scale is None else w.scale.new_empty(slots, *w.scale.shape[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -9,9 +10,14 @@ from torch import Tensor
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.kv_cache import StepBatch, TorchCache
-from megatron_samoe.inference.serving import COMPUTE_DTYPES, OneBank, Precision, Serving, selected_banks
+from megatron_samoe.inference.serving import COMPUTE_DTYPES, Precision, Serving, one_bank
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.experts import without_repeated_bias
+from megatron_samoe.moe.moe_layer import MoELayer
+from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
+from megatron_samoe.moe.sharing.expert_pool import FP32_BYTES, ExpertPool
+from megatron_samoe.moe.sharing.mapped import MappedLender, shared_pools
+from megatron_samoe.moe.sharing.way import LenderCosts
 from megatron_samoe.moe.types import Experts, ForwardContext
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec
@@ -76,7 +82,7 @@ class RankRunner:
 
 
 def convert_weights(model: RankModel, dtype: Precision) -> None:
-    """Turns a model's weights and activations into another precision, in place; routers and pools stay fp32.
+    """Turns a model's weights and activations into another precision, in place; routers and shared experts stay fp32.
 
     Raises:
         ConfigError: int8, which the training model does not compute in.
@@ -87,7 +93,7 @@ def convert_weights(model: RankModel, dtype: Precision) -> None:
     if wanted == model.dtype:
         return
     for name, parameter in model.named_parameters():
-        kept = "router" in name or name.startswith("expert_pool") or name.endswith(".coefficients")
+        kept = name.startswith("expert_pool") or any(word in name for word in ("router", "mixing", "coefficients"))
         if parameter.dtype == model.dtype and not kept:
             parameter.data = parameter.data.to(wanted)
     model.dtype = wanted
@@ -96,48 +102,65 @@ def convert_weights(model: RankModel, dtype: Precision) -> None:
 
 @torch.no_grad()
 def _serve(model: RankModel, serving: Serving) -> None:
-    if model.expert_pool is None:
-        return
-    if serving == "selected":
-        selected = selected_banks(model)
-        assert selected is not None
-        model.lender = SelectedLender(model, selected)
-        return
     model.combine_per("step" if serving == "folded" else "layer")
+    pool, sets = shared_pools(model.expert_pool)
+    layers = {layer.moe.moe_index: layer.moe for layer in model.moe_layers()}
+    if isinstance(model.lender, MappedLender):
+        own: dict[str, dict[int, MoELayer]] = {}
+        for moe_index, moe in layers.items():
+            group, place = model.lender.places[moe_index]
+            own.setdefault(group, {})[place] = moe
+        for group, moes in own.items():
+            way, number = (source := model.sources[next(iter(moes.values())).moe_index]).way, source.number
+            if way == "scaled" or (way == "combined" and serving == "selected"):
+                model.lender.lenders[group] = SelectedLender(
+                    sets[number] if way == "scaled" else pool, moes, model.dtype
+                )
+    elif pool is not None and serving == "selected":
+        model.lender = SelectedLender(pool, layers, model.dtype)
     model.begin_step()
 
 
 class SelectedLender:
     """Lends each layer the experts of the one bank that it takes, as they lie in the pool; see `moe.sharing.way.ExpertLender`."""
 
-    def __init__(self, model: RankModel, selected: dict[int, OneBank]):
-        pool = model.expert_pool
+    def __init__(self, pool: ExpertPool | None, layers: Mapping[int, MoELayer], dtype: torch.dtype):
         assert pool is not None
-        self._state, self._activation = model.state, pool.activation
-        self._weights: dict[str, Tensor] = {n: s.whole().to(model.dtype) for n, s in pool.stores.items()}
-        for one in selected.values():
+        self._pool, self._layers, self._dtype = pool, layers, dtype
+        self._weights: dict[str, Tensor] = {}
+        self._places: dict[int, tuple[list[int], list[float]]] = {}
+        for place, moe in layers.items():
+            one = one_bank(moe)
+            assert one is not None
             if (one.bank_2E != one.bank_2E[:, :1]).any() or (one.factor_2E != one.factor_2E[:, :1]).any():
                 raise ConfigError("serving", "selected", "needs one process where experts of a layer take unlike banks")
-        self._places = {i: (one.bank_2E[:, 0].tolist(), one.factor_2E[:, 0].tolist()) for i, one in selected.items()}
+            self._places[place] = one.bank_2E[:, 0].tolist(), one.factor_2E[:, 0].tolist()
 
     def begin_step(self) -> None:
-        """Weights do not change."""
+        """Takes in the banks."""
+        self._weights = {n: s.whole().to(self._dtype) for n, s in self._pool.stores.items()}
 
     def finish_step(self) -> None:
         """There are no gradients."""
 
+    def costs(self) -> LenderCosts:
+        """Banks in the compute dtype, unless whole ones are used as they are."""
+        copies = self._pool.is_sharded or self._dtype.itemsize != FP32_BYTES
+        banks = sum(store.num_elements * store.shape[0] for store in self._pool.stores.values())
+        return LenderCosts(weights=banks * self._dtype.itemsize if copies else 0)
+
     def experts(self, moe_index: int) -> Experts:
         """Returns a layer's experts."""
         (bank1, bank2), (factor1, factor2) = self._places[moe_index]
-        parts = {n: t[bank1 if n in ("w1", "b1") else bank2] for n, t in self._weights.items()}
+        parts = {n: t[bank1 if ROW_OF_WEIGHT[n] == 0 else bank2] for n, t in self._weights.items()}
         if "b1" in parts:
             parts["b1"] = parts["b1"] * factor1
-        weights = without_repeated_bias(ExpertWeights(**parts), self._state)
+        weights = without_repeated_bias(ExpertWeights(**parts), self._layers[moe_index].state)
+        activation = self._pool.activation
 
         def run(x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
             # factor1 (W1 x + b1) = W1 (factor1 x) + factor1 b1
-            y_RH = grouped_mlp(x_RH * factor1, rows_per_expert, weights, self._activation)
-            return y_RH * factor2
+            return grouped_mlp(x_RH * factor1, rows_per_expert, weights, activation) * factor2
 
         return run
 

@@ -3,11 +3,11 @@
 A SaMoE's layer l uses W[l, e] = sum_b A[l, b] T[b, e]. *folded*: all W are made once and kept, as a plain MoE would. *on
 the fly*: the banks T are kept, and the weights of the experts that tokens chose are combined when needed, into a cache of
 bounded size. *selected*: where every layer's A takes one bank only, its experts are those of that bank, at most scaled.
+Other layers' experts are always kept as the checkpoint has them: those of their own, and each set that layers share once.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,11 +17,14 @@ from typing import Literal
 
 import torch
 
-from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.models.layer_layout import LayerPlace, all_layers
 from megatron_samoe.models.rank_model import RankModel
-from megatron_samoe.moe.sharing.coefficients import normalize_coefficients
+from megatron_samoe.moe.moe_layer import MoELayer
+from megatron_samoe.moe.sharing.coefficients import Coefficients
+from megatron_samoe.moe.sharing.expert_pool import ExpertPool
+from megatron_samoe.moe.sharing.mapped import shared_pools
 from megatron_samoe.ops.decode import PAGE
 
 #: auto: selected where one bank serves each layer, else folded where it fits into memory, else on the fly.
@@ -48,31 +51,39 @@ def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pag
         num_pages: of the key-value cache.
     """
     config, width = model.config, WEIGHT_BYTES[dtype]
-    is_sharded = model.expert_pool is not None and model.expert_pool.is_sharded
+    pool, sets = shared_pools(model.expert_pool)
+
+    def kept(shared: ExpertPool) -> int:
+        # Weights that stay as they are take nothing.
+        return 0 if dtype == "fp32" and not shared.is_sharded else width * shared.bank_numel
+
+    sources = [model.sources[layer.moe.moe_index] for layer in model.moe_layers()]
     own = {id(p) for p in ([] if model.expert_pool is None else model.expert_pool.parameters())}
     others = sum(p.numel() for p in model.parameters() if id(p) not in own)
-    # Weights that stay as they are take nothing.
     converted = 0 if precision_of(model) == dtype and model.dtype != torch.float16 else width * others
+    converted += sum(kept(sets[n]) for n in {s.number for s in sources if s.way in ("tied", "scaled")})
     kv_heads = config.model.num_kv_heads // model.state.tp.size
     positions = num_pages * PAGE * sum(len(chunk.layers) for chunk in model.chunks)
     cache = positions * 2 * kv_heads * config.model.head_dim * (4 if dtype == "fp32" else 2)
-    if model.expert_pool is None:
+    if pool is None:
         return {"folded": converted + cache}
-    shapes = model.expert_pool.shapes().values()
-    one_bank = sum(math.prod(shape[1:]) for shape in shapes)
-    banks = 0 if dtype == "fp32" and not is_sharded else width * config.moe.num_expert_banks * one_bank
-    expert = one_bank * model.state.ep.size // config.moe.num_experts
+    banks, layers = config.moe.num_expert_banks * kept(pool), sum(s.way == "combined" for s in sources)
+    expert = pool.bank_numel // pool.shapes()["w1"][1]
     return {
-        "folded": converted + cache + width * len(model.moe_layers()) * one_bank,
+        "folded": converted + cache + width * layers * pool.bank_numel,
         "on-the-fly": converted + cache + banks + width * cache_experts * expert,
         "selected": converted + cache + banks,
     }
 
 
 def default_cache_experts(config: PretrainConfig) -> int:
-    """Returns the experts that an on-the-fly cache holds unless told: for each layer those of two tokens, or all."""
-    per_layer = min(config.moe.num_experts, 2 * config.moe.moe_router_topk)
-    return num_moe_layers(config) * per_layer
+    """Returns the experts that an on-the-fly cache holds unless told: for each combined layer those of two tokens, or all."""
+    return sum(min(place.num_experts, 2 * config.moe.moe_router_topk) for place in combined_layers(config))
+
+
+def combined_layers(config: PretrainConfig) -> list[LayerPlace]:
+    """Returns the layers that combine a pool of banks."""
+    return [place for place in all_layers(config) if place.source is not None and place.source.way == "combined"]
 
 
 @dataclass(frozen=True)
@@ -83,30 +94,22 @@ class OneBank:
     factor_2E: torch.Tensor
 
 
-def coefficients_of(model: RankModel) -> dict[int, torch.Tensor]:
-    """Returns the weights of banks, [2, G, P] by MoE layer, of this rank's layers."""
-    normalization = model.config.moe.samoe_normalization
-    return {
-        layer.moe.moe_index: normalize_coefficients(layer.moe.experts.coefficients.detach(), normalization)
-        for layer in model.moe_layers()
-    }
-
-
-def selected_banks(model: RankModel) -> dict[int, OneBank] | None:
-    """Returns each MoE layer's banks; None where some layer combines several."""
-    if model.expert_pool is None:
+def one_bank(moe: MoELayer) -> OneBank | None:
+    """Returns the banks of a layer's experts; None where it combines several, or has no coefficients."""
+    if not isinstance(moe.experts, Coefficients):
         return None
-    found = {}
-    for moe_index, a_2GP in coefficients_of(model).items():
-        if ((a_2GP != 0).sum(-1) > 1).any():
-            return None
-        bank_2G = a_2GP.abs().argmax(-1)
-        factor_2G = a_2GP.gather(-1, bank_2G[..., None])[..., 0]
-        num_experts = model.config.moe.num_experts // model.state.ep.size
-        found[moe_index] = OneBank(
-            bank_2G.expand(2, num_experts).contiguous(), factor_2G.expand(2, num_experts).float().contiguous()
-        )
-    return found
+    a_2GP, num_experts = moe.experts.normalized().detach(), moe.shape.num_experts // moe.state.ep.size
+    if ((a_2GP != 0).sum(-1) > 1).any():
+        return None
+    bank_2G = a_2GP.abs().argmax(-1)
+    factor_2G = a_2GP.gather(-1, bank_2G[..., None])[..., 0].float()
+    return OneBank(*(t.expand(2, num_experts).contiguous() for t in (bank_2G, factor_2G)))
+
+
+def takes_one_bank(model: RankModel) -> bool:
+    """Returns whether every layer that combines banks takes one only."""
+    combined = [la.moe for la in model.moe_layers() if model.sources[la.moe.moe_index].way == "combined"]
+    return all(one_bank(moe) is not None for moe in combined)
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -159,17 +162,18 @@ def choose_serving(serving: Serving, model: RankModel, needed: dict[Serving, int
     Raises:
         ConfigError: the model has no such way, or it takes more memory than is free; the message names one that fits.
     """
-    if model.expert_pool is None and serving not in ("auto", "folded"):
+    has_pool = model.config.moe.has_pool
+    if not has_pool and serving not in ("auto", "folded"):
         raise ConfigError(
             "serving", serving,
             f"the checkpoint is a {model.config.moe.expert_layout} model without a shared pool of experts; its only way "
             "is folded",
         )  # fmt: skip
-    facts = model.state.world.all_gather_object((needed, free_bytes, selected_banks(model) is not None))
+    facts = model.state.world.all_gather_object((needed, free_bytes, takes_one_bank(model)))
     needed = {way: max(others[way] for others, _, _ in facts) for way in needed}
     free_bytes = min(free for _, free, _ in facts)
-    ways: list[Serving] = ["folded"] if model.expert_pool is None else ["folded", "on-the-fly"]
-    if all(one_bank for _, _, one_bank in facts) and model.expert_pool is not None:
+    ways: list[Serving] = ["folded", "on-the-fly"] if has_pool else ["folded"]
+    if has_pool and all(one for _, _, one in facts):
         ways.insert(0, "selected")
     elif serving == "selected":
         raise ConfigError(

@@ -51,6 +51,7 @@ class SingleRunner:
         self._x_TH, self._normed_TH = floats(max_tokens, hidden), floats(max_tokens, hidden)
         self._ids = torch.empty(max_tokens * topk, dtype=torch.int64, device=self.device)
         self._probs, self._y = floats(max_tokens * topk), floats(max_tokens * topk * hidden)
+        self._ones, self._mixed = torch.ones(max_tokens, device=self.device), floats(max_tokens)
         self._last_NH, self._logits_NV = floats(max_logits, hidden), floats(max_logits, vocab)
         self._rows = torch.empty(max_logits, dtype=torch.int64)
         self._scratch = floats(max(_scratch_of(layer, max_tokens, hidden) for layer in model.layers))
@@ -82,7 +83,8 @@ class SingleRunner:
                 self.observer(index, self._route(layer, x_TH).ids_TK)
             if takes_products and count >= _product_tokens(layer):
                 self._add_products(layer, x_TH)
-            elif isinstance(layer.experts, ExpertStack) and layer.shared is None:
+            elif _is_one_block(layer):
+                assert isinstance(layer.experts, ExpertStack)
                 decode.mlp_block(x_TH, layer.mlp_norm, layer.routing, layer.experts, self._scratch)
             else:
                 self._experts(index, layer, x_TH)
@@ -118,8 +120,10 @@ class SingleRunner:
             assert self.expert_cache is not None
             self.expert_cache.run(index, routed, y_TKH, x_TH, self._scratch)
         if layer.shared is not None:
-            ids_T1, probs_T1 = (t[:count].view(count, 1) for t in (self._ids, self._probs))
-            alone = Routed(routed.normed_TH, ids_T1.zero_(), probs_T1.fill_(1.0))
+            ids_T1 = self._ids[:count].view(count, 1).zero_()
+            is_mixed = layer.routing is not None and layer.routing.mixing is not None
+            probs_T1 = (self._mixed if is_mixed else self._ones)[:count].view(count, 1)
+            alone = Routed(routed.normed_TH, ids_T1, probs_T1)
             y_T1H = self._y[: count * hidden].view(count, 1, hidden)
             decode.experts_block(alone, layer.shared, y_T1H, x_TH, self._scratch)
 
@@ -137,7 +141,7 @@ class SingleRunner:
         count = x_TH.shape[0]
         topk = 1 if layer.routing is None else layer.routing.topk
         ids_TK, probs_TK = (t[: count * topk].view(count, topk) for t in (self._ids, self._probs))
-        routed = Routed(self._normed_TH[:count], ids_TK, probs_TK)
+        routed = Routed(self._normed_TH[:count], ids_TK, probs_TK, self._mixed[:count])
         decode.route(x_TH, layer.mlp_norm, layer.routing, routed, self._scratch)
         return routed
 
@@ -162,6 +166,14 @@ def _make_plan(model: DecodeModel, x_TH: Tensor, scratch: Tensor, max_logits: in
             return None
         plan.add_layer(layer.attention, layer.mlp_norm, layer.routing, layer.experts, layer.shared)
     return plan
+
+
+def _is_one_block(layer: DecodeLayer) -> bool:
+    return (
+        isinstance(layer.experts, ExpertStack)
+        and layer.shared is None
+        and (layer.routing is None or layer.routing.is_plain)
+    )
 
 
 def _product_tokens(layer: DecodeLayer) -> float:

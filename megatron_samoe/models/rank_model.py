@@ -55,7 +55,8 @@ class RankModel(nn.Module):
         #: Routed experts of each MoE layer of the whole model.
         self.num_experts = tuple(shape.num_experts for shape in blueprint.expert_shapes)
         self.statistics, self.set_loads = blueprint.statistics, blueprint.set_loads
-        self._sources = blueprint.sharing_context.sources
+        #: Where the experts of each MoE layer of the whole model come from.
+        self.sources = blueprint.sharing_context.sources
         self.chunks = nn.ModuleList(GPTStage(blueprint, plan) for plan in rank_plans(config, state.pp.rank))
         self.expert_pool = blueprint.sharing.shared_part()
         self.lender = self._make_lender(blueprint)
@@ -103,11 +104,11 @@ class RankModel(nn.Module):
         if self.set_loads is None:
             return own
         sums: dict[Source, Tensor] = {}
-        for source, counts_E in zip(self._sources, own, strict=True):
+        for source, counts_E in zip(self.sources, own, strict=True):
             sums[source] = sums[source] + counts_E if source in sums else counts_E
         columns = self.set_loads.columns
         return [
-            c if at is None else sums[s] / at.num_layers for s, c, at in zip(self._sources, own, columns, strict=True)
+            c if at is None else sums[s] / at.num_layers for s, c, at in zip(self.sources, own, columns, strict=True)
         ]
 
     @torch.no_grad()

@@ -110,15 +110,6 @@ def owners(counts_LE: Tensor) -> Tensor:
     return owner_E
 
 
-def limited(logits_TE: Tensor, factors_E: Tensor, multiplies: bool) -> Tensor:
-    """Returns logits whose scores have the factors.
-
-    Args:
-        multiplies: whether a score grows in proportion to its logit; else to its exponential.
-    """
-    return logits_TE * factors_E if multiplies else logits_TE + factors_E.log()
-
-
 def linear_sum_assignment() -> Callable[..., Any]:
     """Returns scipy's solver of the assignment problem; MegatronSamoeError where scipy is missing."""
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.moe.balance import BalanceStrategy
 from megatron_samoe.moe.branch_scale import norm_start
-from megatron_samoe.moe.candidates import candidate_schedule, limited
+from megatron_samoe.moe.candidates import candidate_schedule
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
 from megatron_samoe.moe.set_loads import SetColumns, count
 from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
-from megatron_samoe.ops.topk_gate import GateResult, expert_choice, relu_gate, threshold_gate, topk_gate
+from megatron_samoe.ops.topk_gate import ChoiceRule, GateResult, expert_choice, gate_by_rule, limited, threshold_gate
 from megatron_samoe.parallel_state.parameter_tag import ONES, ZEROS, Init, ParameterTag
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
@@ -82,37 +82,21 @@ class Router(nn.Module):
 
     def select(self, logits_TE: Tensor, num_sequences: int) -> GateResult:
         """Returns the choice of T tokens, which are so many whole sequences; see `ops.topk_gate.described`."""
-        config, topk = self.config, self.config.moe_router_topk
-        key_TE = self._choice_key(logits_TE)
-        if config.moe_router_score_function == "norm":
-            gate = relu_gate(logits_TE, topk, num_sequences, key_TE)
-        elif config.moe_router_score_function == "relu":
-            gate = threshold_gate(logits_TE, num_sequences, self.loss_weight)
-        elif config.moe_router_expert_choice:
-            gate = expert_choice(logits_TE, topk, num_sequences)
-        else:
-            gate = topk_gate(
-                logits_TE, topk, config.moe_router_score_function, config.pre_softmax, num_sequences, key_TE
-            )
-        factor = config.moe_router_topk_scaling_factor
-        return gate if factor is None else replace(gate, probs_TK=gate.probs_TK * factor)
-
-    @torch.no_grad()
-    def _choice_key(self, logits_TE: Tensor) -> Tensor | None:
-        """Returns what experts are chosen by, where that is not the logit: the score with a bias, in the best groups alone."""
         config = self.config
-        if not config.moe_router_enable_expert_bias and config.moe_router_num_groups is None:
-            return None
-        key_TE = _scores(logits_TE, config)
-        if config.moe_router_enable_expert_bias:
-            key_TE = key_TE + self.expert_bias
-        if hasattr(self, "candidates"):
-            key_TE = key_TE.masked_fill(self.candidates == 0, -torch.inf)
-        if config.moe_router_num_groups is not None:
-            assert config.moe_router_group_topk is not None
-            topk = config.moe_router_topk // config.moe_router_group_topk
-            key_TE = limit_to_groups(key_TE, config.moe_router_num_groups, config.moe_router_group_topk, topk)
-        return key_TE
+        if config.moe_router_score_function == "relu":
+            return threshold_gate(logits_TE, num_sequences, self.loss_weight)
+        if config.moe_router_expert_choice:
+            return expert_choice(logits_TE, config.moe_router_topk, num_sequences)
+        return gate_by_rule(logits_TE, self.rule(), num_sequences)
+
+    def rule(self) -> ChoiceRule:
+        """Returns how the configuration and the biases choose."""
+        config = self.config
+        return ChoiceRule(
+            config.moe_router_topk, config.moe_router_score_function, config.pre_softmax,
+            self.expert_bias if config.moe_router_enable_expert_bias else None, config.moe_router_num_groups or 0,
+            config.moe_router_group_topk or 0, config.moe_router_topk_scaling_factor or 1.0, getattr(self, "candidates", None),
+        )  # fmt: skip
 
     @torch.no_grad()
     def after_step(self, counts_E: Tensor, visited: float) -> None:
@@ -180,21 +164,3 @@ class Router(nn.Module):
         shape = (x_TH.shape[0] * parts // context.batch_size, x_TH.shape[1])
         noise = context.random.uniform(shape, x_TH.device, self.place.layer, "jitter").chunk(parts)[part]
         return x_TH * noise.mul_(2 * eps).add_(1 - eps).to(x_TH.dtype)
-
-
-def _scores(logits_TE: Tensor, config: MoEConfig) -> Tensor:
-    """Returns what experts are ranked by before biases: scores among all experts; or logits, where a softmax over the chosen
-    follows, as Megatron has it."""
-    if config.moe_router_score_function == "sigmoid":
-        return logits_TE.sigmoid()
-    if config.moe_router_score_function == "norm" or not (config.pre_softmax or config.moe_router_enable_expert_bias):
-        return logits_TE
-    return logits_TE.softmax(-1)
-
-
-def limit_to_groups(key_TE: Tensor, num_groups: int, group_topk: int, topk: int) -> Tensor:
-    """Returns the keys with -inf outside the `group_topk` groups of each token whose best `topk` keys sum to most."""
-    key_TGE = key_TE.unflatten(1, (num_groups, -1))
-    best_Tg = key_TGE.topk(topk, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
-    is_open_TG = torch.zeros(key_TGE.shape[:2], dtype=torch.bool, device=key_TE.device).scatter_(1, best_Tg, True)
-    return key_TGE.masked_fill(~is_open_TG[:, :, None], -torch.inf).flatten(1)

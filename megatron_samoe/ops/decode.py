@@ -10,6 +10,7 @@ Letters as in CONTRIBUTING.md, and Q: queries per key-value head; M: matrices of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.ops import decode_reference, extension
+from megatron_samoe.ops.topk_gate import ChoiceRule
 
 #: Positions of one page of the key-value cache; the kernels take that many keys at once.
 PAGE = 16
@@ -35,6 +37,10 @@ class Weight:
     def num_bytes(self) -> int:
         """Bytes of numbers and scales."""
         return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Weight:
+        """Returns a weight of what a function makes of the numbers and of the scales; of their leading dims alone."""
+        return Weight(function(self.data), None if self.scale is None else function(self.scale))
 
     def dequantized(self) -> Tensor:
         """Returns the matrices in fp32."""
@@ -129,12 +135,33 @@ class ExpertStack:
 
 @dataclass(frozen=True)
 class Routing:
-    """A router's weight_EH, fp32, and how it chooses; see `topk_gate`."""
+    """A router, in fp32.
+
+    Attributes:
+        norm_scale: [1], the length of a token's logits, where scores are "norm".
+        mixing: none, or weight_2H and bias_2: a softmax of them weighs routed experts against the MLP beside them.
+    """
 
     weight_EH: Tensor
-    topk: int
-    sigmoid: bool
-    pre_softmax: bool
+    rule: ChoiceRule
+    norm_scale: Tensor | None = None
+    mixing: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def topk(self) -> int:
+        """Experts of a token."""
+        return self.rule.topk
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether logits decide alone, as the fused block and the CUDA kernels have it."""
+        return self.rule.is_plain and self.norm_scale is None and self.mixing is None
+
+    def arguments(self) -> tuple[Tensor | float | None, ...]:
+        """Returns the router as the ops take it."""
+        r, (weight_2H, bias_2) = self.rule, self.mixing or (None, None)
+        return (self.weight_EH, self.norm_scale, r.bias_E, r.candidates_E, weight_2H, bias_2, r.score_function == "sigmoid", r.pre_softmax,
+                r.num_groups, r.group_topk, r.factor)  # fmt: skip
 
 
 def quantize(weight: Tensor) -> Weight:
@@ -211,9 +238,10 @@ def mlp_block(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, experts: E
         scratch: fp32, `mlp_scratch` elements or more.
     """
     n, e = norm_of_x, experts
-    if extension.serves(x_TH, cuda=True):
+    assert routing is None or routing.mixing is None
+    if extension.serves(x_TH, cuda=True) and (routing is None or routing.is_plain):
         router = (None, 1, False, False) if routing is None else (
-            routing.weight_EH, routing.topk, routing.sigmoid, routing.pre_softmax)  # fmt: skip
+            routing.weight_EH, routing.topk, routing.rule.score_function == "sigmoid", routing.rule.pre_softmax)  # fmt: skip
         torch.ops.megatron_samoe.decode_moe_block(
             x_TH, n.weight, n.bias, n.epsilon, n.rms, *router, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1,
             e.w2.data, e.w2.scale, e.b2, e.factor1_E, e.factor2_E, e.gated, scratch,
@@ -229,16 +257,24 @@ def mlp_block(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, experts: E
 def mlp_scratch(num_tokens: int, hidden: int, ffn: int, topk: int, num_experts: int) -> int:
     """Returns the number of floats that `mlp_block`, `route` and `experts_block` need."""
     # On CUDA the router's sums and the order of slots by expert lie here too.
-    return num_tokens * (2 * hidden + topk * (ffn + hidden + 5) + 2 * num_experts + 2) + 8 * num_experts + 256
+    return num_tokens * (2 * hidden + topk * (ffn + hidden + 5) + 2 * num_experts + 4) + 8 * num_experts + 256
 
 
 @dataclass(frozen=True)
 class Routed:
-    """A router's result: the normalised tokens, the chosen experts (int64), and their weights."""
+    """A router's result.
+
+    Attributes:
+        normed_TH: the normalised tokens.
+        ids_TK: the chosen experts, int64; -1 where a token has fewer.
+        probs_TK: their weights.
+        shared_T: weight of the MLP beside them, where it is mixed with them.
+    """
 
     normed_TH: Tensor
     ids_TK: Tensor
     probs_TK: Tensor
+    shared_T: Tensor | None = None
 
 
 def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, out: Routed, scratch: Tensor) -> None:
@@ -249,16 +285,19 @@ def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, out: Routed, s
         out.ids_TK.zero_()
         out.probs_TK.fill_(1.0)
         return
-    if extension.serves(x_TH, cuda=True):
+    if extension.serves(x_TH, cuda=r.is_plain):
         torch.ops.megatron_samoe.decode_route(
-            x_TH, n.weight, n.bias, n.epsilon, n.rms, r.weight_EH, r.sigmoid, r.pre_softmax, out.normed_TH, out.ids_TK,
-            out.probs_TK, scratch,
+            x_TH, n.weight, n.bias, n.epsilon, n.rms, *r.arguments(), out.normed_TH, out.ids_TK, out.probs_TK,
+            None if r.mixing is None else out.shared_T, scratch,
         )  # fmt: skip
         return
     norm(x_TH, n, out.normed_TH)
-    ids_TK, probs_TK = decode_reference.choose(out.normed_TH @ r.weight_EH.t(), r.topk, r.sigmoid, r.pre_softmax)
+    ids_TK, probs_TK, shared_T = decode_reference.choose(out.normed_TH, r.weight_EH, r.rule, r.norm_scale, r.mixing)
     out.ids_TK.copy_(ids_TK)
     out.probs_TK.copy_(probs_TK)
+    if shared_T is not None:
+        assert out.shared_T is not None
+        out.shared_T.copy_(shared_T)
 
 
 def experts_block(
@@ -282,6 +321,7 @@ def experts_block(
         e.factor1_E, e.factor2_E, e.gated, y_TKH,
     )  # fmt: skip
     if combine:
+        y_TKH.masked_fill_((r.ids_TK < 0)[..., None], 0.0)
         out_TH += (y_TKH * r.probs_TK[..., None]).sum(1)
 
 

@@ -55,8 +55,7 @@ class DecodePlan:
             a.head_norm_tensors(), a.keys, a.values, a.output.data, a.output.scale, a.output_bias,
         )  # fmt: skip
         n = mlp_norm
-        router = (None, 1, False, False) if routing is None else (
-            routing.weight_EH, routing.topk, routing.sigmoid, routing.pre_softmax)  # fmt: skip
+        router = (*[None] * 6, False, False, 0, 0, 1.0, 1) if routing is None else (*routing.arguments(), routing.topk)
         ops.decode_plan_mlp(self._number, n.weight, n.bias, n.epsilon, n.rms, *router, *_stack(experts))
         if shared is not None:
             ops.decode_plan_shared(self._number, *_stack(shared))

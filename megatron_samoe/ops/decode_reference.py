@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_samoe.ops import reference
+from megatron_samoe.ops.topk_gate import ChoiceRule, limited, relu_gate
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,10 +82,28 @@ def attention(
     return y.flatten(1)
 
 
-def choose(logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool) -> tuple[Tensor, Tensor]:
-    """Returns ids_TK and probs_TK as a router chooses them; see `reference.topk_gate`."""
-    probs_TK, ids_TK, *_ = reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, 1)
-    return ids_TK, probs_TK
+def choose(
+    x_TH: Tensor, weight_EH: Tensor, rule: ChoiceRule, norm_scale: Tensor | None = None,
+    mixing: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Returns ids_TK and probs_TK of a router, and the weight of the MLP beside its experts; see `ops.decode.Routing`."""
+    logits_TE = x_TH @ weight_EH.t()
+    if norm_scale is not None:
+        logits_TE = norm_scale * F.normalize(logits_TE, dim=1)
+    if rule.candidates_E is not None:
+        logits_TE = limited(logits_TE, rule.candidates_E, multiplies=rule.score_function == "norm")
+    key_TE = rule.key(logits_TE)
+    if rule.score_function == "norm":
+        gate = relu_gate(logits_TE, rule.topk, 1, key_TE)
+        probs_TK, ids_TK = gate.probs_TK, gate.ids_TK
+    else:
+        sigmoid = rule.score_function == "sigmoid"
+        probs_TK, ids_TK, *_ = reference.topk_gate(logits_TE, rule.topk, sigmoid, rule.pre_softmax, 1, key_TE)
+    probs_TK = probs_TK * rule.factor
+    if mixing is None:
+        return ids_TK, probs_TK, None
+    c_T2 = F.linear(x_TH, *mixing).softmax(-1)
+    return ids_TK, probs_TK * c_T2[:, :1], c_T2[:, 1]
 
 
 def experts(
@@ -97,7 +116,7 @@ def experts(
     def part(stack: Tensor | None, index: int) -> Tensor | None:
         return None if stack is None else stack[index]
 
-    for e in ids_TK.unique().tolist():
+    for e in ids_TK[ids_TK >= 0].unique().tolist():
         i, j = int(index1_E[e]), int(index2_E[e])
         if i < 0:
             continue

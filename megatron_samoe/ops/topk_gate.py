@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,56 @@ from torch.autograd.function import once_differentiable
 from megatron_samoe.ops import extension, reference
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True)
+class ChoiceRule:
+    """How a router chooses by its logits.
+
+    Attributes:
+        score_function, pre_softmax: see `topk_gate`; or "norm" (UniPool's NormRouter), see `relu_gate`.
+        bias_E: added to scores where experts are chosen, not to their weights (DeepSeek-V3).
+        num_groups: consecutive groups of experts, of which a token may use `group_topk`: those whose best K / group_topk
+            experts have the largest sum; 0: it may use all.
+        factor: on the chosen experts' weights.
+        candidates_E: factors on scores, which logits have already (`limited`); an expert with 0 is not chosen.
+    """
+
+    topk: int
+    score_function: str = "softmax"
+    pre_softmax: bool = False
+    bias_E: Tensor | None = None
+    num_groups: int = 0
+    group_topk: int = 0
+    factor: float = 1.0
+    candidates_E: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a softmax or sigmoid of the logits decides alone."""
+        others = self.bias_E is not None or self.candidates_E is not None or self.num_groups != 0 or self.factor != 1.0
+        return not others and self.score_function in SCORE_FUNCTIONS
+
+    @torch.no_grad()
+    def key(self, logits_TE: Tensor) -> Tensor | None:
+        """Returns what experts are chosen by, where that is not the logit: the score with a bias, in the best groups alone.
+
+        Scores are those among all experts; or logits, where a softmax over the chosen follows, as Megatron has it.
+        """
+        if self.bias_E is None and not self.num_groups:
+            return None
+        key_TE = logits_TE
+        if self.score_function == "sigmoid":
+            key_TE = logits_TE.sigmoid()
+        elif self.score_function == "softmax" and (self.pre_softmax or self.bias_E is not None):
+            key_TE = logits_TE.softmax(-1)
+        if self.bias_E is not None:
+            key_TE = key_TE + self.bias_E
+        if self.candidates_E is not None:
+            key_TE = key_TE.masked_fill(self.candidates_E == 0, -torch.inf)
+        if self.num_groups:
+            key_TE = limit_to_groups(key_TE, self.num_groups, self.group_topk, self.topk // self.group_topk)
+        return key_TE
 
 
 @dataclass(frozen=True)
@@ -101,6 +151,33 @@ def topk_gate(
         key_TE = None if key_TE is None else key_TE.detach().contiguous()
         return GateResult(*_TopkGate.apply(logits_TE.contiguous(), topk, sigmoid, pre_softmax, num_groups, key_TE))
     return GateResult(*reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, num_groups, key_TE))
+
+
+def limit_to_groups(key_TE: Tensor, num_groups: int, group_topk: int, topk: int) -> Tensor:
+    """Returns the keys with -inf outside the `group_topk` groups of each token whose best `topk` keys sum to most."""
+    key_TGE = key_TE.unflatten(1, (num_groups, -1))
+    best_Tg = key_TGE.topk(topk, dim=-1).values.sum(-1).topk(group_topk, dim=-1).indices
+    is_open_TG = torch.zeros(key_TGE.shape[:2], dtype=torch.bool, device=key_TE.device).scatter_(1, best_Tg, True)
+    return key_TGE.masked_fill(~is_open_TG[:, :, None], -torch.inf).flatten(1)
+
+
+def limited(logits_TE: Tensor, factors_E: Tensor, multiplies: bool) -> Tensor:
+    """Returns logits whose scores have the factors.
+
+    Args:
+        multiplies: whether a score grows in proportion to its logit; else to its exponential.
+    """
+    return logits_TE * factors_E if multiplies else logits_TE + factors_E.log()
+
+
+def gate_by_rule(logits_TE: Tensor, rule: ChoiceRule, num_groups: int = 1) -> GateResult:
+    """Chooses by a rule; logits of "norm" scores have their length already. Groups are of tokens, as `topk_gate` has them."""
+    key_TE = rule.key(logits_TE)
+    if rule.score_function == "norm":
+        gate = relu_gate(logits_TE, rule.topk, num_groups, key_TE)
+    else:
+        gate = topk_gate(logits_TE, rule.topk, rule.score_function, rule.pre_softmax, num_groups, key_TE)
+    return gate if rule.factor == 1.0 else replace(gate, probs_TK=gate.probs_TK * rule.factor)
 
 
 def relu_gate(logits_TE: Tensor, topk: int, num_groups: int, key_TE: Tensor | None = None) -> GateResult:

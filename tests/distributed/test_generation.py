@@ -23,6 +23,7 @@ pytestmark = pytest.mark.distributed
 PROMPT = [5, 17, 200, 3, 88]
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}),
+    "ep2": (2, {"ep": 2}),
     "pp2": (2, {"pp": 2}),
     "tp2 etp1 ep2 pp2": (4, {"tp": 2, "etp": 1, "ep": 2, "pp": 2}),
 }
@@ -41,9 +42,25 @@ def run(folder: str, config: PretrainConfig) -> tuple[torch.Tensor, list[int], l
     return logits_V, greedy, generate_ids(loaded, PROMPT, 8, temperature=1.0, top_k=20, seed=3)
 
 
-@pytest.mark.parametrize("experts", ["moe", "samoe"])
-def test_every_layout_generates_the_same(tmp_path: Path, experts: str) -> None:
-    base = tiny_config(experts, style="llama", make_vocab_size_divisible_by=8)
+MODELS: dict[str, dict[str, Any]] = {
+    "moe": {},
+    "samoe": {"layout": "samoe"},
+    "tied across stages": {"expert_sharing": "0,1,1,0", "moe_router_topk": 2},
+    "tied on a stage": {"expert_sharing": "0,0,1,1", "num_experts": (4, 4, 8, 8)},
+    "scaled": {"expert_sharing": "scaled:own,0,0,0", "moe_router_topk": 2},
+    "mixed": {"expert_sharing": "combined,0,combined,0", "moe_router_topk": 2},
+    "pool": {"expert_sharing": "pool", "num_experts": 8, "moe_router_topk": 3, "moe_router_score_function": "norm"},
+    "groups": {"num_experts": 8, "moe_router_topk": 2, "moe_router_score_function": "sigmoid",
+               "moe_router_enable_expert_bias": True, "moe_router_num_groups": 4, "moe_router_group_topk": 2,
+               "moe_router_topk_scaling_factor": 2.5},
+    "pyramid residual": {"num_experts": (4, 4, 8, 8), "moe_residual_mlp": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layout_generates_the_same(tmp_path: Path, model: str) -> None:
+    options = {"layout": "moe", "style": "llama", "make_vocab_size_divisible_by": 8, **MODELS[model]}
+    base = tiny_config(**options)
     base = replace(
         base,
         data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),

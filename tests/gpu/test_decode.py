@@ -10,6 +10,7 @@ from megatron_samoe.inference.serving import Serving
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.ops import decode
 from megatron_samoe.ops.decode import Routing
+from megatron_samoe.ops.topk_gate import ChoiceRule
 from tests.harness import decode_checks
 from tests.unit.inference.test_runners import IDS, close, make, tables
 from tests.unit.inference.tiny_models import forward_logits, step_logits
@@ -59,7 +60,7 @@ def test_a_block_in_a_cuda_graph(device: str) -> None:
     hidden, ffn, experts = 64, 96, 8
     parts = (make_experts(hidden, ffn, experts, experts, "bf16", True, False), make_norm(hidden, True, False))
     stack, norm = decode_checks.moved(parts, device)
-    routing = Routing(normal(12, experts, hidden).to(device), 2, False, False)
+    routing = Routing(normal(12, experts, hidden).to(device), ChoiceRule(2))
     scratch = torch.empty(decode.mlp_scratch(4, hidden, ffn, 2, experts), device=device)
     x, inputs = torch.zeros(4, hidden, device=device), normal(1, 4, hidden).to(device)
     decode.mlp_block(x, norm, routing, stack, scratch)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_samoe.ops import decode, decode_reference
 from megatron_samoe.ops.decode import AttentionLayer, ExpertStack, Places, Routed, Routing, Weight, stored
+from megatron_samoe.ops.topk_gate import ChoiceRule
 from tests.unit.ops.test_decode import make_attention, make_experts, make_norm, normal
 
 Device = torch.device | str
@@ -117,7 +118,8 @@ def check_mlp(
 ) -> None:
     """Compares a block of experts, or of one without a router for topk 0; whole, in two parts, and token by token."""
     stack = make_experts(hidden, ffn, experts + 2, experts, kind, gated, bias=not gated)
-    routing = Routing(normal(12, experts, hidden), topk, not gated, gated) if topk else None
+    rule = ChoiceRule(topk, "softmax" if gated else "sigmoid", gated)
+    routing = Routing(normal(12, experts, hidden), rule) if topk else None
     x_TH, parameters = normal(13, tokens, hidden), make_norm(hidden, gated, not gated)
     on_device = moved((stack, parameters, routing), device)
     scratch = torch.empty(decode.mlp_scratch(tokens, hidden, ffn, max(topk, 1), experts), device=device)
@@ -127,7 +129,7 @@ def check_mlp(
     normed_TH = decode_reference.norm(x_TH, parameters.weight, parameters.bias, 1e-5, parameters.rms)
     ids_TK, probs_TK = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
     if routing is not None:
-        ids_TK, probs_TK = decode_reference.choose(normed_TH @ routing.weight_EH.t(), topk, not gated, gated)
+        ids_TK, probs_TK, _ = decode_reference.choose(normed_TH, routing.weight_EH, rule)
     expected = x_TH + _experts_twin(normed_TH, ids_TK, probs_TK, stack, torch.empty(*ids_TK.shape, hidden))
     torch.testing.assert_close(whole.cpu(), expected, **TOLERANCE)
 

@@ -172,6 +172,43 @@ inline cpu::DecodeAttention attention_of(int64_t kv_heads, int64_t queries, int6
   return a;
 }
 
+// A router and what it chooses by.
+struct RouterArguments {
+  const Tensor& weight;
+  const MaybeTensor &norm_scale, &bias, &candidates, &mixing, &mixing_bias;
+  int64_t topk;
+  bool sigmoid, pre_softmax;
+  int64_t num_groups, group_topk;
+  double factor;
+};
+
+// A choice but for its logits and what it writes.
+inline cpu::DecodeChoice choice_of(int64_t num_tokens, int64_t hidden, const RouterArguments& a,
+                                   const TensorChecks& checks = on_cpu()) {
+  const int64_t E = a.weight.size(0), G = a.num_groups;
+  TORCH_CHECK_TYPE(a.weight.scalar_type() == at::kFloat, "router is ", a.weight.scalar_type(), ", not Float");
+  TORCH_CHECK_VALUE(a.weight.dim() == 2 && a.topk >= 1 && a.topk <= E, "router is ", a.weight.sizes(), ", topk ", a.topk);
+  TORCH_CHECK_VALUE(G == 0 || (G > 0 && E % G == 0 && a.group_topk >= 1 && a.group_topk <= G && a.topk % a.group_topk == 0 &&
+                               a.topk / a.group_topk <= E / G),
+                    "a token uses ", a.topk, " of ", E, " experts in ", a.group_topk, " of ", G, " groups");
+  TORCH_CHECK_VALUE(a.mixing.has_value() == a.mixing_bias.has_value(), "mixing comes with its bias");
+  if (a.mixing.has_value()) floats_or_null(a.mixing, "mixing", 2 * hidden, checks);
+  cpu::DecodeChoice choice = {};
+  choice.num_tokens = num_tokens;
+  choice.num_experts = E;
+  choice.topk = a.topk;
+  choice.sigmoid = a.sigmoid;
+  choice.pre_softmax = a.pre_softmax;
+  choice.norm_scale = floats_or_null(a.norm_scale, "norm_scale", 1, checks);
+  choice.bias_E = floats_or_null(a.bias, "router_bias", E, checks);
+  choice.candidates_E = floats_or_null(a.candidates, "candidates", E, checks);
+  choice.num_groups = G;
+  choice.group_topk = a.group_topk;
+  choice.factor = static_cast<float>(a.factor);
+  choice.num_threads = threads_for(num_tokens * E * 8);
+  return choice;
+}
+
 // The experts' weights: stacks of matrices, and which of them each expert uses.
 struct ExpertArguments {
   const Tensor &index1, &index2, &w1;

@@ -16,7 +16,7 @@ class CpuDecode : public samoe::CpuBackend {
   void attention(const cpu::DecodeAttention& a, int64_t, int64_t, int64_t, const Scratch&) const {
     cpu::kernels().decode_attention(a);
   }
-  void choose(const cpu::GateForward& a, const Scratch&) const { cpu::kernels().gate_forward(a); }
+  void choose(const cpu::DecodeChoice& a, const Scratch&) const { cpu::kernels().decode_choose(a); }
   void choose_only_expert(int64_t num_tokens, int64_t* ids_T, float* probs_T) const {
     for (int64_t t = 0; t < num_tokens; ++t) ids_T[t] = 0, probs_T[t] = 1.0f;
   }

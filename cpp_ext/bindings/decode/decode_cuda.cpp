@@ -22,8 +22,17 @@ class CudaDecode : public samoe::CudaBackend {
     launch(cuda::decode_attention, a, cuda::CacheBounds{num_slots, num_pages, num_angles}, pieces.rest(),
            pieces.num_left());
   }
-  void choose(const cpu::GateForward& a, Scratch& pieces) const {
-    launch(cuda::gate_forward, a, pieces.bytes(cuda::gate_workspace_bytes(a)));
+  void choose(const cpu::DecodeChoice& a, Scratch& pieces) const {
+    TORCH_CHECK(a.norm_scale == nullptr && a.bias_E == nullptr && a.candidates_E == nullptr && a.num_groups == 0 &&
+                    a.mixing_T2 == nullptr && a.factor == 1.0f,
+                "a GPU chooses by logits alone");
+    int64_t* counts = pieces.integers(a.num_experts);
+    float* sums = pieces.floats(a.num_experts);
+    float* z_sum = pieces.floats(1);
+    float* logsumexp = pieces.floats(a.num_tokens);
+    const cpu::GateForward gate = {a.logits_TE, a.num_tokens, a.num_experts, a.topk, 1,     a.sigmoid, a.pre_softmax,
+                                   a.probs_TK,  a.ids_TK,     counts,        sums,   z_sum, logsumexp, a.num_threads};
+    launch(cuda::gate_forward, gate, pieces.bytes(cuda::gate_workspace_bytes(gate)));
   }
   void choose_only_expert(int64_t num_tokens, int64_t* ids_T, float* probs_T) const {
     launch(cuda::choose_only_expert, num_tokens, ids_T, probs_T);

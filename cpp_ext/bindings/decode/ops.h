@@ -82,7 +82,7 @@ void decode_attention_block(const Tensor& x, const Tensor& norm_weight, const Ma
 inline void check_ids(const TensorChecks& checks, const int64_t* ids, int64_t count, int64_t num_experts) {
   if (!checks.device().is_cpu()) return;
   for (int64_t i = 0; i < count; ++i)
-    TORCH_CHECK_INDEX(ids[i] >= 0 && ids[i] < num_experts, "expert ", ids[i], " of ", num_experts);
+    TORCH_CHECK_INDEX(ids[i] >= -1 && ids[i] < num_experts, "expert ", ids[i], " of ", num_experts);
 }
 
 // The chosen experts' results in y, and added to out where it is there.
@@ -125,39 +125,47 @@ void decode_experts(const Tensor& x, const Tensor& ids, const Tensor& probs, con
               out.mutable_data_ptr<float>());
 }
 
-// Ids and probs of normalised tokens.
+// Ids and probs of normalised tokens, and with mixing the weights of the MLP beside the experts.
 template <typename B>
-void route(const B& backend, const float* x, int64_t num_tokens, int64_t hidden, const Tensor& router,
-           int64_t topk, bool sigmoid, bool pre_softmax, Scratch& pieces, int64_t* ids, float* probs) {
-  const int64_t E = router.size(0);
-  TORCH_CHECK_VALUE(router.dim() == 2 && topk >= 1 && topk <= E, "router is ", router.sizes(), ", topk ", topk);
-  float* logits = pieces.floats(num_tokens * E);
-  backend.linear(linear_of(x, num_tokens, hidden, router, {}, {}, E, logits, false, "router", backend));
-  int64_t* counts = pieces.integers(E);
-  float* sums = pieces.floats(E);
-  float* z_sum = pieces.floats(1);
-  float* logsumexp = pieces.floats(num_tokens);
-  backend.choose({logits, num_tokens, E, topk, 1, sigmoid, pre_softmax, probs, ids, counts, sums, z_sum, logsumexp,
-                  threads_for(num_tokens * E * 8)},
-                 pieces);
+void route(const B& backend, const float* x, int64_t num_tokens, int64_t hidden, const RouterArguments& router,
+           Scratch& pieces, int64_t* ids, float* probs, float* shared = nullptr) {
+  auto choice = choice_of(num_tokens, hidden, router, backend);
+  const int64_t E = choice.num_experts;
+  choice.logits_TE = pieces.floats(num_tokens * E);
+  choice.ids_TK = ids;
+  choice.probs_TK = probs;
+  backend.linear(linear_of(x, num_tokens, hidden, router.weight, {}, {}, E, choice.logits_TE, false, "router", backend));
+  if (router.mixing.has_value()) {
+    float* mixing = pieces.floats(num_tokens * 2);
+    backend.linear(linear_of(x, num_tokens, hidden, *router.mixing, {}, router.mixing_bias, 2, mixing, false, "mixing", backend));
+    choice.mixing_T2 = mixing;
+    choice.shared_T = shared;
+  }
+  backend.choose(choice, pieces);
 }
 
 template <typename B>
 void decode_route(const Tensor& x, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon, bool rms,
-                  const Tensor& router, bool sigmoid, bool pre_softmax, const Tensor& normed, const Tensor& ids,
-                  const Tensor& probs, const Tensor& scratch) {
+                  const Tensor& router, const MaybeTensor& norm_scale, const MaybeTensor& router_bias,
+                  const MaybeTensor& candidates, const MaybeTensor& mixing, const MaybeTensor& mixing_bias, bool sigmoid, bool pre_softmax,
+                  int64_t num_groups, int64_t group_topk, double factor, const Tensor& normed, const Tensor& ids,
+                  const Tensor& probs, const MaybeTensor& shared, const Tensor& scratch) {
   const B backend(x, "x");
   backend.check_contiguous(x, "x", 2, at::kFloat);
   backend.check_contiguous(ids, "ids", 2, at::kLong);
   TORCH_CHECK_VALUE(ids.size(0) == x.size(0), "ids is ", ids.sizes(), ", for ", x.size(0), " tokens");
   backend.check_sizes(normed, "normed", x.sizes(), at::kFloat);
   backend.check_sizes(probs, "probs", ids.sizes(), at::kFloat);
+  TORCH_CHECK_VALUE(shared.has_value() == mixing.has_value(), "mixing gives weights of the shared MLP, and it alone");
+  floats_or_null(shared, "shared", x.size(0), backend);
   Scratch pieces(scratch, backend);
   float* rows = normed.mutable_data_ptr<float>();
   backend.norm(
       norm_of(x.const_data_ptr<float>(), x.size(0), x.size(1), norm_weight, norm_bias, epsilon, rms, rows, backend));
-  route(backend, rows, x.size(0), x.size(1), router, ids.size(1), sigmoid, pre_softmax, pieces,
-        ids.mutable_data_ptr<int64_t>(), probs.mutable_data_ptr<float>());
+  route(backend, rows, x.size(0), x.size(1),
+        {router, norm_scale, router_bias, candidates, mixing, mixing_bias, ids.size(1), sigmoid, pre_softmax, num_groups, group_topk, factor},
+        pieces, ids.mutable_data_ptr<int64_t>(), probs.mutable_data_ptr<float>(),
+        shared.has_value() ? shared->mutable_data_ptr<float>() : nullptr);
 }
 
 template <typename B>
@@ -179,7 +187,8 @@ void decode_moe_block(const Tensor& x, const Tensor& norm_weight, const MaybeTen
   float* probs = pieces.floats(T * topk);
   backend.norm(norm_of(residual, T, H, norm_weight, norm_bias, epsilon, rms, normed, backend));
   if (router.has_value()) {
-    route(backend, normed, T, H, *router, topk, sigmoid, pre_softmax, pieces, ids, probs);
+    const MaybeTensor none;
+    route(backend, normed, T, H, {*router, none, none, none, none, none, topk, sigmoid, pre_softmax, 0, 0, 1.0}, pieces, ids, probs);
   } else {  // a dense MLP is a single expert
     backend.choose_only_expert(T, ids, probs);
   }

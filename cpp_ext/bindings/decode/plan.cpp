@@ -19,7 +19,7 @@ using samoe::cpu::DecodeLayer;
 struct Plan {
   samoe::cpu::DecodeStep step = {};
   std::vector<DecodeLayer> layers;
-  Tensor x, scratch, last, ones, zeros;
+  Tensor x, scratch, last, ones, zeros, mixed;
   MaybeTensor cos, sin;
   int64_t max_tokens = 0, max_logits = 0, num_pages = -1, weight_bytes = 0;
   std::optional<int64_t> num_positions;  // of the tables by position
@@ -69,6 +69,7 @@ int64_t decode_plan(const Tensor& words, const MaybeTensor& words_scale, const M
   plan->last = at::empty({2, max_logits, H}, x.options());
   plan->ones = at::ones({T}, x.options());
   plan->zeros = at::zeros({T}, x.options().dtype(at::kLong));
+  plan->mixed = at::ones({T}, x.options());
   plan->max_tokens = T;
   plan->max_logits = max_logits;
   plan->keep({words, words_scale, positions, output, output_scale, norm_weight, norm_bias});
@@ -121,7 +122,7 @@ void decode_plan_attention(int64_t number, const Tensor& norm_weight, const Mayb
   plan->layers.push_back(layer);
 }
 
-// Experts of a plan's normalised tokens. ids null: all tokens take the first.
+// Experts of a plan's normalised tokens. ids null: all tokens take the first, with a weight of 1 unless there are probs.
 samoe::cpu::DecodeExperts planned_experts(Plan& plan, const float* normed, const int64_t* ids, const float* probs,
                                           int64_t topk, const ExpertArguments& a, Scratch pieces) {
   auto e = experts_of(plan.step.hidden, a);
@@ -129,7 +130,7 @@ samoe::cpu::DecodeExperts planned_experts(Plan& plan, const float* normed, const
   TORCH_CHECK_VALUE(ids != nullptr || e.num_experts > 0, "there is no expert");
   e.x_TH = normed;
   e.ids_TK = ids != nullptr ? ids : plan.zeros.const_data_ptr<int64_t>();
-  e.probs_TK = ids != nullptr ? probs : plan.ones.const_data_ptr<float>();
+  e.probs_TK = probs != nullptr ? probs : plan.ones.const_data_ptr<float>();
   e.topk = topk;
   e.h_NF = pieces.floats(plan.max_tokens * topk * e.ffn);
   e.y_NH = pieces.floats(plan.max_tokens * topk * e.hidden);
@@ -139,7 +140,9 @@ samoe::cpu::DecodeExperts planned_experts(Plan& plan, const float* normed, const
 }
 
 void decode_plan_mlp(int64_t number, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon, bool rms,
-                     const MaybeTensor& router, int64_t topk, bool sigmoid, bool pre_softmax, const Tensor& index1,
+                     const MaybeTensor& router, const MaybeTensor& norm_scale, const MaybeTensor& router_bias,
+                     const MaybeTensor& candidates, const MaybeTensor& mixing, const MaybeTensor& mixing_bias, bool sigmoid, bool pre_softmax,
+                     int64_t num_groups, int64_t group_topk, double factor, int64_t topk, const Tensor& index1,
                      const Tensor& index2, const Tensor& w1, const MaybeTensor& scale1, const MaybeTensor& b1,
                      const Tensor& w2, const MaybeTensor& scale2, const MaybeTensor& b2, const MaybeTensor& factor1,
                      const MaybeTensor& factor2, bool gated) {
@@ -157,13 +160,22 @@ void decode_plan_mlp(int64_t number, const Tensor& norm_weight, const MaybeTenso
     ids = pieces.integers(T * topk);
     probs = pieces.floats(T * topk);
     layer.router = linear_of(normed, 0, H, *router, {}, {}, E, logits, false, "router");
-    TORCH_CHECK_TYPE(router->scalar_type() == at::kFloat, "router is ", router->scalar_type(), ", not Float");
-    layer.choice = {logits, 0, E, topk, sigmoid, pre_softmax, probs, ids};
+    layer.choice = choice_of(0, H, {*router, norm_scale, router_bias, candidates, mixing, mixing_bias, topk, sigmoid, pre_softmax,
+                                    num_groups, group_topk, factor});
+    layer.choice.logits_TE = logits;
+    layer.choice.probs_TK = probs;
+    layer.choice.ids_TK = ids;
+    if (mixing.has_value()) {
+      float* mixed = pieces.floats(T * 2);
+      layer.mixing = linear_of(normed, 0, H, *mixing, {}, mixing_bias, 2, mixed, false, "mixing");
+      layer.choice.mixing_T2 = mixed;
+      layer.choice.shared_T = plan->mixed.mutable_data_ptr<float>();
+    }
   }
   layer.experts = planned_experts(
       *plan, normed, ids, probs, topk,
       {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, pieces);
-  plan->keep({norm_weight, norm_bias, router});
+  plan->keep({norm_weight, norm_bias, router, norm_scale, router_bias, candidates, mixing, mixing_bias});
 }
 
 void decode_plan_shared(int64_t number, const Tensor& index1, const Tensor& index2, const Tensor& w1,
@@ -174,7 +186,7 @@ void decode_plan_shared(int64_t number, const Tensor& index1, const Tensor& inde
   TORCH_CHECK_VALUE(layer.experts.w1.type == matrix_of(w1, scale1, "w1").type, "the layer's experts are of another type");
   Scratch pieces(plan->scratch);
   const float* normed = pieces.floats(plan->max_tokens * plan->step.hidden);
-  layer.shared = planned_experts(*plan, normed, nullptr, nullptr, 1,
+  layer.shared = planned_experts(*plan, normed, nullptr, layer.choice.shared_T, 1,
                                  {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, pieces);
 }
 

@@ -36,7 +36,7 @@ __global__ void plan_experts(cpu::DecodeExperts a, int64_t num_w1, int64_t num_w
   const int lane = lane_of_thread(), thread = static_cast<int>(threadIdx.x);
   const int64_t num_slots = a.num_tokens * a.topk;
   for (int64_t slot = thread; slot < num_slots; slot += kThreads)
-    assert(a.ids_TK[slot] >= 0 && a.ids_TK[slot] < a.num_experts);
+    assert(a.ids_TK[slot] >= -1 && a.ids_TK[slot] < a.num_experts);
   int rows_before = 0, tiles_before = 0;
   for (int64_t first = 0; first < a.num_experts; first += kThreads) {
     for (int i = warp_of_thread(); i < kThreads; i += kWarps) {
@@ -154,7 +154,8 @@ __global__ void add_results(cpu::DecodeExperts a) {
   if (i >= a.num_tokens * a.hidden) return;
   const int64_t t = i / a.hidden, h = i % a.hidden;
   float sum = a.out_TH[i];
-  for (int64_t k = 0; k < a.topk; ++k) sum += a.probs_TK[t * a.topk + k] * a.y_NH[(t * a.topk + k) * a.hidden + h];
+  for (int64_t slot = t * a.topk; slot < (t + 1) * a.topk; ++slot)
+    if (a.ids_TK[slot] >= 0) sum += a.probs_TK[slot] * a.y_NH[slot * a.hidden + h];
   a.out_TH[i] = sum;
 }
 

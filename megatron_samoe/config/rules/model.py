@@ -93,7 +93,8 @@ def _routing(config: PretrainConfig, world_size: int) -> Problems:
         yield ConfigError("--moe-router-pre-softmax", moe.moe_router_pre_softmax,
                           f"has no use with --moe-router-score-function {score}, whose scores are weights as they are")  # fmt: skip
     chooses_topk = score != "relu" and not moe.moe_router_expert_choice
-    others = {"--moe-router-enable-expert-bias": moe.moe_router_enable_expert_bias, "--moe-router-num-groups": groups}
+    others = {"--moe-router-enable-expert-bias": moe.moe_router_enable_expert_bias, "--moe-router-num-groups": groups,
+              "--moe-router-topk-scaling-factor": moe.moe_router_topk_scaling_factor}  # fmt: skip
     for name, value in others.items():
         if value and not chooses_topk:
             by = "--moe-router-score-function relu" if score == "relu" else "--moe-router-expert-choice"

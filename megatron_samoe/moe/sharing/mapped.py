@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 
 from torch import nn
 
 from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.moe.sharing.combined import CombinedSharing
+from megatron_samoe.moe.sharing.expert_pool import ExpertPool
 from megatron_samoe.moe.sharing.own import OwnSharing
 from megatron_samoe.moe.sharing.tied import TiedSharing
 from megatron_samoe.moe.sharing.way import ExpertLender, LenderCosts, SharingContext, SharingWay
@@ -23,7 +24,17 @@ def configured_sharing(context: SharingContext) -> SharingWay:
     return MappedSharing(context) if ways - {"own"} else OwnSharing(context)
 
 
+def shared_pools(part: nn.Module | None) -> tuple[ExpertPool | None, dict[int, ExpertPool]]:
+    """Returns the pool that layers combine and the sets by number, as the shared part of `configured_sharing` has them."""
+    if part is None or isinstance(part, ExpertPool):
+        return part, {}
+    parts = dict(part.named_children())
+    sets = {int(number): pool for number, pool in parts["set"].named_children()} if "set" in parts else {}
+    return parts.get("combined"), sets  # type: ignore[return-value]
+
+
 def _group(source: Source) -> str:
+    """Returns the name of the layers that one way lends to together."""
     return f"scaled {source.number}" if source.way == "scaled" else source.way
 
 
@@ -79,7 +90,7 @@ class MappedSharing:
     def lender(self, layer_parts: Mapping[int, nn.Module], shared_part: nn.Module | None) -> MappedLender:
         """Returns the lenders of all ways as one."""
         assert isinstance(shared_part, nn.ModuleDict)
-        lenders = {}
+        lenders: dict[str, ExpertLender] = {}
         for group, way in self._ways.items():
             own = {self._places[i][1]: part for i, part in layer_parts.items() if self._places[i][0] == group}
             lenders[group] = way.lender(own, self._shared_of(group, shared_part))
@@ -97,10 +108,15 @@ class MappedSharing:
 
 
 class MappedLender:
-    """See `way.ExpertLender`."""
+    """See `way.ExpertLender`.
 
-    def __init__(self, lenders: Mapping[str, ExpertLender], places: Mapping[int, tuple[str, int]]):
-        self.lenders, self._places = lenders, places
+    Attributes:
+        lenders: by group of layers.
+        places: group of each layer of the whole model, and the layer's place in it.
+    """
+
+    def __init__(self, lenders: MutableMapping[str, ExpertLender], places: Mapping[int, tuple[str, int]]):
+        self.lenders, self.places = lenders, places
 
     def begin_step(self) -> None:
         """All ways take in their weights."""
@@ -109,7 +125,7 @@ class MappedLender:
 
     def experts(self, moe_index: int) -> Experts:
         """Returns a layer's experts from its own way."""
-        group, place = self._places[moe_index]
+        group, place = self.places[moe_index]
         return self.lenders[group].experts(place)
 
     def finish_step(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from megatron_samoe.inference.decode_bytes import expected_distinct_experts, ste
 from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.kv_cache import PAGE
 from megatron_samoe.inference.serving import Precision
+from tests.harness.tiny import tiny_config
 from tests.unit.inference.tiny_models import VOCAB, loaded_tiny
 
 
@@ -26,16 +29,41 @@ def test_expected_experts_are_those_of_even_routing(experts: int, topk: int, tok
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
-def test_a_step_that_hits_every_expert_reads_what_there_is(layout: str, dtype: Precision) -> None:
-    loaded = loaded_tiny(layout, style="llama", hidden_size=64, ffn_hidden_size=128)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layout": "dense"}, {"layout": "moe"}, {"layout": "samoe"}, {"layout": "samoe", "untied_ends": 1},
+        {"layout": "moe", "expert_sharing": "tied", "untied_ends": 1}, {"layout": "moe", "expert_sharing": "scaled"},
+        {"layout": "moe", "expert_sharing": "pool", "moe_router_score_function": "norm"},
+        {"layout": "moe", "moe_residual_mlp": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_step_that_hits_every_expert_reads_what_there_is(options: dict[str, Any], dtype: Precision) -> None:
+    loaded = loaded_tiny(style="llama", hidden_size=64, ffn_hidden_size=128, **options)
     model = make_decode_model(loaded.model, "folded", dtype, 0)
-    held = sum(t.nbytes for t in model.weights()) - model.words.num_bytes  # of which a step reads a few rows only
+    # Bytes by place in memory: what layers share is there once.
+    held = (
+        sum({t.data_ptr(): t.nbytes for t in model.weights()}.values()) - model.words.num_bytes
+    )  # of which a step reads a few rows only
     held -= sum(t.nbytes for t in (model.cos_PR, model.sin_PR) if t is not None)
     read = step_bytes(loaded.config, VOCAB, 1, 0, "folded", dtype, distinct=4)
     assert read.cache == 0
     # Norms and scales outside of experts are fp32 and not counted as such; padding is counted and not held.
     assert read.total == pytest.approx(held, rel=0.06)
+
+
+def test_layers_that_follow_each_other_read_what_they_hit_of_one_set_together() -> None:
+    def experts(sharing: str, distinct: float | None = None) -> float:
+        config = tiny_config("moe", num_experts=8, moe_router_topk=2, expert_sharing=sharing)
+        return step_bytes(config, VOCAB, 3, 0.0, "folded", "bf16", distinct).experts
+
+    own, together = (expected_distinct_experts(8, 2, 3 * layers) for layers in (1, 3))
+    one = experts("own") / (4 * own)  # bytes of an expert
+    assert experts("0,1,0,1") == pytest.approx(4 * own * one)
+    assert experts("scaled:own,0,0,0") == experts("own,0,0,0") == pytest.approx((own + together) * one)
+    # Three layers that hit half of the experts each leave an eighth.
+    assert experts("own,0,0,0", 4.0) == pytest.approx((4 + 7) * one)
 
 
 def test_on_the_fly_reads_every_bank_and_the_cache_grows_with_the_context() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.moe.candidates import NeighbourSchedule, candidate_schedule, limited, owners
-from megatron_samoe.ops.topk_gate import topk_gate
+from megatron_samoe.moe.candidates import NeighbourSchedule, candidate_schedule, owners
+from megatron_samoe.ops.topk_gate import limited, topk_gate
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step

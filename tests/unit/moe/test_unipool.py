@@ -12,8 +12,9 @@ from torch import Tensor
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.models.attention import AttentionInputs
 from megatron_samoe.models.rank_model import RankModel
-from megatron_samoe.moe.router import Router, limit_to_groups
+from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.ops.topk_gate import limit_to_groups
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients, train_step

@@ -11,6 +11,7 @@ import torch
 
 from megatron_samoe.ops import decode, extension
 from megatron_samoe.ops.decode import Places, Routing, Weight, stored
+from megatron_samoe.ops.topk_gate import ChoiceRule
 from tests.harness import decode_checks, emulated_cuda
 from tests.unit.inference.test_runners import IDS, close, make, single, tables
 from tests.unit.inference.tiny_models import forward_logits, step_logits
@@ -85,7 +86,7 @@ def _refusals() -> list[tuple[type[Exception], str, Callable[[], Any]]]:
     """Calls with something wrong, and what is said."""
     x, out = normal(1, 2, 8), torch.empty(2, 4)
     stack, norm = make_experts(8, 6, 2, 2, "fp32", True, False), make_norm(8, True, False)
-    routing, room = Routing(normal(3, 2, 8), 1, False, False), torch.empty(4096)
+    routing, room = Routing(normal(3, 2, 8), ChoiceRule(1)), torch.empty(4096)
     layer = make_attention(8, 1, 1, 4, "fp32", "plain", torch.float32, 2)
     wide = make_attention(8, 1, 1, 260, "fp32", "plain", torch.float32, 2)
     zeros = torch.zeros(2, dtype=torch.int32)

@@ -13,6 +13,7 @@ import torch
 
 from megatron_samoe.ops import decode, decode_reference, extension
 from megatron_samoe.ops.decode import AttentionLayer, ExpertStack, Norm, Places, Routing, Weight, stored
+from megatron_samoe.ops.topk_gate import ChoiceRule
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 TYPES = ("fp32", "bf16", "int8")
@@ -137,7 +138,7 @@ def test_attention_block(monkeypatch, kind, style, groups, queries, head_dim):
 def test_mlp_block(monkeypatch, kind, gated, bias, tokens, experts, topk):
     hidden, ffn = 36, 75
     stack = make_experts(hidden, ffn, experts + 2, experts, kind, gated, bias)
-    routing = Routing(normal(12, experts, hidden), topk, False, False) if topk else None
+    routing = Routing(normal(12, experts, hidden), ChoiceRule(topk)) if topk else None
     x, norm = normal(13, tokens, hidden), make_norm(hidden, gated, bias)
     scratch = torch.empty(decode.mlp_scratch(tokens, hidden, ffn, max(topk, 1), experts))
     fast, slow = x.clone(), x.clone()
@@ -156,7 +157,7 @@ def test_experts_in_parts_give_the_same_bits(kind):
     own = torch.arange(experts)
     stack = replace(stack, index1_E=own, index2_E=own)
     norm, x = make_norm(hidden, True, False), normal(14, tokens, hidden)
-    routing = Routing(normal(15, experts, hidden), topk, True, False)
+    routing = Routing(normal(15, experts, hidden), ChoiceRule(topk, "sigmoid"))
     scratch = torch.empty(decode.mlp_scratch(tokens, hidden, ffn, topk, experts))
     whole = x.clone()
     decode.mlp_block(whole, norm, routing, stack, scratch)
@@ -174,7 +175,7 @@ def test_experts_in_parts_give_the_same_bits(kind):
 def test_a_token_has_the_same_bits_in_any_batch(kind):
     hidden, ffn, experts = 52, 68, 4
     stack, norm = make_experts(hidden, ffn, experts, experts, kind, True, False), make_norm(hidden, True, False)
-    routing, x = Routing(normal(16, experts, hidden), 2, False, True), normal(17, 150, hidden)
+    routing, x = Routing(normal(16, experts, hidden), ChoiceRule(2, pre_softmax=True)), normal(17, 150, hidden)
     layer = make_attention(hidden, 2, 2, 13, kind, "rope", torch.float32, 1)
 
     def block(rows: torch.Tensor) -> torch.Tensor:
@@ -208,7 +209,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="int8 weights, and they alone, have scales"):
         decode.linear(x, Weight(torch.zeros(4, 8, dtype=torch.int8)), None, out)
     stack, norm = make_experts(8, 6, 2, 2, "fp32", True, False), make_norm(8, True, False)
-    routing = Routing(normal(3, 2, 8), 1, False, False)
+    routing = Routing(normal(3, 2, 8), ChoiceRule(1))
     with pytest.raises(ValueError, match="scratch is too small"):
         decode.mlp_block(x, norm, routing, stack, torch.empty(8))
     with pytest.raises(IndexError, match=r"index1\[1\] = 2 of 2"):

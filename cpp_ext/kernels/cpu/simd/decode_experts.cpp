@@ -19,7 +19,7 @@ struct Hits {
     slots = starts + a.num_experts + 1;
     memset(counts, 0, static_cast<size_t>(a.num_experts) * sizeof(int64_t));
     for (int64_t s = 0; s < num_slots; ++s)
-      if (a.index1_E[a.ids_TK[s]] >= 0) ++counts[a.ids_TK[s]];
+      if (is_here(a, s)) ++counts[a.ids_TK[s]];
     int64_t start = 0;
     for (int64_t e = 0; e < a.num_experts; ++e) {
       if (counts[e] == 0) continue;
@@ -30,7 +30,10 @@ struct Hits {
     }
     starts[num] = start;
     for (int64_t s = 0; s < num_slots; ++s)
-      if (a.index1_E[a.ids_TK[s]] >= 0) slots[counts[a.ids_TK[s]]++] = s;
+      if (is_here(a, s)) slots[counts[a.ids_TK[s]]++] = s;
+  }
+  static bool is_here(const DecodeExperts& a, int64_t slot) {
+    return a.ids_TK[slot] >= 0 && a.index1_E[a.ids_TK[slot]] >= 0;
   }
   int64_t num = 0;
   int64_t *counts, *experts, *starts, *slots;
@@ -117,6 +120,7 @@ struct Work {
 void combine_token(const DecodeExperts& a, int64_t t) {
   float* out = a.out_TH + t * a.hidden;
   for (int64_t k = 0; k < a.topk; ++k) {
+    if (a.ids_TK[t * a.topk + k] < 0) continue;
     const float* y = a.y_NH + (t * a.topk + k) * a.hidden;
     const float prob = a.probs_TK[t * a.topk + k];
     for (int64_t i = 0; i < a.hidden; ++i) out[i] += prob * y[i];

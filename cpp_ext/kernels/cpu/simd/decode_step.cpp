@@ -27,7 +27,8 @@ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 DecodeLayer with_tokens(const DecodeStep& step, const DecodeLayer& layer) {
   DecodeLayer a = layer;
   a.attention_norm.num_tokens = a.mlp_norm.num_tokens = step.num_tokens;
-  a.qkv.num_tokens = a.output.num_tokens = a.router.num_tokens = a.choice.num_tokens = step.num_tokens;
+  a.qkv.num_tokens = a.output.num_tokens = step.num_tokens;
+  a.router.num_tokens = a.mixing.num_tokens = a.choice.num_tokens = step.num_tokens;
   a.experts.num_tokens = a.shared.num_tokens = a.attention.num_tokens = step.num_tokens;
   a.attention.positions_T = step.positions_T;
   a.attention.slots_T = step.slots_T;
@@ -60,7 +61,9 @@ void run_layer(Member& member, const DecodeLayer& a, const PackedMemory& memory)
   pack_own(member, tokens, num_tokens);
   member.wait();
   if (a.router.outputs > 0) {
-    linear_tasks(member, a.router, PackedRows(a.router.x_TK, a.router.inputs, a.router.w_NK.type, nullptr));
+    const PackedRows rows(a.router.x_TK, a.router.inputs, a.router.w_NK.type, nullptr);
+    linear_tasks(member, a.router, rows);
+    if (a.mixing.outputs > 0) linear_tasks(member, a.mixing, rows);
     member.wait();
     float* work = thread_floats(choice_floats(a.choice.num_experts));
     member.own(num_tokens, [&](int64_t t) { choose_experts(a.choice, t, work); });

@@ -1,9 +1,8 @@
 // The router: scores, top-k, counts and the sums of the balancing losses, forward and backward.
 #include <cmath>
-#include <cstdlib>
 
 #include "../../kernels.h"
-#include "vec.h"
+#include "gate_row.h"
 
 namespace samoe {
 namespace cpu {
@@ -11,81 +10,6 @@ namespace SAMOE_ISA {
 namespace {
 
 constexpr int64_t kBlockTokens = 64;  // sums are formed per block and added in block order: no dependence on threads
-
-int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-float* aligned_floats(int64_t count) {
-  return static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((count * 4 + 64 + 63) / 64 * 64)));
-}
-
-// One thread's rows, padded to whole vectors, in memory of its own or of a caller's.
-struct Scratch {
-  explicit Scratch(int64_t num_experts) : width(padded(num_experts)), base(aligned_floats(kRows * width)), owned(base) {}
-  Scratch(int64_t num_experts, float* memory) : width(padded(num_experts)), base(memory) {}
-  ~Scratch() { std::free(owned); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* row(int i) { return base + i * width; }
-  static constexpr int64_t kRows = 4;
-  int64_t width;
-  float* base;
-  float* owned = nullptr;
-};
-
-// Copies E logits to a padded row; the padding scores nothing.
-void copy_logits(const float* logits_E, int64_t num_experts, float* row, int64_t width) {
-  memcpy(row, logits_E, static_cast<size_t>(num_experts) * sizeof(float));
-  for (int64_t e = num_experts; e < width; ++e) row[e] = -__builtin_inff();
-}
-
-// Integers that order as floats do: NaN above infinity, the zeros equal. INT32_MIN marks padding and taken experts.
-void make_keys(const float* row, int64_t num_experts, int64_t width, int32_t* keys) {
-  for (int64_t e = 0; e < width; e += kLanes) {
-    const vf x = load(row + e) + 0.0f;
-    const vi bits = (vi)x;
-    const vi key = select((vi)(x != x), splat_int(INT32_MAX), bits ^ ((bits >> 31) & INT32_MAX));
-    memcpy(keys + e, &key, sizeof key);
-  }
-  for (int64_t e = num_experts; e < width; ++e) keys[e] = INT32_MIN;
-}
-
-// Takes the best key, the lowest expert among equals, and marks it taken.
-int64_t take_best(int32_t* keys, int64_t width) {
-  vi lane_index;
-  for (int64_t i = 0; i < kLanes; ++i) lane_index[i] = static_cast<int32_t>(i);
-  vi best_key, best_index = lane_index;
-  memcpy(&best_key, keys, sizeof best_key);
-  vi index = lane_index;
-  for (int64_t e = kLanes; e < width; e += kLanes) {
-    index += static_cast<int32_t>(kLanes);
-    vi key;
-    memcpy(&key, keys + e, sizeof key);
-    const vi better = (vi)(key > best_key);
-    best_key = select(better, key, best_key);
-    best_index = select(better, index, best_index);
-  }
-  int32_t key_of[kLanes], index_of[kLanes];
-  memcpy(key_of, &best_key, sizeof best_key);
-  memcpy(index_of, &best_index, sizeof best_index);
-  int64_t best = 0;
-  for (int64_t i = 1; i < kLanes; ++i) {
-    const bool better = key_of[i] > key_of[best] || (key_of[i] == key_of[best] && index_of[i] < index_of[best]);
-    best = better ? i : best;
-  }
-  keys[index_of[best]] = INT32_MIN;
-  return index_of[best];
-}
-
-// Sigmoid scores of a row (padding scores 0); returns their sum.
-float sigmoids(const float* row, int64_t width, float* out) {
-  vf sum = vf{};
-  for (int64_t e = 0; e < width; e += kLanes) {
-    const vf y = 1.0f / (1.0f + exp(-load(row + e)));
-    store(out + e, y);
-    sum += y;
-  }
-  return sum_lanes(sum);
-}
 
 // A softmax over the chosen logits, where others may be so much larger that the row's exponentials of all chosen vanish.
 void softmax_of_chosen(const float* row, int64_t topk, const int64_t* ids, float* probs) {
@@ -108,20 +32,25 @@ void chosen_probs(const GateForward& a, const float* scores, float scale, const 
   for (int64_t k = 0; k < a.topk; ++k) probs[k] *= scale;
 }
 
+// Takes the best experts by a row of keys, padded to whole vectors.
+void take_topk(const float* chosen_by, int64_t num_experts, int64_t topk, Scratch& s, int64_t* ids) {
+  int32_t* keys = reinterpret_cast<int32_t*>(s.row(2));
+  make_keys(chosen_by, num_experts, s.width, keys);
+  for (int64_t k = 0; k < topk; ++k) ids[k] = take_best(keys, s.width);
+}
+
 // One token: writes its probs and ids; returns logsumexp, and what turns the scores in row 1 into its distribution.
 float choose(const GateForward& a, int64_t t, Scratch& s, float* scale_out) {
   float* row = s.row(0);
   float* scores = s.row(1);
-  int32_t* keys = reinterpret_cast<int32_t*>(s.row(2));
   copy_logits(a.logits_TE + t * a.num_experts, a.num_experts, row, s.width);
   const float* chosen_by = row;
   if (a.key_TE != nullptr) {
     copy_logits(a.key_TE + t * a.num_experts, a.num_experts, s.row(3), s.width);
     chosen_by = s.row(3);
   }
-  make_keys(chosen_by, a.num_experts, s.width, keys);
   int64_t* ids = a.ids_TK + t * a.topk;
-  for (int64_t k = 0; k < a.topk; ++k) ids[k] = take_best(keys, s.width);
+  take_topk(chosen_by, a.num_experts, a.topk, s, ids);
   float peak, sum = exponentials(row, s.width, scores, &peak);
   const float logsumexp = peak + std::log(sum);
   if (a.sigmoid) sum = sigmoids(row, s.width, scores);
@@ -189,20 +118,109 @@ void gate_forward(const GateForward& a) {
   std::free(block_z);
 }
 
+namespace {
+
+// How many of the values come before the i-th by size, the earlier first among equals.
+int64_t rank_of(const float* values, int64_t count, int64_t i) {
+  int64_t rank = 0;
+  for (int64_t j = 0; j < count; ++j) rank += values[j] > values[i] || (values[j] == values[i] && j < i);
+  return rank;
+}
+
+// Keys of -inf outside the groups that the token may use. sums: room for a number per group.
+void close_groups(const DecodeChoice& a, float* key, float* sums) {
+  const int64_t size = a.num_experts / a.num_groups, best = a.topk / a.group_topk;
+  for (int64_t g = 0; g < a.num_groups; ++g) {
+    const float* group = key + g * size;
+    sums[g] = 0.0f;
+    for (int64_t i = 0; i < size; ++i)
+      if (rank_of(group, size, i) < best) sums[g] += group[i];
+  }
+  for (int64_t e = 0; e < a.num_experts; ++e)
+    if (rank_of(sums, a.num_groups, e / size) >= a.group_topk) key[e] = -__builtin_inff();
+}
+
+// What experts are chosen by, where that is not the logit; else null.
+const float* choice_key(const DecodeChoice& a, const float* logits, Scratch& s) {
+  if (a.bias_E == nullptr && a.num_groups == 0) return nullptr;
+  float *row = s.row(0), *key = s.row(4), peak;
+  copy_logits(logits, a.num_experts, row, s.width);
+  if (a.norm_scale == nullptr && a.sigmoid) {
+    sigmoids(row, s.width, key);
+  } else if (a.norm_scale == nullptr && (a.pre_softmax || a.bias_E != nullptr)) {
+    const float sum = exponentials(row, s.width, key, &peak);
+    for (int64_t e = 0; e < a.num_experts; ++e) key[e] /= sum;
+  } else {
+    copy_logits(logits, a.num_experts, key, s.width);
+  }
+  if (a.bias_E != nullptr)
+    for (int64_t e = 0; e < a.num_experts; ++e) key[e] += a.bias_E[e];
+  if (a.candidates_E != nullptr)
+    for (int64_t e = 0; e < a.num_experts; ++e)
+      if (a.candidates_E[e] == 0.0f) key[e] = -__builtin_inff();
+  if (a.num_groups != 0) close_groups(a, key, s.row(1));
+  return key;
+}
+
+// Norm scores: ReLU of logits of a learned length. No expert without a score is chosen.
+void choose_by_norm(const DecodeChoice& a, float* logits, Scratch& s, int64_t* ids, float* probs) {
+  float squares = 0.0f;
+  for (int64_t e = 0; e < a.num_experts; ++e) squares += logits[e] * logits[e];
+  const float length = std::sqrt(squares), scale = *a.norm_scale / (length > 1e-12f ? length : 1e-12f);
+  for (int64_t e = 0; e < a.num_experts; ++e) logits[e] *= a.candidates_E != nullptr ? scale * a.candidates_E[e] : scale;
+  const float* key = choice_key(a, logits, s);
+  copy_logits(key != nullptr ? key : logits, a.num_experts, s.row(3), s.width);
+  take_topk(s.row(3), a.num_experts, a.topk, s, ids);
+  for (int64_t k = 0; k < a.topk; ++k) {
+    const bool has_none = logits[ids[k]] <= 0.0f;
+    probs[k] = has_none ? 0.0f : logits[ids[k]];
+    if (has_none) ids[k] = -1;
+  }
+}
+
+}  // namespace
+
 int64_t choice_floats(int64_t num_experts) { return Scratch::kRows * padded(num_experts); }
 
 void choose_experts(const DecodeChoice& a, int64_t token, float* work) {
-  GateForward gate = {};
-  gate.logits_TE = a.logits_TE;
-  gate.num_experts = a.num_experts;
-  gate.topk = a.topk;
-  gate.sigmoid = a.sigmoid;
-  gate.pre_softmax = a.pre_softmax;
-  gate.probs_TK = a.probs_TK;
-  gate.ids_TK = a.ids_TK;
   Scratch scratch(a.num_experts, work);
-  float scale;
-  choose(gate, token, scratch, &scale);
+  float* logits = a.logits_TE + token * a.num_experts;
+  int64_t* ids = a.ids_TK + token * a.topk;
+  float* probs = a.probs_TK + token * a.topk;
+  if (a.norm_scale != nullptr) {
+    choose_by_norm(a, logits, scratch, ids, probs);
+  } else {
+    if (a.candidates_E != nullptr)
+      for (int64_t e = 0; e < a.num_experts; ++e) logits[e] += std::log(a.candidates_E[e]);
+    GateForward gate = {};
+    gate.logits_TE = logits;
+    gate.key_TE = choice_key(a, logits, scratch);
+    gate.num_experts = a.num_experts;
+    gate.topk = a.topk;
+    gate.sigmoid = a.sigmoid;
+    gate.pre_softmax = a.pre_softmax;
+    gate.probs_TK = probs;
+    gate.ids_TK = ids;
+    float scale;
+    choose(gate, 0, scratch, &scale);
+  }
+  float factor = a.factor;
+  if (a.mixing_T2 != nullptr) {
+    const float* mixing = a.mixing_T2 + 2 * token;
+    const float routed = 1.0f / (1.0f + std::exp(mixing[1] - mixing[0]));
+    a.shared_T[token] = 1.0f / (1.0f + std::exp(mixing[0] - mixing[1]));
+    factor *= routed;
+  }
+  for (int64_t k = 0; k < a.topk; ++k) probs[k] *= factor;
+}
+
+void decode_choose(const DecodeChoice& a) {
+#pragma omp parallel num_threads(a.num_threads)
+  {
+    Scratch memory(a.num_experts);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < a.num_tokens; ++t) choose_experts(a, t, memory.base);
+  }
 }
 
 namespace {
