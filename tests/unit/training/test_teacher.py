@@ -20,6 +20,7 @@ from megatron_samoe.config.derived import parse_stage_layout
 from megatron_samoe.config.teacher import on_ranks_of
 from megatron_samoe.dist_checkpointing.teacher import find_teacher
 from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
+from megatron_samoe.log import logger
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.planning.layout_cost import Cluster
@@ -245,6 +246,8 @@ def test_what_training_alone_asks_of_a_teacher_is_left_out() -> None:
     settled = on_ranks_of(tiny_config("dense"), with_options(teacher, train_iters=200), 1)
     assert settled.moe.pool_lock_step == 90 and settled.moe.moe_aux_loss_group_size is None
     assert settled.training.recompute_granularity is None
+    chooses = tiny_config("moe", moe_router_expert_choice=True, moe_router_load_balancing_type="none")
+    assert on_ranks_of(tiny_config("dense"), chooses, 1).moe.moe_router_expert_choice
 
 
 def test_the_planner_counts_a_teachers_weights_and_time(teacher: Path) -> None:
@@ -274,8 +277,10 @@ def test_the_planner_counts_a_teachers_weights_and_time(teacher: Path) -> None:
 
 
 def test_another_course_of_teaching_is_remarked_upon(
-    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("INFO", logger.name)
     config = student(teacher, teacher_until=4)
     run(config, tmp_path / "run", exit_interval=2)
     run(config, tmp_path / "run", exit_interval=3)
