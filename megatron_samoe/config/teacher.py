@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import uneven_layout, virtual_stages
-from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.option import LARGEST, all_options
+from megatron_samoe.config.option import LARGEST
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import TrainingConfig
@@ -47,7 +46,9 @@ def on_ranks_of(student: PretrainConfig, teacher: PretrainConfig, world_size: in
         micro_batch_size=given.micro_batch_size, global_batch_size=given.global_batch_size, bf16=given.bf16,
         fp16=given.fp16, train_iters=LARGEST,  # whatever its routers did at some step, it is behind them
     )  # fmt: skip
-    config = PretrainConfig(model, _untrained(teacher), parallel, training, data=DataConfig(mock_data=True))
+    # Its loads are not balanced any more, over however many sequences; its weights stay, so they are combined once.
+    moe = replace(teacher.moe, moe_aux_loss_group_size=None, samoe_combine="step")
+    config = PretrainConfig(model, moe, parallel, training, data=DataConfig(mock_data=True))
     try:
         validate(config, world_size)
     except ConfigErrors as errors:
@@ -55,11 +56,3 @@ def on_ranks_of(student: PretrainConfig, teacher: PretrainConfig, world_size: in
             [ConfigError(f"the teacher's {error.field}", error.value, error.allowed) for error in errors.errors]
         ) from None
     return config
-
-
-def _untrained(config: PretrainConfig) -> MoEConfig:
-    """Returns a model's experts without what training alone asks about: its free options."""
-    of_training = {
-        name: default for group, name, _, default, facts in all_options(config) if group == "moe" and facts.is_free
-    }
-    return replace(config.moe, **of_training)

@@ -144,6 +144,10 @@ class GPTStage(nn.Module):
         """Returns multiply-adds x 2 of the output matrix in a forward pass, over all tensor-parallel ranks."""
         return 2.0 * self._head().weight.numel() * self.state.tp.size
 
+    def head_width(self) -> int:
+        """Returns the columns of this rank's logits."""
+        return self._head().num_used_rows
+
     def head_kept_bytes(self, tokens: int) -> int:
         """Returns the bytes of one micro-batch's head: normalised input, logits, fp32 probabilities, and their
         gradient.
@@ -151,7 +155,7 @@ class GPTStage(nn.Module):
         weight = self._head().weight
         local_tokens = tokens // self.state.tp.size if self.state.sequence_parallel else tokens
         hidden, size = weight.shape[1], weight.element_size()
-        return (tokens + local_tokens) * hidden * size + tokens * self._head().num_used_rows * (size + 8)
+        return (tokens + local_tokens) * hidden * size + tokens * self.head_width() * (size + 8)
 
 
 def _words(blueprint: Blueprint, family: Literal["dense", "embedding"]) -> VocabParallelEmbedding:

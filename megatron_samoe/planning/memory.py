@@ -17,7 +17,7 @@ from megatron_samoe.distributed.grad_buffer import DEFAULT_BUCKET_SIZE
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.planning.activation_memory import activation_bytes
 from megatron_samoe.planning.description import Chunks, DescribedParameter, Description, PlannedModel
-from megatron_samoe.planning.teacher import planned_teacher
+from megatron_samoe.planning.teacher import kept_bytes, planned_teacher, weight_bytes
 
 FP32_BYTES = 4
 #: AdamW's two moments in fp32.
@@ -39,7 +39,8 @@ class RankMemory:
         exchange: the largest temporary of gathering and reducing, at the beginning or end of a step, when no
             activations exist.
         expert: the part of weights, gradients, optimizer and folded experts that belongs to routed experts.
-        teacher: weights of a teacher, its folded experts included; nothing is kept of its activations.
+        teacher: weights of a teacher with its folded experts, its logits with the gradient of their divergence, and its
+            activations in messages between stages; nothing else is kept of it.
     """
 
     weights: int
@@ -110,15 +111,9 @@ def _rank_memory(planned: PlannedModel, teacher: PlannedModel | None, rank: int)
     return RankMemory(
         held.weights, held.gradients, held.optimizer, costs.weights, costs.gradients, costs.gathered,
         activation_bytes(planned, stage, num_micro_batches(config, planned.grid.world_size)),
-        max(held.exchange, costs.exchange), held.expert + costs.weights + costs.gradients, _frozen_bytes(teacher, rank),
+        max(held.exchange, costs.exchange), held.expert + costs.weights + costs.gradients,
+        0 if teacher is None else weight_bytes(teacher, rank) + kept_bytes(teacher, stage),
     )  # fmt: skip
-
-
-def _frozen_bytes(teacher: PlannedModel | None, rank: int) -> int:
-    """Returns the bytes of a model that is not trained."""
-    if teacher is None:
-        return 0
-    return sum(p.numel * p.element_bytes for p in teacher.parameters(rank)) + teacher.shared(rank).costs.weights
 
 
 @lru_cache(maxsize=1024)

@@ -1,11 +1,14 @@
-"""A teacher as the planner sees it: one more model on the same ranks."""
+"""A teacher in plans: one more model on the same ranks, which is not trained."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
+from megatron_samoe.config.derived import num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing.teacher import SavedTeacher, find_teacher
+from megatron_samoe.models.rank_model import compute_dtype
+from megatron_samoe.planning.activation_memory import passes_in_flight
 from megatron_samoe.planning.description import PlannedModel
 
 
@@ -19,6 +22,25 @@ def planned_teacher(config: PretrainConfig, vocab_size: int, world_size: int) ->
     if folder is None:
         return None
     return PlannedModel(_saved(folder).on_ranks_of(config, vocab_size, world_size), vocab_size, world_size)
+
+
+def weight_bytes(teacher: PlannedModel, rank: int) -> int:
+    """Returns the bytes of a rank's weights, with the experts that its lender folds."""
+    return sum(p.numel * p.element_bytes for p in teacher.parameters(rank)) + teacher.shared(rank).costs.weights
+
+
+def kept_bytes(teacher: PlannedModel, stage: int) -> int:
+    """Returns the bytes that a stage keeps until backward passes: logits with the gradient of their divergence, and
+    activations in messages that came and went."""
+    config, grid, plans = teacher.config, teacher.grid, teacher.chunks_of_stage[stage]
+    layout, tokens = config.parallel, config.training.micro_batch_size * config.model.seq_length
+    number = num_micro_batches(config, grid.world_size)
+    passes = passes_in_flight(layout.pipeline_schedule, grid.pp, stage, len(plans), number)
+    width = sum(teacher.description.ends(plan).head_width() for plan in plans if plan.has_head)
+    heads = passes if layout.pipeline_schedule == "gpipe" else 1
+    local_tokens = tokens // grid.tp if layout.sequence_parallel else tokens
+    messages = 2 * passes * local_tokens * config.model.hidden_size if grid.pp > 1 else 0
+    return (2 * heads * tokens * width + messages) * compute_dtype(config).itemsize
 
 
 @lru_cache(maxsize=8)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.cli import CHECKPOINT_GROUPS, to_mapping
+from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.training import OptimizerConfig
 from megatron_samoe.dist_checkpointing import store
@@ -110,6 +111,7 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
         check_same_course(setup, saved_config, directory)
         _remark_on_rate(setup, saved_config, saved["iteration"], directory)
         _remark_on_router(setup, saved_config, directory)
+        _remark_on_teacher(setup, saved_config, saved["iteration"], directory)
         before = (saved_config.get("training") or {}).get("global_batch_size")
         if before != setup.batch_size and saved["consumed_samples"] != saved["iteration"] * setup.batch_size:
             logger.info(
@@ -190,6 +192,22 @@ def _remark_on_router(setup: TrainSetup, saved_config: Mapping[str, Any], direct
         changed.append(f"--moe-router-lr-mult {rate_before} there, {rate} here")
     if changed and setup.model.num_moe_layers:
         logger.info(f"Routers go on otherwise than in the run in {directory}: {', '.join(changed)}")
+
+
+def _remark_on_teacher(setup: TrainSetup, saved_config: Mapping[str, Any], iteration: int, directory: Path) -> None:
+    """Logs it where a teacher would have taught the next step otherwise than it does."""
+    current, saved = setup.config.distillation, saved_config.get("distillation") or {}
+    known = {f.name for f in fields(DistillationConfig)}
+    before = DistillationConfig(**{name: value for name, value in saved.items() if name in known})
+    if not (current.teaches_after(iteration) or before.teaches_after(iteration)):
+        return
+    changed = [
+        f"--{name.replace('_', '-')} {getattr(before, name)} there, {getattr(current, name)} here"
+        for name in sorted(known)
+        if getattr(before, name) != getattr(current, name)
+    ]
+    if changed:
+        logger.info(f"Teaching goes on otherwise than in the run in {directory}: {', '.join(changed)}")
 
 
 def _refuse_unexpected(

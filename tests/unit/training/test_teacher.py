@@ -20,6 +20,7 @@ from megatron_samoe.config.derived import parse_stage_layout
 from megatron_samoe.config.teacher import on_ranks_of
 from megatron_samoe.dist_checkpointing.teacher import find_teacher
 from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
+from megatron_samoe.log import logger
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.planning.layout_cost import Cluster
@@ -245,15 +246,26 @@ def test_what_training_alone_asks_of_a_teacher_is_left_out() -> None:
     settled = on_ranks_of(tiny_config("dense"), with_options(teacher, train_iters=200), 1)
     assert settled.moe.pool_lock_step == 90 and settled.moe.moe_aux_loss_group_size is None
     assert settled.training.recompute_granularity is None
+    chooses = tiny_config("moe", moe_router_expert_choice=True, moe_router_load_balancing_type="none")
+    assert on_ranks_of(tiny_config("dense"), chooses, 1).moe.moe_router_expert_choice
 
 
 def test_the_planner_counts_a_teachers_weights_and_time(teacher: Path) -> None:
     config = student(teacher, global_batch_size=8)
     setup = taught_setup(config)
     assert setup.teacher is not None
-    held = sum(p.numel() * p.element_size() for p in setup.teacher.model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in setup.teacher.model.parameters())
+    logits = 2 * 16 * VOCAB_SIZE * 4
+    held = weights + 2 * logits  # with their gradient
     planned, plain = rank_memory(config, VOCAB_SIZE, 1), rank_memory(with_options(config, teacher=None), VOCAB_SIZE, 1)
     assert planned.teacher == held and plain.teacher == 0 and planned.total == plain.total + held
+    split = (
+        rank_memory(with_layout(config, pp=2), VOCAB_SIZE, 2, 0),
+        rank_memory(with_layout(config, pp=2), VOCAB_SIZE, 2, 1),
+    )
+    messages = 2 * 2 * 2 * 16 * 40 * 4, 2 * 2 * 16 * 40 * 4  # received and sent, of two passes in flight and of one
+    # Either end of the pipeline holds the words.
+    assert sum(s.teacher for s in split) == held + sum(messages) + 104 * 40 * 4
     assert planned.parts()["teacher"] == held and "teacher" not in plain.parts()
     cluster = Cluster(
         world_size=4, gpus_per_node=4, memory_bytes=1e9, flops=1e12, intra_bandwidth=1e11, inter_bandwidth=1e10
@@ -262,3 +274,18 @@ def test_the_planner_counts_a_teachers_weights_and_time(teacher: Path) -> None:
     without = {x.name(): x for x in plan_layouts(with_options(config, teacher=None), VOCAB_SIZE, cluster)}
     assert any(" ep4" in name for name in without) and not any(" ep4" in name for name in with_teacher), "6 experts"
     assert all(x.memory.teacher and x.tokens_per_s < without[name].tokens_per_s for name, x in with_teacher.items())
+
+
+def test_another_course_of_teaching_is_remarked_upon(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("INFO", logger.name)
+    config = student(teacher, teacher_until=4)
+    run(config, tmp_path / "run", exit_interval=2)
+    run(config, tmp_path / "run", exit_interval=3)
+    assert "Teaching goes on otherwise" not in caplog.text
+    run(config, tmp_path / "run", teacher_weight=3.0, exit_interval=5)
+    assert caplog.text.count("--teacher-weight 1.0 there, 3.0 here") == 1
+    run(config, tmp_path / "run", teacher=None, teacher_until=None)
+    assert caplog.text.count("Teaching goes on otherwise") == 1, "the teacher has left in either"
