@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from megatron_samoe.config.cli import from_mapping, read_yaml
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.planning.layout_cost import Cluster
 from megatron_samoe.planning.layout_planner import plan_layouts
+from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.teacher import load_teacher
 from megatron_samoe.training.train_step import train_step
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, with_options
 
@@ -46,16 +49,26 @@ def reduced(config: PretrainConfig) -> PretrainConfig:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_an_example_can_be_planned(path: Path) -> None:
     cluster = Cluster(32, 8, 72e9, 989e12, 450e9, 50e9, 3350e9)
-    assert plan_layouts(example(path), 50257, cluster, (1, 2, 4)), "it fits 32 GPUs of 72 GB"
+    config = with_options(example(path), teacher=None, teacher_until=None)
+    assert plan_layouts(config, 50257, cluster, (1, 2, 4)), "it fits 32 GPUs of 72 GB"
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if "dense" not in p.stem], ids=lambda p: p.stem)
-def test_an_example_trains_at_reduced_width(path: Path) -> None:
+def test_an_example_trains_at_reduced_width(path: Path, tmp_path: Path) -> None:
     config = reduced(example(path))
+    if config.distillation.teacher is not None:
+        teacher = reduced(example(path.with_name(f"{Path(config.distillation.teacher).name}.yaml")))
+        teacher = with_options(teacher, save=str(tmp_path / "teacher"))
+        taught = build_setup(teacher, VOCAB_SIZE, single_process_state())
+        save_run(taught, initial_state(taught))
+        config = with_options(config, teacher=str(tmp_path / "teacher"), teacher_until=STEPS // 2)
     setup = build_setup(config, VOCAB_SIZE, single_process_state())
+    if config.distillation.teacher is not None:
+        setup = replace(setup, teacher=load_teacher(config, setup.model))
     state, losses = initial_state(setup), []
     for _ in range(STEPS):
         result, state = train_step(setup, state, micro_batches(setup, 0))
         losses.append(result.lm_loss)
+        assert (result.kl_loss is None) == (setup.teacher is None)
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0] - 0.2, "one batch is learned by heart"
