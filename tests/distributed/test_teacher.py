@@ -29,10 +29,11 @@ TEACHERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "combined": (2, {"pp": 2}, {"layout": "samoe", "num_layers": 6, "hidden_size": 24, "samoe_init": "uniform"}),
     "tied": (2, {"ep": 2}, {"layout": "moe", "expert_sharing": "tied", "num_layers": 3, "hidden_size": 72,
                             "moe_balance_scope": "set"}),
+    "relu": (1, {}, {"layout": "moe", "style": "llama", "hidden_size": 40, "moe_router_score_function": "relu"}),
 }  # fmt: skip
 #: The teacher of each student.
 STUDENTS = {"dense": "moe", "moe": "dense", "samoe step": "moe", "samoe noisy": "tied", "tied": "combined",
-            "sets balanced": "combined", "pyramid residual": "tied"}  # fmt: skip
+            "sets balanced": "combined", "pyramid residual": "relu"}  # fmt: skip
 LAYOUTS_OF_STUDENTS = ("zero dp2", "tp2 sp", "pp2", "pp2 vpp2 dp1", "tp2 etp1 ep4", "ep2 edp2 overlap", "pp4 uneven", "pp2 gpipe",
                        "tp2 pp2 sp etp1 zero", "pp2 vpp2 ep2", "tp2 pp2 ep2 sp zero overlap", "tp2 etp1 ep4 pp2 sp")  # fmt: skip
 

@@ -93,6 +93,16 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(teacher: Path) -> No
     torch.testing.assert_close(stage.output.weight.main_grad[: len(expected)], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_a_teacher_computes_in_the_precision_of_its_student(teacher: Path) -> None:
+    batches, losses = [], {}
+    for name, options in (("fp32", {}), ("bf16", {"bf16": True})):
+        setup = taught_setup(student(teacher, **options))
+        batches = batches or micro_batches(setup, 0)
+        assert setup.teacher is not None and setup.teacher.model.dtype == setup.model.dtype
+        _, _, losses[name], _ = compute_gradients(setup, initial_state(setup), batches)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
+
+
 def test_evaluation_knows_no_teacher(teacher: Path) -> None:
     setup = taught_setup(student(teacher))
     batches = micro_batches(setup, 3)
