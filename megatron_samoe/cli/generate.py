@@ -256,7 +256,7 @@ def _run(options: argparse.Namespace) -> None:
         generate(engine, prompts, options, parallel.rank == 0)
         return
     if parallel.rank == 0:
-        print(f"{directory}: {engine.dtype}, experts {engine.serving}; a prompt a line", file=sys.stderr)
+        print(f"{directory}: {engine.summary}; a prompt a line", file=sys.stderr)
     for number, prompt in enumerate(_ask(parallel)):
         try:
             generate(engine, [prompt], options, parallel.rank == 0, number)

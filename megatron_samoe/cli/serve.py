@@ -96,7 +96,7 @@ def _engine(options: argparse.Namespace, parallel: ParallelState) -> Engine:
         loaded, max_batch=options.max_batch, max_tokens=options.max_tokens,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
-    logger.info("loaded %s: %s, experts %s", loaded.directory, engine.dtype, engine.serving)
+    logger.info("loaded %s: %s", loaded.directory, engine.summary)
     return engine
 
 

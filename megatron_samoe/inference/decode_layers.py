@@ -33,17 +33,15 @@ class Banks:
     """A pool's banks for one layer whose experts are combined when needed.
 
     Attributes:
-        w1, w2: one [E, (2,) F, H] and [E, H, F] for each bank, in the precision of serving.
+        stack: all banks' experts, bank after bank.
         b1, b2: the layer's combined biases, fp32, or None.
         coefficients_2EP: fp32.
     """
 
-    w1: tuple[Weight, ...]
-    w2: tuple[Weight, ...]
+    stack: ExpertStack
     b1: Tensor | None
     b2: Tensor | None
     coefficients_2EP: Tensor
-    gated: bool
 
 
 @dataclass(frozen=True)
@@ -207,25 +205,19 @@ class _Pool:
 
     def folded(self, a_2GP: Tensor) -> ExpertStack:
         """Returns a layer's experts, combined."""
-        return _stack(self._combined(self._banks, a_2GP), self._activation, self._dtype)
+        return _stack(ExpertWeights(**self._combined(a_2GP, tuple(ROW_OF_WEIGHT))), self._activation, self._dtype)
 
     def lent(self, a_2GP: Tensor) -> Banks:
         """Returns what a layer's experts are combined of."""
-        stack, sizes = self.stack, (self._num_banks, self._num_experts)
-        w1, w2 = (
-            tuple(w.map(lambda t, bank=bank: t.unflatten(0, sizes)[bank]) for bank in range(self._num_banks))  # type: ignore[misc]
-            for w in (stack.w1, stack.w2)
-        )
-        biases = {n: t for n, t in self._banks.items() if n in ("b1", "b2")}
-        made = {n: _fp32(self._combine(n, bank, a_2GP)) for n, bank in biases.items()}
+        combined = self._combined(a_2GP, ("b1", "b2"))
         a_2EP = a_2GP.float().expand(2, self._num_experts, self._num_banks).contiguous()
-        return Banks(w1, w2, made.get("b1"), made.get("b2"), a_2EP, stack.gated)
+        return Banks(self.stack, combined.get("b1"), combined.get("b2"), a_2EP)
 
-    def _combined(self, banks: ExpertWeights, a_2GP: Tensor) -> ExpertWeights:
-        return ExpertWeights(**{name: self._combine(name, bank, a_2GP) for name, bank in banks.items()})
+    def _combined(self, a_2GP: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        def one(name: str, bank: Tensor) -> Tensor:
+            return combine(a_2GP[ROW_OF_WEIGHT[name]][None], bank, bank.new_empty((1, *bank.shape[1:])))[0]
 
-    def _combine(self, name: str, bank: Tensor, a_2GP: Tensor) -> Tensor:
-        return combine(a_2GP[ROW_OF_WEIGHT[name]][None], bank, bank.new_empty((1, *bank.shape[1:])))[0]
+        return {name: one(name, bank) for name, bank in self._banks.items() if name in names}
 
 
 def _stack(weights: ExpertWeights, activation: str, dtype: Precision) -> ExpertStack:

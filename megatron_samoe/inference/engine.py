@@ -32,13 +32,13 @@ from megatron_samoe.inference.serving import (
     choose_serving,
     combined_layers,
     default_cache_experts,
-    free_memory_bytes,
     needed_bytes,
     precision_of,
 )
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.text_stream import TextStream
 from megatron_samoe.ops.extension import uses_cuda_kernels
+from megatron_samoe.runtime.free_memory import free_memory_bytes
 from megatron_samoe.runtime.load import LoadedModel
 
 #: What the CUDA decode kernels take at most.
@@ -123,6 +123,11 @@ class Engine:
         return SingleRunner(model, max_step_tokens, self.max_batch, cache_experts)
 
     @property
+    def summary(self) -> str:
+        """Precision, way of serving and way of computing, in words."""
+        return f"{self.dtype}, experts {self.serving}, steps {self._runner.steps}"
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self.num_running + self.num_waiting > 0
@@ -142,8 +147,11 @@ class Engine:
         """Tokens of the key-value cache that no request has reserved."""
         return self._pages.num_free_pages * PAGE
 
-    def submit(self, request: Request) -> int:
+    def submit(self, request: Request, request_id: int | None = None) -> int:
         """Queues a request and returns its id, which events carry.
+
+        Args:
+            request_id: of no request before; the next number if not given.
 
         Raises:
             ConfigError: the prompt is empty, too long or has unknown tokens, an option is out of range, or the request
@@ -159,8 +167,8 @@ class Engine:
                 f"prompt and result may have {self.max_tokens} tokens together, as the key-value cache has no more; "
                 f"the prompt has {len(request.prompt_ids)}. A larger max_tokens of the engine helps.",
             )  # fmt: skip
-        request_id = self._next_id
-        self._next_id += 1
+        request_id = self._next_id if request_id is None else request_id
+        self._next_id = max(self._next_id, request_id + 1)
         sampler = Sampler(request.sampling, request.prompt_ids, self.vocab_size)
         text = TextStream(self.tokenizer, request.prompt_ids, request.sampling.stop)
         self._scheduler.add(Sequence(request_id, request, length, sampler, text))

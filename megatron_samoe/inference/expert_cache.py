@@ -27,27 +27,24 @@ class ExpertCache:
 
     def __init__(self, layers: dict[int, Banks], num_experts: int):
         assert layers and num_experts >= len(layers)
-        first = next(iter(layers.values()))
-        self._per_layer = num_experts // len(layers)
-        slots = self._per_layer * len(layers)
+        self._banks, self._per_layer = layers, num_experts // len(layers)
+        first, slots = next(iter(layers.values())), self._per_layer * len(layers)
+        self._num_experts = first.coefficients_2EP.shape[1]
 
         def room(t: Tensor) -> Tensor:
             return t.new_empty(slots, *t.shape[1:])
 
-        self._w1, self._w2 = (w[0].map(room) for w in (first.w1, first.w2))
-        self._b1, self._b2 = (None if b is None else room(b) for b in (first.b1, first.b2))
-        self._banks = layers
-        self._gated = first.gated
-        device = first.coefficients_2EP.device
-        self._num_experts = first.coefficients_2EP.shape[1]
         # On the CPU the index that the op reads is written in place.
         self._index_E = torch.full((self._num_experts,), -1, dtype=torch.int64)
-        self._index_on_device_E = self._index_E if device.type == "cpu" else self._index_E.to(device)
-        self._index = self._index_E.numpy()
-        #: By layer, expert to slot in order of use, the oldest first.
-        self._held: dict[int, dict[int, int]] = {layer: {} for layer in layers}
-        self._free = {
-            layer: list(range(i * self._per_layer, (i + 1) * self._per_layer)) for i, layer in enumerate(layers)
+        self._index, index_E = self._index_E.numpy(), self._index_E.to(first.coefficients_2EP.device)
+        w1, w2 = (w.map(room) for w in (first.stack.w1, first.stack.w2))
+        b1, b2 = (None if b is None else room(b) for b in (first.b1, first.b2))
+        self._stack = ExpertStack(w1, w2, b1, b2, first.stack.gated, index_E, index_E)
+        #: By layer, expert to slot in order of use, the oldest first; numbers below 0 stand for slots that nothing has used.
+        starts = range(0, slots, self._per_layer)
+        self._held = {
+            la: {-1 - slot: slot for slot in range(start, start + self._per_layer)}
+            for la, start in zip(layers, starts, strict=True)
         }
         self.num_hits = self.num_misses = 0
 
@@ -68,23 +65,19 @@ class ExpertCache:
             self._index[:] = -1
             for expert in group:
                 self._index[expert] = held[expert]
-            if self._index_on_device_E is not self._index_E:
-                self._index_on_device_E.copy_(self._index_E)
-            index_E = self._index_on_device_E
-            stack = ExpertStack(self._w1, self._w2, self._b1, self._b2, self._gated, index_E, index_E)
-            experts_block(routed, stack, y_TKH, out_TH, scratch, combine=not waiting)
+            if self._stack.index1_E is not self._index_E:
+                self._stack.index1_E.copy_(self._index_E)
+            experts_block(routed, self._stack, y_TKH, out_TH, scratch, combine=not waiting)
 
     def _combine(self, layer: int, expert: int, protected: list[int]) -> None:
         held, banks = self._held[layer], self._banks[layer]
-        if self._free[layer]:
-            slot = self._free[layer].pop()
-        else:
-            slot = held.pop(next(old for old in held if old not in protected))
+        slot = held.pop(next(old for old in held if old not in protected))
         self.num_misses += 1
-        for row, (sources, target) in enumerate(((banks.w1, self._w1), (banks.w2, self._w2))):
-            parts = [w.map(lambda t: t[expert]) for w in sources]
+        in_banks = range(expert, len(banks.stack.index1_E), self._num_experts)
+        for row, (source, target) in enumerate(((banks.stack.w1, self._stack.w1), (banks.stack.w2, self._stack.w2))):
+            parts = [source.map(lambda t, i=i: t[i]) for i in in_banks]  # type: ignore[misc]
             combine_rows(parts, banks.coefficients_2EP[row, expert], target.map(lambda t: t[slot]))
-        for bias, copies in ((banks.b1, self._b1), (banks.b2, self._b2)):
+        for bias, copies in ((banks.b1, self._stack.b1), (banks.b2, self._stack.b2)):
             if bias is not None and copies is not None:
                 copies[slot] = bias[expert]
         held[expert] = slot

@@ -69,16 +69,13 @@ def make_batch(
     """Returns the batch of some spans, whose tokens follow each other in `tokens`.
 
     Args:
-        buffers: CPU memory to use, where the device is the CPU.
+        buffers: CPU memory to use; on the CPU the batch lies there.
     """
     positions = [p for span in spans for p in range(span.first_position, span.first_position + span.num_tokens)]
     slots = [span.slot for span in spans for _ in range(span.num_tokens)]
     assert len(tokens) == len(positions)
-    if buffers is not None and device.type == "cpu":
-        tokens_T, positions_T, slots_T = buffers.fill(tokens, positions, slots)
-        return StepBatch(tuple(spans), tokens_T, positions_T, slots_T, pages, tuple(logit_rows))
-    tokens_T = torch.tensor(tokens, dtype=torch.int64, device=device)
-    positions_T, slots_T = (torch.tensor(x, dtype=torch.int32, device=device) for x in (positions, slots))
+    filled = (buffers or BatchBuffers(len(tokens))).fill(tokens, positions, slots)
+    tokens_T, positions_T, slots_T = (t.to(device) for t in filled)
     return StepBatch(tuple(spans), tokens_T, positions_T, slots_T, pages, tuple(logit_rows))
 
 

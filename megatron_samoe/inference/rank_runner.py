@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_samoe.errors import ConfigError
@@ -24,12 +25,18 @@ from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec
 from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
 from megatron_samoe.pipeline_parallel.schedules import run_plan
 from megatron_samoe.runtime.load import LoadedModel
+from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
 
 class Runner(Protocol):
-    """Computes the steps of an engine; holds the keys and values of all its sequences."""
+    """Computes the steps of an engine; holds the keys and values of all its sequences.
+
+    Attributes:
+        steps: how they are computed, in words.
+    """
 
     device: torch.device
+    steps: str
 
     def run(self, batch: StepBatch) -> Tensor:
         """Returns fp32 logits [wanted rows, V] on the CPU, valid until the next step, and keeps keys and values."""
@@ -43,6 +50,8 @@ class RankRunner:
         serving: how a pool's experts are kept; "on-the-fly" combines a layer's when it runs. None leaves the model as
             it is.
     """
+
+    steps = "by the training model"
 
     def __init__(self, loaded: LoadedModel, num_pages: int, serving: Serving | None = None):
         self._loaded, self._model = loaded, loaded.model
@@ -72,7 +81,7 @@ class RankRunner:
         def forward(chunk: int, micro_batch: int, x: Tensor | None) -> Tensor:
             y, _ = model(tokens_BS if x is None else x, self._context, positions_BS, chunk=chunk)
             if model.chunks[chunk].is_last and len(rows):
-                logits_NV.copy_(_whole_vocabulary(y[rows].float(), self._loaded))
+                logits_NV.copy_(_whole_vocabulary(y[rows].float(), model))
             return y
 
         spec = TensorSpec((tokens_BS.numel(), self._loaded.config.model.hidden_size), model.dtype, self.device)
@@ -165,13 +174,11 @@ class SelectedLender:
         return run
 
 
-def _whole_vocabulary(logits_Nv: Tensor, loaded: LoadedModel) -> Tensor:
-    """Returns the logits of all tensor-parallel ranks; parts differ in width, so they are padded to travel."""
-    tp = loaded.model.state.tp
+def _whole_vocabulary(logits_Nv: Tensor, model: RankModel) -> Tensor:
+    """Returns the logits of all tensor-parallel ranks, which hold equal parts of the padded vocabulary."""
+    tp = model.state.tp
     if tp.size == 1:
         return logits_Nv
-    widths = tp.all_gather(torch.tensor([logits_Nv.shape[1]], device=logits_Nv.device)).tolist()
-    padded = logits_Nv.new_full((1, logits_Nv.shape[0], max(widths)), -torch.inf)
-    padded[0, :, : logits_Nv.shape[1]] = logits_Nv
-    parts = tp.all_gather(padded)
-    return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+    padded = padded_vocab_size(model.vocab_size, model.config.model.make_vocab_size_divisible_by)
+    parts_vN = F.pad(logits_Nv, (0, padded // tp.size - logits_Nv.shape[1])).t()
+    return tp.all_gather(parts_vN)[: model.vocab_size].t()

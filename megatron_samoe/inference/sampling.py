@@ -7,8 +7,9 @@ in the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,40 +44,36 @@ class SamplingOptions:
 
 def check_sampling(options: SamplingOptions) -> None:
     """Raises ConfigError that names each option out of range."""
-    whole = (
-        ("max_new_tokens", 1, "must be a whole number, 1 or more"),
-        ("top_k", 0, "must be a whole number, 0 (all tokens) or more"),
-        ("seed", 0, "must be a whole number from 0 to 2**64 - 1"),
-    )
-    errors = []
-    for name, least, allowed in whole:
-        value = getattr(options, name)
-        if not _is_whole(value) or value < least or (name == "seed" and value >= 2**64):
-            errors.append(ConfigError(name, value, allowed))
-    ranges = (
-        ("temperature", lambda x: x >= 0, "must be 0 (the most probable token) or more"),
-        ("top_p", lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
+    checks: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+        ("max_new_tokens", lambda x: _is_whole(x) and x >= 1, "must be a whole number, 1 or more"),
+        ("top_k", lambda x: _is_whole(x) and x >= 0, "must be a whole number, 0 (all tokens) or more"),
+        ("seed", lambda x: _is_whole(x) and 0 <= x < 2**64, "must be a whole number from 0 to 2**64 - 1"),
+        ("temperature", lambda x: _is_number(x) and x >= 0, "must be 0 (the most probable token) or more"),
+        ("top_p", lambda x: _is_number(x) and 0 < x <= 1, "must be above 0 and at most 1"),
         # Within these bounds a penalised logit is finite in fp32 wherever the model's own is.
-        ("repetition_penalty", lambda x: 0.01 <= x <= 100, "must be from 0.01 to 100; 1 changes nothing"),
+        (
+            "repetition_penalty",
+            lambda x: _is_number(x) and 0.01 <= x <= 100,
+            "must be from 0.01 to 100; 1 changes nothing",
+        ),
+        ("stop", _are_texts, "must be a sequence of texts that are not empty"),
     )
-    for name, fits, allowed in ranges:
-        value = getattr(options, name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-            or not fits(value)
-        ):
-            errors.append(ConfigError(name, value, allowed))
-    stop = options.stop
-    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
-        errors.append(ConfigError("stop", stop, "must be a sequence of texts that are not empty"))
+    given = {name: getattr(options, name) for name, *_ in checks}
+    errors = [ConfigError(name, given[name], allowed) for name, fits, allowed in checks if not fits(given[name])]
     if errors:
         raise ConfigErrors(errors)
 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_texts(value: Any) -> bool:
+    return not isinstance(value, str) and all(isinstance(text, str) and text for text in value)
 
 
 class Sampler:

@@ -104,7 +104,8 @@ class Scheduler:
             sequence = self._waiting.popleft()
             sequence.slot = self._pages.reserve(sequence.length - 1)
             self._running[sequence.request_id] = sequence
-        spans, sequences, tokens, samples = [], [], [], []
+        spans, sequences, samples = [], [], []
+        tokens: list[int] = []
         # Requests that generate need one token each; what is left of the step goes to prompts, oldest first.
         ordered = sorted(self._running.values(), key=lambda s: len(s.ids) - s.num_cached > 1)
         for sequence in ordered:

@@ -16,7 +16,7 @@ from megatron_samoe.inference.decode_layers import Banks, DecodeLayer, DecodeMod
 from megatron_samoe.inference.expert_cache import ExpertCache
 from megatron_samoe.inference.kv_cache import StepBatch
 from megatron_samoe.ops import decode, extension
-from megatron_samoe.ops.decode import ExpertStack, Places, Routed, Weight
+from megatron_samoe.ops.decode import ExpertStack, Places, Routed
 from megatron_samoe.ops.decode_plan import DecodePlan
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
@@ -61,6 +61,8 @@ class SingleRunner:
         self._words = None if kind == torch.float32 else torch.empty(max_tokens, hidden, dtype=kind, device=self.device)
         self._scales = floats(max_tokens)
         self._plan = _make_plan(model, self._x_TH, self._scratch, max_logits)
+        reason = "as experts are combined on the fly" if banks else "as there are no kernels for plans on this device"
+        self.steps = "by a plan" if self._plan is not None else f"layer by layer, {reason}"
 
     @torch.no_grad()
     def run(self, batch: StepBatch) -> Tensor:
@@ -191,7 +193,7 @@ def _scratch_of(layer: DecodeLayer, max_tokens: int, hidden: int) -> int:
     for stack, routing in ((layer.experts, layer.routing), (layer.shared, None)):
         if stack is None:
             continue
-        w2: Weight = stack.w2 if isinstance(stack, ExpertStack) else stack.w2[0]
+        w2 = stack.w2 if isinstance(stack, ExpertStack) else stack.stack.w2
         num_experts = 1 if routing is None else routing.weight_EH.shape[0]
         topk = 1 if routing is None else routing.topk
         sizes.append(decode.mlp_scratch(max_tokens, hidden, w2.data.shape[-1], topk, num_experts))

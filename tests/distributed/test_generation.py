@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
-from megatron_samoe.inference.generate import generate_ids, next_token_logits
+from megatron_samoe.inference.generate import generate_ids
+from megatron_samoe.inference.kv_cache import PageTable, Span, make_batch, pages_for
+from megatron_samoe.inference.rank_runner import RankRunner
 from megatron_samoe.parallel_state import initialize_model_parallel
-from megatron_samoe.runtime.load import load_model
+from megatron_samoe.runtime.load import LoadedModel, load_model
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.ranks import run_ranks
@@ -32,6 +34,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def save(config: PretrainConfig) -> None:
     setup = build_setup(config, 257, initialize_model_parallel(config.parallel))
     save_run(setup, initial_state(setup))
+
+
+def next_token_logits(loaded: LoadedModel, ids: list[int]) -> torch.Tensor:
+    """Returns logits_V of the training model."""
+    num_pages = pages_for(len(ids))
+    runner = RankRunner(loaded, num_pages)
+    pages = PageTable(1, num_pages, num_pages, runner.device)
+    span = Span(pages.reserve(len(ids)), 0, len(ids))
+    return runner.run(make_batch([span], ids, pages.table, [len(ids) - 1], runner.device))[0]
 
 
 def run(folder: str, config: PretrainConfig) -> tuple[torch.Tensor, list[int], list[int]]:

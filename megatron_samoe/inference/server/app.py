@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from megatron_samoe.inference.server.gate import ROUTES, Gate, GateLimits, gone, now_s, read_body, send_error
+from megatron_samoe.inference.server.gate import ROUTES, App, Gate, GateLimits, gone, now_s, read_body, send_error
 from megatron_samoe.inference.server.jobs import CompletionService, Job
 from megatron_samoe.inference.server.metrics import ServerMetrics
 from megatron_samoe.inference.server.protocol import (
@@ -32,16 +33,8 @@ from megatron_samoe.log import logger
 PAGE = Path(__file__).with_name("page.html")
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What all pieces of one answer share."""
-
-    call_id: str
-    created: int
-    model: str
-
-    def body(self, choices: list[dict], usage: dict | None = None) -> dict:
-        return completion_body(self.call_id, self.created, self.model, choices, usage)
+#: Makes bodies of one answer of their choices and usage.
+_Answer: TypeAlias = Callable[[list[dict], "dict | None"], dict]
 
 
 class _Routes:
@@ -92,7 +85,7 @@ class _Routes:
         # Tokenizers take their time over a long prompt, and other requests' tokens wait for this thread.
         call = await asyncio.to_thread(lambda: parse_completion(parse_body(raw), self._facts))
         job = self._service.open(call.requests, call.prompt_tokens)
-        answer = _Answer(f"cmpl-{secrets.token_hex(12)}", now_s(), self._facts.name)
+        answer = partial(completion_body, f"cmpl-{secrets.token_hex(12)}", now_s(), self._facts.name)
         if call.stream:
             return _EventStream(self._stream(call, job, answer), job)
         return await self._whole(call, job, answer, request.receive)
@@ -108,35 +101,27 @@ class _Routes:
                 reasons[index] = event.finish_reason
                 num_tokens += 1
 
-        answered, left = asyncio.create_task(collect()), asyncio.create_task(gone(receive))
-        try:
-            await asyncio.wait((answered, left), return_when=asyncio.FIRST_COMPLETED)
-            if not answered.done():
-                return self._responses.Response(status_code=499)
-            answered.result()
-        finally:
-            job.close()
-            for task in (answered, left):
-                task.cancel()
+        if not await _done_for_client(collect(), job, receive):
+            return self._responses.Response(status_code=499)
         choices = [choice_body(i, text, reason) for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))]
-        return self._responses.JSONResponse(answer.body(choices, usage_body(call.prompt_tokens, num_tokens)))
+        return self._responses.JSONResponse(answer(choices, usage_body(call.prompt_tokens, num_tokens)))
 
     async def _stream(self, call: CompletionCall, job: Job, answer: _Answer) -> AsyncIterator[bytes]:
         num_tokens = 0
         for index, head in enumerate(call.heads):
             if head:
-                yield _event(answer.body([choice_body(index, head, None)]))
+                yield _event(answer([choice_body(index, head, None)], None))
         try:
             async for index, event in job.tokens():
                 num_tokens += 1
                 if event.text or event.finish_reason:
-                    yield _event(answer.body([choice_body(index, event.text, event.finish_reason)]))
+                    yield _event(answer([choice_body(index, event.text, event.finish_reason)], None))
         except ApiError as error:
             # The status is long sent, so the error comes as an event, and no [DONE] follows.
             yield _event(error.body)
             return
         if call.include_usage:
-            yield _event(answer.body([], usage_body(call.prompt_tokens, num_tokens)))
+            yield _event(answer([], usage_body(call.prompt_tokens, num_tokens)))
         yield b"data: [DONE]\n\n"
 
 
@@ -155,27 +140,31 @@ class _EventStream:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-        sent, left = asyncio.create_task(pump()), asyncio.create_task(gone(receive))
-        try:
-            await asyncio.wait((sent, left), return_when=asyncio.FIRST_COMPLETED)
-            if sent.done():
-                sent.result()
-        except OSError:
-            pass  # the client has gone while it was sent something
-        finally:
-            self._job.close()
-            for task in (sent, left):
-                task.cancel()
+        with contextlib.suppress(OSError):  # the client has gone while it was sent something
+            await _done_for_client(pump(), self._job, receive)
 
 
-class _Refusal:
-    """A response in OpenAI's shape of errors."""
+async def _done_for_client(work: Coroutine[Any, Any, None], job: Job, receive: Any) -> bool:
+    """Does the work of a job unless the client goes before, and closes the job; returns whether all was done."""
+    done, left = asyncio.create_task(work), asyncio.create_task(gone(receive))
+    try:
+        await asyncio.wait((done, left), return_when=asyncio.FIRST_COMPLETED)
+        if done.done():
+            done.result()
+        return done.done()
+    finally:
+        job.close()
+        for task in (done, left):
+            task.cancel()
 
-    def __init__(self, error: ApiError):
-        self._error = error
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send_error(self._error, send)
+def _refusal(error: ApiError) -> App:
+    """Returns a response in OpenAI's shape of errors."""
+
+    async def respond(scope: Any, receive: Any, send: Any) -> None:
+        await send_error(error, send)
+
+    return respond
 
 
 def _event(body: dict) -> bytes:
@@ -196,7 +185,7 @@ def _content_policy(page: str) -> str:
 
 
 async def _answer_error(_: Any, error: Any) -> Any:
-    return _Refusal(error)
+    return _refusal(error)
 
 
 async def _answer_http_error(request: Any, error: Any) -> Any:
@@ -208,12 +197,12 @@ async def _answer_http_error(request: Any, error: Any) -> Any:
     }.get(error.status_code, str(error.detail))
     allow = (error.headers or {}).get("Allow")
     code = "not_found" if error.status_code == 404 else None
-    return _Refusal(ApiError(error.status_code, message, code=code, allow=allow))
+    return _refusal(ApiError(error.status_code, message, code=code, allow=allow))
 
 
 async def _answer_fault(_: Any, error: Any) -> Any:
     logger.error("a request failed: %r", error)
-    return _Refusal(
+    return _refusal(
         ApiError(500, "The server has failed at this request; its log has the reason.", kind="server_error")
     )
 

@@ -34,7 +34,7 @@ def timed_protocol(timeout_s: float) -> Any:
             elif self._deadline is None and not self.transport.is_closing():
                 self._start()
 
-        def eof_received(self) -> bool | None:
+        def eof_received(self) -> bool | None:  # type: ignore[override]
             # Nothing tells a client that still reads from one that has gone, so it is taken for the first for a while.
             if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
                 return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from megatron_samoe.datasets.tokenizer import Tokenizer
@@ -35,10 +35,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 NAMES = {"max_new_tokens": "max_tokens", "ignore_eod": "ignore_eos"}
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """A request that is not answered, as the client sees it.
 
-    Args:
+    Attributes:
         status: of HTTP.
         kind: OpenAI's "type".
         param: field of the request that is at fault.
@@ -47,20 +48,17 @@ class ApiError(Exception):
         allow: methods that the path takes.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: int | None = None,
-        allow: str | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.message, self.kind = status, message, kind
-        self.param, self.code, self.retry_after_s, self.allow = param, code, retry_after_s, allow
+    status: int
+    message: str
+    _: KW_ONLY
+    kind: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: int | None = None
+    allow: str | None = None
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def body(self) -> dict[str, Any]:

@@ -6,20 +6,19 @@ commands to the others before every step, and `follow` carries them out there.
 
 from __future__ import annotations
 
-import json
+import pickle
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
-from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import Group
 
@@ -57,12 +56,10 @@ class Load:
 
 
 class Desk:
-    """Carries commands out on one rank's engine and translates between tickets and the engine's ids."""
+    """Carries commands out on one rank's engine, which knows a request by its ticket."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._id_of: dict[int, int] = {}
-        self._ticket_of: dict[int, int] = {}
         self.stopped = False
 
     @property
@@ -79,35 +76,21 @@ class Desk:
             elif command.kind == "submit":
                 assert command.request is not None
                 try:
-                    request_id = self._engine.submit(command.request)
+                    self._engine.submit(command.request, command.ticket)
                 except ConfigError as error:
                     notices.append(Ended(command.ticket, error))
-                else:
-                    self._id_of[command.ticket], self._ticket_of[request_id] = request_id, command.ticket
-            elif command.ticket in self._id_of:  # else it was complete before the news came
-                self._engine.cancel(self._forget(command.ticket))
+            elif self._engine.cancel(command.ticket):  # else it was complete before the news came
                 notices.append(Ended(command.ticket, None))
         return notices
 
-    def step(self) -> list[Notice]:
+    def step(self) -> Sequence[Notice]:
         """Runs one step, if there is work, and returns its tokens."""
-        notices: list[Notice] = []
-        for event in self._engine.step():
-            ticket = self._ticket_of[event.request_id]
-            notices.append(event._replace(request_id=ticket))
-            if event.finish_reason is not None:
-                self._forget(ticket)
-        return notices
+        return self._engine.step()
 
     def load(self, step_time_s: float) -> Load:
         """Returns how busy the engine is."""
         engine = self._engine
         return Load(engine.num_running, engine.num_waiting, engine.num_free_tokens, step_time_s)
-
-    def _forget(self, ticket: int) -> int:
-        request_id = self._id_of.pop(ticket)
-        del self._ticket_of[request_id]
-        return request_id
 
 
 class EngineWorker:
@@ -188,7 +171,7 @@ def share_commands(commands: Sequence[Command], group: Group) -> None:
     if group.size == 1:
         return
     device = _device(group)
-    content = json.dumps([_packed(c) for c in commands]).encode() if commands else b""
+    content = pickle.dumps(list(commands)) if commands else b""
     group.broadcast(torch.tensor([len(content)], dtype=torch.int64, device=device))
     if content:
         group.broadcast(torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device))
@@ -201,20 +184,7 @@ def receive_commands(group: Group) -> list[Command]:
     if length == 0:
         return []
     content = group.broadcast(torch.zeros(length, dtype=torch.uint8, device=device))
-    return [_unpacked(fields) for fields in json.loads(bytes(content.cpu().numpy()))]
-
-
-def _packed(command: Command) -> list[Any]:
-    request = command.request
-    return [command.kind, command.ticket, request and [list(request.prompt_ids), asdict(request.sampling)]]
-
-
-def _unpacked(fields: list[Any]) -> Command:
-    kind, ticket, request = fields
-    if request is not None:
-        ids, options = request
-        request = Request(ids, SamplingOptions(**{**options, "stop": tuple(options["stop"])}))
-    return Command(kind, ticket, request)
+    return pickle.loads(bytes(content.cpu().numpy()))
 
 
 def _device(group: Group) -> torch.device:

@@ -16,9 +16,10 @@ from megatron_samoe.inference.kv_cache import PageTable, pages_for
 from megatron_samoe.inference.rank_runner import RankRunner, convert_weights
 from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
-from megatron_samoe.inference.serving import Serving, choose_serving, free_in_control_groups, needed_bytes
+from megatron_samoe.inference.serving import Serving, choose_serving, needed_bytes
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.ops import decode
+from megatron_samoe.runtime.free_memory import free_in_control_groups
 from megatron_samoe.runtime.load import LoadedModel
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
 
@@ -303,7 +304,7 @@ def test_needed_bytes_are_those_that_the_weights_take(serving: Serving, dtype: s
     tensors = runner._model.weights()
     if runner.expert_cache is not None:
         cache = runner.expert_cache
-        tensors += [t for w in (cache._w1, cache._w2) for t in (w.data, w.scale) if t is not None]
+        tensors += [t for w in (cache._stack.w1, cache._stack.w2) for t in (w.data, w.scale) if t is not None]
     new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     taken = sum(size for place, size in new.items() if place not in before)
     planned = needed_bytes(loaded.model, dtype, cache_experts, pages)[serving]
