@@ -4,7 +4,8 @@ Folding computes every layer's experts once, as a step of training does, and giv
 as the standard MoE that it equals. Selecting lets each layer name one bank, so that layers share storage and nothing has to
 be combined; the weights change, and by how much is said. What is selected is kept as one-hot coefficients of the pool, or
 becomes tied sets, of which w1 is used as it is; a factor on w2 goes into the weights of routing, where the router has a place
-for one: the scale of --moe-router-score-function norm, or --moe-router-topk-scaling-factor if all layers want the same.
+for one: the scale of --moe-router-score-function norm, the weights of relu, or --moe-router-topk-scaling-factor if all layers
+want the same.
 """
 
 from __future__ import annotations
@@ -267,9 +268,11 @@ def _with_factors(config: PretrainConfig, factors: Mapping[int, float]) -> tuple
     if moe.moe_router_score_function == "norm":
         # Its scores are weights as they are; what they are compared with grows alike, so the choice stays.
         return config, (".moe.router.scale", ".moe.router.expert_bias")
+    if moe.moe_router_score_function == "relu":
+        return config, (".moe.router.weight",)
     if values[-1] - values[0] > EQUAL * values[-1]:
         raise ConfigError("--scale", "keep", f"w2's factors are {smallest} in different layers, which only routers of "
-                          f"--moe-router-score-function norm can hold, not {moe.moe_router_score_function}; {advice}")  # fmt: skip
+                          f"--moe-router-score-function norm or relu can hold, not {moe.moe_router_score_function}; {advice}")  # fmt: skip
     factor = sum(values) / len(values) * (moe.moe_router_topk_scaling_factor or 1.0)
     return replace(config, moe=replace(moe, moe_router_topk_scaling_factor=factor)), ()
 

@@ -200,11 +200,13 @@ def scaled(w1: float, factors: list[float], **options: Any) -> MemorySource:
 def test_factors_on_w2_move_into_routing_where_it_can_hold_them() -> None:
     differ, same = [1.0, 0.5, 2.0, 1.5], [1.25] * 4
     for source in (scaled(1.0, differ, **NORM, moe_router_enable_expert_bias=True), scaled(1.0, same),
+                   scaled(1.0, differ, moe_router_score_function="relu"),
+        scaled(1.0, differ, moe_router_score_function="relu"),
                    scaled(1.0, same, moe_router_score_function="sigmoid", moe_router_topk=2,
                           moe_router_topk_scaling_factor=2.0)):  # fmt: skip
         assert_same(tie_selected(source, "keep"), source)
     with pytest.raises(
-        ConfigError, match=r"0.5000 to 2.0000 in different layers, which only routers of .* norm can hold"
+        ConfigError, match=r"0.5000 to 2.0000 in different layers, which only routers of .* norm or relu can hold"
     ):
         tie_selected(scaled(1.0, differ), "keep")
     with pytest.raises(ConfigError, match="weights of routing are positive"):

@@ -20,7 +20,8 @@ class SamoeConfig(PretrainedConfig):
         rotary_base, rotary_percent: of position_embedding_type rope; others are learned_absolute and none.
         linear_bias: of all linear layers and experts but the query-key-value projection, which has qkv_bias.
         num_experts: of each MoE layer, or a list of one for each.
-        router_score_function: softmax, sigmoid, or norm: a learned factor times ReLU(logits / their length).
+        router_score_function: softmax, sigmoid, norm: a learned factor times ReLU(logits / their length), or relu: ReLU(logits)
+            of all experts where they are positive.
         router_expert_bias: choose experts by score + a bias.
         router_num_groups, router_group_topk: consecutive groups of experts, and how many of them a token may use.
         router_scaling_factor: on the chosen experts' weights.
