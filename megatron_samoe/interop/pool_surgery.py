@@ -29,8 +29,6 @@ from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.bank_fit import BankFit, fit_banks, match_experts, match_to_mean, role_gram
 from megatron_samoe.interop.edited_model import (
-    POOL,
-    SETS,
     EditedModel,
     add_fractions,
     begin_edit,
@@ -40,7 +38,7 @@ from megatron_samoe.interop.edited_model import (
     with_sharing,
 )
 from megatron_samoe.interop.gram import inner_products
-from megatron_samoe.interop.layer_experts import LayerExperts, is_experts
+from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, layer_of, stored_as
 from megatron_samoe.interop.unpool_surgery import fold_shared
 from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
@@ -79,7 +77,7 @@ class SharedGroup:
     @property
     def stored(self) -> str:
         """What the names of the shared tensors begin with."""
-        return POOL if self.source.way == "combined" else f"{SETS}{self.source.number}."
+        return stored_as(self.source, 0)
 
     @property
     def named(self) -> str:
@@ -228,17 +226,22 @@ def _add_layers(
     edited: EditedModel, source: GlobalTensors, experts: LayerExperts, sources: Sequence[Source], order_LE: Tensor
 ) -> None:
     """Adds all but what is shared; experts of layers that share are left out, and their routers' rows reordered."""
-    shares = {p.index: p for p, s in zip(experts.layers, sources, strict=True) if s.way != "own"}
+    shares: dict[int | None, LayerPlace] = {
+        p.index: p for p, s in zip(experts.layers, sources, strict=True) if s.way != "own"
+    }
     for name in model_names(source):
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
-        place = shares.get(layer)
+        place = shares.get(layer_of(name))
         if place is None:
             edited.keep(source, name)
         elif name.endswith((".router.weight", ".router.expert_bias")):
             order_E, stored = order_LE[place.moe_index, : place.num_experts], source.tensors[name]
-            edited.add(name, stored.shape, stored.dtype, lambda n=name, o=order_E: source.read(n)[o])
+            edited.add(name, stored.shape, stored.dtype, partial(_rows, source, name, order_E))
         elif not is_experts(name):
             edited.keep(source, name)
+
+
+def _rows(source: GlobalTensors, name: str, order_E: Tensor) -> Tensor:
+    return source.read(name)[order_E]
 
 
 def add_shared(

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, written_map
+from megatron_samoe.config.sharing_map import Source, renumbered, written_map
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import (
     FRACTIONS,
-    SETS,
     EditedModel,
+    add_fractions,
     begin_edit,
     model_names,
     require,
@@ -32,7 +33,7 @@ from megatron_samoe.interop.edited_model import (
     with_sharing,
 )
 from megatron_samoe.interop.gram import bank_inner_products
-from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, source_of, stored_experts
+from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, layer_of, source_of, stored_experts
 from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 
@@ -50,16 +51,14 @@ def fold_shared(source: GlobalTensors) -> EditedModel:
     config = source_config(source)
     require(config.moe.shares_experts, config, "experts that layers share", "fold")
     experts = LayerExperts(source)
-    edited = begin_edit(source, with_sharing(config, [Source("own")] * len(experts.layers)))
+    own = [Source("own")] * len(experts.layers)
+    edited = begin_edit(source, with_sharing(config, own))
     for name in model_names(source):
         if not is_experts(name):
             edited.keep(source, name)
-    for kind in experts.kinds:
-        for place in sorted(experts.layers, key=stored_experts):
-            name, shape = f"layers.{place.index}.moe.experts.{kind}", experts.shape(place, kind)
-            edited.add(name, shape, experts.dtype, lambda p=place, k=kind: experts.read(p, k))
-    if FRACTIONS in source.tensors:
-        edited.keep(source, FRACTIONS)
+    indices = [place.index for place in experts.layers]
+    experts.add_to(edited, list(zip(experts.layers, own, indices, strict=True)), lambda p, k: experts.read(p, k)[None])
+    add_fractions(edited, source, [place.num_experts for place in experts.layers])
     edited.report.append(_folded(config, experts))
     return edited
 
@@ -155,7 +154,7 @@ def _grams(experts: LayerExperts, place: LayerPlace) -> list[Tensor]:
     groups = experts.coefficients(place).shape[1]
     grams: dict[int, Tensor] = {}
     for kind in experts.kinds:
-        bank, row = experts.banks(place, kind), ROW_OF_WEIGHT[kind]
+        bank, row = experts.whole(place, kind), ROW_OF_WEIGHT[kind]
         gram = bank_inner_products(bank.reshape(bank.shape[0], groups, -1))
         grams[row] = grams[row] + gram if row in grams else gram
     return [grams[0], grams[1]]
@@ -220,20 +219,34 @@ def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
             choices[place.index] = _choose(stored, experts.coefficients(place), grams[stored], scale)
     factors = {place.index: choices[place.index].factor if place.index in choices else 1.0 for place in experts.layers}
     config, scaled = _with_factors(config, factors)
-    sources, first = _tied_sources(experts, choices)
+    taken = [
+        (choices[p.index].stored, choices[p.index].bank) if p.index in choices else source_of(p) for p in experts.layers
+    ]
+    keys = list(dict.fromkeys(taken))
+    sources = renumbered([s if s == Source("own") else Source("tied", keys.index(s)) for s in taken])
     edited = begin_edit(source, with_sharing(config, sources))
     for name in model_names(source):
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+        factor = factors.get(layer_of(name) or 0, 1.0)
         if name.endswith(scaled):
-            stored_tensor, factor = source.tensors[name], factors[layer]
-            edited.add(name, stored_tensor.shape, stored_tensor.dtype, lambda n=name, f=factor: source.read(n) * f)
+            edited.add(
+                name, source.tensors[name].shape, source.tensors[name].dtype, partial(_times, source, name, factor)
+            )
         elif not is_experts(name):
             edited.keep(source, name)
-    _add_tied(edited, experts, sources, choices, first)
-    if FRACTIONS in source.tensors:
-        edited.keep(source, FRACTIONS)
+
+    def whole(place: LayerPlace, kind: str) -> Tensor:
+        bank = choices[place.index].bank if place.index in choices else 0
+        return experts.whole(place, kind)[bank : bank + 1]
+
+    indices = [place.index for place in experts.layers]
+    experts.add_to(edited, list(zip(experts.layers, sources, indices, strict=True)), whole)
+    add_fractions(edited, source, [place.num_experts for place in experts.layers])
     edited.report += _tied_report(choices, sources, experts, scale)
     return edited
+
+
+def _times(source: GlobalTensors, name: str, factor: float) -> Tensor:
+    return source.read(name) * factor
 
 
 def _choose(stored: str, a_2GP: Tensor, grams: Sequence[Tensor], scale: Scale) -> TiedChoice:
@@ -275,38 +288,6 @@ def _with_factors(config: PretrainConfig, factors: Mapping[int, float]) -> tuple
                           f"--moe-router-score-function norm or relu can hold, not {moe.moe_router_score_function}; {advice}")  # fmt: skip
     factor = sum(values) / len(values) * (moe.moe_router_topk_scaling_factor or 1.0)
     return replace(config, moe=replace(moe, moe_router_topk_scaling_factor=factor)), ()
-
-
-def _tied_sources(
-    experts: LayerExperts, choices: Mapping[int, TiedChoice]
-) -> tuple[list[Source], dict[Source, LayerPlace]]:
-    """Returns each layer's source, sets numbered by first use, and a layer that uses each set."""
-    keys: list[object] = []
-    for place in experts.layers:
-        chosen, source = choices.get(place.index), source_of(place)
-        keys.append((chosen.stored, chosen.bank) if chosen else place.index if source.way == "own" else source)
-    shared = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
-    sources = [Source("tied", shared.index(key)) if key in shared else Source("own") for key in keys]
-    return sources, {s: place for s, place in zip(sources[::-1], experts.layers[::-1], strict=True) if s.way == "tied"}
-
-
-def _add_tied(
-    edited: EditedModel, experts: LayerExperts, sources: Sequence[Source], choices: Mapping[int, TiedChoice],
-    first: Mapping[Source, LayerPlace],
-) -> None:  # fmt: skip
-    def weights(place: LayerPlace, kind: str) -> Tensor:
-        if source_of(place).way == "own":
-            return experts.read(place, kind)
-        return experts.banks(place, kind)[choices[place.index].bank if place.index in choices else 0]
-
-    for kind in experts.kinds:
-        for place, source in zip(experts.layers, sources, strict=True):
-            recipe, shape = (lambda p=place, k=kind: weights(p, k)), experts.shape(place, kind)
-            if source.way == "own":
-                edited.add(f"layers.{place.index}.moe.experts.{kind}", shape, experts.dtype, recipe)
-            elif first[source] is place:
-                name = f"{SETS}{source.number}.{kind}"
-                edited.add(name, (1, *shape), torch.float32, lambda r=recipe: r()[None])
 
 
 def _tied_report(
