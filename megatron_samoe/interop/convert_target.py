@@ -66,8 +66,7 @@ class Conversion:
                 key = _NUMBER.sub("*", name), tensor
                 alike[key] = alike.get(key, 0) + 1
             for (name, tensor), count in alike.items():
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                yield f"  {name}  {list(tensor.shape)} {dtype}{f'  x {count}' if count > 1 else ''}"
+                yield f"  {name}  {list(tensor.shape)} {tensor.dtype_name}{f'  x {count}' if count > 1 else ''}"
 
 
 @dataclass(frozen=True)

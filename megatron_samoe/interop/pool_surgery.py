@@ -247,11 +247,12 @@ def _rows(source: GlobalTensors, name: str, order_E: Tensor) -> Tensor:
 def add_shared(
     edited: EditedModel, experts: LayerExperts, group: SharedGroup, order_LE: Tensor, fits: Sequence[BankFit]
 ) -> None:
+    """Adds a group's coefficients, and its banks or its set as mixtures of its layers' experts in their common order."""
     if group.source.way != "tied":
         for number, place in enumerate(group.layers):
             groups = place.num_experts if group.per_expert else 1
             a_2GP = torch.stack([fit.coefficients_LGP[number].expand(groups, -1) for fit in fits]).float()
-            edited.add(f"layers.{place.index}.moe.combination", tuple(a_2GP.shape), torch.float32, lambda a=a_2GP: a)
+            edited.add_value(f"layers.{place.index}.moe.combination", a_2GP)
     for kind in experts.kinds:
         mixture_PGL = fits[ROW_OF_WEIGHT[kind]].mixture_PGL
         shape = (group.num_banks, *experts.shape(group.layers[0], kind))

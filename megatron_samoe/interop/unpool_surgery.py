@@ -144,7 +144,7 @@ def select_samoe(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     for layer, rows in chosen.items():
         name = f"layers.{layer}.moe.combination"
         a_2GP = torch.stack([row.a_GP for row in rows])
-        edited.add(name, tuple(a_2GP.shape), source.tensors[name].dtype, lambda a=a_2GP: a)
+        edited.add_value(name, a_2GP.to(source.tensors[name].dtype))
     edited.report += _report(chosen, config.moe.num_expert_banks, scale)
     return edited
 

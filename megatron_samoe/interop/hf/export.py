@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor, name_of
 from megatron_samoe.dist_checkpointing.store import refuse_parts
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.interop.edited_model import FRACTIONS, NOT_MODEL, source_config
@@ -26,8 +26,6 @@ from megatron_samoe.interop.hf.tokenizer_files import TokenizerFiles
 from megatron_samoe.interop.output_folder import new_folder, require_space
 from megatron_samoe.interop.unpool_surgery import fold_shared
 
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 Progress = Callable[[int], object]
 
 
@@ -180,7 +178,7 @@ def _token_ids(plan: ExportPlan) -> dict[str, int | None]:
 
 def _config(plan: ExportPlan) -> dict[str, object]:
     family = plan.target.family
-    dtype = _DTYPE_NAMES[plan.dtype]
+    dtype = name_of(plan.dtype)
     return {
         "architectures": [family.architecture], "model_type": family.name, **family.write_config(plan.native),
         # The first name is transformers 4's, the second transformers 5's.
