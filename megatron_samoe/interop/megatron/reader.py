@@ -208,15 +208,6 @@ class _OpenFiles:
         self._read_bytes += num_bytes
 
 
-def is_megatron_checkpoint(directory: Path) -> bool:
-    """Whether a folder is a checkpoint of Megatron-LM's format `torch`, or one of its iterations."""
-    try:
-        find_iteration(Path(directory))
-    except CheckpointError:
-        return False
-    return True
-
-
 def _equal(a: object, b: object) -> bool:
     return type(a) is type(b) and not isinstance(a, Tensor) and a == b
 
