@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -137,38 +138,31 @@ def write_export(plan: ExportPlan, directory: Path, progress: Progress = lambda 
 
 
 def _write_weights(plan: ExportPlan, folder: Path, progress: Progress) -> None:
-    files = iter(plan.shards.items())
-    writer, left = None, 0
-
-    def write(name: str, tensor: Tensor) -> None:
-        nonlocal writer, left
-        if not left:
-            if writer is not None:
-                writer.close()
-            file, contents = next(files)
-            writer, left = SafetensorsWriter(folder / file, contents), len(contents)
-        assert writer is not None
-        writer.add(name, tensor)
-        left -= 1
-        progress(plan.tensors[name].num_bytes)
-
-    try:
-        for native_name, parts in plan.parts.items():
-            native = plan.source.read(native_name)
-            for part in parts:
-                write(part.name, part.elements(native))
-            del native
-        for constant in plan.constants:
-            write(constant.name, torch.full(constant.shape, constant.value, dtype=plan.tensors[constant.name].dtype))
-        assert writer is not None
-        writer.close()
-    except BaseException:
-        if writer is not None:
+    written = _elements(plan)
+    for file, contents in plan.shards.items():
+        writer = SafetensorsWriter(folder / file, contents)
+        try:
+            for name, tensor in itertools.islice(written, len(contents)):
+                writer.add(name, tensor)
+                progress(plan.tensors[name].num_bytes)
+            writer.close()
+        except BaseException:
             writer.abandon()
-        raise
+            raise
     if len(plan.shards) > 1:
         weight_map = {name: file for file, contents in plan.shards.items() for name in contents}
         _write_json(folder / INDEX, {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map})
+
+
+def _elements(plan: ExportPlan) -> Iterator[tuple[str, Tensor]]:
+    """Yields all tensors in the order of writing, with their elements in order; one native tensor is in memory at a time."""
+    for native_name, parts in plan.parts.items():
+        native = plan.source.read(native_name)
+        for part in parts:
+            yield part.name, part.elements(native)
+        del native
+    for constant in plan.constants:
+        yield constant.name, torch.full(constant.shape, constant.value, dtype=plan.tensors[constant.name].dtype)
 
 
 def _token_ids(plan: ExportPlan) -> dict[str, int | None]:
