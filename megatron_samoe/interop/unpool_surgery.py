@@ -105,8 +105,8 @@ def select_bank(a_GP: Tensor, gram_GPP: Tensor, scale: Scale) -> Selection:
     lost_GB = _lost(a_GP, kept_GBP, gram_GPP)
     choice_G = lost_GB.argmin(1)
     every = torch.arange(len(a_GP))
-    norm = _lost(a_GP, torch.zeros_like(a_GP)[:, None], gram_GPP).sum().clamp_min(1e-300)
-    return Selection(kept_GBP[every, choice_G].float(), float((lost_GB[every, choice_G].sum() / norm).sqrt()))
+    lost = lost_GB[every, choice_G].sum() / _norm(a_GP, gram_GPP)
+    return Selection(kept_GBP[every, choice_G].float(), float(lost.sqrt()))
 
 
 def _unit_rows(a_GP: Tensor) -> Tensor:
@@ -180,23 +180,6 @@ def _report(chosen: dict[int, list[Selection]], num_banks: int, scale: Scale) ->
     return lines
 
 
-@dataclass(frozen=True)
-class TiedChoice:
-    """What one layer takes in place of its mixture.
-
-    Attributes:
-        stored: what the names of the bank's tensors begin with.
-        bank: which of them.
-        factor: on w2 and b2, to be held by the router.
-        changes: of w1 and of w2, as in `Selection`.
-    """
-
-    stored: str
-    bank: int
-    factor: float
-    changes: tuple[float, float]
-
-
 def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     """Returns the model whose layers each use one bank, or their set, as it is: all they share are tied sets.
 
@@ -210,20 +193,19 @@ def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     require(config.moe.has_coefficients, config, "combined or scaled layers", "select")
     experts = LayerExperts(source)
     grams: dict[str, list[Tensor]] = {}
-    choices: dict[int, TiedChoice] = {}
+    chosen: dict[int, list[Selection]] = {}
     for place in experts.layers:
         if source_of(place).way in ("combined", "scaled"):
             stored = stored_experts(place)
             if stored not in grams:
                 grams[stored] = _grams(experts, place)
-            choices[place.index] = _choose(stored, experts.coefficients(place), grams[stored], scale)
-    factors = {place.index: choices[place.index].factor if place.index in choices else 1.0 for place in experts.layers}
+            chosen[place.index] = _select_for_both(experts.coefficients(place), grams[stored], scale)
+    banks = {layer: int(rows[0].a_GP[0].argmax()) for layer, rows in chosen.items()}
+    factors = {p.index: float(chosen[p.index][1].a_GP[0].sum()) if p.index in chosen else 1.0 for p in experts.layers}
     config, scaled = _with_factors(config, factors)
-    taken = [
-        (choices[p.index].stored, choices[p.index].bank) if p.index in choices else source_of(p) for p in experts.layers
-    ]
+    taken = [(source_of(p), banks.get(p.index, 0)) for p in experts.layers]
     keys = list(dict.fromkeys(taken))
-    sources = renumbered([s if s == Source("own") else Source("tied", keys.index(s)) for s in taken])
+    sources = renumbered([s if s.way == "own" else Source("tied", keys.index((s, bank))) for s, bank in taken])
     edited = begin_edit(source, with_sharing(config, sources))
     for name in model_names(source):
         factor = factors.get(layer_of(name) or 0, 1.0)
@@ -235,13 +217,14 @@ def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
             edited.keep(source, name)
 
     def whole(place: LayerPlace, kind: str) -> Tensor:
-        bank = choices[place.index].bank if place.index in choices else 0
+        bank = banks.get(place.index, 0)
         return experts.whole(place, kind)[bank : bank + 1]
 
     indices = [place.index for place in experts.layers]
     experts.add_to(edited, list(zip(experts.layers, sources, indices, strict=True)), whole)
     add_fractions(edited, source, [place.num_experts for place in experts.layers])
-    edited.report += _tied_report(choices, sources, experts, scale)
+    edited.report += _report(chosen, config.moe.num_expert_banks if config.moe.has_pool else 1, scale)
+    edited.report.append(f"The layers become --expert-sharing {written_map(sources)}.")
     return edited
 
 
@@ -249,22 +232,25 @@ def _times(source: GlobalTensors, name: str, factor: float) -> Tensor:
     return source.read(name) * factor
 
 
-def _choose(stored: str, a_2GP: Tensor, grams: Sequence[Tensor], scale: Scale) -> TiedChoice:
-    """Returns the bank that, with 1 for w1 and one factor for w2, changes both least, as shares of their norms."""
+def _select_for_both(a_2GP: Tensor, grams: Sequence[Tensor], scale: Scale) -> list[Selection]:
+    """Returns one bank for both rows, that with 1 for w1 and one factor for w2 changes both least, as shares of their norms."""
     a_2GP = a_2GP.double()
-    num_banks = a_2GP.shape[-1]
-    factors_B = torch.ones(num_banks).double()
+    factors_B = torch.ones(a_2GP.shape[-1]).double()
     if scale == "keep":
         along_B = torch.einsum("gi,gib->b", a_2GP[1], grams[1])
         factors_B = along_B / torch.einsum("gbb->b", grams[1]).clamp_min(1e-300)
     kept = [_unit_rows(a_2GP[0]), _unit_rows(a_2GP[1]) * factors_B[:, None]]
-    lost_2B = []
-    for a_GP, kept_GBP, gram in zip(a_2GP, kept, grams, strict=True):
-        norm = _lost(a_GP, torch.zeros_like(a_GP)[:, None], gram).sum().clamp_min(1e-300)
-        lost_2B.append(_lost(a_GP, kept_GBP, gram).sum(0) / norm)
-    bank = int((lost_2B[0] + lost_2B[1]).argmin())
-    changes = float(lost_2B[0][bank].sqrt()), float(lost_2B[1][bank].sqrt())
-    return TiedChoice(stored, bank, float(factors_B[bank]), changes)
+    norms = [_norm(a_GP, gram) for a_GP, gram in zip(a_2GP, grams, strict=True)]
+    lost_2B = torch.stack([_lost(*row).sum(0) / norm for row, norm in zip(zip(a_2GP, kept, grams), norms, strict=True)])  # noqa: B905
+    bank = int(lost_2B.sum(0).argmin())
+    return [
+        Selection(rows[:1, bank].float(), float(lost.sqrt())) for rows, lost in zip(kept, lost_2B[:, bank], strict=True)
+    ]
+
+
+def _norm(a_GP: Tensor, gram_GPP: Tensor) -> Tensor:
+    """Returns the squared norm of weights."""
+    return _lost(a_GP, torch.zeros_like(a_GP)[:, None], gram_GPP).sum().clamp_min(1e-300)
 
 
 def _with_factors(config: PretrainConfig, factors: Mapping[int, float]) -> tuple[PretrainConfig, tuple[str, ...]]:
@@ -288,18 +274,3 @@ def _with_factors(config: PretrainConfig, factors: Mapping[int, float]) -> tuple
                           f"--moe-router-score-function norm or relu can hold, not {moe.moe_router_score_function}; {advice}")  # fmt: skip
     factor = sum(values) / len(values) * (moe.moe_router_topk_scaling_factor or 1.0)
     return replace(config, moe=replace(moe, moe_router_topk_scaling_factor=factor)), ()
-
-
-def _tied_report(
-    choices: Mapping[int, TiedChoice], sources: Sequence[Source], experts: LayerExperts, scale: Scale
-) -> list[str]:
-    lines = [f"select: the layers become --expert-sharing {written_map(sources)}"
-             f"{'; a factor on w2 goes into the weights of routing' if scale == 'keep' else ''}.",
-             "layer  takes            change of w1  factor of w2  change of w2"]  # fmt: skip
-    for place in experts.layers:
-        if choice := choices.get(place.index):
-            number = choice.stored.split(".")[2]
-            taken = f"bank {choice.bank}" if source_of(place).way == "combined" else f"set {number}"
-            lines.append(f"{place.index:5}  {taken:15}  {choice.changes[0]:12.2e}  {choice.factor:12.4f}  "
-                         f"{choice.changes[1]:12.2e}")  # fmt: skip
-    return lines

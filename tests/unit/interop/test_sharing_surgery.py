@@ -183,8 +183,9 @@ def test_selecting_ends_with_banks_as_they_are(options: dict[str, Any]) -> None:
     assert moe_of(selected).ways <= {"own", "tied"} and differences(selected) == []
     assert not any(name.endswith(".combination") for name in selected.tensors)
     folded, before = fold_shared(selected) if moe_of(selected).shares_experts else selected, fold_shared(source)
-    for line in selected.report[2:]:
-        layer, _, bank, w1, _, w2 = line.split()
+    for line in selected.report[2:6]:
+        layer, bank, one, w1, same_bank, also_one, w2 = line.split()
+        assert bank == same_bank and one == also_one == "1.0000"
         for kind, reported in (("w1", w1), ("w2", w2)):
             name = f"layers.{layer}.moe.experts.{kind}"
             assert torch.equal(folded.read(name), source.weights[f"expert_pool.bank.{kind}"][int(bank)])
