@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find cpp_ext -type f -not -path '*/__pycache__/*')
 # Floors whose types are checked.
-STRICT := $(addprefix megatron_samoe/,config parallel_state ops row_exchange tensor_parallel moe models pipeline_parallel distributed optimizer dist_checkpointing datasets planning runtime training inference evaluation cli benchmarks errors.py log.py parsing.py start.py)
+STRICT := $(addprefix megatron_samoe/,config parallel_state ops row_exchange tensor_parallel moe models pipeline_parallel distributed optimizer dist_checkpointing datasets planning runtime training inference interop evaluation cli benchmarks errors.py log.py parsing.py start.py)
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: install quickstart test test-unit test-distributed sanitize lint check-python clean

@@ -86,7 +86,7 @@ def _sizes(source: CheckpointReader, edited: EditedModel) -> str:
 def _size(model: CheckpointReader | EditedModel) -> tuple[int, int]:
     """Returns elements and bytes of a model's weights."""
     stored = [model.tensors[name] for name in model_names(model)]
-    return sum(t.num_bytes // t.dtype.itemsize for t in stored), sum(t.num_bytes for t in stored)
+    return sum(t.num_elements for t in stored), sum(t.num_bytes for t in stored)
 
 
 def make_parser() -> argparse.ArgumentParser:

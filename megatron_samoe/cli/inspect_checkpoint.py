@@ -104,11 +104,11 @@ def _list(options: argparse.Namespace) -> Result:
     width = max(map(len, chosen), default=4)
     lines = [*_described(opened)]
     for name, t in chosen.items():
-        lines.append(f"{name:{width}}  {_dtype(t):9} {t.num_bytes:>14,} B  {list(t.shape)}")
-    count, size = sum(map(_elements, chosen.values())), sum(t.num_bytes for t in chosen.values())
-    model = sum(_elements(t) for name, t in chosen.items() if not name.startswith(NOT_MODEL))
+        lines.append(f"{name:{width}}  {t.dtype_name:9} {t.num_bytes:>14,} B  {list(t.shape)}")
+    count, size = sum(t.num_elements for t in chosen.values()), sum(t.num_bytes for t in chosen.values())
+    model = sum(t.num_elements for name, t in chosen.items() if not name.startswith(NOT_MODEL))
     lines.append(f"{len(chosen)} tensors, {count:,} elements ({model:,} of the model), {size:,} bytes.")
-    tensors = {n: {"shape": list(t.shape), "dtype": _dtype(t), "bytes": t.num_bytes} for n, t in chosen.items()}
+    tensors = {n: {"shape": list(t.shape), "dtype": t.dtype_name, "bytes": t.num_bytes} for n, t in chosen.items()}
     values = {
         "kind": opened.kind, "directory": str(opened.directory), "train_state": opened.train_state,
         "config": opened.config, "elements": count, "model_elements": model, "bytes": size, "tensors": tensors,
@@ -263,14 +263,6 @@ def _health_lines(health: Health) -> Iterator[str]:
         banks = ", ".join(map(str, health.dead_banks))
         if health.has_banks:
             yield f"DEAD BANKS: no layer uses {banks}" if health.dead_banks else "Every bank is used by some layer."
-
-
-def _dtype(stored: StoredTensor) -> str:
-    return str(stored.dtype).removeprefix("torch.")
-
-
-def _elements(stored: StoredTensor) -> int:
-    return stored.num_bytes // stored.dtype.itemsize
 
 
 def _finite(value: Any) -> Any:

@@ -22,7 +22,7 @@ def _beyond(default: object, known_to: Iterable[str] = _OWN) -> Callable[[object
 def _known_scores(score_function: str) -> frozenset[str]:
     if score_function == "norm":
         return _OWN
-    return frozenset(("planner",)) if score_function == "relu" else READERS
+    return frozenset(("export", "planner")) if score_function == "relu" else READERS
 
 
 def _readers_of_counts(num_experts: int | tuple[int, ...]) -> frozenset[str]:
@@ -51,11 +51,11 @@ class MoEConfig:
     )
     """Consecutive MoE layers that choose from each other's experts with --expert-sharing neighbours (ReXMoE's r)."""
     neighbour_unmask_steps: int = model_option(
-        0, range=AT_LEAST_ZERO, needs=needs.NEIGHBOURS, is_free=False, known_to=_beyond(0, ("planner",))
+        0, range=AT_LEAST_ZERO, needs=needs.NEIGHBOURS, is_free=False, known_to=_beyond(0)
     )
     """Steps over which neighbours' experts become candidates one by one; a layer begins with its own. 0: all from the start."""
     pool_lock_step: int | None = model_option(
-        None, range=POSITIVE, needs=needs.ONE_POOL, is_free=False, known_to=_beyond(None, ("planner",))
+        None, range=POSITIVE, needs=needs.ONE_POOL, is_free=False, known_to=_beyond(None)
     )
     """Step after which each expert of the pool has one layer, that which chose it most as far as all layers get equally many
     (UniPool's lock). Never if not given."""

@@ -135,6 +135,13 @@ def _written(entries: Sequence[str]) -> str:
     return ",".join(entry if count == 1 else f"{entry}*{count}" for entry, count in runs)
 
 
+def renumbered(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """Returns the same sources with sets numbered by first use; a tied set that one layer uses is that layer's own."""
+    sources = _owned_where_alone(tuple(sources))
+    sets = list(dict.fromkeys(source for source in sources if source.way in ("tied", "scaled")))
+    return tuple(Source(s.way, sets.index(s)) if s in sets else s for s in sources)
+
+
 def _owned_where_alone(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     """Returns the sources with "own" in place of a tied set that only one layer uses."""
     users = Counter(sources)

@@ -33,7 +33,22 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         """Bytes of all elements."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.num_elements * self.dtype.itemsize
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as users write it."""
+        return name_of(self.dtype)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Returns a dtype as users write it."""
+    return str(dtype).removeprefix("torch.")
 
 
 class GlobalTensors(Protocol):

@@ -13,7 +13,22 @@ from torch import Tensor
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
 
 
-class ReadAhead:
+class Passed:
+    """A source that hands another one on; see `GlobalTensors`."""
+
+    def __init__(self, source: GlobalTensors, config: Mapping[str, Any] | None = None):
+        self.source = source
+        self.config: Mapping[str, Any] = source.config if config is None else config
+        self.train_state: Mapping[str, Any] = source.train_state
+        self.tensors: Mapping[str, StoredTensor] = source.tensors
+        self.attachments: Mapping[str, bytes] = source.attachments
+
+    def read(self, name: str) -> Tensor:
+        """Returns a tensor as it is."""
+        return self.source.read(name)
+
+
+class ReadAhead(Passed):
     """A source that reads one tensor ahead in a thread, while the block of its `with` lasts.
 
     Args:
@@ -21,11 +36,7 @@ class ReadAhead:
     """
 
     def __init__(self, source: GlobalTensors, order: Sequence[str]):
-        self.config: Mapping[str, Any] = source.config
-        self.train_state: Mapping[str, Any] = source.train_state
-        self.tensors: Mapping[str, StoredTensor] = source.tensors
-        self.attachments: Mapping[str, bytes] = source.attachments
-        self._source = source
+        super().__init__(source)
         self._next = dict(itertools.pairwise(order))
         self._ahead: tuple[str, Future[Tensor]] | None = None
         # All reading is done there: sources need not bear several threads.
@@ -45,9 +56,9 @@ class ReadAhead:
         ahead, self._ahead = self._ahead, None
         if ahead is None or ahead[0] != name:
             del ahead  # read for nothing
-            tensor = self._reader.submit(self._source.read, name).result()
+            tensor = self._reader.submit(self.source.read, name).result()
         else:
             tensor = ahead[1].result()
         if (following := self._next.get(name)) is not None:
-            self._ahead = following, self._reader.submit(self._source.read, following)
+            self._ahead = following, self._reader.submit(self.source.read, following)
         return tensor

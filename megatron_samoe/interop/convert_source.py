@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.interop.edited_model import open_checkpoint, source_config
+from megatron_samoe.interop.convert_read_ahead import Passed
+from megatron_samoe.interop.edited_model import open_checkpoint
 from megatron_samoe.interop.hf.export import native_model, refuse_other_tensors
 from megatron_samoe.interop.hf.folder import CONFIG, is_hf_folder
 from megatron_samoe.interop.hf.native import NativeModel
@@ -113,24 +113,17 @@ def _without_optimizer(reader: CheckpointReader) -> tuple[str, ...]:
     return (f"Its optimizer state ({size / 1e6:,.1f} MB) is left out.",) if size else ()
 
 
-class Recast:
+class Recast(Passed):
     """A source whose weights have another precision; what a run keeps in fp32 whatever its precision stays so."""
 
     def __init__(self, source: GlobalTensors, dtype: torch.dtype):
-        self._source = source
-        config = source_config(source)
-        training = replace(config.training, bf16=dtype == torch.bfloat16, fp16=False)
         native = native_model(source)
-        changed = NativeModel(replace(config, training=training), native.vocab_size)
-        self.config: Mapping[str, Any] = to_mapping(changed.config)
-        self.train_state: Mapping[str, Any] = source.train_state
-        self.attachments: Mapping[str, bytes] = source.attachments
-        self.tensors: Mapping[str, StoredTensor] = {
-            name: changed.tensors.get(name, stored)
-            for name, stored in source.tensors.items()
-            if not name.startswith("optimizer.")
-        }
+        training = replace(native.config.training, bf16=dtype == torch.bfloat16, fp16=False)
+        changed = NativeModel(replace(native.config, training=training), native.vocab_size)
+        super().__init__(source, to_mapping(changed.config))
+        kept = {name: stored for name, stored in source.tensors.items() if not name.startswith("optimizer.")}
+        self.tensors = {name: changed.tensors.get(name, stored) for name, stored in kept.items()}
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor in its new precision."""
-        return self._source.read(name).to(self.tensors[name].dtype)
+        return super().read(name).to(self.tensors[name].dtype)

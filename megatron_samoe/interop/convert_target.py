@@ -19,7 +19,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor, write_checkpoint
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.interop import megatron
-from megatron_samoe.interop.convert_read_ahead import ReadAhead
+from megatron_samoe.interop.convert_read_ahead import Passed, ReadAhead
 from megatron_samoe.interop.convert_source import Recast, Source
 from megatron_samoe.interop.edited_model import source_config
 from megatron_samoe.interop.hf.export import plan_export, write_export
@@ -66,8 +66,7 @@ class Conversion:
                 key = _NUMBER.sub("*", name), tensor
                 alike[key] = alike.get(key, 0) + 1
             for (name, tensor), count in alike.items():
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                yield f"  {name}  {list(tensor.shape)} {dtype}{f'  x {count}' if count > 1 else ''}"
+                yield f"  {name}  {list(tensor.shape)} {tensor.dtype_name}{f'  x {count}' if count > 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -172,26 +171,18 @@ def plan_native(source: Source, save_dir: Path, dtype: torch.dtype | None, with_
     return Conversion(f"a checkpoint of this program in {final}", lines, {final.name: tensors.tensors}, write, hint)
 
 
-@dataclass(frozen=True)
-class _Watched:
+class _Watched(Passed):
     """A source with another configuration, which reports the bytes of each tensor that is read."""
 
-    source: GlobalTensors
-    config: Mapping[str, Any]
-    progress: Progress
-    attachments: Mapping[str, bytes]
-
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        return self.source.tensors
-
-    @property
-    def train_state(self) -> Mapping[str, Any]:
-        return self.source.train_state
+    def __init__(
+        self, source: GlobalTensors, config: Mapping[str, Any], progress: Progress, attachments: Mapping[str, bytes]
+    ):
+        super().__init__(source, config)
+        self.attachments, self._progress = attachments, progress
 
     def read(self, name: str) -> Tensor:
-        tensor = self.source.read(name)
-        self.progress(self.tensors[name].num_bytes)
+        tensor = super().read(name)
+        self._progress(self.tensors[name].num_bytes)
         return tensor
 
 

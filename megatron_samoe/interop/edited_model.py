@@ -64,6 +64,10 @@ class EditedModel:
         self.tensors[name] = StoredTensor(tuple(shape), dtype)
         self._recipes[name] = recipe
 
+    def add_value(self, name: str, value: Tensor) -> None:
+        """Adds a tensor that is there already."""
+        self.add(name, tuple(value.shape), value.dtype, lambda: value)
+
     def keep(self, source: GlobalTensors, name: str, new_name: str | None = None) -> None:
         """Adds a tensor as the source has it, maybe under a new name."""
         self.add(new_name or name, source.tensors[name].shape, source.tensors[name].dtype, lambda: source.read(name))

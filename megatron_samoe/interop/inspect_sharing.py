@@ -45,6 +45,6 @@ def described_sharing(source: GlobalTensors) -> tuple[str, list[Store]]:
             way, f"set {source_of(first).number} ({way})"
         )
         layers, size = tuple(places[i].index for i in own), sum(t.num_bytes for t in tensors)
-        elements = sum(t.num_bytes // t.dtype.itemsize for t in tensors)
+        elements = sum(t.num_elements for t in tensors)
         stores.append(Store(name, first.num_experts, banks, layers, elements, size))
     return written_map([source_of(place) for place in places]) if places else "", stores

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
 from torch import Tensor
 
 from megatron_samoe.config.sharing_map import Source
@@ -10,6 +14,7 @@ from megatron_samoe.interop.edited_model import (
     EXPERT_WEIGHTS,
     POOL,
     SETS,
+    EditedModel,
     ReadOnce,
     compute_dtype,
     moe_layers,
@@ -28,9 +33,13 @@ def source_of(place: LayerPlace) -> Source:
 
 def stored_experts(place: LayerPlace) -> str:
     """Returns what the names of the tensors begin with that an MoE layer's experts come from."""
-    source = source_of(place)
+    return stored_as(source_of(place), place.index)
+
+
+def stored_as(source: Source, layer: int) -> str:
+    """Returns what the names of experts' tensors begin with; the layer's number counts for its own."""
     if source.way == "own":
-        return f"layers.{place.index}.moe.experts."
+        return f"layers.{layer}.moe.experts."
     return POOL if source.way == "combined" else f"{SETS}{source.number}."
 
 
@@ -71,9 +80,40 @@ class LayerExperts:
         raw, moe = self._source.read(f"layers.{place.index}.moe.combination"), self.config.moe
         return normalize_coefficients(raw, moe.samoe_normalization if source_of(place).way == "combined" else "none")
 
-    def banks(self, place: LayerPlace, kind: str) -> Tensor:
-        """Returns the banks [P, E, ...] that a layer combines, or its set as the only one; not to be changed."""
-        return self._read_once(stored_experts(place) + kind)
+    def whole(self, place: LayerPlace, kind: str) -> Tensor:
+        """Returns what a layer's weights come from, [P, E, ...], where a set or the layer's own are one bank; not to be changed."""
+        stored = self._read_once(stored_experts(place) + kind)
+        return stored[None] if source_of(place).way == "own" else stored
+
+    def add_to(
+        self, edited: EditedModel, layers: Sequence[tuple[LayerPlace, Source, int]],
+        whole: Callable[[LayerPlace, str], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Adds experts to a new model.
+
+        Args:
+            layers: MoE layers, the sources of their experts there, and their numbers there.
+            whole: gives the tensors [P, E, ...] from which a layer's weights shall come; those of now if not given.
+        """
+        for kind in self.kinds:
+            for place, source, layer in sorted(layers, key=lambda entry: stored_experts(entry[0])):
+                name, shape = stored_as(source, layer) + kind, self.shape(place, kind)
+                recipe = partial(whole or self.whole, place, kind)
+                if source.way == "own":
+                    edited.add(name, shape, self.dtype, partial(_only, recipe))
+                elif name not in edited.tensors:
+                    banks = self.config.moe.num_expert_banks if source.way == "combined" else 1
+                    # What is shared is its own master weight, fp32 in every precision.
+                    edited.add(name, (banks, *shape), torch.float32, recipe)
+
+
+def _only(recipe: Callable[[], Tensor]) -> Tensor:
+    return recipe()[0]
+
+
+def layer_of(name: str) -> int | None:
+    """Returns the number of the layer that a tensor belongs to; None for one outside the layers."""
+    return int(name.split(".")[1]) if name.startswith("layers.") else None
 
 
 def is_experts(name: str) -> bool:

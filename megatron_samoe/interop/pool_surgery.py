@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,8 +29,6 @@ from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.bank_fit import BankFit, fit_banks, match_experts, match_to_mean, role_gram
 from megatron_samoe.interop.edited_model import (
-    POOL,
-    SETS,
     EditedModel,
     add_fractions,
     begin_edit,
@@ -39,7 +38,7 @@ from megatron_samoe.interop.edited_model import (
     with_sharing,
 )
 from megatron_samoe.interop.gram import inner_products
-from megatron_samoe.interop.layer_experts import LayerExperts, is_experts
+from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, layer_of, stored_as
 from megatron_samoe.interop.unpool_surgery import fold_shared
 from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
@@ -62,11 +61,10 @@ class SetOptions:
 
 
 @dataclass(frozen=True)
-class _Group:
+class SharedGroup:
     """MoE layers that share, and what of.
 
     Attributes:
-        stored: what the names of the shared tensors begin with.
         anchor: place among the layers of the one that a set is taken from.
     """
 
@@ -78,10 +76,12 @@ class _Group:
 
     @property
     def stored(self) -> str:
-        return POOL if self.source.way == "combined" else f"{SETS}{self.source.number}."
+        """What the names of the shared tensors begin with."""
+        return stored_as(self.source, 0)
 
     @property
     def named(self) -> str:
+        """The banks or the set, for a user."""
         return f"{self.num_banks} banks" if self.source.way == "combined" else f"set {self.source.number}"
 
 
@@ -138,7 +138,7 @@ def _share(
         fits.append(fit)
     _add_layers(edited, source, experts, sources, order_LE)
     for group, fit in zip(groups, fits, strict=True):
-        _add_shared(edited, experts, group, order_LE, fit)
+        add_shared(edited, experts, group, order_LE, fit)
     add_fractions(edited, source, [place.num_experts for place in experts.layers], order_LE)
     edited.report += [*report, *_report(groups, order_LE, fits, action)]
     return edited
@@ -147,7 +147,7 @@ def _share(
 def _groups(
     config: PretrainConfig, layers: Sequence[LayerPlace], sources: Sequence[Source], sharing: str, options: SetOptions,
     action: str,
-) -> list[_Group]:  # fmt: skip
+) -> list[SharedGroup]:  # fmt: skip
     moe, ways = config.moe, {source.way for source in sources}
     wanted = {"combined"} if action == "pool" else {"tied", "scaled"}
     if not ways & wanted or (action == "tie" and "combined" in ways):
@@ -168,7 +168,7 @@ def _groups(
             if moe.moe_router_num_groups is not None:
                 raise ConfigError("--moe-router-num-groups", moe.moe_router_num_groups, "cannot be kept by pool, which "
                                   "renumbers experts across groups; tie keeps groups")  # fmt: skip
-            groups.append(_Group(source, used_by, moe.num_expert_banks, moe.samoe_granularity == "expert"))
+            groups.append(SharedGroup(source, used_by, moe.num_expert_banks, moe.samoe_granularity == "expert"))
             continue
         anchor = None
         if options.layers is not None:
@@ -176,16 +176,20 @@ def _groups(
             if chosen not in indices:
                 raise ConfigError("--sets-from", chosen, f"must be one of set {source.number}'s layers, {indices}")
             anchor = indices.index(chosen)
-        groups.append(_Group(source, used_by, anchor=anchor))
+        groups.append(SharedGroup(source, used_by, anchor=anchor))
     return groups
 
 
 def _fit(
-    source: GlobalTensors, experts: LayerExperts, group: _Group, expert_groups: int | None
+    source: GlobalTensors, experts: LayerExperts, group: SharedGroup, expert_groups: int | None
 ) -> tuple[Tensor, list[BankFit]]:
     """Returns the common numbering of a group's experts, [layers, E], and the banks of w1 and b1, and of w2 and b2."""
-    rows = [[k for k in experts.kinds if ROW_OF_WEIGHT[k] == row] for row in (0, 1)]
-    grams = [_gram_of_row(experts, group.layers, kinds) for kinds in rows]
+
+    def read(kind: str, number: int) -> Tensor:
+        return experts.read(group.layers[number], kind).flatten(1)
+
+    count = group.layers[0].num_experts
+    grams = [gram_of_row(read, experts.kinds, row, len(group.layers), count) for row in (0, 1)]
     if group.source.way == "combined":
         order_LE = match_experts(grams, group.num_banks)
         return order_LE, [fit_banks(role_gram(gram, order_LE, group.per_expert), group.num_banks) for gram in grams]
@@ -193,17 +197,15 @@ def _fit(
     return order_LE, [_fit_set(role_gram(gram, order_LE, per_expert=False), group) for gram in grams]
 
 
-def _gram_of_row(experts: LayerExperts, layers: Sequence[LayerPlace], kinds: Sequence[str]) -> Tensor:
-    """Returns inner products over the tensors that share a row of coefficients."""
-
-    def reader(kind: str) -> Callable[[int], Tensor]:
-        return lambda number: experts.read(layers[number], kind).flatten(1)
-
-    count = layers[0].num_experts
-    return torch.stack([inner_products(reader(kind), len(layers), count) for kind in kinds]).sum(0)
+def gram_of_row(
+    read: Callable[[str, int], Tensor], kinds: Sequence[str], row: int, num_layers: int, num_experts: int
+) -> Tensor:
+    """Returns inner products over the tensors that share a row of coefficients; `read` gives [E, n] of a kind and layer."""
+    chosen = [kind for kind in kinds if ROW_OF_WEIGHT[kind] == row]
+    return torch.stack([inner_products(partial(read, kind), num_layers, num_experts) for kind in chosen]).sum(0)
 
 
-def _fit_set(gram_GLL: Tensor, group: _Group) -> BankFit:
+def _fit_set(gram_GLL: Tensor, group: SharedGroup) -> BankFit:
     """Returns the set as one bank, whose coefficients are 1 for a tied one."""
     gram_LL, count, is_scaled = gram_GLL[0], len(group.layers), group.source.way == "scaled"
     if is_scaled and group.anchor is None:
@@ -224,26 +226,33 @@ def _add_layers(
     edited: EditedModel, source: GlobalTensors, experts: LayerExperts, sources: Sequence[Source], order_LE: Tensor
 ) -> None:
     """Adds all but what is shared; experts of layers that share are left out, and their routers' rows reordered."""
-    shares = {p.index: p for p, s in zip(experts.layers, sources, strict=True) if s.way != "own"}
+    shares: dict[int | None, LayerPlace] = {
+        p.index: p for p, s in zip(experts.layers, sources, strict=True) if s.way != "own"
+    }
     for name in model_names(source):
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
-        place = shares.get(layer)
+        place = shares.get(layer_of(name))
         if place is None:
             edited.keep(source, name)
         elif name.endswith((".router.weight", ".router.expert_bias")):
             order_E, stored = order_LE[place.moe_index, : place.num_experts], source.tensors[name]
-            edited.add(name, stored.shape, stored.dtype, lambda n=name, o=order_E: source.read(n)[o])
+            edited.add(name, stored.shape, stored.dtype, partial(_rows, source, name, order_E))
         elif not is_experts(name):
             edited.keep(source, name)
 
 
-def _add_shared(
-    edited: EditedModel, experts: LayerExperts, group: _Group, order_LE: Tensor, fits: Sequence[BankFit]
+def _rows(source: GlobalTensors, name: str, order_E: Tensor) -> Tensor:
+    return source.read(name)[order_E]
+
+
+def add_shared(
+    edited: EditedModel, experts: LayerExperts, group: SharedGroup, order_LE: Tensor, fits: Sequence[BankFit]
 ) -> None:
+    """Adds a group's coefficients, and its banks or its set as mixtures of its layers' experts in their common order."""
     if group.source.way != "tied":
         for number, place in enumerate(group.layers):
-            a_2GP = torch.stack([fit.coefficients_LGP[number] for fit in fits]).float()
-            edited.add(f"layers.{place.index}.moe.combination", tuple(a_2GP.shape), torch.float32, lambda a=a_2GP: a)
+            groups = place.num_experts if group.per_expert else 1
+            a_2GP = torch.stack([fit.coefficients_LGP[number].expand(groups, -1) for fit in fits]).float()
+            edited.add_value(f"layers.{place.index}.moe.combination", a_2GP)
     for kind in experts.kinds:
         mixture_PGL = fits[ROW_OF_WEIGHT[kind]].mixture_PGL
         shape = (group.num_banks, *experts.shape(group.layers[0], kind))
@@ -270,15 +279,23 @@ def add_mixed(bank_PE: Tensor, factor_PG: Tensor, weights_E: Tensor) -> None:
 
 
 def _report(
-    groups: Sequence[_Group], order_LE: Tensor, fits: Sequence[Sequence[BankFit]], action: str
-) -> Iterator[str]:  # fmt: skip
+    groups: Sequence[SharedGroup], order_LE: Tensor, fits: Sequence[Sequence[BankFit]], action: str
+) -> Iterator[str]:
     for group, pair in zip(groups, fits, strict=True):
         count = group.layers[0].num_experts
         yield f"{action}: {len(group.layers)} layers of {count} experts into {group.named} of as many."
-        yield "layer  experts renumbered  lost of w1, b1  lost of w2, b2   (norm of the difference / norm)"
-        errors_2L = [fit.relative_error_L.tolist() for fit in pair]
-        for number, place in enumerate(group.layers):
+        yield f"layer  experts renumbered  {LOST}"
+        for place, lost in zip(group.layers, losses(pair), strict=True):
             moved = int((order_LE[place.moe_index, :count] != torch.arange(count)).sum())
-            yield f"{place.index:5}  {moved:18}  {errors_2L[0][number]:14.2e}  {errors_2L[1][number]:14.2e}"
+            yield f"{place.index:5}  {moved:18}  {lost}"
         total = [float(((f.lost_LG * f.norm_LG).sum() / f.norm_LG.sum()).sqrt()) for f in pair]
         yield f"{'all':>5}  {'':18}  {total[0]:14.2e}  {total[1]:14.2e}"
+
+
+#: Head of the columns that `losses` fills.
+LOST = "lost of w1, b1  lost of w2, b2   (norm of the difference / norm)"
+
+
+def losses(fits: Sequence[BankFit]) -> list[str]:
+    """Returns for each layer what it loses of w1, b1 and of w2, b2."""
+    return [f"{a:14.2e}  {b:14.2e}" for a, b in zip(*(fit.relative_error_L.tolist() for fit in fits), strict=True)]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from megatron_samoe.config.derived import written_layer_freq
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import Source, renumbered
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import (
     FRACTIONS,
-    POOL,
-    SETS,
     EditedModel,
     begin_edit,
     model_names,
@@ -28,7 +24,7 @@ from megatron_samoe.interop.edited_model import (
     with_sharing,
     without_idle_options,
 )
-from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, source_of, stored_experts
+from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, layer_of, source_of
 from megatron_samoe.models.layer_layout import LayerPlace, all_layers
 
 
@@ -48,47 +44,24 @@ def keep_layers(source: GlobalTensors, layers: Sequence[int]) -> EditedModel:
             "--keep-layers", ",".join(map(str, layers)), f"must be rising numbers of layers from 0 to {count - 1}"
         )
     kept = [all_layers(config)[layer] for layer in layers]
-    new_index = {layer: i for i, layer in enumerate(layers)}
-    experts, with_experts = LayerExperts(source), [place for place in kept if place.moe_index is not None]
-    sources = _sources(with_experts)
+    experts, sparse = LayerExperts(source), [place for place in kept if place.moe_index is not None]
+    sources = renumbered([source_of(place) for place in sparse])
     edited = begin_edit(source, _student_config(config, kept, sources))
-    owners = dict(zip((place.index for place in with_experts), sources, strict=True))
     for name in model_names(source):
-        _, _, rest = name.partition(".")
-        number, _, ending = rest.partition(".")
-        if name.startswith("layers."):
-            if int(number) in new_index:
-                edited.keep(source, name, f"layers.{new_index[int(number)]}.{ending}")
-        elif not is_experts(name):
+        layer = layer_of(name)
+        if layer in layers:
+            number = layers.index(layer)
+            if not name.startswith(f"layers.{layer}.moe.experts."):
+                edited.keep(source, name, name.replace(f"layers.{layer}.", f"layers.{number}.", 1))
+        elif layer is None and not is_experts(name):
             edited.keep(source, name)
-    for new_name, name, is_set in _shared(with_experts, owners, new_index, experts):
-        stored = source.tensors[name]
-        if is_set:
-            edited.keep(source, name, new_name)
-        else:
-            edited.add(new_name, stored.shape[1:], experts.dtype, lambda n=name: source.read(n)[0])
-    if FRACTIONS in source.tensors and with_experts:
-        rows, most = [place.moe_index for place in with_experts], max(place.num_experts for place in with_experts)
-
-        def fractions() -> Tensor:
-            return source.read(FRACTIONS)[rows, :most]
-
-        edited.add(FRACTIONS, (len(rows), most), torch.float32, fractions)
+    indices = [layers.index(place.index) for place in sparse]
+    experts.add_to(edited, list(zip(sparse, sources, indices, strict=True)))
+    if FRACTIONS in source.tensors and sparse:
+        rows, most = [place.moe_index for place in sparse], max(place.num_experts for place in sparse)
+        edited.add(FRACTIONS, (len(rows), most), torch.float32, lambda: source.read(FRACTIONS)[rows, :most])
     edited.report.append(f"student: {len(layers)} of {count} layers, {', '.join(map(str, layers))}.")
     return edited
-
-
-def _sources(places: Sequence[LayerPlace]) -> list[Source]:
-    """Returns where the kept MoE layers' experts come from; a tied set that one of them uses becomes that layer's own."""
-    users = Counter(source_of(place) for place in places)
-    left = [s for s in users if s.way == "scaled" or (s.way == "tied" and users[s] > 1)]
-    numbers = {source: i for i, source in enumerate(sorted(left, key=lambda s: s.number))}
-    sources = []
-    for place in places:
-        source = source_of(place)
-        is_alone = source.way == "tied" and source not in numbers
-        sources.append(Source("own") if is_alone else Source(source.way, numbers.get(source, 0)))
-    return sources
 
 
 def _student_config(config: PretrainConfig, kept: Sequence[LayerPlace], sources: Sequence[Source]) -> PretrainConfig:
@@ -104,19 +77,3 @@ def _student_config(config: PretrainConfig, kept: Sequence[LayerPlace], sources:
         num_experts=one_number(counts),
     )
     return with_sharing(replace(config, moe=moe), sources)
-
-
-def _shared(
-    places: Sequence[LayerPlace], owners: dict[int, Source], new_index: dict[int, int], experts: LayerExperts
-) -> Iterator[tuple[str, str, bool]]:
-    """Yields new and old name of each tensor of what is shared, and whether it stays so."""
-    seen = set()
-    for place in places:
-        old, new = stored_experts(place), owners[place.index]
-        if source_of(place).way == "own" or old in seen:
-            continue
-        seen.add(old)
-        stays = new.way != "own"
-        begin = POOL if new.way == "combined" else f"{SETS}{new.number}."
-        for kind in experts.kinds:
-            yield (begin if stays else f"layers.{new_index[place.index]}.moe.experts.") + kind, old + kind, stays

@@ -4,26 +4,28 @@ Folding computes every layer's experts once, as a step of training does, and giv
 as the standard MoE that it equals. Selecting lets each layer name one bank, so that layers share storage and nothing has to
 be combined; the weights change, and by how much is said. What is selected is kept as one-hot coefficients of the pool, or
 becomes tied sets, of which w1 is used as it is; a factor on w2 goes into the weights of routing, where the router has a place
-for one: the scale of --moe-router-score-function norm, or --moe-router-topk-scaling-factor if all layers want the same.
+for one: the scale of --moe-router-score-function norm, the weights of relu, or --moe-router-topk-scaling-factor if all layers
+want the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, written_map
+from megatron_samoe.config.sharing_map import Source, renumbered, written_map
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import (
     FRACTIONS,
-    SETS,
     EditedModel,
+    add_fractions,
     begin_edit,
     model_names,
     require,
@@ -31,7 +33,7 @@ from megatron_samoe.interop.edited_model import (
     with_sharing,
 )
 from megatron_samoe.interop.gram import bank_inner_products
-from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, source_of, stored_experts
+from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, layer_of, source_of, stored_experts
 from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 
@@ -49,16 +51,14 @@ def fold_shared(source: GlobalTensors) -> EditedModel:
     config = source_config(source)
     require(config.moe.shares_experts, config, "experts that layers share", "fold")
     experts = LayerExperts(source)
-    edited = begin_edit(source, with_sharing(config, [Source("own")] * len(experts.layers)))
+    own = [Source("own")] * len(experts.layers)
+    edited = begin_edit(source, with_sharing(config, own))
     for name in model_names(source):
         if not is_experts(name):
             edited.keep(source, name)
-    for kind in experts.kinds:
-        for place in sorted(experts.layers, key=stored_experts):
-            name, shape = f"layers.{place.index}.moe.experts.{kind}", experts.shape(place, kind)
-            edited.add(name, shape, experts.dtype, lambda p=place, k=kind: experts.read(p, k))
-    if FRACTIONS in source.tensors:
-        edited.keep(source, FRACTIONS)
+    indices = [place.index for place in experts.layers]
+    experts.add_to(edited, list(zip(experts.layers, own, indices, strict=True)), lambda p, k: experts.read(p, k)[None])
+    add_fractions(edited, source, [place.num_experts for place in experts.layers])
     edited.report.append(_folded(config, experts))
     return edited
 
@@ -105,8 +105,8 @@ def select_bank(a_GP: Tensor, gram_GPP: Tensor, scale: Scale) -> Selection:
     lost_GB = _lost(a_GP, kept_GBP, gram_GPP)
     choice_G = lost_GB.argmin(1)
     every = torch.arange(len(a_GP))
-    norm = _lost(a_GP, torch.zeros_like(a_GP)[:, None], gram_GPP).sum().clamp_min(1e-300)
-    return Selection(kept_GBP[every, choice_G].float(), float((lost_GB[every, choice_G].sum() / norm).sqrt()))
+    lost = lost_GB[every, choice_G].sum() / _norm(a_GP, gram_GPP)
+    return Selection(kept_GBP[every, choice_G].float(), float(lost.sqrt()))
 
 
 def _unit_rows(a_GP: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def select_samoe(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     for layer, rows in chosen.items():
         name = f"layers.{layer}.moe.combination"
         a_2GP = torch.stack([row.a_GP for row in rows])
-        edited.add(name, tuple(a_2GP.shape), source.tensors[name].dtype, lambda a=a_2GP: a)
+        edited.add_value(name, a_2GP.to(source.tensors[name].dtype))
     edited.report += _report(chosen, config.moe.num_expert_banks, scale)
     return edited
 
@@ -154,7 +154,7 @@ def _grams(experts: LayerExperts, place: LayerPlace) -> list[Tensor]:
     groups = experts.coefficients(place).shape[1]
     grams: dict[int, Tensor] = {}
     for kind in experts.kinds:
-        bank, row = experts.banks(place, kind), ROW_OF_WEIGHT[kind]
+        bank, row = experts.whole(place, kind), ROW_OF_WEIGHT[kind]
         gram = bank_inner_products(bank.reshape(bank.shape[0], groups, -1))
         grams[row] = grams[row] + gram if row in grams else gram
     return [grams[0], grams[1]]
@@ -180,23 +180,6 @@ def _report(chosen: dict[int, list[Selection]], num_banks: int, scale: Scale) ->
     return lines
 
 
-@dataclass(frozen=True)
-class TiedChoice:
-    """What one layer takes in place of its mixture.
-
-    Attributes:
-        stored: what the names of the bank's tensors begin with.
-        bank: which of them.
-        factor: on w2 and b2, to be held by the router.
-        changes: of w1 and of w2, as in `Selection`.
-    """
-
-    stored: str
-    bank: int
-    factor: float
-    changes: tuple[float, float]
-
-
 def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     """Returns the model whose layers each use one bank, or their set, as it is: all they share are tied sets.
 
@@ -210,47 +193,64 @@ def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     require(config.moe.has_coefficients, config, "combined or scaled layers", "select")
     experts = LayerExperts(source)
     grams: dict[str, list[Tensor]] = {}
-    choices: dict[int, TiedChoice] = {}
+    chosen: dict[int, list[Selection]] = {}
     for place in experts.layers:
         if source_of(place).way in ("combined", "scaled"):
             stored = stored_experts(place)
             if stored not in grams:
                 grams[stored] = _grams(experts, place)
-            choices[place.index] = _choose(stored, experts.coefficients(place), grams[stored], scale)
-    factors = {place.index: choices[place.index].factor if place.index in choices else 1.0 for place in experts.layers}
+            chosen[place.index] = _select_for_both(experts.coefficients(place), grams[stored], scale)
+    banks = {layer: int(rows[0].a_GP[0].argmax()) for layer, rows in chosen.items()}
+    factors = {p.index: float(chosen[p.index][1].a_GP[0].sum()) if p.index in chosen else 1.0 for p in experts.layers}
     config, scaled = _with_factors(config, factors)
-    sources, first = _tied_sources(experts, choices)
+    taken = [(source_of(p), banks.get(p.index, 0)) for p in experts.layers]
+    keys = list(dict.fromkeys(taken))
+    sources = renumbered([s if s.way == "own" else Source("tied", keys.index((s, bank))) for s, bank in taken])
     edited = begin_edit(source, with_sharing(config, sources))
     for name in model_names(source):
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
+        factor = factors.get(layer_of(name) or 0, 1.0)
         if name.endswith(scaled):
-            stored_tensor, factor = source.tensors[name], factors[layer]
-            edited.add(name, stored_tensor.shape, stored_tensor.dtype, lambda n=name, f=factor: source.read(n) * f)
+            edited.add(
+                name, source.tensors[name].shape, source.tensors[name].dtype, partial(_times, source, name, factor)
+            )
         elif not is_experts(name):
             edited.keep(source, name)
-    _add_tied(edited, experts, sources, choices, first)
-    if FRACTIONS in source.tensors:
-        edited.keep(source, FRACTIONS)
-    edited.report += _tied_report(choices, sources, experts, scale)
+
+    def whole(place: LayerPlace, kind: str) -> Tensor:
+        bank = banks.get(place.index, 0)
+        return experts.whole(place, kind)[bank : bank + 1]
+
+    indices = [place.index for place in experts.layers]
+    experts.add_to(edited, list(zip(experts.layers, sources, indices, strict=True)), whole)
+    add_fractions(edited, source, [place.num_experts for place in experts.layers])
+    edited.report += _report(chosen, config.moe.num_expert_banks if config.moe.has_pool else 1, scale)
+    edited.report.append(f"The layers become --expert-sharing {written_map(sources)}.")
     return edited
 
 
-def _choose(stored: str, a_2GP: Tensor, grams: Sequence[Tensor], scale: Scale) -> TiedChoice:
-    """Returns the bank that, with 1 for w1 and one factor for w2, changes both least, as shares of their norms."""
+def _times(source: GlobalTensors, name: str, factor: float) -> Tensor:
+    return source.read(name) * factor
+
+
+def _select_for_both(a_2GP: Tensor, grams: Sequence[Tensor], scale: Scale) -> list[Selection]:
+    """Returns one bank for both rows, that with 1 for w1 and one factor for w2 changes both least, as shares of their norms."""
     a_2GP = a_2GP.double()
-    num_banks = a_2GP.shape[-1]
-    factors_B = torch.ones(num_banks).double()
+    factors_B = torch.ones(a_2GP.shape[-1]).double()
     if scale == "keep":
         along_B = torch.einsum("gi,gib->b", a_2GP[1], grams[1])
         factors_B = along_B / torch.einsum("gbb->b", grams[1]).clamp_min(1e-300)
     kept = [_unit_rows(a_2GP[0]), _unit_rows(a_2GP[1]) * factors_B[:, None]]
-    lost_2B = []
-    for a_GP, kept_GBP, gram in zip(a_2GP, kept, grams, strict=True):
-        norm = _lost(a_GP, torch.zeros_like(a_GP)[:, None], gram).sum().clamp_min(1e-300)
-        lost_2B.append(_lost(a_GP, kept_GBP, gram).sum(0) / norm)
-    bank = int((lost_2B[0] + lost_2B[1]).argmin())
-    changes = float(lost_2B[0][bank].sqrt()), float(lost_2B[1][bank].sqrt())
-    return TiedChoice(stored, bank, float(factors_B[bank]), changes)
+    norms = [_norm(a_GP, gram) for a_GP, gram in zip(a_2GP, grams, strict=True)]
+    lost_2B = torch.stack([_lost(*row).sum(0) / norm for row, norm in zip(zip(a_2GP, kept, grams), norms, strict=True)])  # noqa: B905
+    bank = int(lost_2B.sum(0).argmin())
+    return [
+        Selection(rows[:1, bank].float(), float(lost.sqrt())) for rows, lost in zip(kept, lost_2B[:, bank], strict=True)
+    ]
+
+
+def _norm(a_GP: Tensor, gram_GPP: Tensor) -> Tensor:
+    """Returns the squared norm of weights."""
+    return _lost(a_GP, torch.zeros_like(a_GP)[:, None], gram_GPP).sum().clamp_min(1e-300)
 
 
 def _with_factors(config: PretrainConfig, factors: Mapping[int, float]) -> tuple[PretrainConfig, tuple[str, ...]]:
@@ -267,55 +267,10 @@ def _with_factors(config: PretrainConfig, factors: Mapping[int, float]) -> tuple
     if moe.moe_router_score_function == "norm":
         # Its scores are weights as they are; what they are compared with grows alike, so the choice stays.
         return config, (".moe.router.scale", ".moe.router.expert_bias")
+    if moe.moe_router_score_function == "relu":
+        return config, (".moe.router.weight",)
     if values[-1] - values[0] > EQUAL * values[-1]:
         raise ConfigError("--scale", "keep", f"w2's factors are {smallest} in different layers, which only routers of "
-                          f"--moe-router-score-function norm can hold, not {moe.moe_router_score_function}; {advice}")  # fmt: skip
+                          f"--moe-router-score-function norm or relu can hold, not {moe.moe_router_score_function}; {advice}")  # fmt: skip
     factor = sum(values) / len(values) * (moe.moe_router_topk_scaling_factor or 1.0)
     return replace(config, moe=replace(moe, moe_router_topk_scaling_factor=factor)), ()
-
-
-def _tied_sources(
-    experts: LayerExperts, choices: Mapping[int, TiedChoice]
-) -> tuple[list[Source], dict[Source, LayerPlace]]:
-    """Returns each layer's source, sets numbered by first use, and a layer that uses each set."""
-    keys: list[object] = []
-    for place in experts.layers:
-        chosen, source = choices.get(place.index), source_of(place)
-        keys.append((chosen.stored, chosen.bank) if chosen else place.index if source.way == "own" else source)
-    shared = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
-    sources = [Source("tied", shared.index(key)) if key in shared else Source("own") for key in keys]
-    return sources, {s: place for s, place in zip(sources[::-1], experts.layers[::-1], strict=True) if s.way == "tied"}
-
-
-def _add_tied(
-    edited: EditedModel, experts: LayerExperts, sources: Sequence[Source], choices: Mapping[int, TiedChoice],
-    first: Mapping[Source, LayerPlace],
-) -> None:  # fmt: skip
-    def weights(place: LayerPlace, kind: str) -> Tensor:
-        if source_of(place).way == "own":
-            return experts.read(place, kind)
-        return experts.banks(place, kind)[choices[place.index].bank if place.index in choices else 0]
-
-    for kind in experts.kinds:
-        for place, source in zip(experts.layers, sources, strict=True):
-            recipe, shape = (lambda p=place, k=kind: weights(p, k)), experts.shape(place, kind)
-            if source.way == "own":
-                edited.add(f"layers.{place.index}.moe.experts.{kind}", shape, experts.dtype, recipe)
-            elif first[source] is place:
-                name = f"{SETS}{source.number}.{kind}"
-                edited.add(name, (1, *shape), torch.float32, lambda r=recipe: r()[None])
-
-
-def _tied_report(
-    choices: Mapping[int, TiedChoice], sources: Sequence[Source], experts: LayerExperts, scale: Scale
-) -> list[str]:
-    lines = [f"select: the layers become --expert-sharing {written_map(sources)}"
-             f"{'; a factor on w2 goes into the weights of routing' if scale == 'keep' else ''}.",
-             "layer  takes            change of w1  factor of w2  change of w2"]  # fmt: skip
-    for place in experts.layers:
-        if choice := choices.get(place.index):
-            number = choice.stored.split(".")[2]
-            taken = f"bank {choice.bank}" if source_of(place).way == "combined" else f"set {number}"
-            lines.append(f"{place.index:5}  {taken:15}  {choice.changes[0]:12.2e}  {choice.factor:12.4f}  "
-                         f"{choice.changes[1]:12.2e}")  # fmt: skip
-    return lines

@@ -15,8 +15,8 @@ exact for every router, and for a pool of fewer banks than layers, whose copies 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,24 +24,25 @@ from torch import Tensor
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.interop.bank_fit import BankFit, fit_banks
+from megatron_samoe.interop.bank_fit import fit_banks
 from megatron_samoe.interop.edited_model import (
     POOL,
     EditedModel,
     add_fractions,
     begin_edit,
     compute_dtype,
-    model_names,
     moe_layers,
     require,
     source_config,
+    with_sharing,
 )
-from megatron_samoe.interop.gram import inner_products
-from megatron_samoe.models.blueprint import expert_shape
-from megatron_samoe.models.layer_layout import all_layers
-from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, bank_std_factor, initial_coefficients
+from megatron_samoe.interop.hf.native import NativeModel
+from megatron_samoe.interop.layer_experts import LayerExperts, is_experts
+from megatron_samoe.interop.pool_surgery import LOST, SharedGroup, add_shared, gram_of_row, losses
+from megatron_samoe.moe.sharing.coefficients import bank_std_factor, initial_coefficients
 from megatron_samoe.tensor_parallel.random import derived_seed
 
 #: Spread of router logits at the start where it would change the loss.
@@ -78,26 +79,86 @@ def upcycle_dense(source: GlobalTensors, options: UpcycleOptions) -> EditedModel
     config = source_config(source)
     require(config.moe.expert_layout == "dense", config, "expert_layout dense", "upcycle")
     new = replace(config, moe=_new_moe(config, options))
+    copies = options.dense_mlp == "experts"
     edited = begin_edit(source, new)
-    layers = [place.index for place in moe_layers(new)]
-    replaced = tuple(f"layers.{layer}.mlp." for layer in layers)
-    for name in model_names(source):
-        if not name.startswith(replaced):
-            edited.keep(source, name)
-        elif options.dense_mlp == "shared-expert":
-            stored = source.tensors[name]
-            shared = name.replace(".mlp.", ".moe.shared_expert.")
-            edited.add(shared, stored.shape, stored.dtype, lambda name=name: source.read(name))
-    _add_routers(edited, new, layers, options)
-    if options.dense_mlp == "shared-expert":
-        _add_new_experts(edited, source, new, layers, options)
-    elif new.moe.has_pool:
-        _add_copied_banks(edited, source, new, layers, options)
+    if copies and new.moe.has_pool:
+        own = replace(new, moe=with_sharing(new, [Source("own")] * len(moe_layers(new))).moe)
+        _add_banks(edited, _Upcycling(source, own, options), new)
     else:
-        _add_copied_experts(edited, source, new, layers, options)
+        _Upcycling(source, new, options).add_to(edited)
     add_fractions(edited, source, [place.num_experts for place in moe_layers(new)])
-    edited.report.insert(0, _summary(new, layers, options))
+    edited.report.insert(0, _summary(new, options))
     return edited
+
+
+@dataclass(frozen=True)
+class _Upcycling:
+    """Recipes of all tensors of a sparse model: of one whose layers own copies, or of one with new experts."""
+
+    source: GlobalTensors
+    config: PretrainConfig
+    options: UpcycleOptions
+
+    def add_to(self, edited: EditedModel) -> None:
+        model = NativeModel(self.config, int(self.source.train_state["vocab_size"]))
+        for name, stored in model.tensors.items():
+            old = name.replace(".moe.shared_expert.", ".mlp.")
+            if old in self.source.tensors:
+                edited.keep(self.source, old, name)
+                continue
+            is_fp32 = name.startswith(POOL) or name.endswith((".router.weight", ".combination"))
+            dtype = torch.float32 if is_fp32 else compute_dtype(self.source)
+            edited.add(name, stored.shape, dtype, partial(self._new, name, stored.shape))
+
+    def _new(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        moe, seed = self.config.moe, derived_seed(self.options.seed, name)
+        if name.endswith(".router.weight"):
+            return _normal(shape, router_std(self.config, self.options), seed)
+        if name.endswith(".combination"):
+            layers = [place.index for place in moe_layers(self.config)]
+            start_P = initial_coefficients(moe, layers.index(int(name.split(".")[1])), len(layers))
+            return start_P.expand(shape).clone()
+        if self.options.dense_mlp == "experts":
+            return self._copies(name, shape)
+        # Random w1 and nothing else: what routed experts add is 0 until w2 has learnt.
+        std = self.config.model.init_method_std * (bank_std_factor(moe) if moe.has_pool else 1.0)
+        return _normal(shape, std, seed) if name.endswith(".w1") else torch.zeros(shape)
+
+    def _copies(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        kind = name[-2:]
+        mlp = self.source.read(name.replace(f".moe.experts.{kind}", f".mlp.{MLP_TENSOR[kind]}"))
+        copies = (mlp / start_weight_sum(self.config.moe) if kind in ("w2", "b2") else mlp).expand(shape).clone()
+        # Biases are left alone: they may well be 0, and the matrices' noise sets experts apart.
+        if self.options.noise and kind[0] == "w":
+            spread = float(copies[0].float().std(correction=0)) * self.options.noise
+            for expert, copy in enumerate(copies):
+                copy += _normal(mlp.shape, spread, derived_seed(self.options.seed, name, expert)).to(copy.dtype)
+        return copies
+
+
+def _add_banks(edited: EditedModel, copied: _Upcycling, config: PretrainConfig) -> None:
+    """The MLPs of all layers, as well as P banks can stand for them, copied to the experts of each bank."""
+    moe, layers = config.moe, moe_layers(config)
+    if moe.samoe_normalization != "none":
+        raise ConfigError("--samoe-normalization", moe.samoe_normalization, "must be none for copies of MLPs")
+    if moe.num_expert_banks > len(layers):
+        raise ConfigError("--num-expert-banks", moe.num_expert_banks, f"must be at most the {len(layers)} MoE layers")
+    plain = begin_edit(copied.source, copied.config)
+    copied.add_to(plain)
+    for name in plain.tensors:
+        if not is_experts(name):
+            edited.keep(plain, name)
+    experts = LayerExperts(plain)
+    group = SharedGroup(Source("combined"), experts.layers, moe.num_expert_banks, moe.samoe_granularity == "expert")
+
+    def read_mlp(kind: str, number: int) -> Tensor:
+        return copied.source.read(f"layers.{layers[number].index}.mlp.{MLP_TENSOR[kind]}").reshape(1, -1)
+
+    grams = [gram_of_row(read_mlp, experts.kinds, row, len(layers), 1)[:, 0, :, 0] for row in (0, 1)]
+    fits = [fit_banks(gram_LL[None], group.num_banks) for gram_LL in grams]
+    add_shared(edited, experts, group, torch.arange(experts.layers[0].num_experts).repeat(len(layers), 1), fits)
+    edited.report.append(f"layer  {LOST}")
+    edited.report += [f"{place.index:5}  {lost}" for place, lost in zip(layers, losses(fits), strict=True)]
 
 
 def _new_moe(config: PretrainConfig, options: UpcycleOptions) -> MoEConfig:
@@ -125,37 +186,12 @@ def start_weight_sum(moe: MoEConfig) -> float:
     """Returns the sum of a token's expert weights under a router whose logits are all 0."""
     if not moe.pre_softmax:
         return 1.0
-    share = 0.5 if moe.moe_router_score_function == "sigmoid" else 1 / moe.num_experts
+    share = 0.5 if moe.moe_router_score_function == "sigmoid" else 1 / moe.most_experts
     return moe.moe_router_topk * share
-
-
-def copy_to_experts(
-    weight: Tensor, num_experts: int, factor: float = 1.0, noise: float = 0.0, seeds: tuple[int, ...] = ()
-) -> Tensor:
-    """Returns [E, ...] copies of factor * weight, each with its own noise of the weights' spread times `noise`."""
-    copies = (weight * factor).expand(num_experts, *weight.shape).clone()
-    if noise:
-        spread = float(copies[0].float().std(correction=0)) * noise
-        for copy, seed in zip(copies, seeds, strict=True):
-            copy += _normal(weight.shape, spread, seed).to(copy.dtype)
-    return copies
 
 
 def _normal(shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     return torch.empty(shape).normal_(generator=torch.Generator().manual_seed(seed)).mul_(std)
-
-
-def _kinds(config: PretrainConfig) -> list[str]:
-    return [kind for kind in MLP_TENSOR if kind[0] == "w" or not config.model.disable_bias_linear]
-
-
-def _add_routers(edited: EditedModel, config: PretrainConfig, layers: list[int], options: UpcycleOptions) -> None:
-    shape = (config.moe.num_experts, config.model.hidden_size)
-    std = router_std(config, options)
-    for layer in layers:
-        name = f"layers.{layer}.moe.router.weight"
-        seed = derived_seed(options.seed, name)
-        edited.add(name, shape, torch.float32, lambda seed=seed: _normal(shape, std, seed))
 
 
 def router_std(config: PretrainConfig, options: UpcycleOptions) -> float:
@@ -167,102 +203,9 @@ def router_std(config: PretrainConfig, options: UpcycleOptions) -> float:
     return UNDECIDED_LOGITS / config.model.hidden_size**0.5
 
 
-def _copies(source: GlobalTensors, config: PretrainConfig, options: UpcycleOptions, kind: str, layer: int) -> Tensor:
-    moe, name = config.moe, f"layers.{layer}.moe.experts.{kind}"
-    factor = 1 / start_weight_sum(moe) if kind in ("w2", "b2") else 1.0
-    # Biases are left alone: they may well be 0, and the matrices' noise sets experts apart.
-    noise = options.noise if kind in ("w1", "w2") else 0.0
-    seeds = tuple(derived_seed(options.seed, name, expert) for expert in range(moe.num_experts))
-    return copy_to_experts(source.read(f"layers.{layer}.mlp.{MLP_TENSOR[kind]}"), moe.num_experts, factor, noise, seeds)
-
-
-def _add_copied_experts(
-    edited: EditedModel, source: GlobalTensors, config: PretrainConfig, layers: list[int], options: UpcycleOptions
-) -> None:
-    for layer in layers:
-        for kind in _kinds(config):
-            stored = source.tensors[f"layers.{layer}.mlp.{MLP_TENSOR[kind]}"]
-            edited.add(
-                f"layers.{layer}.moe.experts.{kind}", (config.moe.num_experts, *stored.shape), stored.dtype,
-                lambda kind=kind, layer=layer: _copies(source, config, options, kind, layer),
-            )  # fmt: skip
-
-
-def _add_copied_banks(
-    edited: EditedModel, source: GlobalTensors, config: PretrainConfig, layers: list[int], options: UpcycleOptions
-) -> None:
-    """The MLPs of all layers, as well as P banks can stand for them, copied to the experts of each bank."""
+def _summary(config: PretrainConfig, options: UpcycleOptions) -> str:
     moe = config.moe
-    if moe.samoe_normalization != "none":
-        raise ConfigError("--samoe-normalization", moe.samoe_normalization, "must be none for copies of MLPs")
-    if moe.num_expert_banks > len(layers):
-        raise ConfigError("--num-expert-banks", moe.num_expert_banks, f"must be at most the {len(layers)} MoE layers")
-    kinds = _kinds(config)
-    fits = [_fit_mlps(source, layers, [k for k in kinds if ROW_OF_WEIGHT[k] == row], moe.num_expert_banks)
-            for row in (0, 1)]  # fmt: skip
-    groups = moe.num_experts if moe.samoe_granularity == "expert" else 1
-    for number, layer in enumerate(layers):
-        a_2GP = torch.stack([fit.coefficients_LGP[number].expand(groups, -1) for fit in fits]).float()
-        edited.add(f"layers.{layer}.moe.combination", tuple(a_2GP.shape), torch.float32, lambda a=a_2GP: a)
-    for kind in kinds:
-        shape = (moe.num_expert_banks, moe.num_experts, *source.tensors[f"layers.0.mlp.{MLP_TENSOR[kind]}"].shape)
-
-        def bank(kind: str = kind, shape: tuple[int, ...] = shape) -> Tensor:
-            mixture_PL = fits[ROW_OF_WEIGHT[kind]].mixture_PGL[:, 0]
-            whole = torch.zeros(shape)
-            for number, layer in enumerate(layers):
-                if mixture_PL[:, number].any():
-                    copies = _copies(source, config, options, kind, layer).float()
-                    for bank_E, factor in zip(whole, mixture_PL[:, number].tolist(), strict=True):
-                        bank_E.add_(copies, alpha=factor)
-            return whole
-
-        edited.add(POOL + kind, shape, torch.float32, bank)
-    edited.report += ["layer  lost of w1, b1  lost of w2, b2   (norm of the difference / norm)"]
-    errors_2L = [fit.relative_error_L.tolist() for fit in fits]
-    edited.report += [
-        f"{layer:5}  {first:14.2e}  {second:14.2e}" for layer, first, second in zip(layers, *errors_2L, strict=True)
-    ]
-
-
-def _fit_mlps(source: GlobalTensors, layers: list[int], kinds: list[str], num_banks: int) -> BankFit:
-    def reader(kind: str) -> Callable[[int], Tensor]:
-        return lambda number: source.read(f"layers.{layers[number]}.mlp.{MLP_TENSOR[kind]}").reshape(1, -1)
-
-    gram_LL = torch.stack([inner_products(reader(kind), len(layers), 1) for kind in kinds]).sum(0)[:, 0, :, 0]
-    return fit_banks(gram_LL[None], num_banks)
-
-
-def _add_new_experts(
-    edited: EditedModel, source: GlobalTensors, config: PretrainConfig, layers: list[int], options: UpcycleOptions
-) -> None:
-    """Random w1 and nothing else: what routed experts add is 0 until w2 has learnt."""
-    moe, shape = config.moe, expert_shape(config, all_layers(config)[layers[0]])
-    up = (2, shape.ffn_size) if shape.activation == "swiglu" else (shape.ffn_size,)
-    inner = {"w1": (*up, shape.hidden_size), "b1": up, "w2": (shape.hidden_size, shape.ffn_size),
-             "b2": (shape.hidden_size,)}  # fmt: skip
-    std = config.model.init_method_std * (bank_std_factor(moe) if moe.has_pool else 1.0)
-    leading = (moe.num_expert_banks,) if moe.has_pool else ()
-    owners = [POOL] if moe.has_pool else [f"layers.{layer}.moe.experts." for layer in layers]
-    dtype = torch.float32 if moe.has_pool else compute_dtype(source)
-    for owner in owners:
-        for kind in _kinds(config):
-            whole = (*leading, moe.num_experts, *inner[kind])
-
-            def recipe(name: str = owner + kind, whole: tuple[int, ...] = whole, kind: str = kind) -> Tensor:
-                return _normal(whole, std, derived_seed(options.seed, name)) if kind == "w1" else torch.zeros(whole)
-
-            edited.add(owner + kind, whole, dtype, recipe)
-    if moe.has_pool:
-        groups = moe.num_experts if moe.samoe_granularity == "expert" else 1
-        for number, layer in enumerate(layers):
-            a_2GP = initial_coefficients(moe, number, len(layers)).expand(2, groups, -1).clone()
-            edited.add(f"layers.{layer}.moe.combination", tuple(a_2GP.shape), torch.float32, lambda a=a_2GP: a)
-
-
-def _summary(config: PretrainConfig, layers: list[int], options: UpcycleOptions) -> str:
-    moe = config.moe
-    where = f"{len(layers)} of {config.model.num_layers} layers, {moe.num_experts} experts, top-{moe.moe_router_topk}"
+    where = f"{len(moe_layers(config))} of {config.model.num_layers} layers, {moe.num_experts} experts, top-{moe.moe_router_topk}"
     pool = f", a pool of {moe.num_expert_banks} banks" if moe.has_pool else ""
     if options.dense_mlp == "shared-expert":
         how = "the MLP stays as shared expert, routed experts begin with w2 = 0"

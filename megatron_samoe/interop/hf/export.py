@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors, StoredTensor, name_of
 from megatron_samoe.dist_checkpointing.store import refuse_parts
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.interop.edited_model import FRACTIONS, NOT_MODEL, source_config
@@ -26,8 +27,6 @@ from megatron_samoe.interop.hf.tokenizer_files import TokenizerFiles
 from megatron_samoe.interop.output_folder import new_folder, require_space
 from megatron_samoe.interop.unpool_surgery import fold_shared
 
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 Progress = Callable[[int], object]
 
 
@@ -139,38 +138,31 @@ def write_export(plan: ExportPlan, directory: Path, progress: Progress = lambda 
 
 
 def _write_weights(plan: ExportPlan, folder: Path, progress: Progress) -> None:
-    files = iter(plan.shards.items())
-    writer, left = None, 0
-
-    def write(name: str, tensor: Tensor) -> None:
-        nonlocal writer, left
-        if not left:
-            if writer is not None:
-                writer.close()
-            file, contents = next(files)
-            writer, left = SafetensorsWriter(folder / file, contents), len(contents)
-        assert writer is not None
-        writer.add(name, tensor)
-        left -= 1
-        progress(plan.tensors[name].num_bytes)
-
-    try:
-        for native_name, parts in plan.parts.items():
-            native = plan.source.read(native_name)
-            for part in parts:
-                write(part.name, part.elements(native))
-            del native
-        for constant in plan.constants:
-            write(constant.name, torch.full(constant.shape, constant.value, dtype=plan.tensors[constant.name].dtype))
-        assert writer is not None
-        writer.close()
-    except BaseException:
-        if writer is not None:
+    written = _elements(plan)
+    for file, contents in plan.shards.items():
+        writer = SafetensorsWriter(folder / file, contents)
+        try:
+            for name, tensor in itertools.islice(written, len(contents)):
+                writer.add(name, tensor)
+                progress(plan.tensors[name].num_bytes)
+            writer.close()
+        except BaseException:
             writer.abandon()
-        raise
+            raise
     if len(plan.shards) > 1:
         weight_map = {name: file for file, contents in plan.shards.items() for name in contents}
         _write_json(folder / INDEX, {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map})
+
+
+def _elements(plan: ExportPlan) -> Iterator[tuple[str, Tensor]]:
+    """Yields all tensors in the order of writing, with their elements in order; one native tensor is in memory at a time."""
+    for native_name, parts in plan.parts.items():
+        native = plan.source.read(native_name)
+        for part in parts:
+            yield part.name, part.elements(native)
+        del native
+    for constant in plan.constants:
+        yield constant.name, torch.full(constant.shape, constant.value, dtype=plan.tensors[constant.name].dtype)
 
 
 def _token_ids(plan: ExportPlan) -> dict[str, int | None]:
@@ -180,7 +172,7 @@ def _token_ids(plan: ExportPlan) -> dict[str, int | None]:
 
 def _config(plan: ExportPlan) -> dict[str, object]:
     family = plan.target.family
-    dtype = _DTYPE_NAMES[plan.dtype]
+    dtype = name_of(plan.dtype)
     return {
         "architectures": [family.architecture], "model_type": family.name, **family.write_config(plan.native),
         # The first name is transformers 4's, the second transformers 5's.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,6 @@ from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Constant, Part
 from megatron_samoe.interop.hf.target import Target
 from megatron_samoe.interop.hf.tokenizer_files import TokenizerFiles
-
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)

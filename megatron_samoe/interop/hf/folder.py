@@ -24,7 +24,8 @@ PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.j
 class WeightFile(Protocol):
     """One file of weights."""
 
-    tensors: Mapping[str, StoredTensor]
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]: ...
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor of its own memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_samoe.dist_checkpointing.global_tensors import name_of
 from megatron_samoe.interop.edited_model import moe_layers
 from megatron_samoe.interop.hf.export_plan import ExportPlan
 from megatron_samoe.planning.accounting import count_parameters
@@ -32,7 +33,7 @@ def model_card(plan: ExportPlan) -> str:
         "of experts": f"{count.expert:,}", "active per token": f"{count.active:,}",
         "layers, hidden size": f"{native.model.num_layers}, {native.model.hidden_size}",
         "vocabulary": f"{native.vocab_size:,}", "longest sequence": f"{native.model.max_positions:,}",
-        "experts": _experts(plan), "dtype": str(plan.dtype).removeprefix("torch."),
+        "experts": _experts(plan), "dtype": name_of(plan.dtype),
         "trained": f"{state.get('iteration', 0):,} steps, {state.get('consumed_tokens', 0):,} tokens",
     }  # fmt: skip
     table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())

@@ -13,14 +13,14 @@ from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source
-from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
+from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor, name_of
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import RankModel, compute_dtype
 from megatron_samoe.parallel_state.state import single_process_state
 
-#: Options of a run that computes in a precision.
-_PRECISION = {torch.float32: {}, torch.bfloat16: {"bf16": True}, torch.float16: {"fp16": True}}
+#: What a run can compute in.
+_PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -93,25 +93,21 @@ def lossless_precision(
     free = {name for name, tensor in half.tensors.items() if tensor.dtype == torch.bfloat16}
     by_dtype: dict[torch.dtype, list[str]] = {}
     for name, foreign, dtype in stored:
-        if dtype not in _PRECISION:
-            raise CheckpointError(f"{where}: {foreign} has dtype {_shown(dtype)}; save it as fp32, bf16 or fp16.")
+        if dtype not in _PRECISIONS:
+            raise CheckpointError(f"{where}: {foreign} has dtype {name_of(dtype)}; save it as fp32, bf16 or fp16.")
         if name in free:
             by_dtype.setdefault(dtype, []).append(foreign)
     dtype = reduce(torch.promote_types, by_dtype)
     notes = []
     if len(by_dtype) > 1:
-        counts = ", ".join(f"{len(names)} of {_shown(kind)} ({names[0]}, ...)" for kind, names in by_dtype.items())
+        counts = ", ".join(f"{len(names)} of {name_of(kind)} ({names[0]}, ...)" for kind, names in by_dtype.items())
         notes.append(
-            f"Its weights have several precisions: {counts}. They become {_shown(dtype)}, which rounds none; "
+            f"Its weights have several precisions: {counts}. They become {name_of(dtype)}, which rounds none; "
             "--dtype bf16 would round the wider ones."
         )
     return _in_precision(native.config, dtype), notes
 
 
 def _in_precision(config: PretrainConfig, dtype: torch.dtype) -> PretrainConfig:
-    flags = {"bf16": False, "fp16": False, **_PRECISION[dtype]}
-    return replace(config, training=replace(config.training, **flags))
-
-
-def _shown(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    training = replace(config.training, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16)
+    return replace(config, training=training)

@@ -172,7 +172,7 @@ class SafetensorsReader:
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
         if not tensor.numel():
             return tensor
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view = tensor.view(-1).view(torch.uint8).numpy().data
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._start + self._offsets[name])
             while view.nbytes:

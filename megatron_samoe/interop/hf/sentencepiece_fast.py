@@ -30,7 +30,7 @@ def fast_tokenizer(model: bytes, processor: Any) -> Any | None:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:  # it needs protobuf
         return None
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(model)
     tokenizer = _translated(proto)
     if tokenizer is None:
@@ -69,7 +69,7 @@ def _translated(proto: Any) -> Any | None:
     first.append(normalizers.Replace(" ", _SPACE))
     unigram, bpe = 1, 2
     if trainer.model_type == unigram:
-        model = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+        model: Any = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
     elif trainer.model_type == bpe:
         model = models.BPE(
             vocab={piece: i for i, (piece, _) in enumerate(pieces)}, merges=_merges(proto),

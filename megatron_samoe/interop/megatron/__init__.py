@@ -2,14 +2,13 @@
 
 from megatron_samoe.interop.megatron.export import ExportPlan, MegatronLayout, plan_export, write_export
 from megatron_samoe.interop.megatron.names import MegatronStyle
-from megatron_samoe.interop.megatron.reader import MegatronReader, is_megatron_checkpoint
+from megatron_samoe.interop.megatron.reader import MegatronReader
 
 __all__ = [
     "ExportPlan",
     "MegatronLayout",
     "MegatronReader",
     "MegatronStyle",
-    "is_megatron_checkpoint",
     "plan_export",
     "write_export",
 ]

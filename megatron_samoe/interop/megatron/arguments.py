@@ -21,22 +21,27 @@ from megatron_samoe.parsing import finite_float
 TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer")
 #: Arguments under which Megatron computes something that our model does not, with the values that are harmless.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "apply_layernorm_1p": (False, None), "rotary_interleaved": (False, None), "use_rope_scaling": (False, None),
-    "rotary_seq_len_interpolation_factor": (None, 1), "multi_latent_attention": (False, None),
-    "squared_relu": (False, None), "quick_geglu": (False, None), "window_size": (None,), "mtp_num_layers": (None, 0),
-    "moe_router_topk_scaling_factor": (None, 1.0), "moe_router_enable_expert_bias": (False, None),
-    "moe_router_num_groups": (None,), "moe_shared_expert_gate": (False, None), "moe_latent_size": (None,),
-    "attention_output_gate": (False, None), "qk_l2_norm": (False, None), "heterogeneous_layers_config_path": (None,),
-    "experimental_attention_variant": (None,), "is_hybrid_model": (False, None), "softmax_type": ("vanilla-softmax", "vanilla", None),
-    "apply_residual_connection_post_layernorm": (False, None), "no_rope_freq": (None,),
-    "moe_apply_probs_on_input": (False, None), "add_position_embedding": (True, None),
-    "glu_linear_offset": (0.0, None), "activation_func_clamp_value": (None,), "softmax_scale": (None,),
-    "layernorm_zero_centered_gamma": (False, None), "linear_attention_freq": (None,), "mrope_section": (None,),
-    "moe_router_group_topk": (None,), "moe_router_topk_limited_devices": (None,),
-    "moe_router_force_load_balancing": (False, None), "heterogeneous_block_specs": (False, None), "spec": (None,),
-    "rope_type": ("rope", None), "fp8_param": (False, None), "fp4_param": (False, None), "quant_recipe": (None,),
-    "use_kitchen": (False, None), "window_attn_skip_freq": (None,), "dsa_indexer_topk": (None,),
+    **dict.fromkeys(
+        "apply_layernorm_1p rotary_interleaved use_rope_scaling multi_latent_attention squared_relu quick_geglu "
+        "moe_router_enable_expert_bias moe_shared_expert_gate attention_output_gate qk_l2_norm is_hybrid_model "
+        "apply_residual_connection_post_layernorm moe_apply_probs_on_input layernorm_zero_centered_gamma "
+        "moe_router_force_load_balancing heterogeneous_block_specs fp8_param fp4_param use_kitchen".split(), (False, None)),
+    **dict.fromkeys(
+        "window_size moe_router_num_groups moe_latent_size heterogeneous_layers_config_path experimental_attention_variant "
+        "no_rope_freq activation_func_clamp_value softmax_scale linear_attention_freq mrope_section moe_router_group_topk "
+        "moe_router_topk_limited_devices spec quant_recipe window_attn_skip_freq dsa_indexer_topk".split(), (None,)),
+    "rotary_seq_len_interpolation_factor": (None, 1), "mtp_num_layers": (None, 0), "rope_type": ("rope", None),
+    "moe_router_topk_scaling_factor": (None, 1.0), "softmax_type": ("vanilla-softmax", "vanilla", None),
+    "add_position_embedding": (True, None), "glu_linear_offset": (0.0, None),
 }  # fmt: skip
+#: Options that Megatron has under the same names, with the same meaning.
+_SAME_OF_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "group_query_attention", "seq_length",
+                  "position_embedding_type", "rotary_percent", "normalization", "norm_epsilon", "swiglu", "add_qkv_bias",
+                  "untie_embeddings_and_output_weights", "qk_layernorm", "init_method_std", "attention_dropout",
+                  "hidden_dropout", "make_vocab_size_divisible_by")  # fmt: skip
+_SAME_OF_MOE = ("num_experts", "moe_router_topk", "moe_router_score_function", "moe_router_load_balancing_type",
+                "moe_aux_loss_coeff", "moe_shared_expert_intermediate_size")  # fmt: skip
+_TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
 
 def to_arguments(config: PretrainConfig, vocab_size: int, padded: int) -> argparse.Namespace:
@@ -50,23 +55,14 @@ def to_arguments(config: PretrainConfig, vocab_size: int, padded: int) -> argpar
     """
     model, moe = config.model, config.moe
     values: dict[str, Any] = {
-        "num_layers": model.num_layers, "hidden_size": model.hidden_size, "ffn_hidden_size": model.mlp_size,
-        "num_attention_heads": model.num_attention_heads, "kv_channels": model.head_dim,
-        "group_query_attention": model.group_query_attention, "num_query_groups": model.num_kv_heads,
-        "seq_length": model.seq_length, "encoder_seq_length": model.seq_length,
-        "max_position_embeddings": model.max_positions, "position_embedding_type": model.position_embedding_type,
+        **{name: getattr(model, name) for name in _SAME_OF_MODEL},
+        **{name: getattr(config.data, name) for name in ("tokenizer_type", *_TOKENIZER_FILES)},
+        "ffn_hidden_size": model.mlp_size, "kv_channels": model.head_dim, "num_query_groups": model.num_kv_heads,
+        "encoder_seq_length": model.seq_length, "max_position_embeddings": model.max_positions,
         "add_position_embedding": True, "use_rotary_position_embeddings": model.position_embedding_type == "rope",
         "rotary_base": int(model.rotary_base) if model.rotary_base.is_integer() else model.rotary_base,
-        "rotary_percent": model.rotary_percent, "rotary_interleaved": False,
-        "normalization": model.normalization, "norm_epsilon": model.norm_epsilon, "apply_layernorm_1p": False,
-        "swiglu": model.swiglu, "add_bias_linear": not model.disable_bias_linear, "add_qkv_bias": model.add_qkv_bias,
-        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
-        "qk_layernorm": model.qk_layernorm, "init_method_std": model.init_method_std,
-        "attention_dropout": model.attention_dropout, "hidden_dropout": model.hidden_dropout,
-        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by, "vocab_size": vocab_size,
-        "padded_vocab_size": padded, "bf16": config.training.bf16, "fp16": config.training.fp16,
-        "tokenizer_type": config.data.tokenizer_type, "tokenizer_model": config.data.tokenizer_model,
-        "vocab_file": config.data.vocab_file, "merge_file": config.data.merge_file,
+        "rotary_interleaved": False, "apply_layernorm_1p": False, "add_bias_linear": not model.disable_bias_linear,
+        "vocab_size": vocab_size, "padded_vocab_size": padded, "bf16": config.training.bf16, "fp16": config.training.fp16,
         "data_parallel_random_init": False, "num_experts": None, "bias_gelu_fusion": True,
     }  # fmt: skip
     if moe.expert_layout != "dense":
@@ -84,13 +80,10 @@ def _moe_arguments(config: PretrainConfig) -> dict[str, Any]:
                           "cannot be exported without --disable-bias-linear: Megatron's shared experts have no bias")  # fmt: skip
     pattern = [int(is_moe) for is_moe in parse_moe_layer_freq(moe.moe_layer_freq, model.num_layers)]
     return {
-        "num_experts": moe.num_experts, "moe_layer_freq": pattern,
-        "moe_ffn_hidden_size": config.expert_ffn_size, "moe_router_topk": moe.moe_router_topk,
-        "moe_router_score_function": moe.moe_router_score_function, "moe_router_pre_softmax": moe.pre_softmax,
-        "moe_router_load_balancing_type": moe.moe_router_load_balancing_type,
-        "moe_aux_loss_coeff": moe.moe_aux_loss_coeff, "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
-        "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
-        "moe_shared_expert_gate": False, "moe_input_jitter_eps": moe.moe_input_jitter_eps or None,
+        **{name: getattr(moe, name) for name in _SAME_OF_MOE}, "moe_layer_freq": pattern,
+        "moe_ffn_hidden_size": config.expert_ffn_size, "moe_router_pre_softmax": moe.pre_softmax,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff or None, "moe_shared_expert_gate": False,
+        "moe_input_jitter_eps": moe.moe_input_jitter_eps or None,
     }  # fmt: skip
 
 
@@ -112,29 +105,24 @@ def from_arguments(args: argparse.Namespace, where: str) -> PretrainConfig:
             raise CheckpointError(f"{where} keeps no argument {name}: without it the model is not known.")
     heads = get("num_attention_heads")
     groups = get("num_query_groups", heads) if get("group_query_attention", False) else heads
-    swiglu, positions = bool(get("swiglu", False)), get("position_embedding_type", "learned_absolute")
+    positions = get("position_embedding_type", "learned_absolute")
     default = ModelConfig()
-    model = ModelConfig(
-        num_layers=get("num_layers"), hidden_size=get("hidden_size"), num_attention_heads=heads,
-        ffn_hidden_size=get("ffn_hidden_size", 4 * get("hidden_size")), kv_channels=get("kv_channels"),
-        group_query_attention=groups != heads, num_query_groups=groups if groups != heads else 1,
-        seq_length=get("seq_length", default.seq_length), max_position_embeddings=get("max_position_embeddings"),
-        position_embedding_type=positions,
-        rotary_base=float(get("rotary_base", 10000)) if positions == "rope" else default.rotary_base,
-        rotary_percent=float(get("rotary_percent", 1.0)) if positions == "rope" else default.rotary_percent,
-        normalization=get("normalization", "LayerNorm"),
-        norm_epsilon=get("norm_epsilon", get("layernorm_epsilon", default.norm_epsilon)), swiglu=swiglu,
-        disable_bias_linear=not get("add_bias_linear", True),
-        add_qkv_bias=bool(get("add_qkv_bias", False)) and not get("add_bias_linear", True),
-        untie_embeddings_and_output_weights=bool(get("untie_embeddings_and_output_weights", False)),
-        qk_layernorm=bool(get("qk_layernorm", False)), init_method_std=get("init_method_std", default.init_method_std),
-        attention_dropout=get("attention_dropout", 0.0), hidden_dropout=get("hidden_dropout", 0.0),
-        make_vocab_size_divisible_by=get("make_vocab_size_divisible_by", 128),
-    )  # fmt: skip
+    rotary = ("rotary_base", "rotary_percent") if positions == "rope" else ()
+    same = {name: get(name, getattr(default, name)) for name in _SAME_OF_MODEL if name not in ("rotary_percent",)}
+    same |= {name: float(get(name, getattr(default, name))) for name in rotary}
+    model = ModelConfig(**same | {
+        "ffn_hidden_size": get("ffn_hidden_size", 4 * get("hidden_size")), "kv_channels": get("kv_channels"),
+        "group_query_attention": groups != heads, "num_query_groups": groups if groups != heads else 1,
+        "max_position_embeddings": get("max_position_embeddings"), "position_embedding_type": positions,
+        "norm_epsilon": get("norm_epsilon", get("layernorm_epsilon", default.norm_epsilon)),
+        "disable_bias_linear": not get("add_bias_linear", True),
+        "add_qkv_bias": bool(get("add_qkv_bias", False)) and not get("add_bias_linear", True),
+        "attention_dropout": get("attention_dropout", 0.0), "hidden_dropout": get("hidden_dropout", 0.0),
+    })  # fmt: skip
     model = _with_derived_sizes(model)
     data = DataConfig(mock_data=True)
     if get("tokenizer_type") in TOKENIZERS:
-        files = {name: get(name) for name in ("tokenizer_model", "vocab_file", "merge_file")}
+        files = {name: get(name) for name in _TOKENIZER_FILES}
         data = replace(data, tokenizer_type=get("tokenizer_type"), **files)
     refuse_excess(PretrainConfig(model=model))  # before a list has an entry for each layer
     config = PretrainConfig(model=model, moe=_moe_config(get, model, where), data=data)

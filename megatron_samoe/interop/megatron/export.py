@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.readers import refuse_unknown
-from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
 from megatron_samoe.dist_checkpointing.store import LATEST, refuse_parts
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import model_names
@@ -93,7 +93,7 @@ class PlannedTensor:
     @property
     def num_bytes(self) -> int:
         """Size of the elements."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return StoredTensor(self.shape, self.dtype).num_bytes
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def check_layout(config: PretrainConfig, layout: MegatronLayout) -> None:
                           f"must divide the {per_stage} layers of each of {pp} pipeline ranks, and be 1 for one rank")  # fmt: skip
     if moe.expert_layout == "dense" and ep > 1:
         raise ConfigError("--target-expert-parallel-size", ep, "must be 1 for a dense model")
-    if moe.expert_layout != "dense" and moe.num_experts % ep:
+    if moe.expert_layout != "dense" and moe.most_experts % ep:
         raise ConfigError("--target-expert-parallel-size", ep, f"must divide --num-experts {moe.num_experts}")
     if layout.style.experts == "legacy_grouped" and has_bias:
         raise ConfigError("experts", "legacy_grouped", "needs --disable-bias-linear: Megatron's GroupedMLP has no bias")
@@ -207,7 +207,7 @@ def _planned(
     tp, pp, ep = layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel
     stages = _Stages(config.model.num_layers, pp, layout.virtual_pipeline)
     is_moe = {layer.index: layer.moe_index is not None for layer in all_layers(config)}
-    experts_per_rank = max(config.moe.num_experts // ep, 1)
+    experts_per_rank = max(config.moe.most_experts // ep, 1)
     tied = not config.model.untie_embeddings_and_output_weights
     planned = []
     for name in model_names(source):
@@ -216,7 +216,7 @@ def _planned(
         layer = int(name.split(".")[1]) if name.startswith("layers.") else None
         stage, chunk, local_layer = stages.place_of(name, layer)
         for part in parts_of(name, shape, layout.style, is_moe.get(layer or 0, False), ep):
-            holder = ep_rank_of(part, config.moe.num_experts, ep)
+            holder = ep_rank_of(part, config.moe.most_experts, ep)
             if stage != place.pp or holder not in (None, place.ep):
                 continue
             key = key_of(part, local_layer, experts_per_rank)
@@ -225,7 +225,7 @@ def _planned(
             planned.append(PlannedTensor(key, chunk, name, part, own_shape, stored.dtype, split))
             if key.endswith(".mlp.router.weight") and not config.model.disable_bias_linear:
                 bias = Part(key.replace("weight", "bias"))
-                planned.append(PlannedTensor(bias.key, chunk, "", bias, (config.moe.num_experts,), stored.dtype))
+                planned.append(PlannedTensor(bias.key, chunk, "", bias, (config.moe.most_experts,), stored.dtype))
         if name == VOCABULARY[0] and tied and pp > 1 and place.pp == pp - 1:
             part = Part("output_layer.weight", split_dim=0)
             own_shape = part.local_shape(shape, tp)

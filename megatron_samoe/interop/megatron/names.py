@@ -7,6 +7,7 @@ along the same dim as we do; gate and up projections of SwiGLU are each cut, and
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -52,55 +53,46 @@ class Part:
 
     def cut(self, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
         """Returns Megatron's tensor on a tensor-parallel rank, a copy, from our whole tensor."""
+        own = self._own(whole, tp_rank, tp_size)
+        if not self.is_stacked:
+            return own.flatten(0, self.num_flat - 1).clone()
+        matrices = own.flatten(1, self.num_flat).transpose(1, 2).contiguous()  # [e, in, out]
+        wide = "weight1" in self.key
+        return matrices.view(matrices.shape[1], -1) if wide else matrices.view(-1, matrices.shape[2])
+
+    def paste(self, whole: Tensor, local: Tensor, tp_rank: int, tp_size: int) -> None:
+        """Writes a rank's tensor into its place in ours."""
+        own = self._own(whole, tp_rank, tp_size)
         if self.is_stacked:
-            assert self.experts is not None and self.split_dim is not None
-            run = whole[self.experts[0] : self.experts[1]].chunk(tp_size, self.split_dim + 1)[tp_rank]
-            matrices = run.flatten(1, self.num_flat).transpose(1, 2).contiguous()  # [e, in, out]
-            wide = "weight1" in self.key
-            return matrices.view(matrices.shape[1], -1) if wide else matrices.view(-1, matrices.shape[2])
-        own = whole if self.experts is None else whole[self.experts[0]]
-        if self.split_dim is not None:
-            own = own.chunk(tp_size, self.split_dim)[tp_rank]
-        return own.flatten(0, self.num_flat - 1).clone()
+            flat = own.flatten(1, self.num_flat)
+            local = local.contiguous().view(len(flat), flat.shape[2], flat.shape[1]).transpose(1, 2)
+        own.copy_(local.reshape(own.shape))
+
+    def _own(self, whole: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+        """Returns a view of our tensor with what a tensor-parallel rank holds of this part."""
+        dim = self.split_dim
+        if self.is_stacked:
+            assert self.experts is not None and dim is not None
+            whole, dim = whole[self.experts[0] : self.experts[1]], dim + 1
+        elif self.experts is not None:
+            whole = whole[self.experts[0]]
+        return whole if dim is None else whole.chunk(tp_size, dim)[tp_rank]
 
     def local_shape(self, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
         """Returns the shape of a rank's tensor; `shape` is our whole tensor's."""
         inner = self._inner_shape(shape, tp_size)
-        flat = (_product(inner[: self.num_flat]), *inner[self.num_flat :])
+        flat = (math.prod(inner[: self.num_flat]), *inner[self.num_flat :])
         if not self.is_stacked:
             return flat
         assert self.experts is not None
         count = self.experts[1] - self.experts[0]
         return (flat[1], count * flat[0]) if "weight1" in self.key else (count * flat[1], flat[0])
 
-    def paste(self, whole: Tensor, local: Tensor, tp_rank: int, tp_size: int) -> None:
-        """Writes a rank's tensor into its place in ours."""
-        inner = self._inner_shape(tuple(whole.shape), tp_size)
-        if self.is_stacked:
-            assert self.experts is not None and self.split_dim is not None
-            flat = (_product(inner[: self.num_flat]), *inner[self.num_flat :])
-            count = self.experts[1] - self.experts[0]
-            matrices = local.contiguous().view(count, flat[1], flat[0]).transpose(1, 2)
-            run = whole[self.experts[0] : self.experts[1]].chunk(tp_size, self.split_dim + 1)[tp_rank]
-            run.copy_(matrices.reshape(count, *inner))
-            return
-        own = whole if self.experts is None else whole[self.experts[0]]
-        if self.split_dim is not None:
-            own = own.chunk(tp_size, self.split_dim)[tp_rank]
-        own.copy_(local.reshape(inner))
-
     def _inner_shape(self, shape: tuple[int, ...], tp_size: int) -> tuple[int, ...]:
         inner = list(shape if self.experts is None else shape[1:])
         if self.split_dim is not None:
             inner[self.split_dim] //= tp_size
         return tuple(inner)
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 _OUTER = {

@@ -120,7 +120,7 @@ def load_rank_file(folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         try:
             own = [name for name in get_unsafe_globals_in_checkpoint(path) if name.startswith("megatron.")]
-            known = [argparse.Namespace, *_NUMPY, *((_Inert, name) for name in (*_INERT, *own))]
+            known: list[Any] = [argparse.Namespace, *_NUMPY, *((_Inert, name) for name in (*_INERT, *own))]
             stack.enter_context(torch.serialization.safe_globals(known))
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds

@@ -147,8 +147,8 @@ class MegatronReader:
         found = {}
         for number, part in enumerate(parts):
             size = self._split_size(part)
-            holder = ep_rank_of(part, self._native.moe.num_experts, self._ep)
-            key = key_of(part, layer, max(self._native.moe.num_experts // self._ep, 1))
+            holder = ep_rank_of(part, self._native.moe.most_experts, self._ep)
+            key = key_of(part, layer, max(self._native.moe.most_experts // self._ep, 1))
             for tp_rank in range(size if part.split_dim is not None else 1):
                 entry = self._entry(key, tp_rank, size, holder)
                 if entry is None:
@@ -206,15 +206,6 @@ class _OpenFiles:
     def count(self, num_bytes: int) -> None:
         """Notes that so much has been read."""
         self._read_bytes += num_bytes
-
-
-def is_megatron_checkpoint(directory: Path) -> bool:
-    """Whether a folder is a checkpoint of Megatron-LM's format `torch`, or one of its iterations."""
-    try:
-        find_iteration(Path(directory))
-    except CheckpointError:
-        return False
-    return True
 
 
 def _equal(a: object, b: object) -> bool:

@@ -86,7 +86,7 @@ class TorchFile:
         assert tuple(tensor.shape) == promised.shape and tensor.dtype == promised.dtype
         del self._waiting[promised.key]
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        self._write(f"data/{promised.key}", memoryview(flat.numpy()))
+        self._write(f"data/{promised.key}", flat.numpy().data)
 
     def close(self) -> None:
         """Completes the file and flushes it to disk; all promised tensors are written."""

@@ -183,8 +183,9 @@ def test_selecting_ends_with_banks_as_they_are(options: dict[str, Any]) -> None:
     assert moe_of(selected).ways <= {"own", "tied"} and differences(selected) == []
     assert not any(name.endswith(".combination") for name in selected.tensors)
     folded, before = fold_shared(selected) if moe_of(selected).shares_experts else selected, fold_shared(source)
-    for line in selected.report[2:]:
-        layer, _, bank, w1, _, w2 = line.split()
+    for line in selected.report[2:6]:
+        layer, bank, one, w1, same_bank, also_one, w2 = line.split()
+        assert bank == same_bank and one == also_one == "1.0000"
         for kind, reported in (("w1", w1), ("w2", w2)):
             name = f"layers.{layer}.moe.experts.{kind}"
             assert torch.equal(folded.read(name), source.weights[f"expert_pool.bank.{kind}"][int(bank)])
@@ -200,11 +201,13 @@ def scaled(w1: float, factors: list[float], **options: Any) -> MemorySource:
 def test_factors_on_w2_move_into_routing_where_it_can_hold_them() -> None:
     differ, same = [1.0, 0.5, 2.0, 1.5], [1.25] * 4
     for source in (scaled(1.0, differ, **NORM, moe_router_enable_expert_bias=True), scaled(1.0, same),
+                   scaled(1.0, differ, moe_router_score_function="relu"),
+        scaled(1.0, differ, moe_router_score_function="relu"),
                    scaled(1.0, same, moe_router_score_function="sigmoid", moe_router_topk=2,
                           moe_router_topk_scaling_factor=2.0)):  # fmt: skip
         assert_same(tie_selected(source, "keep"), source)
     with pytest.raises(
-        ConfigError, match=r"0.5000 to 2.0000 in different layers, which only routers of .* norm can hold"
+        ConfigError, match=r"0.5000 to 2.0000 in different layers, which only routers of .* norm or relu can hold"
     ):
         tie_selected(scaled(1.0, differ), "keep")
     with pytest.raises(ConfigError, match="weights of routing are positive"):
@@ -224,7 +227,7 @@ def test_a_student_of_all_layers_is_the_teacher(case: str) -> None:
     [
         ({"expert_sharing": "0,1,1,2"}, (0, 2), None),
         ({"expert_sharing": "0,1,1,0"}, (1, 2, 3), "0*2,own"),
-        ({"expert_sharing": "scaled:0,1,1,0"}, (2, 3), "scaled:1,0"),
+        ({"expert_sharing": "scaled:0,1,1,0"}, (2, 3), "scaled:0,1"),
         ({"expert_sharing": "own,combined*3"}, (0, 1, 3), "own,combined*2"),
         ({"expert_sharing": "pool", **NORM}, (1, 3), "0*2"),
         ({"num_experts": (2, 2, 4, 4), "moe_residual_mlp": True}, (1, 2), None),
@@ -236,7 +239,8 @@ def test_students_compute_with_the_layers_they_keep(
     options: dict[str, Any], layers: tuple[int, ...], sharing: str | None
 ) -> None:
     teacher = made(**options)
-    teacher.weights["training.expert_fractions"] = torch.rand(4, 4)
+    num_moe_layers = sum(name.endswith(".router.weight") for name in teacher.weights)
+    teacher.weights["training.expert_fractions"] = torch.rand(num_moe_layers, 4)
     student = keep_layers(teacher, layers)
     config = from_mapping(student.config, "test")
     assert config.moe.expert_sharing == sharing and config.model.num_layers == len(layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -49,29 +50,63 @@ def _write_gpt2(native: NativeModel) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _gpt2_parts(native: NativeModel) -> Iterator[Part]:
+@dataclass(frozen=True)
+class _Names:
+    """How a class names its tensors.
+
+    Attributes:
+        embedding, final_norm, head: outside the layers.
+        layer: what a layer's names begin with, with its number left open.
+        norms: before attention and before the MLP.
+        attention, mlp: a layer's linear ones, in and out.
+        is_transposed: whether weights have their inputs first, and queries stand before all keys and values.
+    """
+
+    embedding: str
+    final_norm: str
+    head: str
+    layer: str
+    norms: tuple[str, str]
+    attention: tuple[str, str]
+    mlp: tuple[str, str]
+    is_transposed: bool = False
+
+
+def _parts(native: NativeModel, names: _Names) -> Iterator[Part]:
     model = native.model
     hidden, width, embedding = model.hidden_size, model.mlp_size, (native.vocab_size, model.hidden_size)
-    yield Part("transformer.wte.weight", "embedding.word.weight", rows(native.vocab_size), embedding)
-    yield Part("transformer.wpe.weight", "embedding.position", whole, (model.max_positions, hidden))
+
+    def linear(theirs: str, ours: str, inputs: int, outputs: int, is_qkv: bool = False) -> Iterator[Part]:
+        weight, bias, shape = whole, whole, (outputs, inputs)
+        if names.is_transposed:
+            weight, bias, shape = transposed, whole, (inputs, outputs)
+            if is_qkv:
+                weight, bias = _query_first_by_input, _query_first
+        yield Part(f"{theirs}.weight", f"{ours}.weight", weight, shape)
+        yield Part(f"{theirs}.bias", f"{ours}.bias", bias, (outputs,))
+
+    yield Part(names.embedding, "embedding.word.weight", rows(native.vocab_size), embedding)
+    if model.position_embedding_type == "learned_absolute":
+        yield Part("transformer.wpe.weight", "embedding.position", whole, (model.max_positions, hidden))
     for layer in range(model.num_layers):
-        ours, theirs = f"layers.{layer}", f"transformer.h.{layer}"
-        yield from _norm(f"{theirs}.ln_1", f"{ours}.attention_norm", hidden)
-        qkv = f"{ours}.attention.qkv"
-        yield Part(f"{theirs}.attn.c_attn.weight", f"{qkv}.weight", _query_first_by_input, (hidden, 3 * hidden))
-        yield Part(f"{theirs}.attn.c_attn.bias", f"{qkv}.bias", _query_first, (3 * hidden,))
-        yield from _conv1d(f"{theirs}.attn.c_proj", f"{ours}.attention.output", hidden, hidden)
-        yield from _norm(f"{theirs}.ln_2", f"{ours}.mlp_norm", hidden)
-        yield from _conv1d(f"{theirs}.mlp.c_fc", f"{ours}.mlp.fc1", hidden, width)
-        yield from _conv1d(f"{theirs}.mlp.c_proj", f"{ours}.mlp.fc2", width, hidden)
-    yield from _norm("transformer.ln_f", "final_norm", hidden)
+        ours, theirs = f"layers.{layer}", names.layer.format(layer)
+        for own, name in zip(("attention_norm", "mlp_norm"), names.norms, strict=True):
+            yield from _norm(f"{theirs}.{name}", f"{ours}.{own}", hidden)
+        # A fused projection goes head by head, as ours does, unless queries stand first.
+        yield from linear(f"{theirs}.{names.attention[0]}", f"{ours}.attention.qkv", hidden, 3 * hidden, is_qkv=True)
+        yield from linear(f"{theirs}.{names.attention[1]}", f"{ours}.attention.output", hidden, hidden)
+        yield from linear(f"{theirs}.{names.mlp[0]}", f"{ours}.mlp.fc1", hidden, width)
+        yield from linear(f"{theirs}.{names.mlp[1]}", f"{ours}.mlp.fc2", width, hidden)
+    yield from _norm(names.final_norm, "final_norm", hidden)
     if model.untie_embeddings_and_output_weights:
-        yield Part("lm_head.weight", "output.weight", rows(native.vocab_size), embedding)
+        yield Part(names.head, "output.weight", rows(native.vocab_size), embedding)
 
 
-def _conv1d(theirs: str, ours: str, inputs: int, outputs: int) -> Iterator[Part]:
-    yield Part(f"{theirs}.weight", f"{ours}.weight", transposed, (inputs, outputs))
-    yield Part(f"{theirs}.bias", f"{ours}.bias", whole, (outputs,))
+_GPT2 = _Names("transformer.wte.weight", "transformer.ln_f", "lm_head.weight", "transformer.h.{}", ("ln_1", "ln_2"),
+               ("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj"), is_transposed=True)  # fmt: skip
+_NEOX = _Names("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm", "embed_out.weight", "gpt_neox.layers.{}",
+               ("input_layernorm", "post_attention_layernorm"), ("attention.query_key_value", "attention.dense"),
+               ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"))  # fmt: skip
 
 
 def _read_gpt2(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -106,7 +141,7 @@ def _gpt(config: Mapping[str, Any], epsilon: str, tied: bool, **model: Any) -> d
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel", "dense, LayerNorm, learned positions, GELU MLPs, biases everywhere",
     (*_RULES, needs("position_embedding_type", "learned_absolute")),
-    _write_gpt2, _gpt2_parts, _read_gpt2, (".attn.bias", ".attn.masked_bias"),
+    _write_gpt2, lambda native: _parts(native, _GPT2), _read_gpt2, (".attn.bias", ".attn.masked_bias"),
 )  # fmt: skip
 
 
@@ -123,29 +158,6 @@ def _write_neox(native: NativeModel) -> dict[str, Any]:
         "attention_bias": True, "rotary_emb_base": model.rotary_base, "rotary_pct": model.rotary_percent,
         "rope_parameters": {"rope_type": "default", **rope},
     }  # fmt: skip
-
-
-def _neox_parts(native: NativeModel) -> Iterator[Part]:
-    model = native.model
-    hidden, width, embedding = model.hidden_size, model.mlp_size, (native.vocab_size, model.hidden_size)
-    yield Part("gpt_neox.embed_in.weight", "embedding.word.weight", rows(native.vocab_size), embedding)
-    for layer in range(model.num_layers):
-        ours, theirs = f"layers.{layer}", f"gpt_neox.layers.{layer}"
-        yield from _norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm", hidden)
-        # Theirs is fused head by head, as ours is.
-        yield from _linear(f"{theirs}.attention.query_key_value", f"{ours}.attention.qkv", hidden, 3 * hidden)
-        yield from _linear(f"{theirs}.attention.dense", f"{ours}.attention.output", hidden, hidden)
-        yield from _norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", hidden)
-        yield from _linear(f"{theirs}.mlp.dense_h_to_4h", f"{ours}.mlp.fc1", hidden, width)
-        yield from _linear(f"{theirs}.mlp.dense_4h_to_h", f"{ours}.mlp.fc2", width, hidden)
-    yield from _norm("gpt_neox.final_layer_norm", "final_norm", hidden)
-    if model.untie_embeddings_and_output_weights:
-        yield Part("embed_out.weight", "output.weight", rows(native.vocab_size), embedding)
-
-
-def _linear(theirs: str, ours: str, inputs: int, outputs: int) -> Iterator[Part]:
-    yield Part(f"{theirs}.weight", f"{ours}.weight", whole, (outputs, inputs))
-    yield Part(f"{theirs}.bias", f"{ours}.bias", whole, (outputs,))
 
 
 def _read_neox(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -173,5 +185,5 @@ def _read_neox(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 GPT_NEOX = Family(
     "gpt_neox", "GPTNeoXForCausalLM", "as gpt2, with rotary positions",
     (*_RULES, needs("position_embedding_type", "rope")),
-    _write_neox, _neox_parts, _read_neox, ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+    _write_neox, lambda native: _parts(native, _NEOX), _read_neox, ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
 )  # fmt: skip

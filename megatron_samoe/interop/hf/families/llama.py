@@ -166,7 +166,7 @@ def gated_mlp(
 
 
 def _experts(native: NativeModel, theirs: str, ours: str, names: ExpertNames) -> Iterator[Part]:
-    hidden, width, count = native.model.hidden_size, native.expert_size, native.moe.num_experts
+    hidden, width, count = native.model.hidden_size, native.expert_size, native.moe.most_experts
     yield Part(f"{theirs}.gate.weight", f"{ours}.router.weight", whole, (count, hidden))
     for expert in range(count):
         for index, name in enumerate((names.gate, names.up)):

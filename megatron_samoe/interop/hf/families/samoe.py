@@ -116,7 +116,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "num_experts": config["num_experts"], "expert_sharing": sharing,
             **{ours: config[theirs] for theirs, ours in _RARE_ENTRIES.items() if theirs in config},
         }  # fmt: skip
-        if moe["moe_router_score_function"] != "norm":
+        if moe["moe_router_score_function"] in ("softmax", "sigmoid"):
             moe["moe_router_pre_softmax"] = config["router_pre_softmax"]
     read = {"model": model, "moe": moe}
     if type(lock := moe.get("pool_lock_step")) is int:  # a run that it ends in

@@ -153,7 +153,7 @@ class SamoePreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(parameter)
             elif name == "combination":
                 nn.init.constant_(parameter, parameter.shape[-1] ** -0.5)
-            elif name in ("scale", "candidates"):
+            elif name in ("scale", "candidates", "loss_weight"):
                 nn.init.ones_(parameter)
             else:
                 nn.init.normal_(parameter, 0.0, std)

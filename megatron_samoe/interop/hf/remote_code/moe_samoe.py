@@ -98,6 +98,8 @@ class Router(Weights):
             self.candidates = nn.Parameter(torch.ones(num_experts), requires_grad=False)
         if config.router_score_function == "norm":
             self.scale = nn.Parameter(torch.ones(1))
+        if config.router_score_function == "relu":
+            self.loss_weight = nn.Parameter(torch.ones(1), requires_grad=False)
 
     def forward(self, x_TH):
         """Returns the weights and ids of each token's K experts; -1 where a token has fewer."""
@@ -106,10 +108,11 @@ class Router(Weights):
         if config.router_score_function == "norm":
             logits_TE = self.scale.float() * F.normalize(logits_TE, dim=1)
         if self.has_candidates:
-            factors_E, multiplies = self.candidates.float(), config.router_score_function == "norm"
+            factors_E, multiplies = self.candidates.float(), config.router_score_function in ("norm", "relu")
             logits_TE = logits_TE * factors_E if multiplies else logits_TE + factors_E.log()
         key_TE = self.key(logits_TE)
-        ids_TK = key_TE.sort(dim=1, descending=True, stable=True).indices[:, : config.num_experts_per_tok]
+        chosen = None if config.router_score_function == "relu" else config.num_experts_per_tok
+        ids_TK = key_TE.sort(dim=1, descending=True, stable=True).indices[:, :chosen]
         probs_TK, ids_TK = self.weigh(logits_TE, ids_TK)
         return probs_TK if config.router_scaling_factor is None else probs_TK * config.router_scaling_factor, ids_TK
 
@@ -139,7 +142,7 @@ class Router(Weights):
     def weigh(self, logits_TE, ids_TK):
         """Returns the weights of chosen experts, and their ids."""
         config, chosen_TK = self.config, logits_TE.gather(1, ids_TK)
-        if config.router_score_function == "norm":
+        if config.router_score_function in ("norm", "relu"):
             return chosen_TK.relu(), ids_TK.masked_fill(chosen_TK <= 0, -1)
         if config.router_score_function == "sigmoid":
             probs_TK = chosen_TK.sigmoid()
