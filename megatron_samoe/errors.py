@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import os
 import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MegatronSamoeError(Exception):
@@ -108,6 +111,21 @@ def shown(value: object) -> str:
 def install_extra(extra: str) -> str:
     """Returns how an extra of this package is installed: no registry holds the package."""
     return f"in the repository, pip install --no-build-isolation -e '.[{extra}]'"
+
+
+def optional_import(module: str, extra: str, what: str) -> Any:
+    """Returns a module of an extra of this package; DataError where it is not installed, by the name of what needs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise DataError(f"{what} needs the package {package}: {install_extra(extra)}.") from error
+
+
+def nearest_file(path: str) -> str:
+    """Returns what `nearest` says of a path that is not there, by the files beside it."""
+    folder = os.path.dirname(path) or "."
+    return nearest(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [])
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

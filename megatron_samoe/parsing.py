@@ -17,6 +17,10 @@ _WRONG_VALUES = (LookupError, AttributeError, TypeError, OverflowError)
 _MERGE = "tag:yaml.org,2002:merge"
 
 
+#: What a JSON object or a YAML mapping with texts for keys becomes.
+JsonObject = dict[str, Any]
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses what would take more memory or stack than a text is worth, and a mapping that has a key twice, of which
     YAML would silently keep the last. Digits that begin with 0 are text (a pattern of layers such as 0101 is no octal

@@ -13,7 +13,6 @@ Variants run in turn; medians of one run, in milliseconds.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from megatron_samoe.benchmarks.common import Rows, Variants, add_command, add_options, in_turn, medians_of
 from megatron_samoe.benchmarks.ranks import run_ranks, synchronized
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.ops.permute import Permutation, permute
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange.shm_communicator import ShmCommunicator, create_shm_communicator
@@ -67,7 +67,7 @@ def _repeat(run: Callable[[], object], count: int) -> None:
         run()
 
 
-def _measure(options: argparse.Namespace) -> Rows:
+def _measure(options: Options) -> Rows:
     world = dist.get_world_size()
     group = Group("benchmark", tuple(range(world)), dist.get_rank(), dist.group.WORLD)
     communicator = create_shm_communicator(group)
@@ -88,7 +88,7 @@ def _measure(options: argparse.Namespace) -> Rows:
     return table
 
 
-def run(options: argparse.Namespace) -> Rows:
+def run(options: Options) -> Rows:
     """Exchanges of several megabytes a rank, in milliseconds, and ratios."""
     return [row for world in options.ranks for row in run_ranks(_measure, world, options)]
 

@@ -10,7 +10,6 @@ own, that one remains).
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import statistics
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from megatron_samoe.benchmarks.common import Times, Variants, add_alone, forget, in_turn, seconds_of, write_json
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import CheckpointConfig
 from megatron_samoe.dist_checkpointing import saving, store
 from megatron_samoe.dist_checkpointing.sharded_state import replicated
@@ -120,7 +120,7 @@ class Benchmark:
         return in_turn(ways, rounds)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Saves and loads, prints a table, and returns the exit status."""
     needed = 4 * options.size_mb << 20
     if not options.dir.is_dir() or shutil.disk_usage(options.dir).free < needed:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_samoe.cli.arguments import adder
+from megatron_samoe.cli.arguments import Options, adder
 from megatron_samoe.config import ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.evaluation.run_summary import format_table
@@ -23,7 +23,8 @@ from megatron_samoe.ops import extension
 
 Row = dict[str, Any]
 Rows = list[Row]
-Variants = Mapping[str, Callable[[], object]]
+Run = Callable[[], object]
+Variants = Mapping[str, Run]
 Times = dict[str, list[float]]
 #: What adds a flag: see `cli.arguments.adder`.
 Adder = Callable[..., argparse.Action]
@@ -69,14 +70,14 @@ def alternate(variants: Variants, rounds: int, clock: str = "wall") -> dict[str,
     return medians_of(in_turn(variants, rounds, CLOCKS[clock]))
 
 
-def seconds_of(run: Callable[[], object]) -> float:
+def seconds_of(run: Run) -> float:
     """Returns the seconds that a run takes."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
-def add_command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], Any], **options: Any) -> Adder:
+def add_command(commands: Any, name: str, text: str, run: Callable[[Options], Any], **options: Any) -> Adder:
     """Adds a subcommand and returns what adds its flags.
 
     Args:
@@ -87,7 +88,7 @@ def add_command(commands: Any, name: str, text: str, run: Callable[[argparse.Nam
     return adder(parser)
 
 
-def add_alone(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], Any], **options: Any) -> Adder:
+def add_alone(commands: Any, name: str, text: str, run: Callable[[Options], Any], **options: Any) -> Adder:
     """Adds a subcommand that sets its own conditions, and prints and saves itself; see `add_command`."""
     add = add_command(commands, name, text, run, **options)
     commands.choices[name].set_defaults(is_alone=True)
@@ -114,9 +115,7 @@ def add_options(add: Adder, rounds: int = 7, ranks: bool = False) -> None:
     add("--png", Path, "also draw the ratios there")
 
 
-def model_config(
-    options: argparse.Namespace, layout: Any, num_micro_batches: int, dp: int = 1, **moe: Any
-) -> PretrainConfig:
+def model_config(options: Options, layout: Any, num_micro_batches: int, dp: int = 1, **moe: Any) -> PretrainConfig:
     """Returns a model to train; a SaMoE has a bank for four layers unless told otherwise. None stands for a default."""
     given = (
         {} if layout == "dense" else {"expert_layout": layout, "num_experts": options.num_experts, "moe_router_topk": 1}
@@ -162,7 +161,7 @@ def process_status_kb(name: str, process: int | str = "self") -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def conditions(options: argparse.Namespace) -> dict[str, Any]:
+def conditions(options: Options) -> dict[str, Any]:
     """Returns what a reader must know to compare the figures."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -198,7 +197,7 @@ def write_json(path: Path | None, content: Any) -> None:
         path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
-def save(options: argparse.Namespace, rows: Rows, found: dict[str, Any]) -> None:
+def save(options: Options, rows: Rows, found: dict[str, Any]) -> None:
     """Writes the JSON file and the picture that were asked for."""
     write_json(options.json, {"conditions": found, "rows": rows})
     if options.png:

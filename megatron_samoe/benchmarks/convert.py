@@ -7,7 +7,6 @@ size while it converts, Python and torch included. Files stay in DIR for the nex
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -30,6 +29,7 @@ from megatron_samoe.benchmarks.common import (
     write_json,
 )
 from megatron_samoe.cli import convert
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
@@ -107,7 +107,7 @@ def measure(root: Path, rounds: int) -> dict[str, list[tuple[float, int]]]:
     return found
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Converts, and prints a table."""
     model = random_model(options.size_mb * 1_000_000)
     prepare(options.dir, model)

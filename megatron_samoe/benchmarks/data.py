@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -32,6 +31,7 @@ from megatron_samoe.benchmarks.common import (
     seconds_of,
     write_json,
 )
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron_samoe.datasets.tokenizer import build_tokenizer
 
@@ -151,7 +151,7 @@ def bare_engine(texts: list[str], kind: str, model: str, threads: int) -> float:
         return seconds_of(lambda: list(pool.map(lambda part: [encode(text) for text in part], parts)))
 
 
-def benchmark_preprocess(args: argparse.Namespace) -> Row:
+def benchmark_preprocess(args: Options) -> Row:
     """Returns MB/s of ours, the classic loop and the bare engine for each tokenizer."""
     from megatron_samoe.cli import train_tokenizer
 
@@ -265,7 +265,7 @@ def _index_child(which: str, prefix: str, seq_length: int) -> None:
         print(json.dumps({"s": seconds, "MB": peak / 1024}))
 
 
-def benchmark_index(args: argparse.Namespace) -> Row:
+def benchmark_index(args: Options) -> Row:
     """Returns time and peak memory of building the sample index, each in a fresh process."""
     command = [sys.executable, "-m", "megatron_samoe.benchmarks.data", "_index"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -286,7 +286,7 @@ def benchmark_index(args: argparse.Namespace) -> Row:
     }  # fmt: skip
 
 
-def benchmark_reads(args: argparse.Namespace) -> Row:
+def benchmark_reads(args: Options) -> Row:
     """Returns random samples per second of both, and how much of its time a step would wait for the loader."""
     import torch
 
@@ -332,7 +332,7 @@ def _waiting(batches: Iterator[Any], step_s: float, steps: int = 60) -> float:
 BENCHMARKS = {"preprocess": benchmark_preprocess, "index": benchmark_index, "reads": benchmark_reads}
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Runs the chosen benchmarks, and prints what they found."""
     if "preprocess" in options.what and not options.corpus:
         print("error: preprocess needs --corpus", file=sys.stderr)

@@ -8,7 +8,6 @@ loaded together and asked one after another, round after round; medians are repo
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
@@ -35,6 +34,7 @@ from megatron_samoe.benchmarks.common import (
     write_json,
 )
 from megatron_samoe.benchmarks.peers import LineWorker
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, to_mapping
@@ -56,7 +56,7 @@ PEERS = ("transformers", "llama.cpp")
 Pair = tuple[int, int]
 
 
-def make_checkpoint(options: argparse.Namespace) -> Path:
+def make_checkpoint(options: Options) -> Path:
     """Returns the folder of a model of random weights, made unless it is there."""
     heads = max(options.hidden_size // 64, 1)
     config = PretrainConfig(
@@ -92,7 +92,7 @@ def _directory(checkpoint: Path) -> Path:
     return found
 
 
-def make_exports(checkpoint: Path, options: argparse.Namespace) -> Path:
+def make_exports(checkpoint: Path, options: Options) -> Path:
     """Returns the folder with transformers' export of a checkpoint and llama.cpp's files, made unless there."""
     folder = options.work_dir / "exports" / checkpoint.resolve().as_posix().strip("/").replace("/", "-")
     if not (folder / "hf").exists():
@@ -133,7 +133,7 @@ class Worker(LineWorker):
         return answer
 
 
-def specs(dtype: str, checkpoints: list[Path], options: argparse.Namespace) -> Iterator[tuple[str, str, Row]]:
+def specs(dtype: str, checkpoints: list[Path], options: Options) -> Iterator[tuple[str, str, Row]]:
     """Yields (name, interpreter, specification) of the contestants of one precision."""
     pairs = list(itertools.product(options.batch_sizes, options.prompt_lengths))
     common = {
@@ -203,7 +203,7 @@ class Memory:
         return self._num_bytes / min(medians_of(self._times).values())
 
 
-def measure_group(dtype: str, checkpoints: list[Path], options: argparse.Namespace) -> Rows:
+def measure_group(dtype: str, checkpoints: list[Path], options: Options) -> Rows:
     """Runs the contestants of one precision in turn and returns a row for each of their batches and lengths."""
     times: dict[tuple[str, Pair], Rows] = {}
     memory = Memory()
@@ -239,7 +239,7 @@ def _model_of(checkpoint: Path) -> tuple[PretrainConfig, int]:
 
 
 def _row(
-    worker: Worker, pair: Pair, results: Rows, counted: Row, memory: Memory, options: argparse.Namespace
+    worker: Worker, pair: Pair, results: Rows, counted: Row, memory: Memory, options: Options
 ) -> Row:  # fmt: skip
     batch, length = pair
     samples_s = [result["rest_s"] / (options.new_tokens - 1) for result in results]
@@ -301,7 +301,7 @@ SHOWN = ("dtype", "contestant", "serving", "batch", "prompt", "ms_per_token", "t
          "experts_expected", "read_mb", "floor_ms", "share_of_floor", "same_tokens")  # fmt: skip
 
 
-def run(options: argparse.Namespace) -> Rows:
+def run(options: Options) -> Rows:
     """Decoding steps of every precision, way of serving and checkpoint, beside their memory floor."""
     if "llama.cpp" in options.peers and not options.llama_python:
         raise ConfigError("--peers", "llama.cpp", "needs --llama-python, an interpreter with llama-cpp-python, gguf and "

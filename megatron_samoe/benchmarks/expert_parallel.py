@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -10,11 +9,12 @@ import torch
 from megatron_samoe.benchmarks.common import DTYPES, Rows, add_command, add_options, add_sizes, in_turn, medians_of
 from megatron_samoe.benchmarks.layer import make_layer
 from megatron_samoe.benchmarks.ranks import make_parallel, run_ranks, synchronized
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.parallel_state import single_process_state
 
 
-def _measure(options: argparse.Namespace) -> Rows:
+def _measure(options: Options) -> Rows:
     torch.manual_seed(1)
     parallel = make_parallel(
         ParallelConfig(expert_model_parallel_size=options.ranks, moe_all_to_all_backend=options.exchange)
@@ -39,7 +39,7 @@ def _measure(options: argparse.Namespace) -> Rows:
     return rows
 
 
-def run(options: argparse.Namespace) -> Rows:
+def run(options: Options) -> Rows:
     """A layer, forward and backward, one thread a rank; tokens are of each rank."""
     rows: Rows = run_ranks(_measure, options.ranks, options)
     return rows

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_samoe.benchmarks.common import DTYPES, Row, Rows, add_command, add_options, alternate
 from megatron_samoe.benchmarks.peers import LineWorker, add_peer_options, running
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import ModelConfig, MoEConfig, PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.errors import ConfigError
@@ -27,7 +28,7 @@ from megatron_samoe.parallel_state import ParallelState, single_process_state
 PEERS = {"gelu": ["loop_gelu", "deepspeed", "tutel"], "swiglu": ["loop_swiglu", "hf_grouped", "torchtitan"]}
 
 
-def run(options: argparse.Namespace) -> Rows:
+def run(options: Options) -> Rows:
     """An MoE layer, forward and backward with all gradients.
 
     "products" are the layer's expert products alone as torch runs them, an expert at a time into tensors that exist, the
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> Rows:
 
 
 def make_layer(
-    options: argparse.Namespace, experts: int, topk: int, activation: str, dtype: torch.dtype, state: ParallelState,
+    options: Options, experts: int, topk: int, activation: str, dtype: torch.dtype, state: ParallelState,
     dispatch_chunks: int = 1,
 ) -> Callable[[], None]:  # fmt: skip
     """Returns a run of a layer's forward and backward on random tokens."""
@@ -78,7 +79,7 @@ def make_layer(
 
 
 def measure(
-    options: argparse.Namespace, experts: int, topk: int, activation: str, dtype_name: str, peers: list[LineWorker]
+    options: Options, experts: int, topk: int, activation: str, dtype_name: str, peers: list[LineWorker]
 ) -> Row:
     """Returns one row: GFLOP/s of expert products for each contestant, and ratios."""
     hidden, ffn, dtype = options.hidden_size, options.ffn_hidden_size, DTYPES[dtype_name]
@@ -113,20 +114,37 @@ def split_evenly(total: int, parts: int) -> list[int]:
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
-def products(rows: list[int], hidden: int, width: int, ffn: int, dtype: torch.dtype) -> Callable[[], None]:
-    """Returns a run of an MLP's six products per expert, into tensors that exist."""
-    work = []
+#: A product's operands, and where its result goes.
+Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def mlp_products(rows: list[int], hidden: int, width: int, ffn: int, dtype: torch.dtype) -> dict[str, list[Product]]:
+    """Returns an MLP's six products by kind, one per expert each, into tensors that exist."""
+    kinds: dict[str, list[Product]] = {}
     for n in rows:
         shapes = ((n, hidden), (width, hidden), (n, width), (hidden, ffn), (n, ffn), (n, hidden))
         a, b, c, d, e, y = (torch.randn(shape, dtype=dtype) for shape in shapes)
-        work += [(a, b.t(), c.clone()), (e, d.t(), y.clone()), (y, d, e.clone()), (c, b, a.clone())]
-        work += [(y.t(), e, d.clone()), (c.t(), a, b.clone())]
+        made = {
+            "first product": (a, b.t(), c.clone()), "second product": (e, d.t(), y.clone()),
+            "gradient of activations": (y, d, e.clone()), "gradient of rows": (c, b, a.clone()),
+            "gradient of w1": (c.t(), a, b.clone()), "gradient of w2": (y.t(), e, d.clone()),
+        }  # fmt: skip
+        for kind, product in made.items():
+            kinds.setdefault(kind, []).append(product)
+    return kinds
 
-    def once() -> None:
-        for left, right, out in work:
-            torch.mm(left, right, out=out)
 
-    return once
+def multiply(products: Iterable[Product]) -> None:
+    """Makes products one after another, as torch does."""
+    for left, right, out in products:
+        torch.mm(left, right, out=out)
+
+
+def products(rows: list[int], hidden: int, width: int, ffn: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Returns a run of an MLP's six products per expert."""
+    kinds = mlp_products(rows, hidden, width, ffn, dtype)
+    # An expert at a time, as a layer without grouped products would.
+    return partial(multiply, [product for expert in zip(*kinds.values(), strict=True) for product in expert])
 
 
 def add_parser(commands: Any) -> None:

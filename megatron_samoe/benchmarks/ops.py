@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,17 +25,13 @@ from megatron_samoe.benchmarks.common import (
     forget_peak,
     process_status_kb,
 )
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
 from megatron_samoe.ops.topk_gate import topk_gate
-
-
-def _need_extension() -> None:
-    if not extension.load():
-        raise SystemExit("There is nothing to compare: the compiled extension is not usable.")
 
 
 def _row(name: str, dtype: str, medians: dict[str, float], **more: Any) -> Row:
@@ -84,7 +79,7 @@ def route_compiled(logits_TE: Tensor, x_TH: Tensor, topk: int) -> tuple[Tensor, 
     return y_TH, aux
 
 
-def _dispatch_variants(options: argparse.Namespace, dtype: str) -> Variants:
+def _dispatch_variants(options: Options, dtype: str) -> Variants:
     logits_TE = torch.randn(options.tokens, options.num_experts, requires_grad=True)
     x_TH = torch.randn(options.tokens, options.hidden_size).to(DTYPES[dtype]).requires_grad_()
     dy_TH = torch.randn(options.tokens, options.hidden_size).to(DTYPES[dtype])
@@ -97,7 +92,7 @@ def _dispatch_variants(options: argparse.Namespace, dtype: str) -> Variants:
     return {"compiled": partial(both_ways, route_compiled), **plain}
 
 
-def _dispatch_aside(options: argparse.Namespace, dtype: str, threads: int, connection: Any) -> None:
+def _dispatch_aside(options: Options, dtype: str, threads: int, connection: Any) -> None:
     torch.set_num_threads(threads)
     variants, clock = _dispatch_variants(options, dtype), CLOCKS[options.clock]
     for name in iter(connection.recv, None):
@@ -107,7 +102,7 @@ def _dispatch_aside(options: argparse.Namespace, dtype: str, threads: int, conne
 
 
 @contextmanager
-def _as_it_comes(options: argparse.Namespace, dtype: str, names: list[str]) -> Iterator[Variants]:
+def _as_it_comes(options: Options, dtype: str, names: list[str]) -> Iterator[Variants]:
     """Gives the plain variants in a process that frees memory as glibc does unless it is told otherwise."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -125,7 +120,7 @@ def _as_it_comes(options: argparse.Namespace, dtype: str, names: list[str]) -> I
         process.join()
 
 
-def dispatch(options: argparse.Namespace) -> Rows:
+def dispatch(options: Options) -> Rows:
     """Softmax gate, permutation, weighted un-permutation of an expert that does nothing; forward and backward.
 
     The rows "as it comes" set ours, with freed memory kept as the pretrain program keeps it, against torch in a process
@@ -143,7 +138,7 @@ def dispatch(options: argparse.Namespace) -> Rows:
     return rows
 
 
-def pool(options: argparse.Namespace) -> Rows:
+def pool(options: Options) -> Rows:
     """All layers' weights from the banks, and both gradients, against matrix products of the same."""
     banks_PGN = torch.randn(options.banks, 1, options.elements)
     rows = []
@@ -177,7 +172,7 @@ def _combine_backward_plain(a_LP: Tensor, t_PN: Tensor, dw_LN: Tensor, dt_PN: Te
     torch.matmul(dw_LN, t_PN.t())
 
 
-def _cross_entropy_variants(options: argparse.Namespace, dtype: str) -> Variants:
+def _cross_entropy_variants(options: Options, dtype: str) -> Variants:
     logits_TV = torch.randn(options.tokens, options.vocab_size).to(DTYPES[dtype]).requires_grad_()
     labels_T = torch.randint(0, options.vocab_size, (options.tokens,))
     dloss_T = torch.full((options.tokens,), 1 / options.tokens)
@@ -195,7 +190,7 @@ def _cross_entropy_variants(options: argparse.Namespace, dtype: str) -> Variants
     return {"compiled": compiled, "torch": plain}
 
 
-def cross_entropy(options: argparse.Namespace) -> Rows:
+def cross_entropy(options: Options) -> Rows:
     """Loss and gradient of logits over a vocabulary of GPT-2's size."""
     rows = []
     for dtype in options.dtype:
@@ -220,7 +215,7 @@ def _rise_of_peak(run: Callable[[], object]) -> int | None:
         return None
 
 
-def _adamw_variants(options: argparse.Namespace, dtype: str) -> Variants:
+def _adamw_variants(options: Options, dtype: str) -> Variants:
     masters = [torch.randn(options.elements // 64) for _ in range(64)]
     weights = [None if dtype == "fp32" else m.bfloat16() for m in masters]
     grads = [torch.randn_like(m) for m in masters]
@@ -247,7 +242,7 @@ def _adamw_variants(options: argparse.Namespace, dtype: str) -> Variants:
     return variants
 
 
-def adamw_steps(options: argparse.Namespace) -> Rows:
+def adamw_steps(options: Options) -> Rows:
     """AdamW over so many elements in 64 tensors: fp32 weights, and bf16 weights with fp32 masters."""
     rows = []
     for dtype in options.dtype:
@@ -260,7 +255,7 @@ def adamw_steps(options: argparse.Namespace) -> Rows:
     return rows
 
 
-def _run(options: argparse.Namespace) -> Rows:
+def _run(options: Options) -> Rows:
     if not extension.load():
         raise SystemExit("There is nothing to compare: the compiled extension is not usable.")
     rows: Rows = OPS[options.command][0](options)
@@ -268,7 +263,7 @@ def _run(options: argparse.Namespace) -> Rows:
 
 
 #: Runs by name, and the sizes that they take.
-OPS: dict[str, tuple[Callable[[argparse.Namespace], Rows], dict[str, int]]] = {
+OPS: dict[str, tuple[Callable[[Options], Rows], dict[str, int]]] = {
     "dispatch": (dispatch, {"tokens": 8192, "hidden_size": 1024, "num_experts": 64, "topk": 2}),
     "pool": (pool, {"banks": 4, "elements": 32 << 20}),
     "cross-entropy": (cross_entropy, {"tokens": 2048, "vocab_size": 50_304}),

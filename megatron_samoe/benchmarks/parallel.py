@@ -36,6 +36,7 @@ from megatron_samoe.benchmarks.common import (
     write_json,
 )
 from megatron_samoe.benchmarks.ranks import VOCAB_SIZE, batches_of, make_setup, run_ranks, synchronized
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction, make_plan
@@ -91,7 +92,7 @@ def one_pipeline(setup: TrainSetup) -> tuple[float, float]:
     return time.perf_counter() - started, waited[0]
 
 
-def _bubbles(options: argparse.Namespace) -> Rows:
+def _bubbles(options: Options) -> Rows:
     setups = {}
     for chunks in (1, 2):
         for number in options.micro_batches:
@@ -117,14 +118,14 @@ def _bubbles(options: argparse.Namespace) -> Rows:
     ]  # fmt: skip
 
 
-def bubble(options: argparse.Namespace) -> Rows:
+def bubble(options: Options) -> Rows:
     """Idle share of two stages, mean over both."""
     rows: Rows = run_ranks(_bubbles, 2, options)
     return rows
 
 
 def _on_two_ranks(
-    options: argparse.Namespace, name: str, layout: str, num_micro_batches: int | None = None, **moe: Any
+    options: Options, name: str, layout: str, num_micro_batches: int | None = None, **moe: Any
 ) -> PretrainConfig:  # fmt: skip
     """Returns a model on two ranks that take 8 micro-batches together, or so many each."""
     parallel = LAYOUTS[name]
@@ -137,7 +138,7 @@ def _step(setup: TrainSetup) -> Callable[[], object]:
     return partial(train_step, setup, initial_state(setup), batches_of(setup))
 
 
-def _overhead(options: argparse.Namespace, name: str) -> Rows:
+def _overhead(options: Options, name: str) -> Rows:
     variants = {
         model: _step(make_setup(_on_two_ranks(options, name, layout, 8, samoe_combine=combine)))
         for model, (layout, combine) in MODELS.items()
@@ -157,7 +158,7 @@ def _overhead(options: argparse.Namespace, name: str) -> Rows:
     ]  # fmt: skip
 
 
-def overhead(options: argparse.Namespace) -> Rows:
+def overhead(options: Options) -> Rows:
     """Steps of 8 micro-batches on two ranks, of every way of sharing."""
     return [row for name in options.layouts for row in run_ranks(_overhead, 2, options, name)]
 
@@ -182,7 +183,7 @@ def num_bytes(tensors: Sequence[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in {(t.data_ptr(), t.numel()): t for t in tensors}.values())
 
 
-def _memory(options: argparse.Namespace, model: str, zero: bool, world_size: int) -> Row:
+def _memory(options: Options, model: str, zero: bool, world_size: int) -> Row:
     gc.collect()
     process = psutil.Process()
     before = process.memory_info().rss
@@ -203,7 +204,7 @@ def _memory(options: argparse.Namespace, model: str, zero: bool, world_size: int
     return {**inside, "planned": rank_memory(config, VOCAB_SIZE, world_size, 0), "config": config}
 
 
-def _memories(options: argparse.Namespace, world_size: int) -> dict[tuple[str, bool], Row]:
+def _memories(options: Options, world_size: int) -> dict[tuple[str, bool], Row]:
     return {(model, zero): _memory(options, model, zero, world_size) for zero in (False, True) for model in MODELS}
 
 
@@ -225,7 +226,7 @@ def formula_bytes(
     return own + share * stages * 8
 
 
-def memory(options: argparse.Namespace) -> Rows:
+def memory(options: Options) -> Rows:
     """PP 2 x EP 2, with and without more data-parallel ranks; bytes per expert parameter of the standard MoE's rank."""
     rows: Rows = []
     expert = 2 * 4 * options.hidden_size**2 + 4 * options.hidden_size + options.hidden_size
@@ -255,7 +256,7 @@ def _reduce(tensor: torch.Tensor) -> None:
     dist.all_reduce(tensor)
 
 
-def _step_seconds(options: argparse.Namespace, name: str | None, model: str) -> tuple[float, float]:
+def _step_seconds(options: Options, name: str | None, model: str) -> tuple[float, float]:
     """Returns the median seconds of a step, and the bandwidth between ranks."""
     if name is None:
         setup = build_setup(model_config(options, model, 8), VOCAB_SIZE, single_process_state())
@@ -265,7 +266,7 @@ def _step_seconds(options: argparse.Namespace, name: str | None, model: str) -> 
     return seconds, 0.0 if name is None else _calibrate()
 
 
-def step_time(options: argparse.Namespace) -> Rows:
+def step_time(options: Options) -> Rows:
     """The same global batch of 8 micro-batches in each layout; products' speed from one rank, links' from an all-reduce."""
     rows: Rows = []
     for model in ("moe", "samoe"):
@@ -288,7 +289,7 @@ def step_time(options: argparse.Namespace) -> Rows:
 RUNS = {"bubble": bubble, "overhead": overhead, "memory": memory, "step-time": step_time}
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Runs one benchmark, prints its table, and saves the rows if that is asked for."""
     rows = RUNS[options.what](options)
     print(as_table(rows))

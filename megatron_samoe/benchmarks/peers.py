@@ -8,7 +8,6 @@ seconds of one run as "s" or "t".
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from megatron_samoe.benchmarks.common import Adder, Row
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.errors import ConfigError
 
 
@@ -70,9 +70,7 @@ class LineWorker:
 
 
 @contextmanager
-def running(
-    options: argparse.Namespace, script: str, names: Sequence[str], sizes: dict[str, Any]
-) -> Iterator[list[LineWorker]]:
+def running(options: Options, script: str, names: Sequence[str], sizes: dict[str, Any]) -> Iterator[list[LineWorker]]:
     """Gives the peers that started; says which did not. None where there is no folder."""
     if options.peers is None:
         yield []

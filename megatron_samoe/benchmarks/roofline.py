@@ -7,15 +7,16 @@ roof over time; what stays in a cache can pass 1.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_samoe.benchmarks.common import DTYPES, Rows, add_command, add_options, add_sizes, alternate
-from megatron_samoe.benchmarks.layer import split_evenly
+from megatron_samoe.benchmarks.layer import Product, mlp_products, multiply, split_evenly
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp_backward, grouped_mlp_forward
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
@@ -45,7 +46,7 @@ def limits(dtype: torch.dtype) -> dict[str, Part]:
     }
 
 
-def parts(options: argparse.Namespace, experts: int, dtype: torch.dtype) -> dict[str, Part]:
+def parts(options: Options, experts: int, dtype: torch.dtype) -> dict[str, Part]:
     """Returns the parts of a layer in the order in which they run."""
     T, H, F, K, E = options.tokens, options.hidden_size, options.ffn_hidden_size, options.topk, experts
     gated = options.activation == "swiglu"
@@ -97,34 +98,20 @@ def parts(options: argparse.Namespace, experts: int, dtype: torch.dtype) -> dict
     }  # fmt: skip
 
 
-def bare_products(options: argparse.Namespace, experts: int, dtype: torch.dtype) -> dict[str, Part]:
+def bare_products(options: Options, experts: int, dtype: torch.dtype) -> dict[str, Part]:
     """Returns the experts' products as torch makes them one by one, by kind, with evenly spread rows."""
     H, F, N = options.hidden_size, options.ffn_hidden_size, options.tokens * options.topk
     U, size = (2 * F if options.activation == "swiglu" else F), dtype.itemsize
-    kinds: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
-    for n in split_evenly(N, experts):
-        x, h, a, y = (torch.randn(n, width).to(dtype) for width in (H, U, F, H))
-        w1, w2 = torch.randn(U, H).to(dtype), torch.randn(H, F).to(dtype)
-        made = {
-            "first product": (x, w1.t(), torch.empty_like(h)), "second product": (a, w2.t(), torch.empty_like(y)),
-            "gradient of activations": (y, w2, torch.empty_like(a)), "gradient of rows": (h, w1, torch.empty_like(x)),
-            "gradient of w1": (h.t(), x, torch.empty_like(w1)), "gradient of w2": (y.t(), a, torch.empty_like(w2)),
-        }  # fmt: skip
-        for kind, product in made.items():
-            kinds.setdefault(kind, []).append(product)
 
-    def one(kind: str) -> Part:
-        def run() -> None:
-            for left, right, out in kinds[kind]:
-                torch.mm(left, right, out=out)
-
+    def one(kind: str, work: list[Product]) -> Part:
         width = U if "first" in kind or "rows" in kind or "w1" in kind else F
-        return Part(run, 2.0 * N * H * width, size * float(experts * H * width + N * (H + width)))
+        return Part(partial(multiply, work), 2.0 * N * H * width, size * float(experts * H * width + N * (H + width)))
 
-    return {f"bare: {kind}": one(kind) for kind in kinds}
+    kinds = mlp_products(split_evenly(N, experts), H, U, F, dtype)
+    return {f"bare: {kind}": one(kind, work) for kind, work in kinds.items()}
 
 
-def run(options: argparse.Namespace) -> Rows:
+def run(options: Options) -> Rows:
     """Times, FLOPs, bytes and roofs of a layer's parts, and the bare products of the same shapes."""
     if not extension.load():
         raise SystemExit("The parts are those of the compiled extension, which is not usable.")

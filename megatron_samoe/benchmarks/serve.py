@@ -9,13 +9,13 @@ the server's memory stays flat; SIGTERM lets open requests end and the process l
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from megatron_samoe.benchmarks.common import Row, add_alone, write_json
 from megatron_samoe.benchmarks.serve_load import ServerProcess, make_plan, run_plan, sigterm_under_load, summary
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request
@@ -37,7 +37,7 @@ def expected_texts(load: str, wanted: list[tuple[str, int]]) -> tuple[dict[tuple
     return found, engine.context_length
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Runs the load and returns 0 if nothing was wrong."""
     plan = make_plan(options.requests, options.longest, options.seed)
     expected, context = expected_texts(options.load, plan.wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from megatron_samoe.benchmarks.common import (
 )
 from megatron_samoe.benchmarks.layer import products
 from megatron_samoe.benchmarks.peers import add_peer_options, running
+from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.parallel_state import backend, single_process_state
 from megatron_samoe.planning.accounting import count_parameters, train_flops_per_token
@@ -29,7 +29,7 @@ from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 
 
-def make_config(options: argparse.Namespace, layout: str, dtype: str) -> PretrainConfig:
+def make_config(options: Options, layout: str, dtype: str) -> PretrainConfig:
     """Returns the model of a layout; a SaMoE has a bank for four layers."""
     config = model_config(
         options, layout, options.num_micro_batches, moe_router_topk=options.topk,
@@ -41,7 +41,7 @@ def make_config(options: argparse.Namespace, layout: str, dtype: str) -> Pretrai
     return replace(config, model=model, training=replace(config.training, bf16=dtype == "bf16"))
 
 
-def make_step(options: argparse.Namespace, layout: str, dtype: str) -> Callable[[], object]:
+def make_step(options: Options, layout: str, dtype: str) -> Callable[[], object]:
     """Returns a run of one optimizer step."""
     setup = build_setup(make_config(options, layout, dtype), options.vocab_size, single_process_state())
     shape = (options.micro_batch_size, options.seq_length)
@@ -54,7 +54,7 @@ def make_step(options: argparse.Namespace, layout: str, dtype: str) -> Callable[
     return lambda: train_step(setup, state, [batch] * options.num_micro_batches)
 
 
-def _peak(options: argparse.Namespace, layout: str, dtype: str, answers: Any) -> None:
+def _peak(options: Options, layout: str, dtype: str, answers: Any) -> None:
     backend.keep_freed_memory()
     torch.set_num_threads(torch.get_num_threads() if options.threads is None else options.threads)
     step = make_step(options, layout, dtype)
@@ -64,7 +64,7 @@ def _peak(options: argparse.Namespace, layout: str, dtype: str, answers: Any) ->
     answers.put(process_status_kb("VmHWM") / 1024)
 
 
-def peak_megabytes(options: argparse.Namespace, layout: str, dtype: str) -> float:
+def peak_megabytes(options: Options, layout: str, dtype: str) -> float:
     """Returns the most memory that a process of its own holds over two steps."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
@@ -75,7 +75,7 @@ def peak_megabytes(options: argparse.Namespace, layout: str, dtype: str) -> floa
     return peak
 
 
-def run(options: argparse.Namespace) -> Rows:
+def run(options: Options) -> Rows:
     """Steps of all layouts in turn, and of peers where a folder is given; memory each in a process of its own."""
     rows = []
     for dtype in options.dtype:

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from megatron_samoe.errors import DataError, MegatronSamoeError, nearest
 
+#: What a command line says, by the names of its options.
+Options = argparse.Namespace
 #: The words of a command line; those of this process if not given.
 Words = Sequence[str] | None
 

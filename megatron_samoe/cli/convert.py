@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_samoe.cli.arguments import Words, adder, program
+from megatron_samoe.cli.arguments import Options, Words, adder, program
 from megatron_samoe.config.derived import flag
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.convert_source import DTYPES, KINDS, Kind, Source, open_source
@@ -53,7 +53,7 @@ def main(words: Words) -> None:
     print(f"Written to {written}.{conversion.hint}")
 
 
-def _plan(source: Source, options: argparse.Namespace) -> Conversion:
+def _plan(source: Source, options: Options) -> Conversion:
     given = {name: value for name, value in vars(options).items() if value is not None}
     target = _target(source, options, given)
     save_dir, dtype, carries_tokenizer = Path(options.save_dir), DTYPES.get(options.dtype), not options.no_tokenizer
@@ -68,7 +68,7 @@ def _plan(source: Source, options: argparse.Namespace) -> Conversion:
     return plan_hf(source, save_dir, dtype, hf)
 
 
-def _target(source: Source, options: argparse.Namespace, given: Mapping[str, Any]) -> Kind:
+def _target(source: Source, options: Options, given: Mapping[str, Any]) -> Kind:
     """Returns the target's family.
 
     Raises:

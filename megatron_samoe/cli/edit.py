@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.cli.arguments import Words, adder, program
+from megatron_samoe.cli.arguments import Options, Words, adder, program
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
@@ -43,7 +43,7 @@ def main(words: Words) -> None:
           f"  python -m megatron_samoe.cli.pretrain --pretrained-checkpoint {shown} --use-checkpoint-args ...")  # fmt: skip
 
 
-def _edit(source: CheckpointReader, options: argparse.Namespace) -> EditedModel:
+def _edit(source: CheckpointReader, options: Options) -> EditedModel:
     refuse_other_tensors(source)
     if options.action == "pool":
         return pool_moe(source, options.num_expert_banks, options.samoe_granularity, options.expert_sharing)

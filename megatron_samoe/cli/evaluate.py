@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.cli.arguments import Parser, Words, adder
+from megatron_samoe.cli.arguments import Options, Parser, Words, adder
 from megatron_samoe.cli.model_arguments import (
     SIZES,
     add_layout_arguments,
@@ -44,6 +44,7 @@ from megatron_samoe.evaluation.zero_shot.variation import (
 )
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import ParallelState
+from megatron_samoe.parsing import JsonObject
 from megatron_samoe.runtime.load import load_model
 
 #: Environment variable that stands in for --data-dir.
@@ -104,12 +105,11 @@ def main(words: Words) -> None:
     _evaluate(options)
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: Options) -> None:
     """Raises ConfigError for options that do not go together."""
     constant = options.predictor != "model"
     if constant:
         ConstantPredictor(options.predictor)
-    if constant:
         of_models = (
             "load",
             "ckpt_step",
@@ -144,14 +144,14 @@ def _check(options: argparse.Namespace) -> None:
     _check_outputs(options)
 
 
-def _refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+def _refuse(options: Options, names: Sequence[str], why: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value not in (None, False, []):
             raise ConfigError(f"--{name.replace('_', '-')}", str(value) if isinstance(value, Path) else value, why)
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
+def _check_outputs(options: Options) -> None:
     """Raises ConfigError where results could not be written, before hours are spent on them."""
     for flag, path in (("--json", options.json), ("--samples", options.samples)):
         if path is None:
@@ -165,7 +165,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise ConfigError(flag, str(path), "cannot be written: it is a folder, or in one that is write-protected")
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _evaluate(options: Options) -> None:
     if options.harness:
         _run_harness(options)
         return
@@ -189,10 +189,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise DataError(f"these tasks were not asked: {' '.join(questions.failed)}", collective=True)
 
 
-def _ask_models(options: argparse.Namespace, questions: Questions) -> tuple[list[Run], list[Run]]:
+def _ask_models(options: Options, questions: Questions) -> tuple[list[Run], list[Run]]:
     """Returns the runs of --load and that of --compare-with; what is there is written after each, lest it be lost."""
     parallel = join(options)
-    asked = [(options.load, step) for step in _steps(options.load, options.checkpoints, options.ckpt_step)]
+    steps: Sequence[int | None] = [options.ckpt_step]
+    if options.checkpoints is not None:
+        steps = choose_iterations(options.checkpoints, store.whole_iterations(options.load), options.load)
+    asked = [(options.load, step) for step in steps]
     asked += [(options.compare_with, None)] if options.compare_with else []
     found: list[Run] = []
     for folder, step in asked:
@@ -203,15 +206,7 @@ def _ask_models(options: argparse.Namespace, questions: Questions) -> tuple[list
     return found[:own], found[own:]
 
 
-def _steps(folder: str, checkpoints: str | None, ckpt_step: int | None) -> list[int | None]:
-    if checkpoints is None:
-        return [ckpt_step]
-    return list(choose_iterations(checkpoints, store.whole_iterations(folder), folder))
-
-
-def _ask_model(
-    options: argparse.Namespace, parallel: ParallelState, folder: str, step: int | None, questions: Questions
-) -> Run:
+def _ask_model(options: Options, parallel: ParallelState, folder: str, step: int | None, questions: Questions) -> Run:
     own = options.tokenizer_model if folder == options.load else None
     loaded = load_model(folder, parallel, layout_of(options), ckpt_step=step, tokenizer_model=own)
     logger.info(f"{loaded.directory}")
@@ -250,13 +245,11 @@ def _show(runs: Sequence[Run], other: Sequence[Run]) -> None:
         logger.info(f"\nfirst {last.folder}\nsecond {second.folder}\n{tables.comparison_table(comparisons)}")
 
 
-def _write(
-    options: argparse.Namespace, runs: Sequence[Run], other: Sequence[Run], is_partial: bool = False
-) -> None:  # fmt: skip
+def _write(options: Options, runs: Sequence[Run], other: Sequence[Run], is_partial: bool = False) -> None:
     """Writes --json and --samples; `is_partial`: others are to follow."""
     everyone = [*runs, *other]
     if options.json:
-        content: dict[str, Any] = {
+        content: JsonObject = {
             "runs": [
                 {"name": run.name, "checkpoint": run.folder, "seq_length": run.seq_length, "limit": options.limit,
                  "results": [result_record(result) for result in run.results]}
@@ -268,17 +261,15 @@ def _write(
         for second in other:
             content["comparison"] = [comparison_record(c) for c in compare(runs[-1].results, second.results)]
         _write_text(options.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    if options.samples:
-        for number, run in enumerate(everyone):
-            folder = (
-                options.samples if len(everyone) == 1 and not is_partial else options.samples / f"{number}_{run.name}"
-            )
-            for result in run.results:
-                if result.items:
-                    lines = [
-                        json.dumps(record, ensure_ascii=False, allow_nan=False) for record in sample_records(result)
-                    ]
-                    _write_text(folder / f"{result.task}.jsonl", "\n".join(lines) + "\n")
+    if not options.samples:
+        return
+    for number, run in enumerate(everyone):
+        is_alone = len(everyone) == 1 and not is_partial
+        folder = options.samples if is_alone else options.samples / f"{number}_{run.name}"
+        for result in run.results:
+            if result.items:
+                lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in sample_records(result)]
+                _write_text(folder / f"{result.task}.jsonl", "\n".join(lines) + "\n")
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -289,7 +280,7 @@ def _write_text(path: Path, text: str) -> None:
         raise ConfigError("--json/--samples", str(path), f"cannot be written: {error.strerror or error}") from None
 
 
-def _run_harness(options: argparse.Namespace) -> None:
+def _run_harness(options: Options) -> None:
     found = run_harness(
         load(options, join(options)), [name.strip() for name in options.tasks.split(",")],
         batch_size=options.batch_size, limit=options.limit, include_path=options.include_path,

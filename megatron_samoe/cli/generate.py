@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_samoe.cli.arguments import Words, adder, text_parser
+from megatron_samoe.cli.arguments import Options, Words, adder, text_parser
 from megatron_samoe.cli.model_arguments import add_layout_arguments, add_model_arguments, join, load, rank_program
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError, DataError, MegatronSamoeError
@@ -125,7 +125,7 @@ def _from_json(line: str, place: str) -> Prompt:
     raise DataError(f"{wanted}.")
 
 
-def _given_prompts(options: argparse.Namespace) -> list[Prompt] | None:
+def _given_prompts(options: Options) -> list[Prompt] | None:
     """Returns the prompts that are known at the start; None where they are asked for."""
     if options.prompt is not None:
         return [Prompt(options.prompt)]
@@ -144,7 +144,7 @@ def _given_prompts(options: argparse.Namespace) -> list[Prompt] | None:
 class Printer:
     """Shows results in the order of the prompts: the first one that is not complete as it comes, others when it is done."""
 
-    def __init__(self, prompts: Sequence[Prompt], options: argparse.Namespace):
+    def __init__(self, prompts: Sequence[Prompt], options: Options):
         self._prompts, self._json, self._stream = prompts, options.json, not (options.no_stream or options.json)
         self._texts = [""] * len(prompts)
         self._ids: list[list[int]] = [[] for _ in prompts]
@@ -181,9 +181,7 @@ class Printer:
         print(json.dumps({**asked, **result}, ensure_ascii=False), flush=True)
 
 
-def generate(
-    engine: Engine, prompts: Sequence[Prompt], options: argparse.Namespace, shows: bool, num_before: int = 0
-) -> None:
+def generate(engine: Engine, prompts: Sequence[Prompt], options: Options, shows: bool, num_before: int = 0) -> None:
     """Generates for some prompts together and prints what comes where `shows`.
 
     Args:
@@ -212,7 +210,7 @@ def generate(
             engine.cancel(request_id)
 
 
-def _sampling(options: argparse.Namespace) -> SamplingOptions:
+def _sampling(options: Options) -> SamplingOptions:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "ignore_eod")
     return SamplingOptions(stop=tuple(options.stop), **{name: getattr(options, name) for name in names})
 
@@ -233,7 +231,7 @@ def _ask(parallel: ParallelState) -> Iterator[Prompt]:
             yield Prompt(line)
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: Options) -> None:
     check_sampling(_sampling(options))
     parallel = join(options, options.num_threads)
     prompts, problem = None, None

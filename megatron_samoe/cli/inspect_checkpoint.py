@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_samoe.cli.arguments import Parser, Words, adder, sub_commands
+from megatron_samoe.cli.arguments import Options, Parser, Words, adder, sub_commands
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.interop.edited_model import NOT_MODEL
@@ -22,6 +22,7 @@ from megatron_samoe.interop.inspect_numbers import Difference, difference, stati
 from megatron_samoe.interop.inspect_open import Opened, open_any, verify
 from megatron_samoe.interop.inspect_sharing import described_sharing
 from megatron_samoe.interop.megatron.export import VOCABULARY
+from megatron_samoe.parsing import JsonObject
 
 #: Exit statuses, as those of diff and grep.
 FINE, FOUND, TROUBLE = 0, 1, 2
@@ -34,11 +35,8 @@ Result = tuple[int, Mapping[str, Any], list[str]]
 def main(words: Words = None) -> int:
     """Runs the tool and returns its exit status."""
     options = make_parser().parse_args(words)
-    commands: dict[str, Callable[[argparse.Namespace], Result]] = {
-        "list": _list, "stat": _stat, "diff": _diff, "verify": _verify, "check": _check, "sharing": _sharing,
-    }  # fmt: skip
     try:
-        status, values, lines = commands[options.command](options)
+        status, values, lines = COMMANDS[options.command](options)
     except MegatronSamoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return TROUBLE
@@ -80,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chosen(opened: Opened, options: argparse.Namespace) -> dict[str, StoredTensor]:
+def _chosen(opened: Opened, options: Options) -> dict[str, StoredTensor]:
     try:
         pattern = re.compile(options.match or "")
     except re.error as error:
@@ -98,63 +96,67 @@ def _described(opened: Opened) -> list[str]:
             *opened.notes]  # fmt: skip
 
 
-def _list(options: argparse.Namespace) -> Result:
+def _open(options: Options) -> tuple[Opened, dict[str, StoredTensor], int]:
+    """Returns the checkpoint, what is chosen of it, and how wide a column for the names is."""
     opened = open_any(options.directory, options.ckpt_step, options.raw)
     chosen = _chosen(opened, options)
-    width = max(map(len, chosen), default=4)
-    lines = [*_described(opened)]
-    for name, t in chosen.items():
-        lines.append(f"{name:{width}}  {t.dtype_name:9} {t.num_bytes:>14,} B  {list(t.shape)}")
+    return opened, chosen, max(map(len, chosen), default=4)
+
+
+def _list(options: Options) -> Result:
+    opened, chosen, width = _open(options)
+    described = {n: {"shape": list(t.shape), "dtype": t.dtype_name, "bytes": t.num_bytes} for n, t in chosen.items()}
+    lines = [f"{name:{width}}  {t['dtype']:9} {t['bytes']:>14,} B  {t['shape']}" for name, t in described.items()]
     count, size = sum(t.num_elements for t in chosen.values()), sum(t.num_bytes for t in chosen.values())
     model = sum(t.num_elements for name, t in chosen.items() if not name.startswith(NOT_MODEL))
     lines.append(f"{len(chosen)} tensors, {count:,} elements ({model:,} of the model), {size:,} bytes.")
-    tensors = {n: {"shape": list(t.shape), "dtype": t.dtype_name, "bytes": t.num_bytes} for n, t in chosen.items()}
     values = {
         "kind": opened.kind, "directory": str(opened.directory), "train_state": opened.train_state,
-        "config": opened.config, "elements": count, "model_elements": model, "bytes": size, "tensors": tensors,
+        "config": opened.config, "elements": count, "model_elements": model, "bytes": size, "tensors": described,
     }  # fmt: skip
-    return FINE, values, lines
+    return FINE, values, [*_described(opened), *lines]
 
 
-def _stat(options: argparse.Namespace) -> Result:
-    opened = open_any(options.directory, options.ckpt_step, options.raw)
-    found = {name: statistics(opened.source.read(name)) for name in _chosen(opened, options)}
-    width = max(map(len, found), default=4)
+def _stat(options: Options) -> Result:
+    opened, chosen, width = _open(options)
+    found = {name: statistics(opened.source.read(name)) for name in chosen}
     head = f"{'tensor':{width}}  {'smallest':>10} {'largest':>10} {'mean':>10} {'spread':>10} {'zeros':>7} NaN/Inf"
     lines = [*_described(opened), head]
     for name, s in found.items():
         numbers = " ".join(f"{value:10.3e}" for value in (s.minimum, s.maximum, s.mean, s.std))
         lines.append(f"{name:{width}}  {numbers} {s.zeros:7.1%} {s.nan}/{s.inf}")
-    bad = [name for name, s in found.items() if not s.is_finite]
-    lines.append(f"{len(found)} tensors, {len(bad)} with NaN or Inf.")
-    return (FOUND if bad else FINE), {"tensors": {name: asdict(s) for name, s in found.items()}}, lines
+    num_bad = sum(not s.is_finite for s in found.values())
+    lines.append(f"{len(found)} tensors, {num_bad} with NaN or Inf.")
+    return (FOUND if num_bad else FINE), _tensors(found), lines
 
 
-def _diff(options: argparse.Namespace) -> Result:
-    for flag, value in (("--atol", options.atol), ("--rtol", options.rtol), ("--limit", options.limit)):
-        if not value >= 0:
-            raise ConfigError(flag, value, "must be 0 or more")
+def _tensors(found: Mapping[str, Any]) -> JsonObject:
+    return {"tensors": {name: asdict(record) for name, record in found.items()}}
+
+
+def _diff(options: Options) -> Result:
+    for name in ("atol", "rtol", "limit"):
+        if not getattr(options, name) >= 0:
+            raise ConfigError(f"--{name}", getattr(options, name), "must be 0 or more")
     sides = (open_any(options.directory, options.ckpt_step, options.raw),
              open_any(options.other, options.other_step, options.raw))  # fmt: skip
     if any(side.kind != "native" for side in sides):
         options.model_only = True  # other families keep the model alone
-    chosen = [_chosen(side, options) for side in sides]
+    first, second = chosen = [_chosen(side, options) for side in sides]
     padding = _Padding(sides)
     only = [[name for name in own if name not in other] for own, other in (chosen, chosen[::-1])]
-    both = [name for name in chosen[0] if name in chosen[1]]
-    shaped = [n for n in both if padding.shape_without(n, chosen[0][n]) != padding.shape_without(n, chosen[1][n])]
+    both = [name for name in first if name in second]
+    shaped = [n for n in both if padding.shape_without(n, first[n]) != padding.shape_without(n, second[n])]
     found = {
         name: difference(*(padding.cut(name, side.source.read(name)) for side in sides))
         for name in both
-        if name not in set(shaped)
+        if name not in shaped
     }
     beyond = [name for name, d in found.items() if not d.is_within(options.atol, options.rtol)]
     lines = [line for side in sides for line in _described(side)]
     for which, names in zip(("first", "second"), only, strict=True):
         lines += [f"only in the {which}: {name}" for name in names[: options.limit]]
-    lines += [
-        f"{n} is {list(chosen[0][n].shape)} in the first, {list(chosen[1][n].shape)} in the second" for n in shaped
-    ]
+    lines += [f"{n} is {list(first[n].shape)} in the first, {list(second[n].shape)} in the second" for n in shaped]
     lines += _difference_table(found, options.limit)
     equal = sum(d.num_different == 0 for d in found.values())
     lines.append(f"{len(found)} tensors compared: {equal} equal, {len(found) - equal} different, {len(beyond)} beyond "
@@ -162,7 +164,7 @@ def _diff(options: argparse.Namespace) -> Result:
                  f"only, {len(shaped)} of other shapes.")  # fmt: skip
     values = {
         "only_in_first": only[0], "only_in_second": only[1], "other_shape": shaped, "beyond_tolerance": beyond,
-        "tensors": {name: asdict(d) for name, d in found.items()},
+        **_tensors(found),
     }  # fmt: skip
     return (FOUND if beyond or shaped or any(only) else FINE), values, lines
 
@@ -176,13 +178,15 @@ class _Padding:
         # In one family all rows count; without a common vocabulary nothing is known to be padding.
         self._num_tokens = None if same_family or len(sizes) > 1 else sizes.pop()
 
+    def _rows(self, name: str) -> int | None:
+        return self._num_tokens if name in VOCABULARY else None
+
     def shape_without(self, name: str, stored: StoredTensor) -> tuple[int, ...]:
-        if name not in VOCABULARY or self._num_tokens is None:
-            return stored.shape
-        return (min(self._num_tokens, stored.shape[0]), *stored.shape[1:])
+        rows = self._rows(name)
+        return stored.shape if rows is None else (min(rows, stored.shape[0]), *stored.shape[1:])
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor if name not in VOCABULARY or self._num_tokens is None else tensor[: self._num_tokens]
+        return tensor[: self._rows(name)] if name in VOCABULARY else tensor
 
 
 def _difference_table(found: Mapping[str, Difference], limit: int) -> Iterator[str]:
@@ -197,18 +201,17 @@ def _difference_table(found: Mapping[str, Difference], limit: int) -> Iterator[s
         yield f"and {len(different) - limit} more (--limit)"
 
 
-def _verify(options: argparse.Namespace) -> Result:
+def _verify(options: Options) -> Result:
     verdicts = verify(options.directory, options.ckpt_step)
     lines = []
     for verdict in verdicts:
         state = "DAMAGED" if verdict.problems else "whole"
         lines += [f"{verdict.directory}: {state} ({verdict.checked})", *(f"  {p}" for p in verdict.problems)]
-    values = {"checkpoints": [{"directory": str(v.directory), "checked": v.checked, "problems": v.problems}
-                              for v in verdicts]}  # fmt: skip
-    return (FOUND if any(v.problems for v in verdicts) else FINE), values, lines
+    values = [{"directory": str(v.directory), "checked": v.checked, "problems": v.problems} for v in verdicts]
+    return (FOUND if any(v.problems for v in verdicts) else FINE), {"checkpoints": values}, lines
 
 
-def _check(options: argparse.Namespace) -> Result:
+def _check(options: Options) -> Result:
     if not 0 < options.dead_below < 1:
         raise ConfigError("--dead-below", options.dead_below, "must be a share between 0 and 1")
     if options.start_step is not None and options.start is None:
@@ -219,7 +222,7 @@ def _check(options: argparse.Namespace) -> Result:
     return (FINE if health.is_sound else FOUND), as_plain(health), [*_described(opened), *_health_lines(health)]
 
 
-def _sharing(options: argparse.Namespace) -> Result:
+def _sharing(options: Options) -> Result:
     opened = open_any(options.directory, options.ckpt_step)
     text, stores = described_sharing(opened.source)  # type: ignore[arg-type]
     lines = [*_described(opened), f"--expert-sharing {text}" if stores else "No layer has experts."]
@@ -272,6 +275,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+COMMANDS: dict[str, Callable[[Options], Result]] = {
+    "list": _list, "stat": _stat, "diff": _diff, "verify": _verify, "check": _check,
+    "sharing": _sharing,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

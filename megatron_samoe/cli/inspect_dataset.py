@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from megatron_samoe.cli.arguments import Parser, Words, add_tokenizer_arguments, adder, program, sub_commands
+from megatron_samoe.cli.arguments import Options, Parser, Words, add_tokenizer_arguments, adder, program, sub_commands
 from megatron_samoe.datasets import index_format, manifest
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, get_idx_path
 from megatron_samoe.datasets.inspect import plot, repair, statistics, verify
@@ -61,8 +61,8 @@ def main(words: Words) -> None:
         print(f"{get_idx_path(prefix)}: {documents:,} documents, {tokens:,} tokens")
 
 
-def _decode(prefix: str, args: argparse.Namespace) -> None:
-    from megatron_samoe.datasets.tokenizer import build_tokenizer
+def _decode(prefix: str, args: Options) -> None:
+    from megatron_samoe.datasets.tokenizer import tokenizer_of
 
     data = IndexedDataset(prefix)
     if not 0 <= args.document < data.num_documents:
@@ -71,7 +71,7 @@ def _decode(prefix: str, args: argparse.Namespace) -> None:
     if args.tokenizer_type is None:
         print(" ".join(map(str, ids)))
         return
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_file, args.merge_file)
+    tokenizer = tokenizer_of(args)
     record = manifest.read(prefix)
     if record is not None and record.tokenizer_fingerprint != tokenizer.fingerprint:
         raise DataError(f"{prefix} was made with another tokenizer ({record.tokenizer_type}).")

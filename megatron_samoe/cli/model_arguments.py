@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from megatron_samoe.cli.arguments import Words, adder
+from megatron_samoe.cli.arguments import Options, Words, adder
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging
@@ -36,19 +36,19 @@ def add_layout_arguments(group: argparse._ActionsContainer) -> None:
         adder(group)(f"--{size.replace('_', '-')}", 1, metavar="N")
 
 
-def layout_of(options: argparse.Namespace) -> ParallelConfig:
+def layout_of(options: Options) -> ParallelConfig:
     """Returns the layout that was asked for."""
     return ParallelConfig(**{size: getattr(options, size) for size in SIZES})
 
 
-def join(options: argparse.Namespace, num_threads: int | None = None) -> ParallelState:
+def join(options: Options, num_threads: int | None = None) -> ParallelState:
     """Joins the torchrun job, if this is one; ConfigError for a number of threads that no process has."""
     if num_threads is not None and num_threads < 1:
         raise ConfigError("--num-threads", num_threads, "must be 1 or more")
     return join_ranks(layout_of(options), num_threads)
 
 
-def load(options: argparse.Namespace, parallel: ParallelState, combine: bool = True) -> LoadedModel:
+def load(options: Options, parallel: ParallelState, combine: bool = True) -> LoadedModel:
     """Returns the model that `add_model_arguments` names."""
     return load_model(
         options.load, parallel, layout_of(options), ckpt_step=options.ckpt_step, combine=combine,

@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_samoe.cli.arguments import Words, adder, program, text_parser
+from megatron_samoe.cli.arguments import Options, Words, adder, program, text_parser
 from megatron_samoe.config.cli import parse_pretrain_args
-from megatron_samoe.config.derived import flag, num_micro_batches, virtual_stages
+from megatron_samoe.config.derived import flag
 from megatron_samoe.config.parallel import ParallelConfig
-from megatron_samoe.datasets.tokenizer import build_tokenizer
+from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import format_table
-from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE, bubble_fraction
+from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE
+from megatron_samoe.planning.accounting import idle_share
 from megatron_samoe.planning.layout_cost import Cluster
 from megatron_samoe.planning.layout_planner import PlannedLayout, plan_layouts
 from megatron_samoe.planning.layout_plot import draw_layout
@@ -50,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def cluster_of(options: argparse.Namespace) -> Cluster:
+def cluster_of(options: Options) -> Cluster:
     """Returns the cluster that the options describe; ConfigError for sizes that no cluster has."""
     for name in POSITIVE:
         if not 0 < getattr(options, name) < float("inf"):
@@ -95,9 +96,7 @@ def best_in_detail(layout: PlannedLayout) -> str:
 
 def _idle(layout: PlannedLayout) -> str:
     """Returns a warning where a pipeline stands still for much of a step."""
-    pp = layout.config.parallel.pipeline_model_parallel_size
-    chunks = virtual_stages(layout.config.parallel, layout.config.model.num_layers) // pp
-    share = bubble_fraction(pp, chunks, num_micro_batches(layout.config, layout.world_size))
+    share = idle_share(layout.config, layout.world_size)
     if share <= MUCH_IDLE:
         return ""
     return (
@@ -127,11 +126,7 @@ def main(words: Words) -> None:
     config = parse_pretrain_args(rest, prog="megatron-samoe plan")
     if options.choose_all:
         config = replace(config, parallel=ParallelConfig())
-    data = config.data
-    vocab_size = (
-        data.vocab_size
-        or build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file).vocab_size
-    )
+    vocab_size = config.data.vocab_size or tokenizer_of(config.data).vocab_size
     layouts = plan_layouts(config, vocab_size, cluster, options.micro_batch_sizes)
     shown = layouts[: options.top]
     if options.json:

@@ -14,21 +14,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_samoe.cli.model_arguments import this_rank
 from megatron_samoe.config.cli import parse_pretrain_args
-from megatron_samoe.config.derived import data_parallel_size, num_micro_batches, virtual_stages
+from megatron_samoe.config.derived import data_parallel_size
 from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.elastic import fit_layout
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
 from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
-from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
+from megatron_samoe.datasets.tokenizer import Tokenizer, tokenizer_of
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE, bubble_fraction
-from megatron_samoe.planning.accounting import count_parameters
+from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE
+from megatron_samoe.planning.accounting import count_parameters, idle_share
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.runtime.ranks import place_in
 from megatron_samoe.training.batches import build_run_data
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None
         extensions: parts of the model and rules of the optimizer that come from outside the package.
         hooks: to be called after the configuration's own.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = this_rank()
     configure_logging(rank)
     try:
         config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
@@ -134,7 +135,7 @@ def _tokenizer(config: PretrainConfig) -> tuple[Tokenizer, dict[str, bytes], int
         data = with_carried(data, directory, only_missing=True)
         if data != config.data:
             logger.info(f"the tokenizer is the one that {directory} carries")
-    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
+    tokenizer = tokenizer_of(data)
     vocab_size = data.vocab_size or tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise ConfigError(
@@ -181,9 +182,7 @@ def _describe(config: PretrainConfig, vocab_size: int, parallel: ParallelState) 
         f"{count.active:,} active per token; {grid.world_size} ranks on {parallel.device.type}: tensor {grid.tp}, "
         f"pipeline {grid.pp}, expert {grid.ep} (x tensor {grid.etp}), data {grid.dp}{_transport(parallel)}"
     )
-
-    chunks = virtual_stages(config.parallel, config.model.num_layers) // grid.pp
-    idle = bubble_fraction(grid.pp, chunks, num_micro_batches(config, grid.world_size))
+    idle = idle_share(config, grid.world_size)
     if idle > MUCH_IDLE:
         logger.info(
             f"the pipeline stands idle for {idle:.0%} of a step while it fills and drains: more micro-batches, virtual stages or "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_samoe.cli.arguments import Words, adder, program, text_parser
@@ -16,14 +15,14 @@ from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.evaluation.measurements import read_decode, read_study, read_zero_shot
 from megatron_samoe.evaluation.report import ReportData, write_group_report
 from megatron_samoe.evaluation.report_tables import results_table
-from megatron_samoe.evaluation.run_groups import RunGroup, group_runs, read_groups
+from megatron_samoe.evaluation.run_groups import Groups, group_runs, read_groups
 from megatron_samoe.evaluation.run_summary import format_table, read_run
 from megatron_samoe.inference.decode_bytes import step_bytes
 
 BATCHES = (1, 32)
 
 
-def bytes_per_token(groups: Sequence[RunGroup]) -> dict[str, dict[int, float]]:
+def bytes_per_token(groups: Groups) -> dict[str, dict[int, float]]:
     """Returns bytes of fp32 weights read per decoded token, by model and batch; the key-value cache is left out."""
     found: dict[str, dict[int, float]] = {}
     for group in groups:

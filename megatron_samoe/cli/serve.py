@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_samoe.cli.arguments import Words, adder, text_parser
+from megatron_samoe.cli.arguments import Options, Words, adder, text_parser
 from megatron_samoe.cli.model_arguments import (
     add_layout_arguments,
     add_model_arguments,
@@ -76,7 +76,7 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
         add(flag, default, f"{text} (default: {default:g})", dest=name, metavar="N")  # fmt: skip
 
 
-def _server_options(options: argparse.Namespace) -> ServerOptions:
+def _server_options(options: Options) -> ServerOptions:
     folder = Path(options.load).absolute()
     run = folder.parent if folder.name == "checkpoints" else folder
     # One of several seeds has no name of its own.
@@ -89,7 +89,7 @@ def _server_options(options: argparse.Namespace) -> ServerOptions:
     )  # fmt: skip
 
 
-def _engine(options: argparse.Namespace, parallel: ParallelState) -> Engine:
+def _engine(options: Options, parallel: ParallelState) -> Engine:
     loaded = load(options, parallel)
     given = {name: getattr(options, name) for name in ("serving", "dtype", "max_step_tokens", "cache_experts")}
     engine = Engine(
@@ -100,7 +100,7 @@ def _engine(options: argparse.Namespace, parallel: ParallelState) -> Engine:
     return engine
 
 
-def _follow(options: argparse.Namespace, parallel: ParallelState) -> int:
+def _follow(options: Options, parallel: ParallelState) -> int:
     engine = _engine(options, parallel)
     # torchrun passes signals to all ranks; the first ends the others when its requests are answered.
     for number in (signal.SIGTERM, signal.SIGINT):

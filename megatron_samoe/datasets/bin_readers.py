@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import mmap
 import os
 import tempfile
-import threading
-from collections import OrderedDict
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,14 +60,13 @@ class FileBinReader:
     def read(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
         size = count * dtype.itemsize
         _check_range(self.path, self.num_bytes, size, offset_bytes)
-        out = np.empty(count, dtype=dtype)
-        view, done = memoryview(out.data).cast("B") if count else memoryview(b""), 0
+        out, done = np.empty(size, dtype=np.uint8), 0
         while done < size:
-            got = os.preadv(self._fd, [view[done:]], offset_bytes + done)
+            got = os.preadv(self._fd, [out[done:].data], offset_bytes + done)
             if got == 0:
                 raise DataError(f"{self.path} ended at byte {offset_bytes + done}: it was truncated while in use.")
             done += got
-        return out
+        return out.view(dtype)
 
     def __del__(self) -> None:
         if getattr(self, "_fd", None) is not None:
@@ -84,23 +82,15 @@ class RemoteBinReader:
 
     def __init__(self, url: str, block_bytes: int = 1 << 20, max_blocks: int = 64):
         self.url = url
-        self.block_bytes, self.max_blocks = block_bytes, max_blocks
+        self.block_bytes = block_bytes
         self._fs, self._key = filesystem(url)
         self.num_bytes = int(self._fs.size(self._key))
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        # Safe to share among threads, which may fetch one block twice but never wait for each other.
+        self._block = functools.lru_cache(max_blocks)(self._fetch)
 
-    def _block(self, number: int) -> bytes:
-        with self._lock:
-            if number in self._blocks:
-                self._blocks.move_to_end(number)
-                return self._blocks[number]
+    def _fetch(self, number: int) -> bytes:
         start = number * self.block_bytes
-        data = self._fs.cat_file(self._key, start=start, end=min(start + self.block_bytes, self.num_bytes))
-        with self._lock:
-            self._blocks[number] = data
-            while len(self._blocks) > self.max_blocks:
-                self._blocks.popitem(last=False)
+        data: bytes = self._fs.cat_file(self._key, start=start, end=min(start + self.block_bytes, self.num_bytes))
         return data
 
     def read(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
@@ -155,14 +145,9 @@ def fetch_index(url: str, cache_path: str | None) -> str:
     os.makedirs(folder, exist_ok=True)
     local = os.path.join(folder, f"{name}.idx")
     if not os.path.exists(local):
-        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
-        os.close(handle)
-        try:
-            fs.get_file(key, partial)
-            os.replace(partial, local)
-        finally:
-            if os.path.exists(partial):
-                os.unlink(partial)
+        with tempfile.TemporaryDirectory(dir=folder, suffix=".partial") as partial:
+            fs.get_file(key, f"{partial}/idx")
+            os.replace(f"{partial}/idx", local)
     return local
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from megatron_samoe.datasets import index_cache, sample_index
 from megatron_samoe.datasets.gpt_dataset import GPTDataset, make_sample
 from megatron_samoe.errors import DataError
+from megatron_samoe.parsing import JsonObject
 
 MAX_DATASETS = 32766  # dataset numbers are stored as int16
 
@@ -28,24 +29,24 @@ def normalize(weights: Sequence[float]) -> np.ndarray:
 
 def blend_indices(
     weights: Sequence[float] | None, sizes: Sequence[int] | None, size: int | None, cache_path: str | None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> sample_index.BlendIndex:
     """Returns (dataset_index int16, dataset_sample_index int64), from the cache where possible.
 
     With `weights`, `size` samples in those proportions; else `size` samples in proportion to `sizes`, or, where
     `size` is None, every sample of every dataset once.
     """
+    key: JsonObject
     if weights is None and size is None:
         assert sizes is not None
-        key: dict[str, Any] = {"kind": "exhaustive blend", "sizes": [int(s) for s in sizes]}
-        arrays = index_cache.load_or_build(
-            cache_path, key, lambda: sample_index.build_exhaustive_blending_indices(np.array(sizes, dtype=np.int64))
-        )
+        key = {"kind": "exhaustive blend", "sizes": [int(s) for s in sizes]}
+        build = partial(sample_index.build_exhaustive_blending_indices, np.array(sizes, dtype=np.int64))
     else:
-        shares = normalize(weights if weights is not None else [float(s) for s in sizes or ()])
         assert size is not None
+        shares = normalize(weights if weights is not None else [float(s) for s in sizes or ()])
         key = {"kind": "blend", "weights": [w.hex() for w in shares.tolist()], "size": size}
-        arrays = index_cache.load_or_build(cache_path, key, lambda: sample_index.build_blending_indices(shares, size))
-    return arrays[0], arrays[1]
+        build = partial(sample_index.build_blending_indices, shares, size)
+    dataset_index, dataset_sample_index = index_cache.load_or_build(cache_path, key, build)
+    return dataset_index, dataset_sample_index
 
 
 class BlendedDataset(torch.utils.data.Dataset):
@@ -54,7 +55,7 @@ class BlendedDataset(torch.utils.data.Dataset):
     Raises DataError when a dataset is asked for more samples than it has.
     """
 
-    def __init__(self, datasets: Sequence[GPTDataset], indices: tuple[np.ndarray, np.ndarray]):
+    def __init__(self, datasets: Sequence[GPTDataset], indices: sample_index.BlendIndex):
         if len(datasets) > MAX_DATASETS:
             raise DataError(f"A blend of {len(datasets)} datasets is too large; at most {MAX_DATASETS} are allowed.")
         self.datasets = list(datasets)

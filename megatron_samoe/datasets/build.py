@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +65,29 @@ def build_train_valid_test_datasets(
     builder = _Builder(data, dict(zip(blends.SPLITS, seeds, strict=True)), sample_format, tokenizer, optional)
     if barrier is None:
         return builder.build(num_samples)
-    if is_builder:
-        try:
-            return builder.build(num_samples)
-        finally:
-            # Also after an error: the others meet the same one rather than wait for ever.
-            barrier()
-    barrier()
-    return builder.build(num_samples)
+    if not is_builder:
+        barrier()
+        return builder.build(num_samples)
+    try:
+        return builder.build(num_samples)
+    finally:
+        # Also after an error: the others meet the same one rather than wait for ever.
+        barrier()
+
+
+@dataclass(frozen=True)
+class _Split:
+    """What a split is drawn from.
+
+    Attributes:
+        share: of each dataset; None for nothing.
+        own_data: the blend is this split's alone.
+    """
+
+    name: str
+    blend: blends.Blend
+    share: tuple[float, float] | None
+    own_data: bool
 
 
 @dataclass(frozen=True)
@@ -85,95 +100,89 @@ class _Builder:
 
     def build(self, num_samples: tuple[int | None, ...]) -> Any:
         """Returns the three datasets."""
+        counts = dict(zip(blends.SPLITS, num_samples, strict=True))
         if self.data.mock_data:
             return tuple(
                 None if count == 0 else MockGPTDataset(count or 100_000, self.seeds[name] + 1000 * place, self.format)
-                for place, (name, count) in enumerate(zip(blends.SPLITS, num_samples, strict=True))
+                for place, (name, count) in enumerate(counts.items())
             )
-        sources = self._sources()
-        datasets: list[Dataset | None] = []
-        for name, count, source in zip(blends.SPLITS, num_samples, sources, strict=True):
-            if count == 0 or (source is None and name in self.optional):
-                datasets.append(None)
-                continue
-            if source is None:
-                flag = f"--{name}-data-path"
-                raise DataError(
-                    f"The {name} split is needed ({count} samples) but has no data: give {flag}, or --data-path."
-                )
-            blend, share, own_data = source
-            datasets.append(self._build_optional(name, blend, share, own_data, count))
-        return tuple(datasets)
+        splits = {split.name: split for split in self._splits()}
+        return tuple(
+            None if count == 0 else self._build_or_leave_out(name, splits.get(name), count)
+            for name, count in counts.items()
+        )
 
-    def _build_optional(
-        self, name: str, blend: blends.Blend, share: tuple[float, float] | None, own_data: bool, count: int | None
-    ) -> Dataset | None:
-        if name not in self.optional:
-            return self._build_split(name, blend, share, own_data, count)
-        if share is None:
-            return None
+    def _build_or_leave_out(self, name: str, split: _Split | None, count: int | None) -> Dataset | None:
+        is_optional = name in self.optional
+        if split is None or (split.share is None and is_optional):
+            if is_optional:
+                return None
+            flag = f"--{name}-data-path"
+            raise DataError(
+                f"The {name} split is needed ({count} samples) but has no data: give {flag}, or --data-path."
+            )
         try:
-            return self._build_split(name, blend, share, own_data, count)
+            return self._build_split(split, count)
         except DataError as error:
+            if not is_optional:
+                raise
             logger.info(f"There will be no {name} loss. {error}")
             return None
 
-    def _sources(self) -> list[Any]:
-        """Returns for each split None, or (blend, share of each dataset or None, whether the blend is its own)."""
-        per_split = (self.data.train_data_path, self.data.valid_data_path, self.data.test_data_path)
-        if self.data.data_path and any(per_split):
+    def _splits(self) -> Iterator[_Split]:
+        """Yields the splits that the configuration has data for."""
+        per_split = {name: getattr(self.data, f"{name}_data_path") for name in blends.SPLITS}
+        if self.data.data_path and any(per_split.values()):
             raise DataError(
                 "--data-path and --train-data-path, --valid-data-path, --test-data-path exclude each other."
             )
-        if any(per_split):
-            sources: list[Any] = []
-            for name, words in zip(blends.SPLITS, per_split, strict=True):
-                blend = blends.parse_blend(words) if words else None
-                if isinstance(blend, dict):
-                    raise DataError(
-                        f"--{name}-data-path takes a list of datasets; a file with splits goes to --data-path."
-                    )
-                sources.append((blend, (0.0, 1.0), True) if blend else None)
-            return sources
+        for name, words in per_split.items():
+            blend = blends.parse_blend(words) if words else None
+            if isinstance(blend, dict):
+                raise DataError(f"--{name}-data-path takes a list of datasets; a file with splits goes to --data-path.")
+            if blend is not None:
+                yield _Split(name, blend, (0.0, 1.0), own_data=True)
+        if any(per_split.values()):
+            return
         if not self.data.data_path:
             raise DataError("No data: give --data-path, or --train-data-path and its sisters, or --mock-data.")
         blend = blends.parse_blend(self.data.data_path)
         if isinstance(blend, dict):
-            return [(blend[name], (0.0, 1.0), True) if name in blend else None for name in blends.SPLITS]
-        return [(blend, share, False) for share in blends.split_bounds(self.data.split)]
+            yield from (_Split(name, part, (0.0, 1.0), own_data=True) for name, part in blend.items())
+        else:
+            for name, share in zip(blends.SPLITS, blends.split_bounds(self.data.split), strict=True):
+                yield _Split(name, blend, share, own_data=False)
 
-    def _build_split(
-        self, name: str, blend: blends.Blend, share: tuple[float, float] | None, own_data: bool, count: int | None
-    ) -> Dataset:
+    def _build_split(self, split: _Split, count: int | None) -> Dataset:
+        name, share = split.name, split.share
         if share is None:
             raise DataError(
                 f"The {name} split is needed ({'one epoch' if count is None else f'{count} samples'}) but "
                 f"--split {self.data.split} gives it nothing."
             )
-        blend = blend.without_zero_weights()
+        blend = split.blend.without_zero_weights()
         if count is None and name != "train":
             blend = blends.Blend(blend.prefixes)  # each dataset is evaluated whole, whatever its weight
         for prefix in blend.prefixes:
             require_dataset(prefix)
         self._check_one_tokenizer(blend.prefixes)
-        if len(blend.prefixes) == 1 and (blend.weights is None or own_data):
+        if len(blend.prefixes) == 1 and (blend.weights is None or split.own_data):
             return self._build_one(name, blend.prefixes[0], share, count)
+        cache = self._cache(blend.prefixes[0])
         if blend.weights is None:
             parts = [self._build_one(name, prefix, share, None) for prefix in blend.prefixes]
             sizes = [len(part) for part in parts]
             size = None if count is None else min(count, sum(sizes))
-            return BlendedDataset(parts, blend_indices(None, sizes, size, self._cache(blend.prefixes[0])))
+            return BlendedDataset(parts, blend_indices(None, sizes, size, cache))
         if count is None:
             raise DataError(
                 f"The {name} blend has weights, which need a number of samples; leave the weights out for one epoch."
             )
         shares = normalize(blend.weights).tolist()
         targets = [math.ceil(count * weight) for weight in shares]
-        indices = blend_indices(shares, None, sum(targets), self._cache(blend.prefixes[0]))
+        indices = blend_indices(shares, None, sum(targets), cache)
         drawn = np.bincount(indices[0], minlength=len(shares)).tolist()
-        prepared = [
-            max(math.ceil(target * (1 + BLEND_SURPLUS)), used) for target, used in zip(targets, drawn, strict=True)
-        ]
+        prepared = [max(math.ceil(n * (1 + BLEND_SURPLUS)), used) for n, used in zip(targets, drawn, strict=True)]
         parts = [self._build_one(name, p, share, n) for p, n in zip(blend.prefixes, prepared, strict=True)]
         return BlendedDataset(parts, indices)
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from megatron_samoe.parsing import JsonObject
+
 # Splits as the pattern of tokenizers' ByteLevel(use_regex=True), that is GPT-2's, does:
 #   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 # but never backtracks inside a run, which is a tenth faster: white space up to the end of the text is one piece; of
@@ -60,7 +62,7 @@ def tiktoken_encoding(tokenizer: Any) -> Any | None:
     return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def _pattern(spec: dict[str, Any]) -> str | None:
+def _pattern(spec: JsonObject) -> str | None:
     """Returns the splitting pattern if the pre-tokenizer is one pattern followed by byte mapping."""
     pre = spec["pre_tokenizer"] or {}
     steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
@@ -76,7 +78,7 @@ def _pattern(spec: dict[str, Any]) -> str | None:
     return split["pattern"]["Regex"]
 
 
-def _plain_model(spec: dict[str, Any], model: dict[str, Any]) -> bool:
+def _plain_model(spec: JsonObject, model: JsonObject) -> bool:
     """Returns whether the model is byte-level BPE with no option that changes what is merged."""
     extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     tokens_plain = all(

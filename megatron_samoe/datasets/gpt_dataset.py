@@ -62,7 +62,7 @@ class GPTDataset(torch.utils.data.Dataset):
         tokens_per_epoch = int(lengths.sum(dtype=np.int64))
         self.plan = sample_index.plan_epochs(tokens_per_epoch, num_samples, sample_format.seq_length)
 
-        def build() -> tuple[np.ndarray, ...]:
+        def build() -> index_cache.Arrays:
             random_state = np.random.RandomState(seed)
             documents = sample_index.build_document_index(first, last, self.plan, random_state)
             samples = sample_index.build_sample_index(
@@ -93,10 +93,9 @@ class GPTDataset(torch.utils.data.Dataset):
 
     def get_tokens(self, indices: Sequence[int]) -> torch.Tensor:
         """Returns the raw tokens of the samples, int64 [B, S + 1]."""
-        count = self.plan.num_samples
-        for index in indices:
-            if not 0 <= index < count:
-                raise IndexError(f"sample {index} of {count}")
+        outside = [index for index in indices if not 0 <= index < len(self)]
+        if outside:
+            raise IndexError(f"sample {outside[0]} of {len(self)}")
         text, low, high = self._gather([int(self.shuffle_index[index]) for index in indices])
         if low < 0 or high >= self.format.vocab_size:
             raise DataError(
@@ -114,7 +113,7 @@ class GPTDataset(torch.utils.data.Dataset):
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """Returns (position in document_index, token offset, sequence number) where sample `index` begins."""
-        position, offset = (int(x) for x in self.sample_index[int(self.shuffle_index[index])])
+        position, offset = self.sample_index[int(self.shuffle_index[index])].tolist()
         return position, offset, int(self.document_index[position])
 
 
@@ -123,15 +122,13 @@ class _Gatherer:
 
     def __init__(self, owner: GPTDataset):
         self._owner = owner
-        self._tensors: tuple[torch.Tensor, ...] | None = None
+        self._tensors: list[torch.Tensor] | None = None
         self._dtype_code = index_format.dtype_code(owner.dataset.dtype)
         ops = sample_index._compiled()
         buffer = getattr(owner.dataset.bin_reader, "buffer", None)
         if ops is not None and buffer is not None and owner.dataset.dtype.kind in "iu":
-            arrays = (buffer, owner.dataset.sequence_pointers, owner.dataset.sequence_lengths,
-                      owner.document_index, owner.sample_index)  # fmt: skip
-            with sample_index._quiet_readonly():
-                self._tensors = tuple(torch.from_numpy(array) for array in arrays)
+            self._tensors = sample_index.tensors(buffer, owner.dataset.sequence_pointers, owner.dataset.sequence_lengths,
+                                                 owner.document_index, owner.sample_index)  # fmt: skip
             self._op = ops.gather_samples.default
 
     def __call__(self, numbers: list[int]) -> tuple[torch.Tensor, int, int]:

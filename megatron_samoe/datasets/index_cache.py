@@ -15,16 +15,18 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from megatron_samoe.log import say_once
-from megatron_samoe.parsing import parse_json
+from megatron_samoe.parsing import JsonObject, parse_json
 
 _MAGIC = b"SAMOEIX1"
 _ALIGN = 64
 STALE_AFTER_S = 6 * 3600
+
+
+Arrays = tuple[np.ndarray, ...]
 
 
 def content_key(array: np.ndarray) -> str:
@@ -36,9 +38,7 @@ def content_key(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def load_or_build(
-    folder: str | None, key: dict[str, Any], build: Callable[[], tuple[np.ndarray, ...]]
-) -> tuple[np.ndarray, ...]:
+def load_or_build(folder: str | None, key: JsonObject, build: Callable[[], Arrays]) -> Arrays:
     """Returns the arrays for `key`: mapped from the cache, or built (and stored there when `folder` is given).
 
     A folder that cannot be written is not an error: the arrays then stay in memory, and one line says so.
@@ -60,7 +60,7 @@ def load_or_build(
     return _load(path, text) or arrays
 
 
-def _layout(arrays_header: list[dict[str, Any]], start: int) -> list[tuple[int, int]]:
+def _layout(arrays_header: list[JsonObject], start: int) -> list[tuple[int, int]]:
     """Returns (offset, size) in bytes of each array, aligned."""
     places, offset = [], start
     for entry in arrays_header:
@@ -80,7 +80,7 @@ def _remove_stale(folder: str) -> None:
                 os.unlink(path)
 
 
-def _store(folder: str, path: str, key: str, arrays: tuple[np.ndarray, ...]) -> None:
+def _store(folder: str, path: str, key: str, arrays: Arrays) -> None:
     entries = [{"dtype": array.dtype.str, "shape": array.shape} for array in arrays]
     header = json.dumps({"key": key, "arrays": entries}).encode()
     _remove_stale(folder)
@@ -100,7 +100,7 @@ def _store(folder: str, path: str, key: str, arrays: tuple[np.ndarray, ...]) -> 
             os.unlink(partial)
 
 
-def _load(path: str, key: str) -> tuple[np.ndarray, ...] | None:
+def _load(path: str, key: str) -> Arrays | None:
     """Returns the mapped arrays, or None if there is no whole file for `key`."""
     try:
         with open(path, "rb") as file:

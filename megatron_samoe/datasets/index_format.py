@@ -20,7 +20,7 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,14 +30,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER_BYTES = 34
 DTYPES: dict[int, np.dtype[Any]] = {
-    1: np.dtype("<u1"),
-    2: np.dtype("<i1"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<i4"),
-    5: np.dtype("<i8"),
-    6: np.dtype("<f8"),
-    7: np.dtype("<f4"),
-    8: np.dtype("<u2"),
+    code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), 1)
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Below this vocabulary size Megatron's tools write uint16 (the threshold is 65500, not 65536).
@@ -123,10 +116,8 @@ def parse_header(head: bytes, file_bytes: int, path: str) -> IndexHeader:
     return header
 
 
-def check_arrays(
-    lengths: np.ndarray, pointers: np.ndarray, boundaries: np.ndarray, itemsize: int, bin_bytes: int, path: str
-) -> None:
-    """Checks every row of an index against the size of its data; raises DataError naming the first bad row."""
+def check_sequences(lengths: np.ndarray, pointers: np.ndarray, itemsize: int, bin_bytes: int, path: str) -> None:
+    """Checks every sequence of an index against the size of its data; raises DataError naming the first bad row."""
     for start in range(0, len(lengths), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         length, pointer = lengths[rows].astype(np.int64), pointers[rows]
@@ -140,7 +131,6 @@ def check_arrays(
                 f"outside the {bin_bytes} bytes of the .bin file. The index and the data do not belong together, "
                 "or one is damaged."
             )
-    check_boundaries(boundaries, len(lengths), path)
 
 
 def check_boundaries(boundaries: np.ndarray, num_sequences: int, path: str) -> None:
@@ -172,15 +162,18 @@ def write_index(
     header = IndexHeader(np.dtype(dtype), len(lengths), len(boundaries))
     with open(path, "wb") as file:
         file.write(header.pack())
-        for start in range(0, len(lengths), CHUNK_ROWS):
-            file.write(np.ascontiguousarray(lengths[start : start + CHUNK_ROWS], dtype="<i4").data)
+        _write_rows(file, lengths, "<i4")
         pointer = 0
         for start in range(0, len(lengths), CHUNK_ROWS):
             nbytes = lengths[start : start + CHUNK_ROWS].astype(np.int64) * header.dtype.itemsize
             ends = np.cumsum(nbytes) + pointer
             file.write((ends - nbytes).astype("<i8").data)
             pointer = int(ends[-1])
-        for start in range(0, len(boundaries), CHUNK_ROWS):
-            file.write(np.ascontiguousarray(boundaries[start : start + CHUNK_ROWS], dtype="<i8").data)
+        _write_rows(file, boundaries, "<i8")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_rows(file: BinaryIO, rows: np.ndarray, dtype: str) -> None:
+    for start in range(0, len(rows), CHUNK_ROWS):
+        file.write(np.ascontiguousarray(rows[start : start + CHUNK_ROWS], dtype=dtype).data)

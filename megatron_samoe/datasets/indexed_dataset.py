@@ -50,39 +50,29 @@ class IndexedDataset:
         path_prefix = str(path_prefix)
         self.path_prefix, self.mmap, self._index_cache_path = path_prefix, mmap, index_cache_path
         require_dataset(path_prefix)
-        idx_path = get_idx_path(path_prefix)
-        local = fetch_index(idx_path, index_cache_path) if is_remote(path_prefix) else idx_path
-        buffer, header = _map_index(local, idx_path)
+        self.bin_path, self.idx_path = get_bin_path(path_prefix), get_idx_path(path_prefix)
+        local = fetch_index(self.idx_path, index_cache_path) if is_remote(path_prefix) else self.idx_path
+        buffer, header = _map_index(local, self.idx_path)
         self.dtype, self.num_sequences = header.dtype, header.num_sequences
         self.sequence_lengths = np.frombuffer(buffer, "<i4", header.num_sequences, header.lengths_offset)
         self.sequence_pointers = np.frombuffer(buffer, "<i8", header.num_sequences, header.pointers_offset)
         self.document_indices = np.frombuffer(buffer, "<i8", header.num_boundaries, header.boundaries_offset)
-        self.bin_reader = open_bin(get_bin_path(path_prefix), mmap)
-        self._check(idx_path)
-
-    def _check(self, idx_path: str) -> None:
-        rows = self.num_sequences
-        if rows <= CHECK_ROWS_UP_TO:
-            ends = [(self.sequence_lengths, self.sequence_pointers)]
+        self.bin_reader = open_bin(self.bin_path, mmap)
+        if self.num_sequences <= CHECK_ROWS_UP_TO:
+            self.verify()
         else:
-            ends = [(self.sequence_lengths[part], self.sequence_pointers[part]) for part in (slice(1), slice(-1, None))]
-        boundaries = self.document_indices if rows <= CHECK_ROWS_UP_TO else self.document_indices[[0, -1]]
-        for lengths, pointers in ends:
-            index_format.check_arrays(
-                lengths, pointers, np.array([0, len(lengths)]), self.dtype.itemsize, self.bin_reader.num_bytes, idx_path
-            )
-        index_format.check_boundaries(boundaries, rows, idx_path)
+            for end in (slice(1), slice(-1, None)):
+                self._check_sequences(end)
+            index_format.check_boundaries(self.document_indices[[0, -1]], self.num_sequences, self.idx_path)
+
+    def _check_sequences(self, rows: slice = slice(None)) -> None:
+        lengths, pointers = self.sequence_lengths[rows], self.sequence_pointers[rows]
+        index_format.check_sequences(lengths, pointers, self.dtype.itemsize, self.bin_reader.num_bytes, self.idx_path)
 
     def verify(self) -> None:
         """Checks every row of the index against the data; DataError names the first bad one."""
-        index_format.check_arrays(
-            self.sequence_lengths,
-            self.sequence_pointers,
-            self.document_indices,
-            self.dtype.itemsize,
-            self.bin_reader.num_bytes,
-            get_idx_path(self.path_prefix),
-        )
+        self._check_sequences()
+        index_format.check_boundaries(self.document_indices, self.num_sequences, self.idx_path)
 
     def first_gap(self) -> tuple[int, int] | None:
         """Returns (sequence, byte where it should begin) of the first that does not follow the one in front of it.
@@ -168,16 +158,13 @@ def require_dataset(path_prefix: str) -> None:
         raise DataError(f"There is no dataset at {path_prefix}: the .bin or the .idx object does not exist.")
     missing = [p for p in (get_bin_path(path_prefix), get_idx_path(path_prefix)) if not os.path.isfile(p)]
     folder = os.path.dirname(path_prefix) or "."
-    known = []
-    if os.path.isdir(folder):
-        known = [os.path.join(os.path.dirname(path_prefix), f[:-4]) for f in os.listdir(folder) if f.endswith(".idx")]
-    hint = ""
-    for suffix in (".bin", ".idx"):
-        if path_prefix.endswith(suffix) and path_prefix[:-4] in known:
-            hint = f" Leave out the suffix: {path_prefix[:-4]!r}."
-    if not hint and (near := difflib.get_close_matches(path_prefix, sorted(known), n=3, cutoff=0.3)):
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    known = sorted(os.path.join(os.path.dirname(path_prefix), name[:-4]) for name in names if name.endswith(".idx"))
+    if path_prefix.endswith((".bin", ".idx")) and path_prefix[:-4] in known:
+        hint = f" Leave out the suffix: {path_prefix[:-4]!r}."
+    elif near := difflib.get_close_matches(path_prefix, known, n=3, cutoff=0.3):
         hint = f" The nearest existing are {', '.join(map(repr, near))}."
-    elif not hint:
+    else:
         hint = f" There is no dataset in {folder!r}." if os.path.isdir(folder) else f" {folder!r} is not a folder."
     if len(missing) == 1 and missing[0].endswith(".idx"):
         hint += " tools/inspect_dataset.py repair can rebuild the index from the .bin file."
@@ -200,19 +187,18 @@ class IndexedDatasetBuilder:
         self._lengths = array.array("i")
         self._boundaries = array.array("q", [0])
 
-    def add_item(self, tokens: Any) -> None:
-        """Appends one sequence to the current document."""
+    def add_item(self, tokens: Any, lengths: Sequence[int] | None = None) -> None:
+        """Appends to the current document one sequence, or several of these lengths."""
         values = self._convert(tokens)
-        self._file.write(values.data)
-        self._lengths.append(values.size)
-
-    def add_document(self, tokens: Any, lengths: Sequence[int]) -> None:
-        """Appends a whole document: its tokens, and how many belong to each of its sequences."""
-        values = self._convert(tokens)
+        lengths = [values.size] if lengths is None else lengths
         if sum(lengths) != values.size:
             raise DataError(f"A document has {values.size} tokens but its sequence lengths add up to {sum(lengths)}.")
         self._file.write(values.data)
         self._lengths.extend(lengths)
+
+    def add_document(self, tokens: Any, lengths: Sequence[int]) -> None:
+        """Appends a whole document: its tokens, and how many belong to each of its sequences."""
+        self.add_item(tokens, lengths)
         self.end_document()
 
     def end_document(self) -> None:
@@ -227,7 +213,7 @@ class IndexedDatasetBuilder:
         offset = len(self._lengths)
         self._lengths.frombytes(np.ascontiguousarray(other.sequence_lengths).tobytes())
         self._boundaries.frombytes((other.document_indices[1:] + offset).tobytes())
-        with open(get_bin_path(path_prefix), "rb") as source:
+        with open(other.bin_path, "rb") as source:
             shutil.copyfileobj(source, self._file, 1 << 22)
 
     def finalize(self, idx_path: str | os.PathLike) -> None:
@@ -243,14 +229,13 @@ class IndexedDatasetBuilder:
 
     def _convert(self, tokens: Any) -> np.ndarray:
         values = np.asarray(tokens)
-        if values.size and self.dtype.kind in "iu":
+        if values.size and self.dtype.kind in "iu" and values.dtype != self.dtype:
             if values.dtype.kind not in "iu":
                 raise DataError(f"Tokens must be integers, not {values.dtype}.")
-            if values.dtype != self.dtype:
-                info, low, high = np.iinfo(self.dtype), int(values.min()), int(values.max())
-                if low < info.min or high > info.max:
-                    raise DataError(
-                        f"Token id {low if low < info.min else high} does not fit {self.dtype} "
-                        f"({info.min} to {info.max}): choose a wider dtype."
-                    )
+            info, low, high = np.iinfo(self.dtype), int(values.min()), int(values.max())
+            if low < info.min or high > info.max:
+                raise DataError(
+                    f"Token id {low if low < info.min else high} does not fit {self.dtype} "
+                    f"({info.min} to {info.max}): choose a wider dtype."
+                )
         return np.ascontiguousarray(values.reshape(-1), dtype=self.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from megatron_samoe.datasets import index_format, manifest
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
 from megatron_samoe.datasets.preprocess import checksums
 from megatron_samoe.errors import DataError
+from megatron_samoe.parsing import JsonObject
 
 # Bytes of .bin looked at together.
 BLOCK_BYTES = 1 << 24
@@ -25,26 +25,22 @@ def document_lengths(data: IndexedDataset) -> np.ndarray:
 def token_counts(data: IndexedDataset) -> np.ndarray:
     """Returns how often each id occurs, int64 [largest id + 1]; DataError if an id is negative."""
     if data.dtype.kind not in "iu":
-        raise DataError(f"{get_bin_path(data.path_prefix)} holds {data.dtype} values, which are no token ids.")
-    counts = np.zeros(0, dtype=np.int64)
-    block = BLOCK_BYTES // data.dtype.itemsize
-    for start in range(0, data.bin_reader.num_bytes // data.dtype.itemsize, block):
-        size = min(block, data.bin_reader.num_bytes // data.dtype.itemsize - start)
-        tokens = data.bin_reader.read(data.dtype, size, start * data.dtype.itemsize)
-        if tokens.size and int(tokens.min()) < 0:
-            raise DataError(f"{get_bin_path(data.path_prefix)} holds the negative id {int(tokens.min())}.")
-        if tokens.size and int(tokens.max()) > 1 << 26:
-            raise DataError(
-                f"{get_bin_path(data.path_prefix)} holds the id {int(tokens.max())}, which no vocabulary has."
-            )
-        found = np.bincount(tokens)
-        if len(found) > len(counts):
-            counts = np.concatenate((counts, np.zeros(len(found) - len(counts), dtype=np.int64)))
-        counts[: len(found)] += found
+        raise DataError(f"{data.bin_path} holds {data.dtype} values, which are no token ids.")
+    counts, itemsize = np.zeros(0, dtype=np.int64), data.dtype.itemsize
+    block, num_items = BLOCK_BYTES // itemsize, data.bin_reader.num_bytes // itemsize
+    for start in range(0, num_items, block):
+        tokens = data.bin_reader.read(data.dtype, min(block, num_items - start), start * itemsize)
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0:
+            raise DataError(f"{data.bin_path} holds the negative id {low}.")
+        if high > 1 << 26:
+            raise DataError(f"{data.bin_path} holds the id {high}, which no vocabulary has.")
+        counts = np.pad(counts, (0, max(0, high + 1 - len(counts))))
+        counts += np.bincount(tokens, minlength=len(counts))
     return counts
 
 
-def statistics(data: IndexedDataset) -> dict[str, Any]:
+def statistics(data: IndexedDataset) -> JsonObject:
     """Returns counts and quantiles of a dataset."""
     lengths, counts = document_lengths(data), token_counts(data)
     total = int(counts.sum())
@@ -98,9 +94,9 @@ def verify(prefix: str) -> list[str]:
     done = [
         f"header, {len(data)} sequences and {data.num_documents} documents lie inside {data.bin_reader.num_bytes} bytes"
     ]
-    itemsize = data.dtype.itemsize
-    if data.bin_reader.num_bytes % itemsize:
-        raise DataError(f"{get_bin_path(prefix)} has {data.bin_reader.num_bytes} bytes, no multiple of {itemsize}.")
+    itemsize, num_bytes = data.dtype.itemsize, data.bin_reader.num_bytes
+    if num_bytes % itemsize:
+        raise DataError(f"{data.bin_path} has {num_bytes} bytes, no multiple of {itemsize}.")
     _check_no_gaps(data)
     done.append("sequences follow each other without gaps and fill the data")
     record = manifest.read(prefix)
@@ -112,24 +108,20 @@ def verify(prefix: str) -> list[str]:
             f"{prefix} holds {found[0]} sequences, {found[1]} documents, {found[2]} tokens; its manifest says "
             f"{record.num_sequences}, {record.num_documents}, {record.num_tokens}."
         )
-    for path, crc in ((get_bin_path(prefix), record.bin_crc32), (get_idx_path(prefix), record.idx_crc32)):
+    for path, crc in ((data.bin_path, record.bin_crc32), (data.idx_path, record.idx_crc32)):
         if checksums.file_crc32(path) != crc:
             raise DataError(f"{path} differs from what was written: its checksum is not that of the manifest.")
     return [*done, "counts and checksums are those of the manifest"]
 
 
 def _check_no_gaps(data: IndexedDataset) -> None:
-    gap = data.first_gap()
-    if gap is None:
+    row, expected = data.first_gap() or (None, 0)
+    if row is None:
         return
-    row, expected = gap
     if row == len(data):
-        raise DataError(
-            f"{get_bin_path(data.path_prefix)} has {data.bin_reader.num_bytes} bytes, but its index describes "
-            f"{expected}."
-        )
+        raise DataError(f"{data.bin_path} has {data.bin_reader.num_bytes} bytes, but its index describes {expected}.")
     raise DataError(
-        f"{get_idx_path(data.path_prefix)}: sequence {row} begins at byte {int(data.sequence_pointers[row])}, but the "
+        f"{data.idx_path}: sequence {row} begins at byte {int(data.sequence_pointers[row])}, but the "
         f"one in front of it ends at {expected}."
     )
 

@@ -6,13 +6,15 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 from megatron_samoe.datasets.bin_readers import filesystem, is_remote
 from megatron_samoe.errors import DataError, shown
-from megatron_samoe.parsing import parse_json
+from megatron_samoe.parsing import JsonObject, parse_json
 
 FORMAT_VERSION = 1
+_COUNTS = ("vocab_size", "eod", "num_documents", "num_sequences", "num_tokens", "max_token_id", "bin_bytes", "bin_crc32",
+           "idx_crc32")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Manifest:
     bin_bytes: int
     bin_crc32: int
     idx_crc32: int
-    options: dict[str, Any] = field(default_factory=dict)
-    inputs: list[dict[str, Any]] = field(default_factory=list)
+    options: JsonObject = field(default_factory=dict)
+    inputs: list[JsonObject] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     """Lines read, lines left out and why."""
     format_version: int = FORMAT_VERSION
@@ -55,8 +57,7 @@ def read(path_prefix: str) -> Manifest | None:
             fs, key = filesystem(path)
             text = fs.cat_file(key).decode()
         else:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
+            text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -67,19 +68,18 @@ def read(path_prefix: str) -> Manifest | None:
         record = Manifest(**{name: value for name, value in values.items() if name in known})
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a manifest ({error}). Remove it if the dataset is known to be good.") from error
-    integers = ("vocab_size", "eod", "num_documents", "num_sequences", "num_tokens", "max_token_id", "bin_bytes")
-    for name in (*integers, "bin_crc32", "idx_crc32"):
+    for name in _COUNTS:
         value = getattr(record, name)
         if type(value) is not int or not -1 <= value < 2**62:
             raise DataError(f"{path} is damaged: its {name} is {shown(value)}, which is no count.")
     version = record.format_version
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise DataError(f"{path} has format version {shown(version)}; this program reads {FORMAT_VERSION}.")
-    if not (isinstance(record.options, dict) and isinstance(record.inputs, list) and isinstance(record.counts, dict)):
+    kinds = ((record.options, dict), (record.inputs, list), (record.counts, dict))
+    if not all(isinstance(value, kind) for value, kind in kinds):
         raise DataError(f"{path} is damaged: its options, inputs or counts are none.")
-    if not all(isinstance(one, dict) for one in record.inputs) or not all(
-        type(n) is int for n in record.counts.values()
-    ):
+    parts = ((record.inputs, dict), (record.counts.values(), int))
+    if not all(type(value) is kind for values, kind in parts for value in values):
         raise DataError(f"{path} is damaged: its inputs or counts hold something else.")
     if not isinstance(record.tokenizer_fingerprint, str):
         raise DataError(f"{path} is damaged: its tokenizer fingerprint is no text.")
@@ -88,9 +88,13 @@ def read(path_prefix: str) -> Manifest | None:
 
 def write(path_prefix: str, record: Manifest) -> None:
     """Writes the manifest of a dataset atomically."""
-    path = get_manifest_path(path_prefix)
+    write_text(get_manifest_path(path_prefix), record.to_json())
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file that appears when it is whole, and survives a crash of the machine."""
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        file.write(record.to_json())
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.partial", path)

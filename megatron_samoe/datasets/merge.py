@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from megatron_samoe.datasets import index_format, manifest
-from megatron_samoe.datasets.indexed_dataset import IndexedDataset, get_bin_path
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.datasets.preprocess import checksums
 from megatron_samoe.errors import DataError
 
@@ -46,7 +47,9 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> None:
         for prefix in prefixes:
             data = IndexedDataset(prefix)
             data.verify()
-            crc = _append_tokens(data, tokens, crc)
+            for block in _blocks(data):
+                crc = zlib.crc32(block, crc)
+                tokens.write(block)
             for start in range(0, len(data), index_format.CHUNK_ROWS):
                 lengths.write(data.sequence_lengths[start : start + index_format.CHUNK_ROWS].tobytes())
             for start in range(1, data.num_documents + 1, index_format.CHUNK_ROWS):
@@ -66,42 +69,32 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> None:
 
 
 def _check_alike(prefixes: Sequence[str], records: Sequence[manifest.Manifest | None]) -> None:
-    dtypes = {prefix: IndexedDataset(prefix).dtype for prefix in prefixes}
-    if len(set(dtypes.values())) > 1:
-        listing = ", ".join(f"{prefix} ({dtype})" for prefix, dtype in dtypes.items())
-        raise DataError(f"Datasets of different token dtypes cannot be merged: {listing}.")
     prints = {p: r.tokenizer_fingerprint[:12] for p, r in zip(prefixes, records, strict=True) if r is not None}
-    if len(set(prints.values())) > 1:
-        listing = ", ".join(f"{prefix} ({value})" for prefix, value in prints.items())
-        raise DataError(f"Datasets of different tokenizers cannot be merged: {listing}.")
+    dtypes = {prefix: str(IndexedDataset(prefix).dtype) for prefix in prefixes}
+    for what, values in (("token dtypes", dtypes), ("tokenizers", prints)):
+        if len(set(values.values())) > 1:
+            listing = ", ".join(f"{prefix} ({value})" for prefix, value in values.items())
+            raise DataError(f"Datasets of different {what} cannot be merged: {listing}.")
 
 
-def _append_tokens(data: IndexedDataset, target: object, crc: int) -> int:
-    """Copies the tokens of a dataset and returns the checksum of all so far.
+def _blocks(data: IndexedDataset) -> Iterator[bytes]:
+    """Yields the tokens of a dataset.
 
-    A dataset whose sequences follow each other is copied as it lies; others (Megatron's format allows gaps and any
-    order) sequence by sequence.
+    One whose sequences follow each other is read as it lies; others (Megatron's format allows gaps and any order)
+    sequence by sequence.
     """
-    import zlib
-
     gap = data.first_gap()
-    if gap is None or gap[0] == len(data):
-        end = data.num_tokens * data.dtype.itemsize
-        with open(get_bin_path(data.path_prefix), "rb") as source:
-            left = end
-            while left:
-                block = source.read(min(1 << 22, left))
-                if not block:
-                    raise DataError(f"{get_bin_path(data.path_prefix)} was truncated while it was read.")
-                crc = zlib.crc32(block, crc)
-                target.write(block)  # type: ignore[attr-defined]
-                left -= len(block)
-        return crc
-    for number in range(len(data)):
-        block = data.get(number).tobytes()
-        crc = zlib.crc32(block, crc)
-        target.write(block)  # type: ignore[attr-defined]
-    return crc
+    if gap is not None and gap[0] != len(data):
+        yield from (data.get(number).tobytes() for number in range(len(data)))
+        return
+    left = data.num_tokens * data.dtype.itemsize
+    with open(data.bin_path, "rb") as source:
+        while left:
+            block = source.read(min(1 << 22, left))
+            if not block:
+                raise DataError(f"{data.bin_path} was truncated while it was read.")
+            yield block
+            left -= len(block)
 
 
 def _write_manifest(
@@ -116,14 +109,15 @@ def _write_manifest(
             os.unlink(path)
         return
     counts: dict[str, int] = {}
-    for record in known:
-        for name, value in record.counts.items():
-            counts[name] = counts.get(name, 0) + value
+    for name, value in (pair for record in known for pair in record.counts.items()):
+        counts[name] = counts.get(name, 0) + value
+    sums = {
+        name: sum(getattr(record, name) for record in known)
+        for name in ("num_documents", "num_sequences", "num_tokens")
+    }
     joined = replace(
         known[0],
-        num_documents=sum(r.num_documents for r in known),
-        num_sequences=sum(r.num_sequences for r in known),
-        num_tokens=sum(r.num_tokens for r in known),
+        **sums,  # type: ignore[arg-type]
         max_token_id=max(r.max_token_id for r in known),
         bin_bytes=bin_bytes,
         bin_crc32=crc,

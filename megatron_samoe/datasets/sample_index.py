@@ -9,9 +9,7 @@ Every function has two bodies: C++ when the compiled extension is there, numpy o
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +20,10 @@ from megatron_samoe.errors import DataError
 _MOST_SAMPLES = 1 << 36
 # Below this share of its samples in use, the last epoch is shuffled apart (Megatron's threshold).
 SEPARATE_FINAL_EPOCH_BELOW = 0.80
+
+
+#: The dataset of each sample (int16), and the sample's number there (int64).
+BlendIndex = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -70,21 +72,22 @@ def build_document_index(first: int, last: int, plan: EpochPlan, random_state: n
     for start in range(0, count, 1 << 20):  # in pieces: a second array of this size would be the peak of memory
         stop = min(start + (1 << 20), count)
         epochs[:, start:stop] = np.arange(first + start, first + stop, dtype=np.int32)
-    if plan.separate_final_epoch:
-        shuffle(index[: len(index) - count], random_state)
-        shuffle(index[len(index) - count :], random_state)
-    else:
-        shuffle(index, random_state)
+    _shuffle_parts(index, len(index) - count if plan.separate_final_epoch else len(index), random_state)
     return index
+
+
+def _shuffle_parts(index: np.ndarray, first: int, random_state: np.random.RandomState) -> None:
+    """Shuffles what stands before a place, and then what is left."""
+    shuffle(index[:first], random_state)
+    if first != len(index):
+        shuffle(index[first:], random_state)
 
 
 def build_shuffle_index(plan: EpochPlan, random_state: np.random.RandomState) -> np.ndarray:
     """Returns the order in which samples are read, uint32 [num_samples] (int64 where uint32 is too small)."""
-    total, first = plan.num_samples, plan.num_samples_before_final_epoch
+    total = plan.num_samples
     index = np.arange(total, dtype=np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64)
-    shuffle(index[:first], random_state)
-    if first != total:
-        shuffle(index[first:], random_state)
+    _shuffle_parts(index, plan.num_samples_before_final_epoch, random_state)
     return index
 
 
@@ -99,12 +102,9 @@ def build_sample_index(
     out = np.empty((num_samples + 1, 2), dtype=np.int64 if wide else np.int32)
     ops = _compiled()
     if ops is not None:
-        import torch
-
-        with _quiet_readonly():
-            arguments = [torch.from_numpy(array) for array in (sequence_lengths, document_index, out)]
+        lengths, documents, target = tensors(sequence_lengths, document_index, out)
         try:
-            ops.build_sample_index(*arguments[:2], seq_length, arguments[2])
+            ops.build_sample_index(lengths, documents, seq_length, target)
         except ValueError as error:
             raise DataError(f"The index of the dataset is damaged: {str(error).splitlines()[0]}.") from error
         return out
@@ -120,38 +120,28 @@ def build_sample_index(
     return out
 
 
-def build_blending_indices(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def build_blending_indices(weights: np.ndarray, size: int) -> BlendIndex:
     """Returns for each of `size` samples its dataset (int16) and the number of the sample there (int64).
 
     Greedy: each sample goes to the dataset that is furthest behind its weight, the first on ties. `weights` is
     float64 and sums to 1.
     """
     weights = np.ascontiguousarray(weights, dtype=np.float64)
-    dataset_index, dataset_sample_index = np.empty(size, dtype=np.int16), np.empty(size, dtype=np.int64)
-    return _blend(weights, np.full(len(weights), size, dtype=np.int64), dataset_index, dataset_sample_index)
+    return _blend(weights, np.full(len(weights), size, dtype=np.int64), size)
 
 
-def build_exhaustive_blending_indices(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def build_exhaustive_blending_indices(sizes: np.ndarray) -> BlendIndex:
     """Returns the same as build_blending_indices, drawing exactly sizes[i] samples from dataset i."""
     sizes = np.ascontiguousarray(sizes, dtype=np.int64)
     total = int(sizes.sum())
+    return _blend(sizes / float(total), sizes, total)
+
+
+def _blend(weights: np.ndarray, limits: np.ndarray, total: int) -> BlendIndex:
     dataset_index, dataset_sample_index = np.empty(total, dtype=np.int16), np.empty(total, dtype=np.int64)
-    return _blend(sizes / float(total), sizes, dataset_index, dataset_sample_index)
-
-
-def _blend(
-    weights: np.ndarray, limits: np.ndarray, dataset_index: np.ndarray, dataset_sample_index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
     ops = _compiled()
     if ops is not None:
-        import torch
-
-        ops.build_blending_index(
-            torch.from_numpy(weights),
-            torch.from_numpy(limits),
-            torch.from_numpy(dataset_index),
-            torch.from_numpy(dataset_sample_index),
-        )
+        ops.build_blending_index(*tensors(weights, limits, dataset_index, dataset_sample_index))
         return dataset_index, dataset_sample_index
     counts = np.zeros(len(weights), dtype=np.int64)
     for sample in range(len(dataset_index)):
@@ -172,14 +162,10 @@ def shuffle(values: np.ndarray, random_state: np.random.RandomState) -> None:
     if ops is None or values.dtype.itemsize not in (4, 8) or not values.flags.c_contiguous:
         random_state.shuffle(values)
         return
-    import torch
-
     state = random_state.get_state(legacy=False)
     key = np.ascontiguousarray(state["state"]["key"], dtype=np.uint32)
     signed = values.view(np.int32 if values.dtype.itemsize == 4 else np.int64)
-    position = ops.shuffle_legacy(
-        torch.from_numpy(signed), torch.from_numpy(key.view(np.int32)), int(state["state"]["pos"])
-    )
+    position = ops.shuffle_legacy(*tensors(signed, key.view(np.int32)), int(state["state"]["pos"]))
     state["state"] = {"key": key, "pos": int(position)}
     random_state.set_state(state)
 
@@ -196,9 +182,11 @@ def _compiled() -> Any:
     return ops if hasattr(ops, "build_sample_index") else None
 
 
-@contextlib.contextmanager
-def _quiet_readonly() -> Iterator[None]:
-    """Silences torch's remark that a mapped file cannot be written: the ops only read it."""
+def tensors(*arrays: np.ndarray) -> list[Any]:
+    """Returns arrays as tensors of the same memory, for ops that only read what cannot be written."""
+    import torch
+
     with warnings.catch_warnings():
+        # Torch remarks that a mapped file cannot be written.
         warnings.simplefilter("ignore", UserWarning)
-        yield
+        return [torch.from_numpy(array) for array in arrays]

@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from megatron_samoe.errors import DataError, nearest
+from megatron_samoe.errors import DataError, nearest, nearest_file
 
 EOD_NAMES = ("<|endoftext|>", "<eod>", "<|eod|>", "<EOD>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+
+
+#: Ids of several texts joined (int32), and how many each has (int64).
+JoinedIds = tuple[np.ndarray, np.ndarray]
 
 
 class Tokenizer(ABC):
@@ -45,14 +49,14 @@ class Tokenizer(ABC):
         """Returns the ids of each text."""
         return [self.encode(text) for text in texts]
 
-    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_arrays(self, texts: Sequence[str]) -> JoinedIds:
         """Returns (ids of all texts joined, ids per text), int32 and int64: what the preprocessor writes."""
         rows = self.encode_batch(texts)
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         return np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(lengths.sum())), lengths
 
 
-def _join(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _join(rows: list[np.ndarray]) -> JoinedIds:
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     ids = np.concatenate(rows) if rows else np.empty(0, dtype=np.int32)
     return ids.astype(np.int32, copy=False), lengths
@@ -71,7 +75,7 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if 0 <= i < 256).decode(errors="replace")
 
-    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_arrays(self, texts: Sequence[str]) -> JoinedIds:
         return _join([np.frombuffer(text.encode(), dtype=np.uint8) for text in texts])
 
 
@@ -102,7 +106,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), out_type=int, num_threads=1)
 
-    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_arrays(self, texts: Sequence[str]) -> JoinedIds:
         if not texts or not hasattr(self._processor, "encode_as_numpy"):  # sentencepiece before 0.2.2
             return super().encode_arrays(texts)
         return _join(self._processor.encode_as_numpy(list(texts), num_threads=1))
@@ -155,9 +159,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """Returns the ids of a text from tiktoken's engine, uint32."""
         assert self._fast is not None
         try:
-            if self._specials_in_text:
-                return self._fast.encode_to_numpy(text, allowed_special="all", disallowed_special=())
-            return self._fast.encode_to_numpy(text, disallowed_special=())
+            specials: Any = "all" if self._specials_in_text else set()
+            return self._fast.encode_to_numpy(text, allowed_special=specials, disallowed_special=())
         except ValueError:
             # Its regular expressions give up on about a million white-space characters in a row.
             return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
@@ -172,10 +175,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self._fast is not None:
-            return [self.encode(text) for text in texts]
+            return super().encode_batch(texts)
         return [row.ids for row in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_arrays(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_arrays(self, texts: Sequence[str]) -> JoinedIds:
         if self._fast is None:
             return super().encode_arrays(texts)
         return _join([self._encode_fast(text) for text in texts])
@@ -209,7 +212,14 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
         self._start(tokenizer, digest, vocab_file)
 
 
-TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteTokenizer")
+#: Types by name, and the files that they need.
+_TYPES: dict[str, tuple[Callable[..., Tokenizer], tuple[str, ...]]] = {
+    "SentencePieceTokenizer": (SentencePieceTokenizer, ("--tokenizer-model",)),
+    "HuggingFaceTokenizer": (HuggingFaceTokenizer, ("--tokenizer-model",)),
+    "GPT2BPETokenizer": (GPT2BPETokenizer, ("--vocab-file", "--merge-file")),
+    "ByteTokenizer": (ByteTokenizer, ()),
+}
+TOKENIZER_TYPES = tuple(_TYPES)
 
 
 def build_tokenizer(
@@ -219,26 +229,22 @@ def build_tokenizer(
     merge_file: str | None = None,
 ) -> Tokenizer:
     """Returns the tokenizer of a type; DataError if its files are missing or of another kind."""
-    if tokenizer_type == "ByteTokenizer":
-        return ByteTokenizer()
-    if tokenizer_type == "SentencePieceTokenizer":
-        return SentencePieceTokenizer(_given(tokenizer_model, "--tokenizer-model", tokenizer_type))
-    if tokenizer_type == "HuggingFaceTokenizer":
-        return HuggingFaceTokenizer(_given(tokenizer_model, "--tokenizer-model", tokenizer_type))
-    if tokenizer_type == "GPT2BPETokenizer":
-        return GPT2BPETokenizer(
-            _given(vocab_file, "--vocab-file", tokenizer_type), _given(merge_file, "--merge-file", tokenizer_type)
+    if tokenizer_type not in _TYPES:
+        raise DataError(
+            f"--tokenizer-type {tokenizer_type!r} is not known; allowed are {', '.join(TOKENIZER_TYPES)}."
+            + nearest(tokenizer_type, TOKENIZER_TYPES)
         )
-    raise DataError(
-        f"--tokenizer-type {tokenizer_type!r} is not known; allowed are {', '.join(TOKENIZER_TYPES)}."
-        + nearest(tokenizer_type, TOKENIZER_TYPES)
-    )
+    kind, needed = _TYPES[tokenizer_type]
+    given = {"--tokenizer-model": tokenizer_model, "--vocab-file": vocab_file, "--merge-file": merge_file}
+    for flag in needed:
+        if not given[flag]:
+            raise DataError(f"{tokenizer_type} needs {flag}.")
+    return kind(*(given[flag] for flag in needed))
 
 
-def _given(path: str | None, flag: str, tokenizer_type: str) -> str:
-    if not path:
-        raise DataError(f"{tokenizer_type} needs {flag}.")
-    return path
+def tokenizer_of(named: Any) -> Tokenizer:
+    """Returns the tokenizer that options or a configuration name, which have the fields of `build_tokenizer`."""
+    return build_tokenizer(named.tokenizer_type, named.tokenizer_model, named.vocab_file, named.merge_file)
 
 
 def _read(path: str, flag: str) -> bytes:
@@ -246,6 +252,4 @@ def _read(path: str, flag: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        siblings = os.listdir(os.path.dirname(path) or ".") if os.path.isdir(os.path.dirname(path) or ".") else []
-        hint = nearest(os.path.basename(path), siblings)
-        raise DataError(f"{flag} {path!r} cannot be read: {error.strerror}.{hint}") from error
+        raise DataError(f"{flag} {path!r} cannot be read: {error.strerror}.{nearest_file(path)}") from error

@@ -6,11 +6,12 @@ import json
 import os
 import random
 from collections.abc import Iterator
-from typing import Any
 
+from megatron_samoe.datasets import manifest
 from megatron_samoe.datasets.preprocess import inputs, records
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.errors import DataError
+from megatron_samoe.parsing import JsonObject
 
 TYPES = ("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe")
 EOD = "<|endoftext|>"
@@ -112,17 +113,11 @@ def train_byte_bpe(texts: Iterator[str], vocab_size: int, output_prefix: str) ->
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([EOD])
-    spec: dict[str, Any] = json.loads(tokenizer.to_str())
+    spec: JsonObject = json.loads(tokenizer.to_str())
     model = spec["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     vocab = model["vocab"] | {EOD: len(model["vocab"])}
-    _store(f"{output_prefix}-vocab.json", json.dumps(vocab, ensure_ascii=False))
-    _store(f"{output_prefix}-merges.txt", "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges))
-    _store(f"{output_prefix}.json", tokenizer.to_str())
+    manifest.write_text(f"{output_prefix}-vocab.json", json.dumps(vocab, ensure_ascii=False))
+    manifest.write_text(f"{output_prefix}-merges.txt", "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges))
+    manifest.write_text(f"{output_prefix}.json", tokenizer.to_str())
     return f"{output_prefix}.json"
-
-
-def _store(path: str, text: str) -> None:
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(f"{path}.partial", path)

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.run_groups import RunGroup
 from megatron_samoe.evaluation.zero_shot.metrics import CORPUS_METRICS, METRICS, SHARES_OF_ITEMS
-from megatron_samoe.parsing import finite_float, parse_json
+from megatron_samoe.parsing import JsonObject, finite_float, parse_json
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def read_zero_shot(path: Path) -> list[ZeroShot]:
 
 
 def _zero_shot(
-    checkpoint: str, result: dict[str, Any], metric: str, found: dict[str, Any], values: Sequence[float | None] | None
+    checkpoint: str, result: JsonObject, metric: str, found: JsonObject, values: Sequence[float | None] | None
 ) -> ZeroShot:
     known = METRICS.get(metric) or CORPUS_METRICS.get(metric)
     factor = 100.0 if known is not None and known.in_percent else 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from megatron_samoe.evaluation.run_groups import RunGroup
+from megatron_samoe.evaluation.run_groups import Groups
 from megatron_samoe.evaluation.run_summary import RunSummary
 
 #: One colour per model, the same in all plots of a report.
@@ -46,6 +46,18 @@ def finished(figure: Any, axes: Axes, is_drawn: bool = True) -> bytes | None:
     return png_of(figure)
 
 
+def side_by_side(count: int, width: float, **options: Any) -> tuple[Any, list[Axes]]:
+    """Returns a figure and so many panels of a width in inches, two in a row."""
+    columns = min(2, count)
+    rows = -(-count // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(width * columns, 3.6 * rows), squeeze=False, layout="constrained", **options
+    )
+    for axes in panels.flat[count:]:
+        axes.axis("off")
+    return figure, list(panels.flat[:count])
+
+
 def label_tokens(axes: Axes, most: int | None = None) -> None:
     """Writes the horizontal axis in k, M and G, with at most so many steps."""
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -53,7 +65,7 @@ def label_tokens(axes: Axes, most: int | None = None) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(most))
 
 
-def loss_curves(groups: Sequence[RunGroup]) -> bytes | None:
+def loss_curves(groups: Groups) -> bytes | None:
     """Training loss (thin, every seed) and validation loss (dots: mean over seeds, bars: range) over consumed tokens."""
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for place, group in enumerate(groups):
@@ -81,23 +93,19 @@ def last_value(run: RunSummary, key: str) -> Any:
     return next((r[key] for r in reversed(run.records) if key in r), None)
 
 
-def _heat_maps(groups: Sequence[RunGroup], key: str, draw: Callable[[Axes, np.ndarray], Any]) -> bytes | None:
+def _heat_maps(groups: Groups, key: str, draw: Callable[[Axes, np.ndarray], Any]) -> bytes | None:
     """A map of layers x experts for the first run of each group, two beside each other."""
     shown = [(g, np.asarray(value)) for g in groups if (value := last_value(g.first, key)) is not None]
     if not shown:
         return None
-    columns = min(2, len(shown))
-    rows = -(-len(shown) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(6 * columns, 3.6 * rows), squeeze=False, layout="constrained")
-    for axes in panels.flat[len(shown) :]:
-        axes.axis("off")
-    for axes, (group, values) in zip(panels.flat, shown, strict=False):
+    figure, panels = side_by_side(len(shown), width=6.0)
+    for axes, (group, values) in zip(panels, shown, strict=True):
         figure.colorbar(draw(axes, values), ax=axes)
         axes.set(title=group.name, xlabel="expert", ylabel="MoE layer")
     return png_of(figure)
 
 
-def expert_load(groups: Sequence[RunGroup]) -> bytes | None:
+def expert_load(groups: Groups) -> bytes | None:
     """Share of tokens per layer and expert in the last logged step, relative to an even share."""
 
     def draw(axes: Axes, load_LE: np.ndarray) -> Any:
@@ -106,7 +114,7 @@ def expert_load(groups: Sequence[RunGroup]) -> bytes | None:
     return _heat_maps(groups, "expert_load", draw)
 
 
-def gradient_norms(groups: Sequence[RunGroup]) -> bytes | None:
+def gradient_norms(groups: Groups) -> bytes | None:
     """Gradient norm of every layer's expert in the last logged step, log10; grey where there was none."""
 
     def draw(axes: Axes, norms_LE: np.ndarray) -> Any:
@@ -117,7 +125,7 @@ def gradient_norms(groups: Sequence[RunGroup]) -> bytes | None:
     return _heat_maps(groups, "expert_grad_norm", draw)
 
 
-def combinations(groups: Sequence[RunGroup]) -> bytes | None:
+def combinations(groups: Groups) -> bytes | None:
     """Learned coefficients, layers x banks, for input and output projections (mean over experts where each has its own)."""
     shown = [(g, value) for g in groups if (value := last_value(g.first, "combination")) is not None]
     if not shown:

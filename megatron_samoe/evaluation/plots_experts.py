@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 
 from megatron_samoe.evaluation.plots import colour, finished, label_tokens, png_of
-from megatron_samoe.evaluation.run_groups import RunGroup
+from megatron_samoe.evaluation.run_groups import Groups
 from megatron_samoe.evaluation.run_summary import RunSummary
 
 #: Layers that a plot of combinations has room for.
@@ -38,7 +38,7 @@ def mean_entropy(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.nd
     return shared_N, np.mean([h_NL[np.isin(tokens_N, shared_N)].mean(1) for tokens_N, h_NL in curves], axis=0)
 
 
-def load_entropies(groups: Sequence[RunGroup]) -> bytes | None:
+def load_entropies(groups: Groups) -> bytes | None:
     """Entropy of the load over training: mean over layers and seeds, and the range of layers of the first seed."""
     figure, axes = plt.subplots(figsize=(8, 4))
     for place, group in enumerate(groups):
@@ -59,7 +59,7 @@ def expert_gradient(run: RunSummary) -> np.ndarray | None:
     return np.mean(norms[len(norms) // 2 :], axis=0).mean(1) if norms else None
 
 
-def gradients_against_experts(groups: Sequence[RunGroup]) -> bytes | None:
+def gradients_against_experts(groups: Groups) -> bytes | None:
     """Gradient norm per expert of every layer over the number of experts per layer, logarithmic in both.
 
     An expert that gets fewer tokens gets a smaller gradient; a bank that all layers share gathers theirs.
@@ -87,7 +87,7 @@ def gradients_against_experts(groups: Sequence[RunGroup]) -> bytes | None:
     return finished(figure, axes, bool(counts))
 
 
-def combination_evolution(groups: Sequence[RunGroup]) -> bytes | None:
+def combination_evolution(groups: Groups) -> bytes | None:
     """Coefficients over training, a row per model (first seed), a column per layer: full w1, dashed w2, a colour per bank."""
     shown = []
     for group in groups:

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from megatron_samoe.evaluation.measurements import DecodeTime, of_group
-from megatron_samoe.evaluation.plots import colour, png_of
-from megatron_samoe.evaluation.run_groups import RunGroup
+from megatron_samoe.evaluation.plots import colour, png_of, side_by_side
+from megatron_samoe.evaluation.run_groups import Groups
 
 #: Bytes of weights per decoded token: by group and batch size.
 BytesPerToken = Mapping[str, Mapping[int, float]]
@@ -21,7 +20,7 @@ DOT_INCHES = 0.12
 
 
 def cost_axes(
-    groups: Sequence[RunGroup], decode: Sequence[DecodeTime], bytes_per_token: BytesPerToken
+    groups: Groups, decode: Sequence[DecodeTime], bytes_per_token: BytesPerToken
 ) -> dict[str, dict[str, float]]:
     """Returns {what a model costs: {group: how much}}, in the order of the report."""
     axes: dict[str, dict[str, float]] = {
@@ -63,19 +62,13 @@ def places_beside(points: Mapping[str, tuple[float, float]]) -> dict[str, float]
     return {name: place - (len(run) - 1) / 2 for run in runs for place, name in enumerate(run)}
 
 
-def quality_against_cost(groups: Sequence[RunGroup], axes_by_cost: Mapping[str, Mapping[str, float]]) -> bytes:
+def quality_against_cost(groups: Groups, axes_by_cost: Mapping[str, Mapping[str, float]]) -> bytes:
     """Validation loss (mean, and deviation over seeds) over every cost; lower and further left is better."""
-    columns = 2
-    rows = -(-len(axes_by_cost) // columns)
-    figure, panels = plt.subplots(
-        rows, columns, figsize=(10, 3.6 * rows), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axes in panels.flat[len(axes_by_cost) :]:
-        axes.axis("off")
+    figure, panels = side_by_side(len(axes_by_cost), width=5.0, sharey=True)
     handles: dict[str, Any] = {}
     losses = {group.name: group.loss.mean for group in groups}
     height = max(losses.values()) - min(losses.values()) or 1.0
-    for axes, (cost, values) in zip(panels.flat, axes_by_cost.items(), strict=False):
+    for axes, (cost, values) in zip(panels, axes_by_cost.items(), strict=True):
         axes.set_xlabel(cost)
         axes.grid(alpha=0.3, which="both")
         shown = [v for v in values.values() if v > 0]
@@ -104,7 +97,7 @@ def quality_against_cost(groups: Sequence[RunGroup], axes_by_cost: Mapping[str, 
                 spread = 0.0 if error is None else error[0]
                 axes.update_datalim([(values[group.name], loss.mean + end) for end in (-spread, spread)])
         axes.autoscale_view()
-    for row in panels:
-        row[0].set_ylabel("validation loss (nats per token)")
+    for axes in panels[::2]:
+        axes.set_ylabel("validation loss (nats per token)")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     return png_of(figure)

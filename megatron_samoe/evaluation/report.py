@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_samoe.evaluation import plots, plots_experts, report_tables
 from megatron_samoe.evaluation.measurements import DecodeTime, ZeroShot
 from megatron_samoe.evaluation.plots_quality import BytesPerToken, cost_axes, quality_against_cost
-from megatron_samoe.evaluation.run_groups import RunGroup, group_runs
+from megatron_samoe.evaluation.run_groups import Groups, group_runs
 from megatron_samoe.evaluation.run_summary import RunSummary, Table
 
 STYLE = """:root{color-scheme:light}body{font:16px/1.55 system-ui,"DejaVu Sans",sans-serif;max-width:1100px;margin:0 auto;
@@ -67,7 +67,7 @@ def write_report(
     write_group_report(path, title, group_runs(runs), ReportData(notes=notes, samples=samples or {}))
 
 
-def write_group_report(path: Path, title: str, groups: Sequence[RunGroup], data: ReportData) -> None:
+def write_group_report(path: Path, title: str, groups: Groups, data: ReportData) -> None:
     """Writes the page, and each plot as a PNG beside it. What nobody measured has no section; the page says so."""
     sections = _sections(groups, data)
     shown = [section for section in sections if not section.is_empty]
@@ -107,7 +107,7 @@ def _table(rows: Table) -> str:
     return f'<div class="wide"><table><tr>{cells}</tr>{lines}</table></div>'
 
 
-def _results(groups: Sequence[RunGroup], data: ReportData) -> _Section:
+def _results(groups: Groups, data: ReportData) -> _Section:
     several = any(len(group.runs) > 1 for group in groups)
     spread = "Losses are means over seeds ± their standard deviation (n - 1)." if several else "One seed of each model."
     text = f"{spread} A SaMoE's active parameters count combined experts, which is what a token meets. "
@@ -119,7 +119,7 @@ def _results(groups: Sequence[RunGroup], data: ReportData) -> _Section:
     return _Section("results", "Results", [*data.notes, text], report_tables.results_table(groups))
 
 
-def _quality(groups: Sequence[RunGroup], data: ReportData) -> _Section:
+def _quality(groups: Groups, data: ReportData) -> _Section:
     axes = cost_axes(groups, data.decode, data.bytes_per_token)
     paragraphs = [
         "Lower and further left is better. Two models at one place of a horizontal axis cost the same there; the vertical "
@@ -153,7 +153,7 @@ _ZERO_SHOT = (
     "single choice for all items."
 )
 #: Plots of runs alone: name of the file, heading, how to read it, what draws it.
-_PLOTS: tuple[tuple[str, str, str, Callable[[Sequence[RunGroup]], bytes | None]], ...] = (
+_PLOTS: tuple[tuple[str, str, str, Callable[[Groups], bytes | None]], ...] = (
     ("gradients_against_experts", "Gradient norm per expert against the number of experts",
      "A dot is a MoE layer (first layer left), the bar is the mean over layers: gradient norm of one expert before "
      "clipping, mean over the second half of training and over experts. For a SaMoE it is that of the combined expert.",
@@ -174,7 +174,7 @@ _PLOTS: tuple[tuple[str, str, str, Callable[[Sequence[RunGroup]], bytes | None]]
 )  # fmt: skip
 
 
-def _sections(groups: Sequence[RunGroup], data: ReportData) -> list[_Section]:
+def _sections(groups: Groups, data: ReportData) -> list[_Section]:
     losses = "Thin: training, every seed. Dots: validation, mean over seeds; bars: lowest and highest seed."
     return [
         _results(groups, data), _quality(groups, data),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_samoe.evaluation.measurements import ZeroShot, of_group
-from megatron_samoe.evaluation.run_groups import RunGroup, mean_sd
+from megatron_samoe.evaluation.run_groups import Groups, mean_sd
 from megatron_samoe.evaluation.run_summary import (
     RunSummary,
     Table,
@@ -18,7 +18,7 @@ from megatron_samoe.evaluation.run_summary import (
 )
 
 
-def results_table(groups: Sequence[RunGroup]) -> Table:
+def results_table(groups: Groups) -> Table:
     """Returns parameters, checkpoint sizes and validation losses."""
     rows = [["model", "seeds", "training tokens", "parameters", "expert", "active", "checkpoint", "validation loss",
              "perplexity", "load entropy", "peak memory/rank"]]  # fmt: skip
@@ -32,7 +32,7 @@ def results_table(groups: Sequence[RunGroup]) -> Table:
     return rows
 
 
-def cost_table(groups: Sequence[RunGroup], axes: Mapping[str, Mapping[str, float]]) -> Table:
+def cost_table(groups: Groups, axes: Mapping[str, Mapping[str, float]]) -> Table:
     """Returns every cost of every model beside its loss."""
     rows = [["model", *axes, "validation loss"]]
     for group in groups:
@@ -46,7 +46,7 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
-def speed_table(groups: Sequence[RunGroup]) -> Table:
+def speed_table(groups: Groups) -> Table:
     """Returns tokens per second, and where and how they were trained."""
     rows = [["model", "tokens/s", "quartiles", "intervals", "device", "ranks x threads", "layout", "batch x sequence",
              "steps"]]  # fmt: skip
@@ -81,7 +81,7 @@ def _layout(run: RunSummary) -> str:
     return ", ".join(sizes) or "one rank"
 
 
-def zero_shot_table(groups: Sequence[RunGroup], results: Sequence[ZeroShot]) -> Table:
+def zero_shot_table(groups: Groups, results: Sequence[ZeroShot]) -> Table:
     """Returns every metric of every model, task by task, with its variation over checkpoints and over seeds."""
     rows = [
         ["task", "metric", "model", "items", "value", "over checkpoints", "sd", "range", "seeds", "constant answer"]

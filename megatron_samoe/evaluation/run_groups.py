@@ -74,6 +74,9 @@ class RunGroup:
         return any(path.absolute().is_relative_to(run.directory.absolute()) for run in self.runs)
 
 
+Groups = Sequence[RunGroup]
+
+
 def group_runs(runs: Sequence[RunSummary]) -> list[RunGroup]:
     """Returns runs by model: folders `moe/seed-1` and `moe/seed-2` are one, any other folder is one alone.
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import refuse_wrong_numbers
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, shown
-from megatron_samoe.parsing import parse_json
+from megatron_samoe.parsing import JsonObject, parse_json
 from megatron_samoe.planning.accounting import ParameterCount, count_parameters
 
 
@@ -35,32 +34,37 @@ class RunSummary:
     name: str
     config: PretrainConfig
     parameters: ParameterCount
-    records: list[dict[str, Any]]
+    records: list[JsonObject]
     checkpoint_bytes: int
     tokens_per_s: float | None
     directory: Path
     vocab_size: int
-    machine: dict[str, Any] = field(default_factory=dict)
+    machine: JsonObject = field(default_factory=dict)
 
     @property
-    def trained(self) -> list[dict[str, Any]]:
+    def trained(self) -> list[JsonObject]:
         """The records of training steps."""
         return [r for r in self.records if "lm_loss" in r]
 
     @property
-    def validation(self) -> dict[str, Any]:
+    def validation(self) -> JsonObject:
         """The last record with a validation loss."""
         return next(r for r in reversed(self.records) if "validation_loss" in r)
 
     @property
+    def last_trained(self) -> JsonObject:
+        """The record of the last logged step; empty where nothing was trained."""
+        return self.trained[-1] if self.trained else {}
+
+    @property
     def least_load_entropy(self) -> float | None:
         """The least load entropy of any layer in the last logged step; None for a dense model and for older runs."""
-        return self.trained[-1].get("least_load_entropy") if self.trained else None
+        return self.last_trained.get("least_load_entropy")
 
     @property
     def num_tokens(self) -> int | None:
         """Tokens that were trained on; None where nothing was trained."""
-        return self.trained[-1].get("consumed_tokens") if self.trained else None
+        return self.last_trained.get("consumed_tokens")
 
     @property
     def peak_memory_bytes(self) -> int | None:
@@ -94,7 +98,7 @@ def read_run(run_dir: Path) -> RunSummary:
     )  # fmt: skip
 
 
-def _read_machine(path: Path) -> dict[str, Any]:
+def _read_machine(path: Path) -> JsonObject:
     """Returns where a run ran; nothing where no file says so, as in runs of earlier versions."""
     if not path.is_file():
         return {}
@@ -111,7 +115,7 @@ def _read_machine(path: Path) -> dict[str, Any]:
     return machine
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[JsonObject]:
     """Returns the lines of metrics.jsonl, without a last one that was only half written when the run was killed.
 
     Raises:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_samoe.config.derived import num_micro_batches, virtual_stages
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.pipeline_parallel.schedule_plan import bubble_fraction
 from megatron_samoe.planning.description import whole_model
 
 
@@ -43,3 +45,10 @@ def train_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
     whole = whole_model(config, vocab_size)
     layers = sum(whole.description.layer(place).flops_per_token() for place in whole.layers())
     return 3.0 * (layers + whole.description.ends(whole.chunks_of_stage[0][-1]).head_flops_per_token())
+
+
+def idle_share(config: PretrainConfig, world_size: int) -> float:
+    """Returns the share of a step for which a pipeline stands idle while it fills and drains."""
+    stages = config.parallel.pipeline_model_parallel_size
+    chunks = virtual_stages(config.parallel, config.model.num_layers) // stages
+    return bubble_fraction(stages, chunks, num_micro_batches(config, world_size))

@@ -9,7 +9,7 @@ from typing import Any
 import regex
 
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
-from megatron_samoe.errors import DataError, install_extra
+from megatron_samoe.errors import DataError, optional_import
 
 # Abbreviations after which a full stop does not end a sentence (English).
 _ABBREVIATIONS = (
@@ -43,20 +43,14 @@ def split_sentences(text: str, keep_newlines: bool) -> list[str]:
 
 @functools.cache
 def _unicode_fixer() -> Callable[[str], str]:
-    try:
-        import ftfy
-    except ImportError as error:
-        raise DataError(f"--fix-unicode needs the package ftfy: {install_extra('clean')}.") from error
-    return ftfy.fix_text
+    fix: Callable[[str], str] = optional_import("ftfy", "clean", "--fix-unicode").fix_text
+    return fix
 
 
 @functools.cache
 def _language_identifier() -> Any:
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as error:
-        raise DataError(f"--languages needs the package py3langid: {install_extra('clean')}.") from error
-    return LanguageIdentifier.from_model_file(MODEL_FILE)
+    langid = optional_import("py3langid.langid", "clean", "--languages")
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
 
 
 class Cleaner:

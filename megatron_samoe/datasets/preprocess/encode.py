@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
 from megatron_samoe.datasets.index_format import optimal_dtype
 from megatron_samoe.datasets.preprocess import cleaning, dedup, records
-from megatron_samoe.datasets.preprocess.inputs import Chunk
+from megatron_samoe.datasets.preprocess.inputs import BadLines, Chunk
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
-from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
+from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.errors import DataError
 
 
@@ -21,6 +22,12 @@ class Column:
     tokens: np.ndarray
     lengths: np.ndarray
     sequences: np.ndarray
+
+    def document_sizes(self, itemsize: int) -> np.ndarray:
+        """Returns bytes of tokens and sequences of each document, [documents, 2]."""
+        owners = np.repeat(np.arange(len(self.sequences)), self.sequences)
+        tokens = np.bincount(owners, weights=self.lengths, minlength=len(self.sequences)).astype(np.int64)
+        return np.stack([tokens * itemsize, self.sequences], axis=1)
 
     def keep(self, documents: np.ndarray) -> Column:
         """Returns the column with only the documents marked in a bool array."""
@@ -37,7 +44,7 @@ class Encoded:
     columns: list[Column]
     num_lines: int
     num_bytes: int
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    bad: BadLines = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     keys: np.ndarray | None = None
     """De-duplication keys, uint64 [documents, bands]."""
@@ -48,9 +55,7 @@ class Encoder:
 
     def __init__(self, options: PreprocessOptions):
         self.options = options
-        self.tokenizer: Tokenizer = build_tokenizer(
-            options.tokenizer_type, options.tokenizer_model, options.vocab_file, options.merge_file
-        )
+        self.tokenizer = tokenizer_of(options)
         self.dtype = optimal_dtype(self.tokenizer.vocab_size)
         self._cleaner = cleaning.Cleaner(options)
 
@@ -87,9 +92,7 @@ class Encoder:
         texts = [[document[key] for document in documents] for key in range(num_keys)]
         try:
             return [self._encode_texts(column) for column in texts], {}
-        except DataError:
-            raise
-        except (KeyboardInterrupt, SystemExit, MemoryError):
+        except (DataError, KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException:  # engines in Rust raise their panics outside Exception
             failed = self._find_refused(documents)
@@ -112,8 +115,8 @@ class Encoder:
         options = self.options
         if options.split_sentences:
             split = [cleaning.split_sentences(text, options.keep_newlines) for text in texts]
-            owners = np.repeat(np.arange(len(texts)), [len(sentences) for sentences in split])
-            tokens, lengths = self.tokenizer.encode_arrays([sentence for sentences in split for sentence in sentences])
+            owners = np.repeat(np.arange(len(texts)), list(map(len, split)))
+            tokens, lengths = self.tokenizer.encode_arrays(list(chain.from_iterable(split)))
         else:
             owners = np.arange(len(texts))
             tokens, lengths = self.tokenizer.encode_arrays(texts)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.preprocess.worker import TokenizerFacts, Worker
-from megatron_samoe.errors import DataError, install_extra
+from megatron_samoe.errors import DataError, optional_import
 
 Answer = tuple[Any, ...]
 
@@ -158,10 +158,7 @@ class RayExecutor:
     """
 
     def __init__(self, options: PreprocessOptions, num_workers: int):
-        try:
-            import ray
-        except ImportError as error:
-            raise DataError(f"--executor ray needs the package ray: {install_extra('ray')}.") from error
+        ray = optional_import("ray", "ray", "--executor ray")
         self._ray, self._options, self.num_workers = ray, options, num_workers
         self._actors: list[Any] = []
         self._pending: dict[Any, int] = {}

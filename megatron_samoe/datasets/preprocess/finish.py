@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from megatron_samoe.datasets.preprocess import checksums, journal
 from megatron_samoe.datasets.preprocess.inputs import InputFile
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.preprocess.worker import TokenizerFacts
-from megatron_samoe.datasets.preprocess.writer import partial_paths
+from megatron_samoe.datasets.preprocess.writer import Place, partial_paths
+from megatron_samoe.parsing import JsonObject
 
 # Options that say where things are, not what the data are.
 _PLACES = ("input", "output_prefix", "tokenizer_model", "vocab_file", "merge_file", "chunk_bytes")
@@ -64,7 +65,7 @@ def append_keys(options: PreprocessOptions, keys: np.ndarray) -> None:
         file.write(np.ascontiguousarray(keys, dtype="<u8").tobytes())
 
 
-def load_keys(options: PreprocessOptions, entries: list[dict[str, Any]]) -> np.ndarray:
+def load_keys(options: PreprocessOptions, entries: list[JsonObject]) -> np.ndarray:
     """Returns the keys that belong to the chunks of `entries`, and cuts off those of later ones."""
     count = sum(entry["kept_keys"] for entry in entries)
     path = keys_path(options)
@@ -96,11 +97,9 @@ def finish(
                 os.replace(bin_partial, f"{prefix}.bin")
             os.replace(f"{prefix}.idx.partial", f"{prefix}.idx")
         for path in (lengths, boundaries):
-            if os.path.exists(path):
-                os.unlink(path)
+            Path(path).unlink(missing_ok=True)
     _write_bad_report(options, totals)
-    if os.path.exists(keys_path(options)):
-        os.unlink(keys_path(options))
+    Path(keys_path(options)).unlink(missing_ok=True)
     tokens = sum(place.num_bytes for place in totals.places) // facts.itemsize
     return Report(
         prefixes, totals.places[0].num_documents, tokens, totals.num_lines, totals.num_bytes, totals.num_bad,
@@ -108,10 +107,9 @@ def finish(
     )  # fmt: skip
 
 
-def _make_index(prefix: str, place: Any, facts: TokenizerFacts) -> None:
-    bin_partial, lengths, boundaries = partial_paths(prefix)
-    sizes = (place.num_bytes, 4 * place.num_sequences, 8 * (1 + place.num_documents))
-    for path, size in zip((bin_partial, lengths, boundaries), sizes, strict=True):
+def _make_index(prefix: str, place: Place, facts: TokenizerFacts) -> None:
+    _, lengths, boundaries = partial_paths(prefix)
+    for path, size in zip(partial_paths(prefix), place.offsets, strict=True):
         # A killed run may have written beyond what its successor needs.
         with open(path, "r+b") as file:
             file.truncate(size)
@@ -153,10 +151,7 @@ def _manifest(
 def _write_bad_report(options: PreprocessOptions, totals: journal.Totals) -> None:
     path = f"{options.output_prefix}.bad_input.json"
     if not totals.num_bad:
-        if os.path.exists(path):
-            os.unlink(path)
+        Path(path).unlink(missing_ok=True)
         return
     first = [{"file": file, "line": line, "reason": reason} for file, line, reason in totals.first_bad]
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        json.dump({"count": totals.num_bad, "first": first}, file, indent=1)
-    os.replace(f"{path}.partial", path)
+    manifest.write_text(path, json.dumps({"count": totals.num_bad, "first": first}, indent=1))

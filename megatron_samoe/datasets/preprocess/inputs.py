@@ -7,19 +7,23 @@ standard input, remote, text, Parquet) is read here, as a stream, and sent to th
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
 import io
+import lzma
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from megatron_samoe.datasets.bin_readers import filesystem, is_remote
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
-from megatron_samoe.errors import DataError, install_extra, nearest
+from megatron_samoe.errors import DataError, nearest_file, optional_import
 
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 FORMATS = {
@@ -28,6 +32,10 @@ FORMATS = {
     ".parquet": "parquet", ".pq": "parquet",
 }  # fmt: skip
 STDIN = "-"
+
+
+#: What is wrong with lines of a chunk: (line from 0, reason).
+BadLines = list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,7 @@ class Chunk:
 
 def find_inputs(options: PreprocessOptions) -> list[InputFile]:
     """Returns the input files, in the order given, folders and globs sorted; DataError if one is missing."""
-    paths: list[str] = []
-    for word in options.input:
-        paths.extend(_expand(word))
+    paths = [path for word in options.input for path in _expand(word)]
     number, count = options.shard()
     if count > len(paths):
         raise DataError(f"--input-shard asks for {count} shards of {len(paths)} input files; give at most that many.")
@@ -92,10 +98,7 @@ def _expand(word: str) -> list[str]:
     else:
         found = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
     if not found:
-        folder = os.path.dirname(word) or "."
-        siblings = os.listdir(folder) if os.path.isdir(folder) else []
-        hint = nearest(os.path.basename(word), siblings)
-        raise DataError(f"--input {word!r} matches no file.{hint}")
+        raise DataError(f"--input {word!r} matches no file.{nearest_file(word)}")
     return found
 
 
@@ -144,21 +147,11 @@ def open_stream(file: InputFile) -> BinaryIO:
             raw = open(file.path, "rb")
     except OSError as error:
         raise DataError(f"{file.path} cannot be read: {error}.") from error
-    if file.compression == ".gz":
-        import gzip
-
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if file.compression == ".bz2":
-        import bz2
-
-        return bz2.BZ2File(raw)  # type: ignore[return-value]
-    if file.compression == ".xz":
-        import lzma
-
-        return lzma.LZMAFile(raw)  # type: ignore[return-value]
     if file.compression == ".zst":
         return _open_zstd(raw, file.path)
-    return raw
+    openers: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    stream: BinaryIO = openers[file.compression](raw) if file.compression else raw
+    return stream
 
 
 def _open_zstd(raw: Any, path: str) -> BinaryIO:
@@ -168,10 +161,7 @@ def _open_zstd(raw: Any, path: str) -> BinaryIO:
         return zstd.ZstdFile(raw)
     except ImportError:
         pass
-    try:
-        import zstandard
-    except ImportError as error:
-        raise DataError(f"{path} needs the package zstandard: {install_extra('data')}.") from error
+    zstandard = optional_import("zstandard", "data", path)
     return io.BufferedReader(_ZstdStream(raw, zstandard), 1 << 20)  # type: ignore
 
 
@@ -209,17 +199,9 @@ class _ZstdStream(io.RawIOBase):
 
 def read_errors() -> tuple[type[BaseException], ...]:
     """Returns what a damaged compressed or Parquet stream may raise."""
-    import lzma
-    import zlib
-
-    kinds: list[type[BaseException]] = [OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, MemoryError]
-    if "zstandard" in sys.modules:
-        kinds.append(sys.modules["zstandard"].ZstdError)
-    if "compression.zstd" in sys.modules:
-        kinds.append(sys.modules["compression.zstd"].ZstdError)
-    if "pyarrow" in sys.modules:
-        kinds.append(sys.modules["pyarrow"].ArrowException)
-    return tuple(kinds)
+    libraries = {"zstandard": "ZstdError", "compression.zstd": "ZstdError", "pyarrow": "ArrowException"}
+    loaded = [getattr(sys.modules[name], error) for name, error in libraries.items() if name in sys.modules]
+    return (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, MemoryError, *loaded)
 
 
 def cut(files: list[InputFile], options: PreprocessOptions) -> Iterator[Chunk]:
@@ -326,10 +308,7 @@ def _text_documents(stream: BinaryIO, options: PreprocessOptions) -> Iterator[by
 
 
 def _cut_parquet(file: InputFile, options: PreprocessOptions, plain: bool) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{file.path} needs the package pyarrow: {install_extra('data')}.") from error
+    pyarrow_parquet = optional_import("pyarrow.parquet", "data", file.path)
     with tempfile.TemporaryFile(dir=os.path.dirname(options.output_prefix) or ".") as spool:
         if plain:
             source: Any = file.path
@@ -337,7 +316,7 @@ def _cut_parquet(file: InputFile, options: PreprocessOptions, plain: bool) -> It
             with open_stream(file) as stream:
                 shutil.copyfileobj(stream, spool, 1 << 20)
             source = spool
-        parquet = pyarrow.parquet.ParquetFile(source, memory_map=False)
+        parquet = pyarrow_parquet.ParquetFile(source, memory_map=False)
         missing = [key for key in options.json_keys if key not in parquet.schema_arrow.names]
         if missing:
             columns = ", ".join(parquet.schema_arrow.names)

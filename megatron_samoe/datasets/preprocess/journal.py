@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from megatron_samoe.datasets.preprocess import checksums
+from megatron_samoe.datasets.preprocess.inputs import BadLines
 from megatron_samoe.datasets.preprocess.writer import Place, Written, partial_paths
 from megatron_samoe.errors import DataError
-from megatron_samoe.parsing import parse_json
+from megatron_samoe.parsing import JsonObject, parse_json
 
 REPORTED_BAD_LINES = 20
 
@@ -44,7 +45,7 @@ class Totals:
     def start(cls, num_keys: int) -> Totals:
         return cls([Place()] * num_keys, [0] * num_keys, [-1] * num_keys)
 
-    def add(self, entry: dict[str, Any]) -> None:
+    def add(self, entry: JsonObject) -> None:
         """Adds the journal entry of the next chunk."""
         for key, values in enumerate(entry["keys"]):
             written = Written(*values)
@@ -76,25 +77,29 @@ class Journal:
         except OSError as error:
             raise DataError(f"Another run is writing the same output ({path} is locked).") from error
 
-    def restart(self, header: dict[str, Any]) -> None:
+    def restart(self, header: JsonObject) -> None:
         """Forgets everything and begins with `header`."""
+        self._rewrite(_line(header))
+
+    def append(self, entry: JsonObject) -> None:
+        """Adds a line."""
+        self._file.write(_line(entry))
+        self._file.flush()
+
+    def _rewrite(self, text: str) -> None:
         self._file.seek(0)
         self._file.truncate()
-        self.append(header)
-
-    def append(self, entry: dict[str, Any]) -> None:
-        """Adds a line."""
-        self._file.write(json.dumps(entry) + "\n")
+        self._file.write(text)
         self._file.flush()
 
     def sync(self) -> None:
         """Makes what was appended survive a crash of the machine."""
         os.fsync(self._file.fileno())
 
-    def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    def read(self) -> tuple[JsonObject | None, list[JsonObject]]:
         """Returns (header or None, later entries), and cuts off a damaged tail."""
         self._file.seek(0)
-        entries: list[dict[str, Any]] = []
+        entries: list[JsonObject] = []
         good = 0
         for line in self._file.read().split("\n")[:-1]:
             try:
@@ -109,20 +114,21 @@ class Journal:
         os.ftruncate(self._file.fileno(), good)
         return (entries[0], entries[1:]) if entries else (None, [])
 
-    def keep(self, header: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    def keep(self, header: JsonObject, entries: list[JsonObject]) -> None:
         """Goes on after `entries`: what followed them is forgotten."""
-        text = "".join(json.dumps(entry) + "\n" for entry in [header, *entries])
+        text = "".join(map(_line, [header, *entries]))
         if os.fstat(self._file.fileno()).st_size != len(text.encode()):
-            self._file.seek(0)
-            self._file.truncate()
-            self._file.write(text)
-            self._file.flush()
+            self._rewrite(text)
 
     def close(self, remove: bool) -> None:
         """Ends the lock, and removes the file if the run is complete or never began."""
         if remove or os.fstat(self._file.fileno()).st_size == 0:
             os.unlink(self.path)
         self._file.close()
+
+
+def _line(entry: JsonObject) -> str:
+    return json.dumps(entry) + "\n"
 
 
 def _is_sound(entry: Any, first: bool) -> bool:
@@ -145,24 +151,17 @@ def _is_sound(entry: Any, first: bool) -> bool:
     )  # fmt: skip
 
 
-def verified(entries: list[dict[str, Any]], prefixes: list[str]) -> list[dict[str, Any]]:
+def verified(entries: list[JsonObject], prefixes: list[str]) -> list[JsonObject]:
     """Returns the leading chunk entries whose bytes are in the partial files."""
     if not all(os.path.exists(path) for prefix in prefixes for path in partial_paths(prefix)):
         return []
     totals = Totals.start(len(prefixes))
     for number, entry in enumerate(entries):
-        if entry.get("chunk") != number:
-            return entries[:number]
-        if len(entry["keys"]) != len(prefixes):
+        if entry.get("chunk") != number or len(entry["keys"]) != len(prefixes):
             return entries[:number]
         for prefix, values, place in zip(prefixes, entry["keys"], totals.places, strict=True):
-            written = Written(*values)
-            parts = (
-                (place.num_bytes, written.num_bytes, written.bin_crc32),
-                (4 * place.num_sequences, 4 * written.num_sequences, written.lengths_crc32),
-                (8 * (1 + place.num_documents), 8 * written.num_documents, written.boundaries_crc32),
-            )
-            for path, (start, size, crc) in zip(partial_paths(prefix), parts, strict=True):
+            parts = Written(*values).parts
+            for path, start, (size, crc) in zip(partial_paths(prefix), place.offsets, parts, strict=True):
                 if os.path.getsize(path) < start + size or checksums.file_crc32(path, start, size) != crc:
                     return entries[:number]
         totals.add(entry)
@@ -171,8 +170,8 @@ def verified(entries: list[dict[str, Any]], prefixes: list[str]) -> list[dict[st
 
 def chunk_entry(
     number: int, file: str, new_file: bool, written: list[Written], lines: int, num_bytes: int,
-    bad: list[tuple[int, str]], left_out: dict[str, int],
-) -> dict[str, Any]:  # fmt: skip
+    bad: BadLines, left_out: dict[str, int],
+) -> JsonObject:  # fmt: skip
     """Returns the journal line of a chunk."""
     return {
         "chunk": number, "file": file, "new_file": new_file,

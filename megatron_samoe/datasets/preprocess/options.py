@@ -6,13 +6,18 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_samoe.datasets.tokenizer import TOKENIZER_TYPES
 from megatron_samoe.errors import DataError, nearest
+from megatron_samoe.parsing import JsonObject
 
 DEFAULT_CHUNK_BYTES = 1 << 20
 INPUT_FORMATS = ("auto", "jsonl", "text", "parquet")
+#: What options may be; the first is the default.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "input_format": INPUT_FORMATS, "on_bad_input": ("fail", "skip"), "executor": ("process", "ray", "inline"),
+    "deduplicate": ("none", "exact", "minhash"), "tokenizer_type": TOKENIZER_TYPES,
+}  # fmt: skip
 # These change how a run goes, not what it writes.
 _NOT_IN_OUTPUT = ("workers", "resume", "on_bad_input", "executor", "log_interval", "quiet")
 
@@ -50,11 +55,12 @@ class PreprocessOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        _choice("--input-format", self.input_format, INPUT_FORMATS)
-        _choice("--on-bad-input", self.on_bad_input, ("skip", "fail"))
-        _choice("--executor", self.executor, ("process", "ray", "inline"))
-        _choice("--deduplicate", self.deduplicate, ("none", "exact", "minhash"))
-        _choice("--tokenizer-type", self.tokenizer_type, TOKENIZER_TYPES)
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                flag = f"--{name.replace('_', '-')}"
+                hint = nearest(value, allowed)
+                raise DataError(f"{flag} {value!r} is not known; allowed are {', '.join(allowed)}.{hint}")
         if not self.input:
             raise DataError("No input: give --input with files, globs, folders, or - for standard input.")
         if self.workers < 1:
@@ -103,12 +109,7 @@ class PreprocessOptions:
     def journal_path(self) -> str:
         return f"{self.output_prefix}.preprocess.journal"
 
-    def output_options(self) -> dict[str, Any]:
+    def output_options(self) -> JsonObject:
         """Returns the options that decide the output's bytes, for the journal and the manifest."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if name not in _NOT_IN_OUTPUT}
-
-
-def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise DataError(f"{flag} {value!r} is not known; allowed are {', '.join(allowed)}.{nearest(value, allowed)}")

@@ -23,7 +23,6 @@ class Progress:
         self._quiet, self._terminal = quiet, sys.stderr.isatty()
         self._start = self._shown = time.monotonic()
         self._shown_documents = self._first_bytes = self._first_documents = -1
-        self._done = 0
 
     def show(self, totals: Totals, raw_bytes: int, last: bool = False) -> None:
         """Shows the state after a chunk; `raw_bytes` counts input on disk."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_samoe.datasets.preprocess.inputs import Chunk
+from megatron_samoe.datasets.preprocess.inputs import BadLines, Chunk
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 
 try:  # about twice as fast; whatever it refuses the standard parser decides, so results do not depend on it
@@ -18,6 +19,10 @@ except ImportError:
     _fast_loads = None
 
 
+#: The texts of a document, or a reason why there is none.
+Found = tuple[str, ...] | str
+
+
 @dataclass
 class Records:
     """The documents of a chunk: one text per key each, and what was wrong with the rest."""
@@ -25,9 +30,17 @@ class Records:
     documents: list[tuple[str, ...]] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     """For each document its line in the chunk, from 0."""
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    bad: BadLines = field(default_factory=list)
     num_lines: int = 0
     num_bytes: int = 0
+
+    def add(self, number: int, found: Found) -> None:
+        """Adds what a line holds."""
+        if isinstance(found, str):
+            self.bad.append((number, found))
+        else:
+            self.documents.append(found)
+            self.lines.append(number)
 
 
 def read(chunk: Chunk, options: PreprocessOptions) -> Records:
@@ -38,20 +51,18 @@ def read(chunk: Chunk, options: PreprocessOptions) -> Records:
     elif chunk.kind in ("texts", "rows"):
         for number, row in enumerate(chunk.rows):
             texts = (row,) if chunk.kind == "texts" else row
-            _take(records, number, tuple(texts), options)
+            records.add(number, _decode(texts, options, is_first=number == 0))
             records.num_bytes += sum(len(text) for text in texts if text is not None)
         records.num_lines = len(chunk.rows)
     else:
-        first_line = chunk.new_file
         lines = _range_lines(chunk, options) if chunk.kind == "range" else _split(chunk.data)
         for number, line in enumerate(lines):
             records.num_lines += 1
             records.num_bytes += len(line) + 1
-            if first_line and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]
-            first_line = False
+            if number == 0 and chunk.new_file:
+                line = line.removeprefix(b"\xef\xbb\xbf")
             if line and not line.isspace():
-                _parse(records, number, line, options)
+                records.add(number, _parse(line, options))
     return records
 
 
@@ -92,45 +103,34 @@ def _skip_line(file: Any, position: int) -> int:
     return position
 
 
-def _parse(records: Records, number: int, line: bytes, options: PreprocessOptions) -> None:
+def _parse(line: bytes, options: PreprocessOptions) -> Found:
+    """Returns the document of a line of JSON."""
     if len(line) > options.max_document_bytes:
-        records.bad.append(
-            (number, f"the line is longer than the {options.max_document_bytes >> 20} MB of --max-document-mb")
-        )
-        return
-    value: Any = None
-    parsed = False
-    if _fast_loads is not None:
-        try:
-            value, parsed = _fast_loads(line), True
-        except ValueError:
-            pass
-    if not parsed:
-        try:
-            value = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            records.bad.append((number, f"byte {error.start + 1} of the line is not UTF-8"))
-            return
-        except json.JSONDecodeError as error:
-            records.bad.append((number, f"not JSON: {error.msg} at column {error.colno}"))
-            return
-        except (ValueError, RecursionError) as error:
-            records.bad.append((number, f"not usable JSON: {str(error)[:80]}"))
-            return
+        return f"the line is longer than the {options.max_document_bytes >> 20} MB of --max-document-mb"
+    try:
+        value = _loads(line)
+    except UnicodeDecodeError as error:
+        return f"byte {error.start + 1} of the line is not UTF-8"
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:
+        return f"not usable JSON: {str(error)[:80]}"
     if not isinstance(value, dict):
-        records.bad.append((number, f"a JSON object was expected, not {type(value).__name__}"))
-        return
+        return f"a JSON object was expected, not {type(value).__name__}"
     texts: tuple[Any, ...] = tuple(value.get(key) for key in options.json_keys)
     for key, text in zip(options.json_keys, texts, strict=True):
         if not isinstance(text, str):
-            found = f"{type(text).__name__} under the key {key!r}, not a text" if key in value else f"no key {key!r}"
-            records.bad.append((number, found))
-            return
+            return f"{type(text).__name__} under the key {key!r}, not a text" if key in value else f"no key {key!r}"
     if b"\\u" in line and not all(map(_encodable, texts)):
-        records.bad.append((number, "half of a surrogate pair"))
-        return
-    records.documents.append(texts)
-    records.lines.append(number)
+        return "half of a surrogate pair"
+    return texts
+
+
+def _loads(line: bytes) -> Any:
+    if _fast_loads is not None:
+        with contextlib.suppress(ValueError):
+            return _fast_loads(line)
+    return json.loads(line.decode())
 
 
 def _encodable(text: str) -> bool:
@@ -141,23 +141,18 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _take(records: Records, number: int, texts: tuple[Any, ...], options: PreprocessOptions) -> None:
-    """Adds a document of a text or Parquet file."""
+def _decode(texts: Iterable[Any], options: PreprocessOptions, is_first: bool) -> Found:
+    """Returns the document of a row of a text or Parquet file."""
     decoded = []
     for key, text in zip(options.json_keys, texts, strict=False):
         if isinstance(text, bytes):
             try:
-                text = text.decode("utf-8-sig" if number == 0 else "utf-8")
+                text = text.decode("utf-8-sig" if is_first else "utf-8")
             except UnicodeDecodeError as error:
-                records.bad.append((number, f"byte {error.start + 1} of the document is not UTF-8"))
-                return
+                return f"byte {error.start + 1} of the document is not UTF-8"
         if not isinstance(text, str):
-            found = "null" if text is None else type(text).__name__
-            records.bad.append((number, f"{found} in the column {key!r}, not a text"))
-            return
+            return f"{'null' if text is None else type(text).__name__} in the column {key!r}, not a text"
         if len(text) > options.max_document_bytes:
-            records.bad.append((number, f"longer than the {options.max_document_bytes >> 20} MB of --max-document-mb"))
-            return
+            return f"longer than the {options.max_document_bytes >> 20} MB of --max-document-mb"
         decoded.append(text)
-    records.documents.append(tuple(decoded))
-    records.lines.append(number)
+    return tuple(decoded)

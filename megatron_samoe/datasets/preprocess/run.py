@@ -7,12 +7,13 @@ yet written, so memory is bounded: about (MAX_HELD + 1) * (chunk + its ids) per 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from megatron_samoe.datasets.preprocess.progress import Progress
 from megatron_samoe.datasets.preprocess.worker import Summary, TokenizerFacts
 from megatron_samoe.datasets.preprocess.writer import Written, partial_paths
 from megatron_samoe.errors import DataError
+from megatron_samoe.parsing import JsonObject
 
 MAX_HELD = 2
 # A chunk during which this many workers died is not tried again.
@@ -47,18 +49,14 @@ def preprocess(options: PreprocessOptions) -> finish.Report:
         # The journal has a line per chunk: a terabyte should not make a million.
         options = replace(options, chunk_bytes=8 * DEFAULT_CHUNK_BYTES)
     log = journal.Journal(options.journal_path())
-    executor = make_executor(options)
+    executor, is_complete = make_executor(options), False
     try:
-        facts = executor.start()
-        run = _Run(options, files, log, executor, facts)
-        report = run.execute()
-    except BaseException:
+        report = _Run(options, files, log, executor, executor.start()).execute()
+        is_complete = True
+        return report
+    finally:
         executor.close()
-        log.close(remove=False)
-        raise
-    executor.close()
-    log.close(remove=True)
-    return report
+        log.close(remove=is_complete)
 
 
 @dataclass
@@ -70,7 +68,6 @@ class _InFlight:
     summary: Summary | None = None
     order: tuple[Any, ...] | None = None
     """The write message, once the chunk has a place."""
-    bad: list[tuple[int, str]] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     written: list[Written] | None = None
     deaths: int = 0
@@ -95,16 +92,13 @@ class _Run:
         self._progress = Progress(
             sum(file.num_bytes for file in files), facts.itemsize, options.log_interval, options.quiet
         )
-        self._sizes_before = {}
-        before = 0
-        for file in files:
-            self._sizes_before[file.path] = before
-            before += file.num_bytes
+        sizes_before = accumulate((file.num_bytes for file in files), initial=0)
+        self._sizes_before = {file.path: before for file, before in zip(files, sizes_before, strict=False)}
         self._places = list(self._totals.places)
 
     def execute(self) -> finish.Report:
         """Does what is left of the run."""
-        header: dict[str, Any] = {
+        header: JsonObject = {
             "options": self._options.output_options(),
             "inputs": [[file.path, file.format, file.num_bytes, file.mtime_ns] for file in self._files],
             "tokenizer": self._facts.fingerprint,
@@ -117,7 +111,7 @@ class _Run:
         self._progress.show(self._totals, 1 << 62, last=True)
         return finish.finish(self._options, self._files, self._facts, self._totals, self._log, finished)
 
-    def _start(self, header: dict[str, Any]) -> bool:
+    def _start(self, header: JsonObject) -> bool:
         self._log.restart(header)
         for prefix in self._prefixes:
             for path in partial_paths(prefix):
@@ -128,7 +122,7 @@ class _Run:
             open(finish.keys_path(self._options), "wb").close()
         return False
 
-    def _resume(self, header: dict[str, Any]) -> bool:
+    def _resume(self, header: JsonObject) -> bool:
         """Takes over what an earlier run did; returns whether all chunks are in the output."""
         old, entries = self._log.read()
         if old is None:
@@ -140,20 +134,18 @@ class _Run:
                 "Repeat it with the same ones, or leave out --resume to start again."
             )
         complete = bool(entries) and entries[-1].get("complete", False)
-        chunks = [entry for entry in entries if "chunk" in entry]
-        if complete:
-            for entry in chunks:
-                self._totals.add(entry)
-            return True
-        good = journal.verified(chunks, self._prefixes)
-        if not good:
-            return self._start(header)
-        keys = finish.load_keys(self._options, good) if self._options.deduplicate != "none" else None
-        if keys is not None:
-            self._seen.add(keys)
-        self._log.keep(old, good)
+        good = [entry for entry in entries if "chunk" in entry]
+        if not complete:
+            good = journal.verified(good, self._prefixes)
+            if not good:
+                return self._start(header)
         for entry in good:
             self._totals.add(entry)
+        if complete:
+            return True
+        if self._options.deduplicate != "none":
+            self._seen.add(finish.load_keys(self._options, good))
+        self._log.keep(old, good)
         self._to_place = self._to_log = len(good)
         self._places = list(self._totals.places)
         return False
@@ -202,18 +194,17 @@ class _Run:
         """Gives places to encoded chunks, in order."""
         while (flight := self._flight.get(self._to_place)) is not None and flight.summary is not None:
             summary = flight.summary
-            flight.bad, flight.left_out = summary.bad, dict(summary.left_out)
-            if flight.bad and self._options.on_bad_input == "fail":
+            flight.left_out = dict(summary.left_out)
+            if summary.bad and self._options.on_bad_input == "fail":
                 self._log_ready()
-                self._refuse(flight)
+                self._refuse(flight, *summary.bad[0])
             keep, sizes = self._deduplicate(flight, summary)
             flight.order = ("write", summary.number, list(self._places), keep)
             self._places = [place.after(*size) for place, size in zip(self._places, sizes, strict=True)]
             self._executor.send(flight.worker, flight.order)
             self._to_place += 1
 
-    def _refuse(self, flight: _InFlight) -> None:
-        line, reason = flight.bad[0]
+    def _refuse(self, flight: _InFlight, line: int, reason: str) -> None:
         # Lines of this file in chunks that have a place but are not in the journal yet.
         earlier = [self._flight[n] for n in range(self._to_log, flight.chunk.number)]
         base = self._totals.line_in_file
@@ -245,7 +236,7 @@ class _Run:
             assert summary is not None
             entry = journal.chunk_entry(
                 chunk.number, chunk.file, chunk.new_file, flight.written, summary.num_lines, summary.num_bytes,
-                flight.bad, flight.left_out,
+                summary.bad, flight.left_out,
             )  # fmt: skip
             if summary.keys is not None:
                 entry["kept_keys"] = int(summary.keys.shape[1]) * flight.written[0].num_documents
@@ -285,7 +276,6 @@ class _Source:
 
     def __init__(self, cut: Callable[[], Iterator[Chunk]], skip: int):
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=4)
-        self._ahead: deque[Any] = deque()
         self.is_done = False
         threading.Thread(target=self._fill, args=(cut, skip), daemon=True).start()
 
@@ -300,15 +290,11 @@ class _Source:
 
     def next(self, wait: bool) -> Chunk | None:
         """Returns the next chunk, or None if there is none (yet, unless `wait`)."""
-        if self.is_done:
-            return None
-        try:
-            item = self._queue.get(block=wait)
-        except queue.Empty:
-            return None
-        if item is None:
-            self.is_done = True
-            return None
+        item: Chunk | BaseException | None = None
+        if not self.is_done:
+            with contextlib.suppress(queue.Empty):
+                item = self._queue.get(block=wait)
+                self.is_done = item is None
         if isinstance(item, BaseException):
             raise item
         return item

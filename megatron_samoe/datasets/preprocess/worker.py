@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from megatron_samoe.datasets.preprocess.encode import Encoded, Encoder
+from megatron_samoe.datasets.preprocess.inputs import BadLines
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.preprocess.writer import ShardWriter
 from megatron_samoe.errors import DataError
@@ -48,7 +49,7 @@ class Summary:
     """Per key: bytes of tokens, sequences, documents."""
     num_lines: int
     num_bytes: int
-    bad: list[tuple[int, str]]
+    bad: BadLines
     left_out: dict[str, int]
     keys: np.ndarray | None
     document_sizes: list[np.ndarray] | None
@@ -88,13 +89,8 @@ class Worker:
         encoded = self.encoder.encode(chunk)
         self._held[encoded.number] = encoded
         sizes = [(c.tokens.nbytes, len(c.lengths), len(c.sequences)) for c in encoded.columns]
-        per_document = None
-        if encoded.keys is not None:
-            per_document = []
-            for column in encoded.columns:
-                owners = np.repeat(np.arange(len(column.sequences)), column.sequences)
-                tokens = np.bincount(owners, weights=column.lengths, minlength=len(column.sequences)).astype(np.int64)
-                per_document.append(np.stack([tokens * self.encoder.dtype.itemsize, column.sequences], axis=1))
+        itemsize = self.encoder.dtype.itemsize
+        per_document = None if encoded.keys is None else [c.document_sizes(itemsize) for c in encoded.columns]
         return Summary(
             encoded.number, sizes, encoded.num_lines, encoded.num_bytes,
             encoded.bad, encoded.left_out, encoded.keys, per_document,

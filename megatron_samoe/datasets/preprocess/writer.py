@@ -19,6 +19,11 @@ class Place:
     num_sequences: int = 0
     num_documents: int = 0
 
+    @property
+    def offsets(self) -> tuple[int, int, int]:
+        """Bytes in front of it in the files of `partial_paths`; boundaries begin with a 0."""
+        return self.num_bytes, 4 * self.num_sequences, 8 * (1 + self.num_documents)
+
     def after(self, num_bytes: int, num_sequences: int, num_documents: int) -> Place:
         """Returns the place after a chunk of these sizes."""
         return Place(self.num_bytes + num_bytes, self.num_sequences + num_sequences, self.num_documents + num_documents)
@@ -35,6 +40,14 @@ class Written:
     bin_crc32: int
     lengths_crc32: int
     boundaries_crc32: int
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Bytes and checksum in each of the files of `partial_paths`."""
+        return (
+            (self.num_bytes, self.bin_crc32), (4 * self.num_sequences, self.lengths_crc32),
+            (8 * self.num_documents, self.boundaries_crc32),
+        )  # fmt: skip
 
 
 def partial_paths(prefix: str) -> tuple[str, str, str]:
@@ -54,10 +67,9 @@ class ShardWriter:
         if not self._files:
             self._files = [os.open(path, os.O_WRONLY) for path in self._paths]
         boundaries = np.cumsum(column.sequences, dtype=np.int64) + place.num_sequences
-        offsets = (place.num_bytes, 4 * place.num_sequences, 8 * (1 + place.num_documents))
-        crcs = []
-        for file, array, offset in zip(self._files, (column.tokens, column.lengths, boundaries), offsets, strict=True):
-            view = memoryview(np.ascontiguousarray(array).data).cast("B") if array.size else memoryview(b"")
+        arrays, crcs = (column.tokens, column.lengths, boundaries), []
+        for file, array, offset in zip(self._files, arrays, place.offsets, strict=True):
+            view = np.ascontiguousarray(array).view(np.uint8).data
             crcs.append(zlib.crc32(view))
             done = 0
             while done < len(view):

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_samoe.evaluation.run_groups import RunGroup
 from megatron_samoe.evaluation.run_summary import Table, entropy_text, read_run, speed_text
 from megatron_samoe.evaluation.study.definition import Run, Study
+from megatron_samoe.parsing import JsonObject
 
 #: Student's t for a two-sided interval of 95 %, by degrees of freedom; beyond the table the last serves, which is wider.
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -65,10 +66,10 @@ class VariantResult:
     peak_memory_bytes: int | None
     least_load_entropy: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Returns plain values; nan becomes null."""
 
-        def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        def plain(pairs: list[tuple[str, Any]]) -> JsonObject:
             return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in pairs}
 
         return asdict(self, dict_factory=plain)

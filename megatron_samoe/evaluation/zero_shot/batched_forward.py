@@ -9,41 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.evaluation.zero_shot.encode import Query
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec
 from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
-from megatron_samoe.pipeline_parallel.schedules import Pipeline, run_plan
+from megatron_samoe.pipeline_parallel.schedules import run_plan
+from megatron_samoe.runtime.load import LoadedModel
 
 #: Tokens of a batch where no number of sequences is given.
 BATCH_TOKENS = 4096
 #: Rows of logits whose loss is computed at a time.
 LOSS_ROWS = 1024
-
-
-class RunnableModel(Protocol):
-    """What is needed of a loaded model; `inference.load.LoadedModel` is one."""
-
-    @property
-    def model(self) -> RankModel: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def config(self) -> PretrainConfig: ...
-
-    @property
-    def pipeline(self) -> Pipeline: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +44,7 @@ class Answer:
 
 
 def answer_queries(
-    loaded: RunnableModel, queries: Sequence[Query], batch_size: int | None = None,
+    loaded: LoadedModel, queries: Sequence[Query], batch_size: int | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> list[Answer]:  # fmt: skip
     """Returns the answers in the queries' order, on every rank; all ranks of the layout call it together.
@@ -105,7 +87,7 @@ def _batches(inputs: Sequence[tuple[int, ...]], batch_size: int | None) -> list[
 
 @torch.no_grad()
 def _run(
-    loaded: RunnableModel, batches: list[list[tuple[int, ...]]], numbers: list[list[list[int]]], queries: Sequence[Query]
+    loaded: LoadedModel, batches: list[list[tuple[int, ...]]], numbers: list[list[list[int]]], queries: Sequence[Query]
 ) -> list[tuple[int, Answer]]:  # fmt: skip
     """Runs batches through the stages; returns (query number, answer) on one rank of the last stage."""
     model, parallel = loaded.model, loaded.model.state

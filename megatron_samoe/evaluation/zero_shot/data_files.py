@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.errors import DataError, install_extra, nearest, shown
+from megatron_samoe.errors import DataError, nearest_file, optional_import, shown
 from megatron_samoe.evaluation.zero_shot.items import Document
 from megatron_samoe.evaluation.zero_shot.task import Task
 from megatron_samoe.parsing import parse_json
@@ -31,8 +31,7 @@ def find_data(task: Task, data_dir: Path) -> Path:
         NoDataError: none is; the message names all that were looked for.
     """
     if not data_dir.is_dir():
-        siblings = [p.name for p in data_dir.parent.iterdir()] if data_dir.parent.is_dir() else []
-        raise NoDataError(f"--data-dir {data_dir} is no folder.{nearest(data_dir.name, siblings)}")
+        raise NoDataError(f"--data-dir {data_dir} is no folder.{nearest_file(str(data_dir))}")
     for name in task.files:
         for ending in (kind + packing for kind in KINDS for packing in PACKINGS):
             found = [p for p in _matches(task, data_dir, name + ending) if p.is_file()]
@@ -155,12 +154,9 @@ def _text_rows(text: str, kind: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    parquet = optional_import("pyarrow.parquet", "data", str(path))
     try:
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{path} needs pyarrow: {install_extra('data')}.") from None
-    try:
-        table = pyarrow.parquet.read_table(path)
+        table = parquet.read_table(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from None
     yield from enumerate(table.to_pylist(), 1)
@@ -169,10 +165,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _hub_rows(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if task.hub is None:
         raise NoDataError(f"Task {task.name} names no data set on the Hub; give --data-dir.")
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"--hub needs the datasets library: {install_extra('eval')}.") from None
+    datasets = optional_import("datasets", "eval", "--hub")
     try:
         rows = datasets.load_dataset(task.hub["path"], task.hub.get("name"), split=task.hub["split"])
     except Exception as error:  # the library raises many kinds

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_samoe.errors import ConfigError, install_extra
-from megatron_samoe.evaluation.zero_shot.batched_forward import RunnableModel
 from megatron_samoe.evaluation.zero_shot.items import Document
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
+from megatron_samoe.runtime.load import LoadedModel
 
 MAX_GEN_TOKENS = 256
 
@@ -30,7 +30,7 @@ def _harness() -> Any:
     return lm_eval
 
 
-def harness_model(loaded: RunnableModel, batch_size: int | None = None) -> Any:
+def harness_model(loaded: LoadedModel, batch_size: int | None = None) -> Any:
     """Returns an instance of lm_eval.api.model.LM.
 
     Under torchrun every rank makes one and gives it to the harness: all of them see all requests (world_size is 1 to
@@ -94,7 +94,7 @@ def _greedy_options(options: Mapping[str, Any], seq_length: int) -> tuple[tuple[
 
 
 def run_harness(
-    loaded: RunnableModel, tasks: Sequence[str], *, batch_size: int | None = None, limit: int | None = None,
+    loaded: LoadedModel, tasks: Sequence[str], *, batch_size: int | None = None, limit: int | None = None,
     include_path: str | None = None,
 ) -> Mapping[str, Any]:  # fmt: skip
     """Returns what lm_eval.simple_evaluate gives for the harness's own tasks, zero-shot, on rank 0 and all others.

@@ -17,6 +17,8 @@ import numpy as np
 from megatron_samoe.evaluation.zero_shot.items import Item, Response, groups_of
 
 Units = Callable[[Sequence[Item], Sequence[Response]], np.ndarray]
+#: Gives value [...] of sums [..., V].
+Finish = Callable[[np.ndarray], np.ndarray]
 RANKED = ("multiple_choice", "partial")
 
 
@@ -26,7 +28,7 @@ class Metric:
 
     Attributes:
         units: gives x_UV in fp64.
-        finish: value [...] of sums [..., V].
+        finish: of sums over units.
         kinds: kinds of task that it has a meaning for.
         in_percent: shown times 100.
         needs_group: counts whole questions.
@@ -34,7 +36,7 @@ class Metric:
     """
 
     units: Units
-    finish: Callable[[np.ndarray], np.ndarray]
+    finish: Finish
     kinds: tuple[str, ...]
     in_percent: bool = True
     needs_group: bool = False
@@ -144,7 +146,7 @@ def _normalised(length: Callable[[str], int] = len) -> Units:
     return _share(lambda item, response: normalised_prediction(item, response, length) == item.gold)
 
 
-def _perplexity(column: int = 1) -> Callable[[np.ndarray], np.ndarray]:
+def _perplexity(column: int = 1) -> Finish:
     """Returns the perplexity per unit that a column counts."""
     return lambda sums: _exp(-_ratio(sums, column))
 
@@ -167,7 +169,7 @@ METRICS: dict[str, Metric] = {
 SHARES_OF_ITEMS = ("acc", "acc_norm", "acc_bytes", "acc_per_answer")
 
 
-def _of_corpus(finish: Callable[[np.ndarray], np.ndarray]) -> Metric:
+def _of_corpus(finish: Finish) -> Metric:
     return Metric(lambda *_: np.empty(0), finish, ("corpus",), in_percent=False)
 
 

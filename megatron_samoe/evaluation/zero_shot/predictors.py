@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_samoe.errors import ConfigError, nearest
-from megatron_samoe.evaluation.zero_shot.batched_forward import Answer, RunnableModel, answer_queries
+from megatron_samoe.evaluation.zero_shot.batched_forward import Answer, answer_queries
 from megatron_samoe.evaluation.zero_shot.encode import Query, encode_pair, encode_prompt, rolling_queries
 from megatron_samoe.evaluation.zero_shot.items import Document, Item, Response
 from megatron_samoe.evaluation.zero_shot.task import Task
+from megatron_samoe.runtime.load import LoadedModel
 
 #: Makes a progress display from a name and a total: a context manager whose value is called with advances.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
@@ -74,7 +75,7 @@ class ModelPredictor:
         batch_size: sequences of a forward pass; see `answer_queries`.
     """
 
-    loaded: RunnableModel
+    loaded: LoadedModel
     batch_size: int | None = None
     progress: Progress = _silent
 

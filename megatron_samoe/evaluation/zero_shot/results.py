@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from megatron_samoe.evaluation.zero_shot.metrics import CORPUS_METRICS, METRICS,
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor, Predictor
 from megatron_samoe.evaluation.zero_shot.statistics import binomial_stderr, bootstrap_stderr
 from megatron_samoe.evaluation.zero_shot.task import Task
+from megatron_samoe.parsing import JsonObject
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def evaluate_corpus(name: str, documents: Sequence[Document], predictor: ModelPr
     return TaskResult(name, (), (), metrics, num_documents=len(documents))
 
 
-def result_record(result: TaskResult) -> dict[str, Any]:
+def result_record(result: TaskResult) -> JsonObject:
     """Returns a result as plain values for JSON; what is not finite becomes None."""
     return {
         "task": result.task,
@@ -118,11 +118,11 @@ def finite_values(record: object) -> dict[str, float | None]:
     return {name: finite(value) for name, value in vars(record).items()}
 
 
-def sample_records(result: TaskResult) -> list[dict[str, Any]]:
+def sample_records(result: TaskResult) -> list[JsonObject]:
     """Returns one record per item: what was asked, what was answered, whether that is right."""
     records = []
     for item, response in zip(result.items, result.responses, strict=True):
-        record: dict[str, Any] = {"task": result.task, "item": item.name}
+        record: JsonObject = {"task": result.task, "item": item.name}
         if item.group:
             record["group"] = item.group
         record |= {"contexts": list(item.contexts), "right": bool(is_right(item, response))}

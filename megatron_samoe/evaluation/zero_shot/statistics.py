@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _CHUNK = 250
+#: Gives value [...] of sums [..., V].
+Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 def binomial_stderr(share: float, count: int) -> float:
@@ -25,9 +27,7 @@ def _resampled_sums(x_UV: np.ndarray, num_samples: int, seed: int) -> Iterator[n
         yield generator.multinomial(units, np.full(units, 1 / units), size=count).astype(np.float64) @ x_UV
 
 
-def bootstrap_stderr(
-    x_UV: np.ndarray, finish: Callable[[np.ndarray], np.ndarray], num_samples: int = 1000, seed: int = 0
-) -> float:
+def bootstrap_stderr(x_UV: np.ndarray, finish: Statistic, num_samples: int = 1000, seed: int = 0) -> float:
     """Returns the standard deviation of a statistic over resampled units; nan with fewer than two units, or where one
     is not finite."""
     if x_UV.shape[0] < 2:
@@ -102,7 +102,7 @@ class Difference:
 
 
 def paired_bootstrap(
-    first_UV: np.ndarray, second_UV: np.ndarray, finish: Callable[[np.ndarray], np.ndarray], num_samples: int = 2000,
+    first_UV: np.ndarray, second_UV: np.ndarray, finish: Statistic, num_samples: int = 2000,
     seed: int = 0,
 ) -> Difference:  # fmt: skip
     """Returns how two models' statistics differ over the same resampled units."""

@@ -12,7 +12,7 @@ from megatron_samoe.errors import ConfigError, DataError, nearest, shown
 from megatron_samoe.evaluation.zero_shot.layouts import LAYOUTS
 from megatron_samoe.evaluation.zero_shot.metrics import METRICS
 from megatron_samoe.evaluation.zero_shot.templates import fields_of
-from megatron_samoe.parsing import parse_yaml
+from megatron_samoe.parsing import JsonObject, parse_yaml
 
 TASK_DIR = Path(__file__).parent / "tasks"
 Kind = Literal["multiple_choice", "partial", "greedy_match", "generate"]
@@ -125,7 +125,7 @@ def parse_task(content: object, where: str) -> Task:
     idle = {name for names in _NEEDS.values() for name in names} - {*_NEEDS[kind], *_MAY_HAVE.get(kind, ())}
     for name in sorted(idle & set(content)):
         raise DataError(f"{where}: {name} has no effect on a task of kind {kind}.")
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+    values: JsonObject = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
     task = Task(**values)
     _check(task, where)
     return task

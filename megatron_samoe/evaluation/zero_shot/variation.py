@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from megatron_samoe.evaluation.zero_shot.statistics import (
     paired_bootstrap,
     spread,
 )
+from megatron_samoe.parsing import JsonObject
 
 
 def choose_iterations(wanted: str, available: Sequence[int], folder: str) -> list[int]:
@@ -108,7 +108,7 @@ def compare(first: Sequence[TaskResult], second: Sequence[TaskResult]) -> list[C
     return found
 
 
-def variation_record(variation: Variation) -> dict[str, Any]:
+def variation_record(variation: Variation) -> JsonObject:
     """Returns a variation as plain values for JSON."""
     return {
         "task": variation.task, "metric": variation.metric, "values": [finite(v) for v in variation.values],
@@ -116,9 +116,9 @@ def variation_record(variation: Variation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def comparison_record(comparison: Comparison) -> dict[str, Any]:
+def comparison_record(comparison: Comparison) -> JsonObject:
     """Returns a comparison as plain values for JSON."""
-    record: dict[str, Any] = {
+    record: JsonObject = {
         "task": comparison.task, "metric": comparison.metric, "first": finite(comparison.first),
         "second": finite(comparison.second), "difference": finite_values(comparison.difference),
     }  # fmt: skip

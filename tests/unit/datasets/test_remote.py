@@ -108,6 +108,6 @@ def test_blocks_of_remote_data(tmp_path: Path) -> None:
         start = int(random.integers(0, 5000))
         count = int(random.integers(0, 5001 - start))
         np.testing.assert_array_equal(reader.read(np.dtype("<u2"), count, 2 * start), content[start : start + count])
-        assert len(reader._blocks) <= 3
+        assert reader._block.cache_info().currsize <= 3
     with pytest.raises(DataError, match="were asked for"):
         reader.read(np.dtype("<u2"), 2, 9998)
