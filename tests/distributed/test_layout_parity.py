@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 
 IN_DOUBLE = ("samoe step", "samoe layer", "samoe per expert", "samoe many banks", "samoe many banks per expert",
              "moe balance over ranks", "samoe balance over ranks", "tied", "scaled", "combined middle", "pool", "sets balanced",
-             "groups and biases")  # fmt: skip
+             "groups and biases", "neighbours", "pool locked", "relu")  # fmt: skip
 
 # The way of sharing and of routing changes nothing but the experts: the layouts that differ in what those meet.
 WAYS = tuple(MODELS)[tuple(MODELS).index("tied") :]

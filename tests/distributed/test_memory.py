@@ -33,6 +33,8 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "combined middle pp2": (4, {"layout": "samoe", "untied_ends": 1, "bf16": True}, {"pp": 2}),
     "pool tp2 etp1 ep2": (4, {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "style": "llama", "bf16": True},
                           {"tp": 2, "etp": 1, "ep": 2}),
+    "neighbours pp2": (4, {"layout": "moe", "expert_sharing": "neighbours", "neighbour_unmask_steps": 4}, {"pp": 2, "zero": True}),
+    "pyramid residual pp2 ep2": (4, {"layout": "moe", "num_experts": (4, 4, 8, 8), "moe_residual_mlp": True}, {"pp": 2, "ep": 2}),
     "pool replicated": (4, {"layout": "moe", "expert_sharing": "pool", "samoe_pool_placement": "replicated"}, {"pp": 2}),
     "samoe replicated pp2": (4, {"layout": "samoe", "samoe_pool_placement": "replicated"}, {"pp": 2, "zero": True}),
 }  # fmt: skip

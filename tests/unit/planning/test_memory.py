@@ -89,6 +89,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "scaled": {"layout": "moe", "expert_sharing": "scaled", "num_expert_sets": 2},
     "combined middle": {"layout": "samoe", "untied_ends": 1, "samoe_combine": "layer"},
     "mixed": {"layout": "moe", "expert_sharing": "combined,0,own,0", "moe_layer_freq": "1", "num_expert_banks": 1},
+    "neighbours": {"layout": "moe", "expert_sharing": "neighbours", "neighbour_unmask_steps": 4, "bf16": True},
+    "pool locked": {
+        "layout": "moe",
+        "expert_sharing": "pool",
+        "num_experts": 16,
+        "pool_lock_step": 2,
+        "pool_lock_anneal_steps": 2,
+    },
+    "pyramid residual": {"layout": "moe", "num_experts": (4, 4, 8, 8), "moe_residual_mlp": True, "bf16": True},
     "pool replicated": {"layout": "moe", "expert_sharing": "pool", "samoe_pool_placement": "replicated"},
     "samoe frozen": {"layout": "samoe", "samoe_freeze_coefficients": True, "num_expert_banks": 3},
 }
