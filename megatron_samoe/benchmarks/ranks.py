@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from megatron_samoe.config import ParallelConfig, PretrainConfig
-from megatron_samoe.parallel_state import ParallelState, backend, initialize_model_parallel
-from megatron_samoe.row_exchange.exchange import with_exchange
+from megatron_samoe.parallel_state import ParallelState, backend
+from megatron_samoe.runtime.ranks import place_in
 from megatron_samoe.training.setup import TrainSetup, build_setup
 
 VOCAB_SIZE = 512
@@ -52,15 +51,14 @@ def batches_of(setup: TrainSetup) -> list[dict[str, torch.Tensor]]:
     return [batch] * setup.num_micro_batches
 
 
-def make_parallel(config: ParallelConfig) -> ParallelState:
+def make_parallel(config: ParallelConfig, shares_experts: bool = False) -> ParallelState:
     """Returns this rank's groups, whose rows go through what training would take."""
-    parallel = initialize_model_parallel(config)
-    return replace(parallel, ep=with_exchange(parallel.ep, parallel.device, backend=config.moe_all_to_all_backend))
+    return place_in(config, torch.device("cpu"), shares_experts)
 
 
 def make_setup(config: PretrainConfig) -> TrainSetup:
     """Returns the set-up of this rank."""
-    return build_setup(config, VOCAB_SIZE, make_parallel(config.parallel))
+    return build_setup(config, VOCAB_SIZE, make_parallel(config.parallel, config.moe.shares_experts))
 
 
 def synchronized() -> float:

@@ -108,7 +108,7 @@ def _fit_to_ranks(config: PretrainConfig) -> tuple[PretrainConfig, int]:
 
 
 def _train(config: PretrainConfig, device: torch.device, extensions: Extensions | None, hooks: Sequence[Hook]) -> None:
-    parallel = place_in(config.parallel, device)
+    parallel = place_in(config.parallel, device, config.moe.shares_experts)
     # A dying attempt may be saving, so ranks that look one after the other may see different things: rank 0's counts.
     started = parallel.world.all_gather_object(store.with_start(config.checkpoint))[0]
     config = replace(config, checkpoint=started)

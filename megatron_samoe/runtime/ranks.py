@@ -14,16 +14,20 @@ from megatron_samoe.parallel_state.state import ParallelState, initialize_model_
 from megatron_samoe.row_exchange.exchange import with_exchange
 
 
-def place_in(layout: ParallelConfig, device: torch.device) -> ParallelState:
+def place_in(layout: ParallelConfig, device: torch.device, shares_experts: bool = False) -> ParallelState:
     """Returns the place of this rank, which has joined its job, in a layout, with the transport of tokens to other
     ranks' experts.
+
+    Args:
+        shares_experts: whether holders of shared experts exchange them every step, which shared memory is good for as well.
     """
     parallel = initialize_model_parallel(layout, device)
-    ep = with_exchange(
-        parallel.ep, device, 60.0 * layout.distributed_timeout_minutes, layout.moe_all_to_all_backend,
-        layout.moe_hierarchical_all_to_all,
-    )  # fmt: skip
-    return replace(parallel, ep=ep)
+    timeout_s, backend = 60.0 * layout.distributed_timeout_minutes, layout.moe_all_to_all_backend
+    ep = with_exchange(parallel.ep, device, timeout_s, backend, layout.moe_hierarchical_all_to_all)
+    pool_dp = parallel.pool_dp
+    if shares_experts and device.type == "cpu" and backend != "torch":
+        pool_dp = with_exchange(pool_dp, device, timeout_s)
+    return replace(parallel, ep=ep, pool_dp=pool_dp)
 
 
 def join_ranks(layout: ParallelConfig, num_threads: int | None = None) -> ParallelState:

@@ -115,7 +115,10 @@ def train(
         extensions: what comes from outside the package.
     """
     parallel = initialize_model_parallel(config.parallel, device)
-    parallel = replace(parallel, ep=with_exchange(parallel.ep, parallel.device, backend=exchange))
+    groups = {"ep": parallel.ep, **({"pool_dp": parallel.pool_dp} if parallel.device.type == "cpu" else {})}
+    parallel = replace(
+        parallel, **{name: with_exchange(g, parallel.device, backend=exchange) for name, g in groups.items()}
+    )
     setup = build_setup(config, VOCAB_SIZE, parallel, dtype, extensions)
     if config.distillation.teacher is not None:
         setup = replace(setup, teacher=load_teacher(config, setup.model))

@@ -102,9 +102,12 @@ class BankExchange:
 def _all_to_all(store: BankStore, outgoing: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Returns one tensor from each member, of the given shapes."""
     sizes = [rows * columns for rows, columns in shapes]
-    sent = torch.cat([t.reshape(-1) for t in outgoing])
-    received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [t.numel() for t in outgoing], group=store.group.handle)
+    sent, send_sizes = torch.cat([t.reshape(-1) for t in outgoing]), [t.numel() for t in outgoing]
+    if store.group.exchange is not None:
+        received = store.group.exchange.exchange(sent, send_sizes, sizes)
+    else:
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, sizes, send_sizes, group=store.group.handle)
     return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
 
 

@@ -54,7 +54,7 @@ class BankStore:
         """Returns the bank; ranks of the group call it together."""
         if self.slice is None:
             return self.parameter.detach()
-        gathered = self.group.all_gather(self._padded(self.parameter.detach()))
+        gathered = _all_gather(self.group, self._padded(self.parameter.detach()))
         num_banks, n = self.shape[0], self._slice_size
         columns = gathered.view(self.group.size, num_banks, n).transpose(0, 1).reshape(num_banks, -1)
         return columns[:, : self.num_elements].reshape(self.shape)
@@ -80,7 +80,7 @@ class BankStore:
         columns = main_grad.new_zeros(num_banks, self.group.size * n)
         columns[:, : self.num_elements] = whole.view(num_banks, -1)
         by_member = columns.view(num_banks, self.group.size, n).transpose(0, 1).reshape(-1, n)
-        main_grad += self.group.reduce_scatter(by_member)[:, : main_grad.shape[1]]
+        main_grad += _reduce_scatter(self.group, by_member)[:, : main_grad.shape[1]]
 
     @property
     def num_elements(self) -> int:
@@ -110,3 +110,17 @@ class BankStore:
     def _padded(self, held: Tensor) -> Tensor:
         missing = self._slice_size - held.shape[1]
         return torch.cat((held, held.new_zeros(held.shape[0], missing)), dim=1) if missing else held
+
+
+def _all_gather(group: Group, x_Pn: Tensor) -> Tensor:
+    """Returns `group.all_gather`, through the group's own transport where it has one."""
+    if group.exchange is None:
+        return group.all_gather(x_Pn)
+    return group.exchange.exchange_evenly(x_Pn.repeat(group.size, 1))
+
+
+def _reduce_scatter(group: Group, x: Tensor) -> Tensor:
+    """Returns `group.reduce_scatter` of [size * P, n], likewise; parts are added in the group's order."""
+    if group.exchange is None:
+        return group.reduce_scatter(x)
+    return group.exchange.exchange_evenly(x).view(group.size, -1, x.shape[1]).sum(0)
