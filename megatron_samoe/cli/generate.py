@@ -11,9 +11,10 @@ import argparse
 import io
 import json
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -141,44 +142,49 @@ def _given_prompts(options: Options) -> list[Prompt] | None:
     return read_prompts(sys.stdin, "standard input", as_json=False)
 
 
+@dataclass
+class Result:
+    """What has come for a prompt, and how many characters of the prompt and of it have been shown."""
+
+    prompt: Prompt
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    reason: FinishReason | None = None
+    shown: int = 0
+
+
 class Printer:
     """Shows results in the order of the prompts: the first one that is not complete as it comes, others when it is done."""
 
     def __init__(self, prompts: Sequence[Prompt], options: Options):
-        self._prompts, self._json, self._stream = prompts, options.json, not (options.no_stream or options.json)
-        self._texts = [""] * len(prompts)
-        self._ids: list[list[int]] = [[] for _ in prompts]
-        self._reasons: list[FinishReason | None] = [None] * len(prompts)
-        self._current = self._shown = 0
-        self._begun = False
+        self._json, self._stream = options.json, not (options.no_stream or options.json)
+        self._results = [Result(prompt) for prompt in prompts]
+        self._left = deque(self._results)
 
     def take(self, number: int, token: int, text: str, reason: FinishReason | None) -> None:
         """Takes a token of a prompt."""
-        self._texts[number] += text
-        self._ids[number].append(token)
-        self._reasons[number] = reason
-        while self._current < len(self._prompts):
-            done = self._reasons[self._current] is not None
-            if self._json and done:
-                self._print_json(self._current)
-            elif not self._json and (done or self._stream):
-                self._print_text(self._current, done)
+        result = self._results[number]
+        result.text += text
+        result.ids.append(token)
+        result.reason = reason
+        while self._left:
+            first = self._left[0]
+            done = first.reason is not None
+            if done and self._json:
+                self._print_json(first)
+            elif done or self._stream:
+                whole = first.prompt.text + first.text
+                print(whole[first.shown :], end="\n" if done else "", flush=True)
+                first.shown = len(whole)
             if not done:
                 return
-            self._current, self._shown, self._begun = self._current + 1, 0, False
+            self._left.popleft()
 
-    def _print_text(self, number: int, done: bool) -> None:
-        if not self._begun:
-            print(self._prompts[number].text, end="")
-            self._begun = True
-        print(self._texts[number][self._shown :], end="\n" if done else "", flush=True)
-        self._shown = len(self._texts[number])
-
-    def _print_json(self, number: int) -> None:
-        prompt = self._prompts[number]
+    def _print_json(self, result: Result) -> None:
+        prompt = result.prompt
         asked = {"prompt": prompt.text} if prompt.ids is None else {"prompt_ids": list(prompt.ids)}
-        result = {"text": self._texts[number], "finish_reason": self._reasons[number], "ids": self._ids[number]}
-        print(json.dumps({**asked, **result}, ensure_ascii=False), flush=True)
+        made = {"text": result.text, "finish_reason": result.reason, "ids": result.ids}
+        print(json.dumps({**asked, **made}, ensure_ascii=False), flush=True)
 
 
 def generate(engine: Engine, prompts: Sequence[Prompt], options: Options, shows: bool, num_before: int = 0) -> None:

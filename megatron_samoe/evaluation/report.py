@@ -111,6 +111,10 @@ def _results(groups: Groups, data: ReportData) -> _Section:
     several = any(len(group.runs) > 1 for group in groups)
     spread = "Losses are means over seeds ± their standard deviation (n - 1)." if several else "One seed of each model."
     text = f"{spread} A SaMoE's active parameters count combined experts, which is what a token meets. "
+    if any(group.first.config.moe.shares_experts for group in groups):
+        text += (
+            "Experts that layers share are stored, and counted, once; a map names the set of each MoE layer in order. "
+        )
     text += "Checkpoints hold the optimizer's state too, but for models that were made by editing others."
     if len({group.tokens for group in groups} - {"-"}) > 1:
         text += (

@@ -15,17 +15,19 @@ from megatron_samoe.evaluation.run_summary import (
     megabytes_text,
     parameter_texts,
     perplexity_text,
+    sharing_text,
 )
 
 
 def results_table(groups: Groups) -> Table:
     """Returns parameters, checkpoint sizes and validation losses."""
-    rows = [["model", "seeds", "training tokens", "parameters", "expert", "active", "checkpoint", "validation loss",
+    rows = [["model", "seeds", "training tokens", "sharing", "parameters", "expert", "active", "checkpoint", "validation loss",
              "perplexity", "load entropy", "peak memory/rank"]]  # fmt: skip
     for group in groups:
         memory = [run.peak_memory_bytes for run in group.runs if run.peak_memory_bytes is not None]
         rows.append([
-            group.name, str(len(group.runs)), group.tokens, *parameter_texts(group.first.parameters),
+            group.name, str(len(group.runs)), group.tokens, sharing_text(group.first.config),
+            *parameter_texts(group.first.parameters),
             megabytes_text(group.first.checkpoint_bytes, 1), group.loss.text(4), perplexity_text(group.loss.mean),
             entropy_text(run.least_load_entropy for run in group.runs), megabytes_text(max(memory, default=None)),
         ])  # fmt: skip

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.config.derived import num_moe_layers, sharing_map
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.sharing_map import written_map
 from megatron_samoe.config.validate import refuse_wrong_numbers
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, shown
@@ -176,6 +178,20 @@ def summary_table(runs: list[RunSummary]) -> Table:
             megabytes_text(run.peak_memory_bytes),
         ])  # fmt: skip
     return rows
+
+
+def sharing_text(config: PretrainConfig) -> str:
+    """Returns how MoE layers share experts: own, pool, the number of a pool's banks, or the map of sets; a dash without
+    any."""
+    moe = config.moe
+    if not num_moe_layers(config):
+        return "-"
+    if moe.sharing in ("pool", "neighbours"):
+        return moe.sharing
+    text = written_map(sharing_map(config)).replace(":", " ")
+    if any(source.way == "tied" for source in sharing_map(config)):
+        text = f"tied {text}"
+    return f"{text} ({moe.num_expert_banks} banks)" if moe.has_pool else text
 
 
 def parameter_texts(count: ParameterCount) -> list[str]:

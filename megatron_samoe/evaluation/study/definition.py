@@ -82,6 +82,8 @@ def folder_name(variant: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", variant.lower()).strip("-")
 
 
+#: Options that are one word with an entry for each layer, which a study may write as a list.
+MAPS = ("expert-sharing",)
 _KEYS = ("title", "config", "seeds", "baseline", "runs", "derived")
 
 
@@ -147,6 +149,8 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
             values = value if isinstance(value, list) else [value]
+            if name in MAPS:
+                values = [",".join(map(str, values))]
             flags += [f"--{name}", *map(str, values)]
     return flags
 

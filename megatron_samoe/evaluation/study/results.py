@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_samoe.evaluation.run_groups import RunGroup
-from megatron_samoe.evaluation.run_summary import Table, entropy_text, read_run, speed_text
+from megatron_samoe.evaluation.run_summary import Table, entropy_text, read_run, sharing_text, speed_text
 from megatron_samoe.evaluation.study.definition import Run, Study
 from megatron_samoe.parsing import JsonObject
 
@@ -46,6 +46,7 @@ class VariantResult:
     """A variant over all seeds that are finished for it and the baseline.
 
     Attributes:
+        sharing: how MoE layers share experts, see `run_summary.sharing_text`.
         losses: validation loss per seed, nats per token.
         sd: standard deviation over seeds, with n - 1; nan for one.
         difference: from the baseline; None for the baseline.
@@ -55,6 +56,7 @@ class VariantResult:
 
     name: str
     directories: list[str]
+    sharing: str
     total_parameters: int
     expert_parameters: int
     active_parameters: int
@@ -93,7 +95,8 @@ def _result(group: RunGroup, baseline: Sequence[float] | None) -> VariantResult:
     count, runs, loss = group.first.parameters, group.runs, group.loss
     speeds = [run.tokens_per_s for run in runs if run.tokens_per_s is not None]
     return VariantResult(
-        group.name, [str(run.directory) for run in runs], count.total, count.expert, count.active, group.losses,
+        group.name, [str(run.directory) for run in runs], sharing_text(group.first.config),
+        count.total, count.expert, count.active, group.losses,
         loss.mean, loss.sd, None if baseline is None else paired_difference(group.losses, baseline),
         statistics.median(speeds) if speeds else None,
         max((run.peak_memory_bytes for run in runs if run.peak_memory_bytes is not None), default=None),
@@ -103,11 +106,11 @@ def _result(group: RunGroup, baseline: Sequence[float] | None) -> VariantResult:
 
 def results_table(study: Study, results: Sequence[VariantResult]) -> Table:
     """Returns rows of text, the first the heading."""
-    rows = [["model", "parameters", "expert", "active", "valid. loss", "sd", f"from {study.baseline}",
+    rows = [["model", "sharing", "parameters", "expert", "active", "valid. loss", "sd", f"from {study.baseline}",
              "load entropy", "tokens/s"]]  # fmt: skip
     for r in results:
         rows.append([
-            r.name, *(f"{n / 1e6:.2f} M" for n in (r.total_parameters, r.expert_parameters, r.active_parameters)),
+            r.name, r.sharing, *(f"{n / 1e6:.2f} M" for n in (r.total_parameters, r.expert_parameters, r.active_parameters)),
             f"{r.mean:.4f}", "-" if math.isnan(r.sd) else f"{r.sd:.4f}", _shown(r.difference),
             entropy_text([r.least_load_entropy]), speed_text(r.tokens_per_s),
         ])  # fmt: skip

@@ -17,7 +17,7 @@ from megatron_samoe.config.cli import from_mapping, parse_pretrain_args
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
-from megatron_samoe.evaluation.run_summary import read_records
+from megatron_samoe.evaluation.run_summary import read_records, sharing_text
 from megatron_samoe.evaluation.study.definition import Run, Study, plan_runs
 
 #: Groups that decide what a run computes, but for the fields that do not; others may change between two starts.
@@ -41,9 +41,12 @@ class StudyRunner:
     say: Callable[[str], None] = print
 
     def check(self) -> None:
-        """Raises ConfigError if a run's configuration cannot be read or its folder holds another run."""
+        """Raises ConfigError if a run's configuration cannot be read, its folder holds another run, or what is to be
+        edited will not fit."""
         for run in self.plan():
-            if run.variant.is_trained:
+            if not run.variant.is_trained:
+                self._check_edit(run)
+            else:
                 config = self.config_of(run)
                 if config.training.eval_iters == 0:
                     raise ConfigError("--eval-iters", 0, "a study compares validation losses; it must be positive")
@@ -104,10 +107,25 @@ class StudyRunner:
         else:
             self._edit(run)
 
+    def _source_of(self, run: Run) -> Run:
+        """Returns the run whose checkpoints are edited for another."""
+        return next(r for r in self.plan() if (r.variant.name, r.seed) == (run.variant.edited_from, run.seed))
+
+    def _check_edit(self, run: Run) -> None:
+        """Raises ConfigError, before hours of training, where an edit needs experts that its source does not have."""
+        variant, config = run.variant, self.config_of(self._source_of(run))
+        fits = config.moe.has_pool if variant.edit == "select" else config.moe.shares_experts
+        # What a checkpoint says of its model is known when it is loaded.
+        if not fits and not config.checkpoint.use_checkpoint_args:
+            needed = "layers that combine banks" if variant.edit == "select" else "layers that share experts"
+            raise ConfigError(
+                f"derived.{variant.name}.edit", variant.edit,
+                f"needs {needed}; those of {variant.edited_from} share so: {sharing_text(config)}",
+            )  # fmt: skip
+
     def _edit(self, run: Run) -> None:
-        variant = run.variant
-        assert variant.edited_from is not None and variant.edit is not None
-        source = next(r for r in self.plan() if (r.variant.name, r.seed) == (variant.edited_from, run.seed))
+        variant, source = run.variant, self._source_of(run)
+        assert variant.edit is not None
         if not self.is_finished(source):
             raise MegatronSamoeError(f"{variant.edited_from} is not finished, so there is nothing to edit.")
         if not store.whole_iterations(run.checkpoints):

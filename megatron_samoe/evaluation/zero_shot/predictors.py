@@ -92,9 +92,8 @@ class ModelPredictor:
     def respond(self, task: Task, items: Sequence[Item]) -> list[Response]:
         """Returns one response per item; all ranks of the layout call it together."""
         if task.kind == "generate":
-            prompts = [
-                item.contexts[0].rstrip() for item in items
-            ]  # models write the space before a word with the word
+            # Models write the space before a word with the word.
+            prompts = [item.contexts[0].rstrip() for item in items]
             texts = self.generate(prompts, task.until, task.max_new_tokens, task.name)
             return [Response(text=text.strip(), cut_tokens=cut) for text, cut in texts]
         pairs = [pair for item in items for pair in item.pairs]

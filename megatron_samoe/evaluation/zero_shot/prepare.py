@@ -68,12 +68,14 @@ def prepare(
         except DataError as error:
             failed.append(error)
     texts = tuple((f"corpus:{path.name}", read_documents(path, limit)) for path in corpora)
-    if not wanted and not texts:
-        raise ConfigError("--tasks", names, "names no task")
-    if not found and not texts and failed:
-        raise failed[0]
     if not found and not texts:
-        raise NoDataError(f"--data-dir {data_dir} has the data of no task; docs/evaluation.md lists the names.")
+        if not wanted:
+            raise ConfigError("--tasks", names, "names no task")
+        raise (
+            failed[0]
+            if failed
+            else NoDataError(f"--data-dir {data_dir} has the data of no task; docs/evaluation.md lists the names.")
+        )
     return Questions(tuple(found), texts, tuple(skipped), tuple(map(str, failed)))
 
 

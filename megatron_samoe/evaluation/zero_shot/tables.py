@@ -26,36 +26,32 @@ def result_table(results: Sequence[TaskResult]) -> str:
     """Returns every metric of every task with its standard error; shares in percent."""
     rows = [["task", "items", "metric", "value", "std. error", "best constant", "contexts cut"]]
     for result in results:
-        for number, (name, measured) in enumerate(result.metrics.items()):
+        # What is said of the task stands in its first row.
+        task, items, cut = result.task, f"{result.num_items:,}", f"{result.num_cut:,}"
+        for name, measured in result.metrics.items():
             percent = measured.metric.in_percent
             rows.append([
-                result.task if number == 0 else "",
-                f"{result.num_items:,}" if number == 0 else "",
+                task,
+                items,
                 name,
                 _shown(measured.value, percent),
                 _shown(measured.stderr, percent),
                 _shown(result.best_constant, True) if name in SHARES_OF_ITEMS else "",
-                f"{result.num_cut:,}" if number == 0 else "",
+                cut,
             ])  # fmt: skip
+            task = items = cut = ""
     return format_table(rows)
 
 
 def notes(results: Sequence[TaskResult], seq_length: int | None) -> list[str]:
     """Returns what a reader must know beside the table."""
-    found = []
-    cut = [r for r in results if r.num_cut]
-    if cut:
-        found.append(
-            f"Contexts longer than the model's {seq_length} tokens were cut from the left: "
-            + ", ".join(f"{r.task} {r.num_cut:,} of {r.num_items:,}" for r in cut) + "."
-        )  # fmt: skip
-    windowed = [r for r in results if r.num_windowed]
-    if windowed:
-        found.append(
-            "Continuations longer than that were scored in windows: "
-            + ", ".join(f"{r.task} {r.num_windowed:,}" for r in windowed) + "."
-        )  # fmt: skip
-    return found
+    cut = ", ".join(f"{r.task} {r.num_cut:,} of {r.num_items:,}" for r in results if r.num_cut)
+    windowed = ", ".join(f"{r.task} {r.num_windowed:,}" for r in results if r.num_windowed)
+    texts = {
+        f"Contexts longer than the model's {seq_length} tokens were cut from the left": cut,
+        "Continuations longer than that were scored in windows": windowed,
+    }
+    return [f"{text}: {tasks}." for text, tasks in texts.items() if tasks]
 
 
 def variation_table(variations: Sequence[Variation]) -> str:

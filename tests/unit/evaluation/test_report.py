@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_samoe.cli import report as report_command
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.evaluation import plots, plots_experts
 from megatron_samoe.evaluation.measurements import read_decode, read_study, read_zero_shot
@@ -23,6 +24,7 @@ from megatron_samoe.evaluation.report import write_report
 from megatron_samoe.evaluation.report_tables import cost_table, results_table, speed_table, zero_shot_table
 from megatron_samoe.evaluation.run_groups import group_runs, mean_sd
 from megatron_samoe.evaluation.run_summary import perplexity_text, read_run
+from megatron_samoe.interop.edited_model import NOT_MODEL
 from tests.harness.browser import browser, missing
 from tests.harness.serving import save_tiny
 
@@ -163,6 +165,37 @@ def test_different_numbers_of_training_tokens_are_noted(runs_dir: Path, tmp_path
         assert ("trained on different numbers of tokens" in (tmp_path / "r.html").read_text()) == noted
 
 
+#: Ways of sharing, how a report names them for four layers, and the sets of experts that are stored.
+WAYS = {
+    "own": ("own", 4), "tied": ("tied 0*4", 1), "0,1,1,0": ("tied 0,1*2,0", 2), "scaled:0*2,1*2": ("scaled 0*2,1*2", 2),
+    "pool": ("pool", 1), "combined": ("combined (2 banks)", 2), "own,combined*2,own": ("own,combined*2,own (2 banks)", 4),
+}  # fmt: skip
+
+
+def test_every_way_of_sharing_is_named_and_its_parameters_counted_once(tmp_path: Path) -> None:
+    for number, way in enumerate(WAYS):
+        save_tiny(tmp_path / f"{number}" / "checkpoints", "moe", num_layers=4, expert_sharing=way)
+        write_metrics(tmp_path / f"{number}", 2.0, True, False)
+    groups = group_runs([read_run(tmp_path / f"{number}") for number in range(len(WAYS))])
+    head, *rows = results_table(groups)
+    assert [row[head.index("sharing")] for row in rows] == [name for name, _ in WAYS.values()]
+    one_set = groups[0].first.parameters.expert // 4
+    for group, (_, num_sets) in zip(groups, WAYS.values(), strict=True):
+        count = group.first.parameters
+        assert count.expert == num_sets * one_set, group.name
+        (folder,) = (tmp_path / group.name / "checkpoints").glob("iter_*")
+        stored = CheckpointReader(folder).tensors
+        elements = {
+            name: t.num_bytes // t.dtype.itemsize for name, t in stored.items() if not name.startswith(NOT_MODEL)
+        }
+        assert count.total == sum(elements.values()), group.name
+        # Beside all that is no routed expert, a token passes K experts in each of the four layers.
+        assert count.active == count.total - count.expert + 4 * one_set // 4, group.name
+    page = tmp_path / "r.html"
+    write_report(page, "Ways", [group.first for group in groups])
+    assert "<th>sharing</th>" in page.read_text() and "stored, and counted, once" in page.read_text()
+
+
 def test_large_costs_are_whole_numbers(runs_dir: Path) -> None:
     groups = group_runs([read_run(runs_dir / "moe/seed-1")])
     for value, text in ((1300.4, "1,300"), (0.01234, "0.0123"), (999.7, "1,000"), (12.34, "12.3")):
@@ -172,9 +205,9 @@ def test_large_costs_are_whole_numbers(runs_dir: Path) -> None:
 def test_tables_have_the_figures_of_the_records(runs_dir: Path) -> None:
     groups = group_runs([read_run(path) for path in folders(runs_dir)])
     results = {row[0]: row for row in results_table(groups)}
-    assert results["moe"][7] == "2.5500 ± 0.1414" and results["moe"][9:] == ["0.77", "4 MB"]
-    assert results["samoe one bank"][7] == "2.7500" and results["samoe one bank"][9:] == ["-", "-"]
-    assert results["dense"][9] == "-"
+    assert results["moe"][8] == "2.5500 ± 0.1414" and results["moe"][10:] == ["0.77", "4 MB"]
+    assert results["samoe one bank"][8] == "2.7500" and results["samoe one bank"][10:] == ["-", "-"]
+    assert results["dense"][10] == "-"
     speeds = {row[0]: row for row in speed_table(groups)}
     # Without each start's first interval: 200, 300, 400, for both seeds.
     assert speeds["moe"][1:4] == ["300", "225 to 375", "6"]

@@ -15,9 +15,11 @@ import yaml
 
 from megatron_samoe.cli.study import main
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.evaluation.run_summary import sharing_text
 from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
-from megatron_samoe.evaluation.study.results import paired_difference
+from megatron_samoe.evaluation.study.results import collect, paired_difference, results_table
 from megatron_samoe.evaluation.study.runner import StudyRunner
+from tests.harness.serving import save_tiny
 
 OPTIONS = {
     "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 16, "num_experts": 2,
@@ -84,6 +86,55 @@ def test_a_study_without_runs_says_what_is_missing(tmp_path: Path) -> None:
         read_study(write_study(tmp_path, runs=None))
 
 
+#: Arms by name, their options, and how tables name what their four layers share.
+SHARING = {
+    "own": ({"expert-layout": "moe"}, "own"),
+    "combined": ({"expert-layout": "samoe", "num-expert-banks": 3}, "combined (3 banks)"),
+    "tied": ({"expert-layout": "moe", "expert-sharing": "tied", "num-expert-sets": 2}, "tied 0*2,1*2"),
+    "a map": ({"expert-layout": "moe", "expert-sharing": [0, 1, 1, 0]}, "tied 0,1*2,0"),
+    "scaled": ({"expert-layout": "moe", "expert-sharing": "scaled:0*4"}, "scaled 0*4"),
+    "one for all": ({"expert-layout": "moe", "expert-sharing": "pool"}, "pool"),
+    "ends apart": ({"expert-layout": "moe", "expert-sharing": "own,combined*2,own"}, "own,combined*2,own (2 banks)"),
+    "dense": ({"expert-layout": "dense"}, "-"),
+}
+
+
+def test_arms_may_share_experts_in_every_way(tmp_path: Path) -> None:
+    runs = {name: {**options, "num-layers": 4} for name, (options, _) in SHARING.items()}
+    study = read_study(write_study(tmp_path, runs=runs, derived=None, baseline="own"))
+    runner = StudyRunner(study, tmp_path, ())
+    runner.check()
+    found = {run.variant.name: sharing_text(runner.config_of(run)) for run in runner.plan()}
+    assert found == {name: text for name, (_, text) in SHARING.items()}
+
+
+def test_results_name_what_layers_share(tmp_path: Path) -> None:
+    runs = {"own": {"expert-layout": "moe"}, "tied": {"expert-layout": "moe", "expert-sharing": "tied"}}
+    study = read_study(write_study(tmp_path, runs=runs, derived=None, baseline="own", seeds=[1]))
+    plan = plan_runs(study, tmp_path)
+    for run in plan:
+        sharing = {} if run.variant.name == "own" else {"expert_sharing": "tied"}
+        save_tiny(run.checkpoints, "moe", **sharing)
+        record = {"iteration": 1, "validation_loss": 2.0, "validation_perplexity": math.exp(2.0)}
+        (run.directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    results = collect(study, plan)
+    head, own, tied = results_table(study, results)
+    assert (own[head.index("sharing")], tied[head.index("sharing")]) == ("own", "tied 0*2")
+    assert [r.to_json()["sharing"] for r in results] == ["own", "tied 0*2"]
+    assert results[0].expert_parameters == 2 * results[1].expert_parameters, "one set in place of two layers' own"
+    assert results[0].active_parameters == results[1].active_parameters
+
+
+@pytest.mark.parametrize(("edit", "sharing"), [("select", "tied"), ("select", "pool"), ("fold", "own")])
+def test_an_edit_that_will_not_fit_is_refused_before_training(tmp_path: Path, edit: str, sharing: str) -> None:
+    runs = {"own": {"expert-layout": "moe"}, "shared": {"expert-layout": "moe", "expert-sharing": sharing}}
+    derived = {"edited": {"from": "shared", "edit": edit}}
+    runner = StudyRunner(read_study(write_study(tmp_path, runs=runs, derived=derived, baseline="own")), tmp_path, ())
+    with pytest.raises(ConfigError, match=sharing) as caught:
+        runner.check()
+    assert caught.value.field == "derived.edited.edit"
+
+
 def test_folder_names_are_plain() -> None:
     assert folder_name("SaMoE, one bank (P = 2)") == "samoe-one-bank-p-2"
 
@@ -131,7 +182,8 @@ def test_flags_for_all_runs_leave_the_variants_what_they_are(tmp_path: Path) -> 
 
 
 def test_a_run_that_fails_stops_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    runs = {"broken": {"load": str(tmp_path / "none"), "exit-on-missing-checkpoint": True}, "whole": {}}
+    missing = {"load": str(tmp_path / "none"), "exit-on-missing-checkpoint": True}
+    runs = {"broken": {"expert-layout": "samoe", **missing}, "whole": {}}
     study = write_study(
         tmp_path, runs=runs, derived={"folded": {"from": "broken", "edit": "fold"}}, seeds=[1], baseline=None
     )
