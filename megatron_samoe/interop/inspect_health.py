@@ -16,21 +16,20 @@ altogether where it is dead in every layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.interop.edited_model import FRACTIONS, POOL, SETS, moe_layers, source_config
+from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.inspect_numbers import statistics
 from megatron_samoe.interop.layer_experts import LayerExperts, source_of
 from megatron_samoe.models.initialize import initialize_parameters
-from megatron_samoe.models.rank_model import RankModel, compute_dtype
 from megatron_samoe.parallel_state.parameter_tag import set_tag, tag_of
 from megatron_samoe.parallel_state.state import single_process_state
 
@@ -163,12 +162,8 @@ class InitialValues:
     """The values that a run's parameters began with, drawn again from its seed, one tensor at a time."""
 
     def __init__(self, config: PretrainConfig, source: GlobalTensors):
-        self._seed, self._dtype = config.training.seed, compute_dtype(config)
-        alone = replace(config, parallel=ParallelConfig())
-        vocab_size = int(source.train_state["vocab_size"])
-        model = RankModel(alone, vocab_size, single_process_state("meta"), self._dtype)
-        self._parameters = model.global_parameters()
-        self.tensors = {n: StoredTensor(tuple(p.shape), p.dtype) for n, p in self._parameters.items()}
+        native = NativeModel(config, int(source.train_state["vocab_size"]))
+        self._seed, self._parameters, self.tensors = config.training.seed, native.parameters, native.tensors
 
     def draw(self, name: str) -> Tensor:
         """Returns a parameter's first value."""

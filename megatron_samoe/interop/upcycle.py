@@ -165,10 +165,9 @@ def _new_moe(config: PretrainConfig, options: UpcycleOptions) -> MoEConfig:
     moe = options.moe
     if moe.expert_layout == "dense":
         raise ConfigError("--expert-layout", "dense", "must be moe or samoe")
-    if not (options.noise >= 0 and math.isfinite(options.noise)):
-        raise ConfigError("--noise", options.noise, "must be a finite number, 0 or more")
-    if options.router_std is not None and not (options.router_std >= 0 and math.isfinite(options.router_std)):
-        raise ConfigError("--router-std", options.router_std, "must be a finite number, 0 or more")
+    for name, value in (("--noise", options.noise), ("--router-std", options.router_std or 0.0)):
+        if not (value >= 0 and math.isfinite(value)):
+            raise ConfigError(name, value, "must be a finite number, 0 or more")
     if options.dense_mlp == "shared-expert":
         if options.noise:
             raise ConfigError("--noise", options.noise, "has no use with --dense-mlp shared-expert: nothing is copied")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 import torch
+from torch import nn
 
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
@@ -65,12 +66,17 @@ class NativeModel:
         return not self.model.disable_bias_linear
 
     @cached_property
-    def tensors(self) -> Mapping[str, StoredTensor]:
+    def parameters(self) -> Mapping[str, nn.Parameter]:
         """All parameters by global name, from the model itself, built without storage."""
         # Layouts do not change the names and shapes of a checkpoint, so one process without a layout tells them.
         config = replace(self.config, parallel=ParallelConfig())
         model = RankModel(config, self.vocab_size, single_process_state("meta"), compute_dtype(config))
-        return {name: StoredTensor(tuple(p.shape), p.dtype) for name, p in model.global_parameters().items()}
+        return model.global_parameters()
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Shapes and dtypes of all parameters."""
+        return {name: StoredTensor(tuple(p.shape), p.dtype) for name, p in self.parameters.items()}
 
 
 def lossless_precision(

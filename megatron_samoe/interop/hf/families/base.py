@@ -43,6 +43,23 @@ class Family:
         return [reason for rule in self.rules if (reason := rule(native)) is not None]
 
 
+#: Entries of config.json that are sizes and numbers of ours, which most classes call alike.
+ENTRIES = {
+    "hidden_size": "hidden_size", "intermediate_size": "mlp_size", "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads", "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim",
+    "max_position_embeddings": "max_positions", "initializer_range": "init_method_std",
+    "attention_dropout": "attention_dropout",
+}  # fmt: skip
+
+
+def entries(native: NativeModel) -> dict[str, Any]:
+    """Returns the entries that most classes share."""
+    return {
+        "vocab_size": native.vocab_size, **{theirs: getattr(native.model, ours) for theirs, ours in ENTRIES.items()},
+        "tie_word_embeddings": not native.model.untie_embeddings_and_output_weights,
+    }  # fmt: skip
+
+
 def needs(option: str, *allowed: object) -> Rule:
     """Returns the rule that an option of the model or its experts has one of the allowed values."""
 

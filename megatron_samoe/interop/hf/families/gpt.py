@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.interop.hf.families.base import Family, needs, plain_heads
+from megatron_samoe.interop.hf.families.base import Family, entries, needs, plain_heads
 from megatron_samoe.interop.hf.families.reading import CannotCompute, common, demand, flag, mapping, number
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, rows, transposed, whole
@@ -149,12 +149,9 @@ def _write_neox(native: NativeModel) -> dict[str, Any]:
     model = native.model
     rope = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_percent}
     return {
-        "vocab_size": native.vocab_size, "hidden_size": model.hidden_size, "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads, "intermediate_size": model.mlp_size,
-        "hidden_act": "gelu_new", "attention_dropout": model.attention_dropout,
-        "hidden_dropout": model.hidden_dropout, "max_position_embeddings": model.max_positions,
-        "initializer_range": model.init_method_std, "layer_norm_eps": model.norm_epsilon,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights, "use_parallel_residual": False,
+        **{name: value for name, value in entries(native).items() if name not in ("head_dim", "num_key_value_heads")},
+        "hidden_act": "gelu_new", "hidden_dropout": model.hidden_dropout, "layer_norm_eps": model.norm_epsilon,
+        "use_parallel_residual": False,
         "attention_bias": True, "rotary_emb_base": model.rotary_base, "rotary_pct": model.rotary_percent,
         "rope_parameters": {"rope_type": "default", **rope},
     }  # fmt: skip

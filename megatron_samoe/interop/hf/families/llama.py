@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.interop.hf.families.base import needs
+from megatron_samoe.interop.hf.families.base import entries, needs
 from megatron_samoe.interop.hf.families.reading import common, demand, flag, number, rotary_base
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Constant, Part, View, at, keys, queries, rows, values, whole
@@ -47,19 +47,9 @@ def write_shared_config(native: NativeModel) -> dict[str, Any]:
     """Returns the entries that all of them share."""
     model = native.model
     return {
-        "vocab_size": native.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.mlp_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        "head_dim": model.head_dim,
+        **entries(native),
         "hidden_act": "silu",
-        "max_position_embeddings": model.max_positions,
-        "initializer_range": model.init_method_std,
         "rms_norm_eps": model.norm_epsilon,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "attention_dropout": model.attention_dropout,
         # Both the name that transformers 4 knows and the one of transformers 5.
         "rope_theta": model.rotary_base,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_samoe.config.derived import written_layer_freq
@@ -23,29 +23,26 @@ def number(config: Mapping[str, Any], key: str, default: int | float | None = No
 
 def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     """Returns an entry that must be true or false; ConfigError where it is something else."""
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, bool):
-        raise ConfigError(f"config.json: {key}", value, "must be true or false")
-    return value
+    return _entry(config, key, default, lambda value: isinstance(value, bool), "true or false")
 
 
 def mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Returns an entry that must be a mapping, empty if it is not there; ConfigError where it is something else."""
-    value = config.get(key)
-    if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(f"config.json: {key}", value, "must be a mapping")
-    return value or {}
+    return _entry(config, key, {}, lambda value: isinstance(value, Mapping), "a mapping")
 
 
 def listed(config: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     """Returns an entry that must be a list of texts or of whole numbers; ConfigError where it is something else."""
+    words = {str: "texts", int: "whole numbers"}[kind]
+    is_legal = lambda value: isinstance(value, list) and all(type(entry) is kind for entry in value)  # noqa: E731
+    return _entry(config, key, [], is_legal, f"a list of {words}")
+
+
+def _entry(config: Mapping[str, Any], key: str, default: Any, is_legal: Callable[[Any], bool], words: str) -> Any:
     value = config.get(key)
-    value = [] if value is None else value
-    if not isinstance(value, list) or not all(type(entry) is kind for entry in value):
-        words = {str: "texts", int: "whole numbers"}[kind]
-        raise ConfigError(f"config.json: {key}", value, f"must be a list of {words}")
-    return value
+    if value is not None and not is_legal(value):
+        raise ConfigError(f"config.json: {key}", value, f"must be {words}")
+    return default if value is None else value
 
 
 def demand(config: Mapping[str, Any], key: str, allowed: tuple[object, ...], default: object = None) -> None:

@@ -10,7 +10,7 @@ from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.sharing_map import written_map
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import moe_layers, one_number
-from megatron_samoe.interop.hf.families.base import Family
+from megatron_samoe.interop.hf.families.base import Family, entries
 from megatron_samoe.interop.hf.families.reading import common, demand, flag
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, rows, whole
@@ -57,12 +57,10 @@ def _write(native: NativeModel) -> dict[str, Any]:
     model, moe, ways = native.model, native.moe, {source.way for source in native.sources}
     layout = "samoe" if ways == {"combined"} else moe.expert_layout
     config = {
-        "auto_map": AUTO_MAP, "vocab_size": native.vocab_size,
+        "auto_map": AUTO_MAP,
         **{theirs: getattr(model, ours) for theirs, ours in _MODEL_ENTRIES.items()},
-        "head_dim": model.head_dim, "num_key_value_heads": model.num_kv_heads, "intermediate_size": model.mlp_size,
-        "max_position_embeddings": model.max_positions, "hidden_act": "swiglu" if model.swiglu else "gelu_tanh",
-        "linear_bias": native.has_bias, "qkv_bias": model.qkv_bias,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights, "expert_layout": layout,
+        **entries(native), "hidden_act": "swiglu" if model.swiglu else "gelu_tanh", "linear_bias": native.has_bias,
+        "qkv_bias": model.qkv_bias, "expert_layout": layout,
         **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(layout, moe.has_pool).items()},
     }  # fmt: skip
     if layout != "dense":
@@ -87,8 +85,8 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     demand(config, "hidden_act", ("swiglu", "gelu_tanh"))
     of_moe = _COMPUTED_OF_MOE if layout != "dense" else ()
     sharing = config.get("expert_sharing") if layout == "moe" else None
-    entries = _moe_entries(layout, layout == "samoe" or "combined" in str(sharing))
-    missing = [key for key in (*_MODEL_ENTRIES, *_COMPUTED, *entries, *of_moe) if key not in config]
+    of_layout = _moe_entries(layout, layout == "samoe" or "combined" in str(sharing))
+    missing = [key for key in (*_MODEL_ENTRIES, *_COMPUTED, *of_layout, *of_moe) if key not in config]
     if missing:
         raise ConfigError("config.json", missing[:3], "these entries of a samoe model are missing")
     for name in ("linear_bias", "qkv_bias", "tie_word_embeddings"):
@@ -103,7 +101,7 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "add_qkv_bias": config["qkv_bias"] and not config["linear_bias"],
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
     }  # fmt: skip
-    moe = {"expert_layout": layout, **{ours: config[theirs] for theirs, ours in entries.items()}}
+    moe = {"expert_layout": layout, **{ours: config[theirs] for theirs, ours in of_layout.items()}}
     if layout != "dense":
         pattern = config["moe_layers"]
         if not isinstance(pattern, list) or not all(type(is_moe) is bool or is_moe in (0, 1) for is_moe in pattern):
