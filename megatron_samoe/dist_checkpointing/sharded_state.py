@@ -88,7 +88,7 @@ class UnreadTensor:
 
     @property
     def local(self) -> Tensor:
-        """The tensor, made again at each call."""
+        """The tensor; each call makes a new one."""
         tensor = self.read()
         assert tuple(tensor.shape) == self.global_shape and tensor.dtype == self.dtype
         return tensor

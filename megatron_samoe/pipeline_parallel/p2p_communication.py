@@ -25,18 +25,18 @@ class TensorSpec:
     """Shape, dtype and device of the tensors that stages exchange.
 
     Attributes:
-        passengers: last rows of an activation that have no gradient: its gradient's message ends before them.
+        rows_without_gradient: last rows of an activation that have no gradient: its gradient's message ends before them.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    passengers: int = 0
+    rows_without_gradient: int = 0
 
     def of_gradients(self) -> TensorSpec:
         """Returns what comes back."""
         rows, *rest = self.shape
-        return TensorSpec((rows - self.passengers, *rest), self.dtype, self.device)
+        return TensorSpec((rows - self.rows_without_gradient, *rest), self.dtype, self.device)
 
     def empty(self) -> Tensor:
         """Returns a tensor to receive into."""

@@ -80,7 +80,7 @@ def run_plan(plan: Plan, pipeline: Pipeline, forward: StageFunction, spec: Tenso
         return
     with_gradients = any(action.kind == "B" for action in plan)
     gradient_spec = spec.of_gradients()
-    num_rows, has_passengers = gradient_spec.shape[0], spec.passengers > 0
+    num_rows, is_cut = gradient_spec.shape[0], spec.rows_without_gradient > 0
     held: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
     for action, upcoming in zip(plan, [*plan[1:], None], strict=True):
         received = None
@@ -103,7 +103,7 @@ def run_plan(plan: Plan, pipeline: Pipeline, forward: StageFunction, spec: Tenso
                 channel.send(output.detach(), direction, what)
         else:
             x, output = held.pop(key)
-            torch.autograd.backward(output[:num_rows] if has_passengers and not is_last else output, received)
+            torch.autograd.backward(output[:num_rows] if is_cut and not is_last else output, received)
             if x is not None:
                 assert x.grad is not None
                 direction, what = pipeline.outgoing(action)

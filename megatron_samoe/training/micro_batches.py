@@ -39,7 +39,7 @@ def run_micro_batches(
         batch, stage = batches[number], model.chunks[chunk]
         x = taught_x = batch["tokens"] if x is None else x
         if teacher is not None and not stage.is_first:
-            x, taught_x = teacher.alight(x, setup.local_tokens(contexts[number].batch_size))
+            x, taught_x = teacher.unpack(x, setup.local_tokens(contexts[number].batch_size))
         packed = (batch.get("position_ids"), batch.get("document_ids"))
         y, all_stats = model(x, contexts[number], *packed, chunk=chunk)
         taught_y = None if teacher is None else teacher.forward(taught_x, contexts[number].batch_size, *packed, chunk)
@@ -47,7 +47,7 @@ def run_micro_batches(
             assert rows is not None
             model.statistics.add(rows, stats)
         if not stage.is_last:
-            return y if teacher is None or taught_y is None else teacher.board(y, taught_y)
+            return y if teacher is None or taught_y is None else teacher.pack(y, taught_y)
         mask_T = batch["loss_mask"].flatten()
         loss = take_losses(number, batch, model.loss(y, batch["labels"]) * mask_T)
         if teacher is None or taught_y is None or take_divergences is None:

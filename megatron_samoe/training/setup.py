@@ -74,8 +74,10 @@ class TrainSetup:
         hidden, dtype, loads = self.config.model.hidden_size, self.model.dtype, self.model.set_loads
         tokens = self.local_tokens(batch_size)
         rows = loads.num_rows(batch_size, hidden, dtype) if training and loads is not None else 0
-        passengers = self.teacher.num_rows(tokens, hidden) if taught and self.teacher is not None else 0
-        return TensorSpec((tokens + rows + passengers, hidden), dtype, self.parallel.device, passengers)
+        rows_without_gradient = self.teacher.num_rows(tokens, hidden) if taught and self.teacher is not None else 0
+        return TensorSpec(
+            (tokens + rows + rows_without_gradient, hidden), dtype, self.parallel.device, rows_without_gradient
+        )
 
     def local_tokens(self, batch_size: int) -> int:
         """Returns the tokens of a micro-batch that this rank holds between layers."""

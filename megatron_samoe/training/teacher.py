@@ -1,7 +1,7 @@
 """A teacher beside its student: a trained model that reads the same micro-batches and is never trained.
 
-Its layers lie over the student's ranks. Between pipeline stages its activations are passengers of the student's messages:
-more rows below the student's, of the student's width, which come back with no gradient.
+Its layers lie over the student's ranks. Between pipeline stages its activations are rows below
+the student's in the same message, of the student's width. They come back with no gradient.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class Teacher:
     weight: float
 
     def num_rows(self, tokens: int, hidden_size: int) -> int:
-        """Returns the rows of a message that the activations of so many tokens take."""
+        """Returns the rows of a message that the activations of `tokens` tokens take."""
         return math.ceil(tokens * self.model.config.model.hidden_size / hidden_size)
 
-    def board(self, x_TH: Tensor, teacher_TH: Tensor) -> Tensor:
+    def pack(self, x_TH: Tensor, teacher_TH: Tensor) -> Tensor:
         """Returns a message: the student's x_TH, and below it the teacher's activations."""
         flat = teacher_TH.reshape(-1)
         padding = flat.new_zeros(-len(flat) % x_TH.shape[1])
         return torch.cat((x_TH, torch.cat((flat, padding)).view(-1, x_TH.shape[1])))
 
-    def alight(self, message: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """Returns the student's part of a message, and the teacher's activations of so many tokens."""
+    def unpack(self, message: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Returns the student's part of a message, and the activations of the teacher, of `tokens` tokens."""
         rows, width = self.num_rows(tokens, message.shape[1]), self.model.config.model.hidden_size
-        passengers = message.detach()[len(message) - rows :].reshape(-1)
-        return message[: len(message) - rows], passengers[: tokens * width].view(tokens, width)
+        taught = message.detach()[len(message) - rows :].reshape(-1)
+        return message[: len(message) - rows], taught[: tokens * width].view(tokens, width)
 
     @torch.no_grad()
     def forward(
