@@ -8,7 +8,7 @@ coefficients are one-hot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,17 +109,26 @@ def match_experts(grams: Sequence[Tensor], num_banks: int, max_sweeps: int = 10)
         placed.append(best)
         waiting.remove(best)
     kept, kept_loss = order_LE.clone(), _total_loss(grams, order_LE, num_banks)
-    for _ in range(max_sweeps):
-        before = order_LE.clone()
-        for layer in range(1, num_layers):
-            others = [other for other in range(num_layers) if other != layer]
-            order_LE[layer] = _assign(scores_of(others, layer))
+    for _ in _sweeps(
+        order_LE, range(1, num_layers), lambda layer, others: _assign(scores_of(others, layer)), max_sweeps
+    ):
         loss = _total_loss(grams, order_LE, num_banks)
         if loss < kept_loss:
             kept, kept_loss = order_LE.clone(), loss
-        if torch.equal(order_LE, before):
-            break
     return kept
+
+
+def _sweeps(
+    order_LE: Tensor, layers: Sequence[int], place: Callable[[int, list[int]], Tensor], max_sweeps: int
+) -> Iterator[None]:
+    """Places each layer again against all others, and yields after each sweep until one changes nothing."""
+    for _ in range(max_sweeps):
+        before = order_LE.clone()
+        for layer in layers:
+            order_LE[layer] = place(layer, [other for other in range(len(order_LE)) if other != layer])
+        yield
+        if torch.equal(order_LE, before):
+            return
 
 
 def match_to_mean(
@@ -142,22 +151,18 @@ def match_to_mean(
     group_E = torch.arange(num_experts) // (num_experts // num_groups)
     is_apart_EE = group_E[:, None] != group_E
 
-    def place(layer: int, others: Sequence[int]) -> None:
-        score_EE = sum(gram_LELE[layer, :, other][:, order_LE[other]] for other in others)
-        assert isinstance(score_EE, Tensor)
+    def place(layer: int, others: Sequence[int]) -> Tensor:
+        score_EE = torch.stack([gram_LELE[layer, :, other][:, order_LE[other]] for other in others]).sum(0)
         barrier = 2 * num_experts * float(score_EE.abs().max()) + 1.0
-        order_LE[layer] = _assign(score_EE.masked_fill(is_apart_EE, -barrier))
+        return _assign(score_EE.masked_fill(is_apart_EE, -barrier))
 
     fixed = anchor or 0
     rest = [layer for layer in range(num_layers) if layer != fixed]
     for number, layer in enumerate(rest):
-        place(layer, [fixed] if anchor is not None else [fixed, *rest[:number]])
-    for _ in range(max_sweeps if anchor is None else 0):
-        before = order_LE.clone()
-        for layer in rest:
-            place(layer, [other for other in range(num_layers) if other != layer])
-        if torch.equal(order_LE, before):
-            break
+        order_LE[layer] = place(layer, [fixed] if anchor is not None else [fixed, *rest[:number]])
+    if anchor is None:
+        for _ in _sweeps(order_LE, rest, place, max_sweeps):
+            pass
     return order_LE
 
 

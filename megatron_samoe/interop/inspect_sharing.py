@@ -33,18 +33,15 @@ class Store:
 def described_sharing(source: GlobalTensors) -> tuple[str, list[Store]]:
     """Returns the whole map, an entry for each MoE layer, and what is stored, in the order of first use."""
     places = moe_layers(source_config(source))
-    users: dict[str, list[int]] = {}
-    for i, place in enumerate(places):
-        users.setdefault(stored_experts(place), []).append(i)
     stores = []
-    for stored, own in users.items():
-        first, tensors = places[own[0]], [t for name, t in source.tensors.items() if name.startswith(stored)]
-        way = source_of(first).way
-        banks = tensors[0].shape[0] if way == "combined" and tensors else 1
-        name = {"own": f"own of layer {first.index}", "combined": f"pool of {banks} banks"}.get(
-            way, f"set {source_of(first).number} ({way})"
-        )
-        layers, size = tuple(places[i].index for i in own), sum(t.num_bytes for t in tensors)
-        elements = sum(t.num_elements for t in tensors)
-        stores.append(Store(name, first.num_experts, banks, layers, elements, size))
+    for stored in dict.fromkeys(map(stored_experts, places)):
+        users = [place for place in places if stored_experts(place) == stored]
+        tensors = [t for name, t in source.tensors.items() if name.startswith(stored)]
+        used = source_of(users[0])
+        banks = tensors[0].shape[0] if used.way == "combined" and tensors else 1
+        names = {"own": f"own of layer {users[0].index}", "combined": f"pool of {banks} banks"}
+        stores.append(Store(
+            names.get(used.way, f"set {used.number} ({used.way})"), users[0].num_experts, banks,
+            tuple(place.index for place in users), sum(t.num_elements for t in tensors), sum(t.num_bytes for t in tensors),
+        ))  # fmt: skip
     return written_map([source_of(place) for place in places]) if places else "", stores

@@ -17,19 +17,21 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
 from megatron_samoe.dist_checkpointing.store import LATEST, refuse_parts
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import model_names
+from megatron_samoe.interop.layer_experts import layer_of
 from megatron_samoe.interop.megatron.arguments import to_arguments
 from megatron_samoe.interop.megatron.names import MegatronStyle, Part, ep_rank_of, key_of, parts_of
 from megatron_samoe.interop.megatron.rank_files import CHECKPOINT_VERSION, FILE_NAME, RankPlace, folder_name
 from megatron_samoe.interop.megatron.torch_file import PromisedTensor, TorchFile
 from megatron_samoe.interop.output_folder import new_folder, require_space
 from megatron_samoe.interop.unpool_surgery import fold_shared
-from megatron_samoe.models.layer_layout import all_layers
+from megatron_samoe.models.layer_layout import all_layers, rank_plans
 from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 
 VOCABULARY = ("embedding.word.weight", "output.weight")
@@ -205,7 +207,13 @@ def _planned(
     source: GlobalTensors, config: PretrainConfig, layout: MegatronLayout, place: RankPlace, padded: int
 ) -> list[PlannedTensor]:
     tp, pp, ep = layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel
-    stages = _Stages(config.model.num_layers, pp, layout.virtual_pipeline)
+    stages = replace(ParallelConfig(), pipeline_model_parallel_size=pp,
+                     num_layers_per_virtual_pipeline_stage=config.model.num_layers // pp // layout.virtual_pipeline)  # fmt: skip
+    plans = rank_plans(replace(config, parallel=stages), place.pp)
+    #: Chunk of each of the rank's layers, and the layer's number in the chunk.
+    places: dict[int | None, tuple[int, int | None]] = {
+        layer.index: (chunk, i) for chunk, plan in enumerate(plans) for i, layer in enumerate(plan.layers)
+    }
     is_moe = {layer.index: layer.moe_index is not None for layer in all_layers(config)}
     experts_per_rank = max(config.moe.most_experts // ep, 1)
     tied = not config.model.untie_embeddings_and_output_weights
@@ -213,11 +221,13 @@ def _planned(
     for name in model_names(source):
         stored = source.tensors[name]
         shape = (padded, *stored.shape[1:]) if name in VOCABULARY else stored.shape
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else None
-        stage, chunk, local_layer = stages.place_of(name, layer)
+        layer = layer_of(name)
+        outer = place.pp == 0 if name.startswith("embedding.") else place.pp == pp - 1
+        is_here = layer in places if layer is not None else outer
+        chunk, local_layer = places.get(layer, (0 if name.startswith("embedding.") else len(plans) - 1, None))
         for part in parts_of(name, shape, layout.style, is_moe.get(layer or 0, False), ep):
             holder = ep_rank_of(part, config.moe.most_experts, ep)
-            if stage != place.pp or holder not in (None, place.ep):
+            if not is_here or holder not in (None, place.ep):
                 continue
             key = key_of(part, local_layer, experts_per_rank)
             split = tp if part.experts is None else layout.etp
@@ -229,24 +239,8 @@ def _planned(
         if name == VOCABULARY[0] and tied and pp > 1 and place.pp == pp - 1:
             part = Part("output_layer.weight", split_dim=0)
             own_shape = part.local_shape(shape, tp)
-            planned.append(PlannedTensor(part.key, stages.num_chunks - 1, name, part, own_shape, stored.dtype, tp))
+            planned.append(PlannedTensor(part.key, len(plans) - 1, name, part, own_shape, stored.dtype, tp))
     return planned
-
-
-@dataclass(frozen=True)
-class _Stages:
-    """Layers in even runs: the ranks take turns, chunk by chunk."""
-
-    num_layers: int
-    num_stages: int
-    num_chunks: int
-
-    def place_of(self, name: str, layer: int | None) -> tuple[int, int, int | None]:
-        """Returns a tensor's pipeline rank, its chunk there, and its layer's number in the chunk."""
-        if layer is None:
-            return (0, 0, None) if name.startswith("embedding.") else (self.num_stages - 1, self.num_chunks - 1, None)
-        run, local_layer = divmod(layer, self.num_layers // (self.num_stages * self.num_chunks))
-        return run % self.num_stages, run // self.num_stages, local_layer
 
 
 def write_export(

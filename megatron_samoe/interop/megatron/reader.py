@@ -19,6 +19,7 @@ from megatron_samoe.dist_checkpointing.saved_tensor import is_plain
 from megatron_samoe.errors import CheckpointError, ConfigError, shown
 from megatron_samoe.interop.edited_model import validate_model
 from megatron_samoe.interop.hf.native import NativeModel, lossless_precision
+from megatron_samoe.interop.layer_experts import layer_of
 from megatron_samoe.interop.megatron.arguments import from_arguments
 from megatron_samoe.interop.megatron.names import MegatronStyle, Part, ep_rank_of, key_of, parts_of
 from megatron_samoe.interop.megatron.rank_files import (
@@ -141,7 +142,7 @@ class MegatronReader:
             CheckpointError: one is missing or of another shape.
         """
         shape = self._file_shape(name, stored.shape)
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else None
+        layer = layer_of(name)
         is_moe = layer is not None and self._native.is_moe[layer]
         parts = parts_of(name, shape, self._style, is_moe, self._ep)
         found = {}
