@@ -92,7 +92,7 @@ void check_experts(WeightType type) {
   });
 }
 
-// Two layers, the second one with a shared expert, of tokens of some sequences: everything that a step's threads share.
+// Two layers, the second one with a shared expert that is mixed with the chosen ones by each token, of tokens of some sequences: everything that a step's threads share.
 void check_step(WeightType type) {
   const int64_t tokens = pick(1, 12), hidden = 2 * pick(1, 40), ffn = pick(1, 70), experts = pick(1, 5), topk = pick(1, experts);
   const int64_t groups = pick(1, 3), queries = pick(1, 2), dim = 2 * pick(1, 12), vocab = pick(2, 90), pages_per_slot = 2;
@@ -103,6 +103,11 @@ void check_step(WeightType type) {
   const Weights words(vocab, hidden, type), head(vocab, hidden, type), router(experts, hidden, WeightType::f32);
   const Weights qkv(width, hidden, type), output(hidden, inner, type);
   const Weights w1(experts * up, hidden, type), w2(experts * hidden, ffn, type);
+  const Weights mixing(2, hidden, WeightType::f32);
+  const auto bias = floats(experts), scale = floats(1);
+  auto candidates = floats(experts);
+  for (float& factor : candidates) factor = pick(0, 3) == 0 ? 0.0f : std::abs(factor);
+  const bool by_norm = pick(0, 1) == 1, in_groups = pick(0, 1) == 1;
   const auto norm = floats(hidden), cosines = floats(pages_per_slot * page * dim), cache = floats(num_pages * groups * dim * page);
   std::vector<int64_t> ids, wanted, index, zeros(static_cast<size_t>(tokens));
   std::vector<int32_t> positions, slots, pages;
@@ -119,7 +124,7 @@ void check_step(WeightType type) {
     auto x = room(tokens * hidden), normed = x, projected = room(tokens * width), prepared = projected;
     auto attended = room(tokens * inner), logits = room(tokens * experts), probs = room(tokens * topk), last = room(2 * rows * hidden);
     auto h = room(tokens * topk * ffn), y = room(tokens * topk * std::max(hidden, ffn)), shared_y = room(tokens * hidden);
-    const std::vector<float> ones(static_cast<size_t>(tokens), 1.0f);
+    auto mixed = room(tokens * 2), shared_probs = room(tokens);
     std::vector<int64_t> chosen(static_cast<size_t>(tokens * topk));
     std::vector<std::vector<float>> keys(2, cache), values(2, cache);
     std::vector<samoe::cpu::DecodeLayer> layers(2);
@@ -144,9 +149,18 @@ void check_step(WeightType type) {
       layer.experts = {normed.data(), chosen.data(), probs.data(), 0, topk, experts, index.data(), index.data(), w1.matrix, w2.matrix,
                        nullptr, nullptr, nullptr, nullptr, hidden, ffn, gated, h.data(), y.data(), true, x.data(), 0};
       if (l == 0) continue;
+      layer.mixing = {normed.data(), mixing.matrix, nullptr, 0, hidden, 2, false, mixed.data(), 0};
+      auto& choice = layer.choice;
+      choice.norm_scale = by_norm ? scale.data() : nullptr;
+      choice.bias_E = bias.data();
+      choice.candidates_E = candidates.data();
+      choice.num_groups = in_groups ? experts : 0;
+      choice.group_topk = topk;
+      choice.mixing_T2 = mixed.data();
+      choice.shared_T = shared_probs.data();
       layer.shared = layer.experts;
       layer.shared.ids_TK = zeros.data();
-      layer.shared.probs_TK = ones.data();
+      layer.shared.probs_TK = shared_probs.data();
       layer.shared.topk = 1;
       layer.shared.h_NF = y.data();  // as plans lay them out: over what the routed experts need no more
       layer.shared.y_NH = shared_y.data();

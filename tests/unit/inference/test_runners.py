@@ -19,6 +19,7 @@ from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.serving import Serving, choose_serving, needed_bytes
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.ops import decode
+from megatron_samoe.ops.decode import ExpertStack
 from megatron_samoe.runtime.free_memory import free_in_control_groups
 from megatron_samoe.runtime.load import LoadedModel
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
@@ -175,7 +176,12 @@ def test_the_rank_runner_serves_the_same_ways(name: str, serving: Serving) -> No
     close(step_logits(runner, pages, [(0, 30, IDS[0][30:])])[0], expected[30:])
 
 
-@pytest.mark.parametrize(("name", "serving"), [("dense gpt3", "folded"), *(w for w in WAYS if w[0] == "samoe gpt3")])
+SMALL = ("dense gpt3", "tied", "scaled", "pool", "pyramid residual")
+
+
+@pytest.mark.parametrize(
+    ("name", "serving"), [*((n, "folded") for n in SMALL), *(w for w in WAYS if w[0] == "samoe gpt3")]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 0.03), ("int8", 0.05)])
 def test_small_weights_stay_near(name: str, serving: Serving, dtype: str, tolerance: float) -> None:
     loaded = make(name, serving)
@@ -309,6 +315,27 @@ def test_needed_bytes_are_those_that_the_weights_take(serving: Serving, dtype: s
     taken = sum(size for place, size in new.items() if place not in before)
     planned = needed_bytes(loaded.model, dtype, cache_experts, pages)[serving]
     # Biases, norms and scales are kept in fp32 whatever the precision of matrices.
+    assert abs(taken - planned) < 0.2 * planned + 40_000
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("name", "sets"), [("tied", 3), ("tied sets", 2), ("scaled", 2), ("pool", 1), ("residual pool", 1)]
+)
+def test_shared_sets_are_in_memory_once(name: str, sets: int, dtype: str) -> None:
+    loaded = make(name, "folded")
+    model = make_decode_model(loaded.model, "folded", dtype, 5)
+    stacks = [layer.experts for layer in model.layers if layer.routing is not None]
+    matrices = {w.data.data_ptr(): w.num_bytes for e in stacks if isinstance(e, ExpertStack) for w in (e.w1, e.w2)}
+    assert len(matrices) == 2 * sets and len(stacks) >= sets
+    owned = [p for n, p in loaded.model.named_parameters() if n.endswith((".w1", ".w2"))]
+    width = {"fp32": 4, "bf16": 2, "int8": 1}[dtype]
+    scales = 4 * sum(p.numel() // p.shape[-1] for p in owned) if dtype == "int8" else 0
+    assert sum(matrices.values()) == width * sum(p.numel() for p in owned) + scales
+    before = {p.untyped_storage().data_ptr() for p in loaded.model.parameters()}
+    new = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.weights()}
+    taken = sum(size for place, size in new.items() if place not in before)
+    planned = needed_bytes(loaded.model, dtype, 0, 5)["folded"]
     assert abs(taken - planned) < 0.2 * planned + 40_000
 
 
