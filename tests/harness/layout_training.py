@@ -46,6 +46,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 pp2 ep2 sp zero overlap": (8, {"tp": 2, "pp": 2, "ep": 2, "sp": True, "zero": True, "overlap": True}),
     "pp2 ep4": (8, {"pp": 2, "ep": 4}),
     "pp2 ep2 edp2 zero replicated pool": (8, {"pp": 2, "ep": 2, "zero": True, "pool": "replicated"}),
+    "pp4 ep2": (8, {"pp": 4, "ep": 2}),
     "tp2 etp1 ep4 pp2 sp": (8, {"tp": 2, "etp": 1, "ep": 4, "pp": 2, "sp": True}),
 }
 MODELS: dict[str, dict[str, Any]] = {
