@@ -61,6 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "scaled": {"expert_sharing": "scaled:own,0,0,0", "moe_router_topk": 2},
     "mixed": {"expert_sharing": "combined,0,combined,0", "moe_router_topk": 2},
     "pool": {"expert_sharing": "pool", "num_experts": 8, "moe_router_topk": 3, "moe_router_score_function": "norm"},
+    "neighbours": {"expert_sharing": "neighbours", "moe_router_topk": 2, "neighbour_unmask_steps": 3},
     "groups": {"num_experts": 8, "moe_router_topk": 2, "moe_router_score_function": "sigmoid",
                "moe_router_enable_expert_bias": True, "moe_router_num_groups": 4, "moe_router_group_topk": 2,
                "moe_router_topk_scaling_factor": 2.5},
