@@ -19,7 +19,6 @@ from megatron_samoe.interop.edited_model import (
     EditedModel,
     begin_edit,
     model_names,
-    one_number,
     source_config,
     with_sharing,
     without_idle_options,
@@ -74,6 +73,6 @@ def _student_config(config: PretrainConfig, kept: Sequence[LayerPlace], sources:
     moe = replace(
         config.moe,
         moe_layer_freq=written_layer_freq(is_moe),
-        num_experts=one_number(counts),
+        num_experts=counts,
     )
     return with_sharing(replace(config, moe=moe), sources)

@@ -48,23 +48,26 @@ class AuxiliaryLosses:
 
     def __call__(self, gate: GateResult, context: ForwardContext) -> tuple[Tensor | None, dict[str, Tensor]]:
         """See `BalanceStrategy`; "balance" is the sum over sequences of E * sum_e f_e P_e."""
-        balance = balance_sum(gate, self._config.balance_group_size if context.training else 1, self._dp)
+        balance = balance_sum(
+            gate, self._config.moe_router_topk, self._config.balance_group_size if context.training else 1, self._dp
+        )
         loss = auxiliary_loss(gate, balance, self._config, context) if context.training else None
         return loss, {"balance": balance.detach()}
 
 
-def balance_sum(gate: GateResult, group_size: int, dp: Group) -> Tensor:
+def balance_sum(gate: GateResult, topk: int, group_size: int, dp: Group) -> Tensor:
     """Returns the sum over this rank's sequences of E * sum_e f_e P_e, P within the sequence, f within its group.
 
     Summed over a group's sequences this is group_size times the group's own E * sum_e f_e P_e.
 
     Args:
         gate: of whole sequences; its sums have a row for each.
+        topk: experts that a token visits, on average.
         group_size: sequences balanced together; divides those of all data-parallel ranks.
         dp: ranks that hold the other sequences. All call this together where a group does not lie within one rank.
     """
     num_sequences, num_experts = gate.counts_GE.shape
-    num_tokens, topk = gate.ids_TK.shape
+    num_tokens = len(gate.ids_TK)
     tokens = max(num_tokens // max(num_sequences, 1), 1)
     counts_BE = _group_counts(gate.counts_GE, group_size, dp)
     shares_BE = counts_BE.to(gate.score_sum_GE.dtype) / (group_size * tokens * topk)

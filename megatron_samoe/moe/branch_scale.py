@@ -45,10 +45,9 @@ def branch_scale(config: PretrainConfig, num_experts: int) -> BranchScale:
         return BranchScale(1.0, 1.0)
     # The router sees normalised tokens, of length sqrt(H).
     logit_std = router_init_std(config) * config.model.hidden_size**0.5
+    kind = "expert choice" if moe.moe_router_expert_choice else moe.moe_router_score_function
     squares = (
-        mean_squared_weights(
-            num_experts, moe.moe_router_topk, moe.moe_router_score_function, moe.pre_softmax, logit_std
-        )
+        mean_squared_weights(num_experts, moe.moe_router_topk, kind, moe.pre_softmax, logit_std)
         * (moe.moe_router_topk_scaling_factor or 1.0) ** 2
     )
     shared_size = config.shared_expert_size or 0
@@ -69,6 +68,10 @@ def mean_squared_weights(
     logits_TE = _normal(num_experts).mul_(logit_std)
     if score_function == "relu":
         return num_experts * logit_std**2 / 2
+    if score_function == "expert choice":
+        scores_TE = logits_TE.softmax(-1)
+        capacity = max(len(scores_TE) * topk // num_experts, 1)
+        return float(scores_TE.topk(capacity, dim=0).values.double().square().sum() / len(scores_TE))
     if score_function == "norm":
         probs_TK = norm_start(num_experts, topk) * _largest_normed(num_experts, topk)
     else:

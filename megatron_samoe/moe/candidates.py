@@ -60,7 +60,8 @@ class NeighbourSchedule:
     def update(self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int) -> None:
         """Opens as many as are due."""
         for moe_index, factors in factors_E.items():
-            factors.copy_(self._factors(moe_index, len(factors), iteration))
+            # What is open stays open: a run that starts again from these weights counts its steps anew.
+            factors.copy_(torch.maximum(factors, self._factors(moe_index, len(factors), iteration).to(factors)))
 
     def _factors(self, moe_index: int, num_experts: int, iteration: int) -> Tensor:
         due = (num_experts - self._own) * min(iteration, self._steps) // self._steps
@@ -94,7 +95,8 @@ class PoolLock:
         else:
             owned = {i: factors.cpu() == 1 for i, factors in factors_E.items()}
         for moe_index, factors in factors_E.items():
-            factors.copy_(torch.where(owned[moe_index], 1.0, left))
+            others = factors.clamp_max(left)  # a decision that was made before is not taken back
+            factors.copy_(torch.where(owned[moe_index].to(factors.device), 1.0, others))
 
 
 def owners(counts_LE: Tensor) -> Tensor:
@@ -103,6 +105,7 @@ def owners(counts_LE: Tensor) -> Tensor:
     This is the assignment problem, which scipy solves exactly.
     """
     num_layers, num_experts = counts_LE.shape
+    assert num_experts % num_layers == 0, (num_layers, num_experts)
     slots_SE = counts_LE.repeat_interleave(num_experts // num_layers, dim=0).double().cpu().numpy()
     slots, experts = linear_sum_assignment()(slots_SE, maximize=True)
     owner_E = torch.empty(num_experts, dtype=torch.int64)

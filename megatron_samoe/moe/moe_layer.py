@@ -133,12 +133,12 @@ class MoELayer(nn.Module):
         state, shape, tp = self.state, self.shape, self.state.tp.size
         local_tokens = tokens // tp if state.sequence_parallel else tokens
         routed_tokens = tokens if state.etp.size == tp else tokens // tp
-        topk = self.router.experts_per_token
-        rows = int(routed_tokens * topk)
+        visited, width = self.router.kept_choices
+        rows = int(routed_tokens * visited)
         up = (2 if shape.activation == "swiglu" else 1) * shape.ffn_size // state.etp.size
         inner = rows * (up + 2 * shape.hidden_size) * element_bytes
-        router = 4 * (int(tokens * (2 * shape.num_experts + topk)) + local_tokens * shape.hidden_size)
-        indices = 8 * (int(routed_tokens * (2 * topk + 1)) + 2 * rows)
+        router = 4 * (int(tokens * (2 * shape.num_experts + width)) + local_tokens * shape.hidden_size)
+        indices = 8 * (int(routed_tokens * (2 * width + 1)) + 2 * rows)
         total = inner + router + indices
         if self.shared_expert is not None:
             kept_by_router = element_bytes == 4 and local_tokens == tokens

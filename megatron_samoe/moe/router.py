@@ -23,6 +23,9 @@ from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
 from megatron_samoe.tensor_parallel.mappings import gather_tokens
 
+#: Least and largest weight of the loss of --moe-router-score-function relu, from where it can still come back.
+_LOSS_WEIGHTS = (1e-8, 1e8)
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -80,6 +83,14 @@ class Router(nn.Module):
         """Experts that a token visits on average."""
         return self.config.moe_router_topk
 
+    @property
+    def kept_choices(self) -> tuple[float, int]:
+        """Experts that a token may visit on average, at the worst time of a run, and the width of ids and weights."""
+        config, num_experts = self.config, self.place.shape.num_experts
+        if config.moe_router_score_function == "relu":
+            return max(num_experts / 2, config.moe_router_topk), num_experts
+        return self.experts_per_token, num_experts if config.moe_router_expert_choice else config.moe_router_topk
+
     def select(self, logits_TE: Tensor, num_sequences: int) -> GateResult:
         """Returns the choice of T tokens, which are so many whole sequences; see `ops.topk_gate.described`."""
         config = self.config
@@ -108,10 +119,13 @@ class Router(nn.Module):
         """
         if self.config.moe_router_score_function == "relu":
             rate = 1.0 + self.config.moe_router_relu_update_rate
-            self.loss_weight.mul_(rate if visited > self.config.moe_router_topk else 1.0 / rate)
+            self.loss_weight.mul_(rate if visited > self.config.moe_router_topk else 1.0 / rate).clamp_(*_LOSS_WEIGHTS)
         if self.config.moe_router_enable_expert_bias:
             counts_E = counts_E.to(self.expert_bias)
-            self.expert_bias.add_((counts_E.mean() - counts_E).sign(), alpha=self.config.moe_router_bias_update_rate)
+            # An expert that cannot be chosen has no load to be moved by.
+            open_E = self.candidates > 0 if hasattr(self, "candidates") else torch.ones_like(counts_E, dtype=torch.bool)
+            moves_E = (counts_E[open_E].mean() - counts_E).sign() * open_E
+            self.expert_bias.add_(moves_E, alpha=self.config.moe_router_bias_update_rate)
 
     def forward(self, x_TH: Tensor, context: ForwardContext, loads_BC: Tensor | None = None) -> Routing:
         """Returns the routing of T = B * S tokens, also where x_TH is this rank's share of them.

@@ -61,6 +61,9 @@ class ChoiceRule:
             key_TE = key_TE.masked_fill(self.candidates_E == 0, -torch.inf)
         if self.num_groups:
             key_TE = limit_to_groups(key_TE, self.num_groups, self.group_topk, self.topk // self.group_topk)
+        if self.score_function == "norm":
+            # A bias gives no place to an expert without a score: it would count as idle, and its bias rise for ever.
+            key_TE = key_TE.masked_fill(logits_TE <= 0, -torch.inf)
         return key_TE
 
 

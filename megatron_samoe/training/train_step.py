@@ -42,7 +42,7 @@ class RoutingStats:
 
     def fractions_LE(self) -> Tensor:
         """Returns the share of routed tokens of each expert."""
-        return (self.counts_LE / self.counts_LE.sum(1, keepdim=True)).float()
+        return (self.counts_LE / self.counts_LE.sum(1, keepdim=True).clamp_min(1)).float()
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,13 @@ def _routing(config: PretrainConfig, world_size: int) -> Problems:
     if score == "relu" and moe.moe_router_load_balancing_type == "none":
         yield ConfigError("--moe-router-load-balancing-type", "none", "must be another with --moe-router-score-function relu: "
                           "the loss alone keeps the number of experts small")  # fmt: skip
+    elif score == "relu" and moe.moe_aux_loss_coeff == 0:
+        yield ConfigError("--moe-aux-loss-coeff", 0.0, "must be above 0 with --moe-router-score-function relu")
     if moe.moe_router_expert_choice and (score != "softmax" or moe.moe_router_load_balancing_type != "none"
-                                         or moe.moe_expert_capacity_factor is not None):  # fmt: skip
+                                         or moe.moe_expert_capacity_factor is not None
+                                         or moe.moe_router_pre_softmax is not None):  # fmt: skip
         yield ConfigError("--moe-router-expert-choice", True, "needs --moe-router-load-balancing-type none and softmax scores, and no "
-                          "--moe-expert-capacity-factor: every expert takes equally many tokens")  # fmt: skip
+                          "--moe-expert-capacity-factor or --moe-router-pre-softmax: every expert takes equally many tokens")  # fmt: skip
     if moe.moe_balance_scope == "set" and not moe.ways & {"tied", "scaled"}:
         yield ConfigError("--moe-balance-scope", "set", "needs --expert-sharing tied, scaled or pool, not "
                           f"{moe.sharing}")  # fmt: skip
@@ -160,17 +163,30 @@ def _candidates(config: PretrainConfig, world_size: int) -> Problems:
         yield ConfigError(
             "--num-neighbour-layers", moe.num_neighbour_layers, f"must be from 2 to the {layers} MoE layers"
         )
-    if moe.sharing != "pool" or moe.pool_lock_step is None or not isinstance(moe.num_experts, int):
+    change = {"--pool-lock-step": moe.pool_lock_step, "--neighbour-unmask-steps": moe.neighbour_unmask_steps}
+    for name, steps in change.items():
+        if steps and (moe.moe_router_expert_choice or moe.moe_expert_capacity_factor is not None):
+            yield ConfigError(name, steps, "cannot be used with --moe-router-expert-choice or --moe-expert-capacity-factor, which "
+                              "count on all experts")  # fmt: skip
+    training, checkpoint = config.training, config.checkpoint
+    is_new = not (checkpoint.finetune or checkpoint.pretrained_checkpoint or training.skip_train)
+    if is_new and moe.neighbour_unmask_steps > training.train_iters:
+        yield ConfigError("--neighbour-unmask-steps", moe.neighbour_unmask_steps,
+                          f"must be at most --train-iters {training.train_iters}")  # fmt: skip
+    if moe.sharing != "pool" or moe.pool_lock_step is None:
         return
-    least = moe.moe_router_topk * layers
-    if layers < 2 or moe.num_experts % layers or moe.num_experts < least:
-        near = max(round(moe.num_experts / layers) * layers, least)
+    if moe.moe_router_num_groups is not None:
+        yield ConfigError("--moe-router-num-groups", moe.moe_router_num_groups, "cannot be used with --pool-lock-step: a layer's own "
+                          "experts may leave no group with enough of them")  # fmt: skip
+    least, experts = moe.moe_router_topk * layers, moe.fewest_experts
+    if layers < 2 or experts % layers or experts < least:
+        near = max(round(experts / max(layers, 1)) * layers, least)
         yield ConfigError("--num-experts", moe.num_experts, f"must be a multiple of the {layers} MoE layers with --pool-lock-step, "
                           f"with at least --moe-router-topk {moe.moe_router_topk} for each, such as {near}")  # fmt: skip
     end = moe.pool_lock_step + moe.pool_lock_anneal_steps
-    if end > config.training.train_iters:
+    if is_new and end > training.train_iters:
         yield ConfigError("--pool-lock-step", moe.pool_lock_step, f"with --pool-lock-anneal-steps {moe.pool_lock_anneal_steps} ends "
-                          f"at {end}, after --train-iters {config.training.train_iters}")  # fmt: skip
+                          f"at {end}, after --train-iters {training.train_iters}")  # fmt: skip
 
 
 def _experts_of_layers(config: PretrainConfig, layers: int, experts: tuple[int, ...]) -> Problems:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.moe.candidates import NeighbourSchedule, candidate_schedule, owners
-from megatron_samoe.ops.topk_gate import limited, topk_gate
+from megatron_samoe.moe.candidates import NeighbourSchedule, PoolLock, candidate_schedule, owners
+from megatron_samoe.ops.topk_gate import ChoiceRule, gate_by_rule, limited, topk_gate
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
@@ -91,3 +91,32 @@ def test_scores_fall_in_proportion() -> None:
     logits_TE, factors_E = torch.randn(3, 4), torch.tensor([1.0, 0.5, 0.25, 1.0])
     torch.testing.assert_close(limited(logits_TE, factors_E, multiplies=False).exp(), logits_TE.exp() * factors_E)
     torch.testing.assert_close(limited(logits_TE, factors_E, multiplies=True).relu(), logits_TE.relu() * factors_E)
+
+
+def test_a_run_from_trained_weights_takes_no_decision_back() -> None:
+    """Its steps count from 0 again, as with --finetune."""
+    lock = PoolLock(MoEConfig("moe", "pool", num_experts=4, pool_lock_step=2, pool_lock_anneal_steps=2))
+    factors = {0: torch.tensor([1.0, 0.0, 0.0, 1.0]), 1: torch.tensor([0.0, 1.0, 1.0, 0.0])}
+    for iteration in range(1, 5):
+        lock.update(factors, torch.tensor([[0.0, 9.0, 9.0, 0.0], [9.0, 0.0, 0.0, 9.0]]), iteration)
+        assert factors[0].tolist() == [1, 0, 0, 1] and factors[1].tolist() == [0, 1, 1, 0]
+    schedule = NeighbourSchedule(MoEConfig("moe", "neighbours", num_experts=2, neighbour_unmask_steps=4))
+    opened = torch.ones(4)
+    schedule.update({0: opened}, torch.zeros(2, 4), 1)
+    assert opened.tolist() == [1, 1, 1, 1]
+
+
+def test_biases_of_closed_experts_wait() -> None:
+    config = tiny_config("moe", expert_sharing="neighbours", num_experts=2, moe_router_topk=1, neighbour_unmask_steps=10,
+                         moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.5)  # fmt: skip
+    setup = build_setup(config, VOCAB_SIZE, single_process_state())
+    router = setup.model.moe_layers()[0].moe.router
+    router.after_step(torch.tensor([30.0, 10.0, 0.0, 0.0]), 1.0)
+    assert router.expert_bias.tolist() == [-0.5, 0.5, 0.0, 0.0]
+
+
+def test_a_bias_gives_no_place_to_an_expert_without_a_score() -> None:
+    """It would count as idle, and its bias rise for ever."""
+    logits_TE = torch.tensor([[0.5, -0.1, 0.2, -0.3]])
+    gate = gate_by_rule(logits_TE, ChoiceRule(2, "norm", bias_E=torch.tensor([0.0, 9.0, 0.0, 9.0])))
+    assert gate.ids_TK.tolist() == [[0, 2]] and gate.counts_GE.tolist() == [[1, 0, 1, 0]]

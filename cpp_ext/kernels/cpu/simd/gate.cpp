@@ -159,6 +159,9 @@ const float* choice_key(const DecodeChoice& a, const float* logits, Scratch& s) 
     for (int64_t e = 0; e < a.num_experts; ++e)
       if (a.candidates_E[e] == 0.0f) key[e] = -__builtin_inff();
   if (a.num_groups != 0) close_groups(a, key, s.row(1));
+  // A bias gives no place to an expert without a score: it would count as idle, and its bias rise for ever.
+  if (a.norm_scale != nullptr)
+    for (int64_t e = 0; e < a.num_experts; ++e) key[e] = logits[e] > 0.0f ? key[e] : -__builtin_inff();
   return key;
 }
 

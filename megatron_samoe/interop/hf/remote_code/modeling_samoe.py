@@ -267,6 +267,10 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
         pool, dtype = self.model.expert_pool, self.model.embedding.word.weight.dtype
         if pool is None:
             return self
+        if self.config.pool_lock_step is not None or self.config.neighbour_unmask_steps:
+            raise ValueError(
+                "a model whose candidates change while it trains cannot be folded: its routers keep their factors"
+            )
         for layer in self.model.layers:
             if not hasattr(layer, "moe") or layer.moe.source[0] == "own":
                 continue
@@ -279,5 +283,6 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
                 del moe.combination
         self.model.expert_pool = None
         for config in (self.config, self.model.config):
-            config.expert_layout, config.expert_sharing = "moe", None
+            counts = [source[2] for source in config.expert_sources() if source is not None]
+            config.expert_layout, config.expert_sharing, config.num_experts = "moe", None, counts
         return self

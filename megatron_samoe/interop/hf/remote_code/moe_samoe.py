@@ -131,8 +131,13 @@ class Router(Weights):
             key_TE = key_TE + self.expert_bias.float()
         if self.has_candidates:
             key_TE = key_TE.masked_fill(self.candidates == 0, -torch.inf)
-        if config.router_num_groups is None:
-            return key_TE
+        if config.router_num_groups is not None:
+            key_TE = self.in_best_groups(key_TE)
+        return key_TE.masked_fill(logits_TE <= 0, -torch.inf) if config.router_score_function == "norm" else key_TE
+
+    def in_best_groups(self, key_TE):
+        """Returns the keys with -inf outside each token's best groups."""
+        config = self.config
         key_TGE = key_TE.unflatten(1, (config.router_num_groups, -1))
         best = config.num_experts_per_tok // config.router_group_topk
         open_Tg = key_TGE.topk(best, dim=-1).values.sum(-1).topk(config.router_group_topk, dim=-1).indices
