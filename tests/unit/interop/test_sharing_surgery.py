@@ -230,6 +230,7 @@ def test_a_student_of_all_layers_is_the_teacher(case: str) -> None:
         ({"expert_sharing": "scaled:0,1,1,0"}, (2, 3), "scaled:0,1"),
         ({"expert_sharing": "own,combined*3"}, (0, 1, 3), "own,combined*2"),
         ({"expert_sharing": "pool", **NORM}, (1, 3), "0*2"),
+        ({"expert_sharing": "neighbours"}, (0, 1), "0*2"),
         ({"num_experts": (2, 2, 4, 4), "moe_residual_mlp": True}, (1, 2), None),
         ({"moe_layer_freq": "0101"}, (0, 2), None),
         ({"moe_layer_freq": "0111", "expert_sharing": "0,0,1"}, (0, 1, 2), "0*2"),
@@ -239,8 +240,8 @@ def test_students_compute_with_the_layers_they_keep(
     options: dict[str, Any], layers: tuple[int, ...], sharing: str | None
 ) -> None:
     teacher = made(**options)
-    num_moe_layers = sum(name.endswith(".router.weight") for name in teacher.weights)
-    teacher.weights["training.expert_fractions"] = torch.rand(num_moe_layers, 4)
+    routers = [len(weight) for name, weight in teacher.weights.items() if name.endswith(".router.weight")]
+    teacher.weights["training.expert_fractions"] = torch.rand(len(routers), max(routers))
     student = keep_layers(teacher, layers)
     config = from_mapping(student.config, "test")
     assert config.moe.expert_sharing == sharing and config.model.num_layers == len(layers)
