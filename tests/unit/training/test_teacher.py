@@ -296,6 +296,6 @@ def test_another_course_of_teaching_is_remarked_upon(
     run(config, tmp_path / "run", exit_interval=3)
     assert "Teaching goes on otherwise" not in caplog.text
     run(config, tmp_path / "run", teacher_weight=3.0, exit_interval=5)
-    assert caplog.text.count("--teacher-weight 1.0 there, 3.0 here") == 1
+    assert "--teacher-weight 1.0 there, 3.0 here" in caplog.text
     run(config, tmp_path / "run", teacher=None, teacher_until=None)
     assert caplog.text.count("Teaching goes on otherwise") == 1, "the teacher has left in either"
