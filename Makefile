@@ -33,11 +33,12 @@ $(VENV)/.installed-tests: $(VENV)/.installed
 quickstart: install
 	$(BIN)/python examples/quickstart.py
 
+# Two halves at once: most tests of the one wait for one process, most of the other for ranks that wait for each other.
 test: lint
-	$(PYTEST) tests
+	$(MAKE) --jobs 2 test-unit test-distributed
 
 test-unit: $(VENV)/.installed-tests
-	$(PYTEST) tests/architecture tests/unit tests/parity
+	$(PYTEST) tests --ignore tests/distributed
 
 test-distributed: $(VENV)/.installed-tests
 	$(PYTEST) tests/distributed

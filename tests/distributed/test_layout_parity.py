@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_samoe.config import PretrainConfig
 from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, layout_config, train
-from tests.harness.ranks import run_ranks
+from tests.harness.ranks import RankFailure, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -20,10 +20,11 @@ IN_DOUBLE = ("samoe step", "samoe layer", "samoe per expert", "samoe many banks"
              "moe balance over ranks", "samoe balance over ranks", "tied", "scaled", "combined middle", "pool", "sets balanced",
              "groups and biases", "neighbours", "pool locked", "relu")  # fmt: skip
 
-# The way of sharing and of routing changes nothing but the experts: the layouts that differ in what those meet.
+# The way of sharing and of routing changes nothing but the experts: the layouts that differ in what those meet. The others
+# take many minutes; MEGATRON_SAMOE_LONG_TESTS=1 has them all.
 WAYS = tuple(MODELS)[tuple(MODELS).index("tied") :]
-LAYOUTS_OF_WAYS = ("tp2 ep2", "tp2 etp1 ep4", "tp2 sp etp1 ep2", "ep2 edp2 overlap", "pp2", "pp2 vpp2 dp1", "pp2 ep2 zero", "pp4 uneven",
-                   "pp2 ep2 replicated pool", "pp2 vpp2 ep2", "tp2 pp2 ep2 sp zero overlap", "tp2 etp1 ep4 pp2 sp")  # fmt: skip
+LAYOUTS_OF_WAYS = ("tp2 sp etp1 ep2", "ep2 edp2 overlap", "pp2 vpp2 dp1", "pp2 ep2 zero", "pp2 ep2 replicated pool",
+                   "tp2 pp2 ep2 sp zero overlap")  # fmt: skip
 
 
 def models_of(layout: str) -> tuple[str, ...]:
@@ -41,10 +42,20 @@ def train_each(configs: list[PretrainConfig], dtype: torch.dtype) -> list[dict[s
 
 
 @cache
-def results_of(layout: str, dtype: torch.dtype, models: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def _outcome(layout: str, dtype: torch.dtype, models: tuple[str, ...]) -> dict[str, dict[str, Any]] | RankFailure:
     configs = [layout_config(layout, model) for model in models]
-    results = run_ranks(train_each, LAYOUTS[layout][0], configs, dtype, timeout_s=300)[0]
+    try:
+        results = run_ranks(train_each, LAYOUTS[layout][0], configs, dtype, timeout_s=600)[0]
+    except RankFailure as failure:
+        return failure  # kept as well, or each model's test would run into it anew
     return dict(zip(models, results, strict=True))
+
+
+def results_of(layout: str, dtype: torch.dtype, models: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    outcome = _outcome(layout, dtype, models)
+    if isinstance(outcome, RankFailure):
+        raise outcome
+    return outcome
 
 
 @pytest.mark.parametrize(
@@ -57,7 +68,7 @@ def test_layout_equals_one_process(layout: str, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", IN_DOUBLE)
-@pytest.mark.parametrize("layout", ["tp2 ep2", "tp2 etp1 ep4", "pp2 ep2 zero", "tp2 pp2"])
+@pytest.mark.parametrize("layout", ["tp2 etp1 ep4", "pp2 ep2 zero", "tp2 pp2"])
 def test_layout_equals_one_process_in_double_precision(layout: str, model: str) -> None:
     expected = results_of("one process", torch.float64, IN_DOUBLE)[model]
     result = results_of(layout, torch.float64, IN_DOUBLE)[model]

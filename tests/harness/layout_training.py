@@ -6,10 +6,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
-from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.parallel_state import ParallelState, initialize_model_parallel
+from megatron_samoe.parallel_state.rank_grid import GROUPS
+from megatron_samoe.pipeline_parallel.p2p_communication import PipelineChannel
 from megatron_samoe.row_exchange.exchange import with_exchange
 from megatron_samoe.training.checkpointing import model_state
 from megatron_samoe.training.moe_diagnostics import expert_grad_norms
@@ -143,10 +146,21 @@ def train(
         divergences.append(result.kl_loss or 0.0)
         balance.append((result.routing and result.routing.load_balance_loss) or 0.0)
     weights = gather_global(model_state(setup.model), parallel)
+    _close_groups(parallel, setup.pipeline.channel)
     return {
         "losses": losses, "norms": norms, "balance": balance, "divergences": divergences, "gradients": gradients,
         "expert_norms": expert_norms, "weights": weights,
     }  # fmt: skip
+
+
+def _close_groups(parallel: ParallelState, channel: PipelineChannel | None) -> None:
+    """Ends the groups that training opened: each keeps threads, and processes that train many models would crawl."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    handles = {getattr(parallel, name).handle for name in GROUPS} | set(channel.groups.values() if channel else ())
+    for handle in handles - {None, dist.group.WORLD}:
+        dist.destroy_process_group(handle)
 
 
 def layout_config(layout: str, model: str) -> PretrainConfig:
