@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("generate", "generate text"),
     "serve": ("serve", "serve a model over HTTP"),
     "evaluate": ("evaluate", "evaluate zero-shot tasks and perplexity"),
+    "diagnose": ("diagnose", "show what a checkpoint's experts are taught: gradients of banks, layers against layers"),
     "study": ("study", "train several models with several seeds, and compare them"),
     "report": ("report", "write an HTML report about runs"),
     "plan": ("plan", "rank the parallel layouts of a model on a cluster"),

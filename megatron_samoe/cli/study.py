@@ -9,25 +9,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_samoe.cli.arguments import Words, adder, program
-from megatron_samoe.errors import MegatronSamoeError
+from megatron_samoe.cli.report import main as report_main
+from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.evaluation.study.definition import read_study
-from megatron_samoe.evaluation.study.results import collect, results_table, write_results
+from megatron_samoe.evaluation.study.programs import pause_file
+from megatron_samoe.evaluation.study.results import collect, results_table, unequal_arms, write_results
 from megatron_samoe.evaluation.study.runner import StudyRunner, signals_interrupt
+from megatron_samoe.evaluation.study.status_page import StatusPage
+from megatron_samoe.evaluation.study.text_folder import prepare
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = argparse.ArgumentParser(
         description="Trains the models of a study, several seeds each, and compares them.",
-        epilog="All other flags go to the pretraining of every run (the corpus and the tokenizer, say). Runs go one at a "
-        "time; started again with the same command, the study goes on where it was stopped.",
+        epilog="All other flags go to the pretraining of every run (the corpus and the tokenizer, say). Started again with "
+        "the same command, the study goes on where it was stopped; started several times at once on one folder, the "
+        "programs share its runs. `study pause` and `study continue` with --output-dir hold its runs and let them go on.",
         allow_abbrev=False,
     )
     add = adder(parser)
-    add("study", Path, "YAML file: see examples/studies")
+    add("study", Path, "YAML file: see examples/studies; or pause, or continue")
     add("--output-dir", Path, "folder of all runs and of results.json", required=True)
     add("--seeds", [int], "these in place of the file's", metavar="N")
+    add(
+        "--text",
+        Path,
+        "folder of text files to train on, in place of a corpus and a tokenizer in the other flags; a report "
+        "is made at the end, too",
+    )
+    add("--vocab-size", int, "of the byte-level BPE that is made of --text", default=4096)
+    add("--jobs", int, "runs at once", default=1)
+    add("--full-priority", bool, "runs take their share of a busy machine, in place of waiting for it to be idle")
+    add("--store", Path, "folder of finished runs of all studies, by what decides their result: none is trained twice")
+    add("--launcher", str, "words that start a run's ranks, such as 'torchrun --nproc-per-node 8'", default="")
     add("--dry-run", bool, "check everything, show the runs, and start none")
     add("--collect-only", bool, "start no run; compare those that are finished")
     return parser
@@ -37,8 +53,26 @@ def make_parser() -> argparse.ArgumentParser:
 def main(words: Words) -> int:
     """Runs the command and returns its exit status."""
     options, pretrain_flags = make_parser().parse_known_args(words)
+    if str(options.study) in ("pause", "continue"):
+        return _hold(options.output_dir, str(options.study) == "pause")
+    if options.jobs < 1:
+        raise ConfigError("--jobs", options.jobs, "must be at least 1")
     study = read_study(options.study, options.seeds)
-    runner = StudyRunner(study, options.output_dir, tuple(pretrain_flags), say=lambda line: print(line, flush=True))
+    if options.text is not None:
+        data = options.output_dir / "data"
+        pretrain_flags += prepare(options.text, data, options.vocab_size, lambda line: print(line, flush=True))
+    status = StatusPage(study, options.output_dir)
+    runner = StudyRunner(
+        study,
+        options.output_dir,
+        tuple(pretrain_flags),
+        say=lambda line: print(line, flush=True),
+        jobs=options.jobs,
+        store=options.store,
+        launcher=tuple(shlex.split(options.launcher)),
+        idle=not options.full_priority,
+        look=lambda: status.write(runner),
+    )
     try:
         runner.check()
         if options.dry_run:
@@ -49,9 +83,23 @@ def main(words: Words) -> int:
             with signals_interrupt():
                 failures = runner.run_all()
         _finish(runner, failures)
+        if options.text is not None:
+            report = options.output_dir / "report.html"
+            return report_main(["--study", str(options.output_dir / "results.json"), "--output", str(report)])
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
+    return 0
+
+
+def _hold(root: Path, paused: bool) -> int:
+    if not root.is_dir():
+        raise ConfigError("--output-dir", root, "no such folder")
+    if paused:
+        pause_file(root).touch()
+    else:
+        pause_file(root).unlink(missing_ok=True)
+    print(f"The runs in {root} are {'held within a second, and start no more' if paused else 'let go on'}.")
     return 0
 
 
@@ -69,30 +117,45 @@ def _finish(runner: StudyRunner, failures: Sequence[str]) -> None:
 
 
 def _show_plan(runner: StudyRunner) -> None:
-    for run in runner.plan():
-        state = "finished" if runner.is_finished(run) else "to do"
+    for run in runner.all_runs():
+        state = "finished" if runner.is_finished(run) else "to do" if runner.is_settled(run) else "waits for a sweep"
         what = shlex.join(run.variant.flags) if run.variant.is_trained else (
             f"{run.variant.edit} of {run.variant.edited_from}"
         )  # fmt: skip
-        print(f"{state:8}  seed {run.seed}  {run.variant.name}  {what}")
+        print(f"{state:8}  {run.label}  {what}")
 
 
 def _compare(runner: StudyRunner) -> None:
+    study = runner.study
     finished = [run for run in runner.plan() if runner.is_finished(run)]
-    results = collect(runner.study, finished)
-    if not results:
+    comparisons = collect(study, finished)
+    if not comparisons:
         raise MegatronSamoeError("No seed is finished for every model of the study, so there is nothing to compare.")
-    seeds = len(results[0].losses)
     commands = [
         f"python -m megatron_samoe.cli.pretrain {shlex.join(runner.flags_of(run))}"
         for run in finished
         if run.variant.is_trained
     ]
-    print(f"\n{runner.study.title}: {seeds} of {len(runner.study.seeds)} seeds\n")
-    print(format_table(results_table(runner.study, results)))
-    print("\nsd: over seeds. Differences are within seeds, with the 95 % interval by Student's t.")
+    for comparison in comparisons:
+        where = [comparison.size, f"{comparison.steps} steps" if comparison.steps else ""]
+        title = ", ".join(word for word in (study.title, *where) if word)
+        print(f"\n{title}: {len(comparison.seeds)} of {len(study.seeds)} seeds\n")
+        print(format_table(results_table(study, comparison.variants)))
+        for warning in unequal_arms(study, comparison.variants):
+            print(f"note: {warning}")
+    print(
+        f"\nsd: over seeds. Differences are within seeds, with the 95 % interval by Student's t; pooled: with the spread of all "
+        f"models.\np equal: of such differences if the models were {study.margin:g} nats apart; p Dunnett: if none differed."
+    )
+    optima = runner.optima()
+    for (name, size), found in optima.items():
+        assert study.sweep is not None
+        beyond = f"; the best tried lies at the {found.edge} edge of the range" if found.edge else ""
+        print(
+            f"{', '.join(filter(None, (name, size)))}: {study.sweep.option} {found.value:.3g}, loss {found.loss:.4f}{beyond}"
+        )
     path = runner.root / "results.json"
-    write_results(path, runner.study, seeds, results, commands)
+    write_results(path, study, comparisons, optima, commands)
     print(f"results: {path}")
 
 

@@ -21,6 +21,9 @@ from megatron_samoe.errors import CheckpointError, shown
 from megatron_samoe.parsing import JsonObject, parse_json
 from megatron_samoe.planning.accounting import ParameterCount, count_parameters
 
+#: What a study writes into the folder of a finished run; see study/results_store.py.
+RUN_FILE = "run.json"
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -80,24 +83,44 @@ def read_run(run_dir: Path) -> RunSummary:
     Raises:
         CheckpointError: it has no checkpoint or no metrics, or the metrics are damaged.
     """
-    iterations = store.whole_iterations(run_dir / "checkpoints")
     metrics = run_dir / "metrics.jsonl"
-    if not iterations or not metrics.is_file():
+    found = _read_run_file(run_dir / RUN_FILE) or _read_checkpoint(run_dir)
+    if found is None or not metrics.is_file():
         raise CheckpointError(f"{run_dir} is not the folder of a run: it needs checkpoints/ and metrics.jsonl.")
-    directory = store.iteration_dir(run_dir / "checkpoints", iterations[-1])
-    config = from_mapping(store.read_config(directory), str(directory))
+    config, vocab_size, checkpoint_bytes = found
     refuse_wrong_numbers(config)
     records = sorted(read_records(metrics), key=lambda record: record.get("iteration", 0))
     if not any("validation_loss" in r for r in records):
         raise CheckpointError(f"{metrics} has no validation loss: was the run stopped before its first evaluation?")
-    vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
     speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
     return RunSummary(
-        run_dir.absolute().name, config, count_parameters(config, vocab_size), records,
-        checkpoint_bytes=sum(f.stat().st_size for f in directory.iterdir()),
+        run_dir.absolute().name, config, count_parameters(config, vocab_size), records, checkpoint_bytes,
         tokens_per_s=statistics.median(speeds) if speeds else None, directory=run_dir, vocab_size=vocab_size,
         machine=_read_machine(run_dir / "machine.json"),
     )  # fmt: skip
+
+
+def _read_checkpoint(run_dir: Path) -> tuple[PretrainConfig, int, int] | None:
+    """Returns the configuration, the vocabulary's size and the bytes of a run's last checkpoint; None where none is whole."""
+    iterations = store.whole_iterations(run_dir / "checkpoints")
+    if not iterations:
+        return None
+    directory = store.iteration_dir(run_dir / "checkpoints", iterations[-1])
+    config = from_mapping(store.read_config(directory), str(directory))
+    vocab_size = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
+    return config, vocab_size, sum(f.stat().st_size for f in directory.iterdir())
+
+
+def _read_run_file(path: Path) -> tuple[PretrainConfig, int, int] | None:
+    """Returns the same of a run that a study has finished and whose checkpoints need not be there; None without the file."""
+    if not path.is_file():
+        return None
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        config = from_mapping(content["config"], str(path))
+        return config, int(content["vocab_size"]), int(content["checkpoint_bytes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it, and the run is evaluated again.") from None
 
 
 def _read_machine(path: Path) -> JsonObject:

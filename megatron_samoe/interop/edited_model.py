@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.config.derived import experts_per_layer, flag
-from megatron_samoe.config.option import LARGEST, all_options
+from megatron_samoe.config.derived import experts_per_layer, flag, without_idle_options
+from megatron_samoe.config.option import LARGEST
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, written_map
 from megatron_samoe.config.training import TrainingConfig
@@ -86,20 +86,6 @@ class ReadOnce:
             self._latest = None  # not two at a time
             self._latest = name, self._source.read(name)
         return self._latest[1]
-
-
-def without_idle_options(config: PretrainConfig) -> PretrainConfig:
-    """Returns the configuration with each option at its default that has no effect without another."""
-    while True:
-        idle = [
-            (group, name, default)
-            for group, name, value, default, facts in all_options(config)
-            if group in ("moe", "optimizer") and value != default and facts.needs and not facts.needs.is_met(config)
-        ]
-        if not idle:
-            return config
-        for group, name, default in idle:
-            config = replace(config, **{group: replace(getattr(config, group), **{name: default})})
 
 
 def with_sharing(config: PretrainConfig, sources: Sequence[Source]) -> PretrainConfig:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_samoe.config.derived import written_layer_freq
+from megatron_samoe.config.derived import without_idle_options, written_layer_freq
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
@@ -21,7 +21,6 @@ from megatron_samoe.interop.edited_model import (
     model_names,
     source_config,
     with_sharing,
-    without_idle_options,
 )
 from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, layer_of, source_of
 from megatron_samoe.models.layer_layout import LayerPlace, all_layers

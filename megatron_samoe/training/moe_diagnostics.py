@@ -71,7 +71,7 @@ class MoEDiagnostics:
 
 def expert_grad_norms(setup: TrainSetup, gradient_scale: float) -> Tensor | None:
     """Returns [L, E], to be called after the last backward pass of a step and before gradients are reduced."""
-    layers = _layer_gradients(setup)
+    layers = layer_gradients(setup)
     if layers is None:
         return None
     parallel, shape = setup.parallel, (setup.model.num_moe_layers, setup.config.moe.most_experts)
@@ -85,7 +85,7 @@ def expert_grad_norms(setup: TrainSetup, gradient_scale: float) -> Tensor | None
     return squares_LE.sqrt() / gradient_scale
 
 
-def _layer_gradients(setup: TrainSetup) -> dict[int, ExpertWeights] | None:
+def layer_gradients(setup: TrainSetup) -> dict[int, ExpertWeights] | None:
     """Returns this stage's gradients by index of the MoE layer; None where they are not kept."""
     model = setup.model
     if isinstance(model.lender, OwnLender):

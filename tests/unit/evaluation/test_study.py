@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from megatron_samoe.cli.study import main
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import sharing_text
 from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
-from megatron_samoe.evaluation.study.results import collect, paired_difference, results_table
+from megatron_samoe.evaluation.study.results import collect, results_table, unequal_arms
 from megatron_samoe.evaluation.study.runner import StudyRunner
 from tests.harness.serving import save_tiny
 
@@ -73,6 +75,16 @@ def test_runs_go_seed_by_seed_and_edited_ones_after_their_source(tmp_path: Path)
         ({"derived": {"x": {"from": "nobody", "edit": "select"}}}, "derived.x.from"),
         ({"derived": {"x": {"from": "one pool", "edit": "melt"}}}, "derived.x.edit"),
         ({"derived": {"x": {"from": "one pool", "edits": "fold"}}}, "derived.x.edits"),
+        ({"margin": "wide"}, "margin"),
+        ({"sizes": {"wide": 3}}, "sizes"),
+        ({"sweep": {"option": "lr", "values": [1, 2]}}, "sweep.values"),
+        ({"sweep": {"option": "lr", "values": [3, 2, 1]}}, "sweep.values"),
+        ({"sweep": {"option": "lr", "values": [1, 2, 3], "seed": 1}}, "sweep.seed"),
+        ({"sweep": {"values": [1, 2, 3]}}, "sweep.option"),
+        ({"branches": [20, 10]}, "branches"),
+        ({"branches": [0]}, "branches"),
+        ({"gates": [{"arm": "nobody", "at-most": 0}]}, "gates.1.arm"),
+        ({"gates": [{"arm": "one pool"}]}, "gates.1"),
     ],
 )
 def test_a_wrong_study_is_refused_by_its_key(tmp_path: Path, changes: dict, field: str) -> None:
@@ -117,12 +129,14 @@ def test_results_name_what_layers_share(tmp_path: Path) -> None:
         save_tiny(run.checkpoints, "moe", **sharing)
         record = {"iteration": 1, "validation_loss": 2.0, "validation_perplexity": math.exp(2.0)}
         (run.directory / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    results = collect(study, plan)
+    [comparison] = collect(study, plan)
+    results = comparison.variants
+    assert (comparison.size, comparison.steps, comparison.seeds) == ("", None, [1])
     head, own, tied = results_table(study, results)
     assert (own[head.index("sharing")], tied[head.index("sharing")]) == ("own", "tied 0*2")
     assert [r.to_json()["sharing"] for r in results] == ["own", "tied 0*2"]
     assert results[0].expert_parameters == 2 * results[1].expert_parameters, "one set in place of two layers' own"
-    assert results[0].active_parameters == results[1].active_parameters
+    assert results[0].active_parameters == results[1].active_parameters and not unequal_arms(study, results)
 
 
 @pytest.mark.parametrize(("edit", "sharing"), [("select", "tied"), ("select", "pool"), ("fold", "own")])
@@ -139,17 +153,9 @@ def test_folder_names_are_plain() -> None:
     assert folder_name("SaMoE, one bank (P = 2)") == "samoe-one-bank-p-2"
 
 
-def test_differences_are_taken_within_seeds() -> None:
-    # Seeds differ by 1, the models by about 0.1 in each: the spread over seeds must not hide it.
-    difference = paired_difference([5.1, 6.12, 7.08], [5.0, 6.0, 7.0])
-    assert difference.mean == pytest.approx(0.1)
-    assert difference.half_width == pytest.approx(4.303 * 0.02 / math.sqrt(3), rel=1e-3)
-    assert math.isnan(paired_difference([1.0], [2.0]).half_width)
-
-
 def test_a_study_runs_goes_on_and_refuses_other_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "runs"
-    command = [str(write_study(tmp_path)), "--output-dir", str(out), "--seeds", "3"]
+    command = [str(write_study(tmp_path)), "--output-dir", str(out), "--seeds", "3", "--full-priority"]
     assert main(command) == 0, capfd.readouterr()
     results = json.loads((out / "results.json").read_text())
     by_name = {v["name"]: v for v in results["variants"]}
@@ -187,11 +193,11 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, capfd: pytest.CaptureFi
     study = write_study(
         tmp_path, runs=runs, derived={"folded": {"from": "broken", "edit": "fold"}}, seeds=[1], baseline=None
     )
-    assert main([str(study), "--output-dir", str(tmp_path / "runs")]) == 1
+    assert main([str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]) == 1
     said = capfd.readouterr()
-    assert "2/3 whole, seed 1: validation loss" in said.out
-    assert "1/3 broken, seed 1: A run ended with status" in said.err and "none" in said.err
-    assert "3/3 folded, seed 1: broken is not finished" in said.err
+    assert "whole, seed 1: validation loss" in said.out
+    assert "broken, seed 1: A run ended with status" in said.err and "none" in said.err
+    assert "folded, seed 1: broken, seed 1 is not finished" in said.err
     assert "No seed is finished for every model" in said.err
 
 
@@ -199,7 +205,7 @@ def test_a_signal_to_the_study_ends_its_run_with_a_checkpoint(tmp_path: Path) ->
     study = write_study(tmp_path, runs={"only": {"train-iters": 10**6}}, derived=None, baseline=None)
     folder = tmp_path / "runs/only/seed-1"
     code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, str(study), "--output-dir", str(tmp_path / "runs")]
+    command = [sys.executable, "-c", code, str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for _ in range(1200):
             if process.poll() is not None or (
@@ -211,3 +217,148 @@ def test_a_signal_to_the_study_ends_its_run_with_a_checkpoint(tmp_path: Path) ->
         error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "goes on from the last checkpoint" in error
     assert (folder / "checkpoints/latest_checkpointed_iteration.txt").is_file(), (folder / "log.txt").read_text()
+
+
+#: Everything that a study may ask for, at once.
+WHOLE = {
+    "title": "Whole",
+    "seeds": [1],
+    "baseline": "own",
+    "runs": {"own": {"expert-layout": "moe"}, "pool": {"expert-layout": "samoe", "num-expert-banks": 2}},
+    "derived": {"one bank": {"from": "pool", "edit": "select"}},
+    "sweep": {"option": "lr", "values": ["1e-3", 4e-3, 1.6e-2], "train-iters": 3, "extensions": 0},
+    "branches": [5],
+    "gates": [{"arm": "pool", "baseline": "own", "at-most": 9}],
+}
+SLOW_DECAY = {**OPTIONS, "train_iters": 10, "eval_interval": 100, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 4,
+              "moe_router_lr_mult": 1.0}  # fmt: skip
+
+
+def write_whole(folder: Path, **changes: object) -> Path:
+    """Writes a study of sweeps, branches, edits and gates."""
+    path = write_study(folder, **{**WHOLE, **changes})
+    (folder / "base.yaml").write_text(yaml.safe_dump(SLOW_DECAY))
+    return path
+
+
+def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    study, store = write_whole(tmp_path), tmp_path / "store"
+    command = [str(study), "--store", str(store), "--full-priority", "--jobs", "2"]
+    assert main([*command, "--output-dir", str(tmp_path / "a")]) == 0, capfd.readouterr()
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert [v["name"] for v in results["variants"]] == ["own", "pool", "one bank"]
+    assert [(other["steps"], len(other["variants"])) for other in results["others"]] == [(5, 2)]
+    assert {o["variant"] for o in results["optima"]} == {"own", "pool"}
+    found = next(o["value"] for o in results["optima"] if o["variant"] == "pool")
+    flags = next(c for c in results["commands"] if "a/pool/seed-1" in c)
+    assert f"--lr {found:.6g}" in flags
+    page = (tmp_path / "a/status.html").read_text()
+    assert "11 of 11 runs finished" in page and "<polyline" in page
+
+    # A branch is what a run of its own length would be.
+    branch = json.loads((tmp_path / "a/own/steps-5/seed-1/metrics.jsonl").read_text().splitlines()[-1])
+    alone = ["--train-iters", "5", "--lr-wsd-decay-iters", "2", "--lr"]
+    rate = next(o["value"] for o in results["optima"] if o["variant"] == "own")
+    pretrain = [sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(tmp_path / "base.yaml"), "--expert-layout", "moe",
+                "--seed", "1", "--run-dir", str(tmp_path / "alone"), *alone, f"{rate:.6g}"]  # fmt: skip
+    subprocess.run(pretrain, check=True, capture_output=True)
+    expected = json.loads((tmp_path / "alone/metrics.jsonl").read_text().splitlines()[-1])
+    assert branch["iteration"] == 5 and branch["validation_loss"] == expected["validation_loss"]
+
+    # The store holds all of it: elsewhere nothing is trained again, and the results are the same.
+    capfd.readouterr()
+    assert main([*command, "--output-dir", str(tmp_path / "b")]) == 0
+    said = capfd.readouterr().out
+    assert ": validation loss" not in said and said.count("found in the store") >= 10
+    again = json.loads((tmp_path / "b/results.json").read_text())
+    assert [v["losses"] for v in again["variants"]] == [v["losses"] for v in results["variants"]]
+    assert not list((tmp_path / "b").rglob("checkpoints"))
+
+
+def test_a_gate_stops_a_study_whose_regime_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    study = write_whole(
+        tmp_path, sweep=None, branches=None, derived=None, runs={"own": {}, "pool": {}, "never": {}}, seeds=[1],
+        gates=[{"arm": "pool", "baseline": "own", "at-most": -9}],
+    )  # fmt: skip
+    assert main([str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]) == 1
+    said = capfd.readouterr()
+    assert "stops at a gate: pool - own is" in said.err and "at most -9" in said.err
+    assert not (tmp_path / "runs/never/seed-1/run.json").exists()
+
+
+def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:
+    runs = {"dense": {"expert-layout": "dense"}, "own": {"expert-layout": "moe"}}
+    study = read_study(write_whole(tmp_path, runs=runs, derived=None, sweep=None, branches=None, gates=None))
+    dense, own = (StudyRunner(study, tmp_path, ()).config_of(run) for run in plan_runs(study, tmp_path))
+    assert (dense.optimizer.moe_router_lr_mult, own.optimizer.moe_router_lr_mult) == (0.5, 1.0)
+    typo = read_study(
+        write_whole(tmp_path, runs={"dense": {"expert-layout": "dense", "moe-router-lr-mult": 1.0}, "own": {}}, derived=None,
+                    sweep=None, branches=None, gates=None)
+    )  # fmt: skip
+    config = StudyRunner(typo, tmp_path, ()).config_of(plan_runs(typo, tmp_path)[0])
+    assert config.optimizer.moe_router_lr_mult == 1.0, (
+        "what an arm itself asks for is refused by pretraining, not hidden"
+    )
+
+
+def test_keys_tell_what_decides_a_result(tmp_path: Path) -> None:
+    runner = StudyRunner(read_study(write_whole(tmp_path)), tmp_path, ())
+    run = runner.plan()[0]
+    key = runner.key_of(run)
+    other = [
+        StudyRunner(read_study(tmp_path / "study.yaml"), tmp_path / "x", flags).key_of(run)
+        for flags in (("--num-threads", "2"), ("--seed", "7"), ("--weight-decay", "0.2"))
+    ]
+    assert other[0] == other[1] == key != other[2], "threads and a seed that the run's own replaces decide nothing"
+    words = []
+    for content in (b"aa", b"ab"):
+        (tmp_path / "d.idx").write_bytes(content)
+        (tmp_path / "d.bin").write_bytes(b"1234")
+        flags = ("--no-mock-data", "--train-data-path", str(tmp_path / "d"))
+        words.append(StudyRunner(read_study(tmp_path / "study.yaml"), tmp_path, flags).key_of(run))
+    assert len({key, *words}) == 3, "other data are another result"
+
+
+@pytest.mark.parametrize("kills", [3] if not os.environ.get("MEGATRON_SAMOE_LONG_TESTS") else [50])
+def test_a_study_killed_at_random_points_comes_to_the_same_results(tmp_path: Path, kills: int) -> None:
+    study = write_whole(tmp_path, sweep=None, seeds=[1])
+    code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(study), "--full-priority", "--jobs", "2", "--save-interval", "1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, "--output-dir", str(whole)], check=True, capture_output=True)
+    draw = random.Random(0)
+    for number in range(kills):
+        with subprocess.Popen(
+            [*command, "--output-dir", str(broken)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        ) as process:
+            time.sleep(draw.uniform(2, 12))
+            process.send_signal((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3])
+            process.wait(timeout=60)
+    subprocess.run([*command, "--output-dir", str(broken)], check=True, capture_output=True)
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (whole, broken))
+    for found in (first, second):
+        for comparison in (found, *found["others"]):
+            for variant in comparison["variants"]:
+                for measured in ("directories", "tokens_per_s", "peak_memory_bytes"):
+                    del variant[measured]
+        del found["commands"]
+    assert first == second
+
+
+def test_a_paused_study_starts_nothing_until_it_may_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    out.mkdir()
+    assert main(["pause", "--output-dir", str(out)]) == 0
+    study = write_whole(tmp_path, sweep=None, branches=None, derived=None, runs={"own": {}}, gates=None)
+    code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(study), "--output-dir", str(out), "--full-priority"]
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (out / "status.html").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(2)
+        assert not (out / "own").exists() and process.poll() is None
+        assert main(["continue", "--output-dir", str(out)]) == 0
+        assert process.wait(timeout=120) == 0
+    assert (out / "own/seed-1/run.json").exists()

@@ -1,0 +1,233 @@
+"""What experts and the banks that layers share are taught: their gradients over batches, and who meets whom.
+
+A bank's gradient is the sum of those of the layers that use it, weighed by their coefficients. If layers want the same of a
+bank, their gradients to it point the same way; if one batch wants what the next wants, the mean over batches keeps the length
+of each. Both are measured here, beside a model whose layers own their experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.config.distillation import DistillationConfig
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.training import LoggingConfig
+from megatron_samoe.datasets.carried_tokenizer import with_carried
+from megatron_samoe.datasets.tokenizer import tokenizer_of
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.moe.router import Routing
+from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, Coefficients
+from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.parsing import JsonObject
+from megatron_samoe.training.batches import build_run_data
+from megatron_samoe.training.checkpointing import load_run
+from megatron_samoe.training.moe_diagnostics import layer_gradients
+from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
+from megatron_samoe.training.train_step import compute_gradients
+
+
+@dataclass(frozen=True)
+class GradientView:
+    """Gradients of N sets of E experts over batches.
+
+    Attributes:
+        rms_NE: root of an element's mean square, over batches and the expert's elements.
+        alignment_NE: |mean over batches|^2 / mean of |batch|^2: 1 where all batches want the same, 1 / batches where they want
+            unrelated things.
+    """
+
+    rms_NE: np.ndarray
+    alignment_NE: np.ndarray
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One checkpoint, over some batches.
+
+    Attributes:
+        layers: gradients of each layer's effective experts.
+        banks: of each bank's; None without banks.
+        similarity_LL: mean over experts of the cosine between two layers' gradients of the expert of one number.
+        overlap_LL: share of a token's choices that two layers have in common, and chance_LL what loads alone would give.
+        coefficients_2LP: weights of banks (w1, w2), mean over experts; None without banks.
+    """
+
+    iteration: int
+    batches: int
+    loss: float
+    layers: GradientView
+    banks: GradientView | None
+    similarity_LL: np.ndarray
+    overlap_LL: np.ndarray
+    chance_LL: np.ndarray
+    coefficients_2LP: np.ndarray | None
+
+    def to_json(self) -> JsonObject:
+        """Returns plain values, arrays as nested lists."""
+        return asdict(
+            self, dict_factory=lambda pairs: {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in pairs}
+        )
+
+
+def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step: int | None = None) -> Diagnosis:
+    """Returns what a checkpoint's experts are taught by the batches that its run would have seen next.
+
+    Args:
+        load: folder of a run or of checkpoints.
+        data: in place of the data of training.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+        ConfigError: its layers share experts in a way that leaves no gradient of each layer's own.
+    """
+    checkpoint = CheckpointConfig(load=load, ckpt_step=ckpt_step, exit_on_missing_checkpoint=True, no_load_optim=True)
+    parallel = single_process_state()
+    directory = store.find_checkpoint(checkpoint, lambda d: store.damaged_files(d, parallel))
+    assert directory is not None
+    config = _config(from_mapping(store.read_config(directory), str(directory)), checkpoint, data)
+    train_state = store.read_train_state(directory, ("vocab_size", "iteration", "consumed_samples"))
+    iteration, consumed = train_state["iteration"], train_state["consumed_samples"]
+    config = replace(config, training=replace(config.training, train_iters=iteration + batches))
+    tokenizer = tokenizer_of(with_carried(config.data, directory, only_missing=True))
+    setup = build_setup(config, train_state["vocab_size"], parallel)
+    state = load_run(setup, initial_state(setup), directory)
+    run_data = build_run_data(config, tokenizer, parallel, True, (iteration, consumed))
+    sums, routes = _Sums(setup), _Routes(setup)
+    losses = []
+    with routes:
+        for micro_batches in islice(run_data.train_batches(consumed), batches):
+            losses.append(compute_gradients(setup, state, micro_batches, sums.take)[0])
+    overlap_LL, chance_LL = routes.overlap()
+    return Diagnosis(
+        iteration, batches, float(np.mean(losses)), sums.view("layers"), sums.view("banks") if sums.has_banks else None,
+        sums.similarity(), overlap_LL, chance_LL, sums.mean_coefficients(),
+    )  # fmt: skip
+
+
+def _config(config: PretrainConfig, checkpoint: CheckpointConfig, data: DataConfig | None) -> PretrainConfig:
+    moe = config.moe
+    if moe.expert_layout == "dense":
+        raise ConfigError("--load", checkpoint.load, "is a dense model, which has no experts to diagnose")
+    if moe.shares_experts and not moe.has_pool:
+        raise ConfigError(
+            "--load", checkpoint.load,
+            f"shares experts as {moe.sharing}: fold it first (megatron-samoe edit fold), so that each layer's gradient is its own",
+        )  # fmt: skip
+    training = replace(config.training, recompute_granularity=None, skip_train=False)
+    return replace(
+        config, moe=replace(moe, samoe_combine="step") if moe.has_pool else moe, checkpoint=checkpoint, training=training,
+        parallel=ParallelConfig(), logging=LoggingConfig(), distillation=DistillationConfig(), data=data or config.data,
+    )  # fmt: skip
+
+
+class _Sums:
+    """Sums over batches of the gradients of layers' experts, and of banks' made of them."""
+
+    def __init__(self, setup: TrainSetup):
+        self.setup, self.count = setup, 0
+        parts = [layer.moe.experts for layer in setup.model.moe_layers()]
+        self._coefficients = [p.normalized().detach() for p in parts if isinstance(p, Coefficients)]
+        self.has_banks = len(self._coefficients) == len(parts)
+        self._totals: dict[str, list[Tensor]] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._size = 0
+
+    def take(self) -> None:
+        """Adds the gradients of the batch that was just computed."""
+        found = layer_gradients(self.setup)
+        assert found is not None
+        self.count += 1
+        kinds = [name for name, _ in next(iter(found.values())).items()]
+        by_kind = [torch.stack([dict(found[i].items())[name].float() for i in sorted(found)]) for name in kinds]
+        self._add("layers", [g_LE.flatten(2) for g_LE in by_kind])
+        if self.has_banks:
+            weights = [torch.stack([c_2GP[ROW_OF_WEIGHT[name]] for c_2GP in self._coefficients]) for name in kinds]
+            banks = [
+                torch.einsum("lep,lex->pex", a_LGP.expand(-1, g_LE.shape[1], -1), g_LE.flatten(2))
+                for a_LGP, g_LE in zip(weights, by_kind, strict=True)
+            ]
+            self._add("banks", banks)
+
+    def _add(self, what: str, gradients: Sequence[Tensor]) -> None:
+        squares_NE = sum(g.double().square().sum(2) for g in gradients)
+        if what in self._totals:
+            for total, gradient in zip(self._totals[what], gradients, strict=True):
+                total += gradient
+            self._squares[what] += squares_NE
+        else:
+            self._totals[what], self._squares[what] = [g.clone() for g in gradients], squares_NE  # type: ignore[assignment]
+            self._size = sum(g.shape[2] for g in gradients)
+
+    def view(self, what: str) -> GradientView:
+        """Returns lengths and alignment of what was summed."""
+        squares_NE = self._squares[what] / self.count
+        mean_NE = sum(t.double().square().sum(2) for t in self._totals[what]) / self.count**2
+        return GradientView(
+            (squares_NE / self._size).sqrt().numpy(), (mean_NE / squares_NE.clamp_min(1e-300)).numpy()  # type: ignore[union-attr]
+        )  # fmt: skip
+
+    def similarity(self) -> np.ndarray:
+        """Returns the mean cosine between layers' summed gradients of experts of one number."""
+        whole_LEX = torch.cat(self._totals["layers"], dim=2)
+        unit_LEX = torch.nn.functional.normalize(whole_LEX, dim=2)
+        return torch.einsum("lex,mex->lm", unit_LEX, unit_LEX).div(unit_LEX.shape[1]).double().numpy()
+
+    def mean_coefficients(self) -> np.ndarray | None:
+        """Returns [2, L, P]; None without banks."""
+        if not self.has_banks:
+            return None
+        return torch.stack([c_2GP.mean(1) for c_2GP in self._coefficients], dim=1).double().numpy()
+
+
+class _Routes:
+    """Counts which experts layers choose together, from their routers' own decisions."""
+
+    def __init__(self, setup: TrainSetup):
+        self._routers = [layer.moe.router for layer in setup.model.moe_layers()]
+        self._chosen: dict[int, Tensor] = {}
+        self._common_LL = torch.zeros(len(self._routers), len(self._routers), dtype=torch.float64)
+        self._loads_LE: Tensor | None = None
+        self._choices = 0.0
+
+    def __enter__(self) -> _Routes:
+        self._hooks = [
+            router.register_forward_hook(lambda _, inputs, routing, place=place: self._take(place, routing))
+            for place, router in enumerate(self._routers)
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _take(self, place: int, routing: Routing) -> None:
+        most = max(router.place.shape.num_experts for router in self._routers)
+        ids_TK = routing.ids_TK
+        chosen_TE = torch.zeros(len(ids_TK), most + 1).scatter_(1, ids_TK.masked_fill(ids_TK < 0, most), 1.0)[:, :most]
+        self._chosen[place] = chosen_TE
+        if len(self._chosen) == len(self._routers):
+            chosen_LTE = torch.stack([self._chosen[i] for i in range(len(self._routers))])
+            self._common_LL += torch.einsum("lte,mte->lm", chosen_LTE, chosen_LTE).double()
+            loads_LE = chosen_LTE.sum(1).double()
+            self._loads_LE = loads_LE if self._loads_LE is None else self._loads_LE + loads_LE
+            self._choices += float(len(ids_TK))
+            self._chosen.clear()
+
+    def overlap(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the share of choices that layers have in common, and what their loads alone would give."""
+        assert self._loads_LE is not None
+        per_token_L = self._loads_LE.sum(1) / self._choices
+        per_LL = torch.minimum(per_token_L[:, None], per_token_L[None, :]).clamp_min(1e-9)
+        rates_LE = self._loads_LE / self._choices
+        return (self._common_LL / self._choices / per_LL).numpy(), (rates_LE @ rates_LE.T / per_LL).numpy()

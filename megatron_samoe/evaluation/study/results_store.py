@@ -1,0 +1,118 @@
+"""Finished runs, kept by what decides their result: no experiment of a project is trained twice.
+
+A folder of the store is named by its key and holds run.json (configuration, sizes), metrics.jsonl and machine.json: a few
+hundred kilobytes, which reports read like the folder of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.errors import CheckpointError
+from megatron_samoe.evaluation.run_summary import RUN_FILE, read_run
+from megatron_samoe.parsing import JsonObject, parse_json
+
+#: Part of every key; to be raised when the program trains otherwise under the same options.
+KEY_VERSION = 1
+#: Groups of options that decide what a run computes, but for the fields that do not.
+DECISIVE_GROUPS = ("model", "moe", "training", "optimizer", "distillation", "data")
+INDECISIVE_FIELDS = (
+    "num_threads", "exit_interval", "exit_duration_in_mins", "skip_train", "optimizer_backend", "num_workers",
+    "data_cache_path", "no_mmap_bin_files", "tokenizer_model", "vocab_file", "merge_file",
+)  # fmt: skip
+_DATA_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+
+
+def decisive_options(config: PretrainConfig) -> dict[str, dict[str, Any]]:
+    """Returns the options that decide what a run computes and that differ from their defaults, by group. Data stand for
+    themselves, not for their paths."""
+    default, found = PretrainConfig(), {}
+    for group in DECISIVE_GROUPS:
+        options, usual = getattr(config, group), getattr(default, group)
+        names = [f.name for f in fields(options) if f.name not in INDECISIVE_FIELDS]
+        values = {name: getattr(options, name) for name in names if getattr(options, name) != getattr(usual, name)}
+        found[group] = {k: [_content(word) for word in v] if k in _DATA_PATHS else v for k, v in values.items()}
+    return {group: values for group, values in found.items() if values}
+
+
+def run_key(config: PretrainConfig, edit: str | None = None) -> str:
+    """Returns the key of a run's result: 16 hexadecimal digits.
+
+    Args:
+        edit: what was done to the trained model before it was evaluated.
+    """
+    content = [KEY_VERSION, decisive_options(config), *([edit] if edit else [])]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(word: str) -> str:
+    """Returns what a word of a data path is: the checksum of a dataset's index, whose sizes and order it has, and its number of
+    bytes; or the word, a weight."""
+    index, data = Path(f"{word}.idx"), Path(f"{word}.bin")
+    if not index.is_file() or not data.is_file():
+        return word
+    return f"{zlib.crc32(index.read_bytes()):08x}-{data.stat().st_size}"
+
+
+def write_run_file(run_dir: Path, key: str, config: PretrainConfig) -> None:
+    """Marks a run's folder as finished: writes run.json, whole or not at all."""
+    run = read_run(run_dir)
+    content = {
+        "key": key, "config": asdict(config), "vocab_size": run.vocab_size, "checkpoint_bytes": run.checkpoint_bytes,
+    }  # fmt: skip
+    _write(run_dir / RUN_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def key_of(run_dir: Path) -> str | None:
+    """Returns the key of a finished run's folder; None where none is finished.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = run_dir / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        content: JsonObject = parse_json(path.read_text(encoding="utf-8"))
+        return str(content["key"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it, and the run is evaluated again.") from None
+
+
+def put(store: Path, run_dir: Path) -> None:
+    """Keeps a finished run in a store."""
+    key = key_of(run_dir)
+    assert key is not None
+    _copy(run_dir, store / key)
+
+
+def take(store: Path | None, key: str, run_dir: Path) -> bool:
+    """Makes a run's folder one that is finished, if the store has it, and returns whether it has."""
+    if store is None or key_of(store / key) != key:
+        return False
+    _copy(store / key, run_dir)
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "machine.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    _write(
+        target / RUN_FILE, (source / RUN_FILE).read_text(encoding="utf-8")
+    )  # last: it says that the others are whole
+
+
+def _write(path: Path, text: str) -> None:
+    half = path.with_suffix(f".{os.getpid()}.tmp")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)

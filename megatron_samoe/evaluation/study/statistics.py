@@ -1,0 +1,203 @@
+"""What differences between models over a few seeds are worth: intervals, equivalence, the number of seeds, scaling laws.
+
+One seed draws the same samples in all models, so differences are taken within seeds. Their own spread over a few seeds is
+badly known; the spread pooled over all models is known better, if all scatter alike. Both are shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of differences within seeds, in nats per token; what one seed cannot tell is nan.
+
+    Attributes:
+        half_width: of the 95 % interval by Student's t, from the spread of these differences.
+        pooled_half_width: of the interval from the spread that all models' differences have in common.
+        p_equivalent: probability of so small a mean if the true difference were at the margin or beyond (two one-sided
+            tests): below 0.05 the models count as equally good.
+        p_dunnett: of no difference from the baseline, corrected for the number of models compared with it.
+    """
+
+    mean: float
+    half_width: float = math.nan
+    pooled_half_width: float = math.nan
+    p_equivalent: float = math.nan
+    p_dunnett: float = math.nan
+
+
+def differences(losses: Mapping[str, Sequence[float]], baseline: str, margin: float) -> dict[str, Difference]:
+    """Returns each model's difference from a baseline.
+
+    Args:
+        losses: of each model, one for each seed, in the same order; the baseline's too.
+        margin: nats per token.
+    """
+    others = [name for name in losses if name != baseline]
+    if not others:
+        return {}
+    base = np.asarray(losses[baseline])
+    found = {name: np.asarray(losses[name]) - base for name in others}
+    count = len(base)
+    if count < 2:
+        return {name: Difference(float(d[0])) for name, d in found.items()}
+    # What is left of the losses after each model's and each seed's mean: the spread of a single run within its seed.
+    table = np.array([losses[name] for name in losses])
+    left = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
+    freedom = (len(table) - 1) * (count - 1)
+    pooled = math.sqrt(2 * float((left**2).sum()) / freedom / count)
+    dunnett = stats.dunnett(*(np.asarray(losses[name]) for name in others), control=base, rng=np.random.default_rng(0))
+    return {
+        name: Difference(
+            float(d.mean()), _quantile(count - 1) * float(d.std(ddof=1)) / math.sqrt(count), _quantile(freedom) * pooled,
+            p_equivalent(d, margin), float(p),
+        )
+        for (name, d), p in zip(found.items(), dunnett.pvalue, strict=True)
+    }  # fmt: skip
+
+
+def _quantile(freedom: int) -> float:
+    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
+
+
+def p_equivalent(values: Sequence[float] | np.ndarray, margin: float) -> float:
+    """Returns the larger p of two one-sided t-tests: that the values' mean is not above -margin, and not below margin.
+
+    Args:
+        values: at least two differences within seeds.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.std() == 0:  # which has no t
+        return 0.0 if abs(values.mean()) < margin else 1.0
+    above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(values, margin, alternative="less").pvalue
+    return float(max(above, below))
+
+
+def seeds_needed(spread: float, margin: float, power: float = 0.8) -> int:
+    """Returns how many seeds decide whether two equally good models differ by less than a margin.
+
+    Args:
+        spread: standard deviation of the difference within a seed, nats per token.
+        margin: nats per token.
+        power: probability with which two one-sided tests at 5 % then find them equivalent.
+    """
+    for count in range(2, 1000):
+        t = float(stats.t.ppf(0.95, count - 1))
+        shift = margin * math.sqrt(count) / spread
+        # Two one-sided tests of a true difference of 0, by the noncentral t (Phillips, 1990).
+        if 2 * float(stats.nct.sf(t, count - 1, shift)) - 1 >= power:
+            return count
+    return 1000
+
+
+@dataclass(frozen=True)
+class ScalingFit:
+    """loss = floor + a * active^-alpha * (total / active)^-gamma + b * tokens^-beta, with 95 % intervals by bootstrap.
+
+    Attributes:
+        parameters, low, high: floor, a, alpha, gamma, b, beta by name.
+        factors: by model, how many of its own parameters one shared parameter is worth; 1 by definition where none is shared.
+        factors_low, factors_high: its interval.
+        error: mean absolute error of the fit, nats.
+    """
+
+    parameters: Mapping[str, float]
+    low: Mapping[str, float]
+    high: Mapping[str, float]
+    factors: Mapping[str, float]
+    factors_low: Mapping[str, float]
+    factors_high: Mapping[str, float]
+    error: float
+
+    def predict(self, point: ScalingPoint) -> float:
+        """Returns the loss that the fit expects."""
+        values = [self.parameters[name] for name in _NAMES]
+        return float(_loss(np.array(values), np.array([[point.active, point.expert, point.tokens]]),
+                           np.array([self.factors.get(point.model, 1.0)]))[0])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScalingPoint:
+    """One run: parameters that a token meets, parameters of all routed experts, tokens, loss in nats.
+
+    Attributes:
+        model: whose shared parameters have a factor of their own; "" for a model that shares none.
+    """
+
+    model: str
+    active: float
+    expert: float
+    tokens: float
+    loss: float
+
+
+_NAMES = ("floor", "a", "alpha", "gamma", "b", "beta")
+
+
+def _loss(values: np.ndarray, sizes: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    floor, a, alpha, gamma, b, beta = values
+    active, expert, tokens = sizes.T
+    total = active + np.maximum(factors * expert, 0.0)
+    return floor + a * (active / 1e6) ** -alpha * (total / active) ** -gamma + b * (tokens / 1e6) ** -beta
+
+
+def fit_scaling(points: Sequence[ScalingPoint], draws: int = 200) -> ScalingFit:
+    """Fits the scaling law to runs; intervals from fits to runs drawn anew.
+
+    Raises:
+        ValueError: there are fewer runs than numbers to fit.
+    """
+    models = sorted({p.model for p in points} - {""})
+    if len(points) <= len(_NAMES) + len(models):
+        raise ValueError(f"{len(points)} runs cannot tell {len(_NAMES) + len(models)} numbers")
+    best = _fit(points, models, None)
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(draws):
+        chosen = [points[i] for i in rng.integers(0, len(points), len(points))]
+        drawn.append(_fit(chosen, models, best))
+    low, high = np.percentile(np.array(drawn), [2.5, 97.5], axis=0)
+    count = len(_NAMES)
+    errors = _residuals(best, points, models)
+
+    def named(values: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
+        return (
+            {name: float(v) for name, v in zip(_NAMES, values[:count], strict=True)},
+            {name: float(v) for name, v in zip(models, values[count:], strict=True)},
+        )
+
+    (found, factors), (lowest, factors_low), (highest, factors_high) = named(best), named(low), named(high)
+    return ScalingFit(found, lowest, highest, factors, factors_low, factors_high, float(np.abs(errors).mean()))
+
+
+def _fit(points: Sequence[ScalingPoint], models: Sequence[str], start: np.ndarray | None) -> np.ndarray:
+    least = min(p.loss for p in points)
+    starts = [start] if start is not None else [
+        np.array([least * share, least * (1 - share), alpha, 0.1, 1.0, beta, *[1.0] * len(models)])
+        for share in (0.3, 0.7) for alpha in (0.1, 0.4) for beta in (0.3, 0.7)
+    ]  # fmt: skip
+    bounds = (np.zeros(len(starts[0])), np.array([least, *[np.inf] * (len(starts[0]) - 1)]))
+    fits = [
+        optimize.least_squares(
+            _residuals, np.clip(s, bounds[0] + 1e-9, bounds[1] - 1e-9), bounds=bounds, args=(points, models),
+            loss="huber", f_scale=0.01,
+        )
+        for s in starts
+    ]  # fmt: skip
+    return min(fits, key=lambda f: f.cost).x
+
+
+def _residuals(values: np.ndarray, points: Sequence[ScalingPoint], models: Sequence[str]) -> np.ndarray:
+    sizes = np.array([[p.active, p.expert, p.tokens] for p in points])
+    by_model = dict(zip(models, values[len(_NAMES) :], strict=True))
+    factors = np.array([by_model.get(p.model, 1.0) for p in points])
+    return _loss(values[: len(_NAMES)], sizes, factors) - np.array([p.loss for p in points])

@@ -1,0 +1,87 @@
+"""Diagnoses: banks' gradients from layers' equal training's own; routes and loads counted by hand; what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_samoe.cli.diagnose import main as diagnose_main
+from megatron_samoe.cli.pretrain import main as pretrain_main
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.config.parallel import ParallelConfig
+from megatron_samoe.datasets.tokenizer import tokenizer_of
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.evaluation.diagnosis import diagnose
+from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.training.batches import build_run_data
+from megatron_samoe.training.checkpointing import load_run
+from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.train_step import compute_gradients
+
+TINY = ["--num-layers", "3", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16", "--num-experts", "4",
+        "--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "3", "--eval-iters", "0", "--mock-data",
+        "--tokenizer-type", "ByteTokenizer", "--lr", "0.02"]  # fmt: skip
+POOL = ["--expert-layout", "samoe", "--num-expert-banks", "2", "--samoe-init", "uniform"]
+
+
+def trained(folder: Path, *flags: str) -> str:
+    """Trains three steps and returns the run's folder."""
+    assert pretrain_main([*TINY, *flags, "--run-dir", str(folder)]) == 0
+    return str(folder)
+
+
+def test_banks_gradients_are_those_of_training(tmp_path: Path) -> None:
+    load = trained(tmp_path / "run", *POOL)
+    found = diagnose(load, batches=2)
+    assert found.banks is not None and found.iteration == 3
+
+    directory = store.iteration_dir(Path(load) / "checkpoints", 3)
+    config = from_mapping(store.read_config(directory), str(directory))
+    config = replace(config, training=replace(config.training, train_iters=5), parallel=ParallelConfig())
+    setup = build_setup(config, 257, single_process_state())
+    state = load_run(setup, initial_state(setup), directory)
+    run_data = build_run_data(config, tokenizer_of(config.data), setup.parallel, True, (3, 12))
+    squares, sums = 0.0, None
+    for _, batches in zip(range(2), run_data.train_batches(12), strict=False):
+        compute_gradients(setup, state, batches)
+        pieces = [p for p in setup.buffers.pieces if p.name.startswith("expert_pool")]
+        whole = torch.cat([p.grad.flatten().double() for p in pieces])
+        squares, sums = squares + whole.square().sum() / 2, whole / 2 if sums is None else sums + whole / 2
+    experts = found.banks.rms_NE.size
+    assert np.square(found.banks.rms_NE).sum() / experts == pytest.approx(float(squares) / len(whole), rel=1e-5)
+    mean = (np.square(found.banks.rms_NE) * found.banks.alignment_NE).sum() / experts
+    assert mean == pytest.approx(float(sums.square().sum()) / len(whole), rel=1e-5)
+
+
+def test_similarity_overlap_and_plots(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load = trained(tmp_path / "run", "--expert-layout", "moe")
+    assert (
+        diagnose_main(
+            ["--load", load, "--batches", "2", "--json", str(tmp_path / "d.json"), "--output", str(tmp_path / "d.png")]
+        )
+        == 0
+    )
+    assert "bank" not in capfd.readouterr().out
+    [found] = json.loads((tmp_path / "d.json").read_text())
+    for name in ("similarity_LL", "overlap_LL"):
+        matrix = np.array(found[name])
+        assert matrix.shape == (3, 3) and np.allclose(matrix, matrix.T) and np.allclose(np.diag(matrix), 1)
+    assert np.all(np.array(found["chance_LL"]) < 1) and found["banks"] is None and found["coefficients_2LP"] is None
+    assert np.all(np.array(found["layers"]["alignment_NE"]) <= 1 + 1e-6)
+    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_without_gradients_of_their_own_are_refused(tmp_path: Path) -> None:
+    dense = trained(tmp_path / "dense", "--expert-layout", "dense")
+    with pytest.raises(ConfigError, match="dense model"):
+        diagnose(dense, 2)
+    tied = trained(tmp_path / "tied", "--expert-layout", "moe", "--expert-sharing", "0,0,0")
+    with pytest.raises(ConfigError, match="fold it first"):
+        diagnose(tied, 2)
+    assert diagnose_main(["--load", tied, "--batches", "1"]) != 0

@@ -1,0 +1,122 @@
+"""Statistics of studies: intervals against their definition, error rates by simulation, sweeps, scaling fits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from megatron_samoe.evaluation.study.statistics import (
+    ScalingPoint,
+    differences,
+    fit_scaling,
+    p_equivalent,
+    seeds_needed,
+)
+from megatron_samoe.evaluation.study.sweeps import extended, optimum
+
+
+def test_differences_are_taken_within_seeds() -> None:
+    # Seeds differ by 1, the models by about 0.1 in each: the spread over seeds must not hide it.
+    found = differences({"a": [5.1, 6.12, 7.08], "b": [5.0, 6.0, 7.0]}, "b", 0.02)["a"]
+    assert found.mean == pytest.approx(0.1)
+    assert found.half_width == pytest.approx(4.303 * 0.02 / math.sqrt(3), rel=1e-3)
+    assert found.p_equivalent > 0.9
+    assert math.isnan(differences({"a": [1.0], "b": [2.0]}, "b", 0.02)["a"].half_width)
+
+
+def test_of_two_models_the_pooled_interval_is_the_paired_one() -> None:
+    found = differences({"a": [5.1, 6.12, 7.08, 8.2], "b": [5.0, 6.0, 7.0, 8.0]}, "b", 0.02)["a"]
+    assert found.pooled_half_width == pytest.approx(found.half_width)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(1)
+    own = pooled = 0
+    draws = 300
+    for _ in range(draws):
+        seeds = rng.normal(0, 0.5, 4)
+        losses = {
+            name: list(shift + seeds + rng.normal(0, 0.02, 4))
+            for name, shift in (("a", 0.03), ("b", 0), ("c", 0.1), ("d", 0))
+        }
+        found = differences(losses, "b", 0.02)["a"]
+        own += abs(found.mean - 0.03) <= found.half_width
+        pooled += abs(found.mean - 0.03) <= found.pooled_half_width
+    assert 0.91 < own / draws < 0.99 and 0.91 < pooled / draws < 0.99
+
+
+def test_equivalence_is_claimed_rarely_at_the_margin_and_as_often_as_the_power_within() -> None:
+    rng = np.random.default_rng(2)
+    spread, margin, draws = 0.015, 0.02, 2000
+    count = seeds_needed(spread, margin)
+    at_margin = sum(p_equivalent(rng.normal(margin, spread, count), margin) < 0.05 for _ in range(draws))
+    within = sum(p_equivalent(rng.normal(0, spread, count), margin) < 0.05 for _ in range(draws))
+    assert at_margin / draws < 0.065
+    assert within / draws == pytest.approx(0.8, abs=0.12) and within / draws > 0.77
+    assert seeds_needed(spread, margin, 0.95) > count > seeds_needed(spread / 3, margin)
+
+
+def test_equal_values_are_equivalent() -> None:
+    assert p_equivalent([0.0, 0.0, 0.0], 0.02) == 0.0 and p_equivalent([0.03, 0.03], 0.02) == 1.0
+    values = [0.001, -0.002, 0.004]
+    t = (np.mean(values) - 0.02) / (np.std(values, ddof=1) / math.sqrt(3))
+    assert p_equivalent(values, 0.02) == pytest.approx(stats.t.cdf(t, 2))
+
+
+def test_a_sweep_finds_the_vertex_between_what_was_tried() -> None:
+    losses = {rate: 4 + (math.log(rate / 4e-3)) ** 2 / 10 for rate in (1.5e-3, 3e-3, 6e-3, 12e-3)}
+    found = optimum(losses)
+    assert found.edge is None and found.value == pytest.approx(4e-3) and found.loss == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("losses", "value", "edge"),
+    [
+        ({1: 3.0, 2: 3.1, 4: 3.2}, 1, "low"),
+        ({1: 3.2, 2: 3.1, 4: 3.0}, 4, "high"),
+        ({1: 3.2, 2: 3.1, 4: math.nan}, 2, None),  # what is above diverges: nothing lies beyond
+        ({1: math.inf, 2: 3.0, 4: 3.1}, 2, None),
+        ({1: 3.0, 2: math.nan, 4: math.inf}, 1, "low"),
+        ({1: math.nan, 2: math.nan, 4: math.nan}, 1, "low"),
+    ],
+)
+def test_a_sweep_says_where_the_best_lies_at_an_edge(
+    losses: dict[float, float], value: float, edge: str | None
+) -> None:
+    found = optimum(losses)
+    assert (found.value, found.edge) == (value, edge)
+
+
+def test_a_range_grows_in_its_own_ratio() -> None:
+    assert extended([1.0, 2.0, 4.0], "high") == 8.0 and extended([1.0, 2.0, 4.0], "low") == 0.5
+
+
+def test_a_scaling_fit_finds_what_made_the_losses() -> None:
+    rng = np.random.default_rng(0)
+
+    def loss(active: float, total: float, tokens: float) -> float:
+        return 1.6 + 1.2 * (active / 1e6) ** -0.25 * (total / active) ** -0.08 + 1.5 * (tokens / 1e6) ** -0.5
+
+    points = []
+    for active in (0.5e6, 1e6, 2e6, 4e6):
+        for tokens in (1e6, 3e6, 6e6):
+            for model, expert, worth in (("", 0.0, 1.0), ("", 16 * active, 1.0), ("samoe", 4 * active, 2.0)):
+                points.append(
+                    ScalingPoint(
+                        model,
+                        active,
+                        expert,
+                        tokens,
+                        loss(active, active + worth * expert, tokens) + rng.normal(0, 0.001),
+                    )
+                )
+    fit = fit_scaling(points, draws=8)
+    assert fit.error < 0.002
+    assert fit.factors_low["samoe"] < 2.0 < fit.factors_high["samoe"] and abs(fit.factors["samoe"] - 2) < 0.5
+    larger = ScalingPoint("samoe", 8e6, 32e6, 6e6, math.nan)
+    assert fit.predict(larger) == pytest.approx(loss(8e6, 8e6 + 2 * 32e6, 6e6), abs=0.02)
+    with pytest.raises(ValueError, match="cannot tell"):
+        fit_scaling(points[:5])
