@@ -55,10 +55,10 @@ def main(words: Words) -> None:
         raise ConfigError("RUN_DIR", [str(r) for r in options.runs], "give run folders, or --study, and not both")
     if options.output.is_dir():
         raise ConfigError("--output", str(options.output), "is a folder; name a file, such as report.html")
+    study = read_study(options.study) if options.study else None
     title, groups = "Pretraining runs", []
-    if options.study:
-        title, directories = read_study(options.study)
-        groups = read_groups(directories)
+    if study is not None:
+        title, groups = study.title, read_groups(study.directories)
     else:
         groups = group_runs([read_run(path) for path in options.runs])
     decode = [row for path in options.decode for row in read_decode(path)]
@@ -70,7 +70,9 @@ def main(words: Words) -> None:
         if strangers:
             raise ConfigError(flag, sorted(strangers), "is of checkpoints that are in none of the runs' folders")
     print(format_table(results_table(groups)))
-    data = ReportData(decode, zero_shot, bytes_per_token(groups), options.note)
+    data = ReportData(
+        decode, zero_shot, bytes_per_token(groups), options.note, study=study.content if study is not None else None
+    )
     try:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_group_report(options.output, options.title or title, groups, data)

@@ -141,8 +141,17 @@ def _zero_shot(
     )  # fmt: skip
 
 
-def read_study(path: Path) -> tuple[str, dict[str, list[Path]]]:
-    """Returns title and run folders by model from a study's results.json.
+@dataclass(frozen=True)
+class StudyResults:
+    """A study's results.json: its title, run folders by model, and all of its content."""
+
+    title: str
+    directories: dict[str, list[Path]]
+    content: JsonObject
+
+
+def read_study(path: Path) -> StudyResults:
+    """Returns what a study's results.json has.
 
     Raises:
         DataError: the file is none.
@@ -151,7 +160,7 @@ def read_study(path: Path) -> tuple[str, dict[str, list[Path]]]:
         title, folders = content["title"], {v["name"]: [Path(d) for d in v["directories"]] for v in content["variants"]}
         if not isinstance(title, str) or not folders or not all(isinstance(name, str) for name in folders):
             raise ValueError("title and names of variants must be texts")
-    return title, folders
+    return StudyResults(title, folders, content)
 
 
 def of_group(group: RunGroup, rows: Sequence[Any]) -> list[Any]:

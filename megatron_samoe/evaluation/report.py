@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_samoe.evaluation import plots, plots_experts, report_tables
+from megatron_samoe.evaluation import plots, plots_experts, plots_study, report_tables
 from megatron_samoe.evaluation.measurements import DecodeTime, ZeroShot
 from megatron_samoe.evaluation.plots_quality import BytesPerToken, cost_axes, quality_against_cost
 from megatron_samoe.evaluation.run_groups import Groups, group_runs
 from megatron_samoe.evaluation.run_summary import RunSummary, Table
+from megatron_samoe.parsing import JsonObject
 
 STYLE = """:root{color-scheme:light}body{font:16px/1.55 system-ui,"DejaVu Sans",sans-serif;max-width:1100px;margin:0 auto;
 padding:1rem;color:#1c2430;background:#fff}h1{font-size:1.6rem;margin:.6em 0 .2em}h2{font-size:1.2rem;margin:2em 0 .4em;
@@ -32,6 +33,7 @@ class ReportData:
         bytes_per_token: weights that decoding reads, by model and batch size.
         notes: paragraphs under the first table.
         samples: text per model.
+        study: content of the results.json of the study that the runs belong to.
     """
 
     decode: Sequence[DecodeTime] = ()
@@ -39,6 +41,7 @@ class ReportData:
     bytes_per_token: BytesPerToken = field(default_factory=dict)
     notes: Sequence[str] = ()
     samples: Mapping[str, str] = field(default_factory=dict)
+    study: JsonObject | None = None
 
 
 @dataclass
@@ -144,6 +147,20 @@ def _quality(groups: Groups, data: ReportData) -> _Section:
     return _Section("quality", "Quality against cost", paragraphs, table, png)
 
 
+def _study(study: JsonObject | None) -> list[_Section]:
+    """Returns what a study of this version knows beside its runs."""
+    if study is None or "size" not in study:
+        return []
+    how = (
+        f"Differences from {study['baseline']} within seeds. A model whose whole interval lies in the grey band is as good for "
+        "all that matters here; one whose interval holds 0 but leaves the band is merely not told apart."
+    )
+    return [
+        _Section("differences", f"Differences from {study['baseline']}", [how], png=plots_study.differences(study)),
+        _Section("lengths", "Loss over the length of training", png=plots_study.lengths(study)),
+    ]
+
+
 _SPEED = (
     "Median and quartiles of tokens per second over the logged intervals of all seeds, without each run's first, "
     "which warms up. A token counts once, forward and backward together. The time is the wall clock of "
@@ -181,7 +198,7 @@ _PLOTS: tuple[tuple[str, str, str, Callable[[Groups], bytes | None]], ...] = (
 def _sections(groups: Groups, data: ReportData) -> list[_Section]:
     losses = "Thin: training, every seed. Dots: validation, mean over seeds; bars: lowest and highest seed."
     return [
-        _results(groups, data), _quality(groups, data),
+        _results(groups, data), *_study(data.study), _quality(groups, data),
         _Section("speed", "Training speed", [_SPEED], report_tables.speed_table(groups)),
         _Section("loss_curves", "Loss curves", [losses], png=plots.loss_curves(groups)),
         _Section("zero_shot", "Zero-shot tasks", [_ZERO_SHOT], report_tables.zero_shot_table(groups, data.zero_shot)),

@@ -24,6 +24,7 @@ class VariantResult:
 
     Attributes:
         sharing: how MoE layers share experts, see `run_summary.sharing_text`.
+        steps: of training; None for a model made by editing another.
         losses: validation loss per seed, nats per token.
         sd: standard deviation over seeds, with n - 1; nan for one.
         difference: from the baseline; None for the baseline. See `statistics.Difference`.
@@ -37,6 +38,7 @@ class VariantResult:
     total_parameters: int
     expert_parameters: int
     active_parameters: int
+    steps: int | None
     losses: list[float]
     mean: float
     sd: float
@@ -98,7 +100,7 @@ def _result(group: RunGroup, difference: Difference | None) -> VariantResult:
     speeds = [run.tokens_per_s for run in runs if run.tokens_per_s is not None]
     return VariantResult(
         group.name, [str(run.directory) for run in runs], sharing_text(group.first.config),
-        count.total, count.expert, count.active, group.losses,
+        count.total, count.expert, count.active, group.first.last_trained.get("iteration"), group.losses,
         loss.mean, loss.sd, difference,
         statistics.median(speeds) if speeds else None,
         max((run.peak_memory_bytes for run in runs if run.peak_memory_bytes is not None), default=None),
@@ -145,7 +147,7 @@ def write_results(
     """Writes results.json: the study, its results, and the command of every run."""
     own = comparisons[0]
     content = {
-        "title": study.title, "baseline": study.baseline, "margin": study.margin, "seeds": own.seeds,
+        "title": study.title, "baseline": study.baseline, "margin": study.margin, "size": own.size, "seeds": own.seeds,
         "variants": [r.to_json() for r in own.variants],
         "others": [
             {"size": c.size, "steps": c.steps, "seeds": c.seeds, "variants": [r.to_json() for r in c.variants]}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_samoe.cli.report import main as report_main
 from megatron_samoe.cli.study import main
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import sharing_text
@@ -254,6 +255,10 @@ def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytes
     assert f"--lr {found:.6g}" in flags
     page = (tmp_path / "a/status.html").read_text()
     assert "11 of 11 runs finished" in page and "<polyline" in page
+
+    assert report_main(["--study", str(tmp_path / "a/results.json"), "--output", str(tmp_path / "report.html")]) == 0
+    for plot in ("differences", "lengths"):
+        assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
     # A branch is what a run of its own length would be.
     branch = json.loads((tmp_path / "a/own/steps-5/seed-1/metrics.jsonl").read_text().splitlines()[-1])

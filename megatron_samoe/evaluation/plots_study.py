@@ -1,0 +1,68 @@
+"""Plots of a study's results.json: differences with their intervals, sweeps' optima, losses over training lengths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from megatron_samoe.evaluation.plots import colour, finished, plt, png_of
+from megatron_samoe.parsing import JsonObject
+
+
+def differences(study: JsonObject) -> bytes | None:
+    """Returns each model's difference from the baseline as PNG: every seed, the mean, and the 95 % interval; None without any
+    model to compare."""
+    variants = {v["name"]: v for v in study["variants"]}
+    base = variants[study["baseline"]]
+    others = [v for v in study["variants"] if v["difference"] is not None]
+    if not others:
+        return None
+    figure, axes = plt.subplots(figsize=(8.5, 1.4 + 0.55 * len(others)), layout="constrained")
+    axes.axvspan(-study["margin"], study["margin"], color="0.9", label=f"equally good: within {study['margin']:g} nats")
+    axes.axvline(0, color="0.4", linewidth=1)
+    for row, variant in enumerate(others):
+        found = variant["difference"]
+        mean, pooled = found["mean"], found["pooled_half_width"]
+        own = found["half_width"]
+        for half, width, what in ((pooled, 5.0, "95 %, spread of all models"), (own, 1.6, "95 %, own spread")):
+            if half is not None:
+                axes.plot([mean - half, mean + half], [row, row], color="#0072b2", linewidth=width,
+                          alpha=0.35 if width > 2 else 1, label=what if row == 0 else None)  # fmt: skip
+        each = np.array(variant["losses"]) - np.array(base["losses"])
+        axes.plot(each, np.full(len(each), row + 0.22), ".", color="0.45", label="a seed" if row == 0 else None)
+        axes.plot(mean, row, "o", color="#0072b2", label="mean" if row == 0 else None)
+    axes.set_yticks(range(len(others)), [v["name"] for v in others])
+    axes.invert_yaxis()
+    axes.set(xlabel=f"validation loss minus that of {study['baseline']}, nats per token (left is better)")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.grid(axis="x", alpha=0.3)
+    return png_of(figure)
+
+
+def lengths(study: JsonObject) -> bytes | None:
+    """Returns the losses of each model over its length of training as PNG; None for a study of one length."""
+    points = _points(study)
+    if len({steps for line in points.values() for steps, _, _ in line}) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for place, (name, line) in enumerate(points.items()):
+        steps, means, sds = (np.array(values) for values in zip(*sorted(line), strict=True))
+        axes.errorbar(steps, means, yerr=np.nan_to_num(sds), fmt="o-", capsize=2, color=colour(place), label=name)
+    axes.set(
+        xlabel="steps, each length with a decay of its own", ylabel="validation loss, nats per token", xscale="log"
+    )
+    axes.set_title("bars: standard deviation over seeds", fontsize=9)
+    return finished(figure, axes)
+
+
+def _points(study: JsonObject) -> Mapping[str, list[tuple[int, float, float]]]:
+    """Returns (steps, mean, standard deviation) of the trained models of the study's own size."""
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for comparison in (study, *study["others"]):
+        for variant in comparison["variants"] if comparison["size"] == study["size"] else []:
+            if variant["steps"] is not None:
+                sd = math.nan if variant["sd"] is None else variant["sd"]
+                found.setdefault(variant["name"], []).append((variant["steps"], variant["mean"], sd))
+    return found
