@@ -11,11 +11,14 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
+import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,10 @@ from megatron_samoe.benchmarks.peers import LineWorker
 from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig
 from megatron_samoe.config.checkpoint import CheckpointConfig
-from megatron_samoe.config.cli import from_mapping, to_mapping
+from megatron_samoe.config.cli import from_mapping, parse_pretrain_args, to_mapping
+from megatron_samoe.config.derived import flag, without_idle_options
+from megatron_samoe.config.option import all_options
+from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, StoredTensor, write_checkpoint
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
@@ -56,23 +62,37 @@ PEERS = ("transformers", "llama.cpp")
 Pair = tuple[int, int]
 
 
-def make_checkpoint(options: Options) -> Path:
-    """Returns the folder of a model of random weights, made unless it is there."""
+def make_checkpoint(options: Options, flags: str) -> Path:
+    """Returns the folder of a model of random weights, made unless it is there.
+
+    Args:
+        flags: of pretraining, which say how the model differs from the others, in layout or sharing of experts.
+    """
     heads = max(options.hidden_size // 64, 1)
-    config = PretrainConfig(
+    base = PretrainConfig(
         model=ModelConfig(
             num_layers=options.num_layers, hidden_size=options.hidden_size, ffn_hidden_size=options.ffn_hidden_size,
             num_attention_heads=heads, seq_length=options.context, position_embedding_type="rope", swiglu=True,
             normalization="RMSNorm", disable_bias_linear=True, untie_embeddings_and_output_weights=True,
             init_method_std=0.05,  # spread enough that greedy text does not repeat one token
         ),
-        moe=MoEConfig(options.expert_layout, num_experts=options.num_experts, moe_router_topk=options.topk,
-                      moe_ffn_hidden_size=options.ffn_hidden_size,
-                      **({"num_expert_banks": options.num_expert_banks} if options.expert_layout == "samoe" else {})),
+        moe=MoEConfig("moe", num_experts=options.num_experts, moe_router_topk=options.topk,
+                      moe_ffn_hidden_size=options.ffn_hidden_size),
         data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
     )  # fmt: skip
+    asked = parse_pretrain_args(shlex.split(flags), prog="--models")
+    given = {name: value for _, name, value, default, _ in all_options(asked) if value != default}
+    known = {f.name for f in fields(MoEConfig)}
+    strange = [name for name in given if name not in known]
+    if strange:
+        raise ConfigError("--models", flags, f"may say what experts are; {flag(strange[0])} says something else")
+    config = without_idle_options(replace(base, moe=replace(base.moe, **given)))
+    validate(config, 1)
     sizes = (options.num_layers, options.hidden_size, options.ffn_hidden_size, options.num_experts, options.topk)
-    folder = options.work_dir / "-".join(map(str, (options.expert_layout, *sizes, options.vocab_size)))
+    name = re.sub(r"[^a-z0-9.]+", "-", flags.lower().replace("expert-layout", "").replace("expert-sharing", "")).strip(
+        "-"
+    )
+    folder = options.work_dir / "-".join(map(str, (name or "moe", *sizes, options.vocab_size)))
     if not (folder / "checkpoint").exists():
         model = build_model(config, options.vocab_size, single_process_state())
         weights = {name: p.detach() for name, p in model.global_parameters().items()}
@@ -98,7 +118,7 @@ def make_exports(checkpoint: Path, options: Options) -> Path:
     if not (folder / "hf").exists():
         folder.mkdir(parents=True, exist_ok=True)
         source = CheckpointReader(_directory(checkpoint))
-        has_pool = source.config["moe"]["expert_layout"] == "samoe"
+        has_pool = from_mapping(source.config, str(checkpoint)).moe.shares_experts
         write_export(plan_export(source, fold=has_pool), folder / "hf")
     if "llama.cpp" in options.peers:
         for dtype in options.dtypes:
@@ -143,8 +163,9 @@ def specs(dtype: str, checkpoints: list[Path], options: Options) -> Iterator[tup
     }  # fmt: skip
     for checkpoint, serving in itertools.product(checkpoints, options.servings):
         label = checkpoint.parent.name if checkpoint.name == "checkpoint" else str(checkpoint)
-        yield f"{label} {serving}", sys.executable, {**common, "program": "ours", "checkpoint": str(checkpoint),
-                                                     "serving": serving}  # fmt: skip
+        yield f"{label} {serving}", sys.executable, {
+            **common, "program": "ours", "checkpoint": str(checkpoint), "serving": serving,
+            "weights_folder": options.weights_folder, "memory_limit": int(1e9 * options.memory_limit)}  # fmt: skip
     for peer, checkpoint in itertools.product(options.peers, checkpoints[:1]):
         exports = make_exports(checkpoint, options)
         if peer == "transformers" and dtype != "int8":
@@ -309,7 +330,11 @@ def run(options: Options) -> Rows:
     if options.new_tokens < 2:
         raise ConfigError("--new-tokens", options.new_tokens, "must be 2 or more")
     options.threads = options.threads or torch.get_num_threads()
-    options.checkpoints = options.load or [make_checkpoint(options)]
+    if options.memory_limit and not options.weights_folder:
+        raise ConfigError(
+            "--memory-limit", options.memory_limit, "needs --weights-folder: other weights cannot leave memory"
+        )
+    options.checkpoints = options.load or [make_checkpoint(options, flags) for flags in options.models]
     if options.peers:
         make_exports(options.checkpoints[0], options)
     if options.prepare:
@@ -342,5 +367,18 @@ def add_parser(commands: Any) -> None:
     add("--json", Path)
     add("--png", Path)
     add_sizes(add, "of a model of random weights", num_layers=12, hidden_size=512, ffn_hidden_size=2048, num_experts=32,
-              topk=2, vocab_size=8192, num_expert_banks=3, context=512)  # fmt: skip
-    add("--expert-layout", ("dense", "moe", "samoe"), default="moe")
+              topk=2, vocab_size=8192, context=512)  # fmt: skip
+    add(
+        "--models",
+        [""],
+        "models of random weights: for each, flags of pretraining that say what its experts are, such as "
+        "'--expert-layout samoe --num-expert-banks 3' or '--expert-sharing pool --num-experts 96'; a standard MoE if empty",
+    )
+    add("--weights-folder", str, "keep weights in files there, which Linux may drop from memory", metavar="DIR")
+    add(
+        "--memory-limit",
+        0.0,
+        "GB that each contestant of ours may hold of what it reads while it decodes, by a control group; 0 for "
+        "no limit",
+        metavar="GB",
+    )

@@ -33,6 +33,24 @@ def prompts(batch: int, length: int, vocab: int) -> list[list[int]]:
     return rows
 
 
+def join_control_group(limit: int) -> None:
+    """Puts this process into a control group that may hold so many bytes of what is read from here on: mapped weights, above all.
+    What it has allocated before does not count. The group goes when the process has ended and another is made."""
+    root = Path("/sys/fs/cgroup")
+    one = (root / "memory", "memory.limit_in_bytes") if (root / "memory").is_dir() else (root, "memory.max")
+    folder, file = one
+    try:
+        for old in folder.glob("samoe-decode-*"):
+            if not (old / "cgroup.procs").read_text().strip():
+                old.rmdir()
+        group = folder / f"samoe-decode-{os.getpid()}"
+        group.mkdir()
+        (group / file).write_text(str(limit))
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError as error:
+        raise SystemExit(f"--memory-limit needs the right to make control groups in {folder}: {error}") from None
+
+
 def never(*_: int) -> Spec:
     """What a refused contestant measures."""
     raise AssertionError("nobody asks a contestant that was refused")
@@ -51,13 +69,16 @@ def ours(spec: Spec) -> tuple[Spec, Measure]:
     context = min(loaded.config.model.max_positions, spec["context"])
     try:
         engine = Engine(loaded, max_batch=spec["max_batch"], max_tokens=spec["max_batch"] * context,
-                        serving=spec["serving"], dtype=spec["dtype"], max_step_tokens=spec["step_tokens"])  # fmt: skip
+                        serving=spec["serving"], dtype=spec["dtype"], max_step_tokens=spec["step_tokens"],
+                        weights_folder=spec["weights_folder"])  # fmt: skip
     except ConfigError as error:
         return {"refused": str(error)}, never
     vocab = loaded.model.vocab_size
     kernels = extension.build_info().get("instruction_set", "torch")
     info = {"serving": engine.serving, "dtype": engine.dtype, "version": kernels}
     del loaded
+    if spec["memory_limit"]:
+        join_control_group(spec["memory_limit"])
     runner = engine._runner
     assert isinstance(runner, SingleRunner)
 

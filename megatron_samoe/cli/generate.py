@@ -87,6 +87,13 @@ def make_parser() -> argparse.ArgumentParser:
     engine("--serving", SERVINGS, "how the experts of a shared pool are kept", default="auto")
     engine("--dtype", PRECISIONS, "of weights; the checkpoint's if not given", default=None)
     engine("--cache-experts", int, "experts combined on the fly that are kept", metavar="N")
+    engine(
+        "--weights-folder",
+        str,
+        "keep weights in a file there, which Linux may drop from memory and read again; so "
+        "they may be larger than memory while text is made",
+        metavar="DIR",
+    )
     engine("--max-batch", 8, "prompts generated at the same time", metavar="N")
     engine("--max-tokens", int, "tokens that the key-value cache holds", metavar="N")
     engine("--num-threads", int, "CPU threads of a rank", metavar="N")
@@ -253,6 +260,7 @@ def _run(options: Options) -> None:
     engine = Engine(
         loaded, max_batch=options.max_batch, max_tokens=options.max_tokens, serving=options.serving,
         dtype=options.dtype, cache_experts=options.cache_experts,
+        weights_folder=options.weights_folder,
     )  # fmt: skip
     directory = loaded.directory
     del loaded  # of which the engine keeps what it needs

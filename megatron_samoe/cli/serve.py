@@ -49,6 +49,13 @@ def make_parser() -> argparse.ArgumentParser:
     model("--dtype", PRECISIONS, "of weights", default=None)
     model("--cache-experts", int, "experts combined on the fly that are kept; those "
                        "of two tokens if not given", metavar="N")  # fmt: skip
+    model(
+        "--weights-folder",
+        str,
+        "keep weights in a file there, which Linux may drop from memory and read again; so "
+        "they may be larger than memory while text is made",
+        metavar="DIR",
+    )
     model("--num-threads", int, "CPU threads of a rank; its share of the cores if "
                        "not given", metavar="N")  # fmt: skip
     add_layout_arguments(model_group)
@@ -91,7 +98,10 @@ def _server_options(options: Options) -> ServerOptions:
 
 def _engine(options: Options, parallel: ParallelState) -> Engine:
     loaded = load(options, parallel)
-    given = {name: getattr(options, name) for name in ("serving", "dtype", "max_step_tokens", "cache_experts")}
+    given = {
+        name: getattr(options, name)
+        for name in ("serving", "dtype", "max_step_tokens", "cache_experts", "weights_folder")
+    }
     engine = Engine(
         loaded, max_batch=options.max_batch, max_tokens=options.max_tokens,
         **{name: value for name, value in given.items() if value is not None},

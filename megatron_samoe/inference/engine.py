@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 
@@ -37,6 +38,7 @@ from megatron_samoe.inference.serving import (
 )
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.text_stream import TextStream
+from megatron_samoe.inference.weight_file import keep_in_file
 from megatron_samoe.ops.extension import uses_cuda_kernels
 from megatron_samoe.runtime.free_memory import free_memory_bytes
 from megatron_samoe.runtime.load import LoadedModel
@@ -62,6 +64,8 @@ class Engine:
         dtype: of weights; the checkpoint's if not given. int8 is for one process.
         cache_experts: experts combined on the fly that are kept, over all layers; those of two tokens if not given.
         max_step_tokens: most tokens of one step, so that a long prompt does not hold up the others for long.
+        weights_folder: where to keep the weights in a file, which may be larger than the memory that is left for them; see
+            `weight_file`. For one process on a CPU.
 
     Raises:
         ConfigError: a way of serving or precision that does not fit the model, or more memory than there is.
@@ -77,6 +81,7 @@ class Engine:
         dtype: Precision | None = None,
         max_step_tokens: int = 512,
         cache_experts: int | None = None,
+        weights_folder: str | Path | None = None,
     ):
         refuse_unknown(loaded.config, "decode", "the inference engine")
         self.tokenizer, self.vocab_size = loaded.tokenizer, loaded.model.vocab_size
@@ -104,6 +109,7 @@ class Engine:
                 cache_experts,
                 f"has no effect on the way of serving {self.serving}, only on on-the-fly",
             )
+        self._weights_folder = weights_folder
         self._runner: Runner = self._make_runner(loaded, num_pages, max_step_tokens, slots)
         self._pages = PageTable(max_batch, num_pages, pages_per_slot, self._runner.device)
         self._buffers = BatchBuffers(max_step_tokens)
@@ -113,13 +119,18 @@ class Engine:
     @torch.no_grad()
     def _make_runner(self, loaded: LoadedModel, num_pages: int, max_step_tokens: int, cache_experts: int) -> Runner:
         state = loaded.model.state
+        if self._weights_folder is not None and (state.device.type, state.world.size) != ("cpu", 1):
+            raise ConfigError("weights_folder", self._weights_folder, "is for one process on a CPU")
         if not takes_single_runner(state.device.type, state.world.size, self.dtype):
             convert_weights(loaded.model, self.dtype)
             return RankRunner(loaded, num_pages, self.serving)
         if state.device.type == "cuda" and uses_cuda_kernels():
             check_cuda_limits(loaded.config, self.serving)
         model = make_decode_model(loaded.model, self.serving, self.dtype, num_pages)
-        ask_for_huge_pages(model.weights())
+        if self._weights_folder is None:
+            ask_for_huge_pages(model.weights())
+        else:
+            keep_in_file(model.weights(), Path(self._weights_folder))
         return SingleRunner(model, max_step_tokens, self.max_batch, cache_experts)
 
     @property
