@@ -17,9 +17,9 @@ import numpy as np
 from megatron_samoe.cli.arguments import Words, adder, program, text_parser
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.evaluation.diagnosis import Diagnosis, diagnose
 from megatron_samoe.evaluation.plots_diagnosis import diagnosis_plot
 from megatron_samoe.evaluation.run_summary import Table, format_table
+from megatron_samoe.training.expert_diagnosis import Diagnosis, diagnose
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,7 +49,7 @@ def main(words: Words) -> None:
     if options.json is not None:
         options.json.write_text(json.dumps([diagnosis.to_json() for diagnosis in found]) + "\n")
     if options.output is not None:
-        options.output.write_bytes(diagnosis_plot(found[-1]))
+        options.output.write_bytes(diagnosis_plot(found[-1].to_json()))
 
 
 def _table(diagnosis: Diagnosis) -> Table:

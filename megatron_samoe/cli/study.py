@@ -13,6 +13,7 @@ from megatron_samoe.cli.report import main as report_main
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.evaluation.study.definition import read_study
+from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.programs import pause_file
 from megatron_samoe.evaluation.study.results import collect, results_table, unequal_arms, write_results
 from megatron_samoe.evaluation.study.runner import StudyRunner, signals_interrupt
@@ -61,28 +62,22 @@ def main(words: Words) -> int:
     if options.text is not None:
         data = options.output_dir / "data"
         pretrain_flags += prepare(options.text, data, options.vocab_size, lambda line: print(line, flush=True))
-    status = StatusPage(study, options.output_dir)
+    status = StatusPage()
+    plan = StudyPlan(study, options.output_dir, tuple(pretrain_flags), options.store)
     runner = StudyRunner(
-        study,
-        options.output_dir,
-        tuple(pretrain_flags),
-        say=lambda line: print(line, flush=True),
-        jobs=options.jobs,
-        store=options.store,
-        launcher=tuple(shlex.split(options.launcher)),
-        idle=not options.full_priority,
-        look=lambda: status.write(runner),
-    )
+        plan, say=lambda line: print(line, flush=True), jobs=options.jobs, launcher=tuple(shlex.split(options.launcher)),
+        idle=not options.full_priority, look=lambda: status.write(runner),
+    )  # fmt: skip
     try:
-        runner.check()
+        plan.check()
         if options.dry_run:
-            _show_plan(runner)
+            _show_plan(plan)
             return 0
         failures = []
         if not options.collect_only:
             with signals_interrupt():
                 failures = runner.run_all()
-        _finish(runner, failures)
+        _finish(plan, failures)
         if options.text is not None:
             report = options.output_dir / "report.html"
             return report_main(["--study", str(options.output_dir / "results.json"), "--output", str(report)])
@@ -103,11 +98,11 @@ def _hold(root: Path, paused: bool) -> int:
     return 0
 
 
-def _finish(runner: StudyRunner, failures: Sequence[str]) -> None:
+def _finish(plan: StudyPlan, failures: Sequence[str]) -> None:
     """Compares what is finished, then raises MegatronSamoeError for what failed."""
     failed = "\n".join(["Some runs failed; the same command tries them again.", *failures])
     try:
-        _compare(runner)
+        _compare(plan)
     except MegatronSamoeError as error:
         if not failures:
             raise
@@ -116,23 +111,23 @@ def _finish(runner: StudyRunner, failures: Sequence[str]) -> None:
         raise MegatronSamoeError(failed)
 
 
-def _show_plan(runner: StudyRunner) -> None:
-    for run in runner.all_runs():
-        state = "finished" if runner.is_finished(run) else "to do" if runner.is_settled(run) else "waits for a sweep"
+def _show_plan(plan: StudyPlan) -> None:
+    for run in plan.all_runs():
+        state = "finished" if plan.is_finished(run) else "to do" if plan.is_settled(run) else "waits for a sweep"
         what = shlex.join(run.variant.flags) if run.variant.is_trained else (
             f"{run.variant.edit} of {run.variant.edited_from}"
         )  # fmt: skip
         print(f"{state:8}  {run.label}  {what}")
 
 
-def _compare(runner: StudyRunner) -> None:
-    study = runner.study
-    finished = [run for run in runner.plan() if runner.is_finished(run)]
+def _compare(plan: StudyPlan) -> None:
+    study = plan.study
+    finished = [run for run in plan.plan() if plan.is_finished(run)]
     comparisons = collect(study, finished)
     if not comparisons:
         raise MegatronSamoeError("No seed is finished for every model of the study, so there is nothing to compare.")
     commands = [
-        f"python -m megatron_samoe.cli.pretrain {shlex.join(runner.flags_of(run))}"
+        f"python -m megatron_samoe.cli.pretrain {shlex.join(plan.flags_of(run))}"
         for run in finished
         if run.variant.is_trained
     ]
@@ -147,14 +142,14 @@ def _compare(runner: StudyRunner) -> None:
         f"\nsd: over seeds. Differences are within seeds, with the 95 % interval by Student's t; pooled: with the spread of all "
         f"models.\np equal: of such differences if the models were {study.margin:g} nats apart; p Dunnett: if none differed."
     )
-    optima = runner.optima()
+    optima = plan.optima()
     for (name, size), found in optima.items():
         assert study.sweep is not None
         beyond = f"; the best tried lies at the {found.edge} edge of the range" if found.edge else ""
         print(
             f"{', '.join(filter(None, (name, size)))}: {study.sweep.option} {found.value:.3g}, loss {found.loss:.4f}{beyond}"
         )
-    path = runner.root / "results.json"
+    path = plan.root / "results.json"
     write_results(path, study, comparisons, optima, commands)
     print(f"results: {path}")
 

@@ -15,11 +15,11 @@ from megatron_samoe.parallel_state.state import ParallelState
 def machine_facts(parallel: ParallelState) -> dict[str, Any]:
     """Returns device, ranks and software, as plain values; the host's name is not among them."""
     device, grid = parallel.device, parallel.grid
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "device": device.type,
         "device_name": name,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": num_cores(),
         "threads_per_rank": torch.get_num_threads(),
         "ranks": grid.world_size,
         "layout": {
@@ -34,7 +34,13 @@ def machine_facts(parallel: ParallelState) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def num_cores() -> int:
+    """Returns the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Returns the name of the processor, or of its architecture."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

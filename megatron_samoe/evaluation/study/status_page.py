@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_samoe.evaluation.run_summary import read_records
-from megatron_samoe.evaluation.study.definition import Run, Study
+from megatron_samoe.evaluation.study.definition import Run
 from megatron_samoe.evaluation.study.programs import pause_file
 from megatron_samoe.evaluation.study.runner import StudyRunner
 from megatron_samoe.parsing import JsonObject
@@ -31,8 +31,6 @@ td:first-child,th:first-child{text-align:left}.running{font-weight:600}.failed{c
 class StatusPage:
     """Writes status.html into the folder of a study's runs."""
 
-    study: Study
-    root: Path
     _written: float = -math.inf
     _known: dict[Path, tuple[int, list[JsonObject]]] = field(default_factory=dict)
 
@@ -41,22 +39,23 @@ class StatusPage:
         if time.monotonic() - self._written < _EVERY_S and runner.active:
             return
         self._written = time.monotonic()
-        runs = runner.all_runs()
+        plan = runner.plan
+        runs, title = plan.all_runs(), html.escape(plan.study.title)
         records = {run.directory: self._records(run) for run in runs}
         rows = [self._row(run, runner, records[run.directory]) for run in runs]
-        done = sum(runner.is_finished(run) for run in runs)
-        state = "paused" if pause_file(self.root).exists() else f"{len(runner.active)} running here"
+        done = sum(plan.is_finished(run) for run in runs)
+        state = "paused" if pause_file(plan.root).exists() else f"{len(runner.active)} running here"
         page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="{_EVERY_S:.0f}">
-<meta name="viewport" content="width=device-width"><title>{html.escape(self.study.title)}</title><style>{_STYLE}</style>
-<h1>{html.escape(self.study.title)}</h1>
-<p>{done} of {len(runs)} runs finished, {state}, {len(runner.failures)} failed; {time.strftime("%Y-%m-%d %H:%M:%S")}.</p>
+<meta name="viewport" content="width=device-width"><title>{title}</title><style>{_STYLE}</style>
+<h1>{title}</h1>
+<p>{done} of {len(runs)} runs finished, {state}, {len(plan.failures)} failed; {time.strftime("%Y-%m-%d %H:%M:%S")}.</p>
 {_curves(runs, records)}
 <table><tr><th>run<th>state<th>step<th>training loss<th>validation<th>tokens/s</tr>
 {"".join(rows)}</table></html>
 """
-        half = self.root / f"status.{os.getpid()}.tmp"
+        half = plan.root / f"status.{os.getpid()}.tmp"
         half.write_text(page, encoding="utf-8")
-        half.replace(self.root / "status.html")
+        half.replace(plan.root / "status.html")
 
     def _records(self, run: Run) -> list[JsonObject]:
         """Returns the records of a run, read again only where its file has grown."""
@@ -67,14 +66,14 @@ class StatusPage:
         return self._known.get(run.directory, (0, []))[1]
 
     def _row(self, run: Run, runner: StudyRunner, records: Sequence[JsonObject]) -> str:
-        if run.directory in runner.failures:
+        if run.directory in runner.plan.failures:
             state = "failed"
-        elif runner.is_finished(run):
+        elif runner.plan.is_finished(run):
             state = "finished"
         elif run.directory in runner.active:
             state = "running"
         else:
-            state = "waiting" if runner.is_settled(run) else "waiting for its sweep"
+            state = "waiting" if runner.plan.is_settled(run) else "waiting for its sweep"
         last = {key: next((r[key] for r in reversed(records) if key in r), None)
                 for key in ("iteration", "lm_loss", "validation_loss", "tokens_per_s")}  # fmt: skip
         cells = [run.label, state, _shown(last["iteration"], ","), _shown(last["lm_loss"], ".4f"),

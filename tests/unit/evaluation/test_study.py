@@ -20,8 +20,8 @@ from megatron_samoe.cli.study import main
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import sharing_text
 from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
+from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.results import collect, results_table, unequal_arms
-from megatron_samoe.evaluation.study.runner import StudyRunner
 from tests.harness.serving import save_tiny
 
 OPTIONS = {
@@ -115,7 +115,7 @@ SHARING = {
 def test_arms_may_share_experts_in_every_way(tmp_path: Path) -> None:
     runs = {name: {**options, "num-layers": 4} for name, (options, _) in SHARING.items()}
     study = read_study(write_study(tmp_path, runs=runs, derived=None, baseline="own"))
-    runner = StudyRunner(study, tmp_path, ())
+    runner = StudyPlan(study, tmp_path, ())
     runner.check()
     found = {run.variant.name: sharing_text(runner.config_of(run)) for run in runner.plan()}
     assert found == {name: text for name, (_, text) in SHARING.items()}
@@ -144,7 +144,7 @@ def test_results_name_what_layers_share(tmp_path: Path) -> None:
 def test_an_edit_that_will_not_fit_is_refused_before_training(tmp_path: Path, edit: str, sharing: str) -> None:
     runs = {"own": {"expert-layout": "moe"}, "shared": {"expert-layout": "moe", "expert-sharing": sharing}}
     derived = {"edited": {"from": "shared", "edit": edit}}
-    runner = StudyRunner(read_study(write_study(tmp_path, runs=runs, derived=derived, baseline="own")), tmp_path, ())
+    runner = StudyPlan(read_study(write_study(tmp_path, runs=runs, derived=derived, baseline="own")), tmp_path, ())
     with pytest.raises(ConfigError, match=sharing) as caught:
         runner.check()
     assert caught.value.field == "derived.edited.edit"
@@ -182,7 +182,7 @@ def test_a_study_runs_goes_on_and_refuses_other_options(tmp_path: Path, capfd: p
 
 
 def test_flags_for_all_runs_leave_the_variants_what_they_are(tmp_path: Path) -> None:
-    runner = StudyRunner(read_study(write_study(tmp_path)), tmp_path, ("--expert-layout", "dense", "--lr", "0.5"))
+    runner = StudyPlan(read_study(write_study(tmp_path)), tmp_path, ("--expert-layout", "dense", "--lr", "0.5"))
     configs = [runner.config_of(run) for run in runner.plan()[:2]]
     assert [config.moe.expert_layout for config in configs] == ["moe", "samoe"]
     assert [config.optimizer.lr for config in configs] == [0.5, 0.5]
@@ -282,7 +282,8 @@ def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytes
 
 def test_a_gate_stops_a_study_whose_regime_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     study = write_whole(
-        tmp_path, sweep=None, branches=None, derived=None, runs={"own": {}, "pool": {}, "never": {}}, seeds=[1],
+        tmp_path, sweep=None, branches=None, derived=None, seeds=[1],
+        runs={"own": {"expert-layout": "moe"}, "pool": {"expert-layout": "samoe"}, "never": {"expert-layout": "moe"}},
         gates=[{"arm": "pool", "baseline": "own", "at-most": -9}],
     )  # fmt: skip
     assert main([str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]) == 1
@@ -294,24 +295,24 @@ def test_a_gate_stops_a_study_whose_regime_is_wrong(tmp_path: Path, capfd: pytes
 def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:
     runs = {"dense": {"expert-layout": "dense"}, "own": {"expert-layout": "moe"}}
     study = read_study(write_whole(tmp_path, runs=runs, derived=None, sweep=None, branches=None, gates=None))
-    dense, own = (StudyRunner(study, tmp_path, ()).config_of(run) for run in plan_runs(study, tmp_path))
+    dense, own = (StudyPlan(study, tmp_path, ()).config_of(run) for run in plan_runs(study, tmp_path))
     assert (dense.optimizer.moe_router_lr_mult, own.optimizer.moe_router_lr_mult) == (0.5, 1.0)
     typo = read_study(
         write_whole(tmp_path, runs={"dense": {"expert-layout": "dense", "moe-router-lr-mult": 1.0}, "own": {}}, derived=None,
                     sweep=None, branches=None, gates=None)
     )  # fmt: skip
-    config = StudyRunner(typo, tmp_path, ()).config_of(plan_runs(typo, tmp_path)[0])
+    config = StudyPlan(typo, tmp_path, ()).config_of(plan_runs(typo, tmp_path)[0])
     assert config.optimizer.moe_router_lr_mult == 1.0, (
         "what an arm itself asks for is refused by pretraining, not hidden"
     )
 
 
 def test_keys_tell_what_decides_a_result(tmp_path: Path) -> None:
-    runner = StudyRunner(read_study(write_whole(tmp_path)), tmp_path, ())
+    runner = StudyPlan(read_study(write_whole(tmp_path)), tmp_path, ())
     run = runner.plan()[0]
     key = runner.key_of(run)
     other = [
-        StudyRunner(read_study(tmp_path / "study.yaml"), tmp_path / "x", flags).key_of(run)
+        StudyPlan(read_study(tmp_path / "study.yaml"), tmp_path / "x", flags).key_of(run)
         for flags in (("--num-threads", "2"), ("--seed", "7"), ("--weight-decay", "0.2"))
     ]
     assert other[0] == other[1] == key != other[2], "threads and a seed that the run's own replaces decide nothing"
@@ -320,7 +321,7 @@ def test_keys_tell_what_decides_a_result(tmp_path: Path) -> None:
         (tmp_path / "d.idx").write_bytes(content)
         (tmp_path / "d.bin").write_bytes(b"1234")
         flags = ("--no-mock-data", "--train-data-path", str(tmp_path / "d"))
-        words.append(StudyRunner(read_study(tmp_path / "study.yaml"), tmp_path, flags).key_of(run))
+        words.append(StudyPlan(read_study(tmp_path / "study.yaml"), tmp_path, flags).key_of(run))
     assert len({key, *words}) == 3, "other data are another result"
 
 
@@ -354,7 +355,15 @@ def test_a_paused_study_starts_nothing_until_it_may_go_on(tmp_path: Path) -> Non
     out = tmp_path / "runs"
     out.mkdir()
     assert main(["pause", "--output-dir", str(out)]) == 0
-    study = write_whole(tmp_path, sweep=None, branches=None, derived=None, runs={"own": {}}, gates=None)
+    study = write_whole(
+        tmp_path,
+        sweep=None,
+        branches=None,
+        derived=None,
+        runs={"own": {"expert-layout": "moe"}},
+        baseline="own",
+        gates=None,
+    )
     code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(study), "--output-dir", str(out), "--full-priority"]

@@ -17,10 +17,10 @@ from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.evaluation.diagnosis import diagnose
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.checkpointing import load_run
+from megatron_samoe.training.expert_diagnosis import diagnose
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 

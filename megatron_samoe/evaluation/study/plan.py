@@ -1,0 +1,266 @@
+"""What a study's runs are: their options, once sweeps have told them, what is finished, and what waits for what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from megatron_samoe.config.cli import from_mapping, parse_pretrain_args
+from megatron_samoe.config.derived import flag, without_idle_options
+from megatron_samoe.config.option import all_options
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.evaluation.run_summary import read_records, read_run, sharing_text
+from megatron_samoe.evaluation.study import results_store
+from megatron_samoe.evaluation.study.definition import Run, Study, Variant, as_flags, plan_runs, sweep_runs
+from megatron_samoe.evaluation.study.sweeps import Optimum, extended, optimum
+
+
+@dataclass
+class StudyPlan:
+    """The runs of a study.
+
+    Attributes:
+        root: folder of all runs.
+        common_flags: of pretraining, for every run: corpus, tokenizer, whatever the study's file leaves open.
+        store: folder of finished runs of this and other studies; see `results_store`.
+        failures: what was said of runs that failed, by folder.
+    """
+
+    study: Study
+    root: Path
+    common_flags: tuple[str, ...]
+    store: Path | None = None
+    failures: dict[Path, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises ConfigError if a run's configuration cannot be read, its folder holds another run, or what is to be
+        edited will not fit."""
+        for run in self.all_runs():
+            if not run.variant.is_trained:
+                self._check_edit(run)
+                continue
+            config = self.config_of(run)
+            if config.training.eval_iters == 0:
+                raise ConfigError("--eval-iters", 0, "a study compares validation losses; it must be positive")
+            if run.length is not None:
+                self._check_branch(run)
+            if self.is_settled(run):
+                self._refuse_another(run, config)
+
+    def plan(self) -> list[Run]:
+        """Returns the runs that are compared, in their order."""
+        return plan_runs(self.study, self.root)
+
+    def all_runs(self) -> list[Run]:
+        """Returns the runs of sweeps, as far as their ranges are known, and then those that are compared."""
+        return [*(run for variant, size in self._swept() for run in self._sweep(variant, size)[0]), *self.plan()]
+
+    def _swept(self) -> list[tuple[Variant, str]]:
+        sweep = self.study.sweep
+        if sweep is None:
+            return []
+        return [(v, size) for size in self.study.sizes for v in self.study.variants if sweep.concerns(v)]
+
+    def _sweep(self, variant: Variant, size: str) -> tuple[list[Run], Optimum | None]:
+        """Returns the runs of a sweep, and its optimum once all of them are finished. A range whose best value lies at an edge
+        grows beyond it."""
+        sweep = self.study.sweep
+        assert sweep is not None
+        values = list(sweep.values)
+        for extensions in range(sweep.extensions + 1):
+            runs = sweep_runs(self.study, self.root, variant, size, values)
+            if not all(self.is_finished(run) or run.directory in self.failures for run in runs):
+                return runs, None
+            losses = {value: self._mean_loss([run for run in runs if run.swept == value]) for value in values}
+            found = optimum(losses)
+            if found.edge is None or extensions == sweep.extensions:
+                break
+            values = sorted([*values, extended(values, found.edge)])
+        return runs, found
+
+    def _mean_loss(self, runs: Sequence[Run]) -> float:
+        losses = [last_validation(run) for run in runs]
+        return math.nan if None in losses else sum(losses) / len(losses)  # type: ignore[arg-type]
+
+    def optima(self) -> dict[tuple[str, str], Optimum]:
+        """Returns the optima that sweeps have found, by variant and size."""
+        found = {(variant.name, size): self._sweep(variant, size)[1] for variant, size in self._swept()}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def is_settled(self, run: Run) -> bool:
+        """Returns whether a run's options are known: whether it waits for no sweep."""
+        sweep = self.study.sweep
+        if sweep is None or run.swept is not None or not sweep.concerns(run.variant):
+            return True
+        return self._sweep(run.variant, run.size)[1] is not None
+
+    def flags_of(self, run: Run) -> list[str]:
+        """Returns the flags of a run's pretraining; of one that waits for a sweep those without the option that is swept."""
+        # A variant's own come last: a flag for every run must not make two variants one.
+        flags = [
+            "--config",
+            str(self.study.config),
+            *self.common_flags,
+            *self.study.sizes[run.size],
+            *run.variant.flags,
+        ]
+        sweep = self.study.sweep
+        if run.swept is not None and sweep is not None:
+            flags += [f"--{sweep.option}", f"{run.swept:.6g}"]
+            flags += ["--train-iters", str(sweep.train_iters)] if sweep.train_iters is not None else []
+        elif sweep is not None and sweep.concerns(run.variant):
+            found = self._sweep(run.variant, run.size)[1]
+            flags += [f"--{sweep.option}", f"{found.value:.6g}"] if found is not None else []
+        flags = [*flags, "--seed", str(run.seed), "--run-dir", str(run.directory)]
+        flags += self._flags_to_leave_out(flags, run)
+        if run.length is not None:
+            decay = self.leaving_point(run)
+            flags += ["--train-iters", str(run.length), "--lr-wsd-decay-iters", str(run.length - decay)]
+        return flags
+
+    def _flags_to_leave_out(self, flags: Sequence[str], run: Run) -> list[str]:
+        """Returns flags that set what all runs share, but a variant that is said to be dense has no use for, back to its default."""
+        config = _parsed(tuple(flags), run.variant.name)
+        is_dense = "--expert-layout" in run.variant.flags and config.moe.expert_layout == "dense"
+        used = without_idle_options(config) if is_dense else config
+        return [
+            word
+            for group, name, value, _, _ in all_options(used)
+            if value != getattr(getattr(config, group), name) and flag(name) not in run.variant.flags
+            for word in as_flags({name: list(value) if isinstance(value, tuple) else value})
+        ]
+
+    def config_of(self, run: Run) -> PretrainConfig:
+        """Returns the configuration of a trained run."""
+        return _parsed(tuple(self.flags_of(run)), run.variant.name)
+
+    def leaving_point(self, run: Run) -> int:
+        """Returns the step at which a branch leaves the full run: where its decay begins, as long in proportion."""
+        assert run.length is not None
+        full = self.config_of(self.trunk_of(run))
+        decay = full.optimizer.lr_wsd_decay_iters or max(full.training.train_iters // 10, 1)
+        return run.length - max(round(run.length * decay / full.training.train_iters), 1)
+
+    def trunk_of(self, run: Run) -> Run:
+        return next(
+            r for r in self.plan() if (r.variant, r.seed, r.size, r.length) == (run.variant, run.seed, run.size, None)
+        )
+
+    def _check_branch(self, run: Run) -> None:
+        full = self.config_of(self.trunk_of(run))
+        assert run.length is not None
+        if full.optimizer.lr_decay_style != "WSD":
+            raise ConfigError("branches", run.length, "need --lr-decay-style WSD: others decay from the start")
+        if run.length >= full.training.train_iters:
+            raise ConfigError("branches", run.length, f"must be shorter than --train-iters {full.training.train_iters}")
+
+    def key_of(self, run: Run) -> str:
+        """Returns the key of a run's result in the store."""
+        if run.variant.is_trained:
+            return results_store.run_key(self.config_of(run))
+        return results_store.run_key(self.config_of(self.source_of(run)), run.variant.edit)
+
+    def is_finished(self, run: Run) -> bool:
+        """Returns whether a run's result is in its folder."""
+        return results_store.key_of(run.directory) is not None
+
+    def is_needed_whole(self, run: Run) -> bool:
+        """Whether others are made from a run's checkpoints, so that a result from the store does not do."""
+        edited = [r for r in self.plan() if not r.variant.is_trained and self.source_of(r) == run]
+        return any(not self.is_finished(r) and not self.take(r) for r in edited) or any(
+            not self.is_finished(r) and not self.take(r) for r in self.branches_of(run)
+        )
+
+    def branches_of(self, run: Run) -> list[Run]:
+        """Returns the shorter runs that leave the same full run; none for a sweep's."""
+        same = (run.variant, run.seed, run.size, run.swept)
+        return [r for r in self.plan() if (r.variant, r.seed, r.size, r.swept) == same and r.length is not None]
+
+    def take(self, run: Run) -> bool:
+        return results_store.take(self.store, self.key_of(run), run.directory)
+
+    def has_ended(self, run: Run) -> bool:
+        """Returns whether a run's last checkpoint is there with that checkpoint's validation loss."""
+        iterations = store.whole_iterations(run.checkpoints)
+        if not iterations or last_validation(run) is None:
+            return False
+        return not run.variant.is_trained or iterations[-1] >= self.config_of(run).training.train_iters
+
+    def needs(self, run: Run) -> list[Run]:
+        """Returns the runs that must have ended before one can be made: what it is edited from, and shorter branches of the same
+        trunk, which is trained as far as the next of them needs it."""
+        if not run.variant.is_trained:
+            return [self.source_of(run)]
+        return [r for r in self.branches_of(run) if run.length is None or (r.length or 0) < run.length]
+
+    def source_of(self, run: Run) -> Run:
+        """Returns the run whose checkpoints are edited for another."""
+        wanted = (run.variant.edited_from, run.seed, run.size, None)
+        return next(r for r in self.plan() if (r.variant.name, r.seed, r.size, r.length) == wanted)
+
+    def _check_edit(self, run: Run) -> None:
+        """Raises ConfigError, before hours of training, where an edit needs experts that its source does not have."""
+        variant, config = run.variant, self.config_of(self.source_of(run))
+        fits = config.moe.has_pool if variant.edit == "select" else config.moe.shares_experts
+        # What a checkpoint says of its model is known when it is loaded.
+        if not fits and not config.checkpoint.use_checkpoint_args:
+            needed = "layers that combine banks" if variant.edit == "select" else "layers that share experts"
+            raise ConfigError(
+                f"derived.{variant.name}.edit", variant.edit,
+                f"needs {needed}; those of {variant.edited_from} share so: {sharing_text(config)}",
+            )  # fmt: skip
+
+    def _refuse_another(self, run: Run, config: PretrainConfig) -> None:
+        if self.is_finished(run):
+            found = read_run(run.directory).config
+        else:
+            iterations = store.whole_iterations(run.checkpoints)
+            if not iterations:
+                return
+            directory = store.iteration_dir(run.checkpoints, iterations[-1])
+            found = from_mapping(store.read_config(directory), str(directory))
+        differing = _differing(found, config)
+        if differing:
+            raise CheckpointError(
+                f"{run.directory} holds a run with other options: {', '.join(differing)}. "
+                "Give another --output-dir, or remove it."
+            )
+
+
+@lru_cache(maxsize=4096)
+def _parsed(flags: tuple[str, ...], name: str) -> PretrainConfig:
+    return parse_pretrain_args(flags, prog=f"run {name!r} of the study")
+
+
+def _differing(found: PretrainConfig, wanted: PretrainConfig) -> list[str]:
+    before, now = asdict(found), asdict(wanted)
+    return [
+        f"{flag(name)} {before[group][name]} (now {now[group][name]})"
+        for group in results_store.DECISIVE_GROUPS
+        for name in now[group]
+        if group != "data" and name not in results_store.INDECISIVE_FIELDS and before[group][name] != now[group][name]
+    ]
+
+
+def last_step(run: Run) -> int:
+    """Returns the step of a run's last whole checkpoint, 0 without any."""
+    iterations = store.whole_iterations(run.checkpoints)
+    return iterations[-1] if iterations else 0
+
+
+def last_validation(run: Run) -> float | None:
+    """Returns the validation loss of a run's last record; None if that has none.
+
+    Raises:
+        CheckpointError: the run's records are damaged.
+    """
+    metrics = run.directory / "metrics.jsonl"
+    if not metrics.is_file():
+        return None
+    records = read_records(metrics)
+    return records[-1].get("validation_loss") if records else None

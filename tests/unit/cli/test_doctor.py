@@ -1,0 +1,35 @@
+"""The doctor: what it finds here, and what it calls a problem."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from megatron_samoe.cli import doctor
+from megatron_samoe.cli.doctor import findings, main
+from megatron_samoe.ops import extension
+
+
+def test_it_names_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "torch" in said and "extra hf" in said and "GB are free" in said
+    state = "ok" if extension.available() else "note"
+    assert any(line.startswith(state) and "compiled extension" in line for line in said.splitlines())
+
+
+def test_missing_packages_come_with_the_command_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_is_installed", lambda package: package != "transformers")
+    found = {finding.what: finding for finding in findings()}
+    assert found["extra hf"].state == "note" and "'.[hf]'" in found["extra hf"].text
+    assert found["extra serve"].state == "ok"
+
+
+def test_little_shared_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage(64 << 20, 0, 64 << 20))
+    assert main([]) == 1
+    [found] = [f for f in findings(tmp_path / "nowhere") if f.what == "shared memory"]
+    assert found.state == "note" and "gloo" in found.text
