@@ -1,0 +1,65 @@
+"""A begun project: its configuration is legal, its schema knows every option and takes every example."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_samoe.cli.init import main
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config.cli import parse_pretrain_args
+from megatron_samoe.config.schema import json_schema
+from megatron_samoe.config.validate import validate
+
+ROOT = Path(__file__).parents[3]
+jsonschema = pytest.importorskip("jsonschema", reason="schemas are checked by jsonschema")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    assert main([str(tmp_path / "first")]) == 0
+    return tmp_path / "first"
+
+
+def test_the_configuration_is_legal_and_names_its_schema(project: Path) -> None:
+    text = (project / "config.yaml").read_text()
+    config = parse_pretrain_args(["--config", str(project / "config.yaml"), "--mock-data", "--data-path", "--run-dir", "r",
+                                  "--tokenizer-type", "ByteTokenizer", "--tokenizer-model", "None"])  # fmt: skip
+    validate(config, 1)
+    assert config.moe.num_expert_banks == 4 and config.training.global_batch_size == 32
+    assert text.startswith("# yaml-language-server: $schema=schema.json")
+    # What is commented out says the default.
+    shown = yaml.safe_load(
+        "\n".join(line.replace("# ", "", 1) for line in text.splitlines() if "# moe_router_topk:" in line)
+    )
+    assert shown["moe_router_topk"] == PretrainConfig().moe.moe_router_topk
+
+
+def test_the_schema_takes_its_project_and_all_examples(project: Path) -> None:
+    schema = json.loads((project / "schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    check = jsonschema.Draft202012Validator(schema)
+    for path in (project / "config.yaml", *sorted((ROOT / "examples/configs").glob("*.yaml"))):
+        check.validate(yaml.safe_load(path.read_text()))
+    for wrong in ({"num_layer": 3}, {"model": {"num_layers": "many"}}, {"moe": {"expert_layout": "sparse"}}):
+        assert not check.is_valid(wrong), wrong
+
+
+def test_the_schema_has_every_option_with_a_description() -> None:
+    schema = json_schema()
+    for group in dataclasses.fields(PretrainConfig):
+        for option in dataclasses.fields(getattr(PretrainConfig(), group.name)):
+            entry = schema["properties"][group.name]["properties"][option.name]
+            assert entry["description"] and ("type" in entry or "anyOf" in entry or "enum" in entry), option.name
+
+
+def test_the_script_is_bash_and_nothing_is_replaced(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subprocess.run(["bash", "-n", str(project / "pretrain.slurm")], check=True)
+    assert "--job-name=first" in (project / "pretrain.slurm").read_text()
+    assert main([str(project)]) != 0
+    assert "is there already" in capsys.readouterr().err
