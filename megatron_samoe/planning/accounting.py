@@ -44,7 +44,7 @@ def train_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
     """
     whole = whole_model(config, vocab_size)
     layers = sum(whole.description.layer(place).flops_per_token() for place in whole.layers())
-    return 3.0 * (layers + whole.description.ends(whole.chunks_of_stage[0][-1]).head_flops_per_token())
+    return 3.0 * (layers + whole.description.ends(whole.stages.chunks_of_stage[0][-1]).head_flops_per_token())
 
 
 def idle_share(config: PretrainConfig, world_size: int) -> float:
