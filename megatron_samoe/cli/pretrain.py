@@ -24,7 +24,8 @@ from megatron_samoe.config.validate import validate
 from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
 from megatron_samoe.datasets.tokenizer import Tokenizer, tokenizer_of
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.dist_checkpointing.teacher import find_teacher
+from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging, logger
 from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.state import ParallelState
@@ -39,6 +40,7 @@ from megatron_samoe.training.machine import machine_facts
 from megatron_samoe.training.preflight import preflight
 from megatron_samoe.training.setup import Extensions, build_setup
 from megatron_samoe.training.state import PLAIN_KEYS
+from megatron_samoe.training.teacher import refuse_unfit
 from megatron_samoe.training.trainer import Trainer
 
 
@@ -95,7 +97,12 @@ def _fit_to_ranks(config: PretrainConfig) -> tuple[PretrainConfig, int]:
     if not config.parallel.elastic:
         validate(config, started)
         return config, started
-    fitted, used = fit_layout(config, started)
+    # Ranks may not know alike whether the teacher has left, so while its folder is there the layout is one for it too.
+    folder, teacher = config.distillation.teacher, None
+    if folder is not None and not config.training.skip_train:
+        with contextlib.suppress(CheckpointError):
+            teacher = find_teacher(folder).trained
+    fitted, used = fit_layout(config, started, teacher)
     layout, wanted = fitted.parallel, config.parallel
     logger.info(
         f"elastic: {used} of {started} ranks work as tensor {layout.tensor_model_parallel_size}, pipeline "
@@ -115,8 +122,14 @@ def _train(config: PretrainConfig, device: torch.device, extensions: Extensions 
     tokenizer, attachments, vocab_size = _tokenizer(config)
     is_builder = launcher.local_rank() == 0
     done = _progress(config)
-    run_data = build_run_data(config, tokenizer, parallel, is_builder, done)
     held = config if config.distillation.teaches_after(done[0]) else replace(config, distillation=DistillationConfig())
+    if (
+        held.distillation.teacher is not None
+        and not config.training.skip_train
+        and done[0] < config.training.train_iters
+    ):
+        refuse_unfit(held, vocab_size, parallel.world_size, (extensions or Extensions()).parts)
+    run_data = build_run_data(config, tokenizer, parallel, is_builder, done)
     if config.parallel.preflight:
         preflight(held, vocab_size, parallel)
     with _enough_memory(held, vocab_size, parallel):

@@ -10,17 +10,23 @@ from megatron_samoe.config import needs
 from megatron_samoe.config.derived import divisors
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.teacher import on_ranks_of
 from megatron_samoe.config.training import LoggingConfig
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
 
 
-def fit_layout(config: PretrainConfig, world_size: int) -> tuple[PretrainConfig, int]:
+def fit_layout(
+    config: PretrainConfig, world_size: int, teacher: PretrainConfig | None = None
+) -> tuple[PretrainConfig, int]:
     """Returns the configuration in the nearest layout that is legal for `world_size` ranks, and how many of them it
     uses.
 
     Data parallelism changes first. Then expert, pipeline and tensor parallelism shrink, in this order. A micro-batch
     shrinks where that keeps more ranks at work. The global batch stays, so the losses stay what they would have been.
+
+    Args:
+        teacher: the configuration that a teacher was trained with, whose model must fit the layout too.
 
     Raises:
         ConfigError: the configuration is illegal with any number of ranks, or no legal layout has at most `world_size`
@@ -28,12 +34,15 @@ def fit_layout(config: PretrainConfig, world_size: int) -> tuple[PretrainConfig,
     """
     smallest = _smallest_world(config)
     # A slip that no number of ranks makes right is told, not worked around.
-    if not any(_is_legal(config, smallest * times) for times in divisors(config.training.global_batch_size or 1)):
+    multiples = [smallest * times for times in divisors(config.training.global_batch_size or 1)]
+    if not any(_is_legal(config, ranks, teacher) for ranks in multiples):
         validate(config, smallest)
+        if teacher is not None:
+            on_ranks_of(config, teacher, smallest)
     for candidates in _nearest_first(config):
         for used in range(world_size, 0, -1):
             for candidate in candidates:
-                if _is_legal(candidate, used):
+                if _is_legal(candidate, used, teacher):
                     return candidate, used
     raise ConfigError("--elastic", True, f"finds no legal layout for {world_size} ranks")
 
@@ -86,11 +95,13 @@ def _without_idle_options(config: PretrainConfig) -> PretrainConfig:
     return replace(config, parallel=replace(config.parallel, **idle))
 
 
-def _is_legal(config: PretrainConfig, world_size: int) -> bool:
+def _is_legal(config: PretrainConfig, world_size: int, teacher: PretrainConfig | None) -> bool:
     plain = replace(config, logging=LoggingConfig())  # which ranks are profiled is no matter of layouts
     config = plain if world_size < max(config.logging.profile_ranks, default=0) + 1 else config
     try:
         validate(config, world_size)
+        if teacher is not None:
+            on_ranks_of(config, teacher, world_size)
     except ConfigError:
         return False
     return True

@@ -58,7 +58,7 @@ class MoEConfig:
         None, range=POSITIVE, needs=needs.ONE_POOL, is_free=False, known_to=_beyond(None)
     )
     """Step after which each expert of the pool has one layer, that which chose it most as far as all layers get equally many
-    (UniPool's lock). Never if not given."""
+    (UniPool's lock). Experts then move, so that those of each layer lie on all expert-parallel ranks. Never if not given."""
     pool_lock_anneal_steps: int = model_option(
         100, range=POSITIVE, needs=needs.POOL_LOCK, is_free=True, known_to=READERS
     )

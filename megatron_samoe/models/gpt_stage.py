@@ -138,7 +138,7 @@ class GPTStage(nn.Module):
         return self._head().logits(self.final_norm(x_TH))
 
     def _recomputes(self, number: int, context: ForwardContext) -> bool:
-        return context.training and is_recomputed(self.config, number)
+        return context.training and number < recomputed_layers(self.config)
 
     def head_flops_per_token(self) -> float:
         """Returns multiply-adds x 2 of the output matrix in a forward pass, over all tensor-parallel ranks."""
@@ -167,8 +167,9 @@ def _words(blueprint: Blueprint, family: Literal["dense", "embedding"]) -> Vocab
     )  # fmt: skip
 
 
-def is_recomputed(config: PretrainConfig, number: int) -> bool:
-    """Returns whether a stage's layer of this number keeps only its input, and is recomputed."""
+def recomputed_layers(config: PretrainConfig) -> int:
+    """Returns how many first layers of a stage, at most, keep only their input and are recomputed."""
     training = config.training
-    limit = training.recompute_num_layers
-    return training.recompute_granularity == "full" and (limit is None or number < limit)
+    if training.recompute_granularity != "full":
+        return 0
+    return training.recompute_num_layers or config.model.num_layers

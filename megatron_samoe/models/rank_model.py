@@ -19,6 +19,7 @@ from megatron_samoe.models.transformer_layer import TransformerLayer
 from megatron_samoe.moe.candidates import candidate_schedule
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEStats
+from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.parallel_state.state import ParallelState
 
 #: What checkpoints, which are older than some words here, know parameters as.
@@ -112,13 +113,18 @@ class RankModel(nn.Module):
         ]
 
     @torch.no_grad()
-    def after_step(self, counts_LE: Tensor, iteration: int, num_tokens: int) -> None:
-        """Updates routers from the loads of a global batch, after the optimizer has updated the weights.
+    def after_step(self, counts_LE: Tensor, iteration: int, num_tokens: int) -> Tensor | None:
+        """Updates routers from the loads of a global batch, after the optimizer has updated the weights. Ranks call it
+        together.
 
         Args:
             iteration: number of steps done, including this one.
             num_tokens: of the batch.
             counts_LE: tokens that chose each expert, of all MoE layers of the whole model.
+
+        Returns:
+            order_E, the expert that each place is to have from now on where the lock of a pool moves experts, for
+            `MixedPrecisionOptimizer.reorder_experts`; else None.
         """
         balanced = self.balanced_counts(counts_LE)
         visited = counts_LE.sum().item() / (len(counts_LE) * num_tokens)
@@ -126,8 +132,21 @@ class RankModel(nn.Module):
         for moe_index, router in routers.items():
             router.after_step(balanced[moe_index], visited)
         schedule = candidate_schedule(self.config.moe)
-        if schedule is not None:
-            schedule.update({i: router.candidates for i, router in routers.items()}, counts_LE, iteration)
+        if schedule is None:
+            return None
+        factors_E = {i: router.candidates for i, router in routers.items()}
+        return schedule.update(factors_E, counts_LE, iteration, self.state)
+
+    def expert_dims(self) -> dict[str, int]:
+        """Returns the experts' dim of each of the rank's parameters that has one, by global name, where all layers choose
+        from one pool."""
+        dims = {}
+        for name, p in self.global_parameters().items():
+            if tag_of(p).is_routed_expert:
+                dims[name] = next(dim for dim, axis in tag_of(p).shard.partition if axis == "ep")
+            elif name.rpartition(".moe.router.")[2] in self.parts.router.by_expert:
+                dims[name] = 0
+        return dims
 
     def forward(
         self, x: Tensor, context: ForwardContext, positions_BS: Tensor | None = None,

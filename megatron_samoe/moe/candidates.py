@@ -4,7 +4,8 @@ Each expert of a layer has a factor: 1 where it may be chosen, 0 where not, betw
 are parameters that no gradient moves, so a checkpoint says what a model may choose.
 
 Neighbours (ReXMoE) begin with a layer's own experts and open those of its neighbours one after the other. The lock of a
-pool (UniPool, arXiv:2605.06665) gives each expert to one layer, and closes it to all others.
+pool (UniPool, arXiv:2605.06665) gives each expert to one layer, and closes it to all others. It also gives experts new
+places in the pool, so that each layer's lie on all expert-parallel ranks alike.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.errors import MegatronSamoeError
+from megatron_samoe.parallel_state.state import ParallelState
 
 
 class CandidateSchedule(Protocol):
@@ -26,11 +28,17 @@ class CandidateSchedule(Protocol):
     def start(self, moe_index: int, num_experts: int) -> Tensor:
         """Returns a layer's factors [E] at the start."""
 
-    def update(self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int) -> None:
-        """Changes the factors of a rank's layers, by index of the MoE layer.
+    def update(
+        self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int, state: ParallelState
+    ) -> Tensor | None:
+        """Changes the factors of a rank's layers, by index of the MoE layer; all ranks call it together.
 
         Args:
             counts_LE: tokens of the last global batch that chose each expert, of all MoE layers.
+
+        Returns:
+            order_E, the expert that each place of the pool is to have from now on, the same on all ranks; None where experts
+            stay.
         """
 
 
@@ -57,7 +65,7 @@ class NeighbourSchedule:
         """Returns 1 for the layer's own experts."""
         return self._factors(moe_index, num_experts, 0)
 
-    def update(self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int) -> None:
+    def update(self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int, state: ParallelState) -> None:
         """Opens as many as are due."""
         for moe_index, factors in factors_E.items():
             # What is open stays open: a run that starts again from these weights counts its steps anew.
@@ -83,20 +91,32 @@ class PoolLock:
         """Returns 1 for all."""
         return torch.ones(num_experts)
 
-    def update(self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int) -> None:
+    def update(
+        self, factors_E: Mapping[int, Tensor], counts_LE: Tensor, iteration: int, state: ParallelState
+    ) -> Tensor | None:
         """Decides once, from counts that all ranks know, and then follows its decision."""
-        if iteration < self._at or not factors_E:
-            return
+        if iteration < self._at:
+            return None
+        # A stage without MoE layers, which holds a part of the pool, learns from the others whether they have decided.
+        closed = any(bool((factors < 1).any()) for factors in factors_E.values())
+        is_decided = bool(state.pp.all_reduce(torch.tensor(float(closed), device=state.device)))
         done = min((iteration - self._at + 1) / self._anneal, 1.0)
         left = min(0.5 + 0.5 * math.cos(math.pi * done), 1 - 2**-20)  # an owner alone has 1, in fp32 too
-        if all(bool((factors == 1).all()) for factors in factors_E.values()):
-            owner_E = owners(counts_LE)
-            owned = {i: owner_E == i for i in factors_E}
-        else:
-            owned = {i: factors.cpu() == 1 for i, factors in factors_E.items()}
+        owner_E = None if is_decided else owners(counts_LE)
+        owned = {i: factors.cpu() == 1 if owner_E is None else owner_E == i for i, factors in factors_E.items()}
         for moe_index, factors in factors_E.items():
             others = factors.clamp_max(left)  # a decision that was made before is not taken back
             factors.copy_(torch.where(owned[moe_index].to(factors.device), 1.0, others))
+        return None if owner_E is None else spread(owner_E)
+
+
+def spread(owner_E: Tensor) -> Tensor:
+    """Returns the expert for each place, so that all layers' experts lie spread over the places: the k-th of layer l at k L + l.
+
+    So every expert-parallel size that divides E / L gives each rank equally many of each layer.
+    """
+    num_layers = int(owner_E.max()) + 1
+    return owner_E.argsort(stable=True).view(num_layers, -1).T.flatten()
 
 
 def owners(counts_LE: Tensor) -> Tensor:

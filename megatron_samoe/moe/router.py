@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,6 +54,8 @@ class Router(nn.Module):
 
     #: How many numbers each sum has that routers tell, by name; "counts" has one for each expert.
     statistics: ClassVar[Mapping[str, int]] = {"z_sum": 1, "dropped": 1}
+    #: Parameters whose first dim counts experts, which the lock of a pool gives other numbers.
+    by_expert: ClassVar[Sequence[str]] = ("weight", "expert_bias", "candidates")
 
     def __init__(self, config: MoEConfig, place: MoEPlace, balance: BalanceStrategy, state: ParallelState,
                  dtype: torch.dtype):  # fmt: skip

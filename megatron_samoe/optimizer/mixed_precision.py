@@ -4,10 +4,11 @@ scale.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_samoe.config.training import OptimizerConfig, TrainingConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
@@ -15,7 +16,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
 from megatron_samoe.ops.adamw import serves as adamw_serves
 from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups
-from megatron_samoe.optimizer.update import apply_update
+from megatron_samoe.optimizer.update import apply_update, reorder_experts
 from megatron_samoe.parallel_state.parameter_tag import shard_shape, tag_of
 from megatron_samoe.parallel_state.state import ParallelState, single_process_state
 
@@ -119,6 +120,29 @@ class MixedPrecisionOptimizer:
         for name, master in self.own_masters().items():
             if self._inner is not None or name not in self._runs or self._runs[name].weight is None:
                 self.pieces[name].weight.copy_(master)
+        self.buffers.gather_weights()
+
+    @torch.no_grad()
+    def reorder_experts(self, parameters: Mapping[str, nn.Parameter], dims: Mapping[str, int], order_E: Tensor) -> None:
+        """Gives experts other places, their weights together with master weights and moments. Ranks call it together.
+
+        Args:
+            parameters: all of the rank, by global name.
+            dims: the experts' dim of each parameter that has one, in the same order on all ranks of its groups.
+            order_E: which expert each place is to have.
+        """
+        for name, dim in dims.items():
+            parameter, tag = parameters[name], tag_of(parameters[name])
+            tensors: list[Tensor | None] = [parameter.detach()]
+            held, like = tag.slice, parameter.detach()
+            if name in self.buffers.parameters:
+                piece, state = self.pieces.get(name), self._states.get(name, {})
+                tensors = [self.masters.get(name)]
+                tensors += [state.get(moment) for moment in self._moments.get(name, MOMENTS)]
+                held, like = None if piece is None else piece.slice, parameter.main_grad  # type: ignore[attr-defined]
+            reorder_experts(tensors, held, tag, shard_shape(parameter), dim, order_E, self._state, like)
+        for name, master in self.own_masters().items():
+            self.pieces[name].weight.copy_(master)
         self.buffers.gather_weights()
 
     def _step_inner(self, inner: torch.optim.Optimizer, lr: float) -> None:

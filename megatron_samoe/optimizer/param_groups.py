@@ -38,6 +38,7 @@ def default_rules(config: OptimizerConfig) -> tuple[ParamRule, ...]:
     """Returns the rules of the configuration; the first rule that matches a name applies."""
     return (
         ParamRule(r"\.moe\.combination$", weight_decay_mult=0.0, lr_mult=config.samoe_coefficient_lr_mult),
+        ParamRule(r"\.moe\.router\.scale$", weight_decay_mult=0.0, lr_mult=config.moe_router_lr_mult),
         ParamRule(r"\.moe\.router\.", lr_mult=config.moe_router_lr_mult),
         ParamRule(r"^expert_pool\..*\.b[12]$", weight_decay_mult=0.0, lr_mult=config.samoe_bank_lr_mult),
         ParamRule(r"^expert_pool\..*\.w2", lr_mult=config.samoe_bank_lr_mult * config.moe_output_lr_mult),

@@ -42,9 +42,14 @@ def train_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
 
     That is six per active weight in a product, plus causal attention's two products over half the sequence on average.
     """
+    return 3.0 * forward_flops_per_token(config, vocab_size)
+
+
+def forward_flops_per_token(config: PretrainConfig, vocab_size: int) -> float:
+    """Returns the forward pass's part of `train_flops_per_token`."""
     whole = whole_model(config, vocab_size)
     layers = sum(whole.description.layer(place).flops_per_token() for place in whole.layers())
-    return 3.0 * (layers + whole.description.ends(whole.chunks_of_stage[0][-1]).head_flops_per_token())
+    return layers + whole.description.ends(whole.stages.chunks_of_stage[0][-1]).head_flops_per_token()
 
 
 def idle_share(config: PretrainConfig, world_size: int) -> float:

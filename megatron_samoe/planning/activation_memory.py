@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
-from megatron_samoe.models.gpt_stage import is_recomputed
+from megatron_samoe.models.gpt_stage import recomputed_layers
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.planning.description import PlannedModel
 
 
 def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> int:
     """Returns the bytes of activations at a stage's peak: all passes in flight, one recomputed layer's, and the head's."""
-    config, grid, plans = planned.config, planned.grid, planned.chunks_of_stage[stage]
+    config, grid, plans = planned.config, planned.grid, planned.stages.chunks_of_stage[stage]
     parallel, description = config.parallel, planned.description
     tokens = config.training.micro_batch_size * config.model.seq_length
     passes = passes_in_flight(parallel.pipeline_schedule, grid.pp, stage, len(plans), micro_batches)
-    layers = Counter((x.num_experts, is_recomputed(config, i)) for p in plans for i, x in enumerate(p.layers))
-    places = {x.num_experts: x for p in plans for x in p.layers}
-    whole = {kind: description.layer(place).kept_bytes(tokens) for kind, place in places.items()}
+    selective = config.training.recompute_granularity == "selective"
+    layers = [
+        (description.kept_bytes(place, tokens, selective), again, n)
+        for place, again, n in planned.stages.counts(stage, recomputed_layers(config))
+    ]
     local_tokens = tokens // grid.tp if parallel.sequence_parallel else tokens
     inputs = local_tokens * config.model.hidden_size * compute_dtype(config).itemsize
-    all_chunks = sum(n * (inputs if again else whole[kind]) for (kind, again), n in layers.items())
+    all_chunks = sum(n * (inputs if again else whole) for whole, again, n in layers)
     boundary = inputs if grid.pp > 1 else 0
     kept = passes * (all_chunks // len(plans) + boundary)
-    recomputed = max((whole[kind] for kind, again in layers if again), default=0)
+    recomputed = max((whole for whole, again, _ in layers if again), default=0)
     head = sum(description.ends(p).head_kept_bytes(tokens) for p in plans if p.has_head)
     heads = passes if parallel.pipeline_schedule == "gpipe" else 1
-    return kept + recomputed + head * heads + planned.shared(planned.first_rank_of(stage)).costs.workspace
+    return kept + recomputed + head * heads + planned.lending_costs(planned.first_rank_of(stage)).workspace
 
 
 def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_micro_batches: int) -> int:

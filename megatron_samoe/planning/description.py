@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
+from typing import Literal
 
 from torch import nn
 
@@ -21,7 +23,7 @@ from megatron_samoe.models.gpt_stage import GPTStage
 from megatron_samoe.models.layer_layout import LayerPlace, StagePlan, stage_plans
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.models.transformer_layer import TransformerLayer
-from megatron_samoe.moe.sharing.way import LenderCosts
+from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext, SharingWay
 from megatron_samoe.parallel_state.parameter_tag import ParameterTag, tag_of
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.parallel_state.state import ParallelState, planned_state
@@ -51,20 +53,39 @@ class DescribedParameter:
 
 
 class Description:
-    """A model's modules as the ranks of a layout hold them, without storage."""
+    """A model's modules as the ranks of a layout hold them, without storage. Each layout has one (`_describe`)."""
 
     def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState):
         moe = replace(config.moe, moe_scale_output_init=False)  # first values do not matter here
         self._blueprint = Blueprint(replace(config, moe=moe), vocab_size, state, compute_dtype(config))
         self._layers: dict[tuple, TransformerLayer] = {}
+        self._kept: dict[tuple, int] = {}
+        self._own_of_way: dict[str, nn.Module] = {}
         self._ends: dict[tuple[bool, bool], GPTStage] = {}
         self._known: dict[int, tuple[DescribedParameter, ...]] = {}
+        self._of_stage: dict[StageContent, tuple[DescribedParameter, ...]] = {}
 
-    def layer(self, place: LayerPlace) -> TransformerLayer:
-        """Returns a layer like the one at a place; each number of experts and way of sharing has one."""
-        if _kind(place) not in self._layers:
-            self._layers[_kind(place)] = TransformerLayer(self._blueprint, place)
-        return self._layers[_kind(place)]
+    def layer(self, place: LayerPlace, selective: bool = False) -> TransformerLayer:
+        """Returns a layer like the one at a place; each number of experts and way of sharing has one.
+
+        Args:
+            selective: whether the layer recomputes attention's core, which changes nothing but what it keeps.
+        """
+        key = (_kind(place), selective)
+        if key not in self._layers:
+            training = replace(
+                self._blueprint.config.training, recompute_granularity="selective" if selective else None
+            )
+            blueprint = replace(self._blueprint, config=replace(self._blueprint.config, training=training))
+            self._layers[key] = TransformerLayer(blueprint, place)
+        return self._layers[key]
+
+    def kept_bytes(self, place: LayerPlace, tokens: int, selective: bool) -> int:
+        """Returns the bytes that autograd keeps of such a layer."""
+        key = (_kind(place), tokens, selective)
+        if key not in self._kept:
+            self._kept[key] = self.layer(place, selective).kept_bytes(tokens)
+        return self._kept[key]
 
     def ends(self, plan: StagePlan) -> GPTStage:
         """Returns a stage with the same ends and no layer."""
@@ -73,29 +94,35 @@ class Description:
             self._ends[key] = GPTStage(self._blueprint, StagePlan((), *key))
         return self._ends[key]
 
-    def shared(self, chunks_of_stage: tuple[Chunks, ...], state: ParallelState, moe: MoEConfig) -> SharedExperts:
-        """Returns the experts that MoE layers share on one rank, and the cost of lending them.
+    def shared(self, users: Users, state: ParallelState, placement: Literal["sharded", "replicated"]) -> SharedExperts:
+        """Returns the experts that MoE layers share on a rank of any world."""
+        context = self._blueprint.sharing_context
+        using: dict[Source, list[int]] = {}
+        for moe_index, source in enumerate(context.sources):
+            using.setdefault(source, []).append(moe_index)
+        # Only how many layers of a stage use a source matters, not which.
+        unused = {source: iter(layers) for source, layers in using.items()}
+        layers = tuple(tuple(i for s, n in used for i in islice(unused[s], n)) for used in users.of_stage)
+        config = replace(context.config, samoe_pool_placement=placement)
+        context = replace(context, config=config, state=state, layers_of_stage=layers)
+        own = {moe_index: self._own(moe_index) for moe_index in layers[state.pp.rank]}
+        return SharedExperts(self._blueprint.parts.sharing, context, own)
 
-        Args:
-            moe: the MoE options to use; they may differ from the model's only in options that change no parameter.
-        """
-        layers_of_stage = tuple(tuple(place.moe_index for place in moe_places(chunks)) for chunks in chunks_of_stage)
-        context = replace(self._blueprint.sharing_context, config=moe, state=state, layers_of_stage=layers_of_stage)  # type: ignore[arg-type]
-        way = self._blueprint.parts.sharing(context)
-        part = way.shared_part()
-        if part is None:
-            return SharedExperts((), LenderCosts())
-        own = {place.moe_index: self.layer(place).moe.experts for place in moe_places(chunks_of_stage[state.pp.rank])}
-        return SharedExperts(_described(part), way.lender(own, part).costs())  # type: ignore[arg-type]
+    def parameters(self, content: StageContent) -> tuple[DescribedParameter, ...]:
+        """Returns the parameters of a rank whose stage has this content, besides experts that MoE layers share."""
+        if content not in self._of_stage:
+            found = [p for ends in content.ends for p in self._described(self.ends(StagePlan((), *ends)))]
+            for place, count in content.layers:
+                found += [replace(p, numel=count * p.numel) for p in self._described(self.layer(place))]
+            self._of_stage[content] = tuple(found)
+        return self._of_stage[content]
 
-    def parameters(self, chunks: Chunks) -> list[DescribedParameter]:
-        """Returns the parameters that a rank with these chunks holds, besides experts that MoE layers share."""
-        found = [p for plan in chunks for p in self._described(self.ends(plan))]
-        kinds = Counter(_kind(place) for plan in chunks for place in plan.layers)
-        places = {_kind(place): place for plan in chunks for place in plan.layers}
-        for kind, count in kinds.items():
-            found += [replace(p, numel=count * p.numel) for p in self._described(self.layer(places[kind]))]
-        return found
+    def _own(self, moe_index: int) -> nn.Module:
+        """Returns what a layer like an MoE layer owns of its experts."""
+        kind = self._blueprint.sharing_context.sources[moe_index].way
+        if kind not in self._own_of_way:
+            self._own_of_way[kind] = self._blueprint.sharing.layer_part(moe_index)
+        return self._own_of_way[kind]
 
     def _described(self, module: nn.Module) -> tuple[DescribedParameter, ...]:
         if id(module) not in self._known:
@@ -103,22 +130,85 @@ class Description:
         return self._known[id(module)]
 
 
-@dataclass(frozen=True)
 class SharedExperts:
-    """The experts that MoE layers share on one rank, and the cost of lending them there."""
+    """The experts that MoE layers share on one rank, whatever --samoe-combine says, and the cost of lending them there.
 
-    parameters: tuple[DescribedParameter, ...]
-    costs: LenderCosts
+    Args:
+        own: what each of the rank's MoE layers owns of its experts.
+    """
+
+    def __init__(
+        self, sharing: Callable[[SharingContext], SharingWay], context: SharingContext, own: Mapping[int, nn.Module]
+    ):
+        self._sharing, self._context, self._own = sharing, context, own
+        self._part = sharing(context).shared_part()
+        self.parameters = () if self._part is None else _described(self._part)
+        self._costs: dict[str, LenderCosts] = {}
+
+    def costs(self, combine: Literal["step", "layer"]) -> LenderCosts:
+        """Returns the cost of lending with a value of --samoe-combine."""
+        if self._part is None:
+            return LenderCosts()
+        if combine not in self._costs:
+            way = self._sharing(replace(self._context, config=replace(self._context.config, samoe_combine=combine)))
+            self._costs[combine] = way.lender(self._own, self._part).costs()
+        return self._costs[combine]
+
+
+@dataclass(frozen=True, eq=False)
+class StageContent:
+    """The ends of a pipeline rank's chunks, and a layer of each kind with the number of such layers.
+
+    Ranks with equal content have the same object, which is therefore cheap to look up.
+    """
+
+    ends: tuple[tuple[bool, bool], ...]
+    layers: tuple[tuple[LayerPlace, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """The layers of all pipeline ranks.
+
+    Attributes:
+        chunks_of_stage: chunks of every pipeline rank.
+        distinct: the first pipeline rank of each kind; ranks of a kind hold equally many layers of the same kinds, and the
+            same ends.
+        contents: of every pipeline rank.
+    """
+
+    chunks_of_stage: tuple[Chunks, ...]
+    distinct: tuple[int, ...]
+    contents: tuple[StageContent, ...]
+    users: Users
+
+    @lru_cache(maxsize=1 << 14)  # noqa: B019  stages live as long, in a cache of their own
+    def counts(self, stage: int, recomputed: int) -> tuple[tuple[LayerPlace, bool, int], ...]:
+        """Returns a layer of each kind of a stage, whether it is recomputed, and the number of such layers.
+
+        Args:
+            recomputed: how many layers of each chunk are recomputed, at most.
+        """
+        kinds: dict[tuple[int, bool], list[LayerPlace]] = {}
+        for plan in self.chunks_of_stage[stage]:
+            for number, place in enumerate(plan.layers):
+                kinds.setdefault((place.num_experts, number < recomputed), []).append(place)
+        return tuple((places[-1], again, len(places)) for (_, again), places in kinds.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Users:
+    """How many MoE layers of each pipeline rank use each source whose experts are shared.
+
+    Stages cut in any way with equal numbers have the same object.
+    """
+
+    of_stage: tuple[tuple[tuple[Source, int], ...], ...]
 
 
 def _kind(place: LayerPlace) -> tuple:
     """Returns the key of layers with the same parameters."""
     return place.num_experts, place.source and place.source.way
-
-
-def moe_places(chunks: Chunks) -> list[LayerPlace]:
-    """Returns the MoE layers of a pipeline rank's chunks."""
-    return [place for plan in chunks for place in plan.layers if place.moe_index is not None]
 
 
 def _described(module: nn.Module) -> tuple[DescribedParameter, ...]:
@@ -141,11 +231,6 @@ class PlannedModel:
     Args:
         vocab_size: number of tokens, before padding.
 
-    Attributes:
-        chunks_of_stage: chunks of every pipeline rank.
-        distinct_stages: the first pipeline rank of each kind; ranks of a kind hold equally many layers of the same
-            kinds, and the same ends.
-
     Raises:
         ValueError: the layout does not fill the world.
     """
@@ -153,17 +238,18 @@ class PlannedModel:
     def __init__(self, config: PretrainConfig, vocab_size: int, world_size: int):
         layout, training = config.parallel, config.training
         self.config, self.grid = config, RankGrid.of(layout, world_size)
-        grid = self.grid
         # Layouts that differ in other things share what was counted.
-        moe = replace(config.moe, samoe_combine="step") if config.moe.samoe_combine != "step" else config.moe
-        self.description = _describe(
-            config.model, moe, vocab_size, grid.tp, grid.ep, grid.etp, layout.sequence_parallel and grid.tp > 1,
-            training.bf16 or training.fp16, training.recompute_granularity == "selective",
-        )  # fmt: skip
-        self.chunks_of_stage, self.distinct_stages = _stages(
-            grid.pp, layout.num_layers_per_virtual_pipeline_stage, layout.pipeline_model_parallel_layout,
+        moe = replace(config.moe, samoe_combine="step", samoe_pool_placement="sharded")
+        model = (config.model, moe, vocab_size, training.bf16 or training.fp16, self.grid.ep, self.grid.etp)
+        self.description = _describe(*model, self.grid.tp, layout.sequence_parallel and self.grid.tp > 1)
+        # What is shared is the same for every tensor-parallel size.
+        self._lending = self.description if self.grid.tp == 1 else _describe(*model, 1, False)
+        self._lending_grid = replace(self.grid, tp=1)
+        self.stages = _stages(
+            self.grid.pp, layout.num_layers_per_virtual_pipeline_stage, layout.pipeline_model_parallel_layout,
             config.model.num_layers, moe,
         )  # fmt: skip
+        self._shared: dict[int, SharedExperts] = {}
 
     def stage_of(self, rank: int) -> int:
         """Returns the pipeline rank of a rank."""
@@ -175,16 +261,23 @@ class PlannedModel:
 
     def parameters(self, rank: int) -> list[DescribedParameter]:
         """Returns all parameters of a rank."""
-        own = self.description.parameters(self.chunks_of_stage[self.stage_of(rank)])
+        own = self.description.parameters(self.stages.contents[self.stage_of(rank)])
         return [*own, *self.shared(rank).parameters]
 
     def shared(self, rank: int) -> SharedExperts:
         """Returns the experts that MoE layers share on a rank."""
-        return _shared(self.description, self.grid, rank, self.chunks_of_stage, self.config.moe)
+        if rank not in self._shared:
+            placement = self.config.moe.samoe_pool_placement
+            self._shared[rank] = _shared(self._lending, self._lending_grid, rank, self.stages.users, placement)
+        return self._shared[rank]
+
+    def lending_costs(self, rank: int) -> LenderCosts:
+        """Returns the cost of lending these experts there."""
+        return self.shared(rank).costs(self.config.moe.samoe_combine)
 
     def layers(self) -> Iterator[LayerPlace]:
         """Yields all layers, stage by stage."""
-        for chunks in self.chunks_of_stage:
+        for chunks in self.stages.chunks_of_stage:
             for plan in chunks:
                 yield from plan.layers
 
@@ -196,47 +289,60 @@ def whole_model(config: PretrainConfig, vocab_size: int) -> PlannedModel:
 
 @lru_cache(maxsize=1024)
 def _describe(
-    model: ModelConfig, moe: MoEConfig, vocab_size: int, tp: int, ep: int, etp: int, sequence_parallel: bool, low: bool,
-    selective: bool,
-) -> Description:  # fmt: skip
+    model: ModelConfig, moe: MoEConfig, vocab_size: int, low: bool, ep: int, etp: int, tp: int, sequence_parallel: bool
+) -> Description:
     grid = RankGrid(math.lcm(tp, etp * ep), tp=tp, ep=ep, etp=etp)
-    training = TrainingConfig(bf16=low, recompute_granularity="selective" if selective else None)
     layout = ParallelConfig(
         tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
     )
-    config = PretrainConfig(model=model, moe=moe, parallel=layout, training=training)
+    config = PretrainConfig(model=model, moe=moe, parallel=layout, training=TrainingConfig(bf16=low))
     return Description(config, vocab_size, planned_state(grid, 0, sequence_parallel))
 
 
 @lru_cache(maxsize=4096)
 def _shared(
-    description: Description, grid: RankGrid, rank: int, chunks_of_stage: tuple[Chunks, ...], moe: MoEConfig
+    description: Description, grid: RankGrid, rank: int, users: Users, placement: Literal["sharded", "replicated"]
 ) -> SharedExperts:
-    return description.shared(chunks_of_stage, planned_state(grid, rank), moe)
+    return description.shared(users, planned_state(grid, rank), placement)
 
 
 @lru_cache(maxsize=1024)
-def _stages(
-    pp: int, per_stage: int | None, layout: str | None, num_layers: int, moe: MoEConfig
-) -> tuple[tuple[Chunks, ...], tuple[int, ...]]:
+def _stages(pp: int, per_stage: int | None, layout: str | None, num_layers: int, moe: MoEConfig) -> Stages:
     parallel = ParallelConfig(
         pipeline_model_parallel_size=pp, num_layers_per_virtual_pipeline_stage=per_stage,
         pipeline_model_parallel_layout=layout,
     )  # fmt: skip
     plans = stage_plans(PretrainConfig(model=ModelConfig(num_layers=num_layers), moe=moe, parallel=parallel))
     by_rank = tuple(plans[rank::pp] for rank in range(pp))
-    users = Counter(place.source for plan in plans for place in plan.layers)
+    places = [place for plan in plans for place in plan.layers]
+    first_of_kind = {_kind(place): place for place in reversed(places)}
+    contents, used_by_rank = [], []
+    for chunks in by_rank:
+        kinds = Counter(_kind(place) for plan in chunks for place in plan.layers)
+        ends = tuple((plan.has_embedding, plan.has_head) for plan in chunks)
+        contents.append(_content(ends, tuple((first_of_kind[kind], n) for kind, n in kinds.items())))
+        sources = (place.source for plan in chunks for place in plan.layers)
+        used_by_rank.append(Counter(source for source in sources if source is not None and source.way != "own"))
+    everywhere = sum(used_by_rank, Counter[Source]())
+    size_of = {place.source: place.num_experts for place in places}
     seen: dict[tuple, int] = {}
-    for rank, chunks in enumerate(by_rank):
+    for rank, (chunks, used) in enumerate(zip(by_rank, used_by_rank, strict=True)):
         kind = tuple((c.has_embedding, c.has_head, *map(_kind, c.layers)) for c in chunks)
         # Sets alike in everything but their number are used by as many layers here, and here alone or elsewhere as well.
-        used = Counter(
-            place.source for place in moe_places(chunks) if place.source and place.source.way in ("tied", "scaled")
-        )
-        sets = sorted((count, count == users[source], *_set_size(source, plans)) for source, count in used.items())
+        sets = sorted(
+            (count, count == everywhere[source], size_of[source])
+            for source, count in used.items() if source.way in ("tied", "scaled")
+        )  # fmt: skip
         seen.setdefault((kind, tuple(sets)), rank)
-    return by_rank, tuple(seen.values())
+    users = _users(tuple(tuple(sorted(used.items(), key=str)) for used in used_by_rank))
+    return Stages(by_rank, tuple(seen.values()), tuple(contents), users)
 
 
-def _set_size(source: Source | None, plans: Iterable[StagePlan]) -> tuple[int, ...]:
-    return next((p.num_experts,) for plan in plans for p in plan.layers if p.source == source)
+@lru_cache(maxsize=1 << 14)
+def _content(ends: tuple[tuple[bool, bool], ...], layers: tuple[tuple[LayerPlace, int], ...]) -> StageContent:
+    return StageContent(ends, layers)
+
+
+@lru_cache(maxsize=1 << 14)
+def _users(of_stage: tuple[tuple[tuple[Source, int], ...], ...]) -> Users:
+    return Users(of_stage)

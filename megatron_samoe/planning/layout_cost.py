@@ -11,13 +11,12 @@ between both.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_samoe.config.derived import num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.models.gpt_stage import is_recomputed
+from megatron_samoe.models.gpt_stage import recomputed_layers
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
 from megatron_samoe.planning.description import PlannedModel
@@ -83,7 +82,7 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
     cost = Cost()
     for part, seconds in slowest.seconds.items():
         cost.add(part, number * seconds, number * slowest.sent_bytes[part] if part in slowest.sent_bytes else None)
-    chunks = len(planned.chunks_of_stage[0])
+    chunks = len(planned.stages.chunks_of_stage[0])
     if grid.pp > 1:
         cost.add("bubble", (grid.pp - 1) / chunks * sum(slowest.seconds.values()))
         boundary = _residual_elements(config, grid) * compute_dtype(config).itemsize
@@ -161,13 +160,11 @@ class Links:
 
 def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
     """Returns the cost of one micro-batch in one stage, forwards and backwards."""
-    config, plans, description = planned.config, planned.chunks_of_stage[stage], planned.description
+    config, plans, description = planned.config, planned.stages.chunks_of_stage[stage], planned.description
     cost, tokens = Cost(), _tokens(config)
     selective = config.training.recompute_granularity == "selective"
-    layers = Counter((x.num_experts, is_recomputed(config, i)) for plan in plans for i, x in enumerate(plan.layers))
-    places = {x.num_experts: x for plan in plans for x in plan.layers}
-    for (num_experts, again), count in layers.items():
-        layer = description.layer(places[num_experts])
+    for place, again, count in planned.stages.counts(stage, recomputed_layers(config)):
+        layer = description.layer(place)
         flops = (4.0 if again else 3.0) * layer.flops_per_token()
         flops += layer.attention.core_flops_per_token() if selective else 0.0
         _compute(cost, count * tokens * flops / links.grid.tp, links)
@@ -183,7 +180,7 @@ def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
 
 def _slowest_micro_batch(planned: PlannedModel, links: Links) -> Cost:
     """Returns the cost of one micro-batch in the stage where it takes longest."""
-    stages = [_micro_batch(planned, stage, links) for stage in planned.distinct_stages]
+    stages = [_micro_batch(planned, stage, links) for stage in planned.stages.distinct]
     return max(stages, key=lambda stage: sum(stage.seconds.values()))
 
 
@@ -255,7 +252,7 @@ def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[
     zero = planned.config.parallel.use_distributed_optimizer
     worst: Mapping[str, tuple[float, float]] = {}
     updated = 0.0
-    for stage in planned.distinct_stages:
+    for stage in planned.stages.distinct:
         rank = planned.first_rank_of(stage)
         moved: dict[tuple[str, str], float] = {}
         elements = 0.0
@@ -271,7 +268,7 @@ def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[
                 # fp32 gradients are summed, or each rank updates a slice and weights are gathered.
                 more = p.whole_numel * (4 + p.element_bytes if is_shared else 2 * 4)
                 moved[kind] = moved.get(kind, 0.0) + more
-        for group, sent in planned.shared(rank).costs.sent.items():
+        for group, sent in planned.lending_costs(rank).sent.items():
             moved["pool", group] = moved.get(("pool", group), 0.0) + sent
         times: dict[str, tuple[float, float]] = {}
         for (what, group), sent in moved.items():
@@ -287,5 +284,5 @@ def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[
 
 def fold_bytes(planned: PlannedModel, micro_batches: int) -> float:
     """Returns the bytes that lending shared experts moves through a rank's memory in a step, on the busiest stage."""
-    costs = [planned.shared(planned.first_rank_of(stage)).costs for stage in planned.distinct_stages]
+    costs = [planned.lending_costs(planned.first_rank_of(stage)) for stage in planned.stages.distinct]
     return max(cost.traffic_per_step + micro_batches * cost.traffic_per_pass for cost in costs)

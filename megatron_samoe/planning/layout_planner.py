@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.data import DataConfig
@@ -115,7 +115,8 @@ def plan_layouts(
     """
     refuse_unknown(config, "planner", "the layout planner")
     base = replace(config, data=DataConfig(mock_data=True), checkpoint=CheckpointConfig())
-    fitting, smallest, problem = [], None, None
+    legal: list[PretrainConfig] = []
+    problem = None
     for sized in _sizes(base, cluster, micro_batch_sizes or (config.training.micro_batch_size,)):
         try:
             validate(sized, cluster.world_size)
@@ -123,16 +124,12 @@ def plan_layouts(
         except ConfigError as error:
             problem = problem or error
             continue
-        found = _best_options(sized, vocab_size, cluster)
-        for layout in found:
-            if layout.memory.total <= cluster.memory_bytes:
-                fitting.append(layout)
-            if smallest is None or layout.memory.total < smallest.memory.total:
-                smallest = layout
-    if smallest is None:
+        legal += _placed(sized, cluster)
+    if not legal:
         raise problem or ConfigError("--world-size", cluster.world_size, "has no layout that fills it")
+    fitting = [found for placed in legal if (found := _fastest_that_fits(placed, vocab_size, cluster)) is not None]
     if not fitting:
-        raise _too_large(smallest, cluster)
+        raise _too_large(_smallest(legal, vocab_size, cluster), cluster)
     return sorted(fitting, key=lambda layout: -layout.tokens_per_s)
 
 
@@ -194,54 +191,61 @@ def _stage_cuts(base: PretrainConfig, pp: int) -> list[tuple[int | None, str | N
     return cuts
 
 
-def _best_options(sized: PretrainConfig, vocab_size: int, cluster: Cluster) -> list[PlannedLayout]:
-    """Returns for each pool placement the cheapest options that fit, or the smallest where none do."""
-    found = []
-    dp = data_parallel_size(sized, cluster.world_size)
-    for placement in _placements(sized, cluster):
-        last = None
-        savings = _memory_savings(sized)
-        for combine, recompute in savings:
-            if last is not None and _states(last[2]) > cluster.memory_bytes and (combine, recompute) != savings[-1]:
-                continue  # what no option makes smaller is too much: only the least is worth knowing
-            config = replace(
-                sized,
-                parallel=replace(
-                    sized.parallel, use_distributed_optimizer=sized.parallel.use_distributed_optimizer or dp > 1,
-                    overlap_grad_reduce=sized.parallel.overlap_grad_reduce or dp > 1,
-                ),
-                moe=replace(sized.moe, samoe_combine=combine, samoe_pool_placement=placement),
-                training=replace(sized.training, recompute_granularity=recompute),
-            )  # fmt: skip
-            rank, memory = largest_rank_memory(config, vocab_size, cluster.world_size)
-            fits = memory.total <= cluster.memory_bytes
-            if last is None or fits or memory.total < last[2].total:
-                last = (config, rank, memory)
-            if fits:
-                break
-        assert last is not None
-        cost = step_cost(last[0], vocab_size, cluster)
-        found.append(PlannedLayout(last[0], cluster.world_size, last[1], last[2], cost))
-    return found
-
-
-def _states(memory: RankMemory) -> int:
-    return memory.weights + memory.gradients + memory.optimizer
-
-
-def _placements(sized: PretrainConfig, cluster: Cluster) -> list[Any]:
+def _placed(sized: PretrainConfig, cluster: Cluster) -> list[PretrainConfig]:
+    """Returns a choice of sizes with what is always worth having, once for each placement of shared experts."""
     moe, parallel = sized.moe, sized.parallel
+    is_replicated = data_parallel_size(sized, cluster.world_size) > 1
+    parallel = replace(
+        parallel, use_distributed_optimizer=parallel.use_distributed_optimizer or is_replicated,
+        overlap_grad_reduce=parallel.overlap_grad_reduce or is_replicated,
+    )  # fmt: skip
+    sized = replace(sized, parallel=parallel)
     holders = cluster.world_size // (parallel.expert_tp * parallel.expert_model_parallel_size)
     if not moe.shares_experts or holders == 1 or moe.samoe_pool_placement != "sharded":
-        return [moe.samoe_pool_placement]
-    return ["sharded", "replicated"]
+        return [sized]
+    return [sized, replace(sized, moe=replace(moe, samoe_pool_placement="replicated"))]
 
 
-def _memory_savings(sized: PretrainConfig) -> list[tuple[Any, Any]]:
-    """Returns (combine, recompute) pairs from the fastest to the smallest."""
-    moe, training = sized.moe, sized.training
-    combines = ["step", "layer"] if moe.has_coefficients and moe.samoe_combine == "step" else [moe.samoe_combine]
-    recomputes = (
-        [None, "selective", "full"] if training.recompute_granularity is None else [training.recompute_granularity]
-    )
-    return [(combine, recompute) for combine in combines for recompute in recomputes]
+def _fastest_that_fits(placed: PretrainConfig, vocab_size: int, cluster: Cluster) -> PlannedLayout | None:
+    """Returns the layout with the cheapest options that fit; None where none do."""
+    hopeless = None
+    for config in _memory_savings(placed):
+        if config.moe.samoe_combine == hopeless:
+            continue
+        rank, memory = largest_rank_memory(config, vocab_size, cluster.world_size, cluster.memory_bytes)
+        if memory.total <= cluster.memory_bytes:
+            return _planned(config, rank, memory, vocab_size, cluster)
+        if memory.weights + memory.gradients + memory.optimizer > cluster.memory_bytes:
+            return None  # no option makes these smaller
+        if memory.resident > cluster.memory_bytes:
+            hopeless = config.moe.samoe_combine  # whatever is recomputed
+    return None
+
+
+def _smallest(legal: list[PretrainConfig], vocab_size: int, cluster: Cluster) -> PlannedLayout:
+    """Returns the layout whose largest rank needs least memory."""
+    configs = (config for placed in legal for config in _memory_savings(placed))
+    found = ((config, *largest_rank_memory(config, vocab_size, cluster.world_size)) for config in configs)
+    config, rank, memory = min(found, key=lambda layout: layout[2].total)
+    return _planned(config, rank, memory, vocab_size, cluster)
+
+
+def _planned(config: PretrainConfig, rank: int, memory: RankMemory, vocab_size: int, cluster: Cluster) -> PlannedLayout:
+    return PlannedLayout(config, cluster.world_size, rank, memory, step_cost(config, vocab_size, cluster))
+
+
+def _memory_savings(placed: PretrainConfig) -> Iterator[PretrainConfig]:
+    """Yields a layout with the options that trade memory for time, from the fastest to the smallest."""
+    moe, training = placed.moe, placed.training
+    combines: list[Literal["step", "layer"]] = [moe.samoe_combine]
+    if moe.has_coefficients and moe.samoe_combine == "step":
+        combines = ["step", "layer"]
+    recomputes: list[Any] = [training.recompute_granularity]
+    if training.recompute_granularity is None:
+        recomputes = [None, "selective", "full"]
+    for combine in combines:
+        for recompute in recomputes:
+            yield replace(
+                placed, moe=replace(moe, samoe_combine=combine),
+                training=replace(training, recompute_granularity=recompute),
+            )  # fmt: skip

@@ -7,6 +7,7 @@ experts and attention that does not keep its probabilities.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +17,13 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import DEFAULT_BUCKET_SIZE
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.planning.activation_memory import activation_bytes
-from megatron_samoe.planning.description import Chunks, DescribedParameter, Description, PlannedModel
+from megatron_samoe.planning.description import (
+    DescribedParameter,
+    Description,
+    PlannedModel,
+    SharedExperts,
+    StageContent,
+)
 from megatron_samoe.planning.teacher import kept_bytes, planned_teacher, weight_bytes
 
 FP32_BYTES = 4
@@ -85,29 +92,38 @@ def rank_memory(config: PretrainConfig, vocab_size: int, world_size: int, rank: 
     return _rank_memory(planned, planned_teacher(config, vocab_size, world_size), rank)
 
 
-def largest_rank_memory(config: PretrainConfig, vocab_size: int, world_size: int) -> tuple[int, RankMemory]:
+def largest_rank_memory(
+    config: PretrainConfig, vocab_size: int, world_size: int, limit: float = math.inf
+) -> tuple[int, RankMemory]:
     """Returns the rank that needs most memory, and its memory.
 
     Of stages with the same layers the first has the most passes in flight, and of a stage's ranks the first holds the
     longest slices. So few ranks are computed.
+
+    Args:
+        limit: bytes; the first rank found to need more is returned, and the others are not computed.
     """
     planned = PlannedModel(config, vocab_size, world_size)
-    ranks = [planned.first_rank_of(stage) for stage in planned.distinct_stages]
+    ranks = [planned.first_rank_of(stage) for stage in planned.stages.distinct]
     teacher = planned_teacher(config, vocab_size, world_size)
     if teacher is not None:  # its layers are spread in their own way
-        ranks = sorted({*ranks, *(teacher.first_rank_of(stage) for stage in teacher.distinct_stages)})
-    return max(((rank, _rank_memory(planned, teacher, rank)) for rank in ranks), key=lambda p: p[1].total)
+        ranks = sorted({*ranks, *(teacher.first_rank_of(stage) for stage in teacher.stages.distinct)})
+    found: list[tuple[int, RankMemory]] = []
+    for rank in ranks:
+        found.append((rank, _rank_memory(planned, teacher, rank)))
+        if found[-1][1].total > limit:
+            return found[-1]
+    return max(found, key=lambda p: p[1].total)
 
 
 def _rank_memory(planned: PlannedModel, teacher: PlannedModel | None, rank: int) -> RankMemory:
     config, stage = planned.config, planned.stage_of(rank)
-    layout, shared = config.parallel, planned.shared(rank)
+    layout, costs = config.parallel, planned.lending_costs(rank)
     bucket = layout.ddp_bucket_size or DEFAULT_BUCKET_SIZE
     held = _held_by_rank(
-        planned.description, planned.grid, rank, planned.chunks_of_stage[stage], shared.parameters,
+        planned.description, planned.grid, rank, planned.stages.contents[stage], planned.shared(rank),
         layout.use_distributed_optimizer, bucket,
     )  # fmt: skip
-    costs = shared.costs
     return RankMemory(
         held.weights, held.gradients, held.optimizer, costs.weights, costs.gradients, costs.gathered,
         activation_bytes(planned, stage, num_micro_batches(config, planned.grid.world_size)),
@@ -116,13 +132,13 @@ def _rank_memory(planned: PlannedModel, teacher: PlannedModel | None, rank: int)
     )  # fmt: skip
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1 << 14)
 def _held_by_rank(
-    description: Description, grid: RankGrid, rank: int, chunks: Chunks, banks: tuple[DescribedParameter, ...],
+    description: Description, grid: RankGrid, rank: int, content: StageContent, shared: SharedExperts,
     zero: bool, bucket: int,
 ) -> _Held:  # fmt: skip
     """Returns the bytes of all gradient buffers summed, and of the largest exchange."""
-    found = [*description.parameters(chunks), *banks]
+    found = [*description.parameters(content), *shared.parameters]
     parts = [_held(buffer, grid.place(buffer[0].tag.gradient_group, rank), zero, bucket) for buffer in _buffers(found)]
     return _Held(
         sum(p.weights for p in parts), sum(p.gradients for p in parts), sum(p.optimizer for p in parts),

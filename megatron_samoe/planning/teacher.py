@@ -26,13 +26,13 @@ def planned_teacher(config: PretrainConfig, vocab_size: int, world_size: int) ->
 
 def weight_bytes(teacher: PlannedModel, rank: int) -> int:
     """Returns the bytes of a rank's weights, with the experts that its lender folds."""
-    return sum(p.numel * p.element_bytes for p in teacher.parameters(rank)) + teacher.shared(rank).costs.weights
+    return sum(p.numel * p.element_bytes for p in teacher.parameters(rank)) + teacher.lending_costs(rank).weights
 
 
 def kept_bytes(teacher: PlannedModel, stage: int) -> int:
     """Returns the bytes that a stage keeps until backward passes: logits with the gradient of their divergence, and
     activations in messages that came and went."""
-    config, grid, plans = teacher.config, teacher.grid, teacher.chunks_of_stage[stage]
+    config, grid, plans = teacher.config, teacher.grid, teacher.stages.chunks_of_stage[stage]
     layout, tokens = config.parallel, config.training.micro_batch_size * config.model.seq_length
     number = num_micro_batches(config, grid.world_size)
     passes = passes_in_flight(layout.pipeline_schedule, grid.pp, stage, len(plans), number)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_samoe.parallel_state.state import WaitClock
-from megatron_samoe.planning.accounting import train_flops_per_token
+from megatron_samoe.planning.accounting import forward_flops_per_token, train_flops_per_token
 from megatron_samoe.training.hook import Record
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
@@ -126,8 +126,11 @@ def make_record(
         record |= {name: means[0] if len(means) == 1 else means for name, means in result.routing.others.items()}
     rate = peak_flops(device)
     if rate is not None:
-        flops = train_flops_per_token(setup.config, setup.model.vocab_size) * tokens_per_s
-        record["mfu"] = flops / (rate * setup.parallel.world_size)
+        flops = train_flops_per_token(setup.config, setup.model.vocab_size)
+        if setup.teacher is not None:
+            taught = setup.teacher.model
+            flops += forward_flops_per_token(taught.config, taught.vocab_size)
+        record["mfu"] = flops * tokens_per_s / (rate * setup.parallel.world_size)
     if epoch_samples:
         record["epoch"] = state.consumed_samples / epoch_samples
     return record

@@ -67,6 +67,18 @@ class Teacher:
         return vocab_parallel_kl_divergence(logits_TV, teacher_TV, self.temperature, self.model.state.tp)
 
 
+def refuse_unfit(config: PretrainConfig, vocab_size: int, world_size: int, parts: ModelParts) -> None:
+    """Raises what `load_teacher` would, but for damaged files, before any data is read or model built.
+
+    Args:
+        parts: of the student.
+    """
+    assert config.distillation.teacher is not None
+    saved = find_teacher(config.distillation.teacher)
+    saved.on_ranks_of(config, vocab_size, world_size)
+    _parts(saved, parts)
+
+
 def load_teacher(config: PretrainConfig, student: RankModel) -> Teacher:
     """Returns the teacher that a run asks for, in the layout and precision of its student; all ranks call it together.
 

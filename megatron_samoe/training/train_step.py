@@ -163,13 +163,18 @@ def train_step(
     result = StepResult(lm_loss, norm, lr, num_tokens, routing, state.loss_scale.value, skipped, spike, kl_loss)
     if not result.is_finite:
         return result, state
+    fractions_LE = None if routing is None else routing.fractions_LE()
     if not skipped:
         if pre_optim_step is not None:
             pre_optim_step(norm)
         with named_range("optimizer", setup.parallel.device):
             setup.optimizer.step(lr, clip_factor(norm, optimizer.clip_grad))
         if routing is not None:
-            setup.model.after_step(routing.counts_LE, state.iteration + 1, setup.tokens_per_step)
+            order_E = setup.model.after_step(routing.counts_LE, state.iteration + 1, setup.tokens_per_step)
+            if order_E is not None:
+                model = setup.model
+                setup.optimizer.reorder_experts(model.global_parameters(), model.expert_dims(), order_E)
+                fractions_LE = routing.fractions_LE()[:, order_E]
     return result, replace(
         state,
         iteration=state.iteration + 1,
@@ -177,7 +182,7 @@ def train_step(
         consumed_tokens=state.consumed_tokens + setup.tokens_per_step,
         loss_scale=state.loss_scale.after(overflow),
         spikes=state.spikes.after(lm_loss, norm, training),
-        expert_fractions_LE=None if routing is None else routing.fractions_LE().to(setup.parallel.device),
+        expert_fractions_LE=None if fractions_LE is None else fractions_LE.to(setup.parallel.device),
     )
 
 

@@ -87,12 +87,15 @@ def test_a_student_resumes_in_another_layout(corpus: Path, teacher: Path, tmp_pa
 
 def test_what_cannot_teach_is_told_in_one_paragraph(corpus: Path, teacher: Path, tmp_path: Path) -> None:
     def refused(num_ranks: int = 1, **options: object) -> str:
-        words = taught(corpus, tmp_path / "run", **{"teacher": teacher, **options})
+        given = {"teacher": teacher, **options}
+        words = taught(given.pop("corpus", corpus), tmp_path / "run", **given)  # type: ignore[arg-type]
         return start(words, tmp_path / "out", num_ranks).fail()
 
     assert "it must be the student's, which has 300" in refused(vocab_size=300)
     assert "the teacher's --max-position-embeddings = 16" in refused(seq_length=32)
-    assert f"--teacher {tmp_path / 'nowhere'} has no checkpoint" in refused(teacher=tmp_path / "nowhere")
+    nowhere = {"teacher": tmp_path / "nowhere", "corpus": tmp_path / "no_data"}
+    assert f"--teacher {tmp_path / 'nowhere'} has no checkpoint" in refused(**nowhere), "before any data is read"
+    assert "the teacher's --num-experts = 2" in refused(4, expert_model_parallel_size=4, elastic=True)
     assert "holds no checkpoint of this program, but corpus.bin" in refused(teacher=corpus.parent)
     assert "at most --train-iters 8" in refused(teacher_until=9)
     assert "needs --teacher" in refused(teacher=None)

@@ -10,6 +10,7 @@ import pytest
 from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import data_parallel_size
+from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.elastic import fit_layout
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.training import TrainingConfig
@@ -78,6 +79,15 @@ def test_a_layout_that_fits_stays_as_it_is() -> None:
 
 def test_micro_batches_keep_their_size_where_capacity_counts_their_tokens() -> None:
     assert fit_layout(config({"moe_expert_capacity_factor": 1.0}), 16)[1] == 8
+
+
+def test_a_teacher_must_fit_the_layout_too() -> None:
+    taught = replace(config(tensor_model_parallel_size=4), distillation=DistillationConfig(teacher="runs/teacher"))
+    few_heads = replace(config(), model=replace(config().model, num_attention_heads=2))
+    assert sizes(*fit_layout(taught, 8, config()))[:2] == (8, 4)
+    assert sizes(*fit_layout(taught, 4, config()))[:2] == (4, 4)
+    with pytest.raises(ConfigError, match=r"the teacher's --num-attention-heads = 2.*--tensor-model-parallel-size 4"):
+        fit_layout(taught, 8, few_heads)
 
 
 @pytest.mark.parametrize(

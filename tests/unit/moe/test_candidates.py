@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.moe.candidates import NeighbourSchedule, PoolLock, candidate_schedule, owners
+from megatron_samoe.moe.candidates import NeighbourSchedule, PoolLock, candidate_schedule, owners, spread
 from megatron_samoe.ops.topk_gate import ChoiceRule, gate_by_rule, limited, topk_gate
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.setup import build_setup, initial_state
@@ -29,7 +29,7 @@ def test_neighbours_open_after_a_layers_own() -> None:
     assert factors_E.tolist() == [0, 0, 1, 1, 0, 0]
     opened = []
     for iteration in range(1, 6):
-        schedule.update({1: factors_E}, torch.zeros(3, 6), iteration)
+        schedule.update({1: factors_E}, torch.zeros(3, 6), iteration, single_process_state())
         opened.append("".join(str(int(f)) for f in factors_E))
     assert opened == ["001110", "001111", "101111", "111111", "111111"]
     assert schedule.start(4, 6).tolist() == [0, 0, 1, 1, 0, 0], "the second layer of the second block"
@@ -49,6 +49,16 @@ def test_owners_keep_as_many_choices_as_can_be_kept() -> None:
         assert counts_LE[owner_E, torch.arange(6)].sum().item() == best
 
 
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_places_spread_every_layer_over_expert_parallel_ranks(ep: int) -> None:
+    owner_E = torch.randperm(12, generator=torch.Generator().manual_seed(7)).remainder(3)
+    order_E = spread(owner_E)
+    assert sorted(order_E.tolist()) == list(range(12))
+    assert owner_E[order_E].tolist() == [0, 1, 2] * 4
+    for rank in owner_E[order_E].chunk(ep):
+        assert rank.bincount(minlength=3).tolist() == [4 // ep] * 3
+
+
 @pytest.mark.parametrize("score_function", ["softmax", "norm"])
 def test_a_lock_is_decided_once_and_annealed(score_function: Any) -> None:
     setup = build_setup(
@@ -60,12 +70,14 @@ def test_a_lock_is_decided_once_and_annealed(score_function: Any) -> None:
         assert result.routing is not None
         counts.append(result.routing.counts_LE)
         seen.append(torch.stack([layer.moe.router.candidates for layer in setup.model.moe_layers()]).clone())
-    owned_LE = owners(counts[1]) == torch.arange(4)[:, None]
-    assert owned_LE.sum(1).tolist() == [4] * 4
-    for factors_LE, others in zip(seen, (1.0, 0.5, 0.0, 0.0, 0.0), strict=True):
+    assert (seen[0] == 1).all()
+    owned_LE = torch.arange(16) % 4 == torch.arange(4)[:, None]  # where they were moved to
+    before_LE = owners(counts[1]) == torch.arange(4)[:, None]
+    assert counts[1][before_LE].sum() > counts[1][owned_LE].sum(), "as good as they lay"
+    for factors_LE, others in zip(seen[1:], (0.5, 0.0, 0.0, 0.0), strict=True):
         assert torch.equal(factors_LE, torch.where(owned_LE, 1.0, others))
     assert (counts[-1][~owned_LE] == 0).all(), "a closed expert is not chosen"
-    assert (counts[1][~owned_LE] > 0).any()
+    assert (counts[1][~before_LE] > 0).any()
 
 
 def test_a_closed_expert_is_as_if_it_did_not_exist() -> None:
@@ -98,11 +110,13 @@ def test_a_run_from_trained_weights_takes_no_decision_back() -> None:
     lock = PoolLock(MoEConfig("moe", "pool", num_experts=4, pool_lock_step=2, pool_lock_anneal_steps=2))
     factors = {0: torch.tensor([1.0, 0.0, 0.0, 1.0]), 1: torch.tensor([0.0, 1.0, 1.0, 0.0])}
     for iteration in range(1, 5):
-        lock.update(factors, torch.tensor([[0.0, 9.0, 9.0, 0.0], [9.0, 0.0, 0.0, 9.0]]), iteration)
+        lock.update(
+            factors, torch.tensor([[0.0, 9.0, 9.0, 0.0], [9.0, 0.0, 0.0, 9.0]]), iteration, single_process_state()
+        )
         assert factors[0].tolist() == [1, 0, 0, 1] and factors[1].tolist() == [0, 1, 1, 0]
     schedule = NeighbourSchedule(MoEConfig("moe", "neighbours", num_experts=2, neighbour_unmask_steps=4))
     opened = torch.ones(4)
-    schedule.update({0: opened}, torch.zeros(2, 4), 1)
+    schedule.update({0: opened}, torch.zeros(2, 4), 1, single_process_state())
     assert opened.tolist() == [1, 1, 1, 1]
 
 

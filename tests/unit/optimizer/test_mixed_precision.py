@@ -121,9 +121,13 @@ def test_apex_that_is_demanded_and_absent_is_named() -> None:
         MixedPrecisionOptimizer(GradBuffers(parameters(), STATE), replace(CONFIG, optimizer_backend="apex"))
 
 
-@pytest.mark.parametrize("layout", ["dense", "moe", "samoe"])
-def test_matrices_decay_and_nothing_else(layout: str) -> None:
-    config = tiny_config(layout, qk_layernorm=True)
+@pytest.mark.parametrize(
+    "options",
+    [{"layout": "dense"}, {"layout": "moe"}, {"layout": "samoe"},
+     {"layout": "moe", "expert_sharing": "pool", "num_experts": 8, "moe_router_score_function": "norm"}],
+)  # fmt: skip
+def test_matrices_decay_and_nothing_else(options: dict[str, Any]) -> None:
+    config = tiny_config(**options, qk_layernorm=True)
     model = RankModel(config, VOCAB_SIZE, single_process_state("meta"), torch.float32)
     named = model.global_parameters()
     rates = {
@@ -137,12 +141,12 @@ def test_matrices_decay_and_nothing_else(layout: str) -> None:
     assert sorted(names) == sorted(named), "each parameter is in one group"
     for group in groups:
         for name in group.names:
-            vector = name.endswith(("bias", ".b1", ".b2")) or "norm." in name
+            vector = name.endswith(("bias", ".b1", ".b2", ".router.scale")) or "norm." in name
             coefficient = name.endswith("moe.combination")
             assert group.weight_decay == (0.0 if vector or coefficient else 0.3), name
             expected = 5.0 if coefficient else 7.0 if ".moe.router." in name else 1.0
             expected *= 11.0 if name.startswith("expert_pool.") else 1.0
-            expected *= 13.0 if name.endswith(("bank.w2", "experts.w2")) else 1.0
+            expected *= 13.0 if name.endswith(("bank.w2", "experts.w2", "set.0.w2")) else 1.0
             assert group.lr_mult == expected, name
 
 

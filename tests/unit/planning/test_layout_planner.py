@@ -135,7 +135,7 @@ def test_sixteen_thousand_ranks_take_seconds() -> None:
     started = time.process_time()
     layouts = plan_layouts(config, 51200, Cluster(16384, 8, 72e9, 1e15, 4.5e11, 5e10))
     assert len(layouts) > 100
-    assert time.process_time() - started < 60  # minutes, if every layout built its modules
+    assert time.process_time() - started < 15  # four times as long, if every layout built its modules
 
 
 @settings(deadline=None, max_examples=60)

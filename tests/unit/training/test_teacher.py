@@ -23,17 +23,19 @@ from megatron_samoe.errors import CheckpointError, ConfigError, MegatronSamoeErr
 from megatron_samoe.log import logger
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.planning.accounting import train_flops_per_token
 from megatron_samoe.planning.layout_cost import Cluster
 from megatron_samoe.planning.layout_planner import plan_layouts
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.runtime.load import load_model
+from megatron_samoe.training import metrics
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.hook import Hook, Record, Run
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.teacher import load_teacher
-from megatron_samoe.training.train_step import compute_gradients
+from megatron_samoe.training.train_step import compute_gradients, train_step
 from megatron_samoe.training.trainer import Trainer
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout, with_options
 
@@ -198,6 +200,20 @@ def test_a_run_without_an_end_of_teaching_is_taught_to_its_last_step(teacher: Pa
     # All is done: nothing is loaded to train nothing.
     _, again = run(student(tmp_path / "nowhere"), tmp_path / "run")
     assert not again.taught
+
+
+def test_mfu_counts_forward_passes_of_the_teacher(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "peak_flops", lambda _device: 1e9)
+    taught = taught_setup(student(teacher))
+    state = initial_state(taught)
+    result, state = train_step(taught, state, micro_batches(taught, 0))
+    timed = metrics.StepTime(2.0, 2.0)
+    counts = [
+        metrics.make_record(s, state, result, timed, None)["mfu"] for s in (taught, replace(taught, teacher=None))
+    ]
+    saved = find_teacher(str(teacher)).trained
+    more = train_flops_per_token(with_options(saved, seq_length=16), VOCAB_SIZE) / 3
+    assert counts[0] - counts[1] == pytest.approx(more * taught.tokens_per_step / 2.0 / 1e9)
 
 
 @pytest.mark.parametrize(

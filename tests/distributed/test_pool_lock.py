@@ -1,0 +1,121 @@
+"""The lock of a pool moves experts with their optimizer state: alike in every layout, and no token notices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.moe.candidates import owners, spread
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.training.checkpointing import model_state, optimizer_state
+from megatron_samoe.training.setup import build_setup, initial_state
+from megatron_samoe.training.train_step import train_step
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
+
+pytestmark = pytest.mark.distributed
+
+LOCKED: dict[str, Any] = {
+    "layout": "moe", "expert_sharing": "pool", "num_experts": 16, "moe_router_topk": 2,
+    "moe_router_score_function": "norm", "moe_router_init_method_std": 0.3, "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.01, "pool_lock_step": 2, "pool_lock_anneal_steps": 2,
+}  # fmt: skip
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "pp2 ep2": (4, {"pp": 2, "ep": 2}),
+    "ep2 edp2 zero": (4, {"ep": 2, "zero": True}),
+    "ep2 edp2 zero replicated": (4, {"ep": 2, "zero": True, "pool": "replicated"}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}),
+    "pp4 with an empty stage": (4, {"pp": 4, "stages": "Et|tt||tL"}),
+    "pp4 ep2": (8, {"pp": 4, "ep": 2}),
+}
+
+
+def locked(layout: dict[str, Any], **options: Any) -> PretrainConfig:
+    sizes = dict(layout)
+    config = with_options(tiny_config(**LOCKED), samoe_pool_placement=sizes.pop("pool", "sharded"), **options)
+    return with_layout(config, **sizes)
+
+
+def train(config: PretrainConfig, steps: int) -> dict[str, Any]:
+    """Returns each step's loss and counts, and the weights and optimizer state at the end, whole, of fp64 training."""
+    setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel), torch.float64)
+    state, losses, counts = initial_state(setup), [], []
+    for step in range(steps):
+        result, state = train_step(setup, state, micro_batches(setup, step))
+        assert result.routing is not None
+        losses.append(result.lm_loss)
+        counts.append(result.routing.counts_LE)
+    kept = gather_global({**model_state(setup.model), **optimizer_state(setup)}, setup.parallel)
+    return {"losses": losses, "counts": counts, "kept": kept, "fractions": state.expert_fractions_LE}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_move_alike_in_every_layout(layout: str) -> None:
+    world_size, sizes = LAYOUTS[layout]
+    alone, ours = train(locked({}), 4), run_ranks(train, world_size, locked(sizes), 4)[0]
+    torch.testing.assert_close(torch.tensor(ours["losses"]), torch.tensor(alone["losses"]), rtol=1e-11, atol=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(ours["counts"], alone["counts"], strict=True))
+    assert torch.equal(ours["fractions"], alone["fractions"])
+    assert ours["kept"].keys() == alone["kept"].keys()
+    moments = [name for name in alone["kept"] if name.startswith("optimizer.") and "expert_pool" in name]
+    assert len(moments) >= 8, "two moments of w1, b1, w2 and b2"
+    for name, whole in alone["kept"].items():
+        scale = whole.abs().max().item()
+        torch.testing.assert_close(
+            ours["kept"][name], whole, rtol=1e-6, atol=1e-6 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def moved_by_hand(config: PretrainConfig) -> dict[str, Any]:
+    """Trains two runs for two steps, and moves the experts of the second as a lock does; returns what it keeps before and
+    after, whole, and the losses and gradient norms of the next step of both."""
+    nexts = []
+    for moves in (False, True):
+        setup = build_setup(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+        state = initial_state(setup)
+        for step in range(2):
+            result, state = train_step(setup, state, micro_batches(setup, step))
+        assert result.routing is not None
+        order_E = spread(owners(result.routing.counts_LE))
+        kept = [gather_global({**model_state(setup.model), **optimizer_state(setup)}, setup.parallel)]
+        if moves:
+            setup.optimizer.reorder_experts(setup.model.global_parameters(), setup.model.expert_dims(), order_E)
+            kept.append(gather_global({**model_state(setup.model), **optimizer_state(setup)}, setup.parallel))
+        result, _ = train_step(setup, state, micro_batches(setup, 2))
+        nexts.append((result.lm_loss, result.grad_norm))
+    return {"kept": kept, "order": order_E, "nexts": nexts}
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"), [("one process", "fp32"), ("ep2 edp2 zero", "bf16"), ("pp2 ep2", "fp32")]
+)
+def test_a_new_order_is_only_a_new_order(layout: str, precision: str) -> None:
+    world_size, sizes = LAYOUTS.get(layout, (1, {}))
+    got = run_ranks(moved_by_hand, world_size, locked(sizes, pool_lock_step=9, bf16=precision == "bf16"))[0]
+    (before, after), order_E = got["kept"], got["order"]
+    assert not torch.equal(order_E, torch.arange(16)), "nothing was moved"
+    num_moved = 0
+    for name, whole in before.items():
+        of_pool = "expert_pool." in name
+        moves = of_pool or name.rpartition(".moe.router.")[2] in ("weight", "expert_bias", "candidates")
+        num_moved += moves
+        wanted = whole.index_select(1 if of_pool else 0, order_E) if moves else whole
+        assert torch.equal(after[name], wanted), name
+    assert num_moved >= 4 * 3 + 4 * 5, (
+        "four tensors of the pool with moments; of four routers, three with moments of one"
+    )
+    for unmoved, moved in zip(*got["nexts"], strict=True):
+        assert moved == pytest.approx(unmoved, rel=1e-5 if precision == "fp32" else 5e-3)
+
+
+def test_loads_are_even_over_ranks_after_the_lock() -> None:
+    counts_LE = run_ranks(train, 2, locked({"ep": 2}), 6)[0]["counts"][-1]
+    for counts_E in counts_LE:
+        owned = counts_E.nonzero()[:, 0]
+        per_rank = [(owned // 8 == rank).sum().item() for rank in range(2)]
+        assert max(per_rank) <= 2, "a layer's four experts lie on two ranks"
+    load_L2 = counts_LE.view(4, 2, 8).sum(2)
+    assert load_L2.max() < 0.8 * counts_LE.sum(1).max()
