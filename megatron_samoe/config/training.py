@@ -95,6 +95,12 @@ class OptimizerConfig:
     """Learning rate of the pool's banks relative to --lr."""
     samoe_coefficient_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.TRAINED_COEFFICIENTS)
     """Learning rate of the coefficients of banks relative to --lr."""
+    lr_mult_patterns: tuple[str, ...] = option(())
+    """PATTERN=FACTOR for each: the learning rate of parameters whose name a regular expression matches, relative to what it
+    would be; 0 freezes them."""
+    weight_decay_mult_patterns: tuple[str, ...] = option(())
+    """PATTERN=FACTOR for each: weight decay of parameters whose name a regular expression matches, relative to what it
+    would be."""
     optimizer_backend: Literal["auto", "torch", "apex"] = option("auto")
     """auto: NVIDIA apex's FusedAdam where it is importable on CUDA, else torch's fused AdamW."""
 

@@ -31,6 +31,9 @@ class MixedPrecisionOptimizer:
         buffers: the gradients; this rank updates their pieces.
         state: this rank's place; needed where an update needs whole tensors.
         rules: the rules of parameter groups; those of the configuration if not given.
+
+    Attributes:
+        pieces: what this rank updates, by parameter name; frozen parameters are left out.
     """
 
     def __init__(
@@ -38,13 +41,14 @@ class MixedPrecisionOptimizer:
         rules: tuple[ParamRule, ...] | None = None,
     ):  # fmt: skip
         self.buffers, self.config, self._state = buffers, config, state or single_process_state()
-        self.pieces = {piece.name: piece for piece in buffers.pieces}
+        groups = [g for g in build_param_groups(buffers.parameters, config, rules) if not g.is_frozen]
+        trained = {name for group in groups for name in group.names}
+        self.pieces = {piece.name: piece for piece in buffers.pieces if piece.name in trained}
         self.masters: dict[str, Tensor] = {}
         for name, piece in self.pieces.items():
             is_own_master = piece.weight.dtype in (torch.float32, torch.float64)
             self.masters[name] = piece.weight if is_own_master else piece.weight.float()
         self.num_steps = 0
-        groups = build_param_groups(buffers.parameters, config, rules)
         self._others = [group for group in groups if group.update is not None]
         self._groups = [
             replace(group, names=tuple(name for name in group.names if name in self.pieces))

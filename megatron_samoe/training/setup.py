@@ -16,7 +16,7 @@ from megatron_samoe.models.blueprint import ModelParts
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.moe.candidates import linear_sum_assignment
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
-from megatron_samoe.optimizer.param_groups import ParamRule, default_rules
+from megatron_samoe.optimizer.param_groups import ParamRule, default_rules, refuse_idle_patterns
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec, open_channel
 from megatron_samoe.pipeline_parallel.schedules import Pipeline
@@ -114,6 +114,7 @@ def build_setup(
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     pp = parallel.pp
     pipeline = Pipeline(pp.rank, pp.size, len(model.chunks), open_channel(parallel, timeout))
+    refuse_idle_patterns(buffers.parameters, config.optimizer, parallel)
     optimizer = MixedPrecisionOptimizer(buffers, config.optimizer, parallel, extensions.rules(config.optimizer))
     return TrainSetup(config, parallel, model, buffers, optimizer, pipeline)
 

@@ -151,7 +151,7 @@ def train_step(
         pre_optim_step: called with the gradient norm when gradients are complete, where the optimizer will use them.
     """
     lm_loss, num_tokens, kl_loss, routing = compute_gradients(setup, state, batches, observe)
-    norm = global_grad_norm(setup.buffers, setup.parallel)
+    norm = global_grad_norm(setup.optimizer.pieces.values(), setup.parallel)
     if setup.parallel.ep.exchange is not None:
         setup.parallel.ep.exchange.check()
     optimizer = setup.config.optimizer

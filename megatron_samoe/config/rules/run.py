@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_samoe.config.derived import (
-    flag,
-)
+from megatron_samoe.config.derived import flag, parse_multipliers
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Problems
 from megatron_samoe.errors import ConfigError
@@ -26,6 +24,14 @@ def _schedule_fits(config: PretrainConfig, world_size: int) -> Problems:
             yield ConfigError("--lr-warmup-fraction", optimizer.lr_warmup_fraction, "excludes --lr-warmup-iters")
     elif optimizer.lr_warmup_iters > decay:
         yield ConfigError("--lr-warmup-iters", optimizer.lr_warmup_iters, f"must be at most the {decay} decay steps")
+
+
+def _multipliers(config: PretrainConfig, world_size: int) -> Problems:
+    for name in ("lr_mult_patterns", "weight_decay_mult_patterns"):
+        try:
+            parse_multipliers(name, getattr(config.optimizer, name))
+        except ConfigError as error:
+            yield error
 
 
 def _precision(config: PretrainConfig, world_size: int) -> Problems:
@@ -99,4 +105,4 @@ def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
                           "checkpoints of its own")  # fmt: skip
 
 
-RULES = (_schedule_fits, _precision, _data_sources, _spikes, _teacher, _loggers, _checkpoint_paths)
+RULES = (_schedule_fits, _multipliers, _precision, _data_sources, _spikes, _teacher, _loggers, _checkpoint_paths)
