@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_samoe.config import needs
-from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, BY_RULES, POSITIVE, option
+from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, BY_RULES, LARGEST, POSITIVE, option
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,13 @@ class TrainingConfig:
     """Sequences per optimizer step over all ranks. Derived if not given: micro batch * data-parallel size."""
     train_iters: int = option(100, range=AT_LEAST_ZERO)
     """Optimizer steps to train for."""
+    train_samples: int | None = option(None, range=POSITIVE)
+    """Sequences to train for, in place of --train-iters, which follows from them. The rate then follows the samples."""
+    rampup_batch_size: tuple[int, int, int] | None = option(
+        None, range=POSITIVE, largest=LARGEST, needs=needs.TRAIN_SAMPLES
+    )
+    """Three numbers: the first steps' batch size, the increment by which it grows to --global-batch-size, and the samples
+    over which it does, in equal parts."""
     exit_interval: int | None = option(None, range=POSITIVE)
     """Save and stop after an iteration that is divisible by this."""
     exit_duration_in_mins: float | None = option(None, range=ABOVE_ZERO)
@@ -71,12 +78,18 @@ class OptimizerConfig:
     """Shape of the decay. WSD: constant, then linear over the last --lr-wsd-decay-iters."""
     lr_decay_iters: int | None = option(None, range=POSITIVE)
     """Steps until the lowest rate. Derived if not given: --train-iters."""
+    lr_decay_samples: int | None = option(None, range=POSITIVE, needs=needs.TRAIN_SAMPLES)
+    """Samples until the lowest rate. Derived if not given: --train-samples."""
     lr_wsd_decay_iters: int | None = option(None, range=POSITIVE, needs=needs.WSD)
     """Length of WSD's final decay. Derived if not given: a tenth of the decay steps."""
+    lr_wsd_decay_samples: int | None = option(None, range=POSITIVE, needs=needs.TRAIN_SAMPLES)
+    """The same in samples. Derived if not given: a tenth of the decay samples."""
     lr_warmup_iters: int = option(0, range=AT_LEAST_ZERO)
     """Steps of linear warm-up."""
+    lr_warmup_samples: int = option(0, range=AT_LEAST_ZERO, needs=needs.TRAIN_SAMPLES)
+    """Samples of linear warm-up."""
     lr_warmup_fraction: float | None = option(None, range=BY_RULES)
-    """Warm-up as a share of the decay steps, in place of --lr-warmup-iters."""
+    """Warm-up as a share of the decay steps or samples, in place of --lr-warmup-iters or --lr-warmup-samples."""
     weight_decay: float = option(0.1, range=AT_LEAST_ZERO)
     """Decoupled weight decay of matrices; biases, norms and coefficients of banks have none."""
     clip_grad: float = option(1.0, range=AT_LEAST_ZERO)
