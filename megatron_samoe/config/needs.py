@@ -40,6 +40,7 @@ NO_BIAS = Need(
 )
 GROUPED_QUERIES = Need(lambda c: c.model.group_query_attention, "needs --group-query-attention")
 FULL_RECOMPUTE = Need(lambda c: c.training.recompute_granularity == "full", "needs --recompute-granularity full")
+MUON = Need(lambda c: c.optimizer.optimizer == "muon", "needs --optimizer muon")
 TRAIN_SAMPLES = Need(lambda c: c.training.train_samples is not None, "needs --train-samples")
 WSD = Need(lambda c: c.optimizer.lr_decay_style == "WSD", "needs --lr-decay-style WSD")
 SPIKE_WINDOW = Need(lambda c: c.training.spike_window != 0, "needs --spike-window")

@@ -68,8 +68,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its schedule and clipping."""
+    """AdamW or Muon, their schedule and clipping."""
 
+    optimizer: Literal["adam", "muon"] = option("adam")
+    """adam: AdamW. muon: Muon for the matrices of attention, MLPs and experts; AdamW for embeddings, output matrix, routers,
+    coefficients and vectors."""
     lr: float = option(1e-3, range=AT_LEAST_ZERO)
     """Highest learning rate."""
     min_lr: float = option(0.0, range=AT_LEAST_ZERO)
@@ -108,6 +111,21 @@ class OptimizerConfig:
     """Learning rate of the pool's banks relative to --lr."""
     samoe_coefficient_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.TRAINED_COEFFICIENTS)
     """Learning rate of the coefficients of banks relative to --lr."""
+    muon_momentum: float = option(0.95, range=BELOW_ONE, needs=needs.MUON)
+    """Decay of Muon's momentum."""
+    muon_use_nesterov: bool = option(True, needs=needs.MUON)
+    """Look one step ahead (Nesterov)."""
+    muon_num_ns_steps: int = option(5, range=POSITIVE, largest=100, needs=needs.MUON)
+    """Newton-Schulz steps of an update."""
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = option("spectral", needs=needs.MUON)
+    """Scale of a matrix's update by its outputs a and inputs b. spectral: sqrt(max(a, b)); unit_rms_norm: sqrt(a / b);
+    shape_scaling: sqrt(max(1, a / b))."""
+    muon_extra_scale_factor: float = option(0.2, range=ABOVE_ZERO, needs=needs.MUON)
+    """Factor beside it. 0.2 with spectral gives updates the size of AdamW's, whose rate and decay then carry over."""
+    muon_split_qkv: bool = option(True, needs=needs.MUON)
+    """Take queries, keys and values of the fused projection as a matrix each."""
+    muon_ns_dtype: Literal["fp32", "bf16"] = option("fp32", needs=needs.MUON)
+    """Precision of the Newton-Schulz products."""
     lr_mult_patterns: tuple[str, ...] = option(())
     """PATTERN=FACTOR for each: the learning rate of parameters whose name a regular expression matches, relative to what it
     would be; 0 freezes them."""

@@ -10,6 +10,7 @@ from math import prod
 from megatron_samoe.config.derived import flag, parse_multipliers
 from megatron_samoe.config.training import OptimizerConfig
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.optimizer.muon import muon_of
 from megatron_samoe.optimizer.update import Update
 from megatron_samoe.parallel_state.state import ParallelState
 
@@ -45,9 +46,19 @@ class ParamGroup:
         return self.lr_mult == 0.0
 
 
+#: Matrices of hidden layers, besides the fused projection of queries, keys and values.
+MATRICES = re.compile(r"\.(output|fc1|fc2)\.weight$|(\.moe\.experts|^expert_pool\..*)\.w[12]$")
+FUSED_QKV = re.compile(r"\.qkv\.weight$")
+
+
 def default_rules(config: OptimizerConfig) -> tuple[ParamRule, ...]:
     """Returns the rules of the configuration."""
+    muon = (
+        ParamRule(MATRICES.pattern, update=muon_of(config)),
+        ParamRule(FUSED_QKV.pattern, update=muon_of(config, splits_qkv=True)),
+    )
     return (
+        *(muon if config.optimizer == "muon" else ()),
         ParamRule(r"\.moe\.combination$", weight_decay_mult=0.0, lr_mult=config.samoe_coefficient_lr_mult),
         ParamRule(r"\.moe\.router\.", lr_mult=config.moe_router_lr_mult),
         ParamRule(r"^expert_pool\.", lr_mult=config.samoe_bank_lr_mult),
