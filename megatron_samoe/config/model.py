@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_samoe.config import needs
-from megatron_samoe.config.option import ABOVE_ZERO, BELOW_ONE, BY_RULES, POSITIVE, READERS, model_option
+from megatron_samoe.config.option import ABOVE_ZERO, BELOW_ONE, BY_RULES, POSITIVE, READERS, model_option, not_known_to
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,39 @@ class ModelConfig:
     """Base of the rotary angles."""
     rotary_percent: float = model_option(1.0, range=BY_RULES, needs=needs.ROTARY, is_free=False, known_to=READERS)
     """Share of each head's channels that is rotated."""
+    rope_scaling_type: Literal["linear", "llama3", "yarn"] | None = model_option(
+        None, needs=needs.ROTARY, is_free=False, known_to=not_known_to("megatron")
+    )
+    """How rotary angles are stretched for sequences longer than those a model was trained on: all by the same factor, as
+    Llama 3's, or as YaRN's (arXiv:2309.00071)."""
+    rope_scaling_factor: float = model_option(
+        1.0, range=ABOVE_ZERO, needs=needs.ROPE_SCALING, is_free=False, known_to=not_known_to("megatron", default=1.0)
+    )
+    """Factor by which they are stretched."""
+    rope_original_max_positions: int | None = model_option(
+        None, range=POSITIVE, needs=needs.TRAINED_LENGTH, is_free=False, known_to=not_known_to("megatron")
+    )
+    """Length of the sequences that the model was trained on before."""
+    rope_low_freq_factor: float = model_option(
+        1.0, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE, is_free=False, known_to=not_known_to("megatron", default=1.0)
+    )
+    """llama3: angles that turn less often than this over the trained length are stretched whole."""
+    rope_high_freq_factor: float = model_option(
+        4.0, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE, is_free=False, known_to=not_known_to("megatron", default=4.0)
+    )
+    """llama3: angles that turn more often than this stay as they are."""
+    yarn_beta_fast: float = model_option(
+        32.0, range=ABOVE_ZERO, needs=needs.YARN, is_free=False, known_to=not_known_to("megatron", default=32.0)
+    )
+    """YaRN: angles that turn more often than this over the trained length stay as they are."""
+    yarn_beta_slow: float = model_option(
+        1.0, range=ABOVE_ZERO, needs=needs.YARN, is_free=False, known_to=not_known_to("megatron", default=1.0)
+    )
+    """YaRN: angles that turn less often than this are stretched whole."""
+    yarn_attention_factor: float | None = model_option(
+        None, range=ABOVE_ZERO, needs=needs.YARN, is_free=False, known_to=not_known_to("megatron")
+    )
+    """YaRN: factor on rotated queries and keys. Derived if not given: 0.1 ln(factor) + 1."""
     normalization: Literal["LayerNorm", "RMSNorm"] = model_option("LayerNorm", is_free=False, known_to=READERS)
     """Kind of the normalisation layers."""
     norm_epsilon: float = model_option(1e-5, range=ABOVE_ZERO, is_free=False, known_to=READERS)

@@ -35,6 +35,12 @@ AUX_LOSS = Need(
 )
 CAPACITY = Need(lambda c: c.moe.moe_expert_capacity_factor is not None, "needs --moe-expert-capacity-factor")
 ROTARY = Need(lambda c: c.model.position_embedding_type == "rope", "needs --position-embedding-type rope")
+ROPE_SCALING = Need(lambda c: c.model.rope_scaling_type is not None, "needs --rope-scaling-type")
+LLAMA3_ROPE = Need(lambda c: c.model.rope_scaling_type == "llama3", "needs --rope-scaling-type llama3")
+YARN = Need(lambda c: c.model.rope_scaling_type == "yarn", "needs --rope-scaling-type yarn")
+TRAINED_LENGTH = Need(
+    lambda c: c.model.rope_scaling_type in ("llama3", "yarn"), "needs --rope-scaling-type llama3 or yarn"
+)
 NO_BIAS = Need(
     lambda c: c.model.disable_bias_linear, "needs --disable-bias-linear; without it every projection has a bias"
 )

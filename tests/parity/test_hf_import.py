@@ -27,6 +27,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 16, "attention_bias": True, "mlp_bias": True}),
     "llama_far_positions": ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama_llama3": ("Llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+                               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
+    "qwen3_moe_yarn": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "norm_topk_prob": True, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}}),
     "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64,
                       "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
@@ -118,7 +123,9 @@ def test_an_imported_model_trains_on_in_megatrons_files_too(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type must be 'default'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type must be one of"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "truncate": False,
+                                       "original_max_position_embeddings": 32}}, "'truncate'"),
         ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act = 'gelu'"),
         ("llama", {"attention_bias": True}, "attention_bias, mlp_bias"),
         ("mixtral", {"sliding_window": 16}, "config.json: sliding_window = 16"),

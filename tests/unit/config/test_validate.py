@@ -29,6 +29,11 @@ PP2 = {"pipeline_model_parallel_size": 2}
 #: options, world size, the flag that is named, a part of what is allowed
 BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"swiglu": True, "hidden_size": 16, "num_attention_heads": 4}, 1, "--hidden-size", "too small"),
+    ({"rope_scaling_type": "linear"}, 1, "--rope-scaling-type", "needs --position-embedding-type rope"),
+    ({"position_embedding_type": "rope", "rope_scaling_type": "yarn"}, 1, "--rope-original-max-positions", "must be given"),
+    ({"position_embedding_type": "rope", "rope_scaling_type": "linear", "rope_scaling_factor": 0.5}, 1, "--rope-scaling-factor", "1 or"),
+    ({"position_embedding_type": "rope", "rope_scaling_type": "llama3", "rope_low_freq_factor": 5.0}, 1, "--rope-low-freq-factor", "below"),
+    ({"position_embedding_type": "rope", "yarn_beta_fast": 5.0}, 1, "--yarn-beta-fast", "needs --rope-scaling-type yarn"),
     ({"rotary_base": 5000.0}, 1, "--rotary-base", "needs --position-embedding-type rope"),
     ({"tokenizer_model": "x.model"}, 1, "--tokenizer-model", "has no use"),
     ({"keep_last": 2}, 1, "--keep-last", "needs --save"),

@@ -181,6 +181,6 @@ def _read_neox(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 GPT_NEOX = Family(
     "gpt_neox", "GPTNeoXForCausalLM", "as gpt2, with rotary positions",
-    (*_RULES, needs("position_embedding_type", "rope")),
+    (*_RULES, needs("position_embedding_type", "rope"), needs("rope_scaling_type", None)),
     _write_neox, lambda native: _parts(native, _NEOX), _read_neox, ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
 )  # fmt: skip
