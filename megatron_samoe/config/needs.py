@@ -41,6 +41,8 @@ YARN = Need(lambda c: c.model.rope_scaling_type == "yarn", "needs --rope-scaling
 TRAINED_LENGTH = Need(
     lambda c: c.model.rope_scaling_type in ("llama3", "yarn"), "needs --rope-scaling-type llama3 or yarn"
 )
+WINDOW = Need(lambda c: c.model.sliding_window is not None, "needs --sliding-window")
+QK_NORM = Need(lambda c: c.model.qk_layernorm, "needs --qk-layernorm")
 NO_BIAS = Need(
     lambda c: c.model.disable_bias_linear, "needs --disable-bias-linear; without it every projection has a bias"
 )

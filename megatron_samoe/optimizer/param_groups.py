@@ -63,7 +63,7 @@ def default_rules(config: OptimizerConfig) -> tuple[ParamRule, ...]:
         ParamRule(r"\.moe\.router\.", lr_mult=config.moe_router_lr_mult),
         ParamRule(r"^expert_pool\.", lr_mult=config.samoe_bank_lr_mult),
         ParamRule(r"(^expert_pool\..*|\.moe\.experts)\.w2", lr_mult=config.moe_output_lr_mult),
-        ParamRule(r"(\.|_)bias$|\.b[12]$|norm\.weight$", weight_decay_mult=0.0),
+        ParamRule(r"(\.|_)bias$|\.b[12]$|norm\.weight$|\.sinks$", weight_decay_mult=0.0),
         *(ParamRule(p, lr_mult=f) for p, f in parse_multipliers("lr_mult_patterns", config.lr_mult_patterns)),
         *(
             ParamRule(p, weight_decay_mult=f)

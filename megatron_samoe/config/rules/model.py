@@ -37,6 +37,11 @@ def _attention_sizes(config: PretrainConfig, world_size: int) -> Problems:
         if not 0 < model.rotary_percent <= 1 or rotated != int(rotated) or int(rotated) % 2:
             yield ConfigError("--rotary-percent", model.rotary_percent,
                               f"must leave an even, whole number of the {model.head_dim} head channels to rotate")  # fmt: skip
+    skip = model.window_attn_skip_freq
+    if skip is not None and not 2 <= skip <= max(model.num_layers, 2):
+        yield ConfigError("--window-attn-skip-freq", skip, f"must be from 2 to the {model.num_layers} layers")
+    if model.qk_layernorm_scope == "all" and model.normalization != "RMSNorm":
+        yield ConfigError("--qk-layernorm-scope", "all", "needs --normalization RMSNorm")
     if model.rope_scaling_type is not None and model.rope_scaling_factor < 1:
         yield ConfigError("--rope-scaling-factor", model.rope_scaling_factor, "must be 1 or more")
     if needs.TRAINED_LENGTH.is_met(config) and model.rope_original_max_positions is None:

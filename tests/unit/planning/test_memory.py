@@ -14,6 +14,7 @@ from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import RankModel, build_model, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.ops import attention
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
 from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, single_process_state
 from megatron_samoe.parallel_state.rank_grid import GROUPS
@@ -239,6 +240,36 @@ def test_layer_activations_are_what_autograd_keeps(layout: str, style: str, dtyp
         tokens_by_hidden = config.training.micro_batch_size * config.model.seq_length * config.model.hidden_size
         expected += 2 * tokens_by_hidden * (4 if dtype == "fp32" else 4 + 2)
     assert kept_by_autograd(model, config) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("block", [32, 512])
+@pytest.mark.parametrize("options", [
+    {"sliding_window": 9}, {"softmax_type": "learnable"}, {"attn_logit_softcapping": 1.0, "sliding_window": 9},
+    {"qk_layernorm": True, "qk_layernorm_scope": "all"},
+])  # fmt: skip
+def test_what_scores_have_besides_is_not_kept(
+    options: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
+    config = tiny_config("dense", style="llama", hidden_size=64, seq_length=64, ffn_hidden_size=192, **options)
+    expected = layer_bytes(config)
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    expected += 2 * tokens * config.model.hidden_size * 4  # torch composes RMSNorm on a CPU, as above
+    if config.model.qk_layernorm:
+        expected += tokens * (config.model.hidden_size * 3 // 2) * 4
+    assert kept_by_autograd(build_model(config, 103, single_process_state()), config) == pytest.approx(
+        expected, rel=0.05
+    )
+
+
+def test_a_window_saves_products() -> None:
+    config = tiny_config("dense", seq_length=64)
+    attention_of = lambda c: whole_model(c, 103).description.layer(all_layers(c)[0]).attention  # noqa: E731
+    plain, narrow, mixed = (
+        attention_of(with_options(config, **o)).core_flops_per_token()
+        for o in ({}, {"sliding_window": 1}, {"sliding_window": 1, "window_attn_skip_freq": 2})
+    )
+    assert plain == 4 * 32 * 32 and narrow == 4 * 32 and mixed == (plain + narrow) / 2
 
 
 def test_recomputing_keeps_layer_inputs_alone() -> None:

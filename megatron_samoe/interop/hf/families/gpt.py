@@ -16,7 +16,7 @@ from megatron_samoe.interop.hf.parts import Part, rows, transposed, whole
 
 _RULES = (
     needs("expert_layout", "dense"), needs("normalization", "LayerNorm"), needs("swiglu", False),
-    needs("disable_bias_linear", False), needs("qk_layernorm", False), needs("group_query_attention", False),
+    needs("disable_bias_linear", False), needs("qk_layernorm", False), needs("sliding_window", None), needs("group_query_attention", False),
     plain_heads,
 )  # fmt: skip
 #: Names of GELU's tanh form, the one that ours is.

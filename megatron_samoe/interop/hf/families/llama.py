@@ -135,8 +135,9 @@ def _attention(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
     if native.has_bias:
         yield Part(f"{theirs}.o_proj.bias", f"{ours}.output.bias", whole, (model.hidden_size,))
     if model.qk_layernorm:
-        for name in ("q_norm", "k_norm"):
-            yield _norm(f"{theirs}.{name}", f"{ours}.{name}", model.head_dim)
+        of_all = model.qk_layernorm_scope == "all"
+        for name, size in (("q_norm", width), ("k_norm", kv_width)):
+            yield _norm(f"{theirs}.{name}", f"{ours}.{name}", size if of_all else model.head_dim)
 
 
 def gated_mlp(

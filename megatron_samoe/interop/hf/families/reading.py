@@ -133,6 +133,46 @@ def no_sliding_window(config: Mapping[str, Any], switch: str | None = None) -> N
         raise ConfigError("config.json: layer_types", sorted(kinds), f"{CannotCompute}; only full_attention is known")
 
 
+def window(config: Mapping[str, Any], default: int | None = None) -> dict[str, Any]:
+    """Returns the native options of a window in every layer.
+
+    Args:
+        default: the class's, where the entry is missing.
+    """
+    given = config.get("sliding_window", default)
+    return {} if given is None else {"sliding_window": number(config, "sliding_window", default)}
+
+
+def window_by_layer(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Returns the native options of a window in the layers that layer_types or max_window_layers name.
+
+    Raises:
+        ConfigError: it is in some layers, and not in all but every N-th.
+    """
+    if not flag(config, "use_sliding_window") or config.get("sliding_window") is None:
+        return {}
+    kinds = listed(config, "layer_types", str)
+    if not kinds:
+        first = number(config, "max_window_layers", 28)
+        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
+    if set(kinds) == {"full_attention"}:
+        return {}
+    options = {"sliding_window": number(config, "sliding_window")}
+    if set(kinds) == {"sliding_attention"}:
+        return options
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
+    if every < 2 or kinds != written_layer_types(num_layers, every):
+        raise ConfigError("config.json: layer_types", kinds, f"{CannotCompute}; a window must be in all layers, or in all but "
+                          "every N-th")  # fmt: skip
+    return {**options, "window_attn_skip_freq": every}
+
+
+def written_layer_types(num_layers: int, skip: int | None) -> list[str]:
+    """Returns layer_types of a model whose every `skip`-th layer has no window, all others one."""
+    is_full = [skip is not None and (i + 1) % skip == 0 for i in range(num_layers)]
+    return ["full_attention" if full else "sliding_attention" for full in is_full]
+
+
 def common(config: Mapping[str, Any]) -> None:
     """Raises ConfigError for what no family supports."""
     if config.get("quantization_config") is not None:

@@ -132,6 +132,7 @@ def _parts(native: NativeModel) -> Iterator[Part]:
 
 
 SAMOE = Family(
-    "samoe", "SamoeForCausalLM", "our own class, whatever layers share", (needs("rope_scaling_type", None),), _write, _parts,
+    "samoe", "SamoeForCausalLM", "our own class, whatever layers share",
+    (needs("rope_scaling_type", None), needs("sliding_window", None), needs("qk_layernorm_scope", "head")), _write, _parts,
     _read,
 )  # fmt: skip
