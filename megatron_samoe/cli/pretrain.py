@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.cli.model_arguments import this_rank
+from megatron_samoe.config.batch_schedule import with_train_iters
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.derived import data_parallel_size
 from megatron_samoe.config.distillation import DistillationConfig
@@ -94,6 +95,7 @@ def pretrain(
 def _fit_to_ranks(config: PretrainConfig) -> tuple[PretrainConfig, int]:
     """Returns a legal configuration for the ranks that were started, and how many of them it uses."""
     started = launcher.world_size()
+    config = with_train_iters(config, started)
     if not config.parallel.elastic:
         validate(config, started)
         return config, started
@@ -137,7 +139,7 @@ def _train(config: PretrainConfig, device: torch.device, extensions: Extensions 
     _describe(config, vocab_size, parallel)
     # An evaluation alone says nothing of training's speed.
     machine = None if config.training.skip_train else machine_facts(parallel)
-    Trainer(setup, run_data, [*default_hooks(config, setup.batch_size, machine), *hooks]).run()
+    Trainer(setup, run_data, [*default_hooks(config, machine), *hooks]).run()
 
 
 def _tokenizer(config: PretrainConfig) -> tuple[Tokenizer, dict[str, bytes], int]:

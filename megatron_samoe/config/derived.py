@@ -31,6 +31,23 @@ def global_batch_size(config: PretrainConfig, world_size: int) -> int:
     return training.global_batch_size or training.micro_batch_size * data_parallel_size(config, world_size)
 
 
+def parse_multipliers(field: str, texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Returns (pattern, factor) of each PATTERN=FACTOR; ConfigError where one has another form."""
+    found = []
+    for text in texts:
+        pattern, equals, number = text.rpartition("=")
+        try:
+            factor = float(number)
+            re.compile(pattern)
+        except (ValueError, re.error, OverflowError, RecursionError):
+            factor = -1.0
+        if not equals or not pattern or not 0 <= factor < float("inf"):
+            raise ConfigError(flag(field), tuple(texts), "must each be PATTERN=FACTOR: a regular expression for names of "
+                              f"parameters, and a finite number, 0 or more, such as 'attention=0.5'; {text!r} is not")  # fmt: skip
+        found.append((pattern, factor))
+    return tuple(found)
+
+
 def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
     """Returns for each layer whether it is MoE; ConfigError if the text is no frequency or pattern of that length."""
     allowed = (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_samoe.config import needs
-from megatron_samoe.config.option import ABOVE_ZERO, BELOW_ONE, BY_RULES, POSITIVE, READERS, model_option
+from megatron_samoe.config.option import ABOVE_ZERO, BELOW_ONE, BY_RULES, POSITIVE, READERS, model_option, not_known_to
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,39 @@ class ModelConfig:
     """Base of the rotary angles."""
     rotary_percent: float = model_option(1.0, range=BY_RULES, needs=needs.ROTARY, is_free=False, known_to=READERS)
     """Share of each head's channels that is rotated."""
+    rope_scaling_type: Literal["linear", "llama3", "yarn"] | None = model_option(
+        None, needs=needs.ROTARY, is_free=False, known_to=not_known_to("megatron")
+    )
+    """How rotary angles are stretched for sequences longer than those a model was trained on: all by the same factor, as
+    Llama 3's, or as YaRN's (arXiv:2309.00071)."""
+    rope_scaling_factor: float = model_option(
+        1.0, range=ABOVE_ZERO, needs=needs.ROPE_SCALING, is_free=False, known_to=not_known_to("megatron", default=1.0)
+    )
+    """Factor by which they are stretched."""
+    rope_original_max_positions: int | None = model_option(
+        None, range=POSITIVE, needs=needs.TRAINED_LENGTH, is_free=False, known_to=not_known_to("megatron")
+    )
+    """Length of the sequences that the model was trained on before."""
+    rope_low_freq_factor: float = model_option(
+        1.0, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE, is_free=False, known_to=not_known_to("megatron", default=1.0)
+    )
+    """llama3: angles that turn less often than this over the trained length are stretched whole."""
+    rope_high_freq_factor: float = model_option(
+        4.0, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE, is_free=False, known_to=not_known_to("megatron", default=4.0)
+    )
+    """llama3: angles that turn more often than this stay as they are."""
+    yarn_beta_fast: float = model_option(
+        32.0, range=ABOVE_ZERO, needs=needs.YARN, is_free=False, known_to=not_known_to("megatron", default=32.0)
+    )
+    """YaRN: angles that turn more often than this over the trained length stay as they are."""
+    yarn_beta_slow: float = model_option(
+        1.0, range=ABOVE_ZERO, needs=needs.YARN, is_free=False, known_to=not_known_to("megatron", default=1.0)
+    )
+    """YaRN: angles that turn less often than this are stretched whole."""
+    yarn_attention_factor: float | None = model_option(
+        None, range=ABOVE_ZERO, needs=needs.YARN, is_free=False, known_to=not_known_to("megatron")
+    )
+    """YaRN: factor on rotated queries and keys. Derived if not given: 0.1 ln(factor) + 1."""
     normalization: Literal["LayerNorm", "RMSNorm"] = model_option("LayerNorm", is_free=False, known_to=READERS)
     """Kind of the normalisation layers."""
     norm_epsilon: float = model_option(1e-5, range=ABOVE_ZERO, is_free=False, known_to=READERS)
@@ -54,7 +87,31 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = model_option(False, is_free=False, known_to=READERS)
     """Give the output layer its own matrix."""
     qk_layernorm: bool = model_option(False, is_free=False, known_to=READERS)
-    """Normalise queries and keys per head before attention."""
+    """Normalise queries and keys before attention."""
+    qk_layernorm_scope: Literal["head", "all"] = model_option(
+        "head", needs=needs.QK_NORM, is_free=False, known_to=not_known_to("megatron", default="head")
+    )
+    """head: the queries and the keys of each head alone. all: those of all heads together, before they are split into heads
+    (OLMoE)."""
+    sliding_window: int | None = model_option(None, range=POSITIVE, is_free=False, known_to=not_known_to("megatron"))
+    """Most tokens that a token attends to: itself and those before it. Not all earlier ones, if given."""
+    window_attn_skip_freq: int | None = model_option(
+        None, range=BY_RULES, needs=needs.WINDOW, is_free=False, known_to=not_known_to("megatron")
+    )
+    """N: every N-th layer attends to all earlier tokens in spite of --sliding-window."""
+    softmax_type: Literal["vanilla", "off-by-one", "learnable"] = model_option(
+        "vanilla", is_free=False, known_to=not_known_to("megatron", "export", default="vanilla")
+    )
+    """Attention weights. off-by-one: 1 is added to the sum of the exponentials, so that a head may attend to nothing.
+    learnable: the exponential of a number learned for each head is added (a sink)."""
+    attn_logit_softcapping: float | None = model_option(
+        None, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", "export")
+    )
+    """c: attention scores s become c tanh(s / c)."""
+    final_logit_softcapping: float | None = model_option(
+        None, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", "export")
+    )
+    """The same of the output's logits."""
     init_method_std: float = model_option(0.02, range=ABOVE_ZERO, is_free=True, known_to=READERS)
     """Standard deviation of initial weights; output projections use it divided by sqrt(2 * num_layers)."""
     attention_dropout: float = model_option(0.0, range=BELOW_ONE, is_free=True, known_to=READERS)
@@ -89,6 +146,26 @@ class ModelConfig:
     def num_kv_heads(self) -> int:
         """Number of key-value heads."""
         return self.num_query_groups if self.group_query_attention else self.num_attention_heads
+
+    def window_of(self, layer: int) -> int | None:
+        """Returns the window of a layer's attention, counted from 0; None where it attends to all earlier tokens."""
+        skip = self.window_attn_skip_freq
+        return None if skip is not None and (layer + 1) % skip == 0 else self.sliding_window
+
+    @property
+    def cache_window(self) -> int | None:
+        """Tokens of a sequence that some layer looks back at while it goes on; None for all."""
+        return self.sliding_window if self.window_attn_skip_freq is None else None
+
+    @property
+    def mean_keys(self) -> float:
+        """Keys that a token attends to, on average over a sequence and over layers."""
+        whole = self.seq_length / 2
+        windows = [self.window_of(layer) for layer in range(self.num_layers)]
+        seen = {
+            w: w - w * (w - 1) / (2 * self.seq_length) for w in set(windows) if w is not None and w < self.seq_length
+        }
+        return sum(whole if w is None else seen.get(w, whole) for w in windows) / self.num_layers
 
     @property
     def max_positions(self) -> int:

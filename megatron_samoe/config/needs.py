@@ -35,11 +35,21 @@ AUX_LOSS = Need(
 )
 CAPACITY = Need(lambda c: c.moe.moe_expert_capacity_factor is not None, "needs --moe-expert-capacity-factor")
 ROTARY = Need(lambda c: c.model.position_embedding_type == "rope", "needs --position-embedding-type rope")
+ROPE_SCALING = Need(lambda c: c.model.rope_scaling_type is not None, "needs --rope-scaling-type")
+LLAMA3_ROPE = Need(lambda c: c.model.rope_scaling_type == "llama3", "needs --rope-scaling-type llama3")
+YARN = Need(lambda c: c.model.rope_scaling_type == "yarn", "needs --rope-scaling-type yarn")
+TRAINED_LENGTH = Need(
+    lambda c: c.model.rope_scaling_type in ("llama3", "yarn"), "needs --rope-scaling-type llama3 or yarn"
+)
+WINDOW = Need(lambda c: c.model.sliding_window is not None, "needs --sliding-window")
+QK_NORM = Need(lambda c: c.model.qk_layernorm, "needs --qk-layernorm")
 NO_BIAS = Need(
     lambda c: c.model.disable_bias_linear, "needs --disable-bias-linear; without it every projection has a bias"
 )
 GROUPED_QUERIES = Need(lambda c: c.model.group_query_attention, "needs --group-query-attention")
 FULL_RECOMPUTE = Need(lambda c: c.training.recompute_granularity == "full", "needs --recompute-granularity full")
+MUON = Need(lambda c: c.optimizer.optimizer == "muon", "needs --optimizer muon")
+TRAIN_SAMPLES = Need(lambda c: c.training.train_samples is not None, "needs --train-samples")
 WSD = Need(lambda c: c.optimizer.lr_decay_style == "WSD", "needs --lr-decay-style WSD")
 SPIKE_WINDOW = Need(lambda c: c.training.spike_window != 0, "needs --spike-window")
 FP16 = Need(lambda c: c.training.fp16, "needs --fp16")

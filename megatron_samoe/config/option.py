@@ -76,6 +76,11 @@ def model_option(default: Value, *, is_free: bool, known_to: Any, **facts: Any) 
     return option(default, is_free=is_free, known_to=known_to, **facts)
 
 
+def not_known_to(*readers: str, default: Value = None) -> Callable[[Value], frozenset[str]]:
+    """Returns the `known_to` of an option whose values other than its default some readers do not know."""
+    return lambda value: READERS if value == default else READERS - frozenset(readers)
+
+
 def all_options(config: Any) -> Iterator[tuple[str, str, Value, Value, Facts]]:
     """Yields group, name, value, default and facts of every option of a `PretrainConfig`."""
     for group in dataclasses.fields(config):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_samoe.config import needs
-from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, BY_RULES, POSITIVE, option
+from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, BY_RULES, LARGEST, POSITIVE, option
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,13 @@ class TrainingConfig:
     """Sequences per optimizer step over all ranks. Derived if not given: micro batch * data-parallel size."""
     train_iters: int = option(100, range=AT_LEAST_ZERO)
     """Optimizer steps to train for."""
+    train_samples: int | None = option(None, range=POSITIVE)
+    """Sequences to train for, in place of --train-iters, which follows from them. The rate then follows the samples."""
+    rampup_batch_size: tuple[int, int, int] | None = option(
+        None, range=POSITIVE, largest=LARGEST, needs=needs.TRAIN_SAMPLES
+    )
+    """Three numbers: the first steps' batch size, the increment by which it grows to --global-batch-size, and the samples
+    over which it does, in equal parts."""
     exit_interval: int | None = option(None, range=POSITIVE)
     """Save and stop after an iteration that is divisible by this."""
     exit_duration_in_mins: float | None = option(None, range=ABOVE_ZERO)
@@ -61,8 +68,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its schedule and clipping."""
+    """AdamW or Muon, their schedule and clipping."""
 
+    optimizer: Literal["adam", "muon"] = option("adam")
+    """adam: AdamW. muon: Muon for the matrices of attention, MLPs and experts; AdamW for embeddings, output matrix, routers,
+    coefficients and vectors."""
     lr: float = option(1e-3, range=AT_LEAST_ZERO)
     """Highest learning rate."""
     min_lr: float = option(0.0, range=AT_LEAST_ZERO)
@@ -71,12 +81,18 @@ class OptimizerConfig:
     """Shape of the decay. WSD: constant, then linear over the last --lr-wsd-decay-iters."""
     lr_decay_iters: int | None = option(None, range=POSITIVE)
     """Steps until the lowest rate. Derived if not given: --train-iters."""
+    lr_decay_samples: int | None = option(None, range=POSITIVE, needs=needs.TRAIN_SAMPLES)
+    """Samples until the lowest rate. Derived if not given: --train-samples."""
     lr_wsd_decay_iters: int | None = option(None, range=POSITIVE, needs=needs.WSD)
     """Length of WSD's final decay. Derived if not given: a tenth of the decay steps."""
+    lr_wsd_decay_samples: int | None = option(None, range=POSITIVE, needs=needs.TRAIN_SAMPLES)
+    """The same in samples. Derived if not given: a tenth of the decay samples."""
     lr_warmup_iters: int = option(0, range=AT_LEAST_ZERO)
     """Steps of linear warm-up."""
+    lr_warmup_samples: int = option(0, range=AT_LEAST_ZERO, needs=needs.TRAIN_SAMPLES)
+    """Samples of linear warm-up."""
     lr_warmup_fraction: float | None = option(None, range=BY_RULES)
-    """Warm-up as a share of the decay steps, in place of --lr-warmup-iters."""
+    """Warm-up as a share of the decay steps or samples, in place of --lr-warmup-iters or --lr-warmup-samples."""
     weight_decay: float = option(0.1, range=AT_LEAST_ZERO)
     """Decoupled weight decay of matrices; biases, norms and coefficients of banks have none."""
     clip_grad: float = option(1.0, range=AT_LEAST_ZERO)
@@ -95,6 +111,27 @@ class OptimizerConfig:
     """Learning rate of the pool's banks relative to --lr."""
     samoe_coefficient_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.TRAINED_COEFFICIENTS)
     """Learning rate of the coefficients of banks relative to --lr."""
+    muon_momentum: float = option(0.95, range=BELOW_ONE, needs=needs.MUON)
+    """Decay of Muon's momentum."""
+    muon_use_nesterov: bool = option(True, needs=needs.MUON)
+    """Look one step ahead (Nesterov)."""
+    muon_num_ns_steps: int = option(5, range=POSITIVE, largest=100, needs=needs.MUON)
+    """Newton-Schulz steps of an update."""
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = option("spectral", needs=needs.MUON)
+    """Scale of a matrix's update by its outputs a and inputs b. spectral: sqrt(max(a, b)); unit_rms_norm: sqrt(a / b);
+    shape_scaling: sqrt(max(1, a / b))."""
+    muon_extra_scale_factor: float = option(0.2, range=ABOVE_ZERO, needs=needs.MUON)
+    """Factor beside it. 0.2 with spectral gives updates the size of AdamW's, whose rate and decay then carry over."""
+    muon_split_qkv: bool = option(True, needs=needs.MUON)
+    """Take queries, keys and values of the fused projection as a matrix each."""
+    muon_ns_dtype: Literal["fp32", "bf16"] = option("fp32", needs=needs.MUON)
+    """Precision of the Newton-Schulz products."""
+    lr_mult_patterns: tuple[str, ...] = option(())
+    """PATTERN=FACTOR for each: the learning rate of parameters whose name a regular expression matches, relative to what it
+    would be; 0 freezes them."""
+    weight_decay_mult_patterns: tuple[str, ...] = option(())
+    """PATTERN=FACTOR for each: weight decay of parameters whose name a regular expression matches, relative to what it
+    would be."""
     optimizer_backend: Literal["auto", "torch", "apex"] = option("auto")
     """auto: NVIDIA apex's FusedAdam where it is importable on CUDA, else torch's fused AdamW."""
 

@@ -82,5 +82,6 @@ def step_bytes(
         tables += model.max_positions * model.hidden_size
     others = width * (count.total - count.expert - tables - routers) + 4 * routers
     kept = 4 if dtype == "fp32" else 2
-    cache = batch * context * 2 * model.num_kv_heads * model.head_dim * model.num_layers * kept
+    seen = sum(min(context, model.window_of(layer) or context) for layer in range(model.num_layers))
+    cache = batch * seen * 2 * model.num_kv_heads * model.head_dim * kept
     return StepBytes(expert_bytes, others, cache)

@@ -15,6 +15,7 @@ from megatron_samoe.inference.serving import OneBank, Precision, Serving, one_ba
 from megatron_samoe.models.attention import SelfAttention
 from megatron_samoe.models.mlp import MLP
 from megatron_samoe.models.norms import Norm as NormLayer
+from megatron_samoe.models.norms import SplitNorm
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.models.rotary import rotary_tables
 from megatron_samoe.moe.experts import weights_of
@@ -63,6 +64,7 @@ class DecodeModel:
     Attributes:
         words: [V, H], also the output matrix where weights are tied; positions: fp32 [positions, H], or None.
         cos_PR, sin_PR: rotary tables, or None.
+        logit_cap: soft cap of the logits, or None.
     """
 
     layers: tuple[DecodeLayer, ...]
@@ -72,6 +74,7 @@ class DecodeModel:
     final_norm: Norm
     cos_PR: Tensor | None
     sin_PR: Tensor | None
+    logit_cap: float | None = None
 
     def weights(self) -> list[Tensor]:
         """Returns every tensor of weights once; views of one tensor count as that tensor."""
@@ -109,7 +112,7 @@ def make_decode_model(model: RankModel, serving: Serving, dtype: Precision, num_
         cos_PR, sin_PR = (t[0, :, 0].contiguous() for t in rotary_tables(config, places, torch.float32))
     return DecodeModel(
         tuple(layers), words, output, None if position is None else _fp32(position), _norm(stage.final_norm), cos_PR,
-        sin_PR,
+        sin_PR, config.final_logit_softcapping,
     )  # fmt: skip
 
 
@@ -121,7 +124,7 @@ def _maybe_fp32(t: Tensor | None) -> Tensor | None:
     return None if t is None else _fp32(t)
 
 
-def _norm(layer: NormLayer) -> Norm:
+def _norm(layer: NormLayer | SplitNorm) -> Norm:
     return Norm(_fp32(layer.weight), _maybe_fp32(layer.bias), layer.epsilon, rms=layer.bias is None)
 
 
@@ -132,11 +135,12 @@ def _attention(attention: SelfAttention, norm: NormLayer, dtype: Precision, num_
     if attention.q_norm is not None and attention.k_norm is not None:
         head_norms = (_norm(attention.q_norm), _norm(attention.k_norm))
     cache = torch.float32 if dtype == "fp32" else torch.bfloat16
-    device = qkv.data.device
+    device, rule = qkv.data.device, attention.rule()
     return AttentionLayer(
         _norm(norm), qkv, _maybe_fp32(attention.qkv.bias), head_norms, output, _maybe_fp32(attention.output.bias),
         torch.zeros(num_pages, groups, head_dim, PAGE, dtype=cache, device=device),
         torch.zeros(num_pages, groups, PAGE, head_dim, dtype=cache, device=device),
+        replace(rule, sinks_A=_maybe_fp32(rule.sinks_A)),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.huge_pages import ask_for_huge_pages
-from megatron_samoe.inference.kv_cache import PAGE, BatchBuffers, PageTable, make_batch, pages_for
+from megatron_samoe.inference.kv_cache import PAGE, BatchBuffers, PageTable, make_batch, pages_for, window_pages
 from megatron_samoe.inference.rank_runner import RankRunner, Runner, convert_weights
 from megatron_samoe.inference.request import FinishReason, Request, TokenEvent
 from megatron_samoe.inference.sampling import Sampler, check_sampling
@@ -93,13 +93,13 @@ class Engine:
         if dtype is not None and dtype not in PRECISIONS:
             raise ConfigError("dtype", dtype, f"one of {', '.join(PRECISIONS)}")
         self.max_batch, self.dtype = max_batch, dtype or precision_of(loaded.model)
-        pages_per_slot = pages_for(self.context_length)
-        num_pages = max_batch * pages_per_slot if max_tokens is None else min(
-            max_batch * pages_per_slot, max_tokens // PAGE)  # fmt: skip
-        #: Tokens that the key-value cache holds.
-        self.max_tokens = num_pages * PAGE
+        pages_per_slot, max_step_tokens = pages_for(self.context_length), max(max_step_tokens, max_batch)
+        around = window_pages(loaded.config.model.cache_window, max_step_tokens)
+        most_pages = pages_per_slot if around is None else min(pages_per_slot, around)
+        num_pages = max_batch * most_pages if max_tokens is None else min(max_batch * most_pages, max_tokens // PAGE)
+        #: Tokens that the key-value cache has room for; with a window a sequence needs room for no more than that.
+        self.max_tokens = (num_pages if num_pages < most_pages or around is None else max_batch * pages_per_slot) * PAGE
         self._world = loaded.model.state.world
-        max_step_tokens = max(max_step_tokens, max_batch)
         slots = _cache_slots(cache_experts, loaded)
         needed = needed_bytes(loaded.model, self.dtype, slots, num_pages)
         self.serving = choose_serving(serving, loaded.model, needed, free_memory_bytes(loaded.model.state.device))
@@ -111,7 +111,7 @@ class Engine:
             )
         self._weights_folder = weights_folder
         self._runner: Runner = self._make_runner(loaded, num_pages, max_step_tokens, slots)
-        self._pages = PageTable(max_batch, num_pages, pages_per_slot, self._runner.device)
+        self._pages = PageTable(max_batch, num_pages, pages_per_slot, self._runner.device, most_pages)
         self._buffers = BatchBuffers(max_step_tokens)
         self._scheduler = Scheduler(self._pages, max_step_tokens)
         self._next_id = 0

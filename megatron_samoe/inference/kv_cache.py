@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_samoe.ops.attention import ScoreRule, attention
 from megatron_samoe.ops.decode import PAGE
 
 
@@ -84,11 +84,22 @@ def pages_for(num_tokens: int) -> int:
     return -(-num_tokens // PAGE)
 
 
-class PageTable:
-    """Which pages each slot's sequence has."""
+def window_pages(window: int | None, max_step_tokens: int) -> int | None:
+    """Returns the pages in which a sequence may go round, where no layer looks back further than a window."""
+    return None if window is None else pages_for(window + max_step_tokens - 1) + 1
 
-    def __init__(self, num_slots: int, num_pages: int, pages_per_slot: int, device: torch.device | str = "cpu"):
-        self.num_pages = num_pages
+
+class PageTable:
+    """Which pages each slot's sequence has.
+
+    Args:
+        most_pages: where given, a sequence has no more pages than these, and goes round in them: each page holds later
+            positions once no layer looks back at the earlier ones.
+    """
+
+    def __init__(self, num_slots: int, num_pages: int, pages_per_slot: int, device: torch.device | str = "cpu",
+                 most_pages: int | None = None):  # fmt: skip
+        self.num_pages, self._most_pages = num_pages, most_pages or pages_per_slot
         self.table = torch.zeros(num_slots, pages_per_slot, dtype=torch.int32, device=device)
         self._free_pages = list(range(num_pages - 1, -1, -1))
         self._free_slots = list(range(num_slots - 1, -1, -1))
@@ -96,15 +107,19 @@ class PageTable:
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence of this length can be admitted now."""
-        return bool(self._free_slots) and pages_for(num_tokens) <= len(self._free_pages)
+        return bool(self._free_slots) and self._needed(num_tokens) <= len(self._free_pages)
+
+    def _needed(self, num_tokens: int) -> int:
+        return min(pages_for(num_tokens), self._most_pages)
 
     def reserve(self, num_tokens: int) -> int:
         """Returns a slot with pages for a sequence."""
         assert self.fits(num_tokens)
         slot = self._free_slots.pop()
-        pages = [self._free_pages.pop() for _ in range(pages_for(num_tokens))]
+        pages = [self._free_pages.pop() for _ in range(self._needed(num_tokens))]
         self._pages_of[slot] = pages
-        self.table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        count = pages_for(num_tokens)
+        self.table[slot, :count] = torch.tensor([pages[i % len(pages)] for i in range(count)], dtype=torch.int32)
         return slot
 
     def release(self, slot: int) -> None:
@@ -135,7 +150,7 @@ class TorchCache:
         """Sets the batch of the following calls."""
         self._batch = batch
 
-    def attend(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+    def attend(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, rule: ScoreRule) -> Tensor:
         """Stores the tokens' keys and values and returns attention's output, [T, A * D].
 
         Rows after the batch's tokens belong to no sequence; their result is 0.
@@ -152,18 +167,14 @@ class TorchCache:
         start = 0
         for span in batch.spans:
             rows = slice(start, start + span.num_tokens)
-            y_TAD[rows] = self._attend_one(span, q_TAD[rows], keys, values)
+            y_TAD[rows] = self._attend_one(span, q_TAD[rows], keys, values, rule)
             start += span.num_tokens
         return y_TAD.flatten(1)
 
-    def _attend_one(self, span: Span, q_SAD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend_one(self, span: Span, q_SAD: Tensor, keys: Tensor, values: Tensor, rule: ScoreRule) -> Tensor:
         assert self._batch is not None
-        length = span.first_position + span.num_tokens
-        pages = self._batch.pages[span.slot, : pages_for(length)].long()
-        k_SGD, v_SGD = (t[pages].flatten(0, 1)[:length] for t in (keys, values))
-        mask_SS = torch.ones(span.num_tokens, length, dtype=torch.bool, device=q_SAD.device).tril(span.first_position)
+        length, first_page = span.first_position + span.num_tokens, rule.first_key(span.first_position) // PAGE
+        pages = self._batch.pages[span.slot, first_page : pages_for(length)].long()
+        k_SGD, v_SGD = (t[pages].flatten(0, 1)[: length - first_page * PAGE] for t in (keys, values))
         query, key, value = (t.transpose(0, 1)[None] for t in (q_SAD, k_SGD, v_SGD))
-        y = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask_SS, enable_gqa=q_SAD.shape[1] != k_SGD.shape[1]
-        )
-        return y[0].transpose(0, 1)
+        return attention(query, key, value, rule)[0].transpose(0, 1)

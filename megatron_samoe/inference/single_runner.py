@@ -16,6 +16,7 @@ from megatron_samoe.inference.decode_layers import Banks, DecodeLayer, DecodeMod
 from megatron_samoe.inference.expert_cache import ExpertCache
 from megatron_samoe.inference.kv_cache import StepBatch
 from megatron_samoe.ops import decode, extension
+from megatron_samoe.ops.attention import soft_capped
 from megatron_samoe.ops.decode import ExpertStack, Places, Routed
 from megatron_samoe.ops.decode_plan import DecodePlan
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
@@ -61,7 +62,11 @@ class SingleRunner:
         self._words = None if kind == torch.float32 else torch.empty(max_tokens, hidden, dtype=kind, device=self.device)
         self._scales = floats(max_tokens)
         self._plan = _make_plan(model, self._x_TH, self._scratch, max_logits)
-        reason = "as experts are combined on the fly" if banks else "as there are no kernels for plans on this device"
+        reason = "as there are no kernels for plans on this device"
+        if banks:
+            reason = "as experts are combined on the fly"
+        elif not all(layer.attention.is_plain for layer in model.layers):
+            reason = "as the kernels have no windows, sinks, soft caps or norms of all heads"
         self.steps = "by a plan" if self._plan is not None else f"layer by layer, {reason}"
 
     @torch.no_grad()
@@ -76,7 +81,7 @@ class SingleRunner:
         takes_products = count >= self._product_tokens and count > num
         if self._plan is not None and self.observer is None and not takes_products:
             self._plan.step(batch.tokens_T, places, rows_N, logits_NV)
-            return logits_NV
+            return soft_capped(logits_NV, model.logit_cap)
         x_TH = self._x_TH[:count]
         self._embed(batch, x_TH)
         for index, layer in enumerate(model.layers):
@@ -154,7 +159,7 @@ class SingleRunner:
             torch.index_select(x_TH, 0, rows_N.to(self.device), out=last_NH)
             normed_NH = decode.norm(last_NH, self._model.final_norm, self._normed_TH[:num])
             decode.linear(normed_NH, self._model.output, None, logits_NV)
-        return logits_NV.cpu()
+        return soft_capped(logits_NV, self._model.logit_cap).cpu()
 
 
 def _make_plan(model: DecodeModel, x_TH: Tensor, scratch: Tensor, max_logits: int) -> DecodePlan | None:
@@ -164,7 +169,7 @@ def _make_plan(model: DecodeModel, x_TH: Tensor, scratch: Tensor, max_logits: in
     plan = DecodePlan(model.words, model.positions, model.output, model.final_norm, model.cos_PR, model.sin_PR, x_TH,
                       scratch, max_logits)  # fmt: skip
     for layer in model.layers:
-        if isinstance(layer.experts, Banks):
+        if isinstance(layer.experts, Banks) or not layer.attention.is_plain:
             return None
         plan.add_layer(layer.attention, layer.mlp_norm, layer.routing, layer.experts, layer.shared)
     return plan

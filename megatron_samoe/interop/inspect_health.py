@@ -127,8 +127,9 @@ def _stale_experts(
                 raise CheckpointError(f"The checkpoint to compare with has no {name} of the same shape.")
             still = _are_multiples(source.read(name), start.read(name), num_leading)
         elif evidence == "moments":
-            moment = f"optimizer.exp_avg_sq.{name}"
-            if moment not in source.tensors:  # frozen: it is to stay as it is
+            kinds = ("exp_avg_sq", "momentum")  # AdamW's, Muon's
+            moment = next((m for kind in kinds if (m := f"optimizer.{kind}.{name}") in source.tensors), None)
+            if moment is None:  # frozen: it is to stay as it is
                 continue
             still = [not row.any() for row in _rows(source.read(moment), num_leading)]
         else:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_samoe.config.model import ModelConfig
-from megatron_samoe.models.norms import Norm
+from megatron_samoe.models.norms import Norm, SplitNorm
 from megatron_samoe.models.rotary import apply_rotary
 from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.parallel_state.parameter_tag import Init
+from megatron_samoe.ops.attention import ScoreRule, attention, needs_scores, takes_blocks
+from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
+from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_samoe.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, new_parameter
 from megatron_samoe.tensor_parallel.random import recompute
 
 
@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
                  recompute_core: bool):  # fmt: skip
         super().__init__()
         self.config, self.layer, self.tensor_rank = config, layer, state.tp.rank
-        self.recompute_core = recompute_core
+        self.window, self.softcap = config.window_of(layer), config.attn_logit_softcapping
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_kv_heads, config.head_dim
         self.queries_per_kv = heads // kv_heads
         self.qkv = ColumnParallelLinear(
@@ -57,8 +57,21 @@ class SelfAttention(nn.Module):
             heads * head_dim, config.hidden_size, bias=not config.disable_bias_linear,
             init=Init(std=config.output_init_std), state=state, dtype=dtype,
         )  # fmt: skip
-        self.q_norm = Norm(config, head_dim, state, dtype, split_input=True) if config.qk_layernorm else None
-        self.k_norm = Norm(config, head_dim, state, dtype, split_input=True) if config.qk_layernorm else None
+        self.q_norm, self.k_norm = (
+            _query_key_norm(config, count, state, dtype) if config.qk_layernorm else None for count in (heads, kv_heads)
+        )
+        if config.softmax_type == "learnable":
+            tag = ParameterTag(ShardSpec(partition=((0, "tp"),)))
+            self.sinks = new_parameter((heads,), tag, state, torch.promote_types(dtype, torch.float32))
+        # Scores that are dropped are drawn again with the whole core.
+        self.recompute_core = recompute_core or (config.attention_dropout > 0 and needs_scores(self.rule()))
+
+    def rule(self) -> ScoreRule:
+        """Returns what scores have besides the product of queries and keys."""
+        sinks: Tensor | None = self.sinks if self.config.softmax_type == "learnable" else None
+        if self.config.softmax_type == "off-by-one":
+            sinks = self.qkv.weight.new_zeros(self.qkv.weight.shape[0] * self.queries_per_kv)
+        return ScoreRule(self.window, self.softcap, sinks)
 
     def forward(self, x_TH: Tensor, inputs: AttentionInputs, context: ForwardContext) -> Tensor:
         """Returns y_TH."""
@@ -68,12 +81,16 @@ class SelfAttention(nn.Module):
         q_BSAD = qkv[:, :, :, :-2].flatten(2, 3)
         k_BSGD, v_BSGD = qkv[:, :, :, -2], qkv[:, :, :, -1]
         if self.q_norm is not None and self.k_norm is not None:
-            q_BSAD, k_BSGD = self.q_norm(q_BSAD), self.k_norm(k_BSGD)
+            if self.config.qk_layernorm_scope == "all":
+                q_BSAD = self.q_norm(q_BSAD.flatten(2)).view_as(q_BSAD)
+                k_BSGD = self.k_norm(k_BSGD.flatten(2)).view_as(k_BSGD)
+            else:
+                q_BSAD, k_BSGD = self.q_norm(q_BSAD), self.k_norm(k_BSGD)
         if inputs.rotary is not None:
             q_BSAD, k_BSGD = apply_rotary(q_BSAD, inputs.rotary), apply_rotary(k_BSGD, inputs.rotary)
         if context.cache is not None:
             q_TAD, k_TGD, v_TGD = (t.flatten(0, 1) for t in (q_BSAD, k_BSGD, v_BSGD))
-            return self.output(context.cache.attend(self.layer, q_TAD, k_TGD, v_TGD))
+            return self.output(context.cache.attend(self.layer, q_TAD, k_TGD, v_TGD, self.rule()))
         core = (q_BSAD, k_BSGD, v_BSGD, inputs, context)
         y_TF = recompute(self.core, *core) if self.recompute_core and context.training else self.core(*core)
         return self.output(y_TF)
@@ -84,26 +101,23 @@ class SelfAttention(nn.Module):
         """Returns attention's output [T, A * D] before its projection, from rotated queries and keys."""
         dropout = self.config.attention_dropout if context.training else 0.0
         query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
-        arguments: dict[str, Any] = {
-            "attn_mask": inputs.mask_B1SS, "is_causal": inputs.mask_B1SS is None, "dropout_p": dropout,
-            "enable_gqa": self.queries_per_kv > 1,
-        }  # fmt: skip
+        arguments = (query, key, value, self.rule(), inputs.mask_B1SS, dropout)
         if dropout == 0.0:
-            y_BASD = F.scaled_dot_product_attention(query, key, value, **arguments)
+            y_BASD = attention(*arguments)
         else:
             assert context.random is not None
             devices = [query.device] if query.is_cuda else []
             with torch.random.fork_rng(devices):
                 torch.manual_seed(context.random.attention_seed(self.layer, self.tensor_rank))
-                y_BASD = F.scaled_dot_product_attention(query, key, value, **arguments)
+                y_BASD = attention(*arguments)
         return y_BASD.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def core_flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the two products with keys and values, which are half a sequence long on
-        average.
+        """Returns multiply-adds x 2 of the two products with the keys and values that a token attends to, on average over a
+        sequence and over layers with and without a window: the planner asks one layer for all.
         """
         model = self.config
-        return 2.0 * 2 * model.num_attention_heads * model.head_dim * model.seq_length / 2
+        return 2.0 * 2 * model.num_attention_heads * model.head_dim * model.mean_keys
 
     def flops_per_token(self) -> float:
         """Returns multiply-adds x 2 of the forward pass, over all tensor-parallel ranks."""
@@ -121,5 +135,14 @@ class SelfAttention(nn.Module):
         copies = (heads + kv_heads) * (rotary + model.qk_layernorm)
         if not copies and heads > kv_heads:
             copies = heads  # queries that share keys are copied out of the projection
+        has_sums = not (self.recompute_core or needs_scores(self.rule()))
+        if has_sums and takes_blocks(self.rule(), model.seq_length):
+            copies += heads  # the kernel keeps each block's output, the projection all of them
         elements = model.hidden_size + (2 * heads + 2 * kv_heads + copies) * head_dim
-        return tokens * (elements * size + (0 if self.recompute_core else 4 * heads))
+        return tokens * (elements * size + (4 * heads if has_sums else 0))
+
+
+def _query_key_norm(config: ModelConfig, num_heads: int, state: ParallelState, dtype: torch.dtype) -> Norm | SplitNorm:
+    if config.qk_layernorm_scope == "all":
+        return SplitNorm(config, num_heads * config.head_dim, state, dtype)
+    return Norm(config, config.head_dim, state, dtype, split_input=True)

@@ -18,6 +18,7 @@ from megatron_samoe.models.transformer_layer import TransformerLayer
 from megatron_samoe.moe.set_loads import turn_around
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEStats
+from megatron_samoe.ops.attention import soft_capped
 from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
 from megatron_samoe.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_samoe.tensor_parallel.layers import (
@@ -135,7 +136,7 @@ class GPTStage(nn.Module):
         return self.output if self.config.model.untie_embeddings_and_output_weights else self.embedding.word
 
     def _logits(self, x_TH: Tensor) -> Tensor:
-        return self._head().logits(self.final_norm(x_TH))
+        return soft_capped(self._head().logits(self.final_norm(x_TH)), self.config.model.final_logit_softcapping)
 
     def _recomputes(self, number: int, context: ForwardContext) -> bool:
         return context.training and number < recomputed_layers(self.config)
@@ -155,7 +156,8 @@ class GPTStage(nn.Module):
         weight = self._head().weight
         local_tokens = tokens // self.state.tp.size if self.state.sequence_parallel else tokens
         hidden, size = weight.shape[1], weight.element_size()
-        return (tokens + local_tokens) * hidden * size + tokens * self.head_width() * (size + 8)
+        capped = size if self.config.model.final_logit_softcapping is not None else 0
+        return (tokens + local_tokens) * hidden * size + tokens * self.head_width() * (size + capped + 8)
 
 
 def _words(blueprint: Blueprint, family: Literal["dense", "embedding"]) -> VocabParallelEmbedding:

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm over the last dim."""
+"""LayerNorm and RMSNorm over the last dim, whole on a rank or split over ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megatron_samoe.parallel_state.parameter_tag import ONES, ParameterTag
 from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
+from megatron_samoe.tensor_parallel.mappings import sum_over_tensor_parallel_region
 
 
 class Norm(nn.Module):
@@ -41,3 +42,26 @@ class Norm(nn.Module):
         """Returns the bytes that autograd keeps of `vectors` vectors: a fused norm's input and fp32 statistics."""
         statistics = 1 if self.bias is None else 2
         return vectors * (self.weight.numel() * self.weight.element_size() + 4 * statistics)
+
+
+class SplitNorm(nn.Module):
+    """RMSNorm over vectors whose channels are split over tensor-parallel ranks, as its weights are.
+
+    Args:
+        size: of the whole vector.
+    """
+
+    bias = None
+
+    def __init__(self, config: ModelConfig, size: int, state: ParallelState, dtype: torch.dtype):
+        super().__init__()
+        self.epsilon, self.size, self.group = config.norm_epsilon, size, state.tp
+        self.weight = new_parameter((size,), ParameterTag(ShardSpec(partition=((0, "tp"),)), ONES), state, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x [..., size / tp] over the root mean square of the whole vector."""
+        if self.group.size == 1:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        total = sum_over_tensor_parallel_region(wide.square().sum(-1, keepdim=True), self.group)
+        return (wide * (total / self.size + self.epsilon).rsqrt() * self.weight).to(x.dtype)

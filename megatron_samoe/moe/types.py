@@ -11,13 +11,14 @@ from torch import Tensor
 
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.set_loads import SetColumns
+from megatron_samoe.ops.attention import ScoreRule
 from megatron_samoe.tensor_parallel.random import SampleRandom
 
 
 class KeyValueCache(Protocol):
     """Keys and values of earlier tokens, for a forward pass over the new ones only."""
 
-    def attend(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+    def attend(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor, rule: ScoreRule) -> Tensor:
         """Stores the new tokens' keys and values; returns attention's output over all of their sequences, [T, A * D]."""
         ...
 

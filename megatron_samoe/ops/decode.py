@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.ops import decode_reference, extension
+from megatron_samoe.ops.attention import PLAIN, ScoreRule
 from megatron_samoe.ops.topk_gate import ChoiceRule
 
 #: Positions of one page of the key-value cache; the kernels take that many keys at once.
@@ -80,7 +81,8 @@ class AttentionLayer:
 
     Attributes:
         qkv: [G, Q + 2, D, H].
-        head_norms: none, or norms of queries and keys.
+        head_norms: none, or norms of queries and keys, of each head alone ([D]) or of all together.
+        rule: what scores have besides the product of queries and keys; fp32 sinks.
         output: [H, G * Q * D].
         keys: [pages, G, D, PAGE], and values [pages, G, PAGE, D], fp32 or bf16.
     """
@@ -93,6 +95,13 @@ class AttentionLayer:
     output_bias: Tensor | None
     keys: Tensor
     values: Tensor
+    rule: ScoreRule = PLAIN
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what the kernels compute."""
+        head_dim = self.qkv.data.shape[2]
+        return self.rule.is_plain and all(len(n.weight) == head_dim for n in self.head_norms or ())
 
     def head_norm_tensors(self) -> list[Tensor]:
         """Returns the norms' tensors [D] as the ops take them: none, the weights of both, or their weights and then
@@ -206,7 +215,7 @@ def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch
     """
     p, n = places, layer.norm
     epsilon, rms = n.epsilon, n.rms
-    if extension.serves(x_TH, cuda=True):
+    if extension.serves(x_TH, cuda=True) and layer.is_plain:
         torch.ops.megatron_samoe.decode_attention_block(
             x_TH, n.weight, n.bias, epsilon, rms, layer.qkv.data, layer.qkv.scale, layer.qkv_bias,
             layer.head_norm_tensors(), p.cos_PR, p.sin_PR, p.positions_T, p.slots_T, p.pages, layer.keys, layer.values,
@@ -217,7 +226,7 @@ def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch
     qkv = decode_reference.linear(normed_TH, layer.qkv.data, layer.qkv.scale, layer.qkv_bias)
     y_TF = decode_reference.attention(
         qkv.view(-1, *layer.qkv.data.shape[:3]), layer.head_norm_tensors(), epsilon, rms, p.cos_PR, p.sin_PR,
-        p.positions_T, p.slots_T, p.pages, layer.keys, layer.values,
+        p.positions_T, p.slots_T, p.pages, layer.keys, layer.values, layer.rule,
     )  # fmt: skip
     x_TH += decode_reference.linear(y_TF, layer.output.data, layer.output.scale, layer.output_bias)
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_samoe.ops import reference
+from megatron_samoe.ops.attention import PLAIN, ScoreRule
+from megatron_samoe.ops.attention import attention as windowed_attention
 from megatron_samoe.ops.topk_gate import ChoiceRule, limited, relu_gate
 
 
@@ -50,15 +52,22 @@ def rotate(x_TAD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 
 def attention(
     qkv: Tensor, head_norms: list[Tensor], epsilon: float, rms: bool, cos_PR: Tensor | None, sin_PR: Tensor | None,
-    positions_T: Tensor, slots_T: Tensor, pages: Tensor, keys: Tensor, values: Tensor,
+    positions_T: Tensor, slots_T: Tensor, pages: Tensor, keys: Tensor, values: Tensor, rule: ScoreRule = PLAIN,
 ) -> Tensor:  # fmt: skip
-    """Stores keys and values of [T, G, Q + 2, D] and returns attention's result, [T, G * Q * D]."""
+    """Stores keys and values of [T, G, Q + 2, D] and returns attention's result, [T, G * Q * D].
+
+    Args:
+        head_norms: weights [D] of each head's queries and keys, and maybe their biases; or [A * D] and [G * D] over all heads.
+        rule: what scores have besides; a sequence's tokens then follow each other.
+    """
     num_groups = qkv.shape[1]
     q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
     if head_norms:
         biases: list[Tensor | None] = [*head_norms[2:]] or [None, None]
-        q = norm(q, head_norms[0], biases[0], epsilon, rms)
-        k = norm(k, head_norms[1], biases[1], epsilon, rms)
+        q, k = (
+            norm(t.reshape(*t.shape[:-2], -1, len(weight)), weight, bias, epsilon, rms).view_as(t)
+            for t, weight, bias in zip((q, k), head_norms, biases, strict=False)
+        )
     positions, slots = positions_T.long(), slots_T.long()
     if cos_PR is not None and sin_PR is not None:
         q, k = rotate(q, cos_PR[positions], sin_PR[positions]), rotate(k, cos_PR[positions], sin_PR[positions])
@@ -70,14 +79,18 @@ def attention(
     for slot in slots.unique().tolist():
         rows = (slots == slot).nonzero()[:, 0]
         length = int(positions[rows].max()) + 1
-        own = pages[slot, : -(-length // size)].long()
-        k_LGD = keys[own].permute(0, 3, 1, 2).flatten(0, 1)[:length].float()
-        v_LGD = values[own].transpose(1, 2).flatten(0, 1)[:length].float()
-        visible = torch.arange(length, device=q.device) <= positions[rows][:, None]
+        low = rule.first_key(int(positions[rows].min())) // size * size
+        own = pages[slot, low // size : -(-length // size)].long()
+        k_LGD = keys[own].permute(0, 3, 1, 2).flatten(0, 1)[: length - low].float()
+        v_LGD = values[own].transpose(1, 2).flatten(0, 1)[: length - low].float()
         query, key, value = (t.transpose(0, 1)[None] for t in (q[rows], k_LGD, v_LGD))
-        result = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, enable_gqa=q.shape[1] != num_groups
-        )
+        if rule.is_plain:
+            visible = torch.arange(length, device=q.device) <= positions[rows][:, None]
+            result = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=visible, enable_gqa=q.shape[1] != num_groups
+            )
+        else:
+            result = windowed_attention(query, key, value, rule)
         y[rows] = result[0].transpose(0, 1)
     return y.flatten(1)
 

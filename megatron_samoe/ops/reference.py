@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_samoe.ops.attention import ScoreRule
 from megatron_samoe.ops.extension import accumulation_dtype
 
 
@@ -198,3 +199,22 @@ def adamw(
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = (exp_avg_sq / (1 - beta2**step)).sqrt_().add_(eps)
     master.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+
+
+def attention(
+    q_BASD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, rule: ScoreRule, mask_B1SL: Tensor | None = None
+) -> Tensor:
+    """Returns y_BASD of causal attention with what the rule says, score by score over the whole square."""
+    queries, keys = q_BASD.shape[2], k_BGLD.shape[2]
+    k, v = (t.repeat_interleave(q_BASD.shape[1] // t.shape[1], 1) for t in (k_BGLD, v_BGLD))
+    scores = torch.einsum("basd,bald->basl", q_BASD, k) / q_BASD.shape[-1] ** 0.5
+    if rule.softcap is not None:
+        scores = rule.softcap * (scores / rule.softcap).tanh()
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None]
+    seen = distance >= 0 if rule.window is None else (distance >= 0) & (distance < rule.window)
+    seen = seen.to(q_BASD.device) if mask_B1SL is None else seen.to(q_BASD.device) & mask_B1SL
+    weights = scores.exp() * seen
+    total = weights.sum(-1, keepdim=True)
+    if rule.sinks_A is not None:
+        total = total + rule.sinks_A.exp()[:, None, None]
+    return torch.einsum("basl,bald->basd", weights / total, v)

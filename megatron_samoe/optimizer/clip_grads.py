@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-from megatron_samoe.distributed.grad_buffer import GradBuffers
+from megatron_samoe.distributed.grad_buffer import Piece
 from megatron_samoe.parallel_state.state import ParallelState
 
 
-def global_grad_norm(buffers: GradBuffers, state: ParallelState) -> float:
-    """Returns the 2-norm of the whole model's gradient. All ranks call it together, after the gradients are reduced."""
-    grads = [piece.grad for piece in buffers.pieces if piece.counts and piece.grad.numel()]
+def global_grad_norm(pieces: Iterable[Piece], state: ParallelState) -> float:
+    """Returns the 2-norm of the gradient of all ranks' pieces. They call it together, after the gradients are reduced."""
+    grads = [piece.grad for piece in pieces if piece.counts and piece.grad.numel()]
     total = torch.zeros((), dtype=torch.float64, device=state.device)
     if grads:
         total += torch.stack([norm.double() for norm in torch._foreach_norm(grads)]).square().sum()

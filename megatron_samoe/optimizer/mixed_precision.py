@@ -15,8 +15,10 @@ from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
 from megatron_samoe.ops.adamw import serves as adamw_serves
-from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups
-from megatron_samoe.optimizer.update import apply_update, reorder_experts
+from megatron_samoe.optimizer.expert_order import reorder_experts
+from megatron_samoe.optimizer.param_groups import ParamGroup, ParamRule, build_param_groups
+from megatron_samoe.optimizer.update import apply_update
+from megatron_samoe.optimizer.whole_tensors import Shard
 from megatron_samoe.parallel_state.parameter_tag import shard_shape, tag_of
 from megatron_samoe.parallel_state.state import ParallelState, single_process_state
 
@@ -32,6 +34,9 @@ class MixedPrecisionOptimizer:
         buffers: the gradients; this rank updates their pieces.
         state: this rank's place; needed where an update needs whole tensors.
         rules: the rules of parameter groups; those of the configuration if not given.
+
+    Attributes:
+        pieces: what this rank updates, by parameter name; frozen parameters are left out.
     """
 
     def __init__(
@@ -39,14 +44,17 @@ class MixedPrecisionOptimizer:
         rules: tuple[ParamRule, ...] | None = None,
     ):  # fmt: skip
         self.buffers, self.config, self._state = buffers, config, state or single_process_state()
-        self.pieces = {piece.name: piece for piece in buffers.pieces}
+        groups = [g for g in build_param_groups(buffers.parameters, config, rules) if not g.is_frozen]
+        trained = {name for group in groups for name in group.names}
+        self.pieces = {piece.name: piece for piece in buffers.pieces if piece.name in trained}
         self.masters: dict[str, Tensor] = {}
         for name, piece in self.pieces.items():
             is_own_master = piece.weight.dtype in (torch.float32, torch.float64)
             self.masters[name] = piece.weight if is_own_master else piece.weight.float()
         self.num_steps = 0
-        groups = build_param_groups(buffers.parameters, config, rules)
         self._others = [group for group in groups if group.update is not None]
+        for group in self._others:
+            self._refuse_vectors(group)
         self._groups = [
             replace(group, names=tuple(name for name in group.names if name in self.pieces))
             for group in groups
@@ -65,10 +73,25 @@ class MixedPrecisionOptimizer:
         self._runs = {name: self._run(name) for name in by_adam}
         self._inner = None if self._is_compiled() else self._make_inner()
 
+    def _shard(self, name: str) -> Shard:
+        p = self.buffers.parameters[name]
+        return Shard(tag_of(p), shard_shape(p), p.main_grad)  # type: ignore[attr-defined]
+
     def _run(self, name: str) -> AdamWRun:
         piece, master, state = self.pieces[name], self.masters[name], self._states[name]
         weight = piece.weight if piece.weight.dtype == torch.bfloat16 else None
         return AdamWRun(master, weight, piece.grad, *(state[moment] for moment in MOMENTS))
+
+    def _refuse_vectors(self, group: ParamGroup) -> None:
+        for name in group.names:
+            shard = self._shard(name)
+            if group.update is not None and group.update.needs_whole and len(shard.shape) < shard.num_stacked + 2:
+                kind = type(group.update).__name__
+                raise ConfigError(
+                    f"update of {name}",
+                    kind,
+                    f"must be an update of single elements: {name} {list(shard.shape)} is no matrix",
+                )
 
     def _is_compiled(self) -> bool:
         return self.config.optimizer_backend == "auto" and adamw_serves(list(self._runs.values()))
@@ -110,12 +133,10 @@ class MixedPrecisionOptimizer:
                 adamw([self._runs[name] for name in group.names], rates, self.num_steps)
         for group in self._others:
             assert group.update is not None
-            parameters = {name: self.buffers.parameters[name] for name in group.names}
-            named = {name: (tag_of(p), shard_shape(p)) for name, p in parameters.items()}
             factors = (lr * group.lr_mult, group.weight_decay, grad_scale)
-            like = next(iter(parameters.values())).main_grad  # type: ignore[attr-defined]
+            shards = {name: self._shard(name) for name in group.names}
             apply_update(
-                group.update, named, self.pieces, self.masters, self._states, factors, self.num_steps, self._state, like
+                group.update, shards, self.pieces, self.masters, self._states, factors, self.num_steps, self._state
             )
         for name, master in self.own_masters().items():
             if self._inner is not None or name not in self._runs or self._runs[name].weight is None:

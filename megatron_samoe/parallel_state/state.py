@@ -144,6 +144,15 @@ class Group:
             _reduce_scatter(part, tensor.contiguous(), group=self.handle)
         return part
 
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        """Returns [size * n, ...]: the parts that the members' equally shaped [size * n, ...] tensors have for this rank."""
+        if self.size == 1:
+            return tensor
+        received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        with self.waits:
+            dist.all_to_all_single(received, tensor.contiguous(), group=self.handle)
+        return received
+
     def all_gather_object(self, value: object) -> list:
         """Returns the members' values in group order."""
         if self.size == 1:

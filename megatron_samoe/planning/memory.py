@@ -8,7 +8,8 @@ experts and attention that does not keep its probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,10 +25,11 @@ from megatron_samoe.planning.description import (
     SharedExperts,
     StageContent,
 )
+from megatron_samoe.planning.muon import Matrices, matrices_of
 from megatron_samoe.planning.teacher import kept_bytes, planned_teacher, weight_bytes
 
 FP32_BYTES = 4
-#: AdamW's two moments in fp32.
+#: AdamW's two moments in fp32; Muon has one.
 MOMENT_BYTES = 8
 
 
@@ -37,7 +39,7 @@ class RankMemory:
 
     Attributes:
         weights, gradients: the model's own, gradients in fp32.
-        optimizer: fp32 master weights (where the weights are not fp32) and two moments.
+        optimizer: fp32 master weights (where the weights are not fp32) and two moments, of Muon's matrices one.
         folded_weights, folded_gradients: experts that lenders keep from step to step: those that --samoe-combine step
             keeps combined, for all layers of this rank, and the whole tied sets that its layers use.
         gathered_banks: whole banks and their gradients that --samoe-combine layer holds through a step where the pool is
@@ -122,7 +124,7 @@ def _rank_memory(planned: PlannedModel, teacher: PlannedModel | None, rank: int)
     bucket = layout.ddp_bucket_size or DEFAULT_BUCKET_SIZE
     held = _held_by_rank(
         planned.description, planned.grid, rank, planned.stages.contents[stage], planned.shared(rank),
-        layout.use_distributed_optimizer, bucket,
+        layout.use_distributed_optimizer, bucket, matrices_of(planned, rank),
     )  # fmt: skip
     return RankMemory(
         held.weights, held.gradients, held.optimizer, costs.weights, costs.gradients, costs.gathered,
@@ -135,11 +137,17 @@ def _rank_memory(planned: PlannedModel, teacher: PlannedModel | None, rank: int)
 @lru_cache(maxsize=1 << 14)
 def _held_by_rank(
     description: Description, grid: RankGrid, rank: int, content: StageContent, shared: SharedExperts,
-    zero: bool, bucket: int,
+    zero: bool, bucket: int, matrices: tuple[Matrices, ...],
 ) -> _Held:  # fmt: skip
     """Returns the bytes of all gradient buffers summed, and of the largest exchange."""
     found = [*description.parameters(content), *shared.parameters]
-    parts = [_held(buffer, grid.place(buffer[0].tag.gradient_group, rank), zero, bucket) for buffer in _buffers(found)]
+    by_muon: Counter[tuple] = Counter()
+    for m in matrices:
+        by_muon[m.tag.gradient_group, m.element_bytes, m.tag if m.tag.slice is not None else None] += m.numel
+    parts = [
+        _held(buffer, grid.place(buffer[0].tag.gradient_group, rank), zero, bucket, by_muon)
+        for buffer in _buffers(found)
+    ]
     return _Held(
         sum(p.weights for p in parts), sum(p.gradients for p in parts), sum(p.optimizer for p in parts),
         max((p.exchange for p in parts), default=0), sum(p.expert for p in parts),
@@ -164,12 +172,16 @@ def _buffers(parameters: Iterable[DescribedParameter]) -> list[list[DescribedPar
     return list(buffers.values())
 
 
-def _held(buffer: list[DescribedParameter], place: tuple[int, int], zero: bool, bucket: int) -> _Held:
+def _held(
+    buffer: list[DescribedParameter], place: tuple[int, int], zero: bool, bucket: int, matrices: Mapping[tuple, int]
+) -> _Held:
     """Returns the bytes of one gradient buffer's parameters, with the largest temporary of its exchange.
 
     Args:
         place: size of the group that sums the gradients, and the rank's place in it.
         zero: whether each of the group's ranks updates a slice of the buffer.
+        matrices: elements that Muon updates, by gradient group, element size and, of a slice, its tag. A rank's slice of a
+            buffer counts as many of them as the buffer has on average.
     """
     first, own, size = buffer[0], sum(p.numel for p in buffer), place[0]
     element, exchange = first.element_bytes, 0
@@ -183,6 +195,8 @@ def _held(buffer: list[DescribedParameter], place: tuple[int, int], zero: bool, 
         part = min(1.0, max(bucket, *(p.largest for p in buffer)) / max(own, 1))
         exchange = int(part * max(shard * FP32_BYTES, shard * element + weights))
         own = max(0, min(shard, own - shard * place[1]))
-    optimizer = own * (MOMENT_BYTES + (FP32_BYTES if element < FP32_BYTES else 0))
+    key = (first.tag.gradient_group, element, first.tag if first.tag.slice is not None else None)
+    by_muon = own * min(matrices.get(key, 0) / max(sum(p.numel for p in buffer), 1), 1.0)
+    optimizer = own * (MOMENT_BYTES + (FP32_BYTES if element < FP32_BYTES else 0)) - round(by_muon) * FP32_BYTES
     share = sum(p.numel for p in buffer if p.tag.is_routed_expert) / max(sum(p.numel for p in buffer), 1)
     return _Held(weights, gradients, optimizer, exchange, round(share * (weights + gradients + optimizer)))

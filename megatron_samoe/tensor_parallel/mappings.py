@@ -35,6 +35,11 @@ def copy_to_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
     return _border(x, group, _same, _sum)
 
 
+def sum_over_tensor_parallel_region(x: Tensor, group: Group) -> Tensor:
+    """Returns the sum of all ranks' x, which each of them uses for its own part of a result; the backward sums as well."""
+    return _border(x, group, _sum, _sum)
+
+
 def scatter_tokens(x: Tensor, group: Group) -> Tensor:
     """Returns this rank's share [T / tp, ...] of a replicated x [T, ...]; the backward gathers gradients."""
     return _border(x, group, _share, _all_tokens)

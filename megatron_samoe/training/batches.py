@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from megatron_samoe.config.derived import global_batch_size, num_micro_batches
+from megatron_samoe.config.batch_schedule import batch_size_after, samples_after
+from megatron_samoe.config.derived import global_batch_size
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
 from megatron_samoe.datasets.evaluation_set import EvaluationSet
@@ -48,14 +49,16 @@ class RunData:
         else:
             sampler = PretrainingSampler(len(self.train), consumed_samples, *place)
         micro_batches = iter(DataLoader(self.train, sampler, self.config.data.num_workers, transform=self._pin))
+        per_pass = training.micro_batch_size * self.parallel.dp.size
         while True:
-            batches = [self._to_device(batch) for batch in islice(micro_batches, self._num_micro_batches)]
-            if len(batches) < self._num_micro_batches:
+            size = batch_size_after(self.config, self.parallel.world_size, consumed_samples)
+            batches = [self._to_device(batch) for batch in islice(micro_batches, size // per_pass)]
+            if len(batches) < size // per_pass:
                 raise DataError(
                     f"The training data end before the step after sample {consumed_samples}: {len(self.train)} samples are "
                     "there. Lower --train-iters, or give more data."
                 )
-            consumed_samples += self._num_micro_batches * self.config.training.micro_batch_size * self.parallel.dp.size
+            consumed_samples += size
             yield batches
 
     def evaluation_batches(self, data: EvaluationSet) -> Iterator[Batch]:
@@ -67,10 +70,6 @@ class RunData:
     @property
     def _place(self) -> tuple[int, int, int]:
         return self.config.training.micro_batch_size, self.parallel.dp.rank, self.parallel.dp.size
-
-    @property
-    def _num_micro_batches(self) -> int:
-        return num_micro_batches(self.config, self.parallel.world_size)
 
     def _pin(self, batch: Batch) -> Batch:
         return batch if self.parallel.device.type == "cpu" else {name: t.pin_memory() for name, t in batch.items()}
@@ -96,7 +95,8 @@ def build_run_data(
     batch = global_batch_size(config, parallel.world_size)
     iterations, samples = done
     evaluated = None if training.full_validation else training.eval_iters * batch
-    train_samples = 0 if training.skip_train else samples + max(training.train_iters - iterations, 0) * batch
+    needed = samples_after(config, parallel.world_size, samples, max(training.train_iters - iterations, 0))
+    train_samples = 0 if training.skip_train else max(needed, training.train_samples or 0)
     train, *held_out = build_train_valid_test_datasets(
         config.data, (train_samples, evaluated, evaluated), config.model.seq_length, training.seed, tokenizer,
         barrier=parallel.world.barrier if parallel.world_size > 1 else None, is_builder=is_builder,

@@ -11,14 +11,14 @@ from typing import Any
 from megatron_samoe.config.cli import CHECKPOINT_GROUPS, to_mapping
 from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.option import all_options
-from megatron_samoe.config.training import OptimizerConfig
+from megatron_samoe.config.training import OptimizerConfig, TrainingConfig
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver, save_checkpoint
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, sharded, stored_names
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
 from megatron_samoe.models.rank_model import RankModel
-from megatron_samoe.optimizer.schedule import learning_rate
+from megatron_samoe.optimizer.schedule import rate_of_step
 from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import PLAIN_KEYS, TrainState
@@ -109,7 +109,7 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     check_same_model(setup, saved_config, saved, directory)
     if not (checkpoint.finetune or setup.config.training.skip_train):
         check_same_course(setup, saved_config, directory)
-        _remark_on_rate(setup, saved_config, saved["iteration"], directory)
+        _remark_on_rate(setup, saved_config, saved, directory)
         _remark_on_router(setup, saved_config, directory)
         _remark_on_teacher(setup, saved_config, saved["iteration"], directory)
         before = (saved_config.get("training") or {}).get("global_batch_size")
@@ -148,22 +148,24 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     return loaded
 
 
-def _remark_on_rate(setup: TrainSetup, saved_config: Mapping[str, Any], iteration: int, directory: Path) -> None:
+def _remark_on_rate(
+    setup: TrainSetup, saved_config: Mapping[str, Any], saved: Mapping[str, Any], directory: Path
+) -> None:
     """Says so if the learning rate does not go on as in the run so far: often --train-iters was changed without thought."""
-    current, before = (
-        to_mapping(setup.config),
-        {name: saved_config.get(name) or {} for name in ("training", "optimizer")},
-    )
-    known = {name: value for name, value in before["optimizer"].items() if name in current["optimizer"]}
-    train_iters = before["training"].get("train_iters")
-    if train_iters is None or iteration == 0:  # a model that was converted never had a schedule
+    current, iteration, samples = to_mapping(setup.config), saved["iteration"], saved["consumed_samples"]
+    before = {
+        group: {name: value for name, value in (saved_config.get(group) or {}).items() if name in current[group]}
+        for group in ("training", "optimizer")
+    }
+    if "train_iters" not in before["training"] or iteration == 0:  # a model that was converted never had a schedule
         return
-    was = learning_rate(OptimizerConfig(**known), train_iters, iteration)
-    now = learning_rate(setup.config.optimizer, setup.config.training.train_iters, iteration)
+    progress = (iteration, samples, setup.batch_size_after(samples))
+    was = rate_of_step(OptimizerConfig(**before["optimizer"]), TrainingConfig(**before["training"]), *progress)
+    now = rate_of_step(setup.config.optimizer, setup.config.training, *progress)
     if math.isclose(was, now, rel_tol=1e-6) or iteration >= setup.config.training.train_iters:
         return
-    old, new = {"train_iters": train_iters, **known}, {**current["training"], **current["optimizer"]}
-    changed = [n for n in ("train_iters", *known) if ("lr" in n or n == "train_iters") and old[n] != new[n]]
+    old, new = {**before["training"], **before["optimizer"]}, {**current["training"], **current["optimizer"]}
+    changed = [n for n in old if ("lr" in n or n in ("train_iters", "train_samples")) and old[n] != new[n]]
     listed = ", ".join(f"--{name.replace('_', '-')} {old[name]} there, {new[name]} here" for name in changed)
     logger.info(
         f"The learning rate of iteration {iteration + 1} is {now:.3e}; the run in {directory} would have gone on at "

@@ -18,11 +18,10 @@ from megatron_samoe.training.router_watch import RouterWatch
 from megatron_samoe.training.step_warnings import StepWarnings
 
 
-def default_hooks(config: PretrainConfig, batch_size: int, machine: Mapping[str, Any] | None = None) -> list[Hook]:
+def default_hooks(config: PretrainConfig, machine: Mapping[str, Any] | None = None) -> list[Hook]:
     """Returns the hooks that a configuration asks for, in the order in which they are called.
 
     Args:
-        batch_size: sequences of one optimizer step.
         machine: see MetricsFile.
     """
     logs, iters, trains = config.logging, config.training.train_iters, not config.training.skip_train
@@ -31,7 +30,7 @@ def default_hooks(config: PretrainConfig, batch_size: int, machine: Mapping[str,
         name = Path(logs.run_dir).name if logs.run_dir else config.moe.expert_layout
         hooks.append(ProgressBar(iters, name))
     else:
-        hooks.append(ConsoleLog(iters, batch_size))
+        hooks.append(ConsoleLog(iters))
     if logs.metrics_file:
         hooks.append(MetricsFile(logs.metrics_file, machine, trains))
     if not trains:

@@ -64,8 +64,8 @@ class Logger(Hook):
 class ConsoleLog(Logger):
     """Megatron's log line, with tokens per second."""
 
-    def __init__(self, train_iters: int, batch_size: int):
-        self.train_iters, self.batch_size = train_iters, batch_size
+    def __init__(self, train_iters: int):
+        self.train_iters = train_iters
 
     def write(self, record: Record) -> None:
         """Prints one line, and one more after an evaluation."""
@@ -77,7 +77,7 @@ class ConsoleLog(Logger):
             f"tokens/s: {record['tokens_per_s']:.0f}",
             f"time left: {_hours(record['step_time_s'] * (self.train_iters - record['iteration']))}",
             f"learning rate: {record['learning_rate']:.6E}",
-            f"global batch size: {self.batch_size:5d}",
+            f"global batch size: {record['global_batch_size']:5d}",
             f"lm loss: {record['lm_loss']:.6E}",
             *([f"kl loss: {record['kl_loss']:.6E}"] if "kl_loss" in record else []),
         ]

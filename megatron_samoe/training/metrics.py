@@ -44,15 +44,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class StepTime(NamedTuple):
-    """Seconds of a step, and how much of them this rank did not spend waiting for others."""
+    """Seconds of a step, how much of them this rank did not spend waiting for others, and tokens of a second."""
 
     step_s: float
     own_s: float
+    tokens_per_s: float
 
 
 @dataclass
 class Stopwatch:
-    """Time and steps since the last record, evaluation and saving not counted.
+    """Time, steps and tokens since the last record, evaluation and saving not counted.
 
     Args:
         waits: of this rank's groups.
@@ -62,22 +63,25 @@ class Stopwatch:
     seconds: float = 0.0
     waited: float = 0.0
     steps: int = 0
+    tokens: int = 0
 
     def begin(self) -> None:
         """Starts a step."""
         self.started, self.waited_before = time.perf_counter(), self.waits.seconds
 
-    def end(self) -> None:
-        """Ends a step."""
+    def end(self, tokens: int) -> None:
+        """Ends a step of so many tokens over all ranks."""
         self.seconds += time.perf_counter() - self.started
         self.waited += self.waits.seconds - self.waited_before
         self.steps += 1
+        self.tokens += tokens
 
     def take(self) -> StepTime:
         """Returns the mean of the steps since the last call and starts anew."""
         steps = max(self.steps, 1)
-        mean = StepTime(self.seconds / steps, (self.seconds - self.waited) / steps)
-        self.seconds, self.waited, self.steps = 0.0, 0.0, 0
+        rate = self.tokens / self.seconds if self.seconds > 0 else 0.0
+        mean = StepTime(self.seconds / steps, (self.seconds - self.waited) / steps, rate)
+        self.seconds, self.waited, self.steps, self.tokens = 0.0, 0.0, 0, 0
         return mean
 
 
@@ -93,18 +97,18 @@ def make_record(
     world = setup.parallel.world
     mine = torch.tensor([[peak_memory_bytes(device), timed.own_s]], dtype=torch.float64, device=device)
     memory_R, own_s_R = world.all_gather(mine).t()
-    tokens_per_s = setup.tokens_per_step / timed.step_s if timed.step_s > 0 else 0.0
     record: Record = {
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
+        "global_batch_size": result.batch_size,
         "lm_loss": result.lm_loss,
         **({} if result.kl_loss is None else {"kl_loss": result.kl_loss}),
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "loss_scale": result.loss_scale,
         "skipped": result.skipped,
-        "tokens_per_s": tokens_per_s,
+        "tokens_per_s": timed.tokens_per_s,
         "step_time_s": timed.step_s,
         "peak_memory_bytes": int(memory_R.max()),
     }
@@ -130,7 +134,7 @@ def make_record(
         if setup.teacher is not None:
             taught = setup.teacher.model
             flops += forward_flops_per_token(taught.config, taught.vocab_size)
-        record["mfu"] = flops * tokens_per_s / (rate * setup.parallel.world_size)
+        record["mfu"] = flops * timed.tokens_per_s / (rate * setup.parallel.world_size)
     if epoch_samples:
         record["epoch"] = state.consumed_samples / epoch_samples
     return record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.log import logger
-from megatron_samoe.optimizer.schedule import warmup_iters
+from megatron_samoe.optimizer.schedule import training_length, warmup_length
 from megatron_samoe.training.hook import Hook, Run
 from megatron_samoe.training.router_health import RouterHealth
 from megatron_samoe.training.train_step import StepResult
@@ -20,17 +20,23 @@ class RouterWatch(Hook):
 
     def __init__(self, config: PretrainConfig):
         self.config = config
-        self.first_step = warmup_iters(config.optimizer, config.training.train_iters)
+        self.warmup = warmup_length(config.optimizer, training_length(config.training))
         self.low_steps: dict[int, int] = {}
 
     def post_step(self, run: Run, result: StepResult) -> None:
         """Takes in a step."""
         if result.routing is not None:
-            self.step(run.state.iteration, result.routing.health)
+            in_samples = self.config.training.train_samples is not None
+            done = run.state.consumed_samples if in_samples else run.state.iteration
+            self.step(run.state.iteration, result.routing.health, done)
 
-    def step(self, iteration: int, health: RouterHealth) -> None:
-        """Takes in the health of the step that ended with `iteration` steps done."""
-        if iteration <= self.first_step:
+    def step(self, iteration: int, health: RouterHealth, done: int | None = None) -> None:
+        """Takes in the health of the step that ended with `iteration` steps done.
+
+        Args:
+            done: progress in the unit of the warm-up, where that is not steps.
+        """
+        if (iteration if done is None else done) <= self.warmup:
             return
         low = {layer for layer, entropy in enumerate(health.load_entropy) if entropy < LOW_ENTROPY}
         self.low_steps = {layer: self.low_steps.get(layer, 0) + 1 for layer in low}

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 
+from megatron_samoe.config.batch_schedule import batch_size_after
 from megatron_samoe.config.derived import global_batch_size, num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import OptimizerConfig
@@ -16,7 +17,7 @@ from megatron_samoe.models.blueprint import ModelParts
 from megatron_samoe.models.rank_model import RankModel, build_model
 from megatron_samoe.moe.candidates import linear_sum_assignment
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
-from megatron_samoe.optimizer.param_groups import ParamRule, default_rules
+from megatron_samoe.optimizer.param_groups import ParamRule, default_rules, refuse_idle_patterns
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec, open_channel
 from megatron_samoe.pipeline_parallel.schedules import Pipeline
@@ -57,12 +58,16 @@ class TrainSetup:
 
     @property
     def batch_size(self) -> int:
-        """Sequences of one optimizer step over all ranks."""
+        """Sequences of one optimizer step over all ranks, once --rampup-batch-size is over."""
         return global_batch_size(self.config, self.parallel.world_size)
+
+    def batch_size_after(self, consumed_samples: int) -> int:
+        """Returns the sequences, over all ranks, of the optimizer step that comes after so many."""
+        return batch_size_after(self.config, self.parallel.world_size, consumed_samples)
 
     @property
     def num_micro_batches(self) -> int:
-        """Forward passes per optimizer step on each rank."""
+        """Forward passes per optimizer step of `batch_size` on each rank."""
         return num_micro_batches(self.config, self.parallel.world_size)
 
     def boundary(self, batch_size: int, training: bool = False, taught: bool = False) -> TensorSpec:
@@ -84,10 +89,9 @@ class TrainSetup:
         tokens = batch_size * self.config.model.seq_length
         return tokens // self.parallel.tp.size if self.parallel.sequence_parallel else tokens
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
-        return self.batch_size * self.config.model.seq_length
+    def tokens_after(self, consumed_samples: int) -> int:
+        """Returns the tokens, over all ranks, of the optimizer step that comes after so many samples."""
+        return self.batch_size_after(consumed_samples) * self.config.model.seq_length
 
 
 def build_setup(
@@ -114,6 +118,7 @@ def build_setup(
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     pp = parallel.pp
     pipeline = Pipeline(pp.rank, pp.size, len(model.chunks), open_channel(parallel, timeout))
+    refuse_idle_patterns(buffers.parameters, config.optimizer, parallel)
     optimizer = MixedPrecisionOptimizer(buffers, config.optimizer, parallel, extensions.rules(config.optimizer))
     return TrainSetup(config, parallel, model, buffers, optimizer, pipeline)
 

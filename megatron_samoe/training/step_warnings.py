@@ -14,7 +14,7 @@ class StepWarnings(Hook):
 
     def post_step(self, run: Run, result: StepResult) -> None:
         """Looks at a step."""
-        first = run.state.consumed_samples - run.setup.batch_size
+        first = run.state.consumed_samples - result.batch_size
         if result.spike is not None:
             logger.info(
                 f"iteration {run.state.iteration}: {result.spike}; samples {first} to {run.state.consumed_samples - 1} of the "

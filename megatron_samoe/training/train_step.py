@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_samoe.distributed.finalize_model_grads import finalize_model_grads
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.optimizer.clip_grads import clip_factor, global_grad_norm
-from megatron_samoe.optimizer.schedule import learning_rate
+from megatron_samoe.optimizer.schedule import rate_of_step
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan
 from megatron_samoe.tensor_parallel.random import SampleRandom
 from megatron_samoe.training.micro_batches import Batch, run_micro_batches
@@ -50,6 +50,7 @@ class StepResult:
     """What a step did, the same on every rank.
 
     Attributes:
+        batch_size: sequences of the step over all ranks.
         grad_norm: before clipping.
         skipped: whether weights stayed as they were: fp16's overflow, or a spike with --skip-spikes.
         spike: what is wrong with the step, with --spike-window; None where nothing is.
@@ -62,6 +63,7 @@ class StepResult:
     num_loss_tokens: int
     routing: RoutingStats | None
     loss_scale: float
+    batch_size: int
     skipped: bool = False
     spike: str | None = None
     kl_loss: float | None = None
@@ -79,7 +81,7 @@ def micro_batch_context(setup: TrainSetup, state: TrainState, number: int) -> Fo
     return ForwardContext(
         batch_size=size,
         training=True,
-        tokens_per_step=setup.tokens_per_step,
+        tokens_per_step=setup.tokens_after(state.consumed_samples),
         gradient_scale=state.loss_scale.value,
         random=SampleRandom(setup.config.training.seed, state.iteration, tuple(range(first, first + size))),
     )
@@ -100,7 +102,7 @@ def compute_gradients(
         and the routing.
     """
     model, scale = setup.model, state.loss_scale.value
-    num_tokens = _num_loss_tokens(setup, batches)
+    num_tokens = _num_loss_tokens(setup, state, batches)
     setup.buffers.zero(len(batches), overlap=observe is None)
     model.begin_step()
     teacher = setup.teacher
@@ -133,7 +135,7 @@ def compute_gradients(
         finalize_model_grads(model, setup.buffers, scale)
     sums = loss_sums if rows is None else torch.cat((loss_sums, rows.flatten()))
     sums = setup.parallel.pp.all_reduce(setup.parallel.dp.all_reduce(sums)).cpu()
-    routing = None if rows is None else _routing_stats(sums[len(weights) :].view_as(rows), setup)
+    routing = None if rows is None else _routing_stats(sums[len(weights) :].view_as(rows), setup, state)
     kl_loss = None if teacher is None else sums[1].item() / num_tokens
     return sums[0].item() / num_tokens, num_tokens, kl_loss, routing
 
@@ -151,16 +153,18 @@ def train_step(
         pre_optim_step: called with the gradient norm when gradients are complete, where the optimizer will use them.
     """
     lm_loss, num_tokens, kl_loss, routing = compute_gradients(setup, state, batches, observe)
-    norm = global_grad_norm(setup.buffers, setup.parallel)
+    norm = global_grad_norm(setup.optimizer.pieces.values(), setup.parallel)
     if setup.parallel.ep.exchange is not None:
         setup.parallel.ep.exchange.check()
     optimizer = setup.config.optimizer
-    lr = learning_rate(optimizer, setup.config.training.train_iters, state.iteration)
-    overflow = setup.config.training.fp16 and math.isfinite(lm_loss) and not math.isfinite(norm)
-    training = setup.config.training
+    training, batch_size = setup.config.training, setup.batch_size_after(state.consumed_samples)
+    lr = rate_of_step(optimizer, training, state.iteration, state.consumed_samples, batch_size)
+    overflow = training.fp16 and math.isfinite(lm_loss) and not math.isfinite(norm)
     spike = None if overflow else state.spikes.problem(lm_loss, norm, training)
     skipped = overflow or (spike is not None and training.skip_spikes)
-    result = StepResult(lm_loss, norm, lr, num_tokens, routing, state.loss_scale.value, skipped, spike, kl_loss)
+    result = StepResult(
+        lm_loss, norm, lr, num_tokens, routing, state.loss_scale.value, batch_size, skipped, spike, kl_loss
+    )
     if not result.is_finite:
         return result, state
     fractions_LE = None if routing is None else routing.fractions_LE()
@@ -170,7 +174,8 @@ def train_step(
         with named_range("optimizer", setup.parallel.device):
             setup.optimizer.step(lr, clip_factor(norm, optimizer.clip_grad))
         if routing is not None:
-            order_E = setup.model.after_step(routing.counts_LE, state.iteration + 1, setup.tokens_per_step)
+            in_step = setup.tokens_after(state.consumed_samples)
+            order_E = setup.model.after_step(routing.counts_LE, state.iteration + 1, in_step)
             if order_E is not None:
                 model = setup.model
                 setup.optimizer.reorder_experts(model.global_parameters(), model.expert_dims(), order_E)
@@ -178,30 +183,32 @@ def train_step(
     return result, replace(
         state,
         iteration=state.iteration + 1,
-        consumed_samples=state.consumed_samples + setup.batch_size,
-        consumed_tokens=state.consumed_tokens + setup.tokens_per_step,
+        consumed_samples=state.consumed_samples + batch_size,
+        consumed_tokens=state.consumed_tokens + setup.tokens_after(state.consumed_samples),
         loss_scale=state.loss_scale.after(overflow),
         spikes=state.spikes.after(lm_loss, norm, training),
         expert_fractions_LE=None if fractions_LE is None else fractions_LE.to(setup.parallel.device),
     )
 
 
-def _num_loss_tokens(setup: TrainSetup, batches: Sequence[Batch]) -> int:
+def _num_loss_tokens(setup: TrainSetup, state: TrainState, batches: Sequence[Batch]) -> int:
     if not setup.config.data.eod_mask_loss:
-        return setup.tokens_per_step
+        return setup.tokens_after(state.consumed_samples)
     count = torch.stack([batch["loss_mask"].double().sum() for batch in batches]).sum()
     return max(int(setup.parallel.dp.all_reduce(count)), 1)
 
 
-def _routing_stats(rows: Tensor, setup: TrainSetup) -> RoutingStats:
-    sums, tokens = setup.model.statistics.named(rows), setup.tokens_per_step
+def _routing_stats(rows: Tensor, setup: TrainSetup, state: TrainState) -> RoutingStats:
+    sums, tokens = setup.model.statistics.named(rows), setup.tokens_after(state.consumed_samples)
     counts_LE = sums.pop("counts")
     z_sum_L, dropped_L = (sums.pop(name)[:, 0] for name in ("z_sum", "dropped"))
     balance_L1 = sums.pop("balance", None)
     counts = setup.model.balanced_counts(counts_LE)
     return RoutingStats(
         counts_LE,
-        load_balance_loss=None if balance_L1 is None else balance_L1.mean().item() / setup.batch_size,
+        load_balance_loss=None
+        if balance_L1 is None
+        else balance_L1.mean().item() / setup.batch_size_after(state.consumed_samples),
         z_loss=(z_sum_L / tokens).mean().item(),
         health=RouterHealth.of(counts, tokens, dropped_L.sum().item()),
         others={name: (values / tokens).mean(0).tolist() for name, values in sums.items()},

@@ -106,7 +106,7 @@ class Trainer:
             )
         if not result.is_finite:
             raise_non_finite(setup, self.state, batches, result)
-        self.stopwatch.end()
+        self.stopwatch.end(state.consumed_tokens - self.state.consumed_tokens)
         self.state = state
         self._let_teacher_go()
         self._tell(lambda hook: hook.post_step(self, result))

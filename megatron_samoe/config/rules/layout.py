@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megatron_samoe.config.batch_schedule import batch_sizes
 from megatron_samoe.config.derived import (
     data_parallel_size,
     divisors,
@@ -108,10 +109,14 @@ def _batches_divide(config: PretrainConfig, world_size: int) -> Problems:
         return
     dp = data_parallel_size(config, world_size)
     per_pass = config.training.micro_batch_size * dp
-    total = global_batch_size(config, world_size)
+    total, ramp = global_batch_size(config, world_size), config.training.rampup_batch_size
+    multiple = (
+        f"a multiple of --micro-batch-size {config.training.micro_batch_size} x data-parallel size {dp} = {per_pass}"
+    )
     if per_pass > 0 and total % per_pass:
-        yield ConfigError("--global-batch-size", total, f"must be a multiple of --micro-batch-size "
-                          f"{config.training.micro_batch_size} x data-parallel size {dp} = {per_pass}")  # fmt: skip
+        yield ConfigError("--global-batch-size", total, f"must be {multiple}")
+    elif per_pass > 0 and any(size % per_pass for size in batch_sizes(config, world_size)):
+        yield ConfigError("--rampup-batch-size", ramp, f"must make each batch size {multiple}")
     group = config.moe.moe_aux_loss_group_size
     if group is not None and group > 0 and per_pass > 0 and per_pass % group:
         # Loads of other micro-batches are not known when the first one's gradient is formed.

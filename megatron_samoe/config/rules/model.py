@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+from megatron_samoe.config import needs
 from megatron_samoe.config.derived import (
     divisors,
     experts_per_layer,
+    flag,
     num_moe_layers,
     sharing_map,
 )
@@ -35,6 +37,19 @@ def _attention_sizes(config: PretrainConfig, world_size: int) -> Problems:
         if not 0 < model.rotary_percent <= 1 or rotated != int(rotated) or int(rotated) % 2:
             yield ConfigError("--rotary-percent", model.rotary_percent,
                               f"must leave an even, whole number of the {model.head_dim} head channels to rotate")  # fmt: skip
+    skip = model.window_attn_skip_freq
+    if skip is not None and not 2 <= skip <= max(model.num_layers, 2):
+        yield ConfigError("--window-attn-skip-freq", skip, f"must be from 2 to the {model.num_layers} layers")
+    if model.qk_layernorm_scope == "all" and model.normalization != "RMSNorm":
+        yield ConfigError("--qk-layernorm-scope", "all", "needs --normalization RMSNorm")
+    if model.rope_scaling_type is not None and model.rope_scaling_factor < 1:
+        yield ConfigError("--rope-scaling-factor", model.rope_scaling_factor, "must be 1 or more")
+    if needs.TRAINED_LENGTH.is_met(config) and model.rope_original_max_positions is None:
+        yield ConfigError("--rope-original-max-positions", None,
+                          f"must be given with --rope-scaling-type {model.rope_scaling_type}")  # fmt: skip
+    for low, high in (("rope_low_freq_factor", "rope_high_freq_factor"), ("yarn_beta_slow", "yarn_beta_fast")):
+        if getattr(model, low) >= getattr(model, high):
+            yield ConfigError(flag(low), getattr(model, low), f"must be below {flag(high)} {getattr(model, high)}")
     if model.position_embedding_type == "learned_absolute" and model.max_positions < model.seq_length:
         yield ConfigError("--max-position-embeddings", model.max_positions,
                           f"must be at least --seq-length {model.seq_length} with learned positions")  # fmt: skip

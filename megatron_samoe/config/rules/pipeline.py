@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_samoe.config.batch_schedule import batch_sizes
 from megatron_samoe.config.derived import (
+    data_parallel_size,
     divisors,
     global_batch_size,
     num_micro_batches,
@@ -80,6 +82,12 @@ def _virtual_stages(config: PretrainConfig, world_size: int) -> Problems:
     if parallel.pipeline_schedule == "gpipe":
         yield ConfigError("--pipeline-schedule", "gpipe", "has no virtual stages; use 1f1b")
     micro_batches = num_micro_batches(config, world_size) if config.training.micro_batch_size > 0 else 0
+    per_pass = config.training.micro_batch_size * data_parallel_size(config, world_size)
+    odd = [n // per_pass for n in batch_sizes(config, world_size) if per_pass > 0 and n // per_pass % pp]
+    if micro_batches % pp == 0 and odd:
+        yield ConfigError("--rampup-batch-size", config.training.rampup_batch_size,
+                          f"makes {odd[0]} micro-batches per step; interleaved virtual stages need a multiple of "
+                          f"--pipeline-model-parallel-size {pp}")  # fmt: skip
     if micro_batches % pp:
         yield ConfigError("--global-batch-size", global_batch_size(config, world_size),
                           f"makes {micro_batches} micro-batches per step; interleaved virtual stages need a multiple of "

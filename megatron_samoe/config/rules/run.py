@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from megatron_samoe.config.derived import (
-    flag,
-)
+from megatron_samoe.config.batch_schedule import steps_for_samples
+from megatron_samoe.config.derived import flag, global_batch_size, parse_multipliers
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Problems
+from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError
 
 
 def _schedule_fits(config: PretrainConfig, world_size: int) -> Problems:
     optimizer, training = config.optimizer, config.training
-    decay = optimizer.lr_decay_iters or training.train_iters
+    unit = "steps" if training.train_samples is None else "samples"
+    decay = optimizer.lr_decay_samples or optimizer.lr_decay_iters or training.train_samples or training.train_iters
     if optimizer.lr_decay_style == "constant":
-        for name in ("min_lr", "lr_decay_iters"):
+        for name in ("min_lr", "lr_decay_iters", "lr_decay_samples"):
             if getattr(optimizer, name):
                 yield ConfigError(flag(name), getattr(optimizer, name), "has no use with --lr-decay-style constant")
     if optimizer.min_lr > optimizer.lr:
@@ -22,10 +23,38 @@ def _schedule_fits(config: PretrainConfig, world_size: int) -> Problems:
     if optimizer.lr_warmup_fraction is not None:
         if not 0 <= optimizer.lr_warmup_fraction <= 1:
             yield ConfigError("--lr-warmup-fraction", optimizer.lr_warmup_fraction, "must be from 0 to 1")
-        if optimizer.lr_warmup_iters:
-            yield ConfigError("--lr-warmup-fraction", optimizer.lr_warmup_fraction, "excludes --lr-warmup-iters")
-    elif optimizer.lr_warmup_iters > decay:
-        yield ConfigError("--lr-warmup-iters", optimizer.lr_warmup_iters, f"must be at most the {decay} decay steps")
+    for name in ("lr_warmup_iters", "lr_warmup_samples"):
+        if getattr(optimizer, name) and optimizer.lr_warmup_fraction is not None:
+            yield ConfigError("--lr-warmup-fraction", optimizer.lr_warmup_fraction, f"excludes {flag(name)}")
+        elif getattr(optimizer, name) > decay:
+            yield ConfigError(flag(name), getattr(optimizer, name), f"must be at most the {decay} decay {unit}")
+
+
+def _samples(config: PretrainConfig, world_size: int) -> Problems:
+    training, ramp = config.training, config.training.rampup_batch_size
+    if training.train_samples is None:
+        return
+    for name in ("lr_decay_iters", "lr_wsd_decay_iters", "lr_warmup_iters"):
+        if value := getattr(config.optimizer, name):
+            yield ConfigError(flag(name), value, f"cannot be used with --train-samples; give {flag(name)[:-5]}samples")
+    if min(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size) < 1:
+        return
+    steps = steps_for_samples(config, world_size)
+    if steps is None:
+        if ramp is not None:
+            full = global_batch_size(config, world_size)
+            yield ConfigError("--rampup-batch-size", ramp, "must be three positive numbers: a size below the global batch of "
+                              f"{full}, an increment that divides the difference, and samples")  # fmt: skip
+    elif training.train_iters not in (TrainingConfig().train_iters, steps):
+        yield ConfigError("--train-iters", training.train_iters, f"excludes --train-samples, which makes {steps} steps")
+
+
+def _multipliers(config: PretrainConfig, world_size: int) -> Problems:
+    for name in ("lr_mult_patterns", "weight_decay_mult_patterns"):
+        try:
+            parse_multipliers(name, getattr(config.optimizer, name))
+        except ConfigError as error:
+            yield error
 
 
 def _precision(config: PretrainConfig, world_size: int) -> Problems:
@@ -99,4 +128,14 @@ def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
                           "checkpoints of its own")  # fmt: skip
 
 
-RULES = (_schedule_fits, _precision, _data_sources, _spikes, _teacher, _loggers, _checkpoint_paths)
+RULES = (
+    _schedule_fits,
+    _samples,
+    _multipliers,
+    _precision,
+    _data_sources,
+    _spikes,
+    _teacher,
+    _loggers,
+    _checkpoint_paths,
+)

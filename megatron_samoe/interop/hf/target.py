@@ -47,6 +47,9 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
         raise ConfigError("--fold", True, "needs a model whose layers share experts, not --expert-layout "
                           f"{native.moe.expert_layout} with --expert-sharing {native.moe.sharing}")  # fmt: skip
     if wanted == SAMOE.name or (wanted == "auto" and shares and not fold):
+        if misfits := SAMOE.misfits(native):
+            raise ConfigError("--hf-model-type", wanted, f"{SAMOE.architecture} does not compute {'; nor '.join(misfits)}. "
+                              "Give --fold where a stock class does")  # fmt: skip
         return Target(SAMOE, fold, (_own_class(shares and not fold),))
     fold, folded = shares, folded_model(native) if shares else native
     if wanted != "auto":
@@ -65,7 +68,7 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
         if misfits[0].startswith("--expert-layout"):
             continue  # dense classes for a model with experts, and the other way round, need no reason
         why.append(f"not {family.name}: {misfits[0]}{f' (and {len(misfits) - 1} more)' if misfits[1:] else ''}")
-    raise AssertionError("our own class fits every model")
+    raise ConfigError("--hf-model-type", wanted, f"no class computes this model: {'; '.join(why)}")
 
 
 def folded_model(native: NativeModel) -> NativeModel:

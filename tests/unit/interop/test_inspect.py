@@ -222,11 +222,11 @@ class Without:
         self.tensors = {name: t for name, t in reader.tensors.items() if not name.startswith("optimizer.")}
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_three_kinds_of_evidence_find_the_same_experts(bf16: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bf16", "optimizer"), [(False, "adam"), (True, "adam"), (False, "muon")])
+def test_three_kinds_of_evidence_find_the_same_experts(bf16: bool, optimizer: str, tmp_path: Path) -> None:
     # Weight decay shrinks what no gradient reaches, so that weights alone do change.
     config = tiny_config("moe", num_experts=32, num_layers=2, weight_decay=0.1, lr=1e-2, min_lr=1e-2, bf16=bf16,
-                         lr_warmup_iters=0, global_batch_size=2, micro_batch_size=2)  # fmt: skip
+                         lr_warmup_iters=0, global_batch_size=2, micro_batch_size=2, optimizer=optimizer)  # fmt: skip
     first, last = (CheckpointReader(path) for path in trained(config, tmp_path, 2))
     counts = torch.zeros(2, 32)
     by_moments, by_start, by_seed = (

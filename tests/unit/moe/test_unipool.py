@@ -132,7 +132,7 @@ def test_the_loss_of_positive_logits_grows_until_experts_are_few() -> None:
     for step in range(40):
         result, state = train_step(setup, state, micro_batches(setup, step))
         assert result.routing is not None
-        visited.append(result.routing.counts_LE.sum().item() / (4 * setup.tokens_per_step))
+        visited.append(result.routing.counts_LE.sum().item() / (4 * setup.tokens_after(0)))
         weight *= 1.2 if visited[-1] > 1 else 1 / 1.2
         for layer in setup.model.moe_layers():
             assert layer.moe.router.loss_weight.item() == pytest.approx(weight, rel=1e-5)

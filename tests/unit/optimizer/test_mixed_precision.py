@@ -19,7 +19,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.optimizer.clip_grads import clip_factor, global_grad_norm
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
-from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups
+from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups, refuse_idle_patterns
 from megatron_samoe.parallel_state import ParameterTag, set_tag, single_process_state
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 
@@ -150,14 +150,45 @@ def test_matrices_decay_and_nothing_else(options: dict[str, Any]) -> None:
             assert group.lr_mult == expected, name
 
 
-def test_the_first_rule_that_matches_holds() -> None:
-    rules = (ParamRule("fc1", lr_mult=2.0), ParamRule("bias", weight_decay_mult=0.0), ParamRule(""))
+def test_factors_of_all_rules_that_match_multiply() -> None:
+    rules = (ParamRule("fc1", lr_mult=2.0), ParamRule("bias", weight_decay_mult=0.0, lr_mult=3.0))
     groups = build_param_groups(parameters(), CONFIG, rules)
     assert [(g.names, g.lr_mult, g.weight_decay) for g in groups] == [
-        (("layers.0.mlp.fc1.weight", "layers.0.mlp.fc1.bias"), 2.0, 0.3), (("layers.0.moe.combination",), 1.0, 0.3),
+        (("layers.0.mlp.fc1.weight",), 2.0, 0.3), (("layers.0.mlp.fc1.bias",), 6.0, 0.0),
+        (("layers.0.moe.combination",), 1.0, 0.3),
     ]  # fmt: skip
-    with pytest.raises(AssertionError, match="no rule"):
-        build_param_groups(parameters(), CONFIG, rules[:1])
+
+
+def test_patterns_of_names_multiply_rate_and_decay() -> None:
+    patterns = {"lr_mult_patterns": (r"fc1=0.5", r"layers\.\d+\.mlp=0.2"), "weight_decay_mult_patterns": ("weight$=2",)}
+    groups = build_param_groups(parameters(), replace(CONFIG, samoe_coefficient_lr_mult=3.0, **patterns))
+    assert {g.names[0].rpartition(".")[2]: (g.lr_mult, g.weight_decay) for g in groups} == {
+        "weight": (0.1, 0.6), "bias": (0.1, 0.0), "combination": (3.0, 0.0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_a_factor_of_0_freezes(engine: Any) -> None:
+    named = parameters(torch.bfloat16)
+    buffers = GradBuffers(named, STATE)
+    config = replace(CONFIG, lr_mult_patterns=("fc1=0",), optimizer_backend=engine)
+    optimizer = MixedPrecisionOptimizer(buffers, config)
+    assert list(optimizer.pieces) == ["layers.0.moe.combination"] and not optimizer.own_masters()
+    before = {name: p.detach().clone() for name, p in named.items()}
+    buffers.buffers[0].flat.fill_(1e6)
+    for buffer in buffers.buffers:
+        buffer.flat.fill_(1.0)
+    assert global_grad_norm(optimizer.pieces.values(), STATE) == pytest.approx(math.sqrt(6)), (
+        "frozen gradients do not count"
+    )
+    optimizer.step(0.1)
+    assert [name for name, p in named.items() if not torch.equal(p, before[name])] == ["layers.0.moe.combination"]
+
+
+def test_a_pattern_that_matches_nothing_is_named() -> None:
+    config = replace(CONFIG, lr_mult_patterns=("fc1=2", "fc3=2"))
+    with pytest.raises(ConfigError, match=r"--lr-mult-patterns = 'fc3=2': matches no parameter"):
+        refuse_idle_patterns(parameters(), config, STATE)
 
 
 @settings(deadline=None, max_examples=30)
@@ -165,7 +196,7 @@ def test_the_first_rule_that_matches_holds() -> None:
 def test_norm_and_clipping(values: list[float], limit: float) -> None:
     (buffer,) = (buffers := GradBuffers(parameters(), STATE)).buffers
     buffer.flat.copy_(torch.tensor(values))
-    norm = global_grad_norm(buffers, STATE)
+    norm = global_grad_norm(buffers.pieces, STATE)
     exact = math.sqrt(sum(v * v for v in values))
     assert norm == pytest.approx(exact, rel=1e-5, abs=1e-6)
     factor = clip_factor(norm, limit)

@@ -14,6 +14,7 @@ from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import RankModel, build_model, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.ops import attention
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
 from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, single_process_state
 from megatron_samoe.parallel_state.rank_grid import GROUPS
@@ -99,6 +100,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "pyramid residual": {"layout": "moe", "num_experts": (4, 4, 8, 8), "moe_residual_mlp": True, "bf16": True},
     "pool replicated": {"layout": "moe", "expert_sharing": "pool", "samoe_pool_placement": "replicated"},
+    "dense muon": {"layout": "dense", "style": "llama", "bf16": True, "optimizer": "muon"},
+    "moe muon": {"layout": "moe", "moe_shared_expert_intermediate_size": 16, "optimizer": "muon"},
+    "samoe muon": {"layout": "samoe", "bf16": True, "optimizer": "muon"},
+    "tied muon": {"layout": "moe", "expert_sharing": "0,0,1,1", "optimizer": "muon"},
     "samoe frozen": {"layout": "samoe", "samoe_freeze_coefficients": True, "num_expert_banks": 3},
 }
 
@@ -110,10 +115,17 @@ def test_weights_gradients_and_optimizer_equal_the_built_models(layout: str, mod
     if model.startswith("dense"):
         sizes = {axis: size for axis, size in sizes.items() if axis not in ("ep", "etp")}
     config = with_layout(tiny_config(**MODELS[model]), **sizes)
+    held = []
     for state in states_of(config, world_size):
         expected = rank_memory(config, 103, world_size, state.rank)
         actual = built_bytes(config, 103, state)
-        assert actual == (expected.weights, expected.gradients, expected.optimizer), state.rank
+        held.append((actual[2], expected.optimizer))
+        optimizer: Any = expected.optimizer
+        if config.optimizer.optimizer == "muon":
+            # Which matrices a slice of a buffer holds is not asked: the buffer's mean is told.
+            optimizer = pytest.approx(optimizer, rel=0.4 if config.parallel.use_distributed_optimizer else 1e-4)
+        assert actual == (expected.weights, expected.gradients, optimizer), state.rank
+    assert sum(a for a, _ in held) == pytest.approx(sum(e for _, e in held), rel=1e-4)
 
 
 @st.composite
@@ -228,6 +240,36 @@ def test_layer_activations_are_what_autograd_keeps(layout: str, style: str, dtyp
         tokens_by_hidden = config.training.micro_batch_size * config.model.seq_length * config.model.hidden_size
         expected += 2 * tokens_by_hidden * (4 if dtype == "fp32" else 4 + 2)
     assert kept_by_autograd(model, config) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("block", [32, 512])
+@pytest.mark.parametrize("options", [
+    {"sliding_window": 9}, {"softmax_type": "learnable"}, {"attn_logit_softcapping": 1.0, "sliding_window": 9},
+    {"qk_layernorm": True, "qk_layernorm_scope": "all"},
+])  # fmt: skip
+def test_what_scores_have_besides_is_not_kept(
+    options: dict[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
+    config = tiny_config("dense", style="llama", hidden_size=64, seq_length=64, ffn_hidden_size=192, **options)
+    expected = layer_bytes(config)
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    expected += 2 * tokens * config.model.hidden_size * 4  # torch composes RMSNorm on a CPU, as above
+    if config.model.qk_layernorm:
+        expected += tokens * (config.model.hidden_size * 3 // 2) * 4
+    assert kept_by_autograd(build_model(config, 103, single_process_state()), config) == pytest.approx(
+        expected, rel=0.05
+    )
+
+
+def test_a_window_saves_products() -> None:
+    config = tiny_config("dense", seq_length=64)
+    attention_of = lambda c: whole_model(c, 103).description.layer(all_layers(c)[0]).attention  # noqa: E731
+    plain, narrow, mixed = (
+        attention_of(with_options(config, **o)).core_flops_per_token()
+        for o in ({}, {"sliding_window": 1}, {"sliding_window": 1, "window_attn_skip_freq": 2})
+    )
+    assert plain == 4 * 32 * 32 and narrow == 4 * 32 and mixed == (plain + narrow) / 2
 
 
 def test_recomputing_keeps_layer_inputs_alone() -> None:

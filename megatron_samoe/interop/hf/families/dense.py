@@ -13,7 +13,7 @@ from megatron_samoe.interop.hf.families.llama import (
     shared_parts,
     write_shared_config,
 )
-from megatron_samoe.interop.hf.families.reading import demand, flag, no_sliding_window
+from megatron_samoe.interop.hf.families.reading import demand, flag, window, window_by_layer, written_layer_types
 from megatron_samoe.interop.hf.native import NativeModel
 
 #: Endings of tensors that older files hold and that are computed anew.
@@ -40,18 +40,47 @@ def _read_llama(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 LLAMA = Family(
     "llama", "LlamaForCausalLM", "dense, RMSNorm, rotary positions, gated SiLU MLPs",
     (needs("expert_layout", "dense"), *SHARED_RULES, needs("qk_layernorm", False), needs("add_qkv_bias", False),
-     whole_heads),
+     needs("sliding_window", None), whole_heads),
     _write_llama, shared_parts, _read_llama, COMPUTED,
 )  # fmt: skip
 
 
+def _write_mistral(native: NativeModel) -> dict[str, Any]:
+    return {**write_shared_config(native), "sliding_window": native.model.sliding_window}
+
+
+def _read_mistral(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return _dense({**read_shared_config(config), **window(config, default=4096)})
+
+
+MISTRAL = Family(
+    "mistral", "MistralForCausalLM", "as llama without biases, with a window of recent tokens in every layer",
+    (needs("expert_layout", "dense"), *SHARED_RULES, needs("qk_layernorm", False), needs("disable_bias_linear", True),
+     needs("add_qkv_bias", False), needs("window_attn_skip_freq", None)),
+    _write_mistral, shared_parts, _read_mistral, COMPUTED,
+)  # fmt: skip
+
+
+def _window_entries(native: NativeModel) -> dict[str, Any]:
+    model = native.model
+    if model.sliding_window is None:
+        return {"use_sliding_window": False}
+    kinds = written_layer_types(model.num_layers, model.window_attn_skip_freq)
+    return {
+        "use_sliding_window": True,
+        "sliding_window": model.sliding_window,
+        "max_window_layers": 0,
+        "layer_types": kinds,
+    }
+
+
 def _write_qwen2(native: NativeModel) -> dict[str, Any]:
-    return {**write_shared_config(native), "use_sliding_window": False}
+    return {**write_shared_config(native), **_window_entries(native)}
 
 
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    no_sliding_window(config, "use_sliding_window")
-    return _dense({**read_shared_config(config), "add_qkv_bias": True})
+    model = read_shared_config(config)
+    return _dense({**model, **window_by_layer(config, model["num_layers"]), "add_qkv_bias": True})
 
 
 QWEN2 = Family(
@@ -62,18 +91,18 @@ QWEN2 = Family(
 
 
 def _write_qwen3(native: NativeModel) -> dict[str, Any]:
-    return {**write_shared_config(native), "attention_bias": False, "use_sliding_window": False}
+    return {**write_shared_config(native), "attention_bias": False, **_window_entries(native)}
 
 
 def _read_qwen3(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    no_sliding_window(config, "use_sliding_window")
     demand(config, "attention_bias", (False,), False)
-    return _dense({**read_shared_config({"head_dim": 128, **config}), "qk_layernorm": True})
+    model = read_shared_config({"head_dim": 128, **config})
+    return _dense({**model, **window_by_layer(config, model["num_layers"]), "qk_layernorm": True})
 
 
 QWEN3 = Family(
     "qwen3", "Qwen3ForCausalLM", "as llama without biases, with norms of each head's queries and keys",
     (needs("expert_layout", "dense"), *SHARED_RULES, needs("qk_layernorm", True), needs("add_qkv_bias", False),
-     needs("disable_bias_linear", True)),
+     needs("qk_layernorm_scope", "head"), needs("disable_bias_linear", True)),
     _write_qwen3, shared_parts, _read_qwen3, COMPUTED,
 )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import (
     Family,
     all_layers_are_moe,
@@ -22,7 +21,7 @@ from megatron_samoe.interop.hf.families.llama import (
     shared_parts,
     write_shared_config,
 )
-from megatron_samoe.interop.hf.families.reading import demand, flag, layer_pattern, no_sliding_window, number
+from megatron_samoe.interop.hf.families.reading import demand, flag, layer_pattern, no_sliding_window, number, window
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Constant, Part, Parts
 
@@ -37,6 +36,7 @@ _RULES = (
     needs("moe_residual_mlp", False),
     one_number_of_experts,
 )
+_NO_WINDOW = needs("sliding_window", None)
 _NO_SHARED_EXPERT = needs("moe_shared_expert_intermediate_size", None)
 
 
@@ -76,13 +76,12 @@ def _write_mixtral(native: NativeModel) -> dict[str, Any]:
     return {
         **write_shared_config(native), **_routing(native), "intermediate_size": native.expert_size,
         "num_local_experts": native.moe.num_experts, "router_jitter_noise": native.moe.moe_input_jitter_eps,
-        "sliding_window": None,
+        "sliding_window": native.model.sliding_window,
     }  # fmt: skip
 
 
 def _read_mixtral(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    no_sliding_window(config)
-    model = read_shared_config(config, theta=1e6, eps=1e-5)
+    model = {**read_shared_config(config, theta=1e6, eps=1e-5), **window(config)}
     key = "num_local_experts" if "num_local_experts" in config else "num_experts"
     return _read_moe(config, model, key, "intermediate_size", pre_softmax=False)
 
@@ -90,7 +89,7 @@ def _read_mixtral(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 MIXTRAL = Family(
     "mixtral", "MixtralForCausalLM", "experts in every layer, weighed among the chosen ones",
     (*_RULES, all_layers_are_moe, _weighs_among_chosen, _NO_SHARED_EXPERT, needs("qk_layernorm", False),
-     needs("add_qkv_bias", False)),
+     needs("add_qkv_bias", False), needs("window_attn_skip_freq", None)),
     _write_mixtral,
     lambda native: shared_parts(native, ExpertNames("block_sparse_moe", "w1", "w3", "w2")),
     _read_mixtral, COMPUTED,
@@ -121,7 +120,8 @@ def _read_qwen3_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 QWEN3_MOE = Family(
     "qwen3_moe", "Qwen3MoeForCausalLM", "experts in any layers, norms of each head's queries and keys",
-    (*_RULES, _NO_SHARED_EXPERT, needs("qk_layernorm", True), needs("add_qkv_bias", False)),
+    (*_RULES, _NO_WINDOW, _NO_SHARED_EXPERT, needs("qk_layernorm", True), needs("qk_layernorm_scope", "head"),
+     needs("add_qkv_bias", False)),
     lambda native: {**_write_qwen_moe(native), "attention_bias": False},
     lambda native: shared_parts(native, ExpertNames()),
     _read_qwen3_moe, COMPUTED,
@@ -163,34 +163,29 @@ def _read_qwen2_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 QWEN2_MOE = Family(
     "qwen2_moe", "Qwen2MoeForCausalLM", "experts in any layers, weighed either way, besides a shared expert",
-    (*_RULES, needs("qk_layernorm", False)),
+    (*_RULES, _NO_WINDOW, needs("qk_layernorm", False)),
     _write_qwen2_moe, _qwen2_moe_parts, _read_qwen2_moe, COMPUTED,
 )  # fmt: skip
 
 
-def _one_head(native: NativeModel) -> str | None:
-    if native.model.num_attention_heads == 1:
+def _norms_all_heads(native: NativeModel) -> str | None:
+    if native.model.num_attention_heads == 1 or native.model.qk_layernorm_scope == "all":
         return None
-    heads = native.model.num_attention_heads
-    return f"--num-attention-heads {heads} (it norms all heads' queries together, which is ours for one head only)"
+    return "--qk-layernorm-scope head (it norms all heads' queries together: --qk-layernorm-scope all)"
 
 
 def _read_olmoe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     demand(config, "attention_bias", (False,), False)
     demand(config, "clip_qkv", (None,))
-    model = {**read_shared_config(config, eps=1e-5), "qk_layernorm": True}
-    if model["num_attention_heads"] != 1:
-        raise ConfigError("config.json: num_attention_heads", model["num_attention_heads"],
-                          "OLMoE norms the queries and keys of all heads together, our --qk-layernorm those of each "
-                          "head; they are the same for one head only")  # fmt: skip
+    model = {**read_shared_config(config, eps=1e-5), "qk_layernorm": True, "qk_layernorm_scope": "all"}
     key = "num_experts" if "num_experts" in config else "num_local_experts"
     return _read_moe(config, model, key, "intermediate_size", not flag(config, "norm_topk_prob"))
 
 
 OLMOE = Family(
     "olmoe", "OlmoeForCausalLM", "experts in every layer, one norm over all heads' queries and one over all keys",
-    (*_RULES, all_layers_are_moe, _NO_SHARED_EXPERT, needs("qk_layernorm", True), needs("add_qkv_bias", False),
-     plain_heads, _one_head),
+    (*_RULES, all_layers_are_moe, _NO_WINDOW, _NO_SHARED_EXPERT, needs("qk_layernorm", True), needs("add_qkv_bias", False),
+     plain_heads, _norms_all_heads),
     lambda native: {
         **write_shared_config(native), **_routing(native), "intermediate_size": native.expert_size,
         "num_experts": native.moe.num_experts, "norm_topk_prob": not native.moe.pre_softmax, "attention_bias": False,

@@ -16,7 +16,7 @@ from megatron_samoe.interop.hf.parts import Part, rows, transposed, whole
 
 _RULES = (
     needs("expert_layout", "dense"), needs("normalization", "LayerNorm"), needs("swiglu", False),
-    needs("disable_bias_linear", False), needs("qk_layernorm", False), needs("group_query_attention", False),
+    needs("disable_bias_linear", False), needs("qk_layernorm", False), needs("sliding_window", None), needs("group_query_attention", False),
     plain_heads,
 )  # fmt: skip
 #: Names of GELU's tanh form, the one that ours is.
@@ -181,6 +181,6 @@ def _read_neox(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 GPT_NEOX = Family(
     "gpt_neox", "GPTNeoXForCausalLM", "as gpt2, with rotary positions",
-    (*_RULES, needs("position_embedding_type", "rope")),
+    (*_RULES, needs("position_embedding_type", "rope"), needs("rope_scaling_type", None)),
     _write_neox, lambda native: _parts(native, _NEOX), _read_neox, ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import entries, needs
-from megatron_samoe.interop.hf.families.reading import common, demand, flag, number, rotary_base
+from megatron_samoe.interop.hf.families.reading import common, demand, flag, number, rotary, written_rope
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Constant, Part, View, at, keys, queries, rows, values, whole
 
@@ -50,9 +50,7 @@ def write_shared_config(native: NativeModel) -> dict[str, Any]:
         **entries(native),
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_epsilon,
-        # Both the name that transformers 4 knows and the one of transformers 5.
-        "rope_theta": model.rotary_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        **written_rope(model),
     }
 
 
@@ -79,7 +77,7 @@ def read_shared_config(config: Mapping[str, Any], theta: float = 10000.0, eps: f
         "num_query_groups": kv_heads if kv_heads != heads else 1,
         "seq_length": positions,
         "position_embedding_type": "rope",
-        "rotary_base": rotary_base(config, theta),
+        **rotary(config, theta),
         "normalization": "RMSNorm",
         "norm_epsilon": float(number(config, "rms_norm_eps", eps)),
         "swiglu": True,
@@ -137,8 +135,9 @@ def _attention(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
     if native.has_bias:
         yield Part(f"{theirs}.o_proj.bias", f"{ours}.output.bias", whole, (model.hidden_size,))
     if model.qk_layernorm:
-        for name in ("q_norm", "k_norm"):
-            yield _norm(f"{theirs}.{name}", f"{ours}.{name}", model.head_dim)
+        of_all = model.qk_layernorm_scope == "all"
+        for name, size in (("q_norm", width), ("k_norm", kv_width)):
+            yield _norm(f"{theirs}.{name}", f"{ours}.{name}", size if of_all else model.head_dim)
 
 
 def gated_mlp(

@@ -10,7 +10,7 @@ from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.sharing_map import written_map
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import moe_layers, one_number
-from megatron_samoe.interop.hf.families.base import Family, entries
+from megatron_samoe.interop.hf.families.base import Family, entries, needs
 from megatron_samoe.interop.hf.families.reading import common, demand, flag
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, rows, whole
@@ -131,4 +131,8 @@ def _parts(native: NativeModel) -> Iterator[Part]:
             yield Part(theirs, name, whole, stored.shape)
 
 
-SAMOE = Family("samoe", "SamoeForCausalLM", "our own class, whatever layers share", (), _write, _parts, _read)
+SAMOE = Family(
+    "samoe", "SamoeForCausalLM", "our own class, whatever layers share",
+    (needs("rope_scaling_type", None), needs("sliding_window", None), needs("qk_layernorm_scope", "head")), _write, _parts,
+    _read,
+)  # fmt: skip

@@ -1,0 +1,60 @@
+"""The number of sequences of each optimizer step, which grows with --rampup-batch-size, and of steps with --train-samples.
+
+As Megatron's `RampupBatchsizeNumMicroBatchesCalculator` and `update_train_iters`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_samoe.config.derived import global_batch_size
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.training import TrainingConfig
+
+
+def batch_sizes(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
+    """Returns the sequences of a step, from the first size to the last; () where --rampup-batch-size does not fit."""
+    full, ramp = global_batch_size(config, world_size), config.training.rampup_batch_size
+    if ramp is None:
+        return (full,)
+    start, increment, samples = ramp if len(ramp) == 3 else (0, 0, 0)
+    if min(start, increment, samples) < 1 or start >= full or (full - start) % increment:
+        return ()
+    return tuple(range(start, full + 1, increment))
+
+
+def batch_size_after(config: PretrainConfig, world_size: int, consumed_samples: int) -> int:
+    """Returns the sequences of the step that comes after so many."""
+    sizes, ramp = batch_sizes(config, world_size), config.training.rampup_batch_size
+    if ramp is None or consumed_samples > ramp[2]:
+        return sizes[-1]
+    return sizes[min(int(consumed_samples / (ramp[2] / (len(sizes) - 1))), len(sizes) - 1)]
+
+
+def samples_after(config: PretrainConfig, world_size: int, consumed_samples: int, steps: int) -> int:
+    """Returns the sequences that a run has consumed when it has done so many more steps."""
+    ramp = config.training.rampup_batch_size
+    while ramp is not None and steps > 0 and consumed_samples <= ramp[2]:
+        consumed_samples += batch_size_after(config, world_size, consumed_samples)
+        steps -= 1
+    return consumed_samples + max(steps, 0) * global_batch_size(config, world_size)
+
+
+def steps_for_samples(config: PretrainConfig, world_size: int) -> int | None:
+    """Returns the steps that --train-samples makes; None without it, or where other options do not fit."""
+    samples, sizes = config.training.train_samples, batch_sizes(config, world_size)
+    if samples is None or not sizes or min(sizes) < 1:
+        return None
+    ramp, consumed, steps = config.training.rampup_batch_size, 0, 0
+    while ramp is not None and consumed <= ramp[2]:
+        consumed += batch_size_after(config, world_size, consumed)
+        steps += 1
+    return steps + max(samples - consumed, 0) // sizes[-1]
+
+
+def with_train_iters(config: PretrainConfig, world_size: int) -> PretrainConfig:
+    """Returns the configuration with the --train-iters that --train-samples makes, unless others were given."""
+    steps = steps_for_samples(config, world_size)
+    if steps is None or config.training.train_iters != TrainingConfig().train_iters:
+        return config
+    return replace(config, training=replace(config.training, train_iters=steps))

@@ -1,0 +1,105 @@
+"""Muon: momentum whose matrices are made orthogonal, so that all directions of a matrix are learned equally fast.
+
+K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); scale and weight decay as in J. Liu et
+al., "Muon is Scalable for LLM Training" (Moonlight, arXiv:2502.16982).
+
+    m <- momentum * m + g            u = g + momentum * m  (Nesterov), else m
+    w <- w - lr * (scale * NewtonSchulz(u) + weight_decay * w)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.config.training import OptimizerConfig
+from megatron_samoe.optimizer.update import Update
+
+UpdateScale: TypeAlias = Literal["spectral", "unit_rms_norm", "shape_scaling"]
+#: Of the quintic polynomial a x + b x^3 + c x^5 (Jordan): after five steps singular values lie within 0.7 to 1.2.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+EPSILON = 1e-7
+
+
+def newton_schulz(x: Tensor, num_steps: int) -> Tensor:
+    """Returns matrices [n, rows, columns] with singular values near 1 and the same singular vectors, as polynomials of each.
+
+    The polynomial is applied to x over its Frobenius norm; a zero matrix stays zero.
+    """
+    a, b, c = COEFFICIENTS
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(EPSILON)
+    for _ in range(num_steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def newton_schulz_flops(rows: int, columns: int, num_steps: int) -> float:
+    """Returns multiply-adds x 2 of one matrix."""
+    small, large = sorted((rows, columns))
+    return 2.0 * num_steps * small * small * (2 * large + small)
+
+
+def update_scale(mode: UpdateScale, rows: int, columns: int) -> float:
+    """Returns the factor on an orthogonal update of a matrix with so many outputs and inputs, before the extra factor."""
+    if mode == "spectral":
+        return max(rows, columns) ** 0.5
+    ratio = rows / columns
+    return (max(1.0, ratio) if mode == "shape_scaling" else ratio) ** 0.5
+
+
+@dataclass(frozen=True)
+class Muon(Update):
+    """See `Update`.
+
+    Attributes:
+        extra_scale: factor beside that of `scale`; 0.2 with "spectral" gives updates the root mean square of AdamW's.
+        low_precision: whether matrix products are in bfloat16.
+        splits_qkv: whether a matrix is a fused [key-value heads, queries per head + 2, D, H] projection, whose queries, keys
+            and values are a matrix each.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    num_steps: int = 5
+    scale: UpdateScale = "spectral"
+    extra_scale: float = 0.2
+    low_precision: bool = False
+    splits_qkv: bool = False
+    moments = ("momentum",)
+    needs_whole = True
+
+    def accumulate(self, grad: Tensor, moments: Mapping[str, Tensor], step: int) -> Tensor:
+        """Returns the momentum, with Nesterov's look ahead."""
+        momentum = moments["momentum"].mul_(self.momentum).add_(grad)
+        return grad.add(momentum, alpha=self.momentum) if self.nesterov else momentum
+
+    def direction(self, step: Tensor, num_stacked: int) -> Tensor:
+        """Returns the scaled orthogonal matrices."""
+        if not self.splits_qkv:
+            return self._of_matrices(step.flatten(num_stacked, -2)).view_as(step)
+        parts = (step[..., :-2, :, :], step[..., -2:-1, :, :], step[..., -1:, :, :])
+        return torch.cat([self._of_matrices(p.flatten(num_stacked, -2)).view_as(p) for p in parts], -3)
+
+    def _of_matrices(self, x: Tensor) -> Tensor:
+        factor = self.extra_scale * update_scale(self.scale, *x.shape[-2:])
+        inner = x.bfloat16() if self.low_precision else x
+        return newton_schulz(inner, self.num_steps).to(x.dtype).contiguous() * factor
+
+
+def muon_of(config: OptimizerConfig, splits_qkv: bool = False) -> Muon:
+    """Returns the configured Muon.
+
+    Args:
+        splits_qkv: whether it is for fused projections of queries, keys and values.
+    """
+    return Muon(
+        config.muon_momentum, config.muon_use_nesterov, config.muon_num_ns_steps, config.muon_scale_mode,
+        config.muon_extra_scale_factor, config.muon_ns_dtype == "bf16", splits_qkv and config.muon_split_qkv,
+    )  # fmt: skip

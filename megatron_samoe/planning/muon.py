@@ -1,0 +1,93 @@
+"""What --optimizer muon changes on a rank: the elements of its matrices, and the cost of making them orthogonal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import nn
+
+from megatron_samoe.config.training import OptimizerConfig
+from megatron_samoe.moe.experts import ExpertShape
+from megatron_samoe.optimizer.muon import newton_schulz_flops
+from megatron_samoe.optimizer.param_groups import FUSED_QKV, MATRICES
+from megatron_samoe.optimizer.whole_tensors import Shard
+from megatron_samoe.parallel_state.parameter_tag import ParameterTag, shard_shape, tag_of
+from megatron_samoe.parallel_state.rank_grid import RankGrid
+from megatron_samoe.planning.description import DescribedParameter, Description, PlannedModel, StageContent
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Matrices of a rank that are sharded and summed alike.
+
+    Attributes:
+        numel: elements of this rank's shards.
+        step_flops: multiply-adds x 2 of one Newton-Schulz step of all of them, whole.
+        split: the axis over which each is split, if it is.
+    """
+
+    tag: ParameterTag
+    element_bytes: int
+    numel: int
+    step_flops: float
+    split: str | None
+
+    def owners(self, grid: RankGrid, rank: int) -> int:
+        """Returns how many ranks share the work."""
+        axes = (self.tag.gradient_group, *((self.split,) if self.split else ()))
+        return math.prod(grid.place(axis, rank)[0] for axis in axes)
+
+
+def matrices_of(planned: PlannedModel, rank: int) -> tuple[Matrices, ...]:
+    """Returns a rank's matrices, those of experts that layers share included; () without Muon."""
+    if planned.config.optimizer.optimizer != "muon":
+        return ()
+    shared = planned.shared(rank).parameters
+    shapes = (planned.description.layer(place).moe.shape for place in planned.layers() if place.num_experts)
+    of_shared = tuple(_of_shared(shared, next(shapes), planned.grid.etp)) if shared else ()
+    return _own(planned.description, planned.grid, rank, planned.stages.contents[planned.stage_of(rank)]) + of_shared
+
+
+@lru_cache(maxsize=1024)
+def _own(description: Description, grid: RankGrid, rank: int, content: StageContent) -> tuple[Matrices, ...]:
+    layers = ((description.layer(place), count) for place, count in content.layers)
+    return tuple(m for layer, count in layers for m in _of_module(layer, grid, rank, count))
+
+
+def _of_module(module: nn.Module, grid: RankGrid, rank: int, count: int) -> Iterator[Matrices]:
+    for name, p in module.named_parameters():
+        if not any(pattern.search(f"layers.0.{name}") for pattern in (MATRICES, FUSED_QKV)):
+            continue
+        shard = Shard(tag_of(p), shard_shape(p), p)
+        sizes = list(shard.shape[shard.num_stacked :])
+        if shard.split is not None:
+            sizes[shard.split[0]] *= grid.place(shard.split[1], rank)[0]
+        flops = count * shard.num_tensors * newton_schulz_flops(math.prod(sizes[:-1]), sizes[-1], 1)
+        axis = None if shard.split is None else shard.split[1]
+        yield Matrices(shard.tag, p.element_size(), count * math.prod(shard.shape), flops, axis)
+
+
+def _of_shared(shared: Iterable[DescribedParameter], shape: ExpertShape, etp: int) -> Iterator[Matrices]:
+    """Yields the matrices of banks and sets, of which biases make up the rest."""
+    rows, hidden = shape.matrix_rows - shape.hidden_size, shape.hidden_size
+    ups = newton_schulz_flops(rows, hidden, 1)
+    per_element = (ups + newton_schulz_flops(hidden, shape.ffn_size, 1)) / shape.matrix_elements
+    for p in shared:
+        if p.tag.shard.family == "pool":
+            share = 1.0 if p.tag.init.kind == "normal" else 0.0
+        elif p.tag.gradient_group == "edp":
+            share = shape.matrix_elements / (shape.matrix_elements + (rows if shape.bias else 0))
+        else:
+            share = 0.0
+        if share and p.tag.is_routed_expert:
+            yield Matrices(
+                p.tag, p.element_bytes, round(share * p.numel), etp * share * p.whole_numel * per_element, "etp"
+            )
+
+
+def flops_of_rank(matrices: Iterable[Matrices], config: OptimizerConfig, grid: RankGrid, rank: int) -> float:
+    """Returns multiply-adds x 2 of a step's Newton-Schulz products on one of the ranks that share them."""
+    return sum(config.muon_num_ns_steps * m.step_flops / m.owners(grid, rank) for m in matrices)

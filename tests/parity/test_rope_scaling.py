@@ -1,0 +1,63 @@
+"""Stretched rotary angles against transformers' own, and by what they must keep."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.config import ModelConfig
+from megatron_samoe.models.rotary import rotary_tables, scaled_frequencies
+from tests.parity.hf_models import transformers
+
+pytestmark = pytest.mark.parity
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": ({"rope_scaling_factor": 3.0}, {"factor": 3.0}),
+    "llama3": (
+        {"rope_scaling_factor": 8.0, "rope_original_max_positions": 8192},
+        {"factor": 8.0, "original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ),
+    "yarn": (
+        {"rope_scaling_factor": 40.0, "rope_original_max_positions": 4096},
+        {"factor": 40.0, "original_max_position_embeddings": 4096},
+    ),
+    "yarn with numbers": (
+        {"rope_scaling_factor": 4.0, "rope_original_max_positions": 512, "yarn_beta_fast": 20.0, "yarn_beta_slow": 2.0,
+         "yarn_attention_factor": 0.7},
+        {"factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 20.0, "beta_slow": 2.0, "attention_factor": 0.7},
+    ),
+    "yarn of one step": (  # the ramp's ends meet
+        {"rope_scaling_factor": 2.0, "rope_original_max_positions": 4, "yarn_beta_fast": 1.1, "yarn_beta_slow": 1.0},
+        {"factor": 2.0, "original_max_position_embeddings": 4, "beta_fast": 1.1, "beta_slow": 1.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("head_dim", "base"), [(128, 500000.0), (64, 10000.0), (8, 1e6)])
+def test_frequencies_are_those_of_transformers(case: str, head_dim: int, base: float) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    (ours, theirs), kind = CASES[case], case.split()[0]
+    model = ModelConfig(
+        hidden_size=4 * head_dim, num_attention_heads=4, position_embedding_type="rope", rotary_base=base,
+        rope_scaling_type=kind, **ours,  # type: ignore[arg-type]
+    )  # fmt: skip
+    config = transformers.LlamaConfig(
+        hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=65536,
+        rope_parameters={"rope_type": kind, "rope_theta": base, **theirs},
+    )  # fmt: skip
+    expected, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    found, own_factor = scaled_frequencies(model)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert own_factor == pytest.approx(factor)
+
+
+def test_a_factor_of_yarn_is_on_both_tables() -> None:
+    model = ModelConfig(hidden_size=32, num_attention_heads=4, position_embedding_type="rope", rope_scaling_type="yarn",
+                        rope_scaling_factor=math.e, rope_original_max_positions=64)  # fmt: skip
+    cos, sin = rotary_tables(model, torch.arange(100)[None], torch.float32)
+    torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, 1.1**2))

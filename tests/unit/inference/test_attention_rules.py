@@ -1,0 +1,104 @@
+"""Decoding with windows, sinks, soft caps, norms over all heads and stretched positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.inference.decode_bytes import step_bytes
+from megatron_samoe.inference.decode_layers import make_decode_model
+from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.kv_cache import PAGE, PageTable, pages_for, window_pages
+from megatron_samoe.inference.rank_runner import RankRunner
+from megatron_samoe.inference.request import Request
+from megatron_samoe.inference.sampling import SamplingOptions
+from megatron_samoe.inference.single_runner import SingleRunner
+from tests.harness.tiny import tiny_config
+from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "window": ("dense", {"sliding_window": 9}),
+    "window here and there": ("moe", {"style": "llama", "sliding_window": 5, "window_attn_skip_freq": 2}),
+    "sinks": ("dense", {"style": "llama", "softmax_type": "learnable"}),
+    "off by one": ("dense", {"softmax_type": "off-by-one"}),
+    "caps": ("samoe", {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}),
+    "logit cap": ("moe", {"final_logit_softcapping": 2.0}),
+    "olmoe": ("moe", {"style": "llama", "moe_router_topk": 2, "qk_layernorm": True, "qk_layernorm_scope": "all"}),
+    "yarn": ("dense", {"style": "llama", "rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "rope_original_max_positions": 16}),
+    "all": ("samoe", {"style": "llama", "sliding_window": 7, "softmax_type": "learnable", "attn_logit_softcapping": 2.0,
+                      "qk_layernorm": True, "qk_layernorm_scope": "all"}),
+}  # fmt: skip
+IDS = [int(i) for i in torch.randint(0, VOCAB, (96,), generator=torch.Generator().manual_seed(0))]
+
+
+@pytest.mark.parametrize("kind", ["single", "ranks"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_sequence_in_parts_has_the_forwards_logits(model: str, kind: str) -> None:
+    layout, options = MODELS[model]
+    loaded = loaded_tiny(layout, **options)
+    num_pages = 2 * pages_for(48)
+    runner: Any = RankRunner(loaded, num_pages)
+    if kind == "single":
+        runner = SingleRunner(make_decode_model(loaded.model, "folded", "fp32", num_pages), 64, 64, 0)
+    pages = PageTable(2, num_pages, pages_for(48))
+    one, two = IDS[:40], IDS[40:70]
+    slots = pages.reserve(len(one)), pages.reserve(len(two))
+    found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    at = [0, 0]
+    for parts in ((20, 1), (1, 1), (1, 17), (18, 11)):
+        rows = [
+            (slots[i], at[i], ids[at[i] : at[i] + n]) for i, (ids, n) in enumerate(zip((one, two), parts, strict=True))
+        ]
+        for mine, logits in zip(found, step_logits(runner, pages, rows), strict=True):
+            mine.append(logits)
+        at = [a + n for a, n in zip(at, parts, strict=True)]
+    for ids, mine in zip((one, two), found, strict=True):
+        torch.testing.assert_close(torch.cat(mine), forward_logits(loaded, ids)[:, :VOCAB], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_a_window_needs_few_pages_and_gives_the_same_text(dtype: Any) -> None:
+    options = {"sliding_window": 9, "seq_length": 512, "position_embedding_type": "rope"}
+    loaded = loaded_tiny("dense", **options)
+    engine = Engine(loaded, max_batch=2, max_step_tokens=16, dtype=dtype)
+    most = window_pages(9, 16)
+    assert most is not None and engine._pages.num_pages == 2 * most < pages_for(512)
+    assert engine.max_tokens >= 512
+    roomy = Engine(loaded_tiny("dense", **options), max_batch=2, max_step_tokens=16, dtype=dtype)
+    roomy._pages = type(roomy._pages)(2, 2 * pages_for(512), pages_for(512))
+    roomy._runner = roomy._make_runner(loaded_tiny("dense", **options), 2 * pages_for(512), 16, 0)
+    roomy._scheduler._pages = roomy._pages
+    texts = [generated(e, [IDS[:50], IDS[50:53]], 200) for e in (engine, roomy)]
+    assert texts[0] == texts[1] and len(set(texts[0][0])) > 50
+    assert engine._pages.num_free_pages == engine._pages.num_pages
+
+
+def generated(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
+    sampling = SamplingOptions(count, temperature=1.0, seed=5, ignore_eod=True)
+    found: dict[int, list[int]] = {engine.submit(Request(p, sampling)): [] for p in prompts}
+    while engine.has_work:
+        for event in engine.step():
+            found[event.request_id].append(event.token_id)
+    return list(found.values())
+
+
+def test_pages_go_round() -> None:
+    pages = PageTable(2, 7, 10, most_pages=3)
+    assert pages.fits(10 * PAGE)
+    slot = pages.reserve(9 * PAGE + 1)
+    row = pages.table[slot].tolist()
+    assert row[:3] == row[3:6] == row[6:9] and row[9] == row[0] and len(set(row)) == 3
+    assert pages.num_free_pages == 4
+    pages.release(slot)
+    assert pages.num_free_pages == 7
+
+
+def test_only_the_window_is_read() -> None:
+    long = {"seq_length": 512, "max_position_embeddings": 512}
+    read = {
+        window: step_bytes(tiny_config("dense", sliding_window=window, **long), VOCAB, 4, 400.0, "folded", "fp32").cache
+        for window in (None, 100)
+    }
+    assert read[100] == read[None] / 4

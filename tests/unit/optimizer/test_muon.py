@@ -1,0 +1,146 @@
+"""Muon against singular value decompositions, torch's Muon, and the configuration's choice of matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_samoe.config import OptimizerConfig
+from megatron_samoe.distributed.grad_buffer import GradBuffers
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
+from megatron_samoe.optimizer.muon import COEFFICIENTS, Muon, newton_schulz, update_scale
+from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups
+from megatron_samoe.parallel_state import ParameterTag, set_tag, single_process_state
+from megatron_samoe.parallel_state.parameter_tag import Init
+from tests.harness.tiny import VOCAB_SIZE, tiny_config
+
+STATE = single_process_state()
+CONFIG = OptimizerConfig(optimizer="muon", weight_decay=0.3)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def by_singular_values(matrix: Tensor, num_steps: int) -> Tensor:
+    """The slow twin: the polynomial on each singular value of one matrix."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    a, b, c = COEFFICIENTS
+    s = s / s.square().sum().sqrt()
+    for _ in range(num_steps):
+        s = a * s + b * s**3 + c * s**5
+    return (u * s) @ vh
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (3, 11), (11, 3), (1, 5), (5, 1)])
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_newton_schulz_is_a_polynomial_of_singular_values(shape: tuple[int, int], num_steps: int) -> None:
+    stack = drawn(4, *shape)
+    expected = torch.stack([by_singular_values(m, num_steps) for m in stack])
+    torch.testing.assert_close(newton_schulz(stack, num_steps), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(newton_schulz(stack.float(), num_steps), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_singular_values_end_near_1_and_a_zero_matrix_stays() -> None:
+    stack = drawn(3, 16, 24)
+    stack[1] = 0
+    values = torch.linalg.svdvals(newton_schulz(stack, 5))
+    assert (values[[0, 2]] > 0.6).all() and (values[[0, 2]] < 1.25).all()
+    assert not newton_schulz(stack, 5)[1].any()
+
+
+def test_each_expert_is_a_matrix() -> None:
+    stack = drawn(6, 8, 4)
+    stack[2] *= 1e3
+    muon = Muon()
+    together = muon.direction(stack, 1)
+    for own, whole in zip(together, stack, strict=True):
+        torch.testing.assert_close(own, muon.direction(whole[None], 1)[0], rtol=1e-11, atol=1e-12)
+
+
+def test_queries_keys_and_values_are_matrices_of_their_own() -> None:
+    fused = drawn(1, 2, 5, 4, 6)  # two key-value heads with three queries each
+    muon = Muon(splits_qkv=True)
+    found = muon.direction(fused, 1)
+    for part in (slice(0, 3), slice(3, 4), slice(4, 5)):
+        rows = fused[0, :, part].reshape(-1, 6)
+        expected = 0.2 * max(rows.shape) ** 0.5 * by_singular_values(rows, 5)
+        torch.testing.assert_close(found[0, :, part].reshape(-1, 6), expected, rtol=1e-10, atol=1e-11)
+    whole = Muon().direction(fused, 1)
+    expected = 0.2 * 40**0.5 * by_singular_values(fused.reshape(40, 6), 5)
+    torch.testing.assert_close(whole.reshape(40, 6), expected, rtol=1e-10, atol=1e-11)
+
+
+def test_scales() -> None:
+    assert update_scale("spectral", 4, 16) == update_scale("spectral", 16, 4) == 4.0
+    assert (update_scale("unit_rms_norm", 16, 4), update_scale("unit_rms_norm", 4, 16)) == (2.0, 0.5)
+    assert (update_scale("shape_scaling", 16, 4), update_scale("shape_scaling", 4, 16)) == (2.0, 1.0)
+
+
+def test_an_update_is_as_large_as_adamws() -> None:
+    size = Muon().direction(drawn(1, 64, 256), 1).square().mean().sqrt().item()
+    assert 0.15 < size < 0.25, "AdamW's is 0.2 to 0.4 (Moonlight)"
+
+
+def model(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    shapes = {"layers.0.mlp.fc1.weight": (12, 8), "layers.0.mlp.fc2.weight": (8, 12), "layers.0.mlp.fc1.bias": (12,)}
+    return {n: set_tag(nn.Parameter(drawn(*s).to(dtype)), ParameterTag()) for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("scale", ["match_rms_adamw", "original"])
+def test_steps_follow_torchs_muon(nesterov: bool, scale: Any) -> None:
+    """torch's computes in bfloat16, so it is followed to its rounding only."""
+    ours, theirs = model(), model()
+    ours_scale: dict[str, Any] = {"original": {"muon_scale_mode": "shape_scaling", "muon_extra_scale_factor": 1.0}}.get(
+        scale, {}
+    )
+    config = replace(CONFIG, muon_use_nesterov=nesterov, muon_momentum=0.9, muon_ns_dtype="bf16", **ours_scale)
+    optimizer = MixedPrecisionOptimizer(GradBuffers(ours, STATE), config)
+    matrices = [p for p in theirs.values() if p.ndim == 2]
+    reference = torch.optim.Muon(
+        matrices, lr=0.01, weight_decay=0.3, momentum=0.9, nesterov=nesterov, adjust_lr_fn=scale
+    )
+    for step in range(4):
+        for name, p in theirs.items():
+            p.grad = drawn(*p.shape, seed=step).float()
+            ours[name].main_grad.copy_(p.grad)
+        optimizer.step(0.01)
+        reference.step()
+    for name, p in theirs.items():
+        if p.ndim == 2:
+            torch.testing.assert_close(ours[name], p, rtol=0, atol=0.01 * 0.05)
+    assert {name: list(optimizer.moments(name)) for name in ours} == {
+        "layers.0.mlp.fc1.weight": ["momentum"], "layers.0.mlp.fc2.weight": ["momentum"],
+        "layers.0.mlp.fc1.bias": ["exp_avg", "exp_avg_sq"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["dense", "moe", "samoe", "tied"])
+def test_matrices_of_hidden_layers_are_muons(layout: str) -> None:
+    options = {"layout": "moe", "expert_sharing": "0,1,1,0"} if layout == "tied" else {"layout": layout}
+    extra = {} if layout == "dense" else {"moe_shared_expert_intermediate_size": 16}
+    config = tiny_config(**options, style="llama", qk_layernorm=True, **extra)
+    named = RankModel(config, VOCAB_SIZE, single_process_state("meta"), torch.float32).global_parameters()
+    for group in build_param_groups(named, CONFIG):
+        for name in group.names:
+            is_hidden = (
+                ".qkv." in name or ".attention.output." in name or ".fc" in name or name.endswith((".w1", ".w2"))
+            )
+            assert isinstance(group.update, Muon) == (is_hidden and not name.endswith("bias")), name
+            assert not isinstance(group.update, Muon) or group.update.splits_qkv == (".qkv." in name)
+
+
+def test_muon_on_a_vector_is_refused_by_name() -> None:
+    rules = (ParamRule("bias", update=Muon()),)
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.fc1\.bias.*Muon.*is no matrix"):
+        MixedPrecisionOptimizer(GradBuffers(model(), STATE), CONFIG, rules=rules)
+    stack = {"w": set_tag(nn.Parameter(torch.ones(3, 4)), ParameterTag(init=Init(num_indexed_dims=1)))}
+    with pytest.raises(ConfigError, match=r"w \[3, 4\] is no matrix"):
+        MixedPrecisionOptimizer(GradBuffers(stack, STATE), CONFIG, rules=(ParamRule("w", update=Muon()),))
