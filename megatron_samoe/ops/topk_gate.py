@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_samoe.ops import extension, reference
+from megatron_samoe.ops.asynchronous import runs_behind_host
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 
@@ -246,7 +247,11 @@ def described(
         raise ValueError(
             f"probs_TK must be {logits_TE.dtype} {tuple(ids_TK.shape)}, not {probs_TK.dtype} {tuple(probs_TK.shape)}"
         )
-    if not ids_TK.is_cuda and ids_TK.numel() and not (ids_TK.min() >= -1 and ids_TK.max() < num_experts):
+    if (
+        not runs_behind_host(ids_TK.device)
+        and ids_TK.numel()
+        and not (ids_TK.min() >= -1 and ids_TK.max() < num_experts)
+    ):
         raise ValueError(f"ids_TK has {int(ids_TK.min())} to {int(ids_TK.max())}; allowed are -1 to {num_experts - 1}")
     group_TK = torch.arange(num_tokens, device=ids_TK.device).div(num_tokens // num_groups, rounding_mode="floor")[
         :, None
