@@ -118,10 +118,10 @@ class RankModel(nn.Module):
         Args:
             iteration: number of steps done, including this one.
             num_tokens: of the batch.
-            counts_LE: tokens that chose each expert, of all MoE layers of the whole model.
+            counts_LE: tokens that chose each expert, of all MoE layers of the whole model, on the model's device.
         """
         balanced = self.balanced_counts(counts_LE)
-        visited = counts_LE.sum().item() / (len(counts_LE) * num_tokens)
+        visited = counts_LE.sum() / (len(counts_LE) * num_tokens)
         routers = {layer.moe.moe_index: layer.moe.router for layer in self.moe_layers()}
         for moe_index, router in routers.items():
             router.after_step(balanced[moe_index], visited)

@@ -37,14 +37,14 @@ def as_if_asynchronous(grouped_products: bool = True) -> Iterator[None]:
     Args:
         grouped_products: whether torch has a grouped product for it.
     """
-    from megatron_samoe.ops import grouped_mlp
+    from megatron_samoe.ops import grouped_products as products
 
     def grouped(*operands: Tensor) -> bool:
         return grouped_products
 
     with (
         mock.patch.object(asynchronous, "DEVICE_TYPES", frozenset({"cpu", "cuda"})),
-        mock.patch.object(grouped_mlp, "use_grouped_mm", grouped),
+        mock.patch.object(products, "use_grouped_mm", grouped),
     ):
         yield
 

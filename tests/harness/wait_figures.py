@@ -12,7 +12,7 @@ from megatron_samoe.parallel_state import ParallelState, initialize_model_parall
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import micro_batch_context, train_step
 from tests.harness.host_waits import HostWaits, as_if_asynchronous
-from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout
+from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout, with_options
 
 #: Ways of sharing, by the names that tests give them.
 WAYS: dict[str, dict[str, Any]] = {
@@ -45,12 +45,12 @@ def figures(way: str, style: str, grouped_products: bool = True, world: int = 1,
 
     Args:
         world: expert-parallel ranks, of which this is one.
-        options: of the configuration.
+        options: of the configuration, and of the layout.
     """
     config = tiny_config(style=STYLES[style], **{"moe_router_topk": 2, **WAYS[way], **options})
     parallel: ParallelState = single_process_state()
     if world > 1:
-        config = with_layout(config, ep=world)
+        config = with_options(with_layout(config, ep=world), **options)
         parallel = initialize_model_parallel(config.parallel)
     with as_if_asynchronous(grouped_products):
         setup = build_setup(config, VOCAB_SIZE, parallel)

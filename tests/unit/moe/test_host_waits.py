@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -49,16 +50,46 @@ def test_what_waits_for_nothing_is_not_counted() -> None:
     assert not waits.counts
 
 
-LIMITS = {
-    "gelu": {"dense": (0, 0, 2), "moe": (11, 6, 275), "pool": (13, 6, 307)},
-    "swiglu": {"dense": (0, 0, 2), "moe": (7, 4, 179), "pool": (9, 4, 211)},
-}
+CAPACITY: dict[str, Any] = {"moe_expert_capacity_factor": 1.0}
 
 
+@pytest.mark.parametrize("grouped_products", [True, False], ids=["grouped", "blocks"])
+@pytest.mark.parametrize("options", [{}, CAPACITY], ids=["all kept", "capacity"])
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("way", WAYS)
-def test_waits_of_a_layer_and_of_a_step(way: str, style: str) -> None:
-    """Forward, backward, and a step of four layers and four micro-batches."""
-    limits = LIMITS[style].get(way, LIMITS[style]["moe"])
-    found = figures(way, style)
-    assert found.totals == limits, found
+def test_a_layer_waits_for_nothing_and_a_step_once(
+    way: str, style: str, options: dict[str, Any], grouped_products: bool
+) -> None:
+    """Four layers and four micro-batches; the step reads its losses, statistics and gradient norm together."""
+    found = figures(way, style, grouped_products, **options)
+    assert found.totals == (0, 0, 1), found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_num_groups": 2,
+         "moe_router_group_topk": 1},
+        {"moe_shared_expert_intermediate_size": 16, "moe_z_loss_coeff": 0.01, "moe_input_jitter_eps": 0.05},
+        {"eod_mask_loss": True, "recompute_granularity": "full"},
+        {"moe_router_load_balancing_type": "seq_aux_loss", "hidden_dropout": 0.1},
+    ],
+    ids=["biases", "shared expert", "masked tokens", "dropout"],
+)  # fmt: skip
+def test_options_add_no_wait(options: dict[str, Any]) -> None:
+    found = figures("moe", "gelu", **options)
+    assert found.totals == (0, 0, 1), found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"moe_router_score_function": "relu"},
+        {"moe_router_expert_choice": True, "moe_router_load_balancing_type": "none"},
+    ],
+    ids=["relu", "expert choice"],
+)
+def test_routers_with_few_choices_wait_for_their_number(options: dict[str, Any]) -> None:
+    """Rows for all that a token might have chosen would be as many as all experts together have."""
+    found = figures("moe", "gelu", **options)
+    assert found.totals == (1, 0, 17), found

@@ -161,7 +161,7 @@ def test_the_first_rule_that_matches_holds() -> None:
 def test_norm_and_clipping(values: list[float], limit: float) -> None:
     (buffer,) = (buffers := GradBuffers(parameters(), STATE)).buffers
     buffer.flat.copy_(torch.tensor(values))
-    norm = global_grad_norm(buffers, STATE)
+    norm = global_grad_norm(buffers, STATE).item()
     exact = math.sqrt(sum(v * v for v in values))
     assert norm == pytest.approx(exact, rel=1e-5, abs=1e-6)
     factor = clip_factor(norm, limit)
