@@ -67,6 +67,7 @@ struct UnpermuteBackward {
   const void* dy_TH;
   const void* rows_NH;
   const float* probs_TK;
+  const int64_t* slot_of_row_N;   // read on a device alone, where rows of dropped slots may stand last
   const int64_t* row_of_slot_TK;
   int64_t num_tokens, topk, hidden;
   void* drows_NH;

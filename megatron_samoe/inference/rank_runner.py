@@ -167,7 +167,7 @@ class SelectedLender:
         weights = without_repeated_bias(ExpertWeights(**parts), self._layers[moe_index].state)
         activation = self._pool.activation
 
-        def run(x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
+        def run(x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
             # factor1 (W1 x + b1) = W1 (factor1 x) + factor1 b1
             return grouped_mlp(x_RH * factor1, rows_per_expert, weights, activation) * factor2
 

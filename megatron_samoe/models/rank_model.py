@@ -120,14 +120,14 @@ class RankModel(nn.Module):
         Args:
             iteration: number of steps done, including this one.
             num_tokens: of the batch.
-            counts_LE: tokens that chose each expert, of all MoE layers of the whole model.
+            counts_LE: tokens that chose each expert, of all MoE layers of the whole model, on the model's device.
 
         Returns:
             order_E, the expert that each place is to have from now on where the lock of a pool moves experts, for
             `MixedPrecisionOptimizer.reorder_experts`; else None.
         """
         balanced = self.balanced_counts(counts_LE)
-        visited = counts_LE.sum().item() / (len(counts_LE) * num_tokens)
+        visited = counts_LE.sum() / (len(counts_LE) * num_tokens)
         routers = {layer.moe.moe_index: layer.moe.router for layer in self.moe_layers()}
         for moe_index, router in routers.items():
             router.after_step(balanced[moe_index], visited)

@@ -12,6 +12,7 @@ from megatron_samoe.moe.mixing import Mixing
 from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
+from megatron_samoe.ops.asynchronous import runs_behind_host
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.mappings import (
     copy_to_tensor_parallel_region,
@@ -61,7 +62,8 @@ class MoELayer(nn.Module):
         super().__init__()
         self.moe_index, self.shape, self.state = place.moe_index, place.shape, state
         self.router = router
-        self.dispatcher = AllToAllDispatcher(place.shape.num_experts, state.ep, dispatch_chunks)
+        visited, width = router.kept_choices
+        self.dispatcher = AllToAllDispatcher(place.shape.num_experts, state.ep, dispatch_chunks, visited < width)
         self.overlaps = dispatch_chunks > 1 or overlap_shared_expert
         assert state.ep.size > 1 or not self.overlaps
         self.shared_expert, self.mixing = shared_expert, mixing
@@ -84,10 +86,14 @@ class MoELayer(nn.Module):
                 dispatching.send_back(part, experts(dispatching.arrive(part), rows_per_expert))
             y_TH = self._leave(dispatching.combine(probs_TK))
         else:
-            dispatched = self.dispatcher.dispatch(rows_TH, ids_TK)
+            leaving = self.dispatcher.leave(rows_TH, ids_TK)
+            # While the host waits for sizes, a device has something to do.
+            early = leaving.table is not None and runs_behind_host(x_TH.device)
+            shared_TH = self._shared(x_TH) if early else None
+            dispatched = self.dispatcher.dispatch(leaving)
             y_RH = experts(dispatched.rows_RH, dispatched.rows_per_expert)
             y_TH = self._leave(self.dispatcher.combine(y_RH, probs_TK, dispatched))
-            shared_TH = self._shared(x_TH)
+            shared_TH = shared_TH if early else self._shared(x_TH)
         if shared_TH is not None:
             y_TH = y_TH + shared_TH if self.mixing is None else self.mixing(x_TH, y_TH, shared_TH)
         return y_TH, routing.stats, routing.loads_BC

@@ -112,21 +112,23 @@ class Router(nn.Module):
         )  # fmt: skip
 
     @torch.no_grad()
-    def after_step(self, counts_E: Tensor, visited: float) -> None:
+    def after_step(self, counts_E: Tensor, visited: Tensor) -> None:
         """Moves expert biases after an optimizer step, by the loads of its global batch (DeepSeek-V3, arXiv:2412.19437), and the
         weight of the loss that keeps experts few (ReMoE).
 
         Args:
-            visited: experts that a token of the batch visited, on average over all layers.
+            visited: experts that a token of the batch visited, on average over all layers; a scalar.
         """
         if self.config.moe_router_score_function == "relu":
             rate = 1.0 + self.config.moe_router_relu_update_rate
-            self.loss_weight.mul_(rate if visited > self.config.moe_router_topk else 1.0 / rate).clamp_(*_LOSS_WEIGHTS)
+            factor = torch.where(visited > self.config.moe_router_topk, rate, 1.0 / rate)
+            self.loss_weight.mul_(factor).clamp_(*_LOSS_WEIGHTS)
         if self.config.moe_router_enable_expert_bias:
             counts_E = counts_E.to(self.expert_bias)
             # An expert that cannot be chosen has no load to be moved by.
             open_E = self.candidates > 0 if hasattr(self, "candidates") else torch.ones_like(counts_E, dtype=torch.bool)
-            moves_E = (counts_E[open_E].mean() - counts_E).sign() * open_E
+            mean = (counts_E * open_E).sum() / open_E.sum()
+            moves_E = (mean - counts_E).sign() * open_E
             self.expert_bias.add_(moves_E, alpha=self.config.moe_router_bias_update_rate)
 
     def forward(self, x_TH: Tensor, context: ForwardContext, loads_BC: Tensor | None = None) -> Routing:

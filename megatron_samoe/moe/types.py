@@ -113,6 +113,10 @@ class StatisticsLayout:
 class Experts(Protocol):
     """The experts of one layer on one rank, wherever their weights come from."""
 
-    def __call__(self, x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
-        """Returns y_RH for rows sorted by local expert; with expert tensor parallelism a part of a sum over ranks."""
+    def __call__(self, x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
+        """Returns y_RH for rows sorted by local expert; with expert tensor parallelism a part of a sum over ranks.
+
+        Args:
+            rows_per_expert: e counts, on the device of x; see `ops.grouped_mlp`.
+        """
         ...

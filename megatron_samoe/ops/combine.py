@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_samoe.ops import extension, reference
+from megatron_samoe.ops import combine_chunks, extension
 
 
 def _check(coefficients_LGP: Tensor, banks_PGN: Tensor, weights_LGN: Tensor | None, name: str) -> None:
@@ -57,7 +57,8 @@ def combine_banks(
     if banks_PGN.dtype == coefficients_LGP.dtype == torch.float32 and _served(banks_PGN, out):
         torch.ops.megatron_samoe.combine_banks(coefficients_LGP.contiguous(), banks_PGN, out)
         return out
-    return out.copy_(reference.combine_banks(coefficients_LGP, banks_PGN, dtype))
+    combine_chunks.combine(coefficients_LGP, banks_PGN, out)
+    return out
 
 
 @torch.no_grad()
@@ -81,6 +82,5 @@ def combine_banks_backward(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: 
             coefficients_LGP.contiguous(), banks_PGN, dW_LGN, dbanks_PGN
         )
         return dcoefficients_LGP
-    dbanks, dcoefficients = reference.combine_banks_backward(coefficients_LGP, banks_PGN, dW_LGN)
-    dbanks_PGN += dbanks
-    return dcoefficients.to(coefficients_LGP.dtype)
+    dcoefficients_LGP = combine_chunks.combine_backward(coefficients_LGP, banks_PGN, dW_LGN, dbanks_PGN)
+    return dcoefficients_LGP.to(coefficients_LGP.dtype)

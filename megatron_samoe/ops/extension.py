@@ -21,6 +21,7 @@ import torch
 
 from megatron_samoe.errors import ConfigError, ExtensionError, nearest
 from megatron_samoe.log import say_once
+from megatron_samoe.ops.asynchronous import runs_behind_host
 
 ENVIRONMENT_VARIABLE = "MEGATRON_SAMOE_EXTENSION"
 _MODES = ("auto", "require", "off")
@@ -179,6 +180,6 @@ def serves(*tensors: torch.Tensor | None, cuda: bool = False) -> bool:
 
 def _has_kernels_on(device: torch.device | None, cuda: bool) -> bool:
     """Returns whether ops run compiled on a device (None: on any); `cuda` as for serves()."""
-    if device is None or device.type == "cpu":
-        return load()
-    return cuda and device.type == "cuda" and uses_cuda_kernels()
+    if device is not None and runs_behind_host(device):
+        return cuda and device.type == "cuda" and uses_cuda_kernels()
+    return (device is None or device.type == "cpu") and load()

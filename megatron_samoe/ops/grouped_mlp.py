@@ -1,9 +1,8 @@
 """Expert MLPs over rows that are sorted by expert: two products per expert, activation between.
 
 On a CPU the compiled op runs whole experts per thread, with activation and bias between the products while the rows are
-in the cache. Without the op each expert is one call of the BLAS. On CUDA the compiled op puts its kernels between
-torch's products. In bf16 on a Hopper GPU torch's products are grouped, one launch for all experts, with and without the
-op.
+in the cache. Without the op each expert is one call of the BLAS. On a device that runs behind the host, products are
+those of all experts together, and the host does not know how many rows an expert has (`grouped_products`).
 
 Weight gradients are added straight into fp32 main gradients where the caller has them: page faults of fresh gradient
 tensors for all experts would cost more time than the products. The backward recomputes the activations.
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_samoe.ops import extension
+from megatron_samoe.ops import extension, grouped_products
+from megatron_samoe.ops.asynchronous import runs_behind_host
+from megatron_samoe.ops.grouped_products import ExpertRows
+
+#: Rows of each expert. On a device that runs behind the host, a tensor of the device.
+Counts = Sequence[int] | Tensor
 
 Activation = Literal["gelu", "swiglu"]
 
@@ -52,7 +57,7 @@ class ExpertWeights:
 
 def grouped_mlp(
     x_RH: Tensor,
-    rows_per_expert: Sequence[int],
+    rows_per_expert: Counts,
     weights: ExpertWeights,
     activation: Activation,
     main_grads: ExpertWeights | None = None,
@@ -61,14 +66,25 @@ def grouped_mlp(
 
     Args:
         x_RH: rows sorted by expert.
-        rows_per_expert: e counts that sum to R; they may be 0.
+        rows_per_expert: e counts that sum to R, int64 [e] on the device of x; they may be 0. On a device that runs behind the
+            host they may sum to less: the last expert has the rows that are left.
         weights: of e experts, in the dtype of x.
         main_grads: if given, weight gradients are added there (any float dtype) and autograd gets none.
     """
     parts = (weights.w1, weights.w2, weights.b1, weights.b2)
     if main_grads is not None:
         x_RH = with_backward(x_RH)
-    return _GroupedMLP.apply(x_RH, list(rows_per_expert), activation, main_grads, torch.is_grad_enabled(), *parts)
+    rows = expert_rows(rows_per_expert, x_RH)
+    return _GroupedMLP.apply(x_RH, rows, activation, main_grads, torch.is_grad_enabled(), *parts)
+
+
+def expert_rows(rows_per_expert: Counts, x_RH: Tensor) -> list[int] | ExpertRows:
+    """Returns how many rows of x each expert has, as the forward and the backward on its device take it."""
+    if runs_behind_host(x_RH.device):
+        if not isinstance(rows_per_expert, Tensor):
+            rows_per_expert = torch.tensor(rows_per_expert, device=x_RH.device)
+        return ExpertRows(rows_per_expert, len(x_RH))
+    return rows_per_expert.tolist() if isinstance(rows_per_expert, Tensor) else list(rows_per_expert)
 
 
 def with_backward(x: Tensor) -> Tensor:
@@ -79,7 +95,7 @@ def with_backward(x: Tensor) -> Tensor:
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_RH: Tensor, rows: list[int], activation: Activation, main_grads: ExpertWeights | None, keep: bool,
+        ctx: Any, x_RH: Tensor, rows: list[int] | ExpertRows, activation: Activation, main_grads: ExpertWeights | None, keep: bool,
         w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
     ) -> Tensor:  # fmt: skip
         y_RH, h_RU = grouped_mlp_forward(x_RH, rows, ExpertWeights(w1, w2, b1, b2), activation, keep)
@@ -106,14 +122,15 @@ _NAMES = tuple(f.name for f in fields(ExpertWeights))
 
 
 def grouped_mlp_forward(
-    x_RH: Tensor, rows: Sequence[int], weights: ExpertWeights, activation: Activation, keep_hidden: bool = True
+    x_RH: Tensor, rows: list[int] | ExpertRows, weights: ExpertWeights, activation: Activation, keep_hidden: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Returns (y_RH, h_RU): the outputs, and the first product for the backward ([R, F], or [R, 2F] for SwiGLU).
 
     Args:
+        rows: of `expert_rows`.
         keep_hidden: whether a backward follows; otherwise h has no rows.
     """
-    if extension.serves(x_RH, *(t for _, t in weights.items()), cuda=True):
+    if extension.serves(x_RH, *(t for _, t in weights.items())):
         w = weights.map(Tensor.contiguous)
         gated = activation == "swiglu"
         y_RH, h_RU = torch.ops.megatron_samoe.grouped_mlp(
@@ -126,7 +143,7 @@ def grouped_mlp_forward(
 
 
 def grouped_mlp_backward(
-    dy_RH: Tensor, x_RH: Tensor, h_RU: Tensor, rows: Sequence[int], weights: ExpertWeights, activation: Activation,
+    dy_RH: Tensor, x_RH: Tensor, h_RU: Tensor, rows: list[int] | ExpertRows, weights: ExpertWeights, activation: Activation,
     grads: ExpertWeights,
 ) -> Tensor:  # fmt: skip
     """Adds the weights' gradients to `grads` and returns dx_RH; h_RU is the forward's."""
@@ -144,16 +161,14 @@ def grouped_mlp_backward(
     add_outer_products(grads.w1.flatten(1, -2), dh_RU, x_RH, rows)
     for bias_grad, d in ((grads.b1, dh_RU), (grads.b2, dy_RH)):
         if bias_grad is not None:
-            for e, (d_e, grad_e) in enumerate(zip(d.split(list(rows)), bias_grad.flatten(1), strict=True)):
-                if rows[e]:
-                    grad_e += d_e.sum(0, dtype=grad_e.dtype)
+            _add_column_sums(bias_grad.flatten(1), d, rows)
     return _products(dh_RU, rows, weights.w1.flatten(1, -2).transpose(1, 2), None)
 
 
 def _serves_backward(x_RH: Tensor, weights: ExpertWeights, grads: ExpertWeights) -> bool:
     """Returns whether the compiled op takes these: main gradients in fp32, each contiguous."""
     fits = all(g.dtype == torch.float32 and g.is_contiguous() for _, g in grads.items())
-    return fits and extension.serves(x_RH, *(t for _, t in weights.items()), cuda=True)
+    return fits and extension.serves(x_RH, *(t for _, t in weights.items()))
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
@@ -176,66 +191,48 @@ def activation_backward(da: Tensor, h: Tensor, activation: Activation) -> Tensor
     return dh
 
 
-def _with_bias(h_RU: Tensor, rows: Sequence[int], bias: Tensor | None) -> Tensor:
+def _with_bias(h_RU: Tensor, rows: list[int] | ExpertRows, bias: Tensor | None) -> Tensor:
     if bias is None:
         return h_RU
-    return h_RU + bias.flatten(1).repeat_interleave(_counts(rows, h_RU.device), 0)
+    if isinstance(rows, ExpertRows):
+        return h_RU + bias.flatten(1).index_select(0, rows.expert_of_row_R)
+    return h_RU + bias.flatten(1).repeat_interleave(torch.tensor(rows), 0)
 
 
-def _products(x_RK: Tensor, rows: Sequence[int], w_eMK: Tensor, b_eM: Tensor | None) -> Tensor:
+def _products(x_RK: Tensor, rows: list[int] | ExpertRows, w_eMK: Tensor, b_eM: Tensor | None) -> Tensor:
     """Returns [R, M]: expert e's rows times w[e] transposed, plus b[e]."""
-    if use_grouped_mm(rows, x_RK, w_eMK):
-        y_RM = F.grouped_mm(x_RK, w_eMK.transpose(1, 2), offs=_ends(rows, x_RK.device))
-        return y_RM if b_eM is None else y_RM + b_eM.repeat_interleave(_counts(rows, x_RK.device), 0)
+    if isinstance(rows, ExpertRows):
+        return grouped_products.products(x_RK, rows, w_eMK, b_eM)
     y_RM = x_RK.new_empty(x_RK.shape[0], w_eMK.shape[1])
-    start = 0
-    for e, n in enumerate(rows):
-        if n == 0:
-            continue
-        part = slice(start, start + n)
+    for e, part in _slices(rows):
         if b_eM is None:
             torch.mm(x_RK[part], w_eMK[e].t(), out=y_RM[part])
         else:
             torch.addmm(b_eM[e], x_RK[part], w_eMK[e].t(), out=y_RM[part])
-        start += n
     return y_RM
 
 
-def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: Sequence[int]) -> None:
+def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: list[int] | ExpertRows) -> None:
     """Adds d_e^T x_e to grad[e] for each expert's rows."""
-    if use_grouped_mm(rows, x_RK, d_RM):
-        grad_eMK += F.grouped_mm(d_RM.t(), x_RK, offs=_ends(rows, x_RK.device))
+    if isinstance(rows, ExpertRows):
+        grouped_products.add_outer_products(grad_eMK, d_RM, x_RK, rows)
         return
-    start = 0
-    for e, n in enumerate(rows):
-        if n == 0:
-            continue
-        part = slice(start, start + n)
+    for e, part in _slices(rows):
         if grad_eMK.dtype == x_RK.dtype:
             grad_eMK[e].addmm_(d_RM[part].t(), x_RK[part])
         else:
             grad_eMK[e] += d_RM[part].t() @ x_RK[part]
-        start += n
 
 
-def use_grouped_mm(rows: Sequence[int], *operands: Tensor) -> bool:
-    """Returns whether torch's grouped product serves these rows and operands, [*, M, K] or [R, K]: bf16 on a Hopper
-    GPU, with rows and addresses in whole 16 bytes, and fewer than 1,024 experts.
-
-    On other GPUs the grouped product loops over the experts, or was reported to leave the gradients of experts without
-    rows unset (sm_100). On a CPU it is no faster than a call per expert.
-    """
-    x = operands[0]
-    if not x.is_cuda or x.dtype != torch.bfloat16 or sum(rows) == 0 or len(rows) >= 1024:
-        return False
-    sizes = [n for t in operands for n in (*t.shape[1:], t.stride(-2))]
-    fits = all(n % 8 == 0 for n in sizes) and all(t.data_ptr() % 16 == 0 for t in operands)
-    return fits and torch.cuda.get_device_capability(x.device) == (9, 0)
+def _add_column_sums(grad_eM: Tensor, d_RM: Tensor, rows: list[int] | ExpertRows) -> None:
+    if isinstance(rows, ExpertRows):
+        grouped_products.add_column_sums(grad_eM, d_RM, rows)
+        return
+    for e, part in _slices(rows):
+        grad_eM[e] += d_RM[part].sum(0, dtype=grad_eM.dtype)
 
 
-def _counts(rows: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(rows, device=device)
-
-
-def _ends(rows: Sequence[int], device: torch.device) -> Tensor:
-    return _counts(rows, device).cumsum(0, dtype=torch.int32)
+def _slices(rows: list[int]) -> list[tuple[int, slice]]:
+    """Returns (expert, its rows) for the experts that have any."""
+    ends = list(accumulate(rows))
+    return [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(rows, ends, strict=True)) if n]

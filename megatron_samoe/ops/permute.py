@@ -1,23 +1,27 @@
 """The permutation of tokens into expert-major rows and back.
 
 A slot is one choice of one token: slot = t * K + k. A row is a kept slot's place in expert-major order.
+
+How many slots are kept is a number of the device. Where the host would have to wait for it (`asynchronous`), every slot
+has a row: those of dropped slots stand last, are computed with the last expert's and read by nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_samoe.ops import extension, reference
+from megatron_samoe.ops import extension, reference, rows_by_gather
+from megatron_samoe.ops.asynchronous import runs_behind_host
 
 
 @dataclass(frozen=True)
 class Permutation:
-    """The row of each slot. Rows are sorted by expert, and within an expert by slot; dropped slots have no row.
+    """The row of each slot. Rows are sorted by expert, and within an expert by slot; dropped slots have no row, or the last.
 
     slot_of_row_N: int64. row_of_slot_TK: int64, -1 where the slot is dropped. counts_E: kept rows per expert, int64.
     """
@@ -34,17 +38,23 @@ class Permutation:
     def topk(self) -> int:
         return self.row_of_slot_TK.shape[1]
 
+    def kept(self, num_rows: int) -> Permutation:
+        """Returns the permutation without rows of dropped slots, for a caller that knows how many are kept."""
+        return replace(self, slot_of_row_N=self.slot_of_row_N[:num_rows])
+
 
 def make_permutation(ids_TK: Tensor, num_experts: int) -> Permutation:
     """Returns the stable expert-major order of the chosen experts' slots; ids of -1 are dropped slots.
 
     Raises:
         ValueError: ids_TK is not an int64 matrix.
-        IndexError: an id is outside -1..num_experts-1.
+        IndexError: an id is outside -1..num_experts-1; only where the host can look at it without a wait.
     """
     if ids_TK.dim() != 2 or ids_TK.dtype != torch.int64 or ids_TK.shape[1] == 0:
         raise ValueError(f"ids_TK must be an int64 matrix [T, K >= 1], not {ids_TK.dtype} {tuple(ids_TK.shape)}")
-    if extension.serves(ids_TK, cuda=True):
+    if runs_behind_host(ids_TK.device):
+        return Permutation(*rows_by_gather.make_permutation(ids_TK, num_experts))
+    if extension.serves(ids_TK):
         return Permutation(*torch.ops.megatron_samoe.make_permutation(ids_TK.contiguous(), num_experts))
     if ids_TK.numel():
         low, high = torch.aminmax(ids_TK)
@@ -53,18 +63,25 @@ def make_permutation(ids_TK: Tensor, num_experts: int) -> Permutation:
     return Permutation(*reference.make_permutation(ids_TK, num_experts))
 
 
+def _ops(*tensors: Tensor) -> Any:
+    """Returns permute, unpermute and unpermute_backward for these tensors; None where autograd goes through the twins."""
+    if extension.serves(*tensors, cuda=True):
+        return torch.ops.megatron_samoe
+    return rows_by_gather if runs_behind_host(tensors[0].device) else None
+
+
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, slot_of_row_N: Tensor, row_of_slot_TK: Tensor) -> Tensor:
         ctx.save_for_backward(row_of_slot_TK)
-        rows_NH: Tensor = torch.ops.megatron_samoe.permute(x_TH, slot_of_row_N, row_of_slot_TK.shape[1])
+        rows_NH: Tensor = _ops(x_TH).permute(x_TH, slot_of_row_N, row_of_slot_TK.shape[1])
         return rows_NH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, drows_NH: Tensor) -> tuple[Tensor, None, None]:
         (row_of_slot_TK,) = ctx.saved_tensors
-        return torch.ops.megatron_samoe.unpermute(drows_NH.contiguous(), None, row_of_slot_TK), None, None
+        return _ops(drows_NH).unpermute(drows_NH.contiguous(), None, row_of_slot_TK), None, None
 
 
 def permute(x_TH: Tensor, permutation: Permutation) -> Tensor:
@@ -77,7 +94,7 @@ def permute(x_TH: Tensor, permutation: Permutation) -> Tensor:
         raise ValueError(
             f"x_TH is {tuple(x_TH.shape)} and the permutation has {permutation.row_of_slot_TK.shape[0]} tokens"
         )
-    if extension.serves(x_TH, cuda=True):
+    if _ops(x_TH) is not None:
         rows_NH: Tensor = _Permute.apply(x_TH.contiguous(), permutation.slot_of_row_N, permutation.row_of_slot_TK)
         return rows_NH
     return reference.permute(x_TH, permutation.slot_of_row_N, permutation.topk)
@@ -87,13 +104,15 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_NH: Tensor, probs_TK: Tensor, slot_of_row_N: Tensor, row_of_slot_TK: Tensor) -> Tensor:
         ctx.save_for_backward(rows_NH, probs_TK, slot_of_row_N, row_of_slot_TK)
-        y_TH: Tensor = torch.ops.megatron_samoe.unpermute(rows_NH, probs_TK, row_of_slot_TK)
+        y_TH: Tensor = _ops(rows_NH, probs_TK).unpermute(rows_NH, probs_TK, row_of_slot_TK)
         return y_TH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        drows_NH, dprobs_TK = torch.ops.megatron_samoe.unpermute_backward(dy_TH.contiguous(), *ctx.saved_tensors)
+        rows_NH, probs_TK, *places = ctx.saved_tensors
+        backward = _ops(rows_NH, probs_TK).unpermute_backward
+        drows_NH, dprobs_TK = backward(dy_TH.contiguous(), rows_NH, probs_TK, *places)
         return drows_NH, dprobs_TK, None, None
 
 
@@ -109,8 +128,8 @@ def unpermute(rows_NH: Tensor, probs_TK: Tensor, permutation: Permutation) -> Te
         raise ValueError(f"rows_NH is {tuple(rows_NH.shape)} and the permutation has {permutation.num_rows} rows")
     if probs_TK.shape != permutation.row_of_slot_TK.shape:
         raise ValueError(f"probs_TK is {tuple(probs_TK.shape)}, not {tuple(permutation.row_of_slot_TK.shape)}")
-    if extension.serves(rows_NH, probs_TK, cuda=True):
-        probs_TK = probs_TK.to(torch.float32).contiguous()
+    if _ops(rows_NH, probs_TK) is not None:
+        probs_TK = probs_TK.to(extension.accumulation_dtype(rows_NH.dtype)).contiguous()
         y_TH: Tensor = _Unpermute.apply(
             rows_NH.contiguous(), probs_TK, permutation.slot_of_row_N, permutation.row_of_slot_TK
         )
@@ -122,14 +141,14 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RH: Tensor, index_R: Tensor, inverse_R: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_R)
-        y_RH: Tensor = torch.ops.megatron_samoe.permute(x_RH, index_R, 1)
+        y_RH: Tensor = _ops(x_RH).permute(x_RH, index_R, 1)
         return y_RH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RH: Tensor) -> tuple[Tensor, None, None]:
         (inverse_R,) = ctx.saved_tensors
-        return torch.ops.megatron_samoe.permute(dy_RH.contiguous(), inverse_R, 1), None, None
+        return _ops(dy_RH).permute(dy_RH.contiguous(), inverse_R, 1), None, None
 
 
 def invert_index(index_R: Tensor) -> Tensor:
@@ -152,7 +171,7 @@ def gather_rows(x_RH: Tensor, index_R: Tensor, inverse_R: Tensor | None = None) 
         raise ValueError(
             f"index_R is {index_R.dtype} {tuple(index_R.shape)} for rows {tuple(x_RH.shape)}: one int64 a row"
         )
-    if extension.serves(x_RH, index_R, cuda=True):
+    if _ops(x_RH, index_R) is not None:
         inverse_R = invert_index(index_R) if inverse_R is None else inverse_R
         y_RH: Tensor = _GatherRows.apply(x_RH.contiguous(), index_R.contiguous(), inverse_R.contiguous())
         return y_RH

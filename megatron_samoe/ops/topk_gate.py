@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_samoe.ops import extension, reference
+from megatron_samoe.ops.asynchronous import runs_behind_host
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 
@@ -237,7 +238,8 @@ def described(
         distribution_TE: each expert's share of a token; a softmax of all logits if not given.
 
     Raises:
-        ValueError: shapes or types do not fit, or an id is outside -1..E-1.
+        ValueError: shapes or types do not fit, or an id is outside -1..E-1 (a device's assertion, where it runs behind the
+            host).
     """
     num_tokens, num_experts = logits_TE.shape
     if ids_TK.dtype != torch.int64 or ids_TK.dim() != 2 or len(ids_TK) != num_tokens:
@@ -246,13 +248,16 @@ def described(
         raise ValueError(
             f"probs_TK must be {logits_TE.dtype} {tuple(ids_TK.shape)}, not {probs_TK.dtype} {tuple(probs_TK.shape)}"
         )
-    if not ids_TK.is_cuda and ids_TK.numel() and not (ids_TK.min() >= -1 and ids_TK.max() < num_experts):
+    if (
+        not runs_behind_host(ids_TK.device)
+        and ids_TK.numel()
+        and not (ids_TK.min() >= -1 and ids_TK.max() < num_experts)
+    ):
         raise ValueError(f"ids_TK has {int(ids_TK.min())} to {int(ids_TK.max())}; allowed are -1 to {num_experts - 1}")
-    group_TK = torch.arange(num_tokens, device=ids_TK.device).div(num_tokens // num_groups, rounding_mode="floor")[
-        :, None
-    ]
-    slots = (ids_TK + num_experts * group_TK)[ids_TK >= 0]
-    counts_GE = torch.bincount(slots, minlength=num_groups * num_experts).view(num_groups, num_experts)
+    slots_GN = ids_TK.reshape(num_groups, -1)
+    slots_GN = slots_GN.masked_fill(slots_GN < 0, num_experts)
+    counts_GE = torch.zeros(num_groups, num_experts + 1, dtype=torch.int64, device=ids_TK.device)
+    counts_GE = counts_GE.scatter_add_(1, slots_GN, torch.ones_like(slots_GN))[:, :num_experts]
     distribution_TE = logits_TE.softmax(-1) if distribution_TE is None else distribution_TE
     scores_GE = distribution_TE.view(num_groups, -1, num_experts).sum(1)
     return GateResult(probs_TK, ids_TK, counts_GE, scores_GE, logits_TE.logsumexp(-1).square().sum())

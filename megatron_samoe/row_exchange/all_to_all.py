@@ -68,15 +68,24 @@ class Route:
     inverse_R: Tensor
 
 
-def dispatch_rows(x_TH: Tensor, permutation: Permutation, route: Route, group: Group) -> Tensor:
+def dispatch_rows(
+    x_TH: Tensor, permutation: Permutation, route: Route, group: Group, rows_NH: Tensor | None = None
+) -> Tensor:
     """Returns rows_RH: the tokens, permuted, exchanged, and sorted by local expert.
 
     Rows that go through a communicator are gathered straight into what it sends from.
+
+    Args:
+        rows_NH: the permuted tokens, where the caller has them; rows of dropped slots may follow.
     """
-    if _gathers(group, x_TH):
+    if rows_NH is None and _gathers(group, x_TH):
         rows_RH: Tensor = _DispatchRows.apply(x_TH.contiguous(), permutation, route, group)
         return rows_RH
-    rows_RH = all_to_all_rows(permute(x_TH, permutation), route.sent_rows, route.received_rows, group)
+    if rows_NH is None:
+        rows_NH = permute(x_TH, permutation)
+    elif len(rows_NH) > permutation.num_rows:
+        rows_NH = rows_NH[: permutation.num_rows]
+    rows_RH = all_to_all_rows(rows_NH, route.sent_rows, route.received_rows, group)
     return gather_rows(rows_RH, route.order_R, route.inverse_R)
 
 

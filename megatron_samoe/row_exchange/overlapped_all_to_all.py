@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_samoe.ops import extension, reference
+from megatron_samoe.ops import extension, reference, rows_by_gather
+from megatron_samoe.ops.asynchronous import runs_behind_host
 from megatron_samoe.ops.permute import Permutation, gather_rows
 from megatron_samoe.parallel_state.state import Group, PendingRows
 from megatron_samoe.row_exchange.all_to_all import Route
@@ -155,7 +156,7 @@ def _start_gathered(
 ) -> PendingRows:  # fmt: skip
     if group.exchange is not None and extension.serves(x):
         return group.exchange.start_gathered(x, index, divisor, send_rows, receive_rows, out)
-    return _start(reference.permute(x, index, divisor), send_rows, receive_rows, group, out)
+    return _start(rows_by_gather.permute(x, index, divisor), send_rows, receive_rows, group, out)
 
 
 def _start(
@@ -174,5 +175,7 @@ def _sum_rows(drows_NH: Tensor, permutation: Permutation) -> Tensor:
     if extension.serves(drows_NH):
         dx_TH: Tensor = torch.ops.megatron_samoe.unpermute(drows_NH, None, permutation.row_of_slot_TK)
         return dx_TH
+    if runs_behind_host(drows_NH.device):
+        return rows_by_gather.unpermute(drows_NH, None, permutation.row_of_slot_TK)
     ones_TK = drows_NH.new_ones(permutation.row_of_slot_TK.shape)
     return reference.unpermute(drows_NH, ones_TK, permutation.slot_of_row_N)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_samoe.distributed.finalize_model_grads import finalize_model_grads
 from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.ops.asynchronous import HostCopy
 from megatron_samoe.optimizer.clip_grads import clip_factor, global_grad_norm
 from megatron_samoe.optimizer.schedule import rate_of_step
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan
@@ -42,7 +43,12 @@ class RoutingStats:
 
     def fractions_LE(self) -> Tensor:
         """Returns the share of routed tokens of each expert."""
-        return (self.counts_LE / self.counts_LE.sum(1, keepdim=True).clamp_min(1)).float()
+        return fractions(self.counts_LE)
+
+
+def fractions(counts_LE: Tensor) -> Tensor:
+    """Returns the share of a layer's routed tokens that each expert has, in fp32."""
+    return (counts_LE / counts_LE.sum(1, keepdim=True).clamp_min(1)).float()
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,31 @@ def micro_batch_context(setup: TrainSetup, state: TrainState, number: int) -> Fo
     )
 
 
+class StepSums:
+    """What the global batch of a step adds up, on the device.
+
+    Args:
+        losses: sums over all predicted tokens, of the loss and, with a teacher, of the divergence from it.
+        num_tokens: predicted tokens.
+        rows: a row for each MoE layer as the model's `statistics` say; None for a dense model.
+    """
+
+    def __init__(self, losses: Tensor, num_tokens: Tensor, rows: Tensor | None):
+        self._parts = [losses, num_tokens[None]] if rows is None else [losses, num_tokens[None], rows.flatten()]
+        self.rows = rows
+
+    def read(
+        self, setup: TrainSetup, state: TrainState, *others: Tensor
+    ) -> tuple[float, int, float | None, RoutingStats | None, list[float]]:
+        """Waits for the device and returns what `compute_gradients` does, and the values of other scalars."""
+        parts = [*self._parts, *(other.double().view(1) for other in others)]
+        values = HostCopy(torch.cat(parts)).wait().split([len(part) for part in parts])
+        losses, num_tokens = values[0].tolist(), max(int(values[1]), 1)
+        routing = None if self.rows is None else _routing_stats(values[2].view_as(self.rows), setup, state)
+        kl_loss = None if setup.teacher is None else losses[1] / num_tokens
+        return losses[0] / num_tokens, num_tokens, kl_loss, routing, [float(v) for v in values[len(self._parts) :]]
+
+
 def compute_gradients(
     setup: TrainSetup, state: TrainState, batches: Sequence[Batch], observe: Callable[[], None] | None = None
 ) -> tuple[float, int, float | None, RoutingStats | None]:
@@ -101,6 +132,13 @@ def compute_gradients(
         The mean loss per predicted token, the number of these tokens, their mean divergence from a teacher's predictions,
         and the routing.
     """
+    return accumulate_gradients(setup, state, batches, observe).read(setup, state)[:4]
+
+
+def accumulate_gradients(
+    setup: TrainSetup, state: TrainState, batches: Sequence[Batch], observe: Callable[[], None] | None = None
+) -> StepSums:
+    """As `compute_gradients`, without a wait for the device."""
     model, scale = setup.model, state.loss_scale.value
     num_tokens = _num_loss_tokens(setup, state, batches)
     setup.buffers.zero(len(batches), overlap=observe is None)
@@ -112,7 +150,7 @@ def compute_gradients(
     def take(which: int, losses_T: Tensor) -> Tensor:
         loss = losses_T.sum()
         loss_sums[which] += loss.detach()
-        return loss * (weights[which] * scale / num_tokens)
+        return loss * (weights[which] * scale / num_tokens).to(loss.dtype)
 
     def take_losses(_number: int, _batch: Batch, losses_T: Tensor) -> Tensor:
         return take(0, losses_T)
@@ -134,10 +172,9 @@ def compute_gradients(
     with named_range("reduce gradients", device):
         finalize_model_grads(model, setup.buffers, scale)
     sums = loss_sums if rows is None else torch.cat((loss_sums, rows.flatten()))
-    sums = setup.parallel.pp.all_reduce(setup.parallel.dp.all_reduce(sums)).cpu()
-    routing = None if rows is None else _routing_stats(sums[len(weights) :].view_as(rows), setup, state)
-    kl_loss = None if teacher is None else sums[1].item() / num_tokens
-    return sums[0].item() / num_tokens, num_tokens, kl_loss, routing
+    sums = setup.parallel.pp.all_reduce(setup.parallel.dp.all_reduce(sums))
+    rows = None if rows is None else sums[len(weights) :].view_as(rows)
+    return StepSums(sums[: len(weights)], num_tokens, rows)
 
 
 def train_step(
@@ -152,10 +189,13 @@ def train_step(
         observe: as in `compute_gradients`.
         pre_optim_step: called with the gradient norm when gradients are complete, where the optimizer will use them.
     """
-    lm_loss, num_tokens, kl_loss, routing = compute_gradients(setup, state, batches, observe)
-    norm = global_grad_norm(setup.optimizer.pieces.values(), setup.parallel)
+    sums = accumulate_gradients(setup, state, batches, observe)
+    norm_of_all = global_grad_norm(setup.optimizer.pieces.values(), setup.parallel)
+    # The step's one wait for the device.
+    lm_loss, num_tokens, kl_loss, routing, (norm,) = sums.read(setup, state, norm_of_all)
     if setup.parallel.ep.exchange is not None:
         setup.parallel.ep.exchange.check()
+    counts_LE = None if sums.rows is None else setup.model.statistics.named(sums.rows)["counts"]
     optimizer = setup.config.optimizer
     training, batch_size = setup.config.training, setup.batch_size_after(state.consumed_samples)
     lr = rate_of_step(optimizer, training, state.iteration, state.consumed_samples, batch_size)
@@ -167,19 +207,18 @@ def train_step(
     )
     if not result.is_finite:
         return result, state
-    fractions_LE = None if routing is None else routing.fractions_LE()
     if not skipped:
         if pre_optim_step is not None:
             pre_optim_step(norm)
         with named_range("optimizer", setup.parallel.device):
             setup.optimizer.step(lr, clip_factor(norm, optimizer.clip_grad))
-        if routing is not None:
+        if counts_LE is not None:
             in_step = setup.tokens_after(state.consumed_samples)
-            order_E = setup.model.after_step(routing.counts_LE, state.iteration + 1, in_step)
+            order_E = setup.model.after_step(counts_LE, state.iteration + 1, in_step)
             if order_E is not None:
                 model = setup.model
                 setup.optimizer.reorder_experts(model.global_parameters(), model.expert_dims(), order_E)
-                fractions_LE = routing.fractions_LE()[:, order_E]
+                counts_LE = counts_LE[:, order_E]
     return result, replace(
         state,
         iteration=state.iteration + 1,
@@ -187,15 +226,17 @@ def train_step(
         consumed_tokens=state.consumed_tokens + setup.tokens_after(state.consumed_samples),
         loss_scale=state.loss_scale.after(overflow),
         spikes=state.spikes.after(lm_loss, norm, training),
-        expert_fractions_LE=None if fractions_LE is None else fractions_LE.to(setup.parallel.device),
+        expert_fractions_LE=None if counts_LE is None else fractions(counts_LE),
     )
 
 
-def _num_loss_tokens(setup: TrainSetup, state: TrainState, batches: Sequence[Batch]) -> int:
+def _num_loss_tokens(setup: TrainSetup, state: TrainState, batches: Sequence[Batch]) -> Tensor:
+    """Returns the predicted tokens of the global batch, at least 1, in fp64 on the device."""
     if not setup.config.data.eod_mask_loss:
-        return setup.tokens_after(state.consumed_samples)
+        number = setup.tokens_after(state.consumed_samples)
+        return torch.full((), number, dtype=torch.float64, device=setup.parallel.device)
     count = torch.stack([batch["loss_mask"].double().sum() for batch in batches]).sum()
-    return max(int(setup.parallel.dp.all_reduce(count)), 1)
+    return setup.parallel.dp.all_reduce(count).clamp_min(1)
 
 
 def _routing_stats(rows: Tensor, setup: TrainSetup, state: TrainState) -> RoutingStats:

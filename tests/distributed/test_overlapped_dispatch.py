@@ -31,12 +31,12 @@ def round_trip(group: Group, dtype: torch.dtype, num_chunks: int | None) -> tupl
     probs = torch.rand(T, K, generator=generator).requires_grad_()
     scale_e = torch.arange(1.0, E // group.size + 1, dtype=dtype).requires_grad_()
 
-    def experts(rows_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
-        return rows_RH.sin() * scale_e.repeat_interleave(torch.tensor(rows_per_expert))[:, None]
+    def experts(rows_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
+        return rows_RH.sin() * scale_e.repeat_interleave(rows_per_expert)[:, None]
 
     dispatcher = AllToAllDispatcher(E, group, num_chunks or 1)
     if num_chunks is None:
-        sent = dispatcher.dispatch(x, ids)
+        sent = dispatcher.dispatch(dispatcher.leave(x, ids))
         y = dispatcher.combine(experts(sent.rows_RH, sent.rows_per_expert), probs, sent)
     else:
         dispatching = dispatcher.start(x, ids)

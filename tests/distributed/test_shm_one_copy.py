@@ -98,7 +98,7 @@ def _route_there_and_back(hosts: tuple[int, ...] | None, communicating: bool) ->
     dist.all_to_all_single(received_We, sent_We)
     from megatron_samoe.moe.alltoall_dispatcher import expert_major_order
 
-    order_R = expert_major_order(received_We)
+    order_R = expert_major_order(received_We, int(received_We.sum()))
     route = Route(sent_We.sum(1).tolist(), received_We.sum(1).tolist(), order_R, invert_index(order_R))
     group = _group(hosts)
     if communicating:

@@ -78,30 +78,38 @@ def check_rows(ids_TK: Tensor, num_experts: int, hidden: int, dtype: torch.dtype
     probs_TK = torch.rand(num_tokens, topk, generator=generator).requires_grad_()
     permutation = make_permutation(ids_TK.to(device), num_experts)
     expected_permutation = reference.make_permutation(ids_TK, num_experts)
+    num_kept = int(permutation.counts_E.sum())
+    kept = permutation.kept(num_kept)
     for field, expected in zip(("slot_of_row_N", "row_of_slot_TK", "counts_E"), expected_permutation, strict=True):
-        assert torch.equal(getattr(permutation, field).cpu(), expected), field
+        assert torch.equal(getattr(kept, field).cpu(), expected), field
     slot_of_row_N = expected_permutation[0]
+
+    def with_unread(rows_NH: Tensor) -> Tensor:
+        """Rows of dropped slots, where there are such, hold what nothing may read."""
+        unread = rows_NH.new_full((permutation.num_rows - num_kept, hidden), torch.nan)
+        return torch.cat((rows_NH.detach(), unread)).to(device)
 
     device_x = x_TH.detach().to(device).requires_grad_()
     rows_NH = permute(device_x, permutation)
-    drows_NH = torch.randn(permutation.num_rows, hidden, generator=generator).to(dtype)
+    drows_NH = torch.randn(num_kept, hidden, generator=generator).to(dtype)
     expected_rows = reference.permute(x_TH, slot_of_row_N, topk)
-    assert torch.equal(rows_NH.cpu(), expected_rows)
-    got = torch.autograd.grad(rows_NH, device_x, drows_NH.to(device))[0]
+    assert rows_NH.isfinite().all() and torch.equal(rows_NH[:num_kept].cpu(), expected_rows)
+    got = torch.autograd.grad(rows_NH, device_x, with_unread(drows_NH))[0]
     expected = torch.autograd.grad(expected_rows, x_TH, drows_NH)[0]
     assert got.dtype == dtype
     torch.testing.assert_close(got.cpu(), expected, **ROW_TOLERANCE[dtype])
 
-    rows_NH = torch.randn(permutation.num_rows, hidden, generator=generator).to(dtype).requires_grad_()
+    rows_NH = torch.randn(num_kept, hidden, generator=generator).to(dtype).requires_grad_()
     dy_TH = torch.randn(num_tokens, hidden, generator=generator).to(dtype)
-    device_rows, device_probs = (t.detach().to(device).requires_grad_() for t in (rows_NH, probs_TK))
+    device_rows, device_probs = with_unread(rows_NH).requires_grad_(), probs_TK.detach().to(device).requires_grad_()
     y_TH = unpermute(device_rows, device_probs, permutation)
     expected_y = reference.unpermute(rows_NH, probs_TK, slot_of_row_N)
     assert y_TH.dtype == dtype
     torch.testing.assert_close(y_TH.cpu(), expected_y, **ROW_TOLERANCE[dtype])
     drows, dprobs = (t.cpu() for t in torch.autograd.grad(y_TH, (device_rows, device_probs), dy_TH.to(device)))
     expected_drows, expected_dprobs = torch.autograd.grad(expected_y, (rows_NH, probs_TK), dy_TH)
-    torch.testing.assert_close(drows, expected_drows, **ROW_TOLERANCE[dtype])
+    torch.testing.assert_close(drows[:num_kept], expected_drows, **ROW_TOLERANCE[dtype])
+    assert not drows[num_kept:].any(), "the last expert's weights get no gradient from rows of dropped slots"
     # A dot product of `hidden` terms: fp32 in both, summed in another order.
     torch.testing.assert_close(dprobs, expected_dprobs, rtol=1e-4, atol=1e-5 * max(1, hidden) ** 0.5)
     assert (dprobs[ids_TK < 0] == 0).all()
@@ -221,9 +229,10 @@ def check_grouped_mlp(
     if main_grads:
         wide = torch.promote_types(dtype, torch.float32)
         grads, repeats = weights.map(lambda t: torch.ones_like(t, dtype=wide, requires_grad=False)), 2
+    counts = torch.tensor(rows, device=device)
     for _ in range(repeats):
         x.grad = None
-        y = grouped_mlp(x, rows, weights, activation, grads)
+        y = grouped_mlp(x, counts, weights, activation, grads)
         assert y.dtype == dtype
         y.backward(dy)
 

@@ -122,11 +122,13 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& dy, const Tensor& ro
   backend.check_sizes(dy, "dy", {row_of_slot.size(0), rows.size(1)}, rows.scalar_type());
   backend.check_sizes(probs, "probs", row_of_slot.sizes(), at::kFloat);
   backend.check_index(row_of_slot, "row_of_slot", -1, rows.size(0));
+  backend.check_contiguous(slot_of_row, "slot_of_row", 1, at::kLong);
   TORCH_CHECK_VALUE(slot_of_row.numel() == rows.size(0), "slot_of_row has ", slot_of_row.numel(), " rows");
   Tensor drows = at::empty(rows.sizes(), rows.options()), dprobs = at::empty(probs.sizes(), probs.options());
   backend.unpermute_backward({dtype_of(rows), dy.const_data_ptr(), rows.const_data_ptr(),
-                              probs.const_data_ptr<float>(), row_of_slot.const_data_ptr<int64_t>(),
-                              row_of_slot.size(0), row_of_slot.size(1), rows.size(1), drows.mutable_data_ptr(),
+                              probs.const_data_ptr<float>(), slot_of_row.const_data_ptr<int64_t>(),
+                              row_of_slot.const_data_ptr<int64_t>(), row_of_slot.size(0), row_of_slot.size(1),
+                              rows.size(1), drows.mutable_data_ptr(),
                               dprobs.mutable_data_ptr<float>(),
                               backend.threads(static_cast<int64_t>(2 * rows.nbytes()))},
                              rows.size(0));

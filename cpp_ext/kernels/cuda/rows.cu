@@ -39,13 +39,17 @@ __global__ void unpermute_kernel(cpu::Unpermute a, int64_t num_rows) {
   }
 }
 
-// A warp a slot: drow = prob * dy and dprob = <dy, row>.
+// A warp a slot: drow = prob * dy and dprob = <dy, row>. The warp with the number of a dropped slot's row clears that.
 template <typename T, int V>
 __global__ void unpermute_backward_kernel(cpu::UnpermuteBackward a, int64_t num_rows) {
   const int64_t slot = global_warp();
   if (slot >= a.num_tokens * a.topk) return;
   const int64_t row = a.row_of_slot_TK[slot];
   assert(row >= -1 && row < num_rows);
+  if (slot < num_rows && a.row_of_slot_TK[a.slot_of_row_N[slot]] < 0) {
+    T* dx = static_cast<T*>(a.drows_NH) + slot * a.hidden;
+    for (int64_t h = lane_of_thread(); h < a.hidden; h += kWarp) dx[h] = T{};
+  }
   float dot = 0.0f;
   if (row >= 0) {
     const T* dy = static_cast<const T*>(a.dy_TH) + slot / a.topk * a.hidden;

@@ -175,15 +175,23 @@ void check_rows(int64_t tokens, int64_t topk, int64_t hidden, Choice choice) {
     cuda::unpermute(unpermute(y_gpu), rows, kStream);
     expect_equal("sum of rows", y_gpu, y_cpu);
   }
+  // A device may have rows of dropped slots after the others: they get no gradient.
+  std::vector<int64_t> slot_of_row = s.slot_of_row;
+  for (int64_t slot = 0; slot < tokens * topk; ++slot) {
+    if (s.row_of_slot[static_cast<size_t>(slot)] < 0) slot_of_row.push_back(slot);
+  }
   std::vector<float> dprobs_cpu(probs.size()), dprobs_gpu(probs.size(), 7.0f);
   const auto backward = [&](std::vector<T>& drows, std::vector<float>& dprobs) {
-    return samoe::cpu::UnpermuteBackward{dtype_of<T>(), x.data(), moved.data(), probs.data(), s.row_of_slot.data(), tokens, topk, hidden,
-                                         drows.data(), dprobs.data(), 1};
+    return samoe::cpu::UnpermuteBackward{dtype_of<T>(), x.data(), moved.data(), probs.data(), slot_of_row.data(),
+                                         s.row_of_slot.data(), tokens, topk, hidden, drows.data(), dprobs.data(), 1};
   };
   kernels().unpermute_backward(backward(cpu, dprobs_cpu));
   cuda::unpermute_backward(backward(gpu, dprobs_gpu), rows, kStream);
   expect_equal("rows' gradient", gpu, cpu);
   expect_equal("probabilities' gradient", dprobs_gpu, dprobs_cpu, 1e-4);
+  cpu.resize(static_cast<size_t>(tokens * topk * hidden)), gpu = numbers<T>(tokens * topk * hidden);
+  cuda::unpermute_backward(backward(gpu, dprobs_gpu), tokens * topk, kStream);
+  expect_equal("gradient of rows of dropped slots", gpu, cpu);
 }
 
 template <typename T>

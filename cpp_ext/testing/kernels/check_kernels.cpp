@@ -92,8 +92,8 @@ void check_rows(DType dtype) {
     for (int64_t k = 0; k < topk; ++k) kept += row_of_slot[t * topk + k] >= 0;
     if (kept == 1) expect(std::memcmp(&y[t * hidden], &x[t * hidden], hidden * sizeof(T)) == 0, "unpermute of one row");
   }
-  kernels().unpermute_backward({dtype, x.data(), moved.data(), probs.data(), row_of_slot.data(), tokens, topk, hidden,
-                                drows.data(), dprobs.data(), 2});
+  kernels().unpermute_backward({dtype, x.data(), moved.data(), probs.data(), slot_of_row.data(), row_of_slot.data(),
+                                tokens, topk, hidden, drows.data(), dprobs.data(), 2});
   expect(rows == 0 || std::memcmp(drows.data(), moved.data(), rows * hidden * sizeof(T)) == 0, "unpermute backward");
   for (int64_t slot = 0; slot < tokens * topk; ++slot) expect(row_of_slot[slot] >= 0 || dprobs[slot] == 0, "dropped");
 }

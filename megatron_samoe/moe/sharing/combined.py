@@ -34,6 +34,7 @@ from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.grouped_mlp import (
     Activation,
     ExpertWeights,
+    expert_rows,
     grouped_mlp,
     grouped_mlp_backward,
     grouped_mlp_forward,
@@ -119,7 +120,7 @@ class StepLender:
             grads = without_repeated_bias(self._grads.map(lambda t: t[row]), self._state)
         activation = self._pool.activation
 
-        def run(x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
+        def run(x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
             return grouped_mlp(x_RH, rows_per_expert, weights, activation, grads)
 
         return run
@@ -231,7 +232,7 @@ class LayerLender:
         raw, normalization = self._coefficients[moe_index], self._normalization
         work = _LayerWork(self._banks, self._grads, self._pool.activation, self._state, self._dtype)
 
-        def run(x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
+        def run(x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
             a_2GP = normalize_coefficients(raw, normalization)
             return _CombinedMLP.apply(with_backward(x_RH), a_2GP, rows_per_expert, work)
 
@@ -285,9 +286,10 @@ class _LayerWork:
 class _CombinedMLP(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_RH: Tensor, a_2GP: Tensor, rows: list[int], work: _LayerWork
+        ctx: Any, x_RH: Tensor, a_2GP: Tensor, rows_per_expert: Tensor, work: _LayerWork
     ) -> Tensor:
         weights = without_repeated_bias(work.combined(a_2GP), work.state)
+        rows = expert_rows(rows_per_expert, x_RH)
         y_RH, h_RU = grouped_mlp_forward(x_RH, rows, weights, work.activation)
         ctx.save_for_backward(x_RH, a_2GP, h_RU)
         ctx.rest = rows, work

@@ -23,7 +23,7 @@ class OwnExperts(nn.Module):
             self.register_parameter(name, parameter)
         self.activation, self.state = shape.activation, state
 
-    def forward(self, x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
+    def forward(self, x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
         """Returns y_RH; see `types.Experts`."""
         parameters = dict(self.named_parameters())
         weights = without_repeated_bias(weights_of(parameters), self.state)

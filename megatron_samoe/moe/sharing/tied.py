@@ -83,7 +83,7 @@ class TiedLender:
             grads = without_repeated_bias(grads, self._state)
         activation = self._sets[number].activation
 
-        def run(x_RH: Tensor, rows_per_expert: list[int]) -> Tensor:
+        def run(x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
             return grouped_mlp(x_RH, rows_per_expert, weights, activation, grads)
 
         return run

@@ -48,7 +48,7 @@ def train(is_sharded: bool, dtype: torch.dtype) -> dict[str, Any]:
         buffers.reduce()
         gradients = gather_global({p.name: sharded(p.grad, p.tag.shard, state, p.slice) for p in buffers.pieces}, state)
         gradients = {name: gradients[name].clone() for name in named}
-        norms.append(global_grad_norm(buffers.pieces, state))
+        norms.append(global_grad_norm(buffers.pieces, state).item())
         optimizer.step(0.1, clip_factor(norms[-1], 2.0))
     updated = sum(piece.weight.numel() for piece in buffers.pieces)
     return {

@@ -125,7 +125,7 @@ def test_biases_of_closed_experts_wait() -> None:
                          moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.5)  # fmt: skip
     setup = build_setup(config, VOCAB_SIZE, single_process_state())
     router = setup.model.moe_layers()[0].moe.router
-    router.after_step(torch.tensor([30.0, 10.0, 0.0, 0.0]), 1.0)
+    router.after_step(torch.tensor([30.0, 10.0, 0.0, 0.0]), torch.tensor(1.0))
     assert router.expert_bias.tolist() == [-0.5, 0.5, 0.0, 0.0]
 
 

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_samoe.ops import reference
+from megatron_samoe.ops import combine_chunks, reference
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
+from tests.harness.host_waits import as_if_asynchronous
 from tests.harness.op_checks import check_combine, combine_inputs
 
 
@@ -30,6 +31,22 @@ def test_equals_the_twin_for_any_shape(num_layers, num_groups, num_banks, num_el
     if zeros:
         coefficients_LGP[coefficients_LGP < 0.3] = 0.0
     check_combine(coefficients_LGP, banks_PGN, dW_LGN)
+
+
+@pytest.mark.parametrize("chunk", [1, 900, 1 << 24])
+@pytest.mark.parametrize("num_elements", [0, 1, 7, 512, 1024, 3_700])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (12, 1, 4), (3, 2, 8), (5, 7, 2), (2, 1, 20)])
+def test_the_fallback_equals_the_twin(shape, num_elements, chunk, monkeypatch):
+    monkeypatch.setattr(combine_chunks, "_CHUNK_ELEMENTS", chunk)
+    with as_if_asynchronous():
+        check_combine(*combine_inputs(*shape, num_elements))
+
+
+def test_the_fallback_takes_strided_tensors_and_sums_in_double():
+    with as_if_asynchronous():
+        test_strided_banks_outputs_and_gradients()
+        test_coefficient_gradient_is_summed_in_double()
+        test_one_hot_coefficients_copy_their_bank()
 
 
 def test_large_results_written_past_the_cache():

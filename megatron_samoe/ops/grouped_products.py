@@ -1,0 +1,148 @@
+"""Products of rows that are sorted by expert where only the device knows how many rows an expert has.
+
+torch's grouped product takes the ends of the experts' rows from the device, in one launch. Where torch has no kernel for
+it (`use_grouped_mm`), rows are packed into blocks of one size, each of one expert: R rows of e experts fill at most
+R / block + e blocks, so all shapes are known. A block's matrix is copied beside it, some blocks at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Elements of matrices that are copied beside blocks at a time.
+_CHUNK_ELEMENTS = 1 << 25
+_LEAST_BLOCK, _MOST_BLOCK = 16, 512
+#: torch's grouped product takes fewer experts than this.
+_MOST_GROUPS = 1024
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows in blocks.
+
+    Attributes:
+        expert_of_block_b: whose rows a block has; blocks without rows count as the last expert's.
+        row_of_place: [b, block], row in each place; any row where the place is empty.
+        is_filled: [b, block].
+        place_of_row_R: place of each row among b * block.
+    """
+
+    expert_of_block_b: Tensor
+    row_of_place: Tensor
+    is_filled: Tensor
+    place_of_row_R: Tensor
+
+
+class ExpertRows:
+    """How many of R rows each of e experts has, on a device that runs behind the host.
+
+    Args:
+        counts_e: rows of each expert; rows after these count as the last expert's.
+    """
+
+    def __init__(self, counts_e: Tensor, num_rows: int):
+        self.num_rows, self.num_experts = num_rows, len(counts_e)
+        self.ends_e = counts_e.cumsum(0, dtype=torch.int32)
+        self.ends_e[-1:] = num_rows
+
+    @functools.cached_property
+    def expert_of_row_R(self) -> Tensor:
+        """The expert of each row."""
+        return torch.searchsorted(self.ends_e, self._range(self.num_rows), right=True)
+
+    @functools.cached_property
+    def counts_e(self) -> Tensor:
+        """Rows of each expert, those after the counted ones included."""
+        return self.ends_e.diff(prepend=self.ends_e.new_zeros(1))
+
+    @functools.cached_property
+    def blocks(self) -> Blocks:
+        """The rows in blocks."""
+        block = min(max(-(-self.num_rows // (2 * self.num_experts)), _LEAST_BLOCK), _MOST_BLOCK)
+        num_blocks = self.num_rows // block + self.num_experts
+        counts_e, ends_e = self.counts_e, self.ends_e
+        blocks_e = counts_e.add(block - 1).div(block, rounding_mode="floor")
+        block_ends_e = blocks_e.cumsum(0, dtype=torch.int32)
+        expert_b = torch.searchsorted(block_ends_e, self._range(num_blocks), right=True).clamp_max(self.num_experts - 1)
+        first_row_e, first_block_e = ends_e - counts_e, block_ends_e - blocks_e
+        rank_b = self._range(num_blocks) - first_block_e[expert_b]
+        row_of_place = (first_row_e[expert_b] + rank_b * block)[:, None] + self._range(block)
+        is_filled = row_of_place < ends_e[expert_b][:, None]
+        place_R = self._range(self.num_rows) + (first_block_e * block - first_row_e)[self.expert_of_row_R]
+        return Blocks(expert_b, row_of_place.clamp_max_(self.num_rows - 1), is_filled, place_R)
+
+    def _range(self, size: int) -> Tensor:
+        return torch.arange(size, dtype=torch.int32, device=self.ends_e.device)
+
+
+def use_grouped_mm(*operands: Tensor) -> bool:
+    """Returns whether torch has a grouped product for these operands, [*, M, K] or [R, K]: bf16 on a GPU of capability 9
+    or 10, with rows and addresses in whole 16 bytes.
+
+    For all else torch's grouped product copies the experts' ends to the host and loops.
+    """
+    if not all(t.is_cuda and t.dtype == torch.bfloat16 for t in operands):
+        return False
+    sizes = [n for t in operands for n in (*t.shape[1:], t.stride(-2))]
+    fits = all(n % 8 == 0 for n in sizes) and all(t.data_ptr() % 16 == 0 for t in operands)
+    return fits and torch.cuda.get_device_capability(operands[0].device)[0] in (9, 10)
+
+
+def products(x_RK: Tensor, rows: ExpertRows, w_eMK: Tensor, b_eM: Tensor | None) -> Tensor:
+    """Returns [R, M]: expert e's rows times w[e] transposed, plus b[e]."""
+    if not rows.num_rows:
+        return x_RK.new_empty(0, w_eMK.shape[1])
+    if rows.num_experts < _MOST_GROUPS and use_grouped_mm(x_RK, w_eMK):
+        y_RM = F.grouped_mm(x_RK, w_eMK.transpose(1, 2), offs=rows.ends_e)
+    else:
+        y_RM = _by_blocks(x_RK, rows.blocks, w_eMK)
+    return y_RM if b_eM is None else y_RM + b_eM.index_select(0, rows.expert_of_row_R)
+
+
+def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: ExpertRows) -> None:
+    """Adds d_e^T x_e to grad[e] for each expert's rows."""
+    if not rows.num_rows:
+        return
+    if rows.num_experts < _MOST_GROUPS and use_grouped_mm(d_RM, x_RK):
+        product_eMK = F.grouped_mm(d_RM.t(), x_RK, offs=rows.ends_e)
+        # It was reported to leave the results of experts without rows unset (capability 10).
+        grad_eMK += product_eMK.masked_fill_((rows.counts_e == 0)[:, None, None], 0.0)
+        return
+    blocks = rows.blocks
+    d_blocks, x_blocks = _packed(d_RM, blocks), _packed(x_RK, blocks)
+    for part in _chunks(len(d_blocks), d_RM.shape[1] * x_RK.shape[1]):
+        product = torch.bmm(d_blocks[part].transpose(1, 2), x_blocks[part]).to(grad_eMK.dtype)
+        # Unlike index_add's, its sums have one order.
+        grad_eMK.index_put_((blocks.expert_of_block_b[part],), product, accumulate=True)
+
+
+def add_column_sums(grad_eM: Tensor, d_RM: Tensor, rows: ExpertRows) -> None:
+    """Adds the sum of each expert's rows of d to grad[e]."""
+    if rows.num_rows:
+        lengths_e = rows.counts_e.to(torch.int64)
+        grad_eM += torch.segment_reduce(d_RM.to(grad_eM.dtype), "sum", lengths=lengths_e, unsafe=True, initial=0.0)
+
+
+def _by_blocks(x_RK: Tensor, blocks: Blocks, w_eMK: Tensor) -> Tensor:
+    x_blocks = _packed(x_RK, blocks)
+    y_blocks = x_RK.new_empty(*x_blocks.shape[:2], w_eMK.shape[1])
+    for part in _chunks(len(x_blocks), w_eMK.shape[1] * w_eMK.shape[2]):
+        w_b = w_eMK.index_select(0, blocks.expert_of_block_b[part])
+        torch.bmm(x_blocks[part], w_b.transpose(1, 2), out=y_blocks[part])
+    return y_blocks.flatten(0, 1).index_select(0, blocks.place_of_row_R)
+
+
+def _packed(x_RK: Tensor, blocks: Blocks) -> Tensor:
+    """Returns [b, block, K], with zeros in empty places."""
+    packed = x_RK.index_select(0, blocks.row_of_place.flatten()).view(*blocks.row_of_place.shape, -1)
+    return packed.masked_fill_(~blocks.is_filled[:, :, None], 0.0)
+
+
+def _chunks(num_blocks: int, matrix_elements: int) -> list[slice]:
+    size = max(_CHUNK_ELEMENTS // max(matrix_elements, 1), 1)
+    return [slice(first, first + size) for first in range(0, num_blocks, size)]

@@ -1,0 +1,27 @@
+"""Host waits of expert-parallel ranks, counted as in tests/unit/moe/test_host_waits.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.harness.ranks import run_ranks
+from tests.harness.wait_figures import Figures, figures
+
+
+def on_rank(cases: list[tuple[str, str, dict[str, Any]]]) -> list[Figures]:
+    return [figures(way, style, world=2, **options) for way, style, options in cases]
+
+
+@pytest.mark.distributed
+def test_a_layer_waits_once_for_the_sizes_of_messages() -> None:
+    """Two of the four micro-batches of a step are a rank's own."""
+    capacity: dict[str, Any] = {"moe_expert_capacity_factor": 1.0}
+    cases = [(way, style, options) for way in ("moe", "samoe", "samoe layer", "tied", "pool")
+             for style in ("gelu", "swiglu") for options in ({}, capacity)]  # fmt: skip
+    cases += [("moe", "swiglu", {"moe_shared_expert_intermediate_size": 16})]
+    cases += [("samoe", "gelu", {"moe_dispatch_chunks": 2, "samoe_combine": "step"})]
+    for found in run_ranks(on_rank, 2, cases):
+        for case, each in zip(cases, found, strict=True):
+            assert each.totals == (1, 0, 4 * 2 + 1), (case, each)
