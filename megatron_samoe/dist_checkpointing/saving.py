@@ -81,21 +81,21 @@ def save_checkpoint(
         for name, attached in (attachments or {}).items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             _write_durably(unfinished / name, attached)
-            _fsync_dir((unfinished / name).parent)
+            fsync_dir((unfinished / name).parent)
             digests[name] = digest_of(unfinished / name)
         content = {"format_version": FORMAT_VERSION, **train_state, "digests": digests}
         content["digest"] = digest_of_values(json.loads(json.dumps(content)))
         _write_durably(unfinished / TRAIN_STATE, json.dumps(content, indent=1))
-        _fsync_dir(unfinished)
+        fsync_dir(unfinished)
         if final.exists():
             replaced = root / f".{final.name}.replaced"
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         unfinished.rename(final)
-        _fsync_dir(root)
+        fsync_dir(root)
         _write_durably(root / f".{LATEST}.tmp", str(iteration))
         (root / f".{LATEST}.tmp").rename(root / LATEST)
-        _fsync_dir(root)
+        fsync_dir(root)
         _apply_retention(config, iteration)
 
     _all_ranks(publish, parallel, only_first=True, what=f"complete {final}")
@@ -230,7 +230,8 @@ def _write_durably(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _fsync_dir(path: Path) -> None:
+def fsync_dir(path: Path) -> None:
+    """Makes the names in a folder survive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

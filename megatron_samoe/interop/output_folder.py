@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_samoe.dist_checkpointing.saving import fsync_dir
 from megatron_samoe.errors import CheckpointError
 
 #: Room left besides what is written, for the file system's own needs.
@@ -57,23 +58,15 @@ def new_folder(directory: Path) -> Iterator[Path]:
         raise CheckpointError(f"--save-dir {directory} cannot be written: {error.strerror}.") from None
     try:
         yield unfinished
-        _sync(unfinished)
+        fsync_dir(unfinished)
         os.rename(unfinished, directory)
-        _sync(directory.parent)
+        fsync_dir(directory.parent)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(f"--save-dir {directory} cannot be written: {error.strerror or error}.") from None
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _shown(num_bytes: int) -> str:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_samoe.ops.attention import ScoreRule
@@ -30,11 +31,11 @@ def topk_gate(
     num_tokens, num_experts = logits_TE.shape
     ids_TK = largest(logits_TE.detach() if key_TE is None else key_TE, topk)
     if sigmoid:
-        scores_TE = torch.sigmoid(logits_TE)
-        distribution_TE = scores_TE / scores_TE.sum(dim=1, keepdim=True)
-        probs_TK = scores_TE.gather(1, ids_TK)
-        if not pre_softmax:
-            probs_TK = probs_TK / probs_TK.sum(dim=1, keepdim=True)
+        # Scores over their sum are a softmax of their logarithms, where small ones do not vanish.
+        log_scores_TE = F.logsigmoid(logits_TE)
+        distribution_TE = torch.softmax(log_scores_TE, dim=1)
+        chosen_TK = log_scores_TE.gather(1, ids_TK)
+        probs_TK = chosen_TK.exp() if pre_softmax else torch.softmax(chosen_TK, dim=1)
     else:
         distribution_TE = torch.softmax(logits_TE, dim=1)
         if pre_softmax:

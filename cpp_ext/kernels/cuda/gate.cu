@@ -14,7 +14,11 @@ SAMOE_DEVICE unsigned long long rank_of(float logit, int64_t expert) {
   return static_cast<unsigned long long>(key) << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(expert));
 }
 
-SAMOE_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// Where all logits are low, sigmoid scores are taken in units of exp(peak): so their sum does not vanish.
+SAMOE_DEVICE float sigmoid_unit(float peak) { return peak < 0.0f ? peak : 0.0f; }
+
+// A sigmoid score, divided by exp(unit).
+SAMOE_DEVICE float sigmoid(float x, float unit) { return 1.0f / (expf(unit) + expf(unit - x)); }
 
 // One token: writes its probs, ids and logsumexp, counts its choices, and adds its distribution to sums.
 SAMOE_DEVICE float gate_token(const cpu::GateForward& a, int64_t t, int64_t* counts_E, float* sums_E) {
@@ -44,7 +48,7 @@ SAMOE_DEVICE float gate_token(const cpu::GateForward& a, int64_t t, int64_t* cou
     top = warp_max(top);
     for (int64_t k = 1; k < a.topk; ++k) chosen_top = logits[ids[k]] > chosen_top ? logits[ids[k]] : chosen_top;
   }
-  const auto score = [&](float logit) { return a.sigmoid ? sigmoid(logit) : expf(logit - top); };
+  const auto score = [&](float logit) { return a.sigmoid ? sigmoid(logit, sigmoid_unit(top)) : expf(logit - top); };
   float exponentials = 0.0f, sum = 0.0f;
   for (int64_t e = lane; e < a.num_experts; e += kWarp) {
     exponentials += expf(logits[e] - top);
@@ -53,12 +57,12 @@ SAMOE_DEVICE float gate_token(const cpu::GateForward& a, int64_t t, int64_t* cou
   const float logsumexp = top + logf(warp_sum(exponentials));
   const float share = 1.0f / warp_sum(sum);
   for (int64_t e = lane; e < a.num_experts; e += kWarp) sums_E[e] += score(logits[e]) * share;
-  // Among chosen logits alone the largest of them is the peak, or all their exponentials could vanish.
-  if (!a.sigmoid && !a.pre_softmax) top = chosen_top;
+  // Among chosen logits alone the largest of them is the peak, or all their scores could vanish.
+  if (!a.pre_softmax) top = chosen_top;
   float chosen = 0.0f;
   for (int64_t k = lane; k < a.topk; k += kWarp) chosen += score(logits[ids[k]]);
   chosen = warp_sum(chosen);
-  const float scale = a.pre_softmax ? (a.sigmoid ? 1.0f : share) : 1.0f / chosen;
+  const float scale = a.pre_softmax ? (a.sigmoid ? expf(sigmoid_unit(top)) : share) : 1.0f / chosen;
   for (int64_t k = lane; k < a.topk; k += kWarp) a.probs_TK[t * a.topk + k] = score(logits[ids[k]]) * scale;
   if (lane == 0) a.logsumexp_T[t] = logsumexp;
   return logsumexp;
@@ -145,32 +149,32 @@ SAMOE_DEVICE void backward_softmax(const cpu::GateBackward& a, const TokenGradie
   }
 }
 
-// Sigmoid: the distribution is s / sum(s), so ds = (d - <n, d>) / sum(s), then dl = ds s (1 - s); z as for softmax.
-// Scores that were normalised over the chosen ones bring ds = (dq - <q, dq>) / sum of the chosen.
+// Sigmoid: with g the gradient of the scores' logarithms, dl = g (1 - s); z as for softmax. The distribution n = s / sum(s)
+// brings g = n (d - <n, d>), scores normalised over the chosen ones g = q (dq - <q, dq>), a score as it is g = s ds.
 SAMOE_DEVICE void backward_sigmoid(const cpu::GateBackward& a, const TokenGradient& g, float logsumexp, float dz, float* out) {
   const int lane = lane_of_thread();
-  float sum = 0.0f, dot = 0.0f, chosen = 0.0f;
+  const float unit = sigmoid_unit(logsumexp);
+  float sum = 0.0f, dot = 0.0f;
   for (int64_t e = lane; e < a.num_experts; e += kWarp) {
-    const float score = sigmoid(g.logits_E[e]);
+    const float score = sigmoid(g.logits_E[e], unit);
     sum += score;
     if (g.d_E != nullptr) dot += score * g.d_E[e];
   }
-  for (int64_t k = lane; k < a.topk; k += kWarp) chosen += sigmoid(g.logits_E[g.ids_K[k]]);
   const float share = 1.0f / warp_sum(sum);
   dot = warp_sum(dot) * share;
-  chosen = warp_sum(chosen);
   for (int64_t e = lane; e < a.num_experts; e += kWarp) {
-    const float score = sigmoid(g.logits_E[e]);
-    float gradient = (g.d_E == nullptr ? 0.0f : (g.d_E[e] - dot) * share) * score * (1.0f - score);
-    if (a.dz != nullptr) gradient += dz * expf(g.logits_E[e] - logsumexp);
+    const float logit = g.logits_E[e];
+    const float of_log = g.d_E == nullptr ? 0.0f : (g.d_E[e] - dot) * share * sigmoid(logit, unit);
+    float gradient = of_log * (1.0f - sigmoid(logit, 0.0f));
+    if (a.dz != nullptr) gradient += dz * expf(logit - logsumexp);
     out[e] = gradient;
   }
   if (g.dprobs_K == nullptr) return;
   __syncwarp();
   for (int64_t k = lane; k < a.topk; k += kWarp) {
-    const float score = sigmoid(g.logits_E[g.ids_K[k]]);
-    const float dscore = a.pre_softmax ? g.dprobs_K[k] : (g.dprobs_K[k] - g.dot_chosen) / chosen;
-    out[g.ids_K[k]] += dscore * score * (1.0f - score);
+    const float score = sigmoid(g.logits_E[g.ids_K[k]], 0.0f);
+    const float of_log = a.pre_softmax ? score * g.dprobs_K[k] : g.probs_K[k] * (g.dprobs_K[k] - g.dot_chosen);
+    out[g.ids_K[k]] += of_log * (1.0f - score);
   }
 }
 

@@ -81,6 +81,9 @@ void check_gate(int64_t groups, int64_t group_tokens, int64_t experts, int64_t t
     if (kind == 4) logit = -0.0f;
     if (kind == 5) logit = -std::numeric_limits<float>::infinity();
   }
+  // One token whose sigmoid scores are less than the smallest number.
+  if (tokens > 1)
+    for (int64_t e = 0; e < experts; ++e) logits[experts + e] -= 150.0f;
   // One token whose logits are not finite: the first best is a NaN, and all that follows from them is NaN.
   if (tokens > 3) logits[2 * experts + pick(0, experts - 1)] = std::nanf("");
   GateResults cpu(tokens, experts, topk, groups), gpu(tokens, experts, topk, groups);

@@ -68,11 +68,16 @@ def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
     if shared is not None and shared % tp:
         yield ConfigError("--moe-shared-expert-intermediate-size", shared,
                           f"must be divisible by --tensor-model-parallel-size {tp}")  # fmt: skip
-    tokens = config.training.micro_batch_size * model.seq_length
-    if etp != tp and tokens % tp:
-        yield ConfigError("--micro-batch-size", config.training.micro_batch_size,
-                          f"micro batch x sequence = {tokens} tokens must be divisible by --tensor-model-parallel-size {tp} "
-                          "with --expert-tensor-parallel-size 1")  # fmt: skip
+    if etp != tp:
+        yield from _tokens_divide(config, "--expert-tensor-parallel-size 1")
+
+
+def _tokens_divide(config: PretrainConfig, cause: str) -> Problems:
+    tp, size = config.parallel.tensor_model_parallel_size, config.training.micro_batch_size
+    tokens = size * config.model.seq_length
+    if tokens % tp:
+        yield ConfigError("--micro-batch-size", size, f"micro batch x sequence = {tokens} tokens must be divisible by "
+                          f"--tensor-model-parallel-size {tp} with {cause}")  # fmt: skip
 
 
 def _expert_overlap(config: PretrainConfig, world_size: int) -> Problems:
@@ -92,15 +97,12 @@ def _expert_overlap(config: PretrainConfig, world_size: int) -> Problems:
 
 def _sequence_parallel(config: PretrainConfig, world_size: int) -> Problems:
     tp = config.parallel.tensor_model_parallel_size
-    tokens = config.training.micro_batch_size * config.model.seq_length
     if not config.parallel.sequence_parallel:
         return
     if tp == 1:
         yield ConfigError("--sequence-parallel", True, "needs --tensor-model-parallel-size above 1")
-    elif tp > 1 and tokens % tp:
-        yield ConfigError("--micro-batch-size", config.training.micro_batch_size,
-                          f"micro batch x sequence = {tokens} tokens must be divisible by --tensor-model-parallel-size {tp} "
-                          "with --sequence-parallel")  # fmt: skip
+    elif tp > 1:
+        yield from _tokens_divide(config, "--sequence-parallel")
 
 
 def _batches_divide(config: PretrainConfig, world_size: int) -> Problems:

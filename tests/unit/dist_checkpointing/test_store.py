@@ -149,7 +149,7 @@ def test_latest_file_may_name_an_older_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "failing", ["write_sharded", "_write_durably", "_fsync_dir"], ids=["tensors", "description", "flush"]
+    "failing", ["write_sharded", "_write_durably", "fsync_dir"], ids=["tensors", "description", "flush"]
 )
 def test_failed_save_is_never_taken_for_a_checkpoint(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

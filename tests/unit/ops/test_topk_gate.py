@@ -81,6 +81,31 @@ def test_masked_experts_and_large_logits(score_function, pre_softmax):
     torch.testing.assert_close(_.probs_TK.double(), expected[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("has_key", [False, True])
+@pytest.mark.parametrize("pre_softmax", [False, True])
+def test_sigmoid_scores_of_low_logits_keep_their_proportions(pre_softmax, has_key):
+    """The scores of whole rows, or of all that a bias makes chosen, are less than the smallest number."""
+    logits_TE = torch.randn(33, 9, generator=torch.Generator().manual_seed(4)) * 2
+    logits_TE[:11] -= 120.0
+    logits_TE[11:22] -= 300.0
+    key_TE = None
+    if has_key:
+        logits_TE[22:, 3:] -= 150.0
+        key_TE = logits_TE.clone()
+        key_TE[:, :3] = -torch.inf
+    check_gate(logits_TE, 2, "sigmoid", pre_softmax, 3, key_TE=key_TE)
+    logits_TE.requires_grad_()
+    gate = topk_gate(logits_TE, 2, "sigmoid", pre_softmax, 3, key_TE)
+    weights_TK = torch.linspace(-1.0, 1.0, 66).view(33, 2)
+    (gradient,) = torch.autograd.grad((gate.probs_TK * weights_TK).sum() + gate.score_sum_GE[:, 0].sum(), logits_TE)
+    assert torch.isfinite(gradient).all()
+    if not pre_softmax:
+        torch.testing.assert_close(gate.probs_TK.sum(1), torch.ones(33))
+        chosen_TK = logits_TE.detach().gather(1, gate.ids_TK)[:22].softmax(1)
+        torch.testing.assert_close(gate.probs_TK[:22], chosen_TK, rtol=1e-4, atol=1e-6)
+        assert (gradient[:22].abs().sum(1) > 1e-3).all(), "routers of low logits learn nothing"
+
+
 @pytest.mark.parametrize("score_function, pre_softmax", FLAVOURS)
 def test_nan_logits_are_seen_and_do_no_harm(score_function, pre_softmax):
     logits_TE = torch.zeros(5, 6)

@@ -11,24 +11,26 @@ namespace {
 
 constexpr int64_t kBlockTokens = 64;  // sums are formed per block and added in block order: no dependence on threads
 
-// A softmax over the chosen logits, where others may be so much larger that the row's exponentials of all chosen vanish.
-void softmax_of_chosen(const float* row, int64_t topk, const int64_t* ids, float* probs) {
+// Shares of the chosen experts alone, where others may be so much better that the row's scores of all chosen vanish.
+void shares_of_chosen(const GateForward& a, const float* row, const int64_t* ids, float* probs) {
   float peak = row[ids[0]], sum = 0.0f;
-  for (int64_t k = 1; k < topk; ++k) peak = row[ids[k]] > peak ? row[ids[k]] : peak;
-  for (int64_t k = 0; k < topk; ++k) sum += probs[k] = std::exp(row[ids[k]] - peak);
-  for (int64_t k = 0; k < topk; ++k) probs[k] /= sum;
+  for (int64_t k = 1; k < a.topk; ++k) peak = row[ids[k]] > peak ? row[ids[k]] : peak;
+  const float unit = sigmoid_unit(peak);
+  for (int64_t k = 0; k < a.topk; ++k) {
+    probs[k] = a.sigmoid ? 1.0f / (std::exp(unit) + std::exp(unit - row[ids[k]])) : std::exp(row[ids[k]] - peak);
+    sum += probs[k];
+  }
+  for (int64_t k = 0; k < a.topk; ++k) probs[k] /= sum;
 }
 
-// Probabilities of the chosen experts; scale turns a score into its share of the whole row.
+// Probabilities of the chosen experts; scale turns a score into a probability that is not normalised over the chosen.
 void chosen_probs(const GateForward& a, const float* scores, float scale, const int64_t* ids, float* probs) {
   float sum = 0.0f;
   for (int64_t k = 0; k < a.topk; ++k) {
     probs[k] = scores[ids[k]];
     sum += probs[k];
   }
-  if (a.sigmoid && a.pre_softmax) return;
-  if (!a.pre_softmax)
-    scale = 1.0f / sum;  // the best chosen expert is the row's best: the sum cannot vanish in a softmax
+  if (!a.pre_softmax) scale = 1.0f / sum;  // the best chosen expert is the row's best: the sum cannot vanish
   for (int64_t k = 0; k < a.topk; ++k) probs[k] *= scale;
 }
 
@@ -53,12 +55,13 @@ float choose(const GateForward& a, int64_t t, Scratch& s, float* scale_out) {
   take_topk(chosen_by, a.num_experts, a.topk, s, ids);
   float peak, sum = exponentials(row, s.width, scores, &peak);
   const float logsumexp = peak + std::log(sum);
-  if (a.sigmoid) sum = sigmoids(row, s.width, scores);
+  if (a.sigmoid) sum = sigmoids(row, s.width, sigmoid_unit(peak), scores);
   *scale_out = 1.0f / sum;
-  if (a.key_TE != nullptr && !a.sigmoid && !a.pre_softmax) {
-    softmax_of_chosen(row, a.topk, ids, a.probs_TK + t * a.topk);
+  if (a.key_TE != nullptr && !a.pre_softmax) {
+    shares_of_chosen(a, row, ids, a.probs_TK + t * a.topk);
   } else {
-    chosen_probs(a, scores, *scale_out, ids, a.probs_TK + t * a.topk);
+    const float score = a.sigmoid ? std::exp(sigmoid_unit(peak)) : *scale_out;
+    chosen_probs(a, scores, score, ids, a.probs_TK + t * a.topk);
   }
   return logsumexp;
 }
@@ -146,7 +149,7 @@ const float* choice_key(const DecodeChoice& a, const float* logits, Scratch& s) 
   float *row = s.row(0), *key = s.row(4), peak;
   copy_logits(logits, a.num_experts, row, s.width);
   if (a.norm_scale == nullptr && a.sigmoid) {
-    sigmoids(row, s.width, key);
+    sigmoids(row, s.width, 0.0f, key);
   } else if (a.norm_scale == nullptr && (a.pre_softmax || a.bias_E != nullptr)) {
     const float sum = exponentials(row, s.width, key, &peak);
     for (int64_t e = 0; e < a.num_experts; ++e) key[e] /= sum;
@@ -228,20 +231,15 @@ void decode_choose(const DecodeChoice& a) {
 
 namespace {
 
-// Adds the gradient through the chosen probabilities, where they were normalised among themselves.
-// softmax over chosen logits: dl = q (dq - <q, dq>). Sigmoid scores over their sum c: ds = (dq - <q, dq>) / c.
-void add_normalised(const GateBackward& a, int64_t t, const float* scores, float* gradient) {
+// Adds the gradient through the chosen probabilities, where they were normalised among themselves: q (dq - <q, dq>), of
+// the logits in a softmax, and of the scores' logarithms otherwise.
+void add_normalised(const GateBackward& a, int64_t t, float* gradient) {
   const float* q = a.probs_TK + t * a.topk;
   const float* dq = a.dprobs_TK + t * a.topk;
   const int64_t* ids = a.ids_TK + t * a.topk;
-  float dot = 0.0f, sum = 0.0f;
-  for (int64_t k = 0; k < a.topk; ++k) {
-    dot += q[k] * dq[k];
-    sum += scores[ids[k]];
-  }
-  for (int64_t k = 0; k < a.topk; ++k) {
-    gradient[ids[k]] += a.sigmoid ? (dq[k] - dot) / sum : q[k] * (dq[k] - dot);
-  }
+  float dot = 0.0f;
+  for (int64_t k = 0; k < a.topk; ++k) dot += q[k] * dq[k];
+  for (int64_t k = 0; k < a.topk; ++k) gradient[ids[k]] += q[k] * (dq[k] - dot);
 }
 
 // Softmax: dl = p (d - <p, d>) + 2 dz lse p, with d the gradient of the distribution, chosen experts' included.
@@ -267,37 +265,37 @@ void backward_softmax(const GateBackward& a, int64_t t, const float* d_group, Sc
   }
   if (add_chosen)
     for (int64_t k = 0; k < a.topk; ++k) row[ids[k]] += p[ids[k]] * a.dprobs_TK[t * a.topk + k];
-  if (a.dprobs_TK != nullptr && !a.pre_softmax) add_normalised(a, t, p, row);
+  if (a.dprobs_TK != nullptr && !a.pre_softmax) add_normalised(a, t, row);
 }
 
-// Sigmoid: the distribution is s / sum(s), so ds = (d - <n, d>) / sum(s), then dl = ds s (1 - s); z as for softmax.
+// Sigmoid: with g the gradient of the scores' logarithms, dl = g (1 - s); z as for softmax. The distribution n = s / sum(s)
+// brings g = n (d - <n, d>), a score as it is g = s ds.
 void backward_sigmoid(const GateBackward& a, int64_t t, const float* d_group, Scratch& s) {
   float* row = s.row(0);
   float* scores = s.row(1);
-  float* dscores = s.row(2);
-  const float scale = 1.0f / sigmoids(row, s.width, scores);
+  float* gradient = s.row(2);
+  const float logsumexp = a.logsumexp_T[t], unit = sigmoid_unit(logsumexp), one = std::exp(unit);
+  const float scale = 1.0f / sigmoids(row, s.width, unit, scores);
   vf sum = vf{};
   if (d_group != nullptr)
     for (int64_t e = 0; e < s.width; e += kLanes) sum += load(scores + e) * load(d_group + e);
   const float dot = sum_lanes(sum) * scale;
   for (int64_t e = 0; e < s.width; e += kLanes) {
-    store(dscores + e, d_group != nullptr ? (load(d_group + e) - dot) * scale : vf{});
+    store(gradient + e, d_group != nullptr ? load(scores + e) * scale * (load(d_group + e) - dot) : vf{});
   }
   if (a.dprobs_TK != nullptr) {
     const int64_t* ids = a.ids_TK + t * a.topk;
     if (a.pre_softmax) {
-      for (int64_t k = 0; k < a.topk; ++k) dscores[ids[k]] += a.dprobs_TK[t * a.topk + k];
+      for (int64_t k = 0; k < a.topk; ++k) gradient[ids[k]] += scores[ids[k]] * one * a.dprobs_TK[t * a.topk + k];
     } else {
-      add_normalised(a, t, scores, dscores);
+      add_normalised(a, t, gradient);
     }
   }
-  const float logsumexp = a.logsumexp_T[t];
   const float dz = a.dz != nullptr ? 2.0f * *a.dz * logsumexp : 0.0f;
   for (int64_t e = 0; e < s.width; e += kLanes) {
-    const vf score = load(scores + e);
-    vf gradient = load(dscores + e) * score * (1.0f - score);
-    if (a.dz != nullptr) gradient += dz * exp(load(row + e) - logsumexp);
-    store(row + e, gradient);
+    vf dlogits = load(gradient + e) * (1.0f - load(scores + e) * one);
+    if (a.dz != nullptr) dlogits += dz * exp(load(row + e) - logsumexp);
+    store(row + e, dlogits);
   }
 }
 

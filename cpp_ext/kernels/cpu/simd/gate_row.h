@@ -1,6 +1,7 @@
 // One token's row of a router: room for it in whole vectors, its order by size, its scores.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -75,11 +76,15 @@ SAMOE_INLINE int64_t take_best(int32_t* keys, int64_t width) {
   return index_of[best];
 }
 
-// Sigmoid scores of a row (padding scores 0); returns their sum.
-SAMOE_INLINE float sigmoids(const float* row, int64_t width, float* out) {
+// Where all logits are low, sigmoid scores are taken in units of exp(peak): so their sum does not vanish.
+SAMOE_INLINE float sigmoid_unit(float peak) { return peak < 0.0f ? peak : 0.0f; }
+
+// Sigmoid scores of a row, divided by exp(unit) (padding scores 0); returns their sum.
+SAMOE_INLINE float sigmoids(const float* row, int64_t width, float unit, float* out) {
+  const float one = unit == 0.0f ? 1.0f : std::exp(unit);
   vf sum = vf{};
   for (int64_t e = 0; e < width; e += kLanes) {
-    const vf y = 1.0f / (1.0f + exp(-load(row + e)));
+    const vf y = 1.0f / (one + exp(unit - load(row + e)));
     store(out + e, y);
     sum += y;
   }

@@ -150,8 +150,8 @@ class Router(Weights):
         if config.router_score_function in ("norm", "relu"):
             return chosen_TK.relu(), ids_TK.masked_fill(chosen_TK <= 0, -1)
         if config.router_score_function == "sigmoid":
-            probs_TK = chosen_TK.sigmoid()
-            return (probs_TK if config.router_pre_softmax else probs_TK / probs_TK.sum(1, keepdim=True)), ids_TK
+            # Over their sum they are a softmax of their logarithms, where small ones do not vanish.
+            return (chosen_TK.sigmoid() if config.router_pre_softmax else F.logsigmoid(chosen_TK).softmax(1)), ids_TK
         return (logits_TE.softmax(1).gather(1, ids_TK) if config.router_pre_softmax else chosen_TK.softmax(1)), ids_TK
 
 
