@@ -178,7 +178,7 @@ def _whole_vocabulary(logits_Nv: Tensor, model: RankModel) -> Tensor:
     """Returns the logits of all tensor-parallel ranks, which hold equal parts of the padded vocabulary."""
     tp = model.state.tp
     if tp.size == 1:
-        return logits_Nv
+        return logits_Nv[:, : model.vocab_size]
     padded = padded_vocab_size(model.vocab_size, model.config.model.make_vocab_size_divisible_by)
     parts_vN = F.pad(logits_Nv, (0, padded // tp.size - logits_Nv.shape[1])).t()
     return tp.all_gather(parts_vN)[: model.vocab_size].t()

@@ -97,7 +97,8 @@ class GPTStage(nn.Module):
             document_ids_BS: where given, no token attends to another document.
 
         Returns:
-            logits [T, this rank's part of the vocabulary] on the last stage, and the next stage's x on others.
+            logits [T, this rank's part of the padded vocabulary] on the last stage, -inf for padding, and the next stage's x
+            on others.
         """
         batch = context.batch_size
         set_loads = self.set_loads if context.training else None
@@ -147,7 +148,7 @@ class GPTStage(nn.Module):
 
     def head_width(self) -> int:
         """Returns the columns of this rank's logits."""
-        return self._head().num_used_rows
+        return self._head().width
 
     def head_kept_bytes(self, tokens: int) -> int:
         """Returns the bytes of one micro-batch's head: normalised input, logits, fp32 probabilities, and their

@@ -6,7 +6,7 @@ Between embedding and loss, hidden states are flat: [T, H] with T = B * S tokens
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -122,9 +122,33 @@ class VocabParallelEmbedding(nn.Module):
         return leave_tensor_parallel_region(x_TH, self.state)
 
     def logits(self, x_TH: Tensor) -> Tensor:
-        """Returns this rank's logits [T, num_used_rows]. Padding has no column, so it takes no probability."""
+        """Returns this rank's logits [T, `width`]; those of padding are -inf, so it takes no probability."""
         x_TH = enter_tensor_parallel_region(x_TH, self.state)
-        return F.linear(x_TH, self.weight[: self.num_used_rows])
+        if not self.width:
+            return F.linear(x_TH, self.weight[:0])
+        logits_TV = F.linear(x_TH, self.weight)
+        return _WithoutPadding.apply(logits_TV, self.num_used_rows) if self.num_used_rows < self.width else logits_TV
+
+    @property
+    def width(self) -> int:
+        """Columns of this rank's logits: padding included, which keeps the rows of three large products aligned; 0 where it
+        has padding alone.
+        """
+        return self.weight.shape[0] if self.num_used_rows else 0
+
+
+class _WithoutPadding(torch.autograd.Function):
+    """Sets the last columns to -inf, in place. A softmax gives them no gradient, so that of all columns stays as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, num_used: int) -> Tensor:  # type: ignore[override]
+        logits_TV[:, num_used:] = -torch.inf
+        ctx.mark_dirty(logits_TV)
+        return logits_TV
+
+    @staticmethod
+    def backward(ctx: Any, dlogits_TV: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dlogits_TV, None
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:

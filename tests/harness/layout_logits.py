@@ -38,8 +38,9 @@ def logits_of(setup: TrainSetup) -> Tensor:
 
 
 def _whole_vocabulary(logits_Tv: Tensor, parallel: ParallelState) -> Tensor:
-    """Returns [T, V] of ranks' parts, of which the last may be narrower."""
+    """Returns [T, V] of ranks' parts, of which some may be empty and one ends with padding."""
     width = -(-VOCAB_SIZE // parallel.tp.size) + 8
     padded = logits_Tv.new_full((1, len(logits_Tv), width), torch.nan)
     padded[0, :, : logits_Tv.shape[1]] = logits_Tv
-    return torch.cat([part[:, ~part[0].isnan()] for part in parallel.tp.all_gather(padded)], 1)
+    parts = [part[:, ~part[0].isnan()] for part in parallel.tp.all_gather(padded)]
+    return torch.cat(parts, 1)[:, :VOCAB_SIZE]

@@ -197,28 +197,6 @@ def test_fake_tensors_pass_through_the_ops():
         ).shape == (3, 2, 4)
 
 
-@needs_library
-def test_the_schemas_tell_the_truth():
-    """torch's own check of schema, aliasing and fake implementation, on real arguments."""
-    ops = torch.ops.megatron_samoe
-    generator = torch.Generator().manual_seed(0)
-    checks = ("test_schema", "test_faketensor")
-    logits_TE = torch.randn(8, 4, generator=generator)
-    torch.library.opcheck(ops.topk_gate.default, (logits_TE, 2, True, False, 2), test_utils=checks)
-    ids_TK = torch.tensor([[0, 1], [3, -1], [1, 2]])
-    slot_of_row_N, row_of_slot_TK, _counts = ops.make_permutation(ids_TK, 4)
-    torch.library.opcheck(ops.make_permutation.default, (ids_TK, 4), test_utils=("test_schema",))
-    x_TH, probs_TK = torch.randn(3, 5, generator=generator), torch.rand(3, 2, generator=generator)
-    rows_NH = torch.randn(5, 5, generator=generator)
-    torch.library.opcheck(ops.permute.default, (x_TH, slot_of_row_N, 2), test_utils=checks)
-    torch.library.opcheck(ops.unpermute.default, (rows_NH, probs_TK, row_of_slot_TK), test_utils=checks)
-    arguments = (x_TH, rows_NH, probs_TK, slot_of_row_N, row_of_slot_TK)
-    torch.library.opcheck(ops.unpermute_backward.default, arguments, test_utils=checks)
-    a, t, w = (torch.randn(shape, generator=generator) for shape in ((3, 2, 4), (4, 2, 8), (3, 2, 8)))
-    torch.library.opcheck(ops.combine_banks.default, (a, t, w), test_utils=checks)
-    torch.library.opcheck(ops.combine_banks_backward.default, (a, t, w, torch.zeros_like(t)), test_utils=checks)
-
-
 def test_an_unknown_mode_raises_in_this_process_too(monkeypatch):
     monkeypatch.setenv(extension.ENVIRONMENT_VARIABLE, "always")
     with pytest.raises(ConfigError, match="auto, require, off"):
