@@ -113,7 +113,8 @@ class Engine:
     @torch.no_grad()
     def _make_runner(self, loaded: LoadedModel, num_pages: int, max_step_tokens: int, cache_experts: int) -> Runner:
         state = loaded.model.state
-        if not takes_single_runner(state.device.type, state.world.size, self.dtype):
+        is_latent = loaded.config.model.multi_latent_attention  # which the inference ops do not have
+        if is_latent or not takes_single_runner(state.device.type, state.world.size, self.dtype):
             convert_weights(loaded.model, self.dtype)
             return RankRunner(loaded, num_pages, self.serving)
         if state.device.type == "cuda" and uses_cuda_kernels():
