@@ -114,6 +114,8 @@ class Engine:
     def _make_runner(self, loaded: LoadedModel, num_pages: int, max_step_tokens: int, cache_experts: int) -> Runner:
         state = loaded.model.state
         is_latent = loaded.config.model.multi_latent_attention  # which the inference ops do not have
+        if is_latent and self.dtype == "int8":
+            raise ConfigError("dtype", "int8", "fp32 or bf16 with --multi-latent-attention")
         if is_latent or not takes_single_runner(state.device.type, state.world.size, self.dtype):
             convert_weights(loaded.model, self.dtype)
             return RankRunner(loaded, num_pages, self.serving)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_bytes import step_bytes
 from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.engine import Engine
@@ -100,6 +101,8 @@ def test_a_latent_is_all_that_is_cached() -> None:
     kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for tensors in (runner._cache._keys, runner._cache._values) for t in tensors.values()}  # fmt: skip
     assert sum(kept.values()) == 4 * engine.max_tokens * (10 + 4) * loaded.config.model.num_layers
+    with pytest.raises(ConfigError, match="fp32 or bf16 with --multi-latent-attention"):
+        Engine(loaded, dtype="int8")
     greedy = generated(engine, [IDS[:9]], 12)[0]
     ids = [*IDS[:9]]
     for token in greedy:
