@@ -112,6 +112,42 @@ class ModelConfig:
         None, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", "export")
     )
     """The same of the output's logits."""
+    multi_latent_attention: bool = model_option(
+        False, is_free=False, known_to=not_known_to("megatron", "export", default=False)
+    )
+    """Multi-head latent attention (DeepSeek-V2): keys and values of all heads from one small vector per token."""
+    q_lora_rank: int | None = model_option(
+        None, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron", "export")
+    )
+    """Size of the latent that queries are made from; queries are made from the residual stream if not given."""
+    kv_lora_rank: int = model_option(
+        512,
+        range=POSITIVE,
+        needs=needs.LATENTS,
+        is_free=False,
+        known_to=not_known_to("megatron", "export", default=512),
+    )
+    """Size of the latent that keys and values are made from."""
+    qk_head_dim: int = model_option(
+        128,
+        range=POSITIVE,
+        needs=needs.LATENTS,
+        is_free=False,
+        known_to=not_known_to("megatron", "export", default=128),
+    )
+    """Channels of a head's queries and keys without positions."""
+    qk_pos_emb_head_dim: int = model_option(
+        64, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron", "export", default=64)
+    )
+    """Channels of queries, and of the key that all heads share, which are rotated."""
+    v_head_dim: int = model_option(
+        128,
+        range=POSITIVE,
+        needs=needs.LATENTS,
+        is_free=False,
+        known_to=not_known_to("megatron", "export", default=128),
+    )
+    """Channels of a head's values."""
     init_method_std: float = model_option(0.02, range=ABOVE_ZERO, is_free=True, known_to=READERS)
     """Standard deviation of initial weights; output projections use it divided by sqrt(2 * num_layers)."""
     attention_dropout: float = model_option(0.0, range=BELOW_ONE, is_free=True, known_to=READERS)
@@ -146,6 +182,27 @@ class ModelConfig:
     def num_kv_heads(self) -> int:
         """Number of key-value heads."""
         return self.num_query_groups if self.group_query_attention else self.num_attention_heads
+
+    @property
+    def query_dim(self) -> int:
+        """Channels of a head's query with latent attention."""
+        return self.qk_head_dim + self.qk_pos_emb_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.qk_pos_emb_head_dim if self.multi_latent_attention else int(self.head_dim * self.rotary_percent)
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers of a token that latent attention keeps in a layer's cache."""
+        return self.kv_lora_rank + self.qk_pos_emb_head_dim
+
+    def cached_numbers(self, tensor_parallel_size: int = 1) -> int:
+        """Returns the numbers of a token that a rank keeps in a layer's cache."""
+        if self.multi_latent_attention:
+            return self.latent_dim
+        return 2 * self.head_dim * self.num_kv_heads // tensor_parallel_size
 
     def window_of(self, layer: int) -> int | None:
         """Returns the window of a layer's attention, counted from 0; None where it attends to all earlier tokens."""

@@ -41,6 +41,7 @@ YARN = Need(lambda c: c.model.rope_scaling_type == "yarn", "needs --rope-scaling
 TRAINED_LENGTH = Need(
     lambda c: c.model.rope_scaling_type in ("llama3", "yarn"), "needs --rope-scaling-type llama3 or yarn"
 )
+LATENTS = Need(lambda c: c.model.multi_latent_attention, "needs --multi-latent-attention")
 WINDOW = Need(lambda c: c.model.sliding_window is not None, "needs --sliding-window")
 QK_NORM = Need(lambda c: c.model.qk_layernorm, "needs --qk-layernorm")
 NO_BIAS = Need(

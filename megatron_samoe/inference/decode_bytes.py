@@ -83,5 +83,5 @@ def step_bytes(
     others = width * (count.total - count.expert - tables - routers) + 4 * routers
     kept = 4 if dtype == "fp32" else 2
     seen = sum(min(context, model.window_of(layer) or context) for layer in range(model.num_layers))
-    cache = batch * seen * 2 * model.num_kv_heads * model.head_dim * kept
+    cache = batch * seen * model.cached_numbers() * kept
     return StepBytes(expert_bytes, others, cache)

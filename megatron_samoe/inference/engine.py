@@ -119,9 +119,13 @@ class Engine:
     @torch.no_grad()
     def _make_runner(self, loaded: LoadedModel, num_pages: int, max_step_tokens: int, cache_experts: int) -> Runner:
         state = loaded.model.state
-        if self._weights_folder is not None and (state.device.type, state.world.size) != ("cpu", 1):
-            raise ConfigError("weights_folder", self._weights_folder, "is for one process on a CPU")
-        if not takes_single_runner(state.device.type, state.world.size, self.dtype):
+        is_latent = loaded.config.model.multi_latent_attention  # which the inference ops do not have
+        if is_latent and self.dtype == "int8":
+            raise ConfigError("dtype", "int8", "fp32 or bf16 with --multi-latent-attention")
+        takes_single = not is_latent and takes_single_runner(state.device.type, state.world.size, self.dtype)
+        if self._weights_folder is not None and not (takes_single and state.device.type == "cpu"):
+            raise ConfigError("weights_folder", self._weights_folder, "is for one process on a CPU, without latent attention")
+        if not takes_single:
             convert_weights(loaded.model, self.dtype)
             return RankRunner(loaded, num_pages, self.serving)
         if state.device.type == "cuda" and uses_cuda_kernels():

@@ -137,13 +137,19 @@ class TorchCache:
     """Keys and values of some layers, [pages, PAGE, G, D] each, and attention over them by torch's own functions.
 
     `begin` names the step's batch; then every layer's attention calls `attend` once.
+
+    Args:
+        latent: where given, values are the first so many channels of keys, and are not kept besides.
     """
 
     def __init__(self, layers: Sequence[int], num_pages: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
-                 device: torch.device):  # fmt: skip
+                 device: torch.device, latent: int | None = None):  # fmt: skip
         shape = (num_pages, PAGE, num_kv_heads, head_dim)
         self._keys = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
-        self._values = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
+        self._values = {
+            layer: keys[..., :latent] if latent is not None else torch.zeros_like(keys)
+            for layer, keys in self._keys.items()
+        }
         self._batch: StepBatch | None = None
 
     def begin(self, batch: StepBatch) -> None:
@@ -163,7 +169,7 @@ class TorchCache:
         place_T = (batch.positions_T % PAGE).long()
         keys[page_T, place_T] = k_TGD[:num]
         values[page_T, place_T] = v_TGD[:num]
-        y_TAD = torch.zeros_like(q_TAD)
+        y_TAD = q_TAD.new_zeros(*q_TAD.shape[:2], v_TGD.shape[-1])
         start = 0
         for span in batch.spans:
             rows = slice(start, start + span.num_tokens)

@@ -60,9 +60,10 @@ class RankRunner:
         model_config, state = loaded.config.model, loaded.model.state
         self.device = state.device
         layers = [int(name) for chunk in self._model.chunks for name in chunk.layers]
+        kept = (model_config.num_kv_heads // state.tp.size, model_config.head_dim)
+        latent = model_config.kv_lora_rank if model_config.multi_latent_attention else None
         self._cache = TorchCache(
-            layers, num_pages, model_config.num_kv_heads // state.tp.size, model_config.head_dim, self._model.dtype,
-            state.device,
+            layers, num_pages, *(kept if latent is None else (1, model_config.latent_dim)), self._model.dtype, state.device, latent
         )  # fmt: skip
         self._context = ForwardContext(batch_size=1, cache=self._cache)
 

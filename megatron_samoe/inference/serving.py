@@ -58,9 +58,8 @@ def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pag
     others = sum(p.numel() for p in model.parameters() if id(p) not in own)
     converted = 0 if precision_of(model) == dtype and model.dtype != torch.float16 else width * others
     converted += sum(kept(sets[n]) for n in {s.number for s in sources if s.way in ("tied", "scaled")})
-    kv_heads = config.model.num_kv_heads // model.state.tp.size
     positions = num_pages * PAGE * sum(len(chunk.layers) for chunk in model.chunks)
-    cache = positions * 2 * kv_heads * config.model.head_dim * (4 if dtype == "fp32" else 2)
+    cache = positions * config.model.cached_numbers(model.state.tp.size) * (4 if dtype == "fp32" else 2)
     if pool is None:
         return {"folded": converted + cache}
     banks, layers = config.moe.num_expert_banks * kept(pool), sum(s.way == "combined" for s in sources)

@@ -39,14 +39,66 @@ def document_mask(document_ids_BS: Tensor) -> Tensor:
     return (causal & (document_ids_BS[:, :, None] == document_ids_BS[:, None, :]))[:, None]
 
 
-class SelfAttention(nn.Module):
-    """Fused query-key-value projection ([key-value heads, queries per head + 2, D, H]), SDPA, output projection."""
+class AttentionCore(nn.Module):
+    """What all kinds of attention have in common: scores of queries and keys, and what they weigh.
+
+    Args:
+        recompute_core: keep its inputs alone for the backward pass.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype,
                  recompute_core: bool):  # fmt: skip
         super().__init__()
         self.config, self.layer, self.tensor_rank = config, layer, state.tp.rank
         self.window, self.softcap = config.window_of(layer), config.attn_logit_softcapping
+        self.sinks: nn.Parameter | None = None
+        self.has_sinks, self.num_local_heads = (
+            config.softmax_type != "vanilla", config.num_attention_heads // state.tp.size
+        )  # fmt: skip
+        if config.softmax_type == "learnable":
+            tag, wide = ParameterTag(ShardSpec(partition=((0, "tp"),))), torch.promote_types(dtype, torch.float32)
+            self.sinks = new_parameter((config.num_attention_heads,), tag, state, wide)
+        # Scores that are dropped are drawn again with the whole core.
+        self.recompute_core = recompute_core or (config.attention_dropout > 0 and needs_scores(self.rule()))
+
+    def rule(self, device: torch.device | None = None) -> ScoreRule:
+        """Returns what scores have besides the product of queries and keys."""
+        sinks: Tensor | None = self.sinks
+        if sinks is None and self.has_sinks:
+            sinks = torch.zeros(self.num_local_heads, device=device)
+        return ScoreRule(self.window, self.softcap, sinks)
+
+    def run_core(
+        self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
+    ) -> Tensor:
+        """Returns `core`, recomputed in the backward pass where that is asked for."""
+        arguments = (q_BSAD, k_BSGD, v_BSGD, inputs, context)
+        return recompute(self.core, *arguments) if self.recompute_core and context.training else self.core(*arguments)
+
+    def core(
+        self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
+    ) -> Tensor:
+        """Returns attention's output [T, A * D] before its projection, from rotated queries and keys."""
+        dropout = self.config.attention_dropout if context.training else 0.0
+        query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
+        arguments = (query, key, value, self.rule(q_BSAD.device), inputs.mask_B1SS, dropout)
+        if dropout == 0.0:
+            y_BASD = attention(*arguments)
+        else:
+            assert context.random is not None
+            devices = [query.device] if query.is_cuda else []
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(context.random.attention_seed(self.layer, self.tensor_rank))
+                y_BASD = attention(*arguments)
+        return y_BASD.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+class SelfAttention(AttentionCore):
+    """Fused query-key-value projection ([key-value heads, queries per head + 2, D, H]), SDPA, output projection."""
+
+    def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype,
+                 recompute_core: bool):  # fmt: skip
+        super().__init__(config, layer, state, dtype, recompute_core)
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_kv_heads, config.head_dim
         self.queries_per_kv = heads // kv_heads
         self.qkv = ColumnParallelLinear(
@@ -60,18 +112,6 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = (
             _query_key_norm(config, count, state, dtype) if config.qk_layernorm else None for count in (heads, kv_heads)
         )
-        if config.softmax_type == "learnable":
-            tag = ParameterTag(ShardSpec(partition=((0, "tp"),)))
-            self.sinks = new_parameter((heads,), tag, state, torch.promote_types(dtype, torch.float32))
-        # Scores that are dropped are drawn again with the whole core.
-        self.recompute_core = recompute_core or (config.attention_dropout > 0 and needs_scores(self.rule()))
-
-    def rule(self) -> ScoreRule:
-        """Returns what scores have besides the product of queries and keys."""
-        sinks: Tensor | None = self.sinks if self.config.softmax_type == "learnable" else None
-        if self.config.softmax_type == "off-by-one":
-            sinks = self.qkv.weight.new_zeros(self.qkv.weight.shape[0] * self.queries_per_kv)
-        return ScoreRule(self.window, self.softcap, sinks)
 
     def forward(self, x_TH: Tensor, inputs: AttentionInputs, context: ForwardContext) -> Tensor:
         """Returns y_TH."""
@@ -90,27 +130,8 @@ class SelfAttention(nn.Module):
             q_BSAD, k_BSGD = apply_rotary(q_BSAD, inputs.rotary), apply_rotary(k_BSGD, inputs.rotary)
         if context.cache is not None:
             q_TAD, k_TGD, v_TGD = (t.flatten(0, 1) for t in (q_BSAD, k_BSGD, v_BSGD))
-            return self.output(context.cache.attend(self.layer, q_TAD, k_TGD, v_TGD, self.rule()))
-        core = (q_BSAD, k_BSGD, v_BSGD, inputs, context)
-        y_TF = recompute(self.core, *core) if self.recompute_core and context.training else self.core(*core)
-        return self.output(y_TF)
-
-    def core(
-        self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
-    ) -> Tensor:
-        """Returns attention's output [T, A * D] before its projection, from rotated queries and keys."""
-        dropout = self.config.attention_dropout if context.training else 0.0
-        query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
-        arguments = (query, key, value, self.rule(), inputs.mask_B1SS, dropout)
-        if dropout == 0.0:
-            y_BASD = attention(*arguments)
-        else:
-            assert context.random is not None
-            devices = [query.device] if query.is_cuda else []
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(context.random.attention_seed(self.layer, self.tensor_rank))
-                y_BASD = attention(*arguments)
-        return y_BASD.transpose(1, 2).flatten(2).flatten(0, 1)
+            return self.output(context.cache.attend(self.layer, q_TAD, k_TGD, v_TGD, self.rule(x_TH.device)))
+        return self.output(self.run_core(q_BSAD, k_BSGD, v_BSGD, inputs, context))
 
     def core_flops_per_token(self) -> float:
         """Returns multiply-adds x 2 of the two products with the keys and values that a token attends to, on average over a

@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.models.attention import SelfAttention
+from megatron_samoe.models.latent_attention import configured_attention
 from megatron_samoe.models.layer_layout import LayerPlace, all_layers, moe_layers_of
 from megatron_samoe.models.mlp import activation_of
 from megatron_samoe.moe.balance import AuxiliaryLosses, BalanceStrategy
@@ -37,7 +37,7 @@ class ModelParts:
         sharing: makes the way of sharing experts between MoE layers.
     """
 
-    attention: Callable[..., nn.Module] = SelfAttention
+    attention: Callable[..., nn.Module] = configured_attention
     router: type[Router] = Router
     balance: Callable[[MoEConfig, Group], BalanceStrategy] = AuxiliaryLosses
     sharing: Callable[[SharingContext], SharingWay] = configured_sharing

@@ -23,7 +23,7 @@ def rotary_tables(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype)
 
 def scaled_frequencies(config: ModelConfig, device: torch.device | None = None) -> tuple[Tensor, float]:
     """Returns the angle of one position for each pair of channels, [R / 2] in fp32, and a factor on queries and keys."""
-    rotated, stretch = int(config.head_dim * config.rotary_percent), config.rope_scaling_factor
+    rotated, stretch = config.rotary_dim, config.rope_scaling_factor
     exponents = torch.arange(0, rotated, 2, device=device, dtype=torch.float32) / rotated
     plain, kind = config.rotary_base**-exponents, config.rope_scaling_type
     if kind == "linear":

@@ -47,7 +47,7 @@ class ParamGroup:
 
 
 #: Matrices of hidden layers, besides the fused projection of queries, keys and values.
-MATRICES = re.compile(r"\.(output|fc1|fc2)\.weight$|(\.moe\.experts|^expert_pool\..*)\.w[12]$")
+MATRICES = re.compile(r"\.(output|fc1|fc2|(q|kv)_(up|down))\.weight$|(\.moe\.experts|^expert_pool\..*)\.w[12]$")
 FUSED_QKV = re.compile(r"\.qkv\.weight$")
 
 

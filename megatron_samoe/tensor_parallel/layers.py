@@ -66,6 +66,26 @@ class ColumnParallelLinear(nn.Module):
         return 2.0 * self.weight.numel() * self.state.tp.size
 
 
+class TokenWiseLinear(nn.Module):
+    """A linear layer y = x W^T that every tensor-parallel rank has whole; with sequence parallelism it acts on the rank's
+    tokens.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, init: Init, state: ParallelState, dtype: torch.dtype):
+        super().__init__()
+        self.weight = new_parameter(
+            (out_features, in_features), ParameterTag(token_wise_spec(state), init), state, dtype
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns [T, out_features]."""
+        return F.linear(x, self.weight)
+
+    def flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the forward pass."""
+        return 2.0 * self.weight.numel()
+
+
 class RowParallelLinear(nn.Module):
     """A linear layer y = x W^T + b with W's inputs split over tensor-parallel ranks; x is split, y is whole."""
 

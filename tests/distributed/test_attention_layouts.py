@@ -17,6 +17,10 @@ from tests.harness.tiny import tiny_config, with_layout
 pytestmark = pytest.mark.distributed
 
 LLAMA: dict[str, Any] = {"style": "llama", "init_method_std": 0.2}
+LATENT: dict[str, Any] = {
+    "multi_latent_attention": True, "group_query_attention": False, "num_query_groups": 1, "kv_lora_rank": 10, "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4, "v_head_dim": 5,
+}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "window": {"layout": "dense", **LLAMA, "sliding_window": 5, "window_attn_skip_freq": 2},
     "sinks and cap": {"layout": "moe", **LLAMA, "moe_router_topk": 2, "softmax_type": "learnable", "attn_logit_softcapping": 0.5},
@@ -26,6 +30,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 1.5, "qk_layernorm": True, "qk_layernorm_scope": "all", "rope_scaling_type": "yarn",
         "rope_scaling_factor": 4.0, "rope_original_max_positions": 8, "recompute_granularity": "selective",
     },
+    "latent": {
+        "layout": "moe", "style": "llama", "init_method_std": 0.2, **LATENT, "q_lora_rank": 12, "sliding_window": 7,
+        "softmax_type": "learnable", "optimizer": "muon",
+    },
+    "latent plain": {"layout": "samoe", "style": "llama", "init_method_std": 0.2, **LATENT},
     "off by one": {"layout": "dense", "softmax_type": "off-by-one", "sliding_window": 3, "optimizer": "muon"},
 }  # fmt: skip
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -64,10 +73,10 @@ def test_in_double_precision(model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_each_has_an_effect_and_trains(model: str) -> None:
-    kept = ("layout", *LLAMA, "moe_router_topk", "optimizer")
+    kept = ("layout", "style", "init_method_std", "moe_router_topk", "optimizer")
     plain = train(tiny_config(**{k: v for k, v in MODELS[model].items() if k in kept}), torch.float64, steps=4)
     found = results_of("one process", torch.float64)[model]
     assert found["losses"][0] != pytest.approx(plain["losses"][0], rel=1e-6)
-    learned = [n for n in found["gradients"] if n.endswith(".sinks") or "q_norm" in n]
-    assert bool(learned) == (model in ("sinks and cap", "olmoe", "all"))
+    learned = [n for n in found["gradients"] if n.endswith(".sinks") or "q_norm" in n or "kv_norm" in n]
+    assert bool(learned) == (model not in ("window", "off by one"))
     assert all(found["gradients"][n].abs().min() > 0 for n in learned)

@@ -12,6 +12,7 @@ from megatron_samoe.config.derived import (
     num_moe_layers,
     sharing_map,
 )
+from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Problems
 from megatron_samoe.config.sharing_map import Source
@@ -30,13 +31,15 @@ def _attention_sizes(config: PretrainConfig, world_size: int) -> Problems:
                           f"must divide --hidden-size {model.hidden_size}, or give --kv-channels")  # fmt: skip
     if groups > 0 and heads % groups:
         yield ConfigError("--num-query-groups", groups, f"must divide --num-attention-heads {heads}")
-    if model.position_embedding_type == "rope":
+    if model.position_embedding_type == "rope" and not model.multi_latent_attention:
         if heads < 1:
             return
         rotated = model.head_dim * model.rotary_percent
         if not 0 < model.rotary_percent <= 1 or rotated != int(rotated) or int(rotated) % 2:
             yield ConfigError("--rotary-percent", model.rotary_percent,
                               f"must leave an even, whole number of the {model.head_dim} head channels to rotate")  # fmt: skip
+    if model.multi_latent_attention:
+        yield from _latents(model)
     skip = model.window_attn_skip_freq
     if skip is not None and not 2 <= skip <= max(model.num_layers, 2):
         yield ConfigError("--window-attn-skip-freq", skip, f"must be from 2 to the {model.num_layers} layers")
@@ -53,6 +56,29 @@ def _attention_sizes(config: PretrainConfig, world_size: int) -> Problems:
     if model.position_embedding_type == "learned_absolute" and model.max_positions < model.seq_length:
         yield ConfigError("--max-position-embeddings", model.max_positions,
                           f"must be at least --seq-length {model.seq_length} with learned positions")  # fmt: skip
+
+
+def _latents(model: ModelConfig) -> Problems:
+    if model.position_embedding_type != "rope":
+        yield ConfigError("--multi-latent-attention", True, "needs --position-embedding-type rope")
+    unused = {
+        "group_query_attention": False,
+        "kv_channels": None,
+        "qk_layernorm": False,
+        "add_qkv_bias": False,
+        "rotary_percent": 1.0,
+    }
+    for name, default in unused.items():
+        if (value := getattr(model, name)) != default:
+            yield ConfigError(
+                flag(name), value, "has no use with --multi-latent-attention, which has sizes and norms of its own"
+            )
+    if model.qk_pos_emb_head_dim % 2:
+        yield ConfigError("--qk-pos-emb-head-dim", model.qk_pos_emb_head_dim, "must be even")
+    if model.v_head_dim > model.query_dim:
+        yield ConfigError(
+            "--v-head-dim", model.v_head_dim, f"must be at most --qk-head-dim + --qk-pos-emb-head-dim {model.query_dim}"
+        )
 
 
 def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_bytes import step_bytes
 from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.engine import Engine
@@ -18,6 +19,10 @@ from megatron_samoe.inference.single_runner import SingleRunner
 from tests.harness.tiny import tiny_config
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
 
+LATENT: dict[str, Any] = {
+    "style": "llama", "multi_latent_attention": True, "group_query_attention": False, "num_query_groups": 1, "kv_lora_rank": 10,
+    "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 5,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("dense", {"sliding_window": 9}),
     "window here and there": ("moe", {"style": "llama", "sliding_window": 5, "window_attn_skip_freq": 2}),
@@ -27,6 +32,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "logit cap": ("moe", {"final_logit_softcapping": 2.0}),
     "olmoe": ("moe", {"style": "llama", "moe_router_topk": 2, "qk_layernorm": True, "qk_layernorm_scope": "all"}),
     "yarn": ("dense", {"style": "llama", "rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "rope_original_max_positions": 16}),
+    "latent": ("moe", {**LATENT, "q_lora_rank": 12, "moe_router_topk": 2}),
+    "latent window": ("samoe", {**LATENT, "sliding_window": 7, "softmax_type": "learnable"}),
     "all": ("samoe", {"style": "llama", "sliding_window": 7, "softmax_type": "learnable", "attn_logit_softcapping": 2.0,
                       "qk_layernorm": True, "qk_layernorm_scope": "all"}),
 }  # fmt: skip
@@ -37,6 +44,8 @@ IDS = [int(i) for i in torch.randint(0, VOCAB, (96,), generator=torch.Generator(
 @pytest.mark.parametrize("model", MODELS)
 def test_a_sequence_in_parts_has_the_forwards_logits(model: str, kind: str) -> None:
     layout, options = MODELS[model]
+    if kind == "single" and "multi_latent_attention" in options:
+        pytest.skip("the training model decodes it")
     loaded = loaded_tiny(layout, **options)
     num_pages = 2 * pages_for(48)
     runner: Any = RankRunner(loaded, num_pages)
@@ -70,18 +79,36 @@ def test_a_window_needs_few_pages_and_gives_the_same_text(dtype: Any) -> None:
     roomy._pages = type(roomy._pages)(2, 2 * pages_for(512), pages_for(512))
     roomy._runner = roomy._make_runner(loaded_tiny("dense", **options), 2 * pages_for(512), 16, 0)
     roomy._scheduler._pages = roomy._pages
-    texts = [generated(e, [IDS[:50], IDS[50:53]], 200) for e in (engine, roomy)]
+    texts = [generated(e, [IDS[:50], IDS[50:53]], 200, temperature=1.0) for e in (engine, roomy)]
     assert texts[0] == texts[1] and len(set(texts[0][0])) > 50
     assert engine._pages.num_free_pages == engine._pages.num_pages
 
 
-def generated(engine: Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
-    sampling = SamplingOptions(count, temperature=1.0, seed=5, ignore_eod=True)
+def generated(engine: Engine, prompts: list[list[int]], count: int, temperature: float = 0.0) -> list[list[int]]:
+    sampling = SamplingOptions(count, temperature=temperature, seed=5, ignore_eod=True)
     found: dict[int, list[int]] = {engine.submit(Request(p, sampling)): [] for p in prompts}
     while engine.has_work:
         for event in engine.step():
             found[event.request_id].append(event.token_id)
     return list(found.values())
+
+
+def test_a_latent_is_all_that_is_cached() -> None:
+    loaded = loaded_tiny("dense", **LATENT)
+    engine = Engine(loaded, max_batch=2)
+    assert "training model" in engine.summary
+    runner: Any = engine._runner
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for tensors in (runner._cache._keys, runner._cache._values) for t in tensors.values()}  # fmt: skip
+    assert sum(kept.values()) == 4 * engine.max_tokens * (10 + 4) * loaded.config.model.num_layers
+    with pytest.raises(ConfigError, match="fp32 or bf16 with --multi-latent-attention"):
+        Engine(loaded, dtype="int8")
+    greedy = generated(engine, [IDS[:9]], 12)[0]
+    ids = [*IDS[:9]]
+    for token in greedy:
+        logits = forward_logits(loaded, ids)[-1, :VOCAB]
+        assert logits[token] > logits.max() - 1e-4
+        ids.append(token)
 
 
 def test_pages_go_round() -> None:

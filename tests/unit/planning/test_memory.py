@@ -262,6 +262,22 @@ def test_what_scores_have_besides_is_not_kept(
     )
 
 
+@pytest.mark.parametrize("recompute", [None, "selective"])
+@pytest.mark.parametrize("q_rank", [None, 24])
+def test_latent_attention_keeps_what_it_says(q_rank: int | None, recompute: Any) -> None:
+    config = tiny_config(
+        "dense", style="llama", group_query_attention=False, num_query_groups=1, hidden_size=64, seq_length=64,
+        multi_latent_attention=True, q_lora_rank=q_rank, kv_lora_rank=32, qk_head_dim=16, qk_pos_emb_head_dim=8, v_head_dim=16,
+        recompute_granularity=recompute,
+    )  # fmt: skip
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    norms = 2 * config.model.hidden_size + (q_rank or 0) + 32
+    expected = layer_bytes(config) + tokens * norms * 4  # torch composes RMSNorm on a CPU, as above
+    assert kept_by_autograd(build_model(config, 103, single_process_state()), config) == pytest.approx(
+        expected, rel=0.05
+    )
+
+
 def test_a_window_saves_products() -> None:
     config = tiny_config("dense", seq_length=64)
     attention_of = lambda c: whole_model(c, 103).description.layer(all_layers(c)[0]).attention  # noqa: E731
