@@ -124,7 +124,9 @@ class Engine:
             raise ConfigError("dtype", "int8", "fp32 or bf16 with --multi-latent-attention")
         takes_single = not is_latent and takes_single_runner(state.device.type, state.world.size, self.dtype)
         if self._weights_folder is not None and not (takes_single and state.device.type == "cpu"):
-            raise ConfigError("weights_folder", self._weights_folder, "is for one process on a CPU, without latent attention")
+            raise ConfigError(
+                "weights_folder", self._weights_folder, "is for one process on a CPU, without latent attention"
+            )
         if not takes_single:
             convert_weights(loaded.model, self.dtype)
             return RankRunner(loaded, num_pages, self.serving)
