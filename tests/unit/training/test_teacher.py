@@ -28,6 +28,7 @@ from megatron_samoe.planning.layout_cost import Cluster
 from megatron_samoe.planning.layout_planner import plan_layouts
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.runtime.load import load_model
+from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 from megatron_samoe.training import metrics
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.evaluate import evaluate
@@ -80,7 +81,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(teacher: Path) -> No
     theirs = setup.teacher.forward(tokens, 8, None, None, 0)
     torch.testing.assert_close(theirs, loaded(tokens, ForwardContext(8))[0], rtol=1e-9, atol=1e-9)
     assert not theirs.requires_grad and all(p.grad is None for p in setup.teacher.model.parameters())
-    q, p = ((x / 2.0).log_softmax(1) for x in (logits, theirs))
+    q, p = ((x[:, :VOCAB_SIZE] / 2.0).log_softmax(1) for x in (logits, theirs))  # without padding
     kl_T = F.kl_div(q, p, log_target=True, reduction="none").sum(1)
     mean = lambda t: (t * mask.flatten()).sum() / mask.sum()  # noqa: E731
     ce = mean(F.cross_entropy(logits, labels.flatten(), reduction="none"))
@@ -207,13 +208,13 @@ def test_mfu_counts_forward_passes_of_the_teacher(teacher: Path, monkeypatch: py
     taught = taught_setup(student(teacher))
     state = initial_state(taught)
     result, state = train_step(taught, state, micro_batches(taught, 0))
-    timed = metrics.StepTime(2.0, 2.0)
+    timed = metrics.StepTime(2.0, 2.0, taught.tokens_after(0) / 2.0)
     counts = [
         metrics.make_record(s, state, result, timed, None)["mfu"] for s in (taught, replace(taught, teacher=None))
     ]
     saved = find_teacher(str(teacher)).trained
     more = train_flops_per_token(with_options(saved, seq_length=16), VOCAB_SIZE) / 3
-    assert counts[0] - counts[1] == pytest.approx(more * taught.tokens_per_step / 2.0 / 1e9)
+    assert counts[0] - counts[1] == pytest.approx(more * taught.tokens_after(0) / 2.0 / 1e9)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_the_planner_counts_a_teachers_weights_and_time(teacher: Path) -> None:
     setup = taught_setup(config)
     assert setup.teacher is not None
     weights = sum(p.numel() * p.element_size() for p in setup.teacher.model.parameters())
-    logits = 2 * 16 * VOCAB_SIZE * 4
+    logits = 2 * 16 * padded_vocab_size(VOCAB_SIZE, config.model.make_vocab_size_divisible_by) * 4
     held = weights + 2 * logits  # with their gradient
     planned, plain = rank_memory(config, VOCAB_SIZE, 1), rank_memory(with_options(config, teacher=None), VOCAB_SIZE, 1)
     assert planned.teacher == held and plain.teacher == 0 and planned.total == plain.total + held
