@@ -11,14 +11,13 @@ places in the pool, so that each layer's lie on all expert-parallel ranks alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.parallel_state.state import ParallelState
 
 
@@ -124,19 +123,12 @@ def owners(counts_LE: Tensor) -> Tensor:
 
     This is the assignment problem, which scipy solves exactly.
     """
+    from scipy import optimize  # which takes a second, once in a run
+
     num_layers, num_experts = counts_LE.shape
     assert num_experts % num_layers == 0, (num_layers, num_experts)
     slots_SE = counts_LE.repeat_interleave(num_experts // num_layers, dim=0).double().cpu().numpy()
-    slots, experts = linear_sum_assignment()(slots_SE, maximize=True)
+    slots, experts = optimize.linear_sum_assignment(slots_SE, maximize=True)
     owner_E = torch.empty(num_experts, dtype=torch.int64)
     owner_E[torch.from_numpy(experts)] = torch.from_numpy(slots) // (num_experts // num_layers)
     return owner_E
-
-
-def linear_sum_assignment() -> Callable[..., Any]:
-    """Returns scipy's solver of the assignment problem; MegatronSamoeError where scipy is missing."""
-    try:
-        from scipy import optimize
-    except ImportError:
-        raise MegatronSamoeError("--pool-lock-step needs scipy: pip install 'megatron_samoe[pool-lock]'") from None
-    return optimize.linear_sum_assignment

@@ -15,7 +15,6 @@ from megatron_samoe.config.training import OptimizerConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.blueprint import ModelParts
 from megatron_samoe.models.rank_model import RankModel, build_model
-from megatron_samoe.moe.candidates import linear_sum_assignment
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
 from megatron_samoe.optimizer.param_groups import ParamRule, default_rules, refuse_idle_patterns
 from megatron_samoe.parallel_state.state import ParallelState
@@ -107,8 +106,6 @@ def build_setup(
     extensions = extensions or Extensions()
     if config.training.deterministic_mode:
         torch.use_deterministic_algorithms(True)
-    if config.moe.pool_lock_step is not None:
-        linear_sum_assignment()  # missing scipy is better known now than at the lock
     model = build_model(config, vocab_size, parallel, dtype, extensions.parts)
     layout = config.parallel
     buffers = GradBuffers(
