@@ -27,6 +27,7 @@ from megatron_samoe.planning.layout_cost import Cluster
 from megatron_samoe.planning.layout_planner import plan_layouts
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.runtime.load import load_model
+from megatron_samoe.tensor_parallel.layers import padded_vocab_size
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.hook import Hook, Record, Run
@@ -71,14 +72,14 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(teacher: Path) -> No
     tokens, labels, mask = (torch.cat([b[name] for b in batches]) for name in ("tokens", "labels", "loss_mask"))
     lm_loss, num_tokens, kl_loss, _ = compute_gradients(setup, initial_state(setup), batches)
     setup.model.begin_step()
-    logits = setup.model(tokens, ForwardContext(8))[0].detach().requires_grad_()
+    logits = setup.model(tokens, ForwardContext(8))[0].detach()[:, :VOCAB_SIZE].requires_grad_()
     loaded = load_model(str(teacher), STATE).model.double()
     loaded.dtype = torch.float64
     assert setup.teacher is not None
     theirs = setup.teacher.forward(tokens, 8, None, None, 0)
     torch.testing.assert_close(theirs, loaded(tokens, ForwardContext(8))[0], rtol=1e-9, atol=1e-9)
     assert not theirs.requires_grad and all(p.grad is None for p in setup.teacher.model.parameters())
-    q, p = ((x / 2.0).log_softmax(1) for x in (logits, theirs))
+    q, p = ((x / 2.0).log_softmax(1) for x in (logits, theirs[:, :VOCAB_SIZE]))
     kl_T = F.kl_div(q, p, log_target=True, reduction="none").sum(1)
     mean = lambda t: (t * mask.flatten()).sum() / mask.sum()  # noqa: E731
     ce = mean(F.cross_entropy(logits, labels.flatten(), reduction="none"))
@@ -265,7 +266,7 @@ def test_the_planner_counts_a_teachers_weights_and_time(teacher: Path) -> None:
     setup = taught_setup(config)
     assert setup.teacher is not None
     weights = sum(p.numel() * p.element_size() for p in setup.teacher.model.parameters())
-    logits = 2 * 16 * VOCAB_SIZE * 4
+    logits = 2 * 16 * padded_vocab_size(VOCAB_SIZE, config.model.make_vocab_size_divisible_by) * 4
     held = weights + 2 * logits  # with their gradient
     planned, plain = rank_memory(config, VOCAB_SIZE, 1), rank_memory(with_options(config, teacher=None), VOCAB_SIZE, 1)
     assert planned.teacher == held and plain.teacher == 0 and planned.total == plain.total + held
