@@ -61,23 +61,17 @@ class CudaBackend : public TensorChecks {
   void cross_entropy_backward(const cpu::CrossEntropyBackward& a) const { launch(cuda::cross_entropy_backward, a); }
   void adamw(const cpu::AdamW& a) const { launch(cuda::adamw, a); }
 
-  // Waits for the device once: the number of rows is the size of a result.
+  // Every slot has a row: how many are kept only the device knows.
   CountedSlots count_slots(const at::Tensor& ids, const at::Tensor& counts) const {
     const int64_t num_slots = ids.numel(), num_experts = counts.size(0);
-    CountedSlots slots{at::empty({cuda::num_slot_chunks(num_slots), num_experts}, ids.options()), 0, 0};
-    const at::Tensor state = at::empty({2}, ids.options());
+    const CountedSlots slots{at::empty({cuda::num_slot_chunks(num_slots), num_experts + 1}, ids.options()), num_slots, 0};
     launch(cuda::count_slots, ids.const_data_ptr<int64_t>(), num_slots, num_experts, counts.mutable_data_ptr<int64_t>(),
-           slots.cursor.mutable_data_ptr<int64_t>(), state.mutable_data_ptr<int64_t>());
-    const at::Tensor known = state.cpu();
-    slots.num_rows = known.const_data_ptr<int64_t>()[0];
-    const int64_t bad_slot = known.const_data_ptr<int64_t>()[1];
-    if (bad_slot < 0) return slots;
-    const at::Tensor bad_id = ids.view({-1}).select(0, bad_slot).cpu();
-    return {slots.cursor, -1, bad_id.const_data_ptr<int64_t>()[0]};
+           slots.cursor.mutable_data_ptr<int64_t>());
+    return slots;
   }
   void place_slots(const at::Tensor& ids, const CountedSlots& slots, const at::Tensor& slot_of_row,
                    const at::Tensor& row_of_slot) const {
-    launch(cuda::place_slots, ids.const_data_ptr<int64_t>(), ids.numel(), slots.cursor.size(1),
+    launch(cuda::place_slots, ids.const_data_ptr<int64_t>(), ids.numel(), slots.cursor.size(1) - 1,
            slots.cursor.mutable_data_ptr<int64_t>(), slot_of_row.mutable_data_ptr<int64_t>(),
            row_of_slot.mutable_data_ptr<int64_t>());
   }

@@ -181,5 +181,5 @@ def serves(*tensors: torch.Tensor | None, cuda: bool = False) -> bool:
 def _has_kernels_on(device: torch.device | None, cuda: bool) -> bool:
     """Returns whether ops run compiled on a device (None: on any); `cuda` as for serves()."""
     if device is not None and runs_behind_host(device):
-        return cuda and device.type == "cuda" and uses_cuda_kernels()
+        return cuda and uses_cuda_kernels()
     return (device is None or device.type == "cpu") and load()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_samoe.ops.asynchronous import runs_behind_host
+
 
 def _topk_gate(
     logits_TE: Tensor, topk: int, sigmoid: bool, pre_softmax: bool, num_groups: int, key_TE: Tensor | None = None
@@ -25,8 +27,9 @@ def _topk_gate_backward(logits_TE: Tensor, *others: object) -> Tensor:
 
 
 def _make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    # How many slots are kept is in the data.
-    num_rows = torch.library.get_ctx().new_dynamic_size()
+    # How many slots are kept is in the data; a device that runs behind the host has a row for each.
+    dynamic = not runs_behind_host(ids_TK.device)
+    num_rows = torch.library.get_ctx().new_dynamic_size() if dynamic else ids_TK.numel()
     return ids_TK.new_empty(num_rows), torch.empty_like(ids_TK), ids_TK.new_empty(num_experts)
 
 

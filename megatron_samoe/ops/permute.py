@@ -52,10 +52,10 @@ def make_permutation(ids_TK: Tensor, num_experts: int) -> Permutation:
     """
     if ids_TK.dim() != 2 or ids_TK.dtype != torch.int64 or ids_TK.shape[1] == 0:
         raise ValueError(f"ids_TK must be an int64 matrix [T, K >= 1], not {ids_TK.dtype} {tuple(ids_TK.shape)}")
+    if extension.serves(ids_TK, cuda=True):
+        return Permutation(*torch.ops.megatron_samoe.make_permutation(ids_TK.contiguous(), num_experts))
     if runs_behind_host(ids_TK.device):
         return Permutation(*rows_by_gather.make_permutation(ids_TK, num_experts))
-    if extension.serves(ids_TK):
-        return Permutation(*torch.ops.megatron_samoe.make_permutation(ids_TK.contiguous(), num_experts))
     if ids_TK.numel():
         low, high = torch.aminmax(ids_TK)
         if int(low) < -1 or int(high) >= num_experts:

@@ -1,4 +1,5 @@
 // The counting sort behind a permutation: a warp counts and places the slots of one chunk, 32 at a time and in order.
+// Dropped slots are those of one expert more, the last.
 #include "device.cuh"
 
 namespace samoe {
@@ -10,49 +11,52 @@ constexpr int64_t kMaxChunks = 1024;  // the scan passes over all chunks' counte
 
 struct Chunk {
   int64_t first, last;
-  int64_t* counters_E;
+  int64_t* counters;  // one a bucket
 };
 
-SAMOE_DEVICE Chunk chunk_of_warp(int64_t num_slots, int64_t num_chunks, int64_t num_experts, int64_t* cursor) {
+SAMOE_DEVICE Chunk chunk_of_warp(int64_t num_slots, int64_t num_chunks, int64_t num_buckets, int64_t* cursor) {
   const int64_t chunk = global_warp(), size = (num_slots + num_chunks - 1) / num_chunks;
   const int64_t first = chunk * size, last = first + size < num_slots ? first + size : num_slots;
-  return {first, last, cursor + chunk * num_experts};
+  return {first, last, cursor + chunk * num_buckets};
 }
 
 // Lanes of the same expert as this one.
 SAMOE_DEVICE unsigned same_expert(int64_t id) { return __match_any_sync(kAllLanes, static_cast<int>(id)); }
 SAMOE_DEVICE int lanes_before(unsigned lanes) { return __popc(lanes & ((1u << lane_of_thread()) - 1u)); }
 
+// Slots beyond the last have the bucket -1.
+SAMOE_DEVICE int64_t bucket_of(const int64_t* ids_S, int64_t slot, const Chunk& chunk, int64_t num_experts) {
+  if (slot >= chunk.last) return -1;
+  const int64_t id = ids_S[slot];
+  assert(id >= -1 && id < num_experts);
+  return id < 0 ? num_experts : id;
+}
+
 __global__ void count_chunks(const int64_t* ids_S, int64_t num_slots, int64_t num_chunks, int64_t num_experts,
-                             int64_t* cursor, unsigned long long* first_bad) {
+                             int64_t* cursor) {
   if (global_warp() >= num_chunks) return;
-  const Chunk chunk = chunk_of_warp(num_slots, num_chunks, num_experts, cursor);
-  for (int64_t e = lane_of_thread(); e < num_experts; e += kWarp) chunk.counters_E[e] = 0;
+  const Chunk chunk = chunk_of_warp(num_slots, num_chunks, num_experts + 1, cursor);
+  for (int64_t e = lane_of_thread(); e <= num_experts; e += kWarp) chunk.counters[e] = 0;
   __syncwarp();
   for (int64_t start = chunk.first; start < chunk.last; start += kWarp) {
-    const int64_t slot = start + lane_of_thread();
-    int64_t id = slot < chunk.last ? ids_S[slot] : -1;
-    if (id < -1 || id >= num_experts) {
-      atomicMin(first_bad, static_cast<unsigned long long>(slot));
-      id = -1;
-    }
-    const unsigned same = same_expert(id);
-    if (id >= 0 && lanes_before(same) == 0) chunk.counters_E[id] += __popc(same);
+    const int64_t bucket = bucket_of(ids_S, start + lane_of_thread(), chunk, num_experts);
+    const unsigned same = same_expert(bucket);
+    if (bucket >= 0 && lanes_before(same) == 0) chunk.counters[bucket] += __popc(same);
     __syncwarp();
   }
 }
 
 // One block: counts become the places where each chunk starts to write, experts in order, inside an expert chunks.
-__global__ void scan_counts(int64_t num_chunks, int64_t num_experts, int64_t* cursor, int64_t* counts_E,
-                            int64_t* num_kept) {
+__global__ void scan_counts(int64_t num_chunks, int64_t num_experts, int64_t* cursor, int64_t* counts_E) {
+  const int64_t num_buckets = num_experts + 1;
   __shared__ int64_t ends[kThreads];
-  int64_t before = 0;  // kept slots of the experts of earlier rounds
-  for (int64_t first = 0; first < num_experts; first += kThreads) {
+  int64_t before = 0;  // slots of the buckets of earlier rounds
+  for (int64_t first = 0; first < num_buckets; first += kThreads) {
     const int64_t e = first + threadIdx.x;
     int64_t count = 0;
-    if (e < num_experts) {
-      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) count += cursor[chunk * num_experts + e];
-      counts_E[e] = count;
+    if (e < num_buckets) {
+      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) count += cursor[chunk * num_buckets + e];
+      if (e < num_experts) counts_E[e] = count;
     }
     ends[threadIdx.x] = count;
     __syncthreads();
@@ -63,34 +67,34 @@ __global__ void scan_counts(int64_t num_chunks, int64_t num_experts, int64_t* cu
       __syncthreads();
     }
     int64_t place = before + ends[threadIdx.x] - count;
-    if (e < num_experts) {
+    if (e < num_buckets) {
       for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-        const int64_t of_chunk = cursor[chunk * num_experts + e];
-        cursor[chunk * num_experts + e] = place;
+        const int64_t of_chunk = cursor[chunk * num_buckets + e];
+        cursor[chunk * num_buckets + e] = place;
         place += of_chunk;
       }
     }
     before += ends[kThreads - 1];
     __syncthreads();
   }
-  if (threadIdx.x == 0) *num_kept = before;
 }
 
 __global__ void place_chunks(const int64_t* ids_S, int64_t num_slots, int64_t num_chunks, int64_t num_experts,
-                             int64_t* cursor, int64_t* slot_of_row_N, int64_t* row_of_slot_S) {
+                             int64_t* cursor, int64_t* slot_of_row_S, int64_t* row_of_slot_S) {
   if (global_warp() >= num_chunks) return;
-  const Chunk chunk = chunk_of_warp(num_slots, num_chunks, num_experts, cursor);
+  const Chunk chunk = chunk_of_warp(num_slots, num_chunks, num_experts + 1, cursor);
   for (int64_t start = chunk.first; start < chunk.last; start += kWarp) {
     const int64_t slot = start + lane_of_thread();
-    const int64_t id = slot < chunk.last ? ids_S[slot] : -1;
-    const unsigned same = same_expert(id);
+    const int64_t bucket = bucket_of(ids_S, slot, chunk, num_experts);
+    const unsigned same = same_expert(bucket);
     const int earlier = lanes_before(same);
-    const int64_t row = id < 0 ? -1 : chunk.counters_E[id] + earlier;
+    const int64_t row = bucket < 0 ? -1 : chunk.counters[bucket] + earlier;
     __syncwarp();
-    if (id >= 0 && earlier == 0) chunk.counters_E[id] += __popc(same);
+    if (bucket >= 0 && earlier == 0) chunk.counters[bucket] += __popc(same);
     __syncwarp();
-    if (slot < chunk.last) row_of_slot_S[slot] = row;
-    if (row >= 0) slot_of_row_N[row] = slot;
+    if (row < 0) continue;
+    slot_of_row_S[row] = slot;
+    row_of_slot_S[slot] = bucket == num_experts ? -1 : row;
   }
 }
 
@@ -102,18 +106,16 @@ int64_t num_slot_chunks(int64_t num_slots) {
 }
 
 void count_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* counts_E, int64_t* cursor,
-                 int64_t* state, cudaStream_t stream) {
+                 cudaStream_t stream) {
   const int64_t chunks = num_slot_chunks(num_slots);
-  cudaMemsetAsync(state, 0xff, 2 * sizeof(int64_t), stream);
-  launch(count_chunks, ceil_div(chunks, kWarps), stream, ids_S, num_slots, chunks, num_experts, cursor,
-         reinterpret_cast<unsigned long long*>(state + 1));
-  launch(scan_counts, 1, stream, chunks, num_experts, cursor, counts_E, state);
+  launch(count_chunks, ceil_div(chunks, kWarps), stream, ids_S, num_slots, chunks, num_experts, cursor);
+  launch(scan_counts, 1, stream, chunks, num_experts, cursor, counts_E);
 }
 
-void place_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* cursor, int64_t* slot_of_row_N,
+void place_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* cursor, int64_t* slot_of_row_S,
                  int64_t* row_of_slot_S, cudaStream_t stream) {
   const int64_t chunks = num_slot_chunks(num_slots);
-  launch(place_chunks, ceil_div(chunks, kWarps), stream, ids_S, num_slots, chunks, num_experts, cursor, slot_of_row_N,
+  launch(place_chunks, ceil_div(chunks, kWarps), stream, ids_S, num_slots, chunks, num_experts, cursor, slot_of_row_S,
          row_of_slot_S);
 }
 

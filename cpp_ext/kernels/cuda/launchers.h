@@ -16,19 +16,18 @@ namespace cuda {
 
 // Why the last launches of this thread failed, or null.
 const char* launch_error();
-// The current device's compute capability, 90 for Hopper.
-int compute_capability();
 
 int64_t gate_workspace_bytes(const cpu::GateForward& a);
 void gate_forward(const cpu::GateForward& a, void* workspace, cudaStream_t stream);
 void gate_backward(const cpu::GateBackward& a, cudaStream_t stream);
 
-// The counting sort in two steps, as on the CPU. cursor: num_slot_chunks x E. state: the number of kept slots, and the
-// first slot whose id lies outside -1..E-1, or -1.
+// The counting sort in two steps, as on the CPU, but with a row for every slot: those of dropped slots come last, so the
+// host need not know how many there are. cursor: num_slot_chunks x (E + 1). An id outside -1..E-1 stops the kernel by an
+// assertion.
 int64_t num_slot_chunks(int64_t num_slots);
 void count_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* counts_E, int64_t* cursor,
-                 int64_t* state, cudaStream_t stream);
-void place_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* cursor, int64_t* slot_of_row_N,
+                 cudaStream_t stream);
+void place_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* cursor, int64_t* slot_of_row_S,
                  int64_t* row_of_slot_S, cudaStream_t stream);
 
 // An index that names no row stops the kernel by an assertion: looking at it first would wait for the device.
@@ -44,44 +43,6 @@ void cross_entropy_forward(const cpu::CrossEntropyForward& a, cudaStream_t strea
 void cross_entropy_backward(const cpu::CrossEntropyBackward& a, cudaStream_t stream);
 
 void adamw(const cpu::AdamW& a, cudaStream_t stream);  // runs lies in host memory
-
-// Rows of all experts, sorted by expert; ends_e[i] is where expert i's rows end.
-struct ExpertRows {
-  const int32_t* ends_e;
-  int64_t num_experts, num_rows;
-};
-
-// As cpu::Activate over the rows of all experts; biases of h's type, [e, U].
-struct Activate {
-  DType dtype;
-  ExpertRows rows;
-  const void* h_RU;
-  const void* bias_eU;  // may be null
-  int64_t width;
-  bool gated;
-  void* a_RF;
-};
-
-struct ActivateBackward {
-  DType dtype;
-  ExpertRows rows;
-  const void* h_RU;
-  const void* bias_eU;  // may be null
-  const void* da_RF;
-  int64_t width;
-  bool gated;
-  void* a_RF;
-  void* dh_RU;  // may be da_RF where there is no gate
-};
-
-void activate(const Activate& a, cudaStream_t stream);
-void activate_backward(const ActivateBackward& a, cudaStream_t stream);
-// y[r] += bias of its expert.
-void add_expert_bias(DType dtype, const ExpertRows& rows, int64_t num_columns, const void* bias_eC, void* y_RC,
-                     cudaStream_t stream);
-// out[i, c] += the sum of x[r, c] over expert i's rows.
-void expert_column_sums(DType dtype, const ExpertRows& rows, int64_t num_columns, const void* x_RC, float* out_eC,
-                        cudaStream_t stream);
 
 // Inference; meanings as in kernels/cpu/simd/decode_*.cpp. An expert, position, slot or page that is none stops the kernel
 // by an assertion.

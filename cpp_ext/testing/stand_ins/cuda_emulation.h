@@ -303,18 +303,9 @@ inline unsigned long long atomicMin(unsigned long long* p, unsigned long long va
 
 typedef int cudaError_t;
 constexpr cudaError_t cudaSuccess = 0;
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 inline cudaError_t cudaMemsetAsync(void* p, int byte, size_t num_bytes, cudaStream_t) {
   if (num_bytes > 0) std::memset(p, byte, num_bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
-// The emulated device is of no capability, or of SAMOE_EMULATED_CAPABILITY: 90 lets it pass for a Hopper.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const char* asked = std::getenv("SAMOE_EMULATED_CAPABILITY");
-  const int capability = asked == nullptr ? 0 : std::atoi(asked);
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
-  return cudaSuccess;
-}

@@ -47,7 +47,7 @@ def loaded_tiny(layout: str, mixing: bool = True, dtype: torch.dtype = torch.flo
 def forward_logits(loaded: LoadedModel, ids: list[int]) -> Tensor:
     """Returns the training forward's logits after every token."""
     logits, _ = loaded.model(torch.tensor(ids)[None], ForwardContext(batch_size=1))
-    return logits.float()
+    return logits[:, :VOCAB].float()
 
 
 def step_logits(runner: Any, pages: PageTable, parts: list[tuple[int, int, list[int]]]) -> list[Tensor]:
