@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import zlib
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.evaluation.run_summary import RUN_FILE, read_run
@@ -66,9 +67,23 @@ def write_run_file(run_dir: Path, key: str, config: PretrainConfig) -> None:
     """Marks a run's folder as finished: writes run.json, whole or not at all."""
     run = read_run(run_dir)
     content = {
-        "key": key, "config": asdict(config), "vocab_size": run.vocab_size, "checkpoint_bytes": run.checkpoint_bytes,
+        "key": key, "config": asdict(_without_places(config)), "vocab_size": run.vocab_size, "checkpoint_bytes": run.checkpoint_bytes,
     }  # fmt: skip
     _write(run_dir / RUN_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def _without_places(config: PretrainConfig) -> PretrainConfig:
+    """Returns a configuration without the paths of one machine; data are named by their content."""
+    data = config.data
+    named: dict[str, Any] = {name: tuple(_content(word) for word in getattr(data, name)) for name in _DATA_PATHS}
+    for name in ("tokenizer_model", "vocab_file", "merge_file"):
+        path = getattr(data, name)
+        named[name] = None if path is None else Path(path).name
+    return replace(
+        config, data=replace(data, data_cache_path=None, **named), checkpoint=CheckpointConfig(),
+        logging=replace(config.logging, run_dir=None, tensorboard_dir=None, metrics_file=None),
+        distillation=replace(config.distillation, teacher=config.distillation.teacher and Path(config.distillation.teacher).name),
+    )  # fmt: skip
 
 
 def key_of(run_dir: Path) -> str | None:

@@ -225,7 +225,7 @@ WHOLE = {
     "title": "Whole",
     "seeds": [1],
     "baseline": "own",
-    "runs": {"own": {"expert-layout": "moe"}, "pool": {"expert-layout": "samoe", "num-expert-banks": 2}},
+    "runs": {"own": {"expert-layout": "moe", "lr": 0.01}, "pool": {"expert-layout": "samoe", "num-expert-banks": 2}},
     "derived": {"one bank": {"from": "pool", "edit": "select"}},
     "sweep": {"option": "lr", "values": ["1e-3", 4e-3, 1.6e-2], "train-iters": 3, "extensions": 0},
     "branches": [5],
@@ -249,12 +249,12 @@ def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytes
     results = json.loads((tmp_path / "a/results.json").read_text())
     assert [v["name"] for v in results["variants"]] == ["own", "pool", "one bank"]
     assert [(other["steps"], len(other["variants"])) for other in results["others"]] == [(5, 2)]
-    assert {o["variant"] for o in results["optima"]} == {"own", "pool"}
+    assert [o["variant"] for o in results["optima"]] == ["pool"], "the other's rate is fixed"
     found = next(o["value"] for o in results["optima"] if o["variant"] == "pool")
     flags = next(c for c in results["commands"] if "a/pool/seed-1" in c)
     assert f"--lr {found:.6g}" in flags
     page = (tmp_path / "a/status.html").read_text()
-    assert "11 of 11 runs finished" in page and "<polyline" in page
+    assert "8 of 8 runs finished" in page and "<polyline" in page
 
     assert report_main(["--study", str(tmp_path / "a/results.json"), "--output", str(tmp_path / "report.html")]) == 0
     for plot in ("differences", "lengths"):
@@ -263,9 +263,8 @@ def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytes
     # A branch is what a run of its own length would be.
     branch = json.loads((tmp_path / "a/own/steps-5/seed-1/metrics.jsonl").read_text().splitlines()[-1])
     alone = ["--train-iters", "5", "--lr-wsd-decay-iters", "2", "--lr"]
-    rate = next(o["value"] for o in results["optima"] if o["variant"] == "own")
     pretrain = [sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(tmp_path / "base.yaml"), "--expert-layout", "moe",
-                "--seed", "1", "--run-dir", str(tmp_path / "alone"), *alone, f"{rate:.6g}"]  # fmt: skip
+                "--seed", "1", "--run-dir", str(tmp_path / "alone"), *alone, "0.01"]  # fmt: skip
     subprocess.run(pretrain, check=True, capture_output=True)
     expected = json.loads((tmp_path / "alone/metrics.jsonl").read_text().splitlines()[-1])
     assert branch["iteration"] == 5 and branch["validation_loss"] == expected["validation_loss"]
@@ -274,7 +273,7 @@ def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytes
     capfd.readouterr()
     assert main([*command, "--output-dir", str(tmp_path / "b")]) == 0
     said = capfd.readouterr().out
-    assert ": validation loss" not in said and said.count("found in the store") >= 10
+    assert ": validation loss" not in said and said.count("found in the store") >= 7
     again = json.loads((tmp_path / "b/results.json").read_text())
     assert [v["losses"] for v in again["variants"]] == [v["losses"] for v in results["variants"]]
     assert not list((tmp_path / "b").rglob("checkpoints"))
@@ -325,9 +324,10 @@ def test_keys_tell_what_decides_a_result(tmp_path: Path) -> None:
     assert len({key, *words}) == 3, "other data are another result"
 
 
-@pytest.mark.parametrize("kills", [3] if not os.environ.get("MEGATRON_SAMOE_LONG_TESTS") else [50])
+@pytest.mark.parametrize("kills", [2] if not os.environ.get("MEGATRON_SAMOE_LONG_TESTS") else [50])
 def test_a_study_killed_at_random_points_comes_to_the_same_results(tmp_path: Path, kills: int) -> None:
-    study = write_whole(tmp_path, sweep=None, seeds=[1])
+    runs = {"pool": {"expert-layout": "samoe", "num-expert-banks": 2}}
+    study = write_whole(tmp_path, sweep=None, gates=None, runs=runs, baseline="pool")
     code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(study), "--full-priority", "--jobs", "2", "--save-interval", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
