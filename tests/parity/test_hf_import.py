@@ -165,4 +165,4 @@ def test_another_class_is_refused_by_name(tmp_path: Path) -> None:
     config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     transformers.BertModel(config).save_pretrained(tmp_path / "hf")
     status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
-    assert status == 2 and "model_type = 'bert'" in err and "llama, qwen2, qwen3, gpt2" in err
+    assert status == 2 and "model_type = 'bert'" in err and "llama, mistral, qwen2, qwen3, gpt2" in err

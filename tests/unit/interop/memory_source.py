@@ -68,14 +68,14 @@ def load(source: GlobalTensors, dtype: torch.dtype = torch.float32) -> RankModel
 
 @torch.no_grad()
 def logits(source: GlobalTensors, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns logits [T, V] of a batch of random tokens."""
+    """Returns logits [T, V] of a batch of random tokens, without padding."""
     model = load(source, dtype)
     model.begin_step()
     batch = global_batch(model.config, 0)
     tokens = batch["tokens"]
     context = ForwardContext(batch_size=len(tokens), training=False)
     result, _ = model(tokens, context)
-    return result
+    return result[:, : model.vocab_size]
 
 
 @torch.no_grad()
