@@ -114,7 +114,10 @@ def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:
 def _routing(config: PretrainConfig, world_size: int) -> Problems:
     moe = config.moe
     groups, chosen, topk = moe.moe_router_num_groups, moe.moe_router_group_topk, moe.moe_router_topk
-    if moe.expert_layout == "dense" or min(topk, groups or 1, chosen or 1, *moe.expert_counts) < 1:
+    if (
+        moe.expert_layout == "dense"
+        or min(topk, *(n for n in (groups, chosen) if n is not None), *moe.expert_counts) < 1
+    ):
         return
     common = math.gcd(*moe.expert_counts)
     if groups is not None and common % groups:
