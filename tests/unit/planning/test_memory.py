@@ -216,7 +216,8 @@ def kept_by_autograd(model: RankModel, config: PretrainConfig) -> int:
 def layer_bytes(config: PretrainConfig) -> int:
     """Returns what the first layer says that it keeps."""
     tokens = config.training.micro_batch_size * config.model.seq_length
-    return whole_model(config, 103).description.layer(all_layers(config)[0]).kept_bytes(tokens)
+    selective = config.training.recompute_granularity == "selective"
+    return whole_model(config, 103).description.kept_bytes(all_layers(config)[0], tokens, selective)
 
 
 def _buffers(model: RankModel) -> GradBuffers:
