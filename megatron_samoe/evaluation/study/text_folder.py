@@ -13,7 +13,7 @@ from megatron_samoe.errors import DataError
 
 #: Characters after which a document ends, at the next empty line or, in a text without, at twice as many.
 DOCUMENT_CHARS = 2000
-#: One document of so many is for validation, and another for a test.
+#: Every 20th document is for validation, and the one after it for a test.
 HOLD_OUT_EVERY = 20
 PARTS = {0: "valid", 1: "test"}
 _SUFFIXES = (".txt", ".md", ".text")
@@ -72,7 +72,7 @@ def prepare(folder: Path, output: Path, vocab_size: int, say: Callable[[str], No
         raise DataError(f"--text {folder} is no folder.")
     tokenizer = output / "tokenizer"
     flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{tokenizer}.json"]
-    for part in ("train", "valid", "test"):
+    for part in ("train", "valid"):  # the test set is for whoever evaluates the study's end, not for every run
         flags += [f"--{part}-data-path", str(output / f"{part}_text_document")]
     if (output / "ready").is_file():
         return flags
