@@ -116,7 +116,7 @@ def _routing(config: PretrainConfig, world_size: int) -> Problems:
     groups, chosen, topk = moe.moe_router_num_groups, moe.moe_router_group_topk, moe.moe_router_topk
     if (
         moe.expert_layout == "dense"
-        or min(topk, *(n for n in (groups, chosen) if n is not None), *moe.expert_counts) < 1
+        or min((topk, *(n for n in (groups, chosen) if n is not None), *moe.expert_counts)) < 1
     ):
         return
     common = math.gcd(*moe.expert_counts)
@@ -195,7 +195,7 @@ def _sharing(config: PretrainConfig, world_size: int) -> Problems:
 def _candidates(config: PretrainConfig, world_size: int) -> Problems:
     """What layers may choose from while that changes."""
     moe = config.moe
-    if moe.expert_layout == "dense" or min(moe.num_neighbour_layers, moe.pool_lock_step or 1, *moe.expert_counts) < 1:
+    if moe.expert_layout == "dense" or min(moe.num_neighbour_layers, moe.pool_lock_step or 1, moe.fewest_experts) < 1:
         return
     try:
         layers = num_moe_layers(config)
