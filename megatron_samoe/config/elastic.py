@@ -32,7 +32,7 @@ def fit_layout(
         ConfigError: the configuration is illegal with any number of ranks, or no legal layout has at most `world_size`
             ranks.
     """
-    smallest = _smallest_world(config)
+    smallest = smallest_world(config)
     # A slip that no number of ranks makes right is told, not worked around.
     multiples = [smallest * times for times in divisors(config.training.global_batch_size or 1)]
     if not any(_is_legal(config, ranks, teacher) for ranks in multiples):
@@ -47,7 +47,7 @@ def fit_layout(
     raise ConfigError("--elastic", True, f"finds no legal layout for {world_size} ranks")
 
 
-def _smallest_world(config: PretrainConfig) -> int:
+def smallest_world(config: PretrainConfig) -> int:
     """Returns the smallest number of ranks of the configured layout."""
     layout = config.parallel
     dense, expert = layout.tensor_model_parallel_size, layout.expert_tp * layout.expert_model_parallel_size

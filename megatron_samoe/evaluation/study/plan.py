@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from megatron_samoe.config.batch_schedule import with_train_iters
 from megatron_samoe.config.cli import from_mapping, parse_pretrain_args
 from megatron_samoe.config.derived import flag, without_idle_options
+from megatron_samoe.config.elastic import smallest_world
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.errors import CheckpointError, ConfigError, ConfigErrors
 from megatron_samoe.evaluation.run_summary import read_records, read_run, sharing_text
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.definition import Run, Study, Variant, as_flags, plan_runs, sweep_runs
@@ -38,13 +41,14 @@ class StudyPlan:
     failures: dict[Path, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises ConfigError if a run's configuration cannot be read, its folder holds another run, or what is to be
+        """Raises ConfigError if a run's configuration is not legal, its folder holds another run, or what is to be
         edited will not fit."""
         for run in self.all_runs():
             if not run.variant.is_trained:
                 self._check_edit(run)
                 continue
             config = self.config_of(run)
+            _refuse_illegal(config, run.variant.name)
             if config.training.eval_iters == 0:
                 raise ConfigError("--eval-iters", 0, "a study compares validation losses; it must be positive")
             if run.length is not None:
@@ -235,6 +239,21 @@ class StudyPlan:
 @lru_cache(maxsize=4096)
 def _parsed(flags: tuple[str, ...], name: str) -> PretrainConfig:
     return parse_pretrain_args(flags, prog=f"run {name!r} of the study")
+
+
+def _refuse_illegal(config: PretrainConfig, name: str) -> None:
+    """Raises ConfigError naming the run and all rules that its configuration breaks. More ranks than its layout needs at least
+    are the launcher's matter."""
+    if config.checkpoint.use_checkpoint_args:
+        return  # the checkpoint says what the model is
+    ranks = smallest_world(config)
+    try:
+        validate(with_train_iters(config, ranks), ranks)
+    except ConfigErrors as found:
+        first = found.errors[0]
+        raise ConfigErrors(
+            [ConfigError(f"run {name!r} of the study: {first.field}", first.value, first.allowed), *found.errors[1:]]
+        ) from None
 
 
 def _differing(found: PretrainConfig, wanted: PretrainConfig) -> list[str]:

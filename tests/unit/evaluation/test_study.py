@@ -150,6 +150,13 @@ def test_an_edit_that_will_not_fit_is_refused_before_training(tmp_path: Path, ed
     assert caught.value.field == "derived.edited.edit"
 
 
+def test_a_run_that_is_not_legal_is_refused_before_any_trains(tmp_path: Path) -> None:
+    runs = {"own": {"expert-layout": "moe"}, "too many": {"expert-layout": "moe", "moe-router-topk": 99}}
+    plan = StudyPlan(read_study(write_study(tmp_path, runs=runs, derived=None, baseline="own")), tmp_path, ())
+    with pytest.raises(ConfigError, match="run 'too many' of the study: --moe-router-topk = 99"):
+        plan.check()
+
+
 def test_folder_names_are_plain() -> None:
     assert folder_name("SaMoE, one bank (P = 2)") == "samoe-one-bank-p-2"
 
