@@ -15,7 +15,7 @@ from megatron_samoe.config.derived import flag
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.convert_source import DTYPES, KINDS, Kind, Source, open_source
 from megatron_samoe.interop.convert_target import Conversion, HFOptions, plan_hf, plan_megatron, plan_native
-from megatron_samoe.interop.hf.target import TARGETS
+from megatron_samoe.interop.hf.target import targets
 from megatron_samoe.interop.megatron import MegatronLayout, MegatronStyle
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -132,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
              "GroupedMLP", default=None)  # fmt: skip
     megatron("--release", bool, "write it as Megatron's release rather than an iteration", default=None)
     hf = adder(parser.add_argument_group("to Hugging Face"))
-    hf("--hf-model-type", tuple(TARGETS), f"{', '.join(TARGETS)}; auto (default) takes a stock class that computes the same "
+    hf("--hf-model-type", targets(), f"{', '.join(targets())}; auto (default) takes a stock class that computes the same "
        "function, or our own", default=None, metavar="TYPE")  # fmt: skip
     hf("--fold", bool, "fold the pool into each layer's own experts", default=None)
     hf("--max-shard-size", str, "of one weight file, such as 5GB (default) or 500MiB", metavar="SIZE")

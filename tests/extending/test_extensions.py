@@ -16,6 +16,7 @@ from megatron_samoe.training.setup import Extensions
 from tests.extending.even_scores import EvenScores
 from tests.extending.expert_choice import ExpertChoiceRouter
 from tests.extending.orthogonal_sgd import rules
+from tests.extending.own_op import SqrtSoftplusRouter
 from tests.extending.sliding_window import SlidingWindowAttention
 from tests.extending.tied_sharing import TiedSharing
 from tests.harness.layout_training import train
@@ -43,6 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], Extensions]] = {
     "orthogonal sgd": ({**MOE, "style": "llama"}, Extensions(rules=rules)),
     "orthogonal sgd on a pool": ({"layout": "samoe", "moe_router_topk": 1}, Extensions(rules=rules)),
     "sliding window": ({"layout": "samoe", "style": "llama"}, Extensions(ModelParts(attention=SlidingWindowAttention))),
+    "own op": (MOE, Extensions(ModelParts(router=SqrtSoftplusRouter))),
     "tied sharing": (MOE, Extensions(ModelParts(sharing=TiedSharing))),
 }  # fmt: skip
 
@@ -90,6 +92,10 @@ def test_tied_layers_share_their_sets() -> None:
     assert not any(".moe.experts." in name for name in weights)
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("[a-s]*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in Path(__file__).parent.iterdir() if not p.name.startswith(("test_", "__"))),
+    ids=lambda path: path.stem,
+)
 def test_an_example_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 65, path

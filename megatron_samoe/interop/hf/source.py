@@ -19,7 +19,7 @@ from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.errors import CheckpointError, ConfigError, nearest
 from megatron_samoe.interop.edited_model import FRACTIONS, moe_layers, uniform_fractions, validate_model
-from megatron_samoe.interop.hf.families import FAMILIES, Family
+from megatron_samoe.interop.hf.families import Family, families
 from megatron_samoe.interop.hf.families.reading import number
 from megatron_samoe.interop.hf.folder import CONFIG, HFFolder
 from megatron_samoe.interop.hf.native import NativeModel, lossless_precision
@@ -171,13 +171,13 @@ class HFSource:
 def family_of(config: Mapping[str, Any]) -> Family:
     """Returns the family that config.json names; ConfigError where it is none that we know."""
     kind = config.get("model_type")
-    names = [family.name for family in FAMILIES]
-    if kind not in names:
+    known = {family.name: family for family in families()}
+    if kind not in known:
         raise ConfigError(
             f"{CONFIG}: model_type", kind,
-            f"is not a family that can be imported; these can: {', '.join(names)}." + nearest(str(kind), names),
+            f"is not a family that can be imported; these can: {', '.join(known)}." + nearest(str(kind), known),
         )  # fmt: skip
-    return FAMILIES[names.index(kind)]
+    return known[str(kind)]
 
 
 def derived_model(family: Family, config: Mapping[str, Any]) -> NativeModel:

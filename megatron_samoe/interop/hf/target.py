@@ -8,10 +8,13 @@ from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.errors import ConfigError, nearest
 from megatron_samoe.interop.edited_model import with_sharing
-from megatron_samoe.interop.hf.families import FAMILIES, SAMOE, Family
+from megatron_samoe.interop.hf.families import SAMOE, Family, families
 from megatron_samoe.interop.hf.native import NativeModel
 
-TARGETS = ("auto", *(family.name for family in FAMILIES))
+
+def targets() -> tuple[str, ...]:
+    """Returns what --hf-model-type may be."""
+    return ("auto", *(family.name for family in families()))
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
     Raises:
         ConfigError: the family is not known or cannot compute the model, or there is nothing to fold.
     """
-    if wanted not in TARGETS:
-        raise ConfigError("--hf-model-type", wanted, f"must be one of {', '.join(TARGETS)}." + nearest(wanted, TARGETS))
+    if wanted not in targets():
+        raise ConfigError(
+            "--hf-model-type", wanted, f"must be one of {', '.join(targets())}." + nearest(wanted, targets())
+        )
     refuse_unknown(native.config, "export", "Hugging Face's classes")
     shares = native.moe.shares_experts
     if fold and not shares:
@@ -53,14 +58,14 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
         return Target(SAMOE, fold, (_own_class(shares and not fold),))
     fold, folded = shares, folded_model(native) if shares else native
     if wanted != "auto":
-        family = next(family for family in FAMILIES if family.name == wanted)
+        family = next(family for family in families() if family.name == wanted)
         if misfits := family.misfits(folded):
-            others = [f.name for f in FAMILIES if not f.misfits(folded)]
+            others = [f.name for f in families() if not f.misfits(folded)]
             raise ConfigError("--hf-model-type", wanted, f"{family.architecture} does not compute {'; nor '.join(misfits)}. "
                               f"These classes do: {', '.join(others)}")  # fmt: skip
         return Target(family, fold, (f"{wanted} was asked for, and computes the same function", *_folding(fold)))
     why = list(_folding(fold))
-    for family in FAMILIES:
+    for family in families():
         misfits = family.misfits(folded)
         if not misfits:
             what = _own_class(False) if family is SAMOE else f"{family.name} computes the same function"

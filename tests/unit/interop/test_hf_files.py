@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.interop.hf import safetensors_io
-from megatron_samoe.interop.hf.families import FAMILIES
+from megatron_samoe.interop.hf.families import families
 from megatron_samoe.interop.hf.folder import HFFolder
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, join, parts_of
@@ -198,7 +198,7 @@ def test_parts_cover_every_element_once(name: str) -> None:
     """Distinct numbers go out and come back; no foreign tensor has an element twice, none is lost."""
     layout, options = STYLES[name]
     native = NativeModel(tiny_config(layout, **options), VOCAB_SIZE)
-    family = next(f for f in FAMILIES if f.name == name)
+    family = next(f for f in families() if f.name == name)
     assert not family.misfits(native)
     parts = [part for part in family.parts(native) if isinstance(part, Part)]
     names = [part.name for part in family.parts(native)]

@@ -102,7 +102,7 @@ def shared_parts(
     for layer in range(model.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
         yield _norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm", model.hidden_size)
-        yield from _attention(native, f"{theirs}.self_attn", f"{ours}.attention")
+        yield from attention_parts(native, f"{theirs}.self_attn", f"{ours}.attention")
         yield _norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", model.hidden_size)
         if not native.is_moe[layer]:
             yield from gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", model.hidden_size, model.mlp_size, native.has_bias)
@@ -120,7 +120,8 @@ def _norm(theirs: str, ours: str, size: int) -> Part:
     return Part(f"{theirs}.weight", f"{ours}.weight", whole, (size,))
 
 
-def _attention(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
+def attention_parts(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
+    """Yields the tensors of attention with a projection each for queries, keys and values."""
     model = native.model
     width, kv_width = model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
     projections: tuple[tuple[str, View, int], ...] = (

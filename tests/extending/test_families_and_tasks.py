@@ -1,0 +1,109 @@
+"""Families of files and zero-shot tasks from other packages, as docs/extending.md says, through the commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_samoe.cli import evaluate
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.interop.hf import families
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.runtime.load import load_model
+from tests.extending.starcoder2 import FAMILY
+from tests.harness.program import REPOSITORY
+
+transformers = pytest.importorskip("transformers", minversion="4.56")
+VOCABULARY = 100
+
+
+def package(folder: Path, value: str = "tests.extending.starcoder2:FAMILY") -> Path:
+    """Makes what pip leaves of an installed package that names a family."""
+    info = folder / "outside-0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text(f"[{families.GROUP}]\nstarcoder2 = {value}\n")
+    return folder
+
+
+def convert(installed: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(installed), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_samoe", "convert", *map(str, arguments)],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_family_of_another_package_goes_in_and_out(tmp_path: Path, tied: bool) -> None:
+    torch.manual_seed(1)
+    config = transformers.Starcoder2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, sliding_window=8 if tied else None,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.Starcoder2ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "theirs")
+    installed = package(tmp_path / "installed")
+    unknown = convert(tmp_path, "--load-dir", tmp_path / "theirs", "--save-dir", tmp_path / "no")
+    assert unknown.returncode == 2 and "starcoder2" in unknown.stderr and "is not a family" in unknown.stderr
+    for source, target, way in (("theirs", "ours", "native"), ("ours", "back", "hf")):
+        done = convert(installed, "--load-dir", tmp_path / source, "--save-dir", tmp_path / target, "--to", way)
+        assert done.returncode == 0, done.stderr
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert type(back) is type(model)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight), name
+    text = torch.randint(VOCABULARY, (2, 40))
+    torch.testing.assert_close(logits(tmp_path / "ours", text), model(text).logits, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(back(text).logits, model(text).logits)
+
+
+@torch.no_grad()
+def logits(checkpoint: Path, ids_BS: torch.Tensor) -> torch.Tensor:
+    loaded = load_model(str(checkpoint), single_process_state())
+    found, _ = loaded.model(ids_BS, ForwardContext(batch_size=len(ids_BS), training=False))
+    return found.view(*ids_BS.shape, -1)[..., :VOCABULARY]
+
+
+def test_a_task_of_another_folder_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, table = Path(__file__).parent, tmp_path / "results.json"
+    arguments = ["--tasks", folder / "opposites.yaml", "--data-dir", folder, "--json", table]
+    assert evaluate.main([*map(str, arguments), "--predictor", "always-yes"]) == 0, capsys.readouterr().err
+    assert "opposites" in capsys.readouterr().out
+    assert "0.5" in table.read_text(), "the first choice is right in two of four questions"
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("tests.extending.nowhere:FAMILY", "cannot be loaded: No module named"),
+        ("tests.extending.starcoder2:RULES", "must name a Family, not tuple"),
+        ("megatron_samoe.interop.hf.families.dense:LLAMA", "is the name of another family, too"),
+    ],
+)
+def test_a_wrong_entry_point_is_named(
+    tmp_path: Path, value: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(package(tmp_path, value))
+    families.families.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=problem) as caught:
+            families.families()
+        assert caught.value.field == "megatron_samoe.hf_families: starcoder2 of outside"
+    finally:
+        families.families.cache_clear()
+    done = convert(tmp_path, "--load-dir", tmp_path, "--save-dir", tmp_path / "new")
+    assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_family_is_not_one_of_ours() -> None:
+    assert FAMILY.name not in {family.name for family in families.families()}
