@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -48,6 +48,11 @@ class ModelParts:
         for f in fields(self):
             if not callable(getattr(self, f.name)):
                 raise TypeError(f"{f.name} is {getattr(self, f.name)!r}; it must be a class or a function")
+        for kind, name in self.replaced().items():
+            if "<lambda>" in name:
+                raise TypeError(
+                    f"{kind} is a lambda, {name}; give it a name by which checkpoints can tell it from others"
+                )
 
     def replaced(self) -> Mapping[str, str]:
         """Returns the names of parts that are not the package's own, by kind; checkpoints record them."""
@@ -56,7 +61,9 @@ class ModelParts:
 
 
 def _name_of(part: Any) -> str:
-    part = getattr(part, "func", part)  # of a partial
+    if isinstance(part, partial):
+        given = [*map(repr, part.args), *(f"{name}={value!r}" for name, value in part.keywords.items())]
+        return f"{_name_of(part.func)}({', '.join(given)})"
     return f"{getattr(part, '__module__', '')}.{getattr(part, '__qualname__', type(part).__qualname__)}"
 
 

@@ -61,6 +61,17 @@ class RankModel(nn.Module):
         self.chunks = nn.ModuleList(GPTStage(blueprint, plan) for plan in rank_plans(config, state.pp.rank))
         self.expert_pool = blueprint.sharing.shared_part()
         self.lender = self._make_lender(blueprint)
+        self._refuse_unsaved()
+
+    def _refuse_unsaved(self) -> None:
+        """Raises TypeError where a part from outside keeps state that checkpoints, which hold parameters, would not hold."""
+        if unsaved := sorted(
+            set(self.state_dict()) - {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        ):
+            raise TypeError(
+                f"{', '.join(unsaved)} would not be in checkpoints; make it a parameter that needs no gradient "
+                "(new_parameter, requires_grad_(False)), or a buffer with persistent=False if it is computed anew"
+            )
 
     def combine_per(self, when: Literal["step", "layer"]) -> None:
         """Combines the pool's banks once per step or layer by layer from now on, whatever was configured."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +146,40 @@ def test_parts_and_hooks_of_another_kind_are_refused() -> None:
         ModelParts(router=lambda *_: None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="attention is None; it must be a class or a function"):
         ModelParts(attention=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="attention is a lambda"):
+        ModelParts(attention=lambda *arguments: SlidingWindowAttention(*arguments))
     setup = build_setup(tiny_config("moe"), VOCAB_SIZE, single_process_state())
     with pytest.raises(TypeError, match="is no Hook"):
         Trainer(setup, Batches(setup), [Witness])  # type: ignore[arg-type,list-item]
     with pytest.raises(TypeError, match=r"pre_optimizer_step is no point of a hook .* is it pre_optim_step"):
         type("Mistyped", (Hook,), {"pre_optimizer_step": lambda self, run: None})
+
+
+def test_parts_with_other_arguments_have_other_names() -> None:
+    names = [
+        ModelParts(attention=partial(SlidingWindowAttention, **o)).replaced()["attention"] for o in ({}, {"window": 3})
+    ]
+    assert names[0].endswith("SlidingWindowAttention()") and names[1].endswith("SlidingWindowAttention(window=3)")
+
+
+class Counting(SlidingWindowAttention):
+    """Counts its calls in a buffer."""
+
+    persistent = True
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.register_buffer("calls", torch.zeros(1), persistent=self.persistent)
+
+
+class CountingAnew(Counting):
+    persistent = False
+
+
+def test_state_that_checkpoints_would_forget_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"layers.0.attention.calls.* would not be in checkpoints"):
+        build_setup(tiny_config("moe"), VOCAB_SIZE, single_process_state(), extensions=Extensions(ModelParts(Counting)))
+    build_setup(tiny_config("moe"), VOCAB_SIZE, single_process_state(), extensions=Extensions(ModelParts(CountingAnew)))
 
 
 @pytest.mark.parametrize(
