@@ -31,7 +31,7 @@ $(VENV)/.installed-tests: $(VENV)/.installed
 	@touch $@
 
 quickstart: install
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/megatron-samoe quickstart
 
 # Two halves at once: most tests of the one wait for one process, most of the other for ranks that wait for each other.
 test: lint

@@ -11,6 +11,7 @@ from megatron_samoe.errors import nearest
 
 #: Command to (module, what it does); a module without a dot is of this package.
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "quickstart": ("quickstart", "train four small models on two novels, and compare them: the first thing to try"),
     "pretrain": ("pretrain", "train a model; under torchrun, on many ranks"),
     "preprocess": ("preprocess", "make indexed datasets from text"),
     "merge": ("merge", "join datasets into one"),

@@ -16,7 +16,7 @@ from megatron_samoe.datasets.byte_bpe import tiktoken_encoding
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.errors import DataError
 
-CORPUS = Path(__file__).resolve().parents[3] / "examples/data/austen_emma_mansfield.txt"
+CORPUS = Path(__file__).resolve().parents[3] / "megatron_samoe/cli/quickstart_data/austen_emma_mansfield.txt"
 RELAXED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Text that meets every branch of the splitting pattern, and all of Unicode.
 AWKWARD = st.text(

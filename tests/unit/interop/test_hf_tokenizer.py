@@ -16,7 +16,7 @@ from megatron_samoe.interop.hf.tokenizer_files import tokenizer_files
 from tests.harness.program import REPOSITORY
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
-CORPUS = (REPOSITORY / "examples/data/austen_emma_mansfield.txt").read_text()
+CORPUS = (REPOSITORY / "megatron_samoe/cli/quickstart_data/austen_emma_mansfield.txt").read_text()
 TRICKY = st.text(st.sampled_from("\n\n  ▁ab1é中🚀.\t<s>") | st.characters(codec="utf-8"), max_size=40)
 
 

@@ -21,7 +21,7 @@ from megatron_samoe.training.router_health import RouterHealth
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 
-NOVEL = Path(__file__).resolve().parents[3] / "examples/data/austen_emma_mansfield.txt"
+NOVEL = Path(__file__).resolve().parents[3] / "megatron_samoe/cli/quickstart_data/austen_emma_mansfield.txt"
 LAYERS, LENGTH, BATCH, STEPS, SETTLED = 3, 64, 16, 120, 100
 
 

@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """The main job on real text, on one machine: tokenizer, dataset, four pretraining runs, table, samples, report.
 
-Trains four GPTs with equal active parameters on two novels by Jane Austen, with the same data and steps: a dense one, a
-standard MoE, a SaMoE (one pool of expert banks that all layers combine) and the same pool without learning to combine
-it. Two run side by side, one thread each. The SaMoE's last steps are trained on two ranks with expert parallelism over
-gloo, which resume the checkpoint of one process. Everything is also shown as the command that a user would type. Usage:
-python examples/quickstart.py [--train-iters N] [--out DIR]
+`megatron-samoe quickstart` trains four GPTs with equal active parameters on two novels by Jane Austen, with the same
+data and steps: a dense one, a standard MoE, a SaMoE (one pool of expert banks that all layers combine) and the same pool
+without learning to combine it. Two run side by side, one thread each. The SaMoE's last steps are trained on two ranks
+with expert parallelism over gloo, which resume the checkpoint of one process. Everything is also shown as the command
+that a user would type.
 """
 
 from __future__ import annotations
@@ -21,16 +20,18 @@ from pathlib import Path
 
 import torch
 
-from megatron_samoe.errors import MegatronSamoeError
+from megatron_samoe.cli.arguments import Words, adder, program, text_parser
+from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.report import write_report
 from megatron_samoe.evaluation.run_summary import format_table, read_run, summary_table
 from megatron_samoe.inference.generate import generate_text
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.runtime.load import load_model
 
-ROOT = Path(__file__).resolve().parents[1]
-NOVELS = ROOT / "examples/data/austen_emma_mansfield.txt"
-CONFIG = ROOT / "examples/configs/quickstart.yaml"
+DATA = Path(__file__).with_name("quickstart_data")
+NOVELS, CONFIG = DATA / "austen_emma_mansfield.txt", DATA / "config.yaml"
+PROGRAM = [sys.executable, "-m", "megatron_samoe"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Four experts of a quarter of the MLP's width, and a start weaker than its, are a little better for models of this size
 # than the defaults: docs/routing.md.
 EXPERTS = ["--moe-router-topk", "4", "--no-moe-scale-output-init"]
@@ -54,9 +55,8 @@ NOTES = (
 
 def show(command: list[str]) -> None:
     """Shows a command as a user would type it."""
-    shown = [str(part).removeprefix(f"{ROOT}/") for part in command]
-    shown[0] = "python" if shown[0] == sys.executable else shown[0]
-    print(f"$ {shlex.join(shown)}", flush=True)
+    name = "torchrun" if command[: len(TORCHRUN)] == TORCHRUN else "megatron-samoe"
+    print(f"$ {shlex.join([name, *command[len(PROGRAM) :]])}", flush=True)
 
 
 def environment() -> dict[str, str]:
@@ -69,9 +69,9 @@ def run(command: list[str], step: str) -> None:
     print(f"\n== {step}", flush=True)
     show(command)
     started = time.monotonic()
-    status = subprocess.run(command, cwd=ROOT, env=environment()).returncode
+    status = subprocess.run(command, env=environment()).returncode
     if status != 0:
-        sys.exit(f"error: {step} ended with status {status}; its message stands above.")
+        raise MegatronSamoeError(f"{step} ended with status {status}; its message stands above.")
     print(f"   ({time.monotonic() - started:.0f} s)", flush=True)
 
 
@@ -81,12 +81,12 @@ def prepare_data(out: Path) -> list[str]:
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     run(
-        [sys.executable, "tools/train_tokenizer.py", "--type", "sentencepiece-bpe", "--input", str(NOVELS),
+        [*PROGRAM, "train-tokenizer", "--type", "sentencepiece-bpe", "--input", str(NOVELS),
          "--vocab-size", "4096", "--output-prefix", str(tokenizer), "--overwrite"],
         "1/5 train a tokenizer",
     )  # fmt: skip
     run(
-        [sys.executable, "tools/preprocess_data.py", "--input", str(NOVELS), "--document-separator", "CHAPTER",
+        [*PROGRAM, "preprocess", "--input", str(NOVELS), "--document-separator", "CHAPTER",
          "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{tokenizer}.model", "--append-eod",
          "--workers", "2", "--output-prefix", str(prefix), "--overwrite"],
         "2/5 make the dataset, a document per chapter",
@@ -99,11 +99,20 @@ class Training:
 
     def __init__(self, name: str, flags: list[str], out: Path):
         self.name, self.run_dir, self.log = name, out / name, out / f"{name}.log"
-        command = [sys.executable, "-m", "megatron_samoe.cli.pretrain", "--config", str(CONFIG), *flags,
-                   "--run-dir", str(self.run_dir), "--num-threads", "1"]  # fmt: skip
+        command = [
+            *PROGRAM,
+            "pretrain",
+            "--config",
+            str(CONFIG),
+            *flags,
+            "--run-dir",
+            str(self.run_dir),
+            "--num-threads",
+            "1",
+        ]
         show(command)
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
 
     def progress(self) -> str:
         """Returns a few words on the last logged step."""
@@ -118,7 +127,7 @@ class Training:
         """Leaves with what the run said last if it failed."""
         if self.process.returncode:
             tail = "\n".join(self.log.read_text().splitlines()[-5:])
-            sys.exit(f"error: pretraining {self.name} ended with status {self.process.returncode}:\n{tail}")
+            raise MegatronSamoeError(f"pretraining {self.name} ended with status {self.process.returncode}:\n{tail}")
 
 
 def train_side_by_side(waiting: list[tuple[str, list[str]]], out: Path, at_once: int = 2) -> None:
@@ -142,22 +151,29 @@ def train_side_by_side(waiting: list[tuple[str, list[str]]], out: Path, at_once:
             training.process.terminate()
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser = text_parser(__doc__)
+    add = adder(parser)
+    add("--output-dir", str, "where everything goes", default="runs/quickstart")
+    add("--train-iters", int, "steps of each model", default=320)
+    return parser
+
+
+@program
+def main(words: Words) -> None:
     """Runs all steps."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/quickstart", help="where everything goes")
-    parser.add_argument("--train-iters", type=int, default=320, help="steps of each model")
-    arguments = parser.parse_args()
-    out, steps = arguments.out, arguments.train_iters
+    options = make_parser().parse_args(words)
+    out, steps = Path(options.output_dir), options.train_iters
     if steps <= PARALLEL_STEPS:
-        parser.error(f"--train-iters must be above {PARALLEL_STEPS}, the steps that two ranks train")
+        raise ConfigError("--train-iters", steps, f"must be above {PARALLEL_STEPS}, the steps that two ranks train")
     common = [*prepare_data(out), "--train-iters", str(steps)]
     print("\n== 3/5 pretrain four models, two at a time", flush=True)
     stop = {FINISHED_BY_TWO: ["--exit-interval", str(steps - PARALLEL_STEPS)]}
     train_side_by_side([(name, [*flags, *common, *stop.get(name, [])]) for name, flags in MODELS.items()], out)
     run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "megatron_samoe.cli.pretrain", "--config", str(CONFIG), *MODELS[FINISHED_BY_TWO], *common,
+        [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "megatron_samoe", "pretrain",
+         "--config", str(CONFIG), *MODELS[FINISHED_BY_TWO], *common,
          "--expert-model-parallel-size", "2", "--micro-batch-size", "8", "--run-dir", str(out / FINISHED_BY_TWO)],
         f"4/5 go on with {FINISHED_BY_TWO} on two ranks, half of the experts on each, for its last {PARALLEL_STEPS} steps",
     )  # fmt: skip
@@ -185,11 +201,8 @@ def report(out: Path) -> None:
         print(f"\n{name}: {samples[name]}")
     page = out / "report.html"
     write_report(page, "Quickstart: dense, MoE and SaMoE on two novels", list(runs.values()), notes, samples)
-    print(f"\nreport: {page.relative_to(ROOT) if page.is_relative_to(ROOT) else page}")
+    print(f"\nreport: {page}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except MegatronSamoeError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())
