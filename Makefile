@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find cpp_ext -type f -not -path '*/__pycache__/*')
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: install quickstart test test-unit test-distributed sanitize lint check-python clean
+.PHONY: docs install quickstart test test-unit test-distributed sanitize lint check-python clean
 
 install: $(VENV)/.installed
 
@@ -50,5 +50,11 @@ sanitize:
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy megatron_samoe
 
+# The site, in docs/_build/html; a warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 clean:
-	rm -rf $(VENV) build *.egg-info megatron_samoe/_C*.so
+	rm -rf $(VENV) build docs/_build docs/reference *.egg-info megatron_samoe/_C*.so

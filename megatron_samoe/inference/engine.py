@@ -1,10 +1,12 @@
 """The engine: requests in, tokens out, one step of continuous batching at a time.
 
-engine = Engine(loaded, max_batch=8)
-request_id = engine.submit(Request(prompt_ids, SamplingOptions(max_new_tokens=50, temperature=0.8)))
-while engine.has_work:
-    for event in engine.step():
-        ...
+    engine = Engine(loaded, max_batch=8)
+    request_id = engine.submit(Request(prompt_ids, SamplingOptions(max_new_tokens=50, temperature=0.8)))
+    while engine.has_work:
+        for event in engine.step():
+            ...
+
+A step gives every running request its next token, and lets waiting ones in.
 """
 
 from __future__ import annotations

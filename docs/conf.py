@@ -1,0 +1,139 @@
+"""The site: `make docs`. Pages on options and on every module are made from the code when the site is built."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron_samoe import __version__  # noqa: E402
+from megatron_samoe.cli.command import COMMANDS  # noqa: E402
+from megatron_samoe.config.derived import flag  # noqa: E402
+from megatron_samoe.config.pretrain import PretrainConfig  # noqa: E402
+from megatron_samoe.config.schema import texts_of  # noqa: E402
+
+project, author, version, release = "megatron_samoe", "the authors of megatron_samoe", __version__, __version__
+project_copyright = author
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+html_theme, html_title = "furo", "megatron_samoe"
+smartquotes = False  # two dashes are a flag's
+html_copy_source = False
+myst_heading_anchors = 4
+myst_enable_extensions = ["deflist"]
+suppress_warnings = ["config.cache"]
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints = "signature"
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
+napoleon_use_ivar = True
+#: Where made pages go; git ignores it.
+MADE = Path(__file__).with_name("reference")
+
+
+def text(name: str, lines: list[str]) -> None:
+    """Writes a made page, if it is another than before."""
+    path, content = MADE / name, "\n".join(lines) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text() != content:
+        path.write_text(content)
+
+
+def as_it_stands(line: str) -> str:
+    """Returns a line without signs that would be taken for emphasis; what stands in backticks is left alone."""
+    return re.sub(r"(`[^`]*`)|([*|])", lambda found: found[1] or f"\\{found[2]}", line)
+
+
+def read_as_text(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text: an indented block of a module's is shown as it stands, and a star is a star."""
+    text, block = [], False
+    for before, line in zip(["", *lines], lines, strict=False):
+        if what == "module" and line.startswith("    ") and not before.strip():
+            text, block = ([*text, "::", ""] if not block else text), True
+        block = block and (not line.strip() or line.startswith("    "))
+        text.append(line if block else as_it_stands(line))
+    lines[:] = text
+
+
+def options_page() -> list[str]:
+    """Returns the page of all options of training."""
+    lines = [
+        "# Options",
+        "",
+        "Every option of `megatron-samoe pretrain`, as a flag. In YAML it stands under its group, with `_` for `-`.",
+        "",
+    ]
+    for group in dataclasses.fields(PretrainConfig):
+        kind: Any = type(getattr(PretrainConfig(), group.name))
+        texts = texts_of(kind)
+        lines += [f"## {group.name}", "", (inspect.getdoc(kind) or "").split("\n")[0], ""]
+        for field in dataclasses.fields(kind):
+            lines += [
+                f"`{flag(field.name)}` (default: `{field.default}`)",
+                f": {as_it_stands(texts.get(field.name) or 'See above.')}",
+                "",
+            ]
+    return lines
+
+
+def commands_page() -> list[str]:
+    """Returns the page of all commands."""
+    rows = [f"| `megatron-samoe {name}` | {what} |" for name, (_, what) in COMMANDS.items()]
+    return [
+        "# Commands",
+        "",
+        "`megatron-samoe COMMAND --help` tells about each.",
+        "",
+        "| command | |",
+        "|---|---|",
+        *rows,
+    ]
+
+
+def modules() -> list[str]:
+    """Returns the names of the package's modules that have something public."""
+    found = []
+    for path in sorted((ROOT / "megatron_samoe").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if "remote_code" in parts or parts[-1].startswith("__"):
+            continue
+        body = ast.parse(path.read_text()).body
+        if any(isinstance(n, (ast.ClassDef, ast.FunctionDef)) and not n.name.startswith("_") for n in body):
+            found.append(".".join(parts))
+    return found
+
+
+def api_pages() -> None:
+    """Writes a page for each package of modules, and their list."""
+    rooms: dict[str, list[str]] = {}
+    for name in modules():
+        rooms.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    for room, names in rooms.items():
+        lines = [f"# {room}", ""]
+        for name in names:
+            title = f"## {name.removeprefix('megatron_samoe.')}" if name != room else ""
+            lines += [title, "", "```{eval-rst}", f".. automodule:: {name}", "```", ""]
+        text(f"api/{room}.md", lines)
+    text("api/index.md", ["# Classes and functions", "", "```{toctree}", *rooms, "```"])
+
+
+def make_pages(app: Any) -> None:
+    """Makes the pages that come from the code; with the tag `pages` not those of classes and functions, which take a minute."""
+    text("options.md", options_page())
+    text("commands.md", commands_page())
+    if app.tags.has("pages"):
+        text("api/index.md", ["# Classes and functions"])
+    else:
+        api_pages()
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("builder-inited", make_pages)
+    app.connect("autodoc-process-docstring", read_as_text, priority=400)  # before the sections are read
