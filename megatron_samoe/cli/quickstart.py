@@ -24,9 +24,7 @@ from megatron_samoe.cli.arguments import Words, adder, program, text_parser
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.report import write_report
 from megatron_samoe.evaluation.run_summary import format_table, read_run, summary_table
-from megatron_samoe.inference.generate import generate_text
-from megatron_samoe.parallel_state import single_process_state
-from megatron_samoe.runtime.load import load_model
+from megatron_samoe.language_model import load
 
 DATA = Path(__file__).with_name("quickstart_data")
 NOVELS, CONFIG = DATA / "austen_emma_mansfield.txt", DATA / "config.yaml"
@@ -196,8 +194,7 @@ def report(out: Path) -> None:
     print(f"{format_table(summary_table(list(runs.values())))}\n\n" + "\n".join(notes))
     samples = {}
     for name in MODELS:
-        loaded = load_model(str(out / name / "checkpoints"), single_process_state())
-        samples[name] = PROMPT + generate_text(loaded, PROMPT, 60, temperature=0.8, top_k=40, seed=1)
+        samples[name] = PROMPT + load(out / name).generate(PROMPT, 60, temperature=0.8, top_k=40, seed=1)
         print(f"\n{name}: {samples[name]}")
     page = out / "report.html"
     write_report(page, "Quickstart: dense, MoE and SaMoE on two novels", list(runs.values()), notes, samples)

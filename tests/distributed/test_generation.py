@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron_samoe.config import CheckpointConfig, DataConfig, PretrainConfig
-from megatron_samoe.inference.generate import generate_ids
 from megatron_samoe.inference.kv_cache import PageTable, Span, make_batch, pages_for
 from megatron_samoe.inference.rank_runner import RankRunner
+from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.runtime.load import LoadedModel, load_model
 from megatron_samoe.training.checkpointing import save_run
@@ -49,8 +49,8 @@ def run(folder: str, config: PretrainConfig) -> tuple[torch.Tensor, list[int], l
     parallel = initialize_model_parallel(config.parallel)
     loaded = load_model(folder, parallel, config.parallel)
     logits_V = next_token_logits(loaded, PROMPT)
-    greedy = generate_ids(loaded, PROMPT, 20, temperature=0.0)
-    return logits_V, greedy, generate_ids(loaded, PROMPT, 8, temperature=1.0, top_k=20, seed=3)
+    greedy = LanguageModel(loaded).generate_ids(PROMPT, 20, temperature=0.0)
+    return logits_V, greedy, LanguageModel(loaded).generate_ids(PROMPT, 8, temperature=1.0, top_k=20, seed=3)
 
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_samoe.cli import convert
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
-from megatron_samoe.inference.generate import generate_ids
+from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import build_model, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
@@ -75,7 +75,7 @@ class Native:
 
     def greedy(self, length: int) -> list[int]:
         """Returns the ids that follow the prompt."""
-        return generate_ids(self.loaded, self.prompt, length, temperature=0.0)
+        return LanguageModel(self.loaded).generate_ids(self.prompt, length, temperature=0.0)
 
     @property
     def prompt(self) -> list[int]:
