@@ -15,6 +15,7 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron_samoe.config.pretrain import PretrainConfig
@@ -24,8 +25,8 @@ from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.huge_pages import ask_for_huge_pages
 from megatron_samoe.inference.kv_cache import PAGE, BatchBuffers, PageTable, make_batch, pages_for, window_pages
 from megatron_samoe.inference.rank_runner import RankRunner, Runner, convert_weights
-from megatron_samoe.inference.request import FinishReason, Request, TokenEvent
-from megatron_samoe.inference.sampling import Sampler, check_sampling
+from megatron_samoe.inference.request import MOST_LOGPROBS, FinishReason, Request, TokenEvent, TokenScore
+from megatron_samoe.inference.sampling import Sampler, check_sampling, log_probabilities, most_probable
 from megatron_samoe.inference.scheduler import Scheduler, Sequence
 from megatron_samoe.inference.serving import (
     PRECISIONS,
@@ -47,6 +48,9 @@ from megatron_samoe.runtime.load import LoadedModel
 
 #: What the CUDA decode kernels take at most.
 MAX_CUDA_HEAD_DIM, MAX_CUDA_BANKS = 256, 64
+
+#: Tokens of prompts whose logits a step computes besides those of new tokens.
+SCORED_ROWS = 64
 
 __all__ = ["PRECISIONS", "SERVINGS", "Engine", "Precision", "Serving"]
 
@@ -115,7 +119,7 @@ class Engine:
         self._runner: Runner = self._make_runner(loaded, num_pages, max_step_tokens, slots)
         self._pages = PageTable(max_batch, num_pages, pages_per_slot, self._runner.device, most_pages)
         self._buffers = BatchBuffers(max_step_tokens)
-        self._scheduler = Scheduler(self._pages, max_step_tokens)
+        self._scheduler = Scheduler(self._pages, max_step_tokens, self.max_batch + SCORED_ROWS)
         self._next_id = 0
 
     @torch.no_grad()
@@ -139,7 +143,7 @@ class Engine:
             ask_for_huge_pages(model.weights())
         else:
             keep_in_file(model.weights(), Path(self._weights_folder))
-        return SingleRunner(model, max_step_tokens, self.max_batch, cache_experts)
+        return SingleRunner(model, max_step_tokens, self.max_batch + SCORED_ROWS, cache_experts)
 
     @property
     def summary(self) -> str:
@@ -177,6 +181,7 @@ class Engine:
                 could never fit into the key-value cache.
         """
         check_sampling(request.sampling)
+        _check_scores(request)
         self._check_prompt(request.prompt_ids)
         # The last token needs no place in the context: nothing is computed after it.
         length = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_length + 1)
@@ -202,13 +207,13 @@ class Engine:
         plan = self._scheduler.plan()
         if plan is None:
             return []
-        rows = [row for _, row in plan.samples]
+        rows = [row for _, row in (*plan.samples, *plan.scored)]
         batch = make_batch(plan.spans, plan.tokens, self._pages.table, rows, self._runner.device, self._buffers)
         try:
             logits_NV = self._runner.run(batch).numpy()
             chosen = [
                 sequence.sampler.choose(logits_V)
-                for (sequence, _), logits_V in zip(plan.samples, logits_NV, strict=True)
+                for (sequence, _), logits_V in zip(plan.samples, logits_NV, strict=False)
             ]
         except BaseException:
             plan.undo()
@@ -216,9 +221,17 @@ class Engine:
         if self._world.size > 1:
             # Ranks hold equal logits up to rounding, so one of them decides.
             chosen = self._world.broadcast(torch.tensor(chosen, device=self._runner.device)).tolist()
-        return [self._take(sequence, token) for (sequence, _), token in zip(plan.samples, chosen, strict=True)]
+        for (sequence, _), logits_V in zip(plan.scored, logits_NV[len(plan.samples) :], strict=True):
+            token = sequence.ids[len(sequence.prompt_scores) + 1]
+            sequence.prompt_scores.append(_score(token, logits_V, sequence.request))
+        return [
+            self._take(sequence, token, logits_V)
+            for (sequence, _), token, logits_V in zip(plan.samples, chosen, logits_NV, strict=False)
+        ]
 
-    def _take(self, sequence: Sequence, token: int) -> TokenEvent:
+    def _take(self, sequence: Sequence, token: int, logits_V: np.ndarray) -> TokenEvent:
+        told = tuple(sequence.prompt_scores) if sequence.num_new == 0 else ()
+        score = None if sequence.request.logprobs is None else _score(token, logits_V, sequence.request)
         sequence.ids.append(token)
         options = sequence.request.sampling
         reason: FinishReason | None = None
@@ -236,7 +249,7 @@ class Engine:
             if sequence.text.stopped:
                 reason = "stop"
             self._scheduler.remove(sequence.request_id)
-        return TokenEvent(sequence.request_id, token, reason, text)
+        return TokenEvent(sequence.request_id, token, reason, text, score, told)
 
     def _check_prompt(self, ids: Collection[int]) -> None:
         if not len(ids):
@@ -253,6 +266,20 @@ class Engine:
                     f"token {token!r} at place {place}",
                     f"must be whole numbers from 0 to {self.vocab_size - 1}",
                 )
+
+
+def _score(token: int, logits_V: np.ndarray, request: Request) -> TokenScore:
+    logprobs_V = log_probabilities(logits_V)
+    top = tuple((i, float(logprobs_V[i])) for i in most_probable(logprobs_V, request.logprobs or 0))
+    return TokenScore(token, float(logprobs_V[token]), top)
+
+
+def _check_scores(request: Request) -> None:
+    count = request.logprobs
+    if count is None and request.scores_prompt:
+        raise ConfigError("scores_prompt", True, "needs logprobs")
+    if count is not None and not (type(count) is int and 0 <= count <= MOST_LOGPROBS):
+        raise ConfigError("logprobs", count, f"must be a whole number from 0 to {MOST_LOGPROBS}")
 
 
 def takes_single_runner(device_type: str, world_size: int, dtype: Precision) -> bool:

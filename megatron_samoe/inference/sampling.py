@@ -64,6 +64,22 @@ def check_sampling(options: SamplingOptions) -> None:
         raise ConfigErrors(errors)
 
 
+def log_probabilities(logits_V: np.ndarray) -> np.ndarray:
+    """Returns the natural logarithms of a softmax, in fp64."""
+    shifted = logits_V.astype(np.float64) - logits_V.max()
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+def most_probable(values_V: np.ndarray, count: int) -> list[int]:
+    """Returns the indices of the largest values, best first, equal ones by the lower index."""
+    count = min(count, values_V.size)
+    if count == 0:
+        return []
+    among = np.flatnonzero(values_V >= np.partition(values_V, -count)[-count])
+    return among[np.argsort(-values_V[among], kind="stable")][:count].tolist()
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 

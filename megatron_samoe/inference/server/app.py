@@ -21,9 +21,11 @@ from megatron_samoe.inference.server.protocol import (
     ApiError,
     CompletionCall,
     ModelFacts,
+    TokenTexts,
     check_model,
     choice_body,
     completion_body,
+    joined_logprobs,
     parse_body,
     parse_completion,
     usage_body,
@@ -93,6 +95,8 @@ class _Routes:
     async def _whole(self, call: CompletionCall, job: Job, answer: _Answer, receive: Any) -> Any:
         texts, num_tokens = list(call.heads), 0
         reasons: list[str | None] = [None] * len(texts)
+        shown = self._token_texts(call)
+        logprobs: list[list[dict]] = [[] for _ in texts]
 
         async def collect() -> None:
             nonlocal num_tokens
@@ -100,21 +104,36 @@ class _Routes:
                 texts[index] += event.text
                 reasons[index] = event.finish_reason
                 num_tokens += 1
+                if call.tells_logprobs:
+                    logprobs[index].append(shown[index].body(event))
 
         if not await _done_for_client(collect(), job, receive):
             return self._responses.Response(status_code=499)
-        choices = [choice_body(i, text, reason) for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))]
+        choices = [
+            choice_body(i, text, reason, joined_logprobs(parts))
+            for i, (text, reason, parts) in enumerate(zip(texts, reasons, logprobs, strict=True))
+        ]
         return self._responses.JSONResponse(answer(choices, usage_body(call.prompt_tokens, num_tokens)))
 
+    def _token_texts(self, call: CompletionCall) -> list[TokenTexts]:
+        prompts = [request.prompt_ids if request.scores_prompt else () for request in call.requests]
+        return [TokenTexts(self._facts.tokenizer, ids) for ids in prompts]
+
     async def _stream(self, call: CompletionCall, job: Job, answer: _Answer) -> AsyncIterator[bytes]:
-        num_tokens = 0
-        for index, head in enumerate(call.heads):
-            if head:
+        num_tokens, shown, heads = 0, self._token_texts(call), list(call.heads)
+        for index, head in enumerate(heads):
+            if head and not call.tells_logprobs:
                 yield _event(answer([choice_body(index, head, None)], None))
         try:
             async for index, event in job.tokens():
                 num_tokens += 1
-                if event.text or event.finish_reason:
+                if call.tells_logprobs:
+                    # A prompt's probabilities come with the first token, so its text waits for them.
+                    text, heads[index] = heads[index] + event.text, ""
+                    yield _event(
+                        answer([choice_body(index, text, event.finish_reason, shown[index].body(event))], None)
+                    )
+                elif event.text or event.finish_reason:
                     yield _event(answer([choice_body(index, event.text, event.finish_reason)], None))
         except ApiError as error:
             # The status is long sent, so the error comes as an event, and no [DONE] follows.

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError, ConfigErrors, nearest
-from megatron_samoe.inference.request import Request
+from megatron_samoe.inference.request import MOST_LOGPROBS, Request, TokenEvent, TokenScore
 from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
 
 #: max_tokens where a request does not say, as OpenAI's.
@@ -24,11 +24,11 @@ MAX_STOPS = 4
 #: Fields with an effect, and "user", which names who asks and changes no answer.
 FIELDS = (
     "model", "prompt", "max_tokens", "n", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "echo",
-    "stream", "stream_options", "ignore_eos", "user",
+    "logprobs", "stream", "stream_options", "ignore_eos", "user",
 )  # fmt: skip
 #: Fields of the API that this server has no code for, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1), "frequency_penalty": (None, 0), "logit_bias": (None, {}), "logprobs": (None,),
+    "best_of": (None, 1), "frequency_penalty": (None, 0), "logit_bias": (None, {}),
     "presence_penalty": (None, 0), "suffix": (None, ""),
 }  # fmt: skip
 #: How an option of the engine is called in this API.
@@ -100,6 +100,7 @@ class CompletionCall:
         requests: one per choice of the answer: all choices of the first prompt, then of the second.
         heads: text that each choice's answer begins with: its prompt where "echo" is set.
         prompt_tokens: of all prompts, each counted once.
+        tells_logprobs: whether answers hold log-probabilities, with "echo" of the prompt's tokens, too.
         include_usage: whether a stream ends with the numbers of tokens.
     """
 
@@ -108,6 +109,7 @@ class CompletionCall:
     prompt_tokens: int
     stream: bool
     include_usage: bool
+    tells_logprobs: bool
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
@@ -150,15 +152,17 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
         )  # fmt: skip
     texts, prompts = _encoded(given, facts.tokenizer)
     _check_tokens(prompts, facts.vocab_size)
-    options = _sampling(body)
+    options, logprobs = _sampling(body), _logprobs(body)
     requests, heads = [], []
     for place, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
         allowed = _max_tokens(body, len(ids), facts)
         for choice in range(n):
             seed = (options["seed"] + place * n + choice) % 2**64
-            requests.append(Request(ids, SamplingOptions(**{**options, "seed": seed, "max_new_tokens": allowed})))
+            sampling = SamplingOptions(**{**options, "seed": seed, "max_new_tokens": allowed})
+            requests.append(Request(ids, sampling, logprobs, scores_prompt=echo and logprobs is not None))
             heads.append((facts.tokenizer.decode(ids) if text is None else text) if echo else "")
-    return CompletionCall(tuple(requests), tuple(heads), sum(map(len, prompts)), stream, include_usage)
+    tokens = sum(map(len, prompts))
+    return CompletionCall(tuple(requests), tuple(heads), tokens, stream, include_usage, logprobs is not None)
 
 
 def check_model(model: Any, facts: ModelFacts) -> None:
@@ -176,9 +180,52 @@ def completion_body(call_id: str, created: int, model: str, choices: Sequence[di
     return body if usage is None else {**body, "usage": usage}
 
 
-def choice_body(index: int, text: str, finish_reason: str | None) -> dict:
+def choice_body(index: int, text: str, finish_reason: str | None, logprobs: dict | None = None) -> dict:
     """Returns one choice of an answer."""
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+class TokenTexts:
+    """One choice's log-probabilities as OpenAI shows them: each token with its text and its place in the choice's text.
+
+    Tokens may end within a character; a token's text is then a replacement sign, and two of "top_logprobs" may look alike, of
+    which the more probable is kept.
+
+    Args:
+        prompt_ids: where the answer begins with its prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()):
+        self._decode, self._prompt_ids, self._offset = tokenizer.decode, prompt_ids, 0
+
+    def body(self, event: TokenEvent) -> dict:
+        """Returns the "logprobs" of a new token, with the first those of the prompt before it."""
+        scores: list[TokenScore | None] = [event.score]
+        ids = [event.token_id]
+        if self._prompt_ids:
+            # Nothing stands before the first token, so it has no probability.
+            ids, scores = [*self._prompt_ids, *ids], [None, *event.prompt_scores, *scores]
+            self._prompt_ids = ()
+        texts = [self._decode([token]) for token in ids]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        return {
+            "tokens": texts, "token_logprobs": [score and score.logprob for score in scores],
+            "top_logprobs": [score and self._top(score) for score in scores], "text_offset": offsets,
+        }  # fmt: skip
+
+    def _top(self, score: TokenScore) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for token, logprob in (*score.top, (score.token_id, score.logprob)):
+            found.setdefault(self._decode([token]), logprob)
+        return found
+
+
+def joined_logprobs(parts: Sequence[dict]) -> dict | None:
+    """Returns the "logprobs" of an answer from those of its tokens; None without any."""
+    return {key: [value for part in parts for value in part[key]] for key in parts[0]} if parts else None
 
 
 def usage_body(prompt_tokens: int, completion_tokens: int) -> dict:
@@ -282,6 +329,13 @@ def _check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
         outside = next((i for i in ids if not 0 <= i < vocab_size), None)
         if outside is not None:
             raise _bad("prompt", outside, f"tokens must be whole numbers from 0 to {vocab_size - 1}")
+
+
+def _logprobs(body: Mapping[str, Any]) -> int | None:
+    value = body.get("logprobs")
+    if value is not None and not (type(value) is int and 0 <= value <= MOST_LOGPROBS):
+        raise _bad("logprobs", value, f"must be a whole number from 0 to {MOST_LOGPROBS}")
+    return value
 
 
 def _max_tokens(body: Mapping[str, Any], prompt_tokens: int, facts: ModelFacts) -> int:

@@ -10,6 +10,7 @@ from megatron_samoe.inference import engine as engine_module
 from megatron_samoe.inference.engine import Engine, check_cuda_limits, takes_single_runner
 from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
+from megatron_samoe.language_model import LanguageModel
 from tests.harness.tiny import tiny_config
 from tests.unit.inference.tiny_models import loaded_tiny
 
@@ -39,6 +40,53 @@ def test_models_beyond_the_cuda_kernels_are_refused_at_start() -> None:
         check_cuda_limits(many, "on-the-fly")
     with pytest.raises(ConfigError, match="kv_channels = 272: may be 256 on a GPU; MEGATRON_SAMOE_CUDA_KERNELS=0"):
         check_cuda_limits(tiny_config("moe", kv_channels=272), "folded")
+
+
+def test_prompts_longer_than_a_step_are_scored_beside_others() -> None:
+    """A step scores SCORED_ROWS tokens at most, so these prompts take several, and one of them fails."""
+    loaded = loaded_tiny("samoe", seq_length=200)
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(loaded.model.vocab_size, (n,), generator=generator).tolist() for n in (150, 1, 90, 7)]
+    engine = Engine(loaded, max_batch=4, max_step_tokens=100)
+    run, steps = engine._runner.run, 0
+
+    def failing(batch: object) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            raise RuntimeError("no memory")
+        return run(batch)  # type: ignore[arg-type]
+
+    engine._runner.run = failing  # type: ignore[method-assign,assignment]
+    options = SamplingOptions(max_new_tokens=2, temperature=0.0, ignore_eod=True)
+    for ids in prompts:
+        engine.submit(Request(ids, options, logprobs=2, scores_prompt=True))
+    told: dict[int, list] = {number: [] for number in range(4)}
+    grown = [list(ids) for ids in prompts]
+    while engine.has_work:
+        try:
+            for event in engine.step():
+                grown[event.request_id].append(event.token_id)
+                told[event.request_id] += [*event.prompt_scores, event.score]
+        except RuntimeError:
+            assert steps == 2
+    model = LanguageModel(loaded)
+    for number, ids in enumerate(grown):
+        expected = model.logits(ids[:-1]).double().log_softmax(-1)
+        assert [score.token_id for score in told[number]] == ids[1:]
+        logprobs = [score.logprob for score in told[number]]
+        assert logprobs == pytest.approx(expected[range(len(ids) - 1), ids[1:]].tolist(), rel=1e-4, abs=1e-4)
+        best = [score.top[0][1] for score in told[number]]
+        assert best == pytest.approx(expected.max(-1).values.tolist(), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "problem"), [(21, "from 0 to 20"), (True, "from 0 to 20"), (None, "needs logprobs")]
+)
+def test_wrong_wishes_for_scores_are_named(logprobs: int | None, problem: str) -> None:
+    engine = Engine(loaded_tiny("moe"), max_batch=1)
+    with pytest.raises(ConfigError, match=problem):
+        engine.submit(Request([1], SamplingOptions(), logprobs, scores_prompt=True))
 
 
 def test_a_step_that_failed_is_done_again() -> None:

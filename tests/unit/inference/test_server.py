@@ -17,6 +17,8 @@ from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import TokenEvent
+from megatron_samoe.inference.server.protocol import joined_logprobs
+from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.serving import (
     CONTEXT,
@@ -89,6 +91,44 @@ def test_the_shape_of_a_stream(client: Client) -> None:
     whole = client.complete("Hello", **{**ask, "stream": False})
     assert texts(answer) == texts(whole) and texts(answer)[0].startswith("Hello")
     assert "usage" not in client.complete("Hello", **ask).events[-2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_the_models(client: Client, loaded: LoadedModel, stream: bool) -> None:
+    prompt, model = "Emma was very much", LanguageModel(loaded)
+    answer = client.complete(prompt, max_tokens=4, temperature=0, echo=True, logprobs=3, stream=stream, ignore_eos=True)
+    assert texts(answer)[0].startswith(prompt)
+    told = answer.json["choices"][0]["logprobs"] if not stream else joined_logprobs(
+        [choice["logprobs"] for event in answer.events[:-1] for choice in event["choices"]]
+    )  # fmt: skip
+    ids = loaded.tokenizer.encode(prompt)
+    ids += model.generate_ids(ids, 4, temperature=0.0)
+    expected = model.logits(ids[:-1]).double().log_softmax(-1)
+    assert [len(told[key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [len(ids)] * 4
+    assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+    assert told["token_logprobs"][1:] == pytest.approx(
+        expected[range(len(ids) - 1), ids[1:]].tolist(), rel=1e-4, abs=1e-5
+    )
+    assert told["text_offset"][: len(prompt)] == list(range(len(prompt)))
+    for row, top in zip(expected, told["top_logprobs"][1:], strict=True):
+        assert max(top.values()) == pytest.approx(float(row.max()), rel=1e-4, abs=1e-5) and 1 <= len(top) <= 4
+
+
+def test_an_evaluation_by_another_program_gets_our_scores(client: Client, loaded: LoadedModel) -> None:
+    """lm-evaluation-harness sends tokens, asks for an echo and one new token, and leaves that out."""
+    context, continuation, model = "The Lord said", " unto him", LanguageModel(loaded)
+    ids = [loaded.tokenizer.encode(text) for text in (context, context + continuation)]
+    answer = client.complete([ids[1], ids[1][:5]], max_tokens=1, temperature=0, echo=True, logprobs=1).json
+    told = answer["choices"][0]["logprobs"]
+    score = sum(told["token_logprobs"][len(ids[0]) : -1])
+    assert score == pytest.approx(model.score(context, continuation).loglikelihood, rel=1e-4)
+
+
+def test_only_the_new_tokens_are_told_without_an_echo(client: Client) -> None:
+    (choice,) = client.complete("Hi", max_tokens=3, temperature=0, logprobs=0, ignore_eos=True).json["choices"]
+    told = choice["logprobs"]
+    assert len(told["tokens"]) == 3 and told["text_offset"][0] == 0
+    assert [list(top.values()) for top in told["top_logprobs"]] == [[p] for p in told["token_logprobs"]]
 
 
 def test_seeds_repeat_and_choices_differ(client: Client) -> None:

@@ -89,7 +89,8 @@ def test_max_tokens_fills_the_context_and_no_more() -> None:
         ("seed", -1, "whole number"), ("seed", 2**64, "too large"),
         ("seed", "x", "whole number"), ("stop", ["a"] * 5, "at most 4"), ("stop", "", "none of them empty"),
         ("stop", [""], "none of them empty"), ("stop", 7, "a text or a list"), ("stop", ["\udfff"], "surrogate"),
-        ("stream", "yes", "true or false"), ("echo", 1, "true or false"), ("ignore_eos", "no", "true or false"),
+        ("stream", "yes", "true or false"), ("echo", 1, "true or false"),
+        ("logprobs", True, "from 0 to 20"), ("logprobs", 21, "from 0 to 20"), ("ignore_eos", "no", "true or false"),
         ("stream_options", {"include_usage": True}, '"stream": true'), ("stream_options", {"a": 1}, "include_usage"),
         ("user", 5, "must be text"),
     ],
@@ -103,7 +104,7 @@ def test_a_value_that_is_not_allowed_is_named(field: str, value: Any, part: str)
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("logprobs", 3), ("logprobs", 0), ("best_of", 2), ("presence_penalty", 0.5), ("frequency_penalty", -1),
+    [("best_of", 2), ("presence_penalty", 0.5), ("frequency_penalty", -1),
      ("logit_bias", {"5": 1}), ("suffix", "end"), ("best_of", True)],
 )  # fmt: skip
 def test_a_field_without_code_behind_it_is_refused(field: str, value: Any) -> None:
