@@ -28,8 +28,10 @@ from megatron_samoe.benchmarks.common import (
 from megatron_samoe.cli.arguments import Options
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
+from megatron_samoe.ops.attention import PLAIN, attention
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
+from megatron_samoe.ops.document_attention import Documents, document_attention
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
 from megatron_samoe.ops.topk_gate import topk_gate
 
@@ -255,6 +257,37 @@ def adamw_steps(options: Options) -> Rows:
     return rows
 
 
+def _document_variants(options: Options, dtype: str) -> Variants:
+    length = options.seq_length
+    cut = Documents((torch.arange(length) * options.documents // length)[None])
+    mask = cut.mask()
+    shape = (1, options.num_heads, length, options.head_dim)
+    q, k, v = inputs = [torch.randn(shape).to(DTYPES[dtype]).requires_grad_() for _ in range(3)]
+    ones = torch.ones(shape, dtype=DTYPES[dtype])
+
+    def both_ways(attend: Callable[[], Tensor]) -> None:
+        torch.autograd.grad(attend(), inputs, ones)
+
+    return {
+        "by pieces": partial(both_ways, lambda: document_attention(q, k, v, PLAIN, cut)),
+        "dense mask": partial(both_ways, lambda: attention(q, k, v, PLAIN, mask)),
+        "no documents": partial(both_ways, lambda: attention(q, k, v, PLAIN)),
+    }
+
+
+def documents(options: Options) -> Rows:
+    """Attention within documents of one length that share a sequence, forward and backward, against a mask of all pairs."""
+    rows = []
+    for dtype in options.dtype:
+        variants = _document_variants(options, dtype)
+        memory = _rises_of_peak(variants)
+        medians = alternate(variants, options.rounds, options.clock)
+        times = {f"{name} ms": round(seconds * 1e3, 2) for name, seconds in medians.items()}
+        ratio = round(medians["dense mask"] / medians["by pieces"], 2)
+        rows.append({"op": "document-attention", "dtype": dtype, **times, "by pieces / dense mask": ratio, **memory})
+    return rows
+
+
 def _run(options: Options) -> Rows:
     if not extension.load():
         raise SystemExit("There is nothing to compare: the compiled extension is not usable.")
@@ -267,6 +300,7 @@ OPS: dict[str, tuple[Callable[[Options], Rows], dict[str, int]]] = {
     "dispatch": (dispatch, {"tokens": 8192, "hidden_size": 1024, "num_experts": 64, "topk": 2}),
     "pool": (pool, {"banks": 4, "elements": 32 << 20}),
     "cross-entropy": (cross_entropy, {"tokens": 2048, "vocab_size": 50_304}),
+    "document-attention": (documents, {"seq_length": 4096, "documents": 8, "num_heads": 8, "head_dim": 64}),
     "adamw": (adamw_steps, {"elements": 64 << 20}),
 }
 

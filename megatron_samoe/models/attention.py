@@ -12,6 +12,7 @@ from megatron_samoe.models.norms import Norm, SplitNorm
 from megatron_samoe.models.rotary import apply_rotary
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.attention import ScoreRule, attention, needs_scores, takes_blocks
+from megatron_samoe.ops.document_attention import Documents, document_attention
 from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
 from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
@@ -25,18 +26,13 @@ class AttentionInputs:
 
     Attributes:
         rotary: cos and sin tables, or None without rotary positions.
-        mask_B1SS: True where a query may attend to a key, or None for plain causal attention.
+        documents: where given, no token attends to another document.
+        mask_B1SS: True where a query may attend to a key, for attention from outside; None for all before it.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
+    documents: Documents | None = None
     mask_B1SS: Tensor | None = None
-
-
-def document_mask(document_ids_BS: Tensor) -> Tensor:
-    """Returns mask_B1SS: True where the key is not after the query and is in the same document."""
-    length = document_ids_BS.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids_BS.device).tril()
-    return (causal & (document_ids_BS[:, :, None] == document_ids_BS[:, None, :]))[:, None]
 
 
 class AttentionCore(nn.Module):
@@ -81,15 +77,22 @@ class AttentionCore(nn.Module):
         """Returns attention's output [T, A * D] before its projection, from rotated queries and keys."""
         dropout = self.config.attention_dropout if context.training else 0.0
         query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
-        arguments = (query, key, value, self.rule(q_BSAD.device), inputs.mask_B1SS, dropout)
+        rule, documents, mask = self.rule(q_BSAD.device), inputs.documents, inputs.mask_B1SS
+
+        def attend() -> Tensor:
+            if documents is None or mask is not None:
+                within = mask if documents is None or mask is None else mask & documents.mask()
+                return attention(query, key, value, rule, within, dropout)
+            return document_attention(query, key, value, rule, documents, dropout)
+
         if dropout == 0.0:
-            y_BASD = attention(*arguments)
+            y_BASD = attend()
         else:
             assert context.random is not None
             devices = [query.device] if query.is_cuda else []
             with torch.random.fork_rng(devices):
                 torch.manual_seed(context.random.attention_seed(self.layer, self.tensor_rank))
-                y_BASD = attention(*arguments)
+                y_BASD = attend()
         return y_BASD.transpose(1, 2).flatten(2).flatten(0, 1)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.models.attention import AttentionInputs, document_mask
+from megatron_samoe.models.attention import AttentionInputs
 from megatron_samoe.models.blueprint import Blueprint
 from megatron_samoe.models.layer_layout import StagePlan
 from megatron_samoe.models.norms import Norm
@@ -19,6 +19,7 @@ from megatron_samoe.moe.set_loads import turn_around
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.ops.attention import soft_capped
+from megatron_samoe.ops.document_attention import Documents
 from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
 from megatron_samoe.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_samoe.tensor_parallel.layers import (
@@ -94,7 +95,7 @@ class GPTStage(nn.Module):
             x: tokens_BS for the first stage, x_TH for others. While training, rows with the loads of shared sets follow
                 where loads are balanced over a set's layers (`set_loads`).
             positions_BS: position of each token; 0, 1, ... if not given.
-            document_ids_BS: where given, no token attends to another document.
+            document_ids_BS: on the host; where given, no token attends to another document.
 
         Returns:
             logits [T, this rank's part of the padded vocabulary] on the last stage, -inf for padding, and the next stage's x
@@ -115,7 +116,7 @@ class GPTStage(nn.Module):
         uses_rotary = self.config.model.position_embedding_type == "rope"
         inputs = AttentionInputs(
             rotary=rotary_tables(self.config.model, positions_BS, x.dtype) if uses_rotary else None,
-            mask_B1SS=None if document_ids_BS is None else document_mask(document_ids_BS),
+            documents=None if document_ids_BS is None else Documents(document_ids_BS, x.device),
         )
         all_stats = []
         for number, layer in enumerate(self.layers.values()):

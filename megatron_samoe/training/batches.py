@@ -76,7 +76,8 @@ class RunData:
 
     def _to_device(self, batch: Batch) -> Batch:
         device = self.parallel.device
-        return {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+        # Documents are cut on the host, which attention's calls are made by.
+        return {n: t if n == "document_ids" else t.to(device, non_blocking=True) for n, t in batch.items()}
 
 
 def build_run_data(

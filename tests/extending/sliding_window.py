@@ -19,10 +19,8 @@ class SlidingWindowAttention(SelfAttention):
     def core(
         self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
     ) -> Tensor:
-        """Returns attention's output under the band, and within documents where there are any."""
+        """Returns attention's output under the band; the core adds the documents' mask where there are any."""
         places = torch.arange(q_BSAD.shape[1], device=q_BSAD.device)
         distance_SS = places[:, None] - places[None, :]
         mask_B1SS = ((distance_SS >= 0) & (distance_SS < WINDOW))[None, None]
-        if inputs.mask_B1SS is not None:
-            mask_B1SS = mask_B1SS & inputs.mask_B1SS
         return super().core(q_BSAD, k_BSGD, v_BSGD, replace(inputs, mask_B1SS=mask_B1SS), context)

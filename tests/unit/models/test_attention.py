@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config import ModelConfig
-from megatron_samoe.models.attention import AttentionInputs, SelfAttention, document_mask
+from megatron_samoe.models.attention import AttentionInputs, SelfAttention
 from megatron_samoe.models.norms import Norm
 from megatron_samoe.models.rotary import apply_rotary, rotary_tables
 from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.ops.document_attention import Documents
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.tensor_parallel.random import SampleRandom
 
@@ -112,7 +113,7 @@ def test_output_and_gradients_equal_the_naive_ones(style: str, documents: bool) 
         positions = torch.tensor([[0, 1, 2, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4, 5]])
     shown = torch.arange(S).expand(B, -1) if positions is None else positions
     rotary = rotary_tables(config, shown, torch.float64) if config.position_embedding_type == "rope" else None
-    inputs = AttentionInputs(rotary, None if documents_BS is None else document_mask(documents_BS))
+    inputs = AttentionInputs(rotary, None if documents_BS is None else Documents(documents_BS))
     x = [hidden().requires_grad_(), hidden().requires_grad_()]
     ys = [attention(x[0], inputs, ForwardContext(B)), naive(attention, x[1], config, positions, documents_BS)]
     torch.testing.assert_close(ys[0], ys[1], rtol=1e-6, atol=1e-6)  # rotary tables are made in fp32
@@ -134,7 +135,7 @@ def test_no_token_sees_a_later_one() -> None:
 
 
 def test_document_mask() -> None:
-    mask = document_mask(torch.tensor([[0, 0, 1, 1], [0, 1, 2, 2]]))
+    mask = Documents(torch.tensor([[0, 0, 1, 1], [0, 1, 2, 2]])).mask()
     assert mask.shape == (2, 1, 4, 4)
     assert mask[:, 0].int().tolist() == [
         [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
