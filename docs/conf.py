@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_samoe import __version__  # noqa: E402
 from megatron_samoe.cli.command import COMMANDS  # noqa: E402
 from megatron_samoe.config.derived import flag  # noqa: E402
+from megatron_samoe.config.foreign_flags import ALWAYS_SO, MISSING, RENAMED  # noqa: E402
 from megatron_samoe.config.pretrain import PretrainConfig  # noqa: E402
 from megatron_samoe.config.schema import texts_of  # noqa: E402
 
@@ -82,6 +83,15 @@ def options_page() -> list[str]:
     return lines
 
 
+def megatron_page() -> list[str]:
+    """Returns the page of Megatron-LM's flags that are not ours by name."""
+    lines = ["# Megatron-LM's other flags", "", "Flags with the same name are [elsewhere](../from_megatron.md)."]
+    for title, flags in (("Another name here", RENAMED), ("None needed", ALWAYS_SO), ("Not there", MISSING)):
+        rows = [f"| `{name}` | {f'`{what}`' if flags is RENAMED else what} |" for name, what in sorted(flags.items())]
+        lines += ["", f"## {title}", "", "| flag | |", "|---|---|", *rows]
+    return lines
+
+
 def commands_page() -> list[str]:
     """Returns the page of all commands."""
     rows = [f"| `megatron-samoe {name}` | {what} |" for name, (_, what) in COMMANDS.items()]
@@ -127,6 +137,7 @@ def make_pages(app: Any) -> None:
     """Makes the pages that come from the code; with the tag `pages` not those of classes and functions, which take a minute."""
     text("options.md", options_page())
     text("commands.md", commands_page())
+    text("megatron.md", megatron_page())
     if app.tags.has("pages"):
         text("api/index.md", ["# Classes and functions"])
     else:

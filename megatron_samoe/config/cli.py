@@ -15,21 +15,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
+from megatron_samoe.config.derived import flag
+from megatron_samoe.config.foreign_flags import what_it_is_here
+from megatron_samoe.config.option import all_options
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.errors import ConfigError, nearest
+from megatron_samoe.errors import ConfigError, ConfigErrors, nearest
 from megatron_samoe.parsing import parse_yaml
 
 #: Groups, and single fields of other groups, that describe the model rather than a run of it.
 CHECKPOINT_GROUPS = ("model", "moe")
-#: Flags of other programs, which are too far from ours to be suggested by their spelling.
-FOREIGN_NAMES = {
-    "--learning-rate": "--lr", "--max-lr": "--lr", "--batch-size": "--global-batch-size", "--max-steps": "--train-iters",
-    "--num-steps": "--train-iters", "--epochs": "--train-iters", "--num-train-epochs": "--train-iters",
-    "--per-device-train-batch-size": "--micro-batch-size", "--warmup-steps": "--lr-warmup-iters",
-    "--warmup-ratio": "--lr-warmup-fraction", "--max-grad-norm": "--clip-grad", "--output-dir": "--run-dir",
-    "--load-teacher": "--teacher", "--export-kd-teacher-load": "--teacher", "--kd-temp": "--teacher-temperature",
-    "--kd-beta-ce": "--teacher-weight", "--resume": "--load", "--num-experts-per-tok": "--moe-router-topk", "--top-k": "--moe-router-topk",
-}  # fmt: skip
 CHECKPOINT_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "vocab_size")
 
 
@@ -66,12 +60,15 @@ def parse_pretrain_args(
 
 
 def _refuse_foreign_names(args: Sequence[str]) -> None:
-    """Raises ConfigError where a flag has another program's name for one of our options."""
+    """Raises ConfigErrors that say of flags of other programs what they are here."""
+    ours = {flag(name) for _, name, *_ in all_options(PretrainConfig())}
+    problems = []
     for arg in args:
-        name, _, _ = arg.partition("=")
-        ours = FOREIGN_NAMES.get(name.replace("_", "-"))
-        if ours is not None:
-            raise ConfigError(name, None, f"is no option; this program's name for it is {ours}")
+        name = arg.partition("=")[0].replace("_", "-")
+        if name not in ours and (what := what_it_is_here(name)) is not None:
+            problems.append(ConfigError(name, None, what))
+    if problems:
+        raise ConfigErrors(problems)
 
 
 def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str, quiet: bool) -> PretrainConfig:

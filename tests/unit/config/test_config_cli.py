@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.config.cli import FOREIGN_NAMES, from_mapping, parse_pretrain_args, read_yaml, to_mapping
+from megatron_samoe.config.cli import from_mapping, parse_pretrain_args, read_yaml, to_mapping
 from megatron_samoe.config.derived import flag, parse_moe_layer_freq
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.config.foreign_flags import ALWAYS_SO, MISSING, RENAMED
+from megatron_samoe.errors import ConfigError, ConfigErrors
+from tests.harness.program import REPOSITORY
 from tests.harness.tiny import tiny_config, with_options
 
 
@@ -201,7 +204,25 @@ def test_other_programs_names_are_translated(name: str) -> None:
         parse_pretrain_args([name, "3"])
 
 
+def test_what_other_programs_flags_are_is_said_at_once() -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        parse_pretrain_args(
+            ["--recompute-activations", "--lr", "1e-3", "--use_flash_attn", "--context-parallel-size=2"]
+        )
+    said = str(caught.value)
+    assert "this program's name for it is --recompute-granularity selective" in said
+    assert "--use-flash-attn = None: is no option here; leave it out" in said
+    assert "--context-parallel-size = None: is not there" in said
+
+
 def test_no_foreign_name_is_one_of_ours() -> None:
     ours = {flag(field.name) for group in dataclasses.fields(PretrainConfig)
             for field in dataclasses.fields(getattr(PretrainConfig(), group.name))}  # fmt: skip
-    assert not ours & set(FOREIGN_NAMES) and set(FOREIGN_NAMES.values()) <= ours
+    ours |= {f"--no-{name.removeprefix('--')}" for name in ours}
+    assert not ours & {*RENAMED, *ALWAYS_SO, *MISSING} and {words.split()[0] for words in RENAMED.values()} <= ours
+    assert len({*RENAMED, *ALWAYS_SO, *MISSING}) == len(RENAMED) + len(ALWAYS_SO) + len(MISSING)
+    for text in (*ALWAYS_SO.values(), *MISSING.values()):
+        assert set(re.findall(r"--[a-z0-9-]+", text)) <= ours, text
+    page = (REPOSITORY / "docs/from_megatron.md").read_text()
+    same = page.split("## The same name")[1].split("##")[0]
+    assert len(named := set(re.findall(r"`(--[a-z0-9-]+)`", same))) > 100 and named <= ours
