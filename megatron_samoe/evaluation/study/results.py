@@ -15,6 +15,7 @@ from megatron_samoe.evaluation.run_summary import Table, entropy_text, read_run,
 from megatron_samoe.evaluation.study.definition import Run, Study
 from megatron_samoe.evaluation.study.statistics import Difference, differences
 from megatron_samoe.evaluation.study.sweeps import Optimum
+from megatron_samoe.evaluation.study.text_size import bits_per_byte
 from megatron_samoe.parsing import JsonObject
 
 
@@ -30,6 +31,7 @@ class VariantResult:
         difference: from the baseline; None for the baseline. See `statistics.Difference`.
         tokens_per_s: median over seeds of training's; None where nothing was trained.
         least_load_entropy: of any layer and seed after training; None without experts.
+        bits_per_byte: the mean loss over the validation set's text; None where that is not at hand.
     """
 
     name: str
@@ -46,6 +48,7 @@ class VariantResult:
     tokens_per_s: float | None
     peak_memory_bytes: int | None
     least_load_entropy: float | None = None
+    bits_per_byte: float | None = None
 
     def to_json(self) -> JsonObject:
         """Returns plain values; nan becomes null."""
@@ -105,6 +108,7 @@ def _result(group: RunGroup, difference: Difference | None) -> VariantResult:
         statistics.median(speeds) if speeds else None,
         max((run.peak_memory_bytes for run in runs if run.peak_memory_bytes is not None), default=None),
         min((run.least_load_entropy for run in runs if run.least_load_entropy is not None), default=None),
+        bits_per_byte(loss.mean, group.first.config.data),
     )  # fmt: skip
 
 
@@ -120,12 +124,13 @@ def unequal_arms(study: Study, results: Sequence[VariantResult], tolerance: floa
 
 def results_table(study: Study, results: Sequence[VariantResult]) -> Table:
     """Returns rows of text, the first the heading."""
-    rows = [["model", "sharing", "parameters", "expert", "active", "valid. loss", "sd", f"from {study.baseline}", "pooled",
+    rows = [["model", "sharing", "parameters", "expert", "active", "valid. loss", "bits/byte", "sd", f"from {study.baseline}", "pooled",
              "p equal", "p Dunnett", "load entropy", "tokens/s"]]  # fmt: skip
     for r in results:
         rows.append([
             r.name, r.sharing, *(f"{n / 1e6:.2f} M" for n in (r.total_parameters, r.expert_parameters, r.active_parameters)),
-            f"{r.mean:.4f}", "-" if math.isnan(r.sd) else f"{r.sd:.4f}", *_shown(r.difference),
+            f"{r.mean:.4f}", "-" if r.bits_per_byte is None else f"{r.bits_per_byte:.4f}",
+            "-" if math.isnan(r.sd) else f"{r.sd:.4f}", *_shown(r.difference),
             entropy_text([r.least_load_entropy]), speed_text(r.tokens_per_s),
         ])  # fmt: skip
     return rows
