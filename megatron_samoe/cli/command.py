@@ -63,6 +63,9 @@ def main() -> int:
         return 2
     # Parsers name the program by this, and so do their messages.
     sys.argv = [f"megatron-samoe {name}", *rest]
+    if name == "pretrain" and {"-h", "--help"} & set(rest):
+        # The configuration needs no torch, which takes seconds to load.
+        importlib.import_module("megatron_samoe.config.cli").parse_pretrain_args(["--help"])
     status: int = importlib.import_module(module_of(name)).main()
     return status
 

@@ -25,6 +25,16 @@ def test_help_lists_every_command_without_loading_torch() -> None:
     assert all(f"  {name} " in shown for name in COMMANDS)
 
 
+def test_the_help_of_training_loads_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['x', 'pretrain', '--help']; from megatron_samoe.cli.command import main\n"
+        "try: main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+    assert shown.startswith("usage: megatron-samoe pretrain") and "--num-expert-banks" in shown
+    assert shown.strip().endswith("0 False")
+
+
 def test_an_unknown_command_names_the_nearest() -> None:
     result = run("pretrian")
     assert result.returncode == 2 and "Did you mean 'pretrain'?" in result.stderr
