@@ -10,18 +10,19 @@ from tests.harness.ranks import run_ranks
 from tests.harness.wait_figures import Figures, figures
 
 
-def on_rank(cases: list[tuple[str, str, dict[str, Any]]]) -> list[Figures]:
-    return [figures(way, style, world=2, **options) for way, style, options in cases]
+def on_rank(world: int, cases: list[tuple[str, str, dict[str, Any]]]) -> list[Figures]:
+    return [figures(way, style, world=world, **options) for way, style, options in cases]
 
 
 @pytest.mark.distributed
-def test_a_layer_waits_once_for_the_sizes_of_messages() -> None:
-    """Two of the four micro-batches of a step are a rank's own."""
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_layer_waits_once_for_the_sizes_of_messages(world: int) -> None:
+    """A rank's own are 4 / world of the four micro-batches of a step."""
     capacity: dict[str, Any] = {"moe_expert_capacity_factor": 1.0}
     cases = [(way, style, options) for way in ("moe", "samoe", "samoe layer", "tied", "pool")
              for style in ("gelu", "swiglu") for options in ({}, capacity)]  # fmt: skip
     cases += [("moe", "swiglu", {"moe_shared_expert_intermediate_size": 16})]
-    cases += [("samoe", "gelu", {"moe_dispatch_chunks": 2, "samoe_combine": "step"})]
-    for found in run_ranks(on_rank, 2, cases):
+    cases += [("samoe", "gelu", {"moe_dispatch_chunks": 2, "samoe_combine": "step"})] if world == 2 else []
+    for found in run_ranks(on_rank, world, world, cases):
         for case, each in zip(cases, found, strict=True):
-            assert each.totals == (1, 0, 4 * 2 + 1), (case, each)
+            assert each.totals == (1, 0, 4 * (4 // world) + 1), (case, each)
