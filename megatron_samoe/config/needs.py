@@ -33,6 +33,9 @@ AUX_LOSS = Need(
     lambda c: c.moe.moe_router_load_balancing_type == "aux_loss",
     "needs --moe-router-load-balancing-type aux_loss",
 )
+SHARED_EXPERT = Need(
+    lambda c: c.moe.moe_shared_expert_intermediate_size is not None, "needs --moe-shared-expert-intermediate-size"
+)
 CAPACITY = Need(lambda c: c.moe.moe_expert_capacity_factor is not None, "needs --moe-expert-capacity-factor")
 ROTARY = Need(lambda c: c.model.position_embedding_type == "rope", "needs --position-embedding-type rope")
 ROPE_SCALING = Need(lambda c: c.model.rope_scaling_type is not None, "needs --rope-scaling-type")

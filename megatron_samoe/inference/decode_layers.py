@@ -19,6 +19,7 @@ from megatron_samoe.models.norms import SplitNorm
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.models.rotary import rotary_tables
 from megatron_samoe.moe.experts import weights_of
+from megatron_samoe.moe.mixing import Mixing, SharedExpertGate
 from megatron_samoe.moe.moe_layer import MoELayer
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, Coefficients
 from megatron_samoe.moe.sharing.combined import combine
@@ -149,9 +150,9 @@ def _routing(moe: MoELayer) -> Routing:
     rule = router.rule()
     rule = replace(rule, bias_E=_maybe_fp32(rule.bias_E), candidates_E=_maybe_fp32(rule.candidates_E))
     scale = _fp32(router.scale) if rule.score_function == "norm" else None
-    return Routing(
-        _fp32(router.weight), rule, scale, None if mixing is None else (_fp32(mixing.weight), _fp32(mixing.bias))
-    )
+    mixed = (_fp32(mixing.weight), _fp32(mixing.bias)) if isinstance(mixing, Mixing) else None
+    gate = _fp32(mixing.weight) if isinstance(mixing, SharedExpertGate) else None
+    return Routing(_fp32(router.weight), rule, scale, mixed, gate)
 
 
 def _single(mlp: MLP, dtype: Precision) -> ExpertStack:

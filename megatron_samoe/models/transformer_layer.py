@@ -13,7 +13,7 @@ from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.models.mlp import MLP
 from megatron_samoe.models.norms import Norm
 from megatron_samoe.moe.branch_scale import branch_scale, router_init_std
-from megatron_samoe.moe.mixing import Mixing
+from megatron_samoe.moe.mixing import Mixing, SharedExpertGate
 from megatron_samoe.moe.moe_layer import MoELayer
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
@@ -97,8 +97,9 @@ def _moe_layer(blueprint: Blueprint, place: LayerPlace, moe_index: int) -> MoELa
     if config.shared_expert_size is not None:
         stds = (model.init_method_std, model.output_init_std * branch_scale(config, place.num_experts).shared)
         shared = MLP(model, config.shared_expert_size, *stds, state, dtype)
-    if moe.moe_residual_mlp:
-        mixing = Mixing(model.hidden_size, model.init_method_std, state, dtype)
+    if moe.moe_residual_mlp or moe.moe_shared_expert_gate:
+        kind = Mixing if moe.moe_residual_mlp else SharedExpertGate
+        mixing = kind(model.hidden_size, model.init_method_std, state, dtype)
     return MoELayer(
         moe_place, router, blueprint.sharing.layer_part(moe_index), shared, state, config.parallel.moe_dispatch_chunks,
         config.parallel.moe_shared_expert_overlap, mixing,

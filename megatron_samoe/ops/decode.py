@@ -149,12 +149,14 @@ class Routing:
     Attributes:
         norm_scale: [1], the length of a token's logits, where scores are "norm".
         mixing: none, or weight_2H and bias_2: a softmax of them weighs routed experts against the MLP beside them.
+        shared_gate_1H: a sigmoid of it weighs the MLP beside them, where there is one and it is not mixed.
     """
 
     weight_EH: Tensor
     rule: ChoiceRule
     norm_scale: Tensor | None = None
     mixing: tuple[Tensor, Tensor] | None = None
+    shared_gate_1H: Tensor | None = None
 
     @property
     def topk(self) -> int:
@@ -277,7 +279,7 @@ class Routed:
         normed_TH: the normalised tokens.
         ids_TK: the chosen experts, int64; -1 where a token has fewer.
         probs_TK: their weights.
-        shared_T: weight of the MLP beside them, where it is mixed with them.
+        shared_T: weight of the MLP beside them, where it has one.
     """
 
     normed_TH: Tensor
@@ -299,14 +301,17 @@ def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, out: Routed, s
             x_TH, n.weight, n.bias, n.epsilon, n.rms, *r.arguments(), out.normed_TH, out.ids_TK, out.probs_TK,
             None if r.mixing is None else out.shared_T, scratch,
         )  # fmt: skip
-        return
-    norm(x_TH, n, out.normed_TH)
-    ids_TK, probs_TK, shared_T = decode_reference.choose(out.normed_TH, r.weight_EH, r.rule, r.norm_scale, r.mixing)
-    out.ids_TK.copy_(ids_TK)
-    out.probs_TK.copy_(probs_TK)
-    if shared_T is not None:
+    else:
+        norm(x_TH, n, out.normed_TH)
+        ids_TK, probs_TK, shared_T = decode_reference.choose(out.normed_TH, r.weight_EH, r.rule, r.norm_scale, r.mixing)
+        out.ids_TK.copy_(ids_TK)
+        out.probs_TK.copy_(probs_TK)
+        if shared_T is not None:
+            assert out.shared_T is not None
+            out.shared_T.copy_(shared_T)
+    if r.shared_gate_1H is not None:
         assert out.shared_T is not None
-        out.shared_T.copy_(shared_T)
+        torch.sigmoid(out.normed_TH @ r.shared_gate_1H[0], out=out.shared_T)
 
 
 def experts_block(

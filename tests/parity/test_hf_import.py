@@ -12,7 +12,7 @@ import torch
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
-from tests.parity.hf_models import converted, run, their_logits, theirs, transformers
+from tests.parity.hf_models import converted, native, random_source, run, their_logits, theirs, transformers
 
 pytestmark = pytest.mark.parity
 
@@ -59,9 +59,7 @@ def made(case: str, **changes: Any) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if "shared_expert_gate" in parameter_name:
-                parameter.zero_()  # ours has no such gate
-            elif parameter.dim() == 1:
+            if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)  # norms and biases count too
     return model
 
@@ -154,11 +152,17 @@ def test_what_ours_cannot_compute_is_refused(case: str, changes: dict[str, Any],
 
 
 def test_a_gate_that_ours_lacks_is_refused(tmp_path: Path) -> None:
-    model = made("qwen2_moe")
+    """A model without gates, exported, given gates by others, and imported as what it was."""
+    options = {"style": "llama", "moe_router_topk": 2, "moe_shared_expert_intermediate_size": 20}
+    folder = converted(native(tmp_path / "ours", random_source("moe", **options)).root, tmp_path / "hf", "--to", "hf")
+    model = theirs(folder)
     torch.nn.init.normal_(model.model.layers[1].mlp.shared_expert_gate.weight)
-    model.save_pretrained(tmp_path / "hf")
-    status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
-    assert status == 1 and "our shared expert has no gate of its own" in err
+    model.save_pretrained(folder)
+    status, _, err = run("--load-dir", folder, "--save-dir", tmp_path / "native")
+    assert status == 1 and "our shared expert has no gate" in err
+    (folder / "megatron_samoe.json").unlink()
+    root = converted(folder, tmp_path / "native")
+    torch.testing.assert_close(our_logits(root, random_ids()), their_logits(model, random_ids())[..., :VOCABULARY], rtol=1e-4, atol=1e-4)
 
 
 def test_another_class_is_refused_by_name(tmp_path: Path) -> None:

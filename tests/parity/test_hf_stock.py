@@ -53,6 +53,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
     "qwen2_moe_top1": ("moe", LLAMA, "Qwen2MoeForCausalLM", None),
     "qwen2_moe_shared": ("moe", {**MOE, "moe_shared_expert_intermediate_size": 20, "add_qkv_bias": True,
                                  "moe_layer_freq": "0111"}, "Qwen2MoeForCausalLM", None),
+    "qwen2_moe_gate": ("moe", {**MOE, "moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True},
+                       "Qwen2MoeForCausalLM", None),
     "olmoe": ("moe", {**MOE, **ONE_HEAD, "qk_layernorm": True}, "Qwen3MoeForCausalLM", "olmoe"),
 }  # fmt: skip
 

@@ -106,6 +106,8 @@ def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:
     if moe.moe_router_topk == 1 and not moe.pre_softmax:
         yield ConfigError("--moe-router-pre-softmax", False, "must be true with --moe-router-topk 1: the score of one expert "
                           "among the chosen is always 1, so the router would learn nothing")  # fmt: skip
+    if moe.moe_shared_expert_gate and moe.moe_residual_mlp:
+        yield ConfigError("--moe-shared-expert-gate", True, "has no use with --moe-residual-mlp, which weighs that MLP itself")
     if moe.shares_experts and moe.pool_replica_check_interval is not None and moe.samoe_pool_placement != "replicated":
         yield ConfigError("--pool-replica-check-interval", moe.pool_replica_check_interval,
                           "needs --samoe-pool-placement replicated: what is sharded has no copies to compare")  # fmt: skip

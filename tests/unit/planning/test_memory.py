@@ -99,6 +99,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "pool_lock_anneal_steps": 2,
     },
     "pyramid residual": {"layout": "moe", "num_experts": (4, 4, 8, 8), "moe_residual_mlp": True, "bf16": True},
+    "gate": {
+        "layout": "moe", "moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True, "bf16": True,
+    },
     "pool replicated": {"layout": "moe", "expert_sharing": "pool", "samoe_pool_placement": "replicated"},
     "dense muon": {"layout": "dense", "style": "llama", "bf16": True, "optimizer": "muon"},
     "moe muon": {"layout": "moe", "moe_shared_expert_intermediate_size": 16, "optimizer": "muon"},
@@ -226,11 +229,13 @@ def _buffers(model: RankModel) -> GradBuffers:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("style", ["gpt3", "llama"])
-@pytest.mark.parametrize("layout", ["dense", "moe", "samoe", "residual"])
+@pytest.mark.parametrize("layout", ["dense", "moe", "samoe", "residual", "gate"])
 def test_layer_activations_are_what_autograd_keeps(layout: str, style: str, dtype: str) -> None:
-    options: dict[str, Any] = (
-        {"layout": "moe", "moe_residual_mlp": True} if layout == "residual" else {"layout": layout}
-    )
+    beside: dict[str, dict[str, Any]] = {
+        "residual": {"layout": "moe", "moe_residual_mlp": True},
+        "gate": {"layout": "moe", "moe_shared_expert_intermediate_size": 48, "moe_shared_expert_gate": True},
+    }
+    options = beside.get(layout, {"layout": layout})
     config = tiny_config(
         **options, style=style, hidden_size=64, seq_length=64, ffn_hidden_size=192, bf16=dtype == "bf16"
     )

@@ -23,7 +23,7 @@ from megatron_samoe.interop.hf.families.llama import (
 )
 from megatron_samoe.interop.hf.families.reading import demand, flag, layer_pattern, no_sliding_window, number, window
 from megatron_samoe.interop.hf.native import NativeModel
-from megatron_samoe.interop.hf.parts import Constant, Part, Parts
+from megatron_samoe.interop.hf.parts import Constant, Part, Parts, whole
 
 _RULES = (
     needs("expert_layout", "moe"),
@@ -128,19 +128,24 @@ QWEN3_MOE = Family(
 )  # fmt: skip
 
 _SHARED = "shared_expert"
-_GATE_WHY = "our shared expert has no gate of its own"
 
 
 def _qwen2_shared_expert(native: NativeModel, theirs: str, ours: str) -> Iterator[Part | Constant]:
-    """Their shared expert has a gate, sigmoid(w x), and ours has none: with w = 0 the gate is always 1/2, which twice the
-    output projection undoes without rounding. Where we have no shared expert theirs is one channel wide and zero."""
+    """Their shared expert always has a gate, sigmoid(w x). Where ours has none, w = 0 makes the gate always 1/2, which twice
+    the output projection undoes without rounding. Where we have no shared expert theirs is one channel wide and zero."""
     hidden, width = native.model.hidden_size, native.moe.moe_shared_expert_intermediate_size
+    is_gated = native.moe.moe_shared_expert_gate
     if width is not None:
-        yield from gated_mlp(f"{theirs}.{_SHARED}", f"{ours}.{_SHARED}", hidden, width, bias=False, down_scale=2.0)
+        scale = 1.0 if is_gated else 2.0
+        yield from gated_mlp(f"{theirs}.{_SHARED}", f"{ours}.{_SHARED}", hidden, width, bias=False, down_scale=scale)
     else:
         for name, shape in (("gate_proj", (1, hidden)), ("up_proj", (1, hidden)), ("down_proj", (hidden, 1))):
             yield Constant(f"{theirs}.{_SHARED}.{name}.weight", shape, 0.0, "our model has no shared expert")
-    yield Constant(f"{theirs}.{_SHARED}_gate.weight", (1, hidden), 0.0, _GATE_WHY)
+    gate = f"{theirs}.{_SHARED}_gate.weight"
+    if is_gated:
+        yield Part(gate, f"{ours}.mixing.weight", whole, (1, hidden))
+    else:
+        yield Constant(gate, (1, hidden), 0.0, "our shared expert has no gate (without megatron_samoe.json it would)")
 
 
 def _qwen2_moe_parts(native: NativeModel) -> Parts:
@@ -158,7 +163,7 @@ def _write_qwen2_moe(native: NativeModel) -> dict[str, Any]:
 def _read_qwen2_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     model = {**read_shared_config(config), "add_qkv_bias": flag(config, "qkv_bias", True)}
     width = number(config, "shared_expert_intermediate_size")
-    return _read_qwen_moe(config, model, moe_shared_expert_intermediate_size=width)
+    return _read_qwen_moe(config, model, moe_shared_expert_intermediate_size=width, moe_shared_expert_gate=True)
 
 
 QWEN2_MOE = Family(
