@@ -50,6 +50,7 @@ QK_NORM = Need(lambda c: c.model.qk_layernorm, "needs --qk-layernorm")
 NO_BIAS = Need(
     lambda c: c.model.disable_bias_linear, "needs --disable-bias-linear; without it every projection has a bias"
 )
+GELU = Need(lambda c: not c.model.swiglu, "has no use with --swiglu, which gates by SiLU")
 GROUPED_QUERIES = Need(lambda c: c.model.group_query_attention, "needs --group-query-attention")
 FULL_RECOMPUTE = Need(lambda c: c.training.recompute_granularity == "full", "needs --recompute-granularity full")
 MUON = Need(lambda c: c.optimizer.optimizer == "muon", "needs --optimizer muon")

@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from megatron_samoe.config.derived import flag
+from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.inference.serving import OneBank, Precision, Serving, one_bank
 from megatron_samoe.models.attention import SelfAttention
 from megatron_samoe.models.mlp import MLP
@@ -82,6 +84,13 @@ class DecodeModel:
         return list({id(t): t for t in _tensors(self)}.values())
 
 
+def options_of_training_alone(config: ModelConfig) -> list[str]:
+    """Returns the flags of a model that the inference ops do not have, so that the training model decodes it."""
+    names = ("multi_latent_attention", "exact_gelu", "use_parallel_residual", "embedding_multiplier", "residual_multiplier",
+             "logits_scaling")  # fmt: skip
+    return [flag(name) for name in names if getattr(config, name) != getattr(ModelConfig, name)]
+
+
 def make_decode_model(model: RankModel, serving: Serving, dtype: Precision, num_pages: int) -> DecodeModel:
     """Returns the weights of a model in one process, in fp32, bf16 or int8; norms, biases and routers stay fp32.
 
@@ -90,6 +99,7 @@ def make_decode_model(model: RankModel, serving: Serving, dtype: Precision, num_
         num_pages: of the key-value cache, which is fp32 beside fp32 weights and bf16 beside others.
     """
     config, stage = model.config.model, model.chunks[0]
+    assert not options_of_training_alone(config)
     builder = _ExpertBuilder(model, serving, dtype)
     layers = []
     for layer in stage.layers.values():
@@ -141,7 +151,7 @@ def _attention(attention: SelfAttention, norm: NormLayer, dtype: Precision, num_
         _norm(norm), qkv, _maybe_fp32(attention.qkv.bias), head_norms, output, _maybe_fp32(attention.output.bias),
         torch.zeros(num_pages, groups, head_dim, PAGE, dtype=cache, device=device),
         torch.zeros(num_pages, groups, PAGE, head_dim, dtype=cache, device=device),
-        replace(rule, sinks_A=_maybe_fp32(rule.sinks_A)),
+        replace(rule, sinks_A=_maybe_fp32(rule.sinks_A)), attention.config.clip_qkv,
     )  # fmt: skip
 
 

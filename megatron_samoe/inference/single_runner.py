@@ -66,7 +66,7 @@ class SingleRunner:
         if banks:
             reason = "as experts are combined on the fly"
         elif not all(layer.attention.is_plain for layer in model.layers):
-            reason = "as the kernels have no windows, sinks, soft caps or norms of all heads"
+            reason = "as the kernels have no windows, sinks, soft caps, clipping, other scales or norms of all heads"
         elif any(layer.routing is not None and layer.routing.shared_gate_1H is not None for layer in model.layers):
             reason = "as the kernels have no gates of shared experts"
         self.steps = "by a plan" if self._plan is not None else f"layer by layer, {reason}"

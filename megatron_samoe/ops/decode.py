@@ -83,6 +83,7 @@ class AttentionLayer:
         qkv: [G, Q + 2, D, H].
         head_norms: none, or norms of queries and keys, of each head alone ([D]) or of all together.
         rule: what scores have besides the product of queries and keys; fp32 sinks.
+        clip: c that cuts queries, keys and values to [-c, c], after their norms.
         output: [H, G * Q * D].
         keys: [pages, G, D, PAGE], and values [pages, G, PAGE, D], fp32 or bf16.
     """
@@ -96,12 +97,14 @@ class AttentionLayer:
     keys: Tensor
     values: Tensor
     rule: ScoreRule = PLAIN
+    clip: float | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether it is what the kernels compute."""
         head_dim = self.qkv.data.shape[2]
-        return self.rule.is_plain and all(len(n.weight) == head_dim for n in self.head_norms or ())
+        plain = self.rule.is_plain and self.rule.scale is None and self.clip is None
+        return plain and all(len(n.weight) == head_dim for n in self.head_norms or ())
 
     def head_norm_tensors(self) -> list[Tensor]:
         """Returns the norms' tensors [D] as the ops take them: none, the weights of both, or their weights and then
@@ -228,7 +231,7 @@ def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch
     qkv = decode_reference.linear(normed_TH, layer.qkv.data, layer.qkv.scale, layer.qkv_bias)
     y_TF = decode_reference.attention(
         qkv.view(-1, *layer.qkv.data.shape[:3]), layer.head_norm_tensors(), epsilon, rms, p.cos_PR, p.sin_PR,
-        p.positions_T, p.slots_T, p.pages, layer.keys, layer.values, layer.rule,
+        p.positions_T, p.slots_T, p.pages, layer.keys, layer.values, layer.rule, layer.clip,
     )  # fmt: skip
     x_TH += decode_reference.linear(y_TF, layer.output.data, layer.output.scale, layer.output_bias)
 

@@ -218,6 +218,6 @@ def _refuse_unsupported(args: argparse.Namespace, where: str) -> None:
             wrong.append(f"{name} is {shown(value)}")
     exact_gelu = getattr(args, "bias_gelu_fusion", True) is False and not getattr(args, "openai_gelu", False)
     if exact_gelu and not getattr(args, "swiglu", False):
-        wrong.append("bias_gelu_fusion is False (exact GELU; this program computes its tanh form)")
+        wrong.append("bias_gelu_fusion is False (exact GELU, which is not read from these files)")
     if wrong:
         raise CheckpointError(f"{where} is of a model that this program cannot compute: {', '.join(wrong)}.")

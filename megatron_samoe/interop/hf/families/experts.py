@@ -16,12 +16,24 @@ from megatron_samoe.interop.hf.families.dense import COMPUTED
 from megatron_samoe.interop.hf.families.llama import (
     SHARED_RULES,
     ExpertNames,
+    StackNames,
     gated_mlp,
     read_shared_config,
     shared_parts,
     write_shared_config,
 )
-from megatron_samoe.interop.hf.families.reading import demand, flag, layer_pattern, no_sliding_window, number, window
+from megatron_samoe.interop.hf.families.reading import (
+    MULTIPLIERS,
+    demand,
+    flag,
+    layer_pattern,
+    multipliers,
+    no_sliding_window,
+    number,
+    read_biases,
+    window,
+    written_multipliers,
+)
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Constant, Part, Parts, whole
 
@@ -181,8 +193,13 @@ def _norms_all_heads(native: NativeModel) -> str | None:
 
 def _read_olmoe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     demand(config, "attention_bias", (False,), False)
-    demand(config, "clip_qkv", (None,))
-    model = {**read_shared_config(config, eps=1e-5), "qk_layernorm": True, "qk_layernorm_scope": "all"}
+    clip = None if config.get("clip_qkv") is None else float(number(config, "clip_qkv"))
+    model = {
+        **read_shared_config(config, eps=1e-5),
+        "qk_layernorm": True,
+        "qk_layernorm_scope": "all",
+        "clip_qkv": clip,
+    }
     key = "num_experts" if "num_experts" in config else "num_local_experts"
     return _read_moe(config, model, key, "intermediate_size", not flag(config, "norm_topk_prob"))
 
@@ -194,8 +211,31 @@ OLMOE = Family(
     lambda native: {
         **write_shared_config(native), **_routing(native), "intermediate_size": native.expert_size,
         "num_experts": native.moe.num_experts, "norm_topk_prob": not native.moe.pre_softmax, "attention_bias": False,
-        "clip_qkv": None,
+        "clip_qkv": native.model.clip_qkv,
     },
     lambda native: shared_parts(native, ExpertNames()),
-    _read_olmoe, COMPUTED,
+    _read_olmoe, COMPUTED, ("clip_qkv",),
+)  # fmt: skip
+
+
+def _write_granite_moe(native: NativeModel) -> dict[str, Any]:
+    return {
+        **write_shared_config(native), **_routing(native), "intermediate_size": native.expert_size,
+        "num_local_experts": native.moe.num_experts, "attention_bias": native.model.attention_output_bias,
+        **written_multipliers(native.model),
+    }  # fmt: skip
+
+
+def _read_granite_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    model = {**read_shared_config(config), **read_biases({**config, "mlp_bias": False}), **multipliers(config)}
+    return _read_moe(config, model, "num_local_experts", "intermediate_size", pre_softmax=False)
+
+
+GRANITE_MOE = Family(
+    "granitemoe", "GraniteMoeForCausalLM", "as mixtral, with factors on embeddings, scores, residuals and logits",
+    (*_RULES, all_layers_are_moe, _weighs_among_chosen, _NO_WINDOW, _NO_SHARED_EXPERT, needs("qk_layernorm", False),
+     needs("add_qkv_bias", False)),
+    _write_granite_moe,
+    lambda native: shared_parts(native, StackNames("block_sparse_moe", "router.layer", "input_linear", "output_linear")),
+    _read_granite_moe, COMPUTED, ("attention_bias", *MULTIPLIERS),
 )  # fmt: skip

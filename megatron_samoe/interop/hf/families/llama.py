@@ -43,6 +43,23 @@ class ExpertNames:
     down: str = "down_proj"
 
 
+@dataclass(frozen=True)
+class StackNames:
+    """How a family names the tensors of an MoE layer that keeps all its experts in one tensor of each kind.
+
+    Attributes:
+        block: what stands in place of "mlp".
+        router: of the layer.
+        up: gates and then up projections of every expert, [E, 2 F, H].
+        down: [E, H, F].
+    """
+
+    block: str
+    router: str
+    up: str
+    down: str
+
+
 def write_shared_config(native: NativeModel) -> dict[str, Any]:
     """Returns the entries that all of them share."""
     model = native.model
@@ -89,7 +106,7 @@ def read_shared_config(config: Mapping[str, Any], theta: float = 10000.0, eps: f
 
 
 def shared_parts(
-    native: NativeModel, experts: ExpertNames | None = None, shared_expert: SharedExpertParts | None = None
+    native: NativeModel, experts: ExpertNames | StackNames | None = None, shared_expert: SharedExpertParts | None = None
 ) -> Iterator[Part | Constant]:
     """Yields a model's tensors in the order of its layers.
 
@@ -108,7 +125,10 @@ def shared_parts(
             yield from gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", model.hidden_size, model.mlp_size, native.has_bias)
             continue
         assert experts is not None
-        yield from _experts(native, f"{theirs}.{experts.block}", f"{ours}.moe", experts)
+        place = f"{theirs}.{experts.block}", f"{ours}.moe"
+        yield from (
+            _stack(native, *place, experts) if isinstance(experts, StackNames) else _experts(native, *place, experts)
+        )
         if shared_expert is not None:
             yield from shared_expert(native, f"{theirs}.{experts.block}", f"{ours}.moe")
     yield _norm("model.norm", "final_norm", model.hidden_size)
@@ -133,7 +153,7 @@ def attention_parts(native: NativeModel, theirs: str, ours: str) -> Iterator[Par
         for name, view, size in projections:
             yield Part(f"{theirs}.{name}.bias", f"{ours}.qkv.bias", view, (size,))
     yield Part(f"{theirs}.o_proj.weight", f"{ours}.output.weight", whole, (model.hidden_size, width))
-    if native.has_bias:
+    if model.attention_output_bias:
         yield Part(f"{theirs}.o_proj.bias", f"{ours}.output.bias", whole, (model.hidden_size,))
     if model.qk_layernorm:
         of_all = model.qk_layernorm_scope == "all"
@@ -164,3 +184,10 @@ def _experts(native: NativeModel, theirs: str, ours: str, names: ExpertNames) ->
             yield Part(full, f"{ours}.experts.w1", at(expert, index), (width, hidden))
     for expert in range(count):
         yield Part(f"{theirs}.experts.{expert}.{names.down}.weight", f"{ours}.experts.w2", at(expert), (hidden, width))
+
+
+def _stack(native: NativeModel, theirs: str, ours: str, names: StackNames) -> Iterator[Part]:
+    hidden, width, count = native.model.hidden_size, native.expert_size, native.moe.most_experts
+    yield Part(f"{theirs}.{names.router}.weight", f"{ours}.router.weight", whole, (count, hidden))
+    yield Part(f"{theirs}.{names.up}.weight", f"{ours}.experts.w1", whole, (count, 2 * width, hidden))
+    yield Part(f"{theirs}.{names.down}.weight", f"{ours}.experts.w2", whole, (count, hidden, width))
