@@ -138,12 +138,10 @@ class ModelConfig:
         None, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", "export")
     )
     """The same of the output's logits."""
-    multi_latent_attention: bool = model_option(
-        False, is_free=False, known_to=not_known_to("megatron", "export", default=False)
-    )
+    multi_latent_attention: bool = model_option(False, is_free=False, known_to=not_known_to("megatron", default=False))
     """Multi-head latent attention (DeepSeek-V2): keys and values of all heads from one small vector per token."""
     q_lora_rank: int | None = model_option(
-        None, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron", "export")
+        None, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron")
     )
     """Size of the latent that queries are made from; queries are made from the residual stream if not given."""
     kv_lora_rank: int = model_option(
@@ -151,7 +149,7 @@ class ModelConfig:
         range=POSITIVE,
         needs=needs.LATENTS,
         is_free=False,
-        known_to=not_known_to("megatron", "export", default=512),
+        known_to=not_known_to("megatron", default=512),
     )
     """Size of the latent that keys and values are made from."""
     qk_head_dim: int = model_option(
@@ -159,11 +157,11 @@ class ModelConfig:
         range=POSITIVE,
         needs=needs.LATENTS,
         is_free=False,
-        known_to=not_known_to("megatron", "export", default=128),
+        known_to=not_known_to("megatron", default=128),
     )
     """Channels of a head's queries and keys without positions."""
     qk_pos_emb_head_dim: int = model_option(
-        64, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron", "export", default=64)
+        64, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron", default=64)
     )
     """Channels of queries, and of the key that all heads share, which are rotated."""
     v_head_dim: int = model_option(
@@ -171,7 +169,7 @@ class ModelConfig:
         range=POSITIVE,
         needs=needs.LATENTS,
         is_free=False,
-        known_to=not_known_to("megatron", "export", default=128),
+        known_to=not_known_to("megatron", default=128),
     )
     """Channels of a head's values."""
     init_method_std: float = model_option(0.02, range=ABOVE_ZERO, is_free=True, known_to=READERS)

@@ -23,6 +23,9 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10,
+          "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "n_shared_experts": 2, "first_k_dense_replace": 1,
+          "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6}  # fmt: skip
 MULTIPLIERS = {
     "embedding_multiplier": 12.0,
     "attention_multiplier": 0.015625,
@@ -57,6 +60,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "neox": ("GPTNeoX", {"rotary_pct": 1.0, "use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False}),
     "granite": ("Granite", {**MULTIPLIERS, "mlp_bias": True}),
     "granitemoe": ("GraniteMoe", {**MULTIPLIERS, "num_local_experts": 5, "attention_bias": True, "tie_word_embeddings": True}),
+    "deepseek_v3": ("DeepseekV3", {**LATENT, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "n_routed_experts": 8}),
+    "deepseek_v3_yarn": ("DeepseekV3", {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False,
+                                        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "mscale": 1.0,
+                                                            "mscale_all_dim": 0.707, "original_max_position_embeddings": 16}}),
+    "deepseek_v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None, "n_shared_experts": 1, "topk_method": "greedy", "norm_topk_prob": False}),
     "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2}),
     "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1], "norm_topk_prob": True}),
     "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 1, "num_key_value_heads": 1}),
@@ -74,6 +82,9 @@ def made(case: str, **changes: Any) -> Any:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)  # norms and biases count too
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     return model
 
 
@@ -150,6 +161,9 @@ def test_an_imported_model_trains_on_in_megatrons_files_too(tmp_path: Path) -> N
         ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("qwen3_moe", {"attention_bias": True}, "config.json: attention_bias"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}, "topk_method = 'group_limited_greedy'"),
+        ("deepseek_v3", {"num_experts_per_tok": 3}, "config.json: topk_group = 2"),
+        ("deepseek_v3", {"rope_interleave": False}, "config.json: rope_interleave"),
         ("granite", {"hidden_act": "gelu"}, "config.json: hidden_act"),
     ],
 )  # fmt: skip

@@ -58,7 +58,7 @@ def _weighs_among_chosen(native: NativeModel) -> str | None:
     return "--moe-router-pre-softmax, which top-1 implies (it weighs by scores among the chosen experts)"
 
 
-def _read_moe(
+def read_moe(
     config: Mapping[str, Any], model: dict[str, Any], num_experts: str, expert_size: str, pre_softmax: bool
 ) -> dict[str, dict[str, Any]]:
     """Returns native options; num_experts and expert_size are the entries that hold them."""
@@ -74,7 +74,8 @@ def _read_moe(
     return {"model": model, "moe": moe}
 
 
-def _routing(native: NativeModel) -> dict[str, Any]:
+def written_routing(native: NativeModel) -> dict[str, Any]:
+    """Returns the entries of routing that all classes with experts share."""
     moe = native.moe
     balanced = moe.moe_router_load_balancing_type != "none"
     return {
@@ -86,7 +87,7 @@ def _routing(native: NativeModel) -> dict[str, Any]:
 
 def _write_mixtral(native: NativeModel) -> dict[str, Any]:
     return {
-        **write_shared_config(native), **_routing(native), "intermediate_size": native.expert_size,
+        **write_shared_config(native), **written_routing(native), "intermediate_size": native.expert_size,
         "num_local_experts": native.moe.num_experts, "router_jitter_noise": native.moe.moe_input_jitter_eps,
         "sliding_window": native.model.sliding_window,
     }  # fmt: skip
@@ -95,7 +96,7 @@ def _write_mixtral(native: NativeModel) -> dict[str, Any]:
 def _read_mixtral(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     model = {**read_shared_config(config, theta=1e6, eps=1e-5), **window(config)}
     key = "num_local_experts" if "num_local_experts" in config else "num_experts"
-    return _read_moe(config, model, key, "intermediate_size", pre_softmax=False)
+    return read_moe(config, model, key, "intermediate_size", pre_softmax=False)
 
 
 MIXTRAL = Family(
@@ -111,7 +112,7 @@ MIXTRAL = Family(
 def _write_qwen_moe(native: NativeModel) -> dict[str, Any]:
     dense = [i for i, is_moe in enumerate(native.is_moe) if not is_moe]
     return {
-        **write_shared_config(native), **_routing(native), "num_experts": native.moe.num_experts,
+        **write_shared_config(native), **written_routing(native), "num_experts": native.moe.num_experts,
         "moe_intermediate_size": native.expert_size, "norm_topk_prob": not native.moe.pre_softmax,
         "decoder_sparse_step": 1, "mlp_only_layers": dense, "use_sliding_window": False,
     }  # fmt: skip
@@ -120,7 +121,7 @@ def _write_qwen_moe(native: NativeModel) -> dict[str, Any]:
 def _read_qwen_moe(config: Mapping[str, Any], model: dict[str, Any], **moe: Any) -> dict[str, dict[str, Any]]:
     no_sliding_window(config, "use_sliding_window")
     key = "num_experts" if "num_experts" in config else "num_local_experts"
-    read = _read_moe(config, model, key, "moe_intermediate_size", not flag(config, "norm_topk_prob"))
+    read = read_moe(config, model, key, "moe_intermediate_size", not flag(config, "norm_topk_prob"))
     moe["moe_layer_freq"] = layer_pattern(config, model["num_layers"])
     return {**read, "moe": {**read["moe"], **moe}}
 
@@ -201,7 +202,7 @@ def _read_olmoe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "clip_qkv": clip,
     }
     key = "num_experts" if "num_experts" in config else "num_local_experts"
-    return _read_moe(config, model, key, "intermediate_size", not flag(config, "norm_topk_prob"))
+    return read_moe(config, model, key, "intermediate_size", not flag(config, "norm_topk_prob"))
 
 
 OLMOE = Family(
@@ -209,7 +210,7 @@ OLMOE = Family(
     (*_RULES, all_layers_are_moe, _NO_WINDOW, _NO_SHARED_EXPERT, needs("qk_layernorm", True), needs("add_qkv_bias", False),
      plain_heads, _norms_all_heads),
     lambda native: {
-        **write_shared_config(native), **_routing(native), "intermediate_size": native.expert_size,
+        **write_shared_config(native), **written_routing(native), "intermediate_size": native.expert_size,
         "num_experts": native.moe.num_experts, "norm_topk_prob": not native.moe.pre_softmax, "attention_bias": False,
         "clip_qkv": native.model.clip_qkv,
     },
@@ -220,7 +221,7 @@ OLMOE = Family(
 
 def _write_granite_moe(native: NativeModel) -> dict[str, Any]:
     return {
-        **write_shared_config(native), **_routing(native), "intermediate_size": native.expert_size,
+        **write_shared_config(native), **written_routing(native), "intermediate_size": native.expert_size,
         "num_local_experts": native.moe.num_experts, "attention_bias": native.model.attention_output_bias,
         **written_multipliers(native.model),
     }  # fmt: skip
@@ -228,7 +229,7 @@ def _write_granite_moe(native: NativeModel) -> dict[str, Any]:
 
 def _read_granite_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     model = {**read_shared_config(config), **read_biases({**config, "mlp_bias": False}), **multipliers(config)}
-    return _read_moe(config, model, "num_local_experts", "intermediate_size", pre_softmax=False)
+    return read_moe(config, model, "num_local_experts", "intermediate_size", pre_softmax=False)
 
 
 GRANITE_MOE = Family(

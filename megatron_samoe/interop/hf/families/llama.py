@@ -25,7 +25,7 @@ SHARED_RULES = (
 )
 
 
-SharedExpertParts = Callable[[NativeModel, str, str], Iterator[Part | Constant]]
+LayerParts = Callable[[NativeModel, str, str], Iterator[Part | Constant]]
 
 
 @dataclass(frozen=True)
@@ -106,21 +106,23 @@ def read_shared_config(config: Mapping[str, Any], theta: float = 10000.0, eps: f
 
 
 def shared_parts(
-    native: NativeModel, experts: ExpertNames | StackNames | None = None, shared_expert: SharedExpertParts | None = None
-) -> Iterator[Part | Constant]:
+    native: NativeModel, experts: ExpertNames | StackNames | None = None, shared_expert: LayerParts | None = None,
+    attention: LayerParts | None = None,
+) -> Iterator[Part | Constant]:  # fmt: skip
     """Yields a model's tensors in the order of its layers.
 
     Args:
         shared_expert: yields those of the expert that every token passes, for the names of their layer and of ours.
+        attention: likewise; a projection each for queries, keys and values if not given.
     """
     model = native.model
     embedding = (native.vocab_size, model.hidden_size)
     yield Part("model.embed_tokens.weight", "embedding.word.weight", rows(native.vocab_size), embedding)
     for layer in range(model.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        yield _norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm", model.hidden_size)
-        yield from attention_parts(native, f"{theirs}.self_attn", f"{ours}.attention")
-        yield _norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", model.hidden_size)
+        yield norm_part(f"{theirs}.input_layernorm", f"{ours}.attention_norm", model.hidden_size)
+        yield from (attention or attention_parts)(native, f"{theirs}.self_attn", f"{ours}.attention")
+        yield norm_part(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", model.hidden_size)
         if not native.is_moe[layer]:
             yield from gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", model.hidden_size, model.mlp_size, native.has_bias)
             continue
@@ -131,12 +133,13 @@ def shared_parts(
         )
         if shared_expert is not None:
             yield from shared_expert(native, f"{theirs}.{experts.block}", f"{ours}.moe")
-    yield _norm("model.norm", "final_norm", model.hidden_size)
+    yield norm_part("model.norm", "final_norm", model.hidden_size)
     if model.untie_embeddings_and_output_weights:
         yield Part("lm_head.weight", "output.weight", rows(native.vocab_size), embedding)
 
 
-def _norm(theirs: str, ours: str, size: int) -> Part:
+def norm_part(theirs: str, ours: str, size: int) -> Part:
+    """Returns the weight of an RMSNorm."""
     return Part(f"{theirs}.weight", f"{ours}.weight", whole, (size,))
 
 
@@ -158,7 +161,7 @@ def attention_parts(native: NativeModel, theirs: str, ours: str) -> Iterator[Par
     if model.qk_layernorm:
         of_all = model.qk_layernorm_scope == "all"
         for name, size in (("q_norm", width), ("k_norm", kv_width)):
-            yield _norm(f"{theirs}.{name}", f"{ours}.{name}", size if of_all else model.head_dim)
+            yield norm_part(f"{theirs}.{name}", f"{ours}.{name}", size if of_all else model.head_dim)
 
 
 def gated_mlp(
