@@ -80,10 +80,16 @@ class ModelConfig:
     """Added to the variance (LayerNorm) or mean square (RMSNorm)."""
     swiglu: bool = model_option(False, is_free=False, known_to=READERS)
     """Gated SiLU MLPs and experts in place of GELU ones."""
+    exact_gelu: bool = model_option(
+        False, needs=needs.GELU, is_free=False, known_to=not_known_to("megatron", default=False)
+    )
+    """GELU by the error function rather than its tanh form."""
     disable_bias_linear: bool = model_option(False, is_free=False, known_to=READERS)
     """No bias in linear layers and experts."""
     add_qkv_bias: bool = model_option(False, needs=needs.NO_BIAS, is_free=False, known_to=READERS)
     """Keep the bias of the query-key-value projection with --disable-bias-linear."""
+    attention_bias: bool | None = model_option(None, is_free=False, known_to=not_known_to("megatron"))
+    """Biases of both projections of attention. Derived if not given: as all other linear layers have them."""
     untie_embeddings_and_output_weights: bool = model_option(False, is_free=False, known_to=READERS)
     """Give the output layer its own matrix."""
     qk_layernorm: bool = model_option(False, is_free=False, known_to=READERS)
@@ -93,6 +99,26 @@ class ModelConfig:
     )
     """head: the queries and the keys of each head alone. all: those of all heads together, before they are split into heads
     (OLMoE)."""
+    clip_qkv: float | None = model_option(None, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron"))
+    """c: queries, keys and values are cut to [-c, c], after their norms (OLMo)."""
+    attention_multiplier: float | None = model_option(
+        None, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron")
+    )
+    """Factor on the products of queries and keys (Granite). Derived if not given: 1 / sqrt(size of a head's queries)."""
+    embedding_multiplier: float = model_option(
+        1.0, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", default=1.0)
+    )
+    """Factor on token embeddings (Granite)."""
+    residual_multiplier: float = model_option(
+        1.0, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", default=1.0)
+    )
+    """Factor on what attention and MLPs add to the residual stream (Granite)."""
+    logits_scaling: float = model_option(
+        1.0, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", default=1.0)
+    )
+    """Divisor of the output's logits (Granite)."""
+    use_parallel_residual: bool = model_option(False, is_free=False, known_to=not_known_to("megatron", default=False))
+    """Give a layer's MLP the layer's input, as its attention, and add both (GPT-NeoX)."""
     sliding_window: int | None = model_option(None, range=POSITIVE, is_free=False, known_to=not_known_to("megatron"))
     """Most tokens that a token attends to: itself and those before it. Not all earlier ones, if given."""
     window_attn_skip_freq: int | None = model_option(
@@ -112,12 +138,10 @@ class ModelConfig:
         None, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", "export")
     )
     """The same of the output's logits."""
-    multi_latent_attention: bool = model_option(
-        False, is_free=False, known_to=not_known_to("megatron", "export", default=False)
-    )
+    multi_latent_attention: bool = model_option(False, is_free=False, known_to=not_known_to("megatron", default=False))
     """Multi-head latent attention (DeepSeek-V2): keys and values of all heads from one small vector per token."""
     q_lora_rank: int | None = model_option(
-        None, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron", "export")
+        None, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron")
     )
     """Size of the latent that queries are made from; queries are made from the residual stream if not given."""
     kv_lora_rank: int = model_option(
@@ -125,7 +149,7 @@ class ModelConfig:
         range=POSITIVE,
         needs=needs.LATENTS,
         is_free=False,
-        known_to=not_known_to("megatron", "export", default=512),
+        known_to=not_known_to("megatron", default=512),
     )
     """Size of the latent that keys and values are made from."""
     qk_head_dim: int = model_option(
@@ -133,11 +157,11 @@ class ModelConfig:
         range=POSITIVE,
         needs=needs.LATENTS,
         is_free=False,
-        known_to=not_known_to("megatron", "export", default=128),
+        known_to=not_known_to("megatron", default=128),
     )
     """Channels of a head's queries and keys without positions."""
     qk_pos_emb_head_dim: int = model_option(
-        64, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron", "export", default=64)
+        64, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron", default=64)
     )
     """Channels of queries, and of the key that all heads share, which are rotated."""
     v_head_dim: int = model_option(
@@ -145,7 +169,7 @@ class ModelConfig:
         range=POSITIVE,
         needs=needs.LATENTS,
         is_free=False,
-        known_to=not_known_to("megatron", "export", default=128),
+        known_to=not_known_to("megatron", default=128),
     )
     """Channels of a head's values."""
     init_method_std: float = model_option(0.02, range=ABOVE_ZERO, is_free=True, known_to=READERS)
@@ -232,4 +256,9 @@ class ModelConfig:
     @property
     def qkv_bias(self) -> bool:
         """Whether the query-key-value projection has a bias."""
-        return self.add_qkv_bias or not self.disable_bias_linear
+        return self.add_qkv_bias or self.attention_output_bias
+
+    @property
+    def attention_output_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        return not self.disable_bias_linear if self.attention_bias is None else self.attention_bias

@@ -174,6 +174,8 @@ class MoEConfig:
         None, range=POSITIVE, needs=needs.EXPERTS, is_free=False, known_to=READERS
     )
     """Width of an expert that every token passes besides the routed ones; none if not given."""
+    moe_shared_expert_gate: bool = model_option(False, needs=needs.SHARED_EXPERT, is_free=False, known_to=READERS)
+    """Weigh the shared expert by a learned sigmoid of each token (Qwen2-MoE)."""
     moe_residual_mlp: bool = model_option(False, needs=needs.EXPERTS, is_free=False, known_to=_beyond(False))
     """Give every MoE layer the dense MLP as well, and weigh routed experts against it by a learned softmax of each token
     (PR-MoE). --moe-shared-expert-intermediate-size gives it another width."""

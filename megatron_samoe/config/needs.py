@@ -33,6 +33,9 @@ AUX_LOSS = Need(
     lambda c: c.moe.moe_router_load_balancing_type == "aux_loss",
     "needs --moe-router-load-balancing-type aux_loss",
 )
+SHARED_EXPERT = Need(
+    lambda c: c.moe.moe_shared_expert_intermediate_size is not None, "needs --moe-shared-expert-intermediate-size"
+)
 CAPACITY = Need(lambda c: c.moe.moe_expert_capacity_factor is not None, "needs --moe-expert-capacity-factor")
 ROTARY = Need(lambda c: c.model.position_embedding_type == "rope", "needs --position-embedding-type rope")
 ROPE_SCALING = Need(lambda c: c.model.rope_scaling_type is not None, "needs --rope-scaling-type")
@@ -47,6 +50,7 @@ QK_NORM = Need(lambda c: c.model.qk_layernorm, "needs --qk-layernorm")
 NO_BIAS = Need(
     lambda c: c.model.disable_bias_linear, "needs --disable-bias-linear; without it every projection has a bias"
 )
+GELU = Need(lambda c: not c.model.swiglu, "has no use with --swiglu, which gates by SiLU")
 GROUPED_QUERIES = Need(lambda c: c.model.group_query_attention, "needs --group-query-attention")
 FULL_RECOMPUTE = Need(lambda c: c.training.recompute_granularity == "full", "needs --recompute-granularity full")
 MUON = Need(lambda c: c.optimizer.optimizer == "muon", "needs --optimizer muon")

@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from megatron_samoe.config.derived import flag
+from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.inference.serving import OneBank, Precision, Serving, one_bank
 from megatron_samoe.models.attention import SelfAttention
 from megatron_samoe.models.mlp import MLP
@@ -19,6 +21,7 @@ from megatron_samoe.models.norms import SplitNorm
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.models.rotary import rotary_tables
 from megatron_samoe.moe.experts import weights_of
+from megatron_samoe.moe.mixing import Mixing, SharedExpertGate
 from megatron_samoe.moe.moe_layer import MoELayer
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, Coefficients
 from megatron_samoe.moe.sharing.combined import combine
@@ -81,6 +84,13 @@ class DecodeModel:
         return list({id(t): t for t in _tensors(self)}.values())
 
 
+def options_of_training_alone(config: ModelConfig) -> list[str]:
+    """Returns the flags of a model that the inference ops do not have, so that the training model decodes it."""
+    names = ("multi_latent_attention", "exact_gelu", "use_parallel_residual", "embedding_multiplier", "residual_multiplier",
+             "logits_scaling")  # fmt: skip
+    return [flag(name) for name in names if getattr(config, name) != getattr(ModelConfig, name)]
+
+
 def make_decode_model(model: RankModel, serving: Serving, dtype: Precision, num_pages: int) -> DecodeModel:
     """Returns the weights of a model in one process, in fp32, bf16 or int8; norms, biases and routers stay fp32.
 
@@ -89,6 +99,7 @@ def make_decode_model(model: RankModel, serving: Serving, dtype: Precision, num_
         num_pages: of the key-value cache, which is fp32 beside fp32 weights and bf16 beside others.
     """
     config, stage = model.config.model, model.chunks[0]
+    assert not options_of_training_alone(config)
     builder = _ExpertBuilder(model, serving, dtype)
     layers = []
     for layer in stage.layers.values():
@@ -140,7 +151,7 @@ def _attention(attention: SelfAttention, norm: NormLayer, dtype: Precision, num_
         _norm(norm), qkv, _maybe_fp32(attention.qkv.bias), head_norms, output, _maybe_fp32(attention.output.bias),
         torch.zeros(num_pages, groups, head_dim, PAGE, dtype=cache, device=device),
         torch.zeros(num_pages, groups, PAGE, head_dim, dtype=cache, device=device),
-        replace(rule, sinks_A=_maybe_fp32(rule.sinks_A)),
+        replace(rule, sinks_A=_maybe_fp32(rule.sinks_A)), attention.config.clip_qkv,
     )  # fmt: skip
 
 
@@ -149,9 +160,9 @@ def _routing(moe: MoELayer) -> Routing:
     rule = router.rule()
     rule = replace(rule, bias_E=_maybe_fp32(rule.bias_E), candidates_E=_maybe_fp32(rule.candidates_E))
     scale = _fp32(router.scale) if rule.score_function == "norm" else None
-    return Routing(
-        _fp32(router.weight), rule, scale, None if mixing is None else (_fp32(mixing.weight), _fp32(mixing.bias))
-    )
+    mixed = (_fp32(mixing.weight), _fp32(mixing.bias)) if isinstance(mixing, Mixing) else None
+    gate = _fp32(mixing.weight) if isinstance(mixing, SharedExpertGate) else None
+    return Routing(_fp32(router.weight), rule, scale, mixed, gate)
 
 
 def _single(mlp: MLP, dtype: Precision) -> ExpertStack:

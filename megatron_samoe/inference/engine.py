@@ -21,7 +21,7 @@ import torch
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.inference.decode_layers import make_decode_model
+from megatron_samoe.inference.decode_layers import make_decode_model, options_of_training_alone
 from megatron_samoe.inference.huge_pages import ask_for_huge_pages
 from megatron_samoe.inference.kv_cache import PAGE, BatchBuffers, PageTable, make_batch, pages_for, window_pages
 from megatron_samoe.inference.rank_runner import RankRunner, Runner, convert_weights
@@ -125,14 +125,13 @@ class Engine:
     @torch.no_grad()
     def _make_runner(self, loaded: LoadedModel, num_pages: int, max_step_tokens: int, cache_experts: int) -> Runner:
         state = loaded.model.state
-        is_latent = loaded.config.model.multi_latent_attention  # which the inference ops do not have
-        if is_latent and self.dtype == "int8":
-            raise ConfigError("dtype", "int8", "fp32 or bf16 with --multi-latent-attention")
-        takes_single = not is_latent and takes_single_runner(state.device.type, state.world.size, self.dtype)
+        alone = options_of_training_alone(loaded.config.model)
+        if alone and self.dtype == "int8":
+            raise ConfigError("dtype", "int8", f"fp32 or bf16 with {', '.join(alone)}")
+        takes_single = not alone and takes_single_runner(state.device.type, state.world.size, self.dtype)
         if self._weights_folder is not None and not (takes_single and state.device.type == "cpu"):
-            raise ConfigError(
-                "weights_folder", self._weights_folder, "is for one process on a CPU, without latent attention"
-            )
+            without = f", without {', '.join(alone)}" if alone else ""
+            raise ConfigError("weights_folder", self._weights_folder, f"is for one process on a CPU{without}")
         if not takes_single:
             convert_weights(loaded.model, self.dtype)
             return RankRunner(loaded, num_pages, self.serving)

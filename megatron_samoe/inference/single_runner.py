@@ -66,7 +66,9 @@ class SingleRunner:
         if banks:
             reason = "as experts are combined on the fly"
         elif not all(layer.attention.is_plain for layer in model.layers):
-            reason = "as the kernels have no windows, sinks, soft caps or norms of all heads"
+            reason = "as the kernels have no windows, sinks, soft caps, clipping, other scales or norms of all heads"
+        elif any(layer.routing is not None and layer.routing.shared_gate_1H is not None for layer in model.layers):
+            reason = "as the kernels have no gates of shared experts"
         self.steps = "by a plan" if self._plan is not None else f"layer by layer, {reason}"
 
     @torch.no_grad()
@@ -128,8 +130,9 @@ class SingleRunner:
             self.expert_cache.run(index, routed, y_TKH, x_TH, self._scratch)
         if layer.shared is not None:
             ids_T1 = self._ids[:count].view(count, 1).zero_()
-            is_mixed = layer.routing is not None and layer.routing.mixing is not None
-            probs_T1 = (self._mixed if is_mixed else self._ones)[:count].view(count, 1)
+            r = layer.routing
+            is_weighed = r is not None and (r.mixing is not None or r.shared_gate_1H is not None)
+            probs_T1 = (self._mixed if is_weighed else self._ones)[:count].view(count, 1)
             alone = Routed(routed.normed_TH, ids_T1, probs_T1)
             y_T1H = self._y[: count * hidden].view(count, 1, hidden)
             decode.experts_block(alone, layer.shared, y_T1H, x_TH, self._scratch)
@@ -169,7 +172,8 @@ def _make_plan(model: DecodeModel, x_TH: Tensor, scratch: Tensor, max_logits: in
     plan = DecodePlan(model.words, model.positions, model.output, model.final_norm, model.cos_PR, model.sin_PR, x_TH,
                       scratch, max_logits)  # fmt: skip
     for layer in model.layers:
-        if isinstance(layer.experts, Banks) or not layer.attention.is_plain:
+        has_gate = layer.routing is not None and layer.routing.shared_gate_1H is not None
+        if isinstance(layer.experts, Banks) or not layer.attention.is_plain or has_gate:
             return None
         plan.add_layer(layer.attention, layer.mlp_norm, layer.routing, layer.experts, layer.shared)
     return plan

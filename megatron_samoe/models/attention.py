@@ -62,7 +62,7 @@ class AttentionCore(nn.Module):
         sinks: Tensor | None = self.sinks
         if sinks is None and self.has_sinks:
             sinks = torch.zeros(self.num_local_heads, device=device)
-        return ScoreRule(self.window, self.softcap, sinks)
+        return ScoreRule(self.window, self.softcap, sinks, self.config.attention_multiplier)
 
     def run_core(
         self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
@@ -109,7 +109,7 @@ class SelfAttention(AttentionCore):
             init=Init(std=config.init_method_std), state=state, dtype=dtype,
         )  # fmt: skip
         self.output = RowParallelLinear(
-            heads * head_dim, config.hidden_size, bias=not config.disable_bias_linear,
+            heads * head_dim, config.hidden_size, bias=config.attention_output_bias,
             init=Init(std=config.output_init_std), state=state, dtype=dtype,
         )  # fmt: skip
         self.q_norm, self.k_norm = (
@@ -129,6 +129,9 @@ class SelfAttention(AttentionCore):
                 k_BSGD = self.k_norm(k_BSGD.flatten(2)).view_as(k_BSGD)
             else:
                 q_BSAD, k_BSGD = self.q_norm(q_BSAD), self.k_norm(k_BSGD)
+        clip = self.config.clip_qkv
+        if clip is not None:
+            q_BSAD, k_BSGD, v_BSGD = (t.clamp(-clip, clip) for t in (q_BSAD, k_BSGD, v_BSGD))
         if inputs.rotary is not None:
             q_BSAD, k_BSGD = apply_rotary(q_BSAD, inputs.rotary), apply_rotary(k_BSGD, inputs.rotary)
         if context.cache is not None:
@@ -149,21 +152,29 @@ class SelfAttention(AttentionCore):
 
     def kept_bytes(self, tokens: int) -> int:
         """Returns the bytes that autograd keeps: the gathered input, queries, keys and values in one tensor, and the
-        output; copies of queries and keys where they are normalised or rotated; the sums of the fused kernel.
+        output; copies where they are normalised, clipped or rotated; the norms' statistics, and the fused kernel's sums.
         """
         model, weight = self.config, self.output.weight
         size, head_dim = weight.element_size(), model.head_dim
         kv_heads = self.qkv.weight.shape[0]
         heads = kv_heads * self.queries_per_kv
-        rotary = model.position_embedding_type == "rope"
-        copies = (heads + kv_heads) * (rotary + model.qk_layernorm)
-        if not copies and heads > kv_heads:
-            copies = heads  # queries that share keys are copied out of the projection
+        rotates, clips, norms = model.position_embedding_type == "rope", model.clip_qkv is not None, model.qk_layernorm
+        copies = 0
+        if heads > kv_heads and (norms or clips or not rotates):
+            copies += heads  # queries that share keys are copied out of the projection
+        if norms and (clips or not rotates):  # rotating keeps only its result
+            copies += heads + kv_heads
+        if clips:
+            copies += kv_heads if rotates else heads + 2 * kv_heads
+        if rotates:
+            copies += heads + kv_heads
+        vectors = 2 if model.qk_layernorm_scope == "all" else heads + kv_heads
+        statistics = 4 * vectors * (1 if model.normalization == "RMSNorm" else 2) if norms else 0
         has_sums = not (self.recompute_core or needs_scores(self.rule()))
         if has_sums and takes_blocks(self.rule(), model.seq_length):
             copies += heads  # the kernel keeps each block's output, the projection all of them
         elements = model.hidden_size + (2 * heads + 2 * kv_heads + copies) * head_dim
-        return tokens * (elements * size + (4 * heads if has_sums else 0))
+        return tokens * (elements * size + statistics + (4 * heads if has_sums else 0))
 
 
 def _query_key_norm(config: ModelConfig, num_heads: int, state: ParallelState, dtype: torch.dtype) -> Norm | SplitNorm:

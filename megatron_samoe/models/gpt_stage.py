@@ -48,11 +48,13 @@ class Embedding(nn.Module):
             shape = (model.max_positions, model.hidden_size)
             tag = ParameterTag(token_wise_spec(state), Init(std=model.init_method_std))
             self.position = new_parameter(shape, tag, state, blueprint.dtype)
-        self.dropout = model.hidden_dropout
+        self.dropout, self.multiplier = model.hidden_dropout, model.embedding_multiplier
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor, context: ForwardContext) -> Tensor:
         """Returns x_TH, with sequence parallelism this rank's share of tokens."""
         x_TH = self.word(tokens_BS.flatten())
+        if self.multiplier != 1.0:
+            x_TH = x_TH * self.multiplier
         part, parts = (self.state.tp.rank, self.state.tp.size) if self.state.sequence_parallel else (0, 1)
         if self.position is not None:
             x_TH = x_TH + F.embedding(positions_BS.flatten().chunk(parts)[part], self.position)
@@ -138,7 +140,10 @@ class GPTStage(nn.Module):
         return self.output if self.config.model.untie_embeddings_and_output_weights else self.embedding.word
 
     def _logits(self, x_TH: Tensor) -> Tensor:
-        return soft_capped(self._head().logits(self.final_norm(x_TH)), self.config.model.final_logit_softcapping)
+        model, normed_TH = self.config.model, self.final_norm(x_TH)
+        if model.logits_scaling != 1.0:
+            normed_TH = normed_TH / model.logits_scaling  # fewer numbers than logits
+        return soft_capped(self._head().logits(normed_TH), model.final_logit_softcapping)
 
     def _recomputes(self, number: int, context: ForwardContext) -> bool:
         return context.training and number < recomputed_layers(self.config)

@@ -55,7 +55,7 @@ class LatentAttention(AttentionCore):
         self.kv_down, self.kv_norm = down(config.latent_dim), Norm(config, rank, state, dtype)
         self.kv_up = up(rank, config.qk_head_dim + config.v_head_dim)
         self.output = RowParallelLinear(
-            heads * config.v_head_dim, hidden, bias=not config.disable_bias_linear,
+            heads * config.v_head_dim, hidden, bias=config.attention_output_bias,
             init=Init(std=config.output_init_std), state=state, dtype=dtype,
         )  # fmt: skip
 
@@ -99,8 +99,9 @@ class LatentAttention(AttentionCore):
         latent_TC = enter_tensor_parallel_region(latent, self.state)
         absorbed = torch.einsum("tad,adc->tac", plain_BSAD.flatten(0, 1), up_AKC)
         q_TAD = torch.cat((absorbed, turned_BSAD.flatten(0, 1)), -1)
-        # Scores are over the root of a query's width, which is another one here.
-        q_TAD = q_TAD * (q_TAD.shape[-1] / config.query_dim) ** 0.5
+        if config.attention_multiplier is None:
+            # Scores are over the root of a query's width, which is another one here.
+            q_TAD = q_TAD * (q_TAD.shape[-1] / config.query_dim) ** 0.5
         k_T1D = torch.cat((latent_TC[:, None], key_BS1R.flatten(0, 1)), -1)
         y_TF = context.cache.attend(self.layer, q_TAD, k_T1D, latent_TC[:, None], self.rule(latent.device))
         y_TAC = y_TF.view(*q_TAD.shape[:2], -1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config.model import ModelConfig
-from megatron_samoe.ops.grouped_mlp import Activation
+from megatron_samoe.ops.grouped_mlp import GELU_FORM, Activation
 from megatron_samoe.parallel_state.parameter_tag import Init
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -14,15 +14,18 @@ from megatron_samoe.tensor_parallel.layers import ColumnParallelLinear, RowParal
 
 def activation_of(config: ModelConfig) -> Activation:
     """Returns the activation of MLPs and experts."""
-    return "swiglu" if config.swiglu else "gelu"
+    if config.swiglu:
+        return "swiglu"
+    return "gelu_exact" if config.exact_gelu else "gelu"
 
 
 class MLP(nn.Module):
-    """Two linear layers, split over tensor-parallel ranks, with GELU (tanh form) between, or SiLU-gated."""
+    """Two linear layers, split over tensor-parallel ranks, with GELU (exact or its tanh form) between, or SiLU-gated."""
 
     def __init__(self, config: ModelConfig, ffn_size: int, init_std: float, output_init_std: float,
                  state: ParallelState, dtype: torch.dtype):  # fmt: skip
         super().__init__()
+        self.activation = activation_of(config)
         self.gated = config.swiglu
         out_dims = (2, ffn_size) if self.gated else (ffn_size,)
         bias = not config.disable_bias_linear
@@ -45,7 +48,7 @@ class MLP(nn.Module):
         if self.gated:
             gate, up = h.chunk(2, -1)
             return self.fc2(nn.functional.silu(gate) * up)
-        return self.fc2(nn.functional.gelu(h, approximate="tanh"))
+        return self.fc2(nn.functional.gelu(h, approximate=GELU_FORM[self.activation]))
 
     def flops_per_token(self) -> float:
         """Returns multiply-adds x 2 of the forward pass, over all tensor-parallel ranks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megatron_samoe.models.attention import AttentionInputs
@@ -13,14 +14,16 @@ from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.models.mlp import MLP
 from megatron_samoe.models.norms import Norm
 from megatron_samoe.moe.branch_scale import branch_scale, router_init_std
-from megatron_samoe.moe.mixing import Mixing
+from megatron_samoe.moe.mixing import Mixing, SharedExpertGate
 from megatron_samoe.moe.moe_layer import MoELayer
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
 
 
 class TransformerLayer(nn.Module):
-    """A layer: x + attention(norm(x)), then x + mlp(norm(x)). `mlp` is dense; `moe` takes its place in MoE layers."""
+    """A layer: x + attention(norm(x)), then x + mlp(norm(x)), or with --use-parallel-residual x + attention(norm(x)) +
+    mlp(norm(x)). `mlp` is dense; `moe` takes its place in MoE layers.
+    """
 
     attention: Any  # whatever the parts say
 
@@ -28,6 +31,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         model, state, dtype = blueprint.config.model, blueprint.state, blueprint.dtype
         self.index, self.dropout, self.state, self.dtype = place.index, model.hidden_dropout, state, dtype
+        self.is_parallel, self.multiplier = model.use_parallel_residual, model.residual_multiplier
         selective = blueprint.config.training.recompute_granularity == "selective"
         self.attention_norm = Norm(model, model.hidden_size, state, dtype)
         self.attention = blueprint.parts.attention(model, place.index, state, dtype, recompute_core=selective)
@@ -50,14 +54,16 @@ class TransformerLayer(nn.Module):
         are balanced over layers.
         """
         y_TH = self.attention(self.attention_norm(x_TH), inputs, context)
-        x_TH = x_TH + self._dropout(y_TH, context, "attention_output")
-        normed_TH = self.mlp_norm(x_TH)
+        normed_TH = self.mlp_norm(x_TH) if self.is_parallel else None
+        x_TH = torch.add(x_TH, self._dropout(y_TH, context, "attention_output"), alpha=self.multiplier)
+        normed_TH = self.mlp_norm(x_TH) if normed_TH is None else normed_TH
         stats = None
         if self.is_moe:
             y_TH, stats, loads_BC = self.moe(normed_TH, context, lender, loads_BC)
         else:
             y_TH = self.mlp(normed_TH)
-        return x_TH + self._dropout(y_TH, context, "mlp_output"), stats, loads_BC
+        x_TH = torch.add(x_TH, self._dropout(y_TH, context, "mlp_output"), alpha=self.multiplier)
+        return x_TH, stats, loads_BC
 
     def _dropout(self, y_TH: Tensor, context: ForwardContext, site: str) -> Tensor:
         if not context.training or self.dropout == 0.0:
@@ -79,6 +85,8 @@ class TransformerLayer(nn.Module):
         local_tokens = tokens // self.state.tp.size if self.state.sequence_parallel else tokens
         norms = self.attention_norm.kept_bytes(local_tokens) + self.mlp_norm.kept_bytes(local_tokens)
         element_bytes = self.dtype.itemsize
+        if self.is_parallel:  # both norms have the same input
+            norms -= local_tokens * self.mlp_norm.weight.numel() * element_bytes
         kept = self.moe.kept_bytes(tokens, element_bytes) if self.is_moe else self.mlp.kept_bytes(tokens)
         dropped = 2 * local_tokens * self.mlp_norm.weight.numel() * element_bytes if self.dropout else 0
         return norms + self.attention.kept_bytes(tokens) + kept + dropped
@@ -97,8 +105,9 @@ def _moe_layer(blueprint: Blueprint, place: LayerPlace, moe_index: int) -> MoELa
     if config.shared_expert_size is not None:
         stds = (model.init_method_std, model.output_init_std * branch_scale(config, place.num_experts).shared)
         shared = MLP(model, config.shared_expert_size, *stds, state, dtype)
-    if moe.moe_residual_mlp:
-        mixing = Mixing(model.hidden_size, model.init_method_std, state, dtype)
+    if moe.moe_residual_mlp or moe.moe_shared_expert_gate:
+        kind = Mixing if moe.moe_residual_mlp else SharedExpertGate
+        mixing = kind(model.hidden_size, model.init_method_std, state, dtype)
     return MoELayer(
         moe_place, router, blueprint.sharing.layer_part(moe_index), shared, state, config.parallel.moe_dispatch_chunks,
         config.parallel.moe_shared_expert_overlap, mixing,

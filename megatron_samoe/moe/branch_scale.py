@@ -57,7 +57,8 @@ def branch_scale(config: PretrainConfig, num_experts: int) -> BranchScale:
         return BranchScale(routed=(2 * routed / squares) ** 0.5, shared=(2 * mlp_size / max(shared_size, 1)) ** 0.5)
     active = moe.moe_router_topk * config.expert_ffn_size + shared_size
     ratio = mlp_size / max(active, 1)
-    return BranchScale(routed=(moe.moe_router_topk * ratio / squares) ** 0.5, shared=ratio**0.5)
+    at_start = 0.5 if moe.moe_shared_expert_gate else 1.0
+    return BranchScale(routed=(moe.moe_router_topk * ratio / squares) ** 0.5, shared=ratio**0.5 / at_start)
 
 
 @lru_cache(maxsize=256)

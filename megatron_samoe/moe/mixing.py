@@ -1,4 +1,6 @@
-"""Routed experts against a dense MLP, weighed by each token (the residual MoE of DeepSpeed-MoE, arXiv:2201.05596)."""
+"""The MLP that every token passes, weighed by each token: against routed experts (the residual MoE of DeepSpeed-MoE,
+arXiv:2201.05596), or beside them (the shared expert of Qwen1.5-MoE).
+"""
 
 from __future__ import annotations
 
@@ -33,3 +35,27 @@ class Mixing(nn.Module):
         hidden = self.weight.shape[1]
         copy = 0 if element_bytes == self.weight.element_size() else 4 * hidden
         return tokens * (2 * hidden * element_bytes + copy + 2 * 4 + (0 if element_bytes == 4 else 2 * element_bytes))
+
+
+class SharedExpertGate(nn.Module):
+    """routed + sigmoid(w x) * shared, the sigmoid in fp32 or better."""
+
+    def __init__(self, hidden_size: int, init_std: float, state: ParallelState, dtype: torch.dtype):
+        super().__init__()
+        tag, dtype = ParameterTag(token_wise_spec(state), Init(std=init_std)), torch.promote_types(dtype, torch.float32)
+        self.weight = new_parameter((1, hidden_size), tag, state, dtype)
+
+    def forward(self, x_TH: Tensor, routed_TH: Tensor, shared_TH: Tensor) -> Tensor:
+        """Returns y_TH, for the tokens that this rank holds."""
+        gate_T1 = nn.functional.linear(x_TH.to(self.weight.dtype), self.weight).sigmoid().to(x_TH.dtype)
+        return routed_TH + gate_T1 * shared_TH
+
+    def flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the forward pass in the product."""
+        return 2.0 * self.weight.numel()
+
+    def kept_bytes(self, tokens: int, element_bytes: int) -> int:
+        """Returns the bytes that autograd keeps: the shared expert's output, gates, and of bf16 tokens an fp32 copy."""
+        hidden = self.weight.shape[1]
+        copy = 0 if element_bytes == self.weight.element_size() else 4 * hidden
+        return tokens * (hidden * element_bytes + copy + 4 + (0 if element_bytes == 4 else element_bytes))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
 from megatron_samoe.moe.balance import attach_loss
-from megatron_samoe.moe.mixing import Mixing
+from megatron_samoe.moe.mixing import Mixing, SharedExpertGate
 from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
@@ -52,12 +52,13 @@ class MoELayer(nn.Module):
         shared_expert: maps x_TH to y_TH for every token.
         dispatch_chunks: parts in which tokens travel to experts and back, one behind the experts of another.
         overlap_shared_expert: compute the shared expert while tokens travel.
-        mixing: weighs routed experts against the shared one; their sum if not given.
+        mixing: weighs the shared expert, maybe against routed ones; their sum if not given.
     """
 
     def __init__(
         self, place: MoEPlace, router: Router, experts: nn.Module, shared_expert: SharedExpert | None,
-        state: ParallelState, dispatch_chunks: int = 1, overlap_shared_expert: bool = False, mixing: Mixing | None = None,
+        state: ParallelState, dispatch_chunks: int = 1, overlap_shared_expert: bool = False,
+        mixing: Mixing | SharedExpertGate | None = None,
     ):  # fmt: skip
         super().__init__()
         self.moe_index, self.shape, self.state = place.moe_index, place.shape, state

@@ -29,15 +29,17 @@ class ScoreRule:
         window: most keys that a query attends to, its own and those before it; None for all.
         softcap: c, which turns a score s into c tanh(s / c) (Gemma 2, arXiv:2408.00118).
         sinks_A: score of a key without value in each head, which takes its share of the softmax (gpt-oss).
+        scale: factor on the products; 1 / sqrt(D) if None.
     """
 
     window: int | None = None
     softcap: float | None = None
     sinks_A: Tensor | None = None
+    scale: float | None = None
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is causal attention and nothing else."""
+        """Whether it is causal attention and nothing else, whatever the scale."""
         return self.window is None and self.softcap is None and self.sinks_A is None
 
     def first_key(self, query: int) -> int:
@@ -59,7 +61,7 @@ def attention(
     """
     length, first = k_BGLD.shape[2], k_BGLD.shape[2] - q_BASD.shape[2]
     if rule.is_plain and (first == 0 or mask_B1SL is not None):
-        return _sdpa(q_BASD, k_BGLD, v_BGLD, mask_B1SL, dropout, is_causal=mask_B1SL is None)
+        return _sdpa(q_BASD, k_BGLD, v_BGLD, mask_B1SL, rule.scale, dropout, is_causal=mask_B1SL is None)
     blocks = []
     for start in range(first, length, BLOCK):
         stop, low = min(start + BLOCK, length), rule.first_key(start)
@@ -96,27 +98,30 @@ def band(num_queries: int, num_keys: int, window: int | None, device: torch.devi
 
 def _block(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: ScoreRule, dropout: float) -> Tensor:
     if not needs_scores(rule):
-        return _sdpa(q, k, v, mask, dropout)
-    arguments = (q, k, v, mask, rule.softcap, rule.sinks_A, dropout)
+        return _sdpa(q, k, v, mask, rule.scale, dropout)
+    arguments = (q, k, v, mask, rule.softcap, rule.sinks_A, rule.scale, dropout)
     if not torch.is_grad_enabled() or dropout:  # a caller that drops weights draws them again itself
         return _by_scores(*arguments)
     y: Tensor = checkpoint(_by_scores, *arguments, use_reentrant=False, preserve_rng_state=False)
     return y
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool = False) -> Tensor:
-    arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "dropout_p": dropout}
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, dropout: float, is_causal: bool = False
+) -> Tensor:
+    arguments: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "dropout_p": dropout, "scale": scale}
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **arguments)
 
 
 def _by_scores(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None, sinks_A: Tensor | None, dropout: float
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None, sinks_A: Tensor | None, scale: float | None,
+    dropout: float,
+) -> Tensor:  # fmt: skip
     """Returns y [B, A, queries, D]; scores and their softmax are in fp32 or more."""
     batch, heads, num_queries, head_dim = q.shape
     groups, wide = k.shape[1], torch.promote_types(q.dtype, torch.float32)
     q = q.reshape(batch, groups, heads // groups, num_queries, head_dim)
-    scores = soft_capped((q @ k[:, :, None].mT).to(wide) * head_dim**-0.5, softcap)
+    scores = soft_capped((q @ k[:, :, None].mT).to(wide) * (scale or head_dim**-0.5), softcap)
     scores = scores.masked_fill(~(mask if mask.dim() == 2 else mask[:, :, None]), -torch.inf)
     if sinks_A is None:
         weights = scores.softmax(-1)

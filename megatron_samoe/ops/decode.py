@@ -83,6 +83,7 @@ class AttentionLayer:
         qkv: [G, Q + 2, D, H].
         head_norms: none, or norms of queries and keys, of each head alone ([D]) or of all together.
         rule: what scores have besides the product of queries and keys; fp32 sinks.
+        clip: c that cuts queries, keys and values to [-c, c], after their norms.
         output: [H, G * Q * D].
         keys: [pages, G, D, PAGE], and values [pages, G, PAGE, D], fp32 or bf16.
     """
@@ -96,12 +97,14 @@ class AttentionLayer:
     keys: Tensor
     values: Tensor
     rule: ScoreRule = PLAIN
+    clip: float | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether it is what the kernels compute."""
         head_dim = self.qkv.data.shape[2]
-        return self.rule.is_plain and all(len(n.weight) == head_dim for n in self.head_norms or ())
+        plain = self.rule.is_plain and self.rule.scale is None and self.clip is None
+        return plain and all(len(n.weight) == head_dim for n in self.head_norms or ())
 
     def head_norm_tensors(self) -> list[Tensor]:
         """Returns the norms' tensors [D] as the ops take them: none, the weights of both, or their weights and then
@@ -149,12 +152,14 @@ class Routing:
     Attributes:
         norm_scale: [1], the length of a token's logits, where scores are "norm".
         mixing: none, or weight_2H and bias_2: a softmax of them weighs routed experts against the MLP beside them.
+        shared_gate_1H: a sigmoid of it weighs the MLP beside them, where there is one and it is not mixed.
     """
 
     weight_EH: Tensor
     rule: ChoiceRule
     norm_scale: Tensor | None = None
     mixing: tuple[Tensor, Tensor] | None = None
+    shared_gate_1H: Tensor | None = None
 
     @property
     def topk(self) -> int:
@@ -226,7 +231,7 @@ def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch
     qkv = decode_reference.linear(normed_TH, layer.qkv.data, layer.qkv.scale, layer.qkv_bias)
     y_TF = decode_reference.attention(
         qkv.view(-1, *layer.qkv.data.shape[:3]), layer.head_norm_tensors(), epsilon, rms, p.cos_PR, p.sin_PR,
-        p.positions_T, p.slots_T, p.pages, layer.keys, layer.values, layer.rule,
+        p.positions_T, p.slots_T, p.pages, layer.keys, layer.values, layer.rule, layer.clip,
     )  # fmt: skip
     x_TH += decode_reference.linear(y_TF, layer.output.data, layer.output.scale, layer.output_bias)
 
@@ -277,7 +282,7 @@ class Routed:
         normed_TH: the normalised tokens.
         ids_TK: the chosen experts, int64; -1 where a token has fewer.
         probs_TK: their weights.
-        shared_T: weight of the MLP beside them, where it is mixed with them.
+        shared_T: weight of the MLP beside them, where it has one.
     """
 
     normed_TH: Tensor
@@ -299,14 +304,17 @@ def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, out: Routed, s
             x_TH, n.weight, n.bias, n.epsilon, n.rms, *r.arguments(), out.normed_TH, out.ids_TK, out.probs_TK,
             None if r.mixing is None else out.shared_T, scratch,
         )  # fmt: skip
-        return
-    norm(x_TH, n, out.normed_TH)
-    ids_TK, probs_TK, shared_T = decode_reference.choose(out.normed_TH, r.weight_EH, r.rule, r.norm_scale, r.mixing)
-    out.ids_TK.copy_(ids_TK)
-    out.probs_TK.copy_(probs_TK)
-    if shared_T is not None:
+    else:
+        norm(x_TH, n, out.normed_TH)
+        ids_TK, probs_TK, shared_T = decode_reference.choose(out.normed_TH, r.weight_EH, r.rule, r.norm_scale, r.mixing)
+        out.ids_TK.copy_(ids_TK)
+        out.probs_TK.copy_(probs_TK)
+        if shared_T is not None:
+            assert out.shared_T is not None
+            out.shared_T.copy_(shared_T)
+    if r.shared_gate_1H is not None:
         assert out.shared_T is not None
-        out.shared_T.copy_(shared_T)
+        torch.sigmoid(out.normed_TH @ r.shared_gate_1H[0], out=out.shared_T)
 
 
 def experts_block(

@@ -53,6 +53,7 @@ def rotate(x_TAD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
 def attention(
     qkv: Tensor, head_norms: list[Tensor], epsilon: float, rms: bool, cos_PR: Tensor | None, sin_PR: Tensor | None,
     positions_T: Tensor, slots_T: Tensor, pages: Tensor, keys: Tensor, values: Tensor, rule: ScoreRule = PLAIN,
+    clip: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Stores keys and values of [T, G, Q + 2, D] and returns attention's result, [T, G * Q * D].
 
@@ -68,6 +69,8 @@ def attention(
             norm(t.reshape(*t.shape[:-2], -1, len(weight)), weight, bias, epsilon, rms).view_as(t)
             for t, weight, bias in zip((q, k), head_norms, biases, strict=False)
         )
+    if clip is not None:
+        q, k, v = (t.clamp(-clip, clip) for t in (q, k, v))
     positions, slots = positions_T.long(), slots_T.long()
     if cos_PR is not None and sin_PR is not None:
         q, k = rotate(q, cos_PR[positions], sin_PR[positions]), rotate(k, cos_PR[positions], sin_PR[positions])
@@ -87,7 +90,7 @@ def attention(
         if rule.is_plain:
             visible = torch.arange(length, device=q.device) <= positions[rows][:, None]
             result = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=visible, enable_gqa=q.shape[1] != num_groups
+                query, key, value, attn_mask=visible, enable_gqa=q.shape[1] != num_groups, scale=rule.scale
             )
         else:
             result = windowed_attention(query, key, value, rule)

@@ -27,7 +27,12 @@ from megatron_samoe.ops.grouped_products import ExpertRows
 #: Rows of each expert. On a device that runs behind the host, a tensor of the device.
 Counts = Sequence[int] | Tensor
 
-Activation = Literal["gelu", "swiglu"]
+#: gelu is the tanh form, as GPT-2 and GPT-3 have it.
+Activation = Literal["gelu", "gelu_exact", "swiglu"]
+#: What torch calls the forms.
+GELU_FORM = {"gelu": "tanh", "gelu_exact": "none"}
+#: What the compiled op computes.
+_COMPILED: tuple[Activation, ...] = ("gelu", "swiglu")
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def grouped_mlp_forward(
         rows: of `expert_rows`.
         keep_hidden: whether a backward follows; otherwise h has no rows.
     """
-    if extension.serves(x_RH, *(t for _, t in weights.items())):
+    if activation in _COMPILED and extension.serves(x_RH, *(t for _, t in weights.items())):
         w = weights.map(Tensor.contiguous)
         gated = activation == "swiglu"
         y_RH, h_RU = torch.ops.megatron_samoe.grouped_mlp(
@@ -148,7 +153,7 @@ def grouped_mlp_backward(
 ) -> Tensor:  # fmt: skip
     """Adds the weights' gradients to `grads` and returns dx_RH; h_RU is the forward's."""
     dy_RH, x_RH = dy_RH.contiguous(), x_RH.contiguous()
-    if _serves_backward(x_RH, weights, grads):
+    if activation in _COMPILED and _serves_backward(x_RH, weights, grads):
         w = weights.map(Tensor.contiguous)
         dx_RH: Tensor = torch.ops.megatron_samoe.grouped_mlp_backward(
             dy_RH, x_RH, h_RU, rows, w.w1, w.w2, w.b1, activation == "swiglu", grads.w1, grads.w2, grads.b1, grads.b2
@@ -172,17 +177,17 @@ def _serves_backward(x_RH: Tensor, weights: ExpertWeights, grads: ExpertWeights)
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
-    """Returns a_RF: GELU (its tanh form, as GPT-2 and GPT-3) of h, or SiLU of the first half times the second."""
-    if activation == "gelu":
-        return F.gelu(h, approximate="tanh")
+    """Returns a_RF: GELU of h, or SiLU of the first half times the second."""
+    if activation in GELU_FORM:
+        return F.gelu(h, approximate=GELU_FORM[activation])
     gate, up = h.chunk(2, -1)
     return F.silu(gate).mul_(up)
 
 
 def activation_backward(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
     """Returns dh, [R, F] or [R, 2F], for the gradient da_RF of `activate`'s result."""
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(da, h, approximate="tanh")
+    if activation in GELU_FORM:
+        return torch.ops.aten.gelu_backward(da, h, approximate=GELU_FORM[activation])
     gate, up = h.chunk(2, -1)
     dh = torch.empty_like(h)
     d_gate, d_up = dh.chunk(2, -1)

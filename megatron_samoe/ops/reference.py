@@ -208,7 +208,7 @@ def attention(
     """Returns y_BASD of causal attention with what the rule says, score by score over the whole square."""
     queries, keys = q_BASD.shape[2], k_BGLD.shape[2]
     k, v = (t.repeat_interleave(q_BASD.shape[1] // t.shape[1], 1) for t in (k_BGLD, v_BGLD))
-    scores = torch.einsum("basd,bald->basl", q_BASD, k) / q_BASD.shape[-1] ** 0.5
+    scores = torch.einsum("basd,bald->basl", q_BASD, k) * (rule.scale or q_BASD.shape[-1] ** -0.5)
     if rule.softcap is not None:
         scores = rule.softcap * (scores / rule.softcap).tanh()
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None]

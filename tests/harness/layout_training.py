@@ -97,6 +97,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "expert choice": {"layout": "moe", "moe_router_topk": 2, "moe_router_expert_choice": True,
                       "moe_router_load_balancing_type": "none"},
     "pyramid residual": {"layout": "moe", "num_experts": (4, 4, 8, 8), "moe_residual_mlp": True, "moe_router_topk": 1},
+    "gate": {"layout": "moe", "style": "llama", "moe_router_topk": 2, "moe_shared_expert_intermediate_size": 16,
+             "moe_shared_expert_gate": True, "init_method_std": 0.2},
     "sets balanced": {"layout": "moe", "style": "llama", "expert_sharing": "own,0,0,0", "moe_router_topk": 2,
                       "moe_balance_scope": "set", "moe_aux_loss_coeff": 0.5, "recompute_granularity": "full",
                       "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.05, "moe_z_loss_coeff": 0.01},

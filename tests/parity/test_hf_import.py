@@ -12,7 +12,7 @@ import torch
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
-from tests.parity.hf_models import converted, run, their_logits, theirs, transformers
+from tests.parity.hf_models import converted, native, random_source, run, their_logits, theirs, transformers
 
 pytestmark = pytest.mark.parity
 
@@ -23,6 +23,15 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 10,
+          "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "n_shared_experts": 2, "first_k_dense_replace": 1,
+          "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-6}  # fmt: skip
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.015625,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 0.4,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True, "head_dim": 16, "attention_bias": True, "mlp_bias": True}),
@@ -32,6 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                                "high_freq_factor": 4.0, "original_max_position_embeddings": 16}}),
     "qwen3_moe_yarn": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "norm_topk_prob": True, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}}),
+    "llama_attention_bias": ("Llama", {"attention_bias": True}),
+    "llama_mlp_bias": ("Llama", {"mlp_bias": True}),
     "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64,
                       "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}),
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
@@ -44,6 +55,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe_heads": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
+    "olmoe_clip": ("Olmoe", {"num_experts": 12, "num_experts_per_tok": 8, "clip_qkv": 0.5}),
+    "pythia": ("GPTNeoX", {"rotary_pct": 0.25, "hidden_dropout": 0.0}),
+    "neox": ("GPTNeoX", {"rotary_pct": 1.0, "use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False}),
+    "granite": ("Granite", {**MULTIPLIERS, "mlp_bias": True}),
+    "granitemoe": ("GraniteMoe", {**MULTIPLIERS, "num_local_experts": 5, "attention_bias": True, "tie_word_embeddings": True}),
+    "deepseek_v3": ("DeepseekV3", {**LATENT, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "n_routed_experts": 8}),
+    "deepseek_v3_yarn": ("DeepseekV3", {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False,
+                                        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "mscale": 1.0,
+                                                            "mscale_all_dim": 0.707, "original_max_position_embeddings": 16}}),
+    "deepseek_v2": ("DeepseekV2", {**LATENT, "q_lora_rank": None, "n_shared_experts": 1, "topk_method": "greedy", "norm_topk_prob": False}),
     "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2}),
     "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1], "norm_topk_prob": True}),
     "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 1, "num_key_value_heads": 1}),
@@ -58,11 +79,12 @@ def made(case: str, **changes: Any) -> Any:
     torch.manual_seed(5)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "shared_expert_gate" in parameter_name:
-                parameter.zero_()  # ours has no such gate
-            elif parameter.dim() == 1:
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)  # norms and biases count too
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     return model
 
 
@@ -134,13 +156,15 @@ def test_an_imported_model_trains_on_in_megatrons_files_too(tmp_path: Path) -> N
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "truncate": False,
                                        "original_max_position_embeddings": 32}}, "'truncate'"),
         ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act = 'gelu'"),
-        ("llama", {"attention_bias": True}, "attention_bias, mlp_bias"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, "config.json: layer_types"),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}, "config.json: sliding_window = 16"),
         ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("qwen3_moe", {"attention_bias": True}, "config.json: attention_bias"),
-        ("olmoe", {"clip_qkv": 1.0}, "config.json: clip_qkv"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}, "topk_method = 'group_limited_greedy'"),
+        ("deepseek_v3", {"num_experts_per_tok": 3}, "config.json: topk_group = 2"),
+        ("deepseek_v3", {"rope_interleave": False}, "config.json: rope_interleave"),
+        ("granite", {"hidden_act": "gelu"}, "config.json: hidden_act"),
     ],
 )  # fmt: skip
 def test_what_ours_cannot_compute_is_refused(case: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -154,11 +178,19 @@ def test_what_ours_cannot_compute_is_refused(case: str, changes: dict[str, Any],
 
 
 def test_a_gate_that_ours_lacks_is_refused(tmp_path: Path) -> None:
-    model = made("qwen2_moe")
+    """A model without gates, exported, given gates by others, and imported as what it was."""
+    options = {"style": "llama", "moe_router_topk": 2, "moe_shared_expert_intermediate_size": 20}
+    folder = converted(native(tmp_path / "ours", random_source("moe", **options)).root, tmp_path / "hf", "--to", "hf")
+    model = theirs(folder)
     torch.nn.init.normal_(model.model.layers[1].mlp.shared_expert_gate.weight)
-    model.save_pretrained(tmp_path / "hf")
-    status, _, err = run("--load-dir", tmp_path / "hf", "--save-dir", tmp_path / "native")
-    assert status == 1 and "our shared expert has no gate of its own" in err
+    model.save_pretrained(folder)
+    status, _, err = run("--load-dir", folder, "--save-dir", tmp_path / "native")
+    assert status == 1 and "our shared expert has no gate" in err
+    (folder / "megatron_samoe.json").unlink()
+    root = converted(folder, tmp_path / "native")
+    torch.testing.assert_close(
+        our_logits(root, random_ids()), their_logits(model, random_ids())[..., :VOCABULARY], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_another_class_is_refused_by_name(tmp_path: Path) -> None:

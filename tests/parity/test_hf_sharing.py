@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "relu": {**LLAMA, "expert_sharing": "scaled", "moe_router_score_function": "relu", "num_experts": 8},
     "norm_bias": {"moe_router_score_function": "norm", "moe_router_enable_expert_bias": True, "moe_router_topk": 2},
     "pyramid_residual": {**LLAMA, "num_experts": (2, 2, 4, 8), "moe_residual_mlp": True},
+    "gate": {**LLAMA, "expert_sharing": "tied", "moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True},
     "pyramid_tied": {"num_experts": (2, 4, 4, 4), "expert_sharing": "own,0,0,0", "moe_residual_mlp": True,
                      "moe_shared_expert_intermediate_size": 20},
     "bias_groups_scaling": {**LLAMA, "num_experts": 8, "moe_router_score_function": "sigmoid",

@@ -36,6 +36,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
                                     "rope_original_max_positions": 8}, "LlamaForCausalLM", None),
     "qwen2_yarn": ("dense", {**LLAMA, "add_qkv_bias": True, "rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "rotary_base": 500.0,
                              "rope_original_max_positions": 16, "yarn_attention_factor": 1.3}, "Qwen2ForCausalLM", None),
+    "llama_attention_bias": ("dense", {**LLAMA, "attention_bias": True}, "LlamaForCausalLM", None),
+    "granite": ("dense", {**LLAMA, "residual_multiplier": 1.5, "logits_scaling": 0.5}, "GraniteForCausalLM", None),
+    "pythia": ("dense", {"position_embedding_type": "rope", "rotary_percent": 0.5, "use_parallel_residual": True, "exact_gelu": True},
+               "GPTNeoXForCausalLM", None),
+    "granitemoe": ("moe", {**MOE, "embedding_multiplier": 3.0, "attention_multiplier": 0.2}, "GraniteMoeForCausalLM", None),
+    "olmoe_clip": ("moe", {**MOE, "qk_layernorm": True, "qk_layernorm_scope": "all", "clip_qkv": 0.7}, "OlmoeForCausalLM", None),
     "qwen2": ("dense", {**LLAMA, "add_qkv_bias": True}, "Qwen2ForCausalLM", None),
     "qwen3": ("dense", {**LLAMA, "qk_layernorm": True}, "Qwen3ForCausalLM", None),
     "mistral": ("dense", {**LLAMA, "sliding_window": 5}, "MistralForCausalLM", None),
@@ -53,6 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
     "qwen2_moe_top1": ("moe", LLAMA, "Qwen2MoeForCausalLM", None),
     "qwen2_moe_shared": ("moe", {**MOE, "moe_shared_expert_intermediate_size": 20, "add_qkv_bias": True,
                                  "moe_layer_freq": "0111"}, "Qwen2MoeForCausalLM", None),
+    "qwen2_moe_gate": ("moe", {**MOE, "moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True},
+                       "Qwen2MoeForCausalLM", None),
     "olmoe": ("moe", {**MOE, **ONE_HEAD, "qk_layernorm": True}, "Qwen3MoeForCausalLM", "olmoe"),
 }  # fmt: skip
 

@@ -79,6 +79,7 @@ def megatron_model(args: argparse.Namespace) -> GPTModel:
             "moe_router_pre_softmax": args.moe_router_pre_softmax, "moe_token_dispatcher_type": "allgather",
             "moe_router_score_function": args.moe_router_score_function,
             "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size,
+            "moe_shared_expert_gate": args.moe_shared_expert_gate,
         }  # fmt: skip
     config = TransformerConfig(
         num_layers=args.num_layers, hidden_size=args.hidden_size, num_attention_heads=args.num_attention_heads,
@@ -110,6 +111,7 @@ CASES = [
     ("dense", {"style": "llama", "qk_layernorm": True, "add_qkv_bias": True}),
     ("moe", {"style": "gpt3", "moe_router_topk": 2, "moe_layer_freq": "0101"}),
     ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_ffn_hidden_size": 16}),
+    ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_shared_expert_gate": True}),
     ("moe", {"style": "llama", "moe_router_topk": 2, "moe_router_pre_softmax": True, "rotary_base": 500.0}),
     ("moe", {"style": "llama", "moe_router_topk": 2, "moe_router_score_function": "sigmoid"}),
     ("samoe", {"style": "llama", "rotary_percent": 0.5}),
@@ -174,9 +176,9 @@ READ = {
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
     "hidden_dropout", "attention_dropout", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "gated_linear_unit",
     "activation_func", "num_moe_experts", "normalization", "qk_layernorm", "init_method_std", "bias_activation_fusion",
-    "moe_shared_expert_intermediate_size", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_load_balancing_type",
-    "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function", "moe_aux_loss_coeff", "moe_z_loss_coeff",
-    "moe_input_jitter_eps", "moe_expert_capacity_factor", "moe_token_drop_policy",
+    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_layer_freq", "moe_ffn_hidden_size",
+    "moe_router_load_balancing_type", "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function",
+    "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps", "moe_expert_capacity_factor", "moe_token_drop_policy",
 }  # fmt: skip
 #: Options without effect on what a trained model computes, up to rounding: of training, layouts, kernels and memory.
 WITHOUT_EFFECT = re.compile(

@@ -40,6 +40,8 @@ def _attention_sizes(config: PretrainConfig, world_size: int) -> Problems:
                               f"must leave an even, whole number of the {model.head_dim} head channels to rotate")  # fmt: skip
     if model.multi_latent_attention:
         yield from _latents(model)
+    if model.add_qkv_bias and model.attention_bias is not None:
+        yield ConfigError("--add-qkv-bias", True, "has no use with --attention-bias, which says it of both projections")
     skip = model.window_attn_skip_freq
     if skip is not None and not 2 <= skip <= max(model.num_layers, 2):
         yield ConfigError("--window-attn-skip-freq", skip, f"must be from 2 to the {model.num_layers} layers")
@@ -66,6 +68,7 @@ def _latents(model: ModelConfig) -> Problems:
         "kv_channels": None,
         "qk_layernorm": False,
         "add_qkv_bias": False,
+        "clip_qkv": None,
         "rotary_percent": 1.0,
     }
     for name, default in unused.items():
@@ -106,6 +109,10 @@ def _moe_sizes(config: PretrainConfig, world_size: int) -> Problems:
     if moe.moe_router_topk == 1 and not moe.pre_softmax:
         yield ConfigError("--moe-router-pre-softmax", False, "must be true with --moe-router-topk 1: the score of one expert "
                           "among the chosen is always 1, so the router would learn nothing")  # fmt: skip
+    if moe.moe_shared_expert_gate and moe.moe_residual_mlp:
+        yield ConfigError(
+            "--moe-shared-expert-gate", True, "has no use with --moe-residual-mlp, which weighs that MLP itself"
+        )
     if moe.shares_experts and moe.pool_replica_check_interval is not None and moe.samoe_pool_placement != "replicated":
         yield ConfigError("--pool-replica-check-interval", moe.pool_replica_check_interval,
                           "needs --samoe-pool-placement replicated: what is sharded has no copies to compare")  # fmt: skip

@@ -25,6 +25,7 @@ class Part:
         view: maps the native tensor to a view of it with the part's elements in the part's order.
         shape: of the foreign tensor, which may join dims of the view.
         scale: a power of two that the foreign values carry, so that scaling is exact.
+        order: place in the view's second dim of each of the foreign tensor's; in order if empty.
     """
 
     name: str
@@ -32,10 +33,12 @@ class Part:
     view: View
     shape: tuple[int, ...]
     scale: float = 1.0
+    order: tuple[int, ...] = ()
 
     def elements(self, native: Tensor) -> Tensor:
         """Returns the foreign tensor's elements in order; the shape is the view's, and memory is shared if no scale is."""
         taken = self.view(native)
+        taken = taken.index_select(1, torch.tensor(self.order)) if self.order else taken
         return taken if self.scale == 1.0 else taken * self.scale
 
     def take(self, native: Tensor) -> Tensor:
@@ -45,7 +48,11 @@ class Part:
     def put(self, native: Tensor, foreign: Tensor) -> None:
         """Writes the foreign tensor's elements to their places in the native one."""
         target = self.view(native)
-        target.copy_(foreign.reshape(target.shape))
+        foreign = foreign.reshape(target.shape)
+        if self.order:
+            target.index_copy_(1, torch.tensor(self.order), foreign.to(target.dtype))
+        else:
+            target.copy_(foreign)
         if self.scale != 1.0:
             target.div_(self.scale)
 

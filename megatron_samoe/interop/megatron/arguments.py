@@ -23,7 +23,7 @@ TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenize
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         "apply_layernorm_1p rotary_interleaved use_rope_scaling multi_latent_attention squared_relu quick_geglu "
-        "moe_router_enable_expert_bias moe_shared_expert_gate attention_output_gate qk_l2_norm is_hybrid_model "
+        "moe_router_enable_expert_bias attention_output_gate qk_l2_norm is_hybrid_model "
         "apply_residual_connection_post_layernorm moe_apply_probs_on_input layernorm_zero_centered_gamma "
         "moe_router_force_load_balancing heterogeneous_block_specs fp8_param fp4_param use_kitchen".split(), (False, None)),
     **dict.fromkeys(
@@ -40,7 +40,7 @@ _SAME_OF_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "group_que
                   "untie_embeddings_and_output_weights", "qk_layernorm", "init_method_std", "attention_dropout",
                   "hidden_dropout", "make_vocab_size_divisible_by")  # fmt: skip
 _SAME_OF_MOE = ("num_experts", "moe_router_topk", "moe_router_score_function", "moe_router_load_balancing_type",
-                "moe_aux_loss_coeff", "moe_shared_expert_intermediate_size")  # fmt: skip
+                "moe_aux_loss_coeff", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate")  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
 
@@ -82,7 +82,7 @@ def _moe_arguments(config: PretrainConfig) -> dict[str, Any]:
     return {
         **{name: getattr(moe, name) for name in _SAME_OF_MOE}, "moe_layer_freq": pattern,
         "moe_ffn_hidden_size": config.expert_ffn_size, "moe_router_pre_softmax": moe.pre_softmax,
-        "moe_z_loss_coeff": moe.moe_z_loss_coeff or None, "moe_shared_expert_gate": False,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
         "moe_input_jitter_eps": moe.moe_input_jitter_eps or None,
     }  # fmt: skip
 
@@ -177,6 +177,7 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
         moe_token_drop_policy=get("moe_token_drop_policy", "probs") if get("moe_expert_capacity_factor") else "probs",
         moe_z_loss_coeff=get("moe_z_loss_coeff", 0.0), moe_input_jitter_eps=get("moe_input_jitter_eps", 0.0),
         moe_shared_expert_intermediate_size=get("moe_shared_expert_intermediate_size"),
+        moe_shared_expert_gate=get("moe_shared_expert_gate", False),
     )  # fmt: skip
 
 
@@ -217,6 +218,6 @@ def _refuse_unsupported(args: argparse.Namespace, where: str) -> None:
             wrong.append(f"{name} is {shown(value)}")
     exact_gelu = getattr(args, "bias_gelu_fusion", True) is False and not getattr(args, "openai_gelu", False)
     if exact_gelu and not getattr(args, "swiglu", False):
-        wrong.append("bias_gelu_fusion is False (exact GELU; this program computes its tanh form)")
+        wrong.append("bias_gelu_fusion is False (exact GELU, which is not read from these files)")
     if wrong:
         raise CheckpointError(f"{where} is of a model that this program cannot compute: {', '.join(wrong)}.")

@@ -128,6 +128,8 @@ def parts_of(name: str, shape: tuple[int, ...], style: MegatronStyle, is_moe: bo
         return [Part(f"{prefix}self_attention.linear_proj.{leaf}", layer, split_dim=1 if leaf == "weight" else None)]
     if module == "moe.router":
         return [Part(f"{prefix}mlp.router.{leaf}", layer)]
+    if module == "moe.mixing":
+        return [Part(f"{prefix}mlp.shared_experts.gate_weight", layer)]
     if module == "moe.experts":
         return _expert_parts(prefix, layer, leaf, shape, style, ep_size)
     owner, linear = module.rsplit(".", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_bytes import step_bytes
-from megatron_samoe.inference.decode_layers import make_decode_model
+from megatron_samoe.inference.decode_layers import make_decode_model, options_of_training_alone
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.kv_cache import PAGE, PageTable, pages_for, window_pages
 from megatron_samoe.inference.rank_runner import RankRunner
@@ -31,8 +32,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "caps": ("samoe", {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}),
     "logit cap": ("moe", {"final_logit_softcapping": 2.0}),
     "olmoe": ("moe", {"style": "llama", "moe_router_topk": 2, "qk_layernorm": True, "qk_layernorm_scope": "all"}),
+    "clip": ("moe", {"style": "llama", "qk_layernorm": True, "qk_layernorm_scope": "all", "clip_qkv": 0.5}),
+    "scale": ("samoe", {"style": "llama", "attention_multiplier": 0.1, "attention_bias": True}),
+    "granite": ("moe", {"style": "llama", "moe_router_topk": 2, "attention_multiplier": 0.1, "embedding_multiplier": 6.0,
+                        "residual_multiplier": 0.3, "logits_scaling": 2.5}),
+    "neox": ("dense", {"position_embedding_type": "rope", "use_parallel_residual": True, "exact_gelu": True,
+                       "attention_bias": False}),
     "yarn": ("dense", {"style": "llama", "rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "rope_original_max_positions": 16}),
     "latent": ("moe", {**LATENT, "q_lora_rank": 12, "moe_router_topk": 2}),
+    "latent scale": ("dense", {**LATENT, "attention_multiplier": 0.5}),
     "latent window": ("samoe", {**LATENT, "sliding_window": 7, "softmax_type": "learnable"}),
     "all": ("samoe", {"style": "llama", "sliding_window": 7, "softmax_type": "learnable", "attn_logit_softcapping": 2.0,
                       "qk_layernorm": True, "qk_layernorm_scope": "all"}),
@@ -44,9 +52,9 @@ IDS = [int(i) for i in torch.randint(0, VOCAB, (96,), generator=torch.Generator(
 @pytest.mark.parametrize("model", MODELS)
 def test_a_sequence_in_parts_has_the_forwards_logits(model: str, kind: str) -> None:
     layout, options = MODELS[model]
-    if kind == "single" and "multi_latent_attention" in options:
-        pytest.skip("the training model decodes it")
     loaded = loaded_tiny(layout, **options)
+    if kind == "single" and options_of_training_alone(loaded.config.model):
+        pytest.skip("the training model decodes it")
     num_pages = 2 * pages_for(48)
     runner: Any = RankRunner(loaded, num_pages)
     if kind == "single":
@@ -109,6 +117,15 @@ def test_a_latent_is_all_that_is_cached() -> None:
         logits = forward_logits(loaded, ids)[-1, :VOCAB]
         assert logits[token] > logits.max() - 1e-4
         ids.append(token)
+
+
+def test_the_training_model_decodes_what_the_ops_lack(tmp_path: Path) -> None:
+    loaded = loaded_tiny("dense", use_parallel_residual=True, exact_gelu=True)
+    assert "training model" in Engine(loaded, max_batch=2).summary
+    with pytest.raises(ConfigError, match="fp32 or bf16 with --exact-gelu, --use-parallel-residual"):
+        Engine(loaded, dtype="int8")
+    with pytest.raises(ConfigError, match="without --exact-gelu, --use-parallel-residual"):
+        Engine(loaded, weights_folder=tmp_path)
 
 
 def test_pages_go_round() -> None:

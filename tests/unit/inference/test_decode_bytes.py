@@ -36,6 +36,7 @@ def test_expected_experts_are_those_of_even_routing(experts: int, topk: int, tok
         {"layout": "moe", "expert_sharing": "tied", "untied_ends": 1}, {"layout": "moe", "expert_sharing": "scaled"},
         {"layout": "moe", "expert_sharing": "pool", "moe_router_score_function": "norm"},
         {"layout": "moe", "moe_residual_mlp": True},
+        {"layout": "moe", "moe_shared_expert_intermediate_size": 64, "moe_shared_expert_gate": True},
     ],
     ids=str,
 )  # fmt: skip

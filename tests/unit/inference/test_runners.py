@@ -85,6 +85,7 @@ MODELS = {
             "moe_router_enable_expert_bias": True,
         },
     ),
+    "gate": ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 24, "moe_shared_expert_gate": True}),
     "pyramid residual": ("moe", {"num_experts": (4, 4, 8, 8), "moe_residual_mlp": True, "moe_router_topk": 1}),
     "residual pool": (
         "moe",

@@ -53,6 +53,7 @@ def test_an_moe_layer_begins_as_strong_as_the_dense_mlp(experts: int, topk: int,
     [
         {"moe_shared_expert_intermediate_size": 128, "moe_router_topk": 2, "moe_ffn_hidden_size": 64},
         {"moe_shared_expert_intermediate_size": 256, "moe_router_topk": 1},
+        {"moe_shared_expert_intermediate_size": 256, "moe_shared_expert_gate": True, "moe_router_topk": 2},
         {"moe_router_topk": 2, "moe_router_pre_softmax": True},
         {"moe_router_topk": 2, "moe_ffn_hidden_size": 32},
         {"moe_router_topk": 1, "moe_router_init_method_std": 0.125},

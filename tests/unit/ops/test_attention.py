@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ RULES = {
     "wide window": ScoreRule(window=100),
     "cap": ScoreRule(softcap=0.7),
     "sinks": ScoreRule(sinks_A=SINKS),
-    "all": ScoreRule(window=7, softcap=2.0, sinks_A=SINKS),
+    "scale": ScoreRule(scale=0.7),
+    "all": ScoreRule(window=7, softcap=2.0, sinks_A=SINKS, scale=0.3),
 }
 
 
@@ -40,7 +42,7 @@ def test_blocks_equal_the_whole_square(
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK", block)
     sinks = None if RULES[rule].sinks_A is None else SINKS.clone().requires_grad_()
-    chosen = ScoreRule(RULES[rule].window, RULES[rule].softcap, sinks)
+    chosen = replace(RULES[rule], sinks_A=sinks)
     inputs = [drawn(B, A, queries, D, seed=1), drawn(B, groups, keys, D, seed=2), drawn(B, groups, keys, D, seed=3)]
     asked = [*inputs, *([] if sinks is None else [sinks])]
     y, expected = attention(*inputs, chosen), reference.attention(*inputs, chosen)

@@ -7,14 +7,16 @@ from importlib.metadata import entry_points
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import Family
-from megatron_samoe.interop.hf.families.dense import LLAMA, MISTRAL, QWEN2, QWEN3
-from megatron_samoe.interop.hf.families.experts import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from megatron_samoe.interop.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from megatron_samoe.interop.hf.families.dense import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3
+from megatron_samoe.interop.hf.families.experts import GRANITE_MOE, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from megatron_samoe.interop.hf.families.gpt import GPT2, GPT_NEOX
 from megatron_samoe.interop.hf.families.samoe import SAMOE
 
 #: Entry points of installed packages under this name are families, too.
 GROUP = "megatron_samoe.hf_families"
-_OURS = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE)
+_OURS = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE,
+         GRANITE, GRANITE_MOE, DEEPSEEK_V2, DEEPSEEK_V3)  # fmt: skip
 
 
 @cache

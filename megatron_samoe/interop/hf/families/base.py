@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_samoe.config.derived import flag
+from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Parts
 
@@ -27,6 +28,7 @@ class Family:
         parts: its tensors.
         read_config: native options, by group, of a config.json; ConfigError where we cannot compute it.
         ignored: endings of tensors that files may hold besides, without effect on the result.
+        knows: those of the options that few classes have (RARE) which it computes; others must be at their defaults.
     """
 
     name: str
@@ -37,11 +39,19 @@ class Family:
     parts: Callable[[NativeModel], Parts]
     read_config: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]]
     ignored: tuple[str, ...] = ()
+    knows: tuple[str, ...] = ()
 
     def misfits(self, native: NativeModel) -> list[str]:
         """Returns why a native model is none of this family; empty where it fits."""
-        return [reason for rule in self.rules if (reason := rule(native)) is not None]
+        rare = [needs(option, getattr(ModelConfig, option)) for option in RARE if option not in self.knows]
+        return [reason for rule in (*self.rules, *rare) if (reason := rule(native)) is not None]
 
+
+#: Options of the model that few classes have.
+RARE = (
+    "attention_bias", "clip_qkv", "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+    "use_parallel_residual", "exact_gelu", "multi_latent_attention",
+)  # fmt: skip
 
 #: Entries of config.json that are sizes and numbers of ours, which most classes call alike.
 ENTRIES = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import Family, needs, whole_heads
 from megatron_samoe.interop.hf.families.llama import (
     SHARED_RULES,
@@ -13,7 +12,16 @@ from megatron_samoe.interop.hf.families.llama import (
     shared_parts,
     write_shared_config,
 )
-from megatron_samoe.interop.hf.families.reading import demand, flag, window, window_by_layer, written_layer_types
+from megatron_samoe.interop.hf.families.reading import (
+    MULTIPLIERS,
+    demand,
+    multipliers,
+    read_biases,
+    window,
+    window_by_layer,
+    written_layer_types,
+    written_multipliers,
+)
 from megatron_samoe.interop.hf.native import NativeModel
 
 #: Endings of tensors that older files hold and that are computed anew.
@@ -25,23 +33,26 @@ def _dense(model: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _write_llama(native: NativeModel) -> dict[str, Any]:
-    return {**write_shared_config(native), "attention_bias": native.has_bias, "mlp_bias": native.has_bias}
+    attention_bias = native.model.attention_output_bias
+    return {**write_shared_config(native), "attention_bias": attention_bias, "mlp_bias": native.has_bias}
 
 
 def _read_llama(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    model = read_shared_config(config)
-    attention, mlp = flag(config, "attention_bias"), flag(config, "mlp_bias")
-    if attention != mlp:
-        raise ConfigError("config.json: attention_bias, mlp_bias", (attention, mlp),
-                          "our linear layers all have biases or none has")  # fmt: skip
-    return _dense({**model, "disable_bias_linear": not attention})
+    return _dense({**read_shared_config(config), **read_biases(config)})
 
 
 LLAMA = Family(
     "llama", "LlamaForCausalLM", "dense, RMSNorm, rotary positions, gated SiLU MLPs",
     (needs("expert_layout", "dense"), *SHARED_RULES, needs("qk_layernorm", False), needs("add_qkv_bias", False),
      needs("sliding_window", None), whole_heads),
-    _write_llama, shared_parts, _read_llama, COMPUTED,
+    _write_llama, shared_parts, _read_llama, COMPUTED, ("attention_bias",),
+)  # fmt: skip
+
+
+GRANITE = Family(
+    "granite", "GraniteForCausalLM", "as llama, with factors on embeddings, scores, residuals and logits",
+    LLAMA.rules, lambda native: {**_write_llama(native), **written_multipliers(native.model)}, shared_parts,
+    lambda config: _dense({**_read_llama(config)["model"], **multipliers(config)}), COMPUTED, ("attention_bias", *MULTIPLIERS),
 )  # fmt: skip
 
 

@@ -16,14 +16,26 @@ from megatron_samoe.interop.hf.families.dense import COMPUTED
 from megatron_samoe.interop.hf.families.llama import (
     SHARED_RULES,
     ExpertNames,
+    StackNames,
     gated_mlp,
     read_shared_config,
     shared_parts,
     write_shared_config,
 )
-from megatron_samoe.interop.hf.families.reading import demand, flag, layer_pattern, no_sliding_window, number, window
+from megatron_samoe.interop.hf.families.reading import (
+    MULTIPLIERS,
+    demand,
+    flag,
+    layer_pattern,
+    multipliers,
+    no_sliding_window,
+    number,
+    read_biases,
+    window,
+    written_multipliers,
+)
 from megatron_samoe.interop.hf.native import NativeModel
-from megatron_samoe.interop.hf.parts import Constant, Part, Parts
+from megatron_samoe.interop.hf.parts import Constant, Part, Parts, whole
 
 _RULES = (
     needs("expert_layout", "moe"),
@@ -46,7 +58,7 @@ def _weighs_among_chosen(native: NativeModel) -> str | None:
     return "--moe-router-pre-softmax, which top-1 implies (it weighs by scores among the chosen experts)"
 
 
-def _read_moe(
+def read_moe(
     config: Mapping[str, Any], model: dict[str, Any], num_experts: str, expert_size: str, pre_softmax: bool
 ) -> dict[str, dict[str, Any]]:
     """Returns native options; num_experts and expert_size are the entries that hold them."""
@@ -62,7 +74,8 @@ def _read_moe(
     return {"model": model, "moe": moe}
 
 
-def _routing(native: NativeModel) -> dict[str, Any]:
+def written_routing(native: NativeModel) -> dict[str, Any]:
+    """Returns the entries of routing that all classes with experts share."""
     moe = native.moe
     balanced = moe.moe_router_load_balancing_type != "none"
     return {
@@ -74,7 +87,7 @@ def _routing(native: NativeModel) -> dict[str, Any]:
 
 def _write_mixtral(native: NativeModel) -> dict[str, Any]:
     return {
-        **write_shared_config(native), **_routing(native), "intermediate_size": native.expert_size,
+        **write_shared_config(native), **written_routing(native), "intermediate_size": native.expert_size,
         "num_local_experts": native.moe.num_experts, "router_jitter_noise": native.moe.moe_input_jitter_eps,
         "sliding_window": native.model.sliding_window,
     }  # fmt: skip
@@ -83,7 +96,7 @@ def _write_mixtral(native: NativeModel) -> dict[str, Any]:
 def _read_mixtral(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     model = {**read_shared_config(config, theta=1e6, eps=1e-5), **window(config)}
     key = "num_local_experts" if "num_local_experts" in config else "num_experts"
-    return _read_moe(config, model, key, "intermediate_size", pre_softmax=False)
+    return read_moe(config, model, key, "intermediate_size", pre_softmax=False)
 
 
 MIXTRAL = Family(
@@ -99,7 +112,7 @@ MIXTRAL = Family(
 def _write_qwen_moe(native: NativeModel) -> dict[str, Any]:
     dense = [i for i, is_moe in enumerate(native.is_moe) if not is_moe]
     return {
-        **write_shared_config(native), **_routing(native), "num_experts": native.moe.num_experts,
+        **write_shared_config(native), **written_routing(native), "num_experts": native.moe.num_experts,
         "moe_intermediate_size": native.expert_size, "norm_topk_prob": not native.moe.pre_softmax,
         "decoder_sparse_step": 1, "mlp_only_layers": dense, "use_sliding_window": False,
     }  # fmt: skip
@@ -108,7 +121,7 @@ def _write_qwen_moe(native: NativeModel) -> dict[str, Any]:
 def _read_qwen_moe(config: Mapping[str, Any], model: dict[str, Any], **moe: Any) -> dict[str, dict[str, Any]]:
     no_sliding_window(config, "use_sliding_window")
     key = "num_experts" if "num_experts" in config else "num_local_experts"
-    read = _read_moe(config, model, key, "moe_intermediate_size", not flag(config, "norm_topk_prob"))
+    read = read_moe(config, model, key, "moe_intermediate_size", not flag(config, "norm_topk_prob"))
     moe["moe_layer_freq"] = layer_pattern(config, model["num_layers"])
     return {**read, "moe": {**read["moe"], **moe}}
 
@@ -128,19 +141,24 @@ QWEN3_MOE = Family(
 )  # fmt: skip
 
 _SHARED = "shared_expert"
-_GATE_WHY = "our shared expert has no gate of its own"
 
 
 def _qwen2_shared_expert(native: NativeModel, theirs: str, ours: str) -> Iterator[Part | Constant]:
-    """Their shared expert has a gate, sigmoid(w x), and ours has none: with w = 0 the gate is always 1/2, which twice the
-    output projection undoes without rounding. Where we have no shared expert theirs is one channel wide and zero."""
+    """Their shared expert always has a gate, sigmoid(w x). Where ours has none, w = 0 makes the gate always 1/2, which twice
+    the output projection undoes without rounding. Where we have no shared expert theirs is one channel wide and zero."""
     hidden, width = native.model.hidden_size, native.moe.moe_shared_expert_intermediate_size
+    is_gated = native.moe.moe_shared_expert_gate
     if width is not None:
-        yield from gated_mlp(f"{theirs}.{_SHARED}", f"{ours}.{_SHARED}", hidden, width, bias=False, down_scale=2.0)
+        scale = 1.0 if is_gated else 2.0
+        yield from gated_mlp(f"{theirs}.{_SHARED}", f"{ours}.{_SHARED}", hidden, width, bias=False, down_scale=scale)
     else:
         for name, shape in (("gate_proj", (1, hidden)), ("up_proj", (1, hidden)), ("down_proj", (hidden, 1))):
             yield Constant(f"{theirs}.{_SHARED}.{name}.weight", shape, 0.0, "our model has no shared expert")
-    yield Constant(f"{theirs}.{_SHARED}_gate.weight", (1, hidden), 0.0, _GATE_WHY)
+    gate = f"{theirs}.{_SHARED}_gate.weight"
+    if is_gated:
+        yield Part(gate, f"{ours}.mixing.weight", whole, (1, hidden))
+    else:
+        yield Constant(gate, (1, hidden), 0.0, "our shared expert has no gate (without megatron_samoe.json it would)")
 
 
 def _qwen2_moe_parts(native: NativeModel) -> Parts:
@@ -158,7 +176,7 @@ def _write_qwen2_moe(native: NativeModel) -> dict[str, Any]:
 def _read_qwen2_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     model = {**read_shared_config(config), "add_qkv_bias": flag(config, "qkv_bias", True)}
     width = number(config, "shared_expert_intermediate_size")
-    return _read_qwen_moe(config, model, moe_shared_expert_intermediate_size=width)
+    return _read_qwen_moe(config, model, moe_shared_expert_intermediate_size=width, moe_shared_expert_gate=True)
 
 
 QWEN2_MOE = Family(
@@ -176,10 +194,15 @@ def _norms_all_heads(native: NativeModel) -> str | None:
 
 def _read_olmoe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     demand(config, "attention_bias", (False,), False)
-    demand(config, "clip_qkv", (None,))
-    model = {**read_shared_config(config, eps=1e-5), "qk_layernorm": True, "qk_layernorm_scope": "all"}
+    clip = None if config.get("clip_qkv") is None else float(number(config, "clip_qkv"))
+    model = {
+        **read_shared_config(config, eps=1e-5),
+        "qk_layernorm": True,
+        "qk_layernorm_scope": "all",
+        "clip_qkv": clip,
+    }
     key = "num_experts" if "num_experts" in config else "num_local_experts"
-    return _read_moe(config, model, key, "intermediate_size", not flag(config, "norm_topk_prob"))
+    return read_moe(config, model, key, "intermediate_size", not flag(config, "norm_topk_prob"))
 
 
 OLMOE = Family(
@@ -187,10 +210,33 @@ OLMOE = Family(
     (*_RULES, all_layers_are_moe, _NO_WINDOW, _NO_SHARED_EXPERT, needs("qk_layernorm", True), needs("add_qkv_bias", False),
      plain_heads, _norms_all_heads),
     lambda native: {
-        **write_shared_config(native), **_routing(native), "intermediate_size": native.expert_size,
+        **write_shared_config(native), **written_routing(native), "intermediate_size": native.expert_size,
         "num_experts": native.moe.num_experts, "norm_topk_prob": not native.moe.pre_softmax, "attention_bias": False,
-        "clip_qkv": None,
+        "clip_qkv": native.model.clip_qkv,
     },
     lambda native: shared_parts(native, ExpertNames()),
-    _read_olmoe, COMPUTED,
+    _read_olmoe, COMPUTED, ("clip_qkv",),
+)  # fmt: skip
+
+
+def _write_granite_moe(native: NativeModel) -> dict[str, Any]:
+    return {
+        **write_shared_config(native), **written_routing(native), "intermediate_size": native.expert_size,
+        "num_local_experts": native.moe.num_experts, "attention_bias": native.model.attention_output_bias,
+        **written_multipliers(native.model),
+    }  # fmt: skip
+
+
+def _read_granite_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    model = {**read_shared_config(config), **read_biases({**config, "mlp_bias": False}), **multipliers(config)}
+    return read_moe(config, model, "num_local_experts", "intermediate_size", pre_softmax=False)
+
+
+GRANITE_MOE = Family(
+    "granitemoe", "GraniteMoeForCausalLM", "as mixtral, with factors on embeddings, scores, residuals and logits",
+    (*_RULES, all_layers_are_moe, _weighs_among_chosen, _NO_WINDOW, _NO_SHARED_EXPERT, needs("qk_layernorm", False),
+     needs("add_qkv_bias", False)),
+    _write_granite_moe,
+    lambda native: shared_parts(native, StackNames("block_sparse_moe", "router.layer", "input_linear", "output_linear")),
+    _read_granite_moe, COMPUTED, ("attention_bias", *MULTIPLIERS),
 )  # fmt: skip

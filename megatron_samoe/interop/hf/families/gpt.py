@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import Family, entries, needs, plain_heads
 from megatron_samoe.interop.hf.families.reading import CannotCompute, common, demand, flag, mapping, number
@@ -19,8 +20,8 @@ _RULES = (
     needs("disable_bias_linear", False), needs("qk_layernorm", False), needs("sliding_window", None), needs("group_query_attention", False),
     plain_heads,
 )  # fmt: skip
-#: Names of GELU's tanh form, the one that ours is.
-_GELU = ("gelu_new", "gelu_pytorch_tanh")
+#: Names of GELU's two forms.
+_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu")
 
 
 def _query_first(t: Tensor) -> Tensor:
@@ -38,12 +39,16 @@ def _norm(theirs: str, ours: str, size: int) -> Iterator[Part]:
         yield Part(f"{theirs}.{kind}", f"{ours}.{kind}", whole, (size,))
 
 
+def _gelu(model: ModelConfig) -> str:
+    return "gelu" if model.exact_gelu else "gelu_new"
+
+
 def _write_gpt2(native: NativeModel) -> dict[str, Any]:
     model = native.model
     return {
         "vocab_size": native.vocab_size, "n_positions": model.max_positions, "n_embd": model.hidden_size,
         "n_layer": model.num_layers, "n_head": model.num_attention_heads, "n_inner": model.mlp_size,
-        "activation_function": "gelu_new", "resid_pdrop": model.hidden_dropout, "embd_pdrop": model.hidden_dropout,
+        "activation_function": _gelu(model), "resid_pdrop": model.hidden_dropout, "embd_pdrop": model.hidden_dropout,
         "attn_pdrop": model.attention_dropout, "layer_norm_epsilon": model.norm_epsilon,
         "initializer_range": model.init_method_std,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
@@ -76,14 +81,17 @@ def _parts(native: NativeModel, names: _Names) -> Iterator[Part]:
     model = native.model
     hidden, width, embedding = model.hidden_size, model.mlp_size, (native.vocab_size, model.hidden_size)
 
-    def linear(theirs: str, ours: str, inputs: int, outputs: int, is_qkv: bool = False) -> Iterator[Part]:
+    def linear(
+        theirs: str, ours: str, inputs: int, outputs: int, is_qkv: bool = False, has_bias: bool = True
+    ) -> Iterator[Part]:
         weight, bias, shape = whole, whole, (outputs, inputs)
         if names.is_transposed:
             weight, bias, shape = transposed, whole, (inputs, outputs)
             if is_qkv:
                 weight, bias = _query_first_by_input, _query_first
         yield Part(f"{theirs}.weight", f"{ours}.weight", weight, shape)
-        yield Part(f"{theirs}.bias", f"{ours}.bias", bias, (outputs,))
+        if has_bias:
+            yield Part(f"{theirs}.bias", f"{ours}.bias", bias, (outputs,))
 
     yield Part(names.embedding, "embedding.word.weight", rows(native.vocab_size), embedding)
     if model.position_embedding_type == "learned_absolute":
@@ -93,8 +101,9 @@ def _parts(native: NativeModel, names: _Names) -> Iterator[Part]:
         for own, name in zip(("attention_norm", "mlp_norm"), names.norms, strict=True):
             yield from _norm(f"{theirs}.{name}", f"{ours}.{own}", hidden)
         # A fused projection goes head by head, as ours does, unless queries stand first.
-        yield from linear(f"{theirs}.{names.attention[0]}", f"{ours}.attention.qkv", hidden, 3 * hidden, is_qkv=True)
-        yield from linear(f"{theirs}.{names.attention[1]}", f"{ours}.attention.output", hidden, hidden)
+        (qkv, output), has_bias = names.attention, model.attention_output_bias
+        yield from linear(f"{theirs}.{qkv}", f"{ours}.attention.qkv", hidden, 3 * hidden, True, has_bias)
+        yield from linear(f"{theirs}.{output}", f"{ours}.attention.output", hidden, hidden, has_bias=has_bias)
         yield from linear(f"{theirs}.{names.mlp[0]}", f"{ours}.mlp.fc1", hidden, width)
         yield from linear(f"{theirs}.{names.mlp[1]}", f"{ours}.mlp.fc2", width, hidden)
     yield from _norm(names.final_norm, "final_norm", hidden)
@@ -125,7 +134,7 @@ def _read_gpt2(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         num_layers=number(config, "n_layer", 12), hidden_size=hidden, num_attention_heads=number(config, "n_head", 12),
         ffn_hidden_size=number(config, "n_inner", 4 * hidden), seq_length=positions,
         max_position_embeddings=positions, attention_dropout=float(number(config, "attn_pdrop", 0.1)),
-        hidden_dropout=float(residual),
+        hidden_dropout=float(residual), exact_gelu=config.get("activation_function") == "gelu",
     )  # fmt: skip
 
 
@@ -141,7 +150,7 @@ def _gpt(config: Mapping[str, Any], epsilon: str, tied: bool, **model: Any) -> d
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel", "dense, LayerNorm, learned positions, GELU MLPs, biases everywhere",
     (*_RULES, needs("position_embedding_type", "learned_absolute")),
-    _write_gpt2, lambda native: _parts(native, _GPT2), _read_gpt2, (".attn.bias", ".attn.masked_bias"),
+    _write_gpt2, lambda native: _parts(native, _GPT2), _read_gpt2, (".attn.bias", ".attn.masked_bias"), ("exact_gelu",),
 )  # fmt: skip
 
 
@@ -150,9 +159,9 @@ def _write_neox(native: NativeModel) -> dict[str, Any]:
     rope = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_percent}
     return {
         **{name: value for name, value in entries(native).items() if name not in ("head_dim", "num_key_value_heads")},
-        "hidden_act": "gelu_new", "hidden_dropout": model.hidden_dropout, "layer_norm_eps": model.norm_epsilon,
-        "use_parallel_residual": False,
-        "attention_bias": True, "rotary_emb_base": model.rotary_base, "rotary_pct": model.rotary_percent,
+        "hidden_act": _gelu(model), "hidden_dropout": model.hidden_dropout, "layer_norm_eps": model.norm_epsilon,
+        "use_parallel_residual": model.use_parallel_residual,
+        "attention_bias": model.attention_output_bias, "rotary_emb_base": model.rotary_base, "rotary_pct": model.rotary_percent,
         "rope_parameters": {"rope_type": "default", **rope},
     }  # fmt: skip
 
@@ -160,8 +169,6 @@ def _write_neox(native: NativeModel) -> dict[str, Any]:
 def _read_neox(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     common(config)
     demand(config, "hidden_act", _GELU, "gelu")
-    demand(config, "use_parallel_residual", (False,), True)
-    demand(config, "attention_bias", (True,), True)
     rope = {**mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -176,11 +183,15 @@ def _read_neox(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         rotary_percent=float(number(rope, "partial_rotary_factor", number(config, "rotary_pct", 0.25))),
         attention_dropout=float(number(config, "attention_dropout", 0.0)),
         hidden_dropout=float(number(config, "hidden_dropout", 0.0)),
+        exact_gelu=config.get("hidden_act", "gelu") == "gelu",
+        use_parallel_residual=flag(config, "use_parallel_residual", True),
+        **({} if flag(config, "attention_bias", True) else {"attention_bias": False}),
     )  # fmt: skip
 
 
 GPT_NEOX = Family(
-    "gpt_neox", "GPTNeoXForCausalLM", "as gpt2, with rotary positions",
+    "gpt_neox", "GPTNeoXForCausalLM", "as gpt2, with rotary positions; attention and MLP one after the other or side by side",
     (*_RULES, needs("position_embedding_type", "rope"), needs("rope_scaling_type", None)),
-    _write_neox, lambda native: _parts(native, _NEOX), _read_neox, ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+    _write_neox, lambda native: _parts(native, _NEOX), _read_neox,
+    ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"), ("exact_gelu", "use_parallel_residual", "attention_bias"),
 )  # fmt: skip

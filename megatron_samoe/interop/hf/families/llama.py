@@ -25,7 +25,7 @@ SHARED_RULES = (
 )
 
 
-SharedExpertParts = Callable[[NativeModel, str, str], Iterator[Part | Constant]]
+LayerParts = Callable[[NativeModel, str, str], Iterator[Part | Constant]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,23 @@ class ExpertNames:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class StackNames:
+    """How a family names the tensors of an MoE layer that keeps all its experts in one tensor of each kind.
+
+    Attributes:
+        block: what stands in place of "mlp".
+        router: of the layer.
+        up: gates and then up projections of every expert, [E, 2 F, H].
+        down: [E, H, F].
+    """
+
+    block: str
+    router: str
+    up: str
+    down: str
 
 
 def write_shared_config(native: NativeModel) -> dict[str, Any]:
@@ -89,34 +106,40 @@ def read_shared_config(config: Mapping[str, Any], theta: float = 10000.0, eps: f
 
 
 def shared_parts(
-    native: NativeModel, experts: ExpertNames | None = None, shared_expert: SharedExpertParts | None = None
-) -> Iterator[Part | Constant]:
+    native: NativeModel, experts: ExpertNames | StackNames | None = None, shared_expert: LayerParts | None = None,
+    attention: LayerParts | None = None,
+) -> Iterator[Part | Constant]:  # fmt: skip
     """Yields a model's tensors in the order of its layers.
 
     Args:
         shared_expert: yields those of the expert that every token passes, for the names of their layer and of ours.
+        attention: likewise; a projection each for queries, keys and values if not given.
     """
     model = native.model
     embedding = (native.vocab_size, model.hidden_size)
     yield Part("model.embed_tokens.weight", "embedding.word.weight", rows(native.vocab_size), embedding)
     for layer in range(model.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        yield _norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm", model.hidden_size)
-        yield from attention_parts(native, f"{theirs}.self_attn", f"{ours}.attention")
-        yield _norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", model.hidden_size)
+        yield norm_part(f"{theirs}.input_layernorm", f"{ours}.attention_norm", model.hidden_size)
+        yield from (attention or attention_parts)(native, f"{theirs}.self_attn", f"{ours}.attention")
+        yield norm_part(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", model.hidden_size)
         if not native.is_moe[layer]:
             yield from gated_mlp(f"{theirs}.mlp", f"{ours}.mlp", model.hidden_size, model.mlp_size, native.has_bias)
             continue
         assert experts is not None
-        yield from _experts(native, f"{theirs}.{experts.block}", f"{ours}.moe", experts)
+        place = f"{theirs}.{experts.block}", f"{ours}.moe"
+        yield from (
+            _stack(native, *place, experts) if isinstance(experts, StackNames) else _experts(native, *place, experts)
+        )
         if shared_expert is not None:
             yield from shared_expert(native, f"{theirs}.{experts.block}", f"{ours}.moe")
-    yield _norm("model.norm", "final_norm", model.hidden_size)
+    yield norm_part("model.norm", "final_norm", model.hidden_size)
     if model.untie_embeddings_and_output_weights:
         yield Part("lm_head.weight", "output.weight", rows(native.vocab_size), embedding)
 
 
-def _norm(theirs: str, ours: str, size: int) -> Part:
+def norm_part(theirs: str, ours: str, size: int) -> Part:
+    """Returns the weight of an RMSNorm."""
     return Part(f"{theirs}.weight", f"{ours}.weight", whole, (size,))
 
 
@@ -133,12 +156,12 @@ def attention_parts(native: NativeModel, theirs: str, ours: str) -> Iterator[Par
         for name, view, size in projections:
             yield Part(f"{theirs}.{name}.bias", f"{ours}.qkv.bias", view, (size,))
     yield Part(f"{theirs}.o_proj.weight", f"{ours}.output.weight", whole, (model.hidden_size, width))
-    if native.has_bias:
+    if model.attention_output_bias:
         yield Part(f"{theirs}.o_proj.bias", f"{ours}.output.bias", whole, (model.hidden_size,))
     if model.qk_layernorm:
         of_all = model.qk_layernorm_scope == "all"
         for name, size in (("q_norm", width), ("k_norm", kv_width)):
-            yield _norm(f"{theirs}.{name}", f"{ours}.{name}", size if of_all else model.head_dim)
+            yield norm_part(f"{theirs}.{name}", f"{ours}.{name}", size if of_all else model.head_dim)
 
 
 def gated_mlp(
@@ -164,3 +187,10 @@ def _experts(native: NativeModel, theirs: str, ours: str, names: ExpertNames) ->
             yield Part(full, f"{ours}.experts.w1", at(expert, index), (width, hidden))
     for expert in range(count):
         yield Part(f"{theirs}.experts.{expert}.{names.down}.weight", f"{ours}.experts.w2", at(expert), (hidden, width))
+
+
+def _stack(native: NativeModel, theirs: str, ours: str, names: StackNames) -> Iterator[Part]:
+    hidden, width, count = native.model.hidden_size, native.expert_size, native.moe.most_experts
+    yield Part(f"{theirs}.{names.router}.weight", f"{ours}.router.weight", whole, (count, hidden))
+    yield Part(f"{theirs}.{names.up}.weight", f"{ours}.experts.w1", whole, (count, 2 * width, hidden))
+    yield Part(f"{theirs}.{names.down}.weight", f"{ours}.experts.w2", whole, (count, hidden, width))

@@ -119,6 +119,27 @@ def rotary(config: Mapping[str, Any], default: float) -> dict[str, Any]:
     return options
 
 
+#: Factors of Granite's classes, which our options have the names of.
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+
+
+def multipliers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the native options of Granite's factors; each is 1 where the entry is missing."""
+    return {name: float(number(config, name, 1.0)) for name in MULTIPLIERS}
+
+
+def written_multipliers(model: ModelConfig) -> dict[str, Any]:
+    """Returns the entries of Granite's factors, whose factor on scores has no other default than 1."""
+    factors = {name: getattr(model, name) for name in MULTIPLIERS}
+    return {name: model.head_dim**-0.5 if value is None else value for name, value in factors.items()}
+
+
+def read_biases(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the native options of attention_bias, of all of attention's projections, and mlp_bias."""
+    attention, mlp = flag(config, "attention_bias"), flag(config, "mlp_bias")
+    return {"disable_bias_linear": not mlp, **({} if attention == mlp else {"attention_bias": attention})}
+
+
 def no_sliding_window(config: Mapping[str, Any], switch: str | None = None) -> None:
     """Raises ConfigError where attention is limited to a window of recent tokens.
 

@@ -38,7 +38,7 @@ _MOE_ENTRIES = {
 _RARE_ENTRIES = {
     "router_expert_bias": "moe_router_enable_expert_bias", "router_num_groups": "moe_router_num_groups",
     "router_group_topk": "moe_router_group_topk", "router_scaling_factor": "moe_router_topk_scaling_factor",
-    "residual_mlp": "moe_residual_mlp", "num_neighbour_layers": "num_neighbour_layers",
+    "shared_expert_gate": "moe_shared_expert_gate", "residual_mlp": "moe_residual_mlp", "num_neighbour_layers": "num_neighbour_layers",
     "neighbour_unmask_steps": "neighbour_unmask_steps", "pool_lock_step": "pool_lock_step",
 }  # fmt: skip
 _POOL_ENTRIES = {name: name for name in ("num_expert_banks", "samoe_granularity", "samoe_normalization")}

@@ -15,7 +15,7 @@ DEFAULTS = {
     "router_pre_softmax": True, "shared_expert_intermediate_size": None, "num_expert_banks": 2,
     "samoe_granularity": "layer", "samoe_normalization": "none", "expert_sharing": None,
     "router_expert_bias": False, "router_num_groups": None, "router_group_topk": None, "router_scaling_factor": None,
-    "residual_mlp": False, "num_neighbour_layers": 2, "neighbour_unmask_steps": 0, "pool_lock_step": None,
+    "shared_expert_gate": False, "residual_mlp": False, "num_neighbour_layers": 2, "neighbour_unmask_steps": 0, "pool_lock_step": None,
     "attention_dropout": 0.0, "hidden_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
 }  # fmt: skip
 
@@ -40,6 +40,7 @@ class SamoeConfig(PretrainedConfig):
         router_expert_bias: choose experts by score + a bias.
         router_num_groups, router_group_topk: consecutive groups of experts, and how many of them a token may use.
         router_scaling_factor: on the chosen experts' weights.
+        shared_expert_gate: weigh the expert that every token passes by a sigmoid of each token.
         residual_mlp: weigh routed experts against a dense MLP by each token.
         router_pre_softmax: weigh experts by their score among all experts rather than among the chosen.
         samoe_granularity: one set of coefficients per layer, or one per layer and expert.

@@ -140,7 +140,7 @@ class SamoePreTrainedModel(PreTrainedModel):
         super().__init__(config)
         # As in training, whatever the dtype of the rest; transformers 4 refuses names that a model lacks.
         ways = shared_ways(config)
-        kept = {"router": ways, "mixing": ways and config.residual_mlp, "expert_pool": ways - {"own"},
+        kept = {"router": ways, "mixing": ways and (config.residual_mlp or config.shared_expert_gate), "expert_pool": ways - {"own"},
                 "combination": ways & {"combined", "scaled"}}  # fmt: skip
         self._keep_in_fp32_modules_strict = [name for name, is_there in kept.items() if is_there]
 

@@ -170,8 +170,8 @@ class MoE(nn.Module):
         self.router = Router(config, num_experts)
         width = config.shared_expert_intermediate_size or (config.intermediate_size if config.residual_mlp else None)
         self.shared_expert = None if width is None else MLP(config, width)
-        if config.residual_mlp:
-            self.mixing = Weights((2, config.hidden_size), True)
+        if config.residual_mlp or config.shared_expert_gate:
+            self.mixing = Weights((2 if config.residual_mlp else 1, config.hidden_size), config.residual_mlp)
         if way == "combined":
             groups = num_experts if config.samoe_granularity == "expert" else 1
             self.combination = nn.Parameter(torch.zeros(2, groups, config.num_expert_banks))
@@ -192,6 +192,9 @@ class MoE(nn.Module):
         y_TH = y_TH.to(x_TH.dtype)
         if self.shared_expert is None:
             return y_TH
+        if self.config.shared_expert_gate:
+            gate_T1 = F.linear(x_TH.float(), self.mixing.weight.float()).sigmoid().to(x_TH.dtype)
+            return y_TH + gate_T1 * self.shared_expert(x_TH)
         if not self.config.residual_mlp:
             return y_TH + self.shared_expert(x_TH)
         c_T2 = F.linear(x_TH.float(), self.mixing.weight.float(), self.mixing.bias.float()).softmax(-1).to(x_TH.dtype)
