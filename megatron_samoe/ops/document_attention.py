@@ -143,9 +143,8 @@ def _varlen(q_BASD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, rule: ScoreRule, doc
     ends, longest = documents.ends
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q_BASD, k_BGSD, v_BGSD))
     window = (-1 if rule.window is None else rule.window - 1, 0)
-    y_TAD = _varlen_kernel()(
-        q, k, v, ends, ends, longest, longest, window_size=window, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    more = {"window_size": window, "scale": rule.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    y_TAD = _varlen_kernel()(q, k, v, ends, ends, longest, longest, **more)
     batch, heads, length, _ = q_BASD.shape
     y_BASD: Tensor = y_TAD.view(batch, length, heads, -1).transpose(1, 2)
     return y_BASD
