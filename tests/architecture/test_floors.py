@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("datasets",),
     ("planning", "runtime"),
     ("training", "inference", "interop", "evaluation"),
+    ("compress",),
     ("cli",),
     ("benchmarks",),
     ("__main__",),
