@@ -58,22 +58,35 @@ class FitTarget:
 
     def lost(self, a_LGP: Tensor, bank_PEUD: Tensor) -> Tensor:
         """Returns lost_LE, the weighted squared error."""
-        a_LP = a_LGP[:, 0].double()
-        products_LEPP, along_LEP = self.products(bank_PEUD.double())
-        used_LE = torch.einsum("lp,lq,lepq->le", a_LP, a_LP, products_LEPP)
-        return (used_LE - 2 * torch.einsum("lp,lep->le", a_LP, along_LEP) + self.power_LE).clamp_min(0)
+        return self.products(bank_PEUD.double()).lost(a_LGP.double())
 
-    def products(self, bank_PEUD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weighted inner products of each role's banks with each other, [L, E, P, P], and with the target, [L, E, P]."""
+    def products(self, bank_PEUD: Tensor) -> Products:
+        """Returns what the error is made of, for banks in fp64."""
         num_layers, E = self.power_LE.shape
         num_banks = len(bank_PEUD)
-        products_LEPP = bank_PEUD.new_empty(num_layers, E, num_banks, num_banks)
+        own_LEPP = bank_PEUD.new_empty(num_layers, E, num_banks, num_banks)
         for role, bank_PUD in enumerate(bank_PEUD.transpose(0, 1)):
             for p, q in combinations_with_replacement(range(num_banks), 2):
                 gram_DD = bank_PUD[p].T @ bank_PUD[q]
-                products_L = torch.einsum("lij,ij->l", self.moment_LEDD[:, role], gram_DD)
-                products_LEPP[:, role, p, q] = products_LEPP[:, role, q, p] = products_L
-        return products_LEPP, torch.einsum("peud,leud->lep", bank_PEUD, self.cross_LEUD)
+                own_L = torch.einsum("lij,ij->l", self.moment_LEDD[:, role], gram_DD)
+                own_LEPP[:, role, p, q] = own_LEPP[:, role, q, p] = own_L
+        return Products(own_LEPP, torch.einsum("peud,leud->lep", bank_PEUD, self.cross_LEUD), self.power_LE)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Weighted inner products of each role's banks with each other, [L, E, P, P], with the target, [L, E, P], and of the target
+    with itself, [L, E]."""
+
+    own_LEPP: Tensor
+    along_LEP: Tensor
+    power_LE: Tensor
+
+    def lost(self, a_LGP: Tensor) -> Tensor:
+        """Returns lost_LE for coefficients."""
+        a_LP = a_LGP[:, 0]
+        used_LE = torch.einsum("lp,lq,lepq->le", a_LP, a_LP, self.own_LEPP)
+        return (used_LE - 2 * torch.einsum("lp,lep->le", a_LP, self.along_LEP) + self.power_LE).clamp_min(0)
 
 
 def damped(moment_LEDD: Tensor, damping: float) -> Tensor:
@@ -111,17 +124,30 @@ def fit_target(
     Args:
         is_fixed: keep the coefficients, as tied sets do with ones.
     """
-    begun = [(start.double(), _best_banks(target, start.double())) for start in starts]
-    a_LGP, bank_PEUD = min(begun, key=lambda start: float(target.lost(*start).sum()))
-    lost_LE = target.lost(a_LGP, bank_PEUD)
+    begun = [_Solution.of(target, start.double(), _best_banks(target, start.double())) for start in starts]
+    best = min(begun, key=lambda solution: float(solution.lost_LE.sum()))
     for _ in range(0 if is_fixed else max_sweeps):
-        a_LGP = _best_coefficients(target, bank_PEUD)
-        bank_PEUD = _best_banks(target, a_LGP)
-        before, lost_LE = lost_LE, target.lost(a_LGP, bank_PEUD)
-        if before.sum() - lost_LE.sum() <= _GAIN * before.sum():
+        a_LGP = _best_coefficients(best)
+        before, best = best, _Solution.of(target, a_LGP, _best_banks(target, a_LGP))
+        if float(before.lost_LE.sum() - best.lost_LE.sum()) <= _GAIN * float(before.lost_LE.sum()):
             break
-    fit = WeightedFit(a_LGP, bank_PEUD, lost_LE, target.power_LE)
+    fit = WeightedFit(best.a_LGP, best.bank_PEUD, best.lost_LE, target.power_LE)
     return fit if is_fixed else _centred(fit)
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """Banks with the coefficients that they are best for, and their products, from which better coefficients come."""
+
+    a_LGP: Tensor
+    bank_PEUD: Tensor
+    products: Products
+    lost_LE: Tensor
+
+    @staticmethod
+    def of(target: FitTarget, a_LGP: Tensor, bank_PEUD: Tensor) -> _Solution:
+        products = target.products(bank_PEUD)
+        return _Solution(a_LGP, bank_PEUD, products, products.lost(a_LGP))
 
 
 def starts_of(w_LEUD: Tensor, moment_LEDD: Tensor, num_banks: int) -> list[Tensor]:
@@ -150,10 +176,10 @@ def _best_banks(target: FitTarget, a_LGP: Tensor) -> Tensor:
     return torch.stack(banks, 1)
 
 
-def _best_coefficients(target: FitTarget, bank_PEUD: Tensor) -> Tensor:
-    products_LEPP, along_LEP = target.products(bank_PEUD)
-    equations = torch.linalg.lstsq(products_LEPP.sum(1), along_LEP.sum(1)[..., None], driver="gelsd")
-    return equations.solution.transpose(1, 2)
+def _best_coefficients(solution: _Solution) -> Tensor:
+    """Returns A of the least error: of each layer P equations."""
+    own_LPP, along_LP1 = solution.products.own_LEPP.sum(1), solution.products.along_LEP.sum(1)[..., None]
+    return torch.linalg.lstsq(own_LPP, along_LP1, driver="gelsd").solution.transpose(1, 2)
 
 
 def _centred(fit: WeightedFit) -> WeightedFit:
