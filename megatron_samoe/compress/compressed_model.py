@@ -57,7 +57,7 @@ def require_compressible(source: GlobalTensors) -> PretrainConfig:
 def expert_bytes(source: GlobalTensors) -> int:
     """Returns the bytes of all experts in the precision that the model computes in, with what says how layers use them."""
     width = compute_dtype(source).itemsize
-    return sum(width * stored.num_elements for name, stored in source.tensors.items() if is_experts(name))
+    return sum(width * source.tensors[name].num_elements for name in model_names(source) if is_experts(name))
 
 
 def renumbered_model(source: GlobalTensors, numberings: Mapping[int, Numbering]) -> EditedModel:

@@ -31,6 +31,7 @@ class StageFolder:
 
     def __init__(self, root: Path):
         self.root = root
+        self._told = {BEGIN}
         try:
             root.mkdir(parents=True, exist_ok=True)
             is_foreign = any(root.iterdir()) and not self._file(BEGIN).is_file()
@@ -56,10 +57,13 @@ class StageFolder:
                 if before != now:
                     raise ConfigError(f"--{field.replace('_', '-')}", now, f"is {before} in {self.root}, whose stage {name} is done; "
                                       "give that, or another --save-dir")  # fmt: skip
-            logger.info(f"{name}: done before")
+            if name not in self._told:
+                self._told.add(name)
+                logger.info(f"{name}: done before")
             result: JsonObject = kept["result"]
             return result
         result = json.loads(json.dumps(work()))
+        self._told.add(name)
         self._write(name, {"settings": settings, "result": result})
         return result
 

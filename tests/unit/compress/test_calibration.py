@@ -48,7 +48,9 @@ def directly(model: RankModel, passes: Sequence[Tensor]) -> list[list[list[tuple
     """Returns (x, a, y, gate) of each token of each expert of each layer."""
     found: list[list[list]] = [[[] for _ in range(4)] for _ in model.moe_layers()]
     inputs: list[Tensor] = []
-    hooks = [layer.moe.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in model.moe_layers()]
+    hooks = [
+        layer.moe.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in model.moe_layers()
+    ]
     for ids in passes:
         model(ids[:, :-1], ForwardContext(batch_size=len(ids)))
     for hook in hooks:
@@ -102,7 +104,9 @@ def test_samples_are_a_fair_lot_and_stay_apart() -> None:
         lot = torch.Generator().manual_seed(seed)
         calibration = LayerCalibration.empty(ExpertShape(2, 8, 6, "gelu", True), 10)
         for part in x_NH.split(7):
-            calibration.add(1, part, torch.zeros(len(part), 6), part, torch.ones(len(part)), torch.rand(len(part), generator=lot))
+            calibration.add(
+                1, part, torch.zeros(len(part), 6), part, torch.ones(len(part)), torch.rand(len(part), generator=lot)
+            )
         numbers = calibration.samples(1)[0][:, 0].long()
         assert len(numbers.unique()) == 10 and len(calibration.samples(0)[0]) == 0
         kept[numbers] += 1
