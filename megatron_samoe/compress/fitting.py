@@ -13,8 +13,10 @@ from megatron_samoe.compress.calibration import LayerCalibration, OutputSums
 from megatron_samoe.compress.compressed_model import FittedGroup
 from megatron_samoe.compress.expert_math import matrices
 from megatron_samoe.compress.matching import MatchedLayer, Matching, Numbering, match
-from megatron_samoe.compress.weighted_fit import FitTarget, WeightedFit, fit_target, starts_of
+from megatron_samoe.compress.weighted_fit import FitTarget, WeightedFit, fit_target, pooled_gram, starts_of
 from megatron_samoe.config.sharing_map import Source, Way
+from megatron_samoe.interop.bank_fit import match_experts, match_to_mean
+from megatron_samoe.interop.gram import inner_products
 from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights
 
 
@@ -63,6 +65,45 @@ def _fit(target: FitTarget, w_LEUD: Tensor, moment_LEDD: Tensor, way: Way, num_b
     return fit_target(target, starts_of(w_LEUD, moment_LEDD, num_banks))
 
 
+def best_numbering(
+    layers: Sequence[MatchedLayer], activation: Activation, what: Matching, way: Way, num_banks: int
+) -> list[Numbering]:
+    """Returns the numbering, of several, with which the layers would lose least if all met the mean of what they meet: their
+    own, that of `match`, and the experts' by their weights alone, which finds a pool that was folded.
+    """
+    E, F = len(layers[0].weights.w1), layers[0].ffn_size
+    own = [Numbering.own(E, F) for _ in layers]
+    if what == "none":
+        return own
+    grams = [
+        inner_products(lambda n, row=row: matrices(layers[n].weights)[row].flatten(1), len(layers), E)  # type: ignore[misc]
+        for row in (0, 1)
+    ]
+    order_LE = match_experts(grams, num_banks) if way == "combined" else match_to_mean(grams)
+    by_weights = [Numbering(order_E, numbers.neurons_EF) for order_E, numbers in zip(order_LE, own, strict=True)]
+
+    def loss(numberings: list[Numbering]) -> float:
+        ordered = [in_order(layer, numbers) for layer, numbers in zip(layers, numberings, strict=True)]
+        moments = [
+            torch.stack([layer.calibration.input_EDD for layer in ordered]),
+            torch.stack([layer.calibration.hidden_ECC for layer in ordered]),
+        ]
+        weights = [torch.stack(parts) for parts in zip(*(matrices(layer.weights) for layer in ordered), strict=True)]
+        return sum(
+            _lost_share(pooled_gram(w_LEUD, moment_LEDD), way, num_banks)
+            for w_LEUD, moment_LEDD in zip(weights, moments, strict=True)
+        )
+
+    return min((own, match(layers, activation, what), by_weights), key=loss)
+
+
+def _lost_share(gram_LL: Tensor, way: Way, num_banks: int) -> float:
+    """Returns the share of the layers' squared norms that banks, or their mean as a tied set, leave."""
+    whole = gram_LL.diagonal().sum().clamp_min(1e-300)
+    kept = gram_LL.mean() if way == "tied" else torch.linalg.eigvalsh(gram_LL)[-num_banks:].sum()
+    return float(1 - kept / whole)
+
+
 def with_inputs(layer: MatchedLayer, fit: WeightedFit, number: int) -> ExpertWeights:
     """Returns a layer's experts with w1 and b1 as the banks give them; `number` is the layer's in the fit."""
     w1_EUD = torch.einsum("p,peud->eud", fit.coefficients_LGP[number, 0], fit.bank_PEUD).float()
@@ -77,7 +118,9 @@ def pair_errors(layers: Sequence[MatchedLayer], activation: Activation, way: Way
     error_LL = torch.zeros(len(layers), len(layers), dtype=torch.float64)
     for a, b in combinations(range(len(layers)), 2):
         pair = [layers[a], layers[b]]
-        matched = [in_order(layer, n) for layer, n in zip(pair, match(pair, activation, what), strict=True)]
+        matched = [
+            in_order(layer, n) for layer, n in zip(pair, best_numbering(pair, activation, what, way, 1), strict=True)
+        ]
         shares = [f.relative**2 for f in (fit_inputs(matched, way, 1), fit_outputs(matched, way, 1))]
         error_LL[a, b] = error_LL[b, a] = sum(shares) / 2
     return error_LL

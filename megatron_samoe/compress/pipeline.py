@@ -25,6 +25,7 @@ from megatron_samoe.compress.compressed_model import (
 )
 from megatron_samoe.compress.expert_math import layer_experts, read_experts
 from megatron_samoe.compress.fitting import (
+    best_numbering,
     fit_bytes,
     fit_inputs,
     fitted_group,
@@ -33,7 +34,7 @@ from megatron_samoe.compress.fitting import (
     with_inputs,
 )
 from megatron_samoe.compress.judge import Verdict, losses
-from megatron_samoe.compress.matching import MatchedLayer, Matching, Numbering, match
+from megatron_samoe.compress.matching import MatchedLayer, Matching, Numbering
 from megatron_samoe.compress.sharing_plan import SharingPlan, chosen_map, sets_in_budget
 from megatron_samoe.compress.stage_folder import BEGIN, StageFolder
 from megatron_samoe.compress.text import Text
@@ -285,8 +286,10 @@ class Compression:
     def _match(self) -> JsonObject:
         layers, activation = self._layers(self.source), self._activation
         numberings: dict[int, Numbering] = {}
-        for members in self.groups().values():
-            found = match([layers[i] for i in members], activation, self.options.match)
+        for source, members in self.groups().items():
+            found = best_numbering(
+                [layers[i] for i in members], activation, self.options.match, source.way, self._banks(source)
+            )
             numberings |= dict(zip(members, found, strict=True))
         self.folder.write_tensors("numbering", {i: (n.experts_E, n.neurons_EF) for i, n in numberings.items()})
         self.folder.write_model("matched", renumbered_model(self.source, numberings))

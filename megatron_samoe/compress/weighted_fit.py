@@ -153,13 +153,17 @@ class _Solution:
 def starts_of(w_LEUD: Tensor, moment_LEDD: Tensor, num_banks: int) -> list[Tensor]:
     """Returns coefficients to start from: of the best banks without weights, and of the best where all layers meet the mean of
     what they meet (both are known in closed form)."""
+    plain_LL = torch.einsum("leud,meud->lm", w_LEUD.double(), w_LEUD.double())
+    grams = (plain_LL, pooled_gram(w_LEUD, moment_LEDD))
+    return [fit_banks(gram_LL[None], num_banks).coefficients_LGP for gram_LL in grams]
+
+
+def pooled_gram(w_LEUD: Tensor, moment_LEDD: Tensor) -> Tensor:
+    """Returns inner products of layers' matrices, [L, L], weighted by the mean of what each role's experts meet."""
     w_LEUD = w_LEUD.double()
     mean_EDD = damped(moment_LEDD.double(), DAMPING).mean(0)
-    plain_LL = torch.einsum("leud,meud->lm", w_LEUD, w_LEUD)
-    pooled_LL = torch.einsum("leud,meud->lm", w_LEUD, w_LEUD @ mean_EDD)
-    return [
-        fit_banks(gram_LL[None], num_banks).coefficients_LGP for gram_LL in (plain_LL, (pooled_LL + pooled_LL.T) / 2)
-    ]
+    gram_LL = torch.einsum("leud,meud->lm", w_LEUD, w_LEUD @ mean_EDD)
+    return (gram_LL + gram_LL.T) / 2
 
 
 def _best_banks(target: FitTarget, a_LGP: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_samoe.compress.calibration import LayerCalibration, calibrate, calibration_bytes, own_experts, output_sums
+from megatron_samoe.compress.calibration import LayerCalibration, calibrate, calibration_bytes, output_sums, own_experts
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.types import ForwardContext
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
