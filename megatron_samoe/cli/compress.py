@@ -21,7 +21,8 @@ from megatron_samoe.cli import pretrain
 from megatron_samoe.cli.arguments import Options, Words, adder, program, text_parser
 from megatron_samoe.compress.healing import STAGES, HealOptions, HealStage, heal_config
 from megatron_samoe.compress.judge import verdict_table
-from megatron_samoe.compress.pipeline import Compression, CompressOptions
+from megatron_samoe.compress.options import CompressOptions
+from megatron_samoe.compress.pipeline import Compression
 from megatron_samoe.compress.plots import compression_plot
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table

@@ -60,9 +60,13 @@ def _logits(model: RankModel, ids_BS: Tensor) -> Tensor:
 
 def verdict_table(verdicts: Sequence[Verdict]) -> list[list[str]]:
     """Returns rows for users; the first model is the original."""
+
+    def rounded(value: float) -> float:
+        return round(value, 4) + 0.0  # no -0.0000
+
     whole = verdicts[0]
     rows = [["model", "expert bytes", "share", "CE", "over the original", "KL from it"]]
     for v in verdicts:
         rows.append([v.model, f"{v.expert_bytes:,}", f"{v.expert_bytes / whole.expert_bytes:.3f}", f"{v.loss:.4f}",
-                     f"{v.loss - whole.loss:+.4f}", f"{v.divergence:.4f}"])  # fmt: skip
+                     f"{rounded(v.loss - whole.loss):+.4f}", f"{rounded(v.divergence):.4f}"])  # fmt: skip
     return rows

@@ -7,12 +7,11 @@ line runs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_samoe.compress import baselines
 from megatron_samoe.compress.calibration import LayerCalibration, calibrate, calibration_bytes, output_sums
@@ -34,10 +33,10 @@ from megatron_samoe.compress.fitting import (
     with_inputs,
 )
 from megatron_samoe.compress.judge import Verdict, losses
-from megatron_samoe.compress.matching import MatchedLayer, Matching, Numbering
+from megatron_samoe.compress.matching import MatchedLayer, Numbering
+from megatron_samoe.compress.options import CompressOptions, plan_of, refuse_options, texts
 from megatron_samoe.compress.sharing_plan import SharingPlan, chosen_map, sets_in_budget
 from megatron_samoe.compress.stage_folder import BEGIN, StageFolder
-from megatron_samoe.compress.text import Text
 from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.sharing_map import Source, Way, parse_sharing
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors
@@ -54,39 +53,6 @@ from megatron_samoe.runtime.free_memory import free_memory_bytes
 from megatron_samoe.runtime.load import load_model
 
 
-@dataclass(frozen=True)
-class CompressOptions:
-    """What is asked for.
-
-    Attributes:
-        data_path, valid_data_path: indexed datasets to calibrate on and to judge on; without the latter, the tokens after
-            those of calibration.
-        num_samples: tokens kept of each expert.
-        sharing: combined, tied, scaled or a map of --expert-sharing.
-        budget: share of expert bytes below 1, or bytes, in place of numbers of banks or sets.
-        choose_map: choose the layers that share by what pairs lose.
-        match: what is matched.
-        refit: fit w2 to the outputs that the fitted w1 leaves it, over the text once more.
-    """
-
-    load_dir: str
-    save_dir: str
-    data_path: str
-    calibration_tokens: int = 262_144
-    valid_data_path: str | None = None
-    judge_tokens: int = 65_536
-    ckpt_step: int | None = None
-    num_samples: int = 64
-    seed: int = 1234
-    sharing: str = "combined"
-    num_banks: int = 1
-    num_sets: int = 1
-    budget: float | None = None
-    choose_map: bool = False
-    match: Matching = "neurons"
-    refit: bool = True
-
-
 class Compression:
     """A compression in its folder.
 
@@ -101,49 +67,11 @@ class Compression:
         self.source = open_checkpoint(options.load_dir, options.ckpt_step)
         self.config = require_compressible(self.source)
         self.num_layers = num_moe_layers(self.config)
-        self.passes, self.judged = self._texts()
-        self._refuse_options()
+        self.passes, self.judged = texts(options, self.config, int(self.source.train_state["vocab_size"]))
+        refuse_options(options, self.layer_bytes, self.num_layers)
         self.folder = StageFolder(Path(options.save_dir))
         begun = {"load_dir": str(self.source.directory.resolve())}
         self.folder.stage(BEGIN, begun, lambda: {})
-
-    def _texts(self) -> tuple[list[Tensor], list[Tensor]]:
-        options, seq_length = self.options, self.config.model.seq_length
-        for flag, tokens in (
-            ("--calibration-tokens", options.calibration_tokens),
-            ("--judge-tokens", options.judge_tokens),
-        ):
-            if tokens < seq_length:
-                raise ConfigError(flag, tokens, f"must be a sequence of the model or more, {seq_length} tokens")
-        vocab_size = int(self.source.train_state["vocab_size"])
-        text = Text(options.data_path, 0, options.calibration_tokens)
-        held_out = Text(options.data_path, options.calibration_tokens, options.judge_tokens)
-        flag = "--data-path"
-        if options.valid_data_path is not None:
-            held_out, flag = Text(options.valid_data_path, 0, options.judge_tokens), "--valid-data-path"
-        return text.passes(seq_length, vocab_size, "--data-path"), held_out.passes(seq_length, vocab_size, flag)
-
-    def _refuse_options(self) -> None:
-        options = self.options
-        if options.budget is not None:
-            if options.sharing not in ("combined", "tied", "scaled"):
-                raise ConfigError(
-                    "--budget", options.budget, "needs --expert-sharing combined, tied or scaled; a map has its size"
-                )
-            sets_in_budget(options.budget, self.layer_bytes, self.num_layers)
-        if options.choose_map and (options.budget is None or options.sharing == "combined"):
-            raise ConfigError(
-                "--choose-map", True, "needs --budget and --expert-sharing tied or scaled; combined layers share alike"
-            )
-        if not options.choose_map:
-            sources = self.sources(self._plan_without_errors())
-            users = sum(source.way == "combined" for source in sources)
-            if users and not 1 <= self._plan_without_errors().num_banks <= users:
-                raise ConfigError(
-                    "--num-expert-banks", options.num_banks, f"must be from 1 to the {users} layers that combine them"
-                )
-            if all(source.way == "own" for source in sources):
-                raise ConfigError("--expert-sharing", options.sharing, "must name layers that share")
 
     @property
     def layer_bytes(self) -> int:
@@ -179,12 +107,13 @@ class Compression:
     @cached_property
     def calibration(self) -> list[LayerCalibration]:
         """What experts meet, of each MoE layer."""
-        options = self.options
-        settings = {"data_path": options.data_path, "calibration_tokens": options.calibration_tokens,
-                    "num_samples": options.num_samples, "seed": options.seed}  # fmt: skip
-        self.folder.stage("calibration", settings, self._calibrate)
+        self.folder.stage("calibration", self._calibration_settings(), self._calibrate)
         names = [f.name for f in fields(LayerCalibration)]
         return [LayerCalibration(**{n: layer[n] for n in names}) for layer in self.folder.read_tensors("calibration")]
+
+    def _calibration_settings(self) -> JsonObject:
+        names = ("data_path", "calibration_tokens", "num_samples", "seed")
+        return {name: getattr(self.options, name) for name in names}
 
     def _calibrate(self) -> JsonObject:
         self._state_memory()
@@ -226,16 +155,6 @@ class Compression:
 
     # 2. Choose and match
 
-    def _plan_without_errors(self) -> SharingPlan:
-        options = self.options
-        if options.budget is None:
-            return SharingPlan(options.sharing, options.num_banks)
-        num_sets = sets_in_budget(options.budget, self.layer_bytes, self.num_layers)
-        if options.sharing == "combined":
-            return SharingPlan("combined", num_sets)
-        blocks = [i * num_sets // self.num_layers for i in range(self.num_layers)]
-        return SharingPlan(f"{options.sharing}:{','.join(map(str, blocks))}", 1)
-
     @cached_property
     def plan(self) -> SharingPlan:
         """Which layers share what."""
@@ -247,7 +166,7 @@ class Compression:
 
     def _choose(self) -> JsonObject:
         if not self.options.choose_map:
-            return asdict(self._plan_without_errors())
+            return asdict(plan_of(self.options, self.layer_bytes, self.num_layers))
         assert self.options.budget is not None
         way: Way = "scaled" if self.options.sharing == "scaled" else "tied"
         error_LL = pair_errors(self._layers(self.source), self._activation, way, self.options.match)
@@ -281,7 +200,10 @@ class Compression:
         return self.folder.model("matched")
 
     def _plan_settings(self) -> JsonObject:
-        return {**asdict(self.plan), "match": self.options.match}
+        return {**self._calibration_settings(), **asdict(self.plan), "match": self.options.match}
+
+    def _fit_settings(self) -> JsonObject:
+        return {**self._plan_settings(), "no_refit": not self.options.refit}
 
     def _match(self) -> JsonObject:
         layers, activation = self._layers(self.source), self._activation
@@ -302,7 +224,7 @@ class Compression:
     def fitted(self) -> CheckpointReader:
         """Returns the compressed model, not healed."""
         self.matched()
-        self.folder.stage("fitted", {**self._plan_settings(), "refit": self.options.refit}, self._fit)
+        self.folder.stage("fitted", self._fit_settings(), self._fit)
         return self.folder.model("fitted")
 
     def _fit(self) -> JsonObject:
@@ -337,8 +259,7 @@ class Compression:
 
     def others(self) -> list[str]:
         """Returns the names of models of as many bytes that were made by other means; a line says which cannot be."""
-        settings = {**asdict(self.plan)}
-        result = self.folder.stage("others", settings, self._make_others)
+        result = self.folder.stage("others", self._plan_settings(), self._make_others)
         return list(result["models"])
 
     def _make_others(self) -> JsonObject:
@@ -372,7 +293,7 @@ class Compression:
             **{n: self.folder.root / n for n in ("matched", "fitted", *others)},
             **healed,
         }
-        settings = {**self._plan_settings(), "refit": options.refit, "valid_data_path": options.valid_data_path,
+        settings = {**self._fit_settings(), "valid_data_path": options.valid_data_path,
                     "judge_tokens": options.judge_tokens}  # fmt: skip
         original = None
         verdicts = []

@@ -15,7 +15,8 @@ from megatron_samoe.cli.pretrain import main as pretrain_main
 from megatron_samoe.compress import baselines
 from megatron_samoe.compress.compressed_model import expert_bytes, require_compressible
 from megatron_samoe.compress.expert_math import layer_experts, read_experts
-from megatron_samoe.compress.pipeline import Compression, CompressOptions
+from megatron_samoe.compress.options import CompressOptions
+from megatron_samoe.compress.pipeline import Compression
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.derived import sharing_map
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
@@ -127,7 +128,7 @@ def test_other_options_than_those_of_a_stage_are_refused(folder: Path) -> None:
     for more, flag in (
         ({"num_samples": 3}, "--num-samples"),
         ({"budget": 0.25}, "--budget"),
-        ({"refit": False}, "--refit"),
+        ({"refit": False}, "--no-refit"),
     ):
         with pytest.raises(ConfigError, match=f"{flag}.*another --save-dir"):
             Compression(options(folder, "kept", **more)).fitted()
