@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     heal(
         "--heal-iters", [int], "steps of training: of banks alone, then of banks, coefficients and routers", metavar="N"
     )
-    heal("--heal-lr", float, "peak rate; a third of the original's if not given")
+    heal("--heal-lr", float, "peak rate; a 15th of the original's if not given")
     heal("--teacher", str, "model to learn from; the original if not given", metavar="DIR")
     heal("--teacher-weight", 1.0, "of the divergence from the teacher, beside the cross-entropy")
     return parser

@@ -34,7 +34,7 @@ class HealOptions:
     """How a model heals.
 
     Attributes:
-        lr: peak rate; that of the original's training over 3 if not given.
+        lr: peak rate; that of the original's training over 15 if not given.
         teacher_weight: of the divergence from the teacher beside the cross-entropy.
     """
 
@@ -58,7 +58,7 @@ def heal_config(
         "data": data,
         "training": {**{name: getattr(training, name) for name in kept}, "train_iters": iters, "eval_interval": iters,
                      "eval_iters": 0 if valid_data_path is None else 8},
-        "optimizer": {"lr": options.lr or optimizer.lr / 3, "lr_decay_style": "cosine", "lr_warmup_iters": min(iters // 10, 100),
+        "optimizer": {"lr": options.lr or optimizer.lr / 15, "lr_decay_style": "cosine", "lr_warmup_iters": min(iters // 10, 100),
                       "weight_decay": 0.0, "lr_mult_patterns": [f"^(?!{stage.trained})=0"]},
         "distillation": {"teacher": teacher, "teacher_weight": options.teacher_weight},
         "logging": {"run_dir": str(run_dir), "log_interval": max(1, iters // 20)},

@@ -10,7 +10,7 @@ from megatron_samoe.compress.matching import Matching
 from megatron_samoe.compress.sharing_plan import SharingPlan, sets_in_budget
 from megatron_samoe.compress.text import Text
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import parse_sharing
+from megatron_samoe.config.sharing_map import parse_sharing, written_map
 from megatron_samoe.errors import ConfigError
 
 
@@ -71,12 +71,12 @@ def texts(options: CompressOptions, config: PretrainConfig, vocab_size: int) -> 
 def plan_of(options: CompressOptions, layer_bytes: int, num_layers: int) -> SharingPlan:
     """Returns which layers share where that hangs on no errors: by a map, or in equal blocks."""
     if options.budget is None:
-        return SharingPlan(options.sharing, options.num_banks)
+        sources = parse_sharing(options.sharing, num_layers, options.num_sets)
+        return SharingPlan(written_map(sources), options.num_banks)
     num_sets = sets_in_budget(options.budget, layer_bytes, num_layers)
     if options.sharing == "combined":
         return SharingPlan("combined", num_sets)
-    blocks = [i * num_sets // num_layers for i in range(num_layers)]
-    return SharingPlan(f"{options.sharing}:{','.join(map(str, blocks))}")
+    return SharingPlan(written_map(parse_sharing(options.sharing, num_layers, num_sets)))
 
 
 def refuse_options(options: CompressOptions, layer_bytes: int, num_layers: int) -> None:
@@ -97,7 +97,7 @@ def refuse_options(options: CompressOptions, layer_bytes: int, num_layers: int) 
             "--choose-map", True, "needs --budget and --expert-sharing tied or scaled; combined layers share alike"
         )
     plan = plan_of(options, layer_bytes, num_layers)
-    sources = parse_sharing(plan.sharing, num_layers, options.num_sets)
+    sources = parse_sharing(plan.sharing, num_layers)
     users = sum(source.way == "combined" for source in sources)
     if users and not 1 <= plan.num_banks <= users:
         raise ConfigError(

@@ -39,7 +39,7 @@ from megatron_samoe.compress.sharing_plan import SharingPlan, chosen_map, sets_i
 from megatron_samoe.compress.stage_folder import BEGIN, StageFolder
 from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.sharing_map import Source, Way, parse_sharing
-from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import open_checkpoint
 from megatron_samoe.interop.pool_surgery import pool_moe, tie_layers
@@ -80,7 +80,7 @@ class Compression:
 
     def sources(self, plan: SharingPlan) -> tuple[Source, ...]:
         """Returns where each MoE layer's experts come from."""
-        return parse_sharing(plan.sharing, self.num_layers, self.options.num_sets)
+        return parse_sharing(plan.sharing, self.num_layers)
 
     def _model(self, folder: str | Path) -> RankModel:
         return load_model(str(folder), single_process_state()).model
@@ -138,7 +138,7 @@ class Compression:
         shape = shapes[0]
         C, rows = shape.ffn_size + shape.bias, (2 if shape.activation == "swiglu" else 1) * shape.ffn_size
         D = shape.hidden_size + shape.bias
-        banks = max(1, self.options.num_banks)
+        banks = plan_of(self.options, self.layer_bytes, self.num_layers).num_banks
         fit = max(
             fit_bytes(len(shapes), shape.num_experts, rows, D, banks),
             fit_bytes(len(shapes), shape.num_experts, D, C, banks),
@@ -169,7 +169,7 @@ class Compression:
             return asdict(plan_of(self.options, self.layer_bytes, self.num_layers))
         assert self.options.budget is not None
         way: Way = "scaled" if self.options.sharing == "scaled" else "tied"
-        error_LL = pair_errors(self._layers(self.source), self._activation, way, self.options.match)
+        error_LL = pair_errors(self._layers(), self._activation, way, self.options.match)
         sets = sets_in_budget(self.options.budget, self.layer_bytes, self.num_layers)
         plan = SharingPlan(chosen_map(error_LL, sets, way))
         logger.info(f"plan: {plan.sharing}")
@@ -179,9 +179,9 @@ class Compression:
     def _activation(self) -> Activation:
         return layer_experts(self.source)[1]
 
-    def _layers(self, source: GlobalTensors) -> list[MatchedLayer]:
+    def _layers(self) -> list[MatchedLayer]:
         """Returns the experts of each MoE layer with what they met, in the original's numbering."""
-        experts, _ = layer_experts(source)
+        experts, _ = layer_experts(self.source)
         return [
             MatchedLayer(read_experts(experts, p), c) for p, c in zip(experts.layers, self.calibration, strict=True)
         ]
@@ -206,7 +206,7 @@ class Compression:
         return {**self._plan_settings(), "no_refit": not self.options.refit}
 
     def _match(self) -> JsonObject:
-        layers, activation = self._layers(self.source), self._activation
+        layers, activation = self._layers(), self._activation
         numberings: dict[int, Numbering] = {}
         for source, members in self.groups().items():
             found = best_numbering(
@@ -232,8 +232,7 @@ class Compression:
         kept = self.folder.read_tensors("numbering")
         numberings = {i: Numbering(*order) for i, order in kept.items()}
         layers = [
-            in_order(layer, numberings[i]) if i in numberings else layer
-            for i, layer in enumerate(self._layers(self.source))
+            in_order(layer, numberings[i]) if i in numberings else layer for i, layer in enumerate(self._layers())
         ]
         inputs = {s: fit_inputs([layers[i] for i in m], s.way, self._banks(s)) for s, m in self.groups().items()}
         sums = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,7 +56,7 @@ def _read(dataset: IndexedDataset, start: int, count: int) -> np.ndarray:
     ends = np.cumsum(dataset.sequence_lengths, dtype=np.int64)
     first = int(np.searchsorted(ends, start, side="right"))
     offset = start - (int(ends[first - 1]) if first else 0)
-    return np.concatenate(list(itertools.islice(_parts(dataset, first, offset, count), len(dataset))))
+    return np.concatenate(list(_parts(dataset, first, offset, count)))
 
 
 def _parts(dataset: IndexedDataset, number: int, offset: int, count: int) -> Iterator[np.ndarray]:

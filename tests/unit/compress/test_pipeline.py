@@ -55,6 +55,7 @@ def options(folder: Path, save: str, **more: Any) -> CompressOptions:
     [
         ("combined", {}, {"combined"}),
         ("tied", {"sharing": "tied"}, {"tied"}),
+        ("sets", {"sharing": "scaled", "num_sets": 2, "budget": None}, {"scaled"}),
         ("scaled", {"sharing": "scaled", "choose_map": True}, {"scaled", "own"}),
         ("map", {"sharing": "own,combined*2,own", "budget": None}, {"own", "combined"}),
     ],
