@@ -93,7 +93,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["calibration", "plan", "matched", "fitted", "others", "judged-fitted"])
+@pytest.mark.parametrize("stage", ["calibration", "matched", "fitted", "judged-fitted"])
 def test_a_compression_goes_on_after_any_stage(
     folder: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
