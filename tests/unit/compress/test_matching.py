@@ -12,8 +12,10 @@ import torch
 from megatron_samoe.compress.calibration import calibrate
 from megatron_samoe.compress.compressed_model import renumbered_model
 from megatron_samoe.compress.expert_math import layer_experts, read_experts
-from megatron_samoe.compress.fitting import in_order
+from megatron_samoe.compress.fitting import in_order, pair_errors
 from megatron_samoe.compress.matching import MatchedLayer, Numbering, assigned, match
+from megatron_samoe.compress.sharing_plan import chosen_map
+from megatron_samoe.config.sharing_map import parse_sharing, written_map
 from tests.harness.tiny import tiny_config
 from tests.unit.compress.test_calibration import passes_of
 from tests.unit.interop.memory_source import MemorySource, load, logits, new_source
@@ -105,3 +107,17 @@ def test_moments_follow_their_neurons() -> None:
     torch.testing.assert_close(moved.input_EDD, again.input_EDD, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(moved.hidden_ECC, again.hidden_ECC, rtol=1e-4, atol=1e-3)
     assert torch.equal(moved.tokens_E, again.tokens_E)
+
+
+def test_a_planted_pair_of_layers_is_chosen() -> None:
+    """Layer 2 has layer 1's experts, shuffled: of all pairs this one loses next to nothing, and the map has it share."""
+    source = made(**CASES["gpt3"])
+    numbers = random_numbering(4, source.weights["layers.1.moe.experts.w1"].shape[1], 2)
+    for kind in ("w1", "b1", "w2", "b2"):
+        copied = source.weights[f"layers.1.moe.experts.{kind}"]
+        source.weights[f"layers.2.moe.experts.{kind}"] = numbers.applied(kind, copied)
+    error_LL = pair_errors(layers_of(source), "gelu", "tied", "neurons")
+    assert error_LL[1, 2] < 1e-6
+    others = error_LL[torch.triu(torch.ones(4, 4), 1).bool()].sort().values[1:]
+    assert others.min() > 0.01
+    assert chosen_map(error_LL, 3, "tied") == written_map(parse_sharing("0,1,1,2", 4))
