@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "train-tokenizer": ("train_tokenizer", "train a tokenizer on text"),
     "convert": ("convert", "convert checkpoints from and to Hugging Face and Megatron-LM"),
     "edit": ("edit", "make a model of another family from a trained one"),
+    "compress": ("compress", "make a trained MoE smaller: its layers come to share experts, fitted on text"),
     "inspect": ("inspect_checkpoint", "look into a checkpoint, compare two, verify one"),
     "generate": ("generate", "generate text"),
     "serve": ("serve", "serve a model over HTTP"),

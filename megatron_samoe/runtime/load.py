@@ -61,7 +61,7 @@ def load_model(
     config = from_mapping(store.read_config(directory), str(directory / store.CONFIG))
     # Only the model's part of the saved configuration counts here, on this run's ranks.
     one_sequence = replace(config.training, micro_batch_size=1, global_batch_size=None)
-    config = replace(config, parallel=layout or ParallelConfig(), training=one_sequence)
+    config = replace(config, parallel=layout or ParallelConfig(), training=one_sequence, checkpoint=CheckpointConfig())
     validate(config, parallel.world_size)
     tokenizer = _tokenizer(config.data, directory, tokenizer_model)
     train_state = store.read_train_state(directory, ("vocab_size",))

@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("datasets",),
     ("planning", "runtime"),
     ("training", "inference", "interop", "evaluation"),
-    ("language_model",),
+    ("language_model", "compress"),
     ("cli",),
     ("benchmarks",),
     ("__main__",),

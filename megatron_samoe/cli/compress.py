@@ -1,0 +1,141 @@
+"""Makes a trained MoE smaller: its layers come to share experts, which are matched, fitted on text, and healed by training.
+
+    megatron-samoe compress --load-dir runs/moe --save-dir runs/half --data-path runs/corpus --budget 0.5
+
+Stages leave their results in --save-dir, so that the same command goes on where it was cut off: calibration, plan, matched,
+fitted, others, healed-banks, healed-routers, judged. One process. docs/compression.md explains them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+from megatron_samoe.cli import pretrain
+from megatron_samoe.cli.arguments import Options, Words, adder, program, text_parser
+from megatron_samoe.compress.healing import STAGES, HealOptions, HealStage, heal_config
+from megatron_samoe.compress.judge import verdict_table
+from megatron_samoe.compress.options import CompressOptions
+from megatron_samoe.compress.pipeline import Compression
+from megatron_samoe.compress.plots import compression_plot
+from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.evaluation.run_summary import format_table
+from megatron_samoe.interop.edited_model import open_checkpoint
+from megatron_samoe.log import configure_logging, logger
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    parser, default = text_parser(__doc__), CompressOptions("", "", "")
+    add = adder(parser)
+    add("--load-dir", str, "the MoE: folder of a run or of checkpoints", required=True, metavar="DIR")
+    add("--ckpt-step", int, "iteration; the newest if not given", metavar="N")
+    add("--save-dir", str, "folder of all results", required=True, metavar="DIR")
+    text = adder(parser.add_argument_group("text"))
+    text("--data-path", str, "indexed dataset to calibrate on, and to heal on", required=True, metavar="PREFIX")
+    text("--calibration-tokens", default.calibration_tokens, "its first tokens that are read", metavar="N")
+    text("--valid-data-path", str, "held-out indexed dataset to judge on; the tokens after those of calibration if not given",
+         metavar="PREFIX")  # fmt: skip
+    text("--judge-tokens", default.judge_tokens, "its first tokens that are read", metavar="N")
+    text("--num-samples", default.num_samples, "tokens kept of each expert, to match outputs on", metavar="N")
+    text("--seed", default.seed, "of the lot that keeps them")
+    share = adder(parser.add_argument_group("sharing"))
+    share("--expert-sharing", default.sharing, "combined, tied, scaled, or a map such as own,0*3,own", metavar="MAP")
+    share("--num-expert-banks", default.num_banks, "of layers that combine", metavar="P")
+    share("--num-expert-sets", default.num_sets, "of tied or scaled", metavar="N")
+    share("--budget", float, "share of all expert bytes below 1, or bytes, in place of these numbers", metavar="X")
+    share("--choose-map", bool, "choose the neighbouring layers that share a set by what pairs of layers lose")
+    share(
+        "--match",
+        ("neurons", "experts", "none"),
+        "what gets a common numbering: experts and their neurons, experts alone",
+    )
+    share("--no-refit", bool, "fit w2 to the weights, not to the outputs from what the fitted w1 gives")
+    heal = adder(parser.add_argument_group("healing"))
+    heal(
+        "--heal-iters", [int], "steps of training: of banks alone, then of banks, coefficients and routers", metavar="N"
+    )
+    heal("--heal-lr", float, "peak rate; a 15th of the original's if not given")
+    heal("--teacher", str, "model to learn from; the original if not given", metavar="DIR")
+    heal("--teacher-weight", 1.0, "of the divergence from the teacher, beside the cross-entropy")
+    return parser
+
+
+@program
+def main(words: Words) -> None:
+    """Runs the command."""
+    configure_logging()
+    options = make_parser().parse_args(words)
+    given = {f.name: getattr(options, f.name) for f in fields(CompressOptions) if hasattr(options, f.name)}
+    compression = Compression(CompressOptions(
+        **given, sharing=options.expert_sharing, num_banks=options.num_expert_banks, num_sets=options.num_expert_sets,
+        refit=not options.no_refit,
+    ))  # fmt: skip
+    iters = _heal_iters(options)
+    teacher = options.teacher or str(compression.source.directory)
+    compression.require_teacher(teacher)
+    fitted = compression.fitted().directory
+    healed: dict[str, Path] = {}
+    for stage, count in zip(STAGES, iters, strict=True):
+        start = healed[next(reversed(healed))] if healed else fitted
+        run = _heal(compression, stage, HealOptions(options.heal_lr, options.teacher_weight), teacher, start, count)
+        if run is not None:
+            healed[stage.name] = run
+    verdicts = compression.judge(healed)
+    logger.info(f"\n{format_table(verdict_table(verdicts))}")
+    report = {"sharing": compression.plan.sharing, "num_expert_banks": compression.plan.num_banks,
+              "verdicts": [verdict.to_json() for verdict in verdicts]}  # fmt: skip
+    (compression.folder.root / "verdicts.json").write_text(json.dumps(report, indent=1) + "\n")
+    (compression.folder.root / "report.png").write_bytes(compression_plot(verdicts, *compression.errors()))
+    logger.info(
+        f"\nIn {compression.folder.root}: verdicts.json, report.png; the model is in {list(healed.values() or [fitted])[-1]}"
+    )
+
+
+def _heal_iters(options: Options) -> tuple[int, int]:
+    if options.heal_iters is None:
+        for name in ("heal_lr", "teacher"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "needs --heal-iters")
+        return 0, 0
+    iters = (*options.heal_iters, 0)
+    if len(iters) > 3 or min(iters) < 0:
+        raise ConfigError("--heal-iters", options.heal_iters, "must be one or two numbers of steps, 0 or more")
+    return iters[0], iters[1]
+
+
+def _heal(
+    compression: Compression, stage: HealStage, options: HealOptions, teacher: str, start: Path, iters: int
+) -> Path | None:
+    """Trains a stage on from its last checkpoint, and returns the folder of its model; without steps it only shows the command.
+
+    Raises:
+        MegatronSamoeError: training failed, and said why.
+    """
+    root = compression.folder.root
+    run_dir, path = root / stage.name, root / f"{stage.name}.yaml"
+    if iters == 0:
+        return None
+    config = heal_config(
+        stage, compression.config, options, start.parent, teacher, run_dir, compression.options.data_path,
+        compression.options.valid_data_path, iters,
+    )  # fmt: skip
+    text = yaml.safe_dump(dict(config), sort_keys=False)
+    if path.is_file() and path.read_text() != text:
+        raise ConfigError("--heal-iters", iters, f"or another option of healing differs from {path}; give the same, or remove "
+                          f"it and {run_dir}")  # fmt: skip
+    path.write_text(text)
+    logger.info(f"{stage.name}: megatron-samoe pretrain --config {shlex.quote(str(path))}")
+    if pretrain.main(["--config", str(path)]) != 0:
+        raise MegatronSamoeError(f"{stage.name} has not ended; the same command goes on from its last checkpoint.")
+    return open_checkpoint(run_dir / "checkpoints").directory
+
+
+if __name__ == "__main__":
+    sys.exit(main())

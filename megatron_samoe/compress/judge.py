@@ -1,0 +1,72 @@
+"""How far a model's predictions are from the original's on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.ops.kl_divergence import kl_divergence_terms, scaled_logsumexp
+from megatron_samoe.parsing import JsonObject
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A model on held-out text.
+
+    Attributes:
+        expert_bytes: of all experts, each counted once, in the precision that the model computes in.
+        loss: mean cross-entropy of a token in nats.
+        divergence: mean KL(original || model) of a token in nats.
+    """
+
+    model: str
+    expert_bytes: int
+    loss: float
+    divergence: float
+
+    def to_json(self) -> JsonObject:
+        """Returns plain values."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def losses(original: RankModel, model: RankModel, passes: Sequence[Tensor]) -> tuple[float, float]:
+    """Returns mean cross-entropy, and mean KL(original || model), over tokens; for the original itself the latter is 0.
+
+    Args:
+        passes: ids [B, S + 1] of each forward pass.
+    """
+    loss = divergence = 0.0
+    tokens = 0
+    for ids_BS in passes:
+        logits_TV, taught_TV = (_logits(m, ids_BS) for m in (model, original))
+        labels_T = ids_BS[:, 1:].flatten()
+        lse_T, taught_lse_T = scaled_logsumexp(logits_TV, 1.0), scaled_logsumexp(taught_TV, 1.0)
+        loss += float((lse_T - logits_TV.gather(1, labels_T[:, None])[:, 0]).double().sum())
+        divergence += float(kl_divergence_terms(logits_TV, taught_TV, lse_T, taught_lse_T, 1.0).double().sum())
+        tokens += len(labels_T)
+    return loss / tokens, divergence / tokens
+
+
+def _logits(model: RankModel, ids_BS: Tensor) -> Tensor:
+    logits_TV, _ = model(ids_BS[:, :-1], ForwardContext(batch_size=len(ids_BS)))
+    return logits_TV[:, : model.vocab_size].float()
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> list[list[str]]:
+    """Returns rows for users; the first model is the original."""
+
+    def rounded(value: float) -> float:
+        return round(value, 4) + 0.0  # no -0.0000
+
+    whole = verdicts[0]
+    rows = [["model", "expert bytes", "share", "CE", "over the original", "KL from it"]]
+    for v in verdicts:
+        rows.append([v.model, f"{v.expert_bytes:,}", f"{v.expert_bytes / whole.expert_bytes:.3f}", f"{v.loss:.4f}",
+                     f"{rounded(v.loss - whole.loss):+.4f}", f"{rounded(v.divergence):.4f}"])  # fmt: skip
+    return rows
