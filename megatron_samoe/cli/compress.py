@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
-from megatron_samoe.cli import pretrain
 from megatron_samoe.cli.arguments import Options, Words, adder, program, text_parser
 from megatron_samoe.compress.healing import STAGES, HealOptions, HealStage, heal_config
 from megatron_samoe.compress.judge import verdict_table
@@ -132,7 +132,8 @@ def _heal(
                           f"it and {run_dir}")  # fmt: skip
     path.write_text(text)
     logger.info(f"{stage.name}: megatron-samoe pretrain --config {shlex.quote(str(path))}")
-    if pretrain.main(["--config", str(path)]) != 0:
+    # A process of its own: the trainer keeps freed memory, and the stages before may have taken much.
+    if subprocess.run([sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(path)]).returncode != 0:
         raise MegatronSamoeError(f"{stage.name} has not ended; the same command goes on from its last checkpoint.")
     return open_checkpoint(run_dir / "checkpoints").directory
 
