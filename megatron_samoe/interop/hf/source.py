@@ -172,12 +172,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """Returns the family that config.json names; ConfigError where it is none that we know."""
     kind = config.get("model_type")
     known = {family.name: family for family in families()}
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ConfigError(
             f"{CONFIG}: model_type", kind,
             f"is not a family that can be imported; these can: {', '.join(known)}." + nearest(str(kind), known),
         )  # fmt: skip
-    return known[str(kind)]
+    return known[kind]
 
 
 def derived_model(family: Family, config: Mapping[str, Any]) -> NativeModel:
