@@ -70,7 +70,7 @@ class Stopwatch:
         self.started, self.waited_before = time.perf_counter(), self.waits.seconds
 
     def end(self, tokens: int) -> None:
-        """Ends a step of so many tokens over all ranks."""
+        """Ends a step; `tokens` are those of all ranks."""
         self.seconds += time.perf_counter() - self.started
         self.waited += self.waits.seconds - self.waited_before
         self.steps += 1
