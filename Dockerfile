@@ -1,4 +1,4 @@
-# megatron_samoe on CPUs:
+# megatron_samoe on CPUs (written, not built yet):
 #   docker build -t megatron_samoe . && docker run --rm -it --shm-size 2g megatron_samoe quickstart
 # Ranks of one host exchange tokens through /dev/shm, which needs more room than Docker's 64 MB.
 FROM python:3.11-slim-bookworm AS build

@@ -136,6 +136,7 @@ class LanguageModel:
         """Returns the text that follows a prompt, or each of several, which are generated together.
 
         A prompt longer than the context is cut from the left to half of it.
+        Each call makes an engine, which folds a pool's experts anew: for many calls keep an `Engine`.
 
         Args:
             sampling: other fields of `SamplingOptions`: temperature (0 is greedy), top_k, top_p, stop, seed, ...

@@ -60,9 +60,7 @@ ALWAYS_SO: Mapping[str, str] = {
                      "writes format torch",
     "--auto-detect-ckpt-format": "checkpoints have one format",
     "--ckpt-fully-parallel-load": "ranks always share reading and writing",
-    "--no-load-strict": "every parameter of a checkpoint must have its place",
     "--dist-ckpt-strictness": "every parameter of a checkpoint must have its place",
-    "--log-params-norm": "the record of a step has what is known (docs/metrics.md)",
     "--log-throughput": "tokens per second are always logged",
     "--timing-log-level": "`--profile` shows where time goes",
     "--log-timers-to-tensorboard": "step times are always there",
@@ -76,7 +74,6 @@ ALWAYS_SO: Mapping[str, str] = {
     "--disable-gloo-process-groups": "gloo's groups are made where something uses them",
     "--no-create-attention-mask-in-dataloader": "no mask is made; --reset-attention-mask attends within documents",
     "--no-async-tensor-model-parallel-allreduce": "it has no effect in Megatron-LM either",
-    "--distributed-optimizer-no-copy": "ZeRO-1 keeps one copy of what a rank updates",
 }  # fmt: skip
 #: Flags of Megatron-LM that have no counterpart, with what there is.
 MISSING: Mapping[str, str] = {
@@ -121,12 +118,12 @@ MISSING: Mapping[str, str] = {
     "--per-split-data-args-path": "a YAML file names blends (docs/data.md)",
     "--moe-use-upcycling": "`megatron-samoe edit upcycle` makes a MoE of a dense checkpoint",
     "--moe-router-force-load-balancing": "routers always choose",
+    "--log-params-norm": "norms of gradients are recorded",
     "--log-num-zeros-in-grad": "norms of gradients are recorded",
     "--manual-gc": "Python's collector runs by itself",
     "--iterations-to-skip": "--skip-spikes leaves weights as they are in steps whose loss is far off",
     "--moe-enable-deepep": "tokens go by this program's own all-to-all",
     "--moe-apply-probs-on-input": "outputs are weighed",
-    "--save-retain-interval-hours": "--save-retain-interval counts steps",
     "--wandb-entity": "the environment variable WANDB_ENTITY says it",
     "--wandb-save-dir": "it lies in --run-dir",
 }  # fmt: skip
