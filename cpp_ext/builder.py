@@ -27,6 +27,8 @@ X86_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
 }
+#: The library takes every torch from this one on: the bindings use nothing but the stable ABI, as this one has it.
+OLDEST_TORCH = (2, 11)
 COMMON_FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 
 
@@ -113,6 +115,7 @@ class Toolchain:
         return {
             "sources": digest_of_sources(),
             "torch": self.torch.__version__,
+            "oldest_torch": ".".join(map(str, OLDEST_TORCH)),
             "compiler": self.version,
             "openmp": bool(self.openmp),
             "instruction_sets": list(self.instruction_sets),
@@ -126,17 +129,13 @@ class Toolchain:
 
     def torch_flags(self) -> list[str]:
         include = Path(self.torch.__file__).parent / "include"
-        # The headers ask for the standard that torch itself was built with.
-        standard = "c++20" if "C++ Version: 202002" in self.torch.__config__.show() else "c++17"
-        abi = int(self.torch.compiled_with_cxx11_abi())
+        major, minor = OLDEST_TORCH
         return [
-            f"-std={standard}",
-            f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
+            "-std=c++17",
+            f"-DTORCH_TARGET_VERSION={major << 56 | minor << 48:#x}",
             "-Wno-unused-parameter",
             "-isystem",
             str(include),
-            "-isystem",
-            str(include / "torch/csrc/api/include"),
         ]
 
     def jobs(self, source: str) -> list[tuple[str, list[str]]]:
@@ -165,10 +164,10 @@ class Toolchain:
         return [("", [*base, "-std=c++17"])]
 
     def link_flags(self) -> list[str]:
-        """Returns the linker's flags: torch without its Python and CUDA parts, and CUDA's runtime for the kernels."""
+        """Returns the linker's flags: torch's stable ABI, and CUDA's runtime for the kernels."""
         libraries = Path(self.torch.__file__).parent / "lib"
         runtime = [str(self.cuda.runtime)] if self.cuda else []
-        torch_libraries = ["-L", str(libraries), "-ltorch_cpu", "-lc10"]
+        torch_libraries = ["-L", str(libraries), "-ltorch_cpu"]
         return ["-shared", *self.openmp, *torch_libraries, *runtime, "-ldl", "-Wl,--no-undefined"]
 
 

@@ -1,9 +1,6 @@
 // The CPU as the ops see it: checks, threads, and the kernels of the best instruction set.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <climits>
 
@@ -14,14 +11,14 @@ namespace samoe {
 
 class CpuBackend : public TensorChecks {
  public:
-  CpuBackend(const at::Tensor& first, const char* name) : TensorChecks(c10::kCPU, first, name) {}
+  CpuBackend(const Tensor& first, const char* name) : TensorChecks(DeviceType::CPU, first, name) {}
 
   // As many threads as have enough to do that waking them pays, at most `limit`, at least one. Work is in bytes, or in
   // what per_thread counts.
   int threads(int64_t work, int64_t per_thread = 64 << 10, int64_t limit = INT_MAX) const {
-    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({work / per_thread, limit, at::get_num_threads()})));
+    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({work / per_thread, limit, num_threads()})));
   }
-  void check_index(const at::Tensor& index, const char* name, int64_t low, int64_t high) const {
+  void check_index(const Tensor& index, const char* name, int64_t low, int64_t high) const {
     samoe::check_index(index, name, low, high);
   }
 
@@ -38,17 +35,17 @@ class CpuBackend : public TensorChecks {
   void cross_entropy_backward(const cpu::CrossEntropyBackward& a) const { cpu::kernels().cross_entropy_backward(a); }
   void adamw(const cpu::AdamW& a) const { cpu::kernels().adamw(a); }
 
-  CountedSlots count_slots(const at::Tensor& ids, const at::Tensor& counts) const {
+  CountedSlots count_slots(const Tensor& ids, const Tensor& counts) const {
     const int64_t num_slots = ids.numel(), num_experts = counts.size(0);
-    const int64_t chunks = cpu::num_slot_chunks(num_slots, num_experts, at::get_num_threads());
-    CountedSlots slots{at::empty({chunks, num_experts}, ids.options()), 0, 0};
+    const int64_t chunks = cpu::num_slot_chunks(num_slots, num_experts, num_threads());
+    CountedSlots slots{uninitialized({chunks, num_experts}, ids), 0, 0};
     slots.num_rows = cpu::count_slots(ids.const_data_ptr<int64_t>(), num_slots, num_experts, chunks,
                                       counts.mutable_data_ptr<int64_t>(), slots.cursor.mutable_data_ptr<int64_t>(),
                                       &slots.bad_id, static_cast<int>(chunks));
     return slots;
   }
-  void place_slots(const at::Tensor& ids, const CountedSlots& slots, const at::Tensor& slot_of_row,
-                   const at::Tensor& row_of_slot) const {
+  void place_slots(const Tensor& ids, const CountedSlots& slots, const Tensor& slot_of_row,
+                   const Tensor& row_of_slot) const {
     const int64_t chunks = slots.cursor.size(0);
     cpu::place_slots(ids.const_data_ptr<int64_t>(), ids.numel(), slots.cursor.size(1), chunks,
                      slots.cursor.mutable_data_ptr<int64_t>(), slot_of_row.mutable_data_ptr<int64_t>(),

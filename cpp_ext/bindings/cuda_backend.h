@@ -1,17 +1,12 @@
 // A CUDA device as the ops see it: checks, the current stream, workspaces, and the kernels. Devices and streams come
-// from torch's device-generic interface, so that a C++ compiler suffices here.
+// from torch's stable ABI, so that a C++ compiler suffices here.
 //
 // The same sources make the library of the tests, where the kernels run emulated on CPU tensors: it is compiled with
 // SAMOE_CUDA_KEY=CPU and a namespace of its own.
 #pragma once
 
-#include <ATen/ops/empty.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/Stream.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-#include <torch/library.h>
-
 #include "check.h"
+#include "device.h"
 #include "../kernels/cuda/launchers.h"
 #include "arguments.h"
 
@@ -19,8 +14,6 @@
 #define SAMOE_CUDA_KEY CUDA
 #define SAMOE_CUDA_NAMESPACE megatron_samoe
 #endif
-// torch's macro pastes its arguments: one more step has them expanded before.
-#define SAMOE_LIBRARY_IMPL(name, key, m) TORCH_LIBRARY_IMPL(name, key, m)
 #define SAMOE_CUDA_LIBRARY_IMPL(m) SAMOE_LIBRARY_IMPL(SAMOE_CUDA_NAMESPACE, SAMOE_CUDA_KEY, m)
 
 namespace samoe {
@@ -28,22 +21,22 @@ namespace samoe {
 // The device of a call's tensors is the current one as long as this lives.
 class CudaBackend : public TensorChecks {
  public:
-  CudaBackend(const at::Tensor& first, const char* name)
-      : TensorChecks(c10::DeviceType::SAMOE_CUDA_KEY, first, name), guard_(device()), stream_(stream_of(device())) {}
+  CudaBackend(const Tensor& first, const char* name)
+      : TensorChecks(DeviceType::SAMOE_CUDA_KEY, first, name), scope_(device()), stream_(static_cast<cudaStream_t>(current_stream(device()))) {}
 
   int threads(int64_t, int64_t = 0, int64_t = 0) const { return 0; }  // the launchers do not read it
   // The kernels look at each entry where they use it: looking here would wait for the device.
-  void check_index(const at::Tensor&, const char*, int64_t, int64_t) const {}
+  void check_index(const Tensor&, const char*, int64_t, int64_t) const {}
   // Starts kernels on the tensors' stream.
   template <typename Launcher, typename... Arguments>
   void launch(Launcher launcher, const Arguments&... arguments) const {
     launcher(arguments..., stream_);
     const char* error = cuda::launch_error();
-    TORCH_CHECK(error == nullptr, "a CUDA kernel did not start: ", error);
+    SAMOE_CHECK(error == nullptr, "a CUDA kernel did not start: ", error);
   }
 
   void gate_forward(const cpu::GateForward& a) const {
-    const at::Tensor memory = workspace(cuda::gate_workspace_bytes(a));
+    const Tensor memory = workspace(cuda::gate_workspace_bytes(a));
     launch(cuda::gate_forward, a, memory.mutable_data_ptr());
   }
   void gate_backward(const cpu::GateBackward& a) const { launch(cuda::gate_backward, a); }
@@ -54,7 +47,7 @@ class CudaBackend : public TensorChecks {
   }
   void combine(const cpu::Combine& a) const { launch(cuda::combine, a); }
   void combine_backward(const cpu::CombineBackward& a) const {
-    const at::Tensor memory = workspace(cuda::combine_backward_workspace_bytes(a));
+    const Tensor memory = workspace(cuda::combine_backward_workspace_bytes(a));
     launch(cuda::combine_backward, a, memory.mutable_data_ptr());
   }
   void cross_entropy_forward(const cpu::CrossEntropyForward& a) const { launch(cuda::cross_entropy_forward, a); }
@@ -62,15 +55,15 @@ class CudaBackend : public TensorChecks {
   void adamw(const cpu::AdamW& a) const { launch(cuda::adamw, a); }
 
   // Every slot has a row: how many are kept only the device knows.
-  CountedSlots count_slots(const at::Tensor& ids, const at::Tensor& counts) const {
+  CountedSlots count_slots(const Tensor& ids, const Tensor& counts) const {
     const int64_t num_slots = ids.numel(), num_experts = counts.size(0);
-    const CountedSlots slots{at::empty({cuda::num_slot_chunks(num_slots), num_experts + 1}, ids.options()), num_slots, 0};
+    const CountedSlots slots{uninitialized({cuda::num_slot_chunks(num_slots), num_experts + 1}, ids), num_slots, 0};
     launch(cuda::count_slots, ids.const_data_ptr<int64_t>(), num_slots, num_experts, counts.mutable_data_ptr<int64_t>(),
            slots.cursor.mutable_data_ptr<int64_t>());
     return slots;
   }
-  void place_slots(const at::Tensor& ids, const CountedSlots& slots, const at::Tensor& slot_of_row,
-                   const at::Tensor& row_of_slot) const {
+  void place_slots(const Tensor& ids, const CountedSlots& slots, const Tensor& slot_of_row,
+                   const Tensor& row_of_slot) const {
     launch(cuda::place_slots, ids.const_data_ptr<int64_t>(), ids.numel(), slots.cursor.size(1) - 1,
            slots.cursor.mutable_data_ptr<int64_t>(), slot_of_row.mutable_data_ptr<int64_t>(),
            row_of_slot.mutable_data_ptr<int64_t>());
@@ -78,15 +71,9 @@ class CudaBackend : public TensorChecks {
 
  private:
   // The allocator hands the memory on to later work of this stream alone.
-  at::Tensor workspace(int64_t bytes) const {
-    return at::empty({bytes}, at::TensorOptions(device()).dtype(at::kByte));
-  }
-  static cudaStream_t stream_of(c10::Device device) {
-    if (device.is_cpu()) return nullptr;  // emulated
-    return static_cast<cudaStream_t>(c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle());
-  }
+  Tensor workspace(int64_t bytes) const { return uninitialized({bytes}, kByte, device()); }
 
-  c10::DeviceGuard guard_;
+  DeviceScope scope_;
   cudaStream_t stream_;
 };
 

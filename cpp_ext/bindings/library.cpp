@@ -1,16 +1,15 @@
 // The schemas of the ops, once; kernels join per backend in the other files of this directory.
-#include <torch/library.h>
-
 #include <string>
 
 #include "../kernels/kernels.h"
+#include "torch_abi.h"
 
 namespace {
 std::string instruction_set() { return samoe::cpu::kernels().instruction_set; }
 }  // namespace
 
-TORCH_LIBRARY(megatron_samoe, m) {
-  m.def("instruction_set() -> str", instruction_set);
+STABLE_TORCH_LIBRARY(megatron_samoe, m) {
+  m.def("instruction_set() -> str");
   m.def(
       "topk_gate(Tensor logits, int topk, bool sigmoid, bool pre_softmax, int num_groups, Tensor? key=None)"
       " -> (Tensor probs, Tensor ids, Tensor counts, Tensor score_sum, Tensor z_sum, Tensor logsumexp)");
@@ -81,3 +80,6 @@ TORCH_LIBRARY(megatron_samoe, m) {
       "combine_rows(Tensor[] banks, Tensor?[] scales, Tensor coefficients, Tensor(a!) out, Tensor(b!)? out_scale)"
       " -> ()");
 }
+
+// Of no tensors.
+SAMOE_LIBRARY_IMPL(megatron_samoe, CompositeExplicitAutograd, m) { SAMOE_IMPL(m, "instruction_set", instruction_set);  }

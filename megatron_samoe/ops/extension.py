@@ -1,7 +1,8 @@
 """The search for the compiled extension, and what of it this process uses.
 
-Nothing happens at import. The first op that runs loads `megatron_samoe/_C*.so`, if it is there and was built for the
-running torch from these sources. Otherwise the slow twins of ops/reference.py do the work, and one line says so.
+Nothing happens at import. The first op that runs loads `megatron_samoe/_C*.so`, if it is there, takes the running torch
+and was built from these sources. It uses torch's stable ABI alone, so it takes every torch from `oldest_torch` of its
+record on. Otherwise the slow twins of ops/reference.py do the work, and one line says so.
 MEGATRON_SAMOE_EXTENSION=off never loads it, =require raises ExtensionError instead of falling back, and =auto (the
 default) falls back.
 
@@ -56,6 +57,12 @@ def _read_build_info(path: Path) -> dict[str, Any]:
     return info
 
 
+def torch_release(version: str) -> tuple[int, int]:
+    """Returns the major and minor number of a version such as 2.13.0+cpu."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
 def _load_or_explain() -> str | None:
     """Loads the library and returns None, or returns a sentence that says why not."""
     path = _library_path()
@@ -65,8 +72,8 @@ def _load_or_explain() -> str | None:
         info = _read_build_info(path)
     except ExtensionError as error:
         return str(error)
-    if info["torch"] != torch.__version__:
-        return f"it was built for torch {info['torch']} and torch {torch.__version__} is running. {_BUILD_AGAIN}"
+    if torch_release(torch.__version__) < torch_release(info["oldest_torch"]):
+        return f"it takes torch {info['oldest_torch']} and later, and torch {torch.__version__} is running."
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

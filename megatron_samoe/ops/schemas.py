@@ -50,7 +50,7 @@ shm_create(int rank, int world, int spins, float timeout_s) -> int
 shm_stage_rows(int handle, Tensor x, Tensor index, int divisor, float seconds) -> (Tensor rows, str state)
 nccl_problem() -> str
 nccl_library() -> str
-nccl_create(int rank, int world, Device device, float timeout_s) -> int
+nccl_create(int rank, int world, Device device, int stream, float timeout_s) -> int
 nccl_start_even(int handle, Tensor input, Tensor(a!) output) -> (int exchange, str state)
 nccl_start_hops(int handle, Tensor input, Tensor(a!) output, Tensor(b!) staging, int[] first_sends, int[] first_receives, int[] second_sends, int[] second_receives) -> (int exchange, str state)
 nccl_use_staging(int handle, Tensor staging, float seconds) -> str

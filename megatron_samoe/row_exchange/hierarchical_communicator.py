@@ -18,9 +18,8 @@ from torch import Tensor
 from megatron_samoe.errors import CommunicationError
 from megatron_samoe.log import say_once
 from megatron_samoe.parallel_state.state import Group
-from megatron_samoe.row_exchange.bulletin import Bulletin
 from megatron_samoe.row_exchange.communicator import Communicator
-from megatron_samoe.row_exchange.nccl_communicator import NcclCommunicator, open_nccl
+from megatron_samoe.row_exchange.nccl_communicator import NcclCommunicator, OpenedNccl, open_nccl
 from megatron_samoe.row_exchange.shm_communicator import create_host_communicator
 
 
@@ -81,8 +80,8 @@ class HierarchicalCommunicator(NcclCommunicator):
 
     transport = "NCCL by nodes"
 
-    def __init__(self, group: Group, handle: int, local: Communicator, timeout_s: float, bulletin: Bulletin):
-        super().__init__(group, handle, timeout_s, bulletin)
+    def __init__(self, group: Group, opened: OpenedNccl, local: Communicator, timeout_s: float):
+        super().__init__(group, opened, timeout_s)
         self._local = local
         self._staging: Tensor | None = None
 
@@ -102,6 +101,7 @@ class HierarchicalCommunicator(NcclCommunicator):
             self._handle, x, received, staging, hops.first_sends, hops.first_receives, hops.second_sends,
             hops.second_receives,
         )  # fmt: skip
+        self._keep_until_done(x, received, staging)
         return started
 
     def _staging_of(self, num_bytes: int, device: torch.device) -> tuple[Tensor, str]:
@@ -136,13 +136,13 @@ def create_hierarchical_communicator(
         problem = nodes_problem(found[1])
     opened = open_nccl(group, timeout_s, torch.device(device))
     if opened is not None and found is not None and not problem:
-        return HierarchicalCommunicator(group, opened[0], found[0], timeout_s, opened[1])
+        return HierarchicalCommunicator(group, opened, found[0], timeout_s)
     if found is not None:
         found[0].close()
     if opened is None:
         return None
     say_once(f"Group {group.name!r} exchanges rows in one hop, not by nodes: {problem}.")
-    return NcclCommunicator(group, opened[0], timeout_s, opened[1])
+    return NcclCommunicator(group, opened, timeout_s)
 
 
 def nodes_problem(hosts: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ from a unique id that its first rank draws and the process group carries to the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange.bulletin import Bulletin
 from megatron_samoe.row_exchange.communicator import Communicator, Pending, agreed, bytes_of_rows, connect
+
+
+class OpenedNccl(NamedTuple):
+    """A compiled communicator, the stream of its exchanges (None with the stand-in that tests use), and the messages
+    between its members."""
+
+    handle: int
+    stream: torch.cuda.Stream | None = None
+    bulletin: Bulletin | None = None
 
 
 class NcclCommunicator(Communicator):
@@ -26,23 +36,25 @@ class NcclCommunicator(Communicator):
     within about a second.
 
     Args:
-        bulletin: messages between members; closed with this object.
+        opened: what is closed with this object.
     """
 
     transport = "NCCL"
     #: Tensors of the CPU are for the stand-in that tests use; NCCL itself is refused when the communicator is made.
     device_types = ("cuda", "cpu")
 
-    def __init__(self, group: Group, handle: int, timeout_s: float, bulletin: Bulletin | None = None):
-        super().__init__(group, handle, timeout_s)
-        self._bulletin = bulletin
+    def __init__(self, group: Group, opened: OpenedNccl, timeout_s: float):
+        super().__init__(group, opened.handle, timeout_s)
+        self._stream, self._bulletin = opened.stream, opened.bulletin
 
     def exchange_evenly(self, x: Tensor) -> Tensor:
         """Returns exchange(x) where every member knows that it sends and receives equal parts."""
         rows = [x.shape[0] // self.group.size] * self.group.size
         received = self._received(x, rows, rows)
         with self._abort_if_interrupted():
-            started = torch.ops.megatron_samoe.nccl_start_even(self._handle, x.detach().contiguous(), received)
+            x = x.detach().contiguous()
+            started = torch.ops.megatron_samoe.nccl_start_even(self._handle, x, received)
+            self._keep_until_done(x, received)
             self._raise(self._finish(*started))
         return received
 
@@ -102,7 +114,14 @@ class NcclCommunicator(Communicator):
         started: tuple[int, str] = torch.ops.megatron_samoe.all_to_all_start(
             self._handle, x, received, [], send_bytes, [], recv_bytes, 0.0
         )
+        self._keep_until_done(x, received)
         return started
+
+    def _keep_until_done(self, *tensors: Tensor) -> None:
+        """Leaves the memory of tensors to the exchange until the device has done it, whoever drops them before."""
+        if self._stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self._stream)
 
 
 def nccl_problem() -> str:
@@ -125,17 +144,28 @@ def create_nccl_communicator(
         device: device of the exchanged tensors; without an index, the current one.
     """
     opened = open_nccl(group, timeout_s, torch.device(device))
-    return None if opened is None else NcclCommunicator(group, opened[0], timeout_s, opened[1])
+    return None if opened is None else NcclCommunicator(group, opened, timeout_s)
 
 
-def open_nccl(group: Group, timeout_s: float, device: torch.device) -> tuple[int, Bulletin] | None:
-    """Returns the compiled communicator of create_nccl_communicator, and the bulletin of its ranks."""
+def new_handle(rank: int, size: int, device: torch.device, timeout_s: float) -> tuple[int, torch.cuda.Stream | None]:
+    """Returns a compiled communicator that is not connected yet, and the stream of its exchanges on a GPU."""
+    stream = None
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        # Exchanges go before kernels that wait for the same multiprocessors.
+        stream = torch.cuda.Stream(device, priority=-1)
+    address = 0 if stream is None else stream.cuda_stream
+    return int(torch.ops.megatron_samoe.nccl_create(rank, size, device, address, timeout_s)), stream
+
+
+def open_nccl(group: Group, timeout_s: float, device: torch.device) -> OpenedNccl | None:
+    """Returns the compiled communicator of create_nccl_communicator."""
     if group.size == 1 or not agreed(group, nccl_problem(), NcclCommunicator.transport):
         return None
     ops = torch.ops.megatron_samoe
-    handle, problem, address, bulletin = -1, "", "", None
+    handle, problem, address, bulletin, stream = -1, "", "", None, None
     try:
-        handle = ops.nccl_create(group.rank, group.size, device, timeout_s)
+        handle, stream = new_handle(group.rank, group.size, device, timeout_s)
         address = ops.all_to_all_address(handle)
     except RuntimeError as error:
         problem = str(error).splitlines()[0]
@@ -150,7 +180,7 @@ def open_nccl(group: Group, timeout_s: float, device: torch.device) -> tuple[int
             if problem:
                 problem += bulletin.give_up(problem)
     if agreed(group, problem, NcclCommunicator.transport) and bulletin is not None:
-        return int(handle), bulletin
+        return OpenedNccl(handle, stream, bulletin)
     if bulletin is not None:
         bulletin.close()
     if handle >= 0:

@@ -102,7 +102,7 @@ from megatron_samoe.errors import CommunicationError
 from megatron_samoe.ops import extension
 assert extension.load()
 ops = torch.ops.megatron_samoe
-handle = ops.nccl_create(0, 1, torch.device("cpu"), 30.0)
+handle = ops.nccl_create(0, 1, torch.device("cpu"), 0, 30.0)
 assert ops.all_to_all_connect(handle, [ops.all_to_all_address(handle)]) == ""
 while ops.all_to_all_finish(handle, 0, 0.1) == "pending":
     pass

@@ -13,7 +13,7 @@ from megatron_samoe.errors import CommunicationError
 from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange.communicator import connect
-from megatron_samoe.row_exchange.nccl_communicator import NcclCommunicator, nccl_problem
+from megatron_samoe.row_exchange.nccl_communicator import NcclCommunicator, OpenedNccl, nccl_problem, new_handle
 from tests.harness import nccl_library
 from tests.harness.ranks import run_ranks
 
@@ -31,10 +31,9 @@ def open_communicator(device: str, library: str, timeout_s: float = 30.0) -> Ncc
     if library:
         nccl_library.use(library)
     assert extension.load() and not nccl_problem(), nccl_problem()
-    ops = torch.ops.megatron_samoe
-    handle = ops.nccl_create(0, 1, torch.device(device), timeout_s)
-    assert connect(handle, [ops.all_to_all_address(handle)]) == ""
-    return NcclCommunicator(Group("ep", (0,), 0), handle, timeout_s)
+    handle, stream = new_handle(0, 1, torch.device(device), timeout_s)
+    assert connect(handle, [torch.ops.megatron_samoe.all_to_all_address(handle)]) == ""
+    return NcclCommunicator(Group("ep", (0,), 0), OpenedNccl(handle, stream), timeout_s)
 
 
 def _exchanges(device: str, library: str) -> None:

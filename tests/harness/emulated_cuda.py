@@ -52,15 +52,13 @@ def run_all(commands: list[list[str]]) -> None:
 def build_library(folder: Path) -> Path:
     """Compiles the library into a folder and returns its path."""
     torch_folder = Path(torch.__file__).parent
-    headers = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
-    torch_flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", *_WARNINGS]
-    torch_flags += [f"-isystem{path}" for path in headers]
-    torch_flags += ["-DSAMOE_CUDA_KEY=CPU", f"-DSAMOE_CUDA_NAMESPACE={NAMESPACE}"]
+    torch_flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", *_WARNINGS, f"-isystem{torch_folder / 'include'}"]
+    torch_flags += ["-DTORCH_TARGET_VERSION=0x20b000000000000", "-DSAMOE_CUDA_KEY=CPU", f"-DSAMOE_CUDA_NAMESPACE={NAMESPACE}"]
     jobs = [(path, torch_flags) for path in BINDINGS] + [(path, [*FLAGS, "-x", "c++"]) for path in KERNELS]
     objects = [str(folder / f"{path.name}.o") for path, _ in jobs]
     run_all([[*compiler(), *flags, "-c", str(path), "-o", o] for (path, flags), o in zip(jobs, objects, strict=True)])
     library = folder / "emulated.so"
-    link = ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined"]
+    link = ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ldl", "-Wl,--no-undefined"]
     run_all([["g++", *objects, *link, "-o", str(library)]])
     return library
 

@@ -3,9 +3,6 @@
 // alone; on CUDA the kernels do it, and stop by an assertion.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
 #include <optional>
 #include <vector>
 
@@ -15,25 +12,24 @@
 namespace samoe {
 namespace decode {
 
-using at::Tensor;
 using cpu::kPage;
 using cpu::Matrix;
 using MaybeTensor = std::optional<Tensor>;
 
 inline int threads_for(int64_t bytes) {
-  const int64_t useful = bytes / (32 << 10), allowed = at::get_num_threads();
+  const int64_t useful = bytes / (32 << 10), allowed = num_threads();
   return static_cast<int>(useful < 1 ? 1 : (useful < allowed ? useful : allowed));
 }
 
-inline TensorChecks on_cpu() { return TensorChecks(c10::kCPU); }
+inline TensorChecks on_cpu() { return TensorChecks(DeviceType::CPU); }
 
 inline const float* floats_or_null(const MaybeTensor& tensor, const char* name, int64_t numel,
                                    const TensorChecks& checks = on_cpu()) {
   if (!tensor.has_value()) return nullptr;
-  TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, name, " is ", tensor->scalar_type(), ", not Float");
+  SAMOE_CHECK_VALUE(tensor->scalar_type() == kFloat, name, " is ", tensor->scalar_type(), ", not Float");
   checks.check_device(*tensor, name);
-  TORCH_CHECK(tensor->is_contiguous(), name, " is not contiguous");
-  TORCH_CHECK_VALUE(tensor->numel() == numel, name, " has ", tensor->numel(), " elements, not ", numel);
+  SAMOE_CHECK(tensor->is_contiguous(), name, " is not contiguous");
+  SAMOE_CHECK_VALUE(tensor->numel() == numel, name, " has ", tensor->numel(), " elements, not ", numel);
   return tensor->const_data_ptr<float>();
 }
 
@@ -41,31 +37,31 @@ inline const float* floats_or_null(const MaybeTensor& tensor, const char* name, 
 inline Matrix matrix_of(const Tensor& w, const MaybeTensor& scale, const char* name,
                         const TensorChecks& checks = on_cpu()) {
   checks.check_device(w, name);
-  TORCH_CHECK(w.is_contiguous() && w.dim() >= 2, name, " is not a contiguous matrix");
+  SAMOE_CHECK(w.is_contiguous() && w.dim() >= 2, name, " is not a contiguous matrix");
   const auto type = w.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kChar, name, " is ", type,
+  SAMOE_CHECK_VALUE(type == kFloat || type == kBFloat16 || type == kChar, name, " is ", type,
                    ", not Float, BFloat16 or Char");
-  TORCH_CHECK_VALUE(scale.has_value() == (type == at::kChar), name, ": int8 weights, and they alone, have scales");
+  SAMOE_CHECK_VALUE(scale.has_value() == (type == kChar), name, ": int8 weights, and they alone, have scales");
   const float* scales = floats_or_null(scale, name, w.size(-1) == 0 ? 0 : w.numel() / w.size(-1), checks);
-  const auto kind = type == at::kFloat      ? WeightType::f32
-                    : type == at::kBFloat16 ? WeightType::bf16
+  const auto kind = type == kFloat      ? WeightType::f32
+                    : type == kBFloat16 ? WeightType::bf16
                                             : WeightType::i8;
   return {kind, w.const_data_ptr(), scales};
 }
 
-inline int64_t bytes_of(const Tensor& w) { return static_cast<int64_t>(w.nbytes()); }
+inline int64_t bytes_of(const Tensor& w) { return nbytes(w); }
 
 // Hands out pieces of a buffer that the caller keeps from step to step.
 class Scratch {
  public:
   explicit Scratch(const Tensor& buffer, const TensorChecks& checks = on_cpu()) : left_(buffer.numel()) {
-    checks.check_contiguous(buffer, "scratch", 1, at::kFloat);
+    checks.check_contiguous(buffer, "scratch", 1, kFloat);
     next_ = buffer.mutable_data_ptr<float>();
-    TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(next_) % 16 == 0, "scratch does not begin at a multiple of 16 bytes");
+    SAMOE_CHECK_VALUE(reinterpret_cast<uintptr_t>(next_) % 16 == 0, "scratch does not begin at a multiple of 16 bytes");
   }
   float* floats(int64_t count) {
     count = (count + 15) / 16 * 16;
-    TORCH_CHECK_VALUE(count <= left_, "scratch is too small by ", count - left_, " floats");
+    SAMOE_CHECK_VALUE(count <= left_, "scratch is too small by ", count - left_, " floats");
     float* piece = next_;
     next_ += count;
     left_ -= count;
@@ -92,7 +88,7 @@ inline cpu::DecodeNorm norm_of(const float* x, int64_t num_tokens, int64_t hidde
 inline cpu::DecodeLinear linear_of(const float* x, int64_t num_tokens, int64_t inputs, const Tensor& w,
                                    const MaybeTensor& scale, const MaybeTensor& bias, int64_t outputs, float* out,
                                    bool accumulate, const char* name, const TensorChecks& checks = on_cpu()) {
-  TORCH_CHECK_VALUE(w.size(-1) == inputs && w.numel() == inputs * outputs, name, " is ", w.sizes(), ", not ", outputs,
+  SAMOE_CHECK_VALUE(w.size(-1) == inputs && w.numel() == inputs * outputs, name, " is ", w.sizes(), ", not ", outputs,
                     " x ", inputs);
   return {x, matrix_of(w, scale, name, checks), floats_or_null(bias, name, outputs, checks), num_tokens, inputs, outputs,
           accumulate, out, threads_for(bytes_of(w))};
@@ -106,21 +102,21 @@ struct Places {
 // Each place must be one of the cache's, and have angles where heads are rotated.
 inline void check_places(const Places& p, int64_t num_tokens, int64_t num_pages, std::optional<int64_t> num_angles,
                          const TensorChecks& checks = on_cpu()) {
-  checks.check_sizes(p.positions, "positions", {num_tokens}, at::kInt);
-  checks.check_sizes(p.slots, "slots", {num_tokens}, at::kInt);
-  checks.check_contiguous(p.pages, "pages", 2, at::kInt);
+  checks.check_sizes(p.positions, "positions", {num_tokens}, kInt);
+  checks.check_sizes(p.slots, "slots", {num_tokens}, kInt);
+  checks.check_contiguous(p.pages, "pages", 2, kInt);
   if (!checks.device().is_cpu()) return;
   const int32_t *positions = p.positions.const_data_ptr<int32_t>(), *slots = p.slots.const_data_ptr<int32_t>();
   const int32_t* pages = p.pages.const_data_ptr<int32_t>();
   for (int64_t t = 0; t < num_tokens; ++t) {
-    TORCH_CHECK_INDEX(slots[t] >= 0 && slots[t] < p.pages.size(0), "slot ", slots[t], " of ", p.pages.size(0));
-    TORCH_CHECK_INDEX(positions[t] >= 0 && positions[t] < p.pages.size(1) * kPage, "position ", positions[t], " of ",
+    SAMOE_CHECK_INDEX(slots[t] >= 0 && slots[t] < p.pages.size(0), "slot ", slots[t], " of ", p.pages.size(0));
+    SAMOE_CHECK_INDEX(positions[t] >= 0 && positions[t] < p.pages.size(1) * kPage, "position ", positions[t], " of ",
                       p.pages.size(1) * kPage);
-    TORCH_CHECK_INDEX(!num_angles.has_value() || positions[t] < *num_angles, "position ", positions[t], " has no angle");
+    SAMOE_CHECK_INDEX(!num_angles.has_value() || positions[t] < *num_angles, "position ", positions[t], " has no angle");
   }
   bool bad = false;
   for (int64_t i = 0; i < p.pages.numel(); ++i) bad |= pages[i] < 0 || pages[i] >= num_pages;
-  TORCH_CHECK_INDEX(!bad, "pages hold a page outside 0 to ", num_pages - 1);
+  SAMOE_CHECK_INDEX(!bad, "pages hold a page outside 0 to ", num_pages - 1);
 }
 
 // Norms of queries and keys: none, or weights of both, or weights and biases of both.
@@ -128,8 +124,8 @@ struct HeadNorms {
   const float *q = nullptr, *q_bias = nullptr, *k = nullptr, *k_bias = nullptr;
 };
 
-inline HeadNorms head_norms_of(at::TensorList norms, int64_t head_dim, const TensorChecks& checks = on_cpu()) {
-  TORCH_CHECK_VALUE(norms.size() == 0 || norms.size() == 2 || norms.size() == 4, "head_norms are ", norms.size());
+inline HeadNorms head_norms_of(const Tensors& norms, int64_t head_dim, const TensorChecks& checks = on_cpu()) {
+  SAMOE_CHECK_VALUE(norms.size() == 0 || norms.size() == 2 || norms.size() == 4, "head_norms are ", norms.size());
   std::vector<const float*> data;
   for (const Tensor& norm : norms) data.push_back(floats_or_null(norm, "head norm", head_dim, checks));
   if (data.empty()) return {};
@@ -137,22 +133,22 @@ inline HeadNorms head_norms_of(at::TensorList norms, int64_t head_dim, const Ten
 }
 
 // Attention but for the places of its tokens, and for qkv, its scratch and its result.
-inline cpu::DecodeAttention attention_of(int64_t kv_heads, int64_t queries, int64_t head_dim, at::TensorList head_norms,
+inline cpu::DecodeAttention attention_of(int64_t kv_heads, int64_t queries, int64_t head_dim, const Tensors& head_norms,
                                          double epsilon, bool rms, const MaybeTensor& cos, const MaybeTensor& sin,
                                          const Tensor& keys, const Tensor& values,
                                          const TensorChecks& checks = on_cpu()) {
   const auto type = keys.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16, "keys are ", type, ", not Float or BFloat16");
+  SAMOE_CHECK_VALUE(type == kFloat || type == kBFloat16, "keys are ", type, ", not Float or BFloat16");
   checks.check_contiguous(keys, "keys", 4, type);
   checks.check_sizes(keys, "keys", {keys.size(0), kv_heads, head_dim, kPage}, type);
   checks.check_sizes(values, "values", {keys.size(0), kv_heads, kPage, head_dim}, type);
-  TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos and sin come together");
+  SAMOE_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos and sin come together");
   const HeadNorms norms = head_norms_of(head_norms, head_dim, checks);
   cpu::DecodeAttention a = {};
   if (cos.has_value()) {
-    TORCH_CHECK_VALUE(cos->dim() == 2 && cos->sizes() == sin->sizes(), "cos and sin are not two equal tables");
+    SAMOE_CHECK_VALUE(cos->dim() == 2 && cos->sizes() == sin->sizes(), "cos and sin are not two equal tables");
     a.rotated = cos->size(1);
-    TORCH_CHECK_VALUE(a.rotated <= head_dim && a.rotated % 2 == 0, "a head of ", head_dim, " with ", a.rotated,
+    SAMOE_CHECK_VALUE(a.rotated <= head_dim && a.rotated % 2 == 0, "a head of ", head_dim, " with ", a.rotated,
                       " rotated");
     a.cos_PR = floats_or_null(cos, "cos", cos->numel(), checks);
     a.sin_PR = floats_or_null(sin, "sin", sin->numel(), checks);
@@ -163,7 +159,7 @@ inline cpu::DecodeAttention attention_of(int64_t kv_heads, int64_t queries, int6
   a.k_norm_bias_D = norms.k_bias;
   a.epsilon = static_cast<float>(epsilon);
   a.rms = rms;
-  a.cache_is_bf16 = type == at::kBFloat16;
+  a.cache_is_bf16 = type == kBFloat16;
   a.keys = keys.mutable_data_ptr();
   a.values = values.mutable_data_ptr();
   a.kv_heads = kv_heads;
@@ -186,12 +182,12 @@ struct RouterArguments {
 inline cpu::DecodeChoice choice_of(int64_t num_tokens, int64_t hidden, const RouterArguments& a,
                                    const TensorChecks& checks = on_cpu()) {
   const int64_t E = a.weight.size(0), G = a.num_groups;
-  TORCH_CHECK_TYPE(a.weight.scalar_type() == at::kFloat, "router is ", a.weight.scalar_type(), ", not Float");
-  TORCH_CHECK_VALUE(a.weight.dim() == 2 && a.topk >= 1 && a.topk <= E, "router is ", a.weight.sizes(), ", topk ", a.topk);
-  TORCH_CHECK_VALUE(G == 0 || (G > 0 && E % G == 0 && a.group_topk >= 1 && a.group_topk <= G && a.topk % a.group_topk == 0 &&
+  SAMOE_CHECK_VALUE(a.weight.scalar_type() == kFloat, "router is ", a.weight.scalar_type(), ", not Float");
+  SAMOE_CHECK_VALUE(a.weight.dim() == 2 && a.topk >= 1 && a.topk <= E, "router is ", a.weight.sizes(), ", topk ", a.topk);
+  SAMOE_CHECK_VALUE(G == 0 || (G > 0 && E % G == 0 && a.group_topk >= 1 && a.group_topk <= G && a.topk % a.group_topk == 0 &&
                                a.topk / a.group_topk <= E / G),
                     "a token uses ", a.topk, " of ", E, " experts in ", a.group_topk, " of ", G, " groups");
-  TORCH_CHECK_VALUE(a.mixing.has_value() == a.mixing_bias.has_value(), "mixing comes with its bias");
+  SAMOE_CHECK_VALUE(a.mixing.has_value() == a.mixing_bias.has_value(), "mixing comes with its bias");
   if (a.mixing.has_value()) floats_or_null(a.mixing, "mixing", 2 * hidden, checks);
   cpu::DecodeChoice choice = {};
   choice.num_tokens = num_tokens;
@@ -220,25 +216,25 @@ struct ExpertArguments {
 
 inline void check_index(const Tensor& index, const char* name, int64_t num_experts, int64_t num_matrices,
                         const TensorChecks& checks) {
-  checks.check_sizes(index, name, {num_experts}, at::kLong);
+  checks.check_sizes(index, name, {num_experts}, kLong);
   if (!checks.device().is_cpu()) return;
   const int64_t* values = index.const_data_ptr<int64_t>();
   for (int64_t e = 0; e < num_experts; ++e)
-    TORCH_CHECK_INDEX(values[e] >= -1 && values[e] < num_matrices, name, "[", e, "] = ", values[e], " of ",
+    SAMOE_CHECK_INDEX(values[e] >= -1 && values[e] < num_matrices, name, "[", e, "] = ", values[e], " of ",
                       num_matrices);
 }
 
 // Experts but for what they are given and what they write.
 inline cpu::DecodeExperts experts_of(int64_t hidden, const ExpertArguments& a, const TensorChecks& checks = on_cpu()) {
-  TORCH_CHECK_VALUE(a.w2.dim() == 3 && a.w2.size(1) == hidden, "w2 is ", a.w2.sizes(), ", not [.., ", hidden, ", F]");
+  SAMOE_CHECK_VALUE(a.w2.dim() == 3 && a.w2.size(1) == hidden, "w2 is ", a.w2.sizes(), ", not [.., ", hidden, ", F]");
   const int64_t ffn = a.w2.size(2), width = a.gated ? 2 * ffn : ffn, num_experts = a.index1.size(0);
-  TORCH_CHECK_VALUE(a.w1.dim() == (a.gated ? 4 : 3) && a.w1.size(-1) == hidden &&
+  SAMOE_CHECK_VALUE(a.w1.dim() == (a.gated ? 4 : 3) && a.w1.size(-1) == hidden &&
                         a.w1.numel() == a.w1.size(0) * width * hidden,
                     "w1 is ", a.w1.sizes(), " beside w2 ", a.w2.sizes());
   check_index(a.index1, "index1", num_experts, a.w1.size(0), checks);
   check_index(a.index2, "index2", num_experts, a.w2.size(0), checks);
   for (int64_t i = 0; i < (checks.device().is_cpu() ? num_experts : 0); ++i)
-    TORCH_CHECK_INDEX((a.index1.const_data_ptr<int64_t>()[i] < 0) == (a.index2.const_data_ptr<int64_t>()[i] < 0), "expert ", i,
+    SAMOE_CHECK_INDEX((a.index1.const_data_ptr<int64_t>()[i] < 0) == (a.index2.const_data_ptr<int64_t>()[i] < 0), "expert ", i,
                       " is left out of one of index1 and index2");
   cpu::DecodeExperts e = {};
   e.num_experts = num_experts;

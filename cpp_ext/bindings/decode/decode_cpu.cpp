@@ -26,4 +26,4 @@ class CpuDecode : public samoe::CpuBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(megatron_samoe, CPU, m) { samoe::decode::add_decode_ops<CpuDecode>(m); }
+SAMOE_LIBRARY_IMPL(megatron_samoe, CPU, m) { samoe::decode::add_decode_ops<CpuDecode>(m); }

@@ -17,13 +17,13 @@ class CudaDecode : public samoe::CudaBackend {
   // What is left of the scratch lets parts of long sequences run side by side.
   void attention(const cpu::DecodeAttention& a, int64_t num_slots, int64_t num_pages, int64_t num_angles,
                  const Scratch& pieces) const {
-    TORCH_CHECK_VALUE(a.head_dim >= 1 && a.head_dim <= cuda::kMaxHeadDim, "a head of ", a.head_dim, ", of at most ",
+    SAMOE_CHECK_VALUE(a.head_dim >= 1 && a.head_dim <= cuda::kMaxHeadDim, "a head of ", a.head_dim, ", of at most ",
                       cuda::kMaxHeadDim, " on a GPU");
     launch(cuda::decode_attention, a, cuda::CacheBounds{num_slots, num_pages, num_angles}, pieces.rest(),
            pieces.num_left());
   }
   void choose(const cpu::DecodeChoice& a, Scratch& pieces) const {
-    TORCH_CHECK(a.norm_scale == nullptr && a.bias_E == nullptr && a.candidates_E == nullptr && a.num_groups == 0 &&
+    SAMOE_CHECK(a.norm_scale == nullptr && a.bias_E == nullptr && a.candidates_E == nullptr && a.num_groups == 0 &&
                     a.mixing_T2 == nullptr && a.factor == 1.0f,
                 "a GPU chooses by logits alone");
     int64_t* counts = pieces.integers(a.num_experts);
@@ -41,7 +41,7 @@ class CudaDecode : public samoe::CudaBackend {
     launch(cuda::decode_experts, a, num_w1, num_w2, pieces.bytes(cuda::decode_experts_workspace_bytes(a)));
   }
   void combine_rows(const cpu::CombineRows& a) const {
-    TORCH_CHECK_VALUE(a.num_banks <= cuda::kMaxDecodeBanks, a.num_banks, " banks, of at most ", cuda::kMaxDecodeBanks,
+    SAMOE_CHECK_VALUE(a.num_banks <= cuda::kMaxDecodeBanks, a.num_banks, " banks, of at most ", cuda::kMaxDecodeBanks,
                       " on a GPU");
     launch(cuda::combine_rows, a);
   }

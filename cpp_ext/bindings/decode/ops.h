@@ -6,8 +6,6 @@
 // ops. What it needs besides the arguments it takes from the scratch.
 #pragma once
 
-#include <torch/library.h>
-
 #include <vector>
 
 #include "arguments.h"
@@ -19,9 +17,9 @@ template <typename B>
 void decode_linear(const Tensor& x, const Tensor& w, const MaybeTensor& scale, const MaybeTensor& bias,
                    const Tensor& out, bool accumulate) {
   const B backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
-  backend.check_contiguous(out, "out", 2, at::kFloat);
-  TORCH_CHECK_VALUE(out.size(0) == x.size(0), "out has ", out.size(0), " rows, x ", x.size(0));
+  backend.check_contiguous(x, "x", 2, kFloat);
+  backend.check_contiguous(out, "out", 2, kFloat);
+  SAMOE_CHECK_VALUE(out.size(0) == x.size(0), "out has ", out.size(0), " rows, x ", x.size(0));
   backend.linear(linear_of(x.const_data_ptr<float>(), x.size(0), x.size(1), w, scale, bias, out.size(1),
                            out.mutable_data_ptr<float>(), accumulate, "w", backend));
 }
@@ -30,8 +28,8 @@ template <typename B>
 void decode_norm(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double epsilon, bool rms,
                  const Tensor& out) {
   const B backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
-  backend.check_sizes(out, "out", x.sizes(), at::kFloat);
+  backend.check_contiguous(x, "x", 2, kFloat);
+  backend.check_sizes(out, "out", x.sizes(), kFloat);
   backend.norm(norm_of(x.const_data_ptr<float>(), x.size(0), x.size(1), weight, bias, epsilon, rms,
                        out.mutable_data_ptr<float>(), backend));
 }
@@ -57,13 +55,13 @@ void attend(const B& backend, cpu::DecodeAttention a, const float* qkv, int64_t 
 template <typename B>
 void decode_attention_block(const Tensor& x, const Tensor& norm_weight, const MaybeTensor& norm_bias, double epsilon,
                             bool rms, const Tensor& qkv_w, const MaybeTensor& qkv_scale, const MaybeTensor& qkv_bias,
-                            at::TensorList head_norms, const MaybeTensor& cos, const MaybeTensor& sin,
+                            const Tensors& head_norms, const MaybeTensor& cos, const MaybeTensor& sin,
                             const Tensor& positions, const Tensor& slots, const Tensor& pages, const Tensor& keys,
                             const Tensor& values, const Tensor& out_w, const MaybeTensor& out_scale,
                             const MaybeTensor& out_bias, const Tensor& scratch) {
   const B backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
-  TORCH_CHECK_VALUE(qkv_w.dim() == 4 && qkv_w.size(1) > 2, "qkv is ", qkv_w.sizes(), ", not [G, Q + 2, D, H]");
+  backend.check_contiguous(x, "x", 2, kFloat);
+  SAMOE_CHECK_VALUE(qkv_w.dim() == 4 && qkv_w.size(1) > 2, "qkv is ", qkv_w.sizes(), ", not [G, Q + 2, D, H]");
   const int64_t T = x.size(0), H = x.size(1), G = qkv_w.size(0), Q = qkv_w.size(1) - 2, D = qkv_w.size(2);
   const int64_t width = G * (Q + 2) * D;
   Scratch pieces(scratch, backend);
@@ -82,7 +80,7 @@ void decode_attention_block(const Tensor& x, const Tensor& norm_weight, const Ma
 inline void check_ids(const TensorChecks& checks, const int64_t* ids, int64_t count, int64_t num_experts) {
   if (!checks.device().is_cpu()) return;
   for (int64_t i = 0; i < count; ++i)
-    TORCH_CHECK_INDEX(ids[i] >= -1 && ids[i] < num_experts, "expert ", ids[i], " of ", num_experts);
+    SAMOE_CHECK_INDEX(ids[i] >= -1 && ids[i] < num_experts, "expert ", ids[i], " of ", num_experts);
 }
 
 // The chosen experts' results in y, and added to out where it is there.
@@ -110,13 +108,13 @@ void decode_experts(const Tensor& x, const Tensor& ids, const Tensor& probs, con
                     const MaybeTensor& factor2, bool gated, const Tensor& y, bool combine, const Tensor& out,
                     const Tensor& scratch) {
   const B backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
-  backend.check_contiguous(ids, "ids", 2, at::kLong);
+  backend.check_contiguous(x, "x", 2, kFloat);
+  backend.check_contiguous(ids, "ids", 2, kLong);
   const int64_t T = x.size(0), H = x.size(1), K = ids.size(1);
-  TORCH_CHECK_VALUE(ids.size(0) == T, "ids is ", ids.sizes(), ", for ", T, " tokens");
-  backend.check_sizes(probs, "probs", ids.sizes(), at::kFloat);
-  backend.check_sizes(y, "y", {T, K, H}, at::kFloat);
-  backend.check_sizes(out, "out", x.sizes(), at::kFloat);
+  SAMOE_CHECK_VALUE(ids.size(0) == T, "ids is ", ids.sizes(), ", for ", T, " tokens");
+  backend.check_sizes(probs, "probs", ids.sizes(), kFloat);
+  backend.check_sizes(y, "y", {T, K, H}, kFloat);
+  backend.check_sizes(out, "out", x.sizes(), kFloat);
   Scratch pieces(scratch, backend);
   const auto experts =
       experts_of(H, {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, backend);
@@ -151,12 +149,12 @@ void decode_route(const Tensor& x, const Tensor& norm_weight, const MaybeTensor&
                   int64_t num_groups, int64_t group_topk, double factor, const Tensor& normed, const Tensor& ids,
                   const Tensor& probs, const MaybeTensor& shared, const Tensor& scratch) {
   const B backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
-  backend.check_contiguous(ids, "ids", 2, at::kLong);
-  TORCH_CHECK_VALUE(ids.size(0) == x.size(0), "ids is ", ids.sizes(), ", for ", x.size(0), " tokens");
-  backend.check_sizes(normed, "normed", x.sizes(), at::kFloat);
-  backend.check_sizes(probs, "probs", ids.sizes(), at::kFloat);
-  TORCH_CHECK_VALUE(shared.has_value() == mixing.has_value(), "mixing gives weights of the shared MLP, and it alone");
+  backend.check_contiguous(x, "x", 2, kFloat);
+  backend.check_contiguous(ids, "ids", 2, kLong);
+  SAMOE_CHECK_VALUE(ids.size(0) == x.size(0), "ids is ", ids.sizes(), ", for ", x.size(0), " tokens");
+  backend.check_sizes(normed, "normed", x.sizes(), kFloat);
+  backend.check_sizes(probs, "probs", ids.sizes(), kFloat);
+  SAMOE_CHECK_VALUE(shared.has_value() == mixing.has_value(), "mixing gives weights of the shared MLP, and it alone");
   floats_or_null(shared, "shared", x.size(0), backend);
   Scratch pieces(scratch, backend);
   float* rows = normed.mutable_data_ptr<float>();
@@ -175,9 +173,9 @@ void decode_moe_block(const Tensor& x, const Tensor& norm_weight, const MaybeTen
                       const Tensor& w2, const MaybeTensor& scale2, const MaybeTensor& b2, const MaybeTensor& factor1,
                       const MaybeTensor& factor2, bool gated, const Tensor& scratch) {
   const B backend(x, "x");
-  backend.check_contiguous(x, "x", 2, at::kFloat);
+  backend.check_contiguous(x, "x", 2, kFloat);
   const int64_t T = x.size(0), H = x.size(1);
-  TORCH_CHECK_VALUE(topk >= 1 && (router.has_value() || topk == 1), "topk = ", topk);
+  SAMOE_CHECK_VALUE(topk >= 1 && (router.has_value() || topk == 1), "topk = ", topk);
   const auto experts =
       experts_of(H, {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, backend);
   Scratch pieces(scratch, backend);
@@ -197,18 +195,18 @@ void decode_moe_block(const Tensor& x, const Tensor& norm_weight, const MaybeTen
 }
 
 template <typename B>
-void combine_rows(at::TensorList banks, const c10::List<MaybeTensor>& scales, const Tensor& coefficients,
+void combine_rows(const Tensors& banks, const std::vector<MaybeTensor>& scales, const Tensor& coefficients,
                   const Tensor& out, const MaybeTensor& out_scale) {
   const B backend(coefficients, "coefficients");
-  backend.check_contiguous(coefficients, "coefficients", 1, at::kFloat);
-  TORCH_CHECK_VALUE(!banks.empty() && static_cast<int64_t>(banks.size()) == coefficients.size(0) &&
+  backend.check_contiguous(coefficients, "coefficients", 1, kFloat);
+  SAMOE_CHECK_VALUE(!banks.empty() && static_cast<int64_t>(banks.size()) == coefficients.size(0) &&
                         banks.size() == scales.size(),
                     banks.size(), " banks, ", scales.size(), " scales, ", coefficients.size(0), " coefficients");
   const Matrix target = matrix_of(out, out_scale, "out", backend);
   std::vector<Matrix> sources;
   for (size_t p = 0; p < banks.size(); ++p) {
-    TORCH_CHECK_VALUE(banks[p].sizes() == out.sizes(), "a bank is ", banks[p].sizes(), ", out ", out.sizes());
-    sources.push_back(matrix_of(banks[p], scales.get(p), "bank", backend));
+    SAMOE_CHECK_VALUE(banks[p].sizes() == out.sizes(), "a bank is ", banks[p].sizes(), ", out ", out.sizes());
+    sources.push_back(matrix_of(banks[p], scales[p], "bank", backend));
   }
   const int64_t cols = out.size(-1), rows = cols == 0 ? 0 : out.numel() / cols;
   backend.combine_rows({sources.data(), coefficients.const_data_ptr<float>(), coefficients.size(0), rows, cols,
@@ -218,14 +216,14 @@ void combine_rows(at::TensorList banks, const c10::List<MaybeTensor>& scales, co
 }
 
 template <typename B>
-void add_decode_ops(torch::Library& m) {
-  m.impl("decode_linear", decode_linear<B>);
-  m.impl("decode_norm", decode_norm<B>);
-  m.impl("decode_attention_block", decode_attention_block<B>);
-  m.impl("decode_experts", decode_experts<B>);
-  m.impl("decode_route", decode_route<B>);
-  m.impl("decode_moe_block", decode_moe_block<B>);
-  m.impl("combine_rows", combine_rows<B>);
+void add_decode_ops(Library& m) {
+  SAMOE_IMPL(m, "decode_linear", decode_linear<B>);
+  SAMOE_IMPL(m, "decode_norm", decode_norm<B>);
+  SAMOE_IMPL(m, "decode_attention_block", decode_attention_block<B>);
+  SAMOE_IMPL(m, "decode_experts", decode_experts<B>);
+  SAMOE_IMPL(m, "decode_route", decode_route<B>);
+  SAMOE_IMPL(m, "decode_moe_block", decode_moe_block<B>);
+  SAMOE_IMPL(m, "combine_rows", combine_rows<B>);
 }
 
 }  // namespace decode

@@ -1,8 +1,5 @@
 // Expert MLPs on the CPU: both products of an expert with its activation between, forward and backward, on the thread
 // that took the expert.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <atomic>
 #include <exception>
@@ -21,13 +18,7 @@
 
 namespace {
 
-using at::Tensor;
-using samoe::CpuBackend;
-using samoe::DType;
-using samoe::LentMemory;
-using samoe::MainGrads;
-using samoe::Matrix;
-using samoe::WorkMemory;
+using namespace samoe;
 using samoe::cpu::ExpertPlan;
 using samoe::cpu::ExpertTask;
 
@@ -89,8 +80,8 @@ void run_plan(const ExpertPlan& plan, int num_threads, const std::function<void(
 
 int threads_for(const Layer& layer) {
   const int64_t products = layer.total * layer.hidden * (layer.up + layer.width);
-  if (at::in_parallel_region() || products < (int64_t{1} << 20)) return 1;
-  return at::get_num_threads();
+  if (samoe::in_parallel_region() || products < (int64_t{1} << 20)) return 1;
+  return num_threads();
 }
 
 ExpertPlan plan_for(const Layer& layer, int num_threads, bool backward) {
@@ -98,8 +89,8 @@ ExpertPlan plan_for(const Layer& layer, int num_threads, bool backward) {
 }
 
 std::tuple<Tensor, Tensor> forward_of(const Layer& layer, const Tensor& x, bool keep_hidden) {
-  Tensor y = at::empty({layer.total, layer.hidden}, x.options());
-  Tensor hidden = at::empty({keep_hidden ? layer.total : 0, layer.up}, x.options());
+  Tensor y = uninitialized({layer.total, layer.hidden}, x);
+  Tensor hidden = uninitialized({keep_hidden ? layer.total : 0, layer.up}, x);
   const int num_threads = threads_for(layer);
   run_plan(plan_for(layer, num_threads, false), num_threads, [&](const ExpertTask& task, WorkMemory& memory) {
     const int64_t e = task.expert, n = task.end - task.begin;
@@ -235,7 +226,7 @@ class Experts {
     return forward_of(layer_, x, keep_hidden);
   }
   Tensor backward(const Tensor& dy, const Tensor& x, const Tensor& hidden, const MainGrads& grads) const {
-    Tensor dx = at::empty(x.sizes(), x.options());
+    Tensor dx = uninitialized(x.sizes(), x);
     Backward(layer_, dy, x, hidden, grads, dx).run();
     return dx;
   }
@@ -246,4 +237,4 @@ class Experts {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(megatron_samoe, CPU, m) { samoe::add_expert_ops<CpuBackend, Experts>(m); }
+SAMOE_LIBRARY_IMPL(megatron_samoe, CPU, m) { samoe::add_expert_ops<CpuBackend, Experts>(m); }

@@ -1,6 +1,7 @@
 #include "products.h"
 
-#include <c10/util/Exception.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -58,6 +59,23 @@ Bf16Products best_for_this_cpu() {
 #else
 Bf16Products best_for_this_cpu() { return Bf16Products::blas; }
 #endif
+
+// A matrix as torch sees it, or its transpose; a vector may be given as all rows of a matrix, with a stride of 0.
+Tensor view_of(const Matrix& m, bool transposed = false) {
+  int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.stride, 1};
+  if (transposed) std::swap(sizes[0], sizes[1]), std::swap(strides[0], strides[1]);
+  return torch::stable::from_blob(m.data, sizes, strides, Device(DeviceType::CPU),
+                                  m.dtype == DType::f32 ? kFloat : kBFloat16);
+}
+
+// out = a b
+void blas(const Tensor& a, const Tensor& b, const Tensor& out) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+// out = c + a b; c may be out.
+void blas_plus(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& out) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), 1.0, 1.0));
+}
 
 bool by_own_kernel(const Matrix& a) { return a.dtype == DType::bf16 && bf16_products() == Bf16Products::own; }
 
@@ -134,7 +152,7 @@ Bf16Products bf16_products() {
   if (asked == nullptr || std::strcmp(asked, "auto") == 0) return best;
   if (std::strcmp(asked, "fp32") == 0) return Bf16Products::fp32;
   if (std::strcmp(asked, "blas") == 0) return Bf16Products::blas;
-  TORCH_CHECK_VALUE(std::strcmp(asked, "native") == 0, "MEGATRON_SAMOE_BF16_PRODUCTS = '", asked,
+  SAMOE_CHECK_VALUE(std::strcmp(asked, "native") == 0, "MEGATRON_SAMOE_BF16_PRODUCTS = '", asked,
                     "': one of auto, native, blas, fp32");
   return cpu::kernels().has_bf16_product() ? Bf16Products::own : Bf16Products::blas;
 }
@@ -148,8 +166,7 @@ Matrix widened(const Matrix& m, WorkMemory& memory) {
 
 void times(const Matrix& a, const Matrix& b, bool transposed, const Matrix& c, WorkMemory& memory) {
   const auto mm = [&](const Matrix& right, const Matrix& result) {
-    at::Tensor out = result.tensor();
-    at::cpu::mm_out(out, a.tensor(), transposed ? right.tensor().t() : right.tensor());
+    blas(view_of(a), view_of(right, transposed), view_of(result));
   };
   if (a.dtype == b.dtype) {
     if (by_own_kernel(a)) return multiply(a, false, b, transposed, nullptr, c, memory);
@@ -175,9 +192,8 @@ void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias,
     if (by_own_kernel(a)) {
       return multiply(a, false, b, true, static_cast<const float*>(widened(*bias, memory).data), y, memory);
     }
-    at::Tensor out = y.tensor();
-    at::cpu::addmm_out(out, bias->tensor().expand({y.rows, y.columns}), a.tensor(), b.tensor().t());
-    return;
+    const Matrix all_rows = {bias->data, bias->dtype, y.rows, y.columns, 0};
+    return blas_plus(view_of(all_rows), view_of(a), view_of(b, true), view_of(y));
   }
   const Matrix sum = memory.matrix(DType::f32, y.rows, y.columns);
   times(a, b, true, sum, memory);
@@ -187,14 +203,12 @@ void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias,
 
 void add_transposed_times(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory) {
   if (a.dtype == DType::f32) {
-    at::Tensor sum = c.tensor();
-    at::cpu::addmm_(sum, a.tensor().t(), b.tensor());
-    return;
+    const Tensor sum = view_of(c);
+    return blas_plus(sum, view_of(a, true), view_of(b), sum);
   }
   if (by_own_kernel(a)) return multiply(a, true, b, false, nullptr, c, memory);
   const Matrix product = memory.matrix(DType::bf16, c.rows, c.columns);
-  at::Tensor out = product.tensor();
-  at::cpu::mm_out(out, a.tensor().t(), b.tensor());
+  blas(view_of(a, true), view_of(b), view_of(product));
   const auto convert = cpu::kernels().convert;
   for (int64_t r = 0; r < c.rows; ++r) {
     convert({DType::bf16, DType::f32, product.at(r, 0), c.at(r, 0), c.columns, true});

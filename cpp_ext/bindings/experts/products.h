@@ -5,17 +5,13 @@
 // than fp32, bf16 operands are widened a panel at a time, which stays in the cache.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm_cpu_dispatch.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
-
 #include <algorithm>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 #include "../../kernels/kernels.h"
+#include "../torch_abi.h"
 
 namespace samoe {
 
@@ -31,10 +27,6 @@ struct Matrix {
   }
   Matrix row_range(int64_t begin, int64_t end) const { return {at(begin, 0), dtype, end - begin, columns, stride}; }
   Matrix column_range(int64_t begin, int64_t end) const { return {at(0, begin), dtype, rows, end - begin, stride}; }
-  at::Tensor tensor() const {
-    return at::from_blob(data, {rows, columns}, {stride, 1},
-                         at::TensorOptions(dtype == DType::f32 ? at::kFloat : at::kBFloat16));
-  }
 };
 
 // Memory that one thread uses for the length of a task and that is kept for the next: fresh pages would cost more than

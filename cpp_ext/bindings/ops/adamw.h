@@ -1,9 +1,6 @@
 // The optimizer's update for every backend: checks, launch.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <torch/library.h>
-
 #include <cmath>
 #include <vector>
 
@@ -13,42 +10,40 @@
 namespace samoe {
 namespace ops {
 
-using at::Tensor;
-
 constexpr int64_t kElementsPerThread = 16384;
 
 // A run may be any view of contiguous memory: its shape does not matter, its order does.
 inline void check_run(const TensorChecks& checks, const Tensor& tensor, const char* name, size_t i, int64_t num,
-                      at::ScalarType dtype) {
+                      ScalarType dtype) {
   checks.check_device(tensor, name, "[", i, "]");
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, "[", i, "] is ", tensor.scalar_type(), ", not ", dtype);
-  TORCH_CHECK(tensor.is_contiguous(), name, "[", i, "] is not contiguous");
-  TORCH_CHECK_VALUE(tensor.numel() == num, name, "[", i, "] has ", tensor.numel(), " elements, its master ", num);
+  SAMOE_CHECK_VALUE(tensor.scalar_type() == dtype, name, "[", i, "] is ", tensor.scalar_type(), ", not ", dtype);
+  SAMOE_CHECK(tensor.is_contiguous(), name, "[", i, "] is not contiguous");
+  SAMOE_CHECK_VALUE(tensor.numel() == num, name, "[", i, "] has ", tensor.numel(), " elements, its master ", num);
 }
 
 // weights are bf16 copies that follow their masters; an empty list where the masters are the weights.
 template <typename B>
-void adamw(at::TensorList masters, at::TensorList weights, at::TensorList grads, at::TensorList exp_avgs,
-           at::TensorList exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
+void adamw(const Tensors& masters, const Tensors& weights, const Tensors& grads, const Tensors& exp_avgs,
+           const Tensors& exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
            int64_t step, double grad_scale) {
-  TORCH_CHECK_VALUE(grads.size() == masters.size() && exp_avgs.size() == masters.size() &&
+  SAMOE_CHECK_VALUE(grads.size() == masters.size() && exp_avgs.size() == masters.size() &&
                         exp_avg_sqs.size() == masters.size() && (weights.empty() || weights.size() == masters.size()),
                     "the lists differ in length: ", masters.size(), ", ", weights.size(), ", ", grads.size(), ", ",
                     exp_avgs.size(), ", ", exp_avg_sqs.size());
-  TORCH_CHECK_VALUE(step >= 1, "step = ", step, "; the first is 1");
+  SAMOE_CHECK_VALUE(step >= 1, "step = ", step, "; the first is 1");
   if (masters.empty()) return;
   const B backend(masters[0], "masters[0]");
   std::vector<cpu::AdamWRun> runs;
   int64_t total = 0;
   for (size_t i = 0; i < masters.size(); ++i) {
     const int64_t num = masters[i].numel();
-    check_run(backend, masters[i], "masters", i, num, at::kFloat);
-    check_run(backend, grads[i], "grads", i, num, at::kFloat);
-    check_run(backend, exp_avgs[i], "exp_avgs", i, num, at::kFloat);
-    check_run(backend, exp_avg_sqs[i], "exp_avg_sqs", i, num, at::kFloat);
+    check_run(backend, masters[i], "masters", i, num, kFloat);
+    check_run(backend, grads[i], "grads", i, num, kFloat);
+    check_run(backend, exp_avgs[i], "exp_avgs", i, num, kFloat);
+    check_run(backend, exp_avg_sqs[i], "exp_avg_sqs", i, num, kFloat);
     uint16_t* weight = nullptr;
     if (!weights.empty()) {
-      check_run(backend, weights[i], "weights", i, num, at::kBFloat16);
+      check_run(backend, weights[i], "weights", i, num, kBFloat16);
       weight = static_cast<uint16_t*>(weights[i].mutable_data_ptr());
     }
     runs.push_back({masters[i].mutable_data_ptr<float>(), weight, grads[i].const_data_ptr<float>(),
@@ -65,8 +60,8 @@ void adamw(at::TensorList masters, at::TensorList weights, at::TensorList grads,
 }
 
 template <typename B>
-void add_adamw_op(torch::Library& m) {
-  m.impl("adamw", adamw<B>);
+void add_adamw_op(Library& m) {
+  SAMOE_IMPL(m, "adamw", adamw<B>);
 }
 
 }  // namespace ops

@@ -1,10 +1,6 @@
 // The routing and pool ops for every backend (cpu_backend.h, cuda_backend.h): checks, allocation, launch.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <tuple>
 
 #include "../check.h"
@@ -13,28 +9,24 @@
 namespace samoe {
 namespace ops {
 
-using at::Tensor;
-
 template <typename B>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate(const Tensor& logits, int64_t topk, bool sigmoid,
                                                                      bool pre_softmax, int64_t num_groups,
-                                                                     const std::optional<Tensor>& key) {
+                                                                     const MaybeTensor& key) {
   const B backend(logits, "logits");
-  backend.check_contiguous(logits, "logits", 2, at::kFloat);
+  backend.check_contiguous(logits, "logits", 2, kFloat);
   if (key.has_value()) {
-    backend.check_contiguous(*key, "key", 2, at::kFloat);
-    TORCH_CHECK_VALUE(key->sizes() == logits.sizes(), "key ", key->sizes(), " and logits ", logits.sizes(), " differ");
+    backend.check_contiguous(*key, "key", 2, kFloat);
+    SAMOE_CHECK_VALUE(key->sizes() == logits.sizes(), "key ", key->sizes(), " and logits ", logits.sizes(), " differ");
   }
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
-  TORCH_CHECK_VALUE(topk >= 1 && topk <= num_experts, "topk = ", topk, ": from 1 to ", num_experts);
-  TORCH_CHECK_VALUE(num_experts < INT32_MAX, "too many experts: ", num_experts);
-  TORCH_CHECK_VALUE(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups,
+  SAMOE_CHECK_VALUE(topk >= 1 && topk <= num_experts, "topk = ", topk, ": from 1 to ", num_experts);
+  SAMOE_CHECK_VALUE(num_experts < INT32_MAX, "too many experts: ", num_experts);
+  SAMOE_CHECK_VALUE(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups,
                     ": a divisor of the number of tokens, ", num_tokens);
-  const auto f32 = logits.options();
-  const auto i64 = f32.dtype(at::kLong);
-  Tensor probs = at::empty({num_tokens, topk}, f32), ids = at::empty({num_tokens, topk}, i64);
-  Tensor counts = at::empty({num_groups, num_experts}, i64), score_sum = at::empty({num_groups, num_experts}, f32);
-  Tensor z_sum = at::empty({}, f32), logsumexp = at::empty({num_tokens}, f32);
+  Tensor probs = uninitialized({num_tokens, topk}, logits), ids = uninitialized({num_tokens, topk}, logits, kLong);
+  Tensor counts = uninitialized({num_groups, num_experts}, logits, kLong), score_sum = uninitialized({num_groups, num_experts}, logits);
+  Tensor z_sum = uninitialized({}, logits), logsumexp = uninitialized({num_tokens}, logits);
   backend.gate_forward({logits.const_data_ptr<float>(), num_tokens, num_experts, topk, num_groups, sigmoid, pre_softmax,
                         probs.mutable_data_ptr<float>(), ids.mutable_data_ptr<int64_t>(),
                         counts.mutable_data_ptr<int64_t>(), score_sum.mutable_data_ptr<float>(),
@@ -45,21 +37,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate(const Tenso
 
 template <typename B>
 Tensor topk_gate_backward(const Tensor& logits, const Tensor& logsumexp, const Tensor& probs, const Tensor& ids,
-                          const std::optional<Tensor>& dprobs, const std::optional<Tensor>& dscore_sum,
-                          const std::optional<Tensor>& dz, bool sigmoid, bool pre_softmax, int64_t num_groups) {
+                          const MaybeTensor& dprobs, const MaybeTensor& dscore_sum,
+                          const MaybeTensor& dz, bool sigmoid, bool pre_softmax, int64_t num_groups) {
   const B backend(logits, "logits");
-  backend.check_contiguous(logits, "logits", 2, at::kFloat);
-  backend.check_contiguous(logsumexp, "logsumexp", 1, at::kFloat);
-  backend.check_contiguous(probs, "probs", 2, at::kFloat);
-  backend.check_contiguous(ids, "ids", 2, at::kLong);
+  backend.check_contiguous(logits, "logits", 2, kFloat);
+  backend.check_contiguous(logsumexp, "logsumexp", 1, kFloat);
+  backend.check_contiguous(probs, "probs", 2, kFloat);
+  backend.check_contiguous(ids, "ids", 2, kLong);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
-  TORCH_CHECK_VALUE(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups);
-  TORCH_CHECK_VALUE(logsumexp.size(0) == num_tokens && probs.size(0) == num_tokens && ids.sizes() == probs.sizes(),
+  SAMOE_CHECK_VALUE(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups);
+  SAMOE_CHECK_VALUE(logsumexp.size(0) == num_tokens && probs.size(0) == num_tokens && ids.sizes() == probs.sizes(),
                     "the saved tensors do not belong to these logits");
-  backend.check_sizes(dprobs, "dprobs", probs.sizes(), at::kFloat);
-  backend.check_sizes(dscore_sum, "dscore_sum", {num_groups, num_experts}, at::kFloat);
-  backend.check_sizes(dz, "dz", {}, at::kFloat);
-  Tensor dlogits = at::empty(logits.sizes(), logits.options());
+  backend.check_sizes(dprobs, "dprobs", probs.sizes(), kFloat);
+  backend.check_sizes(dscore_sum, "dscore_sum", {num_groups, num_experts}, kFloat);
+  backend.check_sizes(dz, "dz", {}, kFloat);
+  Tensor dlogits = uninitialized(logits.sizes(), logits);
   backend.gate_backward(
       {logits.const_data_ptr<float>(), logsumexp.const_data_ptr<float>(), probs.const_data_ptr<float>(),
        ids.const_data_ptr<int64_t>(), data_or_null<float>(dprobs), data_or_null<float>(dscore_sum),
@@ -71,12 +63,12 @@ Tensor topk_gate_backward(const Tensor& logits, const Tensor& logsumexp, const T
 template <typename B>
 std::tuple<Tensor, Tensor, Tensor> make_permutation(const Tensor& ids, int64_t num_experts) {
   const B backend(ids, "ids");
-  backend.check_contiguous(ids, "ids", 2, at::kLong);
-  TORCH_CHECK_VALUE(num_experts >= 1, "num_experts = ", num_experts);
-  const Tensor counts = at::empty({num_experts}, ids.options());
+  backend.check_contiguous(ids, "ids", 2, kLong);
+  SAMOE_CHECK_VALUE(num_experts >= 1, "num_experts = ", num_experts);
+  const Tensor counts = uninitialized({num_experts}, ids);
   const CountedSlots slots = backend.count_slots(ids, counts);
-  TORCH_CHECK_INDEX(slots.num_rows >= 0, "expert id ", slots.bad_id, "; allowed are -1 to ", num_experts - 1);
-  Tensor slot_of_row = at::empty({slots.num_rows}, ids.options()), row_of_slot = at::empty(ids.sizes(), ids.options());
+  SAMOE_CHECK_INDEX(slots.num_rows >= 0, "expert id ", slots.bad_id, "; allowed are -1 to ", num_experts - 1);
+  Tensor slot_of_row = uninitialized({slots.num_rows}, ids), row_of_slot = uninitialized(ids.sizes(), ids);
   backend.place_slots(ids, slots, slot_of_row, row_of_slot);
   return {slot_of_row, row_of_slot, counts};
 }
@@ -85,12 +77,12 @@ template <typename B>
 Tensor permute(const Tensor& x, const Tensor& slot_of_row, int64_t topk) {
   const B backend(x, "x");
   backend.check_rows(x, "x");
-  backend.check_contiguous(slot_of_row, "slot_of_row", 1, at::kLong);
-  TORCH_CHECK_VALUE(topk >= 1, "topk = ", topk);
+  backend.check_contiguous(slot_of_row, "slot_of_row", 1, kLong);
+  SAMOE_CHECK_VALUE(topk >= 1, "topk = ", topk);
   backend.check_index(slot_of_row, "slot_of_row", 0, x.size(0) * topk);
   const int64_t num_rows = slot_of_row.size(0);
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
-  Tensor rows = at::empty({num_rows, x.size(1)}, x.options());
+  Tensor rows = uninitialized({num_rows, x.size(1)}, x);
   backend.gather_rows(
       {static_cast<const char*>(x.const_data_ptr()), slot_of_row.const_data_ptr<int64_t>(), num_rows, topk, row_bytes,
        static_cast<char*>(rows.mutable_data_ptr()), backend.threads(2 * num_rows * row_bytes)},
@@ -99,16 +91,16 @@ Tensor permute(const Tensor& x, const Tensor& slot_of_row, int64_t topk) {
 }
 
 template <typename B>
-Tensor unpermute(const Tensor& rows, const std::optional<Tensor>& probs, const Tensor& row_of_slot) {
+Tensor unpermute(const Tensor& rows, const MaybeTensor& probs, const Tensor& row_of_slot) {
   const B backend(rows, "rows");
   backend.check_rows(rows, "rows");
-  backend.check_contiguous(row_of_slot, "row_of_slot", 2, at::kLong);
-  backend.check_sizes(probs, "probs", row_of_slot.sizes(), at::kFloat);
+  backend.check_contiguous(row_of_slot, "row_of_slot", 2, kLong);
+  backend.check_sizes(probs, "probs", row_of_slot.sizes(), kFloat);
   backend.check_index(row_of_slot, "row_of_slot", -1, rows.size(0));
-  Tensor y = at::empty({row_of_slot.size(0), rows.size(1)}, rows.options());
+  Tensor y = uninitialized({row_of_slot.size(0), rows.size(1)}, rows);
   backend.unpermute({dtype_of(rows), rows.const_data_ptr(), data_or_null<float>(probs),
                      row_of_slot.const_data_ptr<int64_t>(), row_of_slot.size(0), row_of_slot.size(1), rows.size(1),
-                     y.mutable_data_ptr(), backend.threads(static_cast<int64_t>(rows.nbytes() + y.nbytes()))},
+                     y.mutable_data_ptr(), backend.threads(nbytes(rows) + nbytes(y))},
                     rows.size(0));
   return y;
 }
@@ -118,19 +110,19 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& dy, const Tensor& ro
                                               const Tensor& slot_of_row, const Tensor& row_of_slot) {
   const B backend(rows, "rows");
   backend.check_rows(rows, "rows");
-  backend.check_contiguous(row_of_slot, "row_of_slot", 2, at::kLong);
+  backend.check_contiguous(row_of_slot, "row_of_slot", 2, kLong);
   backend.check_sizes(dy, "dy", {row_of_slot.size(0), rows.size(1)}, rows.scalar_type());
-  backend.check_sizes(probs, "probs", row_of_slot.sizes(), at::kFloat);
+  backend.check_sizes(probs, "probs", row_of_slot.sizes(), kFloat);
   backend.check_index(row_of_slot, "row_of_slot", -1, rows.size(0));
-  backend.check_contiguous(slot_of_row, "slot_of_row", 1, at::kLong);
-  TORCH_CHECK_VALUE(slot_of_row.numel() == rows.size(0), "slot_of_row has ", slot_of_row.numel(), " rows");
-  Tensor drows = at::empty(rows.sizes(), rows.options()), dprobs = at::empty(probs.sizes(), probs.options());
+  backend.check_contiguous(slot_of_row, "slot_of_row", 1, kLong);
+  SAMOE_CHECK_VALUE(slot_of_row.numel() == rows.size(0), "slot_of_row has ", slot_of_row.numel(), " rows");
+  Tensor drows = uninitialized(rows.sizes(), rows), dprobs = uninitialized(probs.sizes(), probs);
   backend.unpermute_backward({dtype_of(rows), dy.const_data_ptr(), rows.const_data_ptr(),
                               probs.const_data_ptr<float>(), slot_of_row.const_data_ptr<int64_t>(),
                               row_of_slot.const_data_ptr<int64_t>(), row_of_slot.size(0), row_of_slot.size(1),
                               rows.size(1), drows.mutable_data_ptr(),
                               dprobs.mutable_data_ptr<float>(),
-                              backend.threads(static_cast<int64_t>(2 * rows.nbytes()))},
+                              backend.threads(2 * nbytes(rows))},
                              rows.size(0));
   return {drows, dprobs};
 }
@@ -140,11 +132,11 @@ cpu::Strided3<T> strided(T* data, const Tensor& tensor, int64_t unit = 1) {
   return {data, tensor.stride(0) * unit, tensor.stride(1) * unit};
 }
 
-inline void check_strided(const TensorChecks& checks, const Tensor& tensor, const char* name, at::ScalarType dtype,
-                          at::IntArrayRef sizes) {
+inline void check_strided(const TensorChecks& checks, const Tensor& tensor, const char* name, ScalarType dtype,
+                          Sizes sizes) {
   checks.check_tensor(tensor, name, 3, dtype);
-  TORCH_CHECK_VALUE(tensor.sizes() == sizes, name, " is ", tensor.sizes(), ", not ", sizes);
-  TORCH_CHECK(tensor.stride(2) == 1 || tensor.size(2) <= 1, name, " is not contiguous in its last dim");
+  SAMOE_CHECK_VALUE(tensor.sizes() == sizes, name, " is ", tensor.sizes(), ", not ", sizes);
+  SAMOE_CHECK(tensor.stride(2) == 1 || tensor.size(2) <= 1, name, " is not contiguous in its last dim");
 }
 
 struct BankSizes {
@@ -152,10 +144,10 @@ struct BankSizes {
 };
 
 inline BankSizes check_banks(const TensorChecks& checks, const Tensor& coefficients, const Tensor& banks) {
-  checks.check_contiguous(coefficients, "coefficients", 3, at::kFloat);
-  checks.check_tensor(banks, "banks", 3, at::kFloat);
+  checks.check_contiguous(coefficients, "coefficients", 3, kFloat);
+  checks.check_tensor(banks, "banks", 3, kFloat);
   const BankSizes sizes = {coefficients.size(0), coefficients.size(1), coefficients.size(2), banks.size(2)};
-  check_strided(checks, banks, "banks", at::kFloat, {sizes.num_banks, sizes.num_groups, sizes.num_elements});
+  check_strided(checks, banks, "banks", kFloat, {sizes.num_banks, sizes.num_groups, sizes.num_elements});
   return sizes;
 }
 
@@ -163,7 +155,7 @@ template <typename B>
 void combine_banks(const Tensor& coefficients, const Tensor& banks, const Tensor& out) {
   const B backend(coefficients, "coefficients");
   const auto [num_layers, num_groups, num_banks, num_elements] = check_banks(backend, coefficients, banks);
-  TORCH_CHECK_TYPE(out.scalar_type() == at::kFloat || out.scalar_type() == at::kBFloat16, "out is ", out.scalar_type());
+  SAMOE_CHECK_VALUE(out.scalar_type() == kFloat || out.scalar_type() == kBFloat16, "out is ", out.scalar_type());
   check_strided(backend, out, "out", out.scalar_type(), {num_layers, num_groups, num_elements});
   backend.combine(
       {coefficients.const_data_ptr<float>(), strided(banks.const_data_ptr<float>(), banks), dtype_of(out),
@@ -177,9 +169,9 @@ Tensor combine_banks_backward(const Tensor& coefficients, const Tensor& banks, c
                               const Tensor& dbanks) {
   const B backend(coefficients, "coefficients");
   const auto [num_layers, num_groups, num_banks, num_elements] = check_banks(backend, coefficients, banks);
-  check_strided(backend, dbanks, "dbanks", at::kFloat, {num_banks, num_groups, num_elements});
-  check_strided(backend, dweights, "dweights", at::kFloat, {num_layers, num_groups, num_elements});
-  Tensor dcoefficients = at::empty(coefficients.sizes(), coefficients.options());
+  check_strided(backend, dbanks, "dbanks", kFloat, {num_banks, num_groups, num_elements});
+  check_strided(backend, dweights, "dweights", kFloat, {num_layers, num_groups, num_elements});
+  Tensor dcoefficients = uninitialized(coefficients.sizes(), coefficients);
   backend.combine_backward(
       {coefficients.const_data_ptr<float>(), strided(banks.const_data_ptr<float>(), banks),
        strided(dweights.const_data_ptr<float>(), dweights), strided(dbanks.mutable_data_ptr<float>(), dbanks),
@@ -189,15 +181,15 @@ Tensor combine_banks_backward(const Tensor& coefficients, const Tensor& banks, c
 }
 
 template <typename B>
-void add_moe_ops(torch::Library& m) {
-  m.impl("topk_gate", topk_gate<B>);
-  m.impl("topk_gate_backward", topk_gate_backward<B>);
-  m.impl("make_permutation", make_permutation<B>);
-  m.impl("permute", permute<B>);
-  m.impl("unpermute", unpermute<B>);
-  m.impl("unpermute_backward", unpermute_backward<B>);
-  m.impl("combine_banks", combine_banks<B>);
-  m.impl("combine_banks_backward", combine_banks_backward<B>);
+void add_moe_ops(Library& m) {
+  SAMOE_IMPL(m, "topk_gate", topk_gate<B>);
+  SAMOE_IMPL(m, "topk_gate_backward", topk_gate_backward<B>);
+  SAMOE_IMPL(m, "make_permutation", make_permutation<B>);
+  SAMOE_IMPL(m, "permute", permute<B>);
+  SAMOE_IMPL(m, "unpermute", unpermute<B>);
+  SAMOE_IMPL(m, "unpermute_backward", unpermute_backward<B>);
+  SAMOE_IMPL(m, "combine_banks", combine_banks<B>);
+  SAMOE_IMPL(m, "combine_banks_backward", combine_banks_backward<B>);
 }
 
 }  // namespace ops

@@ -4,7 +4,7 @@
 #include "cross_entropy.h"
 #include "moe.h"
 
-TORCH_LIBRARY_IMPL(megatron_samoe, CPU, m) {
+SAMOE_LIBRARY_IMPL(megatron_samoe, CPU, m) {
   samoe::ops::add_moe_ops<samoe::CpuBackend>(m);
   samoe::ops::add_cross_entropy_ops<samoe::CpuBackend>(m);
   samoe::ops::add_adamw_op<samoe::CpuBackend>(m);

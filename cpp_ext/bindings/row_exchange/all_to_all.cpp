@@ -1,10 +1,6 @@
 // What all communicators do, as ops on handles. Python owns their life; see row_exchange/communicator.py.
 #include "communicators.h"
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-#include <torch/library.h>
-
 #include <map>
 #include <mutex>
 #include <string>
@@ -14,7 +10,6 @@
 namespace samoe {
 namespace {
 
-using at::Tensor;
 using comm::Part;
 
 std::mutex registry_mutex;
@@ -28,24 +23,24 @@ std::map<int64_t, Communicator>& registry() {
 // A rank's parts of a tensor: at the given byte offsets, or one after the other and together all of it.
 std::vector<Part> parts_of(const std::vector<int64_t>& offsets, const std::vector<int64_t>& bytes, const Tensor& tensor,
                            const Communicator& communicator, const char* name) {
-  TORCH_CHECK_VALUE(static_cast<int>(bytes.size()) == communicator.transport->world() &&
+  SAMOE_CHECK_VALUE(static_cast<int>(bytes.size()) == communicator.transport->world() &&
                         (offsets.empty() || offsets.size() == bytes.size()),
                     name, " has ", bytes.size(), " splits for ", communicator.transport->world(), " ranks");
-  TORCH_CHECK_VALUE(tensor.device() == communicator.device, name, " is on ", tensor.device(),
+  SAMOE_CHECK_VALUE(tensor.device() == communicator.device, name, " is on ", tensor.device(),
                     " and the communicator on ", communicator.device);
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " is not contiguous");
-  const int64_t size = static_cast<int64_t>(tensor.nbytes());
+  SAMOE_CHECK_VALUE(tensor.is_contiguous(), name, " is not contiguous");
+  const int64_t size = nbytes(tensor);
   std::vector<Part> parts;
   int64_t end = 0;
   for (size_t r = 0; r < bytes.size(); ++r) {
-    TORCH_CHECK_VALUE(bytes[r] >= 0, name, " has a negative split of ", bytes[r], " bytes");
+    SAMOE_CHECK_VALUE(bytes[r] >= 0, name, " has a negative split of ", bytes[r], " bytes");
     const int64_t offset = offsets.empty() ? end : offsets[r];
-    TORCH_CHECK_VALUE(offset >= 0 && offset <= size - bytes[r], name, " has ", size, " bytes and a part from ", offset,
+    SAMOE_CHECK_VALUE(offset >= 0 && offset <= size - bytes[r], name, " has ", size, " bytes and a part from ", offset,
                       " to ", offset + bytes[r]);
     parts.push_back({offset, bytes[r]});
     end = offset + bytes[r];
   }
-  TORCH_CHECK_VALUE(!offsets.empty() || end == size, name, " has ", size, " bytes and its splits sum to ", end);
+  SAMOE_CHECK_VALUE(!offsets.empty() || end == size, name, " has ", size, " bytes and its splits sum to ", end);
   return parts;
 }
 
@@ -53,15 +48,15 @@ std::string all_to_all_address(int64_t handle) { return find_communicator(handle
 
 std::string all_to_all_connect(int64_t handle, const std::vector<std::string>& addresses) {
   const Communicator communicator = find_communicator(handle);
-  TORCH_CHECK_VALUE(static_cast<int>(addresses.size()) == communicator.transport->world(), addresses.size(),
+  SAMOE_CHECK_VALUE(static_cast<int>(addresses.size()) == communicator.transport->world(), addresses.size(),
                     " addresses for ", communicator.transport->world(), " ranks");
-  const c10::OptionalDeviceGuard guard(communicator.device);
+  const DeviceScope scope(communicator.device);
   return communicator.transport->connect(addresses);
 }
 
 std::string all_to_all_finish(int64_t handle, int64_t exchange, double seconds) {
   const Communicator communicator = find_communicator(handle);
-  const c10::OptionalDeviceGuard guard(communicator.device);
+  const DeviceScope scope(communicator.device);
   return state_of(*communicator.transport, communicator.transport->finish(exchange, seconds));
 }
 
@@ -74,7 +69,7 @@ std::tuple<int64_t, std::string> all_to_all_start(int64_t handle, const Tensor& 
   const Communicator communicator = find_communicator(handle);
   const auto send = parts_of(send_offsets, send_bytes, input, communicator, "input");
   const auto recv = parts_of(recv_offsets, recv_bytes, output, communicator, "output");
-  auto result = started(communicator, {input, output}, [&] {
+  auto result = started(communicator, [&] {
     return communicator.transport->start(static_cast<const char*>(input.const_data_ptr()),
                                          static_cast<char*>(output.mutable_data_ptr()), send, recv);
   });
@@ -109,29 +104,31 @@ int64_t add_communicator(Communicator communicator) {
 Communicator find_communicator(int64_t handle) {
   std::lock_guard<std::mutex> lock(registry_mutex);
   const auto found = registry().find(handle);
-  TORCH_CHECK_VALUE(found != registry().end(), "no communicator has the handle ", handle, "; it may be closed");
+  SAMOE_CHECK_VALUE(found != registry().end(), "no communicator has the handle ", handle, "; it may be closed");
   return found->second;
-}
-
-void keep_until_done(const Communicator& communicator, std::initializer_list<Tensor> tensors) {
-  if (!communicator.stream.has_value()) return;
-  const c10::impl::VirtualGuardImpl device(communicator.device.type());
-  for (const Tensor& tensor : tensors)
-    device.recordDataPtrOnStream(tensor.storage().data_ptr(), *communicator.stream);
 }
 
 }  // namespace samoe
 
-TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
-  m.def("all_to_all_address(int handle) -> str", samoe::all_to_all_address);
-  m.def("all_to_all_connect(int handle, str[] addresses) -> str", samoe::all_to_all_connect);
+STABLE_TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
+  m.def("all_to_all_address(int handle) -> str");
+  m.def("all_to_all_connect(int handle, str[] addresses) -> str");
   m.def(
       "all_to_all_start(int handle, Tensor input, Tensor(a!) output, int[] send_offsets, int[] send_bytes,"
       " int[] recv_offsets, int[] recv_bytes, float seconds) -> (int exchange, str state)");
-  m.def("all_to_all_finish(int handle, int exchange, float seconds) -> str", samoe::all_to_all_finish);
-  m.def("all_to_all_abort(int handle, str reason) -> ()", samoe::all_to_all_abort);
-  m.def("all_to_all_close(int handle) -> ()", samoe::all_to_all_close);
+  m.def("all_to_all_finish(int handle, int exchange, float seconds) -> str");
+  m.def("all_to_all_abort(int handle, str reason) -> ()");
+  m.def("all_to_all_close(int handle) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(megatron_samoe, CPU, m) { m.impl("all_to_all_start", samoe::all_to_all_start); }
-TORCH_LIBRARY_IMPL(megatron_samoe, CUDA, m) { m.impl("all_to_all_start", samoe::all_to_all_start); }
+SAMOE_LIBRARY_IMPL(megatron_samoe, CPU, m) { SAMOE_IMPL(m, "all_to_all_start", samoe::all_to_all_start); }
+SAMOE_LIBRARY_IMPL(megatron_samoe, CUDA, m) { SAMOE_IMPL(m, "all_to_all_start", samoe::all_to_all_start); }
+
+// Of no tensors.
+SAMOE_LIBRARY_IMPL(megatron_samoe, CompositeExplicitAutograd, m) {
+  SAMOE_IMPL(m, "all_to_all_address", samoe::all_to_all_address);
+  SAMOE_IMPL(m, "all_to_all_connect", samoe::all_to_all_connect);
+  SAMOE_IMPL(m, "all_to_all_finish", samoe::all_to_all_finish);
+  SAMOE_IMPL(m, "all_to_all_abort", samoe::all_to_all_abort);
+  SAMOE_IMPL(m, "all_to_all_close", samoe::all_to_all_close);
+}

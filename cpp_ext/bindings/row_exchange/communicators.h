@@ -1,12 +1,6 @@
 // The process's communicators, which Python names by a number; see row_exchange/communicator.py.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/Device.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/Stream.h>
-#include <c10/util/Exception.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
@@ -15,22 +9,19 @@
 #include <tuple>
 
 #include "../../comm/all_to_all.h"
+#include "../device.h"
 
 namespace samoe {
 
-// A communicator, the device whose memory it exchanges, and the stream it works in (none on the CPU).
+// A communicator, and the device whose memory it exchanges.
 struct Communicator {
   std::shared_ptr<comm::AllToAll> transport;
-  c10::Device device;
-  std::optional<c10::Stream> stream;
+  Device device;
 };
 
 int64_t add_communicator(Communicator communicator);
 // ValueError where nothing has the number.
 Communicator find_communicator(int64_t handle);
-
-// The memory of tensors is not given to others before the communicator's stream has done what it has been given.
-void keep_until_done(const Communicator& communicator, std::initializer_list<at::Tensor> tensors);
 
 // What the ops say of an exchange: an empty string for done, "pending", or the reason of the failure.
 inline std::string state_of(comm::AllToAll& transport, comm::Progress progress) {
@@ -40,11 +31,9 @@ inline std::string state_of(comm::AllToAll& transport, comm::Progress progress) 
 
 // The number of an exchange that `start`, which returns a problem, began on the communicator's device, and its state.
 template <typename Start>
-std::tuple<int64_t, std::string> started(const Communicator& communicator, std::initializer_list<at::Tensor> tensors,
-                                         Start start) {
-  const c10::OptionalDeviceGuard guard(communicator.device);
+std::tuple<int64_t, std::string> started(const Communicator& communicator, Start start) {
+  const DeviceScope scope(communicator.device);
   const std::string problem = start();
-  keep_until_done(communicator, tensors);
   return {communicator.transport->last_started(), problem.empty() ? "pending" : problem};
 }
 
@@ -52,7 +41,7 @@ std::tuple<int64_t, std::string> started(const Communicator& communicator, std::
 template <typename Transport>
 std::shared_ptr<Transport> find_transport(int64_t handle) {
   auto transport = std::dynamic_pointer_cast<Transport>(find_communicator(handle).transport);
-  TORCH_CHECK_VALUE(transport != nullptr, "communicator ", handle, " goes through something else");
+  SAMOE_CHECK_VALUE(transport != nullptr, "communicator ", handle, " goes through something else");
   return transport;
 }
 

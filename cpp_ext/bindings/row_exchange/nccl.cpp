@@ -1,13 +1,5 @@
-// The NCCL all-to-all: its making and its exchanges in two hops, for every device. Streams and events come from torch's
-// device-generic interface, so the same file serves a CPU torch (with the library of the tests) and a CUDA torch.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/Event.h>
-#include <c10/core/Stream.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-#include <c10/util/Exception.h>
-#include <torch/library.h>
+// The NCCL all-to-all: its making and its exchanges in two hops. CUDA's events come from the runtime that torch has
+// loaded, so the same file serves a CPU torch (with the library of the tests) and a CUDA torch.
 
 #include <algorithm>
 #include <memory>
@@ -15,55 +7,90 @@
 #include <tuple>
 #include <vector>
 
+#include "../../comm/cuda_runtime.h"
 #include "../../comm/nccl_all_to_all.h"
 #include "communicators.h"
 
 namespace {
 
-using at::Tensor;
 using samoe::Communicator;
+using samoe::Device;
+using samoe::Integers;
+using samoe::nbytes;
+using samoe::Tensor;
+using samoe::comm::cuda_runtime;
+using samoe::comm::CudaRuntime;
 using samoe::comm::Hop;
 using samoe::comm::Message;
 using samoe::comm::nccl_api;
 using samoe::comm::NcclAllToAll;
 using samoe::comm::NcclApi;
 
+// CUDA's runtime; the stream of an exchange was made with it.
+const CudaRuntime& cuda() {
+  std::string why;
+  const CudaRuntime* runtime = cuda_runtime(&why);
+  SAMOE_CHECK(runtime != nullptr, why);
+  return *runtime;
+}
+
+void check_cuda(int error) { SAMOE_CHECK(error == 0, "CUDA: ", cuda().error_text(error)); }
+
+class Event {
+ public:
+  explicit Event(void* stream) {
+    check_cuda(cuda().create_event(&event_, samoe::comm::kCudaEventWithoutTiming));
+    if (const int error = cuda().record_event(event_, stream); error != 0) {
+      cuda().destroy_event(event_);
+      check_cuda(error);
+    }
+  }
+  ~Event() { cuda().destroy_event(event_); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  bool reached() const {
+    const int error = cuda().query_event(event_);
+    if (error != samoe::comm::kCudaNotReady) check_cuda(error);
+    return error == 0;
+  }
+  void lead(void* stream) const { check_cuda(cuda().wait_for_event(stream, event_, 0)); }
+
+ private:
+  void* event_ = nullptr;
+};
+
 class EventMark : public samoe::comm::Mark {
  public:
-  explicit EventMark(const c10::Stream& stream) : device_(stream.device()), event_(stream.device_type()) {
-    event_.record(stream);
-  }
-  bool reached() override { return event_.query(); }
+  EventMark(const Device& device, void* stream) : device_(device), event_(stream) {}
+  bool reached() override { return event_.reached(); }
   bool lead_caller() override {
-    event_.block(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+    event_.lead(samoe::current_stream(device_));
     return true;
   }
 
  private:
-  const c10::Device device_;
-  c10::Event event_;
+  const Device device_;
+  const Event event_;
 };
 
-class TorchQueue : public samoe::comm::DeviceQueue {
+class CudaQueue : public samoe::comm::DeviceQueue {
  public:
-  explicit TorchQueue(const c10::Stream& stream) : stream_(stream) {}
-  void* stream() override { return stream_.native_handle(); }
-  void follow_caller() override {
-    c10::Event event(stream_.device_type());
-    event.record(c10::impl::VirtualGuardImpl(stream_.device_type()).getStream(stream_.device()));
-    event.block(stream_);
-  }
-  std::unique_ptr<samoe::comm::Mark> mark() override { return std::make_unique<EventMark>(stream_); }
-  void enter_thread() override { c10::impl::VirtualGuardImpl(stream_.device_type()).setDevice(stream_.device()); }
+  CudaQueue(const Device& device, void* stream) : device_(device), stream_(stream) {}
+  void* stream() override { return stream_; }
+  void follow_caller() override { Event(samoe::current_stream(device_)).lead(stream_); }
+  std::unique_ptr<samoe::comm::Mark> mark() override { return std::make_unique<EventMark>(device_, stream_); }
+  void enter_thread() override { check_cuda(cuda().set_device(device_.index())); }
 
  private:
-  const c10::Stream stream_;
+  const Device device_;
+  void* const stream_;
 };
 
 const NcclApi* api_or_throw() {
   std::string why;
   const NcclApi* api = nccl_api(&why);
-  TORCH_CHECK(api != nullptr, why);
+  SAMOE_CHECK(api != nullptr, why);
   return api;
 }
 
@@ -78,51 +105,49 @@ std::string nccl_library() {
   return api->library + " " + std::to_string(api->version) + (api->host_finished != nullptr ? " (host memory)" : "");
 }
 
-int64_t nccl_create(int64_t rank, int64_t world, c10::Device device, double timeout_s) {
-  TORCH_CHECK_VALUE(world >= 1 && rank >= 0 && rank < world, "rank ", rank, " of ", world);
+// stream: of CUDA, by its address, in which the exchanges of a GPU's memory take place; Python owns it.
+int64_t nccl_create(int64_t rank, int64_t world, const Device& device, int64_t stream, double timeout_s) {
+  SAMOE_CHECK_VALUE(world >= 1 && rank >= 0 && rank < world, "rank ", rank, " of ", world);
   const NcclApi* api = api_or_throw();
-  Communicator communicator{nullptr, device, std::nullopt};
-  std::unique_ptr<TorchQueue> queue;
+  std::unique_ptr<CudaQueue> queue;
   if (device.is_cpu()) {
-    TORCH_CHECK(api->host_finished != nullptr, "NCCL exchanges the memory of devices, not of the CPU");
+    SAMOE_CHECK(api->host_finished != nullptr, "NCCL exchanges the memory of devices, not of the CPU");
   } else {
-    const c10::impl::VirtualGuardImpl guard(device.type());
-    if (!device.has_index()) communicator.device = guard.getDevice();
-    // Exchanges go before kernels that wait for the same multiprocessors.
-    communicator.stream = guard.getStreamFromGlobalPool(communicator.device, /*isHighPriority=*/true);
-    queue = std::make_unique<TorchQueue>(*communicator.stream);
+    SAMOE_CHECK_VALUE(device.is_cuda() && device.has_index(), "device ", device, ": one of CUDA, with its index");
+    cuda();
+    queue = std::make_unique<CudaQueue>(device, reinterpret_cast<void*>(stream));
   }
-  communicator.transport = std::make_shared<NcclAllToAll>(api, static_cast<int>(rank), static_cast<int>(world),
-                                                          timeout_s, std::move(queue));
-  return samoe::add_communicator(std::move(communicator));
+  return samoe::add_communicator({std::make_shared<NcclAllToAll>(api, static_cast<int>(rank), static_cast<int>(world),
+                                                                 timeout_s, std::move(queue)),
+                                  device});
 }
 
 std::tuple<int64_t, std::string> nccl_start_even(int64_t handle, const Tensor& input, const Tensor& output) {
   const Communicator communicator = samoe::find_communicator(handle);
   const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
-  TORCH_CHECK_VALUE(input.device() == communicator.device && output.device() == communicator.device &&
+  SAMOE_CHECK_VALUE(input.device() == communicator.device && output.device() == communicator.device &&
                         input.is_contiguous() && output.is_contiguous(),
                     "input and output must be contiguous, on ", communicator.device);
-  TORCH_CHECK_VALUE(input.nbytes() == output.nbytes() && input.nbytes() % static_cast<size_t>(nccl->world()) == 0,
-                    "input has ", input.nbytes(), " bytes and output ", output.nbytes(), ": not the same for each of ",
+  SAMOE_CHECK_VALUE(nbytes(input) == nbytes(output) && nbytes(input) % nccl->world() == 0,
+                    "input has ", nbytes(input), " bytes and output ", nbytes(output), ": not the same for each of ",
                     nccl->world(), " ranks");
-  return samoe::started(communicator, {input, output}, [&] {
+  return samoe::started(communicator, [&] {
     return nccl->start_even(static_cast<const char*>(input.const_data_ptr()),
                             static_cast<char*>(output.mutable_data_ptr()),
-                            static_cast<int64_t>(input.nbytes()) / nccl->world());
+                            nbytes(input) / nccl->world());
   });
 }
 
 // Messages from their numbers: peer, whether in the staging memory, first byte, bytes.
 std::vector<Message> messages(const std::vector<int64_t>& numbers, const Tensor& own, const Tensor& staging, int world) {
-  TORCH_CHECK_VALUE(numbers.size() % 4 == 0, "a message has four numbers");
+  SAMOE_CHECK_VALUE(numbers.size() % 4 == 0, "a message has four numbers");
   std::vector<Message> found;
   for (size_t i = 0; i < numbers.size(); i += 4) {
     const int64_t peer = numbers[i], offset = numbers[i + 2], bytes = numbers[i + 3];
     const Tensor& memory = numbers[i + 1] != 0 ? staging : own;
-    TORCH_CHECK_VALUE(peer >= 0 && peer < world && offset >= 0 && bytes >= 0 &&
-                          offset <= static_cast<int64_t>(memory.nbytes()) - bytes,
-                      "a message of ", bytes, " bytes at ", offset, " of ", memory.nbytes(), " for rank ", peer);
+    SAMOE_CHECK_VALUE(peer >= 0 && peer < world && offset >= 0 && bytes >= 0 &&
+                          offset <= nbytes(memory) - bytes,
+                      "a message of ", bytes, " bytes at ", offset, " of ", nbytes(memory), " for rank ", peer);
     found.push_back({static_cast<int>(peer), static_cast<char*>(memory.data_ptr()) + offset, bytes});
   }
   return found;
@@ -137,57 +162,66 @@ std::tuple<int64_t, std::string> nccl_start_hops(int64_t handle, const Tensor& i
   const Communicator communicator = samoe::find_communicator(handle);
   const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
   for (const Tensor* tensor : {&input, &output, &staging}) {
-    TORCH_CHECK_VALUE(tensor->device() == communicator.device && tensor->is_contiguous(),
+    SAMOE_CHECK_VALUE(tensor->device() == communicator.device && tensor->is_contiguous(),
                       "tensors must be contiguous, on ", communicator.device);
   }
   const int world = nccl->world();
   const Hop first{messages(first_sends, input, staging, world), messages(first_receives, output, staging, world)};
   const Hop second{messages(second_sends, input, staging, world), messages(second_receives, output, staging, world)};
-  return samoe::started(communicator, {input, output, staging}, [&] { return nccl->start_hops({first, second}); });
+  return samoe::started(communicator, [&] { return nccl->start_hops({first, second}); });
 }
 
 // Makes NCCL know memory that exchanges in two hops will use from now on, and forget what they used before, which may
 // take a while; a state as of all_to_all_finish.
 std::string nccl_use_staging(int64_t handle, const Tensor& staging, double seconds) {
-  const c10::OptionalDeviceGuard guard(samoe::find_communicator(handle).device);
+  const samoe::DeviceScope scope(samoe::find_communicator(handle).device);
   const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
   return samoe::state_of(*nccl, nccl->use_staging(static_cast<char*>(staging.data_ptr()),
-                                           static_cast<int64_t>(staging.nbytes()), seconds));
+                                           nbytes(staging), seconds));
 }
 
 // Waits until NCCL has taken what was started; a state as of all_to_all_finish.
 std::string nccl_enqueue(int64_t handle, double seconds) {
-  const c10::OptionalDeviceGuard guard(samoe::find_communicator(handle).device);
+  const samoe::DeviceScope scope(samoe::find_communicator(handle).device);
   const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
   return samoe::state_of(*nccl, nccl->finish_enqueueing(seconds));
 }
 
 std::tuple<int64_t, int64_t, std::string> nccl_position(int64_t handle) {
-  const c10::OptionalDeviceGuard guard(samoe::find_communicator(handle).device);
+  const samoe::DeviceScope scope(samoe::find_communicator(handle).device);
   const samoe::comm::Position position = samoe::find_transport<NcclAllToAll>(handle)->position();
   return {position.started, position.waiting, position.error};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
-  m.def("nccl_problem() -> str", nccl_problem);
-  m.def("nccl_library() -> str", nccl_library);
-  m.def("nccl_create(int rank, int world, Device device, float timeout_s) -> int", nccl_create);
+STABLE_TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
+  m.def("nccl_problem() -> str");
+  m.def("nccl_library() -> str");
+  m.def("nccl_create(int rank, int world, Device device, int stream, float timeout_s) -> int");
   m.def("nccl_start_even(int handle, Tensor input, Tensor(a!) output) -> (int exchange, str state)");
   m.def(
       "nccl_start_hops(int handle, Tensor input, Tensor(a!) output, Tensor(b!) staging, int[] first_sends,"
       " int[] first_receives, int[] second_sends, int[] second_receives) -> (int exchange, str state)");
   m.def("nccl_use_staging(int handle, Tensor staging, float seconds) -> str");
-  m.def("nccl_enqueue(int handle, float seconds) -> str", nccl_enqueue);
-  m.def("nccl_position(int handle) -> (int started, int waiting, str error)", nccl_position);
+  m.def("nccl_enqueue(int handle, float seconds) -> str");
+  m.def("nccl_position(int handle) -> (int started, int waiting, str error)");
 }
 
 #define SAMOE_FOR_DEVICE(device)                          \
-  TORCH_LIBRARY_IMPL(megatron_samoe, device, m) {         \
-    m.impl("nccl_start_even", nccl_start_even);           \
-    m.impl("nccl_start_hops", nccl_start_hops);           \
-    m.impl("nccl_use_staging", nccl_use_staging);         \
+  SAMOE_LIBRARY_IMPL(megatron_samoe, device, m) {         \
+    SAMOE_IMPL(m, "nccl_start_even", nccl_start_even);           \
+    SAMOE_IMPL(m, "nccl_start_hops", nccl_start_hops);           \
+    SAMOE_IMPL(m, "nccl_use_staging", nccl_use_staging);         \
   }
 SAMOE_FOR_DEVICE(CPU)
 SAMOE_FOR_DEVICE(CUDA)
+
+// Of no tensors.
+SAMOE_LIBRARY_IMPL(megatron_samoe, CompositeExplicitAutograd, m) {
+  SAMOE_IMPL(m, "nccl_problem", nccl_problem);
+  SAMOE_IMPL(m, "nccl_library", nccl_library);
+  SAMOE_IMPL(m, "nccl_create", nccl_create);
+  SAMOE_IMPL(m, "nccl_enqueue", nccl_enqueue);
+  SAMOE_IMPL(m, "nccl_position", nccl_position);
+}
