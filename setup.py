@@ -4,8 +4,8 @@ MEGATRON_SAMOE_BUILD=auto (default) builds what the machine allows, with the CUD
 nvcc is at hand, and installs the pure-Python package otherwise; cpu and cuda insist and fail where they cannot be built;
 none builds nothing.
 
-Use `pip install --no-build-isolation -e .` or `python setup.py build_ext --inplace`: the extension is compiled against
-the torch of the running environment, which an isolated build does not see.
+Use `pip install --no-build-isolation -e .` or `python setup.py build_ext --inplace`: the extension is compiled with the
+headers of the running environment's torch, which an isolated build does not see. `make wheels` makes wheels.
 """
 
 import importlib.util
@@ -14,11 +14,19 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "cpp_ext"))  # build back ends do not put the project on the path
 
 import builder  # noqa: E402
+
+
+class Wheel(bdist_wheel):
+    """A wheel for every Python: torch loads the extension, and it uses torch's stable ABI alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 def sources() -> list[str]:
@@ -42,5 +50,5 @@ refuse_isolated_build()
 # optional: an extension that could not be built must not stop the installation.
 setup(
     ext_modules=[Extension("megatron_samoe._C", sources(), optional=True)],
-    cmdclass={"build_ext": builder.BuildExtension},
+    cmdclass={"build_ext": builder.BuildExtension, "bdist_wheel": Wheel},
 )

@@ -26,7 +26,7 @@ class TensorChecks {
   void check_tensor(const Tensor& tensor, const char* name, int64_t dims, ScalarType dtype) const {
     check_device(tensor, name);
     SAMOE_CHECK(tensor.dim() == dims, name, " has ", tensor.dim(), " dims, not ", dims);
-    SAMOE_CHECK_VALUE(tensor.scalar_type() == dtype, name, " is ", tensor.scalar_type(), ", not ", dtype);
+    SAMOE_CHECK(tensor.scalar_type() == dtype, name, " is ", tensor.scalar_type(), ", not ", dtype);
   }
 
   void check_contiguous(const Tensor& tensor, const char* name, int64_t dims, ScalarType dtype) const {
@@ -37,7 +37,7 @@ class TensorChecks {
   // Contiguous, and of these very sizes.
   void check_sizes(const Tensor& tensor, const char* name, Sizes sizes, ScalarType dtype) const {
     check_contiguous(tensor, name, static_cast<int64_t>(sizes.size()), dtype);
-    SAMOE_CHECK_VALUE(tensor.sizes() == sizes, name, " is ", tensor.sizes(), ", not ", sizes);
+    SAMOE_CHECK(tensor.sizes() == sizes, name, " is ", tensor.sizes(), ", not ", sizes);
   }
   // Where it is given.
   void check_sizes(const MaybeTensor& tensor, const char* name, Sizes sizes,
@@ -46,7 +46,7 @@ class TensorChecks {
   }
 
   void check_rows(const Tensor& tensor, const char* name) const {
-    SAMOE_CHECK_VALUE(tensor.scalar_type() == kFloat || tensor.scalar_type() == kBFloat16, name, " is ",
+    SAMOE_CHECK(tensor.scalar_type() == kFloat || tensor.scalar_type() == kBFloat16, name, " is ",
                      tensor.scalar_type(), ", not Float or BFloat16");
     check_contiguous(tensor, name, 2, tensor.scalar_type());
   }
@@ -66,7 +66,7 @@ inline void check_index(const Tensor& index, const char* name, int64_t low, int6
   const int64_t num = index.numel();
   bool bad = false;
   for (int64_t i = 0; i < num; ++i) bad |= values[i] < low || values[i] >= high;
-  SAMOE_CHECK_INDEX(!bad, name, " has an entry outside ", low, " to ", high - 1);
+  SAMOE_CHECK(!bad, name, " has an entry outside ", low, " to ", high - 1);
 }
 
 }  // namespace samoe

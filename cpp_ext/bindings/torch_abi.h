@@ -24,12 +24,9 @@
 // Registers a function, whatever it takes and returns: the ABI knows boxed functions alone.
 #define SAMOE_IMPL(m, name, ...) (m).impl(name, TORCH_BOX((&__VA_ARGS__)))
 
-// An error of the caller, as RuntimeError, ValueError or IndexError in Python.
-#define SAMOE_CHECK_AS(error, condition, ...) \
-  if (!(condition)) throw error(::samoe::text(__VA_ARGS__))
-#define SAMOE_CHECK(condition, ...) SAMOE_CHECK_AS(std::runtime_error, condition, __VA_ARGS__)
-#define SAMOE_CHECK_VALUE(condition, ...) SAMOE_CHECK_AS(std::invalid_argument, condition, __VA_ARGS__)
-#define SAMOE_CHECK_INDEX(condition, ...) SAMOE_CHECK_AS(std::out_of_range, condition, __VA_ARGS__)
+// A RuntimeError of Python: what other exceptions become depends on the release of torch.
+#define SAMOE_CHECK(condition, ...) \
+  ((condition) ? static_cast<void>(0) : throw std::runtime_error(::samoe::text(__VA_ARGS__)))
 
 namespace samoe {
 

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <charconv>
 #include <cstdio>
 #include <utility>
 
@@ -62,8 +63,11 @@ std::string NcclAllToAll::connect(const std::vector<std::string>& addresses) {
     fail("ncclGetUniqueId fails on the first rank");
     return error_;
   }
-  for (size_t i = 0; i < sizeof id.internal; ++i)
-    id.internal[i] = static_cast<char>(std::stoi(digits.substr(2 * i, 2), nullptr, 16));
+  for (size_t i = 0; i < sizeof id.internal; ++i) {
+    unsigned char byte = 0;
+    std::from_chars(&digits[2 * i], &digits[2 * i] + 2, byte, 16);
+    id.internal[i] = static_cast<char>(byte);
+  }
   has_all_to_all_ = true;
   for (const std::string& address : addresses) has_all_to_all_ &= address.substr(0, 1) == "1";
   NcclConfig config = nonblocking_config();

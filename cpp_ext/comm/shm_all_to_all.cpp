@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <sstream>
 
 #include "../kernels/kernels.h"
 #include "shm_wait.h"
@@ -50,8 +51,8 @@ std::string ShmAllToAll::connect(const std::vector<std::string>& addresses) {
     Peer& peer = peers_[static_cast<size_t>(r)];
     int fd = -1, window_fd = -1;
     unsigned long long mark = 0;
-    const char* address = addresses[static_cast<size_t>(r)].c_str();
-    if (std::sscanf(address, "%d %d %d %llu", &peer.pid, &fd, &window_fd, &mark) != 4) {
+    std::istringstream address(addresses[static_cast<size_t>(r)]);
+    if (!(address >> peer.pid >> fd >> window_fd >> mark)) {
       return "rank " + std::to_string(r) + " has no segment";
     }
     // The pidfd comes first: once the mark is verified it is known to mean the peer, not a later process of that

@@ -142,7 +142,7 @@ class _Gatherer:
             return out, int(rows.min(initial=0)), int(rows.max(initial=0))
         try:
             low, high = self._op(*self._tensors, numbers, self._dtype_code, out)
-        except IndexError as error:
+        except RuntimeError as error:
             raise DataError(
                 f"{owner.dataset.path_prefix}: one of the samples lies outside the data. The index, the data or the "
                 "cached sample index is damaged."

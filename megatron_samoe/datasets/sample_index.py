@@ -105,7 +105,7 @@ def build_sample_index(
         lengths, documents, target = tensors(sequence_lengths, document_index, out)
         try:
             ops.build_sample_index(lengths, documents, seq_length, target)
-        except ValueError as error:
+        except RuntimeError as error:
             raise DataError(f"The index of the dataset is damaged: {str(error).splitlines()[0]}.") from error
         return out
     ends = np.cumsum(sequence_lengths[document_index], dtype=np.int64)

@@ -149,5 +149,5 @@ def test_what_is_refused(device: str) -> None:
     if device == "cuda":
         calls.append((lambda: ops.permute(x.to(device), ids_TK.flatten(), 1), "is on cpu"))
     for call, said in calls:
-        with pytest.raises((RuntimeError, TypeError, ValueError, IndexError), match=said):
+        with pytest.raises(RuntimeError, match=said):
             call()

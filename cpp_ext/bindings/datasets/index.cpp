@@ -13,8 +13,8 @@ namespace datasets = samoe::datasets;
 
 int64_t shuffle_legacy(Tensor values, Tensor key, int64_t position) {
   check_contiguous(key, "key", 1, kInt);
-  SAMOE_CHECK_VALUE(key.numel() == 624, "key has ", key.numel(), " words, not 624");
-  SAMOE_CHECK_VALUE(position >= 0 && position <= 624, "position = ", position, ": from 0 to 624");
+  SAMOE_CHECK(key.numel() == 624, "key has ", key.numel(), " words, not 624");
+  SAMOE_CHECK(position >= 0 && position <= 624, "position = ", position, ": from 0 to 624");
   auto* words = reinterpret_cast<uint32_t*>(key.mutable_data_ptr<int32_t>());
   const int start = static_cast<int>(position);
   if (values.scalar_type() == kInt) {
@@ -29,8 +29,8 @@ void build_sample_index(const Tensor& lengths, const Tensor& documents, int64_t 
   check_contiguous(lengths, "lengths", 1, kInt);
   check_contiguous(documents, "documents", 1, kInt);
   check_contiguous(starts, "starts", 2, starts.scalar_type() == kLong ? kLong : kInt);
-  SAMOE_CHECK_VALUE(starts.size(0) >= 1 && starts.size(1) == 2, "starts must be [samples + 1, 2]");
-  SAMOE_CHECK_VALUE(seq_length >= 1, "seq_length = ", seq_length, ": at least 1");
+  SAMOE_CHECK(starts.size(0) >= 1 && starts.size(1) == 2, "starts must be [samples + 1, 2]");
+  SAMOE_CHECK(seq_length >= 1, "seq_length = ", seq_length, ": at least 1");
   const int32_t *length_data = lengths.const_data_ptr<int32_t>(), *document_data = documents.const_data_ptr<int32_t>();
   const int64_t num_samples = starts.size(0) - 1;
   const bool whole =
@@ -39,7 +39,7 @@ void build_sample_index(const Tensor& lengths, const Tensor& documents, int64_t 
                                          starts.mutable_data_ptr<int32_t>(), num_samples)
           : datasets::build_sample_index(length_data, lengths.numel(), document_data, documents.numel(), seq_length,
                                          starts.mutable_data_ptr<int64_t>(), num_samples);
-  SAMOE_CHECK_VALUE(whole, "a sequence has a negative length, or the sequences hold fewer tokens than they should");
+  SAMOE_CHECK(whole, "a sequence has a negative length, or the sequences hold fewer tokens than they should");
 }
 
 void build_blending_index(const Tensor& weights, const Tensor& limits, Tensor dataset_index,
@@ -49,12 +49,12 @@ void build_blending_index(const Tensor& weights, const Tensor& limits, Tensor da
   check_contiguous(dataset_index, "dataset_index", 1, kShort);
   check_contiguous(dataset_sample_index, "dataset_sample_index", 1, kLong);
   const int64_t num_datasets = weights.numel(), size = dataset_index.numel();
-  SAMOE_CHECK_VALUE(limits.numel() == num_datasets && dataset_sample_index.numel() == size, "sizes do not match");
-  SAMOE_CHECK_VALUE(num_datasets >= 1 && num_datasets < 32767, num_datasets, " datasets: from 1 to 32766");
+  SAMOE_CHECK(limits.numel() == num_datasets && dataset_sample_index.numel() == size, "sizes do not match");
+  SAMOE_CHECK(num_datasets >= 1 && num_datasets < 32767, num_datasets, " datasets: from 1 to 32766");
   const int64_t* limit = limits.const_data_ptr<int64_t>();
   int64_t left = size;
   for (int64_t dataset = 0; dataset < num_datasets && left > 0; ++dataset) left -= limit[dataset];
-  SAMOE_CHECK_VALUE(left <= 0, "the limits do not allow ", size, " samples");
+  SAMOE_CHECK(left <= 0, "the limits do not allow ", size, " samples");
   datasets::build_blending_index(weights.const_data_ptr<double>(), limit, num_datasets,
                                  dataset_index.mutable_data_ptr<int16_t>(),
                                  dataset_sample_index.mutable_data_ptr<int64_t>(), size);
@@ -80,7 +80,7 @@ bool gather_rows(const datasets::TokenSource& source, const Start* starts, int64
       case 4: whole = gather(int32_t{}); break;
       case 5: whole = gather(int64_t{}); break;
       case 8: whole = gather(uint16_t{}); break;
-      default: SAMOE_CHECK_VALUE(false, "dtype code ", dtype_code, " is no integer type");
+      default: SAMOE_CHECK(false, "dtype code ", dtype_code, " is no integer type");
     }
     if (!whole) return false;
     row += row_tokens;
@@ -97,7 +97,7 @@ std::tuple<int64_t, int64_t> gather_samples(const Tensor& bin, const Tensor& poi
   check_contiguous(documents, "documents", 1, kInt);
   check_contiguous(starts, "starts", 2, starts.scalar_type() == kLong ? kLong : kInt);
   check_contiguous(out, "out", 2, kLong);
-  SAMOE_CHECK_VALUE(starts.size(0) >= 1 && starts.size(1) == 2 && pointers.numel() == lengths.numel() &&
+  SAMOE_CHECK(starts.size(0) >= 1 && starts.size(1) == 2 && pointers.numel() == lengths.numel() &&
                         out.size(0) == static_cast<int64_t>(samples.size()),
                     "sizes do not match");
   const datasets::TokenSource source{bin.const_data_ptr<uint8_t>(),       bin.numel(),
@@ -111,7 +111,7 @@ std::tuple<int64_t, int64_t> gather_samples(const Tensor& bin, const Tensor& poi
                                        &low, &high)
                          : gather_rows(source, starts.const_data_ptr<int64_t>(), num_samples, samples, dtype_code, out,
                                        &low, &high);
-  SAMOE_CHECK_INDEX(whole, "a sample does not lie inside the data");
+  SAMOE_CHECK(whole, "a sample does not lie inside the data");
   return {low, high};
 }
 

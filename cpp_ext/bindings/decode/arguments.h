@@ -26,10 +26,10 @@ inline TensorChecks on_cpu() { return TensorChecks(DeviceType::CPU); }
 inline const float* floats_or_null(const MaybeTensor& tensor, const char* name, int64_t numel,
                                    const TensorChecks& checks = on_cpu()) {
   if (!tensor.has_value()) return nullptr;
-  SAMOE_CHECK_VALUE(tensor->scalar_type() == kFloat, name, " is ", tensor->scalar_type(), ", not Float");
+  SAMOE_CHECK(tensor->scalar_type() == kFloat, name, " is ", tensor->scalar_type(), ", not Float");
   checks.check_device(*tensor, name);
   SAMOE_CHECK(tensor->is_contiguous(), name, " is not contiguous");
-  SAMOE_CHECK_VALUE(tensor->numel() == numel, name, " has ", tensor->numel(), " elements, not ", numel);
+  SAMOE_CHECK(tensor->numel() == numel, name, " has ", tensor->numel(), " elements, not ", numel);
   return tensor->const_data_ptr<float>();
 }
 
@@ -39,9 +39,9 @@ inline Matrix matrix_of(const Tensor& w, const MaybeTensor& scale, const char* n
   checks.check_device(w, name);
   SAMOE_CHECK(w.is_contiguous() && w.dim() >= 2, name, " is not a contiguous matrix");
   const auto type = w.scalar_type();
-  SAMOE_CHECK_VALUE(type == kFloat || type == kBFloat16 || type == kChar, name, " is ", type,
+  SAMOE_CHECK(type == kFloat || type == kBFloat16 || type == kChar, name, " is ", type,
                    ", not Float, BFloat16 or Char");
-  SAMOE_CHECK_VALUE(scale.has_value() == (type == kChar), name, ": int8 weights, and they alone, have scales");
+  SAMOE_CHECK(scale.has_value() == (type == kChar), name, ": int8 weights, and they alone, have scales");
   const float* scales = floats_or_null(scale, name, w.size(-1) == 0 ? 0 : w.numel() / w.size(-1), checks);
   const auto kind = type == kFloat      ? WeightType::f32
                     : type == kBFloat16 ? WeightType::bf16
@@ -57,11 +57,11 @@ class Scratch {
   explicit Scratch(const Tensor& buffer, const TensorChecks& checks = on_cpu()) : left_(buffer.numel()) {
     checks.check_contiguous(buffer, "scratch", 1, kFloat);
     next_ = buffer.mutable_data_ptr<float>();
-    SAMOE_CHECK_VALUE(reinterpret_cast<uintptr_t>(next_) % 16 == 0, "scratch does not begin at a multiple of 16 bytes");
+    SAMOE_CHECK(reinterpret_cast<uintptr_t>(next_) % 16 == 0, "scratch does not begin at a multiple of 16 bytes");
   }
   float* floats(int64_t count) {
     count = (count + 15) / 16 * 16;
-    SAMOE_CHECK_VALUE(count <= left_, "scratch is too small by ", count - left_, " floats");
+    SAMOE_CHECK(count <= left_, "scratch is too small by ", count - left_, " floats");
     float* piece = next_;
     next_ += count;
     left_ -= count;
@@ -88,7 +88,7 @@ inline cpu::DecodeNorm norm_of(const float* x, int64_t num_tokens, int64_t hidde
 inline cpu::DecodeLinear linear_of(const float* x, int64_t num_tokens, int64_t inputs, const Tensor& w,
                                    const MaybeTensor& scale, const MaybeTensor& bias, int64_t outputs, float* out,
                                    bool accumulate, const char* name, const TensorChecks& checks = on_cpu()) {
-  SAMOE_CHECK_VALUE(w.size(-1) == inputs && w.numel() == inputs * outputs, name, " is ", w.sizes(), ", not ", outputs,
+  SAMOE_CHECK(w.size(-1) == inputs && w.numel() == inputs * outputs, name, " is ", w.sizes(), ", not ", outputs,
                     " x ", inputs);
   return {x, matrix_of(w, scale, name, checks), floats_or_null(bias, name, outputs, checks), num_tokens, inputs, outputs,
           accumulate, out, threads_for(bytes_of(w))};
@@ -109,14 +109,14 @@ inline void check_places(const Places& p, int64_t num_tokens, int64_t num_pages,
   const int32_t *positions = p.positions.const_data_ptr<int32_t>(), *slots = p.slots.const_data_ptr<int32_t>();
   const int32_t* pages = p.pages.const_data_ptr<int32_t>();
   for (int64_t t = 0; t < num_tokens; ++t) {
-    SAMOE_CHECK_INDEX(slots[t] >= 0 && slots[t] < p.pages.size(0), "slot ", slots[t], " of ", p.pages.size(0));
-    SAMOE_CHECK_INDEX(positions[t] >= 0 && positions[t] < p.pages.size(1) * kPage, "position ", positions[t], " of ",
+    SAMOE_CHECK(slots[t] >= 0 && slots[t] < p.pages.size(0), "slot ", slots[t], " of ", p.pages.size(0));
+    SAMOE_CHECK(positions[t] >= 0 && positions[t] < p.pages.size(1) * kPage, "position ", positions[t], " of ",
                       p.pages.size(1) * kPage);
-    SAMOE_CHECK_INDEX(!num_angles.has_value() || positions[t] < *num_angles, "position ", positions[t], " has no angle");
+    SAMOE_CHECK(!num_angles.has_value() || positions[t] < *num_angles, "position ", positions[t], " has no angle");
   }
   bool bad = false;
   for (int64_t i = 0; i < p.pages.numel(); ++i) bad |= pages[i] < 0 || pages[i] >= num_pages;
-  SAMOE_CHECK_INDEX(!bad, "pages hold a page outside 0 to ", num_pages - 1);
+  SAMOE_CHECK(!bad, "pages hold a page outside 0 to ", num_pages - 1);
 }
 
 // Norms of queries and keys: none, or weights of both, or weights and biases of both.
@@ -125,7 +125,7 @@ struct HeadNorms {
 };
 
 inline HeadNorms head_norms_of(const Tensors& norms, int64_t head_dim, const TensorChecks& checks = on_cpu()) {
-  SAMOE_CHECK_VALUE(norms.size() == 0 || norms.size() == 2 || norms.size() == 4, "head_norms are ", norms.size());
+  SAMOE_CHECK(norms.size() == 0 || norms.size() == 2 || norms.size() == 4, "head_norms are ", norms.size());
   std::vector<const float*> data;
   for (const Tensor& norm : norms) data.push_back(floats_or_null(norm, "head norm", head_dim, checks));
   if (data.empty()) return {};
@@ -138,17 +138,17 @@ inline cpu::DecodeAttention attention_of(int64_t kv_heads, int64_t queries, int6
                                          const Tensor& keys, const Tensor& values,
                                          const TensorChecks& checks = on_cpu()) {
   const auto type = keys.scalar_type();
-  SAMOE_CHECK_VALUE(type == kFloat || type == kBFloat16, "keys are ", type, ", not Float or BFloat16");
+  SAMOE_CHECK(type == kFloat || type == kBFloat16, "keys are ", type, ", not Float or BFloat16");
   checks.check_contiguous(keys, "keys", 4, type);
   checks.check_sizes(keys, "keys", {keys.size(0), kv_heads, head_dim, kPage}, type);
   checks.check_sizes(values, "values", {keys.size(0), kv_heads, kPage, head_dim}, type);
-  SAMOE_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos and sin come together");
+  SAMOE_CHECK(cos.has_value() == sin.has_value(), "cos and sin come together");
   const HeadNorms norms = head_norms_of(head_norms, head_dim, checks);
   cpu::DecodeAttention a = {};
   if (cos.has_value()) {
-    SAMOE_CHECK_VALUE(cos->dim() == 2 && cos->sizes() == sin->sizes(), "cos and sin are not two equal tables");
+    SAMOE_CHECK(cos->dim() == 2 && cos->sizes() == sin->sizes(), "cos and sin are not two equal tables");
     a.rotated = cos->size(1);
-    SAMOE_CHECK_VALUE(a.rotated <= head_dim && a.rotated % 2 == 0, "a head of ", head_dim, " with ", a.rotated,
+    SAMOE_CHECK(a.rotated <= head_dim && a.rotated % 2 == 0, "a head of ", head_dim, " with ", a.rotated,
                       " rotated");
     a.cos_PR = floats_or_null(cos, "cos", cos->numel(), checks);
     a.sin_PR = floats_or_null(sin, "sin", sin->numel(), checks);
@@ -182,12 +182,12 @@ struct RouterArguments {
 inline cpu::DecodeChoice choice_of(int64_t num_tokens, int64_t hidden, const RouterArguments& a,
                                    const TensorChecks& checks = on_cpu()) {
   const int64_t E = a.weight.size(0), G = a.num_groups;
-  SAMOE_CHECK_VALUE(a.weight.scalar_type() == kFloat, "router is ", a.weight.scalar_type(), ", not Float");
-  SAMOE_CHECK_VALUE(a.weight.dim() == 2 && a.topk >= 1 && a.topk <= E, "router is ", a.weight.sizes(), ", topk ", a.topk);
-  SAMOE_CHECK_VALUE(G == 0 || (G > 0 && E % G == 0 && a.group_topk >= 1 && a.group_topk <= G && a.topk % a.group_topk == 0 &&
+  SAMOE_CHECK(a.weight.scalar_type() == kFloat, "router is ", a.weight.scalar_type(), ", not Float");
+  SAMOE_CHECK(a.weight.dim() == 2 && a.topk >= 1 && a.topk <= E, "router is ", a.weight.sizes(), ", topk ", a.topk);
+  SAMOE_CHECK(G == 0 || (G > 0 && E % G == 0 && a.group_topk >= 1 && a.group_topk <= G && a.topk % a.group_topk == 0 &&
                                a.topk / a.group_topk <= E / G),
                     "a token uses ", a.topk, " of ", E, " experts in ", a.group_topk, " of ", G, " groups");
-  SAMOE_CHECK_VALUE(a.mixing.has_value() == a.mixing_bias.has_value(), "mixing comes with its bias");
+  SAMOE_CHECK(a.mixing.has_value() == a.mixing_bias.has_value(), "mixing comes with its bias");
   if (a.mixing.has_value()) floats_or_null(a.mixing, "mixing", 2 * hidden, checks);
   cpu::DecodeChoice choice = {};
   choice.num_tokens = num_tokens;
@@ -220,21 +220,21 @@ inline void check_index(const Tensor& index, const char* name, int64_t num_exper
   if (!checks.device().is_cpu()) return;
   const int64_t* values = index.const_data_ptr<int64_t>();
   for (int64_t e = 0; e < num_experts; ++e)
-    SAMOE_CHECK_INDEX(values[e] >= -1 && values[e] < num_matrices, name, "[", e, "] = ", values[e], " of ",
+    SAMOE_CHECK(values[e] >= -1 && values[e] < num_matrices, name, "[", e, "] = ", values[e], " of ",
                       num_matrices);
 }
 
 // Experts but for what they are given and what they write.
 inline cpu::DecodeExperts experts_of(int64_t hidden, const ExpertArguments& a, const TensorChecks& checks = on_cpu()) {
-  SAMOE_CHECK_VALUE(a.w2.dim() == 3 && a.w2.size(1) == hidden, "w2 is ", a.w2.sizes(), ", not [.., ", hidden, ", F]");
+  SAMOE_CHECK(a.w2.dim() == 3 && a.w2.size(1) == hidden, "w2 is ", a.w2.sizes(), ", not [.., ", hidden, ", F]");
   const int64_t ffn = a.w2.size(2), width = a.gated ? 2 * ffn : ffn, num_experts = a.index1.size(0);
-  SAMOE_CHECK_VALUE(a.w1.dim() == (a.gated ? 4 : 3) && a.w1.size(-1) == hidden &&
+  SAMOE_CHECK(a.w1.dim() == (a.gated ? 4 : 3) && a.w1.size(-1) == hidden &&
                         a.w1.numel() == a.w1.size(0) * width * hidden,
                     "w1 is ", a.w1.sizes(), " beside w2 ", a.w2.sizes());
   check_index(a.index1, "index1", num_experts, a.w1.size(0), checks);
   check_index(a.index2, "index2", num_experts, a.w2.size(0), checks);
   for (int64_t i = 0; i < (checks.device().is_cpu() ? num_experts : 0); ++i)
-    SAMOE_CHECK_INDEX((a.index1.const_data_ptr<int64_t>()[i] < 0) == (a.index2.const_data_ptr<int64_t>()[i] < 0), "expert ", i,
+    SAMOE_CHECK((a.index1.const_data_ptr<int64_t>()[i] < 0) == (a.index2.const_data_ptr<int64_t>()[i] < 0), "expert ", i,
                       " is left out of one of index1 and index2");
   cpu::DecodeExperts e = {};
   e.num_experts = num_experts;

@@ -17,7 +17,7 @@ class CudaDecode : public samoe::CudaBackend {
   // What is left of the scratch lets parts of long sequences run side by side.
   void attention(const cpu::DecodeAttention& a, int64_t num_slots, int64_t num_pages, int64_t num_angles,
                  const Scratch& pieces) const {
-    SAMOE_CHECK_VALUE(a.head_dim >= 1 && a.head_dim <= cuda::kMaxHeadDim, "a head of ", a.head_dim, ", of at most ",
+    SAMOE_CHECK(a.head_dim >= 1 && a.head_dim <= cuda::kMaxHeadDim, "a head of ", a.head_dim, ", of at most ",
                       cuda::kMaxHeadDim, " on a GPU");
     launch(cuda::decode_attention, a, cuda::CacheBounds{num_slots, num_pages, num_angles}, pieces.rest(),
            pieces.num_left());
@@ -41,7 +41,7 @@ class CudaDecode : public samoe::CudaBackend {
     launch(cuda::decode_experts, a, num_w1, num_w2, pieces.bytes(cuda::decode_experts_workspace_bytes(a)));
   }
   void combine_rows(const cpu::CombineRows& a) const {
-    SAMOE_CHECK_VALUE(a.num_banks <= cuda::kMaxDecodeBanks, a.num_banks, " banks, of at most ", cuda::kMaxDecodeBanks,
+    SAMOE_CHECK(a.num_banks <= cuda::kMaxDecodeBanks, a.num_banks, " banks, of at most ", cuda::kMaxDecodeBanks,
                       " on a GPU");
     launch(cuda::combine_rows, a);
   }

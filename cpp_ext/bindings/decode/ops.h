@@ -19,7 +19,7 @@ void decode_linear(const Tensor& x, const Tensor& w, const MaybeTensor& scale, c
   const B backend(x, "x");
   backend.check_contiguous(x, "x", 2, kFloat);
   backend.check_contiguous(out, "out", 2, kFloat);
-  SAMOE_CHECK_VALUE(out.size(0) == x.size(0), "out has ", out.size(0), " rows, x ", x.size(0));
+  SAMOE_CHECK(out.size(0) == x.size(0), "out has ", out.size(0), " rows, x ", x.size(0));
   backend.linear(linear_of(x.const_data_ptr<float>(), x.size(0), x.size(1), w, scale, bias, out.size(1),
                            out.mutable_data_ptr<float>(), accumulate, "w", backend));
 }
@@ -61,7 +61,7 @@ void decode_attention_block(const Tensor& x, const Tensor& norm_weight, const Ma
                             const MaybeTensor& out_bias, const Tensor& scratch) {
   const B backend(x, "x");
   backend.check_contiguous(x, "x", 2, kFloat);
-  SAMOE_CHECK_VALUE(qkv_w.dim() == 4 && qkv_w.size(1) > 2, "qkv is ", qkv_w.sizes(), ", not [G, Q + 2, D, H]");
+  SAMOE_CHECK(qkv_w.dim() == 4 && qkv_w.size(1) > 2, "qkv is ", qkv_w.sizes(), ", not [G, Q + 2, D, H]");
   const int64_t T = x.size(0), H = x.size(1), G = qkv_w.size(0), Q = qkv_w.size(1) - 2, D = qkv_w.size(2);
   const int64_t width = G * (Q + 2) * D;
   Scratch pieces(scratch, backend);
@@ -80,7 +80,7 @@ void decode_attention_block(const Tensor& x, const Tensor& norm_weight, const Ma
 inline void check_ids(const TensorChecks& checks, const int64_t* ids, int64_t count, int64_t num_experts) {
   if (!checks.device().is_cpu()) return;
   for (int64_t i = 0; i < count; ++i)
-    SAMOE_CHECK_INDEX(ids[i] >= -1 && ids[i] < num_experts, "expert ", ids[i], " of ", num_experts);
+    SAMOE_CHECK(ids[i] >= -1 && ids[i] < num_experts, "expert ", ids[i], " of ", num_experts);
 }
 
 // The chosen experts' results in y, and added to out where it is there.
@@ -111,7 +111,7 @@ void decode_experts(const Tensor& x, const Tensor& ids, const Tensor& probs, con
   backend.check_contiguous(x, "x", 2, kFloat);
   backend.check_contiguous(ids, "ids", 2, kLong);
   const int64_t T = x.size(0), H = x.size(1), K = ids.size(1);
-  SAMOE_CHECK_VALUE(ids.size(0) == T, "ids is ", ids.sizes(), ", for ", T, " tokens");
+  SAMOE_CHECK(ids.size(0) == T, "ids is ", ids.sizes(), ", for ", T, " tokens");
   backend.check_sizes(probs, "probs", ids.sizes(), kFloat);
   backend.check_sizes(y, "y", {T, K, H}, kFloat);
   backend.check_sizes(out, "out", x.sizes(), kFloat);
@@ -151,10 +151,10 @@ void decode_route(const Tensor& x, const Tensor& norm_weight, const MaybeTensor&
   const B backend(x, "x");
   backend.check_contiguous(x, "x", 2, kFloat);
   backend.check_contiguous(ids, "ids", 2, kLong);
-  SAMOE_CHECK_VALUE(ids.size(0) == x.size(0), "ids is ", ids.sizes(), ", for ", x.size(0), " tokens");
+  SAMOE_CHECK(ids.size(0) == x.size(0), "ids is ", ids.sizes(), ", for ", x.size(0), " tokens");
   backend.check_sizes(normed, "normed", x.sizes(), kFloat);
   backend.check_sizes(probs, "probs", ids.sizes(), kFloat);
-  SAMOE_CHECK_VALUE(shared.has_value() == mixing.has_value(), "mixing gives weights of the shared MLP, and it alone");
+  SAMOE_CHECK(shared.has_value() == mixing.has_value(), "mixing gives weights of the shared MLP, and it alone");
   floats_or_null(shared, "shared", x.size(0), backend);
   Scratch pieces(scratch, backend);
   float* rows = normed.mutable_data_ptr<float>();
@@ -175,7 +175,7 @@ void decode_moe_block(const Tensor& x, const Tensor& norm_weight, const MaybeTen
   const B backend(x, "x");
   backend.check_contiguous(x, "x", 2, kFloat);
   const int64_t T = x.size(0), H = x.size(1);
-  SAMOE_CHECK_VALUE(topk >= 1 && (router.has_value() || topk == 1), "topk = ", topk);
+  SAMOE_CHECK(topk >= 1 && (router.has_value() || topk == 1), "topk = ", topk);
   const auto experts =
       experts_of(H, {index1, index2, w1, scale1, b1, w2, scale2, b2, factor1, factor2, gated}, backend);
   Scratch pieces(scratch, backend);
@@ -199,13 +199,13 @@ void combine_rows(const Tensors& banks, const std::vector<MaybeTensor>& scales, 
                   const Tensor& out, const MaybeTensor& out_scale) {
   const B backend(coefficients, "coefficients");
   backend.check_contiguous(coefficients, "coefficients", 1, kFloat);
-  SAMOE_CHECK_VALUE(!banks.empty() && static_cast<int64_t>(banks.size()) == coefficients.size(0) &&
+  SAMOE_CHECK(!banks.empty() && static_cast<int64_t>(banks.size()) == coefficients.size(0) &&
                         banks.size() == scales.size(),
                     banks.size(), " banks, ", scales.size(), " scales, ", coefficients.size(0), " coefficients");
   const Matrix target = matrix_of(out, out_scale, "out", backend);
   std::vector<Matrix> sources;
   for (size_t p = 0; p < banks.size(); ++p) {
-    SAMOE_CHECK_VALUE(banks[p].sizes() == out.sizes(), "a bank is ", banks[p].sizes(), ", out ", out.sizes());
+    SAMOE_CHECK(banks[p].sizes() == out.sizes(), "a bank is ", banks[p].sizes(), ", out ", out.sizes());
     sources.push_back(matrix_of(banks[p], scales[p], "bank", backend));
   }
   const int64_t cols = out.size(-1), rows = cols == 0 ? 0 : out.numel() / cols;

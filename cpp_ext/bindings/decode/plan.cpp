@@ -30,7 +30,7 @@ struct Plan {
     }
   }
   DecodeLayer& last_layer() {
-    SAMOE_CHECK_VALUE(!layers.empty(), "the plan has no layer yet");
+    SAMOE_CHECK(!layers.empty(), "the plan has no layer yet");
     return layers.back();
   }
 };
@@ -45,7 +45,7 @@ std::map<int64_t, std::shared_ptr<Plan>>& registry() {
 std::shared_ptr<Plan> find_plan(int64_t number) {
   const std::lock_guard<std::mutex> lock(registry_mutex);
   const auto found = registry().find(number);
-  SAMOE_CHECK_VALUE(found != registry().end(), "there is no plan ", number);
+  SAMOE_CHECK(found != registry().end(), "there is no plan ", number);
   return found->second;
 }
 
@@ -55,9 +55,9 @@ int64_t decode_plan(const Tensor& words, const MaybeTensor& words_scale, const M
                     const MaybeTensor& sin, const Tensor& x, const Tensor& scratch, int64_t max_logits) {
   samoe::check_contiguous(x, "x", 2, kFloat);
   const int64_t T = x.size(0), H = x.size(1);
-  SAMOE_CHECK_VALUE(words.dim() == 2 && words.size(1) == H, "words are ", words.sizes(), ", not [V, ", H, "]");
-  SAMOE_CHECK_VALUE(output.sizes() == words.sizes(), "output is ", output.sizes(), ", words ", words.sizes());
-  SAMOE_CHECK_VALUE(max_logits >= 0, "max_logits = ", max_logits);
+  SAMOE_CHECK(words.dim() == 2 && words.size(1) == H, "words are ", words.sizes(), ", not [V, ", H, "]");
+  SAMOE_CHECK(output.sizes() == words.sizes(), "output is ", output.sizes(), ", words ", words.sizes());
+  SAMOE_CHECK(max_logits >= 0, "max_logits = ", max_logits);
   auto plan = std::make_shared<Plan>();
   plan->x = x;
   plan->scratch = scratch;
@@ -74,7 +74,7 @@ int64_t decode_plan(const Tensor& words, const MaybeTensor& words_scale, const M
   step.hidden = H;
   step.words_VH = matrix_of(words, words_scale, "words");
   if (positions.has_value()) {
-    SAMOE_CHECK_VALUE(positions->dim() == 2 && positions->size(1) == H, "positions are ", positions->sizes());
+    SAMOE_CHECK(positions->dim() == 2 && positions->size(1) == H, "positions are ", positions->sizes());
     step.positions_PH = floats_or_null(positions, "positions", positions->numel());
     plan->num_positions = positions->size(0);
   }
@@ -95,7 +95,7 @@ void decode_plan_attention(int64_t number, const Tensor& norm_weight, const Mayb
                            const Tensors& head_norms, const Tensor& keys, const Tensor& values, const Tensor& out_w,
                            const MaybeTensor& out_scale, const MaybeTensor& out_bias) {
   const auto plan = find_plan(number);
-  SAMOE_CHECK_VALUE(qkv_w.dim() == 4 && qkv_w.size(1) > 2, "qkv is ", qkv_w.sizes(), ", not [G, Q + 2, D, H]");
+  SAMOE_CHECK(qkv_w.dim() == 4 && qkv_w.size(1) > 2, "qkv is ", qkv_w.sizes(), ", not [G, Q + 2, D, H]");
   const int64_t T = plan->max_tokens, H = plan->step.hidden;
   const int64_t G = qkv_w.size(0), Q = qkv_w.size(1) - 2, D = qkv_w.size(2), width = G * (Q + 2) * D;
   Scratch pieces(plan->scratch);
@@ -110,7 +110,7 @@ void decode_plan_attention(int64_t number, const Tensor& norm_weight, const Mayb
   layer.attention.qkv_scratch = pieces.floats(T * width);
   float* attended = layer.attention.out = pieces.floats(T * G * Q * D);
   layer.output = linear_of(attended, 0, G * Q * D, out_w, out_scale, out_bias, H, residual, true, "output");
-  SAMOE_CHECK_VALUE(plan->num_pages < 0 || keys.size(0) == plan->num_pages, "keys have ", keys.size(0),
+  SAMOE_CHECK(plan->num_pages < 0 || keys.size(0) == plan->num_pages, "keys have ", keys.size(0),
                     " pages, those of other layers ", plan->num_pages);
   plan->num_pages = keys.size(0);
   plan->keep({norm_weight, norm_bias, qkv_w, qkv_scale, qkv_bias, out_w, out_scale, out_bias});
@@ -124,7 +124,7 @@ samoe::cpu::DecodeExperts planned_experts(Plan& plan, const float* normed, const
                                           int64_t topk, const ExpertArguments& a, Scratch pieces) {
   auto e = experts_of(plan.step.hidden, a);
   plan.keep({a.index1, a.index2, a.w1, a.scale1, a.b1, a.w2, a.scale2, a.b2, a.factor1, a.factor2});
-  SAMOE_CHECK_VALUE(ids != nullptr || e.num_experts > 0, "there is no expert");
+  SAMOE_CHECK(ids != nullptr || e.num_experts > 0, "there is no expert");
   e.x_TH = normed;
   e.ids_TK = ids != nullptr ? ids : plan.zeros.const_data_ptr<int64_t>();
   e.probs_TK = probs != nullptr ? probs : plan.ones.const_data_ptr<float>();
@@ -146,7 +146,7 @@ void decode_plan_mlp(int64_t number, const Tensor& norm_weight, const MaybeTenso
   const auto plan = find_plan(number);
   DecodeLayer& layer = plan->last_layer();
   const int64_t T = plan->max_tokens, H = plan->step.hidden, E = index1.size(0);
-  SAMOE_CHECK_VALUE(topk >= 1 && topk <= E && (router.has_value() || topk == 1), "topk = ", topk, " of ", E, " experts");
+  SAMOE_CHECK(topk >= 1 && topk <= E && (router.has_value() || topk == 1), "topk = ", topk, " of ", E, " experts");
   Scratch pieces(plan->scratch);
   float* normed = pieces.floats(T * H);
   layer.mlp_norm = norm_of(plan->step.x_TH, 0, H, norm_weight, norm_bias, epsilon, rms, normed);
@@ -180,7 +180,7 @@ void decode_plan_shared(int64_t number, const Tensor& index1, const Tensor& inde
                         const MaybeTensor& b2, const MaybeTensor& factor1, const MaybeTensor& factor2, bool gated) {
   const auto plan = find_plan(number);
   DecodeLayer& layer = plan->last_layer();
-  SAMOE_CHECK_VALUE(layer.experts.w1.type == matrix_of(w1, scale1, "w1").type, "the layer's experts are of another type");
+  SAMOE_CHECK(layer.experts.w1.type == matrix_of(w1, scale1, "w1").type, "the layer's experts are of another type");
   Scratch pieces(plan->scratch);
   const float* normed = pieces.floats(plan->max_tokens * plan->step.hidden);
   layer.shared = planned_experts(*plan, normed, nullptr, layer.choice.shared_T, 1,
@@ -194,14 +194,14 @@ void decode_plan_step(int64_t number, const Tensor& tokens, const Tensor& positi
   samoe::check_contiguous(rows, "rows", 1, kLong);
   auto step = plan->step;
   const int64_t T = tokens.size(0), N = rows.size(0), V = step.head.outputs;
-  SAMOE_CHECK_VALUE(T <= plan->max_tokens && N <= plan->max_logits, T, " tokens and ", N, " logits; the plan is for ",
+  SAMOE_CHECK(T <= plan->max_tokens && N <= plan->max_logits, T, " tokens and ", N, " logits; the plan is for ",
                     plan->max_tokens, " and ", plan->max_logits);
   on_cpu().check_sizes(logits, "logits", {N, V}, kFloat);
   samoe::check_index(tokens, "tokens", 0, V);
   samoe::check_index(rows, "rows", 0, T);
   check_places({positions, slots, pages}, T, plan->num_pages, plan->num_positions);
   for (const DecodeLayer& layer : plan->layers)
-    SAMOE_CHECK_VALUE(layer.experts.num_experts > 0, "a layer of the plan has no MLP");
+    SAMOE_CHECK(layer.experts.num_experts > 0, "a layer of the plan has no MLP");
   step.tokens_T = tokens.const_data_ptr<int64_t>();
   step.positions_T = positions.const_data_ptr<int32_t>();
   step.slots_T = slots.const_data_ptr<int32_t>();

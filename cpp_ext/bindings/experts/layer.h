@@ -31,25 +31,25 @@ inline ExpertLayer check_expert_layer(const TensorChecks& checks, const Tensor& 
   checks.check_contiguous(w2, "w2", 3, dtype);
   const int64_t experts = static_cast<int64_t>(rows.size()), hidden = x.size(1), width = w2.size(2);
   const int64_t up = gated ? 2 * width : width;
-  SAMOE_CHECK_VALUE(w1.size(0) == experts && w2.size(0) == experts, "rows has ", experts, " experts, w1 ", w1.size(0),
+  SAMOE_CHECK(w1.size(0) == experts && w2.size(0) == experts, "rows has ", experts, " experts, w1 ", w1.size(0),
                     ", w2 ", w2.size(0));
-  SAMOE_CHECK_VALUE(!gated || w1.size(1) == 2, "w1 is ", w1.sizes(), "; with a gate it is [e, 2, F, H]");
-  SAMOE_CHECK_VALUE(w1.size(-2) == width && w1.size(-1) == hidden && w2.size(1) == hidden, "w1 is ", w1.sizes(),
+  SAMOE_CHECK(!gated || w1.size(1) == 2, "w1 is ", w1.sizes(), "; with a gate it is [e, 2, F, H]");
+  SAMOE_CHECK(w1.size(-2) == width && w1.size(-1) == hidden && w2.size(1) == hidden, "w1 is ", w1.sizes(),
                     " and w2 ", w2.sizes(), " for rows of ", hidden);
-  SAMOE_CHECK_VALUE(width > 0 && hidden > 0, "w2 is ", w2.sizes(), "; experts need a width and a hidden size");
+  SAMOE_CHECK(width > 0 && hidden > 0, "w2 is ", w2.sizes(), "; experts need a width and a hidden size");
   const auto check_bias = [&](const MaybeTensor& b, const char* name, int64_t dims, int64_t num) {
     if (!b.has_value()) return;
     checks.check_contiguous(*b, name, dims, dtype);
-    SAMOE_CHECK_VALUE(b->numel() == experts * num, name, " is ", b->sizes(), ", not ", num, " values an expert");
+    SAMOE_CHECK(b->numel() == experts * num, name, " is ", b->sizes(), ", not ", num, " values an expert");
   };
   check_bias(b1, "b1", gated ? 3 : 2, up);
   check_bias(b2, "b2", 2, hidden);
   int64_t total = 0;
   for (const int64_t n : rows) {
-    SAMOE_CHECK_VALUE(n >= 0, "an expert has ", n, " rows");
+    SAMOE_CHECK(n >= 0, "an expert has ", n, " rows");
     total += n;
   }
-  SAMOE_CHECK_VALUE(total == x.size(0), "rows sums to ", total, ", x has ", x.size(0), " rows");
+  SAMOE_CHECK(total == x.size(0), "rows sums to ", total, ", x has ", x.size(0), " rows");
   return {w1, w2, b1, b2, gated, rows.vec(), total, hidden, width, up, dtype_of(x)};
 }
 
@@ -68,7 +68,7 @@ inline void check_backward(const TensorChecks& checks, const ExpertLayer& layer,
   const int64_t e = layer.num_experts();
   if (grads.b1.has_value()) {
     checks.check_contiguous(*grads.b1, "db1", grads.b1->dim(), kFloat);
-    SAMOE_CHECK_VALUE(grads.b1->numel() == e * layer.up, "db1 is ", grads.b1->sizes());
+    SAMOE_CHECK(grads.b1->numel() == e * layer.up, "db1 is ", grads.b1->sizes());
   }
   checks.check_sizes(grads.b2, "db2", {e, layer.hidden}, kFloat);
 }

@@ -152,7 +152,7 @@ Bf16Products bf16_products() {
   if (asked == nullptr || std::strcmp(asked, "auto") == 0) return best;
   if (std::strcmp(asked, "fp32") == 0) return Bf16Products::fp32;
   if (std::strcmp(asked, "blas") == 0) return Bf16Products::blas;
-  SAMOE_CHECK_VALUE(std::strcmp(asked, "native") == 0, "MEGATRON_SAMOE_BF16_PRODUCTS = '", asked,
+  SAMOE_CHECK(std::strcmp(asked, "native") == 0, "MEGATRON_SAMOE_BF16_PRODUCTS = '", asked,
                     "': one of auto, native, blas, fp32");
   return cpu::kernels().has_bf16_product() ? Bf16Products::own : Bf16Products::blas;
 }

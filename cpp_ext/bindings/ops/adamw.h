@@ -16,9 +16,9 @@ constexpr int64_t kElementsPerThread = 16384;
 inline void check_run(const TensorChecks& checks, const Tensor& tensor, const char* name, size_t i, int64_t num,
                       ScalarType dtype) {
   checks.check_device(tensor, name, "[", i, "]");
-  SAMOE_CHECK_VALUE(tensor.scalar_type() == dtype, name, "[", i, "] is ", tensor.scalar_type(), ", not ", dtype);
+  SAMOE_CHECK(tensor.scalar_type() == dtype, name, "[", i, "] is ", tensor.scalar_type(), ", not ", dtype);
   SAMOE_CHECK(tensor.is_contiguous(), name, "[", i, "] is not contiguous");
-  SAMOE_CHECK_VALUE(tensor.numel() == num, name, "[", i, "] has ", tensor.numel(), " elements, its master ", num);
+  SAMOE_CHECK(tensor.numel() == num, name, "[", i, "] has ", tensor.numel(), " elements, its master ", num);
 }
 
 // weights are bf16 copies that follow their masters; an empty list where the masters are the weights.
@@ -26,11 +26,11 @@ template <typename B>
 void adamw(const Tensors& masters, const Tensors& weights, const Tensors& grads, const Tensors& exp_avgs,
            const Tensors& exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
            int64_t step, double grad_scale) {
-  SAMOE_CHECK_VALUE(grads.size() == masters.size() && exp_avgs.size() == masters.size() &&
+  SAMOE_CHECK(grads.size() == masters.size() && exp_avgs.size() == masters.size() &&
                         exp_avg_sqs.size() == masters.size() && (weights.empty() || weights.size() == masters.size()),
                     "the lists differ in length: ", masters.size(), ", ", weights.size(), ", ", grads.size(), ", ",
                     exp_avgs.size(), ", ", exp_avg_sqs.size());
-  SAMOE_CHECK_VALUE(step >= 1, "step = ", step, "; the first is 1");
+  SAMOE_CHECK(step >= 1, "step = ", step, "; the first is 1");
   if (masters.empty()) return;
   const B backend(masters[0], "masters[0]");
   std::vector<cpu::AdamWRun> runs;

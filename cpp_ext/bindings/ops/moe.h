@@ -17,12 +17,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate(const Tenso
   backend.check_contiguous(logits, "logits", 2, kFloat);
   if (key.has_value()) {
     backend.check_contiguous(*key, "key", 2, kFloat);
-    SAMOE_CHECK_VALUE(key->sizes() == logits.sizes(), "key ", key->sizes(), " and logits ", logits.sizes(), " differ");
+    SAMOE_CHECK(key->sizes() == logits.sizes(), "key ", key->sizes(), " and logits ", logits.sizes(), " differ");
   }
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
-  SAMOE_CHECK_VALUE(topk >= 1 && topk <= num_experts, "topk = ", topk, ": from 1 to ", num_experts);
-  SAMOE_CHECK_VALUE(num_experts < INT32_MAX, "too many experts: ", num_experts);
-  SAMOE_CHECK_VALUE(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups,
+  SAMOE_CHECK(topk >= 1 && topk <= num_experts, "topk = ", topk, ": from 1 to ", num_experts);
+  SAMOE_CHECK(num_experts < INT32_MAX, "too many experts: ", num_experts);
+  SAMOE_CHECK(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups,
                     ": a divisor of the number of tokens, ", num_tokens);
   Tensor probs = uninitialized({num_tokens, topk}, logits), ids = uninitialized({num_tokens, topk}, logits, kLong);
   Tensor counts = uninitialized({num_groups, num_experts}, logits, kLong), score_sum = uninitialized({num_groups, num_experts}, logits);
@@ -45,8 +45,8 @@ Tensor topk_gate_backward(const Tensor& logits, const Tensor& logsumexp, const T
   backend.check_contiguous(probs, "probs", 2, kFloat);
   backend.check_contiguous(ids, "ids", 2, kLong);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
-  SAMOE_CHECK_VALUE(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups);
-  SAMOE_CHECK_VALUE(logsumexp.size(0) == num_tokens && probs.size(0) == num_tokens && ids.sizes() == probs.sizes(),
+  SAMOE_CHECK(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups);
+  SAMOE_CHECK(logsumexp.size(0) == num_tokens && probs.size(0) == num_tokens && ids.sizes() == probs.sizes(),
                     "the saved tensors do not belong to these logits");
   backend.check_sizes(dprobs, "dprobs", probs.sizes(), kFloat);
   backend.check_sizes(dscore_sum, "dscore_sum", {num_groups, num_experts}, kFloat);
@@ -64,10 +64,10 @@ template <typename B>
 std::tuple<Tensor, Tensor, Tensor> make_permutation(const Tensor& ids, int64_t num_experts) {
   const B backend(ids, "ids");
   backend.check_contiguous(ids, "ids", 2, kLong);
-  SAMOE_CHECK_VALUE(num_experts >= 1, "num_experts = ", num_experts);
+  SAMOE_CHECK(num_experts >= 1, "num_experts = ", num_experts);
   const Tensor counts = uninitialized({num_experts}, ids);
   const CountedSlots slots = backend.count_slots(ids, counts);
-  SAMOE_CHECK_INDEX(slots.num_rows >= 0, "expert id ", slots.bad_id, "; allowed are -1 to ", num_experts - 1);
+  SAMOE_CHECK(slots.num_rows >= 0, "expert id ", slots.bad_id, "; allowed are -1 to ", num_experts - 1);
   Tensor slot_of_row = uninitialized({slots.num_rows}, ids), row_of_slot = uninitialized(ids.sizes(), ids);
   backend.place_slots(ids, slots, slot_of_row, row_of_slot);
   return {slot_of_row, row_of_slot, counts};
@@ -78,7 +78,7 @@ Tensor permute(const Tensor& x, const Tensor& slot_of_row, int64_t topk) {
   const B backend(x, "x");
   backend.check_rows(x, "x");
   backend.check_contiguous(slot_of_row, "slot_of_row", 1, kLong);
-  SAMOE_CHECK_VALUE(topk >= 1, "topk = ", topk);
+  SAMOE_CHECK(topk >= 1, "topk = ", topk);
   backend.check_index(slot_of_row, "slot_of_row", 0, x.size(0) * topk);
   const int64_t num_rows = slot_of_row.size(0);
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& dy, const Tensor& ro
   backend.check_sizes(probs, "probs", row_of_slot.sizes(), kFloat);
   backend.check_index(row_of_slot, "row_of_slot", -1, rows.size(0));
   backend.check_contiguous(slot_of_row, "slot_of_row", 1, kLong);
-  SAMOE_CHECK_VALUE(slot_of_row.numel() == rows.size(0), "slot_of_row has ", slot_of_row.numel(), " rows");
+  SAMOE_CHECK(slot_of_row.numel() == rows.size(0), "slot_of_row has ", slot_of_row.numel(), " rows");
   Tensor drows = uninitialized(rows.sizes(), rows), dprobs = uninitialized(probs.sizes(), probs);
   backend.unpermute_backward({dtype_of(rows), dy.const_data_ptr(), rows.const_data_ptr(),
                               probs.const_data_ptr<float>(), slot_of_row.const_data_ptr<int64_t>(),
@@ -135,7 +135,7 @@ cpu::Strided3<T> strided(T* data, const Tensor& tensor, int64_t unit = 1) {
 inline void check_strided(const TensorChecks& checks, const Tensor& tensor, const char* name, ScalarType dtype,
                           Sizes sizes) {
   checks.check_tensor(tensor, name, 3, dtype);
-  SAMOE_CHECK_VALUE(tensor.sizes() == sizes, name, " is ", tensor.sizes(), ", not ", sizes);
+  SAMOE_CHECK(tensor.sizes() == sizes, name, " is ", tensor.sizes(), ", not ", sizes);
   SAMOE_CHECK(tensor.stride(2) == 1 || tensor.size(2) <= 1, name, " is not contiguous in its last dim");
 }
 
@@ -155,7 +155,7 @@ template <typename B>
 void combine_banks(const Tensor& coefficients, const Tensor& banks, const Tensor& out) {
   const B backend(coefficients, "coefficients");
   const auto [num_layers, num_groups, num_banks, num_elements] = check_banks(backend, coefficients, banks);
-  SAMOE_CHECK_VALUE(out.scalar_type() == kFloat || out.scalar_type() == kBFloat16, "out is ", out.scalar_type());
+  SAMOE_CHECK(out.scalar_type() == kFloat || out.scalar_type() == kBFloat16, "out is ", out.scalar_type());
   check_strided(backend, out, "out", out.scalar_type(), {num_layers, num_groups, num_elements});
   backend.combine(
       {coefficients.const_data_ptr<float>(), strided(banks.const_data_ptr<float>(), banks), dtype_of(out),

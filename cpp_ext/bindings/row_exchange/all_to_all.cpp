@@ -23,24 +23,24 @@ std::map<int64_t, Communicator>& registry() {
 // A rank's parts of a tensor: at the given byte offsets, or one after the other and together all of it.
 std::vector<Part> parts_of(const std::vector<int64_t>& offsets, const std::vector<int64_t>& bytes, const Tensor& tensor,
                            const Communicator& communicator, const char* name) {
-  SAMOE_CHECK_VALUE(static_cast<int>(bytes.size()) == communicator.transport->world() &&
+  SAMOE_CHECK(static_cast<int>(bytes.size()) == communicator.transport->world() &&
                         (offsets.empty() || offsets.size() == bytes.size()),
                     name, " has ", bytes.size(), " splits for ", communicator.transport->world(), " ranks");
-  SAMOE_CHECK_VALUE(tensor.device() == communicator.device, name, " is on ", tensor.device(),
+  SAMOE_CHECK(tensor.device() == communicator.device, name, " is on ", tensor.device(),
                     " and the communicator on ", communicator.device);
-  SAMOE_CHECK_VALUE(tensor.is_contiguous(), name, " is not contiguous");
+  SAMOE_CHECK(tensor.is_contiguous(), name, " is not contiguous");
   const int64_t size = nbytes(tensor);
   std::vector<Part> parts;
   int64_t end = 0;
   for (size_t r = 0; r < bytes.size(); ++r) {
-    SAMOE_CHECK_VALUE(bytes[r] >= 0, name, " has a negative split of ", bytes[r], " bytes");
+    SAMOE_CHECK(bytes[r] >= 0, name, " has a negative split of ", bytes[r], " bytes");
     const int64_t offset = offsets.empty() ? end : offsets[r];
-    SAMOE_CHECK_VALUE(offset >= 0 && offset <= size - bytes[r], name, " has ", size, " bytes and a part from ", offset,
+    SAMOE_CHECK(offset >= 0 && offset <= size - bytes[r], name, " has ", size, " bytes and a part from ", offset,
                       " to ", offset + bytes[r]);
     parts.push_back({offset, bytes[r]});
     end = offset + bytes[r];
   }
-  SAMOE_CHECK_VALUE(!offsets.empty() || end == size, name, " has ", size, " bytes and its splits sum to ", end);
+  SAMOE_CHECK(!offsets.empty() || end == size, name, " has ", size, " bytes and its splits sum to ", end);
   return parts;
 }
 
@@ -48,7 +48,7 @@ std::string all_to_all_address(int64_t handle) { return find_communicator(handle
 
 std::string all_to_all_connect(int64_t handle, const std::vector<std::string>& addresses) {
   const Communicator communicator = find_communicator(handle);
-  SAMOE_CHECK_VALUE(static_cast<int>(addresses.size()) == communicator.transport->world(), addresses.size(),
+  SAMOE_CHECK(static_cast<int>(addresses.size()) == communicator.transport->world(), addresses.size(),
                     " addresses for ", communicator.transport->world(), " ranks");
   const DeviceScope scope(communicator.device);
   return communicator.transport->connect(addresses);
@@ -104,7 +104,7 @@ int64_t add_communicator(Communicator communicator) {
 Communicator find_communicator(int64_t handle) {
   std::lock_guard<std::mutex> lock(registry_mutex);
   const auto found = registry().find(handle);
-  SAMOE_CHECK_VALUE(found != registry().end(), "no communicator has the handle ", handle, "; it may be closed");
+  SAMOE_CHECK(found != registry().end(), "no communicator has the handle ", handle, "; it may be closed");
   return found->second;
 }
 

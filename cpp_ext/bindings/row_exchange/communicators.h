@@ -41,7 +41,7 @@ std::tuple<int64_t, std::string> started(const Communicator& communicator, Start
 template <typename Transport>
 std::shared_ptr<Transport> find_transport(int64_t handle) {
   auto transport = std::dynamic_pointer_cast<Transport>(find_communicator(handle).transport);
-  SAMOE_CHECK_VALUE(transport != nullptr, "communicator ", handle, " goes through something else");
+  SAMOE_CHECK(transport != nullptr, "communicator ", handle, " goes through something else");
   return transport;
 }
 

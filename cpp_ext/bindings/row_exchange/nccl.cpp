@@ -107,13 +107,13 @@ std::string nccl_library() {
 
 // stream: of CUDA, by its address, in which the exchanges of a GPU's memory take place; Python owns it.
 int64_t nccl_create(int64_t rank, int64_t world, const Device& device, int64_t stream, double timeout_s) {
-  SAMOE_CHECK_VALUE(world >= 1 && rank >= 0 && rank < world, "rank ", rank, " of ", world);
+  SAMOE_CHECK(world >= 1 && rank >= 0 && rank < world, "rank ", rank, " of ", world);
   const NcclApi* api = api_or_throw();
   std::unique_ptr<CudaQueue> queue;
   if (device.is_cpu()) {
     SAMOE_CHECK(api->host_finished != nullptr, "NCCL exchanges the memory of devices, not of the CPU");
   } else {
-    SAMOE_CHECK_VALUE(device.is_cuda() && device.has_index(), "device ", device, ": one of CUDA, with its index");
+    SAMOE_CHECK(device.is_cuda() && device.has_index(), "device ", device, ": one of CUDA, with its index");
     cuda();
     queue = std::make_unique<CudaQueue>(device, reinterpret_cast<void*>(stream));
   }
@@ -125,10 +125,10 @@ int64_t nccl_create(int64_t rank, int64_t world, const Device& device, int64_t s
 std::tuple<int64_t, std::string> nccl_start_even(int64_t handle, const Tensor& input, const Tensor& output) {
   const Communicator communicator = samoe::find_communicator(handle);
   const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
-  SAMOE_CHECK_VALUE(input.device() == communicator.device && output.device() == communicator.device &&
+  SAMOE_CHECK(input.device() == communicator.device && output.device() == communicator.device &&
                         input.is_contiguous() && output.is_contiguous(),
                     "input and output must be contiguous, on ", communicator.device);
-  SAMOE_CHECK_VALUE(nbytes(input) == nbytes(output) && nbytes(input) % nccl->world() == 0,
+  SAMOE_CHECK(nbytes(input) == nbytes(output) && nbytes(input) % nccl->world() == 0,
                     "input has ", nbytes(input), " bytes and output ", nbytes(output), ": not the same for each of ",
                     nccl->world(), " ranks");
   return samoe::started(communicator, [&] {
@@ -140,12 +140,12 @@ std::tuple<int64_t, std::string> nccl_start_even(int64_t handle, const Tensor& i
 
 // Messages from their numbers: peer, whether in the staging memory, first byte, bytes.
 std::vector<Message> messages(const std::vector<int64_t>& numbers, const Tensor& own, const Tensor& staging, int world) {
-  SAMOE_CHECK_VALUE(numbers.size() % 4 == 0, "a message has four numbers");
+  SAMOE_CHECK(numbers.size() % 4 == 0, "a message has four numbers");
   std::vector<Message> found;
   for (size_t i = 0; i < numbers.size(); i += 4) {
     const int64_t peer = numbers[i], offset = numbers[i + 2], bytes = numbers[i + 3];
     const Tensor& memory = numbers[i + 1] != 0 ? staging : own;
-    SAMOE_CHECK_VALUE(peer >= 0 && peer < world && offset >= 0 && bytes >= 0 &&
+    SAMOE_CHECK(peer >= 0 && peer < world && offset >= 0 && bytes >= 0 &&
                           offset <= nbytes(memory) - bytes,
                       "a message of ", bytes, " bytes at ", offset, " of ", nbytes(memory), " for rank ", peer);
     found.push_back({static_cast<int>(peer), static_cast<char*>(memory.data_ptr()) + offset, bytes});
@@ -162,7 +162,7 @@ std::tuple<int64_t, std::string> nccl_start_hops(int64_t handle, const Tensor& i
   const Communicator communicator = samoe::find_communicator(handle);
   const auto nccl = samoe::find_transport<NcclAllToAll>(handle);
   for (const Tensor* tensor : {&input, &output, &staging}) {
-    SAMOE_CHECK_VALUE(tensor->device() == communicator.device && tensor->is_contiguous(),
+    SAMOE_CHECK(tensor->device() == communicator.device && tensor->is_contiguous(),
                       "tensors must be contiguous, on ", communicator.device);
   }
   const int world = nccl->world();

@@ -152,7 +152,7 @@ def test_both_backends_refuse_in_the_same_words(library: Any) -> None:
     for number, (ours, theirs) in enumerate(
         zip(_bad_calls(torch.ops.megatron_samoe), _bad_calls(library), strict=True)
     ):
-        with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)) as of_cpu:
+        with pytest.raises(RuntimeError) as of_cpu:
             ours()
         with pytest.raises(of_cpu.type) as of_cuda:
             theirs()

@@ -82,7 +82,7 @@ def test_a_models_logits(name: str, serving: Any, library: Any, monkeypatch: pyt
         assert f"{emulated_cuda.NAMESPACE}::{op}" in seen, op
 
 
-def _refusals() -> list[tuple[type[Exception], str, Callable[[], Any]]]:
+def _refusals() -> list[tuple[str, Callable[[], Any]]]:
     """Calls with something wrong, and what is said."""
     x, out = normal(1, 2, 8), torch.empty(2, 4)
     stack, norm = make_experts(8, 6, 2, 2, "fp32", True, False), make_norm(8, True, False)
@@ -93,24 +93,24 @@ def _refusals() -> list[tuple[type[Exception], str, Callable[[], Any]]]:
     places = Places(zeros, zeros, torch.zeros(1, 1, dtype=torch.int32))
     bank = stored(normal(1, 3, 8), "fp32")
     return [
-        (ValueError, "w is .*, not 4 x 8", lambda: decode.linear(x, stored(normal(2, 4, 9), "fp32"), None, out)),
-        (ValueError, "int8 weights, and they alone, have scales",
+        ("w is .*, not 4 x 8", lambda: decode.linear(x, stored(normal(2, 4, 9), "fp32"), None, out)),
+        ("int8 weights, and they alone, have scales",
          lambda: decode.linear(x, Weight(torch.zeros(4, 8, dtype=torch.int8)), None, out)),
-        (TypeError, "w is Half", lambda: decode.linear(x, Weight(torch.zeros(4, 8).half()), None, out)),
-        (RuntimeError, "x is not contiguous", lambda: decode.linear(normal(1, 8, 2).t(), bank, None, out)),
-        (ValueError, "scratch is too small", lambda: decode.mlp_block(x, norm, routing, stack, torch.empty(8))),
-        (ValueError, r"index2 is \[2\], not \[3\]",
+        ("w is Half", lambda: decode.linear(x, Weight(torch.zeros(4, 8).half()), None, out)),
+        ("x is not contiguous", lambda: decode.linear(normal(1, 8, 2).t(), bank, None, out)),
+        ("scratch is too small", lambda: decode.mlp_block(x, norm, routing, stack, torch.empty(8))),
+        (r"index2 is \[2\], not \[3\]",
          lambda: decode.mlp_block(x, norm, routing, replace(stack, index1_E=torch.zeros(3, dtype=torch.int64)), room)),
-        (ValueError, r"slots is \[1\], not \[2\]",
+        (r"slots is \[1\], not \[2\]",
          lambda: decode.attention_block(x, layer, replace(places, slots_T=zeros[:1]), room)),
-        (ValueError, "a head of 260, of at most 256 on a GPU",
+        ("a head of 260, of at most 256 on a GPU",
          lambda: decode.attention_block(x, wide, places, torch.empty(9999))),
-        (ValueError, "65 banks, of at most 64 on a GPU",
+        ("65 banks, of at most 64 on a GPU",
          lambda: decode.combine_rows([bank] * 65, torch.ones(65), stored(normal(1, 3, 8), "fp32"))),
     ]  # fmt: skip
 
 
 def test_what_is_refused(emulated: Any) -> None:
-    for kind, said, call in _refusals():
-        with pytest.raises(kind, match=said):
+    for said, call in _refusals():
+        with pytest.raises(RuntimeError, match=said):
             call()

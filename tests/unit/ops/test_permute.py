@@ -119,9 +119,9 @@ def test_under_recompute(use_reentrant):
 
 def test_bad_input_is_refused():
     permutation = make_permutation(torch.zeros(3, 1, dtype=torch.int64), 2)
-    with pytest.raises(IndexError, match=r"allowed are -1 to 1"):
+    with pytest.raises((IndexError, RuntimeError), match=r"allowed are -1 to 1"):
         make_permutation(torch.tensor([[2]]), 2)
-    with pytest.raises(IndexError, match=r"allowed are -1 to 1"):
+    with pytest.raises((IndexError, RuntimeError), match=r"allowed are -1 to 1"):
         make_permutation(torch.tensor([[-2]]), 2)
     with pytest.raises(ValueError, match="int64 matrix"):
         make_permutation(torch.zeros(3, 1), 2)
@@ -139,11 +139,11 @@ def test_bad_input_is_refused():
 def test_the_compiled_ops_check_before_they_touch_memory():
     ops = torch.ops.megatron_samoe
     x_TH = torch.zeros(4, 2)
-    with pytest.raises(IndexError, match="outside 0 to 3"):
+    with pytest.raises(RuntimeError, match="outside 0 to 3"):
         ops.permute(x_TH, torch.tensor([4]), 1)
-    with pytest.raises(IndexError, match="outside -1 to 3"):
+    with pytest.raises(RuntimeError, match="outside -1 to 3"):
         ops.unpermute(x_TH, None, torch.tensor([[7]]))
-    with pytest.raises(TypeError, match="Double"):
+    with pytest.raises(RuntimeError, match="Double"):
         ops.permute(x_TH.double(), torch.tensor([0]), 1)
     with pytest.raises(RuntimeError, match="not contiguous"):
         ops.permute(torch.zeros(2, 4).t(), torch.tensor([0]), 1)
