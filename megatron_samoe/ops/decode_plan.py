@@ -27,7 +27,7 @@ class DecodePlan:
         max_logits: most tokens of a step whose logits are wanted.
 
     Raises:
-        ValueError, TypeError: tensors that do not fit each other. A step raises them, and IndexError, for its tokens.
+        RuntimeError: tensors that do not fit each other, or in a step its tokens.
     """
 
     def __init__(

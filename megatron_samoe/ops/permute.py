@@ -48,7 +48,7 @@ def make_permutation(ids_TK: Tensor, num_experts: int) -> Permutation:
 
     Raises:
         ValueError: ids_TK is not an int64 matrix.
-        IndexError: an id is outside -1..num_experts-1; only where the host can look at it without a wait.
+        IndexError (the compiled op: RuntimeError): an id is outside -1..num_experts-1; only where the host can look at it without a wait.
     """
     if ids_TK.dim() != 2 or ids_TK.dtype != torch.int64 or ids_TK.shape[1] == 0:
         raise ValueError(f"ids_TK must be an int64 matrix [T, K >= 1], not {ids_TK.dtype} {tuple(ids_TK.shape)}")

@@ -117,7 +117,7 @@ def test_a_plan_ends_with_its_object() -> None:
     assert runner._plan is not None
     number = runner._plan._number
     del runner
-    with pytest.raises(ValueError, match=f"there is no plan {number}"):
+    with pytest.raises(RuntimeError, match=f"there is no plan {number}"):
         empty = torch.empty(0, dtype=torch.int64)
         places = (empty.int(), empty.int(), torch.zeros(1, 1, dtype=torch.int32))
         torch.ops.megatron_samoe.decode_plan_step(number, empty, *places, empty, torch.empty(0, VOCAB))

@@ -1,0 +1,59 @@
+"""The wheel: one for every Python and torch, which works where there is no compiler and no source tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_samoe.ops import extension
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
+]
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": "", **environment}
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm, which lists a library's symbols")
+def test_the_library_uses_the_stable_abi_of_torch_alone() -> None:
+    (library,) = (ROOT / "megatron_samoe").glob("_C*.so")
+    undefined = run("nm", "--dynamic", "--undefined-only", str(library), cwd=ROOT).split()
+    assert "aoti_torch_cpu_mm_out" in undefined
+    assert not [name for name in undefined if re.match(r"_Z\w*(2at|3c10|5torch)\w", name)]
+
+
+def test_a_wheel_works_without_sources_and_compiler(tmp_path: Path) -> None:
+    tree, wheels, installed = tmp_path / "tree", tmp_path / "wheels", tmp_path / "installed"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "_build", "reference")
+    for name in ("cpp_ext", "megatron_samoe"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tree)
+    pip = (sys.executable, "-m", "pip")
+    run(*pip, "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(tree),
+        cwd=tmp_path, MEGATRON_SAMOE_BUILD="cpu")  # fmt: skip
+    (wheel,) = wheels.iterdir()
+    assert re.fullmatch(r"megatron_samoe-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    run(*pip, "install", "--quiet", "--no-index", "--no-deps", "--target", str(installed), str(wheel), cwd=tmp_path)
+    (tmp_path / "empty").mkdir()
+    said = run(sys.executable, "-m", "megatron_samoe", "doctor", cwd=tmp_path / "empty", PYTHONPATH=str(installed),
+               PATH=str(tmp_path / "empty"))  # fmt: skip
+    assert re.search(r"ok +compiled extension +_C.so", said), said
+    program = "import megatron_samoe, megatron_samoe.cli.quickstart as q; print(megatron_samoe.__file__)"
+    assert str(installed) in run(sys.executable, "-c", program, cwd=tmp_path / "empty", PYTHONPATH=str(installed))
+    for part in ("cli/quickstart_data/config.yaml", "py.typed", "inference/server/page.html"):
+        assert (installed / "megatron_samoe" / part).exists()
