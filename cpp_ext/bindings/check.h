@@ -37,7 +37,7 @@ class TensorChecks {
   // Contiguous, and of these very sizes.
   void check_sizes(const Tensor& tensor, const char* name, Sizes sizes, ScalarType dtype) const {
     check_contiguous(tensor, name, static_cast<int64_t>(sizes.size()), dtype);
-    SAMOE_CHECK(tensor.sizes() == sizes, name, " is ", tensor.sizes(), ", not ", sizes);
+    SAMOE_CHECK(tensor.sizes().equals(sizes), name, " is ", tensor.sizes(), ", not ", sizes);
   }
   // Where it is given.
   void check_sizes(const MaybeTensor& tensor, const char* name, Sizes sizes,

@@ -75,7 +75,7 @@ inline Tensor uninitialized(Sizes sizes, ScalarType dtype, const Device& device)
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &made));

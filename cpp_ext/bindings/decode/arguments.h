@@ -146,7 +146,7 @@ inline cpu::DecodeAttention attention_of(int64_t kv_heads, int64_t queries, int6
   const HeadNorms norms = head_norms_of(head_norms, head_dim, checks);
   cpu::DecodeAttention a = {};
   if (cos.has_value()) {
-    SAMOE_CHECK(cos->dim() == 2 && cos->sizes() == sin->sizes(), "cos and sin are not two equal tables");
+    SAMOE_CHECK(cos->dim() == 2 && cos->sizes().equals(sin->sizes()), "cos and sin are not two equal tables");
     a.rotated = cos->size(1);
     SAMOE_CHECK(a.rotated <= head_dim && a.rotated % 2 == 0, "a head of ", head_dim, " with ", a.rotated,
                       " rotated");

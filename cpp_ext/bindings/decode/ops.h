@@ -205,7 +205,7 @@ void combine_rows(const Tensors& banks, const std::vector<MaybeTensor>& scales, 
   const Matrix target = matrix_of(out, out_scale, "out", backend);
   std::vector<Matrix> sources;
   for (size_t p = 0; p < banks.size(); ++p) {
-    SAMOE_CHECK(banks[p].sizes() == out.sizes(), "a bank is ", banks[p].sizes(), ", out ", out.sizes());
+    SAMOE_CHECK(banks[p].sizes().equals(out.sizes()), "a bank is ", banks[p].sizes(), ", out ", out.sizes());
     sources.push_back(matrix_of(banks[p], scales[p], "bank", backend));
   }
   const int64_t cols = out.size(-1), rows = cols == 0 ? 0 : out.numel() / cols;

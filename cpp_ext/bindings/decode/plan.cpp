@@ -56,7 +56,7 @@ int64_t decode_plan(const Tensor& words, const MaybeTensor& words_scale, const M
   samoe::check_contiguous(x, "x", 2, kFloat);
   const int64_t T = x.size(0), H = x.size(1);
   SAMOE_CHECK(words.dim() == 2 && words.size(1) == H, "words are ", words.sizes(), ", not [V, ", H, "]");
-  SAMOE_CHECK(output.sizes() == words.sizes(), "output is ", output.sizes(), ", words ", words.sizes());
+  SAMOE_CHECK(output.sizes().equals(words.sizes()), "output is ", output.sizes(), ", words ", words.sizes());
   SAMOE_CHECK(max_logits >= 0, "max_logits = ", max_logits);
   auto plan = std::make_shared<Plan>();
   plan->x = x;

@@ -70,11 +70,11 @@ Tensor view_of(const Matrix& m, bool transposed = false) {
 
 // out = a b
 void blas(const Tensor& a, const Tensor& b, const Tensor& out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 // out = c + a b; c may be out.
 void blas_plus(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& out) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), 1.0, 1.0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 bool by_own_kernel(const Matrix& a) { return a.dtype == DType::bf16 && bf16_products() == Bf16Products::own; }

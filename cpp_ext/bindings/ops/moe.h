@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate(const Tenso
   backend.check_contiguous(logits, "logits", 2, kFloat);
   if (key.has_value()) {
     backend.check_contiguous(*key, "key", 2, kFloat);
-    SAMOE_CHECK(key->sizes() == logits.sizes(), "key ", key->sizes(), " and logits ", logits.sizes(), " differ");
+    SAMOE_CHECK(key->sizes().equals(logits.sizes()), "key ", key->sizes(), " and logits ", logits.sizes(), " differ");
   }
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   SAMOE_CHECK(topk >= 1 && topk <= num_experts, "topk = ", topk, ": from 1 to ", num_experts);
@@ -46,7 +46,7 @@ Tensor topk_gate_backward(const Tensor& logits, const Tensor& logsumexp, const T
   backend.check_contiguous(ids, "ids", 2, kLong);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   SAMOE_CHECK(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups);
-  SAMOE_CHECK(logsumexp.size(0) == num_tokens && probs.size(0) == num_tokens && ids.sizes() == probs.sizes(),
+  SAMOE_CHECK(logsumexp.size(0) == num_tokens && probs.size(0) == num_tokens && ids.sizes().equals(probs.sizes()),
                     "the saved tensors do not belong to these logits");
   backend.check_sizes(dprobs, "dprobs", probs.sizes(), kFloat);
   backend.check_sizes(dscore_sum, "dscore_sum", {num_groups, num_experts}, kFloat);
@@ -135,7 +135,7 @@ cpu::Strided3<T> strided(T* data, const Tensor& tensor, int64_t unit = 1) {
 inline void check_strided(const TensorChecks& checks, const Tensor& tensor, const char* name, ScalarType dtype,
                           Sizes sizes) {
   checks.check_tensor(tensor, name, 3, dtype);
-  SAMOE_CHECK(tensor.sizes() == sizes, name, " is ", tensor.sizes(), ", not ", sizes);
+  SAMOE_CHECK(tensor.sizes().equals(sizes), name, " is ", tensor.sizes(), ", not ", sizes);
   SAMOE_CHECK(tensor.stride(2) == 1 || tensor.size(2) <= 1, name, " is not contiguous in its last dim");
 }
 
