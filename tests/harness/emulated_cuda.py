@@ -7,6 +7,7 @@ the ops under a namespace of its own.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -52,8 +53,17 @@ def run_all(commands: list[list[str]]) -> None:
 def build_library(folder: Path) -> Path:
     """Compiles the library into a folder and returns its path."""
     torch_folder = Path(torch.__file__).parent
-    torch_flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", *_WARNINGS, f"-isystem{torch_folder / 'include'}"]
-    torch_flags += ["-DTORCH_TARGET_VERSION=0x20b000000000000", "-DSAMOE_CUDA_KEY=CPU", f"-DSAMOE_CUDA_NAMESPACE={NAMESPACE}"]
+    torch_flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        *_WARNINGS,
+        f"-isystem{torch_folder / 'include'}",
+    ]
+    major, minor = re.findall(r"^OLDEST_TORCH = \((\d+), (\d+)\)", (ROOT / "cpp_ext/builder.py").read_text(), re.M)[0]
+    torch_flags += [f"-DTORCH_TARGET_VERSION={int(major) << 56 | int(minor) << 48}"]
+    torch_flags += ["-DSAMOE_CUDA_KEY=CPU", f"-DSAMOE_CUDA_NAMESPACE={NAMESPACE}"]
     jobs = [(path, torch_flags) for path in BINDINGS] + [(path, [*FLAGS, "-x", "c++"]) for path in KERNELS]
     objects = [str(folder / f"{path.name}.o") for path, _ in jobs]
     run_all([[*compiler(), *flags, "-c", str(path), "-o", o] for (path, flags), o in zip(jobs, objects, strict=True)])

@@ -94,21 +94,19 @@ def test_wrong_tokens_are_refused_before_anything_is_computed() -> None:
     places = Places(good.positions_T, good.slots_T, good.pages)
     rows_N, logits_NV = torch.tensor([1]), torch.empty(1, VOCAB)
 
-    def refused(error: type[Exception], match: str, tokens: list[int], places: Places, **changes: torch.Tensor) -> None:
-        with pytest.raises(error, match=match):
+    def refused(match: str, tokens: list[int], places: Places, **changes: torch.Tensor) -> None:
+        with pytest.raises(RuntimeError, match=match):
             plan.step(torch.tensor(tokens), places, changes.get("rows", rows_N), changes.get("logits", logits_NV))
 
     plan.step(good.tokens_T, places, rows_N, logits_NV)
-    refused(IndexError, f"tokens has an entry outside 0 to {VOCAB - 1}", [5, VOCAB], places)
-    refused(IndexError, "rows has an entry outside 0 to 1", [5, 6], places, rows=torch.tensor([2]))
-    refused(ValueError, r"positions is \[2\], not \[3\]", [5, 6, 7], places)
-    refused(ValueError, "9 tokens and 1 logits; the plan is for 8 and 2", [5] * 9, places)
-    refused(ValueError, "logits is", [5, 6], places, logits=torch.empty(1, VOCAB + 1))
-    refused(IndexError, "slot 1 of 1", [5, 6], replace(places, slots_T=torch.tensor([0, 1], dtype=torch.int32)))
-    refused(
-        IndexError, "position 48 of 48", [5, 6], replace(places, positions_T=torch.tensor([0, 48], dtype=torch.int32))
-    )
-    refused(IndexError, "pages hold a page outside 0 to 2", [5, 6], replace(places, pages=good.pages + 1))
+    refused(f"tokens has an entry outside 0 to {VOCAB - 1}", [5, VOCAB], places)
+    refused("rows has an entry outside 0 to 1", [5, 6], places, rows=torch.tensor([2]))
+    refused(r"positions is \[2\], not \[3\]", [5, 6, 7], places)
+    refused("9 tokens and 1 logits; the plan is for 8 and 2", [5] * 9, places)
+    refused("logits is", [5, 6], places, logits=torch.empty(1, VOCAB + 1))
+    refused("slot 1 of 1", [5, 6], replace(places, slots_T=torch.tensor([0, 1], dtype=torch.int32)))
+    refused("position 48 of 48", [5, 6], replace(places, positions_T=torch.tensor([0, 48], dtype=torch.int32)))
+    refused("pages hold a page outside 0 to 2", [5, 6], replace(places, pages=good.pages + 1))
 
 
 def test_a_plan_ends_with_its_object() -> None:
