@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find cpp_ext -type f -not -path '*/__pycache__/*')
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: docs wheels install quickstart test test-unit test-distributed sanitize lint check-python clean
+.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed sanitize lint check-python clean
 
 install: $(VENV)/.installed
 
@@ -70,6 +70,11 @@ wheels: $(VENV)/.installed
 	$(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --exclude libgomp.so.1 --exclude 'libcudart.so.*' --wheel-dir dist build/wheels/*.whl
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
 	@ls -l dist
+
+# For whoever has a machine with a GPU for half an hour; GPU_CHECK="--minutes 50" gives options.
+gpu-check: $(VENV)/.installed-tests
+	MEGATRON_SAMOE_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/megatron-samoe benchmark gpu-check $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) build dist docs/_build docs/reference *.egg-info megatron_samoe/_C*.so

@@ -28,11 +28,26 @@ from megatron_samoe.benchmarks import (
     train,
 )
 from megatron_samoe.benchmarks.common import as_table, conditions, save
+from megatron_samoe.benchmarks.gpu_check import command as gpu_check
 from megatron_samoe.cli.arguments import Words, program, text_parser
 from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import backend
 
-PARTS = (layer, train, roofline, expert_parallel, all_to_all, ops, decode, checkpoint, convert, data, parallel, serve)
+PARTS = (
+    layer,
+    train,
+    roofline,
+    expert_parallel,
+    all_to_all,
+    ops,
+    decode,
+    checkpoint,
+    convert,
+    data,
+    parallel,
+    serve,
+    gpu_check,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
