@@ -21,8 +21,10 @@ SAMOE_SAME_PLACE(min_ctas, minCTAs);
 SAMOE_SAME_PLACE(max_ctas, maxCTAs);
 SAMOE_SAME_PLACE(net_name, netName);
 SAMOE_SAME_PLACE(split_share, splitShare);
-static_assert(NCCL_API_MAGIC == 0xcafebeef && NCCL_CONFIG_UNDEF_INT == -2147483647 - 1,
-              "the configuration's marks differ");
+static_assert(NCCL_CONFIG_UNDEF_INT == -2147483647 - 1, "the configuration's mark differs");
+#ifdef NCCL_API_MAGIC
+static_assert(NCCL_API_MAGIC == 0xcafebeef, "the configuration's magic number differs");
+#endif
 #define SAMOE_SAME_TYPE(ours, theirs, type) \
   static_assert(sizeof(static_cast<type>(&theirs)) == sizeof(samoe::comm::NcclApi::ours), #theirs)
 SAMOE_SAME_TYPE(send, ncclSend, ncclResult_t (*)(const void*, size_t, ncclDataType_t, int, ncclComm_t, cudaStream_t));

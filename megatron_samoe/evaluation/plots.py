@@ -18,13 +18,20 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from megatron_samoe.evaluation.run_groups import Groups
 from megatron_samoe.evaluation.run_summary import RunSummary
 
-#: One colour per model, the same in all plots of a report.
-COLOURS = ("#1f5fbf", "#d1651a", "#2f8f4e", "#a03fa8", "#b3262d", "#7a6a1f", "#3a8fa8", "#6b6f78", "#c2457f", "#4a4ac0")
+#: One colour and one shape per model, the same in all plots of a report. The colours are those of Okabe and Ito, which
+#: people tell apart whatever colours they see, their yellow left out.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9", "#7f7f7f")
+MARKERS = "osD^vP*Xh<"
 
 
 def colour(place: int) -> str:
     """Returns the colour of a report's n-th model."""
     return COLOURS[place % len(COLOURS)]
+
+
+def marker(place: int) -> str:
+    """Returns the shape of a report's n-th model."""
+    return MARKERS[place % len(MARKERS)]
 
 
 def png_of(figure: Any) -> bytes:

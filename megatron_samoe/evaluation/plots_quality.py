@@ -6,17 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
-from matplotlib.transforms import ScaledTranslation
 
 from megatron_samoe.evaluation.measurements import DecodeTime, of_group
-from megatron_samoe.evaluation.plots import colour, png_of, side_by_side
-from megatron_samoe.evaluation.run_groups import Groups
+from megatron_samoe.evaluation.plots import colour, marker, png_of, side_by_side
+from megatron_samoe.evaluation.run_groups import Groups, RunGroup
 
 #: Bytes of weights per decoded token: by group and batch size.
 BytesPerToken = Mapping[str, Mapping[int, float]]
-#: Room that a dot of a plot takes.
-DOT_INCHES = 0.12
 
 
 def cost_axes(
@@ -44,59 +43,86 @@ def cost_axes(
     return axes
 
 
-def places_beside(points: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Returns by how many dots each model is moved aside, so that none hides another.
+def spread_apart(wanted: Sequence[float], least: float) -> list[float]:
+    """Returns places near the wanted ones, in their order, of which no two are closer than `least`."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    runs: list[list[int]] = []
+    for i in order:
+        runs.append([i])
+        while (
+            len(runs) > 1
+            and _middle(runs[-1], wanted) - _middle(runs[-2], wanted) < least * (len(runs[-1]) + len(runs[-2])) / 2
+        ):
+            last = runs.pop()
+            runs[-1] += last
+    places = [0.0] * len(wanted)
+    for run in runs:
+        first = _middle(run, wanted) - least * (len(run) - 1) / 2
+        for number, i in enumerate(run):
+            places[i] = first + least * number
+    return places
 
-    Args:
-        points: across and up, as shares of the axes.
-    """
-    runs: list[list[str]] = []
-    for name in sorted(points, key=lambda name: points[name]):
-        x, y = points[name]
-        near = (run for run in runs if any(abs(x - points[n][0]) < 0.03 and abs(y - points[n][1]) < 0.1 for n in run))
-        run = next(near, None)
-        if run is None:
-            runs.append([name])
-        else:
-            run.append(name)
-    return {name: place - (len(run) - 1) / 2 for run in runs for place, name in enumerate(run)}
+
+def _middle(run: Sequence[int], wanted: Sequence[float]) -> float:
+    return sum(wanted[i] for i in run) / len(run)
+
+
+def _scale_costs(axes: Axes, costs: Sequence[float]) -> None:
+    """Chooses scale and limits of the horizontal axis."""
+    if costs and max(costs) > 5 * min(costs):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(min(costs) / 1.3, max(costs) * 1.3)
+    elif costs:
+        # Costs that hardly differ stand close together, and not at the ends of an axis made for them.
+        margin = max(0.08 * (max(costs) - min(costs)), 0.15 * max(costs))
+        axes.set_xlim(min(costs) - margin, max(costs) + margin)
+
+
+def _draw(axes: Axes, place: int, group: RunGroup, cost: float) -> Any:
+    """Draws a model where it belongs, in a shape and size of its own, empty: so it shows where another lies, too."""
+    error = None if math.isnan(group.loss.sd) else [group.loss.sd]
+    return axes.errorbar(
+        [cost], [group.loss.mean], yerr=error, fmt=marker(place), markersize=max(22 * 0.78**place, 4),
+        markerfacecolor="none", markeredgewidth=2, capsize=3, color=colour(place),
+    )  # fmt: skip
+
+
+def at_a_glance(groups: Groups) -> bytes:
+    """Validation loss over all parameters, with every model's name; names make room for each other, points do not."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    costs = [group.first.parameters.total / 1e6 for group in groups]
+    for place, (group, cost) in enumerate(zip(groups, costs, strict=True)):
+        _draw(axes, place, group, cost)
+    _scale_costs(axes, costs)
+    axes.margins(y=0.12)
+    axes.autoscale_view(scalex=False)
+    low, high = axes.get_ylim()
+    names = spread_apart([(group.loss.mean - low) / (high - low) for group in groups], 0.07)
+    for place, (group, cost, height) in enumerate(zip(groups, costs, names, strict=True)):
+        axes.annotate(
+            group.name, (cost, group.loss.mean), (1.04, height), textcoords="axes fraction", va="center", color=colour(place),
+            arrowprops={"arrowstyle": "-", "color": "#b8bec8", "linewidth": 0.8, "shrinkB": 8}, annotation_clip=False,
+        )  # fmt: skip
+    axes.set_xlabel("parameters in all (M)")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.grid(alpha=0.3, which="both")
+    return png_of(figure)
 
 
 def quality_against_cost(groups: Groups, axes_by_cost: Mapping[str, Mapping[str, float]]) -> bytes:
     """Validation loss (mean, and deviation over seeds) over every cost; lower and further left is better."""
     figure, panels = side_by_side(len(axes_by_cost), width=5.0, sharey=True)
     handles: dict[str, Any] = {}
-    losses = {group.name: group.loss.mean for group in groups}
-    height = max(losses.values()) - min(losses.values()) or 1.0
     for axes, (cost, values) in zip(panels, axes_by_cost.items(), strict=True):
         axes.set_xlabel(cost)
         axes.grid(alpha=0.3, which="both")
-        shown = [v for v in values.values() if v > 0]
-        is_log = bool(shown) and max(shown) > 5 * min(shown)
-        if is_log:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_xlim(min(shown) / 1.3, max(shown) * 1.3)
-        elif shown:
-            # Costs that hardly differ stand close together, and not at the ends of an axis made for them.
-            margin = max(0.08 * (max(shown) - min(shown)), 0.15 * max(shown))
-            axes.set_xlim(min(shown) - margin, max(shown) + margin)
-        scale = math.log if is_log else float
-        width = abs(scale(axes.get_xlim()[1]) - scale(axes.get_xlim()[0]))
-        places = places_beside({n: (scale(v) / width, losses[n] / height) for n, v in values.items() if v > 0})
+        _scale_costs(axes, [v for v in values.values() if v > 0])
         for place, group in enumerate(groups):
             if group.name in values:
-                loss = group.loss
-                error = None if math.isnan(loss.sd) else [loss.sd]
-                aside = ScaledTranslation(places.get(group.name, 0.0) * DOT_INCHES, 0, figure.dpi_scale_trans)
-                handles[group.name] = axes.errorbar([values[group.name]], [loss.mean], yerr=error, fmt="o", capsize=3,
-                                                    color=colour(place), transform=axes.transData + aside)  # fmt: skip
-                # Axes take no notice of what is drawn aside.
-                spread = 0.0 if error is None else error[0]
-                axes.update_datalim([(values[group.name], loss.mean + end) for end in (-spread, spread)])
-        axes.autoscale_view()
+                handles[group.name] = _draw(axes, place, group, values[group.name])
     for axes in panels[::2]:
         axes.set_ylabel("validation loss (nats per token)")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_samoe.evaluation import plots, plots_experts, plots_study, report_tables
 from megatron_samoe.evaluation.measurements import DecodeTime, ZeroShot
-from megatron_samoe.evaluation.plots_quality import BytesPerToken, cost_axes, quality_against_cost
+from megatron_samoe.evaluation.plots_quality import BytesPerToken, at_a_glance, cost_axes, quality_against_cost
 from megatron_samoe.evaluation.run_groups import Groups, group_runs
 from megatron_samoe.evaluation.run_summary import RunSummary, Table
 from megatron_samoe.parsing import JsonObject
@@ -21,7 +21,10 @@ border-top:1px solid #d5dae1;padding-top:1em}nav{font-size:.9rem;margin:.6em 0 1
 div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #e2e6eb;white-space:nowrap}th{vertical-align:bottom;white-space:normal}
 td:first-child,th:first-child{text-align:left}img{max-width:100%;height:auto}p{max-width:75ch}p.how{color:#5b6675;
-font-size:.9rem}blockquote{border-left:3px solid #c9ced6;margin-left:0;padding-left:1em;white-space:pre-wrap}"""
+font-size:.9rem}p.sentence{font-size:1.05rem;max-width:none}div.beside{display:flex;flex-wrap:wrap;gap:1.5rem;
+align-items:flex-start}div.beside img{flex:1 1 380px;min-width:0}
+div.beside div.wide{flex:0 1 auto}
+blockquote{border-left:3px solid #c9ced6;margin-left:0;padding-left:1em;white-space:pre-wrap}"""
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,21 @@ class ReportData:
     study: JsonObject | None = None
 
 
+#: A model is called as good as the best if its loss lies so near, in nats: rounding alone sets equal runs as far apart.
+MARGIN = 0.02
+
+
 @dataclass
 class _Section:
-    """A heading, paragraphs on how to read what follows, a table, and a plot by the name of its file."""
+    """A heading, a sentence that says it all, paragraphs on how to read what follows, a table, and a plot by the name of its
+    file, beside the table where there is a sentence."""
 
     name: str
     heading: str
     paragraphs: list[str] = field(default_factory=list)
     table: Table = field(default_factory=list)
     png: bytes | None = None
+    sentence: str = ""
 
     @property
     def is_empty(self) -> bool:
@@ -94,12 +103,15 @@ def write_group_report(path: Path, title: str, groups: Groups, data: ReportData)
 
 def _render(section: _Section, folder: Path) -> list[str]:
     body = [f'<h2 id="{section.name}">{html.escape(section.heading)}</h2>']
+    if section.sentence:
+        body.append(f'<p class="sentence">{html.escape(section.sentence)}</p><div class="beside">')
     if len(section.table) > 1:
         body.append(_table(section.table))
     if section.png is not None:
         (folder / f"{section.name}.png").write_bytes(section.png)
         encoded = base64.b64encode(section.png).decode()
         body.append(f'<img alt="{html.escape(section.heading)}" src="data:image/png;base64,{encoded}">')
+    body += ["</div>"] if section.sentence else []
     return body + [f'<p class="how">{html.escape(text)}</p>' for text in section.paragraphs]
 
 
@@ -108,6 +120,15 @@ def _table(rows: Table) -> str:
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rest)
     return f'<div class="wide"><table><tr>{cells}</tr>{lines}</table></div>'
+
+
+def _glance(groups: Groups) -> _Section:
+    several = any(len(group.runs) > 1 for group in groups)
+    how = "Bars: standard deviation over seeds." if several else "One seed each."
+    return _Section(
+        "glance", "At a glance", [f"{how} Lower and further left is better. Active: parameters that a token meets."],
+        report_tables.glance_table(groups), at_a_glance(groups), report_tables.glance_text(groups, MARGIN),
+    )  # fmt: skip
 
 
 def _results(groups: Groups, data: ReportData) -> _Section:
@@ -123,14 +144,14 @@ def _results(groups: Groups, data: ReportData) -> _Section:
         text += (
             " The models were trained on different numbers of tokens, so their losses do not compare the models alone."
         )
-    return _Section("results", "Results", [*data.notes, text], report_tables.results_table(groups))
+    return _Section("results", "All figures", [*data.notes, text], report_tables.results_table(groups))
 
 
 def _quality(groups: Groups, data: ReportData) -> _Section:
     axes = cost_axes(groups, data.decode, data.bytes_per_token)
     paragraphs = [
         "Lower and further left is better. Two models at one place of a horizontal axis cost the same there; the vertical "
-        "distance is what the cost buys. Dots that would hide each other stand side by side."
+        "distance is what the cost buys. Models at one point lie within each other. Bars: standard deviation over seeds."
     ]
     if data.bytes_per_token:
         paragraphs.append(
@@ -198,7 +219,7 @@ _PLOTS: tuple[tuple[str, str, str, Callable[[Groups], bytes | None]], ...] = (
 def _sections(groups: Groups, data: ReportData) -> list[_Section]:
     losses = "Thin: training, every seed. Dots: validation, mean over seeds; bars: lowest and highest seed."
     return [
-        _results(groups, data), *_study(data.study), _quality(groups, data),
+        _glance(groups), _results(groups, data), *_study(data.study), _quality(groups, data),
         _Section("speed", "Training speed", [_SPEED], report_tables.speed_table(groups)),
         _Section("loss_curves", "Loss curves", [losses], png=plots.loss_curves(groups)),
         _Section("zero_shot", "Zero-shot tasks", [_ZERO_SHOT], report_tables.zero_shot_table(groups, data.zero_shot)),

@@ -34,6 +34,33 @@ def results_table(groups: Groups) -> Table:
     return rows
 
 
+def glance_table(groups: Groups) -> Table:
+    """Returns loss and size of every model, the best first."""
+    best = min(group.loss.mean for group in groups)
+    rows = [["model", "validation loss", "from the best", "parameters", "active"]]
+    for group in sorted(groups, key=lambda group: group.loss.mean):
+        total, _, active = parameter_texts(group.first.parameters)
+        rows.append([group.name, group.loss.text(4), f"+{group.loss.mean - best:.4f}", total, active])
+    return rows
+
+
+def glance_text(groups: Groups, margin: float) -> str:
+    """Returns the best model, and the smallest that is as good within a margin of nats."""
+    best = min(groups, key=lambda group: group.loss.mean)
+    near = [group for group in groups if group.loss.mean - best.loss.mean <= margin]
+    small = min(near, key=lambda group: group.first.parameters.total)
+    total, _, _ = parameter_texts(best.first.parameters)
+    text = f"Best: {best.name}, {best.loss.text(4)} nats per token with {total} parameters."
+    if small is not best:
+        total, _, _ = parameter_texts(small.first.parameters)
+        text += (
+            f" The smallest within {margin} of it: {small.name}, +{small.loss.mean - best.loss.mean:.4f} with {total}."
+        )
+    else:
+        text += f" No smaller model comes within {margin} of it."
+    return text
+
+
 def cost_table(groups: Groups, axes: Mapping[str, Mapping[str, float]]) -> Table:
     """Returns every cost of every model beside its loss."""
     rows = [["model", *axes, "validation loss"]]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_samoe.evaluation.plots import colour
 from megatron_samoe.evaluation.run_summary import read_records
 from megatron_samoe.evaluation.study.definition import Run
 from megatron_samoe.evaluation.study.programs import pause_file
@@ -20,7 +21,6 @@ from megatron_samoe.parsing import JsonObject
 _EVERY_S = 15.0
 _WIDTH, _HEIGHT, _MARGIN = 860, 360, 46
 #: Told apart by people who are blind to some colours, too (Okabe and Ito).
-_COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#d55e00", "#cc79a7", "#999999")
 _STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}
 table{border-collapse:collapse;width:100%}td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #8884}
 td:first-child,th:first-child{text-align:left}.running{font-weight:600}.failed{color:#b3261e}
@@ -105,12 +105,12 @@ def _curves(runs: Sequence[Run], records: dict[Path, list[JsonObject]]) -> str:
         return f"{across:.1f},{down:.1f}"
 
     lines = "".join(
-        f'<polyline fill="none" stroke-width="1.5" stroke="{_COLOURS[names.index(run.variant.name) % len(_COLOURS)]}" '
+        f'<polyline fill="none" stroke-width="1.5" stroke="{colour(names.index(run.variant.name))}" '
         f'points="{" ".join(place(*p) for p in curve)}"/>'
         for run, curve in curves if curve
     )  # fmt: skip
     legend = "".join(
-        f'<text x="{_WIDTH - 230}" y="{_MARGIN + 16 * i}" style="fill:{_COLOURS[i % len(_COLOURS)]}">{html.escape(n)}</text>'
+        f'<text x="{_WIDTH - 230}" y="{_MARGIN + 16 * i}" style="fill:{colour(i)}">{html.escape(n)}</text>'
         for i, n in enumerate(names)
     )
     axis = (

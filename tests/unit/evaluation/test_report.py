@@ -7,21 +7,32 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_samoe.cli import report as report_command
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.evaluation import plots, plots_experts
 from megatron_samoe.evaluation.measurements import read_decode, read_study, read_zero_shot
-from megatron_samoe.evaluation.plots_quality import cost_axes, places_beside, quality_against_cost
+from megatron_samoe.evaluation.plots_quality import cost_axes, quality_against_cost, spread_apart
 from megatron_samoe.evaluation.report import write_report
-from megatron_samoe.evaluation.report_tables import cost_table, results_table, speed_table, zero_shot_table
+from megatron_samoe.evaluation.report_tables import (
+    cost_table,
+    glance_table,
+    glance_text,
+    results_table,
+    speed_table,
+    zero_shot_table,
+)
 from megatron_samoe.evaluation.run_groups import group_runs, mean_sd
 from megatron_samoe.evaluation.run_summary import perplexity_text, read_run
 from megatron_samoe.interop.edited_model import NOT_MODEL
@@ -229,9 +240,28 @@ def test_entropy_of_seeds_that_logged_at_different_times() -> None:
     assert tokens_N.tolist() == [2.0] and mean_N == pytest.approx([0.3])
 
 
-def test_dots_of_nearly_the_same_cost_stand_side_by_side() -> None:
-    places = places_beside({"a": (0.5, 0.2), "b": (0.1, 0.2), "c": (0.505, 0.21), "d": (0.51, 0.2), "e": (0.5, 0.9)})
-    assert places == {"b": 0.0, "a": -1.0, "c": 0.0, "d": 1.0, "e": 0.0}
+@given(st.lists(st.floats(0, 1), max_size=9))
+def test_names_make_room_for_each_other(wanted: list[float]) -> None:
+    """Two are never closer than they may be, keep their order, and stay where they were if there was room."""
+    places = spread_apart(wanted, 0.1)
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    gaps = [places[b] - places[a] for a, b in pairwise(order)]
+    assert all(gap > 0.1 - 1e-9 for gap in gaps)
+    if all(wanted[b] - wanted[a] > 0.1 for a, b in pairwise(order)):
+        assert places == pytest.approx(wanted)
+
+
+def test_the_first_screen_names_the_best_and_the_smallest_as_good(runs_dir: Path) -> None:
+    groups = group_runs([read_run(path) for path in folders(runs_dir)])
+    without_dense = [group for group in groups if group.name != "dense"]
+    (edited,) = (group for group in groups if group.name == "samoe one bank")  # worse, and no smaller
+    assert glance_table(groups)[1][:3] == ["dense", groups[0].loss.text(4), "+0.0000"]
+    assert glance_text(groups, 1.0).startswith("Best: dense, ") and "No smaller model" in glance_text(groups, 1.0)
+    better = replace(without_dense[0], runs=tuple(replace(r, records=[{"iteration": 4, "validation_loss": 2.0}])
+                                                  for r in without_dense[0].runs))  # fmt: skip
+    said = glance_text([groups[0], better, edited], margin=0.6)
+    assert said.startswith(f"Best: {better.name}, 2.0000") and "within 0.6 of it: dense, +0.5500" in said
+    assert "No smaller model comes within 0.5 of it" in glance_text([groups[0], better, edited], margin=0.5)
 
 
 def test_every_model_is_seen_in_every_plot_of_costs(runs_dir: Path) -> None:
@@ -368,6 +398,6 @@ def test_the_page_in_a_browser(runs_dir: Path, tmp_path: Path, capsys: Any) -> N
         page.open(output.as_uri())
         assert page.run("return document.documentElement.scrollWidth") <= 380
         assert page.run("return [...document.images].every(i => i.complete && i.naturalWidth > 100)")
-        assert page.run("return document.images.length") == 8 and page.complaints() == []
+        assert page.run("return document.images.length") == 9 and page.complaints() == []
         targets = page.run("return [...document.querySelectorAll('nav a')].map(a => !!document.querySelector(a.hash))")
-        assert len(targets) == 11 and all(targets)
+        assert len(targets) == 12 and all(targets)
