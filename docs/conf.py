@@ -25,6 +25,7 @@ project_copyright = author
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 html_theme, html_title = "furo", "megatron_samoe"
+html_static_path, html_css_files = ["static"], ["site.css"]
 smartquotes = False  # two dashes are a flag's
 html_copy_source = False
 myst_heading_anchors = 4
@@ -52,9 +53,14 @@ def as_it_stands(line: str) -> str:
 
 
 def read_as_text(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text: an indented block of a module's is shown as it stands, and a star is a star."""
-    text, block = [], False
+    """Docstrings are plain text: an indented block of a module's is shown as it stands, and a star is a star. Sphinx would take
+    the first of several attributes of one line for the type of the others, if a blank stood between them.
+    """
+    text, block, attributes = [], False, False
     for before, line in zip(["", *lines], lines, strict=False):
+        attributes = line.strip() == "Attributes:" or (attributes and bool(line.strip()))
+        if attributes:
+            line = re.sub(r"^ +\w+(, \w+)+(?=: )", lambda names: names[0].replace(", ", ","), line)
         if what == "module" and line.startswith("    ") and not before.strip():
             text, block = ([*text, "::", ""] if not block else text), True
         block = block and (not line.strip() or line.startswith("    "))
