@@ -69,15 +69,20 @@ class TransformerLayer(nn.Module):
         if not context.training or self.dropout == 0.0:
             return y_TH
         assert context.random is not None
-        part, parts = (self.state.tp.rank, self.state.tp.size) if self.state.sequence_parallel else (0, 1)
-        return context.random.dropout(y_TH, self.dropout, self.index, site, part, parts)
+        return context.random.dropout(y_TH, self.dropout, self.index, site, self.state.token_share)
 
     def flops_per_token(self) -> float:
         """Returns multiply-adds x 2 of the forward pass's matrix products, over all ranks that process a token."""
         return self.attention.flops_per_token() + (self.moe if self.is_moe else self.mlp).flops_per_token()
 
+    def exchange_bytes(self, tokens: int) -> int:
+        """Returns the most bytes of what attention exchanges between context-parallel ranks, which it does not keep."""
+        return self.attention.exchange_bytes(tokens) if self.state.cp.size > 1 else 0
+
     def kept_bytes(self, tokens: int) -> int:
         """Returns the bytes that autograd keeps of a micro-batch without recomputation, the layer's input included.
+
+        `tokens` are those that the rank's tensor-parallel group has: with context parallelism parts of sequences.
 
         With sequence parallelism, tensors outside tensor-parallel regions hold 1/tp of the tokens; the input of a split
         matrix is gathered and kept whole.

@@ -139,9 +139,9 @@ def placed(draw: st.DrawFn) -> tuple[RankGrid, int]:
     sizes = st.integers(1, 4)
     tp, pp = draw(sizes), draw(sizes)
     etp = draw(st.sampled_from([1, tp]))
-    ep, more = draw(sizes), draw(sizes)
-    world = tp * pp * etp * ep * more  # divides over both grids
-    return RankGrid(world, tp=tp, pp=pp, ep=ep, etp=etp), draw(st.integers(0, world - 1))
+    cp, ep, more = draw(sizes), draw(sizes), draw(sizes)
+    world = tp * cp * pp * etp * ep * more  # divides over both grids
+    return RankGrid(world, tp=tp, pp=pp, ep=ep, etp=etp, cp=cp), draw(st.integers(0, world - 1))
 
 
 @settings(deadline=None, max_examples=60)
