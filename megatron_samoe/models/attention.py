@@ -212,7 +212,9 @@ class SelfAttention(AttentionCore):
         copies = 0
         if self.cp.size > 1 and not self.recompute_core:
             # What is sent is a copy, so that norms and clips alone keep the projection; heads come back as another copy.
-            copies += (heads + 2 * kv_heads if norms or clips else 0) + (heads + kv_heads if norms and clips else 0)
+            copies += heads + 2 * kv_heads if norms or clips else 0
+            copies += heads if (norms or clips) and heads > kv_heads else 0  # as within a rank
+            copies += heads + kv_heads if norms and clips else 0
             rotates = model.position_embedding_type == "rope"
             if not self.goes_round:
                 copies += heads

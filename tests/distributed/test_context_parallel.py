@@ -10,12 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config.derived import group_tokens
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
+from megatron_samoe.models.layer_layout import all_layers
+from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.planning.description import PlannedModel
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients, train_step
+from tests.harness.kept_bytes import kept_by_autograd
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout
 
@@ -103,3 +109,23 @@ def test_ranks_hold_what_was_planned(layout: str) -> None:
         planned = rank_memory(config, VOCAB_SIZE, world_size, rank)
         assert found["weights"] == planned.weights
         assert found["optimizer"] == planned.optimizer
+
+
+def kept(config: PretrainConfig) -> int:
+    model = build_model(config, VOCAB_SIZE, initialize_model_parallel(config.parallel))
+    return kept_by_autograd(model, config)
+
+
+@pytest.mark.parametrize("comm", ["p2p", "a2a"])
+@pytest.mark.parametrize("options", [
+    {"layout": "dense"}, {"layout": "moe"}, {"layout": "dense", "position_embedding_type": "rope"},
+    {"layout": "dense", "group_query_attention": True, "num_query_groups": 2},
+    {"layout": "dense", "position_embedding_type": "rope", "clip_qkv": 0.1, "group_query_attention": True, "num_query_groups": 2},
+])  # fmt: skip
+def test_a_layer_keeps_what_it_says(options: dict[str, Any], comm: str) -> None:
+    config = with_layout(tiny_config(**options, hidden_size=64, seq_length=64, ffn_hidden_size=192), cp=2, comm=comm)
+    expected = PlannedModel(config, VOCAB_SIZE, 2).description.kept_bytes(
+        all_layers(config)[0], group_tokens(config), False
+    )
+    for found in run_ranks(kept, 2, config):
+        assert found == pytest.approx(expected, rel=0.05)
