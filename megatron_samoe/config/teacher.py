@@ -41,6 +41,7 @@ def on_ranks_of(student: PretrainConfig, teacher: PretrainConfig, world_size: in
         teacher.model,
         seq_length=student.model.seq_length,
         max_position_embeddings=teacher.model.max_positions,
+        attention_dropout=0.0,  # nothing is dropped where nothing is trained, whatever a layout refuses
         make_vocab_size_divisible_by=student.model.make_vocab_size_divisible_by,
     )
     given = student.training

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_samoe.models.attention import AttentionInputs
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.models.attention import AttentionCore, AttentionInputs
 from megatron_samoe.models.blueprint import Blueprint
 from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.models.mlp import MLP
@@ -35,6 +36,11 @@ class TransformerLayer(nn.Module):
         selective = blueprint.config.training.recompute_granularity == "selective"
         self.attention_norm = Norm(model, model.hidden_size, state, dtype)
         self.attention = blueprint.parts.attention(model, place.index, state, dtype, recompute_core=selective)
+        if state.cp.size > 1 and not isinstance(self.attention, AttentionCore):
+            allowed = (
+                "must be 1 with attention from outside that is no AttentionCore, which meets the keys of other ranks"
+            )
+            raise ConfigError("--context-parallel-size", state.cp.size, allowed)
         self.mlp_norm = Norm(model, model.hidden_size, state, dtype)
         if place.moe_index is None:
             self.mlp = MLP(model, model.mlp_size, model.init_method_std, model.output_init_std, state, dtype)

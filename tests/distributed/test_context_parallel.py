@@ -13,9 +13,14 @@ from torch import Tensor
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.derived import group_tokens
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.models.attention import AttentionInputs
+from megatron_samoe.models.blueprint import ModelParts
 from megatron_samoe.models.layer_layout import all_layers
-from megatron_samoe.models.rank_model import build_model
-from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.models.rank_model import RankModel, build_model
+from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.parallel_state import RankGrid, initialize_model_parallel
+from megatron_samoe.parallel_state.state import planned_state
 from megatron_samoe.planning.description import PlannedModel
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.evaluate import evaluate
@@ -129,3 +134,27 @@ def test_a_layer_keeps_what_it_says(options: dict[str, Any], comm: str) -> None:
     )
     for found in run_ranks(kept, 2, config):
         assert found == pytest.approx(expected, rel=0.05)
+
+
+class OtherAttention(torch.nn.Module):
+    """Attention from outside that knows nothing of other ranks."""
+
+    def __init__(self, *_: Any, **__: Any):
+        super().__init__()
+
+
+def test_attention_from_outside_that_knows_no_other_ranks_is_refused() -> None:
+    config = with_layout(tiny_config("dense"), cp=2)
+    state = planned_state(RankGrid.of(config.parallel, 2), 0)
+    with pytest.raises(ConfigError, match="--context-parallel-size = 2: must be 1 with attention from outside"):
+        RankModel(config, VOCAB_SIZE, state, torch.float32, ModelParts(attention=OtherAttention))
+
+
+def test_a_mask_from_outside_is_refused() -> None:
+    config = with_layout(tiny_config("dense"), cp=2)
+    state = planned_state(RankGrid.of(config.parallel, 2), 0)
+    attention = RankModel(config, VOCAB_SIZE, state, torch.float32).chunks[0].layers["0"].attention
+    q = torch.zeros(1, 8, 4, 8, device="meta")
+    inputs = AttentionInputs(mask_B1SS=torch.ones(1, 1, 8, 8, dtype=torch.bool, device="meta"))
+    with pytest.raises(ConfigError, match="--context-parallel-size = 2: must be 1 with attention that brings a mask"):
+        attention.core(q, q, q, inputs, ForwardContext(1))
