@@ -23,6 +23,7 @@ from megatron_samoe.benchmarks import (
     layer,
     ops,
     parallel,
+    ring_attention,
     roofline,
     serve,
     train,
@@ -46,6 +47,7 @@ PARTS = (
     data,
     parallel,
     serve,
+    ring_attention,
     gpu_check,
 )
 

@@ -107,8 +107,9 @@ def _fit_to_ranks(config: PretrainConfig) -> tuple[PretrainConfig, int]:
     fitted, used = fit_layout(config, started, teacher)
     layout, wanted = fitted.parallel, config.parallel
     logger.info(
-        f"elastic: {used} of {started} ranks work as tensor {layout.tensor_model_parallel_size}, pipeline "
-        f"{layout.pipeline_model_parallel_size}, expert {layout.expert_model_parallel_size}, data "
+        f"elastic: {used} of {started} ranks work as tensor {layout.tensor_model_parallel_size}, "
+        + (f"context {layout.context_parallel_size}, " if layout.context_parallel_size > 1 else "")
+        + f"pipeline {layout.pipeline_model_parallel_size}, expert {layout.expert_model_parallel_size}, data "
         f"{data_parallel_size(fitted, used)}, micro-batches of {fitted.training.micro_batch_size}"
         + ("" if layout == wanted else " (another layout than was asked for)")
         + (f"; {started - used} stand by" if used < started else "")
@@ -195,7 +196,8 @@ def _describe(config: PretrainConfig, vocab_size: int, parallel: ParallelState) 
     logger.info(
         f"{config.moe.expert_layout} model: {count.total:,} parameters, {count.expert:,} of them expert, "
         f"{count.active:,} active per token; {grid.world_size} ranks on {parallel.device.type}: tensor {grid.tp}, "
-        f"pipeline {grid.pp}, expert {grid.ep} (x tensor {grid.etp}), data {grid.dp}{_transport(parallel)}"
+        + (f"context {grid.cp}, " if grid.cp > 1 else "")
+        + f"pipeline {grid.pp}, expert {grid.ep} (x tensor {grid.etp}), data {grid.dp}{_transport(parallel)}"
     )
     idle = idle_share(config, grid.world_size)
     if idle > MUCH_IDLE:

@@ -20,9 +20,19 @@ def flag(field: str) -> str:
 
 
 def data_parallel_size(config: PretrainConfig, world_size: int) -> int:
-    """Returns the number of ranks that hold different data: the data-parallel size of dense parameters."""
-    parallel = config.parallel
-    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    """Returns the number of ranks that hold different sequences: the data-parallel size of dense parameters."""
+    return world_size // dense_model_size(config.parallel)
+
+
+def dense_model_size(parallel: ParallelConfig) -> int:
+    """Returns the ranks that work on one sequence: tensor x context x pipeline."""
+    stage = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return stage * parallel.pipeline_model_parallel_size
+
+
+def group_tokens(config: PretrainConfig) -> int:
+    """Returns the tokens of a micro-batch that the ranks of one tensor-parallel group work on together."""
+    return config.training.micro_batch_size * config.model.seq_length // config.parallel.context_parallel_size
 
 
 def global_batch_size(config: PretrainConfig, world_size: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from megatron_samoe.config import needs
 from megatron_samoe.config.derived import divisors
@@ -22,8 +23,8 @@ def fit_layout(
     """Returns the configuration in the nearest layout that is legal for `world_size` ranks, and how many of them it
     uses.
 
-    Data parallelism changes first. Then expert, pipeline and tensor parallelism shrink, in this order. A micro-batch
-    shrinks where that keeps more ranks at work. The global batch stays, so the losses stay what they would have been.
+    Data parallelism changes first. Then expert, pipeline, context and tensor parallelism shrink, in this order. A
+    micro-batch shrinks where that keeps more ranks at work. The global batch stays, so the losses stay what they would have been.
 
     Args:
         teacher: the configuration that a teacher was trained with, whose model must fit the layout too.
@@ -50,19 +51,24 @@ def fit_layout(
 def smallest_world(config: PretrainConfig) -> int:
     """Returns the smallest number of ranks of the configured layout."""
     layout = config.parallel
-    dense, expert = layout.tensor_model_parallel_size, layout.expert_tp * layout.expert_model_parallel_size
+    dense = layout.tensor_model_parallel_size * layout.context_parallel_size
+    expert = layout.expert_tp * layout.expert_model_parallel_size
     return math.lcm(max(dense, 1), max(expert, 1)) * max(layout.pipeline_model_parallel_size, 1)
 
 
 def _nearest_first(config: PretrainConfig) -> Iterator[list[PretrainConfig]]:
-    """Yields configurations of one tensor and pipeline size at a time, nearest first."""
+    """Yields configurations of one tensor, context and pipeline size at a time, nearest first."""
     layout = config.parallel
     micro_batches = [config.training.micro_batch_size]
     if config.moe.moe_expert_capacity_factor is None:  # which counts tokens of a micro-batch
         micro_batches = divisors(config.training.micro_batch_size)[::-1]
-    for tp in divisors(layout.tensor_model_parallel_size)[::-1]:
+    for tp, cp in product(
+        divisors(layout.tensor_model_parallel_size)[::-1], divisors(layout.context_parallel_size)[::-1]
+    ):
         for pp in divisors(layout.pipeline_model_parallel_size)[::-1]:
-            sized = replace(layout, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+            sized = replace(
+                layout, tensor_model_parallel_size=tp, context_parallel_size=cp, pipeline_model_parallel_size=pp
+            )
             if tp != layout.tensor_model_parallel_size:
                 split = layout.expert_tensor_parallel_size not in (None, 1)
                 sized = replace(
@@ -86,11 +92,12 @@ def _nearest_first(config: PretrainConfig) -> Iterator[list[PretrainConfig]]:
 
 
 def _without_idle_options(config: PretrainConfig) -> PretrainConfig:
-    """Returns the configuration without options of pipelines or expert parallelism that have no effect in its layout."""
+    """Returns the configuration without options of pipelines, context or expert parallelism without effect in its layout."""
     idle = {
         name: default
         for _, name, _, default, facts in all_options(config)
-        if facts.needs in (needs.PIPELINE, needs.EXPERT_PARALLEL) and not facts.needs.is_met(config)
+        if facts.needs in (needs.PIPELINE, needs.CONTEXT_PARALLEL, needs.EXPERT_PARALLEL)
+        and not facts.needs.is_met(config)
     }
     return replace(config, parallel=replace(config.parallel, **idle))
 

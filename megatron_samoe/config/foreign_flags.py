@@ -77,8 +77,7 @@ ALWAYS_SO: Mapping[str, str] = {
 }  # fmt: skip
 #: Flags of Megatron-LM that have no counterpart, with what there is.
 MISSING: Mapping[str, str] = {
-    "--context-parallel-size": "sequences are not split over ranks; --recompute-granularity full and --sliding-window make long ones fit",
-    "--cp-comm-type": "sequences are not split over ranks",
+    "--hierarchical-context-parallel-sizes": "--cp-comm-type is p2p or a2a, not both at once",
     "--overlap-param-gather": "parameters are gathered after the step",
     "--use-megatron-fsdp": "sharding goes as far as ZeRO-1 and a sharded pool (--samoe-pool-placement)",
     "--use-torch-fsdp2": "sharding goes as far as ZeRO-1 and a sharded pool (--samoe-pool-placement)",
@@ -113,7 +112,7 @@ MISSING: Mapping[str, str] = {
     "--non-persistent-save-interval": "--async-save and --keep-last make frequent checkpoints cheap",
     "--min-loss-scale": "the loss scale may fall as far as it must",
     "--hysteresis": "the loss scale falls at the first overflow",
-    "--use-tp-pp-dp-mapping": "ranks are numbered tp, ep, dp, pp",
+    "--use-tp-pp-dp-mapping": "ranks are numbered tp, cp, ep, dp, pp",
     "--data-args-path": "a YAML file names blends (docs/data.md)",
     "--per-split-data-args-path": "a YAML file names blends (docs/data.md)",
     "--moe-use-upcycling": "`megatron-samoe edit upcycle` makes a MoE of a dense checkpoint",

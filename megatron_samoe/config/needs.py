@@ -63,6 +63,7 @@ TOKENIZER_FILE = Need(
 )
 TEACHER = Need(lambda c: c.distillation.teacher is not None, "needs --teacher")
 PIPELINE = Need(lambda c: c.parallel.pipeline_model_parallel_size != 1, "needs --pipeline-model-parallel-size above 1")
+CONTEXT_PARALLEL = Need(lambda c: c.parallel.context_parallel_size != 1, "needs --context-parallel-size above 1")
 EXPERT_PARALLEL = Need(
     lambda c: c.parallel.expert_model_parallel_size != 1, "needs --expert-model-parallel-size above 1"
 )

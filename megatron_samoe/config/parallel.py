@@ -27,8 +27,16 @@ class ParallelConfig:
     """Order of micro-batches: one forward, one backward (interleaved with virtual stages), or all forwards first."""
     sequence_parallel: bool = option(False)
     """Split the residual stream, norms and dropout over tensor-parallel ranks along tokens."""
+    context_parallel_size: int = option(1, range=POSITIVE, largest=1_000_000)
+    """Ranks that split each sequence: rank r of n has chunks r and 2 n - 1 - r of 2 n, so that all have as many scores of
+    attention to compute.
+    """
+    cp_comm_type: Literal["p2p", "a2a"] = option("p2p", needs=needs.CONTEXT_PARALLEL)
+    """What attention exchanges between context-parallel ranks. p2p: keys and values go round a ring, beside the products.
+    a2a: each rank gets whole sequences of some of its heads (Ulysses), which every option of attention goes with.
+    """
     use_distributed_optimizer: bool = option(False)
-    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    """Shard optimizer state over data-parallel ranks, context-parallel ones included (ZeRO-1)."""
     expert_model_parallel_size: int = option(1, range=POSITIVE, largest=1_000_000)
     """Ranks that split the experts of a layer and exchange tokens."""
     expert_tensor_parallel_size: int | None = option(None, range=POSITIVE, largest=1_000_000)

@@ -29,6 +29,8 @@ def on_ranks_of(student: PretrainConfig, teacher: PretrainConfig, world_size: in
     parallel = ParallelConfig(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=layout.context_parallel_size,
+        cp_comm_type=layout.cp_comm_type,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         pipeline_model_parallel_layout=uneven_layout(teacher.model.num_layers, stages) if stages > 1 else None,
         expert_model_parallel_size=1 if is_dense else layout.expert_model_parallel_size,
@@ -39,6 +41,7 @@ def on_ranks_of(student: PretrainConfig, teacher: PretrainConfig, world_size: in
         teacher.model,
         seq_length=student.model.seq_length,
         max_position_embeddings=teacher.model.max_positions,
+        attention_dropout=0.0,  # nothing is dropped where nothing is trained, whatever a layout refuses
         make_vocab_size_divisible_by=student.model.make_vocab_size_divisible_by,
     )
     given = student.training

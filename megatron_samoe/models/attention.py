@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.norms import Norm, SplitNorm
 from megatron_samoe.models.rotary import apply_rotary
 from megatron_samoe.moe.types import ForwardContext
@@ -17,7 +18,9 @@ from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
 from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, new_parameter
+from megatron_samoe.tensor_parallel.mappings import to_heads, to_sequences
 from megatron_samoe.tensor_parallel.random import recompute
+from megatron_samoe.tensor_parallel.ring_attention import ring_attention
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,13 @@ class AttentionCore(nn.Module):
         recompute_core: keep its inputs alone for the backward pass.
     """
 
+    output: RowParallelLinear
+
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype,
                  recompute_core: bool):  # fmt: skip
         super().__init__()
         self.config, self.layer, self.tensor_rank = config, layer, state.tp.rank
+        self.cp, self.goes_round = state.cp, state.cp.size > 1 and state.cp_comm_type == "p2p"
         self.window, self.softcap = config.window_of(layer), config.attn_logit_softcapping
         self.sinks: nn.Parameter | None = None
         self.has_sinks, self.num_local_heads = (
@@ -64,6 +70,18 @@ class AttentionCore(nn.Module):
             sinks = torch.zeros(self.num_local_heads, device=device)
         return ScoreRule(self.window, self.softcap, sinks, self.config.attention_multiplier)
 
+    def widths(self) -> tuple[int, int]:
+        """Returns the elements that a token's queries have on this rank, and its keys and values together."""
+        raise NotImplementedError
+
+    def exchange_bytes(self, tokens: int) -> int:
+        """Returns the most bytes of what goes to and comes from other context-parallel ranks at a time, with sums in fp32."""
+        (queries, keys_values), size = self.widths(), self.output.weight.element_size()
+        if not self.goes_round:
+            return 2 * tokens * (queries + keys_values) * size
+        # Keys, values and their gradients are computed with, while the next come; a piece's gradients are added.
+        return tokens * ((2 * size + 2 * 4 + size) * keys_values + (4 + size) * queries)
+
     def run_core(
         self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
     ) -> Tensor:
@@ -75,9 +93,36 @@ class AttentionCore(nn.Module):
         self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
     ) -> Tensor:
         """Returns attention's output [T, A * D] before its projection, from rotated queries and keys."""
+        if self.cp.size > 1:
+            return self._over_ranks(q_BSAD, k_BSGD, v_BSGD, inputs, context)
+        return self._in_rank(q_BSAD, k_BSGD, v_BSGD, inputs, context, self.rule(q_BSAD.device)).flatten(2).flatten(0, 1)
+
+    def _over_ranks(
+        self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext
+    ) -> Tensor:
+        """As `core`, of queries, keys and values of this rank's part of sequences."""
+        rule, cp = self.rule(q_BSAD.device), self.cp
+        if inputs.mask_B1SS is not None:
+            raise ConfigError(
+                "--context-parallel-size", cp.size, "must be 1 with attention that brings a mask of its own"
+            )
+        if self.goes_round:
+            assert rule.is_plain and inputs.documents is None  # config/rules/layout.py
+            query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
+            return ring_attention(query, key, value, cp, rule.scale).transpose(1, 2).flatten(2).flatten(0, 1)
+        if rule.sinks_A is not None:
+            rule = replace(rule, sinks_A=rule.sinks_A.chunk(cp.size)[cp.rank])
+        query, key, value = (to_heads(t, cp) for t in (q_BSAD, k_BSGD, v_BSGD))
+        return to_sequences(self._in_rank(query, key, value, inputs, context, rule), cp).flatten(2).flatten(0, 1)
+
+    def _in_rank(
+        self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext,
+        rule: ScoreRule,
+    ) -> Tensor:  # fmt: skip
+        """Returns y_BSAD of whole sequences."""
         dropout = self.config.attention_dropout if context.training else 0.0
         query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
-        rule, documents, mask = self.rule(q_BSAD.device), inputs.documents, inputs.mask_B1SS
+        documents, mask = inputs.documents, inputs.mask_B1SS
 
         def attend() -> Tensor:
             if documents is None or mask is not None:
@@ -93,7 +138,7 @@ class AttentionCore(nn.Module):
             with torch.random.fork_rng(devices):
                 torch.manual_seed(context.random.attention_seed(self.layer, self.tensor_rank))
                 y_BASD = attend()
-        return y_BASD.transpose(1, 2).flatten(2).flatten(0, 1)
+        return y_BASD.transpose(1, 2)
 
 
 class SelfAttention(AttentionCore):
@@ -139,6 +184,11 @@ class SelfAttention(AttentionCore):
             return self.output(context.cache.attend(self.layer, q_TAD, k_TGD, v_TGD, self.rule(x_TH.device)))
         return self.output(self.run_core(q_BSAD, k_BSGD, v_BSGD, inputs, context))
 
+    def widths(self) -> tuple[int, int]:
+        """See `AttentionCore.widths`."""
+        kv_heads = self.qkv.weight.shape[0]
+        return kv_heads * self.queries_per_kv * self.config.head_dim, 2 * kv_heads * self.config.head_dim
+
     def core_flops_per_token(self) -> float:
         """Returns multiply-adds x 2 of the two products with the keys and values that a token attends to, on average over a
         sequence and over layers with and without a window: the planner asks one layer for all.
@@ -158,6 +208,31 @@ class SelfAttention(AttentionCore):
         size, head_dim = weight.element_size(), model.head_dim
         kv_heads = self.qkv.weight.shape[0]
         heads = kv_heads * self.queries_per_kv
+        clips, norms = model.clip_qkv is not None, model.qk_layernorm
+        copies = 0
+        if self.cp.size > 1 and not self.recompute_core:
+            # What is sent is a copy, so that norms and clips alone keep the projection; heads come back as another copy.
+            copies += heads + 2 * kv_heads if norms or clips else 0
+            copies += heads if (norms or clips) and heads > kv_heads else 0  # as within a rank
+            copies += heads + kv_heads if norms and clips else 0
+            rotates = model.position_embedding_type == "rope"
+            if not self.goes_round:
+                copies += heads
+            elif heads == kv_heads and not (norms or clips or rotates):
+                copies += 2 * kv_heads  # queries are a view of the projection
+        else:
+            copies += self._copies_in_rank(heads, kv_heads)
+        vectors = 2 if model.qk_layernorm_scope == "all" else heads + kv_heads
+        statistics = 4 * vectors * (1 if model.normalization == "RMSNorm" else 2) if norms else 0
+        has_sums = not (self.recompute_core or needs_scores(self.rule()))
+        if has_sums and takes_blocks(self.rule(), model.seq_length):
+            copies += heads  # the kernel keeps each block's output, the projection all of them
+        elements = model.hidden_size + (2 * heads + 2 * kv_heads + copies) * head_dim
+        return tokens * (elements * size + statistics + (4 * heads if has_sums else 0))
+
+    def _copies_in_rank(self, heads: int, kv_heads: int) -> int:
+        """Returns the heads that are copied between the projection and the core."""
+        model = self.config
         rotates, clips, norms = model.position_embedding_type == "rope", model.clip_qkv is not None, model.qk_layernorm
         copies = 0
         if heads > kv_heads and (norms or clips or not rotates):
@@ -168,13 +243,7 @@ class SelfAttention(AttentionCore):
             copies += kv_heads if rotates else heads + 2 * kv_heads
         if rotates:
             copies += heads + kv_heads
-        vectors = 2 if model.qk_layernorm_scope == "all" else heads + kv_heads
-        statistics = 4 * vectors * (1 if model.normalization == "RMSNorm" else 2) if norms else 0
-        has_sums = not (self.recompute_core or needs_scores(self.rule()))
-        if has_sums and takes_blocks(self.rule(), model.seq_length):
-            copies += heads  # the kernel keeps each block's output, the projection all of them
-        elements = model.hidden_size + (2 * heads + 2 * kv_heads + copies) * head_dim
-        return tokens * (elements * size + statistics + (4 * heads if has_sums else 0))
+        return copies
 
 
 def _query_key_norm(config: ModelConfig, num_heads: int, state: ParallelState, dtype: torch.dtype) -> Norm | SplitNorm:

@@ -60,7 +60,7 @@ class Embedding(nn.Module):
             x_TH = x_TH + F.embedding(positions_BS.flatten().chunk(parts)[part], self.position)
         if context.training and self.dropout:
             assert context.random is not None
-            x_TH = context.random.dropout(x_TH, self.dropout, -1, "embedding", part, parts)
+            x_TH = context.random.dropout(x_TH, self.dropout, -1, "embedding", self.state.token_share)
         return x_TH
 
 
@@ -94,10 +94,11 @@ class GPTStage(nn.Module):
         """Returns the stage's output and the statistics of its MoE layers.
 
         Args:
-            x: tokens_BS for the first stage, x_TH for others. While training, rows with the loads of shared sets follow
+            x: tokens_BS for the first stage, x_TH for others; with context parallelism, as all that has a value for each
+                token, this rank's part of sequences (`TokenShare`). While training, rows with the loads of shared sets follow
                 where loads are balanced over a set's layers (`set_loads`).
-            positions_BS: position of each token; 0, 1, ... if not given.
-            document_ids_BS: on the host; where given, no token attends to another document.
+            positions_BS: position of each token; those in whole sequences if not given.
+            document_ids_BS: of whole sequences, on the host; where given, no token attends to another document.
 
         Returns:
             logits [T, this rank's part of the padded vocabulary] on the last stage, -inf for padding, and the next stage's x
@@ -111,7 +112,8 @@ class GPTStage(nn.Module):
         if positions_BS is None:
             parts = self.state.tp.size if self.state.sequence_parallel and not self.is_first else 1
             tokens = x.numel() if self.is_first else x.shape[0] * parts
-            positions_BS = torch.arange(tokens // batch, device=x.device).expand(batch, -1)
+            whole = torch.arange(tokens // batch * self.state.cp.size, device=x.device)
+            positions_BS = self.state.token_share.of_sequences(whole[None]).expand(batch, -1)
         if self.is_first:
             x = self.embedding(x, positions_BS, context)
             loads_BC = None if set_loads is None else set_loads.zeros(batch, x)

@@ -107,6 +107,11 @@ class LatentAttention(AttentionCore):
         y_TAC = y_TF.view(*q_TAD.shape[:2], -1)
         return torch.einsum("tac,avc->tav", y_TAC, down_AVC).flatten(1)
 
+    def widths(self) -> tuple[int, int]:
+        """See `AttentionCore.widths`."""
+        queries = self.q_up.weight.shape[0] * self.config.query_dim
+        return queries, 2 * queries
+
     def core_flops_per_token(self) -> float:
         """Returns multiply-adds x 2 of the products with keys and with values."""
         config = self.config

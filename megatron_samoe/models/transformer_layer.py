@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_samoe.models.attention import AttentionInputs
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.models.attention import AttentionCore, AttentionInputs
 from megatron_samoe.models.blueprint import Blueprint
 from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.models.mlp import MLP
@@ -35,6 +36,11 @@ class TransformerLayer(nn.Module):
         selective = blueprint.config.training.recompute_granularity == "selective"
         self.attention_norm = Norm(model, model.hidden_size, state, dtype)
         self.attention = blueprint.parts.attention(model, place.index, state, dtype, recompute_core=selective)
+        if state.cp.size > 1 and not isinstance(self.attention, AttentionCore):
+            allowed = (
+                "must be 1 with attention from outside that is no AttentionCore, which meets the keys of other ranks"
+            )
+            raise ConfigError("--context-parallel-size", state.cp.size, allowed)
         self.mlp_norm = Norm(model, model.hidden_size, state, dtype)
         if place.moe_index is None:
             self.mlp = MLP(model, model.mlp_size, model.init_method_std, model.output_init_std, state, dtype)
@@ -69,15 +75,20 @@ class TransformerLayer(nn.Module):
         if not context.training or self.dropout == 0.0:
             return y_TH
         assert context.random is not None
-        part, parts = (self.state.tp.rank, self.state.tp.size) if self.state.sequence_parallel else (0, 1)
-        return context.random.dropout(y_TH, self.dropout, self.index, site, part, parts)
+        return context.random.dropout(y_TH, self.dropout, self.index, site, self.state.token_share)
 
     def flops_per_token(self) -> float:
         """Returns multiply-adds x 2 of the forward pass's matrix products, over all ranks that process a token."""
         return self.attention.flops_per_token() + (self.moe if self.is_moe else self.mlp).flops_per_token()
 
+    def exchange_bytes(self, tokens: int) -> int:
+        """Returns the most bytes of what attention exchanges between context-parallel ranks, which it does not keep."""
+        return self.attention.exchange_bytes(tokens) if self.state.cp.size > 1 else 0
+
     def kept_bytes(self, tokens: int) -> int:
         """Returns the bytes that autograd keeps of a micro-batch without recomputation, the layer's input included.
+
+        `tokens` are those that the rank's tensor-parallel group has: with context parallelism parts of sequences.
 
         With sequence parallelism, tensors outside tensor-parallel regions hold 1/tp of the tokens; the input of a split
         matrix is gathered and kept whole.

@@ -144,7 +144,9 @@ class MoELayer(nn.Module):
         rows = int(routed_tokens * visited)
         up = (2 if shape.activation == "swiglu" else 1) * shape.ffn_size // state.etp.size
         inner = rows * (up + 2 * shape.hidden_size) * element_bytes
-        router = 4 * (int(tokens * (2 * shape.num_experts + width)) + local_tokens * shape.hidden_size)
+        # Whole sequences are routed on each of their ranks.
+        routed_here = tokens * state.cp.size
+        router = 4 * (int(routed_here * (2 * shape.num_experts + width)) + local_tokens * shape.hidden_size)
         indices = 8 * (int(routed_tokens * (2 * width + 1)) + 2 * rows)
         total = inner + router + indices
         if self.shared_expert is not None:

@@ -21,7 +21,7 @@ from megatron_samoe.ops.topk_gate import ChoiceRule, GateResult, expert_choice, 
 from megatron_samoe.parallel_state.parameter_tag import ONES, ZEROS, Init, ParameterTag
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
-from megatron_samoe.tensor_parallel.mappings import gather_tokens
+from megatron_samoe.tensor_parallel.mappings import gather_sequences, gather_tokens, own_tokens
 
 #: Least and largest weight of the loss of --moe-router-score-function relu, from where it can still come back.
 _LOSS_WEIGHTS = (1e-8, 1e8)
@@ -49,7 +49,7 @@ class Routing:
 class Router(nn.Module):
     """Scores tokens against E expert vectors, in fp32 whatever the model's dtype, and takes the best K.
 
-    All tensor-parallel ranks route all tokens alike. Another way to choose overrides `select`.
+    All tensor- and context-parallel ranks of a sequence route all of it alike. Another way to choose overrides `select`.
     """
 
     #: How many numbers each sum has that routers tell, by name; "counts" has one for each expert.
@@ -132,7 +132,9 @@ class Router(nn.Module):
             self.expert_bias.add_(moves_E, alpha=self.config.moe_router_bias_update_rate)
 
     def forward(self, x_TH: Tensor, context: ForwardContext, loads_BC: Tensor | None = None) -> Routing:
-        """Returns the routing of T = B * S tokens, also where x_TH is this rank's share of them.
+        """Returns the routing of the T tokens that this rank's tensor-parallel group has, also where x_TH is a share of them.
+
+        Losses, loads and capacities are of whole sequences, so all context-parallel ranks of a sequence route all of it.
 
         Args:
             loads_BC: loads of shared sets in the layers before this one, where they are balanced over layers.
@@ -148,6 +150,7 @@ class Router(nn.Module):
             logits_TE = limited(logits_TE, self.candidates, config.moe_router_score_function in ("norm", "relu"))
         if self.state.sequence_parallel:
             logits_TE = gather_tokens(logits_TE, self.state.tp)
+        logits_TE = gather_sequences(logits_TE, self.state, context.batch_size)
         gate = self.select(logits_TE, context.batch_size)
         if len(gate.counts_GE) != context.batch_size:
             raise ValueError(f"select counted in {len(gate.counts_GE)} groups, not in {context.batch_size} sequences")
@@ -165,7 +168,8 @@ class Router(nn.Module):
         if loads_BC is not None and columns is not None:
             factor = self._set_factor(columns, len(logits_TE) // context.batch_size, context)
             loads_BC = count(loads_BC, columns, gate.counts_GE, gate.score_sum_GE, factor)
-        return Routing(ids_TK, gate.probs_TK, loss, MoEStats(self.place.moe_index, sums), loads_BC)
+        ids_TK, probs_TK = (own_tokens(t, self.state, context.batch_size) for t in (ids_TK, gate.probs_TK))
+        return Routing(ids_TK, probs_TK, loss, MoEStats(self.place.moe_index, sums), loads_BC)
 
     def _set_factor(self, columns: SetColumns, tokens_per_sequence: int, context: ForwardContext) -> float:
         """Returns what the loads of all layers are multiplied by to be the gradient of a sequence's summed scores."""
@@ -178,7 +182,5 @@ class Router(nn.Module):
     def _jitter(self, x_TH: Tensor, context: ForwardContext) -> Tensor:
         assert context.random is not None
         eps = self.config.moe_input_jitter_eps
-        parts, part = (self.state.tp.size, self.state.tp.rank) if self.state.sequence_parallel else (1, 0)
-        shape = (x_TH.shape[0] * parts // context.batch_size, x_TH.shape[1])
-        noise = context.random.uniform(shape, x_TH.device, self.place.layer, "jitter").chunk(parts)[part]
+        noise = context.random.uniform_like(x_TH, self.place.layer, "jitter", self.state.token_share)
         return x_TH * noise.mul_(2 * eps).add_(1 - eps).to(x_TH.dtype)

@@ -16,6 +16,43 @@ from megatron_samoe.ops.attention import ScoreRule
 from megatron_samoe.ops.extension import accumulation_dtype
 
 
+def attention_piece(
+    q_BASD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Returns y_BASD in q's dtype and lse_BAS, as ops/attention_pieces.py defines them."""
+    scores, v = _piece_scores(q_BASD, k_BGLD, is_causal, scale), _for_heads(v_BGLD, q_BASD)
+    lse_BAS = torch.logsumexp(scores, -1)
+    return ((scores - lse_BAS[..., None]).exp() @ v.to(scores.dtype)).to(q_BASD.dtype), lse_BAS
+
+
+def attention_piece_backward(
+    dy_BASD: Tensor, q_BASD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, y_BASD: Tensor, lse_BAS: Tensor, is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns dq_BASD, dk_BGLD and dv_BGLD in their inputs' dtypes: with probabilities p = exp(score - lse) of the whole,
+
+    dv = p^T dy, dscore = p (dy v^T - <dy, y>), dq = dscore k scale, dk = dscore^T q scale, summed over the heads of a group.
+    """
+    scores = _piece_scores(q_BASD, k_BGLD, is_causal, scale)
+    wide, groups = scores.dtype, k_BGLD.shape[1]
+    p, (dy, q) = (scores - lse_BAS[..., None]).exp(), (t.to(wide) for t in (dy_BASD, q_BASD))
+    k, v = (_for_heads(t, q).to(wide) for t in (k_BGLD, v_BGLD))
+    dscores = p * (dy @ v.mT - (dy * y_BASD.to(wide)).sum(-1, keepdim=True)) * scale
+    dk, dv = ((t.mT @ of).unflatten(1, (groups, -1)).sum(2) for t, of in ((dscores, q), (p, dy)))
+    return (dscores @ k).to(q_BASD.dtype), dk.to(k_BGLD.dtype), dv.to(v_BGLD.dtype)
+
+
+def _piece_scores(q_BASD: Tensor, k_BGLD: Tensor, is_causal: bool, scale: float) -> Tensor:
+    dtype = accumulation_dtype(q_BASD.dtype)
+    scores = q_BASD.to(dtype) @ _for_heads(k_BGLD, q_BASD).to(dtype).mT * scale
+    after = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(after, -torch.inf) if is_causal else scores
+
+
+def _for_heads(k_BGLD: Tensor, q_BASD: Tensor) -> Tensor:
+    return k_BGLD.repeat_interleave(q_BASD.shape[1] // k_BGLD.shape[1], 1)
+
+
 def largest(key_TE: Tensor, topk: int) -> Tensor:
     """Returns ids_TK by falling key: NaN above everything, equal keys by the lower id."""
     return torch.sort(key_TE, dim=1, descending=True, stable=True).indices[:, :topk].contiguous()

@@ -2,11 +2,11 @@
 
 Two grids lie over the same ranks. In both the first axis changes fastest, so that neighbours share tensors:
 
-    dense    tp  x dp        x pp      attention, norms, embeddings, dense MLPs
+    dense    tp  x cp x dp   x pp      attention, norms, embeddings, dense MLPs
     expert   etp x ep x edp  x pp      routed experts and the shared pool
 
-so `tp * dp = etp * ep * edp`. With etp = tp an expert-parallel group lies inside a data-parallel one; with etp = 1 it
-may also span tensor-parallel ranks.
+so `tp * cp * dp = etp * ep * edp`. With etp = tp an expert-parallel group lies among ranks that have other tokens: parts
+of a sequence (cp) or other sequences (dp). With etp = 1 it may also span tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from megatron_samoe.config.parallel import ParallelConfig
 #: Named groups: the axes along which members differ, and the grid these axes belong to.
 GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "tp": ("dense", ("tp",)),
+    "cp": ("dense", ("cp",)),
     "dp": ("dense", ("dp",)),
     "pp": ("dense", ("pp",)),
+    # All ranks with other tokens, whether of the same sequences or of others: they hold replicas of dense parameters.
+    "dp_cp": ("dense", ("cp", "dp")),
     # Dense parameters whose gradient is a partial sum over tensor-parallel ranks (norms of split heads).
-    "tp_dp": ("dense", ("tp", "dp")),
+    "tp_dp_cp": ("dense", ("tp", "cp", "dp")),
     "etp": ("expert", ("etp",)),
     "ep": ("expert", ("ep",)),
     "edp": ("expert", ("edp",)),
@@ -35,8 +38,8 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "pool_dp": ("expert", ("edp", "pp")),
     "etp_pool_dp": ("expert", ("etp", "edp", "pp")),
     # Tied embeddings live on the first and the last stage.
-    "embed_dp": ("dense", ("dp", "pp")),
-    "world": ("dense", ("tp", "dp", "pp")),
+    "embed_dp": ("dense", ("cp", "dp", "pp")),
+    "world": ("dense", ("tp", "cp", "dp", "pp")),
 }
 
 
@@ -49,24 +52,26 @@ class RankGrid:
     pp: int = 1
     ep: int = 1
     etp: int = 1
+    cp: int = 1
 
     @staticmethod
     def of(layout: ParallelConfig, world_size: int) -> RankGrid:
         """Returns the grid of a layout; ValueError where it does not fill the world."""
         return RankGrid(
             world_size, tp=layout.tensor_model_parallel_size, pp=layout.pipeline_model_parallel_size,
-            ep=layout.expert_model_parallel_size, etp=layout.expert_tp,
+            ep=layout.expert_model_parallel_size, etp=layout.expert_tp, cp=layout.context_parallel_size,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
-        for name, size in (("tp x pp", self.tp * self.pp), ("etp x ep x pp", self.etp * self.ep * self.pp)):
+        dense = ("tp x pp", self.tp * self.pp) if self.cp == 1 else ("tp x cp x pp", self.tp * self.cp * self.pp)
+        for name, size in (dense, ("etp x ep x pp", self.etp * self.ep * self.pp)):
             if size < 1 or self.world_size % size:
                 raise ValueError(f"{name} = {size} does not divide the world of {self.world_size} ranks")
 
     @property
     def dp(self) -> int:
-        """Data-parallel size of dense parameters."""
-        return self.world_size // (self.tp * self.pp)
+        """Data-parallel size of dense parameters: ranks with other sequences."""
+        return self.world_size // (self.tp * self.cp * self.pp)
 
     @property
     def edp(self) -> int:
@@ -76,7 +81,7 @@ class RankGrid:
     def axes(self, grid: str) -> dict[str, int]:
         """Returns axis -> size of the "dense" or "expert" grid, fastest axis first."""
         if grid == "dense":
-            return {"tp": self.tp, "dp": self.dp, "pp": self.pp}
+            return {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}
         return {"etp": self.etp, "ep": self.ep, "edp": self.edp, "pp": self.pp}
 
     def coordinates(self, rank: int, grid: str) -> dict[str, int]:

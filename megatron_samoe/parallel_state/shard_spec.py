@@ -35,11 +35,11 @@ class ShardSpec:
     def gradient_axes(self) -> tuple[str, ...]:
         """Axes over which gradients are summed: those with different data, and those with partial sums.
 
-        Losses are divided by the token count of the global batch, so data-parallel gradients are summed too, never
-        averaged.
+        Losses are divided by the token count of the global batch, so gradients of other sequences, or of other parts of
+        them, are summed too, never averaged.
         """
-        data = {"dense": ("dp",), "embedding": ("dp", "pp"), "expert": ("edp",), "pool": ("edp", "pp")}[self.family]
-        return tuple(sorted({*data, *self.partial}))
+        axes = {"dense": ("cp", "dp"), "embedding": ("cp", "dp", "pp"), "expert": ("edp",), "pool": ("edp", "pp")}
+        return tuple(sorted({*axes[self.family], *self.partial}))
 
     def global_shape(self, local_shape: torch.Size | tuple[int, ...], state: ParallelState) -> tuple[int, ...]:
         """Returns the whole tensor's shape."""
@@ -149,7 +149,7 @@ def is_counted_here(spec: ShardSpec, state: ParallelState, is_sliced: bool) -> b
 def gradient_group_name(spec: ShardSpec) -> str:
     """Returns the name of the group over which a parameter's gradient is summed."""
     if spec.family == "embedding":
-        assert spec.gradient_axes == ("dp", "pp")
+        assert spec.gradient_axes == ("cp", "dp", "pp")
         return "embed_dp"
     for name, (_, axes) in GROUPS.items():
         if tuple(sorted(axes)) == spec.gradient_axes:

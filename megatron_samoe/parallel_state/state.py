@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
+from megatron_samoe.parallel_state.token_share import TokenShare
 
 # torch 2.13 renames the collective and warns at the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -153,6 +154,19 @@ class Group:
             dist.all_to_all_single(received, tensor.contiguous(), group=self.handle)
         return received
 
+    def start_shift(self, tensor: Tensor) -> PendingShift:
+        """Starts sending a tensor to the next member of the ring of all, and receiving what the one before sends."""
+        if self.size == 1:
+            return PendingShift(self, tensor, tensor, ())
+        received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        sent, ranks, group = tensor.contiguous(), self.ranks, self.handle
+        following, previous = ranks[(self.rank + 1) % self.size], ranks[(self.rank - 1) % self.size]
+        send, receive = (
+            dist.P2POp(dist.isend, sent, following, group),
+            dist.P2POp(dist.irecv, received, previous, group),
+        )
+        return PendingShift(self, received, sent, tuple(dist.batch_isend_irecv([send, receive])))
+
     def all_gather_object(self, value: object) -> list:
         """Returns the members' values in group order."""
         if self.size == 1:
@@ -170,28 +184,48 @@ class Group:
 
 
 @dataclass(frozen=True)
+class PendingShift:
+    """A tensor on its way round a ring; see `Group.start_shift`. What is sent must not change before the end of `wait`."""
+
+    group: Group
+    received: Tensor
+    sent: Tensor
+    works: tuple[dist.Work, ...]
+
+    def wait(self) -> Tensor:
+        """Waits for both directions, and returns what the previous member sent."""
+        for work in self.works:
+            self.group.wait(work)
+        return self.received
+
+
+@dataclass(frozen=True)
 class ParallelState:
     """All groups of this rank, and its device.
 
     Attributes:
-        tp, dp, pp: tensor, data and pipeline parallel groups of dense parameters.
-        tp_dp: all ranks of this pipeline stage, for dense parameters with gradients partial over tensor-parallel ranks.
+        tp, cp, dp, pp: tensor, context, data and pipeline parallel groups of dense parameters.
+        dp_cp: ranks that hold the same slices of dense parameters, and other tokens.
+        tp_dp_cp: all ranks of this pipeline stage, for dense parameters with gradients partial over tensor-parallel ranks.
         etp, ep, edp: expert-tensor, expert and expert-data parallel groups.
         etp_edp: data-parallel ranks of expert parameters with gradients that are partial over expert-tensor ranks.
         stage: all ranks of this pipeline stage.
         pool_dp: holders of the same slice of the shared pool, over expert-data-parallel ranks of all stages; etp_pool_dp:
             the same where gradients are partial over expert-tensor ranks.
-        embed_dp: data-parallel ranks of the first and the last pipeline stage, for tied embeddings.
+        embed_dp: the dp_cp ranks of the first and the last pipeline stage, for tied embeddings.
         sequence_parallel: whether hidden states between blocks are split over tensor-parallel ranks along tokens.
+        cp_comm_type: what attention exchanges between context-parallel ranks: keys and values round a ring, or heads.
     """
 
     grid: RankGrid
     rank: int
     device: torch.device
     tp: Group
+    cp: Group
     dp: Group
     pp: Group
-    tp_dp: Group
+    dp_cp: Group
+    tp_dp_cp: Group
     etp: Group
     ep: Group
     edp: Group
@@ -202,6 +236,7 @@ class ParallelState:
     embed_dp: Group
     world: Group
     sequence_parallel: bool = False
+    cp_comm_type: Literal["p2p", "a2a"] = "p2p"
 
     @property
     def world_size(self) -> int:
@@ -212,6 +247,12 @@ class ParallelState:
         """Returns a group by its name in `rank_grid.GROUPS`."""
         return getattr(self, name)
 
+    @property
+    def token_share(self) -> TokenShare:
+        """The tokens of a micro-batch that this rank holds between layers."""
+        tp = (self.tp.rank, self.tp.size) if self.sequence_parallel else (0, 1)
+        return TokenShare((self.cp.rank, self.cp.size), tp)
+
 
 def single_process_state(device: torch.device | str = "cpu") -> ParallelState:
     """Returns the state of a world of one rank; needs no torch.distributed."""
@@ -219,7 +260,9 @@ def single_process_state(device: torch.device | str = "cpu") -> ParallelState:
     return ParallelState(RankGrid(1), 0, torch.device(device), **groups)  # type: ignore[arg-type]
 
 
-def planned_state(grid: RankGrid, rank: int, sequence_parallel: bool = False) -> ParallelState:
+def planned_state(
+    grid: RankGrid, rank: int, sequence_parallel: bool = False, cp_comm_type: Literal["p2p", "a2a"] = "p2p"
+) -> ParallelState:
     """Returns the state of a rank in a world that does not exist: groups have sizes but no process group, and tensors
     no storage.
     """
@@ -227,7 +270,9 @@ def planned_state(grid: RankGrid, rank: int, sequence_parallel: bool = False) ->
     for name in GROUPS:
         size, place = grid.place(name, rank)
         groups[name] = Group(name, range(size), place)
-    return ParallelState(grid, rank, torch.device("meta"), sequence_parallel=sequence_parallel, **groups)
+    return ParallelState(
+        grid, rank, torch.device("meta"), sequence_parallel=sequence_parallel, cp_comm_type=cp_comm_type, **groups
+    )
 
 
 def initialize_model_parallel(
@@ -262,5 +307,6 @@ def initialize_model_parallel(
         rank,
         torch.device(device),
         sequence_parallel=config.sequence_parallel and grid.tp > 1,
+        cp_comm_type=config.cp_comm_type,
         **groups,  # type: ignore[arg-type]
     )

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from megatron_samoe.config.derived import group_tokens
 from megatron_samoe.models.gpt_stage import recomputed_layers
 from megatron_samoe.models.rank_model import compute_dtype
 from megatron_samoe.planning.description import PlannedModel
 
 
 def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> int:
-    """Returns the bytes of activations at a stage's peak: all passes in flight, one recomputed layer's, and the head's."""
+    """Returns the bytes of activations at a stage's peak: all passes in flight, one recomputed layer's, the head's,
+    and what one layer exchanges with context-parallel ranks."""
     config, grid, plans = planned.config, planned.grid, planned.stages.chunks_of_stage[stage]
     parallel, description = config.parallel, planned.description
-    tokens = config.training.micro_batch_size * config.model.seq_length
+    tokens = group_tokens(config)
     passes = passes_in_flight(parallel.pipeline_schedule, grid.pp, stage, len(plans), micro_batches)
     selective = config.training.recompute_granularity == "selective"
-    layers = [
-        (description.kept_bytes(place, tokens, selective), again, n)
-        for place, again, n in planned.stages.counts(stage, recomputed_layers(config))
-    ]
+    counts = planned.stages.counts(stage, recomputed_layers(config))
+    layers = [(description.kept_bytes(place, tokens, selective), again, n) for place, again, n in counts]
     local_tokens = tokens // grid.tp if parallel.sequence_parallel else tokens
     inputs = local_tokens * config.model.hidden_size * compute_dtype(config).itemsize
     all_chunks = sum(n * (inputs if again else whole) for whole, again, n in layers)
@@ -26,7 +26,8 @@ def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> i
     recomputed = max((whole for whole, again, _ in layers if again), default=0)
     head = sum(description.ends(p).head_kept_bytes(tokens) for p in plans if p.has_head)
     heads = passes if parallel.pipeline_schedule == "gpipe" else 1
-    return kept + recomputed + head * heads + planned.lending_costs(planned.first_rank_of(stage)).workspace
+    exchanged = max((description.layer(place).exchange_bytes(tokens) for place, _, _ in counts), default=0)
+    return kept + recomputed + head * heads + exchanged + planned.lending_costs(planned.first_rank_of(stage)).workspace
 
 
 def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_micro_batches: int) -> int:

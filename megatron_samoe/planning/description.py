@@ -241,10 +241,11 @@ class PlannedModel:
         # Layouts that differ in other things share what was counted.
         moe = replace(config.moe, samoe_combine="step", samoe_pool_placement="sharded")
         model = (config.model, moe, vocab_size, training.bf16 or training.fp16, self.grid.ep, self.grid.etp)
-        self.description = _describe(*model, self.grid.tp, layout.sequence_parallel and self.grid.tp > 1)
-        # What is shared is the same for every tensor-parallel size.
-        self._lending = self.description if self.grid.tp == 1 else _describe(*model, 1, False)
-        self._lending_grid = replace(self.grid, tp=1)
+        sequence_parallel = layout.sequence_parallel and self.grid.tp > 1
+        self.description = _describe(*model, self.grid.tp, sequence_parallel, self.grid.cp, layout.cp_comm_type)
+        # What is shared is the same for every tensor- and context-parallel size.
+        self._lending_grid = replace(self.grid, tp=1, cp=1)
+        self._lending = self.description if self.grid == self._lending_grid else _describe(*model, 1, False, 1, "p2p")
         self.stages = _stages(
             self.grid.pp, layout.num_layers_per_virtual_pipeline_stage, layout.pipeline_model_parallel_layout,
             config.model.num_layers, moe,
@@ -289,14 +290,16 @@ def whole_model(config: PretrainConfig, vocab_size: int) -> PlannedModel:
 
 @lru_cache(maxsize=1024)
 def _describe(
-    model: ModelConfig, moe: MoEConfig, vocab_size: int, low: bool, ep: int, etp: int, tp: int, sequence_parallel: bool
-) -> Description:
-    grid = RankGrid(math.lcm(tp, etp * ep), tp=tp, ep=ep, etp=etp)
+    model: ModelConfig, moe: MoEConfig, vocab_size: int, low: bool, ep: int, etp: int, tp: int, sequence_parallel: bool,
+    cp: int, cp_comm_type: Literal["p2p", "a2a"],
+) -> Description:  # fmt: skip
+    grid = RankGrid(math.lcm(tp * cp, etp * ep), tp=tp, ep=ep, etp=etp, cp=cp)
     layout = ParallelConfig(
-        tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
-    )
+        tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp,
+        context_parallel_size=cp, cp_comm_type=cp_comm_type,
+    )  # fmt: skip
     config = PretrainConfig(model=model, moe=moe, parallel=layout, training=TrainingConfig(bf16=low))
-    return Description(config, vocab_size, planned_state(grid, 0, sequence_parallel))
+    return Description(config, vocab_size, planned_state(grid, 0, sequence_parallel, cp_comm_type))
 
 
 @lru_cache(maxsize=4096)

@@ -3,9 +3,9 @@
     step = (m + (pp - 1) / chunks) * slowest stage's micro-batch + ramp + gradients + pool + optimizer
 
 A micro-batch's time is its products at a share of the peak, plus the exchanges between tensor- and expert-parallel
-ranks, which nothing hides. Collectives are rings: all-gather and reduce-scatter of n bytes send n (g - 1) / g, an
-all-reduce twice that. A group inside one node has the node's bandwidth, any other the network's. An all-to-all is split
-between both.
+ranks, which nothing hides, and between context-parallel ranks. Collectives are rings: all-gather and reduce-scatter of n
+bytes send n (g - 1) / g, an all-reduce twice that. A group inside one node has the node's bandwidth, any other the
+network's. An all-to-all is split between both.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_samoe.config.derived import num_micro_batches
+from megatron_samoe.config.derived import group_tokens, num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.models.gpt_stage import recomputed_layers
 from megatron_samoe.models.rank_model import compute_dtype
+from megatron_samoe.models.transformer_layer import TransformerLayer
 from megatron_samoe.parallel_state.rank_grid import GROUPS, RankGrid
 from megatron_samoe.planning.description import PlannedModel
 from megatron_samoe.planning.muon import flops_of_rank, matrices_of
@@ -165,7 +166,7 @@ class Links:
 def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
     """Returns the cost of one micro-batch in one stage, forwards and backwards."""
     config, plans, description = planned.config, planned.stages.chunks_of_stage[stage], planned.description
-    cost, tokens = Cost(), _tokens(config)
+    cost, tokens = Cost(), group_tokens(config)
     selective = config.training.recompute_granularity == "selective"
     for place, again, count in planned.stages.counts(stage, recomputed_layers(config)):
         layer = description.layer(place)
@@ -174,6 +175,7 @@ def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
         _compute(cost, count * tokens * flops / links.grid.tp, links)
         passes = (3 if again else 2) * count
         _tensor_exchanges(cost, config, layer.is_moe, links, passes)
+        _context_exchanges(cost, config, layer, links, count, passes)
         if layer.is_moe:
             _expert_exchanges(cost, config, links, passes)
     heads = sum(description.ends(plan).head_flops_per_token() for plan in plans if plan.has_head)
@@ -199,12 +201,8 @@ def _compute(cost: Cost, flops: float, links: Links) -> None:
     cost.add("compute", flops / (links.cluster.flops * links.cluster.efficiency))
 
 
-def _tokens(config: PretrainConfig) -> int:
-    return config.training.micro_batch_size * config.model.seq_length
-
-
 def _residual_elements(config: PretrainConfig, grid: RankGrid) -> int:
-    tokens = _tokens(config) // (grid.tp if config.parallel.sequence_parallel else 1)
+    tokens = group_tokens(config) // (grid.tp if config.parallel.sequence_parallel else 1)
     return tokens * config.model.hidden_size
 
 
@@ -213,7 +211,7 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
     grid = links.grid
     if grid.tp == 1:
         return
-    whole = _tokens(config) * config.model.hidden_size * compute_dtype(config).itemsize
+    whole = group_tokens(config) * config.model.hidden_size * compute_dtype(config).itemsize
     regions = 1.0  # attention
     if not is_moe or config.shared_expert_size is not None:
         regions += 1.0
@@ -226,12 +224,40 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
     cost.add("tensor", 2 * regions * passes * seconds, 2 * regions * passes * sent)
 
 
+def _context_exchanges(
+    cost: Cost, config: PretrainConfig, layer: TransformerLayer, links: Links, count: int, passes: int
+) -> None:
+    """Adds what attention exchanges between context-parallel ranks, and the routers' logits. Keys and values go round beside
+    the core's products: what these do not hide takes time.
+    """
+    cp, tokens, size = links.grid.cp, group_tokens(config), compute_dtype(config).itemsize
+    if cp == 1:
+        return
+    queries, keys_values = layer.attention.widths()
+    if config.parallel.cp_comm_type == "a2a":
+        seconds, sent = links.all_to_all("cp", tokens * (2 * queries + keys_values) * size)
+        cost.add("context", passes * seconds, passes * sent)
+    else:
+        of_pass = (cp - 1) * tokens * keys_values * size
+        of_gradients = cp * tokens * keys_values * 4
+        sent = passes * of_pass + count * of_gradients
+        core_s = tokens * layer.attention.core_flops_per_token() / links.grid.tp
+        core_s /= links.cluster.flops * links.cluster.efficiency
+        hidden = (passes + count) * core_s  # a backward pass computes twice what a forward pass does
+        hops = (passes * (cp - 1) + count * cp) * links.cluster.latency_s
+        cost.add("context", max(0.0, sent / links.bandwidth("cp") - hidden) + hops, sent)
+    if layer.is_moe:
+        seconds, sent = links.gather("cp", cp * tokens * layer.moe.shape.num_experts * 4)
+        forwards = passes - count
+        cost.add("context", forwards * seconds, forwards * sent)
+
+
 def _expert_exchanges(cost: Cost, config: PretrainConfig, links: Links, passes: int) -> None:
     """Adds dispatch and return in each pass; with whole experts a tensor-parallel rank sends its share of the tokens."""
     grid = links.grid
     if grid.ep == 1:
         return
-    tokens = _tokens(config) if grid.etp == grid.tp else _tokens(config) // grid.tp
+    tokens = group_tokens(config) if grid.etp == grid.tp else group_tokens(config) // grid.tp
     rows = tokens * config.moe.moe_router_topk
     seconds, sent = links.all_to_all("ep", rows * config.model.hidden_size * compute_dtype(config).itemsize)
     cost.add("expert", 2 * passes * seconds, 2 * passes * sent)

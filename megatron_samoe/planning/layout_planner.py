@@ -61,6 +61,7 @@ class PlannedLayout:
         parallel = self.config.parallel
         chunks = virtual_stages(parallel, self.config.model.num_layers) // parallel.pipeline_model_parallel_size
         words = [f"tp{parallel.tensor_model_parallel_size}{'sp' if parallel.sequence_parallel else ''}"]
+        words += [f"cp{parallel.context_parallel_size}"] if parallel.context_parallel_size > 1 else []
         words.append(f"pp{parallel.pipeline_model_parallel_size}{f'x{chunks}' if chunks > 1 else ''}")
         if self.config.moe.expert_layout != "dense":
             words.append(f"ep{parallel.expert_model_parallel_size}")
@@ -145,12 +146,15 @@ def _too_large(smallest: PlannedLayout, cluster: Cluster) -> ConfigError:
 
 
 def _sizes(base: PretrainConfig, cluster: Cluster, micro_batch_sizes: Sequence[int]) -> Iterator[PretrainConfig]:
-    """Yields all choices of sizes that keep the user's fixed ones; most are legal."""
+    """Yields all choices of sizes that keep the user's fixed ones; most are legal. The context-parallel size is the user's."""
     given, world, moe = base.parallel, cluster.world_size, base.moe
+    per_part = max(world // given.context_parallel_size, 1)
     is_moe = moe.expert_layout != "dense"
-    fits_node = [d for d in divisors(world) if d <= cluster.gpus_per_node and base.model.num_attention_heads % d == 0]
+    fits_node = [
+        d for d in divisors(per_part) if d <= cluster.gpus_per_node and base.model.num_attention_heads % d == 0
+    ]
     for tp in _fixed(given, "tensor_model_parallel_size", fits_node):
-        stages = [d for d in divisors(world // tp) if d <= base.model.num_layers] if world % tp == 0 else [1]
+        stages = [d for d in divisors(per_part // tp) if d <= base.model.num_layers] if per_part % tp == 0 else [1]
         for pp in _fixed(given, "pipeline_model_parallel_size", stages):
             expert_tps = _fixed(given, "expert_tensor_parallel_size", sorted({1, tp})) if is_moe else [None]
             for etp in expert_tps:
@@ -194,7 +198,7 @@ def _stage_cuts(base: PretrainConfig, pp: int) -> list[tuple[int | None, str | N
 def _placed(sized: PretrainConfig, cluster: Cluster) -> list[PretrainConfig]:
     """Returns a choice of sizes with what is always worth having, once for each placement of shared experts."""
     moe, parallel = sized.moe, sized.parallel
-    is_replicated = data_parallel_size(sized, cluster.world_size) > 1
+    is_replicated = data_parallel_size(sized, cluster.world_size) * parallel.context_parallel_size > 1
     parallel = replace(
         parallel, use_distributed_optimizer=parallel.use_distributed_optimizer or is_replicated,
         overlap_grad_reduce=parallel.overlap_grad_reduce or is_replicated,

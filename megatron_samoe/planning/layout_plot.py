@@ -61,7 +61,7 @@ def _draw_grid(
 
     colored = "dp" if which == "dense" else "ep"
     palette, sizes = matplotlib.colormaps["tab20"], grid.axes(which)
-    names = {"tp": "t", "dp": "d", "etp": "t", "ep": "e", "edp": "D"}
+    names = {"tp": "t", "cp": "c", "dp": "d", "etp": "t", "ep": "e", "edp": "D"}
     per_stage, last_stage = grid.world_size // grid.pp, None
     for y, ranks in enumerate(rows):
         for x, rank in enumerate(ranks):
@@ -91,7 +91,7 @@ def _draw_grid(
     axes.set_ylim(len(rows), -0.1)
     axes.axis("off")
     legend = {
-        "dense": "attention, norms, embeddings, dense MLPs\nd: data-parallel place (colour), t: tensor slice",
+        "dense": "attention, norms, embeddings, dense MLPs\nd: data-parallel place (colour), t: tensor slice, c: part of sequences",
         "expert": "routed experts and the pool\ne: expert slice (colour), t: expert-tensor slice, D: expert-data place",
     }
     more = f"\n{hidden} more ranks are not drawn" if hidden else ""

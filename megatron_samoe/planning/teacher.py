@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from megatron_samoe.config.derived import num_micro_batches
+from megatron_samoe.config.derived import group_tokens, num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing.teacher import SavedTeacher, find_teacher
 from megatron_samoe.models.rank_model import compute_dtype
@@ -33,7 +33,7 @@ def kept_bytes(teacher: PlannedModel, stage: int) -> int:
     """Returns the bytes that a stage keeps until backward passes: logits with the gradient of their divergence, and
     activations in messages that came and went."""
     config, grid, plans = teacher.config, teacher.grid, teacher.stages.chunks_of_stage[stage]
-    layout, tokens = config.parallel, config.training.micro_batch_size * config.model.seq_length
+    layout, tokens = config.parallel, group_tokens(config)
     number = num_micro_batches(config, grid.world_size)
     passes = passes_in_flight(layout.pipeline_schedule, grid.pp, stage, len(plans), number)
     width = sum(teacher.description.ends(plan).head_width() for plan in plans if plan.has_head)

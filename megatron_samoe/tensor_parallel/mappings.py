@@ -1,4 +1,4 @@
-"""The borders of tensor-parallel regions: each is a communication forwards and its conjugate backwards."""
+"""The borders of tensor- and context-parallel regions: each is a communication forwards and its conjugate backwards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.parallel_state.state import Group, ParallelState
+from megatron_samoe.parallel_state.token_share import TokenShare, whole_sequences
 
 Communication = Callable[[Tensor, Group], Tensor]
 
@@ -48,6 +49,47 @@ def scatter_tokens(x: Tensor, group: Group) -> Tensor:
 def gather_tokens(x: Tensor, group: Group) -> Tensor:
     """Returns all ranks' x [T / tp, ...] as [T, ...]; the backward takes this rank's share of a replicated gradient."""
     return _border(x, group, _all_tokens, _share)
+
+
+def gather_sequences(x_TH: Tensor, state: ParallelState, batch_size: int) -> Tensor:
+    """Returns whole sequences [B * S, ...] of the parts that context-parallel ranks hold; the backward takes this rank's part
+    of a gradient that all ranks have alike.
+    """
+
+    def whole(x_TH: Tensor, group: Group) -> Tensor:
+        parts = group.all_gather(x_TH[None]).unflatten(1, (batch_size, -1))
+        return whole_sequences(parts, group.size).flatten(0, 1)
+
+    return _border(x_TH, state.cp, whole, lambda dx_TH, _group: own_tokens(dx_TH, state, batch_size))
+
+
+def own_tokens(x_TH: Tensor, state: ParallelState, batch_size: int) -> Tensor:
+    """Returns the rows of whole sequences [B * S, ...] that this rank's tensor-parallel group holds."""
+    if state.cp.size == 1:
+        return x_TH
+    return state.token_share.of_sequences(x_TH.unflatten(0, (batch_size, -1))).flatten(0, 1)
+
+
+def to_heads(x_BSAD: Tensor, cp: Group) -> Tensor:
+    """Returns whole sequences of this context-parallel rank's heads, [B, S, A / n, D], for all heads of its part of them
+    (Ulysses, arXiv:2309.14509).
+    """
+    return _border(x_BSAD, cp, _sequences_of_heads, _heads_of_sequences)
+
+
+def to_sequences(y_BSAD: Tensor, cp: Group) -> Tensor:
+    """Returns all heads of this rank's part of sequences for whole sequences of its heads: the way back from `to_heads`."""
+    return _border(y_BSAD, cp, _heads_of_sequences, _sequences_of_heads)
+
+
+def _sequences_of_heads(x_BSAD: Tensor, cp: Group) -> Tensor:
+    heads = x_BSAD.unflatten(2, (cp.size, -1)).movedim(2, 0)
+    return whole_sequences(cp.all_to_all(heads), cp.size)
+
+
+def _heads_of_sequences(x_BSAD: Tensor, cp: Group) -> Tensor:
+    parts = [TokenShare((rank, cp.size)).of_sequences(x_BSAD) for rank in range(cp.size)]
+    return cp.all_to_all(torch.stack(parts)).movedim(0, 2).flatten(2, 3)
 
 
 def _same(x: Tensor, _group: Group) -> Tensor:

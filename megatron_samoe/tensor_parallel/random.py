@@ -15,6 +15,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from megatron_samoe.parallel_state.token_share import TokenShare
+
+#: All tokens of a micro-batch.
+WHOLE = TokenShare()
+
 
 def derived_seed(*parts: int | str) -> int:
     """Returns a 63-bit seed that is the same in every process for the same parts."""
@@ -45,19 +50,22 @@ class SampleRandom:
             row.uniform_(generator=generator)
         return draws.flatten(0, 1)
 
-    def dropout(
-        self, x_TH: Tensor, probability: float, layer: int, site: str, part: int = 0, num_parts: int = 1
-    ) -> Tensor:
+    def dropout(self, x_TH: Tensor, probability: float, layer: int, site: str, share: TokenShare = WHOLE) -> Tensor:
         """Returns x with elements dropped and the rest scaled by 1 / (1 - probability).
 
         Args:
-            part, num_parts: x is part number `part`, of `num_parts`, of the micro-batch's tokens.
+            share: the micro-batch's tokens that x holds.
         """
         if probability == 0.0:
             return x_TH
-        per_sample = (x_TH.shape[0] * num_parts // len(self.samples), *x_TH.shape[1:])
-        keep = self.uniform(per_sample, x_TH.device, layer, site).chunk(num_parts)[part] >= probability
+        keep = self.uniform_like(x_TH, layer, site, share) >= probability
         return x_TH * keep.to(x_TH.dtype).div_(1.0 - probability)
+
+    def uniform_like(self, x_TH: Tensor, layer: int, site: str, share: TokenShare) -> Tensor:
+        """Returns fp32 draws from [0, 1) of x's shape: the share of what is drawn for the whole micro-batch."""
+        per_sample = (x_TH.shape[0] * share.num_shares // len(self.samples), *x_TH.shape[1:])
+        draws = self.uniform(per_sample, x_TH.device, layer, site)
+        return share.of_tokens(draws.unflatten(0, (len(self.samples), -1)))
 
     def attention_seed(self, layer: int, tensor_rank: int) -> int:
         """Returns the seed of a fused attention kernel, which draws in its own order.

@@ -54,7 +54,7 @@ def evaluate(setup: TrainSetup, batches: Iterable[Batch], dataset_names: Sequenc
     for group in _groups(batches, setup.pipeline.size):
         contexts = [ForwardContext(batch_size=batch["tokens"].shape[0]) for batch in group]
         run_micro_batches(setup, forward_plan(setup.pipeline.num_chunks, len(group)), group, contexts, take_losses)
-    sums = setup.parallel.pp.all_reduce(setup.parallel.dp.all_reduce(sums_D2)).tolist()
+    sums = setup.parallel.pp.all_reduce(setup.parallel.dp_cp.all_reduce(sums_D2)).tolist()
     by_dataset = {name: loss / tokens for name, (loss, tokens) in zip(dataset_names, sums, strict=False) if tokens}
     loss_sum, num_tokens = math.fsum(loss for loss, _ in sums), math.fsum(tokens for _, tokens in sums)
     return EvaluatedLoss(loss_sum / num_tokens, by_dataset)

@@ -24,6 +24,7 @@ def machine_facts(parallel: ParallelState) -> dict[str, Any]:
         "ranks": grid.world_size,
         "layout": {
             "tensor": grid.tp,
+            "context": grid.cp,
             "pipeline": grid.pp,
             "expert": grid.ep,
             "expert_tensor": grid.etp,

@@ -7,13 +7,23 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from megatron_samoe.moe.types import ForwardContext
+from megatron_samoe.parallel_state.token_share import TokenShare
 from megatron_samoe.pipeline_parallel.schedule_plan import Plan
 from megatron_samoe.pipeline_parallel.schedules import run_plan
 from megatron_samoe.training.setup import TrainSetup
 
 Batch = dict[str, Tensor]
-#: Takes number, batch and masked losses_T of a micro-batch on the last stage; returns the scalar to differentiate.
+#: What a batch has for each token of its sequences, [B, S].
+BY_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
+#: Takes number, batch and masked losses_T of a micro-batch, of the rank's tokens, on the last stage; returns the scalar to differentiate.
 LossSink = Callable[[int, Batch, Tensor], Tensor]
+
+
+def own_part(batch: Batch, share: TokenShare) -> Batch:
+    """Returns the part of a micro-batch's sequences that a rank's context-parallel group gives it. Documents stay whole: which
+    tokens attend to which is a question of the whole sequence.
+    """
+    return {name: share.of_sequences(t) if name in BY_TOKEN else t for name, t in batch.items()}
 
 
 def run_micro_batches(
@@ -23,6 +33,7 @@ def run_micro_batches(
     """Runs a plan over micro-batches and returns their routing, summed.
 
     Args:
+        batches: whole sequences, of which all ranks of a context-parallel group have the same.
         take_divergences: where given, the set-up's teacher reads them too, and this takes the masked divergence kl_T of the
             model's predictions from the teacher's; its scalar is added to the other.
 
@@ -36,7 +47,7 @@ def run_micro_batches(
 
     def forward(chunk: int, micro_batch: int, x: Tensor | None) -> Tensor:
         number = micro_batch
-        batch, stage = batches[number], model.chunks[chunk]
+        batch, stage = own_part(batches[number], setup.parallel.token_share), model.chunks[chunk]
         x = taught_x = batch["tokens"] if x is None else x
         if teacher is not None and not stage.is_first:
             x, taught_x = teacher.unpack(x, setup.local_tokens(contexts[number].batch_size))

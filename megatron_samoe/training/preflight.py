@@ -95,7 +95,7 @@ def _speeds(parallel: ParallelState) -> list[str]:
 def _links(parallel: ParallelState) -> list[str]:
     """Compares the groups of each kind by what an all-reduce carries."""
     warnings = []
-    for name in ("tp", "ep", "dp", "pp"):
+    for name in ("tp", "cp", "ep", "dp", "pp"):
         group: Group = parallel.group(name)
         rate = 0.0
         if group.size > 1:

@@ -85,8 +85,7 @@ class TrainSetup:
 
     def local_tokens(self, batch_size: int) -> int:
         """Returns the tokens of a micro-batch that this rank holds between layers."""
-        tokens = batch_size * self.config.model.seq_length
-        return tokens // self.parallel.tp.size if self.parallel.sequence_parallel else tokens
+        return batch_size * self.config.model.seq_length // self.parallel.token_share.num_shares
 
     def tokens_after(self, consumed_samples: int) -> int:
         """Returns the tokens, over all ranks, of the optimizer step that comes after so many samples."""

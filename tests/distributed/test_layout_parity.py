@@ -27,10 +27,16 @@ LAYOUTS_OF_WAYS = ("tp2 sp etp1 ep2", "ep2 edp2 overlap", "pp2 vpp2 dp1", "pp2 e
                    "tp2 pp2 ep2 sp zero overlap")  # fmt: skip
 
 
+# Context parallelism meets positions, capacities, balance, noise and recomputation; how experts are shared is nothing to it.
+MODELS_OF_CONTEXT = ("moe top2 llama", "samoe noisy", "moe balance over ranks")
+
+
 def models_of(layout: str) -> tuple[str, ...]:
     """Returns the models that are trained in a layout."""
     if layout == "pp4 ep2":
         return ("pool", "pool locked")
+    if layout.startswith("cp") and not os.environ.get("MEGATRON_SAMOE_LONG_TESTS"):
+        return MODELS_OF_CONTEXT if LAYOUTS[layout][0] <= 4 else ("samoe step",)
     everything = layout in ("one process", *LAYOUTS_OF_WAYS) or os.environ.get("MEGATRON_SAMOE_LONG_TESTS")
     return tuple(model for model in MODELS if everything or model not in WAYS)
 
@@ -68,7 +74,7 @@ def test_layout_equals_one_process(layout: str, model: str) -> None:
 
 
 @pytest.mark.parametrize("model", IN_DOUBLE)
-@pytest.mark.parametrize("layout", ["tp2 etp1 ep4", "pp2 ep2 zero", "tp2 pp2"])
+@pytest.mark.parametrize("layout", ["tp2 etp1 ep4", "pp2 ep2 zero", "tp2 pp2", "cp2 ep4"])
 def test_layout_equals_one_process_in_double_precision(layout: str, model: str) -> None:
     expected = results_of("one process", torch.float64, IN_DOUBLE)[model]
     result = results_of(layout, torch.float64, IN_DOUBLE)[model]

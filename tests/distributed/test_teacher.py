@@ -35,7 +35,14 @@ TEACHERS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 #: The teacher of each student.
 STUDENTS = {"dense": "moe", "moe": "dense", "samoe step": "moe", "samoe noisy": "tied", "tied": "combined",
             "sets balanced": "combined", "pyramid residual": "relu"}  # fmt: skip
-LAYOUTS_OF_STUDENTS = ("pp2 vpp2 dp1", "tp2 etp1 ep4", "ep2 edp2 overlap", "pp4 uneven", "tp2 pp2 ep2 sp zero overlap")
+LAYOUTS_OF_STUDENTS = (
+    "pp2 vpp2 dp1",
+    "tp2 etp1 ep4",
+    "ep2 edp2 overlap",
+    "pp4 uneven",
+    "cp2 pp2 ep2 zero",
+    "tp2 pp2 ep2 sp zero overlap",
+)
 LAYOUTS_IN_DOUBLE = ("tp2 pp2 ep2 sp zero overlap",)
 # The others take minutes.
 if os.environ.get("MEGATRON_SAMOE_LONG_TESTS"):

@@ -11,6 +11,7 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import ParallelState
 from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
 from megatron_samoe.pipeline_parallel.schedules import run_plan
+from megatron_samoe.tensor_parallel.mappings import gather_sequences
 from megatron_samoe.training.setup import TrainSetup, build_setup
 from tests.harness.tiny import VOCAB_SIZE, global_batch
 
@@ -24,13 +25,14 @@ def logits_of(setup: TrainSetup) -> Tensor:
     for name, parameter in wide.model.global_parameters().items():
         parameter.data.copy_(ours[name])
     wide.model.begin_step()
-    tokens_BS = global_batch(config, 99, batch_size=2)["tokens"]
-    result = torch.zeros(tokens_BS.numel(), VOCAB_SIZE)
+    whole_BS = global_batch(config, 99, batch_size=2)["tokens"]
+    result = torch.zeros(whole_BS.numel(), VOCAB_SIZE)
+    tokens_BS = setup.parallel.token_share.of_sequences(whole_BS)
 
     def forward(chunk: int, _micro_batch: int, x: Tensor | None) -> Tensor:
         y, _ = wide.model(tokens_BS if x is None else x, ForwardContext(batch_size=2), chunk=chunk)
         if wide.model.chunks[chunk].is_last:
-            result.copy_(_whole_vocabulary(y, setup.parallel))
+            result.copy_(gather_sequences(_whole_vocabulary(y, setup.parallel), setup.parallel, 2))
         return y
 
     run_plan(forward_plan(len(wide.model.chunks), 1), wide.pipeline, forward, wide.boundary(2))

@@ -46,11 +46,27 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 sp dp2 zero": (4, {"tp": 2, "sp": True, "zero": True}),
     "tp2 etp1 ep2": (4, {"tp": 2, "etp": 1, "ep": 2}),
     "pp2 vpp2 ep2": (4, {"pp": 2, "stages": "Et|t|t|tL", "ep": 2}),
+    "cp2": (2, {"cp": 2}),
+    "cp2 a2a": (2, {"cp": 2, "comm": "a2a"}),
+    "cp4": (4, {"cp": 4}),
+    "cp2 zero dp2": (4, {"cp": 2, "zero": True, "overlap": True, "bucket": 3000}),
+    "cp2 ep2": (2, {"cp": 2, "ep": 2}),
+    "cp2 ep4": (4, {"cp": 2, "ep": 4}),
+    "cp2 tp2 sp": (4, {"cp": 2, "tp": 2, "sp": True}),
+    "cp2 tp2 sp etp1 ep4": (4, {"cp": 2, "tp": 2, "sp": True, "etp": 1, "ep": 4}),
+    "cp2 pp2 ep2 zero": (4, {"cp": 2, "pp": 2, "ep": 2, "zero": True}),
+    "cp2 pp2 vpp2": (4, {"cp": 2, "pp": 2, "vpp": 1}),
+    "cp2 a2a ep2 zero": (4, {"cp": 2, "comm": "a2a", "ep": 2, "zero": True}),
     "tp2 pp2 ep2 sp zero overlap": (8, {"tp": 2, "pp": 2, "ep": 2, "sp": True, "zero": True, "overlap": True}),
     "pp2 ep4": (8, {"pp": 2, "ep": 4}),
     "pp2 ep2 edp2 zero replicated pool": (8, {"pp": 2, "ep": 2, "zero": True, "pool": "replicated"}),
     "pp4 ep2": (8, {"pp": 4, "ep": 2}),
     "tp2 etp1 ep4 pp2 sp": (8, {"tp": 2, "etp": 1, "ep": 4, "pp": 2, "sp": True}),
+    "cp2 tp2 pp2 sp ep2 zero": (8, {"cp": 2, "tp": 2, "pp": 2, "sp": True, "ep": 2, "zero": True}),
+    "cp2 pp2 ep4 zero replicated pool": (8, {"cp": 2, "pp": 2, "ep": 4, "zero": True, "pool": "replicated"}),
+    "cp4 ep2 dp2 zero": (8, {"cp": 4, "ep": 2, "zero": True}),
+    "cp4 pp2 gpipe": (8, {"cp": 4, "pp": 2, "schedule": "gpipe"}),
+    "cp2 a2a pp2 vpp2 ep4": (8, {"cp": 2, "comm": "a2a", "pp": 2, "vpp": 1, "ep": 4}),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"layout": "dense"},
@@ -175,7 +191,8 @@ def layout_config(layout: str, model: str) -> PretrainConfig:
     # Groups of sequences that lie on several ranks need as many sequences at once in every layout.
     micro_step = options.pop("micro_step", None)
     if micro_step is not None:
-        options["micro_batch_size"] = micro_step * sizes.get("tp", 1) * sizes.get("pp", 1) // LAYOUTS[layout][0]
+        model_size = sizes.get("tp", 1) * sizes.get("cp", 1) * sizes.get("pp", 1)
+        options["micro_batch_size"] = micro_step * model_size // LAYOUTS[layout][0]
     config = tiny_config(**options)
     if config.moe.shares_experts:
         config = with_options(config, samoe_pool_placement=pool)

@@ -45,12 +45,12 @@ def with_options(config: PretrainConfig, **options: Any) -> PretrainConfig:
 
 
 def with_layout(config: PretrainConfig, **sizes: Any) -> PretrainConfig:
-    """Returns the configuration with a parallel layout: tp, pp, vpp (layers per virtual stage), ep, etp, sp, zero."""
+    """Returns the configuration with a parallel layout: tp, cp, comm (of cp), pp, vpp (layers per virtual stage), ep, etp, sp, zero."""
     names = {
         "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "ep": "expert_model_parallel_size",
         "etp": "expert_tensor_parallel_size", "vpp": "num_layers_per_virtual_pipeline_stage", "sp": "sequence_parallel",
         "zero": "use_distributed_optimizer", "stages": "pipeline_model_parallel_layout", "schedule": "pipeline_schedule",
-        "overlap": "overlap_grad_reduce", "bucket": "ddp_bucket_size",
+        "overlap": "overlap_grad_reduce", "bucket": "ddp_bucket_size", "cp": "context_parallel_size", "comm": "cp_comm_type",
     }  # fmt: skip
     return replace(config, parallel=ParallelConfig(**{names[k]: v for k, v in sizes.items()}))
 

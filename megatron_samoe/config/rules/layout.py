@@ -1,4 +1,4 @@
-"""Rules of tensor, sequence, expert and data parallelism; pipeline.py has those of stages."""
+"""Rules of tensor, sequence, context, expert and data parallelism; pipeline.py has those of stages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from megatron_samoe.config.batch_schedule import batch_sizes
 from megatron_samoe.config.derived import (
     data_parallel_size,
+    dense_model_size,
     divisors,
     flag,
     global_batch_size,
@@ -18,9 +19,11 @@ from megatron_samoe.errors import ConfigError
 
 def _world_divides(config: PretrainConfig, world_size: int) -> Problems:
     parallel = config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    )  # fmt: skip
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tp
-    if min(tp, ep, etp, pp) < 1:
+    if min(tp, cp, ep, etp, pp) < 1:
         return
     if world_size % pp:
         yield ConfigError("--pipeline-model-parallel-size", pp, f"must divide the world of {world_size} ranks "
@@ -31,6 +34,11 @@ def _world_divides(config: PretrainConfig, world_size: int) -> Problems:
         over = f" over --pipeline-model-parallel-size {pp}" if pp > 1 else ""
         yield ConfigError("--tensor-model-parallel-size", tp, f"must divide the world of {world_size} ranks{over} "
                           f"(start a multiple of {tp * pp} processes, or set it to one of {divisors(world_size // pp)})")  # fmt: skip
+        return
+    if world_size % (tp * cp * pp):
+        others = f"--tensor-model-parallel-size {tp} and --pipeline-model-parallel-size {pp}"
+        yield ConfigError("--context-parallel-size", cp, f"must divide the world of {world_size} ranks over {others} (start a "
+                          f"multiple of {tp * cp * pp} processes, or set it to one of {divisors(world_size // (tp * pp))})")  # fmt: skip
         return
     if etp not in (1, tp):
         yield ConfigError("--expert-tensor-parallel-size", etp, f"must be 1 or --tensor-model-parallel-size {tp}")
@@ -74,9 +82,11 @@ def _matrices_divide(config: PretrainConfig, world_size: int) -> Problems:
 
 def _tokens_divide(config: PretrainConfig, cause: str) -> Problems:
     tp, size = config.parallel.tensor_model_parallel_size, config.training.micro_batch_size
-    tokens = size * config.model.seq_length
+    cp = config.parallel.context_parallel_size
+    tokens = size * config.model.seq_length // max(cp, 1)
+    over = f" over --context-parallel-size {cp}" if cp > 1 else ""
     if tokens % tp:
-        yield ConfigError("--micro-batch-size", size, f"micro batch x sequence = {tokens} tokens must be divisible by "
+        yield ConfigError("--micro-batch-size", size, f"micro batch x sequence{over} = {tokens} tokens must be divisible by "
                           f"--tensor-model-parallel-size {tp} with {cause}")  # fmt: skip
 
 
@@ -105,9 +115,46 @@ def _sequence_parallel(config: PretrainConfig, world_size: int) -> Problems:
         yield from _tokens_divide(config, "--sequence-parallel")
 
 
+def _context_parallel(config: PretrainConfig, world_size: int) -> Problems:
+    model, parallel = config.model, config.parallel
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if cp <= 1 or tp < 1:
+        return
+    length, step = model.seq_length, 2 * cp
+    if length % step:
+        below = length // step * step
+        nearest = [n for n in (below, below + step) if n]
+        yield ConfigError("--seq-length", length, f"must be divisible by 2 x --context-parallel-size {cp} = {step}: "
+                          f"{' or '.join(map(str, nearest))}")  # fmt: skip
+    if model.attention_dropout:
+        yield ConfigError(
+            "--attention-dropout", model.attention_dropout, "must be 0 with --context-parallel-size above 1"
+        )
+    if parallel.cp_comm_type == "a2a":
+        yield from _heads_divide(config)
+        return
+    alone = {"sliding_window": model.sliding_window, "attn_logit_softcapping": model.attn_logit_softcapping,
+             "softmax_type": model.softmax_type if model.softmax_type != "vanilla" else None,
+             "reset_attention_mask": config.data.reset_attention_mask or None}  # fmt: skip
+    for name, value in alone.items():
+        if value is not None:
+            yield ConfigError(flag(name), value, f"needs --cp-comm-type a2a with --context-parallel-size {cp}, not p2p")
+
+
+def _heads_divide(config: PretrainConfig) -> Problems:
+    """All-to-alls give each context-parallel rank some of the heads of its tensor-parallel rank."""
+    model, tp, cp = config.model, config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
+    heads, name = model.num_attention_heads, "num_attention_heads"
+    if model.group_query_attention and not model.multi_latent_attention:
+        heads, name = model.num_query_groups, "num_query_groups"
+    if heads % tp == 0 and heads // tp % cp:
+        yield ConfigError("--cp-comm-type", "a2a", f"needs {flag(name)} {heads} over --tensor-model-parallel-size {tp} to be "
+                          f"divisible by --context-parallel-size {cp}, which may be one of {divisors(heads // tp)}; p2p needs "
+                          "no such thing")  # fmt: skip
+
+
 def _batches_divide(config: PretrainConfig, world_size: int) -> Problems:
-    parallel = config.parallel
-    if min(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) < 1:
+    if not 1 <= dense_model_size(config.parallel) <= world_size:
         return
     dp = data_parallel_size(config, world_size)
     per_pass = config.training.micro_batch_size * dp
@@ -132,4 +179,12 @@ def _elastic(config: PretrainConfig, world_size: int) -> Problems:
                           "the course of training")  # fmt: skip
 
 
-RULES = (_elastic, _world_divides, _matrices_divide, _expert_overlap, _sequence_parallel, _batches_divide)
+RULES = (
+    _elastic,
+    _world_divides,
+    _matrices_divide,
+    _expert_overlap,
+    _sequence_parallel,
+    _context_parallel,
+    _batches_divide,
+)

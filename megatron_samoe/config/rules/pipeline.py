@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_samoe.config.batch_schedule import batch_sizes
 from megatron_samoe.config.derived import (
     data_parallel_size,
+    dense_model_size,
     divisors,
     global_batch_size,
     num_micro_batches,
@@ -19,10 +20,11 @@ from megatron_samoe.errors import ConfigError
 def _is_pipeline(config: PretrainConfig, world_size: int) -> bool:
     """Returns whether there are several stages and other rules accept their sizes."""
     parallel = config.parallel
-    pp, tp = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
     per_stage = parallel.num_layers_per_virtual_pipeline_stage
-    sizes = (tp, config.model.num_layers, 1 if per_stage is None else per_stage)
-    return pp > 1 and min(sizes) >= 1 and world_size % (pp * tp) == 0
+    dense = dense_model_size(parallel)
+    sizes = (dense, config.model.num_layers, 1 if per_stage is None else per_stage)
+    return pp > 1 and min(sizes) >= 1 and world_size % dense == 0
 
 
 def _num_stages(config: PretrainConfig) -> int:

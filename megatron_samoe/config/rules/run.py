@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_samoe.config.batch_schedule import steps_for_samples
-from megatron_samoe.config.derived import flag, global_batch_size, parse_multipliers
+from megatron_samoe.config.derived import dense_model_size, flag, global_batch_size, parse_multipliers
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Problems
 from megatron_samoe.config.training import TrainingConfig
@@ -37,7 +37,7 @@ def _samples(config: PretrainConfig, world_size: int) -> Problems:
     for name in ("lr_decay_iters", "lr_wsd_decay_iters", "lr_warmup_iters"):
         if value := getattr(config.optimizer, name):
             yield ConfigError(flag(name), value, f"cannot be used with --train-samples; give {flag(name)[:-5]}samples")
-    if min(config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size) < 1:
+    if dense_model_size(config.parallel) < 1:
         return
     steps = steps_for_samples(config, world_size)
     if steps is None:

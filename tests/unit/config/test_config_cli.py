@@ -206,13 +206,11 @@ def test_other_programs_names_are_translated(name: str) -> None:
 
 def test_what_other_programs_flags_are_is_said_at_once() -> None:
     with pytest.raises(ConfigErrors) as caught:
-        parse_pretrain_args(
-            ["--recompute-activations", "--lr", "1e-3", "--use_flash_attn", "--context-parallel-size=2"]
-        )
+        parse_pretrain_args(["--recompute-activations", "--lr", "1e-3", "--use_flash_attn", "--mtp-num-layers=2"])
     said = str(caught.value)
     assert "this program's name for it is --recompute-granularity selective" in said
     assert "--use-flash-attn = None: is no option here; leave it out" in said
-    assert "--context-parallel-size = None: is not there" in said
+    assert "--mtp-num-layers = None: is not there" in said
 
 
 def test_no_foreign_name_is_one_of_ours() -> None:

@@ -54,6 +54,9 @@ def sizes(fitted: PretrainConfig, used: int) -> tuple[int, ...]:
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 1, (1, 1, 1, 1, 1, 2)),
         ({"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 1}, 2, (2, 1, 2, 1, 1, 2)),
         ({"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et*3|t*5L"}, 1, (1, 1, 1, 1, 1, 2)),
+        ({"context_parallel_size": 4}, 6, (4, 1, 1, 1, 1, 2)),
+        ({"context_parallel_size": 4, "cp_comm_type": "a2a", "expert_model_parallel_size": 4}, 1, (1, 1, 1, 1, 1, 2)),
+        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 4}, 3, (2, 2, 1, 1, 1, 2)),
         ({"pipeline_model_parallel_size": 2, "pipeline_schedule": "gpipe"}, 1, (1, 1, 1, 1, 1, 2)),
     ],
 )  # fmt: skip

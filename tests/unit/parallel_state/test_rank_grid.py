@@ -21,15 +21,16 @@ def grids(draw: st.DrawFn, largest: int = 4096) -> RankGrid:
     world = draw(st.sampled_from([1, 2, 3, 6, 8, 12, 30, 64, 96, 256, 1000, 1024, 4096]).filter(lambda n: n <= largest))
     pp = draw(sizes_of(world))
     tp = draw(sizes_of(world // pp))
+    cp = draw(sizes_of(world // pp // tp))
     etp = draw(st.sampled_from([1, tp]))
     ep = draw(sizes_of(world // pp // etp))
-    return RankGrid(world, tp=tp, pp=pp, ep=ep, etp=etp)
+    return RankGrid(world, tp=tp, pp=pp, ep=ep, etp=etp, cp=cp)
 
 
 @settings(deadline=None, max_examples=60)
 @given(grids())
 def test_every_group_partitions_the_world(grid: RankGrid) -> None:
-    assert grid.tp * grid.dp * grid.pp == grid.etp * grid.ep * grid.edp * grid.pp == grid.world_size
+    assert grid.tp * grid.cp * grid.dp * grid.pp == grid.etp * grid.ep * grid.edp * grid.pp == grid.world_size
     for name in GROUPS:
         groups = grid.groups(name)
         assert sorted(rank for ranks in groups for rank in ranks) == list(range(grid.world_size)), name
@@ -68,19 +69,19 @@ def test_rank_of_coordinates(grid: RankGrid) -> None:
 @settings(deadline=None, max_examples=60)
 @given(grids(96))
 def test_wide_groups_are_unions_of_narrow_ones(grid: RankGrid) -> None:
-    """A stage is its tensor x data ranks, and no group but those that cross stages leaves it."""
+    """A stage is its tensor x context x data ranks, and no group but those that cross stages leaves it."""
     stages = [set(ranks) for ranks in grid.groups("stage")]
-    assert stages == [set(ranks) for ranks in grid.groups("tp_dp")]
-    for name in ("tp", "dp", "etp", "ep", "edp", "etp_edp"):
+    assert stages == [set(ranks) for ranks in grid.groups("tp_dp_cp")]
+    for name in ("tp", "cp", "dp", "dp_cp", "etp", "ep", "edp", "etp_edp"):
         for ranks in grid.groups(name):
             assert sum(set(ranks) <= stage for stage in stages) == 1
     for wide, narrow in (("pool_dp", "edp"), ("etp_pool_dp", "pool_dp"), ("world", "pool_dp"), ("pool_dp", "pp")):
         for ranks in grid.groups(narrow):
             assert sum(set(ranks) <= set(other) for other in grid.groups(wide)) == 1
     if grid.etp == grid.tp:
-        assert all(sum(set(ranks) <= set(dp) for dp in grid.groups("dp")) == 1 for ranks in grid.groups("ep")), (
-            "experts split like the dense part exchange tokens within a data-parallel group"
-        )
+        assert all(
+            sum(set(ranks) <= set(others) for others in grid.groups("dp_cp")) == 1 for ranks in grid.groups("ep")
+        ), "experts split like the dense part exchange tokens among ranks that hold its replicas"
 
 
 def test_groups_by_hand() -> None:
@@ -91,12 +92,20 @@ def test_groups_by_hand() -> None:
     assert grid.groups("edp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
     whole_experts = RankGrid(8, tp=2, ep=4, etp=1)
     assert whole_experts.groups("ep") == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    contexts = RankGrid(16, tp=2, cp=2, pp=2, ep=4, etp=2)
+    assert contexts.groups("cp") == [(0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 14), (13, 15)]
+    assert contexts.groups("dp")[:2] == [(0, 4), (1, 5)]
+    assert contexts.groups("dp_cp")[:2] == contexts.groups("ep")[:2] == [(0, 2, 4, 6), (1, 3, 5, 7)], (
+        "ep spans cp and dp"
+    )
     stages = RankGrid(8, tp=2, pp=2, ep=2, etp=2)
     assert stages.groups("pp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
     assert stages.groups("pool_dp") == stages.groups("pp")
 
 
-@pytest.mark.parametrize("sizes", [{"tp": 3}, {"ep": 3}, {"pp": 16}, {"tp": 2, "etp": 2, "ep": 8}, {"tp": 0}])
+@pytest.mark.parametrize(
+    "sizes", [{"tp": 3}, {"ep": 3}, {"pp": 16}, {"tp": 2, "etp": 2, "ep": 8}, {"tp": 0}, {"tp": 2, "cp": 3}]
+)
 def test_sizes_that_do_not_fill_the_world_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="does not divide the world of 8 ranks"):
         RankGrid(8, **sizes)
@@ -117,4 +126,4 @@ def test_tied_embeddings_are_shared_by_the_first_and_the_last_stage_alone(grid: 
         stages = {place["pp"] for place in places}
         outer = {0, grid.pp - 1}
         assert stages == outer or (len(stages) == 1 and not stages & outer)
-        assert len(ranks) == grid.dp * len(stages)
+        assert len(ranks) == grid.cp * grid.dp * len(stages)

@@ -26,7 +26,8 @@ from tests.harness.tiny import VOCAB_SIZE, tiny_config
 
 GRIDS = [
     RankGrid(1), RankGrid(2, tp=2), RankGrid(4, ep=4), RankGrid(8, tp=2, ep=2), RankGrid(8, tp=2, etp=1, ep=4),
-    RankGrid(8, tp=2, pp=2, ep=2, etp=2), RankGrid(12, pp=3, ep=2), RankGrid(16, tp=4, ep=2, etp=4, pp=2),
+    RankGrid(8, tp=2, pp=2, ep=2, etp=2), RankGrid(12, pp=3, ep=2), RankGrid(12, cp=3, ep=2), RankGrid(16, cp=2, pp=2, ep=4),
+    RankGrid(16, tp=4, ep=2, etp=4, pp=2),
 ]  # fmt: skip
 SPECS = [
     ShardSpec(),
@@ -94,8 +95,8 @@ def test_gradient_group_holds_replicas_with_other_data_or_partial_sums(grid: Ran
 @pytest.mark.parametrize(
     ("spec", "group"),
     [
-        (ShardSpec(), "dp"),
-        (ShardSpec(partial=("tp",)), "tp_dp"),
+        (ShardSpec(), "dp_cp"),
+        (ShardSpec(partial=("tp",)), "tp_dp_cp"),
         (ShardSpec("embedding", ((0, "tp"),)), "embed_dp"),
         (ShardSpec("expert", ((0, "ep"), (1, "etp"))), "edp"),
         (ShardSpec("expert", ((0, "ep"),), partial=("etp",)), "etp_edp"),

@@ -90,6 +90,19 @@ def test_what_the_user_has_fixed_is_kept() -> None:
         assert layout.config.training.recompute_granularity == "full"
 
 
+@pytest.mark.parametrize("comm", ["p2p", "a2a"])
+def test_sequences_are_split_as_the_user_says(comm: str) -> None:
+    config = with_options(tiny_config("moe"), global_batch_size=16, seq_length=64)
+    split = with_layout(config, cp=2, comm=comm)
+    for layout in plan_layouts(split, 103, with_world(8)):
+        assert parse_pretrain_args(layout.flags()).parallel == layout.config.parallel
+        assert layout.config.parallel.context_parallel_size == 2 and " cp2 " in layout.name()
+        assert layout.cost.sent_bytes["context"] > 0
+    alone, halved = (largest_rank_memory(c, 103, 2)[1] for c in (config, split))
+    assert halved.weights == alone.weights and halved.optimizer == alone.optimizer
+    assert halved.activations < 0.75 * alone.activations
+
+
 def test_the_printed_flags_ask_for_the_layout() -> None:
     config = with_options(tiny_config("samoe"), num_layers=6)
     base = PretrainConfig(model=config.model, moe=config.moe, training=replace(config.training, global_batch_size=None))

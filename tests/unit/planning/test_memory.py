@@ -13,7 +13,6 @@ from megatron_samoe.config import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.layer_layout import all_layers
 from megatron_samoe.models.rank_model import RankModel, build_model, compute_dtype
-from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops import attention
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
 from megatron_samoe.parallel_state import Group, ParallelState, RankGrid, single_process_state
@@ -22,6 +21,7 @@ from megatron_samoe.pipeline_parallel.schedule_plan import make_plan, max_in_fli
 from megatron_samoe.planning.activation_memory import activation_bytes, passes_in_flight
 from megatron_samoe.planning.description import PlannedModel, whole_model
 from megatron_samoe.planning.memory import largest_rank_memory, rank_memory
+from tests.harness.kept_bytes import kept_by_autograd
 from tests.harness.tiny import tiny_config, with_layout, with_options
 
 
@@ -74,6 +74,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 etp1 ep4": (4, {"tp": 2, "etp": 1, "ep": 4}),
     "tp2 ep2 sp zero": (8, {"tp": 2, "ep": 2, "sp": True, "zero": True}),
     "tp2 pp2 ep2 zero": (8, {"tp": 2, "pp": 2, "ep": 2, "zero": True}),
+    "cp2 pp2 ep2 zero": (8, {"cp": 2, "pp": 2, "ep": 2, "zero": True}),
     "tp2 etp1 ep2 pp2 sp zero": (8, {"tp": 2, "etp": 1, "ep": 2, "pp": 2, "sp": True, "zero": True}),
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -139,9 +140,9 @@ def placed(draw: st.DrawFn) -> tuple[RankGrid, int]:
     sizes = st.integers(1, 4)
     tp, pp = draw(sizes), draw(sizes)
     etp = draw(st.sampled_from([1, tp]))
-    ep, more = draw(sizes), draw(sizes)
-    world = tp * pp * etp * ep * more  # divides over both grids
-    return RankGrid(world, tp=tp, pp=pp, ep=ep, etp=etp), draw(st.integers(0, world - 1))
+    cp, ep, more = draw(sizes), draw(sizes), draw(sizes)
+    world = tp * cp * pp * etp * ep * more  # divides over both grids
+    return RankGrid(world, tp=tp, pp=pp, ep=ep, etp=etp, cp=cp), draw(st.integers(0, world - 1))
 
 
 @settings(deadline=None, max_examples=60)
@@ -184,50 +185,11 @@ def test_sharding_divides_optimizer_state_and_the_pool() -> None:
     assert runs == pytest.approx(banks / 8, rel=0.01)
 
 
-def kept_by_autograd(model: RankModel, config: PretrainConfig) -> int:
-    """Returns the bytes of all tensors that the first layer's forward pass keeps, weights left out."""
-    batch, length, hidden = config.training.micro_batch_size, config.model.seq_length, config.model.hidden_size
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *(b.flat for b in _buffers(model).buffers)]}
-    model.begin_step()
-    weights = getattr(model.lender, "_weights", None)
-    own |= {t.untyped_storage().data_ptr() for _, t in weights.items()} if weights is not None else set()
-    kept: dict[int, int] = {}
-
-    def note(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    context = ForwardContext(batch, training=True, tokens_per_step=batch * length)
-    from megatron_samoe.models.attention import AttentionInputs
-    from megatron_samoe.models.rotary import rotary_tables
-
-    positions_BS = torch.arange(length).expand(batch, -1)
-    rotary = (
-        rotary_tables(config.model, positions_BS, model.dtype)
-        if config.model.position_embedding_type == "rope"
-        else None
-    )
-    x_TH = torch.randn(batch * length, hidden, dtype=model.dtype, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        y_TH, *_ = model.chunks[0].layers["0"](x_TH, AttentionInputs(rotary=rotary), context, model.lender)
-    assert y_TH.requires_grad
-    if rotary is not None:
-        for table in rotary:  # all layers share them
-            kept.pop(table.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
-
-
 def layer_bytes(config: PretrainConfig) -> int:
     """Returns what the first layer says that it keeps."""
     tokens = config.training.micro_batch_size * config.model.seq_length
     selective = config.training.recompute_granularity == "selective"
     return whole_model(config, 103).description.kept_bytes(all_layers(config)[0], tokens, selective)
-
-
-def _buffers(model: RankModel) -> GradBuffers:
-    return GradBuffers(model.global_parameters(), model.state)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

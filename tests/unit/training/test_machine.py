@@ -17,7 +17,7 @@ def test_the_machine_is_written_beside_the_metrics(tmp_path: Path) -> None:
     hook.end()
     found = json.loads((tmp_path / "run" / "machine.json").read_text())
     assert found == facts and found["device"] == "cpu" and found["ranks"] == 1 and found["device_name"]
-    assert found["layout"] == {"tensor": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "data": 1}
+    assert found["layout"] == {"tensor": 1, "context": 1, "pipeline": 1, "expert": 1, "expert_tensor": 1, "data": 1}
 
 
 def test_an_evaluation_of_a_killed_run_has_a_line_of_its_own(tmp_path: Path) -> None:
