@@ -25,6 +25,7 @@ from megatron_samoe.benchmarks import (
     parallel,
     roofline,
     serve,
+    servers,
     train,
 )
 from megatron_samoe.benchmarks.common import as_table, conditions, save
@@ -32,7 +33,21 @@ from megatron_samoe.cli.arguments import Words, program, text_parser
 from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import backend
 
-PARTS = (layer, train, roofline, expert_parallel, all_to_all, ops, decode, checkpoint, convert, data, parallel, serve)
+PARTS = (
+    layer,
+    train,
+    roofline,
+    expert_parallel,
+    all_to_all,
+    ops,
+    decode,
+    checkpoint,
+    convert,
+    data,
+    parallel,
+    serve,
+    servers,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:

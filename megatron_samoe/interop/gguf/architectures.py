@@ -79,7 +79,8 @@ ARCHITECTURES = (
     Architecture("gpt2", GPT2, (needs("exact_gelu", False),)),
     Architecture("llama", MIXTRAL, (_PLAIN_ROPE, _NO_WINDOW), pairs=True),
     Architecture("qwen3moe", QWEN3_MOE, (_PLAIN_ROPE, all_layers_are_moe, weighs_among_chosen)),
-    Architecture("olmoe", OLMOE, (_PLAIN_ROPE, needs("clip_qkv", None), _among_all), needs_output=True),
+    Architecture("olmoe", OLMOE, (_PLAIN_ROPE, needs("clip_qkv", None), _among_all, needs("group_query_attention", False)),
+                 needs_output=True),
     Architecture("qwen2moe", QWEN2_MOE, (_PLAIN_ROPE, all_layers_are_moe, _among_all, needs("moe_shared_expert_gate", True)),
                  needs_output=True),
 )  # fmt: skip

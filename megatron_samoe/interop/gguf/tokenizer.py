@@ -102,9 +102,18 @@ def _sentencepiece(path: str, eod: int) -> Vocabulary:
             raise _refused(f"{name} = {value} of the SentencePiece model (it has {needed})")
     if normalizer.precompiled_charsmap and normalizer.name != "identity":
         raise _refused(f"the normalization {normalizer.name} of the SentencePiece model (it has identity)")
-    pieces = list(proto.pieces)
+    pieces, types = list(proto.pieces), [p.type for p in proto.pieces]
+    joined = "".join(p.piece for p in pieces if len(p.piece) > 1)
+    for i, piece in enumerate(pieces):
+        if piece.type == USER_DEFINED and normalizer.add_dummy_prefix:
+            # llama.cpp puts a space after such a piece. A character of no other piece needs no cut: nothing merges it.
+            if len(piece.piece) > 1 or piece.piece in joined:
+                raise _refused(
+                    f"the user's piece {piece.piece!r} where a text gets a space before it (it puts one after, too)"
+                )
+            types[i] = NORMAL
     return Vocabulary(
-        "llama", "default", [p.piece for p in pieces], [p.type for p in pieces], eod, scores=[p.score for p in pieces],
+        "llama", "default", [p.piece for p in pieces], types, eod, scores=[p.score for p in pieces],
         space_prefix=normalizer.add_dummy_prefix,
     )  # fmt: skip
 

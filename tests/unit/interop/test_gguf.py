@@ -23,6 +23,7 @@ gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 
 LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
 AMONG_ALL = {**LLAMA, "moe_router_pre_softmax": True}
+OLMOE = {**AMONG_ALL, "qk_layernorm": True, "qk_layernorm_scope": "all"}
 GATE = {"moe_shared_expert_intermediate_size": 20, "moe_shared_expert_gate": True}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "dense", {"style": "llama"}),
@@ -33,7 +34,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("llama", "moe", {**LLAMA, "expert_sharing": "tied"}),
     "samoe": ("llama", "samoe", {**LLAMA, "untie_embeddings_and_output_weights": True}),
     "qwen3moe": ("qwen3moe", "samoe", {**LLAMA, "qk_layernorm": True}),
-    "olmoe": ("olmoe", "moe", {**AMONG_ALL, "qk_layernorm": True, "qk_layernorm_scope": "all"}),
+    "olmoe": ("olmoe", "moe", {**OLMOE, "group_query_attention": False, "num_query_groups": 1}),
     "qwen2moe": ("qwen2moe", "samoe", {**AMONG_ALL, **GATE, "add_qkv_bias": True}),
 }  # fmt: skip
 
@@ -171,6 +172,7 @@ def test_the_vocabulary_is_bytes_without_merges(tmp_path: Path) -> None:
         ("moe", {**AMONG_ALL}, "--moe-router-pre-softmax"),
         ("moe", {**LLAMA, "moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid"),
         ("moe", {**LLAMA, "moe_layer_freq": "0110"}, "--moe-layer-freq"),
+        ("moe", OLMOE, "--group-query-attention"),
     ],
 )
 def test_what_llama_cpp_does_not_compute_is_refused_by_name(
@@ -229,7 +231,7 @@ def test_unknown_ways_to_cut_a_text_are_refused_by_name(changes: dict[str, Any],
     ("options", "named"),
     [({"model_type": "unigram"}, "unigram"), ({"byte_fallback": False}, "byte_fallback"),
      ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces"), ({"normalization_rule_name": "nmt_nfkc"}, "nmt_nfkc"),
-     ({}, None)],
+     ({"user_defined_symbols": ["two words"]}, "two words"), ({"user_defined_symbols": ["\n"]}, None)],
 )  # fmt: skip
 def test_sentencepiece(options: dict[str, Any], named: str | None, tmp_path: Path) -> None:
     import sentencepiece
@@ -252,7 +254,7 @@ def test_sentencepiece(options: dict[str, Any], named: str | None, tmp_path: Pat
     assert (found.model, found.pre, found.space_prefix) == ("llama", "default", True)
     assert found.tokens == [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     assert found.scores is not None and found.scores[300 if len(found.scores) > 300 else 270] < 0
-    assert found.types[0] == 2 and found.types.count(6) == 256
+    assert found.types[0] == 2 and found.types.count(6) == 256 and found.types[found.tokens.index("\n")] == 1
 
 
 def test_without_the_package_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
