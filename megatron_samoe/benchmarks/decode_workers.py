@@ -355,9 +355,14 @@ def main() -> None:
         write_gguf(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
         return
     spec = json.loads(sys.argv[1])
-    info, measure = {"ours": ours, "transformers": transformers, "llama.cpp": llama_cpp, "vllm": vllm}[spec["program"]](
-        spec
-    )
+    programs = {
+        "ours": ours,
+        "transformers": transformers,
+        "llama.cpp": llama_cpp,
+        "vllm": vllm,
+        "xllamacpp": xllamacpp,
+    }
+    info, measure = programs[spec["program"]](spec)
     for batch, length in [] if "refused" in info else spec["warm_up"]:
         measure(batch, length, 3)
     print("@@" + json.dumps(info), flush=True)
