@@ -263,6 +263,7 @@ def xllamacpp(spec: Spec) -> tuple[Spec, Measure]:
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = spec["threads"]
     options.cache_type_k = options.cache_type_v = lib.ggml_type.GGML_TYPE_F32
     options.flash_attn_type = lib.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    options.verbosity = 1  # errors
     server = lib.Server(options)
 
     def complete(ids: list[int], new: int) -> list[int]:
