@@ -26,6 +26,7 @@ from megatron_samoe.benchmarks import (
     ring_attention,
     roofline,
     serve,
+    servers,
     train,
 )
 from megatron_samoe.benchmarks.common import as_table, conditions, save
@@ -47,6 +48,7 @@ PARTS = (
     data,
     parallel,
     serve,
+    servers,
     ring_attention,
     gpu_check,
 )

@@ -105,7 +105,8 @@ def make_checkpoint(options: Options, flags: str) -> Path:
 
 
 @functools.cache
-def _directory(checkpoint: Path) -> Path:
+def checkpoint_directory(checkpoint: Path) -> Path:
+    """Returns the folder of the newest whole iteration of a checkpoint."""
     wanted = CheckpointConfig(load=str(checkpoint), exit_on_missing_checkpoint=True)
     found = store.find_checkpoint(wanted, lambda d: store.damaged_files(d, single_process_state()))
     assert found is not None
@@ -117,7 +118,7 @@ def make_exports(checkpoint: Path, options: Options) -> Path:
     folder = options.work_dir / "exports" / checkpoint.resolve().as_posix().strip("/").replace("/", "-")
     if not (folder / "hf").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        source = CheckpointReader(_directory(checkpoint))
+        source = CheckpointReader(checkpoint_directory(checkpoint))
         has_pool = from_mapping(source.config, str(checkpoint)).moe.shares_experts
         write_export(plan_export(source, fold=has_pool), folder / "hf")
     if "llama.cpp" in options.peers:
@@ -252,9 +253,9 @@ def _same(a: list[int], b: list[int]) -> int:
 
 
 @functools.cache
-def _model_of(checkpoint: Path) -> tuple[PretrainConfig, int]:
+def checkpoint_model(checkpoint: Path) -> tuple[PretrainConfig, int]:
     """Returns a checkpoint's configuration and size of vocabulary."""
-    directory = _directory(checkpoint)
+    directory = checkpoint_directory(checkpoint)
     vocab_size: int = store.read_train_state(directory, ("vocab_size",))["vocab_size"]
     return from_mapping(store.read_config(directory), str(directory)), vocab_size
 
@@ -265,7 +266,7 @@ def _row(
     batch, length = pair
     samples_s = [result["rest_s"] / (options.new_tokens - 1) for result in results]
     step_s = statistics.median(samples_s)
-    config, vocab = _model_of(Path(worker.spec.get("checkpoint") or options.checkpoints[0]))
+    config, vocab = checkpoint_model(Path(worker.spec.get("checkpoint") or options.checkpoints[0]))
     serving, hit = worker.facts.get("serving", "folded"), counted.get("distinct")
     context, dtype, bandwidth = length + options.new_tokens / 2, worker.spec["dtype"], memory.bandwidth()
     num_bytes = step_bytes(config, vocab, batch, context, serving, dtype, hit).total

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from megatron_samoe.cli.arguments import Options, Words, adder, program
 from megatron_samoe.config.derived import flag
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.interop.convert_source import DTYPES, KINDS, Kind, Source, open_source
-from megatron_samoe.interop.convert_target import Conversion, HFOptions, plan_hf, plan_megatron, plan_native
+from megatron_samoe.interop.convert_source import DTYPES, KINDS, TARGETS, Source, TargetKind, open_source
+from megatron_samoe.interop.convert_target import Conversion, HFOptions, plan_gguf, plan_hf, plan_megatron, plan_native
 from megatron_samoe.interop.hf.target import targets
 from megatron_samoe.interop.megatron import MegatronLayout, MegatronStyle
 
@@ -22,7 +22,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GI
 _DESCRIPTION = """Converts a model between this program's checkpoints, Megatron-LM's per-rank files (format torch) and Hugging
 Face folders. Both families are found out: the source's from its files; the target is Megatron's if a --target-* size is
 given, Hugging Face's if one of its options is, and else a checkpoint of this program, unless that is what the source is.
-Weights only: optimizer state stays behind."""
+--to gguf writes llama.cpp's file. Weights only: optimizer state stays behind."""
 #: Options that size a target of Megatron's, and what its layout calls them.
 _SIZES = {
     "target_tensor_parallel_size": "tensor_parallel", "target_pipeline_parallel_size": "pipeline_parallel",
@@ -60,6 +60,8 @@ def _plan(source: Source, options: Options) -> Conversion:
     if target == "native":
         return plan_native(source, save_dir, dtype, carries_tokenizer)
     chosen = {**_MEGATRON, **_HF, **given}
+    if target == "gguf":
+        return plan_gguf(source, save_dir, dtype, carries_tokenizer)
     if target == "megatron":
         style = MegatronStyle(chosen["transformer_impl"], chosen["expert_format"])
         layout = MegatronLayout(style=style, **{field: chosen[name] for name, field in _SIZES.items()})
@@ -68,17 +70,17 @@ def _plan(source: Source, options: Options) -> Conversion:
     return plan_hf(source, save_dir, dtype, hf)
 
 
-def _target(source: Source, options: Options, given: Mapping[str, Any]) -> Kind:
+def _target(source: Source, options: Options, given: Mapping[str, Any]) -> TargetKind:
     """Returns the target's family.
 
     Raises:
         ConfigError: it is not known, is the source's, or an option is for another.
     """
-    of_family: dict[Kind, list[str]] = {
+    of_family: dict[TargetKind, list[str]] = {
         "megatron": [name for name in _MEGATRON if name in given],
         "hf": [name for name in _HF if name in given],
     }
-    target: Kind = options.target
+    target: TargetKind = options.target
     if options.target == "auto":
         target = next((family for family, names in of_family.items() if names), "native")
         if target == source.kind == "native":
@@ -91,7 +93,7 @@ def _target(source: Source, options: Options, given: Mapping[str, Any]) -> Kind:
         if names and target != family:
             raise ConfigError(flag(names[0]), given[names[0]], f"is for --to {family}, not {target}")
     if options.no_tokenizer and target == "megatron":
-        raise ConfigError("--no-tokenizer", True, "is for --to hf and --to native: Megatron's files hold none")
+        raise ConfigError("--no-tokenizer", True, "is for --to hf, gguf and native: Megatron's files hold none")
     return target
 
 
@@ -114,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--load-dir", str, "checkpoint folder, one iteration's folder, or Hugging Face folder", required=True)
     add("--save-dir", str, "where to write; nothing that is there is overwritten", required=True)
     add("--from", ("auto", *KINDS), "family of the source", dest="source")
-    add("--to", ("auto", *KINDS), "family of the target", dest="target")
+    add("--to", ("auto", *TARGETS), "family of the target", dest="target")
     add("--ckpt-step", int, "iteration to convert; the newest if not given")
     add("--dtype", ("auto", *DTYPES), "precision to write; as stored if not given")
     add("--vocab-size", int, "tokens that exist, where Megatron's files do not tell")

@@ -22,6 +22,7 @@ from megatron_samoe.interop import megatron
 from megatron_samoe.interop.convert_read_ahead import Passed, ReadAhead
 from megatron_samoe.interop.convert_source import Recast, Source
 from megatron_samoe.interop.edited_model import source_config
+from megatron_samoe.interop.gguf import export as gguf_export
 from megatron_samoe.interop.hf.export import plan_export, write_export
 from megatron_samoe.interop.hf.tokenizer_files import TOKENIZER, imported_tokenizer, tokenizer_files
 from megatron_samoe.interop.megatron.rank_files import folder_name
@@ -105,6 +106,27 @@ def plan_hf(source: Source, save_dir: Path, dtype: torch.dtype | None, options: 
     trust = ", trust_remote_code=True" if family.name == "samoe" else ""
     hint = f'\n  AutoModelForCausalLM.from_pretrained("{save_dir}", dtype="auto"{trust})'
     return Conversion(f"the Hugging Face class {family.architecture} in {save_dir}", lines, plan.shards, write, hint)
+
+
+def plan_gguf(source: Source, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool) -> Conversion:
+    """Returns the plan of writing llama.cpp's file, model.gguf in a new folder.
+
+    Raises:
+        ConfigError: llama.cpp has no architecture that computes the model, or cannot cut a text as its tokenizer does.
+        CheckpointError: `save_dir` exists.
+        DataError: the tokenizer is not where the source says.
+    """
+    require_new(save_dir)
+    data = with_carried(source_config(source.tensors).data, source.directory)
+    plan = gguf_export.plan_export(source.tensors, data if with_tokenizer else None, dtype)
+
+    def write(progress: Progress) -> Path:
+        with ReadAhead(plan.source, plan.reads) as ahead:
+            gguf_export.write_export(replace(plan, source=ahead), save_dir, progress)
+        return save_dir
+
+    described = f"llama.cpp's architecture {plan.architecture.name} in {save_dir}/{gguf_export.FILE}"
+    return Conversion(described, plan.lines, {gguf_export.FILE: plan.stored}, write)
 
 
 def plan_megatron(

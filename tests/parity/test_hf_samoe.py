@@ -125,7 +125,7 @@ def test_training_reaches_banks_and_coefficients(pooled: tuple[Native, Path]) ->
     assert all(
         p.grad is not None and p.grad.abs().sum() > 0
         for n, p in model.named_parameters()
-        if "w1" in n or "combination" in n
+        if "gate_up_proj" in n or "combination" in n
     )
 
 

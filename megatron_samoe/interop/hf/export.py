@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from megatron_samoe.dist_checkpointing.store import refuse_parts
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.interop.edited_model import FRACTIONS, NOT_MODEL, source_config
 from megatron_samoe.interop.hf.export_plan import ExportPlan
+from megatron_samoe.interop.hf.families.samoe import CODE_FILES
 from megatron_samoe.interop.hf.folder import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS
 from megatron_samoe.interop.hf.model_card import model_card
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Constant, parts_of
-from megatron_samoe.interop.hf.remote_code import copy_code
 from megatron_samoe.interop.hf.safetensors_io import SafetensorsWriter
 from megatron_samoe.interop.hf.sidecar import SIDECAR, Remembered, write_sidecar
 from megatron_samoe.interop.hf.target import choose_target
@@ -132,7 +133,8 @@ def write_export(plan: ExportPlan, directory: Path, progress: Progress = lambda 
         if plan.tokenizer is not None:
             plan.tokenizer.write(folder, plan.native.model.max_positions)
         if plan.target.family.name == "samoe":
-            copy_code(folder)
+            for name in CODE_FILES:
+                shutil.copyfile(Path(__file__).parent / "remote_code" / name, folder / name)
         (folder / "README.md").write_text(model_card(plan))
         write_sidecar(folder / SIDECAR, _remembered(plan))
 

@@ -23,7 +23,7 @@ from megatron_samoe.interop.hf.families import Family, families
 from megatron_samoe.interop.hf.families.reading import number
 from megatron_samoe.interop.hf.folder import CONFIG, HFFolder
 from megatron_samoe.interop.hf.native import NativeModel, lossless_precision
-from megatron_samoe.interop.hf.parts import Constant, Part, join, parts_of
+from megatron_samoe.interop.hf.parts import Constant, Part, Parts, join, parts_of
 from megatron_samoe.interop.hf.sidecar import SIDECAR, Remembered, read_sidecar
 from megatron_samoe.optimizer.mixed_precision import LossScale
 
@@ -60,7 +60,7 @@ class HFSource:
             sizes["num_experts"] = max(place.num_experts for place in moe_layers(native.config))
         shapes = {name: stored.shape for name, stored in self.folder.tensors.items()}
         refuse_other_sizes(sizes, shapes, f"{directory / CONFIG}")
-        self._parts = list(self.family.parts(native))
+        self._parts = list(self._named_parts(native))
         self._stored = self._located(tied=not native.model.untie_embeddings_and_output_weights)
         self.native = replace(native, config=self._with_precision(native))
         validate_model(self.native.config)
@@ -80,6 +80,13 @@ class HFSource:
             return self._fractions_LE
         stored = self.tensors[name]
         return join(self._parts_of[name], stored.shape, stored.dtype, self._read_part)
+
+    def _named_parts(self, native: NativeModel) -> Parts:
+        """Returns the parts by the names that the folder has."""
+        older, have = self.family.older_parts, self.folder.tensors
+        if older is not None and next(part.name for part in older(native)) in have:
+            return older(native)
+        return self.family.parts(native)
 
     def _read_part(self, name: str) -> Tensor:
         return self.folder.read(self._stored[name])

@@ -169,3 +169,24 @@ def test_exchanges_are_compared_in_one_run(tmp_path: Path) -> None:
 def test_other_processes_have_no_processor_time_of_ours(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--clock"):
         layer.run(options(peers=tmp_path, clock="cpu"))
+
+
+@needs_extension
+def test_programs_that_serve_are_compared_with_our_texts(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    sizes = {
+        "num-layers": 2,
+        "hidden-size": 64,
+        "ffn-hidden-size": 64,
+        "num-experts": 4,
+        "vocab-size": 300,
+        "context": 64,
+    }
+    flags = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    done = command("servers", "--threads", "1", "--rounds", "1", "--new-tokens", "6", "--batch-sizes", "2",
+                   "--prompt-lengths", "3", "17", "--work-dir", str(tmp_path), "--json", str(tmp_path / "rows.json"), *flags)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["server"] for row in rows] == ["megatron_samoe", "transformers"]
+    assert all(row["same texts"] == "2 of 2" and row["tokens/s, batch 2"] > 0 for row in rows)
+    assert all(0 < row["MB for the model"] < row["MB in all"] for row in rows)

@@ -29,6 +29,7 @@ class Family:
         read_config: native options, by group, of a config.json; ConfigError where we cannot compute it.
         ignored: endings of tensors that files may hold besides, without effect on the result.
         knows: those of the options that few classes have (RARE) which it computes; others must be at their defaults.
+        older_parts: its tensors as earlier versions named them, to be read.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     read_config: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]]
     ignored: tuple[str, ...] = ()
     knows: tuple[str, ...] = ()
+    older_parts: Callable[[NativeModel], Parts] | None = None
 
     def misfits(self, native: NativeModel) -> list[str]:
         """Returns why a native model is none of this family; empty where it fits."""

@@ -52,7 +52,8 @@ _NO_WINDOW = needs("sliding_window", None)
 _NO_SHARED_EXPERT = needs("moe_shared_expert_intermediate_size", None)
 
 
-def _weighs_among_chosen(native: NativeModel) -> str | None:
+def weighs_among_chosen(native: NativeModel) -> str | None:
+    """Experts weigh by their score among the chosen."""
     if not native.moe.pre_softmax:
         return None
     return "--moe-router-pre-softmax, which top-1 implies (it weighs by scores among the chosen experts)"
@@ -101,7 +102,7 @@ def _read_mixtral(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 MIXTRAL = Family(
     "mixtral", "MixtralForCausalLM", "experts in every layer, weighed among the chosen ones",
-    (*_RULES, all_layers_are_moe, _weighs_among_chosen, _NO_SHARED_EXPERT, needs("qk_layernorm", False),
+    (*_RULES, all_layers_are_moe, weighs_among_chosen, _NO_SHARED_EXPERT, needs("qk_layernorm", False),
      needs("add_qkv_bias", False), needs("window_attn_skip_freq", None)),
     _write_mixtral,
     lambda native: shared_parts(native, ExpertNames("block_sparse_moe", "w1", "w3", "w2")),
@@ -234,7 +235,7 @@ def _read_granite_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 GRANITE_MOE = Family(
     "granitemoe", "GraniteMoeForCausalLM", "as mixtral, with factors on embeddings, scores, residuals and logits",
-    (*_RULES, all_layers_are_moe, _weighs_among_chosen, _NO_WINDOW, _NO_SHARED_EXPERT, needs("qk_layernorm", False),
+    (*_RULES, all_layers_are_moe, weighs_among_chosen, _NO_WINDOW, _NO_SHARED_EXPERT, needs("qk_layernorm", False),
      needs("add_qkv_bias", False)),
     _write_granite_moe,
     lambda native: shared_parts(native, StackNames("block_sparse_moe", "router.layer", "input_linear", "output_linear")),

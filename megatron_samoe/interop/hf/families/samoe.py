@@ -11,14 +11,16 @@ from megatron_samoe.config.sharing_map import written_map
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import moe_layers, one_number
 from megatron_samoe.interop.hf.families.base import Family, entries, needs
+from megatron_samoe.interop.hf.families.llama import attention_parts, gated_mlp
 from megatron_samoe.interop.hf.families.reading import common, demand, flag
 from megatron_samoe.interop.hf.native import NativeModel
-from megatron_samoe.interop.hf.parts import Part, rows, whole
+from megatron_samoe.interop.hf.parts import Part, View, at, rows, whole
 
 #: Files of the class, and what transformers finds in them.
 CODE_FILES = ("configuration_samoe.py", "modeling_samoe.py", "moe_samoe.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_samoe.SamoeConfig",
+    "AutoModel": "modeling_samoe.SamoeModel",
     "AutoModelForCausalLM": "modeling_samoe.SamoeForCausalLM",
 }
 #: Entries of config.json that carry over as they are: theirs, ours, and ours' group.
@@ -64,9 +66,7 @@ def _write(native: NativeModel) -> dict[str, Any]:
         **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(layout, moe.has_pool).items()},
     }  # fmt: skip
     if layout != "dense":
-        # Where candidates change, only the short form says how; else a map says all.
-        changes = moe.pool_lock_step is not None or moe.neighbour_unmask_steps > 0
-        counts = moe.num_experts if changes else one_number([place.num_experts for place in moe_layers(native.config)])
+        changes, counts = _candidates_change(native), _counts(native)
         experts = list(counts) if isinstance(counts, tuple) else counts
         config |= {"num_experts": experts, "moe_layers": list(native.is_moe), "moe_intermediate_size": native.expert_size,
                    "router_pre_softmax": moe.pre_softmax}  # fmt: skip
@@ -122,7 +122,103 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return read
 
 
+def _counts(native: NativeModel) -> int | tuple[int, ...]:
+    """Returns num_experts as it is written: one number, or one for each layer."""
+    # Where candidates change, only the short form of the map says how; else a map says all.
+    if _candidates_change(native):
+        return native.moe.num_experts
+    return one_number([place.num_experts for place in moe_layers(native.config)])
+
+
+def _candidates_change(native: NativeModel) -> bool:
+    return native.moe.pool_lock_step is not None or native.moe.neighbour_unmask_steps > 0
+
+
+def _experts_name(native: NativeModel) -> str:
+    """Returns what the class calls packed experts (`experts_name` in its code)."""
+    counts, places = _counts(native), moe_layers(native.config)
+    is_plain = native.model.swiglu and not native.has_bias
+    return "experts" if is_plain and all(place.num_experts == counts for place in places) else "unlike_experts"
+
+
 def _parts(native: NativeModel) -> Iterator[Part]:
+    model, tensors = native.model, native.tensors
+    vocabulary = (native.vocab_size, model.hidden_size)
+    yield Part("model.embed_tokens.weight", "embedding.word.weight", rows(native.vocab_size), vocabulary)
+    if "embedding.position" in tensors:
+        yield Part("model.embed_positions.weight", "embedding.position", whole, tensors["embedding.position"].shape)
+    for layer, is_moe in enumerate(native.is_moe):
+        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        yield from _norm(native, f"{theirs}.input_layernorm", f"{ours}.attention_norm")
+        yield from attention_parts(native, f"{theirs}.self_attn", f"{ours}.attention")
+        for name in ("q_norm.bias", "k_norm.bias"):
+            if (stored := tensors.get(f"{ours}.attention.{name}")) is not None:
+                yield Part(f"{theirs}.self_attn.{name}", f"{ours}.attention.{name}", whole, stored.shape)
+        yield from _norm(native, f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm")
+        if is_moe:
+            yield from _moe(native, f"{theirs}.mlp", f"{ours}.moe")
+        else:
+            yield from _mlp(native, f"{theirs}.mlp", f"{ours}.mlp", model.mlp_size)
+    yield from _norm(native, "model.norm", "final_norm")
+    for name in tensors:
+        if name.startswith("expert_pool."):
+            *place, kind = name.split(".")
+            if place[1] == "bank":
+                yield _packed(native, "model.expert_pool.bank", ".".join(place), kind, whole)
+            else:
+                yield _packed(
+                    native, f"model.expert_pool.sets.{place[2]}.{_experts_name(native)}", ".".join(place), kind, at(0)
+                )
+    if model.untie_embeddings_and_output_weights:
+        yield Part("lm_head.weight", "output.weight", rows(native.vocab_size), vocabulary)
+
+
+def _norm(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
+    for name in ("weight", "bias"):
+        if (stored := native.tensors.get(f"{ours}.{name}")) is not None:
+            yield Part(f"{theirs}.{name}", f"{ours}.{name}", whole, stored.shape)
+
+
+def _mlp(native: NativeModel, theirs: str, ours: str, width: int) -> Iterator[Part]:
+    hidden, bias = native.model.hidden_size, native.has_bias
+    if native.model.swiglu:
+        yield from gated_mlp(theirs, ours, hidden, width, bias)
+        return
+    for name, stored, shape in (("up_proj", "fc1", (width, hidden)), ("down_proj", "fc2", (hidden, width))):
+        yield Part(f"{theirs}.{name}.weight", f"{ours}.{stored}.weight", whole, shape)
+        if bias:
+            yield Part(f"{theirs}.{name}.bias", f"{ours}.{stored}.bias", whole, shape[:1])
+
+
+def _moe(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
+    for name, stored in native.tensors.items():
+        if not name.startswith(f"{ours}."):
+            continue
+        below = name.removeprefix(f"{ours}.")
+        if below.startswith("experts."):
+            yield _packed(
+                native, f"{theirs}.{_experts_name(native)}", f"{ours}.experts", below.partition(".")[2], whole
+            )
+        elif not below.startswith("shared_expert."):
+            yield Part(f"{theirs}.{below}", name, whole, stored.shape)
+    if f"{ours}.shared_expert.fc2.weight" in native.tensors:
+        width = native.tensors[f"{ours}.shared_expert.fc2.weight"].shape[1]
+        yield from _mlp(native, f"{theirs}.shared_expert", f"{ours}.shared_expert", width)
+
+
+def _packed(native: NativeModel, theirs: str, ours: str, kind: str, view: View) -> Part:
+    """Returns experts packed as transformers packs them: gates and then up projections are rows of one matrix."""
+    name = {"1": "gate_up_proj" if native.model.swiglu else "up_proj", "2": "down_proj"}[kind[1]]
+    shape = native.tensors[f"{ours}.{kind}"].shape
+    shape = shape if view is whole else shape[1:]
+    if kind[1] == "1" and native.model.swiglu:
+        at_gates = -3 if kind[0] == "w" else -2
+        shape = (*shape[:at_gates], 2 * shape[at_gates + 1], *(shape[-1:] if kind[0] == "w" else ()))
+    return Part(f"{theirs}.{name}{'_bias' if kind[0] == 'b' else ''}", f"{ours}.{kind}", view, shape)
+
+
+def _older_parts(native: NativeModel) -> Iterator[Part]:
+    """The names of version 0.1, which were ours."""
     for name, stored in native.tensors.items():
         theirs = "lm_head.weight" if name == "output.weight" else f"model.{name}"
         if name in ("embedding.word.weight", "output.weight"):
@@ -134,5 +230,5 @@ def _parts(native: NativeModel) -> Iterator[Part]:
 SAMOE = Family(
     "samoe", "SamoeForCausalLM", "our own class, whatever layers share",
     (needs("rope_scaling_type", None), needs("sliding_window", None), needs("qk_layernorm_scope", "head")), _write, _parts,
-    _read,
+    _read, older_parts=_older_parts,
 )  # fmt: skip

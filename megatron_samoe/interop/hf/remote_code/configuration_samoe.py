@@ -49,12 +49,21 @@ class SamoeConfig(PretrainedConfig):
 
     model_type = "samoe"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    #: Experts and routers are whole on every rank.
+    base_model_tp_plan = {  # noqa: RUF012
+        **{f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+        "layers.*.self_attn.o_proj": "rowwise",
+        **{f"layers.*.mlp.{part}{name}_proj": "colwise" for part in ("", "shared_expert.") for name in ("gate", "up")},
+        **{f"layers.*.mlp.{part}down_proj": "rowwise" for part in ("", "shared_expert.")},
+    }
 
     def __init__(self, tie_word_embeddings=True, **kwargs):
         for name, default in DEFAULTS.items():
             setattr(self, name, kwargs.pop(name, default))
         if not any(self.moe_layers or ()) and self.expert_layout != "dense":
             raise ValueError(f"moe_layers must have a layer with experts for expert_layout {self.expert_layout!r}")
+        if self.expert_layout == "dense":
+            self.num_experts = 0  # which tells others that it has none
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.moe_layers = list(self.moe_layers) if self.moe_layers else [False] * self.num_hidden_layers

@@ -5,51 +5,51 @@ queries, and layers whose MLP is a mixture of experts. As expert_sharing says, a
 other layers use as well (times its factors), or combinations of one pool of banks with the layer's coefficients.
 `fold_pool` makes them all each layer's own.
 
+Modules, attention and experts follow transformers' conventions, so that programs which rebuild its models (vLLM's
+Transformers back end, tensor parallelism, adapters) find their way.
+
 Shapes: B sequences, S tokens, T = B S, H hidden, G key-value heads, D head size.
 """
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_samoe import SamoeConfig
-from .moe_samoe import MLP, ExpertPool, MoE, Weights
+from .moe_samoe import MLP, ExpertPool, Experts, MoE, experts_name
 
-# Transformers 5 renames the cache's field.
+# Transformers 5 renames the cache's field, and arguments of the mask.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+_OF_MASK = inspect.signature(create_causal_mask).parameters
 
 
-class Norm(nn.Module):
-    """LayerNorm, or RMSNorm without a bias, over the last dim."""
-
-    def __init__(self, config, size):
-        super().__init__()
-        self.epsilon = config.norm_epsilon
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if config.normalization == "LayerNorm" else None
-
-    def forward(self, x):
-        """Returns x normalised."""
-        if self.bias is None:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+def make_norm(config, size):
+    """Returns a LayerNorm, or an RMSNorm without a bias, over the last dim."""
+    if config.normalization == "LayerNorm":
+        return nn.LayerNorm(size, eps=config.norm_epsilon)
+    return nn.RMSNorm(size, eps=config.norm_epsilon)
 
 
 def rotary_tables(config, positions, dtype):
-    """Returns cos and sin, [B, S, 1, R] for R rotated channels of a head, made in fp32."""
+    """Returns cos and sin, [B, 1, S, R] for R rotated channels of a head, made in fp32."""
     rotated = int(config.head_dim * config.rotary_percent)
     exponents = torch.arange(0, rotated, 2, device=positions.device, dtype=torch.float32) / rotated
     angles = positions[..., None].float() * config.rotary_base**-exponents
-    angles = torch.cat((angles, angles), -1)[:, :, None]
+    angles = torch.cat((angles, angles), -1)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rotary(x, tables):
-    """Returns x [B, S, heads, D] with its first R channels rotated."""
+    """Returns x [B, heads, S, D] with its first R channels rotated."""
     cos, sin = tables
     rotated = cos.shape[-1]
     turn, rest = x[..., :rotated], x[..., rotated:]
@@ -58,35 +58,56 @@ def apply_rotary(x, tables):
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Returns attention's y [B, S, heads, D] and its weights, by plain products."""
+    key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
 class Attention(nn.Module):
-    """Causal self-attention; the fused projection is [G, queries per key + 2, D, H]."""
+    """Causal self-attention, by the function that the configuration names."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, layer_idx):
         super().__init__()
-        self.config, self.layer = config, layer
-        heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.per_group = heads // groups
-        self.qkv = Weights((groups, self.per_group + 2, size, config.hidden_size), config.qkv_bias)
-        self.output = Weights((config.hidden_size, heads * size), config.linear_bias)
-        self.q_norm = Norm(config, size) if config.qk_layernorm else None
-        self.k_norm = Norm(config, size) if config.qk_layernorm else None
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        heads, kv_heads, size, hidden = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        )  # fmt: skip
+        self.num_key_value_groups, self.scaling = heads // kv_heads, size**-0.5
+        self.q_proj = nn.Linear(hidden, heads * size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv_heads * size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv_heads * size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads * size, hidden, bias=config.linear_bias)
+        self.q_norm = make_norm(config, size) if config.qk_layernorm else None
+        self.k_norm = make_norm(config, size) if config.qk_layernorm else None
 
-    def forward(self, x, mask, rotary, cache):
-        """Returns y [B, S, H]; mask is [B, 1, S, keys], or None for plain causal attention."""
-        batch, length = x.shape[:2]
-        qkv = self.qkv(x).view(batch, length, -1, self.per_group + 2, self.config.head_dim)
-        q, k, v = qkv[:, :, :, :-2].flatten(2, 3), qkv[:, :, :, -2], qkv[:, :, :, -1]
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
+        """Returns y [B, S, H] and attention's weights, if the function gives them."""
+        shape = (*hidden_states.shape[:-1], -1, self.config.head_dim)
+        query = self.q_proj(hidden_states).view(shape)
+        key = self.k_proj(hidden_states).view(shape)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = apply_rotary(query, position_embeddings), apply_rotary(key, position_embeddings)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": self.per_group > 1}
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
-        return self.output(y.transpose(1, 2).flatten(2))
+            key, value = cache.update(key, value, self.layer_idx)
+        name, attention_interface = self.config._attn_implementation, eager_attention_forward
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        elif name != "eager":  # transformers 4
+            attention_interface = ALL_ATTENTION_FUNCTIONS[name]
+        y, weights = attention_interface(
+            self, query, key, value, attention_mask, scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0, **kwargs,
+        )  # fmt: skip
+        return self.o_proj(y.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 def shared_ways(config):
@@ -94,38 +115,25 @@ def shared_ways(config):
     return {source[0] for source in config.expert_sources() if source is not None}
 
 
-class Layer(nn.Module):
+class SamoeDecoderLayer(GradientCheckpointingLayer):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config, index, source):
         super().__init__()
         self.dropout = config.hidden_dropout
-        self.attention_norm = Norm(config, config.hidden_size)
-        self.attention = Attention(config, index)
-        self.mlp_norm = Norm(config, config.hidden_size)
-        if source is not None:
-            self.moe = MoE(config, source)
-        else:
-            self.mlp = MLP(config, config.intermediate_size)
+        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        self.mlp = MLP(config, config.intermediate_size) if source is None else MoE(config, source)
 
-    def forward(self, x, mask, rotary, cache, pool):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, pool=None, **kwargs):
         """Returns the next residual stream [B, S, H]."""
-        y = self.attention(self.attention_norm(x), mask, rotary, cache)
+        x = hidden_states
+        y, _ = self.self_attn(self.input_layernorm(x), position_embeddings, attention_mask, cache, **kwargs)
         x = x + F.dropout(y, self.dropout, self.training)
-        y = self.mlp_norm(x)
-        y = self.moe(y.flatten(0, 1), pool).view(x.shape) if hasattr(self, "moe") else self.mlp(y)
+        y = self.post_attention_layernorm(x)
+        y = self.mlp(y, pool) if isinstance(self.mlp, MoE) else self.mlp(y)
         return x + F.dropout(y, self.dropout, self.training)
-
-
-class Embedding(nn.Module):
-    """Token embedding, and learned positions where the model has them."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
-        learned = config.position_embedding_type == "learned_absolute"
-        shape = (config.max_position_embeddings, config.hidden_size)
-        self.position = nn.Parameter(torch.empty(shape)) if learned else None
 
 
 class SamoePreTrainedModel(PreTrainedModel):
@@ -133,11 +141,15 @@ class SamoePreTrainedModel(PreTrainedModel):
 
     config_class = SamoeConfig
     base_model_prefix = "model"
-    _no_split_modules = ["Layer"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SamoeDecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
         # As in training, whatever the dtype of the rest; transformers 4 refuses names that a model lacks.
         ways = shared_ways(config)
         kept = {"router": ways, "mixing": ways and (config.residual_mlp or config.shared_expert_gate), "expert_pool": ways - {"own"},
@@ -147,9 +159,9 @@ class SamoePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         std = self.config.initializer_range
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, Norm):
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 (nn.init.ones_ if name == "weight" else nn.init.zeros_)(parameter)
-            elif name in ("bias", "b1", "b2", "expert_bias"):
+            elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name == "combination":
                 nn.init.constant_(parameter, parameter.shape[-1] ** -0.5)
@@ -164,69 +176,69 @@ class SamoeModel(SamoePreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.embedding = Embedding(config)
-        self.layers = nn.ModuleList(Layer(config, i, source) for i, source in enumerate(config.expert_sources()))
-        self.final_norm = Norm(config, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned = config.position_embedding_type == "learned_absolute"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.layers = nn.ModuleList(
+            SamoeDecoderLayer(config, i, source) for i, source in enumerate(config.expert_sources())
+        )
+        self.norm = make_norm(config, config.hidden_size)
         self.expert_pool = ExpertPool(config) if shared_ways(config) - {"own"} else None
         self.post_init()
 
     def get_input_embeddings(self):
         """Returns the token embedding."""
-        return self.embedding.word
+        return self.embed_tokens
 
     def set_input_embeddings(self, value):
         """Puts another token embedding in."""
-        self.embedding.word = value
+        self.embed_tokens = value
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        use_cache=None, output_hidden_states=False, cache=None, **kwargs,
+        use_cache=None, output_hidden_states=False, cache=None, return_dict=None, **kwargs,
     ):  # fmt: skip
         """Returns the last hidden states [B, S, H], and the cache if one is used.
 
         Args:
             attention_mask: [B, keys], 0 for padding; or [B, 1, S, keys], true (or 0.0) where a query may look.
             past_key_values, cache: keys and values of earlier tokens, under either name.
+            kwargs: go to the attention function.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if kwargs.get("output_attentions"):
+        if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: fused attention makes no weights")
         cache = cache if cache is not None else past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = DynamicCache()
-        x = self.embedding.word(input_ids) if inputs_embeds is None else inputs_embeds
-        past = 0 if cache is None else int(cache.get_seq_length())
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
+            past = 0 if cache is None else int(cache.get_seq_length())
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         position_ids = position_ids.expand(x.shape[0], -1)
-        if self.embedding.position is not None:
-            x = x + F.embedding(position_ids, self.embedding.position)
+        mask = self.causal_mask(x, attention_mask, cache, position_ids)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(position_ids)
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         uses_rotary = self.config.position_embedding_type == "rope"
         rotary = rotary_tables(self.config, position_ids, x.dtype) if uses_rotary else None
-        mask = attention_bias(attention_mask, x.shape[1], past, x.device)
         hidden_states = [x]
         for layer in self.layers:
-            x = layer(x, mask, rotary, cache, self.expert_pool)
+            x = layer(x, rotary, mask, cache, self.expert_pool, **kwargs)
             hidden_states.append(x)
-        x = self.final_norm(x)
+        x = self.norm(x)
         all_states = (*hidden_states[:-1], x) if output_hidden_states else None
-        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=all_states, **{_CACHE: cache})
+        output = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=all_states, **{_CACHE: cache})
+        return output if return_dict is not False else output.to_tuple()
 
-
-def attention_bias(mask, length, past, device):
-    """Returns the mask [B, 1, S, keys] of `length` queries after `past` tokens; None for plain causal attention."""
-    if mask is not None and mask.dim() == 4:
-        return mask
-    if past == 0 and (mask is None or bool(mask.all())):
-        return None
-    keys = past + length
-    causal = torch.ones(length, keys, dtype=torch.bool, device=device).tril(past)
-    if mask is None:
-        return causal[None, None]
-    itself = causal.triu(past)  # a query of padding sees itself, so that its softmax is defined
-    return (causal & mask[:, None, :keys].bool() | itself)[:, None]
+    def causal_mask(self, x, attention_mask, cache, position_ids):
+        """Returns the mask as the attention function wants it."""
+        given = {
+            "config": self.config, "inputs_embeds": x, "input_embeds": x, "attention_mask": attention_mask,
+            "past_key_values": cache, "cache": cache, "position_ids": position_ids, "cache_position": position_ids[0],
+        }  # fmt: skip
+        return create_causal_mask(**{name: value for name, value in given.items() if name in _OF_MASK})
 
 
 class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
@@ -249,7 +261,7 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
         )  # fmt: skip
         x = output.last_hidden_state
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
-        head = self.model.embedding.word if self.config.tie_word_embeddings else self.lm_head
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         logits = F.linear(x, head.weight)
         loss = None
         if labels is not None:
@@ -264,25 +276,29 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
 
         It computes the same function afterwards, without combining, and is as large as a standard MoE.
         """
-        pool, dtype = self.model.expert_pool, self.model.embedding.word.weight.dtype
+        pool, dtype = self.model.expert_pool, self.model.embed_tokens.weight.dtype
         if pool is None:
             return self
         if self.config.pool_lock_step is not None or self.config.neighbour_unmask_steps:
             raise ValueError(
                 "a model whose candidates change while it trains cannot be folded: its routers keep their factors"
             )
-        for layer in self.model.layers:
-            if not hasattr(layer, "moe") or layer.moe.source[0] == "own":
-                continue
-            moe, (_, number, count) = layer.moe, layer.moe.source
-            a, names = moe.coefficients(), (pool.bank if number is None else pool.set[str(number)])
-            own = {n: torch.stack([pool.expert(moe.source, n, e, a, dtype) for e in range(count)]) for n in names}
-            moe.experts = nn.ParameterDict({n: nn.Parameter(t) for n, t in own.items()})
-            moe.source = ("own", None, count)
-            if a is not None:
-                del moe.combination
+        folded = {}
+        for i, layer in enumerate(self.model.layers):
+            if isinstance(layer.mlp, MoE) and layer.mlp.source[0] != "own":
+                folded[i] = {name: w.to(dtype) for name, w in layer.mlp.own_experts(pool).items()}
+        counts = [source[2] for source in self.config.expert_sources() if source is not None]
         self.model.expert_pool = None
         for config in (self.config, self.model.config):
-            counts = [source[2] for source in config.expert_sources() if source is not None]
-            config.expert_layout, config.expert_sharing, config.num_experts = "moe", None, counts
+            config.expert_layout, config.expert_sharing = "moe", None
+            config.num_experts = counts[0] if len(set(counts)) == 1 else counts
+        for i, weights in folded.items():
+            moe = self.model.layers[i].mlp
+            moe.source = ("own", None, moe.source[2])
+            with torch.device("meta"):
+                experts = Experts(self.config, moe.source[2])
+            experts.load_state_dict(weights, assign=True)
+            moe.add_module(experts_name(self.config), experts)
+            if hasattr(moe, "combination"):
+                del moe.combination
         return self

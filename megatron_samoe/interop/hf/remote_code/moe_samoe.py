@@ -10,30 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class Weights(nn.Module):
-    """A weight and maybe a bias; the last dim of the weight is the input."""
-
-    def __init__(self, shape, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(shape[:-1])) if bias else None
-
-    def forward(self, x):
-        """Returns x W^T + b with the output dims joined."""
-        return F.linear(x, self.weight.flatten(0, -2), None if self.bias is None else self.bias.flatten())
-
-
 def activate(h, gated):
-    """Returns the activation of pre-activations [..., F], or [..., 2 F] with the gate first."""
+    """Returns the activation of pre-activations [..., F], or [..., 2 F] with the gates first."""
     if gated:
         gate, up = h.chunk(2, -1)
         return F.silu(gate) * up
     return F.gelu(h, approximate="tanh")
-
-
-def up_shape(config, width):
-    """Returns the output dims of an MLP's first matrix."""
-    return (2, width) if config.hidden_act == "swiglu" else (width,)
 
 
 class MLP(nn.Module):
@@ -41,27 +23,118 @@ class MLP(nn.Module):
 
     def __init__(self, config, width):
         super().__init__()
-        self.gated = config.hidden_act == "swiglu"
-        self.fc1 = Weights((*up_shape(config, width), config.hidden_size), config.linear_bias)
-        self.fc2 = Weights((config.hidden_size, width), config.linear_bias)
+        self.gate_proj = None
+        if config.hidden_act == "swiglu":
+            self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.linear_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.linear_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.linear_bias)
 
     def forward(self, x):
         """Returns y of x's shape."""
-        return self.fc2(activate(self.fc1(x), self.gated))
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def expert_parameters(config, *leading):
-    """Returns w1 [..., E, (2,) F, H], w2 [..., E, H, F] and maybe b1, b2; `leading` ends with E."""
-    up = up_shape(config, config.moe_intermediate_size)
-    shapes = {"w1": (*leading, *up, config.hidden_size),
-              "w2": (*leading, config.hidden_size, config.moe_intermediate_size)}  # fmt: skip
-    if config.linear_bias:
-        shapes |= {"b1": (*leading, *up), "b2": (*leading, config.hidden_size)}
-    return nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
+def run_experts(x_TH, ids_TK, weights_TK, num_experts, run):
+    """Returns y_TH: for each token the sum of its experts' results times their weights.
+
+    Args:
+        run: returns expert e's y_RH of x_RH.
+    """
+    y_TH = torch.zeros_like(x_TH, dtype=torch.promote_types(x_TH.dtype, torch.float32))
+    weights_TK = weights_TK.to(y_TH.dtype)
+    if torch.compiler.is_compiling():  # which experts are hit is not known: all run on all tokens
+        for index in range(num_experts):
+            weights_T = weights_TK.masked_fill(ids_TK != index, 0.0).sum(1)
+            y_TH = y_TH + weights_T[:, None] * run(index, x_TH).to(y_TH.dtype)
+        return y_TH.to(x_TH.dtype)
+    is_used_TK = weights_TK != 0
+    for index in ids_TK[is_used_TK].unique().tolist():
+        tokens, place = ((ids_TK == index) & is_used_TK).nonzero(as_tuple=True)
+        rows = run(index, x_TH[tokens]).to(y_TH.dtype)
+        y_TH = y_TH.index_add(0, tokens, rows * weights_TK[tokens, place, None])
+    return y_TH.to(x_TH.dtype)
+
+
+class Experts(nn.Module):
+    """The experts of a layer or of a set, packed: gate_up_proj [E, 2 F, H] with the gates first (up_proj [E, F, H] without
+    gates), down_proj [E, H, F], and maybe biases. A bank of experts has another dim before these.
+
+    vLLM computes every module named `experts` with gated SiLU and without biases, where no parameter but of three dims
+    tells otherwise: experts of other kinds have other names (`experts_name`).
+    """
+
+    def __init__(self, config, *leading):
+        super().__init__()
+        self.gated, self.num_experts = config.hidden_act == "swiglu", leading[-1]
+        up, hidden, width = (
+            "gate_up_proj" if self.gated else "up_proj",
+            config.hidden_size,
+            config.moe_intermediate_size,
+        )
+        rows = 2 * width if self.gated else width
+        shapes = {up: (*leading, rows, hidden), "down_proj": (*leading, hidden, width)}
+        if config.linear_bias:
+            shapes |= {f"{up}_bias": (*leading, rows), "down_proj_bias": (*leading, hidden)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.up, self.has_bias = up, config.linear_bias
+
+    def forward(self, hidden_states, top_k_index, top_k_weights, scale=None):
+        """Returns y_TH of x_TH, ids_TK and weights_TK.
+
+        Args:
+            scale: factor on the first matrices and biases; 1 if not given.
+        """
+        dtype = hidden_states.dtype
+
+        def run(index, x_RH):
+            return self.run(x_RH, lambda name: getattr(self, name)[index].to(dtype), scale)
+
+        return run_experts(hidden_states, top_k_index, top_k_weights, self.num_experts, run)
+
+    def run(self, x_RH, weight, scale=None):
+        """Returns y_RH of one expert, whose weights `weight` gives by name."""
+        h = F.linear(x_RH, weight(self.up), weight(f"{self.up}_bias") if self.has_bias else None)
+        h = h if scale is None else h * scale.to(h.dtype)
+        bias = weight("down_proj_bias") if self.has_bias else None
+        return F.linear(activate(h, self.gated), weight("down_proj"), bias)
+
+    def combined(self, x_TH, ids_TK, weights_TK, a_2GP):
+        """Returns y_TH of experts sum_b a[b] T[b, e], where this is a bank; the first row of a is for the first matrices."""
+
+        def run(index, x_RH):
+            def weight(name):
+                bank = getattr(self, name)[:, index]
+                rows = a_2GP[1 if name.startswith("down") else 0]
+                a_P = rows[index if rows.shape[0] > 1 else 0]
+                return torch.tensordot(a_P.to(bank.dtype), bank, dims=1).to(x_RH.dtype)
+
+            return self.run(x_RH, weight)
+
+        return run_experts(x_TH, ids_TK, weights_TK, self.num_experts, run)
+
+
+def experts_name(config):
+    """Returns the name of packed experts: one that says what they compute."""
+    plain = config.hidden_act == "swiglu" and not config.linear_bias
+    one_size = not isinstance(config.num_experts, (list, tuple)) and all(
+        source is None or source[2] == config.num_experts for source in config.expert_sources()
+    )
+    return "experts" if plain and one_size else "unlike_experts"
+
+
+class ExpertSet(nn.Module):
+    """Experts that several layers use."""
+
+    def __init__(self, config, num_experts):
+        super().__init__()
+        self.add_module(experts_name(config), Experts(config, num_experts))
 
 
 class ExpertPool(nn.Module):
-    """What MoE layers share: banks of experts [P, E, ...] that they combine, and sets [1, E, ...] that they use; kept in fp32,
+    """What MoE layers share: banks of experts [P, E, ...] that they combine, and sets [E, ...] that they use; kept in fp32,
     as in training."""
 
     def __init__(self, config):
@@ -69,28 +142,23 @@ class ExpertPool(nn.Module):
         sources = [source for source in config.expert_sources() if source is not None]
         banks = {(config.num_expert_banks, experts) for way, _, experts in sources if way == "combined"}
         if banks:
-            self.bank = expert_parameters(config, *banks.pop())
+            self.bank = Experts(config, *banks.pop())
         sets = {str(number): experts for way, number, experts in sources if way in ("tied", "scaled")}
         if sets:
-            self.set = nn.ModuleDict({n: expert_parameters(config, 1, experts) for n, experts in sorted(sets.items())})
-
-    def expert(self, source, name, index, coefficients, dtype):
-        """Returns an expert's weight: sum_b a[b] T[b, index] with coefficients [2, G, P], the first row for w1 and b1; or the
-        set's as it is."""
-        bank = (self.bank if source[0] == "combined" else self.set[str(source[1])])[name][:, index]
-        if coefficients is None:
-            return bank[0].to(dtype)
-        rows = coefficients[0 if name in ("w1", "b1") else 1]
-        a_P = rows[index if rows.shape[0] > 1 else 0]
-        return torch.tensordot(a_P.to(bank.dtype), bank, dims=1).to(dtype)
+            self.sets = nn.ModuleDict({n: ExpertSet(config, experts) for n, experts in sorted(sets.items())})
 
 
-class Router(Weights):
-    """Scores of a token's experts, in fp32."""
+class Router(nn.Module):
+    """Scores of a token's experts, in fp32.
+
+    Choosing is no part of `forward`: vLLM replaces a router whose forward it thinks it knows, and would leave out biases,
+    groups and factors.
+    """
 
     def __init__(self, config, num_experts):
-        super().__init__((num_experts, config.hidden_size), False)
+        super().__init__()
         self.config = config
+        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
         if config.router_expert_bias:
             self.expert_bias = nn.Parameter(torch.zeros(num_experts), requires_grad=False)
         self.has_candidates = config.pool_lock_step is not None or config.neighbour_unmask_steps > 0
@@ -102,18 +170,23 @@ class Router(Weights):
             self.loss_weight = nn.Parameter(torch.ones(1), requires_grad=False)
 
     def forward(self, x_TH):
-        """Returns the weights and ids of each token's K experts; -1 where a token has fewer."""
+        """Returns logits [T, E]."""
         config = self.config
         logits_TE = F.linear(x_TH.float(), self.weight.float())
         if config.router_score_function == "norm":
             logits_TE = self.scale.float() * F.normalize(logits_TE, dim=1)
-        if self.has_candidates:
-            factors_E, multiplies = self.candidates.float(), config.router_score_function in ("norm", "relu")
-            logits_TE = logits_TE * factors_E if multiplies else logits_TE + factors_E.log()
+        if not self.has_candidates:
+            return logits_TE
+        factors_E, multiplies = self.candidates.float(), config.router_score_function in ("norm", "relu")
+        return logits_TE * factors_E if multiplies else logits_TE + factors_E.log()
+
+    def choose(self, logits_TE):
+        """Returns the weights and ids of each token's K experts; weight 0 where a token has fewer."""
+        config = self.config
         key_TE = self.key(logits_TE)
         chosen = None if config.router_score_function == "relu" else config.num_experts_per_tok
         ids_TK = key_TE.sort(dim=1, descending=True, stable=True).indices[:, :chosen]
-        probs_TK, ids_TK = self.weigh(logits_TE, ids_TK)
+        probs_TK = self.weigh(logits_TE, ids_TK)
         return probs_TK if config.router_scaling_factor is None else probs_TK * config.router_scaling_factor, ids_TK
 
     @torch.no_grad()
@@ -145,14 +218,28 @@ class Router(Weights):
         return key_TGE.masked_fill(~is_open_TG[:, :, None], -torch.inf).flatten(1)
 
     def weigh(self, logits_TE, ids_TK):
-        """Returns the weights of chosen experts, and their ids."""
+        """Returns the weights of chosen experts."""
         config, chosen_TK = self.config, logits_TE.gather(1, ids_TK)
         if config.router_score_function in ("norm", "relu"):
-            return chosen_TK.relu(), ids_TK.masked_fill(chosen_TK <= 0, -1)
+            return chosen_TK.relu()
         if config.router_score_function == "sigmoid":
             # Over their sum they are a softmax of their logarithms, where small ones do not vanish.
-            return (chosen_TK.sigmoid() if config.router_pre_softmax else F.logsigmoid(chosen_TK).softmax(1)), ids_TK
-        return (logits_TE.softmax(1).gather(1, ids_TK) if config.router_pre_softmax else chosen_TK.softmax(1)), ids_TK
+            return chosen_TK.sigmoid() if config.router_pre_softmax else F.logsigmoid(chosen_TK).softmax(1)
+        return logits_TE.softmax(1).gather(1, ids_TK) if config.router_pre_softmax else chosen_TK.softmax(1)
+
+
+class Mixing(nn.Module):
+    """Logits in fp32 that weigh the expert which every token passes."""
+
+    def __init__(self, config):
+        super().__init__()
+        rows = 2 if config.residual_mlp else 1
+        self.weight = nn.Parameter(torch.empty(rows, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(rows)) if config.residual_mlp else None
+
+    def forward(self, x_TH):
+        """Returns logits [T, 1 or 2]."""
+        return F.linear(x_TH.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 class MoE(nn.Module):
@@ -166,38 +253,51 @@ class MoE(nn.Module):
         super().__init__()
         self.config, self.source = config, source
         way, _, num_experts = source
-        self.gated = config.hidden_act == "swiglu"
         self.router = Router(config, num_experts)
         width = config.shared_expert_intermediate_size or (config.intermediate_size if config.residual_mlp else None)
         self.shared_expert = None if width is None else MLP(config, width)
         if config.residual_mlp or config.shared_expert_gate:
-            self.mixing = Weights((2 if config.residual_mlp else 1, config.hidden_size), config.residual_mlp)
+            self.mixing = Mixing(config)
         if way == "combined":
             groups = num_experts if config.samoe_granularity == "expert" else 1
             self.combination = nn.Parameter(torch.zeros(2, groups, config.num_expert_banks))
         elif way == "scaled":
             self.combination = nn.Parameter(torch.zeros(2, 1, 1))
         elif way == "own":
-            self.experts = expert_parameters(config, num_experts)
+            self.add_module(experts_name(config), Experts(config, num_experts))
 
-    def forward(self, x_TH, pool):
-        """Returns y_TH."""
-        probs_TK, ids_TK = self.router(x_TH)
-        coefficients = self.coefficients()
-        y_TH = torch.zeros_like(x_TH, dtype=torch.promote_types(x_TH.dtype, torch.float32))
-        for index in ids_TK[ids_TK >= 0].unique().tolist():
-            tokens, place = (ids_TK == index).nonzero(as_tuple=True)
-            rows = self.run_expert(x_TH[tokens], index, pool, coefficients)
-            y_TH = y_TH.index_add(0, tokens, rows.to(y_TH.dtype) * probs_TK[tokens, place, None].to(y_TH.dtype))
-        y_TH = y_TH.to(x_TH.dtype)
+    def forward(self, hidden_states, pool=None):
+        """Returns y of x's shape [..., H]."""
+        x_TH = hidden_states.flatten(0, -2)
+        probs_TK, ids_TK = self.router.choose(self.router(x_TH))
+        y_TH = self.mixed(x_TH, self.routed(x_TH, ids_TK, probs_TK, pool))
+        return y_TH.view(hidden_states.shape)
+
+    def routed(self, x_TH, ids_TK, probs_TK, pool):
+        """Returns the sum of each token's experts."""
+        way, number, _ = self.source
+        a = self.coefficients()
+        if way == "combined":
+            return pool.bank.combined(x_TH, ids_TK, probs_TK, a)
+        holder = self if way == "own" else pool.sets[str(number)]
+        experts = getattr(holder, experts_name(self.config))
+        if a is None:
+            return experts(x_TH, ids_TK, probs_TK)
+        first, second = a.flatten()
+        if self.config.linear_bias:
+            return experts(x_TH, ids_TK, probs_TK * second, scale=first)
+        # Without a bias the factors belong to the input and to the weights, and whoever computes experts can compute these.
+        return experts(x_TH * first.to(x_TH.dtype), ids_TK, probs_TK * second)
+
+    def mixed(self, x_TH, y_TH):
+        """Returns y_TH and the expert that every token passes."""
         if self.shared_expert is None:
             return y_TH
         if self.config.shared_expert_gate:
-            gate_T1 = F.linear(x_TH.float(), self.mixing.weight.float()).sigmoid().to(x_TH.dtype)
-            return y_TH + gate_T1 * self.shared_expert(x_TH)
+            return y_TH + self.mixing(x_TH).sigmoid().to(x_TH.dtype) * self.shared_expert(x_TH)
         if not self.config.residual_mlp:
             return y_TH + self.shared_expert(x_TH)
-        c_T2 = F.linear(x_TH.float(), self.mixing.weight.float(), self.mixing.bias.float()).softmax(-1).to(x_TH.dtype)
+        c_T2 = self.mixing(x_TH).softmax(-1).to(x_TH.dtype)
         return c_T2[:, :1] * y_TH + c_T2[:, 1:] * self.shared_expert(x_TH)
 
     def coefficients(self):
@@ -212,14 +312,14 @@ class MoE(nn.Module):
             return raw / raw.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return raw
 
-    def run_expert(self, x_RH, index, pool, coefficients):
-        """Returns one expert's y_RH."""
-
-        def weight(name):
-            if self.source[0] == "own":
-                return self.experts[name][index]
-            return pool.expert(self.source, name, index, coefficients, x_RH.dtype)
-
-        bias = self.config.linear_bias
-        h = F.linear(x_RH, weight("w1").flatten(0, -2), weight("b1").flatten() if bias else None)
-        return F.linear(activate(h, self.gated), weight("w2"), weight("b2") if bias else None)
+    def own_experts(self, pool):
+        """Returns the layer's experts as if no other used them, [E, ...] by name."""
+        way, number, num_experts = self.source
+        a = self.coefficients()
+        if way == "combined":
+            rows = [row.expand(num_experts, -1) for row in a]
+            banks = pool.bank.named_parameters()
+            return {n: torch.einsum("ep,pe...->e...", rows[n.startswith("down")].to(w.dtype), w) for n, w in banks}
+        experts = getattr(pool.sets[str(number)], experts_name(self.config)).named_parameters()
+        factors = (1.0, 1.0) if a is None else a.flatten().tolist()
+        return {n: w * factors[n.startswith("down")] for n, w in experts}

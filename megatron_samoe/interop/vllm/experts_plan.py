@@ -1,0 +1,143 @@
+"""What the experts of layers that combine a pool become where nothing is combined any more: read from the coefficients.
+
+A layer whose every expert is one bank's, at most times two factors of the layer, selects: its experts are entries of one
+set that all such layers share. Other layers get their own, combined while the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.errors import CheckpointError
+
+BANK = "model.expert_pool.bank."
+#: Beside the base model, which has no such part.
+SELECTED = "selected."
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which entries of the shared set a layer's experts are.
+
+    Attributes:
+        places: of expert e.
+        factors: on the first matrices (and biases), and on the second.
+    """
+
+    places: tuple[int, ...]
+    factors: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """How the layers that combine banks are served.
+
+    Attributes:
+        coefficients: by layer, [2, E, P]: weights of banks for the first and the second matrices.
+        selections: by layer that selects.
+        entries: of the shared set: the bank of the first matrix, that of the second, and the expert.
+    """
+
+    coefficients: Mapping[int, Tensor]
+    selections: Mapping[int, Selection]
+    entries: tuple[tuple[int, int, int], ...]
+
+    def weights(self, kind: str, bank: Tensor, experts: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yields the tensors that one of the bank's [P, E, ...] becomes, under their names.
+
+        Args:
+            kind: its last name, such as gate_up_proj.
+            experts: name of packed experts.
+        """
+        row = int(kind.startswith("down"))
+        if self.entries:
+            chosen = torch.tensor([(entry[row], entry[2]) for entry in self.entries], device=bank.device)
+            yield f"{SELECTED}{experts}.{kind}", bank[chosen[:, 0], chosen[:, 1]].to(dtype)
+        for layer, a_2EP in self.coefficients.items():
+            if layer not in self.selections:
+                a_EP = a_2EP[row].to(bank.device, bank.dtype)
+                w = torch.stack([torch.tensordot(a_P, bank[:, e], dims=1) for e, a_P in enumerate(a_EP)])
+                yield f"model.layers.{layer}.mlp.{experts}.{kind}", w.to(dtype)
+
+
+def plan_experts(config: Any, read: Callable[[str], Tensor]) -> ExpertsPlan:
+    """Returns the plan of a configuration of our class.
+
+    Args:
+        read: gives a tensor by its name.
+    """
+    coefficients, selections = {}, {}
+    entries: dict[tuple[int, int, int], int] = {}
+    for layer, source in enumerate(config.expert_sources()):
+        if source is None or source[0] != "combined":
+            continue
+        raw = read(f"model.layers.{layer}.mlp.combination").float()
+        a_2EP = coefficients[layer] = _normalized(raw, config.samoe_normalization).expand(-1, source[2], -1)
+        if (factors := _factors(a_2EP)) is not None:
+            first_E, second_E = a_2EP.abs().argmax(-1).tolist()
+            keys = list(zip(first_E, second_E, range(source[2]), strict=True))
+            selections[layer] = Selection(tuple(entries.setdefault(key, len(entries)) for key in keys), factors)
+    return ExpertsPlan(coefficients, selections, tuple(entries))
+
+
+def _normalized(raw: Tensor, way: str) -> Tensor:
+    if way == "softmax":
+        return raw.softmax(-1)
+    return raw / raw.norm(dim=-1, keepdim=True).clamp_min(1e-12) if way == "l2" else raw
+
+
+def _factors(a_2EP: Tensor) -> tuple[float, float] | None:
+    """Returns a layer's factors on one bank of each expert; None where it combines several, or experts' factors differ."""
+    if ((a_2EP != 0).sum(-1) != 1).any():
+        return None
+    factor_2E = a_2EP.sum(-1)
+    return None if (factor_2E != factor_2E[:, :1]).any() else (float(factor_2E[0, 0]), float(factor_2E[1, 0]))
+
+
+def without_combining(config: Any) -> Any:
+    """Returns a copy of a configuration in which layers that combine banks have their own experts."""
+    config = copy.deepcopy(config)
+    sources = [source for source in config.expert_sources() if source is not None]
+    if any(way == "combined" for way, _, _ in sources):
+        entries = [str(number) if way in ("tied", "scaled") else "own" for way, number, _ in sources]
+        prefix = "scaled:" if any(way == "scaled" for way, _, _ in sources) else ""
+        config.expert_layout = "moe"
+        config.expert_sharing = None if set(entries) == {"own"} else prefix + ",".join(entries)
+    return config
+
+
+def folder_reader(folder: Path) -> Callable[[str], Tensor]:
+    """Returns a function that reads a tensor of a folder by its name.
+
+    Raises (the function):
+        CheckpointError: the folder has no such tensor.
+    """
+    from safetensors import safe_open
+
+    index = folder / _INDEX
+    if index.is_file():
+        file_of = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    else:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            file_of = dict.fromkeys(file.keys(), folder / "model.safetensors")
+
+    def read(name: str) -> Tensor:
+        if name not in file_of:
+            older = " It has the names of version 0.1: convert the model again." * (
+                "model.embedding.word.weight" in file_of
+            )
+            raise CheckpointError(f"{folder} has no tensor {name}.{older}")
+        with safe_open(file_of[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    return read

@@ -1,0 +1,186 @@
+"""What programs that rebuild transformers' models rely on holds for our own class: vLLM's Transformers back end, above all."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from megatron_samoe.interop.edited_model import open_checkpoint
+from megatron_samoe.interop.hf.families.samoe import _older_parts
+from megatron_samoe.interop.hf.source import HFSource
+from tests.parity.hf_models import converted, native, random_source, some_ids, their_logits, theirs, transformers
+
+pytestmark = pytest.mark.parity
+
+LLAMA: dict[str, Any] = {"style": "llama", "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+#: Those with experts that vLLM computes, and others.
+PACKED: dict[str, dict[str, Any]] = {
+    "own": LLAMA,
+    "tied": {**LLAMA, "expert_sharing": "0,0,1,1"},
+    "scaled": {**LLAMA, "expert_sharing": "scaled"},
+    "relu": {**LLAMA, "expert_sharing": "tied", "moe_router_score_function": "relu"},
+}
+UNLIKE: dict[str, dict[str, Any]] = {
+    "gelu": {"expert_sharing": "tied"},
+    "gelu_without_bias": {"disable_bias_linear": True},
+    "biases": {**LLAMA, "disable_bias_linear": False, "expert_sharing": "scaled"},
+    "numbers_by_layer": {**LLAMA, "num_experts": (2, 2, 4, 8)},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """An export of each case."""
+    root, made = tmp_path_factory.mktemp("conventions"), {}
+    for name, options in {**PACKED, **UNLIKE, "combined": LLAMA}.items():
+        source = random_source("samoe" if name == "combined" else "moe", **options)
+        ours = native(root / name / "native", source)
+        made[name] = converted(ours.root, root / name / "hf", "--to", "hf", "--hf-model-type", "samoe")
+    yield made
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return transformers.AutoModel.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def test_automodel_gives_the_base_model(folders: dict[str, Path]) -> None:
+    model, ids_BS = theirs(folders["tied"]), some_ids()
+    base = load(folders["tied"])
+    assert type(base).__name__ == "SamoeModel" and base.is_backend_compatible()
+    states = base(input_ids=ids_BS, use_cache=False, return_dict=False)
+    assert isinstance(states, tuple) and len(states) == 1
+    head = model.lm_head if hasattr(model, "lm_head") else base.embed_tokens
+    logits = nn.functional.linear(states[0], head.weight)
+    assert torch.equal(logits, their_logits(model, ids_BS))
+
+
+@pytest.mark.parametrize("case", ["own", "gelu"])
+def test_attention_goes_through_the_interface_with_its_keywords(case: str, folders: dict[str, Path]) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    seen: list[Any] = []
+
+    def counting(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        seen.append((module.layer_idx, query.shape[1], key.shape[1], kwargs.pop("marker")))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+
+    model, ids_BS = theirs(folders[case]), some_ids()
+    expected = their_logits(model, ids_BS)
+    ALL_ATTENTION_FUNCTIONS.register("counting", counting)
+    model.set_attn_implementation("counting")
+    assert torch.equal(model(input_ids=ids_BS, marker=7).logits, expected)
+    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    assert seen == [(layer, heads, kv_heads, 7) for layer in range(4)]
+
+
+def test_eager_attention_agrees_also_with_padding(folders: dict[str, Path]) -> None:
+    fused, eager = theirs(folders["own"]), theirs(folders["own"], attn_implementation="eager")
+    ids_BS, mask_BS = some_ids(), torch.ones(2, 40, dtype=torch.long)
+    mask_BS[1, :9] = 0
+    a, b = (m(input_ids=ids_BS, attention_mask=mask_BS).logits for m in (fused, eager))
+    torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a[1, 9:], b[1, 9:], rtol=1e-4, atol=1e-4)
+
+
+class StandIn(nn.Module):
+    """Packed experts as vLLM computes them: gated SiLU of three-dimensional matrices, and nothing else."""
+
+    def __init__(self, experts: nn.Module):
+        super().__init__()
+        self.up, self.down, self.num_calls = experts.gate_up_proj, experts.down_proj, 0
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        self.num_calls += 1
+        assert top_k_index.min() >= 0 and top_k_index.shape == top_k_weights.shape
+        gate, up = torch.einsum("th,tkfh->tkf", hidden_states, self.up[top_k_index]).chunk(2, -1)
+        y_TKH = torch.einsum("tkf,tkhf->tkh", nn.functional.silu(gate) * up, self.down[top_k_index])
+        return (y_TKH * top_k_weights[..., None]).sum(1)
+
+
+def replace_packed(module: nn.Module) -> list[StandIn]:
+    """Puts stand-ins in place of the modules that vLLM would take; returns each once."""
+    made = []
+    for name, child in list(module.named_children()):
+        parameters = list(child.parameters())
+        if name == "experts" and parameters and all(p.ndim == 3 for p in parameters):
+            setattr(module, name, StandIn(child))
+            made.append(getattr(module, name))
+        else:
+            made += replace_packed(child)
+    return made
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_experts_can_be_replaced_and_sets_are_there_once(case: str, folders: dict[str, Path]) -> None:
+    model, ids_BS = theirs(folders[case]), some_ids()
+    expected = their_logits(model, ids_BS)
+    made = replace_packed(model)
+    assert len(made) == {"own": 4, "tied": 2, "scaled": 1, "relu": 1}[case]
+    torch.testing.assert_close(their_logits(model, ids_BS), expected, rtol=1e-4, atol=1e-4)
+    assert sum(stand_in.num_calls for stand_in in made) == 4
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_experts_that_would_be_computed_wrongly_have_another_name(case: str, folders: dict[str, Path]) -> None:
+    assert not replace_packed(theirs(folders[case]))
+
+
+@pytest.mark.parametrize("case", ["own", "combined", "biases"])
+def test_experts_under_a_compiler_compute_the_same(
+    case: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids_BS = theirs(folders[case]), some_ids()
+    expected = their_logits(model, ids_BS)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(their_logits(model, ids_BS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_linear_layer_has_its_place_in_the_tensor_parallel_plan(folders: dict[str, Path]) -> None:
+    model = load(folders["combined"])
+    plan = {name.replace("layers.*.", "") for name in model.config.base_model_tp_plan}
+    linear = [name.split(".", 2)[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert linear and set(linear) <= plan
+
+
+def test_gradients_do_not_change_with_checkpointing(folders: dict[str, Path]) -> None:
+    model, ids_BS = theirs(folders["combined"]).train(), some_ids()
+    model(ids_BS, labels=ids_BS).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids_BS, labels=ids_BS).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_forwards_have_the_names_that_others_pass(folders: dict[str, Path]) -> None:
+    model = load(folders["own"])
+    experts = inspect.signature(type(model.layers[0].mlp.experts).forward).parameters
+    assert list(experts)[1:4] == ["hidden_states", "top_k_index", "top_k_weights"]
+    kinds = {p.kind for p in inspect.signature(type(model).forward).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD in kinds
+
+
+@pytest.mark.parametrize("case", ["tied", "gelu", "combined"])
+def test_a_folder_with_the_names_of_version_0_1_is_read(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    source = HFSource(folders[case])
+    older = {part.name: part.take(source.read(part.native)).contiguous() for part in _older_parts(source.native)}
+    folder = tmp_path / "older"
+    folder.mkdir()
+    for path in folders[case].iterdir():
+        if path.suffix == ".json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    save_file(older, folder / "model.safetensors")
+    assert not set(load_file(folder / "model.safetensors")) & set(source.folder.tensors) - {"lm_head.weight"}
+    reader = open_checkpoint(converted(folder, tmp_path / "back"))
+    for name in source.native.tensors:
+        assert torch.equal(reader.read(name), source.read(name)), name
