@@ -27,6 +27,7 @@ from megatron_samoe.inference.server.run import Server, ServerOptions, check_ins
 from megatron_samoe.inference.server.worker import follow
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import ParallelState, backend
+from megatron_samoe.runtime.load import LoadedModel
 
 #: What the server bears: fields of its options, and what --help says of them.
 LIMITS = {
@@ -77,6 +78,8 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
                        "it the variable MEGATRON_SAMOE_API_KEY counts, and without both no token is asked for", metavar="FILE")  # fmt: skip
     add("--allowed-hosts", [str], "host names to answer under; on a "
                        "loopback address only its own names, else any, if not given", default=(), metavar="NAME")  # fmt: skip
+    add("--show-experts", bool, "the page shows which experts and banks each token uses; keeps the model as it was trained in "
+                                "memory, too")  # fmt: skip
     for name, text in LIMITS.items():
         default = getattr(usual, name)
         flag = "--" + name.removesuffix("_s").replace("_", "-")
@@ -96,7 +99,7 @@ def _server_options(options: Options) -> ServerOptions:
     )  # fmt: skip
 
 
-def _engine(options: Options, parallel: ParallelState) -> Engine:
+def _engine(options: Options, parallel: ParallelState) -> tuple[Engine, LoadedModel]:
     loaded = load(options, parallel)
     given = {
         name: getattr(options, name)
@@ -107,11 +110,11 @@ def _engine(options: Options, parallel: ParallelState) -> Engine:
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     logger.info("loaded %s: %s", loaded.directory, engine.summary)
-    return engine
+    return engine, loaded
 
 
 def _follow(options: Options, parallel: ParallelState) -> int:
-    engine = _engine(options, parallel)
+    engine, _ = _engine(options, parallel)
     # torchrun passes signals to all ranks; the first ends the others when its requests are answered.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -135,7 +138,10 @@ def main(words: Words) -> int:
     parallel = join(options, options.num_threads)
     if listener is None:
         return _follow(options, parallel)
-    server = Server(_engine(options, parallel), parallel.world, server_options, listener)
+    engine, loaded = _engine(options, parallel)
+    shown = loaded.model if options.show_experts else None
+    del loaded
+    server = Server(engine, parallel.world, server_options, listener, shown)
     if server_options.api_key is None and not server.is_local:
         logger.warning("note: whoever can reach %s can use this server; --api-key-file asks for a token", server.url)
 

@@ -57,6 +57,14 @@ _METADATA_NAMES = {
 }  # fmt: skip
 
 
+class _AnyProperties(TensorProperties):
+    """A tensor's properties as any release of torch saved them: later ones add to the tuple, and earlier ones cannot take it."""
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(tuple(state)[:5])
+        self.__class__ = TensorProperties  # type: ignore[assignment]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = name in _METADATA_NAMES.get(module, ())
@@ -65,7 +73,9 @@ class _MetadataUnpickler(pickle.Unpickler):
                 f"The checkpoint's {METADATA} names {module}.{name}, which no table of contents needs: it is not loaded, "
                 "since it could run any code."
             )
-        return super().find_class(module, name)
+        # Only Python 3.13 has a module of this name.
+        found = super().find_class("pathlib" if module == "pathlib._local" else module, name)
+        return _AnyProperties if found is TensorProperties else found
 
 
 def read_metadata(directory: str | os.PathLike) -> Metadata:

@@ -18,6 +18,7 @@ from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.server.run import Server, ServerOptions, listen
+from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import LoadedModel, load_model
 from megatron_samoe.training.checkpointing import save_run
@@ -147,8 +148,9 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 class RunningServer:
     """A server in a thread."""
 
-    def __init__(self, engine: Engine, options: ServerOptions):
-        self.server = Server(engine, single_process_state().world, options, listen(options.host, options.port))
+    def __init__(self, engine: Engine, options: ServerOptions, shown: RankModel | None = None):
+        listener = listen(options.host, options.port)
+        self.server = Server(engine, single_process_state().world, options, listener, shown)
         host, _, port = self.server.url.removeprefix("http://").rpartition(":")
         self.client = Client(host, int(port))
         self.status: int | None = None
@@ -173,12 +175,13 @@ class RunningServer:
 
 @contextmanager
 def serving(
-    loaded: LoadedModel, *, max_batch: int = 4, engine: Engine | None = None, **options: Any
+    loaded: LoadedModel, *, max_batch: int = 4, engine: Engine | None = None, show_experts: bool = False, **options: Any
 ) -> Iterator[RunningServer]:
     """Runs a server for a while; options are of `ServerOptions`."""
     running = RunningServer(
-        engine or Engine(loaded, max_batch=max_batch), ServerOptions(**{"port": 0, "model_name": "tiny", **options})
-    )
+        engine or Engine(loaded, max_batch=max_batch), ServerOptions(**{"port": 0, "model_name": "tiny", **options}),
+        loaded.model if show_experts else None,
+    )  # fmt: skip
     try:
         yield running
     finally:

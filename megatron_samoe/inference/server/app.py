@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from megatron_samoe.inference.expert_use import expert_use
+from megatron_samoe.inference.server.expert_protocol import experts_body, parse_text
 from megatron_samoe.inference.server.gate import ROUTES, App, Gate, GateLimits, gone, now_s, read_body, send_error
 from megatron_samoe.inference.server.jobs import CompletionService, Job
 from megatron_samoe.inference.server.metrics import ServerMetrics
@@ -31,6 +33,7 @@ from megatron_samoe.inference.server.protocol import (
     usage_body,
 )
 from megatron_samoe.log import logger
+from megatron_samoe.models.rank_model import RankModel
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -44,13 +47,14 @@ class _Routes:
 
     def __init__(
         self, service: CompletionService, metrics: ServerMetrics, facts: ModelFacts, max_body_bytes: int,
-        body_timeout_s: float,
+        body_timeout_s: float, shown: RankModel | None,
     ):  # fmt: skip
         from starlette import responses
 
         self._responses = responses
         self._service, self._metrics, self._facts = service, metrics, facts
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
+        self._shown, self._one_shown = shown, asyncio.Lock()
         self._started = now_s()
         self._page = PAGE.read_bytes()
         self._page_headers = {"Content-Security-Policy": _content_policy(self._page.decode()),
@@ -76,7 +80,23 @@ class _Routes:
 
     def _model(self) -> dict[str, Any]:
         return {"id": self._facts.name, "object": "model", "created": self._started, "owned_by": "megatron_samoe",
-                "max_model_len": self._facts.context_length}  # fmt: skip
+                "max_model_len": self._facts.context_length, "shows_experts": self._shown is not None}  # fmt: skip
+
+    async def experts(self, request: Any) -> Any:
+        """Which experts each token of a text uses, by the model as it was trained: one text at a time."""
+        if self._shown is None:
+            raise ApiError(
+                404, "This server shows no experts: it was started without --show-experts.", code="not_found"
+            )
+        self._service.check_open()
+        try:
+            raw = await read_body(request.headers, request.receive, self._max_body_bytes, self._body_timeout_s)
+        except ConnectionError:
+            return self._responses.Response(status_code=499)
+        ids = await asyncio.to_thread(lambda: parse_text(parse_body(raw), self._facts))
+        async with self._one_shown:
+            layers = await asyncio.to_thread(expert_use, self._shown, ids)
+        return self._responses.JSONResponse(experts_body(ids, layers, self._facts.tokenizer))
 
     async def completions(self, request: Any) -> Any:
         self._service.check_open()
@@ -228,14 +248,18 @@ async def _answer_fault(_: Any, error: Any) -> Any:
 
 def build_app(
     service: CompletionService, metrics: ServerMetrics, facts: ModelFacts, gate: GateLimits, max_body_bytes: int,
-    body_timeout_s: float,
+    body_timeout_s: float, shown: RankModel | None = None,
 ) -> Any:  # fmt: skip
-    """Returns the ASGI application of a server."""
+    """Returns the ASGI application of a server.
+
+    Args:
+        shown: the model as it was trained, whose experts are shown; None shows none.
+    """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.routing import Route
 
-    routes = _Routes(service, metrics, facts, max_body_bytes, body_timeout_s)
+    routes = _Routes(service, metrics, facts, max_body_bytes, body_timeout_s, shown)
     paths = [
         Route("/", routes.page),
         Route("/health", routes.health),
@@ -243,6 +267,7 @@ def build_app(
         Route("/v1/models", routes.models),
         Route("/v1/models/{name:path}", routes.model),
         Route("/v1/completions", routes.completions, methods=["POST"]),
+        Route("/v1/experts", routes.experts, methods=["POST"]),
     ]
     handlers: Any = {ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_fault}
     app = Starlette(routes=paths, exception_handlers=handlers)

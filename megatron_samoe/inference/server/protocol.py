@@ -144,14 +144,14 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
     n = _value(body, "n", 1)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise _bad("n", n, "must be a whole number, 1 or more")
-    given = _given_prompts(body)
+    given = given_prompts(body)
     if len(given) * n > facts.max_choices:
         raise ApiError(
             400, f"The request asks for {len(given) * n} choices ({len(given)} prompts, n = {n}); this server makes at "
             f"most {facts.max_choices} for one request.", param="n",
         )  # fmt: skip
-    texts, prompts = _encoded(given, facts.tokenizer)
-    _check_tokens(prompts, facts.vocab_size)
+    texts, prompts = encoded(given, facts.tokenizer)
+    check_tokens(prompts, facts.vocab_size)
     options, logprobs = _sampling(body), _logprobs(body)
     requests, heads = [], []
     for place, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
@@ -286,7 +286,7 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
 
-def _given_prompts(body: Mapping[str, Any]) -> list[Any]:
+def given_prompts(body: Mapping[str, Any]) -> list[Any]:
     """Returns the prompts as they were given, not yet checked one by one."""
     value = body.get("prompt")
     if value is None:
@@ -297,7 +297,7 @@ def _given_prompts(body: Mapping[str, Any]) -> list[Any]:
     return given
 
 
-def _encoded(given: list[Any], tokenizer: Tokenizer) -> tuple[list[str | None], list[list[int]]]:
+def encoded(given: list[Any], tokenizer: Tokenizer) -> tuple[list[str | None], list[list[int]]]:
     """Returns each prompt's text (None where tokens were given) and tokens."""
     texts, prompts = [], []
     for prompt in given:
@@ -324,7 +324,8 @@ def _encodable(name: str, text: str) -> str:
     return text
 
 
-def _check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises ApiError where a token is none of the vocabulary."""
     for ids in prompts:
         outside = next((i for i in ids if not 0 <= i < vocab_size), None)
         if outside is not None:

@@ -21,6 +21,7 @@ from megatron_samoe.inference.server.jobs import CompletionService
 from megatron_samoe.inference.server.metrics import ServerMetrics
 from megatron_samoe.inference.server.protocol import ModelFacts
 from megatron_samoe.log import logger
+from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state.state import Group
 
 #: Where the access token is looked for if no file is given.
@@ -167,14 +168,20 @@ class Server:
     Args:
         group: all ranks of the engine's layout; the others run `follow`.
         listener: bound; see `listen`.
+        shown: the model as it was trained, for clients that ask which experts a text uses.
 
     Raises:
-        ConfigError: another server has begun to listen at the address.
+        ConfigError: another server has begun to listen at the address, or experts are to be shown of several ranks.
     """
 
-    def __init__(self, engine: Engine, group: Group, options: ServerOptions, listener: socket.socket):
+    def __init__(
+        self, engine: Engine, group: Group, options: ServerOptions, listener: socket.socket, shown: RankModel | None = None
+    ):  # fmt: skip
         check_installed()
         import uvicorn
+
+        if shown is not None and group.size > 1:
+            raise ConfigError("--show-experts", True, "needs a server of one process")
 
         _open(listener)
         self._options, self._listener = options, listener
@@ -185,7 +192,7 @@ class Server:
             options.model_name, engine.tokenizer, engine.vocab_size, engine.context_length, engine.max_tokens, most
         )
         gate = GateLimits(options.api_key, options.names, options.max_connections)
-        app = build_app(self._service, metrics, facts, gate, options.max_body_bytes, options.body_timeout_s)
+        app = build_app(self._service, metrics, facts, gate, options.max_body_bytes, options.body_timeout_s, shown)
         # Connections that send nothing cost little, so there may be many; the gate counts those that ask.
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="off", server_header=False, loop="asyncio",

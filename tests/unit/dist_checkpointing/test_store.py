@@ -15,10 +15,11 @@ import torch
 import yaml
 from blake3 import blake3
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_samoe.config import CheckpointConfig
 from megatron_samoe.dist_checkpointing import file_storage, saving, store
-from megatron_samoe.dist_checkpointing.file_storage import DIRECT_BYTES
+from megatron_samoe.dist_checkpointing.file_storage import DIRECT_BYTES, read_metadata
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, stored_names
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
@@ -325,6 +326,20 @@ def test_a_newer_format_is_an_error_and_no_damage(tmp_path: Path) -> None:
     (save(tmp_path, 9) / store.TRAIN_STATE).write_text(json.dumps({"format_version": store.FORMAT_VERSION + 1}))
     with pytest.raises(CheckpointError, match="format version"):
         store.find_checkpoint(config(tmp_path), whole)
+
+
+def test_tables_of_later_releases_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.14 adds to what it saves of a tensor, and Python 3.13 calls the module of paths otherwise."""
+    path = save(tmp_path, 5)
+    expected = read_metadata(path)
+    of_now = TensorProperties.__getstate__
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*of_now(self)[:5], (1,)))
+    later = pickle.dumps(expected, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")
+    monkeypatch.undo()
+    (path / ".metadata").write_bytes(later)
+    found = read_metadata(path)
+    assert found.state_dict_metadata == expected.state_dict_metadata and found.storage_data == expected.storage_data
+    assert {type(t.properties) for t in found.state_dict_metadata.values()} == {TensorProperties}
 
 
 class Evil:

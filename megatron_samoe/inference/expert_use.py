@@ -1,0 +1,75 @@
+"""Which experts each token of a text uses, and where a layer's experts come from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.moe.router import Routing
+from megatron_samoe.moe.sharing.coefficients import Coefficients
+from megatron_samoe.moe.types import ForwardContext
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """What the tokens of a text take of one MoE layer.
+
+    Attributes:
+        layer: of the model, from 0.
+        num_experts: that its router chooses from.
+        source: where its experts come from, as `--expert-sharing` names it, with the number of a shared set.
+        banks: weight of each bank in the layer's experts, the mean over both projections and over experts; empty unless they
+            are combined.
+        experts_TK: each token's experts; -1 where a choice was dropped.
+        weights_TK: their weights.
+    """
+
+    layer: int
+    num_experts: int
+    source: str
+    banks: list[float]
+    experts_TK: list[list[int]]
+    weights_TK: list[list[float]]
+
+
+@torch.no_grad()
+def expert_use(model: RankModel, ids: Sequence[int]) -> list[LayerUse]:
+    """Returns what a text's tokens use of each MoE layer, by the model's own forward pass.
+
+    Raises:
+        ConfigError: the model is split over ranks, or the text is empty or longer than the context.
+    """
+    if model.state.world.size > 1:
+        raise ConfigError("expert use", f"{model.state.world.size} ranks", "is told of a model in one process")
+    most = model.config.model.max_positions
+    if not 0 < len(ids) <= most:
+        raise ConfigError("the text", f"{len(ids)} tokens", f"must have 1 to {most} tokens")
+    layers = model.moe_layers()
+    chosen: dict[int, Routing] = {}
+    with contextlib.ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+
+            def keep(_module: Any, _inputs: Any, routing: Routing, index: int = index) -> None:
+                chosen[index] = routing
+
+            hooks.callback(layer.moe.router.register_forward_hook(keep).remove)
+        ids_1S = torch.tensor([ids], dtype=torch.int64, device=model.state.device)
+        model(ids_1S, ForwardContext(batch_size=1, training=False))
+    found = []
+    for index, layer in enumerate(layers):
+        source = model.sources[layer.moe.moe_index]
+        coefficients = next((m for m in layer.moe.modules() if isinstance(m, Coefficients)), None)
+        banks = [] if coefficients is None else coefficients.normalized().float().mean((0, 1)).tolist()
+        name = f"{source.way} {source.number}" if source.way in ("tied", "scaled") else source.way
+        routing = chosen[index]
+        weights_TK = [[round(w, 4) for w in token] for token in routing.probs_TK.float().tolist()]
+        found.append(
+            LayerUse(layer.index, layer.moe.shape.num_experts, name, banks, routing.ids_TK.tolist(), weights_TK)
+        )
+    return found
