@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.ops import reference
@@ -16,6 +15,7 @@ from megatron_samoe.ops.attention import ScoreRule
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.parallel_state.token_share import whole_sequences
 from megatron_samoe.tensor_parallel.ring_attention import ring_attention
+from tests.harness.largest_tensor import LargestTensor
 from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -66,24 +66,10 @@ def test_the_ring_is_the_twin_with_all_gradients(size: int) -> None:
             torch.testing.assert_close(got.double(), right, rtol=rtol, atol=rtol, msg=lambda m, c=case: f"{c}: {m}")
 
 
-class Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else (result,):
-            self.elements = max(self.elements, t.numel() if isinstance(t, Tensor) else 0)
-        return result
-
-
 def largest_of(length: int) -> int:
     state = initialize_model_parallel(ParallelConfig(context_parallel_size=2))
     q, k, v = (torch.randn(1, 1, length // 2, 8, requires_grad=True) for _ in range(3))
-    with Largest() as largest:
+    with LargestTensor() as largest:
         ring_attention(q, k, v, state.cp).sum().backward()
     return largest.elements
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_samoe.ops import attention as blocks
 from megatron_samoe.ops import reference
 from megatron_samoe.ops.attention import ScoreRule, attention, band
+from tests.harness.largest_tensor import LargestTensor
 
 B, A, D = 2, 4, 6
 SINKS = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)
@@ -63,26 +62,13 @@ def test_documents_stay_apart(rule: str, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
 
 
-class Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor that an op makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(t, Tensor):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return result
-
-
 @pytest.mark.parametrize("rule", ["window", "cap", "all"])
 def test_no_tensor_is_a_sequence_squared(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     length = 1024
     monkeypatch.setattr(blocks, "BLOCK", 64)
     q, k, v = (torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3))
     chosen = RULES[rule] if RULES[rule].sinks_A is None else ScoreRule(RULES[rule].window, 2.0, torch.zeros(1))
-    with Largest() as largest:
+    with LargestTensor() as largest:
         attention(q, k, v, chosen).sum().backward()
     assert largest.elements < length * length / 8
 

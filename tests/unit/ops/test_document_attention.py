@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_samoe.ops import document_attention as op
 from megatron_samoe.ops import reference
 from megatron_samoe.ops.attention import ScoreRule
 from megatron_samoe.ops.document_attention import Documents, document_attention
+from tests.harness.largest_tensor import LargestTensor
 
 
 def ids_of(rows: list[list[int]]) -> Tensor:
@@ -81,25 +79,12 @@ def test_lengths_and_ends() -> None:
     assert ends.tolist() == [0, 3, 4, 6, 12] and ends.dtype == torch.int32 and longest == 6
 
 
-class Largest(TorchDispatchMode):
-    """Notes the most elements of any tensor that an operation gives."""
-
-    most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(t, Tensor):
-                self.most = max(self.most, t.numel())
-        return result
-
-
 @pytest.mark.parametrize("rule", [ScoreRule(), ScoreRule(window=300)])
 def test_no_tensor_is_as_large_as_a_sequence_squared(rule: ScoreRule) -> None:
     length, dim = 6144, 4
     inputs = tuple(t.detach().float().requires_grad_() for t in random_inputs(1, length, 1, 1, dim))
     documents = Documents(ids_of([[4000, *[16] * 100, 144, 400]]))
-    with Largest() as seen:
+    with LargestTensor() as seen:
         document_attention(*inputs, rule, documents).sum().backward()
     # Of a block of queries with the keys of its window at most; the square has 37 million.
-    assert seen.most <= 2 * op.BLOCK * (op.BLOCK + 300)
+    assert seen.elements <= 2 * op.BLOCK * (op.BLOCK + 300)
