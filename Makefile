@@ -67,7 +67,7 @@ wheels: $(VENV)/.installed
 	@if command -v "$(ARM_CXX)" >/dev/null; then CXX=$(ARM_CXX) MEGATRON_SAMOE_BUILD=cpu _PYTHON_HOST_PLATFORM=linux-aarch64 \
 	  $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels . ; \
 	else echo "note: no wheel for ARM64; apt-get install g++-aarch64-linux-gnu brings $(ARM_CXX)"; fi
-	$(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --exclude libgomp.so.1 --exclude 'libcudart.so.*' --wheel-dir dist build/wheels/*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --exclude libgomp.so.1 --exclude 'libcudart.so.*' --wheel-dir dist build/wheels/*.whl
 	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
 	@ls -l dist
 
