@@ -80,8 +80,11 @@ def make_checkpoint(options: Options, flags: str) -> Path:
                       moe_ffn_hidden_size=options.ffn_hidden_size),
         data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
     )  # fmt: skip
-    asked = parse_pretrain_args(shlex.split(flags), prog="--models")
-    given = {name: value for _, name, value, default, _ in all_options(asked) if value != default}
+    words = shlex.split(flags)
+    asked = parse_pretrain_args(words, prog="--models")
+    # What is asked for by name counts where it is the default, too: a dense model is one.
+    named = {word.split("=")[0] for word in words}
+    given = {n: value for _, n, value, default, _ in all_options(asked) if value != default or flag(n) in named}
     known = {f.name for f in fields(MoEConfig)}
     strange = [name for name in given if name not in known]
     if strange:

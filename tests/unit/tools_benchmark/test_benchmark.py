@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_samoe.benchmarks import common, layer, ops, roofline
+from megatron_samoe.benchmarks import common, decode, layer, ops, roofline
 from megatron_samoe.benchmarks.peers import running
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops import extension
 
@@ -190,3 +191,12 @@ def test_programs_that_serve_are_compared_with_our_texts(tmp_path: Path) -> None
     assert [row["server"] for row in rows] == ["megatron_samoe", "transformers"]
     assert all(row["same texts"] == "2 of 2" and row["tokens/s, batch 2"] > 0 for row in rows)
     assert all(0 < row["MB for the model"] < row["MB in all"] for row in rows)
+
+
+def test_a_dense_model_is_dense_although_that_is_the_default(tmp_path: Path) -> None:
+    sizes = argparse.Namespace(hidden_size=64, ffn_hidden_size=64, num_layers=2, num_experts=4, topk=2, vocab_size=64,
+                               context=32, work_dir=tmp_path)  # fmt: skip
+    for flags, experts in (("", True), ("--expert-layout dense", False), ("--expert-layout=dense", False)):
+        made = decode.make_checkpoint(sizes, flags)  # type: ignore[arg-type]
+        names = CheckpointReader(decode.checkpoint_directory(made)).tensors
+        assert any("moe" in name for name in names) == experts, flags
