@@ -329,7 +329,7 @@ def test_a_newer_format_is_an_error_and_no_damage(tmp_path: Path) -> None:
 
 
 def test_tables_of_later_releases_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.14 adds to what it saves of a tensor, and Python 3.13 calls the module of paths otherwise."""
+    """torch 2.15 adds to what it saves of a tensor, and Python 3.13 calls the module of paths otherwise."""
     path = save(tmp_path, 5)
     expected = read_metadata(path)
     of_now = TensorProperties.__getstate__
