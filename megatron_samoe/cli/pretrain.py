@@ -33,6 +33,7 @@ from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE
 from megatron_samoe.planning.accounting import count_parameters, idle_share
 from megatron_samoe.planning.memory import rank_memory
+from megatron_samoe.runtime.kernels import choose_kernels
 from megatron_samoe.runtime.ranks import place_in
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hook import Hook
@@ -40,7 +41,7 @@ from megatron_samoe.training.hooks import default_hooks
 from megatron_samoe.training.machine import machine_facts
 from megatron_samoe.training.preflight import preflight
 from megatron_samoe.training.setup import Extensions, build_setup
-from megatron_samoe.training.state import PLAIN_KEYS
+from megatron_samoe.training.state import CUDA_KERNELS, PLAIN_KEYS
 from megatron_samoe.training.teacher import refuse_unfit
 from megatron_samoe.training.trainer import Trainer
 
@@ -124,7 +125,8 @@ def _train(config: PretrainConfig, device: torch.device, extensions: Extensions 
     config = replace(config, checkpoint=started)
     tokenizer, attachments, vocab_size = _tokenizer(config)
     is_builder = launcher.local_rank() == 0
-    done = _progress(config)
+    done, kernels = _progress(config)
+    choose_kernels(parallel, kernels)
     held = config if config.distillation.teaches_after(done[0]) else replace(config, distillation=DistillationConfig())
     if (
         held.distillation.teacher is not None
@@ -177,13 +179,13 @@ def _enough_memory(config: PretrainConfig, vocab_size: int, parallel: ParallelSt
         ) from error
 
 
-def _progress(config: PretrainConfig) -> tuple[int, int]:
-    """Returns iterations and samples of the checkpoint that training will go on from."""
+def _progress(config: PretrainConfig) -> tuple[tuple[int, int], list[str] | None]:
+    """Returns iterations and samples of the checkpoint that training will go on from, and its CUDA kernels, if it has any."""
     directory = None if config.checkpoint.finetune else store.find_checkpoint(config.checkpoint)
     if directory is None:
-        return 0, 0
+        return (0, 0), None
     saved = store.read_train_state(directory, PLAIN_KEYS)
-    return saved["iteration"], saved["consumed_samples"]
+    return (saved["iteration"], saved["consumed_samples"]), saved.get(CUDA_KERNELS)
 
 
 def _saved_config(config: PretrainConfig) -> Mapping[str, Any] | None:

@@ -42,7 +42,7 @@ from megatron_samoe.inference.serving import (
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.text_stream import TextStream
 from megatron_samoe.inference.weight_file import keep_in_file
-from megatron_samoe.ops.extension import uses_cuda_kernels
+from megatron_samoe.ops.extension import uses_cuda_kernel
 from megatron_samoe.runtime.free_memory import free_memory_bytes
 from megatron_samoe.runtime.load import LoadedModel
 
@@ -135,7 +135,7 @@ class Engine:
         if not takes_single:
             convert_weights(loaded.model, self.dtype)
             return RankRunner(loaded, num_pages, self.serving)
-        if state.device.type == "cuda" and uses_cuda_kernels():
+        if state.device.type == "cuda" and uses_cuda_kernel("decoding"):
             check_cuda_limits(loaded.config, self.serving)
         model = make_decode_model(loaded.model, self.serving, self.dtype, num_pages)
         if self._weights_folder is None:
@@ -284,7 +284,7 @@ def _check_scores(request: Request) -> None:
 def takes_single_runner(device_type: str, world_size: int, dtype: Precision) -> bool:
     """Returns whether the inference ops run the model, and not the training model with a cache."""
     # On CUDA without decode kernels the training model's large products are faster, where it has the precision.
-    on_products = device_type == "cuda" and dtype != "int8" and not uses_cuda_kernels()
+    on_products = device_type == "cuda" and dtype != "int8" and not uses_cuda_kernel("decoding")
     return world_size == 1 and not on_products
 
 

@@ -72,7 +72,7 @@ def serves(runs: Sequence[AdamWRun]) -> bool:
     if not all(_fits(run) for run in runs):
         return False
     tensors = (t for run in runs for t in (run.master, run.weight, run.grad, run.exp_avg, run.exp_avg_sq))
-    return extension.serves(*tensors, cuda=True)
+    return extension.serves(*tensors, cuda="adamw")
 
 
 def _fits(run: AdamWRun) -> bool:

@@ -28,7 +28,7 @@ def _check(coefficients_LGP: Tensor, banks_PGN: Tensor, weights_LGN: Tensor | No
 
 def _served(*tensors: Tensor) -> bool:
     """Returns whether the compiled kernels take these tensors without a copy (last dim contiguous, others strided)."""
-    return all(t.stride(2) == 1 or t.shape[2] <= 1 for t in tensors) and extension.serves(*tensors, cuda=True)
+    return all(t.stride(2) == 1 or t.shape[2] <= 1 for t in tensors) and extension.serves(*tensors, cuda="combination")
 
 
 @torch.no_grad()

@@ -196,7 +196,7 @@ def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None, out_TN: Tensor, ac
     Args:
         weight: [.., K] with N rows in all.
     """
-    if extension.serves(x_TK, cuda=True):
+    if extension.serves(x_TK, cuda="decoding"):
         torch.ops.megatron_samoe.decode_linear(x_TK, weight.data, weight.scale, bias, out_TN, accumulate)
         return out_TN
     y_TN = decode_reference.linear(x_TK, weight.data, weight.scale, bias)
@@ -206,7 +206,7 @@ def linear(x_TK: Tensor, weight: Weight, bias: Tensor | None, out_TN: Tensor, ac
 def norm(x_TH: Tensor, parameters: Norm, out_TH: Tensor) -> Tensor:
     """Writes the normalised rows to out and returns it."""
     p = parameters
-    if extension.serves(x_TH, cuda=True):
+    if extension.serves(x_TH, cuda="decoding"):
         torch.ops.megatron_samoe.decode_norm(x_TH, p.weight, p.bias, p.epsilon, p.rms, out_TH)
         return out_TH
     return out_TH.copy_(decode_reference.norm(x_TH, p.weight, p.bias, p.epsilon, p.rms))
@@ -220,7 +220,7 @@ def attention_block(x_TH: Tensor, layer: AttentionLayer, places: Places, scratch
     """
     p, n = places, layer.norm
     epsilon, rms = n.epsilon, n.rms
-    if extension.serves(x_TH, cuda=True) and layer.is_plain:
+    if extension.serves(x_TH, cuda="decoding") and layer.is_plain:
         torch.ops.megatron_samoe.decode_attention_block(
             x_TH, n.weight, n.bias, epsilon, rms, layer.qkv.data, layer.qkv.scale, layer.qkv_bias,
             layer.head_norm_tensors(), p.cos_PR, p.sin_PR, p.positions_T, p.slots_T, p.pages, layer.keys, layer.values,
@@ -253,7 +253,7 @@ def mlp_block(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, experts: E
     """
     n, e = norm_of_x, experts
     assert routing is None or routing.mixing is None
-    if extension.serves(x_TH, cuda=True) and (routing is None or routing.is_plain):
+    if extension.serves(x_TH, cuda="decoding") and (routing is None or routing.is_plain):
         router = (None, 1, False, False) if routing is None else (
             routing.weight_EH, routing.topk, routing.rule.score_function == "sigmoid", routing.rule.pre_softmax)  # fmt: skip
         torch.ops.megatron_samoe.decode_moe_block(
@@ -299,7 +299,7 @@ def route(x_TH: Tensor, norm_of_x: Norm, routing: Routing | None, out: Routed, s
         out.ids_TK.zero_()
         out.probs_TK.fill_(1.0)
         return
-    if extension.serves(x_TH, cuda=r.is_plain):
+    if extension.serves(x_TH, cuda="decoding" if r.is_plain else None):
         torch.ops.megatron_samoe.decode_route(
             x_TH, n.weight, n.bias, n.epsilon, n.rms, *r.arguments(), out.normed_TH, out.ids_TK, out.probs_TK,
             None if r.mixing is None else out.shared_T, scratch,
@@ -327,7 +327,7 @@ def experts_block(
             can hold some experts at a time.
     """
     e, r = experts, routed
-    if extension.serves(out_TH, cuda=True):
+    if extension.serves(out_TH, cuda="decoding"):
         torch.ops.megatron_samoe.decode_experts(
             r.normed_TH, r.ids_TK, r.probs_TK, e.index1_E, e.index2_E, e.w1.data, e.w1.scale, e.b1, e.w2.data,
             e.w2.scale, e.b2, e.factor1_E, e.factor2_E, e.gated, y_TKH, combine, out_TH, scratch,
@@ -344,7 +344,7 @@ def experts_block(
 
 def combine_rows(banks: list[Weight], coefficients_P: Tensor, out: Weight) -> None:
     """Writes the weighted sum of equally shaped matrices to out, in out's type. A bank with coefficient 0 is not read."""
-    if extension.serves(out.scale if out.data.dtype == torch.int8 else out.data, cuda=True):
+    if extension.serves(out.scale if out.data.dtype == torch.int8 else out.data, cuda="decoding"):
         torch.ops.megatron_samoe.combine_rows(
             [bank.data for bank in banks], [bank.scale for bank in banks], coefficients_P, out.data, out.scale
         )

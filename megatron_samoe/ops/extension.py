@@ -6,8 +6,8 @@ record on. Otherwise the slow twins of ops/reference.py do the work, and one lin
 MEGATRON_SAMOE_EXTENSION=off never loads it, =require raises ExtensionError instead of falling back, and =auto (the
 default) falls back.
 
-The CUDA kernels have never run on a GPU, so they are off by default: MEGATRON_SAMOE_CUDA_KERNELS=0 leaves CUDA tensors
-to the twins and to torch. =1 gives CUDA tensors to the kernels where the library was built with them.
+A CUDA tensor goes to a CUDA kernel that this process trusts. MEGATRON_SAMOE_CUDA_KERNELS=auto (the default) trusts those of
+training that `runtime.kernels` has compared with their twins at the start of a run; =1 all, unseen; =0 none.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -27,7 +28,10 @@ from megatron_samoe.ops.asynchronous import runs_behind_host
 ENVIRONMENT_VARIABLE = "MEGATRON_SAMOE_EXTENSION"
 _MODES = ("auto", "require", "off")
 CUDA_ENVIRONMENT_VARIABLE = "MEGATRON_SAMOE_CUDA_KERNELS"
-_CUDA_MODES = ("0", "1")
+_CUDA_MODES = ("auto", "0", "1")
+#: CUDA kernels by what they do; the last, of inference, nobody compares at the start, so only =1 takes it.
+CudaKernel = Literal["gate", "rows", "combination", "cross_entropy", "adamw", "decoding"]
+TRAINING_KERNELS: tuple[CudaKernel, ...] = get_args(CudaKernel)[:-1]
 _BUILD_MARK = b"MEGATRON_SAMOE_BUILD_INFO="
 _BUILD_AGAIN = "Rebuild it with `make install` (or `pip install --no-build-isolation -e .`)."
 _HOW_TO_BUILD = "Build it with `pip install --no-build-isolation -e .` (it needs a C++ compiler: apt-get install g++)."
@@ -130,22 +134,48 @@ def has_cuda_kernels() -> bool:
     return load() and torch._C._dispatch_has_kernel_for_dispatch_key("megatron_samoe::topk_gate", "CUDA")
 
 
-@functools.cache
-def uses_cuda_kernels() -> bool:
-    """Returns whether CUDA tensors go to the CUDA kernels: these are asked for and were built.
+_trusted: frozenset[CudaKernel] = frozenset()
+
+
+def trust(kernels: Iterable[CudaKernel]) -> None:
+    """From here on CUDA tensors go to these CUDA kernels, unless the environment variable says otherwise."""
+    global _trusted
+    _trusted = frozenset(kernels)
+
+
+def cuda_kernels_are_chosen() -> bool:
+    """Returns whether a run chooses its CUDA kernels by comparing them with their twins."""
+    return _asked_for() is None
+
+
+def uses_cuda_kernel(kernel: CudaKernel) -> bool:
+    """Returns whether CUDA tensors go to a CUDA kernel: it was built, and it is trusted or asked for.
 
     Raises:
         ExtensionError, ConfigError: as load().
     """
-    if _setting(CUDA_ENVIRONMENT_VARIABLE, _CUDA_MODES) == "0":
-        return False
-    if has_cuda_kernels():
-        return True
-    say_once(
-        f"{CUDA_ENVIRONMENT_VARIABLE}=1 has no effect: the compiled extension has no CUDA kernels or is not in use. "
-        "Build it with MEGATRON_SAMOE_BUILD=cuda."
-    )
-    return False
+    asked = _asked_for()
+    return kernel in (_trusted if asked is None else asked)
+
+
+@functools.cache
+def _asked_for() -> frozenset[CudaKernel] | None:
+    """Returns the CUDA kernels that the environment variable asks for, or None where a run chooses."""
+    mode = _setting(CUDA_ENVIRONMENT_VARIABLE, _CUDA_MODES)
+    if mode == "auto":
+        return None
+    if mode == "1" and not has_cuda_kernels():
+        say_once(
+            f"{CUDA_ENVIRONMENT_VARIABLE}=1 has no effect: the compiled extension has no CUDA kernels or is not in use. "
+            "Build it with MEGATRON_SAMOE_BUILD=cuda."
+        )
+        return frozenset()
+    return frozenset(get_args(CudaKernel) if mode == "1" else ())
+
+
+def cuda_kernels_in_use() -> list[CudaKernel]:
+    """Returns the CUDA kernels that CUDA tensors go to."""
+    return [kernel for kernel in get_args(CudaKernel) if uses_cuda_kernel(kernel)]
 
 
 def build_info() -> dict[str, Any]:
@@ -163,15 +193,15 @@ def build_info() -> dict[str, Any]:
     info["library"] = path.name
     if available():
         info["instruction_set"] = torch.ops.megatron_samoe.instruction_set()
-        info["cuda_kernels_in_use"] = uses_cuda_kernels()
+        info["cuda_kernels_in_use"] = cuda_kernels_in_use()
     return info
 
 
-def serves(*tensors: torch.Tensor | None, cuda: bool = False) -> bool:
+def serves(*tensors: torch.Tensor | None, cuda: CudaKernel | None = None) -> bool:
     """Returns whether a compiled op takes these tensors: all on one device, and fp32 or bf16 where they are floating.
 
     Args:
-        cuda: whether the op has a CUDA kernel too; else the device must be the CPU.
+        cuda: the op's CUDA kernel, if it has one; else the device must be the CPU.
     """
     device = None
     for tensor in tensors:
@@ -185,8 +215,8 @@ def serves(*tensors: torch.Tensor | None, cuda: bool = False) -> bool:
     return _has_kernels_on(device, cuda)
 
 
-def _has_kernels_on(device: torch.device | None, cuda: bool) -> bool:
+def _has_kernels_on(device: torch.device | None, cuda: CudaKernel | None) -> bool:
     """Returns whether ops run compiled on a device (None: on any); `cuda` as for serves()."""
     if device is not None and runs_behind_host(device):
-        return cuda and uses_cuda_kernels()
+        return cuda is not None and uses_cuda_kernel(cuda)
     return (device is None or device.type == "cpu") and load()

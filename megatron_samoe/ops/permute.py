@@ -52,7 +52,7 @@ def make_permutation(ids_TK: Tensor, num_experts: int) -> Permutation:
     """
     if ids_TK.dim() != 2 or ids_TK.dtype != torch.int64 or ids_TK.shape[1] == 0:
         raise ValueError(f"ids_TK must be an int64 matrix [T, K >= 1], not {ids_TK.dtype} {tuple(ids_TK.shape)}")
-    if extension.serves(ids_TK, cuda=True):
+    if extension.serves(ids_TK, cuda="rows"):
         return Permutation(*torch.ops.megatron_samoe.make_permutation(ids_TK.contiguous(), num_experts))
     if runs_behind_host(ids_TK.device):
         return Permutation(*rows_by_gather.make_permutation(ids_TK, num_experts))
@@ -65,7 +65,7 @@ def make_permutation(ids_TK: Tensor, num_experts: int) -> Permutation:
 
 def _ops(*tensors: Tensor) -> Any:
     """Returns permute, unpermute and unpermute_backward for these tensors; None where autograd goes through the twins."""
-    if extension.serves(*tensors, cuda=True):
+    if extension.serves(*tensors, cuda="rows"):
         return torch.ops.megatron_samoe
     return rows_by_gather if runs_behind_host(tensors[0].device) else None
 

@@ -151,7 +151,7 @@ def topk_gate(
     sigmoid = score_function == "sigmoid"
     if key_TE is not None and (key_TE.shape != logits_TE.shape or key_TE.dtype != logits_TE.dtype):
         raise ValueError(f"key_TE must be as logits_TE, not {key_TE.dtype} {tuple(key_TE.shape)}")
-    if logits_TE.dtype == torch.float32 and extension.serves(logits_TE, cuda=True):
+    if logits_TE.dtype == torch.float32 and extension.serves(logits_TE, cuda="gate"):
         key_TE = None if key_TE is None else key_TE.detach().contiguous()
         return GateResult(*_TopkGate.apply(logits_TE.contiguous(), topk, sigmoid, pre_softmax, num_groups, key_TE))
     return GateResult(*reference.topk_gate(logits_TE, topk, sigmoid, pre_softmax, num_groups, key_TE))

@@ -32,6 +32,7 @@ def machine_facts(parallel: ParallelState) -> dict[str, Any]:
         },
         "torch": torch.__version__,
         "extension": extension.available(),
+        "cuda_kernels": extension.cuda_kernels_in_use(),
     }
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from megatron_samoe.optimizer.mixed_precision import LossScale
 from megatron_samoe.training.spikes import SpikeHistory
 
+#: Key of the CUDA kernels that a run uses, beside the state in a checkpoint.
+CUDA_KERNELS = "cuda_kernels"
 #: Keys of `TrainState.plain`.
 PLAIN_KEYS = ("iteration", "consumed_samples", "consumed_tokens", "loss_scale")
 

@@ -30,6 +30,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "cuda" and gpu_problem():
         pytest.skip(gpu_problem())
     monkeypatch.setenv(extension.CUDA_ENVIRONMENT_VARIABLE, "1" if request.param == "cuda" else "0")
-    extension.uses_cuda_kernels.cache_clear()
+    extension._asked_for.cache_clear()
     yield request.param
-    extension.uses_cuda_kernels.cache_clear()
+    extension._asked_for.cache_clear()

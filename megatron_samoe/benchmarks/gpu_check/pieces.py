@@ -250,7 +250,11 @@ def ops(task: Task) -> Iterator[Row]:
     source: Tensor = torch.empty(size, dtype=torch.uint8, device=task.device)
     target = torch.empty_like(source)
     bytes_per_s = 2 * size / seconds_of(task, lambda: target.copy_(source))
-    yield {"what": "copy", "measured": f"{bytes_per_s / 1e12:.3f} TB/s", "kernels": extension.uses_cuda_kernels()}
+    yield {
+        "what": "copy",
+        "measured": f"{bytes_per_s / 1e12:.3f} TB/s",
+        "kernels": ", ".join(extension.cuda_kernels_in_use()),
+    }
     for name, (least, call) in op_cases(task).items():
         took, limit = seconds_of(task, call), least / bytes_per_s
         row = {"what": name, "predicted": f"{limit * 1e3:.4f} ms", "measured": f"{took * 1e3:.4f} ms"}
@@ -269,7 +273,7 @@ def step_times(task: Task) -> Iterator[Row]:
         assert config.training.global_batch_size is not None
         tokens = config.training.global_batch_size * config.model.seq_length
         row = {"what": f"step, {name}", "measured": f"{took * 1e3:.1f} ms", "tokens/s": round(tokens / took)}
-        yield {**row, "kernels": extension.uses_cuda_kernels()}
+        yield {**row, "kernels": ", ".join(extension.cuda_kernels_in_use())}
 
 
 def pretrain(task: Task, name: str, *flags: str, **environment: str) -> Path:

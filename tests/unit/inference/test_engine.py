@@ -29,7 +29,7 @@ from tests.unit.inference.tiny_models import loaded_tiny
 def test_who_runs_the_model(
     device: str, ranks: int, dtype: str, kernels: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "uses_cuda_kernels", lambda: kernels)
+    monkeypatch.setattr(engine_module, "uses_cuda_kernel", lambda kernel: kernels)
     assert takes_single_runner(device, ranks, dtype) is expected  # type: ignore[arg-type]
 
 

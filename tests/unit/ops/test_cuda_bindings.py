@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_samoe.ops import extension, reference
+from megatron_samoe.ops import extension, reference, twin_checks
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.permute import gather_rows, invert_index
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
-from tests.harness import emulated_cuda, op_checks
+from tests.harness import emulated_cuda
 from tests.harness.host_waits import as_if_asynchronous
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config
 
@@ -29,18 +29,18 @@ def test_gate(score_function: str, pre_softmax: bool, emulated: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     for num_tokens, topk, num_experts, num_groups in ((0, 2, 8, 1), (1, 1, 5, 1), (7, 8, 33, 7), (66, 2, 64, 3)):
         logits_TE = torch.randn(num_tokens, num_experts, generator=generator) * 3
-        op_checks.check_gate(logits_TE, topk, score_function, pre_softmax, num_groups)
-        op_checks.check_gate(logits_TE.round(), topk, score_function, pre_softmax, num_groups)  # ties are the rule
+        twin_checks.check_gate(logits_TE, topk, score_function, pre_softmax, num_groups)
+        twin_checks.check_gate(logits_TE.round(), topk, score_function, pre_softmax, num_groups)  # ties are the rule
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("drop", [False, True])
 def test_permutation_and_rows(drop: bool, dtype: torch.dtype, emulated: Any) -> None:
     for num_tokens, topk, num_experts, hidden in ((0, 2, 8, 17), (1, 1, 4, 1), (7, 8, 9, 100), (513, 2, 64, 64)):
-        ids_TK = op_checks.random_ids(num_tokens, topk, num_experts, drop, num_tokens)
-        op_checks.check_rows(ids_TK, num_experts, hidden, dtype)
+        ids_TK = twin_checks.random_ids(num_tokens, topk, num_experts, drop, num_tokens)
+        twin_checks.check_rows(ids_TK, num_experts, hidden, dtype)
     for expert in (0, 3, -1):
-        op_checks.check_rows(torch.full((50, 1), expert), 4, 32, dtype)
+        twin_checks.check_rows(torch.full((50, 1), expert), 4, 32, dtype)
     x_RH, index_R = torch.randn(37, 12).to(dtype).requires_grad_(), torch.randperm(37)
     y_RH = gather_rows(x_RH, index_R, invert_index(index_R))
     assert torch.equal(y_RH, x_RH[index_R])
@@ -50,9 +50,9 @@ def test_permutation_and_rows(drop: bool, dtype: torch.dtype, emulated: Any) -> 
 
 def test_combination(emulated: Any) -> None:
     for shape in ((1, 1, 1, 0), (12, 1, 4, 257), (3, 2, 8, 1024), (1, 2, 19, 7), (20, 1, 2, 4100)):
-        op_checks.check_combine(*op_checks.combine_inputs(*shape))
+        twin_checks.check_combine(*twin_checks.combine_inputs(*shape))
     # Banks, results and gradients in larger tensors.
-    coefficients_LGP, banks_PGN, dW_LGN = op_checks.combine_inputs(3, 4, 5, 48)
+    coefficients_LGP, banks_PGN, dW_LGN = twin_checks.combine_inputs(3, 4, 5, 48)
     wide_banks, wide_gradient, out_GLN = torch.zeros(5, 4, 100), torch.zeros(5, 4, 100), torch.zeros(4, 3, 48)
     for start in (20, 21):
         wide_banks[:, :, start : start + 48] = banks_PGN
@@ -71,13 +71,13 @@ def test_combination(emulated: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy(dtype: torch.dtype, emulated: Any) -> None:
     for num_tokens, width, first_id in ((0, 5, 3), (1, 1, 0), (7, 5003, 0), (40, 257, 100), (3, 0, 12), (9, 2048, 0)):
-        op_checks.check_cross_entropy(num_tokens, width, first_id, num_tokens + width, dtype)
+        twin_checks.check_cross_entropy(num_tokens, width, first_id, num_tokens + width, dtype)
 
 
 def test_adamw(emulated: Any) -> None:
-    op_checks.check_adamw([0, 1, 7, 16, 513, 4000], torch.float32, 2e-6, num_steps=2)
+    twin_checks.check_adamw([0, 1, 7, 16, 513, 4000], torch.float32, 2e-6, num_steps=2)
     many = [n % 5 * 3 for n in range(150)]  # several launches, with runs of no element among and after the others
-    op_checks.check_adamw([*many, 1025, 2048, 0], torch.float32, 2e-6, num_steps=1)
+    twin_checks.check_adamw([*many, 1025, 2048, 0], torch.float32, 2e-6, num_steps=1)
 
 
 def _train(num_steps: int, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
@@ -100,7 +100,7 @@ def test_a_models_training_steps(options: dict[str, Any], library: Any, monkeypa
     losses, weights = _train(1, **options)
     monkeypatch.setattr(torch.ops, "megatron_samoe", library)
     with as_if_asynchronous(), torch.profiler.profile() as profile:
-        monkeypatch.setattr(extension, "uses_cuda_kernels", lambda: True)
+        monkeypatch.setattr(extension, "uses_cuda_kernel", lambda kernel: True)
         emulated_losses, emulated_weights = _train(1, **options)
     seen = {event.key for event in profile.key_averages()}
     assert not {f"{emulated_cuda.NAMESPACE}::{name}" for name in emulated_cuda.TRAINING_OPS} - seen

@@ -1,4 +1,4 @@
-"""Which tensors go to the CUDA kernels: they are asked for by a variable. Fake tensors stand for a device's."""
+"""Which tensors go to the CUDA kernels: those that a variable or a run chose. Fake tensors stand for a device's."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ needs_library = pytest.mark.skipif(not extension.available(), reason="the compil
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
     """The variable is read again, in the test and after it."""
-    extension.uses_cuda_kernels.cache_clear()
+    extension._asked_for.cache_clear()
     yield
-    extension.uses_cuda_kernels.cache_clear()
+    extension._asked_for.cache_clear()
+    extension.trust(())
 
 
 @needs_library
@@ -37,19 +38,21 @@ def test_the_kernels_are_asked_for(
 ) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(extension, "has_cuda_kernels", lambda: True)
-    assert not extension.uses_cuda_kernels(), "they have not run on a GPU"
-    for value, used in (("0", False), ("1", True)):
-        extension.uses_cuda_kernels.cache_clear()
+    assert extension.cuda_kernels_are_chosen() and not extension.cuda_kernels_in_use(), "nobody has compared them"
+    extension.trust(["rows", "gate"])
+    assert extension.cuda_kernels_in_use() == ["gate", "rows"]
+    for value, used in (("0", []), ("1", [*extension.TRAINING_KERNELS, "decoding"])):
+        extension._asked_for.cache_clear()
         monkeypatch.setenv(VARIABLE, value)
-        assert extension.uses_cuda_kernels() == used
+        assert extension.cuda_kernels_in_use() == used and not extension.cuda_kernels_are_chosen()
     monkeypatch.setattr(extension, "has_cuda_kernels", lambda: False)
     # What earlier tests in this process left at the logger would show a message twice, or write to their output.
     monkeypatch.setattr(logging.getLogger("megatron_samoe"), "handlers", [])
     monkeypatch.setattr(logging.getLogger("megatron_samoe"), "propagate", True)
     _said.clear()
     for _ in range(2):
-        extension.uses_cuda_kernels.cache_clear()
-        assert not extension.uses_cuda_kernels()
+        extension._asked_for.cache_clear()
+        assert not extension.cuda_kernels_in_use()
     assert caplog.text.count(f"{VARIABLE}=1 has no effect") == 1 and "MEGATRON_SAMOE_BUILD=cuda" in caplog.text
 
 
@@ -57,23 +60,24 @@ def test_the_kernels_are_asked_for(
 def test_another_value_is_refused_even_on_a_cpu(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(extension.ENVIRONMENT_VARIABLE, mode)
     monkeypatch.setenv(VARIABLE, "yes")
-    with pytest.raises(ConfigError, match=f"{VARIABLE}.*yes.*one of 0, 1"):
+    with pytest.raises(ConfigError, match=f"{VARIABLE}.*yes.*one of auto, 0, 1"):
         extension.load.__wrapped__()
 
 
 @needs_library
 @pytest.mark.parametrize("used", [False, True])
 def test_which_tensors_are_served(used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "uses_cuda_kernels", lambda: used)
+    monkeypatch.setattr(extension, "uses_cuda_kernel", lambda kernel: used and kernel in ("gate", "adamw"))
     with FakeTensorMode():
         ours, theirs = torch.empty(3), torch.empty(3, device="cuda")
         other, half = torch.empty(3, device="cuda:1"), torch.empty(3, device="cuda", dtype=torch.half)
         ids, meta = torch.empty(3, device="cuda", dtype=torch.int64), torch.empty(3, device="meta")
-        assert extension.serves(ours) and extension.serves(ours, cuda=True)
-        assert extension.serves(theirs, None, ids, cuda=True) == used
+        assert extension.serves(ours) and extension.serves(ours, cuda="gate")
+        assert extension.serves(theirs, None, ids, cuda="gate") == used
         assert not extension.serves(theirs, ids), "an op without a CUDA kernel"
-        assert not any(extension.serves(theirs, t, cuda=True) for t in (ours, other, half, meta))
-        assert not extension.serves(meta, cuda=True)
+        assert not extension.serves(theirs, cuda="rows"), "a kernel that is not trusted"
+        assert not any(extension.serves(theirs, t, cuda="gate") for t in (ours, other, half, meta))
+        assert not extension.serves(meta, cuda="gate")
         run = AdamWRun(theirs, None, theirs, theirs, theirs)
         assert adamw_serves([run]) == used
         assert not adamw_serves([run, AdamWRun(ours, None, ours, ours, ours)])
@@ -83,7 +87,7 @@ def test_which_tensors_are_served(used: bool, monkeypatch: pytest.MonkeyPatch) -
 @needs_library
 def test_cuda_tensors_reach_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each op is called as the compiled one; results have its shapes, on the device."""
-    monkeypatch.setattr(extension, "uses_cuda_kernels", lambda: True)
+    monkeypatch.setattr(extension, "uses_cuda_kernel", lambda kernel: True)
     called = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

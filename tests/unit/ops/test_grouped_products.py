@@ -15,8 +15,7 @@ from megatron_samoe.ops import grouped_products
 from megatron_samoe.ops.grouped_mlp import grouped_mlp
 from megatron_samoe.ops.grouped_products import ExpertRows
 from megatron_samoe.ops.permute import gather_rows, make_permutation, unpermute
-from tests.harness.host_waits import as_if_asynchronous
-from tests.harness.op_checks import (
+from megatron_samoe.ops.twin_checks import (
     check_grouped_mlp,
     check_rows,
     expert_weights,
@@ -24,6 +23,7 @@ from tests.harness.op_checks import (
     random_ids,
     routed_rows,
 )
+from tests.harness.host_waits import as_if_asynchronous
 
 SIZES = [[3], [0, 0, 40], [5, 0, 17, 1], routed_rows(90, 2, 8, 3), [700, 2, 0], [0, 0], [600, 600, 1]]
 

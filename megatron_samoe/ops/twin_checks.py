@@ -1,4 +1,8 @@
-"""Ops against their slow twins, on any device: results and all gradients. The twins run on the CPU, mostly in fp64."""
+"""Ops against their slow twins, on any device: results and all gradients. The twins run on the CPU, mostly in fp64.
+
+A difference is an AssertionError. The package's tests call these checks with many sizes; a run on GPUs calls the small
+ones at its start (`runtime.kernels`).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
-from megatron_samoe.ops.topk_gate import topk_gate
+from megatron_samoe.ops.topk_gate import SCORE_FUNCTIONS, topk_gate
 
 Device = torch.device | str
 ROW_TOLERANCE = {torch.float32: {"rtol": 2e-6, "atol": 2e-6}, torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3}}
@@ -299,3 +303,41 @@ def check_adamw(
             torch.testing.assert_close(
                 getattr(run, moment).cpu(), optimizer.state[p][moment], rtol=10 * tolerance, atol=tolerance
             )
+
+
+def check_small_gates(device: Device) -> None:
+    """Compares the gate over few tokens, ties among them."""
+    generator = torch.Generator().manual_seed(1)
+    for num_tokens, topk, num_experts, num_groups in ((1, 1, 5, 1), (66, 2, 64, 3)):
+        logits_TE = torch.randn(num_tokens, num_experts, generator=generator) * 3
+        for score_function in SCORE_FUNCTIONS:
+            for pre_softmax in (False, True):
+                check_gate(logits_TE, topk, score_function, pre_softmax, num_groups, device)
+                check_gate(logits_TE.round(), topk, score_function, pre_softmax, num_groups, device)
+
+
+def check_small_rows(device: Device) -> None:
+    """Compares permutations of few tokens, with and without dropped slots."""
+    for dtype in ROW_TOLERANCE:
+        for num_tokens, topk, num_experts, hidden in ((1, 1, 4, 1), (33, 2, 9, 100), (513, 2, 64, 64)):
+            for drop in (False, True):
+                ids_TK = random_ids(num_tokens, topk, num_experts, drop, num_tokens)
+                check_rows(ids_TK, num_experts, hidden, dtype, device)
+
+
+def check_small_combination(device: Device) -> None:
+    """Compares combinations of small banks, wide and narrow ones."""
+    for shape in ((12, 1, 4, 257), (3, 2, 8, 1024), (20, 2, 2, 4100)):
+        check_combine(*combine_inputs(*shape), device)
+
+
+def check_small_cross_entropy(device: Device) -> None:
+    """Compares cross-entropies over parts of a vocabulary."""
+    for dtype in ROW_TOLERANCE:
+        for num_tokens, width, first_id in ((7, 5003, 0), (40, 257, 100)):
+            check_cross_entropy(num_tokens, width, first_id, num_tokens + width, dtype, device)
+
+
+def check_small_adamw(device: Device) -> None:
+    """Compares two steps over slices of odd sizes, some followed by bf16 weights."""
+    check_adamw([1, 7, 16, 513, 4000], torch.float32, 2e-6, num_steps=2, device=device)

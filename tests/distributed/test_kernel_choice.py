@@ -1,0 +1,59 @@
+"""CUDA kernels of a run over ranks: CPU tensors stand for a GPU's, and verdicts are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_samoe.cli import pretrain
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.ops import extension
+from megatron_samoe.ops.extension import TRAINING_KERNELS
+from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.runtime import kernels
+from tests.harness.host_waits import as_if_asynchronous
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny import tiny_config, with_layout
+
+
+def chosen_on_rank(problem_of_rank_1: str) -> list[str]:
+    parallel = initialize_model_parallel(with_layout(tiny_config("moe"), ep=2).parallel)
+    with as_if_asynchronous(), pytest.MonkeyPatch.context() as patch:
+        patch.delenv(extension.CUDA_ENVIRONMENT_VARIABLE, raising=False)
+        patch.delenv("LOCAL_RANK", raising=False)  # each rank is the first of a host
+        patch.setattr(extension, "has_cuda_kernels", lambda: True)
+        own = {k: problem_of_rank_1 if parallel.rank == 1 and k == "rows" else "" for k in TRAINING_KERNELS}
+        patch.setattr(kernels, "compare", lambda *_: own)
+        kernels.choose_kernels(parallel, None)
+        return list(extension.cuda_kernels_in_use())
+
+
+def test_all_ranks_use_the_same_kernels() -> None:
+    agreed = [k for k in TRAINING_KERNELS if k != "rows"]
+    assert run_ranks(chosen_on_rank, 2, "it differs") == [agreed, agreed]
+
+
+def test_a_run_records_its_kernels_and_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first half finds that rows differ; the second finds no fault, and leaves rows to torch all the same."""
+    monkeypatch.delenv(extension.CUDA_ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(extension, "has_cuda_kernels", lambda: True)
+    verdicts: dict[Any, str] = dict.fromkeys(TRAINING_KERNELS, "")
+    monkeypatch.setattr(kernels, "compare", lambda *_: dict(verdicts))
+    flags = [*"--mock-data --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --lr 1e-3 "
+             "--tokenizer-type ByteTokenizer --micro-batch-size 2 --train-iters 2 --num-threads 1".split(),
+             "--run-dir", str(tmp_path)]  # fmt: skip
+    used = []
+    with as_if_asynchronous():
+        for problem, more in (("it differs", ["--exit-interval", "1"]), ("", [])):
+            verdicts["rows"] = problem
+            # A CPU's tensors cannot go to a GPU's kernels: what is used is looked at and not called.
+            with monkeypatch.context() as patch:
+                patch.setattr(extension, "serves", lambda *tensors, cuda=None: False)
+                assert pretrain.main([*flags, *more]) == 0
+            used.append(extension.cuda_kernels_in_use())
+    extension.trust(())
+    assert used == [[k for k in TRAINING_KERNELS if k != "rows"]] * 2
+    last = store.read_train_state(tmp_path / "checkpoints" / "iter_0000002")
+    assert last["cuda_kernels"] == used[0]
