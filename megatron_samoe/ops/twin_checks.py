@@ -16,7 +16,7 @@ from megatron_samoe.ops import reference
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
-from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
+from megatron_samoe.ops.grouped_mlp import ExpertWeights, activate, activation_backward, grouped_mlp
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
 from megatron_samoe.ops.topk_gate import SCORE_FUNCTIONS, topk_gate
 
@@ -83,8 +83,11 @@ def check_rows(ids_TK: Tensor, num_experts: int, hidden: int, dtype: torch.dtype
     permutation = make_permutation(ids_TK.to(device), num_experts)
     expected_permutation = reference.make_permutation(ids_TK, num_experts)
     num_kept = int(permutation.counts_E.sum())
+    assert permutation.ends_E.dtype == torch.int32 and int(permutation.ends_E[-1]) == permutation.num_rows
     kept = permutation.kept(num_kept)
-    for field, expected in zip(("slot_of_row_N", "row_of_slot_TK", "counts_E"), expected_permutation, strict=True):
+    for field, expected in zip(
+        ("slot_of_row_N", "row_of_slot_TK", "counts_E", "ends_E"), expected_permutation, strict=True
+    ):
         assert torch.equal(getattr(kept, field).cpu(), expected), field
     slot_of_row_N = expected_permutation[0]
 
@@ -329,6 +332,30 @@ def check_small_combination(device: Device) -> None:
     """Compares combinations of small banks, wide and narrow ones."""
     for shape in ((12, 1, 4, 257), (3, 2, 8, 1024), (20, 2, 2, 4100)):
         check_combine(*combine_inputs(*shape), device)
+
+
+def check_swiglu(num_rows: int, width: int, dtype: torch.dtype, device: Device = "cpu") -> None:
+    """Compares SwiGLU and its gradient on a device with autograd's in fp64."""
+    generator = torch.Generator().manual_seed(num_rows + width)
+    h_RU = (torch.randn(num_rows, 2 * width, generator=generator) * 3).to(dtype)
+    da_RF = torch.randn(num_rows, width, generator=generator).to(dtype)
+    exact_h = h_RU.double().requires_grad_()
+    gate, up = exact_h.chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    (expected_dh,) = torch.autograd.grad(expected, exact_h, da_RF.double())
+    unit = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+    a_RF = activate(h_RU.to(device), "swiglu")
+    dh_RU, again_RF = activation_backward(da_RF.to(device), h_RU.to(device), "swiglu")
+    for got, wanted in ((a_RF, expected.detach()), (again_RF, expected.detach()), (dh_RU, expected_dh)):
+        assert got.dtype == dtype and got.shape == wanted.shape
+        torch.testing.assert_close(got.cpu().double(), wanted, rtol=4 * unit, atol=4 * unit)
+
+
+def check_small_swiglu(device: Device) -> None:
+    """Compares SwiGLU over few rows, wide and narrow ones."""
+    for dtype in ROW_TOLERANCE:
+        for num_rows, width in ((1, 1), (37, 24), (5, 256), (9, 77)):
+            check_swiglu(num_rows, width, dtype, device)
 
 
 def check_small_cross_entropy(device: Device) -> None:
