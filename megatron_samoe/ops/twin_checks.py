@@ -21,7 +21,10 @@ from megatron_samoe.ops.permute import make_permutation, permute, unpermute
 from megatron_samoe.ops.topk_gate import SCORE_FUNCTIONS, topk_gate
 
 Device = torch.device | str
-ROW_TOLERANCE = {torch.float32: {"rtol": 2e-6, "atol": 2e-6}, torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3}}
+ROW_TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 2e-6, "atol": 2e-6},
+    torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3},
+}
 
 
 def _gate_gradient(gate: Any, logits_TE: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -139,14 +142,14 @@ def check_combine(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: Tensor, d
     exact = reference.combine_banks(coefficients_LGP.double(), banks_PGN.double(), torch.float64)
     bound = coefficients_LGP.double().abs()
     scale = reference.combine_banks(bound, banks_PGN.double().abs(), torch.float64)
-    arguments = [t.to(device) for t in (coefficients_LGP, banks_PGN, dW_LGN)]
+    a, t, dw = (x.to(device) for x in (coefficients_LGP, banks_PGN, dW_LGN))
     for dtype, unit in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
-        got = combine_banks(*arguments[:2], out_dtype=dtype)
+        got = combine_banks(a, t, out_dtype=dtype)
         assert got.dtype == dtype and got.shape == dW_LGN.shape
         assert ((got.cpu().double() - exact).abs() <= unit * scale + 1e-30).all()
     start_PGN = torch.randn(banks_PGN.shape, generator=torch.Generator().manual_seed(9))
     dbanks_PGN = start_PGN.clone().to(device)
-    dcoefficients_LGP = combine_banks_backward(*arguments, dbanks_PGN)
+    dcoefficients_LGP = combine_banks_backward(a, t, dw, dbanks_PGN)
     exact_dbanks, exact_dcoefficients = reference.combine_banks_backward(
         coefficients_LGP.double(), banks_PGN.double(), dW_LGN.double()
     )
@@ -182,7 +185,7 @@ def check_cross_entropy(
     ).cpu()
     assert dlogits_TV.dtype == dtype
     expected = reference.cross_entropy_backward(logits_TV.double(), labels_T, first_id, logsumexp_T, dloss_T.double())
-    tolerance = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-5}
+    tolerance: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-5}
     torch.testing.assert_close(dlogits_TV.double(), expected, **tolerance)
 
 
@@ -243,8 +246,8 @@ def check_grouped_mlp(
         assert y.dtype == dtype
         y.backward(dy)
 
-    def check(name: str, actual: Tensor | None, wanted: Tensor) -> None:
-        assert actual is not None, name
+    def check(name: str, actual: Tensor | None, wanted: Tensor | None) -> None:
+        assert actual is not None and wanted is not None, name
         scale = max(1.0, float(wanted.detach().abs().max())) if wanted.numel() else 1.0
         torch.testing.assert_close(
             actual.cpu().double(), wanted.detach(), rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{name}: {m}"
