@@ -33,15 +33,22 @@ class CpuBackend : public TensorChecks {
   void combine_backward(const cpu::CombineBackward& a) const { cpu::kernels().combine_backward(a); }
   void cross_entropy_forward(const cpu::CrossEntropyForward& a) const { cpu::kernels().cross_entropy_forward(a); }
   void cross_entropy_backward(const cpu::CrossEntropyBackward& a) const { cpu::kernels().cross_entropy_backward(a); }
+  void swiglu(const cpu::Activate& a) const { cpu::kernels().activate(a); }
+  void swiglu_backward(const cpu::ActivateBackward& a) const { cpu::kernels().activate_backward(a); }
   void adamw(const cpu::AdamW& a) const { cpu::kernels().adamw(a); }
 
-  CountedSlots count_slots(const Tensor& ids, const Tensor& counts) const {
+  CountedSlots count_slots(const Tensor& ids, const Tensor& counts, const Tensor& ends) const {
     const int64_t num_slots = ids.numel(), num_experts = counts.size(0);
     const int64_t chunks = cpu::num_slot_chunks(num_slots, num_experts, num_threads());
     CountedSlots slots{uninitialized({chunks, num_experts}, ids), 0, 0};
     slots.num_rows = cpu::count_slots(ids.const_data_ptr<int64_t>(), num_slots, num_experts, chunks,
                                       counts.mutable_data_ptr<int64_t>(), slots.cursor.mutable_data_ptr<int64_t>(),
                                       &slots.bad_id, static_cast<int>(chunks));
+    int64_t end = 0;
+    for (int64_t e = 0; e < num_experts; ++e) {
+      end += counts.const_data_ptr<int64_t>()[e];
+      ends.mutable_data_ptr<int32_t>()[e] = static_cast<int32_t>(end);
+    }
     return slots;
   }
   void place_slots(const Tensor& ids, const CountedSlots& slots, const Tensor& slot_of_row,

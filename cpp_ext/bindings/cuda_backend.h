@@ -52,14 +52,16 @@ class CudaBackend : public TensorChecks {
   }
   void cross_entropy_forward(const cpu::CrossEntropyForward& a) const { launch(cuda::cross_entropy_forward, a); }
   void cross_entropy_backward(const cpu::CrossEntropyBackward& a) const { launch(cuda::cross_entropy_backward, a); }
+  void swiglu(const cpu::Activate& a) const { launch(cuda::swiglu, a); }
+  void swiglu_backward(const cpu::ActivateBackward& a) const { launch(cuda::swiglu_backward, a); }
   void adamw(const cpu::AdamW& a) const { launch(cuda::adamw, a); }
 
   // Every slot has a row: how many are kept only the device knows.
-  CountedSlots count_slots(const Tensor& ids, const Tensor& counts) const {
+  CountedSlots count_slots(const Tensor& ids, const Tensor& counts, const Tensor& ends) const {
     const int64_t num_slots = ids.numel(), num_experts = counts.size(0);
     const CountedSlots slots{uninitialized({cuda::num_slot_chunks(num_slots), num_experts + 1}, ids), num_slots, 0};
     launch(cuda::count_slots, ids.const_data_ptr<int64_t>(), num_slots, num_experts, counts.mutable_data_ptr<int64_t>(),
-           slots.cursor.mutable_data_ptr<int64_t>());
+           ends.mutable_data_ptr<int32_t>(), slots.cursor.mutable_data_ptr<int64_t>());
     return slots;
   }
   void place_slots(const Tensor& ids, const CountedSlots& slots, const Tensor& slot_of_row,

@@ -16,7 +16,9 @@ STABLE_TORCH_LIBRARY(megatron_samoe, m) {
   m.def(
       "topk_gate_backward(Tensor logits, Tensor logsumexp, Tensor probs, Tensor ids, Tensor? dprobs,"
       " Tensor? dscore_sum, Tensor? dz, bool sigmoid, bool pre_softmax, int num_groups) -> Tensor");
-  m.def("make_permutation(Tensor ids, int num_experts) -> (Tensor slot_of_row, Tensor row_of_slot, Tensor counts)");
+  m.def(
+      "make_permutation(Tensor ids, int num_experts)"
+      " -> (Tensor slot_of_row, Tensor row_of_slot, Tensor counts, Tensor ends)");
   m.def("permute(Tensor x, Tensor slot_of_row, int topk) -> Tensor");
   m.def("unpermute(Tensor rows, Tensor? probs, Tensor row_of_slot) -> Tensor");
   m.def(
@@ -32,6 +34,8 @@ STABLE_TORCH_LIBRARY(megatron_samoe, m) {
   m.def(
       "grouped_mlp_backward(Tensor dy, Tensor x, Tensor hidden, int[] rows, Tensor w1, Tensor w2, Tensor? b1, bool gated,"
       " Tensor(a!) dw1, Tensor(b!) dw2, Tensor(c!)? db1, Tensor(d!)? db2) -> Tensor");
+  m.def("swiglu(Tensor hidden) -> Tensor");
+  m.def("swiglu_backward(Tensor dactivation, Tensor hidden) -> (Tensor dhidden, Tensor activation)");
   m.def(
       "adamw(Tensor(a!)[] masters, Tensor(b!)[] weights, Tensor[] grads, Tensor(c!)[] exp_avgs,"
       " Tensor(d!)[] exp_avg_sqs, float lr, float beta1, float beta2, float eps, float weight_decay, int step,"

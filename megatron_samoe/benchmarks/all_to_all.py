@@ -45,7 +45,8 @@ def _variants(megabytes: float, uneven: bool, communicator: ShmCommunicator) -> 
     receive = [splits[(rank - source - 1) % world] for source in range(world)]
     x = torch.randn(num_rows, WIDTH)
     slots = torch.randperm(num_rows)
-    permutation = Permutation(slots, torch.argsort(slots)[:, None], torch.tensor([num_rows]))
+    counts_E = torch.tensor([num_rows])
+    permutation = Permutation(slots, torch.argsort(slots)[:, None], counts_E, counts_E.int())
     staged = communicator.gathered(x, slots, 1)
 
     def gloo(rows: torch.Tensor = x) -> None:

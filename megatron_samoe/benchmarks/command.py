@@ -20,6 +20,7 @@ from megatron_samoe.benchmarks import (
     data,
     decode,
     expert_parallel,
+    gpu_budget,
     layer,
     ops,
     parallel,
@@ -50,6 +51,7 @@ PARTS = (
     serve,
     servers,
     ring_attention,
+    gpu_budget,
     gpu_check,
 )
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_samoe.benchmarks.common import DTYPES, Row, Rows, add_command, add_options, alternate
 from megatron_samoe.benchmarks.peers import LineWorker, add_peer_options, running
@@ -51,6 +52,15 @@ def make_layer(
     dispatch_chunks: int = 1,
 ) -> Callable[[], None]:  # fmt: skip
     """Returns a run of a layer's forward and backward on random tokens."""
+    forward, backward = make_halves(options, experts, topk, activation, dtype, state, dispatch_chunks)
+    return lambda: backward(forward())
+
+
+def make_halves(
+    options: Options, experts: int, topk: int, activation: str, dtype: torch.dtype, state: ParallelState,
+    dispatch_chunks: int = 1,
+) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:  # fmt: skip
+    """Returns a layer's forward on random tokens, and the backward from its result, on the device of the state."""
     gated, tokens = activation == "swiglu", options.tokens
     config = PretrainConfig(
         model=ModelConfig(hidden_size=options.hidden_size, ffn_hidden_size=options.ffn_hidden_size,
@@ -65,17 +75,20 @@ def make_layer(
     parameters = dict(layer.named_parameters())
     initialize_parameters(parameters, state, seed=1)
     buffers = GradBuffers(parameters, state)
-    x_TH = torch.randn(tokens, options.hidden_size).to(dtype).requires_grad_()
-    dy_TH = torch.randn(tokens, options.hidden_size).to(dtype)
+    x_TH, dy_TH = (torch.randn(tokens, options.hidden_size, device=state.device).to(dtype) for _ in range(2))
+    x_TH.requires_grad_()
     context = ForwardContext(1, training=True, tokens_per_step=tokens)
 
-    def once() -> None:
+    def forward() -> Tensor:
         assert buffers is not None  # parameters know them by a weak reference only
-        y_TH, _, _ = layer(x_TH, context, lender)
+        y_TH: Tensor = layer(x_TH, context, lender)[0]
+        return y_TH
+
+    def backward(y_TH: Tensor) -> None:
         torch.autograd.backward(y_TH, dy_TH)
         x_TH.grad = None
 
-    return once
+    return forward, backward
 
 
 def measure(

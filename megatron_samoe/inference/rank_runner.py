@@ -20,7 +20,7 @@ from megatron_samoe.moe.sharing.expert_pool import FP32_BYTES, ExpertPool
 from megatron_samoe.moe.sharing.mapped import MappedLender, shared_pools
 from megatron_samoe.moe.sharing.way import LenderCosts
 from megatron_samoe.moe.types import Experts, ForwardContext
-from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
+from megatron_samoe.ops.grouped_mlp import Counts, ExpertWeights, grouped_mlp
 from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec
 from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
 from megatron_samoe.pipeline_parallel.schedules import run_plan
@@ -168,7 +168,7 @@ class SelectedLender:
         weights = without_repeated_bias(ExpertWeights(**parts), self._layers[moe_index].state)
         activation = self._pool.activation
 
-        def run(x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
+        def run(x_RH: Tensor, rows_per_expert: Counts) -> Tensor:
             # factor1 (W1 x + b1) = W1 (factor1 x) + factor1 b1
             return grouped_mlp(x_RH * factor1, rows_per_expert, weights, activation) * factor2
 

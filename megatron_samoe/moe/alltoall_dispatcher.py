@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.ops.asynchronous import HostCopy, runs_behind_host
+from megatron_samoe.ops.grouped_mlp import Counts
+from megatron_samoe.ops.grouped_products import ExpertRows
 from megatron_samoe.ops.permute import Permutation, invert_index, make_permutation, permute, unpermute
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange.all_to_all import Route, dispatch_rows, exchange_counts, return_rows
@@ -25,12 +27,12 @@ class Dispatched:
 
     Attributes:
         rows_RH: received tokens, sorted by local expert, then by sender.
-        rows_per_expert: e counts, on the device; see `ops.grouped_mlp`.
+        rows_per_expert: of e experts, on the device; see `ops.grouped_mlp`.
         route: how the rows came; None where they did not travel.
     """
 
     rows_RH: Tensor
-    rows_per_expert: Tensor
+    rows_per_expert: Counts
     permutation: Permutation
     route: Route | None
 
@@ -114,7 +116,10 @@ class AllToAllDispatcher:
         """Sends every token to the experts it chose."""
         permutation, receive_We = leaving.permutation, leaving.receive_We
         if leaving.table is None or receive_We is None:
-            return Dispatched(permute(leaving.x_TH, permutation), permutation.counts_E, permutation, None)
+            rows_RH, counts_E = permute(leaving.x_TH, permutation), permutation.counts_E
+            if not runs_behind_host(rows_RH.device):
+                return Dispatched(rows_RH, counts_E, permutation, None)
+            return Dispatched(rows_RH, ExpertRows(counts_E, len(rows_RH), permutation.ends_E), permutation, None)
         table = self._awaited(leaving.table)
         route = _route(table, receive_We)
         permutation = permutation.kept(sum(route.sent_rows))

@@ -13,6 +13,7 @@ consecutive ones of the micro-batches that data-parallel ranks have in hand.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -70,8 +71,8 @@ def balance_sum(gate: GateResult, topk: int, group_size: int, dp: Group) -> Tens
     num_tokens = len(gate.ids_TK)
     tokens = max(num_tokens // max(num_sequences, 1), 1)
     counts_BE = _group_counts(gate.counts_GE, group_size, dp)
-    shares_BE = counts_BE.to(gate.score_sum_GE.dtype) / (group_size * tokens * topk)
-    return (shares_BE * gate.score_sum_GE).sum() * (num_experts / tokens)
+    share = num_experts / (tokens * group_size * tokens * topk)
+    return (counts_BE * gate.score_sum_GE).sum() * share
 
 
 def _group_counts(counts_BE: Tensor, group_size: int, dp: Group) -> Tensor:
@@ -101,7 +102,7 @@ def auxiliary_loss(gate: GateResult, balance: Tensor, config: MoEConfig, context
         terms.append(config.moe_aux_loss_coeff * tokens_per_sequence / context.tokens_per_step * balance)
     if config.moe_z_loss_coeff > 0:
         terms.append(config.moe_z_loss_coeff / context.tokens_per_step * gate.z_sum)
-    return torch.stack(terms).sum() if terms else None
+    return functools.reduce(torch.add, terms) if terms else None
 
 
 def attach_loss(x: Tensor, loss: Tensor, gradient_scale: float) -> Tensor:

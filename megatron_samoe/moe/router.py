@@ -163,7 +163,8 @@ class Router(nn.Module):
             )
         loss, sums = self.balance(gate, context)
         sums |= {"counts": gate.counts_GE.sum(0), "z_sum": gate.z_sum.detach()}
-        sums["dropped"] = ((ids_TK < 0) & (chosen_TK >= 0)).sum()
+        none_dropped = ids_TK is chosen_TK
+        sums["dropped"] = sums["counts"].new_zeros(()) if none_dropped else ((ids_TK < 0) & (chosen_TK >= 0)).sum()
         columns = self.place.set_columns
         if loads_BC is not None and columns is not None:
             factor = self._set_factor(columns, len(logits_TE) // context.batch_size, context)

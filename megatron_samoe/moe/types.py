@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.set_loads import SetColumns
 from megatron_samoe.ops.attention import ScoreRule
+from megatron_samoe.ops.grouped_mlp import Counts
 from megatron_samoe.tensor_parallel.random import SampleRandom
 
 
@@ -113,7 +114,7 @@ class StatisticsLayout:
 class Experts(Protocol):
     """The experts of one layer on one rank, wherever their weights come from."""
 
-    def __call__(self, x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
+    def __call__(self, x_RH: Tensor, rows_per_expert: Counts) -> Tensor:
         """Returns y_RH for rows sorted by local expert; with expert tensor parallelism a part of a sum over ranks.
 
         Args:

@@ -26,11 +26,12 @@ def _topk_gate_backward(logits_TE: Tensor, *others: object) -> Tensor:
     return torch.empty_like(logits_TE)
 
 
-def _make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # How many slots are kept is in the data; a device that runs behind the host has a row for each.
     dynamic = not runs_behind_host(ids_TK.device)
     num_rows = torch.library.get_ctx().new_dynamic_size() if dynamic else ids_TK.numel()
-    return ids_TK.new_empty(num_rows), torch.empty_like(ids_TK), ids_TK.new_empty(num_experts)
+    ends_E = ids_TK.new_empty(num_experts, dtype=torch.int32)
+    return ids_TK.new_empty(num_rows), torch.empty_like(ids_TK), ids_TK.new_empty(num_experts), ends_E
 
 
 def _permute(x_TH: Tensor, slot_of_row_N: Tensor, topk: int) -> Tensor:
@@ -78,6 +79,14 @@ def _grouped_mlp_backward(dy_RH: Tensor, x_RH: Tensor, *others: object) -> Tenso
     return torch.empty_like(x_RH)
 
 
+def _swiglu(hidden_RU: Tensor) -> Tensor:
+    return hidden_RU.new_empty(hidden_RU.shape[0], hidden_RU.shape[1] // 2)
+
+
+def _swiglu_backward(da_RF: Tensor, hidden_RU: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden_RU), torch.empty_like(da_RF)
+
+
 def _adamw(*arguments: object) -> None:
     return None
 
@@ -97,6 +106,8 @@ def register() -> None:
         _cross_entropy_backward,
         _grouped_mlp,
         _grouped_mlp_backward,
+        _swiglu,
+        _swiglu_backward,
         _adamw,
     ):
         torch.library.register_fake(f"megatron_samoe::{function.__name__[1:]}", function)

@@ -24,8 +24,8 @@ from megatron_samoe.ops import extension, grouped_products
 from megatron_samoe.ops.asynchronous import runs_behind_host
 from megatron_samoe.ops.grouped_products import ExpertRows
 
-#: Rows of each expert. On a device that runs behind the host, a tensor of the device.
-Counts = Sequence[int] | Tensor
+#: Rows of each expert. On a device that runs behind the host, a tensor of the device, or what was made of it.
+Counts = Sequence[int] | Tensor | ExpertRows
 
 #: gelu is the tanh form, as GPT-2 and GPT-3 have it.
 Activation = Literal["gelu", "gelu_exact", "swiglu"]
@@ -72,7 +72,7 @@ def grouped_mlp(
     Args:
         x_RH: rows sorted by expert.
         rows_per_expert: e counts that sum to R, int64 [e] on the device of x; they may be 0. On a device that runs behind the
-            host they may sum to less: the last expert has the rows that are left.
+            host they may sum to less: the last expert has the rows that are left, which get no gradient.
         weights: of e experts, in the dtype of x.
         main_grads: if given, weight gradients are added there (any float dtype) and autograd gets none.
     """
@@ -85,6 +85,8 @@ def grouped_mlp(
 
 def expert_rows(rows_per_expert: Counts, x_RH: Tensor) -> list[int] | ExpertRows:
     """Returns how many rows of x each expert has, as the forward and the backward on its device take it."""
+    if isinstance(rows_per_expert, ExpertRows):
+        return rows_per_expert
     if runs_behind_host(x_RH.device):
         if not isinstance(rows_per_expert, Tensor):
             rows_per_expert = torch.tensor(rows_per_expert, device=x_RH.device)
@@ -161,8 +163,8 @@ def grouped_mlp_backward(
         return dx_RH
     h_RU = _with_bias(h_RU, rows, weights.b1)
     da_RF = _products(dy_RH, rows, weights.w2.transpose(1, 2), None)
-    add_outer_products(grads.w2, dy_RH, activate(h_RU, activation), rows)
-    dh_RU = activation_backward(da_RF, h_RU, activation)
+    dh_RU, a_RF = activation_backward(da_RF, h_RU, activation)
+    add_outer_products(grads.w2, dy_RH, a_RF, rows)
     add_outer_products(grads.w1.flatten(1, -2), dh_RU, x_RH, rows)
     for bias_grad, d in ((grads.b1, dh_RU), (grads.b2, dy_RH)):
         if bias_grad is not None:
@@ -180,20 +182,26 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
     """Returns a_RF: GELU of h, or SiLU of the first half times the second."""
     if activation in GELU_FORM:
         return F.gelu(h, approximate=GELU_FORM[activation])
+    if h.dim() == 2 and extension.serves(h, cuda="swiglu") and not (torch.is_grad_enabled() and h.requires_grad):
+        a_RF: Tensor = torch.ops.megatron_samoe.swiglu(h.contiguous())
+        return a_RF
     gate, up = h.chunk(2, -1)
     return F.silu(gate).mul_(up)
 
 
-def activation_backward(da: Tensor, h: Tensor, activation: Activation) -> Tensor:
-    """Returns dh, [R, F] or [R, 2F], for the gradient da_RF of `activate`'s result."""
+def activation_backward(da: Tensor, h: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Returns dh, [R, F] or [R, 2F], for the gradient da_RF of `activate`'s result, and that result again."""
     if activation in GELU_FORM:
-        return torch.ops.aten.gelu_backward(da, h, approximate=GELU_FORM[activation])
+        return torch.ops.aten.gelu_backward(da, h, approximate=GELU_FORM[activation]), activate(h, activation)
+    if extension.serves(da, h, cuda="swiglu"):
+        dh, a = torch.ops.megatron_samoe.swiglu_backward(da.contiguous(), h.contiguous())
+        return dh, a
     gate, up = h.chunk(2, -1)
-    dh = torch.empty_like(h)
+    dh, silu = torch.empty_like(h), F.silu(gate)
     d_gate, d_up = dh.chunk(2, -1)
-    torch.mul(da, F.silu(gate), out=d_up)
+    torch.mul(da, silu, out=d_up)
     d_gate.copy_(torch.ops.aten.silu_backward(da * up, gate))
-    return dh
+    return dh, silu.mul_(up)
 
 
 def _with_bias(h_RU: Tensor, rows: list[int] | ExpertRows, bias: Tensor | None) -> Tensor:

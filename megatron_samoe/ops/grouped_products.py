@@ -42,13 +42,21 @@ class ExpertRows:
     """How many of R rows each of e experts has, on a device that runs behind the host.
 
     Args:
-        counts_e: rows of each expert; rows after these count as the last expert's.
+        counts_e: rows of each expert; rows after these count as the last expert's, and have no gradient.
+        ends_e: where each expert's rows end, int32, with those after the counted ones; computed if not given.
     """
 
-    def __init__(self, counts_e: Tensor, num_rows: int):
-        self.num_rows, self.num_experts = num_rows, len(counts_e)
-        self.ends_e = counts_e.cumsum(0, dtype=torch.int32)
-        self.ends_e[-1:] = num_rows
+    def __init__(self, counts_e: Tensor, num_rows: int, ends_e: Tensor | None = None):
+        self.num_rows, self.num_experts, self._counts_e = num_rows, len(counts_e), counts_e
+        if ends_e is None:
+            ends_e = counts_e.cumsum(0, dtype=torch.int32)
+            ends_e[-1:] = num_rows
+        self.ends_e = ends_e
+
+    @functools.cached_property
+    def has_none_e(self) -> Tensor:
+        """Whether an expert has no row with a gradient."""
+        return self._counts_e == 0
 
     @functools.cached_property
     def expert_of_row_R(self) -> Tensor:
@@ -93,6 +101,13 @@ def use_grouped_mm(*operands: Tensor) -> bool:
     return fits and torch.cuda.get_device_capability(operands[0].device)[0] in (9, 10)
 
 
+def _leaves_empty_experts_unset(device: torch.device) -> bool:
+    """Returns whether torch's grouped product was reported to leave gradients of experts without rows as memory had them:
+    on capability 10, and not on 9 (pytorch/pytorch#172439). Filling them costs a pass over all gradients.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] > 9
+
+
 def products(x_RK: Tensor, rows: ExpertRows, w_eMK: Tensor, b_eM: Tensor | None) -> Tensor:
     """Returns [R, M]: expert e's rows times w[e] transposed, plus b[e]."""
     if not rows.num_rows:
@@ -110,8 +125,9 @@ def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: Exper
         return
     if rows.num_experts < _MOST_GROUPS and use_grouped_mm(d_RM, x_RK):
         product_eMK = F.grouped_mm(d_RM.t(), x_RK, offs=rows.ends_e)
-        # It was reported to leave the results of experts without rows unset (capability 10).
-        grad_eMK += product_eMK.masked_fill_((rows.counts_e == 0)[:, None, None], 0.0)
+        if _leaves_empty_experts_unset(product_eMK.device):
+            product_eMK.masked_fill_(rows.has_none_e[:, None, None], 0.0)
+        grad_eMK += product_eMK
         return
     blocks = rows.blocks
     d_blocks, x_blocks = _packed(d_RM, blocks), _packed(x_RK, blocks)

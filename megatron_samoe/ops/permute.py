@@ -24,11 +24,13 @@ class Permutation:
     """The row of each slot. Rows are sorted by expert, and within an expert by slot; dropped slots have no row, or the last.
 
     slot_of_row_N: int64. row_of_slot_TK: int64, -1 where the slot is dropped. counts_E: kept rows per expert, int64.
+    ends_E: where each expert's rows end, int32; the last's with those of dropped slots.
     """
 
     slot_of_row_N: Tensor
     row_of_slot_TK: Tensor
     counts_E: Tensor
+    ends_E: Tensor
 
     @property
     def num_rows(self) -> int:
@@ -40,7 +42,7 @@ class Permutation:
 
     def kept(self, num_rows: int) -> Permutation:
         """Returns the permutation without rows of dropped slots, for a caller that knows how many are kept."""
-        return replace(self, slot_of_row_N=self.slot_of_row_N[:num_rows])
+        return replace(self, slot_of_row_N=self.slot_of_row_N[:num_rows], ends_E=self.ends_E.clamp_max(num_rows))
 
 
 def make_permutation(ids_TK: Tensor, num_experts: int) -> Permutation:

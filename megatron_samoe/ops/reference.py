@@ -87,8 +87,8 @@ def topk_gate(
     return probs_TK, ids_TK, counts_GE, score_sum_GE, z_sum
 
 
-def make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns slot_of_row_N, row_of_slot_TK and counts_E: slots (token-major) stably sorted by expert, -1 dropped."""
+def make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns slot_of_row_N, row_of_slot_TK, counts_E, ends_E: slots (token-major) stably sorted by expert, -1 dropped."""
     ids_S = ids_TK.reshape(-1)
     order_S = torch.sort(ids_S, stable=True).indices
     num_dropped = int((ids_S < 0).sum())
@@ -96,7 +96,7 @@ def make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     row_of_slot_S = torch.full_like(ids_S, -1)
     row_of_slot_S[slot_of_row_N] = torch.arange(slot_of_row_N.numel(), device=ids_S.device)
     counts_E = torch.bincount(ids_S[slot_of_row_N], minlength=num_experts)
-    return slot_of_row_N, row_of_slot_S.view_as(ids_TK), counts_E
+    return slot_of_row_N, row_of_slot_S.view_as(ids_TK), counts_E, counts_E.cumsum(0, dtype=torch.int32)
 
 
 def permute(x_TH: Tensor, slot_of_row_N: Tensor, topk: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_samoe.ops.extension import accumulation_dtype
 
 
-def make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns what `reference.make_permutation` does, with a row for every slot: those of dropped ones come last."""
     ids_S = ids_TK.reshape(-1)
     is_dropped_S = ids_S < 0
@@ -20,7 +20,10 @@ def make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     rows_S = torch.arange(ids_S.numel(), device=ids_S.device)
     row_of_slot_S = torch.empty_like(ids_S).scatter_(0, slot_of_row_S, rows_S).masked_fill_(is_dropped_S, -1)
     ends_E = torch.searchsorted(sorted_S, torch.arange(num_experts, device=ids_S.device), right=True)
-    return slot_of_row_S, row_of_slot_S.view_as(ids_TK), ends_E.diff(prepend=ends_E.new_zeros(1))
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    ends_E = ends_E.to(torch.int32)
+    ends_E[-1:] = ids_S.numel()
+    return slot_of_row_S, row_of_slot_S.view_as(ids_TK), counts_E, ends_E
 
 
 def permute(x_TH: Tensor, slot_of_row_N: Tensor, topk: int) -> Tensor:

@@ -12,7 +12,7 @@ SCHEMAS = """
 instruction_set() -> str
 topk_gate(Tensor logits, int topk, bool sigmoid, bool pre_softmax, int num_groups, Tensor? key=None) -> (Tensor probs, Tensor ids, Tensor counts, Tensor score_sum, Tensor z_sum, Tensor logsumexp)
 topk_gate_backward(Tensor logits, Tensor logsumexp, Tensor probs, Tensor ids, Tensor? dprobs, Tensor? dscore_sum, Tensor? dz, bool sigmoid, bool pre_softmax, int num_groups) -> Tensor
-make_permutation(Tensor ids, int num_experts) -> (Tensor slot_of_row, Tensor row_of_slot, Tensor counts)
+make_permutation(Tensor ids, int num_experts) -> (Tensor slot_of_row, Tensor row_of_slot, Tensor counts, Tensor ends)
 permute(Tensor x, Tensor slot_of_row, int topk) -> Tensor
 unpermute(Tensor rows, Tensor? probs, Tensor row_of_slot) -> Tensor
 unpermute_backward(Tensor dy, Tensor rows, Tensor probs, Tensor slot_of_row, Tensor row_of_slot) -> (Tensor drows, Tensor dprobs)
@@ -22,6 +22,8 @@ cross_entropy_parts(Tensor logits, Tensor labels, int first_id) -> (Tensor peak,
 cross_entropy_backward(Tensor logits, Tensor labels, int first_id, Tensor logsumexp, Tensor dloss) -> Tensor
 grouped_mlp(Tensor x, int[] rows, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, bool gated, bool keep_hidden) -> (Tensor y, Tensor hidden)
 grouped_mlp_backward(Tensor dy, Tensor x, Tensor hidden, int[] rows, Tensor w1, Tensor w2, Tensor? b1, bool gated, Tensor(a!) dw1, Tensor(b!) dw2, Tensor(c!)? db1, Tensor(d!)? db2) -> Tensor
+swiglu(Tensor hidden) -> Tensor
+swiglu_backward(Tensor dactivation, Tensor hidden) -> (Tensor dhidden, Tensor activation)
 adamw(Tensor(a!)[] masters, Tensor(b!)[] weights, Tensor[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, float lr, float beta1, float beta2, float eps, float weight_decay, int step, float grad_scale) -> ()
 decode_linear(Tensor x, Tensor w, Tensor? scale, Tensor? bias, Tensor(a!) out, bool accumulate) -> ()
 decode_norm(Tensor x, Tensor weight, Tensor? bias, float epsilon, bool rms, Tensor(a!) out) -> ()

@@ -43,7 +43,6 @@ class ChoiceRule:
         others = self.bias_E is not None or self.candidates_E is not None or self.num_groups != 0 or self.factor != 1.0
         return not others and self.score_function in SCORE_FUNCTIONS
 
-    @torch.no_grad()
     def key(self, logits_TE: Tensor) -> Tensor | None:
         """Returns what experts are chosen by, where that is not the logit: the score with a bias, in the best groups alone.
 
@@ -51,7 +50,7 @@ class ChoiceRule:
         """
         if self.bias_E is None and not self.num_groups:
             return None
-        key_TE = logits_TE
+        key_TE = logits_TE = logits_TE.detach()
         if self.score_function == "sigmoid":
             key_TE = logits_TE.sigmoid()
         elif self.score_function == "softmax" and (self.pre_softmax or self.bias_E is not None):

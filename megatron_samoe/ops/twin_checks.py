@@ -16,12 +16,15 @@ from megatron_samoe.ops import reference
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
-from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
+from megatron_samoe.ops.grouped_mlp import ExpertWeights, activate, activation_backward, grouped_mlp
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
 from megatron_samoe.ops.topk_gate import SCORE_FUNCTIONS, topk_gate
 
 Device = torch.device | str
-ROW_TOLERANCE = {torch.float32: {"rtol": 2e-6, "atol": 2e-6}, torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3}}
+ROW_TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 2e-6, "atol": 2e-6},
+    torch.bfloat16: {"rtol": 8e-3, "atol": 8e-3},
+}
 
 
 def _gate_gradient(gate: Any, logits_TE: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -83,8 +86,11 @@ def check_rows(ids_TK: Tensor, num_experts: int, hidden: int, dtype: torch.dtype
     permutation = make_permutation(ids_TK.to(device), num_experts)
     expected_permutation = reference.make_permutation(ids_TK, num_experts)
     num_kept = int(permutation.counts_E.sum())
+    assert permutation.ends_E.dtype == torch.int32 and int(permutation.ends_E[-1]) == permutation.num_rows
     kept = permutation.kept(num_kept)
-    for field, expected in zip(("slot_of_row_N", "row_of_slot_TK", "counts_E"), expected_permutation, strict=True):
+    for field, expected in zip(
+        ("slot_of_row_N", "row_of_slot_TK", "counts_E", "ends_E"), expected_permutation, strict=True
+    ):
         assert torch.equal(getattr(kept, field).cpu(), expected), field
     slot_of_row_N = expected_permutation[0]
 
@@ -136,14 +142,14 @@ def check_combine(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: Tensor, d
     exact = reference.combine_banks(coefficients_LGP.double(), banks_PGN.double(), torch.float64)
     bound = coefficients_LGP.double().abs()
     scale = reference.combine_banks(bound, banks_PGN.double().abs(), torch.float64)
-    arguments = [t.to(device) for t in (coefficients_LGP, banks_PGN, dW_LGN)]
+    a, t, dw = (x.to(device) for x in (coefficients_LGP, banks_PGN, dW_LGN))
     for dtype, unit in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
-        got = combine_banks(*arguments[:2], out_dtype=dtype)
+        got = combine_banks(a, t, out_dtype=dtype)
         assert got.dtype == dtype and got.shape == dW_LGN.shape
         assert ((got.cpu().double() - exact).abs() <= unit * scale + 1e-30).all()
     start_PGN = torch.randn(banks_PGN.shape, generator=torch.Generator().manual_seed(9))
     dbanks_PGN = start_PGN.clone().to(device)
-    dcoefficients_LGP = combine_banks_backward(*arguments, dbanks_PGN)
+    dcoefficients_LGP = combine_banks_backward(a, t, dw, dbanks_PGN)
     exact_dbanks, exact_dcoefficients = reference.combine_banks_backward(
         coefficients_LGP.double(), banks_PGN.double(), dW_LGN.double()
     )
@@ -179,7 +185,7 @@ def check_cross_entropy(
     ).cpu()
     assert dlogits_TV.dtype == dtype
     expected = reference.cross_entropy_backward(logits_TV.double(), labels_T, first_id, logsumexp_T, dloss_T.double())
-    tolerance = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-5}
+    tolerance: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-5}
     torch.testing.assert_close(dlogits_TV.double(), expected, **tolerance)
 
 
@@ -240,8 +246,8 @@ def check_grouped_mlp(
         assert y.dtype == dtype
         y.backward(dy)
 
-    def check(name: str, actual: Tensor | None, wanted: Tensor) -> None:
-        assert actual is not None, name
+    def check(name: str, actual: Tensor | None, wanted: Tensor | None) -> None:
+        assert actual is not None and wanted is not None, name
         scale = max(1.0, float(wanted.detach().abs().max())) if wanted.numel() else 1.0
         torch.testing.assert_close(
             actual.cpu().double(), wanted.detach(), rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{name}: {m}"
@@ -329,6 +335,30 @@ def check_small_combination(device: Device) -> None:
     """Compares combinations of small banks, wide and narrow ones."""
     for shape in ((12, 1, 4, 257), (3, 2, 8, 1024), (20, 2, 2, 4100)):
         check_combine(*combine_inputs(*shape), device)
+
+
+def check_swiglu(num_rows: int, width: int, dtype: torch.dtype, device: Device = "cpu") -> None:
+    """Compares SwiGLU and its gradient on a device with autograd's in fp64."""
+    generator = torch.Generator().manual_seed(num_rows + width)
+    h_RU = (torch.randn(num_rows, 2 * width, generator=generator) * 3).to(dtype)
+    da_RF = torch.randn(num_rows, width, generator=generator).to(dtype)
+    exact_h = h_RU.double().requires_grad_()
+    gate, up = exact_h.chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    (expected_dh,) = torch.autograd.grad(expected, exact_h, da_RF.double())
+    unit = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+    a_RF = activate(h_RU.to(device), "swiglu")
+    dh_RU, again_RF = activation_backward(da_RF.to(device), h_RU.to(device), "swiglu")
+    for got, wanted in ((a_RF, expected.detach()), (again_RF, expected.detach()), (dh_RU, expected_dh)):
+        assert got.dtype == dtype and got.shape == wanted.shape
+        torch.testing.assert_close(got.cpu().double(), wanted, rtol=4 * unit, atol=4 * unit)
+
+
+def check_small_swiglu(device: Device) -> None:
+    """Compares SwiGLU over few rows, wide and narrow ones."""
+    for dtype in ROW_TOLERANCE:
+        for num_rows, width in ((1, 1), (37, 24), (5, 256), (9, 77)):
+            check_swiglu(num_rows, width, dtype, device)
 
 
 def check_small_cross_entropy(device: Device) -> None:

@@ -28,6 +28,7 @@ _CHECKS: dict[CudaKernel, Callable[[torch.device], None]] = {
     "gate": twin_checks.check_small_gates,
     "rows": twin_checks.check_small_rows,
     "combination": twin_checks.check_small_combination,
+    "swiglu": twin_checks.check_small_swiglu,
     "cross_entropy": twin_checks.check_small_cross_entropy,
     "adamw": twin_checks.check_small_adamw,
 }

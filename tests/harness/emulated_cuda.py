@@ -23,7 +23,7 @@ BINDINGS = sorted((ROOT / "cpp_ext" / "bindings").rglob("*_cuda.cpp"))
 NAMESPACE = "megatron_samoe_emulated"
 TRAINING_OPS = (
     "topk_gate", "topk_gate_backward", "make_permutation", "permute", "unpermute", "unpermute_backward", "combine_banks",
-    "combine_banks_backward", "cross_entropy_parts", "cross_entropy_backward", "adamw",
+    "combine_banks_backward", "swiglu", "swiglu_backward", "cross_entropy_parts", "cross_entropy_backward", "adamw",
 )  # fmt: skip
 DECODE_OPS = (
     "decode_linear", "decode_norm", "decode_attention_block", "decode_experts", "decode_route", "decode_moe_block",
@@ -39,15 +39,16 @@ def compiler() -> list[str]:
     return ["ccache", "g++"] if shutil.which("ccache") else ["g++"]
 
 
-def run_all(commands: list[list[str]]) -> None:
-    """Runs commands side by side in the source tree; a failure raises with what was printed."""
+def run_all(commands: list[list[str]]) -> list[str]:
+    """Runs commands side by side in the source tree and returns what each said as errors; a failure raises with all of it."""
 
-    def run(command: list[str]) -> None:
+    def run(command: list[str]) -> str:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+        return result.stderr
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(run, commands))
+        return list(pool.map(run, commands))
 
 
 def build_library(folder: Path) -> Path:

@@ -61,16 +61,17 @@ Tensor topk_gate_backward(const Tensor& logits, const Tensor& logsumexp, const T
 }
 
 template <typename B>
-std::tuple<Tensor, Tensor, Tensor> make_permutation(const Tensor& ids, int64_t num_experts) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> make_permutation(const Tensor& ids, int64_t num_experts) {
   const B backend(ids, "ids");
   backend.check_contiguous(ids, "ids", 2, kLong);
   SAMOE_CHECK(num_experts >= 1, "num_experts = ", num_experts);
-  const Tensor counts = uninitialized({num_experts}, ids);
-  const CountedSlots slots = backend.count_slots(ids, counts);
+  SAMOE_CHECK(ids.numel() < INT32_MAX, "too many slots: ", ids.numel());
+  const Tensor counts = uninitialized({num_experts}, ids), ends = uninitialized({num_experts}, ids, kInt);
+  const CountedSlots slots = backend.count_slots(ids, counts, ends);
   SAMOE_CHECK(slots.num_rows >= 0, "expert id ", slots.bad_id, "; allowed are -1 to ", num_experts - 1);
   Tensor slot_of_row = uninitialized({slots.num_rows}, ids), row_of_slot = uninitialized(ids.sizes(), ids);
   backend.place_slots(ids, slots, slot_of_row, row_of_slot);
-  return {slot_of_row, row_of_slot, counts};
+  return {slot_of_row, row_of_slot, counts, ends};
 }
 
 template <typename B>

@@ -3,9 +3,11 @@
 #include "../cpu_backend.h"
 #include "cross_entropy.h"
 #include "moe.h"
+#include "swiglu.h"
 
 SAMOE_LIBRARY_IMPL(megatron_samoe, CPU, m) {
   samoe::ops::add_moe_ops<samoe::CpuBackend>(m);
   samoe::ops::add_cross_entropy_ops<samoe::CpuBackend>(m);
+  samoe::ops::add_swiglu_ops<samoe::CpuBackend>(m);
   samoe::ops::add_adamw_op<samoe::CpuBackend>(m);
 }

@@ -3,9 +3,11 @@
 #include "cross_entropy.h"
 #include "../cuda_backend.h"
 #include "moe.h"
+#include "swiglu.h"
 
 SAMOE_CUDA_LIBRARY_IMPL(m) {
   samoe::ops::add_moe_ops<samoe::CudaBackend>(m);
   samoe::ops::add_cross_entropy_ops<samoe::CudaBackend>(m);
+  samoe::ops::add_swiglu_ops<samoe::CudaBackend>(m);
   samoe::ops::add_adamw_op<samoe::CudaBackend>(m);
 }

@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 constexpr int kLayerTile = 8;        // layers that the forward sums at a time
-constexpr int kBankTile = 4;         // banks whose gradients the backward sums at a time
+constexpr int kBankTile = 4;         // banks that are read, and whose gradients the backward sums, at a time
 constexpr int64_t kChunk = 4096;     // elements of a group that a block of the backward takes
 
 template <typename T>
@@ -16,27 +16,29 @@ SAMOE_DEVICE T* at(const cpu::Strided3<T>& tensor, int64_t i, int64_t j) {
   return tensor.data + i * tensor.stride0 + j * tensor.stride1;
 }
 
-// One tile of layers over V elements. A bank whose coefficient is 0 adds nothing, whatever it holds.
+// One tile of layers over V elements. A bank whose coefficient is 0 is read, and adds nothing, whatever it holds.
 template <typename T, int V>
 SAMOE_DEVICE void combine_tile(const cpu::Combine& c, int64_t first_layer, int64_t g, int64_t n) {
   const int64_t layer_stride = c.num_groups * c.num_banks;
   const float* coefficients = c.coefficients_LGP + first_layer * layer_stride + g * c.num_banks;
   const int64_t num_layers = c.num_layers - first_layer < kLayerTile ? c.num_layers - first_layer : kLayerTile;
   float sums[kLayerTile][V] = {};
-  for (int64_t p = 0; p < c.num_banks; ++p) {
-    float a[kLayerTile];
-    bool used = false;
+  // Several banks are on their way at a time: one load a thread would not keep the memory busy.
+  for (int64_t first = 0; first < c.num_banks; first += kBankTile) {
+    Pack<float, V> bank[kBankTile];
 #pragma unroll
-    for (int l = 0; l < kLayerTile; ++l) {
-      a[l] = l < num_layers ? coefficients[l * layer_stride + p] : 0.0f;
-      used |= a[l] != 0.0f;
+    for (int p = 0; p < kBankTile; ++p) {
+      if (first + p < c.num_banks) bank[p] = load<V>(at(c.banks_PGN, first + p, g) + n);
     }
-    if (!used) continue;
-    const Pack<float, V> bank = load<V>(at(c.banks_PGN, p, g) + n);
 #pragma unroll
-    for (int l = 0; l < kLayerTile; ++l) {
-      if (a[l] == 0.0f) continue;
-      for (int v = 0; v < V; ++v) sums[l][v] += a[l] * bank.at[v];
+    for (int p = 0; p < kBankTile; ++p) {
+      if (first + p >= c.num_banks) continue;
+#pragma unroll
+      for (int l = 0; l < kLayerTile; ++l) {
+        const float a = l < num_layers ? coefficients[l * layer_stride + first + p] : 0.0f;
+        if (a == 0.0f) continue;
+        for (int v = 0; v < V; ++v) sums[l][v] += a * bank[p].at[v];
+      }
     }
   }
 #pragma unroll

@@ -46,8 +46,10 @@ __global__ void count_chunks(const int64_t* ids_S, int64_t num_slots, int64_t nu
   }
 }
 
-// One block: counts become the places where each chunk starts to write, experts in order, inside an expert chunks.
-__global__ void scan_counts(int64_t num_chunks, int64_t num_experts, int64_t* cursor, int64_t* counts_E) {
+// One block: counts become the places where each chunk starts to write, experts in order, inside an expert chunks. An
+// expert's rows end at `ends`; the last one's are followed by those of dropped slots, which count as its own there.
+__global__ void scan_counts(int64_t num_slots, int64_t num_chunks, int64_t num_experts, int64_t* cursor, int64_t* counts_E,
+                            int32_t* ends_E) {
   const int64_t num_buckets = num_experts + 1;
   __shared__ int64_t ends[kThreads];
   int64_t before = 0;  // slots of the buckets of earlier rounds
@@ -66,7 +68,9 @@ __global__ void scan_counts(int64_t num_chunks, int64_t num_experts, int64_t* cu
       ends[threadIdx.x] += earlier;
       __syncthreads();
     }
-    int64_t place = before + ends[threadIdx.x] - count;
+    const int64_t end = before + ends[threadIdx.x];
+    if (e < num_experts) ends_E[e] = static_cast<int32_t>(e == num_experts - 1 ? num_slots : end);
+    int64_t place = end - count;
     if (e < num_buckets) {
       for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
         const int64_t of_chunk = cursor[chunk * num_buckets + e];
@@ -105,11 +109,11 @@ int64_t num_slot_chunks(int64_t num_slots) {
   return chunks < 1 ? 1 : (chunks < kMaxChunks ? chunks : kMaxChunks);
 }
 
-void count_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* counts_E, int64_t* cursor,
-                 cudaStream_t stream) {
+void count_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* counts_E, int32_t* ends_E,
+                 int64_t* cursor, cudaStream_t stream) {
   const int64_t chunks = num_slot_chunks(num_slots);
   launch(count_chunks, ceil_div(chunks, kWarps), stream, ids_S, num_slots, chunks, num_experts, cursor);
-  launch(scan_counts, 1, stream, chunks, num_experts, cursor, counts_E);
+  launch(scan_counts, 1, stream, num_slots, chunks, num_experts, cursor, counts_E, ends_E);
 }
 
 void place_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* cursor, int64_t* slot_of_row_S,

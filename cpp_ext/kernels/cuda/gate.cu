@@ -20,8 +20,15 @@ SAMOE_DEVICE float sigmoid_unit(float peak) { return peak < 0.0f ? peak : 0.0f; 
 // A sigmoid score, divided by exp(unit).
 SAMOE_DEVICE float sigmoid(float x, float unit) { return 1.0f / (expf(unit) + expf(unit - x)); }
 
+// What a warp found in a run of tokens: how often they chose each expert, their summed distributions, and z.
+struct Runs {
+  double* z_R;
+  float* sums_RE;
+  int32_t* counts_RE;
+};
+
 // One token: writes its probs, ids and logsumexp, counts its choices, and adds its distribution to sums.
-SAMOE_DEVICE float gate_token(const cpu::GateForward& a, int64_t t, int64_t* counts_E, float* sums_E) {
+SAMOE_DEVICE float gate_token(const cpu::GateForward& a, int64_t t, int32_t* counts_E, float* sums_E) {
   const int lane = lane_of_thread();
   const float* logits = a.logits_TE + t * a.num_experts;
   const float* keys = a.key_TE != nullptr ? a.key_TE + t * a.num_experts : logits;
@@ -38,7 +45,7 @@ SAMOE_DEVICE float gate_token(const cpu::GateForward& a, int64_t t, int64_t* cou
     if (lane == 0) {
       const int64_t id = static_cast<uint32_t>(~static_cast<uint32_t>(best));
       ids[k] = id;
-      atomicAdd(reinterpret_cast<unsigned long long*>(counts_E + id), 1ull);
+      ++counts_E[id];
     }
   }
   __syncwarp();
@@ -68,44 +75,59 @@ SAMOE_DEVICE float gate_token(const cpu::GateForward& a, int64_t t, int64_t* cou
   return logsumexp;
 }
 
-__global__ void gate_runs(cpu::GateForward a, int64_t runs_per_group, double* z_of_run, float* sums_of_run) {
+__global__ void gate_runs(cpu::GateForward a, int64_t runs_per_group, Runs runs) {
   const int64_t run = global_warp();
   if (run >= runs_per_group * a.num_groups) return;
   const int64_t group = run / runs_per_group, group_tokens = a.num_tokens / a.num_groups;
   const int64_t first = run % runs_per_group * kRunTokens;
   const int64_t last = first + kRunTokens < group_tokens ? first + kRunTokens : group_tokens;
-  float* sums = sums_of_run + run * a.num_experts;
-  for (int64_t e = lane_of_thread(); e < a.num_experts; e += kWarp) sums[e] = 0.0f;
+  float* sums = runs.sums_RE + run * a.num_experts;
+  int32_t* counts = runs.counts_RE + run * a.num_experts;
+  for (int64_t e = lane_of_thread(); e < a.num_experts; e += kWarp) {
+    sums[e] = 0.0f;
+    counts[e] = 0;
+  }
+  __syncwarp();
   double z = 0.0;
   for (int64_t t = first; t < last; ++t) {
-    const double logsumexp = gate_token(a, group * group_tokens + t, a.counts_GE + group * a.num_experts, sums);
+    const double logsumexp = gate_token(a, group * group_tokens + t, counts, sums);
     z += logsumexp * logsumexp;
   }
-  if (lane_of_thread() == 0) z_of_run[run] = z;
+  if (lane_of_thread() == 0) runs.z_R[run] = z;
 }
 
-// A block sums 32 experts of one group: each warp every eighth run, then the warps in order.
-__global__ void sum_runs(const float* sums_of_run, int64_t runs_per_group, int64_t num_experts, float* out_GE) {
+// A block joins 32 experts of one group: each warp every eighth run, then the warps in order. The block after these joins z.
+__global__ void join_runs(cpu::GateForward a, int64_t runs_per_group, Runs runs) {
   __shared__ float sums[kWarps][kWarp];
-  const int64_t tiles = (num_experts + kWarp - 1) / kWarp;
+  __shared__ int64_t counts[kWarps][kWarp];
+  const int64_t tiles = (a.num_experts + kWarp - 1) / kWarp;
+  if (blockIdx.x == a.num_groups * tiles) {
+    double z = 0.0;
+    for (int64_t run = threadIdx.x; run < runs_per_group * a.num_groups; run += kThreads) z += runs.z_R[run];
+    z = block_sum(z);
+    if (threadIdx.x == 0) *a.z_sum = static_cast<float>(z);
+    return;
+  }
   const int64_t group = blockIdx.x / tiles, e = blockIdx.x % tiles * kWarp + lane_of_thread();
   float sum = 0.0f;
-  if (e < num_experts) {
-    for (int64_t run = warp_of_thread(); run < runs_per_group; run += kWarps)
-      sum += sums_of_run[(group * runs_per_group + run) * num_experts + e];
+  int64_t count = 0;
+  if (e < a.num_experts) {
+    for (int64_t run = warp_of_thread(); run < runs_per_group; run += kWarps) {
+      const int64_t place = (group * runs_per_group + run) * a.num_experts + e;
+      sum += runs.sums_RE[place];
+      count += runs.counts_RE[place];
+    }
   }
   sums[warp_of_thread()][lane_of_thread()] = sum;
+  counts[warp_of_thread()][lane_of_thread()] = count;
   __syncthreads();
-  if (warp_of_thread() != 0 || e >= num_experts) return;
-  for (int warp = 1; warp < kWarps; ++warp) sum += sums[warp][lane_of_thread()];
-  out_GE[group * num_experts + e] = sum;
-}
-
-__global__ void sum_z(const double* z_of_run, int64_t num_runs, float* z_sum) {
-  double z = 0.0;
-  for (int64_t run = threadIdx.x; run < num_runs; run += kThreads) z += z_of_run[run];
-  z = block_sum(z);
-  if (threadIdx.x == 0) *z_sum = static_cast<float>(z);
+  if (warp_of_thread() != 0 || e >= a.num_experts) return;
+  for (int warp = 1; warp < kWarps; ++warp) {
+    sum += sums[warp][lane_of_thread()];
+    count += counts[warp][lane_of_thread()];
+  }
+  a.score_sum_GE[group * a.num_experts + e] = sum;
+  a.counts_GE[group * a.num_experts + e] = count;
 }
 
 int64_t runs_per_group(const cpu::GateForward& a) { return ceil_div(a.num_tokens / a.num_groups, kRunTokens); }
@@ -195,17 +217,16 @@ __global__ void gate_backward_tokens(cpu::GateBackward a) {
 }  // namespace
 
 int64_t gate_workspace_bytes(const cpu::GateForward& a) {
-  return a.num_groups * runs_per_group(a) * (8 + 4 * a.num_experts);
+  return a.num_groups * runs_per_group(a) * (8 + 8 * a.num_experts);
 }
 
 void gate_forward(const cpu::GateForward& a, void* workspace, cudaStream_t stream) {
-  const int64_t runs = runs_per_group(a), num_runs = a.num_groups * runs;
-  double* z_of_run = static_cast<double*>(workspace);
-  float* sums_of_run = reinterpret_cast<float*>(z_of_run + num_runs);
-  cudaMemsetAsync(a.counts_GE, 0, static_cast<size_t>(a.num_groups * a.num_experts) * sizeof(int64_t), stream);
-  launch(gate_runs, ceil_div(num_runs, kWarps), stream, a, runs, z_of_run, sums_of_run);
-  launch(sum_runs, a.num_groups * ceil_div(a.num_experts, kWarp), stream, sums_of_run, runs, a.num_experts, a.score_sum_GE);
-  launch(sum_z, 1, stream, z_of_run, num_runs, a.z_sum);
+  const int64_t of_group = runs_per_group(a), num_runs = a.num_groups * of_group;
+  double* z_R = static_cast<double*>(workspace);
+  float* sums_RE = reinterpret_cast<float*>(z_R + num_runs);
+  const Runs runs = {z_R, sums_RE, reinterpret_cast<int32_t*>(sums_RE + num_runs * a.num_experts)};
+  launch(gate_runs, ceil_div(num_runs, kWarps), stream, a, of_group, runs);
+  launch(join_runs, a.num_groups * ceil_div(a.num_experts, kWarp) + 1, stream, a, of_group, runs);
 }
 
 void gate_backward(const cpu::GateBackward& a, cudaStream_t stream) {

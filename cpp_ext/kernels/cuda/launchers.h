@@ -25,8 +25,8 @@ void gate_backward(const cpu::GateBackward& a, cudaStream_t stream);
 // host need not know how many there are. cursor: num_slot_chunks x (E + 1). An id outside -1..E-1 stops the kernel by an
 // assertion.
 int64_t num_slot_chunks(int64_t num_slots);
-void count_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* counts_E, int64_t* cursor,
-                 cudaStream_t stream);
+void count_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* counts_E, int32_t* ends_E,
+                 int64_t* cursor, cudaStream_t stream);
 void place_slots(const int64_t* ids_S, int64_t num_slots, int64_t num_experts, int64_t* cursor, int64_t* slot_of_row_S,
                  int64_t* row_of_slot_S, cudaStream_t stream);
 
@@ -41,6 +41,10 @@ void combine_backward(const cpu::CombineBackward& c, void* workspace, cudaStream
 
 void cross_entropy_forward(const cpu::CrossEntropyForward& a, cudaStream_t stream);
 void cross_entropy_backward(const cpu::CrossEntropyBackward& a, cudaStream_t stream);
+
+// h and what comes of it are of one type, without a bias; gated.
+void swiglu(const cpu::Activate& a, cudaStream_t stream);
+void swiglu_backward(const cpu::ActivateBackward& a, cudaStream_t stream);
 
 void adamw(const cpu::AdamW& a, cudaStream_t stream);  // runs lies in host memory
 

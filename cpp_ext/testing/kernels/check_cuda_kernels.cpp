@@ -8,6 +8,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -140,13 +141,18 @@ Sorted check_sort(int64_t slots, int64_t experts, Choice choice) {
   cpu.slot_of_row.resize(rows), gpu.slot_of_row.resize(slots);
   samoe::cpu::place_slots(ids.data(), slots, experts, 1, cursor.data(), cpu.slot_of_row.data(), cpu.row_of_slot.data(), 1);
   std::vector<int64_t> cursors(cuda::num_slot_chunks(slots) * (experts + 1), -7);
-  cuda::count_slots(ids.data(), slots, experts, gpu.counts.data(), cursors.data(), kStream);
+  std::vector<int32_t> ends(static_cast<size_t>(experts), -7);
+  cuda::count_slots(ids.data(), slots, experts, gpu.counts.data(), ends.data(), cursors.data(), kStream);
   cuda::place_slots(ids.data(), slots, experts, cursors.data(), gpu.slot_of_row.data(), gpu.row_of_slot.data(), kStream);
   std::vector<int64_t> all = cpu.slot_of_row;  // and dropped slots after the others
   for (int64_t slot = 0; slot < slots; ++slot) {
     if (ids[static_cast<size_t>(slot)] < 0) all.push_back(slot);
   }
   expect_equal("counts", gpu.counts, cpu.counts);
+  std::vector<int64_t> expected(cpu.counts.size());
+  std::partial_sum(cpu.counts.begin(), cpu.counts.end(), expected.begin());
+  expected.back() = slots;
+  expect_equal("ends", std::vector<int64_t>(ends.begin(), ends.end()), expected);
   expect_equal("slot of row", gpu.slot_of_row, all);
   expect_equal("row of slot", gpu.row_of_slot, cpu.row_of_slot);
   return cpu;
@@ -268,6 +274,27 @@ void check_cross_entropy(int64_t tokens, int64_t width) {
   expect_equal("logits' gradient", gradient_gpu, gradient_cpu);
 }
 
+template <typename T>
+void check_swiglu(int64_t rows, int64_t width) {
+  what = "SwiGLU, " + std::to_string(rows) + " rows of " + std::to_string(width);
+  auto h = numbers<T>(rows * width * 2);
+  if (h.size() > 9) h[3] = static_cast<T>(sizeof(T) == 4 ? -200 : 0xc348), h[5] = static_cast<T>(sizeof(T) == 4 ? 200 : 0x4348);
+  const auto da = numbers<T>(rows * width);
+  std::vector<T> a_cpu = zeros<T>(rows * width), a_gpu = numbers<T>(rows * width), dh_cpu = zeros<T>(rows * width * 2), dh_gpu = dh_cpu;
+  constexpr DType kType = dtype_of<T>();
+  kernels().activate({kType, kType, h.data(), nullptr, rows, width, true, nullptr, a_cpu.data()});
+  cuda::swiglu({kType, kType, h.data(), nullptr, rows, width, true, nullptr, a_gpu.data()}, kStream);
+  expect_equal("activation", a_gpu, a_cpu);
+  const auto backward = [&](std::vector<T>& a, std::vector<T>& dh) {
+    return samoe::cpu::ActivateBackward{kType, kType, h.data(), nullptr, da.data(), rows, width, true, a.data(), dh.data()};
+  };
+  kernels().activate_backward(backward(a_cpu, dh_cpu));
+  a_gpu = numbers<T>(rows * width);
+  cuda::swiglu_backward(backward(a_gpu, dh_gpu), kStream);
+  expect_equal("activation again", a_gpu, a_cpu);
+  expect_equal("gradient", dh_gpu, dh_cpu, sizeof(T) == 4 ? 2e-5 : 1.6e-2);
+}
+
 void check_adamw(std::initializer_list<int64_t> sizes, bool followed) {
   what = "AdamW";
   std::vector<std::vector<float>> arrays[2];
@@ -327,6 +354,9 @@ int main(int argc, char** argv) {
   check_combine<float>(1, 3, 1, 4098);
   check_combine<float>(21, 2, 9, 260);
   check_combine<uint16_t>(8, 2, 19, 77);
+  for (const int64_t width : {1, 7, 24, 256}) {
+    for (const int64_t rows : {0, 1, 37}) check_swiglu<float>(rows, width), check_swiglu<uint16_t>(rows, width);
+  }
   check_adamw({0, 1, 7, 512, 513, 4097}, true);
   check_adamw({2048, 3}, false);
   std::printf("the CUDA kernels, emulated, agree with the CPU's (%s)\n", kernels().instruction_set);

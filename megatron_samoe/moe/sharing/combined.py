@@ -33,6 +33,7 @@ from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.grouped_mlp import (
     Activation,
+    Counts,
     ExpertWeights,
     expert_rows,
     grouped_mlp,
@@ -120,7 +121,7 @@ class StepLender:
             grads = without_repeated_bias(self._grads.map(lambda t: t[row]), self._state)
         activation = self._pool.activation
 
-        def run(x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
+        def run(x_RH: Tensor, rows_per_expert: Counts) -> Tensor:
             return grouped_mlp(x_RH, rows_per_expert, weights, activation, grads)
 
         return run
@@ -232,7 +233,7 @@ class LayerLender:
         raw, normalization = self._coefficients[moe_index], self._normalization
         work = _LayerWork(self._banks, self._grads, self._pool.activation, self._state, self._dtype)
 
-        def run(x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
+        def run(x_RH: Tensor, rows_per_expert: Counts) -> Tensor:
             a_2GP = normalize_coefficients(raw, normalization)
             return _CombinedMLP.apply(with_backward(x_RH), a_2GP, rows_per_expert, work)
 
@@ -286,7 +287,7 @@ class _LayerWork:
 class _CombinedMLP(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_RH: Tensor, a_2GP: Tensor, rows_per_expert: Tensor, work: _LayerWork
+        ctx: Any, x_RH: Tensor, a_2GP: Tensor, rows_per_expert: Counts, work: _LayerWork
     ) -> Tensor:
         weights = without_repeated_bias(work.combined(a_2GP), work.state)
         rows = expert_rows(rows_per_expert, x_RH)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatron_samoe.moe.experts import ExpertShape, main_grads_of, weights_of, without_repeated_bias
 from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext
 from megatron_samoe.moe.types import Experts
-from megatron_samoe.ops.grouped_mlp import grouped_mlp
+from megatron_samoe.ops.grouped_mlp import Counts, grouped_mlp
 from megatron_samoe.parallel_state.state import ParallelState
 
 
@@ -23,7 +23,7 @@ class OwnExperts(nn.Module):
             self.register_parameter(name, parameter)
         self.activation, self.state = shape.activation, state
 
-    def forward(self, x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
+    def forward(self, x_RH: Tensor, rows_per_expert: Counts) -> Tensor:
         """Returns y_RH; see `types.Experts`."""
         parameters = dict(self.named_parameters())
         weights = without_repeated_bias(weights_of(parameters), self.state)

@@ -15,7 +15,7 @@ from megatron_samoe.moe.experts import without_repeated_bias
 from megatron_samoe.moe.sharing.expert_pool import FP32_BYTES, ExpertPool
 from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext
 from megatron_samoe.moe.types import Experts
-from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
+from megatron_samoe.ops.grouped_mlp import Counts, ExpertWeights, grouped_mlp
 
 
 class TiedSharing:
@@ -83,7 +83,7 @@ class TiedLender:
             grads = without_repeated_bias(grads, self._state)
         activation = self._sets[number].activation
 
-        def run(x_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
+        def run(x_RH: Tensor, rows_per_expert: Counts) -> Tensor:
             return grouped_mlp(x_RH, rows_per_expert, weights, activation, grads)
 
         return run

@@ -97,7 +97,8 @@ def test_cuda_tensors_reach_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         x_TH, index_R = torch.empty(6, 4), torch.empty(12, dtype=torch.int64)
-        permutation = Permutation(index_R, index_R.view(6, 2), torch.empty(3, dtype=torch.int64))
+        counts_E, ends_E = (torch.empty(3, dtype=dtype) for dtype in (torch.int64, torch.int32))
+        permutation = Permutation(index_R, index_R.view(6, 2), counts_E, ends_E)
         with Recorder():
             gate = topk_gate(torch.empty(6, 3), 2)
             rows_NH = permute(x_TH, permutation)

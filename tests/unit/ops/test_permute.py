@@ -60,7 +60,7 @@ def test_a_large_permutation_cut_over_threads_equals_the_twin():
             torch.set_num_threads(num_threads)
             permutation = make_permutation(ids_TK, 16)
             for got, expected in zip(
-                (permutation.slot_of_row_N, permutation.row_of_slot_TK, permutation.counts_E),
+                (permutation.slot_of_row_N, permutation.row_of_slot_TK, permutation.counts_E, permutation.ends_E),
                 reference.make_permutation(ids_TK, 16),
                 strict=True,
             ):

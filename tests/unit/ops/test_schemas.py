@@ -22,7 +22,7 @@ LOGITS_TE = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 
 
 def _rows() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    slot_of_row_N, row_of_slot_TK, _ = torch.ops.megatron_samoe.make_permutation(IDS_TK, 4)
+    slot_of_row_N, row_of_slot_TK, *_ = torch.ops.megatron_samoe.make_permutation(IDS_TK, 4)
     return torch.randn(3, 5), torch.randn(5, 5), torch.rand(3, 2), slot_of_row_N, row_of_slot_TK
 
 
@@ -68,6 +68,8 @@ CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "unpermute_backward": _rows,
     "combine_banks": _combination,
     "combine_banks_backward": lambda: (*_combination(), torch.zeros(4, 2, 8)),
+    "swiglu": lambda: (torch.randn(3, 8),),
+    "swiglu_backward": lambda: (torch.randn(3, 4), torch.randn(3, 8)),
     "cross_entropy_parts": lambda: _cross_entropy_gradient()[:3],
     "cross_entropy_backward": _cross_entropy_gradient,
     "grouped_mlp": lambda: (*_experts(), True, True),

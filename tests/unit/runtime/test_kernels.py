@@ -66,7 +66,7 @@ def test_a_process_that_dies_or_hangs_costs_one_kernel(tmp_path: Path) -> None:
     script = tmp_path / "compare.py"
     script.write_text(SCRIPT)
     assert kernels.compare([sys.executable, str(script), "cuda:0"], timeout_s=2.0) == {
-        "gate": "", "rows": "its process ended with status -6", "combination": "it differs",
+        "gate": "", "rows": "its process ended with status -6", "combination": "it differs", "swiglu": "",
         "cross_entropy": "it was not done after 2 s", "adamw": "no device is left",
     }  # fmt: skip
     missing = kernels.compare([str(tmp_path / "python")])
@@ -84,7 +84,8 @@ def test_hosts_use_what_agrees_on_all_and_a_run_keeps_what_it_used() -> None:
     assert found == [k for k in every if k != "rows"] and "torch does the work of rows: it differs" in line
     found, line = kernels.agreement([verdicts(gate="it differs")], ["gate", "rows"])
     assert (
-        found == ["rows"] and "torch does the work of combination, cross_entropy, adamw, as in this run so far" in line
+        found == ["rows"]
+        and "torch does the work of combination, swiglu, cross_entropy, adamw, as in this run so far" in line
     )
     found, line = kernels.agreement([verdicts(**dict.fromkeys(TRAINING_KERNELS, kernels._NOT_BUILT))], None)
     assert not found and line.startswith("CUDA kernels: none; the extension was built without them")

@@ -1,0 +1,151 @@
+"""What a GPU would be given to do for an MoE layer: launches, and bytes read and written, from shapes alone.
+
+The layer's own forward and backward run on tensors without storage, by a GPU's algorithms, in bf16: once with our CUDA
+kernels and once by torch alone. An op's bytes are those of its operands and results, each once; us is the time that
+these take at --bandwidth (3.35 TB/s: an H100). What torch's own ops launch inside counts as one. "combine" and its
+backward are a pool's, once a step for all layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_samoe.benchmarks.common import Row, Rows, add_command, add_options, add_sizes
+from megatron_samoe.benchmarks.layer import make_halves
+from megatron_samoe.cli.arguments import Options
+from megatron_samoe.config import ParallelConfig
+from megatron_samoe.ops import asynchronous, extension, grouped_products
+from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
+from megatron_samoe.parallel_state import RankGrid
+from megatron_samoe.parallel_state.state import planned_state
+
+#: Launches of our ops on a GPU, as tests count them in the kernels' emulation.
+LAUNCHES: Mapping[str, int] = {
+    "topk_gate": 2, "topk_gate_backward": 1, "make_permutation": 3, "permute": 1, "unpermute": 1, "unpermute_backward": 1,
+    "combine_banks": 1, "combine_banks_backward": 2, "swiglu": 1, "swiglu_backward": 1, "cross_entropy_parts": 1,
+    "cross_entropy_backward": 1, "adamw": 1,
+}  # fmt: skip
+#: Ops of torch that launch nothing, besides views.
+_FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "_unsafe_view", "lift_fresh"}
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Counts launches and bytes of what runs inside this context: `rows`, one for each op that launches something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Row] = []
+
+    @property
+    def launches(self) -> int:
+        return sum(row["launches"] for row in self.rows)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(row["bytes"] for row in self.rows)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        if not (func.is_view or name in _FREE):
+            operands = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            fresh = [t for t in tree_leaves(results) if isinstance(t, Tensor) and id(t) not in operands]
+            written = [
+                operand
+                for argument, operand in zip(func._schema.arguments, args, strict=False)
+                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(operand, Tensor)
+            ]
+            bytes_moved = sum(t.numel() * t.element_size() for t in (*operands.values(), *fresh, *written))
+            self.rows.append({"op": name, "launches": LAUNCHES.get(name, 1), "bytes": bytes_moved})
+        return results
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(device_type: str, by_kernels: bool) -> Iterator[None]:
+    """Takes a type of device for a GPU that has torch's grouped product, with our kernels or without.
+
+    Raises:
+        ExtensionError, ConfigError: as extension.load().
+    """
+    before = asynchronous.DEVICE_TYPES, grouped_products.use_grouped_mm, extension.uses_cuda_kernel
+    extension.load()
+    try:
+        asynchronous.DEVICE_TYPES = frozenset({device_type})
+        grouped_products.use_grouped_mm = lambda *operands: True
+        extension.uses_cuda_kernel = lambda kernel: by_kernels
+        yield
+    finally:
+        asynchronous.DEVICE_TYPES, grouped_products.use_grouped_mm, extension.uses_cuda_kernel = before
+
+
+def count_layer(options: Options, by_kernels: bool) -> dict[str, LaunchCounter]:
+    """Returns what the layer's forward and backward do."""
+    state = planned_state(RankGrid.of(ParallelConfig(), 1), 0)
+    with as_on_a_gpu("meta", by_kernels):
+        forward, backward = make_halves(
+            options, options.num_experts, options.topk, options.activation, torch.bfloat16, state
+        )
+        with LaunchCounter() as of_forward:
+            y_TH = forward()
+        with LaunchCounter() as of_backward:
+            backward(y_TH)
+    return {"forward": of_forward, "backward": of_backward}
+
+
+def count_pool(options: Options, by_kernels: bool) -> dict[str, LaunchCounter]:
+    """Returns what combining a pool's banks for all layers does, and its backward."""
+    up = 2 if options.activation == "swiglu" else 1
+    elements = options.num_experts * options.hidden_size * options.ffn_hidden_size * (up + 1)
+    a_LGP = torch.empty(options.num_layers, 1, options.num_banks, device="meta")
+    banks_PGN = torch.empty(options.num_banks, 1, elements, device="meta")
+    weights_LGN = torch.empty(options.num_layers, 1, elements, device="meta", dtype=torch.bfloat16)
+    gradient_LGN = torch.empty(weights_LGN.shape, device="meta")
+    with as_on_a_gpu("meta", by_kernels):
+        with LaunchCounter() as of_forward:
+            combine_banks(a_LGP, banks_PGN, weights_LGN)
+        with LaunchCounter() as of_backward:
+            combine_banks_backward(a_LGP, banks_PGN, gradient_LGN, torch.empty_like(banks_PGN))
+    return {"combine": of_forward, "combine backward": of_backward}
+
+
+def run(options: Options) -> Rows:
+    """Returns a row for each op of the layer by our kernels, and sums by our kernels and by torch."""
+    ways = {
+        way: {**count_layer(options, by_kernels), **count_pool(options, by_kernels)}
+        for way, by_kernels in (("kernels", True), ("torch", False))
+    }
+    rows = []
+    for part, counter in ways["kernels"].items():
+        if not part.startswith("combine"):
+            rows += [_row(options, part, row["op"], row["launches"], row["bytes"]) for row in counter.rows]
+    for part in ways["kernels"]:
+        rows += [_row(options, part, f"sum, by {way}", c[part].launches, c[part].num_bytes) for way, c in ways.items()]
+    return rows
+
+
+def _row(options: Options, part: str, op: str, launches: int, num_bytes: int) -> Row:
+    us = num_bytes / options.bandwidth / 1e6
+    return {"part": part, "op": op, "launches": launches, "MB": round(num_bytes / 1e6, 2), "us": round(us, 2)}
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand `gpu-budget`."""
+    add = add_command(
+        commands,
+        "gpu-budget",
+        "launches and bytes of an MoE layer on a GPU, counted without one",
+        run,
+        description=__doc__,
+    )
+    add_sizes(add, tokens=8192, hidden_size=2048, ffn_hidden_size=1408, num_experts=64, topk=2)
+    add_sizes(add, "of the pool", num_layers=24, num_banks=6)
+    add("--activation", ("swiglu", "gelu"), default="swiglu")
+    add("--bandwidth", 3.35, "of the GPU's memory, TB/s")
+    add_options(add)
