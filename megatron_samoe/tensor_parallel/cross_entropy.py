@@ -33,7 +33,8 @@ def vocab_parallel_cross_entropy(logits_TV: Tensor, labels_T: Tensor, first_id: 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, first_id: int, group: Group) -> Tensor:
-        loss_T, logsumexp_T = _joined(*cross_entropy_parts(logits_TV, labels_T, first_id), group)
+        peak_T, sum_T, target_T = cross_entropy_parts(logits_TV, labels_T, first_id)
+        loss_T, logsumexp_T = _joined(peak_T, sum_T, target_T, group)
         ctx.save_for_backward(logits_TV, labels_T, logsumexp_T)
         ctx.first_id = first_id
         return loss_T
@@ -88,7 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.stack(cross_entropy_parts(_logits(x, weight_VH, num_used, softcap), labels, first_id))
             for x, labels in _chunks(weight_VH, x_TH, labels_T)
         ]
-        loss_T, logsumexp_T = _joined(*torch.cat(found, 1).unbind(), group)
+        peak_T, sum_T, target_T = torch.cat(found, 1).unbind()
+        loss_T, logsumexp_T = _joined(peak_T, sum_T, target_T, group)
         ctx.save_for_backward(x_TH, weight_VH, labels_T, logsumexp_T)
         return loss_T
 
