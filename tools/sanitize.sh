@@ -77,8 +77,8 @@ for name in check_kernels check_decode check_exchange check_nccl; do
 done
 # shellcheck disable=SC2086
 {
-    $compiler -shared $asan asan/fake_nccl.o -o asan/libnccl.so
-    $compiler -shared $tsan tsan/fake_nccl.o -o tsan/libnccl.so
+    $compiler -shared -Wl,-soname,libcudart.so $asan asan/fake_nccl.o -o asan/libnccl.so
+    $compiler -shared -Wl,-soname,libcudart.so $tsan tsan/fake_nccl.o -o tsan/libnccl.so
 }
 # shellcheck disable=SC2086
 for name in check_cuda_kernels check_cuda_decode; do

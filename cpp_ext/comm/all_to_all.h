@@ -1,5 +1,8 @@
 // The uneven all-to-all of one group of ranks, whatever carries it: shared memory (shm_all_to_all.h) or NCCL
 // (nccl_all_to_all.h).
+//
+// The communicators of a process fail together: a rank that has lost one exchange is lost to its peers in all, so it must
+// not sit in another until that one's own time-out.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +22,7 @@ struct Part {
 class AllToAll {
  public:
   // timeout_s: longest wait for another rank, in a connection or an exchange.
-  AllToAll(int rank, int world, double timeout_s) : rank_(rank), world_(world), timeout_s_(timeout_s) {}
+  AllToAll(int rank, int world, double timeout_s);
   virtual ~AllToAll() = default;
   AllToAll(const AllToAll&) = delete;
   AllToAll& operator=(const AllToAll&) = delete;
@@ -47,8 +50,16 @@ class AllToAll {
   double timeout_s() const { return timeout_s_; }
 
  protected:
+  // Says that this communicator failed. The others that exist now find it by lost_elsewhere() in their waits.
+  void tell_process(const std::string& reason);
+  // Why another communicator of this process failed since this one was made, or an empty string.
+  std::string lost_elsewhere() const;
+
   const int rank_, world_;
   const double timeout_s_;
+
+ private:
+  const int64_t failures_before_;
 };
 
 }  // namespace comm

@@ -20,7 +20,8 @@ bool find(void* library, const char* name, F* function) {
 Search search() {
   Search result;
   CudaRuntime& api = result.runtime;
-  for (const char* name : {"libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"}) {
+  // Without a number: a library that is loaded in place of CUDA's.
+  for (const char* name : {"libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0"}) {
     void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
     if (library == nullptr) continue;
     const bool whole = find(library, "cudaSetDevice", &api.set_device) &&
@@ -29,6 +30,7 @@ Search search() {
                        find(library, "cudaEventRecord", &api.record_event) &&
                        find(library, "cudaEventQuery", &api.query_event) &&
                        find(library, "cudaStreamWaitEvent", &api.wait_for_event) &&
+                       find(library, "cudaThreadExchangeStreamCaptureMode", &api.exchange_capture_mode) &&
                        find(library, "cudaGetErrorString", &api.error_text);
     result.why = whole ? "" : std::string(name) + " lacks a function of CUDA's runtime";
     break;

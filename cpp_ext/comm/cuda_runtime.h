@@ -15,11 +15,13 @@ struct CudaRuntime {
   int (*record_event)(void* event, void* stream);
   int (*query_event)(void* event);
   int (*wait_for_event)(void* stream, void* event, unsigned flags);
+  int (*exchange_capture_mode)(int* mode);  // of the calling thread
   const char* (*error_text)(int error);
 };
 
 constexpr int kCudaNotReady = 600;
 constexpr unsigned kCudaEventWithoutTiming = 2;
+constexpr int kCudaCaptureThreadLocal = 1;
 
 // Null where this process has loaded no such library, and then why.
 const CudaRuntime* cuda_runtime(std::string* why);

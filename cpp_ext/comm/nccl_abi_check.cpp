@@ -1,4 +1,6 @@
-// Compares nccl_api.h with NVIDIA's own header, where the compiler finds one (CPATH or -I). Compiles to nothing.
+// Compares nccl_api.h and cuda_runtime.h with NVIDIA's own headers, where the compiler finds them (CPATH or -I). Compiles
+// to nothing.
+#include "cuda_runtime.h"
 #include "nccl_api.h"
 
 #if __has_include(<cuda_runtime_api.h>) && __has_include(<nccl.h>)
@@ -6,6 +8,10 @@
 
 using samoe::comm::NcclConfig;
 using samoe::comm::NcclUniqueId;
+static_assert(cudaErrorNotReady == samoe::comm::kCudaNotReady &&
+                  cudaEventDisableTiming == samoe::comm::kCudaEventWithoutTiming &&
+                  cudaStreamCaptureModeThreadLocal == samoe::comm::kCudaCaptureThreadLocal,
+              "CUDA's constants differ");
 static_assert(ncclSuccess == samoe::comm::kNcclSuccess && ncclInProgress == samoe::comm::kNcclInProgress &&
                   ncclUint8 == samoe::comm::kNcclUint8,
               "the constants differ");

@@ -10,22 +10,6 @@
 
 namespace samoe {
 namespace comm {
-namespace {
-
-// The library of the tests has no events: it counts the groups of calls that it has finished.
-class HostMark : public Mark {
- public:
-  HostMark(const NcclApi* api, NcclHandle handle, int64_t groups) : api_(api), handle_(handle), groups_(groups) {}
-  bool reached() override { return api_->host_finished(handle_) >= groups_; }
-  bool lead_caller() override { return reached(); }
-
- private:
-  const NcclApi* api_;
-  NcclHandle handle_;
-  int64_t groups_;
-};
-
-}  // namespace
 
 NcclAllToAll::NcclAllToAll(const NcclApi* api, int rank, int world, double timeout_s,
                            std::unique_ptr<DeviceQueue> queue)
@@ -84,13 +68,13 @@ std::string NcclAllToAll::connect(const std::vector<std::string>& addresses) {
   return "";
 }
 
-std::unique_ptr<Mark> NcclAllToAll::mark() {
-  return queue_ != nullptr ? queue_->mark() : std::make_unique<HostMark>(api_, handle_, groups_);
-}
-
 // Asks NCCL how it is: a call that it works on has come to its end when its state is no longer "in progress".
 void NcclAllToAll::poll() {
   if (handle_ == nullptr) return;
+  if (const std::string why = lost_elsewhere(); !why.empty()) {
+    fail(why);
+    return;
+  }
   int state = kNcclSuccess;
   int result = api_->comm_get_async_error(handle_, &state);
   if (result == kNcclSuccess) result = state;
@@ -129,7 +113,6 @@ void NcclAllToAll::enqueue(const std::string& what, const std::function<std::str
     fail(problem);
     return;
   }
-  ++groups_;
   enqueueing_ = true;
   enqueueing_what_ = what;
   enqueueing_deadline_ = deadline();
@@ -142,11 +125,11 @@ std::string NcclAllToAll::start_groups(std::vector<CallGroup> groups) {
   Lock lock(mutex_);
   if (handle_ == nullptr) return error_.empty() ? "the communicator is not connected" : error_;
   const int64_t exchange = ++operation_;
-  if (queue_ != nullptr) queue_->follow_caller();
+  queue_->follow_caller();
   const std::string what = groups.empty() ? "empty all-to-all" : groups.back().what;
   for (CallGroup& group : groups)
     turns_.push_back([this, group = std::move(group)] { enqueue(group.what, group.calls); });
-  turns_.push_back([this, exchange, what] { pending_.push_back({exchange, mark(), deadline(), what}); });
+  turns_.push_back([this, exchange, what] { pending_.push_back({exchange, queue_->mark(), deadline(), what}); });
   advance();
   return error_;
 }
@@ -171,7 +154,7 @@ std::string NcclAllToAll::start_even(const char* input, char* output, int64_t by
   const std::string what = "ncclAlltoAll of " + std::to_string(bytes) + " bytes for each rank";
   return start_groups({{what, [this, input, output, bytes, what] {
                           const int result = api_->all_to_all(input, output, static_cast<size_t>(bytes), kNcclUint8,
-                                                              handle_, stream());
+                                                              handle_, queue_->stream());
                           return accepted(result) ? "" : explain(result, what);
                         }}});
 }
@@ -180,7 +163,7 @@ std::string NcclAllToAll::send_and_receive(const Hop& hop) {
   for (const Message& message : hop.sends) {
     if (message.bytes == 0) continue;
     const int result =
-        api_->send(message.data, static_cast<size_t>(message.bytes), kNcclUint8, message.peer, handle_, stream());
+        api_->send(message.data, static_cast<size_t>(message.bytes), kNcclUint8, message.peer, handle_, queue_->stream());
     if (!accepted(result)) {
       return explain(result, "ncclSend of " + std::to_string(message.bytes) + " bytes to rank " +
                                  std::to_string(message.peer));
@@ -189,7 +172,7 @@ std::string NcclAllToAll::send_and_receive(const Hop& hop) {
   for (const Message& message : hop.receives) {
     if (message.bytes == 0) continue;
     const int result =
-        api_->recv(message.data, static_cast<size_t>(message.bytes), kNcclUint8, message.peer, handle_, stream());
+        api_->recv(message.data, static_cast<size_t>(message.bytes), kNcclUint8, message.peer, handle_, queue_->stream());
     if (!accepted(result)) {
       return explain(result, "ncclRecv of " + std::to_string(message.bytes) + " bytes from rank " +
                                  std::to_string(message.peer));
@@ -234,11 +217,10 @@ Progress NcclAllToAll::finish_enqueueing(double seconds) {
 Progress NcclAllToAll::finish(int64_t exchange, double seconds) {
   return look_until(seconds, [&] {
     // An exchange that is not among those under way has been done.
-    bool led = true;
     for (Pending& pending : pending_) {
-      if (pending.exchange == exchange) led = pending.mark->lead_caller();
+      if (pending.exchange == exchange) pending.mark->lead_caller();
     }
-    return led;
+    return true;
   });
 }
 

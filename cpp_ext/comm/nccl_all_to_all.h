@@ -29,11 +29,11 @@ class Mark {
  public:
   virtual ~Mark() = default;
   virtual bool reached() = 0;
-  // What the caller's stream does from now on waits for the mark; false where only another call can say.
-  virtual bool lead_caller() = 0;
+  // What the caller's stream does from now on waits for the mark.
+  virtual void lead_caller() = 0;
 };
 
-// The stream in which a device does exchanges. The bindings make it of torch's streams and events.
+// The stream in which a device does exchanges; cuda_queue.h has CUDA's.
 class DeviceQueue {
  public:
   virtual ~DeviceQueue() = default;
@@ -41,7 +41,7 @@ class DeviceQueue {
   // What is enqueued from now on waits for what the caller's stream has been given so far.
   virtual void follow_caller() = 0;
   virtual std::unique_ptr<Mark> mark() = 0;
-  // Makes the stream's device the calling thread's own; a new thread begins on the first one.
+  // Prepares a new thread, which begins on the first device, for questions about the stream.
   virtual void enter_thread() {}
 };
 
@@ -66,7 +66,6 @@ struct Position {
 
 class NcclAllToAll : public AllToAll {
  public:
-  // queue: null for the library of the tests, which has no streams.
   NcclAllToAll(const NcclApi* api, int rank, int world, double timeout_s, std::unique_ptr<DeviceQueue> queue);
   ~NcclAllToAll() override;
 
@@ -93,7 +92,6 @@ class NcclAllToAll : public AllToAll {
   // Frees the communicator with its peers after what is under way has ended; aborts it where that takes some seconds.
   void close() override;
   std::string last_error() override;
-  bool staging_is_registered() const { return registration_ != nullptr; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -118,8 +116,6 @@ class NcclAllToAll : public AllToAll {
   void poll();
   template <typename Done>
   Progress look_until(double seconds, const Done& done);
-  void* stream() const { return queue_ != nullptr ? queue_->stream() : nullptr; }
-  std::unique_ptr<Mark> mark();
   void fail(const std::string& reason);
   void give_up(const std::string& reason);
   void bury();
@@ -138,7 +134,6 @@ class NcclAllToAll : public AllToAll {
   NcclHandle handle_ = nullptr;
   NcclHandle doomed_ = nullptr;  // given up, not yet aborted
   std::atomic<int64_t> operation_{0};
-  int64_t groups_ = 0;
   // The call that NCCL is still working on: what it is, and until when.
   bool enqueueing_ = false;
   std::string enqueueing_what_;

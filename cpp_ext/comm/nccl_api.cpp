@@ -12,7 +12,8 @@ namespace samoe {
 namespace comm {
 namespace {
 
-constexpr int kOldestVersion = 21800;  // the first with the non-blocking configuration used here
+constexpr int kOldestVersion = 21800;     // the first with the non-blocking configuration used here
+constexpr int kNextMajorVersion = 30000;  // whose interface may differ from the declarations in nccl_api.h
 
 struct Search {
   std::unique_ptr<NcclApi> api;
@@ -37,7 +38,11 @@ std::string fill(void* library, NcclApi* api) {
       find(library, "ncclRecv", &api->recv);
   if (!complete) return "it lacks a function of NCCL 2.18";
   if (api->get_version(&api->version) != kNcclSuccess) return "ncclGetVersion fails";
-  if (api->version < kOldestVersion) return "its version " + std::to_string(api->version) + " is older than 2.18";
+  if (api->version < kOldestVersion || api->version >= kNextMajorVersion) {
+    return "it is NCCL " + nccl_version_text(api->version) +
+           ", and 2.18 or a later NCCL 2 is needed: as torch brings it (pip install nvidia-nccl-cu12 or -cu13), or "
+           "named by MEGATRON_SAMOE_NCCL_LIB";
+  }
   if (!find(library, "ncclCommFinalize", &api->comm_finalize) ||
       !find(library, "ncclCommDestroy", &api->comm_destroy)) {
     api->comm_finalize = nullptr;
@@ -47,7 +52,6 @@ std::string fill(void* library, NcclApi* api) {
       !find(library, "ncclCommDeregister", &api->comm_deregister)) {
     api->comm_register = nullptr;
   }
-  find(library, "megatron_samoe_fake_nccl_finished", &api->host_finished);
   return "";
 }
 
@@ -83,6 +87,11 @@ Search search() {
 }
 
 }  // namespace
+
+std::string nccl_version_text(int version) {
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+         std::to_string(version % 100);
+}
 
 NcclConfig nonblocking_config() {
   constexpr unsigned int kMagic = 0xcafebeef;

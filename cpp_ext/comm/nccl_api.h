@@ -47,11 +47,11 @@ struct NcclApi {
   int (*all_to_all)(const void*, void*, size_t, int, NcclHandle, void*);
   int (*comm_register)(NcclHandle, void*, size_t, void**);
   int (*comm_deregister)(NcclHandle, void*);
-  // Groups of calls that a communicator has finished. Only the library of the tests has it, whose memory is the host's.
-  int64_t (*host_finished)(NcclHandle);
   int version;
   std::string library;
 };
+
+std::string nccl_version_text(int version);  // such as 2.18.1
 
 // The process's NCCL, looked for once: $MEGATRON_SAMOE_NCCL_LIB, the copy that torch has loaded, libnccl.so.2. Null
 // where there is none; *why then lists what was tried.

@@ -38,7 +38,10 @@ void NcclAllToAll::fail(const std::string& reason) {
 }
 
 void NcclAllToAll::give_up(const std::string& reason) {
-  if (error_.empty()) error_ = reason;
+  if (error_.empty()) {
+    error_ = reason;
+    if (reason != kClosed) tell_process(reason);
+  }
   turns_.clear();
   pending_.clear();
   enqueueing_ = false;
@@ -111,12 +114,14 @@ void NcclAllToAll::forget_reached() {
 
 void NcclAllToAll::look_after() {
   try {
-    if (queue_ != nullptr) queue_->enter_thread();
+    queue_->enter_thread();
     watch();
   } catch (const std::exception& failure) {
     // A device that failed throws at every question. What it was given last is left to it.
-      Lock lock(mutex_);
-    if (error_.empty()) error_ = std::string("the device failed: ") + failure.what();
+    Lock lock(mutex_);
+    if (!error_.empty()) return;
+    error_ = std::string("the device failed: ") + failure.what();
+    tell_process(error_);
   }
 }
 

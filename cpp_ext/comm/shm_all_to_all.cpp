@@ -66,17 +66,6 @@ std::string ShmAllToAll::connect(const std::vector<std::string>& addresses) {
   return "";
 }
 
-void ShmAllToAll::connect_threads(const std::vector<ShmAllToAll*>& all) {
-  for (int r = 0; r < world_; ++r) {
-    if (r == rank_) continue;
-    const Peer& theirs = all[static_cast<size_t>(r)]->peers_[static_cast<size_t>(r)];
-    Peer& peer = peers_[static_cast<size_t>(r)];
-    peer.pid = owner_pid_;
-    peer.segment.share(theirs.segment);
-    peer.window.share(theirs.window);
-  }
-}
-
 std::string ShmAllToAll::what() const {
   return "rank " + std::to_string(rank_) + " of " + std::to_string(world_) + ", exchange " +
          std::to_string(operation_) + ": ";
@@ -231,6 +220,7 @@ void ShmAllToAll::abort(const std::string& reason) {
   if (header.state.load() != static_cast<uint32_t>(State::open)) return;
   std::snprintf(header.reason, sizeof header.reason, "%s", reason.c_str());
   header.state.store(static_cast<uint32_t>(State::aborted));
+  tell_process(reason);
   for (int r = 0; r < world_; ++r)
     if (peers_[static_cast<size_t>(r)].segment.fd() >= 0) ring_doorbell(r);
 }
@@ -253,6 +243,7 @@ bool ShmAllToAll::peers_are_well(double timeout_s) {
   const Header& own = peers_[static_cast<size_t>(rank_)].segment.header();
   if (own.state.load() == static_cast<uint32_t>(State::aborted))
     return fail(std::string("aborted here: ") + own.reason);
+  if (const std::string why = lost_elsewhere(); !why.empty()) return fail(why);
   const auto now = Clock::now();
   const bool thorough = std::chrono::duration<double>(now - last_look_).count() >= kSliceSeconds;  // costs system calls
   if (thorough) last_look_ = now;

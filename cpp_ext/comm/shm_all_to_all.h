@@ -35,9 +35,6 @@ class ShmAllToAll : public AllToAll {
   // Opens the peers' segments at once.
   std::string connect(const std::vector<std::string>& addresses) override;
 
-  // The same for ranks that are threads of one process, each with its own object; all[r] is rank r. For checks.
-  void connect_threads(const std::vector<ShmAllToAll*>& all);
-
   // Memory in this rank's window for an input of that many bytes, of which peers make one copy in place of two. It is
   // valid until the next call. Waits until peers have read what lay there. failed: error() says why, or, where it
   // is empty, *why says why there is no such memory; other exchanges still work.
@@ -58,6 +55,7 @@ class ShmAllToAll : public AllToAll {
   const std::string& error() const { return error_; }
 
  private:
+  friend struct ThreadRanks;  // of a check program: ranks that are threads
   using Clock = std::chrono::steady_clock;
   struct Peer {
     Segment segment;

@@ -33,6 +33,7 @@ from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE
 from megatron_samoe.planning.accounting import count_parameters, idle_share
 from megatron_samoe.planning.memory import rank_memory
+from megatron_samoe.runtime.gpu import check_gpu
 from megatron_samoe.runtime.kernels import choose_kernels
 from megatron_samoe.runtime.ranks import place_in
 from megatron_samoe.training.batches import build_run_data
@@ -80,6 +81,7 @@ def pretrain(
     device = backend.choose_device(config.parallel)
     if device.type == "cpu":
         backend.keep_freed_memory()
+    check_gpu(device, config.training.bf16)
     backend.set_num_threads(config.training.num_threads)
     if config.training.fp16 and device.type != "cuda":
         raise ConfigError("--fp16", True, "needs a CUDA device; use --bf16 or fp32 on a CPU")

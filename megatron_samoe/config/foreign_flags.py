@@ -51,6 +51,7 @@ ALWAYS_SO: Mapping[str, str] = {
     "--check-for-nan-in-loss-and-grad": "a loss or gradient that is not finite is always found",
     "--calculate-per-token-loss": "the loss is always a mean over the tokens of the global batch",
     "--cross-entropy-loss-fusion": "the cross-entropy is one op wherever the extension serves the device",
+    "--cross-entropy-fusion-impl": "--fused-linear-cross-entropy is what `linear` is; all else is one op in any case",
     "--no-masked-softmax-fusion": "there is no such choice here",
     "--no-bias-gelu-fusion": "there is no such choice here",
     "--no-bias-swiglu-fusion": "there is no such choice here",

@@ -52,6 +52,9 @@ class TrainingConfig:
     """full: keep only layer inputs and recompute layers in the backward pass; selective: recompute only attention."""
     recompute_num_layers: int | None = option(None, range=POSITIVE, needs=needs.FULL_RECOMPUTE)
     """With full: number of first layers of a stage to recompute; all if not given."""
+    fused_linear_cross_entropy: bool = option(False)
+    """Compute the logits of some tokens at a time, and again in the backward pass: none are kept, which large vocabularies are
+    glad of. Not while a teacher teaches, who compares logits."""
     spike_window: int = option(0, range=AT_LEAST_ZERO)
     """Report a step whose loss or gradient norm is far above those of this many steps before, with the numbers of its
     samples; 0 for no report."""

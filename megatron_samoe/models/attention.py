@@ -109,6 +109,10 @@ class AttentionCore(nn.Module):
         if self.goes_round:
             assert rule.is_plain and inputs.documents is None  # config/rules/layout.py
             query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
+            if query.untyped_storage().nbytes() > query.numel() * query.element_size():
+                query = (
+                    query.clone()
+                )  # keys and values are copied to be sent, so only queries would keep the projection
             return ring_attention(query, key, value, cp, rule.scale).transpose(1, 2).flatten(2).flatten(0, 1)
         if rule.sinks_A is not None:
             rule = replace(rule, sinks_A=rule.sinks_A.chunk(cp.size)[cp.rank])
@@ -215,11 +219,7 @@ class SelfAttention(AttentionCore):
             copies += heads + 2 * kv_heads if norms or clips else 0
             copies += heads if (norms or clips) and heads > kv_heads else 0  # as within a rank
             copies += heads + kv_heads if norms and clips else 0
-            rotates = model.position_embedding_type == "rope"
-            if not self.goes_round:
-                copies += heads
-            elif heads == kv_heads and not (norms or clips or rotates):
-                copies += 2 * kv_heads  # queries are a view of the projection
+            copies += 0 if self.goes_round else heads
         else:
             copies += self._copies_in_rank(heads, kv_heads)
         vectors = 2 if model.qk_layernorm_scope == "all" else heads + kv_heads

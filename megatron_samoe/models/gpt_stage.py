@@ -18,16 +18,20 @@ from megatron_samoe.models.transformer_layer import TransformerLayer
 from megatron_samoe.moe.set_loads import turn_around
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEStats
-from megatron_samoe.ops.attention import soft_capped
 from megatron_samoe.ops.document_attention import Documents
 from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag
-from megatron_samoe.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron_samoe.tensor_parallel.cross_entropy import (
+    chunk_tokens,
+    linear_cross_entropy,
+    vocab_parallel_cross_entropy,
+)
 from megatron_samoe.tensor_parallel.layers import (
     VocabParallelEmbedding,
     new_parameter,
     padded_vocab_size,
     token_wise_spec,
 )
+from megatron_samoe.tensor_parallel.mappings import enter_tensor_parallel_region
 from megatron_samoe.tensor_parallel.random import recompute
 
 
@@ -101,7 +105,8 @@ class GPTStage(nn.Module):
             document_ids_BS: of whole sequences, on the host; where given, no token attends to another document.
 
         Returns:
-            logits [T, this rank's part of the padded vocabulary] on the last stage, -inf for padding, and the next stage's x
+            logits [T, this rank's part of the padded vocabulary] on the last stage, -inf for padding, or, where the context
+            fuses the loss, what they are made of, for `loss`; and the next stage's x
             on others.
         """
         batch = context.batch_size
@@ -132,20 +137,34 @@ class GPTStage(nn.Module):
                 all_stats.append(stats)
         if set_loads is not None and loads_BC is not None:
             x = turn_around(x, loads_BC) if self.is_last else set_loads.pack(x, loads_BC)
-        return (self._logits(x) if self.is_last else x), all_stats
+        if not self.is_last:
+            return x, all_stats
+        normed_TH = self._normed(x)
+        return (normed_TH if context.fuses_loss else self._logits(normed_TH)), all_stats
 
-    def loss(self, logits_TV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Returns loss_T, the cross-entropy of each token's label."""
-        return vocab_parallel_cross_entropy(logits_TV, labels_BS.flatten(), self._head().first_id, self.state.tp)
+    def loss(self, y: Tensor, labels_BS: Tensor, fuses_loss: bool = False) -> Tensor:
+        """Returns loss_T, the cross-entropy of each token's label, from what `forward` returned.
+
+        Args:
+            fuses_loss: as in the context of the forward pass.
+        """
+        head, labels_T, tp = self._head(), labels_BS.flatten(), self.state.tp
+        if not fuses_loss:
+            return vocab_parallel_cross_entropy(y, labels_T, head.first_id, tp)
+        return linear_cross_entropy(
+            enter_tensor_parallel_region(y, self.state), head.weight[: head.width], head.num_used_rows, labels_T, head.first_id, tp,
+            self.config.model.final_logit_softcapping,
+        )  # fmt: skip
 
     def _head(self) -> VocabParallelEmbedding:
         return self.output if self.config.model.untie_embeddings_and_output_weights else self.embedding.word
 
-    def _logits(self, x_TH: Tensor) -> Tensor:
-        model, normed_TH = self.config.model, self.final_norm(x_TH)
-        if model.logits_scaling != 1.0:
-            normed_TH = normed_TH / model.logits_scaling  # fewer numbers than logits
-        return soft_capped(self._head().logits(normed_TH), model.final_logit_softcapping)
+    def _normed(self, x_TH: Tensor) -> Tensor:
+        scaling, normed_TH = self.config.model.logits_scaling, self.final_norm(x_TH)
+        return normed_TH if scaling == 1.0 else normed_TH / scaling  # fewer numbers than logits
+
+    def _logits(self, normed_TH: Tensor) -> Tensor:
+        return self._head().logits(normed_TH, self.config.model.final_logit_softcapping)
 
     def _recomputes(self, number: int, context: ForwardContext) -> bool:
         return context.training and number < recomputed_layers(self.config)
@@ -158,15 +177,21 @@ class GPTStage(nn.Module):
         """Returns the columns of this rank's logits."""
         return self._head().width
 
-    def head_kept_bytes(self, tokens: int) -> int:
+    def head_kept_bytes(self, tokens: int, fuses_loss: bool) -> int:
         """Returns the bytes of one micro-batch's head: normalised input, logits, fp32 probabilities, and their
-        gradient.
+        gradient; or, where the loss makes logits, those of some tokens, and the gradients that it makes.
         """
         weight = self._head().weight
         local_tokens = tokens // self.state.tp.size if self.state.sequence_parallel else tokens
         hidden, size = weight.shape[1], weight.element_size()
         capped = size if self.config.model.final_logit_softcapping is not None else 0
-        return (tokens + local_tokens) * hidden * size + tokens * self.head_width() * (size + capped + 8)
+        inputs = (tokens + local_tokens) * hidden * size
+        if fuses_loss:
+            at_a_time = min(chunk_tokens(self.head_width()), tokens)
+            # Of the input, and of the weight, in fp32 and a part that is added.
+            gradients = tokens * hidden * size + self.head_width() * hidden * (4 + size)
+            return inputs + gradients + at_a_time * self.head_width() * (size + capped + 8)
+        return inputs + tokens * self.head_width() * (size + capped + 8)
 
 
 def _words(blueprint: Blueprint, family: Literal["dense", "embedding"]) -> VocabParallelEmbedding:

@@ -166,9 +166,9 @@ class RankModel(nn.Module):
         """Returns a chunk's output and the statistics of its MoE layers; see `GPTStage.forward`."""
         return self.chunks[chunk](x, context, self.lender, positions_BS, document_ids_BS)
 
-    def loss(self, logits_TV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Returns loss_T, on the last stage."""
-        return self.chunks[-1].loss(logits_TV, labels_BS)
+    def loss(self, y: Tensor, labels_BS: Tensor, fuses_loss: bool = False) -> Tensor:
+        """Returns loss_T, on the last stage; see `GPTStage.loss`."""
+        return self.chunks[-1].loss(y, labels_BS, fuses_loss)
 
 
 def compute_dtype(config: PretrainConfig) -> torch.dtype:

@@ -35,6 +35,7 @@ class ForwardContext:
         gradient_scale: factor on all losses (the loss scale of fp16).
         random: source of noise; required while training.
         cache: where given, the tokens continue sequences whose earlier tokens it holds.
+        fuses_loss: the last stage leaves logits to the loss, which makes them for some tokens at a time.
     """
 
     batch_size: int
@@ -43,6 +44,7 @@ class ForwardContext:
     gradient_scale: float = 1.0
     random: SampleRandom | None = None
     cache: KeyValueCache | None = None
+    fuses_loss: bool = False
 
 
 @dataclass(frozen=True)

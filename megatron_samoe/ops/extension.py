@@ -197,6 +197,13 @@ def build_info() -> dict[str, Any]:
     return info
 
 
+def build_identity() -> dict[str, str]:
+    """Returns what two builds that work together must have alike: their sources, and whether they have CUDA kernels."""
+    info = build_info()
+    kernels = f"with kernels for CUDA {info['cuda']}" if info.get("cuda") else "without CUDA kernels"
+    return {"a compiled extension": f"from sources {info.get('sources', 'unknown')[:12]} {kernels}"}
+
+
 def serves(*tensors: torch.Tensor | None, cuda: CudaKernel | None = None) -> bool:
     """Returns whether a compiled op takes these tensors: all on one device, and fp32 or bf16 where they are floating.
 

@@ -24,26 +24,57 @@ def choose_device(config: ParallelConfig) -> torch.device:
     """Returns the device of this rank: its own GPU with NCCL, else the CPU.
 
     Raises:
-        ConfigError: the configuration asks for NCCL and there is no CUDA device.
+        ConfigError: the configuration asks for NCCL and there is no CUDA device, there are fewer than ranks of this host,
+            or a GPU is there whose driver is older than torch's CUDA.
     """
-    wants_cuda = config.distributed_backend == "nccl" or (
-        config.distributed_backend == "auto" and torch.cuda.is_available()
-    )
-    if not wants_cuda:
+    if config.distributed_backend == "gloo":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("--distributed-backend", "nccl", "needs a CUDA device; use gloo (or auto) on a CPU")
+        why = _why_no_gpu()
+        if config.distributed_backend == "nccl":
+            raise ConfigError(
+                "--distributed-backend", "nccl", f"needs a CUDA device; use gloo (or auto) on a CPU. {why}"
+            )
+        return torch.device("cpu")
     local_rank = launcher.local_rank()
     if local_rank >= torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         error = ConfigError(
             "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"),
-            f"must be at most the {torch.cuda.device_count()} CUDA devices of this host",
+            f"must be at most the {torch.cuda.device_count()} CUDA devices of this host"
+            + (f" that CUDA_VISIBLE_DEVICES = {visible} shows" if visible is not None else "")
+            + "; --distributed-backend gloo trains on its CPU",
         )  # fmt: skip
         error.collective = False  # other ranks, and other hosts, may have theirs
         raise error
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _why_no_gpu() -> str:
+    """Returns why torch sees no GPU, as a sentence.
+
+    Raises:
+        ConfigError: there is one, and its driver is too old.
+    """
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built for CPUs alone."
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as failure:
+        found = re.search(r"driver on your system is too old \(found version (\d+)\)", str(failure))
+        if found is None:
+            return str(failure).split(". ")[0].splitlines()[0] + "."
+        version = f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}"
+        error = ConfigError(
+            "NVIDIA driver", version,
+            f"is older than CUDA {torch.version.cuda}, which torch {torch.__version__} is built for: install a newer driver, "
+            "or a torch for that CUDA; --distributed-backend gloo trains on the CPU",
+        )  # fmt: skip
+        error.collective = False
+        raise error from None
+    return f"torch sees no GPU, with CUDA_VISIBLE_DEVICES = {os.environ.get('CUDA_VISIBLE_DEVICES')!r}."
 
 
 def initialize_distributed(
@@ -78,13 +109,24 @@ def initialize_distributed(
         ) from error
     num_ranks = num_ranks or world_size
     if number < num_ranks:
-        _connect(device, store, number, num_ranks, timeout)
+        _connect(config, device, store, number, num_ranks, timeout)
     return meeting
 
 
-def _connect(device: torch.device, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+def _connect(
+    config: ParallelConfig,
+    device: torch.device,
+    store: dist.Store,
+    rank: int,
+    size: int,
+    timeout: timedelta | None = None,
+) -> None:
     """Makes the process group of all ranks, after they met at the store."""
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and config.moe_all_to_all_backend == "extension":
+        # torch's communicators and ours overlap: on the device too, NCCL (2.26) then keeps the order of the program, which
+        # is the same on all ranks. It reads this once, at its first launch.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     # All ranks of a one-host job can talk over loopback even where the host's name does not resolve.
     if backend == "gloo" and int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == launcher.world_size():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -9,8 +9,8 @@ from megatron_samoe.planning.description import PlannedModel
 
 
 def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> int:
-    """Returns the bytes of activations at a stage's peak: all passes in flight, one recomputed layer's, the head's,
-    and what one layer exchanges with context-parallel ranks."""
+    """Returns the bytes of activations at a stage's peak: all passes in flight, and either the head's or, when the backward
+    pass has come through that, one recomputed layer's and what a layer exchanges with context-parallel ranks."""
     config, grid, plans = planned.config, planned.grid, planned.stages.chunks_of_stage[stage]
     parallel, description = config.parallel, planned.description
     tokens = group_tokens(config)
@@ -24,10 +24,15 @@ def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> i
     boundary = inputs if grid.pp > 1 else 0
     kept = passes * (all_chunks // len(plans) + boundary)
     recomputed = max((whole for whole, again, _ in layers if again), default=0)
-    head = sum(description.ends(p).head_kept_bytes(tokens) for p in plans if p.has_head)
+    head = sum(
+        description.ends(p).head_kept_bytes(tokens, config.training.fused_linear_cross_entropy)
+        for p in plans
+        if p.has_head
+    )
     heads = passes if parallel.pipeline_schedule == "gpipe" else 1
     exchanged = max((description.layer(place).exchange_bytes(tokens) for place, _, _ in counts), default=0)
-    return kept + recomputed + head * heads + exchanged + planned.lending_costs(planned.first_rank_of(stage)).workspace
+    at_a_time = max(head * heads, head * (heads - 1) + recomputed + exchanged)
+    return kept + at_a_time + planned.lending_costs(planned.first_rank_of(stage)).workspace
 
 
 def passes_in_flight(schedule: str, pp: int, rank: int, num_chunks: int, num_micro_batches: int) -> int:

@@ -1,12 +1,13 @@
 """The planner: the legal layouts of a model on a cluster, the memory and time of each, and the fastest.
 
-It enumerates sizes (tensor, pipeline, virtual stages, expert, expert-tensor, micro-batch) and keeps those that
+It enumerates sizes (context, tensor, pipeline, virtual stages, expert, expert-tensor, micro-batch) and keeps those that
 `config.validate` accepts. Within one choice of sizes, it tries options that trade memory for time (recomputation, when
 the pool is combined) in the order of their cost, and keeps the first that fits.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -34,6 +35,8 @@ from megatron_samoe.planning.teacher import planned_teacher
 
 #: More chunks than this on one rank send more often than they save.
 MAX_CHUNKS = 8
+#: With fewer tokens of a sequence on a rank, context parallelism sends more than it saves.
+LEAST_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -146,32 +149,39 @@ def _too_large(smallest: PlannedLayout, cluster: Cluster) -> ConfigError:
 
 
 def _sizes(base: PretrainConfig, cluster: Cluster, micro_batch_sizes: Sequence[int]) -> Iterator[PretrainConfig]:
-    """Yields all choices of sizes that keep the user's fixed ones; most are legal. The context-parallel size is the user's."""
+    """Yields all choices of sizes that keep the user's fixed ones; most are legal."""
     given, world, moe = base.parallel, cluster.world_size, base.moe
-    per_part = max(world // given.context_parallel_size, 1)
     is_moe = moe.expert_layout != "dense"
-    fits_node = [
-        d for d in divisors(per_part) if d <= cluster.gpus_per_node and base.model.num_attention_heads % d == 0
-    ]
-    for tp in _fixed(given, "tensor_model_parallel_size", fits_node):
-        stages = [d for d in divisors(per_part // tp) if d <= base.model.num_layers] if per_part % tp == 0 else [1]
-        for pp in _fixed(given, "pipeline_model_parallel_size", stages):
-            expert_tps = _fixed(given, "expert_tensor_parallel_size", sorted({1, tp})) if is_moe else [None]
-            for etp in expert_tps:
+    for cp in _fixed(given, "context_parallel_size", _context_sizes(base.model.seq_length, world)):
+        per_part = max(world // cp, 1)
+        fits_node = [
+            d for d in divisors(per_part) if d <= cluster.gpus_per_node and base.model.num_attention_heads % d == 0
+        ]
+        for tp in _fixed(given, "tensor_model_parallel_size", fits_node):
+            stages = [d for d in divisors(per_part // tp) if d <= base.model.num_layers] if per_part % tp == 0 else [1]
+            for pp, etp in itertools.product(
+                _fixed(given, "pipeline_model_parallel_size", stages),
+                _fixed(given, "expert_tensor_parallel_size", sorted({1, tp})) if is_moe else [None],
+            ):
                 over = max(world // (pp * (etp or tp)), 1)
                 experts = [d for d in divisors(math.gcd(*moe.expert_counts)) if over % d == 0] if is_moe else [1]
-                for ep in _fixed(given, "expert_model_parallel_size", experts):
-                    for vpp, layout in _stage_cuts(base, pp):
-                        parallel = replace(
-                            given, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-                            expert_model_parallel_size=ep, expert_tensor_parallel_size=etp if tp > 1 else None,
-                            num_layers_per_virtual_pipeline_stage=vpp, pipeline_model_parallel_layout=layout,
-                            sequence_parallel=given.sequence_parallel or tp > 1,
-                        )  # fmt: skip
-                        for size in micro_batch_sizes:
-                            yield replace(
-                                base, parallel=parallel, training=replace(base.training, micro_batch_size=size)
-                            )
+                for ep, (vpp, layout) in itertools.product(
+                    _fixed(given, "expert_model_parallel_size", experts), _stage_cuts(base, pp)
+                ):
+                    parallel = replace(
+                        given, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
+                        expert_model_parallel_size=ep, expert_tensor_parallel_size=etp if tp > 1 else None,
+                        num_layers_per_virtual_pipeline_stage=vpp, pipeline_model_parallel_layout=layout,
+                        sequence_parallel=given.sequence_parallel or tp > 1,
+                    )  # fmt: skip
+                    for size in micro_batch_sizes:
+                        yield replace(base, parallel=parallel, training=replace(base.training, micro_batch_size=size))
+
+
+def _context_sizes(seq_length: int, world: int) -> list[int]:
+    """Returns the context-parallel sizes worth a look: powers of two that leave a rank LEAST_CONTEXT tokens of a sequence."""
+    sizes = [d for d in divisors(world) if d.bit_count() == 1 and seq_length % (2 * d) == 0]
+    return [1, *(d for d in sizes if d > 1 and seq_length // d >= LEAST_CONTEXT)]
 
 
 def _fixed(given: ParallelConfig, name: str, choices: list) -> list:

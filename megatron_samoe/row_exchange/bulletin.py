@@ -1,9 +1,13 @@
 """Messages between the members of an NCCL communicator, through the process group's store.
 
 NCCL does not tell the other ranks of one rank's abort: over NVLink or shared memory they would wait for their time-out.
-So each rank has a thread that looks twice a second at its communicator and at a key of the store. A rank that failed or
-gave up writes this there, and the others abort. During a long wait all ranks write in which exchange they are. So a
-time-out names the ranks that did not come, and a rank that has left is an error at once.
+So each rank has a thread that looks at its communicator and at a key of the store. A rank that failed or gave up writes
+this there, and the others abort. During a long wait all ranks write in which exchange they are. So a time-out names the
+ranks that did not come, and a rank that has left is an error at once.
+
+One store serves the whole job. A look is one request until the first long wait, and at most REQUESTS_PER_LOOK ever after,
+however large the group. In a job of W ranks a rank looks every look_s(W) = max(0.5, W / 1000) seconds. So a communicator
+of every rank makes at most REQUESTS_PER_LOOK * W / look_s(W) requests a second: never more than 4000.
 """
 
 from __future__ import annotations
@@ -21,9 +25,16 @@ from torch.distributed import Store
 
 from megatron_samoe.parallel_state.state import Group
 
+REQUESTS_PER_LOOK = 4
+MOST_LOOKS_PER_S = 1000  # of all ranks together
 _LOOK_S = 0.5
 _STORE_TIMEOUT_S = 5.0
 _LONG = 3  # looks at the same exchange; after the first the others are asked, and they answer at their next
+
+
+def look_s(num_ranks: int) -> float:
+    """Returns the seconds between two looks of a rank, in a job of so many: half a second, and more from 500 ranks on."""
+    return max(_LOOK_S, num_ranks / MOST_LOOKS_PER_S)
 
 
 class Bulletin:
@@ -40,7 +51,7 @@ class Bulletin:
         self._board = _Board(group, name, handle)
         stop = threading.Event()
         # Its own arguments only, so that the bulletin may end while the thread runs.
-        args = (self._board, stop, min(_LOOK_S, timeout_s / 8))
+        args = (self._board, stop, min(look_s(torch.distributed.get_world_size()), timeout_s / 8))
         thread = threading.Thread(target=_look_after, args=args, name=f"bulletin {group.name}", daemon=True)
         thread.start()
         # At exit as well: the interpreter ends threads that come back to it from compiled code with a crash.
@@ -70,10 +81,13 @@ class _Board:
         self._asking, self._telling = (_connection(group, f"exchange/{name}") for _ in range(2))
         self._rank, self._size, self._handle = group.rank, group.size, handle
         self._pid, self._gone = os.getpid(), False
-        self._said = self._asked = False
+        self._many_at_once: bool = self._asking.has_extended_api()  # type: ignore[attr-defined]  # missing from torch's stubs
+        self._places = [str(rank) for rank in range(self._size)]  # the keys at which ranks say where they are
+        self._all_have_places = self._said = False
         self._told = -1  # the exchange that the others know this rank to be in
         self._waiting, self._looks = -1, 0
         self.missing = ""
+        self._telling.set(str(self._rank), "")
 
     @contextlib.contextmanager
     def while_it_stands(self) -> Iterator[None]:
@@ -89,15 +103,15 @@ class _Board:
         if error:
             self.give_up(error)
             return False
-        if self._asking.check(["gave up"]):
+        news = self._asking.check(["news"])
+        if news and self._asking.check(["gave up"]):
             return self._abort(started, self._asking.get("gave up").decode())
         self._looks = self._looks + 1 if waiting == self._waiting else 0
         self._waiting = waiting
         waits = waiting >= 0 and self._looks > 0
-        if waits and not self._asked:
-            self._asked = True
-            self._telling.set("where are you", "")
-        if started != self._told and (self._asked or self._asking.check(["where are you"])):
+        if waits and not news:
+            self._telling.set("news", "where are you")
+        if started != self._told and (waits or news):
             self._telling.set(str(self._rank), str(started))
             self._told = started
         if not waits:
@@ -106,17 +120,25 @@ class _Board:
         return self._look_for_others(started, waiting)
 
     def _look_for_others(self, started: int, waiting: int) -> bool:
-        others = [rank for rank in range(self._size) if rank != self._rank]
-        said = [rank for rank in others if self._asking.check([str(rank)])]
-        seen = {rank: self._asking.get(str(rank)).decode().split() for rank in said}
-        for rank, (exchange, *left) in seen.items():
-            if left and int(exchange) < waiting:
+        if not self._all_have_places:  # a question for one that is not there yet would wait for it
+            self._all_have_places = self._asking.check(self._places)
+            return True
+        absent = []
+        for rank, place in enumerate(self._read(self._places)):
+            exchange, *left = place.split() or ["-1"]
+            if rank == self._rank or int(exchange) >= waiting:
+                continue
+            if left:
                 return self._abort(started, f"rank {rank} closed the communicator after exchange {exchange}")
-        absent = [f"{rank} (last in {seen[rank][0]})" if rank in seen else f"{rank} (says nothing)" for rank in others
-                  if rank not in seen or int(seen[rank][0]) < waiting]  # fmt: skip
+            absent.append(f"{rank} (last in {exchange})" if place else f"{rank} (says nothing)")
         known = absent and self._looks >= _LONG
         self.missing = f"; in exchange {waiting} these ranks are missing: {', '.join(absent)}" if known else ""
         return True
+
+    def _read(self, keys: list[str]) -> list[str]:
+        if self._many_at_once:
+            return [value.decode() for value in self._asking.multi_get(keys)]  # type: ignore[attr-defined]
+        return [self._asking.get(key).decode() for key in keys]
 
     def _abort(self, started: int, reason: str) -> bool:
         self._said = True  # by the other
@@ -129,6 +151,7 @@ class _Board:
             return
         self._said = True
         self._telling.set("gave up", f"rank {self._rank} gave up: {reason}{self.missing}")
+        self._telling.set("news", "gave up")
 
     def leave(self) -> None:
         if not self._gone and os.getpid() == self._pid:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from typing import Any
@@ -260,11 +260,23 @@ def check_splits(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int
         raise ValueError(f"send_rows = {list(send_rows)}, receive_rows = {list(receive_rows)}: none may be negative")
 
 
-def agreed(group: Group, problem: str, transport: str) -> bool:
+def agreed(group: Group, problem: str, transport: str, versions: Mapping[str, str] | None = None) -> bool:
     """Returns whether no member has a problem, the same on all members; logs the first problem once. Collective, also a
     barrier.
+
+    Args:
+        versions: of what all members must have alike, by name; one that differs is a problem.
     """
-    problems = [text for text in group.all_gather_object(problem) if text]
+    members = group.all_gather_object((problem, dict(versions or {})))
+    problems = [text for text, _ in members if text]
+    if not problems:
+        first, theirs = group.ranks[0], members[0][1]
+        problems = [
+            f"rank {first} has {name} {theirs[name]} and rank {rank} has {version}; install the same on all hosts"
+            for rank, (_, own) in zip(group.ranks, members, strict=True)
+            for name, version in own.items()
+            if version != theirs[name]
+        ]
     if problems:
         say_once(f"Group {group.name!r} exchanges rows through torch, not through {transport}: {problems[0]}.")
     return not problems

@@ -6,6 +6,7 @@ from a unique id that its first rank draws and the process group carries to the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,16 +20,18 @@ from megatron_samoe.row_exchange.communicator import Communicator, Pending, agre
 
 
 class OpenedNccl(NamedTuple):
-    """A compiled communicator, the stream of its exchanges (None with the stand-in that tests use), and the messages
-    between its members."""
+    """A compiled communicator, the stream of its exchanges, and the messages between its members."""
 
     handle: int
-    stream: torch.cuda.Stream | None = None
+    stream: torch.cuda.Stream
     bulletin: Bulletin | None = None
 
 
 class NcclCommunicator(Communicator):
-    """An all-to-all of device tensors, in its own stream.
+    """An all-to-all of device tensors, in the stream of the process's exchanges.
+
+    Exchanges start from one thread at a time, as forward and backward do. Each returns when NCCL has taken it, so a
+    process's communicators launch theirs in the program's order, and the one stream keeps it.
 
     An exchange waits for the earlier work of the current stream. The current stream then waits for the exchange: at
     once, or at wait() of an exchange that was started in the background, which takes no thread. An exchange that a peer
@@ -40,8 +43,7 @@ class NcclCommunicator(Communicator):
     """
 
     transport = "NCCL"
-    #: Tensors of the CPU are for the stand-in that tests use; NCCL itself is refused when the communicator is made.
-    device_types = ("cuda", "cpu")
+    device_types = ("cuda",)
 
     def __init__(self, group: Group, opened: OpenedNccl, timeout_s: float):
         super().__init__(group, opened.handle, timeout_s)
@@ -119,9 +121,8 @@ class NcclCommunicator(Communicator):
 
     def _keep_until_done(self, *tensors: Tensor) -> None:
         """Leaves the memory of tensors to the exchange until the device has done it, whoever drops them before."""
-        if self._stream is not None:
-            for tensor in tensors:
-                tensor.record_stream(self._stream)
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
 
 
 def nccl_problem() -> str:
@@ -130,6 +131,12 @@ def nccl_problem() -> str:
         return "the compiled extension is not in use"
     problem: str = torch.ops.megatron_samoe.nccl_problem()
     return problem
+
+
+def versions() -> dict[str, str]:
+    """Returns what all members of a group must have alike."""
+    library: str = torch.ops.megatron_samoe.nccl_library()
+    return {"NCCL": library.split()[-1], **extension.build_identity()}
 
 
 def create_nccl_communicator(
@@ -147,23 +154,38 @@ def create_nccl_communicator(
     return None if opened is None else NcclCommunicator(group, opened, timeout_s)
 
 
-def new_handle(rank: int, size: int, device: torch.device, timeout_s: float) -> tuple[int, torch.cuda.Stream | None]:
-    """Returns a compiled communicator that is not connected yet, and the stream of its exchanges on a GPU."""
-    stream = None
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        # Exchanges go before kernels that wait for the same multiprocessors.
-        stream = torch.cuda.Stream(device, priority=-1)
-    address = 0 if stream is None else stream.cuda_stream
-    return int(torch.ops.megatron_samoe.nccl_create(rank, size, device, address, timeout_s)), stream
+def new_handle(rank: int, size: int, device: torch.device, timeout_s: float) -> tuple[int, torch.cuda.Stream]:
+    """Returns a compiled communicator that is not connected yet, and the stream of its exchanges.
+
+    Raises:
+        RuntimeError: the device or NCCL cannot have it.
+    """
+    if device.type not in NcclCommunicator.device_types:
+        raise RuntimeError(f"NCCL exchanges the memory of GPUs, not of {device}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    stream = exchange_stream(device)
+    return int(torch.ops.megatron_samoe.nccl_create(rank, size, device, stream.cuda_stream, timeout_s)), stream
+
+
+@functools.cache
+def exchange_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the stream of all exchanges on a device. Two communicators' kernels that wait for each other's places on it
+    would hang where ranks run them in different orders.
+    """
+    # Exchanges go before kernels that wait for the same multiprocessors.
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def open_nccl(group: Group, timeout_s: float, device: torch.device) -> OpenedNccl | None:
     """Returns the compiled communicator of create_nccl_communicator."""
-    if group.size == 1 or not agreed(group, nccl_problem(), NcclCommunicator.transport):
+    if group.size == 1:
+        return None
+    problem = nccl_problem()
+    if not agreed(group, problem, NcclCommunicator.transport, {} if problem else versions()):
         return None
     ops = torch.ops.megatron_samoe
-    handle, problem, address, bulletin, stream = -1, "", "", None, None
+    handle, address, stream, bulletin = -1, "", None, None
     try:
         handle, stream = new_handle(group.rank, group.size, device, timeout_s)
         address = ops.all_to_all_address(handle)
@@ -179,7 +201,7 @@ def open_nccl(group: Group, timeout_s: float, device: torch.device) -> OpenedNcc
             problem = connect(handle, addresses)
             if problem:
                 problem += bulletin.give_up(problem)
-    if agreed(group, problem, NcclCommunicator.transport) and bulletin is not None:
+    if agreed(group, problem, NcclCommunicator.transport) and bulletin is not None and stream is not None:
         return OpenedNccl(handle, stream, bulletin)
     if bulletin is not None:
         bulletin.close()

@@ -112,7 +112,7 @@ def create_host_communicator(group: Group, timeout_s: float) -> tuple[ShmCommuni
     if not problem and all(addresses):
         problem = connect(handle, [addresses[rank] for rank in here])
     # A barrier as well: nobody closes before all have opened.
-    if not agreed(group, problem, ShmCommunicator.transport):
+    if not agreed(group, problem, ShmCommunicator.transport, {} if problem else extension.build_identity()):
         if handle >= 0:
             torch.ops.megatron_samoe.all_to_all_close(handle)
         return None

@@ -12,6 +12,7 @@ from megatron_samoe.parallel_state import backend, launcher
 from megatron_samoe.parallel_state.rank_grid import RankGrid
 from megatron_samoe.parallel_state.state import ParallelState, initialize_model_parallel
 from megatron_samoe.row_exchange.exchange import with_exchange
+from megatron_samoe.runtime.gpu import check_gpu
 
 
 def place_in(layout: ParallelConfig, device: torch.device, shares_experts: bool = False) -> ParallelState:
@@ -49,6 +50,7 @@ def join_ranks(layout: ParallelConfig, num_threads: int | None = None) -> Parall
             "layout", given, f"must divide the {launcher.world_size()} processes that were started: {error}"
         ) from None
     device = backend.choose_device(layout)
+    check_gpu(device)
     backend.set_num_threads(num_threads)
     backend.initialize_distributed(layout, device)
     return place_in(layout, device)

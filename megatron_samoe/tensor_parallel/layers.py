@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_samoe.ops.attention import soft_capped
 from megatron_samoe.parallel_state.parameter_tag import Init, ParameterTag, set_tag
 from megatron_samoe.parallel_state.shard_spec import ShardSpec
 from megatron_samoe.parallel_state.state import ParallelState
@@ -141,12 +142,12 @@ class VocabParallelEmbedding(nn.Module):
         x_TH = F.embedding(local_T.masked_fill(~mine_T, 0), self.weight) * mine_T[:, None]
         return leave_tensor_parallel_region(x_TH, self.state)
 
-    def logits(self, x_TH: Tensor) -> Tensor:
-        """Returns this rank's logits [T, `width`]; those of padding are -inf, so it takes no probability."""
+    def logits(self, x_TH: Tensor, softcap: float | None = None) -> Tensor:
+        """Returns this rank's logits [T, `width`], soft-capped; those of padding are -inf, so it takes no probability."""
         x_TH = enter_tensor_parallel_region(x_TH, self.state)
         if not self.width:
             return F.linear(x_TH, self.weight[:0])
-        logits_TV = F.linear(x_TH, self.weight)
+        logits_TV = soft_capped(F.linear(x_TH, self.weight), softcap)
         return _WithoutPadding.apply(logits_TV, self.num_used_rows) if self.num_used_rows < self.width else logits_TV
 
     @property

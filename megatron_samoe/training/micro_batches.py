@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -41,6 +42,8 @@ def run_micro_batches(
         A row for each MoE layer as the model's `statistics` say, zero for those of other stages; None for a dense model.
     """
     model, rows = setup.model, None
+    fuses_loss = setup.config.training.fused_linear_cross_entropy and take_divergences is None
+    contexts = [replace(context, fuses_loss=fuses_loss) for context in contexts]
     teacher = setup.teacher if take_divergences is not None else None
     if model.num_moe_layers:
         rows = model.statistics.zeros(model.num_moe_layers, setup.parallel.device)
@@ -60,7 +63,7 @@ def run_micro_batches(
         if not stage.is_last:
             return y if teacher is None or taught_y is None else teacher.pack(y, taught_y)
         mask_T = batch["loss_mask"].flatten()
-        loss = take_losses(number, batch, model.loss(y, batch["labels"]) * mask_T)
+        loss = take_losses(number, batch, model.loss(y, batch["labels"], fuses_loss) * mask_T)
         if teacher is None or taught_y is None or take_divergences is None:
             return loss
         return loss + take_divergences(number, batch, teacher.divergence(y, taught_y) * mask_T)

@@ -1,5 +1,5 @@
 // The NCCL all-to-all: its making and its exchanges in two hops. CUDA's events come from the runtime that torch has
-// loaded, so the same file serves a CPU torch (with the library of the tests) and a CUDA torch.
+// loaded, so the same file serves a CPU torch and a CUDA torch.
 
 #include <algorithm>
 #include <memory>
@@ -7,8 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../../comm/cuda_runtime.h"
-#include "../../comm/nccl_all_to_all.h"
+#include "../../comm/cuda_queue.h"
 #include "communicators.h"
 
 namespace {
@@ -19,73 +18,13 @@ using samoe::Integers;
 using samoe::nbytes;
 using samoe::Tensor;
 using samoe::comm::cuda_runtime;
+using samoe::comm::CudaQueue;
 using samoe::comm::CudaRuntime;
 using samoe::comm::Hop;
 using samoe::comm::Message;
 using samoe::comm::nccl_api;
 using samoe::comm::NcclAllToAll;
 using samoe::comm::NcclApi;
-
-// CUDA's runtime; the stream of an exchange was made with it.
-const CudaRuntime& cuda() {
-  std::string why;
-  const CudaRuntime* runtime = cuda_runtime(&why);
-  SAMOE_CHECK(runtime != nullptr, why);
-  return *runtime;
-}
-
-void check_cuda(int error) { SAMOE_CHECK(error == 0, "CUDA: ", cuda().error_text(error)); }
-
-class Event {
- public:
-  explicit Event(void* stream) {
-    check_cuda(cuda().create_event(&event_, samoe::comm::kCudaEventWithoutTiming));
-    if (const int error = cuda().record_event(event_, stream); error != 0) {
-      cuda().destroy_event(event_);
-      check_cuda(error);
-    }
-  }
-  ~Event() { cuda().destroy_event(event_); }
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-
-  bool reached() const {
-    const int error = cuda().query_event(event_);
-    if (error != samoe::comm::kCudaNotReady) check_cuda(error);
-    return error == 0;
-  }
-  void lead(void* stream) const { check_cuda(cuda().wait_for_event(stream, event_, 0)); }
-
- private:
-  void* event_ = nullptr;
-};
-
-class EventMark : public samoe::comm::Mark {
- public:
-  EventMark(const Device& device, void* stream) : device_(device), event_(stream) {}
-  bool reached() override { return event_.reached(); }
-  bool lead_caller() override {
-    event_.lead(samoe::current_stream(device_));
-    return true;
-  }
-
- private:
-  const Device device_;
-  const Event event_;
-};
-
-class CudaQueue : public samoe::comm::DeviceQueue {
- public:
-  CudaQueue(const Device& device, void* stream) : device_(device), stream_(stream) {}
-  void* stream() override { return stream_; }
-  void follow_caller() override { Event(samoe::current_stream(device_)).lead(stream_); }
-  std::unique_ptr<samoe::comm::Mark> mark() override { return std::make_unique<EventMark>(device_, stream_); }
-  void enter_thread() override { check_cuda(cuda().set_device(device_.index())); }
-
- private:
-  const Device device_;
-  void* const stream_;
-};
 
 const NcclApi* api_or_throw() {
   std::string why;
@@ -102,21 +41,18 @@ std::string nccl_problem() {
 
 std::string nccl_library() {
   const NcclApi* api = api_or_throw();
-  return api->library + " " + std::to_string(api->version) + (api->host_finished != nullptr ? " (host memory)" : "");
+  return api->library + " " + samoe::comm::nccl_version_text(api->version);
 }
 
-// stream: of CUDA, by its address, in which the exchanges of a GPU's memory take place; Python owns it.
+// stream: of CUDA, by its address, in which the exchanges of the device's memory take place; Python owns it.
 int64_t nccl_create(int64_t rank, int64_t world, const Device& device, int64_t stream, double timeout_s) {
   SAMOE_CHECK(world >= 1 && rank >= 0 && rank < world, "rank ", rank, " of ", world);
   const NcclApi* api = api_or_throw();
-  std::unique_ptr<CudaQueue> queue;
-  if (device.is_cpu()) {
-    SAMOE_CHECK(api->host_finished != nullptr, "NCCL exchanges the memory of devices, not of the CPU");
-  } else {
-    SAMOE_CHECK(device.is_cuda() && device.has_index(), "device ", device, ": one of CUDA, with its index");
-    cuda();
-    queue = std::make_unique<CudaQueue>(device, reinterpret_cast<void*>(stream));
-  }
+  std::string why;
+  const CudaRuntime* cuda = cuda_runtime(&why);
+  SAMOE_CHECK(cuda != nullptr, why);
+  auto queue = std::make_unique<CudaQueue>(cuda, device.index(), reinterpret_cast<void*>(stream),
+                                           [device] { return samoe::current_stream(device); });
   return samoe::add_communicator({std::make_shared<NcclAllToAll>(api, static_cast<int>(rank), static_cast<int>(world),
                                                                  timeout_s, std::move(queue)),
                                   device});

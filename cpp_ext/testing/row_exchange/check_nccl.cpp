@@ -1,14 +1,18 @@
 // Checks how the NCCL all-to-all uses a device's streams, with a queue that writes down what it is asked, one rank, and
 // the library of the tests (MEGATRON_SAMOE_NCCL_LIB). Exits with 1 and a line for each thing that is wrong.
+#include <dlfcn.h>
+
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "../../comm/nccl_all_to_all.h"
+#include "../../comm/cuda_queue.h"
 
+using samoe::comm::CudaQueue;
 using samoe::comm::DeviceQueue;
 using samoe::comm::Mark;
 using samoe::comm::NcclAllToAll;
@@ -28,10 +32,7 @@ class LoggedMark : public Mark {
     if (broken) throw std::runtime_error("broken");
     return ::reached[number_];
   }
-  bool lead_caller() override {
-    events += "l" + std::to_string(number_) + " ";
-    return true;
-  }
+  void lead_caller() override { events += "l" + std::to_string(number_) + " "; }
 
  private:
   int number_;
@@ -60,10 +61,17 @@ void expect_events(const std::string& expected, const std::string& what) {
   events.clear();
 }
 
-std::unique_ptr<NcclAllToAll> connected(double timeout_s) {
+template <typename Function>
+Function stand_in(const char* name) {
+  return reinterpret_cast<Function>(dlsym(dlopen(std::getenv("MEGATRON_SAMOE_NCCL_LIB"), RTLD_NOW), name));
+}
+
+int64_t count(const char* what) { return stand_in<int64_t (*)(const char*)>("megatron_samoe_stand_in_count")(what); }
+
+std::unique_ptr<NcclAllToAll> connected(double timeout_s,
+                                        std::unique_ptr<DeviceQueue> queue = std::make_unique<LoggedQueue>()) {
   std::string why;
-  auto communicator = std::make_unique<NcclAllToAll>(samoe::comm::nccl_api(&why), 0, 1, timeout_s,
-                                                     std::make_unique<LoggedQueue>());
+  auto communicator = std::make_unique<NcclAllToAll>(samoe::comm::nccl_api(&why), 0, 1, timeout_s, std::move(queue));
   expect(communicator->connect({communicator->address()}).empty(), "connect");
   while (communicator->finish(0, 0.01) == Progress::pending) {
   }
@@ -107,9 +115,9 @@ int main() {
            "memory waits for the exchanges before it");
     reached[3] = true;
     for (char* memory : {between.data(), input.data()}) {
-      expect(communicator->use_staging(memory, 64, 1.0) == Progress::done && communicator->staging_is_registered(),
-             "registered, the second in place of the first");
+      expect(communicator->use_staging(memory, 64, 1.0) == Progress::done, "registered, the second in place of the first");
     }
+    expect(count("ncclCommRegister") == 2 && count("ncclCommDeregister") == 1, "registrations");
     communicator->abort("enough");
     expect(communicator->finish(3, 1.0) == Progress::failed && communicator->last_error() == "enough", "aborted");
     expect(start() == "enough", "later calls say why");
@@ -166,6 +174,38 @@ int main() {
     over = true;
     looking.join();
     communicator->close();
+  }
+  {
+    // The watchdog asks for events while another thread captures a CUDA graph, which an unguarded question would break.
+    auto* const cuda = samoe::comm::cuda_runtime(&why);
+    expect(cuda != nullptr, "CUDA's runtime: " + why);
+    auto queue = std::make_unique<CudaQueue>(cuda, 0, &why, [] { return nullptr; });
+    const auto communicator = connected(30.0, std::move(queue));
+    const auto capture = stand_in<void (*)(int)>("megatron_samoe_stand_in_capture");
+    expect(communicator->start_even(input.data(), output.data(), 64).empty() &&
+               communicator->finish_enqueueing(1.0) == Progress::done, "an exchange before a capture");
+    capture(1);
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    expect(communicator->position().waiting == -1, "the watchdog saw the end: " + communicator->last_error());
+    capture(0);
+    communicator->close();
+  }
+  {
+    // The communicators that a process has fail together; a later one is not concerned.
+    for (auto& mark : reached) mark = false;
+    {
+      const auto first = connected(30.0), second = connected(0.3);
+      expect(second->start_even(input.data(), output.data(), 64).empty() &&
+                 second->finish_enqueueing(1.0) == Progress::done, "an exchange that takes too long");
+      std::this_thread::sleep_for(std::chrono::milliseconds(800));
+      expect(first->finish(0, 0.0) == Progress::failed &&
+                 first->last_error().find("another exchange of this process failed: rank 0 of 1, exchange 1: the device "
+                                          "did not end the ncclAlltoAll") != std::string::npos,
+             "it ends the others' waits: " + first->last_error());
+    }
+    const auto third = connected(30.0);
+    expect(third->start_even(input.data(), output.data(), 64).empty() && third->last_error().empty(),
+           "an exchange after that");
   }
   if (failures == 0) std::printf("all well\n");
   return failures == 0 ? 0 : 1;

@@ -1,12 +1,13 @@
 // A library with NCCL's interface over sockets and host memory, for tests of everything around NCCL on machines without
 // a GPU: order, splits, deadlines, errors, aborts. It is non-blocking as NCCL is with blocking = 0:
-// ncclCommGetAsyncError says "in progress" at the first looks after a group of calls; a thread per communicator, which
-// stands for its stream, then does the groups one after the other.
+// ncclCommGetAsyncError says "in progress" at the first looks after a group of calls, at one on even ranks and at three
+// (or FAKE_NCCL_LOOKS) on odd ones, and then the group is launched. A thread per communicator does its groups, late and
+// in the device's order (fake_device.h), and memory that is received into is poisoned until then.
 //
 // FAKE_NCCL_FAULT=RANK:EXCHANGE:KIND makes one rank misbehave in one group (0 is the first): error, hang or exit. Of the
 // kinds finalize and destroy the call of that name never ends; of the kind connect the group is never enqueued, as where a
-// peer does not come. With FAKE_NCCL_QUIET set peers do not hear of a communicator's end, as over NVLink. With FAKE_NCCL_OLD defined
-// it lacks what only newer releases have.
+// peer does not come. With FAKE_NCCL_QUIET set peers do not hear of a communicator's end, as over NVLink. With
+// FAKE_NCCL_OLD defined it lacks what only newer releases have; FAKE_NCCL_VERSION is what it says of itself.
 #include <climits>
 #include <cstdio>
 #include <cstring>
@@ -40,19 +41,18 @@ int add(Comm* comm, std::vector<Transfer> Comm::* list, const void* data, size_t
 
 }  // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-// What tells this library from a real one: its memory is the host's, and it says how many groups a communicator has done.
-EXPORT int64_t megatron_samoe_fake_nccl_finished(Comm* comm) { return comm->finished; }
+#ifndef FAKE_NCCL_VERSION
+#define FAKE_NCCL_VERSION 21801
+#endif
 
 // "sends to N" and the names of calls: how often, on all communicators of this process.
-EXPORT int64_t megatron_samoe_fake_nccl_count(const char* what) {
+EXPORT int64_t megatron_samoe_stand_in_count(const char* what) {
   std::lock_guard<std::mutex> lock(count_mutex);
   return counts[what];
 }
 
 EXPORT int ncclGetVersion(int* version) {
-  *version = 21801;
+  *version = FAKE_NCCL_VERSION;
   return kSuccess;
 }
 
@@ -108,7 +108,7 @@ EXPORT int ncclCommInitRankConfig(Comm** out, int world, UniqueId id, int rank, 
 EXPORT int ncclCommGetAsyncError(Comm* comm, int* state) {
   *state = comm->state;
   if (*state == kSuccess && comm->looks > 0) {
-    --comm->looks;
+    if (--comm->looks == 0) launch_enqueued(comm);
     *state = kInProgress;
   }
   return kSuccess;
@@ -146,11 +146,10 @@ EXPORT int ncclGroupEnd() {
   if (--group_depth > 0) return kSuccess;
   int result = kSuccess;
   for (Comm* comm : group_comms) {
-    comm->looks = fault_of(*comm) == "connect" ? INT_MAX : 2;
-    std::lock_guard<std::mutex> lock(comm->mutex);
-    comm->groups.push_back({std::move(comm->sends), std::move(comm->receives)});
-    comm->sends.clear();
-    comm->receives.clear();
+    enqueue(comm);
+    const char* looks = std::getenv("FAKE_NCCL_LOOKS");
+    const int odd = looks != nullptr ? std::atoi(looks) : 3;
+    comm->looks = fault_of(*comm) == "connect" ? INT_MAX : comm->rank % 2 == 0 ? 1 : odd;
     result = kInProgress;
   }
   group_comms.clear();

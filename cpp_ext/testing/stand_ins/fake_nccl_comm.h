@@ -20,6 +20,8 @@
 #include <thread>
 #include <vector>
 
+#include "fake_device.h"
+
 namespace {
 
 enum Result {
@@ -31,12 +33,18 @@ enum Result {
   kInProgress = 7
 };
 
+// A group ends so much after its last byte has come; until then its receivers' memory holds poison, and after an abort
+// for good: words of 0x7fff, which are NaN in every floating type and a large number in int64.
+constexpr auto kLate = std::chrono::milliseconds(2);
+
 constexpr uint64_t kFarewell = ~uint64_t{0};  // in place of a length, by a rank that has been finalized
 
 // One direction of one pair in an exchange: 8 bytes of length, then the data.
 struct Transfer {
   int peer = 0;
   char* data = nullptr;
+  std::vector<char> arrived;  // where it is received: data's content in the end
+  bool poisoned = false;
   uint64_t bytes = 0;
   uint64_t expected = 0;  // length, which kFarewell stands in for
   uint64_t length = 0;    // as it travels
@@ -46,7 +54,20 @@ struct Transfer {
 
 struct Group {
   std::vector<Transfer> sends, receives;
+  int64_t launch = 0;
+
+  bool uses(const Transfer& other) const {
+    for (const auto* list : {&sends, &receives})
+      for (const Transfer& own : *list)
+        if (own.data < other.data + other.bytes && other.data < own.data + own.bytes) return true;
+    return false;
+  }
 };
+
+void poison(Transfer& receive) {
+  for (uint64_t i = 0; i < receive.bytes; ++i) receive.data[i] = static_cast<char>(i % 2 == 0 ? 0xff : 0x7f);
+  receive.poisoned = true;
+}
 
 struct Comm {
   int rank = 0, world = 0;
@@ -56,11 +77,12 @@ struct Comm {
   std::atomic<int> state{kInProgress};
   std::atomic<bool> stop{false};
   std::atomic<bool> leaving{false}, finalized{false};
-  std::atomic<int> looks{0};  // that will still see the last group being enqueued
+  std::atomic<int> looks{0};  // that will still see a group being enqueued; at the last one it is launched
+  Group enqueued;
   std::thread worker;
   std::vector<Transfer> sends, receives;  // of the group that is being collected
   std::mutex mutex;
-  std::deque<Group> groups;  // enqueued
+  std::deque<Group> groups;  // launched
   std::atomic<int64_t> finished{0};
   std::vector<void*> registered;
 };
@@ -133,8 +155,8 @@ void connect_all(Comm* comm) {
 bool advance(Comm& comm, Transfer& transfer, bool sending) {
   const int fd = comm.sockets[static_cast<size_t>(transfer.peer)];
   const bool header = transfer.moved < 8;
-  char* place =
-      header ? reinterpret_cast<char*>(&transfer.length) + transfer.moved : transfer.data + (transfer.moved - 8);
+  char* data = sending ? transfer.data : transfer.arrived.data();
+  char* place = header ? reinterpret_cast<char*>(&transfer.length) + transfer.moved : data + (transfer.moved - 8);
   const uint64_t bytes = header ? 8 - transfer.moved : 8 + transfer.bytes - transfer.moved;
   const ssize_t n =
       sending ? send(fd, place, bytes, MSG_DONTWAIT | MSG_NOSIGNAL) : recv(fd, place, bytes, MSG_DONTWAIT);
@@ -164,7 +186,7 @@ void copy_own(const Comm& comm, Group& group) {
     if (send.peer != comm.rank) continue;
     while (receive != group.receives.end() && receive->peer != comm.rank) ++receive;
     if (receive == group.receives.end()) return;
-    if (send.bytes == receive->bytes) std::memcpy(receive->data, send.data, send.bytes);
+    if (send.bytes == receive->bytes && send.bytes > 0) std::memcpy(receive->arrived.data(), send.data, send.bytes);
     send.moved = 8 + send.bytes;
     receive->moved = 8 + receive->bytes;
     ++receive;
@@ -206,6 +228,10 @@ bool move_all(Comm* comm, Group& group) {
 
 // Returns whether the group was done.
 bool run_group(Comm* comm, Group& group) {
+  while (!has_its_turn(group.launch)) {
+    if (comm->stop) return false;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
   const std::string fault = fault_of(*comm);
   if (fault == "exit") _exit(3);
   if (fault == "error") {
@@ -213,8 +239,35 @@ bool run_group(Comm* comm, Group& group) {
     return false;
   }
   while (fault == "hang" && !comm->stop) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  for (Transfer& receive : group.receives)
+    if (!receive.poisoned) poison(receive);
   copy_own(*comm, group);
-  return move_all(comm, group);
+  if (!move_all(comm, group)) return false;
+  std::this_thread::sleep_for(kLate);
+  if (comm->stop) return false;
+  for (const Transfer& receive : group.receives)
+    if (receive.bytes > 0) std::memcpy(receive.data, receive.arrived.data(), receive.bytes);
+  return true;
+}
+
+// Takes a group as NCCL does, which launches it later. What an earlier group still uses is poisoned after that.
+void enqueue(Comm* comm) {
+  std::lock_guard<std::mutex> lock(comm->mutex);
+  Group& group = comm->enqueued = {std::move(comm->sends), std::move(comm->receives)};
+  comm->sends.clear();
+  comm->receives.clear();
+  for (Transfer& receive : group.receives) {
+    receive.arrived.resize(receive.bytes);
+    bool in_use = false;
+    for (const Group& earlier : comm->groups) in_use |= earlier.uses(receive);
+    if (!in_use) poison(receive);
+  }
+}
+
+void launch_enqueued(Comm* comm) {
+  std::lock_guard<std::mutex> lock(comm->mutex);
+  comm->enqueued.launch = launch();
+  comm->groups.push_back(std::move(comm->enqueued));
 }
 
 // Whether peers hear nothing of a communicator's end.
@@ -253,6 +306,7 @@ void work(Comm* comm) {
     }
     if (!run_group(comm, *group)) return;
     std::lock_guard<std::mutex> lock(comm->mutex);
+    leave_device(group->launch);
     comm->groups.pop_front();
     ++comm->finished;
   }
@@ -262,6 +316,7 @@ void work(Comm* comm) {
 void release(Comm* comm) {
   comm->stop = true;
   if (comm->worker.joinable()) comm->worker.join();
+  for (const Group& group : comm->groups) leave_device(group.launch);
   for (const int fd : comm->sockets)
     if (fd >= 0 && !is_quiet()) close(fd);
   close(comm->listener);

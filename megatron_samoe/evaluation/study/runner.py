@@ -30,6 +30,19 @@ from megatron_samoe.evaluation.study.programs import Programs, pause_file
 _LOOK_S, _LOOK_AT_OTHERS_S = 0.2, 2.0
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A run that no other program, and no other worker, makes as long as its locks are held.
+
+    Attributes:
+        trunk_lock: of the run that this one leaves, until that has come there; of nothing where it has.
+    """
+
+    run: Run
+    lock: contextlib.ExitStack
+    trunk_lock: contextlib.ExitStack
+
+
 @dataclass
 class StudyRunner:
     """Makes the runs of a plan.
@@ -71,10 +84,10 @@ class StudyRunner:
                     self.look()
                     self._check_gates()
                 if not stopped and len(workers) < self.jobs and not pause_file(self.plan.root).exists():
-                    run = self._next()
-                    if run is not None:
-                        self.active[run.directory] = run
-                        worker = threading.Thread(target=self._work, args=(run, stopped))
+                    claim = self._next()
+                    if claim is not None:
+                        self.active[claim.run.directory] = claim.run
+                        worker = threading.Thread(target=self._work, args=(claim, stopped))
                         worker.start()
                         workers.append(worker)
                         continue
@@ -110,8 +123,10 @@ class StudyRunner:
     def _programs(self) -> Programs:
         return Programs(self.idle)
 
-    def _next(self) -> Run | None:
-        """Returns the next run that can be made now: none that is finished, failed, under way or in want of another."""
+    def _next(self) -> Claim | None:
+        """Returns the next run that can be made now, claimed: none that is finished, failed, under way, here or in another
+        program, or in want of another.
+        """
         runs = self.plan.all_runs()
         for run in runs:
             if run.directory in self.active or run.directory in self.plan.failures:
@@ -129,8 +144,33 @@ class StudyRunner:
                 if not self.plan.is_needed_whole(run) and self.plan.take(run):
                     self._tell(run, "found in the store")
                     continue
-                return run
+                claim = self._claim(run)
+                if claim is not None:
+                    return claim
         return None
+
+    def _claim(self, run: Run) -> Claim | None:
+        """Takes the locks of a run and of the trunk that must be trained for it; None where somebody has one of them."""
+        with contextlib.ExitStack() as own, contextlib.ExitStack() as trunks:
+            try:
+                run.directory.mkdir(parents=True, exist_ok=True)
+                own.enter_context(folder_lock(run.directory))
+                if self._needs_trunk(run):
+                    trunk = self.plan.trunk_of(run)
+                    trunk.directory.mkdir(parents=True, exist_ok=True)
+                    trunks.enter_context(folder_lock(trunk.directory))
+            except CheckpointError:
+                return None
+            except OSError as error:
+                self._fail(run, str(error))
+                return None
+            return Claim(run, own.pop_all(), trunks.pop_all())
+
+    def _needs_trunk(self, run: Run) -> bool:
+        """Whether a run's trunk must first come to where the run leaves it."""
+        if run.length is None or not run.variant.is_trained or store.whole_iterations(run.checkpoints):
+            return False
+        return last_step(self.plan.trunk_of(run)) < self.plan.leaving_point(run)
 
     def _is_all_done(self) -> bool:
         """Whether nothing is left, here or elsewhere."""
@@ -139,22 +179,13 @@ class StudyRunner:
         ]
         return not left
 
-    def _work(self, run: Run, stopped: list[str]) -> None:
-        started = time.monotonic()
+    def _work(self, claim: Claim, stopped: list[str]) -> None:
+        run, started = claim.run, time.monotonic()
         try:
-            run.directory.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = folder_lock(run.directory)
-                lock.__enter__()
-            except CheckpointError:
-                time.sleep(_LOOK_AT_OTHERS_S)  # another program of this study has it
-                return
-            try:
+            with claim.lock, claim.trunk_lock:
                 if not self.plan.is_finished(run):
-                    self._make(run)
+                    self._make(claim)
                     self._finish(run, stopped, started)
-            finally:
-                lock.__exit__(None, None, None)
         except (MegatronSamoeError, OSError) as error:
             self._fail(run, str(error))
         except SystemExit as error:  # a flag that pretraining does not know has been told on standard error
@@ -184,27 +215,23 @@ class StudyRunner:
         self.plan.failures[run.directory] = f"{run.label}: {why}"
         self.say(f"{run.label}: failed")
 
-    def _make(self, run: Run) -> None:
+    def _make(self, claim: Claim) -> None:
+        run = claim.run
         if not run.variant.is_trained:
             self._edit(run)
             return
         flags = self.plan.flags_of(run)
         if run.length is not None and not store.whole_iterations(run.checkpoints):
             trunk, leaves = self.plan.trunk_of(run), self.plan.leaving_point(run)
-            reached = self._train_trunk(trunk, leaves)
+            if last_step(trunk) < leaves:
+                self._pretrain(trunk, [*self.plan.flags_of(trunk), "--exit-interval", str(leaves)])
+            claim.trunk_lock.close()
+            reached = last_step(trunk)
             if reached < leaves:
                 return  # it was stopped
             # A trunk that is further has left this checkpoint behind: the branch is trained from the start, to the same result.
             flags += ["--load", str(trunk.checkpoints)] if reached == leaves else []
         self._pretrain(run, flags)
-
-    def _train_trunk(self, trunk: Run, leaves: int) -> int:
-        """Trains a run as far as the step where a branch leaves it, and returns the step of its last checkpoint."""
-        trunk.directory.mkdir(parents=True, exist_ok=True)
-        with folder_lock(trunk.directory):
-            if last_step(trunk) < leaves:
-                self._pretrain(trunk, [*self.plan.flags_of(trunk), "--exit-interval", str(leaves)])
-        return last_step(trunk)
 
     def _pretrain(self, run: Run, flags: Sequence[str]) -> None:
         self._command(run, [*(self.launcher or (sys.executable,)), "-m", "megatron_samoe.cli.pretrain", *flags])

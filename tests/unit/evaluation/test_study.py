@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,11 +18,13 @@ import yaml
 
 from megatron_samoe.cli.report import main as report_main
 from megatron_samoe.cli.study import main
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
+from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_summary import sharing_text
 from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.results import collect, results_table, unequal_arms
+from megatron_samoe.evaluation.study.runner import StudyRunner
 from tests.harness.serving import save_tiny
 
 OPTIONS = {
@@ -383,3 +386,48 @@ def test_a_paused_study_starts_nothing_until_it_may_go_on(tmp_path: Path) -> Non
         assert main(["continue", "--output-dir", str(out)]) == 0
         assert process.wait(timeout=120) == 0
     assert (out / "own/seed-1/run.json").exists()
+
+
+def test_what_another_program_makes_is_left_to_it(tmp_path: Path) -> None:
+    """A run's folder is its claim; a branch claims its trunk as well, as long as that has to be trained for it."""
+    study = read_study(write_whole(tmp_path, sweep=None, derived=None, gates=None))
+    runner = StudyRunner(StudyPlan(study, tmp_path / "runs", ()))
+    branch = runner.plan.all_runs()[0]
+    trunk = runner.plan.trunk_of(branch)
+    assert branch.length is not None
+
+    def claimable() -> list[Path]:
+        """Folders in the order in which a program would take the runs if it made no other."""
+        with contextlib.ExitStack() as held:
+            found = []
+            while (claim := runner._next()) is not None:
+                runner.active[claim.run.directory] = claim.run
+                claim.trunk_lock.close()
+                held.enter_context(claim.lock)
+                found.append(claim.run.directory)
+            runner.active.clear()
+            return found
+
+    every = claimable()
+    assert every[0] == branch.directory and len(every) == 2, "trunks go on when their branches are done"
+    with folder_lock(branch.directory):
+        assert claimable() == every[1:]
+    with folder_lock(trunk.directory):
+        assert claimable() == every[1:], "the branch would have to train it"
+    claim = runner._next()
+    assert claim is not None and claim.run.directory == branch.directory
+    with claim.lock, claim.trunk_lock, pytest.raises(CheckpointError), folder_lock(trunk.directory):
+        pass
+
+
+def test_two_programs_share_a_study(tmp_path: Path) -> None:
+    """Each with one run at a time: the second does not wait for what the first makes."""
+    study = write_study(tmp_path, seeds=[1, 2], derived=None)
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**OPTIONS, "train_iters": 30}))
+    code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]
+    programs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [program.communicate(timeout=240)[0] for program in programs]
+    assert [program.returncode for program in programs] == [0, 0], said
+    made = [text.count(": validation loss") for text in said]
+    assert sum(made) == 4 and min(made) >= 1, said

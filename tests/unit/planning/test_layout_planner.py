@@ -103,6 +103,28 @@ def test_sequences_are_split_as_the_user_says(comm: str) -> None:
     assert halved.activations < 0.75 * alone.activations
 
 
+@pytest.mark.parametrize("layout", ["dense", "samoe"])
+def test_long_sequences_are_split_where_that_is_faster_or_fits(layout: str) -> None:
+    """32,768 tokens: one rank cannot hold a sequence's activations; the ranks of one node can."""
+    config = with_options(
+        plain(layout), seq_length=32768, max_position_embeddings=32768, hidden_size=256, num_attention_heads=8, num_layers=4,
+        global_batch_size=8, bf16=True,
+    )  # fmt: skip
+    cluster = with_world(8, gpus_per_node=8, memory_bytes=0.45e9)
+    fixed = replace(
+        config, parallel=replace(config.parallel, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+    )
+    layouts = plan_layouts(fixed, 103, cluster)
+    sizes = {found.config.parallel.context_parallel_size for found in layouts}
+    assert sizes - {1} and sizes <= {1, 2, 4, 8}
+    alone = [found for found in layouts if found.config.parallel.tensor_model_parallel_size == 1]
+    assert alone and all(found.config.parallel.context_parallel_size > 1 for found in alone)
+    for found in layouts[:5]:
+        validate(replace(found.config, data=DataConfig(mock_data=True)), 8)
+    short = plan_layouts(with_options(config, seq_length=4096), 103, replace(cluster, memory_bytes=1e12))
+    assert {found.config.parallel.context_parallel_size for found in short} == {1}
+
+
 def test_the_printed_flags_ask_for_the_layout() -> None:
     config = with_options(tiny_config("samoe"), num_layers=6)
     base = PretrainConfig(model=config.model, moe=config.moe, training=replace(config.training, global_batch_size=None))

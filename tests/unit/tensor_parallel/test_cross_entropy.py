@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
-from megatron_samoe.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron_samoe.tensor_parallel import cross_entropy
+from megatron_samoe.tensor_parallel.cross_entropy import linear_cross_entropy, vocab_parallel_cross_entropy
 from tests.harness.ranks import run_ranks
 
 V, T = 13, 40
@@ -95,3 +96,28 @@ def test_gradients_of_sums_and_slices(dtype: torch.dtype) -> None:
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(whole.grad[:, :V].double(), exact.grad, rtol=tolerance, atol=tolerance)
         assert not whole.grad[:, V:].any()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_without_kept_logits(
+    dtype: torch.dtype, tolerance: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and gradients of input and matrix, of which the last rows are padding, against torch's own."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(T, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(V + 3, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    _, labels, factors = example(dtype)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 7 * len(weight) + 1)
+    losses = linear_cross_entropy(x, weight, V, labels, 0, single_process_state().tp, softcap)
+    (losses * factors.to(losses.dtype)).sum().backward()
+    exact_x, exact_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    logits = exact_x @ exact_weight[:V].t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    (expected * factors).sum().backward()
+    for got, wanted in ((losses, expected), (x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
+        assert got is not None and wanted is not None
+        torch.testing.assert_close(got.double(), wanted.detach(), rtol=tolerance, atol=tolerance)
