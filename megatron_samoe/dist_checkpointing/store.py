@@ -248,8 +248,12 @@ PARTS = "parts"
 
 
 def refuse_parts(train_state: Mapping[str, Any], where: str) -> None:
-    """Raises CheckpointError naming the model parts of a checkpoint that only the program which trained it has."""
+    """Raises CheckpointError naming the model parts of a checkpoint that only the program which trained it has, for whoever
+    runs it or writes it in another form. A balance strategy is none of these: it trained the model, and computes nothing of it.
+    """
     parts = train_state.get(PARTS)
+    if isinstance(parts, dict):
+        parts = {kind: name for kind, name in parts.items() if kind != "balance"}
     if parts:
         named = ", ".join(f"{name} {what}" for name, what in parts.items()) if isinstance(parts, dict) else shown(parts)
         raise CheckpointError(

@@ -24,6 +24,7 @@ from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import Extensions, TrainSetup, build_setup
 from megatron_samoe.training.train_step import StepResult
 from megatron_samoe.training.trainer import Trainer
+from tests.extending.even_scores import EvenScores
 from tests.extending.expert_choice import ExpertChoiceRouter
 from tests.extending.sliding_window import SlidingWindowAttention
 from tests.harness.ranks import run_ranks
@@ -139,6 +140,15 @@ def test_a_checkpoint_of_foreign_parts_is_for_the_program_that_has_them(tmp_path
         match=r"parts from outside megatron_samoe \(router tests\.extending\.expert_choice\.ExpertChoiceRouter\)",
     ):
         load_model(str(tmp_path / "c"), single_process_state())
+
+
+def test_a_balance_strategy_from_outside_keeps_nobody_from_running_a_model(tmp_path: Path) -> None:
+    config = tiny_config("moe", eval_iters=0, mock_data=True)
+    config = with_options(config, save=str(tmp_path / "c"), load=str(tmp_path / "c"))
+    train_to(config, 1, ModelParts(balance=EvenScores))
+    with pytest.raises(CheckpointError, match=r"parts from outside the package are .*EvenScores"):
+        train_to(config, 2, None)
+    assert load_model(str(tmp_path / "c"), single_process_state()).config.moe.num_experts == 4
 
 
 def test_parts_and_hooks_of_another_kind_are_refused() -> None:
