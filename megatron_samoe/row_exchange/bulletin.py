@@ -33,7 +33,7 @@ _LONG = 3  # looks at the same exchange; after the first the others are asked, a
 
 
 def look_s(num_ranks: int) -> float:
-    """Returns the seconds between two looks of a rank, in a job of so many: half a second, and more from 500 ranks on."""
+    """Returns the seconds between two looks of a rank, in a job of `num_ranks`: half a second, and more from 500 ranks on."""
     return max(_LOOK_S, num_ranks / MOST_LOOKS_PER_S)
 
 
