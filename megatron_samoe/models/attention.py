@@ -109,10 +109,9 @@ class AttentionCore(nn.Module):
         if self.goes_round:
             assert rule.is_plain and inputs.documents is None  # config/rules/layout.py
             query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
+            # Keys and values are copied to be sent, so only queries that are a view would keep the projection.
             if query.untyped_storage().nbytes() > query.numel() * query.element_size():
-                query = (
-                    query.clone()
-                )  # keys and values are copied to be sent, so only queries would keep the projection
+                query = query.clone()
             return ring_attention(query, key, value, cp, rule.scale).transpose(1, 2).flatten(2).flatten(0, 1)
         if rule.sinks_A is not None:
             rule = replace(rule, sinks_A=rule.sinks_A.chunk(cp.size)[cp.rank])

@@ -24,11 +24,9 @@ def activation_bytes(planned: PlannedModel, stage: int, micro_batches: int) -> i
     boundary = inputs if grid.pp > 1 else 0
     kept = passes * (all_chunks // len(plans) + boundary)
     recomputed = max((whole for whole, again, _ in layers if again), default=0)
-    head = sum(
-        description.ends(p).head_kept_bytes(tokens, config.training.fused_linear_cross_entropy)
-        for p in plans
-        if p.has_head
-    )
+    # A teacher's logits are compared with the student's, so both are kept.
+    fuses_loss = config.training.fused_linear_cross_entropy and config.distillation.teacher is None
+    head = sum(description.ends(p).head_kept_bytes(tokens, fuses_loss) for p in plans if p.has_head)
     heads = passes if parallel.pipeline_schedule == "gpipe" else 1
     exchanged = max((description.layer(place).exchange_bytes(tokens) for place, _, _ in counts), default=0)
     at_a_time = max(head * heads, head * (heads - 1) + recomputed + exchanged)

@@ -35,7 +35,7 @@ from megatron_samoe.planning.teacher import planned_teacher
 
 #: More chunks than this on one rank send more often than they save.
 MAX_CHUNKS = 8
-#: With fewer tokens of a sequence on a rank, context parallelism sends more than it saves.
+#: Context parallelism is not tried where it would leave a rank fewer tokens of a sequence: short ones fit without.
 LEAST_CONTEXT = 4096
 
 

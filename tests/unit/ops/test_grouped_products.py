@@ -128,3 +128,24 @@ def test_torch_groups_products_on_some_devices(capability: tuple[int, int], dtyp
         assert grouped_products.use_grouped_mm(x, w) == fits
         x, w = torch.empty(5, 15, device="cuda", dtype=dtype), torch.empty(2, 8, 15, device="cuda", dtype=dtype)
         assert not grouped_products.use_grouped_mm(x, w), "rows of 30 bytes"
+
+
+@pytest.mark.parametrize("unset", [False, True])
+def test_what_a_grouped_product_leaves_unset_reaches_no_gradient(unset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in leaves the gradients of experts without rows as memory may have them; one row counts as no expert's."""
+    counts_e = torch.tensor([2, 0, 3, 0])
+    d_RM, x_RK = torch.randn(6, 8), torch.randn(6, 16)
+    d_RM[5] = 0  # of a dropped slot: no gradient
+    exact = torch.stack([d_RM[a:b].t() @ x_RK[a:b] for a, b in ((0, 2), (2, 2), (2, 5), (5, 6))])
+
+    def grouped_mm(*_: Any, **__: Any) -> torch.Tensor:
+        found = exact.clone()
+        found[counts_e == 0] = torch.nan if unset else 0.0
+        return found
+
+    monkeypatch.setattr(grouped_products, "use_grouped_mm", lambda *_: True)
+    monkeypatch.setattr(grouped_products, "_leaves_empty_experts_unset", lambda _: unset)
+    monkeypatch.setattr(grouped_products.F, "grouped_mm", grouped_mm)
+    grads = torch.ones(4, 8, 16)
+    grouped_products.add_outer_products(grads, d_RM, x_RK, grouped_products.ExpertRows(counts_e, 6))
+    assert torch.equal(grads, 1 + exact)
