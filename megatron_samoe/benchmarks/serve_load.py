@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,13 +115,24 @@ class ServerProcess:
         return http.client.HTTPConnection(self.host, self.port, timeout=120)
 
     def metrics(self) -> dict[str, float]:
-        """Returns the metrics by name and labels."""
+        """Returns the metrics of `read_metrics`."""
         connection = self.connect()
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         connection.close()
-        lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
-        return {name.removeprefix("megatron_samoe_"): float(value) for name, _, value in lines}
+        return read_metrics(text)
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    """Returns a server's metrics by name and labels, the models' summed: their label is left out."""
+    values: dict[str, float] = defaultdict(float)
+    for line in text.splitlines():
+        name, _, value = line.rpartition(" ")
+        if not line.startswith("#"):
+            values[re.sub(r',?model="[^"]*"', "", name).removesuffix("{}").removeprefix("megatron_samoe_")] += float(
+                value
+            )
+    return values
 
 
 @dataclass

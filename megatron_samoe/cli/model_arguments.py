@@ -48,10 +48,10 @@ def join(options: Options, num_threads: int | None = None) -> ParallelState:
     return join_ranks(layout_of(options), num_threads)
 
 
-def load(options: Options, parallel: ParallelState, combine: bool = True) -> LoadedModel:
-    """Returns the model that `add_model_arguments` names."""
+def load(options: Options, parallel: ParallelState, combine: bool = True, folder: str | None = None) -> LoadedModel:
+    """Returns the model that `add_model_arguments` names, or that of another folder."""
     return load_model(
-        options.load, parallel, layout_of(options), ckpt_step=options.ckpt_step, combine=combine,
+        options.load if folder is None else folder, parallel, layout_of(options), ckpt_step=options.ckpt_step, combine=combine,
         tokenizer_model=options.tokenizer_model,
     )  # fmt: skip
 

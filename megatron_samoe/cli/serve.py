@@ -21,9 +21,17 @@ from megatron_samoe.cli.model_arguments import (
     rank_program,
     this_rank,
 )
-from megatron_samoe.errors import CommunicationError
+from megatron_samoe.errors import CommunicationError, ConfigError
 from megatron_samoe.inference.engine import PRECISIONS, SERVINGS, Engine
-from megatron_samoe.inference.server.run import Server, ServerOptions, check_installed, listen, read_api_key
+from megatron_samoe.inference.server.models import NamedModel, check_names
+from megatron_samoe.inference.server.run import (
+    Server,
+    ServerOptions,
+    check_installed,
+    check_processes,
+    listen,
+    read_api_key,
+)
 from megatron_samoe.inference.server.worker import follow
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state import ParallelState, backend
@@ -59,6 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     model("--num-threads", int, "CPU threads of a rank; its share of the cores if "
                        "not given", metavar="N")  # fmt: skip
+    model("--beside", [str], "folders of more models to serve: clients name the one they ask, and the page asks all and shows "
+                       "them side by side; one process alone, and the other flags hold for each",
+          default=(), metavar="DIR")  # fmt: skip
     add_layout_arguments(model_group)
     batch = adder(parser.add_argument_group("batch"))
     batch("--max-batch", 8, "answers made at the same time", metavar="N")
@@ -73,7 +84,8 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     usual, add = ServerOptions(), adder(group)
     add("--host", usual.host, "address to listen at; 0.0.0.0 for all of the machine's")
     add("--port", usual.port, "0 takes a free one (default: %(default)s)")
-    add("--served-model-name", str, "as clients call the model; the run's name if not given", metavar="NAME")
+    add("--served-model-name", [str], "as clients call the model, and each of --beside; the runs' names if not "
+                           "given", default=(), metavar="NAME")  # fmt: skip
     add("--api-key-file", Path, "holds the token that clients must send; without "
                        "it the variable MEGATRON_SAMOE_API_KEY counts, and without both no token is asked for", metavar="FILE")  # fmt: skip
     add("--allowed-hosts", [str], "host names to answer under; on a "
@@ -86,21 +98,35 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
         add(flag, default, f"{text} (default: {default:g})", dest=name, metavar="N")  # fmt: skip
 
 
-def _server_options(options: Options) -> ServerOptions:
-    folder = Path(options.load).absolute()
+def _run_name(load: str) -> str:
+    folder = Path(load).absolute()
     run = folder.parent if folder.name == "checkpoints" else folder
     # One of several seeds has no name of its own.
-    run_name = f"{run.parent.name}/{run.name}" if re.fullmatch(r"seed[-_]?\d+", run.name) else run.name
-    named = options.served_model_name
+    return f"{run.parent.name}/{run.name}" if re.fullmatch(r"seed[-_]?\d+", run.name) else run.name or "model"
+
+
+def _names(options: Options) -> dict[str, str]:
+    """Returns the models' folders by the names that clients call them."""
+    folders = [options.load, *options.beside]
+    names = options.served_model_name or [_run_name(folder) for folder in folders]
+    if len(names) != len(folders):
+        raise ConfigError(
+            "--served-model-name", " ".join(names), f"gives {len(names)} name(s) to {len(folders)} model(s)"
+        )
+    check_names(names)
+    return dict(zip(names, folders, strict=True))
+
+
+def _server_options(options: Options) -> ServerOptions:
     return ServerOptions(
-        host=options.host, port=options.port, model_name=(run_name or "model") if named is None else named,
+        host=options.host, port=options.port,
         api_key=read_api_key(options.api_key_file), allowed_hosts=tuple(options.allowed_hosts),
         **{name: getattr(options, name) for name in LIMITS},
     )  # fmt: skip
 
 
-def _engine(options: Options, parallel: ParallelState) -> tuple[Engine, LoadedModel]:
-    loaded = load(options, parallel)
+def _engine(options: Options, parallel: ParallelState, folder: str | None = None) -> tuple[Engine, LoadedModel]:
+    loaded = load(options, parallel, folder=folder)
     given = {
         name: getattr(options, name)
         for name in ("serving", "dtype", "max_step_tokens", "cache_experts", "weights_folder")
@@ -132,21 +158,24 @@ def main(words: Words) -> int:
     """Runs the command and returns its exit status: 0 after SIGTERM or SIGINT, 1 where the engine failed."""
     options = make_parser().parse_args(words)
     check_installed()
-    server_options = _server_options(options)
+    server_options, folders = _server_options(options), _names(options)
     # Before the model, so that a port in use is said at once.
     listener = listen(server_options.host, server_options.port) if this_rank() == 0 else None
     parallel = join(options, options.num_threads)
+    check_processes(parallel.world, len(folders), options.show_experts)
     if listener is None:
         return _follow(options, parallel)
-    engine, loaded = _engine(options, parallel)
-    shown = loaded.model if options.show_experts else None
-    del loaded
-    server = Server(engine, parallel.world, server_options, listener, shown)
+    models = []
+    for name, folder in folders.items():
+        engine, loaded = _engine(options, parallel, folder)
+        models.append(NamedModel(name, engine, loaded.model if options.show_experts else None))
+        del engine, loaded
+    server = Server(models, parallel.world, server_options, listener)
     if server_options.api_key is None and not server.is_local:
         logger.warning("note: whoever can reach %s can use this server; --api-key-file asks for a token", server.url)
 
     def ready() -> None:
-        logger.info("serving %s at %s", server_options.model_name, server.url)
+        logger.info("serving %s at %s", ", ".join(folders), server.url)
         sys.stdout.flush()
 
     return server.run(ready)

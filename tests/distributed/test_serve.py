@@ -38,8 +38,8 @@ def serve(checkpoints: Path, folder: Path, *flags: str, num_ranks: int = 1) -> I
         ["--load", str(checkpoints), "--port", "0", "--num-threads", "1", *flags], folder, num_ranks, program=PROGRAM
     )
     try:
-        assert run.wait_until(lambda: "serving tiny at http" in run.output()), run.output()
-        address = re.search(r"serving tiny at http://([\d.]+):(\d+)", run.output())
+        assert run.wait_until(lambda: " at http" in run.output()), run.output()
+        address = re.search(r"serving tiny.* at http://([\d.]+):(\d+)", run.output())
         assert address is not None
         yield run, Client(address[1], int(address[2]))
     finally:
@@ -94,6 +94,17 @@ def test_every_layout_answers_alike(checkpoints: Path, tmp_path: Path, layout: s
         run.succeed()
 
 
+def test_models_beside_each_other(checkpoints: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "dense" / "seed-1", "dense")
+    with serve(checkpoints, tmp_path / "out", "--beside", str(other), "--max-batch", "2") as (run, client):
+        assert "serving tiny, dense/seed-1 at http" in run.output()
+        for name, folder in (("tiny", checkpoints), ("dense/seed-1", other)):
+            answer = client.complete("Hello", model=name, max_tokens=20, temperature=0)
+            assert texts(answer) == [greedy_text(load_tiny(folder), "Hello", 20)]
+        run.signal(signal.SIGTERM)
+        run.succeed()
+
+
 def test_the_other_ranks_leave_when_the_first_dies(checkpoints: Path, tmp_path: Path) -> None:
     with serve(checkpoints, tmp_path, "--tensor-model-parallel-size", "2", num_ranks=2) as (run, _):
         run.signal(signal.SIGKILL, rank=0)
@@ -112,6 +123,16 @@ def test_what_cannot_be_served_is_said_in_a_paragraph(checkpoints: Path, tmp_pat
         "host": (["--load", str(checkpoints), "--host", "198.51.100.1"], r"cannot be listened at"),
         "layout": (["--load", str(checkpoints), "--port", "0", "--tensor-model-parallel-size", "2"], r"must"),
     }
-    runs = {name: start(args, tmp_path / f"out{name}", program=PROGRAM) for name, (args, _) in cases.items()}
+    twice = ["--load", str(checkpoints), "--beside", str(checkpoints)]
+    spread = [*twice, "--served-model-name", "a", "b", "--port", "0", "--tensor-model-parallel-size", "2"]
+    cases |= {
+        "names": (twice, r"--served-model-name = 'tiny': would name two models"),
+        "count": ([*twice, "--served-model-name", "a"], r"gives 1 name\(s\) to 2 model\(s\)"),
+        "beside": (spread, r"--beside = True: needs a server of one process; this has 2"),
+    }
+    runs = {
+        name: start(args, tmp_path / f"out{name}", 2 if name == "beside" else 1, program=PROGRAM)
+        for name, (args, _) in cases.items()
+    }
     for name, (_, part) in cases.items():
         assert re.search(part, runs[name].fail()), runs[name].output()

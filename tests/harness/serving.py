@@ -7,18 +7,19 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_samoe.benchmarks.serve_load import read_metrics
 from megatron_samoe.config import CheckpointConfig, DataConfig
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
 from megatron_samoe.inference.sampling import SamplingOptions
+from megatron_samoe.inference.server.models import NamedModel
 from megatron_samoe.inference.server.run import Server, ServerOptions, listen
-from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import LoadedModel, load_model
 from megatron_samoe.training.checkpointing import save_run
@@ -130,11 +131,8 @@ class Client:
         return connection
 
     def metric(self, name: str) -> float:
-        """Returns the value of one line of the metrics; 0 where there is none."""
-        for line in self.ask("GET", "/metrics").content.decode().splitlines():
-            if line.rpartition(" ")[0] == f"megatron_samoe_{name}":
-                return float(line.rpartition(" ")[2])
-        return 0.0
+        """Returns the value of one line of the metrics, of all models; 0 where there is none."""
+        return read_metrics(self.ask("GET", "/metrics").content.decode())[name]
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -148,9 +146,9 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 class RunningServer:
     """A server in a thread."""
 
-    def __init__(self, engine: Engine, options: ServerOptions, shown: RankModel | None = None):
+    def __init__(self, models: Sequence[NamedModel], options: ServerOptions):
         listener = listen(options.host, options.port)
-        self.server = Server(engine, single_process_state().world, options, listener, shown)
+        self.server = Server(models, single_process_state().world, options, listener)
         host, _, port = self.server.url.removeprefix("http://").rpartition(":")
         self.client = Client(host, int(port))
         self.status: int | None = None
@@ -175,13 +173,14 @@ class RunningServer:
 
 @contextmanager
 def serving(
-    loaded: LoadedModel, *, max_batch: int = 4, engine: Engine | None = None, show_experts: bool = False, **options: Any
-) -> Iterator[RunningServer]:
-    """Runs a server for a while; options are of `ServerOptions`."""
-    running = RunningServer(
-        engine or Engine(loaded, max_batch=max_batch), ServerOptions(**{"port": 0, "model_name": "tiny", **options}),
-        loaded.model if show_experts else None,
-    )  # fmt: skip
+    loaded: LoadedModel, *, max_batch: int = 4, engine: Engine | None = None, show_experts: bool = False,
+    beside: Mapping[str, LoadedModel] | None = None, **options: Any,
+) -> Iterator[RunningServer]:  # fmt: skip
+    """Runs a server for a while, of a model that it calls tiny, and of others; options are of `ServerOptions`."""
+    models = [NamedModel("tiny", engine or Engine(loaded, max_batch=max_batch), loaded.model if show_experts else None)]
+    for name, other in (beside or {}).items():
+        models.append(NamedModel(name, Engine(other, max_batch=max_batch), other.model if show_experts else None))
+    running = RunningServer(models, ServerOptions(**{"port": 0, **options}))
     try:
         yield running
     finally:

@@ -14,17 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.inference.expert_use import expert_use
 from megatron_samoe.inference.server.expert_protocol import experts_body, parse_text
 from megatron_samoe.inference.server.gate import ROUTES, App, Gate, GateLimits, gone, now_s, read_body, send_error
-from megatron_samoe.inference.server.jobs import CompletionService, Job
+from megatron_samoe.inference.server.jobs import Job
 from megatron_samoe.inference.server.metrics import ServerMetrics
+from megatron_samoe.inference.server.models import ServedModel, ServedModels
 from megatron_samoe.inference.server.protocol import (
     ApiError,
     CompletionCall,
-    ModelFacts,
     TokenTexts,
-    check_model,
     choice_body,
     completion_body,
     joined_logprobs,
@@ -33,7 +33,6 @@ from megatron_samoe.inference.server.protocol import (
     usage_body,
 )
 from megatron_samoe.log import logger
-from megatron_samoe.models.rank_model import RankModel
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -45,16 +44,12 @@ _Answer: TypeAlias = Callable[[list[dict], "dict | None"], dict]
 class _Routes:
     """The handlers; Starlette's names are loaded with the first server, as it is an optional dependency."""
 
-    def __init__(
-        self, service: CompletionService, metrics: ServerMetrics, facts: ModelFacts, max_body_bytes: int,
-        body_timeout_s: float, shown: RankModel | None,
-    ):  # fmt: skip
+    def __init__(self, models: ServedModels, metrics: ServerMetrics, max_body_bytes: int, body_timeout_s: float):
         from starlette import responses
 
         self._responses = responses
-        self._service, self._metrics, self._facts = service, metrics, facts
+        self._models, self._metrics = models, metrics
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
-        self._shown, self._one_shown = shown, asyncio.Lock()
         self._started = now_s()
         self._page = PAGE.read_bytes()
         self._page_headers = {"Content-Security-Policy": _content_policy(self._page.decode()),
@@ -65,57 +60,63 @@ class _Routes:
         return self._responses.Response(self._page, media_type="text/html", headers=self._page_headers)
 
     async def health(self, _: Any) -> Any:
-        status = self._service.status
+        status = self._models.status
         return self._responses.JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     async def metrics(self, _: Any) -> Any:
         return self._responses.Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, _: Any) -> Any:
-        return self._responses.JSONResponse({"object": "list", "data": [self._model()]})
+        return self._responses.JSONResponse({"object": "list", "data": [self._described(m) for m in self._models]})
 
     async def model(self, request: Any) -> Any:
-        check_model(request.path_params["name"], self._facts)
-        return self._responses.JSONResponse(self._model())
+        return self._responses.JSONResponse(self._described(self._models.asked({"model": request.path_params["name"]})))
 
-    def _model(self) -> dict[str, Any]:
-        return {"id": self._facts.name, "object": "model", "created": self._started, "owned_by": "megatron_samoe",
-                "max_model_len": self._facts.context_length, "shows_experts": self._shown is not None}  # fmt: skip
+    def _described(self, model: ServedModel) -> dict[str, Any]:
+        return {"id": model.facts.name, "object": "model", "created": self._started, "owned_by": "megatron_samoe",
+                "max_model_len": model.facts.context_length, "shows_experts": model.shown is not None}  # fmt: skip
 
     async def experts(self, request: Any) -> Any:
         """Which experts each token of a text uses, by the model as it was trained: one text at a time."""
-        if self._shown is None:
+        if not any(model.shown for model in self._models):
             raise ApiError(
                 404, "This server shows no experts: it was started without --show-experts.", code="not_found"
             )
-        self._service.check_open()
+        self._models.check_open()
         try:
             raw = await read_body(request.headers, request.receive, self._max_body_bytes, self._body_timeout_s)
         except ConnectionError:
             return self._responses.Response(status_code=499)
-        ids = await asyncio.to_thread(lambda: parse_text(parse_body(raw), self._facts))
-        async with self._one_shown:
-            layers = await asyncio.to_thread(expert_use, self._shown, ids)
-        return self._responses.JSONResponse(experts_body(ids, layers, self._facts.tokenizer))
+        body = parse_body(raw)
+        model = self._models.asked(body)
+        assert model.shown is not None  # all models show their experts, or none
+        ids = await asyncio.to_thread(parse_text, body, model.facts)
+        async with model.showing:
+            layers = await asyncio.to_thread(expert_use, model.shown, ids)
+        return self._responses.JSONResponse(experts_body(ids, layers, model.facts.tokenizer))
 
     async def completions(self, request: Any) -> Any:
-        self._service.check_open()
+        self._models.check_open()
         try:
             raw = await read_body(request.headers, request.receive, self._max_body_bytes, self._body_timeout_s)
         except ConnectionError:
             return self._responses.Response(status_code=499)  # nobody reads it; servers log this number for it
-        # Tokenizers take their time over a long prompt, and other requests' tokens wait for this thread.
-        call = await asyncio.to_thread(lambda: parse_completion(parse_body(raw), self._facts))
-        job = self._service.open(call.requests, call.prompt_tokens)
-        answer = partial(completion_body, f"cmpl-{secrets.token_hex(12)}", now_s(), self._facts.name)
+        # JSON and tokenizers take their time over a long prompt, and other requests' tokens wait for this thread.
+        body = await asyncio.to_thread(parse_body, raw)
+        model = self._models.asked(body)
+        call = await asyncio.to_thread(parse_completion, body, model.facts)
+        job = model.service.open(call.requests, call.prompt_tokens)
+        answer = partial(completion_body, f"cmpl-{secrets.token_hex(12)}", now_s(), model.facts.name)
+        shown = _token_texts(call, model.facts.tokenizer)
         if call.stream:
-            return _EventStream(self._stream(call, job, answer), job)
-        return await self._whole(call, job, answer, request.receive)
+            return _EventStream(self._stream(call, job, answer, shown), job)
+        return await self._whole(call, job, answer, shown, request.receive)
 
-    async def _whole(self, call: CompletionCall, job: Job, answer: _Answer, receive: Any) -> Any:
+    async def _whole(
+        self, call: CompletionCall, job: Job, answer: _Answer, shown: list[TokenTexts], receive: Any
+    ) -> Any:
         texts, num_tokens = list(call.heads), 0
         reasons: list[str | None] = [None] * len(texts)
-        shown = self._token_texts(call)
         logprobs: list[list[dict]] = [[] for _ in texts]
 
         async def collect() -> None:
@@ -135,12 +136,10 @@ class _Routes:
         ]
         return self._responses.JSONResponse(answer(choices, usage_body(call.prompt_tokens, num_tokens)))
 
-    def _token_texts(self, call: CompletionCall) -> list[TokenTexts]:
-        prompts = [request.prompt_ids if request.scores_prompt else () for request in call.requests]
-        return [TokenTexts(self._facts.tokenizer, ids) for ids in prompts]
-
-    async def _stream(self, call: CompletionCall, job: Job, answer: _Answer) -> AsyncIterator[bytes]:
-        num_tokens, shown, heads = 0, self._token_texts(call), list(call.heads)
+    async def _stream(
+        self, call: CompletionCall, job: Job, answer: _Answer, shown: list[TokenTexts]
+    ) -> AsyncIterator[bytes]:
+        num_tokens, heads = 0, list(call.heads)
         for index, head in enumerate(heads):
             if head and not call.tells_logprobs:
                 yield _event(answer([choice_body(index, head, None)], None))
@@ -162,6 +161,11 @@ class _Routes:
         if call.include_usage:
             yield _event(answer([], usage_body(call.prompt_tokens, num_tokens)))
         yield b"data: [DONE]\n\n"
+
+
+def _token_texts(call: CompletionCall, tokenizer: Tokenizer) -> list[TokenTexts]:
+    prompts = [request.prompt_ids if request.scores_prompt else () for request in call.requests]
+    return [TokenTexts(tokenizer, ids) for ids in prompts]
 
 
 class _EventStream:
@@ -247,19 +251,14 @@ async def _answer_fault(_: Any, error: Any) -> Any:
 
 
 def build_app(
-    service: CompletionService, metrics: ServerMetrics, facts: ModelFacts, gate: GateLimits, max_body_bytes: int,
-    body_timeout_s: float, shown: RankModel | None = None,
-) -> Any:  # fmt: skip
-    """Returns the ASGI application of a server.
-
-    Args:
-        shown: the model as it was trained, whose experts are shown; None shows none.
-    """
+    models: ServedModels, metrics: ServerMetrics, gate: GateLimits, max_body_bytes: int, body_timeout_s: float
+) -> Any:
+    """Returns the ASGI application of a server."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.routing import Route
 
-    routes = _Routes(service, metrics, facts, max_body_bytes, body_timeout_s, shown)
+    routes = _Routes(models, metrics, max_body_bytes, body_timeout_s)
     paths = [
         Route("/", routes.page),
         Route("/health", routes.health),

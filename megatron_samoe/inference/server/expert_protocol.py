@@ -10,7 +10,6 @@ from megatron_samoe.inference.expert_use import LayerUse
 from megatron_samoe.inference.server.protocol import (
     ApiError,
     ModelFacts,
-    check_model,
     check_tokens,
     encoded,
     given_prompts,
@@ -25,8 +24,6 @@ def parse_text(body: Mapping[str, Any], facts: ModelFacts) -> list[int]:
     """
     if unknown := sorted(set(body) - {"model", "prompt"}):
         raise ApiError(400, f"{unknown[0]} is no field here: model, prompt.", param=unknown[0])
-    if "model" in body:
-        check_model(body["model"], facts)
     given = given_prompts(body)
     if len(given) != 1:
         raise ApiError(400, f"prompt has {len(given)} texts: one is shown at a time.", param="prompt")

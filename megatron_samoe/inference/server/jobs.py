@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
-from megatron_samoe.inference.server.metrics import ServerMetrics
+from megatron_samoe.inference.server.metrics import ModelMetrics
 from megatron_samoe.inference.server.protocol import ApiError, api_error
 from megatron_samoe.inference.server.worker import Command, Ended, EngineWorker, Load, Notice
 from megatron_samoe.parallel_state.state import Group
@@ -71,9 +71,10 @@ class CompletionService:
 
     Args:
         max_queue: most choices that wait beside those that the engine runs.
+        failed: set when the engine has failed, or that of another model of the same server, which ends with it.
     """
 
-    def __init__(self, engine: Engine, group: Group, metrics: ServerMetrics, max_queue: int):
+    def __init__(self, engine: Engine, group: Group, metrics: ModelMetrics, max_queue: int, failed: asyncio.Event):
         self._capacity = engine.max_batch + max_queue
         self._max_batch = engine.max_batch
         self._metrics = metrics
@@ -85,8 +86,7 @@ class CompletionService:
         self._empty.set()
         self._mean_duration_s = 1.0
         self.draining = False
-        #: Set when the engine has failed.
-        self.failed = asyncio.Event()
+        self._failed = failed
         metrics.set_load(Load(num_free_tokens=engine.num_free_tokens))
 
     @property
@@ -97,7 +97,7 @@ class CompletionService:
     @property
     def status(self) -> str:
         """ready, draining or failed."""
-        return "failed" if self.failed.is_set() else "draining" if self.draining else "ready"
+        return "failed" if self._failed.is_set() else "draining" if self.draining else "ready"
 
     def start(self) -> None:
         """Starts the engine's thread; the running event loop gets its news."""
@@ -106,7 +106,7 @@ class CompletionService:
 
     def check_open(self) -> None:
         """Raises ApiError if no requests are taken."""
-        if self.failed.is_set():
+        if self._failed.is_set():
             raise failed_error()
         if self.draining:
             raise draining_error()
@@ -152,6 +152,15 @@ class CompletionService:
         """Ends the engine's thread; returns whether it ended in time."""
         return await asyncio.to_thread(self._worker.stop, timeout_s)
 
+    def fail(self) -> None:
+        """Ends all open choices with an error, for this engine has failed or that of another model."""
+        self._failed.set()
+        for ticket in self._tickets.values():
+            self._metrics.count_end("failed")
+            ticket.job.news.put_nowait(failed_error())
+        self._tickets.clear()
+        self._empty.set()
+
     def _too_many(self, num_choices: int) -> ApiError:
         # Once all that are open have been served there is room for any request; many come at the same moment, so
         # the time is no promise.
@@ -168,9 +177,11 @@ class CompletionService:
 
     def _publish_failure(self, _: BaseException) -> None:
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._deliver_failure)
+        self._loop.call_soon_threadsafe(self.fail)
 
     def _deliver(self, notices: list[Notice], load: Load) -> None:
+        if self._failed.is_set():  # an engine that goes on while another model's has failed
+            return
         now = time.monotonic()
         self._metrics.set_load(load)
         for notice in notices:
@@ -192,11 +203,3 @@ class CompletionService:
                 self._mean_duration_s += 0.1 * (age_s - self._mean_duration_s)
         if not self._tickets:
             self._empty.set()
-
-    def _deliver_failure(self) -> None:
-        self.failed.set()
-        for ticket in self._tickets.values():
-            self._metrics.count_end("failed")
-            ticket.job.news.put_nowait(failed_error())
-        self._tickets.clear()
-        self._empty.set()

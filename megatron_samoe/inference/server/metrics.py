@@ -17,27 +17,48 @@ class ServerMetrics:
 
         self.registry = CollectorRegistry()
 
-        def make(kind, name, text, labels=(), **options):  # type: ignore[no-untyped-def]
+        def make(kind, name, text, labels=("model",), **options):  # type: ignore[no-untyped-def]
             return kind(f"megatron_samoe_{name}", text, labels, registry=self.registry, **options)
 
         self._http = make(Counter, "http_requests", "HTTP requests by route and status", ("route", "status"))
-        self._choices = make(Counter, "choices", "Generated answers by how they ended", ("end",))
-        self._prompt_tokens = make(Counter, "prompt_tokens", "Tokens of accepted prompts")
-        self._generated_tokens = make(Counter, "generated_tokens", "Tokens that the engine made")
-        self._running = make(Gauge, "running_choices", "Answers that are being generated")
-        self._waiting = make(Gauge, "waiting_choices", "Answers that wait for a place in the batch")
-        self._free = make(Gauge, "free_cache_tokens", "Tokens of the key-value cache that nothing has reserved")
-        self._first = make(
+        self.choices = make(Counter, "choices", "Generated answers by how they ended", ("model", "end"))
+        self.prompt_tokens = make(Counter, "prompt_tokens", "Tokens of accepted prompts")
+        self.generated_tokens = make(Counter, "generated_tokens", "Tokens that the engine made")
+        self.running = make(Gauge, "running_choices", "Answers that are being generated")
+        self.waiting = make(Gauge, "waiting_choices", "Answers that wait for a place in the batch")
+        self.free = make(Gauge, "free_cache_tokens", "Tokens of the key-value cache that nothing has reserved")
+        self.first = make(
             Histogram, "time_to_first_token_seconds", "From acceptance to the first token", buckets=_LATENCIES_S
         )
-        self._duration = make(
+        self.duration = make(
             Histogram, "choice_duration_seconds", "From acceptance to the last token", buckets=_LATENCIES_S
         )
-        self._step = make(Histogram, "engine_step_seconds", "Time of an engine step", buckets=_STEPS_S)
+        self.step = make(Histogram, "engine_step_seconds", "Time of an engine step", buckets=_STEPS_S)
 
     def count_http(self, route: str, status: int) -> None:
         """Counts an answered HTTP request; a route is a path that exists, or "other"."""
         self._http.labels(route, str(status)).inc()
+
+    def text(self) -> bytes:
+        """Returns everything in Prometheus' text format."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry)
+
+
+class ModelMetrics:
+    """Counts for one model of a server."""
+
+    def __init__(self, metrics: ServerMetrics, model: str):
+        self._choices, self._model = metrics.choices, model
+        self._prompt_tokens = metrics.prompt_tokens.labels(model)
+        self._generated_tokens = metrics.generated_tokens.labels(model)
+        self._running = metrics.running.labels(model)
+        self._waiting = metrics.waiting.labels(model)
+        self._free = metrics.free.labels(model)
+        self._first = metrics.first.labels(model)
+        self._duration = metrics.duration.labels(model)
+        self._step = metrics.step.labels(model)
 
     def count_prompt(self, num_tokens: int) -> None:
         """Counts the prompts of an accepted request."""
@@ -54,7 +75,7 @@ class ServerMetrics:
 
     def count_end(self, end: str) -> None:
         """Counts an answer that has ended: stop, length, cancelled, refused or failed."""
-        self._choices.labels(end).inc()
+        self._choices.labels(self._model, end).inc()
 
     def set_load(self, load: Load) -> None:
         """Takes over how busy the engine is."""
@@ -63,9 +84,3 @@ class ServerMetrics:
         self._free.set(load.num_free_tokens)
         if load.step_time_s > 0:
             self._step.observe(load.step_time_s)
-
-    def text(self) -> bytes:
-        """Returns everything in Prometheus' text format."""
-        from prometheus_client import generate_latest
-
-        return generate_latest(self.registry)

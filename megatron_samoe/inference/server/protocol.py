@@ -139,7 +139,6 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
         ApiError: a field is unknown or unsupported, has a value that is not allowed, or the prompt does not fit.
     """
     _check_fields(body)
-    check_model(_value(body, "model", facts.name), facts)
     stream, echo, include_usage = _flag(body, "stream"), _flag(body, "echo"), _include_usage(body)
     n = _value(body, "n", 1)
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
@@ -165,13 +164,19 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
     return CompletionCall(tuple(requests), tuple(heads), tokens, stream, include_usage, logprobs is not None)
 
 
-def check_model(model: Any, facts: ModelFacts) -> None:
-    """Raises ApiError for another model than the served one."""
-    if model != facts.name:
+def asked_model(body: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Returns the model that a request asks for: of those served the first, where it names none.
+
+    Raises:
+        ApiError: it names another.
+    """
+    model = _value(body, "model", names[0])
+    if model not in names:
         raise ApiError(
-            404, f"The model {_shown(model)} is not served here; this server has {facts.name!r}.", param="model",
-            code="model_not_found",
+            404, f"The model {_shown(model)} is not served here; this server has {', '.join(map(repr, names))}.",
+            param="model", code="model_not_found",
         )  # fmt: skip
+    return str(model)
 
 
 def completion_body(call_id: str, created: int, model: str, choices: Sequence[dict], usage: dict | None) -> dict:

@@ -7,21 +7,18 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_samoe.errors import ConfigError, MegatronSamoeError, install_extra
-from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.server.app import build_app
 from megatron_samoe.inference.server.connection import timed_protocol
 from megatron_samoe.inference.server.gate import GateLimits
-from megatron_samoe.inference.server.jobs import CompletionService
 from megatron_samoe.inference.server.metrics import ServerMetrics
-from megatron_samoe.inference.server.protocol import ModelFacts
+from megatron_samoe.inference.server.models import NamedModel, ServedModels
 from megatron_samoe.log import logger
-from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state.state import Group
 
 #: Where the access token is looked for if no file is given.
@@ -39,7 +36,6 @@ class ServerOptions:
 
     Attributes:
         host, port: where it listens; port 0 takes a free one.
-        model_name: as clients name the model.
         api_key: token that clients must send; None for no token.
         allowed_hosts: names under which it answers; where empty, the loopback names on a loopback address, and any name
             on another.
@@ -53,7 +49,6 @@ class ServerOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    model_name: str = "megatron_samoe"
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
     max_queue: int = 64
@@ -75,8 +70,6 @@ class ServerOptions:
             raise ConfigError("--body-timeout", 0.0, "must be above 0: no request could come in that time")
         if self.port > 65535:
             raise ConfigError("--port", self.port, "must be at most 65535")
-        if not self.model_name.strip():
-            raise ConfigError("--served-model-name", self.model_name, "must not be empty")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -149,6 +142,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def check_processes(group: Group, num_models: int, show_experts: bool) -> None:
+    """Raises ConfigError for what a server of several processes cannot do."""
+    for flag, given in (("--show-experts", show_experts), ("--beside", num_models > 1)):
+        if given and group.size > 1:
+            raise ConfigError(flag, True, f"needs a server of one process; this has {group.size}")
+
+
 def _open(listener: socket.socket) -> None:
     """Lets clients connect; two servers that start at the same time may both have bound the address.
 
@@ -163,36 +163,30 @@ def _open(listener: socket.socket) -> None:
 
 
 class Server:
-    """Serves an engine until it is told to end.
+    """Serves models until it is told to end.
 
     Args:
-        group: all ranks of the engine's layout; the others run `follow`.
+        models: the first answers requests that name none.
+        group: all ranks of the one engine's layout, where the others run `follow`; several models need one process.
         listener: bound; see `listen`.
-        shown: the model as it was trained, for clients that ask which experts a text uses.
 
     Raises:
-        ConfigError: another server has begun to listen at the address, or experts are to be shown of several ranks.
+        ConfigError: another server has begun to listen at the address, or experts or several models are to be shown of
+            several ranks, or two models have one name.
     """
 
-    def __init__(
-        self, engine: Engine, group: Group, options: ServerOptions, listener: socket.socket, shown: RankModel | None = None
-    ):  # fmt: skip
+    def __init__(self, models: Sequence[NamedModel], group: Group, options: ServerOptions, listener: socket.socket):
         check_installed()
         import uvicorn
 
-        if shown is not None and group.size > 1:
-            raise ConfigError("--show-experts", True, "needs a server of one process")
+        check_processes(group, len(models), any(model.shown for model in models))
 
+        metrics = ServerMetrics()
+        self._models = ServedModels(models, group, metrics, options.max_queue, options.max_choices)
         _open(listener)
         self._options, self._listener = options, listener
-        metrics = ServerMetrics()
-        self._service = CompletionService(engine, group, metrics, options.max_queue)
-        most = min(options.max_choices, engine.max_batch + options.max_queue)
-        facts = ModelFacts(
-            options.model_name, engine.tokenizer, engine.vocab_size, engine.context_length, engine.max_tokens, most
-        )
         gate = GateLimits(options.api_key, options.names, options.max_connections)
-        app = build_app(self._service, metrics, facts, gate, options.max_body_bytes, options.body_timeout_s, shown)
+        app = build_app(self._models, metrics, gate, options.max_body_bytes, options.body_timeout_s)
         # Connections that send nothing cost little, so there may be many; the gate counts those that ask.
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="off", server_header=False, loop="asyncio",
@@ -238,33 +232,35 @@ class Server:
 
     async def _run(self, ready: Callable[[], None]) -> int:
         self._loop = asyncio.get_running_loop()
-        self._service.start()
+        self._models.start()
         serving = asyncio.create_task(self._uvicorn.serve(sockets=[self._listener]))
         while not self._uvicorn.started and not serving.done():
             await asyncio.sleep(0.005)
         ready()
-        asked, failed = asyncio.create_task(self._asked.wait()), asyncio.create_task(self._service.failed.wait())
+        asked, failed = asyncio.create_task(self._asked.wait()), asyncio.create_task(self._models.failed.wait())
         await asyncio.wait((serving, asked, failed), return_when=asyncio.FIRST_COMPLETED)
         if not serving.done() and not failed.done():
             await self._drain(serving, failed)
+        if failed.done():
+            self._models.fail()
         self._uvicorn.should_exit = True
         await serving
         for task in (asked, failed):
             task.cancel()
-        if self._service.failed.is_set():
+        if self._models.failed.is_set():
             return 1
-        if not await self._service.stop(10 * LAST_WORDS_S):
+        if not await self._models.stop(10 * LAST_WORDS_S):
             logger.warning("the engine's step has not ended; leaving without it")
         return 0
 
     async def _drain(self, serving: asyncio.Task, failed: asyncio.Task) -> None:
         """Waits for the open requests; new ones are refused meanwhile, so the socket stays open."""
-        num_open, limit_s = self._service.num_open, self._options.drain_timeout_s
+        num_open, limit_s = self._models.num_open, self._options.drain_timeout_s
         logger.info("shutting down: %d choices are open and have %g s", num_open, limit_s)
-        drained = asyncio.create_task(self._service.drain(limit_s))
+        drained = asyncio.create_task(self._models.drain(limit_s))
         await asyncio.wait((serving, failed, drained), return_when=asyncio.FIRST_COMPLETED)
         if drained.done() and not drained.result():
-            logger.warning("%d choices were not complete after %g s and are cut off", self._service.num_open, limit_s)
+            logger.warning("%d choices were not complete after %g s and are cut off", self._models.num_open, limit_s)
         drained.cancel()
 
 

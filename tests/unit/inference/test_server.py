@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
-from megatron_samoe.errors import CheckpointError
+from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import TokenEvent
+from megatron_samoe.inference.server.models import check_names
 from megatron_samoe.inference.server.protocol import joined_logprobs
 from megatron_samoe.language_model import LanguageModel
 from megatron_samoe.runtime.load import LoadedModel
@@ -28,6 +29,7 @@ from tests.harness.serving import (
     SlowEngine,
     greedy_text,
     load_tiny,
+    read_to_end,
     save_tiny,
     serving,
     texts,
@@ -318,16 +320,69 @@ def test_what_is_not_complete_after_the_drain_time_is_told_so(loaded: LoadedMode
         assert running.join() == 0
 
 
+class BrokenEngine(SlowEngine):
+    broken = False
+
+    def step(self) -> list[TokenEvent]:
+        events = super().step()
+        if self.broken:
+            raise CheckpointError("weights are damaged")
+        return events
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load_tiny(save_tiny(tmp_path_factory.mktemp("dense"), "dense", seq_length=32))
+
+
+def test_models_beside_each_other(loaded: LoadedModel, dense: LoadedModel) -> None:
+    with serving(loaded, beside={"dense": dense}, show_experts=True) as running:
+        client = running.client
+        models = client.ask("GET", "/v1/models").json["data"]
+        assert [(m["id"], m["max_model_len"]) for m in models] == [("tiny", CONTEXT), ("dense", 32)]
+        assert client.ask("GET", "/v1/models/dense").json["max_model_len"] == 32
+        ask = {"max_tokens": 10, "temperature": 0}
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(client.complete, "Hello", model=name, **ask) for name in ("tiny", "dense")]
+            wanted = [greedy_text(model, "Hello", 10) for model in (loaded, dense)]
+            assert [texts(answer.result()) for answer in both] == [[text] for text in wanted]
+        assert wanted[0] != wanted[1] and both[1].result().json["model"] == "dense"
+        assert texts(client.complete("Hello", **ask)) == wanted[:1]
+        check_error(client.complete("x", model="gpt-4"), 404, "this server has 'tiny', 'dense'")
+        check_error(client.complete("x" * 40, model="dense"), 400, "context has 32 tokens")
+        experts = {
+            name: client.ask("POST", "/v1/experts", {"prompt": "Hi", "model": name}) for name in ("tiny", "dense")
+        }
+        assert experts["tiny"].json["layers"] and not experts["dense"].json["layers"]
+        told = client.ask("GET", "/metrics").content.decode()
+        assert 'megatron_samoe_generated_tokens_total{model="dense"} 10.0' in told
+        assert client.metric("generated_tokens_total") == 30
+
+
+def test_the_first_engine_that_fails_ends_all_models(loaded: LoadedModel, dense: LoadedModel) -> None:
+    engine = BrokenEngine(loaded, max_batch=2)
+    engine.step_s = 0.1
+    with serving(loaded, engine=engine, beside={"dense": dense}) as running, ThreadPoolExecutor(2) as pool:
+        # The dense model's first token is far from its last: it is in the middle when the other's engine ends.
+        slow = running.client.begin(
+            {"model": "dense", "prompt": "x", "max_tokens": 31, "stream": True, "ignore_eos": True}
+        )
+        other = pool.submit(running.client.complete, "x", max_tokens=60, ignore_eos=True)
+        wait_for(lambda: running.client.metric("running_choices") >= 1)
+        engine.broken = True
+        check_error(other.result(), 500, "engine has failed", type="server_error")
+        content = read_to_end(slow)
+        assert b"[DONE]" in content or b"engine_failed" in content
+        assert running.join() == 1
+
+
+@pytest.mark.parametrize(("names", "said"), [(["a", "a"], "would name two models"), (["a", " "], "must not be empty")])
+def test_names_that_do_not_tell_models_apart(names: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_names(names)
+
+
 def test_an_engine_that_fails_ends_the_server_with_status_1(loaded: LoadedModel) -> None:
-    class BrokenEngine(SlowEngine):
-        broken = False
-
-        def step(self) -> list[TokenEvent]:
-            events = super().step()
-            if self.broken:
-                raise CheckpointError("weights are damaged")
-            return events
-
     engine = BrokenEngine(loaded, max_batch=2)
     with serving(loaded, engine=engine) as running, ThreadPoolExecutor(2) as pool:
         ask = {"max_tokens": 60, "ignore_eos": True}

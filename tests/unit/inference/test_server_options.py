@@ -9,6 +9,7 @@ import pytest
 
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.server.models import NamedModel
 from megatron_samoe.inference.server.run import Server, ServerOptions, check_installed, listen, read_api_key
 from megatron_samoe.parallel_state.state import single_process_state
 from tests.harness.serving import load_tiny, save_tiny
@@ -19,7 +20,6 @@ def test_options_out_of_range_name_their_flag() -> None:
         ("port", 70000, "--port"), ("port", -1, "--port"), ("max_queue", -1, "--max-queue"), ("max_choices", 0, "--max-choices"),
         ("max_body_bytes", 0, "--max-body-bytes"), ("drain_timeout_s", float("inf"), "--drain-timeout"),
         ("body_timeout_s", float("nan"), "--body-timeout"), ("body_timeout_s", 0.0, "--body-timeout"),
-        ("model_name", " ", "--served-model-name"),
     ):  # fmt: skip
         with pytest.raises(ConfigError) as caught:
             ServerOptions(**{field: value})
@@ -43,9 +43,10 @@ def test_of_two_servers_that_start_together_the_slower_is_told(tmp_path: Path) -
     port = first.getsockname()[1]
     second = listen("127.0.0.1", port)
     world = single_process_state().world
-    Server(engine, world, ServerOptions(), first)
+    models = [NamedModel("tiny", engine)]
+    Server(models, world, ServerOptions(), first)
     with pytest.raises(ConfigError, match=f"'127.0.0.1:{port}': cannot be listened at: Address already in use"):
-        Server(engine, world, ServerOptions(), second)
+        Server(models, world, ServerOptions(), second)
     first.close()
     second.close()
 

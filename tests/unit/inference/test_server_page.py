@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,28 @@ def test_the_page_loads_nothing_from_elsewhere_and_fits(page: Browser, running: 
     assert page.complaints() == []
     policy = running.client.ask("GET", "/").headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
+
+
+def test_models_are_shown_side_by_side(page: Browser, loaded: LoadedModel, tmp_path: Path) -> None:
+    dense = load_tiny(save_tiny(tmp_path, "dense", seq_length=256))
+    with serving(loaded, beside={"dense": dense}) as running:
+        page.resize(1100, 800)
+        page.open(f"{running.server.url}/")
+        page.wait_for(lambda: page.text("model") == "2 models")
+        complete(page, "Hello", max_tokens="12", temperature="0")
+        page.wait_for(lambda: "tokens in" in page.text("state") and "tokens in" in page.text("state-1"))
+        assert page.text("heading-0") == "tiny" and page.text("heading-1") == "dense"
+        for name, model in (("text", loaded), ("text-1", dense)):
+            assert page.text(name) == "Hello" + greedy_text(model, "Hello", 12)
+        tops = [
+            page.run(f"return document.getElementById('{n}').getBoundingClientRect().top") for n in ("text", "text-1")
+        ]
+        assert tops[0] == tops[1], "side by side"
+        page.click("on-1")
+        assert page.run("return document.getElementById('prompt').value").startswith("Hello")
+        page.resize(380, 700)
+        assert page.run("return document.documentElement.scrollWidth") <= 380
+        assert page.complaints() == []
 
 
 def test_stopping_frees_the_place(page: Browser, running: RunningServer) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.inference.server.gate import host_name
-from megatron_samoe.inference.server.protocol import ApiError, ModelFacts, parse_body, parse_completion
+from megatron_samoe.inference.server.protocol import ApiError, ModelFacts, asked_model, parse_body, parse_completion
 
 FACTS = ModelFacts("tiny", ByteTokenizer(), vocab_size=257, context_length=64, cache_tokens=256, max_choices=6)
 
@@ -119,8 +119,11 @@ def test_a_mistyped_field_is_refused_with_the_nearest_name() -> None:
 
 
 def test_another_model_is_not_found() -> None:
-    error = refused({"prompt": "Hi", "model": "gpt-4"})
-    assert (error.status, error.code) == (404, "model_not_found") and "'tiny'" in error.message
+    with pytest.raises(ApiError, match="this server has 'tiny', 'small'") as caught:
+        asked_model({"prompt": "Hi", "model": "gpt-4"}, ["tiny", "small"])
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+    assert asked_model({"model": "small"}, ["tiny", "small"]) == "small"
+    assert asked_model({}, ["tiny", "small"]) == asked_model({"model": None}, ["tiny", "small"]) == "tiny"
 
 
 @pytest.mark.parametrize(

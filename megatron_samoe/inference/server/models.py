@@ -1,0 +1,123 @@
+"""The models of one server: each has an engine with a thread of its own, and all begin and end together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.inference.engine import Engine
+from megatron_samoe.inference.server.jobs import CompletionService
+from megatron_samoe.inference.server.metrics import ModelMetrics, ServerMetrics
+from megatron_samoe.inference.server.protocol import ModelFacts, asked_model
+from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.parallel_state.state import Group
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """What a server is given of a model.
+
+    Attributes:
+        name: as clients name it.
+        shown: the model as it was trained, for clients that ask which experts a text uses; None shows none.
+    """
+
+    name: str
+    engine: Engine
+    shown: RankModel | None = None
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model as requests meet it.
+
+    Attributes:
+        showing: held while `shown` runs: one text at a time.
+    """
+
+    facts: ModelFacts
+    service: CompletionService
+    shown: RankModel | None
+    showing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError for an empty name, or one that two models have."""
+    for name in names:
+        if not name.strip():
+            raise ConfigError("--served-model-name", name, "must not be empty")
+        if names.count(name) > 1:
+            raise ConfigError("--served-model-name", name, "would name two models; give each a name of its own")
+
+
+class ServedModels:
+    """All models of a server. All calls come from one event loop.
+
+    Args:
+        models: the first answers requests that name none.
+        max_queue: of each model: see `CompletionService`.
+        max_choices: see `ServerOptions`.
+
+    Raises:
+        ConfigError: see `check_names`.
+    """
+
+    def __init__(
+        self, models: Sequence[NamedModel], group: Group, metrics: ServerMetrics, max_queue: int, max_choices: int
+    ):
+        check_names([model.name for model in models])
+        #: Set when an engine has failed.
+        self.failed = asyncio.Event()
+        self._models = {
+            model.name: ServedModel(
+                ModelFacts(
+                    model.name, model.engine.tokenizer, model.engine.vocab_size, model.engine.context_length,
+                    model.engine.max_tokens, min(max_choices, model.engine.max_batch + max_queue),
+                ),
+                CompletionService(model.engine, group, ModelMetrics(metrics, model.name), max_queue, self.failed),
+                model.shown,
+            )
+            for model in models
+        }  # fmt: skip
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models.values())
+
+    def asked(self, body: Mapping[str, Any]) -> ServedModel:
+        """Returns the model that a request asks for; ApiError if it is not here."""
+        return self._models[asked_model(body, list(self._models))]
+
+    @property
+    def num_open(self) -> int:
+        """Choices that the engines still know."""
+        return sum(model.service.num_open for model in self)
+
+    @property
+    def status(self) -> str:
+        """ready, draining or failed, as all of them are."""
+        return next(iter(self)).service.status
+
+    def check_open(self) -> None:
+        """Raises ApiError if no requests are taken."""
+        next(iter(self)).service.check_open()
+
+    def start(self) -> None:
+        """Starts the engines' threads; the running event loop gets their news."""
+        for model in self:
+            model.service.start()
+
+    def fail(self) -> None:
+        """Ends all open choices with an error: the server goes with the first engine that fails."""
+        for model in self:
+            model.service.fail()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes no more requests, and waits for those there are; then ends them. Returns whether all were complete."""
+        return all(await asyncio.gather(*(model.service.drain(timeout_s) for model in self)))
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Ends the engines' threads; returns whether all ended in time."""
+        return all(await asyncio.gather(*(model.service.stop(timeout_s) for model in self)))
