@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
+import importlib
 import inspect
 import re
 import sys
@@ -14,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_samoe import __version__  # noqa: E402
-from megatron_samoe.cli.command import COMMANDS  # noqa: E402
+from megatron_samoe.cli.command import COMMANDS, module_of  # noqa: E402
 from megatron_samoe.config.derived import flag  # noqa: E402
 from megatron_samoe.config.foreign_flags import ALWAYS_SO, MISSING, RENAMED  # noqa: E402
 from megatron_samoe.config.pretrain import PretrainConfig  # noqa: E402
@@ -98,18 +100,64 @@ def megatron_page() -> list[str]:
     return lines
 
 
+def argument(action: argparse.Action) -> list[str]:
+    """Returns an argument of a command as an entry of a list."""
+    value = "" if action.nargs == 0 else str(action.metavar or action.dest.upper())
+    if action.choices is not None:
+        value = " or ".join(map(str, action.choices))
+    names = ", ".join(f"`{name} {value}`".replace(" `", "`") for name in action.option_strings or [""]).replace(
+        "` ", "`"
+    )
+    usual = action.default not in (None, argparse.SUPPRESS, False, (), []) and "(default" not in (action.help or "")
+    notes = [f"default: `{action.default}`"] if usual else []
+    if action.nargs in ("+", "*"):
+        notes.insert(0, "one or more")
+    if action.option_strings and action.required:
+        notes.insert(0, "required")
+    said = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    entry = names + (f" ({'; '.join(notes)})" if notes else "")
+    return [entry, f": {as_it_stands(said)}", ""] if said else [entry, ""]
+
+
+def command_section(title: str, parser: argparse.ArgumentParser, level: int) -> list[str]:
+    """Returns what a command does and takes, and its sub-commands below it."""
+    text = (parser.description or "").strip().splitlines()
+    lines = ["#" * level + f" {title}", ""]
+    lines += [line if line.startswith("    ") else as_it_stands(line) for line in text] + [""]
+    below: list[str] = []
+    for group in parser._action_groups:
+        shown = [
+            action for action in group._group_actions if action.help != argparse.SUPPRESS and action.dest != "help"
+        ]
+        for action in list(shown):
+            if isinstance(action, argparse._SubParsersAction):
+                shown.remove(action)
+                for name, own in action.choices.items():
+                    below += command_section(f"{title} {name}", own, level + 1)
+        if shown and group.title not in ("positional arguments", "options"):
+            lines += [f"*{str(group.title).capitalize()}*", ""]
+        for action in shown:
+            lines += argument(action)
+    return lines + below
+
+
 def commands_page() -> list[str]:
-    """Returns the page of all commands."""
-    rows = [f"| `megatron-samoe {name}` | {what} |" for name, (_, what) in COMMANDS.items()]
-    return [
-        "# Commands",
-        "",
-        "`megatron-samoe COMMAND --help` tells about each.",
-        "",
-        "| command | |",
-        "|---|---|",
-        *rows,
-    ]
+    """Returns the page of all commands, with what each takes."""
+    rows = [f"| [`megatron-samoe {name}`](#megatron-samoe-{name}) | {what} |" for name, (_, what) in COMMANDS.items()]
+    lines = ["# Commands", "", "| command | |", "|---|---|", *rows, ""]
+    for name in COMMANDS:
+        title = f"megatron-samoe {name}"
+        if name == "pretrain":
+            lines += [
+                f"## {title}",
+                "",
+                "Trains a model. Its flags are the [options](options.md), which a YAML given by",
+                "`--config` sets, too.",
+                "",
+            ]
+            continue
+        lines += command_section(title, importlib.import_module(module_of(name)).make_parser(), 2)
+    return lines
 
 
 def modules() -> list[str]:

@@ -127,7 +127,7 @@ def ours(corpus: str, kind: str, model: str, output: str, workers: int) -> dict[
         time.sleep(0.005 if not first else 0.01)
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     if process.returncode:
-        raise SystemExit(f"preprocess_data.py failed with status {process.returncode}")
+        raise SystemExit(f"megatron-samoe preprocess failed with status {process.returncode}")
     empty = output + "_start"
     Path(empty + ".jsonl").write_text('{"text": "start"}\n')
     start, start_cpu = time.perf_counter(), cpu_seconds()

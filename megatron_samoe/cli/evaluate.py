@@ -1,4 +1,4 @@
-"""Zero-shot tasks and perplexity: `python tools/evaluate.py --load runs/x/checkpoints --data-dir DIR --tasks piqa,boolq`.
+"""Zero-shot tasks and perplexity: `megatron-samoe evaluate --load runs/x/checkpoints --data-dir DIR --tasks piqa,boolq`.
 
 Under torchrun it spreads the model over the ranks; the checkpoint may have been saved by any other layout, and no layout
 changes the results. docs/evaluation.md has the tasks, the files they are read from, and what the figures mean.

@@ -1,4 +1,4 @@
-"""Prints text that follows prompts: `python tools/generate.py --load runs/quickstart/samoe/checkpoints --prompt "Emma was"`.
+"""Prints text that follows prompts: `megatron-samoe generate --load runs/quickstart/samoe/checkpoints --prompt "Emma was"`.
 
 Prompts come from --prompt, from a file (a prompt a line; in .jsonl files objects with "prompt" or "prompt_ids"), from
 standard input, or one after another at a terminal. Those of a file are generated together, in batches that requests enter

@@ -1,4 +1,4 @@
-"""The command line of tools/preprocess_data.py."""
+"""The command line of `megatron-samoe preprocess`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--input-shard",
         "0/1",
-        "take the I-th of N parts of the input files: for job arrays; join with merge_datasets.py",
+        "take the I-th of N parts of the input files: for job arrays; join with megatron-samoe merge",
         metavar="I/N",
     )
     add_tokenizer_arguments(parser)

@@ -1,4 +1,4 @@
-"""Serves a checkpoint with OpenAI's completions API: `python tools/serve.py --load runs/x/checkpoints`.
+"""Serves a checkpoint with OpenAI's completions API: `megatron-samoe serve --load runs/x/checkpoints`.
 
 Under torchrun it spreads the model over the ranks, whichever layout saved the checkpoint, and rank 0 answers. It listens
 on this machine alone unless --host says otherwise. docs/serving.md has the API, the limits and how to end it.

@@ -18,7 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser("Trains a tokenizer on text.")
     add = adder(parser)
     add("--type", TYPES, "kind of tokenizer", required=True)
-    add("--input", [str], "files, globs or folders, as for preprocess_data.py", required=True)
+    add("--input", [str], "files, globs or folders, as for megatron-samoe preprocess", required=True)
     add("--input-format", INPUT_FORMATS, "auto goes by the file's name", default="auto")
     add("--json-keys", ["text"], "keys (Parquet: columns) to train on")
     add("--on-bad-input", ("skip", "fail"), "for lines that are no document", default="fail")

@@ -109,7 +109,7 @@ def parse_header(head: bytes, file_bytes: int, path: str) -> IndexHeader:
         raise DataError(
             f"{path} is {relation}: its header announces {num_sequences} sequences and {num_boundaries} document "
             f"boundaries, which take {header.total_bytes} bytes, but the file has {file_bytes}. "
-            "tools/inspect_dataset.py repair can rebuild an index from the .bin file."
+            "megatron-samoe inspect-dataset repair can rebuild an index from the .bin file."
         )
     if num_boundaries < 1:
         raise DataError(f"{path} has no document boundary; an index without documents still has the boundary 0.")

@@ -17,7 +17,7 @@ from megatron_samoe.datasets.bin_readers import fetch_index, filesystem, is_remo
 from megatron_samoe.errors import DataError
 
 # Indices up to this many sequences are checked row by row when opened (about 10 ms); of larger ones only the
-# ends, and every read is checked anyway. `tools/inspect_dataset.py verify` checks all rows of any index.
+# ends, and every read is checked anyway. `megatron-samoe inspect-dataset verify` checks all rows of any index.
 CHECK_ROWS_UP_TO = 1 << 20
 
 
@@ -167,7 +167,7 @@ def require_dataset(path_prefix: str) -> None:
     else:
         hint = f" There is no dataset in {folder!r}." if os.path.isdir(folder) else f" {folder!r} is not a folder."
     if len(missing) == 1 and missing[0].endswith(".idx"):
-        hint += " tools/inspect_dataset.py repair can rebuild the index from the .bin file."
+        hint += " megatron-samoe inspect-dataset repair can rebuild the index from the .bin file."
     raise DataError(f"There is no dataset {path_prefix!r}: {' and '.join(missing)} not found.{hint}")
 
 

@@ -133,7 +133,7 @@ def choose_serving(serving: Serving, model: RankModel, needed: dict[Serving, int
         raise ConfigError(
             "serving", serving,
             "some layer of the checkpoint combines several banks, so there is no one bank to select; its ways are folded "
-            "and on-the-fly, and `tools/edit_checkpoint.py select` makes a checkpoint that can be served so",
+            "and on-the-fly, and `megatron-samoe edit select` makes a checkpoint that can be served so",
         )  # fmt: skip
     fitting = [way for way in ways if needed[way] <= free_bytes]
     if serving == "auto" and fitting:

@@ -49,7 +49,7 @@ def _refuse_too_little_memory(config: PretrainConfig, vocab_size: int, parallel:
         if total > left:
             raise ConfigError("--preflight", True, f"{len(of_host)} ranks of {host} will need {total / 1e9:.2f} GB and it has "
                               f"{left / 1e9:.2f} GB left; fewer ranks per host, --use-distributed-optimizer, a smaller "
-                              "--micro-batch-size or --recompute-granularity full need less (tools/plan_layout.py tells)")  # fmt: skip
+                              "--micro-batch-size or --recompute-granularity full need less (megatron-samoe plan tells)")  # fmt: skip
 
 
 def available_bytes() -> int:

@@ -24,7 +24,7 @@ _NOT_IN_OUTPUT = ("workers", "resume", "on_bad_input", "executor", "log_interval
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """Options of tools/preprocess_data.py; see its --help for their meaning."""
+    """Options of `megatron-samoe preprocess`; see its --help for their meaning."""
 
     input: tuple[str, ...]
     output_prefix: str

@@ -23,7 +23,7 @@ class Variant:
     Attributes:
         flags: of pretraining, beyond the study's configuration.
         edited_from: name of the variant whose trained checkpoints are edited; this one is not trained then.
-        edit: what is done to them, an action of tools/edit_checkpoint.py.
+        edit: what is done to them, an action of `megatron-samoe edit`.
     """
 
     name: str
