@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "cpp_ext"))  # build back ends do not put the project on the path
@@ -27,6 +28,18 @@ class Wheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
+
+
+class Package(build_py):
+    """The package with the examples, which `megatron-samoe init --example` copies."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for path in sorted((ROOT / "examples").glob("*/*.yaml")):
+                copy = Path(self.build_lib) / "megatron_samoe" / "cli" / path.relative_to(ROOT)
+                self.mkpath(str(copy.parent))
+                self.copy_file(str(path), str(copy))
 
 
 def sources() -> list[str]:
@@ -50,5 +63,5 @@ refuse_isolated_build()
 # optional: an extension that could not be built must not stop the installation.
 setup(
     ext_modules=[Extension("megatron_samoe._C", sources(), optional=True)],
-    cmdclass={"build_ext": builder.BuildExtension, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": builder.BuildExtension, "build_py": Package, "bdist_wheel": Wheel},
 )

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_samoe.cli.arguments import Words, adder, program, text_parser
 from megatron_samoe.config.schema import explained_yaml, json_schema
-from megatron_samoe.errors import ConfigError, DataError
+from megatron_samoe.errors import ConfigError, DataError, nearest
 
 #: What the configuration shows: values, and None for options that are there to be found, with their defaults.
 SHOWN: Mapping[str, Mapping[str, Any]] = {
@@ -59,24 +62,77 @@ srun --kill-on-bad-exit=0 torchrun --nnodes "1:$SLURM_NNODES" --nproc-per-node 8
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command."""
     parser = text_parser(__doc__)
-    adder(parser)("name", Path, "folder to make", metavar="NAME")
+    add = adder(parser)
+    add("name", Path, "folder to make", metavar="NAME")
+    add(
+        "--expert-layout",
+        ("samoe", "moe", "dense"),
+        "kind of model that the configuration is for (default: %(default)s)",
+    )
+    add("--example", str, "begin with an example in place of it: " + ", ".join(sorted(examples())), metavar="EXAMPLE")
     return parser
+
+
+def examples() -> dict[str, Path]:
+    """Returns the examples by name: configurations of models, and studies."""
+    package = Path(__file__).resolve().parent
+    # A wheel holds them; an editable installation has the repository's.
+    folder = next((f for f in (package / "examples", package.parents[1] / "examples") if f.is_dir()), package)
+    studies = [path for path in (folder / "studies").glob("*.yaml") if _varied(path).parent == folder / "configs"]
+    return {path.stem: path for path in sorted([*(folder / "configs").glob("*.yaml"), *studies])}
+
+
+def _varied(study: Path) -> Path:
+    """Returns the configuration that a study varies, which it names by a path from its own folder."""
+    return (study.parent / yaml.safe_load(study.read_text(encoding="utf-8"))["config"]).resolve()
+
+
+def _shown(expert_layout: str) -> dict[str, Mapping[str, Any]]:
+    moe = dict(SHOWN["moe"])
+    if expert_layout != "samoe":
+        del moe["num_expert_banks"]
+    return {
+        **SHOWN,
+        "moe": {**moe, "expert_layout": expert_layout} if expert_layout != "dense" else {"expert_layout": "dense"},
+    }
 
 
 @program
 def main(words: Words) -> None:
     """Runs the command."""
-    folder = make_parser().parse_args(words).name
+    options = make_parser().parse_args(words)
+    folder: Path = options.name
     if folder.exists():
         raise ConfigError("NAME", str(folder), "is there already; give another")
+    example = None if options.example is None else examples().get(options.example)
+    if options.example is not None and example is None:
+        raise ConfigError("--example", options.example, f"is not known.{nearest(options.example, examples())}")
     try:
         (folder / "data").mkdir(parents=True)
-        (folder / "schema.json").write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
-        (folder / "config.yaml").write_text(HEAD + explained_yaml(SHOWN), encoding="utf-8")
-        (folder / "pretrain.slurm").write_text(SLURM.format(name=folder.name), encoding="utf-8")
+        if example is not None and example.parent.name == "studies":
+            files = _write_study(folder, example)
+        else:
+            text = (
+                explained_yaml(_shown(options.expert_layout))
+                if example is None
+                else example.read_text(encoding="utf-8")
+            )
+            (folder / "schema.json").write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+            (folder / "config.yaml").write_text(HEAD + text, encoding="utf-8")
+            (folder / "pretrain.slurm").write_text(SLURM.format(name=folder.name), encoding="utf-8")
+            files = "config.yaml (begin there), schema.json, pretrain.slurm"
     except OSError as error:
         raise DataError(f"{folder} cannot be made: {error.strerror or error}") from None
-    print(f"{folder}: config.yaml (begin there), schema.json, pretrain.slurm")
+    print(f"{folder}: {files}")
+
+
+def _write_study(folder: Path, example: Path) -> str:
+    """Copies a study and the configuration that it varies, and returns what was made."""
+    copies = [f"{path.parent.name}/{path.name}" for path in (example, _varied(example))]
+    for path, copy in zip((example, _varied(example)), copies, strict=True):
+        (folder / copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / copy)
+    return f"{copies[0]} (megatron-samoe study), {copies[1]}"
 
 
 if __name__ == "__main__":

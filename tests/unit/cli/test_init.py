@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_samoe.cli.init import main
+from megatron_samoe.cli.init import examples, main
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.schema import json_schema
 from megatron_samoe.config.validate import validate
+from megatron_samoe.evaluation.study.definition import read_study
 
 ROOT = Path(__file__).parents[3]
 jsonschema = pytest.importorskip("jsonschema", reason="schemas are checked by jsonschema")
@@ -38,6 +39,29 @@ def test_the_configuration_is_legal_and_names_its_schema(project: Path) -> None:
         "\n".join(line.replace("# ", "", 1) for line in text.splitlines() if "# moe_router_topk:" in line)
     )
     assert shown["moe_router_topk"] == PretrainConfig().moe.moe_router_topk
+
+
+@pytest.mark.parametrize("layout", ["samoe", "moe", "dense"])
+def test_a_configuration_for_each_kind_of_model(tmp_path: Path, layout: str) -> None:
+    assert main([str(tmp_path / "new"), "--expert-layout", layout]) == 0
+    config = parse_pretrain_args(["--config", str(tmp_path / "new/config.yaml"), "--mock-data", "--data-path", "--run-dir", "r",
+                                  "--tokenizer-type", "ByteTokenizer", "--tokenizer-model", "None"])  # fmt: skip
+    validate(config, 1)
+    assert config.moe.expert_layout == layout
+
+
+def test_every_example_can_be_begun_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {"gpt_350m_samoe128", "study", "shared_pool", "regime"} <= set(examples()) and "routing" not in examples()
+    for name, path in examples().items():
+        assert main([str(tmp_path / name), "--example", name]) == 0
+        if path.parent.name == "studies":
+            assert read_study(tmp_path / name / "studies" / path.name).variants
+        else:
+            made = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+            assert made == yaml.safe_load(path.read_text())
+    capsys.readouterr()
+    assert main([str(tmp_path / "none"), "--example", "shared_pol"]) != 0
+    assert "Did you mean 'shared_pool'?" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_the_schema_takes_its_project_and_all_examples(project: Path) -> None:

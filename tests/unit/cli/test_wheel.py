@@ -39,7 +39,7 @@ def test_the_library_uses_the_stable_abi_of_torch_alone() -> None:
 def test_a_wheel_works_without_sources_and_compiler(tmp_path: Path) -> None:
     tree, wheels, installed = tmp_path / "tree", tmp_path / "wheels", tmp_path / "installed"
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "_build", "reference")
-    for name in ("cpp_ext", "megatron_samoe"):
+    for name in ("cpp_ext", "megatron_samoe", "examples"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tree)
@@ -57,3 +57,8 @@ def test_a_wheel_works_without_sources_and_compiler(tmp_path: Path) -> None:
     assert str(installed) in run(sys.executable, "-c", program, cwd=tmp_path / "empty", PYTHONPATH=str(installed))
     for part in ("cli/quickstart_data/config.yaml", "py.typed", "inference/server/page.html"):
         assert (installed / "megatron_samoe" / part).exists()
+    begin = (sys.executable, "-m", "megatron_samoe", "init", "new", "--example", "shared_pool")
+    run(*begin, cwd=tmp_path / "empty", PYTHONPATH=str(installed))
+    assert (tmp_path / "empty/new/configs/study.yaml").read_bytes() == (
+        ROOT / "examples/configs/study.yaml"
+    ).read_bytes()
