@@ -142,6 +142,7 @@ def _train(config: PretrainConfig, device: torch.device, extensions: Extensions 
     with _enough_memory(held, vocab_size, parallel):
         setup = replace(build_setup(config, vocab_size, parallel, extensions=extensions), attachments=attachments)
     _describe(config, vocab_size, parallel)
+    logger.info(run_data.summary())
     # An evaluation alone says nothing of training's speed.
     machine = None if config.training.skip_train else machine_facts(parallel)
     Trainer(setup, run_data, [*default_hooks(config, machine), *hooks]).run()

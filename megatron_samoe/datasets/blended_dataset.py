@@ -68,6 +68,11 @@ class BlendedDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset_index)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all datasets, each once."""
+        return sum(dataset.num_tokens for dataset in self.datasets)
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         number, sample = self.locate(index)
         return self.datasets[number][sample]

@@ -59,8 +59,9 @@ class GPTDataset(torch.utils.data.Dataset):
     ):
         self.dataset, self.format, self.num_samples = indexed_dataset, sample_format, num_samples
         lengths = indexed_dataset.sequence_lengths[first:last]
-        tokens_per_epoch = int(lengths.sum(dtype=np.int64))
-        self.plan = sample_index.plan_epochs(tokens_per_epoch, num_samples, sample_format.seq_length)
+        #: Tokens of the sequences, each once.
+        self.num_tokens = int(lengths.sum(dtype=np.int64))
+        self.plan = sample_index.plan_epochs(self.num_tokens, num_samples, sample_format.seq_length)
 
         def build() -> index_cache.Arrays:
             random_state = np.random.RandomState(seed)

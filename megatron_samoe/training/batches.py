@@ -39,6 +39,22 @@ class RunData:
         plan = getattr(self.train, "plan", None)
         return None if plan is None else plan.num_samples / plan.num_epochs
 
+    def summary(self) -> str:
+        """Returns how much there is to train on and to evaluate, and how much of it is read."""
+        if self.config.data.mock_data:
+            return "mock data: random tokens"
+        seq_length, said = self.config.model.seq_length, []
+        if self.train is not None:
+            read = samples_after(self.config, self.parallel.world_size, 0, self.config.training.train_iters)
+            passes = f" ({read / self.epoch_samples:.3g} passes by the last step)" if self.epoch_samples else ""
+            said.append(f"{self.train.num_tokens:,} tokens to train on{passes}")
+        for name, data in (("validation", self.valid), ("test", self.test)):
+            if data is not None:
+                said.append(
+                    f"{data.dataset.num_tokens:,} for {name} ({data.num_samples * seq_length:,} read each time)"
+                )
+        return f"data: {', '.join(said)}"
+
     def train_batches(self, consumed_samples: int) -> Iterator[list[Batch]]:
         """Yields for each step this rank's micro-batches, from where a run stands."""
         training, place = self.config.training, self._place

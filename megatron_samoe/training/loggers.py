@@ -83,6 +83,7 @@ class ConsoleLog(Logger):
         ]
         if "load_balance_loss" in record:
             fields.append(f"load balancing loss: {record['load_balance_loss']:.6E}")
+        if "least_load_entropy" in record:
             fields.append(f"z loss: {record['z_loss']:.6E}")
             fields.append(f"least load entropy: {record['least_load_entropy']:.3f}")
             fields.append(f"largest expert share: {record['largest_expert_share']:.1%}")

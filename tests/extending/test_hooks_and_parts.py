@@ -20,6 +20,7 @@ from megatron_samoe.ops.topk_gate import described
 from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
 from megatron_samoe.runtime.load import load_model
 from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.loggers import ConsoleLog
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import Extensions, TrainSetup, build_setup
 from megatron_samoe.training.train_step import StepResult
@@ -120,10 +121,10 @@ def test_hooks_are_called_at_every_point_on_every_rank(tmp_path: Path) -> None:
             assert ("checkpoint_saved", 2) in result["seen"]
 
 
-def train_to(config: PretrainConfig, train_iters: int, parts: ModelParts | None = None) -> None:
+def train_to(config: PretrainConfig, train_iters: int, parts: ModelParts | None = None, *hooks: Hook) -> None:
     config = with_options(config, train_iters=train_iters)
     setup = build_setup(config, VOCAB_SIZE, single_process_state(), extensions=Extensions(parts or ModelParts()))
-    Trainer(setup, Batches(setup), []).run()  # type: ignore[arg-type]
+    Trainer(setup, Batches(setup), hooks).run()  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_of_foreign_parts_is_for_the_program_that_has_them(tmp_path: Path) -> None:
@@ -142,10 +143,16 @@ def test_a_checkpoint_of_foreign_parts_is_for_the_program_that_has_them(tmp_path
         load_model(str(tmp_path / "c"), single_process_state())
 
 
-def test_a_balance_strategy_from_outside_keeps_nobody_from_running_a_model(tmp_path: Path) -> None:
+def test_a_balance_strategy_from_outside_keeps_nobody_from_running_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny_config("moe", eval_iters=0, mock_data=True)
     config = with_options(config, save=str(tmp_path / "c"), load=str(tmp_path / "c"))
-    train_to(config, 1, ModelParts(balance=EvenScores))
+    said: list[str] = []
+    monkeypatch.setattr("megatron_samoe.training.loggers.logger.info", said.append)
+    train_to(config, 1, ModelParts(balance=EvenScores), ConsoleLog(1))
+    (line,) = (text for text in said if "lm loss" in text)
+    assert "least load entropy" in line and "load balancing loss" not in line
     with pytest.raises(CheckpointError, match=r"parts from outside the package are .*EvenScores"):
         train_to(config, 2, None)
     assert load_model(str(tmp_path / "c"), single_process_state()).config.moe.num_experts == 4
