@@ -109,7 +109,8 @@ def argument(action: argparse.Action) -> list[str]:
         "` ", "`"
     )
     usual = action.default not in (None, argparse.SUPPRESS, False, (), []) and "(default" not in (action.help or "")
-    notes = [f"default: `{action.default}`"] if usual else []
+    default = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else action.default
+    notes = [f"default: `{default}`"] if usual else []
     if action.nargs in ("+", "*"):
         notes.insert(0, "one or more")
     if action.option_strings and action.required:

@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from megatron_samoe.cli.arguments import Words, adder, program, text_parser
 from megatron_samoe.config.schema import explained_yaml, json_schema
@@ -34,8 +32,8 @@ SHOWN: Mapping[str, Mapping[str, Any]] = {
     "checkpoint": {"save_interval": 250, "keep_last": 2},
     "logging": {"run_dir": "runs/first", "log_interval": 10, "moe_per_layer_logging": None},
 }  # fmt: skip
-HEAD = """# yaml-language-server: $schema=schema.json
-# Text to a dataset, and training. All options: megatron-samoe pretrain --help.
+HEAD = "# yaml-language-server: $schema=schema.json\n"
+COMMANDS = """# Text to a dataset, and training. All options: megatron-samoe pretrain --help.
 #   megatron-samoe train-tokenizer --type byte-bpe --input text.txt --vocab-size 8192 --output-prefix data/tokenizer
 #   megatron-samoe preprocess --input text.txt --tokenizer-type HuggingFaceTokenizer --tokenizer-model data/tokenizer.json \\
 #     --append-eod --output-prefix data/corpus
@@ -64,37 +62,27 @@ def make_parser() -> argparse.ArgumentParser:
     parser = text_parser(__doc__)
     add = adder(parser)
     add("name", Path, "folder to make", metavar="NAME")
-    add(
-        "--expert-layout",
-        ("samoe", "moe", "dense"),
-        "kind of model that the configuration is for (default: %(default)s)",
-    )
-    add("--example", str, "begin with an example in place of it: " + ", ".join(sorted(examples())), metavar="EXAMPLE")
+    add("--expert-layout", ("samoe", "moe", "dense"), "kind of model that the configuration is for; samoe if not given",
+        default=None)  # fmt: skip
+    add("--example", str, "copy an example in place of it: " + ", ".join(examples()), metavar="EXAMPLE")
     return parser
 
 
 def examples() -> dict[str, Path]:
     """Returns the examples by name: configurations of models, and studies."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     # A wheel holds them; an editable installation has the repository's.
-    folder = next((f for f in (package / "examples", package.parents[1] / "examples") if f.is_dir()), package)
-    studies = [path for path in (folder / "studies").glob("*.yaml") if _varied(path).parent == folder / "configs"]
-    return {path.stem: path for path in sorted([*(folder / "configs").glob("*.yaml"), *studies])}
-
-
-def _varied(study: Path) -> Path:
-    """Returns the configuration that a study varies, which it names by a path from its own folder."""
-    return (study.parent / yaml.safe_load(study.read_text(encoding="utf-8"))["config"]).resolve()
+    folder = package / "cli" / "examples" if (package / "cli" / "examples").is_dir() else package.parent / "examples"
+    if folder.parent == package.parent and not (package.parent / "setup.py").exists():
+        return {}
+    return {path.stem: path for kind in ("configs", "studies") for path in sorted((folder / kind).glob("*.yaml"))}
 
 
 def _shown(expert_layout: str) -> dict[str, Mapping[str, Any]]:
-    moe = dict(SHOWN["moe"])
+    moe = {**SHOWN["moe"], "expert_layout": expert_layout}
     if expert_layout != "samoe":
         del moe["num_expert_banks"]
-    return {
-        **SHOWN,
-        "moe": {**moe, "expert_layout": expert_layout} if expert_layout != "dense" else {"expert_layout": "dense"},
-    }
+    return {**SHOWN, "moe": {"expert_layout": "dense"} if expert_layout == "dense" else moe}
 
 
 @program
@@ -104,35 +92,42 @@ def main(words: Words) -> None:
     folder: Path = options.name
     if folder.exists():
         raise ConfigError("NAME", str(folder), "is there already; give another")
-    example = None if options.example is None else examples().get(options.example)
-    if options.example is not None and example is None:
-        raise ConfigError("--example", options.example, f"is not known.{nearest(options.example, examples())}")
+    if options.example is not None and options.expert_layout is not None:
+        raise ConfigError("--expert-layout", options.expert_layout, "is what the example says; leave out --example")
+    if options.example is None:
+        text = HEAD + COMMANDS + explained_yaml(_shown(options.expert_layout or "samoe"))
+        files = {"config.yaml": text, "pretrain.slurm": SLURM.format(name=folder.name)}
+    else:
+        files = _example(options.example)
+    if "config.yaml" in files:
+        files["schema.json"] = json.dumps(json_schema(), indent=1) + "\n"
     try:
         (folder / "data").mkdir(parents=True)
-        if example is not None and example.parent.name == "studies":
-            files = _write_study(folder, example)
-        else:
-            text = (
-                explained_yaml(_shown(options.expert_layout))
-                if example is None
-                else example.read_text(encoding="utf-8")
-            )
-            (folder / "schema.json").write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
-            (folder / "config.yaml").write_text(HEAD + text, encoding="utf-8")
-            (folder / "pretrain.slurm").write_text(SLURM.format(name=folder.name), encoding="utf-8")
-            files = "config.yaml (begin there), schema.json, pretrain.slurm"
+        for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise DataError(f"{folder} cannot be made: {error.strerror or error}") from None
-    print(f"{folder}: {files}")
+    first, *others = files
+    print(f"{folder}: {first} (begin there), {', '.join(others)}")
 
 
-def _write_study(folder: Path, example: Path) -> str:
-    """Copies a study and the configuration that it varies, and returns what was made."""
-    copies = [f"{path.parent.name}/{path.name}" for path in (example, _varied(example))]
-    for path, copy in zip((example, _varied(example)), copies, strict=True):
-        (folder / copy).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / copy)
-    return f"{copies[0]} (megatron-samoe study), {copies[1]}"
+def _example(name: str) -> dict[str, str]:
+    """Returns the files of an example by their names in the project; a study comes with the configuration that it varies."""
+    known = examples()
+    if name not in known:
+        raise ConfigError("--example", name, f"is not known.{nearest(name, known)} There are {', '.join(known)}")
+    text = known[name].read_text(encoding="utf-8")
+    if known[name].parent.name != "studies":
+        return {"config.yaml": HEAD + text}
+    (line,) = re.findall(r"^config: .*$", text, re.MULTILINE)
+    varied = (known[name].parent / line.removeprefix("config: ")).resolve()
+    if not varied.exists():  # the package's own, which a study names by its place in the repository
+        varied = Path(__file__).resolve().parents[1] / line.rpartition("megatron_samoe/")[2]
+    return {
+        f"studies/{name}.yaml": text.replace(line, f"config: ../configs/{varied.name}"),
+        f"configs/{varied.name}": varied.read_text(encoding="utf-8"),
+    }
 
 
 if __name__ == "__main__":

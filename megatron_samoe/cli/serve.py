@@ -21,6 +21,8 @@ from megatron_samoe.cli.model_arguments import (
     rank_program,
     this_rank,
 )
+from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CommunicationError, ConfigError
 from megatron_samoe.inference.engine import PRECISIONS, SERVINGS, Engine
 from megatron_samoe.inference.server.models import NamedModel, check_names
@@ -68,8 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     model("--num-threads", int, "CPU threads of a rank; its share of the cores if "
                        "not given", metavar="N")  # fmt: skip
     model("--beside", [str], "folders of more models to serve: clients name the one they ask, and the page asks all and shows "
-                       "them side by side; one process alone, and the other flags hold for each",
-          default=(), metavar="DIR")  # fmt: skip
+                       "them side by side; one process alone. --serving and --cache-experts are for those with a pool, other "
+                       "flags for each", default=[], action="extend", metavar="DIR")  # fmt: skip
     add_layout_arguments(model_group)
     batch = adder(parser.add_argument_group("batch"))
     batch("--max-batch", 8, "answers made at the same time", metavar="N")
@@ -85,7 +87,7 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     add("--host", usual.host, "address to listen at; 0.0.0.0 for all of the machine's")
     add("--port", usual.port, "0 takes a free one (default: %(default)s)")
     add("--served-model-name", [str], "as clients call the model, and each of --beside; the runs' names if not "
-                           "given", default=(), metavar="NAME")  # fmt: skip
+                           "given", default=[], action="extend", metavar="NAME")  # fmt: skip
     add("--api-key-file", Path, "holds the token that clients must send; without "
                        "it the variable MEGATRON_SAMOE_API_KEY counts, and without both no token is asked for", metavar="FILE")  # fmt: skip
     add("--allowed-hosts", [str], "host names to answer under; on a "
@@ -114,6 +116,13 @@ def _names(options: Options) -> dict[str, str]:
             "--served-model-name", " ".join(names), f"gives {len(names)} name(s) to {len(folders)} model(s)"
         )
     check_names(names)
+    for flag in ("ckpt_step", "tokenizer_model"):
+        if options.beside and getattr(options, flag) is not None:
+            raise ConfigError(
+                "--" + flag.replace("_", "-"), getattr(options, flag), "is for one model; leave out --beside"
+            )
+    for folder in folders:  # all, before the first is loaded
+        store.find_checkpoint(CheckpointConfig(load=folder, exit_on_missing_checkpoint=True))
     return dict(zip(names, folders, strict=True))
 
 
@@ -125,12 +134,12 @@ def _server_options(options: Options) -> ServerOptions:
     )  # fmt: skip
 
 
-def _engine(options: Options, parallel: ParallelState, folder: str | None = None) -> tuple[Engine, LoadedModel]:
+def _engine(options: Options, parallel: ParallelState, folder: str) -> tuple[Engine, LoadedModel]:
     loaded = load(options, parallel, folder=folder)
-    given = {
-        name: getattr(options, name)
-        for name in ("serving", "dtype", "max_step_tokens", "cache_experts", "weights_folder")
-    }
+    names = ["dtype", "max_step_tokens", "weights_folder"]
+    if loaded.config.moe.has_pool or not options.beside:
+        names += ["serving", "cache_experts"]
+    given = {name: getattr(options, name) for name in names}
     engine = Engine(
         loaded, max_batch=options.max_batch, max_tokens=options.max_tokens,
         **{name: value for name, value in given.items() if value is not None},
@@ -140,7 +149,7 @@ def _engine(options: Options, parallel: ParallelState, folder: str | None = None
 
 
 def _follow(options: Options, parallel: ParallelState) -> int:
-    engine, _ = _engine(options, parallel)
+    engine, _ = _engine(options, parallel, options.load)
     # torchrun passes signals to all ranks; the first ends the others when its requests are answered.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -162,7 +171,7 @@ def main(words: Words) -> int:
     # Before the model, so that a port in use is said at once.
     listener = listen(server_options.host, server_options.port) if this_rank() == 0 else None
     parallel = join(options, options.num_threads)
-    check_processes(parallel.world, len(folders), options.show_experts)
+    check_processes(parallel.world, list(folders), options.show_experts)
     if listener is None:
         return _follow(options, parallel)
     models = []

@@ -201,6 +201,8 @@ class MockGPTDataset(torch.utils.data.Dataset):
 
     def __init__(self, num_samples: int, seed: int, sample_format: SampleFormat):
         self.num_samples, self.seed, self.format = num_samples, seed, sample_format
+        #: Tokens of all samples.
+        self.num_tokens = num_samples * sample_format.seq_length
 
     def __len__(self) -> int:
         return self.num_samples

@@ -25,13 +25,18 @@ EVALUATION_SEED = 1234
 
 @dataclass(frozen=True)
 class RunData:
-    """The datasets of a run: `train` is None without training, `valid` and `test` where they are not evaluated."""
+    """The datasets of a run: `train` is None without training, `valid` and `test` where they are not evaluated.
+
+    Attributes:
+        train_samples: that the run has read at its last step.
+    """
 
     train: Any
     valid: EvaluationSet | None
     test: EvaluationSet | None
     config: PretrainConfig
     parallel: ParallelState
+    train_samples: int = 0
 
     @property
     def epoch_samples(self) -> float | None:
@@ -45,15 +50,15 @@ class RunData:
             return "mock data: random tokens"
         seq_length, said = self.config.model.seq_length, []
         if self.train is not None:
-            read = samples_after(self.config, self.parallel.world_size, 0, self.config.training.train_iters)
-            passes = f" ({read / self.epoch_samples:.3g} passes by the last step)" if self.epoch_samples else ""
+            read = self.train_samples / self.epoch_samples if self.epoch_samples else None
+            passes = "" if read is None else f" ({read:.3g} passes by the last step)"
             said.append(f"{self.train.num_tokens:,} tokens to train on{passes}")
         for name, data in (("validation", self.valid), ("test", self.test)):
             if data is not None:
                 said.append(
                     f"{data.dataset.num_tokens:,} for {name} ({data.num_samples * seq_length:,} read each time)"
                 )
-        return f"data: {', '.join(said)}"
+        return f"data: {', '.join(said) or 'none'}"
 
     def train_batches(self, consumed_samples: int) -> Iterator[list[Batch]]:
         """Yields for each step this rank's micro-batches, from where a run stands."""
@@ -121,7 +126,7 @@ def build_run_data(
     )  # fmt: skip
     step = training.micro_batch_size * parallel.dp.size
     sets = [None if data is None else EvaluationSet(data, evaluated, step) for data in held_out]
-    return RunData(train, sets[0], sets[1], config, parallel)
+    return RunData(train, sets[0], sets[1], config, parallel, train_samples)
 
 
 def _optional_splits(config: PretrainConfig) -> tuple[str, ...]:

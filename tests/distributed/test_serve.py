@@ -128,7 +128,12 @@ def test_what_cannot_be_served_is_said_in_a_paragraph(checkpoints: Path, tmp_pat
     cases |= {
         "names": (twice, r"--served-model-name = 'tiny': would name two models"),
         "count": ([*twice, "--served-model-name", "a"], r"gives 1 name\(s\) to 2 model\(s\)"),
-        "beside": (spread, r"--beside = True: needs a server of one process; this has 2"),
+        "beside": (spread, r"--beside = 'b': needs a server of one process; this has 2"),
+        "step": (
+            [*twice, "--served-model-name", "a", "--served-model-name", "b", "--ckpt-step", "1"],
+            r"is for one model",
+        ),
+        "none": (["--load", str(checkpoints), "--beside", str(tmp_path / "none")], r"none"),
     }
     runs = {
         name: start(args, tmp_path / f"out{name}", 2 if name == "beside" else 1, program=PROGRAM)

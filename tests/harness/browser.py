@@ -54,7 +54,7 @@ class Browser:
     def text(self, element_id: str) -> str:
         """Returns an element's text, as far as it is shown."""
         return self.run(
-            "const e = document.getElementById(arguments[0]); return e.hidden ? '' : e.textContent", element_id
+            "const e = document.getElementById(arguments[0]); return !e || e.hidden ? '' : e.textContent", element_id
         )
 
     def set(self, element_id: str, value: str) -> None:

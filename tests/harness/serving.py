@@ -174,12 +174,15 @@ class RunningServer:
 @contextmanager
 def serving(
     loaded: LoadedModel, *, max_batch: int = 4, engine: Engine | None = None, show_experts: bool = False,
-    beside: Mapping[str, LoadedModel] | None = None, **options: Any,
+    beside: Mapping[str, LoadedModel | Engine] | None = None, **options: Any,
 ) -> Iterator[RunningServer]:  # fmt: skip
     """Runs a server for a while, of a model that it calls tiny, and of others; options are of `ServerOptions`."""
     models = [NamedModel("tiny", engine or Engine(loaded, max_batch=max_batch), loaded.model if show_experts else None)]
     for name, other in (beside or {}).items():
-        models.append(NamedModel(name, Engine(other, max_batch=max_batch), other.model if show_experts else None))
+        if isinstance(other, Engine):
+            models.append(NamedModel(name, other))
+        else:
+            models.append(NamedModel(name, Engine(other, max_batch=max_batch), other.model if show_experts else None))
     running = RunningServer(models, ServerOptions(**{"port": 0, **options}))
     try:
         yield running

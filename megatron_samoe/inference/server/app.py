@@ -78,18 +78,17 @@ class _Routes:
 
     async def experts(self, request: Any) -> Any:
         """Which experts each token of a text uses, by the model as it was trained: one text at a time."""
-        if not any(model.shown for model in self._models):
-            raise ApiError(
-                404, "This server shows no experts: it was started without --show-experts.", code="not_found"
-            )
         self._models.check_open()
         try:
             raw = await read_body(request.headers, request.receive, self._max_body_bytes, self._body_timeout_s)
         except ConnectionError:
             return self._responses.Response(status_code=499)
-        body = parse_body(raw)
+        body = await asyncio.to_thread(parse_body, raw)
         model = self._models.asked(body)
-        assert model.shown is not None  # all models show their experts, or none
+        if model.shown is None:
+            raise ApiError(
+                404, "This server shows no experts: it was started without --show-experts.", code="not_found"
+            )
         ids = await asyncio.to_thread(parse_text, body, model.facts)
         async with model.showing:
             layers = await asyncio.to_thread(expert_use, model.shown, ids)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
@@ -172,12 +174,18 @@ class CompletionService:
         )  # fmt: skip
 
     def _publish(self, notices: list[Notice], load: Load) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._deliver, notices, load)
+        self._tell(self._deliver, notices, load)
 
     def _publish_failure(self, _: BaseException) -> None:
+        self._tell(self.fail)
+
+    def _tell(self, take: Callable[..., None], *news: Any) -> None:
+        """Has the event loop take news, in the engine's thread; nobody is told once service has ended."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self.fail)
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the loop is closed: the server left before the engine's step had ended
+            self._loop.call_soon_threadsafe(take, *news)
 
     def _deliver(self, notices: list[Notice], load: Load) -> None:
         if self._failed.is_set():  # an engine that goes on while another model's has failed

@@ -142,11 +142,11 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def check_processes(group: Group, num_models: int, show_experts: bool) -> None:
+def check_processes(group: Group, names: Sequence[str], show_experts: bool) -> None:
     """Raises ConfigError for what a server of several processes cannot do."""
-    for flag, given in (("--show-experts", show_experts), ("--beside", num_models > 1)):
+    for flag, given in (("--show-experts", show_experts), ("--beside", " ".join(names[1:]))):
         if given and group.size > 1:
-            raise ConfigError(flag, True, f"needs a server of one process; this has {group.size}")
+            raise ConfigError(flag, given, f"needs a server of one process; this has {group.size}")
 
 
 def _open(listener: socket.socket) -> None:
@@ -179,7 +179,7 @@ class Server:
         check_installed()
         import uvicorn
 
-        check_processes(group, len(models), any(model.shown for model in models))
+        check_processes(group, [model.name for model in models], any(model.shown for model in models))
 
         metrics = ServerMetrics()
         self._models = ServedModels(models, group, metrics, options.max_queue, options.max_choices)
@@ -247,11 +247,9 @@ class Server:
         await serving
         for task in (asked, failed):
             task.cancel()
-        if self._models.failed.is_set():
-            return 1
         if not await self._models.stop(10 * LAST_WORDS_S):
-            logger.warning("the engine's step has not ended; leaving without it")
-        return 0
+            logger.warning("an engine's step has not ended; leaving without it")
+        return 1 if self._models.failed.is_set() else 0
 
     async def _drain(self, serving: asyncio.Task, failed: asyncio.Task) -> None:
         """Waits for the open requests; new ones are refused meanwhile, so the socket stays open."""

@@ -51,17 +51,22 @@ def test_a_configuration_for_each_kind_of_model(tmp_path: Path, layout: str) -> 
 
 
 def test_every_example_can_be_begun_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {"gpt_350m_samoe128", "study", "shared_pool", "regime"} <= set(examples()) and "routing" not in examples()
+    assert {"gpt_350m_samoe128", "study", "shared_pool", "routing"} <= set(examples())
     for name, path in examples().items():
         assert main([str(tmp_path / name), "--example", name]) == 0
         if path.parent.name == "studies":
-            assert read_study(tmp_path / name / "studies" / path.name).variants
+            study = read_study(tmp_path / name / "studies" / path.name)
+            assert study.variants == read_study(path).variants
+            assert study.config.resolve().is_relative_to(tmp_path / name)
+            assert study.config.read_text() == read_study(path).config.read_text()
         else:
             made = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
             assert made == yaml.safe_load(path.read_text())
     capsys.readouterr()
     assert main([str(tmp_path / "none"), "--example", "shared_pol"]) != 0
-    assert "Did you mean 'shared_pool'?" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    said = capsys.readouterr().err
+    assert "Did you mean 'shared_pool'? There are" in said and not (tmp_path / "none").exists()
+    assert main([str(tmp_path / "none"), "--example", "study", "--expert-layout", "dense"]) != 0
 
 
 def test_the_schema_takes_its_project_and_all_examples(project: Path) -> None:

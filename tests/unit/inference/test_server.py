@@ -360,20 +360,21 @@ def test_models_beside_each_other(loaded: LoadedModel, dense: LoadedModel) -> No
 
 
 def test_the_first_engine_that_fails_ends_all_models(loaded: LoadedModel, dense: LoadedModel) -> None:
-    engine = BrokenEngine(loaded, max_batch=2)
-    engine.step_s = 0.1
-    with serving(loaded, engine=engine, beside={"dense": dense}) as running, ThreadPoolExecutor(2) as pool:
-        # The dense model's first token is far from its last: it is in the middle when the other's engine ends.
-        slow = running.client.begin(
-            {"model": "dense", "prompt": "x", "max_tokens": 31, "stream": True, "ignore_eos": True}
-        )
+    engine, slow_engine = BrokenEngine(loaded, max_batch=2), SlowEngine(dense, max_batch=2)
+    slow_engine.step_s = 0.2
+    before = threading.enumerate()
+    with serving(loaded, engine=engine, beside={"dense": slow_engine}) as running, ThreadPoolExecutor(2) as pool:
+        ask = {"prompt": "x", "max_tokens": 30, "stream": True, "ignore_eos": True}
+        slow = running.client.begin({"model": "dense", **ask})
         other = pool.submit(running.client.complete, "x", max_tokens=60, ignore_eos=True)
-        wait_for(lambda: running.client.metric("running_choices") >= 1)
+        wait_for(lambda: running.client.metric("running_choices") == 2)
         engine.broken = True
         check_error(other.result(), 500, "engine has failed", type="server_error")
         content = read_to_end(slow)
-        assert b"[DONE]" in content or b"engine_failed" in content
+        assert b"engine_failed" in content and b"[DONE]" not in content
         assert running.join() == 1
+        left = [t for t in threading.enumerate() if t.name == "engine" and t not in before]
+        assert not left, "a thread in a step would abort the process at its end"
 
 
 @pytest.mark.parametrize(("names", "said"), [(["a", "a"], "would name two models"), (["a", " "], "must not be empty")])

@@ -89,7 +89,7 @@ def test_models_are_shown_side_by_side(page: Browser, loaded: LoadedModel, tmp_p
         page.wait_for(lambda: page.text("model") == "2 models")
         complete(page, "Hello", max_tokens="12", temperature="0")
         page.wait_for(lambda: "tokens in" in page.text("state") and "tokens in" in page.text("state-1"))
-        assert page.text("heading-0") == "tiny" and page.text("heading-1") == "dense"
+        assert [page.text(f"heading-{i}") for i in (0, 1)] == [f"{n} context of 256 tokens" for n in ("tiny", "dense")]
         for name, model in (("text", loaded), ("text-1", dense)):
             assert page.text(name) == "Hello" + greedy_text(model, "Hello", 12)
         tops = [
@@ -101,6 +101,31 @@ def test_models_are_shown_side_by_side(page: Browser, loaded: LoadedModel, tmp_p
         page.resize(380, 700)
         assert page.run("return document.documentElement.scrollWidth") <= 380
         assert page.complaints() == []
+
+
+def test_a_model_that_refuses_says_so_and_shows_no_older_answer(
+    page: Browser, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    short = load_tiny(save_tiny(tmp_path, "moe", seq_length=32))
+    with serving(loaded, beside={"short": short}, show_experts=True) as running:
+        page.open(f"{running.server.url}/")
+        page.wait_for(lambda: page.text("model") == "2 models")
+        sent = "window.asked = []; const f = window.fetch; window.fetch = (u, o) => { window.asked.push([u, o]); return f(u, o); }"
+        page.run(sent)
+        complete(page, "Hello", max_tokens="8")
+        page.wait_for(lambda: "tokens in" in page.text("state") and "tokens in" in page.text("state-1"))
+        asked = "return window.asked.filter(([u]) => u === '/v1/completions').map(([u, o]) => JSON.parse(o.body).seed)"
+        seeds = page.run(asked)
+        assert len(seeds) == 2 and seeds[0] == seeds[1] and isinstance(seeds[0], int), "one seed for both"
+        page.click("show")
+        page.wait_for(lambda: page.run("return document.querySelectorAll('#strips-1 tr').length") > 1)
+        complete(page, "Hello", max_tokens="100")
+        page.wait_for(lambda: "tokens in" in page.text("state") and page.text("state-1").startswith("no answer"))
+        assert page.text("error").startswith("short: ") and "context has 32 tokens" in page.text("error")
+        assert page.text("text").startswith("Hello") and page.text("text-1") == ""
+        hidden = [page.run(f"return document.getElementById('{n}').hidden") for n in ("experts", "experts-1")]
+        assert hidden == [True, True], "strips of other texts"
+    page.complaints()
 
 
 def test_stopping_frees_the_place(page: Browser, running: RunningServer) -> None:
