@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_samoe.errors import ConfigError
+from megatron_samoe.errors import ConfigError, shown
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.server.jobs import CompletionService
 from megatron_samoe.inference.server.metrics import ModelMetrics, ServerMetrics
-from megatron_samoe.inference.server.protocol import ModelFacts, asked_model
+from megatron_samoe.inference.server.protocol import ApiError, ModelFacts
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state.state import Group
 
@@ -42,6 +42,21 @@ class ServedModel:
     service: CompletionService
     shown: RankModel | None
     showing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+def asked_model(body: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Returns the model that a request asks for: of those served the first, where it names none.
+
+    Raises:
+        ApiError: it names another.
+    """
+    model = names[0] if body.get("model") is None else body["model"]
+    if model not in names:
+        raise ApiError(
+            404, f"The model {shown(model)} is not served here; this server has {', '.join(map(repr, names))}.",
+            param="model", code="model_not_found",
+        )  # fmt: skip
+    return str(model)
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -164,21 +164,6 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
     return CompletionCall(tuple(requests), tuple(heads), tokens, stream, include_usage, logprobs is not None)
 
 
-def asked_model(body: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Returns the model that a request asks for: of those served the first, where it names none.
-
-    Raises:
-        ApiError: it names another.
-    """
-    model = _value(body, "model", names[0])
-    if model not in names:
-        raise ApiError(
-            404, f"The model {_shown(model)} is not served here; this server has {', '.join(map(repr, names))}.",
-            param="model", code="model_not_found",
-        )  # fmt: skip
-    return str(model)
-
-
 def completion_body(call_id: str, created: int, model: str, choices: Sequence[dict], usage: dict | None) -> dict:
     """Returns an answer, or one piece of a streamed answer."""
     body = {"id": call_id, "object": "text_completion", "created": created, "model": model, "choices": list(choices)}

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.inference.server.gate import host_name
-from megatron_samoe.inference.server.protocol import ApiError, ModelFacts, asked_model, parse_body, parse_completion
+from megatron_samoe.inference.server.models import asked_model
+from megatron_samoe.inference.server.protocol import ApiError, ModelFacts, parse_body, parse_completion
 
 FACTS = ModelFacts("tiny", ByteTokenizer(), vocab_size=257, context_length=64, cache_tokens=256, max_choices=6)
 
