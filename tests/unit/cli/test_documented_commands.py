@@ -70,7 +70,8 @@ def shown_commands(text: str) -> list[tuple[re.Match[str], str]]:
 def test_commands_of_a_page_exist_with_their_flags(page: Path) -> None:
     for match, rest in shown_commands(page.read_text()):
         command = command_of(match)
-        unknown = set(re.findall(r"(?<!\S)(--[a-z][a-z-]*)", rest.split("#")[0].split("|")[0])) - flags_of(command)
+        words = re.sub(r'"[^"]*"', "", rest)  # what is quoted is a value
+        unknown = set(re.findall(r"(?<!\S)(--[a-z][a-z-]*)", words.split("#")[0].split("|")[0])) - flags_of(command)
         assert not unknown, f"{match[0]} ({command}) has no {unknown}: {rest}"
 
 
