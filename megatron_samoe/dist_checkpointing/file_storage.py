@@ -251,8 +251,11 @@ class _DigestingFileSystem(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with ThreadPoolExecutor(1) as digester, ThreadPoolExecutor(1) as flusher, open(path, "wb") as file:
-            digested = _DigestedFile(file, digester, flusher)
+        with (
+            ThreadPoolExecutor(1) as digester, ThreadPoolExecutor(1) as flusher, open(path, "wb") as file,
+            # Closed before the file: else its end would flush a closed one, which Python 3.13 complains of.
+            _DigestedFile(file, digester, flusher) as digested,
+        ):  # fmt: skip
             yield digested
             self.digests[os.path.basename(path)] = digested.finish()
 

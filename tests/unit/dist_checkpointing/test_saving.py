@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_samoe.config import CheckpointConfig
-from megatron_samoe.dist_checkpointing import saving, store
+from megatron_samoe.dist_checkpointing import file_storage, saving, store
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated
 from megatron_samoe.errors import CheckpointError
@@ -88,3 +88,15 @@ def test_ranks_save_their_parts_while_they_train(tmp_path: Path) -> None:
     store.load_checkpoint(store.iteration_dir(tmp_path, 2), whole, STATE)
     assert whole["x"][0].local[:, 0].tolist() == [10.0, 10.0, 11.0, 11.0]
     assert store.damaged_files(store.iteration_dir(tmp_path, 2), STATE) == []
+
+
+def test_a_written_file_leaves_nothing_to_close(tmp_path: Path) -> None:
+    """Python 3.13 complains of a stream whose end would flush a file that is closed."""
+    files = file_storage._DigestingFileSystem()
+    with files.create_stream(tmp_path / "x", "wb") as stream:
+        stream.write(b"abc")
+        assert not stream.closed
+    assert stream.closed and (tmp_path / "x").read_bytes() == b"abc"
+    digest = file_storage.new_digest()
+    digest.update(b"abc")
+    assert files.digests == {"x": digest.hexdigest()}
