@@ -1,7 +1,7 @@
-"""Writes one HTML report about finished runs: `report.py --output report.html RUN_DIR [RUN_DIR ...]`.
+"""Writes one HTML report about finished runs: `megatron-samoe report --output report.html RUN_DIR [RUN_DIR ...]`.
 
 Folders `moe/seed-1`, `moe/seed-2` are one model with two seeds. --study takes models and runs from a study's results.json.
---decode and --zero-shot add what `benchmark.py decode --json` and `evaluate.py --json` measured of the runs' checkpoints.
+--decode and --zero-shot add what `benchmark decode --json` and `evaluate --json` measured of the runs' checkpoints.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = adder(parser)
     add("runs", Path, nargs="*", metavar="RUN_DIR")
     add("--study", Path, "results.json of a study, in place of run folders", metavar="FILE")
-    add("--decode", [Path], "of benchmark.py decode --json", default=[], metavar="FILE")
-    add("--zero-shot", [Path], "of evaluate.py --json", default=[], metavar="FILE")
+    add("--decode", [Path], "of megatron-samoe benchmark decode --json", default=[], metavar="FILE")
+    add("--zero-shot", [Path], "of megatron-samoe evaluate --json", default=[], metavar="FILE")
     add("--note", str, "a paragraph under the first table; may be repeated", action="append", default=[])
     add("--output", Path("report.html"), "PNG plots go beside it")
     add("--title")

@@ -125,5 +125,7 @@ def quality_against_cost(groups: Groups, axes_by_cost: Mapping[str, Mapping[str,
                 handles[group.name] = _draw(axes, place, group, values[group.name])
     for axes in panels[::2]:
         axes.set_ylabel("validation loss (nats per token)")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, labelspacing=1.2
+    )
     return png_of(figure)
