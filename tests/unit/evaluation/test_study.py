@@ -20,7 +20,8 @@ from megatron_samoe.cli.report import main as report_main
 from megatron_samoe.cli.study import main
 from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.evaluation.run_summary import sharing_text
+from megatron_samoe.evaluation.run_summary import RUN_FILE, sharing_text
+from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.results import collect, results_table, unequal_arms
@@ -431,3 +432,14 @@ def test_two_programs_share_a_study(tmp_path: Path) -> None:
     assert [program.returncode for program in programs] == [0, 0], said
     made = [text.count(": validation loss") for text in said]
     assert sum(made) == 4 and min(made) >= 1, said
+
+
+def test_a_store_keeps_losses_whole_and_lists_of_experts_short(tmp_path: Path) -> None:
+    run, row = tmp_path / "run", {"iteration": 5, "lm_loss": 3.14159265358979, "expert_load": [[0.123456789, 7], []]}
+    run.mkdir()
+    (run / RUN_FILE).write_text(json.dumps({"key": "0123456789abcdef"}))
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    results_store.put(tmp_path / "store", run)
+    assert results_store.take(tmp_path / "store", "0123456789abcdef", tmp_path / "taken")
+    kept = json.loads((tmp_path / "taken/metrics.jsonl").read_text())
+    assert kept == {**row, "expert_load": [[0.123, 7], []]}
