@@ -182,9 +182,8 @@ class CompletionService:
     def _tell(self, take: Callable[..., None], *news: Any) -> None:
         """Has the event loop take news, in the engine's thread; nobody is told once service has ended."""
         assert self._loop is not None
-        with contextlib.suppress(
-            RuntimeError
-        ):  # the loop is closed: the server left before the engine's step had ended
+        # RuntimeError: the loop is closed, since the server left before the engine's step had ended.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(take, *news)
 
     def _deliver(self, notices: list[Notice], load: Load) -> None:
