@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import zlib
@@ -29,6 +30,8 @@ INDECISIVE_FIELDS = (
     "num_threads", "exit_interval", "exit_duration_in_mins", "skip_train", "optimizer_backend", "num_workers",
     "data_cache_path", "no_mmap_bin_files", "tokenizer_model", "vocab_file", "merge_file",
 )  # fmt: skip
+#: About so many records of a run keep a number for every expert (load, gradient, coefficients); the lists are most of its bytes.
+LISTED_ROWS = 48
 _DATA_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
@@ -120,10 +123,10 @@ def take(store: Path | None, key: str, run_dir: Path) -> bool:
 def _copy(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     if (source / "metrics.jsonl").is_file():
-        rows = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(row) for row in (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         _write(
             target / "metrics.jsonl",
-            "".join(json.dumps(_short(json.loads(row)), separators=(",", ":")) + "\n" for row in rows),
+            "".join(json.dumps(_short(row), separators=(",", ":")) + "\n" for row in _thinned(rows)),
         )
     if (source / "machine.json").is_file():
         shutil.copyfile(source / "machine.json", target / "machine.json")
@@ -132,8 +135,19 @@ def _copy(source: Path, target: Path) -> None:
     )  # last: it says that the others are whole
 
 
+def _thinned(rows: list[JsonObject]) -> list[JsonObject]:
+    """Returns records of which some LISTED_ROWS, evenly spread and the last among them, keep their lists; a second time it
+    changes nothing."""
+    step = math.ceil(len(rows) / LISTED_ROWS)
+    return [
+        row if place % step == step - 1 or place == len(rows) - 1
+        else {name: value for name, value in row.items() if not isinstance(value, list)}
+        for place, row in enumerate(rows)
+    ]  # fmt: skip
+
+
 def _short(value: Any, in_list: bool = False) -> Any:
-    """Returns a record whose lists, with a number for every expert, have three digits of each; they are most of a run's bytes."""
+    """Returns a record whose lists, with a number for every expert, have three digits of each."""
     if isinstance(value, dict):
         return {name: _short(v) for name, v in value.items()}
     if isinstance(value, list):

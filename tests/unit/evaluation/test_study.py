@@ -443,3 +443,20 @@ def test_a_store_keeps_losses_whole_and_lists_of_experts_short(tmp_path: Path) -
     assert results_store.take(tmp_path / "store", "0123456789abcdef", tmp_path / "taken")
     kept = json.loads((tmp_path / "taken/metrics.jsonl").read_text())
     assert kept == {**row, "expert_load": [[0.123, 7], []]}
+
+
+@pytest.mark.parametrize("num_rows", [1, 48, 49, 240, 241])
+def test_a_store_keeps_lists_of_few_records_and_the_last(tmp_path: Path, num_rows: int) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / RUN_FILE).write_text(json.dumps({"key": "0123456789abcdef"}))
+    rows = [{"iteration": i, "expert_load": [[0.5, 0.5]]} for i in range(num_rows)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results_store.put(tmp_path / "store", run)
+    kept = (tmp_path / "store/0123456789abcdef/metrics.jsonl").read_text()
+    rows = [json.loads(row) for row in kept.splitlines()]
+    listed = [row["iteration"] for row in rows if "expert_load" in row]
+    assert len(rows) == num_rows and listed[-1] == num_rows - 1
+    assert min(num_rows, 24) <= len(listed) <= results_store.LISTED_ROWS + 1
+    assert results_store.take(tmp_path / "store", "0123456789abcdef", tmp_path / "taken")
+    assert (tmp_path / "taken/metrics.jsonl").read_text() == kept  # what was thinned is thinned no further
