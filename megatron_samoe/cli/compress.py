@@ -25,7 +25,7 @@ from megatron_samoe.compress.healing import OTHERS, STAGES, HealOptions, HealSta
 from megatron_samoe.compress.judge import VERDICTS_FILE, Verdict, read_verdicts, verdict_table
 from megatron_samoe.compress.options import CompressOptions
 from megatron_samoe.compress.pipeline import Compression
-from megatron_samoe.compress.plots import compression_plot
+from megatron_samoe.compress.report import Compressed, write_compression_report
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table, read_records
 from megatron_samoe.interop.edited_model import open_checkpoint
@@ -107,8 +107,8 @@ def main(words: Words) -> None:
     root = compression.folder.root
     (root / VERDICTS_FILE).write_text(json.dumps(report, indent=1) + "\n")
     healing = {name: [r for r in read_records(root / name / "metrics.jsonl") if "lm_loss" in r] for name in healed}
-    (root / "report.png").write_bytes(compression_plot(verdicts, *compression.errors(), healing, beside))
-    logger.info(f"\nIn {root}: {VERDICTS_FILE}, report.png; the model is in {start}")
+    write_compression_report(root / "report.html", Compressed(verdicts, *compression.errors(), healing, beside))
+    logger.info(f"\nIn {root}: {VERDICTS_FILE}, report.html; the model is in {start}")
 
 
 def _beside(folders: Sequence[str], compression: Compression) -> list[list[Verdict]]:

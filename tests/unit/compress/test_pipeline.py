@@ -247,7 +247,10 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
         "healed-banks", "healed-routers", "original-longer", "blind-healed", "pruned-healed",
     ]  # fmt: skip
     assert len({v["loss"] for v in first["verdicts"]}) >= 9  # matched and original may agree to the last bit
-    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "of the expert bytes" in page and all(
+        f'<h2 id="{s}">' in page for s in ("verdicts", "bytes", "healing", "layers")
+    )
     fitted, banks, routers, pruned, pruned_healed = (
         open_checkpoint(tmp_path / "out" / place)
         for place in (
