@@ -63,10 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
     heal(
         "--heal-iters", [int], "steps of training: of banks alone, then of banks, coefficients and routers", metavar="N"
     )
-    heal("--heal-lr", float, "peak rate; a 15th of the original's if not given")
+    heal("--heal-lr", float, "peak rate; a 15th of that of the original's training if not given")
     heal("--teacher", str, "model to learn from; the original if not given", metavar="DIR")
     heal("--teacher-weight", 1.0, "of the divergence from the teacher, beside the cross-entropy")
     heal("--heal-others", bool, "heal what it is compared with too, by as many steps, and train the original on")
+    heal("--heal-others-lr", float, "peak rate of what it is compared with; the original's if not given")
     add(
         "--beside",
         [str],
@@ -91,15 +92,17 @@ def main(words: Words) -> None:
     teacher = options.teacher or str(compression.source.directory)
     compression.require_teacher(teacher)
     fitted = compression.fitted().directory
-    heal = partial(_heal, compression, HealOptions(options.heal_lr, options.teacher_weight), teacher)
+    heal = partial(_heal, compression, teacher)
+    own, others = (HealOptions(lr, options.teacher_weight) for lr in (options.heal_lr, options.heal_others_lr))
     start, healed = fitted, {}
     for stage, count in zip(STAGES, iters, strict=True):
         if count:
-            healed[stage.name] = start = heal(stage, start, count)
+            healed[stage.name] = start = heal(own, stage, start, count)
     if options.heal_others:
         for name in ("original", *compression.others()):
             if name in OTHERS:
-                healed[OTHERS[name].name] = heal(OTHERS[name], compression.folder_of(name), sum(iters))
+                its = own if name == "original" else others
+                healed[OTHERS[name].name] = heal(its, OTHERS[name], compression.folder_of(name), sum(iters))
     verdicts = compression.judge(healed)
     logger.info(f"\n{format_table(verdict_table(verdicts))}")
     report = {"sharing": compression.plan.sharing, "num_expert_banks": compression.plan.num_banks,
@@ -128,14 +131,16 @@ def _heal_iters(options: Options) -> tuple[int, int]:
     iters = (*(options.heal_iters or ()), 0, 0)
     if len(iters) > 4 or min(iters) < 0:
         raise ConfigError("--heal-iters", options.heal_iters, "must be one or two numbers of steps, 0 or more")
-    for name in ("heal_lr", "teacher", "heal_others"):
+    for name in ("heal_lr", "teacher", "heal_others", "heal_others_lr"):
         if getattr(options, name) and not sum(iters):
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "needs --heal-iters")
+    if options.heal_others_lr is not None and not options.heal_others:
+        raise ConfigError("--heal-others-lr", options.heal_others_lr, "needs --heal-others")
     return iters[0], iters[1]
 
 
 def _heal(
-    compression: Compression, options: HealOptions, teacher: str, stage: HealStage, start: Path, iters: int
+    compression: Compression, teacher: str, options: HealOptions, stage: HealStage, start: Path, iters: int
 ) -> Path:
     """Trains a model on, from its last checkpoint, and returns the folder of what it becomes.
 

@@ -19,11 +19,13 @@ class HealStage:
 
     Attributes:
         trained: pattern of the parameters that are trained; all others are frozen.
+        share: peak rate over that of the original's training, if none is given.
         is_taught: whether it learns from the teacher too.
     """
 
     name: str
     trained: str
+    share: float = 1 / 15
     is_taught: bool = True
 
 
@@ -31,11 +33,11 @@ _SHARED = r"expert_pool\.|.*\.moe\.router\.|.*\.moe\.combination$"
 _OWN = r".*\.moe\.(experts|router)\."
 #: In their order.
 STAGES = (HealStage("healed-banks", r"expert_pool\."), HealStage("healed-routers", _SHARED))
-#: By the model that they begin with, each by as many steps as the stages have together. A merged model is left out: the experts of
-#: a cluster, which count once, would come apart.
+#: By the model that they begin with, each by as many steps as the stages have together. What begins far from the original wants
+#: the original's whole rate. A merged model is left out: the experts of a cluster, which count once, would come apart.
 OTHERS = {
-    "blind": HealStage("blind-healed", _SHARED),
-    "pruned": HealStage("pruned-healed", _OWN),
+    "blind": HealStage("blind-healed", _SHARED, share=1),
+    "pruned": HealStage("pruned-healed", _OWN, share=1),
     "original": HealStage("original-longer", _OWN, is_taught=False),
 }
 
@@ -45,7 +47,7 @@ class HealOptions:
     """How a model heals.
 
     Attributes:
-        lr: peak rate; that of the original's training over 15 if not given.
+        lr: peak rate; the stage's share of that of the original's training if not given.
         teacher_weight: of the divergence from the teacher beside the cross-entropy.
     """
 
@@ -69,7 +71,7 @@ def heal_config(
         "data": data,
         "training": {**{name: getattr(training, name) for name in kept}, "train_iters": iters, "eval_interval": iters,
                      "eval_iters": 0 if valid_data_path is None else 8},
-        "optimizer": {"lr": options.lr or optimizer.lr / 15, "lr_decay_style": "cosine", "lr_warmup_iters": min(iters // 10, 100),
+        "optimizer": {"lr": options.lr or optimizer.lr * stage.share, "lr_decay_style": "cosine", "lr_warmup_iters": min(iters // 10, 100),
                       "weight_decay": 0.0, "lr_mult_patterns": [f"^(?!{stage.trained})=0"]},
         **({"distillation": {"teacher": teacher, "teacher_weight": options.teacher_weight}} if stage.is_taught else {}),
         "logging": {"run_dir": str(run_dir), "log_interval": max(1, iters // 20)},
