@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     heal(
         "--heal-iters", [int], "steps of training: of banks alone, then of banks, coefficients and routers", metavar="N"
     )
-    heal("--heal-lr", float, "peak rate; a 15th of that of the original's training if not given")
+    heal("--heal-lr", float, "peak rate; that of the original's training if not given")
     heal("--teacher", str, "model to learn from; the original if not given", metavar="DIR")
     heal("--teacher-weight", 1.0, "of the divergence from the teacher, beside the cross-entropy")
     heal("--heal-others", bool, "heal what it is compared with too, by as many steps, and train the original on")
@@ -101,7 +101,7 @@ def main(words: Words) -> None:
     if options.heal_others:
         for name in ("original", *compression.others()):
             if name in OTHERS:
-                its = own if name == "original" else others
+                its = HealOptions() if name == "original" else others
                 healed[OTHERS[name].name] = heal(its, OTHERS[name], compression.folder_of(name), sum(iters))
     verdicts = compression.judge(healed)
     logger.info(f"\n{format_table(verdict_table(verdicts))}")

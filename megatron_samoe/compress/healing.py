@@ -25,7 +25,7 @@ class HealStage:
 
     name: str
     trained: str
-    share: float = 1 / 15
+    share: float = 1.0
     is_taught: bool = True
 
 
@@ -33,12 +33,13 @@ _SHARED = r"expert_pool\.|.*\.moe\.router\.|.*\.moe\.combination$"
 _OWN = r".*\.moe\.(experts|router)\."
 #: In their order.
 STAGES = (HealStage("healed-banks", r"expert_pool\."), HealStage("healed-routers", _SHARED))
-#: By the model that they begin with, each by as many steps as the stages have together. What begins far from the original wants
-#: the original's whole rate. A merged model is left out: the experts of a cluster, which count once, would come apart.
+#: By the model that they begin with, each by as many steps as the stages have together. The original is at the end of its training,
+#: where a high rate would undo more than so few steps bring back. A merged model is left out: the experts of a cluster, which
+#: count once, would come apart.
 OTHERS = {
-    "blind": HealStage("blind-healed", _SHARED, share=1),
-    "pruned": HealStage("pruned-healed", _OWN, share=1),
-    "original": HealStage("original-longer", _OWN, is_taught=False),
+    "blind": HealStage("blind-healed", _SHARED),
+    "pruned": HealStage("pruned-healed", _OWN),
+    "original": HealStage("original-longer", _OWN, share=1 / 15, is_taught=False),
 }
 
 
