@@ -13,19 +13,21 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import yaml
 
 from megatron_samoe.cli.arguments import Options, Words, adder, program, text_parser
-from megatron_samoe.compress.healing import STAGES, HealOptions, HealStage, heal_config
-from megatron_samoe.compress.judge import verdict_table
+from megatron_samoe.compress.healing import OTHERS, STAGES, HealOptions, HealStage, heal_config
+from megatron_samoe.compress.judge import VERDICTS_FILE, Verdict, read_verdicts, verdict_table
 from megatron_samoe.compress.options import CompressOptions
 from megatron_samoe.compress.pipeline import Compression
-from megatron_samoe.compress.plots import compression_plot
+from megatron_samoe.compress.report import Compressed, write_compression_report
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
-from megatron_samoe.evaluation.run_summary import format_table
+from megatron_samoe.evaluation.run_summary import format_table, read_records
 from megatron_samoe.interop.edited_model import open_checkpoint
 from megatron_samoe.log import configure_logging, logger
 
@@ -61,9 +63,17 @@ def make_parser() -> argparse.ArgumentParser:
     heal(
         "--heal-iters", [int], "steps of training: of banks alone, then of banks, coefficients and routers", metavar="N"
     )
-    heal("--heal-lr", float, "peak rate; a 15th of the original's if not given")
+    heal("--heal-lr", float, "peak rate; that of the original's training if not given")
     heal("--teacher", str, "model to learn from; the original if not given", metavar="DIR")
     heal("--teacher-weight", 1.0, "of the divergence from the teacher, beside the cross-entropy")
+    heal("--heal-others", bool, "heal what it is compared with too, by as many steps, and train the original on")
+    heal("--heal-others-lr", float, "peak rate of what it is compared with; the original's if not given")
+    add(
+        "--beside",
+        [str],
+        "folders of other compressions of the same model, for the picture of loss against bytes",
+        metavar="DIR",
+    )
     return parser
 
 
@@ -77,51 +87,68 @@ def main(words: Words) -> None:
         **given, sharing=options.expert_sharing, num_banks=options.num_expert_banks, num_sets=options.num_expert_sets,
         refit=not options.no_refit,
     ))  # fmt: skip
+    beside = _beside(options.beside or [], compression)
     iters = _heal_iters(options)
     teacher = options.teacher or str(compression.source.directory)
     compression.require_teacher(teacher)
     fitted = compression.fitted().directory
-    healed: dict[str, Path] = {}
+    heal = partial(_heal, compression, teacher)
+    own, others = (HealOptions(lr, options.teacher_weight) for lr in (options.heal_lr, options.heal_others_lr))
+    start, healed = fitted, {}
     for stage, count in zip(STAGES, iters, strict=True):
-        start = healed[next(reversed(healed))] if healed else fitted
-        run = _heal(compression, stage, HealOptions(options.heal_lr, options.teacher_weight), teacher, start, count)
-        if run is not None:
-            healed[stage.name] = run
+        if count:
+            healed[stage.name] = start = heal(own, stage, start, count)
+    if options.heal_others:
+        for name in ("original", *compression.others()):
+            if name in OTHERS:
+                its = HealOptions() if name == "original" else others
+                healed[OTHERS[name].name] = heal(its, OTHERS[name], compression.folder_of(name), sum(iters))
     verdicts = compression.judge(healed)
     logger.info(f"\n{format_table(verdict_table(verdicts))}")
     report = {"sharing": compression.plan.sharing, "num_expert_banks": compression.plan.num_banks,
               "verdicts": [verdict.to_json() for verdict in verdicts]}  # fmt: skip
-    (compression.folder.root / "verdicts.json").write_text(json.dumps(report, indent=1) + "\n")
-    (compression.folder.root / "report.png").write_bytes(compression_plot(verdicts, *compression.errors()))
-    logger.info(
-        f"\nIn {compression.folder.root}: verdicts.json, report.png; the model is in {list(healed.values() or [fitted])[-1]}"
-    )
+    root = compression.folder.root
+    (root / VERDICTS_FILE).write_text(json.dumps(report, indent=1) + "\n")
+    healing = {name: [r for r in read_records(root / name / "metrics.jsonl") if "lm_loss" in r] for name in healed}
+    write_compression_report(root / "report.html", Compressed(verdicts, *compression.errors(), healing, beside))
+    logger.info(f"\nIn {root}: {VERDICTS_FILE}, report.html; the model is in {start}")
+
+
+def _beside(folders: Sequence[str], compression: Compression) -> list[list[Verdict]]:
+    """Returns the verdicts of other compressions; ConfigError for one of another model."""
+    found = []
+    for folder in folders:
+        verdicts = read_verdicts(Path(folder))
+        if verdicts[0].expert_bytes != compression.layer_bytes * compression.num_layers:
+            raise ConfigError(
+                "--beside", folder, "is a compression of another model: its original has other expert bytes"
+            )
+        found.append(verdicts)
+    return found
 
 
 def _heal_iters(options: Options) -> tuple[int, int]:
-    if options.heal_iters is None:
-        for name in ("heal_lr", "teacher"):
-            if getattr(options, name) is not None:
-                raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "needs --heal-iters")
-        return 0, 0
-    iters = (*options.heal_iters, 0)
-    if len(iters) > 3 or min(iters) < 0:
+    iters = (*(options.heal_iters or ()), 0, 0)
+    if len(iters) > 4 or min(iters) < 0:
         raise ConfigError("--heal-iters", options.heal_iters, "must be one or two numbers of steps, 0 or more")
+    for name in ("heal_lr", "teacher", "heal_others", "heal_others_lr"):
+        if getattr(options, name) and not sum(iters):
+            raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "needs --heal-iters")
+    if options.heal_others_lr is not None and not options.heal_others:
+        raise ConfigError("--heal-others-lr", options.heal_others_lr, "needs --heal-others")
     return iters[0], iters[1]
 
 
 def _heal(
-    compression: Compression, stage: HealStage, options: HealOptions, teacher: str, start: Path, iters: int
-) -> Path | None:
-    """Trains a stage on from its last checkpoint, and returns the folder of its model; without steps it only shows the command.
+    compression: Compression, teacher: str, options: HealOptions, stage: HealStage, start: Path, iters: int
+) -> Path:
+    """Trains a model on, from its last checkpoint, and returns the folder of what it becomes.
 
     Raises:
         MegatronSamoeError: training failed, and said why.
     """
     root = compression.folder.root
     run_dir, path = root / stage.name, root / f"{stage.name}.yaml"
-    if iters == 0:
-        return None
     config = heal_config(
         stage, compression.config, options, start.parent, teacher, run_dir, compression.options.data_path,
         compression.options.valid_data_path, iters,

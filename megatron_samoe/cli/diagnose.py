@@ -1,7 +1,8 @@
 """Shows what a checkpoint's experts are taught: `megatron-samoe diagnose --load runs/samoe --batches 16 --output diagnosis.png`.
 
-Over batches that the run would have seen next: size and alignment of gradients of each layer's experts and of each bank, how
-alike layers' gradients are, and how often layers send a token to experts of the same number. Words that it does not know are
+Over batches that the run would have seen next: what the loss would be without a layer's experts, size and alignment of
+gradients of each layer's experts and of each bank, how alike layers' gradients are, and how often layers send a token to experts
+of the same number. Words that it does not know are
 flags of pretraining that name other data.
 """
 
@@ -53,12 +54,15 @@ def main(words: Words) -> None:
 
 
 def _table(diagnosis: Diagnosis) -> Table:
-    rows = [["experts of", "gradient RMS", "least", "most", "alignment", "least", "most"]]
+    rows = [["experts of", "loss without", "gradient RMS", "least", "most", "alignment", "least", "most"]]
     views = [("layer", diagnosis.layers), *([("bank", diagnosis.banks)] if diagnosis.banks is not None else [])]
     for what, view in views:
         for number, (rms_E, alignment_E) in enumerate(zip(view.rms_NE, view.alignment_NE, strict=True)):
             numbers = [f"{x:.2e}" for x in (rms_E.mean(), rms_E.min(), rms_E.max())]
-            rows.append([f"{what} {number}", *numbers, *(f"{f(alignment_E):.3f}" for f in (np.mean, np.min, np.max))])
+            worth = f"{diagnosis.worth_L[number]:+.4f}" if what == "layer" else ""
+            rows.append(
+                [f"{what} {number}", worth, *numbers, *(f"{f(alignment_E):.3f}" for f in (np.mean, np.min, np.max))]
+            )
     return rows
 
 

@@ -131,7 +131,7 @@ class Training:
 def train_side_by_side(waiting: list[tuple[str, list[str]]], out: Path, at_once: int = 2) -> None:
     """Trains models, two at a time, and says every now and then how far they are."""
     running: list[Training] = []
-    said = time.monotonic()
+    said, last = time.monotonic(), ""
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -142,8 +142,10 @@ def train_side_by_side(waiting: list[tuple[str, list[str]]], out: Path, at_once:
                 print(f"   {training.progress()} (done)", flush=True)
                 running.remove(training)
             if time.monotonic() - said > 20 and running:
-                print("   " + " | ".join(training.progress() for training in running), flush=True)
-                said = time.monotonic()
+                said, before = time.monotonic(), last
+                last = " | ".join(training.progress() for training in running)
+                if last != before:
+                    print(f"   {last}", flush=True)
     finally:
         for training in running:
             training.process.terminate()

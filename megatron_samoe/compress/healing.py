@@ -1,4 +1,7 @@
-"""Healing: the trainer with the original as teacher, banks first, then banks, coefficients and routers."""
+"""Healing: the trainer with the original as teacher, banks first, then banks, coefficients and routers.
+
+What it is compared with learns by as many steps: the models of as many bytes from the same teacher, and the original from text.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,28 @@ class HealStage:
 
     Attributes:
         trained: pattern of the parameters that are trained; all others are frozen.
+        share: peak rate over that of the original's training, if none is given.
+        is_taught: whether it learns from the teacher too.
     """
 
     name: str
     trained: str
+    share: float = 1.0
+    is_taught: bool = True
 
 
+_SHARED = r"expert_pool\.|.*\.moe\.router\.|.*\.moe\.combination$"
+_OWN = r".*\.moe\.(experts|router)\."
 #: In their order.
-STAGES = (
-    HealStage("healed-banks", r"expert_pool\."),
-    HealStage("healed-routers", r"expert_pool\.|.*\.moe\.router\.|.*\.moe\.combination$"),
-)
+STAGES = (HealStage("healed-banks", r"expert_pool\."), HealStage("healed-routers", _SHARED))
+#: By the model that they begin with, each by as many steps as the stages have together. The original is at the end of its training,
+#: where a high rate would undo more than so few steps bring back. A merged model is left out: the experts of a cluster, which
+#: count once, would come apart.
+OTHERS = {
+    "blind": HealStage("blind-healed", _SHARED),
+    "pruned": HealStage("pruned-healed", _OWN),
+    "original": HealStage("original-longer", _OWN, share=1 / 15, is_taught=False),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,7 @@ class HealOptions:
     """How a model heals.
 
     Attributes:
-        lr: peak rate; that of the original's training over 15 if not given.
+        lr: peak rate; the stage's share of that of the original's training if not given.
         teacher_weight: of the divergence from the teacher beside the cross-entropy.
     """
 
@@ -58,8 +72,8 @@ def heal_config(
         "data": data,
         "training": {**{name: getattr(training, name) for name in kept}, "train_iters": iters, "eval_interval": iters,
                      "eval_iters": 0 if valid_data_path is None else 8},
-        "optimizer": {"lr": options.lr or optimizer.lr / 15, "lr_decay_style": "cosine", "lr_warmup_iters": min(iters // 10, 100),
+        "optimizer": {"lr": options.lr or optimizer.lr * stage.share, "lr_decay_style": "cosine", "lr_warmup_iters": min(iters // 10, 100),
                       "weight_decay": 0.0, "lr_mult_patterns": [f"^(?!{stage.trained})=0"]},
-        "distillation": {"teacher": teacher, "teacher_weight": options.teacher_weight},
+        **({"distillation": {"teacher": teacher, "teacher_weight": options.teacher_weight}} if stage.is_taught else {}),
         "logging": {"run_dir": str(run_dir), "log_interval": max(1, iters // 20)},
     }  # fmt: skip

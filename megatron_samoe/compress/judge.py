@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_samoe.errors import DataError
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.ops.kl_divergence import kl_divergence_terms, scaled_logsumexp
-from megatron_samoe.parsing import JsonObject
+from megatron_samoe.parsing import JsonObject, parse_json
+
+#: Of a compression, in its folder.
+VERDICTS_FILE = "verdicts.json"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,23 @@ def losses(original: RankModel, model: RankModel, passes: Sequence[Tensor]) -> t
 def _logits(model: RankModel, ids_BS: Tensor) -> Tensor:
     logits_TV, _ = model(ids_BS[:, :-1], ForwardContext(batch_size=len(ids_BS)))
     return logits_TV[:, : model.vocab_size].float()
+
+
+def read_verdicts(folder: Path) -> list[Verdict]:
+    """Returns the verdicts of a compression that ended; the original's is the first.
+
+    Raises:
+        DataError: it has none, or they are damaged.
+    """
+    path = folder / VERDICTS_FILE
+    try:
+        found = [Verdict(**verdict) for verdict in parse_json(path.read_text())["verdicts"]]
+        assert found
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise DataError(
+            f"{path} is no file of verdicts; megatron-samoe compress writes one when it has judged."
+        ) from None
+    return found
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> list[list[str]]:

@@ -280,6 +280,10 @@ class Compression:
         self.folder.write_model("merged", baselines.merged_model(self.source, self.calibration, kept))
         return {"models": [*models, "pruned", "merged"], "experts": kept}
 
+    def folder_of(self, model: str) -> Path:
+        """Returns the checkpoint of the original, or of a stage's model."""
+        return self.source.directory if model == "original" else self.folder.model(model).directory
+
     # 5. Judge
 
     def judge(self, healed: Mapping[str, Path]) -> list[Verdict]:
@@ -287,11 +291,7 @@ class Compression:
         options = self.options
         self.fitted()
         others = self.others()
-        folders = {
-            "original": self.source.directory,
-            **{n: self.folder.root / n for n in ("matched", "fitted", *others)},
-            **healed,
-        }
+        folders = {n: self.folder_of(n) for n in ("original", "matched", "fitted", *others)} | dict(healed)
         settings = {**self._fit_settings(), "valid_data_path": options.valid_data_path,
                     "judge_tokens": options.judge_tokens}  # fmt: skip
         original = None

@@ -108,10 +108,12 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     moe_router_lr_mult: float = option(0.5, range=ABOVE_ZERO, needs=needs.EXPERTS)
     """Learning rate of the routers relative to --lr."""
+    moe_expert_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.EXPERTS)
+    """Learning rate of routed experts, own or pooled, relative to --lr."""
     moe_output_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.EXPERTS)
-    """Learning rate of the experts' output projections (w2, own or pooled) relative to --lr."""
+    """Learning rate of the experts' output projections (w2, own or pooled) relative to that of experts."""
     samoe_bank_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.SHARING)
-    """Learning rate of the pool's banks relative to --lr."""
+    """Learning rate of the pool's banks relative to that of experts."""
     samoe_coefficient_lr_mult: float = option(1.0, range=ABOVE_ZERO, needs=needs.TRAINED_COEFFICIENTS)
     """Learning rate of the coefficients of banks relative to --lr."""
     muon_momentum: float = option(0.95, range=BELOW_ONE, needs=needs.MUON)

@@ -8,31 +8,35 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from megatron_samoe.evaluation.plots import grid, png_of, side_by_side
+from megatron_samoe.evaluation.plots import colour, grid, png_of, side_by_side
 from megatron_samoe.parsing import JsonObject
 
 
 def diagnosis_plot(diagnosis: JsonObject) -> bytes:
     """Returns the picture of one checkpoint, an entry of what `diagnose --json` writes, as PNG."""
-    figure, panels = side_by_side(6, width=6.0)
+    has_coefficients = diagnosis["coefficients_2LP"] is not None
+    figure, (worth, size, alignment, alike, common, *coefficients) = side_by_side(5 + 2 * has_coefficients, width=6.0)
+    worth_L = np.array(diagnosis["worth_L"])
+    worth.bar(np.arange(len(worth_L)), worth_L, color=colour(0))
+    worth.set_yscale("symlog", linthresh=0.01)
+    worth.set(title="loss without a layer's experts, beyond the whole model's (nats)", xlabel="MoE layer")
+    worth.grid(alpha=0.3)
     views = {kind: diagnosis[kind + "s"] for kind in ("layer", "bank") if diagnosis[kind + "s"] is not None}
-    _spread(panels[0], views, "rms_NE", "gradient RMS of an expert's element")
-    panels[0].set_yscale("log")
-    _spread(panels[1], views, "alignment_NE", f"alignment over {diagnosis['batches']} batches")
-    panels[1].axhline(1 / diagnosis["batches"], color="0.5", linestyle="--", label="unrelated batches")
-    panels[1].legend()
+    _spread(size, views, "rms_NE", "gradient RMS of an expert's element")
+    size.set_yscale("log")
+    _spread(alignment, views, "alignment_NE", f"alignment over {diagnosis['batches']} batches")
+    alignment.axhline(1 / diagnosis["batches"], color="0.5", linestyle="--", label="unrelated batches")
+    alignment.legend()
     similarity_LL = np.array(diagnosis["similarity_LL"])
-    _matrix(figure, panels[2], similarity_LL, "cosine of two layers' gradients,\nexperts of one number", 1.0)
+    _matrix(figure, alike, similarity_LL, "cosine of two layers' gradients,\nexperts of one number", 1.0)
     beyond_LL = np.array(diagnosis["overlap_LL"]) - np.array(diagnosis["chance_LL"])
     np.fill_diagonal(beyond_LL, np.nan)
     limit = max(float(np.nanmax(np.abs(beyond_LL), initial=0)), 1e-3)
-    _matrix(figure, panels[3], beyond_LL, "choices in common, beyond chance", limit)
-    for axes, row, name in zip(panels[4:], (0, 1), ("w1", "w2"), strict=True):
-        if diagnosis["coefficients_2LP"] is None:
-            axes.axis("off")
-            continue
+    _matrix(figure, common, beyond_LL, "choices in common, beyond chance", limit)
+    for row, axes in enumerate(coefficients):
         weights_2LP = np.array(diagnosis["coefficients_2LP"])
-        _matrix(figure, axes, weights_2LP[row], f"coefficients of {name}", float(np.abs(weights_2LP).max()), "bank")
+        limit = float(np.abs(weights_2LP).max())
+        _matrix(figure, axes, weights_2LP[row], f"coefficients of w{row + 1}", limit, "bank")
     return png_of(figure)
 
 

@@ -62,6 +62,7 @@ def default_rules(config: OptimizerConfig) -> tuple[ParamRule, ...]:
         ParamRule(r"\.moe\.combination$", weight_decay_mult=0.0, lr_mult=config.samoe_coefficient_lr_mult),
         ParamRule(r"\.moe\.router\.scale$", weight_decay_mult=0.0),
         ParamRule(r"\.moe\.router\.", lr_mult=config.moe_router_lr_mult),
+        ParamRule(r"^expert_pool\.|\.moe\.experts\.", lr_mult=config.moe_expert_lr_mult),
         ParamRule(r"^expert_pool\.", lr_mult=config.samoe_bank_lr_mult),
         ParamRule(r"(^expert_pool\..*|\.moe\.experts)\.w2", lr_mult=config.moe_output_lr_mult),
         ParamRule(r"(\.|_)bias$|\.b[12]$|norm\.weight$|\.sinks$", weight_decay_mult=0.0),

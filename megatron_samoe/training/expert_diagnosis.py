@@ -1,4 +1,4 @@
-"""What experts and the banks that layers share are taught: their gradients over batches, and who meets whom.
+"""What experts and the banks that layers share are taught: their gradients over batches, and who meets whom; what layers are worth.
 
 A bank's gradient is the sum of those of the layers that use it, weighed by their coefficients. If layers want the same of a
 bank, their gradients to it point the same way; if one batch wants what the next wants, the mean over batches keeps the length
@@ -13,7 +13,7 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping
@@ -32,6 +32,8 @@ from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.parsing import JsonObject
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.checkpointing import load_run
+from megatron_samoe.training.evaluate import evaluate
+from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.moe_diagnostics import layer_gradients
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
@@ -56,6 +58,7 @@ class Diagnosis:
     """One checkpoint, over some batches.
 
     Attributes:
+        worth_L: by how much the loss on the same batches rises, in nats, without what a layer's experts add.
         layers: gradients of each layer's effective experts.
         banks: of each bank's; None without banks.
         similarity_LL: mean over experts of the cosine between two layers' gradients of the expert of one number.
@@ -66,6 +69,7 @@ class Diagnosis:
     iteration: int
     batches: int
     loss: float
+    worth_L: np.ndarray
     layers: GradientView
     banks: GradientView | None
     similarity_LL: np.ndarray
@@ -104,15 +108,33 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
     state = load_run(setup, initial_state(setup), directory)
     run_data = build_run_data(config, tokenizer, parallel, True, (iteration, consumed))
     sums, routes = _Sums(setup), _Routes(setup)
-    losses = []
+    steps = list(islice(run_data.train_batches(consumed), batches))
     with routes:
-        for micro_batches in islice(run_data.train_batches(consumed), batches):
-            losses.append(compute_gradients(setup, state, micro_batches, sums.take)[0])
+        losses = [compute_gradients(setup, state, step, sums.take)[0] for step in steps]
     overlap_LL, chance_LL = routes.overlap()
+    worth_L = worth_of_layers(setup, [micro_batch for step in steps for micro_batch in step])
     return Diagnosis(
-        iteration, batches, float(np.mean(losses)), sums.view("layers"), sums.view("banks") if sums.has_banks else None,
-        sums.similarity(), overlap_LL, chance_LL, sums.mean_coefficients(),
+        iteration, batches, float(np.mean(losses)), worth_L, sums.view("layers"),
+        sums.view("banks") if sums.has_banks else None, sums.similarity(), overlap_LL, chance_LL, sums.mean_coefficients(),
     )  # fmt: skip
+
+
+def worth_of_layers(setup: TrainSetup, batches: Sequence[Batch]) -> np.ndarray:
+    """Returns by how much the loss rises, in nats, without what each MoE layer adds, routed and shared experts; no token is
+    dropped. A layer that has turned itself off is worth nothing."""
+    whole = evaluate(setup, batches).mean
+
+    def nothing(_layer: nn.Module, _inputs: object, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (torch.zeros_like(outputs[0]), *outputs[1:])
+
+    worth = []
+    for layer in setup.model.moe_layers():
+        hook = layer.moe.register_forward_hook(nothing)
+        try:
+            worth.append(evaluate(setup, batches).mean - whole)
+        finally:
+            hook.remove()
+    return np.array(worth)
 
 
 def _config(config: PretrainConfig, checkpoint: CheckpointConfig, data: DataConfig | None) -> PretrainConfig:

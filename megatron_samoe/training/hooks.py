@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.training.coefficient_watch import CoefficientWatch
 from megatron_samoe.training.evaluate import Evaluation
 from megatron_samoe.training.hook import Hook
 from megatron_samoe.training.loggers import ConsoleLog, MetricsFile, ProgressBar, TensorBoard, Tracker
@@ -45,6 +46,9 @@ def default_hooks(config: PretrainConfig, machine: Mapping[str, Any] | None = No
         hooks.append(StepProfiler(logs))
     if config.moe.expert_layout != "dense":
         hooks.append(RouterWatch(config))
+        moe = config.moe
+        if moe.has_coefficients and moe.samoe_normalization == "none" and not moe.samoe_freeze_coefficients:
+            hooks.append(CoefficientWatch(moe))
         if logs.moe_per_layer_logging:
             hooks.append(LayerDiagnostics())
     if config.moe.pool_replica_check_interval is not None:

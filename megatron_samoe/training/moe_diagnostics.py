@@ -113,20 +113,23 @@ def _squared_norms(grads: ExpertWeights, setup: TrainSetup) -> Tensor:
 
 def make_diagnostics(setup: TrainSetup, routing: RoutingStats, grad_norms_LE: Tensor | None) -> MoEDiagnostics:
     """Returns one step's views; all ranks call it together."""
-    combination = None
-    moe = setup.config.moe
-    if moe.has_coefficients:
-        groups = moe.most_experts if moe.samoe_granularity == "expert" else 1
-        shape = (setup.model.num_moe_layers, 2, groups, moe.num_expert_banks if moe.has_pool else 1)
-        a_L2GP = torch.zeros(shape, dtype=torch.float64, device=setup.parallel.device)
-        for layer in setup.model.moe_layers():
-            own = layer.moe.experts
-            if not isinstance(own, Coefficients):
-                continue
-            a_2GP = own.normalized().detach()
-            if own.is_per_expert:
-                a_2GP = setup.parallel.ep.all_gather(a_2GP.transpose(0, 1).contiguous()).transpose(0, 1)
-            a_L2GP[layer.moe.moe_index, :, :, : a_2GP.shape[2]] = a_2GP
-        combination = setup.parallel.pp.all_reduce(a_L2GP).tolist()
+    combination = gathered_coefficients(setup).tolist() if setup.config.moe.has_coefficients else None
     norms = None if grad_norms_LE is None else grad_norms_LE.tolist()
     return MoEDiagnostics(routing.fractions_LE().tolist(), norms, combination)
+
+
+def gathered_coefficients(setup: TrainSetup) -> Tensor:
+    """Returns the normalised coefficients of all layers, [L, 2, G, P], zeros for layers without; all ranks call it together."""
+    moe = setup.config.moe
+    groups = moe.most_experts if moe.samoe_granularity == "expert" else 1
+    shape = (setup.model.num_moe_layers, 2, groups, moe.num_expert_banks if moe.has_pool else 1)
+    a_L2GP = torch.zeros(shape, dtype=torch.float64, device=setup.parallel.device)
+    for layer in setup.model.moe_layers():
+        own = layer.moe.experts
+        if not isinstance(own, Coefficients):
+            continue
+        a_2GP = own.normalized().detach()
+        if own.is_per_expert:
+            a_2GP = setup.parallel.ep.all_gather(a_2GP.transpose(0, 1).contiguous()).transpose(0, 1)
+        a_L2GP[layer.moe.moe_index, :, :, : a_2GP.shape[2]] = a_2GP
+    return setup.parallel.pp.all_reduce(a_L2GP)

@@ -39,6 +39,7 @@ class StudyPlan:
     common_flags: tuple[str, ...]
     store: Path | None = None
     failures: dict[Path, str] = field(default_factory=dict)
+    _uses: dict[tuple[str, str], bool] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
         """Raises ConfigError if a run's configuration is not legal, its folder holds another run, or what is to be
@@ -65,10 +66,20 @@ class StudyPlan:
         return [*(run for variant, size in self._swept() for run in self._sweep(variant, size)[0]), *self.plan()]
 
     def _swept(self) -> list[tuple[Variant, str]]:
-        sweep = self.study.sweep
-        if sweep is None:
-            return []
-        return [(v, size) for size in self.study.sizes for v in self.study.variants if sweep.concerns(v)]
+        return [(v, size) for size in self.study.sizes for v in self.study.variants if self._is_swept(v, size)]
+
+    def _is_swept(self, variant: Variant, size: str) -> bool:
+        """Whether a sweep concerns a model: not where the model's own flags fix the option, nor where it has no use for it, as a
+        dense one has none for those of experts."""
+        sweep, key = self.study.sweep, (variant.name, size)
+        if sweep is None or not sweep.concerns(variant):
+            return False
+        if key not in self._uses:
+            runs = sweep_runs(self.study, self.root, variant, size, sweep.values[:2])
+            one, other = (next(run for run in runs if run.swept == value) for value in sweep.values[:2])
+            keys = [results_store.run_key(self.config_of(run)) for run in (one, other)]
+            self._uses[key] = keys[0] != keys[1]
+        return self._uses[key]
 
     def _sweep(self, variant: Variant, size: str) -> tuple[list[Run], Optimum | None]:
         """Returns the runs of a sweep, and its optimum once all of them are finished. A range whose best value lies at an edge
@@ -98,8 +109,7 @@ class StudyPlan:
 
     def is_settled(self, run: Run) -> bool:
         """Returns whether a run's options are known: whether it waits for no sweep."""
-        sweep = self.study.sweep
-        if sweep is None or run.swept is not None or not sweep.concerns(run.variant):
+        if run.swept is not None or not self._is_swept(run.variant, run.size):
             return True
         return self._sweep(run.variant, run.size)[1] is not None
 
@@ -117,7 +127,7 @@ class StudyPlan:
         if run.swept is not None and sweep is not None:
             flags += [f"--{sweep.option}", f"{run.swept:.6g}"]
             flags += ["--train-iters", str(sweep.train_iters)] if sweep.train_iters is not None else []
-        elif sweep is not None and sweep.concerns(run.variant):
+        elif sweep is not None and self._is_swept(run.variant, run.size):
             found = self._sweep(run.variant, run.size)[1]
             flags += [f"--{sweep.option}", f"{found.value:.6g}"] if found is not None else []
         flags = [*flags, "--seed", str(run.seed), "--run-dir", str(run.directory)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -238,29 +239,45 @@ def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFix
     write_corpus(tmp_path / "text")
     words = ["--load-dir", str(tmp_path / "run"), "--save-dir", str(tmp_path / "out"), "--data-path", str(tmp_path / "text"),
              "--calibration-tokens", "512", "--judge-tokens", "256", "--num-expert-banks", "2", "--heal-iters", "4", "3",
-             "--heal-lr", "0.01"]  # fmt: skip
+             "--heal-lr", "0.01", "--heal-others"]  # fmt: skip
     capsys.readouterr()
     assert compress_main(words) == 0, capsys.readouterr().err
     first = json.loads((tmp_path / "out" / "verdicts.json").read_text())
-    assert [v["model"] for v in first["verdicts"]][-2:] == ["healed-banks", "healed-routers"]
-    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
-    fitted, banks, routers = (
+    assert [v["model"] for v in first["verdicts"]][-5:] == [
+        "healed-banks", "healed-routers", "original-longer", "blind-healed", "pruned-healed",
+    ]  # fmt: skip
+    assert len({v["loss"] for v in first["verdicts"]}) >= 9  # matched and original may agree to the last bit
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "of the expert bytes" in page and all(
+        f'<h2 id="{s}">' in page for s in ("verdicts", "bytes", "healing", "layers")
+    )
+    fitted, banks, routers, pruned, pruned_healed = (
         open_checkpoint(tmp_path / "out" / place)
-        for place in ("fitted", "healed-banks/checkpoints", "healed-routers/checkpoints")
+        for place in (
+            "fitted",
+            "healed-banks/checkpoints",
+            "healed-routers/checkpoints",
+            "pruned",
+            "pruned-healed/checkpoints",
+        )
     )
     for before, after, trained in (
         (fitted, banks, ("expert_pool.",)),
         (banks, routers, ("expert_pool.", ".router.", ".combination")),
+        (pruned, pruned_healed, (".experts.", ".router.")),
     ):
-        for name in fitted.tensors:
+        for name in before.tensors:
             if not name.startswith(("optimizer.", "training.")):
                 is_same = torch.equal(before.read(name), after.read(name))
                 assert is_same != any(part in name for part in trained), name
-    assert compress_main(words) == 0
+    assert compress_main([*words, "--beside", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "verdicts.json").read_text()) == first
-    for more, what in ((["--teacher", "nowhere"], "nowhere"), (["--heal-lr", "0.5"], "differs from")):
+    for more, what in (
+        (["--teacher", "nowhere"], "nowhere"), (["--heal-lr", "0.5"], "differs from"), (["--heal-iters", "0"], "--heal-others|--heal-lr"),
+        (["--beside", str(tmp_path / "text")], "no file of verdicts"),
+    ):  # fmt: skip
         assert compress_main([*words, *more]) != 0
-        assert what in capsys.readouterr().err
+        assert re.search(what, capsys.readouterr().err)
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(folder: Path) -> None:

@@ -192,6 +192,8 @@ BROKEN: list[tuple[dict[str, Any], int, str, str]] = [
     ({"moe_router_topk": 3, **MOE}, 1, "--moe-ffn-hidden-size", "--moe-router-topk 3 does not divide"),
     ({"moe_router_lr_mult": 0.0, **MOE}, 1, "--moe-router-lr-mult", "above 0"),
     ({"moe_router_lr_mult": 0.7}, 1, "--moe-router-lr-mult", "--expert-layout moe or samoe"),
+    ({"moe_expert_lr_mult": 0.0, **MOE}, 1, "--moe-expert-lr-mult", "above 0"),
+    ({"moe_expert_lr_mult": 0.5}, 1, "--moe-expert-lr-mult", "--expert-layout moe or samoe"),
     ({"moe_output_lr_mult": -1.0, **MOE}, 1, "--moe-output-lr-mult", "above 0"),
     ({"moe_output_lr_mult": 2.0}, 1, "--moe-output-lr-mult", "--expert-layout moe or samoe"),
     ({"samoe_bank_lr_mult": float("nan"), **SAMOE}, 1, "--samoe-bank-lr-mult", "above 0"),

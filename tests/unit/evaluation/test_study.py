@@ -317,6 +317,16 @@ def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:
     )
 
 
+def test_an_option_of_experts_is_not_swept_for_a_dense_model(tmp_path: Path) -> None:
+    runs = {"dense": {"expert-layout": "dense"}, "own": {"expert-layout": "moe"}}
+    sweep = {"option": "moe-expert-lr-mult", "values": [0.25, 0.5, 1.0]}
+    study = read_study(write_whole(tmp_path, runs=runs, derived=None, sweep=sweep, branches=None, gates=None))
+    plan = StudyPlan(study, tmp_path, ())
+    swept = [run for run in plan.all_runs() if run.swept is not None]
+    assert [(run.variant.name, run.swept) for run in swept] == [("own", 0.25), ("own", 0.5), ("own", 1.0)]
+    assert [plan.is_settled(run) for run in plan.plan()] == [True, False]
+
+
 def test_keys_tell_what_decides_a_result(tmp_path: Path) -> None:
     runner = StudyPlan(read_study(write_whole(tmp_path)), tmp_path, ())
     run = runner.plan()[0]

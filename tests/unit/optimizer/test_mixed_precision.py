@@ -135,6 +135,7 @@ def test_matrices_decay_and_nothing_else(options: dict[str, Any]) -> None:
         "moe_router_lr_mult": 7.0,
         "samoe_bank_lr_mult": 11.0,
         "moe_output_lr_mult": 13.0,
+        "moe_expert_lr_mult": 17.0,
     }
     groups = build_param_groups(named, replace(CONFIG, **rates))
     names = [name for group in groups for name in group.names]
@@ -146,6 +147,7 @@ def test_matrices_decay_and_nothing_else(options: dict[str, Any]) -> None:
             assert group.weight_decay == (0.0 if vector or coefficient else 0.3), name
             expected = 5.0 if coefficient else 7.0 if ".moe.router." in name else 1.0
             expected *= 11.0 if name.startswith("expert_pool.") else 1.0
+            expected *= 17.0 if name.startswith("expert_pool.") or ".moe.experts." in name else 1.0
             expected *= 13.0 if name.endswith(("bank.w2", "experts.w2", "set.0.w2")) else 1.0
             assert group.lr_mult == expected, name
 

@@ -20,7 +20,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.checkpointing import load_run
-from megatron_samoe.training.expert_diagnosis import diagnose
+from megatron_samoe.training.expert_diagnosis import diagnose, worth_of_layers
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 
@@ -85,3 +85,24 @@ def test_models_without_gradients_of_their_own_are_refused(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="fold it first"):
         diagnose(tied, 2)
     assert diagnose_main(["--load", tied, "--batches", "1"]) != 0
+
+
+def test_a_layer_is_worth_what_its_experts_add(tmp_path: Path) -> None:
+    """One whose output projections are 0 is worth nothing."""
+    load = trained(tmp_path / "run", "--expert-layout", "moe")
+    directory = store.iteration_dir(Path(load) / "checkpoints", 3)
+    config = from_mapping(store.read_config(directory), str(directory))
+    config = replace(config, training=replace(config.training, train_iters=5), parallel=ParallelConfig())
+    setup = build_setup(config, 257, single_process_state())
+    load_run(setup, initial_state(setup), directory)
+    run_data = build_run_data(config, tokenizer_of(config.data), setup.parallel, True, (3, 12))
+    batches = next(iter(run_data.train_batches(12)))
+    before = worth_of_layers(setup, batches)
+    layer = setup.model.moe_layers()[1].moe
+    with torch.no_grad():
+        for name, parameter in layer.experts.named_parameters():
+            if name.endswith(("w2", "b2")):
+                parameter.zero_()
+    after = worth_of_layers(setup, batches)
+    assert after[1] == 0 and before[1] != 0 and after[0] != 0
+    assert diagnose(load, batches=2).worth_L.shape == (3,)
