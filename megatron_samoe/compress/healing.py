@@ -33,9 +33,8 @@ _SHARED = r"expert_pool\.|.*\.moe\.router\.|.*\.moe\.combination$"
 _OWN = r".*\.moe\.(experts|router)\."
 #: In their order.
 STAGES = (HealStage("healed-banks", r"expert_pool\."), HealStage("healed-routers", _SHARED))
-#: By the model that they begin with, each by as many steps as the stages have together. The original is at the end of its training,
-#: where a high rate would undo more than so few steps bring back. A merged model is left out: the experts of a cluster, which
-#: count once, would come apart.
+#: By the model that they begin with, each by as many steps as the stages have together. The original is at the end of its
+#: training, and goes on at a low rate. A merged model is left out: the experts of a cluster, which count once, would come apart.
 OTHERS = {
     "blind": HealStage("blind-healed", _SHARED),
     "pruned": HealStage("pruned-healed", _OWN),
