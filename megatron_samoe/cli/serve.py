@@ -10,6 +10,7 @@ import argparse
 import re
 import signal
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from megatron_samoe.cli.arguments import Options, Words, adder, text_parser
@@ -134,14 +135,16 @@ def _server_options(options: Options) -> ServerOptions:
     )  # fmt: skip
 
 
-def _engine(options: Options, parallel: ParallelState, folder: str) -> tuple[Engine, LoadedModel]:
+def _engine(
+    options: Options, parallel: ParallelState, folder: str, beside: Collection[Engine] = ()
+) -> tuple[Engine, LoadedModel]:
     loaded = load(options, parallel, folder=folder)
     names = ["dtype", "max_step_tokens", "weights_folder"]
     if loaded.config.moe.has_pool or not options.beside:
         names += ["serving", "cache_experts"]
     given = {name: getattr(options, name) for name in names}
     engine = Engine(
-        loaded, max_batch=options.max_batch, max_tokens=options.max_tokens,
+        loaded, max_batch=options.max_batch, max_tokens=options.max_tokens, beside=beside,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     logger.info("loaded %s: %s", loaded.directory, engine.summary)
@@ -174,9 +177,9 @@ def main(words: Words) -> int:
     check_processes(parallel.world, list(folders), options.show_experts)
     if listener is None:
         return _follow(options, parallel)
-    models = []
+    models: list[NamedModel] = []
     for name, folder in folders.items():
-        engine, loaded = _engine(options, parallel, folder)
+        engine, loaded = _engine(options, parallel, folder, [model.engine for model in models])
         models.append(NamedModel(name, engine, loaded.model if options.show_experts else None))
         del engine, loaded
     server = Server(models, parallel.world, server_options, listener)

@@ -33,6 +33,7 @@ from megatron_samoe.inference.serving import (
     SERVINGS,
     Precision,
     Serving,
+    cache_bytes,
     choose_serving,
     combined_layers,
     default_cache_experts,
@@ -72,6 +73,7 @@ class Engine:
         max_step_tokens: most tokens of one step, so that a long prompt does not hold up the others for long.
         weights_folder: where to keep the weights in a file, which may be larger than the memory that is left for them; see
             `weight_file`. For one process on a CPU.
+        beside: the process's other engines that answered nothing yet: Linux counts their caches as free.
 
     Raises:
         ConfigError: a way of serving or precision that does not fit the model, or more memory than there is.
@@ -88,6 +90,7 @@ class Engine:
         max_step_tokens: int = 512,
         cache_experts: int | None = None,
         weights_folder: str | Path | None = None,
+        beside: Collection[Engine] = (),
     ):
         refuse_unknown(loaded.config, "decode", "the inference engine")
         self.tokenizer, self.vocab_size = loaded.tokenizer, loaded.model.vocab_size
@@ -108,7 +111,10 @@ class Engine:
         self._world = loaded.model.state.world
         slots = _cache_slots(cache_experts, loaded)
         needed = needed_bytes(loaded.model, self.dtype, slots, num_pages)
-        self.serving = choose_serving(serving, loaded.model, needed, free_memory_bytes(loaded.model.state.device))
+        self._cache_bytes = cache_bytes(loaded.model, self.dtype, num_pages)
+        device = loaded.model.state.device
+        free = free_memory_bytes(device) - (sum(e._cache_bytes for e in beside) if device.type == "cpu" else 0)
+        self.serving = choose_serving(serving, loaded.model, needed, free)
         if cache_experts is not None and self.serving != "on-the-fly":
             raise ConfigError(
                 "cache_experts",

@@ -39,6 +39,12 @@ def precision_of(model: RankModel) -> Precision:
     return "bf16" if model.dtype == torch.bfloat16 else "fp32"
 
 
+def cache_bytes(model: RankModel, dtype: Precision, num_pages: int) -> int:
+    """Returns the memory of this rank's key-value cache of so many pages."""
+    positions = num_pages * PAGE * sum(len(chunk.layers) for chunk in model.chunks)
+    return positions * model.config.model.cached_numbers(model.state.tp.size) * (4 if dtype == "fp32" else 2)
+
+
 def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pages: int) -> dict[Serving, int]:
     """Returns the memory that each way of serving takes on this rank besides the loaded model; scales of int8 aside.
 
@@ -58,8 +64,7 @@ def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pag
     others = sum(p.numel() for p in model.parameters() if id(p) not in own)
     converted = 0 if precision_of(model) == dtype and model.dtype != torch.float16 else width * others
     converted += sum(kept(sets[n]) for n in {s.number for s in sources if s.way in ("tied", "scaled")})
-    positions = num_pages * PAGE * sum(len(chunk.layers) for chunk in model.chunks)
-    cache = positions * config.model.cached_numbers(model.state.tp.size) * (4 if dtype == "fp32" else 2)
+    cache = cache_bytes(model, dtype, num_pages)
     if pool is None:
         return {"folded": converted + cache}
     banks, layers = config.moe.num_expert_banks * kept(pool), sum(s.way == "combined" for s in sources)

@@ -274,6 +274,16 @@ def test_memory_is_looked_at_before_folding(monkeypatch: pytest.MonkeyPatch) -> 
         Engine(loaded, max_batch=1, serving="folded")
 
 
+def test_memory_that_other_engines_will_take_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = make("moe", "folded")
+    cache = needed_bytes(loaded.model, "fp32", 0, pages_for(loaded.config.model.max_positions))["folded"]
+    monkeypatch.setattr("megatron_samoe.inference.engine.free_memory_bytes", lambda device: 2 * cache - 1)
+    first = Engine(loaded, max_batch=1)
+    assert Engine(loaded, max_batch=1).serving == "folded"
+    with pytest.raises(ConfigError, match="and the key-value cache take"):
+        Engine(loaded, max_batch=1, beside=[first])
+
+
 @pytest.mark.parametrize(
     ("line", "top", "names"),
     [
