@@ -5,14 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TextIO
 
 logger = logging.getLogger("megatron_samoe")
+
+
+class _StandardOutput(logging.StreamHandler):
+    """Writes to what standard output is at the moment: notebooks and tests exchange it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
 
 
 def configure_logging(rank: int = 0) -> None:
     """Sends the package's messages to standard output on rank 0, warnings and errors on every rank."""
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _StandardOutput()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
