@@ -23,22 +23,25 @@ UpdateScale: TypeAlias = Literal["spectral", "unit_rms_norm", "shape_scaling"]
 #: Of the quintic polynomial a x + b x^3 + c x^5 (Jordan): after five steps singular values lie within 0.7 to 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPSILON = 1e-7
-#: On a CPU so many elements for each thread are taken through all steps before the next, in its cache (1.4 times the speed).
+#: On a CPU so many elements for each thread are taken through all steps before the next, in its cache (1.4 times the speed);
+#: a matrix alone is none of a stack, whose bf16 products would be 1.35 times slower.
 CACHED_ELEMENTS = 1 << 18
 
 
 def newton_schulz(x: Tensor, num_steps: int) -> Tensor:
-    """Returns matrices [n, rows, columns] with singular values near 1 and the same singular vectors, as polynomials of each.
+    """Returns matrices [*stacked, rows, columns], stacked or not, with singular values near 1 and the same singular vectors,
+    as polynomials of each.
 
     The polynomial is applied to x over its Frobenius norm; a zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
     is_tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if is_tall else x
+    x = x.mT.contiguous() if is_tall else x  # as it is copied for some products otherwise, at each of them
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(EPSILON)
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
     for _ in range(num_steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
 
 
@@ -96,7 +99,8 @@ class Muon(Update):
         at_once = max(cached // x.shape[1:].numel(), 1)
         for some, out in zip(x.split(at_once), result.split(at_once), strict=True):
             inner = some.bfloat16() if self.low_precision else some
-            torch.mul(newton_schulz(inner, self.num_steps).to(x.dtype), factor, out=out)
+            found = newton_schulz(inner if len(inner) > 1 else inner.squeeze(0), self.num_steps)
+            torch.mul(found.to(x.dtype), factor, out=out.view(found.shape))
         return result
 
 

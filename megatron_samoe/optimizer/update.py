@@ -58,14 +58,16 @@ def apply_update(
     """
     lr, weight_decay, grad_scale = rates
     held = {name: pieces[name] for name in shards if name in pieces}
-    steps = {
-        name: update.accumulate(piece.grad.to(masters[name].dtype) * grad_scale, moments[name], step)
-        for name, piece in held.items()
-    }
-    if update.needs_whole:
-        directions = whole_directions(lambda x: update.direction(x, 1), shards, held, steps, state)
-    else:
-        directions = {name: update.direction(own, 0) for name, own in steps.items()}
-    for name, direction in directions.items():
+
+    def step_of(name: str) -> Tensor:
+        grad = held[name].grad.to(masters[name].dtype) * grad_scale
+        return update.accumulate(grad, moments[name], step)
+
+    directions = (
+        whole_directions(lambda x: update.direction(x, 1), shards, held, step_of, state)
+        if update.needs_whole
+        else ((name, update.direction(step_of(name), 0)) for name in held)
+    )
+    for name, direction in directions:
         master = masters[name]
         master.mul_(1.0 - lr * weight_decay).sub_(direction.reshape(master.shape), alpha=lr)

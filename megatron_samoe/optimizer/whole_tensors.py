@@ -21,6 +21,8 @@ from megatron_samoe.parallel_state.state import Group, ParallelState
 
 #: Parameters are taken together up to so many elements of a rank's shards, or as many as ranks need to have one each.
 BATCH_ELEMENTS = 1 << 24
+#: On a CPU, where one rank has whole tensors, up to so many: what an update reads and writes then stays in the cache.
+CACHED_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -60,22 +62,23 @@ class Shard:
 
 def whole_directions(
     direction: Callable[[Tensor], Tensor], shards: Mapping[str, Shard], pieces: Mapping[str, Piece],
-    steps: Mapping[str, Tensor], state: ParallelState,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Returns the direction of each piece, computed from whole tensors by one rank each; ranks call it together.
+    step_of: Callable[[str], Tensor], state: ParallelState,
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """Yields the direction of each piece by name, computed from whole tensors by one rank each, a batch of alike ones after
+    the other; ranks go through all of them together.
 
     Args:
         direction: takes and returns a stack [n, *tensor] of whole tensors, some of them zero.
-        pieces, steps: this rank's elements of some of the shards, and what `direction` is computed from.
+        pieces: this rank's elements of some of the shards.
+        step_of: gives what `direction` is computed from, for a piece; called once for each.
     """
-    found = {}
     for names in _batches(shards, state):
-        whole = _directions([shards[name] for name in names], [pieces.get(name) for name in names],
-                            [steps.get(name) for name in names], direction, state)  # fmt: skip
-        for name, shard in zip(names, whole, strict=True):
-            if name in pieces:
-                found[name] = _own(shard, pieces[name])
-    return found
+        own = [pieces.get(name) for name in names]
+        steps = [step_of(name) if name in pieces else None for name in names]
+        whole = _directions([shards[name] for name in names], own, steps, direction, state)
+        for name, piece, shard in zip(names, own, whole, strict=True):
+            if piece is not None:
+                yield name, _own(shard, piece)
 
 
 def _batches(shards: Mapping[str, Shard], state: ParallelState) -> Iterator[list[str]]:
@@ -86,7 +89,8 @@ def _batches(shards: Mapping[str, Shard], state: ParallelState) -> Iterator[list
     for kind in sorted(kinds):
         shard = shards[kinds[kind][0]]
         owners = math.prod(group.size for group in _groups(shard, state))
-        most = max(BATCH_ELEMENTS // max(math.prod(shard.shape), 1), -(-owners // max(shard.num_tensors, 1)), 1)
+        limit = CACHED_ELEMENTS if owners == 1 and shard.like.device.type == "cpu" else BATCH_ELEMENTS
+        most = max(limit // max(math.prod(shard.shape), 1), -(-owners // max(shard.num_tensors, 1)), 1)
         for start in range(0, len(kinds[kind]), most):
             yield kinds[kind][start : start + most]
 
@@ -103,23 +107,34 @@ def _directions(
 ) -> Tensor:  # fmt: skip
     """Returns the directions [number, *shard] of alike shards, on every rank of their gradient's group."""
     first, groups = shards[0], _groups(shards[0], state)
-    tensor, count = first.shape[first.num_stacked :], len(shards) * first.num_tensors
-    owners = math.prod(group.size for group in groups)
-    stack = first.like.new_zeros((-(-count // owners) * owners, *tensor))
-    for number, (piece, step) in enumerate(zip(pieces, steps, strict=True)):
-        if piece is not None and step is not None:
-            place = stack[number * first.num_tensors : (number + 1) * first.num_tensors]
-            _own(place.view(first.shape), piece).copy_(step)
+    count, owners = len(shards) * first.num_tensors, math.prod(group.size for group in groups)
+    if owners == 1 and len(steps) == 1 and steps[0] is not None:
+        stack = steps[0].view(count, *first.shape[first.num_stacked :])
+    else:
+        stack = _stacked(shards, pieces, steps, -(-count // owners) * owners)
     by_gradient = groups[0]
     if any(piece is None or piece.slice is not None for piece in pieces):
         stack = by_gradient.reduce_scatter(stack)
     else:
         stack = stack.chunk(by_gradient.size)[by_gradient.rank]
-    if first.split is None:
+    if first.split is None or groups[1].size == 1:
         stack = direction(stack)
     else:
         stack = _by_owner(stack, first.split[0] + 1, groups[1], direction)
     return by_gradient.all_gather(stack)[:count].view(len(shards), *first.shape)
+
+
+def _stacked(
+    shards: Sequence[Shard], pieces: Sequence[Piece | None], steps: Sequence[Tensor | None], count: int
+) -> Tensor:
+    """Returns so many tensors [count, *tensor of a shard]: the steps at their places, and zeros."""
+    first = shards[0]
+    stack = first.like.new_zeros((count, *first.shape[first.num_stacked :]))
+    for number, (piece, step) in enumerate(zip(pieces, steps, strict=True)):
+        if piece is not None and step is not None:
+            place = stack[number * first.num_tensors : (number + 1) * first.num_tensors]
+            _own(place.view(first.shape), piece).copy_(step)
+    return stack
 
 
 def _by_owner(stack: Tensor, dim: int, group: Group, direction: Callable[[Tensor], Tensor]) -> Tensor:

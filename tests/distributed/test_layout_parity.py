@@ -41,9 +41,14 @@ def models_of(layout: str) -> tuple[str, ...]:
     return tuple(model for model in MODELS if everything or model not in WAYS)
 
 
+def steps_of(config: PretrainConfig) -> int:
+    """Returns three, of which the last meets weights that moments made, or five, in which a schedule of routing ends."""
+    return 5 if config.moe.pool_lock_step is not None or config.moe.neighbour_unmask_steps else 3
+
+
 def train_each(configs: list[PretrainConfig], dtype: torch.dtype) -> list[dict[str, Any]] | None:
     """Trains one model after the other on the same processes; the first rank has the results."""
-    results = [train(config, dtype) for config in configs]
+    results = [train(config, dtype, steps_of(config)) for config in configs]
     return results if not dist.is_initialized() or dist.get_rank() == 0 else None
 
 

@@ -55,7 +55,10 @@ def test_singular_values_end_near_1_and_a_zero_matrix_stays() -> None:
     assert not newton_schulz(stack, 5)[1].any()
 
 
-def test_each_expert_is_a_matrix() -> None:
+@pytest.mark.parametrize("cached", [1, 70, 1 << 18])
+def test_each_expert_is_a_matrix(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of them are taken at once: one, two on a thread, or all."""
+    monkeypatch.setattr("megatron_samoe.optimizer.muon.CACHED_ELEMENTS", cached)
     stack = drawn(6, 8, 4)
     stack[2] *= 1e3
     muon = Muon()
@@ -135,6 +138,26 @@ def test_matrices_of_hidden_layers_are_muons(layout: str) -> None:
             )
             assert isinstance(group.update, Muon) == (is_hidden and not name.endswith("bias")), name
             assert not isinstance(group.update, Muon) or group.update.splits_qkv == (".qkv." in name)
+
+
+def test_steps_of_all_parameters_are_not_held_at_once() -> None:
+    """A step that is as large as all of them, and then their directions, would need as much memory as the weights twice."""
+    calls = []
+
+    class Recorded(Muon):
+        def accumulate(self, grad: Tensor, moments: Any, step: int) -> Tensor:
+            calls.append(("step", grad.numel()))
+            return super().accumulate(grad, moments, step)
+
+        def direction(self, step: Tensor, num_stacked: int) -> Tensor:
+            calls.append(("direction", step.numel()))
+            return super().direction(step, num_stacked)
+
+    parameters = model()
+    buffers = GradBuffers(parameters, STATE)
+    rules = (ParamRule(r"fc[12]\.weight", update=Recorded()),)
+    MixedPrecisionOptimizer(buffers, CONFIG, rules=rules).step(0.1)
+    assert calls == [("step", 96), ("direction", 96)] * 2
 
 
 def test_muon_on_a_vector_is_refused_by_name() -> None:

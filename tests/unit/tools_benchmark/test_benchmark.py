@@ -145,6 +145,21 @@ def test_whole_models_are_compared_at_equal_active_parameters(tmp_path: Path) ->
         assert 100 < row["peak_mb"] < 2000
 
 
+def test_optimizers_are_compared_by_whole_steps_and_alone(tmp_path: Path) -> None:
+    sizes = ("--num-layers", "2", "--seq-length", "16", "--hidden-size", "64", "--num-experts", "4", "--vocab-size", "64",
+             "--micro-batch-size", "1", "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "a.json"))  # fmt: skip
+    done = command("train-step", "--layouts", "moe", "--optimizers", "adam", "muon", *sizes)
+    assert done.returncode == 0, done.stderr
+    whole = {row["model"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert list(whole) == ["moe", "moe, muon"] and whole["moe"]["speed / moe"] == 1.0
+    done = command("muon", *sizes)
+    assert done.returncode == 0, done.stderr
+    rows = {row["optimizer"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert list(rows) == ["adam", "muon", "muon, bf16 products", "torch Muon"]
+    # Five steps; by layer four squares of attention, four experts of two matrices of 256 x 64.
+    assert rows["muon"]["GFLOP"] == round(2 * 2 * 5 * 64**2 * (4 * 192 + 8 * (2 * 256 + 64)) / 1e9, 2)
+
+
 @needs_extension
 @pytest.mark.distributed
 def test_ranks_are_compared_with_what_sends_nothing(tmp_path: Path) -> None:

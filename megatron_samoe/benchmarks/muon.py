@@ -1,0 +1,105 @@
+"""`benchmark.py muon`: optimizer steps of a model's weights by Muon and by AdamW, beside torch's Muon and bare products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.benchmarks.common import Rows, add_command, add_options, add_sizes, alternate, model_config
+from megatron_samoe.cli.arguments import Options
+from megatron_samoe.config.training import OptimizerConfig
+from megatron_samoe.optimizer.muon import Muon, newton_schulz_flops
+from megatron_samoe.optimizer.param_groups import build_param_groups
+from megatron_samoe.parallel_state import single_process_state
+from megatron_samoe.parallel_state.parameter_tag import tag_of
+from megatron_samoe.training.setup import TrainSetup, build_setup
+
+#: Side of the square matrices whose product is the limit.
+SIDE = 1024
+LR = 1e-4
+
+
+def _setup(options: Options, **optimizer: Any) -> TrainSetup:
+    config = model_config(options, options.layout, 1)
+    config = replace(config, optimizer=OptimizerConfig(lr=LR, **optimizer))
+    setup = build_setup(config, options.vocab_size, single_process_state())
+    for piece in setup.buffers.pieces:
+        piece.grad.normal_()
+    return setup
+
+
+def _matrices(update: Muon, weight: Tensor, num_stacked: int) -> Iterator[Tensor]:
+    """Yields the matrices of a weight that Muon makes orthogonal one by one."""
+    parts = (
+        [weight]
+        if not update.splits_qkv
+        else [weight[..., :-2, :, :], weight[..., -2:-1, :, :], weight[..., -1:, :, :]]
+    )
+    for part in parts:
+        yield from part.flatten(num_stacked, -2).reshape(-1, part.flatten(num_stacked, -2).shape[-2], part.shape[-1])
+
+
+def _of_torch(setup: TrainSetup) -> tuple[Callable[[], None], float]:
+    """Returns a step of torch's Muon, each matrix a parameter of its own, and of its fused AdamW for the rest; and the
+    multiply-adds x 2 of Newton-Schulz.
+    """
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    flops, parameters = 0.0, setup.buffers.parameters
+    for group in build_param_groups(parameters, setup.config.optimizer):
+        for name in group.names:
+            weight = parameters[name].detach()
+            if isinstance(group.update, Muon):
+                found = list(_matrices(group.update, weight, tag_of(parameters[name]).init.num_indexed_dims))
+                flops += sum(newton_schulz_flops(m.shape[0], m.shape[1], group.update.num_steps) for m in found)
+                matrices += found
+            else:
+                others.append(weight)
+    # Memory of their own, or the two would move each other's weights.
+    matrices, others = ([w.clone().requires_grad_() for w in some] for some in (matrices, others))
+    for weight in [*matrices, *others]:
+        weight.grad = torch.randn_like(weight)
+    muon = torch.optim.Muon(matrices, lr=LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=LR, weight_decay=0.1, fused=True)
+
+    def step() -> None:
+        muon.step()
+        adamw.step()
+
+    return step, flops
+
+
+def run(options: Options) -> Rows:
+    """Steps of all in turn, gradients given."""
+    ours = {
+        "adam": _setup(options),
+        "muon": _setup(options, optimizer="muon"),
+        "muon, bf16 products": _setup(options, optimizer="muon", muon_ns_dtype="bf16"),
+    }
+    theirs, flops = _of_torch(ours["muon"])
+    a = torch.randn(SIDE, SIDE)
+    variants = {name: lambda s=setup: s.optimizer.step(LR) for name, setup in ours.items()}
+    medians = alternate({**variants, "torch Muon": theirs, "products": lambda: a @ a}, options.rounds, options.clock)
+    limit = flops / (2 * SIDE**3 / medians.pop("products"))
+    rows = []
+    for name, seconds in medians.items():
+        is_muon = name != "adam"
+        rows.append({
+            "optimizer": name, "ms": round(seconds * 1e3, 2),
+            "GFLOP": round(flops / 1e9, 2) if is_muon else None,
+            "share_of_fp32_products": round(limit / seconds, 3) if is_muon else None,
+            "speed / torch Muon": round(medians["torch Muon"] / seconds, 2),
+        })  # fmt: skip
+    return rows
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand."""
+    add = add_command(commands, "muon", "optimizer steps of Muon and AdamW, and torch's Muon", run)
+    add("--layout", ("dense", "moe", "samoe"), "of the experts", default="moe")
+    add_sizes(add, num_layers=4, hidden_size=256, num_experts=16, seq_length=128, micro_batch_size=1, vocab_size=2048)
+    add_options(add)
