@@ -18,7 +18,7 @@ from megatron_samoe.ops.adamw import serves as adamw_serves
 from megatron_samoe.optimizer.expert_order import reorder_experts
 from megatron_samoe.optimizer.param_groups import ParamGroup, ParamRule, build_param_groups
 from megatron_samoe.optimizer.update import apply_update
-from megatron_samoe.optimizer.whole_tensors import Shard
+from megatron_samoe.optimizer.whole_tensors import Shard, WholeTensors
 from megatron_samoe.parallel_state.parameter_tag import shard_shape, tag_of
 from megatron_samoe.parallel_state.state import ParallelState, single_process_state
 
@@ -53,8 +53,8 @@ class MixedPrecisionOptimizer:
             self.masters[name] = piece.weight if is_own_master else piece.weight.float()
         self.num_steps = 0
         self._others = [group for group in groups if group.update is not None]
-        for group in self._others:
-            self._refuse_vectors(group)
+        turns: dict[str, int] = {}
+        self._whole = [self._whole_tensors(group, turns) for group in self._others]
         self._groups = [
             replace(group, names=tuple(name for name in group.names if name in self.pieces))
             for group in groups
@@ -82,16 +82,19 @@ class MixedPrecisionOptimizer:
         weight = piece.weight if piece.weight.dtype == torch.bfloat16 else None
         return AdamWRun(master, weight, piece.grad, *(state[moment] for moment in MOMENTS))
 
-    def _refuse_vectors(self, group: ParamGroup) -> None:
-        for name in group.names:
-            shard = self._shard(name)
-            if group.update is not None and group.update.needs_whole and len(shard.shape) < shard.num_stacked + 2:
+    def _whole_tensors(self, group: ParamGroup, turns: dict[str, int]) -> WholeTensors | None:
+        if group.update is None or not group.update.needs_whole:
+            return None
+        shards = {name: self._shard(name) for name in group.names}
+        for name, shard in shards.items():
+            if len(shard.tensor_shape) < 2:
                 kind = type(group.update).__name__
                 raise ConfigError(
                     f"update of {name}",
                     kind,
                     f"must be an update of single elements: {name} {list(shard.shape)} is no matrix",
                 )
+        return WholeTensors(shards, self.pieces, self._state, turns)
 
     def _is_compiled(self) -> bool:
         return self.config.optimizer_backend == "auto" and adamw_serves(list(self._runs.values()))
@@ -131,13 +134,11 @@ class MixedPrecisionOptimizer:
                     grad_scale,
                 )  # fmt: skip
                 adamw([self._runs[name] for name in group.names], rates, self.num_steps)
-        for group in self._others:
+        for group, whole in zip(self._others, self._whole, strict=True):
             assert group.update is not None
             factors = (lr * group.lr_mult, group.weight_decay, grad_scale)
-            shards = {name: self._shard(name) for name in group.names}
-            apply_update(
-                group.update, shards, self.pieces, self.masters, self._states, factors, self.num_steps, self._state
-            )
+            pieces = {name: self.pieces[name] for name in group.names if name in self.pieces}
+            apply_update(group.update, whole, pieces, self.masters, self._states, factors, self.num_steps)
         for name, master in self.own_masters().items():
             if self._inner is not None or name not in self._runs or self._runs[name].weight is None:
                 self.pieces[name].weight.copy_(master)

@@ -77,15 +77,20 @@ def default_rules(config: OptimizerConfig) -> tuple[ParamRule, ...]:
 def build_param_groups(
     parameters: Iterable[str], config: OptimizerConfig, rules: tuple[ParamRule, ...] | None = None
 ) -> list[ParamGroup]:
-    """Returns groups that together hold each global name once."""
+    """Returns groups that together hold each global name once, in an order that does not follow from which names there are:
+    ranks with other layers exchange what they share group by group.
+    """
     rules = default_rules(config) if rules is None else rules
-    members: dict[tuple[float, float, Update | None], list[str]] = {}
+    members: dict[tuple[float, float, int], list[str]] = {}
     for name in parameters:
         found = [rule for rule in rules if re.search(rule.pattern, name)]
         decay = config.weight_decay * prod(rule.weight_decay_mult for rule in found)
-        update = next((rule.update for rule in found if rule.update is not None), None)
-        members.setdefault((decay, prod(rule.lr_mult for rule in found), update), []).append(name)
-    return [ParamGroup(tuple(names), *key) for key, names in members.items()]
+        by = next((rules.index(rule) for rule in found if rule.update is not None), -1)
+        members.setdefault((decay, prod(rule.lr_mult for rule in found), by), []).append(name)
+    return [
+        ParamGroup(tuple(names), decay, lr_mult, rules[by].update if by >= 0 else None)
+        for (decay, lr_mult, by), names in sorted(members.items())
+    ]
 
 
 def refuse_idle_patterns(parameters: Iterable[str], config: OptimizerConfig, state: ParallelState) -> None:

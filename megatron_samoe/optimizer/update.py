@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.distributed.grad_buffer import Piece
-from megatron_samoe.optimizer.whole_tensors import Shard, whole_directions
-from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.optimizer.whole_tensors import WholeTensors
 
 
 class Update(Protocol):
@@ -46,27 +45,27 @@ class Update(Protocol):
 
 @torch.no_grad()
 def apply_update(
-    update: Update, shards: Mapping[str, Shard], pieces: Mapping[str, Piece], masters: Mapping[str, Tensor],
-    moments: Mapping[str, Mapping[str, Tensor]], rates: tuple[float, float, float], step: int, state: ParallelState,
+    update: Update, whole: WholeTensors | None, pieces: Mapping[str, Piece], masters: Mapping[str, Tensor],
+    moments: Mapping[str, Mapping[str, Tensor]], rates: tuple[float, float, float], step: int,
 ) -> None:  # fmt: skip
     """Updates the master weights of a group's parameters. Ranks call it together, also those that hold no element of
     some tensor.
 
     Args:
-        shards: this rank's shards of all parameters of the group, in the same order on all ranks.
+        whole: brings whole tensors of the group's parameters to an update that needs them.
+        pieces: of the group's parameters.
         rates: learning rate, weight decay, factor on the gradients.
     """
     lr, weight_decay, grad_scale = rates
-    held = {name: pieces[name] for name in shards if name in pieces}
 
     def step_of(name: str) -> Tensor:
-        grad = held[name].grad.to(masters[name].dtype) * grad_scale
+        grad = pieces[name].grad.to(masters[name].dtype) * grad_scale
         return update.accumulate(grad, moments[name], step)
 
     directions = (
-        whole_directions(lambda x: update.direction(x, 1), shards, held, step_of, state)
-        if update.needs_whole
-        else ((name, update.direction(step_of(name), 0)) for name in held)
+        ((name, update.direction(step_of(name), 0)) for name in pieces)
+        if whole is None
+        else whole.directions(lambda x: update.direction(x, 1), step_of)
     )
     for name, direction in directions:
         master = masters[name]

@@ -1,9 +1,10 @@
 """Whole tensors for updates that need them, each on one rank, from the elements that ranks update.
 
 A shard of a parameter (by tensor, expert parallelism) is [*stacked, *tensor]: the leading dims count experts and banks. Ranks
-that sum a gradient hold the shard alike, or with ZeRO-1 and a sharded pool a slice each. Stacks of parameters of one shape
-are taken together. A reduce-scatter, to which each rank gives its slices and zeros, leaves each rank whole shards of some
-tensors; an all-to-all over tensor-parallel ranks makes these whole tensors. Results go back the same way.
+that sum a gradient hold the shard alike, or with ZeRO-1 and a sharded pool a slice each. Tensors of parameters of one shape
+are taken together, and shared among these ranks: an all-to-all brings the slices of a tensor to its owner, and brings its
+direction back. Where all hold the shard, nothing is brought, and owners send directions to all. Of tensor-parallel ranks, a
+second all-to-all makes one the owner.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from megatron_samoe.distributed.grad_buffer import Piece
 from megatron_samoe.parallel_state.parameter_tag import ParameterTag
+from megatron_samoe.parallel_state.shard_spec import FlatSlice
 from megatron_samoe.parallel_state.state import Group, ParallelState
 
-#: Parameters are taken together up to so many elements of a rank's shards, or as many as ranks need to have one each.
+#: Parameters are taken together up to so many elements for a rank, those that it gets whole and those that it sends.
 BATCH_ELEMENTS = 1 << 24
 #: On a CPU, where one rank has whole tensors, up to so many: what an update reads and writes then stays in the cache.
 CACHED_ELEMENTS = 1 << 18
@@ -48,6 +50,11 @@ class Shard:
         return math.prod(self.shape[: self.num_stacked])
 
     @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor, or of this rank's part of it."""
+        return self.shape[self.num_stacked :]
+
+    @property
     def split(self) -> tuple[int, str] | None:
         """The dim of a tensor, and the axis, over which tensors are split; None where the rank has them whole."""
         found = [(dim - self.num_stacked, axis) for dim, axis in self.tag.shard.partition if dim >= self.num_stacked]
@@ -60,92 +67,227 @@ class Shard:
         return self.tag.gradient_group, self.shape, self.num_stacked, self.split or ()
 
 
-def whole_directions(
-    direction: Callable[[Tensor], Tensor], shards: Mapping[str, Shard], pieces: Mapping[str, Piece],
-    step_of: Callable[[str], Tensor], state: ParallelState,
-) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """Yields the direction of each piece by name, computed from whole tensors by one rank each, a batch of alike ones after
-    the other; ranks go through all of them together.
+def even_sizes(count: int, members: int, first: int) -> list[int]:
+    """Returns how many of `count` consecutive things each member gets; who is `first` gets one more before others do."""
+    return [count // members + ((member - first) % members < count % members) for member in range(members)]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Alike shards whose tensors are shared among the ranks that sum their gradients.
+
+    Attributes:
+        held: of each shard, the slice of each member.
+        sizes: tensors that each member owns, in order; of a rank's own ones, `split_sizes` those of each rank of the split.
+        send, receive: elements that this rank has of each member's tensors, and each member of this rank's; () where all
+            members hold all.
+    """
+
+    names: Sequence[str]
+    like: Shard
+    held: Sequence[Sequence[FlatSlice]]
+    group: Group
+    split: Group | None
+    sizes: Sequence[int]
+    split_sizes: Sequence[int]
+    send: Sequence[int]
+    receive: Sequence[int]
+
+
+class WholeTensors:
+    """The way of tensors to their owners and back, for the parameters of one update; ranks make and use it together.
 
     Args:
-        direction: takes and returns a stack [n, *tensor] of whole tensors, some of them zero.
-        pieces: this rank's elements of some of the shards.
-        step_of: gives what `direction` is computed from, for a piece; called once for each.
+        shards: this rank's shards, in the same order on all ranks of their groups.
+        pieces: this rank's elements of some of them.
+        turns: how many tensors each group has shared out so far, by its name: who owns one more changes with it, over all
+            updates.
     """
-    for names in _batches(shards, state):
-        own = [pieces.get(name) for name in names]
-        steps = [step_of(name) if name in pieces else None for name in names]
-        whole = _directions([shards[name] for name in names], own, steps, direction, state)
-        for name, piece, shard in zip(names, own, whole, strict=True):
-            if piece is not None:
-                yield name, _own(shard, piece)
+
+    def __init__(
+        self, shards: Mapping[str, Shard], pieces: Mapping[str, Piece], state: ParallelState, turns: dict[str, int]
+    ):
+        self._pieces = {name: pieces[name] for name in shards if name in pieces}
+        held = _slices_of_members(shards, self._pieces, state)
+        self._batches = [
+            _batch(names, shards[names[0]], [held[name] for name in names], state, turns)
+            for names in _alike(shards, held, state)
+        ]
+
+    def directions(
+        self, direction: Callable[[Tensor], Tensor], step_of: Callable[[str], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields the direction of each piece by name, one batch of tensors after the other.
+
+        Args:
+            direction: takes and returns a stack [n, *tensor] of whole tensors.
+            step_of: gives what `direction` is computed from, for a piece; called once for each.
+        """
+        for batch in self._batches:
+            steps = [step_of(name) for name in batch.names if name in self._pieces]
+            own = _to_owner(batch, steps)
+            if batch.split is None or batch.split.size == 1:
+                found = direction(own) if len(own) else own
+            else:
+                found = _by_owner(own, batch, direction) if len(own) else own
+            for name, part in zip(batch.names, _from_owner(batch, found), strict=True):
+                if name in self._pieces:
+                    yield name, part
 
 
-def _batches(shards: Mapping[str, Shard], state: ParallelState) -> Iterator[list[str]]:
+def _slices_of_members(
+    shards: Mapping[str, Shard], pieces: Mapping[str, Piece], state: ParallelState
+) -> dict[str, list[FlatSlice]]:
+    """Returns the slice of each shard that each rank of its gradient's group holds."""
+    own = {}
+    for name, shard in shards.items():
+        piece, total = pieces.get(name), math.prod(shard.shape)
+        whole = FlatSlice(shard.shape, 0, total if piece is not None else 0)
+        own[name] = piece.slice if piece is not None and piece.slice is not None else whole
+    held: dict[str, list[FlatSlice]] = {}
+    for axis in sorted({shard.tag.gradient_group for shard in shards.values()}):
+        names = [name for name, shard in shards.items() if shard.tag.gradient_group == axis]
+        members = state.group(axis).all_gather_object([own[name] for name in names])
+        held.update({name: list(slices) for name, slices in zip(names, zip(*members, strict=True), strict=True)})
+    return held
+
+
+def _is_whole(held: FlatSlice) -> bool:
+    return held.num_whole_dims == 0 and held.stop - held.start == math.prod(held.shape)
+
+
+def _alike(
+    shards: Mapping[str, Shard], held: Mapping[str, Sequence[FlatSlice]], state: ParallelState
+) -> Iterator[list[str]]:
     """Yields the names of shards that are taken together, in an order that all ranks keep."""
     kinds: dict[tuple, list[str]] = {}
     for name, shard in shards.items():
-        kinds.setdefault(shard.kind, []).append(name)
+        is_replicated = all(_is_whole(part) for part in held[name])
+        kinds.setdefault((*shard.kind, is_replicated), []).append(name)
     for kind in sorted(kinds):
-        shard = shards[kinds[kind][0]]
-        owners = math.prod(group.size for group in _groups(shard, state))
-        limit = CACHED_ELEMENTS if owners == 1 and shard.like.device.type == "cpu" else BATCH_ELEMENTS
-        most = max(limit // max(math.prod(shard.shape), 1), -(-owners // max(shard.num_tensors, 1)), 1)
+        shard, is_replicated = shards[kinds[kind][0]], kind[-1]
+        group, split = _groups(shard, state)
+        if group.size == 1 and (split is None or split.size == 1) and shard.like.device.type == "cpu":
+            limit = CACHED_ELEMENTS
+        else:  # of slices a rank sees its own and those of the tensors that it owns
+            limit = BATCH_ELEMENTS * (1 if is_replicated else group.size)
+        most = max(limit // max(math.prod(shard.shape), 1), 1)
         for start in range(0, len(kinds[kind]), most):
             yield kinds[kind][start : start + most]
 
 
-def _groups(shard: Shard, state: ParallelState) -> list[Group]:
+def _groups(shard: Shard, state: ParallelState) -> tuple[Group, Group | None]:
     """Returns the groups over which tensors of a shard are spread: that of its gradient, and that of its split."""
-    split = () if shard.split is None else (state.group(shard.split[1]),)
-    return [state.group(shard.tag.gradient_group), *split]
+    return state.group(shard.tag.gradient_group), None if shard.split is None else state.group(shard.split[1])
 
 
-def _directions(
-    shards: Sequence[Shard], pieces: Sequence[Piece | None], steps: Sequence[Tensor | None],
-    direction: Callable[[Tensor], Tensor], state: ParallelState,
-) -> Tensor:  # fmt: skip
-    """Returns the directions [number, *shard] of alike shards, on every rank of their gradient's group."""
-    first, groups = shards[0], _groups(shards[0], state)
-    count, owners = len(shards) * first.num_tensors, math.prod(group.size for group in groups)
-    if owners == 1 and len(steps) == 1 and steps[0] is not None:
-        stack = steps[0].view(count, *first.shape[first.num_stacked :])
-    else:
-        stack = _stacked(shards, pieces, steps, -(-count // owners) * owners)
-    by_gradient = groups[0]
-    if any(piece is None or piece.slice is not None for piece in pieces):
-        stack = by_gradient.reduce_scatter(stack)
-    else:
-        stack = stack.chunk(by_gradient.size)[by_gradient.rank]
-    if first.split is None or groups[1].size == 1:
-        stack = direction(stack)
-    else:
-        stack = _by_owner(stack, first.split[0] + 1, groups[1], direction)
-    return by_gradient.all_gather(stack)[:count].view(len(shards), *first.shape)
+def _batch(
+    names: Sequence[str], like: Shard, held: Sequence[Sequence[FlatSlice]], state: ParallelState, turns: dict[str, int]
+) -> _Batch:
+    group, split = _groups(like, state)
+    count = len(names) * like.num_tensors
+    sizes = _share(count, group, like.tag.gradient_group, turns)
+    split_sizes = [] if split is None else _share(sizes[group.rank], split, f"split {like.split}", turns)
+    send, receive = [], []
+    if not all(_is_whole(part) for slices in held for part in slices):
+        bounds = [sum(sizes[:member]) for member in range(group.size + 1)]
+        for member in range(group.size):
+            send.append(_num_held(like, held, group.rank, bounds[member], bounds[member + 1]))
+            receive.append(_num_held(like, held, member, bounds[group.rank], bounds[group.rank + 1]))
+    return _Batch(names, like, held, group, split, sizes, split_sizes, send, receive)
 
 
-def _stacked(
-    shards: Sequence[Shard], pieces: Sequence[Piece | None], steps: Sequence[Tensor | None], count: int
-) -> Tensor:
-    """Returns so many tensors [count, *tensor of a shard]: the steps at their places, and zeros."""
-    first = shards[0]
-    stack = first.like.new_zeros((count, *first.shape[first.num_stacked :]))
-    for number, (piece, step) in enumerate(zip(pieces, steps, strict=True)):
-        if piece is not None and step is not None:
-            place = stack[number * first.num_tensors : (number + 1) * first.num_tensors]
-            _own(place.view(first.shape), piece).copy_(step)
-    return stack
+def _share(count: int, group: Group, name: str, turns: dict[str, int]) -> list[int]:
+    """Returns how many tensors each member of a group owns, and takes note of whose turn is next."""
+    first = turns.get(name, 0)
+    turns[name] = (first + count) % group.size
+    return even_sizes(count, group.size, first)
 
 
-def _by_owner(stack: Tensor, dim: int, group: Group, direction: Callable[[Tensor], Tensor]) -> Tensor:
+def _held_views(
+    like: Shard, held: Sequence[Sequence[FlatSlice]], member: int, first: int, tensors: Tensor
+) -> Iterator[Tensor]:
+    """Yields, in order, the parts of a batch's consecutive tensors [n, ...] from number `first` on that a member holds."""
+    numel, per_shard = math.prod(like.tensor_shape), math.prod(like.shape)
+    flat, low = tensors.view(-1), first * numel
+    high = low + flat.numel()
+    for number in range(low // per_shard, -(-high // per_shard)):
+        start, stop = max(low, number * per_shard), min(high, (number + 1) * per_shard)
+        yield from _slice_views(held[number][member], start - number * per_shard, flat[start - low : stop - low])
+
+
+def _slice_views(held: FlatSlice, low: int, flat: Tensor) -> Iterator[Tensor]:
+    """Yields the parts of a shard's elements `flat`, the first of which is its number `low`, that a slice holds."""
+    inner, high = math.prod(held.shape[held.num_whole_dims :]), low + flat.numel()
+    if held.start >= held.stop:
+        return
+    first, last = min(-(-low // inner) * inner, high), max(high // inner * inner, low)
+    last = max(first, last)
+    for start, stop in ((low, first), (first, last), (last, high)):
+        if start == stop:
+            continue
+        part, base = flat[start - low : stop - low], start // inner * inner
+        if start == base and (stop - start) % inner == 0:
+            yield part.view(-1, inner)[:, held.start : held.stop]
+        else:
+            begin, end = max(base + held.start, start), min(base + held.stop, stop)
+            if begin < end:
+                yield part[begin - start : end - start]
+
+
+def _num_held(like: Shard, held: Sequence[Sequence[FlatSlice]], member: int, first: int, stop: int) -> int:
+    shape = torch.empty((stop - first, *like.tensor_shape), device="meta")
+    return sum(view.numel() for view in _held_views(like, held, member, first, shape))
+
+
+def _to_owner(batch: _Batch, steps: Sequence[Tensor]) -> Tensor:
+    """Returns the tensors [n, *tensor] that this rank owns, of which each rank has the elements that it updates."""
+    like, rank = batch.like, batch.group.rank
+    first, count = sum(batch.sizes[:rank]), batch.sizes[rank]
+    if not batch.send:
+        parts = []
+        for number, step in enumerate(steps):
+            start = first - number * like.num_tensors
+            tensors = step.view(like.num_tensors, *like.tensor_shape)
+            parts.append(tensors[max(start, 0) : max(start + count, 0)])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    empty = like.like.new_empty(0)
+    sent = torch.cat([empty, *(step.reshape(-1).to(empty.dtype) for step in steps)])
+    received = batch.group.all_to_all_uneven(sent, batch.send, batch.receive).split(list(batch.receive))
+    own = like.like.new_zeros((count, *like.tensor_shape))
+    for member, elements in enumerate(received):
+        start = 0
+        for view in _held_views(like, batch.held, member, first, own):
+            view.copy_(elements[start : start + view.numel()].view(view.shape))
+            start += view.numel()
+    return own
+
+
+def _from_owner(batch: _Batch, found: Tensor) -> Iterator[Tensor]:
+    """Yields, of each shard of a batch, the directions of the elements that this rank updates."""
+    like, rank = batch.like, batch.group.rank
+    if not batch.send:
+        yield from batch.group.all_gather_uneven(found.contiguous(), batch.sizes).view(len(batch.names), *like.shape)
+        return
+    first, found = sum(batch.sizes[:rank]), found.contiguous()
+    parts = [
+        view.reshape(-1)
+        for member in range(batch.group.size)
+        for view in _held_views(like, batch.held, member, first, found)
+    ]
+    sent = torch.cat([found.new_empty(0), *parts])
+    received = batch.group.all_to_all_uneven(sent, batch.receive, batch.send)
+    whole = [math.prod(slices[rank].whole_shape) for slices in batch.held]
+    yield from received.split([n * (s[rank].stop - s[rank].start) for n, s in zip(whole, batch.held, strict=True)])
+
+
+def _by_owner(stack: Tensor, batch: _Batch, direction: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns the directions of tensors that are split along a dim over a group, each rank computing some of them."""
-    parts = group.all_to_all(stack)  # [size * n, ...]: every member's part of this rank's n tensors
-    whole = direction(torch.cat(parts.chunk(group.size), dim))
-    return group.all_to_all(torch.cat(whole.chunk(group.size, dim)))
-
-
-def _own(shard: Tensor, piece: Piece) -> Tensor:
-    """Returns the elements of a shard that this rank updates, as a view."""
-    if piece.slice is None:
-        return shard
-    return shard.view(*piece.slice.whole_shape, -1)[..., piece.slice.start : piece.slice.stop]
+    group, sizes = batch.split, batch.split_sizes
+    assert group is not None and batch.like.split is not None
+    dim, own = batch.like.split[0] + 1, sizes[group.rank]
+    parts = group.all_to_all_uneven(stack, sizes, [own] * group.size)  # every member's part of this rank's tensors
+    if own:
+        whole = direction(torch.cat(parts.chunk(group.size), dim))
+        parts = torch.cat(whole.chunk(group.size, dim))
+    return group.all_to_all_uneven(parts, [own] * group.size, sizes)

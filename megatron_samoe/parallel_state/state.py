@@ -136,6 +136,23 @@ class Group:
             _all_gather(gathered, tensor, group=self.handle)
         return gathered
 
+    def all_gather_uneven(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Returns [sum(sizes), ...]: the members' [n, ...] tensors, of whose n `sizes` tells, in group order."""
+        if self.size == 1 or len(set(sizes)) == 1:
+            return self.all_gather(tensor)
+        gathered = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
+        parts = gathered.split(list(sizes))
+        parts[self.rank].copy_(tensor)
+        with self.waits:
+            works = [
+                dist.broadcast(part, src=rank, group=self.handle, async_op=True)
+                for part, rank in zip(parts, self.ranks, strict=True)
+                if len(part)
+            ]
+            for work in works:
+                work.wait()
+        return gathered
+
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """Returns this rank's part, along the first dim, of the sum of all members' tensors [size * n, ...]."""
         if self.size == 1:
@@ -152,6 +169,19 @@ class Group:
         received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         with self.waits:
             dist.all_to_all_single(received, tensor.contiguous(), group=self.handle)
+        return received
+
+    def all_to_all_uneven(self, tensor: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Returns [sum(receive), ...]: what the members' tensors [sum(send), ...] have for this rank, in group order.
+
+        Args:
+            send, receive: rows for each member, and from each.
+        """
+        if self.size == 1:
+            return tensor
+        received = tensor.new_empty((sum(receive), *tensor.shape[1:]))
+        with self.waits:
+            dist.all_to_all_single(received, tensor.contiguous(), list(receive), list(send), group=self.handle)
         return received
 
     def start_shift(self, tensor: Tensor) -> PendingShift:

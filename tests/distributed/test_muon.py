@@ -27,6 +27,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "style": "llama",
         "moe_shared_expert_intermediate_size": 16,
     },
+    # Stages meet the rates of w1 and w2 in another order.
+    "samoe, rates by layer": {
+        "layout": "samoe",
+        "style": "llama",
+        "moe_output_lr_mult": 0.5,
+        "lr_mult_patterns": (r"layers\.[01]\.=0.5",),
+    },
     "tied": {"layout": "moe", "expert_sharing": "0,1,1,0", "moe_router_topk": 2, "samoe_bank_lr_mult": 0.5},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -38,6 +45,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 ep2": (4, {"tp": 2, "ep": 2}),
     "tp2 sp etp1 dp2 zero": (4, {"tp": 2, "sp": True, "etp": 1, "zero": True}),
     "pp2 ep2 replicated pool": (4, {"pp": 2, "ep": 2, "pool": "replicated"}),
+    "dp8": (8, {}),
+    "zero dp8": (8, {"zero": True, "bucket": 3000}),
 }
 DOUBLE = ("tp2 ep2", "pp2 ep2 zero")
 

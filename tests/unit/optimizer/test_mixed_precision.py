@@ -155,10 +155,22 @@ def test_matrices_decay_and_nothing_else(options: dict[str, Any]) -> None:
 def test_factors_of_all_rules_that_match_multiply() -> None:
     rules = (ParamRule("fc1", lr_mult=2.0), ParamRule("bias", weight_decay_mult=0.0, lr_mult=3.0))
     groups = build_param_groups(parameters(), CONFIG, rules)
-    assert [(g.names, g.lr_mult, g.weight_decay) for g in groups] == [
-        (("layers.0.mlp.fc1.weight",), 2.0, 0.3), (("layers.0.mlp.fc1.bias",), 6.0, 0.0),
-        (("layers.0.moe.combination",), 1.0, 0.3),
-    ]  # fmt: skip
+    assert {g.names: (g.lr_mult, g.weight_decay) for g in groups} == {
+        ("layers.0.mlp.fc1.weight",): (2.0, 0.3), ("layers.0.mlp.fc1.bias",): (6.0, 0.0),
+        ("layers.0.moe.combination",): (1.0, 0.3),
+    }  # fmt: skip
+
+
+def test_ranks_with_other_layers_have_groups_in_the_same_order() -> None:
+    """They exchange what they share group by group."""
+    shared = ["expert_pool.bank.w1", "expert_pool.bank.w2"]
+    config = OptimizerConfig(optimizer="muon", moe_output_lr_mult=0.5, lr_mult_patterns=(r"layers\.0\.=0.5",))
+
+    def of_shared(layer: int) -> list[tuple[str, ...]]:
+        groups = build_param_groups([f"layers.{layer}.attention.output.weight", *shared], config)
+        return [names for group in groups if (names := tuple(n for n in group.names if n in shared))]
+
+    assert of_shared(0) == of_shared(1) and len(of_shared(0)) == 2
 
 
 def test_patterns_of_names_multiply_rate_and_decay() -> None:
