@@ -69,7 +69,8 @@ def cluster_of(options: Options) -> Cluster:
 
 def layouts_table(layouts: Sequence[PlannedLayout]) -> str:
     """Returns one line per layout: memory by part in GB, bytes sent per rank and step by kind in GB, time, speed."""
-    kinds = ("tensor", "expert", "pipeline", "gradients", "pool")
+    kinds = ["tensor", "expert", "pipeline", "gradients", "pool"]
+    kinds += ["context"] if any("context" in layout.cost.sent_bytes for layout in layouts) else []
     head = ["layout", "options", "weights", "grads", "optim", "folded", "banks", "activ", "peak GB"]
     rows = [[*head, *(f"{kind} GB" for kind in kinds), "step s", "tokens/s"]]
     for layout in layouts:

@@ -128,6 +128,7 @@ def _train(config: PretrainConfig, device: torch.device, extensions: Extensions 
     tokenizer, attachments, vocab_size = _tokenizer(config)
     is_builder = launcher.local_rank() == 0
     done, kernels = _progress(config)
+    config = with_train_iters(config, parallel.world_size, done)
     choose_kernels(parallel, kernels)
     held = config if config.distillation.teaches_after(done[0]) else replace(config, distillation=DistillationConfig())
     if (

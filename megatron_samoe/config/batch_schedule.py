@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_samoe.config.derived import global_batch_size
+from megatron_samoe.config.derived import dense_model_size, global_batch_size
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import TrainingConfig
 
@@ -40,21 +40,30 @@ def samples_after(config: PretrainConfig, world_size: int, consumed_samples: int
     return consumed_samples + max(steps, 0) * global_batch_size(config, world_size)
 
 
-def steps_for_samples(config: PretrainConfig, world_size: int) -> int | None:
-    """Returns the steps that --train-samples makes; None without it, or where other options do not fit."""
-    samples, sizes = config.training.train_samples, batch_sizes(config, world_size)
-    if samples is None or not sizes or min(sizes) < 1:
+def steps_for_samples(config: PretrainConfig, world_size: int, consumed_samples: int = 0) -> int | None:
+    """Returns the steps that --train-samples makes, or makes yet after so many; None without it, or where other options do
+    not fit.
+    """
+    samples = config.training.train_samples
+    if samples is None or dense_model_size(config.parallel) < 1:
         return None
-    ramp, consumed, steps = config.training.rampup_batch_size, 0, 0
-    while ramp is not None and consumed <= ramp[2]:
-        consumed += batch_size_after(config, world_size, consumed)
+    sizes = batch_sizes(config, world_size)
+    if not sizes or min(sizes) < 1:
+        return None
+    ramp, steps = config.training.rampup_batch_size, 0
+    while ramp is not None and consumed_samples <= ramp[2]:
+        consumed_samples += batch_size_after(config, world_size, consumed_samples)
         steps += 1
-    return steps + max(samples - consumed, 0) // sizes[-1]
+    return steps + max(samples - consumed_samples, 0) // sizes[-1]
 
 
-def with_train_iters(config: PretrainConfig, world_size: int) -> PretrainConfig:
-    """Returns the configuration with the --train-iters that --train-samples makes, unless others were given."""
-    steps = steps_for_samples(config, world_size)
-    if steps is None or config.training.train_iters != TrainingConfig().train_iters:
+def with_train_iters(config: PretrainConfig, world_size: int, done: tuple[int, int] = (0, 0)) -> PretrainConfig:
+    """Returns the configuration with the --train-iters that --train-samples makes, unless others were given.
+
+    Args:
+        done: steps and samples of a run that goes on: batches of another size may have made them.
+    """
+    steps = steps_for_samples(config, world_size, done[1])
+    if steps is None or (done == (0, 0) and config.training.train_iters != TrainingConfig().train_iters):
         return config
-    return replace(config, training=replace(config.training, train_iters=steps))
+    return replace(config, training=replace(config.training, train_iters=done[0] + steps))

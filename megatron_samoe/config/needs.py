@@ -56,6 +56,9 @@ FULL_RECOMPUTE = Need(lambda c: c.training.recompute_granularity == "full", "nee
 MUON = Need(lambda c: c.optimizer.optimizer == "muon", "needs --optimizer muon")
 TRAIN_SAMPLES = Need(lambda c: c.training.train_samples is not None, "needs --train-samples")
 WSD = Need(lambda c: c.optimizer.lr_decay_style == "WSD", "needs --lr-decay-style WSD")
+WSD_SAMPLES = Need(
+    lambda c: WSD.is_met(c) and TRAIN_SAMPLES.is_met(c), "needs --lr-decay-style WSD and --train-samples"
+)
 SPIKE_WINDOW = Need(lambda c: c.training.spike_window != 0, "needs --spike-window")
 FP16 = Need(lambda c: c.training.fp16, "needs --fp16")
 TOKENIZER_FILE = Need(

@@ -88,7 +88,7 @@ class OptimizerConfig:
     """Samples until the lowest rate. Derived if not given: --train-samples."""
     lr_wsd_decay_iters: int | None = option(None, range=POSITIVE, needs=needs.WSD)
     """Length of WSD's final decay. Derived if not given: a tenth of the decay steps."""
-    lr_wsd_decay_samples: int | None = option(None, range=POSITIVE, needs=needs.TRAIN_SAMPLES)
+    lr_wsd_decay_samples: int | None = option(None, range=POSITIVE, needs=needs.WSD_SAMPLES)
     """The same in samples. Derived if not given: a tenth of the decay samples."""
     lr_warmup_iters: int = option(0, range=AT_LEAST_ZERO)
     """Steps of linear warm-up."""

@@ -45,8 +45,8 @@ class MixedPrecisionOptimizer:
     ):  # fmt: skip
         self.buffers, self.config, self._state = buffers, config, state or single_process_state()
         groups = [g for g in build_param_groups(buffers.parameters, config, rules) if not g.is_frozen]
-        trained = {name for group in groups for name in group.names}
-        self.pieces = {piece.name: piece for piece in buffers.pieces if piece.name in trained}
+        self._trained = {name for group in groups for name in group.names}
+        self.pieces = {piece.name: piece for piece in buffers.pieces if piece.name in self._trained}
         self.masters: dict[str, Tensor] = {}
         for name, piece in self.pieces.items():
             is_own_master = piece.weight.dtype in (torch.float32, torch.float64)
@@ -157,7 +157,7 @@ class MixedPrecisionOptimizer:
             parameter, tag = parameters[name], tag_of(parameters[name])
             tensors: list[Tensor | None] = [parameter.detach()]
             held, like = tag.slice, parameter.detach()
-            if name in self.buffers.parameters:
+            if name in self._trained:
                 piece, state = self.pieces.get(name), self._states.get(name, {})
                 tensors = [self.masters.get(name)]
                 tensors += [state.get(moment) for moment in self._moments.get(name, MOMENTS)]

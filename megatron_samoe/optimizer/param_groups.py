@@ -94,11 +94,15 @@ def build_param_groups(
 
 
 def refuse_idle_patterns(parameters: Iterable[str], config: OptimizerConfig, state: ParallelState) -> None:
-    """Raises ConfigError naming a configured pattern that matches no parameter of any rank; they call it together."""
+    """Raises ConfigError naming a configured pattern that matches no parameter of any rank, or the patterns of rates if they
+    leave nothing to train; ranks call it together.
+    """
     given = [(f, text) for f in ("lr_mult_patterns", "weight_decay_mult_patterns") for text in getattr(config, f)]
     if not given:
         return
     names = sorted({name for held in state.world.all_gather_object(list(parameters)) for name in held})
+    if all(group.is_frozen for group in build_param_groups(names, config)):
+        raise ConfigError("--lr-mult-patterns", " ".join(config.lr_mult_patterns), "leave nothing to train")
     for field, text in given:
         ((pattern, _),) = parse_multipliers(field, (text,))
         if not any(re.search(pattern, name) for name in names):

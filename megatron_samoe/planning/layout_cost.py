@@ -175,7 +175,7 @@ def _micro_batch(planned: PlannedModel, stage: int, links: Links) -> Cost:
         _compute(cost, count * tokens * flops / links.grid.tp, links)
         passes = (3 if again else 2) * count
         _tensor_exchanges(cost, config, layer.is_moe, links, passes)
-        _context_exchanges(cost, config, layer, links, count, passes)
+        _context_exchanges(cost, config, layer, links, count, passes, passes + (0 if again or not selective else count))
         if layer.is_moe:
             _expert_exchanges(cost, config, links, passes)
     heads = sum(description.ends(plan).head_flops_per_token() for plan in plans if plan.has_head)
@@ -225,10 +225,13 @@ def _tensor_exchanges(cost: Cost, config: PretrainConfig, is_moe: bool, links: L
 
 
 def _context_exchanges(
-    cost: Cost, config: PretrainConfig, layer: TransformerLayer, links: Links, count: int, passes: int
+    cost: Cost, config: PretrainConfig, layer: TransformerLayer, links: Links, count: int, passes: int, core_passes: int
 ) -> None:
     """Adds what attention exchanges between context-parallel ranks, and the routers' logits. Keys and values go round beside
     the core's products: what these do not hide takes time.
+
+    Args:
+        core_passes: those of attention's core, which selective recomputation repeats.
     """
     cp, tokens, size = links.grid.cp, group_tokens(config), compute_dtype(config).itemsize
     if cp == 1:
@@ -236,15 +239,15 @@ def _context_exchanges(
     queries, keys_values = layer.attention.widths()
     if config.parallel.cp_comm_type == "a2a":
         seconds, sent = links.all_to_all("cp", tokens * (2 * queries + keys_values) * size)
-        cost.add("context", passes * seconds, passes * sent)
+        cost.add("context", core_passes * seconds, core_passes * sent)
     else:
         of_pass = (cp - 1) * tokens * keys_values * size
         of_gradients = cp * tokens * keys_values * 4
-        sent = passes * of_pass + count * of_gradients
+        sent = core_passes * of_pass + count * of_gradients
         core_s = tokens * layer.attention.core_flops_per_token() / links.grid.tp
         core_s /= links.cluster.flops * links.cluster.efficiency
-        hidden = (passes + count) * core_s  # a backward pass computes twice what a forward pass does
-        hops = (passes * (cp - 1) + count * cp) * links.cluster.latency_s
+        hidden = (core_passes + count) * core_s  # a backward pass computes twice what a forward pass does
+        hops = (core_passes * (cp - 1) + count * cp) * links.cluster.latency_s
         cost.add("context", max(0.0, sent / links.bandwidth("cp") - hidden) + hops, sent)
     if layer.is_moe:
         seconds, sent = links.gather("cp", cp * tokens * layer.moe.shape.num_experts * 4)
@@ -287,8 +290,10 @@ def _muon_seconds(planned: PlannedModel, stage: int, links: Links) -> float:
     )
     for m in found:
         group, whole = m.tag.gradient_group, 4.0 * (m.numel if m.tag.slice is None else math.prod(m.tag.slice.shape))
-        is_spread = m.tag.slice is not None or config.parallel.use_distributed_optimizer
-        seconds += (2 if is_spread else 1) * links.gather(group, whole)[0]
+        if m.tag.slice is not None or config.parallel.use_distributed_optimizer:
+            seconds += 2 * links.all_to_all(group, whole / links.size(group))[0]
+        else:
+            seconds += links.gather(group, whole)[0]
         if m.split is not None:
             seconds += 2 * links.all_to_all(m.split, whole / links.size(group))[0]
     return seconds

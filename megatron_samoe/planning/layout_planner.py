@@ -78,6 +78,7 @@ class PlannedLayout:
         """Returns the options besides sizes in a few words."""
         training, moe, parallel = self.config.training, self.config.moe, self.config.parallel
         words = ["zero"] if parallel.use_distributed_optimizer else []
+        words += [f"cp {parallel.cp_comm_type}"] if parallel.context_parallel_size > 1 else []
         words += [f"recompute {training.recompute_granularity}"] if training.recompute_granularity else []
         words += [moe.samoe_combine] if moe.has_coefficients else []
         words += [moe.samoe_pool_placement] if moe.shares_experts else []
@@ -118,7 +119,8 @@ def plan_layouts(
         ConfigError: no layout is legal, or none fits; the message names the smallest and the memory it lacks.
     """
     refuse_unknown(config, "planner", "the layout planner")
-    base = replace(config, data=DataConfig(mock_data=True), checkpoint=CheckpointConfig())
+    kept = {name: getattr(config.data, name) for name in ("reset_position_ids", "reset_attention_mask")}
+    base = replace(config, data=DataConfig(mock_data=True, **kept), checkpoint=CheckpointConfig())
     legal: list[PretrainConfig] = []
     problem = None
     for sized in _sizes(base, cluster, micro_batch_sizes or (config.training.micro_batch_size,)):
@@ -152,7 +154,7 @@ def _sizes(base: PretrainConfig, cluster: Cluster, micro_batch_sizes: Sequence[i
     """Yields all choices of sizes that keep the user's fixed ones; most are legal."""
     given, world, moe = base.parallel, cluster.world_size, base.moe
     is_moe = moe.expert_layout != "dense"
-    for cp in _fixed(given, "context_parallel_size", _context_sizes(base.model.seq_length, world)):
+    for cp, comm_type in _contexts(given, base.model.seq_length, world):
         per_part = max(world // cp, 1)
         fits_node = [
             d for d in divisors(per_part) if d <= cluster.gpus_per_node and base.model.num_attention_heads % d == 0
@@ -170,12 +172,20 @@ def _sizes(base: PretrainConfig, cluster: Cluster, micro_batch_sizes: Sequence[i
                 ):
                     parallel = replace(
                         given, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
+                        cp_comm_type=comm_type,
                         expert_model_parallel_size=ep, expert_tensor_parallel_size=etp if tp > 1 else None,
                         num_layers_per_virtual_pipeline_stage=vpp, pipeline_model_parallel_layout=layout,
                         sequence_parallel=given.sequence_parallel or tp > 1,
                     )  # fmt: skip
                     for size in micro_batch_sizes:
                         yield replace(base, parallel=parallel, training=replace(base.training, micro_batch_size=size))
+
+
+def _contexts(given: ParallelConfig, seq_length: int, world: int) -> Iterator[tuple[int, Any]]:
+    """Yields context-parallel sizes with each way of exchange; of one rank there is none."""
+    for cp in _fixed(given, "context_parallel_size", _context_sizes(seq_length, world)):
+        ways = _fixed(given, "cp_comm_type", ["p2p", "a2a"]) if cp > 1 else [ParallelConfig().cp_comm_type]
+        yield from ((cp, way) for way in ways)
 
 
 def _context_sizes(seq_length: int, world: int) -> list[int]:

@@ -25,6 +25,7 @@ class Matrices:
 
     Attributes:
         numel: elements of this rank's shards.
+        num_tensors: how many there are, of experts those that this rank's expert-parallel place has.
         step_flops: multiply-adds x 2 of one Newton-Schulz step of all of them, whole.
         split: the axis over which each is split, if it is.
     """
@@ -32,13 +33,16 @@ class Matrices:
     tag: ParameterTag
     element_bytes: int
     numel: int
+    num_tensors: int
     step_flops: float
     split: str | None
 
-    def owners(self, grid: RankGrid, rank: int) -> int:
-        """Returns how many ranks share the work."""
-        axes = (self.tag.gradient_group, *((self.split,) if self.split else ()))
-        return math.prod(grid.place(axis, rank)[0] for axis in axes)
+    def largest_share(self, grid: RankGrid, rank: int) -> float:
+        """Returns the share of the work that the busiest rank has: whole tensors, so owners beyond their number have none."""
+        most = self.num_tensors
+        for axis in (self.tag.gradient_group, *((self.split,) if self.split else ())):
+            most = -(-most // grid.place(axis, rank)[0])
+        return most / self.num_tensors
 
 
 def matrices_of(planned: PlannedModel, rank: int) -> tuple[Matrices, ...]:
@@ -65,9 +69,9 @@ def _of_module(module: nn.Module, grid: RankGrid, rank: int, count: int) -> Iter
         sizes = list(shard.shape[shard.num_stacked :])
         if shard.split is not None:
             sizes[shard.split[0]] *= grid.place(shard.split[1], rank)[0]
-        flops = count * shard.num_tensors * newton_schulz_flops(math.prod(sizes[:-1]), sizes[-1], 1)
-        axis = None if shard.split is None else shard.split[1]
-        yield Matrices(shard.tag, p.element_size(), count * math.prod(shard.shape), flops, axis)
+        number, axis = count * shard.num_tensors, None if shard.split is None else shard.split[1]
+        flops = number * newton_schulz_flops(math.prod(sizes[:-1]), sizes[-1], 1)
+        yield Matrices(shard.tag, p.element_size(), count * math.prod(shard.shape), number, flops, axis)
 
 
 def _of_shared(shared: Iterable[DescribedParameter], shape: ExpertShape, etp: int) -> Iterator[Matrices]:
@@ -83,11 +87,11 @@ def _of_shared(shared: Iterable[DescribedParameter], shape: ExpertShape, etp: in
         else:
             share = 0.0
         if share and p.tag.is_routed_expert:
-            yield Matrices(
-                p.tag, p.element_bytes, round(share * p.numel), etp * share * p.whole_numel * per_element, "etp"
-            )
+            elements = share * p.whole_numel
+            number = max(round(2 * etp * elements / shape.matrix_elements), 1)
+            yield Matrices(p.tag, p.element_bytes, round(share * p.numel), number, etp * elements * per_element, "etp")
 
 
 def flops_of_rank(matrices: Iterable[Matrices], config: OptimizerConfig, grid: RankGrid, rank: int) -> float:
-    """Returns multiply-adds x 2 of a step's Newton-Schulz products on one of the ranks that share them."""
-    return sum(config.muon_num_ns_steps * m.step_flops / m.owners(grid, rank) for m in matrices)
+    """Returns multiply-adds x 2 of a step's Newton-Schulz products on the busiest of the ranks that share them."""
+    return sum(config.muon_num_ns_steps * m.step_flops * m.largest_share(grid, rank) for m in matrices)

@@ -111,6 +111,21 @@ def test_a_new_order_is_only_a_new_order(layout: str, precision: str) -> None:
         assert moved == pytest.approx(unmoved, rel=1e-5 if precision == "fp32" else 5e-3)
 
 
+@pytest.mark.parametrize("layout", ["one process", "ep2 edp2 zero", "pp2 ep2"])
+def test_frozen_experts_and_routers_move_as_well(layout: str) -> None:
+    world_size, sizes = LAYOUTS.get(layout, (1, {}))
+    frozen = (r"^expert_pool\..*\.w1$=0", r"router\.weight$=0")
+    got = run_ranks(moved_by_hand, world_size, locked(sizes, pool_lock_step=9, lr_mult_patterns=frozen))[0]
+    (before, after), order_E = got["kept"], got["order"]
+    moved = {name: whole.index_select(1, order_E) for name, whole in before.items() if name.startswith("expert_pool.")}
+    moved |= {n: whole.index_select(0, order_E) for n, whole in before.items() if n.endswith("router.weight")}
+    assert len(moved) == 4 + 4, "four tensors of the pool, one of them frozen, and four routers"
+    for name, wanted in moved.items():
+        assert torch.equal(after[name], wanted), name
+    for unmoved, then in zip(*got["nexts"], strict=True):
+        assert then == pytest.approx(unmoved, rel=1e-5)
+
+
 def test_loads_are_even_over_ranks_after_the_lock() -> None:
     counts_LE = run_ranks(train, 2, locked({"ep": 2}), 6)[0]["counts"][-1]
     for counts_E in counts_LE:

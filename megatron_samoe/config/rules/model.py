@@ -47,6 +47,8 @@ def _attention_sizes(config: PretrainConfig, world_size: int) -> Problems:
         yield ConfigError("--window-attn-skip-freq", skip, f"must be from 2 to the {model.num_layers} layers")
     if model.qk_layernorm_scope == "all" and model.normalization != "RMSNorm":
         yield ConfigError("--qk-layernorm-scope", "all", "needs --normalization RMSNorm")
+    if model.rope_scaling_type == "yarn" and model.rotary_base <= 1:
+        yield ConfigError("--rotary-base", model.rotary_base, "must be above 1 with --rope-scaling-type yarn")
     if model.rope_scaling_type is not None and model.rope_scaling_factor < 1:
         yield ConfigError("--rope-scaling-factor", model.rope_scaling_factor, "must be 1 or more")
     if needs.TRAINED_LENGTH.is_met(config) and model.rope_original_max_positions is None:
@@ -68,6 +70,7 @@ def _latents(model: ModelConfig) -> Problems:
         "kv_channels": None,
         "qk_layernorm": False,
         "add_qkv_bias": False,
+        "attention_bias": None,
         "clip_qkv": None,
         "rotary_percent": 1.0,
     }

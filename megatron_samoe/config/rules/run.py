@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_samoe.config.batch_schedule import steps_for_samples
+from megatron_samoe.config.batch_schedule import batch_sizes, samples_after, steps_for_samples
 from megatron_samoe.config.derived import dense_model_size, flag, global_batch_size, parse_multipliers
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Problems
@@ -45,6 +45,12 @@ def _samples(config: PretrainConfig, world_size: int) -> Problems:
             full = global_batch_size(config, world_size)
             yield ConfigError("--rampup-batch-size", ramp, "must be three positive numbers: a size below the global batch of "
                               f"{full}, an increment that divides the difference, and samples")  # fmt: skip
+    elif steps == 0:
+        yield ConfigError("--train-samples", training.train_samples,
+                          f"must be at least one batch, {batch_sizes(config, world_size)[0]} sequences")  # fmt: skip
+    elif (least := samples_after(config, world_size, 0, steps)) > training.train_samples:
+        yield ConfigError("--rampup-batch-size", ramp, f"grows over {least} samples, and --train-samples is "
+                          f"{training.train_samples}")  # fmt: skip
     elif training.train_iters not in (TrainingConfig().train_iters, steps):
         yield ConfigError("--train-iters", training.train_iters, f"excludes --train-samples, which makes {steps} steps")
 

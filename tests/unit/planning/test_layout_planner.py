@@ -58,6 +58,31 @@ def test_layouts_are_legal_fit_and_come_fastest_first(model: str, world_size: in
     assert len({(layout.name(), layout.options()) for layout in layouts}) == len(layouts)
 
 
+@pytest.mark.parametrize("options", [{"sliding_window": 1024}, {"reset_attention_mask": True}])
+def test_what_one_exchange_of_context_does_not_serve_is_planned_with_the_other(options: dict[str, Any]) -> None:
+    config = with_options(plain("dense", **options), seq_length=16384, global_batch_size=4, num_layers=1)
+    config = replace(config, model=replace(config.model, position_embedding_type="rope"))
+    layouts = plan_layouts(config, 103, with_world(4, memory_bytes=1e12))
+    for layout in layouts:
+        validate(replace(layout.config, data=replace(config.data, mock_data=True)), 4)
+    ways = {layout.config.parallel.cp_comm_type for layout in layouts if "cp" in layout.name()}
+    assert ways == {"a2a"}, "windows and documents do not go round the ring"
+    other = plan_layouts(with_options(config, sliding_window=None, reset_attention_mask=False), 103,
+                         with_world(4, memory_bytes=1e12))  # fmt: skip
+    assert {layout.config.parallel.cp_comm_type for layout in other if "cp" in layout.name()} == {"a2a", "p2p"}
+
+
+@pytest.mark.parametrize("comm", ["p2p", "a2a"])
+def test_recomputed_attention_exchanges_its_context_again(comm: str) -> None:
+    config = with_layout(with_options(plain("dense"), seq_length=64), cp=2, comm=comm)
+    kinds = (None, "selective", "full")
+    none, selective, full = (
+        step_cost(with_options(config, recompute_granularity=kind), 103, with_world(2)).sent_bytes["context"]
+        for kind in kinds
+    )
+    assert none < selective == full
+
+
 def test_every_legal_choice_of_sizes_is_among_them() -> None:
     config = with_options(tiny_config("moe"), global_batch_size=16)
     sizes = set()

@@ -37,6 +37,14 @@ def test_ranks_share_the_work(model: str) -> None:
         assert sum(shares) == pytest.approx(whole), layout
 
 
+def test_owners_beyond_the_number_of_matrices_do_nothing() -> None:
+    config = tiny_config("dense", optimizer="muon")
+    few = [PlannedModel(with_layout(config, zero=True), VOCAB_SIZE, ranks) for ranks in (4, 8)]
+    # Each of the four layers has one matrix of a kind.
+    one_each, too_many = (flops_of_rank(matrices_of(p, 0), config.optimizer, p.grid, 0) for p in few)
+    assert too_many == one_each
+
+
 def test_a_step_takes_longer_and_bf16_products_less() -> None:
     config = with_layout(tiny_config("samoe"), tp=2, zero=True)
     costs = [step_cost(with_options(config, **o), VOCAB_SIZE, CLUSTER).seconds.get("muon", 0.0)

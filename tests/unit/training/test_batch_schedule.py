@@ -74,6 +74,16 @@ def test_without_a_ramp_samples_are_whole_batches() -> None:
     assert {size for _, size in steps(config)} == {8}
 
 
+def test_a_run_that_goes_on_with_other_batches_trains_for_as_many_samples() -> None:
+    config = ramped(rampup_batch_size=None, train_iters=100, global_batch_size=10)
+    # Five steps of 4 sequences, then four of 10; without a model's size there is none.
+    assert with_train_iters(config, 1, (5, 20)).training.train_iters == 5 + 4
+    assert with_train_iters(config, 1, (15, 60)).training.train_iters == 15
+    in_ramp = with_train_iters(ramped(train_iters=100), 1, (11, 22)).training.train_iters
+    assert in_ramp == 11 + 5, "two of 6 and three of 8, as from the start"
+    assert steps_for_samples(with_layout(config, tp=0), 1) is None
+
+
 def test_rates_of_samples_are_those_of_steps_where_batches_are_equal() -> None:
     in_steps = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_iters=3, lr_decay_iters=9)
     in_samples = OptimizerConfig(lr=1.0, min_lr=0.1, lr_warmup_samples=24, lr_decay_samples=72)
@@ -122,3 +132,13 @@ def test_a_run_that_stops_while_its_batch_grows_goes_on_as_if_it_had_not(tmp_pat
     assert main([*flags, "--run-dir", str(tmp_path / "parts")]) == 0
     folders = [tmp_path / run / "checkpoints/iter_0000013" for run in ("parts", "whole")]
     assert_same_checkpoint(*folders)
+
+
+def test_a_run_goes_on_for_its_samples_with_batches_of_another_size(tmp_path: Path) -> None:
+    flags = (
+        "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --mock-data --eval-iters 0 --num-threads 1 "
+        f"--micro-batch-size 1 --train-samples 40 --run-dir {tmp_path}"
+    ).split()
+    assert main([*flags, "--global-batch-size", "4", "--exit-interval", "5"]) == 0
+    assert main([*flags, "--global-batch-size", "8"]) == 0
+    assert (tmp_path / "checkpoints/iter_0000007").is_dir(), "two steps of 8 are whole batches of the 20 samples left"
