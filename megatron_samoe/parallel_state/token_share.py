@@ -38,6 +38,13 @@ class TokenShare:
         rank, size = self.context
         return rank, 2 * size - 1 - rank
 
+    def spans(self, length: int) -> list[tuple[int, int]]:
+        """Returns (start, stop) of the tokens of a sequence of this length that the rank's context-parallel group has."""
+        if self.context[1] == 1:
+            return [(0, length)]
+        size = length // (2 * self.context[1])
+        return [(number * size, (number + 1) * size) for number in self.chunks]
+
     def of_sequences(self, whole: Tensor, dim: int = 1) -> Tensor:
         """Returns the chunks that the rank's context-parallel group has of whole sequences, [.., S, ..] -> [.., S / n, ..].
 
@@ -53,11 +60,6 @@ class TokenShare:
             )
         chunks = whole.chunk(2 * size, dim)
         return torch.cat([chunks[number] for number in self.chunks], dim)
-
-    def of_tokens(self, whole: Tensor) -> Tensor:
-        """Returns the rank's tokens [T, ...] of whole sequences [B, S, ...]."""
-        part, parts = self.tensor
-        return self.of_sequences(whole).flatten(0, 1).chunk(parts)[part]
 
 
 def whole_sequences(parts: Tensor, size: int) -> Tensor:

@@ -19,6 +19,8 @@ from megatron_samoe.parallel_state.token_share import TokenShare
 
 #: All tokens of a micro-batch.
 WHOLE = TokenShare()
+#: Rows of a sample that are drawn from one seed; a rank that has a part of a long sequence draws no more than it needs.
+BLOCK = 2048
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -41,13 +43,28 @@ class SampleRandom:
     iteration: int
     samples: tuple[int, ...]
 
-    def uniform(self, shape_per_sample: tuple[int, ...], device: torch.device, layer: int, site: str) -> Tensor:
-        """Returns [B * n, ...] fp32 draws from [0, 1), where shape_per_sample is (n, ...)."""
-        draws = torch.empty((len(self.samples), *shape_per_sample), device=device)
-        generator = torch.Generator(device=device)
-        for row, sample in zip(draws, self.samples, strict=True):
-            generator.manual_seed(derived_seed(self.seed, self.iteration, sample, layer, site))
-            row.uniform_(generator=generator)
+    def uniform(
+        self, shape_per_sample: tuple[int, ...], device: torch.device, layer: int, site: str, share: TokenShare = WHOLE
+    ) -> Tensor:
+        """Returns [B * n, ...] fp32 draws from [0, 1), where shape_per_sample is (n, ...), or of each sample those of the
+        share's context-parallel group.
+        """
+        length, *rest = shape_per_sample
+        spans, generator = share.spans(length), torch.Generator(device=device)
+        draws = torch.empty((len(self.samples), sum(stop - start for start, stop in spans), *rest), device=device)
+        for of_sample, sample in zip(draws, self.samples, strict=True):
+            for (start, stop), part in zip(spans, of_sample.split([b - a for a, b in spans]), strict=True):
+                for low in range(start - start % BLOCK, stop, BLOCK):
+                    high, number = min(low + BLOCK, length), low // BLOCK
+                    place = derived_seed(self.seed, self.iteration, sample, layer, site, *([number] if number else []))
+                    generator.manual_seed(place)
+                    begin, end = max(low, start), min(high, stop)
+                    own = part[begin - start : end - start]
+                    if (begin, end) == (low, high):
+                        own.uniform_(generator=generator)
+                    else:
+                        block = torch.empty((high - low, *rest), device=device).uniform_(generator=generator)
+                        own.copy_(block[begin - low : end - low])
         return draws.flatten(0, 1)
 
     def dropout(self, x_TH: Tensor, probability: float, layer: int, site: str, share: TokenShare = WHOLE) -> Tensor:
@@ -64,8 +81,8 @@ class SampleRandom:
     def uniform_like(self, x_TH: Tensor, layer: int, site: str, share: TokenShare) -> Tensor:
         """Returns fp32 draws from [0, 1) of x's shape: the share of what is drawn for the whole micro-batch."""
         per_sample = (x_TH.shape[0] * share.num_shares // len(self.samples), *x_TH.shape[1:])
-        draws = self.uniform(per_sample, x_TH.device, layer, site)
-        return share.of_tokens(draws.unflatten(0, (len(self.samples), -1)))
+        part, parts = share.tensor
+        return self.uniform(per_sample, x_TH.device, layer, site, share).chunk(parts)[part]
 
     def attention_seed(self, layer: int, tensor_rank: int) -> int:
         """Returns the seed of a fused attention kernel, which draws in its own order.

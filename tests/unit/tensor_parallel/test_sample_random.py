@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_samoe.parallel_state.token_share import TokenShare
 from megatron_samoe.tensor_parallel.random import SampleRandom, derived_seed, recompute
 
 CPU = torch.device("cpu")
@@ -23,6 +25,20 @@ def test_mask_of_a_sample_does_not_depend_on_its_batch(samples: list[int], data:
         if group
     ]
     assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("block", [1, 3, 8, 2048])
+def test_a_share_of_tokens_draws_what_the_whole_has_there(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_samoe.tensor_parallel.random.BLOCK", block)
+    random, x = SampleRandom(1, 2, (7, 8)), torch.ones(2 * 24, 5)
+    whole = random.uniform_like(x, 3, "here", TokenShare()).view(2, 24, 5)
+    assert len(whole.unique()) == whole.numel(), "no block repeats another"
+    for context, tensor in ((1, 2), (2, 1), (2, 2), (3, 4)):
+        shares = [TokenShare((c, context), (t, tensor)) for c in range(context) for t in range(tensor)]
+        for share in shares:
+            own = random.uniform_like(x[: 2 * 24 // share.num_shares], 3, "here", share)
+            expected = share.of_sequences(whole).flatten(0, 1).chunk(tensor)[share.tensor[0]]
+            assert torch.equal(own, expected)
 
 
 def test_mask_depends_on_seed_iteration_sample_layer_and_site() -> None:
