@@ -40,7 +40,7 @@ def precision_of(model: RankModel) -> Precision:
 
 
 def cache_bytes(model: RankModel, dtype: Precision, num_pages: int) -> int:
-    """Returns the memory of this rank's key-value cache of so many pages."""
+    """Returns the memory of a key-value cache of `num_pages` pages, on this rank."""
     positions = num_pages * PAGE * sum(len(chunk.layers) for chunk in model.chunks)
     return positions * model.config.model.cached_numbers(model.state.tp.size) * (4 if dtype == "fp32" else 2)
 

@@ -100,8 +100,8 @@ class WholeTensors:
     Args:
         shards: this rank's shards, in the same order on all ranks of their groups.
         pieces: this rank's elements of some of them.
-        turns: how many tensors each group has shared out so far, by its name: who owns one more changes with it, over all
-            updates.
+        turns: who is next, in each group, to own one tensor more than others; by the group's name, and changed here. One
+            for all updates of a rank.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ def _batch(
 
 
 def _share(count: int, group: Group, name: str, turns: dict[str, int]) -> list[int]:
-    """Returns how many tensors each member of a group owns, and takes note of whose turn is next."""
+    """Returns how many tensors each member of a group owns, and notes who is next to own one more."""
     first = turns.get(name, 0)
     turns[name] = (first + count) % group.size
     return even_sizes(count, group.size, first)
