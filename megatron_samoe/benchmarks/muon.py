@@ -34,13 +34,8 @@ def _setup(options: Options, **optimizer: Any) -> TrainSetup:
 
 def _matrices(update: Muon, weight: Tensor, num_stacked: int) -> Iterator[Tensor]:
     """Yields the matrices of a weight that Muon makes orthogonal one by one."""
-    parts = (
-        [weight]
-        if not update.splits_qkv
-        else [weight[..., :-2, :, :], weight[..., -2:-1, :, :], weight[..., -1:, :, :]]
-    )
-    for part in parts:
-        yield from part.flatten(num_stacked, -2).reshape(-1, part.flatten(num_stacked, -2).shape[-2], part.shape[-1])
+    for part in update.parts(weight):
+        yield from part.flatten(num_stacked, -2).flatten(0, -3) if num_stacked else (part.flatten(0, -2),)
 
 
 def _of_torch(setup: TrainSetup) -> tuple[Callable[[], None], float]:

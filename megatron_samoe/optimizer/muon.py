@@ -87,10 +87,14 @@ class Muon(Update):
 
     def direction(self, step: Tensor, num_stacked: int) -> Tensor:
         """Returns the scaled orthogonal matrices."""
+        found = [self._of_matrices(part.flatten(num_stacked, -2)).view_as(part) for part in self.parts(step)]
+        return torch.cat(found, -3) if self.splits_qkv else found[0]
+
+    def parts(self, tensors: Tensor) -> tuple[Tensor, ...]:
+        """Returns what is a matrix each: of fused projections queries, keys and values, else the tensors themselves."""
         if not self.splits_qkv:
-            return self._of_matrices(step.flatten(num_stacked, -2)).view_as(step)
-        parts = (step[..., :-2, :, :], step[..., -2:-1, :, :], step[..., -1:, :, :])
-        return torch.cat([self._of_matrices(p.flatten(num_stacked, -2)).view_as(p) for p in parts], -3)
+            return (tensors,)
+        return tensors[..., :-2, :, :], tensors[..., -2:-1, :, :], tensors[..., -1:, :, :]
 
     def _of_matrices(self, x: Tensor) -> Tensor:
         factor = self.extra_scale * update_scale(self.scale, *x.shape[-2:])
