@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find cpp_ext -type f -not -path '*/__pycache__/*')
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed sanitize lint check-python clean
+.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed sanitize lint results-check check-python clean
 
 install: $(VENV)/.installed
 
@@ -34,7 +34,7 @@ quickstart: install
 	$(BIN)/megatron-samoe quickstart
 
 # Two halves at once: most tests of the one wait for one process, most of the other for ranks that wait for each other.
-test: lint
+test: lint results-check
 	$(MAKE) --jobs 2 test-unit test-distributed
 
 test-unit: $(VENV)/.installed-tests
@@ -49,6 +49,10 @@ sanitize:
 
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy megatron_samoe
+
+# Figures of docs/results from the stored runs, and these against their registration. `tools/results_check.py --write` renews the page.
+results-check: $(VENV)/.installed
+	$(BIN)/python tools/results_check.py
 
 # The site, in docs/_build/html; a warning, such as a link that leads nowhere, is an error.
 docs: $(VENV)/.installed
