@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_samoe.evaluation.study.page_figures import models_of, rewritten, wrong_figures  # noqa: E402
+from megatron_samoe.evaluation.study.page_figures import models_of, rewritten, sealed, wrong_figures  # noqa: E402
 from megatron_samoe.evaluation.study.registration import deviations, kept_plan, read_registration  # noqa: E402
 from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E402
 
@@ -31,11 +31,14 @@ def main(folder: Path, write: bool) -> int:
             for s in registration.studies
         }
         problems += deviations(registration, plans, runs)
-        models = models_of({"": first, **plans}, runs)
+        models, closed = models_of({"": first, **plans}, runs), sealed(plans)
+        for name, plan in plans.items():
+            every = plan.all_runs()
+            print(f"{name}: {sum(map(plan.is_finished, every))} of {len(every)} runs are in the store")
     page = folder / "README.md"
     if write:
-        page.write_text(rewritten(page.read_text(encoding="utf-8"), models), encoding="utf-8")
-    problems += [f"{page}, {text}" for text in wrong_figures(page.read_text(encoding="utf-8"), models)]
+        page.write_text(rewritten(page.read_text(encoding="utf-8"), models, closed), encoding="utf-8")
+    problems += [f"{page}, {text}" for text in wrong_figures(page.read_text(encoding="utf-8"), models, closed)]
     print("\n".join(problems) or f"{page}: every figure is that of the {len(runs)} runs in {folder / 'store'}")
     return bool(problems)
 

@@ -28,13 +28,14 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.run_summary import RunSummary
+from megatron_samoe.evaluation.study.definition import Run
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.statistics import common_spread, differences
 
@@ -88,15 +89,28 @@ def models_of(plans: Mapping[str, StudyPlan], runs: Mapping[str, RunSummary]) ->
     models: dict[str, dict[int, RunSummary]] = {key: {run.config.training.seed: run} for key, run in runs.items()}
     for study, plan in plans.items():
         for run in plan.all_runs():
-            name = f"{study}/{run.variant.name}" if study else run.variant.name
-            found = models.setdefault(name if run.swept is None else f"{name}@{run.swept:g}", {})
+            found = models.setdefault(_name(study, run), {})
             if plan.is_settled(run) and plan.key_of(run) in runs:
                 found[run.seed] = runs[plan.key_of(run)]
     return models
 
 
-def wrong_figures(page: str, models: Models) -> list[str]:
-    """Returns what is wrong with a page: figures that differ from the runs, and figures that nothing is said of."""
+def sealed(plans: Mapping[str, StudyPlan]) -> set[str]:
+    """Returns the names of models whose loss on the test split is not to be looked at yet: those of studies with runs to come."""
+    return {
+        _name(study, run) for study, plan in plans.items() if not all(map(plan.is_finished, plan.all_runs()))
+        for run in plan.all_runs()
+    }  # fmt: skip
+
+
+def _name(study: str, run: Run) -> str:
+    name = f"{study}/{run.variant.name}" if study else run.variant.name
+    return name if run.swept is None else f"{name}@{run.swept:g}"
+
+
+def wrong_figures(page: str, models: Models, sealed: Collection[str] = ()) -> list[str]:
+    """Returns what is wrong with a page: figures that differ from the runs, figures that nothing is said of, and losses on the test
+    split of models that are sealed."""
     problems = []
     for block in blocks_of(page):
         numbers = [match[0] for match in block.numbers()]
@@ -107,7 +121,7 @@ def wrong_figures(page: str, models: Models) -> list[str]:
             problems += [f"line {block.line}: nothing says what {', '.join(long)} is"] if long else []
             continue
         try:
-            expected = list(figures(block.comment, models))
+            expected = list(figures(block.comment, models, sealed))
         except DataError as error:
             problems.append(f"line {block.line}: {error}")
             continue
@@ -121,7 +135,7 @@ def wrong_figures(page: str, models: Models) -> list[str]:
     return problems
 
 
-def rewritten(page: str, models: Models) -> str:
+def rewritten(page: str, models: Models, sealed: Collection[str] = ()) -> str:
     """Returns a page whose figures are those of the runs, as many as its comments name.
 
     Raises:
@@ -130,7 +144,7 @@ def rewritten(page: str, models: Models) -> str:
     for block in blocks_of(page):
         if block.comment is not None and not block.is_elsewhere:
             text = block.text
-            pairs = list(zip(block.numbers(), figures(block.comment, models), strict=False))
+            pairs = list(zip(block.numbers(), figures(block.comment, models, sealed), strict=False))
             for number, (_, value) in reversed(pairs):
                 text = f"{text[: number.start()]}{_like(number[0], value)}{text[number.end() :]}"
             page = page.replace(block.text, text, 1)
@@ -143,7 +157,7 @@ def _like(number: str, value: float) -> str:
     return f"{value:+.{places}f}" if number[0] in "+-" else f"{value:.{places}f}"
 
 
-def figures(comment: str, models: Models) -> Iterator[tuple[str, float]]:
+def figures(comment: str, models: Models, sealed: Collection[str] = ()) -> Iterator[tuple[str, float]]:
     """Yields each expression of a comment with its value, several of one that names several steps.
 
     Raises:
@@ -151,13 +165,13 @@ def figures(comment: str, models: Models) -> Iterator[tuple[str, float]]:
     """
     for expression in filter(None, (part.strip() for part in comment.replace("\n", " ").split(";"))):
         try:
-            values = list(_values(expression, models))
+            values = list(_values(expression, models, sealed))
         except (KeyError, IndexError, ValueError) as error:
             raise DataError(f"{expression!r}: its runs have no such record ({error})") from None
         yield from ((expression, value) for value in values)
 
 
-def _values(expression: str, models: Models) -> Iterator[float]:
+def _values(expression: str, models: Models, sealed: Collection[str]) -> Iterator[float]:
     if expression.startswith("= "):
         yield float(expression[2:])
         return
@@ -166,6 +180,10 @@ def _values(expression: str, models: Models) -> Iterator[float]:
     body, _, seed = body.partition(" #")
     word = next((w for w in _QUANTITIES if body.startswith(f"{w} ")), "")
     names = [name.strip() for name in body[len(word) :].split(" - ")]
+    if word == "test" and set(names) & set(sealed):
+        raise DataError(
+            f"{expression!r}: the test split is looked at once, when all runs of the study are in the store"
+        )
     chosen = [_runs(name, int(seed) if seed else None, models, expression) for name in names]
     family = [_runs(name.strip(), None, models, expression) for name in others.split(" and ")] if others else []
     for step in _steps(steps):

@@ -99,6 +99,12 @@ def test_a_page_is_rewritten_with_the_runs_figures_and_nothing_else() -> None:
     assert rewritten(stale, MODELS) == PAGE
 
 
+def test_a_loss_on_the_test_split_is_not_shown_before_its_study_is_whole() -> None:
+    assert wrong_figures(PAGE, MODELS, {"dense"}) == []
+    [problem] = wrong_figures(PAGE, MODELS, {"pool"})
+    assert "'test pool': the test split is looked at once" in problem
+
+
 def spoiled_store(folder: Path) -> Path:
     """Returns a store with one whole run and three that are not."""
     for name in (KEPT, "0" * 16, "without", "damaged"):
