@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import yaml
 
 from megatron_samoe.cli.report import main as report_main
 from megatron_samoe.cli.study import main
+from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_summary import RUN_FILE, sharing_text
@@ -444,29 +446,43 @@ def test_two_programs_share_a_study(tmp_path: Path) -> None:
     assert sum(made) == 4 and min(made) >= 1, said
 
 
+def write_kept(folder: Path, config: PretrainConfig) -> str:
+    """Writes the file that says that a run is finished, and returns its key."""
+    key = results_store.run_key(config)
+    content = {"key": key, "config": asdict(config), "vocab_size": 256, "checkpoint_bytes": 0}
+    (folder / RUN_FILE).write_text(json.dumps(content))
+    return key
+
+
 def test_a_store_keeps_losses_whole_and_lists_of_experts_short(tmp_path: Path) -> None:
-    run, row = tmp_path / "run", {"iteration": 5, "lm_loss": 3.14159265358979, "expert_load": [[0.123456789, 7], []]}
+    run = tmp_path / "run"
+    row = {
+        "iteration": 5,
+        "lm_loss": 3.14159265358979,
+        "validation_loss": 3.0,
+        "expert_load": [[0.123456789, 7], [0.5, 0.25]],
+    }
     run.mkdir()
-    (run / RUN_FILE).write_text(json.dumps({"key": "0123456789abcdef"}))
+    key = write_kept(run, PretrainConfig())
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     results_store.put(tmp_path / "store", run)
-    assert results_store.take(tmp_path / "store", "0123456789abcdef", tmp_path / "taken")
+    assert results_store.take(tmp_path / "store", key, tmp_path / "taken")
     kept = json.loads((tmp_path / "taken/metrics.jsonl").read_text())
-    assert kept == {**row, "expert_load": [[0.123, 7], []]}
+    assert kept == {**row, "expert_load": [[0.123, 7], [0.5, 0.25]]}
 
 
 @pytest.mark.parametrize("num_rows", [1, 48, 49, 240, 241])
 def test_a_store_keeps_lists_of_few_records_and_the_last(tmp_path: Path, num_rows: int) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / RUN_FILE).write_text(json.dumps({"key": "0123456789abcdef"}))
-    rows = [{"iteration": i, "expert_load": [[0.5, 0.5]]} for i in range(num_rows)]
+    key = write_kept(run, PretrainConfig())
+    rows = [{"iteration": i, "validation_loss": 3.0, "expert_load": [[0.5, 0.5]]} for i in range(num_rows)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     results_store.put(tmp_path / "store", run)
-    kept = (tmp_path / "store/0123456789abcdef/metrics.jsonl").read_text()
+    kept = (tmp_path / "store" / key / "metrics.jsonl").read_text()
     rows = [json.loads(row) for row in kept.splitlines()]
     listed = [row["iteration"] for row in rows if "expert_load" in row]
     assert len(rows) == num_rows and listed[-1] == num_rows - 1
     assert min(num_rows, 24) <= len(listed) <= results_store.LISTED_ROWS + 1
-    assert results_store.take(tmp_path / "store", "0123456789abcdef", tmp_path / "taken")
+    assert results_store.take(tmp_path / "store", key, tmp_path / "taken")
     assert (tmp_path / "taken/metrics.jsonl").read_text() == kept  # what was thinned is thinned no further

@@ -12,7 +12,7 @@ from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.definition import Run, read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.sweeps import optimum
-from tests.unit.evaluation.test_study import write_study
+from tests.unit.evaluation.test_study import write_kept, write_study
 
 RUNS = {"own": {"expert-layout": "moe"}, "shared": {"expert-layout": "samoe"}}
 SWEEP = {"option": "lr", "values": [0.01, 0.02, 0.04], "choose": "tried", "extensions": 1}
@@ -22,7 +22,7 @@ def finish(plan: StudyPlan, run: Run, loss: float) -> None:
     """Leaves what a finished run leaves, as far as a plan asks."""
     run.directory.mkdir(parents=True)
     (run.directory / "metrics.jsonl").write_text(json.dumps({"iteration": 2, "validation_loss": loss}) + "\n")
-    (run.directory / "run.json").write_text(json.dumps({"key": plan.key_of(run)}))
+    write_kept(run.directory, plan.config_of(run))
 
 
 def plan_of(folder: Path, **changes: object) -> StudyPlan:
