@@ -41,7 +41,8 @@ from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, parse_pretrain_args, to_mapping
-from megatron_samoe.config.derived import flag, without_idle_options
+from megatron_samoe.config.derived import flag
+from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing import store
@@ -81,7 +82,7 @@ def make_checkpoint(options: Options, flags: str) -> Path:
         data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
     )  # fmt: skip
     words = shlex.split(flags)
-    asked = parse_pretrain_args(words, prog="--models")
+    asked = parse_pretrain_args(words, prog="--models", accept_idle=True)
     # What is asked for by name counts where it is the default, too: a dense model is one.
     named = {word.split("=")[0] for word in words}
     given = {n: value for _, n, value, default, _ in all_options(asked) if value != default or flag(n) in named}

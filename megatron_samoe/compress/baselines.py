@@ -20,7 +20,7 @@ from megatron_samoe.compress.calibration import LayerCalibration
 from megatron_samoe.compress.compressed_model import expert_bytes
 from megatron_samoe.compress.expert_math import hidden_of, layer_experts, output_of, read_experts
 from megatron_samoe.compress.matching import assigned, neuron_products
-from megatron_samoe.config.derived import without_idle_options
+from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import EditedModel, begin_edit, model_names, source_config

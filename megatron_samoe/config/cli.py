@@ -17,6 +17,14 @@ import tyro
 
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.foreign_flags import what_it_is_here
+from megatron_samoe.config.idle import (
+    idle_options,
+    refuse_idle,
+    stated_in_args,
+    stated_in_file,
+    with_implied_layout,
+    without_idle_options,
+)
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError, ConfigErrors, nearest
@@ -32,31 +40,42 @@ def parse_pretrain_args(
     read_checkpoint_config: Callable[[PretrainConfig], Mapping[str, Any] | None] | None = None,
     prog: str = "megatron-samoe pretrain",
     quiet: bool = False,
+    accept_idle: bool = False,
 ) -> PretrainConfig:
-    """Returns the configuration that a command line describes.
+    """Returns the configuration that a command line describes. A flag may take away what options of the file need, as
+    `--expert-layout dense` those of experts: these are left out.
 
     Args:
         argv: arguments without the program's name.
         read_checkpoint_config: returns the saved configuration of the checkpoint that the command line names, or None
             where there is none; called only with --use-checkpoint-args.
         quiet: print no messages about wrong flags, because another rank does.
+        accept_idle: accept options without effect, for who asks which they are.
 
     Raises:
-        ConfigError: a YAML key is unknown or its value has the wrong type.
+        ConfigError: a YAML key is unknown or its value has the wrong type, or an option that is stated has no effect.
         SystemExit: a flag is unknown or malformed (the message went to standard error), or help was asked for.
     """
     args, yaml_path = _take_config_flag(list(argv))
     _refuse_foreign_names(args)
-    base = PretrainConfig()
+    base, in_args, in_file = PretrainConfig(), stated_in_args(args), frozenset[str]()
     if yaml_path is not None:
-        base = apply_mapping(base, read_yaml(yaml_path), str(yaml_path))
+        mapping = read_yaml(yaml_path)
+        base, in_file = apply_mapping(base, mapping, str(yaml_path)), stated_in_file(mapping)
+    of_file, base = with_implied_layout(base, in_file), with_implied_layout(base, in_file | in_args)
     config = _parse_flags(args, base, prog, quiet)
     if config.checkpoint.use_checkpoint_args and read_checkpoint_config is not None:
         saved = read_checkpoint_config(config.with_run_dir())
         if saved is not None:
             base = apply_mapping(base, _model_part(saved), "the checkpoint's config.yaml")
             config = _parse_flags(args, base, prog, quiet)
-    return config.with_run_dir()
+    config = config.with_run_dir()
+    if not accept_idle:
+        # What a flag took from the file's options is no mistake of the file.
+        of_itself = idle_options(of_file.with_run_dir(), in_file)
+        refuse_idle(config, in_args | of_itself.keys())
+        config = without_idle_options(config, vars(config), in_file - in_args)
+    return config
 
 
 def _refuse_foreign_names(args: Sequence[str]) -> None:
