@@ -1,4 +1,5 @@
-# make quickstart   the main job on real text        make test    every test
+# make quickstart   the main job on real text        make test    what every change must pass
+#                                                    make test-all    everything, for a night: SHARD=2/6 runs a part of it
 # Both install first: a virtual environment in .venv, the dependencies, the compiled extension.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find cpp_ext -type f -not -path '*/__pycache__/*')
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed sanitize lint check-python clean
+.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed test-all test-all-unit test-all-distributed sanitize lint check-python clean
 
 install: $(VENV)/.installed
 
@@ -38,10 +39,29 @@ test: lint
 	$(MAKE) --jobs 2 test-unit test-distributed
 
 test-unit: $(VENV)/.installed-tests
-	$(PYTEST) tests --ignore tests/distributed
+	$(PYTEST) tests --ignore tests/distributed -m "not night"
 
 test-distributed: $(VENV)/.installed-tests
-	$(PYTEST) tests/distributed
+	$(PYTEST) tests/distributed -m "not night"
+
+# Everything. A part that was ended goes on after the tests that have passed on the same commit.
+SHARD ?= 1/1
+SEARCH_MINUTES ?= 10
+COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+ALL := $(PYTEST) --durations 30 --shard $(SHARD) --resume build/test-all/$(COMMIT)
+
+test-all: lint
+	@echo "test-all: part $(SHARD) on commit $(COMMIT)"
+	$(MAKE) --jobs 2 test-all-unit test-all-distributed
+	$(if $(filter 1/%,$(SHARD)),$(MAKE) sanitize docs)
+	$(BIN)/python -m tests.search --minutes $(SEARCH_MINUTES) --seed $(firstword $(subst /, ,$(SHARD)))
+	@echo "test-all: part $(SHARD) on commit $(COMMIT) passed"
+
+test-all-unit: $(VENV)/.installed-tests
+	$(ALL)-unit tests --ignore tests/distributed
+
+test-all-distributed: $(VENV)/.installed-tests
+	$(ALL)-distributed tests/distributed
 
 # Address, undefined-behaviour and thread sanitizers over the extension's torch-free part.
 sanitize:

@@ -73,12 +73,14 @@ def results_of(layout: str, dtype: torch.dtype) -> dict[str, Any]:
     return run_ranks(train_all, LAYOUTS[layout][0], layout, dtype, timeout_s=300)[0]
 
 
+@pytest.mark.night
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
 def test_a_layout_trains_as_one_process(layout: str, model: str) -> None:
     assert_same(results_of(layout, torch.float32)[model], results_of("one process", torch.float32)[model], 1e-5)
 
 
+@pytest.mark.night
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", DOUBLE)
 def test_in_double_precision_weights_are_the_same_as_well(layout: str, model: str) -> None:

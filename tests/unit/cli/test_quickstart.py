@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_samoe.cli import quickstart
 from tests.harness.program import REPOSITORY
 
 
+@pytest.mark.night
 def test_the_main_job_runs_from_any_folder(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

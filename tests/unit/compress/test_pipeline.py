@@ -25,6 +25,7 @@ from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError, MegatronSamoeError
 from megatron_samoe.interop.edited_model import open_checkpoint
 from megatron_samoe.interop.unpool_surgery import fold_shared
+from tests.harness.pairs import first_by_day
 from tests.harness.program import write_corpus
 from tests.harness.tiny import tiny_config
 from tests.unit.compress.test_calibration import passes_of
@@ -95,7 +96,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["calibration", "matched", "fitted", "judged-fitted"])
+@pytest.mark.parametrize("stage", first_by_day(["fitted", "calibration", "matched", "judged-fitted"]))
 def test_a_compression_goes_on_after_any_stage(
     folder: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -231,6 +232,7 @@ def test_merging_weighs_by_loads() -> None:
     torch.testing.assert_close(merged.b2[2], share @ b2)
 
 
+@pytest.mark.night
 def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Banks alone, then banks and routers, learn from the original; what is frozen stays; the same command does nothing twice."""
     # Never in this process: the trainer lets glibc keep freed memory, which tests of memory would meet.

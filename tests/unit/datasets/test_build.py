@@ -351,6 +351,7 @@ def test_damaged_lengths_are_refused_by_both_bodies(monkeypatch: pytest.MonkeyPa
             sample_index.build_sample_index(lengths, documents, 4, 2)
 
 
+@pytest.mark.night
 def test_kill_9_while_an_index_is_built_leaves_a_whole_one_or_none(tmp_path: Path) -> None:
     prefix = make(tmp_path / "d", [20] * 20_000)
     program = f"""

@@ -354,6 +354,7 @@ def _command(tmp_path: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.night
 def test_kill_9_at_random_points_then_resume(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(jsonl([f"{n} {'text ' * 60}" for n in range(12_000)]))
     start = time.monotonic()

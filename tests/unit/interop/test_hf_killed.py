@@ -16,6 +16,7 @@ from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.interop.hf.families.llama import read_shared_config
 from megatron_samoe.interop.hf.tokenizer_files import imported_tokenizer
 from megatron_samoe.interop.output_folder import require_new
+from tests.harness.pairs import first_by_day
 from tests.harness.program import REPOSITORY
 from tests.harness.tiny import tiny_config
 from tests.unit.interop.memory_source import new_source
@@ -46,7 +47,7 @@ convert.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("target", ["hf", "megatron", "native"])
+@pytest.mark.parametrize("target", first_by_day(["hf", "megatron", "native"]))
 def test_killed_before_the_name_is_given(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(tmp_path / "start", 7, new_source(tiny_config("moe", style="llama", moe_router_topk=2)))
     source = tmp_path / "start"

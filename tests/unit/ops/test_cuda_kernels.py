@@ -78,6 +78,7 @@ def kernel_name(symbol: str) -> str:
     return name
 
 
+@pytest.mark.night
 def test_nvcc_compiles_every_kernel_without_spills(compiled: tuple[str, list[Path]]) -> None:
     found = re.findall(r"Compiling entry function '(\S+)' for 'sm_\d+'.*?Used (\d+) registers", compiled[0], re.S)
     assert len(found) >= 2 * len(SOURCES)

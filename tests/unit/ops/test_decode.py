@@ -230,6 +230,7 @@ def test_quantized_rows_keep_their_largest_magnitude():
     assert (small.dequantized() - weight).abs().max() <= weight.abs().max() / 127 * 0.501
 
 
+@pytest.mark.night
 @pytest.mark.parametrize("instruction_set", ["portable", "avx2"])
 def test_lesser_instruction_sets(instruction_set):
     if os.environ.get("MEGATRON_SAMOE_ISA") or instruction_set not in extension.build_info()["instruction_sets"]:

@@ -125,6 +125,7 @@ def test_a_damaged_library_is_not_loaded(tmp_path):
     assert "does not load" in result.stdout and "available False False" in result.stdout
 
 
+@pytest.mark.night
 @needs_library
 @pytest.mark.parametrize(
     "old, new, said",
