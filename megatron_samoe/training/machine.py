@@ -11,6 +11,11 @@ import torch
 from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state.state import ParallelState
 
+#: Environment variables that force one of several ways to the same sums, which differ by rounding.
+PATHS = (
+    "MEGATRON_SAMOE_EXTENSION", "MEGATRON_SAMOE_ISA", "MEGATRON_SAMOE_BF16_PRODUCTS", "ATEN_CPU_CAPABILITY", "MKL_CBWR",
+)  # fmt: skip
+
 
 def machine_facts(parallel: ParallelState) -> dict[str, Any]:
     """Returns device, ranks and software, as plain values; the host's name is not among them."""
@@ -33,6 +38,7 @@ def machine_facts(parallel: ParallelState) -> dict[str, Any]:
         "torch": torch.__version__,
         "extension": extension.available(),
         "cuda_kernels": extension.cuda_kernels_in_use(),
+        "forced": {name: os.environ[name] for name in PATHS if name in os.environ},
     }
 
 

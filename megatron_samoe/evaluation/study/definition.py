@@ -14,6 +14,7 @@ from megatron_samoe.config.cli import read_yaml
 from megatron_samoe.errors import ConfigError, nearest
 
 Edit = Literal["select", "fold"]
+Choice = Literal["vertex", "tried"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Sweep:
         train_iters: length of the sweep's runs; None for that of the study.
         seeds: of the sweep's runs.
         extensions: how often the range grows by a value where the best lies at its edge.
+        choose: the parabola's vertex, or the best value that was tried, whose runs then need not be trained again.
     """
 
     option: str
@@ -54,6 +56,7 @@ class Sweep:
     train_iters: int | None
     seeds: tuple[int, ...]
     extensions: int = 2
+    choose: Choice = "vertex"
 
     def concerns(self, variant: Variant) -> bool:
         """Whether the option is swept for a variant: not where its own flags fix it."""
@@ -88,6 +91,7 @@ class Study:
         margin: nats per token within which two models count as equally good.
         sizes: flags of each size by name; one without name or flags if the file has none. The first is the study's own.
         branches: shorter lengths, in steps, whose runs leave the full one where their decay begins.
+        give_up: nats; a variant whose first seed ends more than that behind the baseline gets no other seed.
     """
 
     title: str
@@ -100,6 +104,7 @@ class Study:
     sweep: Sweep | None = None
     branches: tuple[int, ...] = ()
     gates: tuple[Gate, ...] = ()
+    give_up: float | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,8 @@ def folder_name(variant: str) -> str:
 
 #: Options that are one word with an entry for each layer, which a study may write as a list.
 MAPS = ("expert-sharing",)
-_KEYS = ("title", "config", "seeds", "baseline", "margin", "runs", "derived", "sizes", "sweep", "branches", "gates")
+_KEYS = ("title", "config", "seeds", "baseline", "margin", "runs", "derived", "sizes", "sweep", "branches", "gates",
+         "give-up")  # fmt: skip
 
 
 def read_study(path: Path, seeds: list[int] | None = None) -> Study:
@@ -200,6 +206,7 @@ def read_study(path: Path, seeds: list[int] | None = None) -> Study:
         str(content["title"]), config, tuple(seeds), baseline, tuple(variants),
         _number("margin", content.get("margin", 0.02)), sizes, _sweep(content.get("sweep"), path),
         _branches(content.get("branches"), path), _gates(content.get("gates"), names, path),
+        None if content.get("give-up") is None else _number("give-up", content["give-up"]),
     )  # fmt: skip
 
 
@@ -226,7 +233,7 @@ def _edited(derived: Mapping[str, Any], trained: Sequence[str], path: Path) -> l
 def _sweep(content: Any, path: Path) -> Sweep | None:
     if content is None:
         return None
-    known = ("option", "values", "train-iters", "seeds", "extensions")
+    known = ("option", "values", "train-iters", "seeds", "extensions", "choose")
     _keys("sweep", content, known, path, needed=("option", "values"))
     values = content["values"]
     if not isinstance(values, list) or len(values) < 3:
@@ -243,8 +250,10 @@ def _sweep(content: Any, path: Path) -> Sweep | None:
     extensions = content.get("extensions", 2)
     if type(extensions) is not int or extensions < 0:
         raise ConfigError("sweep.extensions", extensions, "must be a whole number, 0 or more")
+    choose = content.get("choose", "vertex")
+    _one_of("sweep.choose", choose, get_args(Choice))
     option = str(content["option"]).lstrip("-").replace("_", "-")
-    return Sweep(option, tuple(numbers), iterations, tuple(seeds), extensions)
+    return Sweep(option, tuple(numbers), iterations, tuple(seeds), extensions, choose)
 
 
 def _branches(content: Any, path: Path) -> tuple[int, ...]:

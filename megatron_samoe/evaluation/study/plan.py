@@ -41,6 +41,7 @@ class StudyPlan:
     store: Path | None = None
     failures: dict[Path, str] = field(default_factory=dict)
     _uses: dict[tuple[str, str], bool] = field(default_factory=dict, init=False, repr=False)
+    _behind: dict[tuple[str, str], float] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
         """Raises ConfigError if a run's configuration is not legal, its folder holds another run, or what is to be
@@ -59,8 +60,25 @@ class StudyPlan:
                 self._refuse_another(run, config)
 
     def plan(self) -> list[Run]:
-        """Returns the runs that are compared, in their order."""
-        return plan_runs(self.study, self.root)
+        """Returns the runs that are compared, in their order; later seeds of a variant that was given up are not among them."""
+        runs = plan_runs(self.study, self.root)
+        return runs if self.study.give_up is None else [run for run in runs if not self._is_given_up(run, runs)]
+
+    def _is_given_up(self, run: Run, runs: Sequence[Run]) -> bool:
+        """Whether the first seed of a run's variant, or of what it is edited from, ended too far behind the baseline's."""
+        name, first = run.variant.edited_from or run.variant.name, self.study.seeds[0]
+        if run.seed == first or self.study.give_up is None:
+            return False
+        if (name, run.size) not in self._behind:
+            both = [
+                r for r in runs
+                if (r.seed, r.size, r.length) == (first, run.size, None) and r.variant.name in (name, self.study.baseline)
+            ]  # fmt: skip
+            if not all(self.is_finished(r) for r in both):
+                return False
+            losses = {r.variant.name: last_validation(r) or math.nan for r in both}
+            self._behind[name, run.size] = losses[name] - losses[self.study.baseline]
+        return self._behind[name, run.size] > self.study.give_up
 
     def all_runs(self) -> list[Run]:
         """Returns the runs of sweeps, as far as their ranges are known, and then those that are compared."""
@@ -93,7 +111,7 @@ class StudyPlan:
             if not all(self.is_finished(run) or run.directory in self.failures for run in runs):
                 return runs, None
             losses = {value: self._mean_loss([run for run in runs if run.swept == value]) for value in values}
-            found = optimum(losses)
+            found = optimum(losses, between=sweep.choose == "vertex")
             if found.edge is None or extensions == sweep.extensions:
                 break
             values = sorted([*values, extended(values, found.edge)])

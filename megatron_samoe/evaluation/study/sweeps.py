@@ -25,12 +25,13 @@ class Optimum:
     edge: Literal["low", "high"] | None = None
 
 
-def optimum(losses: Mapping[float, float]) -> Optimum:
+def optimum(losses: Mapping[float, float], between: bool = True) -> Optimum:
     """Returns the optimum of a sweep of at least three values: the vertex of the parabola through the best value and its
     neighbours over log(value), or the best value itself where it lies at an edge or beside a run that diverged.
 
     Args:
         losses: by value; nan or inf where a run diverged.
+        between: False takes the best value itself, never a vertex.
     """
     values = sorted(losses)
     known = [v for v in values if math.isfinite(losses[v])]
@@ -43,7 +44,7 @@ def optimum(losses: Mapping[float, float]) -> Optimum:
     if best == known[-1]:  # what diverged above it is no value to extend to
         return Optimum(best, losses[best], "high" if best == values[-1] else None)
     near = values[place - 1 : place + 2]
-    if not all(math.isfinite(losses[v]) for v in near):
+    if not between or not all(math.isfinite(losses[v]) for v in near):
         return Optimum(best, losses[best])
     curve = np.polyfit(np.log(near), [losses[v] for v in near], 2)
     if curve[0] <= 0:

@@ -1,0 +1,80 @@
+"""Studies that train what is needed and no more: rates that were tried, and variants that are given up after a seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.evaluation.study import results_store
+from megatron_samoe.evaluation.study.definition import Run, read_study
+from megatron_samoe.evaluation.study.plan import StudyPlan
+from megatron_samoe.evaluation.study.sweeps import optimum
+from tests.unit.evaluation.test_study import write_study
+
+RUNS = {"own": {"expert-layout": "moe"}, "shared": {"expert-layout": "samoe"}}
+SWEEP = {"option": "lr", "values": [0.01, 0.02, 0.04], "choose": "tried", "extensions": 1}
+
+
+def finish(plan: StudyPlan, run: Run, loss: float) -> None:
+    """Leaves what a finished run leaves, as far as a plan asks."""
+    run.directory.mkdir(parents=True)
+    (run.directory / "metrics.jsonl").write_text(json.dumps({"iteration": 2, "validation_loss": loss}) + "\n")
+    (run.directory / "run.json").write_text(json.dumps({"key": plan.key_of(run)}))
+
+
+def plan_of(folder: Path, **changes: object) -> StudyPlan:
+    study = read_study(write_study(folder, runs=RUNS, derived=None, baseline="own", **changes))
+    return StudyPlan(study, folder / "runs", ())
+
+
+def test_a_rate_that_was_tried_is_chosen_and_its_run_is_the_first_seeds() -> None:
+    losses = {1.0: 3.0, 2.0: 2.9, 4.0: 2.95}
+    assert optimum(losses, between=False).value == 2.0 != optimum(losses).value
+
+
+def test_the_sweeps_best_run_is_found_in_place_of_the_first_seeds(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, sweep=SWEEP)
+    swept = [run for run in plan.all_runs() if run.swept and run.variant.name == "shared"]
+    for run, loss in zip(swept, (3.0, 2.8, 2.9), strict=True):
+        finish(plan, run, loss)
+    first, second = [run for run in plan.plan() if run.variant.name == "shared"]
+    assert plan.optima()[("shared", "")].value == 0.02
+    assert plan.key_of(first) == plan.key_of(swept[1]) != plan.key_of(second)
+    plan.store = tmp_path / "store"
+    results_store.put(plan.store, swept[1].directory)
+    assert plan.take(first) and plan.is_finished(first), "so it is not trained again"
+
+
+def test_a_best_value_at_an_end_is_followed_by_one_beyond(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, sweep=SWEEP)
+    for run, loss in zip(
+        [r for r in plan.all_runs() if r.swept and r.variant.name == "own"], (2.7, 2.8, 2.9), strict=True
+    ):
+        finish(plan, run, loss)
+    beyond = [r for r in plan.all_runs() if r.swept == 0.005]
+    assert len(beyond) == 1 and not plan.optima()
+    finish(plan, beyond[0], 2.75)
+    assert plan.optima()[("own", "")].value == 0.01
+
+
+@pytest.mark.parametrize(("behind", "seeds"), [(0.031, [1]), (0.029, [1, 2, 3]), (-0.5, [1, 2, 3])])
+def test_a_variant_too_far_behind_gets_no_more_seeds(tmp_path: Path, behind: float, seeds: list[int]) -> None:
+    plan = plan_of(tmp_path, seeds=[1, 2, 3], **{"give-up": 0.03})
+    own, shared = plan.plan()[:2]
+    finish(plan, shared, 3.0 + behind)
+    assert len(plan.plan()) == 6, "nothing is known of the baseline"
+    finish(plan, own, 3.0)
+    assert [run.seed for run in plan.plan() if run.variant.name == "shared"] == seeds
+    assert [run.seed for run in plan.plan() if run.variant.name == "own"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"), [({"give-up": "far"}, "give-up"), ({"sweep": SWEEP | {"choose": "best"}}, "sweep.choose")]
+)
+def test_a_wrong_word_is_refused(tmp_path: Path, changes: dict, field: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_of(tmp_path, **changes)
+    assert caught.value.field == field
