@@ -8,7 +8,9 @@ yet written, so memory is bounded: about (MAX_HELD + 1) * (chunk + its ids) per 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -32,6 +34,8 @@ MAX_HELD = 2
 # A chunk during which this many workers died is not tried again.
 MAX_DEATHS = 2
 LARGE_CORPUS_BYTES = 16 << 30
+# How a file system says that it, a quota, or the size of a file is exhausted.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def preprocess(options: PreprocessOptions) -> finish.Report:
@@ -43,11 +47,28 @@ def preprocess(options: PreprocessOptions) -> finish.Report:
     files = inputs.find_inputs(options)
     if any(file.format == "text" for file in files) and len(options.json_keys) > 1:
         raise DataError("Text files have one column: give one name to --json-keys.")
-    if options.resume and any(file.path == inputs.STDIN for file in files):
+    if options.resume and _reads_stdin(files):
         raise DataError("--resume cannot be used with standard input, which is gone when it was read.")
     if options.chunk_bytes == DEFAULT_CHUNK_BYTES and sum(file.num_bytes for file in files) > LARGE_CORPUS_BYTES:
         # The journal has a line per chunk: a terabyte should not make a million.
         options = replace(options, chunk_bytes=8 * DEFAULT_CHUNK_BYTES)
+    try:
+        return _journaled(options, files)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        folder = os.path.dirname(options.output_prefix) or "."
+        again = "start again" if _reads_stdin(files) else "give the same command with --resume, which goes on from here"
+        raise DataError(
+            f"The output cannot be written to {folder}: {error.strerror}. Make room, and {again}."
+        ) from error
+
+
+def _reads_stdin(files: list[inputs.InputFile]) -> bool:
+    return any(file.path == inputs.STDIN for file in files)
+
+
+def _journaled(options: PreprocessOptions, files: list[inputs.InputFile]) -> finish.Report:
     log = journal.Journal(options.journal_path())
     executor, is_complete = make_executor(options), False
     try:
@@ -187,6 +208,8 @@ class _Run:
             self._replace(worker, answer[1])
         elif kind == "refused":
             raise DataError(answer[1])
+        elif kind == "unwritten":
+            raise answer[1]
         else:
             raise RuntimeError(f"a worker failed:\n{answer[1]}")
 

@@ -81,7 +81,7 @@ class Worker:
         except DataError as error:
             return ("refused", str(error))
         except OSError as error:
-            return ("refused", f"The output cannot be written: {error}.")
+            return ("unwritten", error) if message[0] == "write" else ("refused", str(error))
         except Exception:
             return ("crashed", traceback.format_exc())
 
