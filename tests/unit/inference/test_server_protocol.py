@@ -81,7 +81,7 @@ def test_max_tokens_fills_the_context_and_no_more() -> None:
         ("prompt", 5, "a list of either"), ("prompt", [1, "a", None], "each must be"), ("prompt", [[]], "each must be"),
         ("prompt", [True], "each must be"), ("prompt", [[1.5]], "each must be"), ("prompt", [257], "from 0 to 256"),
         ("prompt", [-1], "from 0 to 256"), ("prompt", [10**30], "from 0 to 256"), ("prompt", "\ud800", "surrogate"),
-        ("max_tokens", 0, "1 or more"), ("max_tokens", "5", "whole number"), ("max_tokens", True, "whole number"),
+        ("max_tokens", 0, "\"echo\": true"), ("max_tokens", -1, "0 or more"), ("max_tokens", "5", "whole number"), ("max_tokens", True, "whole number"),
         ("max_tokens", 2.0, "whole number"), ("n", 0, "1 or more"), ("n", 1.0, "whole number"), ("n", 7, "at most 6"),
         ("temperature", -1, "0 (the most probable token) or more"), ("temperature", "hot", "or more"),
         ("temperature", 10**400, "too large"), ("top_p", 0, "above 0"), ("top_p", 1.01, "at most 1"),
