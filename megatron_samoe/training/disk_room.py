@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.dist_checkpointing.saving import bytes_to_write, look_for_room, shown_bytes
+from megatron_samoe.dist_checkpointing.store import whole_iterations
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.training.checkpointing import run_state
@@ -36,11 +37,17 @@ class DiskRoom:
         logger.info(
             f"a checkpoint takes {shown_bytes(self._num_bytes)}; {self._config.save} has {shown_bytes(free)} left"
         )
-        if kept * self._num_bytes > free:
+        if (kept - self._to_be_deleted()) * self._num_bytes > free:
             logger.warning(
                 f"{kept} checkpoints, as many as this run comes to hold, take {shown_bytes(kept * self._num_bytes)}: the run "
                 "will end when there is no more room. --keep-last keeps fewer, a longer --save-interval makes fewer"
             )
+
+    def _to_be_deleted(self) -> int:
+        """Returns the checkpoints that are there and make room for new ones."""
+        config = self._config
+        keeps_all = config.keep_last is None and config.save_retain_interval is None
+        return 0 if keeps_all or config.save is None else len(whole_iterations(config.save))
 
     def look(self, iteration: int) -> None:
         """Raises CheckpointError where the save after that of this iteration would have no room."""

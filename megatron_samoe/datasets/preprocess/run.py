@@ -8,7 +8,6 @@ yet written, so memory is bounded: about (MAX_HELD + 1) * (chunk + its ids) per 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import queue
@@ -26,7 +25,7 @@ from megatron_samoe.datasets.preprocess.inputs import Chunk
 from megatron_samoe.datasets.preprocess.options import DEFAULT_CHUNK_BYTES, PreprocessOptions
 from megatron_samoe.datasets.preprocess.progress import Progress
 from megatron_samoe.datasets.preprocess.worker import Summary, TokenizerFacts
-from megatron_samoe.datasets.preprocess.writer import Written, partial_paths
+from megatron_samoe.datasets.preprocess.writer import NO_ROOM, Written, partial_paths
 from megatron_samoe.errors import DataError
 from megatron_samoe.parsing import JsonObject
 
@@ -34,8 +33,6 @@ MAX_HELD = 2
 # A chunk during which this many workers died is not tried again.
 MAX_DEATHS = 2
 LARGE_CORPUS_BYTES = 16 << 30
-# How a file system says that it, a quota, or the size of a file is exhausted.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def preprocess(options: PreprocessOptions) -> finish.Report:
@@ -208,7 +205,7 @@ class _Run:
             self._replace(worker, answer[1])
         elif kind == "refused":
             raise DataError(answer[1])
-        elif kind == "unwritten":
+        elif kind == "no room":
             raise answer[1]
         else:
             raise RuntimeError(f"a worker failed:\n{answer[1]}")
