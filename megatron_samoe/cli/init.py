@@ -30,7 +30,7 @@ SHOWN: Mapping[str, Mapping[str, Any]] = {
     "data": {"data_path": ["data/corpus_text_document"], "split": "95,5,0", "tokenizer_type": "HuggingFaceTokenizer",
              "tokenizer_model": "data/tokenizer.json"},
     "checkpoint": {"save_interval": 250, "keep_last": 2},
-    "logging": {"run_dir": "runs/first", "log_interval": 10, "moe_per_layer_logging": None},
+    "logging": {"run_dir": "runs/first", "log_interval": 10, "moe_per_layer_logging": True},
 }  # fmt: skip
 HEAD = "# yaml-language-server: $schema=schema.json\n"
 COMMANDS = """# Text to a dataset, and training. All options: megatron-samoe pretrain --help.
@@ -82,7 +82,10 @@ def _shown(expert_layout: str) -> dict[str, Mapping[str, Any]]:
     moe = {**SHOWN["moe"], "expert_layout": expert_layout}
     if expert_layout != "samoe":
         del moe["num_expert_banks"]
-    return {**SHOWN, "moe": {"expert_layout": "dense"} if expert_layout == "dense" else moe}
+    if expert_layout != "dense":
+        return {**SHOWN, "moe": moe}
+    logging = {name: value for name, value in SHOWN["logging"].items() if not name.startswith("moe_")}
+    return {**SHOWN, "moe": {"expert_layout": "dense"}, "logging": logging}
 
 
 @program

@@ -101,7 +101,7 @@ class GPTDataset(torch.utils.data.Dataset):
         if low < 0 or high >= self.format.vocab_size:
             raise DataError(
                 f"{self.dataset.path_prefix} holds token id {low if low < 0 else high}, outside the vocabulary of "
-                f"{self.format.vocab_size}: the data were made with another tokenizer."
+                f"{self.format.vocab_size}: the data were made with another tokenizer. Give that one (--tokenizer-type and its files)."
             )
         return text
 

@@ -185,6 +185,12 @@ def _refuse_foreign(root: Path, flag: str = "--load") -> None:
         for p in root.iterdir()
         if not re.fullmatch(r"\.iter_\d+\.(unfinished|replaced|deleted)|\..*\.tmp|\.lock|hangs|profile", p.name)
     )
+    below = sorted(path for depth in ("*/", "*/*/") for path in root.glob(depth))
+    runs = [str(p) for p in below if not re.match("checkpoints$|iter_", p.name) and _has_checkpoint(str(p))]
+    if runs:
+        raise CheckpointError(
+            f"{flag} {root} is a folder above runs and has no checkpoint itself: give one of {_listed(runs)}."
+        )
     if entries:
         raise CheckpointError(
             f"{flag} {root} holds no checkpoint of this program, but {_listed(entries)}."
