@@ -13,13 +13,13 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from megatron_samoe import children
 from megatron_samoe.cli.arguments import Words, adder, program, text_parser
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.report import write_report
@@ -67,7 +67,7 @@ def run(command: list[str], step: str) -> None:
     print(f"\n== {step}", flush=True)
     show(command)
     started = time.monotonic()
-    status = subprocess.run(command, env=environment()).returncode
+    status = children.run(command, env=environment()).returncode
     if status != 0:
         raise MegatronSamoeError(f"{step} ended with status {status}; its message stands above.")
     print(f"   ({time.monotonic() - started:.0f} s)", flush=True)
@@ -110,7 +110,7 @@ class Training:
         ]
         show(command)
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+            self.process = children.start(command, env=environment(), stdout=log, stderr=log)
 
     def progress(self) -> str:
         """Returns a few words on the last logged step."""
