@@ -14,7 +14,6 @@ import json
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megatron_samoe import children
 from megatron_samoe.benchmarks.common import (
     MadeModel,
     Row,
@@ -130,7 +130,7 @@ def make_exports(checkpoint: Path, options: Options) -> Path:
             path = folder / f"{dtype}.gguf"
             if not path.exists():
                 command = [options.llama_python, str(WORKERS), "gguf", str(folder / "hf"), str(path), dtype]
-                subprocess.run(command, check=True)
+                children.run(command, check=True)
     return folder
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_samoe import children
 from megatron_samoe.cli.arguments import Options, Words, adder, program, text_parser
 from megatron_samoe.compress.healing import OTHERS, STAGES, HealOptions, HealStage, heal_config
 from megatron_samoe.compress.judge import VERDICTS_FILE, Verdict, read_verdicts, verdict_table
@@ -160,7 +160,7 @@ def _heal(
     path.write_text(text)
     logger.info(f"{stage.name}: megatron-samoe pretrain --config {shlex.quote(str(path))}")
     # A process of its own: the trainer keeps freed memory, and the stages before may have taken much.
-    if subprocess.run([sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(path)]).returncode != 0:
+    if children.run([sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(path)]).returncode != 0:
         raise MegatronSamoeError(f"{stage.name} has not ended; the same command goes on from its last checkpoint.")
     return open_checkpoint(run_dir / "checkpoints").directory
 

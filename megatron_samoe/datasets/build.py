@@ -192,8 +192,8 @@ class _Builder:
         if first >= last:
             raise DataError(
                 f"The {name} split of {prefix} is needed but empty: --split {self.data.split} of its {len(indexed)} "
-                "sequences "
-                f"leaves it none. Split the corpus into more documents, change --split, or give --{name}-data-path."
+                f"sequences leaves it none. Cut the corpus into more documents (text files by megatron-samoe preprocess "
+                f"--document-kb or --document-separator), change --split, or give --{name}-data-path."
             )
         try:
             return GPTDataset(indexed, first, last, count, self.seeds[name], self.format, self._cache(prefix))
