@@ -18,6 +18,7 @@ from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.errors import CommunicationError, ConfigError, JobEndedError, MegatronSamoeError
 from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.meeting import Meeting
+from megatron_samoe.start import die_with_torchrun
 
 
 def choose_device(config: ParallelConfig) -> torch.device:
@@ -92,7 +93,7 @@ def initialize_distributed(
     world_size = launcher.world_size()
     if dist.is_initialized() or world_size == 1:
         return None
-    launcher.die_with_it()
+    die_with_torchrun()  # once more, for programs that import the package
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     rank = os.environ.get("RANK", "?")
