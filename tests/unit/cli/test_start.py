@@ -22,7 +22,9 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc and prctl")
-@pytest.mark.parametrize("program", ["-m megatron_samoe pretrain", "-m megatron_samoe.cli.pretrain", "tools/evaluate.py"])
+@pytest.mark.parametrize(
+    "program", ["-m megatron_samoe pretrain", "-m megatron_samoe.cli.pretrain", "tools/evaluate.py"]
+)
 def test_a_rank_dies_with_a_torchrun_that_is_killed_while_torch_is_loaded(program: str, tmp_path: Path) -> None:
     package = tmp_path / "torch"
     package.mkdir()
