@@ -45,7 +45,8 @@ class GPTDataset(torch.utils.data.Dataset):
         cache_path: folder for the indices; None keeps them in memory.
 
     Raises:
-        DataError: the split is empty or shorter than one sample; at reading, a token id outside the vocabulary, or a file that was cut short.
+        DataError: the split is empty or shorter than one sample; at reading, a token id outside the vocabulary, or a
+            file that was cut short.
     """
 
     def __init__(
