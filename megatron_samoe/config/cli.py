@@ -100,7 +100,36 @@ def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str, quiet: bo
         description="Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
         "--config FILE.yaml sets any of these options; flags override it.",
         config=(tyro.conf.OmitArgPrefixes,),
+        registry=flag_forms(),
     )
+
+
+def flag_forms() -> tyro.constructors.ConstructorRegistry:
+    """Returns how tyro is to read options: one that is derived unless given as true or false is true when given bare, as
+    Megatron's flags are.
+    """
+    registry = tyro.constructors.ConstructorRegistry()
+    values = {"True": True, "False": False, "None": None}
+
+    def read(words: list[str]) -> bool | None:
+        if not words:
+            return True
+        if len(words) > 1 or words[0] not in values:
+            raise ValueError(f"{' '.join(words)!r} is none of: nothing, which is True; {', '.join(values)}")
+        return values[words[0]]
+
+    @registry.primitive_rule
+    def optional_flag(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec[bool | None] | None:
+        if not (get_origin(info.type) in (Union, types.UnionType) and set(get_args(info.type)) == {bool, type(None)}):
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*", metavar="[{True,False,None}]", instance_from_str=read,
+            is_instance=lambda value: value is None or isinstance(value, bool), str_from_instance=lambda value: [str(value)],
+        )  # fmt: skip
+
+    return registry
 
 
 def _take_config_flag(args: list[str]) -> tuple[list[str], Path | None]:
