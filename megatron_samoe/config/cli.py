@@ -152,7 +152,7 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
                         f"{name}.{sub_key}", sub_value, f"unknown option in {source}.{nearest(sub_name, own)}"
                     )
                 changes[name][sub_name] = sub_value
-        elif name in groups:
+        elif name in groups and name not in home:
             raise ConfigError(str(key), value, f"is a group of options in {source}; it must hold a mapping")
         elif name in home:
             changes[home[name]][name] = value
