@@ -159,7 +159,7 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
         else:
             raise ConfigError(str(key), value, f"unknown option in {source}.{nearest(name, [*home, *groups])}")
     updated = {}
-    for group, fields in changes.items():
+    for group, fields in ((group, fields) for group, fields in changes.items() if fields):
         hints = get_type_hints(type(groups[group]))
         checked = {name: _convert(value, hints[name], name, source) for name, value in fields.items()}
         updated[group] = dataclasses.replace(groups[group], **checked)
