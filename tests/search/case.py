@@ -225,4 +225,4 @@ def _without_problem(case: Case, problem: ConfigError, kept: str, rng: random.Ra
 
 def reason(problem: ConfigError) -> str:
     """Returns why a case is refused, without its numbers."""
-    return re.sub(r"(?<![\w-])\d[\d., x|]*", "N ", f"{problem.field} {problem.allowed}").strip()
+    return re.sub(r"(?<![\w-])\d+(?:[\d., x|]*\d)?(?!\w)", "N", f"{problem.field} {problem.allowed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,8 +19,8 @@ from tests.search.case import Case, drawn_options, reason
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 BOUNDS = {"fp32": 1e-5, "fp64": 1e-11}
-#: Of one training in all ranks; tiny models take seconds, also where cores are few.
-TIMEOUT_S = 300.0
+#: Of one training; tiny models take seconds, also of eight ranks on two cores.
+TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Verdict:
     """What became of a case.
 
     Attributes:
-        outcome: agrees; refused: by a rule, or at the start; differs: from one process; else the fault's class.
+        outcome: agrees; refused: by a rule, or at the start; differs: from one process; else the class of an exception, or
+            that a rank died or hung.
         words: why.
     """
 
@@ -48,14 +50,16 @@ def try_case(case: Case, extensions: Extensions | None = None) -> Verdict:
     """
     for problem in case.problems():
         return Verdict("refused", reason(problem))
-    try:
-        expected = _trained(case, case.in_one_process, 1, extensions)
-        actual = _trained(case, case.config, case.ranks, extensions)
-    except ConfigError as error:
-        return Verdict("refused", reason(error))
-    except RankFailure as failure:
-        *_, last = str(failure).strip().splitlines()
-        return Verdict(last.partition(":")[0].strip(), str(failure))
+    found = []
+    for config, ranks in ((case.in_one_process, 1), (case.config, case.ranks)):
+        try:
+            found.append(run_ranks(train_or_refuse, ranks, config, case.precision, extensions, timeout_s=TIMEOUT_S)[0])
+        except RankFailure as failure:
+            *_, last = str(failure).strip().splitlines()
+            return Verdict(re.sub(r"ranks? [\d\[\], ]+", "a rank ", last.partition(":")[0]), str(failure))
+        if isinstance(found[-1], Verdict):
+            return found[-1]
+    expected, actual = found
     try:
         assert_same(actual, expected, BOUNDS[case.precision])
     except AssertionError as error:
@@ -63,22 +67,17 @@ def try_case(case: Case, extensions: Extensions | None = None) -> Verdict:
     return Verdict("agrees")
 
 
-def _trained(case: Case, config: PretrainConfig, ranks: int, extensions: Extensions | None) -> dict[str, Any]:
-    found = run_ranks(train_or_refuse, ranks, config, case.precision, extensions, timeout_s=TIMEOUT_S)[0]
-    if isinstance(found, ConfigError):
-        raise found
-    return found
-
-
-def train_or_refuse(config: PretrainConfig, precision: str, extensions: Extensions | None) -> Any:
-    """Returns, on the first rank, what `train` does, or the refusal with which it ended at the start."""
+def train_or_refuse(
+    config: PretrainConfig, precision: str, extensions: Extensions | None
+) -> dict[str, Any] | Verdict | None:
+    """Returns, on the first rank, what `train` does, or the refusal with which its start ended."""
     # A schedule of routing ends within five steps; else the third is the first to meet weights that moments made.
     steps = 5 if config.moe.pool_lock_step is not None or config.moe.neighbour_unmask_steps else 3
     exchange = config.parallel.moe_all_to_all_backend
     try:
         found = train(config, DTYPES[precision], steps, exchange=exchange, extensions=extensions)
     except ConfigError as error:
-        return error
+        return Verdict("refused", reason(error))
     return found if not dist.is_initialized() or dist.get_rank() == 0 else None
 
 
