@@ -112,6 +112,7 @@ def test_a_refusal_at_the_start_is_none() -> None:
     assert verdict.words.startswith("--lr-mult-patterns")
 
 
+@pytest.mark.night
 @pytest.mark.distributed
 def test_a_search_prints_the_command_that_repeats_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
     trial = partial(try_case, extensions=Extensions(rules=forgets_the_world))

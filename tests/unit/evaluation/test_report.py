@@ -386,6 +386,7 @@ def test_texts_are_escaped_and_the_page_is_alone(runs_dir: Path, tmp_path: Path)
     assert (tmp_path / "loss_curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.night
 @needs_browser
 def test_the_page_in_a_browser(runs_dir: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "decode.json").write_text(json.dumps(decode_rows(runs_dir)))

@@ -15,7 +15,7 @@ from megatron_samoe.runtime.load import LoadedModel
 from tests.harness.browser import Browser, browser, needs_browser
 from tests.harness.serving import RunningServer, greedy_text, load_tiny, save_tiny, serving, wait_for
 
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.night]
 
 
 #: A prompt whose most probable continuation goes on to the end of the context.
