@@ -35,7 +35,7 @@ def json_schema() -> JsonObject:
     """Returns the JSON schema (draft 2020-12) of a configuration file: options flat, or under their groups' names."""
     groups = {f.name: type(getattr(PretrainConfig(), f.name)) for f in dataclasses.fields(PretrainConfig)}
     properties: JsonObject = {}
-    for name, group in groups.items():
+    for group in groups.values():
         properties |= _options(group)
     for name, group in groups.items():
         flat = [properties[name]] if name in properties else []  # an option with the name of its group
