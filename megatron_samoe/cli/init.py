@@ -107,6 +107,7 @@ def _shown(expert_layout: str, is_small: bool) -> dict[str, Mapping[str, Any]]:
     if expert_layout == "dense":
         shown["moe"] = {"expert_layout": "dense"}
         del shown["logging"]["moe_per_layer_logging"]
+    return shown
 
 
 @program

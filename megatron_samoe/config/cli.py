@@ -200,14 +200,14 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
                         f"{name}.{sub_key}", sub_value, f"unknown option in {source}.{nearest(sub_name, own)}"
                     )
                 changes[name][sub_name] = sub_value
-        elif name in groups:
+        elif name in groups and name not in home:
             raise ConfigError(str(key), value, f"is a group of options in {source}; it must hold a mapping")
         elif name in home:
             changes[home[name]][name] = value
         else:
             raise ConfigError(str(key), value, f"unknown option in {source}.{nearest(name, [*home, *groups])}")
     updated = {}
-    for group, fields in changes.items():
+    for group, fields in ((group, fields) for group, fields in changes.items() if fields):
         hints = get_type_hints(type(groups[group]))
         checked = {name: _convert(value, hints[name], name, source) for name, value in fields.items()}
         updated[group] = dataclasses.replace(groups[group], **checked)

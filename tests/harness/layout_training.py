@@ -275,11 +275,12 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], rtol: float) -
     torch.testing.assert_close(actual["expert_norms"], expected["expert_norms"], rtol=10 * rtol, atol=0.0)
     assert actual["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
-        # A single number sums terms as large as its module's other gradients, by which its rounding is measured.
+        # A number, or the bias of a norm of keys, which has no gradient but rounding, sums terms as large as its module's other
+        # gradients, by which its rounding is measured.
         module = name.rpartition(".")[0] + "."
         measured_by = (
             [gradient]
-            if gradient.numel() > 1
+            if gradient.dim() > 1
             else [g for n, g in expected["gradients"].items() if n.startswith(module)]
         )
         scale = max(g.abs().max().item() for g in measured_by)

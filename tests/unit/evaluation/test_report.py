@@ -36,7 +36,7 @@ from megatron_samoe.evaluation.report_tables import (
 from megatron_samoe.evaluation.run_groups import group_runs, mean_sd
 from megatron_samoe.evaluation.run_summary import perplexity_text, read_run
 from megatron_samoe.interop.edited_model import NOT_MODEL
-from tests.harness.browser import browser, missing
+from tests.harness.browser import browser, needs_browser
 from tests.harness.serving import save_tiny
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -388,7 +388,8 @@ def test_texts_are_escaped_and_the_page_is_alone(runs_dir: Path, tmp_path: Path)
     assert (tmp_path / "loss_curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+@pytest.mark.night
+@needs_browser
 def test_the_page_in_a_browser(runs_dir: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "decode.json").write_text(json.dumps(decode_rows(runs_dir)))
     (tmp_path / "zs.json").write_text(json.dumps(zero_shot_file(runs_dir / "moe/seed-1/checkpoints", (0.6, 0.7))))
