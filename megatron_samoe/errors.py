@@ -108,6 +108,12 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} of very many digits"
 
 
+def readable(name: str) -> str:
+    """Returns a name from a file as it can be printed: control characters escaped, and cut where it is long."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name[:300])
+    return escaped if len(name) <= 200 else f"{escaped[:200]}... ({len(name):,} characters)"
+
+
 def install_extra(extra: str) -> str:
     """Returns how an extra of this package is installed: no registry holds the package."""
     return f"in the repository, pip install --no-build-isolation -e '.[{extra}]'"
