@@ -146,11 +146,8 @@ def assert_same(family: Family, ours: dict[str, Any], native: NativeModel, their
 def test_what_is_read_is_what_transformers_resolves_or_is_refused_by_name(name: str) -> None:
     family, num_read, num_refused = FAMILY[name], 0, 0
     for key, config in variants(family):
-        others = {
-            key,
-            family.entries.own_name(key),
-            *(n for n, own in family.entries.other_names.items() if own == key),
-        } | (ROPE_KEYS if key in ROPE_KEYS else set())
+        others = {key, family.entries.own_name(key), *(ROPE_KEYS if key in ROPE_KEYS else ())}
+        others |= {other for other, own in family.entries.other_names.items() if own == key}
         try:
             ours = completed(family.entries, config, name)
         except ConfigError as error:
@@ -231,9 +228,10 @@ def compared(folder: Path, config: dict[str, Any]) -> str:
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_logits_of_changed_configurations_are_those_of_transformers(name: str, saved: dict[str, Path]) -> None:
     family, folder, base = FAMILY[name], folder_of(saved, name), base_of(name)
-    unread = {
-        key: "float32" if "dtype" in key else None for key in _UNREAD - {"model_type", "architectures"}
-    } | dict.fromkeys(family.entries.unread)
+    unread: dict[str, Any] = {}
+    for key in (*_UNREAD - {"model_type", "architectures", "auto_map", "dtype", "torch_dtype"}, *family.entries.unread):
+        legal = [v for v in (None, 1, "x", False) if not isinstance(resolved(name, {**base, key: v}), Exception)]
+        unread[key] = legal[0]
     assert compared(folder, {**unread, **base}) == "same"
     different = {}
     plain = repr(derived_model(family, base).config.model) + repr(derived_model(family, base).config.moe)

@@ -108,7 +108,7 @@ class HFSource:
                     + nearest(part.name, have)
                 )
             located[part.name] = names[0]
-            if have[names[0]].shape != part.shape:
+            if have[names[0]].shape not in (part.shape, getattr(part, "older_shape", part.shape) or part.shape):
                 raise CheckpointError(
                     f"{where}: {names[0]} is {list(have[names[0]].shape)}; its {CONFIG} says {list(part.shape)}."
                 )

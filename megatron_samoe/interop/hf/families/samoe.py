@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron_samoe.config.derived import written_layer_freq
@@ -168,7 +169,9 @@ def _parts(native: NativeModel) -> Iterator[Part]:
         if name.startswith("expert_pool."):
             *place, kind = name.split(".")
             if place[1] == "bank":
-                yield _packed(native, "model.expert_pool.bank", ".".join(place), kind, whole)
+                part = _packed(native, "model.expert_pool.bank", ".".join(place), kind, whole)
+                # Banks one after the other: adapters know three dims, and not four.
+                yield replace(part, shape=(part.shape[0] * part.shape[1], *part.shape[2:]), older_shape=part.shape)
             else:
                 yield _packed(
                     native, f"model.expert_pool.sets.{place[2]}.{_experts_name(native)}", ".".join(place), kind, at(0)
