@@ -278,7 +278,7 @@ def refuse_wrong_values(content: Mapping[str, Any], where: str) -> None:
     for key, least in _COUNTS.items():
         value = content.get(key, least)
         whole = type(value) is int or (key == "optimizer_steps" and type(value) is float and value.is_integer())
-        if not (whole and least <= value < 2**62):
+        if not (whole and least <= value < (2**31 if key == "vocab_size" else 2**62)):
             raise CheckpointError(f"{where} is damaged: {key} is {shown(value)}, which is no count.")
     scale = content.get("loss_scale", {})
     if not isinstance(scale, Mapping) or any(finite_float(value) is None or isinstance(value, str)

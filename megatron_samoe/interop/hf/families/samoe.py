@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron_samoe.config.derived import written_layer_freq
@@ -11,8 +12,8 @@ from megatron_samoe.config.sharing_map import written_map
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import moe_layers, one_number
 from megatron_samoe.interop.hf.families.base import Family, entries, needs
+from megatron_samoe.interop.hf.families.entries import Entries, one_of, rare
 from megatron_samoe.interop.hf.families.llama import attention_parts, gated_mlp
-from megatron_samoe.interop.hf.families.reading import common, demand, flag
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, View, at, rows, whole
 
@@ -48,6 +49,15 @@ _POOL_ENTRIES = {name: name for name in ("num_expert_banks", "samoe_granularity"
 _COMPUTED = ("head_dim", "num_key_value_heads", "intermediate_size", "max_position_embeddings", "hidden_act",
              "linear_bias", "qkv_bias", "tie_word_embeddings", "expert_layout")  # fmt: skip
 _COMPUTED_OF_MOE = ("num_experts", "moe_layers", "moe_intermediate_size", "router_pre_softmax")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+#: Each has the type of our option, which refuses others.
+_ENTRIES = Entries({
+    **dict.fromkeys(
+        (*_MODEL_ENTRIES, *_MOE_ENTRIES, *_RARE_ENTRIES, *_POOL_ENTRIES, *_COMPUTED, *_COMPUTED_OF_MOE, "expert_sharing"),
+        rare(object, takes_null=True)),
+    **dict.fromkeys(_SIZES, rare(int)), **dict.fromkeys(("linear_bias", "qkv_bias", "tie_word_embeddings"), rare(bool)),
+    "hidden_act": one_of("swiglu", "gelu_tanh"), "expert_layout": one_of("dense", "moe", "samoe"),
+})  # fmt: skip
 
 
 def _moe_entries(layout: str, has_pool: bool) -> dict[str, str]:
@@ -79,18 +89,13 @@ def _write(native: NativeModel) -> dict[str, Any]:
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    common(config)
     layout = config.get("expert_layout", "dense")
-    demand(config, "expert_layout", ("dense", "moe", "samoe"))
-    demand(config, "hidden_act", ("swiglu", "gelu_tanh"))
     of_moe = _COMPUTED_OF_MOE if layout != "dense" else ()
     sharing = config.get("expert_sharing") if layout == "moe" else None
     of_layout = _moe_entries(layout, layout == "samoe" or "combined" in str(sharing))
     missing = [key for key in (*_MODEL_ENTRIES, *_COMPUTED, *of_layout, *of_moe) if key not in config]
     if missing:
         raise ConfigError("config.json", missing[:3], "these entries of a samoe model are missing")
-    for name in ("linear_bias", "qkv_bias", "tie_word_embeddings"):
-        flag(config, name)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     model = {ours: config[theirs] for theirs, ours in _MODEL_ENTRIES.items()}
     model |= {
@@ -164,7 +169,9 @@ def _parts(native: NativeModel) -> Iterator[Part]:
         if name.startswith("expert_pool."):
             *place, kind = name.split(".")
             if place[1] == "bank":
-                yield _packed(native, "model.expert_pool.bank", ".".join(place), kind, whole)
+                part = _packed(native, "model.expert_pool.bank", ".".join(place), kind, whole)
+                # Banks one after the other: adapters know three dims, and not four.
+                yield replace(part, shape=(part.shape[0] * part.shape[1], *part.shape[2:]), older_shape=part.shape)
             else:
                 yield _packed(
                     native, f"model.expert_pool.sets.{place[2]}.{_experts_name(native)}", ".".join(place), kind, at(0)
@@ -230,5 +237,5 @@ def _older_parts(native: NativeModel) -> Iterator[Part]:
 SAMOE = Family(
     "samoe", "SamoeForCausalLM", "our own class, whatever layers share",
     (needs("rope_scaling_type", None), needs("sliding_window", None), needs("qk_layernorm_scope", "head")), _write, _parts,
-    _read, older_parts=_older_parts,
+    _ENTRIES, _read, older_parts=_older_parts,
 )  # fmt: skip

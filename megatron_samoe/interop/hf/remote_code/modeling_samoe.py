@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_samoe import SamoeConfig
-from .moe_samoe import MLP, ExpertPool, Experts, MoE, experts_name
+from .moe_samoe import MLP, ExpertPool, Experts, Lent, MoE, experts_name
 
 # Transformers 5 renames the cache's field, and arguments of the mask.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -126,13 +126,13 @@ class SamoeDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
         self.mlp = MLP(config, config.intermediate_size) if source is None else MoE(config, source)
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, pool=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, lent=None, **kwargs):
         """Returns the next residual stream [B, S, H]."""
         x = hidden_states
         y, _ = self.self_attn(self.input_layernorm(x), position_embeddings, attention_mask, cache, **kwargs)
         x = x + F.dropout(y, self.dropout, self.training)
         y = self.post_attention_layernorm(x)
-        y = self.mlp(y, pool) if isinstance(self.mlp, MoE) else self.mlp(y)
+        y = self.mlp(y, lent) if isinstance(self.mlp, MoE) else self.mlp(y)
         return x + F.dropout(y, self.dropout, self.training)
 
 
@@ -223,9 +223,9 @@ class SamoeModel(SamoePreTrainedModel):
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         uses_rotary = self.config.position_embedding_type == "rope"
         rotary = rotary_tables(self.config, position_ids, x.dtype) if uses_rotary else None
-        hidden_states = [x]
+        hidden_states, lent = [x], Lent(self.expert_pool)
         for layer in self.layers:
-            x = layer(x, rotary, mask, cache, self.expert_pool, **kwargs)
+            x = layer(x, rotary, mask, cache, lent, **kwargs)
             hidden_states.append(x)
         x = self.norm(x)
         all_states = (*hidden_states[:-1], x) if output_hidden_states else None
@@ -261,8 +261,8 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
         )  # fmt: skip
         x = output.last_hidden_state
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = F.linear(x, head.weight)
+        tied = self.config.tie_word_embeddings
+        logits = F.linear(x, self.model.embed_tokens.weight) if tied else self.lm_head(x)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
