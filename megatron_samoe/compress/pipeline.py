@@ -43,7 +43,7 @@ from megatron_samoe.datasets.carried_tokenizer import with_carried
 from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.interop.edited_model import open_checkpoint
+from megatron_samoe.interop.edited_model import EditedModel, open_checkpoint
 from megatron_samoe.interop.pool_surgery import pool_moe, tie_layers
 from megatron_samoe.log import logger
 from megatron_samoe.models.blueprint import Blueprint
@@ -172,11 +172,15 @@ class Compression:
             return asdict(plan_of(self.options, self.layer_bytes, self.num_layers))
         assert self.options.budget is not None
         way: Way = "scaled" if self.options.sharing == "scaled" else "tied"
-        error_LL = pair_errors(self._layers(), self._activation, way, self.options.match)
+        error_LL = pair_errors(self._layers(), self._activation, way, self.options.match, self._num_groups)
         sets = sets_in_budget(self.options.budget, self.layer_bytes, self.num_layers)
         plan = SharingPlan(chosen_map(error_LL, sets, way))
         logger.info(f"plan: {plan.sharing}")
         return {**asdict(plan), "error_LL": error_LL.tolist()}
+
+    @property
+    def _num_groups(self) -> int:
+        return self.config.moe.moe_router_num_groups or 1
 
     @property
     def _activation(self) -> Activation:
@@ -213,7 +217,12 @@ class Compression:
         numberings: dict[int, Numbering] = {}
         for source, members in self.groups().items():
             found = best_numbering(
-                [layers[i] for i in members], activation, self.options.match, source.way, self._banks(source)
+                [layers[i] for i in members],
+                activation,
+                self.options.match,
+                source.way,
+                self._banks(source),
+                self._num_groups,
             )
             numberings |= dict(zip(members, found, strict=True))
         self.folder.write_tensors("numbering", {i: (n.experts_E, n.neurons_EF) for i, n in numberings.items()})
@@ -265,15 +274,12 @@ class Compression:
         return list(result["models"])
 
     def _make_others(self) -> JsonObject:
-        sources, plan = self.sources(self.plan), self.plan
-        combines = any(source.way == "combined" for source in sources)
-        blind = (
-            pool_moe(self.source, plan.num_banks, sharing=plan.sharing)
-            if combines
-            else tie_layers(self.source, plan.sharing)
-        )
-        self.folder.write_model("blind", blind)
-        models = ["blind"]
+        models = []
+        try:
+            self.folder.write_model("blind", self._blind())
+            models.append("blind")
+        except ConfigError as error:
+            logger.info(f"others: no blind model: {error}")
         try:
             kept = baselines.experts_in_budget(self.source, expert_bytes(self.fitted()))
         except ConfigError as error:
@@ -282,6 +288,12 @@ class Compression:
         self.folder.write_model("pruned", baselines.pruned_model(self.source, self.calibration, kept))
         self.folder.write_model("merged", baselines.merged_model(self.source, self.calibration, kept))
         return {"models": [*models, "pruned", "merged"], "experts": kept}
+
+    def _blind(self) -> EditedModel:
+        plan = self.plan
+        if any(source.way == "combined" for source in self.sources(plan)):
+            return pool_moe(self.source, plan.num_banks, sharing=plan.sharing)
+        return tie_layers(self.source, plan.sharing)
 
     def folder_of(self, model: str) -> Path:
         """Returns the checkpoint of the original, or of a stage's model."""

@@ -149,7 +149,6 @@ def test_other_options_than_those_of_a_stage_are_refused(folder: Path) -> None:
         (lambda: tiny_config("samoe"), "edit fold"),
         (lambda: tiny_config("moe", num_experts=(2, 4, 4, 4)), "as many in each"),
         (lambda: tiny_config("moe", moe_layer_freq="0100"), "two MoE layers"),
-        (lambda: tiny_config("moe", moe_router_num_groups=2, moe_router_group_topk=1), "no groups"),
     ],
 )
 def test_models_that_cannot_be_compressed_are_named(config: Callable[[], Any], what: str) -> None:
