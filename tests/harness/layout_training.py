@@ -279,9 +279,7 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], rtol: float) -
         # gradients, by which its rounding is measured.
         module = name.rpartition(".")[0] + "."
         measured_by = (
-            [gradient]
-            if gradient.dim() > 1
-            else [g for n, g in expected["gradients"].items() if n.startswith(module)]
+            [gradient] if gradient.dim() > 1 else [g for n, g in expected["gradients"].items() if n.startswith(module)]
         )
         scale = max(g.abs().max().item() for g in measured_by)
         torch.testing.assert_close(

@@ -75,7 +75,7 @@ def made(case: str, **changes: Any) -> Any:
     """Returns a random model of transformers."""
     name, options = CASES[case]
     own = dict(options) if name == "GPT2" else {**SIZES, **options}
-    config = getattr(transformers, f"{name}Config")(**own, **changes)
+    config = getattr(transformers, f"{name}Config")(**{**own, **changes})
     torch.manual_seed(5)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

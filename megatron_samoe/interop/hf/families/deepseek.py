@@ -162,10 +162,13 @@ def _in_pairs(before: int, rotated: int) -> tuple[int, ...]:
     return (*range(before), *(before + j + part * half for j in range(half) for part in (0, 1)))
 
 
-def _attention(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
+def latent_attention_parts(native: NativeModel, theirs: str, ours: str, in_pairs: bool = True) -> Iterator[Part]:
+    """Yields the tensors of latent attention; `in_pairs` says whether the class keeps rotated channels in pairs."""
     model = native.model
     hidden, heads, rotated = model.hidden_size, model.num_attention_heads, model.qk_pos_emb_head_dim
-    of_queries, of_latents = _in_pairs(model.qk_head_dim, rotated), _in_pairs(model.kv_lora_rank, rotated)
+    of_queries, of_latents = (
+        _in_pairs(before, rotated) if in_pairs else () for before in (model.qk_head_dim, model.kv_lora_rank)
+    )
     queries, inputs = "q_proj", hidden
     if model.q_lora_rank is not None:
         queries, inputs = "q_b_proj", model.q_lora_rank
@@ -181,6 +184,8 @@ def _attention(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
     shape = (heads * (model.qk_head_dim + model.v_head_dim), model.kv_lora_rank)
     yield Part(f"{theirs}.kv_b_proj.weight", f"{ours}.kv_up.weight", whole, shape)
     yield Part(f"{theirs}.o_proj.weight", f"{ours}.output.weight", whole, (hidden, heads * model.v_head_dim))
+    if model.attention_output_bias:
+        yield Part(f"{theirs}.o_proj.bias", f"{ours}.output.bias", whole, (hidden,))
 
 
 def _beside(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
@@ -194,7 +199,7 @@ def _beside(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
 
 
 def _parts(native: NativeModel) -> Parts:
-    return shared_parts(native, ExpertNames(), _beside, _attention)
+    return shared_parts(native, ExpertNames(), _beside, latent_attention_parts)
 
 
 DEEPSEEK_V3 = Family(

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def activate(h, gated):
-    """Returns the activation of pre-activations [..., F], or [..., 2 F] with the gates first."""
-    if gated:
+def activate(h, kind):
+    """Returns hidden_act's activation of pre-activations [..., F], or of swiglu's [..., 2 F] with the gates first."""
+    if kind == "swiglu":
         gate, up = h.chunk(2, -1)
         return F.silu(gate) * up
-    return F.gelu(h, approximate="tanh")
+    return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 class MLP(nn.Module):
@@ -23,7 +23,7 @@ class MLP(nn.Module):
 
     def __init__(self, config, width):
         super().__init__()
-        self.gate_proj = None
+        self.gate_proj, self.act = None, config.hidden_act
         if config.hidden_act == "swiglu":
             self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.linear_bias)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.linear_bias)
@@ -32,7 +32,7 @@ class MLP(nn.Module):
     def forward(self, x):
         """Returns y of x's shape."""
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+            return self.down_proj(activate(self.up_proj(x), self.act))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -67,7 +67,8 @@ class Experts(nn.Module):
 
     def __init__(self, config, num_experts, num_banks=1):
         super().__init__()
-        self.gated, self.num_experts, packed = config.hidden_act == "swiglu", num_experts, num_banks * num_experts
+        self.act, self.gated, self.num_experts = config.hidden_act, config.hidden_act == "swiglu", num_experts
+        packed = num_banks * num_experts
         up, hidden, width = (
             "gate_up_proj" if self.gated else "up_proj",
             config.hidden_size,
@@ -110,7 +111,7 @@ class Experts(nn.Module):
         h = F.linear(x_RH, weight(self.up), weight(f"{self.up}_bias") if self.has_bias else None)
         h = h if scale is None else h * scale.to(h.dtype)
         bias = weight("down_proj_bias") if self.has_bias else None
-        return F.linear(activate(h, self.gated), weight("down_proj"), bias)
+        return F.linear(activate(h, self.act), weight("down_proj"), bias)
 
 
 def experts_name(config):
