@@ -85,8 +85,8 @@ def texts(options: CompressOptions, config: PretrainConfig, vocab_size: int, tok
     ):
         if tokens < seq_length:
             raise ConfigError(flag, tokens, f"must be a sequence of the model or more, {seq_length} tokens")
-    for path in filter(None, (options.data_path, options.valid_data_path)):
-        check_vocabulary(IndexedDataset(path), tokenizer, vocab_size)
+    for dataset in filter(None, (options.data_path, options.valid_data_path)):
+        check_vocabulary(IndexedDataset(dataset), tokenizer, vocab_size)
     path, flag, start, end = options.valid_data_path, "--valid-data-path", 0, None
     if path is None:
         held_out = last_documents(options.data_path, options.judge_tokens, "--data-path")

@@ -45,7 +45,7 @@ def test_the_listed_ones_are_booleans_here_and_no_others() -> None:
 def test_a_bare_flag_is_true(name: str) -> None:
     group, field = OPTIONS[name]
     for words in ([name], [name, "--lr", "0.5"]):
-        config = parse_pretrain_args(words)
+        config = parse_pretrain_args(words, accept_idle=True)
         assert getattr(getattr(config, group), field) is True
         assert config.optimizer.lr == (0.5 if len(words) > 1 else PretrainConfig().optimizer.lr)
 
@@ -53,8 +53,8 @@ def test_a_bare_flag_is_true(name: str) -> None:
 def test_an_option_that_is_derived_can_be_given_as_false(capsys: pytest.CaptureFixture[str]) -> None:
     name = "--moe-router-pre-softmax"
     for words in ([name, "False"], [f"{name}=False"]):
-        assert parse_pretrain_args(words).moe.moe_router_pre_softmax is False
-    assert parse_pretrain_args([name, "None"]).moe.moe_router_pre_softmax is None
+        assert parse_pretrain_args(words, accept_idle=True).moe.moe_router_pre_softmax is False
+    assert parse_pretrain_args([name, "None"], accept_idle=True).moe.moe_router_pre_softmax is None
     with pytest.raises(SystemExit):
         parse_pretrain_args([name, "maybe"])
     assert "none of" in capsys.readouterr().err
