@@ -38,7 +38,7 @@ class DiskRoom:
             f"a checkpoint takes {shown_bytes(self._num_bytes)}; {self._config.save} has {shown_bytes(free)} left"
         )
         if (kept - self._to_be_deleted()) * self._num_bytes > free:
-            logger.warning(
+            logger.info(
                 f"{kept} checkpoints, as many as this run comes to hold, take {shown_bytes(kept * self._num_bytes)}: the run "
                 "will end when there is no more room. --keep-last keeps fewer, a longer --save-interval makes fewer"
             )

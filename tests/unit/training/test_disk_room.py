@@ -91,7 +91,11 @@ def test_a_run_that_could_not_save_takes_no_step(
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["waiting", "background"])
 def test_a_run_ends_at_the_last_checkpoint_that_has_room(
-    async_save: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int]
+    async_save: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: tuple[int, int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     limit_disk(monkeypatch, tmp_path, sizes[1] + 3 * sizes[0] // 2)
     with pytest.raises(
@@ -103,7 +107,10 @@ def test_a_run_ends_at_the_last_checkpoint_that_has_room(
         assert "[4 steps]" in str(caught.value)
     # What it says helps: with fewer kept, the same run ends.
     shutil.rmtree(iteration_dir(tmp_path, 2))
-    assert train(tmp_path, keep_last=1) == 2
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "megatron_samoe"):
+        assert train(tmp_path, keep_last=1) == 2
+    assert "as many as this run comes to hold" not in caplog.text, "the one that is there will be deleted"
 
 
 def test_a_run_that_is_about_to_leave_needs_no_more_room(
