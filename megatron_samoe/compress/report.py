@@ -18,6 +18,7 @@ from megatron_samoe.parsing import JsonObject
 
 #: By the model that came out of training, the one that it began as.
 _BEGINNINGS = {stage.name: "fitted" for stage in STAGES} | {stage.name: model for model, stage in OTHERS.items()}
+_LONGER = OTHERS["original"].name
 #: What models are, by name.
 _WORDS = {
     "matched": "the original with experts, their neurons and routers' rows renumbered, so that what is alike in several layers has one "
@@ -33,10 +34,8 @@ _WORDS = {
     STAGES[1].name: "the compressed model after the last stage: of what layers share, coefficients and routers.",
     OTHERS["blind"].name: "blind, after as many steps from the same teacher.",
     OTHERS["pruned"].name: "pruned, after as many steps from the same teacher; experts and routers are trained.",
-    OTHERS[
-        "original"
-    ].name: "the original, trained on by as many steps: at the same rate, with all its weights, from text alone. A healed "
-    "model that is below the original, but not below this one, owes it to the steps.",
+    _LONGER: "the original, trained on by as many steps: at the same rate, with all its weights, from text alone. A healed model that is "
+    "below the original, but not below this one, owes it to the steps.",
 }
 #: Below this an axis of losses is linear, above it logarithmic: one large loss leaves room for the others.
 _LINEAR_BELOW = 0.01
@@ -89,31 +88,21 @@ def _verdict_sections(compressed: Compressed) -> list[Section]:
     original, *others = compressed.verdicts
     trained = [v for v in others if v.model in _BEGINNINGS]
     made = [v for v in others if v.model not in _BEGINNINGS]
-    sections = []
-    for name, heading, group in (
-        ("verdicts", "At a glance", trained or made),
-        ("made", "Before any training", made if trained else []),
-    ):
-        if group:
-            words = [f"{v.model}: {_WORDS[v.model]}" for v in group]
-            sentence = _sentence(original, others) if name == "verdicts" else _fitted_sentence(original, made)
-            sections.append(
-                Section(
-                    name,
-                    heading,
-                    [*words, *([how] if name == "verdicts" else [])],
-                    verdict_table([original, *group]),
-                    _points(original, group),
-                    sentence,
-                )
-            )
-    return sections  # fmt: skip
+    first = Section("verdicts", "At a glance", sentence=_sentence(original, others))
+    groups = [(first, trained or made)]
+    if trained:
+        groups.append((Section("made", "Before any training", sentence=_fitted_sentence(original, made)), made))
+    for section, group in groups:
+        section.paragraphs = [f"{v.model}: {_WORDS[v.model]}" for v in group]
+        section.table, section.png = verdict_table([original, *group]), _points(original, group)
+    first.paragraphs.append(how)
+    return [section for section, _ in groups]
 
 
 def _sentence(original: Verdict, others: Sequence[Verdict]) -> str:
     """Returns what the compressed model's bytes cost, against the original, and against more training of it."""
     last = [v for v in others if _family(v.model) == "fitted"][-1]
-    longer = [v for v in others if v.model == OTHERS["original"].name]
+    longer = [v for v in others if v.model == _LONGER]
     against = f", {last.loss - longer[0].loss:+.4f} over the original trained on by as many steps" if longer else ""
     return (
         f"{last.expert_bytes / original.expert_bytes:.0%} of the expert bytes, {'healed' if last.model in _BEGINNINGS else 'not healed'}: "

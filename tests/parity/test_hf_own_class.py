@@ -10,7 +10,7 @@ import pytest
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.interop.edited_model import open_checkpoint
 from megatron_samoe.interop.hf.families.samoe import _RARE_MODEL_ENTRIES
-from megatron_samoe.interop.hf.remote_code.configuration_samoe import DEFAULTS
+from megatron_samoe.interop.hf.remote_code.configuration_samoe import DEFAULTS, SamoeConfig
 from tests.parity.hf_models import converted, exported, native, some_ids, their_logits, theirs
 
 pytestmark = pytest.mark.parity
@@ -66,3 +66,19 @@ def test_its_defaults_are_ours() -> None:
     assert {name: DEFAULTS[name] for name in _RARE_MODEL_ENTRIES} == {
         name: getattr(ModelConfig, name) for name in _RARE_MODEL_ENTRIES
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "is_whole"),
+    [
+        ({"sliding_window": 3}, False),
+        ({"qk_layernorm": True, "qk_layernorm_scope": "all"}, True),
+        ({"multi_latent_attention": True, "head_dim": 192}, True),
+    ],
+)
+def test_tensor_parallel_plans_leave_out_attention_that_no_rank_can_have_a_part_of(
+    options: dict[str, Any], is_whole: bool
+) -> None:
+    config = SamoeConfig(**options)
+    names = {name.split(".")[2] for name in config.base_model_tp_plan}
+    assert names == ({"mlp"} if is_whole else {"mlp", "self_attn"}) and config.has_whole_attention == is_whole
