@@ -151,7 +151,7 @@ class Entries:
 
 def completed(entries: Entries, config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """Returns all entries that decide what a class computes, by their own names, with the values that transformers gives
-    them; rotary positions are what `reading.rope_of` makes of them.
+    them. Those of rotary positions stay as they are given: `reading.rope_of` resolves them.
 
     Raises:
         ConfigError: an entry has a value that it cannot have or that our model does not compute, or nothing is known of it.
