@@ -100,7 +100,8 @@ def test_banks_of_earlier_exports_are_read(folders: dict[str, Path], tmp_path: P
     tensors = load_file(folders["banks_with_biases"] / "model.safetensors")
     for name in [name for name in tensors if ".bank." in name]:
         tensors[name] = tensors[name].unflatten(0, (2, -1))
-    (tmp_path / "config.json").write_bytes((folders["banks_with_biases"] / "config.json").read_bytes())
+    for name in ("config.json", "megatron_samoe.json"):
+        (tmp_path / name).write_bytes((folders["banks_with_biases"] / name).read_bytes())
     save_file(tensors, tmp_path / "model.safetensors")
     older, newer = HFSource(tmp_path), HFSource(folders["banks_with_biases"])
     for name in newer.native.tensors:

@@ -107,7 +107,7 @@ _UNREAD = frozenset(
     model_type architectures auto_map transformers_version name_or_path _name_or_path _commit_hash dtype torch_dtype
     attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
     experts_implementation _experts_implementation _experts_implementation_internal return_dict output_hidden_states
-    output_attentions output_scores return_dict_in_generate use_return_dict torchscript use_bfloat16 tf_legacy_loss
+    output_attentions output_scores return_dict_in_generate torchscript use_bfloat16 tf_legacy_loss
     use_cache gradient_checkpointing tokenizer_class prefix bos_token_id eos_token_id pad_token_id sep_token_id
     decoder_start_token_id unk_token_id id2label label2id num_labels problem_type finetuning_task task_specific_params
     classifier_dropout classifier_dropout_prob assistant_confidence_threshold assistant_lookbehind bad_words_ids
@@ -151,7 +151,7 @@ class Entries:
 
 def completed(entries: Entries, config: Mapping[str, Any], family: str) -> dict[str, Any]:
     """Returns all entries that decide what a class computes, by their own names, with the values that transformers gives
-    them; rotary positions are what `reading.rope_of` makes of them.
+    them. Those of rotary positions stay as they are given: `reading.rope_of` resolves them.
 
     Raises:
         ConfigError: an entry has a value that it cannot have or that our model does not compute, or nothing is known of it.
