@@ -9,6 +9,8 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+from megatron_samoe.installation import install_extra
+
 
 class MegatronSamoeError(Exception):
     """Base of every error that a command shows without a traceback.
@@ -106,11 +108,6 @@ def shown(value: object) -> str:
         return _short.repr(value)[:1000]
     except ValueError:  # an integer of more digits than Python writes
         return f"a {type(value).__name__} of very many digits"
-
-
-def install_extra(extra: str) -> str:
-    """Returns how an extra of this package is installed: no registry holds the package."""
-    return f"in the repository, pip install --no-build-isolation -e '.[{extra}]'"
 
 
 def optional_import(module: str, extra: str, what: str) -> Any:
