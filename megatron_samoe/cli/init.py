@@ -119,7 +119,10 @@ def _commands(text: Sequence[str] | None, folder: Path) -> tuple[str, bool]:
     """
     if text is None:
         return COMMANDS.format(text="text.txt", cut=CUT.format(2), vocab_size=8192), False
-    files = find_inputs(PreprocessOptions(input=tuple(text), output_prefix="data"))
+    try:
+        files = find_inputs(PreprocessOptions(input=tuple(text), output_prefix="data"))
+    except DataError as error:
+        raise DataError(str(error).replace("--input", "--text")) from None
     size = sum(file.num_bytes for file in files)
     if size < LEAST_BYTES:
         raise DataError(
