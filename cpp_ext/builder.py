@@ -239,7 +239,8 @@ def compile_and_link(toolchain: Toolchain, sources: list[str], folder: Path, lib
         for result in pool.map(lambda job: compile_one(*job, toolchain.versions(), folder), jobs):
             results.append(result)
             if sys.stderr.isatty():
-                print(f"\r{len(results)} of {len(jobs)} files compiled ", end="", file=sys.stderr, flush=True)
+                end = "\n" if len(results) == len(jobs) else ""
+                print(f"\r{len(results)} of {len(jobs)} objects are there", end=end, file=sys.stderr, flush=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     # A running process may have the old library mapped: replace the file, never write into it.
     fresh = library.with_name(library.name + ".new")

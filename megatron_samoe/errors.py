@@ -9,6 +9,8 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+from megatron_samoe.installation import install_extra
+
 
 class MegatronSamoeError(Exception):
     """Base of every error that a command shows without a traceback.
@@ -117,11 +119,6 @@ def readable(name: str) -> str:
 def is_odd_name(name: object) -> bool:
     """Returns whether a tensor of a file has a name that cannot be shown as it is, and that no model's tensor has."""
     return not isinstance(name, str) or not name.isprintable() or len(name) > 300
-
-
-def install_extra(extra: str) -> str:
-    """Returns how an extra of this package is installed: no registry holds the package."""
-    return f"in the repository, pip install --no-build-isolation -e '.[{extra}]'"
 
 
 def optional_import(module: str, extra: str, what: str) -> Any:

@@ -20,6 +20,7 @@ from megatron_samoe.datasets.bin_readers import is_remote
 from megatron_samoe.datasets.preprocess.inputs import find_inputs
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.errors import ConfigError, DataError, nearest
+from megatron_samoe.installation import checkout
 
 #: What the configuration shows: values, and None for options that are there to be found, with their defaults.
 SHOWN: Mapping[str, Mapping[str, Any]] = {
@@ -91,11 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def examples() -> dict[str, Path]:
     """Returns the examples by name: configurations of models, and studies."""
-    package = Path(__file__).resolve().parents[1]
+    root = checkout()
     # A wheel holds them; an editable installation has the repository's.
-    folder = package / "cli" / "examples" if (package / "cli" / "examples").is_dir() else package.parent / "examples"
-    if folder.parent == package.parent and not (package.parent / "setup.py").exists():
-        return {}
+    folder = root / "examples" if root is not None else Path(__file__).with_name("examples")
     return {path.stem: path for kind in ("configs", "studies") for path in sorted((folder / kind).glob("*.yaml"))}
 
 
@@ -121,7 +120,10 @@ def _commands(text: Sequence[str] | None, folder: Path) -> tuple[str, bool]:
     """
     if text is None:
         return COMMANDS.format(text="text.txt", cut=CUT.format(2), vocab_size=8192), False
-    files = find_inputs(PreprocessOptions(input=tuple(text), output_prefix="data"))
+    try:
+        files = find_inputs(PreprocessOptions(input=tuple(text), output_prefix="data"))
+    except DataError as error:
+        raise DataError(str(error).replace("--input", "--text")) from None
     size = sum(file.num_bytes for file in files)
     if size < LEAST_BYTES:
         raise DataError(

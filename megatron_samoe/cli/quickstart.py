@@ -116,7 +116,7 @@ class Training:
         if not steps:
             return 0, "starting"
         record = json.loads(steps[-1])
-        return record["iteration"], f"loss {record['lm_loss']:.3f}"
+        return min(record["iteration"], self.steps), f"loss {record['lm_loss']:.3f}"
 
     def is_running(self) -> bool:
         """Returns whether it still trains."""
@@ -142,18 +142,18 @@ class Table:
 
     def show(self, trainings: Sequence[Training]) -> None:
         """Shows those that have started."""
+        running = {training for training in trainings if training.is_running()}  # before what they last logged is read
         found = {training: training.progress() for training in trainings}
         done, began = sum(step for step, _ in found.values()), sum(training.began_at for training in trainings)
         if sys.stdout.isatty():
             for training, (step, words) in found.items():
-                self._draw(training.name, step, training.began_at, training.steps, words, training.is_running())
+                self._draw(training.name, step, training.began_at, training.steps, words, training in running)
             self._draw("all", done, began, self._steps, "", is_running=True)
         elif time.monotonic() - self._said > SAY_S:
             self._said = time.monotonic()
             left = (self._said - self._started) * (self._steps - done) / (done - began) if done > began else None
             after = f", about {tqdm.format_interval(left)} left" if left is not None else ""
-            running = {training.name: found[training] for training in trainings if training.is_running()}
-            each = "; ".join(f"{name} at step {step}, {words}" for name, (step, words) in running.items())
+            each = "; ".join(f"{t.name} at step {step}, {words}" for t, (step, words) in found.items() if t in running)
             print(f"   {done:,} of {self._steps:,} steps{after}: {each}", flush=True)
 
     def _draw(self, name: str, step: int, began_at: int, steps: int, words: str, is_running: bool) -> None:

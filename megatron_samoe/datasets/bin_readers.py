@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_samoe.datasets.mapped_file import MappedFile, require_whole
-from megatron_samoe.errors import DataError, install_extra
+from megatron_samoe.errors import DataError
+from megatron_samoe.installation import install_extra
 
 
 class BinReader(Protocol):

@@ -18,7 +18,8 @@ ROOT = Path(megatron_samoe.__file__).parent
 
 #: Bottom first; packages of one floor do not know each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "log", "parsing", "start", "children"),
+    ("children", "installation"),
+    ("errors", "log", "parsing", "start"),
     ("__init__",),
     ("config",),
     ("parallel_state",),

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.errors import ConfigError, MegatronSamoeError, install_extra
+from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.inference.server.app import build_app
 from megatron_samoe.inference.server.connection import timed_protocol
 from megatron_samoe.inference.server.gate import GateLimits
 from megatron_samoe.inference.server.metrics import ServerMetrics
 from megatron_samoe.inference.server.models import NamedModel, ServedModels
+from megatron_samoe.installation import install_extra
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import Group
 

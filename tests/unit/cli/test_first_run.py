@@ -57,7 +57,7 @@ def test_from_a_text_to_a_served_model(
 
 
 def test_a_text_that_is_missing_or_too_short_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text, reason in (("", "has 0 bytes"), (None, "matches no file")):
+    for text, reason in (("", "has 0 bytes"), (None, "--text '"), (None, "matches no file")):
         if text is not None:
             (tmp_path / "text.txt").write_text(text)
         assert main([str(tmp_path / "new"), "--text", str(tmp_path / "text.txt")]) != 0
