@@ -39,7 +39,9 @@ def gradients(way: str, backend: str | None) -> dict[str, Tensor]:
             y_TH = run(x_TH)
             y_TH.backward(torch.ones_like(y_TH))
         if counter is not None:
-            assert [row["op"] for row in counter.rows].count("_grouped_mm") == 6, "products of experts are torch's grouped ones"
+            assert [row["op"] for row in counter.rows].count("_grouped_mm") == 6, (
+                "products of experts are torch's grouped ones"
+            )
     assert x_TH.grad is not None
     flats = {f"gradient {i}": buffer.flat.clone() for i, buffer in enumerate(setup.buffers.buffers)}
     return {"y": y_TH.detach(), "dx": x_TH.grad, **flats}
