@@ -103,8 +103,9 @@ def test_a_cpus_op_refuses_it(name: str) -> None:
     _check(name, r"outside|expert| of \d")
 
 
-@pytest.mark.parametrize("name", INDICES)
+@pytest.mark.parametrize("name", [name for name in INDICES if not name.startswith("decoding")])
 def test_a_kernel_stops_at_it(name: str, emulated: Any) -> None:
+    """Decoding's bindings look at indices themselves where tensors lie on a CPU, so no kernel of theirs meets a wrong one."""
     _check(name, r"a CUDA kernel failed.*device-side assert")
 
 
