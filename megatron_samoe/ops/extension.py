@@ -12,10 +12,11 @@ training that `runtime.kernels` has compared with their twins at the start of a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -140,6 +141,17 @@ def trust(kernels: Iterable[CudaKernel]) -> None:
     """From here on CUDA tensors go to these CUDA kernels, unless the environment variable says otherwise."""
     global _trusted
     _trusted = frozenset(kernels)
+
+
+@contextlib.contextmanager
+def trusting(kernels: Iterable[CudaKernel]) -> Iterator[None]:
+    """Inside, these are trusted, and no others."""
+    before = _trusted
+    trust(kernels)
+    try:
+        yield
+    finally:
+        trust(before)
 
 
 def cuda_kernels_are_chosen() -> bool:

@@ -15,7 +15,7 @@ from megatron_samoe.config import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.rank_model import RankModel, compute_dtype
 from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
-from megatron_samoe.ops import asynchronous, grouped_products
+from megatron_samoe.ops.asynchronous import taken_for_gpu
 from megatron_samoe.optimizer import mixed_precision
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
 from megatron_samoe.parallel_state import RankGrid
@@ -82,9 +82,7 @@ def _reduce_scatter(group: Group, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def device_without_storage(rows_for_each_rank_and_expert: int) -> Iterator[None]:
-    """`meta` as a GPU of a world that does not exist: it runs behind the host, has torch's grouped product, and the other
-    ranks send as many rows as this one.
-    """
+    """`meta` as an H100 of a world that does not exist, where the other ranks send as many rows as this one."""
 
     def table(dispatcher: AllToAllDispatcher, _copy: object) -> Tensor:
         size = dispatcher.group.size
@@ -94,8 +92,7 @@ def device_without_storage(rows_for_each_rank_and_expert: int) -> Iterator[None]
         return _Attention.apply(query, key, value)
 
     with (
-        mock.patch.object(asynchronous, "DEVICE_TYPES", frozenset({"meta"})),
-        mock.patch.object(grouped_products, "use_grouped_mm", lambda *operands: True),
+        taken_for_gpu("meta"),
         mock.patch.object(AllToAllDispatcher, "_awaited", table),
         mock.patch.object(all_to_all, "_exchange", _exchange),
         mock.patch.object(Group, "all_reduce", lambda group, x, *_: x),
