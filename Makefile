@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 # A package's bytecode is made when it is imported; pip would make that of thousands of modules that nothing imports.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed test-all test-all-unit test-all-distributed sanitize lint check-python clean
+.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed test-all test-all-unit test-all-distributed sanitize lint results-check check-python clean
 
 install: $(VENV)/.installed
 
@@ -42,7 +42,7 @@ quickstart: install
 	$(BIN)/megatron-samoe quickstart
 
 # Two halves at once: most tests of the one wait for one process, most of the other for ranks that wait for each other.
-test: lint
+test: lint results-check
 	$(MAKE) --jobs 2 test-unit test-distributed
 
 test-unit: $(VENV)/.installed-tests
@@ -76,6 +76,10 @@ sanitize:
 
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy megatron_samoe
+
+# Figures of docs/results from the stored runs, and these against their registration. `tools/results_check.py --write` renews the page.
+results-check: $(VENV)/.installed
+	$(BIN)/python tools/results_check.py
 
 # The site, in docs/_build/html; a warning, such as a link that leads nowhere, is an error.
 docs: $(VENV)/.installed

@@ -123,7 +123,7 @@ def _show_plan(plan: StudyPlan) -> None:
 def _compare(plan: StudyPlan) -> None:
     study = plan.study
     finished = [run for run in plan.plan() if plan.is_finished(run)]
-    comparisons = collect(study, finished)
+    comparisons = collect(study, finished, plan.given_up())
     if not comparisons:
         raise MegatronSamoeError("No seed is finished for every model of the study, so there is nothing to compare.")
     commands = [
@@ -140,7 +140,7 @@ def _compare(plan: StudyPlan) -> None:
             print(f"note: {warning}")
     print(
         f"\nsd: over seeds. Differences are within seeds, with the 95 % interval by Student's t; pooled: with the spread of all "
-        f"models.\np equal: of such differences if the models were {study.margin:g} nats apart; p Dunnett: if none differed."
+        f"trained models.\np equal: of such differences if the models were {study.margin:g} nats apart; p Holm: if none differed."
     )
     optima = plan.optima()
     for (name, size), found in optima.items():

@@ -64,6 +64,11 @@ class StudyPlan:
         runs = plan_runs(self.study, self.root)
         return runs if self.study.give_up is None else [run for run in runs if not self._is_given_up(run, runs)]
 
+    def given_up(self) -> set[tuple[str, str]]:
+        """Returns names and sizes of variants that get no seed but the first."""
+        runs = plan_runs(self.study, self.root)
+        return {(r.variant.edited_from or r.variant.name, r.size) for r in runs if self._is_given_up(r, runs)}
+
     def _is_given_up(self, run: Run, runs: Sequence[Run]) -> bool:
         """Whether the first seed of a run's variant, or of what it is edited from, ended too far behind the baseline's."""
         name, first = run.variant.edited_from or run.variant.name, self.study.seeds[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Comparison:
 
     Attributes:
         steps: None for the full length.
-        seeds: that every variant has finished.
+        seeds: that every variant has finished, but for those that were given up after the first.
     """
 
     size: str
@@ -74,27 +74,40 @@ class Comparison:
     variants: list[VariantResult]
 
 
-def collect(study: Study, finished: Sequence[Run]) -> list[Comparison]:
+def collect(study: Study, finished: Sequence[Run], given_up: Collection[tuple[str, str]] = ()) -> list[Comparison]:
     """Returns a comparison for each size and length, over the seeds that every variant has finished there; none where no seed
-    is. The first is the study's own, if it is there."""
+    is. The first is the study's own, if it is there.
+
+    Args:
+        given_up: names and sizes of variants that have the first seed alone.
+    """
     found = []
     for size in study.sizes:
         for steps in (None, *study.branches):
             variants = [v for v in study.variants if v.is_trained or steps is None]
             done = {(run.variant.name, run.seed): run for run in finished
                     if (run.size, run.length, run.swept) == (size, steps, None)}  # fmt: skip
-            seeds = [seed for seed in study.seeds if all((v.name, seed) in done for v in variants)]
+            short = {v.name for v in variants if (v.edited_from or v.name, size) in given_up}
+            seeds = [
+                seed for place, seed in enumerate(study.seeds)
+                if all((v.name, seed) in done for v in variants if not place or v.name not in short)
+            ]  # fmt: skip
             if seeds:
                 groups = {
-                    v.name: RunGroup(v.name, tuple(read_run(done[v.name, seed].directory) for seed in seeds))
+                    v.name: RunGroup(v.name, tuple(
+                        read_run(done[v.name, seed].directory) for seed in (seeds[:1] if v.name in short else seeds)
+                    ))
                     for v in variants
-                }
+                }  # fmt: skip
                 found.append(Comparison(size, steps, seeds, _compared(study, groups)))
     return found
 
 
 def _compared(study: Study, groups: dict[str, RunGroup]) -> list[VariantResult]:
-    compared = differences({name: group.losses for name, group in groups.items()}, study.baseline, study.margin)
+    most = max(len(group.losses) for group in groups.values())
+    losses = {name: [*g.losses, *[math.nan] * (most - len(g.losses))] for name, g in groups.items()}
+    derived = [v.name for v in study.variants if not v.is_trained]
+    compared = differences(losses, study.baseline, study.margin, derived)
     return [_result(group, compared.get(name)) for name, group in groups.items()]
 
 
@@ -125,7 +138,7 @@ def unequal_arms(study: Study, results: Sequence[VariantResult], tolerance: floa
 def results_table(study: Study, results: Sequence[VariantResult]) -> Table:
     """Returns rows of text, the first the heading."""
     rows = [["model", "sharing", "parameters", "expert", "active", "valid. loss", "bits/byte", "sd", f"from {study.baseline}", "pooled",
-             "p equal", "p Dunnett", "load entropy", "tokens/s"]]  # fmt: skip
+             "p equal", "p Holm", "load entropy", "tokens/s"]]  # fmt: skip
     for r in results:
         rows.append([
             r.name, r.sharing, *(f"{n / 1e6:.2f} M" for n in (r.total_parameters, r.expert_parameters, r.active_parameters)),
@@ -140,7 +153,7 @@ def _shown(difference: Difference | None) -> list[str]:
     if difference is None:
         return ["", "", "", ""]
     texts = [f"+- {difference.half_width:.4f}", f"+- {difference.pooled_half_width:.4f}",
-             f"{difference.p_equivalent:.3f}", f"{difference.p_dunnett:.3f}"]  # fmt: skip
+             f"{difference.p_equivalent:.3f}", f"{difference.p_holm:.3f}"]  # fmt: skip
     own, *others = ["-" if "nan" in text else text for text in texts]
     return [f"{difference.mean:+.4f}{'' if own == '-' else ' ' + own}", *others]
 

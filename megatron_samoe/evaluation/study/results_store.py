@@ -14,12 +14,14 @@ import shutil
 import zlib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.errors import CheckpointError
-from megatron_samoe.evaluation.run_summary import RUN_FILE, read_run
+from megatron_samoe.errors import CheckpointError, MegatronSamoeError
+from megatron_samoe.evaluation.run_summary import RUN_FILE, RunSummary, read_run
+from megatron_samoe.evaluation.study.definition import Edit
+from megatron_samoe.log import say_once
 from megatron_samoe.parsing import JsonObject, parse_json
 
 #: Part of every key; to be raised when the program trains otherwise under the same options.
@@ -113,11 +115,41 @@ def put(store: Path, run_dir: Path) -> None:
 
 
 def take(store: Path | None, key: str, run_dir: Path) -> bool:
-    """Makes a run's folder one that is finished, if the store has it, and returns whether it has."""
-    if store is None or key_of(store / key) != key:
+    """Makes a run's folder one that is finished, if the store has it whole, and returns whether it has."""
+    if store is None or not (store / key).is_dir():
+        return False
+    try:
+        read_kept(store / key)
+    except CheckpointError as error:
+        say_once(f"{error} The run is made without it.")
         return False
     _copy(store / key, run_dir)
     return True
+
+
+def read_kept(folder: Path) -> RunSummary:
+    """Returns a run of a store.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or another run than its folder's name says.
+    """
+    if key_of(folder) is None:
+        raise CheckpointError(f"{folder} has no {RUN_FILE}, so it is no finished run.")
+    run = read_run(folder)
+    if folder.name not in (run_key(run.config, edit) for edit in (None, *get_args(Edit))):
+        raise CheckpointError(f"{folder} holds another run than its name says: its options make {run_key(run.config)}.")
+    return run
+
+
+def read_store(store: Path) -> tuple[dict[str, RunSummary], list[str]]:
+    """Returns the runs of a store by key, and what is wrong with the others."""
+    runs, problems = {}, []
+    for folder in sorted(path for path in store.iterdir() if path.is_dir()):
+        try:
+            runs[folder.name] = read_kept(folder)
+        except MegatronSamoeError as error:
+            problems.append(str(error))
+    return runs, problems
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -1,13 +1,13 @@
 """What differences between models over a few seeds are worth: intervals, equivalence, the number of seeds, scaling laws.
 
 One seed draws the same samples in all models, so differences are taken within seeds. Their own spread over a few seeds is
-badly known; the spread pooled over all models is known better, if all scatter alike. Both are shown.
+badly known; the spread that all trained models have in common is known better, if all scatter alike. Both are shown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,47 +22,97 @@ class Difference:
 
     Attributes:
         half_width: of the 95 % interval by Student's t, from the spread of these differences.
-        pooled_half_width: of the interval from the spread that all models' differences have in common.
+        pooled_half_width: of the interval from the spread that all trained models have in common.
         p_equivalent: probability of so small a mean if the true difference were at the margin or beyond (two one-sided
             tests): below 0.05 the models count as equally good.
-        p_dunnett: of no difference from the baseline, corrected for the number of models compared with it.
+        p_holm: of so large a mean if there were no difference, with the common spread, corrected for the number of models
+            by Holm's method. A model whose own spread is more than twice the common one is tested with its own.
     """
 
     mean: float
     half_width: float = math.nan
     pooled_half_width: float = math.nan
     p_equivalent: float = math.nan
-    p_dunnett: float = math.nan
+    p_holm: float = math.nan
 
 
-def differences(losses: Mapping[str, Sequence[float]], baseline: str, margin: float) -> dict[str, Difference]:
-    """Returns each model's difference from a baseline.
+@dataclass(frozen=True)
+class Spread:
+    """What is left of losses after each model's and each seed's part: standard deviation, nats, and degrees of freedom."""
+
+    sd: float
+    freedom: float
+
+    def half_width(self, count: int) -> float:
+        """Returns half of the 95 % interval of the mean of differences between two models over so many seeds."""
+        return _quantile(self.freedom) * self.sd * math.sqrt(2 / count) if self.freedom > 0 else math.nan
+
+    def p_value(self, differences: np.ndarray) -> float:
+        """Returns the probability of so large a mean of differences between two equal models; a spread of their own decides
+        where it is more than twice this one."""
+        count, sd, freedom = len(differences), self.sd * math.sqrt(2), self.freedom
+        if count > 1 and (freedom <= 0 or differences.std(ddof=1) > 2 * sd):
+            sd, freedom = float(differences.std(ddof=1)), count - 1
+        if freedom <= 0:
+            return math.nan
+        if sd == 0:  # which has no t
+            return float(differences.mean() == 0)
+        return 2 * float(stats.t.sf(abs(differences.mean()) * math.sqrt(count) / sd, freedom))
+
+
+def common_spread(losses: Mapping[str, Sequence[float]]) -> Spread:
+    """Returns the spread that models have in common within seeds, by least squares.
 
     Args:
-        losses: of each model, one for each seed, in the same order; the baseline's too.
-        margin: nats per token.
+        losses: of each model, one for each seed, in the same order; nan where it has none.
     """
-    others = [name for name in losses if name != baseline]
-    if not others:
-        return {}
+    runs = [
+        (model, seed, loss) for model, row in losses.items() for seed, loss in enumerate(row) if math.isfinite(loss)
+    ]
+    models, seeds = sorted({m for m, _, _ in runs}), sorted({s for _, s, _ in runs})
+    parts = np.array([[m == x for x in models] + [s == x for x in seeds[1:]] for m, s, _ in runs], dtype=float)
+    y = np.array([loss for _, _, loss in runs])
+    best, _, rank, _ = np.linalg.lstsq(parts, y, rcond=None)
+    freedom = len(runs) - int(rank)
+    return Spread(math.sqrt(float(((y - parts @ best) ** 2).sum()) / freedom) if freedom else math.nan, freedom)
+
+
+def differences(
+    losses: Mapping[str, Sequence[float]], baseline: str, margin: float, derived: Collection[str] = ()
+) -> dict[str, Difference]:
+    """Returns each model's difference from a baseline, over the seeds that both have.
+
+    Args:
+        losses: of each model, one for each seed, in the same order; the baseline's too; nan where a model has none.
+        margin: nats per token.
+        derived: models that were made of others; they scatter otherwise than trained ones, and say nothing of these.
+    """
     base = np.asarray(losses[baseline])
-    found = {name: np.asarray(losses[name]) - base for name in others}
-    count = len(base)
-    if count < 2:
-        return {name: Difference(float(d[0])) for name, d in found.items()}
-    # What is left of the losses after each model's and each seed's mean: the spread of a single run within its seed.
-    table = np.array([losses[name] for name in losses])
-    left = table - table.mean(1, keepdims=True) - table.mean(0, keepdims=True) + table.mean()
-    freedom = (len(table) - 1) * (count - 1)
-    pooled = math.sqrt(2 * float((left**2).sum()) / freedom / count)
-    dunnett = stats.dunnett(*(np.asarray(losses[name]) for name in others), control=base, rng=np.random.default_rng(0))
+    found = {name: np.asarray(row) - base for name, row in losses.items() if name != baseline}
+    found = {name: d[np.isfinite(d)] for name, d in found.items()}
+    spread = common_spread({name: row for name, row in losses.items() if name not in derived})
+    p_values = {name: spread.p_value(d) for name, d in found.items() if len(d)}
+    corrected = holm(p_values)
     return {
         name: Difference(
-            float(d.mean()), _quantile(count - 1) * float(d.std(ddof=1)) / math.sqrt(count), _quantile(freedom) * pooled,
-            p_equivalent(d, margin), float(p),
+            float(d.mean()) if len(d) else math.nan,
+            _quantile(len(d) - 1) * float(d.std(ddof=1)) / math.sqrt(len(d)) if len(d) > 1 else math.nan,
+            spread.half_width(len(d)) if len(d) else math.nan,
+            p_equivalent(d, margin) if len(d) > 1 else math.nan, corrected.get(name, math.nan),
         )
-        for (name, d), p in zip(found.items(), dunnett.pvalue, strict=True)
+        for name, d in found.items()
     }  # fmt: skip
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Returns p values corrected for their number by Holm's step-down method; those that are nan are not counted."""
+    known = sorted((p, name) for name, p in p_values.items() if not math.isnan(p))
+    corrected = np.maximum.accumulate(
+        [min(p * (len(known) - place), 1.0) for place, (p, _) in enumerate(known)] or [0.0]
+    )
+    return {name: math.nan for name in p_values} | {
+        name: float(c) for (_, name), c in zip(known, corrected, strict=False)
+    }
 
 
 def _quantile(freedom: int) -> float:

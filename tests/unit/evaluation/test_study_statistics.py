@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas
 import pytest
+import statsmodels.formula.api as smf
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from megatron_samoe.evaluation.study.statistics import (
     ScalingPoint,
+    common_spread,
     differences,
     fit_scaling,
+    holm,
     p_equivalent,
     seeds_needed,
 )
@@ -122,3 +127,60 @@ def test_a_scaling_fit_finds_what_made_the_losses() -> None:
     assert fit.predict(larger) == pytest.approx(loss(8e6, 8e6 + 2 * 32e6, 6e6), abs=0.02)
     with pytest.raises(ValueError, match="cannot tell"):
         fit_scaling(points[:5])
+
+
+def scattered(models: str, seeds: int, sd: float, seed: int) -> dict[str, list[float]]:
+    """Returns losses of models that differ by 0.02 each, over seeds that differ by much more."""
+    rng = np.random.default_rng(seed)
+    parts = rng.normal(0, 0.5, seeds)
+    return {m: list(3 + 0.02 * k + parts + rng.normal(0, sd, seeds)) for k, m in enumerate(models)}
+
+
+def test_the_common_spread_is_that_of_a_linear_model_of_models_and_seeds() -> None:
+    losses = scattered("abcd", 4, 0.01, 0)
+    losses["d"][2:] = [math.nan, math.nan]
+    rows = [(m, str(s), loss) for m, row in losses.items() for s, loss in enumerate(row) if loss == loss]
+    frame = pandas.DataFrame(rows, columns=["model", "seed", "loss"])
+    fit = smf.ols("loss ~ C(model) + C(seed)", frame).fit()
+    found = common_spread(losses)
+    assert (found.sd, found.freedom) == (pytest.approx(math.sqrt(fit.mse_resid)), fit.df_resid)
+
+
+def test_holms_correction_is_that_of_statsmodels() -> None:
+    values = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005, "e": 0.9}
+    expected = multipletests(list(values.values()), method="holm")[1]
+    assert holm({**values, "unknown": math.nan}) == pytest.approx(
+        dict(zip(values, expected, strict=True)) | {"unknown": math.nan}, nan_ok=True
+    )
+
+
+def test_a_model_made_of_another_says_nothing_of_the_spread_of_trained_ones() -> None:
+    losses = scattered("abc", 3, 0.005, 1)
+    alone = differences(losses, "a", 0.02)["b"]
+    losses["made of b"] = [losses["b"][0] + 0.1, losses["b"][1] + 0.5, losses["b"][2] - 0.2]
+    assert differences(losses, "a", 0.02, ["made of b"])["b"].pooled_half_width == pytest.approx(
+        alone.pooled_half_width
+    )
+    assert differences(losses, "a", 0.02)["b"].pooled_half_width > 10 * alone.pooled_half_width
+    made = differences(losses, "a", 0.02, ["made of b"])["made of b"]
+    own = np.array(losses["made of b"]) - losses["a"]
+    assert made.p_holm == pytest.approx(stats.ttest_1samp(own, 0).pvalue), "its own spread decides, being so much wider"
+
+
+def test_tests_keep_the_pairing_and_err_as_rarely_as_they_say() -> None:
+    wrong = found = 0
+    for draw in range(300):
+        losses = scattered("abcd", 3, 0.005, draw)  # seeds scatter a hundred times as widely as models within one
+        losses["same"] = list(np.array(losses["a"]) + np.random.default_rng(draw + 999).normal(0, 0.005, 3))
+        result = differences(losses, "a", 0.02)
+        wrong += result["same"].p_holm < 0.05
+        found += result["d"].p_holm < 0.05
+    assert wrong / 300 < 0.07 and found / 300 > 0.95
+
+
+def test_a_model_of_one_seed_has_an_interval_from_the_others_spread() -> None:
+    losses = scattered("abc", 3, 0.005, 2)
+    losses["c"][1:] = [math.nan, math.nan]
+    found = differences(losses, "a", 0.02)["c"]
+    assert found.mean == pytest.approx(losses["c"][0] - losses["a"][0])
+    assert math.isnan(found.half_width) and 0 < found.pooled_half_width < 0.2 and found.p_holm < 1
