@@ -115,7 +115,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _quantile(freedom: int) -> float:
+def _quantile(freedom: float) -> float:
     return float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom))
 
 
