@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_samoe.datasets import sample_index
 from megatron_samoe.datasets.blended_dataset import BlendedDataset, blend_indices
 from megatron_samoe.datasets.gpt_dataset import GPTDataset, SampleFormat
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron_samoe.datasets.mapped_file import MappedFile, require_whole
 from megatron_samoe.errors import DataError
+from tests.harness.extension_off import without_extension
 
 FORMAT = SampleFormat(seq_length=64, eod=0, vocab_size=1000)
 
@@ -45,7 +45,7 @@ def test_samples_of_a_file_that_was_cut(
     prefix: str, tmp_path: Path, victim: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr(sample_index, "_compiled", lambda: None)
+        without_extension(monkeypatch)
     data = samples(prefix, tmp_path / "cache")
     data.get_batch(range(4))
     (path,) = tmp_path.glob(victim)

@@ -14,6 +14,7 @@ import torch
 from megatron_samoe.ops import decode, decode_reference, extension
 from megatron_samoe.ops.decode import AttentionLayer, ExpertStack, Norm, Places, Routing, Weight, stored
 from megatron_samoe.ops.topk_gate import ChoiceRule
+from tests.harness.extension_off import without_extension
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 TYPES = ("fp32", "bf16", "int8")
@@ -25,7 +26,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode.extension, "serves", lambda *tensors, **options: False)
+    without_extension(monkeypatch)
 
 
 def make_norm(size: int, rms: bool, bias: bool) -> Norm:
