@@ -236,7 +236,10 @@ def compared(folder: Path, config: dict[str, Any]) -> str:
 def test_the_logits_of_changed_configurations_are_those_of_transformers(name: str, saved: dict[str, Path]) -> None:
     family, folder, base = FAMILY[name], folder_of(saved, name), base_of(name)
     unread: dict[str, Any] = {}
-    for key in (*_UNREAD - {"model_type", "architectures", "auto_map", "dtype", "torch_dtype"}, *family.entries.unread):
+    for key in (
+        *_UNREAD - {"model_type", "architectures", "auto_map", "return_dict", "dtype", "torch_dtype"},
+        *family.entries.unread,
+    ):
         legal = [v for v in (None, 1, "x", False) if not isinstance(resolved(name, {**base, key: v}), Exception)]
         if legal:
             unread[key] = legal[0]
