@@ -50,7 +50,11 @@ def model(layout: str, **options: Any) -> NativeModel:
         ("moe", {**MOE, "qk_layernorm": True, "moe_shared_expert_intermediate_size": 8}, "samoe"),
         ("moe", {**MOE, "disable_bias_linear": False}, "samoe"),
         ("dense", {**LLAMA, "sliding_window": 8, "window_attn_skip_freq": 2}, "samoe"),
-        ("moe", {"position_embedding_type": "rope", "rope_scaling_type": "linear", "rope_scaling_factor": 2.0}, "samoe"),
+        (
+            "moe",
+            {"position_embedding_type": "rope", "rope_scaling_type": "linear", "rope_scaling_factor": 2.0},
+            "samoe",
+        ),
     ],
 )
 def test_auto_takes_the_stock_class_that_computes_the_same(layout: str, options: dict[str, Any], family: str) -> None:
