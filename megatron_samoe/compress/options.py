@@ -85,21 +85,24 @@ def texts(options: CompressOptions, config: PretrainConfig, vocab_size: int, tok
     ):
         if tokens < seq_length:
             raise ConfigError(flag, tokens, f"must be a sequence of the model or more, {seq_length} tokens")
-    for dataset in filter(None, (options.data_path, options.valid_data_path)):
-        check_vocabulary(IndexedDataset(dataset), tokenizer, vocab_size)
-    path, flag, start, end = options.valid_data_path, "--valid-data-path", 0, None
-    if path is None:
-        held_out = last_documents(options.data_path, options.judge_tokens, "--data-path")
-        path, flag, start, end = options.data_path, "--data-path", held_out.start, held_out.start
-        training: dict[str, Any] = {"data_path": [path], "split": held_out.split}
+    own, other = options.data_path, options.valid_data_path
+    for prefix in (own,) if other is None else (own, other):
+        check_vocabulary(IndexedDataset(prefix), tokenizer, vocab_size)
+    training: dict[str, Any]
+    if other is None:
+        held_out, flag = last_documents(own, options.judge_tokens, "--data-path"), "--data-path"
+        text = Text(own, 0, options.calibration_tokens, held_out.start)
+        judged = Text(own, held_out.start, options.judge_tokens)
+        training = {"data_path": [own], "split": held_out.split}
     else:
-        if are_one_dataset(options.data_path, path):
-            raise ConfigError(flag, path, "is the text of --data-path, on which experts are fitted and healed; give other text, or "
+        flag = "--valid-data-path"
+        if are_one_dataset(own, other):
+            raise ConfigError(flag, other, "is the text of --data-path, on which experts are fitted and healed; give other text, or "
                               "leave it out, and the last documents of --data-path are held out")  # fmt: skip
-        training = {"train_data_path": [options.data_path], "valid_data_path": [path]}
-    text = Text(options.data_path, 0, options.calibration_tokens, end)
-    judged = Text(path, start, options.judge_tokens).passes(seq_length, vocab_size, flag)
-    return Texts(text.passes(seq_length, vocab_size, "--data-path"), judged, start, training)
+        text, judged = Text(own, 0, options.calibration_tokens), Text(other, 0, options.judge_tokens)
+        training = {"train_data_path": [own], "valid_data_path": [other]}
+    passes = judged.passes(seq_length, vocab_size, flag)
+    return Texts(text.passes(seq_length, vocab_size, "--data-path"), passes, judged.start, training)
 
 
 def plan_of(options: CompressOptions, layer_bytes: int, num_layers: int) -> SharingPlan:

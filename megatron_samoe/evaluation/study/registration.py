@@ -85,7 +85,7 @@ def deviations(registration: Registration, plans: Mapping[str, StudyPlan], runs:
     """
     planned = [(name, plan, run) for name, plan in plans.items() for run in plan.all_runs() if run.variant.is_trained]
     settled = {plan.key_of(run): f"{name}: {run.label}" for name, plan, run in planned if plan.is_settled(run)}
-    found = []
+    found: list[str] = []
     for key, run in runs.items():
         if run.config.data.test_data_path != (registration.data.get("test"),):
             continue
