@@ -98,7 +98,7 @@ def examples() -> dict[str, Path]:
     return {path.stem: path for kind in ("configs", "studies") for path in sorted((folder / kind).glob("*.yaml"))}
 
 
-def _shown(expert_layout: str, is_small: bool) -> dict[str, Mapping[str, Any]]:
+def _shown(expert_layout: str, is_small: bool) -> dict[str, dict[str, Any]]:
     shown = {group: {**values, **(SMALL.get(group, {}) if is_small else {})} for group, values in SHOWN.items()}
     shown["moe"]["expert_layout"] = expert_layout
     if expert_layout != "samoe":
