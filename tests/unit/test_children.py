@@ -19,8 +19,9 @@ ROOT = Path(children.__file__).parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's end")
 #: Starts a program that says when it is there and how it was ended, then waits to be ended itself.
 PARENT = """
-import sys
+import signal, sys
 from megatron_samoe import children
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite under nohup ignores it
 program = "trap 'touch ended; exit' TERM; touch ready; while :; do sleep 0.02; done"
 children.start(["sh", "-c", program])
 sys.stdin.readline()
@@ -47,7 +48,7 @@ def test_a_program_is_told_of_its_parents_end(tmp_path: Path, number: signal.Sig
         parent.communicate(b"\n")  # it comes to its end by itself
     else:
         parent.send_signal(number)
-    parent.wait()
+    parent.wait(30)
     wait_for((tmp_path / "ended").exists)
 
 
