@@ -219,15 +219,18 @@ def folder_of(saved: dict[str, Path], name: str) -> Path:
 
 @torch.no_grad()
 def compared(folder: Path, config: dict[str, Any]) -> str:
-    """Returns "refused" where we refuse a configuration of a folder's weights, else "same"; anything else is an error."""
+    """Returns "refused" where we refuse a configuration of a folder's weights, "not built" where transformers cannot
+    build it, else "same"; anything else is an error."""
     (folder / "config.json").write_text(json.dumps(config))
     try:
         source = HFSource(folder)
     except (ConfigError, CheckpointError):
         return "refused"
-    expected = their_logits(
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval(), random_ids()
-    )
+    try:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    except TypeError:  # as with Mixtral's YaRN where head_dim is null
+        return "not built"
+    expected = their_logits(theirs, random_ids())
     torch.testing.assert_close(our_logits(source, random_ids()), expected, rtol=1e-4, atol=1e-4)
     return "same"
 
@@ -258,4 +261,4 @@ def test_the_logits_of_changed_configurations_are_those_of_transformers(name: st
     drawn = list(different.values())
     random.Random(name).shuffle(drawn)
     results = [compared(folder, config) for config in (drawn if LONG else drawn[:4])]
-    assert drawn and set(results) <= {"same", "refused"}
+    assert drawn and set(results) <= {"same", "refused", "not built"}
