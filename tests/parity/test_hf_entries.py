@@ -1,13 +1,12 @@
 """Every entry of every class, removed, null, set to something else, and there under two names: an import means what
 transformers' own class makes of it, or refuses it by name.
 
-MEGATRON_SAMOE_LONG_TESTS=1 tries more values, and computes with all configurations that are read.
+At night more values are tried, and all configurations that are read are computed with.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from megatron_samoe.interop.hf.source import HFSource, derived_model
 from megatron_samoe.models.rank_model import RankModel, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
+from tests.harness.pairs import first_by_day
 from tests.parity.hf_models import their_logits, transformers
 from tests.parity.test_hf_import import CASES, SIZES, made, random_ids
 
@@ -33,9 +33,9 @@ if not hasattr(transformers, "PreTrainedConfig"):
     pytest.skip("the tables are those of transformers 5", allow_module_level=True)
 pytestmark = pytest.mark.parity
 
+IN_FULL = pytest.mark.parametrize("in_full", first_by_day([False, True]))
 FAMILY = {family.name: family for family in families() if family.name != "samoe"}
 #: A model of each class, by its name among those of the other tests.
-LONG = bool(os.environ.get("MEGATRON_SAMOE_LONG_TESTS"))
 NAMES = {**{name: name for name in FAMILY}, "gpt_neox": "pythia"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 5e3}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -61,7 +61,7 @@ def base_of(name: str) -> dict[str, Any]:
     return json.loads(getattr(transformers, f"{architecture}Config")(**own).to_json_string())
 
 
-def variants(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
+def variants(family: Family, all_values: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields an entry's name and a configuration in which it is changed."""
     base, draw = base_of(family.name), random.Random(family.name)
     names = transformers.CONFIG_MAPPING[family.name].attribute_map
@@ -70,7 +70,7 @@ def variants(family: Family) -> Iterator[tuple[str, dict[str, Any]]]:
         if key == "model_type":
             continue
         yield key, {name: value for name, value in base.items() if name != key}
-        few = 2 if family.entries.is_unread(key) else len(VALUES) if LONG else 6
+        few = 2 if family.entries.is_unread(key) else len(VALUES) if all_values else 6
         for value in (None, *draw.sample(VALUES, few)):
             yield key, {**base, key: value}
     for key, own in names.items():
@@ -141,10 +141,11 @@ def assert_same_entries(family: Family, ours: dict[str, Any], theirs: Any) -> No
         assert value == expected, name
 
 
+@IN_FULL
 @pytest.mark.parametrize("name", FAMILY)
-def test_what_is_read_is_what_transformers_resolves_or_is_refused_by_name(name: str) -> None:
+def test_what_is_read_is_what_transformers_resolves_or_is_refused_by_name(name: str, in_full: bool) -> None:
     family, num_read, num_refused = FAMILY[name], 0, 0
-    for key, config in variants(family):
+    for key, config in variants(family, in_full):
         others = {key, family.entries.own_name(key), *(ROPE_KEYS if key in ROPE_KEYS else ())}
         others |= {other for other, own in family.entries.other_names.items() if own == key}
         try:
@@ -235,8 +236,11 @@ def compared(folder: Path, config: dict[str, Any]) -> str:
     return "same"
 
 
+@IN_FULL
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_logits_of_changed_configurations_are_those_of_transformers(name: str, saved: dict[str, Path]) -> None:
+def test_the_logits_of_changed_configurations_are_those_of_transformers(
+    name: str, saved: dict[str, Path], in_full: bool
+) -> None:
     family, folder, base = FAMILY[name], folder_of(saved, name), base_of(name)
     unread: dict[str, Any] = {}
     for key in (
@@ -250,7 +254,7 @@ def test_the_logits_of_changed_configurations_are_those_of_transformers(name: st
     assert compared(folder, {**unread, **base}) == "same"
     different = {}
     plain = repr(derived_model(family, base).config.model) + repr(derived_model(family, base).config.moe)
-    for _, config in variants(family):
+    for _, config in variants(family, in_full):
         try:
             native = derived_model(family, config)
         except ConfigError:
@@ -260,5 +264,5 @@ def test_the_logits_of_changed_configurations_are_those_of_transformers(name: st
     different.pop(plain, None)
     drawn = list(different.values())
     random.Random(name).shuffle(drawn)
-    results = [compared(folder, config) for config in (drawn if LONG else drawn[:4])]
+    results = [compared(folder, config) for config in (drawn if in_full else drawn[:4])]
     assert drawn and set(results) <= {"same", "refused", "not built"}
