@@ -50,9 +50,10 @@ def plant(fault: dict[str, Any], project: Path) -> None:
     path.write_text("\n".join(lines))
 
 
-def outcome(project: Path, tests: list[str], timeout_s: float) -> tuple[str, str]:
+def outcome(project: Path, tests: list[str], at_night: bool, timeout_s: float) -> tuple[str, str]:
     """Returns "found" and the test that failed, "survived", or "hung", of which a suite's time-out would tell."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests]
+    command += [] if at_night else ["-m", "not night"]
     environment = {**os.environ, "PYTHONPATH": str(project), "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen(
         command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -70,7 +71,7 @@ def outcome(project: Path, tests: list[str], timeout_s: float) -> tuple[str, str
     return "found", (named or output.splitlines()[-1:] or ["died"])[0][:200]
 
 
-def run(results: Path, tests: list[str], only: list[int], timeout_s: float) -> None:
+def run(results: Path, tests: list[str], only: list[int], at_night: bool, timeout_s: float) -> None:
     """Runs every fault of the list that has no result yet, or those of `only`."""
     faults = json.loads(LIST.read_text())["faults"]
     known = json.loads(results.read_text()) if results.exists() else {}
@@ -83,7 +84,7 @@ def run(results: Path, tests: list[str], only: list[int], timeout_s: float) -> N
             plant(fault, project)
             begun = time.monotonic()
             chosen = [*LIKELIEST[fault["file"].split("/")[1]], *tests]
-            kind, test = outcome(project, chosen, timeout_s)
+            kind, test = outcome(project, chosen, at_night, timeout_s)
         known[str(number)] = {"outcome": kind, "test": test, "seconds": round(time.monotonic() - begun)}
         results.write_text(json.dumps(known, indent=1))
         print(
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("faults-found.json"))
     parser.add_argument("--tests", nargs="*", default=["tests"], help="what is run after the likeliest tests")
     parser.add_argument("--only", nargs="*", type=int, default=[])
+    parser.add_argument("--night", action="store_true", help="run what is marked for the night as well")
     parser.add_argument("--timeout-s", type=float, default=5400)
     options = parser.parse_args()
     if options.what == "draw":
@@ -109,7 +111,7 @@ def main() -> None:
         )
         print(f"{len(faults)} faults in {LIST}")
     else:
-        run(options.results, options.tests, options.only, options.timeout_s)
+        run(options.results, options.tests, options.only, options.night, options.timeout_s)
 
 
 if __name__ == "__main__":
