@@ -85,11 +85,13 @@ def test_a_task_of_another_folder_is_scored(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     ("value", "problem"),
-    [
-        ("tests.extending.nowhere:FAMILY", "cannot be loaded: No module named"),
-        ("tests.extending.starcoder2:RULES", "must name a Family, not tuple"),
-        ("megatron_samoe.interop.hf.families.dense:LLAMA", "is the name of another family, too"),
-    ],
+    first_by_day(
+        [
+            ("tests.extending.nowhere:FAMILY", "cannot be loaded: No module named"),
+            ("tests.extending.starcoder2:RULES", "must name a Family, not tuple"),
+            ("megatron_samoe.interop.hf.families.dense:LLAMA", "is the name of another family, too"),
+        ]
+    ),
 )
 def test_a_wrong_entry_point_is_named(
     tmp_path: Path, value: str, problem: str, monkeypatch: pytest.MonkeyPatch

@@ -191,6 +191,7 @@ def test_other_processes_have_no_processor_time_of_ours(tmp_path: Path) -> None:
         layer.run(options(peers=tmp_path, clock="cpu"))
 
 
+@pytest.mark.night
 @needs_extension
 def test_programs_that_serve_are_compared_with_our_texts(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
