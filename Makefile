@@ -77,9 +77,9 @@ sanitize:
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy megatron_samoe
 
-# Figures of docs/results from the stored runs, and these against their registration. `tools/results_check.py --write` renews the page.
+# Figures of docs/results from the stored runs, and these against their registration. WRITE=--write renews the page.
 results-check: $(VENV)/.installed
-	$(BIN)/python tools/results_check.py
+	$(BIN)/python tools/results_check.py $(WRITE)
 
 # The site, in docs/_build/html; a warning, such as a link that leads nowhere, is an error.
 docs: $(VENV)/.installed
