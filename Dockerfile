@@ -7,7 +7,7 @@ RUN python -m venv /opt/samoe
 ENV PATH=/opt/samoe/bin:$PATH
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch>=2.11,<3" && \
-    pip install --no-cache-dir numpy "setuptools>=77" wheel ninja
+    pip install --no-cache-dir numpy "setuptools>=77" wheel
 COPY . /src
 RUN pip install --no-cache-dir --no-build-isolation "/src[data,serve,hf]"
 

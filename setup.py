@@ -54,7 +54,7 @@ def refuse_isolated_build() -> None:
         return
     sys.exit(
         "error: this build sees no torch, against which the extension is compiled. Install torch first and give "
-        "--no-build-isolation (pip install torch numpy setuptools wheel ninja; pip install --no-build-isolation .), or set "
+        "--no-build-isolation (pip install torch numpy setuptools wheel; pip install --no-build-isolation .), or set "
         "MEGATRON_SAMOE_BUILD=none for the pure-Python package, which is slower."
     )
 

@@ -7,6 +7,7 @@ and nvcc alone.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent.parent
+#: pip gives every build a folder of its own; this one stays.
+OBJECTS = ROOT / "build" / "objects"
 MODES = ("auto", "cpu", "cuda", "none")
 X86_SETS = {
     "avx2": ["-mavx2", "-mfma"],
@@ -126,6 +129,10 @@ class Toolchain:
             "cuda_archs": self.cuda.archs if self.cuda else [],
         }
 
+    def versions(self) -> list[str]:
+        """Returns what objects depend on besides commands and the project's files."""
+        return [self.version, self.torch.__version__, str(self.cuda and self.cuda.version)]
+
     def takes(self, source: str) -> bool:
         """Returns whether a source belongs to this build."""
         return self.cuda is not None or not source.endswith((".cu", "_cuda.cpp"))
@@ -187,27 +194,38 @@ class Toolchain:
         return folder
 
 
-def is_fresh(target: Path, stamp: Path, command: list[str], dependencies: Path | None) -> bool:
-    """Returns whether target was made by this very command after everything that it was made from."""
-    if not target.exists() or not stamp.exists() or stamp.read_text() != "\n".join(command):
-        return False
-    if dependencies is None or not dependencies.exists():
-        return False
+@functools.cache
+def digest_of(path: str) -> str:
+    """Returns what tells a file's content from others; empty for a file that is not there."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+
+
+def digest_of_object(made_by: list[str], dependencies: Path) -> str:
+    """Returns what tells an object from others: how it is made, and the contents of the files that the compiler says it
+    read, the system's and torch's left out."""
     names = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    made = target.stat().st_mtime
-    return all(Path(name).exists() and Path(name).stat().st_mtime <= made for name in names)
+    return hashlib.sha256(json.dumps([made_by, [(name, digest_of(name)) for name in names]]).encode()).hexdigest()
 
 
-def compile_one(source: str, suffix: str, compiler: list[str], folder: Path) -> tuple[Path, bool]:
-    """Compiles one source unless its object is fresh. Returns the object and whether it was compiled."""
+def compile_one(source: str, suffix: str, compiler: list[str], versions: list[str], folder: Path) -> tuple[Path, bool]:
+    """Compiles one source, unless its object was made by this very command and these versions of the same contents.
+
+    Contents, not times, so that what lies in the checkout serves every installation from it. Returns the object and
+    whether it was compiled.
+    """
     target = folder / (source.replace(os.sep, "__") + suffix + ".o")
-    dependencies, stamp = target.with_suffix(".d"), target.with_suffix(".cmd")
-    command = [*compiler, "-MMD", "-MF", str(dependencies), "-c", source, "-o", str(target)]
-    if is_fresh(target, stamp, command, dependencies):
-        return target, False
+    dependencies, stamp = target.with_suffix(".d"), target.with_suffix(".sha256")
+    made_by = [*compiler, *versions]
+    if all(path.exists() for path in (target, dependencies, stamp)):
+        if stamp.read_text() == digest_of_object(made_by, dependencies):
+            return target, False
+    # First under names of this process, since another may build here, too.
+    new = [path.with_suffix(f".{os.getpid()}{path.suffix}") for path in (target, dependencies)]
+    run([*compiler, "-MMD", "-MF", str(new[1]), "-c", source, "-o", str(new[0])])
     stamp.unlink(missing_ok=True)
-    run(command)
-    stamp.write_text("\n".join(command))
+    new[0].replace(target)
+    new[1].replace(dependencies)
+    stamp.write_text(digest_of_object(made_by, dependencies))
     return target, True
 
 
@@ -216,21 +234,27 @@ def compile_and_link(toolchain: Toolchain, sources: list[str], folder: Path, lib
     jobs = [(source, *job) for source in sources if toolchain.takes(source) for job in toolchain.jobs(source)]
     jobs.sort(key=lambda job: "bindings" not in Path(job[0]).parts)  # the slowest first
     num_workers = int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))
+    results = []
     with ThreadPoolExecutor(num_workers) as pool:
-        results = list(pool.map(lambda job: compile_one(*job, folder), jobs))
+        for result in pool.map(lambda job: compile_one(*job, toolchain.versions(), folder), jobs):
+            results.append(result)
+            if sys.stderr.isatty():
+                end = "\n" if len(results) == len(jobs) else ""
+                print(f"\r{len(results)} of {len(jobs)} objects are there", end=end, file=sys.stderr, flush=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     # A running process may have the old library mapped: replace the file, never write into it.
     fresh = library.with_name(library.name + ".new")
     objects = [target for target, _ in results]
     run([*toolchain.compiler, *map(str, objects), *toolchain.link_flags(objects), "-o", str(fresh)])
     fresh.replace(library)
-    return f"{sum(compiled for _, compiled in results)} of {len(results)} compiled, the others were fresh"
+    return f"{sum(compiled for _, compiled in results)} of {len(results)} compiled, the others were there"
 
 
 def build_library(sources: list[str], folder: Path, library: Path, mode: str) -> dict[str, object]:
     """Compiles and links the extension. Returns the report's entries; errors: BuildError."""
     started = time.monotonic()
     toolchain = Toolchain(mode)
+    folder = folder / toolchain.machine
     folder.mkdir(parents=True, exist_ok=True)
     try:
         files = compile_and_link(toolchain, sources, folder, library)
@@ -265,7 +289,7 @@ class BuildExtension(build_ext):
         os.chdir(ROOT)
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            report = build_library(ext.sources, Path(self.build_temp).resolve() / "objects", library, mode)
+            report = build_library(ext.sources, OBJECTS, library, mode)
         except BuildError as error:
             if mode != "auto" or isinstance(error, SettingError):
                 raise SystemExit(f"megatron_samoe: the compiled extension could not be built. {error}") from None

@@ -9,6 +9,8 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+from megatron_samoe.installation import install_extra
+
 
 class MegatronSamoeError(Exception):
     """Base of every error that a command shows without a traceback.
@@ -108,9 +110,15 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} of very many digits"
 
 
-def install_extra(extra: str) -> str:
-    """Returns how an extra of this package is installed: no registry holds the package."""
-    return f"in the repository, pip install --no-build-isolation -e '.[{extra}]'"
+def readable(name: str) -> str:
+    """Returns a name from a file as it can be printed: control characters escaped, and cut where it is long."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name[:300])
+    return escaped if len(name) <= 200 else f"{escaped[:200]}... ({len(name):,} characters)"
+
+
+def is_odd_name(name: object) -> bool:
+    """Returns whether a tensor of a file has a name that cannot be shown as it is, and that no model's tensor has."""
+    return not isinstance(name, str) or not name.isprintable() or len(name) > 300
 
 
 def optional_import(module: str, extra: str, what: str) -> Any:
@@ -130,5 +138,6 @@ def nearest_file(path: str) -> str:
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Returns " Did you mean 'x'?" for the closest allowed name, or an empty string."""
-    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    # A text as long as a file would be compared for hours.
+    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6) if len(name) <= 300 else []
     return f" Did you mean {match[0]!r}?" if match else ""

@@ -21,13 +21,33 @@ SPINS = 3_000
 
 
 def prepare() -> None:
-    """Sets what torch's libraries read when they are loaded, and makes Ctrl-C end with one line from here on."""
+    """Sets what torch's libraries read when they are loaded, makes Ctrl-C end with one line from here on, and ties a rank
+    to the torchrun that started it.
+    """
+    die_with_torchrun()
     if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the last collectives, for training/hang_watch.py
     if sys.stderr is not None:
         faulthandler.enable()
     sys.excepthook = _end_quietly
+
+
+def die_with_torchrun() -> None:
+    """Makes Linux kill this process when the torchrun that started it ends, however it ends.
+
+    A rank that outlives a killed torchrun would train on beside the job that replaces it. Killing a rank at any moment
+    is safe, because checkpoints are renamed only when they are whole. Programs call this first of all: loading torch
+    takes seconds, in which the parent may go, and whoever asks later sees process 1 in its place.
+    """
+    if not (sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ):
+        return
+    import ctypes  # which a process that is no rank need not load
+
+    set_parent_death_signal, parent = 1, os.getppid()
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended just before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(module: str) -> NoReturn:

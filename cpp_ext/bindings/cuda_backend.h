@@ -31,8 +31,11 @@ class CudaBackend : public TensorChecks {
   template <typename Launcher, typename... Arguments>
   void launch(Launcher launcher, const Arguments&... arguments) const {
     launcher(arguments..., stream_);
-    const char* error = cuda::launch_error();
-    SAMOE_CHECK(error == nullptr, "a CUDA kernel did not start: ", error);
+    const cuda::LaunchError error = cuda::launch_error();
+    SAMOE_CHECK(error.text == nullptr,
+                error.is_of_kernel_run ? "a CUDA kernel failed, here or earlier (CUDA_LAUNCH_BLOCKING=1 tells which): "
+                                       : "a CUDA kernel did not start: ",
+                error.text);
   }
 
   void gate_forward(const cpu::GateForward& a) const {

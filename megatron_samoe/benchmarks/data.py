@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_samoe import children
 from megatron_samoe.benchmarks.common import (
     Row,
     Times,
@@ -46,8 +47,8 @@ TOKENIZERS = {
 
 def cpu_seconds() -> float:
     """Returns the CPU seconds of this process and of its ended children: unlike wall time, blind to other load."""
-    own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    own, ended = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
 
 
 def make_documents(folder: str, target: str, document_chars: int = 2000) -> tuple[int, int]:
@@ -120,7 +121,7 @@ def ours(corpus: str, kind: str, model: str, output: str, workers: int) -> dict[
 
     target, first = f"{output}_text_document.bin.partial", 0.0
     start, cpu = time.perf_counter(), cpu_seconds()
-    process = subprocess.Popen(command(corpus, output), stdout=subprocess.DEVNULL)
+    process = children.start(command(corpus, output), stdout=subprocess.DEVNULL)
     while process.poll() is None:
         if not first and os.path.exists(target) and os.path.getsize(target):
             first = time.perf_counter() - start
@@ -131,7 +132,7 @@ def ours(corpus: str, kind: str, model: str, output: str, workers: int) -> dict[
     empty = output + "_start"
     Path(empty + ".jsonl").write_text('{"text": "start"}\n')
     start, start_cpu = time.perf_counter(), cpu_seconds()
-    subprocess.run(command(empty + ".jsonl", empty), stdout=subprocess.DEVNULL, check=True)
+    children.run(command(empty + ".jsonl", empty), stdout=subprocess.DEVNULL, check=True)
     return {
         "ours_all": seconds, "first_token_s": first, "ours": seconds - (time.perf_counter() - start),
         "ours_cpu": cpu - (cpu_seconds() - start_cpu),
@@ -275,7 +276,7 @@ def benchmark_index(args: Options) -> Row:
         runs: dict[str, Times] = {which: {"s": [], "MB": []} for which in BUILD}
         for _, which in itertools.product(range(args.rounds), BUILD):
             words = [*command, which, prefix, str(args.seq_length)]
-            output = subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout
+            output = children.run(words, capture_output=True, text=True, check=True, env=environment).stdout
             for figure, value in json.loads(output.strip().splitlines()[-1]).items():
                 runs[which][figure].append(value)
     medians = {which: medians_of(times) for which, times in runs.items()}

@@ -14,7 +14,6 @@ import json
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megatron_samoe import children
 from megatron_samoe.benchmarks.common import (
     MadeModel,
     Row,
@@ -41,7 +41,8 @@ from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, parse_pretrain_args, to_mapping
-from megatron_samoe.config.derived import flag, without_idle_options
+from megatron_samoe.config.derived import flag
+from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing import store
@@ -81,7 +82,7 @@ def make_checkpoint(options: Options, flags: str) -> Path:
         data=DataConfig(mock_data=True, tokenizer_type="ByteTokenizer"),
     )  # fmt: skip
     words = shlex.split(flags)
-    asked = parse_pretrain_args(words, prog="--models")
+    asked = parse_pretrain_args(words, prog="--models", accept_idle=True)
     # What is asked for by name counts where it is the default, too: a dense model is one.
     named = {word.split("=")[0] for word in words}
     given = {n: value for _, n, value, default, _ in all_options(asked) if value != default or flag(n) in named}
@@ -129,7 +130,7 @@ def make_exports(checkpoint: Path, options: Options) -> Path:
             path = folder / f"{dtype}.gguf"
             if not path.exists():
                 command = [options.llama_python, str(WORKERS), "gguf", str(folder / "hf"), str(path), dtype]
-                subprocess.run(command, check=True)
+                children.run(command, check=True)
     return folder
 
 

@@ -9,6 +9,7 @@ backward are a pool's, once a step for all layers.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,9 @@ from megatron_samoe.benchmarks.common import Row, Rows, add_command, add_options
 from megatron_samoe.benchmarks.layer import make_halves
 from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import ParallelConfig
-from megatron_samoe.ops import asynchronous, extension, grouped_products
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.ops import extension
+from megatron_samoe.ops.asynchronous import taken_for_gpu
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.parallel_state import RankGrid
 from megatron_samoe.parallel_state.state import planned_state
@@ -69,20 +72,18 @@ class LaunchCounter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def as_on_a_gpu(device_type: str, by_kernels: bool) -> Iterator[None]:
-    """Takes a type of device for a GPU that has torch's grouped product, with our kernels or without.
+    """Takes a type of device for an H100, with our kernels or without.
 
     Raises:
+        ConfigError: the environment has chosen the kernels already.
         ExtensionError, ConfigError: as extension.load().
     """
-    before = asynchronous.DEVICE_TYPES, grouped_products.use_grouped_mm, extension.uses_cuda_kernel
     extension.load()
-    try:
-        asynchronous.DEVICE_TYPES = frozenset({device_type})
-        grouped_products.use_grouped_mm = lambda *operands: True
-        extension.uses_cuda_kernel = lambda kernel: by_kernels
+    if not extension.cuda_kernels_are_chosen():
+        variable = extension.CUDA_ENVIRONMENT_VARIABLE
+        raise ConfigError(variable, os.environ[variable], "must be auto or unset where both ways are counted")
+    with taken_for_gpu(device_type), extension.trusting(extension.TRAINING_KERNELS if by_kernels else ()):
         yield
-    finally:
-        asynchronous.DEVICE_TYPES, grouped_products.use_grouped_mm, extension.uses_cuda_kernel = before
 
 
 def count_layer(options: Options, by_kernels: bool) -> dict[str, LaunchCounter]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from megatron_samoe import children
 from megatron_samoe.benchmarks.common import Adder, Row
 from megatron_samoe.cli.arguments import Options
 from megatron_samoe.errors import ConfigError
@@ -29,7 +30,7 @@ class LineWorker:
 
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], stderr: int | None = None):
         self.name = name
-        self.process = subprocess.Popen(
+        self.process = children.start(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

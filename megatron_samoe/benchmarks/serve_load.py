@@ -9,7 +9,6 @@ import random
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from megatron_samoe import children
 
 WORDS = ("Emma was very much surprised to find that the carriage had come a little before its time and that nobody "
          "would have any thing to say about it till the next morning at breakfast").split()  # fmt: skip
@@ -75,7 +76,7 @@ class ServerProcess:
     def __init__(self, flags: list[str], folder: Path):
         self._log = folder / "log.txt"
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self._process = children.start(
                 [sys.executable, "-m", "megatron_samoe", "serve", "--port", "0", *flags], stdout=log, stderr=log
             )
         while (found := re.search(r"serving .* at http://([\d.]+):(\d+)", self.log())) is None:

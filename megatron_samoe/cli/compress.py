@@ -11,17 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 import yaml
 
+from megatron_samoe import children
 from megatron_samoe.cli.arguments import Options, Words, adder, program, text_parser
-from megatron_samoe.compress.healing import OTHERS, STAGES, HealOptions, HealStage, heal_config
+from megatron_samoe.compress.healing import OTHERS, STAGES, HealOptions, HealStage, heal_config, require_rate_and_batch
 from megatron_samoe.compress.judge import VERDICTS_FILE, Verdict, read_verdicts, verdict_table
 from megatron_samoe.compress.options import CompressOptions
 from megatron_samoe.compress.pipeline import Compression
@@ -42,9 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     text = adder(parser.add_argument_group("text"))
     text("--data-path", str, "indexed dataset to calibrate on, and to heal on", required=True, metavar="PREFIX")
     text("--calibration-tokens", default.calibration_tokens, "its first tokens that are read", metavar="N")
-    text("--valid-data-path", str, "held-out indexed dataset to judge on; the tokens after those of calibration if not given",
+    text("--valid-data-path", str, "indexed dataset to judge on; the last documents of --data-path, held out, if not given",
          metavar="PREFIX")  # fmt: skip
-    text("--judge-tokens", default.judge_tokens, "its first tokens that are read", metavar="N")
+    text("--judge-tokens", default.judge_tokens, "tokens to judge on", metavar="N")
     text("--num-samples", default.num_samples, "tokens kept of each expert, to match outputs on", metavar="N")
     text("--seed", default.seed, "of the lot that keeps them")
     share = adder(parser.add_argument_group("sharing"))
@@ -66,8 +66,18 @@ def make_parser() -> argparse.ArgumentParser:
     heal("--heal-lr", float, "peak rate; that of the original's training if not given")
     heal("--teacher", str, "model to learn from; the original if not given", metavar="DIR")
     heal("--teacher-weight", 1.0, "of the divergence from the teacher, beside the cross-entropy")
-    heal("--heal-others", bool, "heal what it is compared with too, by as many steps, and train the original on")
-    heal("--heal-others-lr", float, "peak rate of what it is compared with; the original's if not given")
+    heal(
+        "--heal-global-batch-size",
+        int,
+        "sequences of a step; those of the original's training if not given",
+        metavar="N",
+    )
+    heal(
+        "--no-heal-others",
+        bool,
+        "leave out healing what it is compared with, and training the original on, by as many steps",
+    )
+    heal("--heal-others-lr", float, "peak rate of the healed pruned and blind models; --heal-lr if not given")
     add(
         "--beside",
         [str],
@@ -82,26 +92,29 @@ def main(words: Words) -> None:
     """Runs the command."""
     configure_logging()
     options = make_parser().parse_args(words)
+    iters = _heal_iters(options)
     given = {f.name: getattr(options, f.name) for f in fields(CompressOptions) if hasattr(options, f.name)}
     compression = Compression(CompressOptions(
         **given, sharing=options.expert_sharing, num_banks=options.num_expert_banks, num_sets=options.num_expert_sets,
         refit=not options.no_refit,
     ))  # fmt: skip
     beside = _beside(options.beside or [], compression)
-    iters = _heal_iters(options)
+    own = HealOptions(options.heal_lr, options.heal_global_batch_size, options.teacher_weight)
+    if sum(iters):
+        require_rate_and_batch(compression.config, own)
     teacher = options.teacher or str(compression.source.directory)
     compression.require_teacher(teacher)
     fitted = compression.fitted().directory
     heal = partial(_heal, compression, teacher)
-    own, others = (HealOptions(lr, options.teacher_weight) for lr in (options.heal_lr, options.heal_others_lr))
     start, healed = fitted, {}
     for stage, count in zip(STAGES, iters, strict=True):
         if count:
             healed[stage.name] = start = heal(own, stage, start, count)
-    if options.heal_others:
+    if sum(iters) and not options.no_heal_others:
+        others = own if options.heal_others_lr is None else replace(own, lr=options.heal_others_lr)
         for name in ("original", *compression.others()):
             if name in OTHERS:
-                its = HealOptions() if name == "original" else others
+                its = own if name == "original" else others
                 healed[OTHERS[name].name] = heal(its, OTHERS[name], compression.folder_of(name), sum(iters))
     verdicts = compression.judge(healed)
     logger.info(f"\n{format_table(verdict_table(verdicts))}")
@@ -131,11 +144,14 @@ def _heal_iters(options: Options) -> tuple[int, int]:
     iters = (*(options.heal_iters or ()), 0, 0)
     if len(iters) > 4 or min(iters) < 0:
         raise ConfigError("--heal-iters", options.heal_iters, "must be one or two numbers of steps, 0 or more")
-    for name in ("heal_lr", "teacher", "heal_others", "heal_others_lr"):
+    for name in ("heal_lr", "heal_global_batch_size", "teacher", "no_heal_others", "heal_others_lr"):
         if getattr(options, name) and not sum(iters):
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "needs --heal-iters")
-    if options.heal_others_lr is not None and not options.heal_others:
-        raise ConfigError("--heal-others-lr", options.heal_others_lr, "needs --heal-others")
+    if options.heal_others_lr is not None and options.no_heal_others:
+        raise ConfigError("--heal-others-lr", options.heal_others_lr, "has no use with --no-heal-others")
+    for name in ("heal_lr", "heal_others_lr", "heal_global_batch_size"):
+        if getattr(options, name) is not None and not getattr(options, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "must be above 0")
     return iters[0], iters[1]
 
 
@@ -150,8 +166,8 @@ def _heal(
     root = compression.folder.root
     run_dir, path = root / stage.name, root / f"{stage.name}.yaml"
     config = heal_config(
-        stage, compression.config, options, start.parent, teacher, run_dir, compression.options.data_path,
-        compression.options.valid_data_path, iters,
+        stage, compression.config, compression.source.train_state, options, start.parent, teacher, run_dir, compression.texts.training,
+        iters,
     )  # fmt: skip
     text = yaml.safe_dump(dict(config), sort_keys=False)
     if path.is_file() and path.read_text() != text:
@@ -160,7 +176,7 @@ def _heal(
     path.write_text(text)
     logger.info(f"{stage.name}: megatron-samoe pretrain --config {shlex.quote(str(path))}")
     # A process of its own: the trainer keeps freed memory, and the stages before may have taken much.
-    if subprocess.run([sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(path)]).returncode != 0:
+    if children.run([sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(path)]).returncode != 0:
         raise MegatronSamoeError(f"{stage.name} has not ended; the same command goes on from its last checkpoint.")
     return open_checkpoint(run_dir / "checkpoints").directory
 

@@ -17,7 +17,7 @@ import torch
 
 from megatron_samoe import __version__
 from megatron_samoe.cli.arguments import Words, program, text_parser
-from megatron_samoe.errors import install_extra
+from megatron_samoe.installation import extras, how_to_build, install_extra
 from megatron_samoe.ops import extension
 from megatron_samoe.runtime.free_memory import free_memory_bytes
 from megatron_samoe.training.machine import cpu_name, num_cores
@@ -61,9 +61,8 @@ def findings(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
 def _extension() -> Finding:
     info = extension.build_info()
     if not extension.available():
-        why = "a slower twin in plain torch does the work of each op; the line above says why" if info else (
-            "it is not built: pip install --no-build-isolation -e . in the repository, with a C++ compiler (apt-get install g++)"
-        )  # fmt: skip
+        slower = "a slower twin in plain torch does the work of each op"
+        why = f"{slower}; the line above says why" if info else f"it is not built, and {slower}. {how_to_build()}"
         return Finding("note", "compiled extension", why)
     cuda = "with CUDA kernels" if extension.has_cuda_kernels() else "without CUDA kernels"
     return Finding("ok", "compiled extension", f"{info['library']}, {cuda}; CPU kernels for {info['instruction_set']}")
@@ -103,12 +102,8 @@ def _shared_memory(folder: Path) -> Finding:
 
 def _extras() -> Iterator[Finding]:
     """Yields what optional packages are for, by the extras of this package."""
-    needed: dict[str, list[str]] = {}
-    for line in importlib.metadata.requires("megatron_samoe") or ():
-        match = re.match(r"""([\w.-]+)[^;]*;.*extra == ['"]([\w-]+)['"]""", line)
-        if match and match[1].replace("-", "_") != "megatron_samoe":
-            needed.setdefault(match[2], []).append(match[1])
-    for extra, packages in needed.items():
+    for extra, requirements in extras().items():
+        packages = [re.match(r"[\w.-]+", requirement)[0] for requirement in requirements]  # type: ignore[index]
         missing = [package for package in packages if not _is_installed(package)]
         if not missing:
             yield Finding("ok", f"extra {extra}", ", ".join(packages))

@@ -6,15 +6,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_samoe.cli.arguments import Words, adder, program, text_parser
 from megatron_samoe.config.schema import explained_yaml, json_schema
+from megatron_samoe.datasets.bin_readers import is_remote
+from megatron_samoe.datasets.preprocess.inputs import find_inputs
+from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.errors import ConfigError, DataError, nearest
+from megatron_samoe.installation import checkout
 
 #: What the configuration shows: values, and None for options that are there to be found, with their defaults.
 SHOWN: Mapping[str, Mapping[str, Any]] = {
@@ -26,19 +32,33 @@ SHOWN: Mapping[str, Mapping[str, Any]] = {
                  "use_distributed_optimizer": None, "elastic": None},
     "training": {"micro_batch_size": 4, "global_batch_size": 32, "train_iters": 1000, "eval_interval": 250, "eval_iters": 20,
                  "bf16": None, "recompute_granularity": None},
-    "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "lr_warmup_iters": 100, "weight_decay": 0.1},
+    "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "lr_warmup_fraction": 0.1, "weight_decay": 0.1},
     "data": {"data_path": ["data/corpus_text_document"], "split": "95,5,0", "tokenizer_type": "HuggingFaceTokenizer",
              "tokenizer_model": "data/tokenizer.json"},
     "checkpoint": {"save_interval": 250, "keep_last": 2},
-    "logging": {"run_dir": "runs/first", "log_interval": 10, "moe_per_layer_logging": None},
+    "logging": {"run_dir": "runs/first", "log_interval": 10, "moe_per_layer_logging": True},
 }  # fmt: skip
 HEAD = "# yaml-language-server: $schema=schema.json\n"
-COMMANDS = """# Text to a dataset, and training. All options: megatron-samoe pretrain --help.
-#   megatron-samoe train-tokenizer --type byte-bpe --input text.txt --vocab-size 8192 --output-prefix data/tokenizer
-#   megatron-samoe preprocess --input text.txt --tokenizer-type HuggingFaceTokenizer --tokenizer-model data/tokenizer.json \\
-#     --append-eod --output-prefix data/corpus
-#   megatron-samoe pretrain --config config.yaml              one process
-#   torchrun --nproc-per-node 8 -m megatron_samoe pretrain --config config.yaml
+#: What differs where the text is small: a model that two cores train in minutes.
+SMALL: Mapping[str, Mapping[str, Any]] = {
+    "model": {"num_layers": 6, "hidden_size": 128, "num_attention_heads": 4, "seq_length": 128},
+    "moe": {"num_experts": 8, "num_expert_banks": 2},
+    "training": {"micro_batch_size": 16, "global_batch_size": 16, "train_iters": 400, "eval_interval": 200},
+    "optimizer": {"lr": 3e-3, "min_lr": 3e-4},
+    "checkpoint": {"save_interval": 100},
+}
+#: Up to how many bytes a text is small, and how many it needs, so that what is held out of it holds samples.
+SMALL_BYTES, LEAST_BYTES = 50_000_000, 50_000
+COMMANDS = """megatron-samoe train-tokenizer --type byte-bpe --input {text} --vocab-size {vocab_size} --output-prefix data/tokenizer
+megatron-samoe preprocess --input {text} {cut}--tokenizer-type HuggingFaceTokenizer \\
+  --tokenizer-model data/tokenizer.json --append-eod --output-prefix data/corpus
+megatron-samoe pretrain --config config.yaml
+megatron-samoe generate --load runs/first --prompt "It was"
+megatron-samoe serve --load runs/first
+"""
+CUT = "--document-kb {} "
+COMMENT = """# From text to a model that answers. All options: megatron-samoe pretrain --help.
+{commands}# On several ranks: torchrun --nproc-per-node 8 -m megatron_samoe pretrain --config config.yaml
 """
 SLURM = """#!/bin/bash
 #SBATCH --job-name={name}
@@ -62,6 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = text_parser(__doc__)
     add = adder(parser)
     add("name", Path, "folder to make", metavar="NAME")
+    add("--text", [str], "text to train on: files or folders, in any form that megatron-samoe preprocess reads; size of model "
+        "and commands are made for it", default=None, metavar="FILE")  # fmt: skip
     add("--expert-layout", ("samoe", "moe", "dense"), "kind of model that the configuration is for; samoe if not given",
         default=None)  # fmt: skip
     add("--example", str, "copy an example in place of it: " + ", ".join(examples()), metavar="EXAMPLE")
@@ -70,19 +92,49 @@ def make_parser() -> argparse.ArgumentParser:
 
 def examples() -> dict[str, Path]:
     """Returns the examples by name: configurations of models, and studies."""
-    package = Path(__file__).resolve().parents[1]
+    root = checkout()
     # A wheel holds them; an editable installation has the repository's.
-    folder = package / "cli" / "examples" if (package / "cli" / "examples").is_dir() else package.parent / "examples"
-    if folder.parent == package.parent and not (package.parent / "setup.py").exists():
-        return {}
+    folder = root / "examples" if root is not None else Path(__file__).with_name("examples")
     return {path.stem: path for kind in ("configs", "studies") for path in sorted((folder / kind).glob("*.yaml"))}
 
 
-def _shown(expert_layout: str) -> dict[str, Mapping[str, Any]]:
-    moe = {**SHOWN["moe"], "expert_layout": expert_layout}
+def _shown(expert_layout: str, is_small: bool) -> Mapping[str, Mapping[str, Any]]:
+    shown = {group: {**values, **(SMALL.get(group, {}) if is_small else {})} for group, values in SHOWN.items()}
+    shown["moe"]["expert_layout"] = expert_layout
     if expert_layout != "samoe":
-        del moe["num_expert_banks"]
-    return {**SHOWN, "moe": {"expert_layout": "dense"} if expert_layout == "dense" else moe}
+        del shown["moe"]["num_expert_banks"]
+    if expert_layout == "dense":
+        shown["moe"] = {"expert_layout": "dense"}
+        del shown["logging"]["moe_per_layer_logging"]
+    return shown
+
+
+def _commands(text: Sequence[str] | None, folder: Path) -> tuple[str, bool]:
+    """Returns the commands from a text to a served model, as the project's folder runs them, and whether the text is small.
+
+    Args:
+        text: inputs as `megatron-samoe preprocess` takes them; None for one that is not known yet.
+
+    Raises:
+        DataError: a text is missing or too short.
+    """
+    if text is None:
+        return COMMANDS.format(text="text.txt", cut=CUT.format(2), vocab_size=8192), False
+    try:
+        files = find_inputs(PreprocessOptions(input=tuple(text), output_prefix="data"))
+    except DataError as error:
+        raise DataError(str(error).replace("--input", "--text")) from None
+    size = sum(file.num_bytes for file in files)
+    if size < LEAST_BYTES:
+        raise DataError(
+            f"--text {' '.join(text)} has {size:,} bytes. A twentieth of a text is held out, so it needs {LEAST_BYTES:,} "
+            "at the very least, and some millions to learn words from."
+        )
+    is_small = size < SMALL_BYTES
+    words = [path if is_remote(path) or os.path.isabs(path) else os.path.relpath(path, folder) for path in text]
+    # 200 documents or more, of which a twentieth is held out; pages rather than chapters, and of many places.
+    cut = CUT.format(min(max(size // 200 >> 10, 1), 16)) if any(file.format == "text" for file in files) else ""
+    return COMMANDS.format(text=shlex.join(words), cut=cut, vocab_size=4096 if is_small else 8192), is_small
 
 
 @program
@@ -94,8 +146,13 @@ def main(words: Words) -> None:
         raise ConfigError("NAME", str(folder), "is there already; give another")
     if options.example is not None and options.expert_layout is not None:
         raise ConfigError("--expert-layout", options.expert_layout, "is what the example says; leave out --example")
+    if options.example is not None and options.text is not None:
+        raise ConfigError("--text", " ".join(options.text), "has no meaning beside --example")
+    commands = ""
     if options.example is None:
-        text = HEAD + COMMANDS + explained_yaml(_shown(options.expert_layout or "samoe"))
+        commands, is_small = _commands(options.text, folder)
+        comment = COMMENT.format(commands="".join(f"#   {line}\n" for line in commands.splitlines()))
+        text = HEAD + comment + explained_yaml(_shown(options.expert_layout or "samoe", is_small))
         files = {"config.yaml": text, "pretrain.slurm": SLURM.format(name=folder.name)}
     else:
         files = _example(options.example)
@@ -110,6 +167,8 @@ def main(words: Words) -> None:
         raise DataError(f"{folder} cannot be made: {error.strerror or error}") from None
     first, *others = files
     print(f"{folder}: {first} (begin there), {', '.join(others)}")
+    if options.text:
+        print(f"\nFrom the text to a model that answers:\n\ncd {shlex.quote(str(folder))}\n{commands}", end="")
 
 
 def _example(name: str) -> dict[str, str]:

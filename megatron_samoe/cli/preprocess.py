@@ -27,8 +27,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--document-separator",
         str,
         "text files: a line that matches at its start begins a new document (and stays in it); blank-line "
-        "stands for empty lines. Without it a file is one document",
+        "stands for empty lines. Without it and --document-kb a file is one document",
         metavar="REGEX",
+    )
+    add(
+        "--document-kb",
+        0,
+        "text files: a document ends at the first blank line after so many KB, at twice as many anywhere",
     )
     add("--split-sentences", bool, "a sequence per sentence")
     add("--keep-newlines", bool, "keep white space between sentences")
@@ -80,6 +85,7 @@ def main(words: Words) -> None:
     for name in ("partitions", "keep_sequential_samples"):
         del values[name]
     values["chunk_bytes"] = values.pop("chunk_kb") << 10
+    values["document_bytes"] = values.pop("document_kb") << 10
     values["max_document_bytes"] = values.pop("max_document_mb") << 20
     for name in ("input", "json_keys", "languages"):
         values[name] = tuple(values[name])

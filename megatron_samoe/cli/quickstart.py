@@ -13,13 +13,15 @@ import argparse
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from megatron_samoe import children
 from megatron_samoe.cli.arguments import Words, adder, program, text_parser
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.report import write_report
@@ -43,6 +45,8 @@ MODELS = {
 #: The model whose last steps two ranks train.
 FINISHED_BY_TWO, PARALLEL_STEPS = "samoe", 20
 PROMPT = "Emma was very much surprised to find that Mr. Knightley"
+#: Seconds between two looks at the trainings, and between two lines about them where no terminal shows them.
+LOOK_S, SAY_S = 0.5, 60.0
 NOTES = (
     "All models see the same samples in the same order. One seed only: two runs of one model that differ in nothing but "
     "rounding can end 0.02 nats apart, so a smaller difference between the rows says nothing.",
@@ -67,7 +71,7 @@ def run(command: list[str], step: str) -> None:
     print(f"\n== {step}", flush=True)
     show(command)
     started = time.monotonic()
-    status = subprocess.run(command, env=environment()).returncode
+    status = children.run(command, env=environment()).returncode
     if status != 0:
         raise MegatronSamoeError(f"{step} ended with status {status}; its message stands above.")
     print(f"   ({time.monotonic() - started:.0f} s)", flush=True)
@@ -93,61 +97,107 @@ def prepare_data(out: Path) -> list[str]:
 
 
 class Training:
-    """One model's pretraining in a process of its own; what it says goes to a file."""
+    """One model's pretraining in a process of its own; what it says goes to a file.
 
-    def __init__(self, name: str, flags: list[str], out: Path):
-        self.name, self.run_dir, self.log = name, out / name, out / f"{name}.log"
-        command = [
-            *PROGRAM,
-            "pretrain",
-            "--config",
-            str(CONFIG),
-            *flags,
-            "--run-dir",
-            str(self.run_dir),
-            "--num-threads",
-            "1",
-        ]
-        show(command)
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+    Args:
+        steps: where it ends.
+    """
 
-    def progress(self) -> str:
-        """Returns a few words on the last logged step."""
-        path = self.run_dir / "metrics.jsonl"
-        lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.is_file() else []
-        if not lines:
-            return f"{self.name}: starting"
-        record = json.loads(lines[-1])
-        return f"{self.name}: step {record['iteration']}, loss {record['lm_loss']:.3f}"
+    def __init__(self, name: str, command: list[str], steps: int, out: Path):
+        self.name, self.steps, self._metrics, self._log = name, steps, out / name / "metrics.jsonl", out / f"{name}.log"
+        self.began_at, _ = self.progress()
+        with self._log.open("w") as log:
+            self.process = children.start(command, env=environment(), stdout=log, stderr=log)
+
+    def progress(self) -> tuple[int, str]:
+        """Returns the last logged step and a few words on it."""
+        lines = self._metrics.read_text().splitlines(True) if self._metrics.is_file() else []
+        steps = [line for line in lines if '"lm_loss"' in line and line.endswith("\n")]
+        if not steps:
+            return 0, "starting"
+        record = json.loads(steps[-1])
+        return min(record["iteration"], self.steps), f"loss {record['lm_loss']:.3f}"
+
+    def is_running(self) -> bool:
+        """Returns whether it still trains."""
+        return self.process.poll() is None
 
     def refuse_failure(self) -> None:
         """Leaves with what the run said last if it failed."""
-        if self.process.returncode:
-            tail = "\n".join(self.log.read_text().splitlines()[-5:])
+        if self.process.poll():
+            tail = "\n".join(self._log.read_text().splitlines()[-5:])
             raise MegatronSamoeError(f"pretraining {self.name} ended with status {self.process.returncode}:\n{tail}")
 
 
-def train_side_by_side(waiting: list[tuple[str, list[str]]], out: Path, at_once: int = 2) -> None:
-    """Trains models, two at a time, and says every now and then how far they are."""
-    running: list[Training] = []
-    said, last = time.monotonic(), ""
+class Table:
+    """Shows how far trainings are and how long they still take: on a terminal a bar for each, elsewhere a line a minute.
+
+    Args:
+        steps: of all trainings together.
+    """
+
+    def __init__(self, steps: int):
+        self._steps, self._bars = steps, dict[str, tqdm]()
+        self._started = self._said = time.monotonic()
+
+    def show(self, trainings: Sequence[Training]) -> None:
+        """Shows those that have started."""
+        running = {training for training in trainings if training.is_running()}  # before what they last logged is read
+        found = {training: training.progress() for training in trainings}
+        done, began = sum(step for step, _ in found.values()), sum(training.began_at for training in trainings)
+        if sys.stdout.isatty():
+            for training, (step, words) in found.items():
+                self._draw(training.name, step, training.began_at, training.steps, words, training in running)
+            self._draw("all", done, began, self._steps, "", is_running=True)
+        elif time.monotonic() - self._said > SAY_S:
+            self._said = time.monotonic()
+            left = (self._said - self._started) * (self._steps - done) / (done - began) if done > began else None
+            after = f", about {tqdm.format_interval(left)} left" if left is not None else ""
+            each = "; ".join(f"{t.name} at step {step}, {words}" for t, (step, words) in found.items() if t in running)
+            print(f"   {done:,} of {self._steps:,} steps{after}: {each}", flush=True)
+
+    def _draw(self, name: str, step: int, began_at: int, steps: int, words: str, is_running: bool) -> None:
+        if name not in self._bars:
+            layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]{postfix}"
+            self._bars[name] = tqdm(
+                total=steps, initial=began_at, desc=f"   {name:14}", bar_format=layout, file=sys.stdout, ncols=100
+            )
+        bar = self._bars[name]
+        if not bar.disable:  # by close
+            bar.n, bar.postfix = step, words
+            bar.refresh()
+        if not is_running:
+            bar.close()
+
+    def close(self) -> None:
+        """Leaves the table as it is."""
+        for bar in self._bars.values():
+            bar.close()
+
+
+def train_side_by_side(commands: Mapping[str, tuple[list[str], int]], out: Path, at_once: int = 2) -> None:
+    """Trains models, two at a time, and shows how far they are.
+
+    Args:
+        commands: by the model's name, and the step at which each ends.
+    """
+    for command, _ in commands.values():
+        show(command)
+    waiting, started = dict(commands), list[Training]()
+    table = Table(sum(steps for _, steps in commands.values()))
     try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(Training(*waiting.pop(0), out))
-            time.sleep(0.2)
-            for training in [t for t in running if t.process.poll() is not None]:
+        while waiting or any(training.is_running() for training in started):
+            while waiting and sum(training.is_running() for training in started) < at_once:
+                name = next(iter(waiting))
+                started.append(Training(name, *waiting.pop(name), out))
+            time.sleep(LOOK_S)
+            table.show(started)
+            for training in started:
                 training.refuse_failure()
-                print(f"   {training.progress()} (done)", flush=True)
-                running.remove(training)
-            if time.monotonic() - said > 20 and running:
-                said, before = time.monotonic(), last
-                last = " | ".join(training.progress() for training in running)
-                if last != before:
-                    print(f"   {last}", flush=True)
+        table.show(started)
     finally:
-        for training in running:
+        table.close()
+        for training in started:
             training.process.terminate()
 
 
@@ -169,11 +219,17 @@ def main(words: Words) -> None:
         raise ConfigError("--train-iters", steps, f"must be above {PARALLEL_STEPS}, the steps that two ranks train")
     common = [*prepare_data(out), "--train-iters", str(steps)]
     print("\n== 3/5 pretrain four models, two at a time", flush=True)
-    stop = {FINISHED_BY_TWO: ["--exit-interval", str(steps - PARALLEL_STEPS)]}
-    train_side_by_side([(name, [*flags, *common, *stop.get(name, [])]) for name, flags in MODELS.items()], out)
+    config = ["--config", str(CONFIG)]
+    commands = {}
+    for name, flags in MODELS.items():
+        last = steps - PARALLEL_STEPS * (name == FINISHED_BY_TWO)
+        stop = ["--exit-interval", str(last)] if last < steps else []
+        words = [*config, *flags, *common, *stop, "--run-dir", str(out / name), "--num-threads", "1"]
+        commands[name] = [*PROGRAM, "pretrain", *words], last
+    train_side_by_side(commands, out)
     run(
         [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "megatron_samoe", "pretrain",
-         "--config", str(CONFIG), *MODELS[FINISHED_BY_TWO], *common,
+         *config, *MODELS[FINISHED_BY_TWO], *common,
          "--expert-model-parallel-size", "2", "--micro-batch-size", "8", "--run-dir", str(out / FINISHED_BY_TWO)],
         f"4/5 go on with {FINISHED_BY_TWO} on two ranks, half of the experts on each, for its last {PARALLEL_STEPS} steps",
     )  # fmt: skip

@@ -93,6 +93,8 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
                        "it the variable MEGATRON_SAMOE_API_KEY counts, and without both no token is asked for", metavar="FILE")  # fmt: skip
     add("--allowed-hosts", [str], "host names to answer under; on a "
                        "loopback address only its own names, else any, if not given", default=(), metavar="NAME")  # fmt: skip
+    add("--allowed-origins", [str], "origins of pages that may ask from a browser, as https://NAME; * for all; the server's own "
+                           "page alone if not given", default=(), metavar="ORIGIN")  # fmt: skip
     add("--show-experts", bool, "the page shows which experts and banks each token uses; keeps the model as it was trained in "
                                 "memory, too")  # fmt: skip
     for name, text in LIMITS.items():
@@ -131,6 +133,7 @@ def _server_options(options: Options) -> ServerOptions:
     return ServerOptions(
         host=options.host, port=options.port,
         api_key=read_api_key(options.api_key_file), allowed_hosts=tuple(options.allowed_hosts),
+        allowed_origins=tuple(options.allowed_origins),
         **{name: getattr(options, name) for name in LIMITS},
     )  # fmt: skip
 

@@ -51,11 +51,19 @@ def main(words: Words) -> None:
         raise DataError("The corpus is empty: no text to train a tokenizer on.")
     texts = chain([first], texts)
     if args.type == "byte-bpe":
-        path = train_byte_bpe(texts, args.vocab_size, args.output_prefix)
+        path, size = train_byte_bpe(texts, args.vocab_size, args.output_prefix)
     else:
         kind = args.type.removeprefix("sentencepiece-")
-        path = train_sentencepiece(texts, kind, args.vocab_size, args.output_prefix, args.num_threads)
-    print(f"wrote {path}")
+        # It ends with an error where the text does not give so many.
+        path, size = (
+            train_sentencepiece(texts, kind, args.vocab_size, args.output_prefix, args.num_threads),
+            args.vocab_size,
+        )
+    print(f"wrote {path}: {size:,} entries")
+    if size < args.vocab_size:
+        print(
+            f"note: {args.vocab_size:,} were asked for, and the text has no more pairs of tokens to merge; more text gives more"
+        )
 
 
 if __name__ == "__main__":

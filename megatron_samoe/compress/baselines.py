@@ -20,7 +20,7 @@ from megatron_samoe.compress.calibration import LayerCalibration
 from megatron_samoe.compress.compressed_model import expert_bytes
 from megatron_samoe.compress.expert_math import hidden_of, layer_experts, output_of, read_experts
 from megatron_samoe.compress.matching import assigned, neuron_products
-from megatron_samoe.config.derived import without_idle_options
+from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import EditedModel, begin_edit, model_names, source_config
@@ -30,18 +30,21 @@ from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights
 
 
 def experts_in_budget(source: GlobalTensors, num_bytes: int) -> int:
-    """Returns E', the most experts per layer whose bytes are no more.
+    """Returns E', the most experts per layer whose bytes are no more; as many of each group of experts.
 
     Raises:
-        ConfigError: fewer than a token chooses.
+        ConfigError: fewer than a token chooses, of all or of a group.
     """
-    config = source_config(source)
-    assert isinstance(config.moe.num_experts, int)
-    kept = config.moe.num_experts * num_bytes // expert_bytes(source)
-    if kept < config.moe.moe_router_topk:
-        raise ConfigError("--budget", f"{num_bytes:,} bytes", f"leaves {kept} experts a layer; a token chooses "
-                          f"{config.moe.moe_router_topk}")  # fmt: skip
-    return int(kept)
+    moe = source_config(source).moe
+    assert isinstance(moe.num_experts, int)
+    groups, chosen = moe.moe_router_num_groups or 1, moe.moe_router_topk // (moe.moe_router_group_topk or 1)
+    kept = moe.num_experts * num_bytes // expert_bytes(source) // groups
+    if kept < chosen:
+        where = "layer" if groups == 1 else "group"
+        raise ConfigError(
+            "--budget", f"{num_bytes:,} bytes", f"leaves {kept} experts a {where}; a token chooses {chosen}"
+        )
+    return int(kept * groups)
 
 
 def pruned_model(source: GlobalTensors, calibrations: Sequence[LayerCalibration], num_kept: int) -> EditedModel:
@@ -50,8 +53,9 @@ def pruned_model(source: GlobalTensors, calibrations: Sequence[LayerCalibration]
     moe = replace(config.moe, num_experts=num_kept)
     edited = begin_edit(source, without_idle_options(replace(config, moe=moe)))
     experts, _ = layer_experts(source)
+    groups = moe.moe_router_num_groups or 1
     kept: dict[int | None, Tensor] = {
-        place.index: calibration.mean_saliency_E.topk(num_kept).indices.sort().values
+        place.index: _most_salient(calibration.mean_saliency_E, num_kept, groups)
         for place, calibration in zip(experts.layers, calibrations, strict=True)
     }
     for name in model_names(source):
@@ -62,6 +66,12 @@ def pruned_model(source: GlobalTensors, calibrations: Sequence[LayerCalibration]
         else:
             edited.keep(source, name)
     return edited
+
+
+def _most_salient(saliency_E: Tensor, num_kept: int, groups: int) -> Tensor:
+    """Returns the experts to keep in their order, as many of each of the consecutive groups."""
+    kept_GE = saliency_E.view(groups, -1).topk(num_kept // groups, dim=1).indices.sort(1).values
+    return (kept_GE + torch.arange(groups)[:, None] * (len(saliency_E) // groups)).flatten()
 
 
 def _rows(source: GlobalTensors, name: str, order_E: Tensor) -> Tensor:

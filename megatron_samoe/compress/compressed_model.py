@@ -46,9 +46,6 @@ def require_compressible(source: GlobalTensors) -> PretrainConfig:
         raise ConfigError(
             "--load-dir", f"a MoE of {', '.join(map(str, counts))} experts by layer", "must have as many in each"
         )
-    if moe.moe_router_num_groups is not None:
-        raise ConfigError("--load-dir", f"a MoE of {moe.moe_router_num_groups} groups of experts", "must have no groups: experts "
-                          "would be renumbered across them")  # fmt: skip
     if len(counts) < 2:
         raise ConfigError("--load-dir", "a MoE of one MoE layer", "must have two MoE layers or more, which can share")
     return config

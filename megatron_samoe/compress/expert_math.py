@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.interop.layer_experts import LayerExperts
 from megatron_samoe.models.layer_layout import LayerPlace
+from megatron_samoe.models.mlp import activation_of
 from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights, activate
 
 
@@ -19,7 +20,7 @@ def read_experts(experts: LayerExperts, place: LayerPlace) -> ExpertWeights:
 def layer_experts(source: GlobalTensors) -> tuple[LayerExperts, Activation]:
     """Returns the reader of a model's experts, and their activation."""
     experts = LayerExperts(source)
-    return experts, "swiglu" if experts.config.model.swiglu else "gelu"
+    return experts, activation_of(experts.config.model)
 
 
 def matrices(weights: ExpertWeights) -> tuple[Tensor, Tensor]:

@@ -66,10 +66,18 @@ def _fit(target: FitTarget, w_LEUD: Tensor, moment_LEDD: Tensor, way: Way, num_b
 
 
 def best_numbering(
-    layers: Sequence[MatchedLayer], activation: Activation, what: Matching, way: Way, num_banks: int
+    layers: Sequence[MatchedLayer],
+    activation: Activation,
+    what: Matching,
+    way: Way,
+    num_banks: int,
+    num_groups: int = 1,
 ) -> list[Numbering]:
     """Returns the numbering, of several, with which the layers would lose least if all met the mean of what they meet: their
     own, that of `match`, and the experts' by their weights alone, which finds a pool that was folded.
+
+    Args:
+        num_groups: consecutive groups of experts, which stay together.
     """
     E, F = len(layers[0].weights.w1), layers[0].ffn_size
     own = [Numbering.own(E, F) for _ in layers]
@@ -79,7 +87,8 @@ def best_numbering(
         inner_products(lambda n, row=row: matrices(layers[n].weights)[row].flatten(1), len(layers), E)  # type: ignore[misc]
         for row in (0, 1)
     ]
-    order_LE = match_experts(grams, num_banks) if way == "combined" else match_to_mean(grams)
+    by_banks = way == "combined" and num_groups == 1
+    order_LE = match_experts(grams, num_banks) if by_banks else match_to_mean(grams, num_groups)
     by_weights = [Numbering(order_E, numbers.neurons_EF) for order_E, numbers in zip(order_LE, own, strict=True)]
 
     def loss(numberings: list[Numbering]) -> float:
@@ -94,7 +103,7 @@ def best_numbering(
             for w_LEUD, moment_LEDD in zip(weights, moments, strict=True)
         )
 
-    return min((own, match(layers, activation, what), by_weights), key=loss)
+    return min((own, match(layers, activation, what, num_groups), by_weights), key=loss)
 
 
 def _lost_share(gram_LL: Tensor, way: Way, num_banks: int) -> float:
@@ -113,13 +122,16 @@ def with_inputs(layer: MatchedLayer, fit: WeightedFit, number: int) -> ExpertWei
     return replace(old, w1=w1_EUD[..., :width].reshape(old.w1.shape), b1=b1)
 
 
-def pair_errors(layers: Sequence[MatchedLayer], activation: Activation, way: Way, what: Matching) -> Tensor:
+def pair_errors(
+    layers: Sequence[MatchedLayer], activation: Activation, way: Way, what: Matching, num_groups: int = 1
+) -> Tensor:
     """Returns error_LL: what a pair of layers loses by sharing a set, as the mean share of w1's and of w2's power."""
     error_LL = torch.zeros(len(layers), len(layers), dtype=torch.float64)
     for a, b in combinations(range(len(layers)), 2):
         pair = [layers[a], layers[b]]
         matched = [
-            in_order(layer, n) for layer, n in zip(pair, best_numbering(pair, activation, what, way, 1), strict=True)
+            in_order(layer, n)
+            for layer, n in zip(pair, best_numbering(pair, activation, what, way, 1, num_groups), strict=True)
         ]
         shares = [f.relative**2 for f in (fit_inputs(matched, way, 1), fit_outputs(matched, way, 1))]
         error_LL[a, b] = error_LL[b, a] = sum(shares) / 2

@@ -62,8 +62,14 @@ class MatchedLayer:
         return self.weights.w2.shape[2]
 
 
-def match(layers: Sequence[MatchedLayer], activation: Activation, what: Matching = "neurons") -> list[Numbering]:
-    """Returns a numbering for each layer: the first keeps its own, each further one follows all before it."""
+def match(
+    layers: Sequence[MatchedLayer], activation: Activation, what: Matching = "neurons", num_groups: int = 1
+) -> list[Numbering]:
+    """Returns a numbering for each layer: the first keeps its own, each further one follows all before it.
+
+    Args:
+        num_groups: consecutive groups of experts, which stay together.
+    """
     numberings: list[Numbering] = []
     for layer in layers:
         numbers = Numbering.own(len(layer.weights.w1), layer.ffn_size)
@@ -72,7 +78,7 @@ def match(layers: Sequence[MatchedLayer], activation: Activation, what: Matching
             cost_EE = torch.stack(
                 [output_distances(other, layer, activation)[order.experts_E] for other, order in before]
             )
-            experts_E = assigned(-cost_EE.sum(0))
+            experts_E = assigned_in_groups(-cost_EE.sum(0), num_groups)
             neurons_EF = numbers.neurons_EF
             if what == "neurons":
                 neurons_EF = torch.stack(
@@ -90,6 +96,19 @@ def assigned(score_NN: Tensor) -> Tensor:
     own = torch.eye(len(score_NN), dtype=torch.float64) * (1e-9 * float(score_NN.abs().max()) + 1e-300)
     _, columns = linear_sum_assignment((score_NN.double() + own).numpy(), maximize=True)
     return torch.from_numpy(columns)
+
+
+def assigned_in_groups(score_EE: Tensor, num_groups: int) -> Tensor:
+    """Returns what `assigned` does, but that experts of one of the consecutive groups become those of one group."""
+    if num_groups == 1:
+        return assigned(score_EE)
+    size, groups = len(score_EE) // num_groups, range(num_groups)
+    score_GeGe = score_EE.view(num_groups, size, num_groups, size)
+    within = [[assigned(score_GeGe[g, :, h]) for h in groups] for g in groups]
+    score_GG = torch.stack(
+        [torch.stack([score_GeGe[g, torch.arange(size), h, within[g][h]].sum() for h in groups]) for g in groups]
+    )
+    return torch.cat([h * size + within[g][h] for g, h in enumerate(assigned(score_GG).tolist())])
 
 
 def output_distances(a: MatchedLayer, b: MatchedLayer, activation: Activation) -> Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from megatron_samoe.compress.matching import Matching
 from megatron_samoe.compress.sharing_plan import SharingPlan, sets_in_budget
-from megatron_samoe.compress.text import Text
+from megatron_samoe.compress.text import Text, are_one_dataset, last_documents
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import parse_sharing, written_map
+from megatron_samoe.datasets.build import check_vocabulary
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset
+from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.errors import ConfigError
 
 
@@ -19,8 +24,8 @@ class CompressOptions:
     """What is asked for.
 
     Attributes:
-        data_path, valid_data_path: indexed datasets to calibrate on and to judge on; without the latter, the tokens after
-            those of calibration.
+        data_path, valid_data_path: indexed datasets to calibrate and heal on, and to judge on; without the latter, the last
+            documents of the former are held out.
         num_samples: tokens kept of each expert.
         sharing: combined, tied, scaled or a map of --expert-sharing.
         budget: share of expert bytes below 1, or bytes, in place of numbers of banks or sets.
@@ -47,11 +52,30 @@ class CompressOptions:
     refit: bool = True
 
 
-def texts(options: CompressOptions, config: PretrainConfig, vocab_size: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns ids [B, S + 1] of each forward pass, of the text to calibrate on and of that to judge on.
+@dataclass(frozen=True)
+class Texts:
+    """What a compression reads.
+
+    Attributes:
+        calibration, judged: ids [B, S + 1] of each forward pass.
+        start: token of its dataset that the judged text begins with.
+        training: options of data with which a run trains on all text but that to judge on, and validates on that.
+    """
+
+    calibration: list[Tensor]
+    judged: list[Tensor]
+    start: int
+    training: Mapping[str, Any]
+
+
+def texts(options: CompressOptions, config: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> Texts:
+    """Returns the text to calibrate and heal on, and that to judge on, which is no part of the former.
+
+    Args:
+        vocab_size, tokenizer: the model's.
 
     Raises:
-        ConfigError: fewer tokens are asked for than a sequence has.
+        ConfigError: fewer tokens are asked for than a sequence has, or both texts are one.
         DataError: a dataset is missing, too short, or of another tokenizer.
     """
     seq_length = config.model.seq_length
@@ -61,11 +85,24 @@ def texts(options: CompressOptions, config: PretrainConfig, vocab_size: int) -> 
     ):
         if tokens < seq_length:
             raise ConfigError(flag, tokens, f"must be a sequence of the model or more, {seq_length} tokens")
-    text = Text(options.data_path, 0, options.calibration_tokens)
-    held_out, flag = Text(options.data_path, options.calibration_tokens, options.judge_tokens), "--data-path"
-    if options.valid_data_path is not None:
-        held_out, flag = Text(options.valid_data_path, 0, options.judge_tokens), "--valid-data-path"
-    return text.passes(seq_length, vocab_size, "--data-path"), held_out.passes(seq_length, vocab_size, flag)
+    own, other = options.data_path, options.valid_data_path
+    for prefix in (own,) if other is None else (own, other):
+        check_vocabulary(IndexedDataset(prefix), tokenizer, vocab_size)
+    training: dict[str, Any]
+    if other is None:
+        held_out, flag = last_documents(own, options.judge_tokens, "--data-path"), "--data-path"
+        text = Text(own, 0, options.calibration_tokens, held_out.start)
+        judged = Text(own, held_out.start, options.judge_tokens)
+        training = {"data_path": [own], "split": held_out.split}
+    else:
+        flag = "--valid-data-path"
+        if are_one_dataset(own, other):
+            raise ConfigError(flag, other, "is the text of --data-path, on which experts are fitted and healed; give other text, or "
+                              "leave it out, and the last documents of --data-path are held out")  # fmt: skip
+        text, judged = Text(own, 0, options.calibration_tokens), Text(other, 0, options.judge_tokens)
+        training = {"train_data_path": [own], "valid_data_path": [other]}
+    passes = judged.passes(seq_length, vocab_size, flag)
+    return Texts(text.passes(seq_length, vocab_size, "--data-path"), passes, judged.start, training)
 
 
 def plan_of(options: CompressOptions, layer_bytes: int, num_layers: int) -> SharingPlan:

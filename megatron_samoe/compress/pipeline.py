@@ -39,9 +39,11 @@ from megatron_samoe.compress.sharing_plan import SharingPlan, chosen_map, sets_i
 from megatron_samoe.compress.stage_folder import BEGIN, StageFolder
 from megatron_samoe.config.derived import num_moe_layers
 from megatron_samoe.config.sharing_map import Source, Way, parse_sharing
+from megatron_samoe.datasets.carried_tokenizer import with_carried
+from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.interop.edited_model import open_checkpoint
+from megatron_samoe.interop.edited_model import EditedModel, open_checkpoint
 from megatron_samoe.interop.pool_surgery import pool_moe, tie_layers
 from megatron_samoe.log import logger
 from megatron_samoe.models.blueprint import Blueprint
@@ -67,7 +69,8 @@ class Compression:
         self.source = open_checkpoint(options.load_dir, options.ckpt_step)
         self.config = require_compressible(self.source)
         self.num_layers = num_moe_layers(self.config)
-        self.passes, self.judged = texts(options, self.config, int(self.source.train_state["vocab_size"]))
+        tokenizer = tokenizer_of(with_carried(self.config.data, self.source.directory))
+        self.texts = texts(options, self.config, int(self.source.train_state["vocab_size"]), tokenizer)
         refuse_options(options, self.layer_bytes, self.num_layers)
         self.folder = StageFolder(Path(options.save_dir))
         begun = {"load_dir": str(self.source.directory.resolve())}
@@ -118,7 +121,7 @@ class Compression:
     def _calibrate(self) -> JsonObject:
         self._state_memory()
         model = self._model(self.source.directory)
-        found = calibrate(model, self.passes, self.options.num_samples, self.options.seed)
+        found = calibrate(model, self.texts.calibration, self.options.num_samples, self.options.seed)
         self.folder.write_tensors("calibration", [vars(layer) for layer in found])
         least = min(int(layer.tokens_E.min()) for layer in found)
         width = self.config.model.hidden_size
@@ -127,7 +130,7 @@ class Compression:
             if least < width
             else ""
         )
-        logger.info(f"calibration: {sum(p[:, 1:].numel() for p in self.passes):,} tokens{note}")
+        logger.info(f"calibration: {sum(p[:, 1:].numel() for p in self.texts.calibration):,} tokens{note}")
         return {"tokens_LE": [layer.tokens_E.tolist() for layer in found],
                 "saliency_LE": [layer.mean_saliency_E.tolist() for layer in found]}  # fmt: skip
 
@@ -169,11 +172,15 @@ class Compression:
             return asdict(plan_of(self.options, self.layer_bytes, self.num_layers))
         assert self.options.budget is not None
         way: Way = "scaled" if self.options.sharing == "scaled" else "tied"
-        error_LL = pair_errors(self._layers(), self._activation, way, self.options.match)
+        error_LL = pair_errors(self._layers(), self._activation, way, self.options.match, self._num_groups)
         sets = sets_in_budget(self.options.budget, self.layer_bytes, self.num_layers)
         plan = SharingPlan(chosen_map(error_LL, sets, way))
         logger.info(f"plan: {plan.sharing}")
         return {**asdict(plan), "error_LL": error_LL.tolist()}
+
+    @property
+    def _num_groups(self) -> int:
+        return self.config.moe.moe_router_num_groups or 1
 
     @property
     def _activation(self) -> Activation:
@@ -210,7 +217,12 @@ class Compression:
         numberings: dict[int, Numbering] = {}
         for source, members in self.groups().items():
             found = best_numbering(
-                [layers[i] for i in members], activation, self.options.match, source.way, self._banks(source)
+                [layers[i] for i in members],
+                activation,
+                self.options.match,
+                source.way,
+                self._banks(source),
+                self._num_groups,
             )
             numberings |= dict(zip(members, found, strict=True))
         self.folder.write_tensors("numbering", {i: (n.experts_E, n.neurons_EF) for i, n in numberings.items()})
@@ -241,7 +253,7 @@ class Compression:
             for source, members in self.groups().items():
                 for number, index in enumerate(members):
                     new[index] = with_inputs(layers[index], inputs[source], number)
-            sums = output_sums(self._model(matched.directory), self.passes, new, self._activation)
+            sums = output_sums(self._model(matched.directory), self.texts.calibration, new, self._activation)
         groups = [
             fitted_group(
                 s, m, [layers[i] for i in m], inputs[s], self._banks(s), None if sums is None else [sums[i] for i in m]
@@ -262,15 +274,12 @@ class Compression:
         return list(result["models"])
 
     def _make_others(self) -> JsonObject:
-        sources, plan = self.sources(self.plan), self.plan
-        combines = any(source.way == "combined" for source in sources)
-        blind = (
-            pool_moe(self.source, plan.num_banks, sharing=plan.sharing)
-            if combines
-            else tie_layers(self.source, plan.sharing)
-        )
-        self.folder.write_model("blind", blind)
-        models = ["blind"]
+        models = []
+        try:
+            self.folder.write_model("blind", self._blind())
+            models.append("blind")
+        except ConfigError as error:
+            logger.info(f"others: no blind model: {error}")
         try:
             kept = baselines.experts_in_budget(self.source, expert_bytes(self.fitted()))
         except ConfigError as error:
@@ -279,6 +288,12 @@ class Compression:
         self.folder.write_model("pruned", baselines.pruned_model(self.source, self.calibration, kept))
         self.folder.write_model("merged", baselines.merged_model(self.source, self.calibration, kept))
         return {"models": [*models, "pruned", "merged"], "experts": kept}
+
+    def _blind(self) -> EditedModel:
+        plan = self.plan
+        if any(source.way == "combined" for source in self.sources(plan)):
+            return pool_moe(self.source, plan.num_banks, sharing=plan.sharing)
+        return tie_layers(self.source, plan.sharing)
 
     def folder_of(self, model: str) -> Path:
         """Returns the checkpoint of the original, or of a stage's model."""
@@ -293,7 +308,7 @@ class Compression:
         others = self.others()
         folders = {n: self.folder_of(n) for n in ("original", "matched", "fitted", *others)} | dict(healed)
         settings = {**self._fit_settings(), "valid_data_path": options.valid_data_path,
-                    "judge_tokens": options.judge_tokens}  # fmt: skip
+                    "judge_tokens": options.judge_tokens, "judge_start": self.texts.start}  # fmt: skip
         original = None
         verdicts = []
         for name, folder in folders.items():
@@ -302,7 +317,7 @@ class Compression:
                 nonlocal original
                 original = original or self._model(self.source.directory)
                 model = original if name == "original" else self._model(folder)
-                loss, divergence = losses(original, model, self.judged)
+                loss, divergence = losses(original, model, self.texts.judged)
                 return Verdict(name, self._bytes(name, folder), loss, divergence).to_json()
 
             which = settings | ({"healed": str(open_checkpoint(folder).directory)} if name in healed else {})

@@ -1,7 +1,8 @@
-"""The text that a compression reads: consecutive tokens of an indexed dataset."""
+"""The text that a compression reads: consecutive tokens of an indexed dataset, and what of it is held out."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_samoe.datasets.indexed_dataset import IndexedDataset
+from megatron_samoe.datasets import manifest
+from megatron_samoe.datasets.indexed_dataset import IndexedDataset, get_bin_path
 from megatron_samoe.errors import DataError
 
 #: Tokens of a forward pass.
@@ -22,11 +24,13 @@ class Text:
 
     Attributes:
         start, num_tokens: which tokens; one more is read as the last label.
+        end: token that others begin with, before which these must end; the dataset's end if not given.
     """
 
     prefix: str
     start: int
     num_tokens: int
+    end: int | None = None
 
     def passes(self, seq_length: int, vocab_size: int, flag: str) -> list[Tensor]:
         """Returns ids [B, S + 1] of each forward pass; what is left below a sequence is not read.
@@ -36,10 +40,13 @@ class Text:
         """
         dataset = IndexedDataset(self.prefix)
         needed = self.start + self.num_tokens + 1
-        if dataset.num_tokens < needed:
+        there, what = dataset.num_tokens, "tokens"
+        if self.end is not None:
+            there, what = self.end, "tokens before the documents that are held out"
+        if there < needed:
             raise DataError(
-                f"{flag} {self.prefix} has {dataset.num_tokens:,} tokens; {needed:,} are needed: {self.num_tokens:,} from "
-                f"token {self.start:,} on, and one to predict. Give longer text, or ask for fewer tokens."
+                f"{flag} {self.prefix} has {there:,} {what}; {needed:,} are needed: {self.num_tokens:,} from token "
+                f"{self.start:,} on, and one to predict. Give longer text, or ask for fewer tokens."
             )
         ids = torch.from_numpy(_read(dataset, self.start, self.num_tokens + 1).astype(np.int64))
         if int(ids.max()) >= vocab_size:
@@ -50,6 +57,47 @@ class Text:
         count = self.num_tokens // seq_length
         windows = ids.unfold(0, seq_length + 1, seq_length)[:count]
         return list(windows.split(max(1, TOKENS_PER_PASS // seq_length)))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The last documents of a dataset, which nothing is fitted or trained on.
+
+    Attributes:
+        start: token that they begin with.
+        split: the --split that leaves them to validation.
+    """
+
+    start: int
+    split: str
+
+
+def last_documents(prefix: str, num_tokens: int, flag: str) -> HeldOut:
+    """Returns the fewest last documents with so many tokens and one to predict.
+
+    Raises:
+        DataError: the dataset is missing, or no document is before them.
+    """
+    dataset = IndexedDataset(prefix)
+    before_D = np.concatenate(([0], np.cumsum(dataset.sequence_lengths, dtype=np.int64)))[dataset.document_indices]
+    first = int(np.searchsorted(before_D, before_D[-1] - num_tokens - 1, side="right")) - 1
+    if first < 1:
+        raise DataError(
+            f"{flag} {prefix} has {dataset.num_documents:,} documents with {dataset.num_tokens:,} tokens: its last documents with "
+            f"{num_tokens:,} tokens, and one to predict, are all of it, and cannot be held out. Give --valid-data-path, text in "
+            "more documents, or fewer --judge-tokens."
+        )
+    sequences = int(dataset.document_indices[first])
+    return HeldOut(int(before_D[first]), f"{sequences},{len(dataset) - sequences},0")
+
+
+def are_one_dataset(one: str, other: str) -> bool:
+    """Whether two prefixes name the same tokens, as far as paths and manifests tell."""
+    if os.path.realpath(get_bin_path(one)) == os.path.realpath(get_bin_path(other)):
+        return True
+    records = [manifest.read(prefix) for prefix in (one, other)]
+    sums = [None if record is None else (record.bin_bytes, record.bin_crc32) for record in records]
+    return sums[0] is not None and sums[0] == sums[1]
 
 
 def _read(dataset: IndexedDataset, start: int, count: int) -> np.ndarray:

@@ -17,6 +17,14 @@ import tyro
 
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.foreign_flags import what_it_is_here
+from megatron_samoe.config.idle import (
+    idle_options,
+    refuse_idle,
+    stated_in_args,
+    stated_in_file,
+    with_implied_layout,
+    without_idle_options,
+)
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError, ConfigErrors, nearest
@@ -32,31 +40,42 @@ def parse_pretrain_args(
     read_checkpoint_config: Callable[[PretrainConfig], Mapping[str, Any] | None] | None = None,
     prog: str = "megatron-samoe pretrain",
     quiet: bool = False,
+    accept_idle: bool = False,
 ) -> PretrainConfig:
-    """Returns the configuration that a command line describes.
+    """Returns the configuration that a command line describes. A flag may take away what options of the file need, as
+    `--expert-layout dense` those of experts: these are left out.
 
     Args:
         argv: arguments without the program's name.
         read_checkpoint_config: returns the saved configuration of the checkpoint that the command line names, or None
             where there is none; called only with --use-checkpoint-args.
         quiet: print no messages about wrong flags, because another rank does.
+        accept_idle: accept options without effect, for who asks which they are.
 
     Raises:
-        ConfigError: a YAML key is unknown or its value has the wrong type.
+        ConfigError: a YAML key is unknown or its value has the wrong type, or an option that is stated has no effect.
         SystemExit: a flag is unknown or malformed (the message went to standard error), or help was asked for.
     """
     args, yaml_path = _take_config_flag(list(argv))
     _refuse_foreign_names(args)
-    base = PretrainConfig()
+    base, in_args, in_file = PretrainConfig(), stated_in_args(args), frozenset[str]()
     if yaml_path is not None:
-        base = apply_mapping(base, read_yaml(yaml_path), str(yaml_path))
+        mapping = read_yaml(yaml_path)
+        base, in_file = apply_mapping(base, mapping, str(yaml_path)), stated_in_file(mapping)
+    of_file, base = with_implied_layout(base, in_file), with_implied_layout(base, in_file | in_args)
     config = _parse_flags(args, base, prog, quiet)
     if config.checkpoint.use_checkpoint_args and read_checkpoint_config is not None:
         saved = read_checkpoint_config(config.with_run_dir())
         if saved is not None:
             base = apply_mapping(base, _model_part(saved), "the checkpoint's config.yaml")
             config = _parse_flags(args, base, prog, quiet)
-    return config.with_run_dir()
+    config = config.with_run_dir()
+    if not accept_idle:
+        # What a flag took from the file's options is no mistake of the file.
+        of_itself = idle_options(of_file.with_run_dir(), in_file)
+        refuse_idle(config, in_args | of_itself.keys())
+        config = without_idle_options(config, vars(config), in_file - in_args)
+    return config
 
 
 def _refuse_foreign_names(args: Sequence[str]) -> None:
@@ -81,7 +100,36 @@ def _parse_flags(args: Sequence[str], base: PretrainConfig, prog: str, quiet: bo
         description="Pretrain a GPT whose MoE layers own their experts, or share one pool (SaMoE). "
         "--config FILE.yaml sets any of these options; flags override it.",
         config=(tyro.conf.OmitArgPrefixes,),
+        registry=flag_forms(),
     )
+
+
+def flag_forms() -> tyro.constructors.ConstructorRegistry:
+    """Returns how tyro is to read options: one that is derived unless given as true or false is true when given bare, as
+    Megatron's flags are.
+    """
+    registry = tyro.constructors.ConstructorRegistry()
+    values = {"True": True, "False": False, "None": None}
+
+    def read(words: list[str]) -> bool | None:
+        if not words:
+            return True
+        if len(words) > 1 or words[0] not in values:
+            raise ValueError(f"{' '.join(words)!r} is none of: nothing, which is True; {', '.join(values)}")
+        return values[words[0]]
+
+    @registry.primitive_rule
+    def optional_flag(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec[bool | None] | None:
+        if not (get_origin(info.type) in (Union, types.UnionType) and set(get_args(info.type)) == {bool, type(None)}):
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*", metavar="[{True,False,None}]", instance_from_str=read,
+            is_instance=lambda value: value is None or isinstance(value, bool), str_from_instance=lambda value: [str(value)],
+        )  # fmt: skip
+
+    return registry
 
 
 def _take_config_flag(args: list[str]) -> tuple[list[str], Path | None]:
@@ -152,14 +200,14 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
                         f"{name}.{sub_key}", sub_value, f"unknown option in {source}.{nearest(sub_name, own)}"
                     )
                 changes[name][sub_name] = sub_value
-        elif name in groups:
+        elif name in groups and name not in home:
             raise ConfigError(str(key), value, f"is a group of options in {source}; it must hold a mapping")
         elif name in home:
             changes[home[name]][name] = value
         else:
             raise ConfigError(str(key), value, f"unknown option in {source}.{nearest(name, [*home, *groups])}")
     updated = {}
-    for group, fields in changes.items():
+    for group, fields in ((group, fields) for group, fields in changes.items() if fields):
         hints = get_type_hints(type(groups[group]))
         checked = {name: _convert(value, hints[name], name, source) for name, value in fields.items()}
         updated[group] = dataclasses.replace(groups[group], **checked)

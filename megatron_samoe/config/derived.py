@@ -1,13 +1,11 @@
-"""What follows from a configuration by arithmetic: batches, layers, stages, options without effect."""
+"""What follows from a configuration by arithmetic: batches, layers, stages."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.option import all_options
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, parse_sharing
@@ -166,17 +164,3 @@ def sharing_map(config: PretrainConfig) -> tuple[Source, ...]:
 def divisors(n: int) -> list[int]:
     """Returns the divisors of n in rising order."""
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def without_idle_options(config: PretrainConfig) -> PretrainConfig:
-    """Returns the configuration with each option of experts at its default that has no effect without another."""
-    while True:
-        idle = [
-            (group, name, default)
-            for group, name, value, default, facts in all_options(config)
-            if group in ("moe", "optimizer") and value != default and facts.needs and not facts.needs.is_met(config)
-        ]
-        if not idle:
-            return config
-        for group, name, default in idle:
-            config = replace(config, **{group: replace(getattr(config, group), **{name: default})})

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from megatron_samoe.config import needs
 from megatron_samoe.config.derived import divisors
-from megatron_samoe.config.option import all_options
+from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.teacher import on_ranks_of
 from megatron_samoe.config.training import LoggingConfig
@@ -79,27 +78,17 @@ def _nearest_first(config: PretrainConfig) -> Iterator[list[PretrainConfig]]:
             if pp != layout.pipeline_model_parallel_size:
                 sized = replace(sized, num_layers_per_virtual_pipeline_stage=None, pipeline_model_parallel_layout=None)
             yield [
-                _without_idle_options(
+                without_idle_options(
                     replace(
                         config,
                         parallel=replace(sized, expert_model_parallel_size=ep),
                         training=replace(config.training, micro_batch_size=micro_batch),
-                    )
+                    ),
+                    ("parallel",),
                 )
                 for ep in divisors(layout.expert_model_parallel_size)[::-1]
                 for micro_batch in micro_batches
             ]
-
-
-def _without_idle_options(config: PretrainConfig) -> PretrainConfig:
-    """Returns the configuration without options of pipelines, context or expert parallelism without effect in its layout."""
-    idle = {
-        name: default
-        for _, name, _, default, facts in all_options(config)
-        if facts.needs in (needs.PIPELINE, needs.CONTEXT_PARALLEL, needs.EXPERT_PARALLEL)
-        and not facts.needs.is_met(config)
-    }
-    return replace(config, parallel=replace(config.parallel, **idle))
 
 
 def _is_legal(config: PretrainConfig, world_size: int, teacher: PretrainConfig | None) -> bool:

@@ -68,10 +68,16 @@ class MoEConfig:
     )
     """First MoE layers, and as many last ones, that own their experts while those between them share."""
     num_experts: int | tuple[int, ...] = model_option(
-        8, range=POSITIVE, largest=1_000_000, is_free=False, known_to=_readers_of_counts
+        8,
+        range=POSITIVE,
+        largest=1_000_000,
+        needs=needs.EXPERTS,
+        may_be_idle=True,
+        is_free=False,
+        known_to=_readers_of_counts,
     )
     """Routed experts that each MoE layer chooses from (E); one number for all, or one for each MoE layer in order, as
-    PR-MoE's pyramids have."""
+    PR-MoE's pyramids have. Given without --expert-layout, it makes that moe."""
     moe_layer_freq: str = model_option("1", is_free=False, known_to=READERS)
     """An integer N (layer i is MoE where N divides i, counted from 0), or a pattern with one 0 or 1 per layer such as
     0101 or [0,1]*4."""

@@ -51,6 +51,8 @@ class Facts:
         range: of a number, or of each of several.
         largest: a larger number is refused before anything is built from it.
         needs: what else must be chosen, else the option has no effect.
+        may_be_idle: whether a value other than the default may stand without what it needs where nobody stated it on a command
+            line or in a file: saved dense models have the number of experts of the file that they were trained from.
         is_free: whether a run may load a checkpoint whose model has another value.
         known_to: readers of a model that handle the option, or a function from a value to the readers that handle it.
     """
@@ -58,8 +60,13 @@ class Facts:
     range: Range | None = None
     largest: float = LARGEST
     needs: Need | None = None
+    may_be_idle: bool = False
     is_free: bool = True
     known_to: frozenset[str] | Callable[[Value], frozenset[str]] = READERS
+
+    def is_idle(self, config: Any) -> bool:
+        """Returns whether a value other than the default would have no effect, and be an error."""
+        return self.needs is not None and not self.may_be_idle and not self.needs.is_met(config)
 
     def readers_of(self, value: Value) -> frozenset[str]:
         """Returns the readers that know a value."""

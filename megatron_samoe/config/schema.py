@@ -35,12 +35,13 @@ def json_schema() -> JsonObject:
     """Returns the JSON schema (draft 2020-12) of a configuration file: options flat, or under their groups' names."""
     groups = {f.name: type(getattr(PretrainConfig(), f.name)) for f in dataclasses.fields(PretrainConfig)}
     properties: JsonObject = {}
+    for group in groups.values():
+        properties |= _options(group)
     for name, group in groups.items():
-        options = _options(group)
-        properties |= options
+        flat = [properties[name]] if name in properties else []  # an option with the name of its group
         properties[name] = {
-            "type": ["object", "null"], "description": (inspect.getdoc(group) or "").split("\n")[0],
-            "properties": options, "additionalProperties": False,
+            "anyOf": [{"type": ["object", "null"]}, *flat], "description": (inspect.getdoc(group) or "").split("\n")[0],
+            "properties": _options(group), "additionalProperties": False,
         }  # fmt: skip
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "megatron_samoe configuration", "type": "object",

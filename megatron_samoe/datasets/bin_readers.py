@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import mmap
 import os
 import tempfile
 from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_samoe.errors import DataError, install_extra
+from megatron_samoe.datasets.mapped_file import MappedFile, require_whole
+from megatron_samoe.errors import DataError
+from megatron_samoe.installation import install_extra
 
 
 class BinReader(Protocol):
@@ -40,12 +41,13 @@ class MMapBinReader:
         with open(path, "rb") as file:
             self.num_bytes = os.fstat(file.fileno()).st_size
             # An empty file cannot be mapped.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.num_bytes else b""
+            mapped = MappedFile.of(file, path) if self.num_bytes else b""
         self.buffer = np.frombuffer(mapped, dtype=np.uint8)
 
     def read(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
         size = count * dtype.itemsize
         _check_range(self.path, self.num_bytes, size, offset_bytes)
+        require_whole(self.buffer)
         return self.buffer[offset_bytes : offset_bytes + size].view(dtype)
 
 

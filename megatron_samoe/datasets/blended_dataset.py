@@ -10,6 +10,7 @@ import torch
 
 from megatron_samoe.datasets import index_cache, sample_index
 from megatron_samoe.datasets.gpt_dataset import GPTDataset, make_sample
+from megatron_samoe.datasets.mapped_file import require_whole
 from megatron_samoe.errors import DataError
 from megatron_samoe.parsing import JsonObject
 
@@ -79,6 +80,7 @@ class BlendedDataset(torch.utils.data.Dataset):
 
     def locate(self, index: int) -> tuple[int, int]:
         """Returns (dataset number, sample number in it) of sample `index`."""
+        require_whole(self.dataset_index)
         return int(self.dataset_index[index]), int(self.dataset_sample_index[index])
 
     def get_batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:

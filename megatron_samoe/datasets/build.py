@@ -76,7 +76,7 @@ def build_train_valid_test_datasets(
 
 
 @dataclass(frozen=True)
-class _Split:
+class Split:
     """What a split is drawn from.
 
     Attributes:
@@ -88,6 +88,29 @@ class _Split:
     blend: blends.Blend
     share: tuple[float, float] | None
     own_data: bool
+
+
+def splits_of(data: DataConfig) -> Iterator[Split]:
+    """Yields the splits that the configuration has data for."""
+    per_split = {name: getattr(data, f"{name}_data_path") for name in blends.SPLITS}
+    if data.data_path and any(per_split.values()):
+        raise DataError("--data-path and --train-data-path, --valid-data-path, --test-data-path exclude each other.")
+    for name, words in per_split.items():
+        blend = blends.parse_blend(words) if words else None
+        if isinstance(blend, dict):
+            raise DataError(f"--{name}-data-path takes a list of datasets; a file with splits goes to --data-path.")
+        if blend is not None:
+            yield Split(name, blend, (0.0, 1.0), own_data=True)
+    if any(per_split.values()):
+        return
+    if not data.data_path:
+        raise DataError("No data: give --data-path, or --train-data-path and its sisters, or --mock-data.")
+    blend = blends.parse_blend(data.data_path)
+    if isinstance(blend, dict):
+        yield from (Split(name, part, (0.0, 1.0), own_data=True) for name, part in blend.items())
+    else:
+        for name, share in zip(blends.SPLITS, blends.split_bounds(data.split), strict=True):
+            yield Split(name, blend, share, own_data=False)
 
 
 @dataclass(frozen=True)
@@ -106,13 +129,13 @@ class _Builder:
                 None if count == 0 else MockGPTDataset(count or 100_000, self.seeds[name] + 1000 * place, self.format)
                 for place, (name, count) in enumerate(counts.items())
             )
-        splits = {split.name: split for split in self._splits()}
+        splits = {split.name: split for split in splits_of(self.data)}
         return tuple(
             None if count == 0 else self._build_or_leave_out(name, splits.get(name), count)
             for name, count in counts.items()
         )
 
-    def _build_or_leave_out(self, name: str, split: _Split | None, count: int | None) -> Dataset | None:
+    def _build_or_leave_out(self, name: str, split: Split | None, count: int | None) -> Dataset | None:
         is_optional = name in self.optional
         if split is None or (split.share is None and is_optional):
             if is_optional:
@@ -129,31 +152,7 @@ class _Builder:
             logger.info(f"There will be no {name} loss. {error}")
             return None
 
-    def _splits(self) -> Iterator[_Split]:
-        """Yields the splits that the configuration has data for."""
-        per_split = {name: getattr(self.data, f"{name}_data_path") for name in blends.SPLITS}
-        if self.data.data_path and any(per_split.values()):
-            raise DataError(
-                "--data-path and --train-data-path, --valid-data-path, --test-data-path exclude each other."
-            )
-        for name, words in per_split.items():
-            blend = blends.parse_blend(words) if words else None
-            if isinstance(blend, dict):
-                raise DataError(f"--{name}-data-path takes a list of datasets; a file with splits goes to --data-path.")
-            if blend is not None:
-                yield _Split(name, blend, (0.0, 1.0), own_data=True)
-        if any(per_split.values()):
-            return
-        if not self.data.data_path:
-            raise DataError("No data: give --data-path, or --train-data-path and its sisters, or --mock-data.")
-        blend = blends.parse_blend(self.data.data_path)
-        if isinstance(blend, dict):
-            yield from (_Split(name, part, (0.0, 1.0), own_data=True) for name, part in blend.items())
-        else:
-            for name, share in zip(blends.SPLITS, blends.split_bounds(self.data.split), strict=True):
-                yield _Split(name, blend, share, own_data=False)
-
-    def _build_split(self, split: _Split, count: int | None) -> Dataset:
+    def _build_split(self, split: Split, count: int | None) -> Dataset:
         name, share = split.name, split.share
         if share is None:
             raise DataError(
@@ -189,12 +188,12 @@ class _Builder:
     def _build_one(self, name: str, prefix: str, share: tuple[float, float], count: int | None) -> GPTDataset:
         indexed = IndexedDataset(prefix, not self.data.no_mmap_bin_files, self.data.data_cache_path)
         check_vocabulary(indexed, self.tokenizer, self.format.vocab_size)
-        first, last = (round(bound * float(len(indexed))) for bound in share)
+        first, last = sequences_of(indexed, share)
         if first >= last:
             raise DataError(
                 f"The {name} split of {prefix} is needed but empty: --split {self.data.split} of its {len(indexed)} "
-                "sequences "
-                f"leaves it none. Split the corpus into more documents, change --split, or give --{name}-data-path."
+                f"sequences leaves it none. Cut the corpus into more documents (text files by megatron-samoe preprocess "
+                f"--document-kb or --document-separator), change --split, or give --{name}-data-path."
             )
         try:
             return GPTDataset(indexed, first, last, count, self.seeds[name], self.format, self._cache(prefix))
@@ -211,7 +210,16 @@ class _Builder:
         prints = {p: m.tokenizer_fingerprint for p in prefixes if (m := manifest.read(p)) is not None}
         if len(set(prints.values())) > 1:
             listing = ", ".join(f"{prefix} ({value[:12]})" for prefix, value in prints.items())
-            raise DataError(f"The datasets of one blend were made with different tokenizers: {listing}.")
+            raise DataError(
+                f"The datasets of one blend were made with different tokenizers: {listing}. Make them anew with one "
+                "(megatron-samoe preprocess), or leave out those of another."
+            )
+
+
+def sequences_of(indexed: IndexedDataset, share: tuple[float, float]) -> tuple[int, int]:
+    """Returns the first sequence of a share of a dataset, and the one after its last."""
+    first, last = (round(bound * float(len(indexed))) for bound in share)
+    return first, last
 
 
 def check_vocabulary(indexed: IndexedDataset, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -227,16 +235,17 @@ def check_vocabulary(indexed: IndexedDataset, tokenizer: Tokenizer, vocab_size: 
             "entries, "
             f"fingerprint {record.tokenizer_fingerprint[:12]}) than the one of this run ({tokenizer.vocab_size} "
             "entries, "
-            f"fingerprint {tokenizer.fingerprint[:12]})."
+            f"fingerprint {tokenizer.fingerprint[:12]}). Give the tokenizer that made it (--tokenizer-type "
+            f"{record.tokenizer_type} with its files), or make a dataset of the text with this run's (megatron-samoe preprocess)."
         )
     if indexed.dtype.kind not in "iu":
         raise DataError(f"{indexed.path_prefix} holds {indexed.dtype} values, which are no token ids.")
     top = record.max_token_id if record is not None else _largest_id(indexed)
     if top >= vocab_size:
         raise DataError(
-            f"{indexed.path_prefix} holds token id {top}, outside the vocabulary of {vocab_size}: it was made with "
-            "another "
-            "tokenizer, or --vocab-size is too small."
+            f"{indexed.path_prefix} holds token id {top}, outside the vocabulary of {vocab_size}: it was made with another "
+            "tokenizer, or --vocab-size is too small. Give the tokenizer that made it (--tokenizer-type and its files), or a "
+            f"--vocab-size of {top + 1} or more."
         )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from megatron_samoe.datasets import index_cache, index_format, sample_index
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset
+from megatron_samoe.datasets.mapped_file import require_whole
 from megatron_samoe.errors import DataError
 
 Sample = dict[str, torch.Tensor]
@@ -44,7 +45,8 @@ class GPTDataset(torch.utils.data.Dataset):
         cache_path: folder for the indices; None keeps them in memory.
 
     Raises:
-        DataError: the split is empty or shorter than one sample; at reading, a token id outside the vocabulary.
+        DataError: the split is empty or shorter than one sample; at reading, a token id outside the vocabulary, or a
+            file that was cut short.
     """
 
     def __init__(
@@ -97,11 +99,12 @@ class GPTDataset(torch.utils.data.Dataset):
         outside = [index for index in indices if not 0 <= index < len(self)]
         if outside:
             raise IndexError(f"sample {outside[0]} of {len(self)}")
+        require_whole(*self._gather.mapped)
         text, low, high = self._gather([int(self.shuffle_index[index]) for index in indices])
         if low < 0 or high >= self.format.vocab_size:
             raise DataError(
                 f"{self.dataset.path_prefix} holds token id {low if low < 0 else high}, outside the vocabulary of "
-                f"{self.format.vocab_size}: the data were made with another tokenizer."
+                f"{self.format.vocab_size}: the data were made with another tokenizer. Give that one (--tokenizer-type and its files)."
             )
         return text
 
@@ -123,6 +126,8 @@ class _Gatherer:
 
     def __init__(self, owner: GPTDataset):
         self._owner = owner
+        #: An array of each file that samples are read from without a look at its size.
+        self.mapped = [owner.shuffle_index]
         self._tensors: list[torch.Tensor] | None = None
         self._dtype_code = index_format.dtype_code(owner.dataset.dtype)
         ops = sample_index._compiled()
@@ -130,6 +135,7 @@ class _Gatherer:
         if ops is not None and buffer is not None and owner.dataset.dtype.kind in "iu":
             self._tensors = sample_index.tensors(buffer, owner.dataset.sequence_pointers, owner.dataset.sequence_lengths,
                                                  owner.document_index, owner.sample_index)  # fmt: skip
+            self.mapped += [buffer, owner.dataset.sequence_lengths]
             self._op = ops.gather_samples.default
 
     def __call__(self, numbers: list[int]) -> tuple[torch.Tensor, int, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import mmap
 import os
 import tempfile
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from megatron_samoe.datasets.mapped_file import MappedFile
 from megatron_samoe.log import say_once
 from megatron_samoe.parsing import JsonObject, parse_json
 
@@ -113,7 +113,7 @@ def _load(path: str, key: str) -> Arrays | None:
             places = _layout(header["arrays"], 16 + header_bytes)
             if header["key"] != key or max(offset + length for offset, length in places) != size:
                 return None
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = MappedFile.of(file, path)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return tuple(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import difflib
-import mmap
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from megatron_samoe.datasets import index_format
 from megatron_samoe.datasets.bin_readers import fetch_index, filesystem, is_remote, open_bin
+from megatron_samoe.datasets.mapped_file import MappedFile, require_whole
 from megatron_samoe.errors import DataError
 
 # Indices up to this many sequences are checked row by row when opened (about 10 ms); of larger ones only the
@@ -111,6 +111,7 @@ class IndexedDataset:
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """Returns `length` tokens (all that are left if None) of sequence `index` from token `offset` on."""
+        require_whole(self.sequence_lengths)
         if not -self.num_sequences <= index < self.num_sequences:
             raise IndexError(f"sequence {index} of {self.num_sequences}")
         available = int(self.sequence_lengths[index])
@@ -124,6 +125,7 @@ class IndexedDataset:
         """Returns all tokens of document `number`, its sequences joined."""
         if not 0 <= number < self.num_documents:
             raise IndexError(f"document {number} of {self.num_documents}")
+        require_whole(self.document_indices)
         first, last = int(self.document_indices[number]), int(self.document_indices[number + 1])
         return np.concatenate([np.empty(0, self.dtype), *(self.get(i) for i in range(first, last))])
 
@@ -147,7 +149,7 @@ def _map_index(local: str, shown: str) -> tuple[Any, index_format.IndexHeader]:
     with open(local, "rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size
         header = index_format.parse_header(file.read(index_format.HEADER_BYTES), num_bytes, shown)
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), header
+        return MappedFile.of(file, shown), header
 
 
 def require_dataset(path_prefix: str) -> None:

@@ -95,8 +95,9 @@ def _sentencepiece_reason(error: Exception, vocab_size: int) -> str:
     return text
 
 
-def train_byte_bpe(texts: Iterator[str], vocab_size: int, output_prefix: str) -> str:
-    """Writes `{output_prefix}.json` (a tokenizer.json), `-vocab.json` and `-merges.txt`; returns the first path.
+def train_byte_bpe(texts: Iterator[str], vocab_size: int, output_prefix: str) -> tuple[str, int]:
+    """Writes `{output_prefix}.json` (a tokenizer.json), `-vocab.json` and `-merges.txt`; returns the first path, and the
+    number of entries, which is less than `vocab_size` where the text has no more pairs to merge.
 
     GPT-2's pre-tokenization. Ids: the 256 bytes, the merges in order, and last the end-of-document token.
     """
@@ -120,4 +121,4 @@ def train_byte_bpe(texts: Iterator[str], vocab_size: int, output_prefix: str) ->
     manifest.write_text(f"{output_prefix}-vocab.json", json.dumps(vocab, ensure_ascii=False))
     manifest.write_text(f"{output_prefix}-merges.txt", "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges))
     manifest.write_text(f"{output_prefix}.json", tokenizer.to_str())
-    return f"{output_prefix}.json"
+    return f"{output_prefix}.json", len(vocab)

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future as TorchFuture
 
 from megatron_samoe.dist_checkpointing.saved_tensor import read_saved_tensor_into
-from megatron_samoe.errors import CheckpointError, shown
+from megatron_samoe.errors import CheckpointError, is_odd_name, shown
 
 METADATA = ".metadata"
 BLOCK_BYTES = 4 << 20
@@ -127,7 +127,7 @@ def _problem_of(metadata: Metadata) -> str:
         if os.path.basename(path) != path or not _are_sizes((place.offset, place.length)):
             return f"{shown(path)} from {shown(place.offset)} is no place in a file of its folder"
     for name, entry in entries.items():
-        if not isinstance(name, str):
+        if is_odd_name(name):
             return f"a tensor is called {shown(name)}"
         if isinstance(entry, TensorStorageMetadata):
             problem = _problem_of_tensor(name, entry, places)

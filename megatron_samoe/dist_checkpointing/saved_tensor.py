@@ -20,6 +20,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron_samoe.errors import readable
+
+#: Of a file's table of contents: that of 100,000 tensors has some 20 MB.
+MAX_PICKLE_BYTES = 64 << 20
 #: First byte of a pickle.
 _PICKLE = b"\x80"
 #: What stands before a record's name in a zip file; the last two are the lengths of its name and of a further field.
@@ -69,6 +73,8 @@ def read_saved_tensor(path: Path, start: int, length: int) -> Tensor:
     """
     with open(path, "rb") as file:
         window = Window(file, start, length)
+        refuse_packed(window)  # type: ignore[arg-type]
+        window.seek(0)
         tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         if not is_plain(tensor):
             raise ValueError("it is no plain tensor")
@@ -95,6 +101,8 @@ def read_saved_tensor_into(target: Tensor, file: io.FileIO, start: int, length: 
         Exception: of several kinds: the file cannot be read, or the part is not what was written.
     """
     window = Window(file, start, length)  # type: ignore[arg-type]
+    refuse_packed(window)  # type: ignore[arg-type]
+    window.seek(0)
     saved = torch.load(window, map_location="meta", weights_only=True)  # type: ignore[arg-type]
     fits = saved.dtype == target.dtype and saved.shape == target.shape and target.device.type == "cpu"
     if not (fits and saved.is_contiguous() and target.is_contiguous()):
@@ -129,11 +137,27 @@ def is_plain(value: object) -> bool:
     )  # fmt: skip
 
 
+def refuse_packed(file: Path | BinaryIO) -> None:
+    """Raises ValueError where a torch.save file is not as torch writes it, before anything of it is read: an entry that is
+    compressed, or that claims more bytes than it has, can fill the memory. What is no zip file is left to torch."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            name = record.filename.rpartition("/")[2]
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise ValueError(f"its entry {readable(record.filename)} is compressed, which torch.save never does")
+            if name == "data.pkl" and record.file_size > MAX_PICKLE_BYTES:
+                raise ValueError(
+                    f"its table of contents has {record.file_size:,} bytes; {MAX_PICKLE_BYTES:,} is the most"
+                )
+
+
 def refuse_repacked(path: Path, tensors: Iterable[Tensor]) -> None:
     """Raises ValueError where mapped tensors of a torch.save file have other bytes than those that were saved.
 
-    torch maps a storage from where its entry begins, whatever the entry's size or compression. So a file that was
-    repacked, or has a truncated entry, would be read as garbage.
+    torch maps a storage from where its entry begins, whatever the entry's size. So a file that has a truncated entry
+    would be read as garbage.
     """
     with zipfile.ZipFile(path) as archive:
         sizes: Counter[int] = Counter()
@@ -141,8 +165,6 @@ def refuse_repacked(path: Path, tensors: Iterable[Tensor]) -> None:
             folder, _, name = record.filename.rpartition("/")
             if folder.rpartition("/")[2] == "data":
                 sizes[record.file_size] += 1
-                if record.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"its entry {record.filename} is compressed, which torch.save never does")
             if name == "byteorder" and archive.read(record) != sys.byteorder.encode():
                 raise ValueError("it was saved on a machine of the other byte order")
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -165,7 +187,7 @@ def why_not_loaded(error: Exception, path: Path) -> str:
             return "it is no file of torch.save"
     if "weights_only" in text or "upgrade" in text or not text:
         return "it is damaged, or holds more than tensors"
-    return text[:200].rstrip(".")
+    return readable(text[:200].rstrip("."))
 
 
 def _storage(tensor: Tensor) -> Any:

@@ -42,6 +42,11 @@ from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import ParallelState, WaitClock
 
+
+class NoRoomError(CheckpointError):
+    """The disk has too little room for a checkpoint."""
+
+
 #: What torch adds to each tensor in a file, and to the table of contents, at most.
 OVERHEAD_BYTES_PER_PART = 4096
 
@@ -64,10 +69,10 @@ def save_checkpoint(
     root, final = Path(config.save), iteration_dir(config.save, iteration)
     unfinished = root / f".{final.name}.unfinished"
     needed_bytes = sum(parallel.world.all_gather_object(bytes_to_write(state)))
-    _all_ranks(lambda: _begin(root, unfinished, needed_bytes), parallel, only_first=True, what=f"create {unfinished}")
+    _all_ranks(lambda: _begin(unfinished, needed_bytes), parallel, f"create {unfinished}", root, only_first=True)
     try:
         written = _all_ranks(
-            lambda: write_sharded(state, str(unfinished), parallel), parallel, what=f"write {unfinished}"
+            lambda: write_sharded(state, str(unfinished), parallel), parallel, f"write {unfinished}", root
         )
     except CheckpointError:
         if parallel.rank == 0:
@@ -98,8 +103,21 @@ def save_checkpoint(
         fsync_dir(root)
         _apply_retention(config, iteration)
 
-    _all_ranks(publish, parallel, only_first=True, what=f"complete {final}")
+    _all_ranks(publish, parallel, f"complete {final}", root, only_first=True)
     return final
+
+
+def look_for_room(save: str, num_bytes: int, parallel: ParallelState, what: str) -> int:
+    """Returns the free bytes of a folder of checkpoints; all ranks call it together.
+
+    Args:
+        what: what would be lost by going on without room.
+
+    Raises:
+        CheckpointError: they are fewer than the `num_bytes` of a checkpoint.
+    """
+    root = Path(save)
+    return int(_all_ranks(lambda: _free_bytes(root, num_bytes), parallel, what, root, only_first=True)[0])
 
 
 class BackgroundSaver:
@@ -141,7 +159,7 @@ class BackgroundSaver:
             except BaseException as error:
                 self._error = error
                 if self.parallel.rank == 0:
-                    logger.warning(f"saving iteration {iteration} in the background failed: {error}")
+                    logger.warning(f"in the background, at the save of iteration {iteration}: {error}")
 
         self._thread = threading.Thread(target=run, name=f"save-{iteration}", daemon=True)
         self._thread.start()
@@ -151,6 +169,11 @@ class BackgroundSaver:
         if key not in self._copies:
             self._copies[key] = torch.empty(part.local.shape, dtype=part.local.dtype)
         return replace(part, local=self._copies[key].copy_(part.local))
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the next `wait` raises."""
+        return self._error is not None
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits for the running save, if any, at most `timeout_s` seconds.
@@ -167,6 +190,11 @@ class BackgroundSaver:
             raise error
 
 
+def shown_bytes(num_bytes: int) -> str:
+    """Returns a number of bytes as a reader takes it in."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
 def bytes_to_write(state: WritableState) -> int:
     """Returns an upper bound of the bytes that this rank writes."""
     return sum(
@@ -177,7 +205,9 @@ def bytes_to_write(state: WritableState) -> int:
     )
 
 
-def _all_ranks(action: Callable[[], Any], parallel: ParallelState, what: str, only_first: bool = False) -> list[Any]:
+def _all_ranks(
+    action: Callable[[], Any], parallel: ParallelState, what: str, root: Path, only_first: bool = False
+) -> list[Any]:
     """Runs an action, raises the same CheckpointError on all ranks if it failed on any, and returns all ranks' results."""
     problem = result = None
     if parallel.rank == 0 or not only_first:
@@ -185,7 +215,8 @@ def _all_ranks(action: Callable[[], Any], parallel: ParallelState, what: str, on
             result = action()
         except (Exception, CheckpointException) as error:
             reasons = "; ".join(sorted({str(cause).splitlines()[0] for cause in causes_of(error) if str(cause)}))
-            problem = f"cannot {what}{_free_space(what)}: {reasons.rstrip('.')}."
+            room = "" if isinstance(error, NoRoomError) else _free_space(root)
+            problem = f"cannot {what}{room}: {reasons.rstrip('.')}."
     ends = parallel.world.all_gather_object((problem, result))
     problems = [p for p, _ in ends if p]
     if problems:
@@ -193,34 +224,39 @@ def _all_ranks(action: Callable[[], Any], parallel: ParallelState, what: str, on
     return [r for _, r in ends]
 
 
-def _free_space(what: str) -> str:
+def _free_space(root: Path) -> str:
     """Returns a remark if the disk is nearly full or file sizes are limited, which torch's own message does not say."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and limit < 1 << 32:
         return f" (no file of this process may have more than {limit / 1e6:,.1f} MB: ulimit -f)"
-    folder = Path(what.split(" ", 1)[1]).parent
     with contextlib.suppress(OSError):
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(root).free
         if free < 1 << 28:
-            return f" (the disk has {free / 1e6:.0f} MB left)"
+            return f" (the disk has {shown_bytes(free)} left)"
     return ""
 
 
-def _begin(root: Path, unfinished: Path, needed_bytes: int) -> None:
-    """Removes leftovers of interrupted saves, checks the free space, and makes the folder to write to."""
+def _begin(unfinished: Path, needed_bytes: int) -> None:
+    """Makes the folder to write to, where there is room for what is to be written."""
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    _free_bytes(unfinished.parent, needed_bytes)
+    unfinished.mkdir()
+
+
+def _free_bytes(root: Path, needed_bytes: int) -> int:
+    """Removes leftovers of interrupted saves, and returns the free bytes, which are enough for a checkpoint."""
     repair(root)
     for leftover in root.glob(".iter_*.unfinished"):
         shutil.rmtree(leftover)
     for leftover in root.glob(".probe_*.tmp"):  # of a run that was killed while it looked whether it could write
         leftover.unlink(missing_ok=True)
-    root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if needed_bytes > free:
-        raise CheckpointError(
-            f"the checkpoint takes {needed_bytes / 1e6:,.0f} MB and {root} has {free / 1e6:,.0f} MB left; make room, keep "
-            "fewer (--keep-last), or leave optimizer state out (--no-save-optim)"
+        raise NoRoomError(
+            f"a checkpoint takes {shown_bytes(needed_bytes)}, and {root} has {shown_bytes(free)} left; make room, keep fewer "
+            "(--keep-last), or leave optimizer state out (--no-save-optim)"
         )
-    unfinished.mkdir()
+    return free
 
 
 def _write_durably(path: Path, content: str | bytes) -> None:

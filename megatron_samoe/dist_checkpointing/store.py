@@ -185,6 +185,12 @@ def _refuse_foreign(root: Path, flag: str = "--load") -> None:
         for p in root.iterdir()
         if not re.fullmatch(r"\.iter_\d+\.(unfinished|replaced|deleted)|\..*\.tmp|\.lock|hangs|profile", p.name)
     )
+    below = sorted(path for depth in ("*/", "*/*/") for path in root.glob(depth))
+    runs = [str(p) for p in below if not re.match("checkpoints$|iter_", p.name) and _has_checkpoint(str(p))]
+    if runs:
+        raise CheckpointError(
+            f"{flag} {root} is a folder above runs and has no checkpoint itself: give one of {_listed(runs)}."
+        )
     if entries:
         raise CheckpointError(
             f"{flag} {root} holds no checkpoint of this program, but {_listed(entries)}."
@@ -272,7 +278,7 @@ def refuse_wrong_values(content: Mapping[str, Any], where: str) -> None:
     for key, least in _COUNTS.items():
         value = content.get(key, least)
         whole = type(value) is int or (key == "optimizer_steps" and type(value) is float and value.is_integer())
-        if not (whole and least <= value < 2**62):
+        if not (whole and least <= value < (2**31 if key == "vocab_size" else 2**62)):
             raise CheckpointError(f"{where} is damaged: {key} is {shown(value)}, which is no count.")
     scale = content.get("loss_scale", {})
     if not isinstance(scale, Mapping) or any(finite_float(value) is None or isinstance(value, str)

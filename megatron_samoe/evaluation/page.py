@@ -10,11 +10,11 @@ from pathlib import Path
 
 from megatron_samoe.evaluation.run_summary import Table
 
-STYLE = """:root{color-scheme:light}body{font:16px/1.55 system-ui,"DejaVu Sans",sans-serif;max-width:1100px;margin:0 auto;
+STYLE = """:root{color-scheme:light}body{font:16px/1.55 system-ui,"DejaVu Sans",sans-serif;max-width:1280px;margin:0 auto;
 padding:1rem;color:#1c2430;background:#fff}h1{font-size:1.6rem;margin:.6em 0 .2em}h2{font-size:1.2rem;margin:2em 0 .4em;
 border-top:1px solid #d5dae1;padding-top:1em}nav{font-size:.9rem;margin:.6em 0 1em}nav a{margin-right:1em;color:#1f5fbf}
 div.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #e2e6eb;white-space:nowrap}th{vertical-align:bottom;white-space:normal}
+td,th{padding:.3em .5em;text-align:right;border-bottom:1px solid #e2e6eb;white-space:nowrap}th{vertical-align:bottom;white-space:normal}
 td:first-child,th:first-child{text-align:left}img{max-width:100%;height:auto}p{max-width:75ch}p.how{color:#5b6675;
 font-size:.9rem}p.sentence{font-size:1.05rem;max-width:none}div.beside{display:flex;flex-wrap:wrap;gap:1.5rem;
 align-items:flex-start}div.beside img{flex:1 1 380px;min-width:0}
@@ -33,6 +33,8 @@ class Section:
     table: Table = field(default_factory=list)
     png: bytes | None = None
     sentence: str = ""
+    #: A sentence for where there is nothing to show: what would have measured it.
+    without: str = "Nothing was measured."
 
     @property
     def is_empty(self) -> bool:
@@ -51,10 +53,13 @@ def write_page(path: Path, title: str, sections: Sequence[Section], samples: Map
     body = [f"<h1>{html.escape(title)}</h1>", f"<nav>{links}</nav>"]
     for section in shown:
         body += _render(section, path.parent)
-    missing = [section.heading for section in sections if section.is_empty]
-    if missing:
+    missing: dict[str, list[str]] = {}
+    for section in sections:
+        if section.is_empty:
+            missing.setdefault(section.without, []).append(section.heading)
+    for sentence, headings in missing.items():
         body.append(
-            f'<p class="how">Not in this report, as nothing was measured: {html.escape("; ".join(missing))}.</p>'
+            f'<p class="how">Not in this report: {html.escape("; ".join(headings))}. {html.escape(sentence)}</p>'
         )
     for name, text in (samples or {}).items():
         body.append(f"<h2>Sample of {html.escape(name)}</h2><blockquote>{html.escape(text)}</blockquote>")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_samoe.evaluation.measurements import ZeroShot, of_group
-from megatron_samoe.evaluation.run_groups import Groups, mean_sd
+from megatron_samoe.evaluation.run_groups import Groups, RunGroup, mean_sd
 from megatron_samoe.evaluation.run_summary import (
     RunSummary,
     Table,
@@ -17,21 +17,34 @@ from megatron_samoe.evaluation.run_summary import (
     perplexity_text,
     sharing_text,
 )
+from megatron_samoe.evaluation.study.text_size import bits_per_byte
 
 
 def results_table(groups: Groups) -> Table:
     """Returns parameters, checkpoint sizes and validation losses."""
-    rows = [["model", "seeds", "training tokens", "sharing", "parameters", "expert", "active", "checkpoint", "validation loss",
-             "perplexity", "load entropy", "peak memory/rank"]]  # fmt: skip
+    rows = [["model", "seeds", "training tokens", "optimizer, rate", "sharing", "parameters", "expert", "active", "checkpoint",
+             "validation loss", "perplexity", "bits/byte", "load entropy", "peak memory/rank"]]  # fmt: skip
     for group in groups:
         memory = [run.peak_memory_bytes for run in group.runs if run.peak_memory_bytes is not None]
         rows.append([
-            group.name, str(len(group.runs)), group.tokens, sharing_text(group.first.config),
+            group.name, str(len(group.runs)), group.tokens, _optimizer_text(group), sharing_text(group.first.config),
             *parameter_texts(group.first.parameters),
             megabytes_text(group.first.checkpoint_bytes, 1), group.loss.text(4), perplexity_text(group.loss.mean),
-            entropy_text(run.least_load_entropy for run in group.runs), megabytes_text(max(memory, default=None)),
+            _bits_text(group), entropy_text(run.least_load_entropy for run in group.runs),
+            megabytes_text(max(memory, default=None)),
         ])  # fmt: skip
     return rows
+
+
+def _bits_text(group: RunGroup) -> str:
+    bits = bits_per_byte(group.loss.mean, group.first.config.data, group.first.directory)
+    return "-" if bits is None else f"{bits:.4f}"
+
+
+def _optimizer_text(group: RunGroup) -> str:
+    """Returns what trained a model, and its highest learning rate; a dash where nothing was trained."""
+    options = group.first.config.optimizer
+    return f"{options.optimizer}, {options.lr:g}" if group.first.trained else "-"
 
 
 def glance_table(groups: Groups) -> Table:

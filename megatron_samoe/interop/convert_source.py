@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, GlobalTensors
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.errors import CheckpointError, ConfigError, readable
 from megatron_samoe.interop.convert_read_ahead import Passed
 from megatron_samoe.interop.edited_model import open_checkpoint
 from megatron_samoe.interop.hf.export import native_model, refuse_other_tensors
@@ -73,7 +73,7 @@ def kind_of(directory: Path) -> Kind:
         raise CheckpointError(
             f"--load-dir {directory} is {'a file' if directory.exists() else 'not there'}; it must be {known}."
         )
-    names = sorted(path.name for path in directory.iterdir())
+    names = sorted(readable(path.name) for path in directory.iterdir())
     held = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}" if names else "nothing"
     inner = directory / "checkpoints"  # of a run's folder
     hint = f" Give {inner}." if store.whole_iterations(inner) else ""

@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.config.derived import experts_per_layer, flag, without_idle_options
+from megatron_samoe.config.derived import experts_per_layer, flag
+from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.option import LARGEST
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, written_map

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_samoe.dist_checkpointing.saving import fsync_dir
+from megatron_samoe.dist_checkpointing.saving import fsync_dir, shown_bytes
 from megatron_samoe.errors import CheckpointError
 
 #: Room left besides what is written, for the file system's own needs.
@@ -37,8 +37,8 @@ def require_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes + SPARE_BYTES:
         raise CheckpointError(
-            f"--save-dir {directory}: {_shown(num_bytes)} are to be written beside {_shown(SPARE_BYTES)} that stay free, "
-            f"and the disk has {_shown(free)} left."
+            f"--save-dir {directory}: {shown_bytes(num_bytes)} are to be written beside {shown_bytes(SPARE_BYTES)} that stay free, "
+            f"and the disk has {shown_bytes(free)} left."
         )
 
 
@@ -67,7 +67,3 @@ def new_folder(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def _shown(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

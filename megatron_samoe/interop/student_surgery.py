@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from megatron_samoe.config.derived import without_idle_options, written_layer_freq
+from megatron_samoe.config.derived import written_layer_freq
+from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig

@@ -7,18 +7,42 @@ shapes. On a CPU a number is simply there, and faster ops take it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-#: Types of these devices. Algorithms are chosen by it and never by `is_cuda`, so a test can run them on another device.
-DEVICE_TYPES = frozenset({"cuda"})
+#: Types of these devices, and who tells their compute capability. Algorithms are chosen by it and never by `is_cuda`, so
+#: another device can stand for a GPU (`taken_for_gpu`).
+DEVICES: Mapping[str, Callable[[torch.device], tuple[int, int]]] = {"cuda": torch.cuda.get_device_capability}
 
 
 def runs_behind_host(device: torch.device) -> bool:
     """Returns whether the host would wait for the device where it reads a number."""
-    return device.type in DEVICE_TYPES
+    return device.type in DEVICES
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Returns the compute capability of a device that runs behind the host."""
+    return DEVICES[device.type](device)
+
+
+# torch.compile asks once: it could not follow the question, which takes a lock. The decorator that says so, torch.compiler's
+# `assume_constant_result`, would load the compiler here, for longer than all else together.
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def taken_for_gpu(device_type: str, of_capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Inside, tensors on a type of device go the way of those of a GPU of a capability (9.0: an H100)."""
+    global DEVICES
+    before, DEVICES = DEVICES, {**DEVICES, device_type: lambda device: of_capability}
+    try:
+        yield
+    finally:
+        DEVICES = before
 
 
 class HostCopy:

@@ -12,16 +12,18 @@ training that `runtime.kernels` has compared with their twins at the start of a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from megatron_samoe.errors import ConfigError, ExtensionError, nearest
+from megatron_samoe.installation import how_to_build
 from megatron_samoe.log import say_once
 from megatron_samoe.ops.asynchronous import runs_behind_host
 
@@ -33,8 +35,6 @@ _CUDA_MODES = ("auto", "0", "1")
 CudaKernel = Literal["gate", "rows", "combination", "swiglu", "cross_entropy", "adamw", "decoding"]
 TRAINING_KERNELS: tuple[CudaKernel, ...] = get_args(CudaKernel)[:-1]
 _BUILD_MARK = b"MEGATRON_SAMOE_BUILD_INFO="
-_BUILD_AGAIN = "Rebuild it with `make install` (or `pip install --no-build-isolation -e .`)."
-_HOW_TO_BUILD = "Build it with `pip install --no-build-isolation -e .` (it needs a C++ compiler: apt-get install g++)."
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +54,7 @@ def _read_build_info(path: Path) -> dict[str, Any]:
     start = content.find(_BUILD_MARK)
     if start < 0:
         raise ExtensionError(
-            f"{path.name} holds no build record, so it is not a library of this project. {_HOW_TO_BUILD}"
+            f"{path.name} holds no build record, so it is not a library of this project. {how_to_build()}"
         )
     start += len(_BUILD_MARK)
     info: dict[str, Any] = json.loads(content[start : content.index(b"\0", start)])
@@ -71,7 +71,7 @@ def _load_or_explain() -> str | None:
     """Loads the library and returns None, or returns a sentence that says why not."""
     path = _library_path()
     if path is None:
-        return f"it is not built. {_HOW_TO_BUILD}"
+        return f"it is not built. {how_to_build()}"
     try:
         info = _read_build_info(path)
     except ExtensionError as error:
@@ -81,12 +81,12 @@ def _load_or_explain() -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load: {error}. {_HOW_TO_BUILD}"
+        return f"{path.name} does not load: {error}. {how_to_build()}"
     from megatron_samoe.ops import fake, schemas
 
     difference = schemas.difference()
     if difference:
-        return f"it was built from older sources than this Python code ({difference}). {_BUILD_AGAIN}"
+        return f"it was built from older sources than this Python code ({difference}). {how_to_build()}"
     fake.register()
     return None
 
@@ -141,6 +141,17 @@ def trust(kernels: Iterable[CudaKernel]) -> None:
     """From here on CUDA tensors go to these CUDA kernels, unless the environment variable says otherwise."""
     global _trusted
     _trusted = frozenset(kernels)
+
+
+@contextlib.contextmanager
+def trusting(kernels: Iterable[CudaKernel]) -> Iterator[None]:
+    """Inside, these are trusted, and no others."""
+    before = _trusted
+    trust(kernels)
+    try:
+        yield
+    finally:
+        trust(before)
 
 
 def cuda_kernels_are_chosen() -> bool:

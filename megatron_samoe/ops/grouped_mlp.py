@@ -75,6 +75,9 @@ def grouped_mlp(
             host they may sum to less: the last expert has the rows that are left, which get no gradient.
         weights: of e experts, in the dtype of x.
         main_grads: if given, weight gradients are added there (any float dtype) and autograd gets none.
+
+    Raises:
+        ValueError: the counts are negative or do not sum to R; only where the host can look at them without a wait.
     """
     parts = (weights.w1, weights.w2, weights.b1, weights.b2)
     if main_grads is not None:
@@ -91,7 +94,10 @@ def expert_rows(rows_per_expert: Counts, x_RH: Tensor) -> list[int] | ExpertRows
         if not isinstance(rows_per_expert, Tensor):
             rows_per_expert = torch.tensor(rows_per_expert, device=x_RH.device)
         return ExpertRows(rows_per_expert, len(x_RH))
-    return rows_per_expert.tolist() if isinstance(rows_per_expert, Tensor) else list(rows_per_expert)
+    rows = rows_per_expert.tolist() if isinstance(rows_per_expert, Tensor) else list(rows_per_expert)
+    if sum(rows) != len(x_RH) or any(n < 0 for n in rows):
+        raise ValueError(f"rows_per_expert must be counts that sum to {len(x_RH)} rows, not {rows}")
+    return rows
 
 
 def with_backward(x: Tensor) -> Tensor:

@@ -14,11 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_samoe.ops.asynchronous import capability, runs_behind_host
+
 #: Elements of matrices that are copied beside blocks at a time.
 _CHUNK_ELEMENTS = 1 << 25
 _LEAST_BLOCK, _MOST_BLOCK = 16, 512
 #: torch's grouped product takes fewer experts than this.
 _MOST_GROUPS = 1024
+#: bf16 elements of the 16 bytes in which it reads and writes memory.
+_UNIT = 8
 
 
 @dataclass(frozen=True)
@@ -88,32 +92,54 @@ class ExpertRows:
         return torch.arange(size, dtype=torch.int32, device=self.ends_e.device)
 
 
-def use_grouped_mm(*operands: Tensor) -> bool:
-    """Returns whether torch has a grouped product for these operands, [*, M, K] or [R, K]: bf16 on a GPU of capability 9
-    or 10, with rows and addresses in whole 16 bytes.
+def use_grouped_mm(left: Tensor, right: Tensor, num_groups: int) -> bool:
+    """Returns whether torch has a grouped product for these operands, [M, K] and [K, N] or [groups, K, N]: bf16 on a GPU of
+    capability 9 or 10, either way round in memory, with everything in whole 16 bytes.
 
     For all else torch's grouped product copies the experts' ends to the host and loops.
     """
-    if not all(t.is_cuda and t.dtype == torch.bfloat16 for t in operands):
+    return (
+        runs_behind_host(left.device)
+        and num_groups < _MOST_GROUPS
+        and right.shape[-1] % _UNIT == 0  # or rows of the result would not be contiguous
+        and _fits_grouped_mm(left)
+        and _fits_grouped_mm(right)
+        and capability(left.device)[0] in (9, 10)
+    )
+
+
+def _fits_grouped_mm(t: Tensor) -> bool:
+    """Returns whether torch takes an operand as it lies in memory: rows or columns are contiguous, and each begins at whole
+    16 bytes, as all memory of torch's allocators does.
+
+    torch.compile cannot follow an offset; there torch itself refuses a wrong one.
+    """
+    *outer, height_stride, width_stride = t.stride()
+    height, width = t.shape[-2:]
+    if height_stride == 1 and width_stride >= max(height, 1):
+        pitch = width_stride
+    elif width_stride == 1 and height_stride >= max(width, 1):
+        pitch = height_stride
+    else:
         return False
-    sizes = [n for t in operands for n in (*t.shape[1:], t.stride(-2))]
-    fits = all(n % 8 == 0 for n in sizes) and all(t.data_ptr() % 16 == 0 for t in operands)
-    return fits and torch.cuda.get_device_capability(operands[0].device)[0] in (9, 10)
+    starts = (pitch, *outer) if torch.compiler.is_compiling() else (pitch, *outer, t.storage_offset())
+    return t.dtype == torch.bfloat16 and all(start % _UNIT == 0 for start in starts)
 
 
 def _leaves_empty_experts_unset(device: torch.device) -> bool:
     """Returns whether torch's grouped product was reported to leave gradients of experts without rows as memory had them:
     on capability 10, and not on 9 (pytorch/pytorch#172439). Filling them costs a pass over all gradients.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] > 9
+    return capability(device)[0] > 9
 
 
 def products(x_RK: Tensor, rows: ExpertRows, w_eMK: Tensor, b_eM: Tensor | None) -> Tensor:
     """Returns [R, M]: expert e's rows times w[e] transposed, plus b[e]."""
     if not rows.num_rows:
         return x_RK.new_empty(0, w_eMK.shape[1])
-    if rows.num_experts < _MOST_GROUPS and use_grouped_mm(x_RK, w_eMK):
-        y_RM = F.grouped_mm(x_RK, w_eMK.transpose(1, 2), offs=rows.ends_e)
+    w_eKM = w_eMK.transpose(1, 2)
+    if use_grouped_mm(x_RK, w_eKM, rows.num_experts):
+        y_RM = F.grouped_mm(x_RK, w_eKM, offs=rows.ends_e)
     else:
         y_RM = _by_blocks(x_RK, rows.blocks, w_eMK)
     return y_RM if b_eM is None else y_RM + b_eM.index_select(0, rows.expert_of_row_R)
@@ -123,8 +149,9 @@ def add_outer_products(grad_eMK: Tensor, d_RM: Tensor, x_RK: Tensor, rows: Exper
     """Adds d_e^T x_e to grad[e] for each expert's rows."""
     if not rows.num_rows:
         return
-    if rows.num_experts < _MOST_GROUPS and use_grouped_mm(d_RM, x_RK):
-        product_eMK = F.grouped_mm(d_RM.t(), x_RK, offs=rows.ends_e)
+    d_MR = d_RM.t()
+    if use_grouped_mm(d_MR, x_RK, rows.num_experts):
+        product_eMK = F.grouped_mm(d_MR, x_RK, offs=rows.ends_e)
         if _leaves_empty_experts_unset(product_eMK.device):
             product_eMK.masked_fill_(rows.has_none_e[:, None, None], 0.0)
         grad_eMK += product_eMK

@@ -65,11 +65,17 @@ def make_permutation(ids_TK: Tensor, num_experts: int) -> Permutation:
     return Permutation(*reference.make_permutation(ids_TK, num_experts))
 
 
+def row_ops(*tensors: Tensor) -> Any:
+    """Returns permute, unpermute and unpermute_backward for these tensors, which autograd does not record: compiled ones, or
+    those of `rows_by_gather`.
+    """
+    return torch.ops.megatron_samoe if extension.serves(*tensors, cuda="rows") else rows_by_gather
+
+
 def _ops(*tensors: Tensor) -> Any:
-    """Returns permute, unpermute and unpermute_backward for these tensors; None where autograd goes through the twins."""
-    if extension.serves(*tensors, cuda="rows"):
-        return torch.ops.megatron_samoe
-    return rows_by_gather if runs_behind_host(tensors[0].device) else None
+    """Returns the row ops for these tensors; None where autograd goes through the twins."""
+    ops = row_ops(*tensors)
+    return None if ops is rows_by_gather and not runs_behind_host(tensors[0].device) else ops
 
 
 class _Permute(torch.autograd.Function):

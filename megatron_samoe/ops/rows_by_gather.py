@@ -12,11 +12,19 @@ from torch import Tensor
 from megatron_samoe.ops.extension import accumulation_dtype
 
 
+def buckets(ids: Tensor, num_experts: int) -> Tensor:
+    """Returns ids with the number of experts in place of -1. Another id that is none is an error; on a device that runs behind
+    the host, its assertion.
+    """
+    places = torch.arange(-1, num_experts, device=ids.device).remainder_(num_experts + 1)
+    return places.index_select(0, ids.reshape(-1) + 1).view_as(ids)
+
+
 def make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns what `reference.make_permutation` does, with a row for every slot: those of dropped ones come last."""
     ids_S = ids_TK.reshape(-1)
     is_dropped_S = ids_S < 0
-    sorted_S, slot_of_row_S = ids_S.masked_fill(is_dropped_S, num_experts).sort(stable=True)
+    sorted_S, slot_of_row_S = buckets(ids_S, num_experts).sort(stable=True)
     rows_S = torch.arange(ids_S.numel(), device=ids_S.device)
     row_of_slot_S = torch.empty_like(ids_S).scatter_(0, slot_of_row_S, rows_S).masked_fill_(is_dropped_S, -1)
     ends_E = torch.searchsorted(sorted_S, torch.arange(num_experts, device=ids_S.device), right=True)

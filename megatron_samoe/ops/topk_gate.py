@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_samoe.ops import extension, reference
+from megatron_samoe.ops import extension, reference, rows_by_gather
 from megatron_samoe.ops.asynchronous import runs_behind_host
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
@@ -253,8 +253,7 @@ def described(
         and not (ids_TK.min() >= -1 and ids_TK.max() < num_experts)
     ):
         raise ValueError(f"ids_TK has {int(ids_TK.min())} to {int(ids_TK.max())}; allowed are -1 to {num_experts - 1}")
-    slots_GN = ids_TK.reshape(num_groups, -1)
-    slots_GN = slots_GN.masked_fill(slots_GN < 0, num_experts)
+    slots_GN = rows_by_gather.buckets(ids_TK, num_experts).view(num_groups, -1)
     counts_GE = torch.zeros(num_groups, num_experts + 1, dtype=torch.int64, device=ids_TK.device)
     counts_GE = counts_GE.scatter_add_(1, slots_GN, torch.ones_like(slots_GN))[:, :num_experts]
     distribution_TE = logits_TE.softmax(-1) if distribution_TE is None else distribution_TE

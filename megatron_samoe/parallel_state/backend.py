@@ -18,6 +18,31 @@ from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.errors import CommunicationError, ConfigError, JobEndedError, MegatronSamoeError
 from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.meeting import Meeting
+from megatron_samoe.start import die_with_torchrun
+
+#: What torch says when communication fails where it raises a bare RuntimeError; elsewhere it is a DistError.
+UNTYPED_FAILURES = re.compile(
+    "|".join(
+        (
+            # gloo. Its own messages begin with the file of its source that made them, but for that to the operations
+            # that were under way when another one's time was up, which names nothing.
+            "(?i:gloo)",
+            "Application timeout caused pair closure",
+            "Connection closed by peer",
+            # The store while a group is made; waiting for an operation with a time-out; TORCH_DISTRIBUTED_DEBUG=DETAIL.
+            "Wait timeout",
+            "Timeout waiting for key",
+            "Socket Timeout",
+            "Operation timed out!",
+            "monitoredBarrier",
+            "Detected mismatch between collectives on ranks",
+            # NCCL's result where torch.distributed calls torch.cuda.nccl: all-to-all, send and receive.
+            r"NCCL Error \d",
+            "NCCL timeout when waiting for nonblocking call",
+            "NCCL communicator was aborted",
+        )
+    )
+)
 
 
 def choose_device(config: ParallelConfig) -> torch.device:
@@ -92,7 +117,7 @@ def initialize_distributed(
     world_size = launcher.world_size()
     if dist.is_initialized() or world_size == 1:
         return None
-    launcher.die_with_it()
+    die_with_torchrun()  # once more, for programs that import the package
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
     place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     rank = os.environ.get("RANK", "?")
@@ -175,9 +200,7 @@ def leave_distributed() -> None:
 
 def is_communication_failure(error: RuntimeError) -> bool:
     """Returns whether torch raised because another rank died, hung or could not be reached."""
-    return (
-        isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "Connection closed by peer" in str(error)
-    )
+    return isinstance(error, dist.DistError) or UNTYPED_FAILURES.search(str(error)) is not None
 
 
 def set_num_threads(num_threads: int | None) -> int:

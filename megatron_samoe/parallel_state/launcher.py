@@ -1,8 +1,7 @@
-"""The process's relation to torchrun: what torchrun tells it, when it ends, and when it is restarted."""
+"""The process's relation to torchrun: what torchrun tells it, and when it is restarted."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -40,20 +39,6 @@ def is_again() -> bool:
     dying.
     """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def die_with_it() -> None:
-    """Makes Linux kill this process when the torchrun that started it ends, however it ends.
-
-    A rank that outlives a killed torchrun would train on beside the job that replaces it. Killing a rank at any moment
-    is safe, because checkpoints are renamed only when they are whole.
-    """
-    if not (sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ):
-        return
-    set_parent_death_signal, parent = 1, os.getppid()
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended just before
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def refuse_restart() -> None:

@@ -17,9 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_samoe.ops import extension, reference, rows_by_gather
-from megatron_samoe.ops.asynchronous import runs_behind_host
-from megatron_samoe.ops.permute import Permutation, gather_rows
+from megatron_samoe.ops import extension
+from megatron_samoe.ops.permute import Permutation, gather_rows, row_ops
 from megatron_samoe.parallel_state.state import Group, PendingRows
 from megatron_samoe.row_exchange.all_to_all import Route
 from megatron_samoe.row_exchange.communicator import Pending, check_splits
@@ -84,7 +83,7 @@ class _StartDispatch(torch.autograd.Function):
         for part in reversed(range(len(trip.routes))):
             trip.out_grads.pop(part).wait()
         drows_NH, trip.drows_NH = trip.drows_NH, None
-        return _sum_rows(drows_NH, trip.permutation), None
+        return row_ops(drows_NH).unpermute(drows_NH, None, trip.permutation.row_of_slot_TK), None
 
 
 class _Arrive(torch.autograd.Function):
@@ -156,7 +155,7 @@ def _start_gathered(
 ) -> PendingRows:  # fmt: skip
     if group.exchange is not None and extension.serves(x):
         return group.exchange.start_gathered(x, index, divisor, send_rows, receive_rows, out)
-    return _start(rows_by_gather.permute(x, index, divisor), send_rows, receive_rows, group, out)
+    return _start(row_ops(x).permute(x, index, divisor), send_rows, receive_rows, group, out)
 
 
 def _start(
@@ -168,14 +167,3 @@ def _start(
     received = x.new_empty((sum(receive_rows), *x.shape[1:])) if out is None else out
     work = dist.all_to_all_single(received, x, list(receive_rows), list(send_rows), group=group.handle, async_op=True)
     return Pending(received, work.wait)
-
-
-def _sum_rows(drows_NH: Tensor, permutation: Permutation) -> Tensor:
-    """Returns dx_TH, each token's sum over its rows: the transpose of `permute`."""
-    if extension.serves(drows_NH):
-        dx_TH: Tensor = torch.ops.megatron_samoe.unpermute(drows_NH, None, permutation.row_of_slot_TK)
-        return dx_TH
-    if runs_behind_host(drows_NH.device):
-        return rows_by_gather.unpermute(drows_NH, None, permutation.row_of_slot_TK)
-    ones_TK = drows_NH.new_ones(permutation.row_of_slot_TK.shape)
-    return reference.unpermute(drows_NH, ones_TK, permutation.slot_of_row_N)

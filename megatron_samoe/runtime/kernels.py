@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from megatron_samoe import children
 from megatron_samoe.log import logger
 from megatron_samoe.ops import extension, twin_checks
 from megatron_samoe.ops.asynchronous import runs_behind_host
@@ -88,7 +89,7 @@ def compare(command: Sequence[str], timeout_s: float = _TIMEOUT_S) -> Verdicts:
     environment = {**os.environ, extension.CUDA_ENVIRONMENT_VARIABLE: "1"}
     while left := [k for k in TRAINING_KERNELS if k not in verdicts]:
         try:
-            said = subprocess.run([*command, *left], capture_output=True, text=True, env=environment, timeout=timeout_s)
+            said = children.run([*command, *left], capture_output=True, text=True, env=environment, timeout=timeout_s)
             output, problem = said.stdout, _last_line(said.stderr) or f"its process ended with status {said.returncode}"
         except subprocess.TimeoutExpired as expired:
             output, problem = _text(expired.stdout), f"it was not done after {timeout_s:.0f} s"

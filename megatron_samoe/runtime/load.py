@@ -17,6 +17,7 @@ from megatron_samoe.config.validate import validate
 from megatron_samoe.datasets.carried_tokenizer import with_carried
 from megatron_samoe.datasets.tokenizer import Tokenizer, build_tokenizer
 from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.dist_checkpointing.sharded_state import sharded
 from megatron_samoe.errors import ConfigError, DataError
 from megatron_samoe.models.rank_model import RankModel, build_model
@@ -64,6 +65,7 @@ def load_model(
     config = replace(config, parallel=layout or ParallelConfig(), training=one_sequence, checkpoint=CheckpointConfig())
     validate(config, parallel.world_size)
     tokenizer = _tokenizer(config.data, directory, tokenizer_model)
+    CheckpointReader(directory)  # refuses sizes that no tensor has, before a model has them
     train_state = store.read_train_state(directory, ("vocab_size",))
     store.refuse_parts(train_state, str(directory))
     vocab_size = train_state["vocab_size"]

@@ -50,6 +50,14 @@ def optimizer_state(setup: TrainSetup) -> dict[str, list[ShardedTensor]]:
     return state
 
 
+def run_state(setup: TrainSetup, state: TrainState) -> dict[str, list[ShardedTensor]]:
+    """Returns all tensors that a checkpoint of the run holds."""
+    tensors = model_state(setup.model)
+    if state.expert_fractions_LE is not None:
+        tensors[EXPERT_FRACTIONS] = replicated(state.expert_fractions_LE, setup.parallel)
+    return tensors if setup.config.checkpoint.no_save_optim else tensors | optimizer_state(setup)
+
+
 def save_run(
     setup: TrainSetup, state: TrainState, background: BackgroundSaver | None = None,
     done: Callable[[Path], None] = lambda _: None,
@@ -63,17 +71,13 @@ def save_run(
     Raises:
         CheckpointError: it could not be written, or the one before in the background; earlier ones are as they were.
     """
-    checkpoint = setup.config.checkpoint
-    tensors = model_state(setup.model)
+    checkpoint, tensors = setup.config.checkpoint, run_state(setup, state)
     plain: dict[str, Any] = {**state.plain(), "vocab_size": setup.model.vocab_size}
     if replaced := setup.model.parts.replaced():
         plain[store.PARTS] = dict(replaced)
     if runs_behind_host(setup.parallel.device):
         plain[CUDA_KERNELS] = extension.cuda_kernels_in_use()
-    if state.expert_fractions_LE is not None:
-        tensors[EXPERT_FRACTIONS] = replicated(state.expert_fractions_LE, setup.parallel)
     if not checkpoint.no_save_optim:
-        tensors |= optimizer_state(setup)
         plain["optimizer_steps"] = setup.optimizer.num_steps
     what = (checkpoint, state.iteration, tensors, to_mapping(setup.config), plain)
     if background is not None:

@@ -13,7 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_samoe.errors import ConfigError, install_extra
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.installation import install_extra
 from megatron_samoe.log import logger
 from megatron_samoe.parsing import parse_json
 from megatron_samoe.training.hook import Hook, Record, Run

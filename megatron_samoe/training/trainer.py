@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.backend import is_communication_failure
 from megatron_samoe.training.batches import RunData
 from megatron_samoe.training.checkpointing import find_run, load_run, save_run
+from megatron_samoe.training.disk_room import DiskRoom
 from megatron_samoe.training.evaluate import evaluate_run
 from megatron_samoe.training.exit_signals import ExitSignals
 from megatron_samoe.training.hang_watch import HangWatch
@@ -53,6 +55,7 @@ class Trainer:
         limit = timedelta(minutes=self.config.parallel.distributed_timeout_minutes)
         self.watch = HangWatch(run_folder(self.config, "hangs"), parallel.rank, limit.total_seconds())
         self.saver = BackgroundSaver(parallel, limit) if self.config.checkpoint.async_save else None
+        self._room: DiskRoom | None = None
         self._began, self._saved_at = time.monotonic(), -1
 
     def run(self) -> TrainState:
@@ -72,9 +75,12 @@ class Trainer:
         return self.state
 
     def _train(self, signals: ExitSignals) -> None:
+        self._look_for_room()
         for batches in self._batches():
             self._step(batches)
             reason = self._exit_reason(signals)
+            if reason:
+                self._room = None
             if reason or self._is_due(self.config.checkpoint.save_interval):
                 self._save()
             if reason:
@@ -83,6 +89,13 @@ class Trainer:
                 return
         self._save()
         self._finish_saving()
+
+    def _look_for_room(self) -> None:
+        if self.config.checkpoint.save is None or self.state.iteration >= self.config.training.train_iters:
+            return
+        parallel = self.setup.parallel if self.saver is None else self.saver.parallel
+        self._room = DiskRoom(self.setup, self.state, parallel)
+        self._room.look_ahead(self.state.iteration)
 
     def _batches(self) -> Iterator[list[Batch]]:
         """Yields each step's micro-batches until all iterations are done."""
@@ -183,11 +196,13 @@ class Trainer:
         if self.config.checkpoint.save is None or self._saved_at == self.state.iteration:
             return
         self.watch.begin(f"saving iteration {self.state.iteration}")
-        save_run(self.setup, self.state, self.saver, self._saved)
+        save_run(self.setup, self.state, self.saver, partial(self._saved, self._room, self.state.iteration))
         self._saved_at = self.state.iteration
 
-    def _saved(self, path: Path) -> None:
+    def _saved(self, room: DiskRoom | None, iteration: int, path: Path) -> None:
         self._tell(lambda hook: hook.checkpoint_saved(self, path))
+        if room is not None:
+            room.look(iteration)
 
     def _finish_saving(self, timeout_s: float | None = None) -> None:
         if self.saver is not None:
@@ -201,14 +216,23 @@ class Trainer:
                 hook.close(self)
 
     def _exit_reason(self, signals: ExitSignals) -> str | None:
-        """Returns why to leave now, the same on all ranks; None to go on."""
+        """Returns why to leave now, the same on all ranks; None to go on.
+
+        Raises:
+            CheckpointError: a save in the background has failed.
+        """
         training = self.config.training
         if self._is_due(training.exit_interval):
             return f"--exit-interval {training.exit_interval}"
         minutes = (time.monotonic() - self._began) / 60
         late = training.exit_duration_in_mins is not None and minutes >= training.exit_duration_in_mins
-        flags = torch.tensor([signals.received or 0, late], dtype=torch.int32, device=self.setup.parallel.device)
-        number, is_late = self.setup.parallel.world.all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        unsaved = self.saver is not None and self.saver.has_failed
+        flags = torch.tensor(
+            [signals.received or 0, late, unsaved], dtype=torch.int32, device=self.setup.parallel.device
+        )
+        number, is_late, is_unsaved = self.setup.parallel.world.all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        if is_unsaved:
+            self._finish_saving()  # raises on every rank what the saving has met
         if number:
             return f"signal {number} received"
         return f"--exit-duration-in-mins {training.exit_duration_in_mins}" if is_late else None

@@ -18,6 +18,7 @@ ROOT = Path(megatron_samoe.__file__).parent
 
 #: Bottom first; packages of one floor do not know each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("children", "installation"),
     ("errors", "log", "parsing", "start"),
     ("__init__",),
     ("config",),
@@ -44,7 +45,9 @@ MAX_LINES = 400
 #: Files that have outgrown a page, by path in the repository; a name leaves the list when its file has shrunk.
 LONG_FILES: frozenset[str] = frozenset()
 #: Files that nothing here imports but the plug-in: they are copied beside exported weights, for transformers to load.
-REMOTE_CODE = tuple(f"interop/hf/remote_code/{name}_samoe.py" for name in ("configuration", "modeling", "moe"))
+REMOTE_CODE = tuple(
+    f"interop/hf/remote_code/{name}_samoe.py" for name in ("configuration", "modeling", "attention", "moe")
+)
 #: The plug-in's, which vLLM imports.
 PLUG_IN = tuple(f"interop/vllm/{name}.py" for name in ("__init__", "model", "plain_experts"))
 

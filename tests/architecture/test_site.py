@@ -33,6 +33,7 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert "--num-expert-banks" in options and "–num" not in options
 
 
+@pytest.mark.night
 def test_every_module_of_the_reference_can_be_imported() -> None:
     """Building their pages takes a minute; what stops it is a module that needs something that is not there."""
     code = "import importlib, runpy; [importlib.import_module(name) for name in runpy.run_path('docs/conf.py')['modules']()]"

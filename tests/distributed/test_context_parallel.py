@@ -27,6 +27,7 @@ from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients, train_step
 from tests.harness.kept_bytes import kept_by_autograd
+from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout
 
@@ -80,7 +81,7 @@ def outcome_of(layout: str) -> dict[str, Any]:
     return run_ranks(outcome, LAYOUTS[layout][0], layout)[0]
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
+@pytest.mark.parametrize("layout", first_by_day([name for name in LAYOUTS if name != "one process"], 2))
 def test_documents_positions_and_masks_are_split_with_sequences(layout: str) -> None:
     found = outcome_of(layout)
     assert "learned positions" in found

@@ -43,6 +43,7 @@ def run_tool(name: str, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run(command_line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.night
 def test_a_run_can_be_moved_and_keeps_its_tokenizer(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

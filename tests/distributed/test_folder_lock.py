@@ -12,6 +12,7 @@ import pytest
 
 from megatron_samoe.dist_checkpointing import folder_lock
 from megatron_samoe.errors import CheckpointError
+from tests.harness.pairs import first_by_day
 from tests.harness.program import ProgramRun, arguments, start, start_command, write_corpus
 
 pytestmark = pytest.mark.distributed
@@ -29,7 +30,7 @@ def running(corpus: Path, tmp_path: Path) -> ProgramRun:
     return run
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", first_by_day([2, 1]))
 def test_a_second_run_is_told_who_holds_the_folder(num_ranks: int, corpus: Path, tmp_path: Path) -> None:
     holder = running(corpus, tmp_path)
     args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=5, eval_iters=0)
@@ -41,6 +42,7 @@ def test_a_second_run_is_told_who_holds_the_folder(num_ranks: int, corpus: Path,
     assert not (tmp_path / "run/checkpoints/.lock").exists()
 
 
+@pytest.mark.night
 def test_a_killed_holder_leaves_the_folder_free(corpus: Path, tmp_path: Path) -> None:
     holder = running(corpus, tmp_path)
     holder.signal(signal.SIGKILL)

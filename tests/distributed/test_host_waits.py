@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.wait_figures import Figures, figures
 
@@ -15,7 +16,7 @@ def on_rank(world: int, cases: list[tuple[str, str, dict[str, Any]]]) -> list[Fi
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", first_by_day([2, 4]))
 def test_a_layer_waits_once_for_the_sizes_of_messages(world: int) -> None:
     """A rank's own are 4 / world of the four micro-batches of a step."""
     capacity: dict[str, Any] = {"moe_expert_capacity_factor": 1.0}

@@ -1,8 +1,10 @@
-"""Every layout trains the model of one process: losses, norms, gradients and updated weights."""
+"""Every layout trains the model of one process: losses, norms, gradients and updated weights.
+
+By day the cells of `tests/harness/covering.py`; at night every model of the table in every layout, in both precisions.
+"""
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
@@ -11,34 +13,26 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.config import PretrainConfig
-from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, layout_config, train
+from tests.harness.covering import COVERING, FACTORS, Cell, kept_cells, options_of
+from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, is_legal, options_in, train
 from tests.harness.ranks import RankFailure, run_ranks
 
 pytestmark = pytest.mark.distributed
 
-IN_DOUBLE = ("samoe step", "samoe layer", "samoe per expert", "samoe many banks", "samoe many banks per expert",
-             "moe balance over ranks", "samoe balance over ranks", "tied", "scaled", "combined middle", "pool", "sets balanced",
-             "groups and biases", "neighbours", "pool locked", "relu")  # fmt: skip
+#: A model's options, fit to be a key.
+Options = tuple[tuple[str, Any], ...]
 
-# The way of sharing and of routing changes nothing but the experts: the layouts that differ in what those meet. The others
-# take many minutes; MEGATRON_SAMOE_LONG_TESTS=1 has them all.
-WAYS = tuple(MODELS)[tuple(MODELS).index("tied") :]
-LAYOUTS_OF_WAYS = ("tp2 sp etp1 ep2", "ep2 edp2 overlap", "pp2 vpp2 dp1", "pp2 ep2 zero", "pp2 ep2 replicated pool",
-                   "tp2 pp2 ep2 sp zero overlap")  # fmt: skip
-
-
-# Context parallelism meets positions, capacities, balance, noise and recomputation; how experts are shared is nothing to it.
-MODELS_OF_CONTEXT = ("moe top2 llama", "samoe noisy", "moe balance over ranks")
-
-
-def models_of(layout: str) -> tuple[str, ...]:
-    """Returns the models that are trained in a layout."""
-    if layout == "pp4 ep2":
-        return ("pool", "pool locked")
-    if layout.startswith("cp") and not os.environ.get("MEGATRON_SAMOE_LONG_TESTS"):
-        return MODELS_OF_CONTEXT if LAYOUTS[layout][0] <= 4 else ("samoe step",)
-    everything = layout in ("one process", *LAYOUTS_OF_WAYS) or os.environ.get("MEGATRON_SAMOE_LONG_TESTS")
-    return tuple(model for model in MODELS if everything or model not in WAYS)
+RTOL = {torch.float32: 1e-5, torch.float64: 1e-11}
+BY_DAY = kept_cells()
+#: In double precision every third model of the day once, in layouts that differ.
+IN_DOUBLE = [cells[i % len(cells)] for i, cells in enumerate(
+    [[cell for cell in BY_DAY if cell.values == values] for values in dict.fromkeys(cell.values for cell in BY_DAY)]
+) if i % 3 == 0]  # fmt: skip
+AT_NIGHT = [(layout, model) for layout in LAYOUTS if layout != "one process" for model in MODELS
+            if is_legal(layout, MODELS[model])]  # fmt: skip
+#: Eight ranks, by day: what has most to do with each other.
+EIGHT = "tp2 pp2 ep2 sp zero overlap"
+MODELS_OF_EIGHT = ("moe top2 llama", "samoe step", "tied", "muon samoe")
 
 
 def steps_of(config: PretrainConfig) -> int:
@@ -53,36 +47,83 @@ def train_each(configs: list[PretrainConfig], dtype: torch.dtype) -> list[dict[s
 
 
 @cache
-def _outcome(layout: str, dtype: torch.dtype, models: tuple[str, ...]) -> dict[str, dict[str, Any]] | RankFailure:
-    configs = [layout_config(layout, model) for model in models]
+def _outcome(layout: str, dtype: torch.dtype, models: tuple[Options, ...]) -> dict[Options, Any] | RankFailure:
+    configs = [options_in(layout, dict(model)) for model in models]
     try:
-        results = run_ranks(train_each, LAYOUTS[layout][0], configs, dtype, timeout_s=600)[0]
+        results = run_ranks(train_each, LAYOUTS[layout][0], configs, dtype, timeout_s=900)[0]
     except RankFailure as failure:
         return failure  # kept as well, or each model's test would run into it anew
     return dict(zip(models, results, strict=True))
 
 
-def results_of(layout: str, dtype: torch.dtype, models: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    outcome = _outcome(layout, dtype, models)
+def result_of(layout: str, dtype: torch.dtype, model: Options, together: tuple[Options, ...]) -> dict[str, Any]:
+    """Returns the training of a model, made with those that the same processes train."""
+    outcome = _outcome(layout, dtype, together)
     if isinstance(outcome, RankFailure):
         raise outcome
-    return outcome
+    return outcome[model]
 
 
-@pytest.mark.parametrize(
-    ("layout", "model"),
-    [(layout, model) for layout in LAYOUTS if layout != "one process" for model in models_of(layout)],
-)
-def test_layout_equals_one_process(layout: str, model: str) -> None:
-    expected = results_of("one process", torch.float32, models_of("one process"))[model]
-    assert_same(results_of(layout, torch.float32, models_of(layout))[model], expected, rtol=1e-5)
+def check(
+    layout: str, dtype: torch.dtype, model: Options, here: tuple[Options, ...], everywhere: tuple[Options, ...]
+) -> None:
+    """Compares a model's training in a layout with that in one process.
+
+    Args:
+        here: models that are trained in the layout.
+        everywhere: models that are trained in any.
+    """
+    assert_same(result_of(layout, dtype, model, here), result_of("one process", dtype, model, everywhere), RTOL[dtype])
 
 
-@pytest.mark.parametrize("model", IN_DOUBLE)
-@pytest.mark.parametrize("layout", ["tp2 etp1 ep4", "pp2 ep2 zero", "tp2 pp2", "cp2 ep4"])
-def test_layout_equals_one_process_in_double_precision(layout: str, model: str) -> None:
-    expected = results_of("one process", torch.float64, IN_DOUBLE)[model]
-    result = results_of(layout, torch.float64, IN_DOUBLE)[model]
-    assert_same(result, expected, rtol=1e-11)
-    for name, weight in expected["weights"].items():
-        torch.testing.assert_close(result["weights"][name], weight, rtol=1e-9, atol=1e-11)
+def hashable(options: dict[str, Any]) -> Options:
+    return tuple(options.items())
+
+
+def of_cells(cells: list[Cell], layout: str | None = None) -> tuple[Options, ...]:
+    """Returns the models of a list of cells, or those in one layout."""
+    found = (hashable(options_of(cell)) for cell in cells if layout in (None, cell.layout))
+    return tuple(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("cell", BY_DAY, ids=str)
+def test_layout_equals_one_process(cell: Cell) -> None:
+    here = of_cells(BY_DAY, cell.layout)
+    check(cell.layout, torch.float32, hashable(options_of(cell)), here, of_cells(BY_DAY))
+
+
+@pytest.mark.parametrize("cell", IN_DOUBLE, ids=str)
+def test_layout_equals_one_process_in_double_precision(cell: Cell) -> None:
+    here = of_cells(IN_DOUBLE, cell.layout)
+    check(cell.layout, torch.float64, hashable(options_of(cell)), here, of_cells(IN_DOUBLE))
+
+
+@pytest.mark.parametrize("model", MODELS_OF_EIGHT)
+def test_eight_ranks_equal_one_process(model: str) -> None:
+    models = tuple(hashable(MODELS[name]) for name in MODELS_OF_EIGHT)
+    check(EIGHT, torch.float32, hashable(MODELS[model]), models, models)
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("dtype", RTOL, ids=str)
+@pytest.mark.parametrize(("layout", "model"), AT_NIGHT)
+def test_every_model_in_every_layout(layout: str, model: str, dtype: torch.dtype) -> None:
+    here = tuple(hashable(MODELS[m]) for name, m in AT_NIGHT if name == layout)
+    check(layout, dtype, hashable(MODELS[model]), here, tuple(map(hashable, MODELS.values())))
+
+
+def test_every_axis_meets_every_value_by_day() -> None:
+    met = {pair for cell in BY_DAY for pair in COVERING.pairs_of(cell)}
+    missing = COVERING.all_pairs() - met
+    # What no layout can train is missing with every other choice left plain.
+    for axis, factor, value in missing:
+        sharing = COVERING.values["sharing"] if factor != "sharing" else [value]
+        place = FACTORS.index(factor)
+        for layout in (name for name, axes in COVERING.axes.items() if axis in axes):
+            for one in sharing:
+                values = [one, *COVERING.plain[1:]]
+                values[place] = value
+                assert not COVERING.is_legal(Cell(layout, tuple(values))), (
+                    f"no training of the day has {axis} with {factor} {value}: run python -m tests.harness.covering"
+                )
+    assert all(COVERING.is_legal(cell) for cell in BY_DAY)

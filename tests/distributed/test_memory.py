@@ -13,6 +13,7 @@ from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
+from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout
 
@@ -80,7 +81,7 @@ def held_bytes(config: PretrainConfig) -> dict[str, int]:
     return parts
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", first_by_day(CASES, 5))
 def test_a_training_rank_holds_what_was_planned(case: str) -> None:
     world_size, model, sizes = CASES[case]
     config = with_layout(tiny_config(**model), **sizes)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_samoe.config import PretrainConfig
 from tests.distributed.test_resharding_matrix import begin, go_on_from_each
 from tests.harness.layout_training import assert_same, train
+from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import tiny_config, with_layout, with_options
 
@@ -73,12 +74,14 @@ def results_of(layout: str, dtype: torch.dtype) -> dict[str, Any]:
     return run_ranks(train_all, LAYOUTS[layout][0], layout, dtype, timeout_s=300)[0]
 
 
+@pytest.mark.night
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
 def test_a_layout_trains_as_one_process(layout: str, model: str) -> None:
     assert_same(results_of(layout, torch.float32)[model], results_of("one process", torch.float32)[model], 1e-5)
 
 
+@pytest.mark.night
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", DOUBLE)
 def test_in_double_precision_weights_are_the_same_as_well(layout: str, model: str) -> None:
@@ -95,7 +98,9 @@ def test_muon_learns_otherwise_than_adamw() -> None:
     assert "embedding.word.weight" in adam["gradients"], "frozen parameters have gradients"
 
 
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [("tp2 ep2", "zero dp2"), ("zero dp2", "pp2 ep2 zero")])
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"), first_by_day([("tp2 ep2", "zero dp2"), ("zero dp2", "pp2 ep2 zero")])
+)
 def test_a_checkpoint_goes_on_in_another_layout(saved_by: str, loaded_by: str, tmp_path: Path) -> None:
     place = {"save": str(tmp_path), "load": str(tmp_path)}
     configs = [with_options(configuration("samoe step", layout), **place) for layout in (saved_by, loaded_by)]

@@ -134,7 +134,7 @@ def _leaves_within(library: str) -> tuple[str, float]:
     return result
 
 
-@pytest.mark.skipif(not os.environ.get("MEGATRON_SAMOE_LONG_TESTS"), reason="long: set MEGATRON_SAMOE_LONG_TESTS=1")
+@pytest.mark.night
 def test_a_rank_that_has_closed_in_an_exchange_is_not_waited_for(library):
     (message, seconds), _other = run_ranks(_leaves_within, 2, library)
     assert "rank 1 closed the communicator after exchange 1" in message and seconds < 4

@@ -1,12 +1,11 @@
 """Saved under one layout, loaded under any other: the same state to the last bit, the same logits, the same training.
 
-A sample of pairs by default; SAMOE_MATRIX=1 runs all ordered pairs of 13 layouts for every model and precision (936
-loads), and -s shows the largest differences seen.
+A sample of pairs by day; at night all ordered pairs of 13 layouts for every model and precision (936 loads). -s shows the
+largest differences seen.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.train_step import train_step
 from tests.harness.layout_logits import logits_of
+from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
 
@@ -153,23 +153,27 @@ def matrix(
 CASES = [(model, precision) for model in MODELS for precision in LOSS_TOLERANCE]
 
 
-@pytest.mark.parametrize(("model", "precision"), CASES)
+@pytest.mark.parametrize(("model", "precision"), first_by_day(CASES[::-1], 2))
 def test_any_layout_goes_on_from_any_other(model: str, precision: str, tmp_path: Path) -> None:
     names, case = list(LAYOUTS), CASES.index((model, precision))
-    if os.environ.get("SAMOE_MATRIX"):
-        saves = loads = names
-    else:
-        # Each layout saves or loads for one case or another.
-        saves, loads = [names[(2 * case + 1) % len(names)]], [names[(2 * case + 2) % len(names)]]
-    matrix(model, precision, saves, loads, tmp_path)
+    # Each layout saves or loads for one case or another.
+    matrix(model, precision, [names[(2 * case + 1) % len(names)]], [names[(2 * case + 2) % len(names)]], tmp_path)
 
 
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [("cp2 ep2 zero", "one process"), ("one process", "cp2 ep2 zero")])
+@pytest.mark.night
+@pytest.mark.parametrize(("model", "precision"), CASES)
+def test_every_layout_goes_on_from_every_other(model: str, precision: str, tmp_path: Path) -> None:
+    matrix(model, precision, list(LAYOUTS), list(LAYOUTS), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"), first_by_day([("cp2 ep2 zero", "one process"), ("one process", "cp2 ep2 zero")])
+)
 def test_a_run_goes_on_with_sequences_split_or_whole(saved_by: str, loaded_by: str, tmp_path: Path) -> None:
     matrix("moe", "fp32", [saved_by], [loaded_by], tmp_path)
 
 
-@pytest.mark.parametrize("model", WAYS)
+@pytest.mark.parametrize("model", first_by_day(WAYS, 2))
 def test_each_way_of_sharing_goes_on(model: str, tmp_path: Path) -> None:
     """In another layout, and bit for bit in its own."""
     names, case = [n for n in LAYOUTS if n != "dp4 zero overlap"], list(WAYS).index(model)

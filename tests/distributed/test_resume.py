@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_samoe.evaluation.run_summary import read_run
+from tests.harness.pairs import first_by_day
 from tests.harness.program import (
     NOISE,
     ProgramRun,
@@ -62,7 +63,7 @@ def reached(run: ProgramRun) -> int:
     return int(found[-1]) if found else 0
 
 
-@pytest.mark.parametrize("num_ranks", KILLS)
+@pytest.mark.parametrize("num_ranks", first_by_day(sorted(KILLS, reverse=True)))
 def test_run_killed_at_random_points_ends_as_the_run_that_was_not(num_ranks: int, corpus: Path, tmp_path: Path) -> None:
     num_kills, num_iterations = KILLS[num_ranks]
     options = {
@@ -93,7 +94,7 @@ def test_run_killed_at_random_points_ends_as_the_run_that_was_not(num_ranks: int
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("async_save", [False, True], ids=["waiting", "background"])
+@pytest.mark.parametrize("async_save", first_by_day([True, False]), ids=["background", "waiting"])
 def test_kill_at_any_file_operation_of_saving_loses_nothing(async_save: bool, corpus: Path, tmp_path: Path) -> None:
     """The process dies before its n-th change to the checkpoint folder, for every n of a save with retention."""
     options = {"train_iters": 3, "save_interval": 1, "keep_last": 1, "eval_iters": 0, "async_save": async_save or None}
@@ -138,6 +139,7 @@ def test_run_under_torchrun_leaves_at_sigterm_and_resumes(corpus: Path, tmp_path
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.night
 def test_layouts_take_over_each_others_checkpoints(corpus: Path, tmp_path: Path) -> None:
     """Data parallel, then expert parallel, then one process: the losses are those of one process throughout."""
     options = {"train_iters": 9, "exit_interval": 3, "save_interval": 3}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.pairs import first_by_day
 from tests.harness.program import ProgramRun, start
 from tests.harness.serving import Client, greedy_text, load_tiny, save_tiny, texts, wait_for
 
@@ -47,7 +48,7 @@ def serve(checkpoints: Path, folder: Path, *flags: str, num_ranks: int = 1) -> I
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", first_by_day([signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_lets_requests_end_and_leaves_with_0(
     checkpoints: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -72,7 +73,7 @@ def test_a_second_signal_ends_at_once(checkpoints: Path, tmp_path: Path) -> None
         held.close()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", first_by_day(LAYOUTS))
 def test_every_layout_answers_alike(checkpoints: Path, tmp_path: Path, layout: str) -> None:
     num_ranks, flags = LAYOUTS[layout]
     with serve(checkpoints, tmp_path, *flags, num_ranks=num_ranks) as (run, client):

@@ -22,6 +22,7 @@ from megatron_samoe.row_exchange.all_to_all import all_to_all_rows, exchange_cou
 from megatron_samoe.row_exchange.shm_communicator import create_shm_communicator
 from tests.harness.forbidden_calls import MEMFD_CREATE, PIDFD_OPEN, forbid
 from tests.harness.mortal_ranks import run_mortal_ranks
+from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 
 pytestmark = [
@@ -155,8 +156,8 @@ def _many_communicators(num: int) -> tuple[dict[str, int], list[str]]:
     return more, [name for name in os.listdir("/dev/shm") if "samoe" in name]
 
 
-def test_nothing_leaks():
-    num = 1000 if os.environ.get("MEGATRON_SAMOE_LONG_TESTS") else 40
+@pytest.mark.parametrize("num", first_by_day([40, 1000]))
+def test_nothing_leaks(num):
     for more, files in run_ranks(_many_communicators, 2, num, timeout_s=250):
         assert files == []
         assert more.pop("maps") < 8, "the heap has a few more, hundreds of groups none"

@@ -22,13 +22,13 @@ from megatron_samoe.row_exchange.all_to_all import Route, dispatch_rows, return_
 from megatron_samoe.row_exchange.hostwise_communicator import HostwiseCommunicator
 from megatron_samoe.row_exchange.shm_communicator import ShmCommunicator, create_shm_communicator
 from tests.harness.mortal_ranks import run_mortal_ranks
+from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built"),
 ]
-LONG = bool(os.environ.get("MEGATRON_SAMOE_LONG_TESTS"))
 
 
 def _group(hosts: tuple[int, ...] | None = None) -> Group:
@@ -135,8 +135,9 @@ def _memory_of_a_window(num: int) -> tuple[int, int]:
     return sizes[-1][0] - warm[0], sizes[-1][1] - warm[1]
 
 
-def test_windows_leave_neither_descriptors_nor_memory():
-    for descriptors, kilobytes in run_ranks(_memory_of_a_window, 2, 1000 if LONG else 24, timeout_s=600):
+@pytest.mark.parametrize("num", first_by_day([24, 1000]))
+def test_windows_leave_neither_descriptors_nor_memory(num):
+    for descriptors, kilobytes in run_ranks(_memory_of_a_window, 2, num, timeout_s=600):
         assert descriptors == 0 and kilobytes < 4096, (descriptors, kilobytes)
 
 
@@ -200,7 +201,7 @@ def _killed_at_random(seed: int, hosts: tuple[int, ...] | None) -> tuple[str, fl
             return str(error), time.monotonic() - start
 
 
-@pytest.mark.parametrize("seed", range(60 if LONG else 4))
+@pytest.mark.parametrize("seed", first_by_day(range(60), 4))
 def test_a_rank_killed_at_any_point_is_an_error_on_the_others(tmp_path, seed):
     results = run_mortal_ranks(_killed_at_random, 3, str(tmp_path), seed, None)
     assert results[2] == -signal.SIGKILL
@@ -227,7 +228,7 @@ def _a_gigabyte() -> tuple[bool, bool]:
         return plain, torch.equal(communicator.exchange_gathered(x, index, 1, rows, rows), expected)
 
 
-@pytest.mark.skipif(not LONG, reason="a gigabyte a rank: set MEGATRON_SAMOE_LONG_TESTS")
+@pytest.mark.night  # a gigabyte a rank
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_gigabyte(world_size):
     assert run_ranks(_a_gigabyte, world_size, timeout_s=300) == [(True, True)] * world_size

@@ -103,6 +103,7 @@ class Trouble:
             filler.unlink(missing_ok=True)
 
 
+@pytest.mark.night
 def test_a_job_ends_as_if_nothing_had_happened(tmp_path: Path, small_disk: Path, outside_store: int) -> None:
     steps = round(MINUTES * STEPS_PER_MINUTE)
     corpus = write_corpus(tmp_path / "data" / "corpus", num_documents=4000)

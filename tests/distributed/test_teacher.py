@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.layout_training import LAYOUTS, assert_same, layout_config, train
+from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, tiny_config, with_layout, with_options
 
@@ -42,20 +42,15 @@ LAYOUTS_OF_STUDENTS = (
     "pp4 uneven",
     "cp2 pp2 ep2 zero",
     "tp2 pp2 ep2 sp zero overlap",
+    "zero dp2",
+    "tp2 sp",
+    "pp2",
+    "pp2 gpipe",
+    "tp2 pp2 sp etp1 zero",
+    "pp2 vpp2 ep2",
+    "tp2 etp1 ep4 pp2 sp",
 )
-LAYOUTS_IN_DOUBLE = ("tp2 pp2 ep2 sp zero overlap",)
-# The others take minutes.
-if os.environ.get("MEGATRON_SAMOE_LONG_TESTS"):
-    LAYOUTS_OF_STUDENTS += (
-        "zero dp2",
-        "tp2 sp",
-        "pp2",
-        "pp2 gpipe",
-        "tp2 pp2 sp etp1 zero",
-        "pp2 vpp2 ep2",
-        "tp2 etp1 ep4 pp2 sp",
-    )
-    LAYOUTS_IN_DOUBLE += ("tp2 etp1 ep4", "pp2 vpp2 ep2")
+LAYOUTS_IN_DOUBLE = ("tp2 pp2 ep2 sp zero overlap", "tp2 etp1 ep4", "pp2 vpp2 ep2")
 
 
 def save_teacher(config: PretrainConfig) -> None:
@@ -91,7 +86,7 @@ def results_of(layout: str, folder: Path, dtype: torch.dtype) -> dict[str, dict[
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("layout", LAYOUTS_OF_STUDENTS)
+@pytest.mark.parametrize("layout", first_by_day(LAYOUTS_OF_STUDENTS, 2))
 def test_layout_equals_one_process(layout: str, student: str, teachers: Path) -> None:
     expected = results_of("one process", teachers, torch.float32)[student]
     assert min(expected["divergences"]) > 0.05, "the teacher and the student differ"
@@ -99,6 +94,7 @@ def test_layout_equals_one_process(layout: str, student: str, teachers: Path) ->
 
 
 @pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.night
 @pytest.mark.parametrize("layout", LAYOUTS_IN_DOUBLE)
 def test_layout_equals_one_process_in_double_precision(layout: str, student: str, teachers: Path) -> None:
     expected = results_of("one process", teachers, torch.float64)[student]

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_samoe.interop.hf.families.base import Family, entries, needs
+from megatron_samoe.interop.hf.families.entries import Entries, may, only
 from megatron_samoe.interop.hf.families.llama import attention_parts
-from megatron_samoe.interop.hf.families.reading import common, demand, flag, number, rotary, window, written_rope
+from megatron_samoe.interop.hf.families.reading import rotary, window, written_rope
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, rows, whole
 
@@ -21,14 +22,21 @@ FIXED = {"normalization": "LayerNorm", "swiglu": False, "disable_bias_linear": F
          "rotary_percent": 1.0, "qk_layernorm": False, "group_query_attention": True, "window_attn_skip_freq": None}  # fmt: skip
 
 
+#: The class's own defaults; entries that are not here are refused.
+ENTRIES = Entries({
+    "vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288, "num_hidden_layers": 30, "num_attention_heads": 24,
+    "num_key_value_heads": 2, "head_dim": may(int), "hidden_act": only("gelu_pytorch_tanh"), "max_position_embeddings": 4096,
+    "initializer_range": 0.018042, "norm_epsilon": 1e-5, "tie_word_embeddings": True, "use_bias": only(True),
+    "attention_dropout": 0.0, "residual_dropout": only(0.0), "embedding_dropout": only(0.0), "sliding_window": may(int),
+    "rope_theta": 10000.0, "rope_parameters": may(dict), "rope_scaling": may(dict), "partial_rotary_factor": only(None),
+})  # fmt: skip
+
+
 def read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    common(config)
-    demand(config, "hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
-    demand(config, "use_bias", (True,), True)
-    model = {ours: number(config, theirs) for ours, theirs in SIZES.items()}
-    model |= {**FIXED, **rotary(config, 10000.0), **window(config), "norm_epsilon": float(number(config, "norm_epsilon", 1e-5)),
-              "seq_length": number(config, "max_position_embeddings", 4096), "attention_dropout": number(config, "attention_dropout", 0.0),
-              "untie_embeddings_and_output_weights": not flag(config, "tie_word_embeddings", True)}  # fmt: skip
+    model = {ours: config[theirs] for ours, theirs in SIZES.items()}
+    model |= {**FIXED, **rotary(config), **window(config), "norm_epsilon": float(config["norm_epsilon"]),
+              "seq_length": config["max_position_embeddings"], "attention_dropout": float(config["attention_dropout"]),
+              "untie_embeddings_and_output_weights": not config["tie_word_embeddings"]}  # fmt: skip
     return {"model": model, "moe": {"expert_layout": "dense"}}
 
 
@@ -61,4 +69,4 @@ def parts(native: NativeModel) -> Iterator[Part]:
 
 RULES = (needs("expert_layout", "dense"), *(needs(option, value) for option, value in FIXED.items()))
 FAMILY = Family("starcoder2", "Starcoder2ForCausalLM", "dense, LayerNorm, rotary positions, biases everywhere", RULES,
-                write, parts, read)  # fmt: skip
+                write, parts, ENTRIES, read)  # fmt: skip

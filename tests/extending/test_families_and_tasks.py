@@ -17,6 +17,7 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
 from tests.extending.starcoder2 import FAMILY
+from tests.harness.pairs import first_by_day
 from tests.harness.program import REPOSITORY
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
@@ -40,7 +41,7 @@ def convert(installed: Path, *arguments: object) -> subprocess.CompletedProcess[
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", first_by_day([True, False]))
 def test_a_family_of_another_package_goes_in_and_out(tmp_path: Path, tied: bool) -> None:
     torch.manual_seed(1)
     config = transformers.Starcoder2Config(
@@ -84,11 +85,13 @@ def test_a_task_of_another_folder_is_scored(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize(
     ("value", "problem"),
-    [
-        ("tests.extending.nowhere:FAMILY", "cannot be loaded: No module named"),
-        ("tests.extending.starcoder2:RULES", "must name a Family, not tuple"),
-        ("megatron_samoe.interop.hf.families.dense:LLAMA", "is the name of another family, too"),
-    ],
+    first_by_day(
+        [
+            ("tests.extending.nowhere:FAMILY", "cannot be loaded: No module named"),
+            ("tests.extending.starcoder2:RULES", "must name a Family, not tuple"),
+            ("megatron_samoe.interop.hf.families.dense:LLAMA", "is the name of another family, too"),
+        ]
+    ),
 )
 def test_a_wrong_entry_point_is_named(
     tmp_path: Path, value: str, problem: str, monkeypatch: pytest.MonkeyPatch

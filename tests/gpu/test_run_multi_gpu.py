@@ -26,6 +26,7 @@ def _everything(expected: dict) -> tuple[list[str], str]:
     return done, line
 
 
+@pytest.mark.night
 def test_it_runs_and_agrees() -> None:
     expected = program.one_process(MODELS, "cpu")
     done, line = run_ranks(_everything, 2, expected)[0]

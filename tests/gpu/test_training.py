@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_samoe.moe.moe_layer import MoELayer
 from megatron_samoe.moe.types import ForwardContext
-from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.setup import build_setup
+from tests.harness.extension_off import without_extension
 from tests.harness.layout_training import MODELS, assert_same, layout_config, train
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 
@@ -26,7 +26,7 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(function: Any, *args: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(extension, "load", lambda: False)
+            without_extension(patch)
             return function(*args, device="cpu")
 
     return run

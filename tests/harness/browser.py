@@ -13,14 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import pytest
+
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 KEYS = {"tab": "\ue004", "enter": "\ue007", "escape": "\ue00c", "control": "\ue009", "shift": "\ue008", "space": " "}
+#: The programs, and the packages of Debian that bring them.
+PROGRAMS = {"chromium": "chromium", "chromedriver": "chromium-driver"}
 
-
-def missing() -> str | None:
-    """Returns why there is no browser here, or None."""
-    absent = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    return f"needs {' and '.join(absent)} (Debian: chromium, chromium-driver)" if absent else None
+_absent = [name for name in PROGRAMS if shutil.which(name) is None]
+needs_browser = pytest.mark.skipif(
+    bool(_absent),
+    reason=f"needs {' and '.join(_absent)}: apt-get install {' '.join(PROGRAMS[name] for name in _absent)}",
+)
 
 
 class Browser:

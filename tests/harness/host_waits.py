@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_samoe.ops import asynchronous
+from megatron_samoe.ops.asynchronous import taken_for_gpu
 
 #: Ops whose result's size, or whose result, is a number of the device.
 _READERS = {
@@ -35,17 +35,9 @@ def as_if_asynchronous(grouped_products: bool = True) -> Iterator[None]:
     """The CPU counts as a device that runs behind the host, without kernels of ours.
 
     Args:
-        grouped_products: whether torch has a grouped product for it.
+        grouped_products: whether it is one for which torch has a grouped product (of bf16): an H100, else an A100.
     """
-    from megatron_samoe.ops import grouped_products as products
-
-    def grouped(*operands: Tensor) -> bool:
-        return grouped_products
-
-    with (
-        mock.patch.object(asynchronous, "DEVICE_TYPES", frozenset({"cpu", "cuda"})),
-        mock.patch.object(products, "use_grouped_mm", grouped),
-    ):
+    with taken_for_gpu("cpu", (9, 0) if grouped_products else (8, 0)):
         yield
 
 

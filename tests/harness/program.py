@@ -8,6 +8,7 @@ command line.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,17 @@ def start(
         processes.append(process)
         outputs.append(output)
     return ProgramRun(processes, outputs, store)
+
+
+def call(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program's `main` in this process, and returns its exit status and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = importlib.import_module(program).main(list(words))
+        except SystemExit as end:
+            status = end.code
+    return subprocess.CompletedProcess(words, status or 0, out.getvalue(), err.getvalue())
 
 
 def start_command(

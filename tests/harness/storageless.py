@@ -15,7 +15,7 @@ from megatron_samoe.config import PretrainConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.rank_model import RankModel, compute_dtype
 from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
-from megatron_samoe.ops import asynchronous, grouped_products
+from megatron_samoe.ops.asynchronous import taken_for_gpu
 from megatron_samoe.optimizer import mixed_precision
 from megatron_samoe.optimizer.mixed_precision import LossScale, MixedPrecisionOptimizer
 from megatron_samoe.parallel_state import RankGrid
@@ -76,11 +76,13 @@ def _shift(group: Group, x: Tensor) -> PendingShift:
     return PendingShift(group, torch.empty_like(x), x, ())
 
 
+def _reduce_scatter(group: Group, x: Tensor) -> Tensor:
+    return x if group.size == 1 else x[: len(x) // group.size].clone()
+
+
 @contextlib.contextmanager
 def device_without_storage(rows_for_each_rank_and_expert: int) -> Iterator[None]:
-    """`meta` as a GPU of a world that does not exist: it runs behind the host, has torch's grouped product, and the other
-    ranks send as many rows as this one.
-    """
+    """`meta` as an H100 of a world that does not exist, where the other ranks send as many rows as this one."""
 
     def table(dispatcher: AllToAllDispatcher, _copy: object) -> Tensor:
         size = dispatcher.group.size
@@ -90,13 +92,14 @@ def device_without_storage(rows_for_each_rank_and_expert: int) -> Iterator[None]
         return _Attention.apply(query, key, value)
 
     with (
-        mock.patch.object(asynchronous, "DEVICE_TYPES", frozenset({"meta"})),
-        mock.patch.object(grouped_products, "use_grouped_mm", lambda *operands: True),
+        taken_for_gpu("meta"),
         mock.patch.object(AllToAllDispatcher, "_awaited", table),
         mock.patch.object(all_to_all, "_exchange", _exchange),
         mock.patch.object(Group, "all_reduce", lambda group, x, *_: x),
-        mock.patch.object(Group, "all_gather", lambda group, x: torch.cat([x] * group.size)),
-        mock.patch.object(Group, "reduce_scatter", lambda group, x: x[: len(x) // group.size].clone()),
+        mock.patch.object(Group, "all_gather", lambda group, x: x if group.size == 1 else torch.cat([x] * group.size)),
+        mock.patch.object(Group, "reduce_scatter", _reduce_scatter),
+        mock.patch.object(Group, "start_reduce_scatter", lambda group, part, x: None),
+        mock.patch.object(Group, "all_gather_object", lambda group, value: [value] * group.size),
         mock.patch.object(torch.nn.functional, "rms_norm", lambda x, shape, weight, eps: _RMSNorm.apply(x, weight)),
         mock.patch.object(Group, "start_all_reduce", lambda group, x: None),
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
@@ -112,22 +115,36 @@ def device_without_storage(rows_for_each_rank_and_expert: int) -> Iterator[None]
 def step_peak(config: PretrainConfig, vocab_size: int, world: int) -> tuple[int, int, int]:
     """Returns the measured peak of one rank's step, in bytes, the planned one, and what is held before the step.
 
-    Experts have equally many tokens.
+    Experts have equally many tokens. The optimizer has its state, and its update is left out; ranks that update slices then
+    gather the weights.
     """
-    state = planned_state(RankGrid.of(config.parallel, world), 0, cp_comm_type=config.parallel.cp_comm_type)
-    tokens = config.training.micro_batch_size * config.model.seq_length // config.parallel.context_parallel_size
+    layout = config.parallel
+    state = planned_state(RankGrid.of(layout, world), 0, layout.sequence_parallel, layout.cp_comm_type)
+    tokens = config.training.micro_batch_size * config.model.seq_length // layout.context_parallel_size
+    if state.etp.size < state.tp.size:  # whole experts: each of these ranks sends its share of the tokens
+        tokens //= state.tp.size
     num_experts = config.moe.num_experts if config.moe.expert_layout != "dense" else 1
     with device_without_storage(tokens * config.moe.moe_router_topk // num_experts):
         model = RankModel(config, vocab_size, state, compute_dtype(config))
-        buffers = GradBuffers(model.global_parameters(), state)
+        buffers = GradBuffers(
+            model.global_parameters(), state, layout.use_distributed_optimizer, bucket_size=layout.ddp_bucket_size
+        )
         optimizer = MixedPrecisionOptimizer(buffers, config.optimizer, state)
         setup = TrainSetup(config, state, model, buffers, optimizer, Pipeline(0, 1, 1, None))
         moments = [t for name in optimizer.masters for t in optimizer.moments(name).values()]
-        held = [*model.parameters(), *(b.flat for b in buffers.buffers), *optimizer.masters.values(), *moments]
+        gathered = [b.weights for b in buffers.buffers if b.weights is not None]
+        held = [
+            *model.parameters(),
+            *(b.flat for b in buffers.buffers),
+            *gathered,
+            *optimizer.masters.values(),
+            *moments,
+        ]
         shape = (config.training.micro_batch_size, config.model.seq_length)
         ids = torch.zeros(shape, dtype=torch.int64, device="meta")
         batches = [{"tokens": ids, "labels": ids, "loss_mask": torch.ones(shape, device="meta")}]
         with LiveMemory(held=held) as memory:
             before = memory.peak
             accumulate_gradients(setup, TrainState(0, 0, 0, LossScale()), batches)
+            buffers.gather_weights()
     return memory.peak, rank_memory(config, vocab_size, world).total, before

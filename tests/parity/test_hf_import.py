@@ -75,7 +75,7 @@ def made(case: str, **changes: Any) -> Any:
     """Returns a random model of transformers."""
     name, options = CASES[case]
     own = dict(options) if name == "GPT2" else {**SIZES, **options}
-    config = getattr(transformers, f"{name}Config")(**own, **changes)
+    config = getattr(transformers, f"{name}Config")(**{**own, **changes})
     torch.manual_seed(5)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -154,10 +154,10 @@ def test_an_imported_model_trains_on_in_megatrons_files_too(tmp_path: Path) -> N
     [
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type must be one of"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "truncate": False,
-                                       "original_max_position_embeddings": 32}}, "'truncate'"),
+                                       "original_max_position_embeddings": 32}}, "config.json: truncate = False"),
         ("llama", {"hidden_act": "gelu"}, "config.json: hidden_act = 'gelu'"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, "config.json: layer_types"),
-        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}, "config.json: sliding_window = 16"),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 16}, "config.json: use_sliding_window = True"),
         ("gpt2", {"activation_function": "relu"}, "activation_function = 'relu'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("qwen3_moe", {"attention_bias": True}, "config.json: attention_bias"),

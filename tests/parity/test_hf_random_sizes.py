@@ -1,11 +1,10 @@
 """Models of drawn sizes from every family, made and saved by transformers: the same logits here, and back bit for bit.
 
-Heads and widths are odd, embeddings tied or not, files sharded, weights in fp32 or bf16. MEGATRON_SAMOE_LONG_TESTS=1 draws more.
+Heads and widths are odd, embeddings tied or not, files sharded, weights in fp32 or bf16.
 """
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
+from tests.harness.pairs import first_by_day
 from tests.parity.hf_models import converted, their_logits, theirs, transformers
 
 pytestmark = pytest.mark.parity
@@ -30,7 +30,6 @@ EXPERTS = {
     "Qwen3Moe": ("num_experts", "moe_intermediate_size"), "Olmoe": ("num_experts", "intermediate_size"),
     "GraniteMoe": ("num_local_experts", "intermediate_size"), "DeepseekV3": ("n_routed_experts", "moe_intermediate_size"),
 }  # fmt: skip
-COUNT = 65 if os.environ.get("MEGATRON_SAMOE_LONG_TESTS") else 2 * len(CLASSES)
 
 
 def drawn(seed: int) -> tuple[str, dict[str, Any], torch.dtype]:
@@ -81,7 +80,7 @@ def drawn(seed: int) -> tuple[str, dict[str, Any], torch.dtype]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", range(COUNT))
+@pytest.mark.parametrize("seed", first_by_day(range(65), len(CLASSES)))
 def test_a_drawn_model_gives_its_logits_and_comes_back(seed: int, tmp_path: Path) -> None:
     name, options, dtype = drawn(seed)
     torch.manual_seed(seed)

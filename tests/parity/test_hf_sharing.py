@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_samoe.interop.edited_model import open_checkpoint
+from tests.harness.pairs import first_by_day
 from tests.parity.hf_models import Native, converted, native, random_source, run, some_ids, their_logits, theirs
 
 pytestmark = pytest.mark.parity
@@ -63,7 +64,7 @@ def exported(options: dict[str, Any], root: Path, *words: object) -> tuple[Nativ
     return ours, converted(ours.root, root / "hf", *words)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", first_by_day(CASES, 10))
 def test_our_class_gives_our_logits_and_comes_back(case: str, tmp_path: Path) -> None:
     ours, folder = exported(CASES[case], tmp_path, "--to", "hf", "--hf-model-type", "samoe")
     model, ids_BS = theirs(folder), some_ids()
@@ -83,7 +84,7 @@ def test_our_class_gives_our_logits_and_comes_back(case: str, tmp_path: Path) ->
     assert reader.config["moe"] == ours.source.config["moe"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", first_by_day(CASES, 6))
 def test_its_config_tells_the_model_without_ours(case: str, tmp_path: Path) -> None:
     ours, folder = exported(CASES[case], tmp_path, "--to", "hf", "--hf-model-type", "samoe")
     (folder / "megatron_samoe.json").unlink()
@@ -95,7 +96,7 @@ CHANGING = {"neighbours_unmasked", "pool_locked"}
 SHARED = [name for name, options in CASES.items() if "expert_sharing" in options and name not in CHANGING]
 
 
-@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("case", first_by_day(SHARED, 7))
 def test_folding_by_hand_and_on_export_agree(case: str, tmp_path: Path) -> None:
     ours, folder = exported(CASES[case], tmp_path, "--to", "hf", "--hf-model-type", "samoe")
     folded = theirs(converted(ours.root, tmp_path / "folded", "--hf-model-type", "samoe", "--fold"))

@@ -17,6 +17,7 @@ from megatron_samoe.datasets.blends import split_bounds
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
+from tests.harness.extension_off import without_extension
 
 pytestmark = pytest.mark.parity
 
@@ -144,7 +145,7 @@ def test_one_dataset_gives_the_same_samples(
     )
     with monkeypatch.context() as patch:
         if not compiled:
-            patch.setattr(sample_index, "_compiled", lambda: None)
+            without_extension(patch)
         data = DataConfig(data_path=(prefix,), split="1")
         ours = build_train_valid_test_datasets(data, (count, 0, 0), seq_length, seed, ByteTokenizer())
     mine, yours = ours[0], theirs[0]
@@ -247,7 +248,7 @@ def test_blending_indices(monkeypatch: pytest.MonkeyPatch, weights: list[float],
     helpers.build_exhaustive_blending_indices(*expected_all, sizes, len(sizes))
     with monkeypatch.context() as patch:
         if not compiled:
-            patch.setattr(sample_index, "_compiled", lambda: None)
+            without_extension(patch)
         for ours, theirs in zip(sample_index.build_blending_indices(shares, size), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
         for ours, theirs in zip(sample_index.build_exhaustive_blending_indices(sizes), expected_all, strict=True):

@@ -53,7 +53,10 @@ void build_blending_index(const Tensor& weights, const Tensor& limits, Tensor da
   SAMOE_CHECK(num_datasets >= 1 && num_datasets < 32767, num_datasets, " datasets: from 1 to 32766");
   const int64_t* limit = limits.const_data_ptr<int64_t>();
   int64_t left = size;
-  for (int64_t dataset = 0; dataset < num_datasets && left > 0; ++dataset) left -= limit[dataset];
+  for (int64_t dataset = 0; dataset < num_datasets && left > 0; ++dataset) {
+    SAMOE_CHECK(limit[dataset] >= 0, "the limit of dataset ", dataset, " is ", limit[dataset]);
+    left -= limit[dataset];
+  }
   SAMOE_CHECK(left <= 0, "the limits do not allow ", size, " samples");
   datasets::build_blending_index(weights.const_data_ptr<double>(), limit, num_datasets,
                                  dataset_index.mutable_data_ptr<int16_t>(),

@@ -48,6 +48,7 @@ Tensor topk_gate_backward(const Tensor& logits, const Tensor& logsumexp, const T
   SAMOE_CHECK(num_groups >= 1 && num_tokens % num_groups == 0, "num_groups = ", num_groups);
   SAMOE_CHECK(logsumexp.size(0) == num_tokens && probs.size(0) == num_tokens && ids.sizes().equals(probs.sizes()),
                     "the saved tensors do not belong to these logits");
+  backend.check_index(ids, "ids", 0, num_experts);
   backend.check_sizes(dprobs, "dprobs", probs.sizes(), kFloat);
   backend.check_sizes(dscore_sum, "dscore_sum", {num_groups, num_experts}, kFloat);
   backend.check_sizes(dz, "dz", {}, kFloat);
@@ -117,6 +118,8 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& dy, const Tensor& ro
   backend.check_index(row_of_slot, "row_of_slot", -1, rows.size(0));
   backend.check_contiguous(slot_of_row, "slot_of_row", 1, kLong);
   SAMOE_CHECK(slot_of_row.numel() == rows.size(0), "slot_of_row has ", slot_of_row.numel(), " rows");
+  SAMOE_CHECK(rows.size(0) <= row_of_slot.numel(), "there are ", rows.size(0), " rows of ", row_of_slot.numel(), " slots");
+  backend.check_index(slot_of_row, "slot_of_row", 0, row_of_slot.numel());
   Tensor drows = uninitialized(rows.sizes(), rows), dprobs = uninitialized(probs.sizes(), probs);
   backend.unpermute_backward({dtype_of(rows), dy.const_data_ptr(), rows.const_data_ptr(),
                               probs.const_data_ptr<float>(), slot_of_row.const_data_ptr<int64_t>(),

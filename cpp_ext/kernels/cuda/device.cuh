@@ -24,12 +24,21 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 #if defined(__CUDACC__)
+// Returns what became of this launch, where <<<>>> would leave it among other errors of the thread.
+template <typename... Parameters>
+cudaError_t start_kernel(void (*kernel)(Parameters...), unsigned num_blocks, cudaStream_t stream, Parameters... arguments) {
+  void* places[] = {&arguments...};
+  return cudaLaunchKernel(kernel, dim3(num_blocks), dim3(kThreads), places, 0, stream);
+}
+#endif
+
+void note_launch(cudaError_t error, cudaStream_t stream);
+
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t num_blocks, cudaStream_t stream, Arguments... arguments) {
   if (num_blocks == 0) return;
-  kernel<<<static_cast<unsigned>(num_blocks), kThreads, 0, stream>>>(static_cast<Parameters>(arguments)...);
+  note_launch(start_kernel(kernel, static_cast<unsigned>(num_blocks), stream, static_cast<Parameters>(arguments)...), stream);
 }
-#endif
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

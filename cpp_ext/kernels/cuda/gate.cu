@@ -151,6 +151,12 @@ SAMOE_DEVICE TokenGradient gradient_of_token(const cpu::GateBackward& a, int64_t
   return g;
 }
 
+// The place of the k-th choice's gradient.
+SAMOE_DEVICE float& chosen(const cpu::GateBackward& a, const TokenGradient& g, int64_t k, float* out) {
+  assert(g.ids_K[k] >= 0 && g.ids_K[k] < a.num_experts);
+  return out[g.ids_K[k]];
+}
+
 // Softmax: dl = p (d - <p, d>) + 2 dz lse p, with d the gradient of the distribution. Chosen probabilities are p
 // itself, and their gradient part of d, or q, a softmax over the chosen logits alone: dl = q (dq - <q, dq>).
 SAMOE_DEVICE void backward_softmax(const cpu::GateBackward& a, const TokenGradient& g, float logsumexp, float dz, float* out) {
@@ -167,7 +173,7 @@ SAMOE_DEVICE void backward_softmax(const cpu::GateBackward& a, const TokenGradie
   if (g.dprobs_K == nullptr) return;
   __syncwarp();
   for (int64_t k = lane; k < a.topk; k += kWarp) {
-    out[g.ids_K[k]] += g.probs_K[k] * (g.dprobs_K[k] - (a.pre_softmax ? 0.0f : g.dot_chosen));
+    chosen(a, g, k, out) += g.probs_K[k] * (g.dprobs_K[k] - (a.pre_softmax ? 0.0f : g.dot_chosen));
   }
 }
 
@@ -194,9 +200,10 @@ SAMOE_DEVICE void backward_sigmoid(const cpu::GateBackward& a, const TokenGradie
   if (g.dprobs_K == nullptr) return;
   __syncwarp();
   for (int64_t k = lane; k < a.topk; k += kWarp) {
+    float& gradient = chosen(a, g, k, out);
     const float score = sigmoid(g.logits_E[g.ids_K[k]], 0.0f);
     const float of_log = a.pre_softmax ? score * g.dprobs_K[k] : g.probs_K[k] * (g.dprobs_K[k] - g.dot_chosen);
-    out[g.ids_K[k]] += of_log * (1.0f - score);
+    gradient += of_log * (1.0f - score);
   }
 }
 

@@ -14,11 +14,17 @@ typedef CUstream_st* cudaStream_t;
 namespace samoe {
 namespace cuda {
 
-// Why the last launches of this thread failed, or null.
-const char* launch_error();
+// The first error that launches of this thread met since it was last asked for; errors that others left in the thread are
+// none of these.
+struct LaunchError {
+  const char* text;       // null: none
+  bool is_of_kernel_run;  // a kernel failed while it ran, maybe an earlier one; else a kernel did not start
+};
+LaunchError launch_error();
 
 int64_t gate_workspace_bytes(const cpu::GateForward& a);
 void gate_forward(const cpu::GateForward& a, void* workspace, cudaStream_t stream);
+// An id outside 0..E-1 stops the kernel by an assertion.
 void gate_backward(const cpu::GateBackward& a, cudaStream_t stream);
 
 // The counting sort in two steps, as on the CPU, but with a row for every slot: those of dropped slots come last, so the

@@ -46,7 +46,9 @@ __global__ void unpermute_backward_kernel(cpu::UnpermuteBackward a, int64_t num_
   if (slot >= a.num_tokens * a.topk) return;
   const int64_t row = a.row_of_slot_TK[slot];
   assert(row >= -1 && row < num_rows);
-  if (slot < num_rows && a.row_of_slot_TK[a.slot_of_row_N[slot]] < 0) {
+  const int64_t slot_of_row = slot < num_rows ? a.slot_of_row_N[slot] : 0;
+  assert(slot_of_row >= 0 && slot_of_row < a.num_tokens * a.topk);
+  if (slot < num_rows && a.row_of_slot_TK[slot_of_row] < 0) {
     T* dx = static_cast<T*>(a.drows_NH) + slot * a.hidden;
     for (int64_t h = lane_of_thread(); h < a.hidden; h += kWarp) dx[h] = T{};
   }

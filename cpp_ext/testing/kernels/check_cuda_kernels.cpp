@@ -15,6 +15,7 @@
 
 #include "../../kernels/cuda/launchers.h"
 #include "../../kernels/kernels.h"
+#include "../stand_ins/cuda_emulation.h"
 #include "checks.h"
 
 namespace {
@@ -325,9 +326,41 @@ void check_adamw(std::initializer_list<int64_t> sizes, bool followed) {
   for (size_t i = 0; i < weights[0].size(); ++i) expect_equal("weight", weights[1][i], weights[0][i]);
 }
 
+void expect(bool holds, const char* name) {
+  if (holds) return;
+  std::fprintf(stderr, "%s: %s\n", what.c_str(), name);
+  std::exit(1);
+}
+
+// What a launch that is refused, a kernel that stops, and an error that another left in the thread are told as.
+void check_launch_errors() {
+  what = "errors of launches";
+  namespace emulation = samoe::emulation;
+  const float from[4] = {1, 2, 3, 4};
+  float to[4] = {};
+  int64_t index = 1;
+  const auto gather = [&] {
+    cuda::gather_rows({reinterpret_cast<const char*>(from), &index, 1, 1, 8, reinterpret_cast<char*>(to), 1}, 2, kStream);
+    return cuda::launch_error();
+  };
+  emulation::last_error = cudaErrorNotReady;
+  expect(gather().text == nullptr && to[0] == 3, "an error of others is taken for one of this launch");
+  expect(cudaGetLastError() == cudaErrorNotReady, "an error of others is taken away");
+  emulation::refusal = cudaErrorInvalidConfiguration;
+  const cuda::LaunchError refused = gather();
+  expect(refused.text != nullptr && !refused.is_of_kernel_run, "a launch that is refused");
+  for (index = -1; index < 4; index += 3) {
+    const cuda::LaunchError stopped = gather();
+    expect(stopped.text != nullptr && stopped.is_of_kernel_run, "a kernel that stops at a wrong index");
+  }
+  index = 0;
+  expect(gather().text == nullptr && to[0] == 1 && cudaGetLastError() == cudaSuccess, "an error stays when it was told");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  check_launch_errors();
   const int64_t many = argc > 1 ? std::atoll(argv[1]) : 513;
   for (const int64_t tokens : {int64_t{0}, int64_t{1}, int64_t{7}, many}) {
     for (const int64_t topk : {1, 2, 8}) {

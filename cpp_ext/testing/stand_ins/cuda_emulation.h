@@ -3,7 +3,8 @@
 // exchanges. SAMOE_EMULATED_ORDER=ascending|descending|shuffled says in which order blocks, and threads between two
 // barriers, have their turns. Seen are wrong results, also those that another order shows, steps outside memory
 // (AddressSanitizer), misaligned wide accesses (UBSan), and barriers or exchanges that not all threads reach. Not seen are
-// races of single instructions, what only the device's compiler or memory does, and time.
+// races of single instructions, what only the device's compiler or memory does, and time. An assertion of a kernel ends its
+// grid, and the launch returns the error that a device has for it.
 #pragma once
 
 #include <setjmp.h>
@@ -18,6 +19,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -81,20 +83,13 @@ class Block {
   }
 
   explicit Block(unsigned num_threads) : fibers_(num_threads), turns_(num_threads), warps(num_threads / kLanes) {
-    for (Fiber& fiber : fibers_) {
-      fiber.stack.reset(new char[kStackBytes]);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, &Block::enter, 0);
-    }
+    make_fibers();
   }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  // Runs the body once for every thread of a block.
-  void run(const std::function<void()>& body) {
+  // Runs the body once for every thread of a block; returns false where one of them stopped all.
+  bool run(const std::function<void()>& body) {
     body_ = &body;
     for (Fiber& fiber : fibers_) {
       fiber.done = false;
@@ -110,10 +105,29 @@ class Block {
         if (fibers_[i].done) continue;
         threadIdx.x = i;
         switch_to(i);
+        if (stopped_) {
+          make_fibers();
+          return false;
+        }
         if (fibers_[i].done) --left;
       }
       if (!progress_) fail("threads wait for others that have left or wait elsewhere");
     }
+    body_ = nullptr;
+    return true;
+  }
+
+  // Ends the grid of the running thread.
+  [[noreturn]] static void stop(const char* what) {
+    Block& block = running();
+    if (block.body_ == nullptr) {
+      std::fprintf(stderr, "a launcher asserts: %s\n", what);
+      std::abort();
+    }
+    std::fprintf(stderr, "emulated kernel, block %u, thread %u asserts: %s\n", blockIdx.x, threadIdx.x, what);
+    block.stopped_ = true;
+    block.leave(block.fibers_[block.current_]);
+    std::abort();  // nobody comes back
   }
 
   void yield() {
@@ -144,6 +158,20 @@ class Block {
     bool started = false;
 #endif
   };
+
+  void make_fibers() {
+    for (Fiber& fiber : fibers_) {
+      fiber = Fiber();
+      fiber.stack.reset(new char[kStackBytes]);
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+    stopped_ = false;
+    body_ = nullptr;
+  }
 
   // A fiber's life: a thread of one block after another.
   static void enter() {
@@ -200,7 +228,7 @@ class Block {
   std::vector<unsigned> turns_;
   const std::function<void()>* body_ = nullptr;
   unsigned current_ = 0;
-  bool progress_ = false;
+  bool progress_ = false, stopped_ = false;
 
  public:
   Barrier barrier;
@@ -231,24 +259,40 @@ const uint64_t* exchange(unsigned mask, T value) {
   return slots;
 }
 
-inline int64_t num_launches = 0;  // kernels started, and fills of memory
+inline int64_t num_launches = 0;  // kernels started
+
+}  // namespace emulation
+}  // namespace samoe
+
+typedef int cudaError_t;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorNotReady = 600, cudaErrorAssert = 710;
+
+namespace samoe {
+namespace emulation {
+
+inline cudaError_t refusal = cudaSuccess;     // what the next launch is answered, and does not start
+inline cudaError_t last_error = cudaSuccess;  // of the thread, left by whoever met it
+inline cudaError_t device_error = cudaSuccess;  // of a kernel that failed: the answer to all calls, until it is taken
 
 }  // namespace emulation
 
 namespace cuda {
 
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t num_blocks, cudaStream_t, Arguments... arguments) {
-  if (num_blocks == 0) return;
+template <typename... Parameters>
+cudaError_t start_kernel(void (*kernel)(Parameters...), unsigned num_blocks, cudaStream_t, Parameters... arguments) {
+  if (const cudaError_t error = std::exchange(emulation::refusal, cudaSuccess); error != cudaSuccess) {
+    return emulation::last_error = error;
+  }
   ++emulation::num_launches;
   emulation::Block& block = emulation::Block::running();
-  const std::function<void()> body = [&] { kernel(static_cast<Parameters>(arguments)...); };
-  std::vector<unsigned> turns(static_cast<size_t>(num_blocks));
+  const std::function<void()> body = [&] { kernel(arguments...); };
+  std::vector<unsigned> turns(num_blocks);
   emulation::set_order(turns);
   for (const unsigned i : turns) {
     blockIdx.x = i;
-    block.run(body);
+    if (!block.run(body)) return emulation::last_error = emulation::device_error = cudaErrorAssert;
   }
+  return cudaSuccess;
 }
 
 }  // namespace cuda
@@ -300,12 +344,15 @@ inline unsigned long long atomicMin(unsigned long long* p, unsigned long long va
   return before;
 }
 
-typedef int cudaError_t;
-constexpr cudaError_t cudaSuccess = 0;
-inline cudaError_t cudaMemsetAsync(void* p, int byte, size_t num_bytes, cudaStream_t) {
-  ++samoe::emulation::num_launches;
-  if (num_bytes > 0) std::memset(p, byte, num_bytes);
-  return cudaSuccess;
+inline cudaError_t cudaStreamQuery(cudaStream_t) { return samoe::emulation::device_error; }
+// A device would go on with its own error.
+inline cudaError_t cudaGetLastError() {
+  samoe::emulation::device_error = cudaSuccess;
+  return std::exchange(samoe::emulation::last_error, cudaSuccess);
 }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorAssert ? "device-side assert triggered" : "invalid configuration argument";
+}
+
+#undef assert
+#define assert(condition) ((condition) ? static_cast<void>(0) : samoe::emulation::Block::stop(#condition))

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megatron_samoe import children
 from megatron_samoe.benchmarks.common import add_alone, as_table
 from megatron_samoe.benchmarks.gpu_check.models import SIZES
 from megatron_samoe.benchmarks.gpu_check.pieces import KERNELS, PIECES, NotHere, Row, Task, train
@@ -94,7 +95,7 @@ def start_piece(options: Options, folder: Path, name: str, seconds: float) -> bo
     started, result = time.monotonic(), folder / f"{name}.json"
     result.unlink(missing_ok=True)
     try:
-        said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds + 60)
+        said = children.run(command, env=environment, capture_output=True, text=True, timeout=seconds + 60)
         why = (said.stdout + said.stderr)[-1500:]
     except subprocess.TimeoutExpired:
         why = f"it took more than {seconds + 60:.0f} s"

@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_samoe import children
 from megatron_samoe.benchmarks.gpu_check.models import VOCAB_SIZE, arms, configs, random_batches
 from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import read_records
@@ -82,9 +82,7 @@ def machine(task: Task) -> Iterator[Row]:
         yield {"what": f"GPU {number}", "measured": f"{found.name}, {found.total_memory / 2**30:.1f} GiB, sm_{found.major}{found.minor}, "
                f"{found.multi_processor_count} multiprocessors"}  # fmt: skip
     asked = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
-    said = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"], capture_output=True, text=True
-    )
+    said = children.run(["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"], capture_output=True, text=True)
     yield {"what": asked, "measured": said.stdout.strip() or said.stderr.strip()}
     yield {"what": "NCCL", "measured": ".".join(map(str, torch.cuda.nccl.version()))}
 
@@ -95,7 +93,7 @@ def tests(task: Task) -> Iterator[Row]:
         raise NotHere("needs the source tree")
     report = task.folder / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-q", "tests/gpu", f"--junitxml={report}", "-p", "no:cacheprovider"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=task.seconds)
+    said = children.run(command, cwd=ROOT, capture_output=True, text=True, timeout=task.seconds)
     if not report.is_file():
         raise MegatronSamoeError(f"pytest wrote no report: {(said.stdout + said.stderr)[-1000:]}")
     outcomes: Counter[str] = Counter()
@@ -132,7 +130,7 @@ def several_gpus(task: Task) -> Iterator[Row]:
         str(count),
         str(program),
     ]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=task.seconds)
+    said = children.run(command, cwd=ROOT, capture_output=True, text=True, timeout=task.seconds)
     last = (said.stdout + said.stderr)[-1500:]
     yield {
         "what": f"{count} GPUs",
@@ -291,7 +289,7 @@ def pretrain(task: Task, name: str, *flags: str, **environment: str) -> Path:
         str(run_dir),
         *flags,
     ]
-    said = subprocess.run(
+    said = children.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=task.seconds
     )
     if said.returncode:

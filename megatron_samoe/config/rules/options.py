@@ -25,7 +25,7 @@ def _ranges(config: PretrainConfig, world_size: int) -> Problems:
 
 def _needs(config: PretrainConfig, world_size: int) -> Problems:
     for _, name, value, default, facts in all_options(config):
-        if facts.needs is not None and value != default and not facts.needs.is_met(config):
+        if value != default and facts.needs is not None and facts.is_idle(config):
             yield ConfigError(flag(name), value, facts.needs.words.format(c=config))
 
 

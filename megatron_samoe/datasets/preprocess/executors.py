@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_samoe import children
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.preprocess.worker import TokenizerFacts, Worker
 from megatron_samoe.errors import DataError, optional_import
@@ -89,7 +90,7 @@ class ProcessExecutor:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
         program = "import sys; from megatron_samoe.datasets.preprocess.worker import main; main(int(sys.argv[1]))"
         command = [sys.executable, "-c", program, str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+        process = children.start(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
         connection = Connection(ours.detach())
         connection.send(self._options)

@@ -17,6 +17,8 @@ from megatron_samoe.datasets.preprocess.worker import TokenizerFacts
 from megatron_samoe.datasets.preprocess.writer import Place, partial_paths
 from megatron_samoe.parsing import JsonObject
 
+#: With fewer, a twentieth of them is less than one.
+FEW_DOCUMENTS = 20
 # Options that say where things are, not what the data are.
 _PLACES = ("input", "output_prefix", "tokenizer_model", "vocab_file", "merge_file", "chunk_bytes")
 
@@ -38,6 +40,11 @@ class Report:
     def describe(self) -> str:
         """Returns a few lines for the user."""
         lines = [f"{self.num_documents:,} documents, {self.num_tokens:,} tokens -> {', '.join(self.prefixes)}"]
+        if self.num_documents < FEW_DOCUMENTS:
+            lines.append(
+                "--split of pretraining divides whole documents, so with so few validation may get none: cut text files "
+                "into more with --document-kb or --document-separator, or give a dataset of its own to --valid-data-path"
+            )
         lines += [f"{count:,} documents left out: {reason}" for reason, count in sorted(self.left_out.items())]
         if self.num_bad:
             lines.append(f"{self.num_bad:,} bad lines or documents left out; the first of them:")

@@ -285,16 +285,17 @@ def _cut_text(stream: BinaryIO, options: PreprocessOptions) -> Iterator[dict[str
 
 def _text_documents(stream: BinaryIO, options: PreprocessOptions) -> Iterator[bytes]:
     """Yields the documents of a text file; one longer than the limit comes as its first bytes (and is refused)."""
-    separator, limit = options.separator(), options.max_document_bytes + 1
-    if separator is None:
+    separator, limit, enough = options.separator(), options.max_document_bytes + 1, options.document_bytes
+    if separator is None and not enough:
         document = stream.read(limit)
         if document.strip():
             yield document
         return
     lines: list[bytes] = []
     held = 0
-    while line := stream.readline(limit):
-        if separator.match(line):
+    for line in _lines(stream, min(limit, 2 * enough) if enough else limit):
+        is_long = enough and held >= (2 * enough if line.strip() else enough)
+        if is_long or (separator is not None and separator.match(line)):
             if document := b"".join(lines).strip(b"\r\n"):
                 yield document
             lines, held = [], 0
@@ -305,6 +306,17 @@ def _text_documents(stream: BinaryIO, options: PreprocessOptions) -> Iterator[by
             held += len(line)
     if document := b"".join(lines).strip(b"\r\n"):
         yield document
+
+
+def _lines(stream: BinaryIO, limit: int) -> Iterator[bytes]:
+    """Yields the lines of a file; a longer one than the limit in parts that end after a space or between characters."""
+    rest = b""
+    while piece := rest + stream.readline(limit - len(rest)):
+        cut = len(piece)
+        if cut == limit and not piece.endswith(b"\n"):
+            cut = piece.rfind(b" ") + 1 or next((i for i in range(cut - 1, cut - 4, -1) if piece[i] >> 6 != 2), cut)
+        yield piece[:cut]
+        rest = piece[cut:]
 
 
 def _cut_parquet(file: InputFile, options: PreprocessOptions, plain: bool) -> Iterator[dict[str, Any]]:

@@ -35,6 +35,7 @@ class PreprocessOptions:
     json_keys: tuple[str, ...] = ("text",)
     input_format: str = "auto"
     document_separator: str | None = None
+    document_bytes: int = 0
     append_eod: bool = False
     split_sentences: bool = False
     keep_newlines: bool = False
@@ -69,6 +70,8 @@ class PreprocessOptions:
             raise DataError(f"--json-keys {' '.join(self.json_keys)} must name each key once, and at least one.")
         if self.chunk_bytes < 1 or self.max_document_bytes < 1:
             raise DataError("--chunk-mb and --max-document-mb must be above 0.")
+        if self.document_bytes < 0:
+            raise DataError("--document-kb must not be below 0.")
         if self.keep_newlines and not self.split_sentences:
             raise DataError("--keep-newlines only has a meaning with --split-sentences.")
         if not 0.0 < self.minhash_threshold < 1.0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from megatron_samoe.datasets.preprocess.inputs import Chunk
 from megatron_samoe.datasets.preprocess.options import DEFAULT_CHUNK_BYTES, PreprocessOptions
 from megatron_samoe.datasets.preprocess.progress import Progress
 from megatron_samoe.datasets.preprocess.worker import Summary, TokenizerFacts
-from megatron_samoe.datasets.preprocess.writer import Written, partial_paths
+from megatron_samoe.datasets.preprocess.writer import NO_ROOM, Written, partial_paths
 from megatron_samoe.errors import DataError
 from megatron_samoe.parsing import JsonObject
 
@@ -43,11 +44,28 @@ def preprocess(options: PreprocessOptions) -> finish.Report:
     files = inputs.find_inputs(options)
     if any(file.format == "text" for file in files) and len(options.json_keys) > 1:
         raise DataError("Text files have one column: give one name to --json-keys.")
-    if options.resume and any(file.path == inputs.STDIN for file in files):
+    if options.resume and _reads_stdin(files):
         raise DataError("--resume cannot be used with standard input, which is gone when it was read.")
     if options.chunk_bytes == DEFAULT_CHUNK_BYTES and sum(file.num_bytes for file in files) > LARGE_CORPUS_BYTES:
         # The journal has a line per chunk: a terabyte should not make a million.
         options = replace(options, chunk_bytes=8 * DEFAULT_CHUNK_BYTES)
+    try:
+        return _journaled(options, files)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        folder = os.path.dirname(options.output_prefix) or "."
+        again = "start again" if _reads_stdin(files) else "give the same command with --resume, which goes on from here"
+        raise DataError(
+            f"The output cannot be written to {folder}: {error.strerror}. Make room, and {again}."
+        ) from error
+
+
+def _reads_stdin(files: list[inputs.InputFile]) -> bool:
+    return any(file.path == inputs.STDIN for file in files)
+
+
+def _journaled(options: PreprocessOptions, files: list[inputs.InputFile]) -> finish.Report:
     log = journal.Journal(options.journal_path())
     executor, is_complete = make_executor(options), False
     try:
@@ -187,6 +205,8 @@ class _Run:
             self._replace(worker, answer[1])
         elif kind == "refused":
             raise DataError(answer[1])
+        elif kind == "no room":
+            raise answer[1]
         else:
             raise RuntimeError(f"a worker failed:\n{answer[1]}")
 

@@ -24,7 +24,7 @@ import numpy as np
 from megatron_samoe.datasets.preprocess.encode import Encoded, Encoder
 from megatron_samoe.datasets.preprocess.inputs import BadLines
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
-from megatron_samoe.datasets.preprocess.writer import ShardWriter
+from megatron_samoe.datasets.preprocess.writer import NO_ROOM, ShardWriter
 from megatron_samoe.errors import DataError
 
 
@@ -81,7 +81,9 @@ class Worker:
         except DataError as error:
             return ("refused", str(error))
         except OSError as error:
-            return ("refused", f"The output cannot be written: {error}.")
+            if error.errno in NO_ROOM:
+                return ("no room", error)
+            return ("refused", f"The output cannot be written: {error}." if message[0] == "write" else str(error))
         except Exception:
             return ("crashed", traceback.format_exc())
 

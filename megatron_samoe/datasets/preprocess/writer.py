@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_samoe.datasets.preprocess.encode import Column
+
+#: How a system says that a disk, a quota, or the size that a file may have is exhausted.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)

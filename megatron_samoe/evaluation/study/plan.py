@@ -6,20 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_samoe.config.batch_schedule import with_train_iters
 from megatron_samoe.config.cli import from_mapping, parse_pretrain_args
-from megatron_samoe.config.derived import flag, without_idle_options
+from megatron_samoe.config.derived import flag
 from megatron_samoe.config.elastic import smallest_world
-from megatron_samoe.config.option import all_options
+from megatron_samoe.config.idle import idle_options, stated_in_args
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, ConfigError, ConfigErrors
 from megatron_samoe.evaluation.run_summary import read_records, read_run, sharing_text
 from megatron_samoe.evaluation.study import results_store
-from megatron_samoe.evaluation.study.definition import Run, Study, Variant, as_flags, plan_runs, sweep_runs
+from megatron_samoe.evaluation.study.definition import Run, Study, Variant, plan_runs, sweep_runs
 from megatron_samoe.evaluation.study.sweeps import Optimum, extended, optimum
 
 
@@ -138,38 +139,34 @@ class StudyPlan:
 
     def flags_of(self, run: Run) -> list[str]:
         """Returns the flags of a run's pretraining; of one that waits for a sweep those without the option that is swept."""
-        # A variant's own come last: a flag for every run must not make two variants one.
-        flags = [
-            "--config",
-            str(self.study.config),
-            *self.common_flags,
-            *self.study.sizes[run.size],
-            *run.variant.flags,
-        ]
+        common = [*self.common_flags, *self.study.sizes[run.size]]
         sweep = self.study.sweep
         if run.swept is not None and sweep is not None:
-            flags += [f"--{sweep.option}", f"{run.swept:.6g}"]
-            flags += ["--train-iters", str(sweep.train_iters)] if sweep.train_iters is not None else []
+            common += [f"--{sweep.option}", f"{run.swept:.6g}"]
+            common += ["--train-iters", str(sweep.train_iters)] if sweep.train_iters is not None else []
         elif sweep is not None and self._is_swept(run.variant, run.size):
             found = self._sweep(run.variant, run.size)[1]
-            flags += [f"--{sweep.option}", f"{found.value:.6g}"] if found is not None else []
-        flags = [*flags, "--seed", str(run.seed), "--run-dir", str(run.directory)]
-        flags += self._flags_to_leave_out(flags, run)
+            common += [f"--{sweep.option}", f"{found.value:.6g}"] if found is not None else []
+        # A variant's own come last: a flag for every run must not make two variants one.
+        flags = ["--config", str(self.study.config), *self._used(common, run.variant), *run.variant.flags]
+        flags += ["--seed", str(run.seed), "--run-dir", str(run.directory)]
         if run.length is not None:
             decay = self.leaving_point(run)
             flags += ["--train-iters", str(run.length), "--lr-wsd-decay-iters", str(run.length - decay)]
         return flags
 
-    def _flags_to_leave_out(self, flags: Sequence[str], run: Run) -> list[str]:
-        """Returns flags that set what all runs share, but a variant that is said to be dense has no use for, back to its default."""
-        config = _parsed(tuple(flags), run.variant.name)
-        is_dense = "--expert-layout" in run.variant.flags and config.moe.expert_layout == "dense"
-        used = without_idle_options(config) if is_dense else config
+    def _used(self, common: Sequence[str], variant: Variant) -> list[str]:
+        """Returns the flags that all runs share without those that a variant said to be dense has no use for."""
+        config = _parsed(("--config", str(self.study.config), *common, *variant.flags), variant.name, accept_idle=True)
+        if "--expert-layout" not in variant.flags or config.moe.expert_layout != "dense":
+            return list(common)
+        idle = {flag(name) for name in idle_options(config, stated_in_args(common))}
+        begins = [i for i, word in enumerate(common) if word.startswith("--")] + [len(common)]
         return [
             word
-            for group, name, value, _, _ in all_options(used)
-            if value != getattr(getattr(config, group), name) and flag(name) not in run.variant.flags
-            for word in as_flags({name: list(value) if isinstance(value, tuple) else value})
+            for begin, end in pairwise(begins)
+            if common[begin].partition("=")[0] not in idle
+            for word in common[begin:end]
         ]
 
     def config_of(self, run: Run) -> PretrainConfig:
@@ -270,8 +267,8 @@ class StudyPlan:
 
 
 @lru_cache(maxsize=4096)
-def _parsed(flags: tuple[str, ...], name: str) -> PretrainConfig:
-    return parse_pretrain_args(flags, prog=f"run {name!r} of the study")
+def _parsed(flags: tuple[str, ...], name: str, accept_idle: bool = False) -> PretrainConfig:
+    return parse_pretrain_args(flags, prog=f"run {name!r} of the study", accept_idle=accept_idle)
 
 
 def _refuse_illegal(config: PretrainConfig, name: str) -> None:

@@ -6,29 +6,12 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-#: What a program's process does before it becomes the program: it asks to be told when the study ends, however that ends, and, if
-#: it is to, steps behind whatever else the machine has to do. A session of processes has a priority of its own (autogroup).
-_PRELUDE = """
-import ctypes, os, signal, sys
-parent, nice, command = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != parent:
-    sys.exit(1)
-if nice != "0":
-    os.setpriority(os.PRIO_PROCESS, 0, int(nice))
-    try:
-        with open("/proc/self/autogroup", "w") as file:
-            file.write(nice)
-    except OSError:
-        pass
-os.execvp(command[0], command)
-"""
+from megatron_samoe import children
 
 
 class Programs:
@@ -39,20 +22,19 @@ class Programs:
     """
 
     def __init__(self, idle: bool = True) -> None:
-        self._nice = "19" if idle else "0"
+        self._idle = idle
         self._running: set[subprocess.Popen] = set()
         self._paused = self._ended = False
         self._lock = threading.Lock()
 
     def run(self, command: Sequence[str], output: IO[str]) -> int:
         """Runs a program to its end and returns its exit status; 130 for one that was not started any more."""
-        prelude = [sys.executable, "-S", "-c", _PRELUDE, str(os.getpid()), self._nice]
         with self._lock:
             if self._ended:
                 return 130
             # In a session of its own, or a terminal's Ctrl-C would reach it twice, and the second ends it at once.
-            process = subprocess.Popen(
-                [*prelude, *command], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            process = children.start(
+                command, idle=self._idle, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
             self._running.add(process)
             if self._paused:

@@ -121,7 +121,7 @@ def _result(group: RunGroup, difference: Difference | None) -> VariantResult:
         statistics.median(speeds) if speeds else None,
         max((run.peak_memory_bytes for run in runs if run.peak_memory_bytes is not None), default=None),
         min((run.least_load_entropy for run in runs if run.least_load_entropy is not None), default=None),
-        bits_per_byte(loss.mean, group.first.config.data),
+        bits_per_byte(loss.mean, group.first.config.data, group.first.directory),
     )  # fmt: skip
 
 

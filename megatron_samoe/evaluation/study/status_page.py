@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from matplotlib.ticker import MaxNLocator
+
 from megatron_samoe.evaluation.plots import colour
 from megatron_samoe.evaluation.run_summary import read_records
 from megatron_samoe.evaluation.study.definition import Run
@@ -19,7 +21,9 @@ from megatron_samoe.parsing import JsonObject
 
 #: Seconds between two writes, and after which a browser reads the page again.
 _EVERY_S = 15.0
-_WIDTH, _HEIGHT, _MARGIN = 860, 360, 46
+_WIDTH, _HEIGHT = 860, 380
+#: The chart's own edges; the names of models are right of it.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 640, 16, 326
 #: Told apart by people who are blind to some colours, too (Okabe and Ito).
 _STYLE = """body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem}
 table{border-collapse:collapse;width:100%}td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #8884}
@@ -87,37 +91,63 @@ def _shown(value: float | None, spec: str) -> str:
 
 def _curves(runs: Sequence[Run], records: dict[Path, list[JsonObject]]) -> str:
     """Returns the validation losses over steps as an SVG, a colour for each variant; nothing before the first."""
-    curves = [
-        (run, [(r["iteration"], r["validation_loss"]) for r in records[run.directory]
-               if math.isfinite(r.get("validation_loss", math.nan))])
+    found = [
+        (run.variant.name, [(r["iteration"], r["validation_loss"]) for r in records[run.directory]
+                            if math.isfinite(r.get("validation_loss", math.nan))])
         for run in runs if run.swept is None
     ]  # fmt: skip
-    points = [point for _, curve in curves for point in curve]
-    if not points:
+    curves = [(name, curve) for name, curve in found if curve]
+    if not curves:
         return ""
-    most = max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    names = list(dict.fromkeys(run.variant.name for run, curve in curves if curve))
+    points = [point for _, curve in curves for point in curve]
+    plane = _Plane(max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points))
+    names = list(dict.fromkeys(name for name, _ in curves))
+    parts = [plane.axes("step", "validation loss (nats per token)")]
+    for name, curve in curves:
+        places = [plane.place(*point) for point in curve]
+        stroke = colour(names.index(name))
+        # A dot is to be seen before there is a line.
+        parts += [f'<circle r="2.2" fill="{stroke}" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in places]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline fill="none" stroke-width="1.5" stroke="{stroke}" points="{line}"/>')
+    parts += [
+        f'<text x="{_RIGHT + 14}" y="{_TOP + 10 + 18 * i}" style="fill:{colour(i)}">{html.escape(name)}</text>'
+        for i, name in enumerate(names)
+    ]
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="validation losses">{"".join(parts)}</svg>'
 
-    def place(x: float, y: float) -> str:
-        across = _MARGIN + (_WIDTH - 2 * _MARGIN) * x / max(most, 1)
-        down = _MARGIN + (_HEIGHT - 2 * _MARGIN) * (high - y) / max(high - low, 1e-9)
-        return f"{across:.1f},{down:.1f}"
 
-    lines = "".join(
-        f'<polyline fill="none" stroke-width="1.5" stroke="{colour(names.index(run.variant.name))}" '
-        f'points="{" ".join(place(*p) for p in curve)}"/>'
-        for run, curve in curves if curve
-    )  # fmt: skip
-    legend = "".join(
-        f'<text x="{_WIDTH - 230}" y="{_MARGIN + 16 * i}" style="fill:{colour(i)}">{html.escape(n)}</text>'
-        for i, n in enumerate(names)
-    )
-    axis = (
-        f'<text x="4" y="{_MARGIN}">{high:.3f}</text><text x="4" y="{_HEIGHT - _MARGIN}">{low:.3f}</text>'
-        f'<text x="{_WIDTH - _MARGIN - 60}" y="{_HEIGHT - 12}">{most:,} steps</text>'
-        f'<text x="{_MARGIN}" y="{_HEIGHT - 12}">validation loss, nats per token</text>'
-    )
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="validation losses">{lines}{legend}{axis}</svg>'
-    )
+class _Plane:
+    """Where values lie in a chart: steps from 0 across, losses upwards, both to the next tick."""
+
+    def __init__(self, most: float, low: float, high: float):
+        self._steps = MaxNLocator(6, steps=(1, 2, 5, 10), integer=True).tick_values(0, max(most, 1))
+        self._losses = MaxNLocator(6, steps=(1, 2, 5, 10)).tick_values(low, high if high > low else low + 1e-3)
+
+    def place(self, step: float, loss: float) -> tuple[float, float]:
+        """Returns the place of a point."""
+        (left, *_, right), (low, *_, high) = self._steps, self._losses
+        across = _LEFT + (_RIGHT - _LEFT) * (step - left) / (right - left)
+        return across, _BOTTOM - (_BOTTOM - _TOP) * (loss - low) / (high - low)
+
+    def axes(self, across: str, upwards: str) -> str:
+        """Returns lines and figures at the ticks, and what they count."""
+        parts = []
+        decimals = max(0, -math.floor(math.log10(self._losses[1] - self._losses[0]) + 1e-9))
+        for loss in self._losses:
+            _, y = self.place(0, loss)
+            parts.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}" stroke="#8885"/>')
+            parts.append(
+                f'<text x="{_LEFT - 8}" y="{y:.1f}" dominant-baseline="middle" text-anchor="end">{loss:.{decimals}f}</text>'
+            )
+        for step in self._steps:
+            x, _ = self.place(step, 0)
+            parts.append(f'<path d="M{x:.1f} {_TOP}V{_BOTTOM + 5}" stroke="#8885"/>')
+            parts.append(f'<text x="{x:.1f}" y="{_BOTTOM + 20}" text-anchor="middle">{step:,.0f}</text>')
+        parts.append(f'<path d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}" fill="none" stroke="currentColor"/>')
+        parts.append(f'<text x="{(_LEFT + _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{across}</text>')
+        middle = (_TOP + _BOTTOM) / 2
+        parts.append(
+            f'<text transform="rotate(-90 14 {middle})" x="14" y="{middle}" text-anchor="middle">{upwards}</text>'
+        )
+        return "".join(parts)

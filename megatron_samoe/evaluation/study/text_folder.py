@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_samoe import children
 from megatron_samoe.errors import DataError
 
 #: Characters after which a document ends, at the next empty line or, in a text without, at twice as many.
@@ -90,6 +90,6 @@ def prepare(folder: Path, output: Path, vocab_size: int, say: Callable[[str], No
 
 
 def _step(*words: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "megatron_samoe", *words], capture_output=True, text=True)
+    done = children.run([sys.executable, "-m", "megatron_samoe", *words], capture_output=True, text=True)
     if done.returncode != 0:
         raise DataError(f"megatron-samoe {words[0]} ended with status {done.returncode}:\n{done.stderr.strip()}")

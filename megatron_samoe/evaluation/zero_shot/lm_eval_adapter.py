@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_samoe.errors import ConfigError, install_extra
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.zero_shot.items import Document
 from megatron_samoe.evaluation.zero_shot.predictors import ModelPredictor
+from megatron_samoe.installation import install_extra
 from megatron_samoe.runtime.load import LoadedModel
 
 MAX_GEN_TOKENS = 256

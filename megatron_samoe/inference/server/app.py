@@ -17,7 +17,17 @@ from typing import Any, TypeAlias
 from megatron_samoe.datasets.tokenizer import Tokenizer
 from megatron_samoe.inference.expert_use import expert_use
 from megatron_samoe.inference.server.expert_protocol import experts_body, parse_text
-from megatron_samoe.inference.server.gate import ROUTES, App, Gate, GateLimits, gone, now_s, read_body, send_error
+from megatron_samoe.inference.server.gate import (
+    CLIENT_GONE,
+    ROUTES,
+    App,
+    Gate,
+    GateLimits,
+    gone,
+    now_s,
+    read_body,
+    send_error,
+)
 from megatron_samoe.inference.server.jobs import Job
 from megatron_samoe.inference.server.metrics import ServerMetrics
 from megatron_samoe.inference.server.models import ServedModel, ServedModels
@@ -82,7 +92,7 @@ class _Routes:
         try:
             raw = await read_body(request.headers, request.receive, self._max_body_bytes, self._body_timeout_s)
         except ConnectionError:
-            return self._responses.Response(status_code=499)
+            return self._responses.Response(status_code=CLIENT_GONE)
         body = await asyncio.to_thread(parse_body, raw)
         model = self._models.asked(body)
         if model.shown is None:
@@ -99,7 +109,7 @@ class _Routes:
         try:
             raw = await read_body(request.headers, request.receive, self._max_body_bytes, self._body_timeout_s)
         except ConnectionError:
-            return self._responses.Response(status_code=499)  # nobody reads it; servers log this number for it
+            return self._responses.Response(status_code=CLIENT_GONE)
         # JSON and tokenizers take their time over a long prompt, and other requests' tokens wait for this thread.
         body = await asyncio.to_thread(parse_body, raw)
         model = self._models.asked(body)
@@ -120,15 +130,16 @@ class _Routes:
 
         async def collect() -> None:
             nonlocal num_tokens
-            async for index, event in job.tokens():
+            async for index, made in job.tokens():
+                event = call.told(made)
                 texts[index] += event.text
                 reasons[index] = event.finish_reason
-                num_tokens += 1
+                num_tokens += call.adds_tokens
                 if call.tells_logprobs:
                     logprobs[index].append(shown[index].body(event))
 
         if not await _done_for_client(collect(), job, receive):
-            return self._responses.Response(status_code=499)
+            return self._responses.Response(status_code=CLIENT_GONE)
         choices = [
             choice_body(i, text, reason, joined_logprobs(parts))
             for i, (text, reason, parts) in enumerate(zip(texts, reasons, logprobs, strict=True))
@@ -143,8 +154,9 @@ class _Routes:
             if head and not call.tells_logprobs:
                 yield _event(answer([choice_body(index, head, None)], None))
         try:
-            async for index, event in job.tokens():
-                num_tokens += 1
+            async for index, made in job.tokens():
+                event = call.told(made)
+                num_tokens += call.adds_tokens
                 if call.tells_logprobs:
                     # A prompt's probabilities come with the first token, so its text waits for them.
                     text, heads[index] = heads[index] + event.text, ""
@@ -164,7 +176,7 @@ class _Routes:
 
 def _token_texts(call: CompletionCall, tokenizer: Tokenizer) -> list[TokenTexts]:
     prompts = [request.prompt_ids if request.scores_prompt else () for request in call.requests]
-    return [TokenTexts(tokenizer, ids) for ids in prompts]
+    return [TokenTexts(tokenizer, ids, call.adds_tokens) for ids in prompts]
 
 
 class _EventStream:
@@ -255,6 +267,7 @@ def build_app(
     """Returns the ASGI application of a server."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.routing import Route
 
     routes = _Routes(models, metrics, max_body_bytes, body_timeout_s)
@@ -263,10 +276,17 @@ def build_app(
         Route("/health", routes.health),
         Route("/metrics", routes.metrics),
         Route("/v1/models", routes.models),
+        Route("/v1/models/", routes.models),
         Route("/v1/models/{name:path}", routes.model),
         Route("/v1/completions", routes.completions, methods=["POST"]),
         Route("/v1/experts", routes.experts, methods=["POST"]),
     ]
     handlers: Any = {ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_fault}
-    app = Starlette(routes=paths, exception_handlers=handlers)
-    return Gate(app, gate, metrics)
+    app = Gate(Starlette(routes=paths, exception_handlers=handlers), gate, metrics)
+    if not gate.allowed_origins:
+        return app
+    # Outside the gate, so that pages of these origins can read its refusals, too, and that preflights need no token.
+    return CORSMiddleware(
+        app, allow_origins=gate.allowed_origins, allow_methods=("GET", "POST"),
+        allow_headers=("Authorization", "Content-Type"), expose_headers=("Retry-After",),
+    )  # fmt: skip

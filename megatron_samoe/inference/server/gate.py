@@ -27,6 +27,8 @@ ROUTES = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/expe
 #: A body that is too large is still read up to so many times the limit, so that its sender hears the reason: many
 #: clients look for an answer only after they have sent everything.
 OVERREAD = 16
+#: What servers log for a request whose client did not wait for the answer; nobody reads it.
+CLIENT_GONE = 499
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class GateLimits:
 
     api_key: str | None
     allowed_hosts: tuple[str, ...]
+    allowed_origins: tuple[str, ...]
     max_connections: int
 
 
@@ -53,9 +56,15 @@ class Gate:
             return
         route = scope["path"] if scope["path"] in ROUTES else "other"
 
+        status, is_whole = 0, False
+
         async def counted(message: MutableMapping[str, Any]) -> None:
+            nonlocal status, is_whole
             if message["type"] == "http.response.start":
-                self._metrics.count_http(route, message["status"])
+                status = message["status"]
+            elif not message.get("more_body", False) and not is_whole:
+                is_whole = True
+                self._metrics.count_http(route, status)
             await send(message)
 
         self._num_open += 1
@@ -67,6 +76,8 @@ class Gate:
             await self._app(scope, receive, counted)
         finally:
             self._num_open -= 1
+            if status and not is_whole:  # a stream whose client has gone
+                self._metrics.count_http(route, CLIENT_GONE)
 
     def _check(self, scope: Scope) -> None:
         if self._num_open > self._limits.max_connections:
@@ -84,6 +95,7 @@ class Gate:
                 403, f"The server does not answer under the name {host[:80]!r}; --allowed-hosts adds names.",
                 code="host_not_allowed",
             )  # fmt: skip
+        self._check_origin(headers.get(b"origin", b"").decode("latin-1"), host)
         if self._key is None or scope["path"] in OPEN_PATHS:
             return
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
@@ -91,6 +103,22 @@ class Gate:
         if kind.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._key):
             what = "is wrong" if kind else 'is missing: the header "Authorization: Bearer ..." is needed'
             raise ApiError(401, f"The access token {what}.", kind="authentication_error", code="invalid_api_key")
+
+    def _check_origin(self, origin: str, host: str) -> None:
+        """Raises ApiError for a page of another site. Browsers name it; programs and the server's own page pass."""
+        allowed = self._limits.allowed_origins
+        if origin and not is_own(origin, host) and not {"*", origin.lower()} & set(allowed):
+            raise ApiError(
+                403, f"The server does not answer pages of {origin[:80]!r}; --allowed-origins adds origins.",
+                code="origin_not_allowed",
+            )  # fmt: skip
+
+
+def is_own(origin: str, host: str) -> bool:
+    """Returns whether an Origin header names the server that a Host header names; a proxy may have changed the scheme."""
+    scheme, _, place = origin.lower().partition("://")
+    usual = {"http": ":80", "https": ":443"}.get(scheme)
+    return usual is not None and place.removesuffix(usual) == host.strip().lower().removesuffix(usual)
 
 
 def host_name(header: str) -> str:

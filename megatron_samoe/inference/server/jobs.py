@@ -14,6 +14,7 @@ from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
 from megatron_samoe.inference.server.metrics import ModelMetrics
 from megatron_samoe.inference.server.protocol import ApiError, api_error
+from megatron_samoe.inference.server.thread_shares import ThreadShares
 from megatron_samoe.inference.server.worker import Command, Ended, EngineWorker, Load, Notice
 from megatron_samoe.parallel_state.state import Group
 
@@ -74,13 +75,22 @@ class CompletionService:
     Args:
         max_queue: most choices that wait beside those that the engine runs.
         failed: set when the engine has failed, or that of another model of the same server, which ends with it.
+        shares: see `EngineWorker`.
     """
 
-    def __init__(self, engine: Engine, group: Group, metrics: ModelMetrics, max_queue: int, failed: asyncio.Event):
+    def __init__(
+        self,
+        engine: Engine,
+        group: Group,
+        metrics: ModelMetrics,
+        max_queue: int,
+        failed: asyncio.Event,
+        shares: ThreadShares,
+    ):
         self._capacity = engine.max_batch + max_queue
         self._max_batch = engine.max_batch
         self._metrics = metrics
-        self._worker = EngineWorker(engine, group, self._publish, self._publish_failure)
+        self._worker = EngineWorker(engine, group, self._publish, self._publish_failure, shares)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tickets: dict[int, _Ticket] = {}
         self._numbers = itertools.count()

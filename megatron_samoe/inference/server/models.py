@@ -12,6 +12,7 @@ from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.server.jobs import CompletionService
 from megatron_samoe.inference.server.metrics import ModelMetrics, ServerMetrics
 from megatron_samoe.inference.server.protocol import ApiError, ModelFacts
+from megatron_samoe.inference.server.thread_shares import ThreadShares
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state.state import Group
 
@@ -86,13 +87,16 @@ class ServedModels:
         check_names([model.name for model in models])
         #: Set when an engine has failed.
         self.failed = asyncio.Event()
+        shares = ThreadShares()
         self._models = {
             model.name: ServedModel(
                 ModelFacts(
                     model.name, model.engine.tokenizer, model.engine.vocab_size, model.engine.context_length,
                     model.engine.max_tokens, min(max_choices, model.engine.max_batch + max_queue),
                 ),
-                CompletionService(model.engine, group, ModelMetrics(metrics, model.name), max_queue, self.failed),
+                CompletionService(
+                    model.engine, group, ModelMetrics(metrics, model.name), max_queue, self.failed, shares
+                ),
                 model.shown,
             )
             for model in models

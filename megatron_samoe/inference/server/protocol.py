@@ -101,6 +101,7 @@ class CompletionCall:
         heads: text that each choice's answer begins with: its prompt where "echo" is set.
         prompt_tokens: of all prompts, each counted once.
         tells_logprobs: whether answers hold log-probabilities, with "echo" of the prompt's tokens, too.
+        adds_tokens: whether answers go on after the prompt; else the engine's one token is not told ("max_tokens" 0).
         include_usage: whether a stream ends with the numbers of tokens.
     """
 
@@ -110,6 +111,11 @@ class CompletionCall:
     stream: bool
     include_usage: bool
     tells_logprobs: bool
+    adds_tokens: bool
+
+    def told(self, event: TokenEvent) -> TokenEvent:
+        """Returns what answers tell of a token."""
+        return event if self.adds_tokens else event._replace(text="", finish_reason="length")
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
@@ -152,6 +158,7 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
     texts, prompts = encoded(given, facts.tokenizer)
     check_tokens(prompts, facts.vocab_size)
     options, logprobs = _sampling(body), _logprobs(body)
+    adds_tokens = body.get("max_tokens") != 0
     requests, heads = [], []
     for place, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
         allowed = _max_tokens(body, len(ids), facts)
@@ -161,7 +168,8 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
             requests.append(Request(ids, sampling, logprobs, scores_prompt=echo and logprobs is not None))
             heads.append((facts.tokenizer.decode(ids) if text is None else text) if echo else "")
     tokens = sum(map(len, prompts))
-    return CompletionCall(tuple(requests), tuple(heads), tokens, stream, include_usage, logprobs is not None)
+    tells = logprobs is not None
+    return CompletionCall(tuple(requests), tuple(heads), tokens, stream, include_usage, tells, adds_tokens)
 
 
 def completion_body(call_id: str, created: int, model: str, choices: Sequence[dict], usage: dict | None) -> dict:
@@ -183,15 +191,17 @@ class TokenTexts:
 
     Args:
         prompt_ids: where the answer begins with its prompt.
+        adds_tokens: see `CompletionCall`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), adds_tokens: bool = True):
         self._decode, self._prompt_ids, self._offset = tokenizer.decode, prompt_ids, 0
+        self._adds_tokens = adds_tokens
 
     def body(self, event: TokenEvent) -> dict:
         """Returns the "logprobs" of a new token, with the first those of the prompt before it."""
-        scores: list[TokenScore | None] = [event.score]
-        ids = [event.token_id]
+        scores: list[TokenScore | None] = [event.score] if self._adds_tokens else []
+        ids = [event.token_id] if self._adds_tokens else []
         if self._prompt_ids:
             # Nothing stands before the first token, so it has no probability.
             ids, scores = [*self._prompt_ids, *ids], [None, *event.prompt_scores, *scores]
@@ -334,16 +344,19 @@ def _max_tokens(body: Mapping[str, Any], prompt_tokens: int, facts: ModelFacts) 
     context_length = facts.context_length
     room = context_length - prompt_tokens
     given = body.get("max_tokens")
-    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
-        raise _bad("max_tokens", given, "must be a whole number, 1 or more")
-    if room < 1 or (given is not None and given > room):
-        wanted = prompt_tokens + (given or 1)
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 0):
+        raise _bad("max_tokens", given, "must be a whole number, 0 or more")
+    if given == 0 and not _flag(body, "echo"):
+        raise _bad("max_tokens", given, 'asks for nothing without "echo": true, which gives the prompt back')
+    wanted = 1 if given is None else given
+    if wanted > room:
         raise ApiError(
-            400, f"The model's context has {context_length} tokens, and the request needs {wanted}: {prompt_tokens} of the "
-            f"prompt and {given or 1} to generate.", param="prompt" if room < 1 else "max_tokens",
+            400, f"The model's context has {context_length} tokens, and the request needs {prompt_tokens + wanted}: "
+            f"{prompt_tokens} of the prompt and {wanted} to generate.", param="prompt" if room < 1 else "max_tokens",
             code="context_length_exceeded",
         )  # fmt: skip
-    allowed = min(DEFAULT_MAX_TOKENS, room) if given is None else given
+    # The engine makes one token in any case.
+    allowed = min(DEFAULT_MAX_TOKENS, room) if given is None else max(given, 1)
     # The engine refuses it as well, but hears of it only when a stream has begun. The last token needs no place.
     if prompt_tokens + allowed - 1 > facts.cache_tokens:
         raise ApiError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.errors import ConfigError, MegatronSamoeError, install_extra
+from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.inference.server.app import build_app
 from megatron_samoe.inference.server.connection import timed_protocol
 from megatron_samoe.inference.server.gate import GateLimits
 from megatron_samoe.inference.server.metrics import ServerMetrics
 from megatron_samoe.inference.server.models import NamedModel, ServedModels
+from megatron_samoe.installation import install_extra
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import Group
 
@@ -39,6 +41,7 @@ class ServerOptions:
         api_key: token that clients must send; None for no token.
         allowed_hosts: names under which it answers; where empty, the loopback names on a loopback address, and any name
             on another.
+        allowed_origins: of pages that browsers may let ask, beside the server's own: https://NAME, or "*" for all.
         max_queue: choices that may wait beside those that run; more are refused with 429.
         max_choices: most prompts times choices of one request.
         max_connections: HTTP requests that are answered at a time; more are refused with 503.
@@ -51,6 +54,7 @@ class ServerOptions:
     port: int = 8000
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     max_queue: int = 64
     max_choices: int = 16
     max_connections: int = 256
@@ -68,6 +72,12 @@ class ServerOptions:
                 raise ConfigError(_flag(name), value, f"must be {least} or more")
         if self.body_timeout_s == 0:
             raise ConfigError("--body-timeout", 0.0, "must be above 0: no request could come in that time")
+        for origin in self.allowed_origins:
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ConfigError(
+                    "--allowed-origins", origin, "each must be an origin as browsers send it, in small letters and without a "
+                    "path, such as https://name or http://localhost:3000; * allows all"
+                )  # fmt: skip
         if self.port > 65535:
             raise ConfigError("--port", self.port, "must be at most 65535")
 
@@ -185,7 +195,7 @@ class Server:
         self._models = ServedModels(models, group, metrics, options.max_queue, options.max_choices)
         _open(listener)
         self._options, self._listener = options, listener
-        gate = GateLimits(options.api_key, options.names, options.max_connections)
+        gate = GateLimits(options.api_key, options.names, options.allowed_origins, options.max_connections)
         app = build_app(self._models, metrics, gate, options.max_body_bytes, options.body_timeout_s)
         # Connections that send nothing cost little, so there may be many; the gate counts those that ask.
         config = uvicorn.Config(

@@ -19,6 +19,7 @@ import torch
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
+from megatron_samoe.inference.server.thread_shares import ThreadShares
 from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.state import Group
 
@@ -101,6 +102,7 @@ class EngineWorker:
         publish: gets the notices of a step and the load after it. It is called in the worker's thread, so it must only
             pass them on.
         fail: called once, in the worker's thread, if the engine cannot go on; nothing follows.
+        shares: of the process's threads among its engines.
     """
 
     def __init__(
@@ -109,8 +111,10 @@ class EngineWorker:
         group: Group,
         publish: Callable[[list[Notice], Load], None],
         fail: Callable[[BaseException], None],
+        shares: ThreadShares,
     ):
         self._desk, self._group, self._publish, self._fail = Desk(engine), group, publish, fail
+        self._shares = shares
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -138,7 +142,10 @@ class EngineWorker:
                 started = time.perf_counter()
                 had_work = self._desk.has_work and not self._desk.stopped
                 if had_work:
+                    self._shares.take(self)
                     notices += self._desk.step()
+                if not self._desk.has_work:
+                    self._shares.leave(self)
                 if notices or had_work:
                     self._publish(notices, self._desk.load(time.perf_counter() - started))
         except BaseException as error:  # whatever it is, requests wait for an answer

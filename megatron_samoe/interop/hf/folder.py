@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
-from megatron_samoe.dist_checkpointing.saved_tensor import is_plain, refuse_repacked, why_not_loaded
-from megatron_samoe.errors import CheckpointError, shown
+from megatron_samoe.dist_checkpointing.saved_tensor import is_plain, refuse_packed, refuse_repacked, why_not_loaded
+from megatron_samoe.errors import CheckpointError, is_odd_name, readable, shown
 from megatron_samoe.interop.hf.safetensors_io import SafetensorsReader
 from megatron_samoe.parsing import parse_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED_WEIGHTS, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+#: An index of 100,000 tensors has some 10 MB.
+MAX_JSON_BYTES = 16 << 20
 
 
 class WeightFile(Protocol):
@@ -40,6 +42,7 @@ class PickledFile:
 
     def __init__(self, path: Path):
         try:
+            refuse_packed(path)
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises several kinds
             raise CheckpointError(
@@ -48,6 +51,9 @@ class PickledFile:
             ) from None
         if not isinstance(state, Mapping) or not all(isinstance(k, str) and is_plain(t) for k, t in state.items()):
             raise CheckpointError(f"{path} holds more than a mapping of names to tensors; that is not a model's file.")
+        odd = [name for name in state if is_odd_name(name)]
+        if odd:
+            raise CheckpointError(f"{path} is damaged: a tensor in it is called {readable(odd[0])}.")
         try:
             refuse_repacked(path, state.values())
         except (ValueError, OSError, zipfile.BadZipFile) as error:
@@ -81,11 +87,12 @@ class HFFolder:
         return self._file_of[name].read(name)
 
     def _weight_files(self) -> list[Path]:
+        # In transformers' order: a single file goes before an index, which an earlier save may have left.
         for single, index in ((WEIGHTS, INDEX), (PICKLED_WEIGHTS, PICKLED_INDEX)):
-            if (self.directory / index).is_file():
-                return self._indexed(self.directory / index)
             if (self.directory / single).is_file():
                 return [self.directory / single]
+            if (self.directory / index).is_file():
+                return self._indexed(self.directory / index)
         raise CheckpointError(
             f"{self.directory} has a {CONFIG} and no weights: {WEIGHTS}, {INDEX}, {PICKLED_WEIGHTS} or {PICKLED_INDEX} "
             "is needed."
@@ -96,7 +103,7 @@ class HFFolder:
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index} is damaged: it has no weight_map from names to files.")
         names = sorted(set(weight_map.values()))
-        odd = [name for name in names if Path(name).name != name or len(name.encode()) > 255 or "\0" in name]
+        odd = [name for name in names if Path(name).name != name or len(name.encode()) > 255 or is_odd_name(name)]
         if odd:
             raise CheckpointError(f"{index} names {shown(odd[0])}, which is not a file of its folder.")
         missing = [name for name in names if not (self.directory / name).is_file()]
@@ -110,6 +117,8 @@ class HFFolder:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns a JSON file's mapping; CheckpointError where there is none."""
     try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size:,} bytes; such a file has at most {MAX_JSON_BYTES:,}.")
         content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None

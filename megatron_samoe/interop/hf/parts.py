@@ -26,6 +26,7 @@ class Part:
         shape: of the foreign tensor, which may join dims of the view.
         scale: a power of two that the foreign values carry, so that scaling is exact.
         order: place in the view's second dim of each of the foreign tensor's; in order if empty.
+        older_shape: that earlier versions wrote, if it was another.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Part:
     shape: tuple[int, ...]
     scale: float = 1.0
     order: tuple[int, ...] = ()
+    older_shape: tuple[int, ...] = ()
 
     def elements(self, native: Tensor) -> Tensor:
         """Returns the foreign tensor's elements in order; the shape is the view's, and memory is shared if no scale is."""

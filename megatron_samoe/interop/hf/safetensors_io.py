@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
-from megatron_samoe.errors import CheckpointError, shown
+from megatron_samoe.errors import CheckpointError, is_odd_name, readable, shown
 from megatron_samoe.parsing import parse_json
 
 DTYPES = {
@@ -29,7 +29,10 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK_BYTES = 16 << 20
 FLUSH_BYTES = 64 << 20
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+#: Of a header, which takes some 25 times its bytes when it is read: 100,000 tensors.
+_MAX_HEADER_BYTES = 16 << 20
+#: Below this a header may be longer than the tensors that it describes.
+_SMALL_HEADER_BYTES = 1 << 20
 
 
 def header_of(tensors: Mapping[str, StoredTensor]) -> bytes:
@@ -135,10 +138,15 @@ class SafetensorsReader:
                 self._add(name, entry)
 
     def _read_header(self, file: BinaryIO) -> tuple[dict[str, object], int]:
-        prefix = file.read(8)
+        prefix, rest = file.read(8), os.fstat(file.fileno()).st_size - 8
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= _MAX_HEADER_BYTES:
-            raise CheckpointError(f"{self.path} is not a safetensors file: it has no header.")
+        if not 2 <= length <= rest:
+            raise CheckpointError(f"{self.path} is not a safetensors file, or is cut off: it has no whole header.")
+        if length > min(_MAX_HEADER_BYTES, max(_SMALL_HEADER_BYTES, rest - length)):
+            raise CheckpointError(
+                f"{self.path} is not read: its header has {length:,} bytes for {rest - length:,} bytes of tensors. A header has at "
+                f"most {_MAX_HEADER_BYTES:,}, and is not longer than its tensors."
+            )
         text = file.read(length)
         try:
             header = parse_json(text)
@@ -155,8 +163,8 @@ class SafetensorsReader:
             legal = all(type(n) is int and 0 <= n < 2**62 for n in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
             legal = False
-        if not legal:
-            raise CheckpointError(f"{self.path} is damaged: its header's entry for {name} is not legal.")
+        if is_odd_name(name) or not legal:
+            raise CheckpointError(f"{self.path} is damaged: its header's entry for {readable(name)} is not legal.")
         if not isinstance(kind, str) or kind not in DTYPES:
             raise CheckpointError(
                 f"{self.path}: {name} has dtype {shown(kind)}; {', '.join(DTYPES)} are read (quantized weights are not)."

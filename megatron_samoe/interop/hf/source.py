@@ -20,7 +20,7 @@ from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.errors import CheckpointError, ConfigError, nearest
 from megatron_samoe.interop.edited_model import FRACTIONS, moe_layers, uniform_fractions, validate_model
 from megatron_samoe.interop.hf.families import Family, families
-from megatron_samoe.interop.hf.families.reading import number
+from megatron_samoe.interop.hf.families.entries import completed
 from megatron_samoe.interop.hf.folder import CONFIG, HFFolder
 from megatron_samoe.interop.hf.native import NativeModel, lossless_precision
 from megatron_samoe.interop.hf.parts import Constant, Part, Parts, join, parts_of
@@ -108,7 +108,7 @@ class HFSource:
                     + nearest(part.name, have)
                 )
             located[part.name] = names[0]
-            if have[names[0]].shape != part.shape:
+            if have[names[0]].shape not in (part.shape, getattr(part, "older_shape", part.shape) or part.shape):
                 raise CheckpointError(
                     f"{where}: {names[0]} is {list(have[names[0]].shape)}; its {CONFIG} says {list(part.shape)}."
                 )
@@ -189,10 +189,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 def derived_model(family: Family, config: Mapping[str, Any]) -> NativeModel:
     """Returns the native model that a config.json describes; ConfigError where ours cannot compute it."""
-    vocab_size = number(config, "vocab_size")
+    entries = completed(family.entries, config, family.name)
+    vocab_size = entries.get("vocab_size")
     if type(vocab_size) is not int or not 0 < vocab_size < 2**31:
         raise ConfigError(f"{CONFIG}: vocab_size", vocab_size, "must be a positive integer")
-    options = family.read_config(config)
+    options = family.read_config(entries)
     # Whoever trains on gives data of his own; a configuration must name some.
     base = replace(PretrainConfig(), data=DataConfig(mock_data=True, vocab_size=vocab_size))
     native = apply_mapping(base, options, CONFIG)

@@ -52,9 +52,6 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
         raise ConfigError("--fold", True, "needs a model whose layers share experts, not --expert-layout "
                           f"{native.moe.expert_layout} with --expert-sharing {native.moe.sharing}")  # fmt: skip
     if wanted == SAMOE.name or (wanted == "auto" and shares and not fold):
-        if misfits := SAMOE.misfits(native):
-            raise ConfigError("--hf-model-type", wanted, f"{SAMOE.architecture} does not compute {'; nor '.join(misfits)}. "
-                              "Give --fold where a stock class does")  # fmt: skip
         return Target(SAMOE, fold, (_own_class(shares and not fold),))
     fold, folded = shares, folded_model(native) if shares else native
     if wanted != "auto":
@@ -65,15 +62,15 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
                               f"These classes do: {', '.join(others)}")  # fmt: skip
         return Target(family, fold, (f"{wanted} was asked for, and computes the same function", *_folding(fold)))
     why = list(_folding(fold))
-    for family in families():
+    *stock, own = families()
+    for family in stock:
         misfits = family.misfits(folded)
         if not misfits:
-            what = _own_class(False) if family is SAMOE else f"{family.name} computes the same function"
-            return Target(family, fold, (*why, what))
+            return Target(family, fold, (*why, f"{family.name} computes the same function"))
         if misfits[0].startswith("--expert-layout"):
             continue  # dense classes for a model with experts, and the other way round, need no reason
         why.append(f"not {family.name}: {misfits[0]}{f' (and {len(misfits) - 1} more)' if misfits[1:] else ''}")
-    raise ConfigError("--hf-model-type", wanted, f"no class computes this model: {'; '.join(why)}")
+    return Target(own, fold, (*why, _own_class(False)))
 
 
 def folded_model(native: NativeModel) -> NativeModel:

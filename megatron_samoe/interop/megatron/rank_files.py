@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from megatron_samoe.dist_checkpointing.saved_tensor import is_plain, refuse_repacked, why_not_loaded
+from megatron_samoe.dist_checkpointing.saved_tensor import is_plain, refuse_packed, refuse_repacked, why_not_loaded
 from megatron_samoe.dist_checkpointing.store import LATEST
 from megatron_samoe.errors import CheckpointError, shown
 
@@ -119,6 +119,7 @@ def load_rank_file(folder: Path) -> dict[str, Any]:
     path = folder / FILE_NAME
     with ExitStack() as stack:
         try:
+            refuse_packed(path)
             own = [name for name in get_unsafe_globals_in_checkpoint(path) if name.startswith("megatron.")]
             known: list[Any] = [argparse.Namespace, *_NUMPY, *((_Inert, name) for name in (*_INERT, *own))]
             stack.enter_context(torch.serialization.safe_globals(known))

@@ -16,7 +16,7 @@ from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.dist_checkpointing.plausible import refuse_other_sizes
 from megatron_samoe.dist_checkpointing.saved_tensor import is_plain
-from megatron_samoe.errors import CheckpointError, ConfigError, shown
+from megatron_samoe.errors import CheckpointError, ConfigError, is_odd_name, shown
 from megatron_samoe.interop.edited_model import validate_model
 from megatron_samoe.interop.hf.native import NativeModel, lossless_precision
 from megatron_samoe.interop.layer_experts import layer_of
@@ -288,7 +288,7 @@ def _tensors(folder: Path, first: Mapping[str, Any]) -> Iterator[_Entry]:
         raise CheckpointError(f"{folder} holds no model.")
     for model in sorted(models, key=lambda name: int(name[5:] or 0)):
         for key, value in content[model].items():
-            if not isinstance(key, str):
+            if is_odd_name(key):
                 raise CheckpointError(f"{folder}: {model} has an entry called {shown(key)}.")
             if isinstance(value, Tensor) and not key.endswith("_extra_state"):
                 if not is_plain(value):

@@ -52,13 +52,15 @@ class ExpertsPlan:
     entries: tuple[tuple[int, int, int], ...]
 
     def weights(self, kind: str, bank: Tensor, experts: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yields the tensors that one of the bank's [P, E, ...] becomes, under their names.
+        """Yields the tensors that one of the bank's [P E, ...] (earlier versions' [P, E, ...]) becomes, under their names.
 
         Args:
             kind: its last name, such as gate_up_proj.
             experts: name of packed experts.
         """
-        row = int(kind.startswith("down"))
+        row, own_dims = int(kind.startswith("down")), 1 if kind.endswith("bias") else 2
+        num_experts = next(iter(self.coefficients.values())).shape[1]
+        bank = bank.reshape(-1, num_experts, *bank.shape[-own_dims:])
         if self.entries:
             chosen = torch.tensor([(entry[row], entry[2]) for entry in self.entries], device=bank.device)
             yield f"{SELECTED}{experts}.{kind}", bank[chosen[:, 0], chosen[:, 1]].to(dtype)

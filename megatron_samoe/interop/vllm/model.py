@@ -76,6 +76,9 @@ class SamoeForVLLM(vllm.TransformersForCausalLM):  # type: ignore[name-defined, 
             name: value for name, value in model.hf_config.to_dict().items() if name not in ("auto_map", "model_type")
         }
         config = SamoeConfig(**given)
+        if parallel.tensor_parallel_size > 1 and config.has_whole_attention:
+            raise ConfigError("--tensor-parallel-size", parallel.tensor_parallel_size, "must be 1: this model's queries, or their norms, "
+                              "are of all heads together")  # fmt: skip
         self.samoe_plan = plan_experts(config, folder_reader(_folder(model)))
         model.hf_config = model.hf_text_config = without_combining(config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
+from megatron_samoe import installation
 from megatron_samoe.cli import doctor
 from megatron_samoe.cli.doctor import findings, main
+from megatron_samoe.errors import DataError, optional_import
 from megatron_samoe.ops import extension
 
 
@@ -25,6 +28,22 @@ def test_missing_packages_come_with_the_command_that_brings_them(monkeypatch: py
     found = {finding.what: finding for finding in findings()}
     assert found["extra hf"].state == "note" and "'.[hf]'" in found["extra hf"].text
     assert found["extra serve"].state == "ok"
+
+
+def test_an_installation_without_sources_is_told_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_is_installed", lambda package: False)
+    monkeypatch.setattr(extension, "build_info", dict)
+    monkeypatch.setattr(extension, "available", lambda: False)
+    seen = {finding.what: finding.text for finding in findings()}
+    assert "extra test" in seen and "`make install`" in seen["compiled extension"]
+    assert all(str(installation.checkout()) in text for what, text in seen.items() if what.startswith("extra "))
+    monkeypatch.setattr(installation, "checkout", lambda: None)
+    seen = {finding.what: finding.text for finding in findings()}
+    assert not {"extra test", "extra dev", "extra docs"} & seen.keys()
+    assert re.search(r"transformers missing: pip install 'transformers\S+'$", seen["extra hf"])
+    assert not [text for text in seen.values() if "-e ." in text or "in the repository" in text]
+    with pytest.raises(DataError, match=r"needs the package nowhere: pip install 'pyarrow"):
+        optional_import("nowhere", "data", "this")
 
 
 def test_little_shared_memory_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

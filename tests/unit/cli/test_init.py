@@ -75,7 +75,14 @@ def test_the_schema_takes_its_project_and_all_examples(project: Path) -> None:
     check = jsonschema.Draft202012Validator(schema)
     for path in (project / "config.yaml", *sorted((ROOT / "examples/configs").glob("*.yaml"))):
         check.validate(yaml.safe_load(path.read_text()))
-    for wrong in ({"num_layer": 3}, {"model": {"num_layers": "many"}}, {"moe": {"expert_layout": "sparse"}}):
+    for right in ({"optimizer": "muon"}, {"optimizer": {"optimizer": "muon"}}, {"optimizer": None}):
+        check.validate(right)
+    for wrong in (
+        {"num_layer": 3},
+        {"model": {"num_layers": "many"}},
+        {"moe": {"expert_layout": "sparse"}},
+        {"optimizer": "mu"},
+    ):
         assert not check.is_valid(wrong), wrong
 
 

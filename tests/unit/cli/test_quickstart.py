@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_samoe.cli import quickstart
+from megatron_samoe.errors import MegatronSamoeError
 from tests.harness.program import REPOSITORY
 
 
+@pytest.mark.night
 def test_the_main_job_runs_from_any_folder(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -23,6 +29,46 @@ def test_the_main_job_runs_from_any_folder(tmp_path: Path) -> None:
     assert "$ torchrun --standalone --nproc-per-node 2 -m megatron_samoe pretrain" in done.stdout
     assert (tmp_path / "out/report.html").stat().st_size > 100_000
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stdout", [io.StringIO, Terminal])
+def test_trainings_show_how_far_they_are_and_how_long_they_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdout: type[io.StringIO]
+) -> None:
+    monkeypatch.setattr(quickstart, "LOOK_S", 0.05)
+    monkeypatch.setattr(quickstart, "SAY_S", 0.0)
+    monkeypatch.setattr(sys, "stdout", said := stdout())
+
+    def training(name: str, steps: int) -> list[str]:
+        (tmp_path / name).mkdir()
+        record = """printf '{"iteration": %s, "lm_loss": 1.5}\\n' $i"""
+        loop = f"for i in 10 {steps}; do {record} >> {tmp_path / name}/metrics.jsonl; sleep 0.5; done"
+        return ["sh", "-c", loop]
+
+    commands = {name: (training(name, steps), steps) for name, steps in (("one", 40), ("two", 60), ("three", 100))}
+    quickstart.train_side_by_side(commands, tmp_path)
+    shown = said.getvalue()
+    if stdout is Terminal:
+        for name, (_, steps) in commands.items():
+            assert re.search(rf"{name} +100% \|.*\| {steps}/{steps} \[\d\d:\d\d, 00:00 left\], loss 1.500", shown)
+        assert re.search(r"all +\d+% \|.* [1-9]0/200 \[\d\d:\d\d, \d\d:\d\d left\]", shown)
+        assert "all            100%" in shown
+    else:
+        assert re.search(
+            r"\n   [1-9]0 of 200 steps, about \d\d:\d\d left: one at step 10, loss 1.500; two at step \d+, ", shown
+        )
+        assert "\r" not in shown and "%" not in shown
+
+
+def test_a_training_that_fails_ends_the_others_and_shows_its_words(tmp_path: Path) -> None:
+    commands = {"good": (["sleep", "60"], 1), "bad": (["sh", "-c", "echo why; exit 3"], 1)}
+    with pytest.raises(MegatronSamoeError, match="pretraining bad ended with status 3:\nwhy"):
+        quickstart.train_side_by_side(commands, tmp_path)
 
 
 def test_too_few_steps_are_refused(capsys) -> None:

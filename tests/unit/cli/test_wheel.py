@@ -36,6 +36,7 @@ def test_the_library_uses_the_stable_abi_of_torch_alone() -> None:
     assert not [name for name in undefined if re.match(r"_Z\w*(2at|3c10|5torch)\w", name)]
 
 
+@pytest.mark.night
 def test_a_wheel_works_without_sources_and_compiler(tmp_path: Path) -> None:
     tree, wheels, installed = tmp_path / "tree", tmp_path / "wheels", tmp_path / "installed"
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "_build", "reference")

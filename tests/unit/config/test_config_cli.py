@@ -115,6 +115,12 @@ def test_wrong_yaml_is_refused(content: str, field: str, said: str, tmp_path: Pa
     assert said in str(raised.value)
 
 
+def test_an_option_named_as_its_group_may_stand_flat(tmp_path: Path) -> None:
+    assert parse_pretrain_args(["--config", write(tmp_path, "optimizer: muon")]).optimizer.optimizer == "muon"
+    nested = parse_pretrain_args(["--config", write(tmp_path, "optimizer: {lr: 0.5}")]).optimizer
+    assert (nested.optimizer, nested.lr) == ("adam", 0.5)
+
+
 def test_layer_pattern_may_be_a_yaml_list(tmp_path: Path) -> None:
     config = parse_pretrain_args(["--config", write(tmp_path, "moe_layer_freq: [0, 1]\n")])
     assert parse_moe_layer_freq(config.moe.moe_layer_freq, 2) == (False, True)

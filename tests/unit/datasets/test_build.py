@@ -29,6 +29,7 @@ from megatron_samoe.datasets.preprocess.run import preprocess
 from megatron_samoe.datasets.samplers import PretrainingRandomSampler, PretrainingSampler
 from megatron_samoe.datasets.tokenizer import ByteTokenizer
 from megatron_samoe.errors import DataError
+from tests.harness.extension_off import without_extension
 
 BYTES = ByteTokenizer()
 # Kills while an index is built; 100 with SAMOE_KILLS=100.
@@ -77,7 +78,7 @@ def test_compiled_and_plain_reads_agree(prefix: str, monkeypatch: pytest.MonkeyP
     data = DataConfig(data_path=(prefix,), split="1")
     compiled = build(data, (300, 0, 0))[0].get_batch(range(300))["tokens"]
     with monkeypatch.context() as patch:
-        patch.setattr(sample_index, "_compiled", lambda: None)
+        without_extension(patch)
         plain = build(data, (300, 0, 0))[0].get_batch(range(300))["tokens"]
     files = build(DataConfig(data_path=(prefix,), split="1", no_mmap_bin_files=True), (300, 0, 0))[0]
     assert torch.equal(compiled, plain) and torch.equal(files.get_batch(range(300))["tokens"], plain)
@@ -346,11 +347,12 @@ def test_damaged_lengths_are_refused_by_both_bodies(monkeypatch: pytest.MonkeyPa
     lengths, documents = np.array([5, -3, 9], dtype=np.int32), np.array([0, 1, 2], dtype=np.int32)
     for compiled in (True, False):
         if not compiled:
-            monkeypatch.setattr(sample_index, "_compiled", lambda: None)
+            without_extension(monkeypatch)
         with pytest.raises(DataError, match="negative length"):
             sample_index.build_sample_index(lengths, documents, 4, 2)
 
 
+@pytest.mark.night
 def test_kill_9_while_an_index_is_built_leaves_a_whole_one_or_none(tmp_path: Path) -> None:
     prefix = make(tmp_path / "d", [20] * 20_000)
     program = f"""

@@ -99,6 +99,31 @@ def test_text_files(tmp_path: Path) -> None:
     assert decoded(tmp_path / "out_text_document") == ["Title", "CHAPTER I\nOne.", "CHAPTER II\nTwo."]
 
 
+@pytest.mark.parametrize("letter", ["a", "\u00e9", "\u4e2d"])
+def test_long_text_is_cut_into_documents(tmp_path: Path, letter: str) -> None:
+    def documents(text: str) -> list[str]:
+        (tmp_path / "a.txt").write_text(text)
+        run.preprocess(options(tmp_path, "a.txt", document_bytes=100))
+        return decoded(tmp_path / "out_text_document")
+
+    line = letter * 12
+    for end in ("\n", " ", ""):  # lines, one line with words, and one without
+        found = documents((line + end) * 60)
+        assert "".join("".join(found).split()) == line * 60 and "\ufffd" not in "".join(found)
+        sizes = [len(document.encode()) for document in found]
+        assert min(sizes[:-1]) >= 100 and max(sizes) < 400
+    # Where there are paragraphs, it is they that end documents.
+    paragraph = f"{line}\n{line}"
+    assert all(document.endswith(paragraph) for document in documents(f"{paragraph}\n\n" * 20))
+
+
+def test_a_text_of_one_document_is_told_of_the_split(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Paragraph.\n\n" * 200)
+    said = run.preprocess(options(tmp_path, "a.txt")).describe()
+    assert said.startswith("1 documents") and "--document-kb" in said and "--valid-data-path" in said
+    assert "--split" not in run.preprocess(options(tmp_path, "a.txt", document_bytes=50)).describe()
+
+
 def test_end_of_document_and_empty_documents(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(jsonl(["ab", "", "c"]))
     run.preprocess(options(tmp_path, "in.jsonl", append_eod=True))
@@ -190,6 +215,7 @@ def test_inputs_and_options_that_do_not_fit(tmp_path: Path) -> None:
         ({"input_shard": "2/2"}, "must be i/n"),
         ({"input_shard": "0/2"}, "2 shards of 1 input"),
         ({"document_separator": "("}, "no regular expression"),
+        ({"document_bytes": -1}, "--document-kb must not be below 0"),
         ({"json_keys": ("text", "text")}, "each key once"),
         ({"keep_newlines": True}, "--split-sentences"),
         ({"input": (str(tmp_path / "a.txt"),), "json_keys": ("a", "b")}, "one column"),
@@ -354,6 +380,7 @@ def _command(tmp_path: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.night
 def test_kill_9_at_random_points_then_resume(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(jsonl([f"{n} {'text ' * 60}" for n in range(12_000)]))
     start = time.monotonic()

@@ -362,7 +362,7 @@ def test_room_is_looked_for_before_writing(tmp_path: Path, monkeypatch: pytest.M
     usage = shutil.disk_usage(tmp_path)
     needed = saving.bytes_to_write(tensors())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    with pytest.raises(CheckpointError, match=r"takes 0 MB and \S+ has 0 MB left; make room.*are as they were"):
+    with pytest.raises(CheckpointError, match=r"takes 0\.0 MB, and \S+ has 0\.0 MB left; make room.*are as they were"):
         save(tmp_path, 9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000005", store.LATEST]
 

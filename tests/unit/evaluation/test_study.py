@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -201,6 +200,7 @@ def test_flags_for_all_runs_leave_the_variants_what_they_are(tmp_path: Path) -> 
     assert [config.optimizer.lr for config in configs] == [0.5, 0.5]
 
 
+@pytest.mark.night
 def test_a_run_that_fails_stops_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     missing = {"load": str(tmp_path / "none"), "exit-on-missing-checkpoint": True}
     runs = {"broken": {"expert-layout": "samoe", **missing}, "whole": {}}
@@ -255,6 +255,7 @@ def write_whole(folder: Path, **changes: object) -> Path:
     return path
 
 
+@pytest.mark.night
 def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     study, store = write_whole(tmp_path), tmp_path / "store"
     command = [str(study), "--store", str(store), "--full-priority", "--jobs", "2"]
@@ -292,6 +293,7 @@ def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytes
     assert not list((tmp_path / "b").rglob("checkpoints"))
 
 
+@pytest.mark.night
 def test_a_gate_stops_a_study_whose_regime_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     study = write_whole(
         tmp_path, sweep=None, branches=None, derived=None, seeds=[1],
@@ -313,9 +315,12 @@ def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:
         write_whole(tmp_path, runs={"dense": {"expert-layout": "dense", "moe-router-lr-mult": 1.0}, "own": {}}, derived=None,
                     sweep=None, branches=None, gates=None)
     )  # fmt: skip
-    config = StudyPlan(typo, tmp_path, ()).config_of(plan_runs(typo, tmp_path)[0])
-    assert config.optimizer.moe_router_lr_mult == 1.0, (
-        "what an arm itself asks for is refused by pretraining, not hidden"
+    with pytest.raises(ConfigError, match="--moe-router-lr-mult"):  # what an arm itself asks for is refused, not hidden
+        StudyPlan(typo, tmp_path, ()).config_of(plan_runs(typo, tmp_path)[0])
+    common = ("--moe-router-lr-mult", "1.0", "--expert-layout", "moe")
+    plan = StudyPlan(study, tmp_path, common)
+    assert [plan.config_of(run) for run in plan_runs(study, tmp_path)] == [dense, own], (
+        "what is said to all arms is for some"
     )
 
 
@@ -347,7 +352,8 @@ def test_keys_tell_what_decides_a_result(tmp_path: Path) -> None:
     assert len({key, *words}) == 3, "other data are another result"
 
 
-@pytest.mark.parametrize("kills", [2] if not os.environ.get("MEGATRON_SAMOE_LONG_TESTS") else [50])
+@pytest.mark.night
+@pytest.mark.parametrize("kills", [2, 20])
 def test_a_study_killed_at_random_points_comes_to_the_same_results(tmp_path: Path, kills: int) -> None:
     runs = {"pool": {"expert-layout": "samoe", "num-expert-banks": 2}}
     study = write_whole(tmp_path, sweep=None, gates=None, runs=runs, baseline="pool")
@@ -374,6 +380,7 @@ def test_a_study_killed_at_random_points_comes_to_the_same_results(tmp_path: Pat
     assert first == second
 
 
+@pytest.mark.night
 def test_a_paused_study_starts_nothing_until_it_may_go_on(tmp_path: Path) -> None:
     out = tmp_path / "runs"
     out.mkdir()
@@ -433,6 +440,7 @@ def test_what_another_program_makes_is_left_to_it(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.night
 def test_two_programs_share_a_study(tmp_path: Path) -> None:
     """Each with one run at a time: the second does not wait for what the first makes."""
     study = write_study(tmp_path, seeds=[1, 2], derived=None)

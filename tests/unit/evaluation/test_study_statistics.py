@@ -37,6 +37,7 @@ def test_of_two_models_the_pooled_interval_is_the_paired_one() -> None:
     assert found.pooled_half_width == pytest.approx(found.half_width)
 
 
+@pytest.mark.night
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(1)
     own = pooled = 0
@@ -53,6 +54,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert 0.91 < own / draws < 0.99 and 0.91 < pooled / draws < 0.99
 
 
+@pytest.mark.night
 def test_equivalence_is_claimed_rarely_at_the_margin_and_as_often_as_the_power_within() -> None:
     rng = np.random.default_rng(2)
     spread, margin, draws = 0.015, 0.02, 2000

@@ -220,6 +220,7 @@ def test_refusals(
     assert message in error
 
 
+@pytest.mark.night
 @pytest.mark.distributed
 def test_torchrun(run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
     """The command line over two pipeline stages, over several checkpoints, says what one process says."""

@@ -17,6 +17,7 @@ from megatron_samoe.inference.rank_runner import RankRunner
 from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.single_runner import SingleRunner
+from tests.harness.pairs import first_by_day
 from tests.harness.tiny import tiny_config
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
 
@@ -75,7 +76,7 @@ def test_a_sequence_in_parts_has_the_forwards_logits(model: str, kind: str) -> N
         torch.testing.assert_close(torch.cat(mine), forward_logits(loaded, ids)[:, :VOCAB], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", first_by_day(["int8", "fp32", "bf16"]))
 def test_a_window_needs_few_pages_and_gives_the_same_text(dtype: Any) -> None:
     options = {"sliding_window": 9, "seq_length": 512, "position_embedding_type": "rope"}
     loaded = loaded_tiny("dense", **options)

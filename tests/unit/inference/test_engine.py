@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.inference import engine as engine_module
 from megatron_samoe.inference.engine import Engine, check_cuda_limits, takes_single_runner
 from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.language_model import LanguageModel
+from megatron_samoe.ops import extension
 from tests.harness.tiny import tiny_config
 from tests.unit.inference.tiny_models import loaded_tiny
 
@@ -26,11 +26,9 @@ from tests.unit.inference.tiny_models import loaded_tiny
         ("cuda", 2, "bf16", True, False),
     ],
 )
-def test_who_runs_the_model(
-    device: str, ranks: int, dtype: str, kernels: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_module, "uses_cuda_kernel", lambda kernel: kernels)
-    assert takes_single_runner(device, ranks, dtype) is expected  # type: ignore[arg-type]
+def test_who_runs_the_model(device: str, ranks: int, dtype: str, kernels: bool, expected: bool) -> None:
+    with extension.trusting(["decoding"] if kernels else []):
+        assert takes_single_runner(device, ranks, dtype) is expected  # type: ignore[arg-type]
 
 
 def test_models_beyond_the_cuda_kernels_are_refused_at_start() -> None:

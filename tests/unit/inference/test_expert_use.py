@@ -11,7 +11,6 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.expert_use import expert_use
 from megatron_samoe.moe.sharing.coefficients import Coefficients
 from megatron_samoe.runtime.load import LoadedModel
-from tests.harness.browser import browser, missing
 from tests.harness.serving import load_tiny, save_tiny, serving
 
 
@@ -66,18 +65,3 @@ def test_the_server_tells_it(loaded: LoadedModel) -> None:
         assert not running.client.ask("GET", "/v1/models").json["data"][0]["shows_experts"]
         answer = running.client.ask("POST", "/v1/experts", {"prompt": "Hello"})
         assert answer.status == 404 and "without --show-experts" in answer.json["error"]["message"]
-
-
-@pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_the_page_shows_a_strip_for_each_layer(loaded: LoadedModel) -> None:
-    with serving(loaded, show_experts=True) as running, browser() as page:
-        page.open(f"{running.server.url}/")
-        page.wait_for(lambda: page.text("model") == "tiny")
-        for name, value in {"prompt": "Hello", "max_tokens": "5", "temperature": "0"}.items():
-            page.set(name, value)
-        page.click("go")
-        page.wait_for(lambda: "tokens in" in page.text("state"))
-        page.click("show")
-        page.wait_for(lambda: page.run("return document.querySelectorAll('#strips tr').length") > 1)
-        assert page.run("return document.querySelectorAll('#strips tr').length") == 1 + len(loaded.model.moe_layers())
-        assert page.complaints() == []

@@ -18,10 +18,10 @@ from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.serving import Serving, choose_serving, needed_bytes
 from megatron_samoe.inference.single_runner import SingleRunner
-from megatron_samoe.ops import decode
 from megatron_samoe.ops.decode import ExpertStack
 from megatron_samoe.runtime.free_memory import free_in_control_groups
 from megatron_samoe.runtime.load import LoadedModel
+from tests.harness.extension_off import without_extension
 from tests.unit.inference.tiny_models import VOCAB, forward_logits, loaded_tiny, step_logits
 
 MODELS = {
@@ -138,7 +138,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) ->
 @pytest.fixture(params=["compiled", "twins"])
 def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.param == "twins":
-        monkeypatch.setattr(decode.extension, "serves", lambda *tensors, **options: False)
+        without_extension(monkeypatch)
     return
 
 

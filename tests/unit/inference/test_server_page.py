@@ -12,10 +12,10 @@ import torch
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import TokenEvent
 from megatron_samoe.runtime.load import LoadedModel
-from tests.harness.browser import Browser, browser, missing
+from tests.harness.browser import Browser, browser, needs_browser
 from tests.harness.serving import RunningServer, greedy_text, load_tiny, save_tiny, serving, wait_for
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = [needs_browser, pytest.mark.night]
 
 
 #: A prompt whose most probable continuation goes on to the end of the context.

@@ -90,7 +90,7 @@ def test_families_are_found_out(made: SimpleNamespace, run: Run, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
-        (["--to", "hf"], "model.expert_pool.bank.gate_up_proj  [2, 4, 96, 32] float32"),
+        (["--to", "hf"], "model.expert_pool.bank.gate_up_proj  [8, 96, 32] float32"),
         (["--fold"], "model.layers.*.block_sparse_moe.experts.*.w1.weight  [48, 32] float32  x 8"),
         (["--to", "hf", "--dtype", "bf16"], "model.layers.*.mlp.router.weight  [4, 32] bfloat16  x 2"),
         (["--target-expert-parallel-size", "2"], "mp_rank_00_001: "),

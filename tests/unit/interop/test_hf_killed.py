@@ -13,9 +13,11 @@ from megatron_samoe.cli import convert
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.interop.hf.families.llama import read_shared_config
+from megatron_samoe.interop.hf.families.dense import LLAMA
+from megatron_samoe.interop.hf.source import derived_model
 from megatron_samoe.interop.hf.tokenizer_files import imported_tokenizer
 from megatron_samoe.interop.output_folder import require_new
+from tests.harness.pairs import first_by_day
 from tests.harness.program import REPOSITORY
 from tests.harness.tiny import tiny_config
 from tests.unit.interop.memory_source import new_source
@@ -28,7 +30,7 @@ def test_a_name_that_is_too_long_is_refused_in_words(tmp_path: Path) -> None:
 
 def test_a_llama_without_heads_is_refused_in_words() -> None:
     with pytest.raises(ConfigError, match="num_attention_heads"):
-        read_shared_config({"num_attention_heads": 0, "hidden_size": 32}, theta=1e4, eps=1e-5)
+        derived_model(LLAMA, {"num_attention_heads": 0, "hidden_size": 32})
 
 
 def test_a_damaged_tokenizer_is_said_and_left_behind(tmp_path: Path) -> None:
@@ -46,7 +48,7 @@ convert.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("target", ["hf", "megatron", "native"])
+@pytest.mark.parametrize("target", first_by_day(["hf", "megatron", "native"]))
 def test_killed_before_the_name_is_given(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(tmp_path / "start", 7, new_source(tiny_config("moe", style="llama", moe_router_topk=2)))
     source = tmp_path / "start"

@@ -49,6 +49,12 @@ def model(layout: str, **options: Any) -> NativeModel:
         ("moe", {**MOE, "moe_router_score_function": "sigmoid"}, "samoe"),
         ("moe", {**MOE, "qk_layernorm": True, "moe_shared_expert_intermediate_size": 8}, "samoe"),
         ("moe", {**MOE, "disable_bias_linear": False}, "samoe"),
+        ("dense", {**LLAMA, "sliding_window": 8, "window_attn_skip_freq": 2}, "samoe"),
+        (
+            "moe",
+            {"position_embedding_type": "rope", "rope_scaling_type": "linear", "rope_scaling_factor": 2.0},
+            "samoe",
+        ),
     ],
 )
 def test_auto_takes_the_stock_class_that_computes_the_same(layout: str, options: dict[str, Any], family: str) -> None:
@@ -85,10 +91,6 @@ def test_reasons_name_what_each_class_lacks() -> None:
         ("dense", {**LLAMA, "softmax_type": "learnable"}, "auto", False, "--softmax-type = 'learnable': is not known to Hugging Face"),
         ("moe", {**MOE, "attn_logit_softcapping": 30.0}, "auto", False, "--attn-logit-softcapping"),
         ("dense", {"final_logit_softcapping": 30.0}, "auto", False, "--final-logit-softcapping"),
-        ("dense", {**LLAMA, "sliding_window": 8, "window_attn_skip_freq": 2}, "auto", False,
-         "no class computes this model: .*not mistral: --window-attn-skip-freq 2"),
-        ("samoe", {"position_embedding_type": "rope", "rope_scaling_type": "linear", "rope_scaling_factor": 2.0}, "auto", False,
-         "SamoeForCausalLM does not compute --rope-scaling-type linear"),
         ("moe", MOE, "auto", True, "needs a model whose layers share experts"),
         ("moe", MOE, "mixtrl", False, "Did you mean 'mixtral'"),
     ],

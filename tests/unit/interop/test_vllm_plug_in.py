@@ -83,7 +83,7 @@ def test_layers_that_select_share_one_set_no_larger_than_the_pool(granularity: s
         for layer, selection in plan.selections.items():
             assert selection.factors == (1.5, 1.5)
             for expert, place in enumerate(selection.places):
-                assert torch.equal(shared[place], tensor[layer % 2, expert])
+                assert torch.equal(shared[place], tensor[layer % 2 * config.num_experts + expert])
 
 
 def test_a_layer_that_combines_beside_others_that_select(tmp_path: Path) -> None:

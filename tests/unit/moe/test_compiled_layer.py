@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_samoe.benchmarks.gpu_budget import as_on_a_gpu
+from megatron_samoe.benchmarks.gpu_budget import LaunchCounter, as_on_a_gpu
 from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.setup import build_setup, initial_state
@@ -34,8 +35,13 @@ def gradients(way: str, backend: str | None) -> dict[str, Tensor]:
             return y_TH
 
         run: Any = torch.compile(forward, fullgraph=True, backend=backend) if backend else forward
-        y_TH = run(x_TH)
-        y_TH.backward(torch.ones_like(y_TH))
+        with nullcontext() if backend else LaunchCounter() as counter:
+            y_TH = run(x_TH)
+            y_TH.backward(torch.ones_like(y_TH))
+        if counter is not None:
+            assert [row["op"] for row in counter.rows].count("_grouped_mm") == 6, (
+                "products of experts are torch's grouped ones"
+            )
     assert x_TH.grad is not None
     flats = {f"gradient {i}": buffer.flat.clone() for i, buffer in enumerate(setup.buffers.buffers)}
     return {"y": y_TH.detach(), "dx": x_TH.grad, **flats}

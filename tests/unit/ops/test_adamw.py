@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw, serves
 from megatron_samoe.ops.twin_checks import RATES, adamw_runs, check_adamw, set_gradients
+from tests.harness.extension_off import without_extension
 
 SIZES = [0, 1, 7, 16, 513, 40_000]
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
@@ -39,7 +40,7 @@ def test_the_twin_and_any_number_of_threads_agree(monkeypatch: pytest.MonkeyPatc
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    monkeypatch.setattr(extension, "load", lambda: False)
+    without_extension(monkeypatch)
     twins = adamw_runs(SIZES, torch.float32, bf16_weights=True)
     assert not serves(twins)
     steps(twins, 3)

@@ -29,9 +29,9 @@ def tree(tmp_path):
     return tmp_path
 
 
-def _build(tree: Path, **environment: str) -> subprocess.CompletedProcess:
+def _build(tree: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        [sys.executable, "setup.py", "build_ext", *(words or ["--inplace"])],
         cwd=tree,
         env={**os.environ, **environment},
         capture_output=True,
@@ -76,12 +76,17 @@ def test_builds_again_only_what_changed_and_removes_a_stale_library(tree):
     result = _build(tree)
     assert result.returncode == 0, result.stderr
     assert "1 of 1 compiled" in result.stdout and _libraries(tree) == ["_C.so"]
+    source = tree / "cpp_ext" / "common" / "build_record.cpp"
+    source.touch()  # a checkout's times say nothing
     assert "0 of 1 compiled" in _build(tree).stdout
+    elsewhere = ["--build-lib", str(tree / "lib"), "--build-temp", str(tree / "temp")]  # as each of pip's builds
+    assert "0 of 1 compiled" in _build(tree, *elsewhere).stdout and (tree / "lib/megatron_samoe/_C.so").exists()
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    assert "1 of 1 compiled" in _build(tree, CXX=f"{compiler} -DOTHER").stdout
     (tree / "hidden").mkdir()
     (tree / "hidden" / "torch.py").write_text("raise ImportError('hidden')\n")
     result = _build(tree, PYTHONPATH=str(tree / "hidden"))
     assert "stays as it was built" in result.stderr and _libraries(tree) == ["_C.so"]
-    source = tree / "cpp_ext" / "common" / "build_record.cpp"
     source.write_text(source.read_text() + "int broken(\n")
     result = _build(tree)
     assert result.returncode == 0 and "error" in result.stderr and not _libraries(tree)

@@ -66,9 +66,8 @@ def test_another_value_is_refused_even_on_a_cpu(mode: str, monkeypatch: pytest.M
 
 @needs_library
 @pytest.mark.parametrize("used", [False, True])
-def test_which_tensors_are_served(used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "uses_cuda_kernel", lambda kernel: used and kernel in ("gate", "adamw"))
-    with FakeTensorMode():
+def test_which_tensors_are_served(used: bool) -> None:
+    with FakeTensorMode(), extension.trusting(["gate", "adamw"] if used else []):
         ours, theirs = torch.empty(3), torch.empty(3, device="cuda")
         other, half = torch.empty(3, device="cuda:1"), torch.empty(3, device="cuda", dtype=torch.half)
         ids, meta = torch.empty(3, device="cuda", dtype=torch.int64), torch.empty(3, device="meta")
@@ -85,9 +84,8 @@ def test_which_tensors_are_served(used: bool, monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs_library
-def test_cuda_tensors_reach_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_tensors_reach_the_ops() -> None:
     """Each op is called as the compiled one; results have its shapes, on the device."""
-    monkeypatch.setattr(extension, "uses_cuda_kernel", lambda kernel: True)
     called = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -95,7 +93,8 @@ def test_cuda_tensors_reach_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
             called.append(func._schema.name)
             return func(*args, **(kwargs or {}))
 
-    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+    trusted = extension.trusting(extension.TRAINING_KERNELS)
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), trusted:
         x_TH, index_R = torch.empty(6, 4), torch.empty(12, dtype=torch.int64)
         counts_E, ends_E = (torch.empty(3, dtype=dtype) for dtype in (torch.int64, torch.int32))
         permutation = Permutation(index_R, index_R.view(6, 2), counts_E, ends_E)

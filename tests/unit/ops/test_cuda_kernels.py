@@ -20,6 +20,7 @@ CHECKS = ("check_cuda_kernels", "check_cuda_decode")
 pytestmark = pytest.mark.skipif(not SOURCES, reason="needs the source tree")
 
 
+@pytest.mark.night
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_emulated_kernels_agree_with_the_cpu_kernels(tmp_path: Path) -> None:
     cpu = sorted((ROOT / "cpp_ext" / "kernels" / "cpu" / "simd").glob("*.cpp"))
@@ -78,6 +79,7 @@ def kernel_name(symbol: str) -> str:
     return name
 
 
+@pytest.mark.night
 def test_nvcc_compiles_every_kernel_without_spills(compiled: tuple[str, list[Path]]) -> None:
     found = re.findall(r"Compiling entry function '(\S+)' for 'sm_\d+'.*?Used (\d+) registers", compiled[0], re.S)
     assert len(found) >= 2 * len(SOURCES)

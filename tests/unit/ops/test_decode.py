@@ -14,6 +14,7 @@ import torch
 from megatron_samoe.ops import decode, decode_reference, extension
 from megatron_samoe.ops.decode import AttentionLayer, ExpertStack, Norm, Places, Routing, Weight, stored
 from megatron_samoe.ops.topk_gate import ChoiceRule
+from tests.harness.extension_off import without_extension
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 TYPES = ("fp32", "bf16", "int8")
@@ -25,7 +26,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 
 
 def twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode.extension, "serves", lambda *tensors, **options: False)
+    without_extension(monkeypatch)
 
 
 def make_norm(size: int, rms: bool, bias: bool) -> Norm:
@@ -230,6 +231,7 @@ def test_quantized_rows_keep_their_largest_magnitude():
     assert (small.dequantized() - weight).abs().max() <= weight.abs().max() / 127 * 0.501
 
 
+@pytest.mark.night
 @pytest.mark.parametrize("instruction_set", ["portable", "avx2"])
 def test_lesser_instruction_sets(instruction_set):
     if os.environ.get("MEGATRON_SAMOE_ISA") or instruction_set not in extension.build_info()["instruction_sets"]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 from megatron_samoe.ops.twin_checks import check_grouped_mlp, expert_weights, grouped_mlp_twin, routed_rows
+from tests.harness.extension_off import without_extension
 
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 DTYPES = [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 4e-2)]
@@ -83,7 +84,7 @@ def test_no_gradient_mode_leaves_main_gradients_alone() -> None:
 def test_the_path_without_the_extension(
     rows: list[int], activation: str, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extension, "serves", lambda *tensors, **options: False)
+    without_extension(monkeypatch)
     torch.manual_seed(4)
     for main_grads in (False, True):
         check_grouped_mlp(rows, 9, 6, activation, True, dtype, tolerance, main_grads)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_samoe.ops import grouped_products
+from megatron_samoe.ops import asynchronous, grouped_products
+from megatron_samoe.ops.asynchronous import taken_for_gpu
 from megatron_samoe.ops.grouped_mlp import grouped_mlp
-from megatron_samoe.ops.grouped_products import ExpertRows
+from megatron_samoe.ops.grouped_products import ExpertRows, use_grouped_mm
 from megatron_samoe.ops.permute import gather_rows, make_permutation, unpermute
 from megatron_samoe.ops.twin_checks import (
     check_grouped_mlp,
@@ -117,24 +123,108 @@ def test_a_token_sums_its_rows_in_the_order_of_its_choices() -> None:
     [((9, 0), torch.bfloat16, True), ((10, 0), torch.bfloat16, True), ((8, 0), torch.bfloat16, False),
      ((12, 0), torch.bfloat16, False), ((9, 0), torch.float32, False)],
 )  # fmt: skip
-def test_torch_groups_products_on_some_devices(capability: tuple[int, int], dtype: torch.dtype, fits: bool) -> None:
-    """The others would copy counts to the host."""
-    with (
-        FakeTensorMode(),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability),
-        mock.patch.object(Tensor, "data_ptr", lambda t: 0),
-    ):
+def test_torch_groups_products_on_some_devices(
+    capability: tuple[int, int], dtype: torch.dtype, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others would copy counts to the host. What torch says of the GPU is made up, and asked through its own function."""
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with FakeTensorMode():
         x, w = torch.empty(5, 16, device="cuda", dtype=dtype), torch.empty(2, 8, 16, device="cuda", dtype=dtype)
-        assert grouped_products.use_grouped_mm(x, w) == fits
+        upright = torch.empty(2, 16, 8, device="cuda", dtype=dtype)
+        assert use_grouped_mm(x, w.mT, 2) == use_grouped_mm(x, upright, 2) == fits
+        assert not use_grouped_mm(x, w.mT, 1024), "too many experts"
         x, w = torch.empty(5, 15, device="cuda", dtype=dtype), torch.empty(2, 8, 15, device="cuda", dtype=dtype)
-        assert not grouped_products.use_grouped_mm(x, w), "rows of 30 bytes"
+        assert not use_grouped_mm(x, w.mT, 2), "rows of 30 bytes"
+        x, w = torch.empty(5, 16, dtype=dtype), torch.empty(2, 8, 16, dtype=dtype)
+        assert not use_grouped_mm(x, w.mT, 2), "a CPU's"
+
+
+def test_the_choice_is_made_within_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torch.compile, where the question about the device takes a lock as torch's own does."""
+    lock = threading.Lock()
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        with lock:
+            return SimpleNamespace(major=9, minor=0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(asynchronous, "DEVICES", {"cpu": torch.cuda.get_device_capability})
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    def backward(d_RM: Tensor, w_eMK: Tensor, counts_e: Tensor, grad_eMK: Tensor, x_RK: Tensor) -> Tensor:
+        rows = ExpertRows(counts_e, len(d_RM))
+        grouped_products.add_outer_products(grad_eMK, d_RM, x_RK, rows)
+        return grouped_products.products(d_RM, rows, w_eMK.transpose(1, 2), None)
+
+    torch._dynamo.reset()
+    d_RM, x_RK, w_eMK = (torch.randn(shape).bfloat16() for shape in ((9, 16), (9, 24), (3, 16, 24)))
+    counts_e, grads = torch.tensor([4, 0, 5]), [torch.zeros(3, 16, 24) for _ in range(2)]
+    run = torch.compile(backward, fullgraph=True, backend=keep)
+    found, expected = (f(d_RM, w_eMK, counts_e, g, x_RK) for f, g in zip((run, backward), grads, strict=True))
+    assert torch.equal(found, expected) and torch.equal(*grads) and grads[0].any()
+    assert len(graphs) == 1 and graphs[0].count("grouped_mm(") == 2 and "bmm(" not in graphs[0], graphs
+
+
+def operands(draw: st.DrawFn, shape: list[int]) -> Tensor:
+    """A tensor without storage that lies somehow in a larger one."""
+    transposed, room, skipped = draw(st.booleans()), draw(st.sampled_from([0, 4, 8])), draw(st.sampled_from([0, 4, 8]))
+    rows, columns = (-1, -2) if transposed else (-2, -1)
+    *outer, height, width = *shape[:-2], shape[rows], shape[columns]
+    wide = torch.empty(*outer, height, width + room + skipped, dtype=torch.bfloat16, device="meta")
+    t = wide[..., skipped : skipped + width]
+    return t.mT if transposed else t
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=300)
+def test_what_is_taken_and_left_is_what_torch_takes_and_refuses(data: st.DataObject) -> None:
+    """Torch's own check of a grouped product's operands, on tensors without storage, decides."""
+    sizes = st.integers(1, 5).map(lambda n: 4 * n)
+    rows, inner, outer, groups = (data.draw(sizes) for _ in range(4))
+    if data.draw(st.booleans()):  # rows times matrices
+        left, right = operands(data.draw, [rows, inner]), operands(data.draw, [groups, inner, outer])
+    else:  # the outer product of rows, whose matrices lie as they came
+        left, right = operands(data.draw, [inner, rows]), operands(data.draw, [rows, outer])
+    try:
+        torch._grouped_mm(left, right, offs=torch.empty(groups, dtype=torch.int32, device="meta"))
+        takes = True
+    except RuntimeError:
+        takes = False
+    # Torch asks for addresses on a device alone; a result whose rows have gaps is no use here.
+    starts = [t.storage_offset() for t in (left, right)] + ([right.stride(0)] if right.dim() == 3 else [])
+    takes = takes and all(n % 8 == 0 for n in (*starts, outer))
+    with taken_for_gpu("meta"):
+        assert use_grouped_mm(left, right, groups) == takes, (left.stride(), right.stride())
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_a_layer_in_bf16_copies_no_matrix_of_an_expert(activation: Any) -> None:
+    """Forward and backward, with weights as they are and transposed: four grouped products and two of gradients."""
+    weights = expert_weights(4, 24, 16, activation, activation == "gelu", torch.bfloat16)
+    x = torch.randn(40, 16).bfloat16().requires_grad_()
+    rows, seen = torch.tensor([5, 0, 17, 18]), Counter[str]()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen[func._schema.name.removeprefix("aten::")] += 1
+            return func(*args, **(kwargs or {}))
+
+    with as_if_asynchronous(), Seen():
+        y = grouped_mlp(x, rows, weights, activation)
+        y.backward(torch.ones_like(y))
+    assert seen["_grouped_mm"] == 6 and not seen["bmm"], seen
 
 
 @pytest.mark.parametrize("unset", [False, True])
 def test_what_a_grouped_product_leaves_unset_reaches_no_gradient(unset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in leaves the gradients of experts without rows as memory may have them; one row counts as no expert's."""
     counts_e = torch.tensor([2, 0, 3, 0])
-    d_RM, x_RK = torch.randn(6, 8), torch.randn(6, 16)
+    d_RM, x_RK = (torch.randint(-4, 5, (6, n)).bfloat16() for n in (8, 16))
     d_RM[5] = 0  # of a dropped slot: no gradient
     exact = torch.stack([d_RM[a:b].t() @ x_RK[a:b] for a, b in ((0, 2), (2, 2), (2, 5), (5, 6))])
 
@@ -143,9 +233,8 @@ def test_what_a_grouped_product_leaves_unset_reaches_no_gradient(unset: bool, mo
         found[counts_e == 0] = torch.nan if unset else 0.0
         return found
 
-    monkeypatch.setattr(grouped_products, "use_grouped_mm", lambda *_: True)
-    monkeypatch.setattr(grouped_products, "_leaves_empty_experts_unset", lambda _: unset)
     monkeypatch.setattr(grouped_products.F, "grouped_mm", grouped_mm)
     grads = torch.ones(4, 8, 16)
-    grouped_products.add_outer_products(grads, d_RM, x_RK, grouped_products.ExpertRows(counts_e, 6))
+    with taken_for_gpu("cpu", (10, 0) if unset else (9, 0)):
+        grouped_products.add_outer_products(grads, d_RM, x_RK, grouped_products.ExpertRows(counts_e, 6))
     assert torch.equal(grads, 1 + exact)

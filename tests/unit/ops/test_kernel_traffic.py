@@ -52,6 +52,7 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return {row["what"]: row for row in map(json.loads, said.splitlines())}
 
 
+@pytest.mark.night
 def test_operands_and_results_are_read_and_written_once(counts: dict[str, dict[str, Any]]) -> None:
     for what, (most_read, most_written) in MOST.items():
         row = counts[what]

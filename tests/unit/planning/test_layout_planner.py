@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron_samoe.planning.layout_cost import Cluster, Links, step_cost
 from megatron_samoe.planning.layout_planner import plan_layouts
 from megatron_samoe.planning.layout_plot import draw_layout
 from megatron_samoe.planning.memory import largest_rank_memory
+from tests.harness.program import call
 from tests.harness.tiny import tiny_config, with_layout, with_options
 
 CLUSTER = Cluster(8, 4, 1e9, 1e12, 1e11, 1e10)
@@ -155,7 +155,7 @@ def test_the_printed_flags_ask_for_the_layout() -> None:
     base = PretrainConfig(model=config.model, moe=config.moe, training=replace(config.training, global_batch_size=None))
     tight = with_world(8, memory_bytes=plan_layouts(base, 103, with_world(8))[0].memory.total * 0.7)
     for layout in plan_layouts(base, 103, tight, micro_batch_sizes=(1, 2)):
-        asked = parse_pretrain_args(layout.flags())
+        asked = parse_pretrain_args(["--expert-layout", "samoe", *layout.flags()])
         assert asked.parallel == layout.config.parallel
         assert asked.moe.samoe_combine == layout.config.moe.samoe_combine
         assert asked.moe.samoe_pool_placement == layout.config.moe.samoe_pool_placement
@@ -270,9 +270,8 @@ def test_the_picture_is_a_png(world_size: int, tmp_path: Path) -> None:
 
 
 def run_tool(*words: str) -> subprocess.CompletedProcess[str]:
-    tool = Path(__file__).resolve().parents[3] / "tools" / "plan_layout.py"
     model = ["--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"]
-    return subprocess.run([sys.executable, str(tool), *model, *words], capture_output=True, text=True, timeout=120)
+    return call("megatron_samoe.cli.plan", *model, *words)
 
 
 def test_the_tool_prints_what_it_found_as_json() -> None:

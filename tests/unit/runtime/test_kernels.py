@@ -13,6 +13,7 @@ import torch
 from megatron_samoe.ops import combine, extension
 from megatron_samoe.ops.extension import TRAINING_KERNELS
 from megatron_samoe.runtime import kernels
+from tests.harness.extension_off import without_extension
 
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 
@@ -31,7 +32,7 @@ def test_a_kernel_that_differs_is_named(monkeypatch: pytest.MonkeyPatch, capsys:
         out[..., -1:] += 1e-3
 
     monkeypatch.setattr(combine.combine_chunks, "combine", wrong)
-    monkeypatch.setattr(extension, "serves", lambda *tensors, cuda=None: False)
+    without_extension(monkeypatch)
     assert kernels.main(["cpu", "combination", "adamw"]) == 0
     verdicts = dict(map(json.loads, capsys.readouterr().out.splitlines()))
     assert verdicts["combination"].startswith("it differs from its twin") and verdicts["adamw"] == ""

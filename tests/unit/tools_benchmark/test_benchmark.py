@@ -131,6 +131,7 @@ def test_a_run_leaves_its_conditions_and_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.night
 def test_whole_models_are_compared_at_equal_active_parameters(tmp_path: Path) -> None:
     sizes = ("--num-layers", "2", "--seq-length", "16", "--micro-batch-size", "2", "--vocab-size", "64",
              "--hidden-size", "64", "--ffn-hidden-size", "64", "--num-experts", "4")  # fmt: skip
@@ -145,6 +146,7 @@ def test_whole_models_are_compared_at_equal_active_parameters(tmp_path: Path) ->
         assert 100 < row["peak_mb"] < 2000
 
 
+@pytest.mark.night
 def test_optimizers_are_compared_by_whole_steps_and_alone(tmp_path: Path) -> None:
     sizes = ("--num-layers", "2", "--seq-length", "16", "--hidden-size", "64", "--num-experts", "4", "--vocab-size", "64",
              "--micro-batch-size", "1", "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "a.json"))  # fmt: skip
@@ -160,6 +162,7 @@ def test_optimizers_are_compared_by_whole_steps_and_alone(tmp_path: Path) -> Non
     assert rows["muon"]["GFLOP"] == round(2 * 2 * 5 * 64**2 * (4 * 192 + 8 * (2 * 256 + 64)) / 1e9, 2)
 
 
+@pytest.mark.night
 @needs_extension
 @pytest.mark.distributed
 def test_ranks_are_compared_with_what_sends_nothing(tmp_path: Path) -> None:
@@ -171,6 +174,7 @@ def test_ranks_are_compared_with_what_sends_nothing(tmp_path: Path) -> None:
     assert row["ranks"] == 2 and row["expert parallel / alone"] == pytest.approx(ratio, rel=0.05)
 
 
+@pytest.mark.night
 @needs_extension
 @pytest.mark.distributed
 def test_exchanges_are_compared_in_one_run(tmp_path: Path) -> None:
@@ -187,6 +191,7 @@ def test_other_processes_have_no_processor_time_of_ours(tmp_path: Path) -> None:
         layer.run(options(peers=tmp_path, clock="cpu"))
 
 
+@pytest.mark.night
 @needs_extension
 def test_programs_that_serve_are_compared_with_our_texts(tmp_path: Path) -> None:
     pytest.importorskip("transformers")

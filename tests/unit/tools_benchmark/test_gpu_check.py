@@ -16,6 +16,7 @@ def results(folder: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
+@pytest.mark.night
 def test_a_dry_run_leaves_a_report_and_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     flags = [*DRY, "--output-dir", str(tmp_path), "--pieces", "machine", "waits", "ops-torch", "steps-torch"]
     assert main(flags) == 0

@@ -184,6 +184,7 @@ def test_the_teacher_leaves_inside_a_run_and_resumes_are_exact(teacher: Path, tm
     assert_same(parts, whole)
 
 
+@pytest.mark.night
 def test_steps_after_the_teacher_are_plain_ones(teacher: Path, tmp_path: Path) -> None:
     config = student(teacher, teacher_until=3)
     whole, _ = run(config, tmp_path / "whole")

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.interop.hf.families.entries import Entries
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Parts
 
@@ -26,7 +27,8 @@ class Family:
         rules: all must hold for a native model to be exported to it.
         write_config: config.json's entries for a native model that fits.
         parts: its tensors.
-        read_config: native options, by group, of a config.json; ConfigError where we cannot compute it.
+        entries: what its config.json holds.
+        read_config: native options, by group, of completed entries; ConfigError where we cannot compute it.
         ignored: endings of tensors that files may hold besides, without effect on the result.
         knows: those of the options that few classes have (RARE) which it computes; others must be at their defaults.
         older_parts: its tensors as earlier versions named them, to be read.
@@ -38,6 +40,7 @@ class Family:
     rules: tuple[Rule, ...]
     write_config: Callable[[NativeModel], dict[str, Any]]
     parts: Callable[[NativeModel], Parts]
+    entries: Entries
     read_config: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]]
     ignored: tuple[str, ...] = ()
     knows: tuple[str, ...] = ()

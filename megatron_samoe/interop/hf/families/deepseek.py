@@ -11,8 +11,10 @@ from typing import Any
 
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.interop.hf.families import classes
 from megatron_samoe.interop.hf.families.base import Family, Rule, needs, one_number_of_experts
 from megatron_samoe.interop.hf.families.dense import COMPUTED
+from megatron_samoe.interop.hf.families.entries import CannotCompute
 from megatron_samoe.interop.hf.families.experts import read_moe, written_routing
 from megatron_samoe.interop.hf.families.llama import (
     SHARED_RULES,
@@ -23,7 +25,7 @@ from megatron_samoe.interop.hf.families.llama import (
     shared_parts,
     write_shared_config,
 )
-from megatron_samoe.interop.hf.families.reading import CannotCompute, demand, flag, number
+from megatron_samoe.interop.hf.families.reading import rope_of
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, Parts, whole
 
@@ -44,7 +46,7 @@ def _mscale(model: ModelConfig) -> float:
     return round((root - 1) / (0.1 * math.log(model.rope_scaling_factor)), 6)
 
 
-def _multiplier(mscale: float, factor: float, width: int) -> float | None:
+def _multiplier(mscale: float | None, factor: float, width: int) -> float | None:
     """Returns the factor on scores of queries of a width; None for the usual one."""
     return (0.1 * mscale * math.log(factor) + 1) ** 2 * width**-0.5 if mscale and factor > 1 else None
 
@@ -104,46 +106,25 @@ def _write(native: NativeModel) -> dict[str, Any]:
     return written
 
 
-def _rope(config: Mapping[str, Any], width: int) -> tuple[dict[str, Any], float | None]:
-    """Returns config.json with the words for YaRN's factors that other classes have, and our --attention-multiplier."""
-    plain, multiplier = dict(config), None
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = config.get(key)
-        if not isinstance(rope, Mapping):
-            continue
-        rope = dict(rope)
-        mscale, all_dim = (
-            float(number({name: rope.pop(name, None)}, name, 0.0)) for name in ("mscale", "mscale_all_dim")
-        )
-        if rope.get("rope_type", rope.get("type")) == "yarn":
-            factor = float(number(rope, "factor"))
-            multiplier = _multiplier(all_dim, factor, width)
-            if rope.get("attention_factor") is None and mscale and all_dim:
-                log = 0.1 * math.log(max(factor, 1.0))
-                rope["attention_factor"] = (mscale * log + 1) / (all_dim * log + 1)
-        plain[key] = rope
-    return plain, multiplier
-
-
 def _read(config: Mapping[str, Any], pre_softmax: bool, **moe: Any) -> dict[str, dict[str, Any]]:
-    demand(config, "attention_bias", (False,), False)
-    demand(config, "rms_norm_eps", (_EPSILON,), _EPSILON)
-    demand(config, "moe_layer_freq", (1,), 1)
-    sizes = {ours: number(config, theirs) for theirs, ours in _LATENT.items() if theirs != "q_lora_rank"}
-    if config.get("q_lora_rank") is not None:
-        sizes["q_lora_rank"] = number(config, "q_lora_rank")
-    plain, multiplier = _rope(config, sizes["qk_head_dim"] + sizes["qk_pos_emb_head_dim"])
-    model = {**read_shared_config(plain), **sizes, "kv_channels": None, "multi_latent_attention": True}
+    rotated, heads = config["qk_rope_head_dim"], config["num_attention_heads"]
+    width = config["qk_nope_head_dim"] + rotated
+    for name, size in (("num_key_value_heads", heads), ("head_dim", rotated), ("qk_head_dim", width)):
+        if config.get(name, size) != size:
+            raise ConfigError(f"config.json: {name}", config[name], f"must be {size} for the class's other sizes")
+    sizes = {ours: config[theirs] for theirs, ours in _LATENT.items()}
+    rope = rope_of(config)
+    multiplier = _multiplier(rope.get("mscale_all_dim"), rope.get("factor", 1.0), width)
+    model = {**read_shared_config(config), **sizes, "kv_channels": None, "multi_latent_attention": True}
     if multiplier is not None:
         model["attention_multiplier"] = multiplier
-    dense, layers = number(config, "first_k_dense_replace", 0), model["num_layers"]
+    dense, layers = config["first_k_dense_replace"], model["num_layers"]
     if not 0 <= dense < layers:
         raise ConfigError("config.json: first_k_dense_replace", dense, f"must be below the {layers} layers")
-    experts = "n_routed_experts" if "n_routed_experts" in config else "num_local_experts"
-    read = read_moe(config, model, experts, "moe_intermediate_size", pre_softmax)
-    scale = float(number(config, "routed_scaling_factor", 1.0))
+    read = read_moe(config, model, "n_routed_experts", "moe_intermediate_size", pre_softmax)
+    scale = float(config["routed_scaling_factor"])
     read["moe"] |= {
-        "moe_shared_expert_intermediate_size": number(config, "n_shared_experts") * number(config, "moe_intermediate_size"),
+        "moe_shared_expert_intermediate_size": config["n_shared_experts"] * config["moe_intermediate_size"],
         "moe_layer_freq": "0" * dense + "1" * (layers - dense), **({} if scale == 1.0 else {"moe_router_topk_scaling_factor": scale}),
         **moe,
     }  # fmt: skip
@@ -159,22 +140,20 @@ def _write_v3(native: NativeModel) -> dict[str, Any]:
 
 
 def _read_v3(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    demand(config, "rope_interleave", (True,), True)
-    groups, chosen = number(config, "n_group", 1), number(config, "topk_group", 1)
+    groups, chosen, experts = config["n_group"], config["topk_group"], config["n_routed_experts"]
+    if not 1 <= chosen <= groups or experts % groups:
+        raise ConfigError(
+            "config.json: n_group",
+            groups,
+            f"must divide n_routed_experts ({experts}), and be topk_group ({chosen}) or more",
+        )
     given = {} if groups == chosen else {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
-    if given and number(config, "num_experts_per_tok") != 2 * chosen:
+    if given and config["num_experts_per_tok"] != 2 * chosen:
         raise ConfigError(
             "config.json: topk_group", chosen, f"{CannotCompute}; it must be half of num_experts_per_tok or n_group"
         )
-    return _read(config, not flag(config, "norm_topk_prob", True), moe_router_score_function="sigmoid",
+    return _read(config, not config["norm_topk_prob"], moe_router_score_function="sigmoid",
                  moe_router_enable_expert_bias=True, **given)  # fmt: skip
-
-
-def _read_v2(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    demand(config, "topk_method", ("greedy",), "greedy")
-    demand(config, "norm_topk_prob", (False,), False)
-    demand(config, "mlp_bias", (False,), False)
-    return _read(config, pre_softmax=True)
 
 
 def _in_pairs(before: int, rotated: int) -> tuple[int, ...]:
@@ -183,10 +162,13 @@ def _in_pairs(before: int, rotated: int) -> tuple[int, ...]:
     return (*range(before), *(before + j + part * half for j in range(half) for part in (0, 1)))
 
 
-def _attention(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
+def latent_attention_parts(native: NativeModel, theirs: str, ours: str, in_pairs: bool = True) -> Iterator[Part]:
+    """Yields the tensors of latent attention; `in_pairs` says whether the class keeps rotated channels in pairs."""
     model = native.model
     hidden, heads, rotated = model.hidden_size, model.num_attention_heads, model.qk_pos_emb_head_dim
-    of_queries, of_latents = _in_pairs(model.qk_head_dim, rotated), _in_pairs(model.kv_lora_rank, rotated)
+    of_queries, of_latents = (
+        _in_pairs(before, rotated) if in_pairs else () for before in (model.qk_head_dim, model.kv_lora_rank)
+    )
     queries, inputs = "q_proj", hidden
     if model.q_lora_rank is not None:
         queries, inputs = "q_b_proj", model.q_lora_rank
@@ -202,6 +184,8 @@ def _attention(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
     shape = (heads * (model.qk_head_dim + model.v_head_dim), model.kv_lora_rank)
     yield Part(f"{theirs}.kv_b_proj.weight", f"{ours}.kv_up.weight", whole, shape)
     yield Part(f"{theirs}.o_proj.weight", f"{ours}.output.weight", whole, (hidden, heads * model.v_head_dim))
+    if model.attention_output_bias:
+        yield Part(f"{theirs}.o_proj.bias", f"{ours}.output.bias", whole, (hidden,))
 
 
 def _beside(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
@@ -215,18 +199,19 @@ def _beside(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
 
 
 def _parts(native: NativeModel) -> Parts:
-    return shared_parts(native, ExpertNames(), _beside, _attention)
+    return shared_parts(native, ExpertNames(), _beside, latent_attention_parts)
 
 
 DEEPSEEK_V3 = Family(
     "deepseek_v3", "DeepseekV3ForCausalLM", "latent attention; experts by sigmoid scores, biases and groups, and a shared expert",
     (*_RULES, needs("moe_router_score_function", "sigmoid"), needs("moe_router_enable_expert_bias", True), _two_of_a_group),
-    _write_v3, _parts, _read_v3, COMPUTED, ("multi_latent_attention", "attention_multiplier"),
+    _write_v3, _parts, classes.DEEPSEEK_V3, _read_v3, COMPUTED, ("multi_latent_attention", "attention_multiplier"),
 )  # fmt: skip
 DEEPSEEK_V2 = Family(
     "deepseek_v2", "DeepseekV2ForCausalLM", "latent attention; experts by softmax scores among all, and a shared expert",
     (*_RULES, needs("moe_router_score_function", "softmax"), needs("moe_router_enable_expert_bias", False),
      needs("moe_router_num_groups", None), _weighs_among_all),
-    lambda native: {**_write(native), "topk_method": "greedy"}, _parts, _read_v2, COMPUTED,
+    lambda native: {**_write(native), "topk_method": "greedy"}, _parts, classes.DEEPSEEK_V2,
+    lambda config: _read(config, pre_softmax=True), COMPUTED,
     ("multi_latent_attention", "attention_multiplier"),
 )  # fmt: skip

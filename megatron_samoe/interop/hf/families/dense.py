@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_samoe.interop.hf.families import classes
 from megatron_samoe.interop.hf.families.base import Family, needs, whole_heads
 from megatron_samoe.interop.hf.families.llama import (
     SHARED_RULES,
@@ -13,8 +14,6 @@ from megatron_samoe.interop.hf.families.llama import (
     write_shared_config,
 )
 from megatron_samoe.interop.hf.families.reading import (
-    MULTIPLIERS,
-    demand,
     multipliers,
     read_biases,
     window,
@@ -45,14 +44,14 @@ LLAMA = Family(
     "llama", "LlamaForCausalLM", "dense, RMSNorm, rotary positions, gated SiLU MLPs",
     (needs("expert_layout", "dense"), *SHARED_RULES, needs("qk_layernorm", False), needs("add_qkv_bias", False),
      needs("sliding_window", None), whole_heads),
-    _write_llama, shared_parts, _read_llama, COMPUTED, ("attention_bias",),
+    _write_llama, shared_parts, classes.LLAMA, _read_llama, COMPUTED, ("attention_bias",),
 )  # fmt: skip
 
 
 GRANITE = Family(
     "granite", "GraniteForCausalLM", "as llama, with factors on embeddings, scores, residuals and logits",
-    LLAMA.rules, lambda native: {**_write_llama(native), **written_multipliers(native.model)}, shared_parts,
-    lambda config: _dense({**_read_llama(config)["model"], **multipliers(config)}), COMPUTED, ("attention_bias", *MULTIPLIERS),
+    LLAMA.rules, lambda native: {**_write_llama(native), **written_multipliers(native.model)}, shared_parts, classes.GRANITE,
+    lambda config: _dense({**_read_llama(config)["model"], **multipliers(config)}), COMPUTED, ("attention_bias", *classes.MULTIPLIERS),
 )  # fmt: skip
 
 
@@ -61,14 +60,14 @@ def _write_mistral(native: NativeModel) -> dict[str, Any]:
 
 
 def _read_mistral(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return _dense({**read_shared_config(config), **window(config, default=4096)})
+    return _dense({**read_shared_config(config), **window(config)})
 
 
 MISTRAL = Family(
     "mistral", "MistralForCausalLM", "as llama without biases, with a window of recent tokens in every layer",
     (needs("expert_layout", "dense"), *SHARED_RULES, needs("qk_layernorm", False), needs("disable_bias_linear", True),
      needs("add_qkv_bias", False), needs("window_attn_skip_freq", None)),
-    _write_mistral, shared_parts, _read_mistral, COMPUTED,
+    _write_mistral, shared_parts, classes.MISTRAL, _read_mistral, COMPUTED,
 )  # fmt: skip
 
 
@@ -90,14 +89,13 @@ def _write_qwen2(native: NativeModel) -> dict[str, Any]:
 
 
 def _read_qwen2(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    model = read_shared_config(config)
-    return _dense({**model, **window_by_layer(config, model["num_layers"]), "add_qkv_bias": True})
+    return _dense({**read_shared_config(config), **window_by_layer(config), "add_qkv_bias": True})
 
 
 QWEN2 = Family(
     "qwen2", "Qwen2ForCausalLM", "as llama, with a bias on queries, keys and values only",
     (needs("expert_layout", "dense"), *SHARED_RULES, needs("qk_layernorm", False), needs("add_qkv_bias", True)),
-    _write_qwen2, shared_parts, _read_qwen2, COMPUTED,
+    _write_qwen2, shared_parts, classes.QWEN2, _read_qwen2, COMPUTED,
 )  # fmt: skip
 
 
@@ -106,14 +104,12 @@ def _write_qwen3(native: NativeModel) -> dict[str, Any]:
 
 
 def _read_qwen3(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    demand(config, "attention_bias", (False,), False)
-    model = read_shared_config({"head_dim": 128, **config})
-    return _dense({**model, **window_by_layer(config, model["num_layers"]), "qk_layernorm": True})
+    return _dense({**read_shared_config(config), **window_by_layer(config), "qk_layernorm": True})
 
 
 QWEN3 = Family(
     "qwen3", "Qwen3ForCausalLM", "as llama without biases, with norms of each head's queries and keys",
     (needs("expert_layout", "dense"), *SHARED_RULES, needs("qk_layernorm", True), needs("add_qkv_bias", False),
      needs("qk_layernorm_scope", "head"), needs("disable_bias_linear", True)),
-    _write_qwen3, shared_parts, _read_qwen3, COMPUTED,
+    _write_qwen3, shared_parts, classes.QWEN3, _read_qwen3, COMPUTED,
 )  # fmt: skip

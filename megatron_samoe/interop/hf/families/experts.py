@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_samoe.interop.hf.families import classes
 from megatron_samoe.interop.hf.families.base import (
     Family,
     all_layers_are_moe,
@@ -23,15 +24,11 @@ from megatron_samoe.interop.hf.families.llama import (
     write_shared_config,
 )
 from megatron_samoe.interop.hf.families.reading import (
-    MULTIPLIERS,
-    demand,
-    flag,
     layer_pattern,
     multipliers,
-    no_sliding_window,
-    number,
     read_biases,
     window,
+    window_by_layer,
     written_multipliers,
 )
 from megatron_samoe.interop.hf.native import NativeModel
@@ -63,14 +60,13 @@ def read_moe(
     config: Mapping[str, Any], model: dict[str, Any], num_experts: str, expert_size: str, pre_softmax: bool
 ) -> dict[str, dict[str, Any]]:
     """Returns native options; num_experts and expert_size are the entries that hold them."""
-    count, size = number(config, num_experts), number(config, expert_size)
     moe = {
         "expert_layout": "moe",
-        "num_experts": count,
-        "moe_ffn_hidden_size": size,
-        "moe_router_topk": number(config, "num_experts_per_tok"),
+        "num_experts": config[num_experts],
+        "moe_ffn_hidden_size": config[expert_size],
+        "moe_router_topk": config["num_experts_per_tok"],
         "moe_router_pre_softmax": pre_softmax,
-        "moe_aux_loss_coeff": float(number(config, "router_aux_loss_coef", 0.01)),
+        "moe_aux_loss_coeff": float(config["router_aux_loss_coef"]),
     }
     return {"model": model, "moe": moe}
 
@@ -95,9 +91,10 @@ def _write_mixtral(native: NativeModel) -> dict[str, Any]:
 
 
 def _read_mixtral(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    model = {**read_shared_config(config, theta=1e6, eps=1e-5), **window(config)}
-    key = "num_local_experts" if "num_local_experts" in config else "num_experts"
-    return read_moe(config, model, key, "intermediate_size", pre_softmax=False)
+    model = {**read_shared_config(config), **window(config)}
+    read = read_moe(config, model, "num_local_experts", "intermediate_size", pre_softmax=False)
+    read["moe"]["moe_input_jitter_eps"] = float(config["router_jitter_noise"])
+    return read
 
 
 MIXTRAL = Family(
@@ -106,7 +103,7 @@ MIXTRAL = Family(
      needs("add_qkv_bias", False), needs("window_attn_skip_freq", None)),
     _write_mixtral,
     lambda native: shared_parts(native, ExpertNames("block_sparse_moe", "w1", "w3", "w2")),
-    _read_mixtral, COMPUTED,
+    classes.MIXTRAL, _read_mixtral, COMPUTED,
 )  # fmt: skip
 
 
@@ -120,15 +117,13 @@ def _write_qwen_moe(native: NativeModel) -> dict[str, Any]:
 
 
 def _read_qwen_moe(config: Mapping[str, Any], model: dict[str, Any], **moe: Any) -> dict[str, dict[str, Any]]:
-    no_sliding_window(config, "use_sliding_window")
-    key = "num_experts" if "num_experts" in config else "num_local_experts"
-    read = read_moe(config, model, key, "moe_intermediate_size", not flag(config, "norm_topk_prob"))
-    moe["moe_layer_freq"] = layer_pattern(config, model["num_layers"])
+    window_by_layer({"layer_types": None, **config})
+    read = read_moe(config, model, "num_experts", "moe_intermediate_size", not config["norm_topk_prob"])
+    moe["moe_layer_freq"] = layer_pattern(config)
     return {**read, "moe": {**read["moe"], **moe}}
 
 
 def _read_qwen3_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    demand(config, "attention_bias", (False,), False)
     return _read_qwen_moe(config, {**read_shared_config(config), "qk_layernorm": True})
 
 
@@ -138,7 +133,7 @@ QWEN3_MOE = Family(
      needs("add_qkv_bias", False)),
     lambda native: {**_write_qwen_moe(native), "attention_bias": False},
     lambda native: shared_parts(native, ExpertNames()),
-    _read_qwen3_moe, COMPUTED,
+    classes.QWEN3_MOE, _read_qwen3_moe, COMPUTED,
 )  # fmt: skip
 
 _SHARED = "shared_expert"
@@ -175,15 +170,15 @@ def _write_qwen2_moe(native: NativeModel) -> dict[str, Any]:
 
 
 def _read_qwen2_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    model = {**read_shared_config(config), "add_qkv_bias": flag(config, "qkv_bias", True)}
-    width = number(config, "shared_expert_intermediate_size")
+    model = {**read_shared_config(config), "add_qkv_bias": config["qkv_bias"]}
+    width = config["shared_expert_intermediate_size"]
     return _read_qwen_moe(config, model, moe_shared_expert_intermediate_size=width, moe_shared_expert_gate=True)
 
 
 QWEN2_MOE = Family(
     "qwen2_moe", "Qwen2MoeForCausalLM", "experts in any layers, weighed either way, besides a shared expert",
     (*_RULES, _NO_WINDOW, needs("qk_layernorm", False)),
-    _write_qwen2_moe, _qwen2_moe_parts, _read_qwen2_moe, COMPUTED,
+    _write_qwen2_moe, _qwen2_moe_parts, classes.QWEN2_MOE, _read_qwen2_moe, COMPUTED,
 )  # fmt: skip
 
 
@@ -194,16 +189,10 @@ def _norms_all_heads(native: NativeModel) -> str | None:
 
 
 def _read_olmoe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    demand(config, "attention_bias", (False,), False)
-    clip = None if config.get("clip_qkv") is None else float(number(config, "clip_qkv"))
-    model = {
-        **read_shared_config(config, eps=1e-5),
-        "qk_layernorm": True,
-        "qk_layernorm_scope": "all",
-        "clip_qkv": clip,
-    }
-    key = "num_experts" if "num_experts" in config else "num_local_experts"
-    return read_moe(config, model, key, "intermediate_size", not flag(config, "norm_topk_prob"))
+    clip = None if config["clip_qkv"] is None else float(config["clip_qkv"])
+    norms = {"qk_layernorm": True, "qk_layernorm_scope": "all"}
+    model = {**read_shared_config(config), **norms, "clip_qkv": clip}
+    return read_moe(config, model, "num_experts", "intermediate_size", not config["norm_topk_prob"])
 
 
 OLMOE = Family(
@@ -216,7 +205,7 @@ OLMOE = Family(
         "clip_qkv": native.model.clip_qkv,
     },
     lambda native: shared_parts(native, ExpertNames()),
-    _read_olmoe, COMPUTED, ("clip_qkv",),
+    classes.OLMOE, _read_olmoe, COMPUTED, ("clip_qkv",),
 )  # fmt: skip
 
 
@@ -229,7 +218,7 @@ def _write_granite_moe(native: NativeModel) -> dict[str, Any]:
 
 
 def _read_granite_moe(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    model = {**read_shared_config(config), **read_biases({**config, "mlp_bias": False}), **multipliers(config)}
+    model = {**read_shared_config(config), **read_biases(config), **multipliers(config)}
     return read_moe(config, model, "num_local_experts", "intermediate_size", pre_softmax=False)
 
 
@@ -239,5 +228,5 @@ GRANITE_MOE = Family(
      needs("add_qkv_bias", False)),
     _write_granite_moe,
     lambda native: shared_parts(native, StackNames("block_sparse_moe", "router.layer", "input_linear", "output_linear")),
-    _read_granite_moe, COMPUTED, ("attention_bias", *MULTIPLIERS),
+    classes.GRANITE_MOE, _read_granite_moe, COMPUTED, ("attention_bias", *classes.MULTIPLIERS),
 )  # fmt: skip

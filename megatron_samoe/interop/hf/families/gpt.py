@@ -10,8 +10,10 @@ from torch import Tensor
 
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.errors import ConfigError
+from megatron_samoe.interop.hf.families import classes
 from megatron_samoe.interop.hf.families.base import Family, entries, needs, plain_heads
-from megatron_samoe.interop.hf.families.reading import CannotCompute, common, demand, flag, mapping, number
+from megatron_samoe.interop.hf.families.entries import CannotCompute
+from megatron_samoe.interop.hf.families.reading import rotary
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, rows, transposed, whole
 
@@ -20,8 +22,6 @@ _RULES = (
     needs("disable_bias_linear", False), needs("qk_layernorm", False), needs("sliding_window", None), needs("group_query_attention", False),
     plain_heads,
 )  # fmt: skip
-#: Names of GELU's two forms.
-_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu")
 
 
 def _query_first(t: Tensor) -> Tensor:
@@ -119,38 +119,29 @@ _NEOX = _Names("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm", "embed_o
 
 
 def _read_gpt2(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    common(config)
-    demand(config, "activation_function", _GELU, "gelu_new")
-    demand(config, "scale_attn_weights", (True,), True)
-    demand(config, "scale_attn_by_inverse_layer_idx", (False,), False)
-    demand(config, "add_cross_attention", (False,), False)
-    hidden, positions = number(config, "n_embd", 768), number(config, "n_positions", 1024)
-    residual, embedding = number(config, "resid_pdrop", 0.1), number(config, "embd_pdrop", 0.1)
+    residual, embedding = config["resid_pdrop"], config["embd_pdrop"]
     if residual != embedding:
         raise ConfigError("config.json: resid_pdrop, embd_pdrop", (residual, embedding),
                           "our --hidden-dropout is one for both; make them equal")  # fmt: skip
     return _gpt(
-        config, "layer_norm_epsilon", tied=flag(config, "tie_word_embeddings", True),
-        num_layers=number(config, "n_layer", 12), hidden_size=hidden, num_attention_heads=number(config, "n_head", 12),
-        ffn_hidden_size=number(config, "n_inner", 4 * hidden), seq_length=positions,
-        max_position_embeddings=positions, attention_dropout=float(number(config, "attn_pdrop", 0.1)),
-        hidden_dropout=float(residual), exact_gelu=config.get("activation_function") == "gelu",
+        config, config["layer_norm_epsilon"], config["activation_function"], num_layers=config["n_layer"], hidden_size=config["n_embd"],
+        num_attention_heads=config["n_head"], ffn_hidden_size=config["n_inner"], seq_length=config["n_positions"],
+        max_position_embeddings=config["n_positions"], attention_dropout=float(config["attn_pdrop"]), hidden_dropout=float(residual),
     )  # fmt: skip
 
 
-def _gpt(config: Mapping[str, Any], epsilon: str, tied: bool, **model: Any) -> dict[str, dict[str, Any]]:
+def _gpt(config: Mapping[str, Any], epsilon: float, activation: str, **model: Any) -> dict[str, dict[str, Any]]:
     shared = {
-        "norm_epsilon": float(number(config, epsilon, 1e-5)),
-        "init_method_std": float(number(config, "initializer_range", 0.02)),
-        "untie_embeddings_and_output_weights": not tied,
-    }
+        "norm_epsilon": float(epsilon), "init_method_std": float(config["initializer_range"]), "exact_gelu": activation == "gelu",
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
+    }  # fmt: skip
     return {"model": {**shared, **model}, "moe": {"expert_layout": "dense"}}
 
 
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel", "dense, LayerNorm, learned positions, GELU MLPs, biases everywhere",
     (*_RULES, needs("position_embedding_type", "learned_absolute")),
-    _write_gpt2, lambda native: _parts(native, _GPT2), _read_gpt2, (".attn.bias", ".attn.masked_bias"), ("exact_gelu",),
+    _write_gpt2, lambda native: _parts(native, _GPT2), classes.GPT2, _read_gpt2, (".attn.bias", ".attn.masked_bias"), ("exact_gelu",),
 )  # fmt: skip
 
 
@@ -167,31 +158,22 @@ def _write_neox(native: NativeModel) -> dict[str, Any]:
 
 
 def _read_neox(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    common(config)
-    demand(config, "hidden_act", _GELU, "gelu")
-    rope = {**mapping(config, "rope_scaling"), **mapping(config, "rope_parameters")}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
+    rope = rotary(config, "rotary_emb_base", "rotary_pct")
+    if kind := rope.get("rope_scaling_type"):
         raise ConfigError("config.json: rope_parameters", kind, f"{CannotCompute}; rope_type must be 'default'")
-    positions = number(config, "max_position_embeddings", 2048)
     return _gpt(
-        config, "layer_norm_eps", tied=flag(config, "tie_word_embeddings"),
-        num_layers=number(config, "num_hidden_layers"), hidden_size=number(config, "hidden_size"),
-        num_attention_heads=number(config, "num_attention_heads"),
-        ffn_hidden_size=number(config, "intermediate_size"), seq_length=positions, position_embedding_type="rope",
-        rotary_base=float(number(rope, "rope_theta", number(config, "rotary_emb_base", 10000.0))),
-        rotary_percent=float(number(rope, "partial_rotary_factor", number(config, "rotary_pct", 0.25))),
-        attention_dropout=float(number(config, "attention_dropout", 0.0)),
-        hidden_dropout=float(number(config, "hidden_dropout", 0.0)),
-        exact_gelu=config.get("hidden_act", "gelu") == "gelu",
-        use_parallel_residual=flag(config, "use_parallel_residual", True),
-        **({} if flag(config, "attention_bias", True) else {"attention_bias": False}),
+        config, config["layer_norm_eps"], config["hidden_act"], num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"], num_attention_heads=config["num_attention_heads"],
+        ffn_hidden_size=config["intermediate_size"], seq_length=config["max_position_embeddings"], position_embedding_type="rope",
+        **rope, attention_dropout=float(config["attention_dropout"]), hidden_dropout=float(config["hidden_dropout"]),
+        use_parallel_residual=config["use_parallel_residual"],
+        **({} if config["attention_bias"] else {"attention_bias": False}),
     )  # fmt: skip
 
 
 GPT_NEOX = Family(
     "gpt_neox", "GPTNeoXForCausalLM", "as gpt2, with rotary positions; attention and MLP one after the other or side by side",
     (*_RULES, needs("position_embedding_type", "rope"), needs("rope_scaling_type", None)),
-    _write_neox, lambda native: _parts(native, _NEOX), _read_neox,
+    _write_neox, lambda native: _parts(native, _NEOX), classes.GPT_NEOX, _read_neox,
     ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"), ("exact_gelu", "use_parallel_residual", "attention_bias"),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.families.base import entries, needs
-from megatron_samoe.interop.hf.families.reading import common, demand, flag, number, rotary, written_rope
+from megatron_samoe.interop.hf.families.reading import rotary, written_rope
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Constant, Part, View, at, keys, queries, rows, values, whole
 
@@ -71,37 +71,32 @@ def write_shared_config(native: NativeModel) -> dict[str, Any]:
     }
 
 
-def read_shared_config(config: Mapping[str, Any], theta: float = 10000.0, eps: float = 1e-6) -> dict[str, Any]:
-    """Returns the native model's options; ConfigError where there is something that it cannot compute.
-
-    Args:
-        theta, eps: the class's defaults.
-    """
-    common(config)
-    demand(config, "hidden_act", ("silu",), "silu")
-    heads = number(config, "num_attention_heads")
-    if heads < 1:
-        raise ConfigError("config.json: num_attention_heads", heads, "must be positive")
-    kv_heads = number(config, "num_key_value_heads", heads)
-    positions = number(config, "max_position_embeddings", 2048)
+def read_shared_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the native model's options of completed entries; ConfigError where there is something that it cannot compute."""
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    rope = rotary(config)
+    if rope["rotary_percent"] != 1.0:
+        raise ConfigError(
+            "config.json: partial_rotary_factor", rope["rotary_percent"], "this class rotates whole heads"
+        )
     return {
-        "num_layers": number(config, "num_hidden_layers"),
-        "hidden_size": number(config, "hidden_size"),
-        "ffn_hidden_size": number(config, "intermediate_size"),
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
         "num_attention_heads": heads,
-        "kv_channels": number(config, "head_dim", number(config, "hidden_size") // heads),
+        "kv_channels": config.get("head_dim", config["hidden_size"] // heads),
         "group_query_attention": kv_heads != heads,
         "num_query_groups": kv_heads if kv_heads != heads else 1,
-        "seq_length": positions,
+        "seq_length": config["max_position_embeddings"],
         "position_embedding_type": "rope",
-        **rotary(config, theta),
+        **rope,
         "normalization": "RMSNorm",
-        "norm_epsilon": float(number(config, "rms_norm_eps", eps)),
+        "norm_epsilon": float(config["rms_norm_eps"]),
         "swiglu": True,
         "disable_bias_linear": True,
-        "untie_embeddings_and_output_weights": not flag(config, "tie_word_embeddings"),
-        "init_method_std": float(number(config, "initializer_range", 0.02)),
-        "attention_dropout": float(number(config, "attention_dropout", 0.0)),
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
+        "init_method_std": float(config["initializer_range"]),
+        "attention_dropout": float(config["attention_dropout"]),
     }
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron_samoe.config.derived import written_layer_freq
+from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.sharing_map import written_map
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import moe_layers, one_number
-from megatron_samoe.interop.hf.families.base import Family, entries, needs
+from megatron_samoe.interop.hf.families.base import RARE, Family, entries
+from megatron_samoe.interop.hf.families.deepseek import latent_attention_parts
+from megatron_samoe.interop.hf.families.entries import Entries, one_of, rare
 from megatron_samoe.interop.hf.families.llama import attention_parts, gated_mlp
-from megatron_samoe.interop.hf.families.reading import common, demand, flag
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.hf.parts import Part, View, at, rows, whole
 
 #: Files of the class, and what transformers finds in them.
-CODE_FILES = ("configuration_samoe.py", "modeling_samoe.py", "moe_samoe.py")
+CODE_FILES = ("configuration_samoe.py", "modeling_samoe.py", "attention_samoe.py", "moe_samoe.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_samoe.SamoeConfig",
     "AutoModel": "modeling_samoe.SamoeModel",
@@ -36,7 +39,14 @@ _MOE_ENTRIES = {
     "router_score_function": "moe_router_score_function",
     "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
 }  # fmt: skip
-#: Entries that are written where they are not at their default, and may be missing.
+#: Options of the model that have our names, are written where they are not at their default, and may be missing.
+_RARE_MODEL_ENTRIES = (
+    "qk_layernorm_scope", "clip_qkv", "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+    "use_parallel_residual", "sliding_window", "window_attn_skip_freq", "rope_scaling_type", "rope_scaling_factor",
+    "rope_original_max_positions", "rope_low_freq_factor", "rope_high_freq_factor", "yarn_beta_fast", "yarn_beta_slow",
+    "yarn_attention_factor", "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim",
+)  # fmt: skip
+#: The same of experts: theirs and ours.
 _RARE_ENTRIES = {
     "router_expert_bias": "moe_router_enable_expert_bias", "router_num_groups": "moe_router_num_groups",
     "router_group_topk": "moe_router_group_topk", "router_scaling_factor": "moe_router_topk_scaling_factor",
@@ -47,7 +57,20 @@ _POOL_ENTRIES = {name: name for name in ("num_expert_banks", "samoe_granularity"
 #: Entries of theirs that are computed from ours.
 _COMPUTED = ("head_dim", "num_key_value_heads", "intermediate_size", "max_position_embeddings", "hidden_act",
              "linear_bias", "qkv_bias", "tie_word_embeddings", "expert_layout")  # fmt: skip
+#: Names of activations, theirs and ours: whether it is gated, and whether GELU is exact.
+_ACTIVATIONS = {"swiglu": (True, False), "gelu_tanh": (False, False), "gelu": (False, True)}
 _COMPUTED_OF_MOE = ("num_experts", "moe_layers", "moe_intermediate_size", "router_pre_softmax")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+#: Each has the type of our option, which refuses others.
+_ENTRIES = Entries({
+    **dict.fromkeys(
+        (*_MODEL_ENTRIES, *_RARE_MODEL_ENTRIES, *_MOE_ENTRIES, *_RARE_ENTRIES, *_POOL_ENTRIES, *_COMPUTED, *_COMPUTED_OF_MOE,
+         "expert_sharing"),
+        rare(object, takes_null=True)),
+    **dict.fromkeys(_SIZES, rare(int)),
+    **dict.fromkeys(("linear_bias", "qkv_bias", "tie_word_embeddings", "attention_output_bias"), rare(bool)),
+    "hidden_act": one_of(*_ACTIVATIONS), "expert_layout": one_of("dense", "moe", "samoe"),
+})  # fmt: skip
 
 
 def _moe_entries(layout: str, has_pool: bool) -> dict[str, str]:
@@ -55,16 +78,29 @@ def _moe_entries(layout: str, has_pool: bool) -> dict[str, str]:
     return (_MOE_ENTRIES if layout != "dense" else {}) | (_POOL_ENTRIES if has_pool else {})
 
 
+def _model_entries(model: ModelConfig) -> dict[str, Any]:
+    """Returns the transformer's entries but those that other classes have as well."""
+    rare = {name: getattr(model, name) for name in _RARE_MODEL_ENTRIES}
+    written = {name: value for name, value in rare.items() if value != getattr(ModelConfig, name)}
+    if model.attention_output_bias != (not model.disable_bias_linear):
+        written["attention_output_bias"] = model.attention_output_bias
+    activation = (model.swiglu, model.exact_gelu)
+    return {
+        **{theirs: getattr(model, ours) for theirs, ours in _MODEL_ENTRIES.items()}, **written,
+        "hidden_act": next(name for name, which in _ACTIVATIONS.items() if which == activation),
+        "linear_bias": not model.disable_bias_linear, "qkv_bias": model.qkv_bias,
+    }  # fmt: skip
+
+
 def _write(native: NativeModel) -> dict[str, Any]:
     model, moe, ways = native.model, native.moe, {source.way for source in native.sources}
     layout = "samoe" if ways == {"combined"} else moe.expert_layout
     config = {
-        "auto_map": AUTO_MAP,
-        **{theirs: getattr(model, ours) for theirs, ours in _MODEL_ENTRIES.items()},
-        **entries(native), "hidden_act": "swiglu" if model.swiglu else "gelu_tanh", "linear_bias": native.has_bias,
-        "qkv_bias": model.qkv_bias, "expert_layout": layout,
+        "auto_map": AUTO_MAP, **entries(native), **_model_entries(model), "expert_layout": layout,
         **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(layout, moe.has_pool).items()},
     }  # fmt: skip
+    if model.multi_latent_attention:
+        config |= {"head_dim": model.query_dim, "num_key_value_heads": model.num_attention_heads}
     if layout != "dense":
         changes, counts = _candidates_change(native), _counts(native)
         experts = list(counts) if isinstance(counts, tuple) else counts
@@ -79,28 +115,29 @@ def _write(native: NativeModel) -> dict[str, Any]:
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    common(config)
     layout = config.get("expert_layout", "dense")
-    demand(config, "expert_layout", ("dense", "moe", "samoe"))
-    demand(config, "hidden_act", ("swiglu", "gelu_tanh"))
     of_moe = _COMPUTED_OF_MOE if layout != "dense" else ()
     sharing = config.get("expert_sharing") if layout == "moe" else None
     of_layout = _moe_entries(layout, layout == "samoe" or "combined" in str(sharing))
     missing = [key for key in (*_MODEL_ENTRIES, *_COMPUTED, *of_layout, *of_moe) if key not in config]
     if missing:
         raise ConfigError("config.json", missing[:3], "these entries of a samoe model are missing")
-    for name in ("linear_bias", "qkv_bias", "tie_word_embeddings"):
-        flag(config, name)
+    has_output_bias = config.get("attention_output_bias", config["linear_bias"])
+    swiglu, exact_gelu = _ACTIVATIONS[config["hidden_act"]]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     model = {ours: config[theirs] for theirs, ours in _MODEL_ENTRIES.items()}
     model |= {
         "kv_channels": config["head_dim"], "group_query_attention": kv_heads != heads,
         "num_query_groups": kv_heads if kv_heads != heads else 1, "ffn_hidden_size": config["intermediate_size"],
-        "seq_length": config["max_position_embeddings"], "swiglu": config["hidden_act"] == "swiglu",
+        "seq_length": config["max_position_embeddings"], "swiglu": swiglu, "exact_gelu": exact_gelu,
         "disable_bias_linear": not config["linear_bias"],
-        "add_qkv_bias": config["qkv_bias"] and not config["linear_bias"],
+        "attention_bias": None if has_output_bias == config["linear_bias"] else has_output_bias,
+        "add_qkv_bias": config["qkv_bias"] and not has_output_bias,
+        **{name: config[name] for name in _RARE_MODEL_ENTRIES if config.get(name) is not None},
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
     }  # fmt: skip
+    if model.get("multi_latent_attention"):
+        model["kv_channels"] = None
     moe = {"expert_layout": layout, **{ours: config[theirs] for theirs, ours in of_layout.items()}}
     if layout != "dense":
         pattern = config["moe_layers"]
@@ -150,10 +187,7 @@ def _parts(native: NativeModel) -> Iterator[Part]:
     for layer, is_moe in enumerate(native.is_moe):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
         yield from _norm(native, f"{theirs}.input_layernorm", f"{ours}.attention_norm")
-        yield from attention_parts(native, f"{theirs}.self_attn", f"{ours}.attention")
-        for name in ("q_norm.bias", "k_norm.bias"):
-            if (stored := tensors.get(f"{ours}.attention.{name}")) is not None:
-                yield Part(f"{theirs}.self_attn.{name}", f"{ours}.attention.{name}", whole, stored.shape)
+        yield from _attention(native, f"{theirs}.self_attn", f"{ours}.attention")
         yield from _norm(native, f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm")
         if is_moe:
             yield from _moe(native, f"{theirs}.mlp", f"{ours}.moe")
@@ -164,7 +198,9 @@ def _parts(native: NativeModel) -> Iterator[Part]:
         if name.startswith("expert_pool."):
             *place, kind = name.split(".")
             if place[1] == "bank":
-                yield _packed(native, "model.expert_pool.bank", ".".join(place), kind, whole)
+                part = _packed(native, "model.expert_pool.bank", ".".join(place), kind, whole)
+                # Banks one after the other: adapters know three dims, and not four.
+                yield replace(part, shape=(part.shape[0] * part.shape[1], *part.shape[2:]), older_shape=part.shape)
             else:
                 yield _packed(
                     native, f"model.expert_pool.sets.{place[2]}.{_experts_name(native)}", ".".join(place), kind, at(0)
@@ -177,6 +213,18 @@ def _norm(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
     for name in ("weight", "bias"):
         if (stored := native.tensors.get(f"{ours}.{name}")) is not None:
             yield Part(f"{theirs}.{name}", f"{ours}.{name}", whole, stored.shape)
+
+
+def _attention(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
+    norms = {"q_norm": "q_norm", "k_norm": "k_norm"}
+    if native.model.multi_latent_attention:
+        norms = {"q_a_layernorm": "q_norm", "kv_a_layernorm": "kv_norm"}
+        yield from latent_attention_parts(native, theirs, ours, in_pairs=False)
+    else:
+        yield from attention_parts(native, theirs, ours)
+    for name, own in norms.items():
+        if (stored := native.tensors.get(f"{ours}.{own}.bias")) is not None:
+            yield Part(f"{theirs}.{name}.bias", f"{ours}.{own}.bias", whole, stored.shape)
 
 
 def _mlp(native: NativeModel, theirs: str, ours: str, width: int) -> Iterator[Part]:
@@ -227,8 +275,5 @@ def _older_parts(native: NativeModel) -> Iterator[Part]:
             yield Part(theirs, name, whole, stored.shape)
 
 
-SAMOE = Family(
-    "samoe", "SamoeForCausalLM", "our own class, whatever layers share",
-    (needs("rope_scaling_type", None), needs("sliding_window", None), needs("qk_layernorm_scope", "head")), _write, _parts,
-    _read, older_parts=_older_parts,
-)  # fmt: skip
+SAMOE = Family("samoe", "SamoeForCausalLM", "our own class, whatever layers share", (), _write, _parts, _ENTRIES, _read, knows=RARE,
+               older_parts=_older_parts)  # fmt: skip

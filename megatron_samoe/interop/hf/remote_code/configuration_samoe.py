@@ -15,6 +15,12 @@ DEFAULTS = {
     "router_pre_softmax": True, "shared_expert_intermediate_size": None, "num_expert_banks": 2,
     "samoe_granularity": "layer", "samoe_normalization": "none", "expert_sharing": None,
     "router_expert_bias": False, "router_num_groups": None, "router_group_topk": None, "router_scaling_factor": None,
+    "attention_output_bias": None, "qk_layernorm_scope": "head", "clip_qkv": None, "attention_multiplier": None,
+    "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "use_parallel_residual": False,
+    "sliding_window": None, "window_attn_skip_freq": None, "rope_scaling_type": None, "rope_scaling_factor": 1.0,
+    "rope_original_max_positions": None, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0, "yarn_attention_factor": None, "multi_latent_attention": False, "q_lora_rank": None,
+    "kv_lora_rank": 512, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128,
     "shared_expert_gate": False, "residual_mlp": False, "num_neighbour_layers": 2, "neighbour_unmask_steps": 0, "pool_lock_step": None,
     "attention_dropout": 0.0, "hidden_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
 }  # fmt: skip
@@ -31,9 +37,19 @@ class SamoeConfig(PretrainedConfig):
             one set for all; neighbours gives each num_neighbour_layers layers a set, of num_experts times as many.
         pool_lock_step, neighbour_unmask_steps: where either is set, a router has a factor for each expert: 0 closes it.
         moe_layers: for each layer whether it has experts.
-        hidden_act: swiglu (gated SiLU) or gelu_tanh.
+        hidden_act: swiglu (gated SiLU), gelu_tanh or gelu (exact).
         rotary_base, rotary_percent: of position_embedding_type rope; others are learned_absolute and none.
-        linear_bias: of all linear layers and experts but the query-key-value projection, which has qkv_bias.
+        rope_scaling_type: linear, llama3 or yarn, by rope_scaling_factor, rope_original_max_positions and what each has besides.
+        linear_bias: of all linear layers and experts but the query-key-value projection, which has qkv_bias, and attention's
+            output projection, where attention_output_bias is given.
+        qk_layernorm, qk_layernorm_scope: norms of queries and keys, of each head or of all heads together.
+        clip_qkv: queries, keys and values are cut to [-c, c], after their norms.
+        attention_multiplier, embedding_multiplier, residual_multiplier: factors on scores (1 / sqrt(head_dim) if None), embeddings,
+            and what attention and MLPs add to the residual stream. logits_scaling: divisor of logits.
+        use_parallel_residual: a layer's MLP reads the layer's input, as its attention does.
+        sliding_window, window_attn_skip_freq: most tokens that a token attends to, but in every N-th layer.
+        multi_latent_attention: keys and values from a latent of kv_lora_rank, and queries from one of q_lora_rank, if given; a head
+            has qk_head_dim channels without positions, qk_pos_emb_head_dim with, and v_head_dim of values.
         num_experts: of each MoE layer, or a list of one for each.
         router_score_function: softmax, sigmoid, norm: a learned factor times ReLU(logits / their length), or relu: ReLU(logits)
             of all experts where they are positive.
@@ -69,7 +85,24 @@ class SamoeConfig(PretrainedConfig):
         self.moe_layers = list(self.moe_layers) if self.moe_layers else [False] * self.num_hidden_layers
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
         self.expert_sources()  # of wrong length, it is refused now
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.linear_bias
+        kwargs["layer_types"] = None
+        if self.sliding_window is not None:
+            every = self.window_attn_skip_freq or self.num_hidden_layers + 1
+            kinds = [
+                "full_attention" if i % every == 0 else "sliding_attention"
+                for i in range(1, self.num_hidden_layers + 1)
+            ]
+            kwargs["layer_types"] = kinds
+        if self.has_whole_attention:
+            self.base_model_tp_plan = {n: way for n, way in self.base_model_tp_plan.items() if ".self_attn." not in n}
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def has_whole_attention(self):
+        """Whether attention has a norm over all heads, or a latent of all, so that no rank can have a part of it."""
+        return self.multi_latent_attention or (self.qk_layernorm and self.qk_layernorm_scope == "all")
 
     def expert_sources(self):
         """Returns for each layer (way, number of the set or None, number of experts), None for a layer without experts."""

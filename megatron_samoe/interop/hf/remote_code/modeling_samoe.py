@@ -19,95 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_samoe import Attention, LatentAttention, make_norm, rotary_tables
 from .configuration_samoe import SamoeConfig
-from .moe_samoe import MLP, ExpertPool, Experts, MoE, experts_name
+from .moe_samoe import MLP, ExpertPool, Experts, Lent, MoE, experts_name
 
 # Transformers 5 renames the cache's field, and arguments of the mask.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _OF_MASK = inspect.signature(create_causal_mask).parameters
-
-
-def make_norm(config, size):
-    """Returns a LayerNorm, or an RMSNorm without a bias, over the last dim."""
-    if config.normalization == "LayerNorm":
-        return nn.LayerNorm(size, eps=config.norm_epsilon)
-    return nn.RMSNorm(size, eps=config.norm_epsilon)
-
-
-def rotary_tables(config, positions, dtype):
-    """Returns cos and sin, [B, 1, S, R] for R rotated channels of a head, made in fp32."""
-    rotated = int(config.head_dim * config.rotary_percent)
-    exponents = torch.arange(0, rotated, 2, device=positions.device, dtype=torch.float32) / rotated
-    angles = positions[..., None].float() * config.rotary_base**-exponents
-    angles = torch.cat((angles, angles), -1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x, tables):
-    """Returns x [B, heads, S, D] with its first R channels rotated."""
-    cos, sin = tables
-    rotated = cos.shape[-1]
-    turn, rest = x[..., :rotated], x[..., rotated:]
-    first, second = turn.chunk(2, -1)
-    turned = turn * cos + torch.cat((-second, first), -1) * sin
-    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Returns attention's y [B, S, heads, D] and its weights, by plain products."""
-    key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class Attention(nn.Module):
-    """Causal self-attention, by the function that the configuration names."""
-
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
-        heads, kv_heads, size, hidden = (
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        )  # fmt: skip
-        self.num_key_value_groups, self.scaling = heads // kv_heads, size**-0.5
-        self.q_proj = nn.Linear(hidden, heads * size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, kv_heads * size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, kv_heads * size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(heads * size, hidden, bias=config.linear_bias)
-        self.q_norm = make_norm(config, size) if config.qk_layernorm else None
-        self.k_norm = make_norm(config, size) if config.qk_layernorm else None
-
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
-        """Returns y [B, S, H] and attention's weights, if the function gives them."""
-        shape = (*hidden_states.shape[:-1], -1, self.config.head_dim)
-        query = self.q_proj(hidden_states).view(shape)
-        key = self.k_proj(hidden_states).view(shape)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        if position_embeddings is not None:
-            query, key = apply_rotary(query, position_embeddings), apply_rotary(key, position_embeddings)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        name, attention_interface = self.config._attn_implementation, eager_attention_forward
-        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
-            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        elif name != "eager":  # transformers 4
-            attention_interface = ALL_ATTENTION_FUNCTIONS[name]
-        y, weights = attention_interface(
-            self, query, key, value, attention_mask, scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0, **kwargs,
-        )  # fmt: skip
-        return self.o_proj(y.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 def shared_ways(config):
@@ -116,24 +38,31 @@ def shared_ways(config):
 
 
 class SamoeDecoderLayer(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with use_parallel_residual x + attention(norm(x)) + mlp(norm(x))."""
 
     def __init__(self, config, index, source):
         super().__init__()
-        self.dropout = config.hidden_dropout
+        self.dropout, self.multiplier = config.hidden_dropout, config.residual_multiplier
+        self.is_parallel = config.use_parallel_residual
         self.input_layernorm = make_norm(config, config.hidden_size)
-        self.self_attn = Attention(config, index)
+        self.self_attn = (LatentAttention if config.multi_latent_attention else Attention)(config, index)
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
         self.mlp = MLP(config, config.intermediate_size) if source is None else MoE(config, source)
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, pool=None, **kwargs):
-        """Returns the next residual stream [B, S, H]."""
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, lent=None, **kwargs):
+        """Returns the next residual stream [B, S, H].
+
+        Args:
+            attention_mask: by kind of attention, as `SamoeModel.causal_masks` makes it.
+        """
         x = hidden_states
-        y, _ = self.self_attn(self.input_layernorm(x), position_embeddings, attention_mask, cache, **kwargs)
-        x = x + F.dropout(y, self.dropout, self.training)
-        y = self.post_attention_layernorm(x)
-        y = self.mlp(y, pool) if isinstance(self.mlp, MoE) else self.mlp(y)
-        return x + F.dropout(y, self.dropout, self.training)
+        mask = None if attention_mask is None else attention_mask[self.self_attn.kind]
+        y, _ = self.self_attn(self.input_layernorm(x), position_embeddings, mask, cache, **kwargs)
+        normed = self.post_attention_layernorm(x) if self.is_parallel else None
+        x = torch.add(x, F.dropout(y, self.dropout, self.training), alpha=self.multiplier)
+        normed = self.post_attention_layernorm(x) if normed is None else normed
+        y = self.mlp(normed, lent) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        return torch.add(x, F.dropout(y, self.dropout, self.training), alpha=self.multiplier)
 
 
 class SamoePreTrainedModel(PreTrainedModel):
@@ -217,28 +146,31 @@ class SamoeModel(SamoePreTrainedModel):
             past = 0 if cache is None else int(cache.get_seq_length())
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         position_ids = position_ids.expand(x.shape[0], -1)
-        mask = self.causal_mask(x, attention_mask, cache, position_ids)
+        masks = self.causal_masks(x, attention_mask, cache, position_ids)
+        x = x * self.config.embedding_multiplier
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids)
         x = F.dropout(x, self.config.hidden_dropout, self.training)
         uses_rotary = self.config.position_embedding_type == "rope"
         rotary = rotary_tables(self.config, position_ids, x.dtype) if uses_rotary else None
-        hidden_states = [x]
+        hidden_states, lent = [x], Lent(self.expert_pool)
         for layer in self.layers:
-            x = layer(x, rotary, mask, cache, self.expert_pool, **kwargs)
+            x = layer(x, rotary, masks, cache, lent, **kwargs)
             hidden_states.append(x)
-        x = self.norm(x)
+        x = self.norm(x) / self.config.logits_scaling  # fewer numbers than logits
         all_states = (*hidden_states[:-1], x) if output_hidden_states else None
         output = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=all_states, **{_CACHE: cache})
         return output if return_dict is not False else output.to_tuple()
 
-    def causal_mask(self, x, attention_mask, cache, position_ids):
-        """Returns the mask as the attention function wants it."""
+    def causal_masks(self, x, attention_mask, cache, position_ids):
+        """Returns the mask as the attention function wants it, for each kind of attention that layers have."""
         given = {
             "config": self.config, "inputs_embeds": x, "input_embeds": x, "attention_mask": attention_mask,
             "past_key_values": cache, "cache": cache, "position_ids": position_ids, "cache_position": position_ids[0],
         }  # fmt: skip
-        return create_causal_mask(**{name: value for name, value in given.items() if name in _OF_MASK})
+        given = {name: value for name, value in given.items() if name in _OF_MASK}
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {kind: makers[kind](**given) for kind in {layer.self_attn.kind for layer in self.layers}}
 
 
 class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
@@ -261,8 +193,8 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
         )  # fmt: skip
         x = output.last_hidden_state
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = F.linear(x, head.weight)
+        tied = self.config.tie_word_embeddings
+        logits = F.linear(x, self.model.embed_tokens.weight) if tied else self.lm_head(x)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)

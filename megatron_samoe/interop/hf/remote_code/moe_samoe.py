@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def activate(h, gated):
-    """Returns the activation of pre-activations [..., F], or [..., 2 F] with the gates first."""
-    if gated:
+def activate(h, kind):
+    """Returns hidden_act's activation of pre-activations [..., F], or of swiglu's [..., 2 F] with the gates first."""
+    if kind == "swiglu":
         gate, up = h.chunk(2, -1)
         return F.silu(gate) * up
-    return F.gelu(h, approximate="tanh")
+    return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 class MLP(nn.Module):
@@ -23,7 +23,7 @@ class MLP(nn.Module):
 
     def __init__(self, config, width):
         super().__init__()
-        self.gate_proj = None
+        self.gate_proj, self.act = None, config.hidden_act
         if config.hidden_act == "swiglu":
             self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.linear_bias)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.linear_bias)
@@ -32,7 +32,7 @@ class MLP(nn.Module):
     def forward(self, x):
         """Returns y of x's shape."""
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+            return self.down_proj(activate(self.up_proj(x), self.act))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -59,38 +59,50 @@ def run_experts(x_TH, ids_TK, weights_TK, num_experts, run):
 
 class Experts(nn.Module):
     """The experts of a layer or of a set, packed: gate_up_proj [E, 2 F, H] with the gates first (up_proj [E, F, H] without
-    gates), down_proj [E, H, F], and maybe biases. A bank of experts has another dim before these.
+    gates), down_proj [E, H, F], and maybe biases. Banks are packed alike, one after the other: their first dim is P E.
 
     vLLM computes every module named `experts` with gated SiLU and without biases, where no parameter but of three dims
     tells otherwise: experts of other kinds have other names (`experts_name`).
     """
 
-    def __init__(self, config, *leading):
+    def __init__(self, config, num_experts, num_banks=1):
         super().__init__()
-        self.gated, self.num_experts = config.hidden_act == "swiglu", leading[-1]
+        self.act, self.gated, self.num_experts = config.hidden_act, config.hidden_act == "swiglu", num_experts
+        packed = num_banks * num_experts
         up, hidden, width = (
             "gate_up_proj" if self.gated else "up_proj",
             config.hidden_size,
             config.moe_intermediate_size,
         )
         rows = 2 * width if self.gated else width
-        shapes = {up: (*leading, rows, hidden), "down_proj": (*leading, hidden, width)}
+        shapes = {up: (packed, rows, hidden), "down_proj": (packed, hidden, width)}
         if config.linear_bias:
-            shapes |= {f"{up}_bias": (*leading, rows), "down_proj_bias": (*leading, hidden)}
+            shapes |= {f"{up}_bias": (packed, rows), "down_proj_bias": (packed, hidden)}
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.up, self.has_bias = up, config.linear_bias
 
-    def forward(self, hidden_states, top_k_index, top_k_weights, scale=None):
+    def forward(self, hidden_states, top_k_index, top_k_weights, scale=None, a_2GP=None):
         """Returns y_TH of x_TH, ids_TK and weights_TK.
+
+        All uses go through here: adapters and offloading put the weights in place around a module's forward alone.
 
         Args:
             scale: factor on the first matrices and biases; 1 if not given.
+            a_2GP: where these are banks, their weights in each expert; the first row is for the first matrices.
         """
         dtype = hidden_states.dtype
 
         def run(index, x_RH):
-            return self.run(x_RH, lambda name: getattr(self, name)[index].to(dtype), scale)
+            def weight(name):
+                packed = getattr(self, name)
+                if a_2GP is None:
+                    return packed[index].to(dtype)
+                rows = a_2GP[1 if name.startswith("down") else 0]
+                a_P = rows[index if rows.shape[0] > 1 else 0]
+                return torch.tensordot(a_P.to(packed.dtype), packed[index :: self.num_experts], dims=1).to(dtype)
+
+            return self.run(x_RH, weight, scale)
 
         return run_experts(hidden_states, top_k_index, top_k_weights, self.num_experts, run)
 
@@ -99,21 +111,7 @@ class Experts(nn.Module):
         h = F.linear(x_RH, weight(self.up), weight(f"{self.up}_bias") if self.has_bias else None)
         h = h if scale is None else h * scale.to(h.dtype)
         bias = weight("down_proj_bias") if self.has_bias else None
-        return F.linear(activate(h, self.gated), weight("down_proj"), bias)
-
-    def combined(self, x_TH, ids_TK, weights_TK, a_2GP):
-        """Returns y_TH of experts sum_b a[b] T[b, e], where this is a bank; the first row of a is for the first matrices."""
-
-        def run(index, x_RH):
-            def weight(name):
-                bank = getattr(self, name)[:, index]
-                rows = a_2GP[1 if name.startswith("down") else 0]
-                a_P = rows[index if rows.shape[0] > 1 else 0]
-                return torch.tensordot(a_P.to(bank.dtype), bank, dims=1).to(x_RH.dtype)
-
-            return self.run(x_RH, weight)
-
-        return run_experts(x_TH, ids_TK, weights_TK, self.num_experts, run)
+        return F.linear(activate(h, self.act), weight("down_proj"), bias)
 
 
 def experts_name(config):
@@ -134,18 +132,26 @@ class ExpertSet(nn.Module):
 
 
 class ExpertPool(nn.Module):
-    """What MoE layers share: banks of experts [P, E, ...] that they combine, and sets [E, ...] that they use; kept in fp32,
+    """What MoE layers share: banks of experts [P E, ...] that they combine, and sets [E, ...] that they use; kept in fp32,
     as in training."""
 
     def __init__(self, config):
         super().__init__()
         sources = [source for source in config.expert_sources() if source is not None]
-        banks = {(config.num_expert_banks, experts) for way, _, experts in sources if way == "combined"}
-        if banks:
-            self.bank = Experts(config, *banks.pop())
+        combined = {experts for way, _, experts in sources if way == "combined"}
+        if combined:
+            self.bank = Experts(config, combined.pop(), config.num_expert_banks)
         sets = {str(number): experts for way, number, experts in sources if way in ("tied", "scaled")}
         if sets:
             self.sets = nn.ModuleDict({n: ExpertSet(config, experts) for n, experts in sorted(sets.items())})
+
+
+class Lent:
+    """A pool as layers are given it. A module among a module's arguments would be moved to its device, and one that is
+    offloaded to disk cannot be."""
+
+    def __init__(self, pool):
+        self.pool = pool
 
 
 class Router(nn.Module):
@@ -266,11 +272,11 @@ class MoE(nn.Module):
         elif way == "own":
             self.add_module(experts_name(config), Experts(config, num_experts))
 
-    def forward(self, hidden_states, pool=None):
-        """Returns y of x's shape [..., H]."""
+    def forward(self, hidden_states, lent=None):
+        """Returns y of x's shape [..., H]; `lent` is what layers share."""
         x_TH = hidden_states.flatten(0, -2)
         probs_TK, ids_TK = self.router.choose(self.router(x_TH))
-        y_TH = self.mixed(x_TH, self.routed(x_TH, ids_TK, probs_TK, pool))
+        y_TH = self.mixed(x_TH, self.routed(x_TH, ids_TK, probs_TK, lent and lent.pool))
         return y_TH.view(hidden_states.shape)
 
     def routed(self, x_TH, ids_TK, probs_TK, pool):
@@ -278,7 +284,7 @@ class MoE(nn.Module):
         way, number, _ = self.source
         a = self.coefficients()
         if way == "combined":
-            return pool.bank.combined(x_TH, ids_TK, probs_TK, a)
+            return pool.bank(x_TH, ids_TK, probs_TK, a_2GP=a)
         holder = self if way == "own" else pool.sets[str(number)]
         experts = getattr(holder, experts_name(self.config))
         if a is None:
@@ -319,7 +325,8 @@ class MoE(nn.Module):
         if way == "combined":
             rows = [row.expand(num_experts, -1) for row in a]
             banks = pool.bank.named_parameters()
-            return {n: torch.einsum("ep,pe...->e...", rows[n.startswith("down")].to(w.dtype), w) for n, w in banks}
+            return {n: torch.einsum("ep,pe...->e...", rows[n.startswith("down")].to(w.dtype), w.unflatten(0, (-1, num_experts)))
+                    for n, w in banks}  # fmt: skip
         experts = getattr(pool.sets[str(number)], experts_name(self.config)).named_parameters()
         factors = (1.0, 1.0) if a is None else a.flatten().tolist()
         return {n: w * factors[n.startswith("down")] for n, w in experts}

@@ -1,0 +1,85 @@
+"""Our own class for transformers computes every option that imported families have, and layers that share experts with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.interop.edited_model import open_checkpoint
+from megatron_samoe.interop.hf.families.samoe import _RARE_MODEL_ENTRIES
+from megatron_samoe.interop.hf.remote_code.configuration_samoe import DEFAULTS, SamoeConfig
+from tests.harness.pairs import first_by_day
+from tests.parity.hf_models import converted, exported, native, some_ids, their_logits, theirs
+
+pytestmark = pytest.mark.parity
+
+LLAMA: dict[str, Any] = {
+    "style": "llama",
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "expert_sharing": "own,combined*2,own",
+}
+TRAINED = {"rope_original_max_positions": 16, "rotary_base": 500.0}
+LATENT = {"group_query_attention": False, "num_query_groups": 1, "multi_latent_attention": True, "kv_lora_rank": 12,
+          "qk_head_dim": 6, "qk_pos_emb_head_dim": 8, "v_head_dim": 10, "norm_epsilon": 1e-6, "moe_layer_freq": "0111",
+          "expert_sharing": "combined"}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "olmoe": {**LLAMA, "qk_layernorm": True, "qk_layernorm_scope": "all", "clip_qkv": 0.7},
+    "granite": {**LLAMA, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 0.4,
+                "attention_bias": True},
+    "window": {**LLAMA, "sliding_window": 5},
+    "some_windows": {**LLAMA, "sliding_window": 5, "window_attn_skip_freq": 2, "qk_layernorm": True},
+    "linear": {**LLAMA, "rope_scaling_type": "linear", "rope_scaling_factor": 2.0},
+    "llama3": {**LLAMA, **TRAINED, "rope_scaling_type": "llama3", "rope_scaling_factor": 8.0},
+    "yarn": {**LLAMA, **TRAINED, "rope_scaling_type": "yarn", "rope_scaling_factor": 4.0},
+    "yarn_factor": {**LLAMA, **TRAINED, "rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "yarn_attention_factor": 1.3,
+                    "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0},
+    "latent": {**LLAMA, **LATENT, "q_lora_rank": 10, "moe_shared_expert_intermediate_size": 20},
+    "latent_whole_queries": {**LLAMA, **LATENT, **TRAINED, "rope_scaling_type": "yarn", "rope_scaling_factor": 8.0,
+                             "attention_multiplier": 0.4, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    "latent_layer_norm": {**LATENT, "moe_router_topk": 2, "position_embedding_type": "rope", "group_query_attention": False},
+    "neox": {"moe_router_topk": 2, "expert_sharing": "tied", "position_embedding_type": "rope", "rotary_percent": 0.5, "exact_gelu": True,
+             "use_parallel_residual": True, "attention_bias": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", first_by_day(CASES, 5))
+def test_it_gives_our_logits_and_text_and_its_config_tells_the_model(case: str, tmp_path: Path) -> None:
+    """Logits of whole texts, greedy text with a cache, and the folder alone, without megatron_samoe.json, as a checkpoint."""
+    ours, folder, model = exported("moe", CASES[case], tmp_path, "--to", "hf", tolerance=1e-4)
+    assert type(model).__name__ == "SamoeForCausalLM" and model.model.expert_pool is not None
+    (folder / "megatron_samoe.json").unlink()
+    reader = open_checkpoint(converted(folder, tmp_path / "back"))
+    options = {name: value for name, value in CASES[case].items() if hasattr(ModelConfig, name)}
+    assert {name: reader.config["model"][name] for name in options} == options
+    again = native(tmp_path / "again", reader)
+    assert (again.logits(some_ids()) - ours.logits(some_ids())).abs().max() < 1e-5
+    # What transformers saves again is the same model.
+    model.save_pretrained(tmp_path / "saved")
+    assert (their_logits(theirs(tmp_path / "saved"), some_ids()) == their_logits(model, some_ids())).all()
+
+
+def test_its_defaults_are_ours() -> None:
+    """An entry that is not written is at our default."""
+    assert {name: DEFAULTS[name] for name in _RARE_MODEL_ENTRIES} == {
+        name: getattr(ModelConfig, name) for name in _RARE_MODEL_ENTRIES
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "is_whole"),
+    [
+        ({"sliding_window": 3}, False),
+        ({"qk_layernorm": True, "qk_layernorm_scope": "all"}, True),
+        ({"multi_latent_attention": True, "head_dim": 192}, True),
+    ],
+)
+def test_tensor_parallel_plans_leave_out_attention_that_no_rank_can_have_a_part_of(
+    options: dict[str, Any], is_whole: bool
+) -> None:
+    config = SamoeConfig(**options)
+    names = {name.split(".")[2] for name in config.base_model_tp_plan}
+    assert names == ({"mlp"} if is_whole else {"mlp", "self_attn"}) and config.has_whole_attention == is_whole

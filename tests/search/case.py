@@ -1,0 +1,228 @@
+"""Configurations at random: any model, any way to train it, any legal layout.
+
+Options come from the configuration's own fields, and their values from types and facts. So a new option is drawn as soon
+as it exists; one whose type says too little fails a test until `VALUES` or `LEFT_OUT` names it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from megatron_samoe.config import ParallelConfig, PretrainConfig
+from megatron_samoe.config.cli import apply_mapping
+from megatron_samoe.config.derived import data_parallel_size
+from megatron_samoe.config.option import Facts, all_options
+from megatron_samoe.config.validate import validate
+from megatron_samoe.errors import ConfigError, ConfigErrors
+from tests.harness.tiny import tiny_config, with_options
+
+#: What a case changes. So many ranks as there are may be data parallel, and a run must have some data.
+BASE = with_options(tiny_config("dense"), micro_batch_size=1, mock_data=True)
+BASE_VALUES = {name: value for _, name, value, _, _ in all_options(BASE)}
+
+#: Groups of options that are not drawn, and single ones of the others.
+LEFT_OUT = {
+    "data": "batches come from the tests' harness",
+    "distillation": "a teacher is a checkpoint",
+    "checkpoint": "nothing is saved or loaded",
+    "logging": "nothing is logged",
+    **dict.fromkeys(("elastic", "distributed_backend", "preflight", "distributed_timeout_minutes", "num_threads"),
+                    "says how ranks start, which the tests' harness does itself"),
+    **dict.fromkeys(("train_iters", "exit_interval", "exit_duration_in_mins", "eval_interval", "eval_iters",
+                     "full_validation", "skip_train", "spike_window", "spike_sigmas", "skip_spikes",
+                     "pool_replica_check_interval"), "is read by the loop around the steps, which are trained alone"),
+    **dict.fromkeys(("train_samples", "rampup_batch_size", "lr_decay_samples", "lr_wsd_decay_samples",
+                     "lr_warmup_samples"), "counts samples, which steps of one size do not show"),
+    **dict.fromkeys(("fp16", "loss_scale", "initial_loss_scale", "moe_hierarchical_all_to_all"), "needs CUDA"),
+    "adam_eps": "is the harness's own, so that weights can be compared",
+    **dict.fromkeys(("bf16", "muon_ns_dtype"), "rounds as coarsely as a fault"),
+}  # fmt: skip
+
+#: Values where a type says too little, or would make models that are no longer tiny or learn nothing.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "num_layers": (1, 2, 3, 6, 8), "hidden_size": (16, 48), "ffn_hidden_size": (16, 24, 64), "kv_channels": (4, 6, 8),
+    "seq_length": (4, 8, 12, 32), "max_position_embeddings": (16, 40), "rotary_percent": (0.5, 0.25),
+    "rope_original_max_positions": (4, 8), "window_attn_skip_freq": (2, 3),
+    "kv_lora_rank": (8, 12), "qk_head_dim": (4, 8), "qk_pos_emb_head_dim": (2, 4), "v_head_dim": (4, 8),
+    "init_method_std": (0.05, 0.2), "hidden_dropout": (0.1,), "attention_dropout": (0.1,),
+    "expert_sharing": ("combined", "tied", "scaled", "pool", "neighbours", "0,1,1,0", "scaled:0,1,1,0", "own,0,0,own",
+                       "combined,0,combined,0", "own,combined*3", "0,0", "own,combined"),
+    "num_experts": (2, 3, 6, 8, 16, (4, 4, 8, 8), (2, 4)), "moe_layer_freq": ("2", "3", "[0,1]*2", "0111"),
+    "moe_ffn_hidden_size": (8, 16), "moe_shared_expert_intermediate_size": (8, 16),
+    "neighbour_unmask_steps": (2, 4), "pool_lock_step": (1, 2), "pool_lock_anneal_steps": (1, 2),
+    "moe_input_jitter_eps": (0.05,), "moe_expert_capacity_factor": (0.5, 1.0, 1.5),
+    "moe_router_init_method_std": (0.1, 0.3), "moe_router_bias_update_rate": (0.05,), "moe_aux_loss_coeff": (0.0, 0.5),
+    "pipeline_model_parallel_layout": ("Ett|ttL", "E|ttttL", "Et|tttL", "Et|t|t|tL", "Ett||t|tL", "E|tt|tt|L"),
+    "ddp_bucket_size": (500, 3000), "micro_batch_size": (2, 4), "global_batch_size": (4, 12, 16, 24),
+    "lr": (1e-2,), "min_lr": (1e-4,), "lr_decay_iters": (2, 8), "lr_warmup_fraction": (0.1, 0.5), "lr_warmup_iters": (1, 2),
+    "lr_mult_patterns": (("weight=0.5",), (r"layers\.[01]\.=0.5",), ("^embedding=0",)),
+    "weight_decay_mult_patterns": (("bias=1",), ("weight=0",)), "optimizer_backend": ("torch",),
+}  # fmt: skip
+
+#: Drawn more often than one option in a hundred would be.
+FREQUENT = (
+    "expert_sharing",
+    "optimizer",
+    "moe_router_score_function",
+    "moe_router_topk",
+    "num_experts",
+    "samoe_combine",
+)
+#: Trials of an option before it is given up.
+TRIALS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained in a layout and in one process."""
+
+    ranks: int
+    precision: Literal["fp32", "fp64"] = "fp32"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def config(self) -> PretrainConfig:
+        """The configuration in its layout; ConfigError where an option is none or has no such type."""
+        return apply_mapping(BASE, self.options, "the case")
+
+    @property
+    def in_one_process(self) -> PretrainConfig:
+        """The same without a layout. Sequences that ranks compute at the same time may be balanced together, so that it
+        computes as many at once."""
+        at_once = self.config.training.micro_batch_size * data_parallel_size(self.config, self.ranks)
+        return with_options(replace(self.config, parallel=ParallelConfig()), micro_batch_size=at_once)
+
+    def problems(self) -> list[ConfigError]:
+        """Returns why the case is not legal; nothing where it is."""
+        try:
+            validate(self.config, self.ranks)
+            validate(self.in_one_process, 1)
+        except ConfigErrors as found:
+            return found.errors
+        return []
+
+    def changed(self, **options: Any) -> Case:
+        """Returns the case with other values of options; those of `BASE` go without saying."""
+        options = {**self.options, **options}
+        return replace(self, options={name: value for name, value in options.items() if value != BASE_VALUES.get(name)})
+
+    def without(self, *names: str) -> Case:
+        """Returns the case without options, and without those that then have no effect."""
+        options = {name: value for name, value in self.options.items() if name not in names}
+        config = replace(self, options=options).config
+        idle = [name for _, name, value, default, facts in all_options(config)
+                if name in options and value != default and facts.needs and not facts.needs.is_met(config)]  # fmt: skip
+        return replace(self, options=options).without(*idle) if idle else replace(self, options=options)
+
+    def is_part_of(self, other: Case) -> bool:
+        """Whether the other case has all that this one has."""
+        return (
+            self.ranks <= other.ranks
+            and self.precision == other.precision
+            and self.options.items() <= other.options.items()
+        )
+
+    @property
+    def command(self) -> str:
+        """The command that repeats the case."""
+        spec = {"ranks": self.ranks, "precision": self.precision, **self.options}
+        return f"python -m tests.search --replay {shlex.quote(json.dumps(spec))}"
+
+    @staticmethod
+    def parse(spec: str) -> Case:
+        """Returns the case of a command; ConfigError where it is none."""
+        try:
+            options = json.loads(spec)
+            ranks, precision = options.pop("ranks"), options.pop("precision", "fp32")
+        except (ValueError, TypeError, AttributeError, KeyError):
+            raise ConfigError("--replay", spec, 'must be JSON such as {"ranks": 2, "swiglu": true}') from None
+        if not (type(ranks) is int and ranks > 0 and precision in ("fp32", "fp64")):
+            raise ConfigError("--replay", spec, "must have a number of ranks, and fp32 or fp64 if it has a precision")
+        return Case(ranks, precision, {n: tuple(v) if isinstance(v, list) else v for n, v in options.items()})
+
+
+@cache
+def drawn_options() -> dict[str, str]:
+    """Returns the group of each option that is drawn."""
+    return {name: group for group, name, *_ in all_options(BASE) if group not in LEFT_OUT and name not in LEFT_OUT}
+
+
+@cache
+def values_of(name: str) -> tuple[Any, ...]:
+    """Returns the values that an option is given; LookupError where neither its type nor `VALUES` says some."""
+    group, _, base, default, facts = next(option for option in all_options(BASE) if option[1] == name)
+    values = VALUES.get(name) or _values_of_type(get_type_hints(type(getattr(BASE, group)))[name], default, facts)
+    return tuple(value for value in values if value != base)
+
+
+def _values_of_type(hint: Any, default: Any, facts: Facts) -> tuple[Any, ...]:
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if type(None) in get_args(hint):
+        return tuple(v for h in get_args(hint) if h is not type(None) for v in _values_of_type(h, default, facts))
+    numbers: dict[Any, tuple[Any, ...]] = {
+        bool: (True, False),
+        int: (1, 2, 3, 4, 8),
+        float: (0.1, 0.5, 2.0) if not default else (0.5 * default, 2.0 * default),
+    }
+    if hint not in numbers:
+        raise LookupError(f"an option of type {hint} and default {default!r} needs an entry in VALUES or LEFT_OUT")
+    return tuple(v for v in numbers[hint] if facts.range is None or facts.range.is_legal(v))
+
+
+def draw(rng: random.Random, most_ranks: int, refused: Counter[str]) -> Case:
+    """Returns a legal case.
+
+    Args:
+        refused: counts, by reason, what was refused on the way.
+    """
+    layout = [name for name, group in drawn_options().items() if group == "parallel"]
+    others = [name for name in drawn_options() if name not in layout]
+    wanted = [
+        *rng.sample(layout, rng.randint(1, 6)),
+        *rng.sample(others, rng.randint(0, 8)),
+        *(name for name in FREQUENT if rng.random() < 0.3),
+    ]
+    rng.shuffle(wanted)
+    case = Case(rng.choice([n for n in (2, 3, 4, 4, 6, 8, 8) if n <= most_ranks]), rng.choice(("fp32", "fp64")))
+    case = case.changed(expert_layout=rng.choice(("dense", "moe", "moe", "samoe")))
+    for name in wanted:
+        case = grown(case, name, rng, refused) or case
+    return case
+
+
+def grown(case: Case, name: str, rng: random.Random, refused: Counter[str]) -> Case | None:
+    """Returns the case with one more option, and with those that the rules ask for beside it; None if none was found."""
+    found: Case | None = case.changed(**{name: rng.choice(values_of(name))})
+    for _ in range(TRIALS):
+        if found is None or not (problems := found.problems()):
+            return found
+        refused[reason(problems[0])] += 1
+        found = _without_problem(found, problems[0], name, rng)
+    return None
+
+
+def _without_problem(case: Case, problem: ConfigError, kept: str, rng: random.Random) -> Case | None:
+    """Returns the case with another value of an option that a refusal names, where that ends it."""
+    flags = re.findall(r"--[a-z0-9-]*[a-z0-9]", f"{problem.field} {problem.allowed}")
+    names = {flag[2:].replace("-", "_") for flag in flags} & drawn_options().keys()
+    changes = [(name, value) for name in sorted(names) for value in values_of(name)]
+    changes += [(name, BASE_VALUES[name]) for name in sorted(names) if name in case.options and name != kept]
+    for name, value in rng.sample(changes, len(changes)):
+        changed = case.changed(**{name: value})
+        if reason(problem) not in map(reason, changed.problems()):
+            return changed
+    return None
+
+
+def reason(problem: ConfigError) -> str:
+    """Returns why a case is refused, without its numbers."""
+    return re.sub(r"(?<![\w-])\d+(?:[\d., x|]*\d)?(?!\w)", "N", f"{problem.field} {problem.allowed}")

@@ -1,0 +1,112 @@
+"""An option that a command line or a file states and that has no effect is an error, whatever its value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+
+from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config.cli import parse_pretrain_args, to_mapping
+from megatron_samoe.config.derived import flag
+from megatron_samoe.config.option import all_options
+from megatron_samoe.errors import ConfigErrors
+
+NEEDY = [name for _, name, _, _, facts in all_options(PretrainConfig())
+         if facts.needs is not None and not facts.needs.is_met(PretrainConfig())]  # fmt: skip
+HINTS = {name: hint for group in vars(PretrainConfig()).values() for name, hint in get_type_hints(type(group)).items()}
+
+
+def stated_value(name: str) -> Any:
+    """Returns a value to state: the default where there is one."""
+    default = next(d for _, n, _, d, _ in all_options(PretrainConfig()) if n == name)
+    if default is not None:
+        return list(default) if isinstance(default, tuple) else default
+    hint = next((h for h in get_args(HINTS[name]) if h is not type(None)), HINTS[name])
+    if get_origin(hint) is Literal:
+        return get_args(hint)[0]
+    if get_origin(hint) is tuple:
+        return [1] * len(get_args(hint))
+    return {int: 1, float: 1.0, bool: True}.get(hint, "1")
+
+
+def as_flags(name: str, value: Any) -> list[str]:
+    if HINTS[name] is bool:
+        return [flag(name)] if value else ["--no-" + flag(name)[2:]]
+    return [flag(name), *map(str, value if isinstance(value, list) else [value])]
+
+
+def write(folder: Path, content: Any, name: str = "config") -> list[str]:
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return ["--config", str(folder / f"{name}.yaml")]
+
+
+def test_many_options_need_another() -> None:
+    assert len(NEEDY) > 90 and {"moe_router_topk", "num_experts", "muon_momentum", "keep_last"} <= set(NEEDY)
+
+
+def test_every_idle_option_is_an_error_wherever_it_stands(tmp_path: Path) -> None:
+    left = {name for name in NEEDY if name != "num_experts"}
+    while left:  # those that met another's need among the others stand without it the next time
+        stated = {name: stated_value(name) for name in sorted(left)}
+        dashed = {name.replace("_", "-"): value for name, value in stated.items()}
+        words = [word for name, value in stated.items() for word in as_flags(name, value)]
+        named = []
+        for args in (words, write(tmp_path, stated, "a"), write(tmp_path, dashed, "b")):
+            with pytest.raises(ConfigErrors) as found:
+                parse_pretrain_args(args)
+            named.append({problem.field[2:].replace("-", "_") for problem in found.value.errors})
+        assert named[0] and named[0] == named[1] == named[2]
+        left -= named[0]
+
+
+def test_a_number_of_experts_makes_a_moe(tmp_path: Path) -> None:
+    words = ["--num-experts", "64", "--moe-router-topk", "2", "--moe-aux-loss-coeff", "0.01"]
+    for args in (
+        words,
+        write(tmp_path, {"moe": {"num_experts": 64}}, "a"),
+        [*write(tmp_path, {"moe_router_topk": 2}), *words],
+    ):
+        moe = parse_pretrain_args(args).moe
+        assert (moe.expert_layout, moe.num_experts) == ("moe", 64)
+    assert parse_pretrain_args([]).moe.expert_layout == "dense"
+    assert parse_pretrain_args(["--num-experts", "4", "--expert-layout", "samoe"]).moe.expert_layout == "samoe"
+    for args in (
+        ["--num-experts", "8", "--expert-layout", "dense"],
+        write(tmp_path, {"num_experts": 8, "expert_layout": "dense"}),
+    ):
+        with pytest.raises(ConfigErrors, match="--num-experts = 8: needs --expert-layout moe or samoe, not dense"):
+            parse_pretrain_args(args)
+
+
+def test_a_flag_may_take_away_what_the_files_options_need(tmp_path: Path) -> None:
+    file = write(tmp_path, {"moe": {"expert_layout": "samoe", "num_experts": 16, "moe_router_topk": 4, "samoe_init": "uniform"},
+                            "optimizer": {"moe_router_lr_mult": 1.0}})  # fmt: skip
+    config = parse_pretrain_args([*file, "--expert-layout", "dense"])
+    assert (config.moe.moe_router_topk, config.moe.samoe_init, config.optimizer.moe_router_lr_mult) == (
+        2,
+        "cyclic",
+        0.5,
+    )
+    with pytest.raises(ConfigErrors, match="--moe-router-topk"):
+        parse_pretrain_args([*file, "--expert-layout", "dense", "--moe-router-topk", "4"])
+
+
+def test_a_saved_configuration_states_no_defaults(tmp_path: Path) -> None:
+    config = parse_pretrain_args(["--num-layers", "3"])
+    assert parse_pretrain_args(write(tmp_path, to_mapping(config))) == config
+
+
+def test_a_checkpoint_says_of_which_kind_the_model_is() -> None:
+    saved = to_mapping(parse_pretrain_args([]))
+    with pytest.raises(ConfigErrors, match="--num-experts"):
+        parse_pretrain_args(["--num-experts", "8", "--use-checkpoint-args"], lambda config: saved)
+    saved = to_mapping(parse_pretrain_args(["--num-experts", "8"]))
+    assert (
+        parse_pretrain_args(
+            ["--moe-aux-loss-coeff", "0.1", "--use-checkpoint-args"], lambda config: saved
+        ).moe.num_experts
+        == 8
+    )
