@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Recomputes the figures of docs/results/README.md from docs/results/store, and compares its runs with the registration.
+"""Recomputes the figures of docs/results/README.md and of other pages from docs/results/store, and compares its runs with the registration.
 
     python tools/results_check.py              # the status is 1 where something differs
-    python tools/results_check.py --write      # puts the store's figures into the page first
+    python tools/results_check.py --write      # puts the store's figures into the pages first
 
 How figures are marked is told in megatron_samoe/evaluation/study/page_figures.py.
 """
@@ -18,9 +18,13 @@ from megatron_samoe.evaluation.study.page_figures import models_of, rewritten, s
 from megatron_samoe.evaluation.study.registration import deviations, kept_plan, read_registration  # noqa: E402
 from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E402
 
+#: Pages, and whether something must be said of every figure of theirs.
+PAGES = {"docs/results/README.md": True, "docs/optimizers.md": False}
 
-def main(folder: Path, write: bool) -> int:
+
+def main(write: bool) -> int:
     """Returns 1 where a figure, a run or a folder of the store is not as it should be, having said which."""
+    folder = ROOT / "docs/results"
     registration = read_registration(folder / "registration.md", ROOT / "examples/studies")
     runs, problems = read_store(folder / "store")
     trained_on = {split: content for split, content in registration.data.items() if split != "test"}
@@ -35,13 +39,15 @@ def main(folder: Path, write: bool) -> int:
         for name, plan in plans.items():
             every = plan.all_runs()
             print(f"{name}: {sum(map(plan.is_finished, every))} of {len(every)} runs are in the store")
-    page = folder / "README.md"
-    if write:
-        page.write_text(rewritten(page.read_text(encoding="utf-8"), models, closed), encoding="utf-8")
-    problems += [f"{page}, {text}" for text in wrong_figures(page.read_text(encoding="utf-8"), models, closed)]
-    print("\n".join(problems) or f"{page}: every figure is that of the {len(runs)} runs in {folder / 'store'}")
+    for name, is_whole in PAGES.items():
+        page = ROOT / name
+        text = page.read_text(encoding="utf-8")
+        if write:
+            page.write_text(text := rewritten(text, models, closed), encoding="utf-8")
+        problems += [f"{name}, {problem}" for problem in wrong_figures(text, models, closed, is_whole)]
+    print("\n".join(problems) or f"Every figure is that of the {len(runs)} runs in {folder / 'store'}.")
     return bool(problems)
 
 
 if __name__ == "__main__":
-    sys.exit(main(ROOT / "docs/results", "--write" in sys.argv[1:]))
+    sys.exit(main("--write" in sys.argv[1:]))

@@ -6,8 +6,8 @@ After a paragraph or a table stands what its figures are, in their order, in a c
 
     <!-- figures: pool - moe; ± pool - moe -->
 
-Figures are numbers with a point, but for those in code and in links. A paragraph or table with a figure of two places or more must
-have such a comment, or one that says where its figures are from: `<!-- figures from decode/decode.json -->`.
+Figures are numbers with a point, but for those in code and in links. On the page of results a paragraph or table with a figure of two
+places or more must have such a comment, or one that says where its figures are from: `<!-- figures from decode/decode.json -->`.
 
 | written | is |
 |---|---|
@@ -17,6 +17,7 @@ have such a comment, or one that says where its figures are from: `<!-- figures 
 | `pooled A - B of C and D` | half of its interval from the spread that the models A, B, C and D have in common |
 | `test A`, `test A - B` | the same of the loss on the test split |
 | `train A #1 at 800..4800/400` | mean training loss of the logged steps of the last 400, up to each of these steps; of `A - B` too |
+| `valid A at 1200` | validation loss at a step |
 | `total A`, `experts A`, `active A` | parameters, in millions |
 | `entropy A #1 at 100` | least load entropy of any layer in the last record up to a step; without `at`, at the end |
 | `lowest entropy A`, `largest share A` | worst of all seeds, after the first 200 steps: least load entropy, largest share of one expert |
@@ -69,11 +70,13 @@ def blocks_of(page: str) -> list[Block]:
     """Returns the paragraphs and tables of a page: what empty lines part."""
     found: list[Block] = []
     for part in re.finditer(r"(?:^[^\n]*\S[^\n]*\n?)+", page, re.MULTILINE):
+        if part[0].startswith("    "):
+            continue  # code
         comment = _COMMENT.fullmatch(part[0].strip())
         if comment and found:
             last = found.pop()
             found.append(Block(last.line, last.text, comment["text"], bool(comment["source"])))
-        elif not part[0].startswith("    "):
+        else:
             found.append(Block(page.count("\n", 0, part.start()) + 1, part[0], None))
     return found
 
@@ -108,9 +111,12 @@ def _name(study: str, run: Run) -> str:
     return name if run.swept is None else f"{name}@{run.swept:g}"
 
 
-def wrong_figures(page: str, models: Models, sealed: Collection[str] = ()) -> list[str]:
-    """Returns what is wrong with a page: figures that differ from the runs, figures that nothing is said of, and losses on the test
-    split of models that are sealed."""
+def wrong_figures(page: str, models: Models, sealed: Collection[str] = (), is_whole: bool = True) -> list[str]:
+    """Returns what is wrong with a page: figures that differ from the runs, and losses on the test split of models that are sealed.
+
+    Args:
+        is_whole: whether something must be said of every figure.
+    """
     problems = []
     for block in blocks_of(page):
         numbers = [match[0] for match in block.numbers()]
@@ -118,7 +124,7 @@ def wrong_figures(page: str, models: Models, sealed: Collection[str] = ()) -> li
             continue
         if block.comment is None:
             long = [n for n in numbers if len(n.partition(".")[2]) > 1]
-            problems += [f"line {block.line}: nothing says what {', '.join(long)} is"] if long else []
+            problems += [f"line {block.line}: nothing says what {', '.join(long)} is"] if long and is_whole else []
             continue
         try:
             expected = list(figures(block.comment, models, sealed))
@@ -245,6 +251,12 @@ def _train(step: Step) -> OfRun:
     return mean
 
 
+def _valid(step: Step) -> OfRun:
+    return lambda run: [
+        r["validation_loss"] for r in run.records if step and r["iteration"] == step[0] and "validation_loss" in r
+    ][0]
+
+
 def _last(key: str) -> Callable[[Step], OfRun]:
     return lambda step: lambda run: [r[key] for r in run.trained if step is None or r["iteration"] <= step[0]][-1]
 
@@ -259,7 +271,7 @@ def _millions(part: str) -> Callable[[Step], OfRun]:
 
 _QUANTITIES: Mapping[str, Callable[[Step], OfRun]] = {
     "": _loss("validation_loss"), "±": _loss("validation_loss"), "pooled": _loss("validation_loss"), "test": _loss("test_loss"),
-    "train": _train, "total": _millions("total"), "experts": _millions("expert"), "active": _millions("active"),
+    "train": _train, "valid": _valid, "total": _millions("total"), "experts": _millions("expert"), "active": _millions("active"),
     "entropy": _last("least_load_entropy"), "lowest entropy": _settled("least_load_entropy", min),
     "largest share": _settled("largest_expert_share", max),
     "idle": _settled("idle_experts", lambda counts: statistics.mean(count > 0 for count in counts)),

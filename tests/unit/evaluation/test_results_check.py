@@ -87,11 +87,18 @@ def test_a_page_with_the_runs_figures_is_right() -> None:
         ("<!-- figures from others.json -->", "", "line 19: nothing says what 1.234 is"),
         ("300..400/100", "every step", "'every step' must be a step"),
         ("train dense", "test pool - nothing #1", "no study has"),
+        ("; = 0.40", "; valid pool at 300", "'valid pool at 300': its runs have no such record"),
     ],
 )  # fmt: skip
 def test_what_differs_is_said_with_its_line(right: str, wrong: str, said: str) -> None:
     assert PAGE.count(right) == 1
     assert any(said in problem for problem in wrong_figures(PAGE.replace(right, wrong), MODELS))
+
+
+def test_a_page_of_which_not_every_figure_is_told_is_compared_where_it_is() -> None:
+    page = PAGE.replace("<!-- figures from others.json -->", "")
+    assert wrong_figures(page, MODELS, is_whole=False) == []
+    assert len(wrong_figures(page.replace("0.095", "0.096"), MODELS, is_whole=False)) == 1
 
 
 def test_a_page_is_rewritten_with_the_runs_figures_and_nothing_else() -> None:
