@@ -252,9 +252,8 @@ def _train(step: Step) -> OfRun:
 
 
 def _valid(step: Step) -> OfRun:
-    return lambda run: [
-        r["validation_loss"] for r in run.records if step and r["iteration"] == step[0] and "validation_loss" in r
-    ][0]
+    end = step[0] if step else 0
+    return lambda run: {r["iteration"]: r["validation_loss"] for r in run.records if "validation_loss" in r}[end]
 
 
 def _last(key: str) -> Callable[[Step], OfRun]:
