@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 # A package's bytecode is made when it is imported; pip would make that of thousands of modules that nothing imports.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
-.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed test-all test-all-unit test-all-distributed sanitize lint results-check check-python clean
+.PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed test-all sanitize lint results-check check-python clean
 
 install: $(VENV)/.installed
 
@@ -41,34 +41,29 @@ $(VENV)/.installed-tests: $(VENV)/.installed
 quickstart: install
 	$(BIN)/megatron-samoe quickstart
 
-# Two halves at once: most tests of the one wait for one process, most of the other for ranks that wait for each other.
+# A process for each processor; each takes a file of tests after the other.
+SPREAD := -n logical --dist loadfile
+
 test: lint results-check
-	$(MAKE) --jobs 2 test-unit test-distributed
+	$(PYTEST) tests -m "not night" $(SPREAD)
 
 test-unit: $(VENV)/.installed-tests
-	$(PYTEST) tests --ignore tests/distributed -m "not night"
+	$(PYTEST) tests --ignore tests/distributed -m "not night" $(SPREAD)
 
 test-distributed: $(VENV)/.installed-tests
-	$(PYTEST) tests/distributed -m "not night"
+	$(PYTEST) tests/distributed -m "not night" $(SPREAD)
 
 # Everything. A part that was ended goes on after the tests that have passed on the same commit.
 SHARD ?= 1/1
 SEARCH_MINUTES ?= 10
 COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
-ALL := $(PYTEST) --durations 30 --shard $(SHARD) --resume build/test-all/$(COMMIT)
 
 test-all: lint
 	@echo "test-all: part $(SHARD) on commit $(COMMIT)"
-	$(MAKE) --jobs 2 test-all-unit test-all-distributed
+	$(PYTEST) tests $(SPREAD) --durations 30 --shard $(SHARD) --resume build/test-all/$(COMMIT)
 	$(if $(filter 1/%,$(SHARD)),$(MAKE) sanitize docs)
 	$(BIN)/python -m tests.search --minutes $(SEARCH_MINUTES) --seed $(firstword $(subst /, ,$(SHARD)))
 	@echo "test-all: part $(SHARD) on commit $(COMMIT) passed"
-
-test-all-unit: $(VENV)/.installed-tests
-	$(ALL)-unit tests --ignore tests/distributed
-
-test-all-distributed: $(VENV)/.installed-tests
-	$(ALL)-distributed tests/distributed
 
 # Address, undefined-behaviour and thread sanitizers over the extension's torch-free part.
 sanitize:

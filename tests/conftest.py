@@ -33,38 +33,53 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     index, _, count = config.getoption("--shard").partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         raise pytest.UsageError(f"--shard {index}/{count}: must be I/N with I from 1 to N, such as 2/4")
-    file = config.getoption("--resume")
-    passed = set(file.read_text().splitlines()) if file and file.exists() else set()
+    passed = passed_before(config)
     mine = [
         i for i in items if zlib.crc32(_part_of(i).encode()) % int(count) == int(index) - 1 and i.nodeid not in passed
     ]
     chosen = set(mine)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = mine
-    config.stash[_GOES_ON] = len(passed)
 
 
-_GOES_ON = pytest.StashKey[int]()
-_RAN = pytest.StashKey[bool]()
+class Passed:
+    """Writes down what passes, and makes tests that were all left out no success, unless an earlier run passed them.
+
+    With several worker processes it is the first one's, which hears of all.
+    """
+
+    def __init__(self, config: pytest.Config):
+        self.file: Path | None = config.getoption("--resume")
+        self.before = len(passed_before(config))
+        self.any = False
+
+    def pytest_report_header(self, config: pytest.Config) -> str:
+        return f"part {config.getoption('--shard')} of the tests; {self.before} have passed before"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" or not report.passed:
+            return
+        self.any = True
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as log:
+                log.write(report.nodeid + "\n")
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if session.config.option.collectonly:
+            return
+        if exitstatus == pytest.ExitCode.OK and not self.any:
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+        if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.before:
+            session.exitstatus = pytest.ExitCode.OK
 
 
-def pytest_report_collectionfinish(config: pytest.Config) -> str:
-    return f"part {config.getoption('--shard')}; {config.stash[_GOES_ON]} tests passed before"
+def passed_before(config: pytest.Config) -> set[str]:
+    """Returns the tests that the file of --resume says have passed."""
+    file: Path | None = config.getoption("--resume")
+    return set(file.read_text().splitlines()) if file and file.exists() else set()
 
 
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    if call.when == "call" and call.excinfo is None:
-        item.config.stash[_RAN] = True
-        file = item.config.getoption("--resume")
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a") as log:
-                log.write(item.nodeid + "\n")
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Tests that were all left out are no success, unless an earlier run passed them."""
-    config = session.config
-    ran = config.stash.get(_RAN, False) or config.stash.get(_GOES_ON, 0)
-    if exitstatus == pytest.ExitCode.OK and not ran and not config.option.collectonly:
-        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Passed(config))

@@ -43,7 +43,7 @@ _KNOBS = (
 )
 #: Variants of an axis, and the factors whose values must meet them; they meet some value of the others.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
-    "vpp": ("sharing",), "stages": ("sharing",), "gpipe": (), "a2a": ("style",), "overlap": ("sharing", "optimizer"),
+    "vpp": ("sharing",), "stages": (), "gpipe": (), "a2a": ("style",), "overlap": ("optimizer",),
 }  # fmt: skip
 
 
