@@ -217,7 +217,7 @@ def compile_one(source: str, suffix: str, compiler: list[str], versions: list[st
     dependencies, stamp = target.with_suffix(".d"), target.with_suffix(".sha256")
     made_by = [*compiler, *versions]
     if all(path.exists() for path in (target, dependencies, stamp)):
-        if stamp.read_text() == digest_of_object(made_by, dependencies):
+        if stamp.read_text().partition("\n")[0] == digest_of_object(made_by, dependencies):
             return target, False
     # First under names of this process, since another may build here, too.
     new = [path.with_suffix(f".{os.getpid()}{path.suffix}") for path in (target, dependencies)]
@@ -225,7 +225,8 @@ def compile_one(source: str, suffix: str, compiler: list[str], versions: list[st
     stamp.unlink(missing_ok=True)
     new[0].replace(target)
     new[1].replace(dependencies)
-    stamp.write_text(digest_of_object(made_by, dependencies))
+    # What made it stands below, for whoever looks.
+    stamp.write_text("\n".join([digest_of_object(made_by, dependencies), *made_by]))
     return target, True
 
 

@@ -129,8 +129,8 @@ def test_builds_the_kernels_and_records_them(tree: Path) -> None:
     content = library(tree)
     assert b"of_nvcc" in content and b"binding" in content and b"libcudart.so.13" in content
     assert rb'"cuda": "13.0.88", "cuda_archs": ["8.0", "9.0a+PTX"]' in content
-    (stamp,) = tree.rglob("*k.cu.cmd")
-    words = stamp.read_text().splitlines()
+    (stamp,) = tree.rglob("*k.cu.sha256")
+    words = stamp.read_text().splitlines()[1:]
     assert words[1:3] == ["-ccbin", COMPILER]
     assert {"arch=compute_80,code=sm_80", "arch=compute_90a,code=[sm_90a,compute_90a]"} < set(words)
     assert "0 of 3 compiled" in build(tree, TORCH_CUDA_ARCH_LIST="8.0 9.0a+PTX").stdout
@@ -213,5 +213,5 @@ def test_a_compiler_without_openmp_or_avx512(tree: Path, tmp_path: Path) -> None
     if os.uname().machine == "x86_64":
         assert "note: The compiler knows no AVX-512" in result.stderr
     assert b'"openmp": false, "instruction_sets": ["portable"]' in library(tree)
-    (stamp,) = tree.rglob("*k.cu.cmd")
-    assert stamp.read_text().splitlines()[0] == f"{tmp_path}/bin/ccache"
+    (stamp,) = tree.rglob("*k.cu.sha256")
+    assert stamp.read_text().splitlines()[1] == f"{tmp_path}/bin/ccache"

@@ -71,7 +71,7 @@ def test_a_process_that_dies_or_hangs_costs_one_kernel(tmp_path: Path) -> None:
         "cross_entropy": "it was not done after 2 s", "adamw": "no device is left",
     }  # fmt: skip
     missing = kernels.compare([str(tmp_path / "python")])
-    assert set(missing) == set(TRAINING_KERNELS) and "could not be compared" in missing["gate"]
+    assert set(missing) == set(TRAINING_KERNELS) and "cannot be started" in missing["gate"]
 
 
 def verdicts(**problems: str) -> Any:

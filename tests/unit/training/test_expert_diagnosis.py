@@ -24,15 +24,17 @@ from megatron_samoe.training.expert_diagnosis import diagnose, worth_of_layers
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 
-TINY = ["--num-layers", "3", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16", "--num-experts", "4",
+TINY = ["--num-layers", "3", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16",
         "--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "3", "--eval-iters", "0", "--mock-data",
         "--tokenizer-type", "ByteTokenizer", "--lr", "0.02"]  # fmt: skip
+EXPERTS = ["--num-experts", "4"]
 POOL = ["--expert-layout", "samoe", "--num-expert-banks", "2", "--samoe-init", "uniform"]
 
 
 def trained(folder: Path, *flags: str) -> str:
     """Trains three steps and returns the run's folder."""
-    assert pretrain_main([*TINY, *flags, "--run-dir", str(folder)]) == 0
+    experts = [] if "dense" in flags else EXPERTS
+    assert pretrain_main([*TINY, *experts, *flags, "--run-dir", str(folder)]) == 0
     return str(folder)
 
 
