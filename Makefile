@@ -41,8 +41,8 @@ $(VENV)/.installed-tests: $(VENV)/.installed
 quickstart: install
 	$(BIN)/megatron-samoe quickstart
 
-# A process for each processor; each takes a file of tests after the other.
-SPREAD := -n logical --dist loadfile
+# A process for each processor; each takes a file of tests after the other, the long ones between ranks among the first.
+SPREAD := -n logical --dist loadfile --no-loadscope-reorder
 
 test: lint results-check
 	$(PYTEST) tests -m "not night" $(SPREAD)
