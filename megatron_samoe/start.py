@@ -42,12 +42,9 @@ def die_with_torchrun() -> None:
     """
     if not (sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ):
         return
-    import ctypes  # which a process that is no rank need not load
+    from megatron_samoe.children import end_with  # whose ctypes a process that is no rank need not load
 
-    set_parent_death_signal, parent = 1, os.getppid()
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended just before
-        os.kill(os.getpid(), signal.SIGKILL)
+    end_with(os.getppid(), signal.SIGKILL)
 
 
 def run(module: str) -> NoReturn:

@@ -116,7 +116,7 @@ def add_options(add: Adder, rounds: int = 7, ranks: bool = False) -> None:
 
 
 def model_config(options: Options, layout: Any, num_micro_batches: int, dp: int = 1, **moe: Any) -> PretrainConfig:
-    """Returns a model to train; a SaMoE has a bank for four layers unless told otherwise. None stands for a default."""
+    """Returns a model to train; a SaMoE has a bank for four layers by default. None stands for a default."""
     given = (
         {} if layout == "dense" else {"expert_layout": layout, "num_experts": options.num_experts, "moe_router_topk": 1}
     )

@@ -1,6 +1,6 @@
 """Measures decoding: ms per token and tokens/s, the bytes that a step must read, and the memory's speed in the same run.
 
-`benchmark.py decode` makes a model of random weights (1.2 G parameters unless told otherwise), or takes checkpoints with
+`benchmark.py decode` makes a model of random weights (1.2 G parameters by default), or takes checkpoints with
 --load, and runs every precision and way of serving over batches and prompt lengths. With --peers it exports the model and
 runs transformers' `generate` and llama.cpp over it in turn with ours. Contestants of one precision are processes that are
 loaded together and asked one after another, round after round; medians are reported.

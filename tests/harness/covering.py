@@ -1,5 +1,7 @@
 """The day's share of the parity table: few trainings in which every axis of parallelism meets every value of every factor.
 
+Variants of an axis (virtual stages, ring or all-to-all) meet the values of the factors that they touch.
+
 The factors are read off the table of models: what its models say of sharing, of routing, of attention and style, and of the
 optimizer. A new model's new value joins by itself. A training of the day has one value of each factor, so it may be a model
 that the table of the night does not have.
