@@ -144,7 +144,8 @@ def _overhead(options: Options, name: str) -> Rows:
         for model, (layout, combine) in MODELS.items()
     }
     for way, moe in WAYS.items():
-        own = options.num_experts // 2 if way == "neighbours" else options.num_experts  # of two layers
+        layers = moe.get("num_neighbour_layers", 1)  # which bring their experts into one set
+        own = options.num_experts // layers
         variants[way] = _step(make_setup(_on_two_ranks(options, name, "moe", 8, **moe, num_experts=own)))
     times = in_turn(variants, options.rounds, synchronized)
     medians = medians_of(times)
@@ -169,7 +170,8 @@ def expert_tensors(setup: TrainSetup) -> dict[str, list[torch.Tensor]]:
     parameters, optimizer = setup.model.global_parameters(), setup.optimizer
     pieces = [n for n in names if n in optimizer.masters]
     own_masters = optimizer.own_masters()
-    kept = [getattr(setup.model.lender, part, None) for part in ("_weights", "_grads", "_banks")]
+    lenders = setup.model.lender.lenders.values()  # type: ignore[attr-defined]
+    kept = [getattr(one, part, None) for one in lenders for part in ("_weights", "_grads", "_banks")]
     return {
         "weights": [parameters[n].detach() for n in names],
         "gradients": [parameters[n].main_grad for n in names],  # type: ignore[attr-defined]
