@@ -32,10 +32,10 @@ from megatron_samoe.cli import convert
 from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.config.cli import to_mapping
+from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table
-from megatron_samoe.interop.hf.native import NativeModel
 
 VOCABULARY = 257
 EXPERTS, HIDDEN, FFN = 8, 1024, 4096

@@ -45,13 +45,13 @@ from megatron_samoe.config.derived import flag
 from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.validate import validate
+from megatron_samoe.convert.hf.export import plan_export, write_export
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, StoredTensor, write_checkpoint
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.inference.decode_bytes import expected_distinct_experts, step_bytes
 from megatron_samoe.inference.engine import PRECISIONS, SERVINGS
 from megatron_samoe.inference.huge_pages import ask_for_huge_pages
-from megatron_samoe.interop.hf.export import plan_export, write_export
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.parallel_state import single_process_state
 

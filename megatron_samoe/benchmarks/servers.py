@@ -29,10 +29,10 @@ from megatron_samoe.benchmarks.decode import (
 )
 from megatron_samoe.cli.arguments import Options
 from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.convert.gguf import export as gguf
+from megatron_samoe.convert.hf.export import plan_export, write_export
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.interop.gguf import export as gguf
-from megatron_samoe.interop.hf.export import plan_export, write_export
 
 
 def make_exports(checkpoint: Path, options: Options) -> tuple[Path, Path | None]:

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from megatron_samoe.cli.arguments import Options, Words, adder, program
 from megatron_samoe.config.derived import flag
+from megatron_samoe.convert.hf.target import targets
+from megatron_samoe.convert.megatron import MegatronLayout, MegatronStyle
+from megatron_samoe.convert.source import DTYPES, KINDS, TARGETS, Source, TargetKind, open_source
+from megatron_samoe.convert.target import Conversion, HFOptions, plan_gguf, plan_hf, plan_megatron, plan_native
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.interop.convert_source import DTYPES, KINDS, TARGETS, Source, TargetKind, open_source
-from megatron_samoe.interop.convert_target import Conversion, HFOptions, plan_gguf, plan_hf, plan_megatron, plan_native
-from megatron_samoe.interop.hf.target import targets
-from megatron_samoe.interop.megatron import MegatronLayout, MegatronStyle
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DESCRIPTION = """Converts a model between this program's checkpoints, Megatron-LM's per-rank files (format torch) and Hugging

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_samoe.interop.hf.families.base import Family, entries, needs
-from megatron_samoe.interop.hf.families.entries import Entries, may, only
-from megatron_samoe.interop.hf.families.llama import attention_parts
-from megatron_samoe.interop.hf.families.reading import rotary, window, written_rope
-from megatron_samoe.interop.hf.native import NativeModel
-from megatron_samoe.interop.hf.parts import Part, rows, whole
+from megatron_samoe.convert.hf.families.base import Family, entries, needs
+from megatron_samoe.convert.hf.families.entries import Entries, may, only
+from megatron_samoe.convert.hf.families.llama import attention_parts
+from megatron_samoe.convert.hf.families.reading import rotary, window, written_rope
+from megatron_samoe.convert.hf.parts import Part, rows, whole
+from megatron_samoe.convert.native import NativeModel
 
 #: Our options and their names in config.json; heads of one size are taken for granted.
 SIZES = {"num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size",
