@@ -6,11 +6,15 @@ rule stands twice, and what goes out comes back bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Union
 
 import torch
 from torch import Tensor
+
+from megatron_samoe.convert.native import NativeModel
 
 View = Callable[[Tensor], Tensor]
 
@@ -79,6 +83,103 @@ Parts = Iterable[Part | Constant]
 def whole(t: Tensor) -> Tensor:
     """Returns the tensor itself."""
     return t
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a family's table: their name | our name | view.
+
+    It holds for every layer where names have {layer}, for every expert where theirs has {expert}, and for a model that has
+    our tensor.
+
+    Attributes:
+        view: of our tensor, or of one expert's share of it, as a part has it.
+        joined: shape of their tensor for the view's; one dim for biases, a matrix of what comes last for weights if not given.
+        scale, order: see `Part`.
+    """
+
+    theirs: str
+    ours: str
+    view: View = whole
+    joined: Callable[[torch.Size], tuple[int, ...]] | None = None
+    scale: float = 1.0
+    order: tuple[int, ...] = ()
+
+    def part(self, native: NativeModel, **place: int) -> Part:
+        """Returns the part at a layer and expert."""
+        theirs, ours = self.theirs.format(**place), self.ours.format(**place)
+        view = self.view
+        if ours in VOCABULARY:
+            view = rows(native.vocab_size)
+        elif "expert" in place:
+            view = _of_expert(place["expert"], view)
+        shape = view(torch.empty(native.tensors[ours].shape, device="meta")).shape
+        join = self.joined or (vector if len(shape) < 2 or theirs.endswith("bias") else matrix)
+        return Part(theirs, ours, view, join(shape), self.scale, self.order)
+
+
+#: Lines; or a part as it is, or what yields the parts of a layer, where no line says it.
+Line = Union[Row, "Part", Callable[[NativeModel, int], "Parts"]]
+Rows = Sequence[Line]
+#: Tensors of which theirs have no padding.
+VOCABULARY = ("embedding.word.weight", "output.weight")
+
+
+def below(theirs: str, ours: str, *lines: tuple[Any, ...]) -> tuple[Row, ...]:
+    """Returns lines of names that begin alike."""
+    return tuple(Row(f"{theirs}.{their_end}", f"{ours}.{our_end}", *rest) for their_end, our_end, *rest in lines)
+
+
+def parts_by(table: Rows, native: NativeModel) -> Iterator[Part | Constant]:
+    """Yields the parts of a model by a family's table: what stands before the layers, the layers, and what stands after."""
+    for is_of_layer, lines in groupby(table, _is_of_layer):
+        group = list(lines)
+        for place in [{"layer": layer} for layer in range(native.model.num_layers)] if is_of_layer else [{}]:
+            yield from _parts_at(group, native, place)
+
+
+def _is_of_layer(line: Line) -> bool:
+    return "{layer}" in line.ours if isinstance(line, Row) else not isinstance(line, Part)
+
+
+def _parts_at(lines: Rows, native: NativeModel, place: Mapping[str, int]) -> Iterator[Part | Constant]:
+    """Yields parts such that those of one of our tensors follow each other, expert by expert."""
+    for _, same in groupby(lines, lambda line: line.ours if isinstance(line, Row) else id(line)):
+        first, *others = same
+        if isinstance(first, Part):
+            yield first
+        elif not isinstance(first, Row):
+            yield from first(native, place["layer"])
+        elif (stored := native.tensors.get(first.ours.format(**place))) is not None:
+            group = [first, *(line for line in others if isinstance(line, Row))]
+            by_expert = "{expert}" in first.theirs
+            for expert in [{"expert": e} for e in range(stored.shape[0])] if by_expert else [{}]:
+                for line in group:
+                    yield line.part(native, **place, **expert)
+
+
+def _of_expert(expert: int, view: View) -> View:
+    return lambda t: view(t[expert])
+
+
+def vector(shape: torch.Size) -> tuple[int, ...]:
+    """Returns all dims joined."""
+    return (shape.numel(),)
+
+
+def matrix(shape: torch.Size) -> tuple[int, ...]:
+    """Returns all dims but the last joined."""
+    return (shape[:-1].numel(), shape[-1])
+
+
+def by_input(shape: torch.Size) -> tuple[int, ...]:
+    """Returns all dims but the first joined."""
+    return (shape[0], shape[1:].numel())
+
+
+def stack(shape: torch.Size) -> tuple[int, ...]:
+    """Returns a matrix of each expert."""
+    return (shape[0], shape[1:-1].numel(), shape[-1])
 
 
 def transposed(t: Tensor) -> Tensor:

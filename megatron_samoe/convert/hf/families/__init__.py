@@ -7,9 +7,9 @@ from importlib.metadata import entry_points
 
 from megatron_samoe.convert.hf.families.base import Family
 from megatron_samoe.convert.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from megatron_samoe.convert.hf.families.dense import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3
 from megatron_samoe.convert.hf.families.experts import GRANITE_MOE, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from megatron_samoe.convert.hf.families.gpt import GPT2, GPT_NEOX
+from megatron_samoe.convert.hf.families.llama import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3
 from megatron_samoe.convert.hf.families.samoe import SAMOE
 from megatron_samoe.errors import ConfigError
 

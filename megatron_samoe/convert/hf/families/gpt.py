@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from megatron_samoe.config.model import ModelConfig
-from megatron_samoe.convert.hf.families import classes
-from megatron_samoe.convert.hf.families.base import Family, entries, needs, plain_heads
-from megatron_samoe.convert.hf.families.entries import CannotCompute
+from megatron_samoe.convert.hf.families.base import SIZES, WORDS, Family, Option, plain_heads, same
+from megatron_samoe.convert.hf.families.entries import CannotCompute, Entries, may, only
 from megatron_samoe.convert.hf.families.reading import rotary
-from megatron_samoe.convert.hf.parts import Part, rows, transposed, whole
+from megatron_samoe.convert.hf.parts import Row, below, by_input, transposed
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import ConfigError
 
-_RULES = (
-    needs("expert_layout", "dense"), needs("normalization", "LayerNorm"), needs("swiglu", False),
-    needs("disable_bias_linear", False), needs("qk_layernorm", False), needs("sliding_window", None), needs("group_query_attention", False),
-    plain_heads,
-)  # fmt: skip
+_FIXED = {
+    "expert_layout": "dense", "normalization": "LayerNorm", "swiglu": False, "disable_bias_linear": False, "qk_layernorm": False,
+    "sliding_window": None, "group_query_attention": False,
+}  # fmt: skip
+
+
+def gelu(theirs: str) -> Option:
+    """Returns the line of an entry that names one of GELU's two forms."""
+    return Option(
+        lambda native: {theirs: "gelu" if native.model.exact_gelu else "gelu_new"},
+        lambda config: {"exact_gelu": config[theirs] == "gelu"},
+    )
 
 
 def _query_first(t: Tensor) -> Tensor:
@@ -34,146 +38,138 @@ def _query_first_by_input(t: Tensor) -> Tensor:
     return t.permute(3, 1, 0, 2)
 
 
-def _norm(theirs: str, ours: str, size: int) -> Iterator[Part]:
-    for kind in ("weight", "bias"):
-        yield Part(f"{theirs}.{kind}", f"{ours}.{kind}", whole, (size,))
+def _written_dropout(native: NativeModel) -> dict[str, Any]:
+    return {"resid_pdrop": native.model.hidden_dropout, "embd_pdrop": native.model.hidden_dropout}
 
 
-def _gelu(model: ModelConfig) -> str:
-    return "gelu" if model.exact_gelu else "gelu_new"
-
-
-def _write_gpt2(native: NativeModel) -> dict[str, Any]:
-    model = native.model
-    return {
-        "vocab_size": native.vocab_size, "n_positions": model.max_positions, "n_embd": model.hidden_size,
-        "n_layer": model.num_layers, "n_head": model.num_attention_heads, "n_inner": model.mlp_size,
-        "activation_function": _gelu(model), "resid_pdrop": model.hidden_dropout, "embd_pdrop": model.hidden_dropout,
-        "attn_pdrop": model.attention_dropout, "layer_norm_epsilon": model.norm_epsilon,
-        "initializer_range": model.init_method_std,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-    }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Names:
-    """How a class names its tensors.
-
-    Attributes:
-        embedding, final_norm, head: outside the layers.
-        layer: what a layer's names begin with, with its number left open.
-        norms: before attention and before the MLP.
-        attention, mlp: a layer's linear ones, in and out.
-        is_transposed: whether weights have their inputs first, and queries stand before all keys and values.
-    """
-
-    embedding: str
-    final_norm: str
-    head: str
-    layer: str
-    norms: tuple[str, str]
-    attention: tuple[str, str]
-    mlp: tuple[str, str]
-    is_transposed: bool = False
-
-
-def _parts(native: NativeModel, names: _Names) -> Iterator[Part]:
-    model = native.model
-    hidden, width, embedding = model.hidden_size, model.mlp_size, (native.vocab_size, model.hidden_size)
-
-    def linear(
-        theirs: str, ours: str, inputs: int, outputs: int, is_qkv: bool = False, has_bias: bool = True
-    ) -> Iterator[Part]:
-        weight, bias, shape = whole, whole, (outputs, inputs)
-        if names.is_transposed:
-            weight, bias, shape = transposed, whole, (inputs, outputs)
-            if is_qkv:
-                weight, bias = _query_first_by_input, _query_first
-        yield Part(f"{theirs}.weight", f"{ours}.weight", weight, shape)
-        if has_bias:
-            yield Part(f"{theirs}.bias", f"{ours}.bias", bias, (outputs,))
-
-    yield Part(names.embedding, "embedding.word.weight", rows(native.vocab_size), embedding)
-    if model.position_embedding_type == "learned_absolute":
-        yield Part("transformer.wpe.weight", "embedding.position", whole, (model.max_positions, hidden))
-    for layer in range(model.num_layers):
-        ours, theirs = f"layers.{layer}", names.layer.format(layer)
-        for own, name in zip(("attention_norm", "mlp_norm"), names.norms, strict=True):
-            yield from _norm(f"{theirs}.{name}", f"{ours}.{own}", hidden)
-        # A fused projection goes head by head, as ours does, unless queries stand first.
-        (qkv, output), has_bias = names.attention, model.attention_output_bias
-        yield from linear(f"{theirs}.{qkv}", f"{ours}.attention.qkv", hidden, 3 * hidden, True, has_bias)
-        yield from linear(f"{theirs}.{output}", f"{ours}.attention.output", hidden, hidden, has_bias=has_bias)
-        yield from linear(f"{theirs}.{names.mlp[0]}", f"{ours}.mlp.fc1", hidden, width)
-        yield from linear(f"{theirs}.{names.mlp[1]}", f"{ours}.mlp.fc2", width, hidden)
-    yield from _norm(names.final_norm, "final_norm", hidden)
-    if model.untie_embeddings_and_output_weights:
-        yield Part(names.head, "output.weight", rows(native.vocab_size), embedding)
-
-
-_GPT2 = _Names("transformer.wte.weight", "transformer.ln_f", "lm_head.weight", "transformer.h.{}", ("ln_1", "ln_2"),
-               ("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj"), is_transposed=True)  # fmt: skip
-_NEOX = _Names("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm", "embed_out.weight", "gpt_neox.layers.{}",
-               ("input_layernorm", "post_attention_layernorm"), ("attention.query_key_value", "attention.dense"),
-               ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"))  # fmt: skip
-
-
-def _read_gpt2(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _read_dropout(config: Mapping[str, Any]) -> dict[str, Any]:
     residual, embedding = config["resid_pdrop"], config["embd_pdrop"]
     if residual != embedding:
         raise ConfigError("config.json: resid_pdrop, embd_pdrop", (residual, embedding),
                           "our --hidden-dropout is one for both; make them equal")  # fmt: skip
-    return _gpt(
-        config, config["layer_norm_epsilon"], config["activation_function"], num_layers=config["n_layer"], hidden_size=config["n_embd"],
-        num_attention_heads=config["n_head"], ffn_hidden_size=config["n_inner"], seq_length=config["n_positions"],
-        max_position_embeddings=config["n_positions"], attention_dropout=float(config["attn_pdrop"]), hidden_dropout=float(residual),
-    )  # fmt: skip
+    return {"hidden_dropout": float(residual)}
 
 
-def _gpt(config: Mapping[str, Any], epsilon: float, activation: str, **model: Any) -> dict[str, dict[str, Any]]:
-    shared = {
-        "norm_epsilon": float(epsilon), "init_method_std": float(config["initializer_range"]), "exact_gelu": activation == "gelu",
-        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
-    }  # fmt: skip
-    return {"model": {**shared, **model}, "moe": {"expert_layout": "dense"}}
-
-
+_GPT2_ENTRIES = Entries({
+    "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": may(int),
+    "activation_function": only("gelu_new", "gelu_pytorch_tanh", "gelu"), "resid_pdrop": 0.1, "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1, "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02, "scale_attn_weights": only(True), "scale_attn_by_inverse_layer_idx": only(False),
+    "tie_word_embeddings": True,
+}, {"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer"},
+    ("reorder_and_upcast_attn", "n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+     "summary_first_dropout"))  # fmt: skip
 GPT2 = Family(
-    "gpt2", "GPT2LMHeadModel", "dense, LayerNorm, learned positions, GELU MLPs, biases everywhere",
-    (*_RULES, needs("position_embedding_type", "learned_absolute")),
-    _write_gpt2, lambda native: _parts(native, _GPT2), classes.GPT2, _read_gpt2, (".attn.bias", ".attn.masked_bias"), ("exact_gelu",),
-)  # fmt: skip
+    "gpt2",
+    "GPT2LMHeadModel",
+    "dense, LayerNorm, learned positions, GELU MLPs, biases everywhere",
+    (
+        Row("transformer.wte.weight", "embedding.word.weight"),
+        Row("transformer.wpe.weight", "embedding.position"),
+        *below(
+            "transformer.h.{layer}",
+            "layers.{layer}",
+            ("ln_1.weight", "attention_norm.weight"),
+            ("ln_1.bias", "attention_norm.bias"),
+            ("ln_2.weight", "mlp_norm.weight"),
+            ("ln_2.bias", "mlp_norm.bias"),
+            ("attn.c_attn.weight", "attention.qkv.weight", _query_first_by_input, by_input),
+            ("attn.c_attn.bias", "attention.qkv.bias", _query_first),
+            ("attn.c_proj.weight", "attention.output.weight", transposed),
+            ("attn.c_proj.bias", "attention.output.bias"),
+            ("mlp.c_fc.weight", "mlp.fc1.weight", transposed),
+            ("mlp.c_fc.bias", "mlp.fc1.bias"),
+            ("mlp.c_proj.weight", "mlp.fc2.weight", transposed),
+            ("mlp.c_proj.bias", "mlp.fc2.bias"),
+        ),
+        Row("transformer.ln_f.weight", "final_norm.weight"),
+        Row("transformer.ln_f.bias", "final_norm.bias"),
+        Row("lm_head.weight", "output.weight"),
+    ),
+    _GPT2_ENTRIES,
+    (
+        *WORDS,
+        same("n_positions", "seq_length", written="max_positions"),
+        Option(lambda native: {}, lambda config: {"max_position_embeddings": config["n_positions"]}),
+        same("n_embd", "hidden_size"),
+        same("n_layer", "num_layers"),
+        same("n_head", "num_attention_heads"),
+        same("n_inner", "ffn_hidden_size", written="mlp_size"),
+        gelu("activation_function"),
+        Option(_written_dropout, _read_dropout),
+        same("attn_pdrop", "attention_dropout", float),
+        same("layer_norm_epsilon", "norm_epsilon", float),
+        same("initializer_range", "init_method_std", float),
+    ),
+    {**_FIXED, "position_embedding_type": "learned_absolute"},
+    (plain_heads,),
+    (".attn.bias", ".attn.masked_bias"),
+    ("exact_gelu",),
+)
 
 
-def _write_neox(native: NativeModel) -> dict[str, Any]:
-    model = native.model
-    rope = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_percent}
-    return {
-        **{name: value for name, value in entries(native).items() if name not in ("head_dim", "num_key_value_heads")},
-        "hidden_act": _gelu(model), "hidden_dropout": model.hidden_dropout, "layer_norm_eps": model.norm_epsilon,
-        "use_parallel_residual": model.use_parallel_residual,
-        "attention_bias": model.attention_output_bias, "rotary_emb_base": model.rotary_base, "rotary_pct": model.rotary_percent,
-        "rope_parameters": {"rope_type": "default", **rope},
-    }  # fmt: skip
+def _written_rotary(native: NativeModel) -> dict[str, Any]:
+    base, share = native.model.rotary_base, native.model.rotary_percent
+    rope = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": share}
+    return {"rotary_emb_base": base, "rotary_pct": share, "rope_parameters": rope}
 
 
-def _read_neox(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _read_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = rotary(config, "rotary_emb_base", "rotary_pct")
     if kind := rope.get("rope_scaling_type"):
         raise ConfigError("config.json: rope_parameters", kind, f"{CannotCompute}; rope_type must be 'default'")
-    return _gpt(
-        config, config["layer_norm_eps"], config["hidden_act"], num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"], num_attention_heads=config["num_attention_heads"],
-        ffn_hidden_size=config["intermediate_size"], seq_length=config["max_position_embeddings"], position_embedding_type="rope",
-        **rope, attention_dropout=float(config["attention_dropout"]), hidden_dropout=float(config["hidden_dropout"]),
-        use_parallel_residual=config["use_parallel_residual"],
-        **({} if config["attention_bias"] else {"attention_bias": False}),
-    )  # fmt: skip
+    return rope
 
 
+_GPT_NEOX_ENTRIES = Entries({
+    "vocab_size": 50432, "hidden_size": 6144, "num_hidden_layers": 44, "num_attention_heads": 64, "intermediate_size": 24576,
+    "hidden_act": only("gelu", "gelu_new", "gelu_pytorch_tanh"), "attention_dropout": 0.0, "hidden_dropout": 0.0,
+    "max_position_embeddings": 2048, "initializer_range": 0.02, "layer_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "use_parallel_residual": True, "attention_bias": True, "rotary_emb_base": 10000.0, "rotary_pct": 0.25, "rope_parameters": may(dict),
+    "rope_scaling": may(dict), "is_decoder": only(False, True),
+}, unread=("attention_probs_dropout_prob", "hidden_dropout_prob", "num_key_value_heads"))  # fmt: skip
 GPT_NEOX = Family(
-    "gpt_neox", "GPTNeoXForCausalLM", "as gpt2, with rotary positions; attention and MLP one after the other or side by side",
-    (*_RULES, needs("position_embedding_type", "rope"), needs("rope_scaling_type", None)),
-    _write_neox, lambda native: _parts(native, _NEOX), classes.GPT_NEOX, _read_neox,
-    ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"), ("exact_gelu", "use_parallel_residual", "attention_bias"),
-)  # fmt: skip
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    "as gpt2, with rotary positions; attention and MLP one after the other or side by side",
+    (
+        Row("gpt_neox.embed_in.weight", "embedding.word.weight"),
+        *below(
+            "gpt_neox.layers.{layer}",
+            "layers.{layer}",
+            ("input_layernorm.weight", "attention_norm.weight"),
+            ("input_layernorm.bias", "attention_norm.bias"),
+            ("post_attention_layernorm.weight", "mlp_norm.weight"),
+            ("post_attention_layernorm.bias", "mlp_norm.bias"),
+            ("attention.query_key_value.weight", "attention.qkv.weight"),
+            ("attention.query_key_value.bias", "attention.qkv.bias"),
+            ("attention.dense.weight", "attention.output.weight"),
+            ("attention.dense.bias", "attention.output.bias"),
+            ("mlp.dense_h_to_4h.weight", "mlp.fc1.weight"),
+            ("mlp.dense_h_to_4h.bias", "mlp.fc1.bias"),
+            ("mlp.dense_4h_to_h.weight", "mlp.fc2.weight"),
+            ("mlp.dense_4h_to_h.bias", "mlp.fc2.bias"),
+        ),
+        Row("gpt_neox.final_layer_norm.weight", "final_norm.weight"),
+        Row("gpt_neox.final_layer_norm.bias", "final_norm.bias"),
+        Row("embed_out.weight", "output.weight"),
+    ),
+    _GPT_NEOX_ENTRIES,
+    (
+        *SIZES,
+        gelu("hidden_act"),
+        same("hidden_dropout", kind=float),
+        same("layer_norm_eps", "norm_epsilon", float),
+        same("use_parallel_residual"),
+        Option(
+            lambda native: {"attention_bias": native.model.attention_output_bias},
+            lambda config: {} if config["attention_bias"] else {"attention_bias": False},
+        ),
+        Option(_written_rotary, _read_rotary),
+    ),
+    {**_FIXED, "position_embedding_type": "rope", "rope_scaling_type": None},
+    (plain_heads,),
+    ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+    ("exact_gelu", "use_parallel_residual", "attention_bias"),
+)

@@ -8,10 +8,11 @@ from typing import Any
 
 from megatron_samoe.config.derived import written_layer_freq
 from megatron_samoe.config.model import ModelConfig
-from megatron_samoe.convert.hf.families.classes import MULTIPLIERS
 from megatron_samoe.convert.hf.families.entries import CannotCompute, Entries, completed, may, needed, only
 from megatron_samoe.errors import ConfigError
 
+#: Factors of Granite's classes, which our options have the names of.
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 #: Entries of scaled positions: theirs and ours.
 _ROPE_OPTIONS = {
     "factor": "rope_scaling_factor", "original_max_position_embeddings": "rope_original_max_positions",

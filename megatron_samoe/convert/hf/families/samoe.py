@@ -11,11 +11,11 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.sharing_map import Source, ways_of, written_options
 from megatron_samoe.convert.edited_model import moe_layers, one_number
-from megatron_samoe.convert.hf.families.base import RARE, Family, entries
-from megatron_samoe.convert.hf.families.deepseek import latent_attention_parts
+from megatron_samoe.convert.hf.families.base import HEADS, RARE, SIZES, Family, Option, written_entries
+from megatron_samoe.convert.hf.families.deepseek import latent_attention
 from megatron_samoe.convert.hf.families.entries import Entries, one_of, rare
-from megatron_samoe.convert.hf.families.llama import attention_parts, gated_mlp
-from megatron_samoe.convert.hf.parts import Part, View, at, rows, whole
+from megatron_samoe.convert.hf.families.llama import ATTENTION, gated
+from megatron_samoe.convert.hf.parts import Part, Row, View, at, below, rows, whole
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import ConfigError
 
@@ -97,7 +97,7 @@ def _write(native: NativeModel) -> dict[str, Any]:
     written = written_options(native.sources) if native.sources else {"expert_layout": "dense"}
     layout, sharing = str(written["expert_layout"]), written.get("expert_sharing")
     config = {
-        "auto_map": AUTO_MAP, **entries(native), **_model_entries(model), "expert_layout": layout,
+        "auto_map": AUTO_MAP, **written_entries((*SIZES, *HEADS), native), **_model_entries(model), "expert_layout": layout,
         **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(layout, moe.has_pool).items()},
     }  # fmt: skip
     if model.multi_latent_attention:
@@ -191,80 +191,66 @@ def _experts_name(native: NativeModel) -> str:
     return "experts" if is_plain and all(place.num_experts == counts for place in places) else "unlike_experts"
 
 
-def _parts(native: NativeModel) -> Iterator[Part]:
-    model, tensors = native.model, native.tensors
-    vocabulary = (native.vocab_size, model.hidden_size)
-    yield Part("model.embed_tokens.weight", "embedding.word.weight", rows(native.vocab_size), vocabulary)
-    if "embedding.position" in tensors:
-        yield Part("model.embed_positions.weight", "embedding.position", whole, tensors["embedding.position"].shape)
-    for layer, is_moe in enumerate(native.is_moe):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        yield from _norm(native, f"{theirs}.input_layernorm", f"{ours}.attention_norm")
-        yield from _attention(native, f"{theirs}.self_attn", f"{ours}.attention")
-        yield from _norm(native, f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm")
-        if is_moe:
-            yield from _moe(native, f"{theirs}.mlp", f"{ours}.moe")
-        else:
-            yield from _mlp(native, f"{theirs}.mlp", f"{ours}.mlp", model.mlp_size)
-    yield from _norm(native, "model.norm", "final_norm")
-    for name in tensors:
+def _tensors(native: NativeModel) -> tuple[Any, ...]:
+    theirs, ours = "model.layers.{layer}", "layers.{layer}"
+    mlp = gated if native.model.swiglu else _plain_mlp
+    return (
+        Row("model.embed_tokens.weight", "embedding.word.weight"),
+        Row("model.embed_positions.weight", "embedding.position"),
+        *_norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm"),
+        *(latent_attention(native, in_pairs=False) if native.model.multi_latent_attention else ATTENTION),
+        *below(f"{theirs}.self_attn", f"{ours}.attention", *_norm_biases(native)),
+        *_norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm"),
+        *mlp(f"{theirs}.mlp", f"{ours}.mlp"),
+        _moe,
+        *mlp(f"{theirs}.mlp.shared_expert", f"{ours}.moe.shared_expert"),
+        *_norm("model.norm", "final_norm"),
+        *_pool(native),
+        Row("lm_head.weight", "output.weight"),
+    )
+
+
+def _norm(theirs: str, ours: str) -> tuple[Row, ...]:
+    return below(theirs, ours, ("weight", "weight"), ("bias", "bias"))
+
+
+def _norm_biases(native: NativeModel) -> Iterator[tuple[str, str]]:
+    names = {"q_norm": "q_norm", "k_norm": "k_norm"}
+    if native.model.multi_latent_attention:
+        names = {"q_a_layernorm": "q_norm", "kv_a_layernorm": "kv_norm"}
+    return ((f"{theirs}.bias", f"{ours}.bias") for theirs, ours in names.items())
+
+
+def _plain_mlp(theirs: str, ours: str) -> tuple[Row, ...]:
+    names = (("up_proj", "fc1"), ("down_proj", "fc2"))
+    return below(theirs, ours, *((f"{a}.{kind}", f"{b}.{kind}") for a, b in names for kind in ("weight", "bias")))
+
+
+def _pool(native: NativeModel) -> Iterator[Part]:
+    for name in native.tensors:
         if name.startswith("expert_pool."):
             *place, kind = name.split(".")
             if place[1] == "set":
-                yield _packed(
-                    native, f"model.expert_pool.sets.{place[2]}.{_experts_name(native)}", ".".join(place), kind, at(0)
-                )
+                theirs = f"model.expert_pool.sets.{place[2]}.{_experts_name(native)}"
+                yield _packed(native, theirs, ".".join(place), kind, at(0))
             else:
                 part = _packed(native, f"model.expert_pool.{place[1]}", ".".join(place), kind, whole)
                 # Banks one after the other: adapters know three dims, and not four.
                 yield replace(part, shape=(part.shape[0] * part.shape[1], *part.shape[2:]), older_shape=part.shape)
-    if model.untie_embeddings_and_output_weights:
-        yield Part("lm_head.weight", "output.weight", rows(native.vocab_size), vocabulary)
 
 
-def _norm(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
-    for name in ("weight", "bias"):
-        if (stored := native.tensors.get(f"{ours}.{name}")) is not None:
-            yield Part(f"{theirs}.{name}", f"{ours}.{name}", whole, stored.shape)
-
-
-def _attention(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
-    norms = {"q_norm": "q_norm", "k_norm": "k_norm"}
-    if native.model.multi_latent_attention:
-        norms = {"q_a_layernorm": "q_norm", "kv_a_layernorm": "kv_norm"}
-        yield from latent_attention_parts(native, theirs, ours, in_pairs=False)
-    else:
-        yield from attention_parts(native, theirs, ours)
-    for name, own in norms.items():
-        if (stored := native.tensors.get(f"{ours}.{own}.bias")) is not None:
-            yield Part(f"{theirs}.{name}.bias", f"{ours}.{own}.bias", whole, stored.shape)
-
-
-def _mlp(native: NativeModel, theirs: str, ours: str, width: int) -> Iterator[Part]:
-    hidden, bias = native.model.hidden_size, native.has_bias
-    if native.model.swiglu:
-        yield from gated_mlp(theirs, ours, hidden, width, bias)
-        return
-    for name, stored, shape in (("up_proj", "fc1", (width, hidden)), ("down_proj", "fc2", (hidden, width))):
-        yield Part(f"{theirs}.{name}.weight", f"{ours}.{stored}.weight", whole, shape)
-        if bias:
-            yield Part(f"{theirs}.{name}.bias", f"{ours}.{stored}.bias", whole, shape[:1])
-
-
-def _moe(native: NativeModel, theirs: str, ours: str) -> Iterator[Part]:
+def _moe(native: NativeModel, layer: int) -> Iterator[Part]:
+    """Yields what an MoE layer has besides a shared expert: experts packed, all else by our names."""
+    theirs, ours = f"model.layers.{layer}.mlp", f"layers.{layer}.moe"
     for name, stored in native.tensors.items():
-        if not name.startswith(f"{ours}."):
+        below_it = name.removeprefix(f"{ours}.")
+        if below_it == name or below_it.startswith("shared_expert."):
             continue
-        below = name.removeprefix(f"{ours}.")
-        if below.startswith("experts."):
-            yield _packed(
-                native, f"{theirs}.{_experts_name(native)}", f"{ours}.experts", below.partition(".")[2], whole
-            )
-        elif not below.startswith("shared_expert."):
-            yield Part(f"{theirs}.{below}", name, whole, stored.shape)
-    if f"{ours}.shared_expert.fc2.weight" in native.tensors:
-        width = native.tensors[f"{ours}.shared_expert.fc2.weight"].shape[1]
-        yield from _mlp(native, f"{theirs}.shared_expert", f"{ours}.shared_expert", width)
+        if below_it.startswith("experts."):
+            packed = f"{theirs}.{_experts_name(native)}"
+            yield _packed(native, packed, f"{ours}.experts", below_it.partition(".")[2], whole)
+        else:
+            yield Part(f"{theirs}.{below_it}", name, whole, stored.shape)
 
 
 def _packed(native: NativeModel, theirs: str, ours: str, kind: str, view: View) -> Part:
@@ -288,5 +274,14 @@ def _older_parts(native: NativeModel) -> Iterator[Part]:
             yield Part(theirs, name, whole, stored.shape)
 
 
-SAMOE = Family("samoe", "SamoeForCausalLM", "our own class, whatever layers share", (), _write, _parts, _ENTRIES, _read, knows=RARE,
-               older_parts=_older_parts)  # fmt: skip
+SAMOE = Family(
+    "samoe",
+    "SamoeForCausalLM",
+    "our own class, whatever layers share",
+    _tensors,
+    _ENTRIES,
+    (Option(_write, _read),),
+    ignored=(),
+    knows=RARE,
+    older_parts=_older_parts,
+)
