@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_samoe.benchmarks.gpu_budget import LAUNCHES
 from tests.harness.emulated_cuda import FLAGS, KERNELS, ROOT, compiler, run_all
+from tools.benchmarks.gpu_budget import LAUNCHES
 
 pytestmark = pytest.mark.skipif(not KERNELS or shutil.which("g++") is None, reason="needs g++ and the source tree")
 
