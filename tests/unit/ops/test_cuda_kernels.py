@@ -49,7 +49,7 @@ LEAST_OCCUPANCY = {
 }  # fmt: skip
 #: Kernels whose variant for aligned rows reads 16 bytes at a time, and writes as many.
 WIDE = ("combine_kernel", "gather_rows_kernel", "unpermute_kernel", "unpermute_backward_kernel", "swiglu_kernel",
-        "swiglu_backward_kernel", "backward_kernel", "adamw_kernel")  # fmt: skip
+        "swiglu_backward_kernel")  # fmt: skip
 REGISTERS, THREADS = 65536, 2048
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_samoe.benchmarks.gpu_budget import LAUNCHES
 from tests.harness.emulated_cuda import FLAGS, KERNELS, ROOT, compiler, run_all
+from tools.benchmarks.gpu_budget import LAUNCHES
 
 pytestmark = pytest.mark.skipif(not KERNELS or shutil.which("g++") is None, reason="needs g++ and the source tree")
 
@@ -32,9 +32,6 @@ MOST = {
     "sort": (4.6, 1.8),
     "swiglu": (1.0, 1.0),
     "swiglu backward": (1.0, 1.0),
-    "cross-entropy": (1.01, 1.0),
-    "cross-entropy backward": (1.01, 1.0),
-    "adamw": (1.0, 1.0),
 }
 
 
@@ -68,7 +65,6 @@ def test_launches_are_those_of_the_budget(counts: dict[str, dict[str, Any]]) -> 
         "gate": "topk_gate", "gate backward": "topk_gate_backward", "sort": "make_permutation", "permute, bf16": "permute",
         "unpermute, bf16": "unpermute", "unpermute backward, bf16": "unpermute_backward",
         "combine, 24 layers, 6 banks": "combine_banks", "combine backward, 24 layers, 6 banks": "combine_banks_backward",
-        "swiglu": "swiglu", "swiglu backward": "swiglu_backward", "cross-entropy": "cross_entropy_parts",
-        "cross-entropy backward": "cross_entropy_backward", "adamw": "adamw",
+        "swiglu": "swiglu", "swiglu backward": "swiglu_backward",
     }  # fmt: skip
     assert {name: found[what] for what, name in names.items()} == LAUNCHES

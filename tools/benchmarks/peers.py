@@ -14,15 +14,15 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from megatron_samoe import children
-from megatron_samoe.benchmarks.common import Adder, Row
-from megatron_samoe.cli.arguments import Options
 from megatron_samoe.errors import ConfigError
+from tools.benchmarks.harness import ProcessBenchmark, Row
 
 
 class LineWorker:
@@ -70,36 +70,40 @@ class LineWorker:
         self.process.wait()
 
 
-@contextmanager
-def running(options: Options, script: str, names: Sequence[str], sizes: dict[str, Any]) -> Iterator[list[LineWorker]]:
-    """Gives the peers that started; says which did not. None where there is no folder."""
-    if options.peers is None:
-        yield []
-        return
-    path = options.peers / script
-    if not path.exists():
-        raise ConfigError("--peers", options.peers, f"a folder with {script}")
-    threads = str(torch.get_num_threads())
-    arguments = [text for key, value in (sizes | {"threads": threads}).items() for text in (f"--{key}", str(value))]
-    peers = [
-        LineWorker(
-            name, [options.peer_python or sys.executable, str(path), "--worker", name, *arguments],
-            {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, subprocess.DEVNULL,
-        )
-        for name in options.peer_names or names
-    ]  # fmt: skip
-    try:
-        for peer in peers:
-            if "err" in peer.facts:
-                print(f"{peer.name} did not start: {peer.facts['err']}")
-        yield [peer for peer in peers if "err" not in peer.facts]
-    finally:
-        for peer in peers:
-            peer.close()
+@dataclass(frozen=True, kw_only=True)
+class PeerBenchmark(ProcessBenchmark):
+    """One in which other programs take part."""
 
+    not_told: ClassVar[tuple[str, ...]] = ("peer_python",)
 
-def add_peer_options(add: Adder) -> None:
-    """Adds the options of other programs."""
-    add("--peers", Path, "folder of peer scripts, see benchmarks/peers.py")
-    add("--peer-names", [str], "workers of the script to run; default: what it may know")
-    add("--peer-python", str, "interpreter of the peers; default: this one")
+    peers: Path | None = None
+    """folder of peer scripts, see tools/benchmarks/peers.py"""
+    peer_names: tuple[str, ...] | None = None
+    """workers of the script to run; default: what it may know"""
+    peer_python: str | None = None
+    """interpreter of the peers; default: this one"""
+
+    @contextmanager
+    def running(self, script: str, names: Sequence[str], sizes: dict[str, Any]) -> Iterator[list[LineWorker]]:
+        """Gives the peers that started; says which did not. None where there is no folder."""
+        if self.peers is None:
+            yield []
+            return
+        path = self.peers / script
+        if not path.exists():
+            raise ConfigError("--peers", self.peers, f"a folder with {script}")
+        threads = str(torch.get_num_threads())
+        arguments = [text for key, value in (sizes | {"threads": threads}).items() for text in (f"--{key}", str(value))]
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        workers = []
+        for name in self.peer_names or names:
+            command = [self.peer_python or sys.executable, str(path), "--worker", name, *arguments]
+            workers.append(LineWorker(name, command, environment, subprocess.DEVNULL))
+        try:
+            for worker in workers:
+                if "err" in worker.facts:
+                    print(f"{worker.name} did not start: {worker.facts['err']}")
+            yield [worker for worker in workers if "err" not in worker.facts]
+        finally:
+            for worker in workers:
+                worker.close()

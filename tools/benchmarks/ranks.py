@@ -1,4 +1,4 @@
-"""What parallel benchmarks share: rank processes, their model and batches, and the clock of all ranks."""
+"""Benchmarks of several ranks: processes of one thread each, their model and batches, and the clock of all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.parallel_state import ParallelState, backend
 from megatron_samoe.runtime.ranks import place_in
 from megatron_samoe.training.setup import TrainSetup, build_setup
+from tools.benchmarks.harness import Times, Variants, in_turn
 
 VOCAB_SIZE = 512
 
@@ -66,3 +67,8 @@ def synchronized() -> float:
     if dist.is_initialized():
         dist.barrier()
     return time.perf_counter()
+
+
+def together(variants: Variants, rounds: int) -> Times:
+    """Returns the seconds of variants that all ranks run at once; see `in_turn`."""
+    return in_turn(variants, rounds, synchronized)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_samoe.benchmarks.command import main
+from megatron_samoe.gpu_check import command
+from megatron_samoe.gpu_check.command import main
 
 DRY = ["gpu-check", "--device", "cpu", "--size", "tiny", "--minutes", "2"]
 
@@ -50,3 +51,18 @@ def test_a_machine_without_a_gpu_is_refused_at_the_start(tmp_path: Path, capsys:
         pytest.skip("there is a GPU")
     assert main(["gpu-check", "--output-dir", str(tmp_path)]) != 0
     assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_without_the_repository_other_benchmarks_say_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(command, "checkout", lambda: None)  # as a wheel finds
+    with pytest.raises(SystemExit) as ended:
+        main(["moe-layer"])
+    told = capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and "in a checkout of the repository (tools/benchmarks)" in told and told.count("\n") == 1
+    )
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "gpu-check" in capsys.readouterr().out

@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_samoe import children
-from megatron_samoe.benchmarks.gpu_check.models import VOCAB_SIZE, arms, configs, random_batches
 from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import read_records
+from megatron_samoe.gpu_check.models import VOCAB_SIZE, arms, configs, random_batches
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.permute import make_permutation, permute, unpermute
@@ -34,7 +34,10 @@ from megatron_samoe.training.metrics import peak_memory_bytes
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 
-ROOT = Path(__file__).resolve().parents[3]
+#: What may be asked for.
+Piece = Literal["machine", "tests", "several-gpus", "waits", "memory", "ops-kernels", "ops-torch", "steps-kernels",
+                "steps-torch", "profile", "train"]  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 #: Where a GPU's ops take our kernels, and where torch does the work.
 KERNELS = {"kernels": "1", "torch": "0"}
@@ -355,7 +358,7 @@ def train(task: Task) -> Iterator[Row]:
 
 
 #: In their order, with the seconds that each may take. `ops` and `steps` run with our kernels and without.
-PIECES: dict[str, tuple[Callable[[Task], Iterator[Row]], float]] = {
+PIECES: dict[Piece, tuple[Callable[[Task], Iterator[Row]], float]] = {
     "machine": (machine, 120),
     "tests": (tests, 540),
     "several-gpus": (several_gpus, 540),

@@ -1,10 +1,10 @@
-"""Processes that decode for benchmarks/decode.py: each loads one model once and is asked for measurements.
+"""Processes that decode for contestants.py: each loads one model once and is asked for measurements.
 
 A worker prints `@@` and a JSON object when it is ready, then one for each line `batch prompt_length new_tokens` that it
 reads: seconds until every sequence has its first token, seconds of the rest, and the tokens of the first sequence. Ours
 takes a fourth number: count the experts that are hit, which makes times useless.
-llama.cpp's bindings come from PyPI (llama-cpp-python, gguf, safetensors) and may live in an environment of their own;
-this file needs nothing else there.
+llama.cpp's bindings come from PyPI (llama-cpp-python, xllamacpp) and may live in an environment of their own; this file needs
+nothing else there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 Spec = dict[str, Any]
 Measure = Callable[..., Spec]
+#: Of the repository.
+ROOT = str(Path(__file__).parents[2])
 
 
 def prompts(batch: int, length: int, vocab: int) -> list[list[int]]:
@@ -155,10 +157,8 @@ def transformers(spec: Spec) -> tuple[Spec, Measure]:
 
 def vllm(spec: Spec) -> tuple[Spec, Measure]:
     """vLLM over the exported model, by its own back end for transformers or by our plug-in."""
-    root = str(Path(__file__).parents[2])
-    sys.path[0] = root  # not this folder, whose files have names of others
     os.environ |= {
-        "PYTHONPATH": root, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
+        "PYTHONPATH": ROOT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }  # fmt: skip
     import torch
@@ -290,80 +290,30 @@ def xllamacpp(spec: Spec) -> tuple[Spec, Measure]:
     return {"version": version("xllamacpp"), "before_mb": before_mb}, measure
 
 
-def write_gguf(folder: Path, path: Path, dtype: str) -> None:
-    """Writes a Mixtral folder of transformers' as llama.cpp's file in fp32, bf16 or q8_0 (dtype int8)."""
-    import gguf
-    import numpy as np
-    from safetensors import safe_open
+def quantize(source: str, target: str) -> None:
+    """Writes llama.cpp's file in its 8 bits (q8_0), by llama.cpp itself."""
+    import ctypes
 
-    config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == "mixtral", "only Mixtral models are written"
-    files = sorted(folder.glob("*.safetensors"))
-    opened = {name: handle for file in files for handle in [safe_open(file, "np")] for name in handle.keys()}
-    heads, layers, experts = (config[n] for n in ("num_attention_heads", "num_hidden_layers", "num_local_experts"))
-    writer = gguf.GGUFWriter(f"{path}.part", "llama")
-    for field, value in {
-        "name": "exported", "context_length": config["max_position_embeddings"], "embedding_length": config["hidden_size"],
-        "block_count": layers, "feed_forward_length": config["intermediate_size"], "head_count": heads,
-        "head_count_kv": config["num_key_value_heads"], "layer_norm_rms_eps": config["rms_norm_eps"],
-        "rope_dimension_count": config["hidden_size"] // heads,
-        "rope_freq_base": config.get("rope_theta") or config["rope_parameters"]["rope_theta"],
-        "expert_count": experts, "expert_used_count": config["num_experts_per_tok"], "vocab_size": config["vocab_size"],
-        "tokenizer_model": "none",
-    }.items():  # fmt: skip
-        getattr(writer, f"add_{field}")(value)
-    kind = {"fp32": None, "bf16": gguf.GGMLQuantizationType.BF16, "int8": gguf.GGMLQuantizationType.Q8_0}[dtype]
+    import llama_cpp as lib
 
-    def read(name: str) -> Any:
-        return opened[name].get_tensor(name).astype(np.float32)
+    lib.llama_backend_init()
+    options = lib.llama_model_quantize_default_params()
+    options.ftype = lib.LLAMA_FTYPE_MOSTLY_Q8_0
+    status = lib.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(options))
+    assert status == 0, f"llama_model_quantize gave {status}"
 
-    def add(name: str, x: Any, plain: bool = False) -> None:
-        if x.ndim == 1 or plain or kind is None:
-            writer.add_tensor(name, np.ascontiguousarray(x))
-        else:
-            rows = gguf.quants.quantize(np.ascontiguousarray(x).reshape(-1, x.shape[-1]), kind)
-            writer.add_tensor(name, rows.reshape(*x.shape[:-1], -1), raw_dtype=kind)
 
-    def pairs(x: Any, count: int) -> Any:
-        """llama.cpp rotates neighbouring channels, transformers those half a head apart."""
-        return x.reshape(count, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
-
-    words = read("model.embed_tokens.weight")
-    add("token_embd.weight", words)
-    add("output.weight", words if config["tie_word_embeddings"] else read("lm_head.weight"))
-    add("output_norm.weight", read("model.norm.weight"))
-    for i in range(layers):
-        theirs, block = f"model.layers.{i}.", f"blk.{i}."
-        add(f"{block}attn_q.weight", pairs(read(f"{theirs}self_attn.q_proj.weight"), heads))
-        add(f"{block}attn_k.weight", pairs(read(f"{theirs}self_attn.k_proj.weight"), config["num_key_value_heads"]))
-        for name, their_name in (
-            ("attn_v", "self_attn.v_proj"), ("attn_output", "self_attn.o_proj"), ("attn_norm", "input_layernorm"),
-            ("ffn_norm", "post_attention_layernorm"), ("ffn_gate_inp", "block_sparse_moe.gate"),
-        ):  # fmt: skip
-            add(f"{block}{name}.weight", read(f"{theirs}{their_name}.weight"), plain=name == "ffn_gate_inp")
-        for name, w in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
-            stack = np.stack([read(f"{theirs}block_sparse_moe.experts.{e}.{w}.weight") for e in range(experts)])
-            add(f"{block}ffn_{name}_exps.weight", stack)
-    for part in ("header", "kv_data", "tensors"):
-        getattr(writer, f"write_{part}_to_file")()
-    writer.close()
-    os.rename(f"{path}.part", path)
+PROGRAMS = {"ours": ours, "transformers": transformers, "llama.cpp": llama_cpp, "vllm": vllm, "xllamacpp": xllamacpp}
 
 
 def main() -> None:
-    """Serves measurements until standard input ends, or writes a GGUF file."""
-    if sys.argv[1] == "gguf":
-        write_gguf(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    """Serves measurements until standard input ends, or quantizes a GGUF file."""
+    sys.path[0] = ROOT  # not this folder, whose files have names of others
+    if sys.argv[1] == "quantize":
+        quantize(sys.argv[2], sys.argv[3])
         return
     spec = json.loads(sys.argv[1])
-    programs = {
-        "ours": ours,
-        "transformers": transformers,
-        "llama.cpp": llama_cpp,
-        "vllm": vllm,
-        "xllamacpp": xllamacpp,
-    }
-    info, measure = programs[spec["program"]](spec)
+    info, measure = PROGRAMS[spec["program"]](spec)
     for batch, length in [] if "refused" in info else spec["warm_up"]:
         measure(batch, length, 3)
     print("@@" + json.dumps(info), flush=True)
