@@ -256,9 +256,11 @@ def options_in(layout: str, options: Mapping[str, Any]) -> PretrainConfig:
     pool = sizes.pop("pool", "sharded")
     # Groups of sequences that lie on several ranks need as many sequences at once in every layout.
     micro_step = options.pop("micro_step", None)
+    model_size = sizes.get("tp", 1) * sizes.get("cp", 1) * sizes.get("pp", 1)
     if micro_step is not None:
-        model_size = sizes.get("tp", 1) * sizes.get("cp", 1) * sizes.get("pp", 1)
         options["micro_batch_size"] = micro_step * model_size // num_ranks
+    elif "pp" not in sizes and model_size == num_ranks:
+        options["micro_batch_size"] = 4  # two micro-batches add up as four do, at half the messages
     config = tiny_config(**options)
     if config.moe.shares_experts:
         config = with_options(config, samoe_pool_placement=pool)
