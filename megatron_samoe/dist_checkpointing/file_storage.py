@@ -7,6 +7,7 @@ table may name only the few classes that such tables consist of.
 from __future__ import annotations
 
 import hashlib
+import functools
 import io
 import math
 import os
@@ -106,6 +107,7 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
     return metadata
 
 
+@functools.lru_cache(maxsize=1)  # it takes a second for a megabyte, and a load reads the table three times
 def refuse_hollow(content: bytes) -> None:
     """Raises ValueError where a pickle announces more data than it holds: a few bytes can demand gigabytes."""
     for opcode, argument, _ in pickletools.genops(content):
