@@ -6,8 +6,8 @@ table may name only the few classes that such tables consist of.
 
 from __future__ import annotations
 
-import hashlib
 import functools
+import hashlib
 import io
 import math
 import os
