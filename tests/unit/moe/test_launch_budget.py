@@ -44,6 +44,7 @@ def test_a_layers_bytes() -> None:
     assert counted["backward"].num_bytes < (2 + 2 + 10) * weights + 1.6e9
 
 
+@pytest.mark.night
 def test_our_kernels_do_less_than_torch() -> None:
     ours, theirs = (count_layer(options(), by_kernels) for by_kernels in (True, False))
     for part in ours:
