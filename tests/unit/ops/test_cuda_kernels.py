@@ -89,6 +89,7 @@ def test_nvcc_compiles_every_kernel_without_spills(compiled: tuple[str, list[Pat
         assert blocks * 256 / THREADS >= least, f"{symbol}: {registers} registers"
 
 
+@pytest.mark.night
 def test_aligned_rows_are_read_16_bytes_at_a_time(compiled: tuple[str, list[Path]]) -> None:
     """In the device's own code, as NVIDIA's disassembler shows it."""
     disassembler = next(iter(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvdisasm")), None)

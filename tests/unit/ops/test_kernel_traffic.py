@@ -12,7 +12,10 @@ import pytest
 from tests.harness.emulated_cuda import FLAGS, KERNELS, ROOT, compiler, run_all
 from tools.benchmarks.gpu_budget import LAUNCHES
 
-pytestmark = pytest.mark.skipif(not KERNELS or shutil.which("g++") is None, reason="needs g++ and the source tree")
+pytestmark = [
+    pytest.mark.night,
+    pytest.mark.skipif(not KERNELS or shutil.which("g++") is None, reason="needs g++ and the source tree"),
+]
 
 #: Bytes read and written, over those of operands and results read and written once. What is more than once is read from
 #: caches: tokens by each of their two rows, banks by each tile of 8 (backward: 16) layers, a row of logits by each choice.
@@ -49,7 +52,6 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return {row["what"]: row for row in map(json.loads, said.splitlines())}
 
 
-@pytest.mark.night
 def test_operands_and_results_are_read_and_written_once(counts: dict[str, dict[str, Any]]) -> None:
     for what, (most_read, most_written) in MOST.items():
         row = counts[what]
