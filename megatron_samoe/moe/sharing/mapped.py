@@ -63,7 +63,7 @@ class MappedSharing:
         for source, way in self._ways.items():
             own = {self._places[i][1]: part for i, part in layer_parts.items() if self._places[i][0] == source}
             shared = _shared_of(source, shared_part)
-            if own or shared is not None:
+            if shared is not None or not source.way.in_sets:
                 lenders[source] = way.lender(own, shared)
         return MappedLender(lenders, self._places)
 
@@ -112,10 +112,10 @@ class MappedLender:
         return LenderCosts.of_all([lender.costs() for lender in self.lenders.values()])
 
     def layer_gradients(self) -> dict[int, ExpertWeights] | None:
-        """Returns those of all ways; None where one keeps none."""
+        """Returns those of all ways; None where a way keeps none, on this rank or another: ranks answer alike."""
         found = {source: lender.layer_gradients() for source, lender in self.lenders.items()}
         kept = {source: grads for source, grads in found.items() if grads is not None}
-        if len(kept) < len(found):
+        if len(kept) < len({source for source, _ in self.places.values()}):
             return None
         layers = {place: moe_index for moe_index, place in self.places.items()}
         return {layers[source, i]: grads for source, by_place in kept.items() for i, grads in by_place.items()}
