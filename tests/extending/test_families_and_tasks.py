@@ -89,7 +89,7 @@ def test_a_task_of_another_folder_is_scored(tmp_path: Path, capsys: pytest.Captu
         [
             ("tests.extending.nowhere:FAMILY", "cannot be loaded: No module named"),
             ("tests.extending.starcoder2:RULES", "must name a Family, not tuple"),
-            ("megatron_samoe.convert.hf.families.dense:LLAMA", "is the name of another family, too"),
+            ("megatron_samoe.convert.hf.families.llama:LLAMA", "is the name of another family, too"),
         ]
     ),
 )

@@ -5,17 +5,28 @@ The rules are what its source fixes for each (src/models/*.cpp): a form of routi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from megatron_samoe.convert.hf.families.base import Family, Rule, all_layers_are_moe, needs
-from megatron_samoe.convert.hf.families.dense import LLAMA, QWEN2, QWEN3
 from megatron_samoe.convert.hf.families.experts import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, weighs_among_chosen
 from megatron_samoe.convert.hf.families.gpt import GPT2
-from megatron_samoe.convert.hf.parts import View, at, keys, queries, rows, values, whole
+from megatron_samoe.convert.hf.families.llama import LLAMA, QWEN2, QWEN3, gated
+from megatron_samoe.convert.hf.parts import (
+    Part,
+    Row,
+    View,
+    below,
+    in_pairs,
+    keys,
+    parts_by,
+    queries,
+    stack,
+    values,
+    whole,
+)
 from megatron_samoe.convert.hf.target import folded_model
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import ConfigError
@@ -43,24 +54,6 @@ class Architecture:
         """Returns why a folded native model is none of this architecture; empty where it fits."""
         ruled = [reason for rule in self.rules if (reason := rule(native)) is not None]
         return [*self.family.misfits(native), *ruled]
-
-
-@dataclass(frozen=True)
-class GGUFTensor:
-    """A tensor of the file.
-
-    Attributes:
-        native: name of ours that it is made of.
-        make: makes it.
-        shape: as torch has it; the file lists it the other way round.
-        is_plain: kept in fp32 in every precision.
-    """
-
-    name: str
-    native: str
-    make: Callable[[Tensor], Tensor]
-    shape: tuple[int, ...]
-    is_plain: bool
 
 
 _PLAIN_ROPE = needs("rope_scaling_type", None)
@@ -128,91 +121,68 @@ def metadata(one: Architecture, native: NativeModel) -> dict[str, Any]:
     return found
 
 
-def tensors(one: Architecture, native: NativeModel) -> Iterator[GGUFTensor]:
-    """Yields the file's tensors in the order of the layers."""
-    words = "embedding.word.weight"
-    yield _tensor(native, "token_embd.weight", words, rows(native.vocab_size))
-    if native.model.untie_embeddings_and_output_weights or one.needs_output:
-        tied = not native.model.untie_embeddings_and_output_weights
-        yield _tensor(native, "output.weight", words if tied else "output.weight", rows(native.vocab_size))
-    if "embedding.position" in native.tensors:
-        yield _tensor(native, "position_embd.weight", "embedding.position")
-    for layer in range(native.model.num_layers):
-        ours, theirs = f"layers.{layer}", f"blk.{layer}"
-        yield from _both(native, f"{theirs}.attn_norm", f"{ours}.attention_norm")
-        yield from _attention(one, native, theirs, f"{ours}.attention")
-        yield from _both(native, f"{theirs}.ffn_norm", f"{ours}.mlp_norm")
-        if native.is_moe[layer]:
-            yield from _experts(native, theirs, f"{ours}.moe")
-        else:
-            yield from _mlp(native, theirs, f"{ours}.mlp")
-    yield from _both(native, "output_norm", "final_norm")
+def tensors(one: Architecture, native: NativeModel) -> tuple[Part, ...]:
+    """Returns the file's tensors in the order of the layers; shapes are torch's, which the file lists the other way round."""
+    untied = native.model.untie_embeddings_and_output_weights
+    output = "output.weight" if untied or not one.needs_output else "embedding.word.weight"
+    mlp = gated if native.model.swiglu else _plain_mlp
+    theirs, ours = "blk.{layer}", "layers.{layer}"
+    table = (
+        Row("token_embd.weight", "embedding.word.weight"),
+        Row("output.weight", output),
+        Row("position_embd.weight", "embedding.position"),
+        *_both(f"{theirs}.attn_norm", f"{ours}.attention_norm"),
+        *_attention(one, native.model.head_dim, theirs, f"{ours}.attention"),
+        *_both(f"{theirs}.ffn_norm", f"{ours}.mlp_norm"),
+        *mlp(theirs, f"{ours}.mlp", names=("ffn_gate", "ffn_up", "ffn_down")),
+        *below(
+            theirs,
+            f"{ours}.moe",
+            ("ffn_gate_inp.weight", "router.weight"),
+            ("ffn_gate_exps.weight", "experts.w1", _of_each(0), stack),
+            ("ffn_up_exps.weight", "experts.w1", _of_each(1), stack),
+            ("ffn_down_exps.weight", "experts.w2", whole, stack),
+            ("ffn_gate_inp_shexp.weight", "mixing.weight", lambda t: t.flatten()),
+        ),
+        *mlp(theirs, f"{ours}.moe.shared_expert", names=("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")),
+        *_both("output_norm", "final_norm"),
+    )
+    return tuple(part for part in parts_by(table, native) if isinstance(part, Part))
 
 
-def _tensor(native: NativeModel, name: str, ours: str, view: View = whole, is_plain: bool = False) -> GGUFTensor:
-    shape = tuple(view(native.parameters[ours]).shape)
-    return GGUFTensor(name, ours, view, shape, is_plain or len(shape) == 1)
+def is_plain(part: Part) -> bool:
+    """Returns whether a tensor is kept in fp32 in every precision."""
+    return len(part.shape) == 1 or part.name.endswith("ffn_gate_inp.weight")
 
 
-def _both(native: NativeModel, theirs: str, ours: str, view: View = whole) -> Iterator[GGUFTensor]:
-    """Yields a weight, and a bias where there is one; the view is for both."""
-    for kind in ("weight", "bias"):
-        if f"{ours}.{kind}" in native.tensors:
-            yield _tensor(native, f"{theirs}.{kind}", f"{ours}.{kind}", view)
+def _both(theirs: str, ours: str, *more: Any) -> tuple[Row, ...]:
+    """Returns the lines of a weight and a bias; `more` is for both."""
+    return below(theirs, ours, ("weight", "weight", *more), ("bias", "bias", *more))
 
 
-def _attention(one: Architecture, native: NativeModel, theirs: str, ours: str) -> Iterator[GGUFTensor]:
-    size = native.model.head_dim
+def _attention(one: Architecture, head_dim: int, theirs: str, ours: str) -> tuple[Row, ...]:
+    # Channels that turn together are half a head apart in ours.
+    order = in_pairs(0, head_dim) if one.pairs else ()
     if one.name == "gpt2":  # all queries, then keys, then values
-
-        def fused(t: Tensor) -> Tensor:
-            return t.transpose(0, 1).flatten(0, 2)
-
-        yield from _both(native, f"{theirs}.attn_qkv", f"{ours}.qkv", fused)
+        projections = _both(f"{theirs}.attn_qkv", f"{ours}.qkv", lambda t: t.transpose(0, 1))
     else:
-        for name, view in (("q", queries), ("k", keys), ("v", values)):
-            yield from _both(
-                native, f"{theirs}.attn_{name}", f"{ours}.qkv", _heads(view, size, one.pairs and name != "v")
-            )
-    yield from _both(native, f"{theirs}.attn_output", f"{ours}.output")
-    for name in ("q", "k"):
-        yield from _both(native, f"{theirs}.attn_{name}_norm", f"{ours}.{name}_norm")
+        projections = (
+            *_both(f"{theirs}.attn_q", f"{ours}.qkv", lambda t: queries(t).flatten(0, 1), None, 1.0, order),
+            *_both(f"{theirs}.attn_k", f"{ours}.qkv", keys, None, 1.0, order),
+            *_both(f"{theirs}.attn_v", f"{ours}.qkv", values),
+        )
+    norms = (_both(f"{theirs}.attn_{name}_norm", f"{ours}.{name}_norm") for name in ("q", "k"))
+    return (*projections, *_both(f"{theirs}.attn_output", f"{ours}.output"), *(row for norm in norms for row in norm))
 
 
-def _heads(view: View, size: int, pairs: bool) -> View:
-    """Returns a view of some heads' rows joined; with `pairs` channels that are half a head apart become neighbours."""
-
-    def joined(t: Tensor) -> Tensor:
-        taken = view(t)
-        rest = taken.shape[3:] if view is queries else taken.shape[2:]
-        taken = taken.reshape(-1, size, *rest)
-        if pairs:
-            taken = taken.reshape(len(taken), 2, size // 2, *rest).transpose(1, 2)
-        return taken.reshape(-1, *rest)
-
-    return joined
-
-
-def _mlp(native: NativeModel, theirs: str, ours: str, suffix: str = "") -> Iterator[GGUFTensor]:
-    if native.model.swiglu:
-        for index, name in enumerate(("gate", "up")):
-            yield from _both(native, f"{theirs}.ffn_{name}{suffix}", f"{ours}.fc1", at(index))
-    else:
-        yield from _both(native, f"{theirs}.ffn_up{suffix}", f"{ours}.fc1")
-    yield from _both(native, f"{theirs}.ffn_down{suffix}", f"{ours}.fc2")
+def _plain_mlp(theirs: str, ours: str, names: tuple[str, str, str]) -> tuple[Row, ...]:
+    return (*_both(f"{theirs}.{names[1]}", f"{ours}.fc1"), *_both(f"{theirs}.{names[2]}", f"{ours}.fc2"))
 
 
 def _of_each(index: int) -> View:
     """Returns a view of one matrix of each expert, [E, 2, F, H] to [E, F, H]."""
-    return lambda t: t[:, index]
 
+    def view(t: Tensor) -> Tensor:
+        return t[:, index]
 
-def _experts(native: NativeModel, theirs: str, ours: str) -> Iterator[GGUFTensor]:
-    yield _tensor(native, f"{theirs}.ffn_gate_inp.weight", f"{ours}.router.weight", is_plain=True)
-    for index, name in enumerate(("gate", "up")):
-        yield _tensor(native, f"{theirs}.ffn_{name}_exps.weight", f"{ours}.experts.w1", _of_each(index))
-    yield _tensor(native, f"{theirs}.ffn_down_exps.weight", f"{ours}.experts.w2")
-    if f"{ours}.mixing.weight" in native.tensors:
-        yield _tensor(native, f"{theirs}.ffn_gate_inp_shexp.weight", f"{ours}.mixing.weight", lambda t: t.flatten())
-    if f"{ours}.shared_expert.fc1.weight" in native.tensors:
-        yield from _mlp(native, theirs, f"{ours}.shared_expert", "_shexp")
+    return view

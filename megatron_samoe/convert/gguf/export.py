@@ -15,13 +15,14 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.gguf.architectures import (
     Architecture,
-    GGUFTensor,
     choose_architecture,
+    is_plain,
     metadata,
     tensors,
 )
 from megatron_samoe.convert.gguf.tokenizer import Vocabulary, vocabulary
 from megatron_samoe.convert.hf.export import native_model
+from megatron_samoe.convert.hf.parts import Part
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.convert.output_folder import new_folder, require_space
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor
@@ -44,7 +45,7 @@ class GGUFPlan:
     source: GlobalTensors
     native: NativeModel
     architecture: Architecture
-    tensors: tuple[GGUFTensor, ...]
+    tensors: tuple[Part, ...]
     stored: Mapping[str, StoredTensor]
     vocabulary: Vocabulary | None
     lines: tuple[str, ...]
@@ -76,8 +77,8 @@ def plan_export(source: GlobalTensors, data: DataConfig | None, dtype: torch.dty
         lines.insert(0, "what layers share is folded into each layer's own experts")
     lines.append("The file has no tokenizer." if words is None else f"Texts are cut as {words.model}, {words.pre}.")
     wide = dtype or source.tensors["embedding.word.weight"].dtype
-    made = tuple(tensors(one, folded))
-    stored = {t.name: StoredTensor(t.shape, torch.float32 if t.is_plain else wide) for t in made}
+    made = tensors(one, folded)
+    stored = {t.name: StoredTensor(t.shape, torch.float32 if is_plain(t) else wide) for t in made}
     return GGUFPlan(source, folded, one, made, stored, words, tuple(lines))
 
 
@@ -124,7 +125,7 @@ def write_export(plan: GGUFPlan, directory: Path, progress: Callable[[int], obje
             if read is None or read[0] != tensor.native:
                 read = tensor.native, plan.source.read(tensor.native)
             stored = plan.stored[tensor.name]
-            made = tensor.make(read[1]).to(stored.dtype).contiguous()
+            made = tensor.take(read[1]).to(stored.dtype).contiguous()
             writer.write_tensor_data(made.numpy() if made.dtype == torch.float32 else made.view(torch.uint8).numpy())
             progress(stored.num_bytes)
         writer.close()

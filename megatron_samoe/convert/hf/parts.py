@@ -212,6 +212,12 @@ def values(t: Tensor) -> Tensor:
     return t[:, -1]
 
 
+def in_pairs(before: int, rotated: int) -> tuple[int, ...]:
+    """Returns our place of each of their channels, of which the last `rotated` are pairs: ours are half of them apart."""
+    half = rotated // 2
+    return (*range(before), *(before + j + part * half for j in range(half) for part in (0, 1)))
+
+
 def join(parts: Iterable[Part], shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[str], Tensor]) -> Tensor:
     """Returns the native tensor that foreign ones make up; elements of no part (padding) are zero."""
     parts = list(parts)

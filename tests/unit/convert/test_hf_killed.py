@@ -11,7 +11,7 @@ import pytest
 
 from megatron_samoe.cli import convert
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.convert.hf.families.dense import LLAMA
+from megatron_samoe.convert.hf.families.llama import LLAMA
 from megatron_samoe.convert.hf.source import derived_model
 from megatron_samoe.convert.hf.tokenizer_files import imported_tokenizer
 from megatron_samoe.convert.output_folder import require_new

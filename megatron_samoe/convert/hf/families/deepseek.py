@@ -15,22 +15,16 @@ from megatron_samoe.convert.hf.families.entries import CannotCompute, Entries, m
 from megatron_samoe.convert.hf.families.experts import EXPERT_WIDTH, EXPERTS, MOE, ROUTING, WEIGHTS
 from megatron_samoe.convert.hf.families.llama import ENTRIES, OPTIONS, ROPE, gated, tensors
 from megatron_samoe.convert.hf.families.reading import rope_of
-from megatron_samoe.convert.hf.parts import Row, below, whole
+from megatron_samoe.convert.hf.parts import Row, below, in_pairs, whole
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import ConfigError
 
 
-def _in_pairs(before: int, rotated: int) -> tuple[int, ...]:
-    """Returns our place of each of their channels, of which the last `rotated` are pairs."""
-    half = rotated // 2
-    return (*range(before), *(before + j + part * half for j in range(half) for part in (0, 1)))
-
-
-def latent_attention(native: NativeModel, in_pairs: bool = True) -> tuple[Row, ...]:
-    """Returns the lines of latent attention; `in_pairs` says whether the class keeps rotated channels in pairs."""
+def latent_attention(native: NativeModel, has_pairs: bool = True) -> tuple[Row, ...]:
+    """Returns the lines of latent attention; `has_pairs` says whether the class keeps rotated channels in pairs."""
     model = native.model
     of_queries, of_latents = (
-        _in_pairs(before, model.qk_pos_emb_head_dim) if in_pairs else ()
+        in_pairs(before, model.qk_pos_emb_head_dim) if has_pairs else ()
         for before in (model.qk_head_dim, model.kv_lora_rank)
     )
     queries = "q_proj" if model.q_lora_rank is None else "q_b_proj"

@@ -184,7 +184,7 @@ def _qwen2_tensors(native: NativeModel) -> tuple[Any, ...]:
     theirs, ours = (f"{block}.shared_expert" for block in _BLOCK)
     gate = Row(f"{theirs}_gate.weight", f"{_BLOCK[1]}.mixing.weight")
     scale = 1.0 if native.moe.moe_shared_expert_gate else 2.0
-    return tensors(*EXPERTS, *gated(theirs, ours, whole, None, scale), gate, _no_shared_expert)
+    return tensors(*EXPERTS, *gated(theirs, ours, (whole, None, scale)), gate, _no_shared_expert)
 
 
 def _written_shared_expert(native: NativeModel) -> dict[str, Any]:

@@ -51,17 +51,23 @@ ATTENTION = below(
 )
 
 
-def gated(theirs: str, ours: str, *more: Any) -> tuple[Row, ...]:
-    """Returns the lines of a gated MLP that every token passes; `more` is of the second matrix's."""
+def gated(
+    theirs: str,
+    ours: str,
+    down: tuple[Any, ...] = (),
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> tuple[Row, ...]:
+    """Returns the lines of a gated MLP that every token passes; `down` is more of the second matrix's."""
+    gate, up, last = names
     return below(
         theirs,
         ours,
-        ("gate_proj.weight", "fc1.weight", at(0)),
-        ("up_proj.weight", "fc1.weight", at(1)),
-        ("gate_proj.bias", "fc1.bias", at(0)),
-        ("up_proj.bias", "fc1.bias", at(1)),
-        ("down_proj.weight", "fc2.weight", *more),
-        ("down_proj.bias", "fc2.bias", *more),
+        (f"{gate}.weight", "fc1.weight", at(0)),
+        (f"{up}.weight", "fc1.weight", at(1)),
+        (f"{gate}.bias", "fc1.bias", at(0)),
+        (f"{up}.bias", "fc1.bias", at(1)),
+        (f"{last}.weight", "fc2.weight", *down),
+        (f"{last}.bias", "fc2.bias", *down),
     )
 
 

@@ -198,7 +198,7 @@ def _tensors(native: NativeModel) -> tuple[Any, ...]:
         Row("model.embed_tokens.weight", "embedding.word.weight"),
         Row("model.embed_positions.weight", "embedding.position"),
         *_norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm"),
-        *(latent_attention(native, in_pairs=False) if native.model.multi_latent_attention else ATTENTION),
+        *(latent_attention(native, has_pairs=False) if native.model.multi_latent_attention else ATTENTION),
         *below(f"{theirs}.self_attn", f"{ours}.attention", *_norm_biases(native)),
         *_norm(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm"),
         *mlp(f"{theirs}.mlp", f"{ours}.mlp"),
