@@ -57,14 +57,15 @@ test-unit: $(VENV)/.installed-tests
 test-distributed: $(VENV)/.installed-tests
 	$(PYTEST) tests/distributed -m "not night" $(SPREAD)
 
-# Everything. A part that was ended goes on after the tests that have passed on the same commit.
+# Everything, in an order that SEED draws. A part that was ended goes on after the tests that have passed on the same commit.
 SHARD ?= 1/1
 SEARCH_MINUTES ?= 10
+SEED ?= $(shell date +%j)
 COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 
 test-all: lint
 	@echo "test-all: part $(SHARD) on commit $(COMMIT)"
-	$(PYTEST) tests $(SPREAD) --durations 30 --shard $(SHARD) --resume build/test-all/$(COMMIT)
+	$(PYTEST) tests $(SPREAD) --durations 30 --shuffle $(SEED) --shard $(SHARD) --resume build/test-all/$(COMMIT)
 	$(if $(filter 1/%,$(SHARD)),$(MAKE) sanitize docs)
 	$(BIN)/python -m tests.search --minutes $(SEARCH_MINUTES) --seed $(firstword $(subst /, ,$(SHARD)))
 	@echo "test-all: part $(SHARD) on commit $(COMMIT) passed"
