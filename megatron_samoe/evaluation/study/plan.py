@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -20,7 +20,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, ConfigError, ConfigErrors
 from megatron_samoe.evaluation.run_summary import read_records, read_run, sharing_text
 from megatron_samoe.evaluation.study import results_store
-from megatron_samoe.evaluation.study.definition import Run, Study, Variant, plan_runs, sweep_runs
+from megatron_samoe.evaluation.study.definition import Run, Study, Variant, as_flags, plan_runs, sweep_runs
 from megatron_samoe.evaluation.study.sweeps import Optimum, extended, optimum
 
 
@@ -139,7 +139,7 @@ class StudyPlan:
 
     def flags_of(self, run: Run) -> list[str]:
         """Returns the flags of a run's pretraining; of one that waits for a sweep those without the option that is swept."""
-        common = [*self.common_flags, *self.study.sizes[run.size]]
+        common = [*self.common_flags, *as_flags(self.study.sizes[run.size])]
         sweep = self.study.sweep
         if run.swept is not None and sweep is not None:
             common += [f"--{sweep.option}", f"{run.swept:.6g}"]
@@ -226,11 +226,31 @@ class StudyPlan:
         return not run.variant.is_trained or iterations[-1] >= self.config_of(run).training.train_iters
 
     def needs(self, run: Run) -> list[Run]:
-        """Returns the runs that must have ended before one can be made: what it is edited from, and shorter branches of the same
-        trunk, which is trained as far as the next of them needs it."""
+        """Returns the runs that must have ended before one can be made: what it is edited from, its sweep's, and shorter branches
+        of the same trunk, which is trained as far as the next of them needs it."""
         if not run.variant.is_trained:
             return [self.source_of(run)]
-        return [r for r in self.branches_of(run) if run.length is None or (r.length or 0) < run.length]
+        is_swept = run.swept is None and self._is_swept(run.variant, run.size)
+        swept = self._sweep(run.variant, run.size)[0] if is_swept else []
+        return swept + [r for r in self.branches_of(run) if run.length is None or (r.length or 0) < run.length]
+
+    def name_of(self, run: Run) -> str:
+        """Returns what a run is called among all: its folder below the study's."""
+        return run.directory.relative_to(self.root).as_posix()
+
+    def chosen(self, names: Collection[str] | None) -> list[Run]:
+        """Returns the runs of some names and those that they need, in the order of all; every run if there are no names."""
+        runs = self.all_runs()
+        if names is None:
+            return runs
+        found: set[Path] = set()
+        wanted = [run for run in runs if self.name_of(run) in names]
+        while wanted:
+            run = wanted.pop()
+            if run.directory not in found:
+                found.add(run.directory)
+                wanted += self.needs(run)
+        return [run for run in runs if run.directory in found]
 
     def source_of(self, run: Run) -> Run:
         """Returns the run whose checkpoints are edited for another."""

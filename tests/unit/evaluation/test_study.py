@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import random
@@ -19,8 +18,8 @@ import yaml
 from megatron_samoe.cli.report import main as report_main
 from megatron_samoe.cli.study import main
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.dist_checkpointing.folder_lock import FolderInUseError, folder_lock
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import RUN_FILE, sharing_text
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
@@ -76,13 +75,13 @@ def test_runs_go_seed_by_seed_and_edited_ones_after_their_source(tmp_path: Path)
         ({"seed": [1]}, "seed"),
         ({"config": "nowhere.yaml"}, "config"),
         ({"baseline": "dense"}, "baseline"),
-        ({"runs": {"a": 3}}, "runs"),
+        ({"runs": {"a": 3}}, "runs.a"),
         ({"runs": {"a b": {}, "a-b": {}}, "derived": None, "baseline": None}, "runs"),
         ({"derived": {"x": {"from": "nobody", "edit": "select"}}}, "derived.x.from"),
         ({"derived": {"x": {"from": "one pool", "edit": "melt"}}}, "derived.x.edit"),
         ({"derived": {"x": {"from": "one pool", "edits": "fold"}}}, "derived.x.edits"),
         ({"margin": "wide"}, "margin"),
-        ({"sizes": {"wide": 3}}, "sizes"),
+        ({"sizes": {"wide": 3}}, "sizes.wide"),
         ({"sweep": {"option": "lr", "values": [1, 2]}}, "sweep.values"),
         ({"sweep": {"option": "lr", "values": [3, 2, 1]}}, "sweep.values"),
         ({"sweep": {"option": "lr", "values": [1, 2, 3], "seed": 1}}, "sweep.seed"),
@@ -100,7 +99,9 @@ def test_a_wrong_study_is_refused_by_its_key(tmp_path: Path, changes: dict, fiel
 
 
 def test_a_study_without_runs_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"runs.*a study needs title, config, seeds and runs"):
+    with pytest.raises(
+        ConfigError, match=r"runs = None: missing in .*study.yaml; needed are title, config, seeds, runs"
+    ):
         read_study(write_study(tmp_path, runs=None))
 
 
@@ -140,7 +141,7 @@ def test_results_name_what_layers_share(tmp_path: Path) -> None:
     assert (comparison.size, comparison.steps, comparison.seeds) == ("", None, [1])
     head, own, tied = results_table(study, results)
     assert (own[head.index("sharing")], tied[head.index("sharing")]) == ("own", "tied 0*2")
-    assert [r.to_json()["sharing"] for r in results] == ["own", "tied 0*2"]
+    assert [r.sharing for r in results] == ["own", "tied 0*2"]
     assert results[0].expert_parameters == 2 * results[1].expert_parameters, "one set in place of two layers' own"
     assert results[0].active_parameters == results[1].active_parameters and not unequal_arms(study, results)
 
@@ -268,7 +269,7 @@ def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytes
     flags = next(c for c in results["commands"] if "a/pool/seed-1" in c)
     assert f"--lr {found:.6g}" in flags
     page = (tmp_path / "a/status.html").read_text()
-    assert "8 of 8 runs finished" in page and "<polyline" in page
+    assert "8 of 8 runs finished" in page and "data:image/png;base64" in page
 
     assert report_main(["--study", str(tmp_path / "a/results.json"), "--output", str(tmp_path / "report.html")]) == 0
     for plot in ("differences", "lengths"):
@@ -381,63 +382,93 @@ def test_a_study_killed_at_random_points_comes_to_the_same_results(tmp_path: Pat
 
 
 @pytest.mark.night
-def test_a_paused_study_starts_nothing_until_it_may_go_on(tmp_path: Path) -> None:
-    out = tmp_path / "runs"
-    out.mkdir()
-    assert main(["pause", "--output-dir", str(out)]) == 0
-    study = write_whole(
-        tmp_path,
-        sweep=None,
-        branches=None,
-        derived=None,
-        runs={"own": {"expert-layout": "moe"}},
-        baseline="own",
-        gates=None,
-    )
+def test_a_study_that_is_held_holds_its_run_until_it_may_go_on(tmp_path: Path) -> None:
+    """Ctrl-Z reaches the study alone, whose runs have sessions of their own."""
+    study = write_study(tmp_path, runs={"only": {"train-iters": 400}}, derived=None, baseline=None, seeds=[1])
+    metrics = tmp_path / "runs/only/seed-1/metrics.jsonl"
     code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(study), "--output-dir", str(out), "--full-priority"]
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not (out / "status.html").exists() and time.monotonic() < deadline:
+    command = [sys.executable, "-c", code, str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]
+    with subprocess.Popen(command) as process:
+        for _ in range(1200):
+            if metrics.is_file() and metrics.stat().st_size:
+                break
             time.sleep(0.1)
+        process.send_signal(signal.SIGTSTP)
+        time.sleep(1)
+        held = metrics.stat().st_size
         time.sleep(2)
-        assert not (out / "own").exists() and process.poll() is None
-        assert main(["continue", "--output-dir", str(out)]) == 0
-        assert process.wait(timeout=120) == 0
-    assert (out / "own/seed-1/run.json").exists()
+        assert metrics.stat().st_size == held and process.poll() is None
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=240) == 0
+    assert metrics.stat().st_size > held
 
 
 def test_what_another_program_makes_is_left_to_it(tmp_path: Path) -> None:
     """A run's folder is its claim; a branch claims its trunk as well, as long as that has to be trained for it."""
     study = read_study(write_whole(tmp_path, sweep=None, derived=None, gates=None))
     runner = StudyRunner(StudyPlan(study, tmp_path / "runs", ()))
-    branch = runner.plan.all_runs()[0]
+    branch, *others = [run for run in runner.plan.all_runs() if run.length is not None]
     trunk = runner.plan.trunk_of(branch)
-    assert branch.length is not None
 
-    def claimable() -> list[Path]:
-        """Folders in the order in which a program would take the runs if it made no other."""
-        with contextlib.ExitStack() as held:
-            found = []
-            while (claim := runner._next()) is not None:
-                runner.active[claim.run.directory] = claim.run
-                claim.trunk_lock.close()
-                held.enter_context(claim.lock)
-                found.append(claim.run.directory)
-            runner.active.clear()
-            return found
+    def claimed() -> list[Path]:
+        """Folders in the order in which a program takes runs if none of them ends."""
+        taken: list[Path] = []
+        runner._started = lambda run, command: taken.append(run.directory)  # type: ignore
+        while runner._start_next():
+            pass
+        for making in list(runner.active.values()):
+            runner._close(making)
+        return taken
 
-    every = claimable()
-    assert every[0] == branch.directory and len(every) == 2, "trunks go on when their branches are done"
-    with folder_lock(branch.directory):
-        assert claimable() == every[1:]
-    with folder_lock(trunk.directory):
-        assert claimable() == every[1:], "the branch would have to train it"
-    claim = runner._next()
-    assert claim is not None and claim.run.directory == branch.directory
-    with claim.lock, claim.trunk_lock, pytest.raises(CheckpointError), folder_lock(trunk.directory):
+    every = claimed()
+    assert every == [branch.directory, *(run.directory for run in others)], "trunks go on when their branches are done"
+    for folder in (branch.directory, trunk.directory):  # the branch would have to train its trunk
+        with folder_lock(folder):
+            assert claimed() == every[1:]
+    commands = runner._commands(branch)
+    assert str(trunk.directory) in next(commands), "its trunk comes first"
+    with pytest.raises(FolderInUseError), folder_lock(trunk.directory):
         pass
+
+
+def test_a_part_is_some_runs_and_all_that_they_need(tmp_path: Path) -> None:
+    study = read_study(write_whole(tmp_path, seeds=[1, 2], gates=None))
+    plan = StudyPlan(study, tmp_path / "runs", ())
+    runs = {plan.name_of(run): run for run in plan.all_runs()}
+    swept = [name for name, run in runs.items() if run.swept is not None]
+    assert swept == ["pool/lr-0.001/seed-1", "pool/lr-0.004/seed-1", "pool/lr-0.016/seed-1"]
+    needed = [plan.name_of(run) for run in plan.chosen(["one-bank/seed-2"])]
+    assert needed == [*swept, "pool/steps-5/seed-2", "pool/seed-2", "one-bank/seed-2"]
+    assert [plan.name_of(run) for run in plan.chosen(["own/steps-5/seed-1"])] == ["own/steps-5/seed-1"]
+    assert plan.chosen(None) == plan.all_runs()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--shard", "3/2"], "--shard = '3/2': must be a part and the number of parts"),
+        (["--shard", "all"], "--shard = 'all': must be a part and the number of parts"),
+        (["--shard", "1/2", "--run", "own-experts/seed-1"], "--shard = '1/2': excludes --run"),
+        (["--run", "own-expert/seed-1"], "names no run of the study; --dry-run shows them. Did you mean 'own-experts/seed-1'?"),
+    ],
+)  # fmt: skip
+def test_a_wrong_part_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main([str(write_study(tmp_path)), "--output-dir", str(tmp_path / "runs"), *words]) == 2
+    assert said in capfd.readouterr().err
+
+
+def test_parts_are_all_runs_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = [str(write_study(tmp_path)), "--output-dir", str(tmp_path / "runs"), "--dry-run"]
+    shown = []
+    for part in ([], ["--shard", "1/3"], ["--shard", "2/3"], ["--shard", "3/3"]):
+        assert main([*command, *part]) == 0
+        shown.append([line.split()[2] for line in capfd.readouterr().out.splitlines()])
+    whole, first, second, third = shown
+    assert len(whole) == 6 and set(whole) == {*first, *second, *third}
+    assert first == ["own-experts/seed-1", "own-experts/seed-2"] and second == ["one-pool/seed-1", "one-pool/seed-2"]
+    assert third == [name for name in whole if "pool" in name], "what is edited is made first"
 
 
 @pytest.mark.night
