@@ -86,11 +86,17 @@ def read_decode(path: Path) -> list[DecodeTime]:
         # The name of one of our own rows is its checkpoint and its way of serving.
         times = [
             DecodeTime(
-                Path(row["contestant"].removesuffix(f" {row['serving']}").removesuffix(" auto")), row["serving"],
-                row["dtype"], row["batch"], row["ms_per_token"], 1e6 * row["read_mb"], row["floor_ms"],
+                Path(row["contestant"].removesuffix(f" {row['serving']}").removesuffix(" auto")),
+                row["serving"],
+                row["dtype"],
+                row["batch"],
+                row["ms_per_token"],
+                1e6 * row["read_mb"],
+                row["floor_ms"],
             )
-            for row in rows if row["serving"]
-        ]  # fmt: skip
+            for row in rows
+            if row["serving"]
+        ]
         if not all(
             isinstance(t.dtype, str)
             and type(t.batch) is int
@@ -136,9 +142,15 @@ def _zero_shot(
 
     constant = result["best_constant"] if metric in SHARES_OF_ITEMS else None
     return ZeroShot(
-        Path(checkpoint), result["task"], metric, int(result["items"]), scaled(found["value"]), scaled(found["stderr"]),
-        tuple(scaled(v) for v in (values or [found["value"]])), scaled(constant),
-    )  # fmt: skip
+        Path(checkpoint),
+        result["task"],
+        metric,
+        int(result["items"]),
+        scaled(found["value"]),
+        scaled(found["stderr"]),
+        tuple(scaled(v) for v in (values or [found["value"]])),
+        scaled(constant),
+    )
 
 
 @dataclass(frozen=True)

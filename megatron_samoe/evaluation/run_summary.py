@@ -95,10 +95,16 @@ def read_run(run_dir: Path) -> RunSummary:
         raise CheckpointError(f"{metrics} has no validation loss: was the run stopped before its first evaluation?")
     speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
     return RunSummary(
-        run_dir.absolute().name, config, count_parameters(config, vocab_size), records, checkpoint_bytes,
-        tokens_per_s=statistics.median(speeds) if speeds else None, directory=run_dir, vocab_size=vocab_size,
+        run_dir.absolute().name,
+        config,
+        count_parameters(config, vocab_size),
+        records,
+        checkpoint_bytes,
+        tokens_per_s=statistics.median(speeds) if speeds else None,
+        directory=run_dir,
+        vocab_size=vocab_size,
         machine=_read_machine(run_dir / "machine.json"),
-    )  # fmt: skip
+    )
 
 
 def _read_checkpoint(run_dir: Path) -> tuple[PretrainConfig, int, int] | None:
@@ -166,10 +172,29 @@ def read_records(path: Path) -> list[JsonObject]:
 
 
 #: Metrics that are numbers, and metrics with an array of numbers for each layer; of others nothing is made here.
-_NUMBERS = ("iteration", "consumed_samples", "consumed_tokens", "lm_loss", "grad_norm", "learning_rate", "loss_scale",
-            "tokens_per_s", "step_time_s", "peak_memory_bytes", "load_balance_loss", "z_loss", "least_load_entropy",
-            "largest_expert_share", "idle_experts", "dropped_token_fraction", "validation_loss", "validation_perplexity",
-            "test_loss", "test_perplexity", "mfu")  # fmt: skip
+_NUMBERS = (
+    "iteration",
+    "consumed_samples",
+    "consumed_tokens",
+    "lm_loss",
+    "grad_norm",
+    "learning_rate",
+    "loss_scale",
+    "tokens_per_s",
+    "step_time_s",
+    "peak_memory_bytes",
+    "load_balance_loss",
+    "z_loss",
+    "least_load_entropy",
+    "largest_expert_share",
+    "idle_experts",
+    "dropped_token_fraction",
+    "validation_loss",
+    "validation_perplexity",
+    "test_loss",
+    "test_perplexity",
+    "mfu",
+)
 _ARRAYS = ("expert_load", "expert_grad_norm", "combination")
 
 

@@ -76,9 +76,11 @@ class StudyPlan:
             return False
         if (name, run.size) not in self._behind:
             both = [
-                r for r in runs
-                if (r.seed, r.size, r.length) == (first, run.size, None) and r.variant.name in (name, self.study.baseline)
-            ]  # fmt: skip
+                r
+                for r in runs
+                if (r.seed, r.size, r.length) == (first, run.size, None)
+                and r.variant.name in (name, self.study.baseline)
+            ]
             if not all(self.is_finished(r) for r in both):
                 return False
             losses = {r.variant.name: last_validation(r) or math.nan for r in both}
@@ -265,9 +267,10 @@ class StudyPlan:
         if not fits and not config.checkpoint.use_checkpoint_args:
             needed = "layers that combine banks" if variant.edit == "select" else "layers that share experts"
             raise ConfigError(
-                f"derived.{variant.name}.edit", variant.edit,
+                f"derived.{variant.name}.edit",
+                variant.edit,
                 f"needs {needed}; those of {variant.edited_from} share so: {sharing_text(config)}",
-            )  # fmt: skip
+            )
 
     def _refuse_another(self, run: Run, config: PretrainConfig) -> None:
         if self.is_finished(run):
