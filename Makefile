@@ -70,7 +70,7 @@ sanitize:
 	sh tools/sanitize.sh
 
 lint: $(VENV)/.installed-tests
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy megatron_samoe
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy megatron_samoe tools
 
 # Figures of docs/results from the stored runs, and these against their registration. WRITE=--write renews the page.
 results-check: $(VENV)/.installed

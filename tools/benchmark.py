@@ -9,4 +9,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron_samoe.start import run
 
 if __name__ == "__main__":
-    run("megatron_samoe.benchmarks.command")
+    run("megatron_samoe.gpu_check.command")

@@ -28,7 +28,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "study": ("study", "train several models with several seeds, and compare them"),
     "report": ("report", "write an HTML report about runs"),
     "plan": ("plan", "rank the parallel layouts of a model on a cluster"),
-    "benchmark": ("megatron_samoe.benchmarks.command", "measure speed against limits, plain torch and other programs"),
+    "benchmark": ("megatron_samoe.gpu_check.command", "measure speed against limits, plain torch and other programs"),
     "init": ("init", "begin a project: a configuration that explains itself, its schema, a script for Slurm"),
     "doctor": ("doctor", "say what this installation can do here, and what is missing"),
     "rendezvous-store": ("rendezvous_store", "keep torchrun's store outside the job's hosts"),

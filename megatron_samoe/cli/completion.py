@@ -12,6 +12,7 @@ import tyro
 
 from megatron_samoe.cli.arguments import Parser, Words, adder, program
 from megatron_samoe.cli.command import COMMANDS, module_of
+from megatron_samoe.cli.program import FORMS, Group, summary
 from megatron_samoe.config.pretrain import PretrainConfig
 
 
@@ -19,13 +20,28 @@ def whole_parser() -> argparse.ArgumentParser:
     """Returns one parser that knows the flags of every command."""
     parser = argparse.ArgumentParser(prog="megatron-samoe")
     commands = parser.add_subparsers(dest="command")
-    own: Any
     for name, (_, what) in COMMANDS.items():
-        if name == "pretrain":
-            own = tyro.extras.get_parser(PretrainConfig, config=(tyro.conf.OmitArgPrefixes,))
-        else:
-            own = importlib.import_module(module_of(name)).make_parser()
+        own = parser_of(importlib.import_module(module_of(name)))
         commands.add_parser(name, help=what, parents=[own], add_help=False, conflict_handler="resolve")
+    return parser
+
+
+def parser_of(module: Any) -> argparse.ArgumentParser:
+    """Returns a parser that knows the flags of a command's module."""
+    if module.__name__.endswith(".pretrain"):
+        return _parser(PretrainConfig)
+    return _parser(module.main.command) if hasattr(module.main, "command") else module.make_parser()
+
+
+def _parser(command: Any) -> argparse.ArgumentParser:
+    if isinstance(command, type):
+        made: Any = tyro.extras.get_parser(command, config=FORMS)
+        return made  # type: ignore[no-any-return]
+    group = command if isinstance(command, Group) else command()
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers()
+    for name, one in group.commands.items():
+        commands.add_parser(name, help=summary(one), parents=[_parser(one)], add_help=False, conflict_handler="resolve")
     return parser
 
 

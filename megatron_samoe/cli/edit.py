@@ -54,7 +54,7 @@ def _edit(source: CheckpointReader, options: Options) -> EditedModel:
     if options.action == "fold":
         return fold_shared(source)
     if options.action == "select":
-        return (tie_selected if options.to == "tied" else select_samoe)(source, options.scale)
+        return (select_samoe if options.to == "banks" else tie_selected)(source, options.scale)
     if options.action == "student":
         return keep_layers(source, _numbers("--keep-layers", options.keep_layers))
     names = ("expert_layout", "num_experts", "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function",

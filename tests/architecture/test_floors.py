@@ -15,6 +15,7 @@ import megatron_samoe
 from megatron_samoe.config import PretrainConfig
 
 ROOT = Path(megatron_samoe.__file__).parent
+REPOSITORY = ROOT.parent
 
 #: Bottom first; packages of one floor do not know each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -37,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training", "inference", "interop", "evaluation"),
     ("language_model", "compress"),
     ("cli",),
-    ("benchmarks",),
+    ("gpu_check",),
     ("__main__",),
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -54,6 +55,11 @@ PLUG_IN = tuple(f"interop/vllm/{name}.py" for name in ("__init__", "model", "pla
 
 def sources() -> list[Path]:
     return sorted(ROOT.rglob("*.py"))
+
+
+def benchmarks() -> list[Path]:
+    """Returns the files of tools/benchmarks, which may import all of the package."""
+    return sorted((REPOSITORY / "tools/benchmarks").glob("*.py"))
 
 
 def package_of(path: Path) -> str:
@@ -139,9 +145,13 @@ def test_packages_form_no_cycle() -> None:
         pytest.fail(f"packages import each other: {' -> '.join(error.args[1])}")
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
 def file_imports(path: Path, modules: set[str]) -> set[str]:
-    """Returns the modules of the package that a file imports, deferred imports included."""
-    module = ".".join(("megatron_samoe", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+    """Returns those of some modules that a file imports, deferred imports included."""
+    module = module_of(path)
     found = set()
     for _, name in imported_modules(ast.parse(path.read_text()), module):
         while name and name not in modules:
@@ -153,10 +163,7 @@ def file_imports(path: Path, modules: set[str]) -> set[str]:
 
 
 def test_files_form_no_cycle() -> None:
-    paths = {
-        ".".join(("megatron_samoe", *p.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): p
-        for p in sources()
-    }
+    paths = {module_of(path): path for path in (*sources(), *benchmarks())}
     graph = {name: file_imports(path, set(paths)) for name, path in paths.items()}
     try:
         TopologicalSorter(graph).prepare()
@@ -164,10 +171,16 @@ def test_files_form_no_cycle() -> None:
         pytest.fail(f"files import each other: {' -> '.join(error.args[1])}")
 
 
+def test_the_package_imports_nothing_of_tools() -> None:
+    """But by the command that looks there: a wheel has no tools."""
+    for path in sources():
+        names = [name for _, name in imported_modules(ast.parse(path.read_text()), module_of(path))]
+        assert not [name for name in names if name.partition(".")[0] == "tools"], path
+
+
 def test_files_stay_small() -> None:
-    repository = ROOT.parent
-    files = [*sources(), *(repository / "tools").glob("*.py"), *(repository / "cpp_ext").rglob("*.cpp")]
-    lengths = {str(p.relative_to(repository)): len(p.read_text().splitlines()) for p in files}
+    files = [*sources(), *(REPOSITORY / "tools").rglob("*.py"), *(REPOSITORY / "cpp_ext").rglob("*.cpp")]
+    lengths = {str(p.relative_to(REPOSITORY)): len(p.read_text().splitlines()) for p in files}
     long = {name: n for name, n in lengths.items() if n > MAX_LINES}
     assert set(long) <= LONG_FILES, f"files of more than {MAX_LINES} lines: {long}; listed: {sorted(LONG_FILES)}"
 
@@ -195,11 +208,11 @@ def test_every_option_has_a_docstring() -> None:
 
 def test_public_functions_and_classes_have_docstrings() -> None:
     bare = []
-    for path in sources():
+    for path in (*sources(), *benchmarks()):
         for node in ast.parse(path.read_text()).body:
             kinds = (ast.FunctionDef, ast.ClassDef)
             if isinstance(node, kinds) and not node.name.startswith("_") and ast.get_docstring(node) is None:
-                bare.append(f"{path.relative_to(ROOT)}: {node.name}")
+                bare.append(f"{path.relative_to(REPOSITORY)}: {node.name}")
     assert not bare, "\n".join(bare)
 
 
@@ -236,3 +249,39 @@ def test_every_program_runs_as_a_module() -> None:
         if has_main and "__name__" not in ast.dump(tree.body[-1]):
             silent.append(str(path.relative_to(ROOT)))
     assert not silent
+
+
+#: Where a way of sharing has its name and its classes: what options and files see of it, what computes it, and our class
+#: for transformers, which travels alone.
+ROOMS_OF_WAYS = ("config/sharing_map.py", "moe/sharing/", "interop/hf/remote_code/configuration_samoe.py")
+WAYS = {"own", "combined", "tied", "scaled", "neighbours"}
+
+
+def questions_of_kind(tree: ast.AST, classes: frozenset[str]) -> list[int]:
+    """Returns the lines that compare a way's name, or ask whether something is of one of these classes."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            parts = [part for side in (node.left, *node.comparators) for part in ast.walk(side)]
+            words = {part.value for part in parts if isinstance(part, ast.Constant)}
+            words |= {part.id.lower() for part in parts if isinstance(part, ast.Name) and part.id.isupper()}
+            if words & WAYS:
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            if {getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(node.args[1])} & classes:
+                lines.append(node.lineno)
+    return lines
+
+
+def test_a_way_of_sharing_is_known_by_name_and_class_in_its_own_rooms_alone() -> None:
+    rooms = [path for path in sources() if path.relative_to(ROOT).as_posix().startswith(ROOMS_OF_WAYS)]
+    trees = {path: ast.parse(path.read_text()) for path in sources()}
+    computing = [trees[path] for path in rooms if path.parent.name == "sharing"]
+    classes = frozenset(n.name for tree in computing for n in ast.walk(tree) if isinstance(n, ast.ClassDef))
+    assert {"OwnExperts", "ExpertPool", "Coefficients", "StepLender", "MappedLender"} <= classes
+    found = {
+        f"{path.relative_to(ROOT)}:{line}"
+        for path, tree in trees.items() if path not in rooms for line in questions_of_kind(tree, classes)
+    }  # fmt: skip
+    assert not found, "ask the way itself: config/sharing_map.py (Way) or moe/sharing/way.py"
+    assert any(questions_of_kind(trees[path], classes) for path in rooms), "the test sees such questions"

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_samoe.benchmarks.serve_load import read_metrics
 from megatron_samoe.config import CheckpointConfig, DataConfig
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
@@ -25,6 +24,7 @@ from megatron_samoe.runtime.load import LoadedModel, load_model
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
 from tests.harness.tiny import tiny_config
+from tools.benchmarks.serve_load import read_metrics
 
 #: Far apart logits: the order of additions, which the batch's size decides, does not change the largest.
 SHARP = {"init_method_std": 0.5}

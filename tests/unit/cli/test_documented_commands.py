@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_samoe.cli.command import COMMANDS, module_of
+from megatron_samoe.cli.completion import parser_of
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.derived import flag
 
@@ -42,7 +43,7 @@ def pretrain_flags() -> frozenset[str]:
 def flags_of(command: str) -> frozenset[str]:
     if command == "pretrain":
         return pretrain_flags()
-    own = frozenset(flags_of_parser(importlib.import_module(module_of(command)).make_parser()))
+    own = frozenset(flags_of_parser(parser_of(importlib.import_module(module_of(command)))))
     return own | pretrain_flags() if command in HAND_ON else own
 
 

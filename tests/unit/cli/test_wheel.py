@@ -58,6 +58,9 @@ def test_a_wheel_works_without_sources_and_compiler(tmp_path: Path) -> None:
     assert str(installed) in run(sys.executable, "-c", program, cwd=tmp_path / "empty", PYTHONPATH=str(installed))
     for part in ("cli/quickstart_data/config.yaml", "py.typed", "inference/server/page.html"):
         assert (installed / "megatron_samoe" / part).exists()
+    benchmark = subprocess.run([sys.executable, "-m", "megatron_samoe", "benchmark", "moe-layer"], cwd=tmp_path / "empty",
+                               env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True)  # fmt: skip
+    assert benchmark.returncode == 2 and "in a checkout of the repository (tools/benchmarks)" in benchmark.stderr
     begin = (sys.executable, "-m", "megatron_samoe", "init", "new", "--example", "shared_pool")
     run(*begin, cwd=tmp_path / "empty", PYTHONPATH=str(installed))
     assert (tmp_path / "empty/new/configs/study.yaml").read_bytes() == (

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_samoe.benchmarks.gpu_budget import LaunchCounter, as_on_a_gpu
 from megatron_samoe.ops import extension
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import micro_batch_context
 from tests.harness.tiny import VOCAB_SIZE, tiny_config
 from tests.harness.wait_figures import WAYS
+from tools.benchmarks.gpu_budget import LaunchCounter, as_on_a_gpu
 
 
 def gradients(way: str, backend: str | None) -> dict[str, Tensor]:

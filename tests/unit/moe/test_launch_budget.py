@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
-from megatron_samoe.benchmarks.gpu_budget import LaunchCounter, count_layer, count_pool
 from megatron_samoe.ops import extension
+from tools.benchmarks.gpu_budget import GpuBudget, LaunchCounter
+from tools.benchmarks.layer import Activation
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 
@@ -16,21 +14,14 @@ pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled 
 OF_LOSSES = {"mul", "sum", "new_zeros", "full_like", "eq"}
 
 
-def options(**others: Any) -> Any:
-    sizes: dict[str, Any] = dict(
-        tokens=8192, hidden_size=2048, ffn_hidden_size=1408, num_experts=64, topk=2, num_layers=24
-    )
-    return SimpleNamespace(**{**sizes, "num_banks": 6, "activation": "swiglu", **others})
-
-
 def launches(counter: LaunchCounter, of_losses: bool) -> int:
     return sum(row["launches"] for row in counter.rows if (row["op"] in OF_LOSSES) == of_losses)
 
 
 @pytest.mark.parametrize(("activation", "most"), [("swiglu", (12, 17)), ("gelu", (18, 28))])
-def test_a_layers_launches(activation: str, most: tuple[int, int]) -> None:
+def test_a_layers_launches(activation: Activation, most: tuple[int, int]) -> None:
     """From tokens to tokens, and back with all gradients; biases come with GELU."""
-    counted = count_layer(options(activation=activation), by_kernels=True)
+    counted = GpuBudget(activation=activation).count_layer(by_kernels=True)
     found = [launches(counter, of_losses=False) for counter in counted.values()]
     assert found[0] <= most[0] and found[1] <= most[1], {part: counter.rows for part, counter in counted.items()}
     assert all(launches(counter, of_losses=True) <= 6 for counter in counted.values())
@@ -38,16 +29,17 @@ def test_a_layers_launches(activation: str, most: tuple[int, int]) -> None:
 
 def test_a_layers_bytes() -> None:
     """bf16 weights of 1,107 MB and rows of 67 MB: the backward's most are gradients, rounded to bf16 and added in fp32."""
-    counted = count_layer(options(), by_kernels=True)
+    counted = GpuBudget().count_layer(by_kernels=True)
     weights = 64 * 3 * 2048 * 1408
     assert counted["forward"].num_bytes < 2 * weights + 0.79e9
     assert counted["backward"].num_bytes < (2 + 2 + 10) * weights + 1.6e9
 
 
+@pytest.mark.night
 def test_our_kernels_do_less_than_torch() -> None:
-    ours, theirs = (count_layer(options(), by_kernels) for by_kernels in (True, False))
+    ours, theirs = (GpuBudget().count_layer(by_kernels) for by_kernels in (True, False))
     for part in ours:
         assert ours[part].launches < 0.5 * theirs[part].launches
         assert ours[part].num_bytes < theirs[part].num_bytes
-    pool = {part: counter for part, counter in count_pool(options(), by_kernels=True).items()}
+    pool = {part: counter for part, counter in GpuBudget().count_pool(by_kernels=True).items()}
     assert [counter.launches for counter in pool.values()] == [1, 2]

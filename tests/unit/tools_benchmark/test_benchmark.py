@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -11,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_samoe.benchmarks import common, decode, layer, ops, roofline
-from megatron_samoe.benchmarks.peers import running
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops import extension
+from tools.benchmarks import contestants, dispatch, harness, roofline
+from tools.benchmarks.decode import Decode
+from tools.benchmarks.layer import LayerShape, MoELayerBenchmark
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -38,17 +38,14 @@ for line in sys.stdin:
 """
 
 
-def options(**values: object) -> argparse.Namespace:
-    return argparse.Namespace(**{"rounds": 1, "clock": "wall", "threads": 1, **values})
-
-
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "tools/benchmark.py", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_medians_leave_the_first_round_out() -> None:
     seconds = iter([100.0, 3.0, 1.0, 2.0])
-    assert common.alternate({"other process": lambda: next(seconds)}, rounds=3) == {"other process": 2.0}
+    times = harness.in_turn({"other process": lambda: next(seconds)}, rounds=3)
+    assert harness.medians_of(times) == {"other process": 2.0}
 
 
 @needs_extension
@@ -58,8 +55,8 @@ def test_plain_routing_is_the_compiled_routing(way: str) -> None:
     dy_TH, results = torch.randn(60, 16), []
     logits_TE, x_TH = torch.randn(60, 8, requires_grad=True), torch.randn(60, 16, requires_grad=True)
     for route in (
-        lambda: ops.route_compiled(logits_TE, x_TH, 2),
-        lambda: ops.route_plain(logits_TE, x_TH, 2, way),
+        lambda: dispatch.route_compiled(logits_TE, x_TH, 2),
+        lambda: dispatch.route_plain(logits_TE, x_TH, 2, way),
     ):
         y_TH, aux = route()
         results.append((y_TH, aux, *torch.autograd.grad((y_TH, aux), (logits_TE, x_TH), (dy_TH, torch.ones(())))))
@@ -70,11 +67,11 @@ def test_plain_routing_is_the_compiled_routing(way: str) -> None:
 @needs_extension
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_roofline_counts_the_layers_work(activation: str) -> None:
-    sizes = {"tokens": 96, "hidden_size": 32, "ffn_hidden_size": 64, "topk": 2, "activation": activation}
-    rows = roofline.run(options(**sizes, num_experts=[4], dtype=["fp32"]))
+    sizes = {"tokens": 96, "hidden_size": 32, "ffn_hidden_size": 64, "activation": activation}
+    rows = roofline.Roofline(**sizes, topk=2, num_experts=(4,), rounds=1, threads=1).rows()
     flops = {row["part"]: row["GFLOP"] for row in rows}
-    made = roofline.parts(options(**sizes), 4, torch.float32)
-    bare = roofline.bare_products(options(**sizes), 4, torch.float32)
+    shape = LayerShape(**sizes, topk=2, num_experts=4)
+    made, bare = roofline.parts(shape), roofline.bare_products(shape)
     products = 3 * 2 * 192 * 32 * 64 * (3 if activation == "swiglu" else 2)
     assert made["experts"].flops + made["experts backward"].flops == products
     assert sum(part.flops for part in bare.values()) == products
@@ -91,11 +88,10 @@ def test_roofline_counts_the_layers_work(activation: str) -> None:
 def test_peers_are_asked_by_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "w1_moe_layer.py").write_text(PEER)
     sizes = {"tokens": 256, "hidden_size": 64, "ffn_hidden_size": 128}
-    made = options(
-        **sizes, activation=["gelu"], dtype=["fp32", "bf16"], num_experts=[4, 8], topk=[1], peers=tmp_path,
-        peer_names=["slow"], peer_python=None,
-    )  # fmt: skip
-    rows = layer.run(made)
+    made = MoELayerBenchmark(
+        **sizes, dtype=("fp32", "bf16"), num_experts=(4, 8), rounds=1, threads=1, peers=tmp_path, peer_names=("slow",)
+    )
+    rows = made.rows()
     flops = 3 * 2 * 256 * 64 * 256
     assert [(row["dtype"], row["experts"]) for row in rows] == [("fp32", 4), ("fp32", 8), ("bf16", 4), ("bf16", 8)]
     for row in rows:
@@ -109,8 +105,7 @@ def test_peers_are_asked_by_lines(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_peer_that_ends_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "w2_train_step.py").write_text("raise SystemExit(3)")
-    made = options(peers=tmp_path, peer_names=None, peer_python=None)
-    with running(made, "w2_train_step.py", ["broken"], {}) as peers:
+    with MoELayerBenchmark(peers=tmp_path).running("w2_train_step.py", ["broken"], {}) as peers:
         assert peers == []
     assert "broken did not start: ended with status 3" in capsys.readouterr().out
 
@@ -188,7 +183,7 @@ def test_exchanges_are_compared_in_one_run(tmp_path: Path) -> None:
 
 def test_other_processes_have_no_processor_time_of_ours(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--clock"):
-        layer.run(options(peers=tmp_path, clock="cpu"))
+        MoELayerBenchmark(peers=tmp_path, clock="cpu").rows()
 
 
 @pytest.mark.night
@@ -214,9 +209,15 @@ def test_programs_that_serve_are_compared_with_our_texts(tmp_path: Path) -> None
 
 
 def test_a_dense_model_is_dense_although_that_is_the_default(tmp_path: Path) -> None:
-    sizes = argparse.Namespace(hidden_size=64, ffn_hidden_size=64, num_layers=2, num_experts=4, topk=2, vocab_size=64,
-                               context=32, work_dir=tmp_path)  # fmt: skip
+    sizes = {
+        "hidden_size": 64,
+        "ffn_hidden_size": 64,
+        "num_layers": 2,
+        "num_experts": 4,
+        "vocab_size": 64,
+        "context": 32,
+    }
     for flags, experts in (("", True), ("--expert-layout dense", False), ("--expert-layout=dense", False)):
-        made = decode.make_checkpoint(sizes, flags)  # type: ignore[arg-type]
-        names = CheckpointReader(decode.checkpoint_directory(made)).tensors
+        made = Decode(**sizes, work_dir=tmp_path).make_checkpoint(flags)  # type: ignore[arg-type]
+        names = CheckpointReader(contestants.checkpoint_directory(made)).tensors
         assert any("moe" in name for name in names) == experts, flags

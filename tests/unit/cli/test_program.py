@@ -1,0 +1,123 @@
+"""Programs as dataclasses: what their words mean, and one sentence about what is wrong with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+
+from megatron_samoe.cli.program import Group, program, read
+from megatron_samoe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int = 3
+    """of it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cook:
+    """cooks a meal
+
+    With what is given.
+    """
+
+    meal: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MEAL")]
+    """what to cook"""
+    salt: float = 0.5
+    """grams"""
+    guests: tuple[str, ...] = ("me",)
+    """who comes"""
+    heat: Literal["low", "high"] = "low"
+    """of the stove"""
+    pan: Path | None = None
+    hurry: bool = False
+    size: Size = Size()
+
+    def run(self) -> int:
+        if self.meal == "stone":
+            raise ConfigError("MEAL", self.meal, "must be food")
+        return 3
+
+
+def _more() -> Group:
+    """more of it"""
+    return Group({"cook": Cook})
+
+
+COMMANDS = Group({"cook": Cook, "more": _more}, "About food.")
+
+
+def told(words: list[str], capsys: pytest.CaptureFixture) -> str:
+    """What is said on standard error of words that are wrong: one line."""
+    with pytest.raises(SystemExit) as ended:
+        read(COMMANDS, words, "food")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1, said
+    return said.strip()
+
+
+def test_words_become_fields() -> None:
+    words = [
+        "cook",
+        "soup",
+        "--salt",
+        "2",
+        "--guests",
+        "--a -b",
+        "c",
+        "--heat=high",
+        "--pan",
+        "x",
+        "--hurry",
+        "--width",
+        "4",
+    ]
+    assert read(COMMANDS, words) == Cook(
+        meal="soup", salt=2.0, guests=("--a -b", "c"), heat="high", pan=Path("x"), hurry=True, size=Size(4)
+    )
+    assert read(COMMANDS, ["more", "cook", "soup"]) == Cook(meal="soup")
+    assert read(Cook, ["soup", "--salt", "-1e3"]).salt == -1000.0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "food: a command is missing. There are cook, more."),
+        (["cok"], "food: cok is not known. Did you mean 'cook'? There are cook, more."),
+        (["cook", "soup", "--slat", "2"], "food cook: --slat is not known. Did you mean '--salt'?"),
+        (["cook", "soup", "--salt", "much"], "food cook: --salt: 'much' is not a number"),
+        (["cook", "soup", "--width", "1.5"], "food cook: --width: '1.5' is not a whole number"),
+        (
+            ["cook", "soup", "--heat", "hot"],
+            "invalid choice 'hot' for argument '--heat'. Expected one of ('low', 'high').",
+        ),
+        (["cook", "soup", "--guests"], "food cook: --guests needs a value."),
+        (["cook", "soup", "--pan"], "Missing value for argument '--pan'"),
+        (["cook", "soup", "more"], "food cook: more has no meaning here."),
+        (["cook"], "food cook: needs MEAL what to cook (required)"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert said in told(words, capsys)
+
+
+def test_help_shows_commands_and_flags(capsys: pytest.CaptureFixture) -> None:
+    for words, shown in (
+        (["-h"], ["About food.", "  cook  cooks a meal\n", "  more  more of it\n"]),
+        (["cook", "--help"], ["With what is given.", "--salt FLOAT", "grams", "{low,high}", "--width INT"]),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            read(COMMANDS, words, "food")
+        said = capsys.readouterr().out
+        assert not ended.value.code and all(part in said for part in shown), said
+
+
+def test_a_program_gives_the_status_and_says_errors(capsys: pytest.CaptureFixture) -> None:
+    main = program(Cook)
+    assert main(["soup"]) == 3
+    assert main(["stone"]) == 2 and capsys.readouterr().err == "error: MEAL = 'stone': must be food\n"

@@ -1,0 +1,68 @@
+"""`benchmark gpu-check` on a CPU: a dry run, what is finished, and what fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_samoe.gpu_check import command
+from megatron_samoe.gpu_check.command import main
+
+DRY = ["gpu-check", "--device", "cpu", "--size", "tiny", "--minutes", "2"]
+
+
+def results(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.night
+def test_a_dry_run_leaves_a_report_and_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = [*DRY, "--output-dir", str(tmp_path), "--pieces", "machine", "waits", "ops-torch", "steps-torch"]
+    assert main(flags) == 0
+    found = results(tmp_path)
+    assert {name: content["state"] for name, content in found.items()} == {
+        "machine": "ok", "waits": "not here", "ops-torch": "ok", "steps-torch": "ok"
+    }  # fmt: skip
+    assert [row["what"] for row in found["steps-torch"]["rows"]] == ["step, dense", "step, moe", "step, samoe"]
+    assert all(row["tokens/s"] > 0 for row in found["steps-torch"]["rows"])
+    shares = [row["share of a copy's speed"] for row in found["ops-torch"]["rows"] if "predicted" in row]
+    assert len(shares) == 6 and all(0 < share < 2 for share in shares)
+    report = (tmp_path / "report.md").read_text()
+    assert "## waits: not here" in report and "step, samoe" in report
+    capsys.readouterr()
+    assert main(flags) == 0
+    assert capsys.readouterr().out.count("finished before") == 4
+
+
+def test_a_piece_that_fails_says_why_and_fails_the_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = ["--data-path", str(tmp_path / "nothing"), "--tokenizer-model", str(tmp_path / "nothing.model")]
+    assert main([*DRY, "--output-dir", str(tmp_path), "--pieces", "profile", *data]) == 1
+    content = results(tmp_path)["profile"]
+    assert content["state"] == "failed" and "nothing" in content["why"]
+    assert "## profile: failed" in capsys.readouterr().out
+
+
+def test_a_machine_without_a_gpu_is_refused_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["gpu-check", "--output-dir", str(tmp_path)]) != 0
+    assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_without_the_repository_other_benchmarks_say_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(command, "checkout", lambda: None)  # as a wheel finds
+    with pytest.raises(SystemExit) as ended:
+        main(["moe-layer"])
+    told = capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and "in a checkout of the repository (tools/benchmarks)" in told and told.count("\n") == 1
+    )
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "gpu-check" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Programs as files, and what works only in a checkout: benchmarks."""

@@ -1,0 +1,224 @@
+"""Decoding: ms per token and tokens/s, the bytes that a step must read, and the memory's speed in the same run."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import tyro
+
+from megatron_samoe import children
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.inference.decode_bytes import expected_distinct_experts, step_bytes
+from megatron_samoe.inference.engine import Precision, Serving
+from megatron_samoe.inference.huge_pages import ask_for_huge_pages
+from tools.benchmarks.contestants import (
+    WORKERS,
+    Contestant,
+    Pair,
+    ServingBenchmark,
+    Worker,
+    checkpoint_model,
+    export_gguf,
+    export_hf,
+    label,
+    started,
+)
+from tools.benchmarks.harness import DTYPES, Row, Rows, Times, Variants, medians_of, seconds_of
+
+#: Columns of the table; the JSON file has all.
+SHOWN = ("dtype", "contestant", "serving", "batch", "prompt", "ms_per_token", "tokens_per_s", "prefill_ms", "experts_hit",
+         "experts_expected", "read_mb", "floor_ms", "share_of_floor", "same_tokens")  # fmt: skip
+
+
+class Memory:
+    """Reading a buffer far larger than the caches, on huge pages as the engine's weights are, by functions of torch."""
+
+    def __init__(self) -> None:
+        x = torch.ones(1 << 15, 1 << 13)  # 1 GiB
+        ask_for_huge_pages([x])
+        vector = torch.ones(1 << 13)
+        self._num_bytes = x.nbytes
+        self._reads: Variants = {"sum": x.sum, "max": x.max, "matrix-vector": lambda: torch.mv(x, vector)}
+        self._times: Times = {name: [] for name in self._reads}
+
+    def read(self) -> None:
+        """Reads once in each way."""
+        for name, read in self._reads.items():
+            self._times[name].append(seconds_of(read))
+
+    def bandwidth(self) -> float:
+        """Returns bytes/s of the fastest way."""
+        return self._num_bytes / min(medians_of(self._times).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode(ServingBenchmark):
+    """ms per token against the memory's floor and other programs
+
+    Makes a model of random weights (1.2 G parameters by default), or takes checkpoints with --load, and runs every
+    precision and way of serving over batches and prompt lengths. With --peers it exports the model and runs transformers'
+    `generate` and llama.cpp over it in turn with ours.
+    """
+
+    name = "decode"
+    not_told: ClassVar[tuple[str, ...]] = ("load", "llama_python")
+
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    dtypes: tuple[Precision, ...] = ("fp32",)
+    servings: tuple[Serving, ...] = ("auto",)
+    rounds: int = 5
+    """counted rounds; medians are reported"""
+    peers: tuple[Literal["transformers", "llama.cpp"], ...] = ()
+    llama_python: str | None = None
+    """interpreter with llama-cpp-python"""
+    transformers_experts: tuple[str, ...] = ("default",)
+    """their experts_implementation"""
+    work_dir: Path = Path("runs/benchmark_decode")
+    """for models and exports"""
+    prepare: bool = False
+    """make models and exports, and measure nothing"""
+    weights_folder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """keep weights in files there, which Linux may drop from memory"""
+    memory_limit: Annotated[float, tyro.conf.arg(metavar="GB")] = 0.0
+    """GB that each contestant of ours may hold of what it reads while it decodes, by a control group; 0 for no limit"""
+
+    def rows(self) -> Rows:
+        if "llama.cpp" in self.peers and not self.llama_python:
+            raise ConfigError("--peers", "llama.cpp", "needs --llama-python, an interpreter with llama-cpp-python")
+        if self.memory_limit and not self.weights_folder:
+            raise ConfigError(
+                "--memory-limit", self.memory_limit, "needs --weights-folder: other weights cannot leave memory"
+            )
+        checkpoints = self.checkpoints()
+        contestants = {dtype: list(self._contestants(dtype, checkpoints)) for dtype in self.dtypes}
+        if self.prepare:
+            print(f"prepared {', '.join(map(str, checkpoints))}")
+            raise SystemExit(0)
+        return [row for dtype in self.dtypes for row in self._rows(contestants[dtype], checkpoints[0])]
+
+    def save(self, rows: Rows, found: Row) -> None:
+        self.write_json(rows)
+        if self.png:
+            plot(rows, self.png)
+        print(f"memory read at {rows[0]['bandwidth_gb_s']:.1f} GB/s")
+        rows[:] = [{name: row.get(name) for name in SHOWN} for row in rows]
+
+    def _contestants(self, dtype: Precision, checkpoints: Sequence[Path]) -> Iterator[Contestant]:
+        """Yields the contestants of one precision; exports are made unless they are there."""
+        common = self.common_spec(dtype)
+        for checkpoint, serving in itertools.product(checkpoints, self.servings):
+            spec = {**common, "program": "ours", "checkpoint": str(checkpoint), "serving": serving}
+            limits = {"weights_folder": self.weights_folder, "memory_limit": int(1e9 * self.memory_limit)}
+            yield Contestant(f"{label(checkpoint)} {serving}", sys.executable, {**spec, **limits})
+        exports = self.export_folder(checkpoints[0])
+        if "transformers" in self.peers and dtype != "int8":
+            spec = {
+                **common,
+                "program": "transformers",
+                "folder": str(export_hf(checkpoints[0], exports, shared=False)),
+            }
+            for way in self.transformers_experts:
+                yield Contestant(f"transformers {way}", sys.executable, {**spec, "implementation": way})
+        if "llama.cpp" in self.peers:
+            assert self.llama_python is not None
+            file = export_gguf(checkpoints[0], exports, DTYPES.get(dtype, torch.float32))
+            if dtype == "int8" and not (exports / "int8.gguf").exists():
+                words = ["quantize", str(file), str(exports / "int8.gguf")]
+                children.run([self.llama_python, str(WORKERS), *words], check=True)
+            spec = {**common, "program": "llama.cpp", "file": str(exports / "int8.gguf" if dtype == "int8" else file)}
+            yield Contestant("llama.cpp", self.llama_python, spec)
+
+    def _rows(self, contestants: Sequence[Contestant], first_checkpoint: Path) -> Rows:
+        """Runs the contestants of one precision in turn and returns a row for each of their batches and lengths."""
+        results: dict[tuple[str, Pair], Rows] = {}
+        memory = Memory()
+        with started(contestants) as workers:
+            ours = [worker for worker in workers if worker.is_ours]
+            counted = {(w.name, pair): w.measure(*pair, self.new_tokens, 1) for w in ours for pair in self.pairs}
+            for pair, worker, result in self.measure(workers):
+                if worker is workers[0]:
+                    memory.read()
+                results.setdefault((worker.name, pair), []).append(result)
+        rows = []
+        for pair, worker in itertools.product(self.pairs, workers):
+            of_first = results[ours[0].name, pair]
+            hits = counted.get((worker.name, pair), counted[ours[0].name, pair])
+            row = self._row(worker, pair, results[worker.name, pair], hits, memory.bandwidth(), first_checkpoint)
+            rows.append({**row, "same_tokens": _same(of_first[0]["tokens"], results[worker.name, pair][0]["tokens"])})
+        return rows
+
+    def _row(
+        self, worker: Worker, pair: Pair, results: Rows, counted: Row, bandwidth: float, first_checkpoint: Path
+    ) -> Row:
+        batch, length = pair
+        samples_s = self.step_seconds(results)
+        step_s = statistics.median(samples_s)
+        config, vocab = checkpoint_model(Path(worker.spec.get("checkpoint") or first_checkpoint))
+        dtype, serving, hit = worker.spec["dtype"], worker.facts.get("serving", "folded"), counted.get("distinct")
+        model = (config, vocab, batch, length + self.new_tokens / 2, serving, dtype)
+        num_bytes = step_bytes(*model, hit).total
+        chosen = [
+            expected_distinct_experts(count, config.moe.moe_router_topk, batch) for count in config.moe.expert_counts
+        ]
+        return {
+            "dtype": dtype,
+            "contestant": worker.name,
+            "serving": worker.facts.get("serving", ""),
+            "threads": worker.spec["threads"],
+            "version": worker.facts["version"],
+            "batch": batch,
+            "prompt": length,
+            "ms_per_token": step_s * 1e3,
+            "tokens_per_s": batch / step_s,
+            "prefill_ms": statistics.median(result["first_s"] for result in results) * 1e3,
+            "experts_hit": hit,
+            "experts_expected": None if hit is None else statistics.mean(chosen),
+            "read_mb": num_bytes / 1e6,
+            "read_mb_expected": step_bytes(*model).total / 1e6,
+            "bandwidth_gb_s": bandwidth / 1e9,
+            "floor_ms": num_bytes / bandwidth * 1e3,
+            "share_of_floor": num_bytes / bandwidth / step_s,
+            **{name: counted[name] for name in ("hits", "misses") if name in counted},
+            "samples_ms": [round(sample * 1e3, 3) for sample in samples_s],
+        }
+
+
+def _same(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def plot(rows: Rows, path: Path) -> None:
+    """Draws ms per token of every contestant over batch size, with the memory's floor, a panel for each precision."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    color_of = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["contestant"] for row in rows))}
+    batches = sorted({row["batch"] for row in rows})
+    figure, panels = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4), sharey=True, squeeze=False)
+    for axes, dtype in zip(panels[0], dtypes, strict=True):
+        lines: dict[str, Rows] = {}
+        for row in rows:
+            if row["dtype"] == dtype and row["prompt"] == rows[0]["prompt"]:
+                lines.setdefault(row["contestant"], []).append(row)
+        for name, line in lines.items():
+            steps = [r["ms_per_token"] for r in line]
+            axes.plot([r["batch"] for r in line], steps, "o-", color=color_of[name], label=name)
+        line = next(iter(lines.values()))
+        axes.plot([r["batch"] for r in line], [r["floor_ms"] for r in line], "k--", label="memory's floor")
+        axes.set(xscale="log", yscale="log", xlabel="batch", title=dtype)
+        axes.set_xticks(batches, batches)
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    panels[0][0].set_ylabel("ms per step")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
