@@ -14,9 +14,9 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study import results_store
-from megatron_samoe.evaluation.study.page_figures import Models, rewritten, wrong_figures
-from megatron_samoe.evaluation.study.registration import Registration, deviations, kept_plan, read_registration
 from megatron_samoe.planning.accounting import ParameterCount
+from tools.results.page_figures import Models, rewritten, wrong_figures
+from tools.results.registration import Registration, deviations, kept_plan, read_registration
 
 ROOT = Path(__file__).resolve().parents[3]
 STORE = ROOT / "docs/results/store"
