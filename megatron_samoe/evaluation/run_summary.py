@@ -172,29 +172,11 @@ def read_records(path: Path) -> list[JsonObject]:
 
 
 #: Metrics that are numbers, and metrics with an array of numbers for each layer; of others nothing is made here.
-_NUMBERS = (
-    "iteration",
-    "consumed_samples",
-    "consumed_tokens",
-    "lm_loss",
-    "grad_norm",
-    "learning_rate",
-    "loss_scale",
-    "tokens_per_s",
-    "step_time_s",
-    "peak_memory_bytes",
-    "load_balance_loss",
-    "z_loss",
-    "least_load_entropy",
-    "largest_expert_share",
-    "idle_experts",
-    "dropped_token_fraction",
-    "validation_loss",
-    "validation_perplexity",
-    "test_loss",
-    "test_perplexity",
-    "mfu",
-)
+_NUMBERS = """
+    iteration consumed_samples consumed_tokens lm_loss grad_norm learning_rate loss_scale tokens_per_s
+    step_time_s peak_memory_bytes load_balance_loss z_loss least_load_entropy largest_expert_share idle_experts
+    dropped_token_fraction validation_loss validation_perplexity test_loss test_perplexity mfu
+""".split()
 _ARRAYS = ("expert_load", "expert_grad_norm", "combination")
 
 

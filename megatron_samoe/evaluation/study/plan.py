@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,33 +59,34 @@ class StudyPlan:
             if self.is_settled(run):
                 self._refuse_another(run, config)
 
+    @cached_property
+    def _planned(self) -> list[Run]:
+        return plan_runs(self.study, self.root)
+
     def plan(self) -> list[Run]:
         """Returns the runs that are compared, in their order; later seeds of a variant that was given up are not among them."""
-        runs = plan_runs(self.study, self.root)
-        return runs if self.study.give_up is None else [run for run in runs if not self._is_given_up(run, runs)]
+        return [run for run in self._planned if not self._is_given_up(run)]
 
     def given_up(self) -> set[tuple[str, str]]:
         """Returns names and sizes of variants that get no seed but the first."""
-        runs = plan_runs(self.study, self.root)
-        return {(r.variant.edited_from or r.variant.name, r.size) for r in runs if self._is_given_up(r, runs)}
+        return {(r.variant.edited_from or r.variant.name, r.size) for r in self._planned if self._is_given_up(r)}
 
-    def _is_given_up(self, run: Run, runs: Sequence[Run]) -> bool:
+    def _is_given_up(self, run: Run) -> bool:
         """Whether the first seed of a run's variant, or of what it is edited from, ended too far behind the baseline's."""
         name, first = run.variant.edited_from or run.variant.name, self.study.seeds[0]
         if run.seed == first or self.study.give_up is None:
             return False
         if (name, run.size) not in self._behind:
-            both = [
-                r
-                for r in runs
-                if (r.seed, r.size, r.length) == (first, run.size, None)
-                and r.variant.name in (name, self.study.baseline)
-            ]
-            if not all(self.is_finished(r) for r in both):
+            own, base = (self._full(variant, first, run.size) for variant in (name, self.study.baseline))
+            if not (self.is_finished(own) and self.is_finished(base)):
                 return False
-            losses = {r.variant.name: last_validation(r) or math.nan for r in both}
-            self._behind[name, run.size] = losses[name] - losses[self.study.baseline]
+            self._behind[name, run.size] = self._mean_loss([own]) - self._mean_loss([base])
         return self._behind[name, run.size] > self.study.give_up
+
+    def _full(self, variant: str, seed: int, size: str) -> Run:
+        """Returns the run of full length of a variant."""
+        wanted = (variant, seed, size, None)
+        return next(r for r in self._planned if (r.variant.name, r.seed, r.size, r.length) == wanted)
 
     def all_runs(self) -> list[Run]:
         """Returns the runs of sweeps, as far as their ranges are known, and then those that are compared."""
@@ -183,9 +184,8 @@ class StudyPlan:
         return run.length - max(round(run.length * decay / full.training.train_iters), 1)
 
     def trunk_of(self, run: Run) -> Run:
-        return next(
-            r for r in self.plan() if (r.variant, r.seed, r.size, r.length) == (run.variant, run.seed, run.size, None)
-        )
+        """Returns the full run that a branch leaves."""
+        return self._full(run.variant.name, run.seed, run.size)
 
     def _check_branch(self, run: Run) -> None:
         full = self.config_of(self.trunk_of(run))
@@ -256,8 +256,8 @@ class StudyPlan:
 
     def source_of(self, run: Run) -> Run:
         """Returns the run whose checkpoints are edited for another."""
-        wanted = (run.variant.edited_from, run.seed, run.size, None)
-        return next(r for r in self.plan() if (r.variant.name, r.seed, r.size, r.length) == wanted)
+        assert run.variant.edited_from is not None
+        return self._full(run.variant.edited_from, run.seed, run.size)
 
     def _check_edit(self, run: Run) -> None:
         """Raises ConfigError, before hours of training, where an edit needs experts that its source does not have."""
