@@ -53,11 +53,8 @@ class CudaBackend : public TensorChecks {
     const Tensor memory = workspace(cuda::combine_backward_workspace_bytes(a));
     launch(cuda::combine_backward, a, memory.mutable_data_ptr());
   }
-  void cross_entropy_forward(const cpu::CrossEntropyForward& a) const { launch(cuda::cross_entropy_forward, a); }
-  void cross_entropy_backward(const cpu::CrossEntropyBackward& a) const { launch(cuda::cross_entropy_backward, a); }
   void swiglu(const cpu::Activate& a) const { launch(cuda::swiglu, a); }
   void swiglu_backward(const cpu::ActivateBackward& a) const { launch(cuda::swiglu_backward, a); }
-  void adamw(const cpu::AdamW& a) const { launch(cuda::adamw, a); }
 
   // Every slot has a row: how many are kept only the device knows.
   CountedSlots count_slots(const Tensor& ids, const Tensor& counts, const Tensor& ends) const {

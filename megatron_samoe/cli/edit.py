@@ -152,7 +152,7 @@ class Select(Edit):
     moves into the weights of routing"""
 
     def edited(self, source: CheckpointReader) -> EditedModel:
-        return (tie_selected if self.to == "tied" else select_samoe)(source, self.scale)
+        return (select_samoe if self.to == "banks" else tie_selected)(source, self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from megatron_samoe.interop.edited_model import (
     source_config,
     with_sharing,
 )
-from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, layer_of, stored_as
+from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, layer_of
 from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
@@ -122,7 +122,7 @@ def shared_model(
 
 
 def _add_group(edited: EditedModel, experts: LayerExperts, places: Sequence[LayerPlace], group: FittedGroup) -> None:
-    if group.source.way != "tied":
+    if group.source.way.mixes:
         for number, place in enumerate(places):
             a_2GP = torch.stack([fit.coefficients_LGP[number] for fit in group.fits]).float()
             edited.add_value(f"layers.{place.index}.moe.combination", a_2GP)
@@ -132,4 +132,4 @@ def _add_group(edited: EditedModel, experts: LayerExperts, places: Sequence[Laye
         width = shape[-1]
         part = bank_PEUD[..., :width] if kind[0] == "w" else bank_PEUD[..., -1]
         # What is shared is its own master weight, fp32 in every precision.
-        edited.add_value(stored_as(group.source, 0) + kind, part.reshape(len(bank_PEUD), *shape).float())
+        edited.add_value(group.source.stored(0) + kind, part.reshape(len(bank_PEUD), *shape).float())

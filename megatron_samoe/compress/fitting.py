@@ -60,7 +60,7 @@ def fit_outputs(
 
 
 def _fit(target: FitTarget, w_LEUD: Tensor, moment_LEDD: Tensor, way: Way, num_banks: int) -> WeightedFit:
-    if way == "tied":
+    if not way.mixes:
         return fit_target(target, [torch.ones(len(w_LEUD), 1, 1)], is_fixed=True)
     return fit_target(target, starts_of(w_LEUD, moment_LEDD, num_banks))
 
@@ -87,7 +87,7 @@ def best_numbering(
         inner_products(lambda n, row=row: matrices(layers[n].weights)[row].flatten(1), len(layers), E)  # type: ignore[misc]
         for row in (0, 1)
     ]
-    by_banks = way == "combined" and num_groups == 1
+    by_banks = way.combines and num_groups == 1
     order_LE = match_experts(grams, num_banks) if by_banks else match_to_mean(grams, num_groups)
     by_weights = [Numbering(order_E, numbers.neurons_EF) for order_E, numbers in zip(order_LE, own, strict=True)]
 
@@ -109,7 +109,7 @@ def best_numbering(
 def _lost_share(gram_LL: Tensor, way: Way, num_banks: int) -> float:
     """Returns the share of the layers' squared norms that banks, or their mean as a tied set, leave."""
     whole = gram_LL.diagonal().sum().clamp_min(1e-300)
-    kept = gram_LL.mean() if way == "tied" else torch.linalg.eigvalsh(gram_LL)[-num_banks:].sum()
+    kept = torch.linalg.eigvalsh(gram_LL)[-num_banks:].sum() if way.mixes else gram_LL.mean()
     return float(1 - kept / whole)
 
 

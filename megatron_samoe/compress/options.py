@@ -12,7 +12,7 @@ from megatron_samoe.compress.matching import Matching
 from megatron_samoe.compress.sharing_plan import SharingPlan, sets_in_budget
 from megatron_samoe.compress.text import Text, are_one_dataset, last_documents
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import parse_sharing, written_map
+from megatron_samoe.config.sharing_map import COMBINED, parse_sharing, word_of, words_with, written_map
 from megatron_samoe.datasets.build import check_vocabulary
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.datasets.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class CompressOptions:
     """tokens kept of each expert, to match outputs on"""
     seed: int = 1234
     """of the lot that keeps them"""
-    sharing: str = "combined"
+    sharing: str = COMBINED.name
     """combined, tied, scaled, or a map such as own,0*3,own"""
     num_banks: int = 1
     """of layers that combine"""
@@ -116,8 +116,9 @@ def plan_of(options: CompressOptions, layer_bytes: int, num_layers: int) -> Shar
         sources = parse_sharing(options.sharing, num_layers, options.num_sets)
         return SharingPlan(written_map(sources), options.num_banks)
     num_sets = sets_in_budget(options.budget, layer_bytes, num_layers)
-    if options.sharing == "combined":
-        return SharingPlan("combined", num_sets)
+    word = word_of(options.sharing)
+    if word is not None and word.way.combines:
+        return SharingPlan(word.way.name, num_sets)
     return SharingPlan(written_map(parse_sharing(options.sharing, num_layers, num_sets)))
 
 
@@ -128,22 +129,25 @@ def refuse_options(options: CompressOptions, layer_bytes: int, num_layers: int) 
         layer_bytes: of one layer's experts.
         num_layers: MoE layers.
     """
+    word = word_of(options.sharing)
     if options.budget is not None:
-        if options.sharing not in ("combined", "tied", "scaled"):
+        if word is None or "untied_ends" not in word.options:
             raise ConfigError(
-                "--budget", options.budget, "needs --expert-sharing combined, tied or scaled; a map has its size"
+                "--budget", options.budget, f"needs --expert-sharing {words_with('untied_ends')}; a map has its size"
             )
         sets_in_budget(options.budget, layer_bytes, num_layers)
-    if options.choose_map and (options.budget is None or options.sharing == "combined"):
+    if options.choose_map and (options.budget is None or word is None or word.way.combines):
         raise ConfigError(
             "--choose-map", True, "needs --budget and --expert-sharing tied or scaled; combined layers share alike"
         )
     plan = plan_of(options, layer_bytes, num_layers)
     sources = parse_sharing(plan.sharing, num_layers)
-    users = sum(source.way == "combined" for source in sources)
+    users = sum(source.way.combines for source in sources)
     if users and not 1 <= plan.num_banks <= users:
         raise ConfigError(
             "--num-expert-banks", plan.num_banks, f"must be from 1 to the {users} layers that combine them"
         )
-    if all(source.way == "own" for source in sources):
+    if foreign := [s.way.name for s in sources if s.way.make is not None]:
+        raise ConfigError("--expert-sharing", foreign[0], "is a way of another package, and banks and sets are fitted")
+    if not any(source.way.is_shared for source in sources):
         raise ConfigError("--expert-sharing", options.sharing, "must name layers that share")

@@ -38,7 +38,7 @@ from megatron_samoe.compress.options import CompressOptions, plan_of, refuse_opt
 from megatron_samoe.compress.sharing_plan import SharingPlan, chosen_map, sets_in_budget
 from megatron_samoe.compress.stage_folder import BEGIN, StageFolder
 from megatron_samoe.config.derived import num_moe_layers
-from megatron_samoe.config.sharing_map import Source, Way, parse_sharing
+from megatron_samoe.config.sharing_map import Source, parse_sharing, word_of
 from megatron_samoe.datasets.carried_tokenizer import with_carried
 from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
@@ -171,7 +171,9 @@ class Compression:
         if not self.options.choose_map:
             return asdict(plan_of(self.options, self.layer_bytes, self.num_layers))
         assert self.options.budget is not None
-        way: Way = "scaled" if self.options.sharing == "scaled" else "tied"
+        word = word_of(self.options.sharing)
+        assert word is not None
+        way = word.way
         error_LL = pair_errors(self._layers(), self._activation, way, self.options.match, self._num_groups)
         sets = sets_in_budget(self.options.budget, self.layer_bytes, self.num_layers)
         plan = SharingPlan(chosen_map(error_LL, sets, way))
@@ -197,7 +199,7 @@ class Compression:
         """Returns the MoE layers of each source that layers share."""
         found: dict[Source, list[int]] = {}
         for index, source in enumerate(self.sources(self.plan)):
-            if source.way != "own":
+            if source.way.is_shared:
                 found.setdefault(source, []).append(index)
         return found
 
@@ -264,7 +266,7 @@ class Compression:
         return {"lost_of_layer": _losses(groups)}
 
     def _banks(self, source: Source) -> int:
-        return self.plan.num_banks if source.way == "combined" else 1
+        return self.plan.num_banks if source.way.combines else 1
 
     # 4. What to compare with
 
@@ -291,7 +293,7 @@ class Compression:
 
     def _blind(self) -> EditedModel:
         plan = self.plan
-        if any(source.way == "combined" for source in self.sources(plan)):
+        if any(source.way.combines for source in self.sources(plan)):
             return pool_moe(self.source, plan.num_banks, sharing=plan.sharing)
         return tie_layers(self.source, plan.sharing)
 

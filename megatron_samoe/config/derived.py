@@ -141,7 +141,7 @@ def num_moe_layers(config: PretrainConfig) -> int:
 
 def experts_per_layer(moe: MoEConfig, num_moe_layers: int) -> tuple[int, ...]:
     """Returns the number of experts of each MoE layer; ConfigError where they are given for another number of layers."""
-    if isinstance(moe.num_experts, int) and moe.sharing == "neighbours":
+    if isinstance(moe.num_experts, int) and moe.sharing_reads("num_neighbour_layers"):
         block = moe.num_neighbour_layers
         blocks = (min(block, num_moe_layers - i // block * block) for i in range(num_moe_layers))
         return tuple(layers * moe.num_experts for layers in blocks)

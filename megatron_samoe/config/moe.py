@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_samoe.config import needs
 from megatron_samoe.config.option import ABOVE_ZERO, AT_LEAST_ZERO, BELOW_ONE, POSITIVE, READERS, model_option
-from megatron_samoe.config.sharing_map import ways_of
+from megatron_samoe.config.sharing_map import COMBINED, OWN, Way, Word, ways_of, word_of
 
 #: What reads a model and is no other program's format.
 _OWN = frozenset(("decode", "export", "planner"))
@@ -249,29 +249,39 @@ class MoEConfig:
     @property
     def balances_sets(self) -> bool:
         """Whether loads are balanced over all layers of a shared set."""
-        return (self.moe_balance_scope or ("set" if self.expert_sharing == "pool" else "layer")) == "set"
+        of_word = self.expert_sharing is not None and self.word is not None and self.word.balances_sets
+        return (self.moe_balance_scope or ("set" if of_word else "layer")) == "set"
 
     @property
     def sharing(self) -> str:
         """How MoE layers share experts, in the words of --expert-sharing."""
-        return self.expert_sharing or ("combined" if self.expert_layout == "samoe" else "own")
+        return self.expert_sharing or (COMBINED if self.expert_layout == "samoe" else OWN).name
 
     @property
-    def ways(self) -> frozenset[str]:
+    def word(self) -> Word | None:
+        """What --expert-sharing says where it is one word; None for a map."""
+        return word_of(self.sharing)
+
+    def sharing_reads(self, option: str) -> bool:
+        """Whether an option has an effect beside the word of --expert-sharing."""
+        return self.word is not None and option in self.word.options
+
+    @property
+    def ways(self) -> frozenset[Way]:
         """The ways of sharing that occur; none in a dense model."""
         return frozenset() if self.expert_layout == "dense" else ways_of(self.sharing)
 
     @property
     def has_pool(self) -> bool:
         """Whether layers combine a pool of banks."""
-        return "combined" in self.ways
+        return any(way.combines for way in self.ways)
 
     @property
     def has_coefficients(self) -> bool:
         """Whether layers have coefficients of what they share."""
-        return bool(self.ways & {"combined", "scaled"})
+        return any(way.mixes for way in self.ways)
 
     @property
     def shares_experts(self) -> bool:
         """Whether layers share any experts."""
-        return bool(self.ways - {"own"})
+        return any(way.is_shared for way in self.ways)

@@ -5,6 +5,7 @@ something by it.
 from __future__ import annotations
 
 from megatron_samoe.config.option import Need
+from megatron_samoe.config.sharing_map import words_with
 
 #: Of a `PretrainConfig`, whose groups are made of these options.
 _NOT = ", not {c.moe.expert_layout}"
@@ -14,10 +15,16 @@ COEFFICIENTS = Need(
     lambda c: c.moe.has_coefficients, "needs --expert-layout samoe, or --expert-sharing combined or scaled" + _NOT
 )
 SHARING = Need(lambda c: c.moe.shares_experts, "needs --expert-layout samoe, or --expert-sharing other than own" + _NOT)
-SETS = Need(lambda c: c.moe.expert_sharing in ("tied", "scaled"), "needs --expert-sharing tied or scaled")
+
+
+def _read_by_sharing(option: str) -> Need:
+    return Need(lambda c: c.moe.sharing_reads(option), f"needs --expert-sharing {words_with(option)}")
+
+
+SETS = _read_by_sharing("num_expert_sets")
 RELU = Need(lambda c: c.moe.moe_router_score_function == "relu", "needs --moe-router-score-function relu")
-NEIGHBOURS = Need(lambda c: c.moe.sharing == "neighbours", "needs --expert-sharing neighbours")
-ONE_POOL = Need(lambda c: c.moe.sharing == "pool", "needs --expert-sharing pool")
+NEIGHBOURS = _read_by_sharing("num_neighbour_layers")
+ONE_POOL = _read_by_sharing("pool_lock_step")
 POOL_LOCK = Need(lambda c: c.moe.pool_lock_step is not None, "needs --pool-lock-step")
 TRAINED_COEFFICIENTS = Need(
     lambda c: c.moe.has_coefficients and not c.moe.samoe_freeze_coefficients,

@@ -6,6 +6,7 @@ table may name only the few classes that such tables consist of.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import math
@@ -43,6 +44,8 @@ BLOCK_BYTES = 4 << 20
 #: Below this, finding where a tensor begins takes longer than a copy.
 DIRECT_BYTES = 4 << 20
 FLUSH_BYTES = 64 << 20
+#: Below this, waking a thread takes longer than the digest.
+BESIDE_BYTES = 256 << 10
 
 _METADATA_NAMES = {
     "torch.distributed.checkpoint.metadata": {
@@ -106,6 +109,7 @@ def read_metadata(directory: str | os.PathLike) -> Metadata:
     return metadata
 
 
+@functools.lru_cache(maxsize=1)  # it takes a second for a megabyte, and a load reads the table three times
 def refuse_hollow(content: bytes) -> None:
     """Raises ValueError where a pickle announces more data than it holds: a few bytes can demand gigabytes."""
     for opcode, argument, _ in pickletools.genops(content):
@@ -202,8 +206,8 @@ class Reader(dcp.FileSystemReader):
 class _DigestedFile(io.RawIOBase):
     """A file open for appending that digests its bytes as they are written.
 
-    Three things run at once. Bytes are copied to the system, one thread digests them, and another thread flushes from
-    time to time, so that the last flush is short.
+    Three things run at once. Bytes are copied to the system, one thread digests them where they are many, and another thread
+    flushes from time to time, so that the last flush is short.
     """
 
     def __init__(self, file: Any, digester: ThreadPoolExecutor, flusher: ThreadPoolExecutor):
@@ -212,14 +216,20 @@ class _DigestedFile(io.RawIOBase):
         self._flush: Future[None] | None = None
 
     def write(self, data: Any) -> int:
-        digesting = self._digester.submit(self.hash.update, data)
+        num_bytes = memoryview(data).nbytes
+        digesting: Future[Any] | None = None
+        if num_bytes >= BESIDE_BYTES:
+            digesting = self._digester.submit(self.hash.update, data)
+        else:
+            self.hash.update(data)
         self.file.write(data)
-        self.position += memoryview(data).nbytes
+        self.position += num_bytes
         if self.position - self._asked_at >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
             self._asked_at = self.position
             self._flush = self._flusher.submit(os.fdatasync, self.fileno())
-        digesting.result()  # the caller may reuse the memory
-        return memoryview(data).nbytes
+        if digesting is not None:
+            digesting.result()  # the caller may reuse the memory
+        return num_bytes
 
     def writable(self) -> bool:
         return True

@@ -209,11 +209,11 @@ def sharing_text(config: PretrainConfig) -> str:
     moe = config.moe
     if not num_moe_layers(config):
         return "-"
-    if moe.sharing in ("pool", "neighbours"):
+    if moe.word is not None and moe.sharing != moe.word.way.name:
         return moe.sharing
     text = written_map(sharing_map(config)).replace(":", " ")
-    if any(source.way == "tied" for source in sharing_map(config)):
-        text = f"tied {text}"
+    if names := [way.name for way in moe.ways if way.in_sets and not way.mixes]:
+        text = f"{names[0]} {text}"
     return f"{text} ({moe.num_expert_banks} banks)" if moe.has_pool else text
 
 

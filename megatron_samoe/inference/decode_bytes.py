@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.inference.serving import WEIGHT_BYTES, Precision, Serving
 from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.planning.accounting import count_parameters
@@ -26,7 +25,7 @@ def _layers_of_one_set(places: Iterable[LayerPlace]) -> Iterator[list[LayerPlace
     run: list[LayerPlace] = []
     for place in (place for place in places if place.source is not None):
         assert place.source is not None
-        shares = place.source.way in ("tied", "scaled") and run and run[-1].source == place.source
+        shares = place.source.way.in_sets and run and run[-1].source == place.source
         if run and not (shares and run[-1].index + 1 == place.index):
             yield run
             run = []
@@ -73,7 +72,8 @@ def step_bytes(
         hit = expected_distinct_experts(num_experts, moe.moe_router_topk, batch) if distinct is None else distinct
         # Layers choose alone, so what they hit together follows as for tokens.
         hit = expected_distinct_experts(num_experts, hit, len(run))
-        banks = moe.num_expert_banks if serving == "on-the-fly" and run[0].source == Source("combined") else 1
+        combines = run[0].source is not None and run[0].source.way.combines
+        banks = moe.num_expert_banks if serving == "on-the-fly" and combines else 1
         scales = 4 * layer.shape.matrix_rows if dtype == "int8" else 0
         expert_bytes += hit * banks * (width * layer.shape.expert_parameters + scales)
     # A row of the embedding is read for each token, the whole of it only as the output matrix.

@@ -13,27 +13,25 @@ from torch import Tensor
 
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.model import ModelConfig
-from megatron_samoe.inference.serving import OneBank, Precision, Serving, one_bank
+from megatron_samoe.inference.serving import Precision, Serving
 from megatron_samoe.models.attention import SelfAttention
 from megatron_samoe.models.mlp import MLP
 from megatron_samoe.models.norms import Norm as NormLayer
 from megatron_samoe.models.norms import SplitNorm
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.models.rotary import rotary_tables
-from megatron_samoe.moe.experts import weights_of
 from megatron_samoe.moe.mixing import Mixing, SharedExpertGate
 from megatron_samoe.moe.moe_layer import MoELayer
-from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, Coefficients
+from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 from megatron_samoe.moe.sharing.combined import combine
-from megatron_samoe.moe.sharing.expert_pool import ExpertPool
-from megatron_samoe.moe.sharing.mapped import shared_pools
-from megatron_samoe.moe.sharing.own import OwnExperts
+from megatron_samoe.moe.sharing.selected import OneBank, one_bank
+from megatron_samoe.moe.sharing.way import Banks
 from megatron_samoe.ops.decode import PAGE, AttentionLayer, ExpertStack, Norm, Routing, Weight, stored
 from megatron_samoe.ops.grouped_mlp import ExpertWeights
 
 
 @dataclass(frozen=True)
-class Banks:
+class Mixed:
     """A pool's banks for one layer whose experts are combined when needed.
 
     Attributes:
@@ -56,7 +54,7 @@ class DecodeLayer:
     attention: AttentionLayer
     mlp_norm: Norm
     routing: Routing | None
-    experts: ExpertStack | Banks
+    experts: ExpertStack | Mixed
     shared: ExpertStack | None
 
 
@@ -105,7 +103,7 @@ def make_decode_model(model: RankModel, serving: Serving, dtype: Precision, num_
     for layer in stage.layers.values():
         attention = _attention(layer.attention, layer.attention_norm, dtype, num_pages)
         routing, shared = None, None
-        experts: ExpertStack | Banks
+        experts: ExpertStack | Mixed
         if not layer.is_moe:
             experts = _single(layer.mlp, dtype)
         else:
@@ -175,35 +173,32 @@ class _ExpertBuilder:
     """Makes the experts of MoE layers; what layers share exists once."""
 
     def __init__(self, model: RankModel, serving: Serving, dtype: Precision):
-        self._sources, self._serving, self._dtype = model.sources, serving, dtype
-        pool, sets = shared_pools(model.expert_pool)
-        self._sets = {number: _Pool(pool, dtype) for number, pool in sets.items()}
-        self._pool = None if pool is None else _Pool(pool, dtype)
+        self._model, self._serving, self._dtype = model, serving, dtype
+        self._pools: dict[int, _Pool] = {}
 
-    def experts(self, moe: MoELayer) -> ExpertStack | Banks:
+    def experts(self, moe: MoELayer) -> ExpertStack | Mixed:
         """Returns a layer's experts; factors on a set are applied to results, whatever the way of serving."""
-        source, experts = self._sources[moe.moe_index], moe.experts
-        if isinstance(experts, OwnExperts):
-            return _stack(weights_of(dict(experts.named_parameters())), experts.activation, self._dtype)
-        if source.way == "tied":
-            return self._sets[source.number].stack
-        pool = self._sets[source.number] if source.way == "scaled" else self._pool
-        assert pool is not None and isinstance(experts, Coefficients)
-        a_2GP = experts.normalized().detach()
-        if source.way == "combined" and self._serving != "selected":
+        mixture = self._model.mixture(moe)
+        key = id(mixture.banks)
+        if key not in self._pools:
+            self._pools[key] = _Pool(mixture.banks, self._dtype)
+        pool, a_2GP = self._pools[key], mixture.a_2GP
+        if a_2GP is None:
+            return pool.stack
+        if mixture.combines and self._serving != "selected":
             return pool.folded(a_2GP) if self._serving == "folded" else pool.lent(a_2GP)
-        one = one_bank(moe)
+        one = one_bank(a_2GP)
         assert one is not None
         return pool.selected(one)
 
 
 class _Pool:
-    """The banks that layers share, or one set as the only bank."""
+    """Banks that layers share, one set, or a layer's own experts."""
 
-    def __init__(self, pool: ExpertPool, dtype: Precision):
-        self._banks = ExpertWeights(**{name: store.whole() for name, store in pool.stores.items()})  # fp32 [P, E, ...]
+    def __init__(self, banks: Banks, dtype: Precision):
+        self._banks = banks.whole()  # [P, E, ...]
         self._num_banks, self._num_experts = self._banks.w1.shape[:2]
-        self._activation, self._dtype = pool.activation, dtype
+        self._activation, self._dtype = banks.activation, dtype
 
     @cached_property
     def stack(self) -> ExpertStack:
@@ -212,8 +207,9 @@ class _Pool:
 
     def selected(self, one: OneBank) -> ExpertStack:
         """Returns one bank's expert for each, at most scaled."""
-        index_2E = one.bank_2E * self._num_experts + torch.arange(self._num_experts, device=one.bank_2E.device)
-        factors = (None, None) if (one.factor_2E == 1).all() else tuple(one.factor_2E)
+        bank_2E, factor_2E = (t.expand(2, self._num_experts).contiguous() for t in (one.bank_2G, one.factor_2G))
+        index_2E = bank_2E * self._num_experts + torch.arange(self._num_experts, device=bank_2E.device)
+        factors = (None, None) if (factor_2E == 1).all() else tuple(factor_2E)
         return replace(
             self.stack, index1_E=index_2E[0], index2_E=index_2E[1], factor1_E=factors[0], factor2_E=factors[1]
         )
@@ -222,11 +218,11 @@ class _Pool:
         """Returns a layer's experts, combined."""
         return _stack(ExpertWeights(**self._combined(a_2GP, tuple(ROW_OF_WEIGHT))), self._activation, self._dtype)
 
-    def lent(self, a_2GP: Tensor) -> Banks:
+    def lent(self, a_2GP: Tensor) -> Mixed:
         """Returns what a layer's experts are combined of."""
         combined = self._combined(a_2GP, ("b1", "b2"))
         a_2EP = a_2GP.float().expand(2, self._num_experts, self._num_banks).contiguous()
-        return Banks(self.stack, combined.get("b1"), combined.get("b2"), a_2EP)
+        return Mixed(self.stack, combined.get("b1"), combined.get("b2"), a_2EP)
 
     def _combined(self, a_2GP: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         def one(name: str, bank: Tensor) -> Tensor:

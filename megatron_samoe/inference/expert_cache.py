@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_samoe.inference.decode_layers import Banks
+from megatron_samoe.inference.decode_layers import Mixed
 from megatron_samoe.ops.decode import ExpertStack, Routed, combine_rows, experts_block
 
 
@@ -25,7 +25,7 @@ class ExpertCache:
         num_hits, num_misses: experts found in the cache, and combined, since the start.
     """
 
-    def __init__(self, layers: dict[int, Banks], num_experts: int):
+    def __init__(self, layers: dict[int, Mixed], num_experts: int):
         assert layers and num_experts >= len(layers)
         self._banks, self._per_layer = layers, num_experts // len(layers)
         first, slots = next(iter(layers.values())), self._per_layer * len(layers)

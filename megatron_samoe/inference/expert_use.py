@@ -12,7 +12,6 @@ import torch
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.moe.router import Routing
-from megatron_samoe.moe.sharing.coefficients import Coefficients
 from megatron_samoe.moe.types import ForwardContext
 
 
@@ -64,12 +63,11 @@ def expert_use(model: RankModel, ids: Sequence[int]) -> list[LayerUse]:
     found = []
     for index, layer in enumerate(layers):
         source = model.sources[layer.moe.moe_index]
-        coefficients = next((m for m in layer.moe.modules() if isinstance(m, Coefficients)), None)
-        banks = [] if coefficients is None else coefficients.normalized().float().mean((0, 1)).tolist()
-        name = f"{source.way} {source.number}" if source.way in ("tied", "scaled") else source.way
+        a_2GP = model.mixture(layer.moe).a_2GP
+        banks = [] if a_2GP is None else a_2GP.float().mean((0, 1)).tolist()
         routing = chosen[index]
         weights_TK = [[round(w, 4) for w in token] for token in routing.probs_TK.float().tolist()]
         found.append(
-            LayerUse(layer.index, layer.moe.shape.num_experts, name, banks, routing.ids_TK.tolist(), weights_TK)
+            LayerUse(layer.index, layer.moe.shape.num_experts, str(source), banks, routing.ids_TK.tolist(), weights_TK)
         )
     return found

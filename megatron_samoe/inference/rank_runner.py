@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -11,16 +10,9 @@ from torch import Tensor
 
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.kv_cache import StepBatch, TorchCache
-from megatron_samoe.inference.serving import COMPUTE_DTYPES, Precision, Serving, one_bank
+from megatron_samoe.inference.serving import COMPUTE_DTYPES, Precision, Serving
 from megatron_samoe.models.rank_model import RankModel
-from megatron_samoe.moe.experts import without_repeated_bias
-from megatron_samoe.moe.moe_layer import MoELayer
-from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
-from megatron_samoe.moe.sharing.expert_pool import FP32_BYTES, ExpertPool
-from megatron_samoe.moe.sharing.mapped import MappedLender, shared_pools
-from megatron_samoe.moe.sharing.way import LenderCosts
-from megatron_samoe.moe.types import Experts, ForwardContext
-from megatron_samoe.ops.grouped_mlp import Counts, ExpertWeights, grouped_mlp
+from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.pipeline_parallel.p2p_communication import TensorSpec
 from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
 from megatron_samoe.pipeline_parallel.schedules import run_plan
@@ -56,7 +48,10 @@ class RankRunner:
     def __init__(self, loaded: LoadedModel, num_pages: int, serving: Serving | None = None):
         self._loaded, self._model = loaded, loaded.model
         if serving is not None:
-            _serve(self._model, serving)
+            assert serving != "auto"
+            self._model.lend_for(serving)
+            with torch.no_grad():
+                self._model.begin_step()
         model_config, state = loaded.config.model, loaded.model.state
         self.device = state.device
         layers = [int(name) for chunk in self._model.chunks for name in chunk.layers]
@@ -107,72 +102,7 @@ def convert_weights(model: RankModel, dtype: Precision) -> None:
         if parameter.dtype == model.dtype and not kept:
             parameter.data = parameter.data.to(wanted)
     model.dtype = wanted
-    model.combine_per(model.config.moe.samoe_combine)
-
-
-@torch.no_grad()
-def _serve(model: RankModel, serving: Serving) -> None:
-    model.combine_per("step" if serving == "folded" else "layer")
-    pool, sets = shared_pools(model.expert_pool)
-    layers = {layer.moe.moe_index: layer.moe for layer in model.moe_layers()}
-    if isinstance(model.lender, MappedLender):
-        own: dict[str, dict[int, MoELayer]] = {}
-        for moe_index, moe in layers.items():
-            group, place = model.lender.places[moe_index]
-            own.setdefault(group, {})[place] = moe
-        for group, moes in own.items():
-            way, number = (source := model.sources[next(iter(moes.values())).moe_index]).way, source.number
-            if way == "scaled" or (way == "combined" and serving == "selected"):
-                model.lender.lenders[group] = SelectedLender(
-                    sets[number] if way == "scaled" else pool, moes, model.dtype
-                )
-    elif pool is not None and serving == "selected":
-        model.lender = SelectedLender(pool, layers, model.dtype)
-    model.begin_step()
-
-
-class SelectedLender:
-    """Lends each layer the experts of the one bank that it takes, as they lie in the pool; see `moe.sharing.way.ExpertLender`."""
-
-    def __init__(self, pool: ExpertPool | None, layers: Mapping[int, MoELayer], dtype: torch.dtype):
-        assert pool is not None
-        self._pool, self._layers, self._dtype = pool, layers, dtype
-        self._weights: dict[str, Tensor] = {}
-        self._places: dict[int, tuple[list[int], list[float]]] = {}
-        for place, moe in layers.items():
-            one = one_bank(moe)
-            assert one is not None
-            if (one.bank_2E != one.bank_2E[:, :1]).any() or (one.factor_2E != one.factor_2E[:, :1]).any():
-                raise ConfigError("serving", "selected", "needs one process where experts of a layer take unlike banks")
-            self._places[place] = one.bank_2E[:, 0].tolist(), one.factor_2E[:, 0].tolist()
-
-    def begin_step(self) -> None:
-        """Takes in the banks."""
-        self._weights = {n: s.whole().to(self._dtype) for n, s in self._pool.stores.items()}
-
-    def finish_step(self) -> None:
-        """There are no gradients."""
-
-    def costs(self) -> LenderCosts:
-        """Banks in the compute dtype, unless whole ones are used as they are."""
-        copies = self._pool.is_sharded or self._dtype.itemsize != FP32_BYTES
-        banks = sum(store.num_elements * store.shape[0] for store in self._pool.stores.values())
-        return LenderCosts(weights=banks * self._dtype.itemsize if copies else 0)
-
-    def experts(self, moe_index: int) -> Experts:
-        """Returns a layer's experts."""
-        (bank1, bank2), (factor1, factor2) = self._places[moe_index]
-        parts = {n: t[bank1 if ROW_OF_WEIGHT[n] == 0 else bank2] for n, t in self._weights.items()}
-        if "b1" in parts:
-            parts["b1"] = parts["b1"] * factor1
-        weights = without_repeated_bias(ExpertWeights(**parts), self._layers[moe_index].state)
-        activation = self._pool.activation
-
-        def run(x_RH: Tensor, rows_per_expert: Counts) -> Tensor:
-            # factor1 (W1 x + b1) = W1 (factor1 x) + factor1 b1
-            return grouped_mlp(x_RH * factor1, rows_per_expert, weights, activation) * factor2
-
-        return run
+    model.lend_for(None)
 
 
 def _whole_vocabulary(logits_Nv: Tensor, model: RankModel) -> Tensor:

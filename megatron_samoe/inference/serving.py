@@ -8,7 +8,6 @@ Other layers' experts are always kept as the checkpoint has them: those of their
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,10 +16,8 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.layer_layout import LayerPlace, all_layers
 from megatron_samoe.models.rank_model import RankModel
-from megatron_samoe.moe.moe_layer import MoELayer
-from megatron_samoe.moe.sharing.coefficients import Coefficients
-from megatron_samoe.moe.sharing.expert_pool import ExpertPool
-from megatron_samoe.moe.sharing.mapped import shared_pools
+from megatron_samoe.moe.sharing.selected import one_bank
+from megatron_samoe.moe.sharing.way import Banks
 from megatron_samoe.ops.decode import PAGE
 
 #: auto: selected where one bank serves each layer, else folded where it fits into memory, else on the fly.
@@ -53,24 +50,26 @@ def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pag
         num_pages: of the key-value cache.
     """
     config, width = model.config, WEIGHT_BYTES[dtype]
-    pool, sets = shared_pools(model.expert_pool)
 
-    def kept(shared: ExpertPool) -> int:
+    def kept(banks: Banks) -> int:
         # Weights that stay as they are take nothing.
-        return 0 if dtype == "fp32" and not shared.is_sharded else width * shared.bank_numel
+        return 0 if dtype == "fp32" and not banks.is_sharded else width * banks.bank_numel
 
-    sources = [model.sources[layer.moe.moe_index] for layer in model.moe_layers()]
     own = {id(p) for p in ([] if model.expert_pool is None else model.expert_pool.parameters())}
     others = sum(p.numel() for p in model.parameters() if id(p) not in own)
     converted = 0 if precision_of(model) == dtype and model.dtype != torch.float16 else width * others
-    converted += sum(kept(sets[n]) for n in {s.number for s in sources if s.way in ("tied", "scaled")})
+    uses = [(model.sources[layer.moe.moe_index], model.mixture(layer.moe)) for layer in model.moe_layers()]
+    sets = {source: m.banks for source, m in uses if source.way.is_shared and not m.combines}
+    converted += sum(map(kept, sets.values()))
     cache = cache_bytes(model, dtype, num_pages)
-    if pool is None:
+    if not config.moe.has_pool:
         return {"folded": converted + cache}
-    banks, layers = config.moe.num_expert_banks * kept(pool), sum(s.way == "combined" for s in sources)
-    expert = pool.bank_numel // pool.shapes()["w1"][1]
+    pools = [(m.banks, layer.moe.shape.num_experts // model.state.ep.size)
+             for layer, (_, m) in zip(model.moe_layers(), uses, strict=True) if m.combines]  # fmt: skip
+    banks = config.moe.num_expert_banks * max((kept(pool) for pool, _ in pools), default=0)
+    expert = max((pool.bank_numel // experts for pool, experts in pools), default=0)
     return {
-        "folded": converted + cache + width * layers * pool.bank_numel,
+        "folded": converted + cache + width * sum(pool.bank_numel for pool, _ in pools),
         "on-the-fly": converted + cache + banks + width * cache_experts * expert,
         "selected": converted + cache + banks,
     }
@@ -83,33 +82,13 @@ def default_cache_experts(config: PretrainConfig) -> int:
 
 def combined_layers(config: PretrainConfig) -> list[LayerPlace]:
     """Returns the layers that combine a pool of banks."""
-    return [place for place in all_layers(config) if place.source is not None and place.source.way == "combined"]
-
-
-@dataclass(frozen=True)
-class OneBank:
-    """Which bank each expert of a layer takes, and by what factor: for w1 and for w2; int64 and fp32, [2, E]."""
-
-    bank_2E: torch.Tensor
-    factor_2E: torch.Tensor
-
-
-def one_bank(moe: MoELayer) -> OneBank | None:
-    """Returns the banks of a layer's experts; None where it combines several, or has no coefficients."""
-    if not isinstance(moe.experts, Coefficients):
-        return None
-    a_2GP, num_experts = moe.experts.normalized().detach(), moe.shape.num_experts // moe.state.ep.size
-    if ((a_2GP != 0).sum(-1) > 1).any():
-        return None
-    bank_2G = a_2GP.abs().argmax(-1)
-    factor_2G = a_2GP.gather(-1, bank_2G[..., None])[..., 0].float()
-    return OneBank(*(t.expand(2, num_experts).contiguous() for t in (bank_2G, factor_2G)))
+    return [place for place in all_layers(config) if place.source is not None and place.source.way.combines]
 
 
 def takes_one_bank(model: RankModel) -> bool:
     """Returns whether every layer that combines banks takes one only."""
-    combined = [la.moe for la in model.moe_layers() if model.sources[la.moe.moe_index].way == "combined"]
-    return all(one_bank(moe) is not None for moe in combined)
+    mixtures = [model.mixture(layer.moe) for layer in model.moe_layers()]
+    return all(one_bank(m.a_2GP) is not None for m in mixtures if m.combines and m.a_2GP is not None)
 
 
 def choose_serving(serving: Serving, model: RankModel, needed: dict[Serving, int], free_bytes: int) -> Serving:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_samoe.inference.decode_layers import Banks, DecodeLayer, DecodeModel
+from megatron_samoe.inference.decode_layers import DecodeLayer, DecodeModel, Mixed
 from megatron_samoe.inference.expert_cache import ExpertCache
 from megatron_samoe.inference.kv_cache import StepBatch
 from megatron_samoe.ops import decode, extension
@@ -39,7 +39,7 @@ class SingleRunner:
         self._model = model
         vocab, hidden = model.words.data.shape
         self.device = model.words.data.device
-        banks = {i: layer.experts for i, layer in enumerate(model.layers) if isinstance(layer.experts, Banks)}
+        banks = {i: layer.experts for i, layer in enumerate(model.layers) if isinstance(layer.experts, Mixed)}
         #: Experts combined on the fly; None for other ways of serving.
         self.expert_cache = ExpertCache(banks, cache_experts) if banks else None
         #: Called with each MoE layer's index and ids_TK, for counts; such steps route twice.
@@ -173,7 +173,7 @@ def _make_plan(model: DecodeModel, x_TH: Tensor, scratch: Tensor, max_logits: in
                       scratch, max_logits)  # fmt: skip
     for layer in model.layers:
         has_gate = layer.routing is not None and layer.routing.shared_gate_1H is not None
-        if isinstance(layer.experts, Banks) or not layer.attention.is_plain or has_gate:
+        if isinstance(layer.experts, Mixed) or not layer.attention.is_plain or has_gate:
             return None
         plan.add_layer(layer.attention, layer.mlp_norm, layer.routing, layer.experts, layer.shared)
     return plan

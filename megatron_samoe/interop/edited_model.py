@@ -22,7 +22,7 @@ from megatron_samoe.config.derived import experts_per_layer, flag
 from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.option import LARGEST
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, written_map
+from megatron_samoe.config.sharing_map import Source, written_options
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.config.validate import refuse_wrong_numbers, validate
 from megatron_samoe.dist_checkpointing import store
@@ -32,7 +32,7 @@ from megatron_samoe.models.layer_layout import LayerPlace, all_layers
 
 #: Names of one expert's tensors, in the order of reading that lets a bank be read once for all layers.
 EXPERT_WEIGHTS = ("w1", "b1", "w2", "b2")
-POOL, SETS = "expert_pool.bank.", "expert_pool.set."
+SHARED = "expert_pool."
 FRACTIONS = "training.expert_fractions"
 #: What a checkpoint holds besides the model.
 NOT_MODEL = ("optimizer.", "training.")
@@ -96,20 +96,17 @@ def with_sharing(config: PretrainConfig, sources: Sequence[Source]) -> PretrainC
     Raises:
         ConfigError: what layers may choose from changes while they train, which only their own way of sharing knows.
     """
-    moe, ways = config.moe, {source.way for source in sources}
+    moe = config.moe
     for name, value in (("neighbour_unmask_steps", moe.neighbour_unmask_steps), ("pool_lock_step", moe.pool_lock_step)):
         if value:
             raise ConfigError(
                 flag(name), value, f"cannot be kept where experts are shared otherwise than by {moe.sharing}"
             )
     counts = experts_per_layer(moe, len(sources))
-    if ways == {"combined"}:
-        layout: dict[str, Any] = {"expert_layout": "samoe", "expert_sharing": None}
-    else:
-        layout = {"expert_layout": "moe", "expert_sharing": written_map(sources) if ways - {"own"} else None}
+    layout: dict[str, Any] = written_options(sources)
     scope = moe.moe_balance_scope
     if moe.balances_sets:
-        scope = "set" if ways & {"tied", "scaled"} else None
+        scope = "set" if any(source.way.in_sets for source in sources) else None
     moe = replace(
         moe, num_experts=one_number(counts), num_expert_sets=1, untied_ends=0, moe_balance_scope=scope, **layout
     )

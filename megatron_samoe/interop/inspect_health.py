@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import CheckpointError
-from megatron_samoe.interop.edited_model import FRACTIONS, POOL, SETS, moe_layers, source_config
+from megatron_samoe.interop.edited_model import FRACTIONS, SHARED, moe_layers, source_config
 from megatron_samoe.interop.hf.native import NativeModel
 from megatron_samoe.interop.inspect_numbers import statistics
 from megatron_samoe.interop.layer_experts import LayerExperts, source_of
@@ -104,11 +104,10 @@ def check_health(source: GlobalTensors, start: GlobalTensors | None = None, thre
 def _expert_tensors(source: GlobalTensors) -> Iterator[tuple[str, int, list[str]]]:
     """Yields each matrix of experts with its number of leading dims and the owners' names in order."""
     for name, stored in source.tensors.items():
-        if name.startswith(POOL) and name.endswith((".w1", ".w2")):
-            banks, experts = stored.shape[:2]
-            yield name, 2, [f"bank {b} expert {e}" for b in range(banks) for e in range(experts)]
-        elif name.startswith(SETS) and name.endswith((".w1", ".w2")):
-            yield name, 2, [f"set {name.split('.')[2]} expert {e}" for e in range(stored.shape[1])]
+        if name.startswith(SHARED) and name.endswith((".w1", ".w2")):
+            kind, number, *_ = name.removeprefix(SHARED).split(".")
+            banks = [f"{kind} {number}"] if number.isdigit() else [f"bank {b}" for b in range(stored.shape[0])]
+            yield name, 2, [f"{bank} expert {e}" for bank in banks for e in range(stored.shape[1])]
         elif name.startswith("layers.") and name.endswith((".moe.experts.w1", ".moe.experts.w2")):
             yield name, 1, [f"layers.{name.split('.')[1]} expert {e}" for e in range(stored.shape[0])]
 
@@ -179,11 +178,11 @@ def _check_coefficients(health: Health, source: GlobalTensors, config: PretrainC
     experts = LayerExperts(source)
     used = torch.full((config.moe.num_expert_banks,), not config.moe.has_pool)
     for place in experts.layers:
-        if source_of(place).way not in ("combined", "scaled"):
+        if not source_of(place).way.mixes:
             continue
         layer, name, a_2GP = place.index, f"layers.{place.index}.moe.combination", experts.coefficients(place)
         health.coefficients[layer] = a_2GP.mean(1)
-        if source_of(place).way == "combined":
+        if source_of(place).way.combines:
             largest = a_2GP.abs().amax(-1, keepdim=True)
             used |= ((a_2GP.abs() >= threshold * largest) & (largest > 0)).flatten(0, 1).any(0)
         moment = f"optimizer.exp_avg_sq.{name}"

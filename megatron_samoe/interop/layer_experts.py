@@ -12,8 +12,7 @@ from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.interop.edited_model import (
     EXPERT_WEIGHTS,
-    POOL,
-    SETS,
+    SHARED,
     EditedModel,
     ReadOnce,
     compute_dtype,
@@ -33,14 +32,7 @@ def source_of(place: LayerPlace) -> Source:
 
 def stored_experts(place: LayerPlace) -> str:
     """Returns what the names of the tensors begin with that an MoE layer's experts come from."""
-    return stored_as(source_of(place), place.index)
-
-
-def stored_as(source: Source, layer: int) -> str:
-    """Returns what the names of experts' tensors begin with; the layer's number counts for its own."""
-    if source.way == "own":
-        return f"layers.{layer}.moe.experts."
-    return POOL if source.way == "combined" else f"{SETS}{source.number}."
+    return source_of(place).stored(place.index)
 
 
 class LayerExperts:
@@ -62,14 +54,14 @@ class LayerExperts:
     def shape(self, place: LayerPlace, kind: str) -> tuple[int, ...]:
         """Returns the shape [E, ...] of a layer's weights."""
         shape = self._source.tensors[stored_experts(place) + kind].shape
-        return shape if source_of(place).way == "own" else shape[1:]
+        return shape[1:] if source_of(place).way.is_shared else shape
 
     def read(self, place: LayerPlace, kind: str) -> Tensor:
         """Returns a layer's weights [E, ...], as training makes them; not to be changed."""
         stored, way = self._read_once(stored_experts(place) + kind), source_of(place).way
-        if way == "own":
+        if not way.is_shared:
             return stored
-        if way == "tied":
+        if not way.mixes:
             return stored[0].to(self.dtype)
         a_GP = self.coefficients(place)[ROW_OF_WEIGHT[kind]]
         out = stored.new_empty((1, *stored.shape[1:]), dtype=self.dtype)
@@ -78,12 +70,12 @@ class LayerExperts:
     def coefficients(self, place: LayerPlace) -> Tensor:
         """Returns a layer's weights of banks [2, G, P], or its factors on its set [2, 1, 1], normalised as the model does."""
         raw, moe = self._source.read(f"layers.{place.index}.moe.combination"), self.config.moe
-        return normalize_coefficients(raw, moe.samoe_normalization if source_of(place).way == "combined" else "none")
+        return normalize_coefficients(raw, moe.samoe_normalization if source_of(place).way.combines else "none")
 
     def whole(self, place: LayerPlace, kind: str) -> Tensor:
         """Returns what a layer's weights come from, [P, E, ...], where a set or the layer's own are one bank; not to be changed."""
         stored = self._read_once(stored_experts(place) + kind)
-        return stored[None] if source_of(place).way == "own" else stored
+        return stored if source_of(place).way.is_shared else stored[None]
 
     def add_to(
         self, edited: EditedModel, layers: Sequence[tuple[LayerPlace, Source, int]],
@@ -97,12 +89,12 @@ class LayerExperts:
         """
         for kind in self.kinds:
             for place, source, layer in sorted(layers, key=lambda entry: stored_experts(entry[0])):
-                name, shape = stored_as(source, layer) + kind, self.shape(place, kind)
+                name, shape = source.stored(layer) + kind, self.shape(place, kind)
                 recipe = partial(whole or self.whole, place, kind)
-                if source.way == "own":
+                if not source.way.is_shared:
                     edited.add(name, shape, self.dtype, partial(_only, recipe))
                 elif name not in edited.tensors:
-                    banks = self.config.moe.num_expert_banks if source.way == "combined" else 1
+                    banks = self.config.moe.num_expert_banks if source.way.combines else 1
                     # What is shared is its own master weight, fp32 in every precision.
                     edited.add(name, (banks, *shape), torch.float32, recipe)
 
@@ -118,4 +110,4 @@ def layer_of(name: str) -> int | None:
 
 def is_experts(name: str) -> bool:
     """Whether a tensor is of routed experts, or says how a layer uses those that are shared."""
-    return name.startswith((POOL, SETS)) or ".moe.experts." in name or name.endswith(".moe.combination")
+    return name.startswith(SHARED) or ".moe.experts." in name or name.endswith(".moe.combination")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, parse_sharing
+from megatron_samoe.config.sharing_map import COMBINED, Source, parse_sharing
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.bank_fit import BankFit, fit_banks, match_experts, match_to_mean, role_gram
@@ -38,7 +38,7 @@ from megatron_samoe.interop.edited_model import (
     with_sharing,
 )
 from megatron_samoe.interop.gram import inner_products
-from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, layer_of, stored_as
+from megatron_samoe.interop.layer_experts import LayerExperts, is_experts, layer_of
 from megatron_samoe.interop.unpool_surgery import fold_shared
 from megatron_samoe.models.layer_layout import LayerPlace
 from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
@@ -77,16 +77,16 @@ class SharedGroup:
     @property
     def stored(self) -> str:
         """What the names of the shared tensors begin with."""
-        return stored_as(self.source, 0)
+        return self.source.stored(0)
 
     @property
     def named(self) -> str:
         """The banks or the set, for a user."""
-        return f"{self.num_banks} banks" if self.source.way == "combined" else f"set {self.source.number}"
+        return f"{self.num_banks} banks" if self.source.way.combines else f"set {self.source.number}"
 
 
 def pool_moe(
-    source: GlobalTensors, num_banks: int, granularity: Granularity = "layer", sharing: str = "combined"
+    source: GlobalTensors, num_banks: int, granularity: Granularity = "layer", sharing: str = COMBINED.name
 ) -> EditedModel:
     """Returns the SaMoE of `num_banks` banks that is nearest to a MoE; all inner products are taken now.
 
@@ -149,19 +149,22 @@ def _groups(
     action: str,
 ) -> list[SharedGroup]:  # fmt: skip
     moe, ways = config.moe, {source.way for source in sources}
-    wanted = {"combined"} if action == "pool" else {"tied", "scaled"}
-    if not ways & wanted or (action == "tie" and "combined" in ways):
+    if foreign := [way.name for way in ways if way.make is not None]:
+        raise ConfigError("--expert-sharing", sharing, f"must not have {foreign[0]}, which is of another package: {action} "
+                          "fits pools and sets")  # fmt: skip
+    combine, use_sets = any(way.combines for way in ways), any(way.in_sets for way in ways)
+    if not combine if action == "pool" else combine or not use_sets:
         words = (
             "combined layers; tie makes sets" if action == "pool" else "sets, and no combined layers, which pool makes"
         )
         raise ConfigError("--expert-sharing", sharing, f"must have {words}")
-    numbers = sorted({source.number for source in sources if source.way in ("tied", "scaled")})
+    numbers = sorted({source.number for source in sources if source.way.in_sets})
     if options.layers is not None and len(options.layers) != len(numbers):
         raise ConfigError("--sets-from", list(options.layers), f"must name a layer for each of sets {numbers}")
     groups = []
-    for source in sorted(set(sources) - {Source("own")}, key=lambda s: (s.way, s.number)):
+    for source in sorted({s for s in sources if s.way.is_shared}, key=lambda s: (s.way.name, s.number)):
         used_by = [place for place, own in zip(layers, sources, strict=True) if own == source]
-        if source.way == "combined":
+        if source.way.combines:
             if not 1 <= moe.num_expert_banks <= len(used_by):
                 raise ConfigError("--num-expert-banks", moe.num_expert_banks, "must be from 1 to the number of MoE layers that "
                                   f"combine them, {len(used_by)}")  # fmt: skip
@@ -190,7 +193,7 @@ def _fit(
 
     count = group.layers[0].num_experts
     grams = [gram_of_row(read, experts.kinds, row, len(group.layers), count) for row in (0, 1)]
-    if group.source.way == "combined":
+    if group.source.way.combines:
         order_LE = match_experts(grams, group.num_banks)
         return order_LE, [fit_banks(role_gram(gram, order_LE, group.per_expert), group.num_banks) for gram in grams]
     order_LE = match_to_mean(grams, expert_groups or 1, group.anchor)
@@ -207,7 +210,7 @@ def gram_of_row(
 
 def _fit_set(gram_GLL: Tensor, group: SharedGroup) -> BankFit:
     """Returns the set as one bank, whose coefficients are 1 for a tied one."""
-    gram_LL, count, is_scaled = gram_GLL[0], len(group.layers), group.source.way == "scaled"
+    gram_LL, count, is_scaled = gram_GLL[0], len(group.layers), group.source.way.mixes
     if is_scaled and group.anchor is None:
         return fit_banks(gram_GLL, 1)
     mixture_L = torch.full((count,), 1.0 / count).double()
@@ -227,7 +230,7 @@ def _add_layers(
 ) -> None:
     """Adds all but what is shared; experts of layers that share are left out, and their routers' rows reordered."""
     shares: dict[int | None, LayerPlace] = {
-        p.index: p for p, s in zip(experts.layers, sources, strict=True) if s.way != "own"
+        p.index: p for p, s in zip(experts.layers, sources, strict=True) if s.way.is_shared
     }
     for name in model_names(source):
         place = shares.get(layer_of(name))
@@ -248,7 +251,7 @@ def add_shared(
     edited: EditedModel, experts: LayerExperts, group: SharedGroup, order_LE: Tensor, fits: Sequence[BankFit]
 ) -> None:
     """Adds a group's coefficients, and its banks or its set as mixtures of its layers' experts in their common order."""
-    if group.source.way != "tied":
+    if group.source.way.mixes:
         for number, place in enumerate(group.layers):
             groups = place.num_experts if group.per_expert else 1
             a_2GP = torch.stack([fit.coefficients_LGP[number].expand(groups, -1) for fit in fits]).float()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source, renumbered, written_map
+from megatron_samoe.config.sharing_map import OWN, TIED, Source, renumbered, written_map
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import (
@@ -51,7 +51,7 @@ def fold_shared(source: GlobalTensors) -> EditedModel:
     config = source_config(source)
     require(config.moe.shares_experts, config, "experts that layers share", "fold")
     experts = LayerExperts(source)
-    own = [Source("own")] * len(experts.layers)
+    own = [Source(OWN)] * len(experts.layers)
     edited = begin_edit(source, with_sharing(config, own))
     for name in model_names(source):
         if not is_experts(name):
@@ -66,15 +66,15 @@ def fold_shared(source: GlobalTensors) -> EditedModel:
 def _folded(config: PretrainConfig, experts: LayerExperts) -> str:
     stored = {stored_experts(place): source_of(place) for place in experts.layers}
     ways = [source.way for source in stored.values()]
-    banks = config.moe.num_expert_banks if "combined" in ways else 0
+    banks = config.moe.num_expert_banks if any(way.combines for way in ways) else 0
     counts = {
         "banks": banks,
-        "sets": ways.count("tied") + ways.count("scaled"),
-        "layers of their own": ways.count("own"),
+        "sets": sum(way.in_sets for way in ways),
+        "layers of their own": sum(not way.is_shared for way in ways),
     }
     held, layers = " and ".join(f"{n} {what}" for what, n in counts.items() if n), len(experts.layers)
     size = {place: place.num_experts for place in experts.layers}
-    parts = {stored_experts(p): n * (banks if source_of(p).way == "combined" else 1) for p, n in size.items()}
+    parts = {stored_experts(p): n * (banks if source_of(p).way.combines else 1) for p, n in size.items()}
     each = " or ".join(map(str, sorted(set(size.values()))))
     ratio = sum(size.values()) / sum(parts.values())
     return f"fold: {held} into {layers} layers of {each} experts each, {ratio:.1f} times the expert parameters."
@@ -133,7 +133,7 @@ def select_samoe(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     moe = replace(config.moe, samoe_normalization="none", samoe_freeze_coefficients=True)
     optimizer = replace(config.optimizer, samoe_coefficient_lr_mult=1.0)
     edited = begin_edit(source, replace(config, moe=moe, optimizer=optimizer))
-    combining = [place for place in experts.layers if source_of(place).way == "combined"]
+    combining = [place for place in experts.layers if source_of(place).way.combines]
     grams = _grams(experts, combining[0])
     chosen: dict[int, list[Selection]] = {}
     for place in combining:
@@ -195,7 +195,7 @@ def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     grams: dict[str, list[Tensor]] = {}
     chosen: dict[int, list[Selection]] = {}
     for place in experts.layers:
-        if source_of(place).way in ("combined", "scaled"):
+        if source_of(place).way.mixes:
             stored = stored_experts(place)
             if stored not in grams:
                 grams[stored] = _grams(experts, place)
@@ -205,7 +205,7 @@ def tie_selected(source: GlobalTensors, scale: Scale = "keep") -> EditedModel:
     config, scaled = _with_factors(config, factors)
     taken = [(source_of(p), banks.get(p.index, 0)) for p in experts.layers]
     keys = list(dict.fromkeys(taken))
-    sources = renumbered([s if s.way == "own" else Source("tied", keys.index((s, bank))) for s, bank in taken])
+    sources = renumbered([s if not s.way.is_shared else Source(TIED, keys.index((s, bank))) for s, bank in taken])
     edited = begin_edit(source, with_sharing(config, sources))
     for name in model_names(source):
         factor = factors.get(layer_of(name) or 0, 1.0)

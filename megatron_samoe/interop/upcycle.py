@@ -24,12 +24,12 @@ from torch import Tensor
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import COMBINED, OWN, Source
 from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.bank_fit import fit_banks
 from megatron_samoe.interop.edited_model import (
-    POOL,
+    SHARED,
     EditedModel,
     add_fractions,
     begin_edit,
@@ -82,7 +82,7 @@ def upcycle_dense(source: GlobalTensors, options: UpcycleOptions) -> EditedModel
     copies = options.dense_mlp == "experts"
     edited = begin_edit(source, new)
     if copies and new.moe.has_pool:
-        own = replace(new, moe=with_sharing(new, [Source("own")] * len(moe_layers(new))).moe)
+        own = replace(new, moe=with_sharing(new, [Source(OWN)] * len(moe_layers(new))).moe)
         _add_banks(edited, _Upcycling(source, own, options), new)
     else:
         _Upcycling(source, new, options).add_to(edited)
@@ -106,7 +106,7 @@ class _Upcycling:
             if old in self.source.tensors:
                 edited.keep(self.source, old, name)
                 continue
-            is_fp32 = name.startswith(POOL) or name.endswith((".router.weight", ".combination"))
+            is_fp32 = name.startswith(SHARED) or name.endswith((".router.weight", ".combination"))
             dtype = torch.float32 if is_fp32 else compute_dtype(self.source)
             edited.add(name, stored.shape, dtype, partial(self._new, name, stored.shape))
 
@@ -149,7 +149,7 @@ def _add_banks(edited: EditedModel, copied: _Upcycling, config: PretrainConfig) 
         if not is_experts(name):
             edited.keep(plain, name)
     experts = LayerExperts(plain)
-    group = SharedGroup(Source("combined"), experts.layers, moe.num_expert_banks, moe.samoe_granularity == "expert")
+    group = SharedGroup(Source(COMBINED), experts.layers, moe.num_expert_banks, moe.samoe_granularity == "expert")
 
     def read_mlp(kind: str, number: int) -> Tensor:
         return copied.source.read(f"layers.{layers[number].index}.mlp.{MLP_TENSOR[kind]}").reshape(1, -1)

@@ -20,7 +20,7 @@ from megatron_samoe.moe.branch_scale import branch_scale
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.set_loads import SetLoads
-from megatron_samoe.moe.sharing.mapped import configured_sharing
+from megatron_samoe.moe.sharing.mapped import MappedSharing
 from megatron_samoe.moe.sharing.way import SharingContext, SharingWay
 from megatron_samoe.moe.types import StatisticsLayout
 from megatron_samoe.parallel_state.state import Group, ParallelState
@@ -40,7 +40,7 @@ class ModelParts:
     attention: Callable[..., nn.Module] = configured_attention
     router: type[Router] = Router
     balance: Callable[[MoEConfig, Group], BalanceStrategy] = AuxiliaryLosses
-    sharing: Callable[[SharingContext], SharingWay] = configured_sharing
+    sharing: Callable[[SharingContext], SharingWay] = MappedSharing
 
     def __post_init__(self) -> None:
         if not (isinstance(self.router, type) and issubclass(self.router, Router)):

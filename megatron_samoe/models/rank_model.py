@@ -17,7 +17,8 @@ from megatron_samoe.models.initialize import initialize_parameters
 from megatron_samoe.models.layer_layout import rank_plans
 from megatron_samoe.models.transformer_layer import TransformerLayer
 from megatron_samoe.moe.candidates import candidate_schedule
-from megatron_samoe.moe.sharing.way import ExpertLender
+from megatron_samoe.moe.moe_layer import MoELayer
+from megatron_samoe.moe.sharing.way import ExpertLender, Mixture
 from megatron_samoe.moe.types import ForwardContext, MoEStats
 from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.parallel_state.state import ParallelState
@@ -60,7 +61,7 @@ class RankModel(nn.Module):
         self.sources = blueprint.sharing_context.sources
         self.chunks = nn.ModuleList(GPTStage(blueprint, plan) for plan in rank_plans(config, state.pp.rank))
         self.expert_pool = blueprint.sharing.shared_part()
-        self.lender = self._make_lender(blueprint)
+        self.lend_for(None)
         self._refuse_unsaved()
 
     def _refuse_unsaved(self) -> None:
@@ -73,15 +74,16 @@ class RankModel(nn.Module):
                 "(new_parameter, requires_grad_(False)), or a buffer with persistent=False if it is computed anew"
             )
 
-    def combine_per(self, when: Literal["step", "layer"]) -> None:
-        """Combines the pool's banks once per step or layer by layer from now on, whatever was configured."""
-        moe = replace(self.config.moe, samoe_combine=when)
-        config = replace(self.config, moe=moe)
-        self.lender = self._make_lender(Blueprint(config, self.vocab_size, self.state, self.dtype, self.parts))
-
-    def _make_lender(self, blueprint: Blueprint) -> ExpertLender:
+    def lend_for(self, serving: Literal["folded", "on-the-fly", "selected"] | None) -> None:
+        """Lends experts as a way of serving does from now on; None: as for training."""
+        context = Blueprint(self.config, self.vocab_size, self.state, self.dtype, self.parts).sharing_context
+        self._sharing = self.parts.sharing(replace(context, serving=serving))
         layer_parts = {layer.moe.moe_index: layer.moe.experts for layer in self.moe_layers()}
-        return blueprint.sharing.lender(layer_parts, self.expert_pool)
+        self.lender: ExpertLender = self._sharing.lender(layer_parts, self.expert_pool)
+
+    def mixture(self, moe: MoELayer) -> Mixture:
+        """Returns what the experts of one of this rank's layers are made of."""
+        return self._sharing.mixture(moe.moe_index, moe.experts, self.expert_pool)
 
     @property
     def num_moe_layers(self) -> int:

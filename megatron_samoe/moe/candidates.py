@@ -43,7 +43,7 @@ class CandidateSchedule(Protocol):
 
 def candidate_schedule(config: MoEConfig) -> CandidateSchedule | None:
     """Returns what --expert-sharing asks for; None where all experts are candidates from first to last."""
-    if config.sharing == "neighbours" and config.neighbour_unmask_steps:
+    if config.neighbour_unmask_steps and config.sharing_reads("neighbour_unmask_steps"):
         return NeighbourSchedule(config)
     return PoolLock(config) if config.pool_lock_step is not None else None
 

@@ -49,7 +49,7 @@ class SetLoads:
         starts: dict[Source, int] = {}
         width = 0
         for source, experts in zip(sources, num_experts, strict=True):
-            if source.way in ("tied", "scaled") and source not in starts:
+            if source.way.in_sets and source not in starts:
                 starts[source] = width
                 width += experts
         columns = tuple(

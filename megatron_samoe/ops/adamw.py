@@ -68,11 +68,11 @@ def adamw(runs: Sequence[AdamWRun], rates: AdamWRates, step: int) -> None:
 
 
 def serves(runs: Sequence[AdamWRun]) -> bool:
-    """Returns whether the compiled op takes these slices: fp32 on one device, bf16 weights, contiguous."""
+    """Returns whether the compiled op takes these slices: fp32 on a CPU, bf16 weights, contiguous."""
     if not all(_fits(run) for run in runs):
         return False
     tensors = (t for run in runs for t in (run.master, run.weight, run.grad, run.exp_avg, run.exp_avg_sq))
-    return extension.serves(*tensors, cuda="adamw")
+    return extension.serves(*tensors)
 
 
 def _fits(run: AdamWRun) -> bool:

@@ -33,7 +33,7 @@ def cross_entropy_parts(logits_TV: Tensor, labels_T: Tensor, first_id: int = 0) 
         ValueError: the labels do not fit the logits.
     """
     _check(logits_TV, labels_T)
-    if extension.serves(logits_TV, labels_T, cuda="cross_entropy"):
+    if extension.serves(logits_TV, labels_T):
         peak_T, sum_T, target_T = torch.ops.megatron_samoe.cross_entropy_parts(
             logits_TV.contiguous(), labels_T.contiguous(), first_id
         )
@@ -56,7 +56,7 @@ def cross_entropy_backward(
         ValueError: the labels do not fit the logits.
     """
     _check(logits_TV, labels_T)
-    if extension.serves(logits_TV, labels_T, logsumexp_T, dloss_T, cuda="cross_entropy"):
+    if extension.serves(logits_TV, labels_T, logsumexp_T, dloss_T):
         dlogits_TV: Tensor = torch.ops.megatron_samoe.cross_entropy_backward(
             logits_TV.contiguous(), labels_T.contiguous(), first_id, logsumexp_T.contiguous(), dloss_T.contiguous()
         )

@@ -32,7 +32,7 @@ _MODES = ("auto", "require", "off")
 CUDA_ENVIRONMENT_VARIABLE = "MEGATRON_SAMOE_CUDA_KERNELS"
 _CUDA_MODES = ("auto", "0", "1")
 #: CUDA kernels by what they do; the last, of inference, nobody compares at the start, so only =1 takes it.
-CudaKernel = Literal["gate", "rows", "combination", "swiglu", "cross_entropy", "adamw", "decoding"]
+CudaKernel = Literal["gate", "rows", "combination", "swiglu", "decoding"]
 TRAINING_KERNELS: tuple[CudaKernel, ...] = get_args(CudaKernel)[:-1]
 _BUILD_MARK = b"MEGATRON_SAMOE_BUILD_INFO="
 

@@ -359,15 +359,3 @@ def check_small_swiglu(device: Device) -> None:
     for dtype in ROW_TOLERANCE:
         for num_rows, width in ((1, 1), (37, 24), (5, 256), (9, 77)):
             check_swiglu(num_rows, width, dtype, device)
-
-
-def check_small_cross_entropy(device: Device) -> None:
-    """Compares cross-entropies over parts of a vocabulary."""
-    for dtype in ROW_TOLERANCE:
-        for num_tokens, width, first_id in ((7, 5003, 0), (40, 257, 100)):
-            check_cross_entropy(num_tokens, width, first_id, num_tokens + width, dtype, device)
-
-
-def check_small_adamw(device: Device) -> None:
-    """Compares two steps over slices of odd sizes, some followed by bf16 weights."""
-    check_adamw([1, 7, 16, 513, 4000], torch.float32, 2e-6, num_steps=2, device=device)

@@ -16,7 +16,7 @@ from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import Source, Way
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.models.blueprint import Blueprint
 from megatron_samoe.models.gpt_stage import GPTStage
@@ -60,7 +60,7 @@ class Description:
         self._blueprint = Blueprint(replace(config, moe=moe), vocab_size, state, compute_dtype(config))
         self._layers: dict[tuple, TransformerLayer] = {}
         self._kept: dict[tuple, int] = {}
-        self._own_of_way: dict[str, nn.Module] = {}
+        self._own_of_way: dict[Way, nn.Module] = {}
         self._ends: dict[tuple[bool, bool], GPTStage] = {}
         self._known: dict[int, tuple[DescribedParameter, ...]] = {}
         self._of_stage: dict[StageContent, tuple[DescribedParameter, ...]] = {}
@@ -325,7 +325,7 @@ def _stages(pp: int, per_stage: int | None, layout: str | None, num_layers: int,
         ends = tuple((plan.has_embedding, plan.has_head) for plan in chunks)
         contents.append(_content(ends, tuple((first_of_kind[kind], n) for kind, n in kinds.items())))
         sources = (place.source for plan in chunks for place in plan.layers)
-        used_by_rank.append(Counter(source for source in sources if source is not None and source.way != "own"))
+        used_by_rank.append(Counter(source for source in sources if source is not None and source.way.is_shared))
     everywhere = sum(used_by_rank, Counter[Source]())
     size_of = {place.source: place.num_experts for place in places}
     seen: dict[tuple, int] = {}
@@ -334,7 +334,7 @@ def _stages(pp: int, per_stage: int | None, layout: str | None, num_layers: int,
         # Sets alike in everything but their number are used by as many layers here, and here alone or elsewhere as well.
         sets = sorted(
             (count, count == everywhere[source], size_of[source])
-            for source, count in used.items() if source.way in ("tied", "scaled")
+            for source, count in used.items() if source.way.in_sets
         )  # fmt: skip
         seen.setdefault((kind, tuple(sets)), rank)
     users = _users(tuple(tuple(sorted(used.items(), key=str)) for used in used_by_rank))

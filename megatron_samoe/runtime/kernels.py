@@ -30,8 +30,6 @@ _CHECKS: dict[CudaKernel, Callable[[torch.device], None]] = {
     "rows": twin_checks.check_small_rows,
     "combination": twin_checks.check_small_combination,
     "swiglu": twin_checks.check_small_swiglu,
-    "cross_entropy": twin_checks.check_small_cross_entropy,
-    "adamw": twin_checks.check_small_adamw,
 }
 _TIMEOUT_S = 120.0
 _NOT_BUILT = "it was not built"

@@ -27,14 +27,13 @@ from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.moe.router import Routing
-from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, Coefficients
+from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.parsing import JsonObject
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.checkpointing import load_run
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.micro_batches import Batch
-from megatron_samoe.training.moe_diagnostics import layer_gradients
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients
 
@@ -158,16 +157,16 @@ class _Sums:
 
     def __init__(self, setup: TrainSetup):
         self.setup, self.count = setup, 0
-        parts = [layer.moe.experts for layer in setup.model.moe_layers()]
-        self._coefficients = [p.normalized().detach() for p in parts if isinstance(p, Coefficients)]
-        self.has_banks = len(self._coefficients) == len(parts)
+        mixtures = [setup.model.mixture(layer.moe) for layer in setup.model.moe_layers()]
+        self._coefficients = [m.a_2GP for m in mixtures if m.a_2GP is not None]
+        self.has_banks = len(self._coefficients) == len(mixtures)
         self._totals: dict[str, list[Tensor]] = {}
         self._squares: dict[str, Tensor] = {}
         self._size = 0
 
     def take(self) -> None:
         """Adds the gradients of the batch that was just computed."""
-        found = layer_gradients(self.setup)
+        found = self.setup.model.lender.layer_gradients()
         assert found is not None
         self.count += 1
         kinds = [name for name, _ in next(iter(found.values())).items()]

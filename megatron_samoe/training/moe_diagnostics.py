@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_samoe.moe.experts import main_grads_of
-from megatron_samoe.moe.sharing.coefficients import Coefficients
-from megatron_samoe.moe.sharing.combined import StepLender
-from megatron_samoe.moe.sharing.own import OwnLender
 from megatron_samoe.ops.grouped_mlp import ExpertWeights
 from megatron_samoe.training.hook import Hook, Record, Run
 from megatron_samoe.training.setup import TrainSetup
@@ -71,7 +66,7 @@ class MoEDiagnostics:
 
 def expert_grad_norms(setup: TrainSetup, gradient_scale: float) -> Tensor | None:
     """Returns [L, E], to be called after the last backward pass of a step and before gradients are reduced."""
-    layers = layer_gradients(setup)
+    layers = setup.model.lender.layer_gradients()
     if layers is None:
         return None
     parallel, shape = setup.parallel, (setup.model.num_moe_layers, setup.config.moe.most_experts)
@@ -83,21 +78,6 @@ def expert_grad_norms(setup: TrainSetup, gradient_scale: float) -> Tensor | None
     for group in (parallel.etp, parallel.ep, parallel.pp):
         group.all_reduce(squares_LE)
     return squares_LE.sqrt() / gradient_scale
-
-
-def layer_gradients(setup: TrainSetup) -> dict[int, ExpertWeights] | None:
-    """Returns this stage's gradients by index of the MoE layer; None where they are not kept."""
-    model = setup.model
-    if isinstance(model.lender, OwnLender):
-        own = {m.moe.moe_index: main_grads_of(dict(m.moe.experts.named_parameters())) for m in model.moe_layers()}
-        return {moe_index: grads for moe_index, grads in own.items() if grads is not None}
-    if not isinstance(model.lender, StepLender):
-        return None
-    grads = model.lender.layer_gradients()
-    if grads is None:
-        return {}
-    indices = [layer.moe.moe_index for layer in model.moe_layers()]
-    return {index: grads.map(itemgetter(row)) for row, index in enumerate(indices)}
 
 
 def _squared_norms(grads: ExpertWeights, setup: TrainSetup) -> Tensor:
@@ -125,11 +105,10 @@ def gathered_coefficients(setup: TrainSetup) -> Tensor:
     shape = (setup.model.num_moe_layers, 2, groups, moe.num_expert_banks if moe.has_pool else 1)
     a_L2GP = torch.zeros(shape, dtype=torch.float64, device=setup.parallel.device)
     for layer in setup.model.moe_layers():
-        own = layer.moe.experts
-        if not isinstance(own, Coefficients):
+        a_2GP = setup.model.mixture(layer.moe).a_2GP
+        if a_2GP is None:
             continue
-        a_2GP = own.normalized().detach()
-        if own.is_per_expert:
+        if moe.samoe_granularity == "expert" and a_2GP.shape[2] > 1:
             a_2GP = setup.parallel.ep.all_gather(a_2GP.transpose(0, 1).contiguous()).transpose(0, 1)
         a_L2GP[layer.moe.moe_index, :, :, : a_2GP.shape[2]] = a_2GP
     return setup.parallel.pp.all_reduce(a_L2GP)

@@ -243,9 +243,46 @@ def test_every_program_runs_as_a_module() -> None:
     for path in sorted(ROOT.rglob("*.py")):
         tree = ast.parse(path.read_text())
         has_main = any(
-            isinstance(node, ast.FunctionDef) and node.name == "main" and len(node.args.args) == len(node.args.defaults)
+            (isinstance(node, ast.FunctionDef) and node.name == "main" and len(node.args.args) == len(node.args.defaults))
+            or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "main")
             for node in tree.body
         )
         if has_main and "__name__" not in ast.dump(tree.body[-1]):
             silent.append(str(path.relative_to(ROOT)))
     assert not silent
+
+
+#: Where a way of sharing has its name and its classes: what options and files see of it, what computes it, and our class
+#: for transformers, which travels alone.
+ROOMS_OF_WAYS = ("config/sharing_map.py", "moe/sharing/", "interop/hf/remote_code/configuration_samoe.py")
+WAYS = {"own", "combined", "tied", "scaled", "neighbours"}
+
+
+def questions_of_kind(tree: ast.AST, classes: frozenset[str]) -> list[int]:
+    """Returns the lines that compare a way's name, or ask whether something is of one of these classes."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            parts = [part for side in (node.left, *node.comparators) for part in ast.walk(side)]
+            words = {part.value for part in parts if isinstance(part, ast.Constant)}
+            words |= {part.id.lower() for part in parts if isinstance(part, ast.Name) and part.id.isupper()}
+            if words & WAYS:
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            if {getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(node.args[1])} & classes:
+                lines.append(node.lineno)
+    return lines
+
+
+def test_a_way_of_sharing_is_known_by_name_and_class_in_its_own_rooms_alone() -> None:
+    rooms = [path for path in sources() if path.relative_to(ROOT).as_posix().startswith(ROOMS_OF_WAYS)]
+    trees = {path: ast.parse(path.read_text()) for path in sources()}
+    computing = [trees[path] for path in rooms if path.parent.name == "sharing"]
+    classes = frozenset(n.name for tree in computing for n in ast.walk(tree) if isinstance(n, ast.ClassDef))
+    assert {"OwnExperts", "ExpertPool", "Coefficients", "StepLender", "MappedLender"} <= classes
+    found = {
+        f"{path.relative_to(ROOT)}:{line}"
+        for path, tree in trees.items() if path not in rooms for line in questions_of_kind(tree, classes)
+    }  # fmt: skip
+    assert not found, "ask the way itself: config/sharing_map.py (Way) or moe/sharing/way.py"
+    assert any(questions_of_kind(trees[path], classes) for path in rooms), "the test sees such questions"

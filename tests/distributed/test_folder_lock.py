@@ -13,7 +13,7 @@ import pytest
 from megatron_samoe.dist_checkpointing import folder_lock
 from megatron_samoe.errors import CheckpointError
 from tests.harness.pairs import first_by_day
-from tests.harness.program import ProgramRun, arguments, start, start_command, write_corpus
+from tests.harness.program import ProgramRun, arguments, start, write_corpus
 
 pytestmark = pytest.mark.distributed
 
@@ -25,7 +25,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def running(corpus: Path, tmp_path: Path) -> ProgramRun:
     args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=100_000, eval_iters=0)
-    run = start_command(args, tmp_path / "holder")
+    run = start(args, tmp_path / "holder")
     assert run.wait_until(lambda: "iteration        3/" in run.output()), run.output()
     return run
 

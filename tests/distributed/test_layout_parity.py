@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from megatron_samoe.config import PretrainConfig
 from tests.harness.covering import COVERING, FACTORS, Cell, kept_cells, options_of
-from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, is_legal, options_in, train
+from tests.harness.layout_training import LAYOUTS, MODELS, assert_same, is_legal, options_in, train_each
 from tests.harness.ranks import RankFailure, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -23,6 +21,8 @@ pytestmark = pytest.mark.distributed
 Options = tuple[tuple[str, Any], ...]
 
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-11}
+#: Steps of training: by day the second one leaves weights that moments made; at night a third one meets them.
+BY_DAY_STEPS, NIGHT_STEPS = 2, 3
 BY_DAY = kept_cells()
 #: In double precision every third model of the day once, in layouts that differ.
 IN_DOUBLE = [cells[i % len(cells)] for i, cells in enumerate(
@@ -35,45 +35,40 @@ EIGHT = "tp2 pp2 ep2 sp zero overlap"
 MODELS_OF_EIGHT = ("moe top2 llama", "samoe step", "tied", "muon samoe")
 
 
-def steps_of(config: PretrainConfig) -> int:
-    """Returns three, of which the last meets weights that moments made, or five, in which a schedule of routing ends."""
-    return 5 if config.moe.pool_lock_step is not None or config.moe.neighbour_unmask_steps else 3
-
-
-def train_each(configs: list[PretrainConfig], dtype: torch.dtype) -> list[dict[str, Any]] | None:
-    """Trains one model after the other on the same processes; the first rank has the results."""
-    results = [train(config, dtype, steps_of(config)) for config in configs]
-    return results if not dist.is_initialized() or dist.get_rank() == 0 else None
-
-
 @cache
-def _outcome(layout: str, dtype: torch.dtype, models: tuple[Options, ...]) -> dict[Options, Any] | RankFailure:
+def _outcome(
+    layout: str, dtype: torch.dtype, models: tuple[Options, ...], steps: int
+) -> dict[Options, Any] | RankFailure:
     configs = [options_in(layout, dict(model)) for model in models]
     try:
-        results = run_ranks(train_each, LAYOUTS[layout][0], configs, dtype, timeout_s=900)[0]
+        results = run_ranks(train_each, LAYOUTS[layout][0], configs, dtype, steps, timeout_s=900)[0]
     except RankFailure as failure:
         return failure  # kept as well, or each model's test would run into it anew
     return dict(zip(models, results, strict=True))
 
 
-def result_of(layout: str, dtype: torch.dtype, model: Options, together: tuple[Options, ...]) -> dict[str, Any]:
+def result_of(
+    layout: str, dtype: torch.dtype, model: Options, together: tuple[Options, ...], steps: int
+) -> dict[str, Any]:
     """Returns the training of a model, made with those that the same processes train."""
-    outcome = _outcome(layout, dtype, together)
+    outcome = _outcome(layout, dtype, together, steps)
     if isinstance(outcome, RankFailure):
         raise outcome
     return outcome[model]
 
 
 def check(
-    layout: str, dtype: torch.dtype, model: Options, here: tuple[Options, ...], everywhere: tuple[Options, ...]
-) -> None:
+    layout: str, dtype: torch.dtype, model: Options, here: tuple[Options, ...], everywhere: tuple[Options, ...],
+    steps: int = BY_DAY_STEPS,
+) -> None:  # fmt: skip
     """Compares a model's training in a layout with that in one process.
 
     Args:
         here: models that are trained in the layout.
         everywhere: models that are trained in any.
     """
-    assert_same(result_of(layout, dtype, model, here), result_of("one process", dtype, model, everywhere), RTOL[dtype])
+    expected = result_of("one process", dtype, model, everywhere, steps)
+    assert_same(result_of(layout, dtype, model, here, steps), expected, RTOL[dtype])
 
 
 def hashable(options: dict[str, Any]) -> Options:
@@ -109,7 +104,7 @@ def test_eight_ranks_equal_one_process(model: str) -> None:
 @pytest.mark.parametrize(("layout", "model"), AT_NIGHT)
 def test_every_model_in_every_layout(layout: str, model: str, dtype: torch.dtype) -> None:
     here = tuple(hashable(MODELS[m]) for name, m in AT_NIGHT if name == layout)
-    check(layout, dtype, hashable(MODELS[model]), here, tuple(map(hashable, MODELS.values())))
+    check(layout, dtype, hashable(MODELS[model]), here, tuple(map(hashable, MODELS.values())), NIGHT_STEPS)
 
 
 def test_every_axis_meets_every_value_by_day() -> None:

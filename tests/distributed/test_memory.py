@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.moe.sharing.mapped import MappedLender
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
+from tests.harness.kept_bytes import lent_tensors
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config, with_layout
@@ -41,25 +41,13 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def kept_by(lender: Any) -> list[torch.Tensor]:
-    """Returns all expert weights and gradients that a lender keeps."""
-    if isinstance(lender, MappedLender):
-        return [t for one in lender.lenders.values() for t in kept_by(one)]
-    kept = []
-    for name in ("_weights", "_grads"):
-        held = getattr(lender, name, None)
-        every = held.values() if isinstance(held, dict) else [held]
-        kept += [t for weights in every if weights is not None for _, t in weights.items()]
-    return kept
-
-
 def tensors_of(setup: TrainSetup) -> dict[str, list[torch.Tensor]]:
     """Returns what a set-up holds between steps, by part."""
     optimizer = setup.optimizer
     moments = [t for name in optimizer.masters for t in optimizer.moments(name).values()]
     own = {p.untyped_storage().data_ptr() for p in setup.model.parameters()}
     own |= {p.main_grad.untyped_storage().data_ptr() for p in setup.buffers.parameters.values()}
-    folded = [t for t in kept_by(setup.model.lender) if t.untyped_storage().data_ptr() not in own]
+    folded = [t for t in lent_tensors(setup.model.lender) if t.untyped_storage().data_ptr() not in own]
     return {
         "weights": [p.detach() for p in setup.model.parameters()],
         "gradients": [p.main_grad for p in setup.buffers.parameters.values()],

@@ -14,7 +14,7 @@ from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
 from megatron_samoe.parallel_state import Group, initialize_model_parallel
 from megatron_samoe.row_exchange import overlapped_all_to_all
 from megatron_samoe.row_exchange.exchange import with_exchange
-from tests.distributed.test_layout_parity import assert_same, train
+from tests.harness.layout_training import assert_same, train
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import tiny_config, with_layout, with_options

@@ -23,7 +23,7 @@ def drift(damaged_rank: int | None) -> str | None:
     train_step(setup, initial_state(setup), micro_batches(setup, 0))
     if setup.parallel.rank == damaged_rank:
         with torch.no_grad():
-            setup.model.expert_pool.bank["w2"].view(-1)[7] += 1e-6
+            setup.model.expert_pool["combined"].bank["w2"].view(-1)[7] += 1e-6
     try:
         check_pool_replicas(setup, iteration=1)
     except ReplicaDriftError as error:

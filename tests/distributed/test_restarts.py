@@ -23,8 +23,9 @@ STEPS = 250
 OPTIONS = {
     "train_iters": STEPS,
     "eval_iters": 0,
-    "save_interval": 10,
+    "save_interval": 20,
     "lr": 1e-4,
+    "lr_decay_iters": STEPS,
     "expert_model_parallel_size": 2,
     "keep_last": 2,
 }
@@ -45,9 +46,9 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return losses(folder / "run")
 
 
-def losses(run: Path) -> list[float]:
+def losses(run: Path, steps: int = STEPS) -> list[float]:
     logged = records(run / "metrics.jsonl")
-    assert [r["iteration"] for r in logged] == list(range(1, STEPS + 1))
+    assert [r["iteration"] for r in logged] == list(range(1, steps + 1))
     return [r["lm_loss"] for r in logged]
 
 
@@ -69,16 +70,20 @@ def steps_of_two(run: ProgramRun) -> int:
     return since.count("lm loss: ")
 
 
-def test_ranks_are_started_again(corpus: Path, tmp_path: Path, undisturbed: list[float]) -> None:
+@pytest.mark.parametrize("kills", first_by_day([([(25, 0)],), ([(25, 0), (120, 1)],)]), ids=["once", "twice"])
+def test_ranks_are_started_again(
+    kills: list[tuple[int, int]], corpus: Path, tmp_path: Path, undisturbed: list[float]
+) -> None:
     """All of a torchrun's attempts share a store, with the addresses of dead ranks in it."""
-    args = arguments(data_path=corpus, run_dir=tmp_path / "run", **OPTIONS)
+    steps = kills[-1][0] + 75  # which last until the kill
+    args = arguments(data_path=corpus, run_dir=tmp_path / "run", **{**OPTIONS, "train_iters": steps})
     run = start_command(args, tmp_path / "out", 2, ["--standalone", "--max-restarts=3"])
-    for step, victim in ((25, 0), (120, 1)):
+    for step, victim in kills:
         wait_for_step(run, step)
         os.kill(children(run.processes[0].pid)[victim], signal.SIGKILL)
     output = run.succeed(90)
-    assert len(re.findall(r"^loaded ", output, re.MULTILINE)) == 2
-    assert losses(tmp_path / "run") == pytest.approx(undisturbed, rel=1e-5)
+    assert len(re.findall(r"^loaded ", output, re.MULTILINE)) == len(kills)
+    assert losses(tmp_path / "run", steps) == pytest.approx(undisturbed[:steps], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +168,7 @@ def test_a_job_goes_on_with_the_hosts_that_are_left(
 
 def test_ranks_that_the_layout_has_no_use_for_stand_by(corpus: Path, tmp_path: Path) -> None:
     args = arguments(data_path=corpus, run_dir=tmp_path / "run", elastic=True, **{**OPTIONS, "train_iters": 6})
-    output = start_command(args, tmp_path / "out", 3).succeed()
+    output = start(args, tmp_path / "out", 3).succeed()
     assert "2 of 3 ranks work" in output and "1 stand by" in output
     assert "Traceback" not in output
 

@@ -122,6 +122,7 @@ def test_kill_at_any_file_operation_of_saving_loses_nothing(async_save: bool, co
         }
 
 
+@pytest.mark.night
 def test_run_under_torchrun_leaves_at_sigterm_and_resumes(corpus: Path, tmp_path: Path) -> None:
     options = {"train_iters": 400, "save_interval": 100, "log_interval": 1, "lr_decay_iters": 400}
     run = start_command(noisy(corpus, tmp_path / "run", 2, **options), tmp_path / "out", num_ranks=2)

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import save_run
 from megatron_samoe.training.setup import build_setup, initial_state
-from tests.harness.layout_training import LAYOUTS, assert_same, layout_config, train
+from tests.harness.layout_training import LAYOUTS, assert_same, layout_config, train_each
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, tiny_config, with_layout, with_options
@@ -73,15 +72,10 @@ def student_config(layout: str, student: str, folder: Path) -> PretrainConfig:
     return with_options(layout_config(layout, student), **taught)
 
 
-def train_each(configs: list[PretrainConfig], dtype: torch.dtype) -> list[dict[str, Any]] | None:
-    results = [train(config, dtype, steps=3) for config in configs]
-    return results if not dist.is_initialized() or dist.get_rank() == 0 else None
-
-
 @cache
 def results_of(layout: str, folder: Path, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     configs = [student_config(layout, student, folder) for student in STUDENTS]
-    results = run_ranks(train_each, LAYOUTS[layout][0], configs, dtype, timeout_s=300)[0]
+    results = run_ranks(train_each, LAYOUTS[layout][0], configs, dtype, 2, timeout_s=300)[0]
     return dict(zip(STUDENTS, results, strict=True))
 
 

@@ -22,8 +22,7 @@ from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training import loggers, preflight
 from megatron_samoe.training.hang_watch import HangWatch
 from megatron_samoe.training.spikes import SpikeHistory
-from tests.distributed.test_launcher import children
-from tests.harness.program import arguments, records, start, start_command, write_corpus
+from tests.harness.program import arguments, records, start, write_corpus
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import tiny_config
 
@@ -38,16 +37,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_hang_leaves_stacks_and_collectives(corpus: Path, tmp_path: Path) -> None:
     args = arguments(data_path=corpus, run_dir=tmp_path / "run", train_iters=100_000, eval_iters=0,
                      distributed_timeout_minutes=0.1)  # fmt: skip
-    run = start_command(args, tmp_path / "out", 2)
+    run = start(args, tmp_path / "out", 2)
     assert run.wait_until(lambda: "iteration        3/" in run.output()), run.output()
-    stopped = children(run.processes[0].pid)[1]
+    stopped = run.processes[1].pid
     os.kill(stopped, signal.SIGSTOP)
     try:
         assert run.wait_until(lambda: "What each rank was doing" in run.output()), run.output()
     finally:
         with suppress(ProcessLookupError):
             os.kill(stopped, signal.SIGCONT)
-    assert run.wait(60) != (0,)
+    assert 0 not in run.wait(60)
     assert f"What each rank was doing is in {tmp_path / 'run/hangs'}." in run.output()
     left = (tmp_path / "run/hangs/rank-00000.txt").read_text()
     assert left.startswith("rank 0, process ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_samoe.config import PretrainConfig
+from megatron_samoe.config.sharing_map import ways
 from megatron_samoe.models.blueprint import ModelParts
 from megatron_samoe.training.setup import Extensions
 from tests.extending.even_scores import EvenScores
@@ -26,6 +28,7 @@ from tests.harness.tiny import tiny_config, with_layout
 
 pytestmark = pytest.mark.distributed
 
+SITE = Path(__file__).parent / "site"
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "tp2 sp etp1 ep2": (4, {"tp": 2, "sp": True, "etp": 1, "ep": 2}),
@@ -47,11 +50,14 @@ CASES: dict[str, tuple[dict[str, Any], Extensions]] = {
     "sliding window": ({"layout": "samoe", "style": "llama"}, Extensions(ModelParts(attention=SlidingWindowAttention))),
     "own op": (MOE, Extensions(ModelParts(router=SqrtSoftplusRouter))),
     "tied sharing": (MOE, Extensions(ModelParts(sharing=TiedSharing))),
+    "near banks": ({**MOE, "expert_sharing": "near", "num_expert_banks": 3, "samoe_normalization": "l2"}, Extensions()),
 }  # fmt: skip
 
 
 def train_all(layout: str) -> dict[str, Any] | None:
     """Trains every case on the same processes; the first rank has the results."""
+    sys.path.insert(0, str(SITE))  # the package of the way near stands beside this one
+    ways.cache_clear()
     found = {}
     for name, (options, extensions) in CASES.items():
         config = with_layout(tiny_config(**options), **LAYOUTS[layout][1])
@@ -78,6 +84,8 @@ def test_an_extension_trains_in_a_layout_as_in_one_process(layout: str, case: st
 def plain(options: dict[str, Any]) -> PretrainConfig:
     """Returns the model without what comes from outside."""
     options = {k: v for k, v in options.items() if k != "num_experts"}
+    if options.get("expert_sharing") == "near":
+        options["expert_sharing"] = "combined"
     return tiny_config(**options)
 
 
@@ -95,7 +103,7 @@ def test_tied_layers_share_their_sets() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    sorted(p for p in Path(__file__).parent.iterdir() if not p.name.startswith(("test_", "__"))),
+    sorted(p for p in Path(__file__).parent.iterdir() if p.is_file() and not p.name.startswith(("test_", "__"))),
     ids=lambda path: path.stem,
 )
 def test_an_example_is_short(path: Path) -> None:

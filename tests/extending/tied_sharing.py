@@ -55,6 +55,9 @@ class TiedLender:
         )
         return lambda x_RH, rows: grouped_mlp(x_RH, rows, weights, self._pool.activation, grads)
 
+    def layer_gradients(self) -> None:
+        """Layers add to one gradient."""
+
     def finish_step(self) -> None:
         """Adds this rank's gradients to the sets' main gradients."""
         for name, store in self._pool.stores.items():

@@ -23,7 +23,7 @@ BINDINGS = sorted((ROOT / "cpp_ext" / "bindings").rglob("*_cuda.cpp"))
 NAMESPACE = "megatron_samoe_emulated"
 TRAINING_OPS = (
     "topk_gate", "topk_gate_backward", "make_permutation", "permute", "unpermute", "unpermute_backward", "combine_banks",
-    "combine_banks_backward", "swiglu", "swiglu_backward", "cross_entropy_parts", "cross_entropy_backward", "adamw",
+    "combine_banks_backward", "swiglu", "swiglu_backward",
 )  # fmt: skip
 DECODE_OPS = (
     "decode_linear", "decode_norm", "decode_attention_block", "decode_experts", "decode_route", "decode_moe_block",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_samoe.config import PretrainConfig
@@ -9,7 +11,16 @@ from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.models.attention import AttentionInputs
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.models.rotary import rotary_tables
+from megatron_samoe.moe.sharing.mapped import MappedLender
+from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext
+
+
+def lent_tensors(lender: ExpertLender, parts: Sequence[str] = ("_weights", "_grads")) -> list[torch.Tensor]:
+    """Returns the expert weights and gradients that the lenders of a model keep."""
+    assert isinstance(lender, MappedLender)
+    kept = (getattr(one, part, None) for one in lender.lenders.values() for part in parts)
+    return [t for weights in kept if weights is not None for _, t in weights.items()]
 
 
 def kept_by_autograd(model: RankModel, config: PretrainConfig) -> int:
@@ -18,8 +29,7 @@ def kept_by_autograd(model: RankModel, config: PretrainConfig) -> int:
     buffers = GradBuffers(model.global_parameters(), model.state)
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *(b.flat for b in buffers.buffers)]}
     model.begin_step()
-    weights = getattr(model.lender, "_weights", None)
-    own |= {t.untyped_storage().data_ptr() for _, t in weights.items()} if weights is not None else set()
+    own |= {t.untyped_storage().data_ptr() for t in lent_tensors(model.lender, ["_weights"])}
     kept: dict[int, int] = {}
 
     def note(t: torch.Tensor) -> torch.Tensor:

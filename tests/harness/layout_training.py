@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.validate import validate
@@ -22,7 +23,7 @@ from megatron_samoe.training.checkpointing import model_state
 from megatron_samoe.training.moe_diagnostics import expert_grad_norms
 from megatron_samoe.training.setup import Extensions, build_setup, initial_state
 from megatron_samoe.training.teacher import load_teacher
-from megatron_samoe.training.train_step import compute_gradients, train_step
+from megatron_samoe.training.train_step import train_step
 from tests.harness.tiny import VOCAB_SIZE, gather_global, micro_batches, tiny_config, with_layout, with_options
 
 LLAMA: dict[str, Any] = {"style": "llama", "init_method_std": 0.2}
@@ -190,11 +191,13 @@ def train(
     if config.distillation.teacher is not None:
         setup = replace(setup, teacher=load_teacher(config, setup.model))
     state = initial_state(setup)
-    compute_gradients(setup, state, micro_batches(setup, 0))
-    pieces = {p.name: sharded(p.grad, p.tag.shard, parallel, p.slice) for p in setup.buffers.pieces}
-    gradients = gather_global(pieces, parallel)
+    gradients: dict[str, Tensor] = {}
     losses, norms, balance, divergences, rates = [], [], [], [], 0.0
     expert_norms = torch.zeros(())
+
+    def keep_gradients(_norm: float) -> None:
+        pieces = {p.name: sharded(p.grad, p.tag.shard, parallel, p.slice) for p in setup.buffers.pieces}
+        gradients.update(gather_global(pieces, parallel))
 
     def observe() -> None:
         nonlocal expert_norms
@@ -202,8 +205,8 @@ def train(
         expert_norms = expert_norms if kept is None else kept.cpu()
 
     for step in range(steps):
-        last = step + 1 == steps
-        result, state = train_step(setup, state, micro_batches(setup, step), observe if last else None)
+        watch, keep = observe if step + 1 == steps else None, None if step else keep_gradients
+        result, state = train_step(setup, state, micro_batches(setup, step), watch, keep)
         losses.append(result.lm_loss)
         norms.append(result.grad_norm)
         rates += result.learning_rate
@@ -216,6 +219,17 @@ def train(
         "expert_norms": expert_norms, "weights": weights,
         "rates": {n: g.lr_mult * rates for g in build_param_groups(weights, config.optimizer) for n in g.names},
     }  # fmt: skip
+
+
+def train_each(configs: list[PretrainConfig], dtype: torch.dtype, steps: int) -> list[dict[str, Any]] | None:
+    """Trains one model after the other on the same processes, two steps more where a schedule of routing ends by then; the
+    first rank has the results.
+
+    Ranks call it here: a module of tests would make its cases anew in each of them.
+    """
+    scheduled = [c.moe.pool_lock_step is not None or bool(c.moe.neighbour_unmask_steps) for c in configs]
+    results = [train(c, dtype, 5 if more else steps) for c, more in zip(configs, scheduled, strict=True)]
+    return results if not dist.is_initialized() or dist.get_rank() == 0 else None
 
 
 def _close_groups(parallel: ParallelState, channel: PipelineChannel | None) -> None:
@@ -242,9 +256,11 @@ def options_in(layout: str, options: Mapping[str, Any]) -> PretrainConfig:
     pool = sizes.pop("pool", "sharded")
     # Groups of sequences that lie on several ranks need as many sequences at once in every layout.
     micro_step = options.pop("micro_step", None)
+    model_size = sizes.get("tp", 1) * sizes.get("cp", 1) * sizes.get("pp", 1)
     if micro_step is not None:
-        model_size = sizes.get("tp", 1) * sizes.get("cp", 1) * sizes.get("pp", 1)
         options["micro_batch_size"] = micro_step * model_size // num_ranks
+    elif "pp" not in sizes and model_size == num_ranks:
+        options["micro_batch_size"] = 4  # two micro-batches add up as four do, at half the messages
     config = tiny_config(**options)
     if config.moe.shares_experts:
         config = with_options(config, samoe_pool_placement=pool)

@@ -33,11 +33,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
-from tests.harness import ranks  # its fork server serves both: the list of modules loaded there is set once more below
+from tests.harness import ranks  # its fork server serves both
 
-ranks._context.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.utils.tensorboard", "megatron_samoe.cli.pretrain"]
-)
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRETRAIN = "megatron_samoe.cli.pretrain"
 #: What a record tells about the machine rather than about the model.

@@ -19,10 +19,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-# The first optimizer of a process imports torch._dynamo, which would be most of a short rank's time.
+# What ranks and programs would import each for itself, which would be most of a short one's time: the first optimizer of a
+# process imports torch._dynamo, and a test's module the tools of tests.
 _context.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "megatron_samoe.training.trainer"]
-)
+    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.utils.tensorboard", "megatron_samoe.cli.pretrain",
+     "pytest", "hypothesis", "tests.harness.layout_training", "tests.harness.frozen"]
+)  # fmt: skip
 
 
 class RankFailure(AssertionError):

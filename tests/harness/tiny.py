@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_samoe.config import ModelConfig, MoEConfig, ParallelConfig, PretrainConfig, TrainingConfig
@@ -76,11 +77,15 @@ def micro_batches(setup: TrainSetup, step: int) -> list[dict[str, Tensor]]:
 
 
 def gather_global(parts: dict[str, list[ShardedTensor]], parallel: ParallelState) -> dict[str, Tensor]:
-    """Returns whole tensors on the CPU, put together from all ranks' parts; every copy must agree."""
+    """Returns whole tensors on the CPU, put together from all ranks' parts; every copy must agree. Ranks but the first get none."""
     own = [(name, t.global_shape, t.offsets, t.local.cpu()) for name, ts in parts.items() for t in ts]
+    of_ranks = [own]
+    if parallel.world.size > 1:
+        of_ranks = [own] * parallel.world.size if parallel.rank == 0 else []
+        dist.gather_object(own, of_ranks or None, dst=0)
     whole: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
-    for ranks_parts in parallel.world.all_gather_object(own):
+    for ranks_parts in of_ranks:
         for name, shape, offsets, part in ranks_parts:
             target = whole.setdefault(name, torch.zeros(shape, dtype=part.dtype))
             filled = seen.setdefault(name, torch.zeros(shape, dtype=torch.bool))

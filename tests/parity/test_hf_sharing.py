@@ -75,7 +75,7 @@ def test_our_class_gives_our_logits_and_comes_back(case: str, tmp_path: Path) ->
     packed = {name.split(".")[-2] for name, _ in model.named_parameters() if "_proj" in name and "experts." in name}
     assert packed <= {"experts" if case in PACKED else "unlike_experts"}
     sets = {name.split(".")[3] for name, _ in model.named_parameters() if ".sets." in name}
-    assert sets == {str(s.number) for s in ours.loaded.model.sources if s.way in ("tied", "scaled")}
+    assert sets == {str(s.number) for s in ours.loaded.model.sources if s.way.in_sets}
     reader = open_checkpoint(converted(folder, tmp_path / "back"))
     names = {name for name in ours.source.weights if not name.startswith("optimizer.")}
     assert set(reader.tensors) == names

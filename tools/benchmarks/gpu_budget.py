@@ -35,9 +35,6 @@ LAUNCHES: Mapping[str, int] = {
     "combine_banks_backward": 2,
     "swiglu": 1,
     "swiglu_backward": 1,
-    "cross_entropy_parts": 1,
-    "cross_entropy_backward": 1,
-    "adamw": 1,
 }
 #: Ops of torch that launch nothing, besides views.
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "alias", "_unsafe_view", "lift_fresh"}

@@ -240,7 +240,8 @@ def _expert_tensors(setup: TrainSetup) -> dict[str, list[torch.Tensor]]:
     own_masters, state = optimizer.own_masters(), []
     for name in (n for n in names if n in optimizer.masters):
         state += [*optimizer.moments(name).values(), *([own_masters[name]] if name in own_masters else [])]
-    kept = [getattr(setup.model.lender, part, None) for part in ("_weights", "_grads", "_banks")]
+    lenders = setup.model.lender.lenders.values()  # type: ignore[attr-defined]
+    kept = [getattr(one, part, None) for one in lenders for part in ("_weights", "_grads", "_banks")]
     return {
         "weights": [parameters[n].detach() for n in names],
         "gradients": [parameters[n].main_grad for n in names],  # type: ignore[attr-defined]

@@ -1,11 +1,10 @@
-// The optimizer's update for every backend: checks, launch.
+// The optimizer's update on a CPU: checks, launch.
 #pragma once
 
 #include <cmath>
 #include <vector>
 
-#include "../check.h"
-#include "../arguments.h"
+#include "../cpu_backend.h"
 
 namespace samoe {
 namespace ops {
@@ -22,8 +21,7 @@ inline void check_run(const TensorChecks& checks, const Tensor& tensor, const ch
 }
 
 // weights are bf16 copies that follow their masters; an empty list where the masters are the weights.
-template <typename B>
-void adamw(const Tensors& masters, const Tensors& weights, const Tensors& grads, const Tensors& exp_avgs,
+inline void adamw(const Tensors& masters, const Tensors& weights, const Tensors& grads, const Tensors& exp_avgs,
            const Tensors& exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
            int64_t step, double grad_scale) {
   SAMOE_CHECK(grads.size() == masters.size() && exp_avgs.size() == masters.size() &&
@@ -32,7 +30,7 @@ void adamw(const Tensors& masters, const Tensors& weights, const Tensors& grads,
                     exp_avgs.size(), ", ", exp_avg_sqs.size());
   SAMOE_CHECK(step >= 1, "step = ", step, "; the first is 1");
   if (masters.empty()) return;
-  const B backend(masters[0], "masters[0]");
+  const CpuBackend backend(masters[0], "masters[0]");
   std::vector<cpu::AdamWRun> runs;
   int64_t total = 0;
   for (size_t i = 0; i < masters.size(); ++i) {
@@ -59,9 +57,8 @@ void adamw(const Tensors& masters, const Tensors& weights, const Tensors& grads,
                  backend.threads(total, kElementsPerThread)});
 }
 
-template <typename B>
-void add_adamw_op(Library& m) {
-  SAMOE_IMPL(m, "adamw", adamw<B>);
+inline void add_adamw_op(Library& m) {
+  SAMOE_IMPL(m, "adamw", adamw);
 }
 
 }  // namespace ops

@@ -1,19 +1,17 @@
-// The cross-entropy ops for every backend: checks, allocation, launch.
+// The cross-entropy ops on a CPU: checks, allocation, launch.
 #pragma once
 
 #include <tuple>
 
-#include "../check.h"
-#include "../arguments.h"
+#include "../cpu_backend.h"
 
 namespace samoe {
 namespace ops {
 
 constexpr int64_t kExponentialsPerThread = 16384;  // that pay for waking a thread
 
-template <typename B>
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_parts(const Tensor& logits, const Tensor& labels, int64_t first_id) {
-  const B backend(logits, "logits");
+inline std::tuple<Tensor, Tensor, Tensor> cross_entropy_parts(const Tensor& logits, const Tensor& labels, int64_t first_id) {
+  const CpuBackend backend(logits, "logits");
   backend.check_rows(logits, "logits");
   backend.check_sizes(labels, "labels", {logits.size(0)}, kLong);
   const int64_t num_tokens = logits.size(0), width = logits.size(1);
@@ -26,10 +24,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_parts(const Tensor& logits, con
   return {peak, sum, target};
 }
 
-template <typename B>
-Tensor cross_entropy_backward(const Tensor& logits, const Tensor& labels, int64_t first_id, const Tensor& logsumexp,
+inline Tensor cross_entropy_backward(const Tensor& logits, const Tensor& labels, int64_t first_id, const Tensor& logsumexp,
                               const Tensor& dloss) {
-  const B backend(logits, "logits");
+  const CpuBackend backend(logits, "logits");
   backend.check_rows(logits, "logits");
   backend.check_sizes(labels, "labels", {logits.size(0)}, kLong);
   backend.check_sizes(logsumexp, "logsumexp", {logits.size(0)}, kFloat);
@@ -43,10 +40,9 @@ Tensor cross_entropy_backward(const Tensor& logits, const Tensor& labels, int64_
   return dlogits;
 }
 
-template <typename B>
-void add_cross_entropy_ops(Library& m) {
-  SAMOE_IMPL(m, "cross_entropy_parts", cross_entropy_parts<B>);
-  SAMOE_IMPL(m, "cross_entropy_backward", cross_entropy_backward<B>);
+inline void add_cross_entropy_ops(Library& m) {
+  SAMOE_IMPL(m, "cross_entropy_parts", cross_entropy_parts);
+  SAMOE_IMPL(m, "cross_entropy_backward", cross_entropy_backward);
 }
 
 }  // namespace ops

@@ -45,14 +45,9 @@ void combine(const cpu::Combine& c, cudaStream_t stream);
 int64_t combine_backward_workspace_bytes(const cpu::CombineBackward& c);
 void combine_backward(const cpu::CombineBackward& c, void* workspace, cudaStream_t stream);
 
-void cross_entropy_forward(const cpu::CrossEntropyForward& a, cudaStream_t stream);
-void cross_entropy_backward(const cpu::CrossEntropyBackward& a, cudaStream_t stream);
-
 // h and what comes of it are of one type, without a bias; gated.
 void swiglu(const cpu::Activate& a, cudaStream_t stream);
 void swiglu_backward(const cpu::ActivateBackward& a, cudaStream_t stream);
-
-void adamw(const cpu::AdamW& a, cudaStream_t stream);  // runs lies in host memory
 
 // Inference; meanings as in kernels/cpu/simd/decode_*.cpp. An expert, position, slot or page that is none stops the kernel
 // by an assertion.

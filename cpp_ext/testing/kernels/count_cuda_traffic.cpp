@@ -157,35 +157,6 @@ void count_swiglu(int64_t rows, int64_t width) {
   });
 }
 
-void count_cross_entropy(int64_t tokens, int64_t width) {
-  std::vector<int64_t> labels(static_cast<size_t>(tokens));
-  for (int64_t& label : labels) label = samoe::pick(0, width - 1);
-  const int64_t bytes = tokens * width * 2;
-  auto logits = numbers<uint16_t>(tokens * width), gradient = room<uint16_t>(0);
-  auto own = watched(labels, Kind::table);
-  auto peak = room<float>(tokens), sum = room<float>(tokens), target = room<float>(tokens);
-  report("cross-entropy", bytes + tokens * 8, tokens * 12, [&] {
-    cuda::cross_entropy_forward({DType::bf16, logits.data(), own.data(), tokens, width, 0, peak.data(), sum.data(), target.data(), 1}, kStream);
-  });
-  const auto again = watched(logits);
-  own = watched(labels, Kind::table);
-  const auto logsumexp = numbers<float>(tokens, Kind::table), dloss = numbers<float>(tokens, Kind::table);
-  gradient = room<uint16_t>(tokens * width);
-  report("cross-entropy backward", bytes + tokens * 16, bytes, [&] {
-    cuda::cross_entropy_backward({DType::bf16, again.data(), own.data(), logsumexp.data(), dloss.data(), tokens, width, 0, gradient.data(), 1},
-                                 kStream);
-  });
-}
-
-void count_adamw(int64_t n) {
-  auto master = numbers<float>(n), grad = numbers<float>(n), exp_avg = numbers<float>(n);
-  auto exp_avg_sq = watched(std::vector<float>(static_cast<size_t>(n), 0.1f));
-  auto weight = room<uint16_t>(n);
-  const samoe::cpu::AdamWRun run = {master.data(), weight.data(), grad.data(), exp_avg.data(), exp_avg_sq.data(), n};
-  report("adamw", 4 * n * 4, 3 * n * 4 + n * 2,
-         [&] { cuda::adamw({&run, 1, 0.999f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.05f, 1e-3f, 1.2f, 0.5f, 1}, kStream); });
-}
-
 }  // namespace
 
 int main() {
@@ -196,7 +167,5 @@ int main() {
   count_rows<uint16_t>(order, 256, 2, 256);
   count_rows<float>(order, 256, 2, 256);
   count_swiglu<uint16_t>(64, 256);
-  count_cross_entropy(32, 4096);
-  count_adamw(8192);
   return 0;
 }

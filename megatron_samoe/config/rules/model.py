@@ -15,7 +15,7 @@ from megatron_samoe.config.derived import (
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Problems
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import Source, words_with
 from megatron_samoe.errors import ConfigError
 
 
@@ -163,7 +163,7 @@ def _routing(config: PretrainConfig, world_size: int) -> Problems:
                                          or moe.moe_router_pre_softmax is not None):  # fmt: skip
         yield ConfigError("--moe-router-expert-choice", True, "needs --moe-router-load-balancing-type none and softmax scores, and no "
                           "--moe-expert-capacity-factor or --moe-router-pre-softmax: every expert takes equally many tokens")  # fmt: skip
-    if moe.moe_balance_scope == "set" and not moe.ways & {"tied", "scaled"}:
+    if moe.moe_balance_scope == "set" and not any(way.in_sets for way in moe.ways):
         yield ConfigError("--moe-balance-scope", "set", "needs --expert-sharing tied, scaled or pool, not "
                           f"{moe.sharing}")  # fmt: skip
     if moe.balances_sets and moe.balance_group_size > 1:
@@ -183,8 +183,9 @@ def _sharing(config: PretrainConfig, world_size: int) -> Problems:
             yield error
         return
     if moe.untied_ends:
-        if moe.sharing not in ("combined", "tied", "scaled"):
-            yield ConfigError("--untied-ends", moe.untied_ends, "needs --expert-sharing combined, tied or scaled: a map says "
+        if not moe.sharing_reads("untied_ends"):
+            words = words_with("untied_ends")
+            yield ConfigError("--untied-ends", moe.untied_ends, f"needs --expert-sharing {words}: a map says "
                               "itself which layers own their experts, and a pool is one for all")  # fmt: skip
         elif 2 * moe.untied_ends > layers - 2:
             yield ConfigError("--untied-ends", moe.untied_ends,
@@ -193,10 +194,10 @@ def _sharing(config: PretrainConfig, world_size: int) -> Problems:
     for source, count in zip(sources, counts, strict=True):
         by_source.setdefault(source, set()).add(count)
     for source, found in by_source.items():
-        if source.way != "own" and len(found) > 1:
-            what = "combine the same banks" if source.way == "combined" else f"use set {source.number}"
+        if source.way.is_shared and len(found) > 1:
+            what = f"use set {source.number}" if source.way.in_sets else "combine the same banks"
             yield ConfigError("--num-experts", moe.num_experts, f"must be one number for all layers that {what}")
-    combined = sum(source.way == "combined" for source in sources)
+    combined = sum(source.way.combines for source in sources)
     if combined and moe.samoe_granularity == "layer" and moe.num_expert_banks > combined:
         yield ConfigError("--num-expert-banks", moe.num_expert_banks, "must be at most the number of MoE layers that combine "
                           f"them, {combined}: more banks than layers save nothing")  # fmt: skip
@@ -211,9 +212,10 @@ def _candidates(config: PretrainConfig, world_size: int) -> Problems:
         layers = num_moe_layers(config)
     except ConfigError:  # another rule reports it
         return
-    if moe.sharing == "neighbours" and not isinstance(moe.num_experts, int):
+    adds_up = moe.sharing_reads("num_neighbour_layers")
+    if adds_up and not isinstance(moe.num_experts, int):
         yield ConfigError("--num-experts", moe.num_experts, "must be one number with --expert-sharing neighbours")
-    if moe.sharing == "neighbours" and not 2 <= moe.num_neighbour_layers <= layers:
+    if adds_up and not 2 <= moe.num_neighbour_layers <= layers:
         yield ConfigError(
             "--num-neighbour-layers", moe.num_neighbour_layers, f"must be from 2 to the {layers} MoE layers"
         )
@@ -227,7 +229,7 @@ def _candidates(config: PretrainConfig, world_size: int) -> Problems:
     if is_new and moe.neighbour_unmask_steps > training.train_iters:
         yield ConfigError("--neighbour-unmask-steps", moe.neighbour_unmask_steps,
                           f"must be at most --train-iters {training.train_iters}")  # fmt: skip
-    if moe.sharing != "pool" or moe.pool_lock_step is None:
+    if moe.pool_lock_step is None or not moe.sharing_reads("pool_lock_step"):
         return
     if moe.moe_router_num_groups is not None:
         yield ConfigError("--moe-router-num-groups", moe.moe_router_num_groups, "cannot be used with --pool-lock-step: a layer's own "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_samoe.config.readers import refuse_unknown
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import OWN, Source
 from megatron_samoe.errors import ConfigError, nearest
 from megatron_samoe.interop.edited_model import with_sharing
 from megatron_samoe.interop.hf.families import SAMOE, Family, families
@@ -75,7 +75,7 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
 
 def folded_model(native: NativeModel) -> NativeModel:
     """Returns what a model is when every layer has its own experts."""
-    return replace(native, config=with_sharing(native.config, [Source("own")] * len(native.sources)))
+    return replace(native, config=with_sharing(native.config, [Source(OWN)] * len(native.sources)))
 
 
 def _folding(fold: bool) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_samoe.errors import CheckpointError
 
-BANK = "model.expert_pool.bank."
+_POOL, _SETS = "model.expert_pool.", "model.expert_pool.sets."
 #: Beside the base model, which has no such part.
 SELECTED = "selected."
 _INDEX = "model.safetensors.index.json"
@@ -71,22 +71,33 @@ class ExpertsPlan:
                 yield f"model.layers.{layer}.mlp.{experts}.{kind}", w.to(dtype)
 
 
+def kind_of_bank(name: str) -> str | None:
+    """Returns the last name of a tensor of banks, such as gate_up_proj; None for any other tensor."""
+    return name.rpartition(".")[2] if name.startswith(_POOL) and not name.startswith(_SETS) else None
+
+
 def plan_experts(config: Any, read: Callable[[str], Tensor]) -> ExpertsPlan:
     """Returns the plan of a configuration of our class.
 
     Args:
         read: gives a tensor by its name.
+
+    Raises:
+        CheckpointError: layers combine more than one pool.
     """
+    pools = {source.bank for source in config.expert_sources() if source is not None and source.combines}
+    if len(pools) > 1:
+        raise CheckpointError(f"vLLM serves a model with one pool, and this one has {', '.join(sorted(pools))}.")
     coefficients, selections = {}, {}
     entries: dict[tuple[int, int, int], int] = {}
     for layer, source in enumerate(config.expert_sources()):
-        if source is None or source[0] != "combined":
+        if source is None or not source.combines:
             continue
         raw = read(f"model.layers.{layer}.mlp.combination").float()
-        a_2EP = coefficients[layer] = _normalized(raw, config.samoe_normalization).expand(-1, source[2], -1)
+        a_2EP = coefficients[layer] = _normalized(raw, source.normalization).expand(-1, source.num_experts, -1)
         if (factors := _factors(a_2EP)) is not None:
             first_E, second_E = a_2EP.abs().argmax(-1).tolist()
-            keys = list(zip(first_E, second_E, range(source[2]), strict=True))
+            keys = list(zip(first_E, second_E, range(source.num_experts), strict=True))
             selections[layer] = Selection(tuple(entries.setdefault(key, len(entries)) for key in keys), factors)
     return ExpertsPlan(coefficients, selections, tuple(entries))
 
@@ -109,11 +120,11 @@ def without_combining(config: Any) -> Any:
     """Returns a copy of a configuration in which layers that combine banks have their own experts."""
     config = copy.deepcopy(config)
     sources = [source for source in config.expert_sources() if source is not None]
-    if any(way == "combined" for way, _, _ in sources):
-        entries = [str(number) if way in ("tied", "scaled") else "own" for way, number, _ in sources]
-        prefix = "scaled:" if any(way == "scaled" for way, _, _ in sources) else ""
-        config.expert_layout = "moe"
-        config.expert_sharing = None if set(entries) == {"own"} else prefix + ",".join(entries)
+    if any(source.combines for source in sources):
+        counts = [source.num_experts for source in sources]
+        config.num_experts = counts[0] if len(set(counts)) == 1 else counts
+        config.expert_layout, config.expert_sharing = "moe", None
+        config.lent_experts = [(None, 1, None) if source.combines else source[:3] for source in sources]
     return config
 
 

@@ -14,11 +14,11 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.hf.remote_code.configuration_samoe import SamoeConfig
 from megatron_samoe.interop.hf.remote_code.moe_samoe import Experts, MoE, experts_name
 from megatron_samoe.interop.vllm.experts_plan import (
-    BANK,
     SELECTED,
     ExpertsPlan,
     Selection,
     folder_reader,
+    kind_of_bank,
     plan_experts,
     without_combining,
 )
@@ -97,7 +97,7 @@ class SamoeForVLLM(vllm.TransformersForCausalLM):  # type: ignore[name-defined, 
             self.init_parameters(self.selected)
         for index, layer in enumerate(self.model.layers):
             moe = layer.mlp
-            if isinstance(moe, MoE) and moe.source[0] == "own":
+            if isinstance(moe, MoE) and moe.source.bank is None:
                 if (selection := plan.selections.get(index)) is not None:
                     assert shared is not None
                     setattr(moe, name, SelectedExperts(shared, selection))
@@ -137,8 +137,8 @@ class SamoeForVLLM(vllm.TransformersForCausalLM):  # type: ignore[name-defined, 
         plan: ExpertsPlan = self.samoe_plan
         combinations = {f"model.layers.{layer}.mlp.combination" for layer in plan.coefficients}
         for name, tensor in weights:
-            if name.startswith(BANK):
-                kind, experts = name.removeprefix(BANK), experts_name(self.config)
+            if (kind := kind_of_bank(name)) is not None:
+                experts = experts_name(self.config)
                 yield from plan.weights(kind, tensor, experts, self.model_config.dtype)
             elif name not in combinations:
                 yield name, tensor

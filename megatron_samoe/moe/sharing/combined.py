@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,14 +22,10 @@ from torch import Tensor, nn
 
 from megatron_samoe.moe.experts import without_repeated_bias
 from megatron_samoe.moe.sharing.bank_exchange import BankExchange, exchange_saves
-from megatron_samoe.moe.sharing.coefficients import (
-    ROW_OF_WEIGHT,
-    Coefficients,
-    bank_std_factor,
-    normalize_coefficients,
-)
+from megatron_samoe.moe.sharing.coefficients import ROW_OF_WEIGHT, Coefficients, bank_std_factor
 from megatron_samoe.moe.sharing.expert_pool import FP32_BYTES, ExpertPool
-from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext
+from megatron_samoe.moe.sharing.selected import SelectedLender
+from megatron_samoe.moe.sharing.way import ExpertLender, LenderCosts, Mixture, SharingContext
 from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.grouped_mlp import (
@@ -63,18 +60,26 @@ class CombinedSharing:
         shape = replace(shape, init_std=shape.init_std * factor, output_init_std=shape.output_init_std * factor)
         return ExpertPool(context, shape, context.config.num_expert_banks)
 
-    def lender(self, layer_parts: Mapping[int, nn.Module], shared_part: nn.Module | None) -> StepLender | LayerLender:
-        """Returns the lender that --samoe-combine asks for."""
+    def lender(self, layer_parts: Mapping[int, nn.Module], shared_part: nn.Module | None) -> ExpertLender:
+        """Returns the lender that --samoe-combine asks for, or the way of serving."""
         context, config, pool = self._context, self._context.config, shared_part
         assert isinstance(pool, ExpertPool)
-        coefficients = {i: part.coefficients for i, part in layer_parts.items() if isinstance(part, Coefficients)}
-        common = (pool, coefficients, config.samoe_normalization, context.state, context.dtype)
-        if config.samoe_combine == "layer":
+        parts = {i: part for i, part in layer_parts.items() if isinstance(part, Coefficients)}
+        common = (pool, parts, context.state, context.dtype)
+        if context.serving == "selected":
+            return SelectedLender(*common)
+        if context.serving == "on-the-fly" or (context.serving is None and config.samoe_combine == "layer"):
             return LayerLender(*common)
         exchange = None
         if pool.is_sharded and exchange_saves(config.num_expert_banks, context.layers_of_stage):
             exchange = BankExchange(context.state, context.layers_of_stage)
         return StepLender(*common, exchange)
+
+    def mixture(self, moe_index: int, layer_part: nn.Module, shared_part: nn.Module | None) -> Mixture:
+        """Returns the banks and the layer's coefficients."""
+        assert isinstance(layer_part, Coefficients) and isinstance(shared_part, ExpertPool)
+        combines = self._context.sources[moe_index].way.combines
+        return Mixture(shared_part, layer_part.normalized().detach(), combines)
 
 
 class StepLender:
@@ -84,9 +89,9 @@ class StepLender:
         exchange: how holders of sharded banks combine for each other; None to gather the banks instead.
     """
 
-    def __init__(self, pool: ExpertPool, coefficients: Mapping[int, nn.Parameter], normalization: str,
-                 state: ParallelState, dtype: torch.dtype, exchange: BankExchange | None = None):  # fmt: skip
-        self._pool, self._coefficients, self._normalization = pool, dict(coefficients), normalization
+    def __init__(self, pool: ExpertPool, coefficients: Mapping[int, Coefficients], state: ParallelState,
+                 dtype: torch.dtype, exchange: BankExchange | None = None):  # fmt: skip
+        self._pool, self._coefficients = pool, dict(coefficients)
         self._exchange = exchange
         self._row_of_layer = {moe_index: row for row, moe_index in enumerate(self._coefficients)}
         self._state, self._dtype = state, dtype
@@ -135,7 +140,7 @@ class StepLender:
         da_2LGP = self._contract(a_2LGP.detach(), self._grads)
         for _, grad in self._grads.items():
             grad.zero_()
-        trained = [c for c in self._coefficients.values() if c.requires_grad]
+        trained = [p for part in self._coefficients.values() for p in part.parameters() if p.requires_grad]
         if trained:
             for c, dc in zip(trained, torch.autograd.grad(a_2LGP, trained, da_2LGP), strict=True):
                 c.main_grad += dc  # type: ignore[attr-defined]
@@ -183,9 +188,11 @@ class StepLender:
             traffic_per_step=one * (4 * num_banks * FP32_BYTES + layers * (width + 2 * FP32_BYTES)),
         )  # fmt: skip
 
-    def layer_gradients(self) -> ExpertWeights | None:
-        """Returns this rank's gradients of the effective weights so far, [L, e, ...]; None before the first backward."""
-        return self._grads
+    def layer_gradients(self) -> dict[int, ExpertWeights]:
+        """Returns this rank's gradients of the effective weights so far; none before the first backward."""
+        if self._grads is None:
+            return {}
+        return {moe_index: self._grads.map(itemgetter(row)) for moe_index, row in self._row_of_layer.items()}
 
     def _no_coefficients(self) -> Tensor:
         """Returns [2, 0, G, P], for a stage without MoE layers."""
@@ -203,8 +210,7 @@ class StepLender:
     def _normalized(self) -> Tensor:
         if not self._coefficients:
             return self._no_coefficients()
-        raw_2LGP = torch.stack(list(self._coefficients.values()), dim=1)
-        return normalize_coefficients(raw_2LGP, self._normalization)
+        return torch.stack([part.normalized() for part in self._coefficients.values()], dim=1)
 
 
 class LayerLender:
@@ -213,9 +219,10 @@ class LayerLender:
     Sharded banks are gathered once per step and kept whole until its end, with their gradients.
     """
 
-    def __init__(self, pool: ExpertPool, coefficients: Mapping[int, nn.Parameter], normalization: str,
-                 state: ParallelState, dtype: torch.dtype):  # fmt: skip
-        self._pool, self._coefficients, self._normalization = pool, dict(coefficients), normalization
+    def __init__(
+        self, pool: ExpertPool, coefficients: Mapping[int, Coefficients], state: ParallelState, dtype: torch.dtype
+    ):
+        self._pool, self._coefficients = pool, dict(coefficients)
         self._state, self._dtype = state, dtype
         self._banks: ExpertWeights | None = None
         self._grads: ExpertWeights | None = None
@@ -223,19 +230,18 @@ class LayerLender:
 
     def begin_step(self) -> None:
         """Takes in the banks."""
-        self._banks = ExpertWeights(**{name: store.whole() for name, store in self._pool.stores.items()})
+        self._banks = self._pool.whole()
 
     def experts(self, moe_index: int) -> Experts:
         """Returns a layer's experts, combined when called."""
         assert self._banks is not None, "begin_step comes first"
         if torch.is_grad_enabled():
             self._open_gradients()
-        raw, normalization = self._coefficients[moe_index], self._normalization
+        coefficients = self._coefficients[moe_index]
         work = _LayerWork(self._banks, self._grads, self._pool.activation, self._state, self._dtype)
 
         def run(x_RH: Tensor, rows_per_expert: Counts) -> Tensor:
-            a_2GP = normalize_coefficients(raw, normalization)
-            return _CombinedMLP.apply(with_backward(x_RH), a_2GP, rows_per_expert, work)
+            return _CombinedMLP.apply(with_backward(x_RH), coefficients.normalized(), rows_per_expert, work)
 
         return run
 
@@ -257,6 +263,9 @@ class LayerLender:
             workspace=one * (width + FP32_BYTES), sent=pool.sent(2 * FP32_BYTES),
             traffic_per_pass=len(self._coefficients) * per_layer,
         )  # fmt: skip
+
+    def layer_gradients(self) -> None:
+        """A layer's gradient is contracted at once."""
 
     def _open_gradients(self) -> None:
         if self._grads is None:

@@ -8,6 +8,7 @@ from torch import nn
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.sharing.bank_store import BankStore, meta_state, shard_bank
 from megatron_samoe.moe.sharing.way import SharingContext
+from megatron_samoe.ops.grouped_mlp import ExpertWeights
 
 FP32_BYTES = 4
 
@@ -42,6 +43,10 @@ class ExpertPool(nn.Module):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of whole banks, by name."""
         return {name: store.shape for name, store in self.stores.items()}
+
+    def whole(self) -> ExpertWeights:
+        """Returns the banks [P, e, ...]; holders of slices call it together."""
+        return ExpertWeights(**{name: store.whole() for name, store in self.stores.items()})
 
     @property
     def bank_numel(self) -> int:

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.moe.experts import ExpertShape, main_grads_of, weights_of, without_repeated_bias
-from megatron_samoe.moe.sharing.way import LenderCosts, SharingContext
+from megatron_samoe.moe.sharing.way import LenderCosts, Mixture, SharingContext
 from megatron_samoe.moe.types import Experts
-from megatron_samoe.ops.grouped_mlp import Counts, grouped_mlp
+from megatron_samoe.ops.grouped_mlp import Counts, ExpertWeights, grouped_mlp
 from megatron_samoe.parallel_state.state import ParallelState
 
 
 class OwnExperts(nn.Module):
     """The experts of a standard MoE layer: parameters of that layer alone."""
+
+    is_sharded = False
 
     def __init__(self, shape: ExpertShape, state: ParallelState, dtype: torch.dtype):
         super().__init__()
@@ -31,6 +33,15 @@ class OwnExperts(nn.Module):
         if grads is not None:
             grads = without_repeated_bias(grads, self.state)
         return grouped_mlp(x_RH, rows_per_expert, weights, self.activation, grads)
+
+    def whole(self) -> ExpertWeights:
+        """Returns the experts as one bank, [1, e, ...]."""
+        return weights_of(dict(self.named_parameters())).map(lambda t: t.detach()[None])
+
+    @property
+    def bank_numel(self) -> int:
+        """Elements of the experts, all tensors together."""
+        return sum(p.numel() for p in self.parameters())
 
 
 class OwnSharing:
@@ -50,6 +61,11 @@ class OwnSharing:
     def lender(self, layer_parts: Mapping[int, nn.Module], shared_part: nn.Module | None) -> OwnLender:
         """Returns a lender of what each layer owns."""
         return OwnLender(layer_parts)
+
+    def mixture(self, moe_index: int, layer_part: nn.Module, shared_part: nn.Module | None) -> Mixture:
+        """Returns the layer's experts as they are."""
+        assert isinstance(layer_part, OwnExperts)
+        return Mixture(layer_part)
 
 
 class OwnLender:
@@ -71,3 +87,8 @@ class OwnLender:
     def costs(self) -> LenderCosts:
         """Nothing besides the parameters."""
         return LenderCosts()
+
+    def layer_gradients(self) -> dict[int, ExpertWeights]:
+        """Returns the main gradients."""
+        found = {i: main_grads_of(dict(part.named_parameters())) for i, part in self._layer_parts.items()}
+        return {i: grads for i, grads in found.items() if grads is not None}

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.sharing_map import Source
 from megatron_samoe.moe.experts import ExpertShape
 from megatron_samoe.moe.types import Experts
+from megatron_samoe.ops.grouped_mlp import Activation, ExpertWeights
 from megatron_samoe.parallel_state.state import ParallelState
 
 
@@ -29,6 +30,7 @@ class SharingContext:
         shapes: of the experts of each MoE layer of the whole model.
         layers_of_stage: indices, among MoE layers, of those that each pipeline stage holds.
         dtype: of weights and activations.
+        serving: how a pool is lent where a model decodes and does not train; see `inference/serving.py`.
     """
 
     config: MoEConfig
@@ -37,6 +39,7 @@ class SharingContext:
     layers_of_stage: tuple[tuple[int, ...], ...]
     state: ParallelState
     dtype: torch.dtype
+    serving: Literal["folded", "on-the-fly", "selected"] | None = None
 
     def of_layers(self, layers: Sequence[int]) -> SharingContext:
         """Returns the context of some MoE layers alone, which are then numbered from 0."""
@@ -100,6 +103,45 @@ class ExpertLender(Protocol):
         """Returns what lending takes, also of a model without storage."""
         ...
 
+    def layer_gradients(self) -> Mapping[int, ExpertWeights] | None:
+        """Returns this rank's gradients so far of each layer's (effective) weights, by index of the MoE layer; None where
+        they are not kept."""
+        ...
+
+
+class Banks(Protocol):
+    """Experts that are kept together on one rank.
+
+    Attributes:
+        is_sharded: whether this rank holds a slice of them.
+        bank_numel: elements of one whole bank.
+    """
+
+    activation: Activation
+    is_sharded: bool
+
+    @property
+    def bank_numel(self) -> int: ...
+
+    def whole(self) -> ExpertWeights:
+        """Returns the banks [P, E, ...]; ranks that hold slices call it together."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What one layer's experts are made of: W[e] = sum_p a[g, p] bank[p, e], or the only bank as it is.
+
+    Attributes:
+        a_2GP: weights of banks, a row for w1 and b1 and one for w2 and b2; G is 1 or the rank's experts. None for the bank
+            as it is.
+        combines: whether there may be several banks, so that it matters how they are served.
+    """
+
+    banks: Banks
+    a_2GP: Tensor | None = None
+    combines: bool = False
+
 
 class SharingWay(Protocol):
     """How the MoE layers of a model come by their experts. Made with a `SharingContext`."""
@@ -116,3 +158,12 @@ class SharingWay(Protocol):
         Args:
             layer_parts: by index of the MoE layer, of those on this rank; maybe none.
         """
+        ...
+
+    def mixture(self, moe_index: int, layer_part: nn.Module, shared_part: nn.Module | None) -> Mixture:
+        """Returns what a layer's experts are made of, without gradients: by it a model decodes, is folded and is shown.
+
+        Raises:
+            NotImplementedError: of a way whose experts are no mixtures; such a model trains, and is not decoded.
+        """
+        ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections import namedtuple
 from pathlib import Path
@@ -23,15 +24,27 @@ def test_it_names_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.startswith(state) and "compiled extension" in line for line in said.splitlines())
 
 
+def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Takes the records of packages away that pip left, or of all."""
+    found = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package in packages or not packages:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return found(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
 def test_missing_packages_come_with_the_command_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_is_installed", lambda package: package != "transformers")
+    hide(monkeypatch, "transformers")
     found = {finding.what: finding for finding in findings()}
     assert found["extra hf"].state == "note" and "'.[hf]'" in found["extra hf"].text
     assert found["extra serve"].state == "ok"
 
 
 def test_an_installation_without_sources_is_told_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_is_installed", lambda package: False)
+    hide(monkeypatch)
     monkeypatch.setattr(extension, "build_info", dict)
     monkeypatch.setattr(extension, "available", lambda: False)
     seen = {finding.what: finding.text for finding in findings()}

@@ -14,6 +14,7 @@ import pytest
 from megatron_samoe.cli.command import module_of
 from megatron_samoe.cli.init import main
 from megatron_samoe.cli.quickstart import NOVELS
+from tests.harness.pairs import first_by_day
 from tests.harness.program import ProgramRun, start
 
 #: The run is as long and the model as deep as a test can wait for; all else is as the project has it.
@@ -30,7 +31,7 @@ def ask(server: ProgramRun, prompt: str) -> str:
     return json.load(urllib.request.urlopen(request))["choices"][0]["text"]
 
 
-@pytest.mark.parametrize("between", ["\n", " "], ids=["a novel", "a text of one line"])
+@pytest.mark.parametrize("between", first_by_day(["\n", " "]), ids=["a novel", "a text of one line"])
 def test_from_a_text_to_a_served_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, between: str
 ) -> None:

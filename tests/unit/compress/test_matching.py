@@ -15,7 +15,7 @@ from megatron_samoe.compress.expert_math import layer_experts, read_experts
 from megatron_samoe.compress.fitting import in_order, pair_errors
 from megatron_samoe.compress.matching import MatchedLayer, Numbering, assigned, match
 from megatron_samoe.compress.sharing_plan import chosen_map
-from megatron_samoe.config.sharing_map import parse_sharing
+from megatron_samoe.config.sharing_map import TIED, parse_sharing
 from tests.harness.tiny import tiny_config
 from tests.unit.compress.test_calibration import passes_of
 from tests.unit.interop.memory_source import MemorySource, load, logits, new_source
@@ -116,11 +116,11 @@ def test_a_planted_pair_of_layers_is_chosen() -> None:
     for kind in ("w1", "b1", "w2", "b2"):
         copied = source.weights[f"layers.1.moe.experts.{kind}"]
         source.weights[f"layers.2.moe.experts.{kind}"] = numbers.applied(kind, copied)
-    error_LL = pair_errors(layers_of(source), "gelu", "tied", "neurons")
+    error_LL = pair_errors(layers_of(source), "gelu", TIED, "neurons")
     assert error_LL[1, 2] < 1e-6
     others = error_LL[torch.triu(torch.ones(4, 4), 1).bool()].sort().values[1:]
     assert others.min() > 0.01
-    assert [source.way for source in parse_sharing(chosen_map(error_LL, 3, "tied"), 4)] == [
+    assert [source.way.name for source in parse_sharing(chosen_map(error_LL, 3, TIED), 4)] == [
         "own",
         "tied",
         "tied",

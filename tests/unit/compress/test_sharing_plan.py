@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_samoe.compress.sharing_plan import best_runs, chosen_map, sets_in_budget
-from megatron_samoe.config.sharing_map import parse_sharing
+from megatron_samoe.config.sharing_map import OWN, SCALED, TIED, parse_sharing
 from megatron_samoe.errors import ConfigError
 
 
@@ -43,9 +43,9 @@ def test_planted_pairs_are_found() -> None:
     error = torch.full((6, 6), 0.5, dtype=torch.float64)
     for a, b in ((1, 2), (3, 4)):
         error[a, b] = error[b, a] = 0.01
-    for way in ("tied", "scaled"):
+    for way in (TIED, SCALED):
         sources = parse_sharing(chosen_map(error, 4, way), 6)
-        assert [s.way for s in sources] == ["own", way, way, way, way, "own"]
+        assert [s.way for s in sources] == [OWN, way, way, way, way, OWN]
         assert sources[1] == sources[2] != sources[3] == sources[4]
 
 

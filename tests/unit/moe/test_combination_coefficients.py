@@ -54,8 +54,7 @@ def test_combined_experts_begin_with_the_spread_of_normal_ones(normalization: st
         moe_scale_output_init=False,
     )  # fmt: skip
     model = build_model(config, VOCAB_SIZE, single_process_state())
-    pool = model.expert_pool
-    assert pool is not None
+    pool = model.expert_pool["combined"]
     for name, std in (("w1", 0.02), ("w2", 0.02 / 8**0.5)):
         for layer in model.moe_layers():
             a_GP = normalize_coefficients(layer.moe.experts.coefficients.detach(), normalization)[

@@ -35,6 +35,7 @@ def test_a_layers_bytes() -> None:
     assert counted["backward"].num_bytes < (2 + 2 + 10) * weights + 1.6e9
 
 
+@pytest.mark.night
 def test_our_kernels_do_less_than_torch() -> None:
     ours, theirs = (GpuBudget().count_layer(by_kernels) for by_kernels in (True, False))
     for part in ours:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_samoe.config import MoEConfig
-from megatron_samoe.config.sharing_map import Source
+from megatron_samoe.config.sharing_map import COMBINED, Source
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.moe.experts import ExpertShape
-from megatron_samoe.moe.sharing.coefficients import coefficient_spec
+from megatron_samoe.moe.sharing.coefficients import Coefficients
 from megatron_samoe.moe.sharing.combined import LayerLender, StepLender
 from megatron_samoe.moe.sharing.expert_pool import ExpertPool
 from megatron_samoe.moe.sharing.way import SharingContext
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
-from megatron_samoe.parallel_state import ParameterTag, set_tag, single_process_state
+from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.evaluate import evaluate
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.train_step import compute_gradients, train_step
@@ -75,18 +75,17 @@ def test_gradients_equal_autograds_over_four_micro_batches(
     )  # fmt: skip
     torch.manual_seed(3)
     shape = ExpertShape(E, H, FFN, activation, bias)
-    context = SharingContext(config, (Source("combined"),) * L, (shape,) * L, (tuple(range(L)),), STATE, torch.float64)
+    context = SharingContext(config, (Source(COMBINED),) * L, (shape,) * L, (tuple(range(L)),), STATE, torch.float64)
     pool = ExpertPool(context, shape, P)
-    groups = E if granularity == "expert" else 1
-    raw = [
-        set_tag(nn.Parameter(torch.rand(2, groups, P).double() + 0.2), ParameterTag(coefficient_spec(config)))
-        for _ in range(L)
-    ]
+    parts = [Coefficients(config, i, L, E, STATE, torch.float64) for i in range(L)]
+    raw = [part.coefficients for part in parts]
+    for parameter in raw:
+        nn.init.uniform_(parameter, 0.2, 1.2)
     for parameter in pool.bank.values():
         nn.init.normal_(parameter, std=0.5)
     GradBuffers({**dict(pool.bank.items()), **{f"a{i}": a for i, a in enumerate(raw)}}, STATE).zero()
     made = StepLender if combine == "step" else LayerLender
-    lender = made(pool, dict(enumerate(raw)), normalization, STATE, torch.float64)
+    lender = made(pool, dict(enumerate(parts)), STATE, torch.float64)
 
     twin_banks = {name: p.detach().clone().requires_grad_() for name, p in pool.bank.items()}
     twin_raw = [a.detach().clone().requires_grad_() for a in raw]
@@ -126,7 +125,7 @@ def copy_shared_weights(source: TrainSetup, target: TrainSetup) -> None:
         for name, p in target.model.global_parameters().items():
             if name in theirs:
                 p.copy_(theirs[name])
-        pool = source.model.expert_pool
+        pool = source.model.expert_pool and source.model.expert_pool["combined"]
         assert pool is not None
         for layer in target.model.moe_layers():
             bank = layer.moe.moe_index % source.config.moe.num_expert_banks
@@ -145,7 +144,7 @@ def test_as_many_banks_as_layers_with_identity_coefficients_is_the_standard_moe(
     copy_shared_weights(samoe, standard)
     states = [initial_state(samoe), initial_state(standard)]
     assert samoe.model.expert_pool is not None
-    pool = samoe.model.expert_pool.bank
+    pool = samoe.model.expert_pool["combined"].bank
     before = {name: bank.detach().clone() for name, bank in pool.items()}
     for step in range(4):
         results = []
@@ -193,7 +192,7 @@ def test_one_hot_coefficients_are_hard_sharing(combine: str) -> None:
     shared = setup_of(layout="moe", **common)
     layers = shared.model.moe_layers()
     layers[2].moe.experts, layers[3].moe.experts = layers[0].moe.experts, layers[1].moe.experts
-    shared.model.combine_per("step")  # lends the layers what they own now
+    shared.model.lend_for(None)  # lends the layers what they own now
     buffers = GradBuffers(shared.model.global_parameters(), STATE)
     shared = replace(shared, buffers=buffers, optimizer=MixedPrecisionOptimizer(buffers, shared.config.optimizer))
     copy_shared_weights(samoe, shared)
@@ -205,7 +204,7 @@ def test_one_hot_coefficients_are_hard_sharing(combine: str) -> None:
             results.append(result.lm_loss)
         assert results[0] == results[1] if step == 0 else abs(results[0] - results[1]) < 1e-11
     assert samoe.model.expert_pool is not None
-    for name, bank in samoe.model.expert_pool.bank.items():
+    for name, bank in samoe.model.expert_pool["combined"].bank.items():
         for i in (0, 1):
             expected = getattr(layers[i].moe.experts, name)
             torch.testing.assert_close(bank[i], expected, rtol=1e-9, atol=1e-11)
@@ -271,7 +270,7 @@ def test_evaluation_between_steps_sees_the_updated_pool() -> None:
     # A forward pass whose combined weights were stale would still give the loss before the step.
     with torch.no_grad():
         assert setup.model.expert_pool is not None
-        setup.model.expert_pool.bank["w2"].mul_(0.0)
+        setup.model.expert_pool["combined"].bank["w2"].mul_(0.0)
     assert abs(loss() - after) > 1e-6
 
 

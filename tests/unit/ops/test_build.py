@@ -72,6 +72,7 @@ def test_modes(tree):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@pytest.mark.night
 def test_builds_again_only_what_changed_and_removes_a_stale_library(tree):
     result = _build(tree)
     assert result.returncode == 0, result.stderr

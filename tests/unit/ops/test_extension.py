@@ -12,6 +12,7 @@ import torch
 import megatron_samoe
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.ops import extension, schemas
+from tests.harness.pairs import first_by_day
 
 LINES = schemas.SCHEMAS.strip().splitlines()
 PACKAGE = Path(megatron_samoe.__file__).parent
@@ -82,6 +83,7 @@ def test_a_missing_library_is_said_once_and_replaced(tmp_path):
     assert result.returncode != 0 and "ExtensionError" in result.stderr and "it is not built" in result.stderr
 
 
+@pytest.mark.night
 def test_a_file_that_is_no_library_is_named(tmp_path):
     folder = _copy_package(tmp_path, with_library=False)
     (folder / "megatron_samoe" / "_C.so").write_bytes(b"not a library")
@@ -113,6 +115,7 @@ def test_a_library_for_later_releases_of_torch_is_not_loaded(tmp_path):
     assert "available False False" in result.stdout
 
 
+@pytest.mark.night
 @needs_library
 def test_a_damaged_library_is_not_loaded(tmp_path):
     folder = _copy_package(tmp_path, with_library=True)
@@ -165,7 +168,7 @@ def test_build_info_tells_the_build_and_the_cpu():
 
 
 @needs_library
-@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("instruction_set", first_by_day(["portable", "avx2", "avx512"]))
 def test_every_instruction_set_routes(instruction_set):
     if instruction_set not in extension.build_info()["instruction_sets"]:
         pytest.skip(f"{instruction_set} is not in this build")

@@ -27,6 +27,7 @@ from megatron_samoe.planning.layout_cost import Cluster, Links, step_cost
 from megatron_samoe.planning.layout_planner import plan_layouts
 from megatron_samoe.planning.layout_plot import draw_layout
 from megatron_samoe.planning.memory import largest_rank_memory
+from tests.harness.pairs import first_by_day
 from tests.harness.program import call
 from tests.harness.tiny import tiny_config, with_layout, with_options
 
@@ -187,6 +188,7 @@ def test_uneven_layouts_hold_every_layer_and_spare_the_ends(num_layers: int, dat
     assert max(counts) - min(counts) <= 1 and counts[-1] == min(counts)
 
 
+@pytest.mark.night
 def test_sixteen_thousand_ranks_take_seconds() -> None:
     config = with_options(
         tiny_config("samoe", bf16=True), num_layers=48, hidden_size=8192, num_attention_heads=64, seq_length=2048,
@@ -258,7 +260,7 @@ def test_the_bubbles_share_is_the_theoretical_one(micro_batches: int, vpp: int |
     assert share == pytest.approx(bubble_fraction(2, 1 if vpp is None else 2, micro_batches))
 
 
-@pytest.mark.parametrize("world_size", [1, 64, 4096])
+@pytest.mark.parametrize("world_size", first_by_day([1, 64, 4096], 2))
 def test_the_picture_is_a_png(world_size: int, tmp_path: Path) -> None:
     config = tiny_config("moe", num_layers=4)
     if world_size > 1:

@@ -25,11 +25,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Example")
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: archs)
-        monkeypatch.setattr(extension, "cuda_kernels_are_chosen", lambda: kernels is None)
-        monkeypatch.setattr(extension, "cuda_kernels_in_use", lambda: ["gate"])
+        monkeypatch.setenv(extension.CUDA_ENVIRONMENT_VARIABLE, "auto" if kernels is None else "1")
+        monkeypatch.setattr(extension, "has_cuda_kernels", lambda: kernels is not None)
         monkeypatch.setattr(extension, "build_info", lambda: {"cuda_archs": kernels})
+        extension._asked_for.cache_clear()
 
-    return make
+    yield make
+    extension._asked_for.cache_clear()
 
 
 @pytest.mark.parametrize(

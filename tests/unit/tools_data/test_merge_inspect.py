@@ -21,6 +21,7 @@ from megatron_samoe.datasets.indexed_dataset import IndexedDataset, IndexedDatas
 from megatron_samoe.datasets.preprocess import checksums
 from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.datasets.preprocess.run import preprocess
+from tests.harness.pairs import first_by_day
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_KILLS = int(os.environ.get("SAMOE_KILLS", "8"))
@@ -93,7 +94,8 @@ def test_what_cannot_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "out.bin").exists()
 
 
-def test_kill_9_while_merging_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_kills", first_by_day([2, NUM_KILLS]))
+def test_kill_9_while_merging_leaves_the_old_or_the_new(num_kills: int, tmp_path: Path) -> None:
     part = build(tmp_path / "part", [[1] * 1_500_000, [2] * 1_500_000])
     command = [sys.executable, str(ROOT / "tools/merge_datasets.py"), "--input", *[part] * 12]
     command += ["--output-prefix", str(tmp_path / "out")]
@@ -102,7 +104,7 @@ def test_kill_9_while_merging_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     whole_s = time.monotonic() - start
     wanted = {suffix: checksums.file_crc32(f"{tmp_path}/out{suffix}") for suffix in (".bin", ".idx")}
     random, killed = np.random.default_rng(int(time.time())), 0
-    while killed < NUM_KILLS:
+    while killed < num_kills:
         (tmp_path / "out.bin").unlink(missing_ok=True)
         (tmp_path / "out.idx").unlink(missing_ok=True)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

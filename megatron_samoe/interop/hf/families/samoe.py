@@ -9,7 +9,7 @@ from typing import Any
 from megatron_samoe.config.derived import written_layer_freq
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.sharing_map import written_map
+from megatron_samoe.config.sharing_map import Source, ways_of, written_options
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.interop.edited_model import moe_layers, one_number
 from megatron_samoe.interop.hf.families.base import RARE, Family, entries
@@ -65,7 +65,7 @@ _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 _ENTRIES = Entries({
     **dict.fromkeys(
         (*_MODEL_ENTRIES, *_RARE_MODEL_ENTRIES, *_MOE_ENTRIES, *_RARE_ENTRIES, *_POOL_ENTRIES, *_COMPUTED, *_COMPUTED_OF_MOE,
-         "expert_sharing"),
+         "expert_sharing", "lent_experts"),
         rare(object, takes_null=True)),
     **dict.fromkeys(_SIZES, rare(int)),
     **dict.fromkeys(("linear_bias", "qkv_bias", "tie_word_embeddings", "attention_output_bias"), rare(bool)),
@@ -93,8 +93,9 @@ def _model_entries(model: ModelConfig) -> dict[str, Any]:
 
 
 def _write(native: NativeModel) -> dict[str, Any]:
-    model, moe, ways = native.model, native.moe, {source.way for source in native.sources}
-    layout = "samoe" if ways == {"combined"} else moe.expert_layout
+    model, moe = native.model, native.moe
+    written = written_options(native.sources) if native.sources else {"expert_layout": "dense"}
+    layout, sharing = str(written["expert_layout"]), written.get("expert_sharing")
     config = {
         "auto_map": AUTO_MAP, **entries(native), **_model_entries(model), "expert_layout": layout,
         **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(layout, moe.has_pool).items()},
@@ -109,16 +110,28 @@ def _write(native: NativeModel) -> dict[str, Any]:
         given = {theirs: (getattr(moe, ours), getattr(MoEConfig(), ours)) for theirs, ours in _RARE_ENTRIES.items()}
         given |= {} if changes else {"num_neighbour_layers": (None, None)}
         config |= {theirs: value for theirs, (value, default) in given.items() if value != default}
-        if layout == "moe" and ways != {"own"}:
-            config["expert_sharing"] = moe.sharing if changes else written_map(native.sources)
+        if sharing is not None:
+            config["expert_sharing"] = moe.sharing if changes else sharing
+        if any(source.way.make is not None for source in native.sources):
+            config["lent_experts"] = [_lent(source, moe) for source in native.sources]
     return config
+
+
+def _lent(source: Source, moe: MoEConfig) -> list[Any]:
+    """Returns where our class finds a layer's experts, as its `LentExperts` has it but for their number."""
+    if not source.way.is_shared:
+        return [None, 1, None]
+    if source.way.in_sets:
+        return [f"sets.{source.number}", 1, "none" if source.way.mixes else None]
+    return [source.stored(0).split(".")[1], moe.num_expert_banks, moe.samoe_normalization if source.way.mixes else None]
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     layout = config.get("expert_layout", "dense")
     of_moe = _COMPUTED_OF_MOE if layout != "dense" else ()
     sharing = config.get("expert_sharing") if layout == "moe" else None
-    of_layout = _moe_entries(layout, layout == "samoe" or "combined" in str(sharing))
+    combines = any(way.combines for way in ways_of(str(sharing))) if sharing else layout == "samoe"
+    of_layout = _moe_entries(layout, combines)
     missing = [key for key in (*_MODEL_ENTRIES, *_COMPUTED, *of_layout, *of_moe) if key not in config]
     if missing:
         raise ConfigError("config.json", missing[:3], "these entries of a samoe model are missing")
@@ -197,14 +210,14 @@ def _parts(native: NativeModel) -> Iterator[Part]:
     for name in tensors:
         if name.startswith("expert_pool."):
             *place, kind = name.split(".")
-            if place[1] == "bank":
-                part = _packed(native, "model.expert_pool.bank", ".".join(place), kind, whole)
-                # Banks one after the other: adapters know three dims, and not four.
-                yield replace(part, shape=(part.shape[0] * part.shape[1], *part.shape[2:]), older_shape=part.shape)
-            else:
+            if place[1] == "set":
                 yield _packed(
                     native, f"model.expert_pool.sets.{place[2]}.{_experts_name(native)}", ".".join(place), kind, at(0)
                 )
+            else:
+                part = _packed(native, f"model.expert_pool.{place[1]}", ".".join(place), kind, whole)
+                # Banks one after the other: adapters know three dims, and not four.
+                yield replace(part, shape=(part.shape[0] * part.shape[1], *part.shape[2:]), older_shape=part.shape)
     if model.untie_embeddings_and_output_weights:
         yield Part("lm_head.weight", "output.weight", rows(native.vocab_size), vocabulary)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, Optional
+
 from transformers import PretrainedConfig
 
 #: Of entries that a configuration does not give.
@@ -13,7 +15,7 @@ DEFAULTS = {
     "linear_bias": True, "qkv_bias": True, "expert_layout": "dense", "moe_layers": None, "num_experts": 8,
     "moe_intermediate_size": None, "num_experts_per_tok": 1, "router_score_function": "softmax",
     "router_pre_softmax": True, "shared_expert_intermediate_size": None, "num_expert_banks": 2,
-    "samoe_granularity": "layer", "samoe_normalization": "none", "expert_sharing": None,
+    "samoe_granularity": "layer", "samoe_normalization": "none", "expert_sharing": None, "lent_experts": None,
     "router_expert_bias": False, "router_num_groups": None, "router_group_topk": None, "router_scaling_factor": None,
     "attention_output_bias": None, "qk_layernorm_scope": "head", "clip_qkv": None, "attention_multiplier": None,
     "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0, "use_parallel_residual": False,
@@ -26,6 +28,26 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+class ExpertSource(NamedTuple):
+    """Where a layer's experts come from.
+
+    Attributes:
+        bank: name of the banks in the pool, sets.N for a set; None for experts of the layer's own.
+        num_banks: P, which the layer combines.
+        normalization: of its coefficients: none, l2 or softmax; None without any: the only bank is used as it is.
+    """
+
+    bank: Optional[str]  # noqa: UP045
+    num_banks: int
+    normalization: Optional[str]  # noqa: UP045
+    num_experts: int
+
+    @property
+    def combines(self):
+        """Whether the layer combines banks, and does not use a set or its own."""
+        return self.bank is not None and not self.bank.startswith("sets.")
+
+
 class SamoeConfig(PretrainedConfig):
     """Everything that decides what the model computes.
 
@@ -35,6 +57,7 @@ class SamoeConfig(PretrainedConfig):
         expert_sharing: an entry for each MoE layer between commas: own, combined, or the number of the set that it uses; scaled:
             before them gives each layer factors on its set. A*3 stands for A,A,A. A set that one layer uses is its own. pool is
             one set for all; neighbours gives each num_neighbour_layers layers a set, of num_experts times as many.
+        lent_experts: for each MoE layer the first three of `ExpertSource`, where expert_sharing names a way of another package.
         pool_lock_step, neighbour_unmask_steps: where either is set, a router has a factor for each expert: 0 closes it.
         moe_layers: for each layer whether it has experts.
         hidden_act: swiglu (gated SiLU), gelu_tanh or gelu (exact).
@@ -105,12 +128,15 @@ class SamoeConfig(PretrainedConfig):
         return self.multi_latent_attention or (self.qk_layernorm and self.qk_layernorm_scope == "all")
 
     def expert_sources(self):
-        """Returns for each layer (way, number of the set or None, number of experts), None for a layer without experts."""
+        """Returns for each layer where its experts come from, None for a layer without experts."""
         count = sum(map(bool, self.moe_layers))
         text = self.expert_sharing or ("combined" if self.expert_layout == "samoe" else "own")
         experts = self.num_experts if isinstance(self.num_experts, (list, tuple)) else [self.num_experts] * count
         prefix, _, listed = text.rpartition(":")
-        if text in ("own", "combined"):
+        named = {"own": (None, 1, None), "combined": ("bank", self.num_expert_banks, self.samoe_normalization)}
+        if self.lent_experts is not None:
+            entries = self.lent_experts
+        elif text in named:
             entries = [text] * count
         elif text in ("pool", "neighbours"):
             block = count if text == "pool" else self.num_neighbour_layers
@@ -124,10 +150,14 @@ class SamoeConfig(PretrainedConfig):
             raise ValueError(
                 f"expert_sharing {text!r} and num_experts {self.num_experts!r} must fit {count} MoE layers"
             )
-        way = prefix or "tied"
-        named = [
-            ("own" if way == "tied" and entries.count(e) == 1 else way, int(e)) if e.isdigit() else (e, None)
-            for e in entries
-        ]
-        found = iter((*source, size) for source, size in zip(named, experts))  # noqa: B905
+
+        def lent(entry):
+            if not isinstance(entry, str):
+                return entry
+            if entry in named:
+                return named[entry]
+            factor = "none" if prefix == "scaled" else None
+            return named["own"] if factor is None and entries.count(entry) == 1 else (f"sets.{entry}", 1, factor)
+
+        found = iter(ExpertSource(*lent(entry), size) for entry, size in zip(entries, experts))  # noqa: B905
         return [next(found) if is_moe else None for is_moe in self.moe_layers]

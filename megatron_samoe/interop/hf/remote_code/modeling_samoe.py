@@ -24,17 +24,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention_samoe import Attention, LatentAttention, make_norm, rotary_tables
-from .configuration_samoe import SamoeConfig
+from .configuration_samoe import ExpertSource, SamoeConfig
 from .moe_samoe import MLP, ExpertPool, Experts, Lent, MoE, experts_name
 
 # Transformers 5 renames the cache's field, and arguments of the mask.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _OF_MASK = inspect.signature(create_causal_mask).parameters
-
-
-def shared_ways(config):
-    """Returns the ways in which MoE layers come by their experts."""
-    return {source[0] for source in config.expert_sources() if source is not None}
 
 
 class SamoeDecoderLayer(GradientCheckpointingLayer):
@@ -80,9 +75,10 @@ class SamoePreTrainedModel(PreTrainedModel):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         # As in training, whatever the dtype of the rest; transformers 4 refuses names that a model lacks.
-        ways = shared_ways(config)
-        kept = {"router": ways, "mixing": ways and (config.residual_mlp or config.shared_expert_gate), "expert_pool": ways - {"own"},
-                "combination": ways & {"combined", "scaled"}}  # fmt: skip
+        sources = [source for source in config.expert_sources() if source is not None]
+        kept = {"router": sources, "mixing": sources and (config.residual_mlp or config.shared_expert_gate),
+                "expert_pool": any(source.bank for source in sources),
+                "combination": any(source.normalization for source in sources)}  # fmt: skip
         self._keep_in_fp32_modules_strict = [name for name, is_there in kept.items() if is_there]
 
     def _init_weights(self, module):
@@ -112,7 +108,8 @@ class SamoeModel(SamoePreTrainedModel):
             SamoeDecoderLayer(config, i, source) for i, source in enumerate(config.expert_sources())
         )
         self.norm = make_norm(config, config.hidden_size)
-        self.expert_pool = ExpertPool(config) if shared_ways(config) - {"own"} else None
+        is_shared = any(source is not None and source.bank for source in config.expert_sources())
+        self.expert_pool = ExpertPool(config) if is_shared else None
         self.post_init()
 
     def get_input_embeddings(self):
@@ -217,18 +214,18 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
             )
         folded = {}
         for i, layer in enumerate(self.model.layers):
-            if isinstance(layer.mlp, MoE) and layer.mlp.source[0] != "own":
+            if isinstance(layer.mlp, MoE) and layer.mlp.source.bank is not None:
                 folded[i] = {name: w.to(dtype) for name, w in layer.mlp.own_experts(pool).items()}
-        counts = [source[2] for source in self.config.expert_sources() if source is not None]
+        counts = [source.num_experts for source in self.config.expert_sources() if source is not None]
         self.model.expert_pool = None
         for config in (self.config, self.model.config):
-            config.expert_layout, config.expert_sharing = "moe", None
+            config.expert_layout, config.expert_sharing, config.lent_experts = "moe", None, None
             config.num_experts = counts[0] if len(set(counts)) == 1 else counts
         for i, weights in folded.items():
             moe = self.model.layers[i].mlp
-            moe.source = ("own", None, moe.source[2])
+            moe.source = ExpertSource(None, 1, None, moe.source.num_experts)
             with torch.device("meta"):
-                experts = Experts(self.config, moe.source[2])
+                experts = Experts(self.config, moe.source.num_experts)
             experts.load_state_dict(weights, assign=True)
             moe.add_module(experts_name(self.config), experts)
             if hasattr(moe, "combination"):

@@ -118,7 +118,7 @@ def experts_name(config):
     """Returns the name of packed experts: one that says what they compute."""
     plain = config.hidden_act == "swiglu" and not config.linear_bias
     one_size = not isinstance(config.num_experts, (list, tuple)) and all(
-        source is None or source[2] == config.num_experts for source in config.expert_sources()
+        source is None or source.num_experts == config.num_experts for source in config.expert_sources()
     )
     return "experts" if plain and one_size else "unlike_experts"
 
@@ -128,6 +128,7 @@ class ExpertSet(nn.Module):
 
     def __init__(self, config, num_experts):
         super().__init__()
+        self.config = config
         self.add_module(experts_name(config), Experts(config, num_experts))
 
 
@@ -137,13 +138,18 @@ class ExpertPool(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        sources = [source for source in config.expert_sources() if source is not None]
-        combined = {experts for way, _, experts in sources if way == "combined"}
-        if combined:
-            self.bank = Experts(config, combined.pop(), config.num_expert_banks)
-        sets = {str(number): experts for way, number, experts in sources if way in ("tied", "scaled")}
+        shared = {source.bank: source for source in config.expert_sources() if source and source.bank}
+        sets = {bank.partition(".")[2]: source for bank, source in shared.items() if not source.combines}
+        for bank, source in shared.items():
+            if source.combines:
+                self.add_module(bank, Experts(config, source.num_experts, source.num_banks))
         if sets:
-            self.sets = nn.ModuleDict({n: ExpertSet(config, experts) for n, experts in sorted(sets.items())})
+            self.sets = nn.ModuleDict({n: ExpertSet(config, sets[n].num_experts) for n in sorted(sets)})
+
+    def experts_of(self, source):
+        """Returns the experts that a layer uses, or the banks that it combines."""
+        lent = self.get_submodule(source.bank)
+        return lent if source.combines else getattr(lent, experts_name(lent.config))
 
 
 class Lent:
@@ -252,25 +258,23 @@ class MoE(nn.Module):
     """Routed experts, own or shared, and an optional expert for every token, which `mixing` may weigh against them.
 
     Args:
-        source: way, number of the set, and number of experts.
+        source: an `ExpertSource` of the configuration.
     """
 
     def __init__(self, config, source):
         super().__init__()
         self.config, self.source = config, source
-        way, _, num_experts = source
+        num_experts = source.num_experts
         self.router = Router(config, num_experts)
         width = config.shared_expert_intermediate_size or (config.intermediate_size if config.residual_mlp else None)
         self.shared_expert = None if width is None else MLP(config, width)
         if config.residual_mlp or config.shared_expert_gate:
             self.mixing = Mixing(config)
-        if way == "combined":
-            groups = num_experts if config.samoe_granularity == "expert" else 1
-            self.combination = nn.Parameter(torch.zeros(2, groups, config.num_expert_banks))
-        elif way == "scaled":
-            self.combination = nn.Parameter(torch.zeros(2, 1, 1))
-        elif way == "own":
+        if source.bank is None:
             self.add_module(experts_name(config), Experts(config, num_experts))
+        elif source.normalization is not None:
+            groups = num_experts if source.combines and config.samoe_granularity == "expert" else 1
+            self.combination = nn.Parameter(torch.zeros(2, groups, source.num_banks))
 
     def forward(self, hidden_states, lent=None):
         """Returns y of x's shape [..., H]; `lent` is what layers share."""
@@ -281,12 +285,10 @@ class MoE(nn.Module):
 
     def routed(self, x_TH, ids_TK, probs_TK, pool):
         """Returns the sum of each token's experts."""
-        way, number, _ = self.source
-        a = self.coefficients()
-        if way == "combined":
-            return pool.bank(x_TH, ids_TK, probs_TK, a_2GP=a)
-        holder = self if way == "own" else pool.sets[str(number)]
-        experts = getattr(holder, experts_name(self.config))
+        source, a = self.source, self.coefficients()
+        experts = getattr(self, experts_name(self.config)) if source.bank is None else pool.experts_of(source)
+        if source.combines:
+            return experts(x_TH, ids_TK, probs_TK, a_2GP=a)
         if a is None:
             return experts(x_TH, ids_TK, probs_TK)
         first, second = a.flatten()
@@ -308,25 +310,19 @@ class MoE(nn.Module):
 
     def coefficients(self):
         """Returns the weights of banks [2, G, P], or the factors on a set [2, 1, 1]; None without either."""
-        way = self.source[0]
-        if way in ("own", "tied"):
-            return None
-        raw, normalization = self.combination, self.config.samoe_normalization if way == "combined" else "none"
+        normalization = self.source.normalization
         if normalization == "softmax":
-            return raw.softmax(-1)
+            return self.combination.softmax(-1)
         if normalization == "l2":
-            return raw / raw.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        return raw
+            return self.combination / self.combination.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return None if normalization is None else self.combination
 
     def own_experts(self, pool):
         """Returns the layer's experts as if no other used them, [E, ...] by name."""
-        way, number, num_experts = self.source
-        a = self.coefficients()
-        if way == "combined":
-            rows = [row.expand(num_experts, -1) for row in a]
-            banks = pool.bank.named_parameters()
-            return {n: torch.einsum("ep,pe...->e...", rows[n.startswith("down")].to(w.dtype), w.unflatten(0, (-1, num_experts)))
-                    for n, w in banks}  # fmt: skip
-        experts = getattr(pool.sets[str(number)], experts_name(self.config)).named_parameters()
-        factors = (1.0, 1.0) if a is None else a.flatten().tolist()
-        return {n: w * factors[n.startswith("down")] for n, w in experts}
+        num_experts, a = self.source.num_experts, self.coefficients()
+        experts = pool.experts_of(self.source).named_parameters()
+        if a is None:
+            return {n: w * 1.0 for n, w in experts}
+        rows = [row.expand(num_experts, -1) for row in a]
+        return {n: torch.einsum("ep,pe...->e...", rows[n.startswith("down")].to(w.dtype), w.unflatten(0, (-1, num_experts)))
+                for n, w in experts}  # fmt: skip
