@@ -107,7 +107,7 @@ def read(command: Commands, words: Words = None, prog: str | None = None) -> Any
         print(usage(prog, {name: summary(one) for name, one in group.commands.items()}, group.text))
         raise SystemExit(0)
     if name not in group.commands:
-        told = f"{name} is not known.{nearest(name, group.commands)}" if name else "a command is missing."
+        told = f"{name} is not known.{nearest(name, (*group.commands, '--help'))}" if name else "a command is missing."
         _refuse(prog, f"{told} {group.elsewhere or 'There are ' + ', '.join(group.commands) + '.'}")
     return read(group.commands[name], rest, f"{prog} {name}")
 

@@ -28,6 +28,14 @@ class PreprocessOptions:
     """files, globs, folders, URLs, or - for standard input"""
     output_prefix: str
     """path of the output without _{key}_document.bin"""
+    tokenizer_type: TokenizerType = "ByteTokenizer"
+    """kind of tokenizer"""
+    tokenizer_model: str | None = None
+    """SentencePiece .model, or tokenizer.json"""
+    vocab_file: str | None = None
+    """GPT-2 vocabulary (JSON)"""
+    merge_file: str | None = None
+    """GPT-2 merges"""
     input_format: InputFormat = "auto"
     """auto goes by the file's name"""
     json_keys: tuple[str, ...] = ("text",)
@@ -47,14 +55,6 @@ class PreprocessOptions:
     """a longer line or document is bad input"""
     input_shard: str = "0/1"
     """take the I-th of N parts of the input files: for job arrays; join with megatron-samoe merge"""
-    tokenizer_type: TokenizerType = "ByteTokenizer"
-    """kind of tokenizer"""
-    tokenizer_model: str | None = None
-    """SentencePiece .model, or tokenizer.json"""
-    vocab_file: str | None = None
-    """GPT-2 vocabulary (JSON)"""
-    merge_file: str | None = None
-    """GPT-2 merges"""
     fix_unicode: bool = False
     """repair mojibake with ftfy"""
     min_chars: int = 0
