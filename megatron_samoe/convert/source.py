@@ -23,10 +23,8 @@ from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, G
 from megatron_samoe.errors import CheckpointError, ConfigError, readable
 
 Kind = Literal["native", "megatron", "hf"]
-KINDS: tuple[Kind, ...] = ("native", "megatron", "hf")
 #: What a model can become: GGUF is written only.
 TargetKind = Literal["native", "megatron", "hf", "gguf"]
-TARGETS: tuple[TargetKind, ...] = (*KINDS, "gguf")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NAMES = {
     "native": "a checkpoint of this program",

@@ -243,7 +243,12 @@ def test_every_program_runs_as_a_module() -> None:
     for path in sorted(ROOT.rglob("*.py")):
         tree = ast.parse(path.read_text())
         has_main = any(
-            isinstance(node, ast.FunctionDef) and node.name == "main" and len(node.args.args) == len(node.args.defaults)
+            (
+                isinstance(node, ast.FunctionDef)
+                and node.name == "main"
+                and len(node.args.args) == len(node.args.defaults)
+            )
+            or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "main")
             for node in tree.body
         )
         if has_main and "__name__" not in ast.dump(tree.body[-1]):

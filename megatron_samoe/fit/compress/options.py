@@ -21,35 +21,40 @@ from megatron_samoe.fit.matching import Matching
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """What is asked for.
-
-    Attributes:
-        data_path, valid_data_path: indexed datasets to calibrate and heal on, and to judge on; without the latter, the last
-            documents of the former are held out.
-        num_samples: tokens kept of each expert.
-        sharing: combined, tied, scaled or a map of --expert-sharing.
-        budget: share of expert bytes below 1, or bytes, in place of numbers of banks or sets.
-        choose_map: choose the layers that share by what pairs lose.
-        match: what is matched.
-        refit: fit w2 to the outputs that the fitted w1 leaves it, over the text once more.
-    """
+    """What is asked for."""
 
     load_dir: str
+    """the MoE: folder of a run or of checkpoints"""
     save_dir: str
+    """folder of all results"""
     data_path: str
+    """indexed dataset to calibrate on, and to heal on"""
     calibration_tokens: int = 262_144
+    """its first tokens that are read"""
     valid_data_path: str | None = None
+    """indexed dataset to judge on; the last documents of --data-path, held out, if not given"""
     judge_tokens: int = 65_536
+    """tokens to judge on"""
     ckpt_step: int | None = None
+    """iteration; the newest if not given"""
     num_samples: int = 64
+    """tokens kept of each expert, to match outputs on"""
     seed: int = 1234
+    """of the lot that keeps them"""
     sharing: str = COMBINED.name
+    """combined, tied, scaled, or a map such as own,0*3,own"""
     num_banks: int = 1
+    """of layers that combine"""
     num_sets: int = 1
+    """of tied or scaled"""
     budget: float | None = None
+    """share of all expert bytes below 1, or bytes, in place of these numbers"""
     choose_map: bool = False
+    """choose the neighbouring layers that share a set by what pairs of layers lose"""
     match: Matching = "neurons"
+    """what gets a common numbering: experts and their neurons, experts alone"""
     refit: bool = True
+    """fit w2 to the outputs from what the fitted w1 gives, over the text once more; else to the weights"""
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.typed import typed
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study.definition import Run, read_study
@@ -18,7 +19,6 @@ from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.results_store import decisive_options
 from megatron_samoe.evaluation.study.sweeps import extended
 
-_KEYS = {"tag": str, "studies": list, "data": dict, "forced": dict, "threads_per_rank": int}
 #: Of the tokenizer the checksums of the data tell enough.
 _TOKENIZER = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tokenizer.json")
 
@@ -29,12 +29,11 @@ class Registration:
 
     Attributes:
         tag: of the commit that makes all runs.
-        studies: files, in the order of their runs.
+        studies: files, in the order of their runs; the page has their names.
         data: checksum and size of the datasets train, valid and test, as a store names them.
         forced: environment variables of every run.
     """
 
-    page: Path
     tag: str
     studies: tuple[Path, ...]
     data: Mapping[str, str]
@@ -52,14 +51,12 @@ def read_registration(page: Path, studies: Path) -> Registration:
         ConfigError: the page registers nothing, or something is missing.
     """
     block = re.search(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    content = yaml.safe_load(block[1]) if block else None
-    if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in _KEYS.items()):
-        raise ConfigError(str(page), content, f"must register {', '.join(_KEYS)} in a block of YAML")
-    files = tuple(studies / f"{name}.yaml" for name in content["studies"])
+    found = typed(Registration, yaml.safe_load(block[1]) if block else None, str(page))
+    files = tuple(studies / f"{name}.yaml" for name in found.studies)
     for file in files:
         if not file.is_file():
             raise ConfigError("studies", file.stem, f"is registered in {page}, and {file} is missing")
-    return Registration(page, content["tag"], files, content["data"], content["forced"], content["threads_per_rank"])
+    return replace(found, studies=files)
 
 
 def kept_plan(study: Path, data: Mapping[str, str], store: Path, root: Path) -> StudyPlan:

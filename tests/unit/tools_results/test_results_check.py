@@ -14,9 +14,9 @@ from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import CheckpointError, ConfigError
 from megatron_samoe.evaluation.run_summary import RunSummary
 from megatron_samoe.evaluation.study import results_store
-from megatron_samoe.evaluation.study.page_figures import Models, rewritten, wrong_figures
-from megatron_samoe.evaluation.study.registration import Registration, deviations, kept_plan, read_registration
 from megatron_samoe.planning.accounting import ParameterCount
+from tools.results.page_figures import Models, rewritten, wrong_figures
+from tools.results.registration import Registration, deviations, kept_plan, read_registration
 
 ROOT = Path(__file__).resolve().parents[3]
 STORE = ROOT / "docs/results/store"
@@ -195,9 +195,10 @@ def test_runs_that_are_not_as_registered_are_named_with_what_differs(
 
 def test_a_page_that_registers_nothing_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "registration.md"
-    for text in ("Nothing.", "```yaml\ntag: x\n```\n"):
+    missing = "studies = None: missing in .*; needed are tag, studies, data, forced, threads_per_rank"
+    for text, said in (("Nothing.", "must be a mapping in"), ("```yaml\ntag: x\n```\n", missing)):
         page.write_text(text)
-        with pytest.raises(ConfigError, match="must register tag, studies, data, forced, threads_per_rank"):
+        with pytest.raises(ConfigError, match=said):
             read_registration(page, tmp_path)
     page.write_text("```yaml\ntag: x\nstudies: [gone]\ndata: {}\nforced: {}\nthreads_per_rank: 1\n```\n")
     with pytest.raises(ConfigError, match=r"gone.yaml is missing"):

@@ -101,9 +101,11 @@ def models_of(plans: Mapping[str, StudyPlan], runs: Mapping[str, RunSummary]) ->
 def sealed(plans: Mapping[str, StudyPlan]) -> set[str]:
     """Returns the names of models whose loss on the test split is not to be looked at yet: those of studies with runs to come."""
     return {
-        _name(study, run) for study, plan in plans.items() if not all(map(plan.is_finished, plan.all_runs()))
+        _name(study, run)
+        for study, plan in plans.items()
+        if not all(map(plan.is_finished, plan.all_runs()))
         for run in plan.all_runs()
-    }  # fmt: skip
+    }
 
 
 def _name(study: str, run: Run) -> str:
@@ -269,12 +271,22 @@ def _millions(part: str) -> Callable[[Step], OfRun]:
 
 
 _QUANTITIES: Mapping[str, Callable[[Step], OfRun]] = {
-    "": _loss("validation_loss"), "±": _loss("validation_loss"), "pooled": _loss("validation_loss"), "test": _loss("test_loss"),
-    "train": _train, "valid": _valid, "total": _millions("total"), "experts": _millions("expert"), "active": _millions("active"),
-    "entropy": _last("least_load_entropy"), "lowest entropy": _settled("least_load_entropy", min),
+    "": _loss("validation_loss"),
+    "±": _loss("validation_loss"),
+    "pooled": _loss("validation_loss"),
+    "test": _loss("test_loss"),
+    "train": _train,
+    "valid": _valid,
+    "total": _millions("total"),
+    "experts": _millions("expert"),
+    "active": _millions("active"),
+    "entropy": _last("least_load_entropy"),
+    "lowest entropy": _settled("least_load_entropy", min),
     "largest share": _settled("largest_expert_share", max),
     "idle": _settled("idle_experts", lambda counts: statistics.mean(count > 0 for count in counts)),
-}  # fmt: skip
+}
 _WORST: Mapping[str, Callable[[Sequence[float]], float]] = {
-    "lowest entropy": min, "largest share": max, "idle": max,
-}  # fmt: skip
+    "lowest entropy": min,
+    "largest share": max,
+    "idle": max,
+}
