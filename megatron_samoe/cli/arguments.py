@@ -37,12 +37,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def sub_commands(parser: argparse.ArgumentParser) -> Callable[[str, str], argparse.ArgumentParser]:
-    """Returns a function that adds a sub-command: its name, and what it does."""
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    return lambda name, text: commands.add_parser(name, help=text, description=text)
-
-
 def text_parser(text: str | None, **options: Any) -> argparse.ArgumentParser:
     """Returns a parser whose help shows a text as it is written, and that knows no abbreviations."""
     return argparse.ArgumentParser(
@@ -88,17 +82,6 @@ def _all_flags(parser: argparse.ArgumentParser) -> list[str]:
             for command in action.choices.values():
                 flags.extend(_all_flags(command))
     return flags
-
-
-def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Adds Megatron's flags that name a tokenizer."""
-    from megatron_samoe.datasets.tokenizer import TOKENIZER_TYPES
-
-    add = adder(parser.add_argument_group("tokenizer"))
-    add("--tokenizer-type", TOKENIZER_TYPES, "kind of tokenizer", required=required, default=None)
-    add("--tokenizer-model", str, "SentencePiece .model, or tokenizer.json")
-    add("--vocab-file", str, "GPT-2 vocabulary (JSON)")
-    add("--merge-file", str, "GPT-2 merges")
 
 
 def program(command: Callable[[Words], int | None]) -> Callable[..., int]:

@@ -42,25 +42,27 @@ def module_of(command: str) -> str:
     return module if "." in module else f"megatron_samoe.cli.{module}"
 
 
-def usage() -> str:
-    """Returns what --help prints."""
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
-    return f"usage: megatron-samoe COMMAND ...\n\n{lines}\n\nmegatron-samoe COMMAND --help tells about each."
+def usage(prog: str, commands: Mapping[str, str], text: str = "") -> str:
+    """Returns what --help prints of several commands, given what each does."""
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {name:{width}}  {what}" for name, what in commands.items())
+    above = f"{text.strip()}\n\n" if text else ""
+    return f"usage: {prog} COMMAND ...\n\n{above}{lines}\n\n{prog} COMMAND --help tells about each."
 
 
 def main() -> int:
     """Runs a command and returns its exit status."""
     start.prepare()
     name, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    help_text = usage("megatron-samoe", {name: what for name, (_, what) in COMMANDS.items()})
     if name in ("-h", "--help"):
-        print(usage())
+        print(help_text)
         return 0
     if name == "--version":
         print(__version__)
         return 0
     if name not in COMMANDS:
-        print(f"error: {name} is no command.{nearest(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
+        print(f"error: {name} is no command.{nearest(name, COMMANDS)}\n\n{help_text}", file=sys.stderr)
         return 2
     # Parsers name the program by this, and so do their messages.
     sys.argv = [f"megatron-samoe {name}", *rest]

@@ -5,58 +5,63 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, make_dataclass
+from typing import Annotated, Any, Literal, Union
 
-import shtab
 import tyro
 
-from megatron_samoe.cli.arguments import Parser, Words, adder, program
 from megatron_samoe.cli.command import COMMANDS, module_of
-from megatron_samoe.cli.program import FORMS, Group, summary
+from megatron_samoe.cli.program import Commands, Group, program, summary
 from megatron_samoe.config.pretrain import PretrainConfig
 
 
-def whole_parser() -> argparse.ArgumentParser:
-    """Returns one parser that knows the flags of every command."""
-    parser = argparse.ArgumentParser(prog="megatron-samoe")
-    commands = parser.add_subparsers(dest="command")
-    for name, (_, what) in COMMANDS.items():
-        own = parser_of(importlib.import_module(module_of(name)))
-        commands.add_parser(name, help=what, parents=[own], add_help=False, conflict_handler="resolve")
-    return parser
+def command_of(name: str) -> Commands:
+    """Returns what a command reads."""
+    if name == "pretrain":  # whose options may stand in a file, too
+        return PretrainConfig
+    module = importlib.import_module(module_of(name))
+    found: Commands = module.main.command if hasattr(module.main, "command") else _of_parser(name, module.make_parser())
+    return found
 
 
-def parser_of(module: Any) -> argparse.ArgumentParser:
-    """Returns a parser that knows the flags of a command's module."""
-    if module.__name__.endswith(".pretrain"):
-        return _parser(PretrainConfig)
-    return _parser(module.main.command) if hasattr(module.main, "command") else module.make_parser()
+def _of_parser(name: str, parser: argparse.ArgumentParser) -> type[Any]:
+    """Returns a class of the flags that argparse reads."""
+    flags = [action.dest for action in parser._actions if action.dest != "help"]
+    found: type[Any] = make_dataclass(name, [(flag, str, "") for flag in flags])
+    found.__doc__ = parser.description
+    return found
 
 
-def _parser(command: Any) -> argparse.ArgumentParser:
-    if isinstance(command, type):
-        made: Any = tyro.extras.get_parser(command, config=FORMS)
-        return made  # type: ignore[no-any-return]
-    group = command if isinstance(command, Group) else command()
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
-    for name, one in group.commands.items():
-        commands.add_parser(name, help=summary(one), parents=[_parser(one)], add_help=False, conflict_handler="resolve")
-    return parser
+def _any_of(commands: Mapping[str, Commands]) -> Any:
+    """Returns the type of which tyro makes one of several commands."""
+    found = []
+    for name, one in commands.items():
+        kind: Any = one
+        if not isinstance(one, type):
+            group = one if isinstance(one, Group) else one()
+            kind = make_dataclass(name.replace("-", "_"), [("chosen", _any_of(group.commands))])
+        if one is not PretrainConfig:  # each of whose switches has an opposite
+            kind = Annotated[kind, tyro.conf.FlagCreatePairsOff]
+        found.append(Annotated[kind, tyro.conf.subcommand(name, description=summary(one))])
+    return Union[tuple(found)]  # noqa: UP007
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    parser = Parser("Prints a script that completes megatron-samoe in a shell.")
-    adder(parser)("shell", tuple(shtab.SUPPORTED_SHELLS), default=None)
-    return parser
+@dataclass(frozen=True)
+class Completion:
+    """Prints a script that completes megatron-samoe in a shell."""
+
+    shell: Annotated[tyro.conf.Positional[Literal["bash", "zsh", "tcsh", "fish"]], tyro.conf.arg(metavar="SHELL")]
+
+    def run(self) -> None:
+        """Prints it."""
+        commands = _any_of({name: command_of(name) for name in COMMANDS})
+        words = ["--tyro-print-completion", self.shell]
+        forms = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+        tyro.cli(commands, args=words, prog="megatron-samoe", config=forms)
 
 
-@program
-def main(words: Words) -> None:
-    """Runs the command and returns its exit status."""
-    print(shtab.complete(whole_parser(), make_parser().parse_args(words).shell))
-
+main = program(Completion)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,21 +1,17 @@
-"""Shows what a checkpoint's experts are taught: `megatron-samoe diagnose --load runs/samoe --batches 16 --output diagnosis.png`.
-
-Over batches that the run would have seen next: what the loss would be without a layer's experts, size and alignment of
-gradients of each layer's experts and of each bank, how alike layers' gradients are, and how often layers send a token to experts
-of the same number. Words that it does not know are
-flags of pretraining that name other data.
-"""
+"""Shows what the experts of a checkpoint are taught."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
 
-from megatron_samoe.cli.arguments import Words, adder, program, text_parser
+from megatron_samoe.cli.program import HandsOn, program
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.plots_diagnosis import diagnosis_plot
@@ -23,34 +19,40 @@ from megatron_samoe.evaluation.run_summary import Table, format_table
 from megatron_samoe.training.expert_diagnosis import Diagnosis, diagnose
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    parser = text_parser(__doc__)
-    add = adder(parser)
-    add("--load", str, "folder of a run or of checkpoints", required=True, metavar="DIR")
-    add("--ckpt-step", [int], "iterations to look at, in place of the newest", metavar="N")
-    add("--batches", int, "global batches of training data", default=8, metavar="N")
-    add("--json", Path, "all numbers, a list with an entry for each checkpoint", metavar="FILE")
-    add("--output", Path, "a picture of the last checkpoint, as PNG", metavar="FILE")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Diagnose(HandsOn):
+    """Shows what a checkpoint's experts are taught.
 
+    Over batches that the run would have seen next: what the loss would be without a layer's experts, size and alignment of
+    gradients of each layer's experts and of each bank, how alike layers' gradients are, and how often layers send a token to
+    experts of the same number. Words that it does not know are flags of pretraining that name other data.
+    """
 
-@program
-def main(words: Words) -> None:
-    """Runs the command."""
-    options, flags = make_parser().parse_known_args(words)
-    if options.batches < 2:
-        raise ConfigError("--batches", options.batches, "must be at least 2: alignment is between batches")
-    data = parse_pretrain_args(flags, prog="megatron-samoe diagnose").data if flags else None
-    found = [diagnose(options.load, options.batches, data, step) for step in options.ckpt_step or [None]]
-    for diagnosis in found:
-        print(f"\niteration {diagnosis.iteration}, {diagnosis.batches} batches, loss {diagnosis.loss:.4f}\n")
-        print(format_table(_table(diagnosis)))
-        print(_words(diagnosis))
-    if options.json is not None:
-        options.json.write_text(json.dumps([diagnosis.to_json() for diagnosis in found]) + "\n")
-    if options.output is not None:
-        options.output.write_bytes(diagnosis_plot(found[-1].to_json()))
+    load: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """folder of a run or of checkpoints"""
+    ckpt_step: tuple[int, ...] = ()
+    """iterations to look at, in place of the newest"""
+    batches: int = 8
+    """global batches of training data"""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """all numbers, a list with an entry for each checkpoint"""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """a picture of the last checkpoint, as PNG"""
+
+    def run(self) -> None:
+        """Shows it."""
+        if self.batches < 2:
+            raise ConfigError("--batches", self.batches, "must be at least 2: alignment is between batches")
+        data = parse_pretrain_args(self.others, prog="megatron-samoe diagnose").data if self.others else None
+        found = [diagnose(self.load, self.batches, data, step) for step in self.ckpt_step or [None]]
+        for diagnosis in found:
+            print(f"\niteration {diagnosis.iteration}, {diagnosis.batches} batches, loss {diagnosis.loss:.4f}\n")
+            print(format_table(_table(diagnosis)))
+            print(_words(diagnosis))
+        if self.json is not None:
+            self.json.write_text(json.dumps([diagnosis.to_json() for diagnosis in found]) + "\n")
+        if self.output is not None:
+            self.output.write_bytes(diagnosis_plot(found[-1].to_json()))
 
 
 def _table(diagnosis: Diagnosis) -> Table:
@@ -77,6 +79,8 @@ def _words(diagnosis: Diagnosis) -> str:
         f"{apart(diagnosis.overlap_LL):.3f}, by their loads alone {apart(diagnosis.chance_LL):.3f}"
     )
 
+
+main = program(Diagnose)
 
 if __name__ == "__main__":
     sys.exit(main())

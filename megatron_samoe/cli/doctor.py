@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_samoe import __version__
-from megatron_samoe.cli.arguments import Words, program, text_parser
+from megatron_samoe.cli.program import program
 from megatron_samoe.installation import extras, how_to_build, install_extra
 from megatron_samoe.ops import extension
 from megatron_samoe.runtime.free_memory import free_memory_bytes
@@ -119,21 +118,20 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    return text_parser(__doc__)
+@dataclass(frozen=True)
+class Doctor:
+    """Says what this installation can do here, what is missing, and how to get it."""
+
+    def run(self) -> int:
+        """Prints the findings; the status is 1 where something is a problem."""
+        found = list(findings())
+        width = max(len(finding.what) for finding in found)
+        for finding in found:
+            print(f"{finding.state:7}  {finding.what:{width}}  {finding.text}")
+        return int(any(finding.state == "problem" for finding in found))
 
 
-@program
-def main(words: Words) -> int:
-    """Runs the command; the status is 1 where something is a problem."""
-    make_parser().parse_args(words)
-    found = list(findings())
-    width = max(len(finding.what) for finding in found)
-    for finding in found:
-        print(f"{finding.state:7}  {finding.what:{width}}  {finding.text}")
-    return int(any(finding.state == "problem" for finding in found))
-
+main = program(Doctor)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,69 +2,169 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
-from megatron_samoe.cli.arguments import Options, Words, adder, program
+import tyro
+
+from megatron_samoe.cli.program import Group, Number, program
 from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.convert.edited_model import EditedModel, model_names, open_checkpoint
+from megatron_samoe.convert.fold import fold_shared
+from megatron_samoe.convert.hf.export import refuse_other_tensors
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.interop.edited_model import EditedModel, model_names, open_checkpoint
-from megatron_samoe.interop.hf.export import refuse_other_tensors
-from megatron_samoe.interop.pool_surgery import SetOptions, pool_moe, tie_layers
-from megatron_samoe.interop.student_surgery import keep_layers
-from megatron_samoe.interop.unpool_surgery import fold_shared, select_samoe, tie_selected
-from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
+from megatron_samoe.fit.surgery.pool import SetOptions, pool_moe, tie_layers
+from megatron_samoe.fit.surgery.select import select_samoe, tie_selected
+from megatron_samoe.fit.surgery.student import keep_layers
+from megatron_samoe.fit.surgery.upcycle import UpcycleOptions, upcycle_dense
+
+Granularity = Literal["layer", "expert"]
+Map = Annotated[str, tyro.conf.arg(metavar="MAP")]
 
 
-@program
-def main(words: Words) -> None:
-    """Runs the command and returns its exit status."""
-    options = make_parser().parse_args(words)
-    source = open_checkpoint(options.load_dir, options.ckpt_step)
-    iteration = int(source.train_state.get("iteration", 0))
-    target = store.iteration_dir(options.save_dir, iteration)
-    if target.exists():
-        raise CheckpointError(f"{target} exists; give another --save-dir.")
-    edited = _edit(source, options)
-    print("\n".join(edited.report))
-    print(_sizes(source, edited))
-    if options.dry_run:
-        print("Nothing is written (--dry-run).")
-        return
-    written = write_checkpoint(Path(options.save_dir), iteration, edited)
-    shown = shlex.quote(options.save_dir)
-    print(f"Written to {written}, without optimizer state. To train on:\n"
-          f"  python -m megatron_samoe.cli.pretrain --pretrained-checkpoint {shown} --use-checkpoint-args ...")  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """What makes another model from a trained one."""
+
+    load_dir: str
+    """folder of checkpoints, or one checkpoint's folder"""
+    ckpt_step: int | None = None
+    """iteration; the newest if not given"""
+    save_dir: str
+    """folder to write the new checkpoint in"""
+    dry_run: bool = False
+    """say what would be done, and write nothing"""
+
+    def edited(self, source: CheckpointReader) -> EditedModel:
+        """Returns the other model."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Writes it."""
+        source = open_checkpoint(self.load_dir, self.ckpt_step)
+        iteration = int(source.train_state.get("iteration", 0))
+        target = store.iteration_dir(self.save_dir, iteration)
+        if target.exists():
+            raise CheckpointError(f"{target} exists; give another --save-dir.")
+        refuse_other_tensors(source)
+        edited = self.edited(source)
+        print("\n".join(edited.report))
+        print(_sizes(source, edited))
+        if self.dry_run:
+            print("Nothing is written (--dry-run).")
+            return
+        written = write_checkpoint(Path(self.save_dir), iteration, edited)
+        print(
+            f"Written to {written}, without optimizer state. To train on:\n  python -m megatron_samoe.cli.pretrain "
+            f"--pretrained-checkpoint {shlex.quote(self.save_dir)} --use-checkpoint-args ..."
+        )
 
 
-def _edit(source: CheckpointReader, options: Options) -> EditedModel:
-    refuse_other_tensors(source)
-    if options.action == "pool":
-        return pool_moe(source, options.num_expert_banks, options.samoe_granularity, options.expert_sharing)
-    if options.action == "tie":
-        layers = None if options.sets_from == "average" else _numbers("--sets-from", options.sets_from)
-        sets = SetOptions(options.num_expert_sets, options.untied_ends, layers)
-        return tie_layers(source, options.expert_sharing, sets)
-    if options.action == "fold":
+@dataclass(frozen=True, kw_only=True)
+class Upcycle(Edit):
+    """a dense model becomes a MoE or a SaMoE that computes the same"""
+
+    expert_layout: Literal["moe", "samoe"]
+    num_experts: Annotated[int, tyro.conf.arg(metavar="E")]
+    moe_router_topk: Annotated[int, tyro.conf.arg(metavar="K")] = 1
+    moe_router_pre_softmax: bool = False
+    """weigh experts by their score among all experts; derived if neither this nor its opposite is given: true for top-1"""
+    no_moe_router_pre_softmax: bool = False
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_layer_freq: str = "1"
+    """which layers get experts"""
+    moe_ffn_hidden_size: int | None = None
+    """width of new experts, with --dense-mlp shared-expert"""
+    num_expert_banks: Annotated[int | None, tyro.conf.arg(metavar="P")] = None
+    samoe_granularity: Granularity = "layer"
+    """coefficients per layer, or per layer and expert"""
+    samoe_init: Literal["cyclic", "block", "uniform"] | None = None
+    dense_mlp: Literal["experts", "shared-expert"] = "experts"
+    """experts: each is a copy; shared-expert: the MLP serves all tokens, beside new experts that begin at 0"""
+    noise: float = 0.0
+    """added to each copy, as a share of the weights' own spread"""
+    router_std: float | None = None
+    """spread of the routers' weights; derived if not given"""
+    seed: int = 1234
+
+    def edited(self, source: CheckpointReader) -> EditedModel:
+        names = {f.name for f in fields(MoEConfig)} & {f.name for f in fields(self)} - {"moe_router_pre_softmax"}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.moe_router_pre_softmax or self.no_moe_router_pre_softmax:
+            given["moe_router_pre_softmax"] = self.moe_router_pre_softmax
+        return upcycle_dense(
+            source, UpcycleOptions(MoEConfig(**given), self.dense_mlp, self.noise, self.router_std, self.seed)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(Edit):
+    """a MoE becomes the nearest SaMoE"""
+
+    num_expert_banks: Annotated[int, tyro.conf.arg(metavar="P")]
+    expert_sharing: Map = "combined"
+    """layers that combine banks, such as own,combined*6,own; all if not given"""
+    samoe_granularity: Granularity = "layer"
+    """coefficients per layer, or per layer and expert"""
+
+    def edited(self, source: CheckpointReader) -> EditedModel:
+        return pool_moe(source, self.num_expert_banks, self.samoe_granularity, self.expert_sharing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tie(Edit):
+    """layers of a MoE come to use sets of experts, the nearest to their own"""
+
+    expert_sharing: Map
+    """tied, scaled, pool, or a map such as 0,1,1,1,2 or scaled:0*4,1*4"""
+    num_expert_sets: Number = 1
+    """sets of tied or scaled"""
+    untied_ends: Number = 0
+    """first and last MoE layers that keep their own"""
+    sets_from: Annotated[str, tyro.conf.arg(metavar="LAYERS")] = "average"
+    """average, or for each set the layer whose experts it takes, such as 0,4"""
+
+    def edited(self, source: CheckpointReader) -> EditedModel:
+        layers = None if self.sets_from == "average" else _numbers("--sets-from", self.sets_from)
+        return tie_layers(source, self.expert_sharing, SetOptions(self.num_expert_sets, self.untied_ends, layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold(Edit):
+    """a model whose layers share experts becomes the plain MoE that computes the same"""
+
+    def edited(self, source: CheckpointReader) -> EditedModel:
         return fold_shared(source)
-    if options.action == "select":
-        return (select_samoe if options.to == "banks" else tie_selected)(source, options.scale)
-    if options.action == "student":
-        return keep_layers(source, _numbers("--keep-layers", options.keep_layers))
-    names = ("expert_layout", "num_experts", "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function",
-             "moe_layer_freq", "moe_ffn_hidden_size", "num_expert_banks", "samoe_granularity", "samoe_init")  # fmt: skip
-    default = MoEConfig()
-    given: dict[str, Any] = {name: getattr(options, name) for name in names}
-    moe = MoEConfig(**{n: getattr(default, n) if value is None else value for n, value in given.items()})
-    return upcycle_dense(
-        source, UpcycleOptions(moe, options.dense_mlp, options.noise, options.router_std, options.seed)
-    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(Edit):
+    """each layer takes one bank, or its set without a factor"""
+
+    scale: Literal["keep", "one"] = "keep"
+    """keep: the bank keeps its coefficient; one: it becomes 1, the layer is exactly a bank"""
+    to: Literal["banks", "tied"] = "banks"
+    """banks: a SaMoE with one-hot coefficients; tied: sets that layers use as they are, where --scale keep is for w2 alone and
+    moves into the weights of routing"""
+
+    def edited(self, source: CheckpointReader) -> EditedModel:
+        return (select_samoe if self.to == "banks" else tie_selected)(source, self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student(Edit):
+    """a model of fewer layers starts from chosen ones"""
+
+    keep_layers: Annotated[str, tyro.conf.arg(metavar="LAYERS")]
+    """rising numbers, such as 0,2,4"""
+
+    def edited(self, source: CheckpointReader) -> EditedModel:
+        return keep_layers(source, _numbers("--keep-layers", self.keep_layers))
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
@@ -89,79 +189,8 @@ def _size(model: CheckpointReader | EditedModel) -> tuple[int, int]:
     return sum(t.num_elements for t in stored), sum(t.num_bytes for t in stored)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    parser = argparse.ArgumentParser(description="Makes another model from a trained one.")
-    actions = parser.add_subparsers(dest="action", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    add = adder(common)
-    add("--load-dir", str, "folder of checkpoints, or one checkpoint's folder", required=True)
-    add("--ckpt-step", int, "iteration; the newest if not given")
-    add("--save-dir", str, "folder to write the new checkpoint in", required=True)
-    add("--dry-run", bool, "say what would be done, and write nothing")
-
-    def action(name: str, text: str) -> Callable[..., argparse.Action]:
-        return adder(actions.add_parser(name, parents=[common], help=text, description=text))
-
-    upcycle = action("upcycle", "a dense model becomes a MoE or a SaMoE that computes the same")
-    upcycle("--expert-layout", ("moe", "samoe"), required=True)
-    upcycle("--num-experts", int, required=True, metavar="E")
-    upcycle("--moe-router-topk", 1, metavar="K")
-    upcycle("--moe-router-pre-softmax", bool, "weigh experts by their score among all experts; derived if not given: true "
-            "for top-1", action=argparse.BooleanOptionalAction, default=None)  # fmt: skip
-    upcycle("--moe-router-score-function", ("softmax", "sigmoid"))
-    upcycle("--moe-layer-freq", "1", "which layers get experts")
-    upcycle("--moe-ffn-hidden-size", int, "width of new experts, with --dense-mlp shared-expert")
-    upcycle("--num-expert-banks", int, metavar="P")
-    _add_granularity(upcycle)
-    upcycle("--samoe-init", ("cyclic", "block", "uniform"), default=None)
-    upcycle("--dense-mlp", ("experts", "shared-expert"), "experts: each is a copy; shared-expert: the MLP serves all tokens, "
-            "beside new experts that begin at 0")  # fmt: skip
-    upcycle("--noise", 0.0, "added to each copy, as a share of the weights' own spread")
-    upcycle("--router-std", float, "spread of the routers' weights; derived if not given")
-    upcycle("--seed", 1234)
-    pool = action("pool", "a MoE becomes the nearest SaMoE")
-    pool("--num-expert-banks", int, required=True, metavar="P")
-    pool(
-        "--expert-sharing",
-        "combined",
-        "layers that combine banks, such as own,combined*6,own; all if not given",
-        metavar="MAP",
-    )
-    _add_granularity(pool)
-    tie = action("tie", "layers of a MoE come to use sets of experts, the nearest to their own")
-    tie(
-        "--expert-sharing",
-        str,
-        "tied, scaled, pool, or a map such as 0,1,1,1,2 or scaled:0*4,1*4",
-        required=True,
-        metavar="MAP",
-    )
-    tie("--num-expert-sets", 1, "sets of tied or scaled", metavar="N")
-    tie("--untied-ends", 0, "first and last MoE layers that keep their own", metavar="N")
-    tie(
-        "--sets-from",
-        "average",
-        "average, or for each set the layer whose experts it takes, such as 0,4",
-        metavar="LAYERS",
-    )
-    action("fold", "a model whose layers share experts becomes the plain MoE that computes the same")
-    select = action("select", "each layer takes one bank, or its set without a factor")
-    select(
-        "--scale",
-        ("keep", "one"),
-        "keep: the bank keeps its coefficient; one: it becomes 1, the layer is exactly a bank",
-    )
-    select("--to", ("banks", "tied"), "banks: a SaMoE with one-hot coefficients; tied: sets that layers use as they are, where "
-           "--scale keep is for w2 alone and moves into the weights of routing")  # fmt: skip
-    student = action("student", "a model of fewer layers starts from chosen ones")
-    student("--keep-layers", str, "rising numbers, such as 0,2,4", required=True, metavar="LAYERS")
-    return parser
-
-
-def _add_granularity(add: Callable[..., argparse.Action]) -> None:
-    add("--samoe-granularity", ("layer", "expert"), "coefficients per layer, or per layer and expert")
-
+ACTIONS = {"upcycle": Upcycle, "pool": Pool, "tie": Tie, "fold": Fold, "select": Select, "student": Student}
+main = program(Group(ACTIONS, "Makes another model from a trained one."))
 
 if __name__ == "__main__":
     sys.exit(main())

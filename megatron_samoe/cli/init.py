@@ -1,20 +1,20 @@
-"""Begins a project: `megatron-samoe init NAME` makes a folder with a configuration that explains itself, a JSON schema by
-which editors check and complete it, and a script for Slurm.
-"""
+"""Begins a project: a folder with a configuration that explains itself, its schema, and a script for Slurm."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from megatron_samoe.cli.arguments import Words, adder, program, text_parser
+import tyro
+
+from megatron_samoe.cli.program import program
 from megatron_samoe.config.schema import explained_yaml, json_schema
 from megatron_samoe.datasets.bin_readers import is_remote
 from megatron_samoe.datasets.preprocess.inputs import find_inputs
@@ -77,19 +77,6 @@ srun --kill-on-bad-exit=0 torchrun --nnodes "1:$SLURM_NNODES" --nproc-per-node 8
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    parser = text_parser(__doc__)
-    add = adder(parser)
-    add("name", Path, "folder to make", metavar="NAME")
-    add("--text", [str], "text to train on: files or folders, in any form that megatron-samoe preprocess reads; size of model "
-        "and commands are made for it", default=None, metavar="FILE")  # fmt: skip
-    add("--expert-layout", ("samoe", "moe", "dense"), "kind of model that the configuration is for; samoe if not given",
-        default=None)  # fmt: skip
-    add("--example", str, "copy an example in place of it: " + ", ".join(examples()), metavar="EXAMPLE")
-    return parser
-
-
 def examples() -> dict[str, Path]:
     """Returns the examples by name: configurations of models, and studies."""
     root = checkout()
@@ -137,38 +124,54 @@ def _commands(text: Sequence[str] | None, folder: Path) -> tuple[str, bool]:
     return COMMANDS.format(text=shlex.join(words), cut=cut, vocab_size=4096 if is_small else 8192), is_small
 
 
-@program
-def main(words: Words) -> None:
-    """Runs the command."""
-    options = make_parser().parse_args(words)
-    folder: Path = options.name
-    if folder.exists():
-        raise ConfigError("NAME", str(folder), "is there already; give another")
-    if options.example is not None and options.expert_layout is not None:
-        raise ConfigError("--expert-layout", options.expert_layout, "is what the example says; leave out --example")
-    if options.example is not None and options.text is not None:
-        raise ConfigError("--text", " ".join(options.text), "has no meaning beside --example")
-    commands = ""
-    if options.example is None:
-        commands, is_small = _commands(options.text, folder)
-        comment = COMMENT.format(commands="".join(f"#   {line}\n" for line in commands.splitlines()))
-        text = HEAD + comment + explained_yaml(_shown(options.expert_layout or "samoe", is_small))
-        files = {"config.yaml": text, "pretrain.slurm": SLURM.format(name=folder.name)}
-    else:
-        files = _example(options.example)
-    if "config.yaml" in files:
-        files["schema.json"] = json.dumps(json_schema(), indent=1) + "\n"
-    try:
-        (folder / "data").mkdir(parents=True)
-        for name, text in files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{folder} cannot be made: {error.strerror or error}") from None
-    first, *others = files
-    print(f"{folder}: {first} (begin there), {', '.join(others)}")
-    if options.text:
-        print(f"\nFrom the text to a model that answers:\n\ncd {shlex.quote(str(folder))}\n{commands}", end="")
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """Begins a project: `megatron-samoe init NAME` makes a folder with a configuration that explains itself, a JSON schema by
+    which editors check and complete it, and a script for Slurm.
+    """
+
+    name: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="NAME")]
+    """folder to make"""
+    text: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="FILE [FILE ...]")] = None
+    """text to train on: files or folders, in any form that megatron-samoe preprocess reads; size of model and commands are
+    made for it"""
+    expert_layout: Literal["samoe", "moe", "dense"] | None = None
+    """kind of model that the configuration is for; samoe if not given"""
+    example: Annotated[
+        str | None,
+        tyro.conf.arg(metavar="EXAMPLE", help=f"copy an example in place of it: {', '.join(examples())}"),
+    ] = None
+
+    def run(self) -> None:
+        """Makes it."""
+        folder = self.name
+        if folder.exists():
+            raise ConfigError("NAME", str(folder), "is there already; give another")
+        if self.example is not None and self.expert_layout is not None:
+            raise ConfigError("--expert-layout", self.expert_layout, "is what the example says; leave out --example")
+        if self.example is not None and self.text is not None:
+            raise ConfigError("--text", " ".join(self.text), "has no meaning beside --example")
+        commands = ""
+        if self.example is None:
+            commands, is_small = _commands(self.text, folder)
+            comment = COMMENT.format(commands="".join(f"#   {line}\n" for line in commands.splitlines()))
+            text = HEAD + comment + explained_yaml(_shown(self.expert_layout or "samoe", is_small))
+            files = {"config.yaml": text, "pretrain.slurm": SLURM.format(name=folder.name)}
+        else:
+            files = _example(self.example)
+        if "config.yaml" in files:
+            files["schema.json"] = json.dumps(json_schema(), indent=1) + "\n"
+        try:
+            (folder / "data").mkdir(parents=True)
+            for name, text in files.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"{folder} cannot be made: {error.strerror or error}") from None
+        first, *others = files
+        print(f"{folder}: {first} (begin there), {', '.join(others)}")
+        if self.text:
+            print(f"\nFrom the text to a model that answers:\n\ncd {shlex.quote(str(folder))}\n{commands}", end="")
 
 
 def _example(name: str) -> dict[str, str]:
@@ -188,6 +191,8 @@ def _example(name: str) -> dict[str, str]:
         f"configs/{varied.name}": varied.read_text(encoding="utf-8"),
     }
 
+
+main = program(Init)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 
-from megatron_samoe.cli.arguments import Parser, Words, adder, program
+from megatron_samoe.cli.program import program
 from megatron_samoe.datasets.indexed_dataset import IndexedDataset
 from megatron_samoe.datasets.merge import find_datasets, merge
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    parser = Parser("Joins datasets into one, by streaming.")
-    add = adder(parser)
-    add("--input", [str], "prefixes, or folders (all their datasets, by name)", required=True)
-    add("--output-prefix", str, "path of the result without .bin and .idx", required=True)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Joins datasets into one, by streaming."""
+
+    input: tuple[str, ...]
+    """prefixes, or folders (all their datasets, by name)"""
+    output_prefix: str
+    """path of the result without .bin and .idx"""
+
+    def run(self) -> None:
+        """Joins them."""
+        prefixes = find_datasets(self.input)
+        merge(prefixes, self.output_prefix)
+        result = IndexedDataset(self.output_prefix)
+        found = f"{result.num_documents:,} documents, {result.num_tokens:,} tokens"
+        print(f"{len(prefixes)} datasets -> {self.output_prefix}: {found}")
 
 
-@program
-def main(words: Words) -> None:
-    """Runs the command and returns its exit status."""
-    args = make_parser().parse_args(words)
-    prefixes = find_datasets(args.input)
-    merge(prefixes, args.output_prefix)
-    result = IndexedDataset(args.output_prefix)
-    print(
-        f"{len(prefixes)} datasets -> {args.output_prefix}: {result.num_documents:,} documents, "
-        f"{result.num_tokens:,} tokens"
-    )
-
+main = program(Merge)
 
 if __name__ == "__main__":
     sys.exit(main())

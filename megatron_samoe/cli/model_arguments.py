@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import torch.distributed as dist
+import tyro
 
-from megatron_samoe.cli.arguments import Options, Words, adder
+from megatron_samoe.cli.arguments import Options, adder
+from megatron_samoe.cli.program import Commands, Count, Group, Number, Program, Words, main_of, read
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging
@@ -18,8 +21,54 @@ from megatron_samoe.parallel_state import ParallelState, backend
 from megatron_samoe.runtime.load import LoadedModel, load_model
 from megatron_samoe.runtime.ranks import join_ranks
 
-#: Options that say over how many ranks a model is spread; ParallelConfig has the same fields.
-SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutOptions:
+    """Over how many ranks a model is spread; ParallelConfig has the same fields."""
+
+    tensor_model_parallel_size: Number = 1
+    pipeline_model_parallel_size: Number = 1
+    expert_model_parallel_size: Number = 1
+
+    def layout(self) -> ParallelConfig:
+        """Returns the layout that was asked for."""
+        return ParallelConfig(**{f.name: getattr(self, f.name) for f in fields(LayoutOptions)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CheckpointOptions:
+    load: str
+    """folder of a run or of checkpoints, saved by any layout"""
+    tokenizer_model: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """in place of the tokenizer that the checkpoint carries"""
+    ckpt_step: Count = None
+    """iteration; the newest if not given"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(LayoutOptions, _CheckpointOptions):
+    """A checkpoint, and the ranks over which its model is spread."""
+
+    def join(self, num_threads: int | None = None) -> ParallelState:
+        """Joins the torchrun job, if this is one; ConfigError for a number of threads that no process has."""
+        if num_threads is not None and num_threads < 1:
+            raise ConfigError("--num-threads", num_threads, "must be 1 or more")
+        return join_ranks(self.layout(), num_threads)
+
+    def loaded(self, parallel: ParallelState, combine: bool = True, folder: str | None = None) -> LoadedModel:
+        """Returns the model of the checkpoint, or that of another folder."""
+        return load_model(
+            self.load if folder is None else folder,
+            parallel,
+            self.layout(),
+            ckpt_step=self.ckpt_step,
+            combine=combine,
+            tokenizer_model=self.tokenizer_model,
+        )
+
+
+# Of `evaluate`, which argparse reads.
+SIZES = tuple(f.name for f in fields(LayoutOptions))
 
 
 def add_model_arguments(group: argparse._ActionsContainer, required: bool = True) -> None:
@@ -41,19 +90,15 @@ def layout_of(options: Options) -> ParallelConfig:
     return ParallelConfig(**{size: getattr(options, size) for size in SIZES})
 
 
-def join(options: Options, num_threads: int | None = None) -> ParallelState:
-    """Joins the torchrun job, if this is one; ConfigError for a number of threads that no process has."""
-    if num_threads is not None and num_threads < 1:
-        raise ConfigError("--num-threads", num_threads, "must be 1 or more")
-    return join_ranks(layout_of(options), num_threads)
+def join(options: Options) -> ParallelState:
+    """Joins the torchrun job, if this is one."""
+    return join_ranks(layout_of(options))
 
 
-def load(options: Options, parallel: ParallelState, combine: bool = True, folder: str | None = None) -> LoadedModel:
-    """Returns the model that `add_model_arguments` names, or that of another folder."""
-    return load_model(
-        options.load if folder is None else folder, parallel, layout_of(options), ckpt_step=options.ckpt_step, combine=combine,
-        tokenizer_model=options.tokenizer_model,
-    )  # fmt: skip
+def load(options: Options, parallel: ParallelState) -> LoadedModel:
+    """Returns the model that `add_model_arguments` names."""
+    step, tokenizer = options.ckpt_step, options.tokenizer_model
+    return load_model(options.load, parallel, layout_of(options), ckpt_step=step, tokenizer_model=tokenizer)
 
 
 def this_rank() -> int:
@@ -61,14 +106,16 @@ def this_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def rank_program(command: Callable[[Words], int | None]) -> Callable[..., int]:
-    """Returns a program's main that gives the exit status: an error that all ranks meet is shown by the first alone."""
+def rank_program(command: Commands | Callable[[Words], int | None]) -> Program:
+    """Returns the main of a command that ranks run together: an error that all meet is shown by the first alone."""
+    run: Any = command
+    if isinstance(command, (type, Group)):
+        run = lambda words: read(command, words).run()  # noqa: E731
 
-    @functools.wraps(command)
     def main(words: Words = None) -> int:
         configure_logging(this_rank())
         try:
-            return command(words) or 0
+            return run(words) or 0
         except MegatronSamoeError as error:
             if this_rank() == 0 or not error.collective:
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -78,4 +125,4 @@ def rank_program(command: Callable[[Words], int | None]) -> Callable[..., int]:
             if dist.is_initialized() and sys.exc_info()[0] is None:
                 backend.leave_distributed()
 
-    return main
+    return main_of(command, main) if isinstance(command, (type, Group)) else main  # type: ignore[return-value]

@@ -1,19 +1,14 @@
-"""Ranks the parallel layouts of a model on a cluster: memory, traffic and time per step, and the flags to use.
-
-All options of the pretrain program describe the model and the batch (--config FILE.yaml, or flags). Options of the layout
-that are given there are kept; the others are chosen here. Figures of time come from a model, not from a run.
-"""
+"""Ranks the parallel layouts of a model on a cluster."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_samoe.cli.arguments import Options, Words, adder, program, text_parser
+from megatron_samoe.cli.program import HandsOn, program
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.parallel import ParallelConfig
@@ -30,41 +25,82 @@ POSITIVE = ("world_size", "gpus_per_node", "memory_gb", "flops", "intra_bandwidt
             "memory_bandwidth", "efficiency", "top")  # fmt: skip
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of what describes the cluster and the output."""
-    parser = text_parser(__doc__)
-    add = adder(parser)
-    add("--world-size", int, "ranks, one per GPU", required=True)
-    add("--gpus-per-node", 8)
-    add("--memory-gb", 72.0, "memory of a GPU that tensors may fill, 1e9 bytes")
-    add("--flops", 989e12, "peak of a GPU's matrix products per second")
-    add("--efficiency", 0.45, "share of the peak that products reach")
-    add("--intra-bandwidth", 450.0, "GB/s that a GPU sends inside its node")
-    add("--inter-bandwidth", 50.0, "GB/s that a GPU sends to other nodes")
-    add("--memory-bandwidth", 3350.0, "GB/s of a GPU's memory")
-    add("--latency-us", 10.0, "of one hop of a collective")
-    add("--micro-batch-sizes", [int], "to choose from; default: --micro-batch-size", default=[])
-    add("--choose-all", bool, "choose also what the configuration says of the layout")
-    add("--top", 10, "layouts to show")
-    add("--json", bool, "print JSON instead of tables")
-    add("--plot", Path, "draw the best layout's rank grid as a PNG")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Plan(HandsOn):
+    """Ranks the parallel layouts of a model on a cluster: memory, traffic and time per step, and the flags to use.
 
+    All options of the pretrain program describe the model and the batch (--config FILE.yaml, or flags). Options of the layout
+    that are given there are kept; the others are chosen here. Figures of time come from a model, not from a run.
+    """
 
-def cluster_of(options: Options) -> Cluster:
-    """Returns the cluster that the options describe; ConfigError for sizes that no cluster has."""
-    for name in POSITIVE:
-        if not 0 < getattr(options, name) < float("inf"):
-            raise ConfigError(flag(name), getattr(options, name), "must be above 0")
-    if not 0 <= options.latency_us < float("inf"):
-        raise ConfigError("--latency-us", options.latency_us, "must be 0 or more")
-    if any(size < 1 for size in options.micro_batch_sizes):
-        raise ConfigError("--micro-batch-sizes", options.micro_batch_sizes, "must be positive integers")
-    return Cluster(
-        options.world_size, options.gpus_per_node, options.memory_gb * 1e9, options.flops,
-        options.intra_bandwidth * 1e9, options.inter_bandwidth * 1e9, options.memory_bandwidth * 1e9, options.efficiency,
-        options.latency_us * 1e-6,
-    )  # fmt: skip
+    world_size: int
+    """ranks, one per GPU"""
+    gpus_per_node: int = 8
+    memory_gb: float = 72.0
+    """memory of a GPU that tensors may fill, 1e9 bytes"""
+    flops: float = 989e12
+    """peak of a GPU's matrix products per second"""
+    efficiency: float = 0.45
+    """share of the peak that products reach"""
+    intra_bandwidth: float = 450.0
+    """GB/s that a GPU sends inside its node"""
+    inter_bandwidth: float = 50.0
+    """GB/s that a GPU sends to other nodes"""
+    memory_bandwidth: float = 3350.0
+    """GB/s of a GPU's memory"""
+    latency_us: float = 10.0
+    """of one hop of a collective"""
+    micro_batch_sizes: tuple[int, ...] = ()
+    """to choose from; default: --micro-batch-size"""
+    choose_all: bool = False
+    """choose also what the configuration says of the layout"""
+    top: int = 10
+    """layouts to show"""
+    json: bool = False
+    """print JSON instead of tables"""
+    plot: Path | None = None
+    """draw the best layout's rank grid as a PNG"""
+
+    def run(self) -> None:
+        """Ranks them."""
+        cluster = self.cluster()
+        config = parse_pretrain_args(self.others, prog="megatron-samoe plan")
+        if self.choose_all:
+            config = replace(config, parallel=ParallelConfig())
+        vocab_size = config.data.vocab_size or tokenizer_of(config.data).vocab_size
+        layouts = plan_layouts(config, vocab_size, cluster, self.micro_batch_sizes)
+        shown = layouts[: self.top]
+        if self.json:
+            print(as_json(shown))
+        else:
+            print(f"{len(layouts)} layouts fit {cluster.world_size} ranks of {self.memory_gb:g} GB; the fastest:\n")
+            print(layouts_table(shown))
+            print("\n" + best_in_detail(layouts[0]))
+        if self.plot is not None:
+            title = f"{config.moe.expert_layout}, {cluster.world_size} ranks: {layouts[0].name()}"
+            draw_layout(self.plot, layouts[0].config, cluster.world_size, title, cluster.gpus_per_node)
+            print(f"picture: {self.plot}", file=sys.stderr)
+
+    def cluster(self) -> Cluster:
+        """Returns the cluster that the options describe; ConfigError for sizes that no cluster has."""
+        for name in POSITIVE:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(flag(name), getattr(self, name), "must be above 0")
+        if not 0 <= self.latency_us < float("inf"):
+            raise ConfigError("--latency-us", self.latency_us, "must be 0 or more")
+        if any(size < 1 for size in self.micro_batch_sizes):
+            raise ConfigError("--micro-batch-sizes", self.micro_batch_sizes, "must be positive integers")
+        return Cluster(
+            self.world_size,
+            self.gpus_per_node,
+            self.memory_gb * 1e9,
+            self.flops,
+            self.intra_bandwidth * 1e9,
+            self.inter_bandwidth * 1e9,
+            self.memory_bandwidth * 1e9,
+            self.efficiency,
+            self.latency_us * 1e-6,
+        )
 
 
 def layouts_table(layouts: Sequence[PlannedLayout]) -> str:
@@ -119,28 +155,7 @@ def as_json(layouts: Sequence[PlannedLayout]) -> str:
     return json.dumps(rows, indent=1)
 
 
-@program
-def main(words: Words) -> None:
-    """Runs the command and returns its exit status."""
-    options, rest = make_parser().parse_known_args(words)
-    cluster = cluster_of(options)
-    config = parse_pretrain_args(rest, prog="megatron-samoe plan")
-    if options.choose_all:
-        config = replace(config, parallel=ParallelConfig())
-    vocab_size = config.data.vocab_size or tokenizer_of(config.data).vocab_size
-    layouts = plan_layouts(config, vocab_size, cluster, options.micro_batch_sizes)
-    shown = layouts[: options.top]
-    if options.json:
-        print(as_json(shown))
-    else:
-        print(f"{len(layouts)} layouts fit {cluster.world_size} ranks of {options.memory_gb:g} GB; the fastest:\n")
-        print(layouts_table(shown))
-        print("\n" + best_in_detail(layouts[0]))
-    if options.plot is not None:
-        title = f"{config.moe.expert_layout}, {cluster.world_size} ranks: {layouts[0].name()}"
-        draw_layout(options.plot, layouts[0].config, cluster.world_size, title, cluster.gpus_per_node)
-        print(f"picture: {options.plot}", file=sys.stderr)
-
+main = program(Plan)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,10 +11,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import dropwhile, takewhile
-from typing import Any, NoReturn, Protocol, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Protocol
 
 import tyro
 
+from megatron_samoe.cli.command import usage
 from megatron_samoe.errors import DataError, MegatronSamoeError, nearest
 
 
@@ -39,12 +41,22 @@ class Group:
     elsewhere: str = ""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HandsOn:
+    """A command that hands on the words that it does not know: flags of pretraining."""
+
+    others: tyro.conf.Suppress[tuple[str, ...]] = ()
+
+
 #: A class of commands, or several; a function finds out which there are.
 Commands = type[Any] | Group | Callable[[], Group]
 #: The words of a command line; those of this process if not given.
 Words = Sequence[str] | None
 #: Groups of fields give their flags no prefix, a switch has no opposite, and only a default is None.
 FORMS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+#: Types of options whose help shows N.
+Number = Annotated[int, tyro.conf.arg(metavar="N")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 #: Before a word that is a value although it begins with a dash.
 _VALUE = "\0"
 _NUMBERS = {int: "a whole number", float: "a number"}
@@ -64,7 +76,7 @@ def _value_rules() -> tyro.constructors.ConstructorRegistry:
     @registry.primitive_rule
     def value(info: Any) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
         kind = info.type
-        if kind not in (str, *_NUMBERS):
+        if kind not in (str, Path, *_NUMBERS):
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
@@ -88,30 +100,24 @@ def read(command: Commands, words: Words = None, prog: str | None = None) -> Any
     """
     words, prog = list(sys.argv[1:] if words is None else words), prog or os.path.basename(sys.argv[0])
     if isinstance(command, type):
-        return read_known(command, words, prog)[0]
+        return _read_one(command, words, prog)
     group = command if isinstance(command, Group) else command()
     name, rest = (words or [""])[0], words[1:]
     if name in ("-h", "--help"):
         print(usage(prog, {name: summary(one) for name, one in group.commands.items()}, group.text))
         raise SystemExit(0)
     if name not in group.commands:
-        told = f"{name} is not known.{nearest(name, group.commands)}" if name else "a command is missing."
+        told = f"{name} is not known.{nearest(name, (*group.commands, '--help'))}" if name else "a command is missing."
         _refuse(prog, f"{told} {group.elsewhere or 'There are ' + ', '.join(group.commands) + '.'}")
     return read(group.commands[name], rest, f"{prog} {name}")
 
 
-def read_known(command: type[Any], words: Sequence[str], prog: str, others: bool = False) -> tuple[Any, list[str]]:
-    """Returns the command, and the words that it does not know, where there may be `others`."""
-    flags = {flag: field for flag, field in flags_of(command)}
-    named = [name for word in words if (name := word.split("=")[0].replace("_", "-")).startswith("--")]
-    for name in named:
-        # Before tyro, which would first miss the flag that the misspelt one was meant to be.
-        if not (others or name in flags or name in ("--", "--help") or " " in name):
-            _refuse(prog, f"{name} is not known.{nearest(name, flags)}")
+def _read_one(command: type[Any], words: Sequence[str], prog: str) -> Any:
+    hands_on = issubclass(command, HandsOn)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            found: tuple[Any, list[str]] = tyro.cli(
+            found, others = tyro.cli(
                 command,
                 args=[_VALUE + word if word.startswith("-") and " " in word else word for word in words],
                 prog=prog,
@@ -121,24 +127,48 @@ def read_known(command: type[Any], words: Sequence[str], prog: str, others: bool
             )
     except SystemExit as end:
         if end.code:
-            _refuse(prog, _sentence(box.getvalue(), prog))
+            _refuse(prog, "" if hands_on else _misspelt(command, words), _sentence(box.getvalue(), prog))
         raise
-    if found[1] and not others:
-        _refuse(prog, f"{' '.join(found[1])} has no meaning here.")
-    for name, field in flags.items():
-        if getattr(found[0], field, None) == () and name in named:
-            _refuse(prog, f"{name} needs a value.")
+    if hands_on:
+        return dataclasses.replace(found, others=tuple(word.removeprefix(_VALUE) for word in others))
+    if others:
+        _refuse(prog, _misspelt(command, others), f"{' '.join(others)} has no meaning here.")
+    named = {word.split("=")[0].replace("_", "-") for word in words}
+    for flag in _empty(found):
+        if flag in named:
+            _refuse(prog, f"{flag} needs a value.")
     return found
 
 
-def flags_of(command: type[Any]) -> Iterator[tuple[str, str]]:
-    """Yields the flags of a command with the names of their fields, those of groups of fields too."""
-    hints = get_type_hints(command)
-    for field in dataclasses.fields(command):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from flags_of(hints[field.name])
-        else:
-            yield f"--{field.name.replace('_', '-')}", field.name
+def _misspelt(command: type[Any], words: Sequence[str]) -> str:
+    """Returns a sentence about the first flag that is not known, which is worth more than what tyro misses in its place."""
+    flags = flags_of(command)
+    for word in words:
+        name = word.split("=")[0].replace("_", "-")
+        if name.startswith("--") and " " not in name and name not in flags:
+            return f"{name} is not known.{nearest(name, flags)}"
+    return ""
+
+
+def _empty(found: Any) -> Iterator[str]:
+    """Yields the flags of options that take several values and have none."""
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        if value == ():
+            yield f"--{field.name.replace('_', '-')}"
+        elif dataclasses.is_dataclass(value):
+            yield from _empty(value)
+
+
+def flags_of(command: Commands) -> set[str]:
+    """Returns the flags that --help shows, of all commands of a group."""
+    if not isinstance(command, type):
+        group = command if isinstance(command, Group) else command()
+        return {flag for one in group.commands.values() for flag in flags_of(one)}
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        tyro.cli(command, args=["--help"], config=FORMS)
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", shown.getvalue()))
 
 
 def summary(command: Commands) -> str:
@@ -147,26 +177,18 @@ def summary(command: Commands) -> str:
     return (text or "").strip().partition("\n")[0]
 
 
-def usage(prog: str, commands: Mapping[str, str], text: str = "") -> str:
-    """Returns what --help prints of several commands, given what each does."""
-    width = max(map(len, commands))
-    lines = "\n".join(f"  {name:{width}}  {what}" for name, what in commands.items())
-    above = f"{text.strip()}\n\n" if text else ""
-    return f"usage: {prog} COMMAND ...\n\n{above}{lines}\n\n{prog} COMMAND --help tells about each."
-
-
 def _sentence(box: str, prog: str) -> str:
     """Returns what tyro says of a mistake in a box, or between rules where the terminal draws none, as one sentence."""
     _, *lines = (re.sub("[-─]{3,}", "---", line.strip("│╭╮╰╯ ")) for line in box.splitlines())
-    told = " ".join(
-        " ".join(takewhile(lambda line: line != "---", dropwhile(lambda line: line == "---", lines))).split()
-    )
+    body = takewhile(lambda line: line != "---", dropwhile(lambda line: line == "---", lines))
+    told = " ".join(" ".join(body).split())
     told = re.sub(r"no type matching .* Got errors: - <class '\w+'>: ", "", told.removeprefix("Error parsing "))
     return told.replace(f"Missing from {prog}:", "needs")
 
 
-def _refuse(prog: str, message: str) -> NoReturn:
-    print(f"{prog}: {message}", file=sys.stderr)
+def _refuse(prog: str, *messages: str) -> NoReturn:
+    """Ends with the first message that says something."""
+    print(f"{prog}: {next(filter(None, messages))}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -196,5 +218,10 @@ def program(command: Commands) -> Program:
             print(f"error: {DataError(str(error))}", file=sys.stderr)
             return 1
 
+    return main_of(command, main)
+
+
+def main_of(command: Commands, main: Callable[..., int]) -> Program:
+    """Returns a main that knows what it reads."""
     main.command = command  # type: ignore[attr-defined]
     return main  # type: ignore[return-value]

@@ -1,28 +1,21 @@
-"""The main job on real text, on one machine: tokenizer, dataset, four pretraining runs, table, samples, report.
-
-`megatron-samoe quickstart` trains four GPTs with equal active parameters on two novels by Jane Austen, with the same
-data and steps: a dense one, a standard MoE, a SaMoE (one pool of expert banks that all layers combine) and the same pool
-without learning to combine it. Two run side by side, one thread each. The SaMoE's last steps are trained on two ranks
-with expert parallelism over gloo, which resume the checkpoint of one process. Everything is also shown as the command
-that a user would type.
-"""
+"""The main job on real text, on one machine: `megatron-samoe quickstart`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from megatron_samoe import children
-from megatron_samoe.cli.arguments import Words, adder, program, text_parser
+from megatron_samoe.cli.program import program
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.report import write_report
 from megatron_samoe.evaluation.run_summary import format_table, read_run, summary_table
@@ -201,39 +194,50 @@ def train_side_by_side(commands: Mapping[str, tuple[list[str], int]], out: Path,
             training.process.terminate()
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    parser = text_parser(__doc__)
-    add = adder(parser)
-    add("--output-dir", str, "where everything goes", default="runs/quickstart")
-    add("--train-iters", int, "steps of each model", default=320)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Quickstart:
+    """The main job on real text, on one machine: tokenizer, dataset, four pretraining runs, table, samples, report.
 
+    Trains four GPTs with equal active parameters on two novels by Jane Austen, with the same data and steps: a dense one, a
+    standard MoE, a SaMoE (one pool of expert banks that all layers combine) and the same pool without learning to combine it.
+    Two run side by side, one thread each. The SaMoE's last steps are trained on two ranks with expert parallelism over gloo,
+    which resume the checkpoint of one process. Everything is also shown as the command that a user would type.
+    """
 
-@program
-def main(words: Words) -> None:
-    """Runs all steps."""
-    options = make_parser().parse_args(words)
-    out, steps = Path(options.output_dir), options.train_iters
-    if steps <= PARALLEL_STEPS:
-        raise ConfigError("--train-iters", steps, f"must be above {PARALLEL_STEPS}, the steps that two ranks train")
-    common = [*prepare_data(out), "--train-iters", str(steps)]
-    print("\n== 3/5 pretrain four models, two at a time", flush=True)
-    config = ["--config", str(CONFIG)]
-    commands = {}
-    for name, flags in MODELS.items():
-        last = steps - PARALLEL_STEPS * (name == FINISHED_BY_TWO)
-        stop = ["--exit-interval", str(last)] if last < steps else []
-        words = [*config, *flags, *common, *stop, "--run-dir", str(out / name), "--num-threads", "1"]
-        commands[name] = [*PROGRAM, "pretrain", *words], last
-    train_side_by_side(commands, out)
-    run(
-        [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "megatron_samoe", "pretrain",
-         *config, *MODELS[FINISHED_BY_TWO], *common,
-         "--expert-model-parallel-size", "2", "--micro-batch-size", "8", "--run-dir", str(out / FINISHED_BY_TWO)],
-        f"4/5 go on with {FINISHED_BY_TWO} on two ranks, half of the experts on each, for its last {PARALLEL_STEPS} steps",
-    )  # fmt: skip
-    report(out)
+    output_dir: Path = Path("runs/quickstart")
+    """where everything goes"""
+    train_iters: int = 320
+    """steps of each model"""
+
+    def run(self) -> None:
+        """Runs all steps."""
+        out, steps = self.output_dir, self.train_iters
+        if steps <= PARALLEL_STEPS:
+            raise ConfigError("--train-iters", steps, f"must be above {PARALLEL_STEPS}, the steps that two ranks train")
+        common = [*prepare_data(out), "--train-iters", str(steps)]
+        print("\n== 3/5 pretrain four models, two at a time", flush=True)
+        config = ["--config", str(CONFIG)]
+        commands = {}
+        for name, flags in MODELS.items():
+            last = steps - PARALLEL_STEPS * (name == FINISHED_BY_TWO)
+            stop = ["--exit-interval", str(last)] if last < steps else []
+            words = [*config, *flags, *common, *stop, "--run-dir", str(out / name), "--num-threads", "1"]
+            commands[name] = [*PROGRAM, "pretrain", *words], last
+        train_side_by_side(commands, out)
+        split = [
+            "--expert-model-parallel-size",
+            "2",
+            "--micro-batch-size",
+            "8",
+            "--run-dir",
+            str(out / FINISHED_BY_TWO),
+        ]
+        run(
+            [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "megatron_samoe", "pretrain",
+             *config, *MODELS[FINISHED_BY_TWO], *common, *split],
+            f"4/5 go on with {FINISHED_BY_TWO} on two ranks, half of the experts on each, for its last {PARALLEL_STEPS} steps",
+        )  # fmt: skip
+        report(out)
 
 
 def report(out: Path) -> None:
@@ -258,6 +262,8 @@ def report(out: Path) -> None:
     write_report(page, "Quickstart: dense, MoE and SaMoE on two novels", list(runs.values()), notes, samples)
     print(f"\nreport: {page}")
 
+
+main = program(Quickstart)
 
 if __name__ == "__main__":
     sys.exit(main())

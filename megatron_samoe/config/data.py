@@ -8,6 +8,8 @@ from typing import Literal
 from megatron_samoe.config import needs
 from megatron_samoe.config.option import AT_LEAST_ZERO, BY_RULES, option
 
+TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteTokenizer"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -39,9 +41,7 @@ class DataConfig:
     """Let no token attend to an earlier document."""
     eod_mask_loss: bool = option(False)
     """Leave the prediction that follows an end-of-document token out of the loss."""
-    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "GPT2BPETokenizer", "ByteTokenizer"] = (
-        option("ByteTokenizer")
-    )
+    tokenizer_type: TokenizerType = option("ByteTokenizer")  # noqa: RUF009
     """Kind of the tokenizer."""
     tokenizer_model: str | None = option(None, needs=needs.TOKENIZER_FILE)
     """SentencePiece .model, or tokenizer.json."""

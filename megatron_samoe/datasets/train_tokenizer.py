@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
+from typing import Literal
 
 from megatron_samoe.datasets import manifest
 from megatron_samoe.datasets.preprocess import inputs, records
@@ -13,7 +14,7 @@ from megatron_samoe.datasets.preprocess.options import PreprocessOptions
 from megatron_samoe.errors import DataError
 from megatron_samoe.parsing import JsonObject
 
-TYPES = ("sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe")
+TokenizerKind = Literal["sentencepiece-bpe", "sentencepiece-unigram", "byte-bpe"]
 EOD = "<|endoftext|>"
 # SentencePiece drops longer "sentences"; longer lines are cut at white space below this.
 _MAX_LINE_BYTES = 4096

@@ -6,59 +6,86 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
 
-from megatron_samoe.datasets.tokenizer import TOKENIZER_TYPES
+from megatron_samoe.config.data import TokenizerType
 from megatron_samoe.errors import DataError, nearest
 from megatron_samoe.parsing import JsonObject
 
 DEFAULT_CHUNK_BYTES = 1 << 20
-INPUT_FORMATS = ("auto", "jsonl", "text", "parquet")
-#: What options may be; the first is the default.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "input_format": INPUT_FORMATS, "on_bad_input": ("fail", "skip"), "executor": ("process", "ray", "inline"),
-    "deduplicate": ("none", "exact", "minhash"), "tokenizer_type": TOKENIZER_TYPES,
-}  # fmt: skip
+InputFormat = Literal["auto", "jsonl", "text", "parquet"]
+OnBadInput = Literal["fail", "skip"]
 # These change how a run goes, not what it writes.
-_NOT_IN_OUTPUT = ("workers", "resume", "on_bad_input", "executor", "log_interval", "quiet")
+_NOT_IN_OUTPUT = ("workers", "resume", "on_bad_input", "executor", "log_interval", "quiet", "overwrite", "partitions",
+                  "keep_sequential_samples")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """Options of `megatron-samoe preprocess`; see its --help for their meaning."""
+    """Options of a run."""
 
     input: tuple[str, ...]
+    """files, globs, folders, URLs, or - for standard input"""
     output_prefix: str
-    tokenizer_type: str = "ByteTokenizer"
+    """path of the output without _{key}_document.bin"""
+    tokenizer_type: TokenizerType = "ByteTokenizer"
+    """kind of tokenizer"""
     tokenizer_model: str | None = None
+    """SentencePiece .model, or tokenizer.json"""
     vocab_file: str | None = None
+    """GPT-2 vocabulary (JSON)"""
     merge_file: str | None = None
+    """GPT-2 merges"""
+    input_format: InputFormat = "auto"
+    """auto goes by the file's name"""
     json_keys: tuple[str, ...] = ("text",)
-    input_format: str = "auto"
+    """keys (Parquet: columns); a dataset for each"""
     document_separator: str | None = None
+    """text files: a line that matches this regular expression at its start begins a new document (and stays in it);
+    blank-line stands for empty lines. Without it and --document-kb a file is one document"""
     document_bytes: int = 0
-    append_eod: bool = False
+    """text files: a document ends at the first blank line after so many, at twice as many anywhere"""
     split_sentences: bool = False
+    """a sequence per sentence"""
     keep_newlines: bool = False
-    workers: int = 1
-    executor: str = "process"
-    on_bad_input: str = "fail"
-    resume: bool = False
-    fix_unicode: bool = False
-    min_chars: int = 0
-    max_chars: int = 0
-    languages: tuple[str, ...] = ()
-    deduplicate: str = "none"
-    minhash_threshold: float = 0.8
-    input_shard: str = "0/1"
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    """keep white space between sentences"""
+    on_bad_input: OnBadInput = "fail"
+    """what to do with a line that is no document; skip reports the count and the first 20"""
     max_document_bytes: int = 256 << 20
+    """a longer line or document is bad input"""
+    input_shard: str = "0/1"
+    """take the I-th of N parts of the input files: for job arrays; join with megatron-samoe merge"""
+    fix_unicode: bool = False
+    """repair mojibake with ftfy"""
+    min_chars: int = 0
+    """leave out shorter documents"""
+    max_chars: int = 0
+    """leave out longer documents; 0 for no limit"""
+    languages: tuple[str, ...] = ()
+    """keep documents in these languages (py3langid codes)"""
+    deduplicate: Literal["none", "exact", "minhash"] = "none"
+    """leave out documents equal, or nearly equal, to an earlier one"""
+    minhash_threshold: float = 0.8
+    """overlap from which minhash drops (about)"""
+    append_eod: bool = False
+    """end each document with the end-of-document token"""
+    resume: bool = False
+    """go on with a run that was stopped"""
+    workers: int = 1
+    """worker processes"""
+    executor: Literal["process", "ray", "inline"] = "process"
+    """where workers run; ray: a Ray cluster (RAY_ADDRESS, else one on this machine)"""
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    """text handed to a worker at once"""
     log_interval: int = 1000
+    """documents between lines in a log file"""
     quiet: bool = False
+    """no progress"""
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
+        for name, hint in get_type_hints(PreprocessOptions).items():
+            value, allowed = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Literal and value not in allowed:
                 flag = f"--{name.replace('_', '-')}"
                 hint = nearest(value, allowed)
                 raise DataError(f"{flag} {value!r} is not known; allowed are {', '.join(allowed)}.{hint}")

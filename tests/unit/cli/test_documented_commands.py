@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from megatron_samoe.cli import completion, program
 from megatron_samoe.cli.command import COMMANDS, module_of
-from megatron_samoe.cli.completion import parser_of
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.derived import flag
 
@@ -25,14 +23,6 @@ PROGRAM = re.compile(
 )
 
 
-def flags_of_parser(parser: argparse.ArgumentParser) -> set[str]:
-    found = set(parser._option_string_actions)
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            found |= {f for sub in action.choices.values() for f in flags_of_parser(sub)}
-    return found
-
-
 @cache
 def pretrain_flags() -> frozenset[str]:
     groups = [getattr(PretrainConfig(), f.name) for f in dataclasses.fields(PretrainConfig)]
@@ -43,7 +33,7 @@ def pretrain_flags() -> frozenset[str]:
 def flags_of(command: str) -> frozenset[str]:
     if command == "pretrain":
         return pretrain_flags()
-    own = frozenset(flags_of_parser(parser_of(importlib.import_module(module_of(command)))))
+    own = frozenset(program.flags_of(completion.command_of(command)))
     return own | pretrain_flags() if command in HAND_ON else own
 
 
