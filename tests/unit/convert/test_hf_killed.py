@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron_samoe.convert.hf.families.dense import LLAMA
 
 from megatron_samoe.cli import convert
 from megatron_samoe.config.data import DataConfig
