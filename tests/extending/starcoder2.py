@@ -57,5 +57,5 @@ FIXED = {"expert_layout": "dense", "normalization": "LayerNorm", "swiglu": False
          "position_embedding_type": "rope", "rotary_percent": 1.0, "qk_layernorm": False, "group_query_attention": True,
          "window_attn_skip_freq": None}  # fmt: skip
 
-FAMILY = Family("starcoder2", "Starcoder2ForCausalLM", "dense, LayerNorm, rotary positions, biases everywhere", TENSORS,
-                ENTRIES, OPTIONS, FIXED)  # fmt: skip
+FAMILY = Family("starcoder2", "Starcoder2ForCausalLM", "dense, LayerNorm, rotary positions, biases everywhere", tensors=TENSORS,
+                entries=ENTRIES, options=OPTIONS, fixed=FIXED)  # fmt: skip

@@ -16,7 +16,7 @@ from megatron_samoe.errors import ConfigError
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
-from tests.extending.starcoder2 import FAMILY
+from tests.extending.starcoder2 import ENTRIES, FAMILY
 from tests.harness.pairs import first_by_day
 from tests.harness.program import REPOSITORY
 
@@ -88,7 +88,7 @@ def test_a_task_of_another_folder_is_scored(tmp_path: Path, capsys: pytest.Captu
     first_by_day(
         [
             ("tests.extending.nowhere:FAMILY", "cannot be loaded: No module named"),
-            ("tests.extending.starcoder2:RULES", "must name a Family, not tuple"),
+            ("tests.extending.starcoder2:TENSORS", "must name a Family, not tuple"),
             ("megatron_samoe.convert.hf.families.llama:LLAMA", "is the name of another family, too"),
         ]
     ),
@@ -106,6 +106,11 @@ def test_a_wrong_entry_point_is_named(
         families.families.cache_clear()
     done = convert(tmp_path, "--load-dir", tmp_path, "--save-dir", tmp_path / "new")
     assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_family_of_functions_says_that_it_must_be_tables() -> None:
+    with pytest.raises(TypeError, match=r"Family old is not made of tables: .*docs/extending\.md"):
+        families.Family("old", "Old", "of functions", (), lambda native: {}, lambda native: (), ENTRIES)
 
 
 def test_the_family_is_not_one_of_ours() -> None:

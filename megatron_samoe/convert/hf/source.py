@@ -60,10 +60,10 @@ class HFSource:
             sizes["num_experts"] = max(place.num_experts for place in moe_layers(native.config))
         shapes = {name: stored.shape for name, stored in self.folder.tensors.items()}
         refuse_other_sizes(sizes, shapes, f"{directory / CONFIG}")
+        validate_model(native.config)  # before the model is built without storage
         self._parts = list(self._named_parts(native))
         self._stored = self._located(tied=not native.model.untie_embeddings_and_output_weights)
         self.native = replace(native, config=self._with_precision(native))
-        validate_model(self.native.config)
         self._parts_of = parts_of(self._parts)
         self._fractions_LE = self._expert_fractions(remembered)
         self.tensors: dict[str, StoredTensor] = dict(self.native.tensors)

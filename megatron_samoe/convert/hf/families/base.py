@@ -89,6 +89,12 @@ class Family:
     knows: tuple[str, ...] = ()
     older_parts: Callable[[NativeModel], Parts] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.entries, Entries):  # of a package for version 0.1, whose families were functions
+            raise TypeError(
+                f"Family {self.name} is not made of tables: its tensors, entries and options (docs/extending.md)"
+            )
+
     def parts(self, native: NativeModel) -> Parts:
         """Yields the tensors of a model in the order of its layers."""
         return parts_by(self.tensors(native) if callable(self.tensors) else self.tensors, native)

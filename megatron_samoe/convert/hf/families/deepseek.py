@@ -208,15 +208,15 @@ DEEPSEEK_V3 = Family(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
     "latent attention; experts by sigmoid scores, biases and groups, and a shared expert",
-    _tensors,
-    _DEEPSEEK_V3_ENTRIES,
-    (
+    tensors=_tensors,
+    entries=_DEEPSEEK_V3_ENTRIES,
+    options=(
         Option(_written_groups, _read_groups),
         *_OPTIONS,
         constant(rope_interleave=True, num_nextn_predict_layers=0),
     ),
-    {**_FIXED, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-    (*_RULES, _two_of_a_group),
+    fixed={**_FIXED, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    rules=(*_RULES, _two_of_a_group),
     knows=_KNOWS,
 )
 _DEEPSEEK_V2_ENTRIES = Entries({
@@ -228,15 +228,15 @@ DEEPSEEK_V2 = Family(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
     "latent attention; experts by softmax scores among all, and a shared expert",
-    _tensors,
-    _DEEPSEEK_V2_ENTRIES,
-    (*_OPTIONS, constant(topk_method="greedy")),
-    {
+    tensors=_tensors,
+    entries=_DEEPSEEK_V2_ENTRIES,
+    options=(*_OPTIONS, constant(topk_method="greedy")),
+    fixed={
         **_FIXED,
         "moe_router_score_function": "softmax",
         "moe_router_enable_expert_bias": False,
         "moe_router_num_groups": None,
     },
-    (*_RULES, _weighs_among_all),
+    rules=(*_RULES, _weighs_among_all),
     knows=_KNOWS,
 )

@@ -104,9 +104,9 @@ MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
     "experts in every layer, weighed among the chosen ones",
-    tensors(*_MIXTRAL_EXPERTS),
-    _MIXTRAL_ENTRIES,
-    (
+    tensors=tensors(*_MIXTRAL_EXPERTS),
+    entries=_MIXTRAL_ENTRIES,
+    options=(
         *OPTIONS,
         *ROUTING,
         _AMONG_CHOSEN,
@@ -115,8 +115,8 @@ MIXTRAL = Family(
         same("router_jitter_noise", "moe_input_jitter_eps", float),
         WINDOW,
     ),
-    {**_FIXED, **_NO_SHARED_EXPERT, "qk_layernorm": False, "add_qkv_bias": False, "window_attn_skip_freq": None},
-    (one_number_of_experts, all_layers_are_moe, weighs_among_chosen),
+    fixed={**_FIXED, **_NO_SHARED_EXPERT, "qk_layernorm": False, "add_qkv_bias": False, "window_attn_skip_freq": None},
+    rules=(one_number_of_experts, all_layers_are_moe, weighs_among_chosen),
 )
 
 
@@ -151,10 +151,10 @@ QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
     "experts in any layers, norms of each head's queries and keys",
-    tensors(*EXPERTS),
-    _QWEN3_MOE_ENTRIES,
-    (*_QWEN, constant(attention_bias=False)),
-    {
+    tensors=tensors(*EXPERTS),
+    entries=_QWEN3_MOE_ENTRIES,
+    options=(*_QWEN, constant(attention_bias=False)),
+    fixed={
         **_FIXED,
         "sliding_window": None,
         **_NO_SHARED_EXPERT,
@@ -162,7 +162,7 @@ QWEN3_MOE = Family(
         "qk_layernorm_scope": "head",
         "add_qkv_bias": False,
     },
-    (one_number_of_experts,),
+    rules=(one_number_of_experts,),
 )
 
 
@@ -205,11 +205,15 @@ QWEN2_MOE = Family(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
     "experts in any layers, weighed either way, besides a shared expert",
-    _qwen2_tensors,
-    _QWEN2_MOE_ENTRIES,
-    (*_QWEN, same("qkv_bias", "add_qkv_bias", written="qkv_bias"), Option(_written_shared_expert, _read_shared_expert)),
-    {**_FIXED, "sliding_window": None, "qk_layernorm": False},
-    (one_number_of_experts,),
+    tensors=_qwen2_tensors,
+    entries=_QWEN2_MOE_ENTRIES,
+    options=(
+        *_QWEN,
+        same("qkv_bias", "add_qkv_bias", written="qkv_bias"),
+        Option(_written_shared_expert, _read_shared_expert),
+    ),
+    fixed={**_FIXED, "sliding_window": None, "qk_layernorm": False},
+    rules=(one_number_of_experts,),
 )
 
 
@@ -228,9 +232,9 @@ OLMOE = Family(
     "olmoe",
     "OlmoeForCausalLM",
     "experts in every layer, one norm over all heads' queries and one over all keys",
-    tensors(*EXPERTS),
-    _OLMOE_ENTRIES,
-    (
+    tensors=tensors(*EXPERTS),
+    entries=_OLMOE_ENTRIES,
+    options=(
         *OPTIONS,
         *ROUTING,
         WEIGHTS,
@@ -240,8 +244,8 @@ OLMOE = Family(
         same("clip_qkv", kind=float),
         always(qk_layernorm_scope="all"),
     ),
-    {**_FIXED, "sliding_window": None, **_NO_SHARED_EXPERT, "qk_layernorm": True, "add_qkv_bias": False},
-    (one_number_of_experts, all_layers_are_moe, plain_heads, _norms_all_heads),
+    fixed={**_FIXED, "sliding_window": None, **_NO_SHARED_EXPERT, "qk_layernorm": True, "add_qkv_bias": False},
+    rules=(one_number_of_experts, all_layers_are_moe, plain_heads, _norms_all_heads),
     knows=("clip_qkv",),
 )
 _GRANITE_MOE_ENTRIES = Entries({**GRANITE_ENTRIES, "attention_bias": False, "num_local_experts": 8, "num_experts_per_tok": 2,
@@ -250,9 +254,9 @@ GRANITE_MOE = Family(
     "granitemoe",
     "GraniteMoeForCausalLM",
     "as mixtral, with factors on embeddings, scores, residuals and logits",
-    tensors(*_GRANITE_EXPERTS),
-    _GRANITE_MOE_ENTRIES,
-    (
+    tensors=tensors(*_GRANITE_EXPERTS),
+    entries=_GRANITE_MOE_ENTRIES,
+    options=(
         *OPTIONS,
         *ROUTING,
         _AMONG_CHOSEN,
@@ -261,7 +265,7 @@ GRANITE_MOE = Family(
         Option(lambda native: {"attention_bias": native.model.attention_output_bias}, read_biases),
         FACTORS,
     ),
-    {**_FIXED, "sliding_window": None, **_NO_SHARED_EXPERT, "qk_layernorm": False, "add_qkv_bias": False},
-    (one_number_of_experts, all_layers_are_moe, weighs_among_chosen),
+    fixed={**_FIXED, "sliding_window": None, **_NO_SHARED_EXPERT, "qk_layernorm": False, "add_qkv_bias": False},
+    rules=(one_number_of_experts, all_layers_are_moe, weighs_among_chosen),
     knows=("attention_bias", *MULTIPLIERS),
 )

@@ -64,7 +64,7 @@ GPT2 = Family(
     "gpt2",
     "GPT2LMHeadModel",
     "dense, LayerNorm, learned positions, GELU MLPs, biases everywhere",
-    (
+    tensors=(
         Row("transformer.wte.weight", "embedding.word.weight"),
         Row("transformer.wpe.weight", "embedding.position"),
         *below(
@@ -87,8 +87,8 @@ GPT2 = Family(
         Row("transformer.ln_f.bias", "final_norm.bias"),
         Row("lm_head.weight", "output.weight"),
     ),
-    _GPT2_ENTRIES,
-    (
+    entries=_GPT2_ENTRIES,
+    options=(
         *WORDS,
         same("n_positions", "seq_length", written="max_positions"),
         Option(lambda native: {}, lambda config: {"max_position_embeddings": config["n_positions"]}),
@@ -102,10 +102,10 @@ GPT2 = Family(
         same("layer_norm_epsilon", "norm_epsilon", float),
         same("initializer_range", "init_method_std", float),
     ),
-    {**_FIXED, "position_embedding_type": "learned_absolute"},
-    (plain_heads,),
-    (".attn.bias", ".attn.masked_bias"),
-    ("exact_gelu",),
+    fixed={**_FIXED, "position_embedding_type": "learned_absolute"},
+    rules=(plain_heads,),
+    ignored=(".attn.bias", ".attn.masked_bias"),
+    knows=("exact_gelu",),
 )
 
 
@@ -133,7 +133,7 @@ GPT_NEOX = Family(
     "gpt_neox",
     "GPTNeoXForCausalLM",
     "as gpt2, with rotary positions; attention and MLP one after the other or side by side",
-    (
+    tensors=(
         Row("gpt_neox.embed_in.weight", "embedding.word.weight"),
         *below(
             "gpt_neox.layers.{layer}",
@@ -155,8 +155,8 @@ GPT_NEOX = Family(
         Row("gpt_neox.final_layer_norm.bias", "final_norm.bias"),
         Row("embed_out.weight", "output.weight"),
     ),
-    _GPT_NEOX_ENTRIES,
-    (
+    entries=_GPT_NEOX_ENTRIES,
+    options=(
         *SIZES,
         gelu("hidden_act"),
         same("hidden_dropout", kind=float),
@@ -168,8 +168,8 @@ GPT_NEOX = Family(
         ),
         Option(_written_rotary, _read_rotary),
     ),
-    {**_FIXED, "position_embedding_type": "rope", "rope_scaling_type": None},
-    (plain_heads,),
-    ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
-    ("exact_gelu", "use_parallel_residual", "attention_bias"),
+    fixed={**_FIXED, "position_embedding_type": "rope", "rope_scaling_type": None},
+    rules=(plain_heads,),
+    ignored=("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+    knows=("exact_gelu", "use_parallel_residual", "attention_bias"),
 )

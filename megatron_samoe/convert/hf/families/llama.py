@@ -142,23 +142,23 @@ LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
     "dense, RMSNorm, rotary positions, gated SiLU MLPs",
-    tensors(),
+    tensors=tensors(),
     # The unread ones are written by other programs into Llama's files.
-    Entries({**_LLAMA, "head_dim": may(int)}, unread=("is_llama_config", "rope_interleaved")),
-    (*OPTIONS, BIASES),
-    {**DENSE, "qk_layernorm": False, "add_qkv_bias": False, "sliding_window": None},
-    (whole_heads,),
+    entries=Entries({**_LLAMA, "head_dim": may(int)}, unread=("is_llama_config", "rope_interleaved")),
+    options=(*OPTIONS, BIASES),
+    fixed={**DENSE, "qk_layernorm": False, "add_qkv_bias": False, "sliding_window": None},
+    rules=(whole_heads,),
     knows=("attention_bias",),
 )
 GRANITE = Family(
     "granite",
     "GraniteForCausalLM",
     "as llama, with factors on embeddings, scores, residuals and logits",
-    tensors(),
-    Entries({**GRANITE_ENTRIES, "attention_bias": False, "mlp_bias": False}),
-    (*OPTIONS, BIASES, FACTORS),
-    LLAMA.fixed,
-    LLAMA.rules,
+    tensors=tensors(),
+    entries=Entries({**GRANITE_ENTRIES, "attention_bias": False, "mlp_bias": False}),
+    options=(*OPTIONS, BIASES, FACTORS),
+    fixed=LLAMA.fixed,
+    rules=LLAMA.rules,
     knows=("attention_bias", *MULTIPLIERS),
 )
 _MISTRAL_ENTRIES = Entries({
@@ -170,10 +170,16 @@ MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
     "as llama without biases, with a window of recent tokens in every layer",
-    tensors(),
-    _MISTRAL_ENTRIES,
-    (*OPTIONS, WINDOW),
-    {**DENSE, "qk_layernorm": False, "disable_bias_linear": True, "add_qkv_bias": False, "window_attn_skip_freq": None},
+    tensors=tensors(),
+    entries=_MISTRAL_ENTRIES,
+    options=(*OPTIONS, WINDOW),
+    fixed={
+        **DENSE,
+        "qk_layernorm": False,
+        "disable_bias_linear": True,
+        "add_qkv_bias": False,
+        "window_attn_skip_freq": None,
+    },
 )
 
 QWEN_ENTRIES = {
@@ -185,19 +191,19 @@ QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
     "as llama, with a bias on queries, keys and values only",
-    tensors(),
-    Entries(QWEN_ENTRIES),
-    (*OPTIONS, WINDOW_BY_LAYER),
-    {**DENSE, "qk_layernorm": False, "add_qkv_bias": True},
+    tensors=tensors(),
+    entries=Entries(QWEN_ENTRIES),
+    options=(*OPTIONS, WINDOW_BY_LAYER),
+    fixed={**DENSE, "qk_layernorm": False, "add_qkv_bias": True},
 )
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
     "as llama without biases, with norms of each head's queries and keys",
-    tensors(),
-    Entries({**QWEN_ENTRIES, "head_dim": 128, "attention_bias": only(False)}),
-    (*OPTIONS, WINDOW_BY_LAYER, constant(attention_bias=False)),
-    {
+    tensors=tensors(),
+    entries=Entries({**QWEN_ENTRIES, "head_dim": 128, "attention_bias": only(False)}),
+    options=(*OPTIONS, WINDOW_BY_LAYER, constant(attention_bias=False)),
+    fixed={
         **DENSE,
         "qk_layernorm": True,
         "add_qkv_bias": False,
