@@ -10,6 +10,9 @@ PYTEST := $(BIN)/python -m pytest
 # A package's bytecode is made when it is imported; pip would make that of thousands of modules that nothing imports.
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
+# Without it, each of some hundred interpreters would compile torch and the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: gpu-check docs wheels install quickstart test test-unit test-distributed test-all sanitize lint results-check check-python clean
 
 install: $(VENV)/.installed
@@ -44,7 +47,8 @@ quickstart: install
 # A process for each processor; each takes a file of tests after the other, the long ones between ranks among the first.
 SPREAD := -n logical --dist loadfile --no-loadscope-reorder
 
-test: lint results-check
+test: $(VENV)/.installed-tests
+	@$(MAKE) --no-print-directory -j2 lint results-check
 	$(PYTEST) tests -m "not night" $(SPREAD)
 
 test-unit: $(VENV)/.installed-tests
@@ -53,14 +57,15 @@ test-unit: $(VENV)/.installed-tests
 test-distributed: $(VENV)/.installed-tests
 	$(PYTEST) tests/distributed -m "not night" $(SPREAD)
 
-# Everything. A part that was ended goes on after the tests that have passed on the same commit.
+# Everything, in an order that SEED draws. A part that was ended goes on after the tests that have passed on the same commit.
 SHARD ?= 1/1
 SEARCH_MINUTES ?= 10
+SEED ?= $(shell date +%j)
 COMMIT := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 
 test-all: lint
 	@echo "test-all: part $(SHARD) on commit $(COMMIT)"
-	$(PYTEST) tests $(SPREAD) --durations 30 --shard $(SHARD) --resume build/test-all/$(COMMIT)
+	$(PYTEST) tests $(SPREAD) --durations 30 --shuffle $(SEED) --shard $(SHARD) --resume build/test-all/$(COMMIT)
 	$(if $(filter 1/%,$(SHARD)),$(MAKE) sanitize docs)
 	$(BIN)/python -m tests.search --minutes $(SEARCH_MINUTES) --seed $(firstword $(subst /, ,$(SHARD)))
 	@echo "test-all: part $(SHARD) on commit $(COMMIT) passed"

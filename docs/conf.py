@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_samoe import __version__  # noqa: E402
 from megatron_samoe.cli.command import COMMANDS, module_of  # noqa: E402
 from megatron_samoe.config.derived import flag  # noqa: E402
-from megatron_samoe.config.foreign_flags import ALWAYS_SO, MISSING, RENAMED  # noqa: E402
+from megatron_samoe.config.foreign_flags import foreign_flags  # noqa: E402
 from megatron_samoe.config.pretrain import PretrainConfig  # noqa: E402
 from megatron_samoe.config.schema import texts_of  # noqa: E402
 
@@ -94,8 +94,9 @@ def options_page() -> list[str]:
 def megatron_page() -> list[str]:
     """Returns the page of Megatron-LM's flags that are not ours by name."""
     lines = ["# Megatron-LM's other flags", "", "Flags with the same name are [elsewhere](../from_megatron.md)."]
-    for title, flags in (("Another name here", RENAMED), ("None needed", ALWAYS_SO), ("Not there", MISSING)):
-        rows = [f"| `{name}` | {f'`{what}`' if flags is RENAMED else what} |" for name, what in sorted(flags.items())]
+    for title, flags in zip(("Another name here", "None needed", "Not there"), foreign_flags().values(), strict=True):
+        cell = "`{}`" if title == "Another name here" else "{}"
+        rows = [f"| `{name}` | {cell.format(what)} |" for name, what in sorted(flags.items())]
         lines += ["", f"## {title}", "", "| flag | |", "|---|---|", *rows]
     return lines
 

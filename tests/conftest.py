@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import zlib
 from pathlib import Path
 
@@ -22,12 +23,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--resume", type=Path, metavar="FILE", help="leave out the tests that a file says have passed, and add to it"
     )
 
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each file, in a random order"
+    )
+
+
+def _file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
+
 
 def _part_of(item: pytest.Item) -> str:
     """Returns what must stay together: tests of one file, of one layout where processes train for all tests of a layout."""
     parameters = getattr(item, "callspec", None)
     layout = parameters.params.get("layout", "") if parameters else ""
-    return f"{item.nodeid.partition('::')[0]} {layout}"
+    return f"{_file_of(item)} {layout}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,6 +49,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ]
     chosen = set(mine)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        drawn = {name: random.Random(f"{seed} {name}").random() for i in mine for name in (_file_of(i), i.nodeid)}
+        mine.sort(key=lambda i: (drawn[_file_of(i)], drawn[i.nodeid]))
     items[:] = mine
 
 
@@ -55,7 +68,9 @@ class Passed:
         self.any = False
 
     def pytest_report_header(self, config: pytest.Config) -> str:
-        return f"part {config.getoption('--shard')} of the tests; {self.before} have passed before"
+        seed = config.getoption("--shuffle")
+        order = "" if seed is None else f", in the order of --shuffle {seed}"
+        return f"part {config.getoption('--shard')} of the tests{order}; {self.before} have passed before"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" or not report.passed:

@@ -1,1 +1,1 @@
-"""Programs as files, and what works only in a checkout: benchmarks."""
+"""Programs as files, and what works only in a checkout: benchmarks, and the check of docs/results."""

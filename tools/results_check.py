@@ -4,7 +4,7 @@
     python tools/results_check.py              # the status is 1 where something differs
     python tools/results_check.py --write      # puts the store's figures into the pages first
 
-How figures are marked is told in megatron_samoe/evaluation/study/page_figures.py.
+How figures are marked is told in tools/results/page_figures.py.
 """
 
 import sys
@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_samoe.evaluation.study.page_figures import models_of, rewritten, sealed, wrong_figures  # noqa: E402
-from megatron_samoe.evaluation.study.registration import deviations, kept_plan, read_registration  # noqa: E402
 from megatron_samoe.evaluation.study.results_store import read_store  # noqa: E402
+from tools.results.page_figures import models_of, rewritten, sealed, wrong_figures  # noqa: E402
+from tools.results.registration import deviations, kept_plan, read_registration  # noqa: E402
 
 #: Pages, and whether something must be said of every figure of theirs.
 PAGES = {"docs/results/README.md": True, "docs/optimizers.md": False}

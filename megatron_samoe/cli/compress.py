@@ -16,14 +16,21 @@ import yaml
 
 from megatron_samoe import children
 from megatron_samoe.cli.program import Count, program
-from megatron_samoe.compress.healing import OTHERS, STAGES, HealOptions, HealStage, heal_config, require_rate_and_batch
-from megatron_samoe.compress.judge import VERDICTS_FILE, Verdict, read_verdicts, verdict_table
-from megatron_samoe.compress.options import CompressOptions
-from megatron_samoe.compress.pipeline import Compression
-from megatron_samoe.compress.report import Compressed, write_compression_report
+from megatron_samoe.convert.edited_model import open_checkpoint
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table, read_records
-from megatron_samoe.interop.edited_model import open_checkpoint
+from megatron_samoe.fit.compress.healing import (
+    OTHERS,
+    STAGES,
+    HealOptions,
+    HealStage,
+    heal_config,
+    require_rate_and_batch,
+)
+from megatron_samoe.fit.compress.judge import VERDICTS_FILE, Verdict, read_verdicts, verdict_table
+from megatron_samoe.fit.compress.options import CompressOptions
+from megatron_samoe.fit.compress.pipeline import Compression
+from megatron_samoe.fit.compress.report import Compressed, write_compression_report
 from megatron_samoe.log import configure_logging, logger
 
 

@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from megatron_samoe.cli.program import Count, program
 from megatron_samoe.config.derived import flag
+from megatron_samoe.convert.hf.target import targets
+from megatron_samoe.convert.megatron import MegatronLayout, MegatronStyle
+from megatron_samoe.convert.megatron.names import ExpertStyle
+from megatron_samoe.convert.source import DTYPES, Kind, Source, TargetKind, open_source
+from megatron_samoe.convert.target import Conversion, HFOptions, plan_gguf, plan_hf, plan_megatron, plan_native
 from megatron_samoe.errors import ConfigError, nearest
-from megatron_samoe.interop.convert_source import DTYPES, Kind, Source, TargetKind, open_source
-from megatron_samoe.interop.convert_target import Conversion, HFOptions, plan_gguf, plan_hf, plan_megatron, plan_native
-from megatron_samoe.interop.hf.target import targets
-from megatron_samoe.interop.megatron import MegatronLayout, MegatronStyle
-from megatron_samoe.interop.megatron.names import ExpertStyle
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

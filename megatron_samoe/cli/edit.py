@@ -12,15 +12,16 @@ import tyro
 
 from megatron_samoe.cli.program import Group, Number, program
 from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.convert.edited_model import EditedModel, model_names, open_checkpoint
+from megatron_samoe.convert.fold import fold_shared
+from megatron_samoe.convert.hf.export import refuse_other_tensors
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.interop.edited_model import EditedModel, model_names, open_checkpoint
-from megatron_samoe.interop.hf.export import refuse_other_tensors
-from megatron_samoe.interop.pool_surgery import SetOptions, pool_moe, tie_layers
-from megatron_samoe.interop.student_surgery import keep_layers
-from megatron_samoe.interop.unpool_surgery import fold_shared, select_samoe, tie_selected
-from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
+from megatron_samoe.fit.surgery.pool import SetOptions, pool_moe, tie_layers
+from megatron_samoe.fit.surgery.select import select_samoe, tie_selected
+from megatron_samoe.fit.surgery.student import keep_layers
+from megatron_samoe.fit.surgery.upcycle import UpcycleOptions, upcycle_dense
 
 Granularity = Literal["layer", "expert"]
 Map = Annotated[str, tyro.conf.arg(metavar="MAP")]

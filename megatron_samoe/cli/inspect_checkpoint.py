@@ -14,14 +14,14 @@ import tyro
 from torch import Tensor
 
 from megatron_samoe.cli.program import Group, program
+from megatron_samoe.convert.edited_model import NOT_MODEL
+from megatron_samoe.convert.inspect.health import Health, as_plain, check_health
+from megatron_samoe.convert.inspect.numbers import Difference, difference, statistics
+from megatron_samoe.convert.inspect.open import Opened, open_any, verify
+from megatron_samoe.convert.inspect.sharing import described_sharing
+from megatron_samoe.convert.megatron.export import VOCABULARY
 from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
-from megatron_samoe.interop.edited_model import NOT_MODEL
-from megatron_samoe.interop.inspect_health import Health, as_plain, check_health
-from megatron_samoe.interop.inspect_numbers import Difference, difference, statistics
-from megatron_samoe.interop.inspect_open import Opened, open_any, verify
-from megatron_samoe.interop.inspect_sharing import described_sharing
-from megatron_samoe.interop.megatron.export import VOCABULARY
 from megatron_samoe.parsing import JsonObject
 
 #: Exit statuses, as those of diff and grep.

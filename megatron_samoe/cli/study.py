@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from megatron_samoe.cli.arguments import Words, adder, program
+from megatron_samoe.cli.arguments import Options, Words, adder, program
 from megatron_samoe.cli.report import main as report_main
-from megatron_samoe.errors import ConfigError, MegatronSamoeError
+from megatron_samoe.errors import ConfigError, MegatronSamoeError, nearest
 from megatron_samoe.evaluation.run_summary import format_table
-from megatron_samoe.evaluation.study.definition import read_study
+from megatron_samoe.evaluation.study.definition import plan_runs, read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
-from megatron_samoe.evaluation.study.programs import pause_file
 from megatron_samoe.evaluation.study.results import collect, results_table, unequal_arms, write_results
-from megatron_samoe.evaluation.study.runner import StudyRunner, signals_interrupt
+from megatron_samoe.evaluation.study.runner import StudyRunner
 from megatron_samoe.evaluation.study.status_page import StatusPage
 from megatron_samoe.evaluation.study.text_folder import prepare
 
@@ -27,11 +26,11 @@ def make_parser() -> argparse.ArgumentParser:
         description="Trains the models of a study, several seeds each, and compares them.",
         epilog="All other flags go to the pretraining of every run (the corpus and the tokenizer, say). Started again with "
         "the same command, the study goes on where it was stopped; started several times at once on one folder, the "
-        "programs share its runs. `study pause` and `study continue` with --output-dir hold its runs and let them go on.",
+        "programs share its runs. Ctrl-Z (kill -TSTP) holds its runs, fg (kill -CONT) lets them go on.",
         allow_abbrev=False,
     )
     add = adder(parser)
-    add("study", Path, "YAML file: see examples/studies; or pause, or continue")
+    add("study", Path, "YAML file: see examples/studies")
     add("--output-dir", Path, "folder of all runs and of results.json", required=True)
     add("--seeds", [int], "these in place of the file's", metavar="N")
     add(
@@ -45,6 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--full-priority", bool, "runs take their share of a busy machine, in place of waiting for it to be idle")
     add("--store", Path, "folder of finished runs of all studies, by what decides their result: none is trained twice")
     add("--launcher", str, "words that start a run's ranks, such as 'torchrun --nproc-per-node 8'", default="")
+    add("--run", [str], "only these runs, by the names that --dry-run shows, and those that they need", metavar="NAME")
+    add("--shard", str, "only a part of the runs, such as 2/6, and those that they need", metavar="I/N")
     add("--dry-run", bool, "check everything, show the runs, and start none")
     add("--collect-only", bool, "start no run; compare those that are finished")
     return parser
@@ -54,29 +55,34 @@ def make_parser() -> argparse.ArgumentParser:
 def main(words: Words) -> int:
     """Runs the command and returns its exit status."""
     options, pretrain_flags = make_parser().parse_known_args(words)
-    if str(options.study) in ("pause", "continue"):
-        return _hold(options.output_dir, str(options.study) == "pause")
     if options.jobs < 1:
         raise ConfigError("--jobs", options.jobs, "must be at least 1")
     study = read_study(options.study, options.seeds)
     if options.text is not None:
         data = options.output_dir / "data"
         pretrain_flags += prepare(options.text, data, options.vocab_size, lambda line: print(line, flush=True))
-    status = StatusPage()
     plan = StudyPlan(study, options.output_dir, tuple(pretrain_flags), options.store)
-    runner = StudyRunner(
-        plan, say=lambda line: print(line, flush=True), jobs=options.jobs, launcher=tuple(shlex.split(options.launcher)),
-        idle=not options.full_priority, look=lambda: status.write(runner),
-    )  # fmt: skip
+    status = StatusPage()
     try:
         plan.check()
+        names = _names(options, plan)
+        runner = StudyRunner(
+            plan,
+            names,
+            say=lambda line: print(line, flush=True),
+            jobs=options.jobs,
+            launcher=tuple(shlex.split(options.launcher)),
+            idle=not options.full_priority,
+            look=lambda: status.write(runner),
+        )
         if options.dry_run:
-            _show_plan(plan)
+            _show_plan(plan, names)
             return 0
-        failures = []
-        if not options.collect_only:
-            with signals_interrupt():
-                failures = runner.run_all()
+        failures = [] if options.collect_only else runner.run_all()
+        left = [run for run in plan.all_runs() if not plan.is_finished(run)]
+        if names is not None and left and not failures:
+            print(f"{len(left)} runs of other parts are not finished; the program that ends last compares all.")
+            return 0
         _finish(plan, failures)
         if options.text is not None:
             report = options.output_dir / "report.html"
@@ -87,15 +93,21 @@ def main(words: Words) -> int:
     return 0
 
 
-def _hold(root: Path, paused: bool) -> int:
-    if not root.is_dir():
-        raise ConfigError("--output-dir", root, "no such folder")
-    if paused:
-        pause_file(root).touch()
-    else:
-        pause_file(root).unlink(missing_ok=True)
-    print(f"The runs in {root} are {'held within a second, and start no more' if paused else 'let go on'}.")
-    return 0
+def _names(options: Options, plan: StudyPlan) -> Collection[str] | None:
+    """Returns the names of the runs that are asked for; None for all."""
+    if options.run and options.shard:
+        raise ConfigError("--shard", options.shard, "excludes --run")
+    if options.shard:
+        part, _, parts = options.shard.partition("/")
+        if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+            raise ConfigError("--shard", options.shard, "must be a part and the number of parts, such as 2/6")
+        # Of all that a study may come to: what is given up or swept shifts no run to another part.
+        return {plan.name_of(run) for run in plan_runs(plan.study, plan.root)[int(part) - 1 :: int(parts)]}
+    known = [plan.name_of(run) for run in plan.all_runs()]
+    for name in options.run or ():
+        if name not in known:
+            raise ConfigError("--run", name, f"names no run of the study; --dry-run shows them.{nearest(name, known)}")
+    return options.run
 
 
 def _finish(plan: StudyPlan, failures: Sequence[str]) -> None:
@@ -111,13 +123,12 @@ def _finish(plan: StudyPlan, failures: Sequence[str]) -> None:
         raise MegatronSamoeError(failed)
 
 
-def _show_plan(plan: StudyPlan) -> None:
-    for run in plan.all_runs():
+def _show_plan(plan: StudyPlan, names: Collection[str] | None) -> None:
+    for run in plan.chosen(names):
         state = "finished" if plan.is_finished(run) else "to do" if plan.is_settled(run) else "waits for a sweep"
-        what = shlex.join(run.variant.flags) if run.variant.is_trained else (
-            f"{run.variant.edit} of {run.variant.edited_from}"
-        )  # fmt: skip
-        print(f"{state:8}  {run.label}  {what}")
+        edit = f"{run.variant.edit} of {run.variant.edited_from}"
+        what = shlex.join(run.variant.flags) if run.variant.is_trained else edit
+        print(f"{state:8}  {plan.name_of(run)}  {what}")
 
 
 def _compare(plan: StudyPlan) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -27,6 +26,7 @@ from megatron_samoe.config.idle import (
 )
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.typed import convert
 from megatron_samoe.errors import ConfigError, ConfigErrors, nearest
 from megatron_samoe.parsing import parse_yaml
 
@@ -209,51 +209,17 @@ def apply_mapping(base: PretrainConfig, mapping: Mapping[str, Any], source: str)
     updated = {}
     for group, fields in ((group, fields) for group, fields in changes.items() if fields):
         hints = get_type_hints(type(groups[group]))
-        checked = {name: _convert(value, hints[name], name, source) for name, value in fields.items()}
+        checked = {name: convert(_form(name, value), hints[name], name, source) for name, value in fields.items()}
         updated[group] = dataclasses.replace(groups[group], **checked)
     return dataclasses.replace(base, **updated)
+
+
+def _form(name: str, value: Any) -> Any:
+    """Returns a value as its option has it: YAML reads a pattern of layers, whose own form is a text, as a list."""
+    return str(value) if name == "moe_layer_freq" and isinstance(value, list) else value
 
 
 def _model_part(saved: Mapping[str, Any]) -> dict[str, Any]:
     part = {group: saved.get(group) or {} for group in CHECKPOINT_GROUPS}
     part["data"] = {k: v for k, v in (saved.get("data") or {}).items() if k in CHECKPOINT_FIELDS}
     return part
-
-
-def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
-    """Returns a YAML value as the field's type, or raises a ConfigError that says what is allowed."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        options = [t for t in get_args(hint) if t is not type(None)]
-        if value is None and len(options) < len(get_args(hint)):
-            return None
-        lists = [t for t in options if get_origin(t) is tuple]
-        return _convert(value, lists[0] if lists and isinstance(value, (list, tuple)) else options[0], name, source)
-    if origin is Literal:
-        if value in get_args(hint) and type(value) in {type(a) for a in get_args(hint)}:
-            return value
-        allowed = ", ".join(map(repr, get_args(hint)))
-        raise ConfigError(name, value, f"must be one of {allowed} (in {source}).{nearest(str(value), get_args(hint))}")
-    if origin is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        if get_args(hint)[0] is int:
-            if all(type(v) is int for v in items):
-                return tuple(items)
-        elif all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in items):
-            return tuple(str(v) for v in items)
-    elif hint is str and isinstance(value, (str, int)) and not isinstance(value, bool):
-        return str(value)
-    elif name == "moe_layer_freq" and isinstance(value, list):
-        return str(value)  # the pattern's own form, which YAML reads as a list
-    elif hint is bool and isinstance(value, bool):
-        return value
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint is float and not isinstance(value, bool):
-        # YAML reads 3e-4, without a dot, as a string.
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    expected = typing.get_args(hint)[0].__name__ + " list" if origin is tuple else hint.__name__
-    raise ConfigError(name, value, f"must be of type {expected} (in {source})")

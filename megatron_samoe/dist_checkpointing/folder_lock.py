@@ -23,6 +23,10 @@ NAME = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
+class FolderInUseError(CheckpointError):
+    """Another process holds the lock of a folder."""
+
+
 @contextlib.contextmanager
 def folder_lock(root: str | Path, patience_s: float = 0.0) -> Iterator[None]:
     """Holds the lock of an existing, writable folder.
@@ -31,7 +35,7 @@ def folder_lock(root: str | Path, patience_s: float = 0.0) -> Iterator[None]:
         patience_s: longest wait, in seconds, for a holder that may be about to end.
 
     Raises:
-        CheckpointError: another process holds the lock; the message says which, where and since when.
+        FolderInUseError: another process holds the lock; the message says which, where and since when.
     """
     until = time.monotonic() + patience_s
     while True:
@@ -68,7 +72,7 @@ def _acquire(path: Path) -> int | None:
                 return None
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            raise CheckpointError(
+            raise FolderInUseError(
                 f"{path.parent} is in use by another run ({held_by}). Two runs would replace each other's checkpoints: give "
                 "another --save or --run-dir, or end that run.",
                 collective=True,

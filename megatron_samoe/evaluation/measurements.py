@@ -16,26 +16,12 @@ from megatron_samoe.parsing import JsonObject, finite_float, parse_json
 
 @dataclass(frozen=True)
 class DecodeTime:
-    """A row of `benchmark.py decode --json`.
-
-    Attributes:
-        checkpoint: folder that was measured.
-        read_bytes: that a step reads.
-        floor_ms: what the memory alone would take.
-    """
+    """A row of `benchmark decode --json`; the checkpoint is the folder that was measured."""
 
     checkpoint: Path
-    serving: str
     dtype: str
     batch: int
     ms_per_token: float
-    read_bytes: float
-    floor_ms: float
-
-    @property
-    def way(self) -> str:
-        """How it was measured, for headings."""
-        return f"batch {self.batch}, {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -80,30 +66,20 @@ def read_decode(path: Path) -> list[DecodeTime]:
     """Returns the rows that are of checkpoints; other programs' rows are left out.
 
     Raises:
-        DataError: the file is not what `benchmark.py decode --json` writes.
+        DataError: the file is not what `benchmark decode --json` writes.
     """
     with reading(path, "the output of benchmark.py decode --json") as rows:
-        # The name of one of our own rows is its checkpoint and its way of serving.
-        times = [
-            DecodeTime(
-                Path(row["contestant"].removesuffix(f" {row['serving']}").removesuffix(" auto")), row["serving"],
-                row["dtype"], row["batch"], row["ms_per_token"], 1e6 * row["read_mb"], row["floor_ms"],
-            )
-            for row in rows if row["serving"]
-        ]  # fmt: skip
-        if not all(
-            isinstance(t.dtype, str)
-            and type(t.batch) is int
-            and t.batch > 0
-            and _are_numbers(t.ms_per_token, t.read_bytes, t.floor_ms)
-            for t in times
-        ):
-            raise ValueError("a measured time is no number")
-    return times
+        return [_decode_time(row) for row in rows if row["serving"]]
 
 
-def _are_numbers(*values: object) -> bool:
-    return all(not isinstance(value, str) and finite_float(value) is not None for value in values)
+def _decode_time(row: JsonObject) -> DecodeTime:
+    # The name of one of our own rows is its checkpoint and its way of serving.
+    checkpoint = Path(row["contestant"].removesuffix(f" {row['serving']}").removesuffix(" auto"))
+    dtype, batch, measured = row["dtype"], row["batch"], [row[key] for key in ("ms_per_token", "read_mb", "floor_ms")]
+    are_numbers = all(not isinstance(value, str) and finite_float(value) is not None for value in measured)
+    if not (isinstance(dtype, str) and type(batch) is int and batch > 0 and are_numbers):
+        raise ValueError("a measured time is no number")
+    return DecodeTime(checkpoint, dtype, batch, measured[0])
 
 
 def read_zero_shot(path: Path) -> list[ZeroShot]:
@@ -136,9 +112,15 @@ def _zero_shot(
 
     constant = result["best_constant"] if metric in SHARES_OF_ITEMS else None
     return ZeroShot(
-        Path(checkpoint), result["task"], metric, int(result["items"]), scaled(found["value"]), scaled(found["stderr"]),
-        tuple(scaled(v) for v in (values or [found["value"]])), scaled(constant),
-    )  # fmt: skip
+        Path(checkpoint),
+        result["task"],
+        metric,
+        int(result["items"]),
+        scaled(found["value"]),
+        scaled(found["stderr"]),
+        tuple(scaled(v) for v in (values or [found["value"]])),
+        scaled(constant),
+    )
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,25 @@ def write_page(path: Path, title: str, sections: Sequence[Section], samples: Map
     Args:
         samples: text per model, at the end.
     """
+    for section in sections:
+        if section.png is not None:
+            (path.parent / f"{section.name}.png").write_bytes(section.png)
+    path.write_text(page_text(title, sections, samples), encoding="utf-8")
+
+
+def page_text(
+    title: str, sections: Sequence[Section], samples: Mapping[str, str] | None = None, refresh_s: int | None = None
+) -> str:
+    """Returns the page; see `write_page`.
+
+    Args:
+        refresh_s: seconds after which a browser reads it again.
+    """
     shown = [section for section in sections if not section.is_empty]
     links = "".join(f'<a href="#{s.name}">{html.escape(s.heading)}</a> ' for s in shown)
     body = [f"<h1>{html.escape(title)}</h1>", f"<nav>{links}</nav>"]
     for section in shown:
-        body += _render(section, path.parent)
+        body += _render(section)
     missing: dict[str, list[str]] = {}
     for section in sections:
         if section.is_empty:
@@ -63,21 +77,21 @@ def write_page(path: Path, title: str, sections: Sequence[Section], samples: Map
         )
     for name, text in (samples or {}).items():
         body.append(f"<h2>Sample of {html.escape(name)}</h2><blockquote>{html.escape(text)}</blockquote>")
+    refresh = "" if refresh_s is None else f'<meta http-equiv="refresh" content="{refresh_s}">'
     head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{refresh}<meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head>'
     )
-    path.write_text(f"{head}<body>{''.join(body)}</body></html>", encoding="utf-8")
+    return f"{head}<body>{''.join(body)}</body></html>"
 
 
-def _render(section: Section, folder: Path) -> list[str]:
+def _render(section: Section) -> list[str]:
     body = [f'<h2 id="{section.name}">{html.escape(section.heading)}</h2>']
     if section.sentence:
         body.append(f'<p class="sentence">{html.escape(section.sentence)}</p><div class="beside">')
     if len(section.table) > 1:
         body.append(_table(section.table))
     if section.png is not None:
-        (folder / f"{section.name}.png").write_bytes(section.png)
         encoded = base64.b64encode(section.png).decode()
         body.append(f'<img alt="{html.escape(section.heading)}" src="data:image/png;base64,{encoded}">')
     body += ["</div>"] if section.sentence else []

@@ -77,8 +77,13 @@ def loss_curves(groups: Groups) -> bytes | None:
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for place, group in enumerate(groups):
         for run in group.runs:
-            axes.plot([r["consumed_tokens"] for r in run.trained], [r["lm_loss"] for r in run.trained], alpha=0.35,
-                      linewidth=0.8, color=colour(place))  # fmt: skip
+            axes.plot(
+                [r["consumed_tokens"] for r in run.trained],
+                [r["lm_loss"] for r in run.trained],
+                alpha=0.35,
+                linewidth=0.8,
+                color=colour(place),
+            )
         at: dict[int, list[float]] = {}
         for run in group.runs:
             for record in run.trained:
@@ -88,8 +93,16 @@ def loss_curves(groups: Groups) -> bytes | None:
             tokens = sorted(at)
             means = np.array([np.mean(at[t]) for t in tokens])
             spans = np.array([(m - min(at[t]), max(at[t]) - m) for t, m in zip(tokens, means, strict=True)]).T
-            axes.errorbar(tokens, means, yerr=np.maximum(spans, 0.0), fmt="o-", markersize=4, capsize=2,
-                          color=colour(place), label=f"{group.name}: validation")  # fmt: skip
+            axes.errorbar(
+                tokens,
+                means,
+                yerr=np.maximum(spans, 0.0),
+                fmt="o-",
+                markersize=4,
+                capsize=2,
+                color=colour(place),
+                label=f"{group.name}: validation",
+            )
     axes.set(xlabel="training tokens", ylabel="loss (nats per token)")
     label_tokens(axes)
     return finished(figure, axes, any(run.trained for group in groups for run in group.runs))
@@ -159,6 +172,13 @@ def grid(axes: Axes, values: np.ndarray, decimals: int = 2, **options: Any) -> A
             if np.isnan(value):
                 continue
             dark = np.dot(image.to_rgba(value)[:3], (0.3, 0.6, 0.1)) < 0.5
-            axes.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", fontsize=7,
-                      color="white" if dark else "black")  # fmt: skip
+            axes.text(
+                column,
+                row,
+                f"{value:.{decimals}f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+            )
     return image

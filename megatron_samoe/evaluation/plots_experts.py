@@ -76,8 +76,9 @@ def gradients_against_experts(groups: Groups) -> bytes | None:
         # Beside each other, first layer left: models of one number of experts would hide each other.
         x = num_experts * 2.0 ** (0.06 * (place - (len(groups) - 1) / 2) + 0.02 * np.linspace(-1, 1, len(norms_L)))
         axes.plot(x, norms_L, "o", markersize=4, alpha=0.7, color=colour(place))
-        axes.plot([x.mean()], [norms_L.mean()], "_", markersize=22, markeredgewidth=2.5, color=colour(place),
-                  label=group.name)  # fmt: skip
+        axes.plot(
+            [x.mean()], [norms_L.mean()], "_", markersize=22, markeredgewidth=2.5, color=colour(place), label=group.name
+        )
     if counts:
         axes.set(xscale="log", yscale="log", xlabel="experts per layer", ylabel="gradient norm per expert")
         ticks = sorted(set(counts))
@@ -100,9 +101,13 @@ def combination_evolution(groups: Groups) -> bytes | None:
         return None
     columns = min(MAX_LAYERS, max(a_NL2P.shape[1] for _, _, a_NL2P in shown))
     figure, panels = plt.subplots(
-        len(shown), columns, figsize=(max(6.0, 1.9 * columns), 2.4 * len(shown)), squeeze=False, sharey="row",
+        len(shown),
+        columns,
+        figsize=(max(6.0, 1.9 * columns), 2.4 * len(shown)),
+        squeeze=False,
+        sharey="row",
         layout="constrained",
-    )  # fmt: skip
+    )
     for row, (group, tokens_N, a_NL2P) in zip(panels, shown, strict=True):
         layers = np.unique(np.linspace(0, a_NL2P.shape[1] - 1, columns).round().astype(int))
         for axes in row[len(layers) :]:

@@ -85,9 +85,16 @@ def _draw(axes: Axes, place: int, group: RunGroup, cost: float) -> Any:
     """Draws a model where it belongs, in a shape and size of its own, empty: so it shows where another lies, too."""
     error = None if math.isnan(group.loss.sd) else [group.loss.sd]
     return axes.errorbar(
-        [cost], [group.loss.mean], yerr=error, fmt=marker(place), markersize=max(22 * 0.78**place, 4),
-        markerfacecolor="none", markeredgewidth=2, capsize=3, color=colour(place),
-    )  # fmt: skip
+        [cost],
+        [group.loss.mean],
+        yerr=error,
+        fmt=marker(place),
+        markersize=max(22 * 0.78**place, 4),
+        markerfacecolor="none",
+        markeredgewidth=2,
+        capsize=3,
+        color=colour(place),
+    )
 
 
 def at_a_glance(groups: Groups) -> bytes:
@@ -103,9 +110,15 @@ def at_a_glance(groups: Groups) -> bytes:
     names = spread_apart([(group.loss.mean - low) / (high - low) for group in groups], 0.07)
     for place, (group, cost, height) in enumerate(zip(groups, costs, names, strict=True)):
         axes.annotate(
-            group.name, (cost, group.loss.mean), (1.04, height), textcoords="axes fraction", va="center", color=colour(place),
-            arrowprops={"arrowstyle": "-", "color": "#b8bec8", "linewidth": 0.8, "shrinkB": 8}, annotation_clip=False,
-        )  # fmt: skip
+            group.name,
+            (cost, group.loss.mean),
+            (1.04, height),
+            textcoords="axes fraction",
+            va="center",
+            color=colour(place),
+            arrowprops={"arrowstyle": "-", "color": "#b8bec8", "linewidth": 0.8, "shrinkB": 8},
+            annotation_clip=False,
+        )
     axes.set_xlabel("parameters in all (M)")
     axes.set_ylabel("validation loss (nats per token)")
     axes.grid(alpha=0.3, which="both")

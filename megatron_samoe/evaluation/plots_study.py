@@ -28,8 +28,14 @@ def differences(study: JsonObject) -> bytes | None:
         own = found["half_width"]
         for half, width, what in ((pooled, 5.0, "95 %, spread of all models"), (own, 1.6, "95 %, own spread")):
             if half is not None:
-                axes.plot([mean - half, mean + half], [row, row], color="#0072b2", linewidth=width,
-                          alpha=0.35 if width > 2 else 1, label=what if row == 0 else None)  # fmt: skip
+                axes.plot(
+                    [mean - half, mean + half],
+                    [row, row],
+                    color="#0072b2",
+                    linewidth=width,
+                    alpha=0.35 if width > 2 else 1,
+                    label=what if row == 0 else None,
+                )
         each = np.array(variant["losses"]) - np.array(base["losses"])
         axes.plot(each, np.full(len(each), row + 0.22), ".", color="0.45", label="a seed" if row == 0 else None)
         axes.plot(mean, row, "o", color="#0072b2", label="mean" if row == 0 else None)

@@ -59,9 +59,13 @@ def _glance(groups: Groups) -> Section:
     several = any(len(group.runs) > 1 for group in groups)
     how = "Bars: standard deviation over seeds." if several else "One seed each."
     return Section(
-        "glance", "At a glance", [f"{how} Lower and further left is better. Active: parameters that a token meets."],
-        report_tables.glance_table(groups), at_a_glance(groups), report_tables.glance_text(groups, MARGIN),
-    )  # fmt: skip
+        "glance",
+        "At a glance",
+        [f"{how} Lower and further left is better. Active: parameters that a token meets."],
+        report_tables.glance_table(groups),
+        at_a_glance(groups),
+        report_tables.glance_text(groups, MARGIN),
+    )
 
 
 def _results(groups: Groups, data: ReportData) -> Section:
@@ -144,35 +148,71 @@ def _have_coefficients(groups: Groups) -> bool:
 
 #: Plots of runs with --moe-per-layer-logging: name of the file, heading, how to read it, what draws it, and of which models.
 _PLOTS: tuple[tuple[str, str, str, Callable[[Groups], bytes | None], Callable[[Groups], bool]], ...] = (
-    ("gradients_against_experts", "Gradient norm per expert against the number of experts",
-     "A dot is a MoE layer (first layer left), the bar is the mean over layers: gradient norm of one expert before "
-     "clipping, mean over the second half of training and over experts. For a SaMoE it is that of the combined expert.",
-     plots_experts.gradients_against_experts, _have_experts),
-    ("gradient_norms", "Gradient norm per expert and layer",
-     "log10 of the norm in the last logged step, first seed; grey: no gradient, as no token came.", plots.gradient_norms,
-     _have_experts),
-    ("load_entropy", "Entropy of the expert load",
-     "1 is an even load, 0 all tokens to one expert. Line: mean over layers and seeds; band: layers of the first seed.",
-     plots_experts.load_entropies, _have_experts),
-    ("expert_load", "Expert load per layer",
-     "Share of the last logged step's tokens, relative to an even share (1), first seed.", plots.expert_load, _have_experts),
-    ("combinations", "Learned combinations",
-     "Weights of the pool's banks in each layer at the end, first seed; mean over experts where each has its own.",
-     plots.combinations, _have_coefficients),
-    ("combination_evolution", "Combinations over training",
-     "A colour per bank; full lines: input projections (w1), dashed: output projections (w2). First seed.",
-     plots_experts.combination_evolution, _have_coefficients),
-)  # fmt: skip
+    (
+        "gradients_against_experts",
+        "Gradient norm per expert against the number of experts",
+        "A dot is a MoE layer (first layer left), the bar is the mean over layers: gradient norm of one expert before "
+        "clipping, mean over the second half of training and over experts. For a SaMoE it is that of the combined expert.",
+        plots_experts.gradients_against_experts,
+        _have_experts,
+    ),
+    (
+        "gradient_norms",
+        "Gradient norm per expert and layer",
+        "log10 of the norm in the last logged step, first seed; grey: no gradient, as no token came.",
+        plots.gradient_norms,
+        _have_experts,
+    ),
+    (
+        "load_entropy",
+        "Entropy of the expert load",
+        "1 is an even load, 0 all tokens to one expert. Line: mean over layers and seeds; band: layers of the first seed.",
+        plots_experts.load_entropies,
+        _have_experts,
+    ),
+    (
+        "expert_load",
+        "Expert load per layer",
+        "Share of the last logged step's tokens, relative to an even share (1), first seed.",
+        plots.expert_load,
+        _have_experts,
+    ),
+    (
+        "combinations",
+        "Learned combinations",
+        "Weights of the pool's banks in each layer at the end, first seed; mean over experts where each has its own.",
+        plots.combinations,
+        _have_coefficients,
+    ),
+    (
+        "combination_evolution",
+        "Combinations over training",
+        "A colour per bank; full lines: input projections (w1), dashed: output projections (w2). First seed.",
+        plots_experts.combination_evolution,
+        _have_coefficients,
+    ),
+)
 
 
 def _sections(groups: Groups, data: ReportData) -> list[Section]:
     losses = "Thin: training, every seed. Dots: validation, mean over seeds; bars: lowest and highest seed."
     return [
-        _glance(groups), _results(groups, data), *_study(data.study), _quality(groups, data),
+        _glance(groups),
+        _results(groups, data),
+        *_study(data.study),
+        _quality(groups, data),
         Section("speed", "Training speed", [_SPEED], report_tables.speed_table(groups)),
         Section("loss_curves", "Loss curves", [losses], png=plots.loss_curves(groups)),
-        Section("zero_shot", "Zero-shot tasks", [_ZERO_SHOT], report_tables.zero_shot_table(groups, data.zero_shot),
-                without=_NO_ZERO_SHOT),
-        *(Section(name, heading, [text], png=draw(groups), without=_NO_LAYERS)
-          for name, heading, text, draw, are_for in _PLOTS if are_for(groups)),
-    ]  # fmt: skip
+        Section(
+            "zero_shot",
+            "Zero-shot tasks",
+            [_ZERO_SHOT],
+            report_tables.zero_shot_table(groups, data.zero_shot),
+            without=_NO_ZERO_SHOT,
+        ),
+        *(
+            Section(name, heading, [text], png=draw(groups), without=_NO_LAYERS)
+            for name, heading, text, draw, are_for in _PLOTS
+            if are_for(groups)
+        ),
+    ]

@@ -1,8 +1,9 @@
-"""The tables of a report, as rows of text; the first row is the heading."""
+"""The tables of a report, each a list of columns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,27 +14,21 @@ from megatron_samoe.evaluation.run_summary import (
     Table,
     entropy_text,
     megabytes_text,
-    parameter_texts,
+    millions_text,
+    parameter_columns,
     perplexity_text,
     sharing_text,
+    table,
 )
 from megatron_samoe.evaluation.study.text_size import bits_per_byte
+
+#: What a column shows of a model.
+Column = Callable[[RunGroup], str]
 
 
 def results_table(groups: Groups) -> Table:
     """Returns parameters, checkpoint sizes and validation losses."""
-    rows = [["model", "seeds", "training tokens", "optimizer, rate", "sharing", "parameters", "expert", "active", "checkpoint",
-             "validation loss", "perplexity", "bits/byte", "load entropy", "peak memory/rank"]]  # fmt: skip
-    for group in groups:
-        memory = [run.peak_memory_bytes for run in group.runs if run.peak_memory_bytes is not None]
-        rows.append([
-            group.name, str(len(group.runs)), group.tokens, _optimizer_text(group), sharing_text(group.first.config),
-            *parameter_texts(group.first.parameters),
-            megabytes_text(group.first.checkpoint_bytes, 1), group.loss.text(4), perplexity_text(group.loss.mean),
-            _bits_text(group), entropy_text(run.least_load_entropy for run in group.runs),
-            megabytes_text(max(memory, default=None)),
-        ])  # fmt: skip
-    return rows
+    return table(_RESULTS, groups)
 
 
 def _bits_text(group: RunGroup) -> str:
@@ -47,14 +42,38 @@ def _optimizer_text(group: RunGroup) -> str:
     return f"{options.optimizer}, {options.lr:g}" if group.first.trained else "-"
 
 
+def _memory_text(group: RunGroup) -> str:
+    known = [run.peak_memory_bytes for run in group.runs if run.peak_memory_bytes is not None]
+    return megabytes_text(max(known, default=None))
+
+
+_RESULTS: dict[str, Column] = {
+    "model": lambda group: group.name,
+    "seeds": lambda group: str(len(group.runs)),
+    "training tokens": lambda group: group.tokens,
+    "optimizer, rate": _optimizer_text,
+    "sharing": lambda group: sharing_text(group.first.config),
+    **parameter_columns(lambda group: group.first.parameters),
+    "checkpoint": lambda group: megabytes_text(group.first.checkpoint_bytes, 1),
+    "validation loss": lambda group: group.loss.text(4),
+    "perplexity": lambda group: perplexity_text(group.loss.mean),
+    "bits/byte": _bits_text,
+    "load entropy": lambda group: entropy_text(run.least_load_entropy for run in group.runs),
+    "peak memory/rank": _memory_text,
+}
+
+
 def glance_table(groups: Groups) -> Table:
     """Returns loss and size of every model, the best first."""
-    best = min(group.loss.mean for group in groups)
-    rows = [["model", "validation loss", "from the best", "parameters", "active"]]
-    for group in sorted(groups, key=lambda group: group.loss.mean):
-        total, _, active = parameter_texts(group.first.parameters)
-        rows.append([group.name, group.loss.text(4), f"+{group.loss.mean - best:.4f}", total, active])
-    return rows
+    ranked = sorted(groups, key=lambda group: group.loss.mean)
+    columns: dict[str, Column] = {
+        "model": lambda group: group.name,
+        "validation loss": lambda group: group.loss.text(4),
+        "from the best": lambda group: f"+{group.loss.mean - ranked[0].loss.mean:.4f}",
+        "parameters": lambda group: millions_text(group.first.parameters.total),
+        "active": lambda group: millions_text(group.first.parameters.active),
+    }
+    return table(columns, ranked)
 
 
 def glance_text(groups: Groups, margin: float) -> str:
@@ -62,99 +81,167 @@ def glance_text(groups: Groups, margin: float) -> str:
     best = min(groups, key=lambda group: group.loss.mean)
     near = [group for group in groups if group.loss.mean - best.loss.mean <= margin]
     small = min(near, key=lambda group: group.first.parameters.total)
-    total, _, _ = parameter_texts(best.first.parameters)
-    text = f"Best: {best.name}, {best.loss.text(4)} nats per token with {total} parameters."
-    if small is not best:
-        total, _, _ = parameter_texts(small.first.parameters)
-        text += (
-            f" The smallest within {margin} of it: {small.name}, +{small.loss.mean - best.loss.mean:.4f} with {total}."
-        )
-    else:
-        text += f" No smaller model comes within {margin} of it."
-    return text
+    behind = small.loss.mean - best.loss.mean
+    sizes = {group.name: millions_text(group.first.parameters.total) for group in (best, small)}
+    also = (
+        f"No smaller model comes within {margin} of it."
+        if small is best
+        else f"The smallest within {margin} of it: {small.name}, +{behind:.4f} with {sizes[small.name]}."
+    )
+    return f"Best: {best.name}, {best.loss.text(4)} nats per token with {sizes[best.name]} parameters. {also}"
 
 
 def cost_table(groups: Groups, axes: Mapping[str, Mapping[str, float]]) -> Table:
     """Returns every cost of every model beside its loss."""
-    rows = [["model", *axes, "validation loss"]]
-    for group in groups:
-        costs = [_figure(values[group.name]) if group.name in values else "-" for values in axes.values()]
-        rows.append([group.name, *costs, group.loss.text(4)])
-    return rows
+    columns: dict[str, Column] = {"model": lambda group: group.name}
+    columns |= {cost: _cost(values) for cost, values in axes.items()}
+    return table(columns | {"validation loss": lambda group: group.loss.text(4)}, groups)
 
 
-def _figure(value: float) -> str:
-    """Returns three digits, or all before the point where there are more."""
+def _cost(values: Mapping[str, float]) -> Column:
+    return lambda group: _figure(values.get(group.name))
+
+
+def _figure(value: float | None) -> str:
+    """Returns three digits, or all before the point where there are more; a dash for what is not known."""
+    if value is None:
+        return "-"
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def speed_table(groups: Groups) -> Table:
     """Returns tokens per second, and where and how they were trained."""
-    rows = [["model", "tokens/s", "quartiles", "intervals", "device", "ranks x threads", "layout", "batch x sequence",
-             "steps"]]  # fmt: skip
-    for group in groups:
-        speeds = [r["tokens_per_s"] for run in group.runs for r in run.trained[1:]]
-        if not speeds:
-            continue
-        low, median, high = np.quantile(speeds, (0.25, 0.5, 0.75))
-        config = group.first.config
-        described = next((run for run in group.runs if run.machine), group.first)
-        machine = described.machine
-        ranks = f"{machine['ranks']} x {machine['threads_per_rank']}" if machine else "not recorded"
-        batch = config.training.global_batch_size or config.training.micro_batch_size
-        rows.append([
-            group.name, f"{median:,.0f}", f"{low:,.0f} to {high:,.0f}", str(len(speeds)), _device(group.runs), ranks,
-            _layout(described), f"{batch} x {config.model.seq_length}", str(group.first.trained[-1]["iteration"]),
-        ])  # fmt: skip
-    return rows
+    return table(_SPEED, filter(_speeds, groups))
 
 
-def _device(runs: Sequence[RunSummary]) -> str:
-    names = {f"{run.machine['device_name']}, {run.machine['device']}" for run in runs if run.machine}
+def _speeds(group: RunGroup) -> list[float]:
+    return [r["tokens_per_s"] for run in group.runs for r in run.trained[1:]]
+
+
+def _described(group: RunGroup) -> RunSummary:
+    """Returns the first run whose machine is known; the first if none is."""
+    return next((run for run in group.runs if run.machine), group.first)
+
+
+def _quartiles(group: RunGroup) -> str:
+    low, high = np.quantile(_speeds(group), (0.25, 0.75))
+    return f"{low:,.0f} to {high:,.0f}"
+
+
+def _device(group: RunGroup) -> str:
+    names = {f"{run.machine['device_name']}, {run.machine['device']}" for run in group.runs if run.machine}
     if not names:
-        return "GPU, name not recorded" if any("mfu" in r for r in runs[0].trained) else "not recorded"
+        return "GPU, name not recorded" if any("mfu" in r for r in group.first.trained) else "not recorded"
     return "; ".join(sorted(names))
 
 
-def _layout(run: RunSummary) -> str:
-    if not run.machine:
+def _ranks(group: RunGroup) -> str:
+    machine = _described(group).machine
+    return f"{machine['ranks']} x {machine['threads_per_rank']}" if machine else "not recorded"
+
+
+def _layout(group: RunGroup) -> str:
+    machine = _described(group).machine
+    if not machine:
         return "not recorded"
-    sizes = [f"{name.replace('_', '-')} {size}" for name, size in run.machine["layout"].items() if size > 1]
+    sizes = [f"{name.replace('_', '-')} {size}" for name, size in machine["layout"].items() if size > 1]
     return ", ".join(sizes) or "one rank"
+
+
+def _batch(group: RunGroup) -> str:
+    config = group.first.config
+    return f"{config.training.global_batch_size or config.training.micro_batch_size} x {config.model.seq_length}"
+
+
+_SPEED: dict[str, Column] = {
+    "model": lambda group: group.name,
+    "tokens/s": lambda group: f"{np.median(_speeds(group)):,.0f}",
+    "quartiles": _quartiles,
+    "intervals": lambda group: str(len(_speeds(group))),
+    "device": _device,
+    "ranks x threads": _ranks,
+    "layout": _layout,
+    "batch x sequence": _batch,
+    "steps": lambda group: str(group.first.trained[-1]["iteration"]),
+}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One metric of one task for one model: its results, one per seed.
+
+    Attributes:
+        task: empty below the first row of a task.
+    """
+
+    task: str
+    metric: str
+    model: str
+    results: Sequence[ZeroShot]
+
+    @property
+    def first(self) -> ZeroShot:
+        """The first seed's."""
+        return self.results[0]
+
+    @property
+    def newest(self) -> list[float]:
+        """The value of each seed that has one."""
+        return [r.value for r in self.results if r.value is not None]
+
+    @property
+    def varies(self) -> bool:
+        """Whether several checkpoints were measured."""
+        return bool(self.newest) and len(self.first.values) > 1
+
+    @property
+    def values(self) -> list[list[float]]:
+        """The values over checkpoints, of each seed."""
+        return [[v for v in r.values if v is not None] for r in self.results]
 
 
 def zero_shot_table(groups: Groups, results: Sequence[ZeroShot]) -> Table:
     """Returns every metric of every model, task by task, with its variation over checkpoints and over seeds."""
-    rows = [
-        ["task", "metric", "model", "items", "value", "over checkpoints", "sd", "range", "seeds", "constant answer"]
-    ]
     of = {group.name: of_group(group, results) for group in groups}
-    order = list(dict.fromkeys((r.task, r.metric) for r in results))
+    rows: list[_Measured] = []
     previous = ""
-    for task, metric in order:
+    for task, metric in dict.fromkeys((r.task, r.metric) for r in results):
         for name, found in of.items():
             mine = [r for r in found if (r.task, r.metric) == (task, metric)]
             if mine:
-                rows.append([task if task != previous else "", metric, name, *_zero_shot_cells(mine)])
+                rows.append(_Measured(task if task != previous else "", metric, name, mine))
                 previous = task
-    return rows
+    return table(_ZERO_SHOT, rows)
 
 
-def _zero_shot_cells(mine: Sequence[ZeroShot]) -> list[str]:
-    """Cells of a model's results, one per seed."""
-    first, seeds = mine[0], str(len(mine))
-    items = " to ".join(dict.fromkeys(str(n) for n in (min(r.items for r in mine), max(r.items for r in mine))))
-    constant = "-" if first.constant is None else f"{first.constant:.2f}"
-    values = [v for r in mine for v in r.values if v is not None]
-    newest = [r.value for r in mine if r.value is not None]
-    value, over = "-", ["-", "-", "-"]
-    if len(mine) > 1 and newest:
-        value = mean_sd(newest).text(2)
-    elif newest:
-        value = f"{newest[0]:.2f}" + ("" if first.stderr is None else f" ± {first.stderr:.2f}")
-    if newest and len(first.values) > 1:
-        # Over checkpoints of one seed; with several seeds, the mean of their deviations.
-        within = [mean_sd([v for v in r.values if v is not None]).sd for r in mine]
-        over = [f"{len(first.values)}: {np.mean(values):.2f}", f"{np.mean(within):.2f}",
-                f"{min(values):.2f} to {max(values):.2f}"]  # fmt: skip
-    return [items, value, *over, seeds, constant]
+def _items(row: _Measured) -> str:
+    counts = [r.items for r in row.results]
+    return " to ".join(dict.fromkeys((str(min(counts)), str(max(counts)))))
+
+
+def _value(row: _Measured) -> str:
+    if not row.newest:
+        return "-"
+    if len(row.results) > 1:
+        return mean_sd(row.newest).text(2)
+    return f"{row.newest[0]:.2f}" + ("" if row.first.stderr is None else f" ± {row.first.stderr:.2f}")
+
+
+def _over_checkpoints(show: Callable[[_Measured, list[float]], str]) -> Callable[[_Measured], str]:
+    """Returns a column of what is known where several checkpoints were measured; it is given all of their values."""
+    return lambda row: show(row, [v for values in row.values for v in values]) if row.varies else "-"
+
+
+_ZERO_SHOT: dict[str, Callable[[_Measured], str]] = {
+    "task": lambda row: row.task,
+    "metric": lambda row: row.metric,
+    "model": lambda row: row.model,
+    "items": _items,
+    "value": _value,
+    "over checkpoints": _over_checkpoints(lambda row, values: f"{len(row.first.values)}: {np.mean(values):.2f}"),
+    # Over checkpoints of one seed; with several seeds, the mean of their deviations.
+    "sd": _over_checkpoints(lambda row, _: f"{np.mean([mean_sd(values).sd for values in row.values]):.2f}"),
+    "range": _over_checkpoints(lambda _, values: f"{min(values):.2f} to {max(values):.2f}"),
+    "seeds": lambda row: str(len(row.results)),
+    "constant answer": lambda row: "-" if row.first.constant is None else f"{row.first.constant:.2f}",
+}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -94,10 +95,16 @@ def read_run(run_dir: Path) -> RunSummary:
         raise CheckpointError(f"{metrics} has no validation loss: was the run stopped before its first evaluation?")
     speeds = [r["tokens_per_s"] for r in records if "tokens_per_s" in r]
     return RunSummary(
-        run_dir.absolute().name, config, count_parameters(config, vocab_size), records, checkpoint_bytes,
-        tokens_per_s=statistics.median(speeds) if speeds else None, directory=run_dir, vocab_size=vocab_size,
+        run_dir.absolute().name,
+        config,
+        count_parameters(config, vocab_size),
+        records,
+        checkpoint_bytes,
+        tokens_per_s=statistics.median(speeds) if speeds else None,
+        directory=run_dir,
+        vocab_size=vocab_size,
         machine=_read_machine(run_dir / "machine.json"),
-    )  # fmt: skip
+    )
 
 
 def _read_checkpoint(run_dir: Path) -> tuple[PretrainConfig, int, int] | None:
@@ -165,10 +172,11 @@ def read_records(path: Path) -> list[JsonObject]:
 
 
 #: Metrics that are numbers, and metrics with an array of numbers for each layer; of others nothing is made here.
-_NUMBERS = ("iteration", "consumed_samples", "consumed_tokens", "lm_loss", "grad_norm", "learning_rate", "loss_scale",
-            "tokens_per_s", "step_time_s", "peak_memory_bytes", "load_balance_loss", "z_loss", "least_load_entropy",
-            "largest_expert_share", "idle_experts", "dropped_token_fraction", "validation_loss", "validation_perplexity",
-            "test_loss", "test_perplexity", "mfu")  # fmt: skip
+_NUMBERS = """
+    iteration consumed_samples consumed_tokens lm_loss grad_norm learning_rate loss_scale tokens_per_s
+    step_time_s peak_memory_bytes load_balance_loss z_loss least_load_entropy largest_expert_share idle_experts
+    dropped_token_fraction validation_loss validation_perplexity test_loss test_perplexity mfu
+""".split()
 _ARRAYS = ("expert_load", "expert_grad_norm", "combination")
 
 
@@ -185,22 +193,14 @@ def _is_metric(key: str, value: object) -> bool:
     return array.ndim == (4 if key == "combination" else 2)
 
 
+T = TypeVar("T")
 #: Rows of text, the first the heading.
 Table = list[list[str]]
 
 
 def summary_table(runs: list[RunSummary]) -> Table:
-    """Returns rows of text, the first the heading."""
-    rows = [["model", "parameters", "expert", "active", "checkpoint", "valid. loss", "perplexity", "load entropy", "tokens/s",
-             "peak memory/rank"]]  # fmt: skip
-    for run in runs:
-        loss = run.validation["validation_loss"]
-        rows.append([
-            run.name, *parameter_texts(run.parameters), megabytes_text(run.checkpoint_bytes, 1), f"{loss:.4f}",
-            perplexity_text(loss), entropy_text([run.least_load_entropy]), speed_text(run.tokens_per_s),
-            megabytes_text(run.peak_memory_bytes),
-        ])  # fmt: skip
-    return rows
+    """Returns a row of text for each run, below the headings."""
+    return table(_SUMMARY, runs)
 
 
 def sharing_text(config: PretrainConfig) -> str:
@@ -217,9 +217,9 @@ def sharing_text(config: PretrainConfig) -> str:
     return f"{text} ({moe.num_expert_banks} banks)" if moe.has_pool else text
 
 
-def parameter_texts(count: ParameterCount) -> list[str]:
-    """Returns parameters, those of experts and those that a token meets, in millions."""
-    return [f"{number / 1e6:.2f} M" for number in (count.total, count.expert, count.active)]
+def millions_text(number: float) -> str:
+    """Returns a number of parameters in millions."""
+    return f"{number / 1e6:.2f} M"
 
 
 def megabytes_text(num_bytes: int | None, decimals: int = 0) -> str:
@@ -244,8 +244,38 @@ def perplexity_text(loss: float) -> str:
     return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
 
 
+def table(columns: Mapping[str, Callable[[T], str]], items: Iterable[T]) -> Table:
+    """Returns a row of texts for each item, below the columns' headings.
+
+    Args:
+        columns: what each shows of an item, by its heading.
+    """
+    return [list(columns), *([show(item) for show in columns.values()] for item in items)]
+
+
 def format_table(rows: Table) -> str:
     """Returns rows as aligned text, first column left, others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def parameter_columns(count: Callable[[T], ParameterCount]) -> dict[str, Callable[[T], str]]:
+    """Returns columns of parameters, those of experts and those that a token meets, in millions."""
+    return {
+        "parameters": lambda item: millions_text(count(item).total),
+        "expert": lambda item: millions_text(count(item).expert),
+        "active": lambda item: millions_text(count(item).active),
+    }
+
+
+_SUMMARY: dict[str, Callable[[RunSummary], str]] = {
+    "model": lambda run: run.name,
+    **parameter_columns(lambda run: run.parameters),
+    "checkpoint": lambda run: megabytes_text(run.checkpoint_bytes, 1),
+    "valid. loss": lambda run: f"{run.validation['validation_loss']:.4f}",
+    "perplexity": lambda run: perplexity_text(run.validation["validation_loss"]),
+    "load entropy": lambda run: entropy_text([run.least_load_entropy]),
+    "tokens/s": lambda run: speed_text(run.tokens_per_s),
+    "peak memory/rank": lambda run: megabytes_text(run.peak_memory_bytes),
+}

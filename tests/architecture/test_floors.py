@@ -20,7 +20,7 @@ REPOSITORY = ROOT.parent
 #: Bottom first; packages of one floor do not know each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("children", "installation"),
-    ("errors", "log", "parsing", "start"),
+    ("errors", "log", "parsing", "start", "moved"),
     ("__init__",),
     ("config",),
     ("parallel_state",),
@@ -35,8 +35,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dist_checkpointing",),
     ("datasets",),
     ("planning", "runtime"),
-    ("training", "inference", "interop", "evaluation"),
-    ("language_model", "compress"),
+    ("training", "inference", "convert", "evaluation"),
+    ("language_model", "fit", "interop", "compress"),
     ("cli",),
     ("gpu_check",),
     ("__main__",),
@@ -47,10 +47,10 @@ MAX_LINES = 400
 LONG_FILES: frozenset[str] = frozenset()
 #: Files that nothing here imports but the plug-in: they are copied beside exported weights, for transformers to load.
 REMOTE_CODE = tuple(
-    f"interop/hf/remote_code/{name}_samoe.py" for name in ("configuration", "modeling", "attention", "moe")
+    f"convert/hf/remote_code/{name}_samoe.py" for name in ("configuration", "modeling", "attention", "moe")
 )
 #: The plug-in's, which vLLM imports.
-PLUG_IN = tuple(f"interop/vllm/{name}.py" for name in ("__init__", "model", "plain_experts"))
+PLUG_IN = tuple(f"convert/vllm/{name}.py" for name in ("__init__", "model", "plain_experts"))
 
 
 def sources() -> list[Path]:
@@ -258,7 +258,7 @@ def test_every_program_runs_as_a_module() -> None:
 
 #: Where a way of sharing has its name and its classes: what options and files see of it, what computes it, and our class
 #: for transformers, which travels alone.
-ROOMS_OF_WAYS = ("config/sharing_map.py", "moe/sharing/", "interop/hf/remote_code/configuration_samoe.py")
+ROOMS_OF_WAYS = ("config/sharing_map.py", "moe/sharing/", "convert/hf/remote_code/configuration_samoe.py")
 WAYS = {"own", "combined", "tied", "scaled", "neighbours"}
 
 

@@ -17,7 +17,7 @@ import torch
 from megatron_samoe.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
 from tests.harness.program import Sabotage, arguments, contents, iterations, start, start_command, write_corpus
-from tests.unit.interop.memory_source import MemorySource
+from tests.unit.convert.memory_source import MemorySource
 
 pytestmark = pytest.mark.distributed
 

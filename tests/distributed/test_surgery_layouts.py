@@ -12,11 +12,12 @@ from torch import Tensor
 
 from megatron_samoe.config import MoEConfig
 from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
-from megatron_samoe.interop.pool_surgery import pool_moe
-from megatron_samoe.interop.unpool_surgery import fold_shared, select_samoe
-from megatron_samoe.interop.upcycle import UpcycleOptions, upcycle_dense
+from megatron_samoe.fit.surgery.pool import pool_moe
+from megatron_samoe.fit.surgery.select import select_samoe
+from megatron_samoe.fit.surgery.upcycle import UpcycleOptions, upcycle_dense
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training.checkpointing import model_state
 from megatron_samoe.training.setup import build_setup
@@ -24,7 +25,7 @@ from tests.harness.layout_logits import logits_of
 from tests.harness.pairs import first_by_day
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny import VOCAB_SIZE, tiny_config, with_layout
-from tests.unit.interop.memory_source import MemorySource, new_source
+from tests.unit.convert.memory_source import MemorySource, new_source
 
 pytestmark = pytest.mark.distributed
 

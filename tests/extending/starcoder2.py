@@ -5,22 +5,11 @@ The package that holds it names FAMILY as an entry point of the group "megatron_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-from megatron_samoe.interop.hf.families.base import Family, entries, needs
-from megatron_samoe.interop.hf.families.entries import Entries, may, only
-from megatron_samoe.interop.hf.families.llama import attention_parts
-from megatron_samoe.interop.hf.families.reading import rotary, window, written_rope
-from megatron_samoe.interop.hf.native import NativeModel
-from megatron_samoe.interop.hf.parts import Part, rows, whole
-
-#: Our options and their names in config.json; heads of one size are taken for granted.
-SIZES = {"num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "ffn_hidden_size": "intermediate_size",
-         "num_attention_heads": "num_attention_heads", "num_query_groups": "num_key_value_heads"}  # fmt: skip
-FIXED = {"normalization": "LayerNorm", "swiglu": False, "disable_bias_linear": False, "position_embedding_type": "rope",
-         "rotary_percent": 1.0, "qk_layernorm": False, "group_query_attention": True, "window_attn_skip_freq": None}  # fmt: skip
-
+from megatron_samoe.convert.hf.families.base import HEADS, SIZES, Family, Option, constant, same
+from megatron_samoe.convert.hf.families.entries import Entries, may, only
+from megatron_samoe.convert.hf.families.llama import ATTENTION
+from megatron_samoe.convert.hf.families.reading import rotary, window, written_rope
+from megatron_samoe.convert.hf.parts import Row, below
 
 #: The class's own defaults; entries that are not here are refused.
 ENTRIES = Entries({
@@ -30,43 +19,43 @@ ENTRIES = Entries({
     "attention_dropout": 0.0, "residual_dropout": only(0.0), "embedding_dropout": only(0.0), "sliding_window": may(int),
     "rope_theta": 10000.0, "rope_parameters": may(dict), "rope_scaling": may(dict), "partial_rotary_factor": only(None),
 })  # fmt: skip
+#: Their name | our name | view. A line is for the models that have our tensor.
+TENSORS = (
+    Row("model.embed_tokens.weight", "embedding.word.weight"),
+    *below(
+        "model.layers.{layer}",
+        "layers.{layer}",
+        ("input_layernorm.weight", "attention_norm.weight"),
+        ("input_layernorm.bias", "attention_norm.bias"),
+    ),
+    *ATTENTION,
+    *below(
+        "model.layers.{layer}",
+        "layers.{layer}",
+        ("post_attention_layernorm.weight", "mlp_norm.weight"),
+        ("post_attention_layernorm.bias", "mlp_norm.bias"),
+        ("mlp.c_fc.weight", "mlp.fc1.weight"),
+        ("mlp.c_fc.bias", "mlp.fc1.bias"),
+        ("mlp.c_proj.weight", "mlp.fc2.weight"),
+        ("mlp.c_proj.bias", "mlp.fc2.bias"),
+    ),
+    Row("model.norm.weight", "final_norm.weight"),
+    Row("model.norm.bias", "final_norm.bias"),
+    Row("lm_head.weight", "output.weight"),
+)
+#: Entries of config.json and options of ours.
+OPTIONS = (
+    *SIZES,
+    *HEADS,
+    same("norm_epsilon", kind=float),
+    constant(hidden_act="gelu_pytorch_tanh", use_bias=True),
+    Option(lambda native: written_rope(native.model), rotary),
+    Option(lambda native: {"sliding_window": native.model.sliding_window}, window),
+)
+#: Other values of these options are refused.
+FIXED = {"expert_layout": "dense", "normalization": "LayerNorm", "swiglu": False, "disable_bias_linear": False,
+         "position_embedding_type": "rope", "rotary_percent": 1.0, "qk_layernorm": False, "group_query_attention": True,
+         "window_attn_skip_freq": None}  # fmt: skip
 
-
-def read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    model = {ours: config[theirs] for ours, theirs in SIZES.items()}
-    model |= {**FIXED, **rotary(config), **window(config), "norm_epsilon": float(config["norm_epsilon"]),
-              "seq_length": config["max_position_embeddings"], "attention_dropout": float(config["attention_dropout"]),
-              "untie_embeddings_and_output_weights": not config["tie_word_embeddings"]}  # fmt: skip
-    return {"model": model, "moe": {"expert_layout": "dense"}}
-
-
-def write(native: NativeModel) -> dict[str, Any]:
-    model = native.model
-    return {**entries(native), **written_rope(model), "hidden_act": "gelu_pytorch_tanh", "use_bias": True,
-            "norm_epsilon": model.norm_epsilon, "sliding_window": model.sliding_window}  # fmt: skip
-
-
-def parts(native: NativeModel) -> Iterator[Part]:
-    hidden, width = native.model.hidden_size, native.model.mlp_size
-    table = (native.vocab_size, hidden)
-
-    def pair(theirs: str, ours: str, *weight: int) -> Iterator[Part]:
-        yield Part(f"{theirs}.weight", f"{ours}.weight", whole, weight)
-        yield Part(f"{theirs}.bias", f"{ours}.bias", whole, weight[:1])
-
-    yield Part("model.embed_tokens.weight", "embedding.word.weight", rows(native.vocab_size), table)
-    for layer in range(native.model.num_layers):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        yield from pair(f"{theirs}.input_layernorm", f"{ours}.attention_norm", hidden)
-        yield from attention_parts(native, f"{theirs}.self_attn", f"{ours}.attention")
-        yield from pair(f"{theirs}.post_attention_layernorm", f"{ours}.mlp_norm", hidden)
-        yield from pair(f"{theirs}.mlp.c_fc", f"{ours}.mlp.fc1", width, hidden)
-        yield from pair(f"{theirs}.mlp.c_proj", f"{ours}.mlp.fc2", hidden, width)
-    yield from pair("model.norm", "final_norm", hidden)
-    if native.model.untie_embeddings_and_output_weights:
-        yield Part("lm_head.weight", "output.weight", rows(native.vocab_size), table)
-
-
-RULES = (needs("expert_layout", "dense"), *(needs(option, value) for option, value in FIXED.items()))
-FAMILY = Family("starcoder2", "Starcoder2ForCausalLM", "dense, LayerNorm, rotary positions, biases everywhere", RULES,
-                write, parts, ENTRIES, read)  # fmt: skip
+FAMILY = Family("starcoder2", "Starcoder2ForCausalLM", "dense, LayerNorm, rotary positions, biases everywhere", TENSORS,
+                ENTRIES, OPTIONS, FIXED)  # fmt: skip

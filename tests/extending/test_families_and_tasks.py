@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_samoe.cli import evaluate
+from megatron_samoe.convert.hf import families
 from megatron_samoe.errors import ConfigError
-from megatron_samoe.interop.hf import families
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import load_model
@@ -89,7 +89,7 @@ def test_a_task_of_another_folder_is_scored(tmp_path: Path, capsys: pytest.Captu
         [
             ("tests.extending.nowhere:FAMILY", "cannot be loaded: No module named"),
             ("tests.extending.starcoder2:RULES", "must name a Family, not tuple"),
-            ("megatron_samoe.interop.hf.families.dense:LLAMA", "is the name of another family, too"),
+            ("megatron_samoe.convert.hf.families.llama:LLAMA", "is the name of another family, too"),
         ]
     ),
 )

@@ -12,17 +12,17 @@ import torch
 
 from megatron_samoe.config.derived import sharing_map
 from megatron_samoe.config.sharing_map import GROUP, ways, written_map
+from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.convert.fold import fold_shared
+from megatron_samoe.convert.inspect.sharing import described_sharing
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import sharing_text
+from megatron_samoe.fit.surgery.pool import pool_moe
 from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.kv_cache import PageTable
 from megatron_samoe.inference.serving import Serving
 from megatron_samoe.inference.single_runner import SingleRunner
-from megatron_samoe.interop.edited_model import open_checkpoint
-from megatron_samoe.interop.inspect_sharing import described_sharing
-from megatron_samoe.interop.pool_surgery import pool_moe
-from megatron_samoe.interop.unpool_surgery import fold_shared
 from megatron_samoe.planning.accounting import count_parameters
 from megatron_samoe.planning.memory import rank_memory
 from tests.extending.near_banks import WINDOW

@@ -33,21 +33,18 @@ LIKELIEST = {
 }
 
 
-def plant(fault: dict[str, Any], project: Path) -> None:
-    """Writes a fault into a copy of the project.
-
-    Raises:
-        SystemExit: if the line is not there any more.
-    """
+def plant(fault: dict[str, Any], project: Path) -> bool:
+    """Writes a fault into a copy of the project; returns whether its line is still there."""
     path = project / fault["file"]
     lines = path.read_text().split("\n")
     places = [i for i, line in enumerate(lines) if line.strip() == fault["before"]]
     if not places:
-        raise SystemExit(f"{fault['file']}: no line reads {fault['before']!r} any more")
+        return False
     place = min(places, key=lambda i: abs(i + 1 - fault["line"]))
     indent = lines[place][: len(lines[place]) - len(lines[place].lstrip())]
     lines[place] = indent + fault["after"]
     path.write_text("\n".join(lines))
+    return True
 
 
 def outcome(project: Path, tests: list[str], at_night: bool, timeout_s: float) -> tuple[str, str]:
@@ -81,10 +78,9 @@ def run(results: Path, tests: list[str], only: list[int], at_night: bool, timeou
         with tempfile.TemporaryDirectory() as folder:
             project = Path(folder) / "project"
             shutil.copytree(PROJECT, project, ignore=shutil.ignore_patterns(".git", ".venv", "build", "runs", "_build"))
-            plant(fault, project)
             begun = time.monotonic()
             chosen = [*LIKELIEST[fault["file"].split("/")[1]], *tests]
-            kind, test = outcome(project, chosen, at_night, timeout_s)
+            kind, test = outcome(project, chosen, at_night, timeout_s) if plant(fault, project) else ("gone", "")
         known[str(number)] = {"outcome": kind, "test": test, "seconds": round(time.monotonic() - begun)}
         results.write_text(json.dumps(known, indent=1))
         print(

@@ -22,7 +22,7 @@ from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state
 from megatron_samoe.runtime.load import LoadedModel, load_model
 from tests.harness.tiny import tiny_config
-from tests.unit.interop.memory_source import PLAIN_STATE, MemorySource
+from tests.unit.convert.memory_source import PLAIN_STATE, MemorySource
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
 transformers.logging.set_verbosity_error()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from megatron_samoe.interop.hf.source import HFSource
+from megatron_samoe.convert.hf.source import HFSource
 from tests.parity.hf_models import converted, native, random_source, some_ids, their_logits, theirs
 
 pytestmark = pytest.mark.parity

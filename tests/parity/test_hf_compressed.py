@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_samoe.compress.options import CompressOptions
-from megatron_samoe.compress.pipeline import Compression
-from megatron_samoe.interop.hf.families import families
+from megatron_samoe.convert.hf.families import families
+from megatron_samoe.fit.compress.options import CompressOptions
+from megatron_samoe.fit.compress.pipeline import Compression
 from tests.harness.pairs import first_by_day
 from tests.harness.program import write_corpus
 from tests.parity.hf_models import converted, their_logits, theirs

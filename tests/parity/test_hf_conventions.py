@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from megatron_samoe.interop.edited_model import open_checkpoint
-from megatron_samoe.interop.hf.families.samoe import _older_parts
-from megatron_samoe.interop.hf.source import HFSource
+from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.convert.hf.families.samoe import _older_parts
+from megatron_samoe.convert.hf.source import HFSource
 from tests.parity.hf_models import converted, native, random_source, some_ids, their_logits, theirs, transformers
 
 pytestmark = pytest.mark.parity

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.convert.edited_model import validate_model
+from megatron_samoe.convert.hf.families import Family, families
+from megatron_samoe.convert.hf.families.entries import _EVERYWHERE, _UNREAD, completed
+from megatron_samoe.convert.hf.families.reading import rope_of
+from megatron_samoe.convert.hf.source import HFSource, derived_model
+from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.interop.edited_model import validate_model
-from megatron_samoe.interop.hf.families import Family, families
-from megatron_samoe.interop.hf.families.entries import _EVERYWHERE, _UNREAD, completed
-from megatron_samoe.interop.hf.families.reading import rope_of
-from megatron_samoe.interop.hf.native import NativeModel
-from megatron_samoe.interop.hf.source import HFSource, derived_model
 from megatron_samoe.models.rank_model import RankModel, compute_dtype
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state.state import single_process_state

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_samoe.config.model import ModelConfig
-from megatron_samoe.interop.edited_model import open_checkpoint
-from megatron_samoe.interop.hf.families.samoe import _RARE_MODEL_ENTRIES
-from megatron_samoe.interop.hf.remote_code.configuration_samoe import DEFAULTS, SamoeConfig
+from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.convert.hf.families.samoe import _RARE_MODEL_ENTRIES
+from megatron_samoe.convert.hf.remote_code.configuration_samoe import DEFAULTS, SamoeConfig
 from tests.harness.pairs import first_by_day
 from tests.parity.hf_models import converted, exported, native, some_ids, their_logits, theirs
 

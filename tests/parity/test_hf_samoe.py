@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_samoe.interop.edited_model import open_checkpoint
+from megatron_samoe.convert.edited_model import open_checkpoint
 from tests.parity.hf_models import (
     Native,
     converted,

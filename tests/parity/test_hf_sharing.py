@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_samoe.interop.edited_model import open_checkpoint
+from megatron_samoe.convert.edited_model import open_checkpoint
 from tests.harness.pairs import first_by_day
 from tests.parity.hf_models import Native, converted, native, random_source, run, some_ids, their_logits, theirs
 

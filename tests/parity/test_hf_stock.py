@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.convert.edited_model import open_checkpoint
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
-from megatron_samoe.interop.edited_model import open_checkpoint
 from tests.harness.pairs import first_by_day
 from tests.parity.hf_models import (
     ONE_HEAD,

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_samoe.interop.megatron import MegatronLayout, MegatronStyle, plan_export, write_export
-from megatron_samoe.interop.megatron.arguments import UNSUPPORTED
-from megatron_samoe.interop.megatron.rank_files import FILE_NAME
+from megatron_samoe.convert.megatron import MegatronLayout, MegatronStyle, plan_export, write_export
+from megatron_samoe.convert.megatron.arguments import UNSUPPORTED
+from megatron_samoe.convert.megatron.rank_files import FILE_NAME
 from tests.harness.tiny import VOCAB_SIZE, global_batch, tiny_config
-from tests.unit.interop.memory_source import MemorySource, logits, new_source
+from tests.unit.convert.memory_source import MemorySource, logits, new_source
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 

@@ -23,11 +23,11 @@ from megatron_samoe.config.derived import flag
 from megatron_samoe.config.idle import without_idle_options
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.validate import validate
+from megatron_samoe.convert.gguf import export as gguf
+from megatron_samoe.convert.hf.export import plan_export, write_export
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, StoredTensor, write_checkpoint
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
-from megatron_samoe.interop.gguf import export as gguf
-from megatron_samoe.interop.hf.export import plan_export, write_export
 from megatron_samoe.models.rank_model import build_model
 from megatron_samoe.parallel_state import single_process_state
 from tools.benchmarks.harness import Row, Rows, TableBenchmark

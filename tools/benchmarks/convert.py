@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from megatron_samoe.cli import convert
 from megatron_samoe.config import DataConfig, ModelConfig, MoEConfig, PretrainConfig, TrainingConfig
 from megatron_samoe.config.cli import to_mapping
+from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
 from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.run_summary import format_table
-from megatron_samoe.interop.hf.native import NativeModel
 from tools.benchmarks.harness import Benchmark, Run, forget, forget_peak, process_status_kb, seconds_of
 from tools.benchmarks.models import MadeModel
 

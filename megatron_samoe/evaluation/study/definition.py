@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from megatron_samoe.config.cli import read_yaml
-from megatron_samoe.errors import ConfigError, nearest
+from megatron_samoe.config.typed import typed
+from megatron_samoe.errors import ConfigError
 
 Edit = Literal["select", "fold"]
 Choice = Literal["vertex", "tried"]
+#: Options that are one word with an entry for each layer, which a study may write as a list.
+MAPS = ("expert-sharing",)
+#: Options of pretraining by name.
+Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,14 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Derived:
+    """A variant that is made of a trained one, see `Variant`."""
+
+    from_: str
+    edit: Edit
+
+
+@dataclass(frozen=True)
 class Sweep:
     """An option whose best value is found for each variant and size before it is trained in full.
 
@@ -53,8 +68,8 @@ class Sweep:
 
     option: str
     values: tuple[float, ...]
-    train_iters: int | None
-    seeds: tuple[int, ...]
+    train_iters: int | None = None
+    seeds: tuple[int, ...] = (1,)
     extensions: int = 2
     choose: Choice = "vertex"
 
@@ -68,16 +83,16 @@ class Gate:
     """What must hold before a study goes on.
 
     Attributes:
-        arm, baseline: names of variants.
+        arm, baseline: names of variants; the arm itself where no baseline is given.
         at_most: largest difference of mean validation losses, in nats.
         load_entropy, by_step: the least load entropy of any layer that the arm must have reached at that step.
     """
 
     arm: str
-    baseline: str
-    at_most: float | None
-    load_entropy: float | None
-    by_step: int | None
+    baseline: str = ""
+    at_most: float | None = None
+    load_entropy: float | None = None
+    by_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +101,10 @@ class Study:
 
     Attributes:
         config: YAML file of options that all runs share.
-        baseline: name of the variant that the others are compared with.
-        variants: trained ones first.
+        runs: options of each trained variant, beyond the configuration.
+        baseline: name of the variant that the others are compared with; the first by default.
         margin: nats per token within which two models count as equally good.
-        sizes: flags of each size by name; one without name or flags if the file has none. The first is the study's own.
+        sizes: options of each size by name; one without name or options if the file has none. The first is the study's own.
         branches: shorter lengths, in steps, whose runs leave the full one where their decay begins.
         give_up: nats; a variant whose first seed ends more than that behind the baseline gets no other seed.
     """
@@ -97,14 +112,21 @@ class Study:
     title: str
     config: Path
     seeds: tuple[int, ...]
-    baseline: str
-    variants: tuple[Variant, ...]
+    runs: Mapping[str, Options]
+    baseline: str = ""
     margin: float = 0.02
-    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    sizes: Mapping[str, Options] = field(default_factory=dict)
     sweep: Sweep | None = None
     branches: tuple[int, ...] = ()
     gates: tuple[Gate, ...] = ()
     give_up: float | None = None
+
+    @cached_property
+    def variants(self) -> tuple[Variant, ...]:
+        """All models, trained ones first."""
+        trained = [Variant(name, tuple(as_flags(options))) for name, options in self.runs.items()]
+        return (*trained, *(Variant(name, (), made.from_, made.edit) for name, made in self.derived.items()))
 
 
 @dataclass(frozen=True)
@@ -141,24 +163,29 @@ class Run:
 def plan_runs(study: Study, root: Path) -> list[Run]:
     """Returns all runs but a sweep's in the order in which they are made: seeds outermost, so that a study cut short is a
     whole one of fewer seeds; edited variants after the one they come from, branches before the run that they leave."""
+
+    def run(variant: Variant, seed: int, size: str, steps: int | None) -> Run:
+        folder = _folder(root, variant, size) if steps is None else _folder(root, variant, size) / f"steps-{steps}"
+        return Run(variant, seed, folder / f"seed-{seed}", size, length=steps)
+
     return [
-        Run(variant, seed, _folder(root, variant, size) / (f"seed-{seed}" if n is None else f"steps-{n}/seed-{seed}"), size,
-            length=n)
+        run(variant, seed, size, steps)
         for seed in study.seeds
         for size in study.sizes
         for variant in study.variants
-        for n in (*(study.branches if variant.is_trained else ()), None)
-    ]  # fmt: skip
+        for steps in (*(study.branches if variant.is_trained else ()), None)
+    ]
 
 
 def sweep_runs(study: Study, root: Path, variant: Variant, size: str, values: Sequence[float]) -> list[Run]:
     """Returns the runs of a sweep for one variant and size."""
     assert study.sweep is not None
+    folders = {value: _folder(root, variant, size) / f"{study.sweep.option}-{value:g}" for value in values}
     return [
-        Run(variant, seed, _folder(root, variant, size) / f"{study.sweep.option}-{value:g}" / f"seed-{seed}", size, value)
-        for value in values
+        Run(variant, seed, folder / f"seed-{seed}", size, value)
+        for value, folder in folders.items()
         for seed in study.sweep.seeds
-    ]  # fmt: skip
+    ]
 
 
 def _folder(root: Path, variant: Variant, size: str) -> Path:
@@ -170,159 +197,77 @@ def folder_name(variant: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", variant.lower()).strip("-")
 
 
-#: Options that are one word with an entry for each layer, which a study may write as a list.
-MAPS = ("expert-sharing",)
-_KEYS = ("title", "config", "seeds", "baseline", "margin", "runs", "derived", "sizes", "sweep", "branches", "gates",
-         "give-up")  # fmt: skip
-
-
-def read_study(path: Path, seeds: list[int] | None = None) -> Study:
+def read_study(path: Path, seeds: Sequence[int] | None = None) -> Study:
     """Returns the study that a YAML file describes, with other seeds if some are given.
 
     Raises:
         ConfigError: the file is no study; the message names the key.
     """
-    content = read_yaml(path)
-    for key in content:
-        if key not in _KEYS:
-            raise ConfigError(str(key), content[key], f"unknown key in {path}.{nearest(str(key), _KEYS)}")
-    missing = [key for key in ("title", "config", "seeds", "runs") if not content.get(key)]
-    if missing:
-        raise ConfigError(str(path), ", ".join(missing), "missing: a study needs title, config, seeds and runs")
-    seeds = seeds or content["seeds"]
-    if not isinstance(seeds, list) or not all(type(s) is int for s in seeds) or len(set(seeds)) < len(seeds):
-        raise ConfigError("seeds", seeds, f"must be different whole numbers, in {path} or after --seeds")
-    config = path.parent / str(content["config"])
-    if not os.path.isfile(config):  # which a name that no file can have is not, either
-        raise ConfigError("config", content["config"], f"no such file beside {path}")
-    variants = [Variant(name, tuple(as_flags(options))) for name, options in _mapping(content, "runs", path).items()]
-    variants += _edited(_mapping(content, "derived", path), [v.name for v in variants], path)
-    names = [v.name for v in variants]
-    _check_names(names)
-    baseline = content.get("baseline", names[0])
-    _one_of("baseline", baseline, names)
-    sizes = {name: tuple(as_flags(options)) for name, options in _mapping(content, "sizes", path).items()} or {"": ()}
-    return Study(
-        str(content["title"]), config, tuple(seeds), baseline, tuple(variants),
-        _number("margin", content.get("margin", 0.02)), sizes, _sweep(content.get("sweep"), path),
-        _branches(content.get("branches"), path), _gates(content.get("gates"), names, path),
-        None if content.get("give-up") is None else _number("give-up", content["give-up"]),
-    )  # fmt: skip
+    found = typed(Study, read_yaml(path), str(path))
+    sweep = found.sweep and replace(found.sweep, option=found.sweep.option.lstrip("-").replace("_", "-"))
+    study = replace(
+        found,
+        config=path.parent / found.config,
+        seeds=tuple(seeds or found.seeds),
+        baseline=found.baseline or next(iter(found.runs), ""),
+        sizes=found.sizes or {"": {}},
+        sweep=sweep,
+    )
+    for key, value, is_right, allowed in _rules(study):
+        if not is_right:
+            raise ConfigError(key, value, f"{allowed}, in {path}")
+    _check_names(study)
+    return study
 
 
-def _mapping(content: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
-    value = content.get(key) or {}
-    if not isinstance(value, dict) or not all(v is None or isinstance(v, dict) for v in value.values()):
-        raise ConfigError(key, value, f"must map names to mappings in {path}")
-    return {str(name): options or {} for name, options in value.items()}
-
-
-def _edited(derived: Mapping[str, Any], trained: Sequence[str], path: Path) -> list[Variant]:
-    variants = []
-    for name, options in derived.items():
-        place = f"derived.{name}"
-        for key in options:
-            if key not in ("from", "edit"):
-                raise ConfigError(f"{place}.{key}", options[key], f"unknown key in {path}; allowed are from and edit")
-        _one_of(f"{place}.from", options.get("from"), trained)
-        _one_of(f"{place}.edit", options.get("edit"), get_args(Edit))
-        variants.append(Variant(name, (), options["from"], options["edit"]))
-    return variants
-
-
-def _sweep(content: Any, path: Path) -> Sweep | None:
-    if content is None:
-        return None
-    known = ("option", "values", "train-iters", "seeds", "extensions", "choose")
-    _keys("sweep", content, known, path, needed=("option", "values"))
-    values = content["values"]
-    if not isinstance(values, list) or len(values) < 3:
-        raise ConfigError("sweep.values", values, "must be at least 3 numbers: a parabola is put through them")
-    numbers = [_number("sweep.values", value) for value in values]
-    if numbers != sorted(set(numbers)) or numbers[0] <= 0:
-        raise ConfigError("sweep.values", values, "must rise and be positive")
-    seeds = content.get("seeds", [1])
-    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
-        raise ConfigError("sweep.seeds", seeds, "must be whole numbers")
-    iterations = content.get("train-iters")
-    if iterations is not None:
-        _positive("sweep.train-iters", iterations)
-    extensions = content.get("extensions", 2)
-    if type(extensions) is not int or extensions < 0:
-        raise ConfigError("sweep.extensions", extensions, "must be a whole number, 0 or more")
-    choose = content.get("choose", "vertex")
-    _one_of("sweep.choose", choose, get_args(Choice))
-    option = str(content["option"]).lstrip("-").replace("_", "-")
-    return Sweep(option, tuple(numbers), iterations, tuple(seeds), extensions, choose)
-
-
-def _branches(content: Any, path: Path) -> tuple[int, ...]:
-    if content is None:
-        return ()
-    if not isinstance(content, list) or content != sorted(set(content)):
-        raise ConfigError("branches", content, f"must be rising numbers of steps in {path}")
-    for length in content:
-        _positive("branches", length)
-    return tuple(content)
-
-
-def _gates(content: Any, names: Sequence[str], path: Path) -> tuple[Gate, ...]:
-    if content is not None and not isinstance(content, list):
-        raise ConfigError("gates", content, f"must be a list in {path}")
-    gates = []
-    for number, gate in enumerate(content or [], start=1):
-        place = f"gates.{number}"
-        _keys(place, gate, ("arm", "baseline", "at-most", "load-entropy", "by-step"), path, needed=("arm",))
-        _one_of(f"{place}.arm", gate["arm"], names)
-        baseline = gate.get("baseline", gate["arm"])
-        _one_of(f"{place}.baseline", baseline, names)
-        numbers = {
-            key: None if gate.get(key) is None else _number(f"{place}.{key}", gate[key])
-            for key in ("at-most", "load-entropy", "by-step")
-        }
-        if numbers["at-most"] is None and numbers["load-entropy"] is None:
-            raise ConfigError(place, gate, "asks for nothing; give at-most or load-entropy")
-        step = numbers["by-step"]
-        gates.append(
-            Gate(
-                gate["arm"], baseline, numbers["at-most"], numbers["load-entropy"], None if step is None else int(step)
-            )
+def _rules(study: Study) -> Iterator[tuple[str, object, bool, str]]:
+    """Yields (key, value, whether it is right, what is allowed) of what its type does not say."""
+    names = [v.name for v in study.variants]
+    one_of = f"must be one of {', '.join(names)}"
+    yield "runs", study.runs, bool(study.runs), "must name at least one model"
+    yield "seeds", study.seeds, _are_different(study.seeds), "must be different whole numbers, there or after --seeds"
+    # A name that no file can have is no file, either.
+    yield "config", str(study.config), os.path.isfile(study.config), "no such file"
+    yield "baseline", study.baseline, study.baseline in names, one_of
+    yield "margin", study.margin, _are_finite(study.margin), "must be a number"
+    yield "give-up", study.give_up, _are_finite(study.give_up), "must be a number"
+    yield "branches", study.branches, _rise(study.branches), "must be rising numbers of steps"
+    for name, made in study.derived.items():
+        known = ", ".join(study.runs)
+        yield f"derived.{name}.from", made.from_, made.from_ in study.runs, f"must be one of {known}"
+    sweep = study.sweep
+    if sweep is not None:
+        at_least = "must be at least 3 rising positive numbers: a parabola is put through them"
+        yield "sweep.values", sweep.values, len(sweep.values) >= 3 and _rise(sweep.values), at_least
+        yield "sweep.seeds", sweep.seeds, _are_different(sweep.seeds), "must be different whole numbers"
+        yield (
+            "sweep.train-iters",
+            sweep.train_iters,
+            sweep.train_iters is None or sweep.train_iters > 0,
+            "must be positive",
         )
-    return tuple(gates)
+        yield "sweep.extensions", sweep.extensions, sweep.extensions >= 0, "must be 0 or more"
+    for number, gate in enumerate(study.gates, start=1):
+        asks = (gate.at_most, gate.load_entropy)
+        yield f"gates.{number}.arm", gate.arm, gate.arm in names, one_of
+        yield f"gates.{number}.baseline", gate.baseline, gate.baseline in ("", *names), one_of
+        yield f"gates.{number}", gate, asks != (None, None), "asks for nothing; give at-most or load-entropy"
+        yield f"gates.{number}", gate, _are_finite(*asks), "must have finite numbers"
 
 
-def _keys(place: str, content: Any, known: Sequence[str], path: Path, needed: Sequence[str]) -> None:
-    if not isinstance(content, dict):
-        raise ConfigError(place, content, f"must be a mapping in {path}")
-    for key in content:
-        if key not in known:
-            raise ConfigError(f"{place}.{key}", content[key], f"unknown key in {path}.{nearest(str(key), known)}")
-    for key in needed:
-        if key not in content:
-            raise ConfigError(f"{place}.{key}", None, f"missing in {path}")
+def _are_finite(*values: float | None) -> bool:
+    return all(value is None or math.isfinite(value) for value in values)
 
 
-def _number(place: str, value: Any) -> float:
-    try:  # YAML reads 3e-3 as text, and 3.0e-3 as a number
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(place, value, "must be a number")
-    return number
+def _are_different(values: Sequence[int]) -> bool:
+    return 0 < len(values) == len(set(values))
 
 
-def _positive(place: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise ConfigError(place, value, "must be a positive whole number")
+def _rise(values: Sequence[float]) -> bool:
+    return _are_finite(*values) and all(a < b for a, b in pairwise((0, *values)))
 
 
-def _one_of(key: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(key, value, f"must be one of {', '.join(allowed)}")
-
-
-def as_flags(options: Mapping[str, Any]) -> list[str]:
+def as_flags(options: Options) -> list[str]:
     """Returns options as a command line has them; true is a flag alone, false its negation."""
     flags: list[str] = []
     for key, value in options.items():
@@ -337,9 +282,9 @@ def as_flags(options: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def _check_names(names: Sequence[str]) -> None:
+def _check_names(study: Study) -> None:
     seen: dict[str, str] = {}
-    for name in names:
+    for name in (v.name for v in study.variants):
         folder = folder_name(name)
         if not folder or folder in seen:
             other = f"as {seen[folder]!r} does" if folder else "which is none"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, ConfigError, ConfigErrors
 from megatron_samoe.evaluation.run_summary import read_records, read_run, sharing_text
 from megatron_samoe.evaluation.study import results_store
-from megatron_samoe.evaluation.study.definition import Run, Study, Variant, plan_runs, sweep_runs
+from megatron_samoe.evaluation.study.definition import Run, Study, Variant, as_flags, plan_runs, sweep_runs
 from megatron_samoe.evaluation.study.sweeps import Optimum, extended, optimum
 
 
@@ -59,31 +59,34 @@ class StudyPlan:
             if self.is_settled(run):
                 self._refuse_another(run, config)
 
+    @cached_property
+    def _planned(self) -> list[Run]:
+        return plan_runs(self.study, self.root)
+
     def plan(self) -> list[Run]:
         """Returns the runs that are compared, in their order; later seeds of a variant that was given up are not among them."""
-        runs = plan_runs(self.study, self.root)
-        return runs if self.study.give_up is None else [run for run in runs if not self._is_given_up(run, runs)]
+        return [run for run in self._planned if not self._is_given_up(run)]
 
     def given_up(self) -> set[tuple[str, str]]:
         """Returns names and sizes of variants that get no seed but the first."""
-        runs = plan_runs(self.study, self.root)
-        return {(r.variant.edited_from or r.variant.name, r.size) for r in runs if self._is_given_up(r, runs)}
+        return {(r.variant.edited_from or r.variant.name, r.size) for r in self._planned if self._is_given_up(r)}
 
-    def _is_given_up(self, run: Run, runs: Sequence[Run]) -> bool:
+    def _is_given_up(self, run: Run) -> bool:
         """Whether the first seed of a run's variant, or of what it is edited from, ended too far behind the baseline's."""
         name, first = run.variant.edited_from or run.variant.name, self.study.seeds[0]
         if run.seed == first or self.study.give_up is None:
             return False
         if (name, run.size) not in self._behind:
-            both = [
-                r for r in runs
-                if (r.seed, r.size, r.length) == (first, run.size, None) and r.variant.name in (name, self.study.baseline)
-            ]  # fmt: skip
-            if not all(self.is_finished(r) for r in both):
+            own, base = (self._full(variant, first, run.size) for variant in (name, self.study.baseline))
+            if not (self.is_finished(own) and self.is_finished(base)):
                 return False
-            losses = {r.variant.name: last_validation(r) or math.nan for r in both}
-            self._behind[name, run.size] = losses[name] - losses[self.study.baseline]
+            self._behind[name, run.size] = self._mean_loss([own]) - self._mean_loss([base])
         return self._behind[name, run.size] > self.study.give_up
+
+    def _full(self, variant: str, seed: int, size: str) -> Run:
+        """Returns the run of full length of a variant."""
+        wanted = (variant, seed, size, None)
+        return next(r for r in self._planned if (r.variant.name, r.seed, r.size, r.length) == wanted)
 
     def all_runs(self) -> list[Run]:
         """Returns the runs of sweeps, as far as their ranges are known, and then those that are compared."""
@@ -139,7 +142,7 @@ class StudyPlan:
 
     def flags_of(self, run: Run) -> list[str]:
         """Returns the flags of a run's pretraining; of one that waits for a sweep those without the option that is swept."""
-        common = [*self.common_flags, *self.study.sizes[run.size]]
+        common = [*self.common_flags, *as_flags(self.study.sizes[run.size])]
         sweep = self.study.sweep
         if run.swept is not None and sweep is not None:
             common += [f"--{sweep.option}", f"{run.swept:.6g}"]
@@ -181,9 +184,8 @@ class StudyPlan:
         return run.length - max(round(run.length * decay / full.training.train_iters), 1)
 
     def trunk_of(self, run: Run) -> Run:
-        return next(
-            r for r in self.plan() if (r.variant, r.seed, r.size, r.length) == (run.variant, run.seed, run.size, None)
-        )
+        """Returns the full run that a branch leaves."""
+        return self._full(run.variant.name, run.seed, run.size)
 
     def _check_branch(self, run: Run) -> None:
         full = self.config_of(self.trunk_of(run))
@@ -226,16 +228,36 @@ class StudyPlan:
         return not run.variant.is_trained or iterations[-1] >= self.config_of(run).training.train_iters
 
     def needs(self, run: Run) -> list[Run]:
-        """Returns the runs that must have ended before one can be made: what it is edited from, and shorter branches of the same
-        trunk, which is trained as far as the next of them needs it."""
+        """Returns the runs that must have ended before one can be made: what it is edited from, its sweep's, and shorter branches
+        of the same trunk, which is trained as far as the next of them needs it."""
         if not run.variant.is_trained:
             return [self.source_of(run)]
-        return [r for r in self.branches_of(run) if run.length is None or (r.length or 0) < run.length]
+        is_swept = run.swept is None and self._is_swept(run.variant, run.size)
+        swept = self._sweep(run.variant, run.size)[0] if is_swept else []
+        return swept + [r for r in self.branches_of(run) if run.length is None or (r.length or 0) < run.length]
+
+    def name_of(self, run: Run) -> str:
+        """Returns what a run is called among all: its folder below the study's."""
+        return run.directory.relative_to(self.root).as_posix()
+
+    def chosen(self, names: Collection[str] | None) -> list[Run]:
+        """Returns the runs of some names and those that they need, in the order of all; every run if there are no names."""
+        runs = self.all_runs()
+        if names is None:
+            return runs
+        found: set[Path] = set()
+        wanted = [run for run in runs if self.name_of(run) in names]
+        while wanted:
+            run = wanted.pop()
+            if run.directory not in found:
+                found.add(run.directory)
+                wanted += self.needs(run)
+        return [run for run in runs if run.directory in found]
 
     def source_of(self, run: Run) -> Run:
         """Returns the run whose checkpoints are edited for another."""
-        wanted = (run.variant.edited_from, run.seed, run.size, None)
-        return next(r for r in self.plan() if (r.variant.name, r.seed, r.size, r.length) == wanted)
+        assert run.variant.edited_from is not None
+        return self._full(run.variant.edited_from, run.seed, run.size)
 
     def _check_edit(self, run: Run) -> None:
         """Raises ConfigError, before hours of training, where an edit needs experts that its source does not have."""
@@ -245,9 +267,10 @@ class StudyPlan:
         if not fits and not config.checkpoint.use_checkpoint_args:
             needed = "layers that combine banks" if variant.edit == "select" else "layers that share experts"
             raise ConfigError(
-                f"derived.{variant.name}.edit", variant.edit,
+                f"derived.{variant.name}.edit",
+                variant.edit,
                 f"needs {needed}; those of {variant.edited_from} share so: {sharing_text(config)}",
-            )  # fmt: skip
+            )
 
     def _refuse_another(self, run: Run, config: PretrainConfig) -> None:
         if self.is_finished(run):

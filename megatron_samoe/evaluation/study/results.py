@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_samoe.evaluation.run_groups import RunGroup
-from megatron_samoe.evaluation.run_summary import Table, entropy_text, read_run, sharing_text, speed_text
-from megatron_samoe.evaluation.study.definition import Run, Study
+from megatron_samoe.evaluation.run_summary import (
+    Table,
+    entropy_text,
+    millions_text,
+    read_run,
+    sharing_text,
+    speed_text,
+    table,
+)
+from megatron_samoe.evaluation.study.definition import Run, Study, Variant
 from megatron_samoe.evaluation.study.statistics import Difference, differences
 from megatron_samoe.evaluation.study.sweeps import Optimum
 from megatron_samoe.evaluation.study.text_size import bits_per_byte
@@ -50,14 +58,6 @@ class VariantResult:
     least_load_entropy: float | None = None
     bits_per_byte: float | None = None
 
-    def to_json(self) -> JsonObject:
-        """Returns plain values; nan becomes null."""
-
-        def plain(pairs: list[tuple[str, Any]]) -> JsonObject:
-            return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in pairs}
-
-        return asdict(self, dict_factory=plain)
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -81,29 +81,32 @@ def collect(study: Study, finished: Sequence[Run], given_up: Collection[tuple[st
     Args:
         given_up: names and sizes of variants that have the first seed alone.
     """
-    found = []
-    for size in study.sizes:
-        for steps in (None, *study.branches):
-            variants = [v for v in study.variants if v.is_trained or steps is None]
-            done = {(run.variant.name, run.seed): run for run in finished
-                    if (run.size, run.length, run.swept) == (size, steps, None)}  # fmt: skip
-            short = {v.name for v in variants if (v.edited_from or v.name, size) in given_up}
-            seeds = [
-                seed for place, seed in enumerate(study.seeds)
-                if all((v.name, seed) in done for v in variants if not place or v.name not in short)
-            ]  # fmt: skip
-            if seeds:
-                groups = {
-                    v.name: RunGroup(v.name, tuple(
-                        read_run(done[v.name, seed].directory) for seed in (seeds[:1] if v.name in short else seeds)
-                    ))
-                    for v in variants
-                }  # fmt: skip
-                found.append(Comparison(size, steps, seeds, _compared(study, groups)))
-    return found
+    lengths = [(size, steps) for size in study.sizes for steps in (None, *study.branches)]
+    found = [_comparison(study, finished, given_up, size, steps) for size, steps in lengths]
+    return [comparison for comparison in found if comparison is not None]
 
 
-def _compared(study: Study, groups: dict[str, RunGroup]) -> list[VariantResult]:
+def _comparison(
+    study: Study, finished: Sequence[Run], given_up: Collection[tuple[str, str]], size: str, steps: int | None
+) -> Comparison | None:
+    variants = [v for v in study.variants if v.is_trained or steps is None]
+    alike = [run for run in finished if (run.size, run.length, run.swept) == (size, steps, None)]
+    done = {(run.variant.name, run.seed): run for run in alike}
+
+    def seeds_of(variant: Variant) -> Sequence[int]:
+        return study.seeds[:1] if (variant.edited_from or variant.name, size) in given_up else study.seeds
+
+    seeds = [s for s in study.seeds if all((v.name, s) in done for v in variants if s in seeds_of(v))]
+    if not seeds:
+        return None
+    groups = {
+        v.name: RunGroup(v.name, tuple(read_run(done[v.name, s].directory) for s in seeds if s in seeds_of(v)))
+        for v in variants
+    }
+    return Comparison(size, steps, seeds, _compared(study, groups))
+
+
+def _compared(study: Study, groups: Mapping[str, RunGroup]) -> list[VariantResult]:
     most = max(len(group.losses) for group in groups.values())
     losses = {name: [*g.losses, *[math.nan] * (most - len(g.losses))] for name, g in groups.items()}
     derived = [v.name for v in study.variants if not v.is_trained]
@@ -112,17 +115,25 @@ def _compared(study: Study, groups: dict[str, RunGroup]) -> list[VariantResult]:
 
 
 def _result(group: RunGroup, difference: Difference | None) -> VariantResult:
-    count, runs, loss = group.first.parameters, group.runs, group.loss
+    first, runs = group.first, group.runs
     speeds = [run.tokens_per_s for run in runs if run.tokens_per_s is not None]
     return VariantResult(
-        group.name, [str(run.directory) for run in runs], sharing_text(group.first.config),
-        count.total, count.expert, count.active, group.first.last_trained.get("iteration"), group.losses,
-        loss.mean, loss.sd, difference,
-        statistics.median(speeds) if speeds else None,
-        max((run.peak_memory_bytes for run in runs if run.peak_memory_bytes is not None), default=None),
-        min((run.least_load_entropy for run in runs if run.least_load_entropy is not None), default=None),
-        bits_per_byte(loss.mean, group.first.config.data, group.first.directory),
-    )  # fmt: skip
+        name=group.name,
+        directories=[str(run.directory) for run in runs],
+        sharing=sharing_text(first.config),
+        total_parameters=first.parameters.total,
+        expert_parameters=first.parameters.expert,
+        active_parameters=first.parameters.active,
+        steps=first.last_trained.get("iteration"),
+        losses=group.losses,
+        mean=group.loss.mean,
+        sd=group.loss.sd,
+        difference=difference,
+        tokens_per_s=statistics.median(speeds) if speeds else None,
+        peak_memory_bytes=max((r.peak_memory_bytes for r in runs if r.peak_memory_bytes is not None), default=None),
+        least_load_entropy=min((r.least_load_entropy for r in runs if r.least_load_entropy is not None), default=None),
+        bits_per_byte=bits_per_byte(group.loss.mean, first.config.data, first.directory),
+    )
 
 
 def unequal_arms(study: Study, results: Sequence[VariantResult], tolerance: float = 0.02) -> list[str]:
@@ -136,47 +147,67 @@ def unequal_arms(study: Study, results: Sequence[VariantResult], tolerance: floa
 
 
 def results_table(study: Study, results: Sequence[VariantResult]) -> Table:
-    """Returns rows of text, the first the heading."""
-    rows = [["model", "sharing", "parameters", "expert", "active", "valid. loss", "bits/byte", "sd", f"from {study.baseline}", "pooled",
-             "p equal", "p Holm", "load entropy", "tokens/s"]]  # fmt: skip
-    for r in results:
-        rows.append([
-            r.name, r.sharing, *(f"{n / 1e6:.2f} M" for n in (r.total_parameters, r.expert_parameters, r.active_parameters)),
-            f"{r.mean:.4f}", "-" if r.bits_per_byte is None else f"{r.bits_per_byte:.4f}",
-            "-" if math.isnan(r.sd) else f"{r.sd:.4f}", *_shown(r.difference),
-            entropy_text([r.least_load_entropy]), speed_text(r.tokens_per_s),
-        ])  # fmt: skip
-    return rows
+    """Returns a row of text for each model, below the headings."""
+    columns: dict[str, Callable[[VariantResult], str]] = {
+        "model": lambda r: r.name,
+        "sharing": lambda r: r.sharing,
+        "parameters": lambda r: millions_text(r.total_parameters),
+        "expert": lambda r: millions_text(r.expert_parameters),
+        "active": lambda r: millions_text(r.active_parameters),
+        "valid. loss": lambda r: f"{r.mean:.4f}",
+        "bits/byte": lambda r: "-" if r.bits_per_byte is None else f"{r.bits_per_byte:.4f}",
+        "sd": lambda r: _known("{:.4f}", r.sd),
+        f"from {study.baseline}": _of_difference(lambda d: f"{d.mean:+.4f}{_known(' +- {:.4f}', d.half_width, '')}"),
+        "pooled": _of_difference(lambda d: _known("+- {:.4f}", d.pooled_half_width)),
+        "p equal": _of_difference(lambda d: _known("{:.3f}", d.p_equivalent)),
+        "p Holm": _of_difference(lambda d: _known("{:.3f}", d.p_holm)),
+        "load entropy": lambda r: entropy_text([r.least_load_entropy]),
+        "tokens/s": lambda r: speed_text(r.tokens_per_s),
+    }
+    return table(columns, results)
 
 
-def _shown(difference: Difference | None) -> list[str]:
-    if difference is None:
-        return ["", "", "", ""]
-    texts = [f"+- {difference.half_width:.4f}", f"+- {difference.pooled_half_width:.4f}",
-             f"{difference.p_equivalent:.3f}", f"{difference.p_holm:.3f}"]  # fmt: skip
-    own, *others = ["-" if "nan" in text else text for text in texts]
-    return [f"{difference.mean:+.4f}{'' if own == '-' else ' ' + own}", *others]
+def _of_difference(show: Callable[[Difference], str]) -> Callable[[VariantResult], str]:
+    """Returns a column that is empty for the baseline."""
+    return lambda r: "" if r.difference is None else show(r.difference)
+
+
+def _known(form: str, value: float, otherwise: str = "-") -> str:
+    return otherwise if math.isnan(value) else form.format(value)
 
 
 def write_results(
-    path: Path, study: Study, comparisons: Sequence[Comparison], optima: Mapping[tuple[str, str], Optimum],
+    path: Path,
+    study: Study,
+    comparisons: Sequence[Comparison],
+    optima: Mapping[tuple[str, str], Optimum],
     commands: Sequence[str],
-) -> None:  # fmt: skip
+) -> None:
     """Writes results.json: the study, its results, and the command of every run."""
-    own = comparisons[0]
+    own, *others = comparisons
     content = {
-        "title": study.title, "baseline": study.baseline, "margin": study.margin, "size": own.size, "seeds": own.seeds,
-        "variants": [r.to_json() for r in own.variants],
-        "others": [
-            {"size": c.size, "steps": c.steps, "seeds": c.seeds, "variants": [r.to_json() for r in c.variants]}
-            for c in comparisons[1:]
-        ],
+        "title": study.title,
+        "baseline": study.baseline,
+        "margin": study.margin,
+        "size": own.size,
+        "seeds": own.seeds,
+        "variants": _plain(own)["variants"],
+        "others": [_plain(comparison) for comparison in others],
         "optima": [
             {"variant": name, "size": size, "option": study.sweep and study.sweep.option, **asdict(found)}
             for (name, size), found in optima.items()
         ],
         "commands": list(commands),
-    }  # fmt: skip
+    }
     half = path.with_suffix(".tmp")
     half.write_text(json.dumps(content, indent=1) + "\n")
     half.replace(path)
+
+
+def _plain(comparison: Comparison) -> JsonObject:
+    """Returns plain values; nan becomes null."""
+
+    def without_nan(pairs: list[tuple[str, Any]]) -> JsonObject:
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in pairs}
+
+    return asdict(comparison, dict_factory=without_nan)

@@ -29,9 +29,18 @@ KEY_VERSION = 1
 #: Groups of options that decide what a run computes, but for the fields that do not.
 DECISIVE_GROUPS = ("model", "moe", "training", "optimizer", "distillation", "data")
 INDECISIVE_FIELDS = (
-    "num_threads", "exit_interval", "exit_duration_in_mins", "skip_train", "optimizer_backend", "num_workers",
-    "data_cache_path", "no_mmap_bin_files", "tokenizer_model", "vocab_file", "merge_file",
-)  # fmt: skip
+    "num_threads",
+    "exit_interval",
+    "exit_duration_in_mins",
+    "skip_train",
+    "optimizer_backend",
+    "num_workers",
+    "data_cache_path",
+    "no_mmap_bin_files",
+    "tokenizer_model",
+    "vocab_file",
+    "merge_file",
+)
 #: About so many records of a run keep a number for every expert (load, gradient, coefficients); the lists are most of its bytes.
 LISTED_ROWS = 48
 _DATA_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
@@ -72,8 +81,11 @@ def write_run_file(run_dir: Path, key: str, config: PretrainConfig) -> None:
     """Marks a run's folder as finished: writes run.json, whole or not at all."""
     run = read_run(run_dir)
     content = {
-        "key": key, "config": asdict(_without_places(config)), "vocab_size": run.vocab_size, "checkpoint_bytes": run.checkpoint_bytes,
-    }  # fmt: skip
+        "key": key,
+        "config": asdict(_without_places(config)),
+        "vocab_size": run.vocab_size,
+        "checkpoint_bytes": run.checkpoint_bytes,
+    }
     _write(run_dir / RUN_FILE, json.dumps(content, indent=1) + "\n")
 
 
@@ -85,10 +97,14 @@ def _without_places(config: PretrainConfig) -> PretrainConfig:
         path = getattr(data, name)
         named[name] = None if path is None else Path(path).name
     return replace(
-        config, data=replace(data, data_cache_path=None, **named), checkpoint=CheckpointConfig(),
+        config,
+        data=replace(data, data_cache_path=None, **named),
+        checkpoint=CheckpointConfig(),
         logging=replace(config.logging, run_dir=None, tensorboard_dir=None, metrics_file=None),
-        distillation=replace(config.distillation, teacher=config.distillation.teacher and Path(config.distillation.teacher).name),
-    )  # fmt: skip
+        distillation=replace(
+            config.distillation, teacher=config.distillation.teacher and Path(config.distillation.teacher).name
+        ),
+    )
 
 
 def key_of(run_dir: Path) -> str | None:
@@ -172,10 +188,11 @@ def _thinned(rows: list[JsonObject]) -> list[JsonObject]:
     changes nothing."""
     step = math.ceil(len(rows) / LISTED_ROWS)
     return [
-        row if place % step == step - 1 or place == len(rows) - 1
+        row
+        if place % step == step - 1 or place == len(rows) - 1
         else {name: value for name, value in row.items() if not isinstance(value, list)}
         for place, row in enumerate(rows)
-    ]  # fmt: skip
+    ]
 
 
 def _short(value: Any, in_list: bool = False) -> Any:

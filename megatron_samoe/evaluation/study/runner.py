@@ -1,46 +1,45 @@
-"""Makes the runs of a study, several beside each other; started again, it goes on where it was.
+"""Makes the runs of a study, some beside each other; started again, it goes on where it was.
 
-Several programs may work on one study (tasks of a Slurm array, say): each takes the next run that no other has taken, by a
-lock on its folder, and what is ready follows from the folders alone.
+A run is a few command lines, one after another, under the lock of its folder, and what is ready follows from the folders
+alone. So several programs may work on one study (tasks of a Slurm array, say): each takes the next run that no other has.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import shlex
 import signal
+import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
+from megatron_samoe import children
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
-from megatron_samoe.errors import CheckpointError, MegatronSamoeError
+from megatron_samoe.dist_checkpointing.folder_lock import FolderInUseError, folder_lock
+from megatron_samoe.errors import MegatronSamoeError
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.definition import Run
 from megatron_samoe.evaluation.study.gates import problems_of
 from megatron_samoe.evaluation.study.plan import StudyPlan, last_step, last_validation
-from megatron_samoe.evaluation.study.programs import Programs, pause_file
 
-#: Seconds between two looks at what can be started, and at what other programs have finished.
+#: Seconds between two looks at this program's runs, and at those of others.
 _LOOK_S, _LOOK_AT_OTHERS_S = 0.2, 2.0
+#: Statuses of a run that has ended, or that was stopped and has saved.
+_IN_ORDER = (0, 130, -signal.SIGTERM, -signal.SIGKILL)
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A run that no other program, and no other worker, makes as long as its locks are held.
-
-    Attributes:
-        trunk_lock: of the run that this one leaves, until that has come there; of nothing where it has.
-    """
+@dataclass
+class Making:
+    """A run that is made: command lines that are still to come, and the program that runs now."""
 
     run: Run
-    lock: contextlib.ExitStack
-    trunk_lock: contextlib.ExitStack
+    commands: Iterator[Sequence[str]]
+    process: subprocess.Popen | None = None
 
 
 @dataclass
@@ -48,21 +47,26 @@ class StudyRunner:
     """Makes the runs of a plan.
 
     Attributes:
+        names: of the runs that are made, with all that they need; None for every run.
         say: shows a line.
         jobs: runs at once.
         launcher: words before `-m megatron_samoe pretrain`; this Python if empty.
         idle: runs wait for whatever else the machine has to do.
         look: called every few seconds while runs go on.
         active: runs that go on now, by folder.
+        stopped: what was said of runs that were stopped before their end.
     """
 
     plan: StudyPlan
+    names: Collection[str] | None = None
     say: Callable[[str], None] = print
     jobs: int = 1
     launcher: tuple[str, ...] = ()
     idle: bool = True
     look: Callable[[], None] = lambda: None
-    active: dict[Path, Run] = field(default_factory=dict)
+    active: dict[Path, Making] = field(default_factory=dict)
+    stopped: list[str] = field(default_factory=list)
+    _told: set[Path] = field(default_factory=set)
 
     def run_all(self) -> list[str]:
         """Makes every run that is not finished; returns what was said of those that failed, which stop no other.
@@ -70,37 +74,33 @@ class StudyRunner:
         Raises:
             MegatronSamoeError: a run was stopped, or a gate failed; the study can be started again.
         """
-        self._told: set[Path] = set()
         self.plan.root.mkdir(parents=True, exist_ok=True)
-        stopped: list[str] = []
-        workers: list[threading.Thread] = []
-        looked = 0.0
-        try:
+        looked = -math.inf
+        with self._signals(), self._ending():
             while True:
-                self._programs.pause(pause_file(self.plan.root).exists())
-                workers = [worker for worker in workers if worker.is_alive()]
-                if time.monotonic() - looked > _LOOK_AT_OTHERS_S or not workers:
+                ended = [m for m in self.active.values() if m.process is not None and m.process.poll() is not None]
+                for making in ended:
+                    self._advance(making)
+                if ended or time.monotonic() - looked > _LOOK_AT_OTHERS_S:
                     looked = time.monotonic()
                     self.look()
                     self._check_gates()
-                if not stopped and len(workers) < self.jobs and not pause_file(self.plan.root).exists():
-                    claim = self._next()
-                    if claim is not None:
-                        self.active[claim.run.directory] = claim.run
-                        worker = threading.Thread(target=self._work, args=(claim, stopped))
-                        worker.start()
-                        workers.append(worker)
-                        continue
-                if not workers and (stopped or self._is_all_done()):
-                    break
-                time.sleep(_LOOK_S if workers else _LOOK_AT_OTHERS_S)
-        except BaseException:
-            self._end(workers)
-            raise
+                    while not self.stopped and len(self.active) < self.jobs and self._start_next():
+                        pass
+                    if not self.active and (self.stopped or not self._left()):
+                        break
+                time.sleep(_LOOK_S)
         self.look()
-        if stopped:
-            raise MegatronSamoeError(stopped[0])
+        if self.stopped:
+            raise MegatronSamoeError(self.stopped[0])
         return list(self.plan.failures.values())
+
+    def _left(self) -> list[Run]:
+        """Returns the runs that are not made yet, here or elsewhere."""
+        return [run for run in self.plan.chosen(self.names) if not self._is_over(run)]
+
+    def _is_over(self, run: Run) -> bool:
+        return run.directory in self.plan.failures or self.plan.is_finished(run)
 
     def _check_gates(self) -> None:
         """Raises MegatronSamoeError where a gate's runs are finished and do not pass."""
@@ -108,94 +108,109 @@ class StudyRunner:
         if problems:
             raise MegatronSamoeError(f"The study stops at a gate: {'; '.join(problems)}.")
 
-    def _end(self, workers: Sequence[threading.Thread]) -> None:
-        """Ends the programs and waits for them; whoever interrupts again does not want to wait."""
-        self._programs.end()
-        try:
-            for worker in workers:
-                worker.join()
-        except KeyboardInterrupt:
-            self._programs.end(at_once=True)
-            for worker in workers:
-                worker.join()
-
-    @cached_property
-    def _programs(self) -> Programs:
-        return Programs(self.idle)
-
-    def _next(self) -> Claim | None:
-        """Returns the next run that can be made now, claimed: none that is finished, failed, under way, here or in another
-        program, or in want of another.
+    def _start_next(self) -> bool:
+        """Starts the next run that can be made now, and returns whether there is one: none that is finished, failed, under
+        way, here or in another program, or in want of another.
         """
-        runs = self.plan.all_runs()
-        for run in runs:
+        for run in self.plan.chosen(self.names):
             if run.directory in self.active or run.directory in self.plan.failures:
                 continue
             if self.plan.is_finished(run):
                 self._tell(run, "finished before")
                 continue
-            waits_for = self.plan.needs(run)
-            failed = [r for r in waits_for if r.directory in self.plan.failures]
+            needs = self.plan.needs(run)
+            failed = [r for r in needs if r.directory in self.plan.failures]
             if failed and not run.variant.is_trained:
                 self._fail(run, f"{failed[0].label} is not finished, so there is nothing to edit.")
-            elif self.plan.is_settled(run) and all(
-                self.plan.is_finished(r) or r.directory in self.plan.failures for r in waits_for
-            ):
+            elif all(map(self._is_over, needs)):
                 if not self.plan.is_needed_whole(run) and self.plan.take(run):
                     self._tell(run, "found in the store")
-                    continue
-                claim = self._claim(run)
-                if claim is not None:
-                    return claim
-        return None
+                elif self._advance(Making(run, self._commands(run))):
+                    return True
+        return False
 
-    def _claim(self, run: Run) -> Claim | None:
-        """Takes the locks of a run and of the trunk that must be trained for it; None where somebody has one of them."""
-        with contextlib.ExitStack() as own, contextlib.ExitStack() as trunks:
-            try:
-                run.directory.mkdir(parents=True, exist_ok=True)
-                own.enter_context(folder_lock(run.directory))
-                if self._needs_trunk(run):
-                    trunk = self.plan.trunk_of(run)
-                    trunk.directory.mkdir(parents=True, exist_ok=True)
-                    trunks.enter_context(folder_lock(trunk.directory))
-            except CheckpointError:
-                return None
-            except OSError as error:
-                self._fail(run, str(error))
-                return None
-            return Claim(run, own.pop_all(), trunks.pop_all())
-
-    def _needs_trunk(self, run: Run) -> bool:
-        """Whether a run's trunk must first come to where the run leaves it."""
-        if run.length is None or not run.variant.is_trained or store.whole_iterations(run.checkpoints):
-            return False
-        return last_step(self.plan.trunk_of(run)) < self.plan.leaving_point(run)
-
-    def _is_all_done(self) -> bool:
-        """Whether nothing is left, here or elsewhere."""
-        left = [
-            r for r in self.plan.all_runs() if not self.plan.is_finished(r) and r.directory not in self.plan.failures
-        ]
-        return not left
-
-    def _work(self, claim: Claim, stopped: list[str]) -> None:
-        run, started = claim.run, time.monotonic()
+    def _advance(self, making: Making) -> bool:
+        """Starts the next command of a run, and returns whether there is one: not where the run has ended, has failed, or is
+        another program's."""
+        run = making.run
         try:
-            with claim.lock, claim.trunk_lock:
-                if not self.plan.is_finished(run):
-                    self._make(claim)
-                    self._finish(run, stopped, started)
+            if making.process is not None and making.process.returncode not in _IN_ORDER:
+                log = run.directory / "log.txt"
+                tail = "\n".join(log.read_text().splitlines()[-5:])
+                raise MegatronSamoeError(
+                    f"A run ended with status {making.process.returncode}; the end of {log}:\n{tail}"
+                )
+            command = next(making.commands, None)
+            if command is not None:
+                making.process = self._started(run, command)
+                self.active[run.directory] = making
+                return True
+        except FolderInUseError:
+            pass
         except (MegatronSamoeError, OSError) as error:
             self._fail(run, str(error))
         except SystemExit as error:  # a flag that pretraining does not know has been told on standard error
             self._fail(run, f"its flags were refused ({error})")
-        finally:
-            self.active.pop(run.directory, None)
+        self._close(making)
+        return False
 
-    def _finish(self, run: Run, stopped: list[str], started: float) -> None:
+    def _close(self, making: Making) -> None:
+        """Gives up the locks of a run that is made no further."""
+        making.commands.close()  # type: ignore[attr-defined]
+        self.active.pop(making.run.directory, None)
+
+    def _started(self, run: Run, command: Sequence[str]) -> subprocess.Popen:
+        with (run.directory / "log.txt").open("a") as output:
+            output.write(f"$ {shlex.join(command)}\n")
+            output.flush()
+            # In a session of its own, or a terminal's Ctrl-C would reach it twice, and the second ends it at once.
+            return children.start(
+                command, idle=self.idle, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def _commands(self, run: Run) -> Iterator[Sequence[str]]:
+        """Yields the command lines that make a run, under its lock; each is asked for when the one before has ended.
+
+        Raises:
+            FolderInUseError: another program makes it, or the trunk that must be trained for it.
+        """
+        run.directory.mkdir(parents=True, exist_ok=True)
+        with folder_lock(run.directory):
+            if not self.plan.is_finished(run):
+                started = time.monotonic()
+                yield from self._training(run) if run.variant.is_trained else self._editing(run)
+                self._finish(run, started)
+
+    def _training(self, run: Run) -> Iterator[Sequence[str]]:
+        flags = self.plan.flags_of(run)
+        if run.length is not None and not store.whole_iterations(run.checkpoints):
+            trunk, leaves = self.plan.trunk_of(run), self.plan.leaving_point(run)
+            trunk.directory.mkdir(parents=True, exist_ok=True)
+            with folder_lock(trunk.directory):
+                if last_step(trunk) < leaves:
+                    yield self._pretraining([*self.plan.flags_of(trunk), "--exit-interval", str(leaves)])
+                reached = last_step(trunk)
+            if reached < leaves:
+                return  # it was stopped
+            # A trunk that is further has left this checkpoint behind: the branch is trained from the start, to the same result.
+            flags += ["--load", str(trunk.checkpoints)] if reached == leaves else []
+        yield self._pretraining(flags)
+
+    def _editing(self, run: Run) -> Iterator[Sequence[str]]:
+        source, edit = self.plan.source_of(run), run.variant.edit
+        assert edit is not None
+        if not store.whole_iterations(run.checkpoints):
+            places = ["--load-dir", str(source.checkpoints), "--save-dir", str(run.checkpoints)]
+            yield [sys.executable, "-m", "megatron_samoe.cli.edit", edit, *places]
+        own = ["--run-dir", str(run.directory), "--use-checkpoint-args", "--no-load-optim", "--skip-train"]
+        yield [sys.executable, "-m", "megatron_samoe.cli.pretrain", *self.plan.flags_of(source), *own]
+
+    def _pretraining(self, flags: Sequence[str]) -> list[str]:
+        return [*(self.launcher or (sys.executable,)), "-m", "megatron_samoe.cli.pretrain", *flags]
+
+    def _finish(self, run: Run, started: float) -> None:
         if not self.plan.has_ended(run):
-            stopped.append(
+            self.stopped.append(
                 f"{run.label} was stopped before its end; the same command goes on from its last checkpoint. "
                 f"Its output is in {run.directory / 'log.txt'}."
             )
@@ -215,64 +230,45 @@ class StudyRunner:
         self.plan.failures[run.directory] = f"{run.label}: {why}"
         self.say(f"{run.label}: failed")
 
-    def _make(self, claim: Claim) -> None:
-        run = claim.run
-        if not run.variant.is_trained:
-            self._edit(run)
-            return
-        flags = self.plan.flags_of(run)
-        if run.length is not None and not store.whole_iterations(run.checkpoints):
-            trunk, leaves = self.plan.trunk_of(run), self.plan.leaving_point(run)
-            if last_step(trunk) < leaves:
-                self._pretrain(trunk, [*self.plan.flags_of(trunk), "--exit-interval", str(leaves)])
-            claim.trunk_lock.close()
-            reached = last_step(trunk)
-            if reached < leaves:
-                return  # it was stopped
-            # A trunk that is further has left this checkpoint behind: the branch is trained from the start, to the same result.
-            flags += ["--load", str(trunk.checkpoints)] if reached == leaves else []
-        self._pretrain(run, flags)
+    def _signal(self, number: signal.Signals) -> None:
+        """Sends a signal to all programs, each with whatever its launcher has started."""
+        for making in self.active.values():
+            with contextlib.suppress(ProcessLookupError):
+                if making.process is not None:
+                    os.killpg(making.process.pid, number)
 
-    def _pretrain(self, run: Run, flags: Sequence[str]) -> None:
-        self._command(run, [*(self.launcher or (sys.executable,)), "-m", "megatron_samoe.cli.pretrain", *flags])
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Ends the programs with the study: with leave to save, unless somebody who interrupts again does not want to wait."""
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                self._signal(number)
+                self._signal(signal.SIGCONT)
+                with contextlib.suppress(KeyboardInterrupt):
+                    for making in list(self.active.values()):
+                        if making.process is not None:
+                            making.process.wait()
+                        self._close(making)
 
-    def _edit(self, run: Run) -> None:
-        variant, source = run.variant, self.plan.source_of(run)
-        assert variant.edit is not None
-        python = [sys.executable, "-m"]
-        if not store.whole_iterations(run.checkpoints):
-            self._command(run, [*python, "megatron_samoe.cli.edit", variant.edit, "--load-dir",
-                                str(source.checkpoints), "--save-dir", str(run.checkpoints)])  # fmt: skip
-        flags = [
-            *self.plan.flags_of(source),
-            "--run-dir",
-            str(run.directory),
-            "--use-checkpoint-args",
-            "--no-load-optim",
-        ]
-        self._command(run, [*python, "megatron_samoe.cli.pretrain", *flags, "--skip-train"])
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Makes SIGTERM and SIGHUP do what Ctrl-C does: a run that outlives its study would meet its own successor. SIGTSTP, as
+        Ctrl-Z sends it, holds the runs with the study until it is continued."""
 
-    def _command(self, run: Run, command: Sequence[str]) -> None:
-        log = run.directory / "log.txt"
-        with log.open("a") as output:
-            output.write(f"$ {shlex.join(command)}\n")
-            output.flush()
-            status = self._programs.run(command, output)
-        if status not in (0, 130, -signal.SIGTERM, -signal.SIGKILL):
-            tail = "\n".join(log.read_text().splitlines()[-5:])
-            raise MegatronSamoeError(f"A run ended with status {status}; the end of {log}:\n{tail}")
+        def interrupt(number: int, frame: object) -> None:
+            raise KeyboardInterrupt
 
+        def hold(number: int, frame: object) -> None:
+            self._signal(signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self._signal(signal.SIGCONT)
 
-@contextlib.contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP do what Ctrl-C does: a run that outlives its study would meet its own successor."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        handlers = {signal.SIGTERM: interrupt, signal.SIGHUP: interrupt, signal.SIGTSTP: hold}
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -98,10 +98,11 @@ def differences(
             float(d.mean()) if len(d) else math.nan,
             _quantile(len(d) - 1) * float(d.std(ddof=1)) / math.sqrt(len(d)) if len(d) > 1 else math.nan,
             spread.half_width(len(d)) if len(d) else math.nan,
-            p_equivalent(d, margin) if len(d) > 1 else math.nan, corrected.get(name, math.nan),
+            p_equivalent(d, margin) if len(d) > 1 else math.nan,
+            corrected.get(name, math.nan),
         )
         for name, d in found.items()
-    }  # fmt: skip
+    }
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -172,8 +173,13 @@ class ScalingFit:
     def predict(self, point: ScalingPoint) -> float:
         """Returns the loss that the fit expects."""
         values = [self.parameters[name] for name in _NAMES]
-        return float(_loss(np.array(values), np.array([[point.active, point.expert, point.tokens]]),
-                           np.array([self.factors.get(point.model, 1.0)]))[0])  # fmt: skip
+        return float(
+            _loss(
+                np.array(values),
+                np.array([[point.active, point.expert, point.tokens]]),
+                np.array([self.factors.get(point.model, 1.0)]),
+            )[0]
+        )
 
 
 @dataclass(frozen=True)
@@ -231,18 +237,28 @@ def fit_scaling(points: Sequence[ScalingPoint], draws: int = 200) -> ScalingFit:
 
 def _fit(points: Sequence[ScalingPoint], models: Sequence[str], start: np.ndarray | None) -> np.ndarray:
     least = min(p.loss for p in points)
-    starts = [start] if start is not None else [
-        np.array([least * share, least * (1 - share), alpha, 0.1, 1.0, beta, *[1.0] * len(models)])
-        for share in (0.3, 0.7) for alpha in (0.1, 0.4) for beta in (0.3, 0.7)
-    ]  # fmt: skip
+    starts = (
+        [start]
+        if start is not None
+        else [
+            np.array([least * share, least * (1 - share), alpha, 0.1, 1.0, beta, *[1.0] * len(models)])
+            for share in (0.3, 0.7)
+            for alpha in (0.1, 0.4)
+            for beta in (0.3, 0.7)
+        ]
+    )
     bounds = (np.zeros(len(starts[0])), np.array([least, *[np.inf] * (len(starts[0]) - 1)]))
     fits = [
         optimize.least_squares(
-            _residuals, np.clip(s, bounds[0] + 1e-9, bounds[1] - 1e-9), bounds=bounds, args=(points, models),
-            loss="huber", f_scale=0.01,
+            _residuals,
+            np.clip(s, bounds[0] + 1e-9, bounds[1] - 1e-9),
+            bounds=bounds,
+            args=(points, models),
+            loss="huber",
+            f_scale=0.01,
         )
         for s in starts
-    ]  # fmt: skip
+    ]
     return min(fits, key=lambda f: f.cost).x
 
 

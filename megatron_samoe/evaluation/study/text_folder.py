@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_samoe import children
+from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
 from megatron_samoe.errors import DataError
 
 #: Characters after which a document ends, at the next empty line or, in a text without, at twice as many.
@@ -70,23 +71,29 @@ def prepare(folder: Path, output: Path, vocab_size: int, say: Callable[[str], No
     """
     if not folder.is_dir():
         raise DataError(f"--text {folder} is no folder.")
-    tokenizer = output / "tokenizer"
-    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{tokenizer}.json"]
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(output / "tokenizer.json")]
     for part in ("train", "valid"):  # the test set is for whoever evaluates the study's end, not for every run
         flags += [f"--{part}-data-path", str(output / f"{part}_text_document")]
-    if (output / "ready").is_file():
-        return flags
+    ready = output / "ready"
+    if not ready.is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        with folder_lock(output, patience_s=3600):  # of programs that share a study one makes the data, the others wait
+            if not ready.is_file():
+                _make(folder, output, flags[:4], vocab_size, say)
+                ready.touch()  # last: it says that all of it is whole
+    return flags
+
+
+def _make(folder: Path, output: Path, tokenizer: list[str], vocab_size: int, say: Callable[[str], None]) -> None:
     counts = split_documents(folder, output)
     say(
         f"{folder}: {counts['train']:,} documents to train on, {counts['valid']:,} for validation, {counts['test']:,} for a test"
     )
-    _step("train-tokenizer", "--type", "byte-bpe", "--input", str(output / "train.jsonl"), "--vocab-size", str(vocab_size),
-          "--output-prefix", str(tokenizer), "--overwrite")  # fmt: skip
+    words = ["--type", "byte-bpe", "--input", str(output / "train.jsonl"), "--vocab-size", str(vocab_size)]
+    _step("train-tokenizer", *words, "--output-prefix", str(output / "tokenizer"), "--overwrite")
     for part in counts:
-        _step("preprocess", "--input", str(output / f"{part}.jsonl"), *flags[:4], "--append-eod", "--output-prefix",
-              str(output / part), "--overwrite")  # fmt: skip
-    (output / "ready").touch()  # last: it says that all of it is whole
-    return flags
+        words = ["--input", str(output / f"{part}.jsonl"), *tokenizer, "--append-eod"]
+        _step("preprocess", *words, "--output-prefix", str(output / part), "--overwrite")
 
 
 def _step(*words: str) -> None:

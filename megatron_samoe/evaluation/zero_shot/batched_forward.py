@@ -44,9 +44,11 @@ class Answer:
 
 
 def answer_queries(
-    loaded: LoadedModel, queries: Sequence[Query], batch_size: int | None = None,
+    loaded: LoadedModel,
+    queries: Sequence[Query],
+    batch_size: int | None = None,
     progress: Callable[[int], object] = lambda count: None,
-) -> list[Answer]:  # fmt: skip
+) -> list[Answer]:
     """Returns the answers in the queries' order, on every rank; all ranks of the layout call it together.
 
     Args:
@@ -88,7 +90,7 @@ def _batches(inputs: Sequence[tuple[int, ...]], batch_size: int | None) -> list[
 @torch.no_grad()
 def _run(
     loaded: LoadedModel, batches: list[list[tuple[int, ...]]], numbers: list[list[list[int]]], queries: Sequence[Query]
-) -> list[tuple[int, Answer]]:  # fmt: skip
+) -> list[tuple[int, Answer]]:
     """Runs batches through the stages; returns (query number, answer) on one rank of the last stage."""
     model, parallel = loaded.model, loaded.model.state
     num_rows = max(map(len, batches))
@@ -121,9 +123,13 @@ def _run(
 
 
 def _answers(
-    model: RankModel, logits_TV: Tensor, length: int, batch: list[tuple[int, ...]], wanted: list[tuple[int, int]],
+    model: RankModel,
+    logits_TV: Tensor,
+    length: int,
+    batch: list[tuple[int, ...]],
+    wanted: list[tuple[int, int]],
     queries: Sequence[Query],
-) -> Iterator[tuple[int, Answer]]:  # fmt: skip
+) -> Iterator[tuple[int, Answer]]:
     """Yields the answers of (row, query number) pairs; only the logits that they need leave their dtype."""
     places: list[int] = []
     labels: list[int] = []

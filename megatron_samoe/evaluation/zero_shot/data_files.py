@@ -167,11 +167,11 @@ def _hub_rows(task: Task) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise NoDataError(f"Task {task.name} names no data set on the Hub; give --data-dir.")
     datasets = optional_import("datasets", "eval", "--hub")
     try:
-        rows = datasets.load_dataset(task.hub["path"], task.hub.get("name"), split=task.hub["split"])
+        rows = datasets.load_dataset(task.hub.path, task.hub.name, split=task.hub.split)
     except Exception as error:  # the library raises many kinds
-        raise NoDataError(f"Task {task.name}: the Hub's {task.hub['path']} cannot be had: {error}") from None
+        raise NoDataError(f"Task {task.name}: the Hub's {task.hub.path} cannot be had: {error}") from None
     for number, row in enumerate(rows, 1):
-        yield f"{task.hub['path']}:{number}", row
+        yield f"{task.hub.path}:{number}", row
 
 
 def read_documents(path: Path, limit: int | None = None) -> list[Document]:

@@ -95,11 +95,15 @@ def _multirc_hub(row: Row) -> Row:
 def _multirc(row: Row) -> Rows:
     return [
         {
-            "paragraph": row["passage"]["text"], "question": question["question"], "answer": answer["text"],
-            "question_id": f"{row['idx']}-{question['idx']}", "label": _index(answer["label"]),
+            "paragraph": row["passage"]["text"],
+            "question": question["question"],
+            "answer": answer["text"],
+            "question_id": f"{row['idx']}-{question['idx']}",
+            "label": _index(answer["label"]),
         }
-        for question in row["passage"]["questions"] for answer in question["answers"]
-    ]  # fmt: skip
+        for question in row["passage"]["questions"]
+        for answer in question["answers"]
+    ]
 
 
 #: Spaces that the Winograd schemas' word-by-word form has beside punctuation. As in lm-evaluation-harness, so that figures
@@ -169,8 +173,12 @@ def _winogrande(row: Row) -> Row:
         raise ValueError("the sentence has no _")
     options = [row["option1"], row["option2"]]
     gold = _index(row["answer"])
-    return {"contexts": [before + option for option in options], "target": after.strip(), "choices": options,
-            "gold": gold - 1 if isinstance(gold, int) else gold}  # fmt: skip
+    return {
+        "contexts": [before + option for option in options],
+        "target": after.strip(),
+        "choices": options,
+        "gold": gold - 1 if isinstance(gold, int) else gold,
+    }
 
 
 def _race(article: str, question: str, options: Iterable[str], answer: str) -> Row:
@@ -227,9 +235,7 @@ LAYOUTS: dict[str, tuple[tuple[str, Plain], ...]] = {
         ("question passage label", _labelled),
         ("question passage answer", partial(_labelled, field="answer")),  # the authors' has "answer": true
     ),
-    "cb": (
-        ("premise hypothesis label", partial(_labelled, names=("entailment", "contradiction", "neutral"))),
-    ),
+    "cb": (("premise hypothesis label", partial(_labelled, names=("entailment", "contradiction", "neutral"))),),
     "copa": (("premise choice1 choice2 question label", _copa),),
     "hellaswag": (
         ("query choices gold", partial(_flattened, name="context")),
@@ -246,8 +252,10 @@ LAYOUTS: dict[str, tuple[tuple[str, Plain], ...]] = {
     ),
     "race": (
         ("article questions", _race_article),
-        ("article question options answer",
-         lambda row: _race(row["article"], row["question"], row["options"], row["answer"])),
+        (
+            "article question options answer",
+            lambda row: _race(row["article"], row["question"], row["options"], row["answer"]),
+        ),
     ),
     "rte": (("premise hypothesis label", partial(_labelled, names=("entailment", "not_entailment"))),),
     "science": (
@@ -255,8 +263,10 @@ LAYOUTS: dict[str, tuple[tuple[str, Plain], ...]] = {
         ("answerKey", _science),
     ),
     "triviaqa": (
-        ("Question Answer",
-         lambda row: _triviaqa(row["Question"], row["Answer"], ("Value", "Aliases", "NormalizedAliases"))),
+        (
+            "Question Answer",
+            lambda row: _triviaqa(row["Question"], row["Answer"], ("Value", "Aliases", "NormalizedAliases")),
+        ),
         ("question answer", lambda row: _triviaqa(row["question"], row["answer"])),
         ("question answers", lambda row: _triviaqa(row["question"], row["answers"])),
         ("question target", lambda row: _triviaqa(row["question"], row["target"])),
@@ -271,4 +281,4 @@ LAYOUTS: dict[str, tuple[tuple[str, Plain], ...]] = {
         ("sentence option1 option2 answer", _winogrande),
     ),
     "wsc": (("text label", _wsc),),
-}  # fmt: skip
+}

@@ -95,9 +95,13 @@ def _greedy_options(options: Mapping[str, Any], seq_length: int) -> tuple[tuple[
 
 
 def run_harness(
-    loaded: LoadedModel, tasks: Sequence[str], *, batch_size: int | None = None, limit: int | None = None,
+    loaded: LoadedModel,
+    tasks: Sequence[str],
+    *,
+    batch_size: int | None = None,
+    limit: int | None = None,
     include_path: str | None = None,
-) -> Mapping[str, Any]:  # fmt: skip
+) -> Mapping[str, Any]:
     """Returns what lm_eval.simple_evaluate gives for the harness's own tasks, zero-shot, on rank 0 and all others.
 
     Args:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -76,11 +77,14 @@ def evaluate_task(task: Task, items: Sequence[Item], predictor: Predictor) -> Ta
     golds = Counter(item.gold for item in items)
     ranked = task.kind in ("multiple_choice", "partial")
     return TaskResult(
-        task.name, items, responses, metrics,
+        task.name,
+        items,
+        responses,
+        metrics,
         best_constant=max(golds.values()) / len(items) if ranked else math.nan,
         num_cut=sum(response.cut_tokens > 0 for response in responses),
         num_windowed=sum(response.in_windows for response in responses),
-    )  # fmt: skip
+    )
 
 
 def evaluate_corpus(name: str, documents: Sequence[Document], predictor: ModelPredictor) -> TaskResult:
@@ -95,48 +99,44 @@ def evaluate_corpus(name: str, documents: Sequence[Document], predictor: ModelPr
 
 def result_record(result: TaskResult) -> JsonObject:
     """Returns a result as plain values for JSON; what is not finite becomes None."""
-    return {
+    metrics = {name: {"value": m.value, "stderr": m.stderr, "units": len(m.x_UV)} for name, m in result.metrics.items()}
+    record = {
         "task": result.task,
         "items": result.num_items,
         "contexts_cut": result.num_cut,
         "continuations_in_windows": result.num_windowed,
-        "best_constant": finite(result.best_constant),
-        "metrics": {
-            name: {"value": finite(m.value), "stderr": finite(m.stderr), "units": int(m.x_UV.shape[0])}
-            for name, m in result.metrics.items()
-        },
+        "best_constant": result.best_constant,
+        "metrics": metrics,
     }
+    return without_infinities(record)
 
 
-def finite(value: float) -> float | None:
-    """Returns the value, or None for nan and infinities, which JSON does not have."""
-    return value if math.isfinite(value) else None
-
-
-def finite_values(record: object) -> dict[str, float | None]:
-    """Returns the fields of a record of numbers, as `finite` does."""
-    return {name: finite(value) for name, value in vars(record).items()}
+def without_infinities(record: Any) -> Any:
+    """Returns a record with None for nan and infinities, which JSON does not have."""
+    if isinstance(record, dict):
+        return {name: without_infinities(value) for name, value in record.items()}
+    if isinstance(record, (list, tuple)):
+        return [without_infinities(value) for value in record]
+    return None if isinstance(record, float) and not math.isfinite(record) else record
 
 
 def sample_records(result: TaskResult) -> list[JsonObject]:
     """Returns one record per item: what was asked, what was answered, whether that is right."""
-    records = []
-    for item, response in zip(result.items, result.responses, strict=True):
-        record: JsonObject = {"task": result.task, "item": item.name}
-        if item.group:
-            record["group"] = item.group
-        record |= {"contexts": list(item.contexts), "right": bool(is_right(item, response))}
-        if item.answers:
-            record |= {"answers": list(item.answers), "text": response.text}
-        else:
-            record |= {
-                "continuations": list(item.continuations),
-                "loglikelihoods": [finite(value) for value in response.loglikelihoods],
-                "is_greedy": list(response.is_greedy),
-            }
-            if len(item.pairs) > 1:
-                record |= {"gold": item.gold, "prediction": prediction(item, response)}
-        if response.cut_tokens:
-            record["cut_tokens"] = response.cut_tokens
-        records.append(record)
-    return records
+    return [_sample(result.task, *pair) for pair in zip(result.items, result.responses, strict=True)]
+
+
+def _sample(task: str, item: Item, response: Response) -> JsonObject:
+    record: JsonObject = {"task": task, "item": item.name}
+    record |= {"group": item.group} if item.group else {}
+    record |= {"contexts": item.contexts, "right": bool(is_right(item, response))}
+    if item.answers:
+        record |= {"answers": item.answers, "text": response.text}
+    else:
+        record |= {
+            "continuations": item.continuations,
+            "loglikelihoods": response.loglikelihoods,
+            "is_greedy": response.is_greedy,
+        }
+        record |= {"gold": item.gold, "prediction": prediction(item, response)} if len(item.pairs) > 1 else {}
+    record |= {"cut_tokens": response.cut_tokens} if response.cut_tokens else {}
+    return without_infinities(record)

@@ -1,4 +1,4 @@
-"""How sure a figure is: standard errors, spread over checkpoints, and whether two models differ on the same items."""
+"""How sure a figure is: standard errors, and whether two models differ on the same items."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 _CHUNK = 250
 #: Gives value [...] of sums [..., V].
@@ -37,26 +38,6 @@ def bootstrap_stderr(x_UV: np.ndarray, finish: Statistic, num_samples: int = 100
 
 
 @dataclass(frozen=True)
-class Spread:
-    """One figure over nearby checkpoints.
-
-    Attributes:
-        sd: with n - 1; nan for one value.
-    """
-
-    mean: float
-    sd: float
-    low: float
-    high: float
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Returns mean, standard deviation and range."""
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return Spread(float(np.mean(values)), sd, min(values), max(values))
-
-
-@dataclass(frozen=True)
 class McNemar:
     """The exact test on units that just one of two models gets right.
 
@@ -74,18 +55,13 @@ def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndar
     """Returns McNemar's exact (binomial) test of two models on the same units."""
     first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     assert first.shape == second.shape
-    b, c = int((first & ~second).sum()), int((second & ~first).sum())
-    n = b + c
-    # Integers, so that thousands of units neither under- nor overflow: C(n, 0), C(n, 1), ... each from the one before.
-    tail, ways = 0, 1
-    for k in range(min(b, c) + 1):
-        tail += ways
-        ways = ways * (n - k) // (k + 1)
-    return McNemar(b, c, min(1.0, 2 * tail / 2**n) if n else 1.0)
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    either = only_first + only_second
+    return McNemar(only_first, only_second, float(binomtest(only_first, either).pvalue) if either else 1.0)
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Second model less first, by paired bootstrap.
 
     Attributes:
@@ -102,9 +78,8 @@ class Difference:
 
 
 def paired_bootstrap(
-    first_UV: np.ndarray, second_UV: np.ndarray, finish: Statistic, num_samples: int = 2000,
-    seed: int = 0,
-) -> Difference:  # fmt: skip
+    first_UV: np.ndarray, second_UV: np.ndarray, finish: Statistic, num_samples: int = 2000, seed: int = 0
+) -> PairedDifference:
     """Returns how two models' statistics differ over the same resampled units."""
     assert first_UV.shape[0] == second_UV.shape[0]
     value = float(finish(second_UV.sum(0))) - float(finish(first_UV.sum(0)))
@@ -114,8 +89,8 @@ def paired_bootstrap(
     with np.errstate(invalid="ignore"):  # infinity less infinity
         values = np.concatenate([finish(b) - finish(a) for a, b in pairs])
     if not np.isfinite(values).all():  # a perplexity beyond the largest number says nothing of a difference
-        return Difference(value, math.nan, math.nan, math.nan)
+        return PairedDifference(value, math.nan, math.nan, math.nan)
     low, high = np.quantile(values, (0.025, 0.975))
     below, above = int((values <= 0).sum()), int((values >= 0).sum())
     p_value = min(1.0, 2 * (min(below, above) + 1) / (num_samples + 1))
-    return Difference(value, float(low), float(high), p_value)
+    return PairedDifference(value, float(low), float(high), p_value)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from megatron_samoe.evaluation.run_summary import format_table
+from megatron_samoe.evaluation.run_summary import format_table, table
 from megatron_samoe.evaluation.zero_shot.metrics import SHARES_OF_ITEMS
-from megatron_samoe.evaluation.zero_shot.results import TaskResult
+from megatron_samoe.evaluation.zero_shot.results import MetricResult, TaskResult
 from megatron_samoe.evaluation.zero_shot.variation import Comparison, Variation
 
 
@@ -22,25 +23,38 @@ def metric_line(result: TaskResult) -> str:
     return ", ".join(f"{name} {_shown(m.value, m.metric.in_percent)}" for name, m in result.metrics.items())
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A metric of a task; what is said of the task stands in its first row."""
+
+    result: TaskResult
+    name: str
+    measured: MetricResult
+
+    def of_task(self, text: str) -> str:
+        """Returns a text in the first row of the task."""
+        return text if self.name == next(iter(self.result.metrics)) else ""
+
+    def shown(self, value: float) -> str:
+        """Returns a value of the metric."""
+        return _shown(value, self.measured.metric.in_percent)
+
+
 def result_table(results: Sequence[TaskResult]) -> str:
     """Returns every metric of every task with its standard error; shares in percent."""
-    rows = [["task", "items", "metric", "value", "std. error", "best constant", "contexts cut"]]
-    for result in results:
-        # What is said of the task stands in its first row.
-        task, items, cut = result.task, f"{result.num_items:,}", f"{result.num_cut:,}"
-        for name, measured in result.metrics.items():
-            percent = measured.metric.in_percent
-            rows.append([
-                task,
-                items,
-                name,
-                _shown(measured.value, percent),
-                _shown(measured.stderr, percent),
-                _shown(result.best_constant, True) if name in SHARES_OF_ITEMS else "",
-                cut,
-            ])  # fmt: skip
-            task = items = cut = ""
-    return format_table(rows)
+    rows = [_Row(result, name, measured) for result in results for name, measured in result.metrics.items()]
+    return format_table(table(_RESULTS, rows))
+
+
+_RESULTS: dict[str, Callable[[_Row], str]] = {
+    "task": lambda row: row.of_task(row.result.task),
+    "items": lambda row: row.of_task(f"{row.result.num_items:,}"),
+    "metric": lambda row: row.name,
+    "value": lambda row: row.shown(row.measured.value),
+    "std. error": lambda row: row.shown(row.measured.stderr),
+    "best constant": lambda row: _shown(row.result.best_constant, True) if row.name in SHARES_OF_ITEMS else "",
+    "contexts cut": lambda row: row.of_task(f"{row.result.num_cut:,}"),
+}
 
 
 def notes(results: Sequence[TaskResult], seq_length: int | None) -> list[str]:
@@ -56,22 +70,42 @@ def notes(results: Sequence[TaskResult], seq_length: int | None) -> list[str]:
 
 def variation_table(variations: Sequence[Variation]) -> str:
     """Returns mean, standard deviation and range over checkpoints, beside the standard error of one of them."""
-    rows = [["task", "metric", "mean", "sd", "lowest", "highest", "std. error of one"]]
-    for v in variations:
-        values = (v.spread.mean, v.spread.sd, v.spread.low, v.spread.high, v.stderr)
-        rows.append([v.task, v.metric, *(_shown(value, v.in_percent) for value in values)])
-    return format_table(rows)
+    return format_table(table(_VARIATIONS, variations))
+
+
+def _spread(name: str) -> Callable[[Variation], str]:
+    return lambda variation: _shown(variation.spread[name], variation.in_percent)
+
+
+_VARIATIONS: dict[str, Callable[[Variation], str]] = {
+    "task": lambda v: v.task,
+    "metric": lambda v: v.metric,
+    "mean": _spread("mean"),
+    "sd": _spread("sd"),
+    "lowest": _spread("low"),
+    "highest": _spread("high"),
+    "std. error of one": lambda v: _shown(v.stderr, v.in_percent),
+}
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
     """Returns the paired tests; the difference is the second model's value less the first's."""
-    rows = [["task", "metric", "first", "second", "difference", "95 % interval", "p bootstrap", "only first", "only second",
-             "p McNemar"]]  # fmt: skip
-    for c in comparisons:
-        d, m = c.difference, c.mcnemar
-        show = [_shown(value, c.in_percent) for value in (c.first, c.second, d.value, d.low, d.high)]
-        rows.append([
-            c.task, c.metric, *show[:3], f"{show[3]} to {show[4]}", f"{d.p_value:.4f}",
-            *((f"{m.only_first:,}", f"{m.only_second:,}", f"{m.p_value:.4f}") if m else ("", "", "")),
-        ])  # fmt: skip
-    return format_table(rows)
+    return format_table(table(_COMPARISONS, comparisons))
+
+
+def _interval(c: Comparison) -> str:
+    return f"{_shown(c.difference.low, c.in_percent)} to {_shown(c.difference.high, c.in_percent)}"
+
+
+_COMPARISONS: dict[str, Callable[[Comparison], str]] = {
+    "task": lambda c: c.task,
+    "metric": lambda c: c.metric,
+    "first": lambda c: _shown(c.first, c.in_percent),
+    "second": lambda c: _shown(c.second, c.in_percent),
+    "difference": lambda c: _shown(c.difference.value, c.in_percent),
+    "95 % interval": _interval,
+    "p bootstrap": lambda c: f"{c.difference.p_value:.4f}",
+    "only first": lambda c: f"{c.mcnemar.only_first:,}" if c.mcnemar else "",
+    "only second": lambda c: f"{c.mcnemar.only_second:,}" if c.mcnemar else "",
+    "p McNemar": lambda c: f"{c.mcnemar.p_value:.4f}" if c.mcnemar else "",
+}

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from megatron_samoe.errors import ConfigError, DataError, nearest, shown
+from megatron_samoe.config.typed import typed
+from megatron_samoe.errors import ConfigError, DataError, nearest
 from megatron_samoe.evaluation.zero_shot.layouts import LAYOUTS
 from megatron_samoe.evaluation.zero_shot.metrics import METRICS
-from megatron_samoe.evaluation.zero_shot.templates import fields_of
-from megatron_samoe.parsing import JsonObject, parse_yaml
+from megatron_samoe.evaluation.zero_shot.templates import fault_of
+from megatron_samoe.parsing import parse_yaml
 
 TASK_DIR = Path(__file__).parent / "tasks"
 Kind = Literal["multiple_choice", "partial", "greedy_match", "generate"]
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set on the Hugging Face Hub; it has a name where it has several parts."""
+
+    path: str
+    split: str
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Task:
         metrics: names of `metrics.METRICS`; the first is what tables show first.
         layout: function of `layouts.LAYOUTS` that reads the official forms of the data; none: rows are used as they are.
         labels: file beside the data with one label per line, where the official form keeps them apart.
-        hub: path, name and split of the data set on the Hugging Face Hub.
+        hub: the data set on the Hugging Face Hub.
         always_yes, always_no: choices that the constant predictors take; the first and the last if not given.
         delimiter: stands between context and continuation.
         until: generation stops before the first of these.
@@ -51,14 +61,14 @@ class Task:
     kind: Kind
     context: str
     metrics: tuple[str, ...]
-    choices: tuple[str, ...] | str = ()
+    choices: str | tuple[str, ...] = ()
     gold: str = ""
     target: str = ""
     answers: str = ""
     group: str = ""
     layout: str = ""
     labels: str = ""
-    hub: Mapping[str, str] | None = None
+    hub: Hub | None = None
     always_yes: int | None = None
     always_no: int | None = None
     delimiter: str = " "
@@ -74,9 +84,6 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "generate": ("answers", "until", "max_new_tokens"),
 }
 _MAY_HAVE: dict[str, tuple[str, ...]] = {"partial": ("choices",)}
-_TEXTS = ("name", "description", "context", "gold", "target", "answers", "group", "layout", "labels", "delimiter")
-_LISTS = ("files", "metrics", "until", "choices")
-_INTEGERS = ("always_yes", "always_no", "max_new_tokens")
 
 
 def task_names() -> list[str]:
@@ -107,78 +114,42 @@ def load_task(name: str) -> Task:
 
 def parse_task(content: object, where: str) -> Task:
     """Returns the task that a file's content describes; DataError as in `load_task`."""
-    if not isinstance(content, Mapping):
-        raise DataError(f"{where} is no task file: it must hold fields such as name, files, kind, context, metrics.")
-    known = {f.name: f for f in fields(Task)}
-    for key in content:
-        if key not in known:
-            raise DataError(f"{where}: {key!r} is no field of a task.{nearest(str(key), known)}")
-    needed = [name for name, f in known.items() if f.default is MISSING]
-    kind: Any = content.get("kind")
-    is_known = isinstance(kind, str) and kind in _NEEDS
-    needed += _NEEDS[kind] if is_known else ()
-    missing = [name for name in needed if content.get(name) in (None, "", [], ())]
-    if missing:
-        raise DataError(f"{where}: a task needs the field{'s' * (len(missing) > 1)} {', '.join(missing)}.")
-    if not is_known:
-        raise DataError(f"{where}: kind {shown(kind)} is not known; allowed are {', '.join(get_args(Kind))}.")
-    idle = {name for names in _NEEDS.values() for name in names} - {*_NEEDS[kind], *_MAY_HAVE.get(kind, ())}
-    for name in sorted(idle & set(content)):
-        raise DataError(f"{where}: {name} has no effect on a task of kind {kind}.")
-    values: JsonObject = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
-    task = Task(**values)
-    _check(task, where)
+    try:
+        task = typed(Task, content, where)
+    except ConfigError as error:
+        hint = " Quote yes, no, true and false in YAML." if error.field == "choices" else ""
+        raise DataError(f"{where} is no task file: {error}.{hint}") from None
+    for is_right, wrong in _rules(task):
+        if not is_right:
+            raise DataError(f"{where}: {wrong}.")
     return task
 
 
-def _check(task: Task, where: str) -> None:
-    _check_types(task, where)
-    for metric in task.metrics:
-        known = METRICS.get(metric)
-        if known is None:
-            raise DataError(
-                f"{where}: metric {metric!r} is not known.{nearest(metric, METRICS)} There are {', '.join(METRICS)}."
-            )
-        if task.kind not in known.kinds:
-            raise DataError(f"{where}: metric {metric} has no meaning for kind {task.kind}.")
-        if known.needs_group and not task.group:
-            raise DataError(f"{where}: metric {metric} needs the field group.")
-    if task.layout and task.layout not in LAYOUTS:
-        raise DataError(f"{where}: layout {task.layout!r} is not known; allowed are {', '.join(sorted(LAYOUTS))}.")
-    if task.hub is not None and not (isinstance(task.hub, Mapping) and {"path", "split"} <= set(task.hub)):
-        raise DataError(f"{where}: hub must have path and split (and name, where the data set has several).")
+def _rules(task: Task) -> Iterator[tuple[bool, str]]:
+    """Yields what must hold of a task beyond the types of its fields, and what is wrong where it does not."""
+    plain_name = re.fullmatch(r"[\w.-]+", task.name) is not None
+    yield plain_name, f"name {task.name!r} may have letters, digits, _, - and . only: files are named by it"
+    needs = _NEEDS[task.kind]
+    missing = [name for name in ("description", "files", "context", "metrics", *needs) if not getattr(task, name)]
+    yield not missing, f"a task of kind {task.kind} needs the fields {', '.join(missing)}"
+    for name in sorted({name for names in _NEEDS.values() for name in names} - {*needs, *_MAY_HAVE.get(task.kind, ())}):
+        yield not getattr(task, name), f"{name} has no effect on a task of kind {task.kind}"
+    for name in task.metrics:
+        metric, close = METRICS.get(name), nearest(name, METRICS)
+        yield metric is not None, f"metric {name!r} is not known.{close} There are {', '.join(METRICS)}"
+        assert metric is not None
+        yield task.kind in metric.kinds, f"metric {name} has no meaning for kind {task.kind}"
+        yield bool(task.group) or not metric.needs_group, f"metric {name} needs the field group"
+    layouts = ", ".join(sorted(LAYOUTS))
+    yield task.layout in ("", *LAYOUTS), f"layout {task.layout!r} is not known; allowed are {layouts}"
     choices = task.choices if isinstance(task.choices, tuple) else ()
     templates = {"target": task.target, "context": task.context}
     templates |= {f"choices[{number}]": text for number, text in enumerate(choices)}
     for name, template in templates.items():
-        try:
-            fields_of(template)
-        except ValueError as error:
-            raise DataError(f"{where}: {name} is no template: {error}.") from None
-    for name in ("always_yes", "always_no"):
-        value = getattr(task, name)
-        if value is not None and not 0 <= value < (len(choices) or value + 1):
-            raise DataError(f"{where}: {name} = {value!r} is not the index of a choice, counted from 0.")
-    if task.kind == "generate" and task.max_new_tokens < 1:
-        raise DataError(f"{where}: max_new_tokens must be 1 or more, not {task.max_new_tokens}.")
-
-
-def _check_types(task: Task, where: str) -> None:
-    for names, fits, wanted in (
-        (_TEXTS, lambda value: isinstance(value, str), "a text"),
-        (_LISTS, _is_list_of_texts, "a list of texts"),
-        (_INTEGERS, lambda value: value is None or type(value) is int, "a whole number"),
-    ):
-        for name in names:
-            value = getattr(task, name)
-            if not fits(value) and not (name == "choices" and isinstance(value, str)):
-                hint = " (quote yes, no, true and false in YAML)" if name == "choices" else ""
-                raise DataError(f"{where}: {name} must be {wanted}, not {shown(value)}{hint}.")
-    if not re.fullmatch(r"[\w.-]+", task.name):
-        raise DataError(
-            f"{where}: name {task.name!r} may have letters, digits, _, - and . only: files are named by it."
-        )
-
-
-def _is_list_of_texts(value: object) -> bool:
-    return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+        fault = fault_of(template)
+        yield not fault, f"{name} is no template: {fault}"
+    for name, value in (("always_yes", task.always_yes), ("always_no", task.always_no)):
+        is_index = value is None or 0 <= value < (len(choices) or value + 1)
+        yield is_index, f"{name} = {value!r} is not the index of a choice, counted from 0"
+    is_length = task.kind != "generate" or task.max_new_tokens > 0
+    yield is_length, f"max_new_tokens must be 1 or more, not {task.max_new_tokens}"

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import string
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_samoe.errors import DataError
 
-_PART = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
 
-
-def fields_of(template: str) -> list[str]:
-    """Returns the names of the fields that a template uses.
-
-    Raises:
-        ValueError: a brace that is neither doubled nor part of a `{name}`.
-    """
-    names = []
-    for match in _PART.finditer(template):
-        if match[0] in ("{", "}"):
-            raise ValueError(f"a lone {match[0]} at character {match.start()}; write {match[0] * 2} for a brace")
-        if match[1]:
-            names.append(match[1])
-    return names
+def fault_of(template: str) -> str:
+    """Returns why a text is no template; empty where it is one."""
+    try:
+        for _, name, form, conversion in string.Formatter().parse(template):
+            if form or conversion or not (name is None or name.isidentifier()):
+                return "between braces stands the name of a field alone; write {{ and }} for braces"
+    except ValueError as error:
+        return f"{error}; write {{{{ and }}}} for braces"
+    return ""
 
 
 def fill(template: str, row: Mapping[str, Any], where: str) -> str:
@@ -32,16 +26,16 @@ def fill(template: str, row: Mapping[str, Any], where: str) -> str:
     Raises:
         DataError: the row lacks a field, or has no text or number in it.
     """
-
-    def part(match: re.Match[str]) -> str:
-        name = match[1]
-        if not name:
-            return match[0][0]
+    parts = []
+    for text, name, _, _ in string.Formatter().parse(template):
+        parts.append(text)
+        if name is None:
+            continue
         if name not in row:
             raise DataError(f"{where}: there is no field {name!r}; the row has {', '.join(map(str, row))}.")
-        value = row[name]
-        if not isinstance(value, (str, int, float)):
-            raise DataError(f"{where}: field {name!r} must be a text or a number to stand in a prompt, not {value!r}.")
-        return str(value)
-
-    return _PART.sub(part, template)
+        if not isinstance(row[name], (str, int, float)):
+            raise DataError(
+                f"{where}: field {name!r} must be a text or a number to stand in a prompt, not {row[name]!r}."
+            )
+        parts.append(str(row[name]))
+    return "".join(parts)

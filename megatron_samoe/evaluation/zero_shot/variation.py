@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from megatron_samoe.errors import CheckpointError, ConfigError
-from megatron_samoe.evaluation.zero_shot.results import TaskResult, finite, finite_values
-from megatron_samoe.evaluation.zero_shot.statistics import (
-    Difference,
-    McNemar,
-    Spread,
-    mcnemar,
-    paired_bootstrap,
-    spread,
-)
+from megatron_samoe.evaluation.run_groups import mean_sd
+from megatron_samoe.evaluation.zero_shot.results import TaskResult, without_infinities
+from megatron_samoe.evaluation.zero_shot.statistics import McNemar, PairedDifference, mcnemar, paired_bootstrap
 from megatron_samoe.parsing import JsonObject
 
 
@@ -61,19 +55,28 @@ class Variation:
     metric: str
     in_percent: bool
     values: tuple[float, ...]
-    spread: Spread
     stderr: float
+
+    @property
+    def spread(self) -> dict[str, float]:
+        """Mean, standard deviation (nan for one value) and range."""
+        over = mean_sd(self.values)
+        return {"mean": over.mean, "sd": over.sd, "low": min(self.values), "high": max(self.values)}
 
 
 def variations(runs: Sequence[Sequence[TaskResult]]) -> list[Variation]:
     """Returns how each metric varies over checkpoints; each run has the same tasks."""
-    found = []
-    for results in zip(*runs, strict=True):
-        for name, newest in results[-1].metrics.items():
-            values = tuple(result.metrics[name].value for result in results)
-            in_percent = newest.metric.in_percent
-            found.append(Variation(results[-1].task, name, in_percent, values, spread(values), newest.stderr))
-    return found
+    return [
+        Variation(
+            task=results[-1].task,
+            metric=name,
+            in_percent=newest.metric.in_percent,
+            values=tuple(result.metrics[name].value for result in results),
+            stderr=newest.stderr,
+        )
+        for results in zip(*runs, strict=True)
+        for name, newest in results[-1].metrics.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Comparison:
     in_percent: bool
     first: float
     second: float
-    difference: Difference
+    difference: PairedDifference
     mcnemar: McNemar | None
 
 
@@ -110,18 +113,14 @@ def compare(first: Sequence[TaskResult], second: Sequence[TaskResult]) -> list[C
 
 def variation_record(variation: Variation) -> JsonObject:
     """Returns a variation as plain values for JSON."""
-    return {
-        "task": variation.task, "metric": variation.metric, "values": [finite(v) for v in variation.values],
-        **finite_values(variation.spread), "stderr": finite(variation.stderr),
-    }  # fmt: skip
+    record = {"task": variation.task, "metric": variation.metric, "values": list(variation.values)}
+    return without_infinities({**record, **variation.spread, "stderr": variation.stderr})
 
 
 def comparison_record(comparison: Comparison) -> JsonObject:
     """Returns a comparison as plain values for JSON."""
-    record: JsonObject = {
-        "task": comparison.task, "metric": comparison.metric, "first": finite(comparison.first),
-        "second": finite(comparison.second), "difference": finite_values(comparison.difference),
-    }  # fmt: skip
-    if comparison.mcnemar is not None:
-        record["mcnemar"] = vars(comparison.mcnemar)
-    return record
+    record = asdict(comparison)
+    del record["in_percent"]
+    if comparison.mcnemar is None:
+        del record["mcnemar"]
+    return without_infinities(record)

@@ -15,7 +15,6 @@ from typing import Any
 
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.inference.server.app import build_app
-from megatron_samoe.inference.server.connection import timed_protocol
 from megatron_samoe.inference.server.gate import GateLimits
 from megatron_samoe.inference.server.metrics import ServerMetrics
 from megatron_samoe.inference.server.models import NamedModel, ServedModels
@@ -46,7 +45,7 @@ class ServerOptions:
         max_choices: most prompts times choices of one request.
         max_connections: HTTP requests that are answered at a time; more are refused with 503.
         max_body_bytes: of a request; more are refused with 413.
-        body_timeout_s: in which a request's head must have come, and then its body.
+        body_timeout_s: in which a request's body must have come.
         drain_timeout_s: how long open requests may go on after SIGTERM or SIGINT.
     """
 
@@ -200,8 +199,7 @@ class Server:
         # Connections that send nothing cost little, so there may be many; the gate counts those that ask.
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="off", server_header=False, loop="asyncio",
-            http=timed_protocol(options.body_timeout_s),
-            ws="none", timeout_keep_alive=30, limit_concurrency=4 * options.max_connections + 64,
+            http="h11", ws="none", timeout_keep_alive=30, limit_concurrency=4 * options.max_connections + 64,
             timeout_graceful_shutdown=max(1, round(LAST_WORDS_S)),
         )  # fmt: skip
         self._uvicorn = _signalled(uvicorn.Server)(config, self._on_signal)

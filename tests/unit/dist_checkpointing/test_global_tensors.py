@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.file_storage import METADATA, read_metadata
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, StoredTensor, write_checkpoint
 from megatron_samoe.errors import CheckpointError
 
@@ -52,6 +54,17 @@ def test_what_is_written_tensor_by_tensor_reads_the_same(tmp_path: Path) -> None
         assert reader.tensors[name].num_bytes == source.read(name).nbytes
     assert reader.config == {"model": {"x": 1}} and reader.train_state["iteration"] == 3
     assert reader.verify() == []
+
+
+def test_a_table_of_contents_that_tells_another_type_is_damaged(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 3, Source(TENSORS))
+    table = read_metadata(path)
+    table.state_dict_metadata["b.weight"].properties.dtype = torch.bfloat16
+    (path / METADATA).write_bytes(pickle.dumps(table))
+    with pytest.raises(
+        CheckpointError, match=r"b.weight is \[3, 5\] torch.float32 in place of \[3, 5\] torch.bfloat16"
+    ):
+        CheckpointReader(path).read("b.weight")
 
 
 def test_an_iteration_that_exists_is_not_replaced(tmp_path: Path) -> None:

@@ -404,3 +404,10 @@ def test_a_probe_of_a_killed_run_goes_with_the_next_checkpoint(tmp_path: Path) -
     (tmp_path / ".probe_123.tmp").write_text("probe")
     save(tmp_path, 6)
     assert {path.name for path in tmp_path.iterdir()} == {store.LATEST, "iter_0000005", "iter_0000006"}
+
+
+@pytest.mark.parametrize("value", [None, "1.0", "much", float("inf"), [1.0]])
+def test_a_scale_of_losses_that_is_no_number_is_damage(value: Any) -> None:
+    with pytest.raises(CheckpointError, match="loss_scale is"):
+        store.refuse_wrong_values({"loss_scale": {"value": value}}, "train_state.json")
+    store.refuse_wrong_values({"loss_scale": {"value": 2.0**16, "good": 3, "is_dynamic": True}}, "train_state.json")

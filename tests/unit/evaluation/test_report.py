@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_samoe.cli import report as report_command
+from megatron_samoe.convert.edited_model import NOT_MODEL
 from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.evaluation import plots, plots_experts
@@ -35,7 +36,6 @@ from megatron_samoe.evaluation.report_tables import (
 )
 from megatron_samoe.evaluation.run_groups import group_runs, mean_sd
 from megatron_samoe.evaluation.run_summary import perplexity_text, read_run
-from megatron_samoe.interop.edited_model import NOT_MODEL
 from tests.harness.browser import browser, needs_browser
 from tests.harness.serving import save_tiny
 

@@ -1,53 +1,45 @@
-"""A study's page while it runs: the chart of losses has axes whose figures are where they say."""
+"""A study's page while it runs: the state of every run, its newest figures, and the losses so far."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from megatron_samoe.evaluation.study.status_page import _curves
-from megatron_samoe.parsing import JsonObject
+from megatron_samoe.evaluation.study.definition import read_study
+from megatron_samoe.evaluation.study.plan import StudyPlan
+from megatron_samoe.evaluation.study.runner import Making, StudyRunner
+from megatron_samoe.evaluation.study.status_page import StatusPage
+from tests.unit.evaluation.test_study import write_kept, write_study
 
 
-def chart(**curves: list[tuple[int, float]]) -> str:
-    """Returns the chart of a run for each variant."""
-    runs = [SimpleNamespace(directory=Path(name), variant=SimpleNamespace(name=name), swept=None) for name in curves]
-    records: dict[Path, list[JsonObject]] = {
-        Path(name): [{"iteration": step, "validation_loss": loss} for step, loss in curve]
-        for name, curve in curves.items()
-    }
-    return _curves(runs, records)  # type: ignore[arg-type]
-
-
-def ticks(svg: str, anchor: str, place: str) -> dict[float, float]:
-    """Returns the places of figures along an axis."""
-    found = re.findall(rf'<text ([^>]*) text-anchor="{anchor}">([\d.,]+)</text>', svg)
-    return {
-        float(figure.replace(",", "")): float(re.search(rf'\b{place}="([\d.]+)"', where)[1])  # type: ignore[index]
-        for where, figure in found
-    }
-
-
-@pytest.mark.parametrize(
-    "curve", [[(250, 6.1), (4800, 4.3217)], [(0, 4.9501), (10, 4.9502)], [(1, 10.5), (3, 12_000.0)]]
-)
-def test_points_lie_where_the_axes_say(curve: list[tuple[int, float]]) -> None:
-    svg = chart(moe=curve, empty=[])
-    steps, losses = ticks(svg, "middle", "x"), ticks(svg, "end", "y")
-    assert len(steps) >= 3 and len(losses) >= 3
-    points = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
-    assert len(points) == len(curve)
-    for (step, loss), (x, y) in zip(curve, points, strict=True):
-        for value, place, axis in ((step, x, steps), (loss, y, losses)):
-            (low, at_low), *_, (high, at_high) = sorted(axis.items())
-            assert low <= value <= high
-            assert place == pytest.approx(at_low + (at_high - at_low) * (value - low) / (high - low), abs=0.2)
-    assert ">step</text>" in svg and ">validation loss (nats per token)</text>" in svg and ">moe</text>" in svg
-    assert "empty" not in svg
-
-
-def test_a_single_point_has_axes_and_nothing_has_no_chart() -> None:
-    assert ">4." in chart(moe=[(100, 4.5)]) and chart(moe=[], dense=[]) == ""
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_every_run_has_its_state_and_newest_figures(tmp_path: Path, evaluated: bool) -> None:
+    study = read_study(write_study(tmp_path, derived=None, seeds=[1, 2]))
+    plan = StudyPlan(study, tmp_path / "runs", ())
+    runner, runs = StudyRunner(plan), plan.all_runs()
+    for run in runs:
+        run.directory.mkdir(parents=True)
+    records = [{"iteration": 1000, "lm_loss": 3.25, "tokens_per_s": 1234.5}, {"iteration": 2000, "lm_loss": 3.125}]
+    if evaluated:
+        records[1]["validation_loss"] = 3.5
+    (runs[0].directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    if evaluated:
+        write_kept(runs[0].directory, plan.config_of(runs[0]))
+    plan.failures[runs[1].directory] = "it broke"
+    runner.active[runs[2].directory] = Making(runs[2], iter(()))
+    StatusPage().write(runner)
+    page = (tmp_path / "runs/status.html").read_text()
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)[1:]]
+    first = (
+        ["finished", "2,000", "3.1250", "3.5000", "1,234"]
+        if evaluated
+        else ["waiting", "2,000", "3.1250", "-", "1,234"]
+    )
+    assert rows[0] == ["own experts, seed 1", *first]
+    assert [row[1] for row in rows[1:]] == ["failed", "running", "waiting"]
+    assert f"{int(evaluated)} of 4 runs finished, 1 running here, 1 failed" in page
+    assert ('alt="Validation loss"' in page) == evaluated
+    assert 'http-equiv="refresh"' in page and [path.name for path in (tmp_path / "runs").glob("*.*")] == ["status.html"]

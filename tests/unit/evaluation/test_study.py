@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
-from megatron_samoe.cli.report import main as report_main
-from megatron_samoe.cli.study import main
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.dist_checkpointing.folder_lock import folder_lock
-from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.errors import ConfigError
 from megatron_samoe.evaluation.run_summary import RUN_FILE, sharing_text
 from megatron_samoe.evaluation.study import results_store
 from megatron_samoe.evaluation.study.definition import folder_name, plan_runs, read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
 from megatron_samoe.evaluation.study.results import collect, results_table, unequal_arms
-from megatron_samoe.evaluation.study.runner import StudyRunner
 from tests.harness.serving import save_tiny
 
 OPTIONS = {
@@ -76,13 +66,13 @@ def test_runs_go_seed_by_seed_and_edited_ones_after_their_source(tmp_path: Path)
         ({"seed": [1]}, "seed"),
         ({"config": "nowhere.yaml"}, "config"),
         ({"baseline": "dense"}, "baseline"),
-        ({"runs": {"a": 3}}, "runs"),
+        ({"runs": {"a": 3}}, "runs.a"),
         ({"runs": {"a b": {}, "a-b": {}}, "derived": None, "baseline": None}, "runs"),
         ({"derived": {"x": {"from": "nobody", "edit": "select"}}}, "derived.x.from"),
         ({"derived": {"x": {"from": "one pool", "edit": "melt"}}}, "derived.x.edit"),
         ({"derived": {"x": {"from": "one pool", "edits": "fold"}}}, "derived.x.edits"),
         ({"margin": "wide"}, "margin"),
-        ({"sizes": {"wide": 3}}, "sizes"),
+        ({"sizes": {"wide": 3}}, "sizes.wide"),
         ({"sweep": {"option": "lr", "values": [1, 2]}}, "sweep.values"),
         ({"sweep": {"option": "lr", "values": [3, 2, 1]}}, "sweep.values"),
         ({"sweep": {"option": "lr", "values": [1, 2, 3], "seed": 1}}, "sweep.seed"),
@@ -100,7 +90,9 @@ def test_a_wrong_study_is_refused_by_its_key(tmp_path: Path, changes: dict, fiel
 
 
 def test_a_study_without_runs_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"runs.*a study needs title, config, seeds and runs"):
+    with pytest.raises(
+        ConfigError, match=r"runs = None: missing in .*study.yaml; needed are title, config, seeds, runs"
+    ):
         read_study(write_study(tmp_path, runs=None))
 
 
@@ -140,7 +132,7 @@ def test_results_name_what_layers_share(tmp_path: Path) -> None:
     assert (comparison.size, comparison.steps, comparison.seeds) == ("", None, [1])
     head, own, tied = results_table(study, results)
     assert (own[head.index("sharing")], tied[head.index("sharing")]) == ("own", "tied 0*2")
-    assert [r.to_json()["sharing"] for r in results] == ["own", "tied 0*2"]
+    assert [r.sharing for r in results] == ["own", "tied 0*2"]
     assert results[0].expert_parameters == 2 * results[1].expert_parameters, "one set in place of two layers' own"
     assert results[0].active_parameters == results[1].active_parameters and not unequal_arms(study, results)
 
@@ -166,71 +158,11 @@ def test_folder_names_are_plain() -> None:
     assert folder_name("SaMoE, one bank (P = 2)") == "samoe-one-bank-p-2"
 
 
-def test_a_study_runs_goes_on_and_refuses_other_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "runs"
-    command = [str(write_study(tmp_path)), "--output-dir", str(out), "--seeds", "3", "--full-priority"]
-    assert main(command) == 0, capfd.readouterr()
-    results = json.loads((out / "results.json").read_text())
-    by_name = {v["name"]: v for v in results["variants"]}
-    assert list(by_name) == ["own experts", "one pool", "one pool, one bank"]
-    assert by_name["own experts"]["difference"] is None
-    # Two banks for two layers, each begun on its own bank: the coefficients are frozen at one bank, so nothing changes.
-    assert by_name["one pool, one bank"]["losses"] == by_name["one pool"]["losses"]
-    assert by_name["one pool, one bank"]["tokens_per_s"] is None
-    metrics = [json.loads(line) for line in (out / "one-pool/seed-3/metrics.jsonl").read_text().splitlines()]
-    assert by_name["one pool"]["losses"] == [metrics[-1]["validation_loss"]]
-    assert by_name["one pool"]["difference"]["half_width"] is None
-
-    capfd.readouterr()
-    with (out / "one-pool/seed-3/metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 3, "lm_l')  # as a kill leaves it
-    assert main(command) == 0
-    assert capfd.readouterr().out.count("finished before") == 3
-    assert main([*command, "--lr", "0.02"]) != 0
-    assert "--lr 0.01 (now 0.02)" in capfd.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*command, "--learn-rate", "1"])
-    assert "--learn-rate" in capfd.readouterr().err
-
-
 def test_flags_for_all_runs_leave_the_variants_what_they_are(tmp_path: Path) -> None:
     runner = StudyPlan(read_study(write_study(tmp_path)), tmp_path, ("--expert-layout", "dense", "--lr", "0.5"))
     configs = [runner.config_of(run) for run in runner.plan()[:2]]
     assert [config.moe.expert_layout for config in configs] == ["moe", "samoe"]
     assert [config.optimizer.lr for config in configs] == [0.5, 0.5]
-
-
-@pytest.mark.night
-def test_a_run_that_fails_stops_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    missing = {"load": str(tmp_path / "none"), "exit-on-missing-checkpoint": True}
-    runs = {"broken": {"expert-layout": "samoe", **missing}, "whole": {}}
-    study = write_study(
-        tmp_path, runs=runs, derived={"folded": {"from": "broken", "edit": "fold"}}, seeds=[1], baseline=None
-    )
-    assert main([str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]) == 1
-    said = capfd.readouterr()
-    assert "whole, seed 1: validation loss" in said.out
-    assert "broken, seed 1: A run ended with status" in said.err and "none" in said.err
-    assert "folded, seed 1: broken, seed 1 is not finished" in said.err
-    assert "No seed is finished for every model" in said.err
-
-
-def test_a_signal_to_the_study_ends_its_run_with_a_checkpoint(tmp_path: Path) -> None:
-    study = write_study(tmp_path, runs={"only": {"train-iters": 10**6}}, derived=None, baseline=None)
-    folder = tmp_path / "runs/only/seed-1"
-    code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        for _ in range(1200):
-            if process.poll() is not None or (
-                (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").stat().st_size
-            ):
-                break
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "goes on from the last checkpoint" in error
-    assert (folder / "checkpoints/latest_checkpointed_iteration.txt").is_file(), (folder / "log.txt").read_text()
 
 
 #: Everything that a study may ask for, at once.
@@ -253,57 +185,6 @@ def write_whole(folder: Path, **changes: object) -> Path:
     path = write_study(folder, **{**WHOLE, **changes})
     (folder / "base.yaml").write_text(yaml.safe_dump(SLOW_DECAY))
     return path
-
-
-@pytest.mark.night
-def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    study, store = write_whole(tmp_path), tmp_path / "store"
-    command = [str(study), "--store", str(store), "--full-priority", "--jobs", "2"]
-    assert main([*command, "--output-dir", str(tmp_path / "a")]) == 0, capfd.readouterr()
-    results = json.loads((tmp_path / "a/results.json").read_text())
-    assert [v["name"] for v in results["variants"]] == ["own", "pool", "one bank"]
-    assert [(other["steps"], len(other["variants"])) for other in results["others"]] == [(5, 2)]
-    assert [o["variant"] for o in results["optima"]] == ["pool"], "the other's rate is fixed"
-    found = next(o["value"] for o in results["optima"] if o["variant"] == "pool")
-    flags = next(c for c in results["commands"] if "a/pool/seed-1" in c)
-    assert f"--lr {found:.6g}" in flags
-    page = (tmp_path / "a/status.html").read_text()
-    assert "8 of 8 runs finished" in page and "<polyline" in page
-
-    assert report_main(["--study", str(tmp_path / "a/results.json"), "--output", str(tmp_path / "report.html")]) == 0
-    for plot in ("differences", "lengths"):
-        assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
-
-    # A branch is what a run of its own length would be.
-    branch = json.loads((tmp_path / "a/own/steps-5/seed-1/metrics.jsonl").read_text().splitlines()[-1])
-    alone = ["--train-iters", "5", "--lr-wsd-decay-iters", "2", "--lr"]
-    pretrain = [sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(tmp_path / "base.yaml"), "--expert-layout", "moe",
-                "--seed", "1", "--run-dir", str(tmp_path / "alone"), *alone, "0.01"]  # fmt: skip
-    subprocess.run(pretrain, check=True, capture_output=True)
-    expected = json.loads((tmp_path / "alone/metrics.jsonl").read_text().splitlines()[-1])
-    assert branch["iteration"] == 5 and branch["validation_loss"] == expected["validation_loss"]
-
-    # The store holds all of it: elsewhere nothing is trained again, and the results are the same.
-    capfd.readouterr()
-    assert main([*command, "--output-dir", str(tmp_path / "b")]) == 0
-    said = capfd.readouterr().out
-    assert ": validation loss" not in said and said.count("found in the store") >= 7
-    again = json.loads((tmp_path / "b/results.json").read_text())
-    assert [v["losses"] for v in again["variants"]] == [v["losses"] for v in results["variants"]]
-    assert not list((tmp_path / "b").rglob("checkpoints"))
-
-
-@pytest.mark.night
-def test_a_gate_stops_a_study_whose_regime_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    study = write_whole(
-        tmp_path, sweep=None, branches=None, derived=None, seeds=[1],
-        runs={"own": {"expert-layout": "moe"}, "pool": {"expert-layout": "samoe"}, "never": {"expert-layout": "moe"}},
-        gates=[{"arm": "pool", "baseline": "own", "at-most": -9}],
-    )  # fmt: skip
-    assert main([str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]) == 1
-    said = capfd.readouterr()
-    assert "stops at a gate: pool - own is" in said.err and "at most -9" in said.err
-    assert not (tmp_path / "runs/never/seed-1/run.json").exists()
 
 
 def test_a_dense_arm_leaves_out_what_experts_share(tmp_path: Path) -> None:
@@ -350,108 +231,6 @@ def test_keys_tell_what_decides_a_result(tmp_path: Path) -> None:
         flags = ("--no-mock-data", "--train-data-path", str(tmp_path / "d"))
         words.append(StudyPlan(read_study(tmp_path / "study.yaml"), tmp_path, flags).key_of(run))
     assert len({key, *words}) == 3, "other data are another result"
-
-
-@pytest.mark.night
-@pytest.mark.parametrize("kills", [2, 20])
-def test_a_study_killed_at_random_points_comes_to_the_same_results(tmp_path: Path, kills: int) -> None:
-    runs = {"pool": {"expert-layout": "samoe", "num-expert-banks": 2}}
-    study = write_whole(tmp_path, sweep=None, gates=None, runs=runs, baseline="pool")
-    code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, str(study), "--full-priority", "--jobs", "2", "--save-interval", "1"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, "--output-dir", str(whole)], check=True, capture_output=True)
-    draw = random.Random(0)
-    for number in range(kills):
-        with subprocess.Popen(
-            [*command, "--output-dir", str(broken)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        ) as process:
-            time.sleep(draw.uniform(2, 12))
-            process.send_signal((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3])
-            process.wait(timeout=60)
-    subprocess.run([*command, "--output-dir", str(broken)], check=True, capture_output=True)
-    first, second = (json.loads((folder / "results.json").read_text()) for folder in (whole, broken))
-    for found in (first, second):
-        for comparison in (found, *found["others"]):
-            for variant in comparison["variants"]:
-                for measured in ("directories", "tokens_per_s", "peak_memory_bytes"):
-                    del variant[measured]
-        del found["commands"]
-    assert first == second
-
-
-@pytest.mark.night
-def test_a_paused_study_starts_nothing_until_it_may_go_on(tmp_path: Path) -> None:
-    out = tmp_path / "runs"
-    out.mkdir()
-    assert main(["pause", "--output-dir", str(out)]) == 0
-    study = write_whole(
-        tmp_path,
-        sweep=None,
-        branches=None,
-        derived=None,
-        runs={"own": {"expert-layout": "moe"}},
-        baseline="own",
-        gates=None,
-    )
-    code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(study), "--output-dir", str(out), "--full-priority"]
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not (out / "status.html").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(2)
-        assert not (out / "own").exists() and process.poll() is None
-        assert main(["continue", "--output-dir", str(out)]) == 0
-        assert process.wait(timeout=120) == 0
-    assert (out / "own/seed-1/run.json").exists()
-
-
-def test_what_another_program_makes_is_left_to_it(tmp_path: Path) -> None:
-    """A run's folder is its claim; a branch claims its trunk as well, as long as that has to be trained for it."""
-    study = read_study(write_whole(tmp_path, sweep=None, derived=None, gates=None))
-    runner = StudyRunner(StudyPlan(study, tmp_path / "runs", ()))
-    branch = runner.plan.all_runs()[0]
-    trunk = runner.plan.trunk_of(branch)
-    assert branch.length is not None
-
-    def claimable() -> list[Path]:
-        """Folders in the order in which a program would take the runs if it made no other."""
-        with contextlib.ExitStack() as held:
-            found = []
-            while (claim := runner._next()) is not None:
-                runner.active[claim.run.directory] = claim.run
-                claim.trunk_lock.close()
-                held.enter_context(claim.lock)
-                found.append(claim.run.directory)
-            runner.active.clear()
-            return found
-
-    every = claimable()
-    assert every[0] == branch.directory and len(every) == 2, "trunks go on when their branches are done"
-    with folder_lock(branch.directory):
-        assert claimable() == every[1:]
-    with folder_lock(trunk.directory):
-        assert claimable() == every[1:], "the branch would have to train it"
-    claim = runner._next()
-    assert claim is not None and claim.run.directory == branch.directory
-    with claim.lock, claim.trunk_lock, pytest.raises(CheckpointError), folder_lock(trunk.directory):
-        pass
-
-
-@pytest.mark.night
-def test_two_programs_share_a_study(tmp_path: Path) -> None:
-    """Each with one run at a time: the second does not wait for what the first makes."""
-    study = write_study(tmp_path, seeds=[1, 2], derived=None)
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**OPTIONS, "train_iters": 30}))
-    code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]
-    programs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [program.communicate(timeout=240)[0] for program in programs]
-    assert [program.returncode for program in programs] == [0, 0], said
-    made = [text.count(": validation loss") for text in said]
-    assert sum(made) == 4 and min(made) >= 1, said
 
 
 def write_kept(folder: Path, config: PretrainConfig) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,20 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every question to a network an error."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"the network was asked: {arguments}")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+
+
+@pytest.mark.usefixtures("offline")
 def test_all_tasks_of_a_folder(run: Run, checkpoints: tuple[Path, Path], data: Path, tmp_path: Path) -> None:
     out = run("--load", checkpoints[0], "--data-dir", data, "--json", tmp_path / "r.json", "--samples", tmp_path / "s")
     (found,) = json.loads((tmp_path / "r.json").read_text())["runs"]

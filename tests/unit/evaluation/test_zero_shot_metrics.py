@@ -22,11 +22,10 @@ from megatron_samoe.evaluation.zero_shot.statistics import (
     bootstrap_stderr,
     mcnemar,
     paired_bootstrap,
-    spread,
 )
 from megatron_samoe.evaluation.zero_shot.tables import metric_line, notes, result_table
 from megatron_samoe.evaluation.zero_shot.task import Task, load_task
-from megatron_samoe.evaluation.zero_shot.variation import choose_iterations, compare, variations
+from megatron_samoe.evaluation.zero_shot.variation import Variation, choose_iterations, compare, variations
 
 
 class Fixed:
@@ -217,16 +216,16 @@ def test_false_alarms_are_as_rare_as_promised() -> None:
 
 
 def test_spread() -> None:
-    over = spread([1.0, 2.0, 6.0])
-    assert (over.mean, over.low, over.high) == (3, 1, 6) and over.sd == pytest.approx(math.sqrt(7))
-    assert math.isnan(spread([1.0]).sd)
+    over = Variation("boolq", "acc", True, (1.0, 2.0, 6.0), 0.1).spread
+    assert over == {"mean": 3, "sd": pytest.approx(math.sqrt(7)), "low": 1, "high": 6}
+    assert math.isnan(Variation("boolq", "acc", True, (1.0,), 0.1).spread["sd"])
 
 
 def test_variation_and_comparison_of_results() -> None:
     items = ranked([0, 1, 1, 0])
     runs = [[evaluate_task(load_task("boolq"), items, Fixed(said))] for said in ([0, 1, 1, 1], [0, 1, 0, 1])]
     (variation,) = variations(runs)
-    assert variation.values == (0.75, 0.5) and variation.spread.mean == 0.625
+    assert variation.values == (0.75, 0.5) and variation.spread["mean"] == 0.625
     assert variation.stderr == binomial_stderr(0.5, 4)
     (comparison,) = compare(*runs)
     assert comparison.difference.value == -0.25 and comparison.mcnemar is not None

@@ -205,7 +205,6 @@ def test_a_head_that_is_no_http_and_one_without_a_host(client: Client) -> None:
             while piece := connection.recv(4096):
                 content += piece
         assert content.startswith(b"HTTP/1.1 " + status), content
-        assert status != b"400 Bad Request" or b'"code": "invalid_http"' in content
 
 
 def test_names_of_other_sites_are_refused(client: Client) -> None:

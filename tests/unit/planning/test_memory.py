@@ -135,6 +135,15 @@ def test_weights_gradients_and_optimizer_equal_the_built_models(layout: str, mod
     assert sum(a for a, _ in held) == pytest.approx(sum(e for _, e in held), rel=1e-4)
 
 
+def test_an_exchange_of_banks_takes_what_the_largest_of_their_tensors_needs() -> None:
+    """Holders of more banks than a stage has layers combine them: the weights of its four layers come, tensor by tensor."""
+    config = with_layout(tiny_config("samoe", num_layers=8, num_expert_banks=5, samoe_combine="step"), pp=2)
+    pool = RankModel(config, 103, states_of(config, 2)[0], torch.float32).expert_pool
+    largest = max(store.num_elements for store in pool.stores.values())
+    # Beside them their gradients stand in the order of the eight layers' receivers, a half of each twice.
+    assert rank_memory(config, 103, 2, 0).exchange == 4 * (4 * largest + 8 * largest)
+
+
 @st.composite
 def placed(draw: st.DrawFn) -> tuple[RankGrid, int]:
     sizes = st.integers(1, 4)

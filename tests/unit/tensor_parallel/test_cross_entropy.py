@@ -121,3 +121,15 @@ def test_without_kept_logits(
     for got, wanted in ((losses, expected), (x.grad, exact_x.grad), (weight.grad, exact_weight.grad)):
         assert got is not None and wanted is not None
         torch.testing.assert_close(got.double(), wanted.detach(), rtol=tolerance, atol=tolerance)
+
+
+def test_the_matrixs_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum in bf16 would stand still where it is 256 times as large as what one token adds."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 1)
+    x, weight = (torch.full(shape, value, dtype=torch.bfloat16) for shape, value in (((1000, 2), 1.0), ((4, 2), 0.0)))
+    losses = linear_cross_entropy(
+        x, weight.requires_grad_(), 4, torch.ones(1000, dtype=torch.long), 0, single_process_state().tp, None
+    )
+    losses.sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[0].float(), torch.full((2,), 250.0), rtol=1e-2, atol=0.0)

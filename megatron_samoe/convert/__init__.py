@@ -1,0 +1,1 @@
+"""Models as files of several families, read and written tensor by tensor."""

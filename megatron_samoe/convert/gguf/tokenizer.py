@@ -1,0 +1,162 @@
+"""The vocabulary in a GGUF file, for tokenizers that llama.cpp cuts texts for as they do themselves; others are refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.convert.hf.sentencepiece_fast import processor_of
+from megatron_samoe.convert.hf.tokenizer_files import TOKENIZER, tokenizer_files
+from megatron_samoe.errors import ConfigError
+
+#: gguf.TokenType, whose first six numbers are SentencePiece's.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+_SENTENCEPIECE_BPE = 2
+#: Expressions that cut a text before merging, by llama.cpp's name for them.
+_SPLITS = {
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the file says of the tokenizer.
+
+    Attributes:
+        model: of llama.cpp: gpt2 is byte-level BPE, llama is SentencePiece's BPE.
+        pre: how a text is cut before merging.
+        scores: of SentencePiece's pieces.
+        merges: of byte-level BPE.
+        space_prefix: whether a space is put before a text.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    eod: int
+    scores: list[float] | None = None
+    merges: list[str] | None = None
+    space_prefix: bool = False
+
+    def write(self, writer: Any, vocab_size: int) -> None:
+        """Adds it to a GGUF file; entries of the model beyond the tokenizer's are unused."""
+        spare = [f"[unused {i}]" for i in range(len(self.tokens), vocab_size)]
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list([*self.tokens, *spare][:vocab_size])
+        writer.add_token_types([*self.types, *[UNUSED] * len(spare)][:vocab_size])
+        if self.scores is not None:
+            writer.add_token_scores([*self.scores, *[-1e4] * len(spare)][:vocab_size])
+        if self.merges is not None:
+            # llama.cpp wants some; this one joins what is no letter of any text.
+            writer.add_token_merges(self.merges or [f"{self.tokens[self.eod]} {self.tokens[self.eod]}"])
+        writer.add_bos_token_id(self.eod)
+        writer.add_eos_token_id(self.eod)
+        writer.add_add_bos_token(False)
+        writer.add_add_eos_token(False)
+        writer.add_add_space_prefix(self.space_prefix)
+
+
+def vocabulary(data: DataConfig) -> Vocabulary:
+    """Returns the vocabulary of a run's tokenizer.
+
+    Raises:
+        ConfigError: llama.cpp would cut texts otherwise.
+        DataError: the tokenizer is not where the checkpoint says.
+    """
+    files = tokenizer_files(data)  # which says what is wrong with a tokenizer
+    if data.tokenizer_type == "SentencePieceTokenizer":
+        assert data.tokenizer_model is not None
+        return _sentencepiece(data.tokenizer_model, files.eod)
+    return _byte_level(json.loads(files.files[TOKENIZER]), files.eod)
+
+
+def _refused(what: str) -> ConfigError:
+    return ConfigError(
+        "--to", "gguf", f"llama.cpp does not know the tokenizer: {what}. It can be left out with --no-tokenizer"
+    )
+
+
+def _sentencepiece(path: str, eod: int) -> Vocabulary:
+    from sentencepiece import sentencepiece_model_pb2
+
+    content = Path(path).read_bytes()
+    processor_of(content, path)  # which says what is wrong with a file
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(content)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type != _SENTENCEPIECE_BPE:
+        raise _refused("SentencePiece's unigram model (it has its BPE)")
+    for name, value, needed in (
+        ("byte_fallback", trainer.byte_fallback, True),
+        ("remove_extra_whitespaces", normalizer.remove_extra_whitespaces, False),
+        ("escape_whitespaces", normalizer.escape_whitespaces, True),
+        ("treat_whitespace_as_suffix", trainer.treat_whitespace_as_suffix, False),
+    ):
+        if value != needed:
+            raise _refused(f"{name} = {value} of the SentencePiece model (it has {needed})")
+    if normalizer.precompiled_charsmap and normalizer.name != "identity":
+        raise _refused(f"the normalization {normalizer.name} of the SentencePiece model (it has identity)")
+    pieces, types = list(proto.pieces), [p.type for p in proto.pieces]
+    joined = "".join(p.piece for p in pieces if len(p.piece) > 1)
+    for i, piece in enumerate(pieces):
+        if piece.type == USER_DEFINED and normalizer.add_dummy_prefix:
+            # llama.cpp puts a space after such a piece. A character of no other piece needs no cut: nothing merges it.
+            if len(piece.piece) > 1 or piece.piece in joined:
+                raise _refused(
+                    f"the user's piece {piece.piece!r} where a text gets a space before it (it puts one after, too)"
+                )
+            types[i] = NORMAL
+    return Vocabulary(
+        "llama", "default", [p.piece for p in pieces], types, eod, scores=[p.score for p in pieces],
+        space_prefix=normalizer.add_dummy_prefix,
+    )  # fmt: skip
+
+
+def _byte_level(tokenizer: dict[str, Any], eod: int) -> Vocabulary:
+    """Returns the vocabulary of a tokenizer.json."""
+    model = tokenizer["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise _refused(
+            f"a model of type {model['type']}{' with byte fallback' * bool(model.get('byte_fallback'))} (it has BPE)"
+        )
+    if tokenizer.get("normalizer") is not None:
+        raise _refused(f"the normalizer {tokenizer['normalizer']['type']}")
+    tokens = {i: token for token, i in model["vocab"].items()}
+    types = dict.fromkeys(tokens, NORMAL)
+    for added in tokenizer.get("added_tokens", []):
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    size = max(tokens) + 1
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return Vocabulary(
+        "gpt2", _pre_tokenizer(tokenizer["pre_tokenizer"], bool(merges)), [tokens.get(i, f"[unused {i}]") for i in range(size)],
+        [types.get(i, UNUSED) for i in range(size)], eod, merges=merges,
+    )  # fmt: skip
+
+
+def _pre_tokenizer(found: dict[str, Any] | None, merges: bool) -> str:
+    """Returns llama.cpp's name of a way to cut texts."""
+    steps = [] if found is None else found.get("pretokenizers", [found])
+    last = steps[-1] if steps else {"type": "none"}
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        raise _refused(
+            f"the pre-tokenizer {last['type']}{' with add_prefix_space' * bool(last.get('add_prefix_space'))}"
+        )
+    if not merges or (len(steps) == 1 and last["use_regex"]):
+        return "gpt-2"  # without merges, where a text is cut changes nothing
+    if len(steps) == 2 and steps[0]["type"] == "Split" and not last["use_regex"]:
+        split = steps[0]
+        pattern = split["pattern"].get("Regex")
+        name = next((name for name, known in _SPLITS.items() if known == pattern), None)
+        if name is not None and split["behavior"] == "Isolated" and not split["invert"]:
+            return name
+        raise _refused(f"a pre-tokenizer that cuts by {pattern!r} (it has those of gpt-2, {', '.join(_SPLITS)})")
+    raise _refused(
+        f"the pre-tokenizer {', '.join(step['type'] for step in steps)} (it has those of gpt-2, {', '.join(_SPLITS)})"
+    )

@@ -1,0 +1,44 @@
+"""The families of classes that models are exported to and imported from, in the order of preference."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+
+from megatron_samoe.convert.hf.families.base import Family
+from megatron_samoe.convert.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from megatron_samoe.convert.hf.families.experts import GRANITE_MOE, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from megatron_samoe.convert.hf.families.gpt import GPT2, GPT_NEOX
+from megatron_samoe.convert.hf.families.llama import GRANITE, LLAMA, MISTRAL, QWEN2, QWEN3
+from megatron_samoe.convert.hf.families.samoe import SAMOE
+from megatron_samoe.errors import ConfigError
+
+#: Entry points of installed packages under this name are families, too.
+GROUP = "megatron_samoe.hf_families"
+_OURS = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, MIXTRAL, QWEN3_MOE, QWEN2_MOE, OLMOE,
+         GRANITE, GRANITE_MOE, DEEPSEEK_V2, DEEPSEEK_V3)  # fmt: skip
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """Returns our stock families, those of installed packages, and the class of our own, which computes most models.
+
+    Raises:
+        ConfigError: an installed package's entry point cannot be loaded, is no Family, or has a name that another has.
+    """
+    found = list(_OURS)
+    for point in entry_points(group=GROUP):
+        place = f"{GROUP}: {point.name} of {point.dist.name if point.dist is not None else 'a package'}"
+        try:
+            family = point.load()
+        except Exception as error:
+            raise ConfigError(place, point.value, f"cannot be loaded: {error}") from error
+        if not isinstance(family, Family):
+            raise ConfigError(place, point.value, f"must name a Family, not {type(family).__name__}")
+        if family.name in (other.name for other in (*found, SAMOE)):
+            raise ConfigError(place, family.name, "is the name of another family, too; rename or uninstall one")
+        found.append(family)
+    return (*found, SAMOE)
+
+
+__all__ = ["GROUP", "SAMOE", "Family", "families"]

@@ -1,0 +1,267 @@
+"""Descendants of LLaMA whose layers have experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_samoe.convert.hf.families.base import (
+    Family,
+    Option,
+    all_layers_are_moe,
+    always,
+    constant,
+    one_number_of_experts,
+    plain_heads,
+    same,
+)
+from megatron_samoe.convert.hf.families.entries import Entries, may, only
+from megatron_samoe.convert.hf.families.llama import (
+    ENTRIES,
+    FACTORS,
+    FIXED,
+    GRANITE_ENTRIES,
+    OPTIONS,
+    QWEN_ENTRIES,
+    WINDOW,
+    gated,
+    tensors,
+)
+from megatron_samoe.convert.hf.families.reading import MULTIPLIERS, layer_pattern, read_biases, window_by_layer
+from megatron_samoe.convert.hf.parts import Constant, Row, at, below, stack, whole
+from megatron_samoe.convert.native import NativeModel
+
+_BLOCK = "model.layers.{layer}.mlp", "layers.{layer}.moe"
+_MIXTRAL_BLOCK = "model.layers.{layer}.block_sparse_moe", "layers.{layer}.moe"
+EXPERTS = below(
+    *_BLOCK,
+    ("gate.weight", "router.weight"),
+    ("experts.{expert}.gate_proj.weight", "experts.w1", at(0)),
+    ("experts.{expert}.up_proj.weight", "experts.w1", at(1)),
+    ("experts.{expert}.down_proj.weight", "experts.w2"),
+)
+_MIXTRAL_EXPERTS = below(
+    *_MIXTRAL_BLOCK,
+    ("gate.weight", "router.weight"),
+    ("experts.{expert}.w1.weight", "experts.w1", at(0)),
+    ("experts.{expert}.w3.weight", "experts.w1", at(1)),
+    ("experts.{expert}.w2.weight", "experts.w2"),
+)
+_GRANITE_EXPERTS = below(
+    *_MIXTRAL_BLOCK,
+    ("router.layer.weight", "router.weight"),
+    ("input_linear.weight", "experts.w1", whole, stack),
+    ("output_linear.weight", "experts.w2", whole, stack),
+)
+
+MOE = {"expert_layout": "moe", **FIXED}
+_FIXED = {
+    **MOE,
+    "disable_bias_linear": True,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_topk_scaling_factor": None,
+    "moe_residual_mlp": False,
+}
+_NO_SHARED_EXPERT = {"moe_shared_expert_intermediate_size": None}
+
+
+def weighs_among_chosen(native: NativeModel) -> str | None:
+    """Experts weigh by their score among the chosen."""
+    if not native.moe.pre_softmax:
+        return None
+    return "--moe-router-pre-softmax, which top-1 implies (it weighs by scores among the chosen experts)"
+
+
+def _written_balance(native: NativeModel) -> dict[str, Any]:
+    balanced = native.moe.moe_router_load_balancing_type != "none"
+    return {"router_aux_loss_coef": native.moe.moe_aux_loss_coeff if balanced else 0.0}
+
+
+#: Routing, as all of them have it.
+ROUTING = (
+    same("num_experts_per_tok", "moe_router_topk"),
+    constant(output_router_logits=False),
+    Option(_written_balance, lambda config: {"moe_aux_loss_coeff": float(config["router_aux_loss_coef"])}),
+)
+#: Weights among the chosen experts or among all.
+WEIGHTS = Option(
+    lambda native: {"norm_topk_prob": not native.moe.pre_softmax},
+    lambda config: {"moe_router_pre_softmax": not config["norm_topk_prob"]},
+)
+_AMONG_CHOSEN = always(moe_router_pre_softmax=False)
+#: The width of an expert, where the class has no dense layers.
+_WIDTH = same("intermediate_size", "moe_ffn_hidden_size", written="expert_size")
+EXPERT_WIDTH = same("moe_intermediate_size", "moe_ffn_hidden_size", written="expert_size")
+
+_MIXTRAL_ENTRIES = Entries({
+    **ENTRIES, "intermediate_size": 14336, "num_key_value_heads": 8, "head_dim": may(int), "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": may(int), "num_local_experts": 8, "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+}, {"num_experts": "num_local_experts"})  # fmt: skip
+MIXTRAL = Family(
+    "mixtral",
+    "MixtralForCausalLM",
+    "experts in every layer, weighed among the chosen ones",
+    tensors(*_MIXTRAL_EXPERTS),
+    _MIXTRAL_ENTRIES,
+    (
+        *OPTIONS,
+        *ROUTING,
+        _AMONG_CHOSEN,
+        _WIDTH,
+        same("num_local_experts", "num_experts"),
+        same("router_jitter_noise", "moe_input_jitter_eps", float),
+        WINDOW,
+    ),
+    {**_FIXED, **_NO_SHARED_EXPERT, "qk_layernorm": False, "add_qkv_bias": False, "window_attn_skip_freq": None},
+    (one_number_of_experts, all_layers_are_moe, weighs_among_chosen),
+)
+
+
+def _written_pattern(native: NativeModel) -> dict[str, Any]:
+    dense = [i for i, is_moe in enumerate(native.is_moe) if not is_moe]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": dense, "use_sliding_window": False}
+
+
+def _read_pattern(config: Mapping[str, Any]) -> dict[str, Any]:
+    window_by_layer({"layer_types": None, **config})  # refuses what it does not know
+    return {"moe_layer_freq": layer_pattern(config)}
+
+
+_QWEN = (
+    *OPTIONS,
+    *ROUTING,
+    WEIGHTS,
+    same("num_experts"),
+    EXPERT_WIDTH,
+    Option(_written_pattern, _read_pattern),
+)
+_QWEN_ENTRIES = {
+    **QWEN_ENTRIES, "hidden_size": 2048, "num_hidden_layers": 24, "use_sliding_window": only(False), "decoder_sparse_step": 1,
+    "mlp_only_layers": may((list, int)), "norm_topk_prob": False, "router_aux_loss_coef": 0.001,
+}  # fmt: skip
+_QWEN3_MOE_ENTRIES = Entries({
+    **{name: entry for name, entry in _QWEN_ENTRIES.items() if name not in ("max_window_layers", "layer_types")},
+    "intermediate_size": 6144, "num_key_value_heads": 4, "attention_bias": only(False), "moe_intermediate_size": 768,
+    "num_experts": 128, "num_experts_per_tok": 8,
+}, {"num_local_experts": "num_experts"}, ("max_window_layers",))  # fmt: skip
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    "experts in any layers, norms of each head's queries and keys",
+    tensors(*EXPERTS),
+    _QWEN3_MOE_ENTRIES,
+    (*_QWEN, constant(attention_bias=False)),
+    {
+        **_FIXED,
+        "sliding_window": None,
+        **_NO_SHARED_EXPERT,
+        "qk_layernorm": True,
+        "qk_layernorm_scope": "head",
+        "add_qkv_bias": False,
+    },
+    (one_number_of_experts,),
+)
+
+
+def _no_shared_expert(native: NativeModel, layer: int) -> Iterator[Constant]:
+    """Their shared expert always is there, with a gate, sigmoid(w x): without one of ours it is one channel wide and zero.
+    Where ours has no gate, w = 0 makes theirs always 1/2, which twice the output projection undoes without rounding."""
+    theirs, hidden, moe = f"model.layers.{layer}.mlp.shared_expert", native.model.hidden_size, native.moe
+    if not native.is_moe[layer]:
+        return
+    if moe.moe_shared_expert_intermediate_size is None:
+        for name, shape in (("gate_proj", (1, hidden)), ("up_proj", (1, hidden)), ("down_proj", (hidden, 1))):
+            yield Constant(f"{theirs}.{name}.weight", shape, 0.0, "our model has no shared expert")
+    if not moe.moe_shared_expert_gate:
+        why = "our shared expert has no gate (without megatron_samoe.json it would)"
+        yield Constant(f"{theirs}_gate.weight", (1, hidden), 0.0, why)
+
+
+def _qwen2_tensors(native: NativeModel) -> tuple[Any, ...]:
+    theirs, ours = (f"{block}.shared_expert" for block in _BLOCK)
+    gate = Row(f"{theirs}_gate.weight", f"{_BLOCK[1]}.mixing.weight")
+    scale = 1.0 if native.moe.moe_shared_expert_gate else 2.0
+    return tensors(*EXPERTS, *gated(theirs, ours, (whole, None, scale)), gate, _no_shared_expert)
+
+
+def _written_shared_expert(native: NativeModel) -> dict[str, Any]:
+    width = native.moe.moe_shared_expert_intermediate_size
+    return {"shared_expert_intermediate_size": 1 if width is None else width}
+
+
+def _read_shared_expert(config: Mapping[str, Any]) -> dict[str, Any]:
+    width = config["shared_expert_intermediate_size"]
+    return {"moe_shared_expert_intermediate_size": width, "moe_shared_expert_gate": True}
+
+
+_QWEN2_MOE_ENTRIES = Entries({
+    **_QWEN_ENTRIES, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16, "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4, "qkv_bias": True,
+})  # fmt: skip
+QWEN2_MOE = Family(
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    "experts in any layers, weighed either way, besides a shared expert",
+    _qwen2_tensors,
+    _QWEN2_MOE_ENTRIES,
+    (*_QWEN, same("qkv_bias", "add_qkv_bias", written="qkv_bias"), Option(_written_shared_expert, _read_shared_expert)),
+    {**_FIXED, "sliding_window": None, "qk_layernorm": False},
+    (one_number_of_experts,),
+)
+
+
+def _norms_all_heads(native: NativeModel) -> str | None:
+    if native.model.num_attention_heads == 1 or native.model.qk_layernorm_scope == "all":
+        return None
+    return "--qk-layernorm-scope head (it norms all heads' queries together: --qk-layernorm-scope all)"
+
+
+_OLMOE_ENTRIES = Entries({
+    **ENTRIES, "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "attention_bias": only(False), "clip_qkv": may(float), "num_experts": 64,
+    "num_experts_per_tok": 8, "norm_topk_prob": False, "router_aux_loss_coef": 0.01,
+}, {"num_local_experts": "num_experts"})  # fmt: skip
+OLMOE = Family(
+    "olmoe",
+    "OlmoeForCausalLM",
+    "experts in every layer, one norm over all heads' queries and one over all keys",
+    tensors(*EXPERTS),
+    _OLMOE_ENTRIES,
+    (
+        *OPTIONS,
+        *ROUTING,
+        WEIGHTS,
+        _WIDTH,
+        same("num_experts"),
+        constant(attention_bias=False),
+        same("clip_qkv", kind=float),
+        always(qk_layernorm_scope="all"),
+    ),
+    {**_FIXED, "sliding_window": None, **_NO_SHARED_EXPERT, "qk_layernorm": True, "add_qkv_bias": False},
+    (one_number_of_experts, all_layers_are_moe, plain_heads, _norms_all_heads),
+    knows=("clip_qkv",),
+)
+_GRANITE_MOE_ENTRIES = Entries({**GRANITE_ENTRIES, "attention_bias": False, "num_local_experts": 8, "num_experts_per_tok": 2,
+                       "router_aux_loss_coef": 0.001})  # fmt: skip
+GRANITE_MOE = Family(
+    "granitemoe",
+    "GraniteMoeForCausalLM",
+    "as mixtral, with factors on embeddings, scores, residuals and logits",
+    tensors(*_GRANITE_EXPERTS),
+    _GRANITE_MOE_ENTRIES,
+    (
+        *OPTIONS,
+        *ROUTING,
+        _AMONG_CHOSEN,
+        _WIDTH,
+        same("num_local_experts", "num_experts"),
+        Option(lambda native: {"attention_bias": native.model.attention_output_bias}, read_biases),
+        FACTORS,
+    ),
+    {**_FIXED, "sliding_window": None, **_NO_SHARED_EXPERT, "qk_layernorm": False, "add_qkv_bias": False},
+    (one_number_of_experts, all_layers_are_moe, weighs_among_chosen),
+    knows=("attention_bias", *MULTIPLIERS),
+)

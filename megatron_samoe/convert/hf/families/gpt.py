@@ -1,0 +1,175 @@
+"""Classes of GPT-2's descent: LayerNorm, GELU MLPs and biases everywhere; learned positions, or rotary (GPT-NeoX)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from megatron_samoe.convert.hf.families.base import SIZES, WORDS, Family, Option, plain_heads, same
+from megatron_samoe.convert.hf.families.entries import CannotCompute, Entries, may, only
+from megatron_samoe.convert.hf.families.reading import rotary
+from megatron_samoe.convert.hf.parts import Row, below, by_input, transposed
+from megatron_samoe.convert.native import NativeModel
+from megatron_samoe.errors import ConfigError
+
+_FIXED = {
+    "expert_layout": "dense", "normalization": "LayerNorm", "swiglu": False, "disable_bias_linear": False, "qk_layernorm": False,
+    "sliding_window": None, "group_query_attention": False,
+}  # fmt: skip
+
+
+def gelu(theirs: str) -> Option:
+    """Returns the line of an entry that names one of GELU's two forms."""
+    return Option(
+        lambda native: {theirs: "gelu" if native.model.exact_gelu else "gelu_new"},
+        lambda config: {"exact_gelu": config[theirs] == "gelu"},
+    )
+
+
+def _query_first(t: Tensor) -> Tensor:
+    """From a fused projection [A, 3, D, ...] to [3, A, D, ...], all queries before all keys before all values."""
+    return t.transpose(0, 1)
+
+
+def _query_first_by_input(t: Tensor) -> Tensor:
+    """The same for a weight [A, 3, D, H], with its inputs first: GPT-2 stores the transpose."""
+    return t.permute(3, 1, 0, 2)
+
+
+def _written_dropout(native: NativeModel) -> dict[str, Any]:
+    return {"resid_pdrop": native.model.hidden_dropout, "embd_pdrop": native.model.hidden_dropout}
+
+
+def _read_dropout(config: Mapping[str, Any]) -> dict[str, Any]:
+    residual, embedding = config["resid_pdrop"], config["embd_pdrop"]
+    if residual != embedding:
+        raise ConfigError("config.json: resid_pdrop, embd_pdrop", (residual, embedding),
+                          "our --hidden-dropout is one for both; make them equal")  # fmt: skip
+    return {"hidden_dropout": float(residual)}
+
+
+_GPT2_ENTRIES = Entries({
+    "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": may(int),
+    "activation_function": only("gelu_new", "gelu_pytorch_tanh", "gelu"), "resid_pdrop": 0.1, "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1, "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02, "scale_attn_weights": only(True), "scale_attn_by_inverse_layer_idx": only(False),
+    "tie_word_embeddings": True,
+}, {"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer"},
+    ("reorder_and_upcast_attn", "n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+     "summary_first_dropout"))  # fmt: skip
+GPT2 = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    "dense, LayerNorm, learned positions, GELU MLPs, biases everywhere",
+    (
+        Row("transformer.wte.weight", "embedding.word.weight"),
+        Row("transformer.wpe.weight", "embedding.position"),
+        *below(
+            "transformer.h.{layer}",
+            "layers.{layer}",
+            ("ln_1.weight", "attention_norm.weight"),
+            ("ln_1.bias", "attention_norm.bias"),
+            ("ln_2.weight", "mlp_norm.weight"),
+            ("ln_2.bias", "mlp_norm.bias"),
+            ("attn.c_attn.weight", "attention.qkv.weight", _query_first_by_input, by_input),
+            ("attn.c_attn.bias", "attention.qkv.bias", _query_first),
+            ("attn.c_proj.weight", "attention.output.weight", transposed),
+            ("attn.c_proj.bias", "attention.output.bias"),
+            ("mlp.c_fc.weight", "mlp.fc1.weight", transposed),
+            ("mlp.c_fc.bias", "mlp.fc1.bias"),
+            ("mlp.c_proj.weight", "mlp.fc2.weight", transposed),
+            ("mlp.c_proj.bias", "mlp.fc2.bias"),
+        ),
+        Row("transformer.ln_f.weight", "final_norm.weight"),
+        Row("transformer.ln_f.bias", "final_norm.bias"),
+        Row("lm_head.weight", "output.weight"),
+    ),
+    _GPT2_ENTRIES,
+    (
+        *WORDS,
+        same("n_positions", "seq_length", written="max_positions"),
+        Option(lambda native: {}, lambda config: {"max_position_embeddings": config["n_positions"]}),
+        same("n_embd", "hidden_size"),
+        same("n_layer", "num_layers"),
+        same("n_head", "num_attention_heads"),
+        same("n_inner", "ffn_hidden_size", written="mlp_size"),
+        gelu("activation_function"),
+        Option(_written_dropout, _read_dropout),
+        same("attn_pdrop", "attention_dropout", float),
+        same("layer_norm_epsilon", "norm_epsilon", float),
+        same("initializer_range", "init_method_std", float),
+    ),
+    {**_FIXED, "position_embedding_type": "learned_absolute"},
+    (plain_heads,),
+    (".attn.bias", ".attn.masked_bias"),
+    ("exact_gelu",),
+)
+
+
+def _written_rotary(native: NativeModel) -> dict[str, Any]:
+    base, share = native.model.rotary_base, native.model.rotary_percent
+    rope = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": share}
+    return {"rotary_emb_base": base, "rotary_pct": share, "rope_parameters": rope}
+
+
+def _read_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = rotary(config, "rotary_emb_base", "rotary_pct")
+    if kind := rope.get("rope_scaling_type"):
+        raise ConfigError("config.json: rope_parameters", kind, f"{CannotCompute}; rope_type must be 'default'")
+    return rope
+
+
+_GPT_NEOX_ENTRIES = Entries({
+    "vocab_size": 50432, "hidden_size": 6144, "num_hidden_layers": 44, "num_attention_heads": 64, "intermediate_size": 24576,
+    "hidden_act": only("gelu", "gelu_new", "gelu_pytorch_tanh"), "attention_dropout": 0.0, "hidden_dropout": 0.0,
+    "max_position_embeddings": 2048, "initializer_range": 0.02, "layer_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "use_parallel_residual": True, "attention_bias": True, "rotary_emb_base": 10000.0, "rotary_pct": 0.25, "rope_parameters": may(dict),
+    "rope_scaling": may(dict), "is_decoder": only(False, True),
+}, unread=("attention_probs_dropout_prob", "hidden_dropout_prob", "num_key_value_heads"))  # fmt: skip
+GPT_NEOX = Family(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    "as gpt2, with rotary positions; attention and MLP one after the other or side by side",
+    (
+        Row("gpt_neox.embed_in.weight", "embedding.word.weight"),
+        *below(
+            "gpt_neox.layers.{layer}",
+            "layers.{layer}",
+            ("input_layernorm.weight", "attention_norm.weight"),
+            ("input_layernorm.bias", "attention_norm.bias"),
+            ("post_attention_layernorm.weight", "mlp_norm.weight"),
+            ("post_attention_layernorm.bias", "mlp_norm.bias"),
+            ("attention.query_key_value.weight", "attention.qkv.weight"),
+            ("attention.query_key_value.bias", "attention.qkv.bias"),
+            ("attention.dense.weight", "attention.output.weight"),
+            ("attention.dense.bias", "attention.output.bias"),
+            ("mlp.dense_h_to_4h.weight", "mlp.fc1.weight"),
+            ("mlp.dense_h_to_4h.bias", "mlp.fc1.bias"),
+            ("mlp.dense_4h_to_h.weight", "mlp.fc2.weight"),
+            ("mlp.dense_4h_to_h.bias", "mlp.fc2.bias"),
+        ),
+        Row("gpt_neox.final_layer_norm.weight", "final_norm.weight"),
+        Row("gpt_neox.final_layer_norm.bias", "final_norm.bias"),
+        Row("embed_out.weight", "output.weight"),
+    ),
+    _GPT_NEOX_ENTRIES,
+    (
+        *SIZES,
+        gelu("hidden_act"),
+        same("hidden_dropout", kind=float),
+        same("layer_norm_eps", "norm_epsilon", float),
+        same("use_parallel_residual"),
+        Option(
+            lambda native: {"attention_bias": native.model.attention_output_bias},
+            lambda config: {} if config["attention_bias"] else {"attention_bias": False},
+        ),
+        Option(_written_rotary, _read_rotary),
+    ),
+    {**_FIXED, "position_embedding_type": "rope", "rope_scaling_type": None},
+    (plain_heads,),
+    ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
+    ("exact_gelu", "use_parallel_residual", "attention_bias"),
+)

@@ -1,0 +1,207 @@
+"""Classes that descend from LLaMA: RMSNorm, rotary positions, gated SiLU MLPs; here those without experts.
+
+They differ in biases, in norms of queries and keys, and in windows; with experts (`experts`) in how these are named, weighed and
+placed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_samoe.convert.hf.families.base import (
+    HEADS,
+    SIZES,
+    Family,
+    Option,
+    always,
+    constant,
+    same,
+    whole_heads,
+)
+from megatron_samoe.convert.hf.families.entries import Entries, may, never, only, rare
+from megatron_samoe.convert.hf.families.reading import (
+    MULTIPLIERS,
+    multipliers,
+    read_biases,
+    rotary,
+    window,
+    window_by_layer,
+    written_layer_types,
+    written_multipliers,
+    written_rope,
+)
+from megatron_samoe.convert.hf.parts import Row, at, below, keys, queries, values
+from megatron_samoe.convert.native import NativeModel
+from megatron_samoe.errors import ConfigError
+
+ATTENTION = below(
+    "model.layers.{layer}.self_attn",
+    "layers.{layer}.attention",
+    ("q_proj.weight", "qkv.weight", queries),
+    ("k_proj.weight", "qkv.weight", keys),
+    ("v_proj.weight", "qkv.weight", values),
+    ("q_proj.bias", "qkv.bias", queries),
+    ("k_proj.bias", "qkv.bias", keys),
+    ("v_proj.bias", "qkv.bias", values),
+    ("o_proj.weight", "output.weight"),
+    ("o_proj.bias", "output.bias"),
+    ("q_norm.weight", "q_norm.weight"),
+    ("k_norm.weight", "k_norm.weight"),
+)
+
+
+def gated(
+    theirs: str,
+    ours: str,
+    down: tuple[Any, ...] = (),
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> tuple[Row, ...]:
+    """Returns the lines of a gated MLP that every token passes; `down` is more of the second matrix's."""
+    gate, up, last = names
+    return below(
+        theirs,
+        ours,
+        (f"{gate}.weight", "fc1.weight", at(0)),
+        (f"{up}.weight", "fc1.weight", at(1)),
+        (f"{gate}.bias", "fc1.bias", at(0)),
+        (f"{up}.bias", "fc1.bias", at(1)),
+        (f"{last}.weight", "fc2.weight", *down),
+        (f"{last}.bias", "fc2.bias", *down),
+    )
+
+
+def tensors(*moe: Any, attention: tuple[Row, ...] = ATTENTION) -> tuple[Any, ...]:
+    """Returns the lines of a class; `moe` are those of layers with experts."""
+    return (
+        Row("model.embed_tokens.weight", "embedding.word.weight"),
+        Row("model.layers.{layer}.input_layernorm.weight", "layers.{layer}.attention_norm.weight"),
+        *attention,
+        Row("model.layers.{layer}.post_attention_layernorm.weight", "layers.{layer}.mlp_norm.weight"),
+        *gated("model.layers.{layer}.mlp", "layers.{layer}.mlp"),
+        *moe,
+        Row("model.norm.weight", "final_norm.weight"),
+        Row("lm_head.weight", "output.weight"),
+    )
+
+
+#: What every one of them computes by.
+FIXED = {"normalization": "RMSNorm", "swiglu": True, "position_embedding_type": "rope", "rotary_percent": 1.0}
+DENSE = {"expert_layout": "dense", **FIXED}
+
+
+def _whole_rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = rotary(config)
+    if rope["rotary_percent"] != 1.0:
+        raise ConfigError(
+            "config.json: partial_rotary_factor", rope["rotary_percent"], "this class rotates whole heads"
+        )
+    return rope
+
+
+ROPE = Option(lambda native: written_rope(native.model), _whole_rotary)
+OPTIONS = (
+    *SIZES,
+    *HEADS,
+    constant(hidden_act="silu"),
+    same("rms_norm_eps", "norm_epsilon", float),
+    ROPE,
+    always(disable_bias_linear=True),
+)
+BIASES = Option(
+    lambda native: {"attention_bias": native.model.attention_output_bias, "mlp_bias": native.has_bias}, read_biases
+)
+FACTORS = Option(lambda native: written_multipliers(native.model), multipliers)
+WINDOW = Option(lambda native: {"sliding_window": native.model.sliding_window}, window)
+
+
+def _written_window(native: NativeModel) -> dict[str, Any]:
+    model = native.model
+    if model.sliding_window is None:
+        return {"use_sliding_window": False}
+    kinds = written_layer_types(model.num_layers, model.window_attn_skip_freq)
+    return {
+        "use_sliding_window": True, "sliding_window": model.sliding_window, "max_window_layers": 0, "layer_types": kinds
+    }  # fmt: skip
+
+
+WINDOW_BY_LAYER = Option(_written_window, window_by_layer)
+
+_HEADS = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": may(int)}
+#: Entries of all of them; their sizes differ.
+ENTRIES = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, **_HEADS, "head_dim": rare(int),
+    "hidden_act": only("silu"), "max_position_embeddings": 2048, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "attention_dropout": 0.0, "rope_theta": 10000.0, "rope_parameters": may(dict),
+    "rope_scaling": may(dict), "partial_rotary_factor": may(float), "original_max_position_embeddings": rare(int),
+}  # fmt: skip
+_LLAMA = {**ENTRIES, "attention_bias": False, "mlp_bias": False}
+GRANITE_ENTRIES = {**ENTRIES, **dict.fromkeys(MULTIPLIERS, 1.0)}
+
+LLAMA = Family(
+    "llama",
+    "LlamaForCausalLM",
+    "dense, RMSNorm, rotary positions, gated SiLU MLPs",
+    tensors(),
+    # The unread ones are written by other programs into Llama's files.
+    Entries({**_LLAMA, "head_dim": may(int)}, unread=("is_llama_config", "rope_interleaved")),
+    (*OPTIONS, BIASES),
+    {**DENSE, "qk_layernorm": False, "add_qkv_bias": False, "sliding_window": None},
+    (whole_heads,),
+    knows=("attention_bias",),
+)
+GRANITE = Family(
+    "granite",
+    "GraniteForCausalLM",
+    "as llama, with factors on embeddings, scores, residuals and logits",
+    tensors(),
+    Entries({**GRANITE_ENTRIES, "attention_bias": False, "mlp_bias": False}),
+    (*OPTIONS, BIASES, FACTORS),
+    LLAMA.fixed,
+    LLAMA.rules,
+    knows=("attention_bias", *MULTIPLIERS),
+)
+_MISTRAL_ENTRIES = Entries({
+    **ENTRIES, "intermediate_size": 14336, "num_key_value_heads": 8, "head_dim": may(int), "max_position_embeddings": 131072,
+    "sliding_window": may(int, 4096),
+    "layer_types": never("makes another class of it in transformers (Ministral), which megatron_samoe does not have"),
+})  # fmt: skip
+MISTRAL = Family(
+    "mistral",
+    "MistralForCausalLM",
+    "as llama without biases, with a window of recent tokens in every layer",
+    tensors(),
+    _MISTRAL_ENTRIES,
+    (*OPTIONS, WINDOW),
+    {**DENSE, "qk_layernorm": False, "disable_bias_linear": True, "add_qkv_bias": False, "window_attn_skip_freq": None},
+)
+
+QWEN_ENTRIES = {
+    **ENTRIES, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": may(int, 32),
+    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": may(int, 4096), "max_window_layers": 28,
+    "layer_types": may((list, str)),
+}  # fmt: skip
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    "as llama, with a bias on queries, keys and values only",
+    tensors(),
+    Entries(QWEN_ENTRIES),
+    (*OPTIONS, WINDOW_BY_LAYER),
+    {**DENSE, "qk_layernorm": False, "add_qkv_bias": True},
+)
+QWEN3 = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    "as llama without biases, with norms of each head's queries and keys",
+    tensors(),
+    Entries({**QWEN_ENTRIES, "head_dim": 128, "attention_bias": only(False)}),
+    (*OPTIONS, WINDOW_BY_LAYER, constant(attention_bias=False)),
+    {
+        **DENSE,
+        "qk_layernorm": True,
+        "add_qkv_bias": False,
+        "qk_layernorm_scope": "head",
+        "disable_bias_linear": True,
+    },
+)

@@ -1,0 +1,150 @@
+"""The tokenizer beside the weights, as transformers' fast tokenizers want it; and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_samoe.config.data import DataConfig
+from megatron_samoe.convert.hf.sentencepiece_fast import fast_tokenizer, processor_of
+from megatron_samoe.datasets.tokenizer import ByteTokenizer, build_tokenizer
+from megatron_samoe.errors import DataError
+from megatron_samoe.parsing import parse_json
+
+TOKENIZER, TOKENIZER_CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+_BYTE_EOD = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What is written beside the weights.
+
+    Attributes:
+        eod: id of the end-of-document token, and eod_name its text.
+        files: contents by name.
+        notes: lines that a user should know.
+    """
+
+    eod: int
+    eod_name: str
+    files: Mapping[str, bytes]
+    notes: tuple[str, ...] = ()
+
+    def write(self, folder: Path, max_length: int) -> None:
+        """Writes the files; `max_length` is the model's longest sequence."""
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        if TOKENIZER not in self.files:
+            return
+        # Like ours, it adds no token of its own to a text.
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eod_name, "bos_token": self.eod_name,
+            "model_max_length": max_length, "clean_up_tokenization_spaces": False, "add_prefix_space": False,
+        }  # fmt: skip
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def tokenizer_files(data: DataConfig) -> TokenizerFiles:
+    """Returns the files of a run's tokenizer.
+
+    Raises:
+        DataError: the tokenizer is not where the checkpoint says.
+    """
+    kind = data.tokenizer_type
+    if kind == "ByteTokenizer":
+        return TokenizerFiles(ByteTokenizer.eod, _BYTE_EOD, {TOKENIZER: _byte_tokenizer().to_str().encode()})
+    try:
+        ours = build_tokenizer(kind, data.tokenizer_model, data.vocab_file, data.merge_file)
+    except DataError as error:
+        raise DataError(f"The checkpoint's tokenizer: {error} Give --no-tokenizer to convert without.") from None
+    if kind == "SentencePieceTokenizer":
+        assert data.tokenizer_model is not None
+        return _sentencepiece(data.tokenizer_model, ours.eod)
+    tokenizer: Any = ours._tokenizer  # type: ignore[attr-defined]
+    name = tokenizer.id_to_token(ours.eod)
+    if kind == "GPT2BPETokenizer":
+        assert data.vocab_file and data.merge_file
+        text = Path(data.merge_file).read_bytes()
+        files = {"vocab.json": Path(data.vocab_file).read_bytes(), "merges.txt": text, TOKENIZER: _json(tokenizer)}
+        note = f"{name} in a text is the token for transformers, and plain text for GPT2BPETokenizer."
+        return TokenizerFiles(ours.eod, name, files, (note,))
+    return TokenizerFiles(ours.eod, name, {TOKENIZER: _json(tokenizer)})
+
+
+def _json(tokenizer: Any) -> bytes:
+    return tokenizer.to_str().encode()
+
+
+def _byte_tokenizer() -> Any:
+    """Returns the 256 bytes and the end of a document as a byte-level BPE without merges."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=_letters_of_bytes(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([_BYTE_EOD])
+    return tokenizer
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """Returns GPT-2's letter for each byte: its own where that is printable, else the next one from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters, spare = {}, 0x100
+    for byte in range(256):
+        if byte in printable:
+            letters[chr(byte)] = byte
+        else:
+            letters[chr(spare)] = byte
+            spare += 1
+    return letters
+
+
+def _sentencepiece(path: str, eod: int) -> TokenizerFiles:
+    content = Path(path).read_bytes()
+    processor = processor_of(content, path)
+    name = processor.id_to_piece(eod)
+    fast = fast_tokenizer(content, processor)
+    if fast is None:
+        note = f"{path} has no equal among fast tokenizers; {SENTENCEPIECE} is copied, to be used with sentencepiece."
+        return TokenizerFiles(eod, name, {SENTENCEPIECE: content}, (note,))
+    note = f"Control tokens such as {name} in a text are tokens for transformers, and plain text for SentencePiece."
+    return TokenizerFiles(eod, name, {SENTENCEPIECE: content, TOKENIZER: _json(fast)}, (note,))
+
+
+def imported_tokenizer(data: DataConfig, folder: Path, kept_at: Path) -> tuple[DataConfig, str]:
+    """Returns the options of an imported model's tokenizer, and a line about it.
+
+    A tokenizer that the options name and that is there stays; else the folder's tokenizer.json is the one.
+
+    Args:
+        kept_at: where a copy of tokenizer.json will lie; the options name that.
+    """
+    try:
+        build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_file, data.merge_file)
+        if data.tokenizer_type != "ByteTokenizer" or not (folder / TOKENIZER).is_file() or _is_byte(folder / TOKENIZER):
+            return data, f"The tokenizer is the one of the run: {data.tokenizer_type}."
+    except DataError:
+        pass
+    plain = replace(data, tokenizer_type="ByteTokenizer", tokenizer_model=None, vocab_file=None, merge_file=None)
+    if not (folder / TOKENIZER).is_file():
+        return (
+            plain,
+            f"There is no {TOKENIZER}: the model comes without its tokenizer; give --tokenizer-type and its files.",
+        )
+    try:
+        build_tokenizer("HuggingFaceTokenizer", str(folder / TOKENIZER))
+    except DataError as error:
+        return plain, f"The folder's tokenizer cannot be used: {error}"
+    options = replace(plain, tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(kept_at))
+    return options, f"The tokenizer is the folder's {TOKENIZER}, copied to {kept_at}."
+
+
+def _is_byte(path: Path) -> bool:
+    try:
+        return parse_json(path.read_bytes())["model"].get("vocab") == _letters_of_bytes()
+    except (ValueError, KeyError, TypeError, AttributeError):  # not a tokenizer of the library, which says why
+        return False

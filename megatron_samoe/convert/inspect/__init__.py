@@ -1,0 +1,1 @@
+"""What a model of any family is, described (`megatron-samoe inspect`)."""

@@ -1,0 +1,212 @@
+"""What a conversion writes, by family of the target: planned, shown, then written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_samoe.config.cli import to_mapping
+from megatron_samoe.convert import megatron
+from megatron_samoe.convert.edited_model import source_config
+from megatron_samoe.convert.gguf import export as gguf_export
+from megatron_samoe.convert.hf.export import plan_export, write_export
+from megatron_samoe.convert.hf.tokenizer_files import TOKENIZER, imported_tokenizer, tokenizer_files
+from megatron_samoe.convert.megatron.rank_files import folder_name
+from megatron_samoe.convert.output_folder import require_new, require_space
+from megatron_samoe.convert.read_ahead import Passed, ReadAhead
+from megatron_samoe.convert.source import Recast, Source
+from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, StoredTensor, write_checkpoint
+from megatron_samoe.errors import CheckpointError
+
+Progress = Callable[[int], Any]
+#: A number of a layer or expert in a tensor's name; w1 and w2 are names.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=weight)\d+$")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A planned conversion.
+
+    Attributes:
+        described: the target in a line.
+        lines: what a user should know of how it was chosen and what changes.
+        files: for each file or part of the target its tensors.
+        num_bytes: of all tensors.
+        write: writes it, reporting bytes as they pass, and returns its folder.
+        hint: how to go on from there.
+    """
+
+    described: str
+    lines: tuple[str, ...]
+    files: Mapping[str, Mapping[str, StoredTensor]]
+    write: Callable[[Progress], Path]
+    hint: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(t.num_bytes for tensors in self.files.values() for t in tensors.values())
+
+    def listing(self) -> Iterator[str]:
+        """Yields the tensors of each file in lines; those that differ in numbers only share one."""
+        for file, tensors in self.files.items():
+            size = sum(t.num_bytes for t in tensors.values())
+            yield f"{file}: {len(tensors):,} tensors, {size / 1e6:,.1f} MB"
+            alike: dict[tuple[str, StoredTensor], int] = {}
+            for name, tensor in tensors.items():
+                key = _NUMBER.sub("*", name), tensor
+                alike[key] = alike.get(key, 0) + 1
+            for (name, tensor), count in alike.items():
+                yield f"  {name}  {list(tensor.shape)} {tensor.dtype_name}{f'  x {count}' if count > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class HFOptions:
+    """How a Hugging Face folder is written; see `plan_export`."""
+
+    model_type: str
+    fold: bool
+    max_shard_bytes: int
+    with_tokenizer: bool
+
+
+def plan_hf(source: Source, save_dir: Path, dtype: torch.dtype | None, options: HFOptions) -> Conversion:
+    """Returns the plan of writing a Hugging Face folder.
+
+    Raises:
+        ConfigError: the class cannot compute the model.
+        CheckpointError: the source lacks tensors, or `save_dir` exists.
+        DataError: the tokenizer is not where the source says.
+    """
+    require_new(save_dir)
+    data = with_carried(source_config(source.tensors).data, source.directory)
+    tokenizer = tokenizer_files(data) if options.with_tokenizer else None
+    plan = plan_export(
+        source.tensors, options.model_type, fold=options.fold, dtype=dtype, max_shard_bytes=options.max_shard_bytes,
+        tokenizer=tokenizer,
+    )  # fmt: skip
+
+    def write(progress: Progress) -> Path:
+        with ReadAhead(plan.source, list(plan.parts)) as ahead:
+            write_export(replace(plan, source=ahead), save_dir, progress)
+        return save_dir
+
+    family = plan.target.family
+    lines = (*plan.target.why, *(tokenizer.notes if tokenizer else ("The folder has no tokenizer.",)))
+    trust = ", trust_remote_code=True" if family.name == "samoe" else ""
+    hint = f'\n  AutoModelForCausalLM.from_pretrained("{save_dir}", dtype="auto"{trust})'
+    return Conversion(f"the Hugging Face class {family.architecture} in {save_dir}", lines, plan.shards, write, hint)
+
+
+def plan_gguf(source: Source, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool) -> Conversion:
+    """Returns the plan of writing llama.cpp's file, model.gguf in a new folder.
+
+    Raises:
+        ConfigError: llama.cpp has no architecture that computes the model, or cannot cut a text as its tokenizer does.
+        CheckpointError: `save_dir` exists.
+        DataError: the tokenizer is not where the source says.
+    """
+    require_new(save_dir)
+    data = with_carried(source_config(source.tensors).data, source.directory)
+    plan = gguf_export.plan_export(source.tensors, data if with_tokenizer else None, dtype)
+
+    def write(progress: Progress) -> Path:
+        with ReadAhead(plan.source, plan.reads) as ahead:
+            gguf_export.write_export(replace(plan, source=ahead), save_dir, progress)
+        return save_dir
+
+    described = f"llama.cpp's architecture {plan.architecture.name} in {save_dir}/{gguf_export.FILE}"
+    return Conversion(described, plan.lines, {gguf_export.FILE: plan.stored}, write)
+
+
+def plan_megatron(
+    source: Source, save_dir: Path, dtype: torch.dtype | None, layout: megatron.MegatronLayout, release: bool
+) -> Conversion:
+    """Returns the plan of writing Megatron-LM's per-rank files.
+
+    Raises:
+        ConfigError: Megatron has no such model, or the layout does not divide it.
+        CheckpointError: the iteration is there already.
+    """
+    plan = megatron.plan_export(_recast(source.tensors, dtype), layout)
+    iteration = None if release else int(source.tensors.train_state.get("iteration", 0))
+    require_new(save_dir / ("release" if iteration is None else f"iter_{iteration:07d}"))
+    pp, ep = plan.layout.pipeline_parallel, plan.layout.expert_parallel
+    files = {
+        folder_name(place, pp, ep): {t.key: StoredTensor(t.shape, t.dtype) for t in tensors}
+        for place, tensors in plan.files.items()
+    }
+    described = (
+        f"Megatron-LM's format torch in {save_dir}: tensor {plan.layout.tensor_parallel}, pipeline {pp}, expert {ep}, "
+        f"expert tensor {plan.layout.etp}, virtual pipeline {plan.layout.virtual_pipeline}"
+    )
+    return Conversion(
+        described, plan.notes, files, lambda progress: megatron.write_export(plan, save_dir, iteration, progress)
+    )
+
+
+def plan_native(source: Source, save_dir: Path, dtype: torch.dtype | None, with_tokenizer: bool) -> Conversion:
+    """Returns the plan of writing a checkpoint of this program.
+
+    Raises:
+        CheckpointError: the iteration is there already.
+    """
+    tensors = _recast(source.tensors, dtype)
+    iteration = int(tensors.train_state.get("iteration", 0))
+    final = store.iteration_dir(save_dir, iteration)
+    if final.exists():
+        raise CheckpointError(f"{final} exists; nothing is overwritten. Give another --save-dir.")
+    config, kept_at = source_config(tensors), save_dir.resolve() / TOKENIZER
+    lines: tuple[str, ...] = ()
+    if source.kind == "hf" and with_tokenizer:
+        data, line = imported_tokenizer(config.data, source.directory, kept_at)
+        config, lines = replace(config, data=data), (line,)
+    copied = config.data.tokenizer_model == str(kept_at) and source.kind == "hf"
+    if copied and kept_at.exists():
+        raise CheckpointError(f"{kept_at} exists; nothing is overwritten. Give another --save-dir.")
+
+    # A copied tokenizer is not yet where the configuration says.
+    read_now = replace(config.data, tokenizer_model=str(source.directory / TOKENIZER)) if copied else config.data
+    carried = read_files(read_now) if with_tokenizer else {}
+
+    def write(progress: Progress) -> Path:
+        require_space(save_dir, sum(t.num_bytes for t in tensors.tensors.values()))
+        with ReadAhead(tensors, list(tensors.tensors)) as ahead:
+            watched = _Watched(ahead, to_mapping(config), progress, source.tensors.attachments or carried)
+            written = write_checkpoint(save_dir, iteration, watched)
+        if copied:
+            shutil.copyfile(source.directory / TOKENIZER, kept_at)
+        return written
+
+    shown = shlex.quote(str(save_dir))
+    hint = f" To train on:\n  python -m megatron_samoe.cli.pretrain --pretrained-checkpoint {shown} --use-checkpoint-args ..."
+    return Conversion(f"a checkpoint of this program in {final}", lines, {final.name: tensors.tensors}, write, hint)
+
+
+class _Watched(Passed):
+    """A source with another configuration, which reports the bytes of each tensor that is read."""
+
+    def __init__(
+        self, source: GlobalTensors, config: Mapping[str, Any], progress: Progress, attachments: Mapping[str, bytes]
+    ):
+        super().__init__(source, config)
+        self.attachments, self._progress = attachments, progress
+
+    def read(self, name: str) -> Tensor:
+        tensor = super().read(name)
+        self._progress(self.tensors[name].num_bytes)
+        return tensor
+
+
+def _recast(source: GlobalTensors, dtype: torch.dtype | None) -> GlobalTensors:
+    return source if dtype is None else Recast(source, dtype)

@@ -1,0 +1,333 @@
+"""The stages of a compression, one after the other: calibrate, choose a map, match, fit, write what to compare with, judge.
+
+Each leaves its result in the folder and is not done again. Healing stands between: it is the trainer's, which the command
+line runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from megatron_samoe.config.derived import num_moe_layers
+from megatron_samoe.config.sharing_map import Source, parse_sharing, word_of
+from megatron_samoe.convert.edited_model import EditedModel, open_checkpoint, with_sharing
+from megatron_samoe.datasets.carried_tokenizer import with_carried
+from megatron_samoe.datasets.tokenizer import tokenizer_of
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader
+from megatron_samoe.errors import ConfigError
+from megatron_samoe.fit.calibration import LayerCalibration, calibrate, calibration_bytes, output_sums
+from megatron_samoe.fit.compress import baselines
+from megatron_samoe.fit.compress.compressible import expert_bytes, require_compressible
+from megatron_samoe.fit.compress.fitting import fit_bytes, fit_inputs, fit_outputs, pair_errors, with_inputs
+from megatron_samoe.fit.compress.judge import Verdict, losses
+from megatron_samoe.fit.compress.options import CompressOptions, plan_of, refuse_options, texts
+from megatron_samoe.fit.compress.sharing_plan import SharingPlan, chosen_map, sets_in_budget
+from megatron_samoe.fit.compress.stage_folder import BEGIN, StageFolder
+from megatron_samoe.fit.expert_math import layer_experts, read_experts
+from megatron_samoe.fit.matching import MatchedLayer, best_numbering, in_order
+from megatron_samoe.fit.numbering import Numbering
+from megatron_samoe.fit.shared_model import FittedGroup, fitted_bank, renumbered_model, shared_model
+from megatron_samoe.fit.surgery.pool import pool_moe, tie_layers
+from megatron_samoe.log import logger
+from megatron_samoe.models.blueprint import Blueprint
+from megatron_samoe.models.rank_model import RankModel, compute_dtype
+from megatron_samoe.ops.grouped_mlp import Activation
+from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.parsing import JsonObject
+from megatron_samoe.runtime.free_memory import free_memory_bytes
+from megatron_samoe.runtime.load import load_model
+
+
+class Compression:
+    """A compression in its folder.
+
+    Raises:
+        ConfigError: the model is none that can be compressed, or the options are not legal for it.
+        DataError: the text is too short, or of another tokenizer.
+        CheckpointError: there is no checkpoint, or the folder is another's.
+    """
+
+    def __init__(self, options: CompressOptions):
+        self.options = options
+        self.source = open_checkpoint(options.load_dir, options.ckpt_step)
+        self.config = require_compressible(self.source)
+        self.num_layers = num_moe_layers(self.config)
+        tokenizer = tokenizer_of(with_carried(self.config.data, self.source.directory))
+        self.texts = texts(options, self.config, int(self.source.train_state["vocab_size"]), tokenizer)
+        refuse_options(options, self.layer_bytes, self.num_layers)
+        self.folder = StageFolder(Path(options.save_dir))
+        begun = {"load_dir": str(self.source.directory.resolve())}
+        self.folder.stage(BEGIN, begun, lambda: {})
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's experts."""
+        return expert_bytes(self.source) // self.num_layers
+
+    def sources(self, plan: SharingPlan) -> tuple[Source, ...]:
+        """Returns where each MoE layer's experts come from."""
+        return parse_sharing(plan.sharing, self.num_layers)
+
+    def _model(self, folder: str | Path) -> RankModel:
+        return load_model(str(folder), single_process_state()).model
+
+    def require_teacher(self, folder: str) -> None:
+        """Raises ConfigError where a model was trained with another tokenizer than the one that is compressed."""
+        teacher = open_checkpoint(folder)
+        own, other = (
+            (m.train_state.get("vocab_size"), {n: b for n, b in m.attachments.items() if "tokenizer" in n})
+            for m in (self.source, teacher)
+        )
+        if own != other:
+            raise ConfigError(
+                "--teacher", folder, "has another tokenizer than the model of --load-dir; it must have the same"
+            )
+
+    def errors(self) -> tuple[JsonObject, list[list[float]] | None]:
+        """Returns what each layer that shares loses of w1 and w2, and what pairs of layers lose where a map was chosen."""
+        lost = self.folder.result("fitted")["lost_of_layer"]
+        return lost, self.folder.result("plan").get("error_LL")
+
+    # 1. Calibrate
+
+    @cached_property
+    def calibration(self) -> list[LayerCalibration]:
+        """What experts meet, of each MoE layer."""
+        self.folder.stage("calibration", self._calibration_settings(), self._calibrate)
+        names = [f.name for f in fields(LayerCalibration)]
+        return [LayerCalibration(**{n: layer[n] for n in names}) for layer in self.folder.read_tensors("calibration")]
+
+    def _calibration_settings(self) -> JsonObject:
+        names = ("data_path", "calibration_tokens", "num_samples", "seed")
+        return {name: getattr(self.options, name) for name in names}
+
+    def _calibrate(self) -> JsonObject:
+        self._state_memory()
+        model = self._model(self.source.directory)
+        found = calibrate(model, self.texts.calibration, self.options.num_samples, self.options.seed)
+        self.folder.write_tensors("calibration", [vars(layer) for layer in found])
+        least = min(int(layer.tokens_E.min()) for layer in found)
+        width = self.config.model.hidden_size
+        note = (
+            f"; an expert met {least:,} tokens, fewer than its {width} inputs: more text would help"
+            if least < width
+            else ""
+        )
+        logger.info(f"calibration: {sum(p[:, 1:].numel() for p in self.texts.calibration):,} tokens{note}")
+        return {"tokens_LE": [layer.tokens_E.tolist() for layer in found],
+                "saliency_LE": [layer.mean_saliency_E.tolist() for layer in found]}  # fmt: skip
+
+    def _state_memory(self) -> None:
+        vocab_size = int(self.source.train_state["vocab_size"])
+        shapes = Blueprint(self.config, vocab_size, single_process_state(), compute_dtype(self.config)).expert_shapes
+        needed = calibration_bytes(shapes, self.options.num_samples)
+        shape = shapes[0]
+        C, rows = shape.ffn_size + shape.bias, (2 if shape.activation == "swiglu" else 1) * shape.ffn_size
+        D = shape.hidden_size + shape.bias
+        banks = plan_of(self.options, self.layer_bytes, self.num_layers).num_banks
+        fit = max(
+            fit_bytes(len(shapes), shape.num_experts, rows, D, banks),
+            fit_bytes(len(shapes), shape.num_experts, D, C, banks),
+        )
+        model = sum(t.num_bytes for n, t in self.source.tensors.items() if not n.startswith("optimizer."))
+        free = free_memory_bytes(torch.device("cpu"))
+        logger.info(
+            f"memory: calibration {needed / 1e6:,.1f} MB beside the model's {model / 1e6:,.1f} MB, the fit then about "
+            f"{fit / 1e6:,.1f} MB besides; {free / 1e6:,.0f} MB are free"
+        )
+        if needed + model > free:
+            raise ConfigError("--load-dir", self.options.load_dir, f"takes {(needed + model) / 1e9:,.1f} GB to calibrate, and "
+                              f"{free / 1e9:,.1f} GB are free")  # fmt: skip
+
+    # 2. Choose and match
+
+    @cached_property
+    def plan(self) -> SharingPlan:
+        """Which layers share what."""
+        options = self.options
+        settings = {"expert_sharing": options.sharing, "num_expert_banks": options.num_banks, "num_expert_sets": options.num_sets,
+                    "budget": options.budget, "choose_map": options.choose_map, "match": options.match}  # fmt: skip
+        result = self.folder.stage("plan", settings, self._choose)
+        return SharingPlan(result["sharing"], result["num_banks"])
+
+    def _choose(self) -> JsonObject:
+        if not self.options.choose_map:
+            return asdict(plan_of(self.options, self.layer_bytes, self.num_layers))
+        assert self.options.budget is not None
+        word = word_of(self.options.sharing)
+        assert word is not None
+        way = word.way
+        error_LL = pair_errors(self._layers(), self._activation, way, self.options.match, self._num_groups)
+        sets = sets_in_budget(self.options.budget, self.layer_bytes, self.num_layers)
+        plan = SharingPlan(chosen_map(error_LL, sets, way))
+        logger.info(f"plan: {plan.sharing}")
+        return {**asdict(plan), "error_LL": error_LL.tolist()}
+
+    @property
+    def _num_groups(self) -> int:
+        return self.config.moe.moe_router_num_groups or 1
+
+    @property
+    def _activation(self) -> Activation:
+        return layer_experts(self.source)[1]
+
+    def _layers(self) -> list[MatchedLayer]:
+        """Returns the experts of each MoE layer with what they met, in the original's numbering."""
+        experts, _ = layer_experts(self.source)
+        return [
+            MatchedLayer(read_experts(experts, p), c) for p, c in zip(experts.layers, self.calibration, strict=True)
+        ]
+
+    def groups(self) -> dict[Source, list[int]]:
+        """Returns the MoE layers of each source that layers share."""
+        found: dict[Source, list[int]] = {}
+        for index, source in enumerate(self.sources(self.plan)):
+            if source.way.is_shared:
+                found.setdefault(source, []).append(index)
+        return found
+
+    def matched(self) -> CheckpointReader:
+        """Returns the original in a common numbering, which computes the same."""
+        self.folder.stage("matched", self._plan_settings(), self._match)
+        return self.folder.model("matched")
+
+    def _plan_settings(self) -> JsonObject:
+        return {**self._calibration_settings(), **asdict(self.plan), "match": self.options.match}
+
+    def _fit_settings(self) -> JsonObject:
+        return {**self._plan_settings(), "no_refit": not self.options.refit}
+
+    def _match(self) -> JsonObject:
+        layers, activation = self._layers(), self._activation
+        numberings: dict[int, Numbering] = {}
+        for source, members in self.groups().items():
+            found = best_numbering(
+                [layers[i] for i in members],
+                activation,
+                self.options.match,
+                source.way,
+                self._banks(source),
+                self._num_groups,
+            )
+            numberings |= dict(zip(members, found, strict=True))
+        self.folder.write_tensors("numbering", {i: (n.experts_E, n.neurons_EF) for i, n in numberings.items()})
+        self.folder.write_model("matched", renumbered_model(self.source, numberings))
+        moved = {i: int((n.experts_E != torch.arange(len(n.experts_E))).sum()) for i, n in numberings.items()}
+        logger.info(f"matched: {sum(moved.values())} experts of {len(moved)} layers renumbered")
+        return {"renumbered": moved}
+
+    # 3. Fit
+
+    def fitted(self) -> CheckpointReader:
+        """Returns the compressed model, not healed."""
+        self.matched()
+        self.folder.stage("fitted", self._fit_settings(), self._fit)
+        return self.folder.model("fitted")
+
+    def _fit(self) -> JsonObject:
+        matched, num_banks = self.folder.model("matched"), self.plan.num_banks
+        kept = self.folder.read_tensors("numbering")
+        numberings = {i: Numbering(*order) for i, order in kept.items()}
+        layers = [
+            in_order(layer, numberings[i]) if i in numberings else layer for i, layer in enumerate(self._layers())
+        ]
+        inputs = {s: fit_inputs([layers[i] for i in m], s.way, self._banks(s)) for s, m in self.groups().items()}
+        sums = None
+        if self.options.refit:
+            new = [layer.weights for layer in layers]
+            for source, members in self.groups().items():
+                for number, index in enumerate(members):
+                    new[index] = with_inputs(layers[index], inputs[source], number)
+            sums = output_sums(self._model(matched.directory), self.texts.calibration, new, self._activation)
+        groups = []
+        for source, members in self.groups().items():
+            theirs = None if sums is None else [sums[i] for i in members]
+            outputs = fit_outputs([layers[i] for i in members], source.way, self._banks(source), theirs)
+            groups.append(FittedGroup(source, members, (inputs[source], outputs), fitted_bank))
+        sources = self.sources(self.plan)
+        moe = replace(
+            self.config.moe, num_expert_banks=num_banks, samoe_granularity="layer", samoe_normalization="none"
+        )
+        config = with_sharing(replace(self.config, moe=moe), sources)
+        self.folder.write_model("fitted", shared_model(matched, config, sources, groups))
+        return {"lost_of_layer": _losses(groups)}
+
+    def _banks(self, source: Source) -> int:
+        return self.plan.num_banks if source.way.combines else 1
+
+    # 4. What to compare with
+
+    def others(self) -> list[str]:
+        """Returns the names of models of as many bytes that were made by other means; a line says which cannot be."""
+        result = self.folder.stage("others", self._plan_settings(), self._make_others)
+        return list(result["models"])
+
+    def _make_others(self) -> JsonObject:
+        models = []
+        try:
+            self.folder.write_model("blind", self._blind())
+            models.append("blind")
+        except ConfigError as error:
+            logger.info(f"others: no blind model: {error}")
+        try:
+            kept = baselines.experts_in_budget(self.source, expert_bytes(self.fitted()))
+        except ConfigError as error:
+            logger.info(f"others: neither pruned nor merged: {error}")
+            return {"models": models, "experts": None}
+        self.folder.write_model("pruned", baselines.pruned_model(self.source, self.calibration, kept))
+        self.folder.write_model("merged", baselines.merged_model(self.source, self.calibration, kept))
+        return {"models": [*models, "pruned", "merged"], "experts": kept}
+
+    def _blind(self) -> EditedModel:
+        plan = self.plan
+        if any(source.way.combines for source in self.sources(plan)):
+            return pool_moe(self.source, plan.num_banks, sharing=plan.sharing)
+        return tie_layers(self.source, plan.sharing)
+
+    def folder_of(self, model: str) -> Path:
+        """Returns the checkpoint of the original, or of a stage's model."""
+        return self.source.directory if model == "original" else self.folder.model(model).directory
+
+    # 5. Judge
+
+    def judge(self, healed: Mapping[str, Path]) -> list[Verdict]:
+        """Returns the verdict on each model: the original, the matched and fitted, the others, and healed ones by folder."""
+        options = self.options
+        self.fitted()
+        others = self.others()
+        folders = {n: self.folder_of(n) for n in ("original", "matched", "fitted", *others)} | dict(healed)
+        settings = {**self._fit_settings(), "valid_data_path": options.valid_data_path,
+                    "judge_tokens": options.judge_tokens, "judge_start": self.texts.start}  # fmt: skip
+        original = None
+        verdicts = []
+        for name, folder in folders.items():
+            # Each verdict is a stage of its own: healed models come later.
+            def work(name: str = name, folder: Path = folder) -> JsonObject:
+                nonlocal original
+                original = original or self._model(self.source.directory)
+                model = original if name == "original" else self._model(folder)
+                loss, divergence = losses(original, model, self.texts.judged)
+                return Verdict(name, self._bytes(name, folder), loss, divergence).to_json()
+
+            which = settings | ({"healed": str(open_checkpoint(folder).directory)} if name in healed else {})
+            verdicts.append(Verdict(**self.folder.stage(f"judged-{name}", which, work)))
+        return verdicts
+
+    def _bytes(self, name: str, folder: Path) -> int:
+        if name == "merged":  # clusters are counted once
+            return expert_bytes(self.folder.model("pruned"))
+        return expert_bytes(open_checkpoint(folder))
+
+
+def _losses(groups: Sequence[FittedGroup]) -> JsonObject:
+    """Returns for each layer that shares what w1 and w2 lose: root of the share of their products' power."""
+    return {
+        str(index): [float(fit.relative_L[number]) for fit in group.fits]
+        for group in groups
+        for number, index in enumerate(group.layers)
+    }

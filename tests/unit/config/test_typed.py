@@ -1,0 +1,92 @@
+"""Plain values as dataclasses: what fits becomes the field's type, and all else is named by its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from megatron_samoe.config.typed import typed
+from megatron_samoe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inner:
+    from_: str
+    at_most: float | None = None
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    sizes: tuple[int, ...]
+    file: Path = Path("here")
+    kind: Literal["a", "b"] = "a"
+    one: Inner | None = None
+    many: tuple[Inner, ...] = ()
+    by_name: Mapping[str, Inner] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    words: str | tuple[str, ...] = ()
+    flag: bool = False
+
+
+def test_every_form_of_value_becomes_its_fields_type() -> None:
+    content = {
+        "name": "x",
+        "sizes": 3,
+        "file": "there",
+        "one": {"from": "a", "at-most": "3e-4"},
+        "many": [{"from": "b"}, {"from": "c", "at_most": 1}],
+        "by-name": {1: {"from": "d"}},
+        "options": {"e": None, "f": {"g": [1, None]}},
+        "words": "h",
+        "flag": True,
+        "kind": None,
+    }
+    assert typed(Outer, content, "f.yaml") == Outer(
+        name="x",
+        sizes=(3,),
+        file=Path("there"),
+        one=Inner("a", 3e-4),
+        many=(Inner("b"), Inner("c", 1.0)),
+        by_name={"1": Inner("d")},
+        options={"e": {}, "f": {"g": [1, None]}},
+        words="h",
+        flag=True,
+    )
+    assert typed(Outer, {"name": "x", "sizes": [1], "words": ["a", 2, 0.5]}, "f.yaml").words == ("a", "2", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "said"),
+    [
+        ({"sise": 1}, "sise", r"unknown key in f.yaml\. Did you mean 'sizes'\?"),
+        ({"name": None}, "name", "missing in f.yaml; needed are name, sizes"),
+        ({"name": True}, "name", "must be of type str"),
+        ({"sizes": [1, 2.5]}, "sizes", "must be of type int list"),
+        ({"sizes": [True]}, "sizes", "must be of type int list"),
+        ({"kind": "c"}, "kind", r"must be one of 'a', 'b' \(in f.yaml\)"),
+        ({"flag": 1}, "flag", "must be of type bool"),
+        ({"one": "a"}, "one", "must be a mapping in f.yaml"),
+        ({"one": {}}, "one.from", "missing in f.yaml; needed are from"),
+        ({"one": {"from_": "a"}}, "one.from_", r"unknown key in f.yaml\. Did you mean 'from'\?"),
+        ({"many": [{"from": "a"}, {"from": "b", "at-most": "c"}]}, "many.2.at-most", "must be of type float"),
+        ({"many": {"from": "a"}}, "many", "must be of type Inner list"),
+        ({"by-name": {"x": {"fro": 1}}}, "by-name.x.fro", "unknown key"),
+        ({"by-name": [1]}, "by-name", "must be of type mapping"),
+        ({"options": {"x": 3}}, "options.x", "must be of type mapping"),
+    ],
+)
+def test_what_does_not_fit_is_named_by_its_place(changes: dict[str, Any], place: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        typed(Outer, {"name": "x", "sizes": [1], **changes}, "f.yaml")
+    assert caught.value.field == place
+
+
+@pytest.mark.parametrize("content", [None, [], "text"])
+def test_a_file_that_holds_no_mapping(content: object) -> None:
+    with pytest.raises(ConfigError, match=r"f.yaml = .*: must be a mapping in f.yaml"):
+        typed(Outer, content, "f.yaml")

@@ -1,0 +1,216 @@
+"""Files of Hugging Face folders: what is written is what the libraries read, and damaged or foreign ones are named."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from megatron_samoe.convert.hf import safetensors_io
+from megatron_samoe.convert.hf.families import families
+from megatron_samoe.convert.hf.folder import HFFolder
+from megatron_samoe.convert.hf.parts import Part, join, parts_of
+from megatron_samoe.convert.hf.safetensors_io import SafetensorsReader, SafetensorsWriter
+from megatron_samoe.convert.native import NativeModel
+from megatron_samoe.dist_checkpointing.global_tensors import StoredTensor
+from megatron_samoe.errors import CheckpointError
+from tests.harness.tiny import VOCAB_SIZE, tiny_config
+
+TENSORS = {
+    "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4), "empty": torch.zeros(0, 5),
+    "b": torch.tensor(2.5, dtype=torch.bfloat16), "c": torch.arange(5), "d": torch.rand(7).half(),
+    "e": torch.tensor([True, False]), "f": torch.rand(3, 3, dtype=torch.float64),
+}  # fmt: skip
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """Writes a file with our writer."""
+    writer = SafetensorsWriter(path, {n: StoredTensor(tuple(t.shape), t.dtype) for n, t in tensors.items()})
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    return path
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
+    read = safetensors.torch.load_file(write(tmp_path / "x.safetensors", TENSORS))
+    assert read.keys() == TENSORS.keys() and all(same(read[n], t) for n, t in TENSORS.items())
+    with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
+    safetensors.torch.save_file(TENSORS, tmp_path / "x.safetensors", {"format": "pt", "other": "words"})
+    reader = SafetensorsReader(tmp_path / "x.safetensors")
+    assert reader.tensors.keys() == TENSORS.keys() and all(same(reader.read(n), t) for n, t in TENSORS.items())
+
+
+def test_views_are_written_as_they_look(tmp_path: Path) -> None:
+    base = torch.arange(24.0).view(2, 3, 4)
+    read = safetensors.torch.load_file(write(tmp_path / "x.safetensors", {"t": base.permute(2, 0, 1), "u": base[:, 1]}))
+    assert torch.equal(read["t"], base.permute(2, 0, 1)) and torch.equal(read["u"], base[:, 1])
+
+
+def test_large_views_are_copied_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_io, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(safetensors_io, "FLUSH_BYTES", 256)
+    base = torch.randn(3, 1, 17, 8)
+    views = {"whole": base, "turned": base.permute(3, 2, 1, 0), "long": torch.arange(999.0), "one": base[0, 0, 0, 0]}
+    stored = {name: StoredTensor(tuple(v.shape), torch.bfloat16) for name, v in views.items()}
+    writer = SafetensorsWriter(tmp_path / "x.safetensors", stored)
+    for name, view in views.items():
+        blocks = list(safetensors_io._blocks(view))
+        assert all(b.nbytes <= 100 for b in blocks) and torch.equal(
+            torch.cat([b.flatten() for b in blocks]), view.flatten()
+        )
+        writer.add(name, view)
+    writer.close()
+    read = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(read[name], view.bfloat16()) for name, view in views.items())
+
+
+def with_header(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"not json", "header cannot be read"),
+        ([1, 2], "header cannot be read"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "entry for a is not legal"),
+        ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, "entry for a is not legal"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 9]}}, "entry for a is not legal"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "damaged or cut off: a"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}, "damaged or cut off: a"),
+        ({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}, "quantized weights are not"),
+    ],
+)
+def test_headers_that_lie_are_refused(header: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        SafetensorsReader(with_header(tmp_path / "x.safetensors", header, bytes(8)))
+
+
+def test_files_that_are_none_or_cut_off_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for content in (b"", b"PK", b"PK\x03\x04" + bytes(200), struct.pack("<Q", 1 << 62) + bytes(99)):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="not a safetensors file"):
+            SafetensorsReader(path)
+    write(tmp_path / "whole", TENSORS)
+    path.write_bytes((tmp_path / "whole").read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="damaged or cut off"):
+        SafetensorsReader(path)
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        SafetensorsReader(tmp_path / "nothing")
+    reader = SafetensorsReader(tmp_path / "whole")
+    (tmp_path / "whole").write_bytes((tmp_path / "whole").read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="cut off within f"):
+        reader.read("f")
+
+
+def folder_with(tmp_path: Path, **files: bytes | str) -> Path:
+    for name, content in {"config.json": "{}", **files}.items():
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name.replace("__", ".")).write_bytes(data)
+    return tmp_path
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has a config.json and no weights"),
+        ({"config.json": "{"}, r"config\.json is not JSON"),
+        ({"config.json": "[]"}, "holds list in place of a mapping"),
+        ({INDEX: "{}"}, "has no weight_map"),
+        ({INDEX: json.dumps({"weight_map": {"a": "../../x.safetensors"}})}, "not a file of its folder"),
+        (
+            {INDEX: json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}})},
+            r"names 1\.safetensors, .*2 of 2",
+        ),
+    ],
+)
+def test_folders_that_are_incomplete_are_refused(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        HFFolder(folder_with(tmp_path, **files))
+
+
+class Bomb:
+    """Unpickling it would create a file."""
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("exploded"),))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": Bomb()}, "A pickle can run any code"),
+        (Bomb(), "A pickle can run any code"),
+        ([torch.ones(2)], "more than a mapping of names to tensors"),
+        ({"a": torch.ones(2), "step": 3}, "more than a mapping of names to tensors"),
+    ],
+)
+def test_pickles_are_read_for_plain_tensors_only(
+    content: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, folder_with(tmp_path) / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=message) as error:
+        HFFolder(tmp_path)
+    assert "\n" not in str(error.value) and not Path("exploded").exists()
+
+
+def test_plain_tensors_of_torch_save_are_read(tmp_path: Path) -> None:
+    torch.save(TENSORS, folder_with(tmp_path) / "pytorch_model.bin")
+    folder = HFFolder(tmp_path)
+    assert all(same(folder.read(n), t) for n, t in TENSORS.items())
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="save the model anew"):
+        HFFolder(tmp_path)
+
+
+STYLES = {
+    "llama": ("dense", {"style": "llama", "disable_bias_linear": False}), "qwen2": ("dense", {"style": "llama", "add_qkv_bias": True}),
+    "qwen3": ("dense", {"style": "llama", "qk_layernorm": True}), "gpt2": ("dense", {}),
+    "gpt_neox": ("dense", {"position_embedding_type": "rope"}), "mixtral": ("moe", {"style": "llama", "moe_router_topk": 2}),
+    "qwen3_moe": ("moe", {"style": "llama", "qk_layernorm": True, "moe_router_topk": 2, "moe_layer_freq": "0110"}),
+    "qwen2_moe": ("moe", {"style": "llama", "moe_shared_expert_intermediate_size": 12}), "samoe": ("samoe", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_parts_cover_every_element_once(name: str) -> None:
+    """Distinct numbers go out and come back; no foreign tensor has an element twice, none is lost."""
+    layout, options = STYLES[name]
+    native = NativeModel(tiny_config(layout, **options), VOCAB_SIZE)
+    family = next(f for f in families() if f.name == name)
+    assert not family.misfits(native)
+    parts = [part for part in family.parts(native) if isinstance(part, Part)]
+    names = [part.name for part in family.parts(native)]
+    assert len(names) == len(set(names)) and set(parts_of(parts)) == set(native.tensors)
+    for ours, group in parts_of(parts).items():
+        stored = native.tensors[ours]
+        whole = torch.arange(stored.num_bytes // stored.dtype.itemsize, dtype=torch.float64).view(stored.shape) + 1
+        if ours in ("embedding.word.weight", "output.weight"):
+            whole[VOCAB_SIZE:] = 0
+        taken = {part.name: part.take(whole).clone() for part in group}
+        assert all(tuple(taken[part.name].shape) == part.shape for part in group)
+        scale = {part.name: part.scale for part in group}
+        elements = torch.cat([(t / scale[n]).flatten() for n, t in taken.items()])
+        assert torch.equal(elements.sort().values, whole[whole > 0].flatten().sort().values)
+        assert torch.equal(join(group, stored.shape, torch.float64, taken.__getitem__), whole)

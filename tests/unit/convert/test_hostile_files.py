@@ -1,0 +1,324 @@
+"""Small files that somebody changed, by mistake or on purpose, are read or refused in words: quickly and in little memory."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import pickle
+import random
+import shutil
+import tempfile
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_samoe.cli import inspect_checkpoint as inspect
+from megatron_samoe.config.cli import from_mapping, to_mapping
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.validate import validate
+from megatron_samoe.convert.hf.export import native_model
+from megatron_samoe.convert.hf.export import plan_export as plan_hf
+from megatron_samoe.convert.hf.export import write_export as write_hf
+from megatron_samoe.convert.hf.folder import HFFolder
+from megatron_samoe.convert.hf.source import HFSource
+from megatron_samoe.convert.megatron import MegatronLayout, plan_export, write_export
+from megatron_samoe.convert.megatron.arguments import from_arguments
+from megatron_samoe.convert.megatron.reader import MegatronReader
+from megatron_samoe.dist_checkpointing import store
+from megatron_samoe.dist_checkpointing.file_storage import METADATA, read_metadata
+from megatron_samoe.dist_checkpointing.global_tensors import CheckpointReader, write_checkpoint
+from megatron_samoe.errors import MegatronSamoeError
+from tests.harness.tiny import tiny_config
+from tests.unit.convert.memory_source import new_source
+
+#: What stands in for a value somewhere.
+ODD = (
+    None, True, -1, 0, 1.5, 1e308, float("nan"), float("inf"), 10**9, 2**63, 10**18, 10**400, "", "x", "1e9", [], [[1]],
+    {}, {"a": {}}, [None] * 40, "y" * 5000,
+)  # fmt: skip
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Yields the path of every value within mappings and lists."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in inner:
+        yield from places(child, (*path, key))
+
+
+def changed(value: Any, rng: random.Random) -> Any:
+    """Returns a copy in which one or two values are odd, missing, or under another name."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        *path, last = rng.choice([p for p in places(value) if p])
+        holder = value
+        for key in path:
+            holder = holder[key]
+        if rng.random() < 0.15:
+            del holder[last]
+        elif rng.random() < 0.1 and isinstance(holder, dict):
+            holder[rng.choice(("x", "", 7, "num_layers"))] = holder.pop(last)
+        else:
+            holder[last] = copy.deepcopy(rng.choice(ODD))
+    return value
+
+
+SEEDS = pytest.mark.parametrize("seeds", [range(300), pytest.param(range(300, 3000), marks=pytest.mark.night)], ids=str)
+
+
+def refused_share(seeds: range, value: Any, read: Callable[[Any], object]) -> float:
+    """Reads a value in many variants and returns which share of them was refused; every other error is a failure."""
+    refused = 0
+    for seed in seeds:
+        variant = changed(value, random.Random(seed))
+        try:
+            read(variant)
+        except MegatronSamoeError as error:
+            refused += 1
+            assert len(str(error)) < 6000
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+    return refused / len(seeds)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A SaMoE as a checkpoint, and a MoE as transformers and as Megatron keep it."""
+    root = tmp_path_factory.mktemp("sound")
+    samoe = new_source(tiny_config("samoe", num_expert_banks=2, num_layers=2))
+    moe = new_source(tiny_config("moe", num_layers=2, style="llama"))
+    native = write_checkpoint(root / "native", 7, samoe)
+    write_hf(plan_hf(samoe), root / "hf", lambda _: None)
+    write_export(plan_export(moe, MegatronLayout(1, 1, 1)), root / "megatron", 7, lambda _: None)
+    return {"native": native, "hf": root / "hf", "megatron": root / "megatron"}
+
+
+@SEEDS
+def test_configurations(seeds: range, folders: dict[str, Path]) -> None:
+    def read(mapping: Any) -> None:
+        validate(from_mapping(mapping, "test"), 2)
+
+    assert refused_share(seeds, to_mapping(tiny_config("samoe")), read) > 0.3
+
+
+@SEEDS
+def test_training_states(seeds: range, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["native"], tmp_path / "iter_0000007")
+    state = json.loads((folder / store.TRAIN_STATE).read_text())
+    del state["digest"]
+
+    def read(variant: Any) -> None:
+        (folder / store.TRAIN_STATE).write_text(json.dumps(variant))
+        reader = CheckpointReader(folder)
+        native_model(reader)
+        reader.verify()
+
+    assert refused_share(seeds, state, read) > 0.3
+
+
+@SEEDS
+def test_configurations_of_checkpoints(seeds: range, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["native"], tmp_path / "iter_0000007")
+    state = json.loads((folder / store.TRAIN_STATE).read_text())
+    del state["digest"], state["digests"]
+    (folder / store.TRAIN_STATE).write_text(json.dumps(state))
+    config = yaml.safe_load((folder / store.CONFIG).read_text())
+
+    def read(variant: Any) -> None:
+        (folder / store.CONFIG).write_text(yaml.safe_dump(variant))
+        native_model(CheckpointReader(folder))
+
+    only_model = {name: config[name] for name in ("model", "moe", "data")}
+    assert refused_share(seeds, only_model, read) > 0.4
+
+
+@SEEDS
+def test_configurations_of_transformers(seeds: range, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["hf"], tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+
+    def read(variant: Any) -> None:
+        (folder / "config.json").write_text(json.dumps(variant))
+        HFSource(folder)
+
+    assert refused_share(seeds, config, read) > 0.3
+
+
+@SEEDS
+def test_arguments_of_megatron(seeds: range, folders: dict[str, Path]) -> None:
+    arguments = MegatronReader(folders["megatron"]).arguments
+    plain = {k: v for k, v in arguments.items() if isinstance(v, (int, float, str, list, bool, type(None)))}
+
+    def read(variant: Any) -> None:
+        from_arguments(argparse.Namespace(**{str(k): v for k, v in variant.items()}), "test")
+
+    assert refused_share(seeds, plain, read) > 0.2
+
+
+def test_tables_of_contents(folders: dict[str, Path], tmp_path: Path) -> None:
+    table = pickle.loads((folders["native"] / METADATA).read_bytes())
+    rng = random.Random(0)
+
+    def damaged() -> Metadata:
+        variant = copy.deepcopy(table)
+        name = rng.choice(sorted(variant.state_dict_metadata))
+        entry = variant.state_dict_metadata[name]
+        odd = copy.deepcopy(rng.choice(ODD))
+        spot = rng.randrange(9)
+        if spot == 0:
+            variant.state_dict_metadata = odd
+        elif spot == 1:
+            variant.storage_data = odd
+        elif spot == 2:
+            variant.state_dict_metadata[name] = odd
+        elif spot == 3:
+            entry.size = odd
+        elif spot == 4:
+            entry.properties = odd
+        elif spot == 5:
+            entry.chunks = odd
+        elif spot == 6:
+            object.__setattr__(entry.chunks[0], rng.choice(("offsets", "sizes")), odd)
+        elif spot == 7:
+            place = next(iter(variant.storage_data.values()))
+            object.__setattr__(place, rng.choice(("relative_path", "offset", "length")), odd)
+        else:
+            variant.storage_meta = odd
+        return variant
+
+    refused = 0
+    for _ in range(600):
+        content = pickle.dumps(damaged())
+        (tmp_path / METADATA).write_bytes(content)
+        try:
+            read_metadata(tmp_path)
+        except MegatronSamoeError:
+            refused += 1
+    assert refused > 450
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=500, deadline=None)
+def test_any_bytes_as_a_table_of_contents(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / METADATA).write_bytes(b"\x80\x02" + content)
+        with pytest.raises(MegatronSamoeError):
+            read_metadata(folder)
+
+
+def test_nine_bytes_do_not_take_a_gigabyte(tmp_path: Path) -> None:
+    (tmp_path / METADATA).write_bytes(bytes.fromhex("80025d72000000042e"))
+    began = time.perf_counter()
+    with pytest.raises(MegatronSamoeError, match="numbers more values than it has bytes"):
+        read_metadata(tmp_path)
+    assert time.perf_counter() - began < 1.0
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [("model", "num_layers"), ("model", "hidden_size"), ("moe", "num_experts"), ("model", "ffn_hidden_size"),
+     ("model", "num_attention_heads"), ("moe", "num_expert_banks"), ("moe", "moe_router_topk")],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [10**5, 10**9])
+def test_sizes_that_no_tensor_has(group: str, name: str, size: int, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Refused before a model of that size is built."""
+    folder = shutil.copytree(folders["native"], tmp_path / "iter_0000007")
+    state = json.loads((folder / store.TRAIN_STATE).read_text())
+    del state["digest"], state["digests"]
+    (folder / store.TRAIN_STATE).write_text(json.dumps(state))
+    config = yaml.safe_load((folder / store.CONFIG).read_text())
+    config[group][name] = size
+    (folder / store.CONFIG).write_text(yaml.safe_dump(config))
+    _assert_refused_cheaply(lambda: inspect.main(["verify", str(folder)]))
+
+
+@pytest.mark.parametrize(
+    "name", ["num_hidden_layers", "num_experts", "hidden_size", "vocab_size", "moe_intermediate_size"]
+)
+def test_sizes_in_a_config_json_that_no_tensor_has(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["hf"], tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    config[name] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def read() -> int:
+        with pytest.raises(MegatronSamoeError):
+            HFSource(folder)
+        return 1
+
+    _assert_refused_cheaply(read)
+
+
+def _assert_refused_cheaply(read: Callable[[], int]) -> None:
+    tracemalloc.start()
+    began = time.perf_counter()
+    assert read() != 0
+    # tracemalloc alone makes it several times slower.
+    assert time.perf_counter() - began < 5.0
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
+def _repacked(path: Path, change: Callable[[str, bytes], tuple[bytes, int]]) -> None:
+    with zipfile.ZipFile(path) as old:
+        entries = [(record.filename, old.read(record)) for record in old.infolist()]
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in entries:
+            content, packing = change(name, content)
+            new.writestr(name, content, compress_type=packing)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda _, content: (content, zipfile.ZIP_DEFLATED), "is compressed"),
+        (
+            lambda name, content: (content[:4] if name.endswith("data/0") else content, zipfile.ZIP_STORED),
+            "other sizes",
+        ),
+        (lambda name, content: (b"big" if name.endswith("byteorder") else content, zipfile.ZIP_STORED), "byte order"),
+    ],
+)
+def test_archives_that_were_packed_anew_are_not_read_as_garbage(
+    change: Any, problem: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """torch maps whatever lies where an entry begins."""
+    megatron = shutil.copytree(folders["megatron"], tmp_path / "megatron")
+    _repacked(next(megatron.rglob("model_optim_rng.pt")), change)
+    with pytest.raises(MegatronSamoeError, match=problem):
+        MegatronReader(megatron)
+    torch.save({"a": torch.ones(100), "b": torch.zeros(3, 4)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{}")
+    assert set(HFFolder(tmp_path).tensors) == {"a", "b"}
+    _repacked(tmp_path / "pytorch_model.bin", change)
+    with pytest.raises(MegatronSamoeError, match=problem):
+        HFFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.eye(3).to_sparse(), torch.zeros(1).expand(1 << 30), torch.empty(3, device="meta"), 7, {"b": torch.ones(2)}],
+    ids=["sparse", "expanded", "meta", "number", "nested"],
+)
+def test_what_is_no_plain_tensor_is_refused(value: Any, tmp_path: Path) -> None:
+    torch.save({"a": value}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(MegatronSamoeError, match="tensors"):
+        HFFolder(tmp_path)
+
+
+def test_the_sound_ones_are_read(folders: dict[str, Path]) -> None:
+    assert inspect.main(["verify", str(folders["native"])]) == 0
+    assert HFSource(folders["hf"]).tensors and MegatronReader(folders["megatron"]).tensors
+    assert isinstance(from_mapping(CheckpointReader(folders["native"]).config, "test"), PretrainConfig)

@@ -1,0 +1,268 @@
+"""Studies that run: in parts, beside others, held, stopped, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_samoe.cli.report import main as report_main
+from megatron_samoe.cli.study import main
+from megatron_samoe.dist_checkpointing.folder_lock import FolderInUseError, folder_lock
+from megatron_samoe.evaluation.study.definition import read_study
+from megatron_samoe.evaluation.study.plan import StudyPlan
+from megatron_samoe.evaluation.study.runner import StudyRunner
+from tests.unit.evaluation.test_study import OPTIONS, write_study, write_whole
+
+
+def program(study: Path, *words: str) -> list[str]:
+    """Returns the command line of a study in a process of its own."""
+    code = "import sys; from megatron_samoe.cli.study import main; sys.exit(main(sys.argv[1:]))"
+    return [sys.executable, "-c", code, str(study), "--full-priority", *words]
+
+
+def wait_for_records(process: subprocess.Popen, folder: Path) -> None:
+    """Waits until a run of a study has written its first record."""
+    metrics = folder / "metrics.jsonl"
+    for _ in range(1200):
+        if process.poll() is not None or (metrics.is_file() and metrics.stat().st_size):
+            break
+        time.sleep(0.1)
+
+
+def test_a_study_runs_goes_on_and_refuses_other_options(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs"
+    command = [str(write_study(tmp_path)), "--output-dir", str(out), "--seeds", "3", "--full-priority"]
+    assert main(command) == 0, capfd.readouterr()
+    results = json.loads((out / "results.json").read_text())
+    by_name = {v["name"]: v for v in results["variants"]}
+    assert list(by_name) == ["own experts", "one pool", "one pool, one bank"]
+    assert by_name["own experts"]["difference"] is None
+    # Two banks for two layers, each begun on its own bank: the coefficients are frozen at one bank, so nothing changes.
+    assert by_name["one pool, one bank"]["losses"] == by_name["one pool"]["losses"]
+    assert by_name["one pool, one bank"]["tokens_per_s"] is None
+    metrics = [json.loads(line) for line in (out / "one-pool/seed-3/metrics.jsonl").read_text().splitlines()]
+    assert by_name["one pool"]["losses"] == [metrics[-1]["validation_loss"]]
+    assert by_name["one pool"]["difference"]["half_width"] is None
+
+    capfd.readouterr()
+    with (out / "one-pool/seed-3/metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 3, "lm_l')  # as a kill leaves it
+    assert main(command) == 0
+    assert capfd.readouterr().out.count("finished before") == 3
+    assert main([*command, "--lr", "0.02"]) != 0
+    assert "--lr 0.01 (now 0.02)" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--learn-rate", "1"])
+    assert "--learn-rate" in capfd.readouterr().err
+
+
+@pytest.mark.night
+def test_a_run_that_fails_stops_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    missing = {"load": str(tmp_path / "none"), "exit-on-missing-checkpoint": True}
+    runs = {"broken": {"expert-layout": "samoe", **missing}, "whole": {}}
+    study = write_study(
+        tmp_path, runs=runs, derived={"folded": {"from": "broken", "edit": "fold"}}, seeds=[1], baseline=None
+    )
+    assert main([str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]) == 1
+    said = capfd.readouterr()
+    assert "whole, seed 1: validation loss" in said.out
+    assert "broken, seed 1: A run ended with status" in said.err and "none" in said.err
+    assert "folded, seed 1: broken, seed 1 is not finished" in said.err
+    assert "No seed is finished for every model" in said.err
+
+
+def test_a_signal_to_the_study_ends_its_run_with_a_checkpoint(tmp_path: Path) -> None:
+    study = write_study(tmp_path, runs={"only": {"train-iters": 10**6}}, derived=None, baseline=None)
+    folder = tmp_path / "runs/only/seed-1"
+    command = program(study, "--output-dir", str(tmp_path / "runs"))
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_records(process, folder)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "goes on from the last checkpoint" in error
+    assert (folder / "checkpoints/latest_checkpointed_iteration.txt").is_file(), (folder / "log.txt").read_text()
+
+
+@pytest.mark.night
+def test_sweeps_branches_and_a_store_make_one_study(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    study, store = write_whole(tmp_path), tmp_path / "store"
+    command = [str(study), "--store", str(store), "--full-priority", "--jobs", "2"]
+    assert main([*command, "--output-dir", str(tmp_path / "a")]) == 0, capfd.readouterr()
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert [v["name"] for v in results["variants"]] == ["own", "pool", "one bank"]
+    assert [(other["steps"], len(other["variants"])) for other in results["others"]] == [(5, 2)]
+    assert [o["variant"] for o in results["optima"]] == ["pool"], "the other's rate is fixed"
+    found = next(o["value"] for o in results["optima"] if o["variant"] == "pool")
+    flags = next(c for c in results["commands"] if "a/pool/seed-1" in c)
+    assert f"--lr {found:.6g}" in flags
+    page = (tmp_path / "a/status.html").read_text()
+    assert "8 of 8 runs finished" in page and "data:image/png;base64" in page
+
+    assert report_main(["--study", str(tmp_path / "a/results.json"), "--output", str(tmp_path / "report.html")]) == 0
+    for plot in ("differences", "lengths"):
+        assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+
+    # A branch is what a run of its own length would be.
+    branch = json.loads((tmp_path / "a/own/steps-5/seed-1/metrics.jsonl").read_text().splitlines()[-1])
+    alone = ["--train-iters", "5", "--lr-wsd-decay-iters", "2", "--lr"]
+    pretrain = [sys.executable, "-m", "megatron_samoe", "pretrain", "--config", str(tmp_path / "base.yaml"), "--expert-layout", "moe",
+                "--seed", "1", "--run-dir", str(tmp_path / "alone"), *alone, "0.01"]  # fmt: skip
+    subprocess.run(pretrain, check=True, capture_output=True)
+    expected = json.loads((tmp_path / "alone/metrics.jsonl").read_text().splitlines()[-1])
+    assert branch["iteration"] == 5 and branch["validation_loss"] == expected["validation_loss"]
+
+    # The store holds all of it: elsewhere nothing is trained again, and the results are the same.
+    capfd.readouterr()
+    assert main([*command, "--output-dir", str(tmp_path / "b")]) == 0
+    said = capfd.readouterr().out
+    assert ": validation loss" not in said and said.count("found in the store") >= 7
+    again = json.loads((tmp_path / "b/results.json").read_text())
+    assert [v["losses"] for v in again["variants"]] == [v["losses"] for v in results["variants"]]
+    assert not list((tmp_path / "b").rglob("checkpoints"))
+
+
+@pytest.mark.night
+def test_a_gate_stops_a_study_whose_regime_is_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    study = write_whole(
+        tmp_path, sweep=None, branches=None, derived=None, seeds=[1],
+        runs={"own": {"expert-layout": "moe"}, "pool": {"expert-layout": "samoe"}, "never": {"expert-layout": "moe"}},
+        gates=[{"arm": "pool", "baseline": "own", "at-most": -9}],
+    )  # fmt: skip
+    assert main([str(study), "--output-dir", str(tmp_path / "runs"), "--full-priority"]) == 1
+    said = capfd.readouterr()
+    assert "stops at a gate: pool - own is" in said.err and "at most -9" in said.err
+    assert not (tmp_path / "runs/never/seed-1/run.json").exists()
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("kills", [2, 20])
+def test_a_study_killed_at_random_points_comes_to_the_same_results(tmp_path: Path, kills: int) -> None:
+    runs = {"pool": {"expert-layout": "samoe", "num-expert-banks": 2}}
+    study = write_whole(tmp_path, sweep=None, gates=None, runs=runs, baseline="pool")
+    command = program(study, "--jobs", "2", "--save-interval", "1")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, "--output-dir", str(whole)], check=True, capture_output=True)
+    draw = random.Random(0)
+    for number in range(kills):
+        with subprocess.Popen(
+            [*command, "--output-dir", str(broken)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        ) as process:
+            time.sleep(draw.uniform(2, 12))
+            process.send_signal((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3])
+            process.wait(timeout=60)
+    subprocess.run([*command, "--output-dir", str(broken)], check=True, capture_output=True)
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (whole, broken))
+    for found in (first, second):
+        for comparison in (found, *found["others"]):
+            for variant in comparison["variants"]:
+                for measured in ("directories", "tokens_per_s", "peak_memory_bytes"):
+                    del variant[measured]
+        del found["commands"]
+    assert first == second
+
+
+@pytest.mark.night
+def test_a_study_that_is_held_holds_its_run_until_it_may_go_on(tmp_path: Path) -> None:
+    """Ctrl-Z reaches the study alone, whose runs have sessions of their own."""
+    study = write_study(tmp_path, runs={"only": {"train-iters": 400}}, derived=None, baseline=None, seeds=[1])
+    metrics = tmp_path / "runs/only/seed-1/metrics.jsonl"
+    command = program(study, "--output-dir", str(tmp_path / "runs"))
+    with subprocess.Popen(command) as process:
+        wait_for_records(process, metrics.parent)
+        process.send_signal(signal.SIGTSTP)
+        time.sleep(1)
+        held = metrics.stat().st_size
+        time.sleep(2)
+        assert metrics.stat().st_size == held and process.poll() is None
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=240) == 0
+    assert metrics.stat().st_size > held
+
+
+def test_what_another_program_makes_is_left_to_it(tmp_path: Path) -> None:
+    """A run's folder is its claim; a branch claims its trunk as well, as long as that has to be trained for it."""
+    study = read_study(write_whole(tmp_path, sweep=None, derived=None, gates=None))
+    runner = StudyRunner(StudyPlan(study, tmp_path / "runs", ()))
+    branch, *others = [run for run in runner.plan.all_runs() if run.length is not None]
+    trunk = runner.plan.trunk_of(branch)
+
+    def claimed() -> list[Path]:
+        """Folders in the order in which a program takes runs if none of them ends."""
+        taken: list[Path] = []
+        runner._started = lambda run, command: taken.append(run.directory)  # type: ignore
+        while runner._start_next():
+            pass
+        for making in list(runner.active.values()):
+            runner._close(making)
+        return taken
+
+    every = claimed()
+    assert every == [branch.directory, *(run.directory for run in others)], "trunks go on when their branches are done"
+    for folder in (branch.directory, trunk.directory):  # the branch would have to train its trunk
+        with folder_lock(folder):
+            assert claimed() == every[1:]
+    commands = runner._commands(branch)
+    assert str(trunk.directory) in next(commands), "its trunk comes first"
+    with pytest.raises(FolderInUseError), folder_lock(trunk.directory):
+        pass
+
+
+def test_a_part_is_some_runs_and_all_that_they_need(tmp_path: Path) -> None:
+    study = read_study(write_whole(tmp_path, seeds=[1, 2], gates=None))
+    plan = StudyPlan(study, tmp_path / "runs", ())
+    runs = {plan.name_of(run): run for run in plan.all_runs()}
+    swept = [name for name, run in runs.items() if run.swept is not None]
+    assert swept == ["pool/lr-0.001/seed-1", "pool/lr-0.004/seed-1", "pool/lr-0.016/seed-1"]
+    needed = [plan.name_of(run) for run in plan.chosen(["one-bank/seed-2"])]
+    assert needed == [*swept, "pool/steps-5/seed-2", "pool/seed-2", "one-bank/seed-2"]
+    assert [plan.name_of(run) for run in plan.chosen(["own/steps-5/seed-1"])] == ["own/steps-5/seed-1"]
+    assert plan.chosen(None) == plan.all_runs()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--shard", "3/2"], "--shard = '3/2': must be a part and the number of parts"),
+        (["--shard", "all"], "--shard = 'all': must be a part and the number of parts"),
+        (["--shard", "1/2", "--run", "own-experts/seed-1"], "--shard = '1/2': excludes --run"),
+        (["--run", "own-expert/seed-1"], "names no run of the study; --dry-run shows them. Did you mean 'own-experts/seed-1'?"),
+    ],
+)  # fmt: skip
+def test_a_wrong_part_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main([str(write_study(tmp_path)), "--output-dir", str(tmp_path / "runs"), *words]) == 2
+    assert said in capfd.readouterr().err
+
+
+def test_parts_are_all_runs_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = [str(write_study(tmp_path)), "--output-dir", str(tmp_path / "runs"), "--dry-run"]
+    shown = []
+    for part in ([], ["--shard", "1/3"], ["--shard", "2/3"], ["--shard", "3/3"]):
+        assert main([*command, *part]) == 0
+        shown.append([line.split()[2] for line in capfd.readouterr().out.splitlines()])
+    whole, first, second, third = shown
+    assert len(whole) == 6 and set(whole) == {*first, *second, *third}
+    assert first == ["own-experts/seed-1", "own-experts/seed-2"] and second == ["one-pool/seed-1", "one-pool/seed-2"]
+    assert third == [name for name in whole if "pool" in name], "what is edited is made first"
+
+
+@pytest.mark.night
+def test_two_programs_share_a_study(tmp_path: Path) -> None:
+    """Each with one run at a time: the second does not wait for what the first makes."""
+    study = write_study(tmp_path, seeds=[1, 2], derived=None)
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**OPTIONS, "train_iters": 30}))
+    command = program(study, "--output-dir", str(tmp_path / "runs"))
+    programs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [program.communicate(timeout=240)[0] for program in programs]
+    assert [program.returncode for program in programs] == [0, 0], said
+    made = [text.count(": validation loss") for text in said]
+    assert sum(made) == 4 and min(made) >= 1, said

@@ -1,0 +1,308 @@
+"""Whole compressions of tiny models: what comes out, going on after a stage, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.cli.compress import main as compress_main
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.config.derived import sharing_map
+from megatron_samoe.convert.edited_model import open_checkpoint
+from megatron_samoe.convert.fold import fold_shared
+from megatron_samoe.dist_checkpointing.global_tensors import write_checkpoint
+from megatron_samoe.errors import CheckpointError, ConfigError, DataError, MegatronSamoeError
+from megatron_samoe.fit.compress import baselines
+from megatron_samoe.fit.compress.compressible import expert_bytes, require_compressible
+from megatron_samoe.fit.compress.options import CompressOptions
+from megatron_samoe.fit.compress.pipeline import Compression
+from megatron_samoe.fit.expert_math import layer_experts, read_experts
+from tests.harness.pairs import first_by_day
+from tests.harness.program import write_corpus
+from tests.harness.tiny import tiny_config
+from tests.unit.convert.memory_source import MemorySource, logits, new_source
+from tests.unit.fit.test_calibration import passes_of
+from tests.unit.fit.test_matching import layers_of
+
+VOCAB = 103
+#: Tokens of a run that learn nothing: a model of three MoE layers, saved with a tokenizer.
+TRAINED = ["--num-layers", "3", "--hidden-size", "16", "--num-attention-heads", "2", "--seq-length", "16", "--num-experts", "4",
+           "--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "2", "--eval-iters", "0", "--mock-data",
+           "--tokenizer-type", "ByteTokenizer", "--expert-layout", "moe"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with a corpus and the checkpoint of a MoE of four layers."""
+    root = tmp_path_factory.mktemp("compress")
+    write_corpus(root / "text", vocab_size=VOCAB)
+    write_checkpoint(root / "moe", 7, new_source(tiny_config("moe", moe_router_topk=2, mock_data=True)))
+    return root
+
+
+def options(folder: Path, save: str, **more: Any) -> CompressOptions:
+    given = {"calibration_tokens": 2048, "judge_tokens": 512, "num_samples": 16, "budget": 0.5} | more
+    return CompressOptions(str(folder / "moe"), str(folder / save), str(folder / "text"), **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "ways"),
+    [
+        ("combined", {}, {"combined"}),
+        ("tied", {"sharing": "tied"}, {"tied"}),
+        ("sets", {"sharing": "scaled", "num_sets": 2, "budget": None}, {"scaled"}),
+        ("scaled", {"sharing": "scaled", "choose_map": True}, {"scaled", "own"}),
+        ("map", {"sharing": "own,combined*2,own", "budget": None}, {"own", "combined"}),
+    ],
+)
+def test_a_compression_shares_and_is_judged(folder: Path, name: str, more: dict, ways: set[str]) -> None:
+    compression = Compression(options(folder, name, **more))
+    verdicts = {v.model: v for v in compression.judge({})}
+    assert set(verdicts) == {"original", "matched", "fitted", "blind", "pruned", "merged"}
+    original, fitted = verdicts["original"], verdicts["fitted"]
+    assert original.divergence == 0 and verdicts["matched"].divergence < 1e-6
+    assert verdicts["matched"].loss == pytest.approx(original.loss, abs=1e-5)
+    assert {s.way.name for s in sharing_map(from_mapping(compression.fitted().config, ""))} <= ways
+    if name != "map":
+        assert 0.49 < fitted.expert_bytes / original.expert_bytes < 0.51
+    for other in ("blind", "pruned", "merged"):
+        assert verdicts[other].expert_bytes <= fitted.expert_bytes
+    assert 0 < fitted.divergence < verdicts["blind"].divergence
+    lost, pairs = compression.errors()
+    assert all(0 <= x < 1 for both in lost.values() for x in both) and (pairs is not None) == ("choose_map" in more)
+
+
+def test_a_planted_pool_comes_back_whole(folder: Path, tmp_path: Path) -> None:
+    """A SaMoE that was folded is compressed to what it was, and its function with it."""
+    pool = fold_shared(new_source(tiny_config("samoe", num_expert_banks=2, moe_router_topk=2, mock_data=True)))
+    write_checkpoint(tmp_path / "moe", 0, pool)
+    write_corpus(tmp_path / "text", vocab_size=VOCAB)
+    for refit in (True, False):
+        compression = Compression(options(tmp_path, f"out-{refit}", refit=refit))
+        again = compression.fitted()
+        assert expert_bytes(again) < 0.51 * expert_bytes(compression.source)
+        torch.testing.assert_close(logits(again), logits(pool), rtol=1e-3, atol=1e-3)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", first_by_day(["fitted", "calibration", "matched", "judged-fitted"]))
+def test_a_compression_goes_on_after_any_stage(
+    folder: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A run is cut off where a stage's last file would be written, and its rest is the same as of one that was not."""
+    from megatron_samoe.fit.compress.stage_folder import StageFolder
+
+    whole = Compression(options(folder, "uncut")).judge({})
+    write, work = StageFolder._write, []
+
+    def cut(self: StageFolder, name: str, content: Any) -> None:
+        if name == stage:
+            raise Stopped
+        write(self, name, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StageFolder, "_write", cut)
+        with pytest.raises(Stopped):
+            Compression(options(folder, f"cut-{stage}")).judge({})
+
+    def noted(self: StageFolder, name: str, content: Any) -> None:
+        work.append(name)
+        write(self, name, content)
+
+    monkeypatch.setattr(StageFolder, "_write", noted)
+    again = Compression(options(folder, f"cut-{stage}")).judge({})
+    assert again == whole and work[0] == stage
+    done: list[str] = list(work)
+    assert Compression(options(folder, f"cut-{stage}")).judge({}) == whole and work == done
+
+
+def test_other_options_than_those_of_a_stage_are_refused(folder: Path) -> None:
+    Compression(options(folder, "kept")).fitted()
+    for more, flag in (
+        ({"num_samples": 3}, "--num-samples"),
+        ({"budget": 0.25}, "--budget"),
+        ({"refit": False}, "--no-refit"),
+    ):
+        with pytest.raises(ConfigError, match=f"{flag}.*another --save-dir"):
+            Compression(options(folder, "kept", **more)).fitted()
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.tex").write_text("mine")
+    with pytest.raises(CheckpointError, match="no compression"):
+        Compression(options(folder, "foreign"))
+    assert [p.name for p in (folder / "foreign").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (lambda: tiny_config("dense"), "dense model"),
+        (lambda: tiny_config("samoe"), "edit fold"),
+        (lambda: tiny_config("moe", num_experts=(2, 4, 4, 4)), "as many in each"),
+        (lambda: tiny_config("moe", moe_layer_freq="0100"), "two MoE layers"),
+    ],
+)
+def test_models_that_cannot_be_compressed_are_named(config: Callable[[], Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        require_compressible(new_source(config()))
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"calibration_tokens": 5900}, "has 5,400 tokens before the documents that are held out; 5,901 are needed"),
+        ({"judge_tokens": 5999}, "40 documents with 6,000 tokens.*cannot be held out"),
+        ({"calibration_tokens": 8}, "--calibration-tokens.*16 tokens"),
+        ({"judge_tokens": 3}, "--judge-tokens"),
+        ({"budget": 0.1}, "--budget.*0.25"),
+        ({"budget": 2.0}, "--budget.*bytes"),
+        ({"budget": 0.5, "sharing": "0,0,1,1"}, "a map has its size"),
+        ({"choose_map": True}, "--choose-map"),
+        ({"choose_map": True, "budget": None, "sharing": "tied"}, "--choose-map"),
+        ({"budget": None, "num_banks": 9}, "--num-expert-banks"),
+        ({"budget": None, "sharing": "own"}, "--expert-sharing"),
+        ({"budget": None, "sharing": "0,0"}, "--expert-sharing"),
+        ({"data_path": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(folder: Path, more: dict, what: str) -> None:
+    given = {**vars(options(folder, "never")), **more}
+    with pytest.raises(MegatronSamoeError, match=what):
+        Compression(CompressOptions(**given))
+    assert not (folder / "never").exists()
+
+
+def test_text_of_another_tokenizer_is_refused(folder: Path) -> None:
+    write_corpus(folder / "other", vocab_size=256)
+    with pytest.raises(DataError, match="another tokenizer"):
+        Compression(CompressOptions(**{**vars(options(folder, "never")), "data_path": str(folder / "other")}))
+
+
+def test_pruning_keeps_the_most_salient(folder: Path) -> None:
+    source = new_source(tiny_config("moe", moe_router_topk=2))
+    calibrations = [layer.calibration for layer in layers_of(source)]
+    pruned = baselines.pruned_model(source, calibrations, 3)
+    assert logits(pruned).isfinite().all()
+    for layer, calibration in enumerate(calibrations):
+        least = int(calibration.mean_saliency_E.argmin())
+        kept = [e for e in range(4) if e != least]
+        for name in ("router.weight", "experts.w1", "experts.b2"):
+            whole = source.weights[f"layers.{layer}.moe.{name}"]
+            assert torch.equal(pruned.read(f"layers.{layer}.moe.{name}"), whole[kept])
+    with pytest.raises(ConfigError, match="leaves 1 experts"):
+        baselines.experts_in_budget(source, expert_bytes(source) // 4)
+
+
+def test_equal_experts_merge_without_loss() -> None:
+    """Experts 0 and 3 of each layer are one, their neurons in another order; merging them changes no logit."""
+    source = new_source(tiny_config("moe", moe_router_topk=2))
+    order = torch.randperm(
+        source.weights["layers.0.moe.experts.w2"].shape[2], generator=torch.Generator().manual_seed(0)
+    )
+    for name, t in source.weights.items():
+        if ".moe.experts." in name:
+            t[3] = t[0] if name.endswith("b2") else t[0].index_select(-2 if name.endswith("w1") else -1, order)
+    calibrations = [layer.calibration for layer in layers_of(source)]
+    merged = baselines.merged_model(source, calibrations, 3)
+    torch.testing.assert_close(logits(merged), logits(source), rtol=1e-4, atol=1e-4)
+    experts, activation = layer_experts(source)
+    weights = read_experts(experts, experts.layers[0])
+    two = baselines.merge(weights, calibrations[0], 2, activation)
+    assert len({tuple(row) for row in two.w1.flatten(1).tolist()}) == 2
+
+
+def test_merging_weighs_by_loads() -> None:
+    source = new_source(tiny_config("moe"))
+    layer = layers_of(source)[0]
+    layer.calibration.tokens_E[:] = torch.tensor([3.0, 1.0, 0.0, 0.0])
+    merged = baselines.merge(layer.weights, layer.calibration, 1, "gelu")
+    b2 = layer.weights.b2
+    assert b2 is not None and merged.b2 is not None
+    share = torch.tensor([3.0, 1.0, 1.0, 1.0]) / 6
+    torch.testing.assert_close(merged.b2[2], share @ b2)
+
+
+@pytest.mark.night
+def test_the_command_heals_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Banks alone, then banks and routers, learn from the original; what is frozen stays; the same command does nothing twice."""
+    # Never in this process: the trainer lets glibc keep freed memory, which tests of memory would meet.
+    train = [sys.executable, "-m", "megatron_samoe", "pretrain", *TRAINED, "--run-dir", str(tmp_path / "run")]
+    subprocess.run(train, check=True, capture_output=True)
+    write_corpus(tmp_path / "text")
+    words = ["--load-dir", str(tmp_path / "run"), "--save-dir", str(tmp_path / "out"), "--data-path", str(tmp_path / "text"),
+             "--calibration-tokens", "512", "--judge-tokens", "256", "--num-expert-banks", "2", "--heal-iters", "4", "3",
+             "--heal-lr", "0.01"]  # fmt: skip
+    capsys.readouterr()
+    assert compress_main(words) == 0, capsys.readouterr().err
+    first = json.loads((tmp_path / "out" / "verdicts.json").read_text())
+    assert [v["model"] for v in first["verdicts"]][-5:] == [
+        "healed-banks", "healed-routers", "original-longer", "blind-healed", "pruned-healed",
+    ]  # fmt: skip
+    assert len({v["loss"] for v in first["verdicts"]}) >= 9  # matched and original may agree to the last bit
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "of the expert bytes" in page and all(
+        f'<h2 id="{s}">' in page for s in ("verdicts", "bytes", "healing", "layers")
+    )
+    fitted, banks, routers, pruned, pruned_healed, longer = (
+        open_checkpoint(tmp_path / "out" / place)
+        for place in (
+            "fitted",
+            "healed-banks/checkpoints",
+            "healed-routers/checkpoints",
+            "pruned",
+            "pruned-healed/checkpoints",
+            "original-longer/checkpoints",
+        )
+    )
+    for before, after, trained in (
+        (fitted, banks, ("expert_pool.",)),
+        (banks, routers, ("expert_pool.", ".router.", ".combination")),
+        (pruned, pruned_healed, (".experts.", ".router.")),
+        (open_checkpoint(tmp_path / "run"), longer, ("",)),
+    ):
+        for name in before.tensors:
+            if not name.startswith(("optimizer.", "training.")):
+                is_same = torch.equal(before.read(name), after.read(name))
+                assert is_same != any(part in name for part in trained), name
+    assert compress_main([*words, "--beside", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "verdicts.json").read_text()) == first
+    for more, what in (
+        (["--teacher", "nowhere"], "nowhere"), (["--heal-lr", "0.5"], "differs from"),
+        (["--heal-iters", "0"], "--heal-lr = 0.01: needs --heal-iters"), (["--beside", str(tmp_path / "text")], "no file of verdicts"),
+    ):  # fmt: skip
+        assert compress_main([*words, *more]) != 0
+        assert re.search(what, capsys.readouterr().err)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(folder: Path) -> None:
+    compression = Compression(options(folder, "taught"))
+    compression.require_teacher(str(folder / "moe"))
+    other = new_source(tiny_config("moe"))
+    state = {**other.train_state, "vocab_size": 96}
+    tensors = {n: t[:96] if n == "embedding.word.weight" else t for n, t in other.weights.items()}
+    write_checkpoint(folder / "other-teacher", 0, MemorySource(tensors, other.config, state))
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        compression.require_teacher(str(folder / "other-teacher"))
+
+
+def test_calibration_is_the_same_in_other_passes() -> None:
+    """Sums do not hang on how text is cut into passes."""
+    from megatron_samoe.fit.calibration import calibrate
+    from tests.unit.convert.memory_source import load
+
+    model = load(new_source(tiny_config("moe", moe_router_topk=2)))
+    passes = passes_of(4)
+    whole = calibrate(model, [torch.cat(passes)], 4, 0)
+    for one, other in zip(calibrate(model, passes, 4, 0), whole, strict=True):
+        torch.testing.assert_close(one.input_EDD, other.input_EDD, rtol=1e-4, atol=1e-3)
+        assert torch.equal(one.tokens_E, other.tokens_E)

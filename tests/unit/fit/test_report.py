@@ -1,0 +1,62 @@
+"""The page of a compression explains its models, compares healed ones with healed ones, and shows small losses beside large ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+
+from megatron_samoe.fit.compress.judge import Verdict
+from megatron_samoe.fit.compress.report import Compressed, _hold_small_and_large, write_compression_report
+
+ORIGINAL = Verdict("original", 1000, 5.0, 0.0)
+MADE = [
+    Verdict(name, 500, 5.0 + ce, ce)
+    for name, ce in (("matched", 0.0), ("fitted", 0.02), ("blind", 4.0), ("pruned", 1.5), ("merged", 2.0))
+]
+HEALED = [Verdict(name, 500, 5.0 + ce, 0.1) for name, ce in (("healed-banks", 0.01), ("healed-routers", -0.01), ("original-longer", -0.06),
+                                                             ("blind-healed", 0.03), ("pruned-healed", 0.2))]  # fmt: skip
+
+
+def sections(path: Path, verdicts: list[Verdict]) -> dict[str, str]:
+    """Returns the page's sections by name."""
+    write_compression_report(path, Compressed([ORIGINAL, *verdicts], {"0": [0.1, 0.2]}, None, {}))
+    parts = re.split(r'<h2 id="(\w+)">', path.read_text())[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def rows(section: str) -> list[str]:
+    return re.findall(r"<tr><td>([\w-]+)</td>", section)
+
+
+def test_healed_models_are_compared_with_healed_ones(tmp_path: Path) -> None:
+    page = sections(tmp_path / "page.html", [*MADE, *HEALED])
+    assert rows(page["verdicts"]) == ["original", *(v.model for v in HEALED)]
+    assert rows(page["made"]) == ["original", *(v.model for v in MADE)]
+    assert "-0.0100 nats over the original, +0.0500 over the original trained on by as many steps" in page["verdicts"]
+    assert "The fit alone: cross-entropy +0.0200" in page["made"]
+
+
+def test_without_healing_there_is_one_comparison(tmp_path: Path) -> None:
+    page = sections(tmp_path / "page.html", MADE)
+    assert rows(page["verdicts"]) == ["original", *(v.model for v in MADE)] and "made" not in page
+    assert "not healed" in page["verdicts"]
+
+
+def test_every_model_is_explained_where_it_stands(tmp_path: Path) -> None:
+    page = sections(tmp_path / "page.html", [*MADE, *HEALED])
+    for name, group in (("verdicts", HEALED), ("made", MADE)):
+        for verdict in group:
+            assert f'<p class="how">{verdict.model}: ' in page[name]
+
+
+@pytest.mark.parametrize("largest", [4.0, 100.0])
+def test_one_large_loss_does_not_flatten_small_ones(largest: float) -> None:
+    figure, axes = plt.subplots()
+    axes.plot([0.0, 0.02, 0.06, largest], [0, 1, 2, 3])
+    _hold_small_and_large(axes.set_xscale, axes.xaxis)
+    places = [axes.transAxes.inverted().transform(axes.transData.transform((x, 0.0)))[0] for x in (0.0, 0.02, 0.06)]
+    plt.close(figure)
+    assert places[1] - places[0] > 0.15 and places[2] - places[1] > 0.05

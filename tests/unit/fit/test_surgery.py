@@ -1,0 +1,317 @@
+"""Surgery keeps what it says it keeps: dense losses, MoE functions, weights that combinations reproduce."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_samoe.cli import edit
+from megatron_samoe.config import MoEConfig
+from megatron_samoe.config.cli import from_mapping
+from megatron_samoe.convert.fold import fold_shared
+from megatron_samoe.dist_checkpointing.global_tensors import GlobalTensors, write_checkpoint
+from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.fit.bank_fit import fit_banks
+from megatron_samoe.fit.matching_by_weights import match_experts
+from megatron_samoe.fit.surgery.pool import pool_moe
+from megatron_samoe.fit.surgery.select import select_samoe
+from megatron_samoe.fit.surgery.upcycle import UpcycleOptions, upcycle_dense
+from megatron_samoe.parallel_state.state import single_process_state
+from megatron_samoe.runtime.load import load_model
+from tests.harness.program import arguments, contents, start
+from tests.harness.tiny import tiny_config
+from tests.unit.convert.memory_source import MemorySource, load, logits, loss, new_source
+
+STYLES = ("gpt3", "llama")
+
+
+def upcycled(source: MemorySource, **options: Any) -> MemorySource:
+    edited = upcycle_dense(source, UpcycleOptions(**options))
+    return MemorySource({name: edited.read(name) for name in edited.tensors}, edited.config, edited.train_state)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("moe", "tolerance"),
+    [
+        (MoEConfig("moe", num_experts=4), 1e-3),
+        (MoEConfig("moe", num_experts=4, moe_router_score_function="sigmoid"), 1e-3),
+        (MoEConfig("moe", num_experts=4, moe_router_topk=2), 1e-5),
+        (MoEConfig("moe", num_experts=4, moe_router_topk=2, moe_router_pre_softmax=True), 1e-3),
+        (MoEConfig("moe", num_experts=3, moe_router_topk=2, moe_layer_freq="0110"), 1e-5),
+        (MoEConfig("samoe", num_experts=4, moe_router_topk=2, num_expert_banks=4), 1e-5),
+        (MoEConfig("samoe", num_experts=4, moe_layer_freq="2", num_expert_banks=2), 1e-3),
+    ],
+    ids=lambda value: f"{value.expert_layout}-top{value.moe_router_topk}" if isinstance(value, MoEConfig) else "",
+)
+def test_an_upcycled_model_starts_with_the_dense_loss(style: str, moe: MoEConfig, tolerance: float) -> None:
+    dense = new_source(tiny_config("dense", style=style))
+    assert loss(upcycled(dense, moe=moe)) == pytest.approx(loss(dense), abs=tolerance)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("layout", "banks"), [("moe", 2), ("samoe", 2), ("samoe", 1)])
+def test_a_dense_mlp_kept_as_shared_expert_is_exact(style: str, layout: str, banks: int) -> None:
+    dense = new_source(tiny_config("dense", style=style))
+    moe = MoEConfig(layout, num_experts=4, num_expert_banks=banks, moe_ffn_hidden_size=24)
+    sparse = upcycled(dense, moe=moe, dense_mlp="shared-expert")
+    torch.testing.assert_close(logits(sparse), logits(dense), rtol=1e-5, atol=1e-5)
+    w1 = next(t for name, t in sparse.weights.items() if name.endswith((".experts.w1", "bank.w1")))
+    assert w1.std() > 0.01 and w1.shape[-2] == 24
+
+
+def test_noise_sets_copies_apart_by_its_share_of_the_spread() -> None:
+    dense = new_source(tiny_config("dense"))
+    w1 = upcycled(dense, moe=MoEConfig("moe", num_experts=3), noise=0.1).weights["layers.1.moe.experts.w1"]
+    mlp = dense.weights["layers.1.mlp.fc1.weight"]
+    difference = (w1 - mlp).flatten(1)
+    assert difference.std(dim=1) / mlp.std() == pytest.approx(0.1, rel=0.1)
+    assert not torch.equal(w1[0], w1[1])
+
+
+def test_fewer_banks_than_layers_lose_what_is_reported() -> None:
+    dense = new_source(tiny_config("dense"))
+    edited = upcycle_dense(dense, UpcycleOptions(MoEConfig("samoe", num_experts=2, num_expert_banks=2)))
+    folded = fold_shared(edited)
+    for layer in range(4):
+        mlp = dense.weights[f"layers.{layer}.mlp.fc1.weight"]
+        bias = dense.weights[f"layers.{layer}.mlp.fc1.bias"]
+        lost = torch.cat([
+            (folded.read(f"layers.{layer}.moe.experts.w1")[0] - mlp).flatten(),
+            folded.read(f"layers.{layer}.moe.experts.b1")[0] - bias,
+        ]).norm() / torch.cat([mlp.flatten(), bias]).norm()  # fmt: skip
+        assert float(edited.report[2 + layer].split()[1]) == pytest.approx(float(lost), abs=0.01)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("granularity", ["layer", "expert"])
+@pytest.mark.parametrize("normalization", ["none", "l2", "softmax"])
+def test_folding_computes_the_same_to_the_last_bit(style: str, granularity: str, normalization: str) -> None:
+    config = tiny_config(
+        "samoe", style=style, samoe_granularity=granularity, samoe_normalization=normalization, moe_layer_freq="0111"
+    )
+    source = new_source(config)
+    folded = fold_shared(source)
+    assert from_mapping(folded.config, "test").moe.expert_layout == "moe"
+    assert_folded_as_computed(folded, source, torch.float32)
+    torch.testing.assert_close(logits(folded), logits(source), rtol=1e-5, atol=1e-6)
+
+
+def assert_folded_as_computed(folded: GlobalTensors, source: MemorySource, dtype: torch.dtype) -> None:
+    model = load(source, dtype)
+    with torch.no_grad():
+        model.begin_step()
+    for number, layer in enumerate(model.moe_layers()):
+        (lender,) = model.lender.lenders.values()
+        for kind, weight in lender._weights.items():
+            assert torch.equal(folded.read(f"layers.{layer.index}.moe.experts.{kind}"), weight[number])
+
+
+def test_folding_a_bf16_model_gives_the_weights_it_computes_with() -> None:
+    source = new_source(tiny_config("samoe"), dtype=torch.bfloat16)
+    assert source.weights["expert_pool.bank.w1"].dtype == torch.float32
+    folded = fold_shared(source)
+    assert folded.read("layers.0.moe.experts.w1").dtype == torch.bfloat16
+    assert_folded_as_computed(folded, source, torch.bfloat16)
+
+
+def shuffled(source: MemorySource, seed: int = 3) -> MemorySource:
+    """Renumbers the experts of each layer, which changes nothing."""
+    generator, weights = torch.Generator().manual_seed(seed), dict(source.weights)
+    for layer in range(8):
+        order = torch.randperm(64, generator=generator)
+        for name in source.weights:
+            if name.startswith((f"layers.{layer}.moe.experts.", f"layers.{layer}.moe.router.")):
+                own = order[order < len(weights[name])]
+                weights[name] = weights[name][own]
+    return replace(source, weights=weights)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("banks", "granularity"), [(1, "layer"), (2, "layer"), (3, "layer"), (2, "expert")])
+def test_a_moe_of_combinations_is_recovered(style: str, banks: int, granularity: str) -> None:
+    config = tiny_config("samoe", style=style, num_layers=6, num_experts=8, num_expert_banks=banks,
+                         samoe_granularity=granularity)  # fmt: skip
+    samoe = new_source(config)
+    generator = torch.Generator().manual_seed(1)
+    for name in samoe.weights:
+        if name.endswith(".combination"):
+            samoe.weights[name] = torch.randn(samoe.weights[name].shape, generator=generator)
+    folded = fold_shared(samoe)
+    moe = shuffled(MemorySource({n: folded.read(n) for n in folded.tensors}, folded.config, folded.train_state))
+    pooled = pool_moe(moe, banks, granularity)
+    again = fold_shared(pooled)
+    for layer in range(6):
+        for name in ("w1", "w2"):
+            old, new = (
+                moe.weights[f"layers.{layer}.moe.experts.{name}"],
+                again.read(f"layers.{layer}.moe.experts.{name}"),
+            )
+            distance_EE = torch.cdist(old.flatten(1), new.flatten(1))
+            # The experts' numbers may differ; each is there, once.
+            assert sorted(distance_EE.argmin(1).tolist()) == list(range(8))
+            assert float(distance_EE.min(1).values.max() / old[0].norm()) < 1e-5
+    torch.testing.assert_close(logits(pooled), logits(moe), rtol=1e-3, atol=1e-3)
+    assert loss(pooled) == pytest.approx(loss(samoe), abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", [9, 14])
+def test_projections_with_coefficients_of_their_own_are_matched_together(seed: int) -> None:
+    """w1 and w2 of a role each span P directions, not P together: 8 layers leave little over for 4 banks."""
+    generator = torch.Generator().manual_seed(seed)
+    banks = torch.randn(2, 4, 32, 100, generator=generator, dtype=torch.float64)
+    a_2LP = torch.randn(2, 8, 4, generator=generator, dtype=torch.float64)
+    roles_LE = torch.stack([torch.randperm(32, generator=generator) for _ in range(8)])
+    weights = [torch.einsum("lp,pen->len", a, t) for a, t in zip(a_2LP, banks, strict=True)]
+    weights = [torch.stack([w[roles] for w, roles in zip(each, roles_LE, strict=True)]) for each in weights]
+    order_LE = match_experts([torch.einsum("len,mfn->lemf", w, w) for w in weights], 4)
+    found_LE = roles_LE.gather(1, order_LE)
+    assert torch.equal(found_LE, found_LE[:1].expand(8, -1))
+
+
+def test_as_many_banks_as_layers_lose_nothing() -> None:
+    moe = new_source(tiny_config("moe"))
+    pooled = pool_moe(moe, 4)
+    torch.testing.assert_close(logits(pooled), logits(moe), rtol=1e-5, atol=1e-6)
+    assert torch.equal(pooled.read("layers.2.moe.combination"), torch.eye(4)[2].expand(2, 1, 4))
+
+
+def test_the_pool_of_any_moe_loses_what_is_reported() -> None:
+    moe = new_source(tiny_config("moe", num_layers=6))
+    pooled = pool_moe(moe, 2)
+    again, order = fold_shared(pooled), {}
+    for layer in range(6):
+        old, new = moe.weights[f"layers.{layer}.moe.router.weight"], again.read(f"layers.{layer}.moe.router.weight")
+        order[layer] = torch.cdist(new, old).argmin(1)
+        experts = [(moe.weights[f"layers.{layer}.moe.experts.{k}"][order[layer]], again.read(f"layers.{layer}.moe.experts.{k}"))
+                   for k in ("w2", "b2")]  # fmt: skip
+        lost = sum((a - b).square().sum() for a, b in experts) / sum(a.square().sum() for a, _ in experts)
+        reported = float(pooled.report[2 + layer].split()[3])
+        assert reported == pytest.approx(float(lost.sqrt()), rel=0.02, abs=1e-6)
+    assert sum(float(pooled.report[2 + layer].split()[3]) > 0.1 for layer in range(6)) >= 4
+
+
+def test_no_other_banks_lose_less() -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(5, 40, dtype=torch.float64)
+    fit = fit_banks((weights @ weights.T)[None], 2)
+    lost = fit.lost_LG.sum()
+    banks = torch.einsum("pl,ln->pn", fit.banks[:, 0], weights)
+    assert (weights - fit.coefficients_LGP[:, 0] @ banks).square().sum() == pytest.approx(float(lost))
+    assert lost == pytest.approx(float(torch.linalg.svdvals(weights)[2:].square().sum()))
+
+
+@pytest.mark.parametrize("scale", ["keep", "one"])
+@pytest.mark.parametrize("granularity", ["layer", "expert"])
+def test_selecting_changes_weights_least_and_as_reported(scale: str, granularity: str) -> None:
+    source = new_source(tiny_config("samoe", num_expert_banks=3, samoe_granularity=granularity), spread=0.3)
+    selected = select_samoe(source, scale)
+    before, after = fold_shared(source), fold_shared(selected)
+    for layer in range(4):
+        a_2GP = selected.read(f"layers.{layer}.moe.combination")
+        assert ((a_2GP != 0).sum(-1) == 1).all()
+        if scale == "one":
+            assert set(a_2GP.unique().tolist()) == {0.0, 1.0}
+        old, new = (s.read(f"layers.{layer}.moe.experts.w2") for s in (before, after))
+        change = float((old - new).norm() / old.norm())
+        assert selected.report[2 + layer].split()[-1] == f"{change:.2e}" or change == pytest.approx(
+            float(selected.report[2 + layer].split()[-1]), rel=0.1
+        )
+        for bank in range(3) if granularity == "layer" else ():
+            other = source.read("expert_pool.bank.w2")[bank]
+            factor = float(source.read(f"layers.{layer}.moe.combination")[1, 0, bank]) if scale == "keep" else 1.0
+            assert change <= float((old - factor * other).norm() / old.norm()) * 1.02
+
+
+def test_selecting_what_is_one_hot_already_changes_nothing() -> None:
+    source = new_source(tiny_config("samoe"))
+    for layer in range(4):
+        source.weights[f"layers.{layer}.moe.combination"] = torch.eye(2)[layer % 2].expand(2, 1, 2).clone()
+    for scale in ("keep", "one"):
+        selected = select_samoe(source, scale)
+        assert all(
+            torch.equal(selected.read(name), source.read(name)) for name in source.weights if "optim" not in name
+        )
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("dense")
+    options = {"expert_layout": "dense", "num_experts": None, "num_expert_banks": None}
+    start(arguments(run_dir=run, mock_data=True, split=None, train_iters=2, eval_interval=2, **options), run).succeed()
+    return run / "checkpoints"
+
+
+def run_edit(capsys: pytest.CaptureFixture, *words: object) -> tuple[int, str]:
+    status = edit.main([str(word) for word in words])
+    output = capsys.readouterr()
+    return status, output.out + output.err
+
+
+def test_the_tool_goes_all_the_way_round(dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = ("moe", "pooled", "selected", "folded")
+    moe, pooled, selected, folded = (tmp_path / name for name in names)
+    upcycle = ("upcycle", "--load-dir", dense_run, "--save-dir", moe, "--expert-layout", "moe", "--num-experts", 4,
+               "--moe-router-topk", 2, "--noise", 0.01)  # fmt: skip
+    before = contents(dense_run)
+    status, output = run_edit(capsys, *upcycle, "--dry-run")
+    assert status == 0 and "Nothing is written" in output and not moe.exists()
+    status, output = run_edit(capsys, *upcycle)
+    assert status == 0 and "tensors of optimizer state are dropped" in output
+    assert contents(dense_run) == before
+    steps = [("pool", moe, pooled, "--num-expert-banks", 2), ("select", pooled, selected, "--scale", "one"),
+             ("fold", selected, folded)]  # fmt: skip
+    for action, load_dir, save_dir, *rest in steps:
+        status, output = run_edit(capsys, action, "--load-dir", load_dir, "--save-dir", save_dir, *rest)
+        assert status == 0, output
+    for root in (moe, pooled, selected, folded):
+        assert load_model(str(root), single_process_state()).config.moe.expert_layout in ("moe", "samoe")
+        train = arguments(
+            model=False, run_dir=tmp_path / "run" / root.name, pretrained_checkpoint=root, use_checkpoint_args=True,
+            mock_data=True, split=None, train_iters=1, eval_interval=1,
+        )  # fmt: skip
+        start(train, tmp_path / "output").succeed()
+
+
+def test_bad_input_is_one_paragraph(dense_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    common = ("--load-dir", dense_run, "--save-dir", out)
+    to_moe = ("upcycle", *common, "--expert-layout", "moe")
+    cases = [
+        (("fold", *common), "fold needs a checkpoint with experts that layers share"),
+        (("select", *common), "select needs a checkpoint with expert_layout samoe, or combined layers"),
+        (("pool", *common, "--num-expert-banks", 2), "pool needs a checkpoint with expert_layout moe or samoe"),
+        ((*to_moe, "--num-experts", 2, "--moe-router-topk", 3), "must be at most --num-experts 2"),
+        ((*to_moe, "--num-experts", 2, "--noise", -1), "--noise = -1.0"),
+        ((*to_moe, "--num-experts", 2, "--moe-ffn-hidden-size", 5), "of which experts are copies"),
+        ((*to_moe, "--num-experts", 2, "--num-expert-banks", 1), "needs --expert-layout samoe"),
+        ((*to_moe, "--num-experts", 2, "--moe-layer-freq", "011"), "--moe-layer-freq"),
+        (("fold", "--load-dir", tmp_path / "nowhere", "--save-dir", out), "has no checkpoint"),
+        (("fold", "--load-dir", dense_run, "--save-dir", dense_run), "exists; give another --save-dir"),
+        (("fold", *common, "--ckpt-step", 9), "--ckpt-step 9"),
+    ]
+    for words, message in cases:
+        status, output = run_edit(capsys, *words)
+        assert status != 0 and message in output and output.count("\n") == 1, output
+    assert not out.exists()
+
+
+def test_too_many_banks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="from 1 to the number of MoE layers that combine them, 4"):
+        pool_moe(new_source(tiny_config("moe")), 5)
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    edited = fold_shared(new_source(tiny_config("samoe")))
+
+    def broken() -> torch.Tensor:
+        raise OSError(28, "No space left on device")
+
+    edited.add("layers.3.moe.experts.b2", (4, 32), torch.float32, broken)
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_checkpoint(tmp_path, 7, edited)
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]

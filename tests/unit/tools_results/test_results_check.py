@@ -1,0 +1,214 @@
+"""Results that check themselves: a page's figures against runs, a store's runs against their keys and their registration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.errors import CheckpointError, ConfigError
+from megatron_samoe.evaluation.run_summary import RunSummary
+from megatron_samoe.evaluation.study import results_store
+from megatron_samoe.planning.accounting import ParameterCount
+from tools.results.page_figures import Models, rewritten, wrong_figures
+from tools.results.registration import Registration, deviations, kept_plan, read_registration
+
+ROOT = Path(__file__).resolve().parents[3]
+STORE = ROOT / "docs/results/store"
+KEPT = "fdf5963211d23ee8"
+
+
+def run_of(loss: float, train: tuple[float, ...] = (4.0, 3.0), entropy: float = 0.9) -> RunSummary:
+    """Returns a run of two logged steps, 300 and 400."""
+    records: list[dict[str, Any]] = [
+        {
+            "iteration": 300 + 100 * i,
+            "lm_loss": value,
+            "least_load_entropy": entropy,
+            "largest_expert_share": 0.25,
+            "idle_experts": i,
+        }
+        for i, value in enumerate(train)
+    ]
+    records[-1] |= {"validation_loss": loss, "test_loss": loss + 1}
+    count = ParameterCount(total=1_234_567, active=543_210, expert=1_000_000)
+    return RunSummary("", PretrainConfig(), count, records, 0, None, Path(), 0)
+
+
+MODELS: Models = {
+    "pool": {1: run_of(3.70), 2: run_of(3.72, entropy=0.7)},
+    "moe, 8": {1: run_of(3.60), 2: run_of(3.63)},
+    "dense": {1: run_of(3.80, train=(5.0, 4.5))},
+}
+PAGE = """# Losses
+
+The pool is 0.095 ± 0.064 behind, `--lr 0.001` and [a picture](x-0.5678.png) aside, and 3.7100.
+
+<!-- figures: pool - moe, 8; ± pool - moe, 8; pool -->
+
+| model | |
+|---|---|
+| dense | 3.8000, -0.100, 1.235 |
+| by step | 5.000 4.500 |
+
+<!-- figures: dense; pool - dense #1; total dense;
+train dense at 300..400/100 -->
+
+Entropy 0.70; idle 0.50; test 4.710; step 0.40.
+
+<!-- figures: lowest entropy pool; idle pool; test pool; = 0.40 -->
+
+Others have 1.234.
+
+<!-- figures from others.json -->
+"""
+
+
+def test_a_page_with_the_runs_figures_is_right() -> None:
+    assert wrong_figures(PAGE, MODELS) == []
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("0.095", "0.096", "line 3: 0.096 is 0.095 by the store (pool - moe, 8)"),
+        ("± 0.064", "± 0.065", "line 3: 0.065 is 0.064"),
+        ("-0.100", "+0.100", "line 7: +0.100 is -0.100"),
+        ("5.000 4.500", "5.000 4.501", "line 7: 4.501 is 4.500"),
+        ("0.50;", "0.25;", "line 15: 0.25 is 0.50 by the store (idle pool)"),
+        ("dense; pool - dense", "sparse; pool - dense", "'sparse' names 'sparse', which no study has"),
+        ("total dense", "total dense #2", "the store has no run of dense with seed 2"),
+        ("pool -->", "pool; pool -->", "line 3: has 3 figures, and its comment 4"),
+        ("<!-- figures from others.json -->", "", "line 19: nothing says what 1.234 is"),
+        ("300..400/100", "every step", "'every step' must be a step"),
+        ("train dense", "test pool - nothing #1", "no study has"),
+        ("; = 0.40", "; valid pool at 300", "'valid pool at 300': its runs have no such record"),
+    ],
+)  # fmt: skip
+def test_what_differs_is_said_with_its_line(right: str, wrong: str, said: str) -> None:
+    assert PAGE.count(right) == 1
+    assert any(said in problem for problem in wrong_figures(PAGE.replace(right, wrong), MODELS))
+
+
+def test_a_page_of_which_not_every_figure_is_told_is_compared_where_it_is() -> None:
+    page = PAGE.replace("<!-- figures from others.json -->", "")
+    assert wrong_figures(page, MODELS, is_whole=False) == []
+    assert len(wrong_figures(page.replace("0.095", "0.096"), MODELS, is_whole=False)) == 1
+
+
+def test_a_page_is_rewritten_with_the_runs_figures_and_nothing_else() -> None:
+    stale = PAGE.replace("0.095", "0.999").replace("-0.100", "-9.999").replace("5.000 4.500", "1.111 2.222")
+    assert rewritten(stale, MODELS) == PAGE
+
+
+def test_a_loss_on_the_test_split_is_not_shown_before_its_study_is_whole() -> None:
+    assert wrong_figures(PAGE, MODELS, {"dense"}) == []
+    [problem] = wrong_figures(PAGE, MODELS, {"pool"})
+    assert "'test pool': the test split is looked at once" in problem
+
+
+def spoiled_store(folder: Path) -> Path:
+    """Returns a store with one whole run and three that are not."""
+    for name in (KEPT, "0" * 16, "without", "damaged"):
+        shutil.copytree(STORE / KEPT, folder / name)
+    (folder / "without" / "run.json").unlink()
+    (folder / "damaged" / "metrics.jsonl").write_text('{"iteration": 1\n{}\n')
+    return folder
+
+
+def test_a_store_names_what_is_missing_damaged_or_foreign_and_goes_on(tmp_path: Path) -> None:
+    runs, problems = results_store.read_store(spoiled_store(tmp_path))
+    assert list(runs) == [KEPT]
+    foreign, damaged, without = problems
+    assert "0000000000000000 holds another run than its name says" in foreign and KEPT in foreign
+    assert "damaged/metrics.jsonl:1 is no record" in damaged
+    assert "without has no run.json" in without
+
+
+def test_a_study_makes_what_its_store_has_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = spoiled_store(tmp_path / "store")
+    assert results_store.take(store, KEPT, tmp_path / "run") and (tmp_path / "run" / "run.json").is_file()
+    assert not results_store.take(store, "0" * 16, tmp_path / "other") and not (tmp_path / "other").exists()
+    assert not results_store.take(store, "1" * 16, tmp_path / "other"), "which it does not have"
+
+
+@pytest.fixture(scope="module")
+def registration() -> Registration:
+    found = read_registration(ROOT / "docs/results/registration.md", ROOT / "examples/studies")
+    return replace(found, studies=tuple(s for s in found.studies if s.stem == "second_combination"))
+
+
+def keep(store: Path, config: PretrainConfig, registration: Registration, **machine: object) -> str:
+    """Puts a run into a store as a study does, and returns its key."""
+    key = results_store.run_key(config)
+    (store / key).mkdir(parents=True)
+    (store / key / "run.json").write_text(
+        json.dumps({"key": key, "config": asdict(config), "vocab_size": 2048, "checkpoint_bytes": 1})
+    )
+    (store / key / "metrics.jsonl").write_text(
+        json.dumps({"iteration": 4800, "validation_loss": 3.5, "test_loss": 3.5}) + "\n"
+    )
+    facts = {
+        "device": "cpu",
+        "device_name": "x",
+        "ranks": 1,
+        "threads_per_rank": 1,
+        "layout": {},
+        "forced": dict(registration.forced),
+    }
+    (store / key / "machine.json").write_text(json.dumps(facts | machine))
+    return key
+
+
+@pytest.mark.parametrize(
+    ("changes", "machine", "said"),
+    [
+        ({}, {}, None),
+        ({"lr": 0.0016}, {}, "2 banks of 32, seed 1, at 0.0015 it differs in --lr 0.0016 (registered: 0.0015)"),
+        ({"lr": 0.0015, "weight_decay": 0.3}, {}, "--weight-decay 0.3 (registered: None)"),
+        ({}, {"forced": {}}, "MKL_CBWR=None, registered is AVX2"),
+        ({}, {"threads_per_rank": 2}, "2 threads, registered are 1"),
+    ],
+)  # fmt: skip
+def test_runs_that_are_not_as_registered_are_named_with_what_differs(
+    tmp_path: Path, registration: Registration, changes: dict, machine: dict, said: str | None
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    [study] = registration.studies
+    planned = kept_plan(study, registration.data, store, tmp_path / "planned")
+    run = next(r for r in planned.all_runs() if r.variant.name == "2 banks of 32" and r.swept == 0.0015)
+    config = planned.config_of(run)
+    config = replace(config, optimizer=replace(config.optimizer, **changes))
+    key = keep(store, config, registration, **machine)
+    runs, problems = results_store.read_store(store)
+    plans = {study.stem: kept_plan(study, registration.data, store, tmp_path / "kept")}
+    found = deviations(registration, plans, runs)
+    assert not problems and bool(found) == (said is not None)
+    assert said is None or any(key in text and said in text for text in found)
+
+
+def test_a_page_that_registers_nothing_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "registration.md"
+    missing = "studies = None: missing in .*; needed are tag, studies, data, forced, threads_per_rank"
+    for text, said in (("Nothing.", "must be a mapping in"), ("```yaml\ntag: x\n```\n", missing)):
+        page.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            read_registration(page, tmp_path)
+    page.write_text("```yaml\ntag: x\nstudies: [gone]\ndata: {}\nforced: {}\nthreads_per_rank: 1\n```\n")
+    with pytest.raises(ConfigError, match=r"gone.yaml is missing"):
+        read_registration(page, tmp_path)
+
+
+def test_a_kept_run_is_read_by_its_own_key_alone(tmp_path: Path) -> None:
+    run = results_store.read_kept(STORE / KEPT)
+    assert run.config.optimizer.optimizer == "muon" and run.validation["validation_loss"] == pytest.approx(
+        3.5269, abs=1e-4
+    )
+    with pytest.raises(CheckpointError, match="no finished run"):
+        results_store.read_kept(tmp_path)
