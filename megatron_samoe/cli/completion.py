@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Mapping
@@ -20,16 +19,7 @@ def command_of(name: str) -> Commands:
     """Returns what a command reads."""
     if name == "pretrain":  # whose options may stand in a file, too
         return PretrainConfig
-    module = importlib.import_module(module_of(name))
-    found: Commands = module.main.command if hasattr(module.main, "command") else _of_parser(name, module.make_parser())
-    return found
-
-
-def _of_parser(name: str, parser: argparse.ArgumentParser) -> type[Any]:
-    """Returns a class of the flags that argparse reads."""
-    flags = [action.dest for action in parser._actions if action.dest != "help"]
-    found: type[Any] = make_dataclass(name, [(flag, str, "") for flag in flags])
-    found.__doc__ = parser.description
+    found: Commands = importlib.import_module(module_of(name)).main.command
     return found
 
 

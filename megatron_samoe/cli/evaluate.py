@@ -1,32 +1,20 @@
-"""Zero-shot tasks and perplexity: `megatron-samoe evaluate --load runs/x/checkpoints --data-dir DIR --tasks piqa,boolq`.
-
-Under torchrun it spreads the model over the ranks; the checkpoint may have been saved by any other layout, and no layout
-changes the results. docs/evaluation.md has the tasks, the files they are read from, and what the figures mean.
-"""
+"""Zero-shot tasks and perplexity: `megatron-samoe evaluate --load runs/x/checkpoints --data-dir DIR --tasks piqa,boolq`."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from megatron_samoe.cli.arguments import Options, Parser, Words, adder
-from megatron_samoe.cli.model_arguments import (
-    SIZES,
-    add_layout_arguments,
-    add_model_arguments,
-    join,
-    layout_of,
-    load,
-    rank_program,
-    this_rank,
-)
+import tyro
+
+from megatron_samoe.cli.model_arguments import LayoutOptions, ModelOptions, rank_program, this_rank
+from megatron_samoe.cli.program import Count
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError
 from megatron_samoe.evaluation.zero_shot import tables
@@ -65,48 +53,55 @@ class Run:
     folder: str = ""
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    parser = Parser(__doc__ or "")
-    asked = adder(parser.add_argument_group("what is asked"))
-    asked("--tasks", "all", "names and .yaml files between commas; all: every one that has data")
-    asked("--list-tasks", bool, "show the tasks and leave")
-    asked("--data-dir", Path, f"folder of the tasks' data; {DATA_VARIABLE} if not given")
-    asked("--hub", bool, "fetch data that is not in --data-dir from the Hugging Face Hub")
-    asked("--corpus", [Path], 'texts whose perplexity is measured: .txt, or rows with a field "text"', default=[],
-          metavar="FILE")  # fmt: skip
-    asked("--limit", int, "only the first N items of each task", metavar="N")
-    who_group = parser.add_argument_group("who answers")
-    who = adder(who_group)
-    who("--predictor", "model", f"model, or without one {', '.join(CONSTANT)}")
-    add_model_arguments(who_group, required=False)
-    who("--checkpoints", str, "mean, sd and range over the last N, or over a list such as 800,900", metavar="LAST:N")
-    who("--compare-with", str, "another folder of checkpoints, for paired tests on the same items", metavar="DIR")
-    add_layout_arguments(who_group)
-    who("--batch-size", int, "sequences of a forward pass; 4,096 tokens' worth if not given", metavar="N")
-    out = adder(parser.add_argument_group("what is given out"))
-    out("--json", Path, "results as JSON", metavar="FILE")
-    out("--samples", Path, "one .jsonl per task with every item and answer", metavar="DIR")
-    harness = adder(parser.add_argument_group("lm-evaluation-harness (extra eval)"))
-    harness("--harness", bool, "run the harness's tasks of these names in place of ours")
-    harness("--include-path", str, "further task files in the harness's format", metavar="DIR")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(ModelOptions):
+    """Zero-shot tasks and perplexity.
+
+    Under torchrun the model is spread over the ranks; the checkpoint may have been saved by any other layout, and no layout
+    changes the results. docs/evaluation.md has the tasks, the files they are read from, and what the figures mean.
+    """
+
+    tasks: str = "all"
+    """names and .yaml files between commas; all: every one that has data"""
+    list_tasks: bool = False
+    """show the tasks and leave"""
+    data_dir: Path | None = None
+    """folder of the tasks' data; MEGATRON_SAMOE_EVAL_DATA if not given"""
+    hub: bool = False
+    """fetch data that is not in --data-dir from the Hugging Face Hub"""
+    corpus: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE [FILE ...]")] = ()
+    """texts whose perplexity is measured: .txt, or rows with a field "text\""""
+    limit: Count = None
+    """only the first N items of each task"""
+    predictor: Annotated[str, tyro.conf.arg(help=f"who answers: model, or without one {', '.join(CONSTANT)}")] = "model"
+    load: str = ""
+    """folder of a run or of checkpoints, saved by any layout"""
+    checkpoints: Annotated[str | None, tyro.conf.arg(metavar="LAST:N")] = None
+    """mean, sd and range over the last N, or over a list such as 800,900"""
+    compare_with: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """another folder of checkpoints, for paired tests on the same items"""
+    batch_size: Count = None
+    """sequences of a forward pass; 4,096 tokens' worth if not given"""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """results as JSON"""
+    samples: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """one .jsonl per task with every item and answer"""
+    harness: bool = False
+    """run lm-evaluation-harness's tasks of these names in place of ours (extra eval)"""
+    include_path: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """further task files in the harness's format"""
+
+    def run(self) -> None:
+        """Evaluates."""
+        if self.list_tasks:
+            for name in task_names():
+                logger.info(f"{name:14} {load_task(name).description}")
+            return
+        _evaluate(_checked(self))
 
 
-@rank_program
-def main(words: Words) -> None:
-    """Runs the command and returns its exit status."""
-    options = make_parser().parse_args(words)
-    if options.list_tasks:
-        for name in task_names():
-            logger.info(f"{name:14} {load_task(name).description}")
-        return
-    _check(options)
-    _evaluate(options)
-
-
-def _check(options: Options) -> None:
-    """Raises ConfigError for options that do not go together."""
+def _checked(options: Evaluate) -> Evaluate:
+    """Returns the options with the folders of checkpoints; ConfigError for those that do not go together."""
     constant = options.predictor != "model"
     if constant:
         ConstantPredictor(options.predictor)
@@ -118,7 +113,7 @@ def _check(options: Options) -> None:
             "batch_size",
             "tokenizer_model",
             "harness",
-            *(size for size in SIZES if getattr(options, size) != 1),
+            *(f.name for f in fields(LayoutOptions) if getattr(options, f.name) != 1),
         )
         _refuse(options, of_models, f"has no effect with --predictor {options.predictor}")
     if not constant and not options.load:
@@ -136,22 +131,24 @@ def _check(options: Options) -> None:
         _refuse(options, ours, "has no effect with --harness")
     elif options.include_path:
         raise ConfigError("--include-path", options.include_path, "needs --harness")
-    for name in ("load", "compare_with"):
-        if getattr(options, name):
-            setattr(options, name, store.checkpoints_of(getattr(options, name)))
+    load, other = (
+        store.checkpoints_of(folder) if folder else folder for folder in (options.load, options.compare_with)
+    )
+    options = replace(options, load=load or "", compare_with=other)
     if options.compare_with and not store.whole_iterations(options.compare_with):  # its turn comes last
         raise CheckpointError(f"--compare-with {options.compare_with} has no checkpoint.")
     _check_outputs(options)
+    return options
 
 
-def _refuse(options: Options, names: Sequence[str], why: str) -> None:
+def _refuse(options: Evaluate, names: Sequence[str], why: str) -> None:
     for name in names:
         value = getattr(options, name)
-        if value not in (None, False, []):
+        if value not in (None, False, (), ""):
             raise ConfigError(f"--{name.replace('_', '-')}", str(value) if isinstance(value, Path) else value, why)
 
 
-def _check_outputs(options: Options) -> None:
+def _check_outputs(options: Evaluate) -> None:
     """Raises ConfigError where results could not be written, before hours are spent on them."""
     for flag, path in (("--json", options.json), ("--samples", options.samples)):
         if path is None:
@@ -165,7 +162,7 @@ def _check_outputs(options: Options) -> None:
             raise ConfigError(flag, str(path), "cannot be written: it is a folder, or in one that is write-protected")
 
 
-def _evaluate(options: Options) -> None:
+def _evaluate(options: Evaluate) -> None:
     if options.harness:
         _run_harness(options)
         return
@@ -189,9 +186,9 @@ def _evaluate(options: Options) -> None:
         raise DataError(f"these tasks were not asked: {' '.join(questions.failed)}", collective=True)
 
 
-def _ask_models(options: Options, questions: Questions) -> tuple[list[Run], list[Run]]:
+def _ask_models(options: Evaluate, questions: Questions) -> tuple[list[Run], list[Run]]:
     """Returns the runs of --load and that of --compare-with; what is there is written after each, lest it be lost."""
-    parallel = join(options)
+    parallel = options.join()
     steps: Sequence[int | None] = [options.ckpt_step]
     if options.checkpoints is not None:
         steps = choose_iterations(options.checkpoints, store.whole_iterations(options.load), options.load)
@@ -206,9 +203,9 @@ def _ask_models(options: Options, questions: Questions) -> tuple[list[Run], list
     return found[:own], found[own:]
 
 
-def _ask_model(options: Options, parallel: ParallelState, folder: str, step: int | None, questions: Questions) -> Run:
+def _ask_model(options: Evaluate, parallel: ParallelState, folder: str, step: int | None, questions: Questions) -> Run:
     own = options.tokenizer_model if folder == options.load else None
-    loaded = load_model(folder, parallel, layout_of(options), ckpt_step=step, tokenizer_model=own)
+    loaded = load_model(folder, parallel, options.layout(), ckpt_step=step, tokenizer_model=own)
     logger.info(f"{loaded.directory}")
     predictor = ModelPredictor(loaded, options.batch_size, _bar)
     return Run(
@@ -245,7 +242,7 @@ def _show(runs: Sequence[Run], other: Sequence[Run]) -> None:
         logger.info(f"\nfirst {last.folder}\nsecond {second.folder}\n{tables.comparison_table(comparisons)}")
 
 
-def _write(options: Options, runs: Sequence[Run], other: Sequence[Run], is_partial: bool = False) -> None:
+def _write(options: Evaluate, runs: Sequence[Run], other: Sequence[Run], is_partial: bool = False) -> None:
     """Writes --json and --samples; `is_partial`: others are to follow."""
     everyone = [*runs, *other]
     if options.json:
@@ -280,9 +277,9 @@ def _write_text(path: Path, text: str) -> None:
         raise ConfigError("--json/--samples", str(path), f"cannot be written: {error.strerror or error}") from None
 
 
-def _run_harness(options: Options) -> None:
+def _run_harness(options: Evaluate) -> None:
     found = run_harness(
-        load(options, join(options)), [name.strip() for name in options.tasks.split(",")],
+        options.loaded(options.join()), [name.strip() for name in options.tasks.split(",")],
         batch_size=options.batch_size, limit=options.limit, include_path=options.include_path,
     )  # fmt: skip
     if this_rank() == 0:
@@ -294,6 +291,8 @@ def _run_harness(options: Options) -> None:
         if options.json:
             _write_text(options.json, json.dumps(results, indent=1, default=str) + "\n")
 
+
+main = rank_program(Evaluate)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch.distributed as dist
 import tyro
 
-from megatron_samoe.cli.arguments import Options, adder
-from megatron_samoe.cli.program import Commands, Count, Group, Number, Program, Words, main_of, read
+from megatron_samoe.cli.program import Commands, Count, Number, Program, Words, main_of, read
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging
@@ -67,55 +64,18 @@ class ModelOptions(LayoutOptions, _CheckpointOptions):
         )
 
 
-# Of `evaluate`, which argparse reads.
-SIZES = tuple(f.name for f in fields(LayoutOptions))
-
-
-def add_model_arguments(group: argparse._ActionsContainer, required: bool = True) -> None:
-    """Adds the flags that name a checkpoint."""
-    add = adder(group)
-    add("--load", str, "folder of a run or of checkpoints, saved by any layout", required=required)
-    add("--tokenizer-model", str, "in place of the tokenizer that the checkpoint carries", metavar="FILE")
-    add("--ckpt-step", int, "iteration; the newest if not given", metavar="N")
-
-
-def add_layout_arguments(group: argparse._ActionsContainer) -> None:
-    """Adds the flags that spread a model over ranks."""
-    for size in SIZES:
-        adder(group)(f"--{size.replace('_', '-')}", 1, metavar="N")
-
-
-def layout_of(options: Options) -> ParallelConfig:
-    """Returns the layout that was asked for."""
-    return ParallelConfig(**{size: getattr(options, size) for size in SIZES})
-
-
-def join(options: Options) -> ParallelState:
-    """Joins the torchrun job, if this is one."""
-    return join_ranks(layout_of(options))
-
-
-def load(options: Options, parallel: ParallelState) -> LoadedModel:
-    """Returns the model that `add_model_arguments` names."""
-    step, tokenizer = options.ckpt_step, options.tokenizer_model
-    return load_model(options.load, parallel, layout_of(options), ckpt_step=step, tokenizer_model=tokenizer)
-
-
 def this_rank() -> int:
     """Returns the rank that torchrun gave this process; 0 without it."""
     return int(os.environ.get("RANK", "0"))
 
 
-def rank_program(command: Commands | Callable[[Words], int | None]) -> Program:
+def rank_program(command: Commands) -> Program:
     """Returns the main of a command that ranks run together: an error that all meet is shown by the first alone."""
-    run: Any = command
-    if isinstance(command, (type, Group)):
-        run = lambda words: read(command, words).run()  # noqa: E731
 
     def main(words: Words = None) -> int:
         configure_logging(this_rank())
         try:
-            return run(words) or 0
+            return read(command, words).run() or 0
         except MegatronSamoeError as error:
             if this_rank() == 0 or not error.collective:
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -125,4 +85,4 @@ def rank_program(command: Commands | Callable[[Words], int | None]) -> Program:
             if dist.is_initialized() and sys.exc_info()[0] is None:
                 backend.leave_distributed()
 
-    return main_of(command, main) if isinstance(command, (type, Group)) else main  # type: ignore[return-value]
+    return main_of(command, main)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from megatron_samoe.cli.arguments import Options, Words, adder, program
+import tyro
+
+from megatron_samoe.cli.program import HandsOn, program
 from megatron_samoe.cli.report import main as report_main
 from megatron_samoe.errors import ConfigError, MegatronSamoeError, nearest, nearest_file
 from megatron_samoe.evaluation.run_summary import format_table
@@ -20,96 +23,99 @@ from megatron_samoe.evaluation.study.status_page import StatusPage
 from megatron_samoe.evaluation.study.text_folder import prepare
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command."""
-    parser = argparse.ArgumentParser(
-        description="Trains the models of a study, several seeds each, and compares them.",
-        epilog="All other flags go to the pretraining of every run (the corpus and the tokenizer, say). Started again with "
-        "the same command, the study goes on where it was stopped; started several times at once on one folder, the "
-        "programs share its runs. Ctrl-Z (kill -TSTP) holds its runs, fg (kill -CONT) lets them go on.",
-        allow_abbrev=False,
-    )
-    add = adder(parser)
-    add("study", Path, "YAML file: see examples/studies")
-    add("--output-dir", Path, "folder of all runs and of results.json", required=True)
-    add("--seeds", [int], "these in place of the file's", metavar="N")
-    add(
-        "--text",
-        Path,
-        "folder of text files to train on, in place of a corpus and a tokenizer in the other flags; a report "
-        "is made at the end, too",
-    )
-    add("--vocab-size", int, "of the byte-level BPE that is made of --text", default=4096)
-    add("--jobs", int, "runs at once", default=1)
-    add("--full-priority", bool, "runs take their share of a busy machine, in place of waiting for it to be idle")
-    add("--store", Path, "folder of finished runs of all studies, by what decides their result: none is trained twice")
-    add("--launcher", str, "words that start a run's ranks, such as 'torchrun --nproc-per-node 8'", default="")
-    add("--run", [str], "only these runs, by the names that --dry-run shows, and those that they need", metavar="NAME")
-    add("--shard", str, "only a part of the runs, such as 2/6, and those that they need", metavar="I/N")
-    add("--dry-run", bool, "check everything, show the runs, and start none")
-    add("--collect-only", bool, "start no run; compare those that are finished")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Study(HandsOn):
+    """Trains the models of a study, several seeds each, and compares them.
 
+    All other flags go to the pretraining of every run (the corpus and the tokenizer, say). Started again with the same command,
+    the study goes on where it was stopped; started several times at once on one folder, the programs share its runs. Ctrl-Z
+    (kill -TSTP) holds its runs, fg (kill -CONT) lets them go on.
+    """
 
-@program
-def main(words: Words) -> int:
-    """Runs the command and returns its exit status."""
-    options, pretrain_flags = make_parser().parse_known_args(words)
-    if options.jobs < 1:
-        raise ConfigError("--jobs", options.jobs, "must be at least 1")
-    if not options.study.is_file():
-        raise ConfigError("study", str(options.study), f"no such file.{nearest_file(str(options.study))}")
-    study = read_study(options.study, options.seeds)
-    if options.text is not None:
-        data = options.output_dir / "data"
-        pretrain_flags += prepare(options.text, data, options.vocab_size, lambda line: print(line, flush=True))
-    plan = StudyPlan(study, options.output_dir, tuple(pretrain_flags), options.store)
-    status = StatusPage()
-    try:
-        plan.check()
-        names = _names(options, plan)
-        runner = StudyRunner(
-            plan,
-            names,
-            say=lambda line: print(line, flush=True),
-            jobs=options.jobs,
-            launcher=tuple(shlex.split(options.launcher)),
-            idle=not options.full_priority,
-            look=lambda: status.write(runner),
-        )
-        if options.dry_run:
-            _show_plan(plan, names)
-            return 0
-        failures = [] if options.collect_only else runner.run_all()
-        left = [run for run in plan.all_runs() if not plan.is_finished(run)]
-        if names is not None and left and not failures:
-            print(f"{len(left)} runs of other parts are not finished; the program that ends last compares all.")
-            return 0
-        _finish(plan, failures)
-        if options.text is not None:
-            report = options.output_dir / "report.html"
-            return report_main(["--study", str(options.output_dir / "results.json"), "--output", str(report)])
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    return 0
+    study: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="STUDY")]
+    """YAML file: see examples/studies"""
+    output_dir: Path
+    """folder of all runs and of results.json"""
+    seeds: tuple[int, ...] = ()
+    """these in place of the file's"""
+    text: Path | None = None
+    """folder of text files to train on, in place of a corpus and a tokenizer in the other flags; a report is made at the end"""
+    vocab_size: int = 4096
+    """of the byte-level BPE that is made of --text"""
+    jobs: int = 1
+    """runs at once"""
+    full_priority: bool = False
+    """runs take their share of a busy machine, in place of waiting for it to be idle"""
+    store: Path | None = None
+    """folder of finished runs of all studies, by what decides their result: none is trained twice"""
+    launcher: str = ""
+    """words that start a run's ranks, such as 'torchrun --nproc-per-node 8'"""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(name="run", metavar="NAME [NAME ...]")] = ()
+    """only these runs, by the names that --dry-run shows, and those that they need"""
+    shard: Annotated[str | None, tyro.conf.arg(metavar="I/N")] = None
+    """only a part of the runs, such as 2/6, and those that they need"""
+    dry_run: bool = False
+    """check everything, show the runs, and start none"""
+    collect_only: bool = False
+    """start no run; compare those that are finished"""
 
+    def run(self) -> int:
+        """Trains and compares them."""
+        if self.jobs < 1:
+            raise ConfigError("--jobs", self.jobs, "must be at least 1")
+        flags = self.others
+        study = read_study(self.study, self.seeds or None)
+        if self.text is not None:
+            data = self.output_dir / "data"
+            flags += tuple(prepare(self.text, data, self.vocab_size, lambda line: print(line, flush=True)))
+        plan = StudyPlan(study, self.output_dir, flags, self.store)
+        status = StatusPage()
+        try:
+            plan.check()
+            names = self._names(plan)
+            runner = StudyRunner(
+                plan,
+                names,
+                say=lambda line: print(line, flush=True),
+                jobs=self.jobs,
+                launcher=tuple(shlex.split(self.launcher)),
+                idle=not self.full_priority,
+                look=lambda: status.write(runner),
+            )
+            if self.dry_run:
+                _show_plan(plan, names)
+                return 0
+            failures = [] if self.collect_only else runner.run_all()
+            left = [run for run in plan.all_runs() if not plan.is_finished(run)]
+            if names is not None and left and not failures:
+                print(f"{len(left)} runs of other parts are not finished; the program that ends last compares all.")
+                return 0
+            _finish(plan, failures)
+            if self.text is not None:
+                report = self.output_dir / "report.html"
+                return report_main(["--study", str(self.output_dir / "results.json"), "--output", str(report)])
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+            return 130
+        return 0
 
-def _names(options: Options, plan: StudyPlan) -> Collection[str] | None:
-    """Returns the names of the runs that are asked for; None for all."""
-    if options.run and options.shard:
-        raise ConfigError("--shard", options.shard, "excludes --run")
-    if options.shard:
-        part, _, parts = options.shard.partition("/")
-        if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-            raise ConfigError("--shard", options.shard, "must be a part and the number of parts, such as 2/6")
-        # Of all that a study may come to: what is given up or swept shifts no run to another part.
-        return {plan.name_of(run) for run in plan_runs(plan.study, plan.root)[int(part) - 1 :: int(parts)]}
-    known = [plan.name_of(run) for run in plan.all_runs()]
-    for name in options.run or ():
-        if name not in known:
-            raise ConfigError("--run", name, f"names no run of the study; --dry-run shows them.{nearest(name, known)}")
-    return options.run
+    def _names(self, plan: StudyPlan) -> Collection[str] | None:
+        """Returns the names of the runs that are asked for; None for all."""
+        if self.only and self.shard:
+            raise ConfigError("--shard", self.shard, "excludes --run")
+        if self.shard:
+            part, _, parts = self.shard.partition("/")
+            if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+                raise ConfigError("--shard", self.shard, "must be a part and the number of parts, such as 2/6")
+            # Of all that a study may come to: what is given up or swept shifts no run to another part.
+            return {plan.name_of(run) for run in plan_runs(plan.study, plan.root)[int(part) - 1 :: int(parts)]}
+        known = [plan.name_of(run) for run in plan.all_runs()]
+        for name in self.only:
+            if name not in known:
+                raise ConfigError(
+                    "--run", name, f"names no run of the study; --dry-run shows them.{nearest(name, known)}"
+                )
+        return self.only or None
 
 
 def _finish(plan: StudyPlan, failures: Sequence[str]) -> None:
@@ -166,6 +172,8 @@ def _compare(plan: StudyPlan) -> None:
     write_results(path, study, comparisons, optima, commands)
     print(f"results: {path}")
 
+
+main = program(Study)
 
 if __name__ == "__main__":
     sys.exit(main())
