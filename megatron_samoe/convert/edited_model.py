@@ -147,9 +147,10 @@ def require(is_met: bool, config: PretrainConfig, needed: str, action: str) -> N
     if not is_met:
         sharing = "" if config.moe.expert_sharing is None else f" and expert_sharing {config.moe.expert_sharing}"
         raise ConfigError(
-            "--load-dir", f"a checkpoint with expert_layout {config.moe.expert_layout}{sharing}",
+            "--load-dir",
+            f"a checkpoint with expert_layout {config.moe.expert_layout}{sharing}",
             f"{action} needs a checkpoint with {needed}",
-        )  # fmt: skip
+        )
 
 
 def model_names(source: GlobalTensors) -> list[str]:

@@ -78,9 +78,11 @@ class LayerExperts:
         return stored if source_of(place).way.is_shared else stored[None]
 
     def add_to(
-        self, edited: EditedModel, layers: Sequence[tuple[LayerPlace, Source, int]],
+        self,
+        edited: EditedModel,
+        layers: Sequence[tuple[LayerPlace, Source, int]],
         whole: Callable[[LayerPlace, str], Tensor] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Adds experts to a new model.
 
         Args:

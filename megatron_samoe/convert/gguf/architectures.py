@@ -113,9 +113,11 @@ def metadata(one: Architecture, native: NativeModel) -> dict[str, Any]:
     }  # fmt: skip
     if any(native.is_moe):
         found |= {
-            "feed_forward_length": native.expert_size, "expert_count": moe.most_experts,
-            "expert_used_count": moe.moe_router_topk, "expert_feed_forward_length": native.expert_size,
-        }  # fmt: skip
+            "feed_forward_length": native.expert_size,
+            "expert_count": moe.most_experts,
+            "expert_used_count": moe.moe_router_topk,
+            "expert_feed_forward_length": native.expert_size,
+        }
         if moe.moe_shared_expert_intermediate_size is not None:
             found["expert_shared_feed_forward_length"] = moe.moe_shared_expert_intermediate_size
     return found

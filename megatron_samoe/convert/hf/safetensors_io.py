@@ -41,9 +41,10 @@ def header_of(tensors: Mapping[str, StoredTensor]) -> bytes:
     start = 0
     for name, tensor in tensors.items():
         header[name] = {
-            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape),
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [start, start + tensor.num_bytes],
-        }  # fmt: skip
+        }
         start += tensor.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned

@@ -149,8 +149,9 @@ class HFSource:
         precision of all."""
         kinds = {p.name: self.folder.tensors[self._stored[p.name]].dtype for p in self._parts if isinstance(p, Part)}
         natives = {p.name: p.native for p in self._parts if isinstance(p, Part)}
-        config, wider = lossless_precision(native, [(natives[name], name, dtype) for name, dtype in kinds.items()],
-                                           str(self.folder.directory))  # fmt: skip
+        config, wider = lossless_precision(
+            native, [(natives[name], name, dtype) for name, dtype in kinds.items()], str(self.folder.directory)
+        )
         self.notes += wider
         return config
 
@@ -181,9 +182,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
     known = {family.name: family for family in families()}
     if not isinstance(kind, str) or kind not in known:
         raise ConfigError(
-            f"{CONFIG}: model_type", kind,
+            f"{CONFIG}: model_type",
+            kind,
             f"is not a family that can be imported; these can: {', '.join(known)}." + nearest(str(kind), known),
-        )  # fmt: skip
+        )
     return known[kind]
 
 

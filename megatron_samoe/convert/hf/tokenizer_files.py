@@ -92,15 +92,11 @@ def _byte_tokenizer() -> Any:
 
 def _letters_of_bytes() -> dict[str, int]:
     """Returns GPT-2's letter for each byte: its own where that is printable, else the next one from 256 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    letters, spare = {}, 0x100
-    for byte in range(256):
-        if byte in printable:
-            letters[chr(byte)] = byte
-        else:
-            letters[chr(spare)] = byte
-            spare += 1
-    return letters
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    own = {letter: ord(letter) for letter in ByteLevel.alphabet() if ord(letter) < 256}
+    others = sorted(set(range(256)).difference(own.values()))
+    return own | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
 def _sentencepiece(path: str, eod: int) -> TokenizerFiles:

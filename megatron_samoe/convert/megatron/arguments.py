@@ -80,11 +80,13 @@ def _moe_arguments(config: PretrainConfig) -> dict[str, Any]:
                           "cannot be exported without --disable-bias-linear: Megatron's shared experts have no bias")  # fmt: skip
     pattern = [int(is_moe) for is_moe in parse_moe_layer_freq(moe.moe_layer_freq, model.num_layers)]
     return {
-        **{name: getattr(moe, name) for name in _SAME_OF_MOE}, "moe_layer_freq": pattern,
-        "moe_ffn_hidden_size": config.expert_ffn_size, "moe_router_pre_softmax": moe.pre_softmax,
+        **{name: getattr(moe, name) for name in _SAME_OF_MOE},
+        "moe_layer_freq": pattern,
+        "moe_ffn_hidden_size": config.expert_ffn_size,
+        "moe_router_pre_softmax": moe.pre_softmax,
         "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
         "moe_input_jitter_eps": moe.moe_input_jitter_eps or None,
-    }  # fmt: skip
+    }
 
 
 def from_arguments(args: argparse.Namespace, where: str) -> PretrainConfig:
@@ -188,8 +190,9 @@ def _refuse_wrong_types(args: argparse.Namespace, where: str) -> None:
             value = getattr(args, name, None)
             kinds = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
             allowed = [kind for part in (hint, *get_args(hint)) for kind in kinds.get(part, ())]
-            wrong = type(value) not in allowed or (not isinstance(value, str) and finite_float(value) is None
-                                                   and not isinstance(value, bool))  # fmt: skip
+            wrong = type(value) not in allowed or (
+                not isinstance(value, str) and finite_float(value) is None and not isinstance(value, bool)
+            )
             if value is not None and allowed and name != "moe_layer_freq" and wrong:
                 raise CheckpointError(
                     f"{where}: the argument {name} is {shown(value)}; it must be {_in_words(allowed)}."

@@ -162,8 +162,10 @@ def check_layout(config: PretrainConfig, layout: MegatronLayout) -> None:
             "1: Megatron does not split experts with biases" if has_bias else f"1 or {tp}, the tensor-parallel size"
         )
         raise ConfigError("--target-expert-tensor-parallel-size", layout.etp, f"must be {allowed}")
-    sizes = {"--num-query-groups" if model.group_query_attention else "--num-attention-heads": model.num_kv_heads,
-             "--ffn-hidden-size": model.mlp_size}  # fmt: skip
+    sizes = {
+        "--num-query-groups" if model.group_query_attention else "--num-attention-heads": model.num_kv_heads,
+        "--ffn-hidden-size": model.mlp_size,
+    }
     if moe.expert_layout != "dense":
         if layout.etp > 1:
             sizes["--moe-ffn-hidden-size"] = config.expert_ffn_size
@@ -310,9 +312,11 @@ def _content(plan: ExportPlan, place: RankPlace, promised: list[PromisedTensor],
             models[tensor.chunk][tensor.key.removesuffix("weight") + "_extra_state"] = None
     names = ["model"] if num_chunks == 1 else [f"model{chunk}" for chunk in range(num_chunks)]
     return {
-        "args": argparse.Namespace(**plan.arguments), "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration,
+        "args": argparse.Namespace(**plan.arguments),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": iteration,
         **dict(zip(names, models, strict=True)),
-    }  # fmt: skip
+    }
 
 
 def _has_extra_state(key: str) -> bool:

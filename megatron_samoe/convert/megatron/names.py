@@ -167,8 +167,10 @@ def _expert_parts(
             Part(key, layer, (rank * per_rank, (rank + 1) * per_rank), split_dim, num_flat, is_stacked=True)
             for rank in range(ep_size)
         ]
-    form = {"grouped": f"mlp.experts.linear_{linear}.{leaf}{{expert}}",
-            "sequential": f"mlp.experts.local_experts.{{expert}}.linear_{linear}.{leaf}"}[style.experts]  # fmt: skip
+    form = {
+        "grouped": f"mlp.experts.linear_{linear}.{leaf}{{expert}}",
+        "sequential": f"mlp.experts.local_experts.{{expert}}.linear_{linear}.{leaf}",
+    }[style.experts]
     return [Part(prefix + form, layer, (e, e + 1), split_dim, num_flat) for e in range(shape[0])]
 
 

@@ -80,8 +80,10 @@ def _batch(original: PretrainConfig, trained: Mapping[str, Any], options: HealOp
         trained: the original's training state, which tells its batch where that followed from its ranks.
     """
     micro, steps, samples = (
-        original.training.micro_batch_size, int(trained.get("iteration", 0)), int(trained.get("consumed_samples", 0))
-    )  # fmt: skip
+        original.training.micro_batch_size,
+        int(trained.get("iteration", 0)),
+        int(trained.get("consumed_samples", 0)),
+    )
     size = options.batch_size or original.training.global_batch_size or (samples // steps if steps else 0) or micro
     return {
         "micro_batch_size": next(b for b in range(min(micro, size), 0, -1) if size % b == 0),

@@ -119,8 +119,10 @@ class Compression:
             else ""
         )
         logger.info(f"calibration: {sum(p[:, 1:].numel() for p in self.texts.calibration):,} tokens{note}")
-        return {"tokens_LE": [layer.tokens_E.tolist() for layer in found],
-                "saliency_LE": [layer.mean_saliency_E.tolist() for layer in found]}  # fmt: skip
+        return {
+            "tokens_LE": [layer.tokens_E.tolist() for layer in found],
+            "saliency_LE": [layer.mean_saliency_E.tolist() for layer in found],
+        }
 
     def _state_memory(self) -> None:
         vocab_size = int(self.source.train_state["vocab_size"])

@@ -72,7 +72,7 @@ def write_compression_report(path: Path, compressed: Compressed) -> None:
         Section("bytes", "Loss against bytes", png=_frontiers((compressed.verdicts, *compressed.beside))),
         Section("healing", "Healing", [training], png=_healing(compressed.healing)),
         Section("layers", "What layers lose", [layers], png=_layers(compressed.lost)),
-    ]  # fmt: skip
+    ]
     if compressed.pairs is not None:
         how = "Share of their products' power that two layers lose by sharing one set; the map was chosen by it."
         sections.append(Section("pairs", "What pairs of layers lose", [how], png=_pairs(compressed.pairs)))
@@ -121,8 +121,9 @@ def _points(original: Verdict, others: Sequence[Verdict]) -> bytes:
     axes.axvline(0.0, color="grey", linewidth=1)
     for row, verdict in enumerate(others):
         for place, value, fill, line in (
-            (row - 0.18, verdict.loss - original.loss, "full", "-"), (row + 0.18, verdict.divergence, "none", ":")
-        ):  # fmt: skip
+            (row - 0.18, verdict.loss - original.loss, "full", "-"),
+            (row + 0.18, verdict.divergence, "none", ":"),
+        ):
             axes.plot([0.0, value], [place, place], line, color=_colour(verdict.model))
             axes.plot(value, place, "o", color=_colour(verdict.model), fillstyle=fill)
             axes.annotate(

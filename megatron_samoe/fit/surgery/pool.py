@@ -112,7 +112,7 @@ def _standard(source: GlobalTensors, action: str) -> tuple[PretrainConfig, Globa
 
 def _share(
     config: PretrainConfig, source: GlobalTensors, sharing: str, options: SetOptions, action: str, report: Sequence[str]
-) -> EditedModel:  # fmt: skip
+) -> EditedModel:
     experts = LayerExperts(source)
     sources = parse_sharing(sharing, len(experts.layers), options.num_sets, options.untied_ends)
     groups = _groups(config, experts.layers, sources, sharing, options, action)

@@ -121,8 +121,10 @@ def _grams(experts: LayerExperts, place: LayerPlace) -> list[Tensor]:
 
 def _report(chosen: dict[int, list[Selection]], num_banks: int, scale: Scale) -> list[str]:
     kept = "the chosen bank keeps its coefficient" if scale == "keep" else "the chosen bank's coefficient becomes 1"
-    lines = [f"select: one of {num_banks} banks for each layer; {kept}.",
-             "layer  bank of w1  coefficient  change of w1   bank of w2  coefficient  change of w2"]  # fmt: skip
+    lines = [
+        f"select: one of {num_banks} banks for each layer; {kept}.",
+        "layer  bank of w1  coefficient  change of w1   bank of w2  coefficient  change of w2",
+    ]
     used: set[int] = set()
     for layer, rows in chosen.items():
         cells = []

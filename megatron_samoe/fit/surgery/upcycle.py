@@ -177,10 +177,11 @@ def _new_moe(config: PretrainConfig, options: UpcycleOptions) -> MoEConfig:
         return replace(moe, moe_shared_expert_intermediate_size=config.model.mlp_size)
     if moe.moe_ffn_hidden_size not in (None, config.model.mlp_size):
         raise ConfigError(
-            "--moe-ffn-hidden-size", moe.moe_ffn_hidden_size,
+            "--moe-ffn-hidden-size",
+            moe.moe_ffn_hidden_size,
             f"must be the dense MLP's {config.model.mlp_size}, of which experts are copies; "
             "--dense-mlp shared-expert takes any",
-        )  # fmt: skip
+        )
     return replace(moe, moe_ffn_hidden_size=config.model.mlp_size)
 
 

@@ -166,9 +166,11 @@ def completed(entries: Entries, config: Mapping[str, Any], family: str) -> dict[
         entry = entries.entry(name)
         if entry is None:
             raise ConfigError(
-                f"config.json: {readable(key)}", config[key], f"is no entry whose meaning for {family} is known; remove it if it "
-                f"changes nothing that the model computes.{nearest(readable(key), entries.table)}"
-            )  # fmt: skip
+                f"config.json: {readable(key)}",
+                config[key],
+                f"is no entry whose meaning for {family} is known; remove it if it "
+                f"changes nothing that the model computes.{nearest(readable(key), entries.table)}",
+            )
         entry.refuse_wrong(key, config[key])
         found[name] = config[key]
     lacking = [name for name, value in found.items() if value is _NEEDED]

@@ -39,9 +39,7 @@ def written_rope(model: ModelConfig) -> dict[str, Any]:
     rope = {"rope_type": kind, **{name: value for name, value in given.items() if value is not None}}
     # Both the names that transformers 4 knows and the one of transformers 5.
     old = {} if kind == "default" else {"rope_scaling": rope}
-    return {
-        "rope_theta": model.rotary_base, **old, "rope_parameters": {**rope, "rope_theta": model.rotary_base}
-    }  # fmt: skip
+    return {"rope_theta": model.rotary_base, **old, "rope_parameters": {**rope, "rope_theta": model.rotary_base}}
 
 
 def rope_of(

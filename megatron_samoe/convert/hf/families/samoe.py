@@ -38,7 +38,7 @@ _MOE_ENTRIES = {
     "num_experts_per_tok": "moe_router_topk",
     "router_score_function": "moe_router_score_function",
     "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
-}  # fmt: skip
+}
 #: Options of the model that have our names, are written where they are not at their default, and may be missing.
 _RARE_MODEL_ENTRIES = (
     "qk_layernorm_scope", "clip_qkv", "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
@@ -86,10 +86,12 @@ def _model_entries(model: ModelConfig) -> dict[str, Any]:
         written["attention_output_bias"] = model.attention_output_bias
     activation = (model.swiglu, model.exact_gelu)
     return {
-        **{theirs: getattr(model, ours) for theirs, ours in _MODEL_ENTRIES.items()}, **written,
+        **{theirs: getattr(model, ours) for theirs, ours in _MODEL_ENTRIES.items()},
+        **written,
         "hidden_act": next(name for name, which in _ACTIVATIONS.items() if which == activation),
-        "linear_bias": not model.disable_bias_linear, "qkv_bias": model.qkv_bias,
-    }  # fmt: skip
+        "linear_bias": not model.disable_bias_linear,
+        "qkv_bias": model.qkv_bias,
+    }
 
 
 def _write(native: NativeModel) -> dict[str, Any]:
@@ -161,9 +163,10 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         moe |= {
             "moe_layer_freq": written_layer_freq(pattern),
             "moe_ffn_hidden_size": config["moe_intermediate_size"],
-            "num_experts": config["num_experts"], "expert_sharing": sharing,
+            "num_experts": config["num_experts"],
+            "expert_sharing": sharing,
             **{ours: config[theirs] for theirs, ours in _RARE_ENTRIES.items() if theirs in config},
-        }  # fmt: skip
+        }
         if moe["moe_router_score_function"] in ("softmax", "sigmoid"):
             moe["moe_router_pre_softmax"] = config["router_pre_softmax"]
     read = {"model": model, "moe": moe}

@@ -324,5 +324,7 @@ class MoE(nn.Module):
         if a is None:
             return {n: w * 1.0 for n, w in experts}
         rows = [row.expand(num_experts, -1) for row in a]
-        return {n: torch.einsum("ep,pe...->e...", rows[n.startswith("down")].to(w.dtype), w.unflatten(0, (-1, num_experts)))
-                for n, w in experts}  # fmt: skip
+        return {
+            n: torch.einsum("ep,pe...->e...", rows[n.startswith("down")].to(w.dtype), w.unflatten(0, (-1, num_experts)))
+            for n, w in experts
+        }
