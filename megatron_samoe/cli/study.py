@@ -63,6 +63,8 @@ class Study(HandsOn):
         """Trains and compares them."""
         if self.jobs < 1:
             raise ConfigError("--jobs", self.jobs, "must be at least 1")
+        if not self.study.is_file():
+            raise ConfigError("study", str(self.study), f"no such file.{nearest_file(str(self.study))}")
         flags = self.others
         study = read_study(self.study, self.seeds or None)
         if self.text is not None:
