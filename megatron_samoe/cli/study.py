@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_samoe.cli.arguments import Options, Words, adder, program
 from megatron_samoe.cli.report import main as report_main
-from megatron_samoe.errors import ConfigError, MegatronSamoeError, nearest
+from megatron_samoe.errors import ConfigError, MegatronSamoeError, nearest, nearest_file
 from megatron_samoe.evaluation.run_summary import format_table
 from megatron_samoe.evaluation.study.definition import plan_runs, read_study
 from megatron_samoe.evaluation.study.plan import StudyPlan
@@ -57,6 +57,8 @@ def main(words: Words) -> int:
     options, pretrain_flags = make_parser().parse_known_args(words)
     if options.jobs < 1:
         raise ConfigError("--jobs", options.jobs, "must be at least 1")
+    if not options.study.is_file():
+        raise ConfigError("study", str(options.study), f"no such file.{nearest_file(str(options.study))}")
     study = read_study(options.study, options.seeds)
     if options.text is not None:
         data = options.output_dir / "data"

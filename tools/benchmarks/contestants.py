@@ -253,10 +253,13 @@ def export_hf(checkpoint: Path, folder: Path, shared: bool) -> Path:
 
 
 def export_gguf(checkpoint: Path, folder: Path, dtype: torch.dtype | None = None) -> Path:
-    """Returns llama.cpp's file of a checkpoint, made unless it is there; ConfigError where it has no such model."""
+    """Returns llama.cpp's file of a checkpoint, made unless it is there: as the model is, with its tokenizer, or in a dtype
+    without one. ConfigError where llama.cpp has no such model.
+    """
     target = folder / f"gguf-{dtype or 'as-it-is'}"
     if not target.exists():
         source = CheckpointReader(checkpoint_directory(checkpoint))
         folder.mkdir(parents=True, exist_ok=True)
-        gguf.write_export(gguf.plan_export(source, checkpoint_model(checkpoint)[0].data, dtype), target)
+        data = checkpoint_model(checkpoint)[0].data if dtype is None else None
+        gguf.write_export(gguf.plan_export(source, data, dtype), target)
     return target / gguf.FILE

@@ -97,7 +97,7 @@ class Decode(ServingBenchmark):
                 "--memory-limit", self.memory_limit, "needs --weights-folder: other weights cannot leave memory"
             )
         checkpoints = self.checkpoints()
-        contestants = {dtype: list(self._contestants(dtype, checkpoints)) for dtype in self.dtypes}
+        contestants = {dtype: list(self.contestants(dtype, checkpoints)) for dtype in self.dtypes}
         if self.prepare:
             print(f"prepared {', '.join(map(str, checkpoints))}")
             raise SystemExit(0)
@@ -110,7 +110,7 @@ class Decode(ServingBenchmark):
         print(f"memory read at {rows[0]['bandwidth_gb_s']:.1f} GB/s")
         rows[:] = [{name: row.get(name) for name in SHOWN} for row in rows]
 
-    def _contestants(self, dtype: Precision, checkpoints: Sequence[Path]) -> Iterator[Contestant]:
+    def contestants(self, dtype: Precision, checkpoints: Sequence[Path]) -> Iterator[Contestant]:
         """Yields the contestants of one precision; exports are made unless they are there."""
         common = self.common_spec(dtype)
         for checkpoint, serving in itertools.product(checkpoints, self.servings):

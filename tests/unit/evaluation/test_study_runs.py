@@ -243,6 +243,12 @@ def test_a_wrong_part_is_refused(
     assert said in capfd.readouterr().err
 
 
+def test_a_study_that_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    study = write_study(tmp_path)
+    assert main([str(study.with_name("studies.yaml")), "--output-dir", str(tmp_path / "runs")]) == 2
+    assert "no such file. Did you mean 'study.yaml'?" in capfd.readouterr().err
+
+
 def test_parts_are_all_runs_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = [str(write_study(tmp_path)), "--output-dir", str(tmp_path / "runs"), "--dry-run"]
     shown = []

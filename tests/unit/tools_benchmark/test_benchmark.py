@@ -208,16 +208,22 @@ def test_programs_that_serve_are_compared_with_our_texts(tmp_path: Path) -> None
     assert all(0 < row["MB for the model"] < row["MB in all"] for row in rows)
 
 
+TINY = {"hidden_size": 64, "ffn_hidden_size": 64, "num_layers": 2, "num_experts": 4, "vocab_size": 64, "context": 32}
+
+
 def test_a_dense_model_is_dense_although_that_is_the_default(tmp_path: Path) -> None:
-    sizes = {
-        "hidden_size": 64,
-        "ffn_hidden_size": 64,
-        "num_layers": 2,
-        "num_experts": 4,
-        "vocab_size": 64,
-        "context": 32,
-    }
     for flags, experts in (("", True), ("--expert-layout dense", False), ("--expert-layout=dense", False)):
-        made = Decode(**sizes, work_dir=tmp_path).make_checkpoint(flags)  # type: ignore[arg-type]
+        made = Decode(**TINY, work_dir=tmp_path).make_checkpoint(flags)  # type: ignore[arg-type]
         names = CheckpointReader(contestants.checkpoint_directory(made)).tensors
         assert any("moe" in name for name in names) == experts, flags
+
+
+def test_llama_cpp_is_given_a_file_of_the_precision(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    made = Decode(**TINY, work_dir=tmp_path, peers=("llama.cpp",), llama_python="python")  # type: ignore[arg-type]
+    checkpoints = [made.make_checkpoint("")]
+    sizes = []
+    for dtype in ("fp32", "bf16"):
+        (theirs,) = (one for one in made.contestants(dtype, checkpoints) if one.name == "llama.cpp")  # type: ignore[arg-type]
+        sizes.append(Path(theirs.spec["file"]).stat().st_size)
+    assert 1.5 < sizes[0] / sizes[1] < 2
