@@ -161,7 +161,8 @@ def test_nothing_leaks(num):
     for more, files in run_ranks(_many_communicators, 2, num, timeout_s=250):
         assert files == []
         assert more.pop("maps") < 8, "the heap has a few more, hundreds of groups none"
-        assert more == {"descriptors": 0, "threads": 0, "shared maps": 0}
+        assert more.pop("descriptors") <= 0, "one of before may have been closed meanwhile"
+        assert more == {"threads": 0, "shared maps": 0}
 
 
 def _forbidden(number: int) -> tuple[list[bool], list[str]]:

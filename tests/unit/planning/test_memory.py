@@ -138,7 +138,7 @@ def test_weights_gradients_and_optimizer_equal_the_built_models(layout: str, mod
 def test_an_exchange_of_banks_takes_what_the_largest_of_their_tensors_needs() -> None:
     """Holders of more banks than a stage has layers combine them: the weights of its four layers come, tensor by tensor."""
     config = with_layout(tiny_config("samoe", num_layers=8, num_expert_banks=5, samoe_combine="step"), pp=2)
-    pool = RankModel(config, 103, states_of(config, 2)[0], torch.float32).expert_pool
+    pool = RankModel(config, 103, states_of(config, 2)[0], torch.float32).expert_pool["combined"]
     largest = max(store.num_elements for store in pool.stores.values())
     # Beside them their gradients stand in the order of the eight layers' receivers, a half of each twice.
     assert rank_memory(config, 103, 2, 0).exchange == 4 * (4 * largest + 8 * largest)
