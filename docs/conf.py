@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import importlib
 import inspect
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
+
+import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_samoe import __version__  # noqa: E402
-from megatron_samoe.cli.command import COMMANDS, module_of  # noqa: E402
+from megatron_samoe.cli import completion  # noqa: E402
+from megatron_samoe.cli.command import COMMANDS  # noqa: E402
+from megatron_samoe.cli.program import FORMS, Commands, Group  # noqa: E402
 from megatron_samoe.config.derived import flag  # noqa: E402
 from megatron_samoe.config.foreign_flags import foreign_flags  # noqa: E402
 from megatron_samoe.config.pretrain import PretrainConfig  # noqa: E402
@@ -104,43 +108,33 @@ def megatron_page() -> list[str]:
 def argument(action: argparse.Action) -> list[str]:
     """Returns an argument of a command as an entry of a list."""
     value = "" if action.nargs == 0 else str(action.metavar or action.dest.upper())
-    if action.choices is not None:
-        value = " or ".join(map(str, action.choices))
-    names = ", ".join(f"`{name} {value}`".replace(" `", "`") for name in action.option_strings or [""]).replace(
-        "` ", "`"
-    )
-    usual = action.default not in (None, argparse.SUPPRESS, False, (), []) and "(default" not in (action.help or "")
-    default = " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else action.default
-    notes = [f"default: `{default}`"] if usual else []
-    if action.nargs in ("+", "*"):
-        notes.insert(0, "one or more")
-    if action.option_strings and action.required:
-        notes.insert(0, "required")
-    said = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
-    entry = names + (f" ({'; '.join(notes)})" if notes else "")
-    return [entry, f": {as_it_stands(said)}", ""] if said else [entry, ""]
+    entry = ", ".join(f"`{f'{name} {value}'.strip()}`" for name in action.option_strings or [""])
+    text = re.sub(r"\s*\(default: (None|False|)\)|\s*tyro\.MISSING_NONPROP", "", action.help or "").strip()
+    return [entry, f": {as_it_stands(' '.join(text.split()))}", ""] if text else [entry, ""]
 
 
-def command_section(title: str, parser: argparse.ArgumentParser, level: int) -> list[str]:
-    """Returns what a command does and takes, and its sub-commands below it."""
-    text = (parser.description or "").strip().splitlines()
+def command_section(title: str, command: Commands, level: int) -> list[str]:
+    """Returns what a command does and takes, or the commands below it."""
     lines = ["#" * level + f" {title}", ""]
-    lines += [line if line.startswith("    ") else as_it_stands(line) for line in text] + [""]
-    below: list[str] = []
-    for group in parser._action_groups:
-        shown = [
-            action for action in group._group_actions if action.help != argparse.SUPPRESS and action.dest != "help"
+    if not isinstance(command, type):
+        group = command if isinstance(command, Group) else command()
+        lines += [as_it_stands(group.text), ""]
+        return lines + [
+            line for name, one in group.commands.items() for line in command_section(f"{title} {name}", one, level + 1)
         ]
-        for action in list(shown):
-            if isinstance(action, argparse._SubParsersAction):
-                shown.remove(action)
-                for name, own in action.choices.items():
-                    below += command_section(f"{title} {name}", own, level + 1)
+    with warnings.catch_warnings():  # tyro will have its parsers to itself one day
+        warnings.simplefilter("ignore")
+        parser = tyro.extras.get_parser(command, config=FORMS)
+    lines += [
+        line if line.startswith("    ") else as_it_stands(line) for line in (parser.description or "").splitlines()
+    ] + [""]
+    for group in parser._action_groups:
+        shown = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
         if shown and group.title not in ("positional arguments", "options"):
             lines += [f"*{str(group.title).capitalize()}*", ""]
         for action in shown:
             lines += argument(action)
-    return lines + below
+    return lines
 
 
 def commands_page() -> list[str]:
@@ -157,8 +151,8 @@ def commands_page() -> list[str]:
                 "`--config` sets, too.",
                 "",
             ]
-            continue
-        lines += command_section(title, importlib.import_module(module_of(name)).make_parser(), 2)
+        else:
+            lines += command_section(title, completion.command_of(name), 2)
     return lines
 
 

@@ -39,6 +39,9 @@ from megatron_samoe.runtime.load import load_model
 DATA_VARIABLE = "MEGATRON_SAMOE_EVAL_DATA"
 
 
+_WHO = f"who answers: model, or without one {', '.join(CONSTANT)}"
+
+
 @dataclass(frozen=True)
 class Run:
     """One evaluated checkpoint, or predictor.
@@ -73,7 +76,7 @@ class Evaluate(ModelOptions):
     """texts whose perplexity is measured: .txt, or rows with a field "text\""""
     limit: Count = None
     """only the first N items of each task"""
-    predictor: Annotated[str, tyro.conf.arg(help=f"who answers: model, or without one {', '.join(CONSTANT)}")] = "model"
+    predictor: Annotated[str, tyro.conf.arg(help=_WHO)] = "model"
     load: str = ""
     """folder of a run or of checkpoints, saved by any layout"""
     checkpoints: Annotated[str | None, tyro.conf.arg(metavar="LAST:N")] = None
