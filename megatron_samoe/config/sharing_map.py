@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
+from megatron_samoe.config.entry_points import added
 from megatron_samoe.errors import ConfigError
 
 FLAG = "--expert-sharing"
@@ -61,14 +61,9 @@ def ways() -> Mapping[str, Way]:
         ConfigError: an installed package's entry point cannot be loaded, is no Way, or has a name that is taken.
     """
     found = dict(_WAYS)
-    for point in entry_points(group=GROUP):
-        place = f"{GROUP}: {point.name} of {point.dist.name if point.dist is not None else 'a package'}"
-        try:
-            way = point.load()
-        except Exception as error:
-            raise ConfigError(place, point.value, f"cannot be loaded: {error}") from error
+    for place, value, way in added(GROUP):
         if not (isinstance(way, Way) and way.make is not None and re.fullmatch("[a-z][a-z_]*", way.name)):
-            raise ConfigError(place, point.value, "must name a Way whose name is of small letters, with a `make`")
+            raise ConfigError(place, value, "must name a Way whose name is of small letters, with a `make`")
         if way.name in found or way.name in NAMES:
             raise ConfigError(place, way.name, "is the name of another way, too; rename or uninstall one")
         found[way.name] = way

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import entry_points
 
+from megatron_samoe.config.entry_points import added
 from megatron_samoe.convert.hf.families.base import Family
 from megatron_samoe.convert.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from megatron_samoe.convert.hf.families.experts import GRANITE_MOE, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
@@ -27,14 +27,9 @@ def families() -> tuple[Family, ...]:
         ConfigError: an installed package's entry point cannot be loaded, is no Family, or has a name that another has.
     """
     found = list(_OURS)
-    for point in entry_points(group=GROUP):
-        place = f"{GROUP}: {point.name} of {point.dist.name if point.dist is not None else 'a package'}"
-        try:
-            family = point.load()
-        except Exception as error:
-            raise ConfigError(place, point.value, f"cannot be loaded: {error}") from error
+    for place, value, family in added(GROUP):
         if not isinstance(family, Family):
-            raise ConfigError(place, point.value, f"must name a Family, not {type(family).__name__}")
+            raise ConfigError(place, value, f"must name a Family, not {type(family).__name__}")
         if family.name in (other.name for other in (*found, SAMOE)):
             raise ConfigError(place, family.name, "is the name of another family, too; rename or uninstall one")
         found.append(family)

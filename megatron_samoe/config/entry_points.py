@@ -1,0 +1,24 @@
+"""What installed packages add, by the entry points that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
+
+from megatron_samoe.errors import ConfigError
+
+
+def added(group: str) -> Iterator[tuple[str, str, Any]]:
+    """Yields what packages add to a group: where it stands and under which value, for messages, and the object.
+
+    Raises:
+        ConfigError: one cannot be loaded.
+    """
+    for point in entry_points(group=group):
+        place = f"{group}: {point.name} of {point.dist.name if point.dist is not None else 'a package'}"
+        try:
+            found = point.load()
+        except Exception as error:
+            raise ConfigError(place, point.value, f"cannot be loaded: {error}") from error
+        yield place, point.value, found
