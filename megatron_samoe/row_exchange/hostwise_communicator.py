@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -38,21 +40,24 @@ class HostwiseCommunicator(Communicator):
             return self._failed
         sends, receives = _bytes_of(x), _bytes_of(received)
         send_offsets, recv_offsets = _starts(send_bytes), _starts(recv_bytes)
-        works = []
+        transfers = []
         for step in range(1, self.group.size):
             to, source = (self.group.rank + step) % self.group.size, (self.group.rank - step) % self.group.size
             if recv_bytes[source] and source not in self._here:
                 part = receives[recv_offsets[source] : recv_offsets[source] + recv_bytes[source]]
-                works.append((source, "from", self._receive(part, source)))
+                transfers.append((source, "from", partial(self._receive, part, source)))
             if send_bytes[to] and to not in self._here:
                 part = sends[send_offsets[to] : send_offsets[to] + send_bytes[to]]
-                works.append((to, "to", self._send(part, to)))
+                transfers.append((to, "to", partial(self._send, part, to)))
+        # Where a peer has died, a transfer may fail when it is begun as well as later.
+        works = [(peer, direction, _attempt(begin)) for peer, direction, begin in transfers]
         own = [[values[rank] for rank in self._here] for values in (send_offsets, send_bytes, recv_offsets, recv_bytes)]
-        problem = self._local.exchange_parts(x, received, *own)
-        if not problem:
-            problem = _first_failure(works)
-            if problem:
-                self._local.abort(problem)
+        problem = _first_failure([work for work in works if isinstance(work[2], RuntimeError)])
+        of_host = "" if problem else self._local.exchange_parts(x, received, *own)
+        problem = problem or ("" if of_host else _first_failure(works))
+        if problem:
+            self._local.abort(problem)
+        problem = problem or of_host
         self._failed = problem
         return problem
 
@@ -81,10 +86,19 @@ def _starts(sizes: list[int]) -> list[int]:
     return [0, *accumulate(sizes)][: len(sizes)]
 
 
-def _first_failure(works: list[tuple[int, str, dist.Work | None]]) -> str:
+def _attempt(begin: Callable[[], dist.Work | None]) -> dist.Work | RuntimeError | None:
+    try:
+        return begin()
+    except RuntimeError as error:
+        return error
+
+
+def _first_failure(works: Sequence[tuple[int, str, dist.Work | RuntimeError | None]]) -> str:
     """Waits for all transfers; returns an empty string, or what failed."""
     for peer, direction, work in works:
         try:
+            if isinstance(work, RuntimeError):
+                raise work
             if work is not None:
                 work.wait()
         except RuntimeError as error:

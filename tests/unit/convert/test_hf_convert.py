@@ -266,7 +266,6 @@ def test_pickles_are_refused(made: SimpleNamespace, run: Run, tmp_path: Path, mo
         ({"model_type": "lama"}, "Did you mean 'llama'"),
         ({"hidden_size": 64}, "its config.json says"),
         ({"num_hidden_layers": 3}, "has no tensor model.layers.2."),
-        ({"num_hidden_layers": 1, "moe_layers": [True]}, "tensors that a samoe model of its config.json has no place for"),
         ({"vocab_size": None}, "config.json: vocab_size"),
         ({"expert_layout": "other"}, "config.json: expert_layout = 'other'"),
         ({"hidden_act": "relu"}, "config.json: hidden_act = 'relu'"),
@@ -279,6 +278,16 @@ def test_configurations_that_do_not_fit_are_named(
     folder = copied(made, "hf", tmp_path / "hf")
     edited_json(folder / "config.json", **changes)
     assert_refused(run("--load-dir", folder, "--save-dir", tmp_path / "new"), message)
+
+
+def test_a_tensor_without_a_place_is_named(made: SimpleNamespace, run: Run, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copied(made, "hf", tmp_path / "hf")
+    file = min(folder.glob("*.safetensors"))
+    save_file({**load_file(file), "model.layers.0.mlp.other": torch.zeros(2)}, file, {"format": "pt"})
+    result = run("--load-dir", folder, "--save-dir", tmp_path / "new")
+    assert_refused(result, "tensors that a samoe model of its config.json has no place for: model.layers.0.mlp.other")
 
 
 def test_what_an_export_remembers_counts_only_for_its_own_model(
