@@ -16,11 +16,12 @@ import torch
 
 from megatron_samoe import children
 from megatron_samoe.log import logger
-from megatron_samoe.ops import extension, twin_checks
+from megatron_samoe.ops import extension
 from megatron_samoe.ops.asynchronous import runs_behind_host
 from megatron_samoe.ops.extension import TRAINING_KERNELS, CudaKernel
 from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.state import ParallelState
+from megatron_samoe.runtime import twin_checks
 
 #: What a process that compares kernels says of each: an empty string, or what is wrong.
 Verdicts = Mapping[CudaKernel, str]

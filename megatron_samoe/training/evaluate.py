@@ -11,10 +11,9 @@ from torch import Tensor
 
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.pipeline_parallel.schedule_plan import forward_plan
-from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.hook import Record, Run
 from megatron_samoe.training.micro_batches import Batch, run_micro_batches
 from megatron_samoe.training.setup import TrainSetup
-from megatron_samoe.training.train_step import StepResult
 
 
 @dataclass(frozen=True)
@@ -75,20 +74,6 @@ def evaluate_run(run: Run, with_test: bool) -> Record:
             batches = run.data.evaluation_batches(data)
             record |= evaluation_record(name, evaluate(run.setup, batches, data.names))
     return record
-
-
-class Evaluation(Hook):
-    """Evaluates every --eval-interval steps, and after the last on test data as well."""
-
-    def wants_record(self, run: Run) -> bool:
-        """Whether an evaluation is due."""
-        training = run.setup.config.training
-        return run.state.iteration == training.train_iters or run.state.iteration % training.eval_interval == 0
-
-    def contribute(self, run: Run, result: StepResult, record: Record) -> None:
-        """Adds the losses."""
-        if self.wants_record(run):
-            record |= evaluate_run(run, with_test=run.state.iteration == run.setup.config.training.train_iters)
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterable[list[Batch]]:

@@ -25,12 +25,12 @@ from megatron_samoe.training.evaluate import evaluate_run
 from megatron_samoe.training.exit_signals import ExitSignals
 from megatron_samoe.training.hang_watch import HangWatch
 from megatron_samoe.training.hook import Hook
+from megatron_samoe.training.hooks.profiling import run_folder
 from megatron_samoe.training.metrics import Stopwatch, make_record
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.named_range import named_range
 from megatron_samoe.training.non_finite import raise_non_finite
 from megatron_samoe.training.owned_folder import owned_folder
-from megatron_samoe.training.profiling import run_folder
 from megatron_samoe.training.setup import TrainSetup, initial_state
 from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.teacher import load_teacher

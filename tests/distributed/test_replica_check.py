@@ -7,7 +7,7 @@ import torch
 
 from megatron_samoe.errors import ReplicaDriftError
 from megatron_samoe.parallel_state import initialize_model_parallel
-from megatron_samoe.training.replica_check import check_pool_replicas
+from megatron_samoe.training.hooks.replica_check import check_pool_replicas
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 from tests.harness.ranks import run_ranks

@@ -20,7 +20,7 @@ from megatron_samoe.ops.topk_gate import described
 from megatron_samoe.parallel_state import initialize_model_parallel, single_process_state
 from megatron_samoe.runtime.load import load_model
 from megatron_samoe.training.hook import Hook, Record, Run
-from megatron_samoe.training.loggers import ConsoleLog
+from megatron_samoe.training.hooks.loggers import ConsoleLog
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.setup import Extensions, TrainSetup, build_setup
 from megatron_samoe.training.train_step import StepResult
@@ -149,7 +149,7 @@ def test_a_balance_strategy_from_outside_keeps_nobody_from_running_a_model(
     config = tiny_config("moe", eval_iters=0, mock_data=True)
     config = with_options(config, save=str(tmp_path / "c"), load=str(tmp_path / "c"))
     said: list[str] = []
-    monkeypatch.setattr("megatron_samoe.training.loggers.logger.info", said.append)
+    monkeypatch.setattr("megatron_samoe.training.hooks.loggers.logger.info", said.append)
     train_to(config, 1, ModelParts(balance=EvenScores), ConsoleLog(1))
     (line,) = (text for text in said if "lm loss" in text)
     assert "least load entropy" in line and "load balancing loss" not in line

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_samoe.ops import twin_checks
 from megatron_samoe.ops.combine import combine_banks_backward
 from megatron_samoe.ops.cross_entropy import cross_entropy_parts
 from megatron_samoe.ops.permute import gather_rows, invert_index, make_permutation, permute, unpermute
 from megatron_samoe.ops.topk_gate import topk_gate
+from megatron_samoe.runtime import twin_checks
 from tests.harness.ranks import RankFailure, run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16)

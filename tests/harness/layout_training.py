@@ -20,7 +20,7 @@ from megatron_samoe.parallel_state.rank_grid import GROUPS
 from megatron_samoe.pipeline_parallel.p2p_communication import PipelineChannel
 from megatron_samoe.row_exchange.exchange import with_exchange
 from megatron_samoe.training.checkpointing import model_state
-from megatron_samoe.training.moe_diagnostics import expert_grad_norms
+from megatron_samoe.training.hooks.moe_diagnostics import expert_grad_norms
 from megatron_samoe.training.setup import Extensions, build_setup, initial_state
 from megatron_samoe.training.teacher import load_teacher
 from megatron_samoe.training.train_step import train_step

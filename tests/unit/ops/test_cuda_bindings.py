@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_samoe.ops import extension, reference, twin_checks
+from megatron_samoe.ops import extension, reference
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.permute import gather_rows, invert_index
 from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.runtime import twin_checks
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 from tests.harness import emulated_cuda

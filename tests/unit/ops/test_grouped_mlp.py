@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
-from megatron_samoe.ops.twin_checks import check_grouped_mlp, expert_weights, grouped_mlp_twin, routed_rows
+from megatron_samoe.runtime.twin_checks import check_grouped_mlp, expert_weights, grouped_mlp_twin, routed_rows
 from tests.harness.extension_off import without_extension
 
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")

@@ -21,7 +21,7 @@ from megatron_samoe.ops.asynchronous import taken_for_gpu
 from megatron_samoe.ops.grouped_mlp import grouped_mlp
 from megatron_samoe.ops.grouped_products import ExpertRows, use_grouped_mm
 from megatron_samoe.ops.permute import gather_rows, make_permutation, unpermute
-from megatron_samoe.ops.twin_checks import (
+from megatron_samoe.runtime.twin_checks import (
     check_grouped_mlp,
     check_rows,
     expert_weights,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_samoe.training.coefficient_watch import CoefficientWatch
 from megatron_samoe.training.hooks import default_hooks
+from megatron_samoe.training.hooks.coefficient_watch import CoefficientWatch
 from tests.harness.tiny import tiny_config
 
 EVEN = torch.ones(3, 2, 1, 2)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_samoe.parallel_state.state import single_process_state
-from megatron_samoe.training.loggers import MetricsFile
+from megatron_samoe.training.hooks.loggers import MetricsFile
 from megatron_samoe.training.machine import machine_facts
 
 

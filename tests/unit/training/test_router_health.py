@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.training.hooks.router_watch import PATIENCE_STEPS, RouterWatch
 from megatron_samoe.training.router_health import RouterHealth, load_entropy
-from megatron_samoe.training.router_watch import PATIENCE_STEPS, RouterWatch
 from tests.harness.tiny import tiny_config
 
 EVEN, ONE = [25.0] * 4, [100.0, 0.0, 0.0, 0.0]

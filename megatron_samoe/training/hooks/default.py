@@ -8,15 +8,15 @@ from typing import Any
 
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.training.coefficient_watch import CoefficientWatch
-from megatron_samoe.training.evaluate import Evaluation
 from megatron_samoe.training.hook import Hook
-from megatron_samoe.training.loggers import ConsoleLog, MetricsFile, ProgressBar, TensorBoard, Tracker
-from megatron_samoe.training.moe_diagnostics import LayerDiagnostics
-from megatron_samoe.training.profiling import StepProfiler
-from megatron_samoe.training.replica_check import ReplicaCheck
-from megatron_samoe.training.router_watch import RouterWatch
-from megatron_samoe.training.step_warnings import StepWarnings
+from megatron_samoe.training.hooks.coefficient_watch import CoefficientWatch
+from megatron_samoe.training.hooks.evaluation import Evaluation
+from megatron_samoe.training.hooks.loggers import ConsoleLog, MetricsFile, ProgressBar, TensorBoard, Tracker
+from megatron_samoe.training.hooks.moe_diagnostics import LayerDiagnostics
+from megatron_samoe.training.hooks.profiling import StepProfiler
+from megatron_samoe.training.hooks.replica_check import ReplicaCheck
+from megatron_samoe.training.hooks.router_watch import RouterWatch
+from megatron_samoe.training.hooks.step_warnings import StepWarnings
 
 
 def default_hooks(config: PretrainConfig, machine: Mapping[str, Any] | None = None) -> list[Hook]:

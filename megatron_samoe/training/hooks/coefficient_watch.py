@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.log import logger
 from megatron_samoe.training.hook import Hook, Record, Run
-from megatron_samoe.training.moe_diagnostics import gathered_coefficients
+from megatron_samoe.training.hooks.moe_diagnostics import gathered_coefficients
 from megatron_samoe.training.train_step import StepResult
 
 #: A layer whose coefficients are below this share of the largest layer's says next to nothing.
