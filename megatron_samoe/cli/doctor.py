@@ -60,7 +60,7 @@ def findings(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
 def _extension() -> Finding:
     info = extension.build_info()
     if not extension.available():
-        slower = "a slower twin in plain torch does the work of each op"
+        slower = "a slower reference in plain torch does the work of each op"
         why = f"{slower}; the line above says why" if info else f"it is not built, and {slower}. {how_to_build()}"
         return Finding("note", "compiled extension", why)
     cuda = "with CUDA kernels" if extension.has_cuda_kernels() else "without CUDA kernels"

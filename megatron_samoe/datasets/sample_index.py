@@ -156,7 +156,7 @@ def _blend(weights: np.ndarray, limits: np.ndarray, total: int) -> BlendIndex:
 def shuffle(values: np.ndarray, random_state: np.random.RandomState) -> None:
     """Shuffles 4- or 8-byte `values` in place exactly as `random_state.shuffle` does, and advances its state alike.
 
-    The compiled twin draws the swaps of a window ahead and prefetches them: numpy waits for memory at each.
+    The compiled version draws the swaps of a window ahead and prefetches them: numpy waits for memory at each.
     """
     ops = _compiled()
     if ops is None or values.dtype.itemsize not in (4, 8) or not values.flags.c_contiguous:

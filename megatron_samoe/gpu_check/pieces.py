@@ -91,7 +91,7 @@ def machine(task: Task) -> Iterator[Row]:
 
 
 def tests(task: Task) -> Iterator[Row]:
-    """The tests for GPUs: ops, decoding, training steps and NCCL against the CPU's slow twins."""
+    """The tests for GPUs: ops, decoding, training steps and NCCL against the CPU's reference implementations."""
     if not (ROOT / "tests/gpu").is_dir():
         raise NotHere("needs the source tree")
     report = task.folder / "tests.xml"

@@ -32,7 +32,7 @@ WEIGHT_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
 def precision_of(model: RankModel) -> Precision:
-    """Returns the precision in which a model is served unless told: its own, or fp32 for fp16."""
+    """Returns the precision in which a model is served by default: its own, or fp32 for fp16."""
     return "bf16" if model.dtype == torch.bfloat16 else "fp32"
 
 
@@ -76,7 +76,7 @@ def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pag
 
 
 def default_cache_experts(config: PretrainConfig) -> int:
-    """Returns the experts that an on-the-fly cache holds unless told: for each combined layer those of two tokens, or all."""
+    """Returns the experts that an on-the-fly cache holds by default: for each combined layer those of two tokens, or all."""
     return sum(min(place.num_experts, 2 * config.moe.moe_router_topk) for place in combined_layers(config))
 
 

@@ -1,4 +1,4 @@
-"""Devices that run behind the host, and the one way to read their numbers.
+"""Devices that work asynchronously, and the one way to read their numbers.
 
 On such a device a number is not there when the host has asked for it: reading one makes the host wait for all earlier
 work. So ops keep what depends on data (how many rows an expert has) in tensors of the device, and sizes come from
@@ -25,7 +25,7 @@ def runs_behind_host(device: torch.device) -> bool:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Returns the compute capability of a device that runs behind the host."""
+    """Returns the compute capability of a device that works asynchronously."""
     return DEVICES[device.type](device)
 
 

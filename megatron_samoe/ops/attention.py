@@ -1,7 +1,7 @@
 """Causal attention with what scores may have besides: a window of recent keys, a soft cap, and a sink.
 
 Queries are taken block by block, each with the keys that its window reaches. So no tensor is as large as a sequence squared.
-`reference.attention` is the slow twin.
+`reference.attention` is the reference implementation.
 
 Letters as in CONTRIBUTING.md, and L: keys, of which the last S are the queries' own.
 """

@@ -1,7 +1,7 @@
 """Layers over a few tokens for decoding, which read each weight (fp32, bf16 or int8) once.
 
 Activations are fp32 and flat, [T, H], whatever the weights are. With the compiled extension each block is one call that
-streams the weights from memory: on a CPU, and on CUDA where its kernels are asked for. Otherwise the twins of
+streams the weights from memory: on a CPU, and on CUDA where its kernels are asked for. Otherwise the references of
 ops/decode_reference.py do the same in torch, on any device. Compiled, a token's results have the same bits whatever
 other tokens share the call.
 

@@ -1,4 +1,4 @@
-"""Slow twins of the ops of ops/decode.py in plain torch: the specification, the fallback and the oracle of their tests."""
+"""Reference implementations of the ops of ops/decode.py in plain torch: the specification, the fallback and the oracle of their tests."""
 
 from __future__ import annotations
 

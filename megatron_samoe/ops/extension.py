@@ -2,12 +2,12 @@
 
 Nothing happens at import. The first op that runs loads `megatron_samoe/_C*.so`, if it is there, takes the running torch
 and was built from these sources. It uses torch's stable ABI alone, so it takes every torch from `oldest_torch` of its
-record on. Otherwise the slow twins of ops/reference.py do the work, and one line says so.
+record on. Otherwise the reference implementations of ops/reference.py do the work, and one line says so.
 MEGATRON_SAMOE_EXTENSION=off never loads it, =require raises ExtensionError instead of falling back, and =auto (the
 default) falls back.
 
 A CUDA tensor goes to a CUDA kernel that this process trusts. MEGATRON_SAMOE_CUDA_KERNELS=auto (the default) trusts those of
-training that `runtime.kernels` has compared with their twins at the start of a run; =1 all, unseen; =0 none.
+training that `runtime.kernels` has compared with their references at the start of a run; =1 all, unseen; =0 none.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def trusting(kernels: Iterable[CudaKernel]) -> Iterator[None]:
 
 
 def cuda_kernels_are_chosen() -> bool:
-    """Returns whether a run chooses its CUDA kernels by comparing them with their twins."""
+    """Returns whether a run chooses its CUDA kernels by comparing them with their references."""
     return _asked_for() is None
 
 

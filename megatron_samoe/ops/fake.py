@@ -27,7 +27,7 @@ def _topk_gate_backward(logits_TE: Tensor, *others: object) -> Tensor:
 
 
 def _make_permutation(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # How many slots are kept is in the data; a device that runs behind the host has a row for each.
+    # How many slots are kept is in the data; a device that works asynchronously has a row for each.
     dynamic = not runs_behind_host(ids_TK.device)
     num_rows = torch.library.get_ctx().new_dynamic_size() if dynamic else ids_TK.numel()
     ends_E = ids_TK.new_empty(num_experts, dtype=torch.int32)

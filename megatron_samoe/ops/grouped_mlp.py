@@ -1,7 +1,7 @@
 """Expert MLPs over rows that are sorted by expert: two products per expert, activation between.
 
 On a CPU the compiled op runs whole experts per thread, with activation and bias between the products while the rows are
-in the cache. Without the op each expert is one call of the BLAS. On a device that runs behind the host, products are
+in the cache. Without the op each expert is one call of the BLAS. On a device that works asynchronously, products are
 those of all experts together, and the host does not know how many rows an expert has (`grouped_products`).
 
 Weight gradients are added straight into fp32 main gradients where the caller has them: page faults of fresh gradient
@@ -24,7 +24,7 @@ from megatron_samoe.ops import extension, grouped_products
 from megatron_samoe.ops.asynchronous import runs_behind_host
 from megatron_samoe.ops.grouped_products import ExpertRows
 
-#: Rows of each expert. On a device that runs behind the host, a tensor of the device, or what was made of it.
+#: Rows of each expert. On a device that works asynchronously, a tensor of the device, or what was made of it.
 Counts = Sequence[int] | Tensor | ExpertRows
 
 #: gelu is the tanh form, as GPT-2 and GPT-3 have it.

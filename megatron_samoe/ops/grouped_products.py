@@ -43,7 +43,7 @@ class Blocks:
 
 
 class ExpertRows:
-    """How many of R rows each of e experts has, on a device that runs behind the host.
+    """How many of R rows each of e experts has, on a device that works asynchronously.
 
     Args:
         counts_e: rows of each expert; rows after these count as the last expert's, and have no gradient.

@@ -73,7 +73,7 @@ def row_ops(*tensors: Tensor) -> Any:
 
 
 def _ops(*tensors: Tensor) -> Any:
-    """Returns the row ops for these tensors; None where autograd goes through the twins."""
+    """Returns the row ops for these tensors; None where autograd goes through the references."""
     ops = row_ops(*tensors)
     return None if ops is rows_by_gather and not runs_behind_host(tensors[0].device) else ops
 

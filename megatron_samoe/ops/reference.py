@@ -1,4 +1,4 @@
-"""The slow twin of every op: the specification, the fallback without the extension, and the oracle of its tests.
+"""The reference implementation of every op: the specification, the fallback without the extension, and the oracle of its tests.
 
 Plain torch, differentiable through autograd, any floating dtype. Sums are held in fp32, or in fp64 for fp64 tensors.
 """

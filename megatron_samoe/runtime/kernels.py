@@ -1,4 +1,4 @@
-"""The choice of a run's CUDA kernels: those that agree with their twins on this machine, the same on all ranks.
+"""The choice of a run's CUDA kernels: those that agree with their references on this machine, the same on all ranks.
 
 A kernel can do worse than to compute a wrong number: an access outside memory ends every later call of its process. So
 a process of its own compares them, which may fail, die or hang without harm.
@@ -66,7 +66,7 @@ def agreement(found: Sequence[Verdicts], recorded: Sequence[str] | None) -> tupl
     problems = {k: next((v[k] for v in found if v[k]), "") for k in TRAINING_KERNELS}
     agreeing = [k for k in TRAINING_KERNELS if not problems[k]]
     kernels = [k for k in agreeing if recorded is None or k in recorded]
-    parts = [f"CUDA kernels: {', '.join(kernels)} agree with their twins" if kernels else "CUDA kernels: none"]
+    parts = [f"CUDA kernels: {', '.join(kernels)} agree with their references" if kernels else "CUDA kernels: none"]
     if set(problems.values()) == {_NOT_BUILT}:
         parts.append("the extension was built without them (MEGATRON_SAMOE_BUILD=cuda builds them)")
     else:
@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             _CHECKS[kernel](device)
         except AssertionError as error:
-            print(json.dumps([kernel, "it differs from its twin: " + " ".join(str(error).split())]), flush=True)
+            print(json.dumps([kernel, "it differs from its reference: " + " ".join(str(error).split())]), flush=True)
             continue
         except RuntimeError as error:
             print(json.dumps([kernel, str(error).splitlines()[0]]), flush=True)

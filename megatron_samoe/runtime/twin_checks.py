@@ -1,4 +1,4 @@
-"""Ops against their slow twins, on any device: results and all gradients. The twins run on the CPU, mostly in fp64.
+"""Ops against their reference implementations, on any device: results and all gradients. The references run on the CPU, mostly in fp64.
 
 A difference is an AssertionError. The package's tests call these checks with many sizes; a run on GPUs calls the small
 ones at its start (`runtime.kernels`).
@@ -39,7 +39,7 @@ def check_gate(
     logits_TE: Tensor, topk: int, score_function: str, pre_softmax: bool, num_groups: int, device: Device = "cpu",
     key_TE: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Compares topk_gate on a device with its twin for fp32 logits."""
+    """Compares topk_gate on a device with its reference for fp32 logits."""
     key = None if key_TE is None else key_TE.to(device)
     twin_arguments = (topk, score_function == "sigmoid", pre_softmax, num_groups, key_TE)
 
@@ -78,7 +78,7 @@ def random_ids(num_tokens: int, topk: int, num_experts: int, drop: bool, seed: i
 
 
 def check_rows(ids_TK: Tensor, num_experts: int, hidden: int, dtype: torch.dtype, device: Device = "cpu") -> None:
-    """Compares make_permutation, permute and unpermute on a device with their twins."""
+    """Compares make_permutation, permute and unpermute on a device with their references."""
     num_tokens, topk = ids_TK.shape
     generator = torch.Generator().manual_seed(5)
     x_TH = torch.randn(num_tokens, hidden, generator=generator).to(dtype).requires_grad_()
@@ -138,7 +138,7 @@ def combine_inputs(
 
 
 def check_combine(coefficients_LGP: Tensor, banks_PGN: Tensor, dW_LGN: Tensor, device: Device = "cpu") -> None:
-    """Compares combine_banks and its backward on a device with their twins; the inputs lie on the CPU."""
+    """Compares combine_banks and its backward on a device with their references; the inputs lie on the CPU."""
     exact = reference.combine_banks(coefficients_LGP.double(), banks_PGN.double(), torch.float64)
     bound = coefficients_LGP.double().abs()
     scale = reference.combine_banks(bound, banks_PGN.double().abs(), torch.float64)
@@ -172,7 +172,7 @@ def cross_entropy_inputs(
 def check_cross_entropy(
     num_tokens: int, width: int, first_id: int, seed: int, dtype: torch.dtype, device: Device = "cpu"
 ) -> None:
-    """Compares cross_entropy_parts and cross_entropy_backward on a device with their twins."""
+    """Compares cross_entropy_parts and cross_entropy_backward on a device with their references."""
     logits_TV, labels_T, dloss_T = cross_entropy_inputs(num_tokens, width, first_id, seed, dtype)
     exact = reference.cross_entropy_parts(logits_TV.double(), labels_T, first_id)
     got = cross_entropy_parts(logits_TV.to(device), labels_T.to(device), first_id)
@@ -202,7 +202,7 @@ def expert_weights(
 
 
 def grouped_mlp_twin(x_RH: Tensor, rows: Sequence[int], w: ExpertWeights, activation: str) -> Tensor:
-    """Returns the twin's y_RH."""
+    """Returns the reference's y_RH."""
     return reference.grouped_mlp(x_RH, rows, w.w1, w.w2, w.b1, w.b2, activation == "swiglu")
 
 
@@ -221,7 +221,7 @@ def check_grouped_mlp(
     rows: list[int], F: int, H: int, activation: Any, bias: bool, dtype: torch.dtype, tolerance: float,
     main_grads: bool, device: Device = "cpu",
 ) -> None:  # fmt: skip
-    """Compares grouped_mlp on a device with its twin in fp64: the output and the gradients of all inputs.
+    """Compares grouped_mlp on a device with its reference in fp64: the output and the gradients of all inputs.
 
     Args:
         main_grads: whether gradients are added twice to fp32 main gradients; else autograd gets them.

@@ -35,7 +35,7 @@ def test_a_kernel_that_differs_is_named(monkeypatch: pytest.MonkeyPatch, capsys:
     without_extension(monkeypatch)
     assert kernels.main(["cpu", "combination", "swiglu"]) == 0
     verdicts = dict(map(json.loads, capsys.readouterr().out.splitlines()))
-    assert verdicts["combination"].startswith("it differs from its twin") and verdicts["swiglu"] == ""
+    assert verdicts["combination"].startswith("it differs from its reference") and verdicts["swiglu"] == ""
 
 
 def test_an_error_of_the_device_ends_the_process(
@@ -80,7 +80,7 @@ def verdicts(**problems: str) -> Any:
 
 def test_hosts_use_what_agrees_on_all_and_a_run_keeps_what_it_used() -> None:
     every, line = kernels.agreement([verdicts(), verdicts()], None)
-    assert every == list(TRAINING_KERNELS) and line.endswith("combination, swiglu agree with their twins")
+    assert every == list(TRAINING_KERNELS) and line.endswith("combination, swiglu agree with their references")
     found, line = kernels.agreement([verdicts(), verdicts(rows="it differs")], None)
     assert found == [k for k in every if k != "rows"] and "torch does the work of rows: it differs" in line
     found, line = kernels.agreement([verdicts(gate="it differs")], ["gate", "rows"])
