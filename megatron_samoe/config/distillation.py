@@ -13,7 +13,7 @@ class DistillationConfig:
     """What a run learns from a teacher."""
 
     teacher: str | None = option(None)
-    """Folder of a run, of checkpoints, or of one checkpoint, whose newest model teaches: the loss is cross-entropy plus
+    """Folder of a run, of checkpoints, or of one checkpoint, whose newest model teaches. The loss is cross-entropy plus
     weight * T^2 * KL(teacher || student) over the vocabulary, at temperature T. It may have any layers, widths and experts,
     and the same vocabulary."""
     teacher_temperature: float = option(1.0, range=ABOVE_ZERO, needs=needs.TEACHER)
