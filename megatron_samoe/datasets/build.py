@@ -104,7 +104,9 @@ def splits_of(data: DataConfig) -> Iterator[Split]:
     if any(per_split.values()):
         return
     if not data.data_path:
-        raise DataError("No data: give --data-path, or --train-data-path and its sisters, or --mock-data.")
+        raise DataError(
+            "No data: give --data-path, or --train-data-path (and --valid-data-path, --test-data-path), or --mock-data."
+        )
     blend = blends.parse_blend(data.data_path)
     if isinstance(blend, dict):
         yield from (Split(name, part, (0.0, 1.0), own_data=True) for name, part in blend.items())

@@ -1,4 +1,4 @@
-"""What hangs from the training loop: a hook is called at points of every step, on every rank, with the run in hand."""
+"""What the training loop calls: a hook is called at points of every step, on every rank, with the run in hand."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Hook:
             close = difflib.get_close_matches(name, points, n=1, cutoff=0.8)
             if close and callable(vars(cls)[name]) and not name.startswith("_"):
                 raise TypeError(
-                    f"{cls.__name__}.{name} is no point of a hook and would never be called; is it {close[0]}?"
+                    f"{cls.__name__}.{name} is not one of a hook's points and would never be called; is it {close[0]}?"
                 )
 
     def start(self, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: step, record, save, leave. All else hangs from hooks."""
+"""The training loop: step, record, save, leave. Hooks do everything else."""
 
 from __future__ import annotations
 

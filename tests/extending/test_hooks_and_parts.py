@@ -168,7 +168,7 @@ def test_parts_and_hooks_of_another_kind_are_refused() -> None:
     setup = build_setup(tiny_config("moe"), VOCAB_SIZE, single_process_state())
     with pytest.raises(TypeError, match="is no Hook"):
         Trainer(setup, Batches(setup), [Witness])  # type: ignore[arg-type,list-item]
-    with pytest.raises(TypeError, match=r"pre_optimizer_step is no point of a hook .* is it pre_optim_step"):
+    with pytest.raises(TypeError, match=r"pre_optimizer_step is not one of a hook's points .* is it pre_optim_step"):
         type("Mistyped", (Hook,), {"pre_optimizer_step": lambda self, run: None})
 
 

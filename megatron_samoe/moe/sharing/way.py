@@ -164,6 +164,6 @@ class SharingWay(Protocol):
         """Returns what a layer's experts are made of, without gradients: by it a model decodes, is folded and is shown.
 
         Raises:
-            NotImplementedError: of a way whose experts are no mixtures; such a model trains, and is not decoded.
+            ConfigError: the way's experts are not mixtures of banks; such a model trains, and is not decoded.
         """
         ...

@@ -105,10 +105,11 @@ def gathered_coefficients(setup: TrainSetup) -> Tensor:
     shape = (setup.model.num_moe_layers, 2, groups, moe.num_expert_banks if moe.has_pool else 1)
     a_L2GP = torch.zeros(shape, dtype=torch.float64, device=setup.parallel.device)
     for layer in setup.model.moe_layers():
-        a_2GP = setup.model.mixture(layer.moe).a_2GP
+        mixture = setup.model.mixture(layer.moe)
+        a_2GP = mixture.a_2GP
         if a_2GP is None:
             continue
-        if moe.samoe_granularity == "expert" and a_2GP.shape[2] > 1:
+        if moe.samoe_granularity == "expert" and mixture.combines:
             a_2GP = setup.parallel.ep.all_gather(a_2GP.transpose(0, 1).contiguous()).transpose(0, 1)
         a_L2GP[layer.moe.moe_index, :, :, : a_2GP.shape[2]] = a_2GP
     return setup.parallel.pp.all_reduce(a_L2GP)

@@ -120,12 +120,13 @@ def _write(native: NativeModel) -> dict[str, Any]:
 
 
 def _lent(source: Source, moe: MoEConfig) -> list[Any]:
-    """Returns where our class finds a layer's experts, as its `LentExperts` has it but for their number."""
+    """Returns where our class finds a layer's experts, as its `ExpertSource` has it but for their number."""
     if not source.way.is_shared:
         return [None, 1, None]
     if source.way.in_sets:
         return [f"sets.{source.number}", 1, "none" if source.way.mixes else None]
-    return [source.stored(0).split(".")[1], moe.num_expert_banks, moe.samoe_normalization if source.way.mixes else None]
+    banks, normalization = (moe.num_expert_banks, moe.samoe_normalization) if source.way.combines else (1, None)
+    return [source.stored(0).split(".")[1], banks, normalization]
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
