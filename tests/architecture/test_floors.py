@@ -178,6 +178,45 @@ def test_the_package_imports_nothing_of_tools() -> None:
         assert not [name for name in names if name.partition(".")[0] == "tools"], path
 
 
+def names_of(path: Path) -> set[str]:
+    """Returns what a module binds at its top, and the modules below it where it is a package."""
+    found = (
+        {p.stem for p in path.parent.iterdir() if p.suffix == ".py" or p.is_dir()} if path.stem == "__init__" else set()
+    )
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    return found
+
+
+def lost_imports(path: Path, names: dict[str, set[str]]) -> list[str]:
+    """Returns what a file imports of some modules (each with its names) that they do not have."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not node.level and (module := node.module or "") in names:
+            found += [f"{path.name}:{node.lineno} {module}.{a.name}" for a in node.names if a.name not in names[module]]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in OUR_PACKAGES:
+            found += [f"{path.name}:{node.lineno} {node.module}"] if node.module not in names else []
+    return found
+
+
+OUR_PACKAGES = ("megatron_samoe", "tests", "tools")
+
+
+def test_tests_and_tools_import_what_there_is() -> None:
+    """A file that cannot be imported is an error that the tests of the changed room do not show."""
+    paths = [path for package in OUR_PACKAGES for path in (REPOSITORY / package).rglob("*.py")]
+    names = {module_of(path): names_of(path) for path in paths}
+    for path in paths:  # A folder without __init__ is a package too.
+        names.setdefault(module_of(path.parent / "x").rpartition(".")[0], {p.stem for p in path.parent.iterdir()})
+    lost = [fault for path in paths for fault in lost_imports(path, names)]
+    assert not lost, "\n".join(lost)
+
+
 def test_files_stay_small() -> None:
     files = [*sources(), *(REPOSITORY / "tools").rglob("*.py"), *(REPOSITORY / "cpp_ext").rglob("*.cpp")]
     lengths = {str(p.relative_to(REPOSITORY)): len(p.read_text().splitlines()) for p in files}
