@@ -20,8 +20,8 @@ from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.training import preflight
-from megatron_samoe.training.hooks import loggers
 from megatron_samoe.training.hang_watch import HangWatch
+from megatron_samoe.training.hooks import loggers
 from megatron_samoe.training.spikes import SpikeHistory
 from tests.harness.program import arguments, records, start, write_corpus
 from tests.harness.ranks import run_ranks
