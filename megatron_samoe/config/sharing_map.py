@@ -21,7 +21,7 @@ GROUP = "megatron_samoe.ways_of_sharing"
 
 @dataclass(frozen=True)
 class Way:
-    """A way of sharing: what is asked of it without tensors.
+    """A way of sharing: what is asked of it without tensors. What makes it is in `moe/sharing/mapped.py`, `_MAKE`, or its `make`.
 
     Attributes:
         name: in --expert-sharing and its maps.

@@ -274,29 +274,29 @@ def _end_of_step(cost: Cost, planned: PlannedModel, links: Links) -> None:
         cost.add(kind, seconds, sent)
     cost.add("optimizer", updated * OPTIMIZER_TRAFFIC_BYTES * memory_s)
     if config.optimizer.optimizer == "muon":
-        cost.add("muon", max(_muon_seconds(planned, stage, links) for stage in planned.stages.distinct))
+        cost.add("muon", *max(_muon(planned, stage, links) for stage in planned.stages.distinct))
     moved = fold_bytes(planned, num_micro_batches(config, links.cluster.world_size))
     if moved:
         cost.add("fold", moved * memory_s)
 
 
-def _muon_seconds(planned: PlannedModel, stage: int, links: Links) -> float:
-    """Returns the seconds of making a stage's matrices orthogonal, with their way to owners and back in fp32."""
+def _muon(planned: PlannedModel, stage: int, links: Links) -> tuple[float, float]:
+    """Returns (seconds, bytes sent) of making a stage's matrices orthogonal, with their way to owners and back in fp32."""
     config, grid, rank = planned.config, links.grid, planned.first_rank_of(stage)
     found = matrices_of(planned, rank)
     share = 1.0 if config.optimizer.muon_ns_dtype == "bf16" else FP32_SHARE
-    seconds = flops_of_rank(found, config.optimizer, grid, rank) / (
-        links.cluster.flops * share * links.cluster.efficiency
-    )
+    flops = flops_of_rank(found, config.optimizer, grid, rank)
+    costs = [(flops / (links.cluster.flops * share * links.cluster.efficiency), 0.0)]
     for m in found:
         group, whole = m.tag.gradient_group, 4.0 * (m.numel if m.tag.slice is None else math.prod(m.tag.slice.shape))
         if m.tag.slice is not None or config.parallel.use_distributed_optimizer:
-            seconds += 2 * links.all_to_all(group, whole / links.size(group))[0]
+            costs += 2 * [links.all_to_all(group, whole / links.size(group))]
         else:
-            seconds += links.gather(group, whole)[0]
+            costs.append(links.gather(group, whole))
         if m.split is not None:
-            seconds += 2 * links.all_to_all(m.split, whole / links.size(group))[0]
-    return seconds
+            costs += 2 * [links.all_to_all(m.split, whole / links.size(group))]
+    seconds, sent = map(sum, zip(*costs, strict=True))
+    return seconds, sent
 
 
 def _exchanges(planned: PlannedModel, links: Links) -> tuple[Mapping[str, tuple[float, float]], float]:

@@ -1,4 +1,7 @@
-"""What --optimizer muon changes on a rank: the elements of its matrices, and the cost of making them orthogonal."""
+"""What --optimizer muon changes on a rank: the elements of its matrices, and the operations that make them orthogonal.
+
+Who asks: `memory` counts one fp32 moment in place of two for these elements, `layout_cost` the time and the exchanges.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """How a rank keeps the pool's banks between steps, whole or as a slice, and who sums their gradients.
 
+A gradient is summed over layers and micro-batches by the way's lender (`finish_step`), and over ranks here, by
+`bank_exchange.py` where banks outnumber a stage's layers, or by `distributed/grad_buffer.py` where ranks hold whole banks.
+
 Every pipeline stage and every expert-data-parallel rank uses the same banks. Copies on all of them would lose what
 sharing saves (16 bytes per bank weight on each). So by default each rank holds a slice with its optimizer state. Banks
-are gathered when they are combined. `BankStore.add_gradient` sums their gradients when they are complete (reduce-scatter
-over the bank's group). Banks kept whole are summed as any other weight, by `distributed/grad_buffer.py`.
+are gathered when they are combined, and their gradients are reduce-scattered over the bank's group when they are complete.
 """
 
 from __future__ import annotations

@@ -50,3 +50,12 @@ def test_a_step_takes_longer_and_bf16_products_less() -> None:
     costs = [step_cost(with_options(config, **o), VOCAB_SIZE, CLUSTER).seconds.get("muon", 0.0)
              for o in ({}, {"optimizer": "muon"}, {"optimizer": "muon", "muon_ns_dtype": "bf16"})]  # fmt: skip
     assert costs[0] == 0.0 < costs[2] < costs[1]
+
+
+def test_directions_travel_in_fp32() -> None:
+    """Of two ranks each makes half of them and gets the other half; with slices a quarter of all goes to its owner, and a quarter back."""
+    config = tiny_config("dense", optimizer="muon")
+    whole_bytes = 4 * sum(m.numel for m in matrices_of(PlannedModel(config, VOCAB_SIZE, 1), 0))
+    for zero in (False, True):
+        cost = step_cost(with_layout(config, zero=zero), VOCAB_SIZE, Cluster(2, 2, 1e11, 1e15, 4e11, 5e10))
+        assert cost.sent_bytes["muon"] == pytest.approx(whole_bytes / 2)

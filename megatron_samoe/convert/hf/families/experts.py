@@ -1,4 +1,7 @@
-"""Descendants of LLaMA whose layers have experts."""
+"""Descendants of LLaMA whose layers have experts: Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and GraniteMoE.
+
+A router is `model.layers.N.mlp.gate.weight` in Qwen's files, and `layers.N.moe.router.weight` here.
+"""
 
 from __future__ import annotations
 
