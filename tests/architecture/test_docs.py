@@ -1,0 +1,17 @@
+"""The docs stay short enough to be read: a page that grows takes its words from another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+#: Words of all pages, as `wc -w` counts them; the generated reference comes from docstrings.
+MOST_WORDS = 30_000
+
+
+def test_the_docs_hold_no_more_words_than_someone_reads() -> None:
+    pages = [page for page in DOCS.rglob("*.md") if not {"reference", "_build"} & set(page.relative_to(DOCS).parts)]
+    words = {str(page.relative_to(DOCS)): len(page.read_text(encoding="utf-8").split()) for page in pages}
+    longest = sorted(words.items(), key=lambda entry: -entry[1])[:5]
+    assert "results/README.md" in words and len(words) > 25
+    assert sum(words.values()) <= MOST_WORDS, f"docs have {sum(words.values())} words; the longest pages are {longest}"
