@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -163,4 +164,5 @@ def sharing_map(config: PretrainConfig) -> tuple[Source, ...]:
 
 def divisors(n: int) -> list[int]:
     """Returns the divisors of n in rising order."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})
