@@ -251,11 +251,16 @@ def _write(options: Evaluate, runs: Sequence[Run], other: Sequence[Run], is_part
     if options.json:
         content: JsonObject = {
             "runs": [
-                {"name": run.name, "checkpoint": run.folder, "seq_length": run.seq_length, "limit": options.limit,
-                 "results": [result_record(result) for result in run.results]}
+                {
+                    "name": run.name,
+                    "checkpoint": run.folder,
+                    "seq_length": run.seq_length,
+                    "limit": options.limit,
+                    "results": [result_record(result) for result in run.results],
+                }
                 for run in everyone
             ]
-        }  # fmt: skip
+        }
         if len(runs) > 1:
             content["variation"] = [variation_record(v) for v in variations([run.results for run in runs])]
         for second in other:
@@ -282,9 +287,12 @@ def _write_text(path: Path, text: str) -> None:
 
 def _run_harness(options: Evaluate) -> None:
     found = run_harness(
-        options.loaded(options.join()), [name.strip() for name in options.tasks.split(",")],
-        batch_size=options.batch_size, limit=options.limit, include_path=options.include_path,
-    )  # fmt: skip
+        options.loaded(options.join()),
+        [name.strip() for name in options.tasks.split(",")],
+        batch_size=options.batch_size,
+        limit=options.limit,
+        include_path=options.include_path,
+    )
     if this_rank() == 0:
         results = found["results"]
         for task, metrics in results.items():

@@ -125,9 +125,12 @@ def flag_forms() -> tyro.constructors.ConstructorRegistry:
         if not (get_origin(info.type) in (Union, types.UnionType) and set(get_args(info.type)) == {bool, type(None)}):
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*", metavar="[{True,False,None}]", instance_from_str=read,
-            is_instance=lambda value: value is None or isinstance(value, bool), str_from_instance=lambda value: [str(value)],
-        )  # fmt: skip
+            nargs="*",
+            metavar="[{True,False,None}]",
+            instance_from_str=read,
+            is_instance=lambda value: value is None or isinstance(value, bool),
+            str_from_instance=lambda value: [str(value)],
+        )
 
     return registry
 

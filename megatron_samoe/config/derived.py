@@ -51,8 +51,12 @@ def parse_multipliers(field: str, texts: Sequence[str]) -> tuple[tuple[str, floa
         except (ValueError, re.error, OverflowError, RecursionError):
             factor = -1.0
         if not equals or not pattern or not 0 <= factor < float("inf"):
-            raise ConfigError(flag(field), tuple(texts), "must each be PATTERN=FACTOR: a regular expression for names of "
-                              f"parameters, and a finite number, 0 or more, such as 'attention=0.5'; {text!r} is not")  # fmt: skip
+            raise ConfigError(
+                flag(field),
+                tuple(texts),
+                "must each be PATTERN=FACTOR: a regular expression for names of "
+                f"parameters, and a finite number, 0 or more, such as 'attention=0.5'; {text!r} is not",
+            )
         found.append((pattern, factor))
     return tuple(found)
 

@@ -49,9 +49,14 @@ class StepBytes:
 
 
 def step_bytes(
-    config: PretrainConfig, vocab_size: int, batch: int, context: float, serving: Serving, dtype: Precision,
+    config: PretrainConfig,
+    vocab_size: int,
+    batch: int,
+    context: float,
+    serving: Serving,
+    dtype: Precision,
     distinct: float | None = None,
-) -> StepBytes:  # fmt: skip
+) -> StepBytes:
     """Returns the bytes of one token for each of `batch` sequences; each needed weight counts once, also where layers that
     follow each other use one set.
 

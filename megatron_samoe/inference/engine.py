@@ -192,10 +192,11 @@ class Engine:
         length = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_length + 1)
         if length - 1 > self.max_tokens:
             raise ConfigError(
-                "max_new_tokens", request.sampling.max_new_tokens,
+                "max_new_tokens",
+                request.sampling.max_new_tokens,
                 f"prompt and result may have {self.max_tokens} tokens together, as the key-value cache has no more; "
                 f"the prompt has {len(request.prompt_ids)}. A larger max_tokens of the engine helps.",
-            )  # fmt: skip
+            )
         request_id = self._next_id if request_id is None else request_id
         self._next_id = max(self._next_id, request_id + 1)
         sampler = Sampler(request.sampling, request.prompt_ids, self.vocab_size)
@@ -261,9 +262,10 @@ class Engine:
             raise ConfigError("prompt", "", "must hold at least one token")
         if len(ids) > self.context_length:
             raise ConfigError(
-                "prompt", f"{len(ids)} tokens",
+                "prompt",
+                f"{len(ids)} tokens",
                 f"may have {self.context_length} tokens, the model's context",
-            )  # fmt: skip
+            )
         for place, token in enumerate(ids):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
                 raise ConfigError(
@@ -318,7 +320,9 @@ def _cache_slots(wanted: int | None, loaded: LoadedModel) -> int:
 
 def _check_sizes(max_batch: int, max_tokens: int | None, max_step_tokens: int) -> None:
     for name, value, least in (
-        ("max_batch", max_batch, 1), ("max_tokens", max_tokens, PAGE), ("max_step_tokens", max_step_tokens, 1)
-    ):  # fmt: skip
+        ("max_batch", max_batch, 1),
+        ("max_tokens", max_tokens, PAGE),
+        ("max_step_tokens", max_step_tokens, 1),
+    ):
         if value is not None and (not math.isfinite(value) or value < least):
             raise ConfigError(name, value, f"must be {least} or more")

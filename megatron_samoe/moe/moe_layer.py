@@ -56,10 +56,16 @@ class MoELayer(nn.Module):
     """
 
     def __init__(
-        self, place: MoEPlace, router: Router, experts: nn.Module, shared_expert: SharedExpert | None,
-        state: ParallelState, dispatch_chunks: int = 1, overlap_shared_expert: bool = False,
+        self,
+        place: MoEPlace,
+        router: Router,
+        experts: nn.Module,
+        shared_expert: SharedExpert | None,
+        state: ParallelState,
+        dispatch_chunks: int = 1,
+        overlap_shared_expert: bool = False,
         mixing: Mixing | SharedExpertGate | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.moe_index, self.shape, self.state = place.moe_index, place.shape, state
         self.router = router

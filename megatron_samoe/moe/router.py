@@ -57,8 +57,9 @@ class Router(nn.Module):
     #: Parameters whose first dim counts experts, which the lock of a pool gives other numbers.
     by_expert: ClassVar[Sequence[str]] = ("weight", "expert_bias", "candidates")
 
-    def __init__(self, config: MoEConfig, place: MoEPlace, balance: BalanceStrategy, state: ParallelState,
-                 dtype: torch.dtype):  # fmt: skip
+    def __init__(
+        self, config: MoEConfig, place: MoEPlace, balance: BalanceStrategy, state: ParallelState, dtype: torch.dtype
+    ):
         super().__init__()
         self.config, self.place, self.balance, self.state = config, place, balance, state
         dtype = torch.promote_types(dtype, torch.float32)
@@ -106,10 +107,15 @@ class Router(nn.Module):
         """Returns how the configuration and the biases choose."""
         config = self.config
         return ChoiceRule(
-            config.moe_router_topk, config.moe_router_score_function, config.pre_softmax,
-            self.expert_bias if config.moe_router_enable_expert_bias else None, config.moe_router_num_groups or 0,
-            config.moe_router_group_topk or 0, config.moe_router_topk_scaling_factor or 1.0, getattr(self, "candidates", None),
-        )  # fmt: skip
+            config.moe_router_topk,
+            config.moe_router_score_function,
+            config.pre_softmax,
+            self.expert_bias if config.moe_router_enable_expert_bias else None,
+            config.moe_router_num_groups or 0,
+            config.moe_router_group_topk or 0,
+            config.moe_router_topk_scaling_factor or 1.0,
+            getattr(self, "candidates", None),
+        )
 
     @torch.no_grad()
     def after_step(self, counts_E: Tensor, visited: Tensor) -> None:

@@ -36,9 +36,14 @@ def _gate_gradient(gate: Any, logits_TE: Tensor, weights: Sequence[Tensor]) -> T
 
 
 def check_gate(
-    logits_TE: Tensor, topk: int, score_function: str, pre_softmax: bool, num_groups: int, device: Device = "cpu",
+    logits_TE: Tensor,
+    topk: int,
+    score_function: str,
+    pre_softmax: bool,
+    num_groups: int,
+    device: Device = "cpu",
     key_TE: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Compares topk_gate on a device with its reference for fp32 logits."""
     key = None if key_TE is None else key_TE.to(device)
     twin_arguments = (topk, score_function == "sigmoid", pre_softmax, num_groups, key_TE)
@@ -126,9 +131,13 @@ def check_rows(ids_TK: Tensor, num_experts: int, hidden: int, dtype: torch.dtype
 
 
 def combine_inputs(
-    num_layers: int, num_groups: int, num_banks: int, num_elements: int, seed: int = 0,
+    num_layers: int,
+    num_groups: int,
+    num_banks: int,
+    num_elements: int,
+    seed: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns random coefficients_LGP, banks_PGN and dW_LGN."""
     generator = torch.Generator().manual_seed(seed)
     coefficients_LGP = torch.randn(num_layers, num_groups, num_banks, generator=generator, dtype=dtype)
@@ -218,9 +227,16 @@ def routed_rows(num_tokens: int, topk: int, num_experts: int, seed: int) -> list
 
 
 def check_grouped_mlp(
-    rows: list[int], F: int, H: int, activation: Any, bias: bool, dtype: torch.dtype, tolerance: float,
-    main_grads: bool, device: Device = "cpu",
-) -> None:  # fmt: skip
+    rows: list[int],
+    F: int,
+    H: int,
+    activation: Any,
+    bias: bool,
+    dtype: torch.dtype,
+    tolerance: float,
+    main_grads: bool,
+    device: Device = "cpu",
+) -> None:
     """Compares grouped_mlp on a device with its reference in fp64: the output and the gradients of all inputs.
 
     Args:

@@ -59,9 +59,11 @@ def run_state(setup: TrainSetup, state: TrainState) -> dict[str, list[ShardedTen
 
 
 def save_run(
-    setup: TrainSetup, state: TrainState, background: BackgroundSaver | None = None,
+    setup: TrainSetup,
+    state: TrainState,
+    background: BackgroundSaver | None = None,
     done: Callable[[Path], None] = lambda _: None,
-) -> None:  # fmt: skip
+) -> None:
     """Saves a checkpoint; all ranks call it together.
 
     Args:

@@ -93,9 +93,12 @@ class TrainSetup:
 
 
 def build_setup(
-    config: PretrainConfig, vocab_size: int, parallel: ParallelState, dtype: torch.dtype | None = None,
+    config: PretrainConfig,
+    vocab_size: int,
+    parallel: ParallelState,
+    dtype: torch.dtype | None = None,
     extensions: Extensions | None = None,
-) -> TrainSetup:  # fmt: skip
+) -> TrainSetup:
     """Returns model, gradient buffers and optimizer of this rank, with initial weights.
 
     Args:
@@ -108,9 +111,12 @@ def build_setup(
     model = build_model(config, vocab_size, parallel, dtype, extensions.parts)
     layout = config.parallel
     buffers = GradBuffers(
-        model.global_parameters(), parallel, is_sharded=layout.use_distributed_optimizer,
-        overlap=layout.overlap_grad_reduce, bucket_size=layout.ddp_bucket_size,
-    )  # fmt: skip
+        model.global_parameters(),
+        parallel,
+        is_sharded=layout.use_distributed_optimizer,
+        overlap=layout.overlap_grad_reduce,
+        bucket_size=layout.ddp_bucket_size,
+    )
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     pp = parallel.pp
     pipeline = Pipeline(pp.rank, pp.size, len(model.chunks), open_channel(parallel, timeout))

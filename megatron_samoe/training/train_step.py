@@ -180,9 +180,12 @@ def accumulate_gradients(
 
 
 def train_step(
-    setup: TrainSetup, state: TrainState, batches: Sequence[Batch], observe: Callable[[], None] | None = None,
+    setup: TrainSetup,
+    state: TrainState,
+    batches: Sequence[Batch],
+    observe: Callable[[], None] | None = None,
     pre_optim_step: Callable[[float], None] | None = None,
-) -> tuple[StepResult, TrainState]:  # fmt: skip
+) -> tuple[StepResult, TrainState]:
     """Runs one optimizer step and returns what happened and the state after it.
 
     If the result is not finite no parameter has changed.
