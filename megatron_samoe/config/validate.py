@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from megatron_samoe.config.batch_schedule import with_train_iters
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.option import LARGEST, all_options
 from megatron_samoe.config.pretrain import PretrainConfig
@@ -22,9 +23,11 @@ _MOST_EXPERTS = 10_000_000
 
 def validate(config: PretrainConfig, world_size: int) -> None:
     """Raises ConfigErrors naming every rule that the configuration breaks on `world_size` ranks."""
-    _raise_if_any(list(_excess(config)))
+    refuse_excess(config)
     ranges = dict(_ranges(config))
     groups = {group for group, _ in ranges}
+    if groups.isdisjoint(("training", "parallel")):
+        config = with_train_iters(config, world_size)
     problems = [*ranges.values(), *_idle(config)]
     for table in TABLES:
         if groups.isdisjoint(table.groups) and (table.needs is None or table.needs.is_met(config)):
@@ -39,7 +42,7 @@ def broken_rows(table: Table, config: PretrainConfig, world_size: int) -> list[C
     try:
         for option, is_refused, allowed, *value in table.rows(config, world_size):
             if is_refused and option not in found:
-                found[option] = ConfigError(flag(option), *(value or (values[option],)), allowed)
+                found[option] = ConfigError(flag(option), value[0] if value else values[option], allowed)
     except ConfigError as error:
         return [*found.values(), error]
     return list(found.values())
@@ -47,7 +50,7 @@ def broken_rows(table: Table, config: PretrainConfig, world_size: int) -> list[C
 
 def refuse_wrong_numbers(config: PretrainConfig) -> None:
     """Raises ConfigErrors naming each number outside its own range, whatever the other options are."""
-    _raise_if_any(list(_excess(config)))
+    refuse_excess(config)
     problems = list(dict(_ranges(config)).values())
     moe = config.moe
     if moe.expert_layout != "dense" and moe.moe_router_topk > moe.fewest_experts:
@@ -71,21 +74,37 @@ def _idle(config: PretrainConfig) -> Iterator[ConfigError]:
             yield ConfigError(flag(name), value, facts.needs.words.format(c=config))
 
 
-def _excess(config: PretrainConfig) -> Iterator[ConfigError]:
-    """Yields what is too large for any machine, before a model is built from it."""
-    is_legal = True
+def refuse_excess(config: PretrainConfig) -> None:
+    """Raises ConfigErrors naming each number too large for any machine, before a model is built from it."""
+    problems = []
     for _, name, value, _, facts in all_options(config):
         for number in value if isinstance(value, tuple) else (value,):
             most = facts.largest if isinstance(number, int) or facts.largest != LARGEST else 1e300
             if isinstance(number, (int, float)) and (most < number < math.inf or number < -LARGEST):
-                yield ConfigError(flag(name), value, f"must be at most {facts.largest:,}")
-                is_legal = False
-    if is_legal and config.model.num_layers * config.moe.most_experts > _MOST_EXPERTS:
-        yield ConfigError(
-            "--num-experts", config.moe.num_experts, f"times --num-layers must be at most {_MOST_EXPERTS:,}"
-        )
+                problems.append(ConfigError(flag(name), value, f"must be at most {facts.largest:,}"))
+    if not problems and config.model.num_layers * config.moe.most_experts > _MOST_EXPERTS:
+        allowed = f"times --num-layers must be at most {_MOST_EXPERTS:,}"
+        problems.append(ConfigError("--num-experts", config.moe.num_experts, allowed))
+    _raise_if_any(problems)
 
 
 def _raise_if_any(problems: list[ConfigError]) -> None:
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def refuse_unknown(config: PretrainConfig, reader: str, doing: str) -> None:
+    """Raises ConfigErrors naming each option of the model, with a value other than its default, that a reader does not
+    know.
+
+    Args:
+        reader: one of `option.READERS`.
+        doing: what the reader does, for the message.
+    """
+    problems = [
+        ConfigError(flag(name), value, f"is not known to {doing}")
+        for group, name, value, default, facts in all_options(config)
+        if group in ("model", "moe") and value != default and reader not in facts.readers_of(value)
+    ]
     if problems:
         raise ConfigErrors(problems)

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.readers import refuse_unknown
+from megatron_samoe.config.validate import refuse_unknown
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_layers import make_decode_model, options_of_training_alone
-from megatron_samoe.inference.huge_pages import ask_for_huge_pages
 from megatron_samoe.inference.kv_cache import PAGE, BatchBuffers, PageTable, make_batch, pages_for, window_pages
 from megatron_samoe.inference.rank_runner import RankRunner, Runner, convert_weights
 from megatron_samoe.inference.request import MOST_LOGPROBS, FinishReason, Request, TokenEvent, TokenScore
@@ -42,7 +41,7 @@ from megatron_samoe.inference.serving import (
 )
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.text_stream import TextStream
-from megatron_samoe.inference.weight_file import keep_in_file
+from megatron_samoe.inference.weight_memory import ask_for_huge_pages, keep_in_file
 from megatron_samoe.ops.extension import uses_cuda_kernel
 from megatron_samoe.runtime.free_memory import free_memory_bytes
 from megatron_samoe.runtime.load import LoadedModel

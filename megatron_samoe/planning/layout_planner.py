@@ -26,8 +26,7 @@ from megatron_samoe.config.derived import (
 )
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.readers import refuse_unknown
-from megatron_samoe.config.validate import validate
+from megatron_samoe.config.validate import refuse_unknown, validate
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.planning.layout_cost import Cluster, Cost, step_cost
 from megatron_samoe.planning.memory import RankMemory, largest_rank_memory

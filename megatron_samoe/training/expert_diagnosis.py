@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.training import LoggingConfig
+from megatron_samoe.config.training import DistillationConfig, LoggingConfig
 from megatron_samoe.datasets.carried_tokenizer import with_carried
 from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.dist_checkpointing import store

@@ -49,7 +49,12 @@ def _latents(config: PretrainConfig, _: int) -> Rows:
         return
     is_turned = model.position_embedding_type == "rope"
     yield "multi_latent_attention", not is_turned, "needs --position-embedding-type rope"
-    defaults = {"group_query_attention": False, "kv_channels": None, "qk_layernorm": False, "add_qkv_bias": False}
+    defaults: dict[str, object] = {
+        "group_query_attention": False,
+        "kv_channels": None,
+        "qk_layernorm": False,
+        "add_qkv_bias": False,
+    }
     defaults |= {"attention_bias": None, "clip_qkv": None, "rotary_percent": 1.0}
     for name, default in defaults.items():
         allowed = "has no use with --multi-latent-attention, which has sizes and norms of its own"

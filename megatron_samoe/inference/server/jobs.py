@@ -14,8 +14,7 @@ from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
 from megatron_samoe.inference.server.metrics import ModelMetrics
 from megatron_samoe.inference.server.protocol import ApiError, api_error
-from megatron_samoe.inference.server.thread_shares import ThreadShares
-from megatron_samoe.inference.server.worker import Command, Ended, EngineWorker, Load, Notice
+from megatron_samoe.inference.server.worker import Command, Ended, EngineWorker, Load, Notice, ThreadShares
 from megatron_samoe.parallel_state.state import Group
 
 

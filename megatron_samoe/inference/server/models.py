@@ -12,7 +12,7 @@ from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.server.jobs import CompletionService
 from megatron_samoe.inference.server.metrics import ModelMetrics, ServerMetrics
 from megatron_samoe.inference.server.protocol import ApiError, ModelFacts
-from megatron_samoe.inference.server.thread_shares import ThreadShares
+from megatron_samoe.inference.server.worker import ThreadShares
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state.state import Group
 

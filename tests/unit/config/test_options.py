@@ -9,7 +9,7 @@ import pytest
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.option import READERS, Facts, all_options
-from megatron_samoe.config.readers import refuse_unknown
+from megatron_samoe.config.validate import refuse_unknown
 from megatron_samoe.errors import ConfigErrors
 from tests.harness.tiny import tiny_config, with_options
 
