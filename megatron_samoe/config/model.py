@@ -36,9 +36,9 @@ class ModelConfig:
     """Let several query heads share one key-value head."""
     num_query_groups: int = model_option(1, READERS, range=POSITIVE, needs=needs.GROUPED_QUERIES)
     """Number of key-value heads with --group-query-attention."""
-    seq_length: int = model_option(256, READERS, range=POSITIVE, is_free=True)
+    seq_length: int = model_option(256, READERS, range=POSITIVE, may_differ=True)
     """Tokens of one training sample (S)."""
-    max_position_embeddings: int | None = model_option(None, READERS, range=POSITIVE, is_free=True)
+    max_position_embeddings: int | None = model_option(None, READERS, range=POSITIVE, may_differ=True)
     """Longest sequence that learned positions cover. Derived if not given: the sequence length."""
     position_embedding_type: Literal["learned_absolute", "rope", "none"] = model_option("learned_absolute", READERS)
     """How positions enter the model."""
@@ -121,11 +121,11 @@ class ModelConfig:
     """Channels of queries, and of the key that all heads share, which are rotated."""
     v_head_dim: int = model_option(128, NOT_MEGATRON, range=POSITIVE, needs=needs.LATENTS)
     """Channels of a head's values."""
-    init_method_std: float = model_option(0.02, READERS, range=ABOVE_ZERO, is_free=True)
+    init_method_std: float = model_option(0.02, READERS, range=ABOVE_ZERO, may_differ=True)
     """Standard deviation of initial weights; output projections use it divided by sqrt(2 * num_layers)."""
-    attention_dropout: float = model_option(0.0, READERS, range=BELOW_ONE, is_free=True)
+    attention_dropout: float = model_option(0.0, READERS, range=BELOW_ONE, may_differ=True)
     """Dropout probability of attention weights."""
-    hidden_dropout: float = model_option(0.0, READERS, range=BELOW_ONE, is_free=True)
+    hidden_dropout: float = model_option(0.0, READERS, range=BELOW_ONE, may_differ=True)
     """Dropout probability of embeddings and of each sub-layer's output."""
     make_vocab_size_divisible_by: int = model_option(128, READERS, range=POSITIVE)
     """The vocabulary is padded to a multiple of this in every layout; the tensor-parallel size must divide it. The

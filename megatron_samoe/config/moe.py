@@ -49,7 +49,7 @@ class MoEConfig:
     pool_lock_step: int | None = model_option(None, NOT_MEGATRON, range=POSITIVE, needs=needs.ONE_POOL)
     """Step after which each expert of the pool has one layer, that which chose it most as far as all layers get equally many
     (UniPool's lock). Experts then move, so that those of each layer lie on all expert-parallel ranks. Never if not given."""
-    pool_lock_anneal_steps: int = model_option(100, READERS, range=POSITIVE, needs=needs.POOL_LOCK, is_free=True)
+    pool_lock_anneal_steps: int = model_option(100, READERS, range=POSITIVE, needs=needs.POOL_LOCK, may_differ=True)
     """Steps over which the scores of experts that other layers own fall to nothing."""
     untied_ends: int = model_option(0, NOT_MEGATRON, range=AT_LEAST_ZERO, largest=100_000, needs=needs.SHARING)
     """First MoE layers, and as many last ones, that own their experts while those between them share."""
@@ -72,7 +72,7 @@ class MoEConfig:
     """How logits become scores. norm (UniPool's NormRouter): a learned factor per layer times ReLU(logits / their length);
     the chosen experts' scores are their weights as they are. relu (ReMoE): ReLU(logits) are the weights of all experts where
     they are positive; --moe-router-topk is how many these are on average, to which the balance loss is steered."""
-    moe_router_relu_update_rate: float = model_option(0.2, READERS, range=ABOVE_ZERO, needs=needs.RELU, is_free=True)
+    moe_router_relu_update_rate: float = model_option(0.2, READERS, range=ABOVE_ZERO, needs=needs.RELU, may_differ=True)
     """Share by which the balance loss of --moe-router-score-function relu grows in a step while tokens visit more than
     --moe-router-topk experts on average, and by whose inverse it shrinks while they visit fewer."""
     moe_router_expert_choice: bool = model_option(False, PLANNER, needs=needs.EXPERTS)
@@ -82,7 +82,7 @@ class MoEConfig:
     """Choose experts by score + a bias of each expert, and weigh them by the score alone (DeepSeek-V3). After each step the
     bias of an expert with less than the mean load rises by --moe-router-bias-update-rate, that of one with more falls."""
     moe_router_bias_update_rate: float = model_option(
-        1e-3, READERS, range=AT_LEAST_ZERO, needs=needs.EXPERT_BIAS, is_free=True
+        1e-3, READERS, range=AT_LEAST_ZERO, needs=needs.EXPERT_BIAS, may_differ=True
     )
     """How far an expert's bias moves in a step."""
     moe_router_num_groups: int | None = model_option(None, NOT_MEGATRON, range=POSITIVE, needs=needs.EXPERTS)
@@ -98,40 +98,42 @@ class MoEConfig:
     """Weigh experts by their score among all experts (Switch) rather than among the chosen (GShard). Derived if not
     given: true for top-1, where scores among the chosen would always be 1 and teach the router nothing."""
     moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = model_option(
-        "seq_aux_loss", READERS, needs=needs.EXPERTS, is_free=True
+        "seq_aux_loss", READERS, needs=needs.EXPERTS, may_differ=True
     )
     """seq_aux_loss: balance expert loads within each sequence; aux_loss: over --moe-aux-loss-group-size sequences; none.
     Each is the same number under every parallel layout."""
-    moe_balance_scope: Literal["layer", "set"] | None = model_option(None, READERS, needs=needs.EXPERTS, is_free=True)
+    moe_balance_scope: Literal["layer", "set"] | None = model_option(
+        None, READERS, needs=needs.EXPERTS, may_differ=True
+    )
     """Loads that are balanced, by losses and by expert biases. layer: each layer's; set: those of a set of experts over all
     layers that use it, so that each layer may prefer some. Derived if not given: set for --expert-sharing pool."""
     moe_aux_loss_group_size: int | None = model_option(
-        None, READERS, range=POSITIVE, needs=needs.AUX_LOSS, is_free=True
+        None, READERS, range=POSITIVE, needs=needs.AUX_LOSS, may_differ=True
     )
     """Sequences over which aux_loss balances; consecutive ones of the global batch that are computed at the same time, so
     it must divide micro batch x data-parallel size. Derived if not given: 1, as seq_aux_loss."""
-    moe_aux_loss_coeff: float = model_option(0.05, READERS, range=AT_LEAST_ZERO, needs=needs.BALANCE, is_free=True)
+    moe_aux_loss_coeff: float = model_option(0.05, READERS, range=AT_LEAST_ZERO, needs=needs.BALANCE, may_differ=True)
     """Weight of the load-balance loss."""
-    moe_z_loss_coeff: float = model_option(0.0, READERS, range=AT_LEAST_ZERO, needs=needs.EXPERTS, is_free=True)
+    moe_z_loss_coeff: float = model_option(0.0, READERS, range=AT_LEAST_ZERO, needs=needs.EXPERTS, may_differ=True)
     """Weight of the router's z-loss (ST-MoE), 0 for none."""
     moe_router_init_method_std: float | None = model_option(
-        None, READERS, range=ABOVE_ZERO, needs=needs.EXPERTS, is_free=True
+        None, READERS, range=ABOVE_ZERO, needs=needs.EXPERTS, may_differ=True
     )
     """Standard deviation of initial router weights. Derived if not given: 1 / sqrt(hidden size), so that logits begin
     with a spread of 1."""
-    moe_scale_output_init: bool = model_option(True, READERS, needs=needs.EXPERTS, is_free=True)
+    moe_scale_output_init: bool = model_option(True, READERS, needs=needs.EXPERTS, may_differ=True)
     """Draw the experts' output projections wider, so that an MoE layer begins as strong as the dense MLP: its experts
     are narrower and weighted by scores below 1.
     """
-    moe_input_jitter_eps: float = model_option(0.0, READERS, range=BELOW_ONE, needs=needs.EXPERTS, is_free=True)
+    moe_input_jitter_eps: float = model_option(0.0, READERS, range=BELOW_ONE, needs=needs.EXPERTS, may_differ=True)
     """Multiply router inputs by uniform noise in [1 - eps, 1 + eps] while training, 0 for none."""
     moe_expert_capacity_factor: float | None = model_option(
-        None, READERS, range=ABOVE_ZERO, needs=needs.EXPERTS, is_free=True
+        None, READERS, range=ABOVE_ZERO, needs=needs.EXPERTS, may_differ=True
     )
     """Most tokens of one sequence that an expert takes, as a multiple of S * K / E; more are dropped. Dropless if not
     given. Evaluation never drops."""
     moe_token_drop_policy: Literal["probs", "position"] = model_option(
-        "probs", READERS, needs=needs.CAPACITY, is_free=True
+        "probs", READERS, needs=needs.CAPACITY, may_differ=True
     )
     """Which tokens an expert over its capacity keeps: the most probable or the first."""
     moe_shared_expert_intermediate_size: int | None = model_option(None, READERS, range=POSITIVE, needs=needs.EXPERTS)
@@ -143,27 +145,29 @@ class MoEConfig:
     (PR-MoE). --moe-shared-expert-intermediate-size gives it another width."""
     num_expert_banks: int = model_option(2, READERS, range=POSITIVE, largest=100_000, needs=needs.POOL)
     """Banks of the shared pool (P): full sets of E experts that all MoE layers combine."""
-    samoe_combine: Literal["step", "layer"] = model_option("step", READERS, needs=needs.COEFFICIENTS, is_free=True)
+    samoe_combine: Literal["step", "layer"] = model_option("step", READERS, needs=needs.COEFFICIENTS, may_differ=True)
     """step: combine all layers' experts once per optimizer step (fast); layer: while each layer runs (small memory).
     Both compute the same gradients."""
     samoe_granularity: Literal["layer", "expert"] = model_option("layer", READERS, needs=needs.POOL)
     """One set of coefficients per layer, or one per layer and expert."""
     samoe_normalization: Literal["none", "l2", "softmax"] = model_option("none", READERS, needs=needs.POOL)
     """How raw coefficients become the weights of banks."""
-    samoe_init: Literal["cyclic", "block", "uniform"] = model_option("cyclic", READERS, needs=needs.POOL, is_free=True)
+    samoe_init: Literal["cyclic", "block", "uniform"] = model_option(
+        "cyclic", READERS, needs=needs.POOL, may_differ=True
+    )
     """Initial coefficients. cyclic: MoE layer l starts as bank l mod P; block: as bank floor(l * P / L); uniform:
     1/sqrt(P) for every bank plus a little noise."""
     samoe_pool_placement: Literal["sharded", "replicated"] = model_option(
-        "sharded", READERS, needs=needs.SHARING, is_free=True
+        "sharded", READERS, needs=needs.SHARING, may_differ=True
     )
     """sharded: banks, or sets, and their optimizer state are sharded over the ranks that would hold replicas
     (expert-data-parallel ranks of all pipeline stages) and gathered once per step; replicated: whole on each rank.
     """
     pool_replica_check_interval: int | None = model_option(
-        None, READERS, range=POSITIVE, needs=needs.SHARING, is_free=True
+        None, READERS, range=POSITIVE, needs=needs.SHARING, may_differ=True
     )
     """Steps between checks that all copies of banks are equal."""
-    samoe_freeze_coefficients: bool = model_option(False, READERS, needs=needs.COEFFICIENTS, is_free=True)
+    samoe_freeze_coefficients: bool = model_option(False, READERS, needs=needs.COEFFICIENTS, may_differ=True)
     """Never train the coefficients (hard sharing): the control for learned ones."""
 
     @property

@@ -47,6 +47,11 @@ class PretrainConfig:
         width = self.moe.moe_shared_expert_intermediate_size
         return self.model.mlp_size if width is None and self.moe.moe_residual_mlp else width
 
+    def folder_of(self, name: str) -> Path | None:
+        """Returns a folder for what ranks leave behind, if the run has a place for anything."""
+        place = self.logging.run_dir or self.checkpoint.save
+        return None if place is None else Path(place) / name
+
     def with_run_dir(self) -> PretrainConfig:
         """Returns the configuration with the paths that --run-dir implies filled in."""
         if self.logging.run_dir is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_samoe.config.batch_schedule import with_train_iters
 from megatron_samoe.config.checkpoint import CheckpointConfig
+from megatron_samoe.config.derived import with_train_iters
 from megatron_samoe.config.pretrain import PretrainConfig
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_samoe.config.batch_schedule import with_train_iters
-from megatron_samoe.config.derived import flag
+from megatron_samoe.config.derived import flag, with_train_iters
 from megatron_samoe.config.option import LARGEST, all_options
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Table, layout, model, moe, pipeline, run

@@ -98,11 +98,11 @@ class AllToAllDispatcher:
     Args:
         num_chunks: parts that travel behind each other's experts, at most the experts of a rank; all in one exchange, which
             nothing hides, if not given.
-        few_choices: whether most of a token's choices are none; then sorting alone asks for the number of rows.
+        sparse_choices: whether most of a token's choices are missing (-1); then sorting alone asks for the number of rows.
     """
 
-    def __init__(self, num_experts: int, group: Group, num_chunks: int | None = None, few_choices: bool = False):
-        self.num_experts, self.group, self._few_choices = num_experts, group, few_choices
+    def __init__(self, num_experts: int, group: Group, num_chunks: int | None = None, sparse_choices: bool = False):
+        self.num_experts, self.group, self._sparse_choices = num_experts, group, sparse_choices
         self._in_parts = num_chunks is not None
         num_chunks, experts_per_rank = num_chunks or 1, num_experts // group.size
         assert 1 <= num_chunks <= experts_per_rank
@@ -121,7 +121,7 @@ class AllToAllDispatcher:
             return self._start(x_TH, ids_TK)
         permutation = make_permutation(ids_TK, self.num_experts)
         if self.group.size == 1:
-            if self._few_choices and runs_behind_host(ids_TK.device):
+            if self._sparse_choices and runs_behind_host(ids_TK.device):
                 permutation = permutation.kept(int(permutation.counts_E.sum()))
             return _Stay(x_TH, permutation)
         receive_We, table = self._exchange_counts(permutation.counts_E)

@@ -125,7 +125,7 @@ class MoELayer(nn.Module):
         """Returns the bytes that autograd keeps of a micro-batch, with experts evenly loaded.
 
         Permuting keeps no input. The router keeps its own in fp32, a shared expert the gathered one; experts keep their
-        first product and make activations again.
+        first product and recompute activations.
         """
         state, shape, tp = self.state, self.shape, self.state.tp.size
         local_tokens = tokens // tp if state.sequence_parallel else tokens

@@ -238,9 +238,9 @@ def _placed(sized: PretrainConfig, cluster: Cluster) -> list[PretrainConfig]:
 
 def _fastest_that_fits(placed: PretrainConfig, vocab_size: int, cluster: Cluster) -> PlannedLayout | None:
     """Returns the layout with the cheapest options that fit; None where none do."""
-    hopeless = None
+    ruled_out = None
     for config in _memory_savings(placed):
-        if config.moe.samoe_combine == hopeless:
+        if config.moe.samoe_combine == ruled_out:
             continue
         rank, memory = largest_rank_memory(config, vocab_size, cluster.world_size, cluster.memory_bytes)
         if memory.total <= cluster.memory_bytes:
@@ -248,7 +248,7 @@ def _fastest_that_fits(placed: PretrainConfig, vocab_size: int, cluster: Cluster
         if memory.weights + memory.gradients + memory.optimizer > cluster.memory_bytes:
             return None  # no option makes these smaller
         if memory.resident > cluster.memory_bytes:
-            hopeless = config.moe.samoe_combine  # whatever is recomputed
+            ruled_out = config.moe.samoe_combine  # whatever is recomputed
     return None
 
 

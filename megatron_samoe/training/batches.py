@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from megatron_samoe.config.batch_schedule import batch_size_after, samples_after
-from megatron_samoe.config.derived import global_batch_size
+from megatron_samoe.config.derived import batch_size_after, global_batch_size, samples_after
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
 from megatron_samoe.datasets.evaluation_set import EvaluationSet

@@ -260,7 +260,7 @@ def check_same_model(
         f"{name} is {saved_config[group][name]!r} there and {current[group][name]!r} here"
         for group, name, _, _, facts in all_options(setup.config)
         if group in CHECKPOINT_GROUPS
-        and not facts.is_free
+        and not facts.may_differ
         and name in (saved_config.get(group) or {})
         and saved_config[group][name] != current[group][name]
     ]

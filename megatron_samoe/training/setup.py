@@ -8,8 +8,7 @@ from datetime import timedelta
 
 import torch
 
-from megatron_samoe.config.batch_schedule import batch_size_after
-from megatron_samoe.config.derived import global_batch_size, num_micro_batches
+from megatron_samoe.config.derived import batch_size_after, global_batch_size, num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import OptimizerConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers

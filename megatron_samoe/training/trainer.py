@@ -26,7 +26,6 @@ from megatron_samoe.training.checkpointing import find_run, load_run, save_run
 from megatron_samoe.training.evaluate import evaluate_run
 from megatron_samoe.training.hang_watch import HangWatch
 from megatron_samoe.training.hook import Hook
-from megatron_samoe.training.hooks.profiling import run_folder
 from megatron_samoe.training.metrics import Stopwatch, make_record
 from megatron_samoe.training.micro_batches import Batch
 from megatron_samoe.training.non_finite import raise_non_finite
@@ -53,7 +52,7 @@ class Trainer:
         self.state = initial_state(setup)
         self.stopwatch = Stopwatch(parallel.world.waits)
         limit = timedelta(minutes=self.config.parallel.distributed_timeout_minutes)
-        self.watch = HangWatch(run_folder(self.config, "hangs"), parallel.rank, limit.total_seconds())
+        self.watch = HangWatch(self.config.folder_of("hangs"), parallel.rank, limit.total_seconds())
         self.saver = BackgroundSaver(parallel, limit) if self.config.checkpoint.async_save else None
         self._room: DiskRoom | None = None
         self._began, self._saved_at = time.monotonic(), -1

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 
-from megatron_samoe.config.batch_schedule import batch_sizes
-from megatron_samoe.config.derived import data_parallel_size, dense_model_size, divisors, flag, global_batch_size
+from megatron_samoe.config.derived import (
+    batch_sizes,
+    data_parallel_size,
+    dense_model_size,
+    divisors,
+    flag,
+    global_batch_size,
+)
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Rows, Table
 

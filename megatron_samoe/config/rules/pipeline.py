@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_samoe.config.batch_schedule import batch_sizes
 from megatron_samoe.config.derived import (
+    batch_sizes,
     data_parallel_size,
     dense_model_size,
     divisors,

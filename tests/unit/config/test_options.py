@@ -45,7 +45,7 @@ def test_an_option_that_a_reader_does_not_know_is_refused_by_name(reader: str, m
     config = tiny_config("moe", moe_layer_freq="1")
     refuse_unknown(config, reader, "a reader")
     field = next(f for f in dataclasses.fields(GROUPS["model"]) if f.name == "rotary_base")
-    unknown: dict[str, Any] = {"facts": Facts(known_to=READERS - {reader})}
+    unknown: dict[str, Any] = {"facts": Facts(read_by=READERS - {reader})}
     monkeypatch.setattr(field, "metadata", unknown)
     refuse_unknown(config, reader, "a reader")  # at its default
     with pytest.raises(ConfigErrors, match=r"--rotary-base = 7.0: is not known to a reader"):
