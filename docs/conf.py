@@ -21,8 +21,8 @@ from megatron_samoe import __version__  # noqa: E402
 from megatron_samoe.cli import completion  # noqa: E402
 from megatron_samoe.cli.command import COMMANDS  # noqa: E402
 from megatron_samoe.cli.program import FORMS, Commands, Group  # noqa: E402
+from megatron_samoe.config.cli import foreign_flags  # noqa: E402
 from megatron_samoe.config.derived import flag  # noqa: E402
-from megatron_samoe.config.foreign_flags import foreign_flags  # noqa: E402
 from megatron_samoe.config.pretrain import PretrainConfig  # noqa: E402
 from megatron_samoe.config.schema import texts_of  # noqa: E402
 

@@ -142,13 +142,23 @@ def _heal(
     root = compression.folder.root
     run_dir, path = root / stage.name, root / f"{stage.name}.yaml"
     config = heal_config(
-        stage, compression.config, compression.source.train_state, options, start.parent, teacher, run_dir, compression.texts.training,
+        stage,
+        compression.config,
+        compression.source.train_state,
+        options,
+        start.parent,
+        teacher,
+        run_dir,
+        compression.texts.training,
         iters,
-    )  # fmt: skip
+    )
     text = yaml.safe_dump(dict(config), sort_keys=False)
     if path.is_file() and path.read_text() != text:
-        raise ConfigError("--heal-iters", iters, f"or another option of healing differs from {path}; give the same, or remove "
-                          f"it and {run_dir}")  # fmt: skip
+        raise ConfigError(
+            "--heal-iters",
+            iters,
+            f"or another option of healing differs from {path}; give the same, or remove it and {run_dir}",
+        )
     path.write_text(text)
     logger.info(f"{stage.name}: megatron-samoe pretrain --config {shlex.quote(str(path))}")
     # A process of its own: the trainer keeps freed memory, and the stages before may have taken much.

@@ -70,9 +70,11 @@ def _extension() -> Finding:
 def _devices() -> Iterator[Finding]:
     yield Finding("ok", "CPU", f"{cpu_name()}, {num_cores()} cores for this process, {torch.get_num_threads()} threads")
     if not torch.cuda.is_available():
-        build = f"this torch is built for CUDA {torch.version.cuda}, and no GPU is seen" if torch.version.cuda else (
-            "this torch is built for CPUs alone"
-        )  # fmt: skip
+        build = (
+            f"this torch is built for CUDA {torch.version.cuda}, and no GPU is seen"
+            if torch.version.cuda
+            else ("this torch is built for CPUs alone")
+        )
         yield Finding("note", "GPU", build)
         return
     for number in range(torch.cuda.device_count()):
@@ -93,10 +95,11 @@ def _shared_memory(folder: Path) -> Finding:
     if free >= LEAST_SHARED_BYTES:
         return Finding("ok", "shared memory", f"{free / 1e9:.1f} GB in {folder}")
     return Finding(
-        "problem", "shared memory",
+        "problem",
+        "shared memory",
         f"{folder} has {free / 1e6:.0f} MB, too little for ranks of one host that exchange large batches; a container gets more "
         "by --shm-size 8g",
-    )  # fmt: skip
+    )
 
 
 def _extras() -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from megatron_samoe.cli.model_arguments import LayoutOptions, ModelOptions, rank_program, this_rank
+from megatron_samoe.cli.model_arguments import LayoutOptions, ModelOptions, rank_program
 from megatron_samoe.cli.program import Count
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CheckpointError, ConfigError, DataError
@@ -31,7 +31,7 @@ from megatron_samoe.evaluation.zero_shot.variation import (
     variations,
 )
 from megatron_samoe.log import logger
-from megatron_samoe.parallel_state import ParallelState
+from megatron_samoe.parallel_state import ParallelState, launcher
 from megatron_samoe.parsing import JsonObject
 from megatron_samoe.runtime.load import load_model
 
@@ -182,7 +182,7 @@ def _evaluate(options: Evaluate) -> None:
         other: list[Run] = []
     else:
         runs, other = _ask_models(options, questions)
-    if this_rank() == 0:
+    if launcher.rank() == 0:
         _show(runs, other)
         _write(options, runs, other)
     if questions.failed:
@@ -200,7 +200,7 @@ def _ask_models(options: Evaluate, questions: Questions) -> tuple[list[Run], lis
     found: list[Run] = []
     for folder, step in asked:
         found.append(_ask_model(options, parallel, folder, step, questions))
-        if this_rank() == 0 and len(found) < len(asked):
+        if launcher.rank() == 0 and len(found) < len(asked):
             _write(options, found, [], is_partial=True)
     own = len(asked) - bool(options.compare_with)
     return found[:own], found[own:]
@@ -225,7 +225,7 @@ def _bar(name: str, total: int) -> Iterator[Callable[[int], Any]]:
     """A progress bar on the first rank's terminal."""
     from tqdm import tqdm
 
-    hidden = this_rank() != 0 or not sys.stderr.isatty()
+    hidden = launcher.rank() != 0 or not sys.stderr.isatty()
     with tqdm(total=total, desc=name, disable=hidden, leave=False) as bar:
         yield bar.update
 
@@ -251,11 +251,16 @@ def _write(options: Evaluate, runs: Sequence[Run], other: Sequence[Run], is_part
     if options.json:
         content: JsonObject = {
             "runs": [
-                {"name": run.name, "checkpoint": run.folder, "seq_length": run.seq_length, "limit": options.limit,
-                 "results": [result_record(result) for result in run.results]}
+                {
+                    "name": run.name,
+                    "checkpoint": run.folder,
+                    "seq_length": run.seq_length,
+                    "limit": options.limit,
+                    "results": [result_record(result) for result in run.results],
+                }
                 for run in everyone
             ]
-        }  # fmt: skip
+        }
         if len(runs) > 1:
             content["variation"] = [variation_record(v) for v in variations([run.results for run in runs])]
         for second in other:
@@ -282,10 +287,13 @@ def _write_text(path: Path, text: str) -> None:
 
 def _run_harness(options: Evaluate) -> None:
     found = run_harness(
-        options.loaded(options.join()), [name.strip() for name in options.tasks.split(",")],
-        batch_size=options.batch_size, limit=options.limit, include_path=options.include_path,
-    )  # fmt: skip
-    if this_rank() == 0:
+        options.loaded(options.join()),
+        [name.strip() for name in options.tasks.split(",")],
+        batch_size=options.batch_size,
+        limit=options.limit,
+        include_path=options.include_path,
+    )
+    if launcher.rank() == 0:
         results = found["results"]
         for task, metrics in results.items():
             for name, value in metrics.items():

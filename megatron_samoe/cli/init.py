@@ -24,20 +24,50 @@ from megatron_samoe.installation import checkout
 
 #: What the configuration shows: values, and None for options that are there to be found, with their defaults.
 SHOWN: Mapping[str, Mapping[str, Any]] = {
-    "model": {"num_layers": 12, "hidden_size": 512, "num_attention_heads": 8, "seq_length": 512,
-              "position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm", "disable_bias_linear": True},
-    "moe": {"expert_layout": "samoe", "num_experts": 16, "num_expert_banks": 4, "moe_router_topk": None, "expert_sharing": None,
-            "moe_aux_loss_coeff": None},
-    "parallel": {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1,
-                 "use_distributed_optimizer": None, "elastic": None},
-    "training": {"micro_batch_size": 4, "global_batch_size": 32, "train_iters": 1000, "eval_interval": 250, "eval_iters": 20,
-                 "bf16": None, "recompute_granularity": None},
+    "model": {
+        "num_layers": 12,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "seq_length": 512,
+        "position_embedding_type": "rope",
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "disable_bias_linear": True,
+    },
+    "moe": {
+        "expert_layout": "samoe",
+        "num_experts": 16,
+        "num_expert_banks": 4,
+        "moe_router_topk": None,
+        "expert_sharing": None,
+        "moe_aux_loss_coeff": None,
+    },
+    "parallel": {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "use_distributed_optimizer": None,
+        "elastic": None,
+    },
+    "training": {
+        "micro_batch_size": 4,
+        "global_batch_size": 32,
+        "train_iters": 1000,
+        "eval_interval": 250,
+        "eval_iters": 20,
+        "bf16": None,
+        "recompute_granularity": None,
+    },
     "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "lr_warmup_fraction": 0.1, "weight_decay": 0.1},
-    "data": {"data_path": ["data/corpus_text_document"], "split": "95,5,0", "tokenizer_type": "HuggingFaceTokenizer",
-             "tokenizer_model": "data/tokenizer.json"},
+    "data": {
+        "data_path": ["data/corpus_text_document"],
+        "split": "95,5,0",
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": "data/tokenizer.json",
+    },
     "checkpoint": {"save_interval": 250, "keep_last": 2},
     "logging": {"run_dir": "runs/first", "log_interval": 10, "moe_per_layer_logging": True},
-}  # fmt: skip
+}
 HEAD = "# yaml-language-server: $schema=schema.json\n"
 #: What differs where the text is small: a model that two cores train in minutes.
 SMALL: Mapping[str, Mapping[str, Any]] = {

@@ -93,8 +93,10 @@ class InspectTensors(Inspect):
 
 def _described(opened: Opened) -> list[str]:
     step = (opened.train_state or {}).get("iteration")
-    return [f"{opened.kind} checkpoint in {opened.directory}" + (f", iteration {step}" if step is not None else ""),
-            *opened.notes]  # fmt: skip
+    return [
+        f"{opened.kind} checkpoint in {opened.directory}" + (f", iteration {step}" if step is not None else ""),
+        *opened.notes,
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +113,15 @@ class List(InspectTensors):
         model = sum(t.num_elements for name, t in chosen.items() if not name.startswith(NOT_MODEL))
         lines.append(f"{len(chosen)} tensors, {count:,} elements ({model:,} of the model), {size:,} bytes.")
         values = {
-            "kind": opened.kind, "directory": str(opened.directory), "train_state": opened.train_state,
-            "config": opened.config, "elements": count, "model_elements": model, "bytes": size, "tensors": described,
-        }  # fmt: skip
+            "kind": opened.kind,
+            "directory": str(opened.directory),
+            "train_state": opened.train_state,
+            "config": opened.config,
+            "elements": count,
+            "model_elements": model,
+            "bytes": size,
+            "tensors": described,
+        }
         return FINE, values, [*_described(opened), *lines]
 
 
@@ -177,13 +185,18 @@ class Diff(InspectTensors):
         lines += [f"{n} is {list(first[n].shape)} in the first, {list(second[n].shape)} in the second" for n in shaped]
         lines += _difference_table(found, self.limit)
         equal = sum(d.num_different == 0 for d in found.values())
-        lines.append(f"{len(found)} tensors compared: {equal} equal, {len(found) - equal} different, {len(beyond)} beyond "
-                     f"--atol {self.atol:g} and --rtol {self.rtol:g}; {len(only[0])} and {len(only[1])} on one side "
-                     f"only, {len(shaped)} of other shapes.")  # fmt: skip
+        lines.append(
+            f"{len(found)} tensors compared: {equal} equal, {len(found) - equal} different, {len(beyond)} beyond "
+            f"--atol {self.atol:g} and --rtol {self.rtol:g}; {len(only[0])} and {len(only[1])} on one side "
+            f"only, {len(shaped)} of other shapes."
+        )
         values = {
-            "only_in_first": only[0], "only_in_second": only[1], "other_shape": shaped, "beyond_tolerance": beyond,
+            "only_in_first": only[0],
+            "only_in_second": only[1],
+            "other_shape": shaped,
+            "beyond_tolerance": beyond,
             **_tensors(found),
-        }  # fmt: skip
+        }
         return (FOUND if beyond or shaped or any(only) else FINE), values, lines
 
 
@@ -271,8 +284,10 @@ class Sharing(Inspect):
         shared = sum(s.elements for s in stores if len(s.layers) > 1)
         if stores:
             whole = sum(s.elements // s.num_banks * len(s.layers) for s in stores)
-            lines.append(f"{sum(s.elements for s in stores):,} elements of experts, {shared:,} of them shared; "
-                         f"{whole:,} if no layers shared.")  # fmt: skip
+            lines.append(
+                f"{sum(s.elements for s in stores):,} elements of experts, {shared:,} of them shared; "
+                f"{whole:,} if no layers shared."
+            )
         return FINE, {"expert_sharing": text, "stores": [asdict(s) for s in stores]}, lines
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass, fields
 from typing import Annotated
@@ -14,7 +13,7 @@ from megatron_samoe.cli.program import Commands, Count, Number, Program, Words, 
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.errors import ConfigError, MegatronSamoeError
 from megatron_samoe.log import configure_logging
-from megatron_samoe.parallel_state import ParallelState, backend
+from megatron_samoe.parallel_state import ParallelState, backend, launcher
 from megatron_samoe.runtime.load import LoadedModel, load_model
 from megatron_samoe.runtime.ranks import join_ranks
 
@@ -64,20 +63,15 @@ class ModelOptions(LayoutOptions, _CheckpointOptions):
         )
 
 
-def this_rank() -> int:
-    """Returns the rank that torchrun gave this process; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def rank_program(command: Commands) -> Program:
     """Returns the main of a command that ranks run together: an error that all meet is shown by the first alone."""
 
     def main(words: Words = None) -> int:
-        configure_logging(this_rank())
+        configure_logging(launcher.rank())
         try:
             return read(command, words).run() or 0
         except MegatronSamoeError as error:
-            if this_rank() == 0 or not error.collective:
+            if launcher.rank() == 0 or not error.collective:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return error.exit_status
         finally:

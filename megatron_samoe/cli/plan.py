@@ -21,8 +21,17 @@ from megatron_samoe.planning.layout_cost import Cluster
 from megatron_samoe.planning.layout_planner import PlannedLayout, plan_layouts
 from megatron_samoe.planning.layout_plot import draw_layout
 
-POSITIVE = ("world_size", "gpus_per_node", "memory_gb", "flops", "intra_bandwidth", "inter_bandwidth",
-            "memory_bandwidth", "efficiency", "top")  # fmt: skip
+POSITIVE = (
+    "world_size",
+    "gpus_per_node",
+    "memory_gb",
+    "flops",
+    "intra_bandwidth",
+    "inter_bandwidth",
+    "memory_bandwidth",
+    "efficiency",
+    "top",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +120,25 @@ def layouts_table(layouts: Sequence[PlannedLayout]) -> str:
     rows = [[*head, *(f"{kind} GB" for kind in kinds), "step s", "tokens/s"]]
     for layout in layouts:
         m, sent = layout.memory, layout.cost.sent_bytes
-        held = (m.weights, m.gradients, m.optimizer, m.folded_weights + m.folded_gradients, m.gathered_banks,
-                m.activations, m.total)  # fmt: skip
-        rows.append([
-            layout.name(), layout.options(), *(f"{b / 1e9:.2f}" for b in held),
-            *(f"{sent.get(kind, 0.0) / 1e9:.2f}" for kind in kinds), f"{layout.cost.step_s:.3f}",
-            f"{layout.tokens_per_s:,.0f}",
-        ])  # fmt: skip
+        held = (
+            m.weights,
+            m.gradients,
+            m.optimizer,
+            m.folded_weights + m.folded_gradients,
+            m.gathered_banks,
+            m.activations,
+            m.total,
+        )
+        rows.append(
+            [
+                layout.name(),
+                layout.options(),
+                *(f"{b / 1e9:.2f}" for b in held),
+                *(f"{sent.get(kind, 0.0) / 1e9:.2f}" for kind in kinds),
+                f"{layout.cost.step_s:.3f}",
+                f"{layout.tokens_per_s:,.0f}",
+            ]
+        )
     return format_table(rows)
 
 
@@ -146,12 +167,18 @@ def as_json(layouts: Sequence[PlannedLayout]) -> str:
     """Returns the layouts as a JSON list."""
     rows = [
         {
-            "layout": layout.name(), "flags": layout.flags(), "tokens_per_s": layout.tokens_per_s,
-            "step_s": layout.cost.step_s, "seconds": layout.cost.seconds, "sent_bytes": layout.cost.sent_bytes,
-            "largest_rank": layout.rank, "peak_bytes": layout.memory.total, "bytes": layout.memory.parts(),
+            "layout": layout.name(),
+            "flags": layout.flags(),
+            "tokens_per_s": layout.tokens_per_s,
+            "step_s": layout.cost.step_s,
+            "seconds": layout.cost.seconds,
+            "sent_bytes": layout.cost.sent_bytes,
+            "largest_rank": layout.rank,
+            "peak_bytes": layout.memory.total,
+            "bytes": layout.memory.parts(),
         }
         for layout in layouts
-    ]  # fmt: skip
+    ]
     return json.dumps(rows, indent=1)
 
 

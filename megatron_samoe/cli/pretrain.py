@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_samoe.cli.model_arguments import this_rank
-from megatron_samoe.config.batch_schedule import with_train_iters
+from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.derived import data_parallel_size
-from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.elastic import fit_layout
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.config.resolve import Beginning, resolve
+from megatron_samoe.config.training import DistillationConfig
 from megatron_samoe.config.validate import validate
 from megatron_samoe.datasets.carried_tokenizer import read_files, with_carried
 from megatron_samoe.datasets.tokenizer import Tokenizer, tokenizer_of
@@ -39,7 +39,6 @@ from megatron_samoe.runtime.ranks import place_in
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hook import Hook
 from megatron_samoe.training.hooks import default_hooks
-from megatron_samoe.training.machine import machine_facts
 from megatron_samoe.training.preflight import preflight
 from megatron_samoe.training.setup import Extensions, build_setup
 from megatron_samoe.training.state import CUDA_KERNELS, PLAIN_KEYS
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None
         extensions: parts of the model and rules of the optimizer that come from outside the package.
         hooks: to be called after the configuration's own.
     """
-    rank = this_rank()
+    rank = launcher.rank()
     configure_logging(rank)
     try:
         config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
@@ -98,7 +97,6 @@ def pretrain(
 def _fit_to_ranks(config: PretrainConfig) -> tuple[PretrainConfig, int]:
     """Returns a legal configuration for the ranks that were started, and how many of them it uses."""
     started = launcher.world_size()
-    config = with_train_iters(config, started)
     if not config.parallel.elastic:
         validate(config, started)
         return config, started
@@ -120,33 +118,26 @@ def _fit_to_ranks(config: PretrainConfig) -> tuple[PretrainConfig, int]:
     return fitted, used
 
 
-def _train(config: PretrainConfig, device: torch.device, extensions: Extensions | None, hooks: Sequence[Hook]) -> None:
-    parallel = place_in(config.parallel, device, config.moe.shares_experts)
+def _train(asked: PretrainConfig, device: torch.device, extensions: Extensions | None, hooks: Sequence[Hook]) -> None:
+    parallel = place_in(asked.parallel, device, asked.moe.shares_experts)
     # A dying attempt may be saving, so ranks that look one after the other may see different things: rank 0's counts.
-    started = parallel.world.all_gather_object(store.with_start(config.checkpoint))[0]
-    config = replace(config, checkpoint=started)
+    begin = parallel.world.all_gather_object(_beginning(asked.checkpoint))[0]
+    config = resolve(asked, parallel.world_size, begin)
     tokenizer, attachments, vocab_size = _tokenizer(config)
-    is_builder = launcher.local_rank() == 0
-    done, kernels = _progress(config)
-    config = with_train_iters(config, parallel.world_size, done)
-    choose_kernels(parallel, kernels)
-    held = config if config.distillation.teaches_after(done[0]) else replace(config, distillation=DistillationConfig())
-    if (
-        held.distillation.teacher is not None
-        and not config.training.skip_train
-        and done[0] < config.training.train_iters
-    ):
-        refuse_unfit(held, vocab_size, parallel.world_size, (extensions or Extensions()).parts)
+    choose_kernels(parallel, begin.kernels)
+    is_taught = config.distillation.teaches_after(begin.iteration)
+    planned = config if is_taught else replace(config, distillation=DistillationConfig())
+    if is_taught and not config.training.skip_train and begin.iteration < config.training.train_iters:
+        refuse_unfit(config, vocab_size, parallel.world_size, (extensions or Extensions()).parts)
+    done, is_builder = (begin.iteration, begin.samples), launcher.local_rank() == 0
     run_data = build_run_data(config, tokenizer, parallel, is_builder, done)
     if config.parallel.preflight:
-        preflight(held, vocab_size, parallel)
-    with _enough_memory(held, vocab_size, parallel):
+        preflight(planned, vocab_size, parallel)
+    with _enough_memory(planned, vocab_size, parallel):
         setup = replace(build_setup(config, vocab_size, parallel, extensions=extensions), attachments=attachments)
     _describe(config, vocab_size, parallel)
     logger.info(run_data.summary())
-    # An evaluation alone says nothing of training's speed.
-    machine = None if config.training.skip_train else machine_facts(parallel)
-    Trainer(setup, run_data, [*default_hooks(config, machine), *hooks]).run()
+    Trainer(setup, run_data, [*default_hooks(config), *hooks]).run()
 
 
 def _tokenizer(config: PretrainConfig) -> tuple[Tokenizer, dict[str, bytes], int]:
@@ -183,13 +174,14 @@ def _enough_memory(config: PretrainConfig, vocab_size: int, parallel: ParallelSt
         ) from error
 
 
-def _progress(config: PretrainConfig) -> tuple[tuple[int, int], list[str] | None]:
-    """Returns iterations and samples of the checkpoint that training will go on from, and its CUDA kernels, if it has any."""
-    directory = None if config.checkpoint.finetune else store.find_checkpoint(config.checkpoint)
+def _beginning(options: CheckpointConfig) -> Beginning:
+    """Returns where training will go on, as this rank sees it."""
+    checkpoint = store.with_start(options)
+    directory = None if checkpoint.finetune else store.find_checkpoint(checkpoint)
     if directory is None:
-        return (0, 0), None
+        return Beginning(checkpoint)
     saved = store.read_train_state(directory, PLAIN_KEYS)
-    return (saved["iteration"], saved["consumed_samples"]), saved.get(CUDA_KERNELS)
+    return Beginning(checkpoint, saved["iteration"], saved["consumed_samples"], saved.get(CUDA_KERNELS))
 
 
 def _saved_config(config: PretrainConfig) -> Mapping[str, Any] | None:

@@ -76,16 +76,42 @@ def prepare_data(out: Path) -> list[str]:
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     run(
-        [*PROGRAM, "train-tokenizer", "--type", "sentencepiece-bpe", "--input", str(NOVELS),
-         "--vocab-size", "4096", "--output-prefix", str(tokenizer), "--overwrite"],
+        [
+            *PROGRAM,
+            "train-tokenizer",
+            "--type",
+            "sentencepiece-bpe",
+            "--input",
+            str(NOVELS),
+            "--vocab-size",
+            "4096",
+            "--output-prefix",
+            str(tokenizer),
+            "--overwrite",
+        ],
         "1/5 train a tokenizer",
-    )  # fmt: skip
+    )
     run(
-        [*PROGRAM, "preprocess", "--input", str(NOVELS), "--document-separator", "CHAPTER",
-         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{tokenizer}.model", "--append-eod",
-         "--workers", "2", "--output-prefix", str(prefix), "--overwrite"],
+        [
+            *PROGRAM,
+            "preprocess",
+            "--input",
+            str(NOVELS),
+            "--document-separator",
+            "CHAPTER",
+            "--tokenizer-type",
+            "SentencePieceTokenizer",
+            "--tokenizer-model",
+            f"{tokenizer}.model",
+            "--append-eod",
+            "--workers",
+            "2",
+            "--output-prefix",
+            str(prefix),
+            "--overwrite",
+        ],
         "2/5 make the dataset, a document per chapter",
-    )  # fmt: skip
+    )
     return ["--data-path", f"{prefix}_text_document", "--tokenizer-model", f"{tokenizer}.model"]
 
 
@@ -233,10 +259,21 @@ class Quickstart:
             str(out / FINISHED_BY_TWO),
         ]
         run(
-            [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "megatron_samoe", "pretrain",
-             *config, *MODELS[FINISHED_BY_TWO], *common, *split],
+            [
+                *TORCHRUN,
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+                "-m",
+                "megatron_samoe",
+                "pretrain",
+                *config,
+                *MODELS[FINISHED_BY_TWO],
+                *common,
+                *split,
+            ],
             f"4/5 go on with {FINISHED_BY_TWO} on two ranks, half of the experts on each, for its last {PARALLEL_STEPS} steps",
-        )  # fmt: skip
+        )
         report(out)
 
 

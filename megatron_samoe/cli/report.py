@@ -69,8 +69,9 @@ class Report:
         decode = [row for path in self.decode for row in read_decode(path)]
         zero_shot = [row for path in self.zero_shot for row in read_zero_shot(path)]
         for flag, checkpoints in (
-            ("--decode", [row.checkpoint for row in decode]), ("--zero-shot", [row.checkpoint for row in zero_shot]),
-        ):  # fmt: skip
+            ("--decode", [row.checkpoint for row in decode]),
+            ("--zero-shot", [row.checkpoint for row in zero_shot]),
+        ):
             strangers = {str(path) for path in checkpoints if not any(group.contains(path) for group in groups)}
             if strangers:
                 raise ConfigError(flag, sorted(strangers), "is of checkpoints that are in none of the runs' folders")

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from megatron_samoe.cli.model_arguments import ModelOptions, rank_program, this_rank
+from megatron_samoe.cli.model_arguments import ModelOptions, rank_program
 from megatron_samoe.cli.program import Count, Number
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.derived import flag
@@ -31,7 +31,7 @@ from megatron_samoe.inference.server.run import (
 )
 from megatron_samoe.inference.server.worker import follow
 from megatron_samoe.log import logger
-from megatron_samoe.parallel_state import ParallelState, backend
+from megatron_samoe.parallel_state import ParallelState, backend, launcher
 from megatron_samoe.runtime.load import LoadedModel
 
 Names = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
@@ -139,7 +139,7 @@ class Serve:
         server_options = replace(self.server, api_key=read_api_key(self.api_key_file))
         folders = self._names()
         # Before the model, so that a port in use is said at once.
-        listener = listen(server_options.host, server_options.port) if this_rank() == 0 else None
+        listener = listen(server_options.host, server_options.port) if launcher.rank() == 0 else None
         parallel = self.model.join(self.model.num_threads)
         check_processes(parallel.world, list(folders), self.show_experts)
         if listener is None:

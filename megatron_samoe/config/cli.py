@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
 from megatron_samoe.config.derived import flag
-from megatron_samoe.config.foreign_flags import what_it_is_here
 from megatron_samoe.config.idle import (
     idle_options,
     refuse_idle,
@@ -125,9 +125,12 @@ def flag_forms() -> tyro.constructors.ConstructorRegistry:
         if not (get_origin(info.type) in (Union, types.UnionType) and set(get_args(info.type)) == {bool, type(None)}):
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*", metavar="[{True,False,None}]", instance_from_str=read,
-            is_instance=lambda value: value is None or isinstance(value, bool), str_from_instance=lambda value: [str(value)],
-        )  # fmt: skip
+            nargs="*",
+            metavar="[{True,False,None}]",
+            instance_from_str=read,
+            is_instance=lambda value: value is None or isinstance(value, bool),
+            str_from_instance=lambda value: [str(value)],
+        )
 
     return registry
 
@@ -223,3 +226,22 @@ def _model_part(saved: Mapping[str, Any]) -> dict[str, Any]:
     part = {group: saved.get(group) or {} for group in CHECKPOINT_GROUPS}
     part["data"] = {k: v for k, v in (saved.get("data") or {}).items() if k in CHECKPOINT_FIELDS}
     return part
+
+
+@cache
+def foreign_flags() -> Mapping[str, Mapping[str, str]]:
+    """Returns flags with what is here in their place: `renamed` their names, `always_so` why they are not needed, `missing`
+    what there is."""
+    flags: Mapping[str, Mapping[str, str]] = parse_yaml(Path(__file__).with_name("foreign_flags.yaml").read_text())
+    return flags
+
+
+def what_it_is_here(name: str) -> str | None:
+    """Returns what a flag of another program is here, for a message; None for one that is not known."""
+    words = {
+        "renamed": "is no option; this program's name for it is {}",
+        "always_so": "is no option here; leave it out: {}",
+        "missing": "is not there: {}",
+    }
+    found = (words[kind].format(flags[name]) for kind, flags in foreign_flags().items() if name in flags)
+    return next(found, None)

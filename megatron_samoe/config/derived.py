@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, parse_sharing
+from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError
 
 
@@ -50,8 +53,12 @@ def parse_multipliers(field: str, texts: Sequence[str]) -> tuple[tuple[str, floa
         except (ValueError, re.error, OverflowError, RecursionError):
             factor = -1.0
         if not equals or not pattern or not 0 <= factor < float("inf"):
-            raise ConfigError(flag(field), tuple(texts), "must each be PATTERN=FACTOR: a regular expression for names of "
-                              f"parameters, and a finite number, 0 or more, such as 'attention=0.5'; {text!r} is not")  # fmt: skip
+            raise ConfigError(
+                flag(field),
+                tuple(texts),
+                "must each be PATTERN=FACTOR: a regular expression for names of "
+                f"parameters, and a finite number, 0 or more, such as 'attention=0.5'; {text!r} is not",
+            )
         found.append((pattern, factor))
     return tuple(found)
 
@@ -163,4 +170,65 @@ def sharing_map(config: PretrainConfig) -> tuple[Source, ...]:
 
 def divisors(n: int) -> list[int]:
     """Returns the divisors of n in rising order."""
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})
+
+
+def batch_sizes(config: PretrainConfig, world_size: int) -> tuple[int, ...]:
+    """Returns the sequences of a step, from the first size to the last; () where --rampup-batch-size does not fit.
+
+    As Megatron's `RampupBatchsizeNumMicroBatchesCalculator`; `with_train_iters` is as its `update_train_iters`.
+    """
+    full, ramp = global_batch_size(config, world_size), config.training.rampup_batch_size
+    if ramp is None:
+        return (full,)
+    start, increment, samples = ramp if len(ramp) == 3 else (0, 0, 0)
+    if min(start, increment, samples) < 1 or start >= full or (full - start) % increment:
+        return ()
+    return tuple(range(start, full + 1, increment))
+
+
+def batch_size_after(config: PretrainConfig, world_size: int, consumed_samples: int) -> int:
+    """Returns the sequences of the step that comes after so many."""
+    sizes, ramp = batch_sizes(config, world_size), config.training.rampup_batch_size
+    if ramp is None or consumed_samples > ramp[2]:
+        return sizes[-1]
+    return sizes[min(int(consumed_samples / (ramp[2] / (len(sizes) - 1))), len(sizes) - 1)]
+
+
+def samples_after(config: PretrainConfig, world_size: int, consumed_samples: int, steps: int) -> int:
+    """Returns the sequences that a run has consumed when it has done so many more steps."""
+    ramp = config.training.rampup_batch_size
+    while ramp is not None and steps > 0 and consumed_samples <= ramp[2]:
+        consumed_samples += batch_size_after(config, world_size, consumed_samples)
+        steps -= 1
+    return consumed_samples + max(steps, 0) * global_batch_size(config, world_size)
+
+
+def steps_for_samples(config: PretrainConfig, world_size: int, consumed_samples: int = 0) -> int | None:
+    """Returns the steps that --train-samples makes, or makes yet after so many; None without it, or where other options do
+    not fit.
+    """
+    samples = config.training.train_samples
+    if samples is None or dense_model_size(config.parallel) < 1:
+        return None
+    sizes = batch_sizes(config, world_size)
+    if not sizes or min(sizes) < 1:
+        return None
+    ramp, steps = config.training.rampup_batch_size, 0
+    while ramp is not None and consumed_samples <= ramp[2]:
+        consumed_samples += batch_size_after(config, world_size, consumed_samples)
+        steps += 1
+    return steps + max(samples - consumed_samples, 0) // sizes[-1]
+
+
+def with_train_iters(config: PretrainConfig, world_size: int, done: tuple[int, int] = (0, 0)) -> PretrainConfig:
+    """Returns the configuration with the --train-iters that --train-samples makes, unless others were given.
+
+    Args:
+        done: steps and samples of a run that goes on: batches of another size may have made them.
+    """
+    steps = steps_for_samples(config, world_size, done[1])
+    if steps is None or (done == (0, 0) and config.training.train_iters != TrainingConfig().train_iters):
+        return config
+    return replace(config, training=replace(config.training, train_iters=done[0] + steps))

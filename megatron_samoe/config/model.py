@@ -6,179 +6,128 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_samoe.config import needs
-from megatron_samoe.config.option import ABOVE_ZERO, BELOW_ONE, BY_RULES, POSITIVE, READERS, model_option, not_known_to
+from megatron_samoe.config.option import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    BY_RULES,
+    HERE_ALONE,
+    NOT_MEGATRON,
+    POSITIVE,
+    READERS,
+    model_option,
+)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Network size and style. The defaults are GPT-3's style; flags give LLaMA's."""
 
-    num_layers: int = model_option(8, range=POSITIVE, largest=100_000, is_free=False, known_to=READERS)
+    num_layers: int = model_option(8, READERS, range=POSITIVE, largest=100_000)
     """Number of transformer layers."""
-    hidden_size: int = model_option(256, range=POSITIVE, is_free=False, known_to=READERS)
+    hidden_size: int = model_option(256, READERS, range=POSITIVE)
     """Width of the residual stream (H)."""
-    ffn_hidden_size: int | None = model_option(None, range=POSITIVE, is_free=False, known_to=READERS)
+    ffn_hidden_size: int | None = model_option(None, READERS, range=POSITIVE)
     """Width of a dense MLP (F). Derived if not given: 4 H, or 8/3 H rounded to 64 with --swiglu."""
-    num_attention_heads: int = model_option(8, range=POSITIVE, is_free=False, known_to=READERS)
+    num_attention_heads: int = model_option(8, READERS, range=POSITIVE)
     """Number of attention heads (A)."""
-    kv_channels: int | None = model_option(None, range=POSITIVE, is_free=False, known_to=READERS)
+    kv_channels: int | None = model_option(None, READERS, range=POSITIVE)
     """Size of one attention head (D). Derived if not given: hidden size / heads."""
-    group_query_attention: bool = model_option(False, is_free=False, known_to=READERS)
+    group_query_attention: bool = model_option(False, READERS)
     """Let several query heads share one key-value head."""
-    num_query_groups: int = model_option(
-        1, range=POSITIVE, needs=needs.GROUPED_QUERIES, is_free=False, known_to=READERS
-    )
+    num_query_groups: int = model_option(1, READERS, range=POSITIVE, needs=needs.GROUPED_QUERIES)
     """Number of key-value heads with --group-query-attention."""
-    seq_length: int = model_option(256, range=POSITIVE, is_free=True, known_to=READERS)
+    seq_length: int = model_option(256, READERS, range=POSITIVE, may_differ=True)
     """Tokens of one training sample (S)."""
-    max_position_embeddings: int | None = model_option(None, range=POSITIVE, is_free=True, known_to=READERS)
+    max_position_embeddings: int | None = model_option(None, READERS, range=POSITIVE, may_differ=True)
     """Longest sequence that learned positions cover. Derived if not given: the sequence length."""
-    position_embedding_type: Literal["learned_absolute", "rope", "none"] = model_option(
-        "learned_absolute", is_free=False, known_to=READERS
-    )
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = model_option("learned_absolute", READERS)
     """How positions enter the model."""
-    rotary_base: float = model_option(10000.0, range=ABOVE_ZERO, needs=needs.ROTARY, is_free=False, known_to=READERS)
+    rotary_base: float = model_option(10000.0, READERS, range=ABOVE_ZERO, needs=needs.ROTARY)
     """Base of the rotary angles."""
-    rotary_percent: float = model_option(1.0, range=BY_RULES, needs=needs.ROTARY, is_free=False, known_to=READERS)
+    rotary_percent: float = model_option(1.0, READERS, range=BY_RULES, needs=needs.ROTARY)
     """Share of each head's channels that is rotated."""
-    rope_scaling_type: Literal["linear", "llama3", "yarn"] | None = model_option(
-        None, needs=needs.ROTARY, is_free=False, known_to=not_known_to("megatron")
-    )
+    rope_scaling_type: Literal["linear", "llama3", "yarn"] | None = model_option(None, NOT_MEGATRON, needs=needs.ROTARY)
     """How rotary angles are stretched for sequences longer than those a model was trained on: all by the same factor, as
     Llama 3's, or as YaRN's (arXiv:2309.00071)."""
-    rope_scaling_factor: float = model_option(
-        1.0, range=ABOVE_ZERO, needs=needs.ROPE_SCALING, is_free=False, known_to=not_known_to("megatron", default=1.0)
-    )
+    rope_scaling_factor: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.ROPE_SCALING)
     """Factor by which they are stretched."""
     rope_original_max_positions: int | None = model_option(
-        None, range=POSITIVE, needs=needs.TRAINED_LENGTH, is_free=False, known_to=not_known_to("megatron")
+        None, NOT_MEGATRON, range=POSITIVE, needs=needs.TRAINED_LENGTH
     )
     """Length of the sequences that the model was trained on before."""
-    rope_low_freq_factor: float = model_option(
-        1.0, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE, is_free=False, known_to=not_known_to("megatron", default=1.0)
-    )
+    rope_low_freq_factor: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE)
     """llama3: angles that turn less often than this over the trained length are stretched whole."""
-    rope_high_freq_factor: float = model_option(
-        4.0, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE, is_free=False, known_to=not_known_to("megatron", default=4.0)
-    )
+    rope_high_freq_factor: float = model_option(4.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.LLAMA3_ROPE)
     """llama3: angles that turn more often than this stay as they are."""
-    yarn_beta_fast: float = model_option(
-        32.0, range=ABOVE_ZERO, needs=needs.YARN, is_free=False, known_to=not_known_to("megatron", default=32.0)
-    )
+    yarn_beta_fast: float = model_option(32.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.YARN)
     """YaRN: angles that turn more often than this over the trained length stay as they are."""
-    yarn_beta_slow: float = model_option(
-        1.0, range=ABOVE_ZERO, needs=needs.YARN, is_free=False, known_to=not_known_to("megatron", default=1.0)
-    )
+    yarn_beta_slow: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.YARN)
     """YaRN: angles that turn less often than this are stretched whole."""
-    yarn_attention_factor: float | None = model_option(
-        None, range=ABOVE_ZERO, needs=needs.YARN, is_free=False, known_to=not_known_to("megatron")
-    )
+    yarn_attention_factor: float | None = model_option(None, NOT_MEGATRON, range=ABOVE_ZERO, needs=needs.YARN)
     """YaRN: factor on rotated queries and keys. Derived if not given: 0.1 ln(factor) + 1."""
-    normalization: Literal["LayerNorm", "RMSNorm"] = model_option("LayerNorm", is_free=False, known_to=READERS)
+    normalization: Literal["LayerNorm", "RMSNorm"] = model_option("LayerNorm", READERS)
     """Kind of the normalisation layers."""
-    norm_epsilon: float = model_option(1e-5, range=ABOVE_ZERO, is_free=False, known_to=READERS)
+    norm_epsilon: float = model_option(1e-5, READERS, range=ABOVE_ZERO)
     """Added to the variance (LayerNorm) or mean square (RMSNorm)."""
-    swiglu: bool = model_option(False, is_free=False, known_to=READERS)
+    swiglu: bool = model_option(False, READERS)
     """Gated SiLU MLPs and experts in place of GELU ones."""
-    exact_gelu: bool = model_option(
-        False, needs=needs.GELU, is_free=False, known_to=not_known_to("megatron", default=False)
-    )
+    exact_gelu: bool = model_option(False, NOT_MEGATRON, needs=needs.GELU)
     """GELU by the error function rather than its tanh form."""
-    disable_bias_linear: bool = model_option(False, is_free=False, known_to=READERS)
+    disable_bias_linear: bool = model_option(False, READERS)
     """No bias in linear layers and experts."""
-    add_qkv_bias: bool = model_option(False, needs=needs.NO_BIAS, is_free=False, known_to=READERS)
+    add_qkv_bias: bool = model_option(False, READERS, needs=needs.NO_BIAS)
     """Keep the bias of the query-key-value projection with --disable-bias-linear."""
-    attention_bias: bool | None = model_option(None, is_free=False, known_to=not_known_to("megatron"))
+    attention_bias: bool | None = model_option(None, NOT_MEGATRON)
     """Biases of both projections of attention. Derived if not given: as all other linear layers have them."""
-    untie_embeddings_and_output_weights: bool = model_option(False, is_free=False, known_to=READERS)
+    untie_embeddings_and_output_weights: bool = model_option(False, READERS)
     """Give the output layer its own matrix."""
-    qk_layernorm: bool = model_option(False, is_free=False, known_to=READERS)
+    qk_layernorm: bool = model_option(False, READERS)
     """Normalise queries and keys before attention."""
-    qk_layernorm_scope: Literal["head", "all"] = model_option(
-        "head", needs=needs.QK_NORM, is_free=False, known_to=not_known_to("megatron", default="head")
-    )
+    qk_layernorm_scope: Literal["head", "all"] = model_option("head", NOT_MEGATRON, needs=needs.QK_NORM)
     """head: the queries and the keys of each head alone. all: those of all heads together, before they are split into heads
     (OLMoE)."""
-    clip_qkv: float | None = model_option(None, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron"))
+    clip_qkv: float | None = model_option(None, NOT_MEGATRON, range=ABOVE_ZERO)
     """c: queries, keys and values are cut to [-c, c], after their norms (OLMo)."""
-    attention_multiplier: float | None = model_option(
-        None, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron")
-    )
+    attention_multiplier: float | None = model_option(None, NOT_MEGATRON, range=ABOVE_ZERO)
     """Factor on the products of queries and keys (Granite). Derived if not given: 1 / sqrt(size of a head's queries)."""
-    embedding_multiplier: float = model_option(
-        1.0, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", default=1.0)
-    )
+    embedding_multiplier: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO)
     """Factor on token embeddings (Granite)."""
-    residual_multiplier: float = model_option(
-        1.0, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", default=1.0)
-    )
+    residual_multiplier: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO)
     """Factor on what attention and MLPs add to the residual stream (Granite)."""
-    logits_scaling: float = model_option(
-        1.0, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", default=1.0)
-    )
+    logits_scaling: float = model_option(1.0, NOT_MEGATRON, range=ABOVE_ZERO)
     """Divisor of the output's logits (Granite)."""
-    use_parallel_residual: bool = model_option(False, is_free=False, known_to=not_known_to("megatron", default=False))
+    use_parallel_residual: bool = model_option(False, NOT_MEGATRON)
     """Give a layer's MLP the layer's input, as its attention, and add both (GPT-NeoX)."""
-    sliding_window: int | None = model_option(None, range=POSITIVE, is_free=False, known_to=not_known_to("megatron"))
+    sliding_window: int | None = model_option(None, NOT_MEGATRON, range=POSITIVE)
     """Most tokens that a token attends to: itself and those before it. Not all earlier ones, if given."""
-    window_attn_skip_freq: int | None = model_option(
-        None, range=BY_RULES, needs=needs.WINDOW, is_free=False, known_to=not_known_to("megatron")
-    )
+    window_attn_skip_freq: int | None = model_option(None, NOT_MEGATRON, range=BY_RULES, needs=needs.WINDOW)
     """N: every N-th layer attends to all earlier tokens in spite of --sliding-window."""
-    softmax_type: Literal["vanilla", "off-by-one", "learnable"] = model_option(
-        "vanilla", is_free=False, known_to=not_known_to("megatron", "export", default="vanilla")
-    )
+    softmax_type: Literal["vanilla", "off-by-one", "learnable"] = model_option("vanilla", HERE_ALONE)
     """Attention weights. off-by-one: 1 is added to the sum of the exponentials, so that a head may attend to nothing.
     learnable: the exponential of a number learned for each head is added (a sink)."""
-    attn_logit_softcapping: float | None = model_option(
-        None, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", "export")
-    )
+    attn_logit_softcapping: float | None = model_option(None, HERE_ALONE, range=ABOVE_ZERO)
     """c: attention scores s become c tanh(s / c)."""
-    final_logit_softcapping: float | None = model_option(
-        None, range=ABOVE_ZERO, is_free=False, known_to=not_known_to("megatron", "export")
-    )
+    final_logit_softcapping: float | None = model_option(None, HERE_ALONE, range=ABOVE_ZERO)
     """The same of the output's logits."""
-    multi_latent_attention: bool = model_option(False, is_free=False, known_to=not_known_to("megatron", default=False))
+    multi_latent_attention: bool = model_option(False, NOT_MEGATRON)
     """Multi-head latent attention (DeepSeek-V2): keys and values of all heads from one small vector per token."""
-    q_lora_rank: int | None = model_option(
-        None, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron")
-    )
+    q_lora_rank: int | None = model_option(None, NOT_MEGATRON, range=POSITIVE, needs=needs.LATENTS)
     """Size of the latent that queries are made from; queries are made from the residual stream if not given."""
-    kv_lora_rank: int = model_option(
-        512,
-        range=POSITIVE,
-        needs=needs.LATENTS,
-        is_free=False,
-        known_to=not_known_to("megatron", default=512),
-    )
+    kv_lora_rank: int = model_option(512, NOT_MEGATRON, range=POSITIVE, needs=needs.LATENTS)
     """Size of the latent that keys and values are made from."""
-    qk_head_dim: int = model_option(
-        128,
-        range=POSITIVE,
-        needs=needs.LATENTS,
-        is_free=False,
-        known_to=not_known_to("megatron", default=128),
-    )
+    qk_head_dim: int = model_option(128, NOT_MEGATRON, range=POSITIVE, needs=needs.LATENTS)
     """Channels of a head's queries and keys without positions."""
-    qk_pos_emb_head_dim: int = model_option(
-        64, range=POSITIVE, needs=needs.LATENTS, is_free=False, known_to=not_known_to("megatron", default=64)
-    )
+    qk_pos_emb_head_dim: int = model_option(64, NOT_MEGATRON, range=POSITIVE, needs=needs.LATENTS)
     """Channels of queries, and of the key that all heads share, which are rotated."""
-    v_head_dim: int = model_option(
-        128,
-        range=POSITIVE,
-        needs=needs.LATENTS,
-        is_free=False,
-        known_to=not_known_to("megatron", default=128),
-    )
+    v_head_dim: int = model_option(128, NOT_MEGATRON, range=POSITIVE, needs=needs.LATENTS)
     """Channels of a head's values."""
-    init_method_std: float = model_option(0.02, range=ABOVE_ZERO, is_free=True, known_to=READERS)
+    init_method_std: float = model_option(0.02, READERS, range=ABOVE_ZERO, may_differ=True)
     """Standard deviation of initial weights; output projections use it divided by sqrt(2 * num_layers)."""
-    attention_dropout: float = model_option(0.0, range=BELOW_ONE, is_free=True, known_to=READERS)
+    attention_dropout: float = model_option(0.0, READERS, range=BELOW_ONE, may_differ=True)
     """Dropout probability of attention weights."""
-    hidden_dropout: float = model_option(0.0, range=BELOW_ONE, is_free=True, known_to=READERS)
+    hidden_dropout: float = model_option(0.0, READERS, range=BELOW_ONE, may_differ=True)
     """Dropout probability of embeddings and of each sub-layer's output."""
-    make_vocab_size_divisible_by: int = model_option(128, range=POSITIVE, is_free=False, known_to=READERS)
+    make_vocab_size_divisible_by: int = model_option(128, READERS, range=POSITIVE)
     """The vocabulary is padded to a multiple of this in every layout; the tensor-parallel size must divide it. The
     softmax leaves padding out.
     """

@@ -17,6 +17,7 @@ Value: TypeAlias = Any
 LARGEST = 2**31 - 1
 #: What reads a model's options besides training: each refuses those it does not know.
 READERS = frozenset(("decode", "export", "megatron", "planner"))
+NOT_MEGATRON, HERE_ALONE, PLANNER = READERS - {"megatron"}, frozenset(("decode", "planner")), frozenset(("planner",))
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,17 @@ class Facts:
         needs: what else must be chosen, else the option has no effect.
         may_be_idle: whether a value other than the default may stand without what it needs where nobody stated it on a command
             line or in a file: saved dense models have the number of experts of the file that they were trained from.
-        is_free: whether a run may load a checkpoint whose model has another value.
-        known_to: readers of a model that handle the option, or a function from a value to the readers that handle it.
+        may_differ: whether a run may load a checkpoint whose model has another value.
+        read_by: readers of a model that handle values other than the default, or a function from such a value to them. A
+            default is what a model is without the option, which everyone knows.
     """
 
     range: Range | None = None
     largest: float = LARGEST
     needs: Need | None = None
     may_be_idle: bool = False
-    is_free: bool = True
-    known_to: frozenset[str] | Callable[[Value], frozenset[str]] = READERS
+    may_differ: bool = False
+    read_by: frozenset[str] | Callable[[Value], frozenset[str]] = READERS
 
     def is_idle(self, config: Any) -> bool:
         """Returns whether a value other than the default would have no effect, and be an error."""
@@ -70,7 +72,7 @@ class Facts:
 
     def readers_of(self, value: Value) -> frozenset[str]:
         """Returns the readers that know a value."""
-        return self.known_to if isinstance(self.known_to, frozenset) else self.known_to(value)
+        return self.read_by if isinstance(self.read_by, frozenset) else self.read_by(value)
 
 
 def option(default: Value, **facts: Any) -> Any:
@@ -78,14 +80,9 @@ def option(default: Value, **facts: Any) -> Any:
     return dataclasses.field(default=default, metadata={"facts": Facts(**facts)})
 
 
-def model_option(default: Value, *, is_free: bool, known_to: Any, **facts: Any) -> Any:
-    """Returns a field of a model's group. It must say whether a loading run may change it, and which readers know it."""
-    return option(default, is_free=is_free, known_to=known_to, **facts)
-
-
-def not_known_to(*readers: str, default: Value = None) -> Callable[[Value], frozenset[str]]:
-    """Returns the `known_to` of an option whose values other than its default some readers do not know."""
-    return lambda value: READERS if value == default else READERS - frozenset(readers)
+def model_option(default: Value, read_by: frozenset[str] | Callable[[Value], frozenset[str]], **facts: Any) -> Any:
+    """Returns a field of a model's group, which must say who reads it. A loading run may not change it by default."""
+    return option(default, read_by=read_by, **facts)
 
 
 def all_options(config: Any) -> Iterator[tuple[str, str, Value, Value, Facts]]:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.parallel import ParallelConfig
-from megatron_samoe.config.training import LoggingConfig, OptimizerConfig, TrainingConfig
+from megatron_samoe.config.training import DistillationConfig, LoggingConfig, OptimizerConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,11 @@ class PretrainConfig:
         """Width of the shared expert that every token of an MoE layer passes; None where there is none."""
         width = self.moe.moe_shared_expert_intermediate_size
         return self.model.mlp_size if width is None and self.moe.moe_residual_mlp else width
+
+    def folder_of(self, name: str) -> Path | None:
+        """Returns a folder for what ranks leave behind, if the run has a place for anything."""
+        place = self.logging.run_dir or self.checkpoint.save
+        return None if place is None else Path(place) / name
 
     def with_run_dir(self) -> PretrainConfig:
         """Returns the configuration with the paths that --run-dir implies filled in."""

@@ -40,13 +40,19 @@ def json_schema() -> JsonObject:
     for name, group in groups.items():
         flat = [properties[name]] if name in properties else []  # an option with the name of its group
         properties[name] = {
-            "anyOf": [{"type": ["object", "null"]}, *flat], "description": (inspect.getdoc(group) or "").split("\n")[0],
-            "properties": _options(group), "additionalProperties": False,
-        }  # fmt: skip
+            "anyOf": [{"type": ["object", "null"]}, *flat],
+            "description": (inspect.getdoc(group) or "").split("\n")[0],
+            "properties": _options(group),
+            "additionalProperties": False,
+        }
     return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "megatron_samoe configuration", "type": "object",
-        "properties": properties, "patternProperties": {"-": {}}, "additionalProperties": False,
-    }  # fmt: skip
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "megatron_samoe configuration",
+        "type": "object",
+        "properties": properties,
+        "patternProperties": {"-": {}},
+        "additionalProperties": False,
+    }
 
 
 def _options(group: type) -> JsonObject:

@@ -46,9 +46,12 @@ def on_ranks_of(student: PretrainConfig, teacher: PretrainConfig, world_size: in
     )
     given = student.training
     training = TrainingConfig(
-        micro_batch_size=given.micro_batch_size, global_batch_size=given.global_batch_size, bf16=given.bf16,
-        fp16=given.fp16, train_iters=LARGEST,  # whatever its routers did at some step, it is behind them
-    )  # fmt: skip
+        micro_batch_size=given.micro_batch_size,
+        global_batch_size=given.global_batch_size,
+        bf16=given.bf16,
+        fp16=given.fp16,
+        train_iters=LARGEST,  # whatever its routers did at some step, it is behind them
+    )
     # Its loads are not balanced any more, over however many sequences; its weights stay, so they are combined once.
     moe = replace(teacher.moe, moe_aux_loss_group_size=None, samoe_combine="step")
     config = PretrainConfig(model, moe, parallel, training, data=DataConfig(mock_data=True))

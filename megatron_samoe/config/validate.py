@@ -1,37 +1,109 @@
-"""The check of a whole configuration, which reports all broken rules of `config/rules` at once.
+"""The check of a whole configuration, which tells all that is wrong with it at once.
 
-`rules/layout.py` refuses layouts, and `rules/pipeline.py` those of pipeline stages. `model.py` refuses models,
-`options.py` single options, and `run.py` anything else of a run.
+Single options are held to their facts (`option.py`), several together to the tables of `config/rules`: `layout.py` and
+`pipeline.py` refuse layouts, `model.py` and `moe.py` models, and `run.py` anything else of a run.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
+from megatron_samoe.config.derived import flag, with_train_iters
+from megatron_samoe.config.option import LARGEST, all_options
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.rules import Rule, layout, model, options, pipeline, run
-from megatron_samoe.config.rules.options import refuse_excess
+from megatron_samoe.config.rules import Table, layout, model, moe, pipeline, run
 from megatron_samoe.errors import ConfigError, ConfigErrors
 
-RULES: tuple[Rule, ...] = (*options.RULES, *model.RULES, *layout.RULES, *pipeline.RULES, *run.RULES)
+TABLES: tuple[Table, ...] = (*model.TABLES, *moe.TABLES, *layout.TABLES, *pipeline.TABLES, *run.TABLES)
+#: Of the tensors of a model: layers times experts.
+_MOST_EXPERTS = 10_000_000
 
 
 def validate(config: PretrainConfig, world_size: int) -> None:
     """Raises ConfigErrors naming every rule that the configuration breaks on `world_size` ranks."""
     refuse_excess(config)
-    _raise_if_any([problem for rule in RULES for problem in rule(config, world_size)])
+    ranges = dict(_ranges(config))
+    groups = {group for group, _ in ranges}
+    if groups.isdisjoint(("training", "parallel")):
+        config = with_train_iters(config, world_size)
+    problems = [*ranges.values(), *_idle(config)]
+    for table in TABLES:
+        if groups.isdisjoint(table.groups) and (table.needs is None or table.needs.is_met(config)):
+            problems += broken_rows(table, config, world_size)
+    _raise_if_any(list({str(problem): problem for problem in problems}.values()))
+
+
+def broken_rows(table: Table, config: PretrainConfig, world_size: int) -> list[ConfigError]:
+    """Returns what a table refuses: of each option the first row that holds, or what its reading of a text raises."""
+    values = {name: value for _, name, value, *_ in all_options(config)}
+    found: dict[str, ConfigError] = {}
+    try:
+        for option, is_refused, allowed, *value in table.rows(config, world_size):
+            if is_refused and option not in found:
+                found[option] = ConfigError(flag(option), value[0] if value else values[option], allowed)
+    except ConfigError as error:
+        return [*found.values(), error]
+    return list(found.values())
 
 
 def refuse_wrong_numbers(config: PretrainConfig) -> None:
     """Raises ConfigErrors naming each number outside its own range, whatever the other options are."""
     refuse_excess(config)
-    problems = [problem for rule in options.RANGES for problem in rule(config, 1)]
+    problems = list(dict(_ranges(config)).values())
     moe = config.moe
     if moe.expert_layout != "dense" and moe.moe_router_topk > moe.fewest_experts:
-        problems.append(
-            ConfigError("--moe-router-topk", moe.moe_router_topk, f"must be at most --num-experts {moe.num_experts}")
-        )
+        allowed = f"must be at most --num-experts {moe.num_experts}"
+        problems.append(ConfigError("--moe-router-topk", moe.moe_router_topk, allowed))
+    _raise_if_any(problems)
+
+
+def _ranges(config: PretrainConfig) -> Iterator[tuple[tuple[str, str], ConfigError]]:
+    for group, name, value, _, facts in all_options(config):
+        numbers = value if isinstance(value, tuple) else (value,)
+        if facts.range is None or value is None:
+            continue
+        if not all(facts.range.is_legal(number) for number in numbers):
+            yield (group, name), ConfigError(flag(name), value, facts.range.words)
+
+
+def _idle(config: PretrainConfig) -> Iterator[ConfigError]:
+    for _, name, value, default, facts in all_options(config):
+        if value != default and facts.needs is not None and facts.is_idle(config):
+            yield ConfigError(flag(name), value, facts.needs.words.format(c=config))
+
+
+def refuse_excess(config: PretrainConfig) -> None:
+    """Raises ConfigErrors naming each number too large for any machine, before a model is built from it."""
+    problems = []
+    for _, name, value, _, facts in all_options(config):
+        for number in value if isinstance(value, tuple) else (value,):
+            most = facts.largest if isinstance(number, int) or facts.largest != LARGEST else 1e300
+            if isinstance(number, (int, float)) and (most < number < math.inf or number < -LARGEST):
+                problems.append(ConfigError(flag(name), value, f"must be at most {facts.largest:,}"))
+    if not problems and config.model.num_layers * config.moe.most_experts > _MOST_EXPERTS:
+        allowed = f"times --num-layers must be at most {_MOST_EXPERTS:,}"
+        problems.append(ConfigError("--num-experts", config.moe.num_experts, allowed))
     _raise_if_any(problems)
 
 
 def _raise_if_any(problems: list[ConfigError]) -> None:
+    if problems:
+        raise ConfigErrors(problems)
+
+
+def refuse_unknown(config: PretrainConfig, reader: str, doing: str) -> None:
+    """Raises ConfigErrors naming each option of the model, with a value other than its default, that a reader does not
+    know.
+
+    Args:
+        reader: one of `option.READERS`.
+        doing: what the reader does, for the message.
+    """
+    problems = [
+        ConfigError(flag(name), value, f"is not known to {doing}")
+        for group, name, value, default, facts in all_options(config)
+        if group in ("model", "moe") and value != default and reader not in facts.readers_of(value)
+    ]
     if problems:
         raise ConfigErrors(problems)

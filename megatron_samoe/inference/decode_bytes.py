@@ -49,9 +49,14 @@ class StepBytes:
 
 
 def step_bytes(
-    config: PretrainConfig, vocab_size: int, batch: int, context: float, serving: Serving, dtype: Precision,
+    config: PretrainConfig,
+    vocab_size: int,
+    batch: int,
+    context: float,
+    serving: Serving,
+    dtype: Precision,
     distinct: float | None = None,
-) -> StepBytes:  # fmt: skip
+) -> StepBytes:
     """Returns the bytes of one token for each of `batch` sequences; each needed weight counts once, also where layers that
     follow each other use one set.
 
@@ -69,7 +74,11 @@ def step_bytes(
             p.numel() for part in (layer.router, layer.mixing) if part is not None for p in part.parameters()
         )
         routers += len(run) * per_layer
-        hit = expected_distinct_experts(num_experts, moe.moe_router_topk, batch) if distinct is None else distinct
+        hit = (
+            expected_distinct_experts(num_experts, layer.router.experts_per_token, batch)
+            if distinct is None
+            else distinct
+        )
         # Layers choose alone, so what they hit together follows as for tokens.
         hit = expected_distinct_experts(num_experts, hit, len(run))
         combines = run[0].source is not None and run[0].source.way.combines

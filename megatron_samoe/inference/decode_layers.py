@@ -84,8 +84,14 @@ class DecodeModel:
 
 def options_of_training_alone(config: ModelConfig) -> list[str]:
     """Returns the flags of a model that the inference ops do not have, so that the training model decodes it."""
-    names = ("multi_latent_attention", "exact_gelu", "use_parallel_residual", "embedding_multiplier", "residual_multiplier",
-             "logits_scaling")  # fmt: skip
+    names = (
+        "multi_latent_attention",
+        "exact_gelu",
+        "use_parallel_residual",
+        "embedding_multiplier",
+        "residual_multiplier",
+        "logits_scaling",
+    )
     return [flag(name) for name in names if getattr(config, name) != getattr(ModelConfig, name)]
 
 
@@ -120,9 +126,15 @@ def make_decode_model(model: RankModel, serving: Serving, dtype: Precision, num_
         places = torch.arange(config.max_positions, device=model.state.device)[None]
         cos_PR, sin_PR = (t[0, :, 0].contiguous() for t in rotary_tables(config, places, torch.float32))
     return DecodeModel(
-        tuple(layers), words, output, None if position is None else _fp32(position), _norm(stage.final_norm), cos_PR,
-        sin_PR, config.final_logit_softcapping,
-    )  # fmt: skip
+        tuple(layers),
+        words,
+        output,
+        None if position is None else _fp32(position),
+        _norm(stage.final_norm),
+        cos_PR,
+        sin_PR,
+        config.final_logit_softcapping,
+    )
 
 
 def _fp32(t: Tensor) -> Tensor:
@@ -146,11 +158,17 @@ def _attention(attention: SelfAttention, norm: NormLayer, dtype: Precision, num_
     cache = torch.float32 if dtype == "fp32" else torch.bfloat16
     device, rule = qkv.data.device, attention.rule()
     return AttentionLayer(
-        _norm(norm), qkv, _maybe_fp32(attention.qkv.bias), head_norms, output, _maybe_fp32(attention.output.bias),
+        _norm(norm),
+        qkv,
+        _maybe_fp32(attention.qkv.bias),
+        head_norms,
+        output,
+        _maybe_fp32(attention.output.bias),
         torch.zeros(num_pages, groups, head_dim, PAGE, dtype=cache, device=device),
         torch.zeros(num_pages, groups, PAGE, head_dim, dtype=cache, device=device),
-        replace(rule, sinks_A=_maybe_fp32(rule.sinks_A)), attention.config.clip_qkv,
-    )  # fmt: skip
+        replace(rule, sinks_A=_maybe_fp32(rule.sinks_A)),
+        attention.config.clip_qkv,
+    )
 
 
 def _routing(moe: MoELayer) -> Routing:

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.readers import refuse_unknown
+from megatron_samoe.config.validate import refuse_unknown
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_layers import make_decode_model, options_of_training_alone
-from megatron_samoe.inference.huge_pages import ask_for_huge_pages
 from megatron_samoe.inference.kv_cache import PAGE, BatchBuffers, PageTable, make_batch, pages_for, window_pages
 from megatron_samoe.inference.rank_runner import RankRunner, Runner, convert_weights
 from megatron_samoe.inference.request import MOST_LOGPROBS, FinishReason, Request, TokenEvent, TokenScore
@@ -42,7 +41,7 @@ from megatron_samoe.inference.serving import (
 )
 from megatron_samoe.inference.single_runner import SingleRunner
 from megatron_samoe.inference.text_stream import TextStream
-from megatron_samoe.inference.weight_file import keep_in_file
+from megatron_samoe.inference.weight_memory import ask_for_huge_pages, keep_in_file
 from megatron_samoe.ops.extension import uses_cuda_kernel
 from megatron_samoe.runtime.free_memory import free_memory_bytes
 from megatron_samoe.runtime.load import LoadedModel
@@ -192,10 +191,11 @@ class Engine:
         length = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_length + 1)
         if length - 1 > self.max_tokens:
             raise ConfigError(
-                "max_new_tokens", request.sampling.max_new_tokens,
+                "max_new_tokens",
+                request.sampling.max_new_tokens,
                 f"prompt and result may have {self.max_tokens} tokens together, as the key-value cache has no more; "
                 f"the prompt has {len(request.prompt_ids)}. A larger max_tokens of the engine helps.",
-            )  # fmt: skip
+            )
         request_id = self._next_id if request_id is None else request_id
         self._next_id = max(self._next_id, request_id + 1)
         sampler = Sampler(request.sampling, request.prompt_ids, self.vocab_size)
@@ -261,9 +261,10 @@ class Engine:
             raise ConfigError("prompt", "", "must hold at least one token")
         if len(ids) > self.context_length:
             raise ConfigError(
-                "prompt", f"{len(ids)} tokens",
+                "prompt",
+                f"{len(ids)} tokens",
                 f"may have {self.context_length} tokens, the model's context",
-            )  # fmt: skip
+            )
         for place, token in enumerate(ids):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
                 raise ConfigError(
@@ -318,7 +319,9 @@ def _cache_slots(wanted: int | None, loaded: LoadedModel) -> int:
 
 def _check_sizes(max_batch: int, max_tokens: int | None, max_step_tokens: int) -> None:
     for name, value, least in (
-        ("max_batch", max_batch, 1), ("max_tokens", max_tokens, PAGE), ("max_step_tokens", max_step_tokens, 1)
-    ):  # fmt: skip
+        ("max_batch", max_batch, 1),
+        ("max_tokens", max_tokens, PAGE),
+        ("max_step_tokens", max_step_tokens, 1),
+    ):
         if value is not None and (not math.isfinite(value) or value < least):
             raise ConfigError(name, value, f"must be {least} or more")

@@ -63,9 +63,13 @@ class BatchBuffers:
 
 
 def make_batch(
-    spans: Sequence[Span], tokens: Sequence[int], pages: Tensor, logit_rows: Sequence[int], device: torch.device,
+    spans: Sequence[Span],
+    tokens: Sequence[int],
+    pages: Tensor,
+    logit_rows: Sequence[int],
+    device: torch.device,
     buffers: BatchBuffers | None = None,
-) -> StepBatch:  # fmt: skip
+) -> StepBatch:
     """Returns the batch of some spans, whose tokens follow each other in `tokens`.
 
     Args:
@@ -97,8 +101,14 @@ class PageTable:
             positions once no layer looks back at the earlier ones.
     """
 
-    def __init__(self, num_slots: int, num_pages: int, pages_per_slot: int, device: torch.device | str = "cpu",
-                 most_pages: int | None = None):  # fmt: skip
+    def __init__(
+        self,
+        num_slots: int,
+        num_pages: int,
+        pages_per_slot: int,
+        device: torch.device | str = "cpu",
+        most_pages: int | None = None,
+    ):
         self.num_pages, self._most_pages = num_pages, most_pages or pages_per_slot
         self.table = torch.zeros(num_slots, pages_per_slot, dtype=torch.int32, device=device)
         self._free_pages = list(range(num_pages - 1, -1, -1))
@@ -142,8 +152,16 @@ class TorchCache:
         latent: where given, values are the first so many channels of keys, and are not kept besides.
     """
 
-    def __init__(self, layers: Sequence[int], num_pages: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
-                 device: torch.device, latent: int | None = None):  # fmt: skip
+    def __init__(
+        self,
+        layers: Sequence[int],
+        num_pages: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        latent: int | None = None,
+    ):
         shape = (num_pages, PAGE, num_kv_heads, head_dim)
         self._keys = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
         self._values = {

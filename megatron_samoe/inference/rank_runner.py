@@ -58,8 +58,13 @@ class RankRunner:
         kept = (model_config.num_kv_heads // state.tp.size, model_config.head_dim)
         latent = model_config.kv_lora_rank if model_config.multi_latent_attention else None
         self._cache = TorchCache(
-            layers, num_pages, *(kept if latent is None else (1, model_config.latent_dim)), self._model.dtype, state.device, latent
-        )  # fmt: skip
+            layers,
+            num_pages,
+            *(kept if latent is None else (1, model_config.latent_dim)),
+            self._model.dtype,
+            state.device,
+            latent,
+        )
         self._context = ForwardContext(batch_size=1, cache=self._cache)
 
     @torch.no_grad()

@@ -115,8 +115,9 @@ class Sampler:
         """
         options = self._options
         if self._seen_V is not None:
-            penalised = np.where(logits_V > 0, logits_V / options.repetition_penalty,
-                                 logits_V * options.repetition_penalty)  # fmt: skip
+            penalised = np.where(
+                logits_V > 0, logits_V / options.repetition_penalty, logits_V * options.repetition_penalty
+            )
             logits_V = np.where(self._seen_V, penalised, logits_V)
         best = int(logits_V.argmax())
         if not np.isfinite(logits_V[best]):

@@ -64,8 +64,11 @@ def needed_bytes(model: RankModel, dtype: Precision, cache_experts: int, num_pag
     cache = cache_bytes(model, dtype, num_pages)
     if not config.moe.has_pool:
         return {"folded": converted + cache}
-    pools = [(m.banks, layer.moe.shape.num_experts // model.state.ep.size)
-             for layer, (_, m) in zip(model.moe_layers(), uses, strict=True) if m.combines]  # fmt: skip
+    pools = [
+        (m.banks, layer.moe.shape.num_experts // model.state.ep.size)
+        for layer, (_, m) in zip(model.moe_layers(), uses, strict=True)
+        if m.combines
+    ]
     banks = config.moe.num_expert_banks * max((kept(pool) for pool, _ in pools), default=0)
     expert = max((pool.bank_numel // experts for pool, experts in pools), default=0)
     return {
@@ -103,10 +106,11 @@ def choose_serving(serving: Serving, model: RankModel, needed: dict[Serving, int
     has_pool = model.config.moe.has_pool
     if not has_pool and serving not in ("auto", "folded"):
         raise ConfigError(
-            "serving", serving,
+            "serving",
+            serving,
             f"the checkpoint is a {model.config.moe.expert_layout} model without a shared pool of experts; its only way "
             "is folded",
-        )  # fmt: skip
+        )
     facts = model.state.world.all_gather_object((needed, free_bytes, takes_one_bank(model)))
     needed = {way: max(others[way] for others, _, _ in facts) for way in needed}
     free_bytes = min(free for _, free, _ in facts)
@@ -115,10 +119,11 @@ def choose_serving(serving: Serving, model: RankModel, needed: dict[Serving, int
         ways.insert(0, "selected")
     elif serving == "selected":
         raise ConfigError(
-            "serving", serving,
+            "serving",
+            serving,
             "some layer of the checkpoint combines several banks, so there is no one bank to select; its ways are folded "
             "and on-the-fly, and `megatron-samoe edit select` makes a checkpoint that can be served so",
-        )  # fmt: skip
+        )
     fitting = [way for way in ways if needed[way] <= free_bytes]
     if serving == "auto" and fitting:
         return fitting[0]
@@ -128,10 +133,11 @@ def choose_serving(serving: Serving, model: RankModel, needed: dict[Serving, int
     others = "".join(f"; {way} takes {_gigabytes(needed[way])}" for way in ways if way != asked)
     advice = f"{fitting[0]} fits" if fitting else "none fits; a smaller precision, max_batch or max_tokens takes less"
     raise ConfigError(
-        "serving", serving,
+        "serving",
+        serving,
         f"{asked} experts and the key-value cache take {_gigabytes(needed[asked])} more memory and "
         f"{_gigabytes(free_bytes)} are free{others}; {advice}",
-    )  # fmt: skip
+    )
 
 
 def _gigabytes(num_bytes: int) -> str:

@@ -169,8 +169,17 @@ def _make_plan(model: DecodeModel, x_TH: Tensor, scratch: Tensor, max_logits: in
     """Returns a plan of the model's steps; None where it cannot be: no kernels, or experts that are combined on the fly."""
     if not extension.serves(x_TH):
         return None
-    plan = DecodePlan(model.words, model.positions, model.output, model.final_norm, model.cos_PR, model.sin_PR, x_TH,
-                      scratch, max_logits)  # fmt: skip
+    plan = DecodePlan(
+        model.words,
+        model.positions,
+        model.output,
+        model.final_norm,
+        model.cos_PR,
+        model.sin_PR,
+        x_TH,
+        scratch,
+        max_logits,
+    )
     for layer in model.layers:
         has_gate = layer.routing is not None and layer.routing.shared_gate_1H is not None
         if isinstance(layer.experts, Mixed) or not layer.attention.is_plain or has_gate:

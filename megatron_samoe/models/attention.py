@@ -47,16 +47,16 @@ class AttentionCore(nn.Module):
 
     output: RowParallelLinear
 
-    def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype,
-                 recompute_core: bool):  # fmt: skip
+    def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype, recompute_core: bool):
         super().__init__()
         self.config, self.layer, self.tensor_rank = config, layer, state.tp.rank
         self.cp, self.goes_round = state.cp, state.cp.size > 1 and state.cp_comm_type == "p2p"
         self.window, self.softcap = config.window_of(layer), config.attn_logit_softcapping
         self.sinks: nn.Parameter | None = None
         self.has_sinks, self.num_local_heads = (
-            config.softmax_type != "vanilla", config.num_attention_heads // state.tp.size
-        )  # fmt: skip
+            config.softmax_type != "vanilla",
+            config.num_attention_heads // state.tp.size,
+        )
         if config.softmax_type == "learnable":
             tag, wide = ParameterTag(ShardSpec(partition=((0, "tp"),))), torch.promote_types(dtype, torch.float32)
             self.sinks = new_parameter((config.num_attention_heads,), tag, state, wide)
@@ -119,9 +119,14 @@ class AttentionCore(nn.Module):
         return to_sequences(self._in_rank(query, key, value, inputs, context, rule), cp).flatten(2).flatten(0, 1)
 
     def _in_rank(
-        self, q_BSAD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, inputs: AttentionInputs, context: ForwardContext,
+        self,
+        q_BSAD: Tensor,
+        k_BSGD: Tensor,
+        v_BSGD: Tensor,
+        inputs: AttentionInputs,
+        context: ForwardContext,
         rule: ScoreRule,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Returns y_BSAD of whole sequences."""
         dropout = self.config.attention_dropout if context.training else 0.0
         query, key, value = (t.transpose(1, 2) for t in (q_BSAD, k_BSGD, v_BSGD))
@@ -147,19 +152,27 @@ class AttentionCore(nn.Module):
 class SelfAttention(AttentionCore):
     """Fused query-key-value projection ([key-value heads, queries per head + 2, D, H]), SDPA, output projection."""
 
-    def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype,
-                 recompute_core: bool):  # fmt: skip
+    def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype, recompute_core: bool):
         super().__init__(config, layer, state, dtype, recompute_core)
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_kv_heads, config.head_dim
         self.queries_per_kv = heads // kv_heads
         self.qkv = ColumnParallelLinear(
-            config.hidden_size, (kv_heads, self.queries_per_kv + 2, head_dim), 0, bias=config.qkv_bias,
-            init=Init(std=config.init_method_std), state=state, dtype=dtype,
-        )  # fmt: skip
+            config.hidden_size,
+            (kv_heads, self.queries_per_kv + 2, head_dim),
+            0,
+            bias=config.qkv_bias,
+            init=Init(std=config.init_method_std),
+            state=state,
+            dtype=dtype,
+        )
         self.output = RowParallelLinear(
-            heads * head_dim, config.hidden_size, bias=config.attention_output_bias,
-            init=Init(std=config.output_init_std), state=state, dtype=dtype,
-        )  # fmt: skip
+            heads * head_dim,
+            config.hidden_size,
+            bias=config.attention_output_bias,
+            init=Init(std=config.output_init_std),
+            state=state,
+            dtype=dtype,
+        )
         self.q_norm, self.k_norm = (
             _query_key_norm(config, count, state, dtype) if config.qk_layernorm else None for count in (heads, kv_heads)
         )

@@ -121,7 +121,11 @@ def expert_shape(config: PretrainConfig, place: LayerPlace) -> ExpertShape:
     """Returns the global sizes of one MoE layer's routed experts, and the spread of their initial weights."""
     model = config.model
     return ExpertShape(
-        place.num_experts, model.hidden_size, config.expert_ffn_size, activation_of(model),
-        bias=not model.disable_bias_linear, init_std=model.init_method_std,
+        place.num_experts,
+        model.hidden_size,
+        config.expert_ffn_size,
+        activation_of(model),
+        bias=not model.disable_bias_linear,
+        init_std=model.init_method_std,
         output_init_std=model.output_init_std * branch_scale(config, place.num_experts).routed,
-    )  # fmt: skip
+    )

@@ -92,9 +92,13 @@ class GPTStage(nn.Module):
                 self.output = _words(blueprint, "dense")
 
     def forward(
-        self, x: Tensor, context: ForwardContext, lender: ExpertLender, positions_BS: Tensor | None = None,
+        self,
+        x: Tensor,
+        context: ForwardContext,
+        lender: ExpertLender,
+        positions_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
-    ) -> tuple[Tensor, list[MoEStats]]:  # fmt: skip
+    ) -> tuple[Tensor, list[MoEStats]]:
         """Returns the stage's output and the statistics of its MoE layers.
 
         Args:
@@ -152,9 +156,14 @@ class GPTStage(nn.Module):
         if not fuses_loss:
             return vocab_parallel_cross_entropy(y, labels_T, head.first_id, tp)
         return linear_cross_entropy(
-            enter_tensor_parallel_region(y, self.state), head.weight[: head.width], head.num_used_rows, labels_T, head.first_id, tp,
+            enter_tensor_parallel_region(y, self.state),
+            head.weight[: head.width],
+            head.num_used_rows,
+            labels_T,
+            head.first_id,
+            tp,
             self.config.model.final_logit_softcapping,
-        )  # fmt: skip
+        )
 
     def _head(self) -> VocabParallelEmbedding:
         return self.output if self.config.model.untie_embeddings_and_output_weights else self.embedding.word
@@ -198,9 +207,14 @@ def _words(blueprint: Blueprint, family: Literal["dense", "embedding"]) -> Vocab
     model = blueprint.config.model
     padded = padded_vocab_size(blueprint.vocab_size, model.make_vocab_size_divisible_by)
     return VocabParallelEmbedding(
-        blueprint.vocab_size, padded, model.hidden_size, init=Init(std=model.init_method_std), state=blueprint.state,
-        dtype=blueprint.dtype, family=family,
-    )  # fmt: skip
+        blueprint.vocab_size,
+        padded,
+        model.hidden_size,
+        init=Init(std=model.init_method_std),
+        state=blueprint.state,
+        dtype=blueprint.dtype,
+        family=family,
+    )
 
 
 def recomputed_layers(config: PretrainConfig) -> int:

@@ -35,8 +35,7 @@ class LatentAttention(AttentionCore):
     heads and from heads to the output are split over the ranks.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype,
-                 recompute_core: bool):  # fmt: skip
+    def __init__(self, config: ModelConfig, layer: int, state: ParallelState, dtype: torch.dtype, recompute_core: bool):
         super().__init__(config, layer, state, dtype, recompute_core)
         self.state = state
         heads, hidden, rank = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
@@ -55,9 +54,13 @@ class LatentAttention(AttentionCore):
         self.kv_down, self.kv_norm = down(config.latent_dim), Norm(config, rank, state, dtype)
         self.kv_up = up(rank, config.qk_head_dim + config.v_head_dim)
         self.output = RowParallelLinear(
-            heads * config.v_head_dim, hidden, bias=config.attention_output_bias,
-            init=Init(std=config.output_init_std), state=state, dtype=dtype,
-        )  # fmt: skip
+            heads * config.v_head_dim,
+            hidden,
+            bias=config.attention_output_bias,
+            init=Init(std=config.output_init_std),
+            state=state,
+            dtype=dtype,
+        )
 
     def forward(self, x_TH: Tensor, inputs: AttentionInputs, context: ForwardContext) -> Tensor:
         """Returns y_TH."""

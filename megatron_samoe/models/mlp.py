@@ -22,8 +22,15 @@ def activation_of(config: ModelConfig) -> Activation:
 class MLP(nn.Module):
     """Two linear layers, split over tensor-parallel ranks, with GELU (exact or its tanh form) between, or SiLU-gated."""
 
-    def __init__(self, config: ModelConfig, ffn_size: int, init_std: float, output_init_std: float,
-                 state: ParallelState, dtype: torch.dtype):  # fmt: skip
+    def __init__(
+        self,
+        config: ModelConfig,
+        ffn_size: int,
+        init_std: float,
+        output_init_std: float,
+        state: ParallelState,
+        dtype: torch.dtype,
+    ):
         super().__init__()
         self.activation = activation_of(config)
         self.gated = config.swiglu

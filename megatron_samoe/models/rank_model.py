@@ -48,8 +48,14 @@ class RankModel(nn.Module):
 
     chunks: Any  # torch's containers forget what they hold
 
-    def __init__(self, config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype,
-                 parts: ModelParts | None = None):  # fmt: skip
+    def __init__(
+        self,
+        config: PretrainConfig,
+        vocab_size: int,
+        state: ParallelState,
+        dtype: torch.dtype,
+        parts: ModelParts | None = None,
+    ):
         super().__init__()
         self.config, self.state, self.vocab_size, self.dtype = config, state, vocab_size, dtype
         self.parts = parts or ModelParts()
@@ -162,9 +168,13 @@ class RankModel(nn.Module):
         return dims
 
     def forward(
-        self, x: Tensor, context: ForwardContext, positions_BS: Tensor | None = None,
-        document_ids_BS: Tensor | None = None, chunk: int = 0,
-    ) -> tuple[Tensor, list[MoEStats]]:  # fmt: skip
+        self,
+        x: Tensor,
+        context: ForwardContext,
+        positions_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
+        chunk: int = 0,
+    ) -> tuple[Tensor, list[MoEStats]]:
         """Returns a chunk's output and the statistics of its MoE layers; see `GPTStage.forward`."""
         return self.chunks[chunk](x, context, self.lender, positions_BS, document_ids_BS)
 
@@ -179,9 +189,12 @@ def compute_dtype(config: PretrainConfig) -> torch.dtype:
 
 
 def build_model(
-    config: PretrainConfig, vocab_size: int, state: ParallelState, dtype: torch.dtype | None = None,
+    config: PretrainConfig,
+    vocab_size: int,
+    state: ParallelState,
+    dtype: torch.dtype | None = None,
     parts: ModelParts | None = None,
-) -> RankModel:  # fmt: skip
+) -> RankModel:
     """Returns this rank's model with initial weights.
 
     Args:

@@ -53,9 +53,13 @@ class TransformerLayer(nn.Module):
         return hasattr(self, "moe")
 
     def forward(
-        self, x_TH: Tensor, inputs: AttentionInputs, context: ForwardContext, lender: ExpertLender,
+        self,
+        x_TH: Tensor,
+        inputs: AttentionInputs,
+        context: ForwardContext,
+        lender: ExpertLender,
         loads_BC: Tensor | None = None,
-    ) -> tuple[Tensor, MoEStats | None, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, MoEStats | None, Tensor | None]:
         """Returns the next residual stream, the statistics of an MoE layer, and the loads of shared sets where these
         are balanced over layers.
         """
@@ -120,6 +124,12 @@ def _moe_layer(blueprint: Blueprint, place: LayerPlace, moe_index: int) -> MoELa
         kind = Mixing if moe.moe_residual_mlp else SharedExpertGate
         mixing = kind(model.hidden_size, model.init_method_std, state, dtype)
     return MoELayer(
-        moe_place, router, blueprint.sharing.layer_part(moe_index), shared, state, config.parallel.moe_dispatch_chunks,
-        config.parallel.moe_shared_expert_overlap, mixing,
-    )  # fmt: skip
+        moe_place,
+        router,
+        blueprint.sharing.layer_part(moe_index),
+        shared,
+        state,
+        config.parallel.moe_dispatch_chunks,
+        config.parallel.moe_shared_expert_overlap,
+        mixing,
+    )

@@ -1,17 +1,20 @@
 """Tokens to the ranks that hold their experts, and back: permute, exchange counts, all-to-all, sort by local expert.
 
 Counts stay on the device of the tokens. Only sizes of messages between ranks are needed on the host: the one copy of a
-dispatch brings them there behind other work (`Leaving`).
+dispatch brings them there behind other work.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_samoe.moe.types import Experts
 from megatron_samoe.ops.asynchronous import HostCopy, runs_behind_host
 from megatron_samoe.ops.grouped_mlp import Counts
 from megatron_samoe.ops.grouped_products import ExpertRows
@@ -21,76 +24,87 @@ from megatron_samoe.row_exchange.all_to_all import Route, dispatch_rows, exchang
 from megatron_samoe.row_exchange.overlapped_all_to_all import RoundTrip
 
 
+class Trip(Protocol):
+    """Tokens on their way to the experts that they chose. What is computed before `through` hides the way."""
+
+    def through(self, experts: Experts, probs_TK: Tensor) -> Tensor:
+        """Returns y_TH: what experts make of the tokens, back at these, weighted by probs_TK and summed."""
+        ...
+
+
 @dataclass(frozen=True)
-class Dispatched:
-    """Tokens that this rank's experts work on, and what is needed to send the results back.
+class _Stay:
+    """Tokens of a group of one, which are only sorted."""
+
+    x_TH: Tensor
+    permutation: Permutation
+
+    def through(self, experts: Experts, probs_TK: Tensor) -> Tensor:
+        rows_RH = permute(self.x_TH, self.permutation)
+        counts: Counts = self.permutation.counts_E
+        if runs_behind_host(rows_RH.device):
+            counts = ExpertRows(self.permutation.counts_E, len(rows_RH), self.permutation.ends_E)
+        return unpermute(experts(rows_RH, counts), probs_TK, self.permutation)
+
+
+@dataclass(frozen=True)
+class _WholeTrip:
+    """All tokens in one exchange.
 
     Attributes:
-        rows_RH: received tokens, sorted by local expert, then by sender.
-        rows_per_expert: of e experts, on the device; see `ops.grouped_mlp`.
-        route: how the rows came; None where they did not travel.
+        rows_NH: the tokens in the permutation's order, where they were permuted already.
+        receive_We: rows from each member for each local expert.
+        table: what this rank sends and receives, [2, W, e].
     """
 
-    rows_RH: Tensor
-    rows_per_expert: Counts
+    dispatcher: AllToAllDispatcher
+    x_TH: Tensor
     permutation: Permutation
-    route: Route | None
+    rows_NH: Tensor | None
+    receive_We: Tensor
+    table: HostCopy
+
+    def through(self, experts: Experts, probs_TK: Tensor) -> Tensor:
+        group, route = self.dispatcher.group, _route(self.dispatcher.awaited(self.table), self.receive_We)
+        permutation = self.permutation.kept(sum(route.sent_rows))
+        rows_RH = dispatch_rows(self.x_TH, permutation, route, group, self.rows_NH)
+        y_RH = experts(rows_RH, self.receive_We.sum(0))
+        return unpermute(return_rows(y_RH, route, group), probs_TK, permutation)
 
 
 @dataclass(frozen=True)
-class Dispatching:
-    """Tokens on their way to experts, in parts of a few local experts each; use it once, parts in order.
+class _TripInParts:
+    """Tokens in parts of a few local experts each, one part behind the experts of another; for one use.
 
     Attributes:
         rows_per_expert: for each part e counts, zero for experts of other parts.
     """
 
-    rows_per_expert: list[Tensor]
-    _trip: RoundTrip
-    _on_their_way: list[Tensor]
-    _on_their_way_back: list[Tensor] = field(default_factory=list)
+    rows_per_expert: Sequence[Tensor]
+    trip: RoundTrip
+    on_their_way: Sequence[Tensor]
 
-    def arrive(self, part: int) -> Tensor:
-        """Returns rows_RH of a part, sorted by local expert, when they are there."""
-        return self._trip.arrive(part, self._on_their_way[part])
-
-    def send_back(self, part: int, y_RH: Tensor) -> None:
-        """Starts sending the results of a part to their tokens."""
-        self._on_their_way_back.append(self._trip.start_return(part, y_RH))
-
-    def combine(self, probs_TK: Tensor) -> Tensor:
-        """Returns y_TH as AllToAllDispatcher.combine, when all results are back."""
-        return unpermute(self._trip.finish_return(self._on_their_way_back), probs_TK, self._trip.permutation)
-
-
-@dataclass(frozen=True)
-class Leaving:
-    """Tokens whose experts are chosen, while the sizes of messages are on their way to the host.
-
-    Attributes:
-        rows_NH: the tokens in the permutation's order, where they were permuted already.
-        receive_We: rows from each member for each local expert.
-        table: what this rank sends and receives, [2, W, e]; None where tokens do not travel.
-    """
-
-    x_TH: Tensor
-    permutation: Permutation
-    rows_NH: Tensor | None = None
-    receive_We: Tensor | None = None
-    table: HostCopy | None = None
+    def through(self, experts: Experts, probs_TK: Tensor) -> Tensor:
+        returning = []
+        for part, (rows_per_expert, started) in enumerate(zip(self.rows_per_expert, self.on_their_way, strict=True)):
+            y_RH = experts(self.trip.arrive(part, started), rows_per_expert)
+            returning.append(self.trip.start_return(part, y_RH))
+        return unpermute(self.trip.finish_return(returning), probs_TK, self.trip.permutation)
 
 
 class AllToAllDispatcher:
     """Dispatches over an expert-parallel group; a group of one only sorts.
 
     Args:
-        num_chunks: parts of `start`, at most the experts of a rank.
-        few_choices: whether most of a token's choices are none; then sorting alone asks for the number of rows.
+        num_chunks: parts that travel behind each other's experts, at most the experts of a rank; all in one exchange, which
+            nothing hides, if not given.
+        sparse_choices: whether most of a token's choices are missing (-1); then sorting alone asks for the number of rows.
     """
 
-    def __init__(self, num_experts: int, group: Group, num_chunks: int = 1, few_choices: bool = False):
-        self.num_experts, self.group, self._few_choices = num_experts, group, few_choices
-        experts_per_rank = num_experts // group.size
+    def __init__(self, num_experts: int, group: Group, num_chunks: int | None = None, sparse_choices: bool = False):
+        self.num_experts, self.group, self._sparse_choices = num_experts, group, sparse_choices
+        self._in_parts = num_chunks is not None
+        num_chunks, experts_per_rank = num_chunks or 1, num_experts // group.size
         assert 1 <= num_chunks <= experts_per_rank
         self._local_experts = [
             slice(first, last)
@@ -100,34 +114,23 @@ class AllToAllDispatcher:
         experts_We = torch.arange(num_experts).view(group.size, -1)
         self._place_E = invert_index(torch.cat([experts_We[:, part].flatten() for part in self._local_experts]))
 
-    def leave(self, x_TH: Tensor, ids_TK: Tensor) -> Leaving:
-        """Sorts tokens by the experts they chose and asks the other ranks what will come."""
+    def dispatch(self, x_TH: Tensor, ids_TK: Tensor) -> Trip:
+        """Sorts tokens by the experts they chose, asks the other ranks what will come, and lets the tokens go as far as they
+        can without the sizes."""
+        if self._in_parts:
+            return self._start(x_TH, ids_TK)
         permutation = make_permutation(ids_TK, self.num_experts)
         if self.group.size == 1:
-            if self._few_choices and runs_behind_host(ids_TK.device):
+            if self._sparse_choices and runs_behind_host(ids_TK.device):
                 permutation = permutation.kept(int(permutation.counts_E.sum()))
-            return Leaving(x_TH, permutation)
+            return _Stay(x_TH, permutation)
         receive_We, table = self._exchange_counts(permutation.counts_E)
         # What comes before the wait for the sizes hides it.
         rows_NH = permute(x_TH, permutation) if runs_behind_host(x_TH.device) else None
-        return Leaving(x_TH, permutation, rows_NH, receive_We, table)
+        return _WholeTrip(self, x_TH, permutation, rows_NH, receive_We, table)
 
-    def dispatch(self, leaving: Leaving) -> Dispatched:
-        """Sends every token to the experts it chose."""
-        permutation, receive_We = leaving.permutation, leaving.receive_We
-        if leaving.table is None or receive_We is None:
-            rows_RH, counts_E = permute(leaving.x_TH, permutation), permutation.counts_E
-            if not runs_behind_host(rows_RH.device):
-                return Dispatched(rows_RH, counts_E, permutation, None)
-            return Dispatched(rows_RH, ExpertRows(counts_E, len(rows_RH), permutation.ends_E), permutation, None)
-        table = self._awaited(leaving.table)
-        route = _route(table, receive_We)
-        permutation = permutation.kept(sum(route.sent_rows))
-        rows_RH = dispatch_rows(leaving.x_TH, permutation, route, self.group, leaving.rows_NH)
-        return Dispatched(rows_RH, receive_We.sum(0), permutation, route)
-
-    def start(self, x_TH: Tensor, ids_TK: Tensor) -> Dispatching:
-        """As leave and dispatch, in the background; the rows come in `num_chunks` parts."""
+    def _start(self, x_TH: Tensor, ids_TK: Tensor) -> Trip:
+        """Starts sending all parts."""
         if self._place_E.device != ids_TK.device:
             self._place_E = self._place_E.to(ids_TK.device)
         place_E = self._place_E
@@ -135,7 +138,7 @@ class AllToAllDispatcher:
             ids_TK = torch.where(ids_TK < 0, ids_TK, place_E[ids_TK.clamp(min=0)])
         permutation = make_permutation(ids_TK, self.num_experts)
         receive_We, copy = self._exchange_counts(permutation.counts_E[place_E])
-        table = self._awaited(copy)
+        table = self.awaited(copy)
         rows_e = receive_We.sum(0)
         routes, rows_per_expert = [], []
         for experts in self._local_experts:
@@ -145,7 +148,7 @@ class AllToAllDispatcher:
             rows_per_expert.append(part_e)
         num_rows = sum(sum(route.sent_rows) for route in routes)
         trip = RoundTrip(permutation.kept(num_rows), routes, self.group)
-        return Dispatching(rows_per_expert, trip, trip.start_dispatch(x_TH))
+        return _TripInParts(rows_per_expert, trip, trip.start_dispatch(x_TH))
 
     def _exchange_counts(self, counts_E: Tensor) -> tuple[Tensor, HostCopy]:
         """Returns rows from each member for each local expert, and what this rank sends and receives as it comes to the
@@ -155,18 +158,12 @@ class AllToAllDispatcher:
         receive_We = exchange_counts(send_We, self.group)
         return receive_We, HostCopy(torch.stack((send_We, receive_We)))
 
-    def _awaited(self, copy: HostCopy) -> Tensor:
+    def awaited(self, copy: HostCopy) -> Tensor:
         """Returns what a copy brings: the one place where the host waits for the device."""
         table = copy.wait()
         if self.group.exchange is not None:
             self.group.exchange.check()  # counts of an exchange that was aborted are no counts
         return table
-
-    def combine(self, y_RH: Tensor, probs_TK: Tensor, dispatched: Dispatched) -> Tensor:
-        """Returns y_TH: the experts' results back at their tokens, weighted by probs_TK and summed."""
-        if dispatched.route is not None:
-            y_RH = return_rows(y_RH, dispatched.route, self.group)
-        return unpermute(y_RH, probs_TK, dispatched.permutation)
 
 
 def _route(table: Tensor, receive_We: Tensor) -> Route:

@@ -19,9 +19,13 @@ def expert_capacity(slots_per_sequence: int, num_experts: int, factor: float) ->
 
 
 def drop_over_capacity(
-    ids_TK: Tensor, probs_TK: Tensor, capacity: int, batch_size: int, num_experts: int,
+    ids_TK: Tensor,
+    probs_TK: Tensor,
+    capacity: int,
+    batch_size: int,
+    num_experts: int,
     policy: Literal["probs", "position"],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Returns ids_TK with -1 where a token is over its expert's capacity; ids of -1 stay and take no place.
 
     Experts keep their most probable tokens, or those that stand first (all first choices before all second choices).

@@ -67,17 +67,22 @@ class ExpertShape:
         usual: Literal["backward", "step_end"] = "backward" if num_banks is None else "step_end"
 
         def make(
-            shape: tuple[int, ...], spec: ShardSpec, init: Init = ZEROS,
+            shape: tuple[int, ...],
+            spec: ShardSpec,
+            init: Init = ZEROS,
             completed_at: Literal["backward", "step_end"] = usual,
-        ) -> nn.Parameter:  # fmt: skip
+        ) -> nn.Parameter:
             tag = ParameterTag(spec, init, completed_at, is_routed_expert=True)
             return new_parameter((*leading, E, *shape), tag, state, dtype)
 
         made = {
             "w1": make((*up, H), ShardSpec(family, inner), Init(std=self.init_std, num_indexed_dims=d + 1)),
-            "w2": make((H, F), ShardSpec(family, (by_expert, (d + 2, "etp"))),
-                       Init(std=self.output_init_std, num_indexed_dims=d + 1)),
-        }  # fmt: skip
+            "w2": make(
+                (H, F),
+                ShardSpec(family, (by_expert, (d + 2, "etp"))),
+                Init(std=self.output_init_std, num_indexed_dims=d + 1),
+            ),
+        }
         if self.bias:
             made["b1"] = make(up, ShardSpec(family, inner))
             # Every expert-tensor rank holds the output bias, one adds it: gradients are parts of a sum, and the others'

@@ -12,7 +12,6 @@ from megatron_samoe.moe.mixing import Mixing, SharedExpertGate
 from megatron_samoe.moe.router import Router
 from megatron_samoe.moe.sharing.way import ExpertLender
 from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
-from megatron_samoe.ops.asynchronous import runs_behind_host
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.mappings import (
     copy_to_tensor_parallel_region,
@@ -56,17 +55,23 @@ class MoELayer(nn.Module):
     """
 
     def __init__(
-        self, place: MoEPlace, router: Router, experts: nn.Module, shared_expert: SharedExpert | None,
-        state: ParallelState, dispatch_chunks: int = 1, overlap_shared_expert: bool = False,
+        self,
+        place: MoEPlace,
+        router: Router,
+        experts: nn.Module,
+        shared_expert: SharedExpert | None,
+        state: ParallelState,
+        dispatch_chunks: int = 1,
+        overlap_shared_expert: bool = False,
         mixing: Mixing | SharedExpertGate | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.moe_index, self.shape, self.state = place.moe_index, place.shape, state
         self.router = router
         visited, width = router.kept_choices
-        self.dispatcher = AllToAllDispatcher(place.shape.num_experts, state.ep, dispatch_chunks, visited < width)
-        self.overlaps = dispatch_chunks > 1 or overlap_shared_expert
-        assert state.ep.size > 1 or not self.overlaps
+        parts = dispatch_chunks if dispatch_chunks > 1 or overlap_shared_expert else None
+        assert state.ep.size > 1 or parts is None
+        self.dispatcher = AllToAllDispatcher(place.shape.num_experts, state.ep, parts, visited < width)
         self.shared_expert, self.mixing = shared_expert, mixing
         self.experts = experts
 
@@ -80,27 +85,12 @@ class MoELayer(nn.Module):
         if routing.auxiliary_loss is not None:
             probs_TK = attach_loss(probs_TK, routing.auxiliary_loss, context.gradient_scale)
         rows_TH, ids_TK, probs_TK = self._enter(x_TH, routing.ids_TK, probs_TK)
-        if self.overlaps:
-            dispatching = self.dispatcher.start(rows_TH, ids_TK)
-            shared_TH = self._shared(x_TH)
-            for part, rows_per_expert in enumerate(dispatching.rows_per_expert):
-                dispatching.send_back(part, experts(dispatching.arrive(part), rows_per_expert))
-            y_TH = self._leave(dispatching.combine(probs_TK))
-        else:
-            leaving = self.dispatcher.leave(rows_TH, ids_TK)
-            # While the host waits for sizes, a device has something to do.
-            early = leaving.table is not None and runs_behind_host(x_TH.device)
-            shared_TH = self._shared(x_TH) if early else None
-            dispatched = self.dispatcher.dispatch(leaving)
-            y_RH = experts(dispatched.rows_RH, dispatched.rows_per_expert)
-            y_TH = self._leave(self.dispatcher.combine(y_RH, probs_TK, dispatched))
-            shared_TH = shared_TH if early else self._shared(x_TH)
+        trip = self.dispatcher.dispatch(rows_TH, ids_TK)
+        shared_TH = None if self.shared_expert is None else self.shared_expert(x_TH)  # while tokens travel
+        y_TH = self._leave(trip.through(experts, probs_TK))
         if shared_TH is not None:
             y_TH = y_TH + shared_TH if self.mixing is None else self.mixing(x_TH, y_TH, shared_TH)
         return y_TH, routing.stats, routing.loads_BC
-
-    def _shared(self, x_TH: Tensor) -> Tensor | None:
-        return None if self.shared_expert is None else self.shared_expert(x_TH)
 
     def _enter(self, x_TH: Tensor, ids_TK: Tensor, probs_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From what tensor-parallel ranks hold to what this one's experts need. Routing is known for all tokens.
@@ -135,7 +125,7 @@ class MoELayer(nn.Module):
         """Returns the bytes that autograd keeps of a micro-batch, with experts evenly loaded.
 
         Permuting keeps no input. The router keeps its own in fp32, a shared expert the gathered one; experts keep their
-        first product and make activations again.
+        first product and recompute activations.
         """
         state, shape, tp = self.state, self.shape, self.state.tp.size
         local_tokens = tokens // tp if state.sequence_parallel else tokens

@@ -12,19 +12,16 @@ from torch import Tensor, nn
 
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.moe.balance import BalanceStrategy
-from megatron_samoe.moe.branch_scale import norm_start
 from megatron_samoe.moe.candidates import candidate_schedule
 from megatron_samoe.moe.capacity import drop_over_capacity, expert_capacity
+from megatron_samoe.moe.scores import score_of
 from megatron_samoe.moe.set_loads import SetColumns, count
 from megatron_samoe.moe.types import ForwardContext, MoEPlace, MoEStats
-from megatron_samoe.ops.topk_gate import ChoiceRule, GateResult, expert_choice, gate_by_rule, limited, threshold_gate
-from megatron_samoe.parallel_state.parameter_tag import ONES, ZEROS, Init, ParameterTag
+from megatron_samoe.ops.topk_gate import ChoiceRule, GateResult, limited
+from megatron_samoe.parallel_state.parameter_tag import ZEROS, Init, ParameterTag
 from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
 from megatron_samoe.tensor_parallel.mappings import gather_sequences, gather_tokens, own_tokens
-
-#: Least and largest weight of the loss of --moe-router-score-function relu, from where it can still come back.
-_LOSS_WEIGHTS = (1e-8, 1e8)
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,16 @@ class Router(nn.Module):
     statistics: ClassVar[Mapping[str, int]] = {"z_sum": 1, "dropped": 1}
     #: Parameters whose first dim counts experts, which the lock of a pool gives other numbers.
     by_expert: ClassVar[Sequence[str]] = ("weight", "expert_bias", "candidates")
+    #: What some scores learn, see `scores`.
+    scale: nn.Parameter
+    loss_weight: nn.Parameter
 
-    def __init__(self, config: MoEConfig, place: MoEPlace, balance: BalanceStrategy, state: ParallelState,
-                 dtype: torch.dtype):  # fmt: skip
+    def __init__(
+        self, config: MoEConfig, place: MoEPlace, balance: BalanceStrategy, state: ParallelState, dtype: torch.dtype
+    ):
         super().__init__()
         self.config, self.place, self.balance, self.state = config, place, balance, state
+        self.score = score_of(config)
         dtype = torch.promote_types(dtype, torch.float32)
         num_experts = place.shape.num_experts
         tag = ParameterTag(token_wise_spec(state), Init(std=place.router_init_std))
@@ -68,48 +70,40 @@ class Router(nn.Module):
         if config.moe_router_enable_expert_bias:
             self.expert_bias = new_parameter((num_experts,), ParameterTag(init=ZEROS), state, dtype)
             self.expert_bias.requires_grad_(False)
-        if config.moe_router_score_function == "relu":
-            self.loss_weight = new_parameter((1,), ParameterTag(init=ONES), state, dtype)
-            self.loss_weight.requires_grad_(False)
         schedule = candidate_schedule(config)
         if schedule is not None:
             factors = Init(mean=schedule.start(place.moe_index, num_experts))
             self.candidates = new_parameter((num_experts,), ParameterTag(init=factors), state, dtype)
             self.candidates.requires_grad_(False)
-        if config.moe_router_score_function == "norm":
-            start = Init(mean=norm_start(num_experts, config.moe_router_topk))
-            self.scale = new_parameter((1,), ParameterTag(token_wise_spec(state), start), state, dtype)
+        self.score.prepare(self, num_experts, dtype)
 
     @property
     def experts_per_token(self) -> float:
         """Experts that a token visits on average."""
-        return self.config.moe_router_topk
+        return self.score.topk
 
     @property
     def kept_choices(self) -> tuple[float, int]:
         """Experts that a token may visit on average, at the worst time of a run, and the width of ids and weights."""
-        config, num_experts = self.config, self.place.shape.num_experts
-        if config.moe_router_score_function == "relu":
-            return max(num_experts / 2, config.moe_router_topk), num_experts
-        return self.experts_per_token, num_experts if config.moe_router_expert_choice else config.moe_router_topk
+        return self.score.kept_choices(self.place.shape.num_experts)
 
     def select(self, logits_TE: Tensor, num_sequences: int) -> GateResult:
         """Returns the choice of T tokens, which are so many whole sequences; see `ops.topk_gate.described`."""
-        config = self.config
-        if config.moe_router_score_function == "relu":
-            return threshold_gate(logits_TE, num_sequences, self.loss_weight)
-        if config.moe_router_expert_choice:
-            return expert_choice(logits_TE, config.moe_router_topk, num_sequences)
-        return gate_by_rule(logits_TE, self.rule(), num_sequences)
+        return self.score.select(logits_TE, num_sequences, self)
 
     def rule(self) -> ChoiceRule:
         """Returns how the configuration and the biases choose."""
         config = self.config
         return ChoiceRule(
-            config.moe_router_topk, config.moe_router_score_function, config.pre_softmax,
-            self.expert_bias if config.moe_router_enable_expert_bias else None, config.moe_router_num_groups or 0,
-            config.moe_router_group_topk or 0, config.moe_router_topk_scaling_factor or 1.0, getattr(self, "candidates", None),
-        )  # fmt: skip
+            self.score.topk,
+            config.moe_router_score_function,
+            config.pre_softmax,
+            self.expert_bias if config.moe_router_enable_expert_bias else None,
+            config.moe_router_num_groups or 0,
+            config.moe_router_group_topk or 0,
+            config.moe_router_topk_scaling_factor or 1.0,
+            getattr(self, "candidates", None),
+        )
 
     @torch.no_grad()
     def after_step(self, counts_E: Tensor, visited: Tensor) -> None:
@@ -119,10 +113,7 @@ class Router(nn.Module):
         Args:
             visited: experts that a token of the batch visited, on average over all layers; a scalar.
         """
-        if self.config.moe_router_score_function == "relu":
-            rate = 1.0 + self.config.moe_router_relu_update_rate
-            factor = torch.where(visited > self.config.moe_router_topk, rate, 1.0 / rate)
-            self.loss_weight.mul_(factor).clamp_(*_LOSS_WEIGHTS)
+        self.score.after_step(visited, self)
         if self.config.moe_router_enable_expert_bias:
             counts_E = counts_E.to(self.expert_bias)
             # An expert that cannot be chosen has no load to be moved by.
@@ -143,11 +134,9 @@ class Router(nn.Module):
         x_TH = x_TH.to(self.weight.dtype)
         if context.training and config.moe_input_jitter_eps:
             x_TH = self._jitter(x_TH, context)
-        logits_TE = F.linear(x_TH, self.weight)
-        if config.moe_router_score_function == "norm":
-            logits_TE = self.scale * F.normalize(logits_TE, dim=1)
+        logits_TE = self.score.logits(F.linear(x_TH, self.weight), self)
         if hasattr(self, "candidates"):
-            logits_TE = limited(logits_TE, self.candidates, config.moe_router_score_function in ("norm", "relu"))
+            logits_TE = limited(logits_TE, self.candidates, self.score.is_linear)
         if self.state.sequence_parallel:
             logits_TE = gather_tokens(logits_TE, self.state.tp)
         logits_TE = gather_sequences(logits_TE, self.state, context.batch_size)
@@ -177,7 +166,7 @@ class Router(nn.Module):
         config, num_experts = self.config, self.place.shape.num_experts
         if config.moe_router_load_balancing_type == "none":
             return 0.0
-        share = num_experts / (tokens_per_sequence * config.moe_router_topk * columns.num_layers)
+        share = num_experts / (tokens_per_sequence * self.score.topk * columns.num_layers)
         return context.gradient_scale * config.moe_aux_loss_coeff * share / context.tokens_per_step
 
     def _jitter(self, x_TH: Tensor, context: ForwardContext) -> Tensor:

@@ -29,6 +29,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Returns the rank that torchrun gave this process; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def local_rank() -> int:
     """Returns this process's number among those of its host, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))

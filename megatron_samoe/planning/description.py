@@ -247,9 +247,12 @@ class PlannedModel:
         self._lending_grid = replace(self.grid, tp=1, cp=1)
         self._lending = self.description if self.grid == self._lending_grid else _describe(*model, 1, False, 1, "p2p")
         self.stages = _stages(
-            self.grid.pp, layout.num_layers_per_virtual_pipeline_stage, layout.pipeline_model_parallel_layout,
-            config.model.num_layers, moe,
-        )  # fmt: skip
+            self.grid.pp,
+            layout.num_layers_per_virtual_pipeline_stage,
+            layout.pipeline_model_parallel_layout,
+            config.model.num_layers,
+            moe,
+        )
         self._shared: dict[int, SharedExperts] = {}
 
     def stage_of(self, rank: int) -> int:
@@ -290,14 +293,25 @@ def whole_model(config: PretrainConfig, vocab_size: int) -> PlannedModel:
 
 @lru_cache(maxsize=1024)
 def _describe(
-    model: ModelConfig, moe: MoEConfig, vocab_size: int, low: bool, ep: int, etp: int, tp: int, sequence_parallel: bool,
-    cp: int, cp_comm_type: Literal["p2p", "a2a"],
-) -> Description:  # fmt: skip
+    model: ModelConfig,
+    moe: MoEConfig,
+    vocab_size: int,
+    low: bool,
+    ep: int,
+    etp: int,
+    tp: int,
+    sequence_parallel: bool,
+    cp: int,
+    cp_comm_type: Literal["p2p", "a2a"],
+) -> Description:
     grid = RankGrid(math.lcm(tp * cp, etp * ep), tp=tp, ep=ep, etp=etp, cp=cp)
     layout = ParallelConfig(
-        tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp,
-        context_parallel_size=cp, cp_comm_type=cp_comm_type,
-    )  # fmt: skip
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        context_parallel_size=cp,
+        cp_comm_type=cp_comm_type,
+    )
     config = PretrainConfig(model=model, moe=moe, parallel=layout, training=TrainingConfig(bf16=low))
     return Description(config, vocab_size, planned_state(grid, 0, sequence_parallel, cp_comm_type))
 
@@ -312,9 +326,10 @@ def _shared(
 @lru_cache(maxsize=1024)
 def _stages(pp: int, per_stage: int | None, layout: str | None, num_layers: int, moe: MoEConfig) -> Stages:
     parallel = ParallelConfig(
-        pipeline_model_parallel_size=pp, num_layers_per_virtual_pipeline_stage=per_stage,
+        pipeline_model_parallel_size=pp,
+        num_layers_per_virtual_pipeline_stage=per_stage,
         pipeline_model_parallel_layout=layout,
-    )  # fmt: skip
+    )
     plans = stage_plans(PretrainConfig(model=ModelConfig(num_layers=num_layers), moe=moe, parallel=parallel))
     by_rank = tuple(plans[rank::pp] for rank in range(pp))
     places = [place for plan in plans for place in plan.layers]
@@ -334,8 +349,9 @@ def _stages(pp: int, per_stage: int | None, layout: str | None, num_layers: int,
         # Sets alike in everything but their number are used by as many layers here, and here alone or elsewhere as well.
         sets = sorted(
             (count, count == everywhere[source], size_of[source])
-            for source, count in used.items() if source.way.in_sets
-        )  # fmt: skip
+            for source, count in used.items()
+            if source.way.in_sets
+        )
         seen.setdefault((kind, tuple(sets)), rank)
     users = _users(tuple(tuple(sorted(used.items(), key=str)) for used in used_by_rank))
     return Stages(by_rank, tuple(seen.values()), tuple(contents), users)

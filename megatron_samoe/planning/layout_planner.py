@@ -26,8 +26,7 @@ from megatron_samoe.config.derived import (
 )
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.readers import refuse_unknown
-from megatron_samoe.config.validate import validate
+from megatron_samoe.config.validate import refuse_unknown, validate
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.planning.layout_cost import Cluster, Cost, step_cost
 from megatron_samoe.planning.memory import RankMemory, largest_rank_memory
@@ -143,11 +142,12 @@ def _too_large(smallest: PlannedLayout, cluster: Cluster) -> ConfigError:
     need, parts = smallest.memory.total, smallest.memory.parts()
     largest = max(parts, key=lambda name: parts[name])
     return ConfigError(
-        "--memory-gb", cluster.memory_bytes / 1e9,
+        "--memory-gb",
+        cluster.memory_bytes / 1e9,
         f"must be at least {need / 1e9:.2f} for any layout on {cluster.world_size} ranks: the smallest, "
         f"{smallest.name()} ({smallest.options() or 'no options'}), misses {(need - cluster.memory_bytes) / 1e9:.2f} GB "
         f"(most of it {largest}, {parts[largest] / 1e9:.2f} GB on rank {smallest.rank}); add ranks or make the model smaller",
-    )  # fmt: skip
+    )
 
 
 def _sizes(base: PretrainConfig, cluster: Cluster, micro_batch_sizes: Sequence[int]) -> Iterator[PretrainConfig]:
@@ -171,12 +171,17 @@ def _sizes(base: PretrainConfig, cluster: Cluster, micro_batch_sizes: Sequence[i
                     _fixed(given, "expert_model_parallel_size", experts), _stage_cuts(base, pp)
                 ):
                     parallel = replace(
-                        given, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
+                        given,
+                        tensor_model_parallel_size=tp,
+                        pipeline_model_parallel_size=pp,
+                        context_parallel_size=cp,
                         cp_comm_type=comm_type,
-                        expert_model_parallel_size=ep, expert_tensor_parallel_size=etp if tp > 1 else None,
-                        num_layers_per_virtual_pipeline_stage=vpp, pipeline_model_parallel_layout=layout,
+                        expert_model_parallel_size=ep,
+                        expert_tensor_parallel_size=etp if tp > 1 else None,
+                        num_layers_per_virtual_pipeline_stage=vpp,
+                        pipeline_model_parallel_layout=layout,
                         sequence_parallel=given.sequence_parallel or tp > 1,
-                    )  # fmt: skip
+                    )
                     for size in micro_batch_sizes:
                         yield replace(base, parallel=parallel, training=replace(base.training, micro_batch_size=size))
 
@@ -220,9 +225,10 @@ def _placed(sized: PretrainConfig, cluster: Cluster) -> list[PretrainConfig]:
     moe, parallel = sized.moe, sized.parallel
     is_replicated = data_parallel_size(sized, cluster.world_size) * parallel.context_parallel_size > 1
     parallel = replace(
-        parallel, use_distributed_optimizer=parallel.use_distributed_optimizer or is_replicated,
+        parallel,
+        use_distributed_optimizer=parallel.use_distributed_optimizer or is_replicated,
         overlap_grad_reduce=parallel.overlap_grad_reduce or is_replicated,
-    )  # fmt: skip
+    )
     sized = replace(sized, parallel=parallel)
     holders = cluster.world_size // (parallel.expert_tp * parallel.expert_model_parallel_size)
     if not moe.shares_experts or holders == 1 or moe.samoe_pool_placement != "sharded":
@@ -232,9 +238,9 @@ def _placed(sized: PretrainConfig, cluster: Cluster) -> list[PretrainConfig]:
 
 def _fastest_that_fits(placed: PretrainConfig, vocab_size: int, cluster: Cluster) -> PlannedLayout | None:
     """Returns the layout with the cheapest options that fit; None where none do."""
-    hopeless = None
+    ruled_out = None
     for config in _memory_savings(placed):
-        if config.moe.samoe_combine == hopeless:
+        if config.moe.samoe_combine == ruled_out:
             continue
         rank, memory = largest_rank_memory(config, vocab_size, cluster.world_size, cluster.memory_bytes)
         if memory.total <= cluster.memory_bytes:
@@ -242,7 +248,7 @@ def _fastest_that_fits(placed: PretrainConfig, vocab_size: int, cluster: Cluster
         if memory.weights + memory.gradients + memory.optimizer > cluster.memory_bytes:
             return None  # no option makes these smaller
         if memory.resident > cluster.memory_bytes:
-            hopeless = config.moe.samoe_combine  # whatever is recomputed
+            ruled_out = config.moe.samoe_combine  # whatever is recomputed
     return None
 
 
@@ -270,6 +276,7 @@ def _memory_savings(placed: PretrainConfig) -> Iterator[PretrainConfig]:
     for combine in combines:
         for recompute in recomputes:
             yield replace(
-                placed, moe=replace(moe, samoe_combine=combine),
+                placed,
+                moe=replace(moe, samoe_combine=combine),
                 training=replace(training, recompute_granularity=recompute),
-            )  # fmt: skip
+            )

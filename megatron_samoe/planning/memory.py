@@ -77,11 +77,15 @@ class RankMemory:
     def parts(self) -> dict[str, int]:
         """Returns the bytes of all parts by name, in the order of a step. `activations` and `exchange` never coincide."""
         return {
-            "weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
-            "folded experts": self.folded_weights + self.folded_gradients, "gathered banks": self.gathered_banks,
-            "activations": self.activations, "exchange": self.exchange,
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "folded experts": self.folded_weights + self.folded_gradients,
+            "gathered banks": self.gathered_banks,
+            "activations": self.activations,
+            "exchange": self.exchange,
             **({"teacher": self.teacher} if self.teacher else {}),
-        }  # fmt: skip
+        }
 
 
 def rank_memory(config: PretrainConfig, vocab_size: int, world_size: int, rank: int = 0) -> RankMemory:
@@ -123,22 +127,40 @@ def _rank_memory(planned: PlannedModel, teacher: PlannedModel | None, rank: int)
     layout, costs = config.parallel, planned.lending_costs(rank)
     bucket = layout.ddp_bucket_size or DEFAULT_BUCKET_SIZE
     held = _held_by_rank(
-        planned.description, planned.grid, rank, planned.stages.contents[stage], planned.shared(rank),
-        layout.use_distributed_optimizer, bucket, matrices_of(planned, rank),
-    )  # fmt: skip
+        planned.description,
+        planned.grid,
+        rank,
+        planned.stages.contents[stage],
+        planned.shared(rank),
+        layout.use_distributed_optimizer,
+        bucket,
+        matrices_of(planned, rank),
+    )
     return RankMemory(
-        held.weights, held.gradients, held.optimizer, costs.weights, costs.gradients, costs.gathered,
+        held.weights,
+        held.gradients,
+        held.optimizer,
+        costs.weights,
+        costs.gradients,
+        costs.gathered,
         activation_bytes(planned, stage, num_micro_batches(config, planned.grid.world_size)),
-        max(held.exchange, costs.exchange), held.expert + costs.weights + costs.gradients,
+        max(held.exchange, costs.exchange),
+        held.expert + costs.weights + costs.gradients,
         0 if teacher is None else weight_bytes(teacher, rank) + kept_bytes(teacher, stage),
-    )  # fmt: skip
+    )
 
 
 @lru_cache(maxsize=1 << 14)
 def _held_by_rank(
-    description: Description, grid: RankGrid, rank: int, content: StageContent, shared: SharedExperts,
-    zero: bool, bucket: int, matrices: tuple[Matrices, ...],
-) -> _Held:  # fmt: skip
+    description: Description,
+    grid: RankGrid,
+    rank: int,
+    content: StageContent,
+    shared: SharedExperts,
+    zero: bool,
+    bucket: int,
+    matrices: tuple[Matrices, ...],
+) -> _Held:
     """Returns the bytes of all gradient buffers summed, and of the largest exchange."""
     found = [*description.parameters(content), *shared.parameters]
     by_muon: Counter[tuple] = Counter()
@@ -149,9 +171,12 @@ def _held_by_rank(
         for buffer in _buffers(found)
     ]
     return _Held(
-        sum(p.weights for p in parts), sum(p.gradients for p in parts), sum(p.optimizer for p in parts),
-        max((p.exchange for p in parts), default=0), sum(p.expert for p in parts),
-    )  # fmt: skip
+        sum(p.weights for p in parts),
+        sum(p.gradients for p in parts),
+        sum(p.optimizer for p in parts),
+        max((p.exchange for p in parts), default=0),
+        sum(p.expert for p in parts),
+    )
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ def check_gpu(device: torch.device, bf16: bool = False) -> None:
     torch_archs = torch.cuda.get_arch_list()
     if torch_archs and not has_code(torch_archs, capability):
         _refuse(
-            "torch", torch.__version__,
+            "torch",
+            torch.__version__,
             f"has no code for {name}, only for {', '.join(torch_archs)}; install a torch that is built for this GPU",
-        )  # fmt: skip
+        )
     if bf16 and capability < (8, 0):
         _refuse("--bf16", True, f"needs compute capability 8.0 or more, and this is {name}; use --fp16 or fp32 there")
     if not extension.cuda_kernels_are_chosen() and extension.cuda_kernels_in_use():
@@ -35,10 +36,11 @@ def check_gpu(device: torch.device, bf16: bool = False) -> None:
         if not has_code(_as_torch_names(archs), capability):
             wanted = ";".join([*archs, f"{capability[0]}.{capability[1]}"])
             _refuse(
-                extension.CUDA_ENVIRONMENT_VARIABLE, "1",
+                extension.CUDA_ENVIRONMENT_VARIABLE,
+                "1",
                 f"asks for kernels that were compiled for {', '.join(archs)} and not for {name}: build them again with "
                 f"TORCH_CUDA_ARCH_LIST='{wanted}', or leave the variable at 0 for torch's",
-            )  # fmt: skip
+            )
 
 
 def has_code(archs: Iterable[str], capability: tuple[int, int]) -> bool:

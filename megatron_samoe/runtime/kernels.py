@@ -21,16 +21,16 @@ from megatron_samoe.ops.asynchronous import runs_behind_host
 from megatron_samoe.ops.extension import TRAINING_KERNELS, CudaKernel
 from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.state import ParallelState
-from megatron_samoe.runtime import twin_checks
+from megatron_samoe.runtime import reference_checks
 
 #: What a process that compares kernels says of each: an empty string, or what is wrong.
 Verdicts = Mapping[CudaKernel, str]
 
 _CHECKS: dict[CudaKernel, Callable[[torch.device], None]] = {
-    "gate": twin_checks.check_small_gates,
-    "rows": twin_checks.check_small_rows,
-    "combination": twin_checks.check_small_combination,
-    "swiglu": twin_checks.check_small_swiglu,
+    "gate": reference_checks.check_small_gates,
+    "rows": reference_checks.check_small_rows,
+    "combination": reference_checks.check_small_combination,
+    "swiglu": reference_checks.check_small_swiglu,
 }
 _TIMEOUT_S = 120.0
 _NOT_BUILT = "it was not built"

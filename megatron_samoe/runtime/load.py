@@ -39,9 +39,13 @@ class LoadedModel:
 
 
 def load_model(
-    load: str, parallel: ParallelState, layout: ParallelConfig | None = None, ckpt_step: int | None = None,
-    combine: bool = True, tokenizer_model: str | None = None,
-) -> LoadedModel:  # fmt: skip
+    load: str,
+    parallel: ParallelState,
+    layout: ParallelConfig | None = None,
+    ckpt_step: int | None = None,
+    combine: bool = True,
+    tokenizer_model: str | None = None,
+) -> LoadedModel:
     """Returns the model of the newest checkpoint in a folder, in this rank's layout.
 
     Args:

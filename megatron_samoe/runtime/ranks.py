@@ -43,8 +43,12 @@ def join_ranks(layout: ParallelConfig, num_threads: int | None = None) -> Parall
     try:
         RankGrid.of(layout, launcher.world_size())
     except ValueError as error:
-        sizes = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size,
-                 layout.expert_model_parallel_size, layout.expert_tp)  # fmt: skip
+        sizes = (
+            layout.tensor_model_parallel_size,
+            layout.pipeline_model_parallel_size,
+            layout.expert_model_parallel_size,
+            layout.expert_tp,
+        )
         given = ", ".join(f"{axis} {size}" for axis, size in zip(("tp", "pp", "ep", "etp"), sizes, strict=True))
         raise ConfigError(
             "layout", given, f"must divide the {launcher.world_size()} processes that were started: {error}"

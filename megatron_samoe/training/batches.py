@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from megatron_samoe.config.batch_schedule import batch_size_after, samples_after
-from megatron_samoe.config.derived import global_batch_size
+from megatron_samoe.config.derived import batch_size_after, global_batch_size, samples_after
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.datasets.build import build_train_valid_test_datasets
 from megatron_samoe.datasets.evaluation_set import EvaluationSet
@@ -102,9 +101,12 @@ class RunData:
 
 
 def build_run_data(
-    config: PretrainConfig, tokenizer: Tokenizer, parallel: ParallelState, is_builder: bool,
+    config: PretrainConfig,
+    tokenizer: Tokenizer,
+    parallel: ParallelState,
+    is_builder: bool,
     done: tuple[int, int] = (0, 0),
-) -> RunData:  # fmt: skip
+) -> RunData:
     """Returns the datasets of a run, with enough samples for all its steps.
 
     Test data are evaluated where there are any: those of --test-data-path, or what --split leaves for them.
@@ -120,10 +122,16 @@ def build_run_data(
     needed = samples_after(config, parallel.world_size, samples, max(training.train_iters - iterations, 0))
     train_samples = 0 if training.skip_train else max(needed, training.train_samples or 0)
     train, *held_out = build_train_valid_test_datasets(
-        config.data, (train_samples, evaluated, evaluated), config.model.seq_length, training.seed, tokenizer,
-        barrier=parallel.world.barrier if parallel.world_size > 1 else None, is_builder=is_builder,
-        evaluation_seed=EVALUATION_SEED, optional=_optional_splits(config),
-    )  # fmt: skip
+        config.data,
+        (train_samples, evaluated, evaluated),
+        config.model.seq_length,
+        training.seed,
+        tokenizer,
+        barrier=parallel.world.barrier if parallel.world_size > 1 else None,
+        is_builder=is_builder,
+        evaluation_seed=EVALUATION_SEED,
+        optional=_optional_splits(config),
+    )
     step = training.micro_batch_size * parallel.dp.size
     sets = [None if data is None else EvaluationSet(data, evaluated, step) for data in held_out]
     return RunData(train, sets[0], sets[1], config, parallel, train_samples)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.cli import CHECKPOINT_GROUPS, to_mapping
-from megatron_samoe.config.distillation import DistillationConfig
+from megatron_samoe.config.derived import flag
 from megatron_samoe.config.option import all_options
-from megatron_samoe.config.training import OptimizerConfig, TrainingConfig
+from megatron_samoe.config.training import DistillationConfig, OptimizerConfig, TrainingConfig
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver, save_checkpoint
 from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, replicated, sharded, stored_names
@@ -59,9 +59,11 @@ def run_state(setup: TrainSetup, state: TrainState) -> dict[str, list[ShardedTen
 
 
 def save_run(
-    setup: TrainSetup, state: TrainState, background: BackgroundSaver | None = None,
+    setup: TrainSetup,
+    state: TrainState,
+    background: BackgroundSaver | None = None,
     done: Callable[[Path], None] = lambda _: None,
-) -> None:  # fmt: skip
+) -> None:
     """Saves a checkpoint; all ranks call it together.
 
     Args:
@@ -156,67 +158,55 @@ def load_run(setup: TrainSetup, state: TrainState, directory: Path) -> TrainStat
     return loaded
 
 
+def _changes(setup: TrainSetup, before: Mapping[str, Any], group: str, names: Iterable[str]) -> list[str]:
+    """Returns in words the options of a group, among some, that the run so far had otherwise."""
+    now = to_mapping(setup.config)[group]
+    changed = [name for name in names if name in before and name in now and before[name] != now[name]]
+    return [f"{flag(name)} {before[name]} there, {now[name]} here" for name in changed]
+
+
+def _known(kind: type, saved: Mapping[str, Any] | None) -> Any:
+    """Returns saved options as this version knows them."""
+    return kind(**{f.name: saved[f.name] for f in fields(kind) if saved is not None and f.name in saved})
+
+
 def _remark_on_rate(
     setup: TrainSetup, saved_config: Mapping[str, Any], saved: Mapping[str, Any], directory: Path
 ) -> None:
     """Says so if the learning rate does not go on as in the run so far: often --train-iters was changed without thought."""
-    current, iteration, samples = to_mapping(setup.config), saved["iteration"], saved["consumed_samples"]
-    before = {
-        group: {name: value for name, value in (saved_config.get(group) or {}).items() if name in current[group]}
-        for group in ("training", "optimizer")
-    }
-    if "train_iters" not in before["training"] or iteration == 0:  # a model that was converted never had a schedule
+    iteration, samples = saved["iteration"], saved["consumed_samples"]
+    training, optimizer = (saved_config.get(group) or {} for group in ("training", "optimizer"))
+    if "train_iters" not in training or iteration == 0:  # a model that was converted never had a schedule
         return
     progress = (iteration, samples, setup.batch_size_after(samples))
-    was = rate_of_step(OptimizerConfig(**before["optimizer"]), TrainingConfig(**before["training"]), *progress)
+    was = rate_of_step(_known(OptimizerConfig, optimizer), _known(TrainingConfig, training), *progress)
     now = rate_of_step(setup.config.optimizer, setup.config.training, *progress)
     if math.isclose(was, now, rel_tol=1e-6) or iteration >= setup.config.training.train_iters:
         return
-    old, new = {**before["training"], **before["optimizer"]}, {**current["training"], **current["optimizer"]}
-    changed = [n for n in old if ("lr" in n or n in ("train_iters", "train_samples")) and old[n] != new[n]]
-    listed = ", ".join(f"--{name.replace('_', '-')} {old[name]} there, {new[name]} here" for name in changed)
+    changed = _changes(setup, training, "training", ("train_iters", "train_samples"))
+    changed += _changes(setup, optimizer, "optimizer", (name for name in optimizer if "lr" in name))
     logger.info(
         f"The learning rate of iteration {iteration + 1} is {now:.3e}; the run in {directory} would have gone on at "
-        f"{was:.3e} ({listed})"
+        f"{was:.3e} ({', '.join(changed)})"
     )
 
 
 def _remark_on_router(setup: TrainSetup, saved_config: Mapping[str, Any], directory: Path) -> None:
     """Says so if routers are trained otherwise than so far: losses and rate are no part of the model."""
-    current, before = to_mapping(setup.config)["moe"], saved_config.get("moe") or {}
-    changed = [
-        f"--{name.replace('_', '-')} {before[name]} there, {current[name]} here"
-        for name in (
-            "moe_router_load_balancing_type",
-            "moe_aux_loss_coeff",
-            "moe_aux_loss_group_size",
-            "moe_z_loss_coeff",
-        )
-        if name in before and before[name] != current[name]
-    ]
-    rate = setup.config.optimizer.moe_router_lr_mult
-    rate_before = (saved_config.get("optimizer") or {}).get(
-        "moe_router_lr_mult", 1.0
-    )  # 1 before there was such an option
-    if rate != rate_before:
-        changed.append(f"--moe-router-lr-mult {rate_before} there, {rate} here")
+    losses = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_aux_loss_group_size", "moe_z_loss_coeff")
+    changed = _changes(setup, saved_config.get("moe") or {}, "moe", losses)
+    rate = {"moe_router_lr_mult": 1.0, **(saved_config.get("optimizer") or {})}  # 1 before there was such an option
+    changed += _changes(setup, rate, "optimizer", ("moe_router_lr_mult",))
     if changed and setup.model.num_moe_layers:
         logger.info(f"Routers go on otherwise than in the run in {directory}: {', '.join(changed)}")
 
 
 def _remark_on_teacher(setup: TrainSetup, saved_config: Mapping[str, Any], iteration: int, directory: Path) -> None:
     """Logs it where a teacher would have taught the next step otherwise than it does."""
-    current, saved = setup.config.distillation, saved_config.get("distillation") or {}
-    known = {f.name for f in fields(DistillationConfig)}
-    before = DistillationConfig(**{name: value for name, value in saved.items() if name in known})
-    if not (current.teaches_after(iteration) or before.teaches_after(iteration)):
+    before: DistillationConfig = _known(DistillationConfig, saved_config.get("distillation"))
+    if not (setup.config.distillation.teaches_after(iteration) or before.teaches_after(iteration)):
         return
-    changed = [
-        f"--{name.replace('_', '-')} {getattr(before, name)} there, {getattr(current, name)} here"
-        for name in sorted(known)
-        if getattr(before, name) != getattr(current, name)
-    ]
-    if changed:
+    if changed := _changes(setup, asdict(before), "distillation", sorted(asdict(before))):
         logger.info(f"Teaching goes on otherwise than in the run in {directory}: {', '.join(changed)}")
 
 
@@ -270,7 +260,7 @@ def check_same_model(
         f"{name} is {saved_config[group][name]!r} there and {current[group][name]!r} here"
         for group, name, _, _, facts in all_options(setup.config)
         if group in CHECKPOINT_GROUPS
-        and not facts.is_free
+        and not facts.may_differ
         and name in (saved_config.get(group) or {})
         and saved_config[group][name] != current[group][name]
     ]
@@ -304,5 +294,6 @@ def check_same_course(setup: TrainSetup, saved_config: Mapping[str, Any], direct
     current, saved_data = to_mapping(setup.config)["data"], saved_config.get("data") or {}
     changed = [name for name in CORPUS_FIELDS if name in saved_data and saved_data[name] != current[name]]
     if changed:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-        logger.info(f"{flags} differ from the run in {directory}; counting of samples goes on in the new corpus")
+        logger.info(
+            f"{', '.join(map(flag, changed))} differ from the run in {directory}; counting of samples goes on in the new corpus"
+        )

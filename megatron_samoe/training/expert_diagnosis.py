@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from megatron_samoe.config.checkpoint import CheckpointConfig
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.data import DataConfig
-from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.training import LoggingConfig
+from megatron_samoe.config.training import DistillationConfig, LoggingConfig
 from megatron_samoe.datasets.carried_tokenizer import with_carried
 from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.dist_checkpointing import store
@@ -113,9 +112,17 @@ def diagnose(load: str, batches: int, data: DataConfig | None = None, ckpt_step:
     overlap_LL, chance_LL = routes.overlap()
     worth_L = worth_of_layers(setup, [micro_batch for step in steps for micro_batch in step])
     return Diagnosis(
-        iteration, batches, float(np.mean(losses)), worth_L, sums.view("layers"),
-        sums.view("banks") if sums.has_banks else None, sums.similarity(), overlap_LL, chance_LL, sums.mean_coefficients(),
-    )  # fmt: skip
+        iteration,
+        batches,
+        float(np.mean(losses)),
+        worth_L,
+        sums.view("layers"),
+        sums.view("banks") if sums.has_banks else None,
+        sums.similarity(),
+        overlap_LL,
+        chance_LL,
+        sums.mean_coefficients(),
+    )
 
 
 def worth_of_layers(setup: TrainSetup, batches: Sequence[Batch]) -> np.ndarray:
@@ -142,14 +149,21 @@ def _config(config: PretrainConfig, checkpoint: CheckpointConfig, data: DataConf
         raise ConfigError("--load", checkpoint.load, "is a dense model, which has no experts to diagnose")
     if moe.shares_experts and not moe.has_pool:
         raise ConfigError(
-            "--load", checkpoint.load,
+            "--load",
+            checkpoint.load,
             f"shares experts as {moe.sharing}: fold it first (megatron-samoe edit fold), so that each layer's gradient is its own",
-        )  # fmt: skip
+        )
     training = replace(config.training, recompute_granularity=None, skip_train=False)
     return replace(
-        config, moe=replace(moe, samoe_combine="step") if moe.has_pool else moe, checkpoint=checkpoint, training=training,
-        parallel=ParallelConfig(), logging=LoggingConfig(), distillation=DistillationConfig(), data=data or config.data,
-    )  # fmt: skip
+        config,
+        moe=replace(moe, samoe_combine="step") if moe.has_pool else moe,
+        checkpoint=checkpoint,
+        training=training,
+        parallel=ParallelConfig(),
+        logging=LoggingConfig(),
+        distillation=DistillationConfig(),
+        data=data or config.data,
+    )
 
 
 class _Sums:
@@ -195,8 +209,9 @@ class _Sums:
         squares_NE = self._squares[what] / self.count
         mean_NE = sum(t.double().square().sum(2) for t in self._totals[what]) / self.count**2
         return GradientView(
-            (squares_NE / self._size).sqrt().numpy(), (mean_NE / squares_NE.clamp_min(1e-300)).numpy()  # type: ignore[union-attr]
-        )  # fmt: skip
+            (squares_NE / self._size).sqrt().numpy(),
+            (mean_NE / squares_NE.clamp_min(1e-300)).numpy(),  # type: ignore[union-attr]
+        )
 
     def similarity(self) -> np.ndarray:
         """Returns the mean cosine between layers' summed gradients of experts of one number."""

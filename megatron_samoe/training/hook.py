@@ -36,7 +36,7 @@ class Hook:
 
     #: What it writes to, for messages.
     place = "the console"
-    #: Whether it hangs on rank 0 alone. Then it may not communicate, and is not asked for what it wants.
+    #: Whether it runs on rank 0 alone. Then it may not communicate, and is not asked for what it wants.
     rank_0_only: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:

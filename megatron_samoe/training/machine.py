@@ -13,8 +13,12 @@ from megatron_samoe.parallel_state.state import ParallelState
 
 #: Environment variables that force one of several ways to the same sums, which differ by rounding.
 PATHS = (
-    "MEGATRON_SAMOE_EXTENSION", "MEGATRON_SAMOE_ISA", "MEGATRON_SAMOE_BF16_PRODUCTS", "ATEN_CPU_CAPABILITY", "MKL_CBWR",
-)  # fmt: skip
+    "MEGATRON_SAMOE_EXTENSION",
+    "MEGATRON_SAMOE_ISA",
+    "MEGATRON_SAMOE_BF16_PRODUCTS",
+    "ATEN_CPU_CAPABILITY",
+    "MKL_CBWR",
+)
 
 
 def machine_facts(parallel: ParallelState) -> dict[str, Any]:

@@ -28,9 +28,13 @@ def own_part(batch: Batch, share: TokenShare) -> Batch:
 
 
 def run_micro_batches(
-    setup: TrainSetup, plan: Plan, batches: Sequence[Batch], contexts: Sequence[ForwardContext], take_losses: LossSink,
+    setup: TrainSetup,
+    plan: Plan,
+    batches: Sequence[Batch],
+    contexts: Sequence[ForwardContext],
+    take_losses: LossSink,
     take_divergences: LossSink | None = None,
-) -> Tensor | None:  # fmt: skip
+) -> Tensor | None:
     """Runs a plan over micro-batches and returns their routing, summed.
 
     Args:

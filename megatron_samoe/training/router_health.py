@@ -44,6 +44,8 @@ class RouterHealth:
         """Returns the health of a global batch, from counts_E of each layer."""
         together = torch.cat(list(counts))
         return RouterHealth(
-            [load_entropy(counts_E) for counts_E in counts], float(together.max()) / num_tokens,
-            int((together == 0).sum()), num_dropped / max(float(together.sum()), 1.0),
-        )  # fmt: skip
+            [load_entropy(counts_E) for counts_E in counts],
+            float(together.max()) / num_tokens,
+            int((together == 0).sum()),
+            num_dropped / max(float(together.sum()), 1.0),
+        )

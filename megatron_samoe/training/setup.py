@@ -8,8 +8,7 @@ from datetime import timedelta
 
 import torch
 
-from megatron_samoe.config.batch_schedule import batch_size_after
-from megatron_samoe.config.derived import global_batch_size, num_micro_batches
+from megatron_samoe.config.derived import batch_size_after, global_batch_size, num_micro_batches
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import OptimizerConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
@@ -93,9 +92,12 @@ class TrainSetup:
 
 
 def build_setup(
-    config: PretrainConfig, vocab_size: int, parallel: ParallelState, dtype: torch.dtype | None = None,
+    config: PretrainConfig,
+    vocab_size: int,
+    parallel: ParallelState,
+    dtype: torch.dtype | None = None,
     extensions: Extensions | None = None,
-) -> TrainSetup:  # fmt: skip
+) -> TrainSetup:
     """Returns model, gradient buffers and optimizer of this rank, with initial weights.
 
     Args:
@@ -108,9 +110,12 @@ def build_setup(
     model = build_model(config, vocab_size, parallel, dtype, extensions.parts)
     layout = config.parallel
     buffers = GradBuffers(
-        model.global_parameters(), parallel, is_sharded=layout.use_distributed_optimizer,
-        overlap=layout.overlap_grad_reduce, bucket_size=layout.ddp_bucket_size,
-    )  # fmt: skip
+        model.global_parameters(),
+        parallel,
+        is_sharded=layout.use_distributed_optimizer,
+        overlap=layout.overlap_grad_reduce,
+        bucket_size=layout.ddp_bucket_size,
+    )
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     pp = parallel.pp
     pipeline = Pipeline(pp.rank, pp.size, len(model.chunks), open_channel(parallel, timeout))

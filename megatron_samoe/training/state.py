@@ -48,7 +48,10 @@ class TrainState:
     def from_plain(values: Mapping[str, Any], expert_fractions_LE: Tensor | None) -> TrainState:
         """Returns the state that `plain` described."""
         return TrainState(
-            values["iteration"], values["consumed_samples"], values["consumed_tokens"],
-            LossScale(**values["loss_scale"]), expert_fractions_LE,
+            values["iteration"],
+            values["consumed_samples"],
+            values["consumed_tokens"],
+            LossScale(**values["loss_scale"]),
+            expert_fractions_LE,
             SpikeHistory.from_plain(values.get("spike_history") or {}),
-        )  # fmt: skip
+        )

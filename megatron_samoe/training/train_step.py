@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,6 @@ from megatron_samoe.optimizer.schedule import rate_of_step
 from megatron_samoe.pipeline_parallel.schedule_plan import make_plan
 from megatron_samoe.tensor_parallel.random import SampleRandom
 from megatron_samoe.training.micro_batches import Batch, run_micro_batches
-from megatron_samoe.training.named_range import named_range
 from megatron_samoe.training.router_health import RouterHealth
 from megatron_samoe.training.setup import TrainSetup
 from megatron_samoe.training.state import TrainState
@@ -180,9 +180,12 @@ def accumulate_gradients(
 
 
 def train_step(
-    setup: TrainSetup, state: TrainState, batches: Sequence[Batch], observe: Callable[[], None] | None = None,
+    setup: TrainSetup,
+    state: TrainState,
+    batches: Sequence[Batch],
+    observe: Callable[[], None] | None = None,
     pre_optim_step: Callable[[float], None] | None = None,
-) -> tuple[StepResult, TrainState]:  # fmt: skip
+) -> tuple[StepResult, TrainState]:
     """Runs one optimizer step and returns what happened and the state after it.
 
     If the result is not finite no parameter has changed.
@@ -256,3 +259,13 @@ def _routing_stats(rows: Tensor, setup: TrainSetup, state: TrainState) -> Routin
         health=RouterHealth.of(counts, tokens, dropped_L.sum().item()),
         others={name: (values / tokens).mean(0).tolist() for name, values in sums.items()},
     )
+
+
+@contextlib.contextmanager
+def named_range(name: str, device: torch.device) -> Iterator[None]:
+    """Names what happens within it, for torch's profiler and, on CUDA, as an NVTX range for Nsight Systems."""
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.nvtx.range(name))
+        stack.enter_context(torch.profiler.record_function(name))
+        yield

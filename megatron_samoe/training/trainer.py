@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,21 +23,17 @@ from megatron_samoe.log import logger
 from megatron_samoe.parallel_state.backend import is_communication_failure
 from megatron_samoe.training.batches import RunData
 from megatron_samoe.training.checkpointing import find_run, load_run, save_run
-from megatron_samoe.training.disk_room import DiskRoom
 from megatron_samoe.training.evaluate import evaluate_run
-from megatron_samoe.training.exit_signals import ExitSignals
 from megatron_samoe.training.hang_watch import HangWatch
 from megatron_samoe.training.hook import Hook
-from megatron_samoe.training.hooks.profiling import run_folder
 from megatron_samoe.training.metrics import Stopwatch, make_record
 from megatron_samoe.training.micro_batches import Batch
-from megatron_samoe.training.named_range import named_range
 from megatron_samoe.training.non_finite import raise_non_finite
-from megatron_samoe.training.owned_folder import owned_folder
+from megatron_samoe.training.save_folder import DiskRoom, owned_folder
 from megatron_samoe.training.setup import TrainSetup, initial_state
 from megatron_samoe.training.state import TrainState
 from megatron_samoe.training.teacher import load_teacher
-from megatron_samoe.training.train_step import StepResult, train_step
+from megatron_samoe.training.train_step import StepResult, named_range, train_step
 
 
 class Trainer:
@@ -53,7 +52,7 @@ class Trainer:
         self.state = initial_state(setup)
         self.stopwatch = Stopwatch(parallel.world.waits)
         limit = timedelta(minutes=self.config.parallel.distributed_timeout_minutes)
-        self.watch = HangWatch(run_folder(self.config, "hangs"), parallel.rank, limit.total_seconds())
+        self.watch = HangWatch(self.config.folder_of("hangs"), parallel.rank, limit.total_seconds())
         self.saver = BackgroundSaver(parallel, limit) if self.config.checkpoint.async_save else None
         self._room: DiskRoom | None = None
         self._began, self._saved_at = time.monotonic(), -1
@@ -255,3 +254,28 @@ class Trainer:
                     f"Rank {parallel.rank} of {parallel.world_size} lost another rank while {watch.doing}: {problem} "
                     f"The last checkpoint is intact.{watch.lost_others(problem)}"
                 ) from error
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+class ExitSignals:
+    """While active, notes the first of SIGTERM, SIGINT, SIGUSR1 and SIGHUP in place of dying of it. A second SIGINT kills."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> ExitSignals:
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number)

@@ -77,14 +77,12 @@ def _counts_do_not_come(library: str, in_parts: bool) -> str:
     communicator = nccl_library.communicator(library, 0.7, host_waits=False)
     message = ""
     if dist.get_rank() == 0:
-        dispatcher = AllToAllDispatcher(4, replace(communicator.group, exchange=communicator), 2)
+        group = replace(communicator.group, exchange=communicator)
+        dispatcher = AllToAllDispatcher(4, group, 2 if in_parts else None)
         x_TH, ids_TK = torch.ones(6, 8), torch.arange(6)[:, None] % 4
         with as_if_asynchronous(), mock.patch.object(alltoall_dispatcher, "HostCopy", _LateCopy):
             with pytest.raises(CommunicationError) as caught:
-                if in_parts:
-                    dispatcher.start(x_TH, ids_TK)
-                else:
-                    dispatcher.dispatch(dispatcher.leave(x_TH, ids_TK))
+                dispatcher.dispatch(x_TH, ids_TK).through(lambda rows_RH, _: rows_RH, torch.ones(6, 1))
         message = str(caught.value)
     dist.barrier()
     return message

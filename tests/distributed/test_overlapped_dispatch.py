@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher
+from megatron_samoe.ops.grouped_mlp import Counts
 from megatron_samoe.parallel_state import Group, initialize_model_parallel
 from megatron_samoe.row_exchange import overlapped_all_to_all
 from megatron_samoe.row_exchange.exchange import with_exchange
@@ -32,18 +33,11 @@ def round_trip(group: Group, dtype: torch.dtype, num_chunks: int | None) -> tupl
     probs = torch.rand(T, K, generator=generator).requires_grad_()
     scale_e = torch.arange(1.0, E // group.size + 1, dtype=dtype).requires_grad_()
 
-    def experts(rows_RH: Tensor, rows_per_expert: Tensor) -> Tensor:
+    def experts(rows_RH: Tensor, rows_per_expert: Counts) -> Tensor:
+        assert isinstance(rows_per_expert, Tensor)
         return rows_RH.sin() * scale_e.repeat_interleave(rows_per_expert)[:, None]
 
-    dispatcher = AllToAllDispatcher(E, group, num_chunks or 1)
-    if num_chunks is None:
-        sent = dispatcher.dispatch(dispatcher.leave(x, ids))
-        y = dispatcher.combine(experts(sent.rows_RH, sent.rows_per_expert), probs, sent)
-    else:
-        dispatching = dispatcher.start(x, ids)
-        for part, rows_per_expert in enumerate(dispatching.rows_per_expert):
-            dispatching.send_back(part, experts(dispatching.arrive(part), rows_per_expert))
-        y = dispatching.combine(probs)
+    y = AllToAllDispatcher(E, group, num_chunks).dispatch(x, ids).through(experts, probs)
     gradients = torch.autograd.grad((y.float().cos() * torch.arange(T)[:, None]).sum(), (x, probs, scale_e))
     return y.detach(), *gradients
 
@@ -95,11 +89,10 @@ def _order_of_work() -> tuple[list[str], list[str]]:
 
     x = torch.randn(T, H).requires_grad_()
     ids = torch.arange(T * K).view(T, K) % 6
-    dispatching = AllToAllDispatcher(6, state.ep, 3).start(x, ids)
+    trip = AllToAllDispatcher(6, state.ep, 3).dispatch(x, ids)
     shared = Marked.apply(x, "shared")
-    for part in range(3):
-        dispatching.send_back(part, Marked.apply(dispatching.arrive(part), f"experts {part}"))
-    y = dispatching.combine(torch.full((T, K), 0.5)) + shared
+    parts = iter(range(3))
+    y = trip.through(lambda rows, _: Marked.apply(rows, f"experts {next(parts)}"), torch.full((T, K), 0.5)) + shared
     forward = list(done)
     done.clear()
     y.sum().backward()

@@ -196,9 +196,10 @@ def test_trackers_log_without_a_network(library: str, tmp_path: Path, monkeypatc
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
     pytest.importorskip(library, reason=f"the extra {library} is not installed")
     tracker = loggers.Tracker(library, "samoe-test", "a run", {"model": {"num_layers": 2}})
-    tracker.open(0)
-    tracker.write(RECORD)
-    tracker.end()
+    run: Any = None
+    tracker.start(run)
+    tracker.record(run, RECORD)
+    tracker.close(run)
     assert any(path.is_file() and path.stat().st_size for path in tmp_path.rglob("*")), "nothing was kept"
 
 
@@ -212,8 +213,9 @@ def test_trackers_get_numbers_and_losses_by_dataset(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(loggers.importlib, "import_module", lambda _: Library)
     tracker = loggers.Tracker("wandb", "p", None, {})
-    tracker.open(0)
-    tracker.write(RECORD)
+    run: Any = None
+    tracker.start(run)
+    tracker.record(run, RECORD)
     assert logged == [({"lm_loss": 4.5, "skipped": 0.0, "validation_loss/a": 1.5}, 3)]
 
 

@@ -12,7 +12,8 @@ from megatron_samoe.ops.combine import combine_banks_backward
 from megatron_samoe.ops.cross_entropy import cross_entropy_parts
 from megatron_samoe.ops.permute import gather_rows, invert_index, make_permutation, permute, unpermute
 from megatron_samoe.ops.topk_gate import topk_gate
-from megatron_samoe.runtime import twin_checks
+from megatron_samoe.runtime import reference_checks
+from tests.harness import op_checks
 from tests.harness.ranks import RankFailure, run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -29,8 +30,8 @@ def test_gate(topk: int, num_experts: int, score_function: str, device: str) -> 
         logits_TE = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(topk)) * 3
         for pre_softmax in (False, True):
             for num_groups in {1, max(num_tokens, 1)}:
-                twin_checks.check_gate(logits_TE, topk, score_function, pre_softmax, num_groups, device)
-                twin_checks.check_gate(logits_TE.round(), topk, score_function, pre_softmax, num_groups, device)
+                reference_checks.check_gate(logits_TE, topk, score_function, pre_softmax, num_groups, device)
+                reference_checks.check_gate(logits_TE.round(), topk, score_function, pre_softmax, num_groups, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -38,10 +39,10 @@ def test_gate(topk: int, num_experts: int, score_function: str, device: str) -> 
 def test_permutation_and_rows(topk: int, num_experts: int, hidden: int, dtype: torch.dtype, device: str) -> None:
     for num_tokens in token_counts(device):
         for drop in (False, True):
-            ids_TK = twin_checks.random_ids(num_tokens, topk, num_experts, drop, num_tokens)
-            twin_checks.check_rows(ids_TK, num_experts, hidden, dtype, device)
+            ids_TK = reference_checks.random_ids(num_tokens, topk, num_experts, drop, num_tokens)
+            reference_checks.check_rows(ids_TK, num_experts, hidden, dtype, device)
     for expert in (0, num_experts - 1, -1):  # all to one, to the last, to none
-        twin_checks.check_rows(torch.full((50, 1), expert), num_experts, hidden, dtype, device)
+        reference_checks.check_rows(torch.full((50, 1), expert), num_experts, hidden, dtype, device)
     x_RH = torch.randn(37, hidden).to(device, dtype).requires_grad_()
     index_R = torch.randperm(37).to(device)
     y_RH = gather_rows(x_RH, index_R, invert_index(index_R))
@@ -53,19 +54,19 @@ def test_permutation_and_rows(topk: int, num_experts: int, hidden: int, dtype: t
 def test_combination(device: str) -> None:
     shapes = [(1, 1, 1, 0), (12, 1, 4, 257), (3, 2, 8, 1024), (1, 2, 19, 7)]
     for shape in shapes + ([(20, 1, 2, 4100), (24, 64, 8, 3072)] if device == "cuda" else []):
-        twin_checks.check_combine(*twin_checks.combine_inputs(*shape), device)
+        reference_checks.check_combine(*reference_checks.combine_inputs(*shape), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_entropy(dtype: torch.dtype, device: str) -> None:
     sizes = [(0, 5, 3), (1, 1, 0), (7, 5003, 0), (40, 257, 100), (3, 0, 12)]
     for num_tokens, width, first_id in sizes + ([(513, 50257, 0)] if device == "cuda" else []):
-        twin_checks.check_cross_entropy(num_tokens, width, first_id, num_tokens + width, dtype, device)
+        op_checks.check_cross_entropy(num_tokens, width, first_id, num_tokens + width, dtype, device)
 
 
 def test_adamw(device: str) -> None:
     sizes = [0, 1, 7, 16, 513, 4000] + ([1_000_003] if device == "cuda" else [])
-    twin_checks.check_adamw(sizes, torch.float32, 2e-6, num_steps=3, device=device)
+    op_checks.check_adamw(sizes, torch.float32, 2e-6, num_steps=3, device=device)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)], ids=str)
@@ -75,10 +76,10 @@ def test_expert_mlps(activation: str, dtype: torch.dtype, tolerance: float, devi
     torch.manual_seed(0)
     cases = [([3, 5, 2], 7, 4), ([0, 6, 0, 1], 8, 16), ([0, 0], 3, 2), ([1], 1, 1), ([17, 0, 33], 16, 24)]
     if device == "cuda":
-        cases += [([0, 513, 0], 64, 128), (twin_checks.routed_rows(513, 8, 33, seed=1), 48, 64)]
+        cases += [([0, 513, 0], 64, 128), (op_checks.routed_rows(513, 8, 33, seed=1), 48, 64)]
     for rows, width, hidden in cases:
         for bias, main_grads in ((False, True), (True, False), (True, True)):
-            twin_checks.check_grouped_mlp(rows, width, hidden, activation, bias, dtype, tolerance, main_grads, device)
+            op_checks.check_grouped_mlp(rows, width, hidden, activation, bias, dtype, tolerance, main_grads, device)
 
 
 def _results(device: str) -> list[Tensor]:
@@ -91,7 +92,7 @@ def _results(device: str) -> list[Tensor]:
     gradients = torch.autograd.grad(
         (y_TH * dy_TH).sum() + gate.z_sum + gate.score_sum_GE.square().sum(), (logits_TE, x_TH)
     )
-    banks = [t.to(device) for t in twin_checks.combine_inputs(12, 3, 4, 5000)]
+    banks = [t.to(device) for t in reference_checks.combine_inputs(12, 3, 4, 5000)]
     dbanks_PGN = torch.zeros_like(banks[1])
     dcoefficients_LGP = combine_banks_backward(*banks, dbanks_PGN)
     parts = cross_entropy_parts(torch.randn(50, 4099, generator=generator).to(device), gate.ids_TK[:50, 0])

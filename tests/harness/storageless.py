@@ -93,7 +93,7 @@ def device_without_storage(rows_for_each_rank_and_expert: int) -> Iterator[None]
 
     with (
         taken_for_gpu("meta"),
-        mock.patch.object(AllToAllDispatcher, "_awaited", table),
+        mock.patch.object(AllToAllDispatcher, "awaited", table),
         mock.patch.object(all_to_all, "_exchange", _exchange),
         mock.patch.object(Group, "all_reduce", lambda group, x, *_: x),
         mock.patch.object(Group, "all_gather", lambda group, x: x if group.size == 1 else torch.cat([x] * group.size)),

@@ -17,7 +17,7 @@ from megatron_samoe import children
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_bytes import expected_distinct_experts, step_bytes
 from megatron_samoe.inference.engine import Precision, Serving
-from megatron_samoe.inference.huge_pages import ask_for_huge_pages
+from megatron_samoe.inference.weight_memory import ask_for_huge_pages
 from tools.benchmarks.contestants import (
     WORKERS,
     Contestant,

@@ -2,146 +2,118 @@
 
 from __future__ import annotations
 
-from megatron_samoe.config.batch_schedule import batch_sizes, samples_after, steps_for_samples
-from megatron_samoe.config.derived import dense_model_size, flag, global_batch_size, parse_multipliers
+from megatron_samoe.config.derived import (
+    batch_sizes,
+    flag,
+    global_batch_size,
+    parse_multipliers,
+    samples_after,
+    steps_for_samples,
+)
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.rules import Problems
+from megatron_samoe.config.rules import Rows, Table
 from megatron_samoe.config.training import TrainingConfig
-from megatron_samoe.errors import ConfigError
 
 
-def _schedule_fits(config: PretrainConfig, world_size: int) -> Problems:
+def _schedule(config: PretrainConfig, _: int) -> Rows:
     optimizer, training = config.optimizer, config.training
+    is_constant, share = optimizer.lr_decay_style == "constant", optimizer.lr_warmup_fraction
+    for name in ("min_lr", "lr_decay_iters", "lr_decay_samples"):
+        yield name, is_constant and getattr(optimizer, name), "has no use with --lr-decay-style constant"
+    yield "min_lr", optimizer.min_lr > optimizer.lr, f"must be at most --lr {optimizer.lr}"
+    yield "lr_warmup_fraction", share is not None and not 0 <= share <= 1, "must be from 0 to 1"
     unit = "steps" if training.train_samples is None else "samples"
     decay = optimizer.lr_decay_samples or optimizer.lr_decay_iters or training.train_samples or training.train_iters
-    if optimizer.lr_decay_style == "constant":
-        for name in ("min_lr", "lr_decay_iters", "lr_decay_samples"):
-            if getattr(optimizer, name):
-                yield ConfigError(flag(name), getattr(optimizer, name), "has no use with --lr-decay-style constant")
-    if optimizer.min_lr > optimizer.lr:
-        yield ConfigError("--min-lr", optimizer.min_lr, f"must be at most --lr {optimizer.lr}")
-    if optimizer.lr_warmup_fraction is not None:
-        if not 0 <= optimizer.lr_warmup_fraction <= 1:
-            yield ConfigError("--lr-warmup-fraction", optimizer.lr_warmup_fraction, "must be from 0 to 1")
     for name in ("lr_warmup_iters", "lr_warmup_samples"):
-        if getattr(optimizer, name) and optimizer.lr_warmup_fraction is not None:
-            yield ConfigError("--lr-warmup-fraction", optimizer.lr_warmup_fraction, f"excludes {flag(name)}")
-        elif getattr(optimizer, name) > decay:
-            yield ConfigError(flag(name), getattr(optimizer, name), f"must be at most the {decay} decay {unit}")
+        length = getattr(optimizer, name)
+        yield "lr_warmup_fraction", length and share is not None, f"excludes {flag(name)}"
+        yield name, share is None and length > decay, f"must be at most the {decay} decay {unit}"
+    for name in ("lr_mult_patterns", "weight_decay_mult_patterns"):
+        parse_multipliers(name, getattr(optimizer, name))
 
 
-def _samples(config: PretrainConfig, world_size: int) -> Problems:
-    training, ramp = config.training, config.training.rampup_batch_size
-    if training.train_samples is None:
+def _samples(config: PretrainConfig, world_size: int) -> Rows:
+    training, ramp, samples = config.training, config.training.rampup_batch_size, config.training.train_samples
+    if samples is None:
         return
     for name in ("lr_decay_iters", "lr_wsd_decay_iters", "lr_warmup_iters"):
-        if value := getattr(config.optimizer, name):
-            yield ConfigError(flag(name), value, f"cannot be used with --train-samples; give {flag(name)[:-5]}samples")
-    if dense_model_size(config.parallel) < 1:
-        return
-    steps = steps_for_samples(config, world_size)
+        allowed = f"cannot be used with --train-samples; give {flag(name)[:-5]}samples"
+        yield name, getattr(config.optimizer, name), allowed
+    steps, full = steps_for_samples(config, world_size), global_batch_size(config, world_size)
     if steps is None:
-        if ramp is not None:
-            full = global_batch_size(config, world_size)
-            yield ConfigError("--rampup-batch-size", ramp, "must be three positive numbers: a size below the global batch of "
-                              f"{full}, an increment that divides the difference, and samples")  # fmt: skip
-    elif steps == 0:
-        yield ConfigError("--train-samples", training.train_samples,
-                          f"must be at least one batch, {batch_sizes(config, world_size)[0]} sequences")  # fmt: skip
-    elif (least := samples_after(config, world_size, 0, steps)) > training.train_samples:
-        yield ConfigError("--rampup-batch-size", ramp, f"grows over {least} samples, and --train-samples is "
-                          f"{training.train_samples}")  # fmt: skip
-    elif training.train_iters not in (TrainingConfig().train_iters, steps):
-        yield ConfigError("--train-iters", training.train_iters, f"excludes --train-samples, which makes {steps} steps")
-
-
-def _multipliers(config: PretrainConfig, world_size: int) -> Problems:
-    for name in ("lr_mult_patterns", "weight_decay_mult_patterns"):
-        try:
-            parse_multipliers(name, getattr(config.optimizer, name))
-        except ConfigError as error:
-            yield error
-
-
-def _precision(config: PretrainConfig, world_size: int) -> Problems:
-    if config.training.bf16 and config.training.fp16:
-        yield ConfigError("--fp16", True, "excludes --bf16")
-
-
-def _data_sources(config: PretrainConfig, world_size: int) -> Problems:
-    data = config.data
-    split_paths = data.train_data_path or data.valid_data_path or data.test_data_path
-    if data.mock_data and (data.data_path or split_paths):
-        yield ConfigError("--mock-data", True, "excludes --data-path and its per-split variants")
-    if data.data_path and split_paths:
-        yield ConfigError(
-            "--data-path", data.data_path, "excludes --train-data-path, --valid-data-path, --test-data-path"
+        allowed = (
+            f"must be three positive numbers: a size below the global batch of {full}, an increment that divides the "
         )
-    if config.training.eval_iters == 0:
-        for name, value in (
-            ("full_validation", config.training.full_validation),
-            ("test_data_path", data.test_data_path),
-        ):
-            if value:
-                yield ConfigError(flag(name), value, "needs --eval-iters above 0: nothing is evaluated")
-    held_out = config.training.skip_train and (data.valid_data_path or data.test_data_path)
-    if not (data.mock_data or data.data_path or data.train_data_path or held_out):
-        yield ConfigError("--data-path", None, "must name a dataset (or give --train-data-path, or --mock-data)")
-    if data.tokenizer_type == "GPT2BPETokenizer" and not (data.vocab_file and data.merge_file):
-        yield ConfigError("--tokenizer-type", data.tokenizer_type, "needs --vocab-file and --merge-file")
-    if data.tokenizer_type in ("SentencePieceTokenizer", "HuggingFaceTokenizer") and not data.tokenizer_model:
-        yield ConfigError("--tokenizer-type", data.tokenizer_type, "needs --tokenizer-model")
+        yield "rampup_batch_size", ramp is not None, allowed + "difference, and samples"
+        return
+    first = batch_sizes(config, world_size)[0]
+    yield "train_samples", steps == 0, f"must be at least one batch, {first} sequences"
+    least = samples_after(config, world_size, 0, steps)
+    is_slow = steps > 0 and least > samples
+    yield "rampup_batch_size", is_slow, f"grows over {least} samples, and --train-samples is {samples}"
+    is_other = steps > 0 and not is_slow and training.train_iters not in (TrainingConfig().train_iters, steps)
+    yield "train_iters", is_other, f"excludes --train-samples, which makes {steps} steps"
 
 
-def _spikes(config: PretrainConfig, world_size: int) -> Problems:
-    if 0 < config.training.spike_window < 3:
-        yield ConfigError(
-            "--spike-window", config.training.spike_window, "must be 0, or 3 or more steps (128 is usual)"
-        )
+def _training(config: PretrainConfig, _: int) -> Rows:
+    training, until = config.training, config.distillation.teacher_until
+    yield "fp16", training.bf16 and training.fp16, "excludes --bf16"
+    yield "spike_window", 0 < training.spike_window < 3, "must be 0, or 3 or more steps (128 is usual)"
+    is_late = until is not None and until > training.train_iters
+    yield "teacher_until", is_late, f"must be a step of the run: at most --train-iters {training.train_iters}"
 
 
-def _teacher(config: PretrainConfig, world_size: int) -> Problems:
-    until, train_iters = config.distillation.teacher_until, config.training.train_iters
-    if until is not None and until > train_iters:
-        yield ConfigError("--teacher-until", until, f"must be a step of the run: at most --train-iters {train_iters}")
+def _data(config: PretrainConfig, _: int) -> Rows:
+    data, training = config.data, config.training
+    by_split = data.train_data_path or data.valid_data_path or data.test_data_path
+    excluded = data.mock_data and (data.data_path or by_split)
+    yield "mock_data", excluded, "excludes --data-path and its per-split variants"
+    excluded = data.data_path and by_split
+    yield "data_path", excluded, "excludes --train-data-path, --valid-data-path, --test-data-path"
+    is_blind = training.eval_iters == 0
+    for name, value in (("full_validation", training.full_validation), ("test_data_path", data.test_data_path)):
+        yield name, is_blind and value, "needs --eval-iters above 0: nothing is evaluated"
+    held_out = training.skip_train and (data.valid_data_path or data.test_data_path)
+    is_empty = not (data.mock_data or data.data_path or data.train_data_path or held_out)
+    yield "data_path", is_empty, "must name a dataset (or give --train-data-path, or --mock-data)", None
+    kind = data.tokenizer_type
+    is_half = kind == "GPT2BPETokenizer" and not (data.vocab_file and data.merge_file)
+    yield "tokenizer_type", is_half, "needs --vocab-file and --merge-file"
+    is_bare = kind in ("SentencePieceTokenizer", "HuggingFaceTokenizer") and not data.tokenizer_model
+    yield "tokenizer_type", is_bare, "needs --tokenizer-model"
 
 
-def _loggers(config: PretrainConfig, world_size: int) -> Problems:
+def _profile(config: PretrainConfig, world_size: int) -> Rows:
     logs = config.logging
     if not logs.profile:
         return
-    if not 1 <= logs.profile_step_start < logs.profile_step_end:
-        yield ConfigError("--profile-step-end", logs.profile_step_end,
-                          f"must be above --profile-step-start {logs.profile_step_start}, which must be 1 or more")  # fmt: skip
-    if not logs.profile_ranks or not all(0 <= rank < world_size for rank in logs.profile_ranks):
-        yield ConfigError("--profile-ranks", logs.profile_ranks, f"must be ranks from 0 to {world_size - 1}")
-    if logs.run_dir is None and config.checkpoint.save is None:
-        yield ConfigError("--profile", True, "needs --run-dir or --save, where traces go")
+    first, end, ranks = logs.profile_step_start, logs.profile_step_end, logs.profile_ranks
+    allowed = f"must be above --profile-step-start {first}, which must be 1 or more"
+    yield "profile_step_end", not 1 <= first < end, allowed
+    are_ours = ranks and all(0 <= rank < world_size for rank in ranks)
+    yield "profile_ranks", not are_ours, f"must be ranks from 0 to {world_size - 1}"
+    is_lost = logs.run_dir is None and config.checkpoint.save is None
+    yield "profile", is_lost, "needs --run-dir or --save, where traces go"
 
 
-def _checkpoint_paths(config: PretrainConfig, world_size: int) -> Problems:
-    checkpoint = config.checkpoint
-    if config.training.skip_train and (checkpoint.load is None or config.training.eval_iters == 0):
-        yield ConfigError("--skip-train", True, "needs --load (or --run-dir) and --eval-iters: it only evaluates")
-    if checkpoint.load is None:
-        if checkpoint.use_checkpoint_args and checkpoint.pretrained_checkpoint is None:
-            yield ConfigError("--use-checkpoint-args", True, "needs --load, --run-dir or --pretrained-checkpoint")
-        if checkpoint.pretrained_checkpoint is not None and checkpoint.save is not None:
-            yield ConfigError("--pretrained-checkpoint", checkpoint.pretrained_checkpoint, "needs --load (or --run-dir) beside "
-                              "--save: without it the same command would begin again and replace what it saved")  # fmt: skip
-    if checkpoint.finetune and checkpoint.pretrained_checkpoint is not None:
-        yield ConfigError("--finetune", True, "excludes --pretrained-checkpoint, which is not loaded again once the run has "
-                          "checkpoints of its own")  # fmt: skip
+def _checkpoints(config: PretrainConfig, _: int) -> Rows:
+    checkpoint, training = config.checkpoint, config.training
+    is_new, first = checkpoint.load is None, checkpoint.pretrained_checkpoint
+    is_idle = training.skip_train and (is_new or training.eval_iters == 0)
+    yield "skip_train", is_idle, "needs --load (or --run-dir) and --eval-iters: it only evaluates"
+    is_idle = checkpoint.use_checkpoint_args and is_new and first is None
+    yield "use_checkpoint_args", is_idle, "needs --load, --run-dir or --pretrained-checkpoint"
+    allowed = "needs --load (or --run-dir) beside --save: without it the same command would begin again and replace what it saved"
+    yield "pretrained_checkpoint", is_new and first is not None and checkpoint.save is not None, allowed
+    allowed = "excludes --pretrained-checkpoint, which is not loaded again once the run has checkpoints of its own"
+    yield "finetune", checkpoint.finetune and first is not None, allowed
 
 
-RULES = (
-    _schedule_fits,
-    _samples,
-    _multipliers,
-    _precision,
-    _data_sources,
-    _spikes,
-    _teacher,
-    _loggers,
-    _checkpoint_paths,
+TABLES = (
+    Table(("optimizer", "training"), _schedule),
+    Table(("optimizer", "training", "parallel"), _samples),
+    Table(("training", "distillation"), _training),
+    Table(("training", "data"), _data),
+    Table(("logging",), _profile),
+    Table(("training", "checkpoint"), _checkpoints),
 )

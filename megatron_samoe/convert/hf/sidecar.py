@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.cli import from_mapping
-from megatron_samoe.config.rules.options import refuse_excess
 from megatron_samoe.config.saved import upgrade
+from megatron_samoe.config.validate import refuse_excess
 from megatron_samoe.convert.hf.folder import read_json
 from megatron_samoe.convert.native import NativeModel
 from megatron_samoe.dist_checkpointing.store import refuse_wrong_values

@@ -13,8 +13,7 @@ from torch import Tensor
 from megatron_samoe.config.cli import apply_mapping, to_mapping
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.readers import refuse_unknown
-from megatron_samoe.config.validate import refuse_wrong_numbers
+from megatron_samoe.config.validate import refuse_unknown, refuse_wrong_numbers
 from megatron_samoe.convert.edited_model import FRACTIONS, moe_layers, uniform_fractions, validate_model
 from megatron_samoe.convert.hf.families import Family, families
 from megatron_samoe.convert.hf.families.entries import completed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_samoe.config.readers import refuse_unknown
 from megatron_samoe.config.sharing_map import OWN, Source
+from megatron_samoe.config.validate import refuse_unknown
 from megatron_samoe.convert.edited_model import with_sharing
 from megatron_samoe.convert.hf.families import SAMOE, Family, families
 from megatron_samoe.convert.native import NativeModel

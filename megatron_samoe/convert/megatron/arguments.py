@@ -14,7 +14,7 @@ from megatron_samoe.config.derived import parse_moe_layer_freq
 from megatron_samoe.config.model import ModelConfig
 from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.rules.options import refuse_excess
+from megatron_samoe.config.validate import refuse_excess
 from megatron_samoe.errors import CheckpointError, ConfigError, shown
 from megatron_samoe.parsing import finite_float
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_samoe.config.cli import from_mapping
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
-from megatron_samoe.config.readers import refuse_unknown
+from megatron_samoe.config.validate import refuse_unknown
 from megatron_samoe.convert.edited_model import model_names
 from megatron_samoe.convert.fold import fold_shared
 from megatron_samoe.convert.layer_experts import layer_of

@@ -9,7 +9,6 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_samoe.config.batch_schedule import with_train_iters
 from megatron_samoe.config.cli import from_mapping, parse_pretrain_args
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.elastic import smallest_world
@@ -301,7 +300,7 @@ def _refuse_illegal(config: PretrainConfig, name: str) -> None:
         return  # the checkpoint says what the model is
     ranks = smallest_world(config)
     try:
-        validate(with_train_iters(config, ranks), ranks)
+        validate(config, ranks)
     except ConfigErrors as found:
         first = found.errors[0]
         raise ConfigErrors(

@@ -62,9 +62,12 @@ class _Routes:
         self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
         self._started = now_s()
         self._page = PAGE.read_bytes()
-        self._page_headers = {"Content-Security-Policy": _content_policy(self._page.decode()),
-                              "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                              "Cache-Control": "no-cache"}  # fmt: skip
+        self._page_headers = {
+            "Content-Security-Policy": _content_policy(self._page.decode()),
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        }
 
     async def page(self, _: Any) -> Any:
         return self._responses.Response(self._page, media_type="text/html", headers=self._page_headers)
@@ -83,8 +86,14 @@ class _Routes:
         return self._responses.JSONResponse(self._described(self._models.asked({"model": request.path_params["name"]})))
 
     def _described(self, model: ServedModel) -> dict[str, Any]:
-        return {"id": model.facts.name, "object": "model", "created": self._started, "owned_by": "megatron_samoe",
-                "max_model_len": model.facts.context_length, "shows_experts": model.shown is not None}  # fmt: skip
+        return {
+            "id": model.facts.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "megatron_samoe",
+            "max_model_len": model.facts.context_length,
+            "shows_experts": model.shown is not None,
+        }
 
     async def experts(self, request: Any) -> Any:
         """Which experts each token of a text uses, by the model as it was trained: one text at a time."""
@@ -287,6 +296,9 @@ def build_app(
         return app
     # Outside the gate, so that pages of these origins can read its refusals, too, and that preflights need no token.
     return CORSMiddleware(
-        app, allow_origins=gate.allowed_origins, allow_methods=("GET", "POST"),
-        allow_headers=("Authorization", "Content-Type"), expose_headers=("Retry-After",),
-    )  # fmt: skip
+        app,
+        allow_origins=gate.allowed_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("Authorization", "Content-Type"),
+        expose_headers=("Retry-After",),
+    )

@@ -31,17 +31,25 @@ def parse_text(body: Mapping[str, Any], facts: ModelFacts) -> list[int]:
     check_tokens([ids], facts.vocab_size)
     if len(ids) > facts.context_length:
         raise ApiError(
-            400, f"The text has {len(ids)} tokens; the model's context is {facts.context_length}.", param="prompt",
+            400,
+            f"The text has {len(ids)} tokens; the model's context is {facts.context_length}.",
+            param="prompt",
             code="context_length_exceeded",
-        )  # fmt: skip
+        )
     return ids
 
 
 def experts_body(ids: Sequence[int], layers: Sequence[LayerUse], tokenizer: Tokenizer) -> dict:
     """Returns the tokens of a text and what they use of each MoE layer."""
     shown = [
-        {"layer": use.layer, "num_experts": use.num_experts, "source": use.source,
-         "banks": [round(b, 4) for b in use.banks], "experts": use.experts_TK, "weights": use.weights_TK}
+        {
+            "layer": use.layer,
+            "num_experts": use.num_experts,
+            "source": use.source,
+            "banks": [round(b, 4) for b in use.banks],
+            "experts": use.experts_TK,
+            "weights": use.weights_TK,
+        }
         for use in layers
-    ]  # fmt: skip
+    ]
     return {"object": "experts", "tokens": [tokenizer.decode([i]) for i in ids], "layers": shown}

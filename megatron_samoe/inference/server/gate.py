@@ -82,9 +82,12 @@ class Gate:
     def _check(self, scope: Scope) -> None:
         if self._num_open > self._limits.max_connections:
             raise ApiError(
-                503, f"The server answers {self._limits.max_connections} HTTP requests at a time, and has as many.",
-                kind="service_unavailable_error", code="too_many_connections", retry_after_s=1,
-            )  # fmt: skip
+                503,
+                f"The server answers {self._limits.max_connections} HTTP requests at a time, and has as many.",
+                kind="service_unavailable_error",
+                code="too_many_connections",
+                retry_after_s=1,
+            )
         headers = dict(scope["headers"])
         # A page of another site whose name was made to lead here comes with that name; browsers always send one, and
         # only HTTP/1.0 may do without.
@@ -92,9 +95,10 @@ class Gate:
         named = b"host" in headers and bool(self._limits.allowed_hosts)
         if named and host_name(host) not in self._limits.allowed_hosts:
             raise ApiError(
-                403, f"The server does not answer under the name {host[:80]!r}; --allowed-hosts adds names.",
+                403,
+                f"The server does not answer under the name {host[:80]!r}; --allowed-hosts adds names.",
                 code="host_not_allowed",
-            )  # fmt: skip
+            )
         self._check_origin(headers.get(b"origin", b"").decode("latin-1"), host)
         if self._key is None or scope["path"] in OPEN_PATHS:
             return
@@ -109,9 +113,10 @@ class Gate:
         allowed = self._limits.allowed_origins
         if origin and not is_own(origin, host) and not {"*", origin.lower()} & set(allowed):
             raise ApiError(
-                403, f"The server does not answer pages of {origin[:80]!r}; --allowed-origins adds origins.",
+                403,
+                f"The server does not answer pages of {origin[:80]!r}; --allowed-origins adds origins.",
                 code="origin_not_allowed",
-            )  # fmt: skip
+            )
 
 
 def is_own(origin: str, host: str) -> bool:

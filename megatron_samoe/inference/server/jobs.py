@@ -14,25 +14,29 @@ from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.request import Request, TokenEvent
 from megatron_samoe.inference.server.metrics import ModelMetrics
 from megatron_samoe.inference.server.protocol import ApiError, api_error
-from megatron_samoe.inference.server.thread_shares import ThreadShares
-from megatron_samoe.inference.server.worker import Command, Ended, EngineWorker, Load, Notice
+from megatron_samoe.inference.server.worker import Command, Ended, EngineWorker, Load, Notice, ThreadShares
 from megatron_samoe.parallel_state.state import Group
 
 
 def draining_error() -> ApiError:
     """What requests get that come when service is about to end, or would not end in time."""
     return ApiError(
-        503, "The server is shutting down: send the request to another one.", kind="service_unavailable_error",
-        code="draining", retry_after_s=5,
-    )  # fmt: skip
+        503,
+        "The server is shutting down: send the request to another one.",
+        kind="service_unavailable_error",
+        code="draining",
+        retry_after_s=5,
+    )
 
 
 def failed_error() -> ApiError:
     """What requests get when the engine has failed."""
     return ApiError(
-        500, "The engine has failed, and the server is about to end; its log has the reason.", kind="server_error",
+        500,
+        "The engine has failed, and the server is about to end; its log has the reason.",
+        kind="server_error",
         code="engine_failed",
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -178,10 +182,13 @@ class CompletionService:
         # the time is no promise.
         wait_s = self._mean_duration_s * len(self._tickets) / self._max_batch
         return ApiError(
-            429, f"The server is busy: it holds {len(self._tickets)} choices and takes at most {self._capacity}; the "
-            f"request asks for {num_choices} more. Try again later.", kind="rate_limit_error", code="queue_full",
+            429,
+            f"The server is busy: it holds {len(self._tickets)} choices and takes at most {self._capacity}; the "
+            f"request asks for {num_choices} more. Try again later.",
+            kind="rate_limit_error",
+            code="queue_full",
             retry_after_s=min(60, max(1, round(wait_s))),
-        )  # fmt: skip
+        )
 
     def _publish(self, notices: list[Notice], load: Load) -> None:
         self._tell(self._deliver, notices, load)

@@ -12,7 +12,7 @@ from megatron_samoe.inference.engine import Engine
 from megatron_samoe.inference.server.jobs import CompletionService
 from megatron_samoe.inference.server.metrics import ModelMetrics, ServerMetrics
 from megatron_samoe.inference.server.protocol import ApiError, ModelFacts
-from megatron_samoe.inference.server.thread_shares import ThreadShares
+from megatron_samoe.inference.server.worker import ThreadShares
 from megatron_samoe.models.rank_model import RankModel
 from megatron_samoe.parallel_state.state import Group
 
@@ -54,9 +54,11 @@ def asked_model(body: Mapping[str, Any], names: Sequence[str]) -> str:
     model = names[0] if body.get("model") is None else body["model"]
     if model not in names:
         raise ApiError(
-            404, f"The model {shown(model)} is not served here; this server has {', '.join(map(repr, names))}.",
-            param="model", code="model_not_found",
-        )  # fmt: skip
+            404,
+            f"The model {shown(model)} is not served here; this server has {', '.join(map(repr, names))}.",
+            param="model",
+            code="model_not_found",
+        )
     return str(model)
 
 
@@ -91,8 +93,12 @@ class ServedModels:
         self._models = {
             model.name: ServedModel(
                 ModelFacts(
-                    model.name, model.engine.tokenizer, model.engine.vocab_size, model.engine.context_length,
-                    model.engine.max_tokens, min(max_choices, model.engine.max_batch + max_queue),
+                    model.name,
+                    model.engine.tokenizer,
+                    model.engine.vocab_size,
+                    model.engine.context_length,
+                    model.engine.max_tokens,
+                    min(max_choices, model.engine.max_batch + max_queue),
                 ),
                 CompletionService(
                     model.engine, group, ModelMetrics(metrics, model.name), max_queue, self.failed, shares
@@ -100,7 +106,7 @@ class ServedModels:
                 model.shown,
             )
             for model in models
-        }  # fmt: skip
+        }
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())

@@ -22,15 +22,19 @@ from megatron_samoe.inference.sampling import SamplingOptions, check_sampling
 DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 4
 #: Fields with an effect, and "user", which names who asks and changes no answer.
-FIELDS = (
-    "model", "prompt", "max_tokens", "n", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed", "echo",
-    "logprobs", "stream", "stream_options", "ignore_eos", "user",
-)  # fmt: skip
+FIELDS = tuple(
+    "model prompt max_tokens n temperature top_p top_k repetition_penalty stop seed echo logprobs stream stream_options "
+    "ignore_eos user".split()
+)
 #: Fields of the API that this server has no code for, with the values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1), "frequency_penalty": (None, 0), "logit_bias": (None, {}),
-    "presence_penalty": (None, 0), "suffix": (None, ""),
-}  # fmt: skip
+    "best_of": (None, 1),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "presence_penalty": (None, 0),
+    "suffix": (None, ""),
+}
+_TOO_LONG = "context_length_exceeded"
 #: How an option of the engine is called in this API.
 NAMES = {"max_new_tokens": "max_tokens", "ignore_eod": "ignore_eos"}
 
@@ -151,10 +155,8 @@ def parse_completion(body: Mapping[str, Any], facts: ModelFacts) -> CompletionCa
         raise _bad("n", n, "must be a whole number, 1 or more")
     given = given_prompts(body)
     if len(given) * n > facts.max_choices:
-        raise ApiError(
-            400, f"The request asks for {len(given) * n} choices ({len(given)} prompts, n = {n}); this server makes at "
-            f"most {facts.max_choices} for one request.", param="n",
-        )  # fmt: skip
+        asked = f"The request asks for {len(given) * n} choices ({len(given)} prompts, n = {n})"
+        raise ApiError(400, f"{asked}; this server makes at most {facts.max_choices} for one request.", param="n")
     texts, prompts = encoded(given, facts.tokenizer)
     check_tokens(prompts, facts.vocab_size)
     options, logprobs = _sampling(body), _logprobs(body)
@@ -212,9 +214,11 @@ class TokenTexts:
             offsets.append(self._offset)
             self._offset += len(text)
         return {
-            "tokens": texts, "token_logprobs": [score and score.logprob for score in scores],
-            "top_logprobs": [score and self._top(score) for score in scores], "text_offset": offsets,
-        }  # fmt: skip
+            "tokens": texts,
+            "token_logprobs": [score and score.logprob for score in scores],
+            "top_logprobs": [score and self._top(score) for score in scores],
+            "text_offset": offsets,
+        }
 
     def _top(self, score: TokenScore) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -260,14 +264,11 @@ def _check_fields(body: Mapping[str, Any]) -> None:
     for name, value in body.items():
         if name in UNSUPPORTED:
             if isinstance(value, bool) or value not in UNSUPPORTED[name]:
-                raise ApiError(
-                    400, f"{name} is not supported by this server: leave it out.", param=name, code="unsupported_field"
-                )
+                told = f"{name} is not supported by this server: leave it out."
+                raise ApiError(400, told, param=name, code="unsupported_field")
         elif name not in FIELDS:
-            raise ApiError(
-                400, f"{_shown(name)} is no field of a completion request.{nearest(name, FIELDS)} Known are "
-                f"{', '.join(FIELDS)}.", param=name[:60], code="unknown_field",
-            )  # fmt: skip
+            told = f"{_shown(name)} is no field of a completion request.{nearest(name, FIELDS)}"
+            raise ApiError(400, f"{told} Known are {', '.join(FIELDS)}.", param=name[:60], code="unknown_field")
     user = _value(body, "user", "")
     if not isinstance(user, str):
         raise _bad("user", user, "must be text")
@@ -318,9 +319,8 @@ def _encodable(name: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ApiError(
-            400, f"{name} has half a surrogate pair at character {error.start}, which is no text.", param=name
-        ) from error
+        told = f"{name} has half a surrogate pair at character {error.start}, which is no text."
+        raise ApiError(400, told, param=name) from error
     return text
 
 
@@ -350,20 +350,18 @@ def _max_tokens(body: Mapping[str, Any], prompt_tokens: int, facts: ModelFacts) 
         raise _bad("max_tokens", given, 'asks for nothing without "echo": true, which gives the prompt back')
     wanted = 1 if given is None else given
     if wanted > room:
-        raise ApiError(
-            400, f"The model's context has {context_length} tokens, and the request needs {prompt_tokens + wanted}: "
-            f"{prompt_tokens} of the prompt and {wanted} to generate.", param="prompt" if room < 1 else "max_tokens",
-            code="context_length_exceeded",
-        )  # fmt: skip
+        told = f"The model's context has {context_length} tokens, and the request needs {prompt_tokens + wanted}"
+        told += f": {prompt_tokens} of the prompt and {wanted} to generate."
+        raise ApiError(400, told, param="prompt" if room < 1 else "max_tokens", code=_TOO_LONG)
     # The engine makes one token in any case.
     allowed = min(DEFAULT_MAX_TOKENS, room) if given is None else max(given, 1)
     # The engine refuses it as well, but hears of it only when a stream has begun. The last token needs no place.
     if prompt_tokens + allowed - 1 > facts.cache_tokens:
-        raise ApiError(
-            400, f"The server's key-value cache has {facts.cache_tokens} tokens, and the request needs "
-            f"{prompt_tokens + allowed - 1}: {prompt_tokens} of the prompt and {allowed} to generate, but for the last.",
-            param="max_tokens", code="context_length_exceeded",
-        )  # fmt: skip
+        told = f"The server's key-value cache has {facts.cache_tokens} tokens, and the request needs "
+        told += (
+            f"{prompt_tokens + allowed - 1}: {prompt_tokens} of the prompt and {allowed} to generate, but for the last."
+        )
+        raise ApiError(400, told, param="max_tokens", code=_TOO_LONG)
     return allowed
 
 

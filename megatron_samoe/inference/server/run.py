@@ -63,9 +63,14 @@ class ServerOptions:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("port", 0), ("max_queue", 0), ("max_choices", 1), ("max_connections", 1), ("max_body_bytes", 1),
-            ("body_timeout_s", 0), ("drain_timeout_s", 0),
-        ):  # fmt: skip
+            ("port", 0),
+            ("max_queue", 0),
+            ("max_choices", 1),
+            ("max_connections", 1),
+            ("max_body_bytes", 1),
+            ("body_timeout_s", 0),
+            ("drain_timeout_s", 0),
+        ):
             value = getattr(self, name)
             if not least <= value < float("inf"):
                 raise ConfigError(_flag(name), value, f"must be {least} or more")
@@ -74,9 +79,11 @@ class ServerOptions:
         for origin in self.allowed_origins:
             if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ConfigError(
-                    "--allowed-origins", origin, "each must be an origin as browsers send it, in small letters and without a "
-                    "path, such as https://name or http://localhost:3000; * allows all"
-                )  # fmt: skip
+                    "--allowed-origins",
+                    origin,
+                    "each must be an origin as browsers send it, in small letters and without a "
+                    "path, such as https://name or http://localhost:3000; * allows all",
+                )
         if self.port > 65535:
             raise ConfigError("--port", self.port, "must be at most 65535")
 
@@ -198,10 +205,18 @@ class Server:
         app = build_app(self._models, metrics, gate, options.max_body_bytes, options.body_timeout_s)
         # Connections that send nothing cost little, so there may be many; the gate counts those that ask.
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", server_header=False, loop="asyncio",
-            http="h11", ws="none", timeout_keep_alive=30, limit_concurrency=4 * options.max_connections + 64,
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            timeout_keep_alive=30,
+            limit_concurrency=4 * options.max_connections + 64,
             timeout_graceful_shutdown=max(1, round(LAST_WORDS_S)),
-        )  # fmt: skip
+        )
         self._uvicorn = _signalled(uvicorn.Server)(config, self._on_signal)
         self._asked = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -62,8 +62,15 @@ def coefficient_init(config: MoEConfig, moe_index: int, num_moe_layers: int) -> 
 class Coefficients(nn.Module):
     """How one layer combines the banks; what the layer owns of its experts."""
 
-    def __init__(self, config: MoEConfig, moe_index: int, num_moe_layers: int, num_experts: int, state: ParallelState,
-                 dtype: torch.dtype):  # fmt: skip
+    def __init__(
+        self,
+        config: MoEConfig,
+        moe_index: int,
+        num_moe_layers: int,
+        num_experts: int,
+        state: ParallelState,
+        dtype: torch.dtype,
+    ):
         super().__init__()
         self._normalization = config.samoe_normalization
         self.is_per_expert = config.samoe_granularity == "expert"

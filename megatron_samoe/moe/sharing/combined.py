@@ -89,8 +89,14 @@ class StepLender:
         exchange: how holders of sharded banks combine for each other; None to gather the banks instead.
     """
 
-    def __init__(self, pool: ExpertPool, coefficients: Mapping[int, Coefficients], state: ParallelState,
-                 dtype: torch.dtype, exchange: BankExchange | None = None):  # fmt: skip
+    def __init__(
+        self,
+        pool: ExpertPool,
+        coefficients: Mapping[int, Coefficients],
+        state: ParallelState,
+        dtype: torch.dtype,
+        exchange: BankExchange | None = None,
+    ):
         self._pool, self._coefficients = pool, dict(coefficients)
         self._exchange = exchange
         self._row_of_layer = {moe_index: row for row, moe_index in enumerate(self._coefficients)}
@@ -184,9 +190,12 @@ class StepLender:
         elif pool.is_sharded:
             exchange = max(4 * store.numel + store.held for store in stores)
         return LenderCosts(
-            weights=layers * one * width, gradients=layers * one * FP32_BYTES, exchange=FP32_BYTES * exchange, sent=sent,
+            weights=layers * one * width,
+            gradients=layers * one * FP32_BYTES,
+            exchange=FP32_BYTES * exchange,
+            sent=sent,
             traffic_per_step=one * (4 * num_banks * FP32_BYTES + layers * (width + 2 * FP32_BYTES)),
-        )  # fmt: skip
+        )
 
     def layer_gradients(self) -> dict[int, ExpertWeights]:
         """Returns this rank's gradients of the effective weights so far; none before the first backward."""
@@ -260,9 +269,10 @@ class LayerLender:
         return LenderCosts(
             gathered=2 * FP32_BYTES * sum(s.numel for s in stores) if pool.is_sharded else 0,
             exchange=FP32_BYTES * max(2 * s.numel + s.held for s in stores) if pool.is_sharded else 0,
-            workspace=one * (width + FP32_BYTES), sent=pool.sent(2 * FP32_BYTES),
+            workspace=one * (width + FP32_BYTES),
+            sent=pool.sent(2 * FP32_BYTES),
             traffic_per_pass=len(self._coefficients) * per_layer,
-        )  # fmt: skip
+        )
 
     def layer_gradients(self) -> None:
         """A layer's gradient is contracted at once."""
@@ -312,9 +322,14 @@ class _CombinedMLP(torch.autograd.Function):
         weights = work.combined(a_2GP)
         grads = weights.map(lambda t: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)))
         dx_RH = grouped_mlp_backward(
-            dy_RH, x_RH, h_RU, rows, without_repeated_bias(weights, work.state), work.activation,
+            dy_RH,
+            x_RH,
+            h_RU,
+            rows,
+            without_repeated_bias(weights, work.state),
+            work.activation,
             without_repeated_bias(grads, work.state),
-        )  # fmt: skip
+        )
         da_2GP = torch.zeros_like(a_2GP)
         for name, grad in grads.items():
             row = ROW_OF_WEIGHT[name]

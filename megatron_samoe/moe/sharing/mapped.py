@@ -26,8 +26,11 @@ def _scaled(context: SharingContext) -> SharingWay:
 
 
 _MAKE: Mapping[Way, Callable[[SharingContext], SharingWay]] = {
-    OWN: OwnSharing, COMBINED: CombinedSharing, TIED: TiedSharing, SCALED: _scaled,
-}  # fmt: skip
+    OWN: OwnSharing,
+    COMBINED: CombinedSharing,
+    TIED: TiedSharing,
+    SCALED: _scaled,
+}
 
 
 class MappedSharing:

@@ -45,9 +45,11 @@ class SharingContext:
         """Returns the context of some MoE layers alone, which are then numbered from 0."""
         place = {moe_index: i for i, moe_index in enumerate(layers)}
         return replace(
-            self, sources=tuple(self.sources[i] for i in layers), shapes=tuple(self.shapes[i] for i in layers),
+            self,
+            sources=tuple(self.sources[i] for i in layers),
+            shapes=tuple(self.shapes[i] for i in layers),
             layers_of_stage=tuple(tuple(place[i] for i in stage if i in place) for stage in self.layers_of_stage),
-        )  # fmt: skip
+        )
 
     def stages_of(self, layers: Sequence[int]) -> list[int]:
         """Returns the pipeline stages that hold any of these MoE layers."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_samoe.config.cli import to_mapping
 from megatron_samoe.config.pretrain import PretrainConfig
@@ -19,12 +17,8 @@ from megatron_samoe.training.hooks.router_watch import RouterWatch
 from megatron_samoe.training.hooks.step_warnings import StepWarnings
 
 
-def default_hooks(config: PretrainConfig, machine: Mapping[str, Any] | None = None) -> list[Hook]:
-    """Returns the hooks that a configuration asks for, in the order in which they are called.
-
-    Args:
-        machine: see MetricsFile.
-    """
+def default_hooks(config: PretrainConfig) -> list[Hook]:
+    """Returns the hooks that a configuration asks for, in the order in which they are called."""
     logs, iters, trains = config.logging, config.training.train_iters, not config.training.skip_train
     hooks: list[Hook] = []
     if logs.log_progress:
@@ -33,7 +27,7 @@ def default_hooks(config: PretrainConfig, machine: Mapping[str, Any] | None = No
     else:
         hooks.append(ConsoleLog(iters))
     if logs.metrics_file:
-        hooks.append(MetricsFile(logs.metrics_file, machine, trains))
+        hooks.append(MetricsFile(logs.metrics_file, trains))
     if not trains:
         return hooks
     if logs.tensorboard_dir:

@@ -18,57 +18,27 @@ from megatron_samoe.installation import install_extra
 from megatron_samoe.log import logger
 from megatron_samoe.parsing import parse_json
 from megatron_samoe.training.hook import Hook, Record, Run
+from megatron_samoe.training.machine import machine_facts
 from megatron_samoe.training.train_step import StepResult
 
 
-class Logger(Hook):
-    """A hook of rank 0 that is told of records, and knows nothing of the run."""
+def _numbers(record: Record) -> dict[str, float]:
+    """Returns the numbers of a record, and the losses of each dataset of a blend."""
+    found = {key: float(v) for key, v in record.items() if isinstance(v, (int, float)) and key != "iteration"}
+    for name in ("validation", "test"):
+        found |= {f"{name}_loss/{data}": loss for data, loss in record.get(f"{name}_loss_by_dataset", {}).items()}
+    return found
+
+
+class ConsoleLog(Hook):
+    """Megatron's log line, with tokens per second."""
 
     rank_0_only = True
-
-    def start(self, run: Run) -> None:
-        """See `open`."""
-        self.open(run.state.iteration)
-
-    def post_step(self, run: Run, result: StepResult) -> None:
-        """See `step`."""
-        self.step(run.state.iteration, result.lm_loss)
-
-    def record(self, run: Run, record: Record) -> None:
-        """See `write`."""
-        self.write(record)
-
-    def evaluated(self, run: Run, record: Record) -> None:
-        """See `write_evaluation`."""
-        self.write_evaluation(record)
-
-    def close(self, run: Run) -> None:
-        """See `end`."""
-        self.end()
-
-    def open(self, iteration: int) -> None:
-        """Training begins, or goes on, after `iteration` steps."""
-
-    def step(self, iteration: int, loss: float) -> None:
-        """A step is done; its loss, which not every step's record has."""
-
-    def write(self, record: Record) -> None:
-        """A step is logged."""
-
-    def write_evaluation(self, record: Record) -> None:
-        """A checkpoint is evaluated without training: iteration, and what `evaluation_record` makes."""
-
-    def end(self) -> None:
-        """Training ends, for whatever reason."""
-
-
-class ConsoleLog(Logger):
-    """Megatron's log line, with tokens per second."""
 
     def __init__(self, train_iters: int):
         self.train_iters = train_iters
 
-    def write(self, record: Record) -> None:
+    def record(self, run: Run, record: Record) -> None:
         """Prints one line, and one more after an evaluation."""
         fields = [
             f"iteration {record['iteration']:8d}/{self.train_iters:8d}",
@@ -97,13 +67,13 @@ class ConsoleLog(Logger):
         if "mfu" in record:
             fields.append(f"MFU: {record['mfu']:.1%}")
         logger.info(f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] " + " | ".join(fields) + " |")
-        self.write_evaluation(record)
+        self.evaluated(run, record)
 
     def checkpoint_saved(self, run: Run, path: Path) -> None:
         """Prints where a checkpoint is."""
         logger.info(f"saved {path}")
 
-    def write_evaluation(self, record: Record) -> None:
+    def evaluated(self, run: Run, record: Record) -> None:
         """Prints one line for each kind of data that was evaluated, and one for each dataset of a blend."""
         for name in ("validation", "test"):
             if f"{name}_loss" in record:
@@ -120,24 +90,26 @@ def _hours(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-class MetricsFile(Logger):
+class MetricsFile(Hook):
     """One JSON object per logged step.
 
     A resumed run first drops what the killed one logged beyond its checkpoint; a fresh one sets aside an existing file;
-    an evaluation alone adds to what is there.
+    an evaluation alone adds to what is there. Where training runs goes into machine.json beside it, as of the last start.
 
     Args:
-        machine: where the run runs; goes into machine.json beside the file, as it was at the last start.
-        trains: whether there will be steps, not an evaluation alone.
+        trains: whether there will be steps, not an evaluation alone, which says nothing of training's speed.
     """
 
-    def __init__(self, path: str, machine: Mapping[str, Any] | None = None, trains: bool = True):
+    rank_0_only = True
+
+    def __init__(self, path: str, trains: bool = True):
         self.path, self.place = Path(path), f"--metrics-file {path}"
-        self._machine, self._trains = machine, trains
+        self._trains = trains
         self.file: Any = None
 
-    def open(self, iteration: int) -> None:
+    def start(self, run: Run) -> None:
         """Opens the file and cuts it back to the iteration that training goes on from."""
+        iteration = run.state.iteration
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self._trains:
             self._end_last_line()
@@ -150,8 +122,9 @@ class MetricsFile(Logger):
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, self.path)
-        if self._machine is not None:
-            self.path.with_name("machine.json").write_text(json.dumps(self._machine, indent=1) + "\n")
+        if self._trains:
+            facts = machine_facts(run.setup.parallel)
+            self.path.with_name("machine.json").write_text(json.dumps(facts, indent=1) + "\n")
         self.file = open(self.path, "a")
 
     def _end_last_line(self) -> None:
@@ -166,16 +139,16 @@ class MetricsFile(Logger):
         self.path.rename(f"{self.path}.{number}")
         logger.info(f"{self.path} is of an earlier run; kept as {self.path}.{number}")
 
-    def write(self, record: Record) -> None:
+    def record(self, run: Run, record: Record) -> None:
         """Writes one line."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
-    def write_evaluation(self, record: Record) -> None:
+    def evaluated(self, run: Run, record: Record) -> None:
         """Writes one line."""
-        self.write(record)
+        self.record(run, record)
 
-    def end(self) -> None:
+    def close(self, run: Run) -> None:
         """Closes the file."""
         if self.file is not None:
             self.file.close()
@@ -189,25 +162,27 @@ def _iteration_of(line: str) -> float:
         return float("inf")  # a line that a kill cut off
 
 
-class TensorBoard(Logger):
+class TensorBoard(Hook):
     """Scalars of every record, and coefficients and expert load per layer where they are recorded."""
+
+    rank_0_only = True
 
     def __init__(self, directory: str):
         self.directory, self.place = directory, f"--tensorboard-dir {directory}"
         self.writer: Any = None
 
-    def open(self, iteration: int) -> None:
+    def start(self, run: Run) -> None:
         """Opens the events file."""
         from torch.utils.tensorboard import SummaryWriter
 
+        iteration = run.state.iteration
         self.writer = SummaryWriter(self.directory, purge_step=iteration + 1 if iteration else None)
 
-    def write(self, record: Record) -> None:
+    def record(self, run: Run, record: Record) -> None:
         """Writes the record's numbers."""
-        for key, value in record.items():
-            if isinstance(value, (int, float)) and key != "iteration":
-                self.writer.add_scalar(key.replace("_", "-"), value, record["iteration"])
-        self._add_by_dataset(record)
+        for key, value in _numbers(record).items():
+            name, slash, dataset = key.partition("/")
+            self.writer.add_scalar(f"{name.replace('_', '-')}{slash}{dataset}", value, record["iteration"])
         for layer, loads in enumerate(record.get("expert_load", [])):
             self.writer.add_scalar(f"max-expert-load/moe-layer-{layer}", max(loads) * len(loads), record["iteration"])
         for layer, (inputs, _) in enumerate(record.get("combination", [])):
@@ -215,23 +190,20 @@ class TensorBoard(Logger):
                 mean = sum(group[bank] for group in inputs) / len(inputs)
                 self.writer.add_scalar(f"combination/moe-layer-{layer}-bank-{bank}", mean, record["iteration"])
 
-    def _add_by_dataset(self, record: Record) -> None:
-        for name in ("validation", "test"):
-            for dataset, loss in record.get(f"{name}_loss_by_dataset", {}).items():
-                self.writer.add_scalar(f"{name}-loss/{dataset}", loss, record["iteration"])
-
-    def end(self) -> None:
+    def close(self, run: Run) -> None:
         """Flushes and closes the events file."""
         if self.writer is not None:
             self.writer.close()
 
 
-class Tracker(Logger):
+class Tracker(Hook):
     """Weights & Biases, or trackio, which has the same calls: the numbers of every record, and the configuration.
 
     Args:
         library: "wandb" or "trackio".
     """
+
+    rank_0_only = True
 
     def __init__(self, library: str, project: str, name: str | None, config: Mapping[str, Any]):
         try:
@@ -245,7 +217,7 @@ class Tracker(Logger):
         self._run: Any = None
         self._failed = False
 
-    def open(self, iteration: int) -> None:
+    def start(self, run: Run) -> None:
         """Begins a run of the project."""
         self._try(lambda: setattr(self, "_run", self._init()))
 
@@ -263,39 +235,38 @@ class Tracker(Logger):
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             logger.warning(f"{self.place} failed and gets no more records: {first}")
 
-    def write(self, record: Record) -> None:
+    def record(self, run: Run, record: Record) -> None:
         """Logs the record's numbers, and losses by dataset."""
-        numbers = {key: float(v) for key, v in record.items() if isinstance(v, (int, float)) and key != "iteration"}
-        for name in ("validation", "test"):
-            for dataset, loss in record.get(f"{name}_loss_by_dataset", {}).items():
-                numbers[f"{name}_loss/{dataset}"] = loss
-        self._try(lambda: self._library.log(numbers, step=record["iteration"]))
+        self._try(lambda: self._library.log(_numbers(record), step=record["iteration"]))
 
-    def end(self) -> None:
+    def close(self, run: Run) -> None:
         """Ends the run."""
         if self._run is not None:
             self._try(self._library.finish)
 
 
-class ProgressBar(Logger):
+class ProgressBar(Hook):
     """A bar over iterations, in place of the console's lines."""
+
+    rank_0_only = True
 
     def __init__(self, train_iters: int, description: str):
         self.train_iters, self.description = train_iters, description
         self.bar: Any = None
         self._shown: dict[str, str] = {}
 
-    def open(self, iteration: int) -> None:
+    def start(self, run: Run) -> None:
         """Draws the bar."""
-        self.bar = tqdm(total=self.train_iters, initial=iteration, desc=self.description, unit="step", mininterval=1.0)
+        done = run.state.iteration
+        self.bar = tqdm(total=self.train_iters, initial=done, desc=self.description, unit="step", mininterval=1.0)
 
-    def step(self, iteration: int, loss: float) -> None:
-        """Moves the bar and shows the step's loss."""
-        self._shown["loss"] = f"{loss:.3f}"
+    def post_step(self, run: Run, result: StepResult) -> None:
+        """Moves the bar and shows the step's loss, which not every step's record has."""
+        self._shown["loss"] = f"{result.lm_loss:.3f}"
         self.bar.set_postfix(self._shown, refresh=False)
         self.bar.update(1)
 
-    def write(self, record: Record) -> None:
+    def record(self, run: Run, record: Record) -> None:
         """Shows loss and speed."""
         self._shown |= {"loss": f"{record['lm_loss']:.3f}", "tokens/s": f"{record['tokens_per_s']:.0f}"}
         if "epoch" in record:
@@ -306,12 +277,12 @@ class ProgressBar(Logger):
             self._shown["valid"] = f"{record['validation_loss']:.3f}"
         self.bar.set_postfix(self._shown, refresh=False)
 
-    def write_evaluation(self, record: Record) -> None:
+    def evaluated(self, run: Run, record: Record) -> None:
         """Shows its loss."""
         names = {"valid": "validation_loss", "test": "test_loss"}
         self.bar.set_postfix({name: f"{record[key]:.3f}" for name, key in names.items() if key in record})
 
-    def end(self) -> None:
+    def close(self, run: Run) -> None:
         """Leaves the bar on the screen."""
         if self.bar is not None:
             self.bar.close()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.training import LoggingConfig
 from megatron_samoe.log import logger
 from megatron_samoe.training.hook import Hook, Run
@@ -44,7 +42,7 @@ class StepProfiler(Hook):
 
     def close(self, run: Run) -> None:
         """Ends the profile, if one runs, and writes it."""
-        folder = run_folder(run.setup.config, "profile")
+        folder = run.setup.config.folder_of("profile")
         if self._profiler is None or folder is None:
             return
         self._profiler.__exit__(None, None, None)
@@ -57,9 +55,3 @@ class StepProfiler(Hook):
         except (OSError, RuntimeError) as error:
             logger.warning(f"the profile {path} cannot be written: {error}")
         self._profiler = None
-
-
-def run_folder(config: PretrainConfig, name: str) -> Path | None:
-    """Returns a folder for what ranks leave behind, if the run has a place for anything."""
-    place = config.logging.run_dir or config.checkpoint.save
-    return None if place is None else Path(place) / name

@@ -10,10 +10,9 @@ import pytest
 from megatron_samoe.config import ParallelConfig, PretrainConfig
 from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import data_parallel_size
-from megatron_samoe.config.distillation import DistillationConfig
 from megatron_samoe.config.elastic import fit_layout
 from megatron_samoe.config.moe import MoEConfig
-from megatron_samoe.config.training import TrainingConfig
+from megatron_samoe.config.training import DistillationConfig, TrainingConfig
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import ast
 import inspect
-import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_samoe.config import PretrainConfig, derived, sharing_map
+from megatron_samoe.config import PretrainConfig, derived
+from megatron_samoe.config import validate as validation
 from megatron_samoe.config.cli import from_mapping, read_yaml
-from megatron_samoe.config.rules import layout, model, pipeline, run
-from megatron_samoe.config.rules import options as facts
+from megatron_samoe.config.rules import Row, Table, layout, model, moe, pipeline, run
 from megatron_samoe.config.validate import validate
 from megatron_samoe.errors import ConfigError, ConfigErrors
 from tests.harness.tiny import with_options
 
 #: Modules of rules.
-KINDS = (facts, layout, model, pipeline, run)
+KINDS = (layout, model, moe, pipeline, run)
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples/configs"
 QUICKSTART = Path(__file__).resolve().parents[3] / "megatron_samoe/cli/quickstart_data/config.yaml"
 VALID = with_options(PretrainConfig(), mock_data=True)
@@ -306,32 +307,36 @@ def test_broken_rule_names_flag_value_and_what_is_allowed(
         assert f"{flag} = {options[field]!r}: " in str(found[0])
 
 
-def test_every_error_of_every_rule_is_raised_by_a_case_above(monkeypatch: pytest.MonkeyPatch) -> None:
-    raised_at: set[tuple[str, int]] = set()
+def test_every_row_of_every_table_holds_in_a_case_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: set[tuple[str, int]] = set()
 
-    class RecordedError(ConfigError):
-        def __init__(self, *args: Any):
-            super().__init__(*args)
-            caller = sys._getframe(1)
-            raised_at.add((caller.f_globals["__name__"], caller.f_lineno))
+    def noted(table: Table, config: PretrainConfig, world_size: int) -> Iterator[Row]:
+        rows: Any = table.rows(config, world_size)
+        for row in rows:
+            inner = rows
+            while inner.gi_yieldfrom is not None:
+                inner = inner.gi_yieldfrom
+            if row[1]:
+                held.add((inner.gi_frame.f_code.co_filename, inner.gi_frame.f_lineno))
+            yield row
 
-    for module in (*KINDS, derived, sharing_map):
-        monkeypatch.setattr(module, "ConfigError", RecordedError)
+    tables = [table._replace(rows=partial(noted, table)) for table in validation.TABLES]
+    monkeypatch.setattr(validation, "TABLES", tables)
     for options, world_size, _, _ in BROKEN:
         errors_of(options, world_size)
-    calls = [
-        (module.__name__, node)
+    rows = [
+        (inspect.getfile(module), node)
         for module in KINDS
         for node in ast.walk(ast.parse(inspect.getsource(module)))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ConfigError"
+        if isinstance(node, ast.Yield)
     ]
-    assert len(calls) > 30
+    assert len(rows) > 60
     silent = [
-        f"{name}:{call.lineno}"
-        for name, call in calls
-        if not any((name, line) in raised_at for line in range(call.lineno, (call.end_lineno or 0) + 1))
+        f"{file}:{row.lineno}"
+        for file, row in rows
+        if not any((file, line) in held for line in range(row.lineno, (row.end_lineno or 0) + 1))
     ]
-    assert not silent, f"no case reaches the errors at {silent}"
+    assert not silent, f"no case reaches the rows at {silent}"
 
 
 @pytest.mark.parametrize(
@@ -383,6 +388,12 @@ def test_all_broken_rules_are_reported_together() -> None:
     assert {"--fp16", "--lr", "--num-layers"} <= set(fields)
     assert len(str(raised.value).splitlines()) == 1 + len(fields)
     assert raised.value.exit_status == 2
+
+
+def test_a_text_that_several_tables_read_is_refused_once_and_numbers_out_of_range_ask_no_more() -> None:
+    assert [error.field for error in errors_of({"moe_layer_freq": "012", **MOE}, 1)] == ["--moe-layer-freq"]
+    problems = errors_of({"tensor_model_parallel_size": 0, "context_parallel_size": 3, "fp16": True, "bf16": True}, 2)
+    assert [error.field for error in problems] == ["--tensor-model-parallel-size", "--fp16"]
 
 
 @pytest.mark.parametrize(

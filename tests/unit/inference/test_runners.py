@@ -11,13 +11,13 @@ import torch
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.inference.decode_layers import make_decode_model
 from megatron_samoe.inference.engine import Engine
-from megatron_samoe.inference.huge_pages import ask_for_huge_pages
 from megatron_samoe.inference.kv_cache import PageTable, pages_for
 from megatron_samoe.inference.rank_runner import RankRunner, convert_weights
 from megatron_samoe.inference.request import Request
 from megatron_samoe.inference.sampling import SamplingOptions
 from megatron_samoe.inference.serving import Serving, choose_serving, needed_bytes
 from megatron_samoe.inference.single_runner import SingleRunner
+from megatron_samoe.inference.weight_memory import ask_for_huge_pages
 from megatron_samoe.ops.decode import ExpertStack
 from megatron_samoe.runtime.free_memory import free_in_control_groups
 from megatron_samoe.runtime.load import LoadedModel

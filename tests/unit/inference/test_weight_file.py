@@ -9,7 +9,7 @@ import torch
 
 from megatron_samoe.errors import DataError
 from megatron_samoe.inference import Engine, Request, SamplingOptions
-from megatron_samoe.inference.weight_file import keep_in_file
+from megatron_samoe.inference.weight_memory import keep_in_file
 from tests.unit.inference.tiny_models import loaded_tiny
 
 

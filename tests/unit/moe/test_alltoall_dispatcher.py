@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.moe.alltoall_dispatcher import AllToAllDispatcher, expert_major_order
+from megatron_samoe.ops.grouped_mlp import Counts
 from megatron_samoe.parallel_state import Group, initialize_model_parallel, single_process_state
 from tests.harness.ranks import run_ranks
 
@@ -46,12 +47,14 @@ def round_trip(group: Group, seed: int, dropped: bool) -> tuple[Tensor, Tensor, 
     x, ids, probs = route(seed, dropped)
     x.requires_grad_()
     probs.requires_grad_()
-    dispatcher = AllToAllDispatcher(E, group)
-    sent = dispatcher.dispatch(dispatcher.leave(x, ids))
-    assert sent.rows_per_expert.sum() == sent.rows_RH.shape[0]
-    first = group.rank * len(sent.rows_per_expert)
-    parts = sent.rows_RH.split(sent.rows_per_expert.tolist())
-    y = dispatcher.combine(torch.cat([expert(first + e, rows) for e, rows in enumerate(parts)]), probs, sent)
+
+    def experts(rows_RH: Tensor, rows_per_expert: Counts) -> Tensor:
+        assert isinstance(rows_per_expert, Tensor) and rows_per_expert.sum() == rows_RH.shape[0]
+        first = group.rank * len(rows_per_expert)
+        parts = rows_RH.split(rows_per_expert.tolist())
+        return torch.cat([expert(first + e, rows) for e, rows in enumerate(parts)])
+
+    y = AllToAllDispatcher(E, group).dispatch(x, ids).through(experts, probs)
     (y.sin().sum()).backward()
     assert x.grad is not None and probs.grad is not None
     return y.detach(), x.grad, probs.grad
@@ -96,11 +99,15 @@ def test_several_ranks_equal_the_loop(world: int, dropped: bool) -> None:
 def skewed() -> Tensor:
     """Every rank sends all its tokens to the last rank's last expert."""
     state = initialize_model_parallel(ParallelConfig(expert_model_parallel_size=2))
-    dispatcher = AllToAllDispatcher(E, state.ep)
+
+    def experts(rows_RH: Tensor, rows_per_expert: Counts) -> Tensor:
+        assert isinstance(rows_per_expert, Tensor)
+        assert rows_per_expert.tolist() == ([0, 2 * T] if state.rank == 1 else [0, 0])
+        return rows_RH * 10
+
     x = torch.full((T, H), float(state.rank + 1))
-    sent = dispatcher.dispatch(dispatcher.leave(x, torch.full((T, 1), E - 1)))
-    assert sent.rows_per_expert.tolist() == ([0, 2 * T] if state.rank == 1 else [0, 0])
-    return dispatcher.combine(sent.rows_RH * 10, torch.ones(T, 1), sent)
+    trip = AllToAllDispatcher(E, state.ep).dispatch(x, torch.full((T, 1), E - 1))
+    return trip.through(experts, torch.ones(T, 1))
 
 
 @pytest.mark.distributed

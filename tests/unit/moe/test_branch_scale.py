@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_samoe.config.moe import MoEConfig
 from megatron_samoe.models.rank_model import build_model
-from megatron_samoe.moe.branch_scale import branch_scale, mean_squared_weights
+from megatron_samoe.moe.branch_scale import branch_scale
+from megatron_samoe.moe.scores import score_of
 from megatron_samoe.moe.types import ForwardContext
 from megatron_samoe.parallel_state import single_process_state
 from tests.harness.tiny import tiny_config
@@ -69,6 +71,11 @@ def test_an_moe_layer_begins_as_strong_as_the_dense_mlp(experts: int, topk: int,
 def test_shared_experts_widths_and_routers_of_all_kinds(options: dict[str, Any]) -> None:
     style = {"style": options["style"]} if "style" in options else {}
     assert branch_rms("moe", ffn_hidden_size=256, **options) == pytest.approx(dense_rms(**style), rel=0.1)
+
+
+def mean_squared_weights(num_experts: int, topk: int, score: Any, pre_softmax: bool, logit_std: float) -> float:
+    moe = MoEConfig(moe_router_topk=topk, moe_router_score_function=score, moe_router_pre_softmax=pre_softmax)
+    return score_of(moe).mean_squares(num_experts, logit_std)
 
 
 def test_the_estimate_is_the_formula_where_that_is_known() -> None:

@@ -56,10 +56,8 @@ def _round_trip(group: Any) -> tuple[list[Tensor], Counter[str]]:
     ids_TK = torch.randint(-1, 4, (9, 2), generator=generator)
     group_of_one: Group = group
     with _Seen() as seen:
-        dispatching = AllToAllDispatcher(4, group_of_one, num_chunks=2).start(x_TH, ids_TK)
-        for part in range(2):
-            dispatching.send_back(part, 2 * dispatching.arrive(part))
-        y_TH = dispatching.combine(probs_TK)
+        trip = AllToAllDispatcher(4, group_of_one, num_chunks=2).dispatch(x_TH, ids_TK)
+        y_TH = trip.through(lambda rows_RH, _: 2 * rows_RH, probs_TK)
         y_TH.backward(torch.ones_like(y_TH))
     return [y_TH.detach(), *(t.grad for t in (x_TH, probs_TK) if t.grad is not None)], seen.counts
 

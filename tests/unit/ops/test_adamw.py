@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.adamw import AdamWRates, AdamWRun, adamw, serves
-from megatron_samoe.runtime.twin_checks import RATES, adamw_runs, check_adamw, set_gradients
 from tests.harness.extension_off import without_extension
+from tests.harness.op_checks import RATES, adamw_runs, check_adamw, set_gradients
 
 SIZES = [0, 1, 7, 16, 513, 40_000]
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")

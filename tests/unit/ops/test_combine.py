@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_samoe.ops import combine_chunks, reference
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
-from megatron_samoe.runtime.twin_checks import check_combine, combine_inputs
+from megatron_samoe.runtime.reference_checks import check_combine, combine_inputs
 from tests.harness.host_waits import as_if_asynchronous
 
 

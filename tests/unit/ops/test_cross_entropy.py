@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_samoe.ops.cross_entropy import cross_entropy_backward, cross_entropy_parts
-from megatron_samoe.runtime.twin_checks import check_cross_entropy, cross_entropy_inputs
+from tests.harness.op_checks import check_cross_entropy, cross_entropy_inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ from megatron_samoe.ops import extension, reference
 from megatron_samoe.ops.combine import combine_banks, combine_banks_backward
 from megatron_samoe.ops.permute import gather_rows, invert_index
 from megatron_samoe.parallel_state import initialize_model_parallel
-from megatron_samoe.runtime import twin_checks
+from megatron_samoe.runtime import reference_checks
 from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 from tests.harness import emulated_cuda
@@ -30,18 +30,20 @@ def test_gate(score_function: str, pre_softmax: bool, emulated: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     for num_tokens, topk, num_experts, num_groups in ((0, 2, 8, 1), (1, 1, 5, 1), (7, 8, 33, 7), (66, 2, 64, 3)):
         logits_TE = torch.randn(num_tokens, num_experts, generator=generator) * 3
-        twin_checks.check_gate(logits_TE, topk, score_function, pre_softmax, num_groups)
-        twin_checks.check_gate(logits_TE.round(), topk, score_function, pre_softmax, num_groups)  # ties are the rule
+        reference_checks.check_gate(logits_TE, topk, score_function, pre_softmax, num_groups)
+        reference_checks.check_gate(
+            logits_TE.round(), topk, score_function, pre_softmax, num_groups
+        )  # ties are the rule
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("drop", [False, True])
 def test_permutation_and_rows(drop: bool, dtype: torch.dtype, emulated: Any) -> None:
     for num_tokens, topk, num_experts, hidden in ((0, 2, 8, 17), (1, 1, 4, 1), (7, 8, 9, 100), (513, 2, 64, 64)):
-        ids_TK = twin_checks.random_ids(num_tokens, topk, num_experts, drop, num_tokens)
-        twin_checks.check_rows(ids_TK, num_experts, hidden, dtype)
+        ids_TK = reference_checks.random_ids(num_tokens, topk, num_experts, drop, num_tokens)
+        reference_checks.check_rows(ids_TK, num_experts, hidden, dtype)
     for expert in (0, 3, -1):
-        twin_checks.check_rows(torch.full((50, 1), expert), 4, 32, dtype)
+        reference_checks.check_rows(torch.full((50, 1), expert), 4, 32, dtype)
     x_RH, index_R = torch.randn(37, 12).to(dtype).requires_grad_(), torch.randperm(37)
     y_RH = gather_rows(x_RH, index_R, invert_index(index_R))
     assert torch.equal(y_RH, x_RH[index_R])
@@ -51,9 +53,9 @@ def test_permutation_and_rows(drop: bool, dtype: torch.dtype, emulated: Any) -> 
 
 def test_combination(emulated: Any) -> None:
     for shape in ((1, 1, 1, 0), (12, 1, 4, 257), (3, 2, 8, 1024), (1, 2, 19, 7), (20, 1, 2, 4100)):
-        twin_checks.check_combine(*twin_checks.combine_inputs(*shape))
+        reference_checks.check_combine(*reference_checks.combine_inputs(*shape))
     # Banks, results and gradients in larger tensors.
-    coefficients_LGP, banks_PGN, dW_LGN = twin_checks.combine_inputs(3, 4, 5, 48)
+    coefficients_LGP, banks_PGN, dW_LGN = reference_checks.combine_inputs(3, 4, 5, 48)
     wide_banks, wide_gradient, out_GLN = torch.zeros(5, 4, 100), torch.zeros(5, 4, 100), torch.zeros(4, 3, 48)
     for start in (20, 21):
         wide_banks[:, :, start : start + 48] = banks_PGN
@@ -72,7 +74,7 @@ def test_combination(emulated: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_swiglu(dtype: torch.dtype, emulated: Any) -> None:
     for num_rows, width in ((0, 5), (1, 1), (7, 24), (33, 256), (9, 77)):
-        twin_checks.check_swiglu(num_rows, width, dtype)
+        reference_checks.check_swiglu(num_rows, width, dtype)
 
 
 def _train(num_steps: int, **options: Any) -> tuple[list[float], dict[str, Tensor]]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_samoe.ops import extension
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
-from megatron_samoe.runtime.twin_checks import check_grouped_mlp, expert_weights, grouped_mlp_twin, routed_rows
 from tests.harness.extension_off import without_extension
+from tests.harness.op_checks import check_grouped_mlp, expert_weights, grouped_mlp_reference, routed_rows
 
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 DTYPES = [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 4e-2)]
@@ -50,7 +50,7 @@ def test_main_gradients_are_filled_even_if_the_input_needs_none() -> None:
     x, dy = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     grouped_mlp(x, [2, 3], weights, "gelu", grads).backward(dy)
     exact = weights.map(lambda t: t.clone().requires_grad_())
-    grouped_mlp_twin(x, [2, 3], exact, "gelu").backward(dy)
+    grouped_mlp_reference(x, [2, 3], exact, "gelu").backward(dy)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, getattr(exact, name).grad, rtol=1e-11, atol=1e-12)
 
@@ -61,7 +61,7 @@ def test_gradients_of_strided_and_broadcast_outputs() -> None:
     weights = expert_weights(2, 4, 3, "swiglu", True, torch.float64)
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     y = grouped_mlp(x, [2, 3], weights, "swiglu")
-    z = grouped_mlp_twin(x, [2, 3], weights, "swiglu")
+    z = grouped_mlp_reference(x, [2, 3], weights, "swiglu")
     for scalar in (lambda t: t.sum(), lambda t: t[:, ::2].square().sum()):
         got = torch.autograd.grad(scalar(y), [x, *(t for _, t in weights.items())], retain_graph=True)
         wanted = torch.autograd.grad(scalar(z), [x, *(t for _, t in weights.items())], retain_graph=True)
@@ -204,7 +204,7 @@ def test_bf16_activations_are_exact_to_their_rounding(activation: str) -> None:
     y = grouped_mlp(x, [len(x)], weights, activation)
     y.backward(torch.ones_like(y))
     exact_x = x.detach().double().requires_grad_()
-    exact = grouped_mlp_twin(exact_x, [len(x)], weights.map(Tensor.double), activation)
+    exact = grouped_mlp_reference(exact_x, [len(x)], weights.map(Tensor.double), activation)
     exact.sum().backward()
     assert x.grad is not None and exact_x.grad is not None
     # Half a unit in the last of eight bits is 2^-8 at most. Gradients pass through zero; SwiGLU's are two rounded

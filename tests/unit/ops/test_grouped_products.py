@@ -21,15 +21,9 @@ from megatron_samoe.ops.asynchronous import taken_for_gpu
 from megatron_samoe.ops.grouped_mlp import grouped_mlp
 from megatron_samoe.ops.grouped_products import ExpertRows, use_grouped_mm
 from megatron_samoe.ops.permute import gather_rows, make_permutation, unpermute
-from megatron_samoe.runtime.twin_checks import (
-    check_grouped_mlp,
-    check_rows,
-    expert_weights,
-    grouped_mlp_twin,
-    random_ids,
-    routed_rows,
-)
+from megatron_samoe.runtime.reference_checks import check_rows, random_ids
 from tests.harness.host_waits import as_if_asynchronous
+from tests.harness.op_checks import check_grouped_mlp, expert_weights, grouped_mlp_reference, routed_rows
 
 SIZES = [[3], [0, 0, 40], [5, 0, 17, 1], routed_rows(90, 2, 8, 3), [700, 2, 0], [0, 0], [600, 600, 1]]
 
@@ -66,7 +60,7 @@ def test_rows_that_nobody_counts_are_the_last_experts(grouped: bool) -> None:
     weights = expert_weights(3, 24, 16, "gelu", True, torch.float32)
     x = torch.randn(20, 16)
     y = grouped_mlp(x, torch.tensor([4, 5, 3]), weights, "gelu")
-    torch.testing.assert_close(y, grouped_mlp_twin(x, [4, 5, 11], weights, "gelu"), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y, grouped_mlp_reference(x, [4, 5, 11], weights, "gelu"), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_experts", [1, 3, 40])

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_samoe.ops import extension, reference
 from megatron_samoe.ops.permute import gather_rows, invert_index, make_permutation, permute, unpermute
-from megatron_samoe.runtime.twin_checks import check_rows, random_ids
+from megatron_samoe.runtime.reference_checks import check_rows, random_ids
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ from megatron_samoe.ops import extension, schemas
 from megatron_samoe.parallel_state.state import Group
 from megatron_samoe.row_exchange import all_to_all
 from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
-from megatron_samoe.runtime.twin_checks import cross_entropy_inputs, expert_weights
+from tests.harness.op_checks import cross_entropy_inputs, expert_weights
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_samoe.ops import extension, reference
 from megatron_samoe.ops.topk_gate import expert_choice, threshold_gate, topk_gate
-from megatron_samoe.runtime.twin_checks import check_gate
+from megatron_samoe.runtime.reference_checks import check_gate
 
 FLAVOURS = list(itertools.product(("softmax", "sigmoid"), (False, True)))
 

@@ -19,7 +19,7 @@ from megatron_samoe.ops.decode import Places
 from megatron_samoe.ops.grouped_mlp import grouped_mlp
 from megatron_samoe.ops.permute import gather_rows, make_permutation
 from megatron_samoe.ops.topk_gate import ChoiceRule, described
-from megatron_samoe.runtime.twin_checks import expert_weights
+from tests.harness.op_checks import expert_weights
 from tests.unit.ops.test_decode import Routing, make_attention, make_experts, make_norm, normal
 
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")

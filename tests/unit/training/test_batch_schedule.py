@@ -11,7 +11,7 @@ import torch
 
 from megatron_samoe.cli.pretrain import main
 from megatron_samoe.config import OptimizerConfig, PretrainConfig
-from megatron_samoe.config.batch_schedule import (
+from megatron_samoe.config.derived import (
     batch_size_after,
     batch_sizes,
     samples_after,

@@ -15,8 +15,8 @@ from megatron_samoe.dist_checkpointing.store import iteration_dir, whole_iterati
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.parallel_state import single_process_state
 from megatron_samoe.training.checkpointing import run_state
-from megatron_samoe.training.disk_room import most_checkpoints
 from megatron_samoe.training.micro_batches import Batch
+from megatron_samoe.training.save_folder import most_checkpoints
 from megatron_samoe.training.setup import TrainSetup, build_setup, initial_state
 from megatron_samoe.training.trainer import Trainer
 from tests.harness.tiny import VOCAB_SIZE, micro_batches, tiny_config
