@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from docutils import nodes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -87,9 +88,12 @@ def options_page() -> list[str]:
         texts = texts_of(kind)
         lines += [f"## {group.name}", "", (inspect.getdoc(kind) or "").split("\n")[0], ""]
         for field in dataclasses.fields(kind):
+            # An option of Sphinx's, so that the search leads to it and other pages can.
             lines += [
-                f"`{flag(field.name)}` (default: `{field.default}`)",
-                f": {as_it_stands(texts.get(field.name) or 'See above.')}",
+                "```{option} " + flag(field.name),
+                "",
+                f"{as_it_stands(texts.get(field.name) or 'See above.')} Default: `{field.default}`.",
+                "```",
                 "",
             ]
     return lines
@@ -196,7 +200,16 @@ def make_pages(app: Any) -> None:
         api_pages()
 
 
+def mark_columns(app: Any, tree: Any, page: str) -> None:
+    """Marks code that stands in columns, such as a printed table: it scrolls, where other code wraps."""
+    for block in tree.findall(nodes.literal_block):
+        lines = [line for line in block.astext().splitlines() if "#" not in line]
+        if sum(bool(re.search(r"\S {2,}\S", line)) for line in lines) >= max(2, len(lines) / 2):
+            block["classes"].append("columns")
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("doctree-resolved", mark_columns)
     app.connect("builder-inited", make_pages)
     app.connect("autodoc-process-docstring", read_as_text, priority=400)  # before the sections are read

@@ -99,12 +99,12 @@ def samoe(theme: Theme) -> list[str]:
             ribbons.append(ribbon(middles[bank], y + SIDE / 2 + 8 * bank - 4, theme.banks[bank], mix[bank]))
     drawn += ribbons
     for bank, middle in enumerate(middles):
-        y = middle - SIDE / 2
+        top = middle - SIDE / 2
         drawn += [
-            f'<rect x="{BANK_X - 16}" y="{y - 36:g}" width="{PITCH * EXPERTS + 27}" height="72" rx="10" '
+            f'<rect x="{BANK_X - 16}" y="{top - 36:g}" width="{PITCH * EXPERTS + 27}" height="72" rx="10" '
             f'fill="{theme.paper}" stroke="{theme.banks[bank]}" stroke-width="2"/>',
-            text(BANK_X, y - 12, f"bank {bank + 1}", theme.banks[bank], 16, 'font-weight="700"'),
-            experts(BANK_X, y, [(theme.banks[bank], 1.0)], (), theme.ink),
+            text(BANK_X, top - 12, f"bank {bank + 1}", theme.banks[bank], 16, 'font-weight="700"'),
+            experts(BANK_X, top, [(theme.banks[bank], 1.0)], (), theme.ink),
         ]
     for layer, (mix, chosen) in enumerate(zip(COEFFICIENTS, CHOSEN, strict=True)):
         y = TOP + ROW * layer

@@ -1,4 +1,4 @@
-"""README is short, its table is the program's, and the drawing is what its script draws."""
+"""README is short; tables and drawings are what their programs make."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_samoe.evaluation.run_summary import summary_table
-from tools import draw_idea
+from tests.harness.pairs import first_by_day
+from tools import draw_idea, hardware_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -31,3 +32,9 @@ def test_its_table_has_the_columns_of_the_quickstart() -> None:
 def test_the_drawing_is_what_its_script_draws(name: str, theme: draw_idea.Theme) -> None:
     assert (draw_idea.IMAGES / name).read_text() == draw_idea.drawing(theme)
     assert name in README
+
+
+@pytest.mark.parametrize("size", first_by_day(list(hardware_table.SIZES)))
+def test_the_table_of_what_runs_need_is_the_planners(size: str) -> None:
+    page = (ROOT / "docs/hardware.md").read_text()
+    assert all(f"{line}\n" in page for line in hardware_table.table([size]))
