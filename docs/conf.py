@@ -23,9 +23,10 @@ from megatron_samoe.cli import completion  # noqa: E402
 from megatron_samoe.cli.command import COMMANDS  # noqa: E402
 from megatron_samoe.cli.program import FORMS, Commands, Group  # noqa: E402
 from megatron_samoe.config.derived import flag  # noqa: E402
-from megatron_samoe.config.foreign_flags import foreign_flags  # noqa: E402
+from megatron_samoe.config.foreign_flags import foreign_flags, what_it_is_here  # noqa: E402
 from megatron_samoe.config.pretrain import PretrainConfig  # noqa: E402
 from megatron_samoe.config.schema import texts_of  # noqa: E402
+from megatron_samoe.parsing import parse_yaml  # noqa: E402
 
 project, author, version, release = "megatron_samoe", "the authors of megatron_samoe", __version__, __version__
 project_copyright = author
@@ -100,12 +101,23 @@ def options_page() -> list[str]:
 
 
 def megatron_page() -> list[str]:
-    """Returns the page of Megatron-LM's flags that are not ours by name."""
-    lines = ["# Megatron-LM's other flags", "", "Flags with the same name are [elsewhere](../from_megatron.md)."]
+    """Returns the page of Megatron-LM's flags, and of what becomes of those of published scripts."""
+    facts = parse_yaml(Path(__file__).with_name("megatron.yaml").read_text())
+    lines = [
+        "# Megatron-LM's flags",
+        "",
+        "[Coming from Megatron-LM](../from_megatron.md) has the defaults that differ.",
+    ]
     for title, flags in zip(("Another name here", "None needed", "Not there"), foreign_flags().values(), strict=True):
         cell = "`{}`" if title == "Another name here" else "{}"
         rows = [f"| `{name}` | {cell.format(what)} |" for name, what in sorted(flags.items())]
         lines += ["", f"## {title}", "", "| flag | |", "|---|---|", *rows]
+    lines += ["", "## The same name and meaning", "", ", ".join(f"`{name}`" for name in facts["same"]) + "."]
+    for script, flags in facts["scripts"].items():
+        lines += ["", f"## Flags of the script {script}", "", "| flag | value there | here |", "|---|---|---|"]
+        for name, value in flags.items():
+            here = facts["changed"][script].get(name) or what_it_is_here(name) or "kept"
+            lines.append(f"| `{name}` | {'' if value is True else f'`{value}`'} | {here} |")
     return lines
 
 
