@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from docutils import nodes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -21,17 +22,18 @@ from megatron_samoe import __version__  # noqa: E402
 from megatron_samoe.cli import completion  # noqa: E402
 from megatron_samoe.cli.command import COMMANDS  # noqa: E402
 from megatron_samoe.cli.program import FORMS, Commands, Group  # noqa: E402
-from megatron_samoe.config.cli import foreign_flags  # noqa: E402
+from megatron_samoe.config.cli import foreign_flags, what_it_is_here  # noqa: E402
 from megatron_samoe.config.derived import flag  # noqa: E402
 from megatron_samoe.config.pretrain import PretrainConfig  # noqa: E402
 from megatron_samoe.config.schema import texts_of  # noqa: E402
+from megatron_samoe.parsing import parse_yaml  # noqa: E402
 
 project, author, version, release = "megatron_samoe", "the authors of megatron_samoe", __version__, __version__
 project_copyright = author
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 html_theme, html_title = "furo", "megatron_samoe"
-html_static_path, html_css_files = ["static"], ["site.css"]
+html_static_path, html_css_files = ["static", "images/idea_dark.svg"], ["site.css"]
 smartquotes = False  # two dashes are a flag's
 html_copy_source = False
 myst_heading_anchors = 4
@@ -87,21 +89,35 @@ def options_page() -> list[str]:
         texts = texts_of(kind)
         lines += [f"## {group.name}", "", (inspect.getdoc(kind) or "").split("\n")[0], ""]
         for field in dataclasses.fields(kind):
+            # An option of Sphinx's, so that the search leads to it and other pages can.
             lines += [
-                f"`{flag(field.name)}` (default: `{field.default}`)",
-                f": {as_it_stands(texts.get(field.name) or 'See above.')}",
+                "```{option} " + flag(field.name),
+                "",
+                f"{as_it_stands(texts.get(field.name) or 'See above.')} Default: `{field.default}`.",
+                "```",
                 "",
             ]
     return lines
 
 
 def megatron_page() -> list[str]:
-    """Returns the page of Megatron-LM's flags that are not ours by name."""
-    lines = ["# Megatron-LM's other flags", "", "Flags with the same name are [elsewhere](../from_megatron.md)."]
+    """Returns the page of Megatron-LM's flags, and of what becomes of those of published scripts."""
+    facts = parse_yaml(Path(__file__).with_name("megatron.yaml").read_text())
+    lines = [
+        "# Megatron-LM's flags",
+        "",
+        "[Coming from Megatron-LM](../from_megatron.md) has the defaults that differ.",
+    ]
     for title, flags in zip(("Another name here", "None needed", "Not there"), foreign_flags().values(), strict=True):
         cell = "`{}`" if title == "Another name here" else "{}"
         rows = [f"| `{name}` | {cell.format(what)} |" for name, what in sorted(flags.items())]
         lines += ["", f"## {title}", "", "| flag | |", "|---|---|", *rows]
+    lines += ["", "## The same name and meaning", "", ", ".join(f"`{name}`" for name in facts["same"]) + "."]
+    for script, flags in facts["scripts"].items():
+        lines += ["", f"## Flags of the script {script}", "", "| flag | value there | here |", "|---|---|---|"]
+        for name, value in flags.items():
+            here = facts["changed"][script].get(name) or what_it_is_here(name) or "kept"
+            lines.append(f"| `{name}` | {'' if value is True else f'`{value}`'} | {here} |")
     return lines
 
 
@@ -196,7 +212,16 @@ def make_pages(app: Any) -> None:
         api_pages()
 
 
+def mark_columns(app: Any, tree: Any, page: str) -> None:
+    """Marks code that stands in columns, such as a printed table: it scrolls, where other code wraps."""
+    for block in tree.findall(nodes.literal_block):
+        lines = [line for line in block.astext().splitlines() if "#" not in line]
+        if sum(bool(re.search(r"\S {2,}\S", line)) for line in lines) >= max(2, len(lines) / 2):
+            block["classes"].append("columns")
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("doctree-resolved", mark_columns)
     app.connect("builder-inited", make_pages)
     app.connect("autodoc-process-docstring", read_as_text, priority=400)  # before the sections are read

@@ -66,12 +66,15 @@ def parse_multipliers(field: str, texts: Sequence[str]) -> tuple[tuple[str, floa
 def parse_moe_layer_freq(text: str, num_layers: int) -> tuple[bool, ...]:
     """Returns for each layer whether it is MoE; ConfigError if the text is no frequency or pattern of that length."""
     allowed = (
-        f"must be an integer from 1 to {num_layers}, or {num_layers} zeros and ones such as 01 repeated or [0,1]*4"
+        f"must be an integer from 1 to {num_layers}, or {num_layers} zeros and ones such as 01 repeated, "
+        "[0,1]*4 or [0]*3+[1]*5"
     )
     compact = text.replace(" ", "")
-    repeated = re.fullmatch(r"\(?\[([01](?:,[01])*)\]\)?(?:\*(\d{1,4}))?", compact)
-    if repeated:
-        pattern = repeated[1].replace(",", "") * int(repeated[2] or 1)
+    part = r"(?:\[([01](?:,[01])*)\]|\(\[([01](?:,[01])*)\]\))(?:\*(\d{1,4}))?"
+    # Megatron's scripts write the whole sum in parentheses, for Python to evaluate.
+    total = compact[1:-1] if compact.startswith("(") and compact.endswith(")") else compact
+    if re.fullmatch(rf"{part}(?:\+{part})*", total):
+        pattern = "".join((m[1] or m[2]).replace(",", "") * int(m[3] or 1) for m in re.finditer(part, total))
     elif re.fullmatch(r"[01]{2,}", compact) and len(compact) == num_layers:
         pattern = compact
     elif re.fullmatch(r"[1-9]\d*", compact) and int(compact) <= num_layers:

@@ -60,7 +60,7 @@ class MoEConfig:
     PR-MoE's pyramids have. Given without --expert-layout, it makes that moe."""
     moe_layer_freq: str = model_option("1", READERS)
     """An integer N (layer i is MoE where N divides i, counted from 0), or a pattern with one 0 or 1 per layer such as
-    0101 or [0,1]*4."""
+    0101, [0,1]*4 or [0]*3+[1]*5."""
     moe_ffn_hidden_size: int | None = model_option(None, READERS, range=POSITIVE, needs=needs.EXPERTS)
     """Width of one expert. Derived if not given: the dense MLP's divided by K, so that a token's experts are as much
     work as the dense MLP."""

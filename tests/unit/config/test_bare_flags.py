@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -12,9 +11,9 @@ from megatron_samoe.config.cli import parse_pretrain_args
 from megatron_samoe.config.derived import flag
 from megatron_samoe.config.option import all_options
 from megatron_samoe.config.pretrain import PretrainConfig
+from megatron_samoe.parsing import parse_yaml
 
-PAGE = Path(__file__).resolve().parents[3] / "docs/from_megatron.md"
-LISTED = frozenset(re.findall(r"`(--[a-z0-9-]+)`", PAGE.read_text().split("## The same name")[1].split("##")[0]))
+LISTED = frozenset(parse_yaml((Path(__file__).resolve().parents[3] / "docs/megatron.yaml").read_text())["same"])
 #: Those that Megatron-LM's own parser stores as true or false: a value after them is an error there.
 WITHOUT_VALUE = frozenset(
     f"--{name}"

@@ -400,14 +400,17 @@ def test_a_text_that_several_tables_read_is_refused_once_and_numbers_out_of_rang
     ("text", "num_layers", "expected"),
     [
         ("1", 3, "111"), ("2", 5, "10101"), ("4", 4, "1000"), ("0101", 4, "0101"), ("[0,1]*2", 4, "0101"),
-        ("([0, 1, 1])*2", 6, "011011"), ("[1]", 1, "1"), ("10", 10, "1000000000"), ("10", 2, "10"),
+        ("([0, 1, 1])*2", 6, "011011"), ("[1]", 1, "1"),
+        ("([0]*3+[1]*2)", 5, "00011"), ("[0]+[1]*2", 3, "011"), ("10", 10, "1000000000"), ("10", 2, "10"),
     ],
 )  # fmt: skip
 def test_moe_layer_freq(text: str, num_layers: int, expected: str) -> None:
     assert "".join(str(int(b)) for b in derived.parse_moe_layer_freq(text, num_layers)) == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "5", "abc", "[0,2]*2", "01012", "[0,1]*0", "1.0"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "5", "abc", "[0,2]*2", "01012", "[0,1]*0", "1.0", "([0]+[1])*2", "[0]*2+", "([0]*2+[1]"]
+)
 def test_wrong_moe_layer_freq_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--moe-layer-freq"):
         derived.parse_moe_layer_freq(text, 4)

@@ -1,0 +1,40 @@
+"""README is short; tables and drawings are what their programs make."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_samoe.evaluation.run_summary import summary_table
+from tests.harness.pairs import first_by_day
+from tools import draw_idea, hardware_table
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_it_is_short() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 120
+    prose = [block for block in README.split("\n\n") if not block.startswith(("    ", "|", "<", "#"))]
+    for paragraph in re.split(r"\n\n|\n(?=- )", "\n\n".join(prose)):
+        assert paragraph.count("\n") < 4, paragraph
+
+
+def test_its_table_has_the_columns_of_the_quickstart() -> None:
+    (row,) = re.findall(r"^\|(model.*)\|$", README, re.MULTILINE)
+    assert row.split("|") == summary_table([])[0]
+
+
+@pytest.mark.parametrize("name, theme", [("idea.svg", draw_idea.LIGHT), ("idea_dark.svg", draw_idea.DARK)])
+def test_the_drawing_is_what_its_script_draws(name: str, theme: draw_idea.Theme) -> None:
+    assert (draw_idea.IMAGES / name).read_text() == draw_idea.drawing(theme)
+    assert name in README
+
+
+@pytest.mark.parametrize("size", first_by_day(list(hardware_table.SIZES)))
+def test_the_table_of_what_runs_need_is_the_planners(size: str) -> None:
+    page = (ROOT / "docs/hardware.md").read_text()
+    assert all(f"{line}\n" in page for line in hardware_table.table([size]))
