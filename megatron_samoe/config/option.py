@@ -75,6 +75,11 @@ class Facts:
         return self.read_by if isinstance(self.read_by, frozenset) else self.read_by(value)
 
 
+def flag(field: str) -> str:
+    """Returns a field's name as the user writes it, --like-this."""
+    return "--" + field.replace("_", "-")
+
+
 def option(default: Value, **facts: Any) -> Any:
     """Returns a dataclass field with its default and its facts."""
     return dataclasses.field(default=default, metadata={"facts": Facts(**facts)})

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_samoe.config.derived import flag, with_train_iters
-from megatron_samoe.config.option import LARGEST, all_options
+from megatron_samoe.config.derived import with_train_iters
+from megatron_samoe.config.option import LARGEST, all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Table, layout, model, moe, pipeline, run
 from megatron_samoe.errors import ConfigError, ConfigErrors
