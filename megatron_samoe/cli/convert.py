@@ -11,7 +11,7 @@ import tyro
 from tqdm import tqdm
 
 from megatron_samoe.cli.program import Count, program
-from megatron_samoe.config.derived import flag
+from megatron_samoe.config.option import flag
 from megatron_samoe.convert.hf.target import targets
 from megatron_samoe.convert.megatron import MegatronLayout, MegatronStyle
 from megatron_samoe.convert.megatron.names import ExpertStyle

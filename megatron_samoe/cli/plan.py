@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_samoe.cli.program import HandsOn, program
 from megatron_samoe.config.cli import parse_pretrain_args
-from megatron_samoe.config.derived import flag
+from megatron_samoe.config.option import flag
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.datasets.tokenizer import tokenizer_of
 from megatron_samoe.errors import ConfigError

@@ -16,7 +16,7 @@ import tyro
 from megatron_samoe.cli.model_arguments import ModelOptions, rank_program
 from megatron_samoe.cli.program import Count, Number
 from megatron_samoe.config.checkpoint import CheckpointConfig
-from megatron_samoe.config.derived import flag
+from megatron_samoe.config.option import flag
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.errors import CommunicationError, ConfigError
 from megatron_samoe.inference.engine import Engine, Precision, Serving

@@ -15,7 +15,6 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from megatron_samoe.config.derived import flag
 from megatron_samoe.config.idle import (
     idle_options,
     refuse_idle,
@@ -24,7 +23,7 @@ from megatron_samoe.config.idle import (
     with_implied_layout,
     without_idle_options,
 )
-from megatron_samoe.config.option import all_options
+from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.typed import convert
 from megatron_samoe.errors import ConfigError, ConfigErrors, nearest

@@ -8,16 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_samoe.config.moe import MoEConfig
+from megatron_samoe.config.option import flag
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.sharing_map import Source, parse_sharing
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError
-
-
-def flag(field: str) -> str:
-    """Returns a field's name as the user writes it, --like-this."""
-    return "--" + field.replace("_", "-")
 
 
 def data_parallel_size(config: PretrainConfig, world_size: int) -> int:

@@ -9,8 +9,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from megatron_samoe.config.derived import flag
-from megatron_samoe.config.option import all_options
+from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.errors import ConfigError, ConfigErrors
 

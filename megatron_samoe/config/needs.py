@@ -4,74 +4,75 @@ something by it.
 
 from __future__ import annotations
 
-from megatron_samoe.config.option import Need
+from typing import Any
+
+from megatron_samoe.config.option import Need, flag
 from megatron_samoe.config.sharing_map import words_with
 
-#: Of a `PretrainConfig`, whose groups are made of these options.
-_NOT = ", not {c.moe.expert_layout}"
-MOE_LAYOUT = Need(lambda c: c.moe.expert_layout == "moe", "needs --expert-layout moe" + _NOT)
-POOL = Need(lambda c: c.moe.has_pool, "needs --expert-layout samoe, or --expert-sharing with combined layers" + _NOT)
-COEFFICIENTS = Need(
-    lambda c: c.moe.has_coefficients, "needs --expert-layout samoe, or --expert-sharing combined or scaled" + _NOT
-)
-SHARING = Need(lambda c: c.moe.shares_experts, "needs --expert-layout samoe, or --expert-sharing other than own" + _NOT)
+
+def _need(option: str, *values: str, why: str = "") -> Need:
+    """Returns the need of an option, written group.name, with one of some values; with any if none are given."""
+    group, name = option.split(".")
+
+    def is_met(config: Any) -> bool:
+        value = getattr(getattr(config, group), name)
+        return value in values if values else value not in (None, False, 0)
+
+    return Need(is_met, f"needs {' '.join((flag(name), ' or '.join(values))).strip()}{why}")
 
 
-def _read_by_sharing(option: str) -> Need:
+def _of_sharing(option: str) -> Need:
     return Need(lambda c: c.moe.sharing_reads(option), f"needs --expert-sharing {words_with(option)}")
 
 
-SETS = _read_by_sharing("num_expert_sets")
-RELU = Need(lambda c: c.moe.moe_router_score_function == "relu", "needs --moe-router-score-function relu")
-NEIGHBOURS = _read_by_sharing("num_neighbour_layers")
-ONE_POOL = _read_by_sharing("pool_lock_step")
-POOL_LOCK = Need(lambda c: c.moe.pool_lock_step is not None, "needs --pool-lock-step")
+_NOT = ", not {c.moe.expert_layout}"
+MOE_LAYOUT = _need("moe.expert_layout", "moe", why=_NOT)
+POOL = Need(lambda c: c.moe.has_pool, "needs --expert-layout samoe, or --expert-sharing with combined layers" + _NOT)
+_MIXED = "needs --expert-layout samoe, or --expert-sharing combined or scaled"
+COEFFICIENTS = Need(lambda c: c.moe.has_coefficients, _MIXED + _NOT)
 TRAINED_COEFFICIENTS = Need(
     lambda c: c.moe.has_coefficients and not c.moe.samoe_freeze_coefficients,
-    "needs --expert-layout samoe, or --expert-sharing combined or scaled, with coefficients that are trained",
+    f"{_MIXED}, with coefficients that are trained",
 )
-EXPERTS = Need(lambda c: c.moe.expert_layout != "dense", "needs --expert-layout moe or samoe, not dense")
-EXPERT_BIAS = Need(lambda c: c.moe.moe_router_enable_expert_bias, "needs --moe-router-enable-expert-bias")
-EXPERT_GROUPS = Need(lambda c: c.moe.moe_router_num_groups is not None, "needs --moe-router-num-groups")
+SHARING = Need(lambda c: c.moe.shares_experts, "needs --expert-layout samoe, or --expert-sharing other than own" + _NOT)
+SETS = _of_sharing("num_expert_sets")
+NEIGHBOURS = _of_sharing("num_neighbour_layers")
+ONE_POOL = _of_sharing("pool_lock_step")
+POOL_LOCK = _need("moe.pool_lock_step")
+EXPERTS = _need("moe.expert_layout", "moe", "samoe", why=", not dense")
+RELU = _need("moe.moe_router_score_function", "relu")
+EXPERT_BIAS = _need("moe.moe_router_enable_expert_bias")
+EXPERT_GROUPS = _need("moe.moe_router_num_groups")
 BALANCE = Need(
     lambda c: c.moe.moe_router_load_balancing_type != "none", "has no use with --moe-router-load-balancing-type none"
 )
-AUX_LOSS = Need(
-    lambda c: c.moe.moe_router_load_balancing_type == "aux_loss",
-    "needs --moe-router-load-balancing-type aux_loss",
-)
-SHARED_EXPERT = Need(
-    lambda c: c.moe.moe_shared_expert_intermediate_size is not None, "needs --moe-shared-expert-intermediate-size"
-)
-CAPACITY = Need(lambda c: c.moe.moe_expert_capacity_factor is not None, "needs --moe-expert-capacity-factor")
-ROTARY = Need(lambda c: c.model.position_embedding_type == "rope", "needs --position-embedding-type rope")
-ROPE_SCALING = Need(lambda c: c.model.rope_scaling_type is not None, "needs --rope-scaling-type")
-LLAMA3_ROPE = Need(lambda c: c.model.rope_scaling_type == "llama3", "needs --rope-scaling-type llama3")
-YARN = Need(lambda c: c.model.rope_scaling_type == "yarn", "needs --rope-scaling-type yarn")
-TRAINED_LENGTH = Need(
-    lambda c: c.model.rope_scaling_type in ("llama3", "yarn"), "needs --rope-scaling-type llama3 or yarn"
-)
-LATENTS = Need(lambda c: c.model.multi_latent_attention, "needs --multi-latent-attention")
-WINDOW = Need(lambda c: c.model.sliding_window is not None, "needs --sliding-window")
-QK_NORM = Need(lambda c: c.model.qk_layernorm, "needs --qk-layernorm")
-NO_BIAS = Need(
-    lambda c: c.model.disable_bias_linear, "needs --disable-bias-linear; without it every projection has a bias"
-)
+AUX_LOSS = _need("moe.moe_router_load_balancing_type", "aux_loss")
+SHARED_EXPERT = _need("moe.moe_shared_expert_intermediate_size")
+CAPACITY = _need("moe.moe_expert_capacity_factor")
+ROTARY = _need("model.position_embedding_type", "rope")
+ROPE_SCALING = _need("model.rope_scaling_type")
+LLAMA3_ROPE = _need("model.rope_scaling_type", "llama3")
+YARN = _need("model.rope_scaling_type", "yarn")
+TRAINED_LENGTH = _need("model.rope_scaling_type", "llama3", "yarn")
+LATENTS = _need("model.multi_latent_attention")
+WINDOW = _need("model.sliding_window")
+QK_NORM = _need("model.qk_layernorm")
+NO_BIAS = _need("model.disable_bias_linear", why="; without it every projection has a bias")
 GELU = Need(lambda c: not c.model.swiglu, "has no use with --swiglu, which gates by SiLU")
-GROUPED_QUERIES = Need(lambda c: c.model.group_query_attention, "needs --group-query-attention")
-FULL_RECOMPUTE = Need(lambda c: c.training.recompute_granularity == "full", "needs --recompute-granularity full")
-MUON = Need(lambda c: c.optimizer.optimizer == "muon", "needs --optimizer muon")
-TRAIN_SAMPLES = Need(lambda c: c.training.train_samples is not None, "needs --train-samples")
-WSD = Need(lambda c: c.optimizer.lr_decay_style == "WSD", "needs --lr-decay-style WSD")
+GROUPED_QUERIES = _need("model.group_query_attention")
+FULL_RECOMPUTE = _need("training.recompute_granularity", "full")
+MUON = _need("optimizer.optimizer", "muon")
+TRAIN_SAMPLES = _need("training.train_samples")
+WSD = _need("optimizer.lr_decay_style", "WSD")
 WSD_SAMPLES = Need(
     lambda c: WSD.is_met(c) and TRAIN_SAMPLES.is_met(c), "needs --lr-decay-style WSD and --train-samples"
 )
-SPIKE_WINDOW = Need(lambda c: c.training.spike_window != 0, "needs --spike-window")
-FP16 = Need(lambda c: c.training.fp16, "needs --fp16")
+SPIKE_WINDOW = _need("training.spike_window")
+FP16 = _need("training.fp16")
 TOKENIZER_FILE = Need(
     lambda c: c.data.tokenizer_type != "ByteTokenizer", "has no use with --tokenizer-type ByteTokenizer"
 )
-TEACHER = Need(lambda c: c.distillation.teacher is not None, "needs --teacher")
+TEACHER = _need("distillation.teacher")
 PIPELINE = Need(lambda c: c.parallel.pipeline_model_parallel_size != 1, "needs --pipeline-model-parallel-size above 1")
 CONTEXT_PARALLEL = Need(lambda c: c.parallel.context_parallel_size != 1, "needs --context-parallel-size above 1")
 EXPERT_PARALLEL = Need(
@@ -80,6 +81,6 @@ EXPERT_PARALLEL = Need(
 TRACKERS = Need(
     lambda c: c.logging.wandb_project or c.logging.trackio_project, "needs --wandb-project or --trackio-project"
 )
-PROFILE = Need(lambda c: c.logging.profile, "needs --profile")
-SAVE = Need(lambda c: c.checkpoint.save is not None, "needs --save or --run-dir")
-LOAD = Need(lambda c: c.checkpoint.load is not None, "needs --load or --run-dir")
+PROFILE = _need("logging.profile")
+SAVE = _need("checkpoint.save", why=" or --run-dir")
+LOAD = _need("checkpoint.load", why=" or --run-dir")

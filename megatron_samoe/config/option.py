@@ -75,6 +75,11 @@ class Facts:
         return self.read_by if isinstance(self.read_by, frozenset) else self.read_by(value)
 
 
+def flag(field: str) -> str:
+    """Returns a field's name as the user writes it, --like-this."""
+    return "--" + field.replace("_", "-")
+
+
 def option(default: Value, **facts: Any) -> Any:
     """Returns a dataclass field with its default and its facts."""
     return dataclasses.field(default=default, metadata={"facts": Facts(**facts)})
@@ -87,7 +92,7 @@ def model_option(default: Value, read_by: frozenset[str] | Callable[[Value], fro
 
 def all_options(config: Any) -> Iterator[tuple[str, str, Value, Value, Facts]]:
     """Yields group, name, value, default and facts of every option of a `PretrainConfig`."""
-    for group in dataclasses.fields(config):
+    for group in config.__dataclass_fields__.values():  # which `dataclasses.fields` copies every time
         options = getattr(config, group.name)
-        for field in dataclasses.fields(options):
+        for field in options.__dataclass_fields__.values():
             yield group.name, field.name, getattr(options, field.name), field.default, field.metadata["facts"]

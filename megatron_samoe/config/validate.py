@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megatron_samoe.config.derived import flag, with_train_iters
-from megatron_samoe.config.option import LARGEST, all_options
+from megatron_samoe.config.derived import with_train_iters
+from megatron_samoe.config.option import LARGEST, all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Table, layout, model, moe, pipeline, run
 from megatron_samoe.errors import ConfigError, ConfigErrors
@@ -36,12 +36,12 @@ def validate(config: PretrainConfig, world_size: int) -> None:
 
 def broken_rows(table: Table, config: PretrainConfig, world_size: int) -> list[ConfigError]:
     """Returns what a table refuses: of each option the first row that holds, or what its reading of a text raises."""
-    values = {name: value for _, name, value, *_ in all_options(config)}
     found: dict[str, ConfigError] = {}
     try:
         for option, is_refused, allowed, *value in table.rows(config, world_size):
             if is_refused and option not in found:
-                found[option] = ConfigError(flag(option), value[0] if value else values[option], allowed)
+                shown = value[0] if value else next(v for _, name, v, *_ in all_options(config) if name == option)
+                found[option] = ConfigError(flag(option), shown, allowed)
     except ConfigError as error:
         return [*found.values(), error]
     return list(found.values())

@@ -67,8 +67,9 @@ class GradBuffer:
         overlap: whether the reduction starts as soon as the last micro-batch's gradients are there.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], group: Group | None, is_sharded: bool,
-                 overlap: bool = False):  # fmt: skip
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], group: Group | None, is_sharded: bool, overlap: bool = False
+    ):
         self.parameters, self.group = dict(parameters), group
         self.overlap = overlap and group is not None and group.size > 1
         self._arrivals: dict[str, int] = {}
@@ -177,9 +178,13 @@ class GradBuffers:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], state: ParallelState, is_sharded: bool = False,
-        overlap: bool = False, bucket_size: int | None = None,
-    ):  # fmt: skip
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        state: ParallelState,
+        is_sharded: bool = False,
+        overlap: bool = False,
+        bucket_size: int | None = None,
+    ):
         self.buffers = [
             GradBuffer(
                 members,

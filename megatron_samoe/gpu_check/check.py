@@ -79,8 +79,15 @@ class GpuCheck:
         print(f"{name} (at most {seconds:.0f} s) ...", flush=True)
         kernels = KERNELS.get(name.split("-")[-1])
         environment = {**os.environ, **({CUDA_ENVIRONMENT_VARIABLE: kernels} if kernels else {})}
-        task = {"name": name, "folder": str(self.output_dir), "device": self.device, "size": self.size, "seconds": seconds,
-                "data_path": self.data_path, "tokenizer_model": self.tokenizer_model}  # fmt: skip
+        task = {
+            "name": name,
+            "folder": str(self.output_dir),
+            "device": self.device,
+            "size": self.size,
+            "seconds": seconds,
+            "data_path": self.data_path,
+            "tokenizer_model": self.tokenizer_model,
+        }
         started, result = time.monotonic(), self.output_dir / f"{name}.json"
         result.unlink(missing_ok=True)
         command = [sys.executable, "-m", "megatron_samoe.gpu_check.check", json.dumps(task)]

@@ -13,10 +13,10 @@ from megatron_samoe.training.micro_batches import Batch
 #: `full` has about 100 M active parameters; `tiny` is for a dry run on a CPU.
 SIZES = {
     "full": "--num-layers 12 --hidden-size 768 --num-attention-heads 12 --seq-length 1024 --micro-batch-size 16 "
-            "--global-batch-size 64 --bf16 --lr 6e-4 --lr-warmup-iters 200",
+    "--global-batch-size 64 --bf16 --lr 6e-4 --lr-warmup-iters 200",
     "tiny": "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 2 "
-            "--global-batch-size 4 --lr 3e-3 --lr-warmup-iters 2",
-}  # fmt: skip
+    "--global-batch-size 4 --lr 3e-3 --lr-warmup-iters 2",
+}
 NUM_EXPERTS = {"full": 32, "tiny": 4}
 #: A run ends by the clock, not by its steps.
 COMMON = "--train-iters 100000 --lr-decay-style constant --log-interval 10 --eval-iters 4 --eval-interval 250"

@@ -35,8 +35,19 @@ from megatron_samoe.training.setup import build_setup, initial_state
 from megatron_samoe.training.train_step import train_step
 
 #: What may be asked for.
-Piece = Literal["machine", "tests", "several-gpus", "waits", "memory", "ops-kernels", "ops-torch", "steps-kernels",
-                "steps-torch", "profile", "train"]  # fmt: skip
+Piece = Literal[
+    "machine",
+    "tests",
+    "several-gpus",
+    "waits",
+    "memory",
+    "ops-kernels",
+    "ops-torch",
+    "steps-kernels",
+    "steps-torch",
+    "profile",
+    "train",
+]
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
 #: Where a GPU's ops take our kernels, and where torch does the work.
@@ -82,8 +93,11 @@ def machine(task: Task) -> Iterator[Row]:
         return
     for number in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(number)
-        yield {"what": f"GPU {number}", "measured": f"{found.name}, {found.total_memory / 2**30:.1f} GiB, sm_{found.major}{found.minor}, "
-               f"{found.multi_processor_count} multiprocessors"}  # fmt: skip
+        yield {
+            "what": f"GPU {number}",
+            "measured": f"{found.name}, {found.total_memory / 2**30:.1f} GiB, sm_{found.major}{found.minor}, "
+            f"{found.multi_processor_count} multiprocessors",
+        }
     asked = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
     said = children.run(["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"], capture_output=True, text=True)
     yield {"what": asked, "measured": said.stdout.strip() or said.stderr.strip()}

@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatron_samoe.config.derived import flag
 from megatron_samoe.config.model import ModelConfig
+from megatron_samoe.config.option import flag
 from megatron_samoe.inference.serving import Precision, Serving
 from megatron_samoe.models.attention import SelfAttention
 from megatron_samoe.models.mlp import MLP

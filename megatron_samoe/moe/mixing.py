@@ -12,8 +12,24 @@ from megatron_samoe.parallel_state.state import ParallelState
 from megatron_samoe.tensor_parallel.layers import new_parameter, token_wise_spec
 
 
-class Mixing(nn.Module):
-    """c_routed * routed + c_dense * dense with (c_routed, c_dense) = softmax(W x + b), in fp32 or better."""
+class _TokenWeights(nn.Module):
+    """Weights of each token, as many as the matrix has rows, computed in fp32 or better."""
+
+    weight: nn.Parameter
+
+    def flops_per_token(self) -> float:
+        """Returns multiply-adds x 2 of the forward pass in the product."""
+        return 2.0 * self.weight.numel()
+
+    def kept_bytes(self, tokens: int, element_bytes: int) -> int:
+        """Returns the bytes that autograd keeps: the outputs that are weighed, weights, and of bf16 tokens an fp32 copy."""
+        rows, hidden = self.weight.shape
+        copy = 0 if element_bytes == self.weight.element_size() else 4 * hidden
+        return tokens * (rows * (hidden * element_bytes + 4 + (0 if element_bytes == 4 else element_bytes)) + copy)
+
+
+class Mixing(_TokenWeights):
+    """c_routed * routed + c_dense * dense with (c_routed, c_dense) = softmax(W x + b)."""
 
     def __init__(self, hidden_size: int, init_std: float, state: ParallelState, dtype: torch.dtype):
         super().__init__()
@@ -26,19 +42,9 @@ class Mixing(nn.Module):
         c_T2 = nn.functional.linear(x_TH.to(self.weight.dtype), self.weight, self.bias).softmax(-1).to(x_TH.dtype)
         return c_T2[:, :1] * routed_TH + c_T2[:, 1:] * dense_TH
 
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass in the product."""
-        return 2.0 * self.weight.numel()
 
-    def kept_bytes(self, tokens: int, element_bytes: int) -> int:
-        """Returns the bytes that autograd keeps: both outputs, weights, and of bf16 tokens an fp32 copy."""
-        hidden = self.weight.shape[1]
-        copy = 0 if element_bytes == self.weight.element_size() else 4 * hidden
-        return tokens * (2 * hidden * element_bytes + copy + 2 * 4 + (0 if element_bytes == 4 else 2 * element_bytes))
-
-
-class SharedExpertGate(nn.Module):
-    """routed + sigmoid(w x) * shared, the sigmoid in fp32 or better."""
+class SharedExpertGate(_TokenWeights):
+    """routed + sigmoid(w x) * shared."""
 
     def __init__(self, hidden_size: int, init_std: float, state: ParallelState, dtype: torch.dtype):
         super().__init__()
@@ -49,13 +55,3 @@ class SharedExpertGate(nn.Module):
         """Returns y_TH, for the tokens that this rank holds."""
         gate_T1 = nn.functional.linear(x_TH.to(self.weight.dtype), self.weight).sigmoid().to(x_TH.dtype)
         return routed_TH + gate_T1 * shared_TH
-
-    def flops_per_token(self) -> float:
-        """Returns multiply-adds x 2 of the forward pass in the product."""
-        return 2.0 * self.weight.numel()
-
-    def kept_bytes(self, tokens: int, element_bytes: int) -> int:
-        """Returns the bytes that autograd keeps: the shared expert's output, gates, and of bf16 tokens an fp32 copy."""
-        hidden = self.weight.shape[1]
-        copy = 0 if element_bytes == self.weight.element_size() else 4 * hidden
-        return tokens * (hidden * element_bytes + copy + 4 + (0 if element_bytes == 4 else element_bytes))

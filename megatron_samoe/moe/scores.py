@@ -65,15 +65,12 @@ class ExpertChoiceScore(TopkScore):
     """A softmax of logits, by which each expert takes its best tokens."""
 
     def kept_choices(self, num_experts: int) -> tuple[float, int]:
-        """See `TopkScore`."""
         return self.topk, num_experts
 
     def select(self, logits_TE: Tensor, num_sequences: int, router: Any) -> GateResult:
-        """See `TopkScore`."""
         return expert_choice(logits_TE, self.topk, num_sequences)
 
     def mean_squares(self, num_experts: int, logit_std: float) -> float:
-        """See `TopkScore`."""
         return _choice_squares(num_experts, self.topk, logit_std)
 
 
@@ -88,11 +85,9 @@ class NormScore(TopkScore):
         router.scale = new_parameter((1,), tag, router.state, dtype)
 
     def logits(self, logits_TE: Tensor, router: Any) -> Tensor:
-        """See `TopkScore`."""
         return router.scale * F.normalize(logits_TE, dim=1)
 
     def mean_squares(self, num_experts: int, logit_std: float) -> float:
-        """See `TopkScore`."""
         return _norm_squares(num_experts, self.topk)
 
 
@@ -112,7 +107,6 @@ class ReluScore(TopkScore):
         return max(num_experts / 2, self.topk), num_experts
 
     def select(self, logits_TE: Tensor, num_sequences: int, router: Any) -> GateResult:
-        """See `TopkScore`."""
         return threshold_gate(logits_TE, num_sequences, router.loss_weight)
 
     def after_step(self, visited: Tensor, router: Any) -> None:
@@ -122,7 +116,6 @@ class ReluScore(TopkScore):
         router.loss_weight.mul_(factor).clamp_(*_LOSS_WEIGHTS)
 
     def mean_squares(self, num_experts: int, logit_std: float) -> float:
-        """See `TopkScore`."""
         return num_experts * logit_std**2 / 2
 
 

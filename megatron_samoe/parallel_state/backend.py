@@ -65,11 +65,12 @@ def choose_device(config: ParallelConfig) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         error = ConfigError(
-            "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"),
+            "--nproc-per-node",
+            os.environ.get("LOCAL_WORLD_SIZE", "1"),
             f"must be at most the {torch.cuda.device_count()} CUDA devices of this host"
             + (f" that CUDA_VISIBLE_DEVICES = {visible} shows" if visible is not None else "")
             + "; --distributed-backend gloo trains on its CPU",
-        )  # fmt: skip
+        )
         error.collective = False  # other ranks, and other hosts, may have theirs
         raise error
     device = torch.device("cuda", local_rank)
@@ -93,10 +94,11 @@ def _why_no_gpu() -> str:
             return str(failure).split(". ")[0].splitlines()[0] + "."
         version = f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}"
         error = ConfigError(
-            "NVIDIA driver", version,
+            "NVIDIA driver",
+            version,
             f"is older than CUDA {torch.version.cuda}, which torch {torch.__version__} is built for: install a newer driver, "
             "or a torch for that CUDA; --distributed-backend gloo trains on the CPU",
-        )  # fmt: skip
+        )
         error.collective = False
         raise error from None
     return f"torch sees no GPU, with CUDA_VISIBLE_DEVICES = {os.environ.get('CUDA_VISIBLE_DEVICES')!r}."

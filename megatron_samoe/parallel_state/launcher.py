@@ -23,9 +23,13 @@ def world_size() -> int:
         for name in FOREIGN_WORLD_SIZES:
             size = os.environ.get(name, "1")
             if size.isdigit() and int(size) > 1:
-                raise ConfigError(name, int(size), "ranks find each other through torchrun's variables, which are not set: "
-                                  "start one torchrun per node (examples/pretrain_slurm.sh), or set WORLD_SIZE=1 where "
-                                  "each process is to work alone")  # fmt: skip
+                raise ConfigError(
+                    name,
+                    int(size),
+                    "ranks find each other through torchrun's variables, which are not set: "
+                    "start one torchrun per node (examples/pretrain_slurm.sh), or set WORLD_SIZE=1 where "
+                    "each process is to work alone",
+                )
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

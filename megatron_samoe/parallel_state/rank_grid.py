@@ -58,9 +58,13 @@ class RankGrid:
     def of(layout: ParallelConfig, world_size: int) -> RankGrid:
         """Returns the grid of a layout; ValueError where it does not fill the world."""
         return RankGrid(
-            world_size, tp=layout.tensor_model_parallel_size, pp=layout.pipeline_model_parallel_size,
-            ep=layout.expert_model_parallel_size, etp=layout.expert_tp, cp=layout.context_parallel_size,
-        )  # fmt: skip
+            world_size,
+            tp=layout.tensor_model_parallel_size,
+            pp=layout.pipeline_model_parallel_size,
+            ep=layout.expert_model_parallel_size,
+            etp=layout.expert_tp,
+            cp=layout.context_parallel_size,
+        )
 
     def __post_init__(self) -> None:
         dense = ("tp x pp", self.tp * self.pp) if self.cp == 1 else ("tp x cp x pp", self.tp * self.cp * self.pp)

@@ -48,9 +48,14 @@ class RowExchange(Protocol):
         """Starts exchange(); its rows will be in `out` if that is given."""
 
     def start_gathered(
-        self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int],
+        self,
+        x: Tensor,
+        index: Tensor,
+        divisor: int,
+        send_rows: Sequence[int],
+        receive_rows: Sequence[int],
         out: Tensor | None = None,
-    ) -> PendingRows:  # fmt: skip
+    ) -> PendingRows:
         """Starts exchange_gathered(); its rows will be in `out` if that is given."""
 
     def check(self) -> None:

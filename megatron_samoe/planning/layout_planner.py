@@ -18,12 +18,12 @@ from megatron_samoe.config.data import DataConfig
 from megatron_samoe.config.derived import (
     data_parallel_size,
     divisors,
-    flag,
     global_batch_size,
     num_micro_batches,
     uneven_layout,
     virtual_stages,
 )
+from megatron_samoe.config.option import flag
 from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import refuse_unknown, validate

@@ -80,9 +80,14 @@ class Communicator:
         return self._submit(received, lambda: self._run(x, received, send_rows, receive_rows))
 
     def start_gathered(
-        self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int],
+        self,
+        x: Tensor,
+        index: Tensor,
+        divisor: int,
+        send_rows: Sequence[int],
+        receive_rows: Sequence[int],
         out: Tensor | None = None,
-    ) -> Pending:  # fmt: skip
+    ) -> Pending:
         """Starts exchange_gathered() in the background; neither x nor index may change before wait()."""
         x = x.detach()
         rows = x.new_empty((index.shape[0], *x.shape[1:]), device="meta")
@@ -116,9 +121,13 @@ class Communicator:
             self._last = None
 
     def _received(
-        self, x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], out: Tensor | None = None,
+        self,
+        x: Tensor,
+        send_rows: Sequence[int],
+        receive_rows: Sequence[int],
+        out: Tensor | None = None,
         device: torch.device | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Checks the arguments of an exchange and returns the tensor for its rows.
 
         Args:
@@ -146,9 +155,14 @@ class Communicator:
         return self.exchange_parts(x, received, [], send_bytes, [], recv_bytes)
 
     def exchange_parts(
-        self, x: Tensor, received: Tensor, send_offsets: list[int], send_bytes: list[int], recv_offsets: list[int],
+        self,
+        x: Tensor,
+        received: Tensor,
+        send_offsets: list[int],
+        send_bytes: list[int],
+        recv_offsets: list[int],
         recv_bytes: list[int],
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Makes the exchange between parts of the tensors that begin at the given bytes (none: one after the other)."""
         with self._abort_if_interrupted():
             exchange, state = torch.ops.megatron_samoe.all_to_all_start(

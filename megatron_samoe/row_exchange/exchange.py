@@ -16,9 +16,12 @@ from megatron_samoe.row_exchange.shm_communicator import create_shm_communicator
 
 
 def with_exchange(
-    group: Group, device: torch.device, timeout_s: float = 600.0, backend: Literal["auto", "torch", "extension"] = "auto",
+    group: Group,
+    device: torch.device,
+    timeout_s: float = 600.0,
+    backend: Literal["auto", "torch", "extension"] = "auto",
     by_nodes: bool = False,
-) -> Group:  # fmt: skip
+) -> Group:
     """Returns the group with the transport of rows that its ranks use on a device. Collective.
 
     Args:

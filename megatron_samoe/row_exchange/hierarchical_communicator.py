@@ -98,9 +98,15 @@ class HierarchicalCommunicator(NcclCommunicator):
         if problem:
             return 0, problem
         started: tuple[int, str] = torch.ops.megatron_samoe.nccl_start_hops(
-            self._handle, x, received, staging, hops.first_sends, hops.first_receives, hops.second_sends,
+            self._handle,
+            x,
+            received,
+            staging,
+            hops.first_sends,
+            hops.first_receives,
+            hops.second_sends,
             hops.second_receives,
-        )  # fmt: skip
+        )
         self._keep_until_done(x, received, staging)
         return started
 

@@ -77,9 +77,14 @@ class NcclCommunicator(Communicator):
         return Pending(received, finish)
 
     def start_gathered(
-        self, x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int],
+        self,
+        x: Tensor,
+        index: Tensor,
+        divisor: int,
+        send_rows: Sequence[int],
+        receive_rows: Sequence[int],
         out: Tensor | None = None,
-    ) -> Pending:  # fmt: skip
+    ) -> Pending:
         """Starts exchange_gathered() in the background; neither x nor index may change before wait()."""
         return self.start(self.gathered(x.detach(), index, divisor), send_rows, receive_rows, out)
 

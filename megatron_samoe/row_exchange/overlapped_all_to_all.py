@@ -101,9 +101,14 @@ class _Arrive(torch.autograd.Function):
             trip.drows_NH = drows_RH.new_empty((trip.permutation.num_rows, drows_RH.shape[1]))
         route = trip.routes[part]
         trip.out_grads[part] = _start_gathered(
-            drows_RH.contiguous(), route.inverse_R, 1, route.received_rows, route.sent_rows, trip.group,
+            drows_RH.contiguous(),
+            route.inverse_R,
+            1,
+            route.received_rows,
+            route.sent_rows,
+            trip.group,
             trip.drows_NH[trip.slices_of_N[part]],
-        )  # fmt: skip
+        )
         return drows_RH.new_zeros(()), None, None
 
 
@@ -115,9 +120,14 @@ class _StartReturn(torch.autograd.Function):
             trip.y_NH = y_RH.new_empty((trip.permutation.num_rows, y_RH.shape[1]))
         route = trip.routes[part]
         trip.back[part] = _start_gathered(
-            y_RH, route.inverse_R, 1, route.received_rows, route.sent_rows, trip.group,
+            y_RH,
+            route.inverse_R,
+            1,
+            route.received_rows,
+            route.sent_rows,
+            trip.group,
             trip.y_NH[trip.slices_of_N[part]],
-        )  # fmt: skip
+        )
         return y_RH.new_zeros(())
 
     @staticmethod
@@ -150,9 +160,14 @@ class _FinishReturn(torch.autograd.Function):
 
 
 def _start_gathered(
-    x: Tensor, index: Tensor, divisor: int, send_rows: Sequence[int], receive_rows: Sequence[int], group: Group,
+    x: Tensor,
+    index: Tensor,
+    divisor: int,
+    send_rows: Sequence[int],
+    receive_rows: Sequence[int],
+    group: Group,
     out: Tensor | None,
-) -> PendingRows:  # fmt: skip
+) -> PendingRows:
     if group.exchange is not None and extension.serves(x):
         return group.exchange.start_gathered(x, index, divisor, send_rows, receive_rows, out)
     return _start(row_ops(x).permute(x, index, divisor), send_rows, receive_rows, group, out)

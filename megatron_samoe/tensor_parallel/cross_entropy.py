@@ -81,9 +81,15 @@ def chunk_tokens(width: int) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TH: Tensor, weight_VH: Tensor, num_used: int, labels_T: Tensor, first_id: int, group: Group,
+        ctx: Any,
+        x_TH: Tensor,
+        weight_VH: Tensor,
+        num_used: int,
+        labels_T: Tensor,
+        first_id: int,
+        group: Group,
         softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         ctx.facts = num_used, first_id, softcap
         found = [
             torch.stack(cross_entropy_parts(_logits(x, weight_VH, num_used, softcap), labels, first_id))

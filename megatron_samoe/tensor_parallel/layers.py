@@ -47,9 +47,16 @@ class ColumnParallelLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_dims: tuple[int, ...], partition_dim: int, *, bias: bool, init: Init,
-        state: ParallelState, dtype: torch.dtype,
-    ):  # fmt: skip
+        self,
+        in_features: int,
+        out_dims: tuple[int, ...],
+        partition_dim: int,
+        *,
+        bias: bool,
+        init: Init,
+        state: ParallelState,
+        dtype: torch.dtype,
+    ):
         super().__init__()
         self.state = state
         spec = ShardSpec(partition=((partition_dim, "tp"),))
@@ -76,7 +83,7 @@ class TokenWiseLinear(nn.Module):
         super().__init__()
         self.weight = new_parameter(
             (out_features, in_features), ParameterTag(token_wise_spec(state), init), state, dtype
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [T, out_features]."""
@@ -120,9 +127,16 @@ class VocabParallelEmbedding(nn.Module):
     """
 
     def __init__(
-        self, vocab_size: int, padded_vocab_size: int, hidden_size: int, *, init: Init, state: ParallelState,
-        dtype: torch.dtype, family: Literal["dense", "embedding"] = "dense",
-    ):  # fmt: skip
+        self,
+        vocab_size: int,
+        padded_vocab_size: int,
+        hidden_size: int,
+        *,
+        init: Init,
+        state: ParallelState,
+        dtype: torch.dtype,
+        family: Literal["dense", "embedding"] = "dense",
+    ):
         super().__init__()
         self.state = state
         # The first and the last stage each have a part of a tied table's gradient.

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_samoe.config.cli import CHECKPOINT_GROUPS, to_mapping
-from megatron_samoe.config.derived import flag
-from megatron_samoe.config.option import all_options
+from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.training import DistillationConfig, OptimizerConfig, TrainingConfig
 from megatron_samoe.dist_checkpointing import store
 from megatron_samoe.dist_checkpointing.saving import BackgroundSaver, save_checkpoint

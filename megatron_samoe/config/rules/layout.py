@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import math
 
-from megatron_samoe.config.derived import (
-    batch_sizes,
-    data_parallel_size,
-    dense_model_size,
-    divisors,
-    flag,
-    global_batch_size,
-)
+from megatron_samoe.config.derived import batch_sizes, data_parallel_size, dense_model_size, divisors, global_batch_size
+from megatron_samoe.config.option import flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Rows, Table
 

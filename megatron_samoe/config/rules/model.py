@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_samoe.config import needs
-from megatron_samoe.config.derived import flag
+from megatron_samoe.config.option import flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Rows, Table
 

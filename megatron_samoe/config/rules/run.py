@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from megatron_samoe.config.derived import (
     batch_sizes,
-    flag,
     global_batch_size,
     parse_multipliers,
     samples_after,
     steps_for_samples,
 )
+from megatron_samoe.config.option import flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.rules import Rows, Table
 from megatron_samoe.config.training import TrainingConfig

@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_samoe.config.cli import from_mapping, parse_pretrain_args
-from megatron_samoe.config.derived import flag
 from megatron_samoe.config.elastic import smallest_world
 from megatron_samoe.config.idle import idle_options, stated_in_args
+from megatron_samoe.config.option import flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.config.validate import validate
 from megatron_samoe.dist_checkpointing import store

@@ -10,8 +10,7 @@ from megatron_samoe.errors import DataError
 from megatron_samoe.evaluation.zero_shot.data_files import read_rows
 from megatron_samoe.evaluation.zero_shot.items import Item
 from megatron_samoe.evaluation.zero_shot.layouts import Row, plain_rows
-from megatron_samoe.evaluation.zero_shot.task import Task
-from megatron_samoe.evaluation.zero_shot.templates import fill
+from megatron_samoe.evaluation.zero_shot.task import Task, fill
 
 
 def load_items(task: Task, data_dir: Path | None, limit: int | None = None, hub: bool = False) -> list[Item]:

@@ -1,18 +1,21 @@
-"""A task is a YAML file: where its data is, the prompt, the choices and the metrics."""
+"""A task is a YAML file: where its data is, the prompt, the choices and the metrics.
+
+In a prompt `{name}` stands for a field of the row, `{{` and `}}` for braces. Nothing else is special.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import string
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_samoe.config.typed import typed
 from megatron_samoe.errors import ConfigError, DataError, nearest
 from megatron_samoe.evaluation.zero_shot.layouts import LAYOUTS
 from megatron_samoe.evaluation.zero_shot.metrics import METRICS
-from megatron_samoe.evaluation.zero_shot.templates import fault_of
 from megatron_samoe.parsing import parse_yaml
 
 TASK_DIR = Path(__file__).parent / "tasks"
@@ -153,3 +156,35 @@ def _rules(task: Task) -> Iterator[tuple[bool, str]]:
         yield is_index, f"{name} = {value!r} is not the index of a choice, counted from 0"
     is_length = task.kind != "generate" or task.max_new_tokens > 0
     yield is_length, f"max_new_tokens must be 1 or more, not {task.max_new_tokens}"
+
+
+def fault_of(template: str) -> str:
+    """Returns why a text is no template; empty where it is one."""
+    try:
+        for _, name, form, conversion in string.Formatter().parse(template):
+            if form or conversion or not (name is None or name.isidentifier()):
+                return "between braces stands the name of a field alone; write {{ and }} for braces"
+    except ValueError as error:
+        return f"{error}; write {{{{ and }}}} for braces"
+    return ""
+
+
+def fill(template: str, row: Mapping[str, Any], where: str) -> str:
+    """Returns the template with the row's fields put in, each exactly as it is.
+
+    Raises:
+        DataError: the row lacks a field, or has no text or number in it.
+    """
+    parts = []
+    for text, name, _, _ in string.Formatter().parse(template):
+        parts.append(text)
+        if name is None:
+            continue
+        if name not in row:
+            raise DataError(f"{where}: there is no field {name!r}; the row has {', '.join(map(str, row))}.")
+        if not isinstance(row[name], (str, int, float)):
+            raise DataError(
+                f"{where}: field {name!r} must be a text or a number to stand in a prompt, not {row[name]!r}."
+            )
+        parts.append(str(row[name]))
+    return "".join(parts)

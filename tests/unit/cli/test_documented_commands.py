@@ -12,7 +12,7 @@ import pytest
 from megatron_samoe.cli import completion, program
 from megatron_samoe.cli.command import COMMANDS, module_of
 from megatron_samoe.config import PretrainConfig
-from megatron_samoe.config.derived import flag
+from megatron_samoe.config.option import flag
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -8,8 +8,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from megatron_samoe.config.cli import parse_pretrain_args
-from megatron_samoe.config.derived import flag
-from megatron_samoe.config.option import all_options
+from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.config.pretrain import PretrainConfig
 from megatron_samoe.parsing import parse_yaml
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.cli import foreign_flags, from_mapping, parse_pretrain_args, read_yaml, to_mapping
-from megatron_samoe.config.derived import flag, parse_moe_layer_freq
+from megatron_samoe.config.derived import parse_moe_layer_freq
+from megatron_samoe.config.option import flag
 from megatron_samoe.errors import ConfigError, ConfigErrors
 from tests.harness.tiny import tiny_config, with_options
 

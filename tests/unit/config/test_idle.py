@@ -10,8 +10,7 @@ import yaml
 
 from megatron_samoe.config import PretrainConfig
 from megatron_samoe.config.cli import parse_pretrain_args, to_mapping
-from megatron_samoe.config.derived import flag
-from megatron_samoe.config.option import all_options
+from megatron_samoe.config.option import all_options, flag
 from megatron_samoe.errors import ConfigErrors
 
 NEEDY = [name for _, name, _, _, facts in all_options(PretrainConfig())

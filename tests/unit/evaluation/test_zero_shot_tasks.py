@@ -16,8 +16,7 @@ from megatron_samoe.evaluation.zero_shot.build_items import load_items
 from megatron_samoe.evaluation.zero_shot.data_files import NoDataError, find_data, read_documents
 from megatron_samoe.evaluation.zero_shot.layouts import plain_rows
 from megatron_samoe.evaluation.zero_shot.prepare import prepare
-from megatron_samoe.evaluation.zero_shot.task import TASK_DIR, Task, load_task, parse_task, task_names
-from megatron_samoe.evaluation.zero_shot.templates import fill
+from megatron_samoe.evaluation.zero_shot.task import TASK_DIR, Task, fill, load_task, parse_task, task_names
 from tests.unit.evaluation.zero_shot_data import FORMS, Form, lines, write
 
 ISSUE_TASKS = (
