@@ -92,9 +92,13 @@ def plan_hf(source: Source, save_dir: Path, dtype: torch.dtype | None, options: 
     data = with_carried(source_config(source.tensors).data, source.directory)
     tokenizer = tokenizer_files(data) if options.with_tokenizer else None
     plan = plan_export(
-        source.tensors, options.model_type, fold=options.fold, dtype=dtype, max_shard_bytes=options.max_shard_bytes,
+        source.tensors,
+        options.model_type,
+        fold=options.fold,
+        dtype=dtype,
+        max_shard_bytes=options.max_shard_bytes,
         tokenizer=tokenizer,
-    )  # fmt: skip
+    )
 
     def write(progress: Progress) -> Path:
         with ReadAhead(plan.source, list(plan.parts)) as ahead:

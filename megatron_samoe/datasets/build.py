@@ -58,9 +58,13 @@ def build_train_valid_test_datasets(
         DataError: a dataset is missing, damaged, made with another tokenizer, too short, or a needed split is empty.
     """
     sample_format = SampleFormat(
-        seq_length, tokenizer.eod, data.vocab_size or tokenizer.vocab_size,
-        data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss,
-    )  # fmt: skip
+        seq_length,
+        tokenizer.eod,
+        data.vocab_size or tokenizer.vocab_size,
+        data.reset_position_ids,
+        data.reset_attention_mask,
+        data.eod_mask_loss,
+    )
     seeds = (seed, *2 * (seed if evaluation_seed is None else evaluation_seed,))
     builder = _Builder(data, dict(zip(blends.SPLITS, seeds, strict=True)), sample_format, tokenizer, optional)
     if barrier is None:

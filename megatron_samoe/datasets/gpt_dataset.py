@@ -133,8 +133,13 @@ class _Gatherer:
         ops = sample_index._compiled()
         buffer = getattr(owner.dataset.bin_reader, "buffer", None)
         if ops is not None and buffer is not None and owner.dataset.dtype.kind in "iu":
-            self._tensors = sample_index.tensors(buffer, owner.dataset.sequence_pointers, owner.dataset.sequence_lengths,
-                                                 owner.document_index, owner.sample_index)  # fmt: skip
+            self._tensors = sample_index.tensors(
+                buffer,
+                owner.dataset.sequence_pointers,
+                owner.dataset.sequence_lengths,
+                owner.document_index,
+                owner.sample_index,
+            )
             self.mapped += [buffer, owner.dataset.sequence_lengths]
             self._op = ops.gather_samples.default
 

@@ -13,8 +13,17 @@ from megatron_samoe.errors import DataError, shown
 from megatron_samoe.parsing import JsonObject, parse_json
 
 FORMAT_VERSION = 1
-_COUNTS = ("vocab_size", "eod", "num_documents", "num_sequences", "num_tokens", "max_token_id", "bin_bytes", "bin_crc32",
-           "idx_crc32")  # fmt: skip
+_COUNTS = (
+    "vocab_size",
+    "eod",
+    "num_documents",
+    "num_sequences",
+    "num_tokens",
+    "max_token_id",
+    "bin_bytes",
+    "bin_crc32",
+    "idx_crc32",
+)
 
 
 @dataclass(frozen=True)

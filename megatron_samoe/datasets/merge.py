@@ -98,9 +98,13 @@ def _blocks(data: IndexedDataset) -> Iterator[bytes]:
 
 
 def _write_manifest(
-    output_prefix: str, prefixes: Sequence[str], records: Sequence[manifest.Manifest | None],
-    crc: int, bin_bytes: int, index_path: str,
-) -> None:  # fmt: skip
+    output_prefix: str,
+    prefixes: Sequence[str],
+    records: Sequence[manifest.Manifest | None],
+    crc: int,
+    bin_bytes: int,
+    index_path: str,
+) -> None:
     """Writes the manifest of the result where all inputs have one; otherwise removes an old one."""
     known = [record for record in records if record is not None]
     if len(known) < len(records):

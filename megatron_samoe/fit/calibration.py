@@ -52,9 +52,14 @@ class LayerCalibration:
         E, H, R, more = shape.num_experts, shape.hidden_size, num_samples, int(shape.bias)
         D, C = H + more, shape.ffn_size + more
         return LayerCalibration(
-            torch.zeros(E, dtype=torch.float64), torch.zeros(E, D, D), torch.zeros(E, C, C),
-            torch.zeros(E, dtype=torch.float64), torch.full((E, R), -1.0), torch.zeros(E, R, H), torch.zeros(E, R, H),
-        )  # fmt: skip
+            torch.zeros(E, dtype=torch.float64),
+            torch.zeros(E, D, D),
+            torch.zeros(E, C, C),
+            torch.zeros(E, dtype=torch.float64),
+            torch.full((E, R), -1.0),
+            torch.zeros(E, R, H),
+            torch.zeros(E, R, H),
+        )
 
     def add(self, expert: int, x_NH: Tensor, a_NF: Tensor, y_NH: Tensor, gate_N: Tensor, key_N: Tensor) -> None:
         """Adds an expert's tokens, each with its place in the lot."""

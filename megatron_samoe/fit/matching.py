@@ -53,9 +53,14 @@ def in_order(layer: MatchedLayer, numbers: Numbering) -> MatchedLayer:
     hidden_ECC = hidden_ECC.gather(2, order_EC[:, None, :].expand_as(hidden_ECC))
     order_E = numbers.experts_E
     new = LayerCalibration(
-        old.tokens_E[order_E], old.input_EDD[order_E], hidden_ECC, old.saliency_E[order_E], old.key_ER[order_E],
-        old.sample_in_ERH[order_E], old.sample_out_ERH[order_E],
-    )  # fmt: skip
+        old.tokens_E[order_E],
+        old.input_EDD[order_E],
+        hidden_ECC,
+        old.saliency_E[order_E],
+        old.key_ER[order_E],
+        old.sample_in_ERH[order_E],
+        old.sample_out_ERH[order_E],
+    )
     return MatchedLayer(weights, new)
 
 
@@ -159,11 +164,14 @@ def _neurons(
 ) -> Tensor:
     score_FF = sum(
         neuron_products(
-            (other.weights, int(order.experts_E[role])), (layer.weights, expert), order.neurons_EF[role],
-            torch.cat((other.calibration.samples(int(order.experts_E[role]))[0], layer.calibration.samples(expert)[0])), activation,
+            (other.weights, int(order.experts_E[role])),
+            (layer.weights, expert),
+            order.neurons_EF[role],
+            torch.cat((other.calibration.samples(int(order.experts_E[role]))[0], layer.calibration.samples(expert)[0])),
+            activation,
         )
         for other, order in before
-    )  # fmt: skip
+    )
     assert isinstance(score_FF, Tensor)
     return assigned(score_FF)
 

@@ -72,11 +72,19 @@ ARCHITECTURES = (
     Architecture("gpt2", GPT2, (needs("exact_gelu", False),)),
     Architecture("llama", MIXTRAL, (_PLAIN_ROPE, _NO_WINDOW), pairs=True),
     Architecture("qwen3moe", QWEN3_MOE, (_PLAIN_ROPE, all_layers_are_moe, weighs_among_chosen)),
-    Architecture("olmoe", OLMOE, (_PLAIN_ROPE, needs("clip_qkv", None), _among_all, needs("group_query_attention", False)),
-                 needs_output=True),
-    Architecture("qwen2moe", QWEN2_MOE, (_PLAIN_ROPE, all_layers_are_moe, _among_all, needs("moe_shared_expert_gate", True)),
-                 needs_output=True),
-)  # fmt: skip
+    Architecture(
+        "olmoe",
+        OLMOE,
+        (_PLAIN_ROPE, needs("clip_qkv", None), _among_all, needs("group_query_attention", False)),
+        needs_output=True,
+    ),
+    Architecture(
+        "qwen2moe",
+        QWEN2_MOE,
+        (_PLAIN_ROPE, all_layers_are_moe, _among_all, needs("moe_shared_expert_gate", True)),
+        needs_output=True,
+    ),
+)
 
 
 def choose_architecture(native: NativeModel) -> tuple[Architecture, NativeModel]:
@@ -101,16 +109,23 @@ def metadata(one: Architecture, native: NativeModel) -> dict[str, Any]:
     """Returns what the file says of the model: gguf's writer has a method add_NAME for each."""
     model, moe = native.model, native.moe
     found: dict[str, Any] = {
-        "context_length": model.max_positions, "embedding_length": model.hidden_size, "block_count": model.num_layers,
-        "feed_forward_length": model.mlp_size, "head_count": model.num_attention_heads, "vocab_size": native.vocab_size,
-    }  # fmt: skip
+        "context_length": model.max_positions,
+        "embedding_length": model.hidden_size,
+        "block_count": model.num_layers,
+        "feed_forward_length": model.mlp_size,
+        "head_count": model.num_attention_heads,
+        "vocab_size": native.vocab_size,
+    }
     if one.name == "gpt2":
         return {**found, "layer_norm_eps": model.norm_epsilon}
     found |= {
-        "head_count_kv": model.num_kv_heads, "layer_norm_rms_eps": model.norm_epsilon,
-        "rope_freq_base": float(model.rotary_base), "rope_dimension_count": model.head_dim,
-        "key_length": model.head_dim, "value_length": model.head_dim,
-    }  # fmt: skip
+        "head_count_kv": model.num_kv_heads,
+        "layer_norm_rms_eps": model.norm_epsilon,
+        "rope_freq_base": float(model.rotary_base),
+        "rope_dimension_count": model.head_dim,
+        "key_length": model.head_dim,
+        "value_length": model.head_dim,
+    }
     if any(native.is_moe):
         found |= {
             "feed_forward_length": native.expert_size,

@@ -113,9 +113,14 @@ def _sentencepiece(path: str, eod: int) -> Vocabulary:
                 )
             types[i] = NORMAL
     return Vocabulary(
-        "llama", "default", [p.piece for p in pieces], types, eod, scores=[p.score for p in pieces],
+        "llama",
+        "default",
+        [p.piece for p in pieces],
+        types,
+        eod,
+        scores=[p.score for p in pieces],
         space_prefix=normalizer.add_dummy_prefix,
-    )  # fmt: skip
+    )
 
 
 def _byte_level(tokenizer: dict[str, Any], eod: int) -> Vocabulary:
@@ -135,9 +140,13 @@ def _byte_level(tokenizer: dict[str, Any], eod: int) -> Vocabulary:
     size = max(tokens) + 1
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return Vocabulary(
-        "gpt2", _pre_tokenizer(tokenizer["pre_tokenizer"], bool(merges)), [tokens.get(i, f"[unused {i}]") for i in range(size)],
-        [types.get(i, UNUSED) for i in range(size)], eod, merges=merges,
-    )  # fmt: skip
+        "gpt2",
+        _pre_tokenizer(tokenizer["pre_tokenizer"], bool(merges)),
+        [tokens.get(i, f"[unused {i}]") for i in range(size)],
+        [types.get(i, UNUSED) for i in range(size)],
+        eod,
+        merges=merges,
+    )
 
 
 def _pre_tokenizer(found: dict[str, Any] | None, merges: bool) -> str:

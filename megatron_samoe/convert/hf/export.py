@@ -63,9 +63,14 @@ def differences(source: GlobalTensors) -> list[str]:
 
 
 def plan_export(
-    source: GlobalTensors, wanted: str = "auto", *, fold: bool = False, dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5_000_000_000, tokenizer: TokenizerFiles | None = None,
-) -> ExportPlan:  # fmt: skip
+    source: GlobalTensors,
+    wanted: str = "auto",
+    *,
+    fold: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    tokenizer: TokenizerFiles | None = None,
+) -> ExportPlan:
     """Returns the plan of an export; nothing is read or written yet.
 
     Args:
@@ -176,10 +181,15 @@ def _config(plan: ExportPlan) -> dict[str, object]:
     family = plan.target.family
     dtype = name_of(plan.dtype)
     return {
-        "architectures": [family.architecture], "model_type": family.name, **family.write_config(plan.native),
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        **family.write_config(plan.native),
         # The first name is transformers 4's, the second transformers 5's.
-        "torch_dtype": dtype, "dtype": dtype, "use_cache": True, **_token_ids(plan),
-    }  # fmt: skip
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "use_cache": True,
+        **_token_ids(plan),
+    }
 
 
 def _generation_config(plan: ExportPlan) -> dict[str, object]:

@@ -29,13 +29,17 @@ def model_card(plan: ExportPlan) -> str:
     )
     state = plan.source.train_state
     rows = {
-        "class": family.architecture, "parameters": f"{count.total:,}",
-        "of experts": f"{count.expert:,}", "active per token": f"{count.active:,}",
+        "class": family.architecture,
+        "parameters": f"{count.total:,}",
+        "of experts": f"{count.expert:,}",
+        "active per token": f"{count.active:,}",
         "layers, hidden size": f"{native.model.num_layers}, {native.model.hidden_size}",
-        "vocabulary": f"{native.vocab_size:,}", "longest sequence": f"{native.model.max_positions:,}",
-        "experts": _experts(plan), "dtype": name_of(plan.dtype),
+        "vocabulary": f"{native.vocab_size:,}",
+        "longest sequence": f"{native.model.max_positions:,}",
+        "experts": _experts(plan),
+        "dtype": name_of(plan.dtype),
         "trained": f"{state.get('iteration', 0):,} steps, {state.get('consumed_tokens', 0):,} tokens",
-    }  # fmt: skip
+    }
     table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
     front = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- {family.name}\n- megatron_samoe\n---\n"
     why = "".join(f"- {line}\n" for line in plan.target.why)

@@ -12,9 +12,19 @@ from megatron_samoe.errors import DataError
 
 #: Texts with spaces at all places, digits, line ends, scripts that need byte fallback, and nothing.
 PROBES = (
-    "", " ", "Hello, world!", "  two  spaces  ", "line\nend\n\n", "tab\tand 1234567890", "naïve café ﬁne ＡＢＣ",
-    "中文字符 と かな", "emoji 👩‍🚀🎉", "a" * 70, "def f(x):\n    return x ** 2 + 0.5e-3\n", "ÅÄÖ Ελληνικά русский עברית",
-)  # fmt: skip
+    "",
+    " ",
+    "Hello, world!",
+    "  two  spaces  ",
+    "line\nend\n\n",
+    "tab\tand 1234567890",
+    "naïve café ﬁne ＡＢＣ",
+    "中文字符 と かな",
+    "emoji 👩‍🚀🎉",
+    "a" * 70,
+    "def f(x):\n    return x ** 2 + 0.5e-3\n",
+    "ÅÄÖ Ελληνικά русский עברית",
+)
 _SPACE = "▁"
 _USER_DEFINED = 4
 
@@ -72,9 +82,12 @@ def _translated(proto: Any) -> Any | None:
         model: Any = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
     elif trainer.model_type == bpe:
         model = models.BPE(
-            vocab={piece: i for i, (piece, _) in enumerate(pieces)}, merges=_merges(proto),
-            unk_token=pieces[trainer.unk_id][0], fuse_unk=True, byte_fallback=trainer.byte_fallback,
-        )  # fmt: skip
+            vocab={piece: i for i, (piece, _) in enumerate(pieces)},
+            merges=_merges(proto),
+            unk_token=pieces[trainer.unk_id][0],
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
     else:
         return None
     tokenizer = tokenizers.Tokenizer(model)

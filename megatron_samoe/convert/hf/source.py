@@ -170,9 +170,12 @@ class HFSource:
             return dict(remembered.train_state)
         loss_scale = asdict(LossScale.of(self.native.config.training))
         return {
-            "iteration": 0, "consumed_samples": 0, "consumed_tokens": 0, "loss_scale": loss_scale,
+            "iteration": 0,
+            "consumed_samples": 0,
+            "consumed_tokens": 0,
+            "loss_scale": loss_scale,
             "vocab_size": self.native.vocab_size,
-        }  # fmt: skip
+        }
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

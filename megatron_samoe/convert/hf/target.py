@@ -49,8 +49,12 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
     refuse_unknown(native.config, "export", "Hugging Face's classes")
     shares = native.moe.shares_experts
     if fold and not shares:
-        raise ConfigError("--fold", True, "needs a model whose layers share experts, not --expert-layout "
-                          f"{native.moe.expert_layout} with --expert-sharing {native.moe.sharing}")  # fmt: skip
+        raise ConfigError(
+            "--fold",
+            True,
+            "needs a model whose layers share experts, not --expert-layout "
+            f"{native.moe.expert_layout} with --expert-sharing {native.moe.sharing}",
+        )
     if wanted == SAMOE.name or (wanted == "auto" and shares and not fold):
         return Target(SAMOE, fold, (_own_class(shares and not fold),))
     fold, folded = shares, folded_model(native) if shares else native
@@ -58,8 +62,12 @@ def choose_target(native: NativeModel, wanted: str = "auto", fold: bool = False)
         family = next(family for family in families() if family.name == wanted)
         if misfits := family.misfits(folded):
             others = [f.name for f in families() if not f.misfits(folded)]
-            raise ConfigError("--hf-model-type", wanted, f"{family.architecture} does not compute {'; nor '.join(misfits)}. "
-                              f"These classes do: {', '.join(others)}")  # fmt: skip
+            raise ConfigError(
+                "--hf-model-type",
+                wanted,
+                f"{family.architecture} does not compute {'; nor '.join(misfits)}. "
+                f"These classes do: {', '.join(others)}",
+            )
         return Target(family, fold, (f"{wanted} was asked for, and computes the same function", *_folding(fold)))
     why = list(_folding(fold))
     *stock, own = families()

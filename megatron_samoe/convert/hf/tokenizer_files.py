@@ -41,9 +41,13 @@ class TokenizerFiles:
             return
         # Like ours, it adds no token of its own to a text.
         config = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eod_name, "bos_token": self.eod_name,
-            "model_max_length": max_length, "clean_up_tokenization_spaces": False, "add_prefix_space": False,
-        }  # fmt: skip
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eod_name,
+            "bos_token": self.eod_name,
+            "model_max_length": max_length,
+            "clean_up_tokenization_spaces": False,
+            "add_prefix_space": False,
+        }
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -25,22 +25,52 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
         "apply_layernorm_1p rotary_interleaved use_rope_scaling multi_latent_attention squared_relu quick_geglu "
         "moe_router_enable_expert_bias attention_output_gate qk_l2_norm is_hybrid_model "
         "apply_residual_connection_post_layernorm moe_apply_probs_on_input layernorm_zero_centered_gamma "
-        "moe_router_force_load_balancing heterogeneous_block_specs fp8_param fp4_param use_kitchen".split(), (False, None)),
+        "moe_router_force_load_balancing heterogeneous_block_specs fp8_param fp4_param use_kitchen".split(),
+        (False, None),
+    ),
     **dict.fromkeys(
         "window_size moe_router_num_groups moe_latent_size heterogeneous_layers_config_path experimental_attention_variant "
         "no_rope_freq activation_func_clamp_value softmax_scale linear_attention_freq mrope_section moe_router_group_topk "
-        "moe_router_topk_limited_devices spec quant_recipe window_attn_skip_freq dsa_indexer_topk".split(), (None,)),
-    "rotary_seq_len_interpolation_factor": (None, 1), "mtp_num_layers": (None, 0), "rope_type": ("rope", None),
-    "moe_router_topk_scaling_factor": (None, 1.0), "softmax_type": ("vanilla-softmax", "vanilla", None),
-    "add_position_embedding": (True, None), "glu_linear_offset": (0.0, None),
-}  # fmt: skip
+        "moe_router_topk_limited_devices spec quant_recipe window_attn_skip_freq dsa_indexer_topk".split(),
+        (None,),
+    ),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "mtp_num_layers": (None, 0),
+    "rope_type": ("rope", None),
+    "moe_router_topk_scaling_factor": (None, 1.0),
+    "softmax_type": ("vanilla-softmax", "vanilla", None),
+    "add_position_embedding": (True, None),
+    "glu_linear_offset": (0.0, None),
+}
 #: Options that Megatron has under the same names, with the same meaning.
-_SAME_OF_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "group_query_attention", "seq_length",
-                  "position_embedding_type", "rotary_percent", "normalization", "norm_epsilon", "swiglu", "add_qkv_bias",
-                  "untie_embeddings_and_output_weights", "qk_layernorm", "init_method_std", "attention_dropout",
-                  "hidden_dropout", "make_vocab_size_divisible_by")  # fmt: skip
-_SAME_OF_MOE = ("num_experts", "moe_router_topk", "moe_router_score_function", "moe_router_load_balancing_type",
-                "moe_aux_loss_coeff", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate")  # fmt: skip
+_SAME_OF_MODEL = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "group_query_attention",
+    "seq_length",
+    "position_embedding_type",
+    "rotary_percent",
+    "normalization",
+    "norm_epsilon",
+    "swiglu",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
+    "qk_layernorm",
+    "init_method_std",
+    "attention_dropout",
+    "hidden_dropout",
+    "make_vocab_size_divisible_by",
+)
+_SAME_OF_MOE = (
+    "num_experts",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+)
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
 
@@ -57,14 +87,25 @@ def to_arguments(config: PretrainConfig, vocab_size: int, padded: int) -> argpar
     values: dict[str, Any] = {
         **{name: getattr(model, name) for name in _SAME_OF_MODEL},
         **{name: getattr(config.data, name) for name in ("tokenizer_type", *_TOKENIZER_FILES)},
-        "ffn_hidden_size": model.mlp_size, "kv_channels": model.head_dim, "num_query_groups": model.num_kv_heads,
-        "encoder_seq_length": model.seq_length, "max_position_embeddings": model.max_positions,
-        "add_position_embedding": True, "use_rotary_position_embeddings": model.position_embedding_type == "rope",
+        "ffn_hidden_size": model.mlp_size,
+        "kv_channels": model.head_dim,
+        "num_query_groups": model.num_kv_heads,
+        "encoder_seq_length": model.seq_length,
+        "max_position_embeddings": model.max_positions,
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": model.position_embedding_type == "rope",
         "rotary_base": int(model.rotary_base) if model.rotary_base.is_integer() else model.rotary_base,
-        "rotary_interleaved": False, "apply_layernorm_1p": False, "add_bias_linear": not model.disable_bias_linear,
-        "vocab_size": vocab_size, "padded_vocab_size": padded, "bf16": config.training.bf16, "fp16": config.training.fp16,
-        "data_parallel_random_init": False, "num_experts": None, "bias_gelu_fusion": True,
-    }  # fmt: skip
+        "rotary_interleaved": False,
+        "apply_layernorm_1p": False,
+        "add_bias_linear": not model.disable_bias_linear,
+        "vocab_size": vocab_size,
+        "padded_vocab_size": padded,
+        "bf16": config.training.bf16,
+        "fp16": config.training.fp16,
+        "data_parallel_random_init": False,
+        "num_experts": None,
+        "bias_gelu_fusion": True,
+    }
     if moe.expert_layout != "dense":
         values |= _moe_arguments(config)
     return argparse.Namespace(**values)
@@ -73,11 +114,18 @@ def to_arguments(config: PretrainConfig, vocab_size: int, padded: int) -> argpar
 def _moe_arguments(config: PretrainConfig) -> dict[str, Any]:
     moe, model = config.moe, config.model
     if moe.moe_router_score_function == "sigmoid" and moe.pre_softmax and moe.moe_router_topk > 1:
-        raise ConfigError("--moe-router-pre-softmax", True, "cannot be exported with sigmoid scores and top-k above 1: "
-                          "Megatron always normalises such scores among the chosen")  # fmt: skip
+        raise ConfigError(
+            "--moe-router-pre-softmax",
+            True,
+            "cannot be exported with sigmoid scores and top-k above 1: "
+            "Megatron always normalises such scores among the chosen",
+        )
     if moe.moe_shared_expert_intermediate_size is not None and not model.disable_bias_linear:
-        raise ConfigError("--moe-shared-expert-intermediate-size", moe.moe_shared_expert_intermediate_size,
-                          "cannot be exported without --disable-bias-linear: Megatron's shared experts have no bias")  # fmt: skip
+        raise ConfigError(
+            "--moe-shared-expert-intermediate-size",
+            moe.moe_shared_expert_intermediate_size,
+            "cannot be exported without --disable-bias-linear: Megatron's shared experts have no bias",
+        )
     pattern = [int(is_moe) for is_moe in parse_moe_layer_freq(moe.moe_layer_freq, model.num_layers)]
     return {
         **{name: getattr(moe, name) for name in _SAME_OF_MOE},
@@ -112,15 +160,22 @@ def from_arguments(args: argparse.Namespace, where: str) -> PretrainConfig:
     rotary = ("rotary_base", "rotary_percent") if positions == "rope" else ()
     same = {name: get(name, getattr(default, name)) for name in _SAME_OF_MODEL if name not in ("rotary_percent",)}
     same |= {name: float(get(name, getattr(default, name))) for name in rotary}
-    model = ModelConfig(**same | {
-        "ffn_hidden_size": get("ffn_hidden_size", 4 * get("hidden_size")), "kv_channels": get("kv_channels"),
-        "group_query_attention": groups != heads, "num_query_groups": groups if groups != heads else 1,
-        "max_position_embeddings": get("max_position_embeddings"), "position_embedding_type": positions,
-        "norm_epsilon": get("norm_epsilon", get("layernorm_epsilon", default.norm_epsilon)),
-        "disable_bias_linear": not get("add_bias_linear", True),
-        "add_qkv_bias": bool(get("add_qkv_bias", False)) and not get("add_bias_linear", True),
-        "attention_dropout": get("attention_dropout", 0.0), "hidden_dropout": get("hidden_dropout", 0.0),
-    })  # fmt: skip
+    model = ModelConfig(
+        **same
+        | {
+            "ffn_hidden_size": get("ffn_hidden_size", 4 * get("hidden_size")),
+            "kv_channels": get("kv_channels"),
+            "group_query_attention": groups != heads,
+            "num_query_groups": groups if groups != heads else 1,
+            "max_position_embeddings": get("max_position_embeddings"),
+            "position_embedding_type": positions,
+            "norm_epsilon": get("norm_epsilon", get("layernorm_epsilon", default.norm_epsilon)),
+            "disable_bias_linear": not get("add_bias_linear", True),
+            "add_qkv_bias": bool(get("add_qkv_bias", False)) and not get("add_bias_linear", True),
+            "attention_dropout": get("attention_dropout", 0.0),
+            "hidden_dropout": get("hidden_dropout", 0.0),
+        }
+    )
     model = _with_derived_sizes(model)
     data = DataConfig(mock_data=True)
     if get("tokenizer_type") in TOKENIZERS:
@@ -169,18 +224,22 @@ def _moe_config(get: Any, model: ModelConfig, where: str) -> MoEConfig:
     ffn = get("moe_ffn_hidden_size", model.mlp_size)
     coefficient = get("moe_aux_loss_coeff", 0.0) if balancing != "none" else default.moe_aux_loss_coeff
     return MoEConfig(
-        expert_layout="moe", num_experts=get("num_experts"),
+        expert_layout="moe",
+        num_experts=get("num_experts"),
         moe_layer_freq=_frequency(get("moe_layer_freq", 1), model.num_layers),
-        moe_ffn_hidden_size=None if ffn * topk == model.mlp_size else ffn, moe_router_topk=topk,
+        moe_ffn_hidden_size=None if ffn * topk == model.mlp_size else ffn,
+        moe_router_topk=topk,
         moe_router_score_function="sigmoid" if sigmoid else "softmax",
         moe_router_pre_softmax=None if pre_softmax == (topk == 1) else pre_softmax,
-        moe_router_load_balancing_type=balancing, moe_aux_loss_coeff=coefficient,
+        moe_router_load_balancing_type=balancing,
+        moe_aux_loss_coeff=coefficient,
         moe_expert_capacity_factor=get("moe_expert_capacity_factor"),
         moe_token_drop_policy=get("moe_token_drop_policy", "probs") if get("moe_expert_capacity_factor") else "probs",
-        moe_z_loss_coeff=get("moe_z_loss_coeff", 0.0), moe_input_jitter_eps=get("moe_input_jitter_eps", 0.0),
+        moe_z_loss_coeff=get("moe_z_loss_coeff", 0.0),
+        moe_input_jitter_eps=get("moe_input_jitter_eps", 0.0),
         moe_shared_expert_intermediate_size=get("moe_shared_expert_intermediate_size"),
         moe_shared_expert_gate=get("moe_shared_expert_gate", False),
-    )  # fmt: skip
+    )
 
 
 def _refuse_wrong_types(args: argparse.Namespace, where: str) -> None:
@@ -214,8 +273,11 @@ def _refuse_unsupported(args: argparse.Namespace, where: str) -> None:
         for name, harmless in UNSUPPORTED.items()
         if hasattr(args, name) and not any(_is(getattr(args, name), value) for value in harmless)
     ]
-    for name, known in (("normalization", ("LayerNorm", "RMSNorm")), ("moe_router_score_function", ("softmax", "sigmoid")),
-                        ("position_embedding_type", ("learned_absolute", "rope", "none"))):  # fmt: skip
+    for name, known in (
+        ("normalization", ("LayerNorm", "RMSNorm")),
+        ("moe_router_score_function", ("softmax", "sigmoid")),
+        ("position_embedding_type", ("learned_absolute", "rope", "none")),
+    ):
         value = getattr(args, name, None)
         if value is not None and not any(_is(value, one) for one in known):
             wrong.append(f"{name} is {shown(value)}")

@@ -178,8 +178,11 @@ def check_layout(config: PretrainConfig, layout: MegatronLayout) -> None:
         raise ConfigError("--target-pipeline-parallel-size", pp, f"must divide --num-layers {model.num_layers}")
     vpp, per_stage = layout.virtual_pipeline, model.num_layers // pp
     if vpp < 1 or per_stage % vpp or (vpp > 1 and pp == 1):
-        raise ConfigError("--target-virtual-pipeline-parallel-size", vpp,
-                          f"must divide the {per_stage} layers of each of {pp} pipeline ranks, and be 1 for one rank")  # fmt: skip
+        raise ConfigError(
+            "--target-virtual-pipeline-parallel-size",
+            vpp,
+            f"must divide the {per_stage} layers of each of {pp} pipeline ranks, and be 1 for one rank",
+        )
     if moe.expert_layout == "dense" and ep > 1:
         raise ConfigError("--target-expert-parallel-size", ep, "must be 1 for a dense model")
     if moe.expert_layout != "dense" and moe.most_experts % ep:
@@ -192,25 +195,34 @@ def _layout_arguments(source: GlobalTensors, config: PretrainConfig, layout: Meg
     tp, ep, state = layout.tensor_parallel, layout.expert_parallel, source.train_state
     vpp, per_stage = layout.virtual_pipeline, config.model.num_layers // layout.pipeline_parallel
     return {
-        "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": layout.pipeline_parallel,
-        "expert_model_parallel_size": ep, "expert_tensor_parallel_size": layout.etp, "context_parallel_size": 1,
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": layout.pipeline_parallel,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "context_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": vpp if vpp > 1 else None,
         "num_layers_per_virtual_pipeline_stage": per_stage // vpp if vpp > 1 else None,
         "sequence_parallel": tp > 1 and config.moe.expert_layout != "dense",
-        "transformer_impl": layout.style.transformer_impl, "use_mcore_models": True, "ckpt_format": "torch",
+        "transformer_impl": layout.style.transformer_impl,
+        "use_mcore_models": True,
+        "ckpt_format": "torch",
         "moe_grouped_gemm": config.moe.expert_layout != "dense" and layout.style.experts != "sequential",
         "moe_use_legacy_grouped_gemm": layout.style.experts == "legacy_grouped",
-        "iteration": int(state.get("iteration", 0)), "consumed_train_samples": int(state.get("consumed_samples", 0)),
+        "iteration": int(state.get("iteration", 0)),
+        "consumed_train_samples": int(state.get("consumed_samples", 0)),
         "consumed_valid_samples": 0,
-    }  # fmt: skip
+    }
 
 
 def _planned(
     source: GlobalTensors, config: PretrainConfig, layout: MegatronLayout, place: RankPlace, padded: int
 ) -> list[PlannedTensor]:
     tp, pp, ep = layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel
-    stages = replace(ParallelConfig(), pipeline_model_parallel_size=pp,
-                     num_layers_per_virtual_pipeline_stage=config.model.num_layers // pp // layout.virtual_pipeline)  # fmt: skip
+    stages = replace(
+        ParallelConfig(),
+        pipeline_model_parallel_size=pp,
+        num_layers_per_virtual_pipeline_stage=config.model.num_layers // pp // layout.virtual_pipeline,
+    )
     plans = rank_plans(replace(config, parallel=stages), place.pp)
     #: Chunk of each of the rank's layers, and the layer's number in the chunk.
     places: dict[int | None, tuple[int, int | None]] = {

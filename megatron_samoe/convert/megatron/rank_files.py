@@ -31,9 +31,12 @@ _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
 _INERT = ("types.SimpleNamespace", "signal.Signals", "pathlib.PosixPath", "_io.BytesIO")
 #: What a state of numpy's random generator is made of: an array of numbers.
 _NUMPY = (
-    np.ndarray, np.dtype, np.dtypes.UInt32DType, (np_multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    (np_multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
     (np_multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
-)  # fmt: skip
+)
 
 
 class _Inert:
@@ -126,8 +129,11 @@ def load_rank_file(folder: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds
             raise CheckpointError(f"{path} cannot be read: {why_not_loaded(error, path)}.") from None
-    tensors = [value for model in content.values() if isinstance(model, dict) for value in model.values()
-               if is_plain(value)] if isinstance(content, dict) else []  # fmt: skip
+    tensors = (
+        [value for model in content.values() if isinstance(model, dict) for value in model.values() if is_plain(value)]
+        if isinstance(content, dict)
+        else []
+    )
     try:
         refuse_repacked(path, tensors)
     except (ValueError, OSError, RuntimeError, zipfile.BadZipFile) as error:

@@ -101,9 +101,12 @@ class MegatronReader:
         iteration = _count(first, "iteration", 0, folders[0], least=0)
         samples = _count(args, "consumed_train_samples", 0, folders[0], least=0)
         self.train_state: Mapping[str, Any] = {
-            "iteration": iteration, "consumed_samples": samples,
-            "consumed_tokens": samples * config.model.seq_length, "loss_scale": asdict(LossScale()), "vocab_size": vocab,
-        }  # fmt: skip
+            "iteration": iteration,
+            "consumed_samples": samples,
+            "consumed_tokens": samples * config.model.seq_length,
+            "loss_scale": asdict(LossScale()),
+            "vocab_size": vocab,
+        }
         self._open = _OpenFiles()
         self._parts = {name: self._find(name, stored) for name, stored in self._native.tensors.items()}
         self._refuse_rest()

@@ -20,11 +20,23 @@ _NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "TransformersRoutedExperts": (f"{_MODELS}.moe", ("load_weights",)),
     "FusedMoEFactory": (
         "vllm.model_executor.layers.fused_moe",
-        ("num_experts", "top_k", "hidden_size", "intermediate_size", "renormalize", "quant_config", "prefix",
-         "activation", "custom_routing_function", "runner_cls", "runner_args", "routed_experts_cls"),
+        (
+            "num_experts",
+            "top_k",
+            "hidden_size",
+            "intermediate_size",
+            "renormalize",
+            "quant_config",
+            "prefix",
+            "activation",
+            "custom_routing_function",
+            "runner_cls",
+            "runner_args",
+            "routed_experts_cls",
+        ),
     ),
     "current_platform": ("vllm.platforms", ("is_cpu",)),
-}  # fmt: skip
+}
 
 
 def vllm_interface() -> SimpleNamespace:

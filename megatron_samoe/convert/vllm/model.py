@@ -69,16 +69,22 @@ class SamoeForVLLM(vllm.TransformersForCausalLM):  # type: ignore[name-defined, 
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         for name in ("pipeline_parallel_size", "data_parallel_size"):
             if getattr(parallel, name) > 1:
-                raise ConfigError(f"--{name.replace('_', '-')}", getattr(parallel, name), "is not supported for SamoeForCausalLM; "
-                                  "--tensor-parallel-size is")  # fmt: skip
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}",
+                    getattr(parallel, name),
+                    "is not supported for SamoeForCausalLM; --tensor-parallel-size is",
+                )
         # With trust_remote_code it may be the folder's own class, of whatever version.
         given = {
             name: value for name, value in model.hf_config.to_dict().items() if name not in ("auto_map", "model_type")
         }
         config = SamoeConfig(**given)
         if parallel.tensor_parallel_size > 1 and config.has_whole_attention:
-            raise ConfigError("--tensor-parallel-size", parallel.tensor_parallel_size, "must be 1: this model's queries, or their norms, "
-                              "are of all heads together")  # fmt: skip
+            raise ConfigError(
+                "--tensor-parallel-size",
+                parallel.tensor_parallel_size,
+                "must be 1: this model's queries, or their norms, are of all heads together",
+            )
         self.samoe_plan = plan_experts(config, folder_reader(_folder(model)))
         model.hf_config = model.hf_text_config = without_combining(config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -114,18 +120,29 @@ class SamoeForVLLM(vllm.TransformersForCausalLM):  # type: ignore[name-defined, 
         is_known = experts.gated and not experts.has_bias
         if not is_known or (on_cpu and config.hidden_size % _CPU_MULTIPLE):
             if not on_cpu and not self.model_config.enforce_eager:
-                raise ConfigError("--enforce-eager", False, "experts with GELU or biases run in plain torch, which a CUDA graph "
-                                  "cannot hold: give --enforce-eager")  # fmt: skip
+                raise ConfigError(
+                    "--enforce-eager",
+                    False,
+                    "experts with GELU or biases run in plain torch, which a CUDA graph "
+                    "cannot hold: give --enforce-eager",
+                )
             return PlainExperts(experts)
         is_relu = config.router_score_function == "relu"
         state = vllm.TransformersMoEState()
         made: nn.Module = vllm.FusedMoEFactory(
-            num_experts=experts.num_experts, top_k=experts.num_experts if is_relu else config.num_experts_per_tok,
-            hidden_size=config.hidden_size, intermediate_size=config.moe_intermediate_size, renormalize=False,
-            quant_config=self.quant_config, prefix=prefix, activation="silu",
-            custom_routing_function=partial(_our_routing, state=state), runner_cls=vllm.TransformersMoERunner,
-            runner_args={"moe_state": state}, routed_experts_cls=vllm.TransformersRoutedExperts,
-        )  # fmt: skip
+            num_experts=experts.num_experts,
+            top_k=experts.num_experts if is_relu else config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            renormalize=False,
+            quant_config=self.quant_config,
+            prefix=prefix,
+            activation="silu",
+            custom_routing_function=partial(_our_routing, state=state),
+            runner_cls=vllm.TransformersMoERunner,
+            runner_args={"moe_state": state},
+            routed_experts_cls=vllm.TransformersRoutedExperts,
+        )
         return made
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

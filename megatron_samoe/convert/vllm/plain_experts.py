@@ -11,9 +11,16 @@ from megatron_samoe.convert.hf.remote_code.moe_samoe import Experts, activate, r
 
 @torch.library.custom_op("megatron_samoe_vllm::plain_experts", mutates_args=())
 def plain_experts(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None,
-    act: str, scale: Tensor | None,
-) -> Tensor:  # fmt: skip
+    x_TH: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: str,
+    scale: Tensor | None,
+) -> Tensor:
     """Returns y_TH; only experts that are hit run, which no compiler could know: so it is an op."""
 
     def run(index: int, x_RH: Tensor) -> Tensor:

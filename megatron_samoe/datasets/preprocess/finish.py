@@ -109,9 +109,16 @@ def finish(
     Path(keys_path(options)).unlink(missing_ok=True)
     tokens = sum(place.num_bytes for place in totals.places) // facts.itemsize
     return Report(
-        prefixes, totals.places[0].num_documents, tokens, totals.num_lines, totals.num_bytes, totals.num_bad,
-        totals.first_bad, totals.left_out, facts.engine,
-    )  # fmt: skip
+        prefixes,
+        totals.places[0].num_documents,
+        tokens,
+        totals.num_lines,
+        totals.num_bytes,
+        totals.num_bad,
+        totals.first_bad,
+        totals.left_out,
+        facts.engine,
+    )
 
 
 def _make_index(prefix: str, place: Place, facts: TokenizerFacts) -> None:

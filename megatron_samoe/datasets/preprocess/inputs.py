@@ -27,10 +27,15 @@ from megatron_samoe.errors import DataError, nearest_file, optional_import
 
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 FORMATS = {
-    ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl",
-    ".txt": "text", ".text": "text", ".md": "text",
-    ".parquet": "parquet", ".pq": "parquet",
-}  # fmt: skip
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 STDIN = "-"
 
 

@@ -142,13 +142,16 @@ def _is_sound(entry: Any, first: bool) -> bool:
     numbers = [entry.get(name) for name in ("chunk", "lines", "bytes", "num_bad")]
     keys, bad, left_out = entry.get("keys"), entry.get("bad"), entry.get("left_out")
     return (
-        counts(numbers) and isinstance(entry.get("file"), str) and isinstance(entry.get("new_file"), bool)
-        and isinstance(keys, list) and all(counts(key) and len(key) == len(dataclasses.fields(Written)) for key in keys)
-        and isinstance(bad, list) and all(
-            isinstance(one, list) and len(one) == 2 and counts(one[:1]) and isinstance(one[1], str) for one in bad
-        )
-        and isinstance(left_out, dict) and counts(list(left_out.values()))
-    )  # fmt: skip
+        counts(numbers)
+        and isinstance(entry.get("file"), str)
+        and isinstance(entry.get("new_file"), bool)
+        and isinstance(keys, list)
+        and all(counts(key) and len(key) == len(dataclasses.fields(Written)) for key in keys)
+        and isinstance(bad, list)
+        and all(isinstance(one, list) and len(one) == 2 and counts(one[:1]) and isinstance(one[1], str) for one in bad)
+        and isinstance(left_out, dict)
+        and counts(list(left_out.values()))
+    )
 
 
 def verified(entries: list[JsonObject], prefixes: list[str]) -> list[JsonObject]:
@@ -169,12 +172,24 @@ def verified(entries: list[JsonObject], prefixes: list[str]) -> list[JsonObject]
 
 
 def chunk_entry(
-    number: int, file: str, new_file: bool, written: list[Written], lines: int, num_bytes: int,
-    bad: BadLines, left_out: dict[str, int],
-) -> JsonObject:  # fmt: skip
+    number: int,
+    file: str,
+    new_file: bool,
+    written: list[Written],
+    lines: int,
+    num_bytes: int,
+    bad: BadLines,
+    left_out: dict[str, int],
+) -> JsonObject:
     """Returns the journal line of a chunk."""
     return {
-        "chunk": number, "file": file, "new_file": new_file,
+        "chunk": number,
+        "file": file,
+        "new_file": new_file,
         "keys": [list(dataclasses.astuple(w)) for w in written],
-        "lines": lines, "bytes": num_bytes, "num_bad": len(bad), "bad": bad[:REPORTED_BAD_LINES], "left_out": left_out,
-    }  # fmt: skip
+        "lines": lines,
+        "bytes": num_bytes,
+        "num_bad": len(bad),
+        "bad": bad[:REPORTED_BAD_LINES],
+        "left_out": left_out,
+    }

@@ -16,8 +16,17 @@ DEFAULT_CHUNK_BYTES = 1 << 20
 InputFormat = Literal["auto", "jsonl", "text", "parquet"]
 OnBadInput = Literal["fail", "skip"]
 # These change how a run goes, not what it writes.
-_NOT_IN_OUTPUT = ("workers", "resume", "on_bad_input", "executor", "log_interval", "quiet", "overwrite", "partitions",
-                  "keep_sequential_samples")  # fmt: skip
+_NOT_IN_OUTPUT = (
+    "workers",
+    "resume",
+    "on_bad_input",
+    "executor",
+    "log_interval",
+    "quiet",
+    "overwrite",
+    "partitions",
+    "keep_sequential_samples",
+)
 
 
 @dataclass(frozen=True)

@@ -255,9 +255,15 @@ class _Run:
             summary, chunk = flight.summary, flight.chunk
             assert summary is not None
             entry = journal.chunk_entry(
-                chunk.number, chunk.file, chunk.new_file, flight.written, summary.num_lines, summary.num_bytes,
-                summary.bad, flight.left_out,
-            )  # fmt: skip
+                chunk.number,
+                chunk.file,
+                chunk.new_file,
+                flight.written,
+                summary.num_lines,
+                summary.num_bytes,
+                summary.bad,
+                flight.left_out,
+            )
             if summary.keys is not None:
                 entry["kept_keys"] = int(summary.keys.shape[1]) * flight.written[0].num_documents
             self._log.append(entry)

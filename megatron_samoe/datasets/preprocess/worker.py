@@ -67,9 +67,13 @@ class Worker:
     def facts(self) -> TokenizerFacts:
         tokenizer = self.encoder.tokenizer
         return TokenizerFacts(
-            tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod,
-            self.encoder.dtype.itemsize, self.encoder.dtype.str, getattr(tokenizer, "engine", type(tokenizer).__name__),
-        )  # fmt: skip
+            tokenizer.fingerprint,
+            tokenizer.vocab_size,
+            tokenizer.eod,
+            self.encoder.dtype.itemsize,
+            self.encoder.dtype.str,
+            getattr(tokenizer, "engine", type(tokenizer).__name__),
+        )
 
     def handle(self, message: tuple[Any, ...]) -> tuple[Any, ...]:
         """Returns the answer to one message; what went wrong is an answer too."""
@@ -94,9 +98,15 @@ class Worker:
         itemsize = self.encoder.dtype.itemsize
         per_document = None if encoded.keys is None else [c.document_sizes(itemsize) for c in encoded.columns]
         return Summary(
-            encoded.number, sizes, encoded.num_lines, encoded.num_bytes,
-            encoded.bad, encoded.left_out, encoded.keys, per_document,
-        )  # fmt: skip
+            encoded.number,
+            sizes,
+            encoded.num_lines,
+            encoded.num_bytes,
+            encoded.bad,
+            encoded.left_out,
+            encoded.keys,
+            per_document,
+        )
 
     def _write(self, number: int, places: list[Any], keep: np.ndarray | None) -> list[Any]:
         columns = self._held.pop(number).columns

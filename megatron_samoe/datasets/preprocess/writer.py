@@ -49,9 +49,10 @@ class Written:
     def parts(self) -> tuple[tuple[int, int], ...]:
         """Bytes and checksum in each of the files of `partial_paths`."""
         return (
-            (self.num_bytes, self.bin_crc32), (4 * self.num_sequences, self.lengths_crc32),
+            (self.num_bytes, self.bin_crc32),
+            (4 * self.num_sequences, self.lengths_crc32),
             (8 * self.num_documents, self.boundaries_crc32),
-        )  # fmt: skip
+        )
 
 
 def partial_paths(prefix: str) -> tuple[str, str, str]:

@@ -17,8 +17,11 @@ def require_compressible(source: GlobalTensors) -> PretrainConfig:
     if moe.expert_layout == "dense":
         raise ConfigError("--load-dir", "a dense model", "must be a MoE: a dense model has no experts to share")
     if moe.shares_experts:
-        raise ConfigError("--load-dir", f"a model whose layers share experts ({moe.sharing})", "must be a MoE whose layers own "
-                          "their experts; megatron-samoe edit fold makes one")  # fmt: skip
+        raise ConfigError(
+            "--load-dir",
+            f"a model whose layers share experts ({moe.sharing})",
+            "must be a MoE whose layers own their experts; megatron-samoe edit fold makes one",
+        )
     counts = experts_per_layer(moe, num_moe_layers(config))
     if len(set(counts)) != 1:
         raise ConfigError(

@@ -41,8 +41,18 @@ OTHERS = {
     "original": HealStage("original-longer", None, is_taught=False),
 }
 #: Options of the original's optimizer that are not its schedule.
-_KEPT = ("optimizer", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps", "moe_router_lr_mult", "moe_expert_lr_mult", "moe_output_lr_mult",
-         "optimizer_backend", *(f.name for f in fields(OptimizerConfig) if f.name.startswith("muon_")))  # fmt: skip
+_KEPT = (
+    "optimizer",
+    "clip_grad",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "moe_router_lr_mult",
+    "moe_expert_lr_mult",
+    "moe_output_lr_mult",
+    "optimizer_backend",
+    *(f.name for f in fields(OptimizerConfig) if f.name.startswith("muon_")),
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,12 @@ def require_rate_and_batch(original: PretrainConfig, options: HealOptions) -> No
         return
     for flag, given in (("--heal-lr", options.lr), ("--heal-global-batch-size", options.batch_size)):
         if given is None:
-            raise ConfigError(flag, None, "must be given: the model of --load-dir was not trained by this program, so that the rate "
-                              "and the batch of its training are not known")  # fmt: skip
+            raise ConfigError(
+                flag,
+                None,
+                "must be given: the model of --load-dir was not trained by this program, so that the rate "
+                "and the batch of its training are not known",
+            )
 
 
 def _batch(original: PretrainConfig, trained: Mapping[str, Any], options: HealOptions) -> dict[str, int]:
@@ -92,9 +106,16 @@ def _batch(original: PretrainConfig, trained: Mapping[str, Any], options: HealOp
 
 
 def heal_config(
-    stage: HealStage, original: PretrainConfig, trained: Mapping[str, Any], options: HealOptions, start: Path, teacher: str, run_dir: Path,
-    data: Mapping[str, Any], iters: int,
-) -> Mapping[str, Any]:  # fmt: skip
+    stage: HealStage,
+    original: PretrainConfig,
+    trained: Mapping[str, Any],
+    options: HealOptions,
+    start: Path,
+    teacher: str,
+    run_dir: Path,
+    data: Mapping[str, Any],
+    iters: int,
+) -> Mapping[str, Any]:
     """Returns what the YAML file of a stage's run says: the model is the start's, batch, precision and optimizer the original's.
 
     Args:
@@ -104,14 +125,31 @@ def heal_config(
     training, optimizer, default = original.training, original.optimizer, OptimizerConfig()
     kept = {name: getattr(optimizer, name) for name in _KEPT if getattr(optimizer, name) != getattr(default, name)}
     return {
-        "checkpoint": {"pretrained_checkpoint": str(start), "use_checkpoint_args": True, "save_interval": max(1, iters // 4),
-                       "keep_last": 1},
+        "checkpoint": {
+            "pretrained_checkpoint": str(start),
+            "use_checkpoint_args": True,
+            "save_interval": max(1, iters // 4),
+            "keep_last": 1,
+        },
         "data": dict(data),
-        "training": {**_batch(original, trained, options), "seed": training.seed, "bf16": training.bf16, "fp16": training.fp16,
-                     "num_threads": training.num_threads, "train_iters": iters, "eval_interval": iters, "eval_iters": 8},
-        "optimizer": {**kept, "lr": optimizer.lr if options.lr is None else options.lr, "lr_decay_style": "cosine",
-                      "lr_warmup_iters": min(iters // 10, 100), "weight_decay": 0.0,
-                      **({} if stage.trained is None else {"lr_mult_patterns": [f"^(?!{stage.trained})=0"]})},
+        "training": {
+            **_batch(original, trained, options),
+            "seed": training.seed,
+            "bf16": training.bf16,
+            "fp16": training.fp16,
+            "num_threads": training.num_threads,
+            "train_iters": iters,
+            "eval_interval": iters,
+            "eval_iters": 8,
+        },
+        "optimizer": {
+            **kept,
+            "lr": optimizer.lr if options.lr is None else options.lr,
+            "lr_decay_style": "cosine",
+            "lr_warmup_iters": min(iters // 10, 100),
+            "weight_decay": 0.0,
+            **({} if stage.trained is None else {"lr_mult_patterns": [f"^(?!{stage.trained})=0"]}),
+        },
         **({"distillation": {"teacher": teacher, "teacher_weight": options.teacher_weight}} if stage.is_taught else {}),
         "logging": {"run_dir": str(run_dir), "log_interval": max(1, iters // 20)},
-    }  # fmt: skip
+    }

@@ -89,6 +89,14 @@ def verdict_table(verdicts: Sequence[Verdict]) -> list[list[str]]:
     whole = verdicts[0]
     rows = [["model", "expert bytes", "share", "CE", "over the original", "KL from it"]]
     for v in verdicts:
-        rows.append([v.model, f"{v.expert_bytes:,}", f"{v.expert_bytes / whole.expert_bytes:.3f}", f"{v.loss:.4f}",
-                     f"{rounded(v.loss - whole.loss):+.4f}", f"{rounded(v.divergence):.4f}"])  # fmt: skip
+        rows.append(
+            [
+                v.model,
+                f"{v.expert_bytes:,}",
+                f"{v.expert_bytes / whole.expert_bytes:.3f}",
+                f"{v.loss:.4f}",
+                f"{rounded(v.loss - whole.loss):+.4f}",
+                f"{rounded(v.divergence):.4f}",
+            ]
+        )
     return rows

@@ -102,8 +102,12 @@ def texts(options: CompressOptions, config: PretrainConfig, vocab_size: int, tok
     else:
         flag = "--valid-data-path"
         if are_one_dataset(own, other):
-            raise ConfigError(flag, other, "is the text of --data-path, on which experts are fitted and healed; give other text, or "
-                              "leave it out, and the last documents of --data-path are held out")  # fmt: skip
+            raise ConfigError(
+                flag,
+                other,
+                "is the text of --data-path, on which experts are fitted and healed; give other text, or "
+                "leave it out, and the last documents of --data-path are held out",
+            )
         text, judged = Text(own, 0, options.calibration_tokens), Text(other, 0, options.judge_tokens)
         training = {"train_data_path": [own], "valid_data_path": [other]}
     passes = judged.passes(seq_length, vocab_size, flag)

@@ -143,8 +143,11 @@ class Compression:
             f"{fit / 1e6:,.1f} MB besides; {free / 1e6:,.0f} MB are free"
         )
         if needed + model > free:
-            raise ConfigError("--load-dir", self.options.load_dir, f"takes {(needed + model) / 1e9:,.1f} GB to calibrate, and "
-                              f"{free / 1e9:,.1f} GB are free")  # fmt: skip
+            raise ConfigError(
+                "--load-dir",
+                self.options.load_dir,
+                f"takes {(needed + model) / 1e9:,.1f} GB to calibrate, and {free / 1e9:,.1f} GB are free",
+            )
 
     # 2. Choose and match
 
@@ -152,8 +155,14 @@ class Compression:
     def plan(self) -> SharingPlan:
         """Which layers share what."""
         options = self.options
-        settings = {"expert_sharing": options.sharing, "num_expert_banks": options.num_banks, "num_expert_sets": options.num_sets,
-                    "budget": options.budget, "choose_map": options.choose_map, "match": options.match}  # fmt: skip
+        settings = {
+            "expert_sharing": options.sharing,
+            "num_expert_banks": options.num_banks,
+            "num_expert_sets": options.num_sets,
+            "budget": options.budget,
+            "choose_map": options.choose_map,
+            "match": options.match,
+        }
         result = self.folder.stage("plan", settings, self._choose)
         return SharingPlan(result["sharing"], result["num_banks"])
 
@@ -303,8 +312,12 @@ class Compression:
         self.fitted()
         others = self.others()
         folders = {n: self.folder_of(n) for n in ("original", "matched", "fitted", *others)} | dict(healed)
-        settings = {**self._fit_settings(), "valid_data_path": options.valid_data_path,
-                    "judge_tokens": options.judge_tokens, "judge_start": self.texts.start}  # fmt: skip
+        settings = {
+            **self._fit_settings(),
+            "valid_data_path": options.valid_data_path,
+            "judge_tokens": options.judge_tokens,
+            "judge_start": self.texts.start,
+        }
         original = None
         verdicts = []
         for name, folder in folders.items():

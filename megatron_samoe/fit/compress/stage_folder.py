@@ -55,8 +55,11 @@ class StageFolder:
             for field in sorted(set(settings) | set(kept["settings"])):
                 before, now = kept["settings"].get(field), settings.get(field)
                 if before != now:
-                    raise ConfigError(f"--{field.replace('_', '-')}", now, f"is {before} in {self.root}, whose stage {name} is done; "
-                                      "give that, or another --save-dir")  # fmt: skip
+                    raise ConfigError(
+                        f"--{field.replace('_', '-')}",
+                        now,
+                        f"is {before} in {self.root}, whose stage {name} is done; give that, or another --save-dir",
+                    )
             if name not in self._told:
                 self._told.add(name)
                 logger.info(f"{name}: done before")

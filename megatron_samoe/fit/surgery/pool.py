@@ -131,13 +131,20 @@ def _share(
 
 
 def _groups(
-    config: PretrainConfig, layers: Sequence[LayerPlace], sources: Sequence[Source], sharing: str, options: SetOptions,
+    config: PretrainConfig,
+    layers: Sequence[LayerPlace],
+    sources: Sequence[Source],
+    sharing: str,
+    options: SetOptions,
     action: str,
-) -> list[SharedGroup]:  # fmt: skip
+) -> list[SharedGroup]:
     moe, ways = config.moe, {source.way for source in sources}
     if foreign := [way.name for way in ways if way.make is not None]:
-        raise ConfigError("--expert-sharing", sharing, f"must not have {foreign[0]}, which is of another package: {action} "
-                          "fits pools and sets")  # fmt: skip
+        raise ConfigError(
+            "--expert-sharing",
+            sharing,
+            f"must not have {foreign[0]}, which is of another package: {action} fits pools and sets",
+        )
     combine, use_sets = any(way.combines for way in ways), any(way.in_sets for way in ways)
     if not combine if action == "pool" else combine or not use_sets:
         words = (
@@ -152,11 +159,17 @@ def _groups(
         used_by = [place for place, own in zip(layers, sources, strict=True) if own == source]
         if source.way.combines:
             if not 1 <= moe.num_expert_banks <= len(used_by):
-                raise ConfigError("--num-expert-banks", moe.num_expert_banks, "must be from 1 to the number of MoE layers that "
-                                  f"combine them, {len(used_by)}")  # fmt: skip
+                raise ConfigError(
+                    "--num-expert-banks",
+                    moe.num_expert_banks,
+                    f"must be from 1 to the number of MoE layers that combine them, {len(used_by)}",
+                )
             if moe.moe_router_num_groups is not None:
-                raise ConfigError("--moe-router-num-groups", moe.moe_router_num_groups, "cannot be kept by pool, which "
-                                  "renumbers experts across groups; tie keeps groups")  # fmt: skip
+                raise ConfigError(
+                    "--moe-router-num-groups",
+                    moe.moe_router_num_groups,
+                    "cannot be kept by pool, which renumbers experts across groups; tie keeps groups",
+                )
             groups.append(SharedGroup(source, used_by, moe.num_expert_banks, moe.samoe_granularity == "expert"))
             continue
         anchor = None

@@ -231,7 +231,11 @@ def _with_factors(config: PretrainConfig, factors: Mapping[int, float]) -> tuple
     if moe.moe_router_score_function == "relu":
         return config, (".moe.router.weight",)
     if values[-1] - values[0] > EQUAL * values[-1]:
-        raise ConfigError("--scale", "keep", f"w2's factors are {smallest} in different layers, which only routers of "
-                          f"--moe-router-score-function norm or relu can hold, not {moe.moe_router_score_function}; {advice}")  # fmt: skip
+        raise ConfigError(
+            "--scale",
+            "keep",
+            f"w2's factors are {smallest} in different layers, which only routers of "
+            f"--moe-router-score-function norm or relu can hold, not {moe.moe_router_score_function}; {advice}",
+        )
     factor = sum(values) / len(values) * (moe.moe_router_topk_scaling_factor or 1.0)
     return replace(config, moe=replace(moe, moe_router_topk_scaling_factor=factor)), ()

@@ -117,9 +117,16 @@ class Family:
 
 #: Options of the model that few classes have.
 RARE = (
-    "attention_bias", "clip_qkv", "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
-    "use_parallel_residual", "exact_gelu", "multi_latent_attention",
-)  # fmt: skip
+    "attention_bias",
+    "clip_qkv",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "use_parallel_residual",
+    "exact_gelu",
+    "multi_latent_attention",
+)
 
 
 def read_heads(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,9 +54,12 @@ def _tensors(native: NativeModel) -> tuple[Any, ...]:
 
 #: Entries of latent attention: theirs and ours.
 _LATENT = {
-    "q_lora_rank": "q_lora_rank", "kv_lora_rank": "kv_lora_rank", "qk_nope_head_dim": "qk_head_dim",
-    "qk_rope_head_dim": "qk_pos_emb_head_dim", "v_head_dim": "v_head_dim",
-}  # fmt: skip
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_head_dim",
+    "qk_rope_head_dim": "qk_pos_emb_head_dim",
+    "v_head_dim": "v_head_dim",
+}
 
 
 def _mscale(model: ModelConfig) -> float:
@@ -168,10 +171,18 @@ _FIXED = {
 _RULES: tuple[Rule, ...] = (one_number_of_experts, _scores_have_an_entry, _dense_first, _whole_shared_experts)
 _KNOWS = ("multi_latent_attention", "attention_multiplier")
 _ENTRIES = {
-    **ENTRIES, "attention_bias": only(False), "rms_norm_eps": only(1e-6), "moe_layer_freq": only(1), "q_lora_rank": may(int, 1536),
-    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_head_dim": rare(int),
+    **ENTRIES,
+    "attention_bias": only(False),
+    "rms_norm_eps": only(1e-6),
+    "moe_layer_freq": only(1),
+    "q_lora_rank": may(int, 1536),
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "qk_head_dim": rare(int),
     "router_aux_loss_coef": 0.01,
-}  # fmt: skip
+}
 #: Of DeepSeek's own code, which transformers does not read.
 _OWN_CODE = ("aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers", "num_mtp_layers")
 
@@ -197,13 +208,32 @@ def _read_groups(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
 
 
-_DEEPSEEK_V3_ENTRIES = Entries({
-    **_ENTRIES, "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
-    "num_attention_heads": 128, "num_key_value_heads": may(int, 128), "max_position_embeddings": 4096, "first_k_dense_replace": 3,
-    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
-    "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4, "norm_topk_prob": may(bool, True), "rope_interleave": only(True),
-    "topk_method": only("noaux_tc"), "scoring_func": only("sigmoid"),
-}, {"num_local_experts": "n_routed_experts"}, _OWN_CODE)  # fmt: skip
+_DEEPSEEK_V3_ENTRIES = Entries(
+    {
+        **_ENTRIES,
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": may(int, 128),
+        "max_position_embeddings": 4096,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": may(bool, True),
+        "rope_interleave": only(True),
+        "topk_method": only("noaux_tc"),
+        "scoring_func": only("sigmoid"),
+    },
+    {"num_local_experts": "n_routed_experts"},
+    _OWN_CODE,
+)
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
@@ -219,11 +249,24 @@ DEEPSEEK_V3 = Family(
     rules=(*_RULES, _two_of_a_group),
     knows=_KNOWS,
 )
-_DEEPSEEK_V2_ENTRIES = Entries({
-    **_ENTRIES, "vocab_size": 102400, "mlp_bias": only(False), "first_k_dense_replace": 0, "n_routed_experts": 64,
-    "n_shared_experts": 2, "num_experts_per_tok": needed(int), "moe_intermediate_size": 1407, "routed_scaling_factor": 1.0,
-    "topk_method": only("greedy"), "norm_topk_prob": only(False, None), "scoring_func": only("softmax"),
-}, {"num_experts": "n_routed_experts"}, (*_OWN_CODE, "n_group", "topk_group"))  # fmt: skip
+_DEEPSEEK_V2_ENTRIES = Entries(
+    {
+        **_ENTRIES,
+        "vocab_size": 102400,
+        "mlp_bias": only(False),
+        "first_k_dense_replace": 0,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": needed(int),
+        "moe_intermediate_size": 1407,
+        "routed_scaling_factor": 1.0,
+        "topk_method": only("greedy"),
+        "norm_topk_prob": only(False, None),
+        "scoring_func": only("softmax"),
+    },
+    {"num_experts": "n_routed_experts"},
+    (*_OWN_CODE, "n_group", "topk_group"),
+)
 DEEPSEEK_V2 = Family(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",

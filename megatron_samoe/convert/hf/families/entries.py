@@ -18,9 +18,15 @@ CannotCompute = "megatron_samoe's model cannot compute it"
 _MISSING, _NEEDED = object(), object()
 _MOST_LAYERS = 10_000
 _WORDS = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping",
-    list: "a list", (list, str): "a list of texts", (list, int): "a list of whole numbers",
-}  # fmt: skip
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    dict: "a mapping",
+    list: "a list",
+    (list, str): "a list of texts",
+    (list, int): "a list of whole numbers",
+}
 
 
 @dataclass(frozen=True)
@@ -92,15 +98,24 @@ def never(why: str) -> Entry:
 
 #: What entries mean in every class, whether or not it has them.
 _EVERYWHERE = {
-    "is_encoder_decoder": only(False), "add_cross_attention": only(False), "tie_encoder_decoder": only(False),
-    "cross_attention_hidden_size": only(None), "is_decoder": only(True), "is_causal": only(True),
-    "chunk_size_feed_forward": only(0), "pruned_heads": only(None, {}), "per_layer_config": only(None),
-    "attention_chunk_size": only(None), "sliding_window": only(None), "layer_types": only(None), "fusion_config": only(None),
+    "is_encoder_decoder": only(False),
+    "add_cross_attention": only(False),
+    "tie_encoder_decoder": only(False),
+    "cross_attention_hidden_size": only(None),
+    "is_decoder": only(True),
+    "is_causal": only(True),
+    "chunk_size_feed_forward": only(0),
+    "pruned_heads": only(None, {}),
+    "per_layer_config": only(None),
+    "attention_chunk_size": only(None),
+    "sliding_window": only(None),
+    "layer_types": only(None),
+    "fusion_config": only(None),
     "transformers_weights": only(None),
     "quantization_config": only(
         None, why="quantized weights cannot be converted; load and save them unquantized with transformers first"
     ),
-}  # fmt: skip
+}
 #: What no class computes by: tokens, precision, training, generation and classification, notes of other programs.
 _UNREAD = frozenset(
     """
@@ -156,8 +171,11 @@ def completed(entries: Entries, config: Mapping[str, Any], family: str) -> dict[
     Raises:
         ConfigError: an entry has a value that it cannot have or that our model does not compute, or nothing is known of it.
     """
-    found = {name: entry.missing for name in entries.table
-             if (entry := entries.entry(name)) is not None and entry.missing is not _MISSING}  # fmt: skip
+    found = {
+        name: entry.missing
+        for name in entries.table
+        if (entry := entries.entry(name)) is not None and entry.missing is not _MISSING
+    }
     # In the order in which they count: other names come last.
     for key in sorted(config, key=lambda key: key in entries.other_names):
         if entries.is_unread(key):

@@ -98,11 +98,23 @@ _AMONG_CHOSEN = always(moe_router_pre_softmax=False)
 _WIDTH = same("intermediate_size", "moe_ffn_hidden_size", written="expert_size")
 EXPERT_WIDTH = same("moe_intermediate_size", "moe_ffn_hidden_size", written="expert_size")
 
-_MIXTRAL_ENTRIES = Entries({
-    **ENTRIES, "intermediate_size": 14336, "num_key_value_heads": 8, "head_dim": may(int), "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": may(int), "num_local_experts": 8, "num_experts_per_tok": 2,
-    "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
-}, {"num_experts": "num_local_experts"})  # fmt: skip
+_MIXTRAL_ENTRIES = Entries(
+    {
+        **ENTRIES,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "head_dim": may(int),
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": may(int),
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+    },
+    {"num_experts": "num_local_experts"},
+)
 MIXTRAL = Family(
     "mixtral",
     "MixtralForCausalLM",
@@ -142,14 +154,28 @@ _QWEN = (
     Option(_written_pattern, _read_pattern),
 )
 _QWEN_ENTRIES = {
-    **QWEN_ENTRIES, "hidden_size": 2048, "num_hidden_layers": 24, "use_sliding_window": only(False), "decoder_sparse_step": 1,
-    "mlp_only_layers": may((list, int)), "norm_topk_prob": False, "router_aux_loss_coef": 0.001,
-}  # fmt: skip
-_QWEN3_MOE_ENTRIES = Entries({
-    **{name: entry for name, entry in _QWEN_ENTRIES.items() if name not in ("max_window_layers", "layer_types")},
-    "intermediate_size": 6144, "num_key_value_heads": 4, "attention_bias": only(False), "moe_intermediate_size": 768,
-    "num_experts": 128, "num_experts_per_tok": 8,
-}, {"num_local_experts": "num_experts"}, ("max_window_layers",))  # fmt: skip
+    **QWEN_ENTRIES,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "use_sliding_window": only(False),
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": may((list, int)),
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
+}
+_QWEN3_MOE_ENTRIES = Entries(
+    {
+        **{name: entry for name, entry in _QWEN_ENTRIES.items() if name not in ("max_window_layers", "layer_types")},
+        "intermediate_size": 6144,
+        "num_key_value_heads": 4,
+        "attention_bias": only(False),
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+    {"num_local_experts": "num_experts"},
+    ("max_window_layers",),
+)
 QWEN3_MOE = Family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
@@ -200,10 +226,19 @@ def _read_shared_expert(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"moe_shared_expert_intermediate_size": width, "moe_shared_expert_gate": True}
 
 
-_QWEN2_MOE_ENTRIES = Entries({
-    **_QWEN_ENTRIES, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16, "moe_intermediate_size": 1408,
-    "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4, "qkv_bias": True,
-})  # fmt: skip
+_QWEN2_MOE_ENTRIES = Entries(
+    {
+        **_QWEN_ENTRIES,
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "qkv_bias": True,
+    }
+)
 QWEN2_MOE = Family(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
@@ -226,11 +261,25 @@ def _norms_all_heads(native: NativeModel) -> str | None:
     return "--qk-layernorm-scope head (it norms all heads' queries together: --qk-layernorm-scope all)"
 
 
-_OLMOE_ENTRIES = Entries({
-    **ENTRIES, "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "attention_bias": only(False), "clip_qkv": may(float), "num_experts": 64,
-    "num_experts_per_tok": 8, "norm_topk_prob": False, "router_aux_loss_coef": 0.01,
-}, {"num_local_experts": "num_experts"})  # fmt: skip
+_OLMOE_ENTRIES = Entries(
+    {
+        **ENTRIES,
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": only(False),
+        "clip_qkv": may(float),
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.01,
+    },
+    {"num_local_experts": "num_experts"},
+)
 OLMOE = Family(
     "olmoe",
     "OlmoeForCausalLM",
@@ -251,8 +300,15 @@ OLMOE = Family(
     rules=(one_number_of_experts, all_layers_are_moe, plain_heads, _norms_all_heads),
     knows=("clip_qkv",),
 )
-_GRANITE_MOE_ENTRIES = Entries({**GRANITE_ENTRIES, "attention_bias": False, "num_local_experts": 8, "num_experts_per_tok": 2,
-                       "router_aux_loss_coef": 0.001})  # fmt: skip
+_GRANITE_MOE_ENTRIES = Entries(
+    {
+        **GRANITE_ENTRIES,
+        "attention_bias": False,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+    }
+)
 GRANITE_MOE = Family(
     "granitemoe",
     "GraniteMoeForCausalLM",

@@ -121,8 +121,11 @@ def _written_window(native: NativeModel) -> dict[str, Any]:
         return {"use_sliding_window": False}
     kinds = written_layer_types(model.num_layers, model.window_attn_skip_freq)
     return {
-        "use_sliding_window": True, "sliding_window": model.sliding_window, "max_window_layers": 0, "layer_types": kinds
-    }  # fmt: skip
+        "use_sliding_window": True,
+        "sliding_window": model.sliding_window,
+        "max_window_layers": 0,
+        "layer_types": kinds,
+    }
 
 
 WINDOW_BY_LAYER = Option(_written_window, window_by_layer)
@@ -130,11 +133,23 @@ WINDOW_BY_LAYER = Option(_written_window, window_by_layer)
 _HEADS = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": may(int)}
 #: Entries of all of them; their sizes differ.
 ENTRIES = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, **_HEADS, "head_dim": rare(int),
-    "hidden_act": only("silu"), "max_position_embeddings": 2048, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False, "attention_dropout": 0.0, "rope_theta": 10000.0, "rope_parameters": may(dict),
-    "rope_scaling": may(dict), "partial_rotary_factor": may(float), "original_max_position_embeddings": rare(int),
-}  # fmt: skip
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    **_HEADS,
+    "head_dim": rare(int),
+    "hidden_act": only("silu"),
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+    "rope_theta": 10000.0,
+    "rope_parameters": may(dict),
+    "rope_scaling": may(dict),
+    "partial_rotary_factor": may(float),
+    "original_max_position_embeddings": rare(int),
+}
 _LLAMA = {**ENTRIES, "attention_bias": False, "mlp_bias": False}
 GRANITE_ENTRIES = {**ENTRIES, **dict.fromkeys(MULTIPLIERS, 1.0)}
 
@@ -161,11 +176,19 @@ GRANITE = Family(
     rules=LLAMA.rules,
     knows=("attention_bias", *MULTIPLIERS),
 )
-_MISTRAL_ENTRIES = Entries({
-    **ENTRIES, "intermediate_size": 14336, "num_key_value_heads": 8, "head_dim": may(int), "max_position_embeddings": 131072,
-    "sliding_window": may(int, 4096),
-    "layer_types": never("makes another class of it in transformers (Ministral), which megatron_samoe does not have"),
-})  # fmt: skip
+_MISTRAL_ENTRIES = Entries(
+    {
+        **ENTRIES,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "head_dim": may(int),
+        "max_position_embeddings": 131072,
+        "sliding_window": may(int, 4096),
+        "layer_types": never(
+            "makes another class of it in transformers (Ministral), which megatron_samoe does not have"
+        ),
+    }
+)
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
@@ -183,10 +206,16 @@ MISTRAL = Family(
 )
 
 QWEN_ENTRIES = {
-    **ENTRIES, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": may(int, 32),
-    "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": may(int, 4096), "max_window_layers": 28,
+    **ENTRIES,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": may(int, 32),
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": may(int, 4096),
+    "max_window_layers": 28,
     "layer_types": may((list, str)),
-}  # fmt: skip
+}
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",

@@ -15,21 +15,43 @@ from megatron_samoe.errors import ConfigError
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 #: Entries of scaled positions: theirs and ours.
 _ROPE_OPTIONS = {
-    "factor": "rope_scaling_factor", "original_max_position_embeddings": "rope_original_max_positions",
-    "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor",
-    "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attention_factor",
-}  # fmt: skip
+    "factor": "rope_scaling_factor",
+    "original_max_position_embeddings": "rope_original_max_positions",
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+    "attention_factor": "yarn_attention_factor",
+}
 _LENGTH = "original_max_position_embeddings"
 _ROPE = {"rope_theta": needed(float), "partial_rotary_factor": 1.0}
 #: Entries of positions by kind. Kinds and entries that are not here are refused.
 _KINDS = {
     "default": Entries(_ROPE),
     "linear": Entries({**_ROPE, "factor": needed(float)}),
-    "llama3": Entries({**_ROPE, "factor": needed(float), _LENGTH: needed(int), "low_freq_factor": needed(float),
-                       "high_freq_factor": needed(float)}),
-    "yarn": Entries({**_ROPE, "factor": needed(float), _LENGTH: needed(int), "attention_factor": may(float), "beta_fast": may(float),
-                     "beta_slow": may(float), "mscale": may(float), "mscale_all_dim": may(float), "truncate": only(True)}),
-}  # fmt: skip
+    "llama3": Entries(
+        {
+            **_ROPE,
+            "factor": needed(float),
+            _LENGTH: needed(int),
+            "low_freq_factor": needed(float),
+            "high_freq_factor": needed(float),
+        }
+    ),
+    "yarn": Entries(
+        {
+            **_ROPE,
+            "factor": needed(float),
+            _LENGTH: needed(int),
+            "attention_factor": may(float),
+            "beta_fast": may(float),
+            "beta_slow": may(float),
+            "mscale": may(float),
+            "mscale_all_dim": may(float),
+            "truncate": only(True),
+        }
+    ),
+}
 
 
 def written_rope(model: ModelConfig) -> dict[str, Any]:
@@ -78,8 +100,11 @@ def rotary(
     if rope["rope_type"] == "default":
         return options
     # YaRN's numbers are theirs if they are 0, except for the factor on attention.
-    scaled = {ours: rope[theirs] for theirs, ours in _ROPE_OPTIONS.items()
-              if rope.get(theirs) or (theirs == "attention_factor" and rope.get(theirs) is not None)}  # fmt: skip
+    scaled = {
+        ours: rope[theirs]
+        for theirs, ours in _ROPE_OPTIONS.items()
+        if rope.get(theirs) or (theirs == "attention_factor" and rope.get(theirs) is not None)
+    }
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if mscale and all_dim and rope["attention_factor"] is None:
         log = 0.1 * math.log(max(rope["factor"], 1.0))
@@ -138,8 +163,11 @@ def window_by_layer(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"sliding_window": size}
     every = kinds.index("full_attention") + 1
     if every < 2 or kinds != written_layer_types(layers, every):
-        raise ConfigError("config.json: layer_types", kinds, f"{CannotCompute}; a window must be in all layers, or in all but "
-                          "every N-th")  # fmt: skip
+        raise ConfigError(
+            "config.json: layer_types",
+            kinds,
+            f"{CannotCompute}; a window must be in all layers, or in all but every N-th",
+        )
     return {"sliding_window": size, "window_attn_skip_freq": every}
 
 

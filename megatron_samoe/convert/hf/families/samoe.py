@@ -28,12 +28,19 @@ AUTO_MAP = {
 }
 #: Entries of config.json that carry over as they are: theirs, ours, and ours' group.
 _MODEL_ENTRIES = {
-    "hidden_size": "hidden_size", "num_hidden_layers": "num_layers", "num_attention_heads": "num_attention_heads",
-    "position_embedding_type": "position_embedding_type", "rotary_base": "rotary_base",
-    "rotary_percent": "rotary_percent", "normalization": "normalization", "norm_epsilon": "norm_epsilon",
-    "qk_layernorm": "qk_layernorm", "initializer_range": "init_method_std", "attention_dropout": "attention_dropout",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "position_embedding_type": "position_embedding_type",
+    "rotary_base": "rotary_base",
+    "rotary_percent": "rotary_percent",
+    "normalization": "normalization",
+    "norm_epsilon": "norm_epsilon",
+    "qk_layernorm": "qk_layernorm",
+    "initializer_range": "init_method_std",
+    "attention_dropout": "attention_dropout",
     "hidden_dropout": "hidden_dropout",
-}  # fmt: skip
+}
 _MOE_ENTRIES = {
     "num_experts_per_tok": "moe_router_topk",
     "router_score_function": "moe_router_score_function",
@@ -41,36 +48,82 @@ _MOE_ENTRIES = {
 }
 #: Options of the model that have our names, are written where they are not at their default, and may be missing.
 _RARE_MODEL_ENTRIES = (
-    "qk_layernorm_scope", "clip_qkv", "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling",
-    "use_parallel_residual", "sliding_window", "window_attn_skip_freq", "rope_scaling_type", "rope_scaling_factor",
-    "rope_original_max_positions", "rope_low_freq_factor", "rope_high_freq_factor", "yarn_beta_fast", "yarn_beta_slow",
-    "yarn_attention_factor", "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim",
-)  # fmt: skip
+    "qk_layernorm_scope",
+    "clip_qkv",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "use_parallel_residual",
+    "sliding_window",
+    "window_attn_skip_freq",
+    "rope_scaling_type",
+    "rope_scaling_factor",
+    "rope_original_max_positions",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_attention_factor",
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+)
 #: The same of experts: theirs and ours.
 _RARE_ENTRIES = {
-    "router_expert_bias": "moe_router_enable_expert_bias", "router_num_groups": "moe_router_num_groups",
-    "router_group_topk": "moe_router_group_topk", "router_scaling_factor": "moe_router_topk_scaling_factor",
-    "shared_expert_gate": "moe_shared_expert_gate", "residual_mlp": "moe_residual_mlp", "num_neighbour_layers": "num_neighbour_layers",
-    "neighbour_unmask_steps": "neighbour_unmask_steps", "pool_lock_step": "pool_lock_step",
-}  # fmt: skip
+    "router_expert_bias": "moe_router_enable_expert_bias",
+    "router_num_groups": "moe_router_num_groups",
+    "router_group_topk": "moe_router_group_topk",
+    "router_scaling_factor": "moe_router_topk_scaling_factor",
+    "shared_expert_gate": "moe_shared_expert_gate",
+    "residual_mlp": "moe_residual_mlp",
+    "num_neighbour_layers": "num_neighbour_layers",
+    "neighbour_unmask_steps": "neighbour_unmask_steps",
+    "pool_lock_step": "pool_lock_step",
+}
 _POOL_ENTRIES = {name: name for name in ("num_expert_banks", "samoe_granularity", "samoe_normalization")}
 #: Entries of theirs that are computed from ours.
-_COMPUTED = ("head_dim", "num_key_value_heads", "intermediate_size", "max_position_embeddings", "hidden_act",
-             "linear_bias", "qkv_bias", "tie_word_embeddings", "expert_layout")  # fmt: skip
+_COMPUTED = (
+    "head_dim",
+    "num_key_value_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "hidden_act",
+    "linear_bias",
+    "qkv_bias",
+    "tie_word_embeddings",
+    "expert_layout",
+)
 #: Names of activations, theirs and ours: whether it is gated, and whether GELU is exact.
 _ACTIVATIONS = {"swiglu": (True, False), "gelu_tanh": (False, False), "gelu": (False, True)}
 _COMPUTED_OF_MOE = ("num_experts", "moe_layers", "moe_intermediate_size", "router_pre_softmax")
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 #: Each has the type of our option, which refuses others.
-_ENTRIES = Entries({
-    **dict.fromkeys(
-        (*_MODEL_ENTRIES, *_RARE_MODEL_ENTRIES, *_MOE_ENTRIES, *_RARE_ENTRIES, *_POOL_ENTRIES, *_COMPUTED, *_COMPUTED_OF_MOE,
-         "expert_sharing", "lent_experts"),
-        rare(object, takes_null=True)),
-    **dict.fromkeys(_SIZES, rare(int)),
-    **dict.fromkeys(("linear_bias", "qkv_bias", "tie_word_embeddings", "attention_output_bias"), rare(bool)),
-    "hidden_act": one_of(*_ACTIVATIONS), "expert_layout": one_of("dense", "moe", "samoe"),
-})  # fmt: skip
+_ENTRIES = Entries(
+    {
+        **dict.fromkeys(
+            (
+                *_MODEL_ENTRIES,
+                *_RARE_MODEL_ENTRIES,
+                *_MOE_ENTRIES,
+                *_RARE_ENTRIES,
+                *_POOL_ENTRIES,
+                *_COMPUTED,
+                *_COMPUTED_OF_MOE,
+                "expert_sharing",
+                "lent_experts",
+            ),
+            rare(object, takes_null=True),
+        ),
+        **dict.fromkeys(_SIZES, rare(int)),
+        **dict.fromkeys(("linear_bias", "qkv_bias", "tie_word_embeddings", "attention_output_bias"), rare(bool)),
+        "hidden_act": one_of(*_ACTIVATIONS),
+        "expert_layout": one_of("dense", "moe", "samoe"),
+    }
+)
 
 
 def _moe_entries(layout: str, has_pool: bool) -> dict[str, str]:
@@ -99,16 +152,23 @@ def _write(native: NativeModel) -> dict[str, Any]:
     written = written_options(native.sources) if native.sources else {"expert_layout": "dense"}
     layout, sharing = str(written["expert_layout"]), written.get("expert_sharing")
     config = {
-        "auto_map": AUTO_MAP, **written_entries((*SIZES, *HEADS), native), **_model_entries(model), "expert_layout": layout,
+        "auto_map": AUTO_MAP,
+        **written_entries((*SIZES, *HEADS), native),
+        **_model_entries(model),
+        "expert_layout": layout,
         **{theirs: getattr(moe, ours) for theirs, ours in _moe_entries(layout, moe.has_pool).items()},
-    }  # fmt: skip
+    }
     if model.multi_latent_attention:
         config |= {"head_dim": model.query_dim, "num_key_value_heads": model.num_attention_heads}
     if layout != "dense":
         changes, counts = _candidates_change(native), _counts(native)
         experts = list(counts) if isinstance(counts, tuple) else counts
-        config |= {"num_experts": experts, "moe_layers": list(native.is_moe), "moe_intermediate_size": native.expert_size,
-                   "router_pre_softmax": moe.pre_softmax}  # fmt: skip
+        config |= {
+            "num_experts": experts,
+            "moe_layers": list(native.is_moe),
+            "moe_intermediate_size": native.expert_size,
+            "router_pre_softmax": moe.pre_softmax,
+        }
         given = {theirs: (getattr(moe, ours), getattr(MoEConfig(), ours)) for theirs, ours in _RARE_ENTRIES.items()}
         given |= {} if changes else {"num_neighbour_layers": (None, None)}
         config |= {theirs: value for theirs, (value, default) in given.items() if value != default}
@@ -143,15 +203,19 @@ def _read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     model = {ours: config[theirs] for theirs, ours in _MODEL_ENTRIES.items()}
     model |= {
-        "kv_channels": config["head_dim"], "group_query_attention": kv_heads != heads,
-        "num_query_groups": kv_heads if kv_heads != heads else 1, "ffn_hidden_size": config["intermediate_size"],
-        "seq_length": config["max_position_embeddings"], "swiglu": swiglu, "exact_gelu": exact_gelu,
+        "kv_channels": config["head_dim"],
+        "group_query_attention": kv_heads != heads,
+        "num_query_groups": kv_heads if kv_heads != heads else 1,
+        "ffn_hidden_size": config["intermediate_size"],
+        "seq_length": config["max_position_embeddings"],
+        "swiglu": swiglu,
+        "exact_gelu": exact_gelu,
         "disable_bias_linear": not config["linear_bias"],
         "attention_bias": None if has_output_bias == config["linear_bias"] else has_output_bias,
         "add_qkv_bias": config["qkv_bias"] and not has_output_bias,
         **{name: config[name] for name in _RARE_MODEL_ENTRIES if config.get(name) is not None},
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
-    }  # fmt: skip
+    }
     if model.get("multi_latent_attention"):
         model["kv_channels"] = None
     moe = {"expert_layout": layout, **{ours: config[theirs] for theirs, ours in of_layout.items()}}

@@ -97,9 +97,16 @@ class AttentionCore(nn.Module):
         elif name != "eager":  # transformers 4
             attention_interface = ALL_ATTENTION_FUNCTIONS[name]
         y, weights = attention_interface(
-            self, query, key, value, attention_mask, scaling=self.scaling, sliding_window=self.sliding_window,
-            dropout=self.config.attention_dropout if self.training else 0.0, **kwargs,
-        )  # fmt: skip
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
         return y.reshape(*y.shape[:2], -1, query.shape[-1]), weights
 
 
@@ -109,8 +116,11 @@ class Attention(AttentionCore):
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
         heads, kv_heads, size, hidden = (
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        )  # fmt: skip
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.hidden_size,
+        )
         self.q_proj = nn.Linear(hidden, heads * size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(hidden, kv_heads * size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden, kv_heads * size, bias=config.qkv_bias)
@@ -148,8 +158,11 @@ class LatentAttention(AttentionCore):
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)
         heads, hidden, rank, q_rank = (
-            config.num_attention_heads, config.hidden_size, config.kv_lora_rank, config.q_lora_rank
-        )  # fmt: skip
+            config.num_attention_heads,
+            config.hidden_size,
+            config.kv_lora_rank,
+            config.q_lora_rank,
+        )
         self.plain, self.turned, self.v_size = config.qk_head_dim, config.qk_pos_emb_head_dim, config.v_head_dim
         if q_rank is None:
             self.q_proj = nn.Linear(hidden, heads * config.head_dim, bias=False)

@@ -76,9 +76,12 @@ class SamoePreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # As in training, whatever the dtype of the rest; transformers 4 refuses names that a model lacks.
         sources = [source for source in config.expert_sources() if source is not None]
-        kept = {"router": sources, "mixing": sources and (config.residual_mlp or config.shared_expert_gate),
-                "expert_pool": any(source.bank for source in sources),
-                "combination": any(source.normalization for source in sources)}  # fmt: skip
+        kept = {
+            "router": sources,
+            "mixing": sources and (config.residual_mlp or config.shared_expert_gate),
+            "expert_pool": any(source.bank for source in sources),
+            "combination": any(source.normalization for source in sources),
+        }
         self._keep_in_fp32_modules_strict = [name for name, is_there in kept.items() if is_there]
 
     def _init_weights(self, module):
@@ -121,9 +124,18 @@ class SamoeModel(SamoePreTrainedModel):
         self.embed_tokens = value
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        use_cache=None, output_hidden_states=False, cache=None, return_dict=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_hidden_states=False,
+        cache=None,
+        return_dict=None,
+        **kwargs,
+    ):
         """Returns the last hidden states [B, S, H], and the cache if one is used.
 
         Args:
@@ -162,9 +174,15 @@ class SamoeModel(SamoePreTrainedModel):
     def causal_masks(self, x, attention_mask, cache, position_ids):
         """Returns the mask as the attention function wants it, for each kind of attention that layers have."""
         given = {
-            "config": self.config, "inputs_embeds": x, "input_embeds": x, "attention_mask": attention_mask,
-            "past_key_values": cache, "cache": cache, "position_ids": position_ids, "cache_position": position_ids[0],
-        }  # fmt: skip
+            "config": self.config,
+            "inputs_embeds": x,
+            "input_embeds": x,
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "cache": cache,
+            "position_ids": position_ids,
+            "cache_position": position_ids[0],
+        }
         given = {name: value for name, value in given.items() if name in _OF_MASK}
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         return {kind: makers[kind](**given) for kind in {layer.self_attn.kind for layer in self.layers}}
@@ -180,14 +198,33 @@ class SamoeForCausalLM(SamoePreTrainedModel, GenerationMixin):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, output_hidden_states=None, return_dict=None, logits_to_keep=0, cache=None,
-                **kwargs):  # fmt: skip
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        return_dict=None,
+        logits_to_keep=0,
+        cache=None,
+        **kwargs,
+    ):
         """Returns logits [B, S, V], and the mean loss of the next token if labels are given (-100 is left out)."""
         output = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            bool(output_hidden_states), cache, **kwargs,
-        )  # fmt: skip
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            bool(output_hidden_states),
+            cache,
+            **kwargs,
+        )
         x = output.last_hidden_state
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
         tied = self.config.tie_word_embeddings
