@@ -220,8 +220,9 @@ def mark_columns(app: Any, tree: Any, page: str) -> None:
             block["classes"].append("columns")
 
 
-def setup(app: Any) -> None:
+def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("doctree-resolved", mark_columns)
     app.connect("builder-inited", make_pages)
     app.connect("autodoc-process-docstring", read_as_text, priority=400)  # before the sections are read
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
