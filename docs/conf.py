@@ -34,6 +34,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 html_theme, html_title = "furo", "megatron_samoe"
 html_static_path, html_css_files = ["static", "images/idea_dark.svg"], ["site.css"]
+html_search_scorer = "static/scorer.js"
 smartquotes = False  # two dashes are a flag's
 html_copy_source = False
 myst_heading_anchors = 4
