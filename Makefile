@@ -84,7 +84,7 @@ results-check: $(VENV)/.installed
 # The site, in docs/_build/html; a warning, such as a link that leads nowhere, is an error.
 docs: $(VENV)/.installed
 	$(PIP) --no-build-isolation --editable ".[docs]"
-	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -j auto -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 # One wheel for Python 3.10 and later and torch 2.11 and later, and the sources, in dist/. auditwheel names it after the

@@ -34,6 +34,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 html_theme, html_title = "furo", "megatron_samoe"
 html_static_path, html_css_files = ["static", "images/idea_dark.svg"], ["site.css"]
+html_search_scorer = str(Path(__file__).with_name("static") / "scorer.js")
 smartquotes = False  # two dashes are a flag's
 html_copy_source = False
 myst_heading_anchors = 4
@@ -220,8 +221,9 @@ def mark_columns(app: Any, tree: Any, page: str) -> None:
             block["classes"].append("columns")
 
 
-def setup(app: Any) -> None:
+def setup(app: Any) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("doctree-resolved", mark_columns)
     app.connect("builder-inited", make_pages)
     app.connect("autodoc-process-docstring", read_as_text, priority=400)  # before the sections are read
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

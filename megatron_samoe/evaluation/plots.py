@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from megatron_samoe.evaluation.run_groups import Groups
+from megatron_samoe.evaluation.run_groups import Groups, RunGroup
 from megatron_samoe.evaluation.run_summary import RunSummary
 
 #: One colour and one shape per model, the same in all plots of a report. The colours are those of Okabe and Ito, which
@@ -73,39 +73,70 @@ def label_tokens(axes: Axes, most: int | None = None) -> None:
 
 
 def loss_curves(groups: Groups) -> bytes | None:
-    """Training loss (thin, every seed) and validation loss (dots: mean over seeds, bars: range) over consumed tokens."""
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    """Training loss (thin, every seed) and validation loss (dots: mean over seeds, bars: range) over consumed tokens; beside it
+    what parts the models: their differences from the dense one, or from the first.
+    """
+    if not any(run.trained for group in groups for run in group.runs):
+        return None
+    trained = [group for group in groups if any(run.trained for run in group.runs)]
+    base = next((group for group in trained if group.layout == "dense"), trained[0])
+    figure, panels = side_by_side(min(2, len(trained)), width=6.5)
     for place, group in enumerate(groups):
         for run in group.runs:
-            axes.plot(
-                [r["consumed_tokens"] for r in run.trained],
-                [r["lm_loss"] for r in run.trained],
-                alpha=0.35,
-                linewidth=0.8,
-                color=colour(place),
-            )
-        at: dict[int, list[float]] = {}
-        for run in group.runs:
-            for record in run.trained:
-                if "validation_loss" in record:
-                    at.setdefault(record["consumed_tokens"], []).append(record["validation_loss"])
+            tokens, losses = [r["consumed_tokens"] for r in run.trained], [r["lm_loss"] for r in run.trained]
+            panels[0].plot(tokens, losses, alpha=0.35, linewidth=0.8, color=colour(place))
+        at = _validation(group)
         if at:
-            tokens = sorted(at)
-            means = np.array([np.mean(at[t]) for t in tokens])
-            spans = np.array([(m - min(at[t]), max(at[t]) - m) for t, m in zip(tokens, means, strict=True)]).T
-            axes.errorbar(
-                tokens,
-                means,
-                yerr=np.maximum(spans, 0.0),
-                fmt="o-",
-                markersize=4,
-                capsize=2,
-                color=colour(place),
+            means = [np.mean(values) for values in at.values()]
+            spans = np.array([(m - min(v), max(v) - m) for m, v in zip(means, at.values(), strict=True)]).T
+            panels[0].errorbar(
+                [*at], means, yerr=np.maximum(spans, 0.0), fmt="o-", markersize=4, capsize=2, color=colour(place),
                 label=f"{group.name}: validation",
-            )
-    axes.set(xlabel="training tokens", ylabel="loss (nats per token)")
-    label_tokens(axes)
-    return finished(figure, axes, any(run.trained for group in groups for run in group.runs))
+            )  # fmt: skip
+        if len(panels) > 1 and group in trained:
+            _difference(panels[1], group, base, colour(place), marker(place))
+    panels[0].set(xscale="log", xlabel="training tokens", ylabel="loss (nats per token)")
+    if len(panels) > 1:
+        panels[1].set(xlabel="training tokens", ylabel=f"loss minus that of {base.name}")
+    for axes in panels:
+        label_tokens(axes)
+        axes.grid(alpha=0.3, which="both" if axes is panels[0] else "major")
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8)
+    return png_of(figure)
+
+
+def _validation(group: RunGroup) -> dict[int, list[float]]:
+    """Returns the validation losses of a model's seeds by consumed tokens, in their order."""
+    at: dict[int, list[float]] = {}
+    for run in group.runs:
+        for record in run.trained:
+            if "validation_loss" in record:
+                at.setdefault(record["consumed_tokens"], []).append(record["validation_loss"])
+    return dict(sorted(at.items()))
+
+
+def _smoothed(group: RunGroup) -> dict[int, float]:
+    """Returns training losses by consumed tokens: means over seeds and over a twentieth of the run before."""
+    at: dict[int, list[float]] = {}
+    for run in group.runs:
+        losses = np.array([r["lm_loss"] for r in run.trained])
+        width = max(1, len(losses) // 20)
+        sums = np.cumsum([0.0, *losses])
+        for end, record in enumerate(run.trained, 1):
+            if end >= width:
+                at.setdefault(record["consumed_tokens"], []).append((sums[end] - sums[end - width]) / width)
+    return {tokens: float(np.mean(values)) for tokens, values in sorted(at.items())}
+
+
+def _difference(axes: Axes, group: RunGroup, base: RunGroup, shade: str, shape: str) -> None:
+    """Draws how far a model lies from another after the first tenth of training: a line of training, marks of validation."""
+    ours, theirs = _smoothed(group), _smoothed(base)
+    shared = [tokens for tokens in ours if tokens in theirs and tokens >= 0.1 * max(theirs)]
+    axes.plot(shared, [ours[t] - theirs[t] for t in shared], color=shade, linewidth=1.2, label=group.name)
+    valid, others = _validation(group), _validation(base)
+    marks = [tokens for tokens in valid if tokens in others and tokens >= 0.1 * max(theirs)]
+    axes.plot(marks, [np.mean(valid[t]) - np.mean(others[t]) for t in marks], shape, color=shade, markersize=5)
 
 
 def last_value(run: RunSummary, key: str) -> Any:

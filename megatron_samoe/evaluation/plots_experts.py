@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from megatron_samoe.evaluation.plots import colour, finished, label_tokens, png_of
@@ -122,4 +123,10 @@ def combination_evolution(groups: Groups) -> bytes | None:
             axes.grid(alpha=0.3)
         row[0].set_ylabel(group.name, fontsize=9)
     figure.supxlabel("training tokens", fontsize=9)
+    banks = max(a_NL2P.shape[3] for _, _, a_NL2P in shown)
+    lines = [Line2D([], [], color=colour(bank), label=f"bank {bank + 1}") for bank in range(banks)]
+    lines += [
+        Line2D([], [], color="#7f7f7f", linestyle=style, label=which) for style, which in (("-", "w1"), ("--", "w2"))
+    ]
+    figure.legend(handles=lines, loc="outside upper left", ncols=len(lines), fontsize=9)
     return png_of(figure)

@@ -135,6 +135,7 @@ _ZERO_SHOT = (
 _NO_ZERO_SHOT = (
     "megatron-samoe evaluate --json FILE measures them, and megatron-samoe report --zero-shot FILE shows them here."
 )
+_NO_SPEED = "Quartiles of a run's speed lie further apart than 15 %, as on a machine that something else uses, too."
 _NO_LAYERS = "No run was made with --moe-per-layer-logging, which measures them."
 
 
@@ -187,7 +188,7 @@ _PLOTS: tuple[tuple[str, str, str, Callable[[Groups], bytes | None], Callable[[G
     (
         "combination_evolution",
         "Combinations over training",
-        "A colour per bank; full lines: input projections (w1), dashed: output projections (w2). First seed.",
+        "Weights of each bank; full lines: input projections (w1), dashed: output projections (w2). First seed.",
         plots_experts.combination_evolution,
         _have_coefficients,
     ),
@@ -195,13 +196,16 @@ _PLOTS: tuple[tuple[str, str, str, Callable[[Groups], bytes | None], Callable[[G
 
 
 def _sections(groups: Groups, data: ReportData) -> list[Section]:
-    losses = "Thin: training, every seed. Dots: validation, mean over seeds; bars: lowest and highest seed."
+    losses = (
+        "Left, thin: training, every seed. Dots: validation, mean over seeds; bars: lowest and highest seed. Right, from a tenth "
+        "of the tokens on: differences of training (lines, means over a twentieth of the run) and of validation (marks)."
+    )
     return [
         _glance(groups),
         _results(groups, data),
         *_study(data.study),
         _quality(groups, data),
-        Section("speed", "Training speed", [_SPEED], report_tables.speed_table(groups)),
+        Section("speed", "Training speed", [_SPEED], report_tables.speed_table(groups), without=_NO_SPEED),
         Section("loss_curves", "Loss curves", [losses], png=plots.loss_curves(groups)),
         Section(
             "zero_shot",

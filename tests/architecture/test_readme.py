@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_samoe.evaluation.run_summary import summary_table
+from tests.distributed.test_layout_parity import RTOL
+from tests.harness.layout_training import LAYOUTS, MODELS
 from tests.harness.pairs import first_by_day
 from tools import draw_idea, hardware_table
 
@@ -26,6 +29,17 @@ def test_it_is_short() -> None:
 def test_its_table_has_the_columns_of_the_quickstart() -> None:
     (row,) = re.findall(r"^\|(model.*)\|$", README, re.MULTILINE)
     assert row.split("|") == summary_table([])[0]
+
+
+def test_what_is_exact_is_what_is_tested() -> None:
+    """Of the night's table; `IN_DOUBLE` and `AT_NIGHT` take each of its cells."""
+    single, double = (f"{RTOL[dtype]:g}".replace("e-0", "e-") for dtype in (torch.float32, torch.float64))
+    ranks = max(count for count, _ in LAYOUTS.values())
+    said = (
+        f"to a relative {single} in fp32 and {double} in fp64, for {len(MODELS)} models in {len(LAYOUTS) - 1} layouts "
+        f"of up to {ranks} ranks"
+    )
+    assert said in " ".join(README.split())
 
 
 @pytest.mark.parametrize("name, theme", [("idea.svg", draw_idea.LIGHT), ("idea_dark.svg", draw_idea.DARK)])

@@ -5,9 +5,16 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from urllib.parse import quote
 
 import pytest
+
+from tests.harness.browser import browser, needs_browser
 
 pytest.importorskip("sphinx", reason="the site is built with the extra [docs]")
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +38,51 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
         assert f"{page.stem}.html" in index, f"{page.name} is in no contents"
     options = (tmp_path / "html/reference/options.html").read_text()
     assert "--num-expert-banks" in options and "–num" not in options
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the whole site, as `make docs` builds it."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "--quiet", "-j", "auto", "-b", "html", "docs", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.night
+@needs_browser
+def test_the_search_finds_a_flag_the_words_of_an_error_and_a_class(site: str) -> None:
+    first = "const a = document.querySelector('ul.search li a'); return a ? a.href : ''"
+    with browser() as page:
+        for asked, wanted in (
+            ("--num-expert-banks", "reference/options.html#cmdoption-num-expert-banks"),
+            ("outside the vocabulary", "troubleshooting.html"),
+            ("RankModel", "megatron_samoe.models.rank_model.RankModel"),
+        ):
+            page.open(f"{site}/search.html?q={quote(asked)}")
+            page.wait_for(lambda: bool(page.run(first)))
+            assert wanted in page.run(first), asked
+
+
+@pytest.mark.night
+@needs_browser
+@pytest.mark.parametrize("width", [390, 800, 1400])
+def test_nothing_is_cut_at_the_edge_of_a_screen(site: str, width: int) -> None:
+    cut = """return [...document.querySelectorAll('article pre, article .table-wrapper')].filter(e => e.scrollWidth > e.clientWidth
+        && !['scroll', 'auto'].includes(getComputedStyle(e).overflowX)).map(e => e.textContent.slice(0, 80))"""
+    wrap = """return [...document.querySelectorAll('div.highlight:not(.columns *) pre')].filter(e => e.scrollWidth > e.clientWidth
+        && !e.closest('.columns')).map(e => e.textContent.slice(0, 80))"""
+    with browser() as page:
+        page.resize(width, 900)
+        for name in ["index", *(path.stem for path in (ROOT / "docs").glob("*.md"))]:
+            page.open(f"{site}/{name}.html")
+            assert page.run("return document.documentElement.scrollWidth") <= width, name
+            assert page.run(cut) == page.run(wrap) == [], name
 
 
 @pytest.mark.night

@@ -46,7 +46,7 @@ def write_metrics(folder: Path, loss: float, experts: bool, banks: bool, speed: 
     lines = []
     for i in range(1, 5):
         record: dict[str, Any] = {
-            "iteration": i, "consumed_tokens": 100 * i, "lm_loss": loss + 1 / i, "tokens_per_s": speed * i,
+            "iteration": i, "consumed_tokens": 100 * i, "lm_loss": loss + 1 / i, "tokens_per_s": speed * (10 + (i > 1) * i),
             "peak_memory_bytes": 10**6 * i,
         }  # fmt: skip
         if i % 2 == 0:
@@ -222,10 +222,22 @@ def test_tables_have_the_figures_of_the_records(runs_dir: Path) -> None:
     assert [results["samoe one bank"][name] for name in shown] == ["2.7500", "-", "-"]
     assert results["dense"]["load entropy"] == "-"
     speeds = {row[0]: row for row in speed_table(groups)}
-    # Without each start's first interval: 200, 300, 400, for both seeds.
-    assert speeds["moe"][1:4] == ["300", "225 to 375", "6"]
+    # Without each start's first interval: 1,200, 1,300, 1,400, for both seeds.
+    assert speeds["moe"][1:4] == ["1,300", "1,225 to 1,375", "6"]
     assert speeds["moe"][4:7] == ["A processor, cpu", "4 x 2", "tensor 2"]
     assert speeds["samoe"][4:7] == ["not recorded"] * 3 and "samoe one bank" not in speeds
+
+
+def test_speed_of_a_machine_that_something_else_used_is_left_out(runs_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs_dir / "moe/seed-1", tmp_path / "moe")
+    lines = [json.loads(line) for line in (tmp_path / "moe/metrics.jsonl").read_text().splitlines()]
+    for line, speed in zip(lines, (900, 1000, 1000, 1900), strict=True):
+        line["tokens_per_s"] = speed
+    (tmp_path / "moe/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = [read_run(tmp_path / "moe"), read_run(runs_dir / "dense/seed-1")]
+    assert speed_table(group_runs(runs)) == []
+    write_report(tmp_path / "r.html", "Report", runs)
+    assert "Not in this report: Training speed. Quartiles" in (tmp_path / "r.html").read_text()
 
 
 def test_entropy_of_the_load() -> None:
