@@ -34,7 +34,7 @@ from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE
 from megatron_samoe.planning.accounting import count_parameters, idle_share
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.runtime.gpu import check_gpu
-from megatron_samoe.runtime.kernels import choose_kernels
+from megatron_samoe.runtime.kernels import choose_kernels, choose_products
 from megatron_samoe.runtime.ranks import place_in
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hook import Hook
@@ -42,7 +42,7 @@ from megatron_samoe.training.hooks import default_hooks
 from megatron_samoe.training.machine import machine_facts
 from megatron_samoe.training.preflight import preflight
 from megatron_samoe.training.setup import Extensions, build_setup
-from megatron_samoe.training.state import CUDA_KERNELS, PLAIN_KEYS
+from megatron_samoe.training.state import BF16_PRODUCTS, CUDA_KERNELS, PLAIN_KEYS
 from megatron_samoe.training.teacher import refuse_unfit
 from megatron_samoe.training.trainer import Trainer
 
@@ -127,9 +127,10 @@ def _train(config: PretrainConfig, device: torch.device, extensions: Extensions 
     config = replace(config, checkpoint=started)
     tokenizer, attachments, vocab_size = _tokenizer(config)
     is_builder = launcher.local_rank() == 0
-    done, kernels = _progress(config)
+    done, ways = _progress(config)
     config = with_train_iters(config, parallel.world_size, done)
-    choose_kernels(parallel, kernels)
+    choose_kernels(parallel, ways.get(CUDA_KERNELS))
+    choose_products(parallel, ways.get(BF16_PRODUCTS))
     held = config if config.distillation.teaches_after(done[0]) else replace(config, distillation=DistillationConfig())
     if (
         held.distillation.teacher is not None
@@ -183,13 +184,13 @@ def _enough_memory(config: PretrainConfig, vocab_size: int, parallel: ParallelSt
         ) from error
 
 
-def _progress(config: PretrainConfig) -> tuple[tuple[int, int], list[str] | None]:
-    """Returns iterations and samples of the checkpoint that training will go on from, and its CUDA kernels, if it has any."""
+def _progress(config: PretrainConfig) -> tuple[tuple[int, int], Mapping[str, Any]]:
+    """Returns iterations and samples of the checkpoint that training will go on from, and its state, or none."""
     directory = None if config.checkpoint.finetune else store.find_checkpoint(config.checkpoint)
     if directory is None:
-        return (0, 0), None
+        return (0, 0), {}
     saved = store.read_train_state(directory, PLAIN_KEYS)
-    return (saved["iteration"], saved["consumed_samples"]), saved.get(CUDA_KERNELS)
+    return (saved["iteration"], saved["consumed_samples"]), saved
 
 
 def _saved_config(config: PretrainConfig) -> Mapping[str, Any] | None:
