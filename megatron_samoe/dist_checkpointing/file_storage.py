@@ -46,7 +46,8 @@ METADATA = ".metadata"
 BLOCK_BYTES = 4 << 20
 #: Below this, finding where a tensor begins takes longer than a copy.
 DIRECT_BYTES = 4 << 20
-#: Of a file that is being written: one is filled, one written, one digested.
+#: Of a file that is being written: few and large, since each waits for a thread to have a core.
+WRITTEN_BYTES = 8 << 20
 NUM_BLOCKS = 3
 
 _METADATA_NAMES = {
@@ -208,45 +209,43 @@ class Reader(dcp.FileSystemReader):
 class _DigestedFile(io.RawIOBase):
     """A new file, open for appending, that digests its bytes as they are written.
 
-    Bytes are gathered into blocks. While one is filled, threads digest and write those before it, past the page cache where
+    Bytes are gathered into blocks. While one is filled and digested, a thread writes those before it, past the page cache where
     the file system can: filling pages takes several times the disk's time on a busy machine, and the last flush would stall.
     """
 
-    def __init__(self, fd: int, digester: ThreadPoolExecutor, writer: ThreadPoolExecutor):
+    def __init__(self, fd: int, writer: ThreadPoolExecutor):
         self.hash, self.position = new_digest(), 0
-        self._fd, self._digester, self._writer = fd, digester, writer
+        self._fd, self._writer = fd, writer
         # Mapped memory begins at a page, as direct writes need it.
-        self._blocks = [mmap.mmap(-1, BLOCK_BYTES) for _ in range(NUM_BLOCKS)]
-        self._pending: list[list[Future[Any]]] = [[] for _ in self._blocks]
+        self._blocks = [mmap.mmap(-1, WRITTEN_BYTES) for _ in range(NUM_BLOCKS)]
+        self._pending: list[Future[None] | None] = [None] * NUM_BLOCKS
         self._number = self._filled = 0
 
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")
         num_bytes = left.nbytes
         while left.nbytes:
-            size = min(left.nbytes, BLOCK_BYTES - self._filled)
+            size = min(left.nbytes, WRITTEN_BYTES - self._filled)
             self._blocks[self._number][self._filled : self._filled + size] = left[:size]
             self._filled += size
             left = left[size:]
-            if self._filled == BLOCK_BYTES:
+            if self._filled == WRITTEN_BYTES:
                 self._hand_over()
         self.position += num_bytes
         return num_bytes
 
     def _hand_over(self) -> None:
-        """Gives the filled part of a block to the threads, and waits until the next block is free."""
+        """Gives the filled part of a block to the writer, digests it, and waits until the next block is free."""
         part = memoryview(self._blocks[self._number])[: self._filled]
-        self._pending[self._number] = [
-            self._digester.submit(self.hash.update, part),
-            self._writer.submit(_write_all, self._fd, part),
-        ]
+        self._pending[self._number] = self._writer.submit(_write_all, self._fd, part)
+        self.hash.update(part)
         self._number, self._filled = (self._number + 1) % len(self._blocks), 0
         self._wait_for(self._number)
 
     def _wait_for(self, number: int) -> None:
-        waited, self._pending[number] = self._pending[number], []
-        for future in waited:
-            future.result()
+        waited, self._pending[number] = self._pending[number], None
+        if waited is not None:
+            waited.result()
 
     def writable(self) -> bool:
         return True
@@ -316,10 +315,7 @@ class _DigestingFileSystem(FileSystem):
             return
         fd = _open_direct(path)
         try:
-            with (
-                ThreadPoolExecutor(1) as digester, ThreadPoolExecutor(1) as writer,
-                _DigestedFile(fd, digester, writer) as digested,
-            ):  # fmt: skip
+            with ThreadPoolExecutor(1) as writer, _DigestedFile(fd, writer) as digested:
                 yield digested
                 self.digests[os.path.basename(path)] = digested.finish()
         finally:

@@ -98,7 +98,7 @@ def test_a_file_of_any_size_has_its_bytes_and_their_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
     """Blocks are written past the page cache, an odd end through it; so is all where the file system refuses."""
-    monkeypatch.setattr(file_storage, "BLOCK_BYTES", 8192)
+    monkeypatch.setattr(file_storage, "WRITTEN_BYTES", 8192)
     write = os.write
 
     def refuse(fd: int, data: memoryview) -> int:
