@@ -254,6 +254,9 @@ class _DigestedFile(io.RawIOBase):
         return self.position
 
     def flush(self) -> None:
+        """Does nothing: torch asks after each tensor, and a part of a block would end the writing past the page cache."""
+
+    def _hand_over_all(self) -> None:
         """Returns when the system has all bytes; raises errors of the disk."""
         if self._filled:
             self._hand_over()
@@ -262,7 +265,7 @@ class _DigestedFile(io.RawIOBase):
 
     def fileno(self) -> int:
         """Returns the file, which has all bytes, so that it can be flushed to the disk."""
-        self.flush()
+        self._hand_over_all()
         return self._fd
 
     def finish(self) -> str:

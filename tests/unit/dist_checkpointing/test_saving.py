@@ -112,9 +112,13 @@ def test_a_file_of_any_size_has_its_bytes_and_their_digest(
         content = os.urandom(size)
         files = file_storage._DigestingFileSystem()
         with files.create_stream(tmp_path / "x", "wb") as stream:
+            way = fcntl.fcntl(stream._fd, fcntl.F_GETFL)
             for at in range(0, size, 3001):
                 stream.write(content[at : at + 3001])
+                stream.flush()
             assert stream.tell() == size
+            # A flush after each tensor ends no direct writing.
+            assert refused or fcntl.fcntl(stream._fd, fcntl.F_GETFL) == way
             os.fsync(stream.fileno())
             assert (tmp_path / "x").read_bytes() == content
         assert files.digests["x"] == file_storage.digest_of(tmp_path / "x")
