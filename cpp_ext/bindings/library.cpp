@@ -41,6 +41,9 @@ STABLE_TORCH_LIBRARY(megatron_samoe, m) {
       " Tensor(d!)[] exp_avg_sqs, float lr, float beta1, float beta2, float eps, float weight_decay, int step,"
       " float grad_scale) -> ()");
   m.def(
+      "newton_schulz(Tensor x, int num_steps, float a, float b, float c, float epsilon, float factor, Tensor(a!) out)"
+      " -> ()");
+  m.def(
       "decode_linear(Tensor x, Tensor w, Tensor? scale, Tensor? bias, Tensor(a!) out, bool accumulate) -> ()");
   m.def("decode_norm(Tensor x, Tensor weight, Tensor? bias, float epsilon, bool rms, Tensor(a!) out) -> ()");
   m.def(

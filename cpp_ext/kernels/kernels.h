@@ -126,6 +126,16 @@ struct CrossEntropyBackward {
   int num_threads;
 };
 
+// out = factor * the polynomials a x + b x^3 + c x^5 of each matrix x [rows, columns] over its Frobenius norm, num_steps times.
+struct NewtonSchulz {
+  const float* x;
+  int64_t num, rows, columns;
+  int num_steps;
+  float a, b, c, epsilon, factor;
+  float* out;
+  int num_threads;
+};
+
 // The kernels, each compiled once for every instruction set: X(result, name, arguments). copy_streamed writes past the
 // cache. has_bf16_product: whether this CPU runs it, which none but AVX-512's set may; bf16_product_work: bytes.
 #define SAMOE_KERNELS(X) \
@@ -148,6 +158,7 @@ struct CrossEntropyBackward {
   X(int64_t, bf16_product_work, (const Bf16Product&))                     \
   X(void, bf16_product, (const Bf16Product&, void* work))                 \
   X(void, adamw, (const AdamW&))                                          \
+  X(void, newton_schulz, (const NewtonSchulz&))                           \
   X(void, decode_linear, (const DecodeLinear&))                           \
   X(void, decode_choose, (const DecodeChoice&))                           \
   X(void, decode_norm, (const DecodeNorm&))                               \

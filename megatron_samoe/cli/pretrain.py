@@ -34,14 +34,14 @@ from megatron_samoe.pipeline_parallel.schedule_plan import MUCH_IDLE
 from megatron_samoe.planning.accounting import count_parameters, idle_share
 from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.runtime.gpu import check_gpu
-from megatron_samoe.runtime.kernels import choose_kernels
+from megatron_samoe.runtime.kernels import choose_kernels, choose_products
 from megatron_samoe.runtime.ranks import place_in
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hook import Hook
 from megatron_samoe.training.hooks import default_hooks
 from megatron_samoe.training.preflight import preflight
 from megatron_samoe.training.setup import Extensions, build_setup
-from megatron_samoe.training.state import CUDA_KERNELS, PLAIN_KEYS
+from megatron_samoe.training.state import BF16_PRODUCTS, CUDA_KERNELS, PLAIN_KEYS
 from megatron_samoe.training.teacher import refuse_unfit
 from megatron_samoe.training.trainer import Trainer
 
@@ -125,6 +125,7 @@ def _train(asked: PretrainConfig, device: torch.device, extensions: Extensions |
     config = resolve(asked, parallel.world_size, begin)
     tokenizer, attachments, vocab_size = _tokenizer(config)
     choose_kernels(parallel, begin.kernels)
+    choose_products(parallel, begin.products)
     is_taught = config.distillation.teaches_after(begin.iteration)
     planned = config if is_taught else replace(config, distillation=DistillationConfig())
     if is_taught and not config.training.skip_train and begin.iteration < config.training.train_iters:
@@ -181,7 +182,7 @@ def _beginning(options: CheckpointConfig) -> Beginning:
     if directory is None:
         return Beginning(checkpoint)
     saved = store.read_train_state(directory, PLAIN_KEYS)
-    return Beginning(checkpoint, saved["iteration"], saved["consumed_samples"], saved.get(CUDA_KERNELS))
+    return Beginning(checkpoint, saved["iteration"], saved["consumed_samples"], saved.get(CUDA_KERNELS), saved.get(BF16_PRODUCTS))
 
 
 def _saved_config(config: PretrainConfig) -> Mapping[str, Any] | None:

@@ -17,13 +17,15 @@ class Beginning:
     Attributes:
         checkpoint: the options of checkpoints, with what --pretrained-checkpoint means for this start.
         iteration, samples: that the run has behind it.
-        kernels: CUDA kernels that it has used so far; None for a run that has none behind it.
+        kernels: CUDA kernels that it has used so far, and products how CPUs multiplied experts in bf16; None for a run that
+            has none behind it.
     """
 
     checkpoint: CheckpointConfig
     iteration: int = 0
     samples: int = 0
     kernels: Sequence[str] | None = None
+    products: str | None = None
 
 
 def resolve(asked: PretrainConfig, world_size: int, beginning: Beginning) -> PretrainConfig:

@@ -6,16 +6,19 @@ table may name only the few classes that such tables consist of.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import functools
 import hashlib
 import io
 import math
+import mmap
 import os
 import pickle
 import pickletools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +46,9 @@ METADATA = ".metadata"
 BLOCK_BYTES = 4 << 20
 #: Below this, finding where a tensor begins takes longer than a copy.
 DIRECT_BYTES = 4 << 20
-FLUSH_BYTES = 64 << 20
-#: Below this, waking a thread takes longer than the digest.
-BESIDE_BYTES = 256 << 10
+#: Of a file that is being written: few and large, since each waits for a thread to have a core.
+WRITTEN_BYTES = 8 << 20
+NUM_BLOCKS = 3
 
 _METADATA_NAMES = {
     "torch.distributed.checkpoint.metadata": {
@@ -204,32 +207,45 @@ class Reader(dcp.FileSystemReader):
 
 
 class _DigestedFile(io.RawIOBase):
-    """A file open for appending that digests its bytes as they are written.
+    """A new file, open for appending, that digests its bytes as they are written.
 
-    Three things run at once. Bytes are copied to the system, one thread digests them where they are many, and another thread
-    flushes from time to time, so that the last flush is short.
+    Bytes are gathered into blocks. While one is filled and digested, a thread writes those before it, past the page cache where
+    the file system can: filling pages takes several times the disk's time on a busy machine, and the last flush would stall.
     """
 
-    def __init__(self, file: Any, digester: ThreadPoolExecutor, flusher: ThreadPoolExecutor):
-        self.file, self.hash, self.position = file, new_digest(), 0
-        self._digester, self._flusher, self._asked_at = digester, flusher, 0
-        self._flush: Future[None] | None = None
+    def __init__(self, fd: int, writer: ThreadPoolExecutor):
+        self.hash, self.position = new_digest(), 0
+        self._fd, self._writer = fd, writer
+        # Mapped memory begins at a page, as direct writes need it.
+        self._blocks = [mmap.mmap(-1, WRITTEN_BYTES) for _ in range(NUM_BLOCKS)]
+        self._pending: list[Future[None] | None] = [None] * NUM_BLOCKS
+        self._number = self._filled = 0
 
     def write(self, data: Any) -> int:
-        num_bytes = memoryview(data).nbytes
-        digesting: Future[Any] | None = None
-        if num_bytes >= BESIDE_BYTES:
-            digesting = self._digester.submit(self.hash.update, data)
-        else:
-            self.hash.update(data)
-        self.file.write(data)
+        left = memoryview(data).cast("B")
+        num_bytes = left.nbytes
+        while left.nbytes:
+            size = min(left.nbytes, WRITTEN_BYTES - self._filled)
+            self._blocks[self._number][self._filled : self._filled + size] = left[:size]
+            self._filled += size
+            left = left[size:]
+            if self._filled == WRITTEN_BYTES:
+                self._hand_over()
         self.position += num_bytes
-        if self.position - self._asked_at >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
-            self._asked_at = self.position
-            self._flush = self._flusher.submit(os.fdatasync, self.fileno())
-        if digesting is not None:
-            digesting.result()  # the caller may reuse the memory
         return num_bytes
+
+    def _hand_over(self) -> None:
+        """Gives the filled part of a block to the writer, digests it, and waits until the next block is free."""
+        part = memoryview(self._blocks[self._number])[: self._filled]
+        self._pending[self._number] = self._writer.submit(_write_all, self._fd, part)
+        self.hash.update(part)
+        self._number, self._filled = (self._number + 1) % len(self._blocks), 0
+        self._wait_for(self._number)
+
+    def _wait_for(self, number: int) -> None:
+        waited, self._pending[number] = self._pending[number], None
+        if waited is not None:
+            waited.result()
 
     def writable(self) -> bool:
         return True
@@ -238,36 +254,75 @@ class _DigestedFile(io.RawIOBase):
         return self.position
 
     def flush(self) -> None:
-        self.file.flush()
+        """Does nothing: torch asks after each tensor, and a part of a block would end the writing past the page cache."""
+
+    def _hand_over_all(self) -> None:
+        """Returns when the system has all bytes; raises errors of the disk."""
+        if self._filled:
+            self._hand_over()
+        for number in range(len(self._blocks)):
+            self._wait_for(number)
 
     def fileno(self) -> int:
-        return self.file.fileno()
+        """Returns the file, which has all bytes, so that it can be flushed to the disk."""
+        self._hand_over_all()
+        return self._fd
 
     def finish(self) -> str:
-        """Waits for the threads, raises errors of the disk, and returns the digest."""
-        if self._flush is not None:
-            self._flush.result()
-        self.file.flush()
+        """Flushes to the disk and returns the digest. torch has closed the stream, or not, but not the file."""
+        os.fsync(self.fileno())
         return self.hash.hexdigest()
+
+
+def _open_direct(path: str | os.PathLike) -> int:
+    """Opens a new file for writing past the page cache; through it where the file system has no other way."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    """Writes bytes that begin at a page of memory and, but for the last ones of a file, end at one."""
+    while data.nbytes:
+        if data.nbytes % mmap.PAGESIZE:
+            _write_through_cache(fd)
+        try:
+            data = data[os.write(fd, data) :]
+        except OSError as error:
+            # Some file systems open such files and refuse their writes.
+            if error.errno != errno.EINVAL or not _write_through_cache(fd):
+                raise
+
+
+def _write_through_cache(fd: int) -> bool:
+    """Ends direct writing; returns whether that changed anything."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    direct = getattr(os, "O_DIRECT", 0)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
+    return bool(flags & direct)
 
 
 class _DigestingFileSystem(FileSystem):
     def __init__(self) -> None:
         self.digests: dict[str, str] = {}
 
-    @contextmanager
+    @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
         if mode != "wb":
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with (
-            ThreadPoolExecutor(1) as digester, ThreadPoolExecutor(1) as flusher, open(path, "wb") as file,
-            # Closed before the file: else its end would flush a closed one, which Python 3.13 complains of.
-            _DigestedFile(file, digester, flusher) as digested,
-        ):  # fmt: skip
-            yield digested
-            self.digests[os.path.basename(path)] = digested.finish()
+        fd = _open_direct(path)
+        try:
+            with ThreadPoolExecutor(1) as writer, _DigestedFile(fd, writer) as digested:
+                yield digested
+                self.digests[os.path.basename(path)] = digested.finish()
+        finally:
+            os.close(fd)
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         super().rename(path, new_path)

@@ -1,12 +1,11 @@
 """Steps of a whole model in one process, by the inference ops: each needed weight is read once, and nothing is allocated.
 
 On a CPU with the compiled extension a step is one call of a plan, but where something happens between the layers: experts
-are combined on the fly, prompts take products of whole matrices, or somebody observes. Those run block by block.
+are combined on the fly, many tokens take products of whole matrices, or somebody observes. Those run block by block.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -17,13 +16,9 @@ from megatron_samoe.inference.expert_cache import ExpertCache
 from megatron_samoe.inference.kv_cache import StepBatch
 from megatron_samoe.ops import decode, extension
 from megatron_samoe.ops.attention import soft_capped
+from megatron_samoe.ops.cpu_products import product_tokens
 from megatron_samoe.ops.decode import ExpertStack, Places, Routed
 from megatron_samoe.ops.decode_plan import DecodePlan
-from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
-from megatron_samoe.ops.permute import make_permutation, permute, unpermute
-
-#: Rows per expert of a step from which whole products are faster than reading weights once: prompts, not decoding.
-PRODUCT_ROWS = 24
 
 
 class SingleRunner:
@@ -56,7 +51,6 @@ class SingleRunner:
         self._last_NH, self._logits_NV = floats(max_logits, hidden), floats(max_logits, vocab)
         self._rows = torch.empty(max_logits, dtype=torch.int64)
         self._scratch = floats(max(_scratch_of(layer, max_tokens, hidden) for layer in model.layers))
-        self._product_tokens = min(_product_tokens(layer) for layer in model.layers)
         # Rows of the embedding as they are stored, where that is not fp32.
         kind = model.words.data.dtype
         self._words = None if kind == torch.float32 else torch.empty(max_tokens, hidden, dtype=kind, device=self.device)
@@ -80,7 +74,7 @@ class SingleRunner:
         num = len(batch.logit_rows)
         rows_N, logits_NV = self._rows[:num], self._logits_NV[:num]
         rows_N.numpy()[:] = batch.logit_rows
-        takes_products = count >= self._product_tokens and count > num
+        takes_products = count >= product_tokens(model.output.data.dtype)
         if self._plan is not None and self.observer is None and not takes_products:
             self._plan.step(batch.tokens_T, places, rows_N, logits_NV)
             return soft_capped(logits_NV, model.logit_cap)
@@ -90,9 +84,7 @@ class SingleRunner:
             decode.attention_block(x_TH, layer.attention, places, self._scratch)
             if self.observer is not None and layer.routing is not None:
                 self.observer(index, self._route(layer, x_TH).ids_TK)
-            if takes_products and count >= _product_tokens(layer):
-                self._add_products(layer, x_TH)
-            elif _is_one_block(layer):
+            if _is_one_block(layer):
                 assert isinstance(layer.experts, ExpertStack)
                 decode.mlp_block(x_TH, layer.mlp_norm, layer.routing, layer.experts, self._scratch)
             else:
@@ -136,16 +128,6 @@ class SingleRunner:
             alone = Routed(routed.normed_TH, ids_T1, probs_T1)
             y_T1H = self._y[: count * hidden].view(count, 1, hidden)
             decode.experts_block(alone, layer.shared, y_T1H, x_TH, self._scratch)
-
-    def _add_products(self, layer: DecodeLayer, x_TH: Tensor) -> None:
-        """Adds the MLP of many tokens by the training path's products of whole matrices, in fp32."""
-        experts, routed = layer.experts, self._route(layer, x_TH)
-        assert isinstance(experts, ExpertStack)
-        weights = ExpertWeights(experts.w1.data, experts.w2.data, experts.b1, experts.b2)
-        order = make_permutation(routed.ids_TK, len(experts.index1_E))
-        rows = order.counts_E.tolist()
-        y_NH = grouped_mlp(permute(routed.normed_TH, order), rows, weights, "swiglu" if experts.gated else "gelu")
-        x_TH += unpermute(y_NH, routed.probs_TK, order)
 
     def _route(self, layer: DecodeLayer, x_TH: Tensor) -> Routed:
         count = x_TH.shape[0]
@@ -194,15 +176,6 @@ def _is_one_block(layer: DecodeLayer) -> bool:
         and layer.shared is None
         and (layer.routing is None or layer.routing.is_plain)
     )
-
-
-def _product_tokens(layer: DecodeLayer) -> float:
-    """Returns the tokens of a step, prompts among them, from which a layer makes whole products."""
-    experts = layer.experts
-    if not isinstance(experts, ExpertStack) or layer.shared is not None or not experts.is_own:
-        return math.inf
-    topk = 1 if layer.routing is None else layer.routing.topk
-    return PRODUCT_ROWS * len(experts.index1_E) / topk
 
 
 def _scratch_of(layer: DecodeLayer, max_tokens: int, hidden: int) -> int:

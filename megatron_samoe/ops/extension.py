@@ -82,12 +82,13 @@ def _load_or_explain() -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}. {how_to_build()}"
-    from megatron_samoe.ops import fake, schemas
+    from megatron_samoe.ops import cpu_products, fake, schemas
 
     difference = schemas.difference()
     if difference:
         return f"it was built from older sources than this Python code ({difference}). {how_to_build()}"
     fake.register()
+    cpu_products.use()
     return None
 
 

@@ -38,6 +38,9 @@ decode_plan_shared(int plan, Tensor index1, Tensor index2, Tensor w1, Tensor? sc
 decode_plan_step(int plan, Tensor tokens, Tensor positions, Tensor slots, Tensor pages, Tensor rows, Tensor(a!) logits) -> ()
 decode_plan_close(int plan) -> ()
 combine_rows(Tensor[] banks, Tensor?[] scales, Tensor coefficients, Tensor(a!) out, Tensor(b!)? out_scale) -> ()
+newton_schulz(Tensor x, int num_steps, float a, float b, float c, float epsilon, float factor, Tensor(a!) out) -> ()
+has_bf16_product() -> bool
+set_products(str bf16, int fp32_tokens, int bf16_tokens) -> ()
 build_sample_index(Tensor lengths, Tensor documents, int seq_length, Tensor(a!) starts) -> ()
 build_blending_index(Tensor weights, Tensor limits, Tensor(a!) dataset_index, Tensor(b!) dataset_sample_index) -> ()
 gather_samples(Tensor bin, Tensor pointers, Tensor lengths, Tensor documents, Tensor starts, int[] samples, int dtype_code, Tensor(a!) out) -> (int, int)

@@ -16,7 +16,7 @@ import torch
 
 from megatron_samoe import children
 from megatron_samoe.log import logger
-from megatron_samoe.ops import extension
+from megatron_samoe.ops import cpu_products, extension
 from megatron_samoe.ops.asynchronous import runs_behind_host
 from megatron_samoe.ops.extension import TRAINING_KERNELS, CudaKernel
 from megatron_samoe.parallel_state import launcher
@@ -54,6 +54,23 @@ def choose_kernels(parallel: ParallelState, recorded: Sequence[str] | None, time
     kernels, remark = agreement(found, recorded)
     extension.trust(kernels)
     logger.info(remark)
+
+
+def choose_products(parallel: ParallelState, recorded: str | None) -> None:
+    """Chooses how CPUs multiply experts in bf16, the same on all ranks, which call it together.
+
+    Args:
+        recorded: how the run has done so far, which it keeps where every rank can; None for a run that has none behind it.
+
+    Raises:
+        ConfigError: a way is asked for that this machine lacks.
+    """
+    if runs_behind_host(parallel.device):
+        return
+    chosen = cpu_products.use(recorded).bf16 if extension.load() else None
+    if len(set(parallel.world.all_gather_object(chosen))) > 1 and chosen is not None:
+        cpu_products.use("fp32")
+        logger.info("bf16 products: in fp32 on all ranks, whose machines have no other way in common")
 
 
 def agreement(found: Sequence[Verdicts], recorded: Sequence[str] | None) -> tuple[list[CudaKernel], str]:

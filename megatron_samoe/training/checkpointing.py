@@ -17,12 +17,12 @@ from megatron_samoe.dist_checkpointing.sharded_state import ShardedTensor, repli
 from megatron_samoe.errors import CheckpointError
 from megatron_samoe.log import logger
 from megatron_samoe.models.rank_model import RankModel
-from megatron_samoe.ops import extension
+from megatron_samoe.ops import cpu_products, extension
 from megatron_samoe.ops.asynchronous import runs_behind_host
 from megatron_samoe.optimizer.schedule import rate_of_step
 from megatron_samoe.parallel_state.parameter_tag import tag_of
 from megatron_samoe.training.setup import TrainSetup
-from megatron_samoe.training.state import CUDA_KERNELS, PLAIN_KEYS, TrainState
+from megatron_samoe.training.state import BF16_PRODUCTS, CUDA_KERNELS, PLAIN_KEYS, TrainState
 
 #: What decides which samples a run sees, besides its seed.
 CORPUS_FIELDS = ("data_path", "train_data_path", "split", "mock_data")
@@ -78,6 +78,8 @@ def save_run(
         plain[store.PARTS] = dict(replaced)
     if runs_behind_host(setup.parallel.device):
         plain[CUDA_KERNELS] = extension.cuda_kernels_in_use()
+    elif (row := cpu_products.in_use()) is not None:
+        plain[BF16_PRODUCTS] = row.bf16
     if not checkpoint.no_save_optim:
         plain["optimizer_steps"] = setup.optimizer.num_steps
     what = (checkpoint, state.iteration, tensors, to_mapping(setup.config), plain)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_samoe.ops import extension
+from megatron_samoe.ops import cpu_products, extension
 from megatron_samoe.parallel_state.state import ParallelState
 
 #: Environment variables that force one of several ways to the same sums, which differ by rounding.
@@ -42,6 +42,7 @@ def machine_facts(parallel: ParallelState) -> dict[str, Any]:
         "torch": torch.__version__,
         "extension": extension.available(),
         "cuda_kernels": extension.cuda_kernels_in_use(),
+        "bf16_products": None if (row := cpu_products.in_use()) is None else row.bf16,
         "forced": {name: os.environ[name] for name in PATHS if name in os.environ},
     }
 

@@ -13,6 +13,8 @@ from megatron_samoe.training.spikes import SpikeHistory
 
 #: Key of the CUDA kernels that a run uses, beside the state in a checkpoint.
 CUDA_KERNELS = "cuda_kernels"
+#: Key of how experts are multiplied in bf16 on CPUs, likewise.
+BF16_PRODUCTS = "bf16_products"
 #: Keys of `TrainState.plain`.
 PLAIN_KEYS = ("iteration", "consumed_samples", "consumed_tokens", "loss_scale")
 

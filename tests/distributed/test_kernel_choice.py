@@ -9,7 +9,7 @@ import pytest
 
 from megatron_samoe.cli import pretrain
 from megatron_samoe.dist_checkpointing import store
-from megatron_samoe.ops import extension
+from megatron_samoe.ops import cpu_products, extension
 from megatron_samoe.ops.extension import TRAINING_KERNELS
 from megatron_samoe.parallel_state import initialize_model_parallel
 from megatron_samoe.runtime import kernels
@@ -54,3 +54,41 @@ def test_a_run_records_its_kernels_and_keeps_them(tmp_path: Path, monkeypatch: p
     assert used == [[k for k in TRAINING_KERNELS if k != "rows"]] * 2
     last = store.read_train_state(tmp_path / "checkpoints" / "iter_0000002")
     assert last["cuda_kernels"] == used[0]
+
+
+def products_on_rank() -> str | None:
+    parallel = initialize_model_parallel(with_layout(tiny_config("moe"), ep=2).parallel)
+    old = cpu_products.Processor("GenuineIntel", frozenset({"avx2", "avx512f"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(cpu_products.VARIABLE, raising=False)
+        new = cpu_products.Processor("GenuineIntel", old.features | {"amx_tile", "amx_bf16"})
+        patch.setattr(cpu_products, "this_processor", lambda: old if parallel.rank else new)
+        kernels.choose_products(parallel, None)
+        row = cpu_products.in_use()
+        return None if row is None else row.bf16
+
+
+@pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
+def test_all_ranks_multiply_alike() -> None:
+    """Of two machines one has tiles."""
+    assert run_ranks(products_on_rank, 2) == ["fp32", "fp32"]
+
+
+@pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
+def test_a_run_records_how_it_multiplies_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first half is asked for products in fp32, the second for nothing."""
+    flags = [*"--mock-data --num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --lr 1e-3 "
+             "--tokenizer-type ByteTokenizer --micro-batch-size 2 --train-iters 2 --num-threads 1".split(),
+             "--run-dir", str(tmp_path)]  # fmt: skip
+    try:
+        monkeypatch.setenv(cpu_products.VARIABLE, "fp32")
+        assert pretrain.main([*flags, "--exit-interval", "1"]) == 0
+        monkeypatch.delenv(cpu_products.VARIABLE)
+        cpu_products.use()
+        assert pretrain.main(flags) == 0
+        row = cpu_products.in_use()
+        assert row is not None and row.bf16 == "fp32"
+    finally:
+        monkeypatch.delenv(cpu_products.VARIABLE, raising=False)
+        cpu_products.use()
+    assert store.read_train_state(tmp_path / "checkpoints" / "iter_0000002")["bf16_products"] == "fp32"

@@ -20,6 +20,7 @@ from tools.benchmarks.layer import MoELayerBenchmark
 from tools.benchmarks.muon import MuonBenchmark
 from tools.benchmarks.ops import AdamW, CrossEntropy, DocumentAttention, Pool
 from tools.benchmarks.parallel import Bubble, Memory, Overhead, StepTime
+from tools.benchmarks.prompt import Prompt
 from tools.benchmarks.ring_attention import RingAttention
 from tools.benchmarks.roofline import Roofline
 from tools.benchmarks.serve import Serve
@@ -27,7 +28,7 @@ from tools.benchmarks.servers import Servers
 from tools.benchmarks.train import TrainStep
 
 _ALL = (MoELayerBenchmark, TrainStep, Roofline, ExpertParallel, AllToAll, Dispatch, Pool, CrossEntropy, DocumentAttention,
-        AdamW, MuonBenchmark, Decode, CheckpointBenchmark, ConvertBenchmark, DataBenchmark, Serve, Servers, RingAttention,
+        AdamW, MuonBenchmark, Decode, Prompt, CheckpointBenchmark, ConvertBenchmark, DataBenchmark, Serve, Servers, RingAttention,
         GpuBudget)  # fmt: skip
 BENCHMARKS: dict[str, Commands] = {
     **{one.name: one for one in _ALL},

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -72,8 +72,8 @@ class LaunchCounter(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(device_type: str, by_kernels: bool) -> Iterator[None]:
-    """Takes a type of device for an H100, with our kernels or without.
+def as_on_a_gpu(device_type: str, by_kernels: bool, of_capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Takes a type of device for a GPU of a capability (9.0: an H100), with our kernels or without.
 
     Raises:
         ConfigError: the environment has chosen the kernels already.
@@ -83,7 +83,10 @@ def as_on_a_gpu(device_type: str, by_kernels: bool) -> Iterator[None]:
     if not extension.cuda_kernels_are_chosen():
         variable = extension.CUDA_ENVIRONMENT_VARIABLE
         raise ConfigError(variable, os.environ[variable], "must be auto or unset where both ways are counted")
-    with taken_for_gpu(device_type), extension.trusting(extension.TRAINING_KERNELS if by_kernels else ()):
+    with (
+        taken_for_gpu(device_type, of_capability),
+        extension.trusting(extension.TRAINING_KERNELS if by_kernels else ()),
+    ):
         yield
 
 
@@ -117,6 +120,8 @@ class GpuBudget(ProcessBenchmark):
     activation: Activation = "swiglu"
     bandwidth: float = 3.35
     """of the GPU's memory, TB/s"""
+    capability: Literal["9.0", "8.0"] = "9.0"
+    """of the GPU; 8.0 has no grouped product (A100, consumer cards), so that experts go by blocks"""
 
     @property
     def shape(self) -> LayerShape:
@@ -127,7 +132,7 @@ class GpuBudget(ProcessBenchmark):
     def count_layer(self, by_kernels: bool) -> dict[str, LaunchCounter]:
         """Returns what the layer's forward and backward do."""
         state = planned_state(RankGrid.of(ParallelConfig(), 1), 0)
-        with as_on_a_gpu("meta", by_kernels):
+        with as_on_a_gpu("meta", by_kernels, (int(self.capability[0]), 0)):
             forward, backward = make_halves(self.shape, state)
             of_forward, y_TH = _counted(forward)
             of_backward, _ = _counted(lambda: backward(y_TH))
@@ -140,7 +145,7 @@ class GpuBudget(ProcessBenchmark):
         banks_PGN = torch.empty(self.num_banks, 1, elements, device="meta")
         weights_LGN = torch.empty(self.num_layers, 1, elements, device="meta", dtype=torch.bfloat16)
         gradient_LGN, into_PGN = torch.empty(weights_LGN.shape, device="meta"), torch.empty_like(banks_PGN)
-        with as_on_a_gpu("meta", by_kernels):
+        with as_on_a_gpu("meta", by_kernels, (int(self.capability[0]), 0)):
             of_forward, _ = _counted(lambda: combine_banks(a_LGP, banks_PGN, weights_LGN))
             of_backward, _ = _counted(lambda: combine_banks_backward(a_LGP, banks_PGN, gradient_LGN, into_PGN))
         return {"combine": of_forward, "combine backward": of_backward}

@@ -1,5 +1,6 @@
 // CPU implementation of inference.
 #include "../cpu_backend.h"
+#include "many_tokens.h"
 #include "ops.h"
 
 namespace {
@@ -12,7 +13,7 @@ class CpuDecode : public samoe::CpuBackend {
   using samoe::CpuBackend::CpuBackend;
 
   void norm(const cpu::DecodeNorm& a) const { cpu::kernels().decode_norm(a); }
-  void linear(const cpu::DecodeLinear& a) const { cpu::kernels().decode_linear(a); }
+  void linear(const cpu::DecodeLinear& a) const { samoe::decode::run_linear(a); }
   void attention(const cpu::DecodeAttention& a, int64_t, int64_t, int64_t, const Scratch&) const {
     cpu::kernels().decode_attention(a);
   }
@@ -20,7 +21,9 @@ class CpuDecode : public samoe::CpuBackend {
   void choose_only_expert(int64_t num_tokens, int64_t* ids_T, float* probs_T) const {
     for (int64_t t = 0; t < num_tokens; ++t) ids_T[t] = 0, probs_T[t] = 1.0f;
   }
-  void experts(const cpu::DecodeExperts& a, int64_t, int64_t, const Scratch&) const { cpu::kernels().decode_experts(a); }
+  void experts(const cpu::DecodeExperts& a, int64_t, int64_t, const Scratch&) const {
+    samoe::decode::run_experts(a);
+  }
   void combine_rows(const cpu::CombineRows& a) const { cpu::kernels().combine_rows(a); }
 };
 

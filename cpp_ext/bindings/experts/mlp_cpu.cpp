@@ -2,7 +2,6 @@
 // that took the expert.
 
 #include <atomic>
-#include <exception>
 #include <functional>
 #include <optional>
 #include <thread>
@@ -33,7 +32,7 @@ struct Layer : samoe::ExpertLayer {
   DType work;  // of what lies between the products
 
   explicit Layer(samoe::ExpertLayer layer) : ExpertLayer(std::move(layer)) {
-    const bool widens = dtype == DType::bf16 && samoe::bf16_products() == samoe::Bf16Products::fp32;
+    const bool widens = dtype == DType::bf16 && samoe::product_choice().bf16 == samoe::Bf16Products::fp32;
     work = widens ? DType::f32 : dtype;
   }
 
@@ -52,30 +51,18 @@ struct Layer : samoe::ExpertLayer {
   }
 };
 
-// Runs all tasks, each thread taking the next one when it is free.
+// Runs all tasks; weight gradients of experts that threads share wait for the rows.
 void run_plan(const ExpertPlan& plan, int num_threads, const std::function<void(const ExpertTask&, WorkMemory&)>& run) {
-  std::atomic<size_t> next{0}, rows_tasks_left{plan.num_rows_tasks};
-  std::atomic<bool> failed{false};
-  std::exception_ptr error;
-#pragma omp parallel num_threads(num_threads)
-  {
-    LentMemory memory;
-    for (size_t i = next++; i < plan.tasks.size() && !failed; i = next++) {
-      const ExpertTask& task = plan.tasks[i];
-      if (task.kind == ExpertTask::grad1 || task.kind == ExpertTask::grad2) {
-        while (rows_tasks_left > 0 && !failed) std::this_thread::yield();
-        if (failed) break;  // its rows may never have been written
-      }
-      try {
-        memory->reset();
-        run(task, *memory);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-      }
-      if (i < plan.num_rows_tasks) --rows_tasks_left;
+  std::atomic<size_t> rows_tasks_left{plan.num_rows_tasks};
+  samoe::run_tasks(plan.tasks.size(), num_threads, [&](size_t i, WorkMemory& memory, const std::atomic<bool>& failed) {
+    const ExpertTask& task = plan.tasks[i];
+    if (task.kind == ExpertTask::grad1 || task.kind == ExpertTask::grad2) {
+      while (rows_tasks_left > 0 && !failed) std::this_thread::yield();
+      if (failed) return;  // its rows may never have been written
     }
-  }
-  if (error) std::rethrow_exception(error);
+    run(task, memory);
+    if (i < plan.num_rows_tasks) --rows_tasks_left;
+  });
 }
 
 int threads_for(const Layer& layer) {

@@ -4,13 +4,10 @@
 
 #include <sys/mman.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace samoe {
 namespace {
@@ -31,34 +28,18 @@ void convert_rows(const Matrix& from, const Matrix& to) {
   }
 }
 
-#if defined(__x86_64__)
-struct Cpu {
-  bool is_intel, has_dot, has_tiles;
-};
+std::atomic<Bf16Products> chosen_bf16{Bf16Products::blas};
+std::atomic<int64_t> chosen_fp32_tokens{INT64_MAX}, chosen_bf16_tokens{INT64_MAX};
 
-Cpu this_cpu() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid(0, &a, &b, &c, &d)) return {};
-  char vendor[12];
-  std::memcpy(vendor, &b, 4);
-  std::memcpy(vendor + 4, &d, 4);
-  std::memcpy(vendor + 8, &c, 4);
-  const bool is_intel = std::memcmp(vendor, "GenuineIntel", 12) == 0;
-  const bool has_dot = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
-  const bool has_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & (1u << 22));
-  return {is_intel, has_dot, has_tiles};
+void set_products(std::string bf16, int64_t fp32_tokens, int64_t bf16_tokens) {
+  const bool is_own = bf16 == "native";
+  SAMOE_CHECK(is_own || bf16 == "blas" || bf16 == "fp32", "bf16 products '", bf16, "': one of native, blas, fp32");
+  SAMOE_CHECK(!is_own || cpu::kernels().has_bf16_product(), "this processor has no bf16 dot products");
+  chosen_bf16 = is_own ? Bf16Products::own : (bf16 == "blas" ? Bf16Products::blas : Bf16Products::fp32);
+  chosen_fp32_tokens = fp32_tokens;
+  chosen_bf16_tokens = bf16_tokens;
 }
-
-// Intel's cores without matrix tiles take bf16 dot products at half the rate of fp32 multiply-adds; AMD's at twice.
-Bf16Products best_for_this_cpu() {
-  const Cpu found = this_cpu();
-  if (found.has_tiles) return Bf16Products::blas;
-  if (found.is_intel || !found.has_dot) return Bf16Products::fp32;
-  return cpu::kernels().has_bf16_product() ? Bf16Products::own : Bf16Products::blas;
-}
-#else
-Bf16Products best_for_this_cpu() { return Bf16Products::blas; }
-#endif
+bool has_bf16_product() { return cpu::kernels().has_bf16_product(); }
 
 // A matrix as torch sees it, or its transpose; a vector may be given as all rows of a matrix, with a stride of 0.
 Tensor view_of(const Matrix& m, bool transposed = false) {
@@ -77,7 +58,7 @@ void blas_plus(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& 
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
-bool by_own_kernel(const Matrix& a) { return a.dtype == DType::bf16 && bf16_products() == Bf16Products::own; }
+bool by_own_kernel(const Matrix& a) { return a.dtype == DType::bf16 && product_choice().bf16 == Bf16Products::own; }
 
 // Product of bf16 matrices, one or both of them given transposed, by our own kernel.
 void multiply(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transposed, const float* bias,
@@ -90,6 +71,30 @@ void multiply(const Matrix& a, bool a_transposed, const Matrix& b, bool b_transp
                                adds ? static_cast<float*>(c.data) : nullptr, c.stride};
   const cpu::Kernels& kernels = cpu::kernels();
   kernels.bf16_product(product, memory.take(static_cast<size_t>(kernels.bf16_product_work(product))));
+}
+
+// The BLAS makes code for every new number of rows in bf16, and the routing changes that number every step: at most 16
+// numbers an octave keep what it has made, and its memory, in bounds.
+int64_t padded_rows(int64_t rows) {
+  int64_t unit = 32;
+  while (unit * 16 <= rows) unit *= 2;
+  return static_cast<int64_t>(rounded_up(static_cast<size_t>(rows), static_cast<size_t>(unit)));
+}
+
+// Calls product(a, c) with rows of zeros after a's, and drops what they give.
+template <typename Product>
+void with_padded_rows(const Matrix& a, const Matrix& c, WorkMemory& memory, Product product) {
+  const int64_t rows = padded_rows(a.rows);
+  if (rows == a.rows) return product(a, c);
+  const Matrix x = memory.matrix(a.dtype, rows, a.columns), y = memory.matrix(c.dtype, rows, c.columns);
+  const auto copy = [](const Matrix& from, const Matrix& to, int64_t num_rows) {
+    for (int64_t r = 0; r < num_rows; ++r)
+      std::memcpy(to.at(r, 0), from.at(r, 0), static_cast<size_t>(from.columns) * from.element_size());
+  };
+  copy(a, x, a.rows);
+  std::memset(x.at(a.rows, 0), 0, static_cast<size_t>((rows - a.rows) * a.columns) * a.element_size());
+  product(x, y);
+  copy(y, c, c.rows);
 }
 
 }  // namespace
@@ -146,16 +151,7 @@ WorkMemoryPool& WorkMemoryPool::instance() {
   return *pool;
 }
 
-Bf16Products bf16_products() {
-  static const Bf16Products best = best_for_this_cpu();
-  const char* asked = std::getenv("MEGATRON_SAMOE_BF16_PRODUCTS");
-  if (asked == nullptr || std::strcmp(asked, "auto") == 0) return best;
-  if (std::strcmp(asked, "fp32") == 0) return Bf16Products::fp32;
-  if (std::strcmp(asked, "blas") == 0) return Bf16Products::blas;
-  SAMOE_CHECK(std::strcmp(asked, "native") == 0, "MEGATRON_SAMOE_BF16_PRODUCTS = '", asked,
-                    "': one of auto, native, blas, fp32");
-  return cpu::kernels().has_bf16_product() ? Bf16Products::own : Bf16Products::blas;
-}
+ProductChoice product_choice() { return {chosen_bf16, chosen_fp32_tokens, chosen_bf16_tokens}; }
 
 Matrix widened(const Matrix& m, WorkMemory& memory) {
   if (m.dtype == DType::f32) return m;
@@ -169,8 +165,11 @@ void times(const Matrix& a, const Matrix& b, bool transposed, const Matrix& c, W
     blas(view_of(a), view_of(right, transposed), view_of(result));
   };
   if (a.dtype == b.dtype) {
+    if (a.dtype == DType::f32) return mm(b, c);
     if (by_own_kernel(a)) return multiply(a, false, b, transposed, nullptr, c, memory);
-    return mm(b, c);
+    return with_padded_rows(a, c, memory, [&](const Matrix& x, const Matrix& result) {
+      blas(view_of(x), view_of(b, transposed), view_of(result));
+    });
   }
   const int64_t inner = transposed ? b.columns : b.rows, outer = transposed ? b.rows : b.columns;
   const int64_t step = std::min(outer, std::max<int64_t>(64, kPanelElements / std::max<int64_t>(1, inner)));
@@ -192,13 +191,21 @@ void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias,
     if (by_own_kernel(a)) {
       return multiply(a, false, b, true, static_cast<const float*>(widened(*bias, memory).data), y, memory);
     }
-    const Matrix all_rows = {bias->data, bias->dtype, y.rows, y.columns, 0};
-    return blas_plus(view_of(all_rows), view_of(a), view_of(b, true), view_of(y));
+    const auto plus = [&](const Matrix& x, const Matrix& result) {
+      const Matrix all_rows = {bias->data, bias->dtype, result.rows, result.columns, 0};
+      blas_plus(view_of(all_rows), view_of(x), view_of(b, true), view_of(result));
+    };
+    return a.dtype == DType::f32 ? plus(a, y) : with_padded_rows(a, y, memory, plus);
   }
   const Matrix sum = memory.matrix(DType::f32, y.rows, y.columns);
   times(a, b, true, sum, memory);
   const float* added = bias == nullptr ? nullptr : static_cast<const float*>(widened(*bias, memory).data);
   cpu::kernels().add_bias({y.dtype, static_cast<const float*>(sum.data), added, y.rows, y.columns, y.data});
+}
+
+void add_times_transposed(const Matrix& a, const Matrix& b, const Matrix& c) {
+  const Tensor sum = view_of(c);
+  blas_plus(sum, view_of(a), view_of(b, true), sum);
 }
 
 void add_transposed_times(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory) {
@@ -207,12 +214,19 @@ void add_transposed_times(const Matrix& a, const Matrix& b, const Matrix& c, Wor
     return blas_plus(sum, view_of(a, true), view_of(b), sum);
   }
   if (by_own_kernel(a)) return multiply(a, true, b, false, nullptr, c, memory);
-  const Matrix product = memory.matrix(DType::bf16, c.rows, c.columns);
-  blas(view_of(a, true), view_of(b), view_of(product));
-  const auto convert = cpu::kernels().convert;
-  for (int64_t r = 0; r < c.rows; ++r) {
-    convert({DType::bf16, DType::f32, product.at(r, 0), c.at(r, 0), c.columns, true});
-  }
+  // The BLAS would round the gradient to bf16 before it is added.
+  add_transposed_times(widened(a, memory), widened(b, memory), c, memory);
 }
 
 }  // namespace samoe
+
+STABLE_TORCH_LIBRARY_FRAGMENT(megatron_samoe, m) {
+  m.def("has_bf16_product() -> bool");
+  m.def("set_products(str bf16, int fp32_tokens, int bf16_tokens) -> ()");
+}
+
+// Of no tensors.
+SAMOE_LIBRARY_IMPL(megatron_samoe, CompositeExplicitAutograd, m) {
+  SAMOE_IMPL(m, "has_bf16_product", samoe::has_bf16_product);
+  SAMOE_IMPL(m, "set_products", samoe::set_products);
+}

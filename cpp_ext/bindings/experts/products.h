@@ -1,11 +1,13 @@
 // Matrix products of one expert on one thread, and the memory in which they work.
 //
-// The products are the BLAS that torch brings: inside a parallel region it runs on the calling thread alone. In bf16 on
-// CPUs with AVX-512's dot products and no matrix tiles they are our own kernel's. Where the CPU multiplies bf16 no faster
-// than fp32, bf16 operands are widened a panel at a time, which stays in the cache.
+// The products are the BLAS that torch brings: inside a parallel region it runs on the calling thread alone. In bf16 they
+// may be our own kernel's, or of operands that are widened a panel at a time, which stays in the cache: ops/cpu_products.py
+// chooses by the processor.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -80,10 +82,36 @@ class LentMemory {
   std::unique_ptr<WorkMemory> memory_;
 };
 
-// How bf16 products are made: by our own kernel, which sums weight gradients in fp32; by the BLAS; or in fp32, from
-// widened operands. MEGATRON_SAMOE_BF16_PRODUCTS=native|blas|fp32|auto decides: native is our kernel where it runs.
+// Runs run(i, memory, failed) for i below num, each thread taking the next one when it is free. After an exception, which is
+// thrown again at the end, `failed` is set and nothing more begins.
+template <typename Run>
+void run_tasks(size_t num, int num_threads, Run run) {
+  std::atomic<size_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+#pragma omp parallel num_threads(num_threads)
+  {
+    LentMemory memory;
+    for (size_t i = next++; i < num && !failed; i = next++) {
+      try {
+        memory->reset();
+        run(i, *memory, failed);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+// What ops/cpu_products.py chose. bf16 products of experts: by our own kernel, which sums weight gradients in fp32; by the
+// BLAS; or in fp32, from widened operands. And the tokens from which inference takes whole products, by type of weight.
 enum class Bf16Products { own, blas, fp32 };
-Bf16Products bf16_products();
+struct ProductChoice {
+  Bf16Products bf16;
+  int64_t fp32_tokens, bf16_tokens;
+};
+ProductChoice product_choice();
 
 // c = a b for b [k, n], or a b^T for b [n, k]. Operands of a type; or a and c in fp32 and b in bf16, which is widened by
 // panels.
@@ -92,6 +120,8 @@ void times(const Matrix& a, const Matrix& b, bool transposed, const Matrix& c, W
 void times_transposed_plus(const Matrix& a, const Matrix& b, const Matrix* bias, const Matrix& y, WorkMemory& memory);
 // c += a^T b with c in fp32.
 void add_transposed_times(const Matrix& a, const Matrix& b, const Matrix& c, WorkMemory& memory);
+// c += a b^T in fp32.
+void add_times_transposed(const Matrix& a, const Matrix& b, const Matrix& c);
 // Returns m, or a copy in fp32.
 Matrix widened(const Matrix& m, WorkMemory& memory);
 

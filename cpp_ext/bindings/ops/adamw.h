@@ -57,7 +57,19 @@ inline void adamw(const Tensors& masters, const Tensors& weights, const Tensors&
                  backend.threads(total, kElementsPerThread)});
 }
 
-inline void add_adamw_op(Library& m) {
+inline void newton_schulz(const Tensor& x, int64_t num_steps, double a, double b, double c, double epsilon, double factor,
+                          const Tensor& out) {
+  const CpuBackend backend(x, "x");
+  backend.check_contiguous(x, "x", 3, kFloat);
+  backend.check_sizes(out, "out", x.sizes(), kFloat);
+  const auto number = [](double v) { return static_cast<float>(v); };
+  cpu::kernels().newton_schulz({x.const_data_ptr<float>(), x.size(0), x.size(1), x.size(2), static_cast<int>(num_steps),
+                                number(a), number(b), number(c), number(epsilon), number(factor),
+                                out.mutable_data_ptr<float>(), backend.threads(x.numel() * 16, 64 << 10, static_cast<int>(x.size(0)))});
+}
+
+inline void add_optimizer_ops(Library& m) {
+  SAMOE_IMPL(m, "newton_schulz", newton_schulz);
   SAMOE_IMPL(m, "adamw", adamw);
 }
 

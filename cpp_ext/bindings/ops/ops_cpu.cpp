@@ -9,5 +9,5 @@ SAMOE_LIBRARY_IMPL(megatron_samoe, CPU, m) {
   samoe::ops::add_moe_ops<samoe::CpuBackend>(m);
   samoe::ops::add_cross_entropy_ops(m);
   samoe::ops::add_swiglu_ops<samoe::CpuBackend>(m);
-  samoe::ops::add_adamw_op(m);
+  samoe::ops::add_optimizer_ops(m);
 }

@@ -7,7 +7,7 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kChunkSlots = 256;   // few, so that a chunk's steps, each waiting for the one before, are few
-constexpr int64_t kMaxChunks = 1024;  // the scan passes over all chunks' counters one after another
+constexpr int64_t kMaxChunks = 1024;  // the scan of one block passes over all chunks' counters, 32 at a time
 
 struct Chunk {
   int64_t first, last;
@@ -46,40 +46,45 @@ __global__ void count_chunks(const int64_t* ids_S, int64_t num_slots, int64_t nu
   }
 }
 
+// The sum of the lanes before this one; `total` becomes that of all.
+SAMOE_DEVICE int64_t sum_before(int64_t value, int64_t& total) {
+  int64_t before = 0;
+  total = value;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int64_t other = __shfl_xor_sync(kAllLanes, total, step);
+    if ((lane_of_thread() & step) != 0) before += other;
+    total += other;
+  }
+  return before;
+}
+
 // One block: counts become the places where each chunk starts to write, experts in order, inside an expert chunks. An
-// expert's rows end at `ends`; the last one's are followed by those of dropped slots, which count as its own there.
+// expert's rows end at `ends`; the last one's are followed by those of dropped slots, which count as its own there. A warp
+// takes an expert, a lane every 32nd chunk.
 __global__ void scan_counts(int64_t num_slots, int64_t num_chunks, int64_t num_experts, int64_t* cursor, int64_t* counts_E,
                             int32_t* ends_E) {
   const int64_t num_buckets = num_experts + 1;
-  __shared__ int64_t ends[kThreads];
-  int64_t before = 0;  // slots of the buckets of earlier rounds
-  for (int64_t first = 0; first < num_buckets; first += kThreads) {
-    const int64_t e = first + threadIdx.x;
+  const int lane = lane_of_thread();
+  for (int64_t e = warp_of_thread(); e < num_experts; e += kWarps) {
     int64_t count = 0;
-    if (e < num_buckets) {
-      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) count += cursor[chunk * num_buckets + e];
-      if (e < num_experts) counts_E[e] = count;
+    for (int64_t chunk = lane; chunk < num_chunks; chunk += kWarp) count += cursor[chunk * num_buckets + e];
+    count = warp_sum(count);
+    if (lane == 0) counts_E[e] = count;
+  }
+  __syncthreads();
+  for (int64_t e = warp_of_thread(); e < num_buckets; e += kWarps) {
+    int64_t place = 0;
+    for (int64_t earlier = lane; earlier < e; earlier += kWarp) place += counts_E[earlier];
+    place = warp_sum(place);
+    if (lane == 0 && e < num_experts) ends_E[e] = static_cast<int32_t>(e == num_experts - 1 ? num_slots : place + counts_E[e]);
+    for (int64_t first = 0; first < num_chunks; first += kWarp) {
+      const int64_t chunk = first + lane;
+      int64_t total = 0;
+      const int64_t of_chunk = chunk < num_chunks ? cursor[chunk * num_buckets + e] : 0;
+      const int64_t before = sum_before(of_chunk, total);
+      if (chunk < num_chunks) cursor[chunk * num_buckets + e] = place + before;
+      place += total;
     }
-    ends[threadIdx.x] = count;
-    __syncthreads();
-    for (unsigned step = 1; step < kThreads; step *= 2) {
-      const int64_t earlier = threadIdx.x >= step ? ends[threadIdx.x - step] : 0;
-      __syncthreads();
-      ends[threadIdx.x] += earlier;
-      __syncthreads();
-    }
-    const int64_t end = before + ends[threadIdx.x];
-    if (e < num_experts) ends_E[e] = static_cast<int32_t>(e == num_experts - 1 ? num_slots : end);
-    int64_t place = end - count;
-    if (e < num_buckets) {
-      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-        const int64_t of_chunk = cursor[chunk * num_buckets + e];
-        cursor[chunk * num_buckets + e] = place;
-        place += of_chunk;
-      }
-    }
-    before += ends[kThreads - 1];
-    __syncthreads();
   }
 }
 

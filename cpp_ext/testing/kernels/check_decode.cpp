@@ -188,6 +188,32 @@ void check_combine_rows(WeightType type) {
   }
 }
 
+// Singular values of a rank-one matrix: all but one are 0, so the result is the matrix times one polynomial.
+void check_newton_schulz() {
+  const int64_t num = pick(0, 4), rows = pick(1, 40), columns = pick(1, 40);
+  std::vector<float> x(static_cast<size_t>(num * rows * columns));
+  std::vector<double> norms;
+  for (int64_t i = 0; i < num; ++i) {
+    const auto left = floats(rows), right = floats(columns);
+    double square = 0;
+    for (int64_t at = 0; at < rows * columns; ++at) {
+      float& value = x[static_cast<size_t>(i * rows * columns + at)];
+      value = left[at / columns] * right[at % columns];
+      square += static_cast<double>(value) * value;
+    }
+    norms.push_back(std::sqrt(square));
+  }
+  const auto out = same_bits(floats(num * rows * columns), "bits of Newton-Schulz", [&](float* result, int num_threads) {
+    kernels().newton_schulz({x.data(), num, rows, columns, 3, 3.4445f, -4.7750f, 2.0315f, 1e-7f, 0.5f, result, num_threads});
+  });
+  double value = 1;
+  for (int step = 0; step < 3; ++step) value = 3.4445 * value - 4.7750 * std::pow(value, 3) + 2.0315 * std::pow(value, 5);
+  for (size_t at = 0; at < out.size(); ++at) {
+    const double norm = norms[at / static_cast<size_t>(rows * columns)];
+    expect(near(out[at], norm > 1e-7 ? 0.5 * value * x[at] / norm : 0.0, 1e-4), "Newton-Schulz");
+  }
+}
+
 void check_adamw() {
   const int64_t num = pick(0, 1) == 1 ? pick(0, 100) : pick(16000, 50000);
   const auto before = floats(num), grad = floats(num), first = floats(num);
@@ -219,6 +245,7 @@ int main() {
     check_attention<float>();
     check_attention<uint16_t>();
     check_adamw();
+    check_newton_schulz();
   }
   std::printf("20 rounds of inference's kernels and of AdamW agree (%s)\n", kernels().instruction_set);
   return 0;

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import threading
 from datetime import timedelta
 from functools import partial
@@ -88,6 +91,45 @@ def test_ranks_save_their_parts_while_they_train(tmp_path: Path) -> None:
     store.load_checkpoint(store.iteration_dir(tmp_path, 2), whole, STATE)
     assert whole["x"][0].local[:, 0].tolist() == [10.0, 10.0, 11.0, 11.0]
     assert store.damaged_files(store.iteration_dir(tmp_path, 2), STATE) == []
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["direct", "refused"])
+def test_a_file_of_any_size_has_its_bytes_and_their_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """Blocks are written past the page cache, an odd end through it; so is all where the file system refuses."""
+    monkeypatch.setattr(file_storage, "WRITTEN_BYTES", 8192)
+    write = os.write
+
+    def refuse(fd: int, data: memoryview) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "refused")
+        return write(fd, data[:4096])
+
+    if refused:
+        monkeypatch.setattr(os, "write", refuse)
+    for size in (0, 1, 4096, 8191, 8192, 8193, 3 * 8192, 5 * 8192 + 4097):
+        content = os.urandom(size)
+        files = file_storage._DigestingFileSystem()
+        with files.create_stream(tmp_path / "x", "wb") as stream:
+            way = fcntl.fcntl(stream._fd, fcntl.F_GETFL)
+            for at in range(0, size, 3001):
+                stream.write(content[at : at + 3001])
+                stream.flush()
+            assert stream.tell() == size
+            # A flush after each tensor ends no direct writing.
+            assert refused or fcntl.fcntl(stream._fd, fcntl.F_GETFL) == way
+            os.fsync(stream.fileno())
+            assert (tmp_path / "x").read_bytes() == content
+        assert files.digests["x"] == file_storage.digest_of(tmp_path / "x")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
+def test_a_full_disk_is_an_error() -> None:
+    files = file_storage._DigestingFileSystem()
+    with pytest.raises(OSError, match="No space left"), files.create_stream("/dev/full", "wb") as stream:
+        stream.write(b"abc")
+    assert not files.digests
 
 
 def test_a_written_file_leaves_nothing_to_close(tmp_path: Path) -> None:

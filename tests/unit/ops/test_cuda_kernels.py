@@ -10,8 +10,10 @@ import subprocess
 import sysconfig
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.harness.emulated_cuda import FLAGS, ROOT, compiler, run_all
 from tests.harness.emulated_cuda import KERNELS as SOURCES
@@ -105,3 +107,15 @@ def test_aligned_rows_are_read_16_bytes_at_a_time(compiled: tuple[str, list[Path
             stores[name] += len(re.findall(r"\bSTG\.E\.128", section))
     for name in WIDE:
         assert loads[name] and stores[name], f"{name}: {loads[name]} wide loads, {stores[name]} wide stores"
+
+
+@pytest.mark.parametrize("experts", [1, 70])
+def test_a_sort_of_more_chunks_than_a_warp_has_lanes(library: Any, experts: int) -> None:
+    ids = torch.randint(-1, experts, (5001, 2), generator=torch.Generator().manual_seed(experts))
+    slots, _, counts, ends = library.make_permutation(ids, experts)
+    flat = ids.flatten()
+    kept = flat >= 0
+    order = torch.argsort(torch.where(kept, flat, experts), stable=True)
+    assert torch.equal(slots[: int(kept.sum())], order[: int(kept.sum())])
+    assert torch.equal(counts, torch.bincount(flat[kept], minlength=experts))
+    assert torch.equal(ends[:-1].long(), counts.cumsum(0)[:-1]) and ends[-1] == flat.numel()

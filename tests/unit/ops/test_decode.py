@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_samoe.ops import decode, decode_reference, extension
+from megatron_samoe.ops import cpu_products, decode, decode_reference, extension
 from megatron_samoe.ops.decode import AttentionLayer, ExpertStack, Norm, Places, Routing, Weight, stored
 from megatron_samoe.ops.topk_gate import ChoiceRule
 from tests.harness.extension_off import without_extension
@@ -58,6 +59,15 @@ def make_attention(hidden: int, groups: int, queries: int, head_dim: int, kind: 
     )  # fmt: skip
 
 
+@pytest.fixture(params=["streamed", "products"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Weights are streamed, or any number of tokens takes whole products."""
+    tokens = 1 if request.param == "products" else 2**62
+    with cpu_products.using(fp32_tokens=tokens, bf16_tokens=tokens):
+        yield
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("tokens, inputs, outputs", [(1, 64, 64), (3, 37, 11), (7, 100, 130), (101, 24, 9), (0, 8, 8)])
 def test_linear(kind, tokens, inputs, outputs):
@@ -69,6 +79,7 @@ def test_linear(kind, tokens, inputs, outputs):
     torch.testing.assert_close(added, (exact + bias + out).float(), **TOLERANCE)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", TYPES)
 def test_long_rows_on_two_threads(kind):
     before = torch.get_num_threads()
@@ -133,6 +144,7 @@ def test_attention_block(monkeypatch, kind, style, groups, queries, head_dim):
         torch.testing.assert_close(layers[0].keys.float(), layers[1].keys.float(), rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("gated, bias", [(True, False), (False, True)])
 @pytest.mark.parametrize("tokens, experts, topk", [(1, 4, 2), (33, 5, 2), (230, 3, 1), (6, 1, 0)])
@@ -151,6 +163,7 @@ def test_mlp_block(monkeypatch, kind, gated, bias, tokens, experts, topk):
     torch.testing.assert_close(fast, slow, **TOLERANCE)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", TYPES)
 def test_experts_in_parts_give_the_same_bits(kind):
     hidden, ffn, tokens, experts, topk = 40, 52, 21, 6, 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,13 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_samoe.ops import extension
+from megatron_samoe.ops import cpu_products, extension
 from megatron_samoe.ops.grouped_mlp import ExpertWeights, grouped_mlp
 from tests.harness.extension_off import without_extension
 from tests.harness.op_checks import check_grouped_mlp, expert_weights, grouped_mlp_reference, routed_rows
 
 needs_library = pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
 DTYPES = [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 4e-2)]
+
+
+@pytest.fixture(params=["native", "blas", "fp32"])
+def bf16_products(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every way in which this processor multiplies experts in bf16."""
+    way = request.param
+    if way not in cpu_products.possible(cpu_products.this_processor(), torch.ops.megatron_samoe.has_bf16_product()):
+        pytest.skip(f"this processor lacks {way}")
+    with cpu_products.using(bf16=way):
+        yield way
+
+
 CASES = [([3, 5, 2], 7, 4), ([0, 6, 0, 1], 8, 5), ([0, 0], 3, 2), ([1], 1, 1), ([17, 0, 33], 16, 24)]
 
 
@@ -91,23 +103,21 @@ def test_the_path_without_the_extension(
 
 
 @needs_library
-@pytest.mark.parametrize("products", ["native", "blas", "fp32"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("topk", [1, 2, 8])
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 513])
 def test_routed_tokens_on_several_threads(
-    num_tokens: int, topk: int, activation: str, threads: int, products: str, monkeypatch: pytest.MonkeyPatch
+    num_tokens: int, topk: int, activation: str, threads: int, bf16_products: str
 ) -> None:
     """Few threads and large experts are divided by rows; all sizes are no multiple of a vector."""
-    monkeypatch.setenv("MEGATRON_SAMOE_BF16_PRODUCTS", products)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         torch.manual_seed(5)
         rows = routed_rows(num_tokens, topk, 9, seed=num_tokens + topk)
         for dtype, tolerance in DTYPES[1:]:
-            if dtype == torch.bfloat16 or products == "native":
+            if dtype == torch.bfloat16 or bf16_products == "fp32":
                 check_grouped_mlp(rows, 70, 45, activation, threads != 2, dtype, tolerance, main_grads=True)
     finally:
         torch.set_num_threads(before)
@@ -127,16 +137,8 @@ def test_all_tokens_to_one_expert(rows: list[int], activation: str) -> None:
         torch.set_num_threads(before)
 
 
-def has_bf16_dot_products() -> bool:
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    if extension.build_info().get("instruction_set") != "avx512":
-        return False
-    return "avx512_bf16" in flags and "amx_tile" not in flags and "AuthenticAMD" in flags
-
-
 @needs_library
-@pytest.mark.skipif(not has_bf16_dot_products(), reason="the BLAS makes the products on this CPU")
-def test_bf16_weight_gradients_are_not_rounded() -> None:
+def test_bf16_weight_gradients_are_not_rounded(bf16_products: str) -> None:
     """8 * 257 = 2056 lies between two numbers of bf16."""
     weights = ExpertWeights(torch.zeros(1, 96, 64), torch.zeros(1, 64, 96), torch.full((1, 96), 8.0))
     weights = weights.map(lambda t: t.bfloat16())
@@ -169,7 +171,8 @@ def test_repeated_calls_give_the_same_bits() -> None:
 
 
 @needs_library
-@pytest.mark.skipif(not has_bf16_dot_products(), reason="the BLAS makes the products on this CPU")
+@pytest.mark.parametrize("bf16_products", ["native"], indirect=True)
+@pytest.mark.usefixtures("bf16_products")
 @pytest.mark.parametrize("rows", [[400, 3, 0, 90, 41], [700, 2], [130, 120, 140, 125]], ids=str)
 def test_the_number_of_threads_changes_no_bit_of_bf16(rows: list[int]) -> None:
     """However many threads share an expert, each sum is made in one order."""
@@ -246,11 +249,3 @@ def test_wrong_tensors_are_refused_before_anything_runs() -> None:
         backward(x, x, hidden, (2, 3), w1, w2, None, False, w1.bfloat16(), w2, None, None)
     with pytest.raises(RuntimeError, match="hidden is"):
         backward(x, x, hidden[:, :3].contiguous(), (2, 3), w1, w2, None, False, w1, w2, None, None)
-
-
-@needs_library
-def test_an_unknown_kind_of_products_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEGATRON_SAMOE_BF16_PRODUCTS", "fp8")
-    weights = expert_weights(1, 4, 3, "gelu", False, torch.bfloat16)
-    with pytest.raises(RuntimeError, match="auto, native, blas, fp32"):
-        grouped_mlp(torch.randn(2, 3).bfloat16(), [2], weights, "gelu")

@@ -13,6 +13,7 @@ from megatron_samoe.config import OptimizerConfig
 from megatron_samoe.distributed.grad_buffer import GradBuffers
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.models.rank_model import RankModel
+from megatron_samoe.ops import extension
 from megatron_samoe.optimizer.mixed_precision import MixedPrecisionOptimizer
 from megatron_samoe.optimizer.muon import COEFFICIENTS, Muon, newton_schulz, update_scale
 from megatron_samoe.optimizer.param_groups import ParamRule, build_param_groups
@@ -53,6 +54,28 @@ def test_singular_values_end_near_1_and_a_zero_matrix_stays() -> None:
     values = torch.linalg.svdvals(newton_schulz(stack, 5))
     assert (values[[0, 2]] > 0.6).all() and (values[[0, 2]] < 1.25).all()
     assert not newton_schulz(stack, 5)[1].any()
+
+
+@pytest.mark.skipif(not extension.available(), reason="the compiled extension is not built")
+@pytest.mark.parametrize(
+    "shape", [(1, 7, 7), (5, 3, 40), (3, 40, 3), (2, 1, 5), (4, 33, 70), (3, 128, 64), (1, 200, 256)]
+)
+def test_the_compiled_steps_equal_the_reference(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To fp32's rounding, and with the same bits whatever is stacked with a matrix and however many threads there are."""
+    muon, stack = Muon(), drawn(*shape).float()
+    stack[0] *= 1e-3
+    found = muon.direction(stack, 1)
+    expected = newton_schulz(stack.double(), 5) * (muon.extra_scale * update_scale(muon.scale, *shape[1:]))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)
+    monkeypatch.setattr("megatron_samoe.optimizer.muon.newton_schulz", None)  # none of it was torch's
+    assert torch.equal(found, torch.cat([muon.direction(one[None], 1) for one in stack]))
+    assert not muon.direction(torch.zeros(shape), 1).any()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 if before != 3 else 2)
+        assert torch.equal(found, muon.direction(stack, 1))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("cached", [1, 70, 1 << 18])

@@ -8,6 +8,9 @@ namespace SAMOE_ISA {
 namespace {
 
 constexpr int64_t kParts = kPage / kLanes;  // vectors of one page's scores
+constexpr int kTile = static_cast<int>(8 / kParts);            // sums of scores side by side, of kParts vectors
+constexpr int kValueRows = SAMOE_VECTOR_BYTES == 64 ? 4 : 2;   // queries whose values are summed side by side
+constexpr int64_t kBlockQueries = 16;                          // queries that read keys and values together
 
 SAMOE_INLINE void store_one(float* p, float value) { *p = value; }
 SAMOE_INLINE void store_one(uint16_t* p, float value) {
@@ -58,17 +61,44 @@ void prepare(const DecodeAttention& a, int64_t t, int64_t g) {
   for (int64_t d = 0; d < D; ++d) store_one(values + d, value[d]);
 }
 
-// Scores of one query with a page of keys. The next group's keys of the page are asked for meanwhile: they follow.
-template <typename C>
-SAMOE_INLINE void score_page(const float* query, const C* keys, int64_t D, float scale, float* scores) {
-  vf sums[kParts] = {};
+// Scores of M queries with P pages of keys. Every score is one sum over the channels in their order: kTile sums side by side
+// hide the latency of one, over the queries of a prompt, or over pages where there is one query.
+template <int M, int P, typename C>
+SAMOE_INLINE void score_tile(const float* const* queries, const C* const* pages, int64_t D, float scale, float* const* scores,
+                             int64_t page) {
+  vf sums[M][P][kParts] = {};
   for (int64_t d = 0; d < D; ++d) {
-    __builtin_prefetch(keys + (D + d) * kPage);
-    const vf q = splat(query[d]);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < kParts; ++i) sums[i] += q * load(keys + d * kPage + i * kLanes);
+      for (int64_t i = 0; i < kParts; ++i) {
+        const vf key = load(pages[page + p] + d * kPage + i * kLanes);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) sums[m][p][i] = fused(splat(queries[m][d]), key, sums[m][p][i]);
+      }
+    }
   }
-  for (int64_t i = 0; i < kParts; ++i) store(scores + i * kLanes, sums[i] * scale);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kParts; ++i)
+        store(scores[m] + (page + p) * kPage + i * kLanes, sums[m][p][i] * scale);
+}
+
+// Scores of queries with all pages, as many queries at a time as are left.
+template <int M, typename C>
+SAMOE_INLINE void score(const float* const* queries, int64_t num_queries, const C* const* pages, int64_t num_pages,
+                        int64_t D, float scale, float* const* scores) {
+  int64_t q = 0;
+  for (; q + M <= num_queries; q += M) {
+    int64_t page = 0;
+    for (; page + kTile / M <= num_pages; page += kTile / M)
+      score_tile<M, kTile / M>(queries + q, pages, D, scale, scores + q, page);
+    for (; page < num_pages; ++page) score_tile<M, 1>(queries + q, pages, D, scale, scores + q, page);
+  }
+  if constexpr (M > 1) score<M / 2>(queries + q, num_queries - q, pages, num_pages, D, scale, scores + q);
 }
 
 // Turns scores into their exponentials and returns one over the sum. Scores after the last position become 0.
@@ -78,69 +108,132 @@ SAMOE_INLINE float softmax(float* scores, int64_t length, int64_t padded) {
   return 1.0f / exponentials(scores, padded, scores, &peak);
 }
 
-// Adds a page's values, weighted, to four vectors of channels from d on (fewer at the end of a head).
-template <typename C>
-SAMOE_INLINE void add_values(const C* values, const float* weights, int64_t count, int64_t D, float* out) {
-  int64_t d = 0;
-  for (; d + 4 * kLanes <= D; d += 4 * kLanes) {
-    vf sums[4];
+// Adds a page's values, weighted, to V vectors of M queries' channels.
+template <int M, int V, typename C>
+SAMOE_INLINE void value_tile(const C* values, const float* const* weights, int64_t first, int64_t count, int64_t D, int64_t d,
+                             float* const* out) {
+  const int64_t left = D - d;
+  vf sums[M][V];
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < 4; ++i) sums[i] = load(out + d + i * kLanes);
-    for (int64_t p = 0; p < count; ++p) {
-      for (int64_t i = 0; i < 4 * kLanes; i += 64 / static_cast<int64_t>(sizeof(C)))
-        __builtin_prefetch(values + (kPage + p) * D + d + i);
-      const vf w = splat(weights[p]);
+  for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < 4; ++i) sums[i] += w * load(values + p * D + d + i * kLanes);
+    for (int v = 0; v < V; ++v) sums[m][v] = load_part(out[m] + d + v * kLanes, left - v * kLanes);
+  for (int64_t p = 0; p < count; ++p) {
+    vf value[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) value[v] = load_part(values + p * D + d + v * kLanes, left - v * kLanes);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const vf w = splat(weights[m][first + p]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[m][v] = fused(w, value[v], sums[m][v]);
     }
+  }
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < 4; ++i) store(out + d + i * kLanes, sums[i]);
-  }
-  for (; d < D; d += kLanes) {
-    const int64_t n = D - d < kLanes ? D - d : kLanes;
-    vf sum = load_part(out + d, n);
-    for (int64_t p = 0; p < count; ++p) sum += splat(weights[p]) * load_part(values + p * D + d, n);
-    store_part(out + d, sum, n);
-  }
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store_part(out[m] + d + v * kLanes, sums[m][v], left - v * kLanes);
 }
 
-// One token's queries of one group over its sequence. scores: room for whole pages of every query.
+template <int M, typename C>
+SAMOE_INLINE void add_values(const C* values, const float* const* weights, int64_t num_queries, int64_t first, int64_t count,
+                             int64_t D, float* const* out) {
+  int64_t q = 0;
+  for (; q + M <= num_queries; q += M) {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= D; d += 4 * kLanes) value_tile<M, 4>(values, weights + q, first, count, D, d, out + q);
+    for (; d < D; d += kLanes) value_tile<M, 1>(values, weights + q, first, count, D, d, out + q);
+  }
+  if constexpr (M > 1) add_values<1>(values, weights + q, num_queries - q, first, count, D, out + q);
+}
+
+// Consecutive tokens of one sequence, whose queries share the keys and values that they read.
+struct Block {
+  int64_t first, count;
+};
+
+int64_t block_tokens(const DecodeAttention& a) { return kBlockQueries / a.queries_per_kv > 1 ? kBlockQueries / a.queries_per_kv : 1; }
+
+int64_t make_blocks(const DecodeAttention& a, Block* blocks) {
+  int64_t num = 0;
+  for (int64_t t = 0; t < a.num_tokens; ++t) {
+    const bool joins = num > 0 && blocks[num - 1].count < block_tokens(a) && a.slots_T[t] == a.slots_T[t - 1];
+    if (joins) {
+      ++blocks[num - 1].count;
+    } else {
+      blocks[num++] = {t, 1};
+    }
+  }
+  return num;
+}
+
+// Memory of one thread: pages of a block's sequence, and scores, whole pages of every query.
+struct AttentionWork {
+  const void** pages;
+  const float** queries;
+  float **rows, **out, *scores;
+};
+
+// The queries of a block's tokens in one group, over their sequence.
 template <typename C>
-void attend(const DecodeAttention& a, int64_t t, int64_t g, float* scores) {
-  const int64_t D = a.head_dim, Q = a.queries_per_kv, length = a.positions_T[t] + 1;
+void attend(const DecodeAttention& a, const Block& block, int64_t g, const AttentionWork& work) {
+  const int64_t D = a.head_dim, Q = a.queries_per_kv, num = block.count * Q;
+  int64_t length = 0;
+  for (int64_t i = 0; i < block.count; ++i) {
+    const int64_t own = a.positions_T[block.first + i] + 1;
+    length = own > length ? own : length;
+  }
   const int64_t num_pages = (length + kPage - 1) / kPage, padded = num_pages * kPage;
-  const float* queries = a.qkv_scratch + (t * a.kv_heads + g) * (Q + 2) * D;
-  float* out = a.out + (t * a.kv_heads + g) * Q * D;
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(D));
-  for (int64_t block = 0; block < num_pages; ++block) {
-    const C* keys = static_cast<const C*>(a.keys) + (page_of(a, t, block) * a.kv_heads + g) * D * kPage;
-    for (int64_t q = 0; q < Q; ++q) score_page(queries + q * D, keys, D, scale, scores + q * padded + block * kPage);
+  for (int64_t q = 0; q < num; ++q) {
+    const int64_t t = block.first + q / Q;
+    work.queries[q] = a.qkv_scratch + ((t * a.kv_heads + g) * (Q + 2) + q % Q) * D;
+    work.out[q] = a.out + ((t * a.kv_heads + g) * Q + q % Q) * D;
+    work.rows[q] = work.scores + q * padded;
   }
-  memset(out, 0, static_cast<size_t>(Q * D) * sizeof(float));
-  for (int64_t q = 0; q < Q; ++q) {
-    const float share = softmax(scores + q * padded, length, padded);
-    for (int64_t i = 0; i < padded; i += kLanes) store(scores + q * padded + i, load(scores + q * padded + i) * share);
+  const C** pages = reinterpret_cast<const C**>(work.pages);
+  const auto find = [&](const void* cache) {
+    for (int64_t p = 0; p < num_pages; ++p)
+      pages[p] = static_cast<const C*>(cache) + (page_of(a, block.first, p) * a.kv_heads + g) * D * kPage;
+  };
+  find(a.keys);
+  score<kTile>(work.queries, num, pages, num_pages, D, 1.0f / __builtin_sqrtf(static_cast<float>(D)), work.rows);
+  for (int64_t q = 0; q < num; ++q) {
+    float* row = work.rows[q];
+    const float share = softmax(row, a.positions_T[block.first + q / Q] + 1, padded);
+    for (int64_t i = 0; i < padded; i += kLanes) store(row + i, load(row + i) * share);
+    memset(work.out[q], 0, static_cast<size_t>(D) * sizeof(float));
   }
-  for (int64_t block = 0; block < num_pages; ++block) {
-    const C* values = static_cast<const C*>(a.values) + (page_of(a, t, block) * a.kv_heads + g) * D * kPage;
-    const int64_t left = length - block * kPage, count = left < kPage ? left : kPage;
-    for (int64_t q = 0; q < Q; ++q)
-      add_values(values, scores + q * padded + block * kPage, count, D, out + q * D);
+  find(a.values);
+  for (int64_t p = 0; p < num_pages; ++p) {
+    const int64_t left = length - p * kPage;
+    add_values<kValueRows>(pages[p], work.rows, num, p * kPage, left < kPage ? left : kPage, D, work.out);
   }
 }
 
 template <typename C>
 void run(Member& member, const DecodeAttention& a) {
+  static thread_local ThreadMemory memory;
   int64_t longest = 0;
   for (int64_t t = 0; t < a.num_tokens; ++t) longest = a.positions_T[t] > longest ? a.positions_T[t] : longest;
-  float* scores = thread_floats(a.queries_per_kv * (longest / kPage + 1) * kPage);
-  const int64_t num_heads = a.num_tokens * a.kv_heads, fair = (num_heads + member.size() - 1) / member.size();
+  const int64_t num_pages = longest / kPage + 1, rows = block_tokens(a) * a.queries_per_kv, size = sizeof(void*);
+  char* next = static_cast<char*>(memory.bytes(a.num_tokens * static_cast<int64_t>(sizeof(Block)) +
+                                               (num_pages + 3 * rows) * size + rows * num_pages * kPage * 4));
+  const auto take = [&](int64_t bytes) { return next += bytes, next - bytes; };
+  Block* blocks = reinterpret_cast<Block*>(take(a.num_tokens * static_cast<int64_t>(sizeof(Block))));
+  AttentionWork work;
+  work.pages = reinterpret_cast<const void**>(take(num_pages * size));
+  work.queries = reinterpret_cast<const float**>(take(rows * size));
+  work.rows = reinterpret_cast<float**>(take(rows * size));
+  work.out = reinterpret_cast<float**>(take(rows * size));
+  work.scores = reinterpret_cast<float*>(next);
+  const int64_t num_blocks = make_blocks(a, blocks), num_tasks = num_blocks * a.kv_heads;
+  const int64_t fair = (num_tasks + member.size() - 1) / member.size();
   const int64_t chunk = fair < 1 ? 1 : (fair < a.kv_heads ? fair : a.kv_heads);  // a page's groups lie side by side
-  member.own(num_heads, [&](int64_t i) { prepare<C>(a, i / a.kv_heads, i % a.kv_heads); });
+  member.own(a.num_tokens * a.kv_heads, [&](int64_t i) { prepare<C>(a, i / a.kv_heads, i % a.kv_heads); });
   member.wait();
-  member.tasks((num_heads + chunk - 1) / chunk, [&](int64_t task, int64_t) {
-    const int64_t end = (task + 1) * chunk < num_heads ? (task + 1) * chunk : num_heads;
-    for (int64_t i = task * chunk; i < end; ++i) attend<C>(a, i / a.kv_heads, i % a.kv_heads, scores);
+  member.tasks((num_tasks + chunk - 1) / chunk, [&](int64_t task, int64_t) {
+    const int64_t end = (task + 1) * chunk < num_tasks ? (task + 1) * chunk : num_tasks;
+    for (int64_t i = task * chunk; i < end; ++i) attend<C>(a, blocks[i / a.kv_heads], i % a.kv_heads, work);
   });
 }
 

@@ -1,0 +1,182 @@
+// Newton-Schulz steps of many small matrices, each on one thread and in its cache. x x^T and its square are symmetric, so
+// half of them is multiplied and the rest is copied.
+#include <cmath>
+
+#include "../../kernels.h"
+#include "decode_tile.h"
+
+namespace samoe {
+namespace cpu {
+namespace SAMOE_ISA {
+namespace {
+
+constexpr int kTall = 6;  // rows of a tile: with four vectors 24 sums
+constexpr int kWide = 4;
+
+int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// c[r, v] = scale * sum over k of a[r, k] b[k, v] + beta * d[r, v]; strides in floats.
+struct Product {
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride, inner;
+  float scale, beta;
+  const float* d;  // read where beta is not 0
+  float* c;
+  int64_t c_stride;
+};
+
+template <int R, int V>
+void tile(const Product& p, int64_t row, int64_t column) {
+  vf sums[R][V] = {};
+  const float* a = p.a + row * p.a_stride;
+  const float* b = p.b + column;
+  for (int64_t k = 0; k < p.inner; ++k, b += p.b_stride) {
+    vf right[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) right[v] = load(b + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const vf left = splat(a[r * p.a_stride + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sums[r][v] = fused(left, right[v], sums[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = (row + r) * p.c_stride + column + v * kLanes;
+      vf sum = sums[r][v] * p.scale;
+      if (p.beta != 0.0f) sum = fused(splat(p.beta), load(p.d + at), sum);
+      store(p.c + at, sum);
+    }
+  }
+}
+
+template <int R>
+void row_of_tiles(const Product& p, int64_t row, int64_t column, int64_t columns) {
+  for (; column < columns; column += kWide * kLanes) {
+    switch ((columns - column) / kLanes) {
+      case 1: tile<R, 1>(p, row, column); break;
+      case 2: tile<R, 2>(p, row, column); break;
+      case 3: tile<R, 3>(p, row, column); break;
+      default: tile<R, kWide>(p, row, column);
+    }
+  }
+}
+
+// symmetric: columns before the row's own vector are left out.
+void multiply(const Product& p, int64_t rows, int64_t columns, bool symmetric) {
+  for (int64_t row = 0; row < rows; row += kTall) {
+    const int64_t first = symmetric ? row / kLanes * kLanes : 0;
+    switch (rows - row) {
+      case 1: row_of_tiles<1>(p, row, first, columns); break;
+      case 2: row_of_tiles<2>(p, row, first, columns); break;
+      case 3: row_of_tiles<3>(p, row, first, columns); break;
+      case 4: row_of_tiles<4>(p, row, first, columns); break;
+      case 5: row_of_tiles<5>(p, row, first, columns); break;
+      default: row_of_tiles<kTall>(p, row, first, columns);
+    }
+  }
+}
+
+// A block of kLanes x kLanes, transposed.
+SAMOE_INLINE void transpose_block(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+#if defined(__AVX512F__)
+  __m512 r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * from_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(t[i + j]), high = _mm512_castps_pd(t[i + 2 + j]);
+      r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 16; i += 8) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + 4 + j], 0x88);
+      t[i + 4 + j] = _mm512_shuffle_f32x4(r[i + j], r[i + 4 + j], 0xdd);
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    _mm512_storeu_ps(to + j * to_stride, _mm512_shuffle_f32x4(t[j], t[8 + j], 0x88));
+    _mm512_storeu_ps(to + (8 + j) * to_stride, _mm512_shuffle_f32x4(t[j], t[8 + j], 0xdd));
+  }
+#else
+  for (int64_t i = 0; i < kLanes; ++i)
+    for (int64_t j = 0; j < kLanes; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
+}
+
+// [rows, columns] to [columns, rows], both whole blocks.
+void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+  for (int64_t i = 0; i < rows; i += kLanes)
+    for (int64_t j = 0; j < columns; j += kLanes) transpose_block(from + i * columns + j, columns, to + j * rows + i, rows);
+}
+
+// Fills the blocks below the diagonal of a symmetric [size, size].
+void mirror(float* x, int64_t size) {
+  for (int64_t i = 0; i < size; i += kLanes)
+    for (int64_t j = i + kLanes; j < size; j += kLanes) transpose_block(x + i * size + j, size, x + j * size + i, size);
+}
+
+void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) memcpy(to + r * to_stride, from + r * from_stride, static_cast<size_t>(columns) * sizeof(float));
+}
+
+// One matrix. The smaller dim m comes first in the work: x and next [m, n], turned [n, m], gram and poly [m, m], padded.
+void one(const NewtonSchulz& a, const float* in, float* out, float* work) {
+  const bool tall = a.rows > a.columns;
+  const int64_t small = tall ? a.columns : a.rows, m = padded(small), n = padded(tall ? a.rows : a.columns);
+  float *x = work, *next = x + m * n, *turned = next + m * n, *gram = turned + m * n, *poly = gram + m * m;
+  memset(work, 0, static_cast<size_t>(3 * m * n + 2 * m * m) * sizeof(float));
+  copy_rows(in, a.columns, tall ? turned : x, tall ? m : n, a.rows, a.columns);
+  if (tall) transpose(turned, n, m, x);
+  double square = 0.0;
+  for (int64_t i = 0; i < m * n; i += kLanes) {
+    const vf v = load(x + i);
+    square += sum_lanes(v * v);
+  }
+  const float norm = static_cast<float>(std::sqrt(square)), inverse = 1.0f / (norm > a.epsilon ? norm : a.epsilon);
+  for (int64_t i = 0; i < m * n; i += kLanes) store(x + i, load(x + i) * inverse);
+  for (int step = 0; step < a.num_steps; ++step) {
+    transpose(x, m, n, turned);
+    multiply({x, n, turned, m, n, 1.0f, 0.0f, nullptr, gram, m}, small, m, true);
+    mirror(gram, m);
+    multiply({gram, m, gram, m, small, a.c, a.b, gram, poly, m}, small, m, true);
+    mirror(poly, m);
+    multiply({poly, m, x, n, small, 1.0f, a.a, x, next, n}, small, n, false);
+    float* const before = x;
+    x = next;
+    next = before;
+  }
+  if (tall) transpose(x, m, n, turned);
+  const float* result = tall ? turned : x;
+  const int64_t stride = tall ? m : n;
+  for (int64_t r = 0; r < a.rows; ++r)
+    for (int64_t k = 0; k < a.columns; ++k) out[r * a.columns + k] = result[r * stride + k] * a.factor;
+}
+
+}  // namespace
+
+void newton_schulz(const NewtonSchulz& a) {
+  const int64_t m = padded(a.rows < a.columns ? a.rows : a.columns), n = padded(a.rows < a.columns ? a.columns : a.rows);
+#pragma omp parallel num_threads(a.num_threads)
+  {
+    float* const work = thread_floats(3 * m * n + 2 * m * m);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < a.num; ++i) one(a, a.x + i * a.rows * a.columns, a.out + i * a.rows * a.columns, work);
+  }
+}
+
+}  // namespace SAMOE_ISA
+}  // namespace cpu
+}  // namespace samoe
