@@ -36,6 +36,7 @@ from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.runtime.gpu import check_gpu
 from megatron_samoe.runtime.kernels import choose_kernels
 from megatron_samoe.runtime.ranks import place_in
+from megatron_samoe.training.alike import alike_facts
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hook import Hook
 from megatron_samoe.training.hooks import default_hooks
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None
         config, num_ranks = _fit_to_ranks(config)
         pretrain(config, num_ranks, extensions, hooks)
     except MegatronSamoeError as error:
+        backend.tell_other_hosts(error)
         return _report(error, rank)
     except SystemExit as error:
         _let_rank_0_speak(rank)
@@ -85,7 +87,8 @@ def pretrain(
     backend.set_num_threads(config.training.num_threads)
     if config.training.fp16 and device.type != "cuda":
         raise ConfigError("--fp16", True, "needs a CUDA device; use --bf16 or fp32 on a CPU")
-    meeting = backend.initialize_distributed(config.parallel, device, num_ranks)
+    facts = alike_facts(config, device) if launcher.world_size() > launcher.local_world_size() else {}
+    meeting = backend.initialize_distributed(config.parallel, device, num_ranks, facts)
     with backend.shared_fate(meeting):
         if meeting is not None and not dist.is_initialized():
             meeting.stand_by()
@@ -231,7 +234,8 @@ def _transport(parallel: ParallelState) -> str:
 
 def _report(error: MegatronSamoeError, rank: int) -> int:
     _let_rank_0_speak(rank)
-    if rank == 0 or not error.collective:
+    # Before ranks have met, those of other hosts may have met nothing.
+    if rank == 0 or not error.collective or (launcher.local_rank() == 0 and not dist.is_initialized()):
         message = f"error{f' (rank {rank})' if rank else ''}: {error}"
         print(message, file=sys.stderr, flush=True)
         _tell_launcher(message)
