@@ -58,11 +58,11 @@ def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None
     rank = this_rank()
     configure_logging(rank)
     try:
-        config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
-        config, num_ranks = _fit_to_ranks(config)
+        with backend.telling_other_hosts():
+            config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
+            config, num_ranks = _fit_to_ranks(config)
         pretrain(config, num_ranks, extensions, hooks)
     except MegatronSamoeError as error:
-        backend.tell_other_hosts(error)
         return _report(error, rank)
     except SystemExit as error:
         _let_rank_0_speak(rank)
@@ -80,13 +80,14 @@ def pretrain(
     config: PretrainConfig, num_ranks: int, extensions: Extensions | None = None, hooks: Sequence[Hook] = ()
 ) -> None:
     """Trains as a legal configuration says, on so many ranks of this torchrun job, or in this process alone."""
-    device = backend.choose_device(config.parallel)
-    if device.type == "cpu":
-        backend.keep_freed_memory()
-    check_gpu(device, config.training.bf16)
-    backend.set_num_threads(config.training.num_threads)
-    if config.training.fp16 and device.type != "cuda":
-        raise ConfigError("--fp16", True, "needs a CUDA device; use --bf16 or fp32 on a CPU")
+    with backend.telling_other_hosts():
+        device = backend.choose_device(config.parallel)
+        if device.type == "cpu":
+            backend.keep_freed_memory()
+        check_gpu(device, config.training.bf16)
+        backend.set_num_threads(config.training.num_threads)
+        if config.training.fp16 and device.type != "cuda":
+            raise ConfigError("--fp16", True, "needs a CUDA device; use --bf16 or fp32 on a CPU")
     facts = alike_facts(config, device) if launcher.world_size() > launcher.local_world_size() else {}
     meeting = backend.initialize_distributed(config.parallel, device, num_ranks, facts)
     with backend.shared_fate(meeting):

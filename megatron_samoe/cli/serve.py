@@ -164,7 +164,9 @@ class Serve:
     def _refuse_strangers(self, options: ServerOptions) -> None:
         """Raises ConfigError where others could use the server and nobody has said that they may."""
         if self.no_api_key and options.api_key is not None:
-            raise ConfigError("--no-api-key", True, f"a token is given, by --api-key-file or {KEY_VARIABLE}: take one away")
+            raise ConfigError(
+                "--no-api-key", True, f"a token is given, by --api-key-file or {KEY_VARIABLE}: take one away"
+            )
         if options.host not in LOOPBACK_NAMES and options.api_key is None and not self.no_api_key:
             raise ConfigError(
                 "--host", options.host, f"lets others use the server: give --api-key-file (or {KEY_VARIABLE}), or "

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -179,17 +180,19 @@ def _connect(
         ) from error
 
 
-def tell_other_hosts(error: MegatronSamoeError) -> None:
-    """Tells ranks of other hosts, which wait for this one, of a fault that this rank met before it joined them."""
-    if dist.is_initialized() or not error.permanent or launcher.local_rank():
-        return
-    with contextlib.suppress(ValueError, OSError, RuntimeError, MegatronSamoeError):  # nobody is there to be told
-        if launcher.world_size() == launcher.local_world_size():
-            return
-        store, rank = join_store(timedelta(seconds=TELLING_S))
-        Meeting(store, rank, launcher.world_size()).end(str(error))
-        if rank == 0:
-            time.sleep(TELLING_S)  # since it holds the store
+@contextlib.contextmanager
+def telling_other_hosts() -> Iterator[None]:
+    """Tells ranks of other hosts, which would wait for this one, of a permanent fault that comes before ranks meet."""
+    try:
+        yield
+    except MegatronSamoeError as error:
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if error.permanent and launcher.local_rank() == 0 and launcher.local_world_size() < size:
+            with contextlib.suppress(ValueError, OSError, RuntimeError):  # nobody is there to be told
+                store, rank = join_store(timedelta(seconds=TELLING_S))
+                Meeting(store, rank, size).end(str(error))
+                time.sleep(TELLING_S if rank == 0 else 0.0)  # since it holds the store
+        raise
 
 
 @contextlib.contextmanager
@@ -211,9 +214,11 @@ def shared_fate(meeting: Meeting | None) -> Iterator[None]:
         if meeting is not None and lost and not isinstance(error, JobEndedError):
             _at_store(meeting.raise_if_ended)
         elif meeting is not None and isinstance(error, MegatronSamoeError):
-            _at_store(lambda: meeting.tell(error))
+            _at_store(partial(meeting.tell, error))
         if lost and isinstance(error, RuntimeError):
-            raise CommunicationError(f"Another rank was lost: {str(error).splitlines()[0]} {silent}".rstrip()) from error
+            raise CommunicationError(
+                f"Another rank was lost: {str(error).splitlines()[0]} {silent}".rstrip()
+            ) from error
         if silent:
             error.args = (f"{error} {silent}",)
         raise

@@ -84,7 +84,7 @@ class Meeting:
             self._attempt.set("compared", json.dumps([hosts, differences([rank[:2] for rank in ranks])]))
         self.hosts, found = json.loads(self._attempt.get("compared"))
         if found:
-            raise ConfigErrors([ConfigError(*difference) for difference in found])
+            raise ConfigErrors([ConfigError(*difference) for difference in found], "hosts of this job differ:")
 
     def end(self, message: str) -> None:
         """Ends the job: tells the ranks of this attempt and of all later ones why."""

@@ -32,7 +32,7 @@ def serve_store(host: str, port: int, **options: object) -> dist.TCPStore:
 def join_store(timeout: timedelta) -> tuple[dist.Store, int]:
     """Returns the store of torchrun's variables and this rank's number, as torch's "env://" does.
 
-    Where rank 0 serves it, it listens at MASTER_ADDR alone.
+    Where rank 0 serves it, it listens at MASTER_ADDR alone, if all hosts mean the same by that.
     """
     if os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and _is_own_address():
         host, port, size = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), launcher.world_size()
@@ -42,12 +42,14 @@ def join_store(timeout: timedelta) -> tuple[dist.Store, int]:
 
 
 def _is_own_address() -> bool:
-    """Returns whether MASTER_ADDR is an address of this host that all ranks reach; a forwarded one is not."""
+    """Returns whether MASTER_ADDR is an address of this host, for all ranks: a name may mean another one elsewhere."""
+    address = os.environ.get("MASTER_ADDR", "")
     try:
-        address = socket.getaddrinfo(os.environ["MASTER_ADDR"], None, type=socket.SOCK_STREAM)[0]
-        with socket.socket(address[0], socket.SOCK_STREAM) as probe:
-            probe.bind(address[4])
-    except (KeyError, OSError):  # which torch reports
+        if launcher.local_world_size() < launcher.world_size():
+            ipaddress.ip_address(address)
+        family, kind, _, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(place)
+    except (ValueError, OSError):  # what is wrong with it torch reports
         return False
-    alone = launcher.local_world_size() == launcher.world_size()
-    return alone or not ipaddress.ip_address(address[4][0].partition("%")[0]).is_loopback
+    return True

@@ -67,7 +67,10 @@ def _data_files(config: PretrainConfig) -> Iterator[tuple[str, str]]:
     for path in (f"{prefix}{end}" for prefix in prefixes if not is_remote(prefix) for end in (".bin", ".idx")):
         try:
             with open(path, "rb") as file:
-                size, digest = os.fstat(file.fileno()).st_size, hashlib.blake2b(file.read(_COMPARED_BYTES), digest_size=6)
+                size, digest = (
+                    os.fstat(file.fileno()).st_size,
+                    hashlib.blake2b(file.read(_COMPARED_BYTES), digest_size=6),
+                )
                 file.seek(max(0, size - _COMPARED_BYTES))
                 digest.update(file.read(_COMPARED_BYTES))
             yield path, f"{size:,} bytes, {digest.hexdigest()}"

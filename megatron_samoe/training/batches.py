@@ -111,7 +111,7 @@ def build_run_data(
 
     Args:
         done: iterations and samples that the run has behind it, maybe with batches of another size.
-        is_builder: whether this rank writes sample indices that other ranks of its host wait for.
+        is_builder: whether this rank is the first of its host, which builds sample indices for the others.
     """
     training = config.training
     batch = global_batch_size(config, parallel.world_size)
@@ -121,7 +121,8 @@ def build_run_data(
     train_samples = 0 if training.skip_train else max(needed, training.train_samples or 0)
     train, *held_out = build_train_valid_test_datasets(
         config.data, (train_samples, evaluated, evaluated), config.model.seq_length, training.seed, tokenizer,
-        barrier=parallel.world.barrier if parallel.world_size > 1 else None, is_builder=is_builder,
+        barrier=parallel.world.barrier if parallel.world_size > 1 else None,
+        turn=0 if parallel.rank == 0 else 1 if is_builder else 2,
         evaluation_seed=EVALUATION_SEED, optional=_optional_splits(config),
     )  # fmt: skip
     step = training.micro_batch_size * parallel.dp.size

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -50,14 +49,16 @@ def missing_means() -> str:
     """Returns what this machine does not grant that hosts are made of, or an empty string."""
     if sys.platform != "linux":
         return "namespaces are Linux's"
-    for tool in ("ip", "tc", "nsenter", "unshare", "mount"):
+    for tool in ("ip", "tc", "ss", "nsenter", "unshare", "mount"):
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
     trial = (
         "mount --make-rprivate / && mount -t tmpfs x /dev/shm && ip link add br0 type bridge && ip link add x0 type veth "
         "peer name x1 && tc qdisc add dev x0 root tbf rate 1gbit burst 128kb latency 50ms"
     )
-    done = subprocess.run(["unshare", "-numip", "--fork", "sh", "-c", trial], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        ["unshare", "-numip", "--fork", "sh", "-c", trial], capture_output=True, text=True, timeout=20
+    )
     return "" if done.returncode == 0 else f"not granted: {(done.stderr.strip() or trial).splitlines()[-1]}"
 
 
@@ -111,6 +112,10 @@ class Host:
     def sent_bytes(self) -> int:
         """Returns the bytes that the host has sent to others."""
         return int(Path(f"/proc/{self.pid}/net/dev").read_text().partition("eth0:")[2].split()[8])
+
+    def listening(self) -> set[str]:
+        """Returns where the host listens, as ss writes it: address:port."""
+        return {line.split()[3] for line in self.run("ss", "-Hltn").splitlines()}
 
     def cores(self, share: float) -> str:
         """Limits the host to a share of one core; returns why that cannot be done, or an empty string."""

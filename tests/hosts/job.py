@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = {
     "train_iters": STEPS, "eval_iters": 0, "lr": 1e-4, "lr_decay_iters": STEPS, "micro_batch_size": 1,
 }  # fmt: skip
 #: A dead agent is noticed after seconds, and hosts that come are waited for as briefly.
-QUICK = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=10"
+QUICK = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=3"
 
 
 def slurm_words(folder: Path, hosts: Sequence[Host], num_ranks: int, flags: list[str]) -> list[str]:
@@ -67,13 +67,18 @@ class Job:
         for host in hosts if start else ():
             self.start(host)
 
-    def start(self, host: Host, *flags: str, **environment: str) -> ProgramRun:
+    def start(self, host: Host, *flags: str, agent: Sequence[str] = (), **environment: str) -> ProgramRun:
         """Starts the job's agent on a host.
 
         Args:
-            flags: of the program on this host alone.
+            flags, agent: of the program, and of torchrun, on this host alone.
         """
-        run = host.start([*self._words, *flags], self._warm, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **environment)
+        run = host.start(
+            [self._words[0], *agent, *self._words[1:], *flags],
+            self._warm,
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+            **environment,
+        )
         self.agents[host.name] = run
         return run
 

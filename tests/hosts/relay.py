@@ -44,7 +44,7 @@ def relay(ready: Connection, host: int, switch: int, port: str, delay_s: float, 
 
 def _device(pid: int, name: str) -> int:
     """Returns a network device that a process's network is given."""
-    from tests.hosts.cluster import _NET, enter, _run
+    from tests.hosts.cluster import _NET, _run, enter
 
     enter(pid, _NET)
     device = os.open("/dev/net/tun", os.O_RDWR)
