@@ -10,7 +10,7 @@
 # leave within the 30 seconds that torchrun grants them, and the requeued job goes on from there. Where saving takes longer,
 # give --exit-duration-in-mins instead. A node that is lost costs the steps since the last checkpoint: the others go on in the
 # nearest layout (--elastic, which needs --global-batch-size) and take a node that comes back. docs/cluster.md tells what
-# survives what. This script has not been run: no cluster was at hand.
+# survives what. Its commands were run on hosts made of namespaces (tests/hosts), the script never under Slurm.
 # Usage: sbatch examples/pretrain_slurm.sh examples/configs/gpt_1.3b_samoe128.yaml RUN_DIR [flags]
 set -euo pipefail
 CONFIG=$1 RUN_DIR=$2

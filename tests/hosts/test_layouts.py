@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from megatron_samoe.config.cli import parse_pretrain_args
+from megatron_samoe.parallel_state.rank_grid import RankGrid
+from megatron_samoe.planning.layout_cost import Cluster as Planned
+from megatron_samoe.planning.layout_cost import Links, step_cost
+from tests.harness.program import arguments, write_corpus
 from tests.hosts.cluster import Cluster
-from tests.hosts.job import Job
+from tests.hosts.job import OPTIONS, STEPS, Job
+from tests.hosts.transfer import BYTES
 
 pytestmark = pytest.mark.distributed
 night = pytest.mark.night
@@ -52,3 +59,55 @@ def test_losses_are_those_of_one_process(
     assert f"tokens travel through {transport}" in output or transport == "gloo"
     if "shared memory" in transport:
         assert all(windows) and len(set.union(*windows)) == sum(map(len, windows)), "hosts share no memory"
+
+
+#: A model whose gradients and rows outweigh headers; its tensor parallelism stays inside hosts. What a layout sends between
+#: hosts and gloo sends more often: it makes a reduce-scatter of an all-reduce, which sends twice as much.
+SIZES = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 64, "num_experts": 8}
+COUNTED = {
+    "dp": ({}, {"pool": 4 / 3}),
+    "dp zero": ({"use_distributed_optimizer": True}, {"pool": 4 / 3, "gradients": 3 / 2}),
+    "pp": ({"pipeline_model_parallel_size": 2}, {"pool": 4 / 3}),
+    "ep": ({"expert_model_parallel_size": 2}, {"pool": 4 / 3}),
+}
+
+
+@night
+@pytest.mark.parametrize("layout", COUNTED)
+def test_the_planner_counts_what_goes_over_the_cables(layout: str, cluster: Cluster) -> None:
+    """Headers, acknowledgements and small exchanges add at most three in a hundred; experts are loaded unevenly."""
+    options, more = COUNTED[layout]
+    options = {**SIZES, "tensor_model_parallel_size": 2, **options}
+    write_corpus(cluster.shared / "data" / "corpus", num_documents=400)
+    hosts = [cluster.add(), cluster.add()]
+    flags = arguments(data_path=cluster.shared / "data" / "corpus", **{**OPTIONS, **options})
+    planned = step_cost(
+        parse_pretrain_args(flags, lambda _: None, quiet=True), 257, Planned(4, 2, 1e12, 1e12, 1e9, 1e9)
+    )
+    job = Job(cluster, 2, conf="last_call_timeout=60", **options)
+    job.wait_for_step(8, 200)
+    first, before = job.step(), [host.sent_bytes() for host in hosts]
+    job.wait_for_step(STEPS - 5, 200)
+    last, after = job.step(), [host.sent_bytes() for host in hosts]
+    job.succeed(100)
+    expected = 2 * sum(sent * more.get(kind, 1.0) for kind, sent in planned.sent_bytes.items() if kind != "tensor")
+    for start, end in zip(before, after, strict=True):
+        counted = (end - start) / (last - first)
+        print(f"{layout}: {counted:,.0f} bytes a step and host, {expected:,.0f} planned")
+        assert 0.97 * expected < counted < (1.15 if layout == "ep" else 1.03) * expected
+
+
+@night
+def test_a_transfer_takes_as_long_as_the_planner_says(cluster: Cluster) -> None:
+    """On links of 1 Gbit/s and 1 ms."""
+    hosts = [cluster.add(delay_s=0.0005), cluster.add(delay_s=0.0005)]
+    for host in hosts:
+        host.shape("1gbit")
+    words = ["torchrun", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=host0:29500"]
+    runs = [host.start([*words, "-m", "tests.hosts.transfer"]) for host in hosts]
+    output = "".join(run.succeed(120) for run in runs)
+    measured = json.loads(re.findall("seconds (.*)", output)[0])
+    links = Links(RankGrid(2), Planned(2, 1, 1e12, 1e12, 1e9, 125e6, latency_s=1e-3))
+    planned = {"all-reduce": 2 * links.gather("dp", BYTES)[0], "all-to-all": links.all_to_all("dp", BYTES)[0]}
+    print(f"measured {measured}, planned {planned}")
+    assert measured == pytest.approx(planned, rel=0.15)
