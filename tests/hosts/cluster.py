@@ -74,6 +74,7 @@ class Host:
     def __init__(self, name: str, address: str, cluster: Cluster):
         self.name, self.address, self._cluster = name, address, cluster
         self.folder, self.services = cluster.folder / name, set[int]()
+        self._group = ""  # of processors, where they are limited
         (self.folder / "tmp").mkdir(parents=True)
         self._pipe, there = _context.Pipe()
         self._process = _context.Process(target=_hold, args=(there, name, str(cluster.names), str(cluster.shared)))
@@ -91,7 +92,9 @@ class Host:
         """
         output = self.folder / f"output-{len(list(self.folder.glob('output-*'))):03d}.txt"
         environment = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder / "tmp"), **environment}
-        process = _context.Process(target=_enter, args=(self.pid, list(words), environment, str(output), warm))
+        process = _context.Process(
+            target=_enter, args=(self.pid, self._group, list(words), environment, str(output), warm)
+        )
         process.start()
         return ProgramRun([process], [output])
 
@@ -127,8 +130,9 @@ class Host:
                     (group / "cpu.cfs_quota_us").write_text(str(round(1e5 * share)))
                 else:
                     (group / "cpu.max").write_text(f"{round(1e5 * share)} 100000")
-                for pid in [self.pid, *self.processes()]:
+                for pid in self.processes():
                     (group / "cgroup.procs").write_text(str(pid))
+                self._group = str(group)
                 return ""
         return "no control group of processors can be made"
 
@@ -178,11 +182,11 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for host in [*self.hosts, self._switch]:
+            host.lose()
         for relayed in self._relays:
             relayed.kill()
             relayed.join(20)
-        for host in [*self.hosts, self._switch]:
-            host.lose()
 
     def switch(self, *words: object) -> str:
         """Runs a command where the switch is."""
@@ -258,9 +262,11 @@ def _die_with_parent() -> None:
     _libc.prctl(set_parent_death_signal, int(signal.SIGKILL))
 
 
-def _enter(host: int, words: list[str], environment: dict[str, str], output: str, warm: bool) -> None:
+def _enter(host: int, group: str, words: list[str], environment: dict[str, str], output: str, warm: bool) -> None:
     """Runs a command on a host, passes SIGTERM on to it, and ends as it does."""
     _die_with_parent()
+    if group:
+        Path(group, "cgroup.procs").write_text(str(os.getpid()))
     enter(host, _OF_A_HOST)
     pid = os.fork()  # which is in the host's process numbers; this process stays outside
     if pid == 0:
