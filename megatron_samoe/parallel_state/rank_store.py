@@ -17,9 +17,14 @@ _BACKLOG = 2048
 def serve_store(host: str, port: int, **options: object) -> dist.TCPStore:
     """Returns a new store that listens at one address; torch's own listens at all of the machine, whatever it is given.
 
+    Args:
+        host: 0.0.0.0 for all, of both kinds.
+
     Raises:
         OSError: the host has no such address, or its port is taken.
     """
+    if host == "0.0.0.0":
+        return dist.TCPStore(host, port, is_master=True, **options)  # type: ignore[arg-type]
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.harness.program import arguments, losses, start
 from tests.hosts.cluster import Cluster
-from tests.hosts.job import OPTIONS, STEPS, Job
+from tests.hosts.job import OPTIONS, QUICK, STEPS, Job
 
 pytestmark = [pytest.mark.distributed, pytest.mark.night]
 
@@ -34,7 +34,9 @@ def test_four_hosts_become_two_and_four_again(model: str, cluster: Cluster) -> N
     one = cluster.folder / "one"
     start(arguments(data_path=cluster.shared / "data" / "corpus", run_dir=one / "run", **options), one).succeed()
     hosts = [cluster.add() for _ in range(4)]
-    job = Job(cluster, expert_model_parallel_size=4, save_interval=5, distributed_timeout_minutes=0.2, **MODELS[model])
+    conf = QUICK.replace("last_call_timeout=60", "last_call_timeout=10")
+    options = {"expert_model_parallel_size": 4, "save_interval": 5, "distributed_timeout_minutes": 0.2, **MODELS[model]}
+    job = Job(cluster, conf=conf, **options)
     job.wait_for_step(7)
     for host in hosts[2:]:
         host.lose()

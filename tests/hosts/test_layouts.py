@@ -51,7 +51,7 @@ def test_losses_are_those_of_one_process(
     undisturbed: list[float],
 ) -> None:
     hosts = [cluster.add() for _ in range(num_hosts)]
-    job = Job(cluster, 2, warm, conf="last_call_timeout=60", **options)
+    job = Job(cluster, 2, warm, **options)
     job.wait_for_step(3, 120)
     windows = [mapped_windows(host.processes()) for host in hosts]
     output = job.succeed(120)
@@ -84,7 +84,7 @@ def test_the_planner_counts_what_goes_over_the_cables(layout: str, cluster: Clus
     planned = step_cost(
         parse_pretrain_args(flags, lambda _: None, quiet=True), 257, Planned(4, 2, 1e12, 1e12, 1e9, 1e9)
     )
-    job = Job(cluster, 2, conf="last_call_timeout=60", **options)
+    job = Job(cluster, 2, **options)
     job.wait_for_step(8, 200)
     first, before = job.step(), [host.sent_bytes() for host in hosts]
     job.wait_for_step(STEPS - 5, 200)
