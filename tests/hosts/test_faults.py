@@ -93,7 +93,7 @@ def test_the_host_that_has_the_store_is_lost(cluster: Cluster, undisturbed: list
 
 def test_a_cut_in_the_middle_of_a_save(cluster: Cluster, undisturbed: list[float]) -> None:
     job, _, second = two_hosts(cluster)
-    job.wait(lambda: any("0000020" in name for name in unfinished(job)))
+    job.wait(lambda: any("0000020" in name for name in unfinished(job)), 120)
     second.cable(False)
     job.wait_for("lost another rank")
     second.cable(True)
@@ -112,16 +112,16 @@ def test_two_packets_in_a_hundred_are_lost(cluster: Cluster, undisturbed: list[f
 
 
 @night
-def test_a_host_at_a_tenth_of_its_speed_is_named(cluster: Cluster, undisturbed: list[float]) -> None:
+def test_a_host_with_few_turns_of_a_core_is_named(cluster: Cluster, undisturbed: list[float]) -> None:
     _, second = cluster.add(), cluster.add()
-    if missing := second.cores(0.1):
+    if missing := second.cores(0.03):
         pytest.skip(missing)
     job = Job(cluster, preflight=True, **{**OPTIONS, "distributed_timeout_minutes": 1.0})
     job.wait_for_step(STEPS, 300)
     assert_as_if_nothing_had_been(job, undisturbed)
     assert re.search(r"preflight: rank 1 \(host1\) has .* GFLOP/s", job.output()), job.output()
     slowest = [json.loads(line)["slowest_rank"] for line in (cluster.shared / "run/metrics.jsonl").open()]
-    assert slowest.count(1) > 0.9 * STEPS, slowest
+    assert slowest.count(1) > 0.8 * STEPS, slowest
 
 
 @night

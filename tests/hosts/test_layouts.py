@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,15 +98,15 @@ def test_the_planner_counts_what_goes_over_the_cables(layout: str, cluster: Clus
 
 @night
 def test_a_transfer_takes_as_long_as_the_planner_says(cluster: Cluster) -> None:
-    """On links of 1 Gbit/s and 1 ms."""
-    hosts = [cluster.add(delay_s=0.0005), cluster.add(delay_s=0.0005)]
+    """On a link so slow that a busy machine keeps up with it."""
+    hosts = [cluster.add(), cluster.add()]
     for host in hosts:
-        host.shape("1gbit")
+        host.shape("200mbit")
     words = ["torchrun", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=host0:29500"]
     runs = [host.start([*words, "-m", "tests.hosts.transfer"]) for host in hosts]
     output = "".join(run.succeed(120) for run in runs)
-    measured = json.loads(re.findall("seconds (.*)", output)[0])
-    links = Links(RankGrid(2), Planned(2, 1, 1e12, 1e12, 1e9, 125e6, latency_s=1e-3))
-    planned = {"all-reduce": 2 * links.gather("dp", BYTES)[0], "all-to-all": links.all_to_all("dp", BYTES)[0]}
-    print(f"measured {measured}, planned {planned}")
+    measured = float(re.findall("seconds (.*)", output)[0])
+    links = Links(RankGrid(2), Planned(2, 1, 1e12, 1e12, 1e9, 25e6))
+    planned = 2 * links.gather("dp", BYTES)[0]
+    print(f"measured {measured:.3f} s, planned {planned:.3f} s")
     assert measured == pytest.approx(planned, rel=0.15)

@@ -1,4 +1,4 @@
-"""Faults between hosts at random: SAMOE_HOSTS_SEED=7 draws others, SAMOE_HOSTS_REPLAY=FILE repeats those of a log.
+"""Faults between hosts at random, others each day: SAMOE_HOSTS_SEED=7 draws those of a seed, SAMOE_HOSTS_REPLAY=FILE repeats a log.
 
 Each is a line of JSON: the step after which it happens, what happens, to which host, and for how many seconds.
 """
@@ -82,7 +82,7 @@ class Operator:
 
 def test_a_job_outlives_faults_at_random(cluster: Cluster, undisturbed: list[float]) -> None:
     replay = os.environ.get("SAMOE_HOSTS_REPLAY")
-    faults = drawn(int(os.environ.get("SAMOE_HOSTS_SEED", "1")))
+    faults = drawn(int(os.environ.get("SAMOE_HOSTS_SEED", time.strftime("%j"))))
     if replay:
         faults = [json.loads(line) for line in Path(replay).read_text().splitlines()]
     for _ in range(3):
