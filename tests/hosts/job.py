@@ -92,14 +92,14 @@ class Job:
         """Returns the last step that was logged."""
         return max(map(int, re.findall(r"iteration +(\d+)/", self.output())), default=0)
 
-    def wait(self, what: Callable[[], bool], timeout_s: float = 60.0) -> float:
+    def wait(self, what: Callable[[], bool], timeout_s: float = 60.0, pause_s: float = 0.05) -> float:
         """Waits until something is so, and returns how long that took."""
         began = time.monotonic()
         while not what():
             ended = all(agent.processes[0].exitcode is not None for agent in self.agents.values())
             assert not ended or what(), f"the job has ended:\n{self.output()}"
             assert time.monotonic() < began + timeout_s, f"not within {timeout_s} s:\n{self.output()}"
-            time.sleep(0.05)
+            time.sleep(pause_s)
         return time.monotonic() - began
 
     def wait_for_step(self, step: int, timeout_s: float = 60.0) -> float:
