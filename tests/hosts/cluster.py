@@ -39,7 +39,7 @@ def _checked(status: int) -> None:
 
 
 def _run(*words: object) -> str:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"{' '.join(map(str, words))}: {done.stderr}"
     return done.stdout
 
@@ -80,7 +80,7 @@ class Host:
         self._process = _context.Process(target=_hold, args=(there, name, str(cluster.names), str(cluster.shared)))
         self._process.start()
         there.close()
-        assert self._pipe.poll(20), f"{name} does not start"
+        assert self._pipe.poll(60), f"{name} does not start"
         self.pid = self._pipe.recv()
         assert isinstance(self.pid, int), self.pid
 
