@@ -46,15 +46,15 @@ class ConfigError(MegatronSamoeError):
 
 
 class ConfigErrors(ConfigError):
-    """Several rules are broken at once; all are shown."""
+    """Several rules are broken at once; all are shown, after what they have in common."""
 
-    def __init__(self, errors: list[ConfigError]):
+    def __init__(self, errors: list[ConfigError], common: str = "the configuration breaks several rules:"):
         assert errors
         self.errors = errors
         first = errors[0]
         super().__init__(first.field, first.value, first.allowed)
         if len(errors) > 1:
-            self.args = ("\n  ".join(["the configuration breaks several rules:", *map(str, errors)]),)
+            self.args = ("\n  ".join([common, *map(str, errors)]),)
 
 
 class DataError(MegatronSamoeError):

@@ -100,8 +100,9 @@ SLURM = """#!/bin/bash
 #SBATCH --requeue
 # One torchrun agent on each node. Before its time is up the job saves, leaves, and is queued again.
 set -euo pipefail
-HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=0 torchrun --nnodes "1:$SLURM_NNODES" --nproc-per-node 8 --max-restarts 100 \\
+HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+srun --kill-on-bad-exit=0 torchrun --nnodes "1:$SLURM_NNODES" --nproc-per-node "${{SLURM_GPUS_ON_NODE:-8}}" --max-restarts 100 \\
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$HEAD_NODE:29500" \\
     -m megatron_samoe pretrain --config config.yaml --elastic "$@"
 """

@@ -36,6 +36,7 @@ from megatron_samoe.planning.memory import rank_memory
 from megatron_samoe.runtime.gpu import check_gpu
 from megatron_samoe.runtime.kernels import choose_kernels, choose_products
 from megatron_samoe.runtime.ranks import place_in
+from megatron_samoe.training.alike import alike_facts
 from megatron_samoe.training.batches import build_run_data
 from megatron_samoe.training.hook import Hook
 from megatron_samoe.training.hooks import default_hooks
@@ -56,8 +57,9 @@ def main(argv: Sequence[str] | None = None, extensions: Extensions | None = None
     rank = launcher.rank()
     configure_logging(rank)
     try:
-        config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
-        config, num_ranks = _fit_to_ranks(config)
+        with backend.telling_other_hosts():
+            config = parse_pretrain_args(sys.argv[1:] if argv is None else argv, _saved_config, quiet=rank != 0)
+            config, num_ranks = _fit_to_ranks(config)
         pretrain(config, num_ranks, extensions, hooks)
     except MegatronSamoeError as error:
         return _report(error, rank)
@@ -77,14 +79,16 @@ def pretrain(
     config: PretrainConfig, num_ranks: int, extensions: Extensions | None = None, hooks: Sequence[Hook] = ()
 ) -> None:
     """Trains as a legal configuration says, on so many ranks of this torchrun job, or in this process alone."""
-    device = backend.choose_device(config.parallel)
-    if device.type == "cpu":
-        backend.keep_freed_memory()
-    check_gpu(device, config.training.bf16)
-    backend.set_num_threads(config.training.num_threads)
-    if config.training.fp16 and device.type != "cuda":
-        raise ConfigError("--fp16", True, "needs a CUDA device; use --bf16 or fp32 on a CPU")
-    meeting = backend.initialize_distributed(config.parallel, device, num_ranks)
+    with backend.telling_other_hosts():
+        device = backend.choose_device(config.parallel)
+        if device.type == "cpu":
+            backend.keep_freed_memory()
+        check_gpu(device, config.training.bf16)
+        backend.set_num_threads(config.training.num_threads)
+        if config.training.fp16 and device.type != "cuda":
+            raise ConfigError("--fp16", True, "needs a CUDA device; use --bf16 or fp32 on a CPU")
+    facts = alike_facts(config, device) if launcher.world_size() > launcher.local_world_size() else {}
+    meeting = backend.initialize_distributed(config.parallel, device, num_ranks, facts)
     with backend.shared_fate(meeting):
         if meeting is not None and not dist.is_initialized():
             meeting.stand_by()
@@ -182,7 +186,9 @@ def _beginning(options: CheckpointConfig) -> Beginning:
     if directory is None:
         return Beginning(checkpoint)
     saved = store.read_train_state(directory, PLAIN_KEYS)
-    return Beginning(checkpoint, saved["iteration"], saved["consumed_samples"], saved.get(CUDA_KERNELS), saved.get(BF16_PRODUCTS))
+    return Beginning(
+        checkpoint, saved["iteration"], saved["consumed_samples"], saved.get(CUDA_KERNELS), saved.get(BF16_PRODUCTS)
+    )
 
 
 def _saved_config(config: PretrainConfig) -> Mapping[str, Any] | None:
@@ -224,7 +230,8 @@ def _transport(parallel: ParallelState) -> str:
 
 def _report(error: MegatronSamoeError, rank: int) -> int:
     _let_rank_0_speak(rank)
-    if rank == 0 or not error.collective:
+    # Before ranks have met, those of other hosts may have met nothing.
+    if rank == 0 or not error.collective or (launcher.local_rank() == 0 and not dist.is_initialized()):
         message = f"error{f' (rank {rank})' if rank else ''}: {error}"
         print(message, file=sys.stderr, flush=True)
         _tell_launcher(message)

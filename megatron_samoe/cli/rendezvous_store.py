@@ -28,13 +28,13 @@ class RendezvousStore:
         """Keeps the store until it is interrupted."""
         if not 0 < self.port < 2**16:
             raise ConfigError("--port", self.port, "must be from 1 to 65535")
-        from torch.distributed import TCPStore
+        from megatron_samoe.parallel_state.rank_store import serve_store
 
         try:
-            store = TCPStore(self.host, self.port, is_master=True, wait_for_workers=False)
-        except RuntimeError as error:
+            store = serve_store(self.host, self.port, wait_for_workers=False)
+        except (OSError, RuntimeError) as error:
             problem = str(error).splitlines()[0]
-            raise CommunicationError(f"port {self.port} cannot be listened on: {problem}") from None
+            raise CommunicationError(f"port {self.port} of {self.host} cannot be listened on: {problem}") from None
         print(f"agents can meet at port {store.port}; Ctrl-C ends the store, and with it the job", flush=True)
         while True:
             time.sleep(3600)

@@ -22,6 +22,8 @@ from megatron_samoe.errors import CommunicationError, ConfigError
 from megatron_samoe.inference.engine import Engine, Precision, Serving
 from megatron_samoe.inference.server.models import NamedModel, check_names
 from megatron_samoe.inference.server.run import (
+    KEY_VARIABLE,
+    LOOPBACK_NAMES,
     Server,
     ServerOptions,
     check_installed,
@@ -128,8 +130,9 @@ class Serve:
     served_model_name: Annotated[Names, tyro.conf.arg(metavar="NAME [NAME ...]")] = ()
     """as clients call the model, and each of --beside; the runs' names if not given"""
     api_key_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """holds the token that clients must send; without it the variable MEGATRON_SAMOE_API_KEY counts, and without both no token
-    is asked for"""
+    """holds the token that clients must send; without it the variable MEGATRON_SAMOE_API_KEY counts"""
+    no_api_key: bool = False
+    """asks for no token also where --host lets others than this machine reach the server"""
     show_experts: bool = False
     """the page shows which experts and banks each token uses; keeps the model as it was trained in memory, too"""
 
@@ -137,6 +140,7 @@ class Serve:
         """Serves; the status is 0 after SIGTERM or SIGINT, 1 where the engine failed."""
         check_installed()
         server_options = replace(self.server, api_key=read_api_key(self.api_key_file))
+        self._refuse_strangers(server_options)
         folders = self._names()
         # Before the model, so that a port in use is said at once.
         listener = listen(server_options.host, server_options.port) if launcher.rank() == 0 else None
@@ -150,16 +154,24 @@ class Serve:
             models.append(NamedModel(name, engine, loaded.model if self.show_experts else None))
             del engine, loaded
         server = Server(models, parallel.world, server_options, listener)
-        if server_options.api_key is None and not server.is_local:
-            logger.warning(
-                "note: whoever can reach %s can use this server; --api-key-file asks for a token", server.url
-            )
 
         def ready() -> None:
             logger.info("serving %s at %s", ", ".join(folders), server.url)
             sys.stdout.flush()
 
         return server.run(ready)
+
+    def _refuse_strangers(self, options: ServerOptions) -> None:
+        """Raises ConfigError where others could use the server and nobody has said that they may."""
+        if self.no_api_key and options.api_key is not None:
+            raise ConfigError(
+                "--no-api-key", True, f"a token is given, by --api-key-file or {KEY_VARIABLE}: take one away"
+            )
+        if options.host not in LOOPBACK_NAMES and options.api_key is None and not self.no_api_key:
+            raise ConfigError(
+                "--host", options.host, f"lets others use the server: give --api-key-file (or {KEY_VARIABLE}), or "
+                "--no-api-key, with which whoever reaches it is answered"
+            )  # fmt: skip
 
     def _names(self) -> dict[str, str]:
         """Returns the models' folders by the names that clients call them."""

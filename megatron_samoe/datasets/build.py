@@ -36,7 +36,7 @@ def build_train_valid_test_datasets(
     seed: int,
     tokenizer: Tokenizer,
     barrier: Callable[[], None] | None = None,
-    is_builder: bool = True,
+    turn: int = 0,
     evaluation_seed: int | None = None,
     optional: Collection[str] = (),
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
@@ -48,9 +48,9 @@ def build_train_valid_test_datasets(
         seq_length: tokens per sample.
         seed: of the sample order.
         tokenizer: the one that made the data.
-        barrier: waits for all ranks. Given, one rank per cache folder (`is_builder`) builds the indices while the
-            others wait, then those read them; a rank that cannot see them (node-local disk) builds its own.
-        is_builder: see `barrier`.
+        barrier: waits for all ranks. Given, ranks build the indices, or read those that are there, in three turns: where
+            hosts share a cache they are built once, else once a host.
+        turn: of this rank: 0 for the first, 1 for the first of another host, 2 for the others.
         evaluation_seed: of the order of validation and test samples, in place of `seed`.
         optional: splits that may be missing, and are said to be, where they have no data or too few.
 
@@ -69,14 +69,14 @@ def build_train_valid_test_datasets(
     builder = _Builder(data, dict(zip(blends.SPLITS, seeds, strict=True)), sample_format, tokenizer, optional)
     if barrier is None:
         return builder.build(num_samples)
-    if not is_builder:
+    for _ in range(turn):
         barrier()
-        return builder.build(num_samples)
     try:
         return builder.build(num_samples)
     finally:
         # Also after an error: the others meet the same one rather than wait for ever.
-        barrier()
+        for _ in range(2 - turn):
+            barrier()
 
 
 @dataclass(frozen=True)

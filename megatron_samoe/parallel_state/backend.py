@@ -7,9 +7,11 @@ import ctypes
 import gc
 import os
 import re
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from megatron_samoe.config.parallel import ParallelConfig
 from megatron_samoe.errors import CommunicationError, ConfigError, JobEndedError, MegatronSamoeError
 from megatron_samoe.parallel_state import launcher
 from megatron_samoe.parallel_state.meeting import Meeting
+from megatron_samoe.parallel_state.rank_store import join_store
+from megatron_samoe.parallel_state.silent_hosts import silent_hosts
 from megatron_samoe.start import die_with_torchrun
 
 #: What torch says when communication fails where it raises a bare RuntimeError; elsewhere it is a DistError.
@@ -43,6 +47,9 @@ UNTYPED_FAILURES = re.compile(
         )
     )
 )
+
+#: How long a rank that leaves before it met the others tries to tell those of other hosts.
+TELLING_S = 5.0
 
 
 def choose_device(config: ParallelConfig) -> torch.device:
@@ -105,15 +112,20 @@ def _why_no_gpu() -> str:
 
 
 def initialize_distributed(
-    config: ParallelConfig, device: torch.device, num_ranks: int | None = None
+    config: ParallelConfig,
+    device: torch.device,
+    num_ranks: int | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> Meeting | None:
     """Joins torchrun's job, if this process is in one and has not joined; returns its part in the job's meetings, or
     None where there is nothing to join.
 
     Args:
         num_ranks: number of ranks that work together; all if not given. The others only meet them.
+        facts: that must be alike on all ranks, by the words of a message.
 
     Raises:
+        ConfigError: a host differs from the first in one of the facts.
         CommunicationError: torchrun's address variables are missing, the port is taken, or other ranks do not come.
     """
     world_size = launcher.world_size()
@@ -125,12 +137,13 @@ def initialize_distributed(
     rank = os.environ.get("RANK", "?")
     began = time.monotonic()
     try:
-        store, number, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store, number = join_store(timeout)
         meeting = Meeting(store, number, world_size)
         store = meeting.meet(max(1.0, timeout.total_seconds() - (time.monotonic() - began)))
-    except JobEndedError:
+        meeting.compare(facts or {})
+    except (JobEndedError, ConfigError):
         raise
-    except (ValueError, RuntimeError, CommunicationError) as error:
+    except (ValueError, OSError, RuntimeError, CommunicationError) as error:
         raise CommunicationError(
             f"Rank {rank} of {world_size} could not join the others at {place}: {str(error).splitlines()[0]}"
         ) from error
@@ -155,7 +168,7 @@ def _connect(
         # is the same on all ranks. It reads this once, at its first launch.
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     # All ranks of a one-host job can talk over loopback even where the host's name does not resolve.
-    if backend == "gloo" and int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == launcher.world_size():
+    if backend == "gloo" and launcher.local_world_size() == launcher.world_size():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -167,6 +180,21 @@ def _connect(
             f"{variable} names the network interface that ranks talk over: "
             + (f"it is {chosen!r}." if chosen else "it is not set, so the one of the host's name was taken.")
         ) from error
+
+
+@contextlib.contextmanager
+def telling_other_hosts() -> Iterator[None]:
+    """Tells ranks of other hosts, which would wait for this one, of a permanent fault that comes before ranks meet."""
+    try:
+        yield
+    except MegatronSamoeError as error:
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if error.permanent and launcher.local_rank() == 0 and launcher.local_world_size() < size:
+            with contextlib.suppress(ValueError, OSError, RuntimeError):  # nobody is there to be told
+                store, rank = join_store(timedelta(seconds=TELLING_S))
+                Meeting(store, rank, size).end(str(error))
+                time.sleep(TELLING_S if rank == 0 else 0.0)  # since it holds the store
+        raise
 
 
 @contextlib.contextmanager
@@ -184,14 +212,37 @@ def shared_fate(meeting: Meeting | None) -> Iterator[None]:
         lost = isinstance(error, CommunicationError) or (
             isinstance(error, RuntimeError) and is_communication_failure(error)
         )
-        with contextlib.suppress(RuntimeError):  # a store that is gone as well
-            if meeting is not None and lost and not isinstance(error, JobEndedError):
-                meeting.raise_if_ended()
-            elif meeting is not None and isinstance(error, MegatronSamoeError) and error.permanent:
-                meeting.end(str(error))
+        silent = silent_hosts(meeting.hosts) if meeting is not None and lost else ""
+        if meeting is not None and lost and not isinstance(error, JobEndedError):
+            _at_store(meeting.raise_if_ended)
+        elif meeting is not None and isinstance(error, MegatronSamoeError):
+            _at_store(partial(meeting.tell, error))
         if lost and isinstance(error, RuntimeError):
-            raise CommunicationError(f"Another rank was lost: {str(error).splitlines()[0]}") from error
+            raise CommunicationError(
+                f"Another rank was lost: {str(error).splitlines()[0]} {silent}".rstrip()
+            ) from error
+        if silent:
+            error.args = (f"{error} {silent}",)
         raise
+
+
+def _at_store(action: Callable[[], None]) -> None:
+    """Does something at a store that may be gone as well, or on a host that no longer answers; raises JobEndedError of it."""
+    ended: list[JobEndedError] = []
+
+    def attempt() -> None:
+        try:
+            action()
+        except JobEndedError as error:
+            ended.append(error)
+        except RuntimeError:
+            pass
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(TELLING_S)
+    if ended:
+        raise ended[0]
 
 
 def leave_distributed() -> None:
@@ -214,7 +265,7 @@ def set_num_threads(num_threads: int | None) -> int:
         num_threads: as configured; None for OMP_NUM_THREADS, or without that for the host's cores divided by its ranks.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    threads = num_threads or _omp_num_threads() or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = num_threads or _omp_num_threads() or max(1, cores // launcher.local_world_size())
     torch.set_num_threads(threads)
     return threads
 

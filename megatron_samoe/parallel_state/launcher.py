@@ -43,6 +43,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Returns the number of ranks of this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_again() -> bool:
     """Returns whether torchrun has started this job's ranks before, so that ranks of an earlier attempt may still be
     dying.
@@ -59,6 +64,8 @@ def refuse_restart() -> None:
     left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
         os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     )
-    if "TORCHELASTIC_RUN_ID" in os.environ and left > 0 and os.getppid() > 1:
+    # In a container torchrun may be process 1. Elsewhere on Linux that is nobody's parent: a rank dies with its torchrun.
+    started_by_torchrun = os.getppid() > 1 or sys.platform == "linux"
+    if "TORCHELASTIC_RUN_ID" in os.environ and left > 0 and started_by_torchrun:
         print("torchrun is told not to try again: this fault does not pass by itself", file=sys.stderr, flush=True)
         os.kill(os.getppid(), signal.SIGTERM)

@@ -9,15 +9,20 @@ generation's name, where no earlier attempt has written.
 
 from __future__ import annotations
 
+import json
+import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch.distributed import PrefixStore, Store
 
-from megatron_samoe.errors import CommunicationError, JobEndedError
+from megatron_samoe.errors import CommunicationError, ConfigError, ConfigErrors, JobEndedError, MegatronSamoeError
+from megatron_samoe.parallel_state.silent_hosts import own_address
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.25
+#: How long rank 0 may take to meet what all ranks meet.
+_PATIENCE_S = 2.0
 
 
 class Meeting:
@@ -34,6 +39,8 @@ class Meeting:
         self._rank, self._everyone = rank, range(size)
         self._nonce = uuid.uuid4().hex[:16]
         self._attempt: Store = self._board
+        #: Names of the job's hosts by address, after `compare`.
+        self.hosts: Mapping[str, str] = {}
         # Of rank 0: whom it has invited to which generation.
         self._invited: list[str] = []
         self._generation = ""
@@ -62,9 +69,38 @@ class Meeting:
             time.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE_S)
 
+    def compare(self, facts: Mapping[str, str]) -> None:
+        """Compares what must be alike on all ranks with what rank 0 has, after they met.
+
+        Raises:
+            ConfigError: on all ranks, the same: a host differs. The message names it, and the difference.
+        """
+        keys = [f"facts/{rank}" for rank in self._everyone]
+        self._attempt.set(keys[self._rank], json.dumps([socket.gethostname(), dict(facts), own_address()]))
+        if self._rank == 0:
+            self._attempt.wait(keys)
+            ranks = [json.loads(self._attempt.get(key)) for key in keys]
+            hosts = {address: host for host, _, address in ranks}
+            self._attempt.set("compared", json.dumps([hosts, differences([rank[:2] for rank in ranks])]))
+        self.hosts, found = json.loads(self._attempt.get("compared"))
+        if found:
+            raise ConfigErrors([ConfigError(*difference) for difference in found], "hosts of this job differ:")
+
     def end(self, message: str) -> None:
         """Ends the job: tells the ranks of this attempt and of all later ones why."""
-        self._board.set("ended", f"rank {self._rank}: {message}")
+        self._board.set("ended", f"rank {self._rank} on {socket.gethostname()}: {message}")
+
+    def tell(self, error: MegatronSamoeError) -> None:
+        """Tells the other ranks of a fault that does not pass, and finds out whether rank 0 shows one that all should meet."""
+        if error.permanent:
+            self.end(str(error))
+        if self._rank == 0:
+            self._attempt.set("shown", "")
+        until = time.monotonic() + _PATIENCE_S
+        while error.collective and not self._attempt.check(["shown"]):
+            time.sleep(_LONGEST_PAUSE_S)
+            if time.monotonic() > until:
+                error.collective = False
 
     def raise_if_ended(self) -> None:
         """Raises JobEndedError with what `end` said, if a rank did."""
@@ -138,3 +174,18 @@ class Meeting:
         if self._many_at_once:
             return [value.decode() for value in self._board.multi_get(list(keys))]  # type: ignore[attr-defined]
         return [self._board.get(key).decode() for key in keys]
+
+
+def differences(ranks: Sequence[tuple[str, Mapping[str, str]]]) -> list[tuple[str, str, str]]:
+    """Returns what differs between ranks, each given as (host, facts), as arguments of ConfigError: the first host of each."""
+    first, expected = ranks[0]
+    found = []
+    for name in sorted({name for _, facts in ranks for name in facts}):
+        usual = expected.get(name, "missing")
+        for rank, (host, facts) in enumerate(ranks):
+            value = facts.get(name, "missing")
+            if value != usual:
+                there = f"must be alike on all hosts, and is {usual} on {first} (rank 0)"
+                found.append((name, f"{value} on {host} (rank {rank})", there))
+                break
+    return found

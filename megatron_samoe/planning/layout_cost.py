@@ -93,7 +93,8 @@ def step_cost(config: PretrainConfig, vocab_size: int, cluster: Cluster) -> Cost
         boundary = _residual_elements(config, grid) * compute_dtype(config).itemsize
         # Sends run beside the passes; what remains is their way through the empty pipeline, there and back.
         ramp = 2 * (grid.pp - 1) * links.seconds("pp", boundary)
-        cost.add("pipeline", ramp, 2 * chunks * number * boundary)
+        # Of two stages one has no way on, and the other none back.
+        cost.add("pipeline", ramp, (2 * chunks - (grid.pp == 2)) * number * boundary)
     _end_of_step(cost, planned, links)
     if config.parallel.overlap_grad_reduce and "gradients" in cost.seconds:
         # Reduced while the last micro-batch's backward pass runs; ZeRO-1's gathering of weights stays.

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -143,9 +142,7 @@ def _exchange(x: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int], 
     if group.exchange is not None:
         return group.exchange.exchange(x, send_rows, receive_rows)
     check_splits(x, send_rows, receive_rows, group.size)
-    received = x.new_empty((sum(receive_rows), *x.shape[1:]))
-    dist.all_to_all_single(received, x.contiguous(), list(receive_rows), list(send_rows), group=group.handle)
-    return received
+    return group.all_to_all_uneven(x, send_rows, receive_rows)
 
 
 def _key(group: Group) -> int:

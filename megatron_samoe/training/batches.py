@@ -113,7 +113,7 @@ def build_run_data(
 
     Args:
         done: iterations and samples that the run has behind it, maybe with batches of another size.
-        is_builder: whether this rank writes sample indices that other ranks of its host wait for.
+        is_builder: whether this rank is the first of its host, which builds sample indices for the others.
     """
     training = config.training
     batch = global_batch_size(config, parallel.world_size)
@@ -128,7 +128,7 @@ def build_run_data(
         training.seed,
         tokenizer,
         barrier=parallel.world.barrier if parallel.world_size > 1 else None,
-        is_builder=is_builder,
+        turn=0 if parallel.rank == 0 else 1 if is_builder else 2,
         evaluation_seed=EVALUATION_SEED,
         optional=_optional_splits(config),
     )

@@ -31,7 +31,9 @@ def preflight(config: PretrainConfig, vocab_size: int, parallel: ParallelState) 
     """
     if parallel.device.type == "cpu":
         _refuse_too_little_memory(config, vocab_size, parallel)
-    warnings = [*_clocks(parallel), *_speeds(parallel), *_links(parallel)]
+    hosts = parallel.world.all_gather_object(socket.gethostname())
+    ranks = [f"rank {rank}" + (f" ({host})" if len(set(hosts)) > 1 else "") for rank, host in enumerate(hosts)]
+    warnings = [*_clocks(parallel, ranks), *_speeds(parallel, ranks), *_links(parallel)]
     for warning in warnings:
         logger.warning(f"preflight: {warning}") if parallel.rank == 0 else None
     logger.info(f"preflight: {'done' if warnings else 'all is well'}")
@@ -67,19 +69,19 @@ def available_bytes() -> int:
     return left
 
 
-def _clocks(parallel: ParallelState) -> list[str]:
+def _clocks(parallel: ParallelState, ranks: Sequence[str]) -> list[str]:
     """Compares the ranks' clocks, read when all have met."""
     parallel.world.barrier()
     times = [float(t) for t in parallel.world.all_gather_object(time.time())]
     middle = statistics.median(times)
     return [
-        f"the clock of rank {rank} is {t - middle:+.1f} s off the others'"
-        for rank, t in enumerate(times)
+        f"the clock of {rank} is {t - middle:+.1f} s off the others'"
+        for rank, t in zip(ranks, times, strict=True)
         if abs(t - middle) > MOST_SECONDS_APART
     ]
 
 
-def _speeds(parallel: ParallelState) -> list[str]:
+def _speeds(parallel: ParallelState, ranks: Sequence[str]) -> list[str]:
     """Compares what ranks compute in a second, all at once as in training."""
     x = torch.ones(_SIZE, _SIZE, device=parallel.device)
     torch.mm(x, x)
@@ -89,7 +91,7 @@ def _speeds(parallel: ParallelState) -> list[str]:
         seconds.append(_timed(lambda: [torch.mm(x, x) for _ in range(8)], parallel.device))
     rates = [8 * 2 * _SIZE**3 / s / 1e9 for s in parallel.world.all_gather_object(statistics.median(seconds))]
     logger.info(f"preflight: {min(rates):.0f} to {max(rates):.0f} GFLOP/s per rank")
-    return _slow(rates, [f"rank {rank}" for rank in range(len(rates))], "GFLOP/s")
+    return _slow(rates, ranks, "GFLOP/s")
 
 
 def _links(parallel: ParallelState) -> list[str]:

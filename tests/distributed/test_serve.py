@@ -121,7 +121,11 @@ def test_what_cannot_be_served_is_said_in_a_paragraph(checkpoints: Path, tmp_pat
             ["--load", str(checkpoints), "--api-key-file", str(tmp_path / "none")],
             r"--api-key-file = .*cannot be read",
         ),
-        "host": (["--load", str(checkpoints), "--host", "198.51.100.1"], r"cannot be listened at"),
+        "host": (["--load", str(checkpoints), "--host", "198.51.100.1", "--no-api-key"], r"cannot be listened at"),
+        "strangers": (
+            ["--load", str(checkpoints), "--host", "0.0.0.0"],
+            r"--host = '0.0.0.0': lets others use the server",
+        ),
         "layout": (["--load", str(checkpoints), "--port", "0", "--tensor-model-parallel-size", "2"], r"must"),
     }
     twice = ["--load", str(checkpoints), "--beside", str(checkpoints)]

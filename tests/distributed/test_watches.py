@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.config.training import TrainingConfig
 from megatron_samoe.errors import ConfigError
 from megatron_samoe.parallel_state import initialize_model_parallel
+from megatron_samoe.parallel_state.state import Group
+from megatron_samoe.row_exchange.all_to_all import all_to_all_rows
 from megatron_samoe.training import preflight
 from megatron_samoe.training.hang_watch import HangWatch
 from megatron_samoe.training.hooks import loggers
@@ -110,6 +113,21 @@ def test_spikes_are_reported_skipped_and_resumed(corpus: Path, tmp_path: Path) -
     start(arguments(run_dir=tmp_path / "parts", **options), tmp_path).succeed()
     parts = records(tmp_path / "parts/metrics.jsonl")
     assert [(r["lm_loss"], r["spike"]) for r in parts] == [(r["lm_loss"], r["spike"]) for r in whole]
+
+
+def _waited(late_rank: int) -> float:
+    rank = dist.get_rank()
+    group = Group("ep", (0, 1), rank, dist.group.WORLD)
+    dist.barrier()
+    time.sleep(0.5 if rank == late_rank else 0.0)
+    all_to_all_rows(torch.ones(2, 4), [1, 1], [1, 1], group)
+    return group.waits.seconds
+
+
+def test_a_wait_for_tokens_is_no_time_of_the_ranks_own() -> None:
+    for late_rank in (0, 1):
+        waited = run_ranks(_waited, 2, late_rank)
+        assert waited[1 - late_rank] > waited[late_rank] + 0.3
 
 
 def test_the_slowest_rank_is_named(corpus: Path, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ _context = multiprocessing.get_context("forkserver")
 # What ranks and programs would import each for itself, which would be most of a short one's time: the first optimizer of a
 # process imports torch._dynamo, and a test's module the tools of tests.
 _context.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.utils.tensorboard", "megatron_samoe.cli.pretrain",
+    ["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.utils.tensorboard", "torch.distributed.run",
+     "megatron_samoe.cli.pretrain",
      "pytest", "hypothesis", "tests.harness.layout_training", "tests.harness.frozen"]
 )  # fmt: skip
 

@@ -228,11 +228,6 @@ class Server:
         host, port = self._listener.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
-    @property
-    def is_local(self) -> bool:
-        """Whether only this machine can reach it."""
-        return self._options.host in LOOPBACK_NAMES
-
     def run(self, ready: Callable[[], None] = lambda: None) -> int:
         """Serves until SIGTERM, SIGINT, `end` or a failure of the engine; returns the exit status, 0 but for the last.
 

@@ -210,15 +210,19 @@ def test_a_cache_that_cannot_be_written_is_no_error(prefix: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_ranks_wait_for_the_builder(prefix: str, tmp_path: Path, shared: bool) -> None:
+def test_indices_are_built_once_a_cache(
+    prefix: str, tmp_path: Path, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four ranks as threads, on one cache or on a disk of their own."""
-    barrier, built = threading.Barrier(4), {}
+    barrier, built, stored = threading.Barrier(4), {}, []
+    store = index_cache._store
+    monkeypatch.setattr(index_cache, "_store", lambda *args: (stored.append(args[1]), store(*args)))
 
     def rank(number: int) -> None:
         folder = tmp_path / ("cache" if shared else f"cache{number}")
         data = DataConfig(data_path=(prefix,), split="1", data_cache_path=str(folder))
-        is_builder = number == 0 or not shared
-        built[number] = build(data, barrier=barrier.wait, is_builder=is_builder)[0][5]["tokens"]
+        turn = (0, 1, 1, 2 if shared else 1)[number]
+        built[number] = build(data, barrier=barrier.wait, turn=turn)[0][5]["tokens"]
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -226,14 +230,15 @@ def test_ranks_wait_for_the_builder(prefix: str, tmp_path: Path, shared: bool) -
     for thread in threads:
         thread.join(timeout=30)
     assert len(built) == 4 and all(torch.equal(built[0], tokens) for tokens in built.values())
+    assert len(stored) == len(set(stored)) == (1 if shared else 4)
 
 
 def test_an_error_of_the_builder_lets_the_others_go() -> None:
     calls = []
-    for is_builder in (True, False):
+    for turn in (0, 1, 2):
         with pytest.raises(DataError):
-            build(DataConfig(data_path=("/nowhere/x",)), barrier=lambda: calls.append(1), is_builder=is_builder)
-    assert len(calls) == 2
+            build(DataConfig(data_path=("/nowhere/x",)), barrier=lambda: calls.append(1), turn=turn)
+    assert len(calls) == 6
 
 
 def test_mock_data_need_no_files() -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import socket
+import sys
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ import torch
 from megatron_samoe.config import ParallelConfig
 from megatron_samoe.errors import CommunicationError, ConfigError
 from megatron_samoe.parallel_state import backend, launcher
+from megatron_samoe.parallel_state.rank_store import join_store, serve_store
 
 
 def join() -> None:
@@ -80,3 +87,35 @@ def test_threads_are_those_that_somebody_chose(
         assert backend.set_num_threads(asked) == threads == torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+def test_torchrun_that_is_process_1_of_a_container_is_told_not_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setattr(sys, "platform", "linux")
+    launcher.refuse_restart()
+    assert sent == [(1, signal.SIGTERM)]
+    monkeypatch.setattr(sys, "platform", "darwin")  # where ranks outlive a torchrun that was killed
+    launcher.refuse_restart()
+    assert len(sent) == 1
+
+
+def test_the_ranks_store_listens_at_its_address_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    store, rank = join_store(timedelta(seconds=10))
+    store.set("key", "value")
+    assert rank == 0 and store.get("key") == b"value"
+    if sys.platform == "linux":
+        tables = "".join(Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6"))
+        assert re.findall(rf"(\w+):{port:04X} \w+:\w+ 0A", tables) == ["0100007F"]
+    with pytest.raises(OSError, match="in use"):
+        serve_store("127.0.0.1", port)
+    with pytest.raises(OSError):
+        serve_store("192.0.2.77", port)

@@ -232,7 +232,11 @@ def test_volumes_by_hand() -> None:
     # 4 micro-batches, 4 layers, 2 regions, forwards and backwards, an all-reduce each (2 x half).
     assert tensor.sent_bytes["tensor"] == pytest.approx(4 * 4 * 2 * 2 * tokens * hidden * 4)
     pipe = step_cost(with_layout(dense, pp=2), 103, with_world(2))
-    assert pipe.sent_bytes["pipeline"] == pytest.approx(4 * 2 * tokens * hidden * 4)
+    assert pipe.sent_bytes["pipeline"] == pytest.approx(4 * tokens * hidden * 4), (
+        "activations one way, gradients the other"
+    )
+    four = step_cost(with_layout(dense, pp=4), 103, with_world(4))
+    assert four.sent_bytes["pipeline"] == pytest.approx(4 * 2 * tokens * hidden * 4)
     moe = step_cost(with_layout(tiny_config("moe"), ep=2), 103, with_world(2))
     # 2 micro-batches on each of two data-parallel ranks; half of the rows go away and come back, in both passes.
     assert moe.sent_bytes["expert"] == pytest.approx(2 * 4 * 4 * tokens * hidden * 4 / 2)

@@ -1,0 +1,233 @@
+"""What goes wrong between hosts, and a job that outlives it: the losses of an undisturbed run, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness.program import iterations
+from tests.hosts.cluster import SHARED, Cluster, Host
+from tests.hosts.job import STEPS, Job
+
+pytestmark = pytest.mark.distributed
+night = pytest.mark.night
+#: A lost rank is noticed after six seconds.
+OPTIONS = {"expert_model_parallel_size": 2, "save_interval": 10, "distributed_timeout_minutes": 0.1}
+
+
+def two_hosts(cluster: Cluster, **options: object) -> tuple[Job, Host, Host]:
+    first, second = cluster.add(), cluster.add()
+    return Job(cluster, **{**OPTIONS, **options}), first, second
+
+
+def unfinished(job: Job) -> list[str]:
+    return [path.name for path in (job.cluster.shared / "run" / "checkpoints").glob(".*") if path.name != ".lock"]
+
+
+def assert_as_if_nothing_had_been(job: Job, undisturbed: list[float], repeated: range = range(1)) -> None:
+    """Asserts the losses of one process, so many steps trained twice, and whole checkpoints alone."""
+    output = job.succeed(90)
+    assert job.losses() == pytest.approx(undisturbed, rel=1e-5)
+    assert output.count("lm loss: ") - STEPS in repeated, output
+    assert iterations(job.cluster.shared / "run" / "checkpoints") == [STEPS - 10, STEPS] and not unfinished(job)
+
+
+def test_a_cable_that_is_out_for_seconds(cluster: Cluster, undisturbed: list[float]) -> None:
+    job, _, second = two_hosts(cluster)
+    job.wait_for_step(5)
+    second.cable(False)
+    time.sleep(2)
+    second.cable(True)
+    assert_as_if_nothing_had_been(job, undisturbed)
+
+
+@pytest.mark.parametrize("seconds", [pytest.param(15, marks=night), pytest.param(60, marks=night)])
+def test_a_cable_that_is_out_for_longer_than_ranks_wait(
+    seconds: float, cluster: Cluster, undisturbed: list[float]
+) -> None:
+    """The other host's agent ends, and is started again."""
+    job, _, second = two_hosts(cluster)
+    job.wait_for_step(12)
+    second.cable(False)
+    print(f"found after {job.wait_for('lost another rank'):.0f} s")
+    time.sleep(seconds)
+    second.cable(True)
+    job.agents["host1"].wait(60)
+    job.start(second)
+    assert_as_if_nothing_had_been(job, undisturbed, range(1, 11))
+
+
+def test_a_host_that_loses_power_and_a_spare_with_an_empty_disk(cluster: Cluster, undisturbed: list[float]) -> None:
+    job, _, second = two_hosts(cluster)
+    job.wait_for_step(12)
+    second.lose()
+    del job.agents["host1"]
+    job.start(cluster.add())
+    assert_as_if_nothing_had_been(job, undisturbed, range(1, 11))
+    assert len(re.findall("loaded .*iter_0000010", job.output())) == 1
+
+
+@night
+def test_the_host_that_has_the_store_is_lost(cluster: Cluster, undisturbed: list[float]) -> None:
+    """The job ends, and goes on when it is started again. torchrun waits for TCP to give up, which is the system's choice."""
+    job, first, second = two_hosts(cluster)
+    second.run("sh", "-c", "echo 5 > /proc/sys/net/ipv4/tcp_retries2")
+    job.wait_for_step(12)
+    first.lose()
+    del job.agents["host0"]
+    found = job.wait_for("No answer comes from host0, which may have lost its power or its link")
+    began = time.monotonic()
+    assert job.agents["host1"].wait(90) != (0,)
+    print(f"found after {found:.0f} s, ended {time.monotonic() - began:.0f} s later")
+    assert not second.processes()
+    again = Job(cluster, hosts=[second, cluster.add()], **OPTIONS)
+    assert_as_if_nothing_had_been(again, undisturbed, range(1, 11))
+
+
+def test_a_cut_in_the_middle_of_a_save(cluster: Cluster, undisturbed: list[float]) -> None:
+    job, _, second = two_hosts(cluster)
+    job.wait(lambda: bool(unfinished(job)), 120, pause_s=0.001)
+    second.cable(False)
+    job.wait_for("lost another rank")
+    second.cable(True)
+    job.agents["host1"].wait(60)
+    job.start(second)
+    assert_as_if_nothing_had_been(job, undisturbed, range(12))
+
+
+@night
+def test_two_packets_in_a_hundred_are_lost(cluster: Cluster, undisturbed: list[float]) -> None:
+    cluster.add()
+    cluster.add(delay_s=0.001, loss=0.02)
+    job = Job(cluster, **OPTIONS)
+    job.wait_for_step(STEPS, 300)
+    assert_as_if_nothing_had_been(job, undisturbed)
+
+
+@night
+def test_a_host_with_few_turns_of_a_core_is_named(cluster: Cluster, undisturbed: list[float]) -> None:
+    _, second = cluster.add(), cluster.add()
+    if missing := second.cores(0.03):
+        pytest.skip(missing)
+    job = Job(cluster, preflight=True, **{**OPTIONS, "distributed_timeout_minutes": 1.0})
+    job.wait_for_step(STEPS, 300)
+    assert_as_if_nothing_had_been(job, undisturbed)
+    assert re.search(r"preflight: rank 1 \(host1\) has .* GFLOP/s", job.output()), job.output()
+    slowest = [json.loads(line)["slowest_rank"] for line in (cluster.shared / "run/metrics.jsonl").open()]
+    assert slowest.count(1) > 0.8 * STEPS, slowest
+
+
+@night
+def test_gloo_on_an_interface_that_leads_nowhere(cluster: Cluster) -> None:
+    """A host's name means another interface on itself: found at the start, by name. Of two, gloo's higher address calls."""
+    first, _ = cluster.add(), cluster.add()
+    first.run("ip", "link", "add", "eth1", "type", "veth", "peer", "name", "nowhere")
+    first.run("ip", "link", "set", "eth1", "up")
+    first.run("ip", "address", "add", "10.76.0.1/24", "dev", "eth1")
+    wrong = cluster.folder / "wrong-names"
+    wrong.write_text(cluster.names.read_text().replace("10.77.0.1 ", "10.76.0.1 "))
+    first.run("mount", "--bind", wrong, "/etc/hosts")
+    job = Job(cluster, **OPTIONS)
+    job.wait_for("GLOO_SOCKET_IFNAME", 90)
+    assert job.step() == 0 and re.search("^error.*10.76.0.1", job.output(), re.MULTILINE), job.output()
+
+
+@night
+def test_strangers_find_only_what_torch_opens(cluster: Cluster) -> None:
+    """Ranks listen on the hosts' network alone, and torchrun's own store everywhere."""
+    hosts = cluster.add(), cluster.add()
+    job = Job(cluster, start=False, **OPTIONS)
+    for host in hosts:
+        job.start(host, agent=["--local-addr", host.address])
+    job.wait_for_step(3)
+    places = set.union(*(host.listening() for host in hosts))
+    assert {place for place in places if not place.startswith("10.77.0.")} == {"*:29500"}
+    job.succeed()
+
+
+@night
+def test_clocks_an_hour_apart(cluster: Cluster, undisturbed: list[float]) -> None:
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    if library is None:
+        pytest.skip("libfaketime is not installed")
+    hosts = cluster.add(), cluster.add()
+    job = Job(cluster, start=False, warm=False, preflight=True, **OPTIONS)
+    job.start(hosts[0])
+    job.start(hosts[1], LD_PRELOAD=str(library), FAKETIME="+1h", FAKETIME_DONT_FAKE_MONOTONIC="1")
+    job.wait_for_step(STEPS, 300)
+    assert_as_if_nothing_had_been(job, undisturbed)
+    assert re.search(r"preflight: the clock of rank 1 \(host1\) is \+1800", job.output()), job.output()
+
+
+@night
+def test_a_full_disk_of_a_host(cluster: Cluster, undisturbed: list[float]) -> None:
+    """Its temporary folder has no byte left when its rank dies and is started again."""
+    _, second = cluster.add(), cluster.add()
+    second.run("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", second.folder / "tmp")
+    job = Job(cluster, **OPTIONS)
+    job.wait_for_step(12)
+    second.run("sh", "-c", f"dd if=/dev/zero of={second.folder}/tmp/filler bs=4k 2>/dev/null || true")
+    os.kill(max(second.processes()), signal.SIGKILL)
+    assert_as_if_nothing_had_been(job, undisturbed, range(1, 11))
+
+
+class Storage:
+    """The shared folder of a host through a file system of a process, which can stall, fail and cache."""
+
+    def __init__(self, host: Host, *options: str):
+        if shutil.which("bindfs") is None:
+            pytest.skip("bindfs is not installed")
+        before = set(host.processes())
+        host.run("bindfs", "--multithreaded", "--enable-lock-forwarding", *options, SHARED, SHARED)
+        self._host, host.services = host, set(host.processes()) - before
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signals the process of the file system."""
+        for pid in self._host.services:
+            os.kill(pid, number)
+
+
+@night
+@pytest.mark.parametrize("number", [0, 1])
+def test_storage_that_stalls(number: int, cluster: Cluster, undisturbed: list[float]) -> None:
+    hosts = cluster.add(), cluster.add()
+    storage = Storage(hosts[number])
+    job = Job(cluster, **{**OPTIONS, "distributed_timeout_minutes": 1.0})
+    job.wait_for_step(12)
+    storage.signal(signal.SIGSTOP)
+    time.sleep(30)
+    storage.signal(signal.SIGCONT)
+    assert_as_if_nothing_had_been(job, undisturbed)
+
+
+@night
+@pytest.mark.parametrize("number", [0, 1])
+def test_storage_that_fails_for_a_moment(number: int, cluster: Cluster, undisturbed: list[float]) -> None:
+    hosts = cluster.add(), cluster.add()
+    storage = Storage(hosts[number])
+    job = Job(cluster, **OPTIONS)
+    job.wait_for_step(12)
+    storage.signal(signal.SIGKILL)
+    job.wait_for("Transport endpoint is not connected")
+    hosts[number].run("umount", "-l", SHARED)  # what lies below is the folder itself
+    assert_as_if_nothing_had_been(job, undisturbed, range(1, 12))
+
+
+@night
+def test_storage_that_serves_what_was_there_before(cluster: Cluster, undisturbed: list[float]) -> None:
+    """A host takes files for missing, and folders for what they were, for ten seconds, as caches of NFS do."""
+    hosts = cluster.add(), cluster.add()
+    cached = "attr_timeout=10,entry_timeout=10,negative_timeout=10"
+    Storage(hosts[1], "-o", cached)
+    hosts[1].run("sh", "-c", f"ls {SHARED}/run/checkpoints {SHARED}/run/checkpoints/.lock || true")
+    job = Job(cluster, **{**OPTIONS, "distributed_timeout_minutes": 0.5})
+    job.wait_for_step(12)
+    os.kill(max(set(hosts[1].processes()) - hosts[1].services), signal.SIGKILL)
+    assert_as_if_nothing_had_been(job, undisturbed, range(1, 11))
