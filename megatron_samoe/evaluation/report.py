@@ -200,12 +200,13 @@ def _sections(groups: Groups, data: ReportData) -> list[Section]:
         "Left, thin: training, every seed. Dots: validation, mean over seeds; bars: lowest and highest seed. Right, from a tenth "
         "of the tokens on: differences of training (lines, means over a twentieth of the run) and of validation (marks)."
     )
+    speed = report_tables.speed_table(groups)
     return [
         _glance(groups),
         _results(groups, data),
         *_study(data.study),
         _quality(groups, data),
-        Section("speed", "Training speed", [_SPEED], report_tables.speed_table(groups), without=_NO_SPEED),
+        Section("speed", "Training speed", [_SPEED], speed, without=Section.without if speed else _NO_SPEED),
         Section("loss_curves", "Loss curves", [losses], png=plots.loss_curves(groups)),
         Section(
             "zero_shot",
