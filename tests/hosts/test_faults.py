@@ -14,7 +14,7 @@ import pytest
 
 from tests.harness.program import iterations
 from tests.hosts.cluster import SHARED, Cluster, Host
-from tests.hosts.job import STEPS, Job
+from tests.hosts.job import QUICK, STEPS, Job
 
 pytestmark = pytest.mark.distributed
 night = pytest.mark.night
@@ -53,7 +53,8 @@ def test_a_cable_that_is_out_for_longer_than_ranks_wait(
     seconds: float, cluster: Cluster, undisturbed: list[float]
 ) -> None:
     """The host's agent comes back by itself, or has ended and is started again."""
-    job, _, second = two_hosts(cluster)
+    _, second = cluster.add(), cluster.add()
+    job = Job(cluster, conf=f"{QUICK},read_timeout=20", **OPTIONS)
     job.wait_for_step(12)
     second.cable(False)
     print(f"found after {job.wait_for('lost another rank'):.0f} s")
