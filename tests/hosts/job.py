@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = {
     "train_iters": STEPS, "eval_iters": 0, "lr": 1e-4, "lr_decay_iters": STEPS, "micro_batch_size": 1,
 }  # fmt: skip
 #: A dead agent is noticed after seconds. Hosts wait a minute for others, not less: this machine may be busy.
-QUICK = "last_call_timeout=60,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=20"
+QUICK = "last_call_timeout=60,keep_alive_interval=2,keep_alive_max_attempt=4"
 
 
 def slurm_words(folder: Path, hosts: Sequence[Host], num_ranks: int, flags: list[str]) -> list[str]:
