@@ -230,9 +230,11 @@ def _hold(pipe: Connection, name: str, names: str, shared: str) -> None:
     except OSError as error:
         pipe.send(str(error))
         raise
+    made, making = os.pipe()
     pid = os.fork()
     if pid:
-        pipe.send(pid)
+        os.close(making)
+        pipe.send(pid if os.read(made, 1) else "the host's folders cannot be mounted")
         with suppress(EOFError):
             pipe.recv()
         with suppress(ProcessLookupError):
@@ -252,6 +254,7 @@ def _hold(pipe: Connection, name: str, names: str, shared: str) -> None:
         ["--bind", shared, str(SHARED)],
     ):
         subprocess.run(["mount", *words], check=True)
+    os.write(making, b"1")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for orphans
     while True:
         signal.pause()

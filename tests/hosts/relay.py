@@ -30,7 +30,10 @@ def relay(ready: Connection, host: int, switch: int, port: str, delay_s: float, 
     while True:
         wait = None if not under_way else max(0.0, under_way[0][0] - time.monotonic())
         for end in select.select(ends, [], [], wait)[0]:
-            packet = os.read(end, _MTU + 100)
+            try:
+                packet = os.read(end, _MTU + 100)
+            except OSError:  # the host is gone
+                return
             if dice.random() >= loss:
                 number += 1
                 heapq.heappush(under_way, (time.monotonic() + delay_s, number, ends[end == ends[0]], packet))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -112,19 +110,6 @@ def test_two_packets_in_a_hundred_are_lost(cluster: Cluster, undisturbed: list[f
 
 
 @night
-def test_a_host_with_few_turns_of_a_core_is_named(cluster: Cluster, undisturbed: list[float]) -> None:
-    _, second = cluster.add(), cluster.add()
-    if missing := second.cores(0.03):
-        pytest.skip(missing)
-    job = Job(cluster, preflight=True, **{**OPTIONS, "distributed_timeout_minutes": 1.0})
-    job.wait_for_step(STEPS, 300)
-    assert_as_if_nothing_had_been(job, undisturbed)
-    assert re.search(r"preflight: rank 1 \(host1\) has .* GFLOP/s", job.output()), job.output()
-    slowest = [json.loads(line)["slowest_rank"] for line in (cluster.shared / "run/metrics.jsonl").open()]
-    assert slowest.count(1) > 0.8 * STEPS, slowest
-
-
-@night
 def test_gloo_on_an_interface_that_leads_nowhere(cluster: Cluster) -> None:
     """A host's name means another interface on itself: found at the start, by name. Of two, gloo's higher address calls."""
     first, _ = cluster.add(), cluster.add()
@@ -151,20 +136,6 @@ def test_strangers_find_only_what_torch_opens(cluster: Cluster) -> None:
     places = set.union(*(host.listening() for host in hosts))
     assert {place for place in places if not place.startswith("10.77.0.")} == {"*:29500"}
     job.succeed()
-
-
-@night
-def test_clocks_an_hour_apart(cluster: Cluster, undisturbed: list[float]) -> None:
-    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
-    if library is None:
-        pytest.skip("libfaketime is not installed")
-    hosts = cluster.add(), cluster.add()
-    job = Job(cluster, start=False, warm=False, preflight=True, **OPTIONS)
-    job.start(hosts[0])
-    job.start(hosts[1], LD_PRELOAD=str(library), FAKETIME="+1h", FAKETIME_DONT_FAKE_MONOTONIC="1")
-    job.wait_for_step(STEPS, 300)
-    assert_as_if_nothing_had_been(job, undisturbed)
-    assert re.search(r"preflight: the clock of rank 1 \(host1\) is \+1800", job.output()), job.output()
 
 
 @night
