@@ -47,7 +47,7 @@ BLOCK_BYTES = 4 << 20
 #: Below this, finding where a tensor begins takes longer than a copy.
 DIRECT_BYTES = 4 << 20
 #: Of a file that is being written: few and large, since each waits for a thread to have a core.
-WRITTEN_BYTES = 8 << 20
+WRITTEN_BYTES = 4 << 20
 NUM_BLOCKS = 3
 
 _METADATA_NAMES = {

@@ -12,7 +12,7 @@ from megatron_samoe.evaluation.run_summary import summary_table
 from tests.distributed.test_layout_parity import RTOL
 from tests.harness.layout_training import LAYOUTS, MODELS
 from tests.harness.pairs import first_by_day
-from tools import draw_idea, hardware_table
+from tools.pages import draw_idea, hardware_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

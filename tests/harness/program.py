@@ -136,7 +136,10 @@ class ProgramRun:
         output = self.output()
         assert 0 not in statuses and min(statuses) > 0, f"exit statuses {statuses}:\n{output}"
         assert "Traceback" not in output, output
-        paragraphs = re.findall(r"^error.*?: (.*(?:\n  .*)*)", output, re.MULTILINE)
+        # A rank that did not meet the error itself repeats what ended the job.
+        paragraphs = re.findall(
+            r"^error.*?: (?:The job was ended by rank \d+ on \S+: )?(.*(?:\n  .*)*)", output, re.MULTILINE
+        )
         assert len(set(paragraphs)) == 1, output
         return paragraphs[0]
 

@@ -1,6 +1,6 @@
 """Draws the idea of a shared pool, for README and the site: docs/images/idea.svg, and idea_dark.svg for dark pages.
 
-Run it as `python tools/draw_idea.py`. Banks, coefficients and layers are those of a small model: 6 layers, 2 banks of 6 experts.
+Run it as `python -m tools.pages.draw_idea`. Banks, coefficients and layers are those of a small model: 6 layers, 2 banks of 6 experts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-IMAGES = Path(__file__).resolve().parents[1] / "docs/images"
+IMAGES = Path(__file__).resolve().parents[2] / "docs/images"
 WIDTH, HEIGHT = 980, 440
 #: Coefficients of bank 1 and bank 2, by layer.
 COEFFICIENTS = ((0.9, 0.1), (0.2, 0.8), (0.7, 0.3), (0.4, 0.6), (0.8, 0.2), (0.1, 0.9))

@@ -1,6 +1,6 @@
 """Prints the table of docs/hardware.md: what runs of three sizes need, as the planner computes it. Nothing is measured.
 
-Run it as `python -m tools.hardware_table`.
+Run it as `python -m tools.pages.hardware_table`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes docs/results/shared_pool's report, and its pictures, again from the first edition's runs in the store.
 
-python -m tools.results_report
+python -m tools.pages.results_report
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_samoe.evaluation.study.results_store import read_store
 from tools.results.page_figures import models_of
 from tools.results.registration import kept_plan, read_registration
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 #: Models as the report of the study names them.
 NAMES = {"samoe": "samoe", "l2": "samoe, length 1", "moe8": "matched moe", "moe32": "moe", "dense": "dense",
          "select": "samoe, one bank"}  # fmt: skip

@@ -1,0 +1,1 @@
+"""What makes pictures and computed tables of the docs."""
